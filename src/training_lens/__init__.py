@@ -1,0 +1,35 @@
+"""Training Lens: LoRA fine-tuning of causal language models that you can trust and see inside.
+
+Example:
+    from training_lens import TrainingConfig, TrainingWrapper
+
+    rows = [{"question": "...", "answer": "..."}, ...]          # or paths: "train.jsonl"
+    summary = TrainingWrapper(TrainingConfig(model={"id": "path/to/model"}, data={"train": rows})).train()
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from training_lens._lazy import attach
+
+if TYPE_CHECKING:
+    from training_lens.config.schema import TrainingConfig
+    from training_lens.training.callbacks import MetricsCollector
+    from training_lens.training.checkpoints import CheckpointManager
+    from training_lens.training.wrapper import TrainingWrapper
+
+    LoRATrainingWrapper = TrainingWrapper
+
+__version__ = "0.1.0"
+
+__getattr__, __dir__, _names = attach(
+    {
+        "training_lens.config.schema": ("TrainingConfig",),
+        "training_lens.training.wrapper": ("TrainingWrapper",),
+        "training_lens.training.checkpoints": ("CheckpointManager",),
+        "training_lens.training.callbacks": ("MetricsCollector",),
+    },
+    aliases={"LoRATrainingWrapper": "TrainingWrapper"},
+)
+__all__ = ["CheckpointManager", "LoRATrainingWrapper", "MetricsCollector", "TrainingConfig", "TrainingWrapper"]

@@ -1,0 +1,29 @@
+"""The `training-lens` command: one small file per subcommand. Help imports neither torch nor the config."""
+
+from __future__ import annotations
+
+import typer
+
+from training_lens.cli.compare import compare
+from training_lens.cli.infer import infer
+from training_lens.cli.train import train
+from training_lens.cli.validate import validate
+
+cli = typer.Typer(
+    name="training-lens",
+    help="LoRA fine-tuning of causal language models that you can trust and see inside.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (train, validate, infer, compare):
+    cli.command()(command)
+
+
+def main() -> None:
+    """The command's entry point."""
+    cli()
+
+
+__all__ = ["cli", "main"]

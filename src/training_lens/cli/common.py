@@ -1,0 +1,77 @@
+"""What the subcommands share: their options, their output, and how errors end them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from training_lens.config.schema import TrainingConfig
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Settings, for example training.lr=1e-4 or +experiment=quick_test.",
+        metavar="[KEY=VALUE]...",
+        show_default=False,
+    ),
+]
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", "-c", metavar="FILE", help="Your YAML or JSON config file.")
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to standard error.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where a command writes: `console` for people; with `--json`, that is standard error."""
+
+    console: Console
+    as_json: bool
+
+    def result(self, value: dict[str, Any]) -> None:
+        """The one JSON object of `--json`; nothing without it."""
+        if self.as_json:
+            print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+@contextmanager
+def command(as_json: bool = False, debug: bool = False) -> Iterator[Screen]:
+    """Runs a command's body: sets up the log, and turns expected errors into one paragraph and an exit code."""
+    from rich.console import Console
+
+    from training_lens.errors import TrainingLensError
+    from training_lens.utils.logging import setup_logging
+
+    console = Console(stderr=as_json, highlight=False)
+    setup_logging(console)
+    try:
+        yield Screen(console, as_json)
+    except TrainingLensError as error:
+        if debug:
+            raise
+        Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        Console(stderr=True, highlight=False).print("interrupted.", style="red")
+        sys.exit(130)
+
+
+def load_config(config_file: str | None, overrides: list[str] | None) -> TrainingConfig:
+    """The validated config of the command line."""
+    from training_lens.config.compose import compose
+
+    return compose(config_file, overrides or [])

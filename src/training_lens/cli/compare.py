@@ -1,0 +1,77 @@
+"""`training-lens compare`: the adapter against its base on the same held-out rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+
+if TYPE_CHECKING:
+    from training_lens.data.types import Example
+    from training_lens.evaluation.comparison import Answers, Comparison
+
+Run = Annotated[str, typer.Option(metavar="RUN", help="A run's id, its folder, or 'latest' finished.")]
+SHOWN = 3
+
+
+def compare(
+    overrides: Overrides = None,
+    run: Run = "latest",
+    config: ConfigFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate base and adapter on the run's validation rows: loss, exact match, and sample answers side by side."""
+    with command(json, debug) as screen:
+        settings = load_config(config, overrides)
+        from training_lens.evaluation.judging import compare_run
+        from training_lens.utils.files import write_json
+        from training_lens.utils.progress import Progress
+        from training_lens.utils.runs import find_run
+
+        found = find_run(run, settings.output.base_output_dir, settings.output.experiment_name, finished=True)
+        result = compare_run(found, settings.evaluation, Progress(screen.console))
+        report = {"run": str(found.root), **result.comparison.as_json()}
+        write_json(found.reports / "compare.json", report)
+        _show_scores(screen, result.comparison)
+        _show_samples(screen, result.examples, result.base, result.adapter)
+        screen.console.print(f"\nsaved in {found.root}", markup=False, soft_wrap=True)
+        screen.result(report)
+
+
+def _show_scores(screen: Screen, comparison: Comparison) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"on {comparison.rows} validation rows", title_justify="left")
+    for column in ("", "loss (nats/token)", "exact match"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = [("base", comparison.base), ("adapter", comparison.adapter)]
+    rows += [("adapter, wrong domain", comparison.wrong_domain)] if comparison.wrong_domain else []
+    rows += [(f"  {who}, {d}", s[who]) for d, s in comparison.by_domain.items() for who in ("base", "adapter")]
+    for name, scores in rows:
+        table.add_row(name, f"{scores.loss:.4f}", f"{scores.exact_match:.1%}")
+    screen.console.print(table)
+
+
+def _show_samples(screen: Screen, examples: list[Example], base: Answers, adapter: Answers) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from training_lens.evaluation.comparison import samples
+
+    table = Table(title=f"{SHOWN} of these rows", title_justify="left", show_lines=True)
+    for column in ("prompt", "expected", "base", "adapter"):
+        table.add_column(column, ratio=1)
+    for i in samples(examples, SHOWN):
+        asked = examples[i].messages[-2]
+        domain = f"[{examples[i].domain}] " if examples[i].domain else ""
+        cells = (f"{domain}{asked.text}\n{asked.input}", examples[i].messages[-1].text, base.texts[i], adapter.texts[i])
+        table.add_row(*(Text(_short(cell)) for cell in cells))
+    screen.console.print(table)
+
+
+def _short(text: str, limit: int = 300) -> str:
+    text = text.strip()
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

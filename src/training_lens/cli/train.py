@@ -1,0 +1,77 @@
+"""`training-lens train`: fine-tune an adapter, or resume a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+
+if TYPE_CHECKING:
+    from training_lens.training.wrapper import TrainingSummary
+
+Resume = Annotated[
+    str | None,
+    typer.Option("--resume", metavar="RUN", help="Go on with a run: its id, its folder, or 'latest' unfinished."),
+]
+
+
+def train(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    resume: Resume = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune an adapter. Without settings: the embedded model on its instruction set.
+
+    Examples: training-lens train model.id=path/to/model data.train=rows.jsonl data.val_ratio=0.1;
+    training-lens train --resume latest
+    """
+    with command(json, debug) as screen:
+        settings = load_config(config, overrides)
+        from training_lens.training.wrapper import TrainingWrapper
+
+        if resume:
+            _refuse_changes(overrides)
+            from training_lens.utils.runs import find_run
+
+            run = find_run(resume, settings.output.base_output_dir, settings.output.experiment_name, finished=False)
+            summary = TrainingWrapper.resume(run, console=screen.console)
+        else:
+            summary = TrainingWrapper(settings, console=screen.console).train()
+        _show(screen, summary)
+        screen.result(asdict(summary))
+
+
+def _refuse_changes(overrides: list[str] | None) -> None:
+    """A resumed run keeps its config: only where to find it may be said."""
+    from training_lens.errors import ConfigurationError
+
+    others = [text for text in overrides or [] if not text.startswith("output.")]
+    if others:
+        raise ConfigurationError(
+            f"--resume goes on with the run's own config; {', '.join(others)} would change it. "
+            "Leave it out, or start a new run."
+        )
+
+
+def _show(screen: Screen, summary: TrainingSummary) -> None:
+    from training_lens.utils.formatting import format_seconds, format_size
+
+    show = screen.console.print
+    show(
+        f"\n[bold]finished[/] after {summary.steps} steps "
+        f"({summary.epochs:.3g} epochs, {format_seconds(summary.seconds)})"
+    )
+    show(f"  training loss    {summary.train_loss:.4f} nats per supervised token")
+    if summary.validation_loss is not None and summary.base_validation_loss is not None:
+        change = summary.validation_loss / summary.base_validation_loss - 1
+        show(
+            f"  validation loss  {summary.validation_loss:.4f} at step {summary.adapter_step}; "
+            f"the base has {summary.base_validation_loss:.4f} ({change:+.0%})"
+        )
+    show(f"  speed            {summary.tokens_per_second:,.0f} tokens/s, peak memory {format_size(summary.peak_bytes)}")
+    show(f"  saved in         {summary.run_dir}", soft_wrap=True)

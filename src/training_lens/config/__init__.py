@@ -1,0 +1,1 @@
+"""The schema of a run's configuration, and how it is composed."""

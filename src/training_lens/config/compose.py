@@ -1,0 +1,215 @@
+"""From presets, the user's file and overrides to one validated config; every problem at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from training_lens.config.schema import TrainingConfig
+from training_lens.errors import ConfigurationError
+from training_lens.utils.formatting import nearest
+
+PRESETS = "training_lens.config.presets"
+
+
+def compose(config_file: str | None = None, overrides: Sequence[str] = ()) -> TrainingConfig:
+    """The validated config of packaged presets, then `config_file`, then `overrides`.
+
+    Args:
+        config_file: a YAML or JSON file with any part of the config.
+        overrides: Hydra's syntax: `training.lr=1e-3`, `data.train=[a.json,b.json]`, `+experiment=quick_test`.
+
+    Raises:
+        ConfigurationError: lists every problem: the key, what was given, what is allowed, the nearest known key.
+    """
+    groups, values = _split_overrides(overrides)
+    merged = _merge(_merge(_presets(groups), _read_file(config_file)), values)
+    return validate(merged)
+
+
+def validate(values: dict[str, Any]) -> TrainingConfig:
+    """`values` as a config, or a ConfigurationError with every problem."""
+    try:
+        return TrainingConfig.model_validate(values)
+    except ValidationError as error:
+        problems = problems_of(error)
+        try:  # checks across keys only run where each key is sound: try again without the broken ones
+            TrainingConfig.model_validate(_without(values, [item["loc"] for item in error.errors()]))
+        except ValidationError as further:
+            problems += [line for line in problems_of(further) if line not in problems]
+        raise ConfigurationError(problems) from None
+
+
+def _without(values: dict[str, Any], locations: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
+    """`values` without the keys that the locations name; a broken list or union goes as a whole."""
+    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    for location in locations:
+        section = kept.get(str(location[0])) if location else None
+        if isinstance(section, dict) and len(location) > 1:
+            section.pop(str(location[1]), None)
+        elif location:
+            kept.pop(str(location[0]), None)
+    return kept
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """A line for each problem that pydantic found: `key: what was given; what is allowed`."""
+    known = known_keys()
+    lines: dict[str, None] = {}  # in order, each once: a union reports the same value for every member
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"] if not _is_union_label(part))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            close = nearest_key(key, known)
+            hint = f"; did you mean '{close}'?" if close else "; no key is near it (training-lens validate shows all)"
+            lines[f"{key}: unknown key{hint}"] = None
+        elif item["type"] == "value_error" and key not in known:  # a check across keys: it names them itself
+            lines |= dict.fromkeys(message.split("\n"))
+        elif item["type"] == "value_error":
+            lines[f"{key}: {message}"] = None
+        else:
+            lines[f"{key}: given {item['input']!r}. {message}"] = None
+    return list(lines)
+
+
+def _is_union_label(part: int | str) -> bool:
+    return isinstance(part, str) and any(mark in part for mark in "[('")
+
+
+def known_keys(model: type[BaseModel] = TrainingConfig, prefix: str = "") -> list[str]:
+    """Every key of the schema, dotted: ['model.id', 'model.revision', ...]."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += known_keys(inner, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def nearest_key(key: str, known: Sequence[str]) -> str | None:
+    """The known key that `key` most likely meant, also where its section was left out or wrong."""
+    last = key.rsplit(".", 1)[-1]
+    by_last = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
+    if last in by_last:
+        return by_last[last]
+    whole = nearest(key, known)
+    if whole:
+        return whole
+    close = nearest(last, by_last)
+    return by_last[close] if close else None
+
+
+def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Preset choices (`+experiment=x`) as they are, and values as a nested dict."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, groups, values, problems = OverridesParser.create(), [], dict[str, Any](), []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            problems.append(f"'{text}' is no override; write key=value, for example training.lr=1e-3")
+            continue
+        if override.key_or_group in _preset_groups():
+            groups.append(text if text.startswith("+") else f"+{text}")
+        elif override.is_sweep_override() or override.is_delete():
+            problems.append(f"'{text}': sweeps and deletions have no place here; give one value, lists as [a,b]")
+        else:
+            _put(values, override.key_or_group.split("."), _plain(override.value()))
+    if problems:
+        raise ConfigurationError(problems)
+    return groups, values
+
+
+def _plain(value: Any) -> Any:
+    """Hydra's quoted strings as plain ones, also inside lists and dicts."""
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(_plain(k)): _plain(v) for k, v in value.items()}
+    return value.text if hasattr(value, "text") else value
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        inner = values.setdefault(part, {})
+        values = inner if isinstance(inner, dict) else values
+    values[path[-1]] = value
+
+
+def _preset_groups() -> dict[str, list[str]]:
+    """Group -> names of its packaged presets."""
+    root = resources.files(PRESETS)
+    return {
+        group.name: sorted(f.name.removesuffix(".yaml") for f in group.iterdir() if f.name.endswith(".yaml"))
+        for group in root.iterdir()
+        if group.is_dir() and not group.name.startswith("_")
+    }
+
+
+def _presets(groups: Sequence[str]) -> dict[str, Any]:
+    """The packaged config.yaml with the chosen presets, composed by Hydra."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    for choice in groups:
+        group, _, name = choice.lstrip("+").partition("=")
+        there = _preset_groups()[group]
+        if name not in there:
+            close = nearest(name, there)
+            hint = f" Did you mean '{close}'?" if close else ""
+            raise ConfigurationError(f"{group}={name}: no such preset; there are: {', '.join(there)}.{hint}")
+    GlobalHydra.instance().clear()
+    with initialize_config_module(config_module=PRESETS, version_base="1.3"):
+        composed = OmegaConf.to_container(hydra_compose("config", overrides=list(groups)), resolve=True)
+    assert isinstance(composed, dict)
+    return {str(key): value for key, value in composed.items()}
+
+
+def _read_file(config_file: str | None) -> dict[str, Any]:
+    """A user's YAML or JSON file as a nested dict; interpolations are resolved."""
+    if config_file is None:
+        return {}
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = Path(config_file)
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = (
+            json.loads(text) if path.suffix == ".json" else OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        )
+    except OSError as error:
+        raise ConfigurationError(f"--config {config_file}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"--config {config_file}: is not UTF-8 text (byte {error.start}).") from error
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"--config {config_file}, line {error.lineno}: no valid JSON: {error.msg}.") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigurationError(f"--config {config_file}: no valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigurationError(f"--config {config_file}: holds a {type(raw).__name__}, expected keys and values.")
+    nested: dict[str, Any] = {}
+    for key, value in raw.items():
+        _put(nested, str(key).split("."), value)
+    return nested
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid on top; sections merge, everything else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged

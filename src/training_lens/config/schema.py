@@ -1,0 +1,252 @@
+"""The one schema of a run's configuration: every key with its unit, default and limits.
+
+Unknown keys are errors, assignment is validated, and checks across keys report together with the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from training_lens import embedded
+
+TemplateName = Literal["alpaca", "chat"]
+
+
+def _as_list(value: Any) -> Any:
+    """One path where a list of paths is expected is a list of one."""
+    return [value] if isinstance(value, str | Path) else value
+
+
+Rows = Annotated[list[str] | list[dict[str, Any]], BeforeValidator(_as_list)]
+
+
+class Section(BaseModel):
+    """A part of the config: strict about its keys, validated on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The base model and how it is loaded."""
+
+    id: str = Field(embedded.MODEL, min_length=1, description="local folder, hub id, or 'embedded' (the demo model)")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model; null: its default branch")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="number type of the frozen weights; auto: that of training.precision"
+    )
+    seq_len: int | None = Field(
+        None, ge=8, description="longest example in tokens; null: the model's positions, at most 2048"
+    )
+    attention: Literal["auto", "sdpa", "eager"] = Field("auto", description="attention implementation; auto: sdpa")
+    trust_remote_code: bool = Field(False, description="run code that a model folder or hub repository carries")
+
+
+class FieldsSection(Section):
+    """Which keys of a row mean what; null: found by looking, and reported."""
+
+    instruction: str | None = Field(None, description="key of the prompt, such as 'question'")
+    input: str | None = Field(None, description="key of the prompt's second part, such as 'context'")
+    output: str | None = Field(None, description="key of the answer that is learned, such as 'response'")
+    system: str | None = Field(None, description="key of the system message")
+    messages: str | None = Field(None, description="key of a list of {role, content}")
+
+
+class DomainSection(Section):
+    """Domain conditioning: a prefix on the prompt that says where a row belongs."""
+
+    field: str | None = Field("auto", description="key that holds the domain; auto: 'domain' where rows have it")
+    per_file: bool = Field(False, description="the file's name without its ending is the domain of its rows")
+    style: Literal["tag", "hash", "none"] = Field(
+        "tag", description="tag: '[domain: law] '; hash: a stable 8-digit hash of it, '[3f2a90bc] '; none: no prefix"
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DomainSection:
+        if self.per_file and self.field not in (None, "auto"):
+            raise ValueError(
+                "data.domain.field and data.domain.per_file both say where the domain comes from; keep one"
+            )
+        return self
+
+
+class DataSection(Section):
+    """Training and validation rows, and how they become text."""
+
+    train: Rows = Field([embedded.TRAIN], description="JSON or JSONL paths or globs, merged; or a list of rows")
+    validation: Rows | None = Field(
+        None, description="like train; null: the embedded held-out rows for the embedded set, none otherwise"
+    )
+    val_ratio: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of the training rows held out at random when validation is not given"
+    )
+    fields: FieldsSection = FieldsSection()
+    template: Literal["auto", "alpaca", "chat"] = Field(
+        "auto", description="chat: the tokenizer's chat template; alpaca; auto: chat where the tokenizer has one"
+    )
+    domain: DomainSection = DomainSection()
+    mask_prompt: bool = Field(True, description="learn the answer alone; false: the prompt's tokens as well")
+    max_examples: int | None = Field(
+        None, ge=1, description="at most this many training examples, drawn at random with the seed; null: all"
+    )
+
+    @model_validator(mode="after")
+    def _validation(self) -> DataSection:
+        if not self.train:
+            raise ValueError("data.train: no rows and no paths; give at least one")
+        if self.validation is not None and self.val_ratio:
+            raise ValueError("data.validation and data.val_ratio are both given; keep one")
+        return self
+
+    @property
+    def validation_sources(self) -> list[str] | list[dict[str, Any]]:
+        """The validation rows or paths; those of the embedded set where that is what is trained on."""
+        if self.validation is None and not self.val_ratio and self.train == [embedded.TRAIN]:
+            return [embedded.HELDOUT]
+        return self.validation or []
+
+
+class PeftSection(Section):
+    """The adapter."""
+
+    variant: Literal["lora", "dora"] = Field("lora", description="lora, or dora (weight-decomposed)")
+    r: int = Field(16, ge=1, description="rank")
+    lora_alpha: float = Field(32.0, gt=0, description="the update is scaled by lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of the adapter's inputs dropped in training")
+    target_modules: Literal["auto"] | list[str] = Field(
+        "auto", description="auto: every linear layer of the decoder; or names such as [q_proj, v_proj]"
+    )
+
+
+class TrainingSection(Section):
+    """The loop. One step is one optimizer update."""
+
+    lr: float | None = Field(
+        None, gt=0, le=1, description="peak learning rate; null: from the model's width, 5e-4 (2000 / width)^0.781"
+    )
+    epochs: float = Field(2.0, gt=0, description="passes over the training rows")
+    max_steps: int | None = Field(None, ge=1, description="end after this many steps, before the epochs are over")
+    batch_size: int = Field(8, ge=1, description="examples per process and accumulation step")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="a step covers this many times batch_size")
+    micro_batch_tokens: int = Field(
+        4096, ge=1, description="most tokens (padding included) in one forward pass; never changes the result"
+    )
+    optimizer: Literal["adamw"] = Field("adamw", description="adamw: decoupled weight decay, betas 0.9 and 0.999")
+    scheduler: Literal["linear", "cosine", "constant"] = Field("cosine", description="learning rate after warm-up")
+    warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0, description="share of the steps with rising learning rate")
+    weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="decoupled weight decay of the adapter")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; null: never")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the adapter's start, the order of rows, and dropout")
+    eval_steps: int | None = Field(None, ge=1, description="validate every so many steps; null: once an epoch")
+    save_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps; null: when validating")
+    logging_steps: int = Field(10, ge=1, description="TensorBoard and run.log every so many steps")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="stop after so many validations without a new best; null: never"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the forward and backward pass; auto: fp32 on CPU and MPS, bf16 or fp16 on CUDA"
+    )
+
+
+class EvaluationSection(Section):
+    """Comparing base and adapter on the validation rows."""
+
+    max_examples: int | None = Field(None, ge=1, description="compare on at most so many rows; null: all of them")
+    max_new_tokens: int = Field(256, ge=1, description="longest generated answer in tokens")
+    batch_tokens: int = Field(8192, ge=1, description="most tokens (padding included) in one forward pass")
+
+
+class InferenceSection(Section):
+    """Answering a prompt."""
+
+    max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens")
+    temperature: float = Field(0.0, ge=0.0, le=5.0, description="0: greedy; else the sampling temperature")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="sample from the smallest set with this probability")
+    top_k: int | None = Field(None, ge=1, description="sample from so many of the likeliest tokens; null: from all")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the sampling")
+
+
+class TrackingSection(Section):
+    """Where metrics go besides logs/metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="write TensorBoard events to the run's logs folder")
+
+
+class OutputSection(Section):
+    """Where runs are kept: {base_output_dir}/experiments/{experiment_name}/runs/{run_id}."""
+
+    base_output_dir: str = Field("outputs", min_length=1, description="folder of all runs and of the token cache")
+    experiment_name: str = Field("default", description="groups runs; one path component")
+    run_id: str | None = Field(None, description="null: a UTC timestamp with a random tail")
+
+    @field_validator("experiment_name", "run_id")
+    @classmethod
+    def _one_component(cls, value: str | None) -> str | None:
+        if value is not None and (not value.strip() or value in (".", "..", "latest") or set(value) & set("/\\\0")):
+            raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
+        return value
+
+
+class TrainingConfig(Section):
+    """The whole configuration of a run."""
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    peft: PeftSection = PeftSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    inference: InferenceSection = InferenceSection()
+    tracking: TrackingSection = TrackingSection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _across_keys(self) -> TrainingConfig:
+        problems = _cross_checks(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def resolved(self, **sections: dict[str, Any]) -> TrainingConfig:
+        """A copy with some keys of some sections replaced: `config.resolved(training={"lr": 1e-3})`."""
+        values = self.model_dump()
+        for name, keys in sections.items():
+            values[name] |= keys
+        return TrainingConfig.model_validate(values)
+
+
+def _cross_checks(config: TrainingConfig) -> list[str]:
+    """What can be told from the config alone; the run's length is checked when the rows are counted."""
+    training, problems = config.training, []
+    if training.early_stopping_patience and not config.data.validation_sources and not config.data.val_ratio:
+        problems.append(
+            "training.early_stopping_patience: needs validation data; give data.validation or data.val_ratio"
+        )
+    if training.eval_steps and not config.data.validation_sources and not config.data.val_ratio:
+        problems.append("training.eval_steps: needs validation data; give data.validation or data.val_ratio")
+    return problems
+
+
+def check_run_length(config: TrainingConfig, total_steps: int, steps_in_epochs: int) -> list[str]:
+    """Cross-checks of the config against the steps that the run will have: one line for each problem."""
+    training, problems = config.training, []
+    if training.max_steps and training.max_steps > steps_in_epochs:
+        problems.append(
+            f"training.max_steps: {training.max_steps} steps are never reached, {training.epochs:g} epochs end after "
+            f"{steps_in_epochs}; raise training.epochs or leave max_steps out"
+        )
+    for key in ("eval_steps", "save_steps"):
+        interval = getattr(training, key)
+        if interval and interval > total_steps:
+            problems.append(
+                f"training.{key}: every {interval} steps never comes, the run has {total_steps}; "
+                f"give at most {total_steps}, or null"
+            )
+    if training.warmup_ratio > 0.5:
+        problems.append(
+            f"training.warmup_ratio: {training.warmup_ratio:g} warms up for "
+            f"{round(training.warmup_ratio * total_steps)} of {total_steps} steps; give at most 0.5"
+        )
+    return problems

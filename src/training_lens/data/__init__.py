@@ -1,0 +1,1 @@
+"""Rows to batches: sources, fields, templates, tokenization, preparation, batching."""

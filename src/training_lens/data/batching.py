@@ -1,0 +1,111 @@
+"""Which examples each step takes, and how a step is cut into micro-batches.
+
+The order is a pure function of seed and epoch, so the step number alone is the data's position: resuming replays and
+skips nothing. Cutting is the engine's business: it never changes which examples a step has, nor its loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from training_lens.data.store import TokenDataset
+from training_lens.data.types import Batch, TokenizedExample
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step: its number from 1, its epoch from 0, and the positions of its examples."""
+
+    number: int
+    epoch: int
+    examples: np.ndarray
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run over `examples` examples in global batches of `global_batch`."""
+
+    examples: int
+    global_batch: int
+    epochs: float
+    max_steps: int | None
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.examples / self.global_batch)
+
+    @property
+    def steps_in_epochs(self) -> int:
+        """Steps that the epochs have, were there no max_steps."""
+        return max(1, math.ceil(round(self.epochs * self.steps_per_epoch, 6)))
+
+    @property
+    def total_steps(self) -> int:
+        return min(self.max_steps or self.steps_in_epochs, self.steps_in_epochs)
+
+    def steps(self, after: int = 0) -> Iterator[StepPlan]:
+        """The plans of the steps after number `after`, to the end."""
+        epoch, order = -1, np.array([], dtype=np.int64)
+        for index in range(after, self.total_steps):
+            if index // self.steps_per_epoch != epoch:
+                epoch = index // self.steps_per_epoch
+                order = epoch_order(self.examples, self.seed, epoch)
+            start = (index % self.steps_per_epoch) * self.global_batch
+            yield StepPlan(index + 1, epoch, order[start : start + self.global_batch])
+
+
+def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
+    """A random order of all examples, drawn from (seed, epoch) alone."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(examples)
+
+
+def hold_out(examples: int, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to train on and positions held out (at least one of each), in file order."""
+    order = np.random.Generator(np.random.PCG64([seed, 2**31])).permutation(examples)
+    held = min(max(1, round(examples * ratio)), examples - 1)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def cut(positions: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Positions as micro-batches: sorted by length, each with at most `max_tokens` tokens once padded.
+
+    An example longer than that is a micro-batch of its own.
+
+    Args:
+        lengths: tokens of every example of the dataset, which `positions` index.
+    """
+    order = positions[np.argsort(-lengths[positions], kind="stable")]
+    batches: list[np.ndarray] = []
+    while len(order):
+        rows = max(1, int(max_tokens // lengths[order[0]]))  # the first is the longest: the padded width
+        batches.append(order[:rows])
+        order = order[rows:]
+    return batches
+
+
+def share(positions: np.ndarray, lengths: np.ndarray, process: int, processes: int) -> np.ndarray:
+    """One process's part of a step: every so-manieth in order of length, so that all have like work."""
+    return positions[np.argsort(-lengths[positions], kind="stable")][process::processes]
+
+
+def collate(examples: Sequence[TokenizedExample], fill_id: int) -> Batch:
+    """Pad on the right with `fill_id`, which is never read: see `Batch`."""
+    lengths = tuple(len(e.input_ids) for e in examples)
+    input_ids = torch.full((len(examples), max(lengths)), fill_id, dtype=torch.int64)
+    loss_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        input_ids[row, : lengths[row]] = torch.from_numpy(example.input_ids.astype(np.int64))
+        loss_mask[row, : lengths[row]] = torch.from_numpy(example.loss_mask.copy())
+    return Batch(input_ids, loss_mask, lengths, tuple(e.id for e in examples))
+
+
+def batches_of(dataset: TokenDataset, positions: np.ndarray, max_tokens: int, fill_id: int) -> Iterator[Batch]:
+    """The micro-batches of these examples."""
+    for part in cut(positions, dataset.lengths, max_tokens):
+        yield collate([dataset[int(i)] for i in part], fill_id)

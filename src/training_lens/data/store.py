@@ -1,0 +1,126 @@
+"""Tokenized examples on disk: one Arrow file a split, memory-mapped, kept under a fingerprint of all it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from training_lens.data.types import TokenizedExample
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.bool_())),
+        ("domain", pa.string()),
+    ]
+)
+
+
+def write_examples(path: Path, chunks: Iterable[Sequence[TokenizedExample]]) -> None:
+    """Write chunks of examples as record batches; holds one chunk in memory at a time."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for chunk in chunks:
+            writer.write_batch(_record_batch(chunk))
+
+
+def _record_batch(chunk: Sequence[TokenizedExample]) -> pa.RecordBatch:
+    lengths = np.array([0, *(len(e.input_ids) for e in chunk)], dtype=np.int32)
+    offsets = pa.array(np.cumsum(lengths, dtype=np.int32))
+    ids = np.concatenate([e.input_ids for e in chunk]) if chunk else np.array([], np.int32)
+    mask = np.concatenate([e.loss_mask for e in chunk]) if chunk else np.array([], bool)
+    return pa.record_batch(
+        [
+            pa.array([e.id for e in chunk], pa.string()),
+            pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
+            pa.ListArray.from_arrays(offsets, pa.array(mask, pa.bool_())),
+            pa.array([e.domain for e in chunk], pa.string()),
+        ],
+        schema=SCHEMA,
+    )
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """Examples of an Arrow file, read through a memory map; `rows` picks and orders them, None takes all."""
+
+    table: pa.Table
+    rows: np.ndarray | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> TokenDataset:
+        return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+
+    @classmethod
+    def of(cls, examples: Sequence[TokenizedExample]) -> TokenDataset:
+        """Examples in memory as a dataset."""
+        return cls(pa.Table.from_batches([_record_batch(examples)]))
+
+    def __len__(self) -> int:
+        return self.table.num_rows if self.rows is None else len(self.rows)
+
+    def example_id(self, index: int) -> str:
+        """The id of one example, without reading its tokens."""
+        return str(self.table.column("id")[self._row(index)].as_py())
+
+    def _row(self, index: int) -> int:
+        return index if self.rows is None else int(self.rows[index])
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        row = self._row(index)
+        columns = [self.table.column(name)[row] for name in ("id", "input_ids", "loss_mask", "domain")]
+        return TokenizedExample(
+            columns[0].as_py(),
+            columns[1].values.to_numpy(),
+            columns[2].values.to_numpy(zero_copy_only=False),
+            columns[3].as_py(),
+        )
+
+    def __iter__(self) -> Iterator[TokenizedExample]:
+        return (self[i] for i in range(len(self)))
+
+    def select(self, positions: np.ndarray) -> TokenDataset:
+        """The examples at these positions, in this order; nothing is copied."""
+        return TokenDataset(self.table, positions if self.rows is None else self.rows[positions])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64."""
+        return self._taken(pc.list_value_length(self.table.column("input_ids")).to_numpy()).astype(np.int64)
+
+    @cached_property
+    def supervised(self) -> np.ndarray:
+        """Targets of each example, int64: masked-in tokens other than the first, which nothing predicts."""
+        return self._taken(np.concatenate([_targets(chunk) for chunk in self._mask_chunks()] or [_NONE]))
+
+    @cached_property
+    def domains(self) -> np.ndarray:
+        """The domain of each example, or None."""
+        return self._taken(np.array(self.table.column("domain").to_pylist(), dtype=object))
+
+    def _mask_chunks(self) -> list[pa.ListArray]:
+        return [chunk for chunk in self.table.column("loss_mask").chunks if len(chunk)]
+
+    def _taken(self, values: np.ndarray) -> np.ndarray:
+        taken: np.ndarray = values if self.rows is None else values[self.rows]
+        return taken
+
+
+_NONE = np.array([], dtype=np.int64)
+
+
+def _targets(chunk: pa.ListArray) -> np.ndarray:
+    """Per list of bools: how many are true past its first place."""
+    offsets = chunk.offsets.to_numpy().astype(np.int64)
+    values = chunk.values.to_numpy(zero_copy_only=False).astype(np.int64)
+    total = np.concatenate([[0], np.cumsum(values)])
+    starts, ends = offsets[:-1], offsets[1:]
+    firsts = np.where(starts < ends, values[np.minimum(starts, len(values) - 1)], 0)
+    targets: np.ndarray = (total[ends] - total[starts] - firsts).astype(np.int64)
+    return targets

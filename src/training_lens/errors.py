@@ -1,0 +1,57 @@
+"""The errors that Training Lens expects: each says what was found, where, and what to do.
+
+The command prints them as one paragraph and exits with `exit_code`; anything else is a bug and shows a traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class TrainingLensError(Exception):
+    """An expected failure. `exit_code` is what the command returns: 1 the run failed, 2 wrong usage or config."""
+
+    exit_code = 1
+
+
+class ConfigurationError(TrainingLensError):
+    """Wrong usage or configuration; `problems` holds every one that was found."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        many = len(self.problems) > 1
+        super().__init__(
+            f"{len(self.problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in self.problems)
+            if many
+            else self.problems[0]
+        )
+
+
+class DatasetError(TrainingLensError):
+    """A data file that is missing, broken, or lacks what training needs."""
+
+
+class ModelLoadingError(TrainingLensError):
+    """A model or tokenizer that cannot be found or loaded."""
+
+
+class AdapterError(TrainingLensError):
+    """An adapter that does not fit its base model."""
+
+
+class TrainingError(TrainingLensError):
+    """Training cannot go on: for one, the loss is not finite."""
+
+
+class CheckpointError(TrainingLensError):
+    """A run folder or checkpoint that is missing, damaged, or of another run."""
+
+
+class InterruptedRunError(TrainingLensError):
+    """The run was asked to stop by a signal and saved itself first; exits with 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,101 @@
+"""A finished run judged on its validation rows: base and adapter answer the same prompts, with a control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from training_lens.config.schema import EvaluationSection
+from training_lens.data.preparation import read_examples, tokenize
+from training_lens.data.store import TokenDataset
+from training_lens.data.types import Example, TokenizedExample
+from training_lens.errors import ConfigurationError
+from training_lens.evaluation.comparison import Answers, Comparison, compare, wrong_domains
+from training_lens.evaluation.evaluator import evaluate_loss
+from training_lens.inference.generator import answers
+from training_lens.inference.session import Session, open_run
+from training_lens.models.adapters import base_only
+from training_lens.utils.processes import Processes
+from training_lens.utils.progress import Progress
+from training_lens.utils.runs import RunFolder
+
+SPARE_TOKENS = 16  # generated beyond the longest reference: an answer that goes on past it is wrong anyway
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The scores, and the rows and answers that they are of."""
+
+    comparison: Comparison
+    examples: list[Example]
+    base: Answers
+    adapter: Answers
+
+
+def compare_run(run: RunFolder, settings: EvaluationSection, progress: Progress) -> Judgement:
+    """Base against adapter on the run's validation rows.
+
+    Raises:
+        ConfigurationError: the run had no validation rows.
+    """
+    session = open_run(run)
+    examples = _validation_examples(run, session, settings.max_examples)
+    base = _answers_of(session, examples, settings, progress, "base", base=True)
+    adapter = _answers_of(session, examples, settings, progress, "adapter")
+    wrong = None
+    if len({e.domain for e in examples}) > 1 and session.config.data.domain.style != "none":
+        swapped = [replace(e, domain=d) for e, d in zip(examples, wrong_domains(examples), strict=True)]
+        wrong = _answers_of(session, swapped, settings, progress, "adapter, wrong domain")
+    return Judgement(compare(examples, base, adapter, wrong), examples, base, adapter)
+
+
+def _validation_examples(run: RunFolder, session: Session, limit: int | None) -> list[Example]:
+    """The run's validation rows that fit the model, in their files' order."""
+    data = session.config.data
+    if data.val_ratio:
+        held_out = set(run.read_metadata("held_out.json"))
+        found: Iterator[Example] = filter(
+            lambda e: e.id in held_out, read_examples(_paths(data.train), "data.train", data)
+        )
+    elif data.validation_sources:
+        found = read_examples(_paths(data.validation_sources), "data.validation", data)
+    else:
+        raise ConfigurationError(
+            f"the run {run.run_id} had no validation rows to compare on; train with data.validation or data.val_ratio."
+        )
+    fitting = (e for e in found if _tokenize(session, [e])[0] is not None)
+    return list(islice(fitting, limit))
+
+
+def _paths(sources: Sequence[object]) -> list[str]:
+    return [str(source) for source in sources]
+
+
+def _tokenize(session: Session, examples: Sequence[Example]) -> list[TokenizedExample | None]:
+    config = session.config
+    assert config.model.seq_len is not None
+    return tokenize(examples, session.renderer, session.encoder, config.model.seq_len, config.data.mask_prompt)
+
+
+def _answers_of(
+    session: Session,
+    examples: list[Example],
+    settings: EvaluationSection,
+    progress: Progress,
+    who: str,
+    *,
+    base: bool = False,
+) -> Answers:
+    dataset = TokenDataset.of([t for t in _tokenize(session, examples) if t is not None])
+    processes = Processes(session.device)
+    with progress.task(f"loss of the {who}", len(dataset)) as advance, base_only(session.model, base):
+        loss = evaluate_loss(
+            session.model, dataset, processes, session.precision, settings.batch_tokens, session.pad_id, advance
+        )
+    prompts = [session.encoder.prompt_ids(session.renderer.prompt(e.messages[:-1], e.domain)) for e in examples]
+    longest = max(int(n) for n in dataset.supervised)
+    limit = min(settings.max_new_tokens, longest + SPARE_TOKENS)
+    with progress.task(f"answers of the {who}", len(prompts)) as advance:
+        texts = answers(session, prompts, limit, settings.batch_tokens, base=base, advance=advance)
+    return Answers(texts, loss)

@@ -1,0 +1,1 @@
+"""Base models, adapters, and the kernels between them and the loss."""

@@ -1,0 +1,194 @@
+"""Tokenizer, configuration and weights of a base model, from a local folder or a hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training_lens import embedded
+from training_lens.config.schema import ModelSection
+from training_lens.errors import ConfigurationError, ModelLoadingError
+from training_lens.utils.devices import DTYPES, Precision
+from training_lens.utils.formatting import nearest
+
+SEQ_LEN_DEFAULT = 2048
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's configuration says, read without its weights."""
+
+    path: str
+    width: int
+    positions: int | None
+    vocabulary: int
+
+
+def locate(model: ModelSection) -> str:
+    """The local folder of the model, or the hub id as it is.
+
+    Raises:
+        ModelLoadingError: a path that is not there, or a folder without configuration or safetensors weights.
+    """
+    name = embedded.resolve(model.id)
+    path = Path(name).expanduser()
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or (path.parent.is_dir() and "/" in name):
+            close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+            hint = f" Did you mean '{path.parent / close}'?" if close else f" Relative paths start at {Path.cwd()}."
+            raise ModelLoadingError(f"model.id: no folder '{name}'.{hint}")
+        return name  # a hub id
+    if not (path / "config.json").is_file():
+        raise ModelLoadingError(f"model.id: '{name}' holds no config.json, so it is no transformers model folder.")
+    if not any((path / weights).is_file() for weights in WEIGHTS):
+        unsafe = sorted(p.name for p in path.glob("*.bin"))
+        found = f"only {', '.join(unsafe)}, which may run code when opened" if unsafe else "no weights"
+        raise ModelLoadingError(
+            f"model.id: '{name}' holds {found}; expected model.safetensors. Download the model whole, or convert it."
+        )
+    return str(path)
+
+
+def _load(what: str, model: ModelSection, load: Any) -> Any:
+    """Call `load`, and say of any failure what was asked for and what to do."""
+    from safetensors import SafetensorError
+
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ImportError):
+            raise ModelLoadingError(f"model.id: {what} of '{model.id}' needs a package: {error}") from error
+        if "trust_remote_code" in str(error):
+            raise ModelLoadingError(
+                f"model.id: '{model.id}' carries its own code. Read it, then set model.trust_remote_code=true."
+            ) from error
+        if Path(embedded.resolve(model.id)).expanduser().exists():
+            raise ModelLoadingError(f"model.id: {what} of '{model.id}' cannot be loaded: {error}") from error
+        raise ModelLoadingError(
+            f"model.id: '{model.id}' is no local folder, and its {what} cannot be had from the hub: "
+            f"{_first_line(error)} Give a local folder, or check the id, the connection and (for gated models) "
+            "that you are logged in."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    line = str(error).strip().split("\n")[0]
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
+def _hub_options(model: ModelSection) -> dict[str, Any]:
+    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+
+
+def read_facts(model: ModelSection) -> ModelFacts:
+    """The model's width, positions and vocabulary.
+
+    Raises:
+        ModelLoadingError: not found, or no causal language model.
+    """
+    from transformers import AutoConfig
+
+    path = locate(model)
+    require_hub(path)
+    config = _load("configuration", model, lambda: AutoConfig.from_pretrained(path, **_hub_options(model)))
+    text = config.get_text_config()
+    return ModelFacts(path, text.hidden_size, getattr(text, "max_position_embeddings", None), text.vocab_size)
+
+
+def require_hub(path: str) -> None:
+    """Where `path` is a hub id that is not in the local cache, make sure at once that the hub answers.
+
+    Without this the libraries retry for minutes on a machine without network.
+
+    Raises:
+        ModelLoadingError: the hub cannot be reached.
+    """
+    import socket
+    from urllib.parse import urlsplit
+
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if Path(path).exists() or constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return
+    url = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((url.hostname or "", url.port or 443), timeout=5).close()
+    except OSError as error:
+        raise ModelLoadingError(
+            f"model.id: '{path}' is no local folder, and the hub at {url.hostname} cannot be reached ({error}). "
+            "Give a local folder, or go online."
+        ) from error
+
+
+def resolve_seq_len(model: ModelSection, facts: ModelFacts) -> int:
+    """The longest example in tokens: as asked, else the model's positions, at most 2048.
+
+    Raises:
+        ConfigurationError: more than the model has positions for.
+    """
+    if model.seq_len is None:
+        return min(facts.positions or SEQ_LEN_DEFAULT, SEQ_LEN_DEFAULT)
+    if facts.positions and model.seq_len > facts.positions:
+        raise ConfigurationError(
+            f"model.seq_len: given {model.seq_len}, but '{model.id}' has {facts.positions} positions; "
+            f"give at most {facts.positions}, or null."
+        )
+    return model.seq_len
+
+
+def load_tokenizer(model: ModelSection, path: str | None = None) -> Any:
+    """The tokenizer of the base model, or of the folder `path`."""
+    from transformers import AutoTokenizer
+
+    source = path or locate(model)
+    return _load("tokenizer", model, lambda: AutoTokenizer.from_pretrained(source, **_hub_options(model)))
+
+
+def load_model(model: ModelSection, device: torch.device, precision: Precision) -> Any:
+    """The base model with frozen weights on `device`, in eval mode.
+
+    Raises:
+        ModelLoadingError: weights missing, broken, or not those of its configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = locate(model)
+    dtype = DTYPES[precision if model.dtype == "auto" else model.dtype]
+    attention = "sdpa" if model.attention == "auto" else model.attention
+    loaded, info = _load(
+        "weights",
+        model,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_hub_options(model),
+        ),
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelLoadingError(
+            f"model.id: the weights of '{model.id}' lack {len(missing)} of the model's tensors ({missing[0]}, ...), "
+            "which would be random. The download is incomplete, or its config.json belongs to another model."
+        )
+    return loaded.to(device).requires_grad_(False).eval()
+
+
+def check_vocabulary(tokenizer: Any, facts: ModelFacts, model_id: str) -> None:
+    """Refuse a tokenizer with ids beyond the embedding; the vocabulary is never resized behind the user's back.
+
+    Raises:
+        ModelLoadingError: names both sizes.
+    """
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= facts.vocabulary:
+        raise ModelLoadingError(
+            f"model.id: the tokenizer of '{model_id}' has ids up to {largest}, its embedding {facts.vocabulary} rows; "
+            "tokenizer and weights belong to different models."
+        )

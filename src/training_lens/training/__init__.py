@@ -1,0 +1,15 @@
+"""Training: the loop, its optimizer, checkpoints and callbacks, and the wrapper that assembles a run."""
+
+from __future__ import annotations
+
+from training_lens._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    {
+        "training_lens.config.schema": ("TrainingConfig",),
+        "training_lens.training.wrapper": ("TrainingWrapper",),
+        "training_lens.training.checkpoints": ("CheckpointManager",),
+        "training_lens.training.callbacks": ("MetricsCollector",),
+        "training_lens.utils.checkpoints": ("CheckpointMetadata",),
+    }
+)

@@ -1,0 +1,196 @@
+"""What may watch a run: the callback protocol, and the callbacks that write its metrics."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from training_lens.evaluation.evaluator import LossReport
+from training_lens.utils.files import write_text
+from training_lens.utils.formatting import format_seconds
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One finished optimizer step. Loss in nats per supervised token, over the tokens of this step alone.
+
+    `grad_norm` is that of the accumulated, unscaled gradients before clipping; `tokens` leaves padding out.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    example_ids: tuple[str, ...]
+    finite: bool
+
+
+class Callback:
+    """Override what you need; the loop calls each in turn. `trainer` is the running `Trainer`."""
+
+    def on_train_start(self, trainer: Any) -> None:
+        """Before the first step; `trainer.state.step` is the step it goes on after."""
+
+    def on_gradients(self, trainer: Any, step: int) -> None:
+        """Gradients of the whole step are in `parameter.grad`: accumulated, unscaled, before clipping."""
+
+    def on_step_end(self, trainer: Any, report: StepReport) -> None:
+        """After the update."""
+
+    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        """After a validation; `base` is true for the one of the base model, at step 0."""
+
+    def on_checkpoint(self, trainer: Any, folder: Path) -> None:
+        """After a checkpoint is on disk."""
+
+    def on_train_end(self, trainer: Any) -> None:
+        """After the last step, also of a run that stopped early or was interrupted."""
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        """The run fails with `error`."""
+
+
+class MetricsCollector(Callback):
+    """Writes metrics.jsonl: a line a step, and a line a validation; reads it back with `read`.
+
+    A resumed run first drops the lines behind its checkpoint, so that every step stands there once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer: Any) -> None:
+        if self.path.exists():
+            last = trainer.state.step or -1  # a run that starts over writes its base line again, too
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= last]
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def on_step_end(self, trainer: Any, report: StepReport) -> None:
+        self._write({"kind": "step", **asdict(report)})
+
+    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        self._write({"kind": "base" if base else "validation", "step": step, **asdict(report)})
+
+    def on_train_end(self, trainer: Any) -> None:
+        self._file.close()
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self._file.close()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, Any]]:
+        """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+        return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < BROKEN]
+
+
+BROKEN = 2**62
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return BROKEN
+
+
+class TensorBoardLogger(Callback):
+    """Scalars to TensorBoard events; a resumed run purges what lies behind its checkpoint."""
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self._folder, self._every = folder, every
+
+    def on_train_start(self, trainer: Any) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        step = trainer.state.step
+        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
+
+    def on_step_end(self, trainer: Any, report: StepReport) -> None:
+        if report.step % self._every == 0 or report.step == 1:
+            for name in ("loss", "grad_norm", "lr"):
+                self._writer.add_scalar(f"train/{name}", getattr(report, name), report.step)
+            self._writer.add_scalar("train/tokens_per_second", report.tokens / report.seconds, report.step)
+
+    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        self._writer.add_scalar("validation/loss", report.loss, step)
+        for domain, loss in report.by_domain.items():
+            self._writer.add_scalar(f"validation/loss_{domain}", loss, step)
+
+    def on_train_end(self, trainer: Any) -> None:
+        self._writer.close()
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self._writer.close()
+
+
+class LogLines(Callback):
+    """Losses and validations to the log: run.log keeps them, the screen shows what matters."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+
+    def on_step_end(self, trainer: Any, report: StepReport) -> None:
+        if report.step % self._every == 0 or report.step == 1:
+            logger.debug(
+                "step %d: loss %.4f, gradient norm %.3g, lr %.3g, %s",
+                report.step, report.loss, report.grad_norm, report.lr, format_seconds(report.seconds),
+            )  # fmt: skip
+
+    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        who = "base" if base else f"step {step}"
+        logger.info("%s: validation loss %.4f over %d supervised tokens", who, report.loss, report.supervised_tokens)
+
+    def on_checkpoint(self, trainer: Any, folder: Path) -> None:
+        logger.debug("checkpoint %s", folder)
+
+
+class ProgressBar(Callback):
+    """Step, loss, tokens per second and time left, on a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._recent: list[StepReport] = []
+
+    def on_train_start(self, trainer: Any) -> None:
+        self._bars.start()
+        self._task = self._bars.add_task(
+            "training", total=trainer.schedule.total_steps, completed=trainer.state.step, status=""
+        )
+
+    def on_step_end(self, trainer: Any, report: StepReport) -> None:
+        self._recent = [*self._recent[-19:], report]
+        speed = sum(r.tokens for r in self._recent) / sum(r.seconds for r in self._recent)
+        loss = sum(r.loss for r in self._recent) / len(self._recent)
+        self._bars.update(self._task, completed=report.step, status=f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+
+    def on_train_end(self, trainer: Any) -> None:
+        self._bars.stop()
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self._bars.stop()

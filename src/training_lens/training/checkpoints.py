@@ -1,0 +1,125 @@
+"""What a checkpoint holds, and which are kept: the last and the best."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from training_lens.errors import CheckpointError
+from training_lens.models.adapters import restore_adapter, save_adapter, trainable
+from training_lens.training.optimization import optimizer_tensors, restore_optimizer
+from training_lens.utils.checkpoints import (
+    CheckpointMetadata,
+    checkpoint_folder,
+    list_checkpoints,
+    newest_intact,
+    write_checkpoint,
+)
+from training_lens.utils.files import TEMPORARY, read_json, sweep_temporaries, write_json
+from training_lens.utils.seeding import restore_rng_state, rng_state
+
+ADAPTER, OPTIMIZER, RNG, STATE = "adapter", "optimizer.safetensors", "rng.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands after `step` steps. With the seed, `step` is also the position in the data.
+
+    Losses are in nats per supervised token; `loss_sum` is the sum over all supervised tokens of all steps.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    base_validation_loss: float | None = None
+    validation_loss: float | None = None
+    best_loss: float = math.inf
+    best_step: int = 0
+    evaluations_since_best: int = 0
+
+    def after_evaluation(self, loss: float) -> TrainingState:
+        """The state with a validation at its step counted in."""
+        if loss < self.best_loss:
+            return replace(self, validation_loss=loss, best_loss=loss, best_step=self.step, evaluations_since_best=0)
+        return replace(self, validation_loss=loss, evaluations_since_best=self.evaluations_since_best + 1)
+
+
+class CheckpointManager:
+    """Saves, restores and thins the checkpoints of one run.
+
+    Args:
+        folder: the run's checkpoints folder.
+        data_fingerprint: of the training data; a checkpoint of other data is refused.
+    """
+
+    def __init__(self, folder: Path, data_fingerprint: str) -> None:
+        self.folder, self._fingerprint = folder, data_fingerprint
+
+    def save(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any, state: TrainingState) -> Path:
+        """Write the state after `state.step` whole or not at all, then delete what is neither last nor best."""
+        names = [name for name, _ in trainable(model)]
+
+        def fill(folder: Path) -> None:
+            save_adapter(model, folder / ADAPTER)
+            save_file(
+                {k: v.contiguous().cpu() for k, v in optimizer_tensors(optimizer, names).items()}, folder / OPTIMIZER
+            )
+            save_file(rng_state(), folder / RNG)
+            best = None if math.isinf(state.best_loss) else state.best_loss
+            write_json(folder / STATE, {**asdict(state), "best_loss": best, "scaler": scaler.state_dict()})
+
+        target = checkpoint_folder(self.folder, state.step)
+        if not target.is_dir():
+            write_checkpoint(self.folder, state.step, state.validation_loss, self._fingerprint, fill)
+        self._thin({target, checkpoint_folder(self.folder, state.best_step)})
+        return target
+
+    def _thin(self, keep: set[Path]) -> None:
+        for folder in list_checkpoints(self.folder):
+            if folder not in keep:
+                doomed = folder.with_name(f"{TEMPORARY}{folder.name}")  # out of the list first: never half a checkpoint
+                shutil.rmtree(folder.rename(doomed))
+
+    def newest(self) -> tuple[Path, CheckpointMetadata] | None:
+        """The newest intact checkpoint, with the leftovers of a killed process swept away."""
+        sweep_temporaries(self.folder, older_than_seconds=0)
+        return newest_intact(self.folder)
+
+    def restore(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> TrainingState:
+        """Bring model, optimizer and random state to the newest intact checkpoint; a fresh state where there is none.
+
+        Checkpoints newer than it (damaged ones) are deleted: the run writes them again.
+
+        Raises:
+            CheckpointError: the checkpoint was made from other training data.
+        """
+        found = self.newest()
+        if found is None:
+            return TrainingState()
+        folder, metadata = found
+        if metadata.data_fingerprint != self._fingerprint:
+            raise CheckpointError(
+                f"{folder} was trained on other data: a data file, the template, the tokenizer or this program changed "
+                "since. Put the old ones back to resume, or start a new run."
+            )
+        for damaged in [c for c in list_checkpoints(self.folder) if c > folder]:
+            shutil.rmtree(damaged)
+        restore_adapter(model, folder / ADAPTER)
+        restore_optimizer(optimizer, [name for name, _ in trainable(model)], load_file(folder / OPTIMIZER))
+        restore_rng_state(load_file(folder / RNG))
+        values = read_json(folder / STATE)
+        scaler.load_state_dict(values.pop("scaler"))
+        values["best_loss"] = math.inf if values["best_loss"] is None else values["best_loss"]
+        return TrainingState(**values)
+
+    def best_or_last(self, state: TrainingState) -> Path:
+        """The checkpoint to use: that of the lowest validation loss, or the last where nothing was validated."""
+        return checkpoint_folder(self.folder, state.best_step or state.step)

@@ -1,0 +1,182 @@
+"""Everything a run decides before it trains: data, tokens, template, steps. `validate` shows it, `train` follows it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training_lens.config.schema import TemplateName, TrainingConfig, check_run_length
+from training_lens.data.batching import Schedule, hold_out
+from training_lens.data.preparation import Preparation, Split, log_split, prepare_split, tokenizer_hash
+from training_lens.data.store import TokenDataset
+from training_lens.data.templates import build_renderer, choose_template
+from training_lens.data.tokenization import TextEncoder
+from training_lens.errors import ConfigurationError
+from training_lens.models.factory import ModelFacts, check_vocabulary, load_tokenizer, read_facts, resolve_seq_len
+from training_lens.training.optimization import default_lr
+from training_lens.utils.devices import Precision, get_device, resolve_precision
+from training_lens.utils.files import require_writable, write_text
+from training_lens.utils.logging import get_logger
+from training_lens.utils.processes import Processes
+from training_lens.utils.progress import Progress
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What will be trained: the config with nothing left open, the tokenizer, the data and the steps."""
+
+    config: TrainingConfig
+    facts: ModelFacts
+    tokenizer: Any
+    precision: Precision
+    train: TokenDataset
+    validation: TokenDataset | None
+    splits: dict[str, Split]
+    schedule: Schedule
+    processes: Processes
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides the training tokens and their order."""
+        return f"{self.splits['train'].fingerprint}:{len(self.train)}"
+
+    def data_report(self) -> dict[str, Any]:
+        """What metadata/data.json keeps: files with sha256, how they were read, counts, domains."""
+        return {
+            "fingerprint": self.fingerprint,
+            "train_examples": len(self.train),
+            "validation_examples": len(self.validation) if self.validation else 0,
+            "domains": self.domains,
+            **{name: asdict(split.report) for name, split in self.splits.items()},
+        }
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains of the training examples, sorted."""
+        return sorted({d for d in self.train.domains if d is not None})
+
+    def numbers(self) -> dict[str, int | float]:
+        """Rows, batches and steps of the run."""
+        return {
+            "train_examples": len(self.train),
+            "validation_examples": len(self.validation) if self.validation else 0,
+            "tokens_per_epoch": int(self.train.lengths.sum()),
+            "supervised_tokens_per_epoch": int(self.train.supervised.sum()),
+            "longest_example": int(self.train.lengths.max()),
+            "global_batch_size": self.schedule.global_batch,
+            "steps_per_epoch": self.schedule.steps_per_epoch,
+            "total_steps": self.schedule.total_steps,
+            "warmup_steps": math.ceil(self.config.training.warmup_ratio * self.schedule.total_steps),
+        }
+
+
+def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
+    """Resolve the config against model and data, tokenize, and lay out the steps. Loads no weights, trains nothing.
+
+    Raises:
+        TrainingLensError: anything that would keep `train` from starting.
+    """
+    device = get_device(config.model.device)
+    precision = resolve_precision(config.training.precision, device)
+    require_writable(Path(config.output.base_output_dir), "output.base_output_dir")
+    processes = Processes(device)
+    facts = read_facts(config.model)
+    tokenizer = load_tokenizer(config.model)
+    check_vocabulary(tokenizer, facts, config.model.id)
+    resolved = _resolve(config, facts, tokenizer, precision)
+    splits = _prepare(resolved, tokenizer, processes, progress)
+    train, validation = _datasets(resolved, splits)
+    schedule = _schedule(resolved, len(train), processes.count)
+    problems = check_run_length(resolved, schedule.total_steps, schedule.steps_in_epochs)
+    if problems:
+        raise ConfigurationError(problems)
+    return RunPlan(resolved, facts, tokenizer, precision, train, validation, splits, schedule, processes)
+
+
+def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precision: Precision) -> TrainingConfig:
+    template: TemplateName = choose_template(config.data.template, tokenizer)
+    seq_len = resolve_seq_len(config.model, facts)
+    lr = config.training.lr or default_lr(facts.width)
+    logger.info("model: %s, width %d; up to %d tokens an example", config.model.id, facts.width, seq_len)
+    if config.data.template == "auto":
+        logger.info("template: %s", "the tokenizer's own chat template" if template == "chat" else template)
+    if config.training.lr is None:
+        logger.info("learning rate: %g, from the model's width (training.lr sets another)", lr)
+    return config.resolved(
+        model={"seq_len": seq_len},
+        data={"template": template},
+        training={"lr": lr, "precision": precision},
+    )
+
+
+def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progress: Progress) -> dict[str, Split]:
+    assert config.model.seq_len is not None and config.data.template != "auto"
+    preparation = Preparation(
+        config.data,
+        build_renderer(config.data.template, config.data.domain.style, tokenizer),
+        TextEncoder(tokenizer),
+        config.model.seq_len,
+        tokenizer_hash(tokenizer),
+    )
+    sources = {"train": config.data.train, "validation": config.data.validation_sources}
+    cache = Path(config.output.base_output_dir) / "cache"
+    splits: dict[str, Split] = {}
+    with processes.main_first():
+        for name, specs in sources.items():
+            if specs:
+                paths = [str(spec) for spec in specs]
+                splits[name] = prepare_split(paths, f"data.{name}", preparation, cache, progress)
+                log_split(splits[name], f"data.{name}")
+    return splits
+
+
+def _datasets(config: TrainingConfig, splits: dict[str, Split]) -> tuple[TokenDataset, TokenDataset | None]:
+    """The training and validation examples: given apart, held out, or training alone; training at most max_examples."""
+    seed, everything = config.training.seed, splits["train"].dataset
+    validation = splits["validation"].dataset if "validation" in splits else None
+    train = everything
+    if config.data.val_ratio:
+        if len(everything) < 2:
+            raise ConfigurationError("data.val_ratio: one example cannot be split; give more rows or data.validation.")
+        learned, held = hold_out(len(everything), config.data.val_ratio, seed)
+        train, validation = everything.select(learned), everything.select(held)
+    limit = config.data.max_examples
+    if limit is not None and limit < len(train):
+        chosen = np.random.Generator(np.random.PCG64([seed, 2**32])).permutation(len(train))[:limit]
+        train = train.select(np.sort(chosen))
+    return train, validation
+
+
+def _schedule(config: TrainingConfig, examples: int, processes: int) -> Schedule:
+    training = config.training
+    global_batch = training.batch_size * training.gradient_accumulation_steps * processes
+    return Schedule(examples, global_batch, training.epochs, training.max_steps, training.seed)
+
+
+def with_rows_as_files(config: TrainingConfig, folder: Path) -> TrainingConfig:
+    """The config with in-memory rows written to JSONL files in `folder`, named by content: all else knows files."""
+
+    def as_files(rows: list[str] | list[dict[str, Any]] | None, key: str) -> list[str] | None:
+        if not rows or isinstance(rows[0], str):
+            return [str(row) for row in rows] if rows is not None else None
+        try:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except TypeError as error:
+            raise ConfigurationError(f"data.{key}: rows must hold plain JSON values ({error}).") from error
+        path = folder / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+        return [str(path)]
+
+    data = config.data
+    return config.resolved(
+        data={"train": as_files(data.train, "train"), "validation": as_files(data.validation, "validation")}
+    )

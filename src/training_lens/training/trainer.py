@@ -1,0 +1,266 @@
+"""The loop. `fit` goes through the steps, `train_step` is one optimizer update; nothing else knows the mathematics.
+
+A step's loss is the sum over its supervised tokens divided by their number, over all micro-batches and processes:
+how the step is cut never changes the gradient.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import torch
+
+from training_lens.config.schema import TrainingSection
+from training_lens.data.batching import Schedule, StepPlan, batches_of, share
+from training_lens.data.store import TokenDataset
+from training_lens.errors import InterruptedRunError, TrainingError
+from training_lens.evaluation.evaluator import LossReport, evaluate_loss
+from training_lens.models.adapters import base_only, trainable
+from training_lens.models.kernels import supervised_nll
+from training_lens.training.callbacks import Callback, StepReport
+from training_lens.training.checkpoints import CheckpointManager, TrainingState
+from training_lens.training.optimization import build_optimizer, clip_, grad_norm, lr_at
+from training_lens.utils.devices import Precision, autocast
+from training_lens.utils.logging import get_logger
+from training_lens.utils.processes import Processes
+
+logger = get_logger(__name__)
+
+
+class Trainer:
+    """Trains the adapter of `model`.
+
+    Args:
+        model: the base with its adapter; only the adapter's parameters require gradients.
+        dataset: tokenized training examples; `validation` likewise, or None.
+        schedule: which examples each step takes.
+        settings: the config's training section, with `lr` resolved.
+        precision: of the forward and backward pass.
+        fill_id: a token id to pad with; never read.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        dataset: TokenDataset,
+        validation: TokenDataset | None,
+        schedule: Schedule,
+        settings: TrainingSection,
+        precision: Precision,
+        processes: Processes,
+        checkpoints: CheckpointManager,
+        callbacks: Sequence[Callback],
+        fill_id: int,
+    ) -> None:
+        assert settings.lr is not None
+        self.model, self.dataset, self.validation = model, dataset, validation
+        self.schedule, self.settings, self.precision, self.processes = schedule, settings, precision, processes
+        self.checkpoints, self.fill_id = checkpoints, fill_id
+        self.peak_lr = settings.lr
+        self.parameters = [p for _, p in trainable(model)]
+        self.optimizer = build_optimizer(self.parameters, settings, settings.lr)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")
+        self.state = TrainingState()
+        self._callbacks = tuple(callbacks)
+        self._signal = 0
+
+    def fit(self, resume: bool = False) -> TrainingState:
+        """Train to the end of the schedule (or an early stop), with validations and checkpoints on the way.
+
+        Args:
+            resume: go on after the newest intact checkpoint.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite. The update is not applied.
+            InterruptedRunError: SIGINT or SIGTERM came; a checkpoint was saved first.
+        """
+        if resume:
+            self.state = self.checkpoints.restore(self.model, self.optimizer, self.scaler)
+            logger.info("resuming after step %d of %d", self.state.step, self.schedule.total_steps)
+        self._notify("on_train_start")
+        try:
+            with self._watch_signals():
+                self._run()
+        except BaseException as error:
+            self._notify("on_exception", error)
+            raise
+        self._notify("on_train_end")
+        return self.state
+
+    def _run(self) -> None:
+        if self.state.step == 0 and self.validation is not None:
+            self._evaluate_base()
+        for plan in self.schedule.steps(after=self.state.step):
+            report = self.train_step(plan)
+            self._account(report)
+            self._notify("on_step_end", report)
+            last = plan.number == self.schedule.total_steps
+            if last or self._due(plan.number, self.settings.eval_steps):
+                self._evaluate()
+            if last or self._due(plan.number, self.settings.save_steps) or self.state.best_step == plan.number:
+                self._save()
+            if self._stops_early():
+                logger.info("early stop: no better validation since step %d", self.state.best_step)
+                self._save()
+                return
+            self._leave_if_asked()
+
+    def train_step(self, plan: StepPlan) -> StepReport:
+        """One update from the examples of `plan`: forward and backward by micro-batches, clip, AdamW."""
+        started = time.perf_counter()
+        targets = int(self.dataset.supervised[plan.examples].sum())
+        loss_sum = self._accumulate_gradients(plan, targets)
+        self.scaler.unscale_(self.optimizer)
+        self._notify("on_gradients", plan.number)
+        norm = grad_norm(self.parameters)
+        loss = float(loss_sum) / targets  # a sync point
+        report = StepReport(
+            step=plan.number,
+            epoch=plan.number / self.schedule.steps_per_epoch,
+            loss=loss,
+            grad_norm=float(norm),
+            lr=lr_at(
+                plan.number,
+                self.schedule.total_steps,
+                self.peak_lr,
+                self.settings.scheduler,
+                self.settings.warmup_ratio,
+            ),
+            tokens=int(self.dataset.lengths[plan.examples].sum()),
+            supervised_tokens=targets,
+            seconds=0.0,
+            example_ids=tuple(self.dataset.example_id(int(i)) for i in plan.examples),
+            finite=bool(torch.isfinite(loss_sum)) and (self.scaler.is_enabled() or bool(torch.isfinite(norm))),
+        )
+        if not report.finite:
+            raise self._not_finite(report)
+        clip_(self.parameters, norm, self.settings.max_grad_norm)
+        self._update(report.lr)
+        return replace(report, seconds=time.perf_counter() - started)
+
+    def _accumulate_gradients(self, plan: StepPlan, targets: int) -> torch.Tensor:
+        """Gradients of (sum of token losses / targets), summed over micro-batches and processes; returns the sum."""
+        device = self.processes.device
+        mine = share(plan.examples, self.dataset.lengths, self.processes.index, self.processes.count)
+        loss_sum = torch.zeros((), device=device)
+        self.model.train()
+        for batch in batches_of(self.dataset, mine, self.settings.micro_batch_tokens, self.fill_id):
+            moved = batch.to(device)
+            with autocast(device, self.precision):
+                nll = supervised_nll(self.model, moved.input_ids, moved.loss_mask).sum()
+            self.scaler.scale(nll / targets).backward()
+            loss_sum += nll.detach()
+        self._sum_gradients()
+        return self.processes.sum(loss_sum)
+
+    def _sum_gradients(self) -> None:
+        """Add up the gradients of all processes: one message for the whole adapter."""
+        if self.processes.count == 1:
+            return
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        flat = self.processes.sum(torch.cat([g.flatten() for g in grads]))
+        for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def _update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _not_finite(self, report: StepReport) -> TrainingError:
+        what = "loss" if report.loss != report.loss or abs(report.loss) == float("inf") else "gradient"
+        found = self.checkpoints.newest()
+        good = f"the last good checkpoint is {found[0]}" if found else "there is no checkpoint before it"
+        return TrainingError(
+            f"step {report.step}: the {what} is not finite (loss {report.loss}, gradient norm {report.grad_norm}); "
+            f"the update was not applied. Examples: {', '.join(report.example_ids)}. {good.capitalize()}. "
+            "Look at these rows, lower training.lr, or use training.precision=fp32."
+        )
+
+    def _account(self, report: StepReport) -> None:
+        s = self.state
+        self.state = replace(
+            s,
+            step=report.step,
+            tokens=s.tokens + report.tokens,
+            supervised_tokens=s.supervised_tokens + report.supervised_tokens,
+            loss_sum=s.loss_sum + report.loss * report.supervised_tokens,
+            seconds=s.seconds + report.seconds,
+        )
+
+    def _due(self, step: int, every: int | None) -> bool:
+        return step % (every or self.schedule.steps_per_epoch) == 0
+
+    def _stops_early(self) -> bool:
+        patience = self.settings.early_stopping_patience
+        return patience is not None and self.state.evaluations_since_best >= patience
+
+    def _evaluate(self) -> None:
+        if self.validation is None:
+            return
+        report = self._loss_of(self.validation)
+        self.state = self.state.after_evaluation(report.loss)
+        self._notify("on_evaluate", self.state.step, report, base=False)
+
+    def _evaluate_base(self) -> None:
+        assert self.validation is not None
+        with base_only(self.model):
+            report = self._loss_of(self.validation)
+        self.state = replace(self.state, base_validation_loss=report.loss)
+        self._notify("on_evaluate", 0, report, base=True)
+
+    def _loss_of(self, dataset: TokenDataset) -> LossReport:
+        return evaluate_loss(
+            self.model, dataset, self.processes, self.precision, self.settings.micro_batch_tokens, self.fill_id
+        )
+
+    def _save(self) -> None:
+        if self.processes.is_main:
+            folder = self.checkpoints.save(self.model, self.optimizer, self.scaler, self.state)
+            self._notify("on_checkpoint", folder)
+        self.processes.wait()
+
+    @contextmanager
+    def _watch_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask the loop to save and leave after its step; a second one ends at once."""
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            if self._signal:
+                raise KeyboardInterrupt
+            self._signal = number
+            logger.warning("%s: saving after this step, then leaving", signal.Signals(number).name)
+
+        try:
+            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: signals are its business
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _leave_if_asked(self) -> None:
+        number = (
+            int(self.processes.sum(torch.tensor(float(self._signal))).item())
+            if self.processes.count > 1
+            else self._signal
+        )
+        if number and self.state.step < self.schedule.total_steps:
+            self._save()
+            raise InterruptedRunError(
+                f"stopped after step {self.state.step} of {self.schedule.total_steps}; it is saved.",
+                self._signal or number,
+            )
+
+    def _notify(self, event: str, *args: Any, **kwargs: Any) -> None:
+        for callback in self._callbacks:
+            getattr(callback, event)(self, *args, **kwargs)

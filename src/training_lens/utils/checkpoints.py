@@ -1,0 +1,81 @@
+"""The format of checkpoints: folders `step-00000200` with a manifest of every file's sha256, whole or not there.
+
+What goes into one is the trainer's business (`training/checkpoints.py`); here is how it is written, verified, listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from training_lens.errors import CheckpointError
+from training_lens.utils.files import read_json, sha256_of, whole_folder, write_json
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CheckpointMetadata:
+    """What a checkpoint's manifest says: its step, its validation loss (nats per supervised token), its files."""
+
+    step: int
+    validation_loss: float | None
+    data_fingerprint: str
+    files: dict[str, str]
+    format: int = FORMAT
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:08d}"
+
+
+def write_checkpoint(
+    checkpoints: Path, step: int, validation_loss: float | None, data_fingerprint: str, fill: Callable[[Path], None]
+) -> Path:
+    """Write one checkpoint: `fill` puts its files into a folder, which appears under its name only when complete."""
+    target = checkpoint_folder(checkpoints, step)
+    with whole_folder(target) as folder:
+        fill(folder)
+        files = {str(f.relative_to(folder)): sha256_of(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+        write_json(folder / MANIFEST, asdict(CheckpointMetadata(step, validation_loss, data_fingerprint, files)))
+    return target
+
+
+def verify_checkpoint(folder: Path) -> CheckpointMetadata:
+    """Read the manifest and compare every file with its sha256.
+
+    Raises:
+        CheckpointError: names the file that is missing or differs.
+    """
+    try:
+        metadata = CheckpointMetadata(**read_json(folder / MANIFEST))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: its {MANIFEST} cannot be read ({error}).") from error
+    if metadata.format != FORMAT:
+        raise CheckpointError(f"{folder} has format {metadata.format}; this version reads format {FORMAT}.")
+    for name, sha256 in metadata.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{folder}: {name} is missing.")
+        if sha256_of(file) != sha256:
+            raise CheckpointError(f"{folder}: {name} differs from the sha256 in its manifest.")
+    return metadata
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """The checkpoint folders, oldest first, not verified."""
+    return sorted(p for p in checkpoints.glob("step-*") if p.is_dir())
+
+
+def newest_intact(checkpoints: Path) -> tuple[Path, CheckpointMetadata] | None:
+    """The newest checkpoint whose files are all as written; a damaged one is logged and passed over."""
+    for folder in reversed(list_checkpoints(checkpoints)):
+        try:
+            return folder, verify_checkpoint(folder)
+        except CheckpointError as error:
+            logger.warning("passing over a damaged checkpoint: %s", error)
+    return None

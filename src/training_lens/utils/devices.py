@@ -1,0 +1,62 @@
+"""Which device and number type to compute with, and how much memory that took."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+from training_lens.errors import ConfigurationError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def get_device(name: str = "auto") -> torch.device:
+    """The device that `name` asks for; `auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        ConfigurationError: the device asked for is not on this machine.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(name.split(":")[0], False):
+        there = ", ".join(kind for kind, yes in available.items() if yes)
+        raise ConfigurationError(f"model.device: '{name}' is not available here; available: {there}.")
+    return torch.device(name)
+
+
+def resolve_precision(asked: str, device: torch.device) -> Precision:
+    """The number type of the forward and backward pass; `auto` is fp32 on CPU and MPS, bf16 (else fp16) on CUDA.
+
+    Raises:
+        ConfigurationError: fp16 off CUDA, where it has no loss scaling.
+    """
+    if asked == "auto":
+        if device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if asked == "fp16" and device.type != "cuda":
+        raise ConfigurationError("training.precision: fp16 needs CUDA (loss scaling); use bf16 or fp32 here.")
+    if asked not in DTYPES:
+        raise ConfigurationError(f"training.precision: '{asked}' is none of auto, fp32, bf16, fp16.")
+    return asked
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Computes in `precision` within the block; adapters stay float32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use so far: of the device on CUDA, of this process elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,40 @@
+"""Numbers as a person reads them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def format_size(size_bytes: float) -> str:
+    """Bytes with a decimal unit: `format_size(4_457_520)` is '4.5 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size_bytes) < 1000:
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.1f} TB"
+
+
+def format_count(count: float) -> str:
+    """A count in three digits: `format_count(2_226_240)` is '2.23 M'."""
+    for unit in ("", " k", " M"):
+        if abs(count) < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration: '0.4 s', '42 s', '3 min 12 s', '2 h 05 min'."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` most likely meant, or None where nothing is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None

@@ -1,0 +1,79 @@
+"""One logger tree, `training_lens`: to the screen through rich, and to a run's run.log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+ROOT = "training_lens"
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module: `get_logger(__name__)`."""
+    return logging.getLogger(name if name.startswith(ROOT) else f"{ROOT}.{name}")
+
+
+def setup_logging(console: Console, level: int = logging.INFO) -> None:
+    """Send our log to `console`, and quiet the libraries: no progress bars, no telemetry, no advice of theirs."""
+    logger = logging.getLogger(ROOT)
+    for handler in [h for h in logger.handlers if isinstance(h, RichHandler)]:
+        logger.removeHandler(handler)
+    handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False, markup=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(level)
+    logger.addHandler(handler)
+    logger.setLevel(min(level, logging.INFO))
+    logger.propagate = False
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Set what the libraries read at import: call before torch and transformers are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # PEFT asks transformers for a property by its old name: nothing that a user could mend.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+class TrainingLogger:
+    """Within the block, everything logged also goes to the run's run.log, with UTC times.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> with TrainingLogger(folder / "run.log"):
+        ...     get_logger("example").info("a line")
+        >>> "a line" in (folder / "run.log").read_text()
+        True
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handler: logging.FileHandler | None = None
+
+    def __enter__(self) -> TrainingLogger:
+        self._handler = logging.FileHandler(self._path, encoding="utf-8")
+        formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+        formatter.converter = time.gmtime
+        self._handler.setFormatter(formatter)
+        logger = logging.getLogger(ROOT)
+        logger.setLevel(logging.DEBUG)
+        logger.addHandler(self._handler)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._handler is not None
+        logging.getLogger(ROOT).removeHandler(self._handler)
+        self._handler.close()

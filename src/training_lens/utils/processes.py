@@ -1,0 +1,52 @@
+"""The processes of a run, through Accelerate: who I am, sums over all, and doing things once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class Processes:
+    """This process among those that `torchrun` or `accelerate launch` started; alone, it is the only one."""
+
+    def __init__(self, device: torch.device) -> None:
+        from accelerate import PartialState
+
+        self._state = PartialState(cpu=device.type == "cpu")
+        self.index: int = self._state.process_index
+        self.count: int = self._state.num_processes
+        self.device = torch.device(self._state.device) if self.count > 1 else device
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, on every process. A synchronisation where there are several."""
+        if self.count == 1:
+            return tensor
+        from accelerate.utils import reduce
+
+        total: torch.Tensor = reduce(tensor.to(self.device), reduction="sum")
+        return total.to(tensor.device)
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        self._state.wait_for_everyone()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process runs the block first, then the others: they find its caches."""
+        with self._state.main_process_first():
+            yield

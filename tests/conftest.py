@@ -1,0 +1,69 @@
+"""Shared by all tests: tiny real models, real files, and shared data where it is there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Before torch and transformers are imported: offline, quiet, and two tests at a time do not fight for cores.
+os.environ["HF_HUB_OFFLINE"] = "0"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> Callable[..., Path]:
+    """Writes rows as JSONL (or JSON, by the name's ending) and gives the path."""
+
+    def write(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(rows) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def embedded_tokenizer() -> Any:
+    from training_lens.config.schema import ModelSection
+    from training_lens.models.factory import load_tokenizer
+
+    return load_tokenizer(ModelSection())
+
+
+@pytest.fixture
+def small_config(tmp_path: Path) -> Callable[..., Any]:
+    """A config of a short run on the embedded model, with sections replaced by keyword."""
+    from training_lens.config.compose import validate
+
+    def build(**sections: dict[str, Any]) -> Any:
+        values: dict[str, Any] = {
+            "data": {"max_examples": 48, "validation": None},
+            "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3},
+            "peft": {"r": 4},
+            "output": {"base_output_dir": str(tmp_path / "outputs")},
+        }
+        for name, keys in sections.items():
+            values[name] = {**values.get(name, {}), **keys}
+        return validate(values)
+
+    return build

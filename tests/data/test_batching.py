@@ -1,0 +1,68 @@
+"""The order is a pure function of seed and epoch; cutting keeps every example and the token budget."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from training_lens.data.batching import Schedule, collate, cut, epoch_order, hold_out, share
+from training_lens.data.types import TokenizedExample
+
+LENGTHS = np.random.default_rng(0).integers(5, 200, size=101)
+
+
+def test_each_epoch_visits_every_example_once() -> None:
+    schedule = Schedule(examples=101, global_batch=8, epochs=2, max_steps=None, seed=3)
+    steps = list(schedule.steps())
+    assert len(steps) == schedule.total_steps == 2 * 13
+    for epoch in (0, 1):
+        visited = np.concatenate([s.examples for s in steps if s.epoch == epoch])
+        assert sorted(visited) == list(range(101))
+    assert not np.array_equal(epoch_order(101, 3, 0), epoch_order(101, 3, 1))
+    assert not np.array_equal(epoch_order(101, 3, 0), epoch_order(101, 4, 0))
+
+
+@pytest.mark.parametrize("after", [0, 1, 12, 13, 20])
+def test_resuming_continues_the_same_order(after: int) -> None:
+    schedule = Schedule(examples=101, global_batch=8, epochs=2, max_steps=None, seed=3)
+    whole = [(s.number, s.examples.tolist()) for s in schedule.steps()]
+    assert [(s.number, s.examples.tolist()) for s in schedule.steps(after)] == whole[after:]
+
+
+def test_length_of_runs() -> None:
+    assert Schedule(100, 8, 0.5, None, 0).total_steps == 7
+    assert Schedule(100, 8, 3, 5, 0).total_steps == 5
+    assert Schedule(1, 8, 0.1, None, 0).total_steps == 1
+
+
+@pytest.mark.parametrize("budget", [1, 64, 400, 10**6])
+def test_cutting_keeps_all_and_the_budget(budget: int) -> None:
+    positions = np.arange(101)[::2]
+    parts = cut(positions, LENGTHS, budget)
+    assert sorted(np.concatenate(parts)) == sorted(positions)
+    for part in parts:
+        assert len(part) == 1 or len(part) * LENGTHS[part].max() <= budget
+
+
+def test_shares_of_processes_are_disjoint_and_complete() -> None:
+    positions = np.arange(50)
+    shares = [share(positions, LENGTHS, process, 3) for process in range(3)]
+    assert sorted(np.concatenate(shares)) == list(range(50))
+
+
+def test_hold_out_splits_without_overlap() -> None:
+    learned, held = hold_out(100, 0.1, seed=1)
+    assert len(held) == 10 and sorted([*learned, *held]) == list(range(100))
+    assert [len(part) for part in hold_out(2, 0.9, seed=1)] == [1, 1]
+
+
+def test_collate_pads_on_the_right_and_never_supervises_padding() -> None:
+    examples = [
+        TokenizedExample("a", np.array([5, 6, 7], np.int32), np.array([False, True, True]), None),
+        TokenizedExample("b", np.array([8], np.int32), np.array([True]), None),
+    ]
+    batch = collate(examples, fill_id=7)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 7, 7]]
+    assert batch.loss_mask.tolist() == [[False, True, True], [True, False, False]]
+    assert batch.input_ids.dtype == torch.int64 and batch.tokens == 4

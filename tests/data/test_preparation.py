@@ -1,0 +1,133 @@
+"""Splits are tokenized once, kept whole or not at all, and made anew when anything that decides them changes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_lens.config.schema import DataSection
+from training_lens.data.preparation import Preparation, Split, prepare_split, tokenizer_hash
+from training_lens.data.templates import build_renderer
+from training_lens.data.tokenization import TextEncoder
+from training_lens.errors import DatasetError
+from training_lens.utils.progress import Progress
+
+ROWS = [{"question": f"Where is {i}?", "answer": f"In box {i}.", "domain": "ab"[i % 2]} for i in range(30)]
+
+
+def preparation(tokenizer: Any, seq_len: int = 64, **data: Any) -> Preparation:
+    section = DataSection.model_validate(data)
+    renderer = build_renderer("chat", section.domain.style, tokenizer)
+    return Preparation(section, renderer, TextEncoder(tokenizer), seq_len, tokenizer_hash(tokenizer))
+
+
+def prepare(tokenizer: Any, path: Path, cache: Path, seq_len: int = 64, **data: Any) -> Split:
+    return prepare_split([str(path)], "data.train", preparation(tokenizer, seq_len, **data), cache, Progress())
+
+
+def test_the_second_time_comes_from_the_cache(
+    embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, cache = write_rows(ROWS), tmp_path / "cache"
+    first = prepare(embedded_tokenizer, path, cache)
+    made = next(cache.iterdir()).stat().st_mtime_ns
+    again = prepare(embedded_tokenizer, path, cache)
+    assert [p.stat().st_mtime_ns for p in cache.iterdir()] == [made]
+    assert again.fingerprint == first.fingerprint and again.report == first.report
+    for a, b in zip(first.dataset, again.dataset, strict=True):
+        assert a.id == b.id and a.input_ids.tolist() == b.input_ids.tolist()
+
+
+def test_what_decides_the_tokens_decides_the_fingerprint(
+    embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    prints = {
+        prepare(embedded_tokenizer, write_rows(ROWS), cache).fingerprint,
+        prepare(embedded_tokenizer, write_rows(ROWS), cache, seq_len=63).fingerprint,
+        prepare(embedded_tokenizer, write_rows(ROWS), cache, mask_prompt=False).fingerprint,
+        prepare(embedded_tokenizer, write_rows(ROWS), cache, domain={"style": "hash"}).fingerprint,
+        prepare(embedded_tokenizer, write_rows(ROWS[1:]), cache).fingerprint,
+    }
+    assert len(prints) == 5
+
+
+def test_the_report_counts_what_came_and_what_was_lost(
+    embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [*ROWS, {"question": "long " * 80, "answer": "never seen", "domain": "a"}]
+    rows += [{"question": "Say it.", "answer": "word " * 80, "domain": "b"}]
+    split = prepare(embedded_tokenizer, write_rows(rows), tmp_path / "cache")
+    report = split.report
+    assert (report.rows, report.examples) == (32, 31)
+    assert (report.dropped_without_answer, report.truncated) == (1, 1)
+    assert report.supervised_tokens_lost > 10
+    assert report.domains == {"a": 15, "b": 16}
+    assert report.tokens == split.dataset.lengths.sum()
+    assert report.supervised_tokens == split.dataset.supervised.sum()
+    assert list(report.mappings.values()) == ["question -> answer, domain from domain"]
+
+
+def test_learning_prompts_supervises_every_token(
+    embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    dataset = prepare(embedded_tokenizer, write_rows(ROWS), tmp_path / "cache", mask_prompt=False).dataset
+    assert (dataset.supervised == dataset.lengths - 1).all()
+
+
+def test_a_bad_row_leaves_no_cache(embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    path = write_rows([*ROWS, {"question": "no answer", "domain": "a"}])
+    with pytest.raises(DatasetError, match=r"row 31: has no field 'answer'"):
+        prepare(embedded_tokenizer, path, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([], "holds no rows"), ([{"question": "x " * 99, "answer": "y"}], "nothing to learn")]
+)
+def test_files_with_nothing_to_learn_are_refused(
+    embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path, rows: list[Any], message: str
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        prepare(embedded_tokenizer, write_rows(rows), tmp_path / "cache")
+
+
+def test_a_kill_in_the_middle_leaves_no_cache_and_the_next_time_works(
+    embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write_rows(ROWS * 2000)
+    outputs = tmp_path / "outputs"
+    command = [
+        sys.executable,
+        "-m",
+        "training_lens",
+        "validate",
+        f"data.train={path}",
+        f"output.base_output_dir={outputs}",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    building: list[Path] = []
+    while not building and process.poll() is None:
+        time.sleep(0.005)
+        building = list(outputs.glob("cache/.tmp-*/examples.arrow"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert building and not [p for p in (outputs / "cache").iterdir() if not p.name.startswith(".tmp-")]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_domains_share_one_prefix_in_training_and_inference(embedded_tokenizer: Any) -> None:
+    ready = preparation(embedded_tokenizer, domain={"style": "hash"})
+    from training_lens.data.types import Example, Message
+
+    example = Example((Message("user", "Hi"), Message("assistant", "Yes")), "law", "f", 1)
+    trained = ready.renderer.example(example)[0]
+    asked = ready.renderer.prompt([Message("user", "Hi")], "law")[0]
+    assert trained == asked and trained.text != ready.renderer.prompt([Message("user", "Hi")], "tax")[0].text

@@ -1,0 +1,112 @@
+"""Models load from folders; what is missing or wrong is said at once, with what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from training_lens import embedded
+from training_lens.config.schema import ModelSection
+from training_lens.errors import ConfigurationError, ModelLoadingError
+from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts, resolve_seq_len
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the embedded model that a test may break."""
+    return Path(shutil.copytree(embedded.PATHS[embedded.MODEL], tmp_path / "model"))
+
+
+def test_facts_come_without_weights(folder: Path) -> None:
+    facts = read_facts(ModelSection(id=str(folder)))
+    assert (facts.width, facts.positions, facts.vocabulary) == (192, 512, 1024)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_weights_are_frozen_and_of_the_dtype_asked(dtype: Any, expected: torch.dtype) -> None:
+    model = load_model(ModelSection(dtype=dtype), CPU, "fp32")
+    assert {p.dtype for p in model.parameters()} == {expected}
+    assert not any(p.requires_grad for p in model.parameters()) and not model.training
+
+
+def test_a_folder_without_weights_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelLoadingError, match=r"holds no weights; expected model.safetensors"):
+        read_facts(ModelSection(id=str(folder)))
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelLoadingError, match=r"only pytorch_model.bin, which may run code"):
+        read_facts(ModelSection(id=str(folder)))
+
+
+def test_a_folder_without_config_is_refused(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelLoadingError, match=r"holds no config.json"):
+        read_facts(ModelSection(id=str(folder)))
+
+
+def test_a_missing_folder_suggests_the_nearest(folder: Path) -> None:
+    with pytest.raises(ModelLoadingError, match=r"no folder .*modle'. Did you mean .*model'"):
+        read_facts(ModelSection(id=str(folder.with_name("modle"))))
+
+
+def test_an_unknown_architecture_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "no_such_model"}))
+    with pytest.raises(ModelLoadingError, match=r"configuration of .* cannot be loaded"):
+        read_facts(ModelSection(id=str(folder)))
+
+
+def test_broken_and_incomplete_weights_are_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "layers.0.mlp" not in k}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ModelLoadingError, match="lack 3 of the model's tensors"):
+        load_model(ModelSection(id=str(folder)), CPU, "fp32")
+    (folder / "model.safetensors").write_bytes(b"no safetensors at all")
+    with pytest.raises(ModelLoadingError, match=r"weights of .* cannot be loaded"):
+        load_model(ModelSection(id=str(folder)), CPU, "fp32")
+
+
+def test_an_unreachable_hub_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    start = time.monotonic()
+    with pytest.raises(
+        ModelLoadingError, match=r"'some-org/no-model' is no local folder, and the hub .* cannot be reached"
+    ):
+        read_facts(ModelSection(id="some-org/no-model"))
+    assert time.monotonic() - start < 20
+
+
+def test_offline_mode_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelLoadingError, match=r"no local folder, and its configuration cannot be had from the hub"):
+        read_facts(ModelSection(id="some-org/no-model"))
+
+
+def test_seq_len_is_held_against_the_positions() -> None:
+    facts = read_facts(ModelSection())
+    assert resolve_seq_len(ModelSection(), facts) == 512
+    with pytest.raises(ConfigurationError, match="given 513, but 'embedded' has 512 positions"):
+        resolve_seq_len(ModelSection(seq_len=513), facts)
+
+
+def test_a_tokenizer_of_another_model_is_refused(shared: Path) -> None:
+    facts = read_facts(ModelSection())
+    check_vocabulary(load_tokenizer(ModelSection()), facts, "embedded")
+    with pytest.raises(ModelLoadingError, match=r"ids up to \d+, its embedding 1024 rows"):
+        check_vocabulary(load_tokenizer(ModelSection(), str(shared / "tokenizers/phi3")), facts, "x")

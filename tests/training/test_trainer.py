@@ -1,0 +1,154 @@
+"""The mathematics of a step, and what a run must keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training_lens.config.schema import TrainingConfig
+from training_lens.errors import TrainingError
+from training_lens.models.adapters import trainable
+from training_lens.training.callbacks import Callback, StepReport
+from training_lens.training.trainer import Trainer
+from training_lens.training.wrapper import TrainingWrapper
+from training_lens.utils.runs import RunFolder
+
+Config = Callable[..., TrainingConfig]
+
+
+def assembled(config: TrainingConfig, tmp_path: Path, name: str = "run") -> Trainer:
+    wrapper = TrainingWrapper(config)
+    return wrapper._assemble(RunFolder(tmp_path / name).create(), wrapper.plan())[0]
+
+
+def gradients_of_first_step(config: TrainingConfig, tmp_path: Path, name: str) -> tuple[float, list[torch.Tensor]]:
+    trainer = assembled(config, tmp_path, name)
+    torch.manual_seed(1)
+    for parameter in trainer.parameters:  # B is zero at the start and would hide A's gradient
+        torch.nn.init.normal_(parameter, std=0.02)
+    seen: list[torch.Tensor] = []
+
+    class Watch(Callback):
+        def on_gradients(self, trainer: Any, step: int) -> None:
+            seen.extend(p.grad.clone() for p in trainer.parameters)
+
+    trainer._callbacks = (Watch(),)
+    report = trainer.train_step(next(trainer.schedule.steps()))
+    return report.loss, seen
+
+
+def test_loss_and_gradient_do_not_depend_on_the_cut(small_config: Config, tmp_path: Path) -> None:
+    whole = small_config(training={"batch_size": 16, "micro_batch_tokens": 10**6})
+    loss, wanted = gradients_of_first_step(whole, tmp_path, "whole")
+    scale = max(g.abs().max().item() for g in wanted)
+    for name, cut in {
+        "single": {"batch_size": 16, "micro_batch_tokens": 1},
+        "some": {"batch_size": 16, "micro_batch_tokens": 300},
+        "accumulated": {"batch_size": 4, "gradient_accumulation_steps": 4, "micro_batch_tokens": 300},
+    }.items():
+        other_loss, gradients = gradients_of_first_step(small_config(training=cut), tmp_path, name)
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        for a, b in zip(gradients, wanted, strict=True):
+            assert (a - b).abs().max().item() <= 1e-5 * scale
+
+
+def test_frozen_weights_are_bit_identical_after_training(small_config: Config, tmp_path: Path) -> None:
+    trainer = assembled(small_config(), tmp_path)
+    frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    learned = {n: p.clone() for n, p in trainable(trainer.model)}
+    trainer.fit()
+    after = dict(trainer.model.named_parameters())
+    assert len(frozen) == 47 and all(torch.equal(after[n], p) for n, p in frozen.items())
+    assert all(not torch.equal(after[n], p) for n, p in learned.items())
+
+
+def test_the_base_is_validated_before_training_and_training_lowers_the_loss(
+    small_config: Config, tmp_path: Path
+) -> None:
+    trainer = assembled(small_config(training={"epochs": 2}), tmp_path)
+    state = trainer.fit()
+    assert state.base_validation_loss is not None and state.best_loss < state.base_validation_loss
+    assert state.best_step in (6, 12) and state.step == 12
+
+
+def test_gradients_are_offered_before_clipping(small_config: Config, tmp_path: Path) -> None:
+    trainer = assembled(small_config(training={"max_grad_norm": 1e-3}), tmp_path)
+    norms: list[float] = []
+
+    class Watch(Callback):
+        def on_gradients(self, trainer: Any, step: int) -> None:
+            norms.append(float(torch.cat([p.grad.flatten() for p in trainer.parameters]).norm()))
+
+    trainer._callbacks = (Watch(),)
+    report = trainer.train_step(next(trainer.schedule.steps()))
+    assert norms[0] == pytest.approx(report.grad_norm, rel=1e-4) and report.grad_norm > 1e-3
+
+
+def test_a_step_reports_what_it_trained_on(small_config: Config, tmp_path: Path) -> None:
+    trainer = assembled(small_config(), tmp_path)
+    plan = next(trainer.schedule.steps())
+    report = trainer.train_step(plan)
+    examples = [trainer.dataset[int(i)] for i in plan.examples]
+    assert report.example_ids == tuple(e.id for e in examples)
+    assert report.tokens == sum(len(e.input_ids) for e in examples)
+    assert report.supervised_tokens == sum(int(e.loss_mask[1:].sum()) for e in examples)
+
+
+def test_early_stopping_stops_after_its_patience(small_config: Config, tmp_path: Path) -> None:
+    config = small_config(training={"epochs": 5, "lr": 1e-7, "eval_steps": 1, "early_stopping_patience": 2})
+    trainer = assembled(config, tmp_path)
+    losses = iter([5.0, 4.0, 4.5, 4.1, 3.0])
+    real = trainer._loss_of
+
+    def scripted(dataset: Any) -> Any:
+        from dataclasses import replace
+
+        return replace(real(dataset), loss=next(losses))
+
+    trainer._loss_of = scripted  # type: ignore[method-assign]
+    state = trainer.fit()  # base 5.0, then 4.0 (best), 4.5, 4.1: stop
+    assert (state.step, state.best_step, state.best_loss) == (3, 1, 4.0)
+
+
+def test_best_and_last_checkpoints_are_kept(small_config: Config, tmp_path: Path) -> None:
+    trainer = assembled(small_config(training={"eval_steps": 1}), tmp_path)
+    real, step = trainer._loss_of, iter([9.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0])
+
+    def scripted(dataset: Any) -> Any:
+        from dataclasses import replace
+
+        return replace(real(dataset), loss=next(step))
+
+    trainer._loss_of = scripted  # type: ignore[method-assign]
+    trainer.fit()
+    kept = sorted(p.name for p in trainer.checkpoints.folder.iterdir())
+    assert kept == ["step-00000002", "step-00000006"]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_step_stops_before_the_update(small_config: Config, tmp_path: Path, where: str) -> None:
+    trainer = assembled(small_config(training={"save_steps": 2, "eval_steps": 2}), tmp_path)
+
+    class Poison(Callback):
+        def on_step_end(self, trainer: Any, report: StepReport) -> None:
+            if report.step == 3 and where == "loss":
+                trainer.parameters[0].data.fill_(float("nan"))
+            self.before = [p.clone() for p in trainer.parameters]
+
+        def on_gradients(self, trainer: Any, step: int) -> None:
+            if step == 4 and where == "gradient":
+                trainer.parameters[0].grad[0, 0] = float("inf")
+
+    poison = Poison()
+    trainer._callbacks = (poison,)
+    with pytest.raises(TrainingError) as caught:
+        trainer.fit()
+    message = str(caught.value)
+    assert f"step 4: the {where} is not finite" in message
+    assert "step-00000002" in message and "train.jsonl:" in message
+    for parameter, before in zip(trainer.parameters, poison.before, strict=True):
+        assert torch.equal(torch.nan_to_num(parameter), torch.nan_to_num(before))

@@ -1,0 +1,250 @@
+"""A run from config to adapter: what is saved, same seed same run, killed and resumed is undisturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training_lens import TrainingConfig, TrainingWrapper
+from training_lens.errors import CheckpointError, ConfigurationError
+from training_lens.training.callbacks import Callback, MetricsCollector
+from training_lens.utils.runs import RunFolder
+
+Config = Callable[..., TrainingConfig]
+ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(24)]
+TIMING = {"seconds"}
+
+
+def steps_of(run: RunFolder) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without their timings."""
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in MetricsCollector.read(run.metrics)]
+
+
+def assert_same_run(a: RunFolder, b: RunFolder) -> None:
+    """Bit for bit: every step's loss and norm, the saved adapter, the last checkpoint's optimizer and random state."""
+    assert steps_of(a) == steps_of(b)
+    for name in ("artifacts/adapter/adapter_model.safetensors", *last_checkpoint_files(a)):
+        one, two = load_file(a.root / name), load_file(b.root / name)
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one), name
+
+
+def last_checkpoint_files(run: RunFolder) -> list[str]:
+    last = max(run.checkpoints.iterdir())
+    return [str(p.relative_to(run.root)) for p in last.rglob("*.safetensors")]
+
+
+def test_a_run_leaves_everything_in_its_folder(small_config: Config) -> None:
+    summary = TrainingWrapper(small_config()).train()
+    run = RunFolder(Path(summary.run_dir))
+    files = {str(p.relative_to(run.root)) for p in run.root.rglob("*") if p.is_file()}
+    assert {
+        "artifacts/adapter/adapter_config.json",
+        "artifacts/adapter/adapter_model.safetensors",
+        "artifacts/tokenizer/tokenizer.json",
+        "checkpoints/step-00000006/manifest.json",
+        "checkpoints/step-00000006/optimizer.safetensors",
+        "checkpoints/step-00000006/rng.safetensors",
+        "logs/metrics.jsonl",
+        "logs/run.log",
+        "metadata/config.json",
+        "metadata/data.json",
+        "metadata/environment.json",
+        "metadata/summary.json",
+    } <= files
+    assert any("tfevents" in name for name in files)
+    assert not any(".tmp-" in name or name.endswith((".bin", ".pt", ".pkl")) for name in files)
+    assert run.read_metadata("summary.json")["status"] == summary.status == "finished"
+    config = run.read_metadata("config.json")
+    assert (
+        config["training"]["lr"] == 3e-3 and config["data"]["template"] == "chat" and config["model"]["seq_len"] == 512
+    )
+    assert config["output"]["run_id"] == run.run_id
+    data = run.read_metadata("data.json")
+    assert data["domains"] == ["forest", "hill", "lake"] and data["train_examples"] == 48
+
+
+def test_tensorboard_events_hold_the_losses(small_config: Config) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = RunFolder(Path(TrainingWrapper(small_config(training={"logging_steps": 2})).train().run_dir))
+    events = EventAccumulator(str(run.logs))
+    events.Reload()
+    losses = {e.step: e.value for e in events.Scalars("train/loss")}
+    lines = {line["step"]: line["loss"] for line in MetricsCollector.read(run.metrics) if line["kind"] == "step"}
+    assert set(losses) == {1, 2, 4, 6}
+    assert all(losses[step] == pytest.approx(lines[step], rel=1e-6) for step in losses)
+    assert [e.step for e in events.Scalars("validation/loss")] == [0, 6]
+
+
+def test_same_seed_same_run(small_config: Config) -> None:
+    runs = [
+        RunFolder(Path(TrainingWrapper(small_config(peft={"lora_dropout": 0.1})).train().run_dir)) for _ in range(2)
+    ]
+    assert_same_run(*runs)
+    other = RunFolder(Path(TrainingWrapper(small_config(training={"seed": 5})).train().run_dir))
+    assert steps_of(other) != steps_of(runs[0])
+
+
+def test_rows_in_memory_train_like_the_same_rows_in_a_file(
+    small_config: Config, write_rows: Callable[..., Path]
+) -> None:
+    path = str(write_rows(ROWS))
+    sections = {"evaluation": {}, "peft": {"r": 2}}
+    from_memory = small_config(data={"train": ROWS, "val_ratio": 0.2}, **sections)
+    from_file = small_config(data={"train": path, "val_ratio": 0.2}, **sections)
+    losses = [TrainingWrapper(config).train().train_loss for config in (from_memory, from_file)]
+    assert losses[0] == losses[1]
+
+
+def test_the_public_api_trains_on_lists_of_dicts(tmp_path: Path) -> None:
+    config = TrainingConfig(data={"train": ROWS}, training={"max_steps": 2}, output={"base_output_dir": str(tmp_path)})
+    summary = TrainingWrapper(config).train()
+    assert summary.steps == 2 and summary.validation_loss is None and summary.adapter_step == 2
+
+
+def test_dora_trains(small_config: Config) -> None:
+    summary = TrainingWrapper(small_config(peft={"variant": "dora"}, training={"max_steps": 3, "epochs": 1})).train()
+    adapter = load_file(Path(summary.run_dir) / "artifacts/adapter/adapter_model.safetensors")
+    assert any("magnitude" in name for name in adapter)
+    assert summary.validation_loss is not None and summary.base_validation_loss is not None
+    assert summary.validation_loss < summary.base_validation_loss
+
+
+def test_bf16_trains_with_float32_adapters(small_config: Config) -> None:
+    summary = TrainingWrapper(small_config(training={"precision": "bf16", "max_steps": 3})).train()
+    adapter = load_file(Path(summary.run_dir) / "artifacts/adapter/adapter_model.safetensors")
+    assert {t.dtype for t in adapter.values()} == {torch.float32}
+    assert summary.validation_loss is not None and summary.base_validation_loss is not None
+    assert summary.validation_loss < summary.base_validation_loss
+
+
+def test_a_run_is_never_written_over(small_config: Config) -> None:
+    config = small_config(output={"run_id": "mine"}, training={"max_steps": 1})
+    TrainingWrapper(config).train()
+    with pytest.raises(ConfigurationError, match=r"the run 'mine' exists already"):
+        TrainingWrapper(config).train()
+
+
+class Stop(Callback):
+    """Sends this process a signal after a step, as a scheduler or a person would."""
+
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
+
+    def on_step_end(self, trainer: Any, report: Any) -> None:
+        if report.step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_exit_and_the_resumed_run_is_undisturbed(small_config: Config, number: int, code: int) -> None:
+    from training_lens.errors import InterruptedRunError
+
+    whole = RunFolder(Path(TrainingWrapper(small_config()).train().run_dir))
+    with pytest.raises(InterruptedRunError) as caught:
+        TrainingWrapper(small_config(output={"run_id": "cut"}), callbacks=(Stop(3, number),)).train()
+    assert caught.value.exit_code == code
+    cut = RunFolder(whole.root.parent / "cut")
+    assert cut.status == "interrupted" and max(p.name for p in cut.checkpoints.iterdir()) == "step-00000003"
+    assert TrainingWrapper.resume(cut).status == "finished"
+    assert_same_run(whole, cut)
+
+
+def test_sigkill_then_resume_equals_the_undisturbed_run(small_config: Config) -> None:
+    settings: dict[str, Any] = {
+        "training": {"epochs": 2, "save_steps": 3, "batch_size": 4},
+        "peft": {"lora_dropout": 0.1},
+    }
+    whole = RunFolder(Path(TrainingWrapper(small_config(**settings)).train().run_dir))
+    config = small_config(**settings, output={"run_id": "killed"})
+    file = whole.root.parent / "config.json"
+    file.write_text(json.dumps(config.model_dump()))
+    command = [sys.executable, "-m", "training_lens", "train", "--config", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = RunFolder(whole.root.parent / "killed")
+    while process.poll() is None and not (killed.checkpoints / "step-00000009").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert killed.status == "running"
+    base = ["output.base_output_dir=" + config.output.base_output_dir]
+    resumed = subprocess.run([*command[:4], "--resume", "latest", *base], capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(whole, killed)
+
+
+def test_a_damaged_checkpoint_is_passed_over(small_config: Config) -> None:
+    from training_lens.errors import InterruptedRunError
+
+    whole = RunFolder(Path(TrainingWrapper(small_config(training={"save_steps": 2})).train().run_dir))
+    with pytest.raises(InterruptedRunError):
+        config = small_config(training={"save_steps": 2}, output={"run_id": "cut"})
+        TrainingWrapper(config, callbacks=(Stop(4, signal.SIGTERM),)).train()
+    cut = RunFolder(whole.root.parent / "cut")
+    file = max(cut.checkpoints.iterdir()) / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    TrainingWrapper.resume(cut)
+    assert_same_run(whole, cut)
+
+
+def test_resume_refuses_a_finished_run_and_changed_data(small_config: Config, write_rows: Callable[..., Path]) -> None:
+    from training_lens.errors import InterruptedRunError
+
+    path = write_rows(ROWS)
+    config = small_config(data={"train": str(path)}, output={"run_id": "cut"})
+    with pytest.raises(InterruptedRunError):
+        TrainingWrapper(config, callbacks=(Stop(1, signal.SIGTERM),)).train()
+    run = RunFolder(Path(config.output.base_output_dir) / "experiments/default/runs/cut")
+    write_rows([*ROWS, {"question": "new", "answer": "row"}])
+    with pytest.raises(CheckpointError, match="no longer what it was"):
+        TrainingWrapper.resume(run)
+    write_rows(ROWS)
+    TrainingWrapper.resume(run)
+    with pytest.raises(CheckpointError, match="is finished; there is nothing to resume"):
+        TrainingWrapper.resume(run)
+
+
+def test_a_failed_run_says_so(small_config: Config) -> None:
+    class Fail(Callback):
+        def on_step_end(self, trainer: Any, report: Any) -> None:
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError):
+        TrainingWrapper(small_config(output={"run_id": "failed"}), callbacks=(Fail(),)).train()
+    run = RunFolder(Path(small_config().output.base_output_dir) / "experiments/default/runs/failed")
+    assert run.status == "failed"
+    assert "out of luck" in (run.logs / "run.log").read_text()
+
+
+def test_two_processes_train_the_same_adapter_as_one(small_config: Config, tmp_path: Path) -> None:
+    """Gloo on CPU: half the batch each gives the whole batch's run, up to float32 rounding."""
+    alone = TrainingWrapper(small_config(training={"batch_size": 8, "max_steps": 4})).train()
+    config = small_config(training={"batch_size": 4, "max_steps": 4}, output={"run_id": "two"}, model={"device": "cpu"})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.model_dump()))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    command += ["-m", "training_lens", "train", "--config", str(file)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    two = RunFolder(Path(alone.run_dir).parent / "two")
+    losses = [[s["loss"] for s in steps_of(r) if s["kind"] == "step"] for r in (RunFolder(Path(alone.run_dir)), two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert two.read_metadata("summary.json")["validation_loss"] == pytest.approx(alone.validation_loss, rel=1e-4)
