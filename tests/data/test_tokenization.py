@@ -130,3 +130,10 @@ def test_a_cut_answer_loses_its_end_token(embedded_tokenizer: Any) -> None:
 
 def test_embedded_names_resolve_to_files() -> None:
     assert all(path.exists() for path in embedded.PATHS.values())
+
+
+def test_an_answer_without_tokens_is_left_empty(shared: Path) -> None:
+    """tinystories has no Chinese: such a row is dropped and counted, not learned as a bare end token."""
+    tokenizer = load_tokenizer(ModelSection(), str(shared / "models/tinystories-656k"))
+    renderer = build_renderer("alpaca", "none", tokenizer)
+    assert not TextEncoder(tokenizer).encode([renderer.example(example("Hi", "机器人"))])[0].response.any()

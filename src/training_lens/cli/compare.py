@@ -11,6 +11,7 @@ from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen,
 if TYPE_CHECKING:
     from training_lens.data.types import Example
     from training_lens.evaluation.comparison import Answers, Comparison
+    from training_lens.evaluation.judging import Judgement
 
 Run = Annotated[str, typer.Option(metavar="RUN", help="A run's id, its folder, or 'latest' finished.")]
 SHOWN = 3
@@ -35,10 +36,15 @@ def compare(
         result = compare_run(found, settings.evaluation, Progress(screen.console))
         report = {"run": str(found.root), **result.comparison.as_json()}
         write_json(found.reports / "compare.json", report)
-        _show_scores(screen, result.comparison)
-        _show_samples(screen, result.examples, result.base, result.adapter)
+        show(screen, result)
         screen.console.print(f"\nsaved in {found.root}", markup=False, soft_wrap=True)
         screen.result(report)
+
+
+def show(screen: Screen, judgement: Judgement) -> None:
+    """The table of scores, and some rows with the answers of base and adapter side by side."""
+    _show_scores(screen, judgement.comparison)
+    _show_samples(screen, judgement.examples, judgement.base, judgement.adapter)
 
 
 def _show_scores(screen: Screen, comparison: Comparison) -> None:

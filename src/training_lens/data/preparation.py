@@ -232,7 +232,7 @@ def log_split(split: Split, key: str) -> None:
         logger.info("%s: %s, read as %s", key, names, described)
     if report.dropped_without_answer:
         logger.warning(
-            "%s: %d of %d rows dropped, their prompt alone fills model.seq_len",
+            "%s: %d of %d rows dropped: nothing of their answer fits model.seq_len, or has a token in this tokenizer",
             key,
             report.dropped_without_answer,
             report.rows,

@@ -57,8 +57,7 @@ class TextEncoder:
     def encode(self, examples: Sequence[Sequence[Segment]]) -> list[Encoded]:
         """Encode many rendered examples (or prompts) in one call of the tokenizer.
 
-        Raises:
-            DatasetError: a response that becomes no token.
+        A response that has no token in this tokenizer gets no end token either: there is nothing to learn in it.
         """
         texts = [(segment.text, index > 0) for segments in examples for index, segment in enumerate(segments)]
         pieces = iter(self._encode_texts(texts))
@@ -74,9 +73,7 @@ class TextEncoder:
         for segment, piece in zip(segments, pieces, strict=True):
             if not ids and self.bos_id is not None and piece[:1] != [self.bos_id]:
                 ids, response = [self.bos_id], [False]
-            if segment.response and (not piece or piece[-1] not in self.special_ids):
-                if not piece:
-                    raise DatasetError(f"the answer {segment.text!r} becomes no token with this tokenizer.")
+            if segment.response and piece and piece[-1] not in self.special_ids:
                 piece = [*piece, self.eos_id]
             ids += piece
             response += [segment.response] * len(piece)

@@ -1,0 +1,171 @@
+"""The command as a person types it: exit codes, one paragraph an error, one JSON object, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_lens import embedded
+
+ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(24)]
+FAST = ["data.max_examples=32", "training.epochs=1", "training.lr=3e-3", "peft.r=4"]
+
+
+def command(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    call = [sys.executable, "-m", "training_lens", *arguments]
+    return subprocess.run(call, cwd=cwd, capture_output=True, text=True, check=False, timeout=250, **options)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A folder with one finished run of the embedded default, and what `train --json` printed."""
+    folder = tmp_path_factory.mktemp("work")
+    result = command("train", "+experiment=quick_test", "output.experiment_name=default", "--json", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.strip().split("\n")
+    assert len(lines) == 1
+    return folder, json.loads(lines[0])
+
+
+def test_train_json_is_the_summary(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = trained
+    assert summary["status"] == "finished" and summary["steps"] == 20
+    assert summary["validation_loss"] < summary["base_validation_loss"]
+    saved = json.loads((folder / summary["run_dir"] / "metadata/summary.json").read_text())
+    assert saved == summary
+
+
+def test_infer_streams_an_answer(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = trained
+    result = command("infer", "Where does the owl live?", "--base", "--domain", "lake", "--json", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["base"] is True and answer["answer"]
+    plain = command("infer", "Where does the owl live?", "--base", "--domain", "lake", cwd=folder)
+    assert answer["answer"] in " ".join(plain.stdout.split())
+
+
+def test_sampling_is_seeded(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = trained
+
+    def sampled(seed: int) -> str:
+        settings = ["inference.temperature=2", f"inference.seed={seed}", "inference.max_new_tokens=20"]
+        result = command("infer", "Tell me a story.", *settings, "--json", cwd=folder)
+        return str(json.loads(result.stdout)["answer"])
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+def test_infer_refuses_an_unknown_domain_and_says_which_there_are(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = trained
+    result = command("infer", "Hi", "--domain", "hil", cwd=folder)
+    assert result.returncode == 2
+    assert "it knows forest, hill, lake. Did you mean hill?" in result.stderr
+    assert "choose one with --domain" in command("infer", "Hi", cwd=folder).stdout
+
+
+def test_compare_prints_scores_samples_and_json(trained: tuple[Path, dict[str, Any]]) -> None:
+    folder, summary = trained
+    result = command("compare", "evaluation.max_examples=9", "--json", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["rows"] == 9 and set(report["by_domain"]) == {"forest", "hill", "lake"}
+    assert report["delta"]["loss"] == pytest.approx(report["adapter"]["loss"] - report["base"]["loss"])
+    assert report["wrong_domain"]["loss"] > 0
+    assert json.loads((folder / summary["run_dir"] / "reports/compare.json").read_text()) == report
+    assert "wrong domain" in result.stderr and "expected" in result.stderr
+
+
+def test_validate_shows_the_plan_and_trains_nothing(tmp_path: Path) -> None:
+    result = command("validate", "+experiment=quick_test", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert (plan["train_examples"], plan["global_batch_size"], plan["total_steps"]) == (160, 8, 20)
+    assert plan["config"]["training"]["lr"] == pytest.approx(0.0031)
+    assert not (tmp_path / "outputs/experiments").exists()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with good rows and a copy of the embedded model, for tests to break."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "broken.json").write_text('[{"question": "a",\n "answer" "b"}]')
+    (tmp_path / "lacking.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "c"}\n')
+    shutil.copytree(embedded.PATHS[embedded.MODEL], tmp_path / "model")
+    (tmp_path / "model/model.safetensors").unlink()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["data.train=row.jsonl"], 1, "'row.jsonl' is not there. Did you mean 'rows.jsonl'?"),
+        (["data.train=broken.json"], 1, "broken.json, line 2: broken JSON"),
+        (["data.train=lacking.jsonl"], 1, "lacking.jsonl, row 2: has no field 'answer'"),
+        (["training.lrr=1"], 2, "training.lrr: unknown key; did you mean 'training.lr'?"),
+        (["peft.r=0", "training.epochs=-1"], 2, "2 problems in the configuration"),
+        (["data.train=rows.jsonl", "model.id=model"], 1, "'model' holds no weights; expected model.safetensors"),
+        (["data.train=rows.jsonl", "model.id=some-org/some-model"], 1, "'some-org/some-model' is no local folder"),
+        (["data.train=rows.jsonl", "output.base_output_dir=/proc/nowhere"], 2, "cannot write in '/proc/nowhere'"),
+        (["data.train=rows.jsonl", "model.seq_len=9999"], 2, "'embedded' has 512 positions"),
+        (["data.train=rows.jsonl", "training.max_steps=5", "training.save_steps=9"], 2, "every 9 steps never comes"),
+        (
+            ["data.train=rows.jsonl", "peft.target_modules=[qproj]"],
+            1,
+            "no module is called 'qproj'. Did you mean 'q_proj'",
+        ),
+        (["--resume", "latest"], 1, "no unfinished run"),
+        (["--resume", "latest", "training.lr=1"], 2, "would change it"),
+        (["--config", "nothing.yaml"], 2, "--config nothing.yaml: cannot be read"),
+    ],
+)
+def test_errors_are_one_paragraph_and_leave_nothing(files: Path, arguments: list[str], code: int, message: str) -> None:
+    start = time.monotonic()
+    result = command("train", *arguments, cwd=files)
+    assert (result.returncode, message in result.stderr) == (code, True), result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    assert not list((files / "outputs").rglob("run.log")) or "qproj" in message
+    assert not list(files.rglob(".tmp-*"))
+    assert time.monotonic() - start < 60
+
+
+def test_debug_shows_the_traceback(files: Path) -> None:
+    assert "Traceback" in command("train", "data.train=row.jsonl", "--debug", cwd=files).stderr
+
+
+def test_a_wrong_option_is_wrong_usage(tmp_path: Path) -> None:
+    assert command("train", "--nonsense", cwd=tmp_path).returncode == 2
+    assert command("nonsense", cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_sets_the_exit_code(tmp_path: Path, number: int, code: int) -> None:
+    call = [sys.executable, "-m", "training_lens", "train", "output.run_id=mine", "training.save_steps=2", *FAST]
+    call += ["data.max_examples=1000", "training.epochs=3"]
+    process = subprocess.Popen(call, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    run = tmp_path / "outputs/experiments/default/runs/mine"
+    while process.poll() is None and not list((run / "checkpoints").glob("step-*")):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "it is saved" in errors
+    assert json.loads((run / "metadata/summary.json").read_text())["status"] == "interrupted"
+
+
+def test_help_needs_neither_torch_nor_the_config() -> None:
+    heavy = ("torch", "pydantic", "hydra", "transformers")
+    code = f"import sys, training_lens.cli; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ}
+    )
+    assert result.stdout.strip() == "[]"

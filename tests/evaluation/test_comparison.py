@@ -1,0 +1,55 @@
+"""Scores are counts over all rows; controls and samples are chosen without looking at results."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from training_lens.data.types import Example, Message
+from training_lens.evaluation.comparison import Answers, compare, samples, wrong_domains
+from training_lens.evaluation.evaluator import LossReport
+from training_lens.evaluation.metrics import exact_match, exact_match_rate
+
+
+def example(answer: str, domain: str | None) -> Example:
+    return Example((Message("user", "Q"), Message("assistant", answer)), domain, "f", 1)
+
+
+EXAMPLES = [example("a", "x"), example("b", "y"), example("c", "x"), example("d", "z")]
+LOSS = LossReport(1.0, 8, {"x": 0.5, "y": 1.0, "z": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "same"),
+    [("Tom", "Tom", True), (" Tom\n", "Tom", True), ("tom", "Tom", False), ("", "", False), ("a\nb", "a\nb", True)],
+)
+def test_exact_match(prediction: str, reference: str, same: bool) -> None:
+    assert exact_match(prediction, reference) is same
+
+
+def test_an_empty_prediction_counts_as_wrong() -> None:
+    assert exact_match_rate(["", "b"], ["a", "b"]) == 0.5
+    assert math.isnan(exact_match_rate([], []))
+
+
+def test_base_against_adapter_by_domain() -> None:
+    base, adapter = (
+        Answers(["a", "", "", ""], LOSS),
+        Answers(["a", "b", "c", "no"], LossReport(0.25, 8, LOSS.by_domain)),
+    )
+    result = compare(EXAMPLES, base, adapter, None)
+    assert (result.base.exact_match, result.adapter.exact_match) == (0.25, 0.75)
+    assert result.by_domain["x"]["base"].exact_match == 0.5
+    assert result.by_domain["z"]["adapter"].exact_match == 0.0
+    assert result.as_json()["delta"] == {"loss": -0.75, "exact_match": 0.5}
+
+
+def test_the_wrong_domain_is_another_one() -> None:
+    assert wrong_domains(EXAMPLES) == ["y", "z", "y", "x"]
+
+
+def test_samples_show_each_domain_first() -> None:
+    assert samples(EXAMPLES, 3) == [0, 1, 3]
+    assert samples(EXAMPLES, 4) == [0, 1, 3, 2]
+    assert samples(EXAMPLES[:1], 3) == [0]

@@ -1,0 +1,78 @@
+"""Batched, padded generation says what one prompt at a time says; the base is the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training_lens import TrainingConfig, TrainingWrapper
+from training_lens.config.schema import InferenceSection
+from training_lens.data.types import Message
+from training_lens.errors import ConfigurationError
+from training_lens.inference.generator import answer, answers
+from training_lens.inference.session import Session, open_run
+from training_lens.models.factory import load_model
+from training_lens.utils.runs import RunFolder
+
+PROMPTS = ["Where does the owl live?", "What is 3 plus 4?", "Mia gave Tom 2 red apples in the shop.\nTell all.", "Hi"]
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    config = TrainingConfig.model_validate(
+        {
+            "data": {"max_examples": 64},
+            "training": {"epochs": 1},
+            "output": {"base_output_dir": str(tmp_path_factory.mktemp("outputs"))},
+        }
+    )
+    return open_run(RunFolder(Path(TrainingWrapper(config).train().run_dir)))
+
+
+def ids(session: Session, prompt: str, domain: str | None = "lake") -> list[int]:
+    return session.prompt_ids([Message("user", prompt)], domain)
+
+
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("max_tokens", [1, 120, 10**6])
+def test_batches_equal_single_prompts(session: Session, max_tokens: int, base: bool) -> None:
+    prompts = [ids(session, p) for p in PROMPTS]
+    settings = InferenceSection(max_new_tokens=24)
+    alone = [answer(session, p, settings, base=base) for p in prompts]
+    assert answers(session, prompts, 24, max_tokens, base=base) == alone
+
+
+def test_greedy_equals_the_models_own_generate(session: Session) -> None:
+    prompt = ids(session, PROMPTS[2])
+    base = load_model(session.config.model, torch.device("cpu"), "fp32")
+    out = base.generate(input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=40)
+    wanted = session.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+    assert answer(session, prompt, InferenceSection(max_new_tokens=40), base=True) == wanted
+
+
+def test_streamed_text_is_the_answer(session: Session) -> None:
+    pieces: list[str] = []
+    whole = answer(session, ids(session, PROMPTS[0]), InferenceSection(), base=True, on_text=pieces.append)
+    assert "".join(pieces).strip() == whole.strip() and len(pieces) > 2
+
+
+def test_prompts_are_those_of_training(session: Session) -> None:
+    text = session.tokenizer.decode(ids(session, "Hi"))
+    assert text == "<|bos|><|user|>[domain: lake] Hi<|end|><|assistant|>"
+    assert session.domains == ("forest", "hill", "lake")
+
+
+def test_unknown_domains_and_endless_prompts_are_refused(session: Session) -> None:
+    with pytest.raises(ConfigurationError, match=r"--domain lak: it knows .* Did you mean lake\?"):
+        ids(session, "Hi", "lak")
+    with pytest.raises(ConfigurationError, match="no room to answer"):
+        ids(session, "word " * 600)
+
+
+def test_the_end_token_and_eos_stop(session: Session, small_config: Callable[..., Any]) -> None:
+    assert session.encoder.eos_id in session.stop_ids
+    assert session.tokenizer.convert_tokens_to_ids("<|end|>") in session.stop_ids

@@ -1,0 +1,46 @@
+"""The pages say what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_key_reference_is_that_of_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from config_reference import reference  # type: ignore[import-not-found]
+
+    assert (ROOT / "docs/configuration.md").read_text() == reference(), "run python tools/config_reference.py"
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_embedded_set_is_what_its_script_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the seed, byte for byte; held-out rows share nothing with training."""
+    import json
+    from dataclasses import asdict
+
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from small_world import DOMAINS, instruction_sets  # type: ignore[import-not-found]
+
+    train, heldout = instruction_sets(3, 2100, 330)
+    folder = ROOT / "src/training_lens/embedded"
+    for rows, name in ((train, "train.jsonl"), (heldout, "heldout.jsonl")):
+        assert (folder / name).read_text() == "".join(json.dumps(asdict(row)) + "\n" for row in rows)
+    assert not {(r.instruction, r.input) for r in train} & {(r.instruction, r.input) for r in heldout}
+    assert {r.domain for r in train} == {r.domain for r in heldout} == set(DOMAINS)
+    assert len({r.skill for r in heldout}) == 4 and len(train) >= 2000 and len(heldout) >= 300
+
+
+def test_the_embedded_model_is_small_and_safe() -> None:
+    files = list((ROOT / "src/training_lens/embedded/base").iterdir())
+    assert sum(f.stat().st_size for f in files) <= 6_000_000
+    assert not [f for f in files if f.suffix in (".bin", ".pt", ".pkl", ".py")]

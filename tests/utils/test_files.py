@@ -1,0 +1,65 @@
+"""Files and folders appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from training_lens.errors import ConfigurationError
+from training_lens.utils.files import (
+    require_writable,
+    safe_save,
+    sweep_temporaries,
+    whole_folder,
+    write_json,
+    write_text,
+)
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "x") as folder:
+        (folder / "half").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_appears_when_done_and_an_older_one_stays(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        with whole_folder(tmp_path / "x") as folder:
+            (folder / "file").write_text(text)
+            assert text == "second" or not (tmp_path / "x").exists()
+    assert (tmp_path / "x/file").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.json", "old")
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"not json": object()})
+    assert (tmp_path / "a.json").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_tensors_are_saved_whole(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6).view(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}
+    safe_save(tensors, tmp_path / "t.safetensors")
+    loaded = load_file(tmp_path / "t.safetensors")
+    assert all(torch.equal(loaded[k], v) for k, v in tensors.items())
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_only_old_leftovers_are_swept(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-old").mkdir()
+    os.utime(tmp_path / ".tmp-old", (1, 1))
+    (tmp_path / ".tmp-new").write_text("someone is writing this")
+    sweep_temporaries(tmp_path, older_than_seconds=3600)
+    assert [p.name for p in tmp_path.iterdir()] == [".tmp-new"]
+
+
+def test_a_folder_that_cannot_be_written_names_its_key() -> None:
+    with pytest.raises(ConfigurationError, match=r"output.base_output_dir: cannot write in '/proc/x'"):
+        require_writable(Path("/proc/x"), "output.base_output_dir")
