@@ -70,6 +70,24 @@ def command(as_json: bool = False, debug: bool = False) -> Iterator[Screen]:
         sys.exit(130)
 
 
+def device_of(settings: TrainingConfig) -> str | None:
+    """The device that the user asked for, or None: then the run's own."""
+    return None if settings.model.device == "auto" else settings.model.device
+
+
+def refuse_unused(overrides: list[str] | None, used: tuple[str, ...], why: str) -> None:
+    """Settings that a command would not look at are wrong usage: none is dropped in silence.
+
+    Args:
+        used: what the keys of those it looks at begin with; presets (`+experiment=...`) may always be given.
+    """
+    from training_lens.errors import ConfigurationError
+
+    others = [text for text in overrides or [] if not text.startswith(("+", *used))]
+    if others:
+        raise ConfigurationError(f"{', '.join(others)}: {why} It takes {', '.join(used)}.")
+
+
 def load_config(config_file: str | None, overrides: list[str] | None) -> TrainingConfig:
     """The validated config of the command line."""
     from training_lens.config.compose import compose

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+from training_lens.cli.common import (
+    ConfigFile,
+    Debug,
+    Json,
+    Overrides,
+    Screen,
+    command,
+    device_of,
+    load_config,
+    refuse_unused,
+)
 
 if TYPE_CHECKING:
     from training_lens.data.types import Example
@@ -32,8 +42,11 @@ def compare(
         from training_lens.utils.progress import Progress
         from training_lens.utils.runs import find_run
 
+        refuse_unused(
+            overrides, ("evaluation.", "output.", "model.device"), "compare judges with the run's own config."
+        )
         found = find_run(run, settings.output.base_output_dir, settings.output.experiment_name, finished=True)
-        result = compare_run(found, settings.evaluation, Progress(screen.console))
+        result = compare_run(found, settings.evaluation, Progress(screen.console), device_of(settings))
         report = {"run": str(found.root), **result.comparison.as_json()}
         write_json(found.reports / "compare.json", report)
         show(screen, result)

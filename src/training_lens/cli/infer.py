@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, command, load_config
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, command, device_of, load_config, refuse_unused
 
 Prompt = Annotated[str, typer.Argument(help="What to ask.", show_default=False)]
 Domain = Annotated[str | None, typer.Option(metavar="NAME", help="One of the domains that the run was trained on.")]
@@ -33,10 +33,11 @@ def infer(
         from training_lens.inference.session import open_run
         from training_lens.utils.runs import find_run
 
+        refuse_unused(overrides, ("inference.", "output.", "model.device"), "infer answers with the run's own config.")
         if not prompt.strip():
             raise ConfigurationError("the prompt is empty; give some text.")
         found = find_run(run, settings.output.base_output_dir, settings.output.experiment_name, finished=True)
-        session = open_run(found, None if settings.model.device == "auto" else settings.model.device)
+        session = open_run(found, device_of(settings))
         if session.domains and domain is None and session.config.data.domain.style != "none":
             screen.console.print(
                 f"note: this run knows the domains {', '.join(session.domains)}; choose one with --domain.", style="dim"

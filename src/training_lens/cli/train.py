@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, refuse_unused
 
 if TYPE_CHECKING:
     from training_lens.training.wrapper import TrainingSummary
@@ -35,7 +35,7 @@ def train(
         from training_lens.training.wrapper import TrainingWrapper
 
         if resume:
-            _refuse_changes(overrides)
+            refuse_unused(overrides, ("output.",), "--resume goes on with the run's own config, this would change it.")
             from training_lens.utils.runs import find_run
 
             run = find_run(resume, settings.output.base_output_dir, settings.output.experiment_name, finished=False)
@@ -44,18 +44,6 @@ def train(
             summary = TrainingWrapper(settings, console=screen.console).train()
         _show(screen, summary)
         screen.result(asdict(summary))
-
-
-def _refuse_changes(overrides: list[str] | None) -> None:
-    """A resumed run keeps its config: only where to find it may be said."""
-    from training_lens.errors import ConfigurationError
-
-    others = [text for text in overrides or [] if not text.startswith("output.")]
-    if others:
-        raise ConfigurationError(
-            f"--resume goes on with the run's own config; {', '.join(others)} would change it. "
-            "Leave it out, or start a new run."
-        )
 
 
 def _show(screen: Screen, summary: TrainingSummary) -> None:

@@ -33,13 +33,18 @@ class Judgement:
     adapter: Answers
 
 
-def compare_run(run: RunFolder, settings: EvaluationSection, progress: Progress) -> Judgement:
+def compare_run(
+    run: RunFolder, settings: EvaluationSection, progress: Progress, device: str | None = None
+) -> Judgement:
     """Base against adapter on the run's validation rows.
+
+    Args:
+        device: as `model.device`; None takes the run's.
 
     Raises:
         ConfigurationError: the run had no validation rows.
     """
-    session = open_run(run)
+    session = open_run(run, device)
     examples = _validation_examples(run, session, settings.max_examples)
     base = _answers_of(session, examples, settings, progress, "base", base=True)
     adapter = _answers_of(session, examples, settings, progress, "adapter")

@@ -70,27 +70,16 @@ def open_run(run: RunFolder, device: str | None = None) -> Session:
         CheckpointError: the run has no finished adapter; ModelLoadingError, AdapterError: it cannot be loaded.
     """
     config = TrainingConfig.model_validate(run.read_metadata("config.json"))
-    session = _open(config, device, str(run.tokenizer), tuple(run.read_metadata("data.json")["domains"]))
-    return Session(**{**session.__dict__, "model": load_adapter(session.model, run.adapter)})
-
-
-def open_base(config: TrainingConfig) -> Session:
-    """The base model alone, prompted with the config's template."""
-    return _open(config, None, None, ())
-
-
-def _open(config: TrainingConfig, device: str | None, tokenizer_path: str | None, domains: tuple[str, ...]) -> Session:
     place = get_device(device or config.model.device)
-    # The run's precision where this device has it: fp16 or bf16 of a CUDA run becomes fp32 on a CPU.
-    asked = config.training.precision if device is None else "auto"
-    precision = resolve_precision(asked, place)
-    tokenizer = load_tokenizer(config.model, tokenizer_path)
+    # The run's precision where this is the run's device: fp16 of a CUDA run becomes fp32 on a CPU.
+    precision = resolve_precision(config.training.precision if device is None else "auto", place)
+    tokenizer = load_tokenizer(config.model, str(run.tokenizer))
     renderer = build_renderer(choose_template(config.data.template, tokenizer), config.data.domain.style, tokenizer)
     encoder = TextEncoder(tokenizer)
-    model = load_model(config.model, place, precision)
-    return Session(
-        model, tokenizer, encoder, renderer, config, domains, _stop_ids(model, encoder, renderer), place, precision
-    )
+    model = load_adapter(load_model(config.model, place, precision), run.adapter)
+    domains = tuple(run.read_metadata("data.json")["domains"])
+    stop_ids = _stop_ids(model, encoder, renderer)
+    return Session(model, tokenizer, encoder, renderer, config, domains, stop_ids, place, precision)
 
 
 def _stop_ids(model: Any, encoder: TextEncoder, renderer: Renderer) -> frozenset[int]:

@@ -107,19 +107,20 @@ def require_hub(path: str) -> None:
     Raises:
         ModelLoadingError: the hub cannot be reached.
     """
-    import socket
-    from urllib.parse import urlsplit
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
 
     from huggingface_hub import constants, try_to_load_from_cache
 
     if Path(path).exists() or constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(path, "config.json"), str):
         return
-    url = urlsplit(constants.ENDPOINT)
     try:
-        socket.create_connection((url.hostname or "", url.port or 443), timeout=5).close()
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()  # through the user's proxy, if any
+    except HTTPError:
+        return  # it answers
     except OSError as error:
         raise ModelLoadingError(
-            f"model.id: '{path}' is no local folder, and the hub at {url.hostname} cannot be reached ({error}). "
+            f"model.id: '{path}' is no local folder, and the hub at {constants.ENDPOINT} cannot be reached ({error}). "
             "Give a local folder, or go online."
         ) from error
 

@@ -97,18 +97,18 @@ class Trainer:
         if self.state.step == 0 and self.validation is not None:
             self._evaluate_base()
         for plan in self.schedule.steps(after=self.state.step):
+            if self._stops_early():  # asked first: a resumed run may have stopped already
+                logger.info("early stop: no better validation since step %d", self.state.best_step)
+                return
             report = self.train_step(plan)
             self._account(report)
             self._notify("on_step_end", report)
             last = plan.number == self.schedule.total_steps
             if last or self._due(plan.number, self.settings.eval_steps):
                 self._evaluate()
-            if last or self._due(plan.number, self.settings.save_steps) or self.state.best_step == plan.number:
+            best = self.state.best_step == plan.number
+            if last or best or self._stops_early() or self._due(plan.number, self.settings.save_steps):
                 self._save()
-            if self._stops_early():
-                logger.info("early stop: no better validation since step %d", self.state.best_step)
-                self._save()
-                return
             self._leave_if_asked()
 
     def train_step(self, plan: StepPlan) -> StepReport:
