@@ -152,3 +152,20 @@ def test_a_non_finite_step_stops_before_the_update(small_config: Config, tmp_pat
     assert "step-00000002" in message and "train.jsonl:" in message
     for parameter, before in zip(trainer.parameters, poison.before, strict=True):
         assert torch.equal(torch.nan_to_num(parameter), torch.nan_to_num(before))
+
+
+def test_a_resumed_early_stop_stays_stopped(small_config: Config, tmp_path: Path) -> None:
+    config = small_config(training={"epochs": 5, "eval_steps": 1, "early_stopping_patience": 1})
+    first = assembled(config, tmp_path)
+    real, losses = first._loss_of, iter([5.0, 4.0, 4.5])
+
+    def scripted(dataset: Any) -> Any:
+        from dataclasses import replace
+
+        return replace(real(dataset), loss=next(losses))
+
+    first._loss_of = scripted  # type: ignore[method-assign]
+    assert first.fit().step == 2
+    wrapper = TrainingWrapper(config)
+    again, _ = wrapper._assemble(RunFolder(tmp_path / "run"), wrapper.plan())
+    assert again.fit(resume=True).step == 2

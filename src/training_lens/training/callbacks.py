@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.utils.files import write_text
@@ -48,6 +56,9 @@ class Callback:
 
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         """After the update."""
+
+    def on_evaluate_progress(self, trainer: Any, done: int, total: int) -> None:
+        """During a validation: so many of its examples are done."""
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         """After a validation; `base` is true for the one of the base model, at step 0."""
@@ -162,11 +173,11 @@ class LogLines(Callback):
 
 
 class ProgressBar(Callback):
-    """Step, loss, tokens per second and time left, on a terminal."""
+    """Step, loss, tokens per second and time left, on a terminal; a second bar while a validation runs."""
 
     def __init__(self, console: Console) -> None:
         self._bars = Progress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[status]}"),
@@ -176,6 +187,7 @@ class ProgressBar(Callback):
             console=console,
         )
         self._recent: list[StepReport] = []
+        self._validation: TaskID | None = None
 
     def on_train_start(self, trainer: Any) -> None:
         self._bars.start()
@@ -188,6 +200,16 @@ class ProgressBar(Callback):
         speed = sum(r.tokens for r in self._recent) / sum(r.seconds for r in self._recent)
         loss = sum(r.loss for r in self._recent) / len(self._recent)
         self._bars.update(self._task, completed=report.step, status=f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+
+    def on_evaluate_progress(self, trainer: Any, done: int, total: int) -> None:
+        if self._validation is None:
+            self._validation = self._bars.add_task("validating", total=total, status="")
+        self._bars.update(self._validation, completed=done)
+
+    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        if self._validation is not None:
+            self._bars.remove_task(self._validation)
+            self._validation = None
 
     def on_train_end(self, trainer: Any) -> None:
         self._bars.stop()

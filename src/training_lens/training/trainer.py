@@ -218,9 +218,15 @@ class Trainer:
         self._notify("on_evaluate", 0, report, base=True)
 
     def _loss_of(self, dataset: TokenDataset) -> LossReport:
-        return evaluate_loss(
-            self.model, dataset, self.processes, self.precision, self.settings.micro_batch_tokens, self.fill_id
-        )
+        done = 0
+
+        def advance(examples: float) -> None:
+            nonlocal done
+            done += int(examples) * self.processes.count
+            self._notify("on_evaluate_progress", min(done, len(dataset)), len(dataset))
+
+        budget = self.settings.micro_batch_tokens
+        return evaluate_loss(self.model, dataset, self.processes, self.precision, budget, self.fill_id, advance)
 
     def _save(self) -> None:
         if self.processes.is_main:

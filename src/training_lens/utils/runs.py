@@ -123,7 +123,7 @@ def find_run(reference: str, base_output_dir: str, experiment_name: str, *, fini
     for candidate in (folder / reference, Path(reference)):
         if (candidate / "metadata").is_dir():
             return RunFolder(candidate)
-    close = nearest(reference, [run.run_id for run in runs])
+    close = nearest(reference, [LATEST, *(run.run_id for run in runs)])
     hint = f" Did you mean {close}?" if close else ""
     raise CheckpointError(f"no run '{reference}' in {folder}, and no run folder at that path.{hint}")
 
