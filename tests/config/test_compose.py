@@ -98,6 +98,11 @@ def test_broken_config_files_are_named(tmp_path: Path, name: str, content: str |
     assert message in found[0] and name in found[0]
 
 
+def test_paths_may_be_text_or_path_objects() -> None:
+    one = TrainingConfig.model_validate({"data": {"train": Path("a.json"), "validation": ["b.json", Path("c.json")]}})
+    assert (one.data.train, one.data.validation) == (["a.json"], ["b.json", "c.json"])
+
+
 def test_assignment_is_validated() -> None:
     config = TrainingConfig()
     with pytest.raises(ValueError, match="greater than 0"):

@@ -16,8 +16,9 @@ TemplateName = Literal["alpaca", "chat"]
 
 
 def _as_list(value: Any) -> Any:
-    """One path where a list of paths is expected is a list of one."""
-    return [value] if isinstance(value, str | Path) else value
+    """One path where a list of paths is expected is a list of one; `Path` objects are their text."""
+    values = [value] if isinstance(value, str | Path) else value
+    return [str(v) if isinstance(v, Path) else v for v in values] if isinstance(values, list) else values
 
 
 Rows = Annotated[list[str] | list[dict[str, Any]], BeforeValidator(_as_list)]
