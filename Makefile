@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow check format clean
+.PHONY: setup demo test check format clean
 
 setup: $(STAMP)
 
@@ -28,10 +28,6 @@ check: $(STAMP)
 
 test: check
 	$(BIN)/pytest
-
-# Proofs that take minutes: long kill-and-resume runs.
-test-slow: $(STAMP)
-	$(BIN)/pytest -m slow
 
 format: $(STAMP)
 	$(BIN)/ruff format .

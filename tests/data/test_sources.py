@@ -63,5 +63,9 @@ def test_missing_files_suggest_the_nearest(tmp_path: Path, write_rows: Callable[
         expand([str(tmp_path / "*.csv")], "data.train")
     with pytest.raises(DatasetError, match=r"is a folder, expected files.*1 files"):
         expand([str(tmp_path)], "data.train")
+    with pytest.raises(DatasetError, match=r"there are embedded:train and embedded:heldout"):
+        expand(["embedded:trian"], "data.train")
+    with pytest.raises(DatasetError, match="an empty path"):
+        expand([""], "data.train")
     with pytest.raises(DatasetError, match="no folder"):
         expand([str(tmp_path / "no" / "rows.jsonl")], "data.train")

@@ -24,6 +24,8 @@ def expand(specs: Sequence[str], key: str) -> list[Path]:
     """
     files: dict[Path, None] = {}
     for spec in specs:
+        if not spec.strip():
+            raise DatasetError(f"{key}: an empty path; give a file.")
         path = Path(embedded.resolve(spec)).expanduser()
         if path.is_file():
             files[path] = None
@@ -44,6 +46,8 @@ def expand(specs: Sequence[str], key: str) -> list[Path]:
 def _missing(spec: str, path: Path) -> str:
     if glob.has_magic(spec):
         return f"'{spec}' matches no file. Check the folder and the pattern; relative paths start at {Path.cwd()}."
+    if spec.startswith(f"{embedded.MODEL}:"):
+        return f"'{spec}' is not embedded; there are {embedded.TRAIN} and {embedded.HELDOUT}."
     if not path.parent.is_dir():
         return f"'{spec}' is not there: no folder '{path.parent}'. Relative paths start at {Path.cwd()}."
     close = nearest(path.name, [p.name for p in path.parent.iterdir()])

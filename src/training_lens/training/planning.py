@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from training_lens import embedded
 from training_lens.config.schema import TemplateName, TrainingConfig, check_run_length
 from training_lens.data.batching import Schedule, hold_out
 from training_lens.data.preparation import Preparation, Split, log_split, prepare_split, tokenizer_hash
@@ -106,6 +107,8 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
     seq_len = resolve_seq_len(config.model, facts)
     lr = config.training.lr or default_lr(facts.width)
     logger.info("model: %s, width %d; up to %d tokens an example", config.model.id, facts.width, seq_len)
+    if config.model.id == embedded.MODEL and config.data.train != [embedded.TRAIN]:
+        logger.warning("your rows train the embedded demo model, which knows only its own small world; set model.id")
     if config.data.template == "auto":
         logger.info("template: %s", "the tokenizer's own chat template" if template == "chat" else template)
     if config.training.lr is None:
