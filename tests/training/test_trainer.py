@@ -131,7 +131,7 @@ def test_best_and_last_checkpoints_are_kept(small_config: Config, tmp_path: Path
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_non_finite_step_stops_before_the_update(small_config: Config, tmp_path: Path, where: str) -> None:
-    trainer = assembled(small_config(training={"save_steps": 2, "eval_steps": 2}), tmp_path)
+    trainer = assembled(small_config(training={"save_steps": 2, "eval_steps": 2}), tmp_path, "Run")
 
     class Poison(Callback):
         def on_step_end(self, trainer: Any, report: StepReport) -> None:
@@ -149,7 +149,7 @@ def test_a_non_finite_step_stops_before_the_update(small_config: Config, tmp_pat
         trainer.fit()
     message = str(caught.value)
     assert f"step 4: the {where} is not finite" in message
-    assert "step-00000002" in message and "train.jsonl:" in message
+    assert str(tmp_path / "Run/checkpoints/step-00000002") in message and "train.jsonl:" in message
     for parameter, before in zip(trainer.parameters, poison.before, strict=True):
         assert torch.equal(torch.nan_to_num(parameter), torch.nan_to_num(before))
 
@@ -169,3 +169,16 @@ def test_a_resumed_early_stop_stays_stopped(small_config: Config, tmp_path: Path
     wrapper = TrainingWrapper(config)
     again, _ = wrapper._assemble(RunFolder(tmp_path / "run"), wrapper.plan())
     assert again.fit(resume=True).step == 2
+
+
+def test_without_save_steps_checkpoints_come_with_the_validations(small_config: Config, tmp_path: Path) -> None:
+    trainer = assembled(small_config(training={"eval_steps": 4}), tmp_path)
+    saved: list[str] = []
+
+    class Watch(Callback):
+        def on_checkpoint(self, trainer: Any, folder: Path) -> None:
+            saved.append(folder.name)
+
+    trainer._callbacks = (Watch(),)
+    trainer.fit()
+    assert saved == ["step-00000004", "step-00000006"]

@@ -27,6 +27,7 @@ Overrides = Annotated[
 ConfigFile = Annotated[
     str | None, typer.Option("--config", "-c", metavar="FILE", help="Your YAML or JSON config file.")
 ]
+FinishedRun = Annotated[str, typer.Option(metavar="RUN", help="A run's id, its folder, or 'latest' finished.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to standard error.")
 ]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from training_lens.cli.common import (
     ConfigFile,
     Debug,
+    FinishedRun,
     Json,
     Overrides,
     Screen,
@@ -23,13 +22,12 @@ if TYPE_CHECKING:
     from training_lens.evaluation.comparison import Answers, Comparison
     from training_lens.evaluation.judging import Judgement
 
-Run = Annotated[str, typer.Option(metavar="RUN", help="A run's id, its folder, or 'latest' finished.")]
 SHOWN = 3
 
 
 def compare(
     overrides: Overrides = None,
-    run: Run = "latest",
+    run: FinishedRun = "latest",
     config: ConfigFile = None,
     json: Json = False,
     debug: Debug = False,

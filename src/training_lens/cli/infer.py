@@ -6,12 +6,21 @@ from typing import Annotated
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, command, device_of, load_config, refuse_unused
+from training_lens.cli.common import (
+    ConfigFile,
+    Debug,
+    FinishedRun,
+    Json,
+    Overrides,
+    command,
+    device_of,
+    load_config,
+    refuse_unused,
+)
 
 Prompt = Annotated[str, typer.Argument(help="What to ask.", show_default=False)]
 Domain = Annotated[str | None, typer.Option(metavar="NAME", help="One of the domains that the run was trained on.")]
 Base = Annotated[bool, typer.Option("--base", help="Ask the base model, without the adapter.")]
-Run = Annotated[str, typer.Option(metavar="RUN", help="A run's id, its folder, or 'latest' finished.")]
 
 
 def infer(
@@ -19,7 +28,7 @@ def infer(
     overrides: Overrides = None,
     domain: Domain = None,
     base: Base = False,
-    run: Run = "latest",
+    run: FinishedRun = "latest",
     config: ConfigFile = None,
     json: Json = False,
     debug: Debug = False,

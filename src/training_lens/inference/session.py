@@ -71,8 +71,10 @@ def open_run(run: RunFolder, device: str | None = None) -> Session:
     """
     config = TrainingConfig.model_validate(run.read_metadata("config.json"))
     place = get_device(device or config.model.device)
-    # The run's precision where this is the run's device: fp16 of a CUDA run becomes fp32 on a CPU.
-    precision = resolve_precision(config.training.precision if device is None else "auto", place)
+    trained = config.training.precision
+    # fp16 exists on CUDA alone: elsewhere such a run answers in the device's own precision.
+    elsewhere = device is not None or (trained == "fp16" and place.type != "cuda")
+    precision = resolve_precision("auto" if elsewhere else trained, place)
     tokenizer = load_tokenizer(config.model, str(run.tokenizer))
     renderer = build_renderer(choose_template(config.data.template, tokenizer), config.data.domain.style, tokenizer)
     encoder = TextEncoder(tokenizer)

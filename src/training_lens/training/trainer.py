@@ -107,7 +107,8 @@ class Trainer:
             if last or self._due(plan.number, self.settings.eval_steps):
                 self._evaluate()
             best = self.state.best_step == plan.number
-            if last or best or self._stops_early() or self._due(plan.number, self.settings.save_steps):
+            save_steps = self.settings.save_steps or self.settings.eval_steps
+            if last or best or self._stops_early() or self._due(plan.number, save_steps):
                 self._save()
             self._leave_if_asked()
 
@@ -178,10 +179,10 @@ class Trainer:
     def _not_finite(self, report: StepReport) -> TrainingError:
         what = "loss" if report.loss != report.loss or abs(report.loss) == float("inf") else "gradient"
         found = self.checkpoints.newest()
-        good = f"the last good checkpoint is {found[0]}" if found else "there is no checkpoint before it"
+        good = f"The last good checkpoint is {found[0]}" if found else "There is no checkpoint before it"
         return TrainingError(
             f"step {report.step}: the {what} is not finite (loss {report.loss}, gradient norm {report.grad_norm}); "
-            f"the update was not applied. Examples: {', '.join(report.example_ids)}. {good.capitalize()}. "
+            f"the update was not applied. Examples: {', '.join(report.example_ids)}. {good}. "
             "Look at these rows, lower training.lr, or use training.precision=fp32."
         )
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,16 +112,9 @@ def safe_save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[st
     """Write tensors as one safetensors file, whole or not at all; they may live on any device."""
     from safetensors.torch import save_file
 
-    def save(temporary: Path) -> None:
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
-
-    _replace_with(path, save)
-
-
-def _replace_with(path: Path, write: Callable[[Path], None]) -> None:
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        write(temporary)
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
         _fsync(temporary)
         temporary.replace(path)
     finally:
