@@ -39,7 +39,7 @@ def runs(shared: Path) -> dict[str, list[str]]:
         "gsm8k": [tiny, f"data.train={gsm8k}/train.jsonl", f"data.validation={gsm8k}/test.jsonl", *once],
         "alpaca_identity_one_epoch": [tiny, both, "data.val_ratio=0.1", *once],
         "alpaca_identity_full": [
-            *("+experiment=full", tiny, both, "data.val_ratio=0.1"),
+            *("+experiment=default-full", tiny, both, "data.val_ratio=0.1"),
             *("training.batch_size=4", "training.epochs=6", "training.lr=5e-3"),
         ],
     }

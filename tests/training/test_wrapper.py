@@ -115,7 +115,7 @@ def test_the_public_api_trains_on_lists_of_dicts(tmp_path: Path) -> None:
 
 
 def test_dora_trains(small_config: Config) -> None:
-    summary = TrainingWrapper(small_config(peft={"variant": "dora"}, training={"max_steps": 3, "epochs": 1})).train()
+    summary = TrainingWrapper(small_config(peft={"use_dora": True}, training={"max_steps": 3, "epochs": 1})).train()
     adapter = load_file(Path(summary.run_dir) / "artifacts/adapter/adapter_model.safetensors")
     assert any("magnitude" in name for name in adapter)
     assert summary.validation_loss is not None and summary.base_validation_loss is not None

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from training_lens import embedded
+from training_lens.utils.formatting import nearest
 
-TemplateName = Literal["alpaca", "chat"]
+TEMPLATES = ("auto", "chat", "alpaca", "plain")
 
 
 def _as_list(value: Any) -> Any:
@@ -43,6 +44,9 @@ class ModelSection(Section):
         None, ge=8, description="longest example in tokens; null: the model's positions, at most 2048"
     )
     attention: Literal["auto", "sdpa", "eager"] = Field("auto", description="attention implementation; auto: sdpa")
+    quantization: Literal["none", "4bit", "8bit"] = Field(
+        "none", description="of the frozen weights, through bitsandbytes: 4bit (NF4, double quantization) or 8bit"
+    )
     trust_remote_code: bool = Field(False, description="run code that a model folder or hub repository carries")
 
 
@@ -53,7 +57,9 @@ class FieldsSection(Section):
     input: str | None = Field(None, description="key of the prompt's second part, such as 'context'")
     output: str | None = Field(None, description="key of the answer that is learned, such as 'response'")
     system: str | None = Field(None, description="key of the system message")
-    messages: str | None = Field(None, description="key of a list of {role, content}")
+    messages: str | None = Field(None, description="key of a chat: a list of {role, content} or {from, value}")
+    tools: str | None = Field(None, description="key of the tools that a chat may call, a list or its JSON text")
+    text: str | None = Field(None, description="key of plain text, learned whole and without a template")
 
 
 class DomainSection(Section):
@@ -77,22 +83,60 @@ class DomainSection(Section):
 class DataSection(Section):
     """Training and validation rows, and how they become text."""
 
-    train: Rows = Field([embedded.TRAIN], description="JSON or JSONL paths or globs, merged; or a list of rows")
+    train: Rows = Field(
+        [embedded.TRAIN],
+        description="paths or globs (.json, .jsonl, .csv, .tsv, .parquet, each also .gz), folders saved by datasets, "
+        "hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT], merged; or a list of rows",
+    )
+    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        description="how often an epoch takes the rows of each entry of data.train: 2 is twice, 0.5 a random half, "
+        "drawn anew each epoch; null: once",
+    )
     validation: Rows | None = Field(
-        None, description="like train; null: the embedded held-out rows for the embedded set, none otherwise"
+        None, description="like train, each file reported; null: the embedded held-out rows for the embedded set"
     )
     val_ratio: float = Field(
         0.0, ge=0.0, lt=1.0, description="share of the training rows held out at random when validation is not given"
     )
     fields: FieldsSection = FieldsSection()
-    template: Literal["auto", "alpaca", "chat"] = Field(
-        "auto", description="chat: the tokenizer's chat template; alpaca; auto: chat where the tokenizer has one"
+    template: str = Field(
+        "auto",
+        min_length=1,
+        description="chat: the tokenizer's chat template; alpaca; plain: the row's texts alone; auto: chat where the "
+        "tokenizer has one, else alpaca; a .jinja file; or a pattern such as 'Q: {instruction}\\nA: {output}'",
     )
     domain: DomainSection = DomainSection()
     mask_prompt: bool = Field(True, description="learn the answer alone; false: the prompt's tokens as well")
+    supervise: Literal["all", "last"] = Field("all", description="learn every answer of a chat, or its last alone")
+    truncation: Literal["keep_end", "keep_start", "drop"] = Field(
+        "keep_end",
+        description="rows longer than model.seq_len: keep_end cuts the start (the answer keeps its end), keep_start "
+        "cuts the end, drop leaves them out",
+    )
+    special_tokens: Literal["plain", "allow"] = Field(
+        "plain", description="text of a special token inside a row, such as '<|im_end|>': plain text, or the token"
+    )
+    strip_end_marks: bool = Field(
+        True, description="take a literal end mark such as '<|endoftext|>' off the end of answers"
+    )
     max_examples: int | None = Field(
         None, ge=1, description="at most this many training examples, drawn at random with the seed; null: all"
     )
+
+    @field_validator("template")
+    @classmethod
+    def _known_template(cls, value: str) -> str:
+        if value in TEMPLATES or value.endswith((".jinja", ".jinja2", ".j2")):
+            return value
+        if "{" not in value and "\n" not in value:
+            close = nearest(value, TEMPLATES)
+            hint = f" Did you mean '{close}'?" if close else ""
+            raise ValueError(
+                f"'{value}' is no template; give one of {', '.join(TEMPLATES)}, a .jinja file, or a pattern with "
+                f"{{instruction}} and {{output}}.{hint}"
+            )
+        return value
 
     @model_validator(mode="after")
     def _validation(self) -> DataSection:
@@ -100,6 +144,10 @@ class DataSection(Section):
             raise ValueError("data.train: no rows and no paths; give at least one")
         if self.validation is not None and self.val_ratio:
             raise ValueError("data.validation and data.val_ratio are both given; keep one")
+        if self.weights is not None and len(self.weights) != len(self.train):
+            raise ValueError(
+                f"data.weights: {len(self.weights)} weights for {len(self.train)} entries of data.train; give one each"
+            )
         return self
 
     @property
@@ -113,12 +161,35 @@ class DataSection(Section):
 class PeftSection(Section):
     """The adapter."""
 
-    variant: Literal["lora", "dora"] = Field("lora", description="lora, or dora (weight-decomposed)")
+    variant: Literal["lora", "rslora"] = Field(
+        "lora", description="scale of the update: lora: lora_alpha / r; rslora: lora_alpha / sqrt(r) (arXiv 2312.03732)"
+    )
+    use_dora: bool = Field(False, description="learn magnitude and direction apart (DoRA, arXiv 2402.09353)")
+    init: Literal["default", "pissa"] = Field(
+        "default",
+        description="default: B is zero; pissa: from the weights' largest singular directions (arXiv 2404.02948)",
+    )
     r: int = Field(16, ge=1, description="rank")
-    lora_alpha: float = Field(32.0, gt=0, description="the update is scaled by lora_alpha / r")
+    lora_alpha: float = Field(32.0, gt=0, description="scales the update, see variant")
     lora_dropout: float = Field(0.0, ge=0.0, lt=1.0, description="share of the adapter's inputs dropped in training")
-    target_modules: Literal["auto"] | list[str] = Field(
-        "auto", description="auto: every linear layer of the decoder; or names such as [q_proj, v_proj]"
+    target_modules: str | list[str] = Field(
+        "auto",
+        min_length=1,
+        description="auto: every linear layer of the decoder; names such as [q_proj, v_proj]; or one regular "
+        "expression for whole module paths, such as '.*layers\\.[0-3]\\..*_proj'",
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        {}, description="other ranks for some modules: {name or end of a module path: rank}"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="other lora_alpha for some modules, like rank_pattern"
+    )
+    modules_to_save: list[str] = Field([], description="modules that are trained and saved whole, such as [lm_head]")
+    lora_plus_ratio: float | None = Field(
+        None, ge=1, description="learning rate of B over that of A (LoRA+, arXiv 2402.12354); null: the same"
+    )
+    from_adapter: str | None = Field(
+        None, min_length=1, description="go on from this adapter folder or run; its rank, targets and scale hold"
     )
 
 
@@ -135,8 +206,16 @@ class TrainingSection(Section):
     micro_batch_tokens: int = Field(
         4096, ge=1, description="most tokens (padding included) in one forward pass; never changes the result"
     )
-    optimizer: Literal["adamw"] = Field("adamw", description="adamw: decoupled weight decay, betas 0.9 and 0.999")
-    scheduler: Literal["linear", "cosine", "constant"] = Field("cosine", description="learning rate after warm-up")
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
+        "adamw",
+        description="adamw: betas 0.9 and 0.999; adamw_8bit: its state in 8 bits (bitsandbytes, CUDA); adafactor: "
+        "factored second moments, no first",
+    )
+    scheduler: Literal["linear", "cosine", "cosine_with_restarts", "constant"] = Field(
+        "cosine", description="learning rate after warm-up"
+    )
+    scheduler_cycles: int = Field(1, ge=1, description="cosines in cosine_with_restarts")
+    min_lr_ratio: float = Field(0.0, ge=0.0, lt=1.0, description="the rate falls to this share of its peak")
     warmup_ratio: float = Field(0.03, ge=0.0, lt=1.0, description="share of the steps with rising learning rate")
     weight_decay: float = Field(0.0, ge=0.0, le=1.0, description="decoupled weight decay of the adapter")
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; null: never")
@@ -146,6 +225,9 @@ class TrainingSection(Section):
     logging_steps: int = Field(10, ge=1, description="TensorBoard and run.log every so many steps")
     early_stopping_patience: int | None = Field(
         None, ge=1, description="stop after so many validations without a new best; null: never"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="keep no activations but each layer's input, and compute them again: less memory, more time"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of the forward and backward pass; auto: fp32 on CPU and MPS, bf16 or fp16 on CUDA"
@@ -161,13 +243,22 @@ class EvaluationSection(Section):
 
 
 class InferenceSection(Section):
-    """Answering a prompt."""
+    """Answering prompts."""
 
+    adapter: str = Field(
+        "latest",
+        min_length=1,
+        description="latest: of the newest finished run; a run's id or folder; a PEFT adapter folder on model.id; "
+        "none: model.id alone",
+    )
     max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens")
     temperature: float = Field(0.0, ge=0.0, le=5.0, description="0: greedy; else the sampling temperature")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="sample from the smallest set with this probability")
     top_k: int | None = Field(None, ge=1, description="sample from so many of the likeliest tokens; null: from all")
     seed: int = Field(0, ge=0, lt=2**31, description="of the sampling")
+    batch_tokens: int = Field(
+        8192, ge=1, description="most tokens (padding and answers included) in one batch of infer --input"
+    )
 
 
 class TrackingSection(Section):
@@ -227,6 +318,15 @@ def _cross_checks(config: TrainingConfig) -> list[str]:
         )
     if training.eval_steps and not config.data.validation_sources and not config.data.val_ratio:
         problems.append("training.eval_steps: needs validation data; give data.validation or data.val_ratio")
+    if training.scheduler_cycles > 1 and training.scheduler != "cosine_with_restarts":
+        problems.append(
+            f"training.scheduler_cycles: {training.scheduler_cycles} cycles need scheduler=cosine_with_restarts, "
+            f"given {training.scheduler}"
+        )
+    if training.min_lr_ratio and training.scheduler == "constant":
+        problems.append("training.min_lr_ratio: a constant rate never falls; leave it out, or take another scheduler")
+    if config.peft.init == "pissa" and config.model.quantization != "none":
+        problems.append("peft.init: pissa needs the weights unquantized; give init=default or quantization=none")
     return problems
 
 

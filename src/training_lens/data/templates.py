@@ -13,11 +13,11 @@ from typing import Any, Literal, Protocol
 
 from jinja2 import TemplateError
 
-from training_lens.config.schema import TemplateName
 from training_lens.data.types import Example, Message, Segment
 from training_lens.errors import ConfigurationError, DatasetError
 
 DomainStyle = Literal["tag", "hash", "none"]
+TemplateName = Literal["alpaca", "chat"]
 
 
 class Template(Protocol):

@@ -63,7 +63,7 @@ def attach(model: Any, peft: PeftSection) -> Any:
         lora_alpha=peft.lora_alpha,
         lora_dropout=peft.lora_dropout,
         target_modules=target_names(model, peft.target_modules),
-        use_dora=peft.variant == "dora",
+        use_dora=peft.use_dora,
     )
     adapted = get_peft_model(model, config)
     for _, parameter in trainable(adapted):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from training_lens.config.schema import TrainingSection
 
-Scheduler = Literal["linear", "cosine", "constant"]
+Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "constant"]
 
 
 def default_lr(width: int) -> float:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from training_lens import embedded
-from training_lens.config.schema import TemplateName, TrainingConfig, check_run_length
+from training_lens.config.schema import TrainingConfig, check_run_length
 from training_lens.data.batching import Schedule, hold_out
 from training_lens.data.preparation import Preparation, Split, log_split, prepare_split, tokenizer_hash
 from training_lens.data.store import TokenDataset
-from training_lens.data.templates import build_renderer, choose_template
+from training_lens.data.templates import TemplateName, build_renderer, choose_template
 from training_lens.data.tokenization import TextEncoder
 from training_lens.errors import ConfigurationError
 from training_lens.models.factory import ModelFacts, check_vocabulary, load_tokenizer, read_facts, resolve_seq_len
@@ -124,7 +124,7 @@ def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progr
     assert config.model.seq_len is not None and config.data.template != "auto"
     preparation = Preparation(
         config.data,
-        build_renderer(config.data.template, config.data.domain.style, tokenizer),
+        build_renderer(choose_template(config.data.template, tokenizer), config.data.domain.style, tokenizer),
         TextEncoder(tokenizer),
         config.model.seq_len,
         tokenizer_hash(tokenizer),

@@ -155,7 +155,8 @@ class TrainingWrapper:
         parameters = count_parameters(model)
         logger.info(
             "%s r=%d: %s of %s parameters train (%.2f %%) on %s in %s",
-            config.peft.variant, config.peft.r, format_count(parameters.trainable), format_count(parameters.total),
+            "dora" if config.peft.use_dora else config.peft.variant, config.peft.r,
+            format_count(parameters.trainable), format_count(parameters.total),
             100 * parameters.share, device, plan.precision,
         )  # fmt: skip
         trainer = Trainer(
