@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training_lens.data.batching import Schedule, collate, cut, epoch_order, hold_out, share
+from training_lens.data.batching import Mix, Schedule, collate, cut, epoch_order, hold_out, share
 from training_lens.data.types import TokenizedExample
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=101)
@@ -28,6 +28,23 @@ def test_resuming_continues_the_same_order(after: int) -> None:
     schedule = Schedule(examples=101, global_batch=8, epochs=2, max_steps=None, seed=3)
     whole = [(s.number, s.examples.tolist()) for s in schedule.steps()]
     assert [(s.number, s.examples.tolist()) for s in schedule.steps(after)] == whole[after:]
+
+
+def test_weights_say_how_often_an_epoch_takes_each_entry() -> None:
+    entries = np.repeat([0, 1, 2], [10, 40, 8])
+    schedule = Schedule(58, 7, 2, None, 1, Mix(entries, (2.0, 0.5, 1.25)))
+    assert schedule.epoch_examples == 20 + 20 + 10 and schedule.steps_per_epoch == 8
+    epochs = [np.concatenate([s.examples for s in schedule.steps() if s.epoch == epoch]) for epoch in (0, 1)]
+    for taken in epochs:
+        counts = np.bincount(taken, minlength=58)
+        assert (counts[:10] == 2).all()
+        assert counts[10:50].sum() == 20 and counts[10:50].max() == 1
+        assert counts[50:].sum() == 10 and counts[50:].min() == 1
+    assert set(epochs[0][np.isin(epochs[0], np.arange(10, 50))]) != set(
+        epochs[1][np.isin(epochs[1], np.arange(10, 50))]
+    )
+    whole = [s.examples.tolist() for s in schedule.steps()]
+    assert [s.examples.tolist() for s in schedule.steps(after=9)] == whole[9:]
 
 
 def test_length_of_runs() -> None:
@@ -59,8 +76,8 @@ def test_hold_out_splits_without_overlap() -> None:
 
 def test_collate_pads_on_the_right_and_never_supervises_padding() -> None:
     examples = [
-        TokenizedExample("a", np.array([5, 6, 7], np.int32), np.array([False, True, True]), None),
-        TokenizedExample("b", np.array([8], np.int32), np.array([True]), None),
+        TokenizedExample("a", 1, np.array([5, 6, 7], np.int32), np.array([False, True, True]), None),
+        TokenizedExample("b", 1, np.array([8], np.int32), np.array([True]), None),
     ]
     batch = collate(examples, fill_id=7)
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 7, 7]]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from training_lens.config.schema import DomainSection, FieldsSection
-from training_lens.data.fields import FieldMapping, find_mapping, to_example
+from training_lens.data.fields import FieldMapping, find_mapping, strip_end_marks, to_example
 from training_lens.data.types import Message, Row
 from training_lens.errors import DatasetError
 
 
 def mapping_of(keys: set[str], domain: DomainSection | None = None, **fields: str) -> FieldMapping:
-    return find_mapping(keys, FieldsSection(**fields), domain or DomainSection(), "rows.jsonl")
+    rows = [Row("rows.jsonl", 1, dict.fromkeys(keys, "x"))]
+    return find_mapping(rows, FieldsSection(**fields), domain or DomainSection())
 
 
 def row(**values: Any) -> Row:
@@ -29,6 +31,8 @@ def row(**values: Any) -> Row:
         ({"prompt", "response", "id"}, "prompt -> response"),
         ({"instruction", "input", "response"}, "instruction + input -> response"),
         ({"messages", "source"}, "messages"),
+        ({"conversations", "tools"}, "conversations + tools"),
+        ({"text", "meta"}, "text"),
         ({"question", "answer", "domain"}, "question -> answer, domain from domain"),
         ({"system", "prompt", "completion"}, "system + prompt -> completion"),
     ],
@@ -47,10 +51,18 @@ def test_configured_fields_win() -> None:
 @pytest.mark.parametrize(
     ("keys", "fields", "message"),
     [
-        ({"text"}, {}, r"no prompt found .*\(text\).*data\.fields\.instruction=FIELD"),
+        ({"ask"}, {}, r"no prompt found .*\(ask\).*data\.fields\.instruction=FIELD"),
         ({"question"}, {}, r"no answer found .*data\.fields\.output=FIELD"),
-        ({"question", "answer", "response"}, {}, r"answer and response could each be the output"),
-        ({"messages", "prompt", "response"}, {}, "could be read as messages or as prompt -> response"),
+        (
+            {"question", "answer", "response"},
+            {},
+            r"'answer' \(row 1\) and 'response' \(row 1\) could each be the output",
+        ),
+        (
+            {"messages", "prompt", "response"},
+            {},
+            r"could be read as messages \(row 1\) or as prompt -> response \(row 1\). Say which: ",
+        ),
         ({"question", "answer"}, {"output": "anwser"}, "no field 'anwser'. Did you mean 'answer'"),
     ],
 )
@@ -78,6 +90,10 @@ def test_the_domain_can_be_the_file() -> None:
         ({"question": "a"}, r"rows\.jsonl, row 4: has no field 'answer'"),
         ({"question": "a", "answer": None}, "row 4: 'answer' is null"),
         ({"question": "a", "answer": ""}, "row 4: 'answer' is empty"),
+        ({"question": "a", "answer": " \n"}, "row 4: 'answer' is only white space"),
+        ({"question": "a", "answer": float("nan")}, "row 4: 'answer' is NaN"),
+        ({"question": True, "answer": "b"}, "row 4: 'question' is a bool"),
+        ({"question": {"text": "a"}, "answer": "b"}, "row 4: 'question' is a dict"),
         ({"question": ["a"], "answer": "b"}, "row 4: 'question' is a list"),
     ],
 )
@@ -92,11 +108,86 @@ def test_unusable_rows_name_row_and_field(values: dict[str, Any], message: str) 
         ("text", "'messages' is a str, expected a list"),
         ([], "'messages' is empty"),
         ([{"role": "user", "content": "a"}], "ends with a user message"),
-        ([{"role": "robot", "content": "a"}], "message 1: role 'robot' is none of system, user, assistant"),
+        ([{"role": "robot", "content": "a"}], "message 1: role 'robot' is none of system, user, assistant, tool"),
         ([{"role": "user"}], "message 1: expected an object with 'role' and 'content'"),
         ([{"role": "user", "content": None}, {"role": "assistant", "content": "b"}], "message 1: 'content' is null"),
+        ([{"from": "gpt", "value": "a"}], "begins with a message of the assistant"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "message 1: has a part of type 'image'"),
+        ([{"role": "user", "content": "a", "loss_weight": 0.5}], "'loss_weight' is 0.5, expected 0 or 1"),
+        ([{"role": "user", "content": "a", "loss_weight": 1}], "only an assistant's can be learned"),
+        (
+            [{"from": "human", "value": "a"}, {"from": "function_call", "value": "no"}],
+            "expected a function call in JSON",
+        ),
+        ([{"from": "hunan", "value": "a"}], "Did you mean 'human'"),
     ],
 )
 def test_broken_chats_name_row_and_turn(messages: Any, message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         to_example(row(messages=messages), mapping_of({"messages"}))
+
+
+def test_a_mixed_file_names_the_rows_and_what_to_set() -> None:
+    rows = [Row("f.jsonl", 1, {"question": "a", "answer": "b"}), Row("f.jsonl", 7, {"prompt": "a", "completion": "b"})]
+    with pytest.raises(
+        DatasetError, match=r"'question' \(row 1\) and 'prompt' \(row 7\) .*data\.fields\.instruction="
+    ) as e:
+        find_mapping(rows, FieldsSection(), DomainSection())
+    assert "several files" in str(e.value)
+    rows[1] = Row("f.jsonl", 9, {"messages": []})
+    with pytest.raises(DatasetError, match=r"messages \(row 9\) or as question -> answer \(row 1\)"):
+        find_mapping(rows, FieldsSection(), DomainSection())
+
+
+def test_sharegpt_and_messages_become_the_same_example() -> None:
+    share = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes"}]
+    chat = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": "Yes"}]
+    one = to_example(row(conversations=share), mapping_of({"conversations"}))
+    assert one == to_example(row(messages=chat), mapping_of({"messages"}))
+
+
+def test_calls_and_tools_are_understood_in_both_spellings() -> None:
+    call = {"name": "search", "arguments": {"q": "rice"}}
+    share = [
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "[]"},
+        {"from": "gpt", "value": "None found."},
+    ]
+    openai = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {**call, "arguments": '{"q": "rice"}'}}]},
+        {"role": "tool", "content": "[]"},
+        {"role": "assistant", "content": "None found."},
+    ]
+    tool = {"name": "search", "description": "d"}
+    first = to_example(row(conversations=share, tools=json.dumps([tool])), mapping_of({"conversations", "tools"}))
+    second = to_example(row(messages=openai, tools=[tool]), mapping_of({"messages", "tools"}))
+    assert first.messages[1].calls == second.messages[1].calls == (call,)
+    assert [m.role for m in first.messages] == ["user", "assistant", "tool", "assistant"]
+    assert first.tools == second.tools == ({"type": "function", "function": tool},)
+
+
+def test_loss_weight_0_is_not_learned() -> None:
+    chat = [
+        {"role": "user", "content": "a", "loss_weight": 0.0},
+        {"role": "assistant", "content": "b", "loss_weight": 0},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "loss_weight": 1.0},
+    ]
+    learned = [
+        m.learn for m in to_example(row(messages=chat), mapping_of({"messages"})).messages if m.role == "assistant"
+    ]
+    assert learned == [False, True]
+
+
+def test_text_stands_alone() -> None:
+    example = to_example(row(text="A story."), mapping_of({"text"}))
+    assert example.is_text and example.messages == (Message("assistant", "A story."),)
+
+
+def test_end_marks_are_taken_off_answers_alone() -> None:
+    example = to_example(row(prompt="Say </s>", completion=" Yes<|endoftext|>\n"), mapping_of({"prompt", "completion"}))
+    stripped, marks = strip_end_marks(example)
+    assert [m.text for m in stripped.messages] == ["Say </s>", " Yes"] and marks == ["<|endoftext|>"]
+    assert strip_end_marks(stripped) == (stripped, [])

@@ -24,7 +24,7 @@ ROWS = [{"question": f"Where is {i}?", "answer": f"In box {i}.", "domain": "ab"[
 
 def preparation(tokenizer: Any, seq_len: int = 64, **data: Any) -> Preparation:
     section = DataSection.model_validate(data)
-    renderer = build_renderer("chat", section.domain.style, tokenizer)
+    renderer = build_renderer(section, tokenizer)
     return Preparation(section, renderer, TextEncoder(tokenizer), seq_len, tokenizer_hash(tokenizer))
 
 
@@ -64,7 +64,7 @@ def test_the_report_counts_what_came_and_what_was_lost(
 ) -> None:
     rows = [*ROWS, {"question": "long " * 80, "answer": "never seen", "domain": "a"}]
     rows += [{"question": "Say it.", "answer": "word " * 80, "domain": "b"}]
-    split = prepare(embedded_tokenizer, write_rows(rows), tmp_path / "cache")
+    split = prepare(embedded_tokenizer, write_rows(rows), tmp_path / "cache", truncation="keep_start")
     report = split.report
     assert (report.rows, report.examples) == (32, 31)
     assert (report.dropped_without_answer, report.truncated) == (1, 1)
@@ -96,7 +96,7 @@ def test_files_with_nothing_to_learn_are_refused(
     embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path, rows: list[Any], message: str
 ) -> None:
     with pytest.raises(DatasetError, match=message):
-        prepare(embedded_tokenizer, write_rows(rows), tmp_path / "cache")
+        prepare(embedded_tokenizer, write_rows(rows), tmp_path / "cache", truncation="keep_start")
 
 
 def test_a_kill_in_the_middle_leaves_no_cache_and_the_next_time_works(

@@ -16,7 +16,7 @@ def examples(count: int) -> list[TokenizedExample]:
     for i in range(count):
         length = int(rng.integers(1, 9))
         ids = rng.integers(0, 99, length).astype(np.int32)
-        made.append(TokenizedExample(f"f:{i}", ids, rng.random(length) < 0.5, "ab"[i % 2] if i % 3 else None))
+        made.append(TokenizedExample("f", i, ids, rng.random(length) < 0.5, "ab"[i % 2] if i % 3 else None, i))
     return made
 
 
@@ -31,6 +31,7 @@ def test_round_trip_over_several_batches(tmp_path: Path) -> None:
         assert dataset.lengths.tolist() == [len(e.input_ids) for e in made]
         assert dataset.supervised.tolist() == [int(e.loss_mask[1:].sum()) for e in made]
         assert dataset.domains.tolist() == [e.domain for e in made]
+        assert dataset.files.tolist() == ["f"] * 25 and dataset.digests.tolist() == list(range(25))
 
 
 def test_a_selection_is_a_view_in_its_order(tmp_path: Path) -> None:

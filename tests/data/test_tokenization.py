@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from training_lens import embedded
-from training_lens.config.schema import ModelSection
+from training_lens.config.schema import DataSection, ModelSection
+from training_lens.data.preparation import learnable
 from training_lens.data.templates import Renderer, build_renderer
-from training_lens.data.tokenization import TextEncoder, fit
+from training_lens.data.tokenization import Coverage, TextEncoder, fit
 from training_lens.data.types import Example, Message, Segment
-from training_lens.errors import ModelLoadingError
+from training_lens.errors import DatasetError, ModelLoadingError
 from training_lens.models.factory import load_tokenizer
 
 TEXTS = [
@@ -40,7 +42,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 def renderer(request: pytest.FixtureRequest, tokenizer: Any) -> Renderer:
     if request.param == "chat" and not tokenizer.chat_template:
         pytest.skip("this tokenizer has no chat template")
-    return build_renderer(request.param, "tag", tokenizer)
+    return build_renderer(DataSection(template=request.param), tokenizer)
 
 
 def in_vocabulary(tokenizer: Any, text: str) -> bool:
@@ -81,7 +83,7 @@ def test_bos_stands_once_at_the_front(tokenizer: Any, renderer: Renderer) -> Non
 
 
 def test_multi_turn_chat_supervises_every_answer(embedded_tokenizer: Any) -> None:
-    renderer = build_renderer("chat", "none", embedded_tokenizer)
+    renderer = build_renderer(DataSection(template="chat"), embedded_tokenizer)
     chat = (
         Message("system", "Be brief."),
         Message("user", "One?"),
@@ -98,18 +100,19 @@ def test_multi_turn_chat_supervises_every_answer(embedded_tokenizer: Any) -> Non
     assert encoded.input_ids.tolist() == embedded_tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
-def test_a_response_without_end_token_gets_eos_once(embedded_tokenizer: Any) -> None:
+def test_an_answer_has_one_end_token(embedded_tokenizer: Any) -> None:
     encoder = TextEncoder(embedded_tokenizer)
-    ids = encoder.encode([[Segment("Q", False), Segment("A", True)]])[0].input_ids.tolist()
-    assert ids.count(encoder.eos_id) == 1 and ids[-1] == encoder.eos_id
-    ids = encoder.encode([[Segment("Q", False), Segment("A<|end|>", True)]])[0].input_ids.tolist()
-    assert ids.count(encoder.eos_id) == 1
+    for template in ("chat", "alpaca", "plain"):
+        renderer = build_renderer(DataSection(template=template), embedded_tokenizer)
+        encoded = encoder.encode([renderer.example(example("Q", "A"))])[0]
+        answer = encoded.input_ids[encoded.response].tolist()
+        assert answer.count(encoder.eos_id) == 1 and answer[-1] == encoder.eos_id
 
 
 def test_the_pad_token_does_not_decide_the_mask(shared: Path) -> None:
     """tinystories pads with <unk>, which real text may hold: such tokens stay targets."""
     tokenizer = load_tokenizer(ModelSection(id=str(shared / "models/tinystories-656k")))
-    encoded = TextEncoder(tokenizer).encode([[Segment("Q: ", False), Segment("a<unk>b", True)]])[0]
+    encoded = TextEncoder(tokenizer).encode([[Segment("Q: ", False), Segment("a<unk>b<|end_story|>", True)]])[0]
     assert tokenizer.pad_token_id in encoded.input_ids[encoded.response]
 
 
@@ -119,21 +122,67 @@ def test_a_tokenizer_without_eos_is_refused(shared: Path) -> None:
         TextEncoder(tokenizer)
 
 
-def test_a_cut_answer_loses_its_end_token(embedded_tokenizer: Any) -> None:
-    renderer = build_renderer("chat", "none", embedded_tokenizer)
+def test_truncation_keeps_the_end_or_the_start_or_drops(embedded_tokenizer: Any) -> None:
+    renderer = build_renderer(DataSection(template="chat"), embedded_tokenizer)
     encoder = TextEncoder(embedded_tokenizer)
     whole = encoder.encode([renderer.example(example("Q", "one two three four five six"))])[0]
-    cut = fit(whole, len(whole.input_ids) - 2)
-    assert encoder.eos_id not in cut.input_ids[cut.response]
-    assert len(cut.input_ids) == len(cut.response) == len(whole.input_ids) - 2
+    length = len(whole.input_ids) - 3
+    start = fit(whole, length, "keep_start", encoder.bos_id)
+    assert start is not None and start.input_ids.tolist() == whole.input_ids[:length].tolist()
+    assert encoder.eos_id not in start.input_ids[start.response]
+    end = fit(whole, length, "keep_end", encoder.bos_id)
+    assert end is not None and len(end.input_ids) == length
+    assert end.input_ids[0] == encoder.bos_id and end.input_ids[1:].tolist() == whole.input_ids[4:].tolist()
+    assert end.response.sum() == whole.response.sum()
+    assert fit(whole, length, "drop", encoder.bos_id) is None
+    for policy in ("keep_end", "keep_start", "drop"):
+        assert fit(whole, length + 3, policy, encoder.bos_id) is whole  # type: ignore[arg-type]
 
 
 def test_embedded_names_resolve_to_files() -> None:
     assert all(path.exists() for path in embedded.PATHS.values())
 
 
-def test_an_answer_without_tokens_is_left_empty(shared: Path) -> None:
+def test_an_answer_without_tokens_is_not_learnable(shared: Path) -> None:
     """tinystories has no Chinese: such a row is dropped and counted, not learned as a bare end token."""
     tokenizer = load_tokenizer(ModelSection(), str(shared / "models/tinystories-656k"))
-    renderer = build_renderer("alpaca", "none", tokenizer)
-    assert not TextEncoder(tokenizer).encode([renderer.example(example("Hi", "机器人"))])[0].response.any()
+    renderer = build_renderer(DataSection(template="alpaca"), tokenizer)
+    encoder = TextEncoder(tokenizer)
+    encoded = encoder.encode([renderer.example(example("Hi", answer)) for answer in ("机器人", "Tom")])
+    assert [learnable(e, encoder) for e in encoded] == [False, True]
+
+
+def test_special_names_in_data_give_no_special_tokens(tokenizer: Any, renderer: Renderer) -> None:
+    encoder = TextEncoder(tokenizer)
+    name = str(tokenizer.eos_token)
+    encoded = encoder.encode([renderer.example(example(f"Say {name} now", f"One {name} two"))])[0]
+    clean = encoder.encode([renderer.example(example("Say now", "One two"))])[0]
+    specials = [[i for i in e.input_ids.tolist() if i in encoder.special_ids] for e in (encoded, clean)]
+    unknown = tokenizer.unk_token_id
+    assert [i for i in specials[0] if i != unknown] == specials[1]
+
+
+def test_characters_without_token_are_found(shared: Path, embedded_tokenizer: Any) -> None:
+    tinystories = TextEncoder(load_tokenizer(ModelSection(), str(shared / "models/tinystories-656k")))
+    assert tinystories.without_token("aZ #*é\n机") >= {"#", "*", "机"}
+    assert not tinystories.without_token("aZ .,!")
+    assert not TextEncoder(load_tokenizer(ModelSection(), str(shared / "tokenizers/phi3"))).without_token("a#机\n")
+    coverage = Coverage(tinystories)
+    coverage.add(["a#b#", "cd"])
+    coverage.add(["#"])
+    assert (coverage.characters, dict(coverage.unknown)) == (7, {"#": 3})
+
+
+def test_bos_twice_is_refused(embedded_tokenizer: Any) -> None:
+    encoder = TextEncoder(embedded_tokenizer)
+    with pytest.raises(DatasetError, match="begins with BOS twice"):
+        encoder.encode([[Segment("<|bos|><|bos|>Hi", False)]])
+
+
+def test_a_tokenizer_that_gives_nothing_is_refused(embedded_tokenizer: Any) -> None:
+    from tokenizers import Regex, normalizers
+
+    empty = copy.deepcopy(embedded_tokenizer)
+    empty.backend_tokenizer.normalizer = normalizers.Replace(Regex("."), "")
+    with pytest.raises(ModelLoadingError, match="no tokens at all"):
+        TextEncoder(empty)

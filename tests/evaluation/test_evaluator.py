@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training_lens.config.schema import DataSection, ModelSection
-from training_lens.data.preparation import read_examples, tokenize
+from training_lens.data.preparation import Preparation, read_examples, tokenize
 from training_lens.data.store import TokenDataset
 from training_lens.data.templates import build_renderer
 from training_lens.data.tokenization import TextEncoder
@@ -22,8 +22,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def dataset(embedded_tokenizer: Any) -> TokenDataset:
     examples = list(read_examples(["embedded:heldout"], "data.validation", DataSection()))[:20]
-    renderer = build_renderer("chat", "tag", embedded_tokenizer)
-    tokenized = tokenize(examples, renderer, TextEncoder(embedded_tokenizer), 512, mask_prompt=True)
+    renderer = build_renderer(DataSection(), embedded_tokenizer)
+    preparation = Preparation(DataSection(), renderer, TextEncoder(embedded_tokenizer), 512, "")
+    tokenized = tokenize(examples, preparation)
     return TokenDataset.of([t for t in tokenized if t is not None])
 
 

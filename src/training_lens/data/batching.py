@@ -27,18 +27,54 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """How often an epoch takes each entry of data.train: `weights[e]` times; `entries` is the entry of each example.
+
+    A fraction is a random part of that size, drawn anew each epoch.
+    """
+
+    entries: np.ndarray
+    weights: tuple[float, ...]
+
+    def _sizes(self) -> list[tuple[np.ndarray, int, int]]:
+        """Of each entry its positions, how often all are taken, and how many once more."""
+        sizes = []
+        for entry, weight in enumerate(self.weights):
+            positions = np.flatnonzero(self.entries == entry)
+            sizes.append((positions, int(weight), round((weight - int(weight)) * len(positions))))
+        return sizes
+
+    @property
+    def epoch_examples(self) -> int:
+        return sum(len(positions) * whole + part for positions, whole, part in self._sizes())
+
+    def draw(self, generator: np.random.Generator) -> np.ndarray:
+        """The positions of one epoch, in no particular order."""
+        parts: list[np.ndarray] = []
+        for positions, whole, part in self._sizes():
+            parts += [np.tile(positions, whole), generator.permutation(positions)[:part]]
+        return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """The steps of a run over `examples` examples in global batches of `global_batch`."""
+    """The steps of a run over `examples` examples in global batches of `global_batch`; `mix` weighs their sources."""
 
     examples: int
     global_batch: int
     epochs: float
     max_steps: int | None
     seed: int
+    mix: Mix | None = None
+
+    @property
+    def epoch_examples(self) -> int:
+        """Examples that an epoch takes; some may be taken twice, or not at all, by the mix."""
+        return self.examples if self.mix is None else self.mix.epoch_examples
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.examples / self.global_batch)
+        return math.ceil(self.epoch_examples / self.global_batch)
 
     @property
     def steps_in_epochs(self) -> int:
@@ -55,14 +91,15 @@ class Schedule:
         for index in range(after, self.total_steps):
             if index // self.steps_per_epoch != epoch:
                 epoch = index // self.steps_per_epoch
-                order = epoch_order(self.examples, self.seed, epoch)
+                order = epoch_order(self.examples, self.seed, epoch, self.mix)
             start = (index % self.steps_per_epoch) * self.global_batch
             yield StepPlan(index + 1, epoch, order[start : start + self.global_batch])
 
 
-def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
-    """A random order of all examples, drawn from (seed, epoch) alone."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(examples)
+def epoch_order(examples: int, seed: int, epoch: int, mix: Mix | None = None) -> np.ndarray:
+    """A random order of all examples, or of those that the mix draws; from (seed, epoch) alone."""
+    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+    return generator.permutation(examples if mix is None else mix.draw(generator))
 
 
 def hold_out(examples: int, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,92 +20,137 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "input": ("input", "context"),
     "output": ("output", "answer", "response", "completion", "solution"),
     "system": ("system", "system_prompt"),
-    "messages": ("messages",),
+    "messages": ("messages", "conversations", "conversation"),
+    "tools": ("tools",),
+    "text": ("text",),
 }
 DOMAIN_FIELD = "domain"
 ROLE_NAMES: dict[str, Role] = {
     "system": "system",
+    "developer": "system",
     "user": "user",
-    "assistant": "assistant",
     "human": "user",
+    "assistant": "assistant",
     "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
 }
+FUNCTION_CALL = "function_call"  # ShareGPT's role of an assistant that calls a tool; its text is the call in JSON
+# Literal end marks that exports leave at the end of answers; the tokenizer's own end token is put there anyway.
+END_MARKS = (
+    *("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>"),
+    *("<eos>", "<end_of_turn>", "<|end|>", "<|eot|>"),
+)
 
 
 @dataclass(frozen=True)
 class FieldMapping:
-    """The row's key for each meaning; None where the rows have none."""
+    """The row's key for each meaning; None where the rows have none. One of `text`, `messages`, `output` is set."""
 
     instruction: str | None = None
     input: str | None = None
     output: str | None = None
     system: str | None = None
     messages: str | None = None
+    tools: str | None = None
+    text: str | None = None
     domain: str | None = None
 
     def describe(self) -> str:
         """As reported: 'question -> answer', 'instruction + input -> output, domain from topic', 'messages'."""
         prompt = " + ".join(k for k in (self.system, self.instruction, self.input) if k)
-        text = self.messages or f"{prompt} -> {self.output}"
+        chat = " + ".join(k for k in (self.messages, self.tools) if k) if self.messages else None
+        text = self.text or chat or f"{prompt} -> {self.output}"
         return f"{text}, domain from {self.domain}" if self.domain else text
 
 
-def find_mapping(keys: Collection[str], fields: FieldsSection, domain: DomainSection, place: str) -> FieldMapping:
-    """The mapping for rows with these keys: as configured, else found by looking.
-
-    Args:
-        keys: the keys of the file's first rows together.
-        place: the file, for messages.
+def find_mapping(rows: Sequence[Row], fields: FieldsSection, domain: DomainSection) -> FieldMapping:
+    """The mapping for a file that begins with these rows: as configured, else found by looking.
 
     Raises:
-        DatasetError: nothing found for the prompt or the answer, or two names that could both be meant.
+        DatasetError: nothing found for the prompt or the answer; two names that could both be meant, or rows of
+            several forms. Names the rows, and what to set.
     """
-    found = {meaning: getattr(fields, meaning) or _find(meaning, keys, place) for meaning in ALIASES}
+    keys = {key for row in rows for key in row.values}
+    place = rows[0].file
     for meaning in ALIASES:
         configured = getattr(fields, meaning)
         if configured and configured not in keys:
             raise _no_such_field(f"data.fields.{meaning}", configured, keys, place)
-    domain_key = None if domain.per_file else domain.field
-    if domain_key == "auto":
-        domain_key = DOMAIN_FIELD if DOMAIN_FIELD in keys else None
-    elif domain_key and domain_key not in keys:
-        raise _no_such_field("data.domain.field", domain_key, keys, place)
-    pair = found["instruction"] and found["output"]
-    if found["messages"] and pair and not (fields.messages or fields.instruction):
+    found = {meaning: getattr(fields, meaning) or _find(meaning, keys, rows) for meaning in ALIASES}
+    mapping = FieldMapping(**found, domain=_domain_key(domain, keys, place))
+    form = _one_form(mapping, fields, rows)
+    if form == "text":
+        return FieldMapping(text=mapping.text, domain=mapping.domain)
+    if form == "messages":
+        return FieldMapping(messages=mapping.messages, tools=mapping.tools, domain=mapping.domain)
+    missing = next((m for m in ("instruction", "output") if not found[m]), None)
+    if missing:
         raise DatasetError(
-            f"{place}: could be read as {found['messages']} or as {found['instruction']} -> {found['output']}. "
-            f"Say which: data.fields.messages={found['messages']} or data.fields.instruction={found['instruction']}."
+            f"{place}: no {'prompt' if missing == 'instruction' else 'answer'} found among its fields "
+            f"({', '.join(sorted(map(str, keys))) or 'none'}); looked for {', '.join(ALIASES[missing])}. "
+            f"Name it: data.fields.{missing}=FIELD."
         )
-    if found["messages"] and not fields.instruction:
-        return FieldMapping(messages=found["messages"], domain=domain_key)
-    if not pair:
-        missing = "prompt" if not found["instruction"] else "answer"
-        meaning = "instruction" if missing == "prompt" else "output"
-        raise DatasetError(
-            f"{place}: no {missing} found among its fields ({', '.join(sorted(keys)) or 'none'}); looked for "
-            f"{', '.join(ALIASES[meaning])}. Name it: data.fields.{meaning}=FIELD."
-        )
-    return FieldMapping(found["instruction"], found["input"], found["output"], found["system"], None, domain_key)
+    return replace(mapping, messages=None, tools=None, text=None)
 
 
-def _find(meaning: str, keys: Collection[str], place: str) -> str | None:
+def _domain_key(domain: DomainSection, keys: Collection[str], place: str) -> str | None:
+    if domain.per_file:
+        return None
+    if domain.field == "auto":
+        return DOMAIN_FIELD if DOMAIN_FIELD in keys else None
+    if domain.field and domain.field not in keys:
+        raise _no_such_field("data.domain.field", domain.field, keys, place)
+    return domain.field
+
+
+def _one_form(mapping: FieldMapping, fields: FieldsSection, rows: Sequence[Row]) -> str | None:
+    """Which of text, messages, and prompt with answer ('output') the rows are; None where they are none of them."""
+    asked = [f for f in ("text", "messages") if getattr(fields, f)]
+    asked += ["output"] if fields.instruction or fields.output else []
+    forms = {"text": mapping.text, "messages": mapping.messages}
+    forms["output"] = mapping.output if mapping.instruction else None
+    there = [form for form, key in forms.items() if key]
+    if len(asked) == 1 or len(there) < 2:
+        return asked[0] if asked else next(iter(there), None)
+    described = {"output": f"{mapping.instruction} -> {mapping.output}"}
+    seen = [f"{described.get(f, forms[f])} (row {_first_with(forms[f], rows)})" for f in there]
+    ways = [f"data.fields.{'instruction' if f == 'output' else f}={mapping_key(mapping, f)}" for f in there]
+    raise DatasetError(
+        f"{rows[0].file}: could be read as {' or as '.join(seen)}. Say which: {' or '.join(ways)}; "
+        "rows of several forms belong into several files."
+    )
+
+
+def mapping_key(mapping: FieldMapping, form: str) -> str:
+    """The key to set that chooses a form."""
+    return str(mapping.instruction if form == "output" else getattr(mapping, form))
+
+
+def _first_with(key: str | None, rows: Sequence[Row]) -> int:
+    return next(row.number for row in rows if key in row.values)
+
+
+def _find(meaning: str, keys: Collection[str], rows: Sequence[Row]) -> str | None:
     there = [alias for alias in ALIASES[meaning] if alias in keys]
     if len(there) > 1:
+        seen = " and ".join(f"'{alias}' (row {_first_with(alias, rows)})" for alias in there)
         raise DatasetError(
-            f"{place}: {' and '.join(there)} could each be the {meaning}. Say which: data.fields.{meaning}={there[0]}."
+            f"{rows[0].file}: {seen} could each be the {meaning}. Say which: data.fields.{meaning}={there[0]}; "
+            "rows of several forms belong into several files."
         )
     return there[0] if there else None
 
 
 def _no_such_field(key: str, name: str, keys: Collection[str], place: str) -> DatasetError:
     close = nearest(name, keys)
-    hint = f" Did you mean '{close}'?" if close else f" Its fields: {', '.join(sorted(keys))}."
+    hint = f" Did you mean '{close}'?" if close else f" Its fields: {', '.join(sorted(map(str, keys)))}."
     return DatasetError(f"{key}: {place} has no field '{name}'.{hint}")
-
-
-def keys_of(rows: Iterable[Row]) -> set[str]:
-    """Every key that any of the rows has."""
-    return {key for row in rows for key in row.values}
 
 
 def to_example(row: Row, mapping: FieldMapping, per_file_domain: bool = False) -> Example:
@@ -112,52 +159,161 @@ def to_example(row: Row, mapping: FieldMapping, per_file_domain: bool = False) -
     Raises:
         DatasetError: a needed field is missing, null, empty or no text; names the row and the field.
     """
-    domain = Path(row.file).stem if per_file_domain else None
+    domain = Path(row.file).name.split(".")[0] if per_file_domain else None
     if mapping.domain:
         domain = _text(row, mapping.domain).strip()
-    messages = _chat(row, mapping.messages) if mapping.messages else _pair(row, mapping)
-    return Example(messages, domain, row.file, row.number)
+    if mapping.text:
+        text = (Message("assistant", _text(row, mapping.text)),)
+        return Example(text, domain, row.file, row.number, is_text=True)
+    messages = chat_of(row, mapping.messages) if mapping.messages else _pair(row, mapping)
+    if messages[-1].role != "assistant":
+        raise DatasetError(
+            f"{row.place}: '{mapping.messages}' ends with a {messages[-1].role} message; nothing follows that could "
+            "be learned. End it with an assistant message."
+        )
+    return Example(messages, domain, row.file, row.number, _tools(row, mapping.tools))
+
+
+def strip_end_marks(example: Example) -> tuple[Example, list[str]]:
+    """The example without literal end marks at the end of its answers, and the marks that were there."""
+    marks: list[str] = []
+    messages = tuple(_without_mark(m, marks) if m.role == "assistant" else m for m in example.messages)
+    return (replace(example, messages=messages) if marks else example), marks
+
+
+def _without_mark(message: Message, marks: list[str]) -> Message:
+    text = message.text.rstrip()
+    mark = next((m for m in END_MARKS if text.endswith(m)), None)
+    if mark is None:
+        return message
+    marks.append(mark)
+    return replace(message, text=text.removesuffix(mark))
 
 
 def _pair(row: Row, mapping: FieldMapping) -> tuple[Message, ...]:
-    assert mapping.instruction and mapping.output
+    assert mapping.output
+    answer = Message("assistant", _text(row, mapping.output))
+    return (*prompt_of(row, mapping), answer)
+
+
+def prompt_of(row: Row, mapping: FieldMapping) -> tuple[Message, ...]:
+    """System message, if any, and prompt of a row with fields."""
+    assert mapping.instruction
     user = Message("user", _text(row, mapping.instruction), _optional(row, mapping.input))
     system = _optional(row, mapping.system)
-    start = (Message("system", system),) if system else ()
-    return (*start, user, Message("assistant", _text(row, mapping.output)))
+    return (Message("system", system), user) if system else (user,)
 
 
-def _chat(row: Row, key: str) -> tuple[Message, ...]:
+def chat_of(row: Row, key: str) -> tuple[Message, ...]:
+    """The messages of a row with a chat, however they are written.
+
+    Raises:
+        DatasetError: no list of messages, a role that is not known, content that is no text; names the message.
+    """
     value = row.values.get(key)
     if not isinstance(value, list) or not value:
         raise DatasetError(f"{row.place}: '{key}' is {_kind(value)}, expected a list of {{role, content}}.")
-    messages = tuple(_message(row, key, turn, item) for turn, item in enumerate(value, 1))
-    if messages[-1].role != "assistant":
+    messages = [_message(f"{row.place}, '{key}' message {turn}", item) for turn, item in enumerate(value, 1)]
+    if messages[0].role in ("assistant", "tool"):
         raise DatasetError(
-            f"{row.place}: '{key}' ends with a {messages[-1].role} message; nothing follows that could be learned. "
-            "End it with an assistant message."
+            f"{row.place}: '{key}' begins with a message of the {messages[0].role}; nothing asks for it. "
+            "Begin with a user or system message."
         )
-    return messages
+    return tuple(messages)
 
 
-def _message(row: Row, key: str, turn: int, item: Any) -> Message:
-    place = f"{row.place}, '{key}' message {turn}"
-    if not isinstance(item, dict) or "role" not in item or "content" not in item:
-        raise DatasetError(f"{place}: expected an object with 'role' and 'content', found {_kind(item)}.")
-    role = ROLE_NAMES.get(str(item["role"]))
+def _message(place: str, item: Any) -> Message:
+    if not isinstance(item, dict) or not ({"role", "content"} <= set(item) or {"from", "value"} <= set(item)):
+        found = f"one with {', '.join(map(str, item))}" if isinstance(item, dict) else _kind(item)
+        raise DatasetError(
+            f"{place}: expected an object with 'role' and 'content' (or 'from', 'value'), found {found}."
+        )
+    name = str(item.get("role", item.get("from")))
+    role = ROLE_NAMES.get(name)
     if role is None:
-        raise DatasetError(f"{place}: role '{item['role']}' is none of {', '.join(get_args(Role))}.")
-    if not isinstance(item["content"], str) or not item["content"]:
-        raise DatasetError(f"{place}: 'content' is {_kind(item['content'])}, expected text.")
-    return Message(role, item["content"])
+        close = nearest(name, ROLE_NAMES)
+        hint = f" Did you mean '{close}'?" if close else ""
+        raise DatasetError(f"{place}: role '{name}' is none of {', '.join(get_args(Role))}.{hint}")
+    content = item.get("content", item.get("value"))
+    learn = _learned(place, role, item)
+    if calls := _calls(place, name, content, item):
+        text = content if isinstance(content, str) and name == FUNCTION_CALL else ""
+        return Message(role, text or json.dumps(list(calls), ensure_ascii=False), learn=learn, calls=calls)
+    return Message(role, _content(place, content), learn=learn)
+
+
+def _content(place: str, content: Any) -> str:
+    """Text, or the text parts of a content list ({"type": "text", "text": ...})."""
+    if isinstance(content, list) and content:
+        parts = [p.get("text", p.get("value")) if isinstance(p, dict) else p for p in content]
+        kinds = [p.get("type", "text") if isinstance(p, dict) else "text" for p in content]
+        other = next((k for k in kinds if k != "text"), None)
+        if other:
+            raise DatasetError(f"{place}: has a part of type '{other}'; only text can be trained on.")
+        content = "".join(str(p) for p in parts) if all(isinstance(p, str) for p in parts) else None
+    if not isinstance(content, str) or not content:
+        raise DatasetError(f"{place}: 'content' is {_kind(content)}, expected text.")
+    return content
+
+
+def _learned(place: str, role: Role, item: dict[str, Any]) -> bool:
+    """What `loss_weight` (or `weight`) says: 0 or 1; without one every assistant message is learned."""
+    weight = item.get("loss_weight", item.get("weight"))
+    if weight is None:
+        return True
+    if weight not in (0, 1):
+        raise DatasetError(f"{place}: 'loss_weight' is {weight!r}, expected 0 or 1.")
+    if weight and role != "assistant":
+        raise DatasetError(f"{place}: 'loss_weight' is 1 on a {role} message; only an assistant's can be learned.")
+    return bool(weight)
+
+
+def _calls(place: str, name: str, content: Any, item: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The functions that a message calls: ShareGPT's function_call text, or OpenAI's `tool_calls`."""
+    if name == FUNCTION_CALL:
+        call = _json_of(place, content, "a function call in JSON")
+        return tuple(_call(place, c) for c in (call if isinstance(call, list) else [call]))
+    listed = item.get("tool_calls") or ()
+    return tuple(_call(place, c.get("function", c) if isinstance(c, dict) else c) for c in listed)
+
+
+def _call(place: str, call: Any) -> dict[str, Any]:
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise DatasetError(
+            f"{place}: a function call is {_kind(call)}, expected an object with 'name' and 'arguments'."
+        )
+    arguments = call.get("arguments", {})
+    return {
+        "name": call["name"],
+        "arguments": _json_of(place, arguments, "arguments in JSON") if isinstance(arguments, str) else arguments,
+    }
+
+
+def _tools(row: Row, key: str | None) -> tuple[dict[str, Any], ...]:
+    """The tools of a chat, each as OpenAI writes them: {"type": "function", "function": {...}}."""
+    value = row.values.get(key) if key else None
+    if not value:
+        return ()
+    tools = _json_of(f"{row.place}, '{key}'", value, "a list of tools in JSON") if isinstance(value, str) else value
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DatasetError(f"{row.place}: '{key}' is {_kind(tools)}, expected a list of tool descriptions.")
+    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+
+
+def _json_of(place: str, text: Any, expected: str) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, json.JSONDecodeError) as error:
+        raise DatasetError(f"{place}: expected {expected}, found {str(text)[:60]!r} ({error}).") from error
 
 
 def _text(row: Row, key: str) -> str:
     if key not in row.values:
-        there = ", ".join(sorted(row.values)) or "none"
+        there = ", ".join(sorted(map(str, row.values))) or "none"
         raise DatasetError(f"{row.place}: has no field '{key}' (its fields: {there}). Add it, or remove the row.")
     value = row.values[key]
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number or (isinstance(value, str) and value.strip())):
         raise DatasetError(f"{row.place}: '{key}' is {_kind(value)}, expected text. Mend it, or remove the row.")
     return str(value)
 
@@ -170,4 +326,8 @@ def _optional(row: Row, key: str | None) -> str:
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
-    return "empty" if value in ("", [], {}) else f"a {type(value).__name__}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value).replace("nan", "NaN")
+    if isinstance(value, str) and not value.strip():
+        return "only white space" if value else "empty"
+    return "empty" if value in ([], {}) else f"a {type(value).__name__}"

@@ -4,44 +4,59 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import training_lens.data as data_package
 from training_lens.config.schema import DataSection
-from training_lens.data.fields import FieldMapping, find_mapping, keys_of, to_example
-from training_lens.data.sources import expand, read_rows
+from training_lens.data.fields import find_mapping, strip_end_marks, to_example
+from training_lens.data.sources import Source, expand
 from training_lens.data.store import TokenDataset, write_examples
 from training_lens.data.templates import Renderer
-from training_lens.data.tokenization import Encoded, TextEncoder, fit, mask_of
-from training_lens.data.types import Example, Row, TokenizedExample
+from training_lens.data.tokenization import Coverage, Encoded, TextEncoder, fit, mask_of
+from training_lens.data.types import Example, Row, Segment, TokenizedExample
 from training_lens.errors import DatasetError
 from training_lens.utils.files import read_json, sha256_of, sweep_temporaries, whole_folder, write_json
-from training_lens.utils.logging import get_logger
 from training_lens.utils.progress import Progress
 
-logger = get_logger(__name__)
 CHUNK = 1000  # rows in memory at a time
 LOOKED_AT = 200  # rows whose keys decide the mapping
+KEPT_SHARE = 0.99  # of the rows: the seq_len that would keep so many whole is reported
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What went into a split: its files with sha256 and mapping, and what was lost on the way."""
+    """What went into a split: its sources with sha256, how each was read, and what was lost on the way."""
 
     files: dict[str, str]
+    entries: dict[str, int]  # source -> position among the setting's entries
     mappings: dict[str, str]
+    examples_by_file: dict[str, int]
     rows: int
     examples: int
     dropped_without_answer: int
+    dropped_too_long: int
     truncated: int
+    answers_truncated: int
     supervised_tokens_lost: int
+    seq_len_for_99_percent: int
+    longest: int
     tokens: int
     supervised_tokens: int
     domains: dict[str, int]
+    characters: int
+    unknown_characters: dict[str, int]
+    special_text: dict[str, int]
+    end_marks: dict[str, int]
+
+    @property
+    def unknown_share(self) -> float:
+        """Characters that have no token in this tokenizer, over all."""
+        return sum(self.unknown_characters.values()) / max(1, self.characters)
 
 
 @dataclass(frozen=True)
@@ -83,39 +98,42 @@ def prepare_split(specs: Sequence[str], key: str, preparation: Preparation, cach
     """The tokenized split of these sources, from the cache where it is there.
 
     Args:
-        specs: paths, globs or embedded names.
+        specs: paths, globs, folders, hub ids or embedded names.
         key: 'data.train' or 'data.validation', for messages.
         cache: folder of all caches; a split appears in it whole or not at all.
 
     Raises:
         DatasetError: missing or broken files, rows that cannot be used, nothing left to learn.
     """
-    files = expand(specs, key)
-    hashes = {str(file): sha256_of(file) for file in files}
+    sources = expand(specs, key)
+    hashes = {source.name: _sha256(source) for source in sources}
     fingerprint = _fingerprint(hashes, preparation)
     folder = cache / fingerprint[:32]
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(cache, older_than_seconds=86_400)
         with whole_folder(folder) as building:
-            counter = _Counter()
-            with progress.task(f"tokenizing {key}", sum(f.stat().st_size for f in files), "bytes") as advance:
-                write_examples(building / "examples.arrow", _chunks(files, preparation, counter, advance))
-            report = counter.report(hashes)
-            _refuse_empty(report, key, preparation.seq_len)
+            counter = _Counter(Coverage(preparation.encoder))
+            with progress.task(f"tokenizing {key}", sum(s.size_bytes for s in sources), "bytes") as advance:
+                write_examples(building / "examples.arrow", _chunks(sources, preparation, counter, advance))
+            report = counter.report(sources, hashes)
+            _refuse_useless(report, counter, key, preparation)
             write_json(building / "report.json", asdict(report))
     report = SplitReport(**read_json(folder / "report.json"))
     return Split(TokenDataset.open(folder / "examples.arrow"), report, fingerprint)
 
 
+def _sha256(source: Source) -> str:
+    """The file's sha256; of several, that of theirs together."""
+    each = [sha256_of(file) for file in source.files]
+    return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
+
+
 def _fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
-    data = preparation.data
+    data = preparation.data.model_dump(include=DECIDING)
     parts = {
         "files": hashes,
-        "fields": data.fields.model_dump(),
-        "domain": data.domain.model_dump(),
-        "mask_prompt": data.mask_prompt,
-        "template": type(preparation.renderer.template).__name__,
+        "data": data,
         "seq_len": preparation.seq_len,
         "tokenizer": preparation.tokenizer_hash,
         "code": code_hash(),
@@ -123,47 +141,95 @@ def _fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+# The keys of the data section that decide tokens; the others decide which examples are taken, and when.
+DECIDING = {
+    *("fields", "domain", "template", "mask_prompt", "supervise"),
+    *("truncation", "special_tokens", "strip_end_marks"),
+}
+
+
+@dataclass
 class _Counter:
     """Counts what passes through the pipeline."""
 
-    def __init__(self) -> None:
-        self.mappings: dict[str, str] = {}
-        self.domains: dict[str, int] = {}
-        self.rows = self.examples = self.dropped = self.truncated = self.lost = self.tokens = self.supervised = 0
+    coverage: Coverage
+    mappings: dict[str, str] = field(default_factory=dict)
+    domains: Counter[str] = field(default_factory=Counter)
+    by_file: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    special_text: Counter[str] = field(default_factory=Counter)
+    end_marks: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    unanswered: int = 0
+    too_long: int = 0
+    truncated: int = 0
+    answers_cut: int = 0
+    texts: int = 0
+    lost: int = 0
+    tokens: int = 0
+    supervised: int = 0
 
-    def keep(self, whole: Encoded, kept: TokenizedExample) -> None:
-        length = len(kept.input_ids)
-        self.examples += 1
-        self.truncated += length < len(whole.input_ids)
-        self.lost += int(whole.response[length:].sum())
-        self.tokens += length
+    def see(self, example: Example, segments: Sequence[Segment], whole: Encoded) -> None:
+        """Count an example as it came."""
+        self.rows += 1
+        self.lengths[len(whole.input_ids)] += 1
+        self.special_text.update(s.text for s in segments if s.plain)
+
+    def keep(self, example: Example, whole: Encoded, kept: TokenizedExample, seen: Encoded) -> None:
+        """Count an example as it is kept."""
+        lost = int(whole.response.sum()) - int(seen.response.sum())
+        self.by_file[example.file] += 1
+        self.texts += example.is_text
+        self.truncated += len(seen.input_ids) < len(whole.input_ids)
+        self.answers_cut += lost > 0 and not example.is_text
+        self.lost += lost
+        self.tokens += len(kept.input_ids)
         self.supervised += int(kept.loss_mask[1:].sum())
         if kept.domain is not None:
-            self.domains[kept.domain] = self.domains.get(kept.domain, 0) + 1
+            self.domains[kept.domain] += 1
 
-    def report(self, hashes: dict[str, str]) -> SplitReport:
+    def report(self, sources: Sequence[Source], hashes: dict[str, str]) -> SplitReport:
         return SplitReport(
-            hashes,
-            self.mappings,
-            self.rows,
-            self.examples,
-            self.dropped,
-            self.truncated,
-            self.lost,
-            self.tokens,
-            self.supervised,
-            dict(sorted(self.domains.items())),
+            files=hashes,
+            entries={source.name: source.entry for source in sources},
+            mappings=self.mappings,
+            examples_by_file=dict(self.by_file),
+            rows=self.rows,
+            examples=sum(self.by_file.values()),
+            dropped_without_answer=self.unanswered,
+            dropped_too_long=self.too_long,
+            truncated=self.truncated,
+            answers_truncated=self.answers_cut,
+            supervised_tokens_lost=self.lost,
+            seq_len_for_99_percent=_quantile(self.lengths, KEPT_SHARE),
+            longest=max(self.lengths, default=0),
+            tokens=self.tokens,
+            supervised_tokens=self.supervised,
+            domains=dict(sorted(self.domains.items())),
+            characters=self.coverage.characters,
+            unknown_characters=dict(self.coverage.unknown.most_common()),
+            special_text=dict(self.special_text.most_common()),
+            end_marks=dict(self.end_marks),
         )
 
 
+def _quantile(counts: Counter[int], share: float) -> int:
+    """The smallest length that so large a share of all is not above."""
+    seen, wanted = 0, share * sum(counts.values())
+    for length in sorted(counts):
+        seen += counts[length]
+        if seen >= wanted:
+            return length
+    return 0
+
+
 def _chunks(
-    files: Sequence[Path], preparation: Preparation, counter: _Counter, advance: Callable[[float], None]
+    sources: Sequence[Source], preparation: Preparation, counter: _Counter, advance: Callable[[float], None]
 ) -> Iterator[list[TokenizedExample]]:
-    for file in files:
-        left = file.stat().st_size
-        rows = examples_of(file, preparation.data, counter.mappings)
-        while chunk := list(islice(rows, CHUNK)):
-            counter.rows += len(chunk)
+    for source in sources:
+        left = float(source.size_bytes)
+        examples = examples_of(source, preparation.data, counter.mappings, counter.end_marks)
+        while chunk := list(islice(examples, CHUNK)):
             yield _tokenize(chunk, preparation, counter)
             done = min(left, sum(len(m.text) for e in chunk for m in e.messages))
             advance(done)
@@ -171,86 +237,101 @@ def _chunks(
         advance(left)
 
 
-def examples_of(file: Path, data: DataSection, mappings: dict[str, str] | None = None) -> Iterator[Example]:
-    """The examples of one file; how it was read is noted in `mappings`.
+def examples_of(
+    source: Source, data: DataSection, mappings: dict[str, str] | None = None, marks: Counter[str] | None = None
+) -> Iterator[Example]:
+    """The examples of one source; how it was read is noted in `mappings`, end marks taken off in `marks`.
 
     Raises:
-        DatasetError: an empty file, or as `read_rows`, `find_mapping` and `to_example`.
+        DatasetError: an empty source, or as `Source.rows`, `find_mapping` and `to_example`.
     """
-    rows = read_rows(file)
+    rows = source.rows()
     first: list[Row] = list(islice(rows, LOOKED_AT))
     if not first:
-        raise DatasetError(f"{file}: holds no rows.")
-    mapping: FieldMapping = find_mapping(keys_of(first), data.fields, data.domain, str(file))
+        raise DatasetError(f"{source.name}: holds no rows.")
+    mapping = find_mapping(first, data.fields, data.domain)
     if mappings is not None:
-        mappings[str(file)] = mapping.describe()
+        mappings[source.name] = mapping.describe()
     for row in chain(first, rows):
-        yield to_example(row, mapping, data.domain.per_file)
+        example = to_example(row, mapping, data.domain.per_file)
+        if data.strip_end_marks:
+            example, found = strip_end_marks(example)
+            if marks is not None:
+                marks.update(found)
+        yield example
 
 
 def _tokenize(chunk: list[Example], preparation: Preparation, counter: _Counter) -> list[TokenizedExample]:
     kept: list[TokenizedExample] = []
     rendered = [preparation.renderer.example(example) for example in chunk]
-    for example, whole in zip(chunk, preparation.encoder.encode(rendered), strict=True):
-        tokenized = _learnable(example, fit(whole, preparation.seq_len), preparation.data.mask_prompt)
-        if tokenized is None:
-            counter.dropped += 1
+    counter.coverage.add([m.text for e in chunk for m in e.messages])
+    for example, segments, whole in zip(chunk, rendered, _encode(chunk, rendered, preparation), strict=True):
+        counter.see(example, segments, whole)
+        fitted = fit(whole, preparation.seq_len, preparation.data.truncation, preparation.encoder.bos_id)
+        if fitted is None:
+            counter.too_long += 1
+        elif not learnable(fitted, preparation.encoder):
+            counter.unanswered += 1
         else:
-            counter.keep(whole, tokenized)
+            tokenized = _tokenized(example, fitted, segments, preparation.data.mask_prompt)
+            counter.keep(example, whole, tokenized, fitted)
             kept.append(tokenized)
     return kept
 
 
-def _learnable(example: Example, encoded: Encoded, mask_prompt: bool) -> TokenizedExample | None:
-    """The example with its mask, or None where nothing of its answer is left to learn."""
-    if not encoded.response[1:].any():
-        return None
-    return TokenizedExample(example.id, encoded.input_ids, mask_of(encoded, mask_prompt), example.domain)
+def _encode(chunk: Sequence[Example], rendered: list[list[Segment]], preparation: Preparation) -> list[Encoded]:
+    """All in one call; where that fails, one by one, to name the row."""
+    try:
+        return preparation.encoder.encode(rendered)
+    except DatasetError:
+        for example, segments in zip(chunk, rendered, strict=True):
+            try:
+                preparation.encoder.encode([segments])
+            except DatasetError as error:
+                raise DatasetError(f"{example.file}, row {example.row}: {error}") from error
+        raise
 
 
-def tokenize(
-    examples: Sequence[Example], renderer: Renderer, encoder: TextEncoder, seq_len: int, mask_prompt: bool
-) -> list[TokenizedExample | None]:
-    """Examples in memory to tokens, as `prepare_split` makes them; None where nothing of an answer is left."""
-    encoded = encoder.encode([renderer.example(example) for example in examples])
-    return [_learnable(e, fit(whole, seq_len), mask_prompt) for e, whole in zip(examples, encoded, strict=True)]
+def learnable(encoded: Encoded, encoder: TextEncoder) -> bool:
+    """Whether anything of an answer but end tokens is left to predict."""
+    answer = encoded.input_ids[1:][encoded.response[1:]]
+    return any(int(token) not in encoder.special_ids for token in answer)
 
 
-def _refuse_empty(report: SplitReport, key: str, seq_len: int) -> None:
+def _tokenized(example: Example, fitted: Encoded, segments: Sequence[Segment], mask_prompt: bool) -> TokenizedExample:
+    text = "".join(segment.text for segment in segments)
+    digest = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    mask = mask_of(fitted, mask_prompt)
+    return TokenizedExample(example.file, example.row, fitted.input_ids, mask, example.domain, digest)
+
+
+def tokenize(examples: Sequence[Example], preparation: Preparation) -> list[TokenizedExample | None]:
+    """Examples in memory to tokens, as `prepare_split` makes them; None where one is dropped."""
+    tokenized: list[TokenizedExample | None] = []
+    rendered = [preparation.renderer.example(example) for example in examples]
+    for example, segments, whole in zip(examples, rendered, preparation.encoder.encode(rendered), strict=True):
+        fitted = fit(whole, preparation.seq_len, preparation.data.truncation, preparation.encoder.bos_id)
+        usable = fitted is not None and learnable(fitted, preparation.encoder)
+        mask_prompt = preparation.data.mask_prompt
+        tokenized.append(_tokenized(example, fitted, segments, mask_prompt) if usable and fitted else None)
+    return tokenized
+
+
+def _refuse_useless(report: SplitReport, counter: _Counter, key: str, preparation: Preparation) -> None:
+    seq_len = preparation.seq_len
     if not report.examples:
         raise DatasetError(
-            f"{key}: of {report.rows} rows none has an answer within model.seq_len={seq_len} tokens; "
-            "there is nothing to learn. Raise model.seq_len or shorten the prompts."
+            f"{key}: of {report.rows} rows none has an answer within model.seq_len={seq_len} tokens that this "
+            f"tokenizer can say; there is nothing to learn. {report.seq_len_for_99_percent} tokens would keep 99 % of "
+            "the rows whole."
         )
-
-
-def log_split(split: Split, key: str) -> None:
-    """Say how the files were read and what was lost; losses are warnings."""
-    report = split.report
-    for described, files in _grouped(report.mappings).items():
-        names = files[0] if len(files) == 1 else f"{len(files)} files"
-        logger.info("%s: %s, read as %s", key, names, described)
-    if report.dropped_without_answer:
-        logger.warning(
-            "%s: %d of %d rows dropped: nothing of their answer fits model.seq_len, or has a token in this tokenizer",
-            key,
-            report.dropped_without_answer,
-            report.rows,
+    if report.answers_truncated == report.examples - counter.texts > 0:
+        raise DatasetError(
+            f"{key}: the answers of all {report.answers_truncated} examples are cut at model.seq_len={seq_len}: the "
+            f"model would never see a whole one. {report.seq_len_for_99_percent} tokens would keep 99 % of the rows."
         )
-    if report.truncated:
-        logger.warning(
-            "%s: %d of %d examples cut to model.seq_len, %d answer tokens lost",
-            key, report.truncated, report.examples, report.supervised_tokens_lost,
-        )  # fmt: skip
-
-
-def _grouped(mappings: dict[str, str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for file, described in mappings.items():
-        groups.setdefault(described, []).append(file)
-    return groups
 
 
 def read_examples(specs: Sequence[str], key: str, data: DataSection) -> Iterator[Example]:
     """The examples of these sources as they are, for showing and for generating answers."""
-    return (example for file in expand(specs, key) for example in examples_of(file, data))
+    return (example for source in expand(specs, key) for example in examples_of(source, data))

@@ -1,46 +1,97 @@
-"""Files to rows: JSON (a list, or an object that holds the list) and JSONL, by path or glob."""
+"""What the entries of data.train mean: files, globs, saved data sets, a hub's data sets; each becomes sources."""
 
 from __future__ import annotations
 
 import glob
-import json
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training_lens import embedded
+from training_lens.data.readers import FORMATS, file_rows, format_of
 from training_lens.data.types import Row
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import nearest
+from training_lens.utils.hub import require_hub
 
-READABLE = (".json", ".jsonl")
+HUB = "hub:"
+# OWNER/NAME[/CONFIG][@REVISION][:SPLIT]
+_HUB_SPEC = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[^:]+))?(:(?P<split>\w+))?")
 
 
-def expand(specs: Sequence[str], key: str) -> list[Path]:
-    """The files that paths, globs and embedded names mean, in the order given, each once.
+@dataclass(frozen=True)
+class Source:
+    """Rows that are read together: a file, or a split of a data set.
+
+    `files` are what is hashed; `entry` is the position among the setting's entries; `table` a `datasets.Dataset`
+    where the rows come through that library.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    entry: int
+    table: Any = None
+
+    def rows(self) -> Iterator[Row]:
+        """The rows in order, a bounded number in memory (but for .json, which is read whole).
+
+        Raises:
+            DatasetError: as `readers.file_rows`.
+        """
+        if self.table is None:
+            yield from file_rows(self.files[0])
+            return
+        values = (value for part in self.table.with_format("arrow").iter(1000) for value in part.to_pylist())
+        yield from (Row(self.name, number, value) for number, value in enumerate(values, 1))
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+
+def expand(specs: Sequence[str], key: str) -> list[Source]:
+    """The sources that paths, globs, folders, hub ids and embedded names mean, in the order given, each once.
 
     Raises:
         DatasetError: a path that is not there or a glob that matches nothing; names `key` and a near file.
     """
-    files: dict[Path, None] = {}
-    for spec in specs:
+    sources: dict[str, Source] = {}
+    for entry, spec in enumerate(specs):
         if not spec.strip():
             raise DatasetError(f"{key}: an empty path; give a file.")
-        path = Path(embedded.resolve(spec)).expanduser()
-        if path.is_file():
-            files[path] = None
-        elif path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix in READABLE)
-            hint = (
-                f" To take its {len(inside)} files: {key}='{spec.rstrip('/')}/*{inside[0].suffix}'." if inside else ""
-            )
-            raise DatasetError(f"{key}: '{spec}' is a folder, expected files (.json, .jsonl).{hint}")
-        else:
-            matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())  # noqa: PTH207 (absolute too)
-            if not matches:
-                raise DatasetError(f"{key}: {_missing(spec, path)}")
-            files |= dict.fromkeys(matches)
-    return list(files)
+        for source in _expand_one(spec, entry, key):
+            sources.setdefault(source.name, source)
+    return list(sources.values())
+
+
+def _expand_one(spec: str, entry: int, key: str) -> list[Source]:
+    if spec.startswith(HUB):
+        return [_from_hub(spec, entry, key)]
+    path = Path(embedded.resolve(spec)).expanduser()
+    if path.is_file():
+        return [_file(path, entry)]
+    folder, _, split = spec.rpartition(":") if not path.exists() and ":" in spec else (spec, "", "")
+    if (saved := Path(folder).expanduser()).is_dir() and _is_saved(saved):
+        return [_from_disk(saved, split, entry, key)]
+    if path.is_dir():
+        raise DatasetError(f"{key}: '{spec}' is a folder, expected files ({', '.join(FORMATS)}).{_inside(path, key)}")
+    matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())  # noqa: PTH207 (absolute too)
+    if not matches:
+        raise DatasetError(f"{key}: {_missing(spec, path)}")
+    return [_file(match, entry) for match in matches]
+
+
+def _file(path: Path, entry: int) -> Source:
+    return Source(str(path), (path,), entry)
+
+
+def _inside(folder: Path, key: str) -> str:
+    readable = sorted(p for p in folder.iterdir() if format_of(p))
+    if not readable:
+        return " It holds no such file."
+    return f" To take its {len(readable)} files: {key}='{folder}/*{''.join(readable[0].suffixes[-2:])}'."
 
 
 def _missing(spec: str, path: Path) -> str:
@@ -49,67 +100,62 @@ def _missing(spec: str, path: Path) -> str:
     if spec.startswith(f"{embedded.MODEL}:"):
         return f"'{spec}' is not embedded; there are {embedded.TRAIN} and {embedded.HELDOUT}."
     if not path.parent.is_dir():
-        return f"'{spec}' is not there: no folder '{path.parent}'. Relative paths start at {Path.cwd()}."
+        hub = f" For a data set of a hub: {HUB}{spec}." if _HUB_SPEC.fullmatch(spec) else ""
+        return f"'{spec}' is not there: no folder '{path.parent}'. Relative paths start at {Path.cwd()}.{hub}"
     close = nearest(path.name, [p.name for p in path.parent.iterdir()])
     hint = f" Did you mean '{path.parent / close}'?" if close else ""
     return f"'{spec}' is not there.{hint}"
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of one file, in order. JSONL is read a line at a time, JSON as a whole.
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote this folder with save_to_disk."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
-    Raises:
-        DatasetError: broken JSON (with the line), not UTF-8, a row that is no object, an ending that is not known.
-    """
-    if path.suffix not in READABLE:
-        raise DatasetError(f"{path}: the ending '{path.suffix}' is not readable; expected .json or .jsonl.")
+
+def _from_disk(folder: Path, split: str, entry: int, key: str) -> Source:
+    from datasets import DatasetDict, load_from_disk
+
     try:
-        yield from _jsonl(path) if path.suffix == ".jsonl" else _json(path)
-    except UnicodeDecodeError as error:
-        raise DatasetError(f"{path}: is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot be read ({error.strerror}).") from error
+        loaded = load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise DatasetError(f"{key}: the data set saved in '{folder}' cannot be read: {error}") from error
+    if isinstance(loaded, DatasetDict):
+        split = split or "train"
+        if split not in loaded:
+            raise DatasetError(
+                f"{key}: '{folder}' has no split '{split}'; there are {', '.join(loaded)}. Write {folder}:SPLIT."
+            )
+        loaded = loaded[split]
+    elif split:
+        raise DatasetError(f"{key}: '{folder}' is one data set without splits; leave out ':{split}'.")
+    return _from_table(f"{folder}:{split}" if split else str(folder), loaded, entry)
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DatasetError(
-                    f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno}). "
-                    "A .jsonl file holds one complete JSON object a line; a list of objects goes into a .json file."
-                ) from error
-            yield _row(path, number, value)
+def _from_hub(spec: str, entry: int, key: str) -> Source:
+    parts = _HUB_SPEC.fullmatch(spec.removeprefix(HUB))
+    if not parts:
+        raise DatasetError(f"{key}: '{spec}' is not understood; write {HUB}OWNER/NAME[/CONFIG][@REVISION][:SPLIT].")
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
 
-
-def _json(path: Path) -> Iterator[Row]:
+    datasets.disable_progress_bars()
+    split = parts["split"] or "train"
+    if not _in_cache(parts["id"], datasets.config.HF_DATASETS_CACHE):
+        require_hub(f"{key}: '{spec}'", DatasetError)
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+        loaded = datasets.load_dataset(parts["id"], parts["config"], split=split, revision=parts["revision"])
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+        line = str(error).strip().split("\n")[0]
         raise DatasetError(
-            f"{path}, line {error.lineno}: broken JSON ({error.msg} at column {error.colno}). "
-            "A .json file holds one list of objects; one object a line goes into a .jsonl file."
+            f"{key}: '{spec}' cannot be had: {line} Check the id, the split and the revision, and (for a gated or "
+            "private data set) that you are logged in."
         ) from error
-    for number, item in enumerate(_the_list(path, value), 1):
-        yield _row(path, number, item)
+    return _from_table(spec, loaded, entry)
 
 
-def _the_list(path: Path, value: Any) -> list[Any]:
-    """The list itself, or the one list of objects that an object holds (`{"data": [...]}`)."""
-    if isinstance(value, list):
-        return value
-    lists = {k: v for k, v in value.items() if isinstance(v, list)} if isinstance(value, dict) else {}
-    if len(lists) == 1:
-        return next(iter(lists.values()))
-    found = f"an object with {len(lists)} lists ({', '.join(lists)})" if lists else f"a single {type(value).__name__}"
-    raise DatasetError(f"{path}: holds {found}, expected a list of objects, or an object that holds one such list.")
+def _in_cache(repository: str, cache: Path | str) -> bool:
+    return (Path(cache) / repository.replace("/", "___").lower()).is_dir()
 
 
-def _row(path: Path, number: int, value: Any) -> Row:
-    if not isinstance(value, dict):
-        raise DatasetError(f"{path}, row {number}: is a {type(value).__name__}, expected an object with fields.")
-    return Row(str(path), number, value)
+def _from_table(name: str, table: Any, entry: int) -> Source:
+    return Source(name, tuple(Path(file["filename"]) for file in table.cache_files), entry, table)

@@ -15,10 +15,13 @@ from training_lens.data.types import TokenizedExample
 
 SCHEMA = pa.schema(
     [
-        ("id", pa.string()),
+        ("file", pa.string()),
+        ("row", pa.int64()),
         ("input_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.bool_())),
+        ("supervised", pa.int32()),
         ("domain", pa.string()),
+        ("digest", pa.uint64()),
     ]
 )
 
@@ -37,10 +40,13 @@ def _record_batch(chunk: Sequence[TokenizedExample]) -> pa.RecordBatch:
     mask = np.concatenate([e.loss_mask for e in chunk]) if chunk else np.array([], bool)
     return pa.record_batch(
         [
-            pa.array([e.id for e in chunk], pa.string()),
+            pa.array([e.file for e in chunk], pa.string()),
+            pa.array([e.row for e in chunk], pa.int64()),
             pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
             pa.ListArray.from_arrays(offsets, pa.array(mask, pa.bool_())),
+            pa.array([int(e.loss_mask[1:].sum()) for e in chunk], pa.int32()),
             pa.array([e.domain for e in chunk], pa.string()),
+            pa.array([e.digest for e in chunk], pa.uint64()),
         ],
         schema=SCHEMA,
     )
@@ -67,19 +73,24 @@ class TokenDataset:
 
     def example_id(self, index: int) -> str:
         """The id of one example, without reading its tokens."""
-        return str(self.table.column("id")[self._row(index)].as_py())
+        row = self._row(index)
+        return f"{self.table.column('file')[row].as_py()}:{self.table.column('row')[row].as_py()}"
 
     def _row(self, index: int) -> int:
         return index if self.rows is None else int(self.rows[index])
 
     def __getitem__(self, index: int) -> TokenizedExample:
         row = self._row(index)
-        columns = [self.table.column(name)[row] for name in ("id", "input_ids", "loss_mask", "domain")]
+        file, number, ids, mask, domain, digest = (
+            self.table.column(name)[row] for name in ("file", "row", "input_ids", "loss_mask", "domain", "digest")
+        )
         return TokenizedExample(
-            columns[0].as_py(),
-            columns[1].values.to_numpy(),
-            columns[2].values.to_numpy(zero_copy_only=False),
-            columns[3].as_py(),
+            file.as_py(),
+            number.as_py(),
+            ids.values.to_numpy(),
+            mask.values.to_numpy(zero_copy_only=False),
+            domain.as_py(),
+            digest.as_py(),
         )
 
     def __iter__(self) -> Iterator[TokenizedExample]:
@@ -97,30 +108,29 @@ class TokenDataset:
     @cached_property
     def supervised(self) -> np.ndarray:
         """Targets of each example, int64: masked-in tokens other than the first, which nothing predicts."""
-        return self._taken(np.concatenate([_targets(chunk) for chunk in self._mask_chunks()] or [_NONE]))
+        return self._taken(self.table.column("supervised").to_numpy()).astype(np.int64)
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """A hash of each example's rendered text, uint64: equal for examples that say the same."""
+        return self._taken(self.table.column("digest").to_numpy())
+
+    @cached_property
+    def files(self) -> np.ndarray:
+        """The source of each example."""
+        return self._names("file")
 
     @cached_property
     def domains(self) -> np.ndarray:
         """The domain of each example, or None."""
-        return self._taken(np.array(self.table.column("domain").to_pylist(), dtype=object))
+        return self._names("domain")
 
-    def _mask_chunks(self) -> list[pa.ListArray]:
-        return [chunk for chunk in self.table.column("loss_mask").chunks if len(chunk)]
+    def _names(self, column: str) -> np.ndarray:
+        """A column of few different names as an object array that shares them; None where there is none."""
+        encoded = self.table.column(column).combine_chunks().dictionary_encode()
+        names = np.array([*encoded.dictionary.to_pylist(), None], dtype=object)
+        return self._taken(names[encoded.indices.fill_null(len(names) - 1).to_numpy()])
 
     def _taken(self, values: np.ndarray) -> np.ndarray:
         taken: np.ndarray = values if self.rows is None else values[self.rows]
         return taken
-
-
-_NONE = np.array([], dtype=np.int64)
-
-
-def _targets(chunk: pa.ListArray) -> np.ndarray:
-    """Per list of bools: how many are true past its first place."""
-    offsets = chunk.offsets.to_numpy().astype(np.int64)
-    values = chunk.values.to_numpy(zero_copy_only=False).astype(np.int64)
-    total = np.concatenate([[0], np.cumsum(values)])
-    starts, ends = offsets[:-1], offsets[1:]
-    firsts = np.where(starts < ends, values[np.minimum(starts, len(values) - 1)], 0)
-    targets: np.ndarray = (total[ends] - total[starts] - firsts).astype(np.int64)
-    return targets

@@ -7,32 +7,82 @@ training and at inference, so both see the same tokens.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from jinja2 import TemplateError
-
+from training_lens.config.schema import DataSection
+from training_lens.data.chat import ChatTemplate, special_names
 from training_lens.data.types import Example, Message, Segment
 from training_lens.errors import ConfigurationError, DatasetError
+from training_lens.utils.logging import get_logger
 
+logger = get_logger(__name__)
 DomainStyle = Literal["tag", "hash", "none"]
-TemplateName = Literal["alpaca", "chat"]
+JINJA = (".jinja", ".jinja2", ".j2")
+# Names of special tokens inside data stand as (mark, number, mark) while a template renders: noncharacters of Unicode.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+_PLACEHOLDER = re.compile(f"{OPEN}(\\d+){CLOSE}")
 
 
 class Template(Protocol):
-    """Turns the messages of a chat into segments."""
+    """Turns the messages of a chat into segments, which together are the rendered text."""
 
-    def prompt(self, messages: Sequence[Message]) -> list[Segment]:
-        """Everything up to where the assistant begins to answer."""
+    tools: bool  # whether it has a place for tools, calls and their results
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Segment]:
+        """Everything up to where the assistant begins to answer; `messages` end with another's."""
         ...
 
-    def turn(self, messages: Sequence[Message]) -> tuple[list[Segment], Segment]:
-        """The prompt of the last message, an assistant's, and that message as the response."""
+    def example(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int]
+    ) -> list[Segment]:
+        """The whole chat; the answers at the positions `learned` are responses, each with its end token."""
         ...
 
 
-class AlpacaTemplate:
+class TurnTemplate:
+    """A template of words: each turn is a lead, the answer, the end token; turns are parted by a blank line.
+
+    Subclasses say the lead. `end` is the tokenizer's EOS as text.
+    """
+
+    tools = False
+
+    def __init__(self, end: str) -> None:
+        self._end = end
+
+    def lead(self, system: str | None, asked: Message, first: bool) -> str:
+        """What stands before an answer to `asked`."""
+        raise NotImplementedError
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Segment]:
+        return self._turns(messages, range(0))
+
+    def example(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int]
+    ) -> list[Segment]:
+        return self._turns(messages, learned)
+
+    def _turns(self, messages: Sequence[Message], learned: Collection[int]) -> list[Segment]:
+        system = "\n\n".join(m.text for m in messages if m.role == "system") or None
+        segments: list[Segment] = []
+        text, first = "", True
+        for index, message in enumerate(messages):
+            if message.role == "assistant":
+                segments += [Segment(text, False)] if text else []
+                segments.append(Segment(message.text + self._end, index in learned))
+                text = "\n\n"
+            elif message.role != "system":
+                text += self.lead(system, message, first)
+                first = False
+        return [*segments, Segment(text, False)] if messages[-1].role != "assistant" else segments
+
+
+class AlpacaTemplate(TurnTemplate):
     """Stanford Alpaca's form (github.com/tatsu-lab/stanford_alpaca); a system message replaces the first sentence."""
 
     WITH_INPUT = (
@@ -43,90 +93,61 @@ class AlpacaTemplate:
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     )
 
-    def prompt(self, messages: Sequence[Message]) -> list[Segment]:
-        segments: list[Segment] = []
-        text, system = "", next((m.text for m in messages if m.role == "system"), None)
-        turns = [m for m in messages if m.role != "system"]
-        for index, message in enumerate(turns):
-            if message.role == "assistant":
-                segments += [Segment(text, False), Segment(message.text, True)]
-                text = "\n\n"
-                continue
-            if index == 0:
-                text += (system or (self.WITH_INPUT if message.input else self.WITHOUT_INPUT)) + "\n\n"
-            extra = f"### Input:\n{message.input}\n\n" if message.input else ""
-            text += f"### Instruction:\n{message.text}\n\n{extra}### Response:\n"
-        return [*segments, Segment(text, False)]
-
-    def turn(self, messages: Sequence[Message]) -> tuple[list[Segment], Segment]:
-        return self.prompt(messages[:-1]), Segment(messages[-1].text, True)
+    def lead(self, system: str | None, asked: Message, first: bool) -> str:
+        opening = (system or (self.WITH_INPUT if asked.input else self.WITHOUT_INPUT)) + "\n\n" if first else ""
+        extra = f"### Input:\n{asked.input}\n\n" if asked.input else ""
+        return f"{opening}### Instruction:\n{asked.text}\n\n{extra}### Response:\n"
 
 
-class ChatTemplate:
-    """The tokenizer's own chat template, with masks found by rendering prefixes.
+class PlainTemplate(TurnTemplate):
+    """Nothing but the row's own texts, a line break between prompt and answer."""
 
-    For each assistant turn the chat is rendered up to it (with the generation prompt) and including it; what the
-    second has more is the response. It is supervised through its end token, the first special token after the text.
+    def lead(self, system: str | None, asked: Message, first: bool) -> str:
+        return "\n".join(part for part in (system if first else None, asked.text, asked.input) if part) + "\n"
+
+
+class PatternTemplate(TurnTemplate):
+    """A user's own pattern: text with {instruction}, perhaps {system} and {input}, and at its end {output}.
+
+    A line whose slots are all empty is left out.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ends = sorted({str(t) for t in tokenizer.all_special_tokens} | _added_special(tokenizer), key=len)
+    SLOTS = ("system", "instruction", "input", "output")
 
-    def _render(self, messages: Sequence[Message], generation: bool) -> str:
-        chat = [{"role": m.role, "content": f"{m.text}\n{m.input}" if m.input else m.text} for m in messages]
-        try:
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation)
-        except TemplateError as error:
-            roles = ", ".join(m.role for m in messages)
-            raise DatasetError(
-                f"the chat template refuses a chat of {roles}: {error}. Try data.template=alpaca."
-            ) from error
-        assert isinstance(text, str)
-        return text
+    def __init__(self, pattern: str, end: str) -> None:
+        super().__init__(end)
+        text = pattern.replace("\\n", "\n").rstrip("\n")
+        _check_pattern(text)
+        self._lines = text.removesuffix("{output}").split("\n")
 
-    def prompt(self, messages: Sequence[Message]) -> list[Segment]:
-        segments: list[Segment] = []
-        done = ""
-        for index, message in enumerate(messages):
-            if message.role == "assistant":
-                before, response = self._response(messages[: index + 1])
-                segments += [Segment(self._after(done, before), False), Segment(response, True)]
-                done = before + response
-        return [*segments, Segment(self._after(done, self._render(messages, generation=True)), False)]
+    def lead(self, system: str | None, asked: Message, first: bool) -> str:
+        values = {"system": system if first else "", "instruction": asked.text, "input": asked.input}
+        return "\n".join(self._filled(line, values) for line in self._lines if self._wanted(line, values))
 
-    def turn(self, messages: Sequence[Message]) -> tuple[list[Segment], Segment]:
-        return self.prompt(messages[:-1]), Segment(self._response(messages)[1], True)
+    @staticmethod
+    def _wanted(line: str, values: Mapping[str, str | None]) -> bool:
+        slots = re.findall(r"\{(\w+)\}", line)
+        return not slots or any(values[slot] for slot in slots)
 
-    def _response(self, messages: Sequence[Message]) -> tuple[str, str]:
-        """The text before the last message's answer, and the answer with its end token."""
-        before = self._render(messages[:-1], generation=True)
-        answer = self._after(before, self._render(messages, generation=False))
-        text = messages[-1].text
-        start = answer.find(text) if text in answer else answer.find(text.strip())
-        if start < 0:
-            raise DatasetError(
-                "the chat template changes the assistant's text, so it cannot be found; use data.template=alpaca."
-            )
-        after = start + len(text if text in answer else text.strip())
-        ends = [(answer.find(end, after), end) for end in self._ends if end in answer[after:]]
-        if not ends:
-            return before, answer[:after]  # the template closes turns with plain text: EOS is added when tokenizing
-        position, end = min(ends)
-        return before, answer[: position + len(end)]
-
-    def _after(self, prefix: str, text: str) -> str:
-        if not text.startswith(prefix):
-            raise DatasetError(
-                "the chat template renders a chat differently once it goes on, so the answer's place is not certain. "
-                "Use data.template=alpaca."
-            )
-        return text[len(prefix) :]
+    @staticmethod
+    def _filled(line: str, values: Mapping[str, str | None]) -> str:
+        return re.sub(r"\{(\w+)\}", lambda slot: values[slot[1]] or "", line)
 
 
-def _added_special(tokenizer: Any) -> set[str]:
-    """Special tokens such as end-of-turn marks that are not listed by name."""
-    return {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if getattr(t, "special", False)}
+def _check_pattern(text: str) -> None:
+    slots = re.findall(r"\{(\w*)\}", text)
+    unknown = [slot for slot in slots if slot not in PatternTemplate.SLOTS]
+    problem = None
+    if unknown:
+        problem = f"has the slot {{{unknown[0]}}}; there are {', '.join(f'{{{s}}}' for s in PatternTemplate.SLOTS)}"
+    elif "instruction" not in slots or slots.count("output") != 1:
+        problem = "needs {instruction}, and {output} once"
+    elif not text.endswith("{output}"):
+        problem = "must end with {output}: the end token follows the answer"
+    if problem:
+        raise ConfigurationError(
+            f"data.template: the pattern {text!r} {problem}. For example 'Q: {{instruction}}\\nA: {{output}}'."
+        )
 
 
 def domain_prefix(domain: str | None, style: DomainStyle) -> str:
@@ -138,49 +159,161 @@ def domain_prefix(domain: str | None, style: DomainStyle) -> str:
     return f"[domain: {domain}] "
 
 
-@dataclass(frozen=True)
 class Renderer:
-    """Template and domain style together: the only way from messages to text."""
+    """Template, domain style and supervision together: the only way from messages to text.
 
-    template: Template
-    style: DomainStyle
+    Args:
+        supervise: 'all' learns every answer (but those with loss weight 0), 'last' the last one.
+        end: the tokenizer's EOS as text, for plain texts, which no template touches.
+        special: names of special tokens; where one stands in data it stays text. Empty allows them.
+    """
 
-    def prompt(self, messages: Sequence[Message], domain: str | None) -> list[Segment]:
-        """What the model sees before it answers; `messages` end with the user's."""
-        return self.template.prompt(self._with_domain(messages, domain))
+    def __init__(
+        self,
+        template: Template,
+        style: DomainStyle,
+        *,
+        end: str,
+        supervise: Literal["all", "last"] = "all",
+        special: Collection[str] = (),
+    ) -> None:
+        self.template, self._style, self._supervise, self._end = template, style, supervise, end
+        self._special = sorted(special, key=len, reverse=True)  # the longest first: one may begin another
+        self._names = re.compile("|".join(map(re.escape, self._special))) if special else None
+        self._noted: set[str] = set()
+
+    def prompt(
+        self, messages: Sequence[Message], domain: str | None, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[Segment]:
+        """What the model sees before it answers; `messages` end with the user's or a tool's."""
+        messages, tools = self._fitted(self._with_domain(messages, domain), tools)
+        return self._restored(self.template.prompt(messages, tools))
+
+    def prompt_of(self, example: Example) -> list[Segment]:
+        """The prompt of the example's last answer; of a plain text, its domain prefix."""
+        if example.is_text:
+            return self._text(example)[:-1]
+        return self.prompt(example.messages[:-1], example.domain, example.tools)
 
     def example(self, example: Example) -> list[Segment]:
-        """The whole example: its prompt, earlier answers, and the answer, each a segment.
+        """The whole example, to the end of its last learned answer.
 
         Raises:
             DatasetError: the template cannot render it; names the row.
         """
+        if example.is_text:
+            return self._text(example)
         try:
-            prompt, response = self.template.turn(self._with_domain(example.messages, example.domain))
+            messages, tools = self._fitted(self._with_domain(example.messages, example.domain), example.tools)
+            segments = self.template.example(messages, tools, self._learned(messages))
         except DatasetError as error:
             raise DatasetError(f"{example.file}, row {example.row}: {error}") from error
-        return [*prompt, response]
+        while segments and not segments[-1].response:  # what follows the last answer teaches nothing
+            segments.pop()
+        return self._restored(segments)
+
+    def _learned(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        return tuple(i for i in (answers if self._supervise == "all" else answers[-1:]) if messages[i].learn)
+
+    def _text(self, example: Example) -> list[Segment]:
+        prefix = domain_prefix(example.domain, self._style)
+        text = self._protected(example.messages[0].text) + self._end
+        lead = [Segment(self._protected(prefix), False)] if prefix else []
+        return self._restored([*lead, Segment(text, True)])
 
     def _with_domain(self, messages: Sequence[Message], domain: str | None) -> list[Message]:
-        prefix = domain_prefix(domain, self.style)
+        prefix = domain_prefix(domain, self._style)
         first = next((i for i, m in enumerate(messages) if m.role == "user"), None)
         if prefix and first is None:
             raise DatasetError(f"domain '{domain}': there is no user message to put its prefix on.")
+        put = [replace(m, text=prefix + m.text) if prefix and i == first else m for i, m in enumerate(messages)]
+        return [replace(m, text=self._protected(m.text), input=self._protected(m.input)) for m in put]
+
+    def _fitted(
+        self, messages: list[Message], tools: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[Message], Sequence[Mapping[str, Any]]]:
+        """The chat as this template can say it: without a place for tools, they and their use become text."""
+        if self.template.tools or not (tools or any(m.role == "tool" or m.calls for m in messages)):
+            return messages, tools
+        self._note("the template has no place for tools: their descriptions go into the system message, calls are")
+        fitted = [replace(m, calls=(), role="user" if m.role == "tool" else m.role) for m in messages]
+        if not tools:
+            return fitted, ()
+        described = "You may call these tools:\n" + "\n".join(
+            json.dumps(t["function"], ensure_ascii=False) for t in tools
+        )
+        system = "\n\n".join([*(m.text for m in fitted if m.role == "system"), self._protected(described)])
+        return [Message("system", system), *(m for m in fitted if m.role != "system")], ()
+
+    def _note(self, what: str) -> None:
+        if what not in self._noted:
+            self._noted.add(what)
+            logger.warning("%s learned as the rows write them, and results come as user messages", what)
+
+    def _protected(self, text: str) -> str:
+        """`text` with the names of special tokens as placeholders, which no template knows."""
+        if self._names is None or not self._names.search(text):
+            return text
+        return self._names.sub(lambda name: f"{OPEN}{self._special.index(name[0])}{CLOSE}", text)
+
+    def _restored(self, segments: Sequence[Segment]) -> list[Segment]:
+        """The segments with each placeholder as plain text of its own."""
+        if not any(OPEN in segment.text for segment in segments):
+            return list(segments)
         return [
-            Message(m.role, prefix + m.text, m.input) if i == first and prefix else m for i, m in enumerate(messages)
+            Segment(self._special[int(part)] if odd else part, segment.response, plain=bool(odd))
+            for segment in segments
+            for place, part in enumerate(_PLACEHOLDER.split(segment.text))
+            if (odd := place % 2) or part
         ]
 
 
-def choose_template(asked: str, tokenizer: Any) -> TemplateName:
-    """`auto` is chat where the tokenizer carries a chat template, else alpaca."""
+def choose_template(asked: str, tokenizer: Any) -> str:
+    """The template that `asked` means: `auto` is chat where the tokenizer carries a chat template, else alpaca."""
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if asked == "chat" and not has_chat:
         raise ConfigurationError(
-            "data.template: 'chat' needs a tokenizer with a chat template, this one has none; use alpaca."
+            "data.template: 'chat' needs a tokenizer with a chat template, this one has none; use alpaca, plain, "
+            "a .jinja file or a pattern of your own."
         )
-    return "alpaca" if asked == "alpaca" or not has_chat else "chat"
+    if asked == "auto":
+        return "chat" if has_chat else "alpaca"
+    return asked
 
 
-def build_renderer(name: TemplateName, style: DomainStyle, tokenizer: Any) -> Renderer:
-    """The renderer of a resolved template name."""
-    return Renderer(ChatTemplate(tokenizer) if name == "chat" else AlpacaTemplate(), style)
+def adopt_template_file(asked: str, tokenizer: Any) -> None:
+    """Where `asked` is a .jinja file, give it to the tokenizer as its chat template: saved with the run.
+
+    Raises:
+        ConfigurationError: it cannot be read, or is no valid Jinja; names the line.
+    """
+    if not asked.endswith(JINJA):
+        return
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        source = Path(asked).expanduser().read_text(encoding="utf-8")
+        _compile_jinja_template(source)
+    except OSError as error:
+        raise ConfigurationError(f"data.template: '{asked}' cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"data.template: '{asked}' is not UTF-8 text.") from error
+    except TemplateSyntaxError as error:
+        raise ConfigurationError(f"data.template: {asked}, line {error.lineno}: {error.message}.") from error
+    tokenizer.chat_template = source
+
+
+def build_renderer(data: DataSection, tokenizer: Any) -> Renderer:
+    """The renderer that the data section asks for; a .jinja file must have been adopted by the tokenizer."""
+    name, end = choose_template(data.template, tokenizer), tokenizer.eos_token or ""
+    template: Template
+    if name == "chat" or name.endswith(JINJA):
+        template = ChatTemplate(tokenizer)
+    elif name in ("alpaca", "plain"):
+        template = (AlpacaTemplate if name == "alpaca" else PlainTemplate)(end)
+    else:
+        template = PatternTemplate(name, end)
+    special = special_names(tokenizer) if data.special_tokens == "plain" else ()
+    return Renderer(template, data.domain.style, end=end, supervise=data.supervise, special=special)

@@ -1,14 +1,15 @@
 """Text to tokens: segment by segment, so that a prompt has the same tokens in training and at inference.
 
-BOS stands once at the front where the tokenizer itself would put it; every response ends in one end token, the
-template's own or EOS. The pad token plays no part in any decision.
+BOS stands once at the front where the tokenizer itself would put it; the end token of an answer is a part of its
+segment. The pad token plays no part in any decision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from training_lens.data.types import Segment
 from training_lens.errors import DatasetError, ModelLoadingError
 
 ANCHORS = ("\n", "|", "a", "1", ".")
+Truncation = Literal["keep_end", "keep_start", "drop"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +33,20 @@ class TextEncoder:
 
     Some tokenizers put a space before any text they are given. Behind the first segment that space would be an
     invention, so there a one-character anchor takes it and is cut off again.
+
+    Raises:
+        ModelLoadingError: a tokenizer that no model can be trained with: slow, without EOS, or giving no tokens.
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise ModelLoadingError("this tokenizer has no tokenizer.json; convert it to a fast tokenizer first.")
-        if tokenizer.eos_token_id is None:
-            raise ModelLoadingError(
-                "the tokenizer names no EOS token, so a model could never learn to stop. "
-                "Set eos_token in its tokenizer_config.json."
-            )
+        _check(tokenizer)
         self._tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
         with_special = self._ids(["a"], special=True)[0]
         bos = tokenizer.bos_token_id
         self.bos_id: int | None = bos if bos is not None and with_special[:1] == [bos] else None
+        if self.bos_id is not None and with_special[:2] == [bos, bos]:
+            raise ModelLoadingError("the tokenizer puts BOS twice at the front; mend its tokenizer.json.")
         special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.special_ids: frozenset[int] = frozenset(special | set(tokenizer.all_special_ids))
         # Anchors that put a space-taking tokenizer past its start; none where text is encoded as it is.
@@ -57,53 +58,117 @@ class TextEncoder:
     def encode(self, examples: Sequence[Sequence[Segment]]) -> list[Encoded]:
         """Encode many rendered examples (or prompts) in one call of the tokenizer.
 
-        A response that has no token in this tokenizer gets no end token either: there is nothing to learn in it.
+        Raises:
+            DatasetError: the rendered text begins with BOS twice.
         """
-        texts = [(segment.text, index > 0) for segments in examples for index, segment in enumerate(segments)]
-        pieces = iter(self._encode_texts(texts))
-        return [self._join(segments, [next(pieces) for _ in segments]) for segments in examples]
+        segments = [(segment, place > 0) for example in examples for place, segment in enumerate(example)]
+        pieces = self._encode_segments(segments, plain=False) | self._encode_segments(segments, plain=True)
+        place = iter(range(len(segments)))
+        return [self._join(example, [pieces[next(place)] for _ in example]) for example in examples]
 
     def prompt_ids(self, segments: Sequence[Segment]) -> list[int]:
         """The tokens of one prompt, as training saw them."""
         return [int(i) for i in self.encode([segments])[0].input_ids]
 
-    def _join(self, segments: Sequence[Segment], pieces: list[list[int]]) -> Encoded:
+    def without_token(self, characters: Iterable[str]) -> set[str]:
+        """Those of the characters that this tokenizer has no token for: it drops them, or gives its unknown token."""
+        listed = list(characters)
+        unknown = self._tokenizer.unk_token_id
+        nothing, *each = self._ids(["aa", *(f"a{c}a" for c in listed)], plain=True)
+        return {c for c, ids in zip(listed, each, strict=True) if ids == nothing or unknown in ids}
+
+    def _join(self, segments: Sequence[Segment], pieces: Sequence[list[int]]) -> Encoded:
         ids: list[int] = []
         response: list[bool] = []
         for segment, piece in zip(segments, pieces, strict=True):
             if not ids and self.bos_id is not None and piece[:1] != [self.bos_id]:
                 ids, response = [self.bos_id], [False]
-            if segment.response and piece and piece[-1] not in self.special_ids:
-                piece = [*piece, self.eos_id]
             ids += piece
             response += [segment.response] * len(piece)
+        if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
+            raise DatasetError(
+                "the chat template begins with BOS twice; take one out of it (data.template=FILE.jinja)."
+            )
         return Encoded(np.array(ids, dtype=np.int32), np.array(response, dtype=bool))
 
-    def _encode_texts(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+    def _encode_segments(self, segments: Sequence[tuple[Segment, bool]], plain: bool) -> dict[int, list[int]]:
+        """Position -> tokens of the (segment, continues) that are plain, or are not."""
+        chosen = [i for i, (segment, _) in enumerate(segments) if segment.plain == plain]
+        texts = [(segments[i][0].text, segments[i][1]) for i in chosen]
+        return dict(zip(chosen, self._encode_texts(texts, plain), strict=True))
+
+    def _encode_texts(self, texts: Sequence[tuple[str, bool]], plain: bool) -> list[list[int]]:
         """Token ids of each (text, continues): a continuation gets no invented space at its front."""
         if not self._anchors:
-            return self._ids([text for text, _ in texts])
+            return self._ids([text for text, _ in texts], plain=plain)
         anchor, prefix = self._anchors[0]
-        encoded = self._ids([anchor + text if continues else text for text, continues in texts])
+        encoded = self._ids([anchor + text if continues else text for text, continues in texts], plain=plain)
         return [
-            self._without_anchor(text, ids, prefix) if continues else ids
+            self._without_anchor(text, ids, prefix, plain) if continues else ids
             for (text, continues), ids in zip(texts, encoded, strict=True)
         ]
 
-    def _without_anchor(self, text: str, ids: list[int], prefix: list[int]) -> list[int]:
+    def _without_anchor(self, text: str, ids: list[int], prefix: list[int], plain: bool) -> list[int]:
         if ids[: len(prefix)] == prefix:
             return ids[len(prefix) :]
         for anchor, other in self._anchors[1:]:  # the first anchor melted into the text's own first token
-            ids = self._ids([anchor + text])[0]
+            ids = self._ids([anchor + text], plain=plain)[0]
             if ids[: len(other)] == other:
                 return ids[len(other) :]
         raise DatasetError(f"cannot tokenize {text[:40]!r} behind a prompt without inventing a space before it.")
 
-    def _ids(self, texts: list[str], special: bool = False) -> list[list[int]]:
+    def _ids(self, texts: list[str], *, special: bool = False, plain: bool = False) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self._tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+        encoded = self._tokenizer(
+            texts, add_special_tokens=special, split_special_tokens=plain, return_attention_mask=False, verbose=False
+        )
         return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _check(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelLoadingError("this tokenizer has no tokenizer.json; convert it to a fast tokenizer first.")
+    if tokenizer.eos_token_id is None:
+        there = sorted(str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+        has = f" Its special tokens: {', '.join(there[:8])}." if there else ""
+        named = f" (it names '{tokenizer.eos_token}', which its vocabulary lacks)" if tokenizer.eos_token else ""
+        raise ModelLoadingError(
+            f"the tokenizer has no EOS token{named}, so a model could never learn to stop. "
+            f"Set eos_token in its tokenizer_config.json to one that its vocabulary has.{has}"
+        )
+    if not tokenizer("word and word", add_special_tokens=False)["input_ids"]:
+        raise ModelLoadingError("the tokenizer gives no tokens at all for plain words; its vocabulary is broken.")
+
+
+class Coverage:
+    """Counts characters of texts, and those among them that a tokenizer has no token for."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self._encoder = encoder
+        self._seen: set[str] = set()
+        self._unknown: set[str] = set()
+        self.characters = 0
+        self.unknown: Counter[str] = Counter()
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Count these texts in."""
+        present = set().union(*map(set, texts)) if texts else set()
+        self._unknown |= self._encoder.without_token(present - self._seen)
+        self._seen |= present
+        self.characters += sum(map(len, texts))
+        for character in present & self._unknown:
+            self.unknown[character] += sum(text.count(character) for text in texts)
+
+
+def shown(tokenizer: Any, input_ids: np.ndarray, mask: np.ndarray) -> list[tuple[str, bool]]:
+    """The tokens of an example as text, in stretches that are learned or are not.
+
+    Each is decoded behind what stands before it: some tokenizers drop a space at the start of what they decode.
+    """
+    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
+    texts = [str(tokenizer.decode(input_ids[:edge], clean_up_tokenization_spaces=False)) for edge in edges]
+    return [(texts[i + 1][len(texts[i]) :], bool(mask[edges[i]])) for i in range(len(edges) - 1)]
 
 
 def mask_of(encoded: Encoded, mask_prompt: bool) -> np.ndarray:
@@ -111,6 +176,19 @@ def mask_of(encoded: Encoded, mask_prompt: bool) -> np.ndarray:
     return encoded.response if mask_prompt else np.ones_like(encoded.response)
 
 
-def fit(encoded: Encoded, seq_len: int) -> Encoded:
-    """The first `seq_len` tokens: a cut answer loses its end and its end token, and so does not teach to stop."""
-    return Encoded(encoded.input_ids[:seq_len], encoded.response[:seq_len])
+def fit(encoded: Encoded, seq_len: int, truncation: Truncation, bos_id: int | None) -> Encoded | None:
+    """The example in at most `seq_len` tokens, or None where it is left out.
+
+    keep_end cuts behind BOS, so the answer keeps its end and its end token; keep_start cuts the end, and what is left
+    of the answer then does not teach to stop.
+    """
+    ids, response = encoded.input_ids, encoded.response
+    if len(ids) <= seq_len:
+        return encoded
+    if truncation == "drop":
+        return None
+    if truncation == "keep_start":
+        return Encoded(ids[:seq_len], response[:seq_len])
+    front = 1 if bos_id is not None and ids[0] == bos_id else 0
+    back = len(ids) - (seq_len - front)
+    return Encoded(np.concatenate([ids[:front], ids[back:]]), np.concatenate([response[:front], response[back:]]))

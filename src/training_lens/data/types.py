@@ -9,13 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as its file holds it; `number` counts from 1 (for JSONL it is the line)."""
+    """One row as its source holds it; `number` counts from 1 (JSONL: the line; CSV: the spreadsheet's row)."""
 
     file: str
     number: int
@@ -28,21 +28,33 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `input` is the second part that some instruction data gives a prompt (Alpaca's input)."""
+    """One turn.
+
+    `input` is the second part that some instruction data gives a prompt (Alpaca's input); `learn` is false where the
+    row gives an answer the loss weight 0; `calls` are the functions that an assistant calls, each with its
+    name and arguments, and `text` then is what the row itself says there.
+    """
 
     role: Role
     text: str
     input: str = ""
+    learn: bool = True
+    calls: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What every format becomes: messages that end with the assistant's, where from, and optionally a domain."""
+    """What every format becomes: messages that end with the assistant's, where from, and optionally a domain.
+
+    `tools` describe what a chat may call. A plain text (`is_text`) is one assistant message that no template touches.
+    """
 
     messages: tuple[Message, ...]
     domain: str | None
     file: str
     row: int
+    tools: tuple[Mapping[str, Any], ...] = ()
+    is_text: bool = False
 
     @property
     def id(self) -> str:
@@ -52,20 +64,35 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of rendered text; `response` marks an assistant's answer, with the end token the template gives it."""
+    """A stretch of rendered text.
+
+    `response` marks an assistant's answer with the end token that the template gives it; in `plain` text the names
+    of special tokens are letters like any others.
+    """
 
     text: str
     response: bool
+    plain: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """`input_ids` int32 and `loss_mask` bool of one length; the mask is true on the tokens that are learned."""
+    """`input_ids` int32 and `loss_mask` bool of one length; the mask is true on the tokens that are learned.
 
-    id: str
+    `digest` is a hash of the whole rendered text: two examples of one digest say the same.
+    """
+
+    file: str
+    row: int
     input_ids: np.ndarray
     loss_mask: np.ndarray
     domain: str | None
+    digest: int = 0
+
+    @property
+    def id(self) -> str:
+        """As `Example.id`."""
+        return f"{self.file}:{self.row}"
 
 
 @dataclass(frozen=True, slots=True)

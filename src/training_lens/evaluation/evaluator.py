@@ -1,4 +1,4 @@
-"""The loss of a model on a tokenized set, whole and by domain."""
+"""The loss of a model on a tokenized set, whole, by domain and by file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ from training_lens.utils.processes import Processes
 
 @dataclass(frozen=True)
 class LossReport:
-    """Mean loss in nats per supervised token; the tokens that it is a mean of; the same for each domain."""
+    """Mean loss in nats per supervised token; the tokens that it is a mean of; the same for each domain and file.
+
+    `by_file` is empty where there is one file only.
+    """
 
     loss: float
     supervised_tokens: int
     by_domain: dict[str, float] = field(default_factory=dict)
+    by_file: dict[str, float] = field(default_factory=dict)
 
 
 def evaluate_loss(
@@ -44,9 +48,8 @@ def evaluate_loss(
         advance: called with the number of examples done.
     """
     positions = share(np.arange(len(dataset)), dataset.lengths, processes.index, processes.count)
-    names = sorted({d for d in dataset.domains if d is not None})
-    row_of = {name: 1 + i for i, name in enumerate(names)}
-    sums = torch.zeros(1 + len(names), 2, dtype=torch.float64)  # (all and each domain) x (loss, tokens)
+    domains, files = _Groups.of(dataset.domains), _Groups.of(dataset.files)
+    sums = torch.zeros(1 + len(domains.names) + len(files.names), 2, dtype=torch.float64)  # x (loss, tokens)
     was_training = model.training
     model.eval()
     try:
@@ -55,13 +58,33 @@ def evaluate_loss(
             with torch.inference_mode(), autocast(processes.device, precision):
                 nll = supervised_nll(model, batch.input_ids, batch.loss_mask).cpu().double()  # a sync point a batch
             counts = dataset.supervised[part].tolist()
-            for losses, domain in zip(nll.split(counts), dataset.domains[part], strict=True):
+            for losses, example in zip(nll.split(counts), part, strict=True):
                 row = torch.tensor([losses.sum().item(), len(losses)], dtype=torch.float64)
                 sums[0] += row
-                if domain is not None:
-                    sums[row_of[domain]] += row
+                sums[1 : 1 + len(domains.names)][domains.codes[example]] += row
+                sums[1 + len(domains.names) :][files.codes[example]] += row
             advance(len(part))
     finally:
         model.train(was_training)
     (loss, tokens), *rest = processes.sum(sums).tolist()
-    return LossReport(loss / tokens, int(tokens), {n: loss / t for n, (loss, t) in zip(names, rest, strict=True)})
+    means = [part / count if count else float("nan") for part, count in rest]
+    by_domain = domains.named(means[: len(domains.names)])
+    by_file = files.named(means[len(domains.names) :])
+    return LossReport(loss / tokens, int(tokens), by_domain, by_file if len(by_file) > 1 else {})
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The different names of a column, and which one each example has; None is a name, too, but not reported."""
+
+    names: list[str | None]
+    codes: np.ndarray
+
+    @classmethod
+    def of(cls, column: np.ndarray) -> _Groups:
+        names = sorted(set(column.tolist()), key=str)
+        position = {name: i for i, name in enumerate(names)}
+        return cls(names, np.array([position[name] for name in column], dtype=np.int64))
+
+    def named(self, values: list[float]) -> dict[str, float]:
+        return {name: value for name, value in zip(self.names, values, strict=True) if name is not None}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from training_lens.config.schema import EvaluationSection
-from training_lens.data.preparation import read_examples, tokenize
+from training_lens.data.preparation import Preparation, read_examples, tokenize
 from training_lens.data.store import TokenDataset
 from training_lens.data.types import Example, TokenizedExample
 from training_lens.errors import ConfigurationError
@@ -80,7 +80,7 @@ def _paths(sources: Sequence[object]) -> list[str]:
 def _tokenize(session: Session, examples: Sequence[Example]) -> list[TokenizedExample | None]:
     config = session.config
     assert config.model.seq_len is not None
-    return tokenize(examples, session.renderer, session.encoder, config.model.seq_len, config.data.mask_prompt)
+    return tokenize(examples, Preparation(config.data, session.renderer, session.encoder, config.model.seq_len, ""))
 
 
 def _answers_of(
@@ -98,7 +98,7 @@ def _answers_of(
         loss = evaluate_loss(
             session.model, dataset, processes, session.precision, settings.batch_tokens, session.pad_id, advance
         )
-    prompts = [session.encoder.prompt_ids(session.renderer.prompt(e.messages[:-1], e.domain)) for e in examples]
+    prompts = [session.encoder.prompt_ids(session.renderer.prompt_of(e)) for e in examples]
     longest = max(int(n) for n in dataset.supervised)
     limit = min(settings.max_new_tokens, longest + SPARE_TOKENS)
     with progress.task(f"answers of the {who}", len(prompts)) as advance:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from training_lens.config.schema import TrainingConfig
-from training_lens.data.templates import Renderer, build_renderer, choose_template
+from training_lens.data.templates import Renderer, build_renderer
 from training_lens.data.tokenization import TextEncoder
 from training_lens.data.types import Example, Message
 from training_lens.errors import ConfigurationError
@@ -76,7 +76,7 @@ def open_run(run: RunFolder, device: str | None = None) -> Session:
     elsewhere = device is not None or (trained == "fp16" and place.type != "cuda")
     precision = resolve_precision("auto" if elsewhere else trained, place)
     tokenizer = load_tokenizer(config.model, str(run.tokenizer))
-    renderer = build_renderer(choose_template(config.data.template, tokenizer), config.data.domain.style, tokenizer)
+    renderer = build_renderer(config.data, tokenizer)
     encoder = TextEncoder(tokenizer)
     model = load_adapter(load_model(config.model, place, precision), run.adapter)
     domains = tuple(run.read_metadata("data.json")["domains"])

@@ -13,6 +13,7 @@ from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError
 from training_lens.utils.devices import DTYPES, Precision
 from training_lens.utils.formatting import nearest
+from training_lens.utils.hub import require_hub
 
 SEQ_LEN_DEFAULT = 2048
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -93,36 +94,18 @@ def read_facts(model: ModelSection) -> ModelFacts:
     from transformers import AutoConfig
 
     path = locate(model)
-    require_hub(path)
+    _require_hub(path)
     config = _load("configuration", model, lambda: AutoConfig.from_pretrained(path, **_hub_options(model)))
     text = config.get_text_config()
     return ModelFacts(path, text.hidden_size, getattr(text, "max_position_embeddings", None), text.vocab_size)
 
 
-def require_hub(path: str) -> None:
-    """Where `path` is a hub id that is not in the local cache, make sure at once that the hub answers.
+def _require_hub(path: str) -> None:
+    """Where `path` is a hub id that is not in the local cache, make sure at once that the hub answers."""
+    from huggingface_hub import try_to_load_from_cache
 
-    Without this the libraries retry for minutes on a machine without network.
-
-    Raises:
-        ModelLoadingError: the hub cannot be reached.
-    """
-    from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
-
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    if Path(path).exists() or constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(path, "config.json"), str):
-        return
-    try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=5).close()  # through the user's proxy, if any
-    except HTTPError:
-        return  # it answers
-    except OSError as error:
-        raise ModelLoadingError(
-            f"model.id: '{path}' is no local folder, and the hub at {constants.ENDPOINT} cannot be reached ({error}). "
-            "Give a local folder, or go online."
-        ) from error
+    if not Path(path).exists() and not isinstance(try_to_load_from_cache(path, "config.json"), str):
+        require_hub(f"model.id: '{path}'", ModelLoadingError)
 
 
 def resolve_seq_len(model: ModelSection, facts: ModelFacts) -> int:
@@ -187,7 +170,7 @@ def check_vocabulary(tokenizer: Any, facts: ModelFacts, model_id: str) -> None:
     Raises:
         ModelLoadingError: names both sizes.
     """
-    largest = max(tokenizer.get_vocab().values())
+    largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= facts.vocabulary:
         raise ModelLoadingError(
             f"model.id: the tokenizer of '{model_id}' has ids up to {largest}, its embedding {facts.vocabulary} rows; "

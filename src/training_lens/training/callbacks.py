@@ -143,6 +143,8 @@ class TensorBoardLogger(Callback):
         self._writer.add_scalar("validation/loss", report.loss, step)
         for domain, loss in report.by_domain.items():
             self._writer.add_scalar(f"validation/loss_{domain}", loss, step)
+        for file, loss in report.by_file.items():
+            self._writer.add_scalar(f"validation_files/loss_{Path(file).name}", loss, step)
 
     def on_train_end(self, trainer: Any) -> None:
         self._writer.close()
@@ -167,6 +169,8 @@ class LogLines(Callback):
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         who = "base" if base else f"step {step}"
         logger.info("%s: validation loss %.4f over %d supervised tokens", who, report.loss, report.supervised_tokens)
+        for file, loss in report.by_file.items():
+            logger.info("%s:   %.4f on %s", who, loss, file)
 
     def on_checkpoint(self, trainer: Any, folder: Path) -> None:
         logger.debug("checkpoint %s", folder)

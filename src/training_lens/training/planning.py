@@ -13,12 +13,13 @@ import numpy as np
 
 from training_lens import embedded
 from training_lens.config.schema import TrainingConfig, check_run_length
-from training_lens.data.batching import Schedule, hold_out
-from training_lens.data.preparation import Preparation, Split, log_split, prepare_split, tokenizer_hash
+from training_lens.data.batching import Mix, Schedule, hold_out
+from training_lens.data.preparation import Preparation, Split, prepare_split, tokenizer_hash
+from training_lens.data.reporting import log_split
 from training_lens.data.store import TokenDataset
-from training_lens.data.templates import TemplateName, build_renderer, choose_template
+from training_lens.data.templates import adopt_template_file, build_renderer, choose_template
 from training_lens.data.tokenization import TextEncoder
-from training_lens.errors import ConfigurationError
+from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.models.factory import ModelFacts, check_vocabulary, load_tokenizer, read_facts, resolve_seq_len
 from training_lens.training.optimization import default_lr
 from training_lens.utils.devices import Precision, get_device, resolve_precision
@@ -41,6 +42,7 @@ class RunPlan:
     train: TokenDataset
     validation: TokenDataset | None
     splits: dict[str, Split]
+    duplicates: dict[str, int]
     schedule: Schedule
     processes: Processes
 
@@ -56,6 +58,7 @@ class RunPlan:
             "train_examples": len(self.train),
             "validation_examples": len(self.validation) if self.validation else 0,
             "domains": self.domains,
+            **self.duplicates,
             **{name: asdict(split.report) for name, split in self.splits.items()},
         }
 
@@ -69,8 +72,9 @@ class RunPlan:
         return {
             "train_examples": len(self.train),
             "validation_examples": len(self.validation) if self.validation else 0,
-            "tokens_per_epoch": int(self.train.lengths.sum()),
-            "supervised_tokens_per_epoch": int(self.train.supervised.sum()),
+            "examples_per_epoch": self.schedule.epoch_examples,
+            "tokens": int(self.train.lengths.sum()),
+            "supervised_tokens": int(self.train.supervised.sum()),
             "longest_example": int(self.train.lengths.max()),
             "global_batch_size": self.schedule.global_batch,
             "steps_per_epoch": self.schedule.steps_per_epoch,
@@ -92,18 +96,20 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     facts = read_facts(config.model)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(tokenizer, facts, config.model.id)
+    adopt_template_file(config.data.template, tokenizer)
     resolved = _resolve(config, facts, tokenizer, precision)
     splits = _prepare(resolved, tokenizer, processes, progress)
     train, validation = _datasets(resolved, splits)
-    schedule = _schedule(resolved, len(train), processes.count)
+    duplicates = count_duplicates(train, validation)
+    schedule = _schedule(resolved, train, splits["train"], processes.count)
     problems = check_run_length(resolved, schedule.total_steps, schedule.steps_in_epochs)
     if problems:
         raise ConfigurationError(problems)
-    return RunPlan(resolved, facts, tokenizer, precision, train, validation, splits, schedule, processes)
+    return RunPlan(resolved, facts, tokenizer, precision, train, validation, splits, duplicates, schedule, processes)
 
 
 def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precision: Precision) -> TrainingConfig:
-    template: TemplateName = choose_template(config.data.template, tokenizer)
+    template = choose_template(config.data.template, tokenizer)
     seq_len = resolve_seq_len(config.model, facts)
     lr = config.training.lr or default_lr(facts.width)
     logger.info("model: %s, width %d; up to %d tokens an example", config.model.id, facts.width, seq_len)
@@ -121,14 +127,10 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
 
 
 def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progress: Progress) -> dict[str, Split]:
-    assert config.model.seq_len is not None and config.data.template != "auto"
-    preparation = Preparation(
-        config.data,
-        build_renderer(choose_template(config.data.template, tokenizer), config.data.domain.style, tokenizer),
-        TextEncoder(tokenizer),
-        config.model.seq_len,
-        tokenizer_hash(tokenizer),
-    )
+    assert config.model.seq_len is not None
+    encoder = TextEncoder(tokenizer)
+    renderer = build_renderer(config.data, tokenizer)
+    preparation = Preparation(config.data, renderer, encoder, config.model.seq_len, tokenizer_hash(tokenizer))
     sources = {"train": config.data.train, "validation": config.data.validation_sources}
     cache = Path(config.output.base_output_dir) / "cache"
     splits: dict[str, Split] = {}
@@ -137,7 +139,7 @@ def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progr
             if specs:
                 paths = [str(spec) for spec in specs]
                 splits[name] = prepare_split(paths, f"data.{name}", preparation, cache, progress)
-                log_split(splits[name], f"data.{name}")
+                log_split(splits[name].report, f"data.{name}", config.model.seq_len)
     return splits
 
 
@@ -158,10 +160,36 @@ def _datasets(config: TrainingConfig, splits: dict[str, Split]) -> tuple[TokenDa
     return train, validation
 
 
-def _schedule(config: TrainingConfig, examples: int, processes: int) -> Schedule:
-    training = config.training
+def count_duplicates(train: TokenDataset, validation: TokenDataset | None) -> dict[str, int]:
+    """How many examples say what another one says, within training and between training and validation.
+
+    Raises:
+        DatasetError: every validation example is also a training example: it would measure memory alone.
+    """
+    known = np.unique(train.digests)
+    repeated = len(train) - len(known)
+    shared = int(np.isin(validation.digests, known).sum()) if validation is not None else 0
+    if validation is not None and shared == len(validation):
+        raise DatasetError(
+            f"data.validation: all {shared} validation examples are training examples too, so it would say nothing of "
+            "new ones. Give other rows, or data.val_ratio to hold some out."
+        )
+    if shared:
+        logger.warning("%d validation examples are training examples too; their loss says nothing of new ones", shared)
+    if repeated:
+        logger.warning("%d training examples say what another one says", repeated)
+    return {"repeated_train_examples": repeated, "validation_examples_in_train": shared}
+
+
+def _schedule(config: TrainingConfig, train: TokenDataset, split: Split, processes: int) -> Schedule:
+    training, mix = config.training, None
+    if config.data.weights is not None:
+        entries = split.report.entries
+        mix = Mix(np.array([entries[file] for file in train.files]), tuple(config.data.weights))
+        if not mix.epoch_examples:
+            raise ConfigurationError("data.weights: no entry gives a single example an epoch; raise the weights.")
     global_batch = training.batch_size * training.gradient_accumulation_steps * processes
-    return Schedule(examples, global_batch, training.epochs, training.max_steps, training.seed)
+    return Schedule(len(train), global_batch, training.epochs, training.max_steps, training.seed, mix)
 
 
 def with_rows_as_files(config: TrainingConfig, folder: Path) -> TrainingConfig:

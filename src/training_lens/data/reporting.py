@@ -1,0 +1,57 @@
+"""What the user is told of a split: how it was read, and everything that was lost or changed on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from training_lens.data.preparation import SplitReport
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+SHOWN = 6
+
+
+def log_split(report: SplitReport, key: str, seq_len: int) -> None:
+    """Say it: how the files were read as information, losses as warnings."""
+    for described, files in _grouped(report.mappings).items():
+        names = files[0] if len(files) == 1 else f"{len(files)} files"
+        logger.info("%s: %s, read as %s", key, names, described)
+    for line in notes(report, seq_len):
+        logger.warning("%s: %s", key, line)
+
+
+def notes(report: SplitReport, seq_len: int) -> Iterator[str]:
+    """A line for each thing that training on this split would not see as the files have it."""
+    if report.dropped_too_long:
+        yield f"{report.dropped_too_long} of {report.rows} rows dropped: longer than model.seq_len={seq_len}"
+    if report.dropped_without_answer:
+        yield (
+            f"{report.dropped_without_answer} of {report.rows} rows dropped: nothing of their answer fits "
+            f"model.seq_len={seq_len}, or has a token in this tokenizer"
+        )
+    if report.truncated:
+        yield (
+            f"{report.truncated} of {report.examples} examples cut to model.seq_len={seq_len}, "
+            f"{report.supervised_tokens_lost} answer tokens lost; {report.seq_len_for_99_percent} would keep 99 % whole"
+        )
+    if report.unknown_characters:
+        shown = ", ".join(f"{c!r} ({n})" for c, n in list(report.unknown_characters.items())[:SHOWN])
+        yield f"{report.unknown_share:.2%} of the characters have no token in this tokenizer: {shown}"
+    if report.special_text:
+        yield f"names of special tokens stand in the rows and are taken as plain text: {_counted(report.special_text)}"
+    if report.end_marks:
+        yield (
+            f"literal end marks taken off the ends of answers: {_counted(report.end_marks)} "
+            "(data.strip_end_marks=false keeps them)"
+        )
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"'{name}' ({count})" for name, count in list(counts.items())[:SHOWN])
+
+
+def _grouped(mappings: dict[str, str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for file, described in mappings.items():
+        groups.setdefault(described, []).append(file)
+    return groups

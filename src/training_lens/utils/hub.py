@@ -1,0 +1,33 @@
+"""Whether the Hugging Face hub answers, asked once and quickly: its libraries retry for minutes without network."""
+
+from __future__ import annotations
+
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from training_lens.errors import TrainingLensError
+
+TIMEOUT_SECONDS = 5
+
+
+def require_hub(asked: str, error: type[TrainingLensError]) -> None:
+    """Make sure that the hub answers, unless the user works offline (HF_HUB_OFFLINE).
+
+    Args:
+        asked: what it is needed for, as the message begins: "model.id: 'owner/name'".
+        error: what to raise where the hub cannot be reached.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        request = Request(constants.ENDPOINT, method="HEAD")
+        urlopen(request, timeout=TIMEOUT_SECONDS).close()  # through the user's proxy, if any
+    except HTTPError:
+        return  # it answers
+    except OSError as problem:
+        raise error(
+            f"{asked} is no local path, and the hub at {constants.ENDPOINT} cannot be reached ({problem}). "
+            "Give a local path, or go online."
+        ) from problem

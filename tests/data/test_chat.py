@@ -1,0 +1,146 @@
+"""Every chat template that the trl package carries: the text is transformers' own, the answers are found exactly."""
+
+from __future__ import annotations
+
+import copy
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_lens.config.schema import ModelSection
+from training_lens.data.chat import ChatTemplate
+from training_lens.data.types import Message, Segment
+from training_lens.errors import DatasetError
+from training_lens.models.factory import load_tokenizer
+
+trl = pytest.importorskip("trl", reason="trl carries the templates")
+TEMPLATES = {
+    file.name.removesuffix(".jinja"): file.read_text(encoding="utf-8")
+    for file in sorted(resources.files("trl").joinpath("chat_templates").iterdir(), key=lambda f: f.name)
+    if file.name.endswith(".jinja")
+}
+# What looks like a special token in a template becomes one of the tokenizer, as in the model that it belongs to.
+SPECIAL = re.compile(
+    r"<\|[^|>\n]{1,40}\|>|<\uff5c[^\uff5c>]{1,40}\uff5c>|<[a-z]+_of_[a-z]+>|<end_of_utterance>|<turn\|>|<\|turn>|</s>|\[/?INST\]"
+)
+ONE = [Message("user", "Hi"), Message("assistant", "Hello there")]
+TWO = [
+    Message("user", "What is it?"),
+    Message("assistant", "One line,\nthen two."),
+    Message("user", "More"),
+    Message("assistant", "Second answer"),
+]
+CALL = {"name": "search", "arguments": {"q": "rice"}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "search",
+        "description": "Looks for it.",
+        "parameters": {"type": "object", "properties": {"q": {"type": "string", "description": "what"}}},
+    },
+}
+CALLING = [
+    Message("user", "Hi"),
+    Message("assistant", "", calls=(CALL,)),
+    Message("tool", "nothing found"),
+    Message("assistant", "There is none."),
+]
+
+
+@pytest.fixture(scope="module")
+def phi3(shared: Path) -> Any:
+    return load_tokenizer(ModelSection(), str(shared / "tokenizers/phi3"))
+
+
+@pytest.fixture(params=TEMPLATES)
+def tokenizer(request: pytest.FixtureRequest, phi3: Any) -> Any:
+    tokenizer = copy.deepcopy(phi3)
+    tokenizer.chat_template = TEMPLATES[request.param]
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(tokenizer.chat_template)))})
+    return tokenizer
+
+
+def answers(messages: list[Message]) -> list[int]:
+    return [i for i, m in enumerate(messages) if m.role == "assistant"]
+
+
+def own_text(tokenizer: Any, messages: list[Message]) -> str:
+    """What transformers renders, with content as text or in parts, as the template wants it."""
+    for form in (lambda t: t, lambda t: [{"type": "text", "text": t}]):
+        chat = [{"role": m.role, "content": form(m.text)} for m in messages]
+        try:
+            text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+        except Exception:
+            continue
+        if messages[-1].text in text:
+            return text
+    raise AssertionError("no form works")
+
+
+def check(tokenizer: Any, template: ChatTemplate, segments: list[Segment], messages: list[Message]) -> None:
+    text = own_text(tokenizer, messages)
+    added = "" if template_closes(tokenizer, text) else tokenizer.eos_token
+    assert "".join(s.text for s in segments) == text + added
+    for segment, index in zip([s for s in segments if s.response], answers(messages), strict=True):
+        said = messages[index].text
+        end = segment.text.removeprefix(said)
+        assert segment.text.startswith(said) and end
+        ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+        assert all(i in specials(tokenizer) for i in ids) and len(ids) <= 2, end
+
+
+def template_closes(tokenizer: Any, text: str) -> bool:
+    last = tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"][-1]
+    return last in specials(tokenizer)
+
+
+def specials(tokenizer: Any) -> set[int]:
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def test_all_templates_of_the_package_are_here() -> None:
+    assert len(TEMPLATES) >= 60
+
+
+@pytest.mark.parametrize("messages", [ONE, TWO], ids=["one", "two"])
+def test_text_is_its_own_and_answers_are_exact(tokenizer: Any, messages: list[Message]) -> None:
+    template = ChatTemplate(tokenizer)
+    check(tokenizer, template, template.example(messages, (), answers(messages)), messages)
+
+
+@pytest.mark.parametrize("messages", [ONE, TWO], ids=["one", "two"])
+def test_the_prompt_is_what_training_puts_before_the_last_answer(tokenizer: Any, messages: list[Message]) -> None:
+    template = ChatTemplate(tokenizer)
+    segments = template.example(messages, (), answers(messages))
+    last = max(i for i, s in enumerate(segments) if s.response)
+    asked = template.prompt(messages[:-1], ())
+    assert "".join(s.text for s in asked) == "".join(s.text for s in segments[:last])
+
+
+def test_a_system_message_shows_or_is_refused(tokenizer: Any) -> None:
+    messages = [Message("system", "Be brief."), *TWO]
+    template = ChatTemplate(tokenizer)
+    try:
+        segments = template.example(messages, (), answers(messages))
+    except DatasetError as error:
+        assert "system" in str(error).lower()
+    else:
+        assert "Be brief." in "".join(s.text for s in segments)
+
+
+def test_calls_are_found_or_refused_with_the_reason(tokenizer: Any) -> None:
+    template = ChatTemplate(tokenizer)
+    if not template.tools:
+        pytest.skip("the template has no place for tools")
+    try:
+        segments = template.example(CALLING, (TOOL,), answers(CALLING))
+    except DatasetError as error:
+        assert "renders a chat differently once it goes on" in str(error)
+        return
+    call, said = [s.text for s in segments if s.response]
+    assert "search" in call and "rice" in call and "nothing found" not in call
+    assert said.startswith("There is none.")

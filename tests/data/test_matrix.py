@@ -1,0 +1,115 @@
+"""Format x template x tokenizer on real files: supervised text round-trips, prompts are those of inference."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from training_lens import embedded
+from training_lens.config.schema import DataSection, ModelSection
+from training_lens.data.preparation import read_examples
+from training_lens.data.templates import adopt_template_file, build_renderer
+from training_lens.data.tokenization import Encoded, TextEncoder
+from training_lens.data.types import Example
+from training_lens.models.factory import load_tokenizer
+
+ROWS = 25
+FORMATS = {
+    "question-answer": "data/gsm8k/train.jsonl",
+    "instruction-input-output": "data/llama_factory/alpaca_en_demo.json",
+    "instruction-input-response": "data/gpteacher/roleplay.json",
+    "prompt-completion": "data/t0_per_template/common_gen_Example_prompt.jsonl",
+    "sharegpt-tools": "data/llama_factory/glaive_toolcall_en_demo.json",
+    "messages": "data/llama_factory/kto_en_demo.json",
+    "messages-loss-weight": "data/llama_factory/v1_sft_demo.jsonl",
+    "text": "data/llama_factory/c4_demo.jsonl",
+    "domains": embedded.TRAIN,
+}
+TOKENIZERS = ["embedded", "models/tinystories-656k", "tokenizers/phi3", "tokenizers/gpt2"]
+JINJA = (
+    "{% for m in messages %}{{ m.role }}> {% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant> {% endif %}"
+)
+TEMPLATES = ["chat", "jinja", "alpaca", "plain", "Q: {instruction}\\n{input}\\nA: {output}"]
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    if request.param == "embedded":
+        return load_tokenizer(ModelSection())
+    shared: Path = request.getfixturevalue("shared")
+    tokenizer = load_tokenizer(ModelSection(), str(shared / request.param))
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = "<|endoftext|>"  # GPT-2's files do not say that it is the end
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def rows(shared: Path) -> dict[str, list[Example]]:
+    found = {}
+    for name, path in FORMATS.items():
+        spec = path if path in embedded.PATHS else str(shared / path)
+        found[name] = list(islice(read_examples([spec], "data.train", DataSection()), ROWS))
+    return found
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=["chat", "jinja", "alpaca", "plain", "pattern"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_answers_round_trip_and_prompts_are_the_same(
+    form: str, template: str, tokenizer: Any, rows: dict[str, list[Example]], tmp_path: Path
+) -> None:
+    if template == "chat" and not tokenizer.chat_template:
+        pytest.skip("this tokenizer has no chat template")
+    own_template = tokenizer.chat_template
+    if template == "jinja":
+        (tmp_path / "mine.jinja").write_text(JINJA)
+        template = str(tmp_path / "mine.jinja")
+        adopt_template_file(template, tokenizer)
+    try:
+        check(form, template, tokenizer, rows[form])
+    finally:
+        tokenizer.chat_template = own_template
+
+
+def check(form: str, template: str, tokenizer: Any, examples: list[Example]) -> None:
+    renderer, encoder = build_renderer(DataSection(template=template), tokenizer), TextEncoder(tokenizer)
+    encoded = encoder.encode([renderer.example(example) for example in examples])
+    unknown = encoder.without_token(set().union(*(m.text for e in examples for m in e.messages)))
+    exact = 0
+    for example, tokens in zip(examples, encoded, strict=True):
+        last = runs(tokens)[-1]
+        assert tokens.input_ids[: last[0]].tolist() == prompt_ids(encoder, renderer.prompt_of(example), last[0])
+        learned = [m.text for m in example.messages if m.role == "assistant" and m.learn]
+        assert len(runs(tokens)) == len(learned)
+        for (start, end), text in zip(runs(tokens), learned, strict=True):
+            shown = supervised_text(tokenizer, tokens, start, end - 1)
+            assert tokens.input_ids[end - 1] in encoder.special_ids
+            assert not any(
+                int(i) in encoder.special_ids for i in tokens.input_ids[start : end - 1] if i != tokenizer.unk_token_id
+            )
+            if not unknown & set(text):
+                assert shown.strip() == text.strip(), (form, template)
+                exact += 1
+    assert exact or unknown
+
+
+def prompt_ids(encoder: TextEncoder, segments: Any, length: int) -> list[int]:
+    """The prompt's tokens; a plain text has none but BOS."""
+    return encoder.prompt_ids(segments) if segments else [encoder.bos_id or 0][:length]
+
+
+def runs(tokens: Encoded) -> list[tuple[int, int]]:
+    """The stretches of supervised tokens."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], tokens.response.astype(int), [0]])))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def supervised_text(tokenizer: Any, tokens: Encoded, start: int, end: int) -> str:
+    """Decoded behind what stands before it: some tokenizers drop a space at the start of what they decode."""
+    before = tokenizer.decode(tokens.input_ids[:start], clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(tokens.input_ids[:end], clean_up_tokenization_spaces=False))[len(before) :]
