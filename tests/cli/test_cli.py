@@ -69,7 +69,7 @@ def test_infer_refuses_an_unknown_domain_and_says_which_there_are(trained: tuple
     folder, _ = trained
     result = command("infer", "Hi", "--domain", "hil", cwd=folder)
     assert result.returncode == 2
-    assert "it knows forest, hill, lake. Did you mean hill?" in result.stderr
+    assert "this run knows forest, hill, lake. Did you mean hill?" in result.stderr
     assert "choose one with --domain" in command("infer", "Hi", cwd=folder).stdout
 
 

@@ -89,8 +89,10 @@ def refuse_unused(overrides: list[str] | None, used: tuple[str, ...], why: str) 
         raise ConfigurationError(f"{', '.join(others)}: {why} It takes {', '.join(used)}.")
 
 
-def load_config(config_file: str | None, overrides: list[str] | None) -> TrainingConfig:
-    """The validated config of the command line."""
+def load_config(
+    config_file: str | None, overrides: list[str] | None, flags: dict[str, Any] | None = None
+) -> TrainingConfig:
+    """The validated config of the command line; `flags` are what a command's own options stand for."""
     from training_lens.config.compose import compose
 
-    return compose(config_file, overrides or [])
+    return compose(config_file, overrides or [], flags)

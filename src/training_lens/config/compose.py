@@ -17,19 +17,22 @@ from training_lens.utils.formatting import nearest
 PRESETS = "training_lens.config.presets"
 
 
-def compose(config_file: str | None = None, overrides: Sequence[str] = ()) -> TrainingConfig:
-    """The validated config of packaged presets, then `config_file`, then `overrides`.
+def compose(
+    config_file: str | None = None, overrides: Sequence[str] = (), flags: dict[str, Any] | None = None
+) -> TrainingConfig:
+    """The validated config of packaged presets, then `config_file`, then `overrides`, then `flags`.
 
     Args:
         config_file: a YAML or JSON file with any part of the config.
         overrides: Hydra's syntax: `training.lr=1e-3`, `data.train=[a.json,b.json]`, `+experiment=quick_test`.
+        flags: what a command's own options stand for, by section: `{"inference": {"adapter": "none"}}`.
 
     Raises:
         ConfigurationError: lists every problem: the key, what was given, what is allowed, the nearest known key.
     """
     groups, values = _split_overrides(overrides)
     merged = _merge(_merge(_presets(groups), _read_file(config_file)), values)
-    return validate(merged)
+    return validate(_merge(merged, flags or {}))
 
 
 def validate(values: dict[str, Any]) -> TrainingConfig:
