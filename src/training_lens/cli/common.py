@@ -41,6 +41,10 @@ class Screen:
     console: Console
     as_json: bool
 
+    def write(self, text: str) -> None:
+        """A piece of streamed text, as it is."""
+        self.console.print(text, end="", markup=False, soft_wrap=True)
+
     def result(self, value: dict[str, Any]) -> None:
         """The one JSON object of `--json`; nothing without it."""
         if self.as_json:

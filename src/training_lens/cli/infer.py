@@ -1,7 +1,9 @@
-"""`training-lens infer`: ask a trained adapter, or a base."""
+"""`training-lens infer`: ask a trained adapter, or a base: a prompt, a file of prompts, or a chat."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,9 +21,20 @@ from training_lens.cli.common import (
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
+    from training_lens.inference.batch import FileReport
     from training_lens.inference.session import Session
 
-Prompt = Annotated[str, typer.Argument(help="What to ask.", show_default=False)]
+Prompt = Annotated[
+    str | None, typer.Argument(help="What to ask; not with --input or --interactive.", show_default=False)
+]
+Input = Annotated[
+    str | None, typer.Option("--input", metavar="FILE", help="Answer every row of a file, in any format of data.train.")
+]
+Output = Annotated[
+    str | None,
+    typer.Option("--output", metavar="FILE", help="Where the answers to --input go, a JSON line each; goes on there."),
+]
+Interactive = Annotated[bool, typer.Option("--interactive", help="Chat on the terminal; /help lists its commands.")]
 Domain = Annotated[str | None, typer.Option(metavar="NAME", help="One of the domains that the run was trained on.")]
 Base = Annotated[bool, typer.Option("--base", help="Ask the base model, without the adapter.")]
 Run = Annotated[
@@ -31,8 +44,11 @@ Run = Annotated[
 
 
 def infer(
-    prompt: Prompt,
+    prompt: Prompt = None,
     overrides: Overrides = None,
+    source: Input = None,
+    output: Output = None,
+    interactive: Interactive = False,
     domain: Domain = None,
     base: Base = False,
     run: Run = None,
@@ -40,17 +56,49 @@ def infer(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Answer a prompt, token by token as it comes. Sampling: inference.temperature=0.7 inference.top_p=0.9."""
+    """Answer a prompt, token by token as it comes; or every row of a file; or chat.
+
+    Examples: training-lens infer "A prompt" --run latest; training-lens infer "A prompt" inference=base model.id=PATH;
+    training-lens infer --input rows.jsonl --output answers.jsonl inference.temperature=0.7 inference.top_p=0.9
+    """
     with command(json, debug) as screen:
+        given = [prompt, *(overrides or [])] if prompt is not None else []
+        prompt, overrides = _split(given, source, output, interactive)
         settings = _settings(config, overrides, run)
-        _answer(screen, settings, prompt, domain, base)
+        if prompt is not None:
+            _answer(screen, settings, prompt, domain, base)
+        elif source and output:
+            _answer_file(screen, settings, source, output, domain, base)
 
 
-def _settings(config: str | None, overrides: list[str] | None, run: str | None) -> TrainingConfig:
+def _split(given: list[str], source: str | None, output: str | None, interactive: bool) -> tuple[str | None, list[str]]:
+    """The prompt, if one is asked, and the settings behind it; exactly one way of asking must be chosen."""
+    from training_lens.errors import ConfigurationError
+
+    prompt = given[0] if given and not _is_setting(given[0]) else None
+    ways = {f"the prompt '{prompt}'": prompt is not None, "--input": source, "--interactive": interactive}
+    chosen = [name for name, yes in ways.items() if yes]
+    if len(chosen) != 1:
+        found = " and ".join(chosen) or "no prompt"
+        raise ConfigurationError(f"{found} given: give one of PROMPT, --input FILE --output FILE, --interactive.")
+    if bool(source) != bool(output):
+        raise ConfigurationError("--input and --output go together: a file of prompts, and a file for the answers.")
+    return prompt, given if prompt is None else given[1:]
+
+
+def _is_setting(text: str) -> bool:
+    """Whether a first word is no prompt but a setting: 'inference=base', 'model.id=x', '+experiment=full'."""
+    from training_lens.config.schema import TrainingConfig
+
+    match = re.match(r"\+?([a-z_]+)[a-z_.]*=\S", text)
+    return bool(match) and (text.startswith("+") or match[1] in TrainingConfig.model_fields)  # type: ignore[index]
+
+
+def _settings(config: str | None, overrides: list[str], run: str | None) -> TrainingConfig:
     """The config, with `--run` as the adapter; settings that the adapter would not heed are refused."""
     from training_lens.errors import ConfigurationError
 
-    named = [text for text in overrides or [] if text.startswith("inference.adapter=")]
+    named = [text for text in overrides if text.startswith("inference.adapter=")]
     if run and named:
         raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
     settings = load_config(config, overrides, {"inference": {"adapter": run}} if run else None)
@@ -59,6 +107,18 @@ def _settings(config: str | None, overrides: list[str] | None, run: str | None) 
     own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device",)
     refuse_unused(overrides, ("inference", "output.", *own), "a run answers with its own config.")
     return settings
+
+
+def _open(screen: Screen, settings: TrainingConfig, domain: str | None) -> Session:
+    from training_lens.inference.session import open_session
+
+    session = open_session(settings)
+    session.check_domain(domain)
+    if session.domains and domain is None and session.config.data.domain.style != "none":
+        known = ", ".join(session.domains)
+        note = f"note: this run knows the domains {known}; choose one with --domain."
+        screen.console.print(note, style="dim", markup=False, soft_wrap=True)
+    return session
 
 
 def _answer(screen: Screen, settings: TrainingConfig, prompt: str, domain: str | None, base: bool) -> None:
@@ -70,25 +130,33 @@ def _answer(screen: Screen, settings: TrainingConfig, prompt: str, domain: str |
         raise ConfigurationError("the prompt is empty; give some text.")
     session = _open(screen, settings, domain)
     prompt_ids = session.prompt_ids([Message("user", prompt)], domain)
-
-    def write(text: str) -> None:
-        screen.console.print(text, end="", markup=False, soft_wrap=True)
-
-    text = answer(session, prompt_ids, settings.inference, base=base, on_text=None if screen.as_json else write)
+    text = answer(session, prompt_ids, settings.inference, base=base, on_text=None if screen.as_json else screen.write)
     screen.console.print()
     screen.result({"run": session.source, "prompt": prompt, "domain": domain, "base": base, "answer": text})
 
 
-def _open(screen: Screen, settings: TrainingConfig, domain: str | None) -> Session:
+def _answer_file(
+    screen: Screen, settings: TrainingConfig, source: str, output: str, domain: str | None, base: bool
+) -> None:
+    from training_lens.inference.batch import answer_file, input_file, output_file
     from training_lens.inference.session import open_session
+    from training_lens.utils.progress import Progress
 
+    rows = input_file(source)
+    answers = output_file(output, rows)
     session = open_session(settings)
     session.check_domain(domain)
-    if session.domains and domain is None and session.config.data.domain.style != "none":
-        screen.console.print(
-            f"note: this run knows the domains {', '.join(session.domains)}; choose one with --domain.",
-            style="dim",
-            markup=False,
-            soft_wrap=True,
-        )
-    return session
+    progress = Progress(screen.console)
+    report = answer_file(session, rows, answers, settings.inference, domain=domain, base=base, progress=progress)
+    screen.console.print(_told(report), markup=False, soft_wrap=True)
+    screen.result(asdict(report))
+
+
+def _told(report: FileReport) -> str:
+    """One line on what became of the rows."""
+    if report.resumed == report.answered:
+        line = f"{report.output} is finished: all {report.answered} answers are there, nothing was changed"
+    else:
+        before = f", {report.resumed} of them before" if report.resumed else ""
+        line = f"{report.answered} of {report.rows} rows answered in {report.output}{before}"
+    return f"{line}; {len(report.passed_over)} rows passed over." if report.passed_over else f"{line}."
