@@ -28,6 +28,7 @@ SHORT = "inference.max_new_tokens=4"
         (["Hi", "--input", "a", "--output", "b"], "the prompt 'Hi' and --input given"),
         (["--input", "a.jsonl"], "--input and --output go together"),
         (["Hi", "--output", "b"], "--input and --output go together"),
+        (["--interactive", "--json"], "--interactive has no --json"),
         (["  "], "the prompt is empty"),
         (["Hi", "--run", "x", "inference.adapter=y"], "both name an adapter"),
         (["Hi", "inference=manual"], "inference.adapter: no adapter is named"),
@@ -82,3 +83,12 @@ def test_killed_and_run_again_equals_uninterrupted(call: Call, finished_run: Run
     assert resumed["answered"] == 700 and resumed["resumed"] in (0, 256, 512)
     call("infer", "--input", "rows.jsonl", "--output", "whole.jsonl", *settings)
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_chat_is_typed_and_left(call: Call, finished_run: RunFolder) -> None:
+    asked = ["infer", "--interactive", "--run", str(finished_run.root), SHORT, "--domain", "hill"]
+    left = call(*asked, input="Where is it?\n/base\nWhere is it?\n\n/quit\nnever read\n")
+    assert left.exit_code == 0
+    assert "/help lists the commands" in left.stdout and "now the base answers." in left.stdout
+    assert left.stdout.count("> ") == 5
+    assert call(*asked, input="Hi?").exit_code == 0  # ends like Ctrl-D

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -69,6 +70,8 @@ def infer(
             _answer(screen, settings, prompt, domain, base)
         elif source and output:
             _answer_file(screen, settings, source, output, domain, base)
+        else:
+            _chat(screen, settings, domain, base)
 
 
 def _split(given: list[str], source: str | None, output: str | None, interactive: bool) -> tuple[str | None, list[str]]:
@@ -160,3 +163,21 @@ def _told(report: FileReport) -> str:
         before = f", {report.resumed} of them before" if report.resumed else ""
         line = f"{report.answered} of {report.rows} rows answered in {report.output}{before}"
     return f"{line}; {len(report.passed_over)} rows passed over." if report.passed_over else f"{line}."
+
+
+def _chat(screen: Screen, settings: TrainingConfig, domain: str | None, base: bool) -> None:
+    from training_lens.errors import ConfigurationError
+    from training_lens.inference.chat import Chat
+
+    if screen.as_json:
+        raise ConfigurationError("--interactive has no --json: a chat has no one result. For scripts: --input FILE.")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (lets input() edit its line)
+    session = _open(screen, settings, domain)
+    chat = Chat(session, settings.inference, screen.write, domain, base)
+    screen.write(f"{session.source} listens. /help lists the commands, /quit leaves.\n")
+    try:
+        while chat.take(input("> ")):
+            pass
+    except EOFError:
+        screen.write("\n")
