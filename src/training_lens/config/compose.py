@@ -206,7 +206,20 @@ def _read_file(config_file: str | None) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in raw.items():
         _put(nested, str(key).split("."), value)
-    return nested
+    return _without_empty_sections(nested, TrainingConfig)
+
+
+def _without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """`values` without sections that say nothing: in YAML, `peft:` with all its keys commented out is null."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        inner: Any = model.model_fields[key].annotation if key in model.model_fields else None
+        is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
+        if is_section and isinstance(value, dict):
+            kept[key] = _without_empty_sections(value, inner)
+        elif not (is_section and value is None):
+            kept[key] = value
+    return kept
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
