@@ -33,7 +33,12 @@ class Interview:
         own = values.get("data.train", [embedded.TRAIN]) != [embedded.TRAIN]
         held_out = str(HELD_OUT) if own else embedded.HELDOUT
         question = "validation rows: a file, or the share of the training rows to hold out"
-        values |= self._answer(question, validation or (held_out if own else None), held_out, self._validation)
+        values |= self._answer(
+            question,
+            validation or (held_out if own else None),
+            held_out,
+            lambda answer: {} if answer == held_out and not own else self._validation(answer),
+        )
         if self._asking:
             keys = _keys(values["data.train"][0])
             default = FOUND if FOUND in keys else NO_DOMAIN
@@ -90,12 +95,9 @@ class Interview:
         return DataSection.model_validate({"fields": fields, "domain": {"field": None}})
 
     def _validation(self, answer: str) -> Values:
-        """A share, or a file; the packaged rows need not be named."""
-        from training_lens import embedded
+        """A share, or a file."""
         from training_lens.config.compose import validate
 
-        if answer == embedded.HELDOUT:
-            return {}
         try:
             share = float(answer)
         except ValueError:
