@@ -1,4 +1,4 @@
-"""Write docs/coming-from.md from the table of names: `python tools/coming_from_reference.py`. A test holds them to it."""
+"""Write docs/coming-from.md from the table of names: `python tools/coming_from_reference.py`. A test holds both."""
 
 from __future__ import annotations
 
