@@ -192,7 +192,7 @@ def _read_file(config_file: str | None) -> tuple[dict[str, Any], list[str]]:
         return {}, []
     nested: dict[str, Any] = {}
     for key, value in _parse_file(config_file).items():
-        _put(nested, str(key).split("."), value)
+        _put(nested, key.split("."), value)
     translation = translate(nested)
     if translation.lines:
         logger.info("%s: %s", Path(config_file).name, ", ".join(translation.lines))
@@ -223,7 +223,7 @@ def _parse_file(config_file: str) -> dict[str, Any]:
         raise ConfigurationError(f"--config {config_file}: no valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigurationError(f"--config {config_file}: holds a {type(raw).__name__}, expected keys and values.")
-    return raw
+    return {str(key): value for key, value in raw.items()}
 
 
 def _without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
