@@ -67,7 +67,8 @@ def test_force_writes_over(call: Call) -> None:
 
 
 def test_enter_takes_the_defaults(call: Call) -> None:
-    assert call("init", "--ask", input="\n" * 5).exit_code == 0
+    result = call("init", "--ask", input="\n" * 5)
+    assert result.exit_code == 0 and "embedded:train: read as" in result.stdout
     assert compose("config.yaml") == TrainingConfig()
 
 
@@ -91,6 +92,14 @@ def test_fields_that_are_not_found_are_asked_for(call: Call) -> None:
     assert "which field is the prompt (ask, say)" in result.stdout and "read as ask -> say" in result.stdout
     assert compose("config.yaml").data.fields.model_dump(exclude_none=True) == {"instruction": "ask", "output": "say"}
     assert call("validate", "--config", "config.yaml").exit_code == 0
+
+
+def test_a_broken_row_asks_for_another_file_and_not_for_fields(call: Call, rows: str) -> None:
+    Path("lacking.jsonl").write_text('{"question": "1"}\n{"question": "3", "answer": "4"}\n')
+    result = call("init", "--ask", input=f"\nlacking.jsonl\n{rows}\n\n\n\n")
+    assert result.exit_code == 0, result.stdout
+    assert "lacking.jsonl, row 1: has no field 'answer'" in result.stdout and "which field" not in result.stdout
+    assert compose("config.yaml").data.train == [rows]
 
 
 def test_leaving_the_questions_writes_nothing(call: Call) -> None:

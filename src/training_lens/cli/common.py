@@ -59,19 +59,21 @@ def command(as_json: bool = False, debug: bool = False) -> Iterator[Screen]:
     from training_lens.errors import TrainingLensError
     from training_lens.utils.logging import setup_logging
 
-    console = Console(stderr=as_json, highlight=False)
+    console = Console(stderr=as_json, highlight=False, emoji=False)
     setup_logging(console)
     try:
         yield Screen(console, as_json)
     except TrainingLensError as error:
         if debug:
             raise
-        Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        Console(stderr=True, highlight=False, emoji=False).print(
+            f"error: {error}", style="red", markup=False, soft_wrap=True
+        )
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         if debug:
             raise
-        Console(stderr=True, highlight=False).print("interrupted.", style="red")
+        Console(stderr=True, highlight=False, emoji=False).print("interrupted.", style="red")
         sys.exit(130)
 
 

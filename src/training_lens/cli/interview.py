@@ -40,7 +40,7 @@ class Interview:
             lambda answer: {} if answer == held_out and not own else self._validation(answer),
         )
         if self._asking:
-            keys = _keys(values["data.train"][0])
+            keys = _keys(values["data.train"][0], "data.train")
             default = FOUND if FOUND in keys else NO_DOMAIN
             values |= self._answer("domain: the field that holds it, or none", None, default, _domain_in(keys))
             values |= self._answer("experiment name", None, "default", _experiment)
@@ -62,22 +62,23 @@ class Interview:
         self._screen.console.print(text, markup=False, soft_wrap=True)
 
     def _rows(self, key: str) -> Callable[[str], Values]:
-        """A check that the rows can be read, which says how."""
+        """A check that the rows can be read, which says how; fields that are not found are asked for."""
 
         def check(spec: str) -> Values:
+            from training_lens.data.fields import find_mapping
             from training_lens.errors import DatasetError
 
             if key == "data.train":
                 self._fields.clear()
-            keys = _keys(spec)
+            data, keys = self._data(), _keys(spec, key)
             try:
-                self._say(f"  {spec}: read as {_read_as(spec, key, self._data())}")
+                find_mapping(keys, data.fields, data.domain, spec)
             except DatasetError as error:
                 if not self._asking:
                     raise DatasetError(f"{error} Or let init ask: training-lens init --ask --train {spec}") from error
                 self._say(f"  {error}")
                 self._ask_fields(keys)
-                self._say(f"  {spec}: read as {_read_as(spec, key, self._data())}")
+            self._say(f"  {spec}: read as {_read_as(spec, key, self._data())}")
             return {key: [spec]}
 
         return check
@@ -114,14 +115,14 @@ def _model(answer: str) -> Values:
     return {"model.id": answer}
 
 
-def _keys(spec: str) -> set[str]:
+def _keys(spec: str, key: str) -> set[str]:
     """The keys of the first rows of the first file that `spec` means."""
     from itertools import islice
 
     from training_lens.data.fields import keys_of
     from training_lens.data.sources import expand, read_rows
 
-    return keys_of(islice(read_rows(expand([spec], "data.train")[0]), 200))
+    return keys_of(islice(read_rows(expand([spec], key)[0]), 200))
 
 
 def _read_as(spec: str, key: str, data: DataSection) -> str:
