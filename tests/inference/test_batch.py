@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,23 @@ def test_unusable_outputs_are_refused_before_any_work(write_rows: Callable[..., 
     ):
         with pytest.raises(ConfigurationError, match=message):
             output_file(name, source)
+
+
+def test_rows_have_the_domains_that_the_run_has(
+    session: Session, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = write_rows([{"question": "Hi?", "domain": "hill"}], "lake.jsonl")
+    per_file = session.config.resolved(data={"domain": {"field": None, "per_file": True}})
+    elsewhere = session.config.resolved(data={"domain": {"field": "topic"}})
+    for i, (changed, wanted) in enumerate(
+        (
+            (session, "hill"),
+            (replace(session, domains=()), None),  # trained without: a column of that name is none of ours
+            (replace(session, domains=None), "hill"),
+            (replace(session, config=per_file), "lake"),
+            (replace(session, config=elsewhere), None),  # the run's own field is not in this file
+        )
+    ):
+        output = tmp_path / f"{i}.jsonl"
+        answer_file(changed, source, output, SETTINGS)
+        assert [line["domain"] for line in lines(output)] == [wanted]

@@ -90,7 +90,7 @@ def _split(given: list[str], source: str | None, output: str | None, interactive
 
 
 def _is_setting(text: str) -> bool:
-    """Whether a first word is no prompt but a setting: 'inference=base', 'model.id=x', '+experiment=full'."""
+    """Whether a first word is no prompt but a setting: 'inference=base', 'model.id=x', '+experiment=dora'."""
     from training_lens.config.schema import TrainingConfig
 
     match = re.match(r"\+?([a-z_]+)[a-z_.]*=\S", text)
