@@ -67,3 +67,17 @@ def small_config(tmp_path: Path) -> Callable[..., Any]:
         return validate(values)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of a short finished run of the embedded default, with its three domains; for reading alone."""
+    from training_lens import TrainingConfig, TrainingWrapper
+    from training_lens.utils.runs import RunFolder
+
+    values = {
+        "data": {"max_examples": 64},
+        "training": {"epochs": 1},
+        "output": {"base_output_dir": str(tmp_path_factory.mktemp("outputs"))},
+    }
+    return RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir))

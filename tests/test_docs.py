@@ -17,6 +17,13 @@ def test_the_key_reference_is_that_of_the_schema(monkeypatch: pytest.MonkeyPatch
     assert (ROOT / "docs/configuration.md").read_text() == reference(), "run python tools/config_reference.py"
 
 
+def test_the_names_of_other_trainers_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from coming_from_reference import reference  # type: ignore[import-not-found]
+
+    assert (ROOT / "docs/coming-from.md").read_text() == reference(), "run python tools/coming_from_reference.py"
+
+
 @pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.schema import InferenceSection
 from training_lens.data.types import Message
 from training_lens.errors import ConfigurationError
@@ -22,15 +20,8 @@ PROMPTS = ["Where does the owl live?", "What is 3 plus 4?", "Mia gave Tom 2 red 
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
-    config = TrainingConfig.model_validate(
-        {
-            "data": {"max_examples": 64},
-            "training": {"epochs": 1},
-            "output": {"base_output_dir": str(tmp_path_factory.mktemp("outputs"))},
-        }
-    )
-    return open_run(RunFolder(Path(TrainingWrapper(config).train().run_dir)))
+def session(finished_run: RunFolder) -> Session:
+    return open_run(finished_run)
 
 
 def ids(session: Session, prompt: str, domain: str | None = "lake") -> list[int]:
@@ -41,9 +32,26 @@ def ids(session: Session, prompt: str, domain: str | None = "lake") -> list[int]
 @pytest.mark.parametrize("max_tokens", [1, 120, 10**6])
 def test_batches_equal_single_prompts(session: Session, max_tokens: int, base: bool) -> None:
     prompts = [ids(session, p) for p in PROMPTS]
-    settings = InferenceSection(max_new_tokens=24)
+    settings = InferenceSection(max_new_tokens=24, batch_tokens=max_tokens)
     alone = [answer(session, p, settings, base=base) for p in prompts]
-    assert answers(session, prompts, 24, max_tokens, base=base) == alone
+    assert answers(session, prompts, settings, base=base) == alone
+
+
+def test_answers_end_where_the_positions_end(session: Session) -> None:
+    long = (ids(session, PROMPTS[0]) * 50)[:480]
+    prompts = [ids(session, PROMPTS[0]), long, long[:-1]]
+    settings = InferenceSection(max_new_tokens=100)
+    assert session.positions == 512
+    assert answers(session, prompts, settings) == [answer(session, p, settings) for p in prompts]
+    written = session.tokenizer(answer(session, long, settings), add_special_tokens=False)["input_ids"]
+    assert len(long) + len(written) <= 512
+
+
+def test_samples_are_those_of_seed_and_draw(session: Session) -> None:
+    prompts = [ids(session, p) for p in PROMPTS]
+    settings = InferenceSection(max_new_tokens=12, temperature=2.0, seed=7)
+    one = answers(session, prompts, settings, draw=1)
+    assert one == answers(session, prompts, settings, draw=1) != answers(session, prompts, settings, draw=2)
 
 
 def test_greedy_equals_the_models_own_generate(session: Session) -> None:
@@ -67,7 +75,7 @@ def test_prompts_are_those_of_training(session: Session) -> None:
 
 
 def test_unknown_domains_and_endless_prompts_are_refused(session: Session) -> None:
-    with pytest.raises(ConfigurationError, match=r"--domain lak: it knows .* Did you mean lake\?"):
+    with pytest.raises(ConfigurationError, match=r"domain 'lak': this run knows .* Did you mean lake\?"):
         ids(session, "Hi", "lak")
     with pytest.raises(ConfigurationError, match="no room to answer"):
         ids(session, "word " * 600)

@@ -41,6 +41,10 @@ class Screen:
     console: Console
     as_json: bool
 
+    def write(self, text: str) -> None:
+        """A piece of streamed text, as it is."""
+        self.console.print(text, end="", markup=False, soft_wrap=True)
+
     def result(self, value: dict[str, Any]) -> None:
         """The one JSON object of `--json`; nothing without it."""
         if self.as_json:
@@ -55,19 +59,21 @@ def command(as_json: bool = False, debug: bool = False) -> Iterator[Screen]:
     from training_lens.errors import TrainingLensError
     from training_lens.utils.logging import setup_logging
 
-    console = Console(stderr=as_json, highlight=False)
+    console = Console(stderr=as_json, highlight=False, emoji=False)
     setup_logging(console)
     try:
         yield Screen(console, as_json)
     except TrainingLensError as error:
         if debug:
             raise
-        Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        Console(stderr=True, highlight=False, emoji=False).print(
+            f"error: {error}", style="red", markup=False, soft_wrap=True
+        )
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         if debug:
             raise
-        Console(stderr=True, highlight=False).print("interrupted.", style="red")
+        Console(stderr=True, highlight=False, emoji=False).print("interrupted.", style="red")
         sys.exit(130)
 
 
@@ -89,8 +95,10 @@ def refuse_unused(overrides: list[str] | None, used: tuple[str, ...], why: str) 
         raise ConfigurationError(f"{', '.join(others)}: {why} It takes {', '.join(used)}.")
 
 
-def load_config(config_file: str | None, overrides: list[str] | None) -> TrainingConfig:
-    """The validated config of the command line."""
+def load_config(
+    config_file: str | None, overrides: list[str] | None, flags: dict[str, Any] | None = None
+) -> TrainingConfig:
+    """The validated config of the command line; `flags` are what a command's own options stand for."""
     from training_lens.config.compose import compose
 
-    return compose(config_file, overrides or [])
+    return compose(config_file, overrides or [], flags)

@@ -1,58 +1,183 @@
-"""`training-lens infer`: ask a trained adapter, or its base."""
+"""`training-lens infer`: ask a trained adapter, or a base: a prompt, a file of prompts, or a chat."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import contextlib
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from training_lens.cli.common import (
     ConfigFile,
     Debug,
-    FinishedRun,
     Json,
     Overrides,
+    Screen,
     command,
-    device_of,
     load_config,
     refuse_unused,
 )
 
-Prompt = Annotated[str, typer.Argument(help="What to ask.", show_default=False)]
+if TYPE_CHECKING:
+    from training_lens.config.schema import TrainingConfig
+    from training_lens.inference.batch import FileReport
+    from training_lens.inference.session import Session
+
+Prompt = Annotated[
+    str | None, typer.Argument(help="What to ask; not with --input or --interactive.", show_default=False)
+]
+Input = Annotated[
+    str | None, typer.Option("--input", metavar="FILE", help="Answer every row of a file, in any format of data.train.")
+]
+Output = Annotated[
+    str | None,
+    typer.Option("--output", metavar="FILE", help="Where the answers to --input go, a JSON line each; goes on there."),
+]
+Interactive = Annotated[bool, typer.Option("--interactive", help="Chat on the terminal; /help lists its commands.")]
 Domain = Annotated[str | None, typer.Option(metavar="NAME", help="One of the domains that the run was trained on.")]
 Base = Annotated[bool, typer.Option("--base", help="Ask the base model, without the adapter.")]
+Run = Annotated[
+    str | None,
+    typer.Option(metavar="RUN", help="Short for inference.adapter=RUN: a run's id or folder, or an adapter folder."),
+]
 
 
 def infer(
-    prompt: Prompt,
+    prompt: Prompt = None,
     overrides: Overrides = None,
+    source: Input = None,
+    output: Output = None,
+    interactive: Interactive = False,
     domain: Domain = None,
     base: Base = False,
-    run: FinishedRun = "latest",
+    run: Run = None,
     config: ConfigFile = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Answer a prompt, token by token as it comes. Sampling: inference.temperature=0.7 inference.top_p=0.9."""
-    with command(json, debug) as screen:
-        settings = load_config(config, overrides)
-        from training_lens.data.types import Message
-        from training_lens.errors import ConfigurationError
-        from training_lens.inference.generator import answer
-        from training_lens.inference.session import open_run
-        from training_lens.utils.runs import find_run
+    """Answer a prompt, token by token as it comes; or every row of a file; or chat.
 
-        refuse_unused(overrides, ("inference.", "output.", "model.device"), "infer answers with the run's own config.")
-        if not prompt.strip():
-            raise ConfigurationError("the prompt is empty; give some text.")
-        found = find_run(run, settings.output.base_output_dir, settings.output.experiment_name, finished=True)
-        session = open_run(found, device_of(settings))
-        if session.domains and domain is None and session.config.data.domain.style != "none":
-            screen.console.print(
-                f"note: this run knows the domains {', '.join(session.domains)}; choose one with --domain.", style="dim"
-            )
-        prompt_ids = session.prompt_ids([Message("user", prompt)], domain)
-        write = None if json else lambda text: screen.console.print(text, end="", markup=False, soft_wrap=True)
-        text = answer(session, prompt_ids, settings.inference, base=base, on_text=write)
-        screen.console.print()
-        screen.result({"run": str(found.root), "prompt": prompt, "domain": domain, "base": base, "answer": text})
+    Examples: training-lens infer "A prompt" --run latest; training-lens infer "A prompt" inference=base model.id=PATH;
+    training-lens infer --input rows.jsonl --output answers.jsonl inference.temperature=0.7 inference.top_p=0.9
+    """
+    with command(json, debug) as screen:
+        given = [prompt, *(overrides or [])] if prompt is not None else []
+        prompt, overrides = _split(given, source, output, interactive)
+        settings = _settings(config, overrides, run)
+        if prompt is not None:
+            _answer(screen, settings, prompt, domain, base)
+        elif source and output:
+            _answer_file(screen, settings, source, output, domain, base)
+        else:
+            _chat(screen, settings, domain, base)
+
+
+def _split(given: list[str], source: str | None, output: str | None, interactive: bool) -> tuple[str | None, list[str]]:
+    """The prompt, if one is asked, and the settings behind it; exactly one way of asking must be chosen."""
+    from training_lens.errors import ConfigurationError
+
+    prompt = given[0] if given and not _is_setting(given[0]) else None
+    ways = {f"the prompt '{prompt}'": prompt is not None, "--input": source, "--interactive": interactive}
+    chosen = [name for name, yes in ways.items() if yes]
+    if len(chosen) != 1:
+        found = " and ".join(chosen) or "no prompt"
+        raise ConfigurationError(f"{found} given: give one of PROMPT, --input FILE --output FILE, --interactive.")
+    if bool(source) != bool(output):
+        raise ConfigurationError("--input and --output go together: a file of prompts, and a file for the answers.")
+    return prompt, given if prompt is None else given[1:]
+
+
+def _is_setting(text: str) -> bool:
+    """Whether a first word is no prompt but a setting: 'inference=base', 'model.id=x', '+experiment=dora'."""
+    from training_lens.config.schema import TrainingConfig
+
+    match = re.match(r"\+?([a-z_]+)[a-z_.]*=\S", text)
+    return bool(match) and (text.startswith("+") or match[1] in TrainingConfig.model_fields)  # type: ignore[index]
+
+
+def _settings(config: str | None, overrides: list[str], run: str | None) -> TrainingConfig:
+    """The config, with `--run` as the adapter; settings that the adapter would not heed are refused."""
+    from training_lens.errors import ConfigurationError
+
+    named = [text for text in overrides if text.startswith("inference.adapter=")]
+    if run and named:
+        raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
+    settings = load_config(config, overrides, {"inference": {"adapter": run}} if run else None)
+    from training_lens.inference.session import uses_own_model
+
+    own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device",)
+    refuse_unused(overrides, ("inference", "output.", *own), "a run answers with its own config.")
+    return settings
+
+
+def _open(screen: Screen, settings: TrainingConfig, domain: str | None) -> Session:
+    from training_lens.inference.session import open_session
+
+    session = open_session(settings)
+    session.check_domain(domain)
+    if session.domains and domain is None and session.config.data.domain.style != "none":
+        known = ", ".join(session.domains)
+        note = f"note: this run knows the domains {known}; choose one with --domain."
+        screen.console.print(note, style="dim", markup=False, soft_wrap=True)
+    return session
+
+
+def _answer(screen: Screen, settings: TrainingConfig, prompt: str, domain: str | None, base: bool) -> None:
+    from training_lens.data.types import Message
+    from training_lens.errors import ConfigurationError
+    from training_lens.inference.generator import answer
+
+    if not prompt.strip():
+        raise ConfigurationError("the prompt is empty; give some text.")
+    session = _open(screen, settings, domain)
+    prompt_ids = session.prompt_ids([Message("user", prompt)], domain)
+    text = answer(session, prompt_ids, settings.inference, base=base, on_text=None if screen.as_json else screen.write)
+    screen.console.print()
+    screen.result({"run": session.source, "prompt": prompt, "domain": domain, "base": base, "answer": text})
+
+
+def _answer_file(
+    screen: Screen, settings: TrainingConfig, source: str, output: str, domain: str | None, base: bool
+) -> None:
+    from training_lens.inference.batch import answer_file, input_file, output_file
+    from training_lens.inference.session import open_session
+    from training_lens.utils.progress import Progress
+
+    rows = input_file(source)
+    answers = output_file(output, rows)
+    session = open_session(settings)
+    session.check_domain(domain)
+    progress = Progress(screen.console)
+    report = answer_file(session, rows, answers, settings.inference, domain=domain, base=base, progress=progress)
+    screen.console.print(_told(report), markup=False, soft_wrap=True)
+    screen.result(asdict(report))
+
+
+def _told(report: FileReport) -> str:
+    """One line on what became of the rows."""
+    if report.resumed == report.answered:
+        line = f"{report.output} is finished: all {report.answered} answers are there, nothing was changed"
+    else:
+        before = f", {report.resumed} of them before" if report.resumed else ""
+        line = f"{report.answered} of {report.rows} rows answered in {report.output}{before}"
+    return f"{line}; {len(report.passed_over)} rows passed over." if report.passed_over else f"{line}."
+
+
+def _chat(screen: Screen, settings: TrainingConfig, domain: str | None, base: bool) -> None:
+    from training_lens.errors import ConfigurationError
+    from training_lens.inference.chat import Chat
+
+    if screen.as_json:
+        raise ConfigurationError("--interactive has no --json: a chat has no one result. For scripts: --input FILE.")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (lets input() edit its line)
+    session = _open(screen, settings, domain)
+    chat = Chat(session, settings.inference, screen.write, domain, base)
+    screen.write(f"{session.source} listens. /help lists the commands, /quit leaves.\n")
+    try:
+        while chat.take(input("> ")):
+            pass
+    except EOFError:
+        screen.write("\n")

@@ -10,39 +10,49 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from training_lens.config.coming_from import translate
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
 from training_lens.utils.formatting import nearest
+from training_lens.utils.logging import get_logger
 
+logger = get_logger(__name__)
 PRESETS = "training_lens.config.presets"
 
 
-def compose(config_file: str | None = None, overrides: Sequence[str] = ()) -> TrainingConfig:
-    """The validated config of packaged presets, then `config_file`, then `overrides`.
+def compose(
+    config_file: str | None = None, overrides: Sequence[str] = (), flags: dict[str, Any] | None = None
+) -> TrainingConfig:
+    """The validated config of packaged presets, then `config_file`, then `overrides`, then `flags`.
 
     Args:
         config_file: a YAML or JSON file with any part of the config.
         overrides: Hydra's syntax: `training.lr=1e-3`, `data.train=[a.json,b.json]`, `+experiment=quick_test`.
+        flags: what a command's own options stand for, by section: `{"inference": {"adapter": "none"}}`.
 
     Raises:
         ConfigurationError: lists every problem: the key, what was given, what is allowed, the nearest known key.
     """
     groups, values = _split_overrides(overrides)
-    merged = _merge(_merge(_presets(groups), _read_file(config_file)), values)
-    return validate(merged)
+    from_file, problems = _read_file(config_file)
+    merged = _merge(_merge(_presets(groups), from_file), values)
+    return validate(_merge(merged, flags or {}), problems)
 
 
-def validate(values: dict[str, Any]) -> TrainingConfig:
-    """`values` as a config, or a ConfigurationError with every problem."""
+def validate(values: dict[str, Any], problems: Sequence[str] = ()) -> TrainingConfig:
+    """`values` as a config, or a ConfigurationError with every problem, behind those that were found before."""
+    problems = list(problems)
     try:
-        return TrainingConfig.model_validate(values)
+        config = TrainingConfig.model_validate(values)
     except ValidationError as error:
-        problems = problems_of(error)
+        problems += problems_of(error)
         try:  # checks across keys only run where each key is sound: try again without the broken ones
             TrainingConfig.model_validate(_without(values, [item["loc"] for item in error.errors()]))
         except ValidationError as further:
             problems += [line for line in problems_of(further) if line not in problems]
-        raise ConfigurationError(problems) from None
+    if problems:
+        raise ConfigurationError(problems)
+    return config
 
 
 def _without(values: dict[str, Any], locations: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
@@ -176,10 +186,23 @@ def _presets(groups: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in composed.items()}
 
 
-def _read_file(config_file: str | None) -> dict[str, Any]:
-    """A user's YAML or JSON file as a nested dict; interpolations are resolved."""
+def _read_file(config_file: str | None) -> tuple[dict[str, Any], list[str]]:
+    """A user's YAML or JSON file as a nested dict, other trainers' flat names translated; and what could not be."""
     if config_file is None:
-        return {}
+        return {}, []
+    nested: dict[str, Any] = {}
+    for key, value in _parse_file(config_file).items():
+        _put(nested, key.split("."), value)
+    translation = translate(nested)
+    if translation.lines:
+        logger.info("%s: %s", Path(config_file).name, ", ".join(translation.lines))
+    for key, value in translation.settings.items():
+        _put(translation.rest, key.split("."), value)
+    return _without_empty_sections(translation.rest, TrainingConfig), translation.problems
+
+
+def _parse_file(config_file: str) -> dict[str, Any]:
+    """The file's top-level keys and values; interpolations are resolved."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -200,10 +223,20 @@ def _read_file(config_file: str | None) -> dict[str, Any]:
         raise ConfigurationError(f"--config {config_file}: no valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigurationError(f"--config {config_file}: holds a {type(raw).__name__}, expected keys and values.")
-    nested: dict[str, Any] = {}
-    for key, value in raw.items():
-        _put(nested, str(key).split("."), value)
-    return nested
+    return {str(key): value for key, value in raw.items()}
+
+
+def _without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """`values` without sections that say nothing: in YAML, `peft:` with all its keys commented out is null."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        inner: Any = model.model_fields[key].annotation if key in model.model_fields else None
+        is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
+        if is_section and isinstance(value, dict):
+            kept[key] = _without_empty_sections(value, inner)
+        elif not (is_section and value is None):
+            kept[key] = value
+    return kept
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -260,6 +260,13 @@ class InferenceSection(Section):
         8192, ge=1, description="most tokens (padding and answers included) in one batch of infer --input"
     )
 
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if value is None:  # as the preset inference=manual leaves it
+            raise ValueError("no adapter is named; give inference.adapter=RUN, an adapter folder, latest, or none")
+        return value
+
 
 class TrackingSection(Section):
     """Where metrics go besides logs/metrics.jsonl."""
@@ -277,7 +284,9 @@ class OutputSection(Section):
     @field_validator("experiment_name", "run_id")
     @classmethod
     def _one_component(cls, value: str | None) -> str | None:
-        if value is not None and (not value.strip() or value in (".", "..", "latest") or set(value) & set("/\\\0")):
+        if value is not None and (
+            not value.strip() or value in (".", "..", "latest", "none") or set(value) & set("/\\\0")
+        ):
             raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
         return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -76,7 +76,7 @@ def find_mapping(rows: Sequence[Row], fields: FieldsSection, domain: DomainSecti
         DatasetError: nothing found for the prompt or the answer; two names that could both be meant, or rows of
             several forms. Names the rows, and what to set.
     """
-    keys = {key for row in rows for key in row.values}
+    keys = keys_of(rows)
     place = rows[0].file
     for meaning in ALIASES:
         configured = getattr(fields, meaning)
@@ -97,6 +97,16 @@ def find_mapping(rows: Sequence[Row], fields: FieldsSection, domain: DomainSecti
             f"Name it: data.fields.{missing}=FIELD."
         )
     return replace(mapping, messages=None, tools=None, text=None)
+
+
+def keys_of(rows: Iterable[Row]) -> set[str]:
+    """Every key that any of the rows has."""
+    return {key for row in rows for key in row.values}
+
+
+def domain_of_file(file: str | Path) -> str:
+    """The domain of a file's rows under data.domain.per_file: its name without endings."""
+    return Path(file).name.split(".")[0]
 
 
 def _domain_key(domain: DomainSection, keys: Collection[str], place: str) -> str | None:
@@ -159,7 +169,7 @@ def to_example(row: Row, mapping: FieldMapping, per_file_domain: bool = False) -
     Raises:
         DatasetError: a needed field is missing, null, empty or no text; names the row and the field.
     """
-    domain = Path(row.file).name.split(".")[0] if per_file_domain else None
+    domain = domain_of_file(row.file) if per_file_domain else None
     if mapping.domain:
         domain = _text(row, mapping.domain).strip()
     if mapping.text:

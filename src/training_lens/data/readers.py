@@ -11,6 +11,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,8 +36,14 @@ def format_of(path: Path) -> str | None:
     return suffix if suffix in FORMATS else None
 
 
-def file_rows(path: Path) -> Iterator[Row]:
+OnBroken = Callable[[int, str], None]  # takes the number of a broken line, and what is wrong with it
+
+
+def file_rows(path: Path, on_broken: OnBroken | None = None) -> Iterator[Row]:
     """The rows of one file, in order. Only a .json file is read as a whole.
+
+    Args:
+        on_broken: told of a broken line of JSONL, which is then passed over; None makes it an error.
 
     Raises:
         DatasetError: an ending that is not known, broken or binary content, a row that is no object, a duplicate key.
@@ -48,8 +55,12 @@ def file_rows(path: Path) -> Iterator[Row]:
             f"each also with {GZIP}."
         )
     readers: dict[str, Callable[[Path, IO[bytes]], Iterator[Row]]] = {
-        ".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
-    }  # fmt: skip
+        ".json": _json,
+        ".jsonl": partial(_jsonl, on_broken=on_broken),
+        ".csv": _csv,
+        ".tsv": _csv,
+        ".parquet": _parquet,
+    }
     try:
         with _open(path) as file:
             _check_signature(path, file, kind)
@@ -101,21 +112,29 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _jsonl(path: Path, file: IO[bytes]) -> Iterator[Row]:
+def _jsonl(path: Path, file: IO[bytes], on_broken: OnBroken | None) -> Iterator[Row]:
     for number, raw in enumerate(file, 1):
-        line = _decode(path, number, raw)
-        if not line.strip():
+        if not raw.strip():
             continue
         try:
-            value = json.loads(line, object_pairs_hook=_object)
-        except json.JSONDecodeError as error:
-            raise DatasetError(
-                f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno}). "
-                "A .jsonl file holds one complete JSON object a line; a list of objects goes into a .json file."
-            ) from error
-        except _DuplicateKeyError as error:
-            raise DatasetError(f"{path}, row {number}: the key '{error}' stands there twice. Keep one.") from error
-        yield _row(path, number, value)
+            yield _line(path, number, raw)
+        except DatasetError as error:
+            if on_broken is None:
+                raise
+            on_broken(number, str(error).split(": ", 1)[-1])
+
+
+def _line(path: Path, number: int, raw: bytes) -> Row:
+    try:
+        value = json.loads(_decode(path, number, raw), object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise DatasetError(
+            f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno}). "
+            "A .jsonl file holds one complete JSON object a line; a list of objects goes into a .json file."
+        ) from error
+    except _DuplicateKeyError as error:
+        raise DatasetError(f"{path}, row {number}: the key '{error}' stands there twice. Keep one.") from error
+    return _row(path, number, value)
 
 
 def _json(path: Path, file: IO[bytes]) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training_lens import embedded
-from training_lens.data.readers import FORMATS, file_rows, format_of
+from training_lens.data.readers import FORMATS, OnBroken, file_rows, format_of
 from training_lens.data.types import Row
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import nearest
@@ -34,14 +34,17 @@ class Source:
     entry: int
     table: Any = None
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self, on_broken: OnBroken | None = None) -> Iterator[Row]:
         """The rows in order, a bounded number in memory (but for .json, which is read whole).
+
+        Args:
+            on_broken: as `readers.file_rows`.
 
         Raises:
             DatasetError: as `readers.file_rows`.
         """
         if self.table is None:
-            yield from file_rows(self.files[0])
+            yield from file_rows(self.files[0], on_broken)
             return
         values = (value for part in self.table.with_format("arrow").iter(1000) for value in part.to_pylist())
         yield from (Row(self.name, number, value) for number, value in enumerate(values, 1))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from training_lens.config.schema import EvaluationSection
+from training_lens.config.schema import EvaluationSection, InferenceSection
 from training_lens.data.preparation import Preparation, read_examples, tokenize
 from training_lens.data.store import TokenDataset
 from training_lens.data.types import Example, TokenizedExample
@@ -101,6 +101,7 @@ def _answers_of(
     prompts = [session.encoder.prompt_ids(session.renderer.prompt_of(e)) for e in examples]
     longest = max(int(n) for n in dataset.supervised)
     limit = min(settings.max_new_tokens, longest + SPARE_TOKENS)
+    greedy = InferenceSection(max_new_tokens=limit, batch_tokens=settings.batch_tokens)
     with progress.task(f"answers of the {who}", len(prompts)) as advance:
-        texts = answers(session, prompts, limit, settings.batch_tokens, base=base, advance=advance)
+        texts = answers(session, prompts, greedy, base=base, advance=advance)
     return Answers(texts, loss)

@@ -11,6 +11,8 @@ from training_lens.config.schema import InferenceSection
 from training_lens.inference.session import Session
 from training_lens.models.adapters import base_only
 
+SPREAD = 0x9E3779B1  # odd, about 2**32 over the golden ratio: near draws and seeds land far apart
+
 
 def answer(
     session: Session,
@@ -35,37 +37,41 @@ def answer(
 
     streamer = Stream(session.tokenizer, skip_prompt=True, skip_special_tokens=True) if on_text else None
     torch.manual_seed(settings.seed)
-    return _generate(session, [prompt_ids], _options(settings), settings.max_new_tokens, base, streamer)[0]
+    return _generate(session, [prompt_ids], settings, base, streamer)[0]
 
 
 def answers(
     session: Session,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    max_tokens: int,
+    settings: InferenceSection,
     *,
     base: bool = False,
+    draw: int = 0,
     advance: Callable[[float], None] = lambda _done: None,
 ) -> list[str]:
-    """Greedy answers to many prompts, in their order.
+    """Answers to many prompts, in their order; prompts of like length go together, under `settings.batch_tokens`.
 
     Args:
-        max_tokens: most tokens (padding and new ones included) in one batch; prompts of like length go together.
+        draw: with the seed, decides what is sampled: calls of one job that differ in it draw apart.
         advance: called with the number of prompts done.
     """
+    torch.manual_seed((settings.seed + draw * SPREAD) % 2**32)  # the CPU's generator takes 32 bits
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts = [""] * len(prompts)
     while order:
-        rows = max(1, max_tokens // (len(prompts[order[0]]) + max_new_tokens))
+        rows = _rows_in_batch(session, len(prompts[order[0]]) + settings.max_new_tokens, settings.batch_tokens)
         batch, order = order[:rows], order[rows:]
-        for i, text in zip(
-            batch,
-            _generate(session, [prompts[i] for i in batch], {"do_sample": False}, max_new_tokens, base),
-            strict=True,
-        ):
+        for i, text in zip(batch, _generate(session, [prompts[i] for i in batch], settings, base), strict=True):
             texts[i] = text
         advance(len(batch))
     return texts
+
+
+def _rows_in_batch(session: Session, width: int, batch_tokens: int) -> int:
+    """How many go together; one that the model's positions may cut short goes alone, so as not to cut others."""
+    if session.positions and width > session.positions:
+        return 1
+    return max(1, batch_tokens // width)
 
 
 def _options(settings: InferenceSection) -> dict[str, Any]:
@@ -83,13 +89,13 @@ def _options(settings: InferenceSection) -> dict[str, Any]:
 def _generate(
     session: Session,
     prompts: Sequence[Sequence[int]],
-    options: dict[str, Any],
-    max_new_tokens: int,
+    settings: InferenceSection,
     base: bool,
     streamer: Any = None,
 ) -> list[str]:
     """Left-padded generation; the padding is masked, so its id never matters."""
     width = max(len(p) for p in prompts)
+    room = session.positions - width if session.positions else settings.max_new_tokens
     input_ids = torch.full((len(prompts), width), session.pad_id)
     attention_mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
@@ -99,11 +105,11 @@ def _generate(
         out = session.model.generate(
             input_ids=input_ids.to(session.device),
             attention_mask=attention_mask.to(session.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=min(settings.max_new_tokens, room),
             eos_token_id=sorted(session.stop_ids),
             pad_token_id=session.pad_id,
             streamer=streamer,
-            **options,
+            **_options(settings),
         )
     return [
         session.tokenizer.decode(_until_stop(row, session.stop_ids), skip_special_tokens=True)

@@ -1,35 +1,44 @@
-"""A finished run, ready to answer: its model with adapter, and prompts rendered as in its training."""
+"""A model ready to answer: a run, a bare adapter, or a base alone, with prompts rendered as in training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from training_lens.config.schema import TrainingConfig
-from training_lens.data.templates import Renderer, build_renderer
+from training_lens.data.templates import Renderer, adopt_template_file, build_renderer
 from training_lens.data.tokenization import TextEncoder
 from training_lens.data.types import Example, Message
-from training_lens.errors import ConfigurationError
+from training_lens.errors import AdapterError, CheckpointError, ConfigurationError
 from training_lens.models.adapters import load_adapter
-from training_lens.models.factory import load_model, load_tokenizer
+from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts
 from training_lens.utils.devices import Precision, get_device, resolve_precision
+from training_lens.utils.files import read_json
 from training_lens.utils.formatting import nearest
-from training_lens.utils.runs import RunFolder
+from training_lens.utils.runs import RunFolder, find_run
+
+BASE_ALONE = "none"
 
 
 @dataclass(frozen=True)
 class Session:
-    """A model that answers, with all that rendering a prompt takes; `domains` are those it was trained on."""
+    """A model that answers, with all that rendering a prompt takes.
 
+    `source` is the run's or adapter's folder, or the model's id; `domains` are those that the run was trained on,
+    None where no run says (then any may be given).
+    """
+
+    source: str
     model: Any
     tokenizer: Any
     encoder: TextEncoder
     renderer: Renderer
     config: TrainingConfig
-    domains: tuple[str, ...]
+    domains: tuple[str, ...] | None
     stop_ids: frozenset[int]
     device: torch.device
     precision: Precision
@@ -39,25 +48,71 @@ class Session:
         """What fills the masked places of a batch."""
         return self.encoder.eos_id
 
-    def prompt_ids(self, messages: Sequence[Message], domain: str | None = None) -> list[int]:
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that prompt and answer may have together; None where the model sets no limit."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.model, "disable_adapter")
+
+    def check_domain(self, domain: str | None) -> None:
+        """Refuse a domain that the run does not know.
+
+        Raises:
+            ConfigurationError: names those it knows, and the nearest.
+        """
+        if domain is None or self.domains is None or domain in self.domains:
+            return
+        known = f"this run knows {', '.join(self.domains)}" if self.domains else "this run was trained without domains"
+        close = nearest(domain, self.domains)
+        raise ConfigurationError(f"domain '{domain}': {known}.{f' Did you mean {close}?' if close else ''}")
+
+    def prompt_ids(
+        self, messages: Sequence[Message], domain: str | None = None, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """The tokens of a prompt, exactly as training would have made them.
 
         Raises:
             ConfigurationError: a domain that the run does not know, or a prompt that leaves no room to answer.
         """
-        if domain is not None and domain not in self.domains:
-            known = f"it knows {', '.join(self.domains)}" if self.domains else "it was trained without domains"
-            close = nearest(domain, self.domains)
-            raise ConfigurationError(f"--domain {domain}: {known}.{f' Did you mean {close}?' if close else ''}")
-        return self._fitting(self.encoder.prompt_ids(self.renderer.prompt(messages, domain)))
-
-    def _fitting(self, ids: list[int]) -> list[int]:
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        if positions and len(ids) >= positions:
+        self.check_domain(domain)
+        ids = self.encoder.prompt_ids(self.renderer.prompt(messages, domain, tools))
+        if self.positions and len(ids) >= self.positions:
             raise ConfigurationError(
-                f"the prompt has {len(ids)} tokens, the model {positions} positions: no room to answer. Shorten it."
+                f"the prompt has {len(ids)} tokens, the model {self.positions} positions: no room to answer. "
+                "Shorten it."
             )
         return ids
+
+
+def open_session(config: TrainingConfig) -> Session:
+    """What `inference.adapter` names: a run, a bare adapter folder on `model.id`, or `model.id` alone (`none`).
+
+    A run answers with its own model, template and domains; the other two with those of `config`.
+
+    Raises:
+        CheckpointError, AdapterError: there is no such run or adapter, or it cannot be used.
+    """
+    name = config.inference.adapter
+    if uses_own_model(name):
+        return _open_own(config, None if name == BASE_ALONE else Path(name).expanduser())
+    try:
+        run = find_run(name, config.output.base_output_dir, config.output.experiment_name, finished=True)
+    except CheckpointError:
+        if Path(name).is_dir():
+            raise AdapterError(
+                f"inference.adapter: '{name}' holds neither adapter_config.json (an adapter folder) nor metadata/ "
+                "(a run's folder)."
+            ) from None
+        raise
+    return open_run(run, None if config.model.device == "auto" else config.model.device)
+
+
+def uses_own_model(adapter: str) -> bool:
+    """Whether `inference.adapter` leaves model, template and domains to the config, and not to a run."""
+    return adapter == BASE_ALONE or (Path(adapter).expanduser() / "adapter_config.json").is_file()
 
 
 def open_run(run: RunFolder, device: str | None = None) -> Session:
@@ -76,12 +131,48 @@ def open_run(run: RunFolder, device: str | None = None) -> Session:
     elsewhere = device is not None or (trained == "fp16" and place.type != "cuda")
     precision = resolve_precision("auto" if elsewhere else trained, place)
     tokenizer = load_tokenizer(config.model, str(run.tokenizer))
-    renderer = build_renderer(config.data, tokenizer)
-    encoder = TextEncoder(tokenizer)
     model = load_adapter(load_model(config.model, place, precision), run.adapter)
     domains = tuple(run.read_metadata("data.json")["domains"])
+    return _session(str(run.root), model, tokenizer, config, domains, place, precision)
+
+
+def _open_own(config: TrainingConfig, adapter: Path | None) -> Session:
+    """The config's own model, alone or under a bare adapter folder (whose tokenizer is taken where it has one)."""
+    place = get_device(config.model.device)
+    precision = resolve_precision(config.training.precision, place)
+    saved = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
+    tokenizer = load_tokenizer(config.model, str(saved) if saved else None)
+    adopt_template_file(config.data.template, tokenizer)
+    check_vocabulary(tokenizer, read_facts(config.model), str(saved or config.model.id))
+    model = load_model(config.model, place, precision)
+    if adapter:
+        model = _with_adapter(model, adapter, config.model.id)
+    return _session(str(adapter or config.model.id), model, tokenizer, config, None, place, precision)
+
+
+def _with_adapter(model: Any, folder: Path, model_id: str) -> Any:
+    try:
+        return load_adapter(model, folder)
+    except AdapterError as error:
+        if not isinstance(error.__cause__, RuntimeError):  # shapes that differ: most likely another base
+            raise
+        trained_on = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        raise AdapterError(f"{error}\nmodel.id is '{model_id}'; the adapter was trained on '{trained_on}'.") from error
+
+
+def _session(
+    source: str,
+    model: Any,
+    tokenizer: Any,
+    config: TrainingConfig,
+    domains: tuple[str, ...] | None,
+    device: torch.device,
+    precision: Precision,
+) -> Session:
+    renderer = build_renderer(config.data, tokenizer)
+    encoder = TextEncoder(tokenizer)
     stop_ids = _stop_ids(model, encoder, renderer)
-    return Session(model, tokenizer, encoder, renderer, config, domains, stop_ids, place, precision)
+    return Session(source, model, tokenizer, encoder, renderer, config, domains, stop_ids, device, precision)
 
 
 def _stop_ids(model: Any, encoder: TextEncoder, renderer: Renderer) -> frozenset[int]:

@@ -1,0 +1,170 @@
+"""The questions of `training-lens init --ask`, each answer checked on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from training_lens.cli.common import Screen
+
+if TYPE_CHECKING:
+    from training_lens.config.schema import DataSection
+    from training_lens.data.types import Row
+
+HELD_OUT = 0.1
+NO_DOMAIN, FOUND = "none", "domain"  # a field 'domain' is taken without being named
+Values = dict[str, Any]  # by dotted key
+
+
+class Interview:
+    """What is to be set, from the options and, when asking, the user's answers; all of it checked on the spot."""
+
+    def __init__(self, screen: Screen, asking: bool) -> None:
+        self._screen, self._asking = screen, asking
+        self._fields: dict[str, str] = {}
+
+    def values(self, model: str | None, train: str | None, validation: str | None) -> Values:
+        """Dotted keys and their values."""
+        from training_lens import embedded
+
+        values = self._answer("model: a folder, a hub id, or 'embedded'", model, embedded.MODEL, _model)
+        values |= self._answer("training rows: a file or a glob", train, embedded.TRAIN, self._rows("data.train"))
+        own = values.get("data.train", [embedded.TRAIN]) != [embedded.TRAIN]
+        held_out = str(HELD_OUT) if own else embedded.HELDOUT
+        question = "validation rows: a file, or the share of the training rows to hold out"
+        values |= self._answer(
+            question,
+            validation or (held_out if own else None),
+            held_out,
+            lambda answer: {} if answer == held_out and not own else self._validation(answer),
+        )
+        if self._asking:
+            keys = _keys(values["data.train"][0], "data.train")
+            default = FOUND if FOUND in keys else NO_DOMAIN
+            values |= self._answer("domain: the field that holds it, or none", None, default, _domain_in(keys))
+            values |= self._answer("experiment name", None, "default", _experiment)
+        return values | self._fields
+
+    def _answer(self, question: str, given: str | None, default: str, check: Callable[[str], Values]) -> Values:
+        """What `check` makes of the option or of the answer; a wrong answer is asked for again."""
+        from training_lens.errors import TrainingLensError
+
+        if not self._asking:
+            return check(given) if given is not None else {}
+        while True:
+            try:
+                return check(typer.prompt(question, default=given or default, err=self._screen.as_json))
+            except TrainingLensError as error:
+                self._say(f"  {error}")
+
+    def _say(self, text: str) -> None:
+        self._screen.console.print(text, markup=False, soft_wrap=True)
+
+    def _rows(self, key: str) -> Callable[[str], Values]:
+        """A check that the rows can be read, which says how; fields that are not found are asked for."""
+
+        def check(spec: str) -> Values:
+            from training_lens.data.fields import find_mapping, keys_of
+            from training_lens.errors import DatasetError
+
+            if key == "data.train":
+                self._fields.clear()
+            data, rows = self._data(), _first_rows(spec, key)
+            try:
+                find_mapping(rows, data.fields, data.domain)
+            except DatasetError as error:
+                if not self._asking:
+                    raise DatasetError(f"{error} Or let init ask: training-lens init --ask --train {spec}") from error
+                self._say(f"  {error}")
+                self._ask_fields(keys_of(rows))
+            self._say(f"  {spec}: read as {_read_as(spec, key, self._data())}")
+            return {key: [spec]}
+
+        return check
+
+    def _ask_fields(self, keys: set[str]) -> None:
+        there = ", ".join(sorted(keys))
+        for meaning, what in (("instruction", "the prompt"), ("output", "the answer")):
+            name = typer.prompt(f"  which field is {what} ({there})", err=self._screen.as_json)
+            self._fields[f"data.fields.{meaning}"] = name
+
+    def _data(self) -> DataSection:
+        from training_lens.config.schema import DataSection
+
+        fields = {key.rsplit(".", 1)[-1]: name for key, name in self._fields.items()}
+        return DataSection.model_validate({"fields": fields, "domain": {"field": None}})
+
+    def _validation(self, answer: str) -> Values:
+        """A share, or a file."""
+        from training_lens.config.compose import validate
+
+        try:
+            share = float(answer)
+        except ValueError:
+            return self._rows("data.validation")(answer)
+        validate({"data": {"val_ratio": share}})
+        return {"data.val_ratio": share}
+
+
+def _model(answer: str) -> Values:
+    from training_lens.config.schema import ModelSection
+    from training_lens.models.factory import locate
+
+    locate(ModelSection(id=answer))
+    return {"model.id": answer}
+
+
+def _first_rows(spec: str, key: str) -> list[Row]:
+    """The first rows of the first source that `spec` means."""
+    from itertools import islice
+
+    from training_lens.data.sources import expand
+    from training_lens.errors import DatasetError
+
+    rows = list(islice(expand([spec], key)[0].rows(), 200))
+    if not rows:
+        raise DatasetError(f"{spec}: holds no rows.")
+    return rows
+
+
+def _keys(spec: str, key: str) -> set[str]:
+    """The keys of those rows."""
+    from training_lens.data.fields import keys_of
+
+    return keys_of(_first_rows(spec, key))
+
+
+def _read_as(spec: str, key: str, data: DataSection) -> str:
+    """How the fields of these files are read: 'question -> answer'."""
+    from training_lens.data.preparation import examples_of
+    from training_lens.data.sources import expand
+
+    mappings: dict[str, str] = {}
+    for file in expand([spec], key):
+        next(examples_of(file, data, mappings))
+    return ", ".join(dict.fromkeys(mappings.values()))
+
+
+def _domain_in(keys: set[str]) -> Callable[[str], Values]:
+    def check(answer: str) -> Values:
+        from training_lens.errors import ConfigurationError
+        from training_lens.utils.formatting import nearest
+
+        if answer == NO_DOMAIN:
+            return {"data.domain.field": None} if FOUND in keys else {}
+        if answer not in keys:
+            close = nearest(answer, keys)
+            hint = f"Did you mean '{close}'?" if close else f"The fields: {', '.join(sorted(keys))}."
+            raise ConfigurationError(f"the rows have no field '{answer}'. {hint}")
+        return {} if answer == FOUND else {"data.domain.field": answer}
+
+    return check
+
+
+def _experiment(answer: str) -> Values:
+    from training_lens.config.compose import validate
+
+    validate({"output": {"experiment_name": answer}})
+    return {"output.experiment_name": answer}

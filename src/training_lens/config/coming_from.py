@@ -1,0 +1,212 @@
+"""Flat configs of other trainers: what each of their names is here. The page docs/coming-from.md is this table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Convert = Callable[[Any], Any]
+
+
+class _Nothing:
+    """What a value that says nothing becomes: `load_in_4bit: false` leaves the key to its default."""
+
+
+NOTHING = _Nothing()
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Names that mean `key`; `convert` gives our value, or raises ValueError with what is possible."""
+
+    names: tuple[str, ...]
+    key: str
+    convert: Convert = lambda value: value
+    values: str = ""  # how values change, for the page
+
+
+def _switch(on: Any, off: Any = NOTHING) -> Convert:
+    """A yes or no that is one of several values here."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise ValueError("expected true or false")
+        return on if value else off
+
+    return convert
+
+
+def _choice(known: Mapping[str, str]) -> Convert:
+    def convert(value: Any) -> Any:
+        if str(value) not in known:
+            raise ValueError(f"there is none like it here; expected one of {', '.join(known)}")
+        return known[str(value)]
+
+    return convert
+
+
+def _precision(name: str) -> Convert:
+    switch = _switch(name)
+    return lambda value: "auto" if value == "auto" else switch(value)
+
+
+def _share(value: Any) -> Any:
+    if isinstance(value, int | float) and value >= 1:
+        raise ValueError("a number of rows; give the share of the training rows, as data.val_ratio")
+    return value
+
+
+def _warmup(value: Any) -> Any:
+    if isinstance(value, int | float) and value >= 1:
+        raise ValueError("a number of steps; give the share of all steps, as training.warmup_ratio")
+    return value
+
+
+def _modules(value: Any) -> Any:
+    """Names in one text, with commas between; 'all' in its spellings; a regular expression stays what it is."""
+    if value in ("all", "all-linear"):
+        return "auto"
+    if not isinstance(value, str) or re.search(r"[\\^$*+?()\[\]|]", value):
+        return value
+    return [name.strip() for name in value.split(",")]
+
+
+OPTIMIZERS = {
+    **dict.fromkeys(
+        ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw", "paged_adamw_32bit"), "adamw"
+    ),
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), "adamw_8bit"),
+    "adafactor": "adafactor",
+}
+SCHEDULERS = {name: name for name in ("linear", "cosine", "cosine_with_restarts", "constant")}
+SCHEDULERS["constant_with_warmup"] = "constant"
+DTYPES = {"auto": "auto", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "fp32": "fp32", "fp16": "fp16"}
+DTYPES["bf16"] = "bf16"
+
+TABLE = (
+    Flat(("model_name", "model_name_or_path", "model_id", "base_model"), "model.id"),
+    Flat(("model_revision", "revision"), "model.revision"),
+    Flat(("max_length", "max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "model.seq_len"),
+    Flat(("torch_dtype", "dtype"), "model.dtype", _choice(DTYPES), "`bfloat16` is `bf16`, and so on"),
+    Flat(("device",), "model.device"),
+    Flat(("trust_remote_code",), "model.trust_remote_code"),
+    Flat(("load_in_4bit",), "model.quantization", _switch("4bit"), "true: `4bit`"),
+    Flat(("load_in_8bit",), "model.quantization", _switch("8bit"), "true: `8bit`"),
+    Flat(("quantization_bit",), "model.quantization", _choice({"4": "4bit", "8": "8bit"}), "4: `4bit`; 8: `8bit`"),
+    Flat(("train_data", "train_file", "train_files", "train_path", "train_data_path", "data_path"), "data.train"),
+    Flat(
+        ("val_data", "val_file", "val_files", "val_path", "val_data_path", "validation_file", "eval_file"),
+        "data.validation",
+    ),
+    Flat(("val_size", "val_set_size", "val_split"), "data.val_ratio", _share, "a share; a number of rows is refused"),
+    Flat(("max_samples", "max_train_samples"), "data.max_examples"),
+    Flat(("instruction_key", "prompt_column"), "data.fields.instruction"),
+    Flat(("input_key",), "data.fields.input"),
+    Flat(("output_key", "response_column"), "data.fields.output"),
+    Flat(("hash_key", "domain_key"), "data.domain.field"),
+    Flat(("train_on_inputs", "train_on_prompt"), "data.mask_prompt", _switch(False, True), "turned round"),
+    Flat(("lora_r", "lora_rank"), "peft.r"),
+    Flat(("lora_alpha",), "peft.lora_alpha"),
+    Flat(("lora_dropout",), "peft.lora_dropout"),
+    Flat(
+        ("lora_target_modules", "lora_target", "target_modules"),
+        "peft.target_modules",
+        _modules,
+        "`all` and `all-linear` are `auto`; `q_proj,v_proj` is a list",
+    ),
+    Flat(("lora_target_linear",), "peft.target_modules", _switch("auto"), "true: `auto`"),
+    Flat(("use_dora", "peft_use_dora"), "peft.use_dora"),
+    Flat(("use_rslora", "peft_use_rslora"), "peft.variant", _switch("rslora", "lora"), "true: `rslora`"),
+    Flat(("pissa_init",), "peft.init", _switch("pissa"), "true: `pissa`"),
+    Flat(("loraplus_lr_ratio", "lora_plus_ratio"), "peft.lora_plus_ratio"),
+    Flat(("modules_to_save", "lora_modules_to_save", "additional_target"), "peft.modules_to_save"),
+    Flat(("learning_rate", "lr"), "training.lr"),
+    Flat(("num_epochs", "num_train_epochs", "epochs"), "training.epochs"),
+    Flat(("max_steps",), "training.max_steps", lambda value: None if value == -1 else value, "-1: `null`"),
+    Flat(("batch_size", "per_device_train_batch_size", "micro_batch_size"), "training.batch_size"),
+    Flat(("gradient_accumulation_steps",), "training.gradient_accumulation_steps"),
+    Flat(
+        ("optim", "optimizer"),
+        "training.optimizer",
+        _choice(OPTIMIZERS),
+        "; ".join(f"`{theirs}` is `{ours}`" for theirs, ours in OPTIMIZERS.items() if theirs != ours),
+    ),
+    Flat(
+        ("lr_scheduler_type", "lr_scheduler"),
+        "training.scheduler",
+        _choice(SCHEDULERS),
+        "`constant_with_warmup` is `constant`",
+    ),
+    Flat(("warmup_ratio",), "training.warmup_ratio"),
+    Flat(("warmup_steps",), "training.warmup_ratio", _warmup, "a share or 0; a number of steps is refused"),
+    Flat(("weight_decay",), "training.weight_decay"),
+    Flat(
+        ("max_grad_norm", "gradient_clipping", "grad_clip"),
+        "training.max_grad_norm",
+        lambda value: None if value == 0 and value is not False else value,
+        "0: `null`",
+    ),
+    Flat(("seed", "random_seed"), "training.seed"),
+    Flat(("eval_steps",), "training.eval_steps"),
+    Flat(("save_steps",), "training.save_steps"),
+    Flat(("logging_steps",), "training.logging_steps"),
+    Flat(("early_stopping_patience",), "training.early_stopping_patience"),
+    Flat(("gradient_checkpointing",), "training.gradient_checkpointing"),
+    Flat(("bf16",), "training.precision", _precision("bf16"), "true: `bf16`"),
+    Flat(("fp16",), "training.precision", _precision("fp16"), "true: `fp16`"),
+    Flat(("max_new_tokens",), "inference.max_new_tokens"),
+    Flat(("temperature",), "inference.temperature"),
+    Flat(("top_p",), "inference.top_p"),
+    Flat(
+        ("top_k",), "inference.top_k", lambda value: None if value == 0 and value is not False else value, "0: `null`"
+    ),
+    Flat(("output_dir",), "output.base_output_dir"),
+    Flat(("experiment_name",), "output.experiment_name"),
+)
+BY_NAME = {name: flat for flat in TABLE for name in flat.names}
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What flat names say, by our dotted keys; the rest of the file; a line for each name; what could not be."""
+
+    settings: dict[str, Any]
+    rest: dict[str, Any]
+    lines: list[str]
+    problems: list[str]
+
+
+def translate(values: Mapping[str, Any]) -> Translation:
+    """The flat names among a file's top-level keys as our keys; everything else is left in `rest`.
+
+    Names of one key that say different things are a problem, and so is a value that has no counterpart.
+    """
+    rest = {name: value for name, value in values.items() if name not in BY_NAME}
+    said: dict[str, dict[str, Any]] = {}  # our key -> {their name: our value}
+    lines, problems = [], []
+    for name, value in values.items():
+        try:
+            ours = BY_NAME[name].convert(value) if name in BY_NAME else NOTHING
+        except ValueError as error:
+            problems.append(f"{name}: given {value!r}, for {BY_NAME[name].key}: {error}")
+            continue
+        if ours is not NOTHING:
+            said.setdefault(BY_NAME[name].key, {})[name] = ours
+            lines.append(f"{name} -> {BY_NAME[name].key}{'' if ours == value else f'={ours}'}")
+    problems += [problem for key, names in said.items() if (problem := _disagreement(key, names, rest))]
+    return Translation({key: next(iter(names.values())) for key, names in said.items()}, rest, lines, problems)
+
+
+def _disagreement(key: str, names: Mapping[str, Any], rest: Mapping[str, Any]) -> str | None:
+    """The problem of two names, or a name and our own key, that differ."""
+    section: Any = rest
+    for part in key.split("."):
+        section = section.get(part, NOTHING) if isinstance(section, Mapping) else NOTHING
+    everything = dict(names) if section is NOTHING else {**names, key: section}
+    first, *others = everything.values()
+    if all(value == first for value in others):
+        return None
+    found = " and ".join(f"{name} ({value!r})" for name, value in everything.items())
+    return f"{key}: {found} say different things; keep one"

@@ -1,0 +1,45 @@
+"""A config file to begin with, written from the schema: every key with its description, most commented out."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from training_lens.config.schema import TrainingConfig
+
+LIVE = ("model.id", "data.train", "data.val_ratio", "peft.r", "training.epochs", "output.experiment_name")
+WIDTH = 100
+HEAD = """\
+# Training Lens. A line with '#' right before a key is that key at its default: take the '#' away to change it.
+# Check: training-lens validate --config {file}    Train: training-lens train --config {file}
+"""
+
+
+def skeleton(values: Mapping[str, Any], file: str = "config.yaml") -> str:
+    """A YAML config: `values` (by dotted key) and the keys of `LIVE` are set, all others commented out."""
+    return HEAD.format(file=file) + "".join(_lines(TrainingConfig, values, ""))
+
+
+def _lines(section: type[BaseModel], values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    indent = "  " * prefix.count(".")
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield f"\n{_comment(inner.__doc__ or '', indent)}{indent}{name}:\n"
+            yield from _lines(inner, values, f"{prefix}{name}.")
+        else:
+            yield _comment(field.description or "", indent) + indent + _setting(f"{prefix}{name}", name, field, values)
+
+
+def _comment(text: str, indent: str) -> str:
+    return "".join(f"{indent}# {line}\n" for line in textwrap.wrap(text, WIDTH - len(indent), break_on_hyphens=False))
+
+
+def _setting(key: str, name: str, field: FieldInfo, values: Mapping[str, Any]) -> str:
+    value = json.dumps(values.get(key, field.default), ensure_ascii=False)  # JSON is YAML
+    return f"{'' if key in values or key in LIVE else '#'}{name}: {value}\n"

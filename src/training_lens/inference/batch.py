@@ -1,0 +1,161 @@
+"""A file of prompts to a file of answers: written window by window, so that it can be killed and run again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from training_lens.config.schema import InferenceSection
+from training_lens.data.sources import Source, expand
+from training_lens.errors import ConfigurationError, DatasetError, TrainingLensError
+from training_lens.inference.generator import answers
+from training_lens.inference.questions import PassedOver, Question, QuestionReader, read_lines
+from training_lens.inference.session import Session
+from training_lens.utils.files import require_writable
+from training_lens.utils.logging import get_logger
+from training_lens.utils.progress import Progress
+
+logger = get_logger(__name__)
+WINDOW = 256  # rows answered together: their batches, and what is drawn for them, depend on nothing else
+NAMED = 20  # rows passed over that are named in the log; the report has them all
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What became of the input's rows; `resumed` of the answers were in the output before."""
+
+    output: str
+    rows: int
+    answered: int
+    passed_over: tuple[PassedOver, ...]
+    resumed: int
+
+
+def answer_file(
+    session: Session,
+    source: Source,
+    output: Path,
+    settings: InferenceSection,
+    *,
+    domain: str | None = None,
+    base: bool = False,
+    progress: Progress | None = None,
+) -> FileReport:
+    """Answer every row of `source` into `output`, a JSON line each, in the rows' order; go on where it stopped.
+
+    A run that was killed and started again writes what an uninterrupted one would have: a window that was begun is
+    answered as a whole, and the lines that are missing are added.
+
+    Args:
+        domain: of every row; None takes each row's own.
+
+    Raises:
+        DatasetError: no row can be answered.
+        ConfigurationError: `output` holds the answers of other rows; it is left as it is.
+    """
+    rows = read_lines(source)
+    questions_of, there = QuestionReader(session, rows, source, domain), _Lines(output)
+    passed_over: list[PassedOver] = []
+    answered = resumed = 0
+    with (progress or Progress()).task("answering", len(rows)) as advance:
+        for number, start in enumerate(range(0, len(rows), WINDOW)):
+            questions, unusable = questions_of(rows[start : start + WINDOW])
+            passed_over += unusable
+            kept = there.answering(questions, source)
+            answered, resumed = answered + len(questions), resumed + kept
+            advance(len(unusable) + (len(questions) if kept == len(questions) else 0))
+            if kept < len(questions):
+                prompts = [question.ids for question in questions]
+                texts = answers(session, prompts, settings, base=base, draw=number, advance=advance)
+                there.add([q.line(text) for q, text in zip(questions, texts, strict=True)][kept:])
+    there.refuse_more(source)
+    _name(passed_over, source)
+    if not answered:
+        raise DatasetError(f"{source.name}: none of its {len(rows)} rows can be answered.")
+    return FileReport(str(output), len(rows), answered, tuple(passed_over), resumed)
+
+
+def input_file(name: str) -> Source:
+    """The one file that `--input` means.
+
+    Raises:
+        DatasetError: it is not there; ConfigurationError: it means several.
+    """
+    files = expand([name], "--input")
+    if len(files) > 1:
+        raise ConfigurationError(f"--input {name}: matches {len(files)} files; give one, with an output for each.")
+    return files[0]
+
+
+def output_file(name: str, source: Source) -> Path:
+    """The file that `--output` means, checked before any work.
+
+    Raises:
+        ConfigurationError: it is the input, a folder, or in a folder that is not there or cannot be written.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        found = "is a folder" if path.is_dir() else f"there is no folder '{path.parent}'"
+        raise ConfigurationError(f"--output {name}: {found}; give a file in a folder that is there.")
+    if path.exists() and path.samefile(source.files[0]):
+        raise ConfigurationError(f"--output {name}: is the input itself; give another file.")
+    require_writable(path.parent, "--output")
+    return path
+
+
+def _name(passed_over: Sequence[PassedOver], source: Source) -> None:
+    for item in passed_over[:NAMED]:
+        logger.warning("%s, row %d passed over: %s", source.name, item.row, item.reason)
+    if len(passed_over) > NAMED:
+        logger.warning("and %d more rows passed over", len(passed_over) - NAMED)
+
+
+class _Lines:
+    """The output: the complete lines that it holds, of which some are matched with rows, and what is added."""
+
+    def __init__(self, path: Path) -> None:
+        content = path.read_bytes() if path.exists() else b""
+        self._path = path
+        self._size = content.rfind(b"\n") + 1  # a line that was cut short goes when the next is added
+        self._left = content[: self._size].splitlines(keepends=True)
+        self._matched = 0
+
+    def answering(self, questions: Sequence[Question], source: Source) -> int:
+        """How many of the questions have their line already; the lines come in the questions' order.
+
+        Raises:
+            ConfigurationError: a line is of another row or prompt.
+        """
+        lines, self._left = self._left[: len(questions)], self._left[len(questions) :]
+        for question, line in zip(questions, lines, strict=False):
+            self._matched += 1
+            if not question.is_answered_by(line):
+                raise self._other(f"line {self._matched} does not answer row {question.row} of {source.name}")
+        return len(lines)
+
+    def refuse_more(self, source: Source) -> None:
+        if self._left:
+            raise self._other(f"it has {len(self._left)} lines more than {source.name} has answers")
+
+    def _other(self, what: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"--output {self._path}: {what}: it belongs to another input, and is left as it is. "
+            "Give another file, or delete this one."
+        )
+
+    def add(self, lines: Sequence[bytes]) -> None:
+        """Write the lines behind the complete ones, and through to the disk."""
+        try:
+            with self._path.open("r+b" if self._path.exists() else "xb") as file:
+                file.seek(self._size)
+                file.truncate()
+                file.write(b"".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
+                self._size = file.tell()
+        except OSError as error:
+            raise TrainingLensError(
+                f"--output {self._path}: cannot be written ({error.strerror}). What it holds is kept: run again."
+            ) from error

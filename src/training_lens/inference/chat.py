@@ -1,0 +1,108 @@
+"""A conversation: lines in, text out. The terminal belongs to the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from training_lens.config.schema import InferenceSection
+from training_lens.data.types import Message
+from training_lens.errors import TrainingLensError
+from training_lens.inference.generator import answer
+from training_lens.inference.session import Session
+from training_lens.utils.formatting import nearest
+
+COMMANDS = {
+    "/reset": "forget the conversation so far",
+    "/base": "let the base answer, without the adapter; again: the adapter",
+    "/domain": "with a NAME: set the domain; alone: clear it, and list those that are known",
+    "/help": "this list",
+    "/quit": "leave; so does Ctrl-D",
+}
+
+
+class Chat:
+    """Takes what the user types, line by line, and hands answers to `write` as they come.
+
+    The conversation so far is part of every prompt. When it outgrows the model's positions, its oldest turns go.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        settings: InferenceSection,
+        write: Callable[[str], None],
+        domain: str | None = None,
+        base: bool = False,
+    ) -> None:
+        self._session, self._settings, self._write = session, settings, write
+        self._domain, self._base = domain, base
+        self._history: list[Message] = []
+
+    def take(self, line: str) -> bool:
+        """Answer one line, or obey it where it is a command; False when the user leaves."""
+        line = line.strip()
+        if line == "/quit":
+            return False
+        try:
+            if line:
+                self._obey(line) if line.startswith("/") else self._ask(line)
+        except TrainingLensError as error:
+            self._write(f"{error}\n")
+        return True
+
+    def _ask(self, text: str) -> None:
+        asked = Message("user", text)
+        self._session.prompt_ids([asked], self._domain)  # what is too long alone costs no history
+        self._make_room(asked)
+        prompt_ids = self._session.prompt_ids([*self._history, asked], self._domain)
+        said = answer(self._session, prompt_ids, self._settings, base=self._base, on_text=self._write)
+        self._write("\n")
+        self._history += [asked, Message("assistant", said)]
+
+    def _make_room(self, asked: Message) -> None:
+        """Drop the oldest turns until the answer has room."""
+        turns = len(self._history) // 2
+        while self._history and not self._has_room([*self._history, asked]):
+            del self._history[:2]
+        if dropped := turns - len(self._history) // 2:
+            self._write(
+                f"({dropped} of {turns} earlier turns dropped: the conversation outgrew the model's "
+                f"{self._session.positions} positions; /reset forgets it all)\n"
+            )
+
+    def _has_room(self, messages: list[Message]) -> bool:
+        positions = self._session.positions
+        if positions is None:
+            return True
+        ids = self._session.encoder.prompt_ids(self._session.renderer.prompt(messages, self._domain))
+        return len(ids) + min(self._settings.max_new_tokens, positions // 2) <= positions
+
+    def _obey(self, line: str) -> None:
+        name, _, argument = line.partition(" ")
+        match name:
+            case "/reset":
+                self._history.clear()
+                self._write("forgotten.\n")
+            case "/base":
+                self._toggle_base()
+            case "/domain":
+                self._set_domain(argument.strip() or None)
+            case "/help":
+                self._write("".join(f"{command:8} {what}\n" for command, what in COMMANDS.items()))
+            case _:
+                close = nearest(name, COMMANDS)
+                hint = f" Did you mean {close}?" if close else ""
+                self._write(f"there is no command {name}; /help lists them.{hint}\n")
+
+    def _toggle_base(self) -> None:
+        if not self._session.has_adapter:
+            self._write("there is no adapter here: the base answers.\n")
+            return
+        self._base = not self._base
+        self._write(f"now the {'base' if self._base else 'adapter'} answers.\n")
+
+    def _set_domain(self, domain: str | None) -> None:
+        self._session.check_domain(domain)
+        self._domain = domain
+        known = f" (this run knows {', '.join(self._session.domains)})" if self._session.domains else ""
+        self._write(f"domain: {domain}\n" if domain else f"no domain{known}\n")

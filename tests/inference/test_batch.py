@@ -1,0 +1,181 @@
+"""A file of answers: each row its line, bad rows passed over, and killed and resumed equals uninterrupted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_lens.config.schema import InferenceSection
+from training_lens.data.types import Message
+from training_lens.errors import ConfigurationError, DatasetError
+from training_lens.inference import batch
+from training_lens.inference.batch import FileReport, answer_file, input_file, output_file
+from training_lens.inference.generator import answer
+from training_lens.inference.session import Session, open_run
+from training_lens.utils.runs import RunFolder
+
+SETTINGS = InferenceSection(max_new_tokens=6)
+SAMPLED = InferenceSection(max_new_tokens=6, temperature=1.5, seed=3)
+ROWS = [{"question": f"Where is box {i}{' and more' * (i % 3)}?", "answer": f"In {i}."} for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def session(finished_run: RunFolder) -> Session:
+    return open_run(finished_run)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "WINDOW", 4)
+
+
+def answered(session: Session, source: Path, output: Path, settings: InferenceSection = SETTINGS) -> FileReport:
+    return answer_file(session, input_file(str(source)), output, settings, domain="hill")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_each_row_has_its_line_in_order(session: Session, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    report = answered(session, write_rows(ROWS), tmp_path / "out.jsonl")
+    written = lines(tmp_path / "out.jsonl")
+    assert (report.rows, report.answered, report.resumed, report.passed_over) == (10, 10, 0, ())
+    assert [line["row"] for line in written] == list(range(1, 11))
+    assert [line["prompt"] for line in written] == [row["question"] for row in ROWS]
+    assert [line["expected"] for line in written] == [row["answer"] for row in ROWS]
+    for line in written[3:6]:
+        assert line["answer"] == answer(
+            session, session.prompt_ids([Message("user", line["prompt"])], "hill"), SETTINGS
+        )
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, SAMPLED], ids=["greedy", "sampled"])
+def test_whatever_was_lost_is_written_again_byte_for_byte(
+    session: Session, write_rows: Callable[..., Path], tmp_path: Path, settings: InferenceSection
+) -> None:
+    source, output = write_rows(ROWS), tmp_path / "out.jsonl"
+    answered(session, source, output, settings)
+    whole = output.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for size, kept in ((0, 0), (3, 0), (ends[0], 1), (ends[3], 4), (ends[4] + 20, 5), (ends[8], 9), (ends[9], 10)):
+        output.write_bytes(whole[:size])
+        assert answered(session, source, output, settings).resumed == kept
+        assert output.read_bytes() == whole
+
+
+def test_a_finished_output_is_not_touched(session: Session, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    source, output = write_rows(ROWS), tmp_path / "out.jsonl"
+    answered(session, source, output)
+    before = output.stat().st_mtime_ns
+    assert answered(session, source, output).resumed == 10
+    assert output.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("change", ["prompt", "order", "fewer", "domain", "no answers"])
+def test_the_output_of_another_input_is_refused_and_left(
+    session: Session, write_rows: Callable[..., Path], tmp_path: Path, change: str
+) -> None:
+    output = tmp_path / "out.jsonl"
+    answered(session, write_rows(ROWS[:6]), output)
+    if change == "no answers":
+        output.write_text("some text\n")
+    before = output.read_bytes()
+    other = {"prompt": [{**ROWS[0], "question": "?"}, *ROWS], "order": ROWS[::-1], "fewer": ROWS[:3]}.get(change, ROWS)
+    with pytest.raises(ConfigurationError, match="belongs to another input, and is left as it is"):
+        answer_file(
+            session,
+            input_file(str(write_rows(other))),
+            output,
+            SETTINGS,
+            domain="lake" if change == "domain" else "hill",
+        )
+    assert output.read_bytes() == before
+
+
+def test_bad_rows_are_passed_over_with_their_reason(session: Session, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    good = json.dumps({"question": "Hi?", "domain": "lake"})
+    bad = ['{"question": "Hi', '["a"]', '{"domain": "hill"}', '{"question": "Hi", "domain": "moon"}']
+    bad += [json.dumps({"question": "long " * 900, "domain": "hill"}), '{"question": "\\ud800", "domain": "hill"}']
+    source.write_text("\n".join([good, *bad, "", good]))
+    report = answer_file(session, input_file(str(source)), tmp_path / "out.jsonl", SETTINGS)
+    assert [item.row for item in report.passed_over] == [2, 3, 4, 5, 6, 7]
+    reasons = ["broken JSON", "is a list", "has no field 'question'", "domain 'moon'", "no room to answer", "no text"]
+    for item, reason in zip(report.passed_over, reasons, strict=True):
+        assert reason in item.reason
+    written = lines(tmp_path / "out.jsonl")
+    assert [(line["row"], line["domain"], line["expected"]) for line in written] == [
+        (1, "lake", None),
+        (9, "lake", None),
+    ]
+
+
+def test_nothing_to_answer_is_an_error_and_leaves_no_file(
+    session: Session, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(DatasetError, match="none of its 2 rows can be answered"):
+        answered(session, write_rows([{"question": ""}, {"question": None}]), output)
+    with pytest.raises(DatasetError, match="holds no rows"):
+        answered(session, write_rows([]), output)
+    assert not output.exists()
+
+
+USER, SAID = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "expected"),
+    [
+        ({"instruction": "Add.", "input": "1 2"}, "Add.\n1 2", None),
+        ({"prompt": "Hi?", "completion": "Yes."}, "Hi?", "Yes."),
+        ({"messages": [USER]}, "Hi?", None),
+        ({"messages": [USER, SAID]}, "Hi?", "Yes."),
+        ({"messages": [USER, SAID, {"role": "user", "content": "So?"}]}, "So?", None),
+    ],
+)
+def test_every_format_of_training_is_read_with_and_without_answers(
+    session: Session, write_rows: Callable[..., Path], tmp_path: Path, row: Any, prompt: str, expected: str | None
+) -> None:
+    for name in ("rows.jsonl", "rows.json"):
+        output = tmp_path / f"{name}.out"
+        answered(session, write_rows([row], name), output)
+        assert [(line["prompt"], line["expected"]) for line in lines(output)] == [(prompt, expected)]
+
+
+def test_unusable_outputs_are_refused_before_any_work(write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    source = write_rows(ROWS)
+    for name, message in (
+        (str(source), "is the input itself"),
+        (str(tmp_path), "is a folder"),
+        (str(tmp_path / "no/out.jsonl"), "there is no folder"),
+        ("/proc/out.jsonl", "cannot write in '/proc'"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            output_file(name, input_file(str(source)))
+
+
+def test_rows_have_the_domains_that_the_run_has(
+    session: Session, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = write_rows([{"question": "Hi?", "domain": "hill"}], "lake.jsonl")
+    per_file = session.config.resolved(data={"domain": {"field": None, "per_file": True}})
+    elsewhere = session.config.resolved(data={"domain": {"field": "topic"}})
+    for i, (changed, wanted) in enumerate(
+        (
+            (session, "hill"),
+            (replace(session, domains=()), None),  # trained without: a column of that name is none of ours
+            (replace(session, domains=None), "hill"),
+            (replace(session, config=per_file), "lake"),
+            (replace(session, config=elsewhere), None),  # the run's own field is not in this file
+        )
+    ):
+        output = tmp_path / f"{i}.jsonl"
+        answer_file(changed, input_file(str(source)), output, SETTINGS)
+        assert [line["domain"] for line in lines(output)] == [wanted]

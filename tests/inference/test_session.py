@@ -1,0 +1,86 @@
+"""What inference.adapter names is what answers: a run, a bare adapter, or a base alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_lens.config.compose import compose
+from training_lens.config.schema import InferenceSection
+from training_lens.data.types import Message
+from training_lens.errors import ConfigurationError, TrainingLensError
+from training_lens.inference.generator import answer
+from training_lens.inference.session import Session, open_run, open_session
+from training_lens.utils.runs import RunFolder
+
+SETTINGS = InferenceSection(max_new_tokens=16)
+
+
+def opened(run: RunFolder, adapter: Any, *overrides: str) -> Session:
+    """As `infer` opens it, in the run's experiment."""
+    base = ["output.base_output_dir=" + str(run.root.parents[3]), *overrides]
+    return open_session(compose(None, base, {"inference": {"adapter": adapter}}))
+
+
+def said(session: Session, base: bool = False) -> str:
+    return answer(session, session.prompt_ids([Message("user", "Where is it?")], "hill"), SETTINGS, base=base)
+
+
+def test_latest_an_id_and_a_folder_are_the_same_run(finished_run: RunFolder) -> None:
+    for name in ("latest", finished_run.run_id, str(finished_run.root)):
+        assert opened(finished_run, name).source == str(finished_run.root)
+
+
+def test_a_bare_adapter_answers_as_its_run_and_takes_any_domain(finished_run: RunFolder, tmp_path: Path) -> None:
+    bare = shutil.copytree(finished_run.adapter, tmp_path / "bare")
+    session = opened(finished_run, str(bare))
+    assert said(session) == said(open_run(finished_run)) != said(session, base=True)
+    assert session.prompt_ids([Message("user", "Hi")], "never heard of")
+
+
+def test_the_base_alone_answers_as_the_base_of_a_run(finished_run: RunFolder) -> None:
+    session = opened(finished_run, "none")
+    assert (session.source, session.has_adapter) == ("embedded", False)
+    assert said(session) == said(open_run(finished_run), base=True)
+
+
+def test_the_base_alone_takes_template_and_domains_of_the_config(finished_run: RunFolder) -> None:
+    session = opened(finished_run, "none", "data.template=alpaca", "data.domain.style=hash")
+    text = session.tokenizer.decode(session.prompt_ids([Message("user", "Hi")], "law"))
+    assert "### Instruction:" in text and "[domain: law]" not in text and "] Hi" in text
+
+
+def test_presets_choose_the_adapter() -> None:
+    assert compose(None, ["inference=base"]).inference.adapter == "none"
+    assert compose(None, ["inference=latest"]).inference.adapter == "latest"
+    assert compose(None, ["inference=manual", "inference.adapter=x/y"]).inference.adapter == "x/y"
+    with pytest.raises(ConfigurationError, match=r"^inference.adapter: no adapter is named; give inference.adapter="):
+        compose(None, ["inference=manual"])
+    with pytest.raises(ConfigurationError, match=r"there are: base, latest, manual. Did you mean 'base'"):
+        compose(None, ["inference=bas"])
+
+
+def test_what_is_not_there_is_named_with_what_is_near(finished_run: RunFolder, tmp_path: Path) -> None:
+    shutil.copytree(finished_run.adapter, tmp_path / "adapter")
+    (tmp_path / "empty").mkdir()
+    config = tmp_path / "wide/adapter_config.json"
+    config.parent.mkdir()
+    config.write_text(json.dumps({"base_model_name_or_path": "x"}))
+    for name, message in (
+        (finished_run.run_id[:-1] + "z", f"Did you mean {finished_run.run_id}"),
+        (str(tmp_path / "adaptor"), f"Did you mean {tmp_path / 'adapter'}"),
+        (str(tmp_path / "empty"), "holds neither adapter_config.json"),
+        (str(tmp_path / "wide"), "adapter_model.safetensors is missing"),
+    ):
+        with pytest.raises(TrainingLensError, match=message):
+            opened(finished_run, name)
+
+
+def test_an_adapter_of_another_base_says_which(finished_run: RunFolder, shared: Path) -> None:
+    other = shared / "models/tinystories-656k"
+    with pytest.raises(TrainingLensError, match=r"does not fit this base model(.|\n)*the adapter was trained on"):
+        opened(finished_run, str(finished_run.adapter), f"model.id={other}")

@@ -1,0 +1,40 @@
+"""Write docs/coming-from.md from the table of names: `python tools/coming_from_reference.py`. A test holds both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training_lens.config.coming_from import TABLE, Flat
+
+HEAD = """# Coming from another trainer
+
+A flat config file is read as it is: `training-lens train --config training_config.json`. Names of other trainers at the
+top level of a `--config` file (YAML or JSON) are translated, and one line says how:
+
+```
+training_config.json: model_name -> model.id, lora_r -> peft.r, lora_alpha -> peft.lora_alpha, learning_rate ->
+training.lr, num_epochs -> training.epochs, max_length -> model.seq_len, optim -> training.optimizer=adamw
+```
+
+They mix with this project's own sections; overrides on the command line take our keys (`training.lr=1e-4`). Nothing is
+guessed: a name that is not in the table is an unknown key, a value without a counterpart is a problem that says what
+there is, and so are two names of one key that say different things. What a flat file does not say has our default, not
+that of the other trainer: see it with `training-lens validate --config training_config.json`.
+
+| their name | here | values |
+|---|---|---|
+"""
+
+
+def reference() -> str:
+    """The page."""
+    return HEAD + "".join(map(_row, TABLE))
+
+
+def _row(flat: Flat) -> str:
+    names = ", ".join(f"`{name}`" for name in flat.names)
+    return f"| {names} | `{flat.key}` | {flat.values or 'as they are'} |\n"
+
+
+if __name__ == "__main__":
+    (Path(__file__).parents[1] / "docs" / "coming-from.md").write_text(reference(), encoding="utf-8")
