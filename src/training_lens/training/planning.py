@@ -19,7 +19,18 @@ from training_lens.data.store import TokenDataset
 from training_lens.data.templates import TemplateName, build_renderer, choose_template
 from training_lens.data.tokenization import TextEncoder
 from training_lens.errors import ConfigurationError
-from training_lens.models.factory import ModelFacts, check_vocabulary, load_tokenizer, read_facts, resolve_seq_len
+from training_lens.models.adapters import check_adapter
+from training_lens.models.factory import (
+    ModelFacts,
+    build_skeleton,
+    check_vocabulary,
+    checkpoint_gradients,
+    load_tokenizer,
+    read_facts,
+    resolve_seq_len,
+)
+from training_lens.models.quantization import require_bitsandbytes
+from training_lens.models.saved import adopt
 from training_lens.training.optimization import default_lr
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import require_writable, write_text
@@ -93,6 +104,7 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(tokenizer, facts, config.model.id)
     resolved = _resolve(config, facts, tokenizer, precision)
+    _check_model(resolved)
     splits = _prepare(resolved, tokenizer, processes, progress)
     train, validation = _datasets(resolved, splits)
     schedule = _schedule(resolved, len(train), processes.count)
@@ -115,9 +127,22 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
         logger.info("learning rate: %g, from the model's width (training.lr sets another)", lr)
     return config.resolved(
         model={"seq_len": seq_len},
+        peft=adopt(config.peft).model_dump(),
         data={"template": template},
         training={"lr": lr, "precision": precision},
     )
+
+
+def _check_model(config: TrainingConfig) -> None:
+    """Try adapter, gradient checkpointing and packages on the model's skeleton; no weights are read."""
+    if config.model.quantization != "none":
+        require_bitsandbytes("model.quantization")
+    if config.training.optimizer == "adamw_8bit":
+        require_bitsandbytes("training.optimizer")
+    skeleton = build_skeleton(config.model)
+    if config.training.gradient_checkpointing:
+        checkpoint_gradients(skeleton)
+    check_adapter(skeleton, config.peft)
 
 
 def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progress: Progress) -> dict[str, Split]:
