@@ -96,11 +96,27 @@ def attach(model: Any, peft: PeftSection) -> Any:
     adapted = _inject(model, lora_config(model, peft))
     for _, parameter in trainable(adapted):
         parameter.data = parameter.data.float()
+    _between_dtypes(adapted)
     if peft.from_adapter:
         restore_adapter(adapted, adapter_folder(peft.from_adapter))
     elif peft.init == "pissa":
         pissa.start(adapted)
     return adapted
+
+
+def _between_dtypes(adapted: Any) -> None:
+    """Modules trained whole compute in float32, and take and give what the base computes in, as LoRA layers do."""
+    from peft.utils import ModulesToSaveWrapper
+
+    def widen(_module: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in given)
+
+    for wrapper in adapted.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            dtype = next(wrapper.original_module.parameters()).dtype
+            for module in wrapper.modules_to_save.values() if dtype != torch.float32 else ():
+                module.register_forward_pre_hook(widen)
+                module.register_forward_hook(lambda _module, _given, result, dtype=dtype: result.to(dtype))
 
 
 def check_adapter(skeleton: Any, peft: PeftSection) -> None:
