@@ -11,7 +11,7 @@ import torch
 from training_lens import embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError
-from training_lens.models.quantization import loading_options
+from training_lens.models.quantization import keep_trainable, loading_options
 from training_lens.utils.devices import DTYPES, Precision
 from training_lens.utils.formatting import nearest
 
@@ -182,7 +182,7 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
             f"model.id: the weights of '{model.id}' lack {len(missing)} of the model's tensors ({missing[0]}, ...), "
             "which would be random. The download is incomplete, or its config.json belongs to another model."
         )
-    placed = loaded if quantized else loaded.to(device)
+    placed = keep_trainable(loaded) if quantized else loaded.to(device)
     return placed.requires_grad_(False).eval()
 
 
@@ -213,7 +213,7 @@ def checkpoint_gradients(model: Any) -> None:
         ConfigurationError: the model's code cannot.
     """
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         raise ConfigurationError(f"training.gradient_checkpointing: {error} Set it to false.") from error
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from training_lens.config.schema import ModelSection
+from training_lens.config.schema import ModelSection, TrainingConfig
 from training_lens.errors import ConfigurationError
 from training_lens.utils.devices import DTYPES, Precision
 
@@ -24,6 +24,34 @@ def require_bitsandbytes(key: str) -> Any:
             f"{key}: needs the package bitsandbytes ({error}): pip install 'training-lens[quantization]'"
         ) from error
     return bitsandbytes
+
+
+def check_quantization(config: TrainingConfig, device: torch.device) -> None:
+    """What the config asks of bitsandbytes.
+
+    Raises:
+        ConfigurationError: it is not installed, or does not do that on this device.
+    """
+    for section, name in (("model", "quantization"), ("training", "optimizer")):
+        if getattr(getattr(config, section), name) in ("4bit", "8bit", "adamw_8bit"):
+            require_bitsandbytes(f"{section}.{name}")
+    if config.model.quantization == "8bit" and config.peft.use_dora and device.type == "cpu":
+        raise ConfigurationError(
+            "model.quantization: 8bit with peft.use_dora needs CUDA (on the CPU the weights lose their scales); "
+            "give 4bit, or use_dora=false."
+        )
+
+
+def keep_trainable(model: Any) -> Any:
+    """The model, its 4-bit weights in the one form that passes gradients back.
+
+    On some CPUs bitsandbytes packs them anew in the first forward pass without gradients, which validating is, into a
+    form for inference in bfloat16; training behind that would go on with no gradient through these layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def loading_options(model: ModelSection, device: torch.device, precision: Precision) -> dict[str, Any]:

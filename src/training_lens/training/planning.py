@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from training_lens import embedded
 from training_lens.config.schema import TrainingConfig, check_run_length
@@ -29,7 +30,7 @@ from training_lens.models.factory import (
     read_facts,
     resolve_seq_len,
 )
-from training_lens.models.quantization import require_bitsandbytes
+from training_lens.models.quantization import check_quantization
 from training_lens.models.saved import adopt
 from training_lens.training.optimization import default_lr
 from training_lens.utils.devices import Precision, get_device, resolve_precision
@@ -104,7 +105,7 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(tokenizer, facts, config.model.id)
     resolved = _resolve(config, facts, tokenizer, precision)
-    _check_model(resolved)
+    _check_model(resolved, device)
     splits = _prepare(resolved, tokenizer, processes, progress)
     train, validation = _datasets(resolved, splits)
     schedule = _schedule(resolved, len(train), processes.count)
@@ -133,12 +134,9 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
     )
 
 
-def _check_model(config: TrainingConfig) -> None:
+def _check_model(config: TrainingConfig, device: torch.device) -> None:
     """Try adapter, gradient checkpointing and packages on the model's skeleton; no weights are read."""
-    if config.model.quantization != "none":
-        require_bitsandbytes("model.quantization")
-    if config.training.optimizer == "adamw_8bit":
-        require_bitsandbytes("training.optimizer")
+    check_quantization(config, device)
     skeleton = build_skeleton(config.model)
     if config.training.gradient_checkpointing:
         checkpoint_gradients(skeleton)
