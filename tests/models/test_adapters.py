@@ -170,6 +170,7 @@ def test_what_is_trained_is_described() -> None:
     assert describe(PeftSection()) == "lora, r=16"
     described = describe(PeftSection(variant="rslora", use_dora=True, init="pissa", modules_to_save=["norm"]))
     assert described == "rslora+dora, pissa start, r=16, norm whole"
+    assert describe(PeftSection(lora_plus_ratio=8, from_adapter="a")) == "lora, r=16, B at 8 x lr, going on from a"
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, shared: Path) -> None:

@@ -43,6 +43,8 @@ def describe(peft: PeftSection) -> str:
     parts.append(f"r={peft.r}" + (" (rank_pattern besides)" if peft.rank_pattern else ""))
     if peft.modules_to_save:
         parts.append(f"{', '.join(peft.modules_to_save)} whole")
+    if peft.lora_plus_ratio:
+        parts.append(f"B at {peft.lora_plus_ratio:g} x lr")
     if peft.from_adapter:
         parts.append(f"going on from {peft.from_adapter}")
     return ", ".join(parts)
