@@ -135,3 +135,11 @@ def test_every_key_is_described() -> None:
             name for name, field in fields if not field.description and not hasattr(field.annotation, "model_fields")
         ]
         assert not undescribed
+
+
+def test_what_was_never_set_stays_unset() -> None:
+    config = TrainingConfig()
+    config.data.domain.style = "hash"
+    later = config.resolved(training={"lr": 0.5})
+    assert (later.training.lr, later.data.domain.style) == (0.5, "hash")
+    assert later.training.model_fields_set == {"lr"} and not later.peft.model_fields_set

@@ -90,6 +90,13 @@ def test_saved_is_a_plain_lora_of_twice_the_rank(section: dict[str, Any], tmp_pa
     torch.testing.assert_close(logits(load_adapter(base(), tmp_path)), logits(adapted), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_merged_equals_the_adapter(dora: bool) -> None:
+    adapted = trained(attach(base(), PeftSection(init="pissa", use_dora=dora, r=4)))
+    wanted = logits(adapted)
+    torch.testing.assert_close(logits(adapted.merge_and_unload(safe_merge=True)), wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_restoring_brings_back_both_halves(tmp_path: Path) -> None:
     section = PeftSection(init="pissa", r=4)
     torch.manual_seed(1)

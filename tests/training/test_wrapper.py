@@ -194,6 +194,18 @@ def test_whatever_trains_resumes_undisturbed(small_config: Config, kind: str) ->
     assert summary.validation_loss < summary.base_validation_loss
 
 
+def test_going_on_from_an_adapter_resumes_undisturbed(small_config: Config) -> None:
+    first = TrainingWrapper(small_config(training={"max_steps": 2})).train()
+    section = {"from_adapter": first.run_dir, "r": 4}
+    whole = RunFolder(Path(TrainingWrapper(small_config(peft=section)).train().run_dir))
+    with pytest.raises(InterruptedRunError):
+        config = small_config(peft=section, output={"run_id": "cut"})
+        TrainingWrapper(config, callbacks=(Stop(3, signal.SIGTERM),)).train()
+    cut = RunFolder(whole.root.parent / "cut")
+    TrainingWrapper.resume(cut)
+    assert_same_run(whole, cut)
+
+
 def test_sigkill_then_resume_equals_the_undisturbed_run(small_config: Config) -> None:
     settings: dict[str, Any] = {
         "training": {"epochs": 2, "save_steps": 3, "batch_size": 4},
