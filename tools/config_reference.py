@@ -14,7 +14,7 @@ HEAD = """# Configuration
 
 Every key, from the schema (`python tools/config_reference.py` writes this page). Set a key on the command line
 (`training.lr=1e-4`), in a YAML or JSON file (`--config my.yaml`), or from Python. Packaged presets come first
-(`+experiment=default|quick_test|default-full|dora`, and `inference=base|latest|manual`), then the file, then the
+(`+experiment=default|quick_test|default-full|dora|qlora`, and `inference=base|latest|manual`), then the file, then the
 command line. Unknown keys, and every other problem, are reported at once, with exit code 2. `training-lens init` writes
 a file with every key; flat files of other trainers are read too ([coming from](coming-from.md)).
 """

@@ -19,7 +19,7 @@ def problems(*overrides: str, config_file: str | None = None) -> tuple[str, ...]
     return caught.value.problems
 
 
-@pytest.mark.parametrize("name", ["default", "quick_test", "default-full", "dora"])
+@pytest.mark.parametrize("name", ["default", "quick_test", "default-full", "dora", "qlora"])
 def test_every_preset_composes(name: str) -> None:
     assert isinstance(compose(overrides=[f"+experiment={name}"]), TrainingConfig)
 
@@ -56,7 +56,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("model.sequence_len=8", "did you mean 'model.seq_len'"),
         (
             "+experiment=quick_tset",
-            "no such preset; there are: default, default-full, dora, quick_test. Did you mean 'quick_test'",
+            "no such preset; there are: default, default-full, dora, qlora, quick_test. Did you mean 'quick_test'",
         ),
         ("training.lr", "'training.lr' is no override; write key=value"),
         ("training.lr=1,2", "sweeps and deletions have no place here"),
@@ -135,3 +135,11 @@ def test_every_key_is_described() -> None:
             name for name, field in fields if not field.description and not hasattr(field.annotation, "model_fields")
         ]
         assert not undescribed
+
+
+def test_what_was_never_set_stays_unset() -> None:
+    config = TrainingConfig()
+    config.data.domain.style = "hash"
+    later = config.resolved(training={"lr": 0.5})
+    assert (later.training.lr, later.data.domain.style) == (0.5, "hash")
+    assert later.training.model_fields_set == {"lr"} and not later.peft.model_fields_set

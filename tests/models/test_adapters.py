@@ -1,7 +1,8 @@
-"""A fresh adapter is the base, exactly; names that match nothing are refused."""
+"""A fresh adapter is the base, exactly; without it the base is the base always; saved and loaded it is the same."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from training_lens.models.adapters import (
     attach,
     base_only,
     count_parameters,
+    describe,
     load_adapter,
+    restore_adapter,
     save_adapter,
-    target_names,
     trainable,
 )
 from training_lens.models.factory import load_model
+from training_lens.models.saved import adopt
+from training_lens.utils.devices import autocast
 
 CPU = torch.device("cpu")
 IDS = torch.arange(40, 72).view(2, 16)
@@ -35,29 +39,39 @@ def logits(model: Any) -> torch.Tensor:
     return result
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_a_fresh_adapter_computes_what_the_base_does(dora: bool) -> None:
+def tinystories(shared: Path, dtype: Any = "auto") -> Any:
+    """A model whose embedding and head are one weight."""
+    return load_model(ModelSection(id=str(shared / "models/tinystories-656k"), dtype=dtype), CPU, "fp32")
+
+
+def disturb(model: Any) -> None:
+    """Move every trained parameter off its start."""
+    for _, parameter in trainable(model):
+        parameter.data += 0.05 * torch.randn_like(parameter)
+
+
+SECTIONS: list[dict[str, Any]] = [
+    {},
+    {"use_dora": True},
+    {"variant": "rslora"},
+    {"variant": "rslora", "use_dora": True},
+    {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3.0}},
+    {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": ["norm"], "use_dora": True},
+    {"target_modules": ["embed_tokens", "q_proj"]},
+    {"target_modules": ["lm_head", "q_proj"]},
+]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=str)
+def test_a_fresh_adapter_computes_what_the_base_does(section: dict[str, Any]) -> None:
     model = base()
     before = logits(model)
-    adapted = logits(attach(model, PeftSection(use_dora=dora, r=4)))
-    if not dora:
+    adapted = logits(attach(model, PeftSection(**section, r=4)))
+    if not section.get("use_dora"):
         assert torch.equal(adapted, before)
     else:  # DoRA divides by norms that it also multiplies with: equal up to float32 rounding
         torch.testing.assert_close(adapted, before, rtol=1e-4, atol=1e-4)
-
-
-def test_auto_adapts_every_linear_layer_but_the_head() -> None:
-    model = base()
-    assert target_names(model, "auto") == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    adapted = attach(model, PeftSection(target_modules=["q_proj"]))
-    assert {n.split(".")[-4] for n, _ in trainable(adapted)} == {"q_proj"}
-
-
-def test_a_target_that_matches_nothing_lists_close_names() -> None:
-    with pytest.raises(
-        AdapterError, match=r"no module is called 'q_porj'. Did you mean 'q_proj'.*Linear layers: down_proj"
-    ):
-        target_names(base(), ["q_porj"])
 
 
 def test_adapters_are_float32_and_counted() -> None:
@@ -68,17 +82,95 @@ def test_adapters_are_float32_and_counted() -> None:
     assert 0 < count.share < 0.1
 
 
-def test_an_adapter_saves_and_loads_the_same(tmp_path: Path) -> None:
-    adapted = attach(base(), PeftSection(r=4))
-    for _, parameter in trainable(adapted):
-        torch.nn.init.normal_(parameter, std=0.05)
+@pytest.mark.parametrize("section", SECTIONS, ids=str)
+def test_an_adapter_saves_and_loads_the_same(section: dict[str, Any], tmp_path: Path) -> None:
+    adapted = attach(base(), PeftSection(**section, r=4))
+    disturb(adapted)
     wanted = logits(adapted)
     save_adapter(adapted, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     loaded = load_adapter(base(), tmp_path)
-    assert torch.equal(logits(loaded), wanted)
-    with base_only(loaded):
-        assert torch.equal(logits(loaded), logits(base()))
+    assert torch.equal(logits(loaded), wanted) and not torch.equal(wanted, logits(base()))
+    for model in (loaded, adapted):
+        with base_only(model):
+            assert torch.equal(logits(model), logits(base()))
+        assert torch.equal(logits(model), wanted)
+
+
+def test_restoring_brings_back_every_trained_parameter(tmp_path: Path) -> None:
+    section = PeftSection(r=4, use_dora=True, modules_to_save=["lm_head"])
+    adapted, other = attach(base(), section), attach(base(), section)
+    disturb(adapted)
+    save_adapter(adapted, tmp_path)
+    restore_adapter(other, tmp_path)
+    one, two = dict(trainable(adapted)), dict(trainable(other))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(AdapterError, match="does not fit the run's adapter"):
+        restore_adapter(attach(base(), PeftSection(r=8, modules_to_save=["norm"])), tmp_path)
+
+
+@pytest.mark.parametrize(("variant", "scale"), [("lora", 32 / 16), ("rslora", 32 / 4)])
+def test_the_variant_is_the_scale_of_the_update(variant: Any, scale: float) -> None:
+    adapted = attach(base(), PeftSection(variant=variant, r=16, lora_alpha=32, target_modules=["q_proj"]))
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.nn.init.normal_(b)
+    x = torch.randn(3, 192)
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + scale * x @ a.T @ b.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_tied_weights_that_train_whole_stay_tied(name: str, shared: Path, tmp_path: Path) -> None:
+    before = logits(tinystories(shared))
+    adapted = attach(tinystories(shared), PeftSection(r=4, modules_to_save=[name]))
+    assert torch.equal(logits(adapted), before)
+    whole = [p for n, p in trainable(adapted) if "modules_to_save" in n]
+    assert len(whole) == 1 and whole[0].dtype == torch.float32
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    disturb(adapted)
+    wanted = logits(adapted)
+    embedding, head = adapted.get_input_embeddings(), adapted.get_output_embeddings()
+    assert embedding.weight is head.weight and not torch.equal(wanted, before)
+    with base_only(adapted):
+        assert torch.equal(logits(adapted), before)
+    save_adapter(adapted, tmp_path)
+    again = attach(tinystories(shared), adopt(PeftSection(from_adapter=str(tmp_path))))
+    for model in (load_adapter(tinystories(shared), tmp_path), again):
+        assert torch.equal(logits(model), wanted)
+        with base_only(model):
+            assert torch.equal(logits(model), before)
+
+
+def test_gpt2s_tied_embedding_trains_whole(gpt2: Callable[[], Any]) -> None:
+    adapted = attach(gpt2(), PeftSection(r=4, modules_to_save=["wte"]))
+    assert adapted.get_input_embeddings().weight is adapted.get_output_embeddings().weight
+    assert [n for n, _ in trainable(adapted) if "lora_" not in n]
+
+
+def test_a_tied_embedding_takes_a_lora_of_its_own(shared: Path) -> None:
+    before = logits(tinystories(shared))
+    adapted = attach(tinystories(shared), PeftSection(r=4, target_modules=["embed_tokens"]))
+    disturb(adapted)
+    assert not torch.equal(logits(adapted), before)
+    with base_only(adapted):
+        assert torch.equal(logits(adapted), before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "norm"])
+def test_whole_modules_train_in_float32_on_a_half_precision_base(precision: Any, name: str, shared: Path) -> None:
+    adapted = attach(tinystories(shared, "bf16"), PeftSection(r=4, modules_to_save=[name]))
+    assert {p.dtype for _, p in trainable(adapted)} == {torch.float32}
+    with autocast(CPU, precision):
+        adapted(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for _, p in trainable(adapted))
+
+
+def test_what_is_trained_is_described() -> None:
+    assert describe(PeftSection()) == "lora, r=16"
+    described = describe(PeftSection(variant="rslora", use_dora=True, init="pissa", modules_to_save=["norm"]))
+    assert described == "rslora+dora, pissa start, r=16, norm whole"
+    assert describe(PeftSection(lora_plus_ratio=8, from_adapter="a")) == "lora, r=16, B at 8 x lr, going on from a"
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, shared: Path) -> None:

@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 from training_lens import embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError
-from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts, resolve_seq_len
+from training_lens.models.factory import (
+    build_skeleton,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    read_facts,
+    resolve_seq_len,
+)
 
 CPU = torch.device("cpu")
 
@@ -75,6 +82,23 @@ def test_broken_and_incomplete_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"no safetensors at all")
     with pytest.raises(ModelLoadingError, match=r"weights of .* cannot be loaded"):
         load_model(ModelSection(id=str(folder)), CPU, "fp32")
+
+
+def test_a_skeleton_of_foreign_code_needs_consent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder / "modules"))
+    config = json.loads((folder / "config.json").read_text())
+    ours = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": ours}))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    with pytest.raises(ModelLoadingError, match=r"carries its own code. Read it, then set model.trust_remote_code"):
+        build_skeleton(ModelSection(id=str(folder)))
+    assert type(build_skeleton(ModelSection(id=str(folder), trust_remote_code=True))).__name__ == "OwnModel"
 
 
 def test_an_unreachable_hub_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,45 @@ def test_loss_and_gradient_do_not_depend_on_the_cut(small_config: Config, tmp_pa
             assert (a - b).abs().max().item() <= 1e-5 * scale
 
 
+@pytest.mark.parametrize("section", [{}, {"use_dora": True}, {"init": "pissa"}, {"lora_dropout": 0.2}], ids=str)
+def test_gradient_checkpointing_changes_no_loss_and_no_gradient(
+    section: dict[str, Any], small_config: Config, tmp_path: Path
+) -> None:
+    results = [
+        gradients_of_first_step(small_config(peft=section, training={"gradient_checkpointing": on}), tmp_path, str(on))
+        for on in (False, True)
+    ]
+    (loss, wanted), (other_loss, gradients) = results
+    assert other_loss == loss
+    assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+
+
+def test_gradient_checkpointing_keeps_less_for_the_backward_pass(small_config: Config, tmp_path: Path) -> None:
+    saved: dict[bool, int] = {}
+    for on in (False, True):
+        trainer = assembled(small_config(training={"gradient_checkpointing": on}), tmp_path, str(on))
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        trainer.model.train()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            trainer.model(input_ids=torch.arange(40, 168).view(1, 128)).logits.sum()
+        saved[on] = sum(sizes.values())
+    assert saved[True] < saved[False] / 2
+
+
+def test_b_moves_by_the_ratio_under_lora_plus(small_config: Config, tmp_path: Path) -> None:
+    moved: dict[float | None, float] = {}
+    for ratio in (None, 16.0):
+        trainer = assembled(small_config(peft={"lora_plus_ratio": ratio}), tmp_path, str(ratio))
+        trainer.train_step(next(trainer.schedule.steps()))
+        moved[ratio] = sum(p.detach().norm().item() for n, p in trainable(trainer.model) if "lora_B" in n)
+    assert moved[16.0] == pytest.approx(16 * moved[None], rel=1e-3)
+
+
 def test_frozen_weights_are_bit_identical_after_training(small_config: Config, tmp_path: Path) -> None:
     trainer = assembled(small_config(), tmp_path)
     frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from training_lens import TrainingConfig, TrainingWrapper
-from training_lens.errors import CheckpointError, ConfigurationError
+from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, InterruptedRunError
 from training_lens.training.callbacks import Callback, MetricsCollector
 from training_lens.utils.runs import RunFolder
 
@@ -122,6 +122,13 @@ def test_dora_trains(small_config: Config) -> None:
     assert summary.validation_loss < summary.base_validation_loss
 
 
+def test_an_adapter_that_does_not_fit_is_refused_before_data_is_prepared(small_config: Config) -> None:
+    config = small_config(peft={"target_modules": ["q_porj"]})
+    with pytest.raises(AdapterError, match="no module is called 'q_porj'"):
+        TrainingWrapper(config).plan()
+    assert not list(Path(config.output.base_output_dir).rglob("*.arrow"))
+
+
 def test_bf16_trains_with_float32_adapters(small_config: Config) -> None:
     summary = TrainingWrapper(small_config(training={"precision": "bf16", "max_steps": 3})).train()
     adapter = load_file(Path(summary.run_dir) / "artifacts/adapter/adapter_model.safetensors")
@@ -150,8 +157,6 @@ class Stop(Callback):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_save_and_exit_and_the_resumed_run_is_undisturbed(small_config: Config, number: int, code: int) -> None:
-    from training_lens.errors import InterruptedRunError
-
     whole = RunFolder(Path(TrainingWrapper(small_config()).train().run_dir))
     with pytest.raises(InterruptedRunError) as caught:
         TrainingWrapper(small_config(output={"run_id": "cut"}), callbacks=(Stop(3, number),)).train()
@@ -159,6 +164,45 @@ def test_signals_save_and_exit_and_the_resumed_run_is_undisturbed(small_config: 
     cut = RunFolder(whole.root.parent / "cut")
     assert cut.status == "interrupted" and max(p.name for p in cut.checkpoints.iterdir()) == "step-00000003"
     assert TrainingWrapper.resume(cut).status == "finished"
+    assert_same_run(whole, cut)
+
+
+RESUMED: dict[str, dict[str, Any]] = {
+    "lora_plus": {
+        "peft": {"variant": "rslora", "lora_dropout": 0.1, "lora_plus_ratio": 8},
+        "training": {"scheduler": "cosine_with_restarts", "scheduler_cycles": 2, "min_lr_ratio": 0.1},
+    },
+    "adafactor": {"peft": {"use_dora": True}, "training": {"optimizer": "adafactor"}},
+    "adamw_8bit": {"peft": {"r": 32}, "training": {"optimizer": "adamw_8bit"}},
+    "pissa": {"peft": {"init": "pissa", "lora_dropout": 0.1}, "training": {"weight_decay": 0.1}},
+    "whole_modules": {"peft": {"modules_to_save": ["norm"]}, "training": {"gradient_checkpointing": True}},
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_whatever_trains_resumes_undisturbed(small_config: Config, kind: str) -> None:
+    if kind == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    whole = RunFolder(Path(TrainingWrapper(small_config(**RESUMED[kind])).train().run_dir))
+    with pytest.raises(InterruptedRunError):
+        config = small_config(**RESUMED[kind], output={"run_id": "cut"})
+        TrainingWrapper(config, callbacks=(Stop(3, signal.SIGTERM),)).train()
+    cut = RunFolder(whole.root.parent / "cut")
+    summary = TrainingWrapper.resume(cut)
+    assert_same_run(whole, cut)
+    assert summary.validation_loss is not None and summary.base_validation_loss is not None
+    assert summary.validation_loss < summary.base_validation_loss
+
+
+def test_going_on_from_an_adapter_resumes_undisturbed(small_config: Config) -> None:
+    first = TrainingWrapper(small_config(training={"max_steps": 2})).train()
+    section = {"from_adapter": first.run_dir, "r": 4}
+    whole = RunFolder(Path(TrainingWrapper(small_config(peft=section)).train().run_dir))
+    with pytest.raises(InterruptedRunError):
+        config = small_config(peft=section, output={"run_id": "cut"})
+        TrainingWrapper(config, callbacks=(Stop(3, signal.SIGTERM),)).train()
+    cut = RunFolder(whole.root.parent / "cut")
+    TrainingWrapper.resume(cut)
     assert_same_run(whole, cut)
 
 
@@ -186,8 +230,6 @@ def test_sigkill_then_resume_equals_the_undisturbed_run(small_config: Config) ->
 
 
 def test_a_damaged_checkpoint_is_passed_over(small_config: Config) -> None:
-    from training_lens.errors import InterruptedRunError
-
     whole = RunFolder(Path(TrainingWrapper(small_config(training={"save_steps": 2})).train().run_dir))
     with pytest.raises(InterruptedRunError):
         config = small_config(training={"save_steps": 2}, output={"run_id": "cut"})
@@ -200,8 +242,6 @@ def test_a_damaged_checkpoint_is_passed_over(small_config: Config) -> None:
 
 
 def test_resume_refuses_a_finished_run_and_changed_data(small_config: Config, write_rows: Callable[..., Path]) -> None:
-    from training_lens.errors import InterruptedRunError
-
     path = write_rows(ROWS)
     config = small_config(data={"train": str(path)}, output={"run_id": "cut"})
     with pytest.raises(InterruptedRunError):

@@ -208,7 +208,7 @@ class TrainingSection(Section):
     )
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
         "adamw",
-        description="adamw: betas 0.9 and 0.999; adamw_8bit: its state in 8 bits (bitsandbytes, CUDA); adafactor: "
+        description="adamw: betas 0.9 and 0.999; adamw_8bit: its state in 8 bits (bitsandbytes); adafactor: "
         "factored second moments, no first",
     )
     scheduler: Literal["linear", "cosine", "cosine_with_restarts", "constant"] = Field(
@@ -311,11 +311,26 @@ class TrainingConfig(Section):
         return self
 
     def resolved(self, **sections: dict[str, Any]) -> TrainingConfig:
-        """A copy with some keys of some sections replaced: `config.resolved(training={"lr": 1e-3})`."""
-        values = self.model_dump()
+        """A copy with some keys of some sections replaced: `config.resolved(training={"lr": 1e-3})`.
+
+        What was never set stays unset, so that later steps can tell a choice from a default.
+        """
+        values = _given(self)
         for name, keys in sections.items():
             values[name] |= keys
         return TrainingConfig.model_validate(values)
+
+
+def _given(section: BaseModel) -> dict[str, Any]:
+    """What was set of a section, and of the sections in it."""
+    values: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            values[name] = _given(value)
+        elif name in section.model_fields_set:
+            values[name] = value
+    return values
 
 
 def _cross_checks(config: TrainingConfig) -> list[str]:

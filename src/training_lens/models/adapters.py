@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ import torch
 
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError
-from training_lens.utils.formatting import nearest
+from training_lens.models import pissa
+from training_lens.models.quantization import element_count
+from training_lens.models.saved import WEIGHTS, adapter_folder, check_fit, require_adapter
+from training_lens.models.targets import check_targets, is_linear, target_names, tied_modules, whole_modules
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,47 +35,125 @@ class ParameterCount:
         return self.trainable / self.total
 
 
-def target_names(model: Any, asked: str | list[str]) -> list[str]:
-    """The names of the modules to adapt, shortened to their last part: ['down_proj', 'gate_proj', ...].
+def describe(peft: PeftSection) -> str:
+    """What is trained, in a few words: 'rslora+dora, pissa start, r=16'."""
+    parts = [peft.variant + ("+dora" if peft.use_dora else "")]
+    if peft.init == "pissa":
+        parts.append("pissa start")
+    parts.append(f"r={peft.r}" + (" (rank_pattern besides)" if peft.rank_pattern else ""))
+    if peft.modules_to_save:
+        parts.append(f"{', '.join(peft.modules_to_save)} whole")
+    if peft.lora_plus_ratio:
+        parts.append(f"B at {peft.lora_plus_ratio:g} x lr")
+    if peft.from_adapter:
+        parts.append(f"going on from {peft.from_adapter}")
+    return ", ".join(parts)
+
+
+def lora_config(model: Any, peft: PeftSection) -> Any:
+    """PEFT's configuration of the adapter that `peft` describes on `model`, whose weights may be missing.
 
     Raises:
-        AdapterError: a name that no linear layer has; lists what there is and the nearest.
+        AdapterError: names that match nothing, modules that cannot be adapted, ranks that are too high.
     """
-    head = model.get_output_embeddings()
-    linear = {
-        n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head
-    }
-    if asked == "auto":
-        if not linear:
-            raise AdapterError("peft.target_modules: the model has no linear layers to adapt.")
-        return sorted(linear)
-    names = {n for n, _ in model.named_modules()}
-    for name in asked:
-        if not any(n == name or n.endswith(f".{name}") for n in names):
-            close = nearest(name, linear)
-            hint = f" Did you mean '{close}'?" if close else ""
-            raise AdapterError(
-                f"peft.target_modules: no module is called '{name}'.{hint} Linear layers: {', '.join(sorted(linear))}."
-            )
-    return sorted(asked)
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
 
-
-def attach(model: Any, peft: PeftSection) -> Any:
-    """The model with a fresh adapter: B is zero, so it computes exactly what the base does. Adapters are float32."""
-    from peft import LoraConfig, get_peft_model
-
+    size = peft.model_dump(include={"r", "lora_alpha", "rank_pattern", "alpha_pattern"})
+    whole, tied = _trained_whole(model, peft)
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=peft.r,
-        lora_alpha=peft.lora_alpha,
         lora_dropout=peft.lora_dropout,
         target_modules=target_names(model, peft.target_modules),
         use_dora=peft.use_dora,
+        use_rslora=peft.variant == "rslora",
+        modules_to_save=whole or None,
+        ensure_weight_tying=tied,
+        **(pissa.doubled(peft) if peft.init == "pissa" else size),
     )
-    adapted = get_peft_model(model, config)
+    targets = {n: m for n, m in model.named_modules() if n and check_target_module_exists(config, n)}
+    check_targets(targets, peft)
+    # Conv1D keeps its weight as (in, out).
+    config.fan_in_fan_out = any(is_linear(m) and not isinstance(m, torch.nn.Linear) for m in targets.values())
+    return config
+
+
+def _trained_whole(model: Any, peft: PeftSection) -> tuple[list[str], bool]:
+    """`modules_to_save` for PEFT, and whether they hold tied weights, of which both ends are named."""
+    whole = whole_modules(model, peft.modules_to_save)
+    tied = tied_modules(model) or ()
+    if any(path == name or path.endswith(f".{name}") for path in tied for name in whole):
+        return [*(name for name in whole if not any(path.endswith(name) for path in tied)), *tied], True
+    return whole, False
+
+
+def attach(model: Any, peft: PeftSection) -> Any:
+    """The model with its adapter, in float32: fresh, computing what the base does, or that of `from_adapter`.
+
+    Fresh LoRA and DoRA compute exactly the base (DoRA and PiSSA up to rounding), and `base_only` is the base always.
+
+    Raises:
+        AdapterError: see `lora_config`; or the saved adapter does not fit.
+    """
+    adapted = _inject(model, lora_config(model, peft))
     for _, parameter in trainable(adapted):
         parameter.data = parameter.data.float()
+    _between_dtypes(adapted)
+    if peft.from_adapter:
+        restore_adapter(adapted, adapter_folder(peft.from_adapter))
+    elif peft.init == "pissa":
+        pissa.start(adapted)
     return adapted
+
+
+def _between_dtypes(adapted: Any) -> None:
+    """Modules trained whole compute in float32, and take and give what the base computes in, as LoRA layers do."""
+    from peft.utils import ModulesToSaveWrapper
+
+    def widen(_module: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in given)
+
+    for wrapper in adapted.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            dtype = next(wrapper.original_module.parameters()).dtype
+            for module in wrapper.modules_to_save.values() if dtype != torch.float32 else ():
+                module.register_forward_pre_hook(widen)
+                module.register_forward_hook(lambda _module, _given, result, dtype=dtype: result.to(dtype))
+
+
+def check_adapter(skeleton: Any, peft: PeftSection) -> None:
+    """Raise what `attach` would, on a model without weights (`factory.build_skeleton`), which it uses up.
+
+    Raises:
+        AdapterError: see `attach`; a saved adapter is compared by the shapes in its header.
+    """
+    from peft import get_peft_model_state_dict
+
+    base = skeleton.name_or_path
+    adapted = _inject(skeleton, lora_config(skeleton, peft))
+    if peft.from_adapter:
+        state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        check_fit(adapter_folder(peft.from_adapter), {n: tuple(t.shape) for n, t in state.items()}, base)
+
+
+def _inject(model: Any, config: Any) -> Any:
+    from peft import get_peft_model
+
+    try:
+        with _peft_advice():
+            return get_peft_model(model, config)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, UserWarning) as error:
+        raise AdapterError(f"peft: this model cannot take this adapter: {error}") from error
+
+
+@contextmanager
+def _peft_advice() -> Iterator[None]:
+    """PEFT's warnings about what is so on purpose are silent; that weights come apart which are tied is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        warnings.filterwarnings("error", message="You have requested `ensure_weight_tying`")
+        yield
 
 
 def trainable(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
@@ -77,9 +162,11 @@ def trainable(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def count_parameters(model: Any) -> ParameterCount:
-    """Trainable and total parameters."""
+    """Trainable and total parameters; 4-bit weights count one by one."""
     parameters = list(model.parameters())  # each tensor once, also where weights are tied
-    return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+    return ParameterCount(
+        sum(p.numel() for p in parameters if p.requires_grad), sum(element_count(p) for p in parameters)
+    )
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -96,11 +183,10 @@ def load_adapter(model: Any, folder: Path, *, training: bool = False) -> Any:
     """
     from peft import PeftModel
 
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise AdapterError(f"{folder} is no adapter folder: {name} is missing.")
+    require_adapter(folder)
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=training)
+        with _peft_advice():
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=training)
     except (RuntimeError, ValueError, json.JSONDecodeError) as error:
         raise AdapterError(f"the adapter in {folder} does not fit this base model: {error}") from error
     return adapted.train(training)
@@ -115,7 +201,10 @@ def restore_adapter(model: Any, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    try:
+        result = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    except (RuntimeError, KeyError) as error:
+        raise AdapterError(f"{folder}: does not fit the run's adapter ({error}).") from error
     lost = [key for key in result.missing_keys if "lora_" in key]
     if lost or result.unexpected_keys:
         raise AdapterError(

@@ -11,6 +11,7 @@ import torch
 from training_lens import embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError
+from training_lens.models.quantization import keep_trainable, loading_options
 from training_lens.utils.devices import DTYPES, Precision
 from training_lens.utils.formatting import nearest
 from training_lens.utils.hub import require_hub
@@ -133,14 +134,16 @@ def load_tokenizer(model: ModelSection, path: str | None = None) -> Any:
 
 
 def load_model(model: ModelSection, device: torch.device, precision: Precision) -> Any:
-    """The base model with frozen weights on `device`, in eval mode.
+    """The base model with frozen weights on `device`, quantized where that is asked, in eval mode.
 
     Raises:
         ModelLoadingError: weights missing, broken, or not those of its configuration.
+        ConfigurationError: quantization without its package.
     """
     from transformers import AutoModelForCausalLM
 
     path = locate(model)
+    quantized = loading_options(model, device, precision)
     dtype = DTYPES[precision if model.dtype == "auto" else model.dtype]
     attention = "sdpa" if model.attention == "auto" else model.attention
     loaded, info = _load(
@@ -152,6 +155,7 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
             attn_implementation=attention,
             use_safetensors=True,
             output_loading_info=True,
+            **quantized,
             **_hub_options(model),
         ),
     )
@@ -161,7 +165,40 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
             f"model.id: the weights of '{model.id}' lack {len(missing)} of the model's tensors ({missing[0]}, ...), "
             "which would be random. The download is incomplete, or its config.json belongs to another model."
         )
-    return loaded.to(device).requires_grad_(False).eval()
+    placed = keep_trainable(loaded) if quantized else loaded.to(device)
+    return placed.requires_grad_(False).eval()
+
+
+def build_skeleton(model: ModelSection) -> Any:
+    """The base model without weights, on the meta device: every module with its sizes, for checks that cost no memory.
+
+    Raises:
+        ModelLoadingError: the configuration is none of a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = locate(model)
+
+    def build() -> Any:
+        config = AutoConfig.from_pretrained(path, **_hub_options(model))
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+
+    return _load("architecture", model, build).requires_grad_(False).eval()
+
+
+def checkpoint_gradients(model: Any) -> None:
+    """Keep of each layer its input alone, and compute the layer again in the backward pass (arXiv 1604.06174).
+
+    Dropout draws the same again, so losses and gradients are those without it.
+
+    Raises:
+        ConfigurationError: the model's code cannot.
+    """
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigurationError(f"training.gradient_checkpointing: {error} Set it to false.") from error
 
 
 def check_vocabulary(tokenizer: Any, facts: ModelFacts, model_id: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training_lens.errors import CheckpointError
-from training_lens.models.adapters import restore_adapter, save_adapter, trainable
+from training_lens.models.adapters import restore_adapter, save_adapter
 from training_lens.training.optimization import optimizer_tensors, restore_optimizer
 from training_lens.utils.checkpoints import (
     CheckpointMetadata,
@@ -65,13 +65,10 @@ class CheckpointManager:
 
     def save(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any, state: TrainingState) -> Path:
         """Write the state after `state.step` whole or not at all, then delete what is neither last nor best."""
-        names = [name for name, _ in trainable(model)]
 
         def fill(folder: Path) -> None:
             save_adapter(model, folder / ADAPTER)
-            save_file(
-                {k: v.contiguous().cpu() for k, v in optimizer_tensors(optimizer, names).items()}, folder / OPTIMIZER
-            )
+            save_file(optimizer_tensors(optimizer), folder / OPTIMIZER)
             save_file(rng_state(), folder / RNG)
             best = None if math.isinf(state.best_loss) else state.best_loss
             write_json(folder / STATE, {**asdict(state), "best_loss": best, "scaler": scaler.state_dict()})
@@ -113,7 +110,7 @@ class CheckpointManager:
         for damaged in [c for c in list_checkpoints(self.folder) if c > folder]:
             shutil.rmtree(damaged)
         restore_adapter(model, folder / ADAPTER)
-        restore_optimizer(optimizer, [name for name, _ in trainable(model)], load_file(folder / OPTIMIZER))
+        restore_optimizer(optimizer, load_file(folder / OPTIMIZER))
         restore_rng_state(load_file(folder / RNG))
         values = read_json(folder / STATE)
         scaler.load_state_dict(values.pop("scaler"))

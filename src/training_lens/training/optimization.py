@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from training_lens.config.schema import TrainingSection
+from training_lens.models.quantization import require_bitsandbytes
 
-Scheduler = Literal["linear", "cosine", "cosine_with_restarts", "constant"]
+Named = Sequence[tuple[str, torch.nn.Parameter]]
 
 
 def default_lr(width: int) -> float:
@@ -27,32 +29,65 @@ def default_lr(width: int) -> float:
     return float(f"{5e-5 * 10 * (2000 / width) ** 0.781:.1e}")
 
 
-def lr_at(step: int, total_steps: int, peak: float, scheduler: Scheduler, warmup_ratio: float) -> float:
+def lr_at(step: int, total_steps: int, training: TrainingSection) -> float:
     """The learning rate of step `step`, counted from 1.
 
-    It rises linearly to `peak` over ceil(warmup_ratio * total_steps) steps, the first of them not at zero, and then
-    falls to zero just behind the last step, linearly or as half a cosine, or stays.
+    It rises linearly to `training.lr` over ceil(warmup_ratio * total_steps) steps, the first of them not at zero. Then
+    it stays, or falls to min_lr_ratio of that just behind the last step: linearly, as half a cosine, or as
+    `scheduler_cycles` half cosines of equal length that start at the peak (arXiv 1608.03983, without growing cycles).
     """
-    warmup = math.ceil(warmup_ratio * total_steps)
+    assert training.lr is not None
+    warmup = math.ceil(training.warmup_ratio * total_steps)
     if step <= warmup:
-        return peak * step / (warmup + 1)
-    if scheduler == "constant":
-        return peak
-    progress = (step - 1 - warmup) / max(1, total_steps - warmup)
-    return peak * (1 - progress if scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
+        return training.lr * step / (warmup + 1)
+    floor = training.min_lr_ratio
+    return training.lr * (floor + (1 - floor) * _share(step - 1 - warmup, total_steps - warmup, training))
 
 
-def build_optimizer(
-    parameters: Sequence[torch.nn.Parameter], training: TrainingSection, lr: float
-) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with PyTorch's fused update where the device has one."""
-    return torch.optim.AdamW(
-        parameters, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=training.weight_decay, fused=_fusable(parameters)
-    )
+def _share(done: int, steps: int, training: TrainingSection) -> float:
+    """What is left of the fall, from 1 to 0, after `done` of `steps` steps behind the warm-up."""
+    if training.scheduler == "constant":
+        return 1.0
+    if training.scheduler == "linear":
+        return 1 - done / steps
+    cycles = training.scheduler_cycles  # 1 where the scheduler is cosine
+    return 0.5 * (1 + math.cos(math.pi * (done * cycles % steps) / steps))
 
 
-def _fusable(parameters: Sequence[torch.nn.Parameter]) -> bool:
-    return all(p.device.type in ("cpu", "cuda") for p in parameters)
+def build_optimizer(named: Named, training: TrainingSection, lora_plus_ratio: float | None = None) -> Optimizer:
+    """The optimizer of `training.optimizer` over named parameters.
+
+    adamw is AdamW (arXiv 1711.05101) with PyTorch's fused update where the device has one; adamw_8bit the same with
+    its moments in blocks of 8 bits (arXiv 2110.02861); adafactor (arXiv 1804.04235) keeps row and column means of the
+    second moment, no first, and takes the learning rate as given.
+
+    Each group's `lr_factor` scales the step's learning rate: `lora_plus_ratio` for LoRA's B, 1 for all else.
+
+    Raises:
+        ConfigurationError: adamw_8bit without bitsandbytes.
+    """
+    groups, decay = _groups(named, lora_plus_ratio), training.weight_decay
+    adam: dict[str, Any] = {"lr": training.lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay}
+    optimizer: Optimizer
+    if training.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        optimizer = Adafactor(groups, lr=training.lr, scale_parameter=False, relative_step=False, weight_decay=decay)
+    elif training.optimizer == "adamw_8bit":
+        optimizer = require_bitsandbytes("training.optimizer").optim.AdamW8bit(groups, **adam)
+    else:
+        fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
+        optimizer = torch.optim.AdamW(groups, **adam, fused=fused)
+    return optimizer
+
+
+def _groups(named: Named, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
+    """One group, or with LoRA+ (arXiv 2402.12354) a second one of the B matrices, whose rate is `ratio` times that."""
+    if lora_plus_ratio is None:
+        return [{"params": list(named), "lr_factor": 1.0}]
+    b = [(name, p) for name, p in named if ".lora_B." in name]
+    rest = [(name, p) for name, p in named if ".lora_B." not in name]
+    return [{"params": rest, "lr_factor": 1.0}, {"params": b, "lr_factor": lora_plus_ratio}]
 
 
 def grad_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
@@ -70,17 +105,29 @@ def clip_(parameters: Sequence[torch.nn.Parameter], norm: Tensor, max_norm: floa
     torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors ('exp_avg/<parameter>'), for a safetensors file."""
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {f"{key}/{names[i]}": torch.as_tensor(v) for i, entry in state.items() for key, v in entry.items()}
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors ('exp_avg/<parameter>'), each its own memory, for a safetensors file."""
+    return {
+        f"{key}/{name}": torch.as_tensor(value).cpu().clone(memory_format=torch.contiguous_format)
+        for name, parameter in _named_parameters(optimizer)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave, for parameters of the same names in the same order."""
-    state: dict[int, dict[str, Tensor]] = {}
+def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, by the parameters' names."""
+    index = {name: i for i, (name, _) in enumerate(_named_parameters(optimizer))}
+    state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         key, parameter = name.split("/", 1)
-        state.setdefault(names.index(parameter), {})[key] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+        # Counts that were Python integers (adafactor's and adamw_8bit's step) came out as integer scalars.
+        count = tensor.ndim == 0 and not tensor.is_floating_point()
+        state.setdefault(index[parameter], {})[key] = int(tensor) if count else tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _named_parameters(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+    """In the order in which the optimizer numbers its parameters: group by group."""
+    return [
+        pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
+    ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from training_lens import embedded
 from training_lens.config.schema import TrainingConfig, check_run_length
@@ -20,7 +21,18 @@ from training_lens.data.store import TokenDataset
 from training_lens.data.templates import adopt_template_file, build_renderer, choose_template
 from training_lens.data.tokenization import TextEncoder
 from training_lens.errors import ConfigurationError, DatasetError
-from training_lens.models.factory import ModelFacts, check_vocabulary, load_tokenizer, read_facts, resolve_seq_len
+from training_lens.models.adapters import check_adapter
+from training_lens.models.factory import (
+    ModelFacts,
+    build_skeleton,
+    check_vocabulary,
+    checkpoint_gradients,
+    load_tokenizer,
+    read_facts,
+    resolve_seq_len,
+)
+from training_lens.models.quantization import check_quantization
+from training_lens.models.saved import adopt
 from training_lens.training.optimization import default_lr
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import require_writable, write_text
@@ -98,6 +110,7 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     check_vocabulary(tokenizer, facts, config.model.id)
     adopt_template_file(config.data.template, tokenizer)
     resolved = _resolve(config, facts, tokenizer, precision)
+    _check_model(resolved, device)
     splits = _prepare(resolved, tokenizer, processes, progress)
     train, validation = _datasets(resolved, splits)
     duplicates = count_duplicates(train, validation)
@@ -121,9 +134,19 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
         logger.info("learning rate: %g, from the model's width (training.lr sets another)", lr)
     return config.resolved(
         model={"seq_len": seq_len},
+        peft=adopt(config.peft).model_dump(),
         data={"template": template},
         training={"lr": lr, "precision": precision},
     )
+
+
+def _check_model(config: TrainingConfig, device: torch.device) -> None:
+    """Try adapter, gradient checkpointing and packages on the model's skeleton; no weights are read."""
+    check_quantization(config, device)
+    skeleton = build_skeleton(config.model)
+    if config.training.gradient_checkpointing:
+        checkpoint_gradients(skeleton)
+    check_adapter(skeleton, config.peft)
 
 
 def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progress: Progress) -> dict[str, Split]:

@@ -43,6 +43,7 @@ class Trainer:
         settings: the config's training section, with `lr` resolved.
         precision: of the forward and backward pass.
         fill_id: a token id to pad with; never read.
+        lora_plus_ratio: learning rate of LoRA's B over that of all else; None: the same.
     """
 
     def __init__(
@@ -57,14 +58,13 @@ class Trainer:
         checkpoints: CheckpointManager,
         callbacks: Sequence[Callback],
         fill_id: int,
+        lora_plus_ratio: float | None = None,
     ) -> None:
-        assert settings.lr is not None
         self.model, self.dataset, self.validation = model, dataset, validation
         self.schedule, self.settings, self.precision, self.processes = schedule, settings, precision, processes
         self.checkpoints, self.fill_id = checkpoints, fill_id
-        self.peak_lr = settings.lr
         self.parameters = [p for _, p in trainable(model)]
-        self.optimizer = build_optimizer(self.parameters, settings, settings.lr)
+        self.optimizer = build_optimizer(trainable(model), settings, lora_plus_ratio)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")
         self.state = TrainingState()
         self._callbacks = tuple(callbacks)
@@ -113,7 +113,7 @@ class Trainer:
             self._leave_if_asked()
 
     def train_step(self, plan: StepPlan) -> StepReport:
-        """One update from the examples of `plan`: forward and backward by micro-batches, clip, AdamW."""
+        """One update from the examples of `plan`: forward and backward by micro-batches, clip, update."""
         started = time.perf_counter()
         targets = int(self.dataset.supervised[plan.examples].sum())
         loss_sum = self._accumulate_gradients(plan, targets)
@@ -126,13 +126,7 @@ class Trainer:
             epoch=plan.number / self.schedule.steps_per_epoch,
             loss=loss,
             grad_norm=float(norm),
-            lr=lr_at(
-                plan.number,
-                self.schedule.total_steps,
-                self.peak_lr,
-                self.settings.scheduler,
-                self.settings.warmup_ratio,
-            ),
+            lr=lr_at(plan.number, self.schedule.total_steps, self.settings),
             tokens=int(self.dataset.lengths[plan.examples].sum()),
             supervised_tokens=targets,
             seconds=0.0,
@@ -171,7 +165,7 @@ class Trainer:
 
     def _update(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -14,8 +14,8 @@ from rich.console import Console
 import training_lens
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError, InterruptedRunError
-from training_lens.models.adapters import ParameterCount, attach, count_parameters
-from training_lens.models.factory import load_model
+from training_lens.models.adapters import ParameterCount, attach, count_parameters, describe
+from training_lens.models.factory import checkpoint_gradients, load_model
 from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar, TensorBoardLogger
 from training_lens.training.checkpoints import ADAPTER, CheckpointManager, TrainingState
 from training_lens.training.planning import RunPlan, plan_run, with_rows_as_files
@@ -152,10 +152,12 @@ class TrainingWrapper:
         device = plan.processes.device
         seed_everything(config.training.seed)
         model = attach(load_model(config.model, device, plan.precision), config.peft)
+        if config.training.gradient_checkpointing:
+            checkpoint_gradients(model)
         parameters = count_parameters(model)
         logger.info(
-            "%s r=%d: %s of %s parameters train (%.2f %%) on %s in %s",
-            "dora" if config.peft.use_dora else config.peft.variant, config.peft.r,
+            "%s: %s of %s parameters train (%.2f %%) on %s in %s",
+            describe(config.peft),
             format_count(parameters.trainable), format_count(parameters.total),
             100 * parameters.share, device, plan.precision,
         )  # fmt: skip
@@ -170,6 +172,7 @@ class TrainingWrapper:
             CheckpointManager(run.checkpoints, plan.fingerprint),
             self._watchers(run, plan) if plan.processes.is_main else self._callbacks,
             fill_id=plan.tokenizer.eos_token_id,
+            lora_plus_ratio=config.peft.lora_plus_ratio,
         )
         return trainer, parameters
 

@@ -1,0 +1,181 @@
+"""Saved adapters: PEFT folders, read by their configuration and the header of their weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from training_lens.config.schema import PeftSection
+from training_lens.errors import AdapterError, ConfigurationError
+from training_lens.utils.formatting import nearest
+from training_lens.utils.logging import get_logger
+from training_lens.utils.runs import RunFolder
+
+logger = get_logger(__name__)
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Shapes = dict[str, tuple[int, ...]]
+
+# What an adapter's configuration says besides the keys of `PeftSection`, and does not change what it computes.
+NEUTRAL = {
+    *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "fan_in_fan_out"),
+    *("inference_mode", "init_lora_weights", "lora_dropout", "modules_to_tie", "peft_type", "peft_version"),
+    *("revision", "task_type"),
+}
+CARRIED = {
+    *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "use_dora"),
+    "use_rslora",
+}
+ON_OTHER_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def require_adapter(folder: Path) -> Path:
+    """The folder, once it holds an adapter's two files.
+
+    Raises:
+        AdapterError: a file is missing; weights are taken as safetensors alone.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            unsafe = " (adapter_model.bin may run code when opened: convert it)" if any(folder.glob("*.bin")) else ""
+            raise AdapterError(f"{folder} is no adapter folder: {name} is missing{unsafe}.")
+    return folder
+
+
+def adapter_folder(reference: str) -> Path:
+    """The adapter folder that `peft.from_adapter` means: itself, or artifacts/adapter of a run folder.
+
+    Raises:
+        AdapterError: nothing there, or files are missing.
+    """
+    path = Path(reference).expanduser()
+    if not path.is_dir():
+        close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+        hint = f" Did you mean '{path.parent / close}'?" if close else f" Relative paths start at {Path.cwd()}."
+        raise AdapterError(f"peft.from_adapter: no folder '{reference}'.{hint}")
+    run = RunFolder(path)
+    if (path / CONFIG).is_file() or not run.metadata.is_dir():
+        return _keyed(path)
+    if not run.adapter.is_dir():
+        raise AdapterError(f"peft.from_adapter: the run '{reference}' has no adapter yet; finish it with --resume.")
+    return _keyed(run.adapter)
+
+
+def _keyed(folder: Path) -> Path:
+    try:
+        return require_adapter(folder)
+    except AdapterError as error:
+        raise AdapterError(f"peft.from_adapter: {error}") from None
+
+
+def adopt(peft: PeftSection) -> PeftSection:
+    """The section with what the adapter of `from_adapter` decides: rank, alpha, targets, variant, patterns.
+
+    Raises:
+        AdapterError: no such adapter, or it is more than a LoRA or DoRA.
+        ConfigurationError: the section sets a value, and the adapter has another.
+    """
+    if peft.from_adapter is None:
+        return peft
+    folder = adapter_folder(peft.from_adapter)
+    saved = _section_of(read_config(folder), folder)
+    given = peft.model_dump(include=peft.model_fields_set)
+    problems = [
+        f"peft.{key}: given {given[key]!r}, but the adapter in {folder} has {value!r}; leave it out, or leave "
+        "peft.from_adapter out to start anew"
+        for key, value in saved.items()
+        if key in given and _unordered(given[key]) != _unordered(value)
+    ]
+    if problems:
+        raise ConfigurationError(problems)
+    return PeftSection.model_validate({**peft.model_dump(), **saved})
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Raises:
+        AdapterError: it is no JSON object.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{folder / CONFIG} is no valid JSON ({error}). Save the adapter again.") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder / CONFIG} holds no JSON object. Save the adapter again.")
+    return config
+
+
+def _section_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The keys of `PeftSection` that an adapter's configuration decides."""
+    _refuse_others(config, folder)
+    targets = config["target_modules"]
+    return {
+        "variant": "rslora" if config.get("use_rslora") else "lora",
+        "use_dora": bool(config.get("use_dora")),
+        "init": "default",
+        "r": config["r"],
+        "lora_alpha": float(config["lora_alpha"]),
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+        "modules_to_save": config.get("modules_to_save") or [],
+    }
+
+
+def _refuse_others(config: dict[str, Any], folder: Path) -> None:
+    from peft import LoraConfig
+
+    kind, start = config.get("peft_type"), str(config.get("init_lora_weights"))
+    if kind != "LORA":
+        raise AdapterError(f"peft.from_adapter: {folder} holds a {kind} adapter; only LoRA and DoRA can go on here.")
+    if start.startswith(ON_OTHER_WEIGHTS):
+        raise AdapterError(
+            f"peft.from_adapter: {folder} started as {start}, which changed the base's weights under it. Convert it to "
+            "a plain LoRA first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)."
+        )
+    usual = LoraConfig().to_dict()
+    others = [k for k, v in config.items() if k not in NEUTRAL | CARRIED and v and v != usual.get(k)]
+    missing = [k for k in ("r", "lora_alpha", "target_modules") if not config.get(k)]
+    if others or missing:
+        what = f"uses {', '.join(others)}" if others else f"does not say {', '.join(missing)}"
+        raise AdapterError(f"peft.from_adapter: {folder} {what}; only plain LoRA and DoRA adapters can go on here.")
+
+
+def saved_shapes(folder: Path) -> Shapes:
+    """Names and shapes of the saved tensors, from the file's header.
+
+    Raises:
+        AdapterError: it is no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterError(f"{folder / WEIGHTS} is broken ({error}). Copy or save it again.") from error
+
+
+def check_fit(folder: Path, wanted: Shapes, base: str) -> None:
+    """Hold a saved adapter against the tensors that it must have on this base, called `base`.
+
+    Raises:
+        AdapterError: names or shapes differ, so it was made on another base.
+    """
+    found = saved_shapes(folder)
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        there, here = (shapes.get(wrong[0], "nothing") for shapes in (found, wanted))
+        raise AdapterError(
+            f"peft.from_adapter: {folder} is the adapter of another base: {len(wrong)} of its tensors do not fit "
+            f"'{base}'; {wrong[0]} has {there}, this base takes {here}. Give the base that it was trained on."
+        )
+    origin = read_config(folder).get("base_model_name_or_path")
+    if origin and origin != base:
+        logger.warning("the adapter in %s was trained on '%s'; its shapes fit '%s' too", folder, origin, base)

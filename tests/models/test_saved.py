@@ -1,0 +1,162 @@
+"""A saved adapter goes on where it stood; what it is, its folder decides; what does not fit is refused early."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training_lens import TrainingConfig, TrainingWrapper
+from training_lens.config.schema import ModelSection, PeftSection
+from training_lens.errors import AdapterError, ConfigurationError
+from training_lens.models.adapters import attach, check_adapter, save_adapter, trainable
+from training_lens.models.factory import build_skeleton, load_model
+from training_lens.models.saved import CONFIG, WEIGHTS, adopt
+from training_lens.training.callbacks import Callback
+from training_lens.training.trainer import Trainer
+
+Config = Callable[..., TrainingConfig]
+IDS = torch.arange(40, 72).view(2, 16)
+
+
+def base() -> Any:
+    return load_model(ModelSection(), torch.device("cpu"), "fp32")
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        result: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return result
+
+
+def saved(folder: Path, **section: Any) -> Any:
+    """An adapter with random weights, saved."""
+    adapted = attach(base(), PeftSection(**{"r": 4, **section}))
+    for _, parameter in trainable(adapted):
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    folder.mkdir(exist_ok=True)
+    save_adapter(adapted, folder)
+    return adapted
+
+
+def edit(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"variant": "rslora", "use_dora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 7.0}},
+        {"target_modules": r".*\.[qv]_proj", "modules_to_save": ["lm_head"]},
+        {"init": "pissa", "variant": "rslora"},
+    ],
+)
+def test_going_on_starts_from_exactly_the_saved_adapter(section: dict[str, Any], tmp_path: Path) -> None:
+    adapted = saved(tmp_path, **section)
+    taken = adopt(PeftSection(from_adapter=str(tmp_path)))
+    again = attach(base(), taken)
+    torch.testing.assert_close(logits(again), logits(adapted), rtol=1e-5, atol=1e-5)
+    assert all(p.dtype == torch.float32 for _, p in trainable(again))
+    check_adapter(build_skeleton(ModelSection()), taken)
+
+
+def test_the_folder_decides_what_the_section_leaves_open(tmp_path: Path) -> None:
+    saved(tmp_path, variant="rslora", lora_alpha=12, use_dora=True, target_modules=["v_proj", "q_proj"])
+    section = adopt(PeftSection(from_adapter=str(tmp_path), lora_dropout=0.1, target_modules=["v_proj", "q_proj"]))
+    assert (section.variant, section.r, section.lora_alpha, section.use_dora) == ("rslora", 4, 12.0, True)
+    assert section.target_modules == ["q_proj", "v_proj"] and section.lora_dropout == 0.1
+    assert adopt(section) == section
+
+
+def test_a_section_that_says_otherwise_is_refused_with_both(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with pytest.raises(ConfigurationError) as caught:
+        adopt(PeftSection(from_adapter=str(tmp_path), r=16, init="pissa"))
+    assert len(caught.value.problems) == 2
+    assert "peft.r: given 16, but the adapter in" in str(caught.value) and "has 4" in str(caught.value)
+
+
+def test_a_pissa_adapter_goes_on_as_a_lora_of_twice_the_rank(tmp_path: Path) -> None:
+    adapted = saved(tmp_path, init="pissa")
+    section = adopt(PeftSection(from_adapter=str(tmp_path)))
+    assert (section.r, section.lora_alpha, section.init) == (8, 64.0, "default")
+    torch.testing.assert_close(logits(attach(base(), section)), logits(adapted), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(AdapterError, match=r"peft.from_adapter: no folder '.*mien'. Did you mean '.*mine'"):
+        adopt(PeftSection(from_adapter=str(tmp_path / "mien")))
+    section = PeftSection(from_adapter=str(tmp_path / "mine"))
+    with pytest.raises(AdapterError, match=r"mine is no adapter folder: adapter_config.json is missing"):
+        adopt(section)
+    saved(tmp_path / "mine")
+    (tmp_path / "mine" / WEIGHTS).rename(tmp_path / "mine" / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors is missing \(adapter_model.bin may run code"):
+        adopt(section)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "IA3"}, "holds a IA3 adapter"),
+        ({"init_lora_weights": "pissa_niter_4"}, "started as pissa_niter_4, which changed the base's weights"),
+        ({"bias": "all", "layers_to_transform": [0]}, "uses layers_to_transform, bias|uses bias, layers_to_transform"),
+        ({"target_modules": None}, "does not say target_modules"),
+    ],
+)
+def test_adapters_that_are_more_than_lora_are_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit(tmp_path, **values)
+    with pytest.raises(AdapterError, match=message):
+        adopt(PeftSection(from_adapter=str(tmp_path)))
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    saved(tmp_path)
+    section = adopt(PeftSection(from_adapter=str(tmp_path)))
+    (tmp_path / WEIGHTS).write_bytes(b"nothing")
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors is broken"):
+        check_adapter(build_skeleton(ModelSection()), section)
+    (tmp_path / CONFIG).write_text("{")
+    with pytest.raises(AdapterError, match=r"adapter_config.json is no valid JSON"):
+        adopt(section)
+
+
+def test_the_adapter_of_another_base_is_refused_by_its_shapes(tmp_path: Path, shared: Path) -> None:
+    saved(tmp_path, target_modules=["q_proj"])
+    other = build_skeleton(ModelSection(id=str(shared / "models/tinystories-656k")))
+    with pytest.raises(AdapterError, match=r"is the adapter of another base: \d+ of its tensors do not fit"):
+        check_adapter(other, adopt(PeftSection(from_adapter=str(tmp_path))))
+
+
+def test_another_name_with_fitting_shapes_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved(tmp_path)
+    edit(tmp_path, base_model_name_or_path="some-org/base")
+    with caplog.at_level(logging.WARNING, "training_lens"):
+        check_adapter(build_skeleton(ModelSection()), adopt(PeftSection(from_adapter=str(tmp_path))))
+    assert "was trained on 'some-org/base'; its shapes fit" in caplog.text
+
+
+def test_training_goes_on_from_a_runs_loss_and_lowers_it(small_config: Config, tmp_path: Path) -> None:
+    first = TrainingWrapper(small_config()).train()
+    config = small_config(peft={"from_adapter": first.run_dir, "r": 4}, training={"lr": 1e-3})
+    with pytest.raises(ConfigurationError, match=r"peft.r: given 8, but the adapter in .* has 4"):
+        TrainingWrapper(small_config(peft={"from_adapter": first.run_dir, "r": 8})).plan()
+    seen: list[float] = []
+
+    class Start(Callback):
+        def on_train_start(self, trainer: Trainer) -> None:
+            assert trainer.validation is not None
+            seen.append(trainer._loss_of(trainer.validation).loss)
+
+    second = TrainingWrapper(config, callbacks=(Start(),)).train()
+    assert seen[0] == pytest.approx(first.validation_loss, abs=1e-6)
+    assert second.validation_loss is not None and second.validation_loss < seen[0]
