@@ -108,7 +108,7 @@ def test_an_unreachable_hub_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     start = time.monotonic()
     with pytest.raises(
-        ModelLoadingError, match=r"'some-org/no-model' is no local folder, and the hub .* cannot be reached"
+        ModelLoadingError, match=r"'some-org/no-model' is no local path, and the hub .* cannot be reached"
     ):
         read_facts(ModelSection(id="some-org/no-model"))
     assert time.monotonic() - start < 20

@@ -48,6 +48,6 @@ def test_a_failed_write_is_no_checkpoint(tmp_path: Path) -> None:
         (target / "half").write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full"):
         write_checkpoint(tmp_path, 1, None, "data", fail)
     assert list_checkpoints(tmp_path) == [] and list(tmp_path.iterdir()) == [] and newest_intact(tmp_path) is None

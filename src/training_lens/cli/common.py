@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -63,18 +64,25 @@ def command(as_json: bool = False, debug: bool = False) -> Iterator[Screen]:
     setup_logging(console)
     try:
         yield Screen(console, as_json)
-    except TrainingLensError as error:
-        if debug:
+    except (TrainingLensError, OSError, KeyboardInterrupt) as error:
+        if debug or (isinstance(error, OSError) and error.errno is None):
             raise
-        Console(stderr=True, highlight=False, emoji=False).print(
-            f"error: {error}", style="red", markup=False, soft_wrap=True
-        )
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        Console(stderr=True, highlight=False, emoji=False).print("interrupted.", style="red")
-        sys.exit(130)
+        said, code = _said(error)
+        Console(stderr=True, highlight=False, emoji=False).print(said, style="red", markup=False, soft_wrap=True)
+        sys.exit(code)
+
+
+def _said(error: BaseException) -> tuple[str, int]:
+    """What is printed of an expected error, and the exit code."""
+    from training_lens.errors import TrainingLensError
+
+    if isinstance(error, TrainingLensError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        advice = "Free some space, or give another output.base_output_dir." if error.errno == errno.ENOSPC else ""
+        return f"error: {place}{error.strerror}. {advice}", 1
+    return "interrupted.", 130
 
 
 def device_of(settings: TrainingConfig) -> str | None:

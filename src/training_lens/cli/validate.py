@@ -2,24 +2,127 @@
 
 from __future__ import annotations
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, command, load_config
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+
+if TYPE_CHECKING:
+    from training_lens.data.preparation import SplitReport
+    from training_lens.training.estimates import Estimate
+    from training_lens.training.planning import RunPlan
+
+EXAMPLES = 3
+ENDS = 700  # characters of a long example that are shown of its start and of its end
+NAMED = 40  # sources and domains that a table lists
 
 
 def validate(overrides: Overrides = None, config: ConfigFile = None, json: Json = False, debug: Debug = False) -> None:
-    """Check config and data, and show the config, rows, batches and steps of the run. Trains nothing."""
+    """Check everything that train needs, and show what it would do: config, examples, counts, steps, an estimate.
+
+    Reads data, tokenizer and model; trains nothing that is kept. Exit code 0 only if train would start.
+    """
     with command(json, debug) as screen:
         settings = load_config(config, overrides)
-        import yaml
-
+        from training_lens.training.estimates import estimate_run
         from training_lens.training.wrapper import TrainingWrapper
 
         plan = TrainingWrapper(settings, console=screen.console).plan()
-        values, numbers = plan.config.model_dump(), plan.numbers()
-        screen.console.print("\n[bold]the run's config[/]")
-        screen.console.print(yaml.safe_dump(values, sort_keys=False).rstrip(), markup=False, soft_wrap=True)
-        screen.console.print("\n[bold]what it would train on[/]")
-        for name, value in numbers.items():
-            screen.console.print(f"  {name.replace('_', ' '):28} {value:>10,}")
-        if plan.domains:
-            screen.console.print(f"  {'domains':28} {', '.join(plan.domains)}", markup=False)
-        screen.result({"config": values, **numbers, "domains": plan.domains})
+        _show_config(screen, plan)
+        _show_examples(screen, plan)
+        for name, split in plan.splits.items():
+            _show_sources(screen, name, split.report)
+        _show_numbers(screen, plan)
+        estimate = estimate_run(plan)
+        _show_estimate(screen, estimate)
+        screen.result(_as_json(plan, estimate))
+
+
+def _as_json(plan: RunPlan, estimate: Estimate | None) -> dict[str, Any]:
+    return {
+        "config": plan.config.model_dump(),
+        **plan.numbers(),
+        "domains": plan.domains,
+        **plan.duplicates,
+        "splits": {name: asdict(split.report) for name, split in plan.splits.items()},
+        "estimate": asdict(estimate) if estimate else None,
+    }
+
+
+def _show_config(screen: Screen, plan: RunPlan) -> None:
+    import yaml
+
+    screen.console.print("\n[bold]the run's config[/]")
+    text = yaml.safe_dump(plan.config.model_dump(), sort_keys=False).rstrip()
+    screen.console.print(text, markup=False, soft_wrap=True)
+
+
+def _show_examples(screen: Screen, plan: RunPlan) -> None:
+    """Three examples as the model sees them; what is learned stands out in green, underlined."""
+    import numpy as np
+    from rich.text import Text
+
+    from training_lens.data.tokenization import shown
+
+    rows = np.unique(np.linspace(0, len(plan.train) - 1, EXAMPLES).astype(int))
+    marks = ("", "") if screen.console.is_terminal else ("«", "»")  # where there are no colours
+    legend = f"[green underline]{marks[0]}learned{marks[1]}[/], [dim]read[/]"
+    screen.console.print(f"\n[bold]{len(rows)} of the training examples[/]: {legend}")
+    for row in rows:
+        example = plan.train[int(row)]
+        learned = int(example.loss_mask[1:].sum())
+        title = f"\n{example.id}: {len(example.input_ids)} tokens, {learned} learned"
+        screen.console.print(title, markup=False, soft_wrap=True)
+        text = Text()
+        for part, is_learned in shown(plan.tokenizer, example.input_ids, example.loss_mask):
+            text.append(
+                f"{marks[0]}{part}{marks[1]}" if is_learned else part, "green underline" if is_learned else "dim"
+            )
+        screen.console.print(_short(text), soft_wrap=True)
+
+
+def _short(text: Any) -> Any:
+    from rich.text import Text
+
+    if len(text) <= 2 * ENDS:
+        return text
+    return Text("\n").join([text[:ENDS], Text(f"... {len(text) - 2 * ENDS} characters ...", "italic"), text[-ENDS:]])
+
+
+def _show_sources(screen: Screen, name: str, report: SplitReport) -> None:
+    """Rows by source and by domain, as far as they fit a screen."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"data.{name}: {report.rows:,} rows, {report.examples:,} examples", title_justify="left")
+    for column in ("source", "examples", "read as"):
+        table.add_column(column, justify="right" if column == "examples" else "left", overflow="fold")
+    for source, mapping in list(report.mappings.items())[:NAMED]:
+        table.add_row(Text(source), f"{report.examples_by_file.get(source, 0):,}", Text(mapping))
+    for domain, count in list(report.domains.items())[:NAMED]:
+        table.add_row(Text(f"  domain {domain}"), f"{count:,}", "")
+    more = len(report.mappings) + len(report.domains) - table.row_count
+    if more:
+        table.add_row(f"and {more} more", "", "")
+    screen.console.print()
+    screen.console.print(table)
+
+
+def _show_numbers(screen: Screen, plan: RunPlan) -> None:
+    screen.console.print("\n[bold]what it would train on[/]")
+    for name, value in (plan.numbers() | plan.duplicates).items():
+        screen.console.print(f"  {name.replace('_', ' '):30} {value:>12,}")
+
+
+def _show_estimate(screen: Screen, estimate: Estimate | None) -> None:
+    from training_lens.utils.formatting import format_seconds, format_size
+
+    if estimate is None:
+        return
+    how = f"measured on {estimate.measured_steps} of its steps"
+    if estimate.layers:
+        how += f" with {' and '.join(map(str, estimate.layers))} layers and random weights, extrapolated to all"
+    screen.console.print(f"\n[bold]estimate[/] ({how})")
+    screen.console.print(f"  training       {format_seconds(estimate.seconds)}")
+    screen.console.print(f"  validations    {format_seconds(estimate.validation_seconds)}")
+    screen.console.print(f"  peak memory    {format_size(estimate.peak_bytes)}")

@@ -13,6 +13,7 @@ from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError
 from training_lens.models.quantization import keep_trainable, loading_options
 from training_lens.utils.devices import DTYPES, Precision
+from training_lens.utils.files import read_json
 from training_lens.utils.formatting import nearest
 from training_lens.utils.hub import require_hub
 
@@ -26,6 +27,7 @@ class ModelFacts:
 
     path: str
     width: int
+    layers: int
     positions: int | None
     vocabulary: int
 
@@ -98,7 +100,9 @@ def read_facts(model: ModelSection) -> ModelFacts:
     _require_hub(path)
     config = _load("configuration", model, lambda: AutoConfig.from_pretrained(path, **_hub_options(model)))
     text = config.get_text_config()
-    return ModelFacts(path, text.hidden_size, getattr(text, "max_position_embeddings", None), text.vocab_size)
+    return ModelFacts(
+        path, text.hidden_size, text.num_hidden_layers, getattr(text, "max_position_embeddings", None), text.vocab_size
+    )
 
 
 def _require_hub(path: str) -> None:
@@ -145,14 +149,13 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
     path = locate(model)
     quantized = loading_options(model, device, precision)
     dtype = DTYPES[precision if model.dtype == "auto" else model.dtype]
-    attention = "sdpa" if model.attention == "auto" else model.attention
     loaded, info = _load(
         "weights",
         model,
         lambda: AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=_attention(model),
             use_safetensors=True,
             output_loading_info=True,
             **quantized,
@@ -185,6 +188,56 @@ def build_skeleton(model: ModelSection) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
     return _load("architecture", model, build).requires_grad_(False).eval()
+
+
+def load_thinned(model: ModelSection, layers: int, device: torch.device, precision: Precision) -> Any:
+    """A relative of the base with so many layers and random weights, as large as the base in all else: to measure.
+
+    Raises:
+        ModelLoadingError: its configuration does not say how many layers it has.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = locate(model)
+    dtype = DTYPES[precision if model.dtype == "auto" else model.dtype]
+
+    def build() -> Any:
+        config = AutoConfig.from_pretrained(path, **_hub_options(model))
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=_attention(model), trust_remote_code=model.trust_remote_code
+            )
+
+    return _load("architecture", model, build).requires_grad_(False).eval()
+
+
+def _attention(model: ModelSection) -> str:
+    return "sdpa" if model.attention == "auto" else model.attention
+
+
+def check_weights(path: str) -> None:
+    """Read the headers of a local model's weight files: a file that was cut short is found without reading it all.
+
+    Raises:
+        ModelLoadingError: names the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(path)
+    index = folder / WEIGHTS[1]
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS[0]]
+    for name in names if folder.is_dir() else ():
+        try:
+            with safe_open(folder / name, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelLoadingError(
+                f"model.id: {folder / name} is broken or missing ({error}). Download the model again, whole."
+            ) from error
 
 
 def checkpoint_gradients(model: Any) -> None:

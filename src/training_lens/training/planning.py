@@ -21,11 +21,12 @@ from training_lens.data.store import TokenDataset
 from training_lens.data.templates import adopt_template_file, build_renderer, choose_template
 from training_lens.data.tokenization import TextEncoder
 from training_lens.errors import ConfigurationError, DatasetError
-from training_lens.models.adapters import check_adapter
+from training_lens.models.adapters import check_adapter, count_parameters
 from training_lens.models.factory import (
     ModelFacts,
     build_skeleton,
     check_vocabulary,
+    check_weights,
     checkpoint_gradients,
     load_tokenizer,
     read_facts,
@@ -49,6 +50,7 @@ class RunPlan:
 
     config: TrainingConfig
     facts: ModelFacts
+    parameters: int
     tokenizer: Any
     precision: Precision
     train: TokenDataset
@@ -110,7 +112,7 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     check_vocabulary(tokenizer, facts, config.model.id)
     adopt_template_file(config.data.template, tokenizer)
     resolved = _resolve(config, facts, tokenizer, precision)
-    _check_model(resolved, device)
+    parameters = _check_model(resolved, facts, device)
     splits = _prepare(resolved, tokenizer, processes, progress)
     train, validation = _datasets(resolved, splits)
     duplicates = count_duplicates(train, validation)
@@ -118,7 +120,9 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     problems = check_run_length(resolved, schedule.total_steps, schedule.steps_in_epochs)
     if problems:
         raise ConfigurationError(problems)
-    return RunPlan(resolved, facts, tokenizer, precision, train, validation, splits, duplicates, schedule, processes)
+    return RunPlan(
+        resolved, facts, parameters, tokenizer, precision, train, validation, splits, duplicates, schedule, processes
+    )
 
 
 def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precision: Precision) -> TrainingConfig:
@@ -140,13 +144,16 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
     )
 
 
-def _check_model(config: TrainingConfig, device: torch.device) -> None:
-    """Try adapter, gradient checkpointing and packages on the model's skeleton; no weights are read."""
+def _check_model(config: TrainingConfig, facts: ModelFacts, device: torch.device) -> int:
+    """Try adapter, gradient checkpointing and packages on the model's skeleton; gives the base's parameters."""
     check_quantization(config, device)
+    check_weights(facts.path)
     skeleton = build_skeleton(config.model)
     if config.training.gradient_checkpointing:
         checkpoint_gradients(skeleton)
+    parameters = count_parameters(skeleton).total
     check_adapter(skeleton, config.peft)
+    return parameters
 
 
 def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progress: Progress) -> dict[str, Split]:

@@ -14,8 +14,9 @@ from rich.console import Console
 import training_lens
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError, InterruptedRunError
-from training_lens.models.adapters import ParameterCount, attach, count_parameters, describe
-from training_lens.models.factory import checkpoint_gradients, load_model
+from training_lens.models.adapters import ParameterCount, count_parameters, describe
+from training_lens.models.factory import load_model
+from training_lens.training.assembly import build_trainer
 from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar, TensorBoardLogger
 from training_lens.training.checkpoints import ADAPTER, CheckpointManager, TrainingState
 from training_lens.training.planning import RunPlan, plan_run, with_rows_as_files
@@ -26,7 +27,6 @@ from training_lens.utils.formatting import format_count
 from training_lens.utils.logging import TrainingLogger, get_logger, quiet_libraries
 from training_lens.utils.progress import Progress
 from training_lens.utils.runs import RunFolder, new_run_id, runs_folder
-from training_lens.utils.seeding import seed_everything
 
 logger = get_logger(__name__)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pyarrow", "numpy")
@@ -148,32 +148,20 @@ class TrainingWrapper:
 
     def _assemble(self, run: RunFolder, plan: RunPlan) -> tuple[Trainer, ParameterCount]:
         """The model with its adapter, and the loop around it."""
-        config = plan.config
-        device = plan.processes.device
-        seed_everything(config.training.seed)
-        model = attach(load_model(config.model, device, plan.precision), config.peft)
-        if config.training.gradient_checkpointing:
-            checkpoint_gradients(model)
-        parameters = count_parameters(model)
+        config, device = plan.config, plan.processes.device
+        trainer = build_trainer(
+            plan,
+            load_model(config.model, device, plan.precision),
+            CheckpointManager(run.checkpoints, plan.fingerprint),
+            self._watchers(run, plan) if plan.processes.is_main else self._callbacks,
+        )
+        parameters = count_parameters(trainer.model)
         logger.info(
             "%s: %s of %s parameters train (%.2f %%) on %s in %s",
             describe(config.peft),
             format_count(parameters.trainable), format_count(parameters.total),
             100 * parameters.share, device, plan.precision,
         )  # fmt: skip
-        trainer = Trainer(
-            model,
-            plan.train,
-            plan.validation,
-            plan.schedule,
-            config.training,
-            plan.precision,
-            plan.processes,
-            CheckpointManager(run.checkpoints, plan.fingerprint),
-            self._watchers(run, plan) if plan.processes.is_main else self._callbacks,
-            fill_id=plan.tokenizer.eos_token_id,
-            lora_plus_ratio=config.peft.lora_plus_ratio,
-        )
         return trainer, parameters
 
     def _watchers(self, run: RunFolder, plan: RunPlan) -> tuple[Callback, ...]:

@@ -36,12 +36,24 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 def write_checkpoint(
     checkpoints: Path, step: int, validation_loss: float | None, data_fingerprint: str, fill: Callable[[Path], None]
 ) -> Path:
-    """Write one checkpoint: `fill` puts its files into a folder, which appears under its name only when complete."""
+    """Write one checkpoint: `fill` puts its files into a folder, which appears under its name only when complete.
+
+    Raises:
+        CheckpointError: it cannot be written, for one because the disk is full; nothing of it is left.
+    """
+    from safetensors import SafetensorError
+
     target = checkpoint_folder(checkpoints, step)
-    with whole_folder(target) as folder:
-        fill(folder)
-        files = {str(f.relative_to(folder)): sha256_of(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-        write_json(folder / MANIFEST, asdict(CheckpointMetadata(step, validation_loss, data_fingerprint, files)))
+    try:
+        with whole_folder(target) as folder:
+            fill(folder)
+            files = {str(f.relative_to(folder)): sha256_of(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+            write_json(folder / MANIFEST, asdict(CheckpointMetadata(step, validation_loss, data_fingerprint, files)))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint after step {step} cannot be written in {checkpoints}: {error}. "
+            "Make room there, then go on with --resume."
+        ) from error
     return target
 
 

@@ -54,6 +54,12 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
+def reset_peak(device: torch.device) -> None:
+    """Count the peak anew from here, on CUDA; a process's own peak cannot be taken back."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most memory in use so far: of the device on CUDA, of this process elsewhere."""
     if device.type == "cuda":

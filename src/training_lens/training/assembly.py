@@ -1,0 +1,36 @@
+"""A planned run and a model to its loop: adapter, gradient checkpointing, trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from training_lens.models.adapters import attach
+from training_lens.models.factory import checkpoint_gradients
+from training_lens.training.callbacks import Callback
+from training_lens.training.checkpoints import CheckpointManager
+from training_lens.training.planning import RunPlan
+from training_lens.training.trainer import Trainer
+from training_lens.utils.seeding import seed_everything
+
+
+def build_trainer(plan: RunPlan, model: Any, checkpoints: CheckpointManager, callbacks: Sequence[Callback]) -> Trainer:
+    """The loop of the plan around `model`, its base; the adapter's start comes from the seed."""
+    config = plan.config
+    seed_everything(config.training.seed)
+    adapted = attach(model, config.peft)
+    if config.training.gradient_checkpointing:
+        checkpoint_gradients(adapted)
+    return Trainer(
+        adapted,
+        plan.train,
+        plan.validation,
+        plan.schedule,
+        config.training,
+        plan.precision,
+        plan.processes,
+        checkpoints,
+        callbacks,
+        fill_id=plan.tokenizer.eos_token_id,
+        lora_plus_ratio=config.peft.lora_plus_ratio,
+    )

@@ -1,0 +1,165 @@
+"""How long a run will take, and how much memory at its peak: measured on a few of its own steps, then extrapolated.
+
+A small model is measured whole, with its weights. Of a large one two thin relatives (fewer layers, random weights) are
+measured, and what each further layer adds is taken as constant.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training_lens.data.batching import StepPlan, cut, share
+from training_lens.data.store import TokenDataset
+from training_lens.errors import TrainingLensError
+from training_lens.evaluation.evaluator import evaluate_loss
+from training_lens.models.factory import load_model, load_thinned
+from training_lens.training.assembly import build_trainer
+from training_lens.training.checkpoints import CheckpointManager
+from training_lens.training.planning import RunPlan
+from training_lens.training.trainer import Trainer
+from training_lens.utils.devices import peak_bytes, reset_peak
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+WHOLE_BELOW = 100_000_000  # parameters
+THIN = (1, 3)  # layers
+SAMPLED_STEPS = 8
+SAMPLED_ROWS = 64  # of the validation rows
+BUDGET_SECONDS = 20.0
+COUNTED_STEPS = 1000  # beyond so many the run's padded tokens are scaled up from a sample
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A prediction: seconds of the optimizer steps and of the validations, bytes at the peak; `layers` as measured."""
+
+    seconds: float
+    validation_seconds: float
+    peak_bytes: int
+    measured_steps: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds for a padded token in training and validation, bytes at the peak, and steps that this is from."""
+
+    step: float
+    validation: float
+    peak: float
+    steps: int
+
+
+def estimate_run(plan: RunPlan) -> Estimate | None:
+    """The estimate of a planned run; None, with the reason logged, where it cannot be made.
+
+    Cost: the measured steps, at most about 20 s, and the memory of the model (or its thin relatives).
+    """
+    whole = plan.parameters < WHOLE_BELOW
+    try:
+        if whole:
+            measured = _measure(plan, load_model(plan.config.model, plan.processes.device, plan.precision))
+        else:
+            measured = _extrapolated(plan)
+    except (TrainingLensError, RuntimeError, ValueError, AttributeError) as error:
+        logger.warning("no estimate of duration and memory: %s", error)
+        return None
+    validated = 0 if plan.validation is None else _validations(plan) * int(plan.validation.lengths.sum())
+    return Estimate(
+        seconds=measured.step * _padded_tokens_of_run(plan),
+        validation_seconds=measured.validation * validated,
+        peak_bytes=round(measured.peak),
+        measured_steps=measured.steps,
+        layers=() if whole else THIN,
+    )
+
+
+def _extrapolated(plan: RunPlan) -> Measured:
+    """Two thin models measured; each further layer costs what the second's have cost more than the first's."""
+    if plan.config.model.quantization != "none":
+        raise ValueError("a large quantized model cannot be measured thin")
+    thin = [_measure(plan, load_thinned(plan.config.model, n, plan.processes.device, plan.precision)) for n in THIN]
+    further = (plan.facts.layers - THIN[0]) / (THIN[1] - THIN[0])
+
+    def at_all(name: str) -> float:
+        first, second = (float(getattr(measured, name)) for measured in thin)
+        return first + further * max(0.0, second - first)
+
+    return Measured(at_all("step"), at_all("validation"), at_all("peak"), thin[1].steps)
+
+
+def _measure(plan: RunPlan, model: Any) -> Measured:
+    """Run sampled steps and validation rows of the plan on this model, with a fresh adapter, and forget them."""
+    device = plan.processes.device
+    reset_peak(device)
+    trainer = build_trainer(plan, model, CheckpointManager(Path("unused"), ""), ())
+    sample = _sampled(plan)
+    trainer.train_step(sample[0])  # warms up, and is the largest: it sets the peak
+    seconds, tokens, steps = 0.0, 0, 0
+    started = time.perf_counter()
+    for step in sample[1:]:
+        seconds += trainer.train_step(step).seconds
+        tokens += padded_tokens(plan, step)
+        steps += 1
+        if time.perf_counter() - started > BUDGET_SECONDS / 2:
+            break
+    validation = _validation_seconds(plan, trainer) if plan.validation is not None else 0.0
+    return Measured(seconds / tokens, validation, float(peak_bytes(device)), steps)
+
+
+def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
+    """Seconds of a validation for each of its tokens."""
+    assert plan.validation is not None
+    rows = np.unique(np.linspace(0, len(plan.validation) - 1, SAMPLED_ROWS).astype(np.int64))
+    some = plan.validation.select(rows)
+    budget = plan.config.training.micro_batch_tokens
+    started = time.perf_counter()
+    evaluate_loss(trainer.model, some, plan.processes, plan.precision, budget, trainer.fill_id)
+    return (time.perf_counter() - started) / int(some.lengths.sum())
+
+
+def _sampled(plan: RunPlan) -> list[StepPlan]:
+    """The step with the largest micro-batch among a sample, then steps spread evenly over the run."""
+    steps = _some_steps(plan, COUNTED_STEPS)
+    largest = max(steps, key=lambda step: max(len(p) * _longest(plan.train, p) for p in _parts(plan, step)))
+    spread = np.unique(np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int))
+    return [largest, *(steps[i] for i in spread)]
+
+
+def _some_steps(plan: RunPlan, count: int) -> Sequence[StepPlan]:
+    """All steps of the run, or the first so many: every order is random."""
+    total = min(count, plan.schedule.total_steps)
+    return [step for step, _ in zip(plan.schedule.steps(), range(total), strict=False)]
+
+
+def _parts(plan: RunPlan, step: StepPlan) -> list[np.ndarray]:
+    """The micro-batches that this process makes of a step."""
+    mine = share(step.examples, plan.train.lengths, plan.processes.index, plan.processes.count)
+    return cut(mine, plan.train.lengths, plan.config.training.micro_batch_tokens)
+
+
+def _longest(dataset: TokenDataset, positions: np.ndarray) -> int:
+    return int(dataset.lengths[positions].max())
+
+
+def padded_tokens(plan: RunPlan, step: StepPlan) -> int:
+    """Tokens of a step's micro-batches with their padding: what its time is nearly proportional to."""
+    return sum(len(part) * _longest(plan.train, part) for part in _parts(plan, step))
+
+
+def _padded_tokens_of_run(plan: RunPlan) -> float:
+    steps = _some_steps(plan, COUNTED_STEPS)
+    return sum(padded_tokens(plan, step) for step in steps) * plan.schedule.total_steps / len(steps)
+
+
+def _validations(plan: RunPlan) -> int:
+    """Validations of the run, that of the base included."""
+    every = plan.config.training.eval_steps or plan.schedule.steps_per_epoch
+    due = plan.schedule.total_steps // every
+    return 1 + due + (plan.schedule.total_steps % every > 0)
