@@ -27,7 +27,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-# Before torch and transformers are imported: offline, quiet, and two tests at a time do not fight for cores.
+# Before torch and transformers are imported: offline, quiet, and two tests at a time do not fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "0"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

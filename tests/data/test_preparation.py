@@ -131,3 +131,18 @@ def test_domains_share_one_prefix_in_training_and_inference(embedded_tokenizer: 
     trained = ready.renderer.example(example)[0]
     asked = ready.renderer.prompt([Message("user", "Hi")], "law")[0]
     assert trained == asked and trained.text != ready.renderer.prompt([Message("user", "Hi")], "tax")[0].text
+
+
+def test_a_long_prompt_is_asked_as_it_was_trained(embedded_tokenizer: Any) -> None:
+    from training_lens.data.preparation import prompt_as_trained, tokenize
+    from training_lens.data.types import Example, Message, Segment
+
+    long = Example((Message("user", "word " * 99), Message("assistant", "Yes it is.")), None, "f", 1)
+    for truncation in ("keep_end", "keep_start"):
+        whole = preparation(embedded_tokenizer).encoder.prompt_ids([Segment("word " * 99, False)])
+        seq_len = 64 if truncation == "keep_end" else len(whole) + 8
+        ready = preparation(embedded_tokenizer, seq_len, truncation=truncation)
+        (tokenized,) = tokenize([long], ready)
+        assert tokenized is not None
+        first = tokenized.loss_mask.argmax()
+        assert prompt_as_trained(long, ready) == tokenized.input_ids[:first].tolist()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
 from training_lens.data.types import Example, Message
@@ -30,7 +28,7 @@ def test_exact_match(prediction: str, reference: str, same: bool) -> None:
 
 def test_an_empty_prediction_counts_as_wrong() -> None:
     assert exact_match_rate(["", "b"], ["a", "b"]) == 0.5
-    assert math.isnan(exact_match_rate([], []))
+    assert exact_match_rate([], []) is None
 
 
 def test_base_against_adapter_by_domain() -> None:
@@ -38,11 +36,17 @@ def test_base_against_adapter_by_domain() -> None:
         Answers(["a", "", "", ""], LOSS),
         Answers(["a", "b", "c", "no"], LossReport(0.25, 8, LOSS.by_domain)),
     )
-    result = compare(EXAMPLES, base, adapter, None)
+    result = compare(EXAMPLES, base, adapter, {})
     assert (result.base.exact_match, result.adapter.exact_match) == (0.25, 0.75)
     assert result.by_domain["x"]["base"].exact_match == 0.5
     assert result.by_domain["z"]["adapter"].exact_match == 0.0
     assert result.as_json()["delta"] == {"loss": -0.75, "exact_match": 0.5}
+
+
+def test_plain_texts_have_no_answers_to_match() -> None:
+    texts = [Example((Message("assistant", "A story."),), None, "f", i, is_text=True) for i in range(2)]
+    result = compare(texts, *[Answers(["", ""], LossReport(1.0, 8))] * 2, {})
+    assert result.base.exact_match is None and result.as_json()["delta"] == {"loss": 0.0, "exact_match": None}
 
 
 def test_the_wrong_domain_is_another_one() -> None:

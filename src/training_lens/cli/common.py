@@ -65,7 +65,7 @@ def command(as_json: bool = False, debug: bool = False) -> Iterator[Screen]:
     try:
         yield Screen(console, as_json)
     except (TrainingLensError, OSError, KeyboardInterrupt) as error:
-        if debug or (isinstance(error, OSError) and error.errno is None):
+        if debug or (isinstance(error, OSError) and error.errno in (None, errno.EPIPE)):
             raise
         said, code = _said(error)
         Console(stderr=True, highlight=False, emoji=False).print(said, style="red", markup=False, soft_wrap=True)

@@ -60,15 +60,18 @@ def show(screen: Screen, judgement: Judgement) -> None:
 
 def _show_scores(screen: Screen, comparison: Comparison) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"on {comparison.rows} validation rows", title_justify="left")
     for column in ("", "loss (nats/token)", "exact match"):
         table.add_column(column, justify="left" if not column else "right")
     rows = [("base", comparison.base), ("adapter", comparison.adapter)]
-    rows += [("adapter, wrong domain", comparison.wrong_domain)] if comparison.wrong_domain else []
+    controls = [("adapter, wrong domain", comparison.wrong_domain), ("adapter, no domain", comparison.no_domain)]
+    rows += [(name, scores) for name, scores in controls if scores]
     rows += [(f"  {who}, {d}", s[who]) for d, s in comparison.by_domain.items() for who in ("base", "adapter")]
     for name, scores in rows:
-        table.add_row(name, f"{scores.loss:.4f}", f"{scores.exact_match:.1%}")
+        matched = "-" if scores.exact_match is None else f"{scores.exact_match:.1%}"
+        table.add_row(Text(name), f"{scores.loss:.4f}", matched)
     screen.console.print(table)
 
 
@@ -76,13 +79,14 @@ def _show_samples(screen: Screen, examples: list[Example], base: Answers, adapte
     from rich.table import Table
     from rich.text import Text
 
+    from training_lens.data.types import Message
     from training_lens.evaluation.comparison import samples
 
     table = Table(title=f"{SHOWN} of these rows", title_justify="left", show_lines=True)
     for column in ("prompt", "expected", "base", "adapter"):
         table.add_column(column, ratio=1)
     for i in samples(examples, SHOWN):
-        asked = examples[i].messages[-2]
+        asked = examples[i].messages[-2] if not examples[i].is_text else Message("user", "(plain text)")
         domain = f"[{examples[i].domain}] " if examples[i].domain else ""
         cells = (f"{domain}{asked.text}\n{asked.input}", examples[i].messages[-1].text, base.texts[i], adapter.texts[i])
         table.add_row(*(Text(_short(cell)) for cell in cells))

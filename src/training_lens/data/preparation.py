@@ -317,6 +317,17 @@ def tokenize(examples: Sequence[Example], preparation: Preparation) -> list[Toke
     return tokenized
 
 
+def prompt_as_trained(example: Example, preparation: Preparation) -> list[int]:
+    """The tokens before the example's last answer, shortened as in training where the example is too long."""
+    prompt = preparation.encoder.prompt_ids(preparation.renderer.prompt_of(example))
+    whole = preparation.encoder.encode([preparation.renderer.example(example)])[0]
+    lost = len(whole.input_ids) - preparation.seq_len
+    if lost <= 0 or preparation.data.truncation == "keep_start":
+        return prompt
+    front = 1 if prompt[0] == preparation.encoder.bos_id else 0
+    return prompt[:front] + prompt[front + lost :]
+
+
 def _refuse_useless(report: SplitReport, counter: _Counter, key: str, preparation: Preparation) -> None:
     seq_len = preparation.seq_len
     if not report.examples:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,26 +13,34 @@ from training_lens.evaluation.metrics import exact_match_rate
 
 @dataclass(frozen=True)
 class Scores:
-    """One model on one set of rows: loss in nats per supervised token, share of exactly matching answers."""
+    """One model on one set of rows: loss in nats per supervised token, share of exactly matching answers.
+
+    Plain texts have no answers: `exact_match` leaves them out, and is None where there is nothing else.
+    """
 
     loss: float
-    exact_match: float
+    exact_match: float | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base and adapter side by side; `wrong_domain` is the adapter told a wrong domain, None where rows have none."""
+    """Base and adapter side by side.
+
+    The controls are the adapter told a wrong domain, and told none; None where the rows have no domains.
+    """
 
     rows: int
     base: Scores
     adapter: Scores
     wrong_domain: Scores | None
+    no_domain: Scores | None
     by_domain: dict[str, dict[str, Scores]]
 
     def as_json(self) -> dict[str, Any]:
         """The object that `compare --json` prints."""
-        delta = Scores(self.adapter.loss - self.base.loss, self.adapter.exact_match - self.base.exact_match)
-        return {**asdict(self), "delta": asdict(delta)}
+        base, adapter = self.base.exact_match, self.adapter.exact_match
+        gained = None if base is None or adapter is None else adapter - base
+        return {**asdict(self), "delta": asdict(Scores(self.adapter.loss - self.base.loss, gained))}
 
 
 @dataclass(frozen=True)
@@ -43,22 +51,26 @@ class Answers:
     loss: LossReport
 
 
-def compare(examples: Sequence[Example], base: Answers, adapter: Answers, wrong_domain: Answers | None) -> Comparison:
-    """Score the answers of base and adapter against the rows' own."""
+def compare(
+    examples: Sequence[Example], base: Answers, adapter: Answers, controls: Mapping[str, Answers]
+) -> Comparison:
+    """Score the answers of base and adapter against the rows' own; `controls`: wrong_domain and no_domain, if any."""
     references = [e.messages[-1].text for e in examples]
 
     def scores(answers: Answers, domain: str | None = None) -> Scores:
-        chosen = [i for i, e in enumerate(examples) if domain is None or e.domain == domain]
+        chosen = [i for i, e in enumerate(examples) if not e.is_text and domain in (None, e.domain)]
         rate = exact_match_rate([answers.texts[i] for i in chosen], [references[i] for i in chosen])
         return Scores(answers.loss.loss if domain is None else answers.loss.by_domain[domain], rate)
 
     domains = sorted({e.domain for e in examples if e.domain is not None})
+    control = {name: scores(answers) for name, answers in controls.items()}
     return Comparison(
         len(examples),
         scores(base),
         scores(adapter),
-        scores(wrong_domain) if wrong_domain else None,
-        {d: {"base": scores(base, d), "adapter": scores(adapter, d)} for d in domains},
+        control.get("wrong_domain"),
+        control.get("no_domain"),
+        by_domain={d: {"base": scores(base, d), "adapter": scores(adapter, d)} for d in domains},
     )
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from training_lens.config.schema import EvaluationSection, InferenceSection
-from training_lens.data.preparation import Preparation, read_examples, tokenize
+from training_lens.data.preparation import Preparation, prompt_as_trained, read_examples, tokenize
 from training_lens.data.store import TokenDataset
-from training_lens.data.types import Example, TokenizedExample
+from training_lens.data.types import Example
 from training_lens.errors import ConfigurationError
 from training_lens.evaluation.comparison import Answers, Comparison, compare, wrong_domains
 from training_lens.evaluation.evaluator import evaluate_loss
@@ -48,11 +48,16 @@ def compare_run(
     examples = _validation_examples(run, session, settings.max_examples)
     base = _answers_of(session, examples, settings, progress, "base", base=True)
     adapter = _answers_of(session, examples, settings, progress, "adapter")
-    wrong = None
+    controls: dict[str, Answers] = {}
     if len({e.domain for e in examples}) > 1 and session.config.data.domain.style != "none":
-        swapped = [replace(e, domain=d) for e, d in zip(examples, wrong_domains(examples), strict=True)]
-        wrong = _answers_of(session, swapped, settings, progress, "adapter, wrong domain")
-    return Judgement(compare(examples, base, adapter, wrong), examples, base, adapter)
+        told: dict[str, Sequence[str | None]] = {
+            "wrong_domain": wrong_domains(examples),
+            "no_domain": [None] * len(examples),
+        }
+        for name, domains in told.items():
+            asked = [replace(e, domain=d) for e, d in zip(examples, domains, strict=True)]
+            controls[name] = _answers_of(session, asked, settings, progress, f"adapter, {name.replace('_', ' ')}")
+    return Judgement(compare(examples, base, adapter, controls), examples, base, adapter)
 
 
 def _validation_examples(run: RunFolder, session: Session, limit: int | None) -> list[Example]:
@@ -69,7 +74,7 @@ def _validation_examples(run: RunFolder, session: Session, limit: int | None) ->
         raise ConfigurationError(
             f"the run {run.run_id} had no validation rows to compare on; train with data.validation or data.val_ratio."
         )
-    fitting = (e for e in found if _tokenize(session, [e])[0] is not None)
+    fitting = (e for e in found if tokenize([e], _preparation(session))[0] is not None)
     return list(islice(fitting, limit))
 
 
@@ -77,10 +82,10 @@ def _paths(sources: Sequence[object]) -> list[str]:
     return [str(source) for source in sources]
 
 
-def _tokenize(session: Session, examples: Sequence[Example]) -> list[TokenizedExample | None]:
+def _preparation(session: Session) -> Preparation:
     config = session.config
     assert config.model.seq_len is not None
-    return tokenize(examples, Preparation(config.data, session.renderer, session.encoder, config.model.seq_len, ""))
+    return Preparation(config.data, session.renderer, session.encoder, config.model.seq_len, "")
 
 
 def _answers_of(
@@ -92,16 +97,17 @@ def _answers_of(
     *,
     base: bool = False,
 ) -> Answers:
-    dataset = TokenDataset.of([t for t in _tokenize(session, examples) if t is not None])
+    dataset = TokenDataset.of([t for t in tokenize(examples, _preparation(session)) if t is not None])
     processes = Processes(session.device)
     with progress.task(f"loss of the {who}", len(dataset)) as advance, base_only(session.model, base):
         loss = evaluate_loss(
             session.model, dataset, processes, session.precision, settings.batch_tokens, session.pad_id, advance
         )
-    prompts = [session.encoder.prompt_ids(session.renderer.prompt_of(e)) for e in examples]
+    asked = [i for i, e in enumerate(examples) if not e.is_text]  # a plain text asks nothing
+    prompts = [prompt_as_trained(examples[i], _preparation(session)) for i in asked]
     longest = max(int(n) for n in dataset.supervised)
     limit = min(settings.max_new_tokens, longest + SPARE_TOKENS)
     greedy = InferenceSection(max_new_tokens=limit, batch_tokens=settings.batch_tokens)
     with progress.task(f"answers of the {who}", len(prompts)) as advance:
-        texts = answers(session, prompts, greedy, base=base, advance=advance)
-    return Answers(texts, loss)
+        said = dict(zip(asked, answers(session, prompts, greedy, base=base, advance=advance), strict=True))
+    return Answers([said.get(i, "") for i in range(len(examples))], loss)

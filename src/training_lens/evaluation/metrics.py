@@ -15,8 +15,8 @@ def exact_match(prediction: str, reference: str) -> bool:
     return bool(prediction.strip()) and prediction.strip() == reference.strip()
 
 
-def exact_match_rate(predictions: Sequence[str], references: Sequence[str]) -> float:
+def exact_match_rate(predictions: Sequence[str], references: Sequence[str]) -> float | None:
     """The share of answers that match exactly; every reference counts, also where the prediction is empty."""
     if not references:
-        return float("nan")
+        return None
     return sum(map(exact_match, predictions, references)) / len(references)

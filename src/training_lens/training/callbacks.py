@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from training_lens.utils.formatting import format_seconds
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
+FILES_SHOWN = 8  # validation files whose losses go to the screen; run.log and metrics.jsonl have all
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,9 @@ class LogLines(Callback):
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         who = "base" if base else f"step {step}"
         logger.info("%s: validation loss %.4f over %d supervised tokens", who, report.loss, report.supervised_tokens)
+        level = logging.INFO if len(report.by_file) <= FILES_SHOWN else logging.DEBUG
         for file, loss in report.by_file.items():
-            logger.info("%s:   %.4f on %s", who, loss, file)
+            logger.log(level, "%s:   %.4f on %s", who, loss, file)
 
     def on_checkpoint(self, trainer: Any, folder: Path) -> None:
         logger.debug("checkpoint %s", folder)
