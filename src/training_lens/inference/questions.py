@@ -17,7 +17,6 @@ from training_lens.inference.session import Session
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-LOOKED_AT = 200  # rows whose keys decide how all are read
 NO_ANSWER = "(no answer)"  # the field of answers in a file that has none
 STAND_IN = "-"  # takes the place of a missing answer, so that the prompt before it is read as in training
 
@@ -61,10 +60,9 @@ class QuestionReader:
         whole = [row for row in rows if isinstance(row, Row)]
         if not whole:
             raise DatasetError(f"{source.name}: holds no rows that can be read.")
-        looked_at = whole[:LOOKED_AT]
-        domains = _domains(keys_of(looked_at), session, source.files[0], domain)
+        domains = _domains(set(keys_of(whole)), session, source.files[0], domain)
         self._session, self._domain, self._per_file = session, domain, domains.per_file
-        self._mapping = _mapping(looked_at, session, domains)
+        self._mapping = _mapping(whole, session, domains)
         logger.info("%s: %d rows, read as %s", source.name, len(rows), self._mapping.describe())
 
     def __call__(self, rows: Sequence[Row | PassedOver]) -> tuple[list[Question], list[PassedOver]]:
@@ -111,11 +109,11 @@ def _mapping(rows: Sequence[Row], session: Session, domains: DomainSection) -> F
     keys, fields = keys_of(rows), session.config.data.fields
     if session.domains is not None:
         fields = FieldsSection(**{meaning: key for meaning, key in fields if key in keys})
-    answers = keys & {*ALIASES["output"], *ALIASES["messages"]}
+    answers = keys.keys() & {*ALIASES["output"], *ALIASES["messages"]}
     if not (answers or fields.output or fields.messages):
-        rows = [replace(row, values={**row.values, NO_ANSWER: STAND_IN}) for row in rows]
+        keys[NO_ANSWER] = rows[0].number
         fields = fields.model_copy(update={"output": NO_ANSWER})
-    return find_mapping(rows, fields, domains)
+    return find_mapping(keys, fields, domains, rows[0].file)
 
 
 def _example(row: Row, mapping: FieldMapping, per_file: bool) -> tuple[Example, str | None]:
