@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,8 +48,7 @@ def evaluate_loss(
         advance: called with the number of examples done.
     """
     positions = share(np.arange(len(dataset)), dataset.lengths, processes.index, processes.count)
-    domains, files = _Groups.of(dataset.domains), _Groups.of(dataset.files)
-    sums = torch.zeros(1 + len(domains.names) + len(files.names), 2, dtype=torch.float64)  # x (loss, tokens)
+    sums = _Sums(_Groups.of(dataset.domains), _Groups.of(dataset.files))
     was_training = model.training
     model.eval()
     try:
@@ -57,20 +56,37 @@ def evaluate_loss(
             batch = collate([dataset[int(i)] for i in part], fill_id).to(processes.device)
             with torch.inference_mode(), autocast(processes.device, precision):
                 nll = supervised_nll(model, batch.input_ids, batch.loss_mask).cpu().double()  # a sync point a batch
-            counts = dataset.supervised[part].tolist()
-            for losses, example in zip(nll.split(counts), part, strict=True):
-                row = torch.tensor([losses.sum().item(), len(losses)], dtype=torch.float64)
-                sums[0] += row
-                sums[1 : 1 + len(domains.names)][domains.codes[example]] += row
-                sums[1 + len(domains.names) :][files.codes[example]] += row
+            sums.add(part, nll.split(dataset.supervised[part].tolist()))
             advance(len(part))
     finally:
         model.train(was_training)
-    (loss, tokens), *rest = processes.sum(sums).tolist()
-    means = [part / count if count else float("nan") for part, count in rest]
-    by_domain = domains.named(means[: len(domains.names)])
-    by_file = files.named(means[len(domains.names) :])
-    return LossReport(loss / tokens, int(tokens), by_domain, by_file if len(by_file) > 1 else {})
+    return sums.report(processes)
+
+
+class _Sums:
+    """Sums of losses and of tokens, over all examples, by domain and by file."""
+
+    def __init__(self, domains: _Groups, files: _Groups) -> None:
+        self._domains, self._files = domains, files
+        self._of_domains = slice(1, 1 + len(domains.names))
+        self._of_files = slice(1 + len(domains.names), 1 + len(domains.names) + len(files.names))
+        self._sums = torch.zeros(self._of_files.stop, 2, dtype=torch.float64)  # x (loss, tokens)
+
+    def add(self, examples: np.ndarray, losses: Sequence[torch.Tensor]) -> None:
+        """Count in the token losses of these examples."""
+        for example, nll in zip(examples, losses, strict=True):
+            row = torch.tensor([nll.sum().item(), len(nll)], dtype=torch.float64)
+            self._sums[0] += row
+            self._sums[self._of_domains][self._domains.codes[example]] += row
+            self._sums[self._of_files][self._files.codes[example]] += row
+
+    def report(self, processes: Processes) -> LossReport:
+        """The means over all processes."""
+        loss, tokens = (sums := processes.sum(self._sums))[0].tolist()
+        means = [total / count if count else float("nan") for total, count in sums.tolist()]
+        by_file = self._files.named(means[self._of_files])
+        by_domain = self._domains.named(means[self._of_domains])
+        return LossReport(loss / tokens, int(tokens), by_domain, by_file if len(by_file) > 1 else {})
 
 
 @dataclass(frozen=True)
