@@ -13,7 +13,7 @@ from training_lens.errors import ConfigurationError, DatasetError, TrainingLensE
 from training_lens.inference.generator import answers
 from training_lens.inference.questions import PassedOver, Question, QuestionReader, read_lines
 from training_lens.inference.session import Session
-from training_lens.utils.files import require_writable
+from training_lens.utils.files import file_in_folder, require_writable
 from training_lens.utils.logging import get_logger
 from training_lens.utils.progress import Progress
 
@@ -95,10 +95,7 @@ def output_file(name: str, source: Source) -> Path:
     Raises:
         ConfigurationError: it is the input, a folder, or in a folder that is not there or cannot be written.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        found = "is a folder" if path.is_dir() else f"there is no folder '{path.parent}'"
-        raise ConfigurationError(f"--output {name}: {found}; give a file in a folder that is there.")
+    path = file_in_folder(name, f"--output {name}")
     if path.exists() and path.samefile(source.files[0]):
         raise ConfigurationError(f"--output {name}: is the input itself; give another file.")
     require_writable(path.parent, "--output")
