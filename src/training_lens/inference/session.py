@@ -172,12 +172,12 @@ def open_run(run: RunFolder, device: str | None = None) -> Session:
     tokenizer = load_tokenizer(config.model, str(run.tokenizer))
     model = load_adapter(load_model(config.model, place, precision), run.adapter)
     data = run.read_metadata("data.json")
-    texts = _are_texts(data["train"]["mappings"].values(), config.data.fields)
+    texts = are_texts(data["train"]["mappings"].values(), config.data.fields)
     domains = tuple(data["domains"])
     return _session(str(run.root), run.adapter, model, tokenizer, config, domains, texts, place, precision)
 
 
-def _are_texts(mappings: Collection[str], fields: FieldsSection) -> bool:
+def are_texts(mappings: Collection[str], fields: FieldsSection) -> bool:
     """Whether every file was read as plain texts: then its mapping names the texts' field, and perhaps the domain's."""
     text = text_field(fields)
     return text != fields.messages and all(m.split(", domain from ")[0] == text for m in mappings)
