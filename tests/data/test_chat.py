@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from training_lens.config.schema import ModelSection
-from training_lens.data.chat import ChatTemplate
-from training_lens.data.types import Message, Segment
+from training_lens.config.schema import DataSection, ModelSection
+from training_lens.data.chat import ChatTemplate, special_names
+from training_lens.data.templates import build_renderer
+from training_lens.data.types import Example, Message, Segment
 from training_lens.errors import DatasetError
 from training_lens.models.factory import load_tokenizer
 
@@ -55,7 +56,7 @@ def phi3(shared: Path) -> Any:
     return load_tokenizer(ModelSection(), str(shared / "tokenizers/phi3"))
 
 
-@pytest.fixture(params=TEMPLATES)
+@pytest.fixture(params=list(TEMPLATES))
 def tokenizer(request: pytest.FixtureRequest, phi3: Any) -> Any:
     tokenizer = copy.deepcopy(phi3)
     tokenizer.chat_template = TEMPLATES[request.param]
@@ -144,3 +145,83 @@ def test_calls_are_found_or_refused_with_the_reason(tokenizer: Any) -> None:
     call, said = [s.text for s in segments if s.response]
     assert "search" in call and "rice" in call and "nothing found" not in call
     assert said.startswith("There is none.")
+
+
+THOUGHTS = [Message("user", "What?"), Message("assistant", "<think>\nhmm\n</think>\n\nyes")]
+THINKERS = [name for name, source in TEMPLATES.items() if "</think>" in source]
+
+
+@pytest.mark.parametrize("tokenizer", THINKERS, indirect=True)
+def test_thoughts_are_learned_behind_the_generation_prompt_or_refused(tokenizer: Any) -> None:
+    template = ChatTemplate(tokenizer, thinking=True)
+    asked = "".join(s.text for s in template.prompt(THOUGHTS[:1], ()))
+    own = [{"role": "user", "content": "What?"}]
+    assert asked == tokenizer.apply_chat_template(own, tokenize=False, add_generation_prompt=True)
+    try:
+        segments = template.example(THOUGHTS, (), [1])
+    except DatasetError as error:
+        assert "thoughts" in str(error) or "differently" in str(error)
+        return
+    assert "".join(s.text for s in segments if not s.response).startswith(asked)
+    learned = next(s.text for s in segments if s.response)
+    assert "hmm" in learned and "yes" in learned
+
+
+@pytest.mark.parametrize("tokenizer", THINKERS, indirect=True)
+def test_without_thinking_thoughts_are_shown_as_they_are_or_refused(tokenizer: Any) -> None:
+    template = ChatTemplate(tokenizer)
+    try:
+        segments = template.example(THOUGHTS, (), [1])
+    except DatasetError as error:
+        assert "data.thinking=true" in str(error)
+        return
+    asked = "".join(s.text for s in template.prompt(THOUGHTS[:1], ()))
+    assert "".join(s.text for s in segments if not s.response).startswith(asked)
+    assert next(s.text for s in segments if s.response).startswith(THOUGHTS[1].text)
+
+
+def test_special_names_in_tools_and_calls_stay_text(tokenizer: Any) -> None:
+    if not ChatTemplate(tokenizer).tools:
+        pytest.skip("the template has no place for tools")
+    name = next(n for n in sorted(special_names(tokenizer)) if "end" in n or "eot" in n)
+    counts = []
+    for text in ("plain", name):
+        tool = {**TOOL, "function": {**TOOL["function"], "description": f"It {text} looks."}}
+        call = Message("assistant", "", calls=({"name": "search", "arguments": {"q": text}},))
+        chat = [*CALLING[:1], call, *CALLING[2:]]
+        renderer = build_renderer(DataSection(template="chat", supervise="last"), tokenizer)
+        try:
+            segments = renderer.example(Example(tuple(chat), None, "f", 1, (tool,)))
+        except DatasetError:
+            pytest.skip("the template cannot be trained with calls")
+        counts.append("".join(s.text for s in segments if not s.plain).count(name))
+    assert counts[0] == counts[1]
+
+
+def test_a_tool_result_that_is_dropped_is_refused(phi3: Any) -> None:
+    tokenizer = copy.deepcopy(phi3)
+    tokenizer.chat_template = (
+        "{{ tools }}{% for m in messages %}{% if m.role == 'user' %}U: {{ m.content }}\n"
+        "{% elif m.role == 'assistant' %}"
+        "A: {{ m.tool_calls }}{{ m.content }}{{ eos_token }}\n{% endif %}{% endfor %}"
+    )
+    with pytest.raises(DatasetError, match=r"drops .*the tool message 'nothing found'"):
+        ChatTemplate(tokenizer).example(CALLING, (TOOL,), [3])
+
+
+def test_a_dropped_text_is_seen_though_another_holds_it(phi3: Any) -> None:
+    tokenizer = copy.deepcopy(phi3)
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    chat = [Message("system", "cat"), Message("user", "my cat"), Message("assistant", "yes")]
+    with pytest.raises(DatasetError, match=r"drops .*the system message 'cat'"):
+        ChatTemplate(tokenizer).example(chat, (), [2])
+
+
+def test_a_tokenizer_without_special_tokens_ends(embedded_tokenizer: Any) -> None:
+    class Bare:
+        chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+        eos_token, special_tokens_map = "", {}  # type: ignore[var-annotated]
+        added_tokens_decoder, all_special_tokens = {}, []  # type: ignore[var-annotated]
+
+    segments = ChatTemplate(Bare()).example(ONE, (), [1])
+    assert [s.text for s in segments if s.response] == ["Hello there"]

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 
 from training_lens.config.schema import DomainSection, FieldsSection
-from training_lens.data.fields import FieldMapping, find_mapping, strip_end_marks, to_example
+from training_lens.data.fields import FieldMapping, find_mapping, keys_of, strip_end_marks, to_example
 from training_lens.data.types import Message, Row
 from training_lens.errors import DatasetError
 
 
 def mapping_of(keys: set[str], domain: DomainSection | None = None, **fields: str) -> FieldMapping:
-    rows = [Row("rows.jsonl", 1, dict.fromkeys(keys, "x"))]
-    return find_mapping(rows, FieldsSection(**fields), domain or DomainSection())
+    return find_mapping(dict.fromkeys(keys, 1), FieldsSection(**fields), domain or DomainSection(), "rows.jsonl")
 
 
 def row(**values: Any) -> Row:
@@ -132,11 +131,11 @@ def test_a_mixed_file_names_the_rows_and_what_to_set() -> None:
     with pytest.raises(
         DatasetError, match=r"'question' \(row 1\) and 'prompt' \(row 7\) .*data\.fields\.instruction="
     ) as e:
-        find_mapping(rows, FieldsSection(), DomainSection())
+        find_mapping(keys_of(rows), FieldsSection(), DomainSection(), "f.jsonl")
     assert "several files" in str(e.value)
     rows[1] = Row("f.jsonl", 9, {"messages": []})
     with pytest.raises(DatasetError, match=r"messages \(row 9\) or as question -> answer \(row 1\)"):
-        find_mapping(rows, FieldsSection(), DomainSection())
+        find_mapping(keys_of(rows), FieldsSection(), DomainSection(), "f.jsonl")
 
 
 def test_sharegpt_and_messages_become_the_same_example() -> None:
@@ -191,3 +190,33 @@ def test_end_marks_are_taken_off_answers_alone() -> None:
     stripped, marks = strip_end_marks(example)
     assert [m.text for m in stripped.messages] == ["Say </s>", " Yes"] and marks == ["<|endoftext|>"]
     assert strip_end_marks(stripped) == (stripped, [])
+
+
+def test_a_key_that_shows_late_is_seen() -> None:
+    rows = [Row("f", i, {"question": "a", "answer": "b"}) for i in range(1, 300)]
+    rows.append(Row("f", 300, {"question": "a", "answer": "b", "context": "c", "domain": "d"}))
+    assert keys_of(rows) == {"question": 1, "answer": 1, "context": 300, "domain": 300}
+
+
+def test_the_form_asked_for_looks_for_its_own_fields_alone() -> None:
+    keys = {"messages", "prompt", "question", "answer"}
+    assert mapping_of(keys, messages="messages").messages == "messages"
+
+
+def test_what_is_said_beside_a_call_is_kept_and_thoughts_apart_are_refused() -> None:
+    call = {"function": {"name": "search", "arguments": "{}"}}
+    turn = {"role": "assistant", "content": "Let me look.", "tool_calls": [call]}
+    answer = {"role": "tool", "content": "[]", "tool_call_id": "1", "name": "search"}
+    chat = [{"role": "user", "content": "Hi"}, turn, answer, {"role": "assistant", "content": "None."}]
+    messages = to_example(row(messages=chat), mapping_of({"messages"})).messages
+    assert messages[1].text == "Let me look." and len(messages[1].calls) == 1
+    assert messages[2].extra == {"name": "search", "tool_call_id": "1"}
+    chat[-1] = {**chat[-1], "reasoning_content": "hm"}
+    with pytest.raises(DatasetError, match=r"'reasoning_content' stands apart .*data\.thinking=true"):
+        to_example(row(messages=chat), mapping_of({"messages"}))
+
+
+@pytest.mark.parametrize(("text", "what"), [("a \ud800", "half a surrogate"), ("\ufdd0", "a noncharacter")])
+def test_text_that_is_no_text_is_refused(text: str, what: str) -> None:
+    with pytest.raises(DatasetError, match=f"row 4: 'answer' holds {what}"):
+        to_example(row(question="a", answer=text), mapping_of({"question", "answer"}))

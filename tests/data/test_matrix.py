@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from training_lens.config.schema import DataSection, ModelSection
 from training_lens.data.preparation import read_examples
 from training_lens.data.templates import adopt_template_file, build_renderer
 from training_lens.data.tokenization import Encoded, TextEncoder
-from training_lens.data.types import Example
+from training_lens.data.types import Example, Message
 from training_lens.models.factory import load_tokenizer
 
 ROWS = 25
@@ -84,7 +85,7 @@ def check(form: str, template: str, tokenizer: Any, examples: list[Example]) -> 
     for example, tokens in zip(examples, encoded, strict=True):
         last = runs(tokens)[-1]
         assert tokens.input_ids[: last[0]].tolist() == prompt_ids(encoder, renderer.prompt_of(example), last[0])
-        learned = [m.text for m in example.messages if m.role == "assistant" and m.learn]
+        learned = [said(m) for m in example.messages if m.role == "assistant" and m.learn]
         assert len(runs(tokens)) == len(learned)
         for (start, end), text in zip(runs(tokens), learned, strict=True):
             shown = supervised_text(tokenizer, tokens, start, end - 1)
@@ -96,6 +97,11 @@ def check(form: str, template: str, tokenizer: Any, examples: list[Example]) -> 
                 assert shown.strip() == text.strip(), (form, template)
                 exact += 1
     assert exact or unknown
+
+
+def said(message: Message) -> str:
+    """What an assistant says; none of these templates has a place for calls, which are then JSON."""
+    return "\n".join(part for part in (message.text, *map(json.dumps, message.calls)) if part)
 
 
 def prompt_ids(encoder: TextEncoder, segments: Any, length: int) -> list[int]:

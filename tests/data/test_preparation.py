@@ -146,3 +146,23 @@ def test_a_long_prompt_is_asked_as_it_was_trained(embedded_tokenizer: Any) -> No
         assert tokenized is not None
         first = tokenized.loss_mask.argmax()
         assert prompt_as_trained(long, ready) == tokenized.input_ids[:first].tolist()
+
+
+def test_entries_follow_the_setting_and_not_the_cache(
+    embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    a, b = write_rows(ROWS[:10], "a.jsonl"), write_rows(ROWS[10:], "b.jsonl")
+    ready, cache = preparation(embedded_tokenizer), tmp_path / "cache"
+    for order in ([a, b], [b, a]):
+        split = prepare_split([str(p) for p in order], "data.train", ready, cache, Progress())
+        assert split.entries == {str(order[0]): 0, str(order[1]): 1}
+        assert split.dataset.files[0] == str(order[0])
+
+
+def test_rows_without_a_learned_answer_are_counted_apart(
+    embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    muted = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "loss_weight": 0}]}
+    said = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    report = prepare(embedded_tokenizer, write_rows([muted, said]), tmp_path / "cache").report
+    assert (report.examples, report.dropped_by_weight, report.dropped_without_answer) == (1, 1, 0)

@@ -73,12 +73,12 @@ class Interview:
                 self._fields.clear()
             data, rows = self._data(), _first_rows(spec, key)
             try:
-                find_mapping(rows, data.fields, data.domain)
+                find_mapping(keys_of(rows), data.fields, data.domain, spec)
             except DatasetError as error:
                 if not self._asking:
                     raise DatasetError(f"{error} Or let init ask: training-lens init --ask --train {spec}") from error
                 self._say(f"  {error}")
-                self._ask_fields(keys_of(rows))
+                self._ask_fields(set(keys_of(rows)))
             self._say(f"  {spec}: read as {_read_as(spec, key, self._data())}")
             return {key: [spec]}
 
@@ -133,7 +133,7 @@ def _keys(spec: str, key: str) -> set[str]:
     """The keys of those rows."""
     from training_lens.data.fields import keys_of
 
-    return keys_of(_first_rows(spec, key))
+    return set(keys_of(_first_rows(spec, key)))
 
 
 def _read_as(spec: str, key: str, data: DataSection) -> str:

@@ -109,6 +109,9 @@ class DataSection(Section):
     domain: DomainSection = DomainSection()
     mask_prompt: bool = Field(True, description="learn the answer alone; false: the prompt's tokens as well")
     supervise: Literal["all", "last"] = Field("all", description="learn every answer of a chat, or its last alone")
+    thinking: bool = Field(
+        False, description="answers hold thoughts (<think>...</think>) that the chat template knows: learn them, too"
+    )
     truncation: Literal["keep_end", "keep_start", "drop"] = Field(
         "keep_end",
         description="rows longer than model.seq_len: keep_end cuts the start (the answer keeps its end), keep_start "
@@ -144,9 +147,10 @@ class DataSection(Section):
             raise ValueError("data.train: no rows and no paths; give at least one")
         if self.validation is not None and self.val_ratio:
             raise ValueError("data.validation and data.val_ratio are both given; keep one")
-        if self.weights is not None and len(self.weights) != len(self.train):
+        entries = 1 if isinstance(self.train[0], dict) else len(self.train)  # rows in memory are one entry
+        if self.weights is not None and len(self.weights) != entries:
             raise ValueError(
-                f"data.weights: {len(self.weights)} weights for {len(self.train)} entries of data.train; give one each"
+                f"data.weights: {len(self.weights)} weights for {entries} entries of data.train; give one each"
             )
         return self
 

@@ -45,8 +45,13 @@ class Mix:
         return sizes
 
     @property
+    def entry_sizes(self) -> list[int]:
+        """Examples that an epoch takes of each entry."""
+        return [len(positions) * whole + part for positions, whole, part in self._sizes()]
+
+    @property
     def epoch_examples(self) -> int:
-        return sum(len(positions) * whole + part for positions, whole, part in self._sizes())
+        return sum(self.entry_sizes)
 
     def draw(self, generator: np.random.Generator) -> np.ndarray:
         """The positions of one epoch, in no particular order."""

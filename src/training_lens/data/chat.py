@@ -12,8 +12,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from jinja2 import TemplateError
-
 from training_lens.data.types import Message, Segment
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.utils.logging import get_logger
@@ -29,38 +27,45 @@ class ChatTemplate:
     """The chat template that the tokenizer carries, rendered in a sandbox.
 
     Supervised are the answer's text and the end token behind it. What a template itself puts before the text (an empty
-    block of thoughts, say) belongs to the prompt, in training and at inference.
+    block of thoughts, say) belongs to the prompt, in training and at inference. With `thinking` the prompt ends where
+    the template's generation prompt does, and everything behind it is the answer: its thoughts, too.
+
+    Raises:
+        ConfigurationError: the template shows no content, or cannot be rendered.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        source = tokenizer.chat_template
-        self._source: str = source if isinstance(source, str) else source["default"]
+    def __init__(self, tokenizer: Any, thinking: bool = False) -> None:
+        self._tokenizer, self._thinking = tokenizer, thinking
+        self._source = _source_of(tokenizer.chat_template)
         self._marked = bool(_MARKS.search(self._source))
         self.tools = "tools" in self._source and "tool_calls" in self._source
-        self._special = re.compile(
-            "|".join(re.escape(t) for t in sorted(special_names(tokenizer), key=len, reverse=True))
-        )
+        names = sorted(special_names(tokenizer), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         self._eos = tokenizer.eos_token or ""
         self._content: Callable[[str], Any] = lambda text: text
+        self._shapes: set[tuple[Any, ...]] = set()
         self._probe()
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Segment]:
-        """The rendered chat up to where the answer's text would begin, cut at earlier answers as in training."""
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int] = ()
+    ) -> list[Segment]:
+        """The rendered chat up to where the answer would begin, cut at earlier answers as in training."""
+        self._check_shown(messages, tools)
         chat = [*messages, Message("assistant", ANSWER)]
         text, marks = self._render(chat, tools)
-        self._check_present(text, messages)
-        spans = self._spans(text, marks, chat, tools, {len(messages)})
-        segments = _cut(text, [(start, end, False) for start, end in spans.values()])
-        return segments[: next(i for i, segment in enumerate(segments) if ANSWER in segment.text)]
+        spans = self._spans(text, marks, chat, tools, {*learned, len(messages)}, certain={len(messages)})
+        start = spans.pop(len(messages))[0]
+        asked = self._render(messages, tools, generation=True)[0] if self._thinking else text[:start]
+        shared = [(a, b, False) for a, b in spans.values() if asked.startswith(text[:b])]
+        return _cut(asked, shared)
 
     def example(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int]
     ) -> list[Segment]:
         """The rendered chat, cut at the beginnings and ends of its answers."""
+        self._check_shown(messages, tools)
         text, marks = self._render(messages, tools)
-        self._check_present(text, messages)
-        spans = self._spans(text, marks, messages, tools, learned)
+        spans = self._spans(text, marks, messages, tools, learned, certain=learned)
         inside = [i for i in learned if not marks or any(a < spans[i][1] and spans[i][0] < b for a, b in marks)]
         if learned and not inside:
             raise DatasetError(f"the chat template's generation marks leave out every answer. {ELSEWHERE}")
@@ -89,7 +94,7 @@ class ChatTemplate:
                 return_assistant_tokens_mask=self._marked,
                 **self._tokenizer.special_tokens_map,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # the template is a foreign program: it may fail in any way
             roles = ", ".join(m.role for m in messages)
             raise DatasetError(
                 f"the chat template refuses a chat of {roles}: {error}. Change the row, or use data.template=alpaca."
@@ -98,11 +103,11 @@ class ChatTemplate:
 
     def _plain(self, message: Message) -> dict[str, Any]:
         """The message as chat templates expect it."""
-        if message.calls:
-            calls = [{"type": "function", "function": dict(call)} for call in message.calls]
-            return {"role": "assistant", "content": "", "tool_calls": calls}
         text = f"{message.text}\n{message.input}" if message.input else message.text
-        return {"role": message.role, "content": self._content(text)}
+        plain = {"role": message.role, "content": self._content(text), **message.extra}
+        if message.calls:
+            plain["tool_calls"] = [{"type": "function", "function": dict(call)} for call in message.calls]
+        return plain
 
     def _probe(self) -> None:
         """Find out in which form the template takes content, and what it puts between its prompt and an answer.
@@ -139,14 +144,25 @@ class ChatTemplate:
             end = found.end()
         return text[start:end]
 
-    def _check_present(self, text: str, messages: Sequence[Message]) -> None:
-        """Refuse a template that drops what a system or user message says."""
-        lost = next((m for m in messages if m.role in ("system", "user") and m.text.strip() not in text), None)
-        if lost:
+    def _check_shown(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse a template that drops what somebody says; asked once for chats of the same roles.
+
+        Each text but the assistant's is replaced by one of its own, which must appear.
+        """
+        shape = (*((m.role, bool(m.calls)) for m in messages), bool(tools))
+        if shape in self._shapes:
+            return
+        own = {i: f"{ASKED}{i}{ASKED}" for i, m in enumerate(messages) if m.role != "assistant"}
+        marked = [replace(m, text=own.get(i, m.text), input="") for i, m in enumerate(messages)]
+        text = self._render(marked, tools)[0]
+        lost = next((i for i, mark in own.items() if mark not in text), None)
+        if lost is not None:
+            said = messages[lost].text
             raise DatasetError(
-                f"the chat template drops (or changes) the {lost.role} message {lost.text[:40]!r}. "
+                f"the chat template drops (or changes) the {messages[lost].role} message {said[:40]!r}. "
                 "Leave it out of the rows, or use data.template=alpaca."
             )
+        self._shapes.add(shape)
 
     def _spans(
         self,
@@ -154,16 +170,26 @@ class ChatTemplate:
         marks: Sequence[Span],
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]],
-        needed: Collection[int],
+        wanted: Collection[int],
+        certain: Collection[int],
     ) -> dict[int, Span]:
-        """Position of an answer -> its place in `text`, with its end token: of the `needed`, and of others if found."""
+        """Position of an answer -> its place in `text`, with its end token.
+
+        Of those that are `wanted`, and of others where they are found; of the `certain` without fail.
+        """
         said = [i for i, m in enumerate(messages) if m.role == "assistant" and not m.calls]
         places = self._answers(text, messages, tools, said)
-        for index in set(said) & set(needed) if not places else ():
+        for index in set(said) & set(wanted) if not places else ():
             places |= self._answers(text, messages, tools, [index])
         spans = {index: self._with_end(text, *place, marks) for index, place in places.items()}
-        for index in set(needed) - set(spans):
-            spans[index] = self._written(text, marks, messages, tools, index)
+        for index in wanted:
+            if index in spans and not (self._thinking and messages[index].text != ANSWER):
+                continue
+            try:
+                spans[index] = self._written(text, marks, messages, tools, index)
+            except DatasetError:
+                if index in certain:
+                    raise
         return dict(sorted(spans.items()))
 
     def _answers(
@@ -212,22 +238,44 @@ class ChatTemplate:
             DatasetError: the chat up to the answer is rendered differently once it goes on, or the answer is changed.
         """
         message = messages[index]
-        if not message.calls and "</think>" not in message.text:
-            raise DatasetError(f"the chat template changes the assistant's text, so it cannot be found. {ELSEWHERE}")
+        if not (message.calls or self._thinking):
+            apart = "</think>" in message.text
+            advice = "It takes the answer's thoughts apart: set data.thinking=true." if apart else ELSEWHERE
+            raise DatasetError(f"the chat template changes the assistant's text, so it cannot be found. {advice}")
         before = self._render(messages[:index], tools, generation=True)[0]
         answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
-        if len(marks) == len(answers):
+        if len(marks) == len(answers) and not self._thinking:
             start, end = marks[answers.index(index)]
             start = max(start, len(before)) if text.startswith(before) else start
             return start, start + len(text[start:end].rstrip())
-        until = self._render(messages[: index + 1], tools)[0]
-        until = until if text.startswith(until) else until.rstrip()
+        until = self._render(messages[: index + 1], tools)[0].rstrip()
         if not (text.startswith(until) and until.startswith(before)):
             raise DatasetError(
                 "the chat template renders a chat differently once it goes on, so the place of an answer is not "
                 f"certain. {'data.supervise=last may help. ' if index < len(messages) - 1 else ''}{ELSEWHERE}"
             )
-        return len(before), len(until.rstrip())
+        self._check_thoughts(message, until[len(before) :])
+        if self._ends_in_special(until):
+            return len(before), len(until)
+        return self._with_end(text, len(before), len(until), ())
+
+    def _check_thoughts(self, message: Message, shown: str) -> None:
+        """Refuse an answer whose thoughts the template leaves out."""
+        thoughts = message.text.split("</think>")[0].removeprefix("<think>").strip()
+        if "</think>" in message.text and thoughts not in shown:
+            raise DatasetError(f"the chat template leaves out the thoughts of the answer {message.text[:40]!r}.")
+
+
+def _source_of(template: str | Mapping[str, str]) -> str:
+    """The template's text; of several by name, the default."""
+    if isinstance(template, str):
+        return template
+    if "default" not in template:
+        raise ConfigurationError(
+            f"data.template: the tokenizer has chat templates named {', '.join(template)}, and none named default. "
+            "Give one as a .jinja file."
+        )
+    return template["default"]
 
 
 def _cut(text: str, spans: Sequence[tuple[int, int, bool]]) -> list[Segment]:

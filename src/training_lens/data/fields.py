@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +25,13 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "tools": ("tools",),
     "text": ("text",),
 }
+# The forms that rows have, the meanings that each knows, and the one that chooses it.
+MEANINGS = {
+    "messages": ("messages", "tools"),
+    "pair": ("instruction", "input", "output", "system"),
+    "text": ("text",),
+}
+LEADING = {"messages": "messages", "pair": "instruction", "text": "text"}
 DOMAIN_FIELD = "domain"
 ROLE_NAMES: dict[str, Role] = {
     "system": "system",
@@ -40,7 +48,10 @@ ROLE_NAMES: dict[str, Role] = {
     "function_response": "tool",
     "ipython": "tool",
 }
+EXTRA = ("name", "tool_call_id")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 FUNCTION_CALL = "function_call"  # ShareGPT's role of an assistant that calls a tool; its text is the call in JSON
+NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd3]")
 # Literal end marks that exports leave at the end of answers; the tokenizer's own end token is put there anyway.
 END_MARKS = (
     *("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>"),
@@ -69,39 +80,42 @@ class FieldMapping:
         return f"{text}, domain from {self.domain}" if self.domain else text
 
 
-def find_mapping(rows: Sequence[Row], fields: FieldsSection, domain: DomainSection) -> FieldMapping:
-    """The mapping for a file that begins with these rows: as configured, else found by looking.
+Keys = Mapping[str, int]  # each key of a source, and the number of the first row that has it
+
+
+def keys_of(rows: Iterable[Row]) -> dict[str, int]:
+    """Every key that any of the rows has, with the first row that has it."""
+    keys: dict[str, int] = {}
+    for row in rows:
+        if not row.values.keys() <= keys.keys():
+            keys = {**dict.fromkeys(row.values, row.number), **keys}
+    return keys
+
+
+def find_mapping(keys: Keys, fields: FieldsSection, domain: DomainSection, place: str) -> FieldMapping:
+    """The mapping for rows with these keys: as configured, else found by looking.
+
+    Args:
+        place: the source, for messages.
 
     Raises:
         DatasetError: nothing found for the prompt or the answer; two names that could both be meant, or rows of
             several forms. Names the rows, and what to set.
     """
-    keys = keys_of(rows)
-    place = rows[0].file
     for meaning in ALIASES:
         configured = getattr(fields, meaning)
         if configured and configured not in keys:
             raise _no_such_field(f"data.fields.{meaning}", configured, keys, place)
-    found = {meaning: getattr(fields, meaning) or _find(meaning, keys, rows) for meaning in ALIASES}
-    mapping = FieldMapping(**found, domain=_domain_key(domain, keys, place))
-    form = _one_form(mapping, fields, rows)
-    if form == "text":
-        return FieldMapping(text=mapping.text, domain=mapping.domain)
-    if form == "messages":
-        return FieldMapping(messages=mapping.messages, tools=mapping.tools, domain=mapping.domain)
-    missing = next((m for m in ("instruction", "output") if not found[m]), None)
+    form = _one_form(keys, fields, place)
+    found = {m: getattr(fields, m) or _find(m, keys, place) for m in MEANINGS[form]}
+    missing = next((m for m in ("instruction", "output") if m in found and not found[m]), None)
     if missing:
         raise DatasetError(
             f"{place}: no {'prompt' if missing == 'instruction' else 'answer'} found among its fields "
             f"({', '.join(sorted(map(str, keys))) or 'none'}); looked for {', '.join(ALIASES[missing])}. "
             f"Name it: data.fields.{missing}=FIELD."
         )
-    return replace(mapping, messages=None, tools=None, text=None)
-
-
-def keys_of(rows: Iterable[Row]) -> set[str]:
-    """Every key that any of the rows has."""
-    return {key for row in rows for key in row.values}
+    return FieldMapping(**found, domain=_domain_key(domain, keys, place))
 
 
 def domain_of_file(file: str | Path) -> str:
@@ -109,7 +123,7 @@ def domain_of_file(file: str | Path) -> str:
     return Path(file).name.split(".")[0]
 
 
-def _domain_key(domain: DomainSection, keys: Collection[str], place: str) -> str | None:
+def _domain_key(domain: DomainSection, keys: Keys, place: str) -> str | None:
     if domain.per_file:
         return None
     if domain.field == "auto":
@@ -119,39 +133,36 @@ def _domain_key(domain: DomainSection, keys: Collection[str], place: str) -> str
     return domain.field
 
 
-def _one_form(mapping: FieldMapping, fields: FieldsSection, rows: Sequence[Row]) -> str | None:
-    """Which of text, messages, and prompt with answer ('output') the rows are; None where they are none of them."""
-    asked = [f for f in ("text", "messages") if getattr(fields, f)]
-    asked += ["output"] if fields.instruction or fields.output else []
-    forms = {"text": mapping.text, "messages": mapping.messages}
-    forms["output"] = mapping.output if mapping.instruction else None
-    there = [form for form, key in forms.items() if key]
-    if len(asked) == 1 or len(there) < 2:
-        return asked[0] if asked else next(iter(there), None)
-    described = {"output": f"{mapping.instruction} -> {mapping.output}"}
-    seen = [f"{described.get(f, forms[f])} (row {_first_with(forms[f], rows)})" for f in there]
-    ways = [f"data.fields.{'instruction' if f == 'output' else f}={mapping_key(mapping, f)}" for f in there]
+def _one_form(keys: Keys, fields: FieldsSection, place: str) -> str:
+    """Which of text, messages, and prompt with answer (pair) the rows are: as asked, else the only one there."""
+    asked = [form for form in ("text", "messages") if getattr(fields, form)]
+    asked += ["pair"] if fields.instruction or fields.output else []
+    if len(asked) == 1:
+        return asked[0]
+    there = {form: _candidates(form, keys) for form in MEANINGS}
+    there = {form: found for form, found in there.items() if all(found)}
+    if len(there) < 2:
+        return next(iter(there), "pair")
+    seen = [f"{' -> '.join(f[0] for f in found)} (row {keys[found[0][0]]})" for found in there.values()]
+    ways = [f"data.fields.{LEADING[form]}={found[0][0]}" for form, found in there.items()]
     raise DatasetError(
-        f"{rows[0].file}: could be read as {' or as '.join(seen)}. Say which: {' or '.join(ways)}; "
-        "rows of several forms belong into several files."
+        f"{place}: could be read as {' or as '.join(seen)}. Say which: {' or '.join(ways)}; rows of several forms "
+        "belong into several files."
     )
 
 
-def mapping_key(mapping: FieldMapping, form: str) -> str:
-    """The key to set that chooses a form."""
-    return str(mapping.instruction if form == "output" else getattr(mapping, form))
+def _candidates(form: str, keys: Keys) -> list[list[str]]:
+    """The keys that could hold each meaning that a form cannot do without."""
+    needed = ("instruction", "output") if form == "pair" else (form,)
+    return [[alias for alias in ALIASES[meaning] if alias in keys] for meaning in needed]
 
 
-def _first_with(key: str | None, rows: Sequence[Row]) -> int:
-    return next(row.number for row in rows if key in row.values)
-
-
-def _find(meaning: str, keys: Collection[str], rows: Sequence[Row]) -> str | None:
+def _find(meaning: str, keys: Keys, place: str) -> str | None:
     there = [alias for alias in ALIASES[meaning] if alias in keys]
     if len(there) > 1:
-        seen = " and ".join(f"'{alias}' (row {_first_with(alias, rows)})" for alias in there)
+        seen = " and ".join(f"'{alias}' (row {keys[alias]})" for alias in there)
         raise DatasetError(
-            f"{rows[0].file}: {seen} could each be the {meaning}. Say which: data.fields.{meaning}={there[0]}; "
+            f"{place}: {seen} could each be the {meaning}. Say which: data.fields.{meaning}={there[0]}; "
             "rows of several forms belong into several files."
         )
     return there[0] if there else None
@@ -244,12 +255,21 @@ def _message(place: str, item: Any) -> Message:
         close = nearest(name, ROLE_NAMES)
         hint = f" Did you mean '{close}'?" if close else ""
         raise DatasetError(f"{place}: role '{name}' is none of {', '.join(get_args(Role))}.{hint}")
+    _refuse_thoughts_apart(place, item)
     content = item.get("content", item.get("value"))
-    learn = _learned(place, role, item)
-    if calls := _calls(place, name, content, item):
-        text = content if isinstance(content, str) and name == FUNCTION_CALL else ""
-        return Message(role, text or json.dumps(list(calls), ensure_ascii=False), learn=learn, calls=calls)
-    return Message(role, _content(place, content), learn=learn)
+    calls = _calls(place, name, content, item)
+    said = "" if name == FUNCTION_CALL or (calls and content in (None, "")) else _content(place, content)
+    extra = {key: item[key] for key in EXTRA if item.get(key)}
+    return Message(role, said, learn=_learned(place, role, item), calls=calls, extra=extra)
+
+
+def _refuse_thoughts_apart(place: str, item: dict[str, Any]) -> None:
+    apart = next((key for key in THOUGHTS if item.get(key)), None)
+    if apart:
+        raise DatasetError(
+            f"{place}: '{apart}' stands apart from the content and would not be learned. Put it into the content as "
+            "<think>...</think> and set data.thinking=true, or take it out."
+        )
 
 
 def _content(place: str, content: Any) -> str:
@@ -263,7 +283,7 @@ def _content(place: str, content: Any) -> str:
         content = "".join(str(p) for p in parts) if all(isinstance(p, str) for p in parts) else None
     if not isinstance(content, str) or not content:
         raise DatasetError(f"{place}: 'content' is {_kind(content)}, expected text.")
-    return content
+    return _encodable(f"{place}: 'content'", content)
 
 
 def _learned(place: str, role: Role, item: dict[str, Any]) -> bool:
@@ -283,7 +303,9 @@ def _calls(place: str, name: str, content: Any, item: dict[str, Any]) -> tuple[d
     if name == FUNCTION_CALL:
         call = _json_of(place, content, "a function call in JSON")
         return tuple(_call(place, c) for c in (call if isinstance(call, list) else [call]))
-    listed = item.get("tool_calls") or ()
+    listed = item.get("tool_calls") or []
+    if not isinstance(listed, list):
+        raise DatasetError(f"{place}: 'tool_calls' is {_kind(listed)}, expected a list of calls.")
     return tuple(_call(place, c.get("function", c) if isinstance(c, dict) else c) for c in listed)
 
 
@@ -325,7 +347,16 @@ def _text(row: Row, key: str) -> str:
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not (number or (isinstance(value, str) and value.strip())):
         raise DatasetError(f"{row.place}: '{key}' is {_kind(value)}, expected text. Mend it, or remove the row.")
-    return str(value)
+    return _encodable(f"{row.place}: '{key}'", str(value))
+
+
+def _encodable(place: str, text: str) -> str:
+    """`text`, if UTF-8 can write it and none of it is a noncharacter that stands for other text in templates."""
+    found = NO_TEXT.search(text)
+    if found:
+        what = "half a surrogate pair" if "\ud800" <= found[0] <= "\udfff" else "a noncharacter of Unicode"
+        raise DatasetError(f"{place} holds {what} (U+{ord(found[0]):04X}) at {found.start()}. Take it out.")
+    return text
 
 
 def _optional(row: Row, key: str | None) -> str:

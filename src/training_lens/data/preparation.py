@@ -7,24 +7,23 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import training_lens.data as data_package
 from training_lens.config.schema import DataSection
-from training_lens.data.fields import find_mapping, strip_end_marks, to_example
+from training_lens.data.fields import find_mapping, keys_of, strip_end_marks, to_example
 from training_lens.data.sources import Source, expand
 from training_lens.data.store import TokenDataset, write_examples
 from training_lens.data.templates import Renderer
 from training_lens.data.tokenization import Coverage, Encoded, TextEncoder, fit, mask_of
-from training_lens.data.types import Example, Row, Segment, TokenizedExample
+from training_lens.data.types import Example, Segment, TokenizedExample
 from training_lens.errors import DatasetError
 from training_lens.utils.files import read_json, sha256_of, sweep_temporaries, whole_folder, write_json
 from training_lens.utils.progress import Progress
 
 CHUNK = 1000  # rows in memory at a time
-LOOKED_AT = 200  # rows whose keys decide the mapping
 KEPT_SHARE = 0.99  # of the rows: the seq_len that would keep so many whole is reported
 
 
@@ -33,12 +32,12 @@ class SplitReport:
     """What went into a split: its sources with sha256, how each was read, and what was lost on the way."""
 
     files: dict[str, str]
-    entries: dict[str, int]  # source -> position among the setting's entries
     mappings: dict[str, str]
     examples_by_file: dict[str, int]
     rows: int
     examples: int
     dropped_without_answer: int
+    dropped_by_weight: int
     dropped_too_long: int
     truncated: int
     answers_truncated: int
@@ -61,11 +60,15 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Split:
-    """A tokenized split, its report, and the fingerprint of everything that it came from."""
+    """A tokenized split, its report, and the fingerprint of everything that it came from.
+
+    `entries` gives for each source the entry of the setting that named it.
+    """
 
     dataset: TokenDataset
     report: SplitReport
     fingerprint: str
+    entries: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,12 @@ def prepare_split(specs: Sequence[str], key: str, preparation: Preparation, cach
             counter = _Counter(Coverage(preparation.encoder))
             with progress.task(f"tokenizing {key}", sum(s.size_bytes for s in sources), "bytes") as advance:
                 write_examples(building / "examples.arrow", _chunks(sources, preparation, counter, advance))
-            report = counter.report(sources, hashes)
+            report = counter.report(hashes)
             _refuse_useless(report, counter, key, preparation)
             write_json(building / "report.json", asdict(report))
     report = SplitReport(**read_json(folder / "report.json"))
-    return Split(TokenDataset.open(folder / "examples.arrow"), report, fingerprint)
+    entries = {source.name: source.entry for source in sources}
+    return Split(TokenDataset.open(folder / "examples.arrow"), report, fingerprint, entries)
 
 
 def _sha256(source: Source) -> str:
@@ -132,7 +136,7 @@ def _sha256(source: Source) -> str:
 def _fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
     data = preparation.data.model_dump(include=DECIDING)
     parts = {
-        "files": hashes,
+        "files": list(hashes.items()),  # in their order, which is that of the rows
         "data": data,
         "seq_len": preparation.seq_len,
         "tokenizer": preparation.tokenizer_hash,
@@ -143,7 +147,7 @@ def _fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
 
 # The keys of the data section that decide tokens; the others decide which examples are taken, and when.
 DECIDING = {
-    *("fields", "domain", "template", "mask_prompt", "supervise"),
+    *("fields", "domain", "template", "mask_prompt", "supervise", "thinking"),
     *("truncation", "special_tokens", "strip_end_marks"),
 }
 
@@ -161,6 +165,7 @@ class _Counter:
     end_marks: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     unanswered: int = 0
+    muted: int = 0
     too_long: int = 0
     truncated: int = 0
     answers_cut: int = 0
@@ -169,7 +174,7 @@ class _Counter:
     tokens: int = 0
     supervised: int = 0
 
-    def see(self, example: Example, segments: Sequence[Segment], whole: Encoded) -> None:
+    def see(self, segments: Sequence[Segment], whole: Encoded) -> None:
         """Count an example as it came."""
         self.rows += 1
         self.lengths[len(whole.input_ids)] += 1
@@ -188,15 +193,24 @@ class _Counter:
         if kept.domain is not None:
             self.domains[kept.domain] += 1
 
-    def report(self, sources: Sequence[Source], hashes: dict[str, str]) -> SplitReport:
+    def drop(self, whole: Encoded, fitted: Encoded | None) -> None:
+        """Count an example as it is dropped: all of it muted, too long, or nothing left to learn."""
+        if not len(whole.input_ids):
+            self.muted += 1
+        elif fitted is None:
+            self.too_long += 1
+        else:
+            self.unanswered += 1
+
+    def report(self, hashes: dict[str, str]) -> SplitReport:
         return SplitReport(
             files=hashes,
-            entries={source.name: source.entry for source in sources},
             mappings=self.mappings,
             examples_by_file=dict(self.by_file),
             rows=self.rows,
             examples=sum(self.by_file.values()),
             dropped_without_answer=self.unanswered,
+            dropped_by_weight=self.muted,
             dropped_too_long=self.too_long,
             truncated=self.truncated,
             answers_truncated=self.answers_cut,
@@ -230,7 +244,7 @@ def _chunks(
         left = float(source.size_bytes)
         examples = examples_of(source, preparation.data, counter.mappings, counter.end_marks)
         while chunk := list(islice(examples, CHUNK)):
-            yield _tokenize(chunk, preparation, counter)
+            yield [example for example in tokenize(chunk, preparation, counter) if example is not None]
             done = min(left, sum(len(m.text) for e in chunk for m in e.messages))
             advance(done)
             left -= done
@@ -245,14 +259,13 @@ def examples_of(
     Raises:
         DatasetError: an empty source, or as `Source.rows`, `find_mapping` and `to_example`.
     """
-    rows = source.rows()
-    first: list[Row] = list(islice(rows, LOOKED_AT))
-    if not first:
+    keys = keys_of(source.rows())  # read twice: a key may show first in the last row
+    if not keys:
         raise DatasetError(f"{source.name}: holds no rows.")
-    mapping = find_mapping(first, data.fields, data.domain)
+    mapping = find_mapping(keys, data.fields, data.domain, source.name)
     if mappings is not None:
         mappings[source.name] = mapping.describe()
-    for row in chain(first, rows):
+    for row in source.rows():
         example = to_example(row, mapping, data.domain.per_file)
         if data.strip_end_marks:
             example, found = strip_end_marks(example)
@@ -261,21 +274,34 @@ def examples_of(
         yield example
 
 
-def _tokenize(chunk: list[Example], preparation: Preparation, counter: _Counter) -> list[TokenizedExample]:
-    kept: list[TokenizedExample] = []
-    rendered = [preparation.renderer.example(example) for example in chunk]
-    counter.coverage.add([m.text for e in chunk for m in e.messages])
-    for example, segments, whole in zip(chunk, rendered, _encode(chunk, rendered, preparation), strict=True):
-        counter.see(example, segments, whole)
-        fitted = fit(whole, preparation.seq_len, preparation.data.truncation, preparation.encoder.bos_id)
-        if fitted is None:
-            counter.too_long += 1
-        elif not learnable(fitted, preparation.encoder):
-            counter.unanswered += 1
-        else:
-            tokenized = _tokenized(example, fitted, segments, preparation.data.mask_prompt)
-            counter.keep(example, whole, tokenized, fitted)
-            kept.append(tokenized)
+def tokenize(
+    examples: Sequence[Example], preparation: Preparation, counter: _Counter | None = None
+) -> list[TokenizedExample | None]:
+    """Examples to tokens; None where one is dropped. What happens to them is counted in `counter`."""
+    rendered = [preparation.renderer.example(example) for example in examples]
+    encoded = _encode(examples, rendered, preparation)
+    if counter:
+        counter.coverage.add([m.text for e in examples for m in e.messages])
+    return [
+        _tokenized(example, segments, whole, preparation, counter)
+        for example, segments, whole in zip(examples, rendered, encoded, strict=True)
+    ]
+
+
+def _tokenized(
+    example: Example, segments: Sequence[Segment], whole: Encoded, preparation: Preparation, counter: _Counter | None
+) -> TokenizedExample | None:
+    data, encoder = preparation.data, preparation.encoder
+    fitted = fit(whole, preparation.seq_len, data.truncation, encoder.bos_id)
+    kept = None
+    if fitted is not None and learnable(fitted, encoder):
+        text = "".join(segment.text for segment in segments)
+        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+        mask = mask_of(fitted, data.mask_prompt)
+        kept = TokenizedExample(example.file, example.row, fitted.input_ids, mask, example.domain, digest)
+    if counter:
+        counter.see(segments, whole)
+        counter.keep(example, whole, kept, fitted) if kept and fitted else counter.drop(whole, fitted)
     return kept
 
 
@@ -296,25 +322,6 @@ def learnable(encoded: Encoded, encoder: TextEncoder) -> bool:
     """Whether anything of an answer but end tokens is left to predict."""
     answer = encoded.input_ids[1:][encoded.response[1:]]
     return any(int(token) not in encoder.special_ids for token in answer)
-
-
-def _tokenized(example: Example, fitted: Encoded, segments: Sequence[Segment], mask_prompt: bool) -> TokenizedExample:
-    text = "".join(segment.text for segment in segments)
-    digest = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
-    mask = mask_of(fitted, mask_prompt)
-    return TokenizedExample(example.file, example.row, fitted.input_ids, mask, example.domain, digest)
-
-
-def tokenize(examples: Sequence[Example], preparation: Preparation) -> list[TokenizedExample | None]:
-    """Examples in memory to tokens, as `prepare_split` makes them; None where one is dropped."""
-    tokenized: list[TokenizedExample | None] = []
-    rendered = [preparation.renderer.example(example) for example in examples]
-    for example, segments, whole in zip(examples, rendered, preparation.encoder.encode(rendered), strict=True):
-        fitted = fit(whole, preparation.seq_len, preparation.data.truncation, preparation.encoder.bos_id)
-        usable = fitted is not None and learnable(fitted, preparation.encoder)
-        mask_prompt = preparation.data.mask_prompt
-        tokenized.append(_tokenized(example, fitted, segments, mask_prompt) if usable and fitted else None)
-    return tokenized
 
 
 def prompt_as_trained(example: Example, preparation: Preparation) -> list[int]:

@@ -134,6 +134,8 @@ def _line(path: Path, number: int, raw: bytes) -> Row:
         ) from error
     except _DuplicateKeyError as error:
         raise DatasetError(f"{path}, row {number}: the key '{error}' stands there twice. Keep one.") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets without end
+        raise DatasetError(f"{path}, line {number}: JSON that cannot be read ({error}).") from error
     return _row(path, number, value)
 
 
@@ -147,6 +149,8 @@ def _json(path: Path, file: IO[bytes]) -> Iterator[Row]:
         ) from error
     except _DuplicateKeyError as error:
         raise DatasetError(f"{path}: the key '{error}' stands twice in one object. Keep one.") from error
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{path}: JSON that cannot be read ({error}).") from error
     for number, item in enumerate(_the_list(path, value), 1):
         yield _row(path, number, item)
 

@@ -15,7 +15,9 @@ from training_lens.data.types import Row
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import nearest
 from training_lens.utils.hub import require_hub
+from training_lens.utils.logging import get_logger
 
+logger = get_logger(__name__)
 HUB = "hub:"
 # OWNER/NAME[/CONFIG][@REVISION][:SPLIT]
 _HUB_SPEC = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[^:]+))?(:(?P<split>\w+))?")
@@ -65,6 +67,8 @@ def expand(specs: Sequence[str], key: str) -> list[Source]:
         if not spec.strip():
             raise DatasetError(f"{key}: an empty path; give a file.")
         for source in _expand_one(spec, entry, key):
+            if source.name in sources:
+                logger.warning("%s: '%s' is named twice, also by '%s'; it is taken once", key, source.name, spec)
             sources.setdefault(source.name, source)
     return list(sources.values())
 
@@ -119,7 +123,7 @@ def _from_disk(folder: Path, split: str, entry: int, key: str) -> Source:
     from datasets import DatasetDict, load_from_disk
 
     try:
-        loaded = load_from_disk(str(folder))
+        loaded = load_from_disk(str(folder), keep_in_memory=False)
     except (OSError, ValueError, KeyError) as error:
         raise DatasetError(f"{key}: the data set saved in '{folder}' cannot be read: {error}") from error
     if isinstance(loaded, DatasetDict):
@@ -146,7 +150,9 @@ def _from_hub(spec: str, entry: int, key: str) -> Source:
     if not _in_cache(parts["id"], datasets.config.HF_DATASETS_CACHE):
         require_hub(f"{key}: '{spec}'", DatasetError)
     try:
-        loaded = datasets.load_dataset(parts["id"], parts["config"], split=split, revision=parts["revision"])
+        loaded = datasets.load_dataset(
+            parts["id"], parts["config"], split=split, revision=parts["revision"], keep_in_memory=False
+        )
     except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
         line = str(error).strip().split("\n")[0]
         raise DatasetError(
@@ -161,4 +167,9 @@ def _in_cache(repository: str, cache: Path | str) -> bool:
 
 
 def _from_table(name: str, table: Any, entry: int) -> Source:
-    return Source(name, tuple(Path(file["filename"]) for file in table.cache_files), entry, table)
+    files = tuple(Path(file["filename"]) for file in table.cache_files)
+    if not files:
+        raise DatasetError(
+            f"'{name}' lies in memory alone, without files to tell its content by; save it to disk first."
+        )
+    return Source(name, files, entry, table)

@@ -24,8 +24,9 @@ logger = get_logger(__name__)
 DomainStyle = Literal["tag", "hash", "none"]
 JINJA = (".jinja", ".jinja2", ".j2")
 # Names of special tokens inside data stand as (mark, number, mark) while a template renders: noncharacters of Unicode.
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
-_PLACEHOLDER = re.compile(f"{OPEN}(\\d+){CLOSE}")
+# Where a template writes JSON in ASCII, they stand escaped.
+OPEN, CLOSE, ESCAPED = "\ufdd0", "\ufdd1", r"\ufdd0"
+_PLACEHOLDER = re.compile(rf"(?:{OPEN}|\\ufdd0)(\d+)(?:{CLOSE}|\\ufdd1)")
 
 
 class Template(Protocol):
@@ -33,8 +34,13 @@ class Template(Protocol):
 
     tools: bool  # whether it has a place for tools, calls and their results
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Segment]:
-        """Everything up to where the assistant begins to answer; `messages` end with another's."""
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int] = ()
+    ) -> list[Segment]:
+        """Everything up to where the assistant begins to answer; `messages` end with another's.
+
+        `learned` are the earlier answers that training learns: the text is cut at them as there.
+        """
         ...
 
     def example(
@@ -59,8 +65,10 @@ class TurnTemplate:
         """What stands before an answer to `asked`."""
         raise NotImplementedError
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Segment]:
-        return self._turns(messages, range(0))
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int] = ()
+    ) -> list[Segment]:
+        return self._turns(messages, ())
 
     def example(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int]
@@ -109,7 +117,7 @@ class PlainTemplate(TurnTemplate):
 class PatternTemplate(TurnTemplate):
     """A user's own pattern: text with {instruction}, perhaps {system} and {input}, and at its end {output}.
 
-    A line whose slots are all empty is left out.
+    A line whose slots are all empty is left out, but for the last.
     """
 
     SLOTS = ("system", "instruction", "input", "output")
@@ -122,7 +130,9 @@ class PatternTemplate(TurnTemplate):
 
     def lead(self, system: str | None, asked: Message, first: bool) -> str:
         values = {"system": system if first else "", "instruction": asked.text, "input": asked.input}
-        return "\n".join(self._filled(line, values) for line in self._lines if self._wanted(line, values))
+        *others, last = self._lines
+        lines = [line for line in others if self._wanted(line, values)]
+        return "\n".join(self._filled(line, values) for line in (*lines, last))
 
     @staticmethod
     def _wanted(line: str, values: Mapping[str, str | None]) -> bool:
@@ -187,12 +197,13 @@ class Renderer:
     ) -> list[Segment]:
         """What the model sees before it answers; `messages` end with the user's or a tool's."""
         messages, tools = self._fitted(self._with_domain(messages, domain), tools)
-        return self._restored(self.template.prompt(messages, tools))
+        learned = self._learned(messages) if self._supervise == "all" else ()
+        return self._restored(self.template.prompt(messages, tools, learned))
 
     def prompt_of(self, example: Example) -> list[Segment]:
         """The prompt of the example's last answer; of a plain text, its domain prefix."""
         if example.is_text:
-            return self._text(example)[:-1]
+            return self.text_prompt("", example.domain)
         return self.prompt(example.messages[:-1], example.domain, example.tools)
 
     def example(self, example: Example) -> list[Segment]:
@@ -217,10 +228,13 @@ class Renderer:
         return tuple(i for i in (answers if self._supervise == "all" else answers[-1:]) if messages[i].learn)
 
     def _text(self, example: Example) -> list[Segment]:
-        prefix = domain_prefix(example.domain, self._style)
         text = self._protected(example.messages[0].text) + self._end
-        lead = [Segment(self._protected(prefix), False)] if prefix else []
-        return self._restored([*lead, Segment(text, True)])
+        return [*self.text_prompt("", example.domain), *self._restored([Segment(text, True)])]
+
+    def text_prompt(self, text: str, domain: str | None) -> list[Segment]:
+        """What stands before the rest of a plain text that begins with `text`: its domain's prefix, no template."""
+        parts = (domain_prefix(domain, self._style), text)
+        return self._restored([Segment(self._protected(part), False) for part in parts if part])
 
     def _with_domain(self, messages: Sequence[Message], domain: str | None) -> list[Message]:
         prefix = domain_prefix(domain, self._style)
@@ -228,28 +242,40 @@ class Renderer:
         if prefix and first is None:
             raise DatasetError(f"domain '{domain}': there is no user message to put its prefix on.")
         put = [replace(m, text=prefix + m.text) if prefix and i == first else m for i, m in enumerate(messages)]
-        return [replace(m, text=self._protected(m.text), input=self._protected(m.input)) for m in put]
+        return [self._safe(m) for m in put]
+
+    def _safe(self, m: Message) -> Message:
+        """The message with the names of special tokens protected, in what it says and in what it calls."""
+        calls = tuple(self._protected_in(call) for call in m.calls)
+        return replace(m, text=self._protected(m.text), input=self._protected(m.input), calls=calls)
+
+    def _protected_in(self, value: Any) -> Any:
+        """`value` with every text in it protected."""
+        if isinstance(value, str):
+            return self._protected(value)
+        if isinstance(value, Mapping):
+            return {self._protected_in(k): self._protected_in(v) for k, v in value.items()}
+        return [self._protected_in(v) for v in value] if isinstance(value, list | tuple) else value
 
     def _fitted(
         self, messages: list[Message], tools: Sequence[Mapping[str, Any]]
     ) -> tuple[list[Message], Sequence[Mapping[str, Any]]]:
         """The chat as this template can say it: without a place for tools, they and their use become text."""
+        tools = [self._protected_in(tool) for tool in tools]
         if self.template.tools or not (tools or any(m.role == "tool" or m.calls for m in messages)):
             return messages, tools
         self._note("the template has no place for tools: their descriptions go into the system message, calls are")
-        fitted = [replace(m, calls=(), role="user" if m.role == "tool" else m.role) for m in messages]
+        fitted = [_as_text(m) for m in messages]
         if not tools:
             return fitted, ()
-        described = "You may call these tools:\n" + "\n".join(
-            json.dumps(t["function"], ensure_ascii=False) for t in tools
-        )
-        system = "\n\n".join([*(m.text for m in fitted if m.role == "system"), self._protected(described)])
+        described = "\n".join(["You may call these tools:", *(_json(tool["function"]) for tool in tools)])
+        system = "\n\n".join([*(m.text for m in fitted if m.role == "system"), described])
         return [Message("system", system), *(m for m in fitted if m.role != "system")], ()
 
     def _note(self, what: str) -> None:
         if what not in self._noted:
             self._noted.add(what)
-            logger.warning("%s learned as the rows write them, and results come as user messages", what)
+            logger.warning("%s learned as JSON, and results come as user messages", what)
 
     def _protected(self, text: str) -> str:
         """`text` with the names of special tokens as placeholders, which no template knows."""
@@ -259,7 +285,7 @@ class Renderer:
 
     def _restored(self, segments: Sequence[Segment]) -> list[Segment]:
         """The segments with each placeholder as plain text of its own."""
-        if not any(OPEN in segment.text for segment in segments):
+        if not any(OPEN in segment.text or ESCAPED in segment.text for segment in segments):
             return list(segments)
         return [
             Segment(self._special[int(part)] if odd else part, segment.response, plain=bool(odd))
@@ -267,6 +293,16 @@ class Renderer:
             for place, part in enumerate(_PLACEHOLDER.split(segment.text))
             if (odd := place % 2) or part
         ]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _as_text(message: Message) -> Message:
+    """The message without calls and tools: what it calls is said as JSON, a tool's result is the user's."""
+    said = "\n".join(part for part in (message.text, *map(_json, message.calls)) if part)
+    return replace(message, text=said, calls=(), role="user" if message.role == "tool" else message.role)
 
 
 def choose_template(asked: str, tokenizer: Any) -> str:
@@ -310,7 +346,7 @@ def build_renderer(data: DataSection, tokenizer: Any) -> Renderer:
     name, end = choose_template(data.template, tokenizer), tokenizer.eos_token or ""
     template: Template
     if name == "chat" or name.endswith(JINJA):
-        template = ChatTemplate(tokenizer)
+        template = ChatTemplate(tokenizer, data.thinking)
     elif name in ("alpaca", "plain"):
         template = (AlpacaTemplate if name == "alpaca" else PlainTemplate)(end)
     else:

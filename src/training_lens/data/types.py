@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -31,8 +31,8 @@ class Message:
     """One turn.
 
     `input` is the second part that some instruction data gives a prompt (Alpaca's input); `learn` is false where the
-    row gives an answer the loss weight 0; `calls` are the functions that an assistant calls, each with its
-    name and arguments, and `text` then is what the row itself says there.
+    row gives an answer the loss weight 0; `calls` are the functions that an assistant calls, each with its name and
+    arguments, beside what it says; `extra` is what else a chat template may want to know: name and tool_call_id.
     """
 
     role: Role
@@ -40,6 +40,7 @@ class Message:
     input: str = ""
     learn: bool = True
     calls: tuple[Mapping[str, Any], ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

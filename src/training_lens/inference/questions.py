@@ -22,11 +22,10 @@ from training_lens.data.fields import (
 from training_lens.data.sources import Source
 from training_lens.data.types import Example, Message, Row
 from training_lens.errors import ConfigurationError, DatasetError
-from training_lens.inference.session import Session, check_text, text_field
+from training_lens.inference.session import Session, text_field
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-LOOKED_AT = 200  # rows whose keys decide how all are read
 NO_ANSWER = "(no answer)"  # the field of answers in a file that has none
 KEY_DIGITS = 16  # of the key in an output line
 STAND_IN = "-"  # takes the place of a missing answer, so that the prompt before it is read as in training
@@ -102,10 +101,9 @@ class QuestionReader:
         whole = [row for row in rows if isinstance(row, Row)]
         if not whole:
             raise DatasetError(f"{source.name}: holds no rows that can be read.")
-        looked_at = whole[:LOOKED_AT]
-        domains = _domains(keys_of(looked_at), session, source.files[0], domain)
+        domains = _domains(set(keys_of(whole)), session, source.files[0], domain)
         self._session, self._domain, self._per_file, self._answerer = session, domain, domains.per_file, answerer
-        self._mapping = _mapping(looked_at, session, domains)
+        self._mapping = _mapping(whole, session, domains)
         logger.info("%s: %d rows, read as %s", source.name, len(rows), self._mapping.describe())
 
     def __call__(self, rows: Sequence[Row | PassedOver]) -> tuple[list[Question], list[PassedOver]]:
@@ -118,7 +116,6 @@ class QuestionReader:
             *prompt, _ = example.messages
             if not prompt or prompt[-1].role not in ("user", "tool"):
                 raise DatasetError("nothing that asks stands before the answer.")
-            check_text(expected or "", "the answer")
             domain = self._domain or example.domain
             ids = self._session.prompt_ids(prompt, domain, example.tools)
         except (DatasetError, ConfigurationError) as error:
@@ -169,12 +166,12 @@ def _mapping(rows: Sequence[Row], session: Session, domains: DomainSection) -> F
     if session.domains is not None:
         fields = FieldsSection(**{meaning: key for meaning, key in fields if key in keys})
     if session.continues_text and text_field(fields) in keys:
-        return find_mapping(rows, FieldsSection(text=text_field(fields)), domains)
-    answers = keys & {*ALIASES["output"], *ALIASES["messages"]}
+        return find_mapping(keys, FieldsSection(text=text_field(fields)), domains, rows[0].file)
+    answers = keys.keys() & {*ALIASES["output"], *ALIASES["messages"]}
     if not (answers or fields.output or fields.messages):
-        rows = [replace(row, values={**row.values, NO_ANSWER: STAND_IN}) for row in rows]
+        keys[NO_ANSWER] = rows[0].number
         fields = fields.model_copy(update={"output": NO_ANSWER})
-    return find_mapping(rows, fields, domains)
+    return find_mapping(keys, fields, domains, rows[0].file)
 
 
 def _with_stand_in(values: Mapping[str, Any], mapping: FieldMapping) -> dict[str, Any]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from training_lens.config.schema import FieldsSection, TrainingConfig
-from training_lens.data.fields import ALIASES
+from training_lens.data.fields import ALIASES, NO_TEXT
 from training_lens.data.templates import Renderer, adopt_template_file, build_renderer
 from training_lens.data.tokenization import TextEncoder
-from training_lens.data.types import Example, Message, Segment
+from training_lens.data.types import Example, Message
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, ModelLoadingError
 from training_lens.models.adapters import load_adapter
 from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts
@@ -25,8 +24,6 @@ from training_lens.utils.formatting import nearest
 from training_lens.utils.runs import RunFolder, find_run
 
 BASE_ALONE = "none"
-# Halves of surrogate pairs, and the noncharacters that stand for texts while a template renders.
-_NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd3]")
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ class Session:
         Raises:
             ConfigurationError: names those it knows, and the nearest.
         """
-        check_text(domain or "", "the domain")
+        _check_text(domain or "", "the domain")
         if domain is None or self.domains is None or domain in self.domains:
             return
         known = f"this run knows {', '.join(self.domains)}" if self.domains else "this run was trained without domains"
@@ -88,10 +85,11 @@ class Session:
                 leaves no room to answer.
         """
         self.check_domain(domain)
-        said = [[m.text, m.input, m.calls] for m in messages]
-        check_text(json.dumps([said, list(tools)], ensure_ascii=False, default=str), "the prompt")
-        if self.continues_text:
-            segments = self._begun(messages, domain)
+        said = [[m.text, m.input, m.calls, m.extra] for m in messages]
+        _check_text(json.dumps([said, list(tools)], ensure_ascii=False, default=str), "the prompt")
+        if self.continues_text:  # the parts of several messages stand a line each
+            text = "\n".join(part for m in messages for part in (m.text, m.input) if part)
+            segments = self.renderer.text_prompt(text, domain)
         else:
             segments = self.renderer.prompt(messages, domain, tools)
         ids = self.encoder.prompt_ids(segments)
@@ -102,28 +100,17 @@ class Session:
             )
         return ids
 
-    def _begun(self, messages: Sequence[Message], domain: str | None) -> list[Segment]:
-        """A plain text as training saw it, without its end; the parts of several messages stand a line each."""
-        text = "\n".join(part for m in messages for part in (m.text, m.input) if part)
-        *before, last = self.renderer.example(_plain_text(text, domain))
-        begun = last.text.removesuffix(self.tokenizer.eos_token)
-        return [*before, replace(last, text=begun)] if begun else before
 
-
-def check_text(text: str, what: str) -> None:
+def _check_text(text: str, what: str) -> None:
     """Refuse what no tokenizer or template can take.
 
     Raises:
         ConfigurationError: half of a surrogate pair, or one of U+FDD0 to U+FDD3; names `what` holds it.
     """
-    if found := _NO_TEXT.search(text):
+    if found := NO_TEXT.search(text):
         code = ord(found[0])
         kind = "a noncharacter" if code >= 0xFDD0 else "half of a surrogate pair, or a byte that is not UTF-8"
         raise ConfigurationError(f"{what} holds U+{code:04X}, which is no text ({kind}). Take it out.")
-
-
-def _plain_text(text: str, domain: str | None) -> Example:
-    return Example((Message("assistant", text),), domain, "", 0, is_text=True)
 
 
 def open_session(config: TrainingConfig) -> Session:
@@ -226,9 +213,10 @@ def _session(
 ) -> Session:
     encoder = TextEncoder(tokenizer)  # before the renderer, which takes for granted that there is an EOS
     renderer = build_renderer(config.data, tokenizer)
-    chat = Example((Message("user", "a"), Message("assistant", "b")), None, "", 0)
-    whole = renderer.example(_plain_text("a", None) if texts else chat)
-    end = int(encoder.encode([whole])[0].input_ids[-1])
+    answered = Example((Message("user", "a"), Message("assistant", "b")), None, "", 0)
+    if texts:
+        answered = Example((Message("assistant", "b"),), None, "", 0, is_text=True)
+    end = int(encoder.encode([renderer.example(answered)])[0].input_ids[-1])
     stop_ids = frozenset({encoder.eos_id, end, *_configured_ends(model, config.model.id)})
     return Session(
         source, adapter, model, tokenizer, encoder, renderer, config, domains, texts, stop_ids, device, precision

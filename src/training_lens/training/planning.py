@@ -214,10 +214,15 @@ def count_duplicates(train: TokenDataset, validation: TokenDataset | None) -> di
 def _schedule(config: TrainingConfig, train: TokenDataset, split: Split, processes: int) -> Schedule:
     training, mix = config.training, None
     if config.data.weights is not None:
-        entries = split.report.entries
-        mix = Mix(np.array([entries[file] for file in train.files]), tuple(config.data.weights))
-        if not mix.epoch_examples:
-            raise ConfigurationError("data.weights: no entry gives a single example an epoch; raise the weights.")
+        entries = np.array([split.entries[file] for file in train.files])
+        mix = Mix(entries, tuple(config.data.weights))
+        empty = next((i for i, size in enumerate(mix.entry_sizes) if not size), None)
+        if empty is not None:
+            raise ConfigurationError(
+                f"data.weights: entry {empty + 1} of data.train, with weight {config.data.weights[empty]:g}, gives "
+                f"none of its {int((entries == empty).sum())} examples. Raise its weight, or leave it out; what two "
+                "entries name belongs to the first."
+            )
     global_batch = training.batch_size * training.gradient_accumulation_steps * processes
     return Schedule(len(train), global_batch, training.epochs, training.max_steps, training.seed, mix)
 
