@@ -82,3 +82,20 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "output": {"base_output_dir": str(tmp_path_factory.mktemp("outputs"))},
     }
     return RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir))
+
+
+@pytest.fixture(scope="session")
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of a short finished run on plain texts alone, with the domains a and b; for reading alone."""
+    from training_lens import TrainingConfig, TrainingWrapper
+    from training_lens.utils.runs import RunFolder
+
+    folder = tmp_path_factory.mktemp("texts")
+    rows = [{"text": f"The cat {i} sat on the mat.", "domain": "ab"[i % 2]} for i in range(16)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "data": {"train": [str(folder / "rows.jsonl")]},
+        "training": {"epochs": 1},
+        "output": {"base_output_dir": str(folder / "outputs")},
+    }
+    return RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -93,3 +94,28 @@ def test_a_chat_is_typed_and_left(call: Call, finished_run: RunFolder) -> None:
     assert "/help lists the commands" in left.stdout and "now the base answers." in left.stdout
     assert left.stdout.count("> ") == 5
     assert call(*asked, input="Hi?").exit_code == 0  # ends like Ctrl-D
+
+
+def test_a_run_on_plain_texts_says_that_it_continues(call: Call, text_run: RunFolder) -> None:
+    asked = ["infer", "--run", str(text_run.root), SHORT, "--domain", "a"]
+    one = call(*asked[:1], "The cat", *asked[1:], "--json")
+    assert one.exit_code == 0 and "it continues yours, each by itself, without a template" in one.stderr
+    chat = call(*asked, "--interactive", input="The cat\nThe cat\n")
+    assert "it continues yours" in chat.stdout
+    assert chat.stdout.count(json.loads(one.stdout)["answer"].strip()) == 2
+
+
+@pytest.mark.parametrize("text", ["a \udcff", "\ufdd0", "a \ufdd2"])
+def test_what_is_no_text_is_one_line_and_the_chat_goes_on(call: Call, text: str) -> None:
+    refused = "the prompt holds U+"
+    base = ["inference=base", SHORT]
+    asked = call("infer", text, *base)
+    assert (asked.exit_code, refused in asked.stderr) == (2, True)
+    assert call("infer", "Hi", *base, "--domain", text).exit_code == 2
+    typed = f"{text}\nHi\n".encode(errors="surrogateescape")
+    chat = subprocess.run(
+        [sys.executable, "-m", "training_lens", "infer", "--interactive", *base],
+        input=typed, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert (chat.returncode, chat.stderr) == (0, b"")
+    assert refused.encode() in chat.stdout and chat.stdout.count(b"> ") == 3

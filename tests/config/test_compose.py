@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,26 @@ def test_later_layers_win(tmp_path: Path) -> None:
     config = compose(str(file), ["+experiment=quick_test", "training.lr=1e-5"])
     assert (config.training.epochs, config.training.lr) == (7, 1e-5)
     assert config.data.max_examples == 160
+
+
+def told(caplog: pytest.LogCaptureFixture, file: Path, *overrides: str) -> list[str]:
+    """What composing logs."""
+    logger = logging.getLogger("training_lens.config.compose")  # commands keep their log from the root's handlers
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger.name):
+        logger.addHandler(caplog.handler)
+        compose(str(file), overrides)
+        logger.removeHandler(caplog.handler)
+    return list(dict.fromkeys(caplog.messages))
+
+
+def test_a_file_that_wins_over_a_named_preset_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("peft:\n  r: 16\n  lora_alpha: 128\ntraining.epochs: 2\noutput.experiment_name: mine\n")
+    assert told(caplog, file, "+experiment=default-full", "inference=base") == [
+        f"--config {file} sets peft.r, training.epochs over experiment=default-full"
+    ]
+    assert told(caplog, file, "+experiment=dora") == told(caplog, file) == []
 
 
 def test_json_files_and_dotted_keys_are_read(tmp_path: Path) -> None:

@@ -35,6 +35,13 @@ def test_every_key_stands_in_it_and_the_main_ones_are_set() -> None:
     assert len(settings) == len(LIVE)
 
 
+@pytest.mark.parametrize("name", ["default", "quick_test", "default-full", "dora", "qlora"])
+def test_every_preset_is_heeded_beside_it(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(skeleton({}))
+    assert compose(str(file), [f"+experiment={name}"]) == compose(None, [f"+experiment={name}"])
+
+
 def test_given_values_are_set(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from training_lens.config.schema import InferenceSection
+from training_lens.data.templates import build_renderer
 from training_lens.data.types import Message
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.inference import batch
@@ -87,7 +90,8 @@ def test_the_output_of_another_input_is_refused_and_left(
         output.write_text("some text\n")
     before = output.read_bytes()
     other = {"prompt": [{**ROWS[0], "question": "?"}, *ROWS], "order": ROWS[::-1], "fewer": ROWS[:3]}.get(change, ROWS)
-    with pytest.raises(ConfigurationError, match="belongs to another input, and is left as it is"):
+    reason = "lines more than" if change == "fewer" else "so it belongs to another input"
+    with pytest.raises(ConfigurationError, match=f"{reason}.* The file is left as it is"):
         answer_file(
             session,
             input_file(str(write_rows(other))),
@@ -98,21 +102,94 @@ def test_the_output_of_another_input_is_refused_and_left(
     assert output.read_bytes() == before
 
 
+@pytest.mark.parametrize("content", [b'{"accuracy": 0.5}', b"notes", b'{"row": 2', "é".encode()[:1]])
+@pytest.mark.parametrize("whole_lines", [0, 4, 10])
+def test_a_last_line_without_end_that_is_not_ours_is_kept(
+    session: Session, write_rows: Callable[..., Path], tmp_path: Path, content: bytes, whole_lines: int
+) -> None:
+    source, output = write_rows(ROWS), tmp_path / "out.jsonl"
+    answered(session, source, output)
+    before = b"".join(output.read_bytes().splitlines(keepends=True)[:whole_lines]) + content
+    output.write_bytes(before)
+    with pytest.raises(ConfigurationError, match="The file is left as it is: give another one"):
+        answered(session, source, output)
+    assert output.read_bytes() == before
+
+
+def retrained(session: Session, folder: Path) -> Session:
+    """The session with another adapter of the same name and shapes."""
+    shutil.copytree(str(session.adapter), folder)
+    weights = {name: tensor + 1 for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+    return replace(session, adapter=folder)
+
+
+def test_answers_of_another_model_or_settings_are_refused_and_left(
+    session: Session, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, output = write_rows(ROWS), tmp_path / "out.jsonl"
+    answered(session, source, output, SAMPLED)
+    before = output.read_bytes()
+    alpaca = session.config.resolved(data={"template": "alpaca"})
+    others: list[tuple[Session, InferenceSection, bool]] = [
+        (session, SAMPLED.model_copy(update={key: value}), False)
+        for key, value in (("max_new_tokens", 7), ("temperature", 1.0), ("seed", 4), ("top_p", 0.5), ("top_k", 3))
+    ]
+    others += [(session, SAMPLED, True), (retrained(session, tmp_path / "other"), SAMPLED, False)]
+    others += [(replace(session, renderer=build_renderer(alpaca.data, session.tokenizer)), SAMPLED, False)]
+    for other, settings, base in others:
+        with pytest.raises(ConfigurationError, match=r"line 1 answers row 1 of .*, but not as it is asked now"):
+            answer_file(other, input_file(str(source)), output, settings, domain="hill", base=base)
+    assert output.read_bytes() == before
+
+
+def test_settings_that_decide_nothing_go_on(session: Session, write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    source, output = write_rows(ROWS), tmp_path / "out.jsonl"
+    answered(session, source, output)
+    moved = replace(session, adapter=shutil.copytree(str(session.adapter), tmp_path / "moved"))
+    assert answered(moved, source, output, InferenceSection(max_new_tokens=6, seed=9, batch_tokens=99)).resumed == 10
+
+
+def test_the_same_prompt_in_another_conversation_is_refused(
+    session: Session, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    answered(session, write_rows([{"messages": [{"role": "system", "content": "Be brief."}, USER]}]), output)
+    with pytest.raises(ConfigurationError, match="the messages before the prompt have changed"):
+        answered(session, write_rows([{"messages": [{"role": "system", "content": "Be long."}, USER]}]), output)
+
+
+def test_end_marks_are_taken_off_earlier_answers_as_in_training(
+    session: Session, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    def key(said: str, session: Session = session) -> Any:
+        rows = [{"messages": [USER, {**SAID, "content": said}, USER, {**SAID, "content": said}]}]
+        output = tmp_path / f"{said.strip('</s>')}{len(list(tmp_path.iterdir()))}.jsonl"
+        answered(session, write_rows(rows), output)
+        return lines(output)[0]["key"], lines(output)[0]["expected"]
+
+    keeps = replace(session, config=session.config.resolved(data={"strip_end_marks": False}))
+    assert key("Yes.</s>") == key("Yes.") == key("Yes.", keeps)
+    assert key("Yes.</s>", keeps) != key("Yes.") and key("Yes.</s>", keeps)[1] == "Yes.</s>"
+
+
 def test_bad_rows_are_passed_over_with_their_reason(session: Session, tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     good = json.dumps({"question": "Hi?", "domain": "lake"})
     bad = ['{"question": "Hi', '["a"]', '{"domain": "hill"}', '{"question": "Hi", "domain": "moon"}']
+    bad += ['{"question": "\\ufdd2", "domain": "hill"}']
     bad += [json.dumps({"question": "long " * 900, "domain": "hill"}), '{"question": "\\ud800", "domain": "hill"}']
     source.write_text("\n".join([good, *bad, "", good]))
     report = answer_file(session, input_file(str(source)), tmp_path / "out.jsonl", SETTINGS)
-    assert [item.row for item in report.passed_over] == [2, 3, 4, 5, 6, 7]
-    reasons = ["broken JSON", "is a list", "has no field 'question'", "domain 'moon'", "no room to answer", "no text"]
+    assert [item.row for item in report.passed_over] == [2, 3, 4, 5, 6, 7, 8]
+    reasons = ["broken JSON", "is a list", "has no field 'question'", "domain 'moon'", "a noncharacter"]
+    reasons += ["no room to answer", "half a surrogate pair"]
     for item, reason in zip(report.passed_over, reasons, strict=True):
         assert reason in item.reason
     written = lines(tmp_path / "out.jsonl")
     assert [(line["row"], line["domain"], line["expected"]) for line in written] == [
         (1, "lake", None),
-        (9, "lake", None),
+        (10, "lake", None),
     ]
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
+from training_lens import embedded
 from training_lens.config.compose import compose
 from training_lens.config.schema import InferenceSection
 from training_lens.data.types import Message
-from training_lens.errors import ConfigurationError, TrainingLensError
+from training_lens.errors import ConfigurationError, ModelLoadingError, TrainingLensError
 from training_lens.inference.generator import answer
 from training_lens.inference.session import Session, open_run, open_session
 from training_lens.utils.runs import RunFolder
@@ -84,3 +87,44 @@ def test_an_adapter_of_another_base_says_which(finished_run: RunFolder, shared: 
     other = shared / "models/tinystories-656k"
     with pytest.raises(TrainingLensError, match=r"does not fit this base model(.|\n)*the adapter was trained on"):
         opened(finished_run, str(finished_run.adapter), f"model.id={other}")
+
+
+@pytest.mark.parametrize("text", ["half \udcff", "\ud83d", "a \ufdd00\ufdd1", "\ufdd2", "\ufdd3"])
+def test_what_is_no_text_is_refused_wherever_it_stands(finished_run: RunFolder, text: str) -> None:
+    session = opened(finished_run, "none")
+    user, said = Message("user", "Hi"), Message("assistant", text)
+    calls: list[Any] = [([Message("user", text)], None), ([user, said, user], None), ([user], text)]
+    calls += [([Message("user", "Hi", text)], None), ([user], None, [{"function": {"name": text}}])]
+    for arguments in calls:
+        with pytest.raises(ConfigurationError, match=r"holds U\+[DF][0-9A-F]{3}, which is no text"):
+            session.prompt_ids(*arguments)
+
+
+def own_base(folder: Path, file: str, **values: Any) -> Path:
+    """A copy of the embedded base with these values in one of its JSON files."""
+    shutil.copytree(embedded.resolve("embedded"), folder)
+    known = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(known | values))
+    return folder
+
+
+@pytest.mark.parametrize("eos", ["<|end|>", [1, "x"], [True]])
+def test_end_tokens_that_are_no_ids_are_refused(finished_run: RunFolder, tmp_path: Path, eos: Any) -> None:
+    base = own_base(tmp_path / "base", "generation_config.json", eos_token_id=eos)
+    with pytest.raises(ModelLoadingError, match=r"generation_config.json of .* has eos_token_id .*, expected"):
+        opened(finished_run, "none", f"model.id={base}")
+
+
+def test_a_lacking_eos_is_said_before_the_template_fails_for_it(finished_run: RunFolder, tmp_path: Path) -> None:
+    base = own_base(tmp_path / "base", "tokenizer_config.json", eos_token=None)
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
+    with pytest.raises(ModelLoadingError, match="has no EOS token"):
+        opened(finished_run, "none", f"model.id={base}", f"data.template={tmp_path / 't.jinja'}")
+
+
+def test_positions_are_those_of_the_text_part(finished_run: RunFolder) -> None:
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    text = {**small, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 16, "max_position_embeddings": 48}
+    config = Gemma3Config(text_config=text, vision_config={**small, "image_size": 28, "patch_size": 14})
+    session = replace(open_run(finished_run), model=Gemma3ForConditionalGeneration(config))
+    assert session.positions == 48

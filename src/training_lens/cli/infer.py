@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -117,6 +119,9 @@ def _open(screen: Screen, settings: TrainingConfig, domain: str | None) -> Sessi
 
     session = open_session(settings)
     session.check_domain(domain)
+    if session.continues_text:
+        note = "note: this run was trained on plain texts: it continues yours, each by itself, without a template."
+        screen.console.print(note, style="dim", markup=False, soft_wrap=True)
     if session.domains and domain is None and session.config.data.domain.style != "none":
         known = ", ".join(session.domains)
         note = f"note: this run knows the domains {known}; choose one with --domain."
@@ -173,6 +178,8 @@ def _chat(screen: Screen, settings: TrainingConfig, domain: str | None, base: bo
         raise ConfigurationError("--interactive has no --json: a chat has no one result. For scripts: --input FILE.")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (lets input() edit its line)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are then refused as a prompt
     session = _open(screen, settings, domain)
     chat = Chat(session, settings.inference, screen.write, domain, base)
     screen.write(f"{session.source} listens. /help lists the commands, /quit leaves.\n")

@@ -52,13 +52,11 @@ def init(
 
 def _target(file: str, force: bool) -> Path:
     from training_lens.errors import ConfigurationError
+    from training_lens.utils.files import file_in_folder
 
-    path = Path(file)
-    if path.suffix not in (".yaml", ".yml"):
+    if Path(file).suffix not in (".yaml", ".yml"):
         raise ConfigurationError(f"{file}: init writes YAML; give a name that ends in .yaml.")
-    if path.is_dir() or not path.parent.is_dir():
-        found = "is a folder" if path.is_dir() else f"there is no folder '{path.parent}'"
-        raise ConfigurationError(f"{file}: {found}; give a file in a folder that is there.")
+    path = file_in_folder(file, file)
     if path.exists() and not force:
         raise ConfigurationError(f"{file}: is there already; give another name, or --force to write over it.")
     return path

@@ -35,6 +35,8 @@ def compose(
     """
     groups, values = _split_overrides(overrides)
     from_file, problems = _read_file(config_file)
+    for group in groups if from_file else ():
+        _tell_overridden(str(config_file), from_file, group)
     merged = _merge(_merge(_presets(groups), from_file), values)
     return validate(_merge(merged, flags or {}), problems)
 
@@ -184,6 +186,22 @@ def _presets(groups: Sequence[str]) -> dict[str, Any]:
         composed = OmegaConf.to_container(hydra_compose("config", overrides=list(groups)), resolve=True)
     assert isinstance(composed, dict)
     return {str(key): value for key, value in composed.items()}
+
+
+def _tell_overridden(config_file: str, from_file: dict[str, Any], group: str) -> None:
+    """Log the keys that a preset on the command line sets to one value, and the config file to another."""
+    packaged, chosen = _flat(_presets(())), _flat(_presets([group]))
+    keys = [k for k, v in _flat(from_file).items() if v != chosen.get(k, v) and chosen[k] != packaged.get(k)]
+    if keys:
+        logger.info("--config %s sets %s over %s", config_file, ", ".join(keys), group.lstrip("+"))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys: {'peft.r': 16}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _read_file(config_file: str | None) -> tuple[dict[str, Any], list[str]]:

@@ -12,7 +12,8 @@ from pydantic.fields import FieldInfo
 
 from training_lens.config.schema import TrainingConfig
 
-LIVE = ("model.id", "data.train", "data.val_ratio", "peft.r", "training.epochs", "output.experiment_name")
+# None is a key that an experiment preset sets: the file would win over a preset named on the command line.
+LIVE = ("model.id", "data.train", "data.val_ratio", "output.experiment_name")
 WIDTH = 100
 HEAD = """\
 # Training Lens. A line with '#' right before a key is that key at its default: take the '#' away to change it.

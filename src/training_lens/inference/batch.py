@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from training_lens.errors import ConfigurationError, DatasetError, TrainingLensE
 from training_lens.inference.generator import answers
 from training_lens.inference.questions import PassedOver, Question, QuestionReader, read_lines
 from training_lens.inference.session import Session
-from training_lens.utils.files import require_writable
+from training_lens.models.factory import locate
+from training_lens.models.saved import CONFIG, WEIGHTS
+from training_lens.utils.files import file_in_folder, require_writable, sha256_of
 from training_lens.utils.logging import get_logger
 from training_lens.utils.progress import Progress
 
@@ -53,10 +56,11 @@ def answer_file(
 
     Raises:
         DatasetError: no row can be answered.
-        ConfigurationError: `output` holds the answers of other rows; it is left as it is.
+        ConfigurationError: `output` holds anything but the beginning of what would be written now; it is left as it is.
     """
     rows = read_lines(source)
-    questions_of, there = QuestionReader(session, rows, source, domain), _Lines(output)
+    there = _Lines(output)
+    questions_of = QuestionReader(session, rows, source, domain, _answerer(session, settings, base))
     passed_over: list[PassedOver] = []
     answered = resumed = 0
     with (progress or Progress()).task("answering", len(rows)) as advance:
@@ -95,14 +99,29 @@ def output_file(name: str, source: Source) -> Path:
     Raises:
         ConfigurationError: it is the input, a folder, or in a folder that is not there or cannot be written.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        found = "is a folder" if path.is_dir() else f"there is no folder '{path.parent}'"
-        raise ConfigurationError(f"--output {name}: {found}; give a file in a folder that is there.")
+    path = file_in_folder(name, f"--output {name}")
     if path.exists() and path.samefile(source.files[0]):
         raise ConfigurationError(f"--output {name}: is the input itself; give another file.")
     require_writable(path.parent, "--output")
     return path
+
+
+def _answerer(session: Session, settings: InferenceSection, base: bool) -> str:
+    """What decides the answer to a prompt: the model that answers, where it stops, and how tokens are chosen.
+
+    A local base is known by its name and configuration; of an adapter the weights are read once (sha256).
+    """
+    model, adapter = session.config.model, None if base else session.adapter
+    files = [Path(locate(model)) / name for name in ("config.json", "generation_config.json")]
+    files += [adapter / name for name in (CONFIG, WEIGHTS)] if adapter else []
+    deciding = {"max_new_tokens"} if settings.temperature == 0 else set(InferenceSection.model_fields) - {"adapter"}
+    parts = {
+        "base": [model.id, model.revision, model.quantization, model.dtype, session.precision],
+        "files": [sha256_of(file) for file in files if file.is_file()],
+        "stop_ids": sorted(session.stop_ids),
+        "settings": settings.model_dump(include=deciding),
+    }
+    return json.dumps(parts, sort_keys=True)
 
 
 def _name(passed_over: Sequence[PassedOver], source: Source) -> None:
@@ -118,7 +137,8 @@ class _Lines:
     def __init__(self, path: Path) -> None:
         content = path.read_bytes() if path.exists() else b""
         self._path = path
-        self._size = content.rfind(b"\n") + 1  # a line that was cut short goes when the next is added
+        self._size = content.rfind(b"\n") + 1
+        self._cut = content[self._size :]  # a line of ours that was cut short goes when the next is added
         self._left = content[: self._size].splitlines(keepends=True)
         self._matched = 0
 
@@ -126,23 +146,32 @@ class _Lines:
         """How many of the questions have their line already; the lines come in the questions' order.
 
         Raises:
-            ConfigurationError: a line is of another row or prompt.
+            ConfigurationError: a line is not what the question's would be.
         """
         lines, self._left = self._left[: len(questions)], self._left[len(questions) :]
         for question, line in zip(questions, lines, strict=False):
             self._matched += 1
-            if not question.is_answered_by(line):
-                raise self._other(f"line {self._matched} does not answer row {question.row} of {source.name}")
+            if different := question.difference(line, f"row {question.row} of {source.name}"):
+                raise self._refused(f"line {self._matched} {different}")
+        if self._cut and len(lines) < len(questions):
+            self._check_cut(questions[len(lines)], source)
         return len(lines)
 
-    def refuse_more(self, source: Source) -> None:
-        if self._left:
-            raise self._other(f"it has {len(self._left)} lines more than {source.name} has answers")
+    def _check_cut(self, question: Question, source: Source) -> None:
+        if not question.begins_as(self._cut):
+            raise self._refused(
+                f"its last line has no end and does not begin as the answer to row {question.row} of {source.name} "
+                "would, so it belongs to another input or to other settings"
+            )
+        self._cut = b""
 
-    def _other(self, what: str) -> ConfigurationError:
+    def refuse_more(self, source: Source) -> None:
+        if more := len(self._left) + bool(self._cut):
+            raise self._refused(f"it has {more} lines more than {source.name} has answers")
+
+    def _refused(self, what: str) -> ConfigurationError:
         return ConfigurationError(
-            f"--output {self._path}: {what}: it belongs to another input, and is left as it is. "
-            "Give another file, or delete this one."
+            f"--output {self._path}: {what}. The file is left as it is: give another one, or delete it."
         )
 
     def add(self, lines: Sequence[bytes]) -> None:

@@ -24,6 +24,7 @@ class Chat:
     """Takes what the user types, line by line, and hands answers to `write` as they come.
 
     The conversation so far is part of every prompt. When it outgrows the model's positions, its oldest turns go.
+    A run that continues plain texts knows no conversation: there each line stands for itself.
     """
 
     def __init__(
@@ -57,7 +58,8 @@ class Chat:
         prompt_ids = self._session.prompt_ids([*self._history, asked], self._domain)
         said = answer(self._session, prompt_ids, self._settings, base=self._base, on_text=self._write)
         self._write("\n")
-        self._history += [asked, Message("assistant", said)]
+        if not self._session.continues_text:
+            self._history += [asked, Message("assistant", said)]
 
     def _make_room(self, asked: Message) -> None:
         """Drop the oldest turns until the answer has room."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,15 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.config.schema import DomainSection, FieldsSection
-from training_lens.data.fields import ALIASES, FieldMapping, domain_of_file, find_mapping, keys_of, to_example
+from training_lens.data.fields import (
+    ALIASES,
+    FieldMapping,
+    domain_of_file,
+    find_mapping,
+    keys_of,
+    strip_end_marks,
+    to_example,
+)
 from training_lens.data.sources import Source
-from training_lens.data.types import Example, Row
+from training_lens.data.types import Example, Message, Row
 from training_lens.errors import ConfigurationError, DatasetError
-from training_lens.inference.session import Session
+from training_lens.inference.session import Session, text_field
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 NO_ANSWER = "(no answer)"  # the field of answers in a file that has none
+KEY_DIGITS = 16  # of the key in an output line
 STAND_IN = "-"  # takes the place of a missing answer, so that the prompt before it is read as in training
 
 
@@ -30,19 +40,38 @@ class Question:
     domain: str | None
     expected: str | None
     ids: list[int]
+    key: str  # a digest of the prompt's tokens and of what answers them
 
     def line(self, answer: str) -> bytes:
         """The row's line of the output."""
-        value = {"row": self.row, "prompt": self.prompt, "domain": self.domain, "answer": answer}
-        return (json.dumps(value | {"expected": self.expected}, ensure_ascii=False) + "\n").encode()
+        rest = json.dumps({"answer": answer, "expected": self.expected}, ensure_ascii=False)
+        return self._begin() + f"{rest[1:]}\n".encode()
 
-    def is_answered_by(self, line: bytes) -> bool:
+    def difference(self, line: bytes, place: str) -> str | None:
+        """What is wrong with a whole line of the output that must answer this row (`place`); None where it does."""
         try:
             value = json.loads(line)
         except ValueError:
-            return False
+            value = None
         asked = {"row": self.row, "prompt": self.prompt, "domain": self.domain}
-        return isinstance(value, dict) and asked == {key: value.get(key) for key in asked}
+        if not isinstance(value, dict) or asked != {key: value.get(key) for key in asked}:
+            return f"does not answer {place}, so it belongs to another input"
+        if value.get("key") != self.key:
+            return (
+                f"answers {place}, but not as it is asked now: the model, the adapter, the settings, the template or "
+                "the messages before the prompt have changed"
+            )
+        return None
+
+    def begins_as(self, cut: bytes) -> bool:
+        """Whether a line that was cut short may be the beginning of this row's."""
+        begin = self._begin()
+        return begin.startswith(cut) or cut.startswith(begin)
+
+    def _begin(self) -> bytes:
+        """The row's line up to the answer."""
+        asked = {"row": self.row, "prompt": self.prompt, "domain": self.domain, "key": self.key}
+        return f"{json.dumps(asked, ensure_ascii=False)[:-1]}, ".encode()
 
 
 @dataclass(frozen=True)
@@ -54,14 +83,26 @@ class PassedOver:
 
 
 class QuestionReader:
-    """Reads rows as the session's training did, where its fields are there, and else by looking."""
+    """Reads rows as the session's training did, where its fields are there, and else by looking.
 
-    def __init__(self, session: Session, rows: Sequence[Row | PassedOver], source: Source, domain: str | None) -> None:
+    Args:
+        domain: of every row; None takes each row's own.
+        answerer: says what answers, and how; with the prompt's tokens, it makes the key of a question.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        rows: Sequence[Row | PassedOver],
+        source: Source,
+        domain: str | None,
+        answerer: str,
+    ) -> None:
         whole = [row for row in rows if isinstance(row, Row)]
         if not whole:
             raise DatasetError(f"{source.name}: holds no rows that can be read.")
         domains = _domains(set(keys_of(whole)), session, source.files[0], domain)
-        self._session, self._domain, self._per_file = session, domain, domains.per_file
+        self._session, self._domain, self._per_file, self._answerer = session, domain, domains.per_file, answerer
         self._mapping = _mapping(whole, session, domains)
         logger.info("%s: %d rows, read as %s", source.name, len(rows), self._mapping.describe())
 
@@ -71,19 +112,34 @@ class QuestionReader:
 
     def _question(self, row: Row) -> Question | PassedOver:
         try:
-            example, expected = _example(row, self._mapping, self._per_file)
+            example, expected = self._example(row)
             *prompt, _ = example.messages
             if not prompt or prompt[-1].role not in ("user", "tool"):
                 raise DatasetError("nothing that asks stands before the answer.")
-            "".join(m.text + m.input for m in example.messages).encode()  # JSON may hold half a surrogate pair
             domain = self._domain or example.domain
             ids = self._session.prompt_ids(prompt, domain, example.tools)
-        except UnicodeEncodeError as error:
-            return PassedOver(row.number, f"is no text in UTF-8 ({error.reason}).")
         except (DatasetError, ConfigurationError) as error:
             return PassedOver(row.number, str(error).removeprefix(f"{row.place}: "))
         last = prompt[-1]
-        return Question(row.number, f"{last.text}\n{last.input}" if last.input else last.text, domain, expected, ids)
+        shown = f"{last.text}\n{last.input}" if last.input else last.text
+        key = hashlib.sha256(json.dumps([self._answerer, ids]).encode()).hexdigest()[:KEY_DIGITS]
+        return Question(row.number, shown, domain, expected, ids, key)
+
+    def _example(self, row: Row) -> tuple[Example, str | None]:
+        """The row as in training, and its answer; None where it has none, and a stand-in ends the example."""
+        try:
+            example, answered = to_example(row, self._mapping, self._per_file), True
+        except DatasetError:
+            if self._mapping.text:
+                raise
+            row = replace(row, values=_with_stand_in(row.values, self._mapping))
+            example, answered = to_example(row, self._mapping, self._per_file), False
+        if self._session.config.data.strip_end_marks:
+            example, _ = strip_end_marks(example)
+        said = example.messages[-1].text
+        if example.is_text:
+            return replace(example, messages=(Message("user", said), Message("assistant", STAND_IN))), None
+        return example, said if answered else None
 
 
 def read_lines(source: Source) -> list[Row | PassedOver]:
@@ -109,20 +165,13 @@ def _mapping(rows: Sequence[Row], session: Session, domains: DomainSection) -> F
     keys, fields = keys_of(rows), session.config.data.fields
     if session.domains is not None:
         fields = FieldsSection(**{meaning: key for meaning, key in fields if key in keys})
+    if session.continues_text and text_field(fields) in keys:
+        return find_mapping(keys, FieldsSection(text=text_field(fields)), domains, rows[0].file)
     answers = keys.keys() & {*ALIASES["output"], *ALIASES["messages"]}
     if not (answers or fields.output or fields.messages):
         keys[NO_ANSWER] = rows[0].number
         fields = fields.model_copy(update={"output": NO_ANSWER})
     return find_mapping(keys, fields, domains, rows[0].file)
-
-
-def _example(row: Row, mapping: FieldMapping, per_file: bool) -> tuple[Example, str | None]:
-    """The row as in training, and its answer; None where it has none, and a stand-in ends the example."""
-    try:
-        example = to_example(row, mapping, per_file)
-    except DatasetError:
-        return to_example(replace(row, values=_with_stand_in(row.values, mapping)), mapping, per_file), None
-    return example, example.messages[-1].text
 
 
 def _with_stand_in(values: Mapping[str, Any], mapping: FieldMapping) -> dict[str, Any]:

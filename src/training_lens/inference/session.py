@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from training_lens.config.schema import TrainingConfig
+from training_lens.config.schema import FieldsSection, TrainingConfig
+from training_lens.data.fields import ALIASES, NO_TEXT
 from training_lens.data.templates import Renderer, adopt_template_file, build_renderer
 from training_lens.data.tokenization import TextEncoder
 from training_lens.data.types import Example, Message
-from training_lens.errors import AdapterError, CheckpointError, ConfigurationError
+from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, ModelLoadingError
 from training_lens.models.adapters import load_adapter
 from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts
 from training_lens.utils.devices import Precision, get_device, resolve_precision
@@ -29,16 +31,19 @@ class Session:
     """A model that answers, with all that rendering a prompt takes.
 
     `source` is the run's or adapter's folder, or the model's id; `domains` are those that the run was trained on,
-    None where no run says (then any may be given).
+    None where no run says (then any may be given); `adapter` is the folder of the adapter's files.
+    `continues_text`: the run was trained on plain texts alone, so it goes on with a prompt, and no template is used.
     """
 
     source: str
+    adapter: Path | None
     model: Any
     tokenizer: Any
     encoder: TextEncoder
     renderer: Renderer
     config: TrainingConfig
     domains: tuple[str, ...] | None
+    continues_text: bool
     stop_ids: frozenset[int]
     device: torch.device
     precision: Precision
@@ -51,11 +56,11 @@ class Session:
     @property
     def positions(self) -> int | None:
         """The most tokens that prompt and answer may have together; None where the model sets no limit."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def has_adapter(self) -> bool:
-        return hasattr(self.model, "disable_adapter")
+        return self.adapter is not None
 
     def check_domain(self, domain: str | None) -> None:
         """Refuse a domain that the run does not know.
@@ -63,6 +68,7 @@ class Session:
         Raises:
             ConfigurationError: names those it knows, and the nearest.
         """
+        _check_text(domain or "", "the domain")
         if domain is None or self.domains is None or domain in self.domains:
             return
         known = f"this run knows {', '.join(self.domains)}" if self.domains else "this run was trained without domains"
@@ -75,16 +81,36 @@ class Session:
         """The tokens of a prompt, exactly as training would have made them.
 
         Raises:
-            ConfigurationError: a domain that the run does not know, or a prompt that leaves no room to answer.
+            ConfigurationError: a domain that the run does not know, characters that are no text, or a prompt that
+                leaves no room to answer.
         """
         self.check_domain(domain)
-        ids = self.encoder.prompt_ids(self.renderer.prompt(messages, domain, tools))
+        said = [[m.text, m.input, m.calls, m.extra] for m in messages]
+        _check_text(json.dumps([said, list(tools)], ensure_ascii=False, default=str), "the prompt")
+        if self.continues_text:  # the parts of several messages stand a line each
+            text = "\n".join(part for m in messages for part in (m.text, m.input) if part)
+            segments = self.renderer.text_prompt(text, domain)
+        else:
+            segments = self.renderer.prompt(messages, domain, tools)
+        ids = self.encoder.prompt_ids(segments)
         if self.positions and len(ids) >= self.positions:
             raise ConfigurationError(
                 f"the prompt has {len(ids)} tokens, the model {self.positions} positions: no room to answer. "
                 "Shorten it."
             )
         return ids
+
+
+def _check_text(text: str, what: str) -> None:
+    """Refuse what no tokenizer or template can take.
+
+    Raises:
+        ConfigurationError: half of a surrogate pair, or one of U+FDD0 to U+FDD3; names `what` holds it.
+    """
+    if found := NO_TEXT.search(text):
+        code = ord(found[0])
+        kind = "a noncharacter" if code >= 0xFDD0 else "half of a surrogate pair, or a byte that is not UTF-8"
+        raise ConfigurationError(f"{what} holds U+{code:04X}, which is no text ({kind}). Take it out.")
 
 
 def open_session(config: TrainingConfig) -> Session:
@@ -132,8 +158,21 @@ def open_run(run: RunFolder, device: str | None = None) -> Session:
     precision = resolve_precision("auto" if elsewhere else trained, place)
     tokenizer = load_tokenizer(config.model, str(run.tokenizer))
     model = load_adapter(load_model(config.model, place, precision), run.adapter)
-    domains = tuple(run.read_metadata("data.json")["domains"])
-    return _session(str(run.root), model, tokenizer, config, domains, place, precision)
+    data = run.read_metadata("data.json")
+    texts = are_texts(data["train"]["mappings"].values(), config.data.fields)
+    domains = tuple(data["domains"])
+    return _session(str(run.root), run.adapter, model, tokenizer, config, domains, texts, place, precision)
+
+
+def are_texts(mappings: Collection[str], fields: FieldsSection) -> bool:
+    """Whether every file was read as plain texts: then its mapping names the texts' field, and perhaps the domain's."""
+    text = text_field(fields)
+    return text != fields.messages and all(m.split(", domain from ")[0] == text for m in mappings)
+
+
+def text_field(fields: FieldsSection) -> str:
+    """The field of rows that are plain texts."""
+    return fields.text or ALIASES["text"][0]
 
 
 def _open_own(config: TrainingConfig, adapter: Path | None) -> Session:
@@ -147,7 +186,8 @@ def _open_own(config: TrainingConfig, adapter: Path | None) -> Session:
     model = load_model(config.model, place, precision)
     if adapter:
         model = _with_adapter(model, adapter, config.model.id)
-    return _session(str(adapter or config.model.id), model, tokenizer, config, None, place, precision)
+    source = str(adapter or config.model.id)
+    return _session(source, adapter, model, tokenizer, config, None, False, place, precision)
 
 
 def _with_adapter(model: Any, folder: Path, model_id: str) -> Any:
@@ -162,23 +202,38 @@ def _with_adapter(model: Any, folder: Path, model_id: str) -> Any:
 
 def _session(
     source: str,
+    adapter: Path | None,
     model: Any,
     tokenizer: Any,
     config: TrainingConfig,
     domains: tuple[str, ...] | None,
+    texts: bool,
     device: torch.device,
     precision: Precision,
 ) -> Session:
+    encoder = TextEncoder(tokenizer)  # before the renderer, which takes for granted that there is an EOS
     renderer = build_renderer(config.data, tokenizer)
-    encoder = TextEncoder(tokenizer)
-    stop_ids = _stop_ids(model, encoder, renderer)
-    return Session(source, model, tokenizer, encoder, renderer, config, domains, stop_ids, device, precision)
+    answered = Example((Message("user", "a"), Message("assistant", "b")), None, "", 0)
+    if texts:
+        answered = Example((Message("assistant", "b"),), None, "", 0, is_text=True)
+    end = int(encoder.encode([renderer.example(answered)])[0].input_ids[-1])
+    stop_ids = frozenset({encoder.eos_id, end, *_configured_ends(model, config.model.id)})
+    return Session(
+        source, adapter, model, tokenizer, encoder, renderer, config, domains, texts, stop_ids, device, precision
+    )
 
 
-def _stop_ids(model: Any, encoder: TextEncoder, renderer: Renderer) -> frozenset[int]:
-    """EOS, what the model's generation config stops at, and the end token that the template gives an answer."""
-    example = Example((Message("user", "a"), Message("assistant", "b")), None, "", 0)
-    end = int(encoder.encode([renderer.example(example)])[0].input_ids[-1])
+def _configured_ends(model: Any, model_id: str) -> list[int]:
+    """What the model's generation config stops at.
+
+    Raises:
+        ModelLoadingError: it names something else than tokens by their ids.
+    """
     configured = model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    return frozenset({encoder.eos_id, end, *(i for i in listed if i is not None)})
+    listed = configured if isinstance(configured, list) else [configured] if configured is not None else []
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
+        raise ModelLoadingError(
+            f"model.id: the generation_config.json of '{model_id}' has eos_token_id {configured!r}, expected a token's "
+            "id or a list of ids. Mend it there."
+        )
+    return listed

@@ -92,6 +92,22 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_in_folder(name: str, said: str) -> Path:
+    """The path that `name` means, once a file can be there.
+
+    Args:
+        said: what the user gave, for the message.
+
+    Raises:
+        ConfigurationError: it is a folder, or in a folder that is not there.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        found = "is a folder" if path.is_dir() else f"there is no folder '{path.parent}'"
+        raise ConfigurationError(f"{said}: {found}; give a file in a folder that is there.")
+    return path
+
+
 def require_writable(folder: Path, key: str) -> None:
     """Create `folder` and prove that files can be written in it.
 
