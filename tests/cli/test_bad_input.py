@@ -268,11 +268,12 @@ def assert_nothing_half_written(folder: Path) -> None:
     assert not (outputs / "experiments").exists()
 
 
-def test_a_run_is_never_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", ["validate", "train"])
+def test_a_run_is_never_written_over(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     there = tmp_path / "outputs/experiments/default/runs/mine"
     there.mkdir(parents=True)
-    result = CliRunner().invoke(cli, ["train", *rows()(tmp_path), "output.run_id=mine"])
+    result = CliRunner().invoke(cli, [command, *rows()(tmp_path), "output.run_id=mine"])
     assert result.exit_code == 2 and "the run 'mine' exists already" in " ".join(result.output.split())
     assert not list(there.iterdir())
 

@@ -73,6 +73,15 @@ def test_the_folder_decides_what_the_section_leaves_open(tmp_path: Path) -> None
     assert (section.variant, section.r, section.lora_alpha, section.use_dora) == ("rslora", 4, 12.0, True)
     assert section.target_modules == ["q_proj", "v_proj"] and section.lora_dropout == 0.1
     assert adopt(section) == section
+    assert "lora_plus_ratio" not in section.model_fields_set
+
+
+def test_a_plan_leaves_unset_what_was_never_set(small_config: Config, tmp_path: Path) -> None:
+    plain = TrainingWrapper(small_config()).plan().config
+    assert plain.peft.model_fields_set == {"r"}
+    saved(tmp_path / "adapter")
+    resolved = TrainingWrapper(small_config(peft={"from_adapter": str(tmp_path / "adapter")})).plan().config
+    assert resolved.peft.r == 4 and not {"lora_dropout", "lora_plus_ratio"} & resolved.peft.model_fields_set
 
 
 def test_a_section_that_says_otherwise_is_refused_with_both(tmp_path: Path) -> None:

@@ -72,6 +72,8 @@ def _keyed(folder: Path) -> Path:
 def adopt(peft: PeftSection) -> PeftSection:
     """The section with what the adapter of `from_adapter` decides: rank, alpha, targets, variant, patterns.
 
+    What neither sets stays unset.
+
     Raises:
         AdapterError: no such adapter, or it is more than a LoRA or DoRA.
         ConfigurationError: the section sets a value, and the adapter has another.
@@ -89,7 +91,7 @@ def adopt(peft: PeftSection) -> PeftSection:
     ]
     if problems:
         raise ConfigurationError(problems)
-    return PeftSection.model_validate({**peft.model_dump(), **saved})
+    return PeftSection.model_validate({**given, **saved})
 
 
 def _unordered(value: Any) -> Any:

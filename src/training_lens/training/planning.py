@@ -138,7 +138,7 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
         logger.info("learning rate: %g, from the model's width (training.lr sets another)", lr)
     return config.resolved(
         model={"seq_len": seq_len},
-        peft=adopt(config.peft).model_dump(),
+        peft=adopt(config.peft).model_dump(exclude_unset=True),
         data={"template": template},
         training={"lr": lr, "precision": precision},
     )

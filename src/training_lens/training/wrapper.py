@@ -83,6 +83,13 @@ class TrainingWrapper:
         Raises:
             TrainingLensError: anything that would keep `train` from starting.
         """
+        output = self._config.output
+        if output.run_id:
+            RunFolder(runs_folder(output.base_output_dir, output.experiment_name) / output.run_id).require_new()
+        return self._plan()
+
+    def _plan(self) -> RunPlan:
+        """The plan, whether the run is there already (to go on with it) or not."""
         base = Path(self._config.output.base_output_dir)
         require_writable(base, "output.base_output_dir")
         return plan_run(with_rows_as_files(self._config, base / "cache" / "rows"), Progress(self._console))
@@ -116,7 +123,7 @@ class TrainingWrapper:
             raise CheckpointError(f"the run {run.run_id} is finished; there is nothing to resume. It is in {run.root}.")
         config = TrainingConfig.model_validate(run.read_metadata("config.json"))
         wrapper = cls(config, console=console, callbacks=callbacks)
-        plan = wrapper.plan()
+        plan = wrapper._plan()
         recorded = run.read_metadata("data.json")["fingerprint"]
         if recorded != plan.fingerprint:
             raise CheckpointError(
