@@ -128,6 +128,31 @@ def test_adapters_that_are_more_than_lora_are_refused(values: dict[str, Any], me
         adopt(PeftSection(from_adapter=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("r", "abc", r"r: given 'abc'. Input should be a valid integer"),
+        ("r", -4, r"r: given -4. Input should be greater"),
+        ("lora_alpha", "x", r"lora_alpha: given 'x'. Input should be a valid number"),
+        ("lora_alpha", [1], r"lora_alpha: given \[1\]"),
+        ("target_modules", ["q_proj", 3], r"target_modules: given "),
+        ("target_modules", {"q_proj": 1}, r"target_modules: given "),
+        ("modules_to_save", 7, r"modules_to_save: given 7"),
+        ("use_dora", "perhaps", r"use_dora: given 'perhaps'"),
+        ("rank_pattern", {"q_proj": "high"}, r"rank_pattern: given 'high'"),
+        ("rank_pattern", ["q_proj"], r"rank_pattern: given \['q_proj'\]"),
+        ("peft_type", ["LORA"], r"holds a \['LORA'\] adapter"),
+        ("layers_pattern", {"a": 1}, "uses layers_pattern"),
+    ],
+)
+def test_values_of_wrong_type_are_named_with_file_and_key(key: str, value: Any, message: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit(tmp_path, **{key: value})
+    with pytest.raises(AdapterError, match=message) as caught:
+        adopt(PeftSection(from_adapter=str(tmp_path)))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_broken_files_are_named(tmp_path: Path) -> None:
     saved(tmp_path)
     section = adopt(PeftSection(from_adapter=str(tmp_path)))

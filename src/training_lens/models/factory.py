@@ -10,7 +10,7 @@ import torch
 
 from training_lens import embedded
 from training_lens.config.schema import ModelSection
-from training_lens.errors import ConfigurationError, ModelLoadingError, TrainingLensError
+from training_lens.errors import ConfigurationError, ModelLoadingError, OutOfMemoryError, TrainingLensError
 from training_lens.models.quantization import keep_trainable, loading_options
 from training_lens.utils.devices import DTYPES, Precision, is_out_of_memory
 from training_lens.utils.files import read_json
@@ -64,15 +64,15 @@ def _load(what: str, model: ModelSection, load: Any) -> Any:
     except TrainingLensError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"model.id: not enough memory for the {what} of '{model.id}': {said(error)} Free some, give a smaller "
+                "model, or load fewer bits (model.dtype=bf16, model.quantization=4bit)."
+            ) from error
         raise ModelLoadingError(f"model.id: {_failure(what, model.id, error)}") from error
 
 
 def _failure(what: str, model_id: str, error: Exception) -> str:
-    if is_out_of_memory(error):
-        return (
-            f"not enough memory for the {what} of '{model_id}' ({said(error)}) Free some, give a smaller model, or "
-            "load fewer bits: model.dtype=bf16, model.quantization=4bit."
-        )
     if isinstance(error, ImportError):
         return f"{what} of '{model_id}' needs a package: {said(error)}"
     if "trust_remote_code" in str(error):
@@ -151,7 +151,8 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
     """The base model with frozen weights on `device`, quantized where that is asked, in eval mode.
 
     Raises:
-        ModelLoadingError: files are broken or missing, tensors are missing or of another shape, memory is short.
+        ModelLoadingError: files are broken or missing, tensors are missing or of another shape.
+        OutOfMemoryError: it does not fit.
         ConfigurationError: quantization without its package.
     """
     quantized = loading_options(model, device, precision)

@@ -16,7 +16,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError, InterruptedRunError
 from training_lens.models.adapters import ParameterCount, count_parameters, describe
 from training_lens.models.factory import load_model
-from training_lens.training.assembly import build_trainer
+from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar, TensorBoardLogger
 from training_lens.training.checkpoints import ADAPTER, CheckpointManager, TrainingState
 from training_lens.training.planning import RunPlan, plan_run, with_rows_as_files
@@ -135,7 +135,7 @@ class TrainingWrapper:
     def _train(self, run: RunFolder, plan: RunPlan, resume: bool) -> TrainingSummary:
         if plan.processes.is_main:
             _write_summary(run, TrainingSummary(str(run.root), "running"))
-        with TrainingLogger(run.logs / "run.log"):
+        with TrainingLogger(run.logs / "run.log"), memory_watched(plan.config):
             logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
             trainer, parameters = self._assemble(run, plan)
             try:
