@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from training_lens import embedded
 from training_lens.cli import cli
+from training_lens.utils.runs import RunFolder
 
 GOOD = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(24)]
 Make = Callable[[Path], list[str]]  # writes what it needs into the folder, gives the command's settings
@@ -266,6 +267,32 @@ def assert_nothing_half_written(folder: Path) -> None:
     outputs = folder / "outputs"
     assert not list(outputs.rglob(".tmp-*")) if outputs.is_dir() else True
     assert not (outputs / "experiments").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("adapter_model.safetensors", lambda content: content[:-1000], r"adapter_model\.safetensors is broken"),
+        ("adapter_config.json", lambda _: b"{}", r"adapter_config\.json names no peft_type"),
+        (
+            "adapter_config.json",
+            lambda content: content.replace(b'"r": 16', b'"r": "abc"'),
+            "does not fit this base model",
+        ),
+        ("tokenizer.json", lambda _: b"{", "tokenizer in .*adapter .*cannot be loaded"),
+    ],
+)
+def test_a_broken_adapter_folder_answers_nothing_and_says_why(
+    name: str, change: Callable[[bytes], bytes], message: str, finished_run: RunFolder, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(finished_run.adapter, folder)
+    shutil.copytree(finished_run.tokenizer, folder, dirs_exist_ok=True)
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    result = CliRunner().invoke(cli, ["infer", "Hi", f"inference.adapter={folder}"])
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
+    assert re.search(message, said), said
 
 
 @pytest.mark.parametrize("command", ["validate", "train"])

@@ -144,7 +144,8 @@ def load_tokenizer(model: ModelSection, path: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     source = path or locate(model)
-    return _load("tokenizer", model, lambda: AutoTokenizer.from_pretrained(source, **_hub_options(model)))
+    what = f"tokenizer in {path}" if path else "tokenizer"
+    return _load(what, model, lambda: AutoTokenizer.from_pretrained(source, **_hub_options(model)))
 
 
 def load_model(model: ModelSection, device: torch.device, precision: Precision) -> Any:
