@@ -102,17 +102,22 @@ def read_facts(model: ModelSection) -> ModelFacts:
 
     def read() -> ModelFacts:
         text = AutoConfig.from_pretrained(path, **_hub_options(model)).get_text_config()
-        missing = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if not hasattr(text, name)]
-        if missing:
-            raise ModelLoadingError(
-                f"model.id: '{model.id}' is no language model: its configuration ({type(text).__name__}) has no "
-                f"{', '.join(missing)}. Give a causal language model."
-            )
+        sizes = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
         positions = getattr(text, "max_position_embeddings", None)
+        _check_sizes(sizes | ({"max_position_embeddings": positions} if positions else {}), model.id)
         return ModelFacts(path, text.hidden_size, text.num_hidden_layers, positions, text.vocab_size)
 
     facts: ModelFacts = _load("configuration", model, read)
     return facts
+
+
+def _check_sizes(sizes: dict[str, Any], model_id: str) -> None:
+    wrong = [f"{name} {value!r}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
+    if wrong:
+        raise ModelLoadingError(
+            f"model.id: '{model_id}' is no language model: its config.json has {', '.join(wrong)}, expected counts. "
+            "Give a causal language model."
+        )
 
 
 def _require_hub(path: str) -> None:
@@ -144,8 +149,13 @@ def load_tokenizer(model: ModelSection, path: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     source = path or locate(model)
-    what = f"tokenizer in {path}" if path else "tokenizer"
-    return _load(what, model, lambda: AutoTokenizer.from_pretrained(source, **_hub_options(model)))
+
+    def load() -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(source, **_hub_options(model))
+        tokenizer("a word")  # what is wrong in its files may show in its first use alone
+        return tokenizer
+
+    return _load(f"tokenizer in {path}" if path else "tokenizer", model, load)
 
 
 def load_model(model: ModelSection, device: torch.device, precision: Precision) -> Any:
@@ -156,11 +166,12 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
         OutOfMemoryError: it does not fit.
         ConfigurationError: quantization without its package.
     """
-    quantized = loading_options(model, device, precision)
+    quantized = loading_options(model, precision)
     dtype = DTYPES[precision if model.dtype == "auto" else model.dtype]
-    loaded = _with_weights(model, dtype=dtype, attn_implementation=_attention(model), **quantized)
-    placed = keep_trainable(loaded) if quantized else _load("weights", model, lambda: loaded.to(device))
-    return placed.requires_grad_(False).eval()
+    loaded = _with_weights(
+        model, dtype=dtype, attn_implementation=_attention(model), device_map={"": device}, **quantized
+    )
+    return keep_trainable(loaded).requires_grad_(False).eval()
 
 
 def _with_weights(model: ModelSection, **options: Any) -> Any:
@@ -204,6 +215,8 @@ def build_skeleton(model: ModelSection) -> Any:
 
     def build() -> Any:
         config = AutoConfig.from_pretrained(path, **_hub_options(model))
+        if hasattr(config, "quantization_config"):  # modules of the sizes that they stand for
+            del config.quantization_config
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 

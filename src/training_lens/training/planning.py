@@ -147,8 +147,8 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
 def _check_model(config: TrainingConfig, device: torch.device) -> int:
     """Try weights, adapter, checkpointing and packages on the model's skeleton; gives the base's parameters."""
     check_quantization(config, device)
-    check_weights(config.model)
     skeleton = build_skeleton(config.model)
+    check_weights(config.model)
     if config.training.gradient_checkpointing:
         checkpoint_gradients(skeleton)
     parameters = count_parameters(skeleton).total
