@@ -45,6 +45,14 @@ class TrainingError(TrainingLensError):
     """Training cannot go on: for one, the loss is not finite."""
 
 
+class OutOfMemoryError(TrainingError):
+    """Memory ran out in loading or training."""
+
+
+class EstimateError(TrainingLensError):
+    """A run of which duration and memory cannot be measured before it; it can be trained all the same."""
+
+
 class CheckpointError(TrainingLensError):
     """A run folder or checkpoint that is missing, damaged, or of another run."""
 

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from training_lens import embedded
 from training_lens.cli import cli
+from training_lens.utils.runs import RunFolder
 
 GOOD = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(24)]
 Make = Callable[[Path], list[str]]  # writes what it needs into the folder, gives the command's settings
@@ -88,6 +90,30 @@ def edit(name: str, **keys: Any) -> Callable[[Path], object]:
 def cut_weights(model: Path) -> None:
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def leave_out(name: str) -> Callable[[Path], object]:
+    """Weights without the tensors of this name."""
+
+    def change(model: Path) -> None:
+        weights = load_file(model / "model.safetensors")
+        save_file({k: v for k, v in weights.items() if name not in k}, model / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def replaced(name: str, content: str) -> Callable[[Path], object]:
+    return lambda model: (model / name).write_text(content)
+
+
+def indexed(content: str) -> Callable[[Path], object]:
+    """An index with this content instead of the one weight file."""
+
+    def change(model: Path) -> None:
+        (model / "model.safetensors").unlink()
+        (model / "model.safetensors.index.json").write_text(content)
+
+    return change
 
 
 def only_pickles(model: Path) -> None:
@@ -177,6 +203,20 @@ CASES: dict[str, tuple[Make, int, str]] = {
     "no config": (with_model(lambda m: (m / "config.json").unlink()), 1, "holds no config.json"),
     "only pickles": (with_model(only_pickles), 1, r"only pytorch_model\.bin, which may run code"),
     "cut weights": (with_model(cut_weights), 1, r"weights of '\./model' cannot be loaded|is broken"),
+    "tensors left out": (with_model(leave_out("layers.0.mlp")), 1, "lack 3 of the model's tensors"),
+    "config of another size": (with_model(edit("config.json", num_hidden_layers=6)), 1, "lack 9 of the model's tensors"),
+    "a wider config": (with_model(edit("config.json", intermediate_size=999)), 1, "another shape than its config.json"),
+    "a config of wrong type": (with_model(edit("config.json", hidden_size="abc")), 1, "configuration of './model' .*hidden_size"),
+    "a model of images": (with_model(replaced("config.json", '{"model_type": "vit"}')), 1, "no language model: .*vocab_size None"),
+    "a model that encodes": (with_model(edit("config.json", model_type="t5")), 1, "architecture of './model' .*T5Config"),
+    "a config without size": (with_model(edit("config.json", hidden_size=0)), 1, "no language model: .*hidden_size 0"),
+    "negative positions": (with_model(edit("config.json", max_position_embeddings=-5)), 1, "max_position_embeddings -5"),
+    "tokenizer of wrong type": (with_model(edit("tokenizer_config.json", model_max_length="a")), 1, "tokenizer of './model' cannot"),
+    "config that is a list": (with_model(replaced("config.json", "[]")), 1, "configuration of './model' cannot be loaded"),
+    "broken index": (with_model(indexed("{")), 1, r"index\.json is no valid JSON"),
+    "empty index": (with_model(indexed("{}")), 1, r"index\.json has no weight_map"),
+    "index of other files": (with_model(indexed('{"weight_map": {"a": "b.safetensors"}}')), 1, r"b\.safetensors is broken or missing"),
+    "broken tokenizer": (with_model(replaced("tokenizer.json", "{")), 1, "tokenizer of './model' cannot be loaded"),
     "no tokenizer": (with_model(lambda m: [f.unlink() for f in m.glob("*token*")]), 1, "tokenizer of './model'"),
     "no EOS": (with_model(edit("tokenizer_config.json", eos_token=None)), 1, "has no EOS token.*Its special tokens:"),
     "vocabulary beyond the embedding": (with_model(edit("config.json", vocab_size=600)), 1, "ids up to 658, its embedding 600"),
@@ -240,11 +280,38 @@ def assert_nothing_half_written(folder: Path) -> None:
     assert not (outputs / "experiments").exists()
 
 
-def test_a_run_is_never_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("adapter_model.safetensors", lambda content: content[:-1000], r"adapter_model\.safetensors is broken"),
+        ("adapter_config.json", lambda _: b"{}", r"adapter_config\.json names no peft_type"),
+        (
+            "adapter_config.json",
+            lambda content: content.replace(b'"r": 16', b'"r": "abc"'),
+            "does not fit this base model",
+        ),
+        ("tokenizer.json", lambda _: b"{", "tokenizer in .*adapter .*cannot be loaded"),
+    ],
+)
+def test_a_broken_adapter_folder_answers_nothing_and_says_why(
+    name: str, change: Callable[[bytes], bytes], message: str, finished_run: RunFolder, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(finished_run.adapter, folder)
+    shutil.copytree(finished_run.tokenizer, folder, dirs_exist_ok=True)
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    result = CliRunner().invoke(cli, ["infer", "Hi", f"inference.adapter={folder}"])
+    said = " ".join(result.output.split())
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize("command", ["validate", "train"])
+def test_a_run_is_never_written_over(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     there = tmp_path / "outputs/experiments/default/runs/mine"
     there.mkdir(parents=True)
-    result = CliRunner().invoke(cli, ["train", *rows()(tmp_path), "output.run_id=mine"])
+    result = CliRunner().invoke(cli, [command, *rows()(tmp_path), "output.run_id=mine"])
     assert result.exit_code == 2 and "the run 'mine' exists already" in " ".join(result.output.split())
     assert not list(there.iterdir())
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError
@@ -180,3 +183,58 @@ def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, shared: Path) -> N
     other = load_model(ModelSection(id=str(shared / "models/tinystories-656k")), CPU, "fp32")
     with pytest.raises(AdapterError, match="does not fit this base model"):
         load_adapter(other, tmp_path)
+
+
+def configured(**values: Any) -> Callable[[Path], object]:
+    """Sets keys of a saved adapter's configuration."""
+
+    def change(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+def with_tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], object]:
+    """Saves other tensors instead."""
+
+    def write(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file(change(load_file(file)), file)
+
+    return write
+
+
+def shortened(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in tensors.items() if "layers.0" not in k}
+
+
+def doubled(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {k.replace("layers.0", "layers.9"): v.clone() for k, v in tensors.items() if "layers.0" in k}
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut weights": (lambda f: os.truncate(f / "adapter_model.safetensors", 50_000), "safetensors is broken"),
+    "empty config": (lambda f: (f / "adapter_config.json").write_text("{}"), "json names no peft_type"),
+    "a list for config": (lambda f: (f / "adapter_config.json").write_text("[]"), "holds no JSON object"),
+    "broken config": (lambda f: (f / "adapter_config.json").write_text("{"), "is no valid JSON"),
+    "unknown type": (configured(peft_type="NOPE"), "does not fit this base model: KeyError: 'NOPE'"),
+    "rank of wrong type": (configured(r="abc"), "does not fit this base model"),
+    "other rank": (configured(r=8), "does not fit this base model: .*size mismatch"),
+    "alpha of wrong type": (configured(lora_alpha="x"), "does not fit this base model"),
+    "a number for a target": (configured(target_modules=["q_proj", 3]), "does not fit this base model"),
+    "tensors left out": (with_tensors(shortened), "missing adapter keys"),
+    "no tensors": (with_tensors(lambda _: {}), "missing adapter keys"),
+    "more layers": (with_tensors(doubled), "which takes 70 of its 84 tensors"),
+    "DoRA without magnitudes": (configured(use_dora=True), "missing adapter keys"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_a_saved_adapter_is_said(name: str, tmp_path: Path) -> None:
+    change, message = WRONG[name]
+    save_adapter(attach(base(), PeftSection(r=4)), tmp_path)
+    change(tmp_path)
+    with pytest.raises(AdapterError, match=message) as caught:
+        load_adapter(base(), tmp_path)
+    assert str(tmp_path) in str(caught.value)

@@ -18,6 +18,7 @@ from training_lens.errors import ConfigurationError, ModelLoadingError
 from training_lens.models.factory import (
     build_skeleton,
     check_vocabulary,
+    check_weights,
     load_model,
     load_tokenizer,
     read_facts,
@@ -77,11 +78,38 @@ def test_broken_and_incomplete_weights_are_refused(folder: Path) -> None:
     save_file(
         {k: v for k, v in weights.items() if "layers.0.mlp" not in k}, folder / "model.safetensors", {"format": "pt"}
     )
-    with pytest.raises(ModelLoadingError, match="lack 3 of the model's tensors"):
-        load_model(ModelSection(id=str(folder)), CPU, "fp32")
+    for use in (lambda model: load_model(model, CPU, "fp32"), check_weights):
+        with pytest.raises(ModelLoadingError, match="lack 3 of the model's tensors"):
+            use(ModelSection(id=str(folder)))
     (folder / "model.safetensors").write_bytes(b"no safetensors at all")
     with pytest.raises(ModelLoadingError, match=r"weights of .* cannot be loaded"):
         load_model(ModelSection(id=str(folder)), CPU, "fp32")
+
+
+def test_weights_of_another_size_are_refused_as_in_loading(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "model.norm.weight": torch.ones(7)}, folder / "model.safetensors", {"format": "pt"})
+    for use in (lambda model: load_model(model, CPU, "fp32"), check_weights):
+        with pytest.raises(ModelLoadingError, match=r"another shape .*norm.weight has \(7,\), expected \(192,\)"):
+            use(ModelSection(id=str(folder)))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "mixtral"])
+def test_weights_that_are_renamed_tied_or_fused_in_loading_pass(
+    architecture: str, folder: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue(architecture)().save_pretrained(folder)
+    check_weights(ModelSection(id=str(folder)))
+
+
+def test_sharded_weights_are_checked_file_by_file(folder: Path) -> None:
+    load_model(ModelSection(id=str(folder)), CPU, "fp32").save_pretrained(folder, max_shard_size="2MB")
+    (folder / "model.safetensors").unlink()
+    check_weights(ModelSection(id=str(folder)))
+    shard = sorted(folder.glob("model-*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(ModelLoadingError, match=rf"{shard.name} is broken or missing"):
+        check_weights(ModelSection(id=str(folder)))
 
 
 def test_a_skeleton_of_foreign_code_needs_consent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

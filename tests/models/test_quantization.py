@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from training_lens import TrainingConfig, TrainingWrapper
+from training_lens import TrainingConfig, TrainingWrapper, embedded
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError, ConfigurationError
 from training_lens.models.adapters import attach, base_only, count_parameters, load_adapter, save_adapter, trainable
@@ -115,3 +116,14 @@ def test_without_the_package_planning_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as Python marks a package that cannot be imported
     with pytest.raises(ConfigurationError, match=rf"{key}: needs .*pip install 'training-lens\[quantization\]'"):
         TrainingWrapper(small_config(**sections)).plan()
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_base_that_was_saved_quantized_trains_as_it_is(bits: str, small_config: Config, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(embedded.PATHS[embedded.MODEL], tmp_path / "model"))
+    whole = quantized(bits)
+    whole.save_pretrained(folder)
+    section = {"id": str(folder), "device": "cpu"}
+    assert torch.equal(logits(load_model(ModelSection.model_validate(section), CPU, "fp32")), logits(whole))
+    summary = TrainingWrapper(small_config(model=section, training={"max_steps": 2})).train()
+    assert summary.status == "finished" and summary.train_loss is not None

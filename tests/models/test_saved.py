@@ -73,6 +73,15 @@ def test_the_folder_decides_what_the_section_leaves_open(tmp_path: Path) -> None
     assert (section.variant, section.r, section.lora_alpha, section.use_dora) == ("rslora", 4, 12.0, True)
     assert section.target_modules == ["q_proj", "v_proj"] and section.lora_dropout == 0.1
     assert adopt(section) == section
+    assert "lora_plus_ratio" not in section.model_fields_set
+
+
+def test_a_plan_leaves_unset_what_was_never_set(small_config: Config, tmp_path: Path) -> None:
+    plain = TrainingWrapper(small_config()).plan().config
+    assert plain.peft.model_fields_set == {"r"}
+    saved(tmp_path / "adapter")
+    resolved = TrainingWrapper(small_config(peft={"from_adapter": str(tmp_path / "adapter")})).plan().config
+    assert resolved.peft.r == 4 and not {"lora_dropout", "lora_plus_ratio"} & resolved.peft.model_fields_set
 
 
 def test_a_section_that_says_otherwise_is_refused_with_both(tmp_path: Path) -> None:
@@ -117,6 +126,31 @@ def test_adapters_that_are_more_than_lora_are_refused(values: dict[str, Any], me
     edit(tmp_path, **values)
     with pytest.raises(AdapterError, match=message):
         adopt(PeftSection(from_adapter=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("r", "abc", r"r: given 'abc'. Input should be a valid integer"),
+        ("r", -4, r"r: given -4. Input should be greater"),
+        ("lora_alpha", "x", r"lora_alpha: given 'x'. Input should be a valid number"),
+        ("lora_alpha", [1], r"lora_alpha: given \[1\]"),
+        ("target_modules", ["q_proj", 3], r"target_modules: given "),
+        ("target_modules", {"q_proj": 1}, r"target_modules: given "),
+        ("modules_to_save", 7, r"modules_to_save: given 7"),
+        ("use_dora", "perhaps", r"use_dora: given 'perhaps'"),
+        ("rank_pattern", {"q_proj": "high"}, r"rank_pattern: given 'high'"),
+        ("rank_pattern", ["q_proj"], r"rank_pattern: given \['q_proj'\]"),
+        ("peft_type", ["LORA"], r"holds a \['LORA'\] adapter"),
+        ("layers_pattern", {"a": 1}, "uses layers_pattern"),
+    ],
+)
+def test_values_of_wrong_type_are_named_with_file_and_key(key: str, value: Any, message: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit(tmp_path, **{key: value})
+    with pytest.raises(AdapterError, match=message) as caught:
+        adopt(PeftSection(from_adapter=str(tmp_path)))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:

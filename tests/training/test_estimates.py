@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from training_lens import embedded
+from training_lens.errors import TrainingError
 from training_lens.training import estimates
 from training_lens.training.estimates import estimate_run, padded_tokens
 from training_lens.training.wrapper import TrainingWrapper
@@ -39,9 +49,64 @@ def test_what_cannot_be_measured_is_said(
 ) -> None:
     monkeypatch.setattr(estimates, "WHOLE_BELOW", 0)
     plan = TrainingWrapper(small_config()).plan()
-    quantized = plan.config.model_copy(update={"model": plan.config.model.model_copy(update={"quantization": "4bit"})})
-    object.__setattr__(plan, "config", quantized)
-    assert estimate_run(plan) is None
+    quantized = replace(plan, config=plan.config.resolved(model={"quantization": "4bit"}))
+    last = replace(plan, config=plan.config.resolved(peft={"target_modules": r".*layers\.4\..*q_proj"}))
+    with caplog.at_level(logging.WARNING, "training_lens"):
+        assert estimate_run(quantized) is None and estimate_run(last) is None
+    assert "no estimate of duration and memory: a large quantized model" in caplog.text
+    assert "cannot be cut to 1 layers to be measured: peft.target_modules" in caplog.text
+
+
+def test_a_saved_adapter_of_a_large_model_is_measured_thin(
+    small_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = TrainingWrapper(small_config(training={"max_steps": 1})).train()
+    monkeypatch.setattr(estimates, "WHOLE_BELOW", 0)
+    plan = TrainingWrapper(small_config(peft={"from_adapter": first.run_dir})).plan()
+    estimate = estimate_run(plan)
+    assert estimate is not None and estimate.seconds > 0
+
+
+def test_a_first_step_that_is_not_finite_stops_the_estimate_as_the_run(
+    small_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(embedded.PATHS[embedded.MODEL], tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    save_file({**weights, "model.norm.weight": torch.full((192,), torch.nan)}, model / "model.safetensors")
+    wrapper = TrainingWrapper(small_config(model={"id": str(model)}))
+    for use in (lambda: estimate_run(wrapper.plan()), wrapper.train):
+        with pytest.raises(TrainingError, match="the loss is not finite"):
+            use()
+
+
+def test_a_learning_rate_that_diverges_is_no_reason_against_the_run(small_config: Callable[..., Any]) -> None:
+    settings = {"lr": 1.0, "max_grad_norm": None, "epochs": 10, "warmup_ratio": 0.0}
+    assert estimate_run(TrainingWrapper(small_config(training=settings)).plan()) is not None
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+from training_lens.cli import cli
+import training_lens.training.wrapper, training_lens.training.estimates, transformers, peft
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1_200_000_000,) * 2)
+cli(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux alone")
+@pytest.mark.parametrize("command", ["validate", "train"])
+def test_too_little_memory_is_said_with_what_to_lower(command: str, tmp_path: Path) -> None:
+    rows = [json.dumps({"question": f"{i} " * 100, "answer": "b " * 100}) for i in range(1000)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    settings = ["data.train=rows.jsonl", "training.batch_size=1000", "training.micro_batch_tokens=10000000"]
+    result = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY, command, *settings, "model.device=cpu"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    said = " ".join(result.stderr.split())
+    assert result.returncode == 1 and "Traceback" not in said, said
+    assert "the run does not fit into memory" in said and "lower training.micro_batch_tokens (now 10000000" in said
 
 
 def test_padded_tokens_cover_the_tokens(small_config: Callable[..., Any]) -> None:

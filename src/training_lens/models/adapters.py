@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +15,17 @@ from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError
 from training_lens.models import pissa
 from training_lens.models.quantization import element_count
-from training_lens.models.saved import WEIGHTS, adapter_folder, check_fit, require_adapter
+from training_lens.models.saved import (
+    CONFIG,
+    WEIGHTS,
+    adapter_folder,
+    check_fit,
+    read_config,
+    require_adapter,
+    saved_shapes,
+)
 from training_lens.models.targets import check_targets, is_linear, target_names, tied_modules, whole_modules
+from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -148,11 +156,12 @@ def _inject(model: Any, config: Any) -> Any:
 
 @contextmanager
 def _peft_advice() -> Iterator[None]:
-    """PEFT's warnings about what is so on purpose are silent; that weights come apart which are tied is an error."""
+    """PEFT's warnings about what is so on purpose are silent; tied weights that come apart, missing ones are errors."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
         warnings.filterwarnings("error", message="You have requested `ensure_weight_tying`")
+        warnings.filterwarnings("error", message="Found missing adapter keys")
         yield
 
 
@@ -179,16 +188,25 @@ def load_adapter(model: Any, folder: Path, *, training: bool = False) -> Any:
     """The base model with the saved adapter of `folder`.
 
     Raises:
-        AdapterError: the folder lacks files, or the adapter does not fit this base.
+        AdapterError: the folder lacks files, they are broken, or the adapter does not fit this base.
     """
     from peft import PeftModel
 
     require_adapter(folder)
+    if not isinstance(read_config(folder).get("peft_type"), str):
+        raise AdapterError(f"{folder / CONFIG} names no peft_type, so it is no adapter's configuration. Save it again.")
+    tensors = sum("lora_" in name for name in saved_shapes(folder))
     try:
         with _peft_advice():
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=training)
-    except (RuntimeError, ValueError, json.JSONDecodeError) as error:
-        raise AdapterError(f"the adapter in {folder} does not fit this base model: {error}") from error
+    except Exception as error:  # PEFT trusts the configuration: a wrong value there may raise anything
+        raise AdapterError(f"the adapter in {folder} does not fit this base model: {said(error)}") from error
+    used = sum("lora_" in name for name, _ in adapted.named_parameters(remove_duplicate=False))
+    if tensors > used:
+        raise AdapterError(
+            f"the adapter in {folder} does not fit this base model, which takes {used} of its {tensors} tensors. Give "
+            "the base that it was trained on."
+        )
     return adapted.train(training)
 
 

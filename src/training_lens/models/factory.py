@@ -10,11 +10,11 @@ import torch
 
 from training_lens import embedded
 from training_lens.config.schema import ModelSection
-from training_lens.errors import ConfigurationError, ModelLoadingError
+from training_lens.errors import ConfigurationError, ModelLoadingError, OutOfMemoryError, TrainingLensError
 from training_lens.models.quantization import keep_trainable, loading_options
-from training_lens.utils.devices import DTYPES, Precision
+from training_lens.utils.devices import DTYPES, Precision, is_out_of_memory
 from training_lens.utils.files import read_json
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest, said
 from training_lens.utils.hub import require_hub
 
 SEQ_LEN_DEFAULT = 2048
@@ -58,30 +58,31 @@ def locate(model: ModelSection) -> str:
 
 
 def _load(what: str, model: ModelSection, load: Any) -> Any:
-    """Call `load`, and say of any failure what was asked for and what to do."""
-    from safetensors import SafetensorError
-
+    """Call `load`, foreign code on foreign files: whatever it raises, say what was asked for and what to do."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, ImportError):
-            raise ModelLoadingError(f"model.id: {what} of '{model.id}' needs a package: {error}") from error
-        if "trust_remote_code" in str(error):
-            raise ModelLoadingError(
-                f"model.id: '{model.id}' carries its own code. Read it, then set model.trust_remote_code=true."
+    except TrainingLensError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"model.id: not enough memory for the {what} of '{model.id}': {said(error)} Free some, give a smaller "
+                "model, or load fewer bits (model.dtype=bf16, model.quantization=4bit)."
             ) from error
-        if Path(embedded.resolve(model.id)).expanduser().exists():
-            raise ModelLoadingError(f"model.id: {what} of '{model.id}' cannot be loaded: {error}") from error
-        raise ModelLoadingError(
-            f"model.id: '{model.id}' is no local folder, and its {what} cannot be had from the hub: "
-            f"{_first_line(error)} Give a local folder, or check the id, the connection and (for gated models) "
-            "that you are logged in."
-        ) from error
+        raise ModelLoadingError(f"model.id: {_failure(what, model.id, error)}") from error
 
 
-def _first_line(error: BaseException) -> str:
-    line = str(error).strip().split("\n")[0]
-    return line if line.endswith((".", "!", "?")) else f"{line}."
+def _failure(what: str, model_id: str, error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return f"{what} of '{model_id}' needs a package: {said(error)}"
+    if "trust_remote_code" in str(error):
+        return f"'{model_id}' carries its own code. Read it, then set model.trust_remote_code=true."
+    if Path(embedded.resolve(model_id)).expanduser().exists():
+        return f"{what} of '{model_id}' cannot be loaded: {said(error)} Download the model again, or give another."
+    return (
+        f"'{model_id}' is no local folder, and its {what} cannot be had from the hub: {said(error)} Give a local "
+        "folder, or check the id, the connection and (for gated models) that you are logged in."
+    )
 
 
 def _hub_options(model: ModelSection) -> dict[str, Any]:
@@ -92,17 +93,31 @@ def read_facts(model: ModelSection) -> ModelFacts:
     """The model's width, positions and vocabulary.
 
     Raises:
-        ModelLoadingError: not found, or no causal language model.
+        ModelLoadingError: not found, or no language model.
     """
     from transformers import AutoConfig
 
     path = locate(model)
     _require_hub(path)
-    config = _load("configuration", model, lambda: AutoConfig.from_pretrained(path, **_hub_options(model)))
-    text = config.get_text_config()
-    return ModelFacts(
-        path, text.hidden_size, text.num_hidden_layers, getattr(text, "max_position_embeddings", None), text.vocab_size
-    )
+
+    def read() -> ModelFacts:
+        text = AutoConfig.from_pretrained(path, **_hub_options(model)).get_text_config()
+        sizes = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
+        positions = getattr(text, "max_position_embeddings", None)
+        _check_sizes(sizes | ({"max_position_embeddings": positions} if positions else {}), model.id)
+        return ModelFacts(path, text.hidden_size, text.num_hidden_layers, positions, text.vocab_size)
+
+    facts: ModelFacts = _load("configuration", model, read)
+    return facts
+
+
+def _check_sizes(sizes: dict[str, Any], model_id: str) -> None:
+    wrong = [f"{name} {value!r}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
+    if wrong:
+        raise ModelLoadingError(
+            f"model.id: '{model_id}' is no language model: its config.json has {', '.join(wrong)}, expected counts. "
+            "Give a causal language model."
+        )
 
 
 def _require_hub(path: str) -> None:
@@ -134,42 +149,58 @@ def load_tokenizer(model: ModelSection, path: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     source = path or locate(model)
-    return _load("tokenizer", model, lambda: AutoTokenizer.from_pretrained(source, **_hub_options(model)))
+
+    def load() -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(source, **_hub_options(model))
+        tokenizer("a word")  # what is wrong in its files may show in its first use alone
+        return tokenizer
+
+    return _load(f"tokenizer in {path}" if path else "tokenizer", model, load)
 
 
 def load_model(model: ModelSection, device: torch.device, precision: Precision) -> Any:
     """The base model with frozen weights on `device`, quantized where that is asked, in eval mode.
 
     Raises:
-        ModelLoadingError: weights missing, broken, or not those of its configuration.
+        ModelLoadingError: files are broken or missing, tensors are missing or of another shape.
+        OutOfMemoryError: it does not fit.
         ConfigurationError: quantization without its package.
     """
+    quantized = loading_options(model, precision)
+    dtype = DTYPES[precision if model.dtype == "auto" else model.dtype]
+    loaded = _with_weights(
+        model, dtype=dtype, attn_implementation=_attention(model), device_map={"": device}, **quantized
+    )
+    return keep_trainable(loaded).requires_grad_(False).eval()
+
+
+def _with_weights(model: ModelSection, **options: Any) -> Any:
+    """The model with every tensor from its files, none random."""
     from transformers import AutoModelForCausalLM
 
     path = locate(model)
-    quantized = loading_options(model, device, precision)
-    dtype = DTYPES[precision if model.dtype == "auto" else model.dtype]
-    loaded, info = _load(
-        "weights",
-        model,
-        lambda: AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=_attention(model),
-            use_safetensors=True,
-            output_loading_info=True,
-            **quantized,
-            **_hub_options(model),
-        ),
-    )
-    missing = sorted(info["missing_keys"])
+    always = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+
+    def load() -> Any:
+        return AutoModelForCausalLM.from_pretrained(path, **always, **options, **_hub_options(model))
+
+    loaded, info = _load("weights", model, load)
+    _refuse_random(model, sorted(info["missing_keys"]), sorted(info["mismatched_keys"]))
+    return loaded
+
+
+def _refuse_random(model: ModelSection, missing: list[str], mismatched: list[tuple[str, Any, Any]]) -> None:
     if missing:
         raise ModelLoadingError(
             f"model.id: the weights of '{model.id}' lack {len(missing)} of the model's tensors ({missing[0]}, ...), "
             "which would be random. The download is incomplete, or its config.json belongs to another model."
         )
-    placed = keep_trainable(loaded) if quantized else loaded.to(device)
-    return placed.requires_grad_(False).eval()
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        raise ModelLoadingError(
+            f"model.id: {len(mismatched)} tensors of '{model.id}' have another shape than its config.json says: {name} "
+            f"has {tuple(found)}, expected {tuple(wanted)}. Its config.json belongs to another model."
+        )
 
 
 def build_skeleton(model: ModelSection) -> Any:
@@ -184,6 +215,8 @@ def build_skeleton(model: ModelSection) -> Any:
 
     def build() -> Any:
         config = AutoConfig.from_pretrained(path, **_hub_options(model))
+        if hasattr(config, "quantization_config"):  # modules of the sizes that they stand for
+            del config.quantization_config
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
@@ -219,18 +252,21 @@ def _attention(model: ModelSection) -> str:
     return "sdpa" if model.attention == "auto" else model.attention
 
 
-def check_weights(path: str) -> None:
-    """Read the headers of a local model's weight files: a file that was cut short is found without reading it all.
+def check_weights(model: ModelSection) -> None:
+    """Refuse a local model whose weights `load_model` would refuse. Reads the headers of its files alone.
+
+    Names and shapes are held against the model by loading onto the meta device, which renames and ties as loading does;
+    files that are quantized already are left to `load_model`.
 
     Raises:
-        ModelLoadingError: names the file.
+        ModelLoadingError: a file is cut short or missing, tensors are missing or of another shape.
     """
     from safetensors import SafetensorError, safe_open
 
-    folder = Path(path)
-    index = folder / WEIGHTS[1]
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS[0]]
-    for name in names if folder.is_dir() else ():
+    folder = Path(locate(model))
+    if not folder.is_dir():
+        return
+    for name in _weight_files(folder):
         try:
             with safe_open(folder / name, "pt"):
                 pass
@@ -238,6 +274,27 @@ def check_weights(path: str) -> None:
             raise ModelLoadingError(
                 f"model.id: {folder / name} is broken or missing ({error}). Download the model again, whole."
             ) from error
+    if "quantization_config" not in read_json(folder / "config.json"):
+        _with_weights(model, device_map="meta")
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of a local model's safetensors files; as in transformers, a single file goes before an index."""
+    single, index = WEIGHTS
+    if (folder / single).is_file():
+        return [single]
+    try:
+        content = read_json(folder / index)
+    except ValueError as error:
+        raise ModelLoadingError(
+            f"model.id: {folder / index} is no valid JSON ({error}). Download the model again, whole."
+        ) from error
+    files = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise ModelLoadingError(
+            f"model.id: {folder / index} has no weight_map from tensors to files. Download the model again, whole."
+        )
+    return sorted(set(files.values()))
 
 
 def checkpoint_gradients(model: Any) -> None:

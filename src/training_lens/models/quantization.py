@@ -43,7 +43,7 @@ def check_quantization(config: TrainingConfig, device: torch.device) -> None:
 
 
 def keep_trainable(model: Any) -> Any:
-    """The model, its 4-bit weights in the one form that passes gradients back.
+    """The model, its 4-bit weights (if it has any) in the one form that passes gradients back.
 
     On some CPUs bitsandbytes packs them anew in the first forward pass without gradients, which validating is, into a
     form for inference in bfloat16; training behind that would go on with no gradient through these layers.
@@ -54,7 +54,7 @@ def keep_trainable(model: Any) -> Any:
     return model
 
 
-def loading_options(model: ModelSection, device: torch.device, precision: Precision) -> dict[str, Any]:
+def loading_options(model: ModelSection, precision: Precision) -> dict[str, Any]:
     """What `from_pretrained` takes to quantize every linear layer but the head while loading; nothing for `none`.
 
     4bit is NF4 with double quantization (QLoRA, arXiv 2305.14314), multiplied in `precision`; 8bit is LLM.int8()
@@ -79,7 +79,7 @@ def loading_options(model: ModelSection, device: torch.device, precision: Precis
             bnb_4bit_compute_dtype=DTYPES[precision],
         )
     )
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": config}
 
 
 def element_count(parameter: torch.nn.Parameter) -> int:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError, ConfigurationError
 from training_lens.utils.formatting import nearest
@@ -27,6 +29,7 @@ CARRIED = {
     *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "use_dora"),
     "use_rslora",
 }
+NEEDED = ("r", "lora_alpha", "target_modules")
 ON_OTHER_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -72,6 +75,8 @@ def _keyed(folder: Path) -> Path:
 def adopt(peft: PeftSection) -> PeftSection:
     """The section with what the adapter of `from_adapter` decides: rank, alpha, targets, variant, patterns.
 
+    What neither sets stays unset.
+
     Raises:
         AdapterError: no such adapter, or it is more than a LoRA or DoRA.
         ConfigurationError: the section sets a value, and the adapter has another.
@@ -89,7 +94,7 @@ def adopt(peft: PeftSection) -> PeftSection:
     ]
     if problems:
         raise ConfigurationError(problems)
-    return PeftSection.model_validate({**peft.model_dump(), **saved})
+    return PeftSection.model_validate({**given, **saved})
 
 
 def _unordered(value: Any) -> Any:
@@ -112,20 +117,29 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _section_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The keys of `PeftSection` that an adapter's configuration decides."""
+    """The keys of `PeftSection` that an adapter's configuration decides, checked as those of a section."""
     _refuse_others(config, folder)
-    targets = config["target_modules"]
-    return {
+    values = {
         "variant": "rslora" if config.get("use_rslora") else "lora",
-        "use_dora": bool(config.get("use_dora")),
         "init": "default",
-        "r": config["r"],
-        "lora_alpha": float(config["lora_alpha"]),
-        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "use_dora": config.get("use_dora") or False,
         "rank_pattern": config.get("rank_pattern") or {},
         "alpha_pattern": config.get("alpha_pattern") or {},
         "modules_to_save": config.get("modules_to_save") or [],
+        **{key: config[key] for key in NEEDED},
     }
+    try:
+        section = PeftSection.model_validate(values).model_dump(include=set(values))
+    except ValidationError as error:
+        raise AdapterError(f"peft.from_adapter: {folder / CONFIG}: {_first_problem(error)}. Save it again.") from error
+    targets = section["target_modules"]
+    return {**section, "target_modules": targets if isinstance(targets, str) else sorted(targets)}
+
+
+def _first_problem(error: ValidationError) -> str:
+    """What pydantic found first: key, value, and what is wrong with it."""
+    item = error.errors(include_url=False)[0]
+    return f"{item['loc'][0]}: given {item['input']!r}. {item['msg']}"
 
 
 def _refuse_others(config: dict[str, Any], folder: Path) -> None:
@@ -141,7 +155,7 @@ def _refuse_others(config: dict[str, Any], folder: Path) -> None:
         )
     usual = LoraConfig().to_dict()
     others = [k for k, v in config.items() if k not in NEUTRAL | CARRIED and v and v != usual.get(k)]
-    missing = [k for k in ("r", "lora_alpha", "target_modules") if not config.get(k)]
+    missing = [k for k in NEEDED if not config.get(k)]
     if others or missing:
         what = f"uses {', '.join(others)}" if others else f"does not say {', '.join(missing)}"
         raise AdapterError(f"peft.from_adapter: {folder} {what}; only plain LoRA and DoRA adapters can go on here.")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from training_lens.config.schema import TrainingConfig
+from training_lens.errors import OutOfMemoryError
 from training_lens.models.adapters import attach
 from training_lens.models.factory import checkpoint_gradients
 from training_lens.training.callbacks import Callback
 from training_lens.training.checkpoints import CheckpointManager
 from training_lens.training.planning import RunPlan
 from training_lens.training.trainer import Trainer
+from training_lens.utils.devices import is_out_of_memory
+from training_lens.utils.formatting import said
 from training_lens.utils.seeding import seed_everything
 
 
@@ -34,3 +39,20 @@ def build_trainer(plan: RunPlan, model: Any, checkpoints: CheckpointManager, cal
         fill_id=plan.tokenizer.eos_token_id,
         lora_plus_ratio=config.peft.lora_plus_ratio,
     )
+
+
+@contextmanager
+def memory_watched(config: TrainingConfig) -> Iterator[None]:
+    """Within the block, memory that runs out is an `OutOfMemoryError` that says what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ways = [
+            f"lower training.micro_batch_tokens (now {config.training.micro_batch_tokens}; never changes the result)"
+        ]
+        ways += [f"lower model.seq_len (now {config.model.seq_len})"]
+        ways += [] if config.training.gradient_checkpointing else ["set training.gradient_checkpointing=true"]
+        ways += [] if config.model.quantization == "4bit" else ["set model.quantization=4bit"]
+        raise OutOfMemoryError(f"the run does not fit into memory: {said(error)} Do any: {'; '.join(ways)}.") from error

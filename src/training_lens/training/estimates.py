@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ import numpy as np
 
 from training_lens.data.batching import StepPlan, cut, share
 from training_lens.data.store import TokenDataset
-from training_lens.errors import TrainingLensError
+from training_lens.errors import EstimateError, OutOfMemoryError
 from training_lens.evaluation.evaluator import evaluate_loss
 from training_lens.models.factory import load_model, load_thinned
-from training_lens.training.assembly import build_trainer
+from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.checkpoints import CheckpointManager
 from training_lens.training.planning import RunPlan
 from training_lens.training.trainer import Trainer
-from training_lens.utils.devices import peak_bytes, reset_peak
+from training_lens.utils.devices import is_out_of_memory, peak_bytes, reset_peak
+from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -32,6 +33,7 @@ THIN = (1, 3)  # layers
 SAMPLED_STEPS = 8
 SAMPLED_ROWS = 64  # of the validation rows
 BUDGET_SECONDS = 20.0
+STILL_LR = 1e-9
 COUNTED_STEPS = 1000  # beyond so many the run's padded tokens are scaled up from a sample
 
 
@@ -57,17 +59,19 @@ class Measured:
 
 
 def estimate_run(plan: RunPlan) -> Estimate | None:
-    """The estimate of a planned run; None, with the reason logged, where it cannot be made.
+    """The estimate of a planned run; None, with the reason logged, where it cannot be measured.
 
     Cost: the measured steps, at most about 20 s, and the memory of the model (or its thin relatives).
+
+    Raises:
+        TrainingLensError: what would stop the run too: weights that cannot be loaded, a first step that is not finite,
+            too little memory.
     """
     whole = plan.parameters < WHOLE_BELOW
     try:
-        if whole:
-            measured = _measure(plan, load_model(plan.config.model, plan.processes.device, plan.precision))
-        else:
-            measured = _extrapolated(plan)
-    except (TrainingLensError, RuntimeError, ValueError, AttributeError) as error:
+        with memory_watched(plan.config):
+            measured = _whole(plan) if whole else _extrapolated(plan)
+    except EstimateError as error:
         logger.warning("no estimate of duration and memory: %s", error)
         return None
     validated = 0 if plan.validation is None else _validations(plan) * int(plan.validation.lengths.sum())
@@ -80,11 +84,15 @@ def estimate_run(plan: RunPlan) -> Estimate | None:
     )
 
 
+def _whole(plan: RunPlan) -> Measured:
+    return _measure(plan, load_model(plan.config.model, plan.processes.device, plan.precision))
+
+
 def _extrapolated(plan: RunPlan) -> Measured:
     """Two thin models measured; each further layer costs what the second's have cost more than the first's."""
     if plan.config.model.quantization != "none":
-        raise ValueError("a large quantized model cannot be measured thin")
-    thin = [_measure(plan, load_thinned(plan.config.model, n, plan.processes.device, plan.precision)) for n in THIN]
+        raise EstimateError("a large quantized model cannot be measured thin.")
+    thin = [_thin(plan, layers) for layers in THIN]
     further = (plan.facts.layers - THIN[0]) / (THIN[1] - THIN[0])
 
     def at_all(name: str) -> float:
@@ -94,11 +102,30 @@ def _extrapolated(plan: RunPlan) -> Measured:
     return Measured(at_all("step"), at_all("validation"), at_all("peak"), thin[1].steps)
 
 
+def _thin(plan: RunPlan, layers: int) -> Measured:
+    """One thin relative measured, with a fresh adapter: one that is saved has all layers.
+
+    What fails in it, but for memory, says nothing of the run: its configuration was cut, and its weights are random.
+    """
+    config = plan.config.resolved(peft={"from_adapter": None})
+    try:
+        model = load_thinned(config.model, layers, plan.processes.device, plan.precision)
+        return _measure(replace(plan, config=config), model)
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+            raise
+        raise EstimateError(f"the model cannot be cut to {layers} layers to be measured: {said(error)}") from error
+
+
 def _measure(plan: RunPlan, model: Any) -> Measured:
-    """Run sampled steps and validation rows of the plan on this model, with a fresh adapter, and forget them."""
+    """Run sampled steps and validation rows of the plan on this model, and forget them.
+
+    The learning rate is next to none: each step is as good as the run's first, and fails only if that would.
+    """
     device = plan.processes.device
     reset_peak(device)
-    trainer = build_trainer(plan, model, CheckpointManager(Path("unused"), ""), ())
+    still = replace(plan, config=plan.config.resolved(training={"lr": STILL_LR}))
+    trainer = build_trainer(still, model, CheckpointManager(Path("unused"), ""), ())
     sample = _sampled(plan)
     trainer.train_step(sample[0])  # warms up, and is the largest: it sets the peak
     seconds, tokens, steps = 0.0, 0, 0

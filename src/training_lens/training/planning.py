@@ -112,7 +112,7 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     check_vocabulary(tokenizer, facts, config.model.id)
     adopt_template_file(config.data.template, tokenizer)
     resolved = _resolve(config, facts, tokenizer, precision)
-    parameters = _check_model(resolved, facts, device)
+    parameters = _check_model(resolved, device)
     splits = _prepare(resolved, tokenizer, processes, progress)
     train, validation = _datasets(resolved, splits)
     duplicates = count_duplicates(train, validation)
@@ -138,17 +138,17 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
         logger.info("learning rate: %g, from the model's width (training.lr sets another)", lr)
     return config.resolved(
         model={"seq_len": seq_len},
-        peft=adopt(config.peft).model_dump(),
+        peft=adopt(config.peft).model_dump(exclude_unset=True),
         data={"template": template},
         training={"lr": lr, "precision": precision},
     )
 
 
-def _check_model(config: TrainingConfig, facts: ModelFacts, device: torch.device) -> int:
-    """Try adapter, gradient checkpointing and packages on the model's skeleton; gives the base's parameters."""
+def _check_model(config: TrainingConfig, device: torch.device) -> int:
+    """Try weights, adapter, checkpointing and packages on the model's skeleton; gives the base's parameters."""
     check_quantization(config, device)
-    check_weights(facts.path)
     skeleton = build_skeleton(config.model)
+    check_weights(config.model)
     if config.training.gradient_checkpointing:
         checkpoint_gradients(skeleton)
     parameters = count_parameters(skeleton).total

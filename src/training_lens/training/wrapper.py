@@ -16,7 +16,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError, InterruptedRunError
 from training_lens.models.adapters import ParameterCount, count_parameters, describe
 from training_lens.models.factory import load_model
-from training_lens.training.assembly import build_trainer
+from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar, TensorBoardLogger
 from training_lens.training.checkpoints import ADAPTER, CheckpointManager, TrainingState
 from training_lens.training.planning import RunPlan, plan_run, with_rows_as_files
@@ -83,6 +83,13 @@ class TrainingWrapper:
         Raises:
             TrainingLensError: anything that would keep `train` from starting.
         """
+        output = self._config.output
+        if output.run_id:
+            RunFolder(runs_folder(output.base_output_dir, output.experiment_name) / output.run_id).require_new()
+        return self._plan()
+
+    def _plan(self) -> RunPlan:
+        """The plan, whether the run is there already (to go on with it) or not."""
         base = Path(self._config.output.base_output_dir)
         require_writable(base, "output.base_output_dir")
         return plan_run(with_rows_as_files(self._config, base / "cache" / "rows"), Progress(self._console))
@@ -116,7 +123,7 @@ class TrainingWrapper:
             raise CheckpointError(f"the run {run.run_id} is finished; there is nothing to resume. It is in {run.root}.")
         config = TrainingConfig.model_validate(run.read_metadata("config.json"))
         wrapper = cls(config, console=console, callbacks=callbacks)
-        plan = wrapper.plan()
+        plan = wrapper._plan()
         recorded = run.read_metadata("data.json")["fingerprint"]
         if recorded != plan.fingerprint:
             raise CheckpointError(
@@ -128,7 +135,7 @@ class TrainingWrapper:
     def _train(self, run: RunFolder, plan: RunPlan, resume: bool) -> TrainingSummary:
         if plan.processes.is_main:
             _write_summary(run, TrainingSummary(str(run.root), "running"))
-        with TrainingLogger(run.logs / "run.log"):
+        with TrainingLogger(run.logs / "run.log"), memory_watched(plan.config):
             logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
             trainer, parameters = self._assemble(run, plan)
             try:

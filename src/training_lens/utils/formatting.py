@@ -38,3 +38,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` most likely meant, or None where nothing is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def said(error: BaseException, limit: int = 400) -> str:
+    """What an error says, as one sentence of at most so many characters: `said(KeyError("a"))` is "KeyError: 'a'."."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, KeyError):
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    text = text if len(text) < limit else f"{text[: limit - 3]}..."
+    return text if text.endswith((".", "!", "?")) else f"{text}."

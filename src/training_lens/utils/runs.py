@@ -65,6 +65,17 @@ class RunFolder:
         """Make the run's folders.
 
         Raises:
+            ConfigurationError: see `require_new`.
+        """
+        self.require_new()
+        for folder in (self.checkpoints, self.logs, self.metadata, self.reports):
+            folder.mkdir(parents=True)
+        return self
+
+    def require_new(self) -> None:
+        """Refuse to begin a run here twice.
+
+        Raises:
             ConfigurationError: a run of that id is there already; it is never written over.
         """
         if self.root.exists():
@@ -72,9 +83,6 @@ class RunFolder:
                 f"output.run_id: the run '{self.run_id}' exists already at {self.root}. "
                 f"Give another id, or continue it with --resume {self.run_id}."
             )
-        for folder in (self.checkpoints, self.logs, self.metadata, self.reports):
-            folder.mkdir(parents=True)
-        return self
 
     def read_metadata(self, name: str) -> Any:
         """The content of metadata/{name}.
