@@ -1,0 +1,25 @@
+"""The peak is the program's own, and never below what it holds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from training_lens.utils.devices import peak_bytes
+
+CPU = torch.device("cpu")
+
+
+def test_the_peak_covers_what_is_held() -> None:
+    before = peak_bytes(CPU)
+    held = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert peak_bytes(CPU) >= before and peak_bytes(CPU) >= held.numel()
+
+
+def test_the_peak_is_not_that_of_the_program_that_started_it() -> None:
+    held = torch.ones(2**30, dtype=torch.uint8)
+    code = "import torch; from training_lens.utils.devices import peak_bytes; print(peak_bytes(torch.device('cpu')))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(printed) < held.numel()
