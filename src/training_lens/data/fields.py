@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
 
 from training_lens.config.schema import DomainSection, FieldsSection
-from training_lens.data.types import Example, Message, Role, Row
+from training_lens.data.messages import chat_of, tools_of
+from training_lens.data.types import Example, Message, Row
+from training_lens.data.values import optional_text, text_of
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import nearest
 
@@ -33,25 +31,6 @@ MEANINGS = {
 }
 LEADING = {"messages": "messages", "pair": "instruction", "text": "text"}
 DOMAIN_FIELD = "domain"
-ROLE_NAMES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "ipython": "tool",
-}
-EXTRA = ("name", "tool_call_id")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-FUNCTION_CALL = "function_call"  # ShareGPT's role of an assistant that calls a tool; its text is the call in JSON
-NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd3]")
 # Literal end marks that exports leave at the end of answers; the tokenizer's own end token is put there anyway.
 END_MARKS = (
     *("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>"),
@@ -182,9 +161,9 @@ def to_example(row: Row, mapping: FieldMapping, per_file_domain: bool = False) -
     """
     domain = domain_of_file(row.file) if per_file_domain else None
     if mapping.domain:
-        domain = _text(row, mapping.domain).strip()
+        domain = text_of(row, mapping.domain).strip()
     if mapping.text:
-        text = (Message("assistant", _text(row, mapping.text)),)
+        text = (Message("assistant", text_of(row, mapping.text)),)
         return Example(text, domain, row.file, row.number, is_text=True)
     messages = chat_of(row, mapping.messages) if mapping.messages else _pair(row, mapping)
     if messages[-1].role != "assistant":
@@ -192,7 +171,7 @@ def to_example(row: Row, mapping: FieldMapping, per_file_domain: bool = False) -
             f"{row.place}: '{mapping.messages}' ends with a {messages[-1].role} message; nothing follows that could "
             "be learned. End it with an assistant message."
         )
-    return Example(messages, domain, row.file, row.number, _tools(row, mapping.tools))
+    return Example(messages, domain, row.file, row.number, tools_of(row, mapping.tools))
 
 
 def strip_end_marks(example: Example) -> tuple[Example, list[str]]:
@@ -213,162 +192,13 @@ def _without_mark(message: Message, marks: list[str]) -> Message:
 
 def _pair(row: Row, mapping: FieldMapping) -> tuple[Message, ...]:
     assert mapping.output
-    answer = Message("assistant", _text(row, mapping.output))
+    answer = Message("assistant", text_of(row, mapping.output))
     return (*prompt_of(row, mapping), answer)
 
 
 def prompt_of(row: Row, mapping: FieldMapping) -> tuple[Message, ...]:
     """System message, if any, and prompt of a row with fields."""
     assert mapping.instruction
-    user = Message("user", _text(row, mapping.instruction), _optional(row, mapping.input))
-    system = _optional(row, mapping.system)
+    user = Message("user", text_of(row, mapping.instruction), optional_text(row, mapping.input))
+    system = optional_text(row, mapping.system)
     return (Message("system", system), user) if system else (user,)
-
-
-def chat_of(row: Row, key: str) -> tuple[Message, ...]:
-    """The messages of a row with a chat, however they are written.
-
-    Raises:
-        DatasetError: no list of messages, a role that is not known, content that is no text; names the message.
-    """
-    value = row.values.get(key)
-    if not isinstance(value, list) or not value:
-        raise DatasetError(f"{row.place}: '{key}' is {_kind(value)}, expected a list of {{role, content}}.")
-    messages = [_message(f"{row.place}, '{key}' message {turn}", item) for turn, item in enumerate(value, 1)]
-    if messages[0].role in ("assistant", "tool"):
-        raise DatasetError(
-            f"{row.place}: '{key}' begins with a message of the {messages[0].role}; nothing asks for it. "
-            "Begin with a user or system message."
-        )
-    return tuple(messages)
-
-
-def _message(place: str, item: Any) -> Message:
-    if not isinstance(item, dict) or not ({"role", "content"} <= set(item) or {"from", "value"} <= set(item)):
-        found = f"one with {', '.join(map(str, item))}" if isinstance(item, dict) else _kind(item)
-        raise DatasetError(
-            f"{place}: expected an object with 'role' and 'content' (or 'from', 'value'), found {found}."
-        )
-    name = str(item.get("role", item.get("from")))
-    role = ROLE_NAMES.get(name)
-    if role is None:
-        close = nearest(name, ROLE_NAMES)
-        hint = f" Did you mean '{close}'?" if close else ""
-        raise DatasetError(f"{place}: role '{name}' is none of {', '.join(get_args(Role))}.{hint}")
-    _refuse_thoughts_apart(place, item)
-    content = item.get("content", item.get("value"))
-    calls = _calls(place, name, content, item)
-    said = "" if name == FUNCTION_CALL or (calls and content in (None, "")) else _content(place, content)
-    extra = {key: item[key] for key in EXTRA if item.get(key)}
-    return Message(role, said, learn=_learned(place, role, item), calls=calls, extra=extra)
-
-
-def _refuse_thoughts_apart(place: str, item: dict[str, Any]) -> None:
-    apart = next((key for key in THOUGHTS if item.get(key)), None)
-    if apart:
-        raise DatasetError(
-            f"{place}: '{apart}' stands apart from the content and would not be learned. Put it into the content as "
-            "<think>...</think> and set data.thinking=true, or take it out."
-        )
-
-
-def _content(place: str, content: Any) -> str:
-    """Text, or the text parts of a content list ({"type": "text", "text": ...})."""
-    if isinstance(content, list) and content:
-        parts = [p.get("text", p.get("value")) if isinstance(p, dict) else p for p in content]
-        kinds = [p.get("type", "text") if isinstance(p, dict) else "text" for p in content]
-        other = next((k for k in kinds if k != "text"), None)
-        if other:
-            raise DatasetError(f"{place}: has a part of type '{other}'; only text can be trained on.")
-        content = "".join(str(p) for p in parts) if all(isinstance(p, str) for p in parts) else None
-    if not isinstance(content, str) or not content:
-        raise DatasetError(f"{place}: 'content' is {_kind(content)}, expected text.")
-    return _encodable(f"{place}: 'content'", content)
-
-
-def _learned(place: str, role: Role, item: dict[str, Any]) -> bool:
-    """What `loss_weight` (or `weight`) says: 0 or 1; without one every assistant message is learned."""
-    weight = item.get("loss_weight", item.get("weight"))
-    if weight is None:
-        return True
-    if weight not in (0, 1):
-        raise DatasetError(f"{place}: 'loss_weight' is {weight!r}, expected 0 or 1.")
-    if weight and role != "assistant":
-        raise DatasetError(f"{place}: 'loss_weight' is 1 on a {role} message; only an assistant's can be learned.")
-    return bool(weight)
-
-
-def _calls(place: str, name: str, content: Any, item: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The functions that a message calls: ShareGPT's function_call text, or OpenAI's `tool_calls`."""
-    if name == FUNCTION_CALL:
-        call = _json_of(place, content, "a function call in JSON")
-        return tuple(_call(place, c) for c in (call if isinstance(call, list) else [call]))
-    listed = item.get("tool_calls") or []
-    if not isinstance(listed, list):
-        raise DatasetError(f"{place}: 'tool_calls' is {_kind(listed)}, expected a list of calls.")
-    return tuple(_call(place, c.get("function", c) if isinstance(c, dict) else c) for c in listed)
-
-
-def _call(place: str, call: Any) -> dict[str, Any]:
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise DatasetError(
-            f"{place}: a function call is {_kind(call)}, expected an object with 'name' and 'arguments'."
-        )
-    arguments = call.get("arguments", {})
-    return {
-        "name": call["name"],
-        "arguments": _json_of(place, arguments, "arguments in JSON") if isinstance(arguments, str) else arguments,
-    }
-
-
-def _tools(row: Row, key: str | None) -> tuple[dict[str, Any], ...]:
-    """The tools of a chat, each as OpenAI writes them: {"type": "function", "function": {...}}."""
-    value = row.values.get(key) if key else None
-    if not value:
-        return ()
-    tools = _json_of(f"{row.place}, '{key}'", value, "a list of tools in JSON") if isinstance(value, str) else value
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DatasetError(f"{row.place}: '{key}' is {_kind(tools)}, expected a list of tool descriptions.")
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
-
-
-def _json_of(place: str, text: Any, expected: str) -> Any:
-    try:
-        return json.loads(text)
-    except (TypeError, json.JSONDecodeError) as error:
-        raise DatasetError(f"{place}: expected {expected}, found {str(text)[:60]!r} ({error}).") from error
-
-
-def _text(row: Row, key: str) -> str:
-    if key not in row.values:
-        there = ", ".join(sorted(map(str, row.values))) or "none"
-        raise DatasetError(f"{row.place}: has no field '{key}' (its fields: {there}). Add it, or remove the row.")
-    value = row.values[key]
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not (number or (isinstance(value, str) and value.strip())):
-        raise DatasetError(f"{row.place}: '{key}' is {_kind(value)}, expected text. Mend it, or remove the row.")
-    return _encodable(f"{row.place}: '{key}'", str(value))
-
-
-def _encodable(place: str, text: str) -> str:
-    """`text`, if UTF-8 can write it and none of it is a noncharacter that stands for other text in templates."""
-    found = NO_TEXT.search(text)
-    if found:
-        what = "half a surrogate pair" if "\ud800" <= found[0] <= "\udfff" else "a noncharacter of Unicode"
-        raise DatasetError(f"{place} holds {what} (U+{ord(found[0]):04X}) at {found.start()}. Take it out.")
-    return text
-
-
-def _optional(row: Row, key: str | None) -> str:
-    value = row.values.get(key) if key else None
-    return "" if key is None or value is None or value == "" else _text(row, key)
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value).replace("nan", "NaN")
-    if isinstance(value, str) and not value.strip():
-        return "only white space" if value else "empty"
-    return "empty" if value in ([], {}) else f"a {type(value).__name__}"

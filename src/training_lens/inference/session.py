@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from training_lens.config.schema import FieldsSection, TrainingConfig
-from training_lens.data.fields import ALIASES, NO_TEXT
+from training_lens.data.fields import ALIASES
 from training_lens.data.templates import Renderer, adopt_template_file, build_renderer
 from training_lens.data.tokenization import TextEncoder
 from training_lens.data.types import Example, Message
+from training_lens.data.values import NO_TEXT
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, ModelLoadingError
 from training_lens.models.adapters import load_adapter
 from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts
