@@ -29,6 +29,8 @@ def notes(report: SplitReport, seq_len: int) -> Iterator[str]:
             f"{report.dropped_without_answer} of {report.rows} rows dropped: nothing of their answer fits "
             f"model.seq_len={seq_len}, or has a token in this tokenizer"
         )
+    if nothing := [file for file in report.files if not report.examples_by_file.get(file)]:
+        yield f"nothing is left of {', '.join(nothing[:SHOWN])}{' and more' if len(nothing) > SHOWN else ''}"
     if report.dropped_by_weight:
         yield f"{report.dropped_by_weight} of {report.rows} rows dropped: all their answers have the loss weight 0"
     if report.truncated:
