@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+
+from running import command
 
 
 def build_llama(folder: Path, tokenizer: Path, hidden: int, layers: int) -> Path:
@@ -63,12 +63,6 @@ def configurations(shared: Path, folder: Path) -> dict[str, list[str]]:
             "training.gradient_checkpointing=true",
         ],
     }  # fmt: skip
-
-
-def command(*arguments: str) -> Any:
-    """The JSON object that a training-lens command prints."""
-    call = [sys.executable, "-m", "training_lens", *arguments, "--json"]
-    return json.loads(subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def main() -> None:

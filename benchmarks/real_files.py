@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from running import command
 
 KEPT = (
     "base_validation_loss",
@@ -51,12 +51,6 @@ def runs(shared: Path) -> dict[str, list[str]]:
         "c4_text": [tiny, f"data.train={factory}/c4_demo.jsonl", tenth, thrice],
         "t0_domains": [tiny, f"data.train={shared}/data/t0_per_template/*.jsonl", "data.domain.per_file=true", tenth],
     }
-
-
-def command(*arguments: str) -> Any:
-    """The JSON object that a training-lens command prints."""
-    call = [sys.executable, "-m", "training_lens", *arguments, "--json"]
-    return json.loads(subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 
 from training_lens.config.schema import DataSection, ModelSection
 from training_lens.data.chat import ChatTemplate, special_names
@@ -74,7 +75,7 @@ def own_text(tokenizer: Any, messages: list[Message]) -> str:
         chat = [{"role": m.role, "content": form(m.text)} for m in messages]
         try:
             text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-        except Exception:
+        except TemplateError:
             continue
         if messages[-1].text in text:
             return text

@@ -196,7 +196,7 @@ class ChatTemplate:
         self, text: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], said: Sequence[int]
     ) -> dict[int, Span]:
         """Position -> the place of its text, of answers that the template shows as they are (or stripped)."""
-        hidden = [replace(m, text=f"{ANSWER}") if i in said else m for i, m in enumerate(messages)]
+        hidden = [replace(m, text=ANSWER) if i in said else m for i, m in enumerate(messages)]
         pieces = self._render(hidden, tools)[0].split(ANSWER)
         found: dict[int, Span] = {}
         if len(pieces) == len(said) + 1:

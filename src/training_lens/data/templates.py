@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,7 @@ class Template(Protocol):
         ...
 
 
-class TurnTemplate:
+class TurnTemplate(ABC):
     """A template of words: each turn is a lead, the answer, the end token; turns are parted by a blank line.
 
     Subclasses say the lead. `end` is the tokenizer's EOS as text.
@@ -61,9 +62,9 @@ class TurnTemplate:
     def __init__(self, end: str) -> None:
         self._end = end
 
+    @abstractmethod
     def lead(self, system: str | None, asked: Message, first: bool) -> str:
         """What stands before an answer to `asked`."""
-        raise NotImplementedError
 
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int] = ()
