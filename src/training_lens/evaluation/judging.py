@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from training_lens.config.schema import EvaluationSection, InferenceSection
-from training_lens.data.preparation import Preparation, prompt_as_trained, read_examples, tokenize
+from training_lens.data.preparation import prompt_as_trained, tokenize
 from training_lens.data.store import TokenDataset
 from training_lens.data.types import Example
-from training_lens.errors import ConfigurationError
 from training_lens.evaluation.comparison import Answers, Comparison, compare, wrong_domains
 from training_lens.evaluation.evaluator import evaluate_loss
 from training_lens.inference.generator import answers
+from training_lens.inference.rows import validation_examples
 from training_lens.inference.session import Session, open_run
 from training_lens.models.adapters import base_only
 from training_lens.utils.processes import Processes
@@ -45,7 +44,7 @@ def compare_run(
         ConfigurationError: the run had no validation rows.
     """
     session = open_run(run, device)
-    examples = _validation_examples(run, session, settings.max_examples)
+    examples = validation_examples(run, session, settings.max_examples)
     base = _answers_of(session, examples, settings, progress, "base", base=True)
     adapter = _answers_of(session, examples, settings, progress, "adapter")
     controls: dict[str, Answers] = {}
@@ -60,34 +59,6 @@ def compare_run(
     return Judgement(compare(examples, base, adapter, controls), examples, base, adapter)
 
 
-def _validation_examples(run: RunFolder, session: Session, limit: int | None) -> list[Example]:
-    """The run's validation rows that fit the model, in their files' order."""
-    data = session.config.data
-    if data.val_ratio:
-        held_out = set(run.read_metadata("held_out.json"))
-        found: Iterator[Example] = filter(
-            lambda e: e.id in held_out, read_examples(_paths(data.train), "data.train", data)
-        )
-    elif data.validation_sources:
-        found = read_examples(_paths(data.validation_sources), "data.validation", data)
-    else:
-        raise ConfigurationError(
-            f"the run {run.run_id} had no validation rows to compare on; train with data.validation or data.val_ratio."
-        )
-    fitting = (e for e in found if tokenize([e], _preparation(session))[0] is not None)
-    return list(islice(fitting, limit))
-
-
-def _paths(sources: Sequence[object]) -> list[str]:
-    return [str(source) for source in sources]
-
-
-def _preparation(session: Session) -> Preparation:
-    config = session.config
-    assert config.model.seq_len is not None
-    return Preparation(config.data, session.renderer, session.encoder, config.model.seq_len, "")
-
-
 def _answers_of(
     session: Session,
     examples: list[Example],
@@ -97,14 +68,14 @@ def _answers_of(
     *,
     base: bool = False,
 ) -> Answers:
-    dataset = TokenDataset.of([t for t in tokenize(examples, _preparation(session)) if t is not None])
+    dataset = TokenDataset.of([t for t in tokenize(examples, session.preparation) if t is not None])
     processes = Processes(session.device)
     with progress.task(f"loss of the {who}", len(dataset)) as advance, base_only(session.model, base):
         loss = evaluate_loss(
             session.model, dataset, processes, session.precision, settings.batch_tokens, session.pad_id, advance
         )
     asked = [i for i, e in enumerate(examples) if not e.is_text]  # a plain text asks nothing
-    prompts = [prompt_as_trained(examples[i], _preparation(session)) for i in asked]
+    prompts = [prompt_as_trained(examples[i], session.preparation) for i in asked]
     longest = max(int(n) for n in dataset.supervised)
     limit = min(settings.max_new_tokens, longest + SPARE_TOKENS)
     greedy = InferenceSection(max_new_tokens=limit, batch_tokens=settings.batch_tokens)

@@ -12,6 +12,7 @@ import torch
 
 from training_lens.config.schema import FieldsSection, TrainingConfig
 from training_lens.data.fields import ALIASES
+from training_lens.data.preparation import Preparation
 from training_lens.data.templates import Renderer, adopt_template_file, build_renderer
 from training_lens.data.tokenization import TextEncoder
 from training_lens.data.types import Example, Message
@@ -58,6 +59,12 @@ class Session:
     def positions(self) -> int | None:
         """The most tokens that prompt and answer may have together; None where the model sets no limit."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def preparation(self) -> Preparation:
+        """How the session's config makes tokens of examples; its `model.seq_len` must be resolved, as a run's is."""
+        assert self.config.model.seq_len is not None
+        return Preparation(self.config.data, self.renderer, self.encoder, self.config.model.seq_len, "")
 
     @property
     def has_adapter(self) -> bool:

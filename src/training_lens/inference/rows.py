@@ -1,0 +1,49 @@
+"""The rows that a run is judged on: those that it did not train on, or others of the user's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from training_lens.data.preparation import read_examples, tokenize
+from training_lens.data.types import Example
+from training_lens.errors import ConfigurationError
+from training_lens.inference.session import Session
+from training_lens.utils.runs import RunFolder
+
+
+def validation_examples(
+    run: RunFolder, session: Session, limit: int | None = None, others: Sequence[str] | None = None
+) -> list[Example]:
+    """The run's validation rows that fit the model, in their files' order.
+
+    Args:
+        session: of that run.
+        limit: at most so many, the first that fit.
+        others: sources to read in place of the run's own validation rows.
+
+    Raises:
+        ConfigurationError: the run had no validation rows, and no others are given.
+        DatasetError: a source is missing or cannot be read.
+    """
+    fitting = (e for e in _rows(run, session, others) if tokenize([e], session.preparation)[0] is not None)
+    return list(islice(fitting, limit))
+
+
+def _rows(run: RunFolder, session: Session, others: Sequence[str] | None) -> Iterator[Example]:
+    data = session.config.data
+    if others is not None:
+        return read_examples(others, "data.validation", data)
+    if data.val_ratio:
+        held_out = set(run.read_metadata("held_out.json"))
+        return (e for e in read_examples(_paths(data.train), "data.train", data) if e.id in held_out)
+    if data.validation_sources:
+        return read_examples(_paths(data.validation_sources), "data.validation", data)
+    raise ConfigurationError(
+        f"the run {run.run_id} had no validation rows to judge it on; give data.validation, or train with "
+        "data.validation or data.val_ratio."
+    )
+
+
+def _paths(sources: Sequence[object]) -> list[str]:
+    return [str(source) for source in sources]

@@ -1,0 +1,1 @@
+"""Many runs of one question: which settings are best."""
