@@ -1,0 +1,112 @@
+"""Scores of answers that are data: JSON, and the numbers of GSM8K's form."""
+
+from __future__ import annotations
+
+import json
+import re
+from decimal import Decimal
+from typing import Any, NoReturn
+
+
+def json_valid(prediction: str, reference: str) -> float | None:
+    """1 where the prediction is JSON (RFC 8259), 0 where it is none.
+
+    All of it must be, but for white space at both ends: JSON between words or in a Markdown fence is none, and neither
+    are NaN and Infinity.
+
+    Returns:
+        None where the reference is no JSON object or array: no JSON was asked for.
+
+    Example:
+        >>> json_valid('{"a": 2}', '{"a": 1}'), json_valid('{"a": 1', '{"a": 1}'), json_valid("{}", "Tom")
+        (1.0, 0.0, None)
+    """
+    if not isinstance(_parsed(reference), dict | list):
+        return None
+    return float(_parsed(prediction) is not _NO_JSON)
+
+
+def json_fields(prediction: str, reference: str) -> float | None:
+    """The share of the reference's values that the prediction has in the same place; 0 where it is no JSON.
+
+    A place is a path of keys and positions; an empty object or array is a value, too. Values are equal in type and
+    content, numbers as numbers: 1 is 1.0, but neither "1" nor true. What the prediction has beyond them is not counted.
+
+    Returns:
+        None where the reference is no JSON object or array.
+
+    Example:
+        >>> json_fields('{"name": "Tom", "tags": ["x"]}', '{"name": "Tom", "tags": ["x", "y"]}')
+        0.6666666666666666
+    """
+    expected = _parsed(reference)
+    if not isinstance(expected, dict | list):
+        return None
+    wanted, found = _leaves(expected), _leaves(_parsed(prediction))
+    return sum(_equal(found.get(place, _NO_JSON), value) for place, value in wanted.items()) / len(wanted)
+
+
+_NO_JSON = object()
+
+
+def _parsed(text: str) -> Any:
+    """The value, numbers as Decimal; _NO_JSON where there is none, or one nested beyond what Python can read."""
+    try:
+        return json.loads(text.strip(), parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse)
+    except (ValueError, ArithmeticError, RecursionError):  # ArithmeticError: an exponent beyond Decimal's
+        return _NO_JSON
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
+    """What is at the end of each path; no recursion, so that all that could be parsed can be walked."""
+    leaves: dict[tuple[str | int, ...], Any] = {}
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
+    while waiting:
+        path, here = waiting.pop()
+        if here and isinstance(here, dict | list):
+            inside = here.items() if isinstance(here, dict) else enumerate(here)
+            waiting += [((*path, step), below) for step, below in inside]
+        else:
+            leaves[path] = here
+    return leaves
+
+
+def _equal(found: Any, wanted: Any) -> bool:
+    return type(found) is type(wanted) and bool(found == wanted)
+
+
+def numeric(prediction: str, reference: str) -> float | None:
+    """1 where the number behind the prediction's last `####` is the reference's, else 0: the answers of GSM8K.
+
+    Taken out before: commas, `$` and spaces; compared as numbers, so `#### $1,000.00` is `#### 1000`. Words behind the
+    prediction's number do not matter, as in GSM8K's own script; a number without `####` is wrong. From Cobbe et al.
+    2021, "Training Verifiers to Solve Math Word Problems".
+
+    Returns:
+        None where the reference does not have a number alone behind its last `####`, on the same line: `#### 3. Steps`
+        is a heading.
+
+    Example:
+        >>> numeric("6 x 7 = 42\\n#### 42", "#### 42"), numeric("42", "#### 42"), numeric("#### 42", "42")
+        (1.0, 0.0, None)
+    """
+    expected = _ALONE.fullmatch(_behind_hashes(reference))
+    if expected is None:
+        return None
+    said = _NUMBER.match(_behind_hashes(prediction))
+    return float(said is not None and Decimal(said[0]) == Decimal(expected[1]))
+
+
+_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)")
+_ALONE = re.compile(rf"({_NUMBER.pattern})\.?")
+
+
+def _behind_hashes(text: str) -> str:
+    """The rest of the line behind the last `####`, without commas, `$` and white space; empty where there is none."""
+    _, hashes, behind = text.rpartition("####")
+    line = behind.partition("\n")[0] if hashes else ""
+    return re.sub(r"[,$\s]", "", line)
