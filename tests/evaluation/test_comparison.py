@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-
 from training_lens.data.types import Example, Message
 from training_lens.evaluation.comparison import Answers, compare, samples, wrong_domains
 from training_lens.evaluation.evaluator import LossReport
-from training_lens.evaluation.metrics import exact_match, exact_match_rate
 
 
 def example(answer: str, domain: str | None) -> Example:
@@ -16,19 +13,6 @@ def example(answer: str, domain: str | None) -> Example:
 
 EXAMPLES = [example("a", "x"), example("b", "y"), example("c", "x"), example("d", "z")]
 LOSS = LossReport(1.0, 8, {"x": 0.5, "y": 1.0, "z": 2.0})
-
-
-@pytest.mark.parametrize(
-    ("prediction", "reference", "same"),
-    [("Tom", "Tom", True), (" Tom\n", "Tom", True), ("tom", "Tom", False), ("", "", False), ("a\nb", "a\nb", True)],
-)
-def test_exact_match(prediction: str, reference: str, same: bool) -> None:
-    assert exact_match(prediction, reference) is same
-
-
-def test_an_empty_prediction_counts_as_wrong() -> None:
-    assert exact_match_rate(["", "b"], ["a", "b"]) == 0.5
-    assert exact_match_rate([], []) is None
 
 
 def test_base_against_adapter_by_domain() -> None:
