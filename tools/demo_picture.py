@@ -7,9 +7,11 @@ from pathlib import Path
 from rich.console import Console
 
 from training_lens.cli.common import Screen
-from training_lens.cli.compare import show
+from training_lens.cli.judgement import show
 from training_lens.config.schema import EvaluationSection
-from training_lens.evaluation.judging import compare_run
+from training_lens.evaluation.judging import Judge
+from training_lens.inference.rows import validation_examples
+from training_lens.inference.session import open_run
 from training_lens.utils.logging import quiet_libraries
 from training_lens.utils.progress import Progress
 from training_lens.utils.runs import find_run
@@ -20,7 +22,8 @@ def main() -> None:
     console = Console(record=True, width=112, highlight=False)
     console.print("$ training-lens compare", style="bold")
     run = find_run("latest", "outputs", "default", finished=True)
-    show(Screen(console, as_json=False), compare_run(run, EvaluationSection(), Progress()))
+    judge = Judge(open_run(run), EvaluationSection(), Progress())
+    show(Screen(console, as_json=False), judge.compare(validation_examples(run, judge.session)))
     console.save_svg(str(Path(__file__).parents[1] / "docs" / "demo.svg"), title="make demo")
 
 

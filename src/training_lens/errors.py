@@ -45,6 +45,10 @@ class TrainingError(TrainingLensError):
     """Training cannot go on: for one, the loss is not finite."""
 
 
+class EvaluationError(TrainingLensError):
+    """A model that could not be evaluated; never ends a training run."""
+
+
 class OutOfMemoryError(TrainingError):
     """Memory ran out in loading or training."""
 

@@ -1,43 +1,100 @@
-"""Scores are counts over all rows; controls and samples are chosen without looking at results."""
+"""Parts partition the rows, differences are paired, and rows that moved are ranked by what they moved."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import pytest
+
 from training_lens.data.types import Example, Message
-from training_lens.evaluation.comparison import Answers, compare, samples, wrong_domains
-from training_lens.evaluation.evaluator import LossReport
+from training_lens.evaluation.comparison import Comparison, compare, forgetting, samples
+from training_lens.evaluation.evaluator import TokenSums
+from training_lens.evaluation.length_bucketing import LengthBuckets
+from training_lens.evaluation.scoring import Bootstrap, Scored
+
+ROWS = 60
+RNG = np.random.default_rng(0)
+LENGTHS = RNG.integers(10, 200, ROWS)
+TOKENS = RNG.integers(1, 20, ROWS)
+EXAMPLES = [
+    Example((Message("user", "Q"), Message("assistant", "a")), "xyz"[i % 3], "rows.jsonl", i + 1) for i in range(ROWS)
+]
 
 
-def example(answer: str, domain: str | None) -> Example:
-    return Example((Message("user", "Q"), Message("assistant", answer)), domain, "f", 1)
+def scored(loss: Any) -> Scored:
+    answered = np.ones(ROWS, dtype=bool)
+    rows = Scored(TokenSums(TOKENS * loss, TOKENS, TOKENS // 2), TOKENS * 4)
+    return rows.with_answers(["a" if i % 4 else "" for i in range(ROWS)], ["a"] * ROWS, answered)
 
 
-EXAMPLES = [example("a", "x"), example("b", "y"), example("c", "x"), example("d", "z")]
-LOSS = LossReport(1.0, 8, {"x": 0.5, "y": 1.0, "z": 2.0})
+BASE_LOSS, ADAPTER_LOSS = np.full(ROWS, 2.0), np.linspace(0.5, 2.5, ROWS)
 
 
-def test_base_against_adapter_by_domain() -> None:
-    base, adapter = (
-        Answers(["a", "", "", ""], LOSS),
-        Answers(["a", "b", "c", "no"], LossReport(0.25, 8, LOSS.by_domain)),
+@pytest.fixture(scope="module")
+def both() -> Comparison:
+    models = {"base": scored(BASE_LOSS), "adapter": scored(ADAPTER_LOSS)}
+    buckets = LengthBuckets.by_quantiles(LENGTHS, 4)
+    return compare(EXAMPLES, LENGTHS, models, buckets, Bootstrap(200), {"base": "m", "adapter": "run"})
+
+
+@pytest.mark.parametrize("parts", ["by_length", "by_domain"])
+def test_parts_partition_the_rows_and_their_token_weighted_mean_is_the_whole(both: Comparison, parts: str) -> None:
+    groups = getattr(both, parts).values()
+    assert sum(g.rows for g in groups) == both.whole.rows == ROWS
+    assert sum(g.supervised_tokens for g in groups) == both.whole.supervised_tokens
+    for model in ("base", "adapter"):
+        total = sum(g.models[model]["loss"] * g.supervised_tokens for g in groups)
+        assert total / both.whole.supervised_tokens == pytest.approx(both.whole.models[model]["loss"], rel=1e-12)
+
+
+def test_the_delta_is_adapter_minus_base_with_an_interval_around_it(both: Comparison) -> None:
+    wanted = both.whole.models["adapter"]["loss"] - both.whole.models["base"]["loss"]
+    low, high = both.whole.intervals["loss"]
+    assert both.whole.delta["loss"] == pytest.approx(wanted) and low < wanted < high
+    assert both.whole.delta["exact_match"] == 0.0 and both.whole.models["base"]["exact_match"] == 0.75
+
+
+def test_the_most_improved_and_worsened_rows_are_the_ends_of_the_order(both: Comparison) -> None:
+    assert [row.id for row in both.improved] == [f"rows.jsonl:{i}" for i in range(1, 6)]
+    assert [row.id for row in both.worsened] == [f"rows.jsonl:{i}" for i in range(60, 55, -1)]
+    assert all(row.adapter_loss > row.base_loss for row in both.worsened)
+
+
+def test_rows_that_did_not_move_are_in_neither_list() -> None:
+    same = {"base": scored(BASE_LOSS), "adapter": scored(BASE_LOSS)}
+    result = compare(
+        EXAMPLES, LENGTHS, same, LengthBuckets.by_limits([64]), Bootstrap(0), {"base": "m", "adapter": "r"}
     )
-    result = compare(EXAMPLES, base, adapter, {})
-    assert (result.base.exact_match, result.adapter.exact_match) == (0.25, 0.75)
-    assert result.by_domain["x"]["base"].exact_match == 0.5
-    assert result.by_domain["z"]["adapter"].exact_match == 0.0
-    assert result.as_json()["delta"] == {"loss": -0.75, "exact_match": 0.5}
+    assert not result.improved and not result.worsened
 
 
-def test_plain_texts_have_no_answers_to_match() -> None:
-    texts = [Example((Message("assistant", "A story."),), None, "f", i, is_text=True) for i in range(2)]
-    result = compare(texts, *[Answers(["", ""], LossReport(1.0, 8))] * 2, {})
-    assert result.base.exact_match is None and result.as_json()["delta"] == {"loss": 0.0, "exact_match": None}
+def test_one_model_has_intervals_of_its_own_and_no_delta() -> None:
+    buckets = LengthBuckets.by_limits([64])
+    alone = compare(EXAMPLES, LENGTHS, {"adapter": scored(ADAPTER_LOSS)}, buckets, Bootstrap(200), {"adapter": "run"})
+    low, high = alone.whole.intervals["loss"]
+    assert low < alone.whole.models["adapter"]["loss"] < high
+    found = alone.as_json()
+    assert "delta" not in found and "base" not in found and found["adapter"]["loss"] > 0
 
 
-def test_the_wrong_domain_is_another_one() -> None:
-    assert wrong_domains(EXAMPLES) == ["y", "z", "y", "x"]
+def test_the_json_has_the_shape_that_the_design_gives(both: Comparison) -> None:
+    found = both.as_json()
+    assert {"base", "adapter", "delta", "by_length", "by_domain", "intervals", "controls"} <= found.keys()
+    assert [part["rows"] for part in found["by_length"]] == [g.rows for g in both.by_length.values()]
+    assert found["by_domain"]["x"]["delta"]["loss"] == pytest.approx(
+        found["by_domain"]["x"]["adapter"]["loss"] - found["by_domain"]["x"]["base"]["loss"]
+    )
+
+
+def test_forgetting_is_the_change_on_other_text() -> None:
+    forgot = forgetting(scored(BASE_LOSS), scored(BASE_LOSS + 0.25), Bootstrap(100))
+    assert forgot.delta == pytest.approx(0.25) and forgot.rows == ROWS
+    assert forgot.interval == pytest.approx((0.25, 0.25))
 
 
 def test_samples_show_each_domain_first() -> None:
-    assert samples(EXAMPLES, 3) == [0, 1, 3]
-    assert samples(EXAMPLES, 4) == [0, 1, 3, 2]
-    assert samples(EXAMPLES[:1], 3) == [0]
+    some = [EXAMPLES[i] for i in (0, 1, 3, 2)]  # x, y, x, z
+    assert samples(some, 3) == [0, 1, 3]
+    assert samples(some, 4) == [0, 1, 3, 2]
+    assert samples(some[:1], 3) == [0]

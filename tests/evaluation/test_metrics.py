@@ -17,7 +17,6 @@ from training_lens.evaluation.metrics import (
     CORPUS_METRICS,
     ROW_METRICS,
     exact_match,
-    exact_match_rate,
     rouge,
     row_scores,
     token_f1,
@@ -55,11 +54,6 @@ PREDICTIONS, REFERENCES = random_texts(0), [text or "Tom" for text in random_tex
 )
 def test_exact_match(prediction: str, reference: str, same: bool) -> None:
     assert exact_match(prediction, reference) is same
-
-
-def test_an_empty_prediction_counts_as_wrong() -> None:
-    assert exact_match_rate(["", "b"], ["a", "b"]) == 0.5
-    assert exact_match_rate([], []) is None
 
 
 @pytest.mark.parametrize(

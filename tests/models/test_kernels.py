@@ -8,11 +8,24 @@ import pytest
 import torch
 from beartype import beartype
 from jaxtyping import jaxtyped
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OPTConfig,
+    Qwen2Config,
+)
 
 from training_lens.models import kernels
 
 supervised_nll = jaxtyped(typechecker=beartype)(kernels.supervised_nll)
+supervised_scores = jaxtyped(typechecker=beartype)(kernels.supervised_scores)
+paired_scores = jaxtyped(typechecker=beartype)(kernels.paired_scores)
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -25,6 +38,12 @@ CONFIGS = {
     "mistral": MistralConfig(vocab_size=97, **SMALL),
     "qwen2": Qwen2Config(vocab_size=97, **SMALL),
     "gemma2": Gemma2Config(vocab_size=97, head_dim=8, final_logit_softcapping=5.0, pad_token_id=0, **SMALL),
+    "cohere": CohereConfig(vocab_size=97, logit_scale=0.3, bos_token_id=1, eos_token_id=2, **SMALL),
+    "granite": GraniteConfig(vocab_size=97, logits_scaling=3.0, **SMALL),
+    "mixtral": MixtralConfig(vocab_size=97, num_local_experts=4, **SMALL),
+    "opt": OPTConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=32
+    ),
     "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
 }
 
@@ -67,3 +86,61 @@ def test_the_first_token_is_never_a_target() -> None:
     only_first = torch.zeros(1, 5, dtype=torch.bool)
     only_first[0, 0] = True
     assert supervised_nll(model, torch.randint(3, 97, (1, 5)), only_first).numel() == 0
+
+
+def with_adapter(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("at_once", [97, 300, 10**6])
+def test_chunked_scores_equal_those_of_full_logits(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", at_once)
+    model = tiny(name)
+    ids, mask = torch.randint(3, 97, (3, 11)), torch.rand(3, 11) < 0.5
+    with torch.inference_mode():
+        scores, logits = supervised_scores(model, ids, mask), model(input_ids=ids).logits[:, :-1][mask[:, 1:]].double()
+    targets = ids[:, 1:][mask[:, 1:]]
+    wanted = -logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    torch.testing.assert_close(scores.nll.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(scores.correct, logits.argmax(-1) == targets)
+
+
+def test_pairs_are_base_and_adapter_and_their_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", 300)
+    model = with_adapter(tiny("llama"))
+    ids, mask = torch.randint(3, 97, (3, 11)), torch.rand(3, 11) < 0.5
+    with torch.inference_mode():
+        pair, adapter = paired_scores(model, ids, mask), supervised_scores(model, ids, mask)
+        q = model(input_ids=ids).logits[:, :-1][mask[:, 1:]].double().log_softmax(-1)
+        with model.disable_adapter():
+            base = supervised_scores(model, ids, mask)
+            p = model(input_ids=ids).logits[:, :-1][mask[:, 1:]].double().log_softmax(-1)
+    torch.testing.assert_close(pair.base.nll, base.nll)
+    torch.testing.assert_close(pair.adapter.nll, adapter.nll)
+    torch.testing.assert_close(pair.kl.double(), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-6)
+    assert pair.kl.max() > 1e-3 and not torch.equal(pair.base.nll, pair.adapter.nll)
+
+
+def test_the_divergence_of_a_fresh_adapter_is_zero() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    with torch.inference_mode():
+        pair = paired_scores(model, torch.randint(3, 97, (2, 9)), torch.ones(2, 9, dtype=torch.bool))
+    assert torch.equal(pair.kl, torch.zeros(16))
+
+
+def test_nothing_supervised_has_no_scores() -> None:
+    model = with_adapter(tiny("llama"))
+    ids, mask = torch.randint(3, 97, (2, 5)), torch.zeros(2, 5, dtype=torch.bool)
+    with torch.inference_mode():
+        assert supervised_scores(model, ids, mask).nll.numel() == 0
+        assert paired_scores(model, ids, mask).kl.numel() == 0
+    assert "forward" not in vars(model.get_base_model().get_decoder())

@@ -221,3 +221,25 @@ def test_without_save_steps_checkpoints_come_with_the_validations(small_config: 
     trainer._callbacks = (Watch(),)
     trainer.fit()
     assert saved == ["step-00000004", "step-00000006"]
+
+
+def test_a_validation_that_fails_never_ends_the_run(
+    small_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config(data={"val_ratio": 0.2}, training={"max_steps": 2, "epochs": 1})
+
+    class NoRoomToValidate(Callback):
+        """Memory that is enough for steps and not for validation."""
+
+        def on_train_start(self, trainer: Any) -> None:
+            def check(decoder: torch.nn.Module, *_inputs: Any) -> None:
+                if not decoder.training:
+                    raise torch.OutOfMemoryError("no room to validate")
+
+            trainer.model.get_base_model().get_decoder().register_forward_pre_hook(check)
+
+    summary = TrainingWrapper(config, callbacks=(NoRoomToValidate(),)).train()
+    assert (summary.status, summary.steps) == ("finished", 2)
+    assert summary.validation_loss is None and summary.base_validation_loss is None
+    assert (RunFolder(Path(summary.run_dir)).adapter / "adapter_model.safetensors").is_file()
+    assert "step 2: no validation: evaluating failed: no room to validate" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from training_lens.cli.compare import compare
+from training_lens.cli.evaluate import baseline, evaluate
 from training_lens.cli.infer import infer
 from training_lens.cli.init import init
 from training_lens.cli.train import train
@@ -18,7 +19,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (init, train, validate, infer, compare):
+for command in (init, validate, train, evaluate, baseline, compare, infer):
     cli.command()(command)
 
 

@@ -29,6 +29,10 @@ ConfigFile = Annotated[
     str | None, typer.Option("--config", "-c", metavar="FILE", help="Your YAML or JSON config file.")
 ]
 FinishedRun = Annotated[str, typer.Option(metavar="RUN", help="A run's id, its folder, or 'latest' finished.")]
+AdapterRun = Annotated[
+    str | None,
+    typer.Option(metavar="RUN", help="Short for inference.adapter=RUN: a run's id or folder, or an adapter folder."),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to standard error.")
 ]
@@ -110,3 +114,24 @@ def load_config(
     from training_lens.config.compose import compose
 
     return compose(config_file, overrides or [], flags)
+
+
+def load_adapter_config(
+    config_file: str | None, overrides: list[str] | None, run: str | None, used: tuple[str, ...]
+) -> TrainingConfig:
+    """The config, with `--run` as its adapter; settings that the adapter would not heed are refused.
+
+    Args:
+        used: what the keys begin with that the command itself looks at.
+    """
+    from training_lens.errors import ConfigurationError
+
+    named = [text for text in overrides or [] if text.startswith("inference.adapter=")]
+    if run and named:
+        raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
+    settings = load_config(config_file, overrides, {"inference": {"adapter": run}} if run else None)
+    from training_lens.inference.session import uses_own_model
+
+    own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device",)
+    refuse_unused(overrides, (*used, "output.", *own), "a run answers with its own config.")
+    return settings

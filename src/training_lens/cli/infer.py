@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import (
+    AdapterRun,
     ConfigFile,
     Debug,
     Json,
     Overrides,
     Screen,
     command,
-    load_config,
-    refuse_unused,
+    load_adapter_config,
 )
 
 if TYPE_CHECKING:
@@ -40,10 +40,6 @@ Output = Annotated[
 Interactive = Annotated[bool, typer.Option("--interactive", help="Chat on the terminal; /help lists its commands.")]
 Domain = Annotated[str | None, typer.Option(metavar="NAME", help="One of the domains that the run was trained on.")]
 Base = Annotated[bool, typer.Option("--base", help="Ask the base model, without the adapter.")]
-Run = Annotated[
-    str | None,
-    typer.Option(metavar="RUN", help="Short for inference.adapter=RUN: a run's id or folder, or an adapter folder."),
-]
 
 
 def infer(
@@ -54,7 +50,7 @@ def infer(
     interactive: Interactive = False,
     domain: Domain = None,
     base: Base = False,
-    run: Run = None,
+    run: AdapterRun = None,
     config: ConfigFile = None,
     json: Json = False,
     debug: Debug = False,
@@ -67,7 +63,7 @@ def infer(
     with command(json, debug) as screen:
         given = [prompt, *(overrides or [])] if prompt is not None else []
         prompt, overrides = _split(given, source, output, interactive)
-        settings = _settings(config, overrides, run)
+        settings = load_adapter_config(config, overrides, run, ("inference",))
         if prompt is not None:
             _answer(screen, settings, prompt, domain, base)
         elif source and output:
@@ -97,21 +93,6 @@ def _is_setting(text: str) -> bool:
 
     match = re.match(r"\+?([a-z_]+)[a-z_.]*=\S", text)
     return bool(match) and (text.startswith("+") or match[1] in TrainingConfig.model_fields)  # type: ignore[index]
-
-
-def _settings(config: str | None, overrides: list[str], run: str | None) -> TrainingConfig:
-    """The config, with `--run` as the adapter; settings that the adapter would not heed are refused."""
-    from training_lens.errors import ConfigurationError
-
-    named = [text for text in overrides if text.startswith("inference.adapter=")]
-    if run and named:
-        raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
-    settings = load_config(config, overrides, {"inference": {"adapter": run}} if run else None)
-    from training_lens.inference.session import uses_own_model
-
-    own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device",)
-    refuse_unused(overrides, ("inference", "output.", *own), "a run answers with its own config.")
-    return settings
 
 
 def _open(screen: Screen, settings: TrainingConfig, domain: str | None) -> Session:

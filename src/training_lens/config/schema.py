@@ -239,11 +239,28 @@ class TrainingSection(Section):
 
 
 class EvaluationSection(Section):
-    """Comparing base and adapter on the validation rows."""
+    """Judging models on the validation rows: evaluate, baseline, compare."""
 
-    max_examples: int | None = Field(None, ge=1, description="compare on at most so many rows; null: all of them")
+    max_examples: int | None = Field(None, ge=1, description="judge on at most so many rows; null: all of them")
+    generate: bool = Field(
+        True, description="let the model answer each prompt and score the answers; false: losses only"
+    )
     max_new_tokens: int = Field(256, ge=1, description="longest generated answer in tokens")
-    batch_tokens: int = Field(8192, ge=1, description="most tokens (padding included) in one forward pass")
+    batch_tokens: int = Field(
+        8192, ge=1, description="most tokens (padding included) in one forward pass; halved where memory runs out"
+    )
+    length_buckets: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = Field(
+        4, description="results by length in tokens: so many buckets of like size, or their upper limits, [64, 256]"
+    )
+    controls: bool = Field(
+        True, description="compare: also ask the adapter with wrong and no domains, and with shuffled prompts"
+    )
+    resamples: int = Field(1000, ge=0, description="bootstrap resamples for the intervals; 0: no intervals")
+    confidence: float = Field(0.95, gt=0.0, lt=1.0, description="share of the resamples inside an interval")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the resamples and of shuffled prompts")
+    forgetting: Annotated[list[str], BeforeValidator(_as_list)] | None = Field(
+        None, description="compare: other text (paths like data.train): its loss before and after; null: none"
+    )
 
 
 class InferenceSection(Section):

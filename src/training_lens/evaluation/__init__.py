@@ -1,1 +1,30 @@
-"""How good a model is on rows: losses, scores, comparisons."""
+"""How good a model is on rows: losses, scores, comparisons, and how sure one can be of them.
+
+Example:
+    from training_lens.evaluation import EvaluationSection, Judge, find_run, open_run, validation_examples
+
+    run = find_run("latest", "outputs", "default", finished=True)
+    session = open_run(run)
+    judged = Judge(session, EvaluationSection(max_examples=200)).compare(validation_examples(run, session))
+    print(judged.comparison.whole.delta["loss"], judged.comparison.whole.intervals["loss"])
+"""
+
+from __future__ import annotations
+
+from training_lens._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    {
+        "training_lens.config.schema": ("EvaluationSection",),
+        "training_lens.evaluation.comparison": ("Comparison", "Group"),
+        "training_lens.evaluation.evaluator": ("LossReport", "Pass", "TokenSums", "evaluate_loss", "token_sums"),
+        "training_lens.evaluation.judging": ("Judge", "Judgement"),
+        "training_lens.evaluation.length_bucketing": ("LengthBuckets",),
+        "training_lens.evaluation.metrics": ("CORPUS_METRICS", "ROW_METRICS", "row_scores"),
+        "training_lens.evaluation.reports": ("write_reports",),
+        "training_lens.evaluation.scoring": ("Bootstrap", "Scored"),
+        "training_lens.inference.rows": ("configured_examples", "validation_examples"),
+        "training_lens.inference.session": ("open_run", "open_session"),
+        "training_lens.utils.runs": ("find_run",),
+    }
+)

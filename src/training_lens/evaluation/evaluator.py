@@ -1,9 +1,9 @@
-"""The loss of a model on a tokenized set, whole, by domain and by file."""
+"""What a model makes of the supervised tokens of a tokenized set: sums for each example, and the loss from them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,138 @@ import torch
 
 from training_lens.data.batching import collate, cut, share
 from training_lens.data.store import TokenDataset
-from training_lens.models.kernels import supervised_nll
-from training_lens.utils.devices import Precision, autocast
+from training_lens.data.types import Batch
+from training_lens.errors import EvaluationError
+from training_lens.models.kernels import TokenScores, paired_scores, supervised_scores
+from training_lens.utils.devices import Precision, autocast, free_memory, is_out_of_memory
+from training_lens.utils.formatting import said
+from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenSums:
+    """One model's sums over the supervised tokens of each example, arrays of (examples,).
+
+    `nll` is float64, in nats; `tokens` counts the supervised tokens, `correct` those that are the model's likeliest.
+    """
+
+    nll: np.ndarray
+    tokens: np.ndarray
+    correct: np.ndarray
+
+
+@dataclass(frozen=True)
+class PairedSums:
+    """Base and adapter on the same examples; `kl` sums KL(p_base || p_adapter) over each one's supervised tokens."""
+
+    base: TokenSums
+    adapter: TokenSums
+    kl: np.ndarray  # (examples,) float64, nats
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How a set is gone through: each process takes its share, and all get the whole result.
+
+    `max_tokens` is the most tokens (padding included) in one forward pass; it is halved where memory runs out.
+    `fill_id` is a token id to pad with, never read; `advance` is called with the number of examples done.
+    """
+
+    processes: Processes
+    precision: Precision
+    max_tokens: int
+    fill_id: int
+    advance: Callable[[float], None] = lambda _examples: None
+
+
+def token_sums(model: Any, dataset: TokenDataset, way: Pass) -> TokenSums:
+    """The sums of every example. The model is put into eval mode and back.
+
+    Raises:
+        EvaluationError: it failed in this process or another.
+    """
+
+    def columns(batch: Batch) -> torch.Tensor:
+        return _columns(supervised_scores(model, batch.input_ids, batch.loss_mask))
+
+    table = _summed(model, dataset, way, columns, width=2)
+    return _sums(table, dataset)
+
+
+def paired_sums(model: Any, dataset: TokenDataset, way: Pass) -> PairedSums:
+    """The sums of a PEFT model with its adapter off and on, and the divergence between the two.
+
+    Raises:
+        EvaluationError: it failed in this process or another.
+    """
+
+    def columns(batch: Batch) -> torch.Tensor:
+        pair = paired_scores(model, batch.input_ids, batch.loss_mask)
+        return torch.cat([_columns(pair.base), _columns(pair.adapter), pair.kl[:, None]], 1)
+
+    table = _summed(model, dataset, way, columns, width=5)
+    return PairedSums(_sums(table[:, :2], dataset), _sums(table[:, 2:4], dataset), table[:, 4])
+
+
+def _columns(scores: TokenScores) -> torch.Tensor:
+    """(targets, 2): loss, and whether the token is the likeliest."""
+    return torch.stack([scores.nll, scores.correct.float()], 1)
+
+
+def _sums(table: np.ndarray, dataset: TokenDataset) -> TokenSums:
+    return TokenSums(table[:, 0], dataset.supervised, table[:, 1].round().astype(np.int64))
+
+
+def _summed(
+    model: Any, dataset: TokenDataset, way: Pass, columns: Callable[[Batch], torch.Tensor], width: int
+) -> np.ndarray:
+    """(examples, width) float64: what `columns` gives for each supervised token, summed over those of each example.
+
+    A process that fails still takes part in the sum over processes, so that none waits for it for ever.
+    """
+    table = torch.zeros(len(dataset) + 1, width, dtype=torch.float64)  # the last row counts failures
+    was_training, failure = model.training, None
+    model.eval()
+    try:
+        for part, values in _parts(dataset, way, columns):
+            examples = torch.from_numpy(np.repeat(part, dataset.supervised[part]))
+            table.index_add_(0, examples, values.cpu().double())  # a sync point a batch
+            way.advance(len(part))
+    except Exception as error:
+        failure, table[-1] = error, 1.0
+    finally:
+        model.train(was_training)
+    whole = way.processes.sum(table)
+    if whole[-1].any():
+        raise EvaluationError(f"evaluating failed: {said(failure) if failure else 'in another process.'}") from failure
+    return whole[:-1].numpy()
+
+
+def _parts(
+    dataset: TokenDataset, way: Pass, columns: Callable[[Batch], torch.Tensor]
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """This process's examples in batches, and what `columns` gives for them; batches halve where memory runs out."""
+    positions = share(np.arange(len(dataset)), dataset.lengths, way.processes.index, way.processes.count)
+    waiting, device = cut(positions, dataset.lengths, way.max_tokens), way.processes.device
+    while waiting:
+        batch = collate([dataset[int(i)] for i in waiting[0]], way.fill_id).to(device)
+        try:
+            with torch.inference_mode(), autocast(device, way.precision):
+                values = columns(batch)
+        except (RuntimeError, MemoryError) as error:
+            if len(waiting[0]) == 1 or not is_out_of_memory(error):
+                raise
+            way = replace(way, max_tokens=batch.input_ids.numel() // 2)
+            logger.warning(
+                "out of memory in a batch of %d tokens: going on with %d", batch.input_ids.numel(), way.max_tokens
+            )
+            waiting = cut(np.concatenate(waiting), dataset.lengths, way.max_tokens)
+            free_memory(device)
+            continue
+        yield waiting.pop(0), values
 
 
 @dataclass(frozen=True)
@@ -29,78 +158,25 @@ class LossReport:
     by_file: dict[str, float] = field(default_factory=dict)
 
 
-def evaluate_loss(
-    model: Any,
-    dataset: TokenDataset,
-    processes: Processes,
-    precision: Precision,
-    max_tokens: int,
-    fill_id: int,
-    advance: Callable[[float], None] = lambda _examples: None,
-) -> LossReport:
+def evaluate_loss(model: Any, dataset: TokenDataset, way: Pass) -> LossReport:
     """The loss on every example of `dataset`: sum of the supervised tokens' losses over their number.
 
-    Sums are taken in float64, so the cut into batches shows only in float32 rounding of single losses. The model is
-    put into eval mode and back. Each process takes its share; all get the whole result.
+    Sums are taken in float64, so the cut into batches shows only in float32 rounding of single losses.
 
-    Args:
-        max_tokens: most tokens (padding included) in one forward pass.
-        advance: called with the number of examples done.
+    Raises:
+        EvaluationError: it failed in this process or another.
     """
-    positions = share(np.arange(len(dataset)), dataset.lengths, processes.index, processes.count)
-    sums = _Sums(_Groups.of(dataset.domains), _Groups.of(dataset.files))
-    was_training = model.training
-    model.eval()
-    try:
-        for part in cut(positions, dataset.lengths, max_tokens):
-            batch = collate([dataset[int(i)] for i in part], fill_id).to(processes.device)
-            with torch.inference_mode(), autocast(processes.device, precision):
-                nll = supervised_nll(model, batch.input_ids, batch.loss_mask).cpu().double()  # a sync point a batch
-            sums.add(part, nll.split(dataset.supervised[part].tolist()))
-            advance(len(part))
-    finally:
-        model.train(was_training)
-    return sums.report(processes)
+    sums = token_sums(model, dataset, way)
+    by_file = _means(sums, dataset.files)
+    return LossReport(
+        float(sums.nll.sum() / sums.tokens.sum()),
+        int(sums.tokens.sum()),
+        _means(sums, dataset.domains),
+        by_file if len(by_file) > 1 else {},
+    )
 
 
-class _Sums:
-    """Sums of losses and of tokens, over all examples, by domain and by file."""
-
-    def __init__(self, domains: _Groups, files: _Groups) -> None:
-        self._domains, self._files = domains, files
-        self._of_domains = slice(1, 1 + len(domains.names))
-        self._of_files = slice(1 + len(domains.names), 1 + len(domains.names) + len(files.names))
-        self._sums = torch.zeros(self._of_files.stop, 2, dtype=torch.float64)  # x (loss, tokens)
-
-    def add(self, examples: np.ndarray, losses: Sequence[torch.Tensor]) -> None:
-        """Count in the token losses of these examples."""
-        for example, nll in zip(examples, losses, strict=True):
-            row = torch.tensor([nll.sum().item(), len(nll)], dtype=torch.float64)
-            self._sums[0] += row
-            self._sums[self._of_domains][self._domains.codes[example]] += row
-            self._sums[self._of_files][self._files.codes[example]] += row
-
-    def report(self, processes: Processes) -> LossReport:
-        """The means over all processes."""
-        loss, tokens = (sums := processes.sum(self._sums))[0].tolist()
-        means = [total / count if count else float("nan") for total, count in sums.tolist()]
-        by_file = self._files.named(means[self._of_files])
-        by_domain = self._domains.named(means[self._of_domains])
-        return LossReport(loss / tokens, int(tokens), by_domain, by_file if len(by_file) > 1 else {})
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """The different names of a column, and which one each example has; None is a name, too, but not reported."""
-
-    names: list[str | None]
-    codes: np.ndarray
-
-    @classmethod
-    def of(cls, column: np.ndarray) -> _Groups:
-        names = sorted(set(column.tolist()), key=str)
-        position = {name: i for i, name in enumerate(names)}
-        return cls(names, np.array([position[name] for name in column], dtype=np.int64))
-
-    def named(self, values: list[float]) -> dict[str, float]:
-        return {name: value for name, value in zip(self.names, values, strict=True) if name is not None}
+def _means(sums: TokenSums, names: np.ndarray) -> dict[str, float]:
+    """The loss of the examples of each name; those without a name are left out."""
+    known = sorted({str(name) for name in names if name is not None})
+    return {n: float(sums.nll[names == n].sum() / sums.tokens[names == n].sum()) for n in known}

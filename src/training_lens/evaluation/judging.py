@@ -1,84 +1,173 @@
-"""A finished run judged on its validation rows: base and adapter answer the same prompts, with a control."""
+"""Models judged on rows: a run's adapter against its base or another run, or one model alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
-from training_lens.config.schema import EvaluationSection, InferenceSection
-from training_lens.data.preparation import prompt_as_trained, tokenize
-from training_lens.data.store import TokenDataset
+import numpy as np
+
+from training_lens.config.schema import DataSection, EvaluationSection, InferenceSection
+from training_lens.data.preparation import prompt_as_trained, read_examples, tokenize
 from training_lens.data.types import Example
-from training_lens.evaluation.comparison import Answers, Comparison, compare, wrong_domains
-from training_lens.evaluation.evaluator import evaluate_loss
+from training_lens.evaluation.comparison import ADAPTER, BASE, Comparison, Control, Forgetting, compare, forgetting
+from training_lens.evaluation.controls import controls_of
+from training_lens.evaluation.evaluator import Pass, paired_sums, token_sums
+from training_lens.evaluation.length_bucketing import LengthBuckets
+from training_lens.evaluation.rows import JudgedRows
+from training_lens.evaluation.scoring import Bootstrap, Scored
 from training_lens.inference.generator import answers
-from training_lens.inference.rows import validation_examples
-from training_lens.inference.session import Session, open_run
+from training_lens.inference.session import Session
 from training_lens.models.adapters import base_only
 from training_lens.utils.processes import Processes
 from training_lens.utils.progress import Progress
-from training_lens.utils.runs import RunFolder
 
 SPARE_TOKENS = 16  # generated beyond the longest reference: an answer that goes on past it is wrong anyway
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What one model made of the rows: its answer to each ('' where none was asked), and what it is scored by."""
+
+    answers: Sequence[str]
+    scored: Scored
+
+
+@dataclass(frozen=True)
 class Judgement:
-    """The scores, and the rows and answers that they are of."""
+    """The scores, and the rows and outcomes that they are of."""
 
     comparison: Comparison
-    examples: list[Example]
-    base: Answers
-    adapter: Answers
+    rows: JudgedRows
+    outcomes: Mapping[str, Outcome]
 
 
-def compare_run(
-    run: RunFolder, settings: EvaluationSection, progress: Progress, device: str | None = None
-) -> Judgement:
-    """Base against adapter on the run's validation rows.
+class Judge:
+    """Judges the model of a session on rows rendered as it was trained.
 
     Args:
-        device: as `model.device`; None takes the run's.
+        settings: what to measure, and how many tokens may go through the model at once.
+        progress: where bars are drawn.
 
-    Raises:
-        ConfigurationError: the run had no validation rows.
+    Example:
+        session = open_run(find_run("latest", "outputs", "default", finished=True))
+        judge = Judge(session, EvaluationSection(generate=False))
+        judge.compare(examples).comparison.whole.delta["loss"]
     """
-    session = open_run(run, device)
-    examples = validation_examples(run, session, settings.max_examples)
-    base = _answers_of(session, examples, settings, progress, "base", base=True)
-    adapter = _answers_of(session, examples, settings, progress, "adapter")
-    controls: dict[str, Answers] = {}
-    if len({e.domain for e in examples}) > 1 and session.config.data.domain.style != "none":
-        told: dict[str, Sequence[str | None]] = {
-            "wrong_domain": wrong_domains(examples),
-            "no_domain": [None] * len(examples),
-        }
-        for name, domains in told.items():
-            asked = [replace(e, domain=d) for e, d in zip(examples, domains, strict=True)]
-            controls[name] = _answers_of(session, asked, settings, progress, f"adapter, {name.replace('_', ' ')}")
-    return Judgement(compare(examples, base, adapter, controls), examples, base, adapter)
 
+    def __init__(self, session: Session, settings: EvaluationSection, progress: Progress | None = None) -> None:
+        self.session, self.settings, self.progress = session, settings, progress or Progress()
+        self._buckets([1])  # wrong limits are told before the work, not after it
 
-def _answers_of(
-    session: Session,
-    examples: list[Example],
-    settings: EvaluationSection,
-    progress: Progress,
-    who: str,
-    *,
-    base: bool = False,
-) -> Answers:
-    dataset = TokenDataset.of([t for t in tokenize(examples, session.preparation) if t is not None])
-    processes = Processes(session.device)
-    with progress.task(f"loss of the {who}", len(dataset)) as advance, base_only(session.model, base):
-        loss = evaluate_loss(
-            session.model, dataset, processes, session.precision, settings.batch_tokens, session.pad_id, advance
+    def compare(self, examples: Sequence[Example]) -> Judgement:
+        """The adapter against its base on these rows, with the controls and the measures of forgetting.
+
+        Raises:
+            DatasetError: no row fits the model; EvaluationError: the model failed on them.
+        """
+        rows, session = JudgedRows.of(examples, self.session), self.session
+        judged = self._judgement(rows, self._pair(rows), {BASE: session.config.model.id, ADAPTER: session.source})
+        controls = self._controls(rows) if self.settings.controls else {}
+        comparison = replace(judged.comparison, controls=controls, forgetting=self._forgetting())
+        return replace(judged, comparison=comparison)
+
+    def against(self, other: Judge, examples: Sequence[Example]) -> Judgement:
+        """This adapter against another session's (called `base`), each with its own template, on rows that fit both.
+
+        Raises:
+            DatasetError: no row fits both; EvaluationError: a model failed on them.
+        """
+        fits = tokenize(examples, other.session.preparation)
+        rows = JudgedRows.of([e for e, tokens in zip(examples, fits, strict=True) if tokens], self.session)
+        theirs = JudgedRows.of(rows.examples, other.session)
+        outcomes = {BASE: other._alone(theirs, "other run"), ADAPTER: self._alone(rows, "run")}
+        return self._judgement(rows, outcomes, {BASE: other.session.source, ADAPTER: self.session.source})
+
+    def alone(self, examples: Sequence[Example], *, base: bool = False) -> Judgement:
+        """The session's model alone: its adapter, or the base where there is none, or `base` asks for it.
+
+        Raises:
+            DatasetError: no row fits the model; EvaluationError: the model failed on them.
+        """
+        rows, session = JudgedRows.of(examples, self.session), self.session
+        name = BASE if base or not session.has_adapter else ADAPTER
+        outcome = self._alone(rows, name, base=name == BASE)
+        return self._judgement(
+            rows, {name: outcome}, {name: session.config.model.id if name == BASE else session.source}
         )
-    asked = [i for i, e in enumerate(examples) if not e.is_text]  # a plain text asks nothing
-    prompts = [prompt_as_trained(examples[i], session.preparation) for i in asked]
-    longest = max(int(n) for n in dataset.supervised)
-    limit = min(settings.max_new_tokens, longest + SPARE_TOKENS)
-    greedy = InferenceSection(max_new_tokens=limit, batch_tokens=settings.batch_tokens)
-    with progress.task(f"answers of the {who}", len(prompts)) as advance:
-        said = dict(zip(asked, answers(session, prompts, greedy, base=base, advance=advance), strict=True))
-    return Answers([said.get(i, "") for i in range(len(examples))], loss)
+
+    def _judgement(self, rows: JudgedRows, outcomes: dict[str, Outcome], described: dict[str, str]) -> Judgement:
+        lengths = rows.dataset.lengths
+        scored = {name: outcome.scored for name, outcome in outcomes.items()}
+        comparison = compare(rows.examples, lengths, scored, self._buckets(lengths), self._bootstrap, described)
+        return Judgement(comparison, rows, outcomes)
+
+    def _buckets(self, lengths: Sequence[int] | np.ndarray) -> LengthBuckets:
+        asked = self.settings.length_buckets
+        if isinstance(asked, int):
+            return LengthBuckets.by_quantiles(np.asarray(lengths), asked)
+        return LengthBuckets.by_limits(asked)
+
+    @property
+    def _bootstrap(self) -> Bootstrap:
+        return Bootstrap(self.settings.resamples, self.settings.confidence, self.settings.seed)
+
+    def _pair(self, rows: JudgedRows) -> dict[str, Outcome]:
+        """Base and adapter: losses and their divergence in one pass, then answers."""
+        with self.progress.task("losses of base and adapter", len(rows.examples)) as advance:
+            sums = paired_sums(self.session.model, rows.dataset, self._pass(advance))
+        return {
+            BASE: self._answered(rows, Scored(sums.base, rows.text_bytes), BASE, base=True),
+            ADAPTER: self._answered(rows, Scored(sums.adapter, rows.text_bytes, kl=sums.kl), ADAPTER),
+        }
+
+    def _alone(self, rows: JudgedRows, who: str, *, base: bool = False) -> Outcome:
+        with (
+            self.progress.task(f"loss of the {who}", len(rows.examples)) as advance,
+            base_only(self.session.model, base),
+        ):
+            sums = token_sums(self.session.model, rows.dataset, self._pass(advance))
+        return self._answered(rows, Scored(sums, rows.text_bytes), who, base=base)
+
+    def _pass(self, advance: Callable[[float], None]) -> Pass:
+        session, budget = self.session, self.settings.batch_tokens
+        return Pass(Processes(session.device), session.precision, budget, session.pad_id, advance)
+
+    def _answered(self, rows: JudgedRows, scored: Scored, who: str, *, base: bool = False) -> Outcome:
+        """The outcome with the answers that the model gives, greedily, where answers are asked for."""
+        said = [""] * len(rows.examples)
+        asked = np.flatnonzero(rows.asked) if self.settings.generate else np.array([], dtype=np.int64)
+        if not len(asked):
+            return Outcome(said, scored)
+        prompts = [prompt_as_trained(rows.examples[i], self.session.preparation) for i in asked]
+        limit = min(self.settings.max_new_tokens, int(rows.dataset.supervised.max()) + SPARE_TOKENS)
+        greedy = InferenceSection(max_new_tokens=limit, batch_tokens=self.settings.batch_tokens)
+        with self.progress.task(f"answers of the {who}", len(prompts)) as advance:
+            given = answers(self.session, prompts, greedy, base=base, advance=advance)
+        for place, text in zip(asked, given, strict=True):
+            said[place] = text
+        return Outcome(said, scored.with_answers(given, [rows.references[i] for i in asked], rows.asked))
+
+    def _controls(self, rows: JudgedRows) -> dict[str, Control]:
+        told = self.session.config.data.domain.style != "none"
+        controls: dict[str, Control] = {}
+        for name, changed in controls_of(rows.examples, told, self.settings.seed).items():
+            fitting = JudgedRows.of(changed, self.session)
+            scored = self._alone(fitting, f"adapter, {name.replace('_', ' ')}").scored
+            controls[name] = Control(len(scored), scored.of(np.ones(len(scored), dtype=bool)))
+        return controls
+
+    def _forgetting(self) -> Forgetting | None:
+        """The loss of base and adapter on the user's other text, read on its own terms."""
+        sources = self.settings.forgetting
+        if sources is None:
+            return None
+        examples = list(
+            islice(read_examples(sources, "evaluation.forgetting", DataSection()), self.settings.max_examples)
+        )
+        rows = JudgedRows.of(examples, self.session)
+        with self.progress.task("losses on other text", len(rows.examples)) as advance:
+            sums = paired_sums(self.session.model, rows.dataset, self._pass(advance))
+        base, adapter = (Scored(s, rows.text_bytes) for s in (sums.base, sums.adapter))
+        return forgetting(base, adapter, self._bootstrap)

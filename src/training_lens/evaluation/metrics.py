@@ -33,13 +33,6 @@ def exact_match(prediction: str, reference: str) -> bool:
     return bool(prediction.strip()) and prediction.strip() == reference.strip()
 
 
-def exact_match_rate(predictions: Sequence[str], references: Sequence[str]) -> float | None:
-    """The share of answers that match exactly; every reference counts, also where the prediction is empty."""
-    if not references:
-        return None
-    return sum(map(exact_match, predictions, references)) / len(references)
-
-
 def token_f1(prediction: str, reference: str) -> float | None:
     """The words that prediction and reference share, each as often as both have it: SQuAD's F1.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from training_lens.data.batching import hold_out
 from training_lens.data.preparation import read_examples, tokenize
 from training_lens.data.types import Example
 from training_lens.errors import ConfigurationError
@@ -26,8 +27,33 @@ def validation_examples(
         ConfigurationError: the run had no validation rows, and no others are given.
         DatasetError: a source is missing or cannot be read.
     """
-    fitting = (e for e in _rows(run, session, others) if tokenize([e], session.preparation)[0] is not None)
-    return list(islice(fitting, limit))
+    return list(islice((e for e in _rows(run, session, others) if _fits(e, session)), limit))
+
+
+def configured_examples(session: Session, limit: int | None = None) -> list[Example]:
+    """The validation rows of the session's own config that fit the model: those that `train` would validate on.
+
+    Raises:
+        ConfigurationError: the config gives no validation rows.
+        DatasetError: a source is missing or cannot be read.
+    """
+    data = session.config.data
+    if data.validation_sources:
+        found = read_examples(_paths(data.validation_sources), "data.validation", data)
+        return list(islice((e for e in found if _fits(e, session)), limit))
+    if not data.val_ratio:
+        raise ConfigurationError(
+            "there are no rows to judge on; give data.validation, or data.train and data.val_ratio."
+        )
+    fitting = [e for e in read_examples(_paths(data.train), "data.train", data) if _fits(e, session)]
+    if len(fitting) < 2:
+        raise ConfigurationError("data.val_ratio: one example cannot be split; give more rows or data.validation.")
+    _, held_out = hold_out(len(fitting), data.val_ratio, session.config.training.seed)
+    return [fitting[i] for i in held_out[:limit]]
+
+
+def _fits(example: Example, session: Session) -> bool:
+    return tokenize([example], session.preparation)[0] is not None
 
 
 def _rows(run: RunFolder, session: Session, others: Sequence[str] | None) -> Iterator[Example]:

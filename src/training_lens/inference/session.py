@@ -19,7 +19,7 @@ from training_lens.data.types import Example, Message
 from training_lens.data.values import NO_TEXT
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, ModelLoadingError
 from training_lens.models.adapters import load_adapter
-from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts
+from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts, resolve_seq_len
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import read_json
 from training_lens.utils.formatting import nearest
@@ -62,7 +62,7 @@ class Session:
 
     @property
     def preparation(self) -> Preparation:
-        """How the session's config makes tokens of examples; its `model.seq_len` must be resolved, as a run's is."""
+        """How the session makes tokens of examples."""
         assert self.config.model.seq_len is not None
         return Preparation(self.config.data, self.renderer, self.encoder, self.config.model.seq_len, "")
 
@@ -187,6 +187,7 @@ def _open_own(config: TrainingConfig, adapter: Path | None) -> Session:
     """The config's own model, alone or under a bare adapter folder (whose tokenizer is taken where it has one)."""
     place = get_device(config.model.device)
     precision = resolve_precision(config.training.precision, place)
+    config = config.resolved(model={"seq_len": resolve_seq_len(config.model, read_facts(config.model))})
     saved = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
     tokenizer = load_tokenizer(config.model, str(saved) if saved else None)
     adopt_template_file(config.data.template, tokenizer)

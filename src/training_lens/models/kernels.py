@@ -1,13 +1,19 @@
-"""The loss, computed where it is needed: logits of supervised positions only."""
+"""The loss, computed where it is needed: logits of supervised positions only, and never many of them at once."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from training_lens.models.adapters import base_only
+
+LOGITS_AT_ONCE = 2**23  # numbers in one chunk of logits: 32 MB in float32
 
 
 def supervised_nll(
@@ -21,7 +27,7 @@ def supervised_nll(
 
     Cost: memory of (targets x vocabulary) logits; no device synchronisation but the one that selecting takes.
     """
-    rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)  # (targets,), of the positions that predict
+    rows, columns = _predicting(loss_mask)
 
     def select(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0][rows, columns], *inputs[1:])  # (rows, width, hidden) -> (targets, hidden)
@@ -32,3 +38,123 @@ def supervised_nll(
     finally:
         handle.remove()
     return cross_entropy(logits.float(), input_ids[rows, columns + 1], reduction="none")
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model makes of each supervised token, (targets,), row by row.
+
+    `nll` is float32, in nats; `correct` whether the token is the likeliest of all.
+    """
+
+    nll: Float[Tensor, targets]
+    correct: Bool[Tensor, targets]
+
+
+def supervised_scores(
+    model: Any, input_ids: Int[Tensor, "rows width"], loss_mask: Bool[Tensor, "rows width"]
+) -> TokenScores:
+    """The scores of each supervised token, without gradients, by chunks of the vocabulary's logits.
+
+    `nll` is that of `supervised_nll`; memory holds `LOGITS_AT_ONCE` logits and a copy, however many targets there are.
+    """
+    rows, columns = _predicting(loss_mask)
+    targets = input_ids[rows, columns + 1]
+    decoded = _decoded(model, input_ids)
+    states = decoded.states[rows, columns]  # (targets, hidden)
+    scores = [_scores(decoded.logits(part), wanted) for part, wanted in _chunks(states, targets, decoded.vocabulary)]
+    return _joined(scores, input_ids.device)
+
+
+@dataclass(frozen=True)
+class PairedScores:
+    """Base and adapter on the same supervised tokens.
+
+    `kl` is KL(p_base || p_adapter) in nats at each of them, exact over the vocabulary, (targets,) float32.
+    """
+
+    base: TokenScores
+    adapter: TokenScores
+    kl: Float[Tensor, targets]
+
+
+def paired_scores(
+    model: Any, input_ids: Int[Tensor, "rows width"], loss_mask: Bool[Tensor, "rows width"]
+) -> PairedScores:
+    """The scores of a PEFT model with its adapter off and on, and the divergence between the two.
+
+    Formula: KL(p || q) = sum_v p(v) (log p(v) - log q(v)), the forward KL from the base p to the adapter q, as in
+    arXiv 2509.04259. Cost: two passes through the decoder, two chunks of logits at once.
+    """
+    rows, columns = _predicting(loss_mask)
+    targets = input_ids[rows, columns + 1]
+    with base_only(model):
+        base_states = _decoded(model, input_ids).states[rows, columns]
+    decoded = _decoded(model, input_ids)
+    states = torch.stack([base_states, decoded.states[rows, columns]], 1)  # (targets, 2, hidden)
+    base, adapter, divergence = [], [], [torch.zeros(0, device=input_ids.device)]
+    for part, wanted in _chunks(states, targets, decoded.vocabulary):
+        with base_only(model):
+            of_base = decoded.logits(part[:, 0])
+        of_adapter = decoded.logits(part[:, 1])
+        base.append(_scores(of_base, wanted))
+        adapter.append(_scores(of_adapter, wanted))
+        log_p, log_q = of_base.log_softmax(-1), of_adapter.log_softmax(-1)
+        divergence.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    device = input_ids.device
+    return PairedScores(_joined(base, device), _joined(adapter, device), torch.cat(divergence))
+
+
+def _predicting(loss_mask: Bool[Tensor, "rows width"]) -> tuple[Tensor, ...]:
+    """Rows and columns of the positions whose next token is supervised, each (targets,)."""
+    return loss_mask[:, 1:].nonzero(as_tuple=True)
+
+
+def _chunks(states: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    return zip(states.split(size), targets.split(size), strict=True)
+
+
+def _scores(logits: Float[Tensor, "part vocabulary"], targets: Int[Tensor, part]) -> TokenScores:
+    return TokenScores(cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets)
+
+
+def _joined(parts: list[TokenScores], device: torch.device) -> TokenScores:
+    nothing = TokenScores(torch.zeros(0, device=device), torch.zeros(0, dtype=torch.bool, device=device))
+    parts = [nothing, *parts]
+    return TokenScores(torch.cat([p.nll for p in parts]), torch.cat([p.correct for p in parts]))
+
+
+class _Decoded:
+    """The decoder's states of a batch, (rows, width, hidden), and the model's own way from states to logits."""
+
+    def __init__(self, model: Any, decoder: Any, output: Any) -> None:
+        self._model, self._decoder, self._output = model, decoder, output
+        self.states: Tensor = output[0]
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+
+    def logits(self, states: Float[Tensor, "part hidden"]) -> Float[Tensor, "part vocabulary"]:
+        """Logits in float32: the model's own forward, its decoder answering with these states.
+
+        So whatever the model does behind its decoder (output layer, adapter on it, scaling, soft caps) is done here.
+        """
+        asked = []
+
+        def answer(*_args: Any, **_kwargs: Any) -> Any:
+            asked.append(True)
+            return type(self._output)(last_hidden_state=states[None])
+
+        self._decoder.forward = answer
+        try:
+            logits: Tensor = self._model(inputs_embeds=states[None], use_cache=False).logits
+        finally:
+            del self._decoder.forward
+        assert asked, f"{type(self._model).__name__} makes its logits without asking {type(self._decoder).__name__}"
+        return logits[0].float()
+
+
+def _decoded(model: Any, input_ids: Int[Tensor, "rows width"]) -> _Decoded:
+    """The batch behind the decoder."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = whole.get_decoder()
+    return _Decoded(whole, decoder, decoder(input_ids=input_ids, use_cache=False))

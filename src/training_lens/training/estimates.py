@@ -17,7 +17,7 @@ import numpy as np
 from training_lens.data.batching import StepPlan, cut, share
 from training_lens.data.store import TokenDataset
 from training_lens.errors import EstimateError, OutOfMemoryError
-from training_lens.evaluation.evaluator import evaluate_loss
+from training_lens.evaluation.evaluator import Pass, evaluate_loss
 from training_lens.models.factory import load_model, load_thinned
 from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.checkpoints import CheckpointManager
@@ -147,7 +147,7 @@ def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
     some = plan.validation.select(rows)
     budget = plan.config.training.micro_batch_tokens
     started = time.perf_counter()
-    evaluate_loss(trainer.model, some, plan.processes, plan.precision, budget, trainer.fill_id)
+    evaluate_loss(trainer.model, some, Pass(plan.processes, plan.precision, budget, trainer.fill_id))
     return (time.perf_counter() - started) / int(some.lengths.sum())
 
 

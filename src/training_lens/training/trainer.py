@@ -19,8 +19,8 @@ import torch
 from training_lens.config.schema import TrainingSection
 from training_lens.data.batching import Schedule, StepPlan, batches_of, share
 from training_lens.data.store import TokenDataset
-from training_lens.errors import InterruptedRunError, TrainingError
-from training_lens.evaluation.evaluator import LossReport, evaluate_loss
+from training_lens.errors import EvaluationError, InterruptedRunError, TrainingError
+from training_lens.evaluation.evaluator import LossReport, Pass, evaluate_loss
 from training_lens.models.adapters import base_only, trainable
 from training_lens.models.kernels import supervised_nll
 from training_lens.training.callbacks import Callback, StepReport
@@ -201,18 +201,20 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.validation is None:
             return
-        report = self._loss_of(self.validation)
-        self.state = self.state.after_evaluation(report.loss)
-        self._notify("on_evaluate", self.state.step, report, base=False)
+        if report := self._loss_of(self.validation):
+            self.state = self.state.after_evaluation(report.loss)
+            self._notify("on_evaluate", self.state.step, report, base=False)
 
     def _evaluate_base(self) -> None:
         assert self.validation is not None
         with base_only(self.model):
             report = self._loss_of(self.validation)
-        self.state = replace(self.state, base_validation_loss=report.loss)
-        self._notify("on_evaluate", 0, report, base=True)
+        if report:
+            self.state = replace(self.state, base_validation_loss=report.loss)
+            self._notify("on_evaluate", 0, report, base=True)
 
-    def _loss_of(self, dataset: TokenDataset) -> LossReport:
+    def _loss_of(self, dataset: TokenDataset) -> LossReport | None:
+        """The loss on `dataset`; None where evaluating failed, which is logged and never ends the run."""
         done = 0
 
         def advance(examples: float) -> None:
@@ -221,7 +223,12 @@ class Trainer:
             self._notify("on_evaluate_progress", min(done, len(dataset)), len(dataset))
 
         budget = self.settings.micro_batch_tokens
-        return evaluate_loss(self.model, dataset, self.processes, self.precision, budget, self.fill_id, advance)
+        way = Pass(self.processes, self.precision, budget, self.fill_id, advance)
+        try:
+            return evaluate_loss(self.model, dataset, way)
+        except EvaluationError as error:
+            logger.warning("step %d: no validation: %s Training goes on.", self.state.step, error)
+            return None
 
     def _save(self) -> None:
         if self.processes.is_main:

@@ -108,6 +108,11 @@ def runs_folder(base_output_dir: str, experiment_name: str) -> Path:
     return Path(base_output_dir) / "experiments" / experiment_name / "runs"
 
 
+def evaluations_folder(base_output_dir: str, experiment_name: str) -> Path:
+    """Where judgements of models that are no run go."""
+    return Path(base_output_dir) / "experiments" / experiment_name / "evaluations"
+
+
 def find_run(reference: str, base_output_dir: str, experiment_name: str, *, finished: bool) -> RunFolder:
     """The run that `reference` means: `latest`, a run id of the experiment, or a path to a run folder.
 

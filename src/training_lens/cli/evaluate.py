@@ -1,0 +1,56 @@
+"""`training-lens evaluate` and `baseline`: one model alone on rows."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from training_lens.cli.common import (
+    AdapterRun,
+    ConfigFile,
+    Debug,
+    Json,
+    Overrides,
+    command,
+    load_adapter_config,
+)
+from training_lens.cli.judgement import USED, finish, opened
+
+Base = Annotated[bool, typer.Option("--base", help="Judge the base model under the adapter.")]
+
+
+def evaluate(
+    overrides: Overrides = None,
+    run: AdapterRun = None,
+    base: Base = False,
+    config: ConfigFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate one adapter on its validation rows: losses and scored answers, with intervals, by length and domain.
+
+    Examples: training-lens evaluate; training-lens evaluate --run RUN data.validation=test.jsonl;
+    training-lens evaluate --run ADAPTER_FOLDER model.id=PATH data.validation=test.jsonl evaluation.generate=false
+    """
+    with command(json, debug) as screen:
+        settings = load_adapter_config(config, overrides, run, USED)
+        judge, examples, folder = opened(screen, settings)
+        result = judge.alone(examples, base=base)
+        finish(screen, result, folder, "evaluation-of-base" if base else "evaluation", {"run": judge.session.source})
+
+
+def baseline(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a base model before any training, on the rows that a config would validate on.
+
+    Examples: training-lens baseline model.id=PATH data.validation=test.jsonl; training-lens baseline --config my.yaml
+    """
+    with command(json, debug) as screen:
+        settings = load_adapter_config(config, overrides, "none", (*USED, "training.seed"))
+        judge, examples, folder = opened(screen, settings)
+        finish(screen, judge.alone(examples), folder, "baseline", {"model": settings.model.id})

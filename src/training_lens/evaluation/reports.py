@@ -1,0 +1,181 @@
+"""A judgement as files: JSON for programs, Markdown for people, a CSV line for each row."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training_lens.evaluation.comparison import Comparison, Group, Moved
+from training_lens.evaluation.judging import Judgement
+from training_lens.utils.files import write_json, write_text
+
+PERCENT = {
+    "token_accuracy",
+    "exact_match",
+    "token_f1",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "json_valid",
+    "json_fields",
+    "numeric",
+}
+Cells = tuple[str, ...]
+
+
+def write_reports(judgement: Judgement, folder: Path, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Write {name}.json, {name}.md and {name}.csv into `folder`; returns what the JSON holds."""
+    report = {**extra, **judgement.comparison.as_json()}
+    write_json(folder / f"{name}.json", report)
+    write_text(folder / f"{name}.md", markdown(judgement.comparison))
+    write_text(folder / f"{name}.csv", per_row_csv(judgement))
+    return report
+
+
+def number(measure: str, value: float, sign: str = "") -> str:
+    """A measure's value as people read it: shares in percent, all else as it is."""
+    return (
+        f"{value:{sign}.1%}"
+        if measure in PERCENT
+        else f"{value:{sign}.4f}"
+        if abs(value) < 100
+        else f"{value:{sign}.4g}"
+    )
+
+
+def measure_rows(group: Group) -> Iterator[Cells]:
+    """A line for each measure: its name, each model's value, and with two models the difference and its interval."""
+    names = dict.fromkeys(name for measures in group.models.values() for name in measures)
+    for name in names:
+        values = [number(name, m[name]) if name in m else "-" for m in group.models.values()]
+        change = [number(name, group.delta[name], "+")] if name in group.delta else ["-"] * (len(group.models) - 1)
+        low_high = group.intervals.get(name)
+        sign = "+" if len(group.models) > 1 else ""
+        between = f"{number(name, low_high[0], sign)} to {number(name, low_high[1], sign)}" if low_high else "-"
+        yield (name, *values, *change, between)
+
+
+def measure_columns(comparison: Comparison) -> Cells:
+    """The heads of the columns of `measure_rows`."""
+    models = tuple(comparison.models)
+    interval = f"{comparison.confidence:.0%} interval"
+    return ("", *models, *(("change", f"its {interval}") if len(models) > 1 else (interval,)))
+
+
+def part_rows(parts: Mapping[str, Group], intervals: bool = True) -> Iterator[Cells]:
+    """A line for each part of the rows: size, losses, the change and its interval, exact match of each model."""
+    for label, group in parts.items():
+        losses = [number("loss", m["loss"]) for m in group.models.values()]
+        low_high = group.intervals.get("loss")
+        sign = "+" if len(group.models) > 1 else ""
+        between = [f"{low_high[0]:{sign}.4f} to {low_high[1]:{sign}.4f}" if low_high else "-"] if intervals else []
+        change = [f"{group.delta['loss']:+.4f}"] if group.delta else []
+        matches = [
+            number("exact_match", m["exact_match"]) if "exact_match" in m else "-" for m in group.models.values()
+        ]
+        yield (label, str(group.rows), *losses, *change, *between, *matches)
+
+
+def part_columns(comparison: Comparison, what: str, intervals: bool = True) -> Cells:
+    """The heads of the columns of `part_rows`."""
+    models = tuple(comparison.models)
+    change = ("change",) if len(models) > 1 else ()
+    between = (f"{comparison.confidence:.0%} interval",) if intervals else ()
+    return (what, "rows", *(f"loss, {m}" for m in models), *change, *between, *(f"exact, {m}" for m in models))
+
+
+def control_rows(comparison: Comparison) -> Iterator[Cells]:
+    """A line for each model and control: rows, loss, token accuracy, exact match."""
+    lines = {name: (comparison.whole.rows, measures) for name, measures in comparison.whole.models.items()}
+    lines |= {f"adapter, {n.replace('_', ' ')}": (c.rows, c.scores) for n, c in comparison.controls.items()}
+    for name, (rows, scores) in lines.items():
+        shown = [number(m, scores[m]) if m in scores else "-" for m in ("loss", "token_accuracy", "exact_match")]
+        yield (name, str(rows), *shown)
+
+
+CONTROL_COLUMNS: Cells = ("", "rows", "loss", "token_accuracy", "exact_match")
+
+
+def moved_rows(moved: Sequence[Moved], whole_path: bool = True) -> Iterator[Cells]:
+    """A line for each row: id, losses, change."""
+    for row in moved:
+        change = row.adapter_loss - row.base_loss
+        yield (
+            row.id if whole_path else Path(row.id).name,
+            f"{row.base_loss:.4f}",
+            f"{row.adapter_loss:.4f}",
+            f"{change:+.4f}",
+        )
+
+
+MOVED_COLUMNS: Cells = ("row", "base", "adapter", "change")
+
+
+def markdown(comparison: Comparison) -> str:
+    """The tables of a comparison as Markdown."""
+    models = ", ".join(f"{name}: `{what}`" for name, what in comparison.models.items())
+    whole = comparison.whole
+    parts = [f"{models}. {whole.rows} rows, {whole.supervised_tokens} supervised tokens."]
+    parts.append(_table(measure_columns(comparison), measure_rows(whole)))
+    for what, groups in (("tokens", comparison.by_length), ("domain", comparison.by_domain)):
+        if groups:
+            parts.append(_table(part_columns(comparison, what), part_rows(groups)))
+    if comparison.controls:
+        parts.append(_table(CONTROL_COLUMNS, control_rows(comparison)))
+    for title, moved in (("Most improved", comparison.improved), ("Most worsened", comparison.worsened)):
+        if moved:
+            parts.append(f"{title}, loss in nats per supervised token:")
+            parts.append(_table(MOVED_COLUMNS, moved_rows(moved)))
+    if comparison.forgetting:
+        parts.append(forgetting_line(comparison))
+    return "\n\n".join(parts) + "\n"
+
+
+def forgetting_line(comparison: Comparison) -> str:
+    """What happened to the loss on other text, in words."""
+    forgot = comparison.forgetting
+    assert forgot is not None
+    between = (
+        f" ({comparison.confidence:.0%}: {forgot.interval[0]:+.4f} to {forgot.interval[1]:+.4f})"
+        if forgot.interval
+        else ""
+    )
+    return (
+        f"On {forgot.rows} rows of other text the loss went from {forgot.base_loss:.4f} to {forgot.adapter_loss:.4f}, "
+        f"{forgot.delta:+.4f}{between} nats per token."
+    )
+
+
+def _table(columns: Cells, rows: Iterator[Cells]) -> str:
+    lines = [columns, tuple("---" for _ in columns), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def per_row_csv(judgement: Judgement) -> str:
+    """A line for each row: id, domain, lengths, what was expected, and each model's loss, answer and scores."""
+    rows = judgement.rows
+    names = [(model, score) for model, o in judgement.outcomes.items() for score in o.scored.row_scores]
+    models = list(judgement.outcomes)
+    head = ["id", "domain", "tokens", "supervised_tokens", "expected"]
+    head += [f"{model}_{column}" for model in models for column in ("loss", "answer")]
+    head += [f"{model}_{score}" for model, score in names]
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(head)
+    for i, example in enumerate(rows.examples):
+        line = [
+            example.id,
+            example.domain or "",
+            rows.dataset.lengths[i],
+            rows.dataset.supervised[i],
+            rows.references[i],
+        ]
+        for model in models:
+            sums = judgement.outcomes[model].scored.sums
+            line += [f"{sums.nll[i] / sums.tokens[i]:.6f}", judgement.outcomes[model].answers[i]]
+        scores = (judgement.outcomes[model].scored.row_scores[score][i] for model, score in names)
+        writer.writerow([*line, *("" if value != value else f"{value:.6g}" for value in scores)])
+    return text.getvalue()

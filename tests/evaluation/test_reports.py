@@ -1,0 +1,60 @@
+"""What is written says what was measured: JSON, Markdown and a CSV line for each row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from training_lens.config.schema import EvaluationSection
+from training_lens.evaluation.judging import Judge, Judgement
+from training_lens.evaluation.reports import markdown, number, per_row_csv, write_reports
+from training_lens.inference.rows import validation_examples
+from training_lens.inference.session import open_run
+from training_lens.utils.runs import RunFolder
+
+
+@pytest.fixture(scope="module")
+def judged(finished_run: RunFolder) -> Judgement:
+    session = open_run(finished_run)
+    settings = EvaluationSection(max_new_tokens=16, resamples=50, length_buckets=[45])
+    return Judge(session, settings).compare(validation_examples(finished_run, session, 9))
+
+
+def test_the_csv_has_a_line_for_each_row_and_adds_up(judged: Judgement) -> None:
+    rows = list(csv.DictReader(io.StringIO(per_row_csv(judged))))
+    assert [row["id"] for row in rows] == [e.id for e in judged.rows.examples]
+    assert [row["adapter_answer"] for row in rows] == list(judged.outcomes["adapter"].answers)
+    loss = sum(float(row["base_loss"]) * int(row["supervised_tokens"]) for row in rows)
+    tokens = sum(int(row["supervised_tokens"]) for row in rows)
+    assert loss / tokens == pytest.approx(judged.comparison.whole.models["base"]["loss"], rel=1e-5)
+
+
+def test_markdown_tables_have_equally_many_cells_in_every_line(judged: Judgement) -> None:
+    blocks = [block for block in markdown(judged.comparison).split("\n\n") if block.startswith("|")]
+    assert len(blocks) >= 4
+    for block in blocks:
+        assert len({line.replace("\\|", "").count("|") for line in block.splitlines()}) == 1
+
+
+def test_all_three_files_are_written(judged: Judgement, tmp_path: Path) -> None:
+    report = write_reports(judged, tmp_path, "compare", {"run": "r"})
+    assert json.loads((tmp_path / "compare.json").read_text()) == report
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["compare.csv", "compare.json", "compare.md"]
+
+
+@pytest.mark.parametrize(
+    ("measure", "value", "sign", "text"),
+    [
+        ("exact_match", 0.915, "", "91.5%"),
+        ("exact_match", -0.02, "+", "-2.0%"),
+        ("loss", 2.94114, "", "2.9411"),
+        ("loss", 0.5, "+", "+0.5000"),
+        ("perplexity", 19018.3, "", "1.902e+04"),
+    ],
+)
+def test_numbers_are_written_as_people_read_them(measure: str, value: float, sign: str, text: str) -> None:
+    assert number(measure, value, sign) == text
