@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from training_lens.cli.compare import compare
+from training_lens.cli.experiment import experiment
 from training_lens.cli.infer import infer
 from training_lens.cli.init import init
 from training_lens.cli.train import train
@@ -20,6 +21,7 @@ cli = typer.Typer(
 )
 for command in (init, train, validate, infer, compare):
     cli.command()(command)
+cli.add_typer(experiment)
 
 
 def main() -> None:
