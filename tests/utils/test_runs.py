@@ -1,14 +1,18 @@
-"""Runs are found by id, path and `latest`; what is not there is said with what is near."""
+"""Runs are found by id, path and `latest`; what is not there is said with what is near; one process a run."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from training_lens.errors import CheckpointError
 from training_lens.utils.files import write_json
-from training_lens.utils.runs import RunFolder, find_run, new_run_id, runs_folder
+from training_lens.utils.runs import RunFolder, find_run, new_run_id, read_metrics, run_folders, runs_folder
 
 
 def make(base: Path, run_id: str, status: str) -> RunFolder:
@@ -46,3 +50,75 @@ def test_incomplete_runs_say_what_is_missing(tmp_path: Path) -> None:
     (run.metadata / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="no valid JSON"):
         run.read_metadata("config.json")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from training_lens.utils.files import write_json
+from training_lens.utils.runs import RunFolder
+
+run = RunFolder(Path(sys.argv[1])).create()
+with run.held():
+    write_json(run.metadata / "summary.json", {"status": "running"})
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[tuple[RunFolder, subprocess.Popen[str]]]:
+    """A run, and the process that holds it."""
+    run = RunFolder(runs_folder(str(tmp_path), "default") / "mine")
+    call = [sys.executable, "-c", HOLD, str(run.root)]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        yield run, process
+        process.kill()
+
+
+def test_a_killed_process_leaves_an_interrupted_run(holder: tuple[RunFolder, subprocess.Popen[str]]) -> None:
+    run, process = holder
+    assert run.status == "running" and not run.died
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert run.status == "interrupted" and run.died
+    assert run.read_metadata("summary.json")["status"] == "running"
+    with run.held():
+        run_again = RunFolder(run.root)
+        assert run_again.status == "running"
+
+
+def test_a_run_has_one_process_at_a_time(holder: tuple[RunFolder, subprocess.Popen[str]]) -> None:
+    run, process = holder
+    message = rf"the run mine is being trained by another process \(process {process.pid} on host .*\)\. Wait"
+    with pytest.raises(CheckpointError, match=message):
+        run.require_free()
+    with pytest.raises(CheckpointError, match=message), run.held():
+        pass
+
+
+def test_a_lock_that_cannot_be_tried_leaves_what_the_run_wrote(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", "running")
+    assert run.status == "interrupted"
+    run.lock.mkdir()  # what cannot be opened for writing, as on a read-only file system
+    assert run.status == "running"
+    run.require_free()
+
+
+def test_what_a_killed_deletion_left_is_no_run(tmp_path: Path) -> None:
+    make(tmp_path, "a", "finished")
+    make(tmp_path, ".tmp-b", "finished")
+    assert [run.run_id for run in run_folders(runs_folder(str(tmp_path), "default"))] == ["a"]
+
+
+def test_a_summary_that_is_no_summary_is_said(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", "finished")
+    (run.metadata / "summary.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="holds no summary"):
+        _ = run.status
+
+
+def test_metrics_without_the_line_that_a_kill_cut(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n5\n\xff\n{"step": 2, "lo')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]

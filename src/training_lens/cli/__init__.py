@@ -6,6 +6,7 @@ import typer
 
 from training_lens.cli.compare import compare
 from training_lens.cli.evaluate import baseline, evaluate
+from training_lens.cli.experiment import experiment
 from training_lens.cli.infer import infer
 from training_lens.cli.init import init
 from training_lens.cli.train import train
@@ -21,6 +22,7 @@ cli = typer.Typer(
 )
 for command in (init, validate, train, evaluate, baseline, compare, infer):
     cli.command()(command)
+cli.add_typer(experiment)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
 from training_lens.utils.formatting import nearest
 from training_lens.utils.logging import get_logger
+from training_lens.utils.nested import flat
 
 logger = get_logger(__name__)
 PRESETS = "training_lens.config.presets"
@@ -190,18 +191,10 @@ def _presets(groups: Sequence[str]) -> dict[str, Any]:
 
 def _tell_overridden(config_file: str, from_file: dict[str, Any], group: str) -> None:
     """Log the keys that a preset on the command line sets to one value, and the config file to another."""
-    packaged, chosen = _flat(_presets(())), _flat(_presets([group]))
-    keys = [k for k, v in _flat(from_file).items() if v != chosen.get(k, v) and chosen[k] != packaged.get(k)]
+    packaged, chosen = flat(_presets(())), flat(_presets([group]))
+    keys = [k for k, v in flat(from_file).items() if v != chosen.get(k, v) and chosen[k] != packaged.get(k)]
     if keys:
         logger.info("--config %s sets %s over %s", config_file, ", ".join(keys), group.lstrip("+"))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys: {'peft.r': 16}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _read_file(config_file: str | None) -> tuple[dict[str, Any], list[str]]:

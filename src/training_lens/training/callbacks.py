@@ -23,6 +23,7 @@ from training_lens.evaluation.evaluator import LossReport
 from training_lens.utils.files import write_text
 from training_lens.utils.formatting import format_seconds
 from training_lens.utils.logging import get_logger
+from training_lens.utils.runs import read_metrics
 
 logger = get_logger(__name__)
 FILES_SHOWN = 8  # validation files whose losses go to the screen; run.log and metrics.jsonl have all
@@ -110,7 +111,7 @@ class MetricsCollector(Callback):
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
         """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
-        return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < BROKEN]
+        return read_metrics(path)
 
 
 BROKEN = 2**62

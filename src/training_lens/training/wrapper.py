@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -106,9 +107,11 @@ class TrainingWrapper:
         run = RunFolder(runs_folder(output.base_output_dir, output.experiment_name) / run_id)
         if plan.processes.is_main:
             run.create()
-            self._write_metadata(run, plan.config.resolved(output={"run_id": run_id}), plan)
-        plan.processes.wait()
-        return self._train(run, plan, resume=False)
+        with _alone(run, plan):
+            if plan.processes.is_main:
+                self._write_metadata(run, plan.config.resolved(output={"run_id": run_id}), plan)
+            plan.processes.wait()
+            return self._train(run, plan, resume=False)
 
     @classmethod
     def resume(
@@ -117,10 +120,11 @@ class TrainingWrapper:
         """Go on with an unfinished run after its newest intact checkpoint, exactly as if it had not stopped.
 
         Raises:
-            CheckpointError: the run is finished, or its data changed since.
+            CheckpointError: the run is finished, its data changed since, or another process is training it.
         """
         if run.status == "finished":
             raise CheckpointError(f"the run {run.run_id} is finished; there is nothing to resume. It is in {run.root}.")
+        run.require_free()  # before the data is read; the processes of one run all pass here before one of them locks
         config = TrainingConfig.model_validate(run.read_metadata("config.json"))
         wrapper = cls(config, console=console, callbacks=callbacks)
         plan = wrapper._plan()
@@ -130,7 +134,8 @@ class TrainingWrapper:
                 f"the training data of {run.run_id} is no longer what it was: a file, the tokenizer or this program "
                 "changed since. Put the old ones back to resume, or start a new run."
             )
-        return wrapper._train(run, plan, resume=True)
+        with _alone(run, plan):
+            return wrapper._train(run, plan, resume=True)
 
     def _train(self, run: RunFolder, plan: RunPlan, resume: bool) -> TrainingSummary:
         if plan.processes.is_main:
@@ -197,6 +202,11 @@ class TrainingWrapper:
                 (folder / file.name).write_bytes(file.read_bytes())
         with whole_folder(run.tokenizer) as folder:
             plan.tokenizer.save_pretrained(str(folder))
+
+
+def _alone(run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
+    """The run's lock, which its main process holds for all of them."""
+    return run.held() if plan.processes.is_main else nullcontext()
 
 
 def _summarize(run: RunFolder, status: str, trainer: Trainer, parameters: ParameterCount) -> TrainingSummary:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def format_size(size_bytes: float) -> str:
@@ -32,6 +36,20 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """Values as one line of blocks, the lowest ▁ and the highest █; more than `width` are averaged in equal parts.
+
+    Example:
+        >>> sparkline([3.0, 2.0, 1.0, 1.0, 1.0])
+        '█▅▁▁▁'
+    """
+    count = min(len(values), width)
+    edges = [i * len(values) // count for i in range(count + 1)] if count else []
+    means = [statistics.fmean(values[start:end]) for start, end in pairwise(edges)]
+    low, span = (min(means), max(means) - min(means)) if means else (0.0, 0.0)
+    return "".join(BLOCKS[round((mean - low) / span * (len(BLOCKS) - 1)) if span else 0] for mean in means)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -5,17 +5,28 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.utils.files import read_json
-from training_lens.utils.formatting import nearest
+from filelock import FileLock, Timeout
 
+from training_lens.errors import CheckpointError, ConfigurationError
+from training_lens.utils.files import TEMPORARY, read_json, write_json
+from training_lens.utils.formatting import nearest
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
 LATEST = "latest"
+PROCESS = "process.json"
+LOCK_SECONDS = 2.0  # a process that asks for the status holds the lock for an instant, too
 
 
 def new_run_id() -> str:
@@ -61,6 +72,10 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.logs / "metrics.jsonl"
 
+    @property
+    def lock(self) -> Path:
+        return self.metadata / "run.lock"
+
     def create(self) -> RunFolder:
         """Make the run's folders.
 
@@ -100,8 +115,82 @@ class RunFolder:
 
     @property
     def status(self) -> str:
-        """running, finished, failed or interrupted, as the run itself wrote it last."""
-        return str(self.read_metadata("summary.json").get("status", "unknown"))
+        """running, finished, failed or interrupted: as the run wrote it last, and interrupted where its process died.
+
+        Raises:
+            CheckpointError: metadata/summary.json is missing or broken.
+        """
+        return "interrupted" if self.died else str(self._summary().get("status", "unknown"))
+
+    @property
+    def died(self) -> bool:
+        """Whether the run's process ended without a word (SIGKILL, a crash): it wrote `running`, its lock is free.
+
+        Where the lock cannot be tried (a read-only file system, another user's run), what the run wrote last holds.
+        """
+        return self._summary().get("status") == "running" and self._is_held() is False
+
+    @property
+    def process(self) -> str:
+        """The process that trains it, or did so last: 'process 4711 on host forge'."""
+        try:
+            said = self.read_metadata(PROCESS)
+            return f"process {said['pid']} on host {said['host']}"
+        except (CheckpointError, KeyError, TypeError):
+            return "its process is not recorded"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within the block this process alone trains the run, or deletes it. The kernel lets go when a process dies.
+
+        Raises:
+            CheckpointError: see `require_free`.
+        """
+        lock = FileLock(self.lock, timeout=LOCK_SECONDS)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise self._taken() from None
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): see to it that no other process trains it", self.lock, error)
+        try:
+            write_json(self.metadata / PROCESS, {"pid": os.getpid(), "host": platform.node()})
+            yield
+        finally:
+            lock.release()
+
+    def require_free(self) -> None:
+        """Refuse what another process trains at this moment.
+
+        Raises:
+            CheckpointError: says which process.
+        """
+        if self._is_held():
+            raise self._taken()
+
+    def _taken(self) -> CheckpointError:
+        return CheckpointError(
+            f"the run {self.run_id} is being trained by another process ({self.process}). Wait until it ends, or stop "
+            f"it. It is in {self.root}."
+        )
+
+    def _is_held(self) -> bool | None:
+        """Whether a process holds the lock; None where that cannot be told, as on a read-only file system."""
+        try:
+            if not self.lock.exists():
+                return False
+            with FileLock(self.lock, timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:
+            return None
+
+    def _summary(self) -> dict[str, Any]:
+        summary = self.read_metadata("summary.json")
+        if not isinstance(summary, dict):
+            raise CheckpointError(f"{self.metadata / 'summary.json'} holds no summary. Restore it, or start a new run.")
+        return summary
 
 
 def runs_folder(base_output_dir: str, experiment_name: str) -> Path:
@@ -111,6 +200,12 @@ def runs_folder(base_output_dir: str, experiment_name: str) -> Path:
 def evaluations_folder(base_output_dir: str, experiment_name: str) -> Path:
     """Where judgements of models that are no run go."""
     return Path(base_output_dir) / "experiments" / experiment_name / "evaluations"
+
+
+def run_folders(folder: Path) -> list[RunFolder]:
+    """The runs in a runs folder, by their ids; what a killed deletion left is none."""
+    places = (p for p in folder.glob("*/") if not p.name.startswith(TEMPORARY) and (p / "metadata").is_dir())
+    return sorted((RunFolder(p) for p in places), key=lambda run: run.run_id)
 
 
 def find_run(reference: str, base_output_dir: str, experiment_name: str, *, finished: bool) -> RunFolder:
@@ -123,7 +218,7 @@ def find_run(reference: str, base_output_dir: str, experiment_name: str, *, fini
         CheckpointError: there is no such run; lists what is there.
     """
     folder = runs_folder(base_output_dir, experiment_name)
-    runs = sorted((RunFolder(p) for p in folder.glob("*/") if (p / "metadata").is_dir()), key=lambda run: run.run_id)
+    runs = run_folders(folder)
     if reference == LATEST:
         matching = [run for run in runs if (_status(run) == "finished") == finished]
         if not matching:
@@ -147,3 +242,16 @@ def _status(run: RunFolder) -> str:
         return run.status
     except CheckpointError:
         return "unknown"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, each with its `step`; a line that is none, as a kill cuts the last, is left out."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines

@@ -1,0 +1,169 @@
+"""How `training-lens experiment` shows runs: tables that fit 80 columns, where values are plain text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from training_lens.utils.experiments import Run
+
+STEPS_SHOWN = 12  # validations that a table of losses lists
+VALUE_SHOWN = 120  # characters of a setting
+
+
+def _table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Table:
+    """An empty table; the columns of numbers stand right, and only long texts are folded."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def _fill(console: Console, table: Table, rows: Sequence[Sequence[str]]) -> None:
+    from rich.text import Text
+
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
+def _number(run: Run, metric: str) -> str:
+    value = run.metrics.get(metric)
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def show_runs(console: Console, runs: Sequence[Run], metric: str) -> None:
+    """A line a run with one metric, and under the table what is to be said of some."""
+    columns = ["run", "status", "steps", "seconds", metric]
+    rows = [[r.run_id, r.status, _number(r, "steps"), _number(r, "seconds"), _number(r, metric)] for r in runs]
+    if len({run.experiment for run in runs}) > 1:
+        columns.insert(1, "experiment")
+        for row, run in zip(rows, runs, strict=True):
+            row.insert(1, run.experiment)
+    if any(run.tags for run in runs):
+        columns.append("tags")
+        for row, run in zip(rows, runs, strict=True):
+            row.append(", ".join(run.tags))
+    _fill(console, _table(f"{len(runs)} runs", columns, right=("steps", "seconds", metric)), rows)
+    for run in runs:
+        if run.detail:
+            console.print(f"{run.run_id}: {run.detail}", markup=False, soft_wrap=True)
+
+
+def details(run: Run) -> dict[str, Any]:
+    """What `show` tells besides `Run.as_json`: settings that are not the defaults, data, losses, reports.
+
+    What cannot be read is left out: `run.detail` says it.
+    """
+    from training_lens.config.schema import TrainingConfig
+    from training_lens.errors import CheckpointError
+    from training_lens.utils.nested import differences, flat
+    from training_lens.utils.runs import read_metrics
+
+    changed = differences([flat(TrainingConfig().model_dump()), run.config]) if run.config else {}
+    try:
+        data = run.folder.read_metadata("data.json")
+        files = {name: data[name]["examples_by_file"] for name in ("train", "validation") if name in data}
+    except (CheckpointError, KeyError, TypeError):
+        files = {}
+    lines = read_metrics(run.folder.metrics) if run.folder.metrics.is_file() else []
+    return {
+        "config": {key: mine for key, (_, mine) in changed.items()},
+        "data": files,
+        "losses": {
+            kind: [[line["step"], line["loss"]] for line in lines if line.get("kind") == kind]
+            for kind in ("base", "validation", "step")
+        },
+        "reports": sorted(path.name for path in run.folder.reports.glob("*") if path.is_file()),
+    }
+
+
+def show_details(console: Console, run: Run, told: Mapping[str, Any]) -> None:
+    """What `details` gives, in sections; those that are empty are left out."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    say(f"{run.run_id} of experiment {run.experiment or '(none)'}: {run.status}")
+    if run.detail:
+        say(f"  {run.detail}")
+    say(f"  started {run.started:%Y-%m-%d %H:%M:%S} UTC, in {run.folder.root}")
+    if run.tags:
+        say(f"  tags: {', '.join(run.tags)}")
+    if run.metrics:
+        _fill(console, _table("metrics", ("", "value"), right=("value",)), [[m, _number(run, m)] for m in run.metrics])
+    if told["config"]:
+        rows = [[key, _value(value)] for key, value in told["config"].items()]
+        _fill(console, _table("settings that are not the defaults", ("", "value")), rows)
+    files = [[split, name, f"{count:,}"] for split, each in told["data"].items() for name, count in each.items()]
+    if files:
+        _fill(console, _table("data", ("", "file", "examples"), right=("examples",)), files)
+    _show_losses(console, told["losses"])
+    if told["reports"]:
+        say(f"reports: {', '.join(told['reports'])}")
+
+
+def _show_losses(console: Console, losses: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    from training_lens.utils.formatting import sparkline
+
+    steps = [loss for _, loss in losses["step"]]
+    if steps:
+        first, last = losses["step"][0][0], losses["step"][-1][0]
+        console.print(f"training loss, steps {first} to {last}: {steps[0]:.4f} to {steps[-1]:.4f}", markup=False)
+        console.print(f"  {sparkline(steps)}", markup=False)
+    validated = [*losses["base"], *losses["validation"]]
+    if validated:
+        left_out = len(validated) - STEPS_SHOWN
+        shown = validated if left_out <= 0 else [validated[0], *validated[-STEPS_SHOWN + 1 :]]
+        title = "validation loss" + (f" ({left_out} validations after the first left out)" if left_out > 0 else "")
+        rows = [[f"{step:,}" if step else "0 (base)", f"{loss:.4f}"] for step, loss in shown]
+        _fill(console, _table(title, ("step", "loss"), right=("step", "loss")), rows)
+
+
+def _value(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= VALUE_SHOWN else f"{text[: VALUE_SHOWN - 1]}…"
+
+
+def show_comparison(console: Console, runs: Sequence[Run], differing: Mapping[str, Sequence[Any]]) -> None:
+    """Metrics and settings, a column a run; what all runs have alike of the settings is left out."""
+    ids = [run.run_id for run in runs]
+    metrics = dict.fromkeys(metric for run in runs for metric in run.metrics)
+    rows = [[metric, *(_number(run, metric) for run in runs)] for metric in metrics]
+    _fill(console, _table("metrics", ("", *ids), right=ids), [["status", *(run.status for run in runs)], *rows])
+    if differing:
+        rows = [[key, *(_value(value) for value in values)] for key, values in differing.items()]
+        _fill(console, _table("settings that differ", ("", *ids)), rows)
+    else:
+        console.print("no setting differs")
+
+
+def show_doomed(console: Console, runs: Sequence[Run], sizes: Sequence[int]) -> None:
+    """What a deletion would take: each run's state, size and parts."""
+    from training_lens.utils.formatting import format_size
+
+    rows = [
+        [run.run_id, run.status, format_size(size), _parts(run), ", ".join(run.tags)]
+        for run, size in zip(runs, sizes, strict=True)
+    ]
+    _fill(console, _table("to delete", ("run", "status", "size", "holds", "tags"), right=("size",)), rows)
+
+
+def _parts(run: Run) -> str:
+    folder = run.folder
+    held = {
+        "checkpoints": len(list(folder.checkpoints.glob("step-*"))),
+        "reports": len(list(folder.reports.glob("*"))),
+    }
+    counted = [f"{count} {name if count > 1 else name[:-1]}" for name, count in held.items() if count]
+    return ", ".join(["adapter", *counted] if folder.adapter.is_dir() else counted)

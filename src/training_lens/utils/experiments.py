@@ -1,0 +1,207 @@
+"""Runs read back as plain values, to be listed, sorted and compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from training_lens.errors import CheckpointError, ConfigurationError
+from training_lens.utils.formatting import nearest
+from training_lens.utils.housekeeping import in_place, read_tags, read_whole
+from training_lens.utils.nested import differences, flat
+from training_lens.utils.runs import LATEST, RunFolder, read_metrics, run_folders, runs_folder
+
+BROKEN = "broken"
+REPORTS = ("compare.json", "evaluation.json")  # where both have a metric, that of the later one stands
+LOWER_IS_BETTER = ("loss", "perplexity", "seconds", "bytes", "bits", "error", "distance", "_kl")
+NOT_COMPARED = ("output.run_id",)
+STAMP = "%Y%m%dT%H%M%SZ"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run, as its files tell it.
+
+    `status` is `RunFolder.status`, or broken where config or summary cannot be read; `detail` says what happened to
+    it, or what is wrong with its files. `started` is UTC. `metrics` are the finite numbers of its reports and summary
+    (until that is written, of metrics.jsonl), `config` the settings, both by dotted key; losses are nats per supervised
+    token.
+    """
+
+    folder: RunFolder
+    status: str
+    detail: str
+    started: datetime
+    tags: tuple[str, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def run_id(self) -> str:
+        return self.folder.run_id
+
+    @property
+    def experiment(self) -> str:
+        """The experiment in whose folder it is; empty for a run's folder elsewhere."""
+        return self.folder.root.absolute().parts[-3] if in_place(self.folder) else ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, without the config."""
+        return {
+            "run": self.run_id,
+            "experiment": self.experiment,
+            "path": str(self.folder.root),
+            "status": self.status,
+            "detail": self.detail,
+            "started": self.started.isoformat(timespec="seconds"),
+            "tags": list(self.tags),
+            "metrics": self.metrics,
+        }
+
+
+def read_runs(base_output_dir: str, experiment_name: str | None = None) -> list[Run]:
+    """The runs of one experiment, or of all, the newest first. A broken one is among them and says why.
+
+    Raises:
+        ConfigurationError: there is no such experiment; names the nearest.
+    """
+    experiments = sorted(p.name for p in (Path(base_output_dir) / "experiments").glob("*/"))
+    if experiment_name is not None and experiment_name not in experiments:
+        there = f"there are {', '.join(experiments)}" if experiments else "there is none yet"
+        raise ConfigurationError(
+            f"no experiment '{experiment_name}' in {base_output_dir}: {there}.{_hint(experiment_name, experiments)}"
+        )
+    names = experiments if experiment_name is None else [experiment_name]
+    folders = [run for name in names for run in run_folders(runs_folder(base_output_dir, name))]
+    return sorted(map(read_run, folders), key=lambda run: (run.started, run.run_id), reverse=True)
+
+
+def find_runs(references: Sequence[str], base_output_dir: str) -> list[Run]:
+    """The runs that ids (of any experiment), paths, or `latest` (the newest, whatever became of it) mean; each once.
+
+    Raises:
+        CheckpointError: there is no such run, or the id is that of several.
+    """
+    runs = read_runs(base_output_dir)
+    found = {run.folder.root.resolve(): run for run in (_find(name, runs, base_output_dir) for name in references)}
+    return list(found.values())
+
+
+def _find(reference: str, runs: Sequence[Run], base_output_dir: str) -> Run:
+    named = runs[:1] if reference == LATEST else [run for run in runs if run.run_id == reference]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        places = ", ".join(str(run.folder.root) for run in named)
+        raise CheckpointError(f"the run '{reference}' is there {len(named)} times; give one's folder: {places}.")
+    if (Path(reference) / "metadata").is_dir():
+        return read_run(RunFolder(Path(reference)))
+    raise CheckpointError(
+        f"no run '{reference}' among the {len(runs)} of {base_output_dir}, and no run folder at that path. Give "
+        f"output.base_output_dir if it is elsewhere.{_hint(reference, [run.run_id for run in runs])}"
+    )
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    close = nearest(name, known)
+    return f" Did you mean {close}?" if close else ""
+
+
+def read_run(folder: RunFolder) -> Run:
+    """The run in a folder; whatever cannot be read of it is said in `detail`."""
+    started = _started(folder)
+    try:
+        status = folder.status
+        detail = f"died, {folder.process}" if folder.died else ""
+        config = flat(_mapping(folder.read_metadata("config.json"), folder.metadata / "config.json"))
+        metrics = (
+            _so_far(folder) if status == "running" or folder.died else _numbers(folder.read_metadata("summary.json"))
+        )
+    except (CheckpointError, OSError) as error:
+        return Run(folder, BROKEN, str(error), started)
+    problems = [detail] if detail else []
+    try:
+        for name in REPORTS:
+            if (path := folder.reports / name).is_file():
+                metrics |= _numbers(_mapping(read_whole(path), path))
+        tags = read_tags(folder)
+    except (CheckpointError, OSError) as error:
+        tags = ()
+        problems.append(str(error))
+    return Run(folder, status, " ".join(problems), started, tags, metrics, config)
+
+
+def _mapping(value: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected keys and values.")
+    return value
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers in nested values, by dotted key."""
+    return {
+        key: value
+        for key, value in flat(values).items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def _so_far(folder: RunFolder) -> dict[str, float]:
+    """What the lines of metrics.jsonl tell of a run whose summary is not written yet, by the summary's names."""
+    lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
+    steps = [line for line in lines if line.get("kind") == "step"]
+    told: dict[str, float] = {"steps": steps[-1]["step"] if steps else 0}
+    told["seconds"] = sum(line["seconds"] for line in steps)
+    for kind, name in (("base", "base_validation_loss"), ("validation", "validation_loss")):
+        if losses := [line["loss"] for line in lines if line.get("kind") == kind]:
+            told[name] = min(losses)
+    return told
+
+
+def _started(folder: RunFolder) -> datetime:
+    """From the run's id where it is a timestamp, else from the file that is written first."""
+    try:
+        return datetime.strptime(folder.run_id.split("-")[0], STAMP).replace(tzinfo=UTC)
+    except ValueError:
+        config = folder.metadata / "config.json"
+        written = (config if config.is_file() else folder.root).stat().st_mtime
+        return datetime.fromtimestamp(written, tz=UTC)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether the smaller value is the better one: losses, perplexity, seconds, bytes, errors, distances."""
+    return any(part in metric for part in LOWER_IS_BETTER)
+
+
+def sort_runs(runs: Sequence[Run], metric: str, ascending: bool | None = None) -> list[Run]:
+    """The runs by a metric, the best first; those without it last, in the order given.
+
+    Args:
+        ascending: the smallest first; None: what `lower_is_better` says.
+
+    Raises:
+        ConfigurationError: no run has that metric; lists what there is.
+    """
+    known = sorted({name for run in runs for name in run.metrics})
+    if metric not in known:
+        there = f"they have {', '.join(known)}" if known else "they have none"
+        raise ConfigurationError(
+            f"metric '{metric}': none of the {len(runs)} runs has it; {there}.{_hint(metric, known)}"
+        )
+    sign = 1 if (lower_is_better(metric) if ascending is None else ascending) else -1
+    return sorted(runs, key=lambda run: sign * run.metrics[metric] if metric in run.metrics else math.inf)
+
+
+def best_run(runs: Sequence[Run], metric: str, ascending: bool | None = None) -> Run:
+    """The finished run with the best value of a metric; arguments and errors are those of `sort_runs`."""
+    return sort_runs([run for run in runs if run.status == "finished"], metric, ascending)[0]
+
+
+def config_differences(runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
+    """The settings on which the runs do not agree, with each one's value; the runs' ids apart."""
+    found = differences([run.config for run in runs])
+    return {key: values for key, values in found.items() if key not in NOT_COMPARED}

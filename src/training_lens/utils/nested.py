@@ -1,0 +1,21 @@
+"""Nested sections as dotted keys, and what differs between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys: `flat({"peft": {"r": 16}})` is {'peft.r': 16}."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def differences(sides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+    """The keys on which flat mappings do not all agree, in the order met: the value on each side, None where absent."""
+    keys = dict.fromkeys(key for side in sides for key in side)
+    values = {key: tuple(side.get(key) for side in sides) for key in keys}
+    return {key: each for key, each in values.items() if any(value != each[0] for value in each[1:])}

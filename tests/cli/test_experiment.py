@@ -1,0 +1,178 @@
+"""`training-lens experiment`: what it shows fits 80 columns, what it deletes was asked for, and a dead run is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from training_lens.utils.files import write_json
+from training_lens.utils.runs import RunFolder, runs_folder
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> dict[str, RunFolder]:
+    """Three runs of two experiments in the default output folder: one finished, one failed, one broken."""
+    made = {}
+    places = [("20260101T000000Z-aaaa", "default"), ("20260102T000000Z-bbbb", "default"), ("bad", "another_experiment")]
+    for number, (run_id, experiment) in enumerate(places):
+        run = RunFolder(runs_folder(str(tmp_path / "outputs"), experiment) / run_id).create()
+        status = "failed" if number else "finished"
+        summary = {"status": status, "steps": 1000 + number, "validation_loss": 2.0 - number, "seconds": 10.5}
+        write_json(run.metadata / "summary.json", summary)
+        write_json(run.metadata / "config.json", {"peft": {"r": 4 * (number + 1)}, "output": {"run_id": run_id}})
+        made[run_id[-4:]] = run
+    (made["bad"].metadata / "config.json").unlink()
+    return made
+
+
+def result_of(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.stderr
+    value = json.loads(result.stdout)
+    assert isinstance(value, dict)
+    return value
+
+
+def test_the_list_fits_80_columns_and_says_what_is_broken(call: Call, runs: dict[str, RunFolder]) -> None:
+    call("experiment", "tag", runs["aaaa"].run_id, "a-good-start", "keep")
+    result = call("experiment", "list", "--sort", "validation_loss")
+    assert result.exit_code == 0, result.stderr
+    table, notes = result.stdout.split("bad: ")
+    assert max(len(line) for line in table.splitlines()) <= 80
+    assert table.index("bbbb") < table.index("aaaa") < table.index("bad")
+    assert "another_ex" in table and "a-good" in table and "1.0000" in table
+    assert "config.json is missing" in notes
+
+
+def test_the_list_is_narrowed(call: Call, runs: dict[str, RunFolder]) -> None:
+    def listed(*options: str) -> list[str]:
+        return [run["run"] for run in result_of(call("experiment", "list", "--json", *options))["runs"]]
+
+    a, b = runs["aaaa"].run_id, runs["bbbb"].run_id
+    call("experiment", "tag", a, "keep")
+    assert listed("--name", "default") == [b, a]
+    assert listed("--status", "broken") == ["bad"]
+    assert listed("--tag", "keep") == [a]
+    assert listed("output.base_output_dir=elsewhere") == []
+    assert "no such runs in elsewhere" in call("experiment", "list", "output.base_output_dir=elsewhere").stdout
+
+
+def test_show_tells_a_real_run(call: Call, finished_run: RunFolder) -> None:
+    result = call("experiment", "show", str(finished_run.root))
+    assert result.exit_code == 0, result.stderr
+    for said in ("finished", "max_examples", "64", "heldout.jsonl", "training loss, steps 1 to", "0 (base)", "█"):
+        assert said in result.stdout, said
+    told = result_of(call("experiment", "show", str(finished_run.root), "--json"))
+    summary = finished_run.read_metadata("summary.json")
+    assert told["metrics"]["validation_loss"] == summary["validation_loss"]
+    assert [step for step, _ in told["losses"]["step"]] == list(range(1, summary["steps"] + 1))
+    assert told["losses"]["base"] == [[0, summary["base_validation_loss"]]]
+    assert told["config"]["data.max_examples"] == 64 and "peft.r" not in told["config"]
+
+
+def test_show_tells_a_broken_run(call: Call, runs: dict[str, RunFolder]) -> None:
+    result = call("experiment", "show", "bad")
+    assert result.exit_code == 0 and "bad of experiment another_experiment: broken" in result.stdout
+
+
+def test_compare_shows_metrics_and_the_settings_that_differ(call: Call, runs: dict[str, RunFolder]) -> None:
+    a, b = runs["aaaa"].run_id, runs["bbbb"].run_id
+    told = result_of(call("experiment", "compare", a, b, "--json"))
+    assert told["config"] == {"peft.r": [4, 8]} and [run["run"] for run in told["runs"]] == [a, b]
+    shown = call("experiment", "compare", a, b).stdout
+    assert "peft.r" in shown and "2.0000" in shown and max(map(len, shown.splitlines())) <= 80
+    assert "takes two runs or more, given 1" in call("experiment", "compare", a).stderr
+
+
+def test_best_goes_by_the_metric(call: Call, runs: dict[str, RunFolder]) -> None:
+    make_finished(runs["bbbb"])
+    assert result_of(call("experiment", "best", "--json"))["run"]["run"] == runs["bbbb"].run_id
+    told = result_of(call("experiment", "best", "--metric", "validation_loss", "--max", "--json"))
+    assert (told["run"]["run"], told["value"]) == (runs["aaaa"].run_id, 2.0)
+    assert runs["aaaa"].run_id in call("experiment", "best", "--metric", "steps", "--min").stdout
+
+
+def make_finished(run: RunFolder) -> None:
+    write_json(run.metadata / "summary.json", {**run.read_metadata("summary.json"), "status": "finished"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["list", "--sort", "validation_lose"], 2, "Did you mean validation_loss?"),
+        (["list", "--name", "defualt"], 2, "Did you mean default?"),
+        (["list", "--status", "done"], 2, "'done' is not one of"),
+        (["list", "training.lr=1"], 2, "training.lr=1: experiment looks at runs"),
+        (["show", "bda"], 1, "Did you mean bad?"),
+        (["tag", "bad", "no good"], 2, "tag 'no good'"),
+        (["tag", "bad", "keep", "--remove"], 2, "the run bad has no tags"),
+        (["delete", "bad"], 2, "there is no terminal to ask on; give --yes"),
+        (["delete", "output.base_output_dir=outputs"], 2, "one run or more, given none"),
+    ],
+)
+def test_wrong_usage_says_what_to_do(
+    call: Call, runs: dict[str, RunFolder], arguments: list[str], code: int, message: str
+) -> None:
+    result = call("experiment", *arguments)
+    assert (result.exit_code, message in " ".join(result.stderr.split())) == (code, True), result.stderr
+    assert all(run.root.is_dir() for run in runs.values())
+
+
+def test_delete_takes_what_is_named_and_nothing_where_one_is_refused(call: Call, runs: dict[str, RunFolder]) -> None:
+    a, b = runs["aaaa"], runs["bbbb"]
+    write_json(b.metadata / "summary.json", {"status": "running"})
+    with b.held():
+        refused = call("experiment", "delete", a.run_id, b.run_id, "--yes")
+    assert refused.exit_code == 1 and "is being trained by another process" in refused.stderr and a.root.is_dir()
+    told = result_of(call("experiment", "delete", a.run_id, "bad", "--yes", "--json"))
+    assert told["deleted"] == [str(run.root.relative_to(Path.cwd())) for run in (a, runs["bad"])] and told["bytes"] > 0
+    assert not a.root.exists() and not runs["bad"].root.exists() and b.root.is_dir()
+
+
+@pytest.mark.parametrize(("answer", "kept"), [(b"n\n", True), (b"y\n", False)])
+def test_delete_asks_on_a_terminal(tmp_path: Path, runs: dict[str, RunFolder], answer: bytes, kept: bool) -> None:
+    command = [sys.executable, "-m", "training_lens", "experiment", "delete", "bad", "--json"]
+    ours, theirs = pty.openpty()
+    try:
+        process = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        os.write(ours, answer)
+        out, errors = process.communicate(timeout=60)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert process.returncode == 0 and b"delete this run for good?" in errors
+    assert len(json.loads(out)["deleted"]) == (0 if kept else 1) and runs["bad"].root.is_dir() == kept
+
+
+def test_a_run_trains_once_at_a_time_and_is_told_as_interrupted_when_its_process_is_killed(
+    call: Call, tmp_path: Path
+) -> None:
+    settings = ["output.run_id=mine", "data.max_examples=1000", "training.epochs=3", "peft.r=4"]
+    command = [sys.executable, "-m", "training_lens", "train", *settings]
+    run = RunFolder(runs_folder(str(tmp_path / "outputs"), "default") / "mine")
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (run.metrics.is_file() and run.metrics.stat().st_size):
+            time.sleep(0.05)
+        listed = result_of(call("experiment", "list", "--json"))
+        resumed = call("train", "--resume", "latest")
+        deleted = call("experiment", "delete", "mine", "--yes")
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert listed["runs"][0]["status"] == "running"
+    assert resumed.exit_code == 1
+    assert f"is being trained by another process (process {process.pid} on host" in " ".join(resumed.stderr.split())
+    assert deleted.exit_code == 1 and "the run mine is being trained" in " ".join(deleted.stderr.split())
+    (killed,) = result_of(call("experiment", "list", "--json"))["runs"]
+    assert killed["status"] == "interrupted" and killed["detail"].startswith(f"died, process {process.pid} on host")
