@@ -42,19 +42,19 @@ def check_base(record: Path, model: ModelSection) -> bool:
         record: the base.json of the run that trained it.
 
     Returns:
-        Whether the record says the weights; an older run has none.
+        Whether the two could be held together: an older run has no record, and a hub's model may not be here yet.
 
     Raises:
         AdapterError: the base's weights are others now.
     """
     trained_on = read_json(record)["weights"] if record.is_file() else None
-    if trained_on is None:
+    found = fingerprint(model) if trained_on else None
+    if trained_on is None or found is None:
         return False
-    found = fingerprint(model)
     if found != trained_on:
         raise AdapterError(
             f"the adapter was trained on other weights than '{model.id}' holds now: {record} says {trained_on[:16]}, "
-            f"found {str(found)[:16]}. Put the base back that it was trained on, or train again on this one."
+            f"found {found[:16]}. Put the base back that it was trained on, or train again on this one."
         )
     return True
 
