@@ -41,6 +41,10 @@ class AdapterError(TrainingLensError):
     """An adapter that does not fit its base model."""
 
 
+class MergeError(TrainingLensError):
+    """A merged model that is not what its adapter is, or cannot be written."""
+
+
 class TrainingError(TrainingLensError):
     """Training cannot go on: for one, the loss is not finite."""
 

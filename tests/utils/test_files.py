@@ -36,6 +36,18 @@ def test_a_folder_appears_when_done_and_an_older_one_stays(tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+def test_a_folder_gives_way_to_a_finished_one_alone(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        with whole_folder(tmp_path / "x", replace=True) as folder:
+            (folder / text).write_text(text)
+            assert text == "first" or (tmp_path / "x/first").exists()
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["second"]
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "x", replace=True):
+        raise RuntimeError
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["second"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     write_text(tmp_path / "a.json", "old")
     with pytest.raises(TypeError):

@@ -9,6 +9,7 @@ from training_lens.cli.evaluate import baseline, evaluate
 from training_lens.cli.experiment import experiment
 from training_lens.cli.infer import infer
 from training_lens.cli.init import init
+from training_lens.cli.merge import merge
 from training_lens.cli.train import train
 from training_lens.cli.validate import validate
 
@@ -20,7 +21,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (init, validate, train, evaluate, baseline, compare, infer):
+for command in (init, validate, train, evaluate, baseline, compare, infer, merge):
     cli.command()(command)
 cli.add_typer(experiment)
 

@@ -149,11 +149,12 @@ def uses_own_model(adapter: str) -> bool:
     return adapter == BASE_ALONE or (Path(adapter).expanduser() / "adapter_config.json").is_file()
 
 
-def open_run(run: RunFolder, device: str | None = None) -> Session:
+def open_run(run: RunFolder, device: str | None = None, precision: Precision | None = None) -> Session:
     """The run's model with its adapter, its tokenizer as saved, its template and domains.
 
     Args:
         device: as `model.device`; None takes the run's.
+        precision: of weights and computation; None takes the run's.
 
     Raises:
         CheckpointError: the run has no finished adapter; ModelLoadingError, AdapterError: it cannot be loaded.
@@ -163,7 +164,9 @@ def open_run(run: RunFolder, device: str | None = None) -> Session:
     trained = config.training.precision
     # fp16 exists on CUDA alone: elsewhere such a run answers in the device's own precision.
     elsewhere = device is not None or (trained == "fp16" and place.type != "cuda")
-    precision = resolve_precision("auto" if elsewhere else trained, place)
+    if precision:
+        config = config.resolved(model={"dtype": precision})
+    precision = precision or resolve_precision("auto" if elsewhere else trained, place)
     tokenizer = load_tokenizer(config.model, str(run.tokenizer))
     model = load_adapter(load_model(config.model, place, precision), run.adapter)
     data = run.read_metadata("data.json")

@@ -266,7 +266,7 @@ def check_weights(model: ModelSection) -> None:
     folder = Path(locate(model))
     if not folder.is_dir():
         return
-    for name in _weight_files(folder):
+    for name in weight_files(folder):
         try:
             with safe_open(folder / name, "pt"):
                 pass
@@ -278,7 +278,7 @@ def check_weights(model: ModelSection) -> None:
         _with_weights(model, device_map="meta")
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     """The names of a local model's safetensors files; as in transformers, a single file goes before an index."""
     single, index = WEIGHTS
     if (folder / single).is_file():

@@ -86,3 +86,23 @@ def element_count(parameter: torch.nn.Parameter) -> int:
     """Weights in a parameter; 4-bit ones are packed, and their state knows the shape that they have."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+
+
+def dequantize(model: Any) -> Any:
+    """The model with each packed layer as a plain one of float32 weights, and a config that says so; changed in place.
+
+    Memory: 4 bytes a weight in place of the packed ones, a layer at a time.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    from peft.utils.integrations import dequantize_module_weight
+
+    bitsandbytes = require_bitsandbytes("model.quantization")
+    packed = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    for path, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, packed)]:
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = torch.nn.Parameter(dequantize_module_weight(layer).detach().float(), requires_grad=False)
+        plain.bias = layer.bias
+        model.set_submodule(path, plain)
+    model.hf_quantizer.remove_quantization_config(model)
+    return model

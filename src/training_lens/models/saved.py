@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _section_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The keys of `PeftSection` that an adapter's configuration decides, checked as those of a section."""
-    _refuse_others(config, folder)
+    require_plain(config, folder, "peft.from_adapter", "go on here")
     values = {
         "variant": "rslora" if config.get("use_rslora") else "lora",
         "init": "default",
@@ -142,23 +143,32 @@ def _first_problem(error: ValidationError) -> str:
     return f"{item['loc'][0]}: given {item['input']!r}. {item['msg']}"
 
 
-def _refuse_others(config: dict[str, Any], folder: Path) -> None:
+def require_plain(config: dict[str, Any], folder: Path, key: str, doing: str, also: Collection[str] = ()) -> None:
+    """Refuse an adapter's configuration that is more than that of a LoRA or DoRA on the base's own weights.
+
+    Args:
+        key: what named the adapter, and `doing` what such an adapter cannot do, for the message.
+        also: keys that may be set besides those of `PeftSection`.
+
+    Raises:
+        AdapterError: another kind of adapter, options of PEFT that change what it computes, or a key is missing.
+    """
     from peft import LoraConfig
 
     kind, start = config.get("peft_type"), str(config.get("init_lora_weights"))
     if kind != "LORA":
-        raise AdapterError(f"peft.from_adapter: {folder} holds a {kind} adapter; only LoRA and DoRA can go on here.")
+        raise AdapterError(f"{key}: {folder} holds a {kind} adapter; only LoRA and DoRA can {doing}.")
     if start.startswith(ON_OTHER_WEIGHTS):
         raise AdapterError(
-            f"peft.from_adapter: {folder} started as {start}, which changed the base's weights under it. Convert it to "
+            f"{key}: {folder} started as {start}, which changed the base's weights under it. Convert it to "
             "a plain LoRA first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)."
         )
     usual = LoraConfig().to_dict()
-    others = [k for k, v in config.items() if k not in NEUTRAL | CARRIED and v and v != usual.get(k)]
+    others = [k for k, v in config.items() if k not in {*NEUTRAL, *CARRIED, *also} and v and v != usual.get(k)]
     missing = [k for k in NEEDED if not config.get(k)]
     if others or missing:
         what = f"uses {', '.join(others)}" if others else f"does not say {', '.join(missing)}"
-        raise AdapterError(f"peft.from_adapter: {folder} {what}; only plain LoRA and DoRA adapters can go on here.")
+        raise AdapterError(f"{key}: {folder} {what}; only plain LoRA and DoRA adapters can {doing}.")
 
 
 def saved_shapes(folder: Path) -> Shapes:

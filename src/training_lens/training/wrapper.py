@@ -17,6 +17,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError, InterruptedRunError
 from training_lens.models.adapters import ParameterCount, count_parameters, describe
 from training_lens.models.factory import load_model
+from training_lens.models.stored import base_record
 from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar, TensorBoardLogger
 from training_lens.training.checkpoints import ADAPTER, CheckpointManager, TrainingState
@@ -143,6 +144,8 @@ class TrainingWrapper:
         with TrainingLogger(run.logs / "run.log"), memory_watched(plan.config):
             logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
             trainer, parameters = self._assemble(run, plan)
+            if plan.processes.is_main and not resume:
+                write_json(run.base_record, base_record(plan.config.model))  # a hub's weights are there only now
             try:
                 state = trainer.fit(resume)
                 if plan.processes.is_main:

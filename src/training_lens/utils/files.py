@@ -55,10 +55,11 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and nothing otherwise.
 
-    Where `path` appeared meanwhile (another process wrote the same), that one is kept.
+    Where `path` is there already (for one, another process wrote the same), that one is kept; with `replace` it gives
+    way in the end, and stays where the block fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
@@ -69,13 +70,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
         _fsync(temporary)
         temporary.chmod(0o755)
         try:
-            temporary.rename(path)
+            _exchange(temporary, path) if replace and path.is_dir() else temporary.rename(path)
         except OSError:
-            if not path.is_dir():
+            if replace or not path.is_dir():
                 raise
         _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Put the folder `new` at `path`, where another is; between the two renames the old one is at a temporary name."""
+    aside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    path.rename(aside)  # onto an empty folder: one step
+    try:
+        new.rename(path)
+    except BaseException:
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def sweep_temporaries(folder: Path, older_than_seconds: float) -> None:

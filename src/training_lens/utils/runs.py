@@ -53,6 +53,14 @@ class RunFolder:
         return self.root / "artifacts" / "tokenizer"
 
     @property
+    def merged(self) -> Path:
+        return self.root / "artifacts" / "merged"
+
+    @property
+    def delta(self) -> Path:
+        return self.root / "artifacts" / "delta"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -63,6 +71,10 @@ class RunFolder:
     @property
     def metadata(self) -> Path:
         return self.root / "metadata"
+
+    @property
+    def base_record(self) -> Path:
+        return self.metadata / "base.json"
 
     @property
     def reports(self) -> Path:

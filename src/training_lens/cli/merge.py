@@ -1,0 +1,132 @@
+"""`training-lens merge`: an adapter as plain weights, checked before it is called done."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from training_lens.cli.common import (
+    ConfigFile,
+    Debug,
+    Json,
+    Overrides,
+    Screen,
+    command,
+    load_config,
+    refuse_unused,
+)
+
+if TYPE_CHECKING:
+    from training_lens.config.schema import TrainingConfig
+    from training_lens.inference.merge import Merged
+
+
+class Dtype(StrEnum):
+    """The number types that weights are written in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+Run = Annotated[
+    str | None,
+    typer.Option(metavar="RUN", help="Short for inference.adapter=RUN: a run's id or folder, or an adapter folder."),
+]
+Output = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER", help="Where it is written; without it, artifacts/merged or artifacts/delta of the run."
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Number type of the written weights; auto: that of the base's files.")]
+Scale = Annotated[float, typer.Option(help="Multiplies the adapter's update; 1 is as trained.")]
+Delta = Annotated[bool, typer.Option("--delta", help="Write the differences of the changed weights alone.")]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of a file of weights.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace what an earlier merge wrote, once the new one is checked.")
+]
+SameBase = Annotated[
+    bool, typer.Option("--same-base", help="Take model.id for the base that a bare adapter knows by another name.")
+]
+
+
+def merge(
+    overrides: Overrides = None,
+    run: Run = None,
+    output: Output = None,
+    dtype: DtypeOption = Dtype.auto,
+    scale: Scale = 1.0,
+    delta: Delta = False,
+    max_shard_size: ShardSize = "5GB",
+    force: Force = False,
+    same_base: SameBase = False,
+    config: ConfigFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into its base, and check in a fresh process that the result computes what the adapter does.
+
+    Examples: training-lens merge; training-lens merge --run RUN --dtype bf16 --output FOLDER;
+    training-lens merge --run ADAPTER_FOLDER model.id=PATH --output FOLDER
+    """
+    with command(json, debug) as screen:
+        settings = _settings(config, overrides, run)
+        from pathlib import Path
+
+        from training_lens.inference.merge import MergeOptions
+        from training_lens.inference.merge import merge as merge_adapter
+
+        place = Path(output) if output else None
+        options = MergeOptions(place, dtype.value, scale, delta, max_shard_size, force, same_base)
+        screen.console.print("merging in float32 ...", style="dim")
+        merged = merge_adapter(settings, options, lambda _folder: _say_written(screen))
+        _show(screen, merged)
+        screen.result(merged.report)
+
+
+def _settings(config: str | None, overrides: list[str] | None, run: str | None) -> TrainingConfig:
+    """The config, with `--run` as the adapter; settings that merging would not heed are refused."""
+    from training_lens.errors import ConfigurationError
+
+    named = [text for text in overrides or [] if text.startswith("inference.adapter=")]
+    if run and named:
+        raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
+    settings = load_config(config, overrides, {"inference": {"adapter": run}} if run else None)
+    from training_lens.inference.session import uses_own_model
+
+    own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device", "data.validation=")
+    refuse_unused(overrides, ("inference.adapter", "output.", *own), "merge takes what the run's own config says.")
+    return settings
+
+
+def _say_written(screen: Screen) -> None:
+    screen.console.print("written; loading it in a fresh process to check it ...", style="dim")
+
+
+def _show(screen: Screen, merged: Merged) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    report, found = merged.report, merged.verification
+    title = f"on {report['rows']} rows {report['rows_from']}: {found.positions} positions, {found.answers} answers"
+    table = Table(title=title, title_justify="left")
+    for column in ("checked", "measured", "allowed", ""):
+        table.add_column(column, justify="left" if column in ("checked", "") else "right")
+    for check in found.checks:
+        table.add_row(Text(check.name), f"{check.measured:.2g}", f"{check.allowed:.2g}", "ok")
+    screen.console.print(table)
+    said = (
+        f"max logit difference {found.max_logit_difference:.2g} where logits spread by {found.logit_spread:.2g}; "
+        f"{found.greedy_agreement:.0%} of the answers are the same, {found.ties} part at a tie"
+    )
+    screen.console.print(said, markup=False, soft_wrap=True)
+    if not report["base_known"]:
+        screen.console.print("nothing says which weights the adapter was trained on: the base was taken by its name")
+    if report["untied"]:
+        screen.console.print("embedding and head were one weight, and are two now: the adapter changes one of them")
+    what = "the difference to the base" if report["kind"] == "delta" else "the merged model"
+    screen.console.print(f"{what} ({report['dtype']}) is in {merged.output}", markup=False, soft_wrap=True)

@@ -1,0 +1,79 @@
+"""What a model computes for given tokens; and, run by its path, what a folder computes in a process of its own.
+
+    python reload.py JOB.json
+
+loads the job's folder as any program would, with nothing of this package (only torch, transformers and safetensors),
+and writes logits.safetensors and greedy.json beside the job.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def last_logits(model: Any, ids: list[int], keep: int) -> Tensor:
+    """Logits (at most `keep`, vocabulary) of the last positions, float32 on the CPU."""
+    with torch.inference_mode():
+        logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device)).logits
+    return logits[0, -keep:].float().cpu()  # (1, tokens, vocabulary) -> (positions, vocabulary)
+
+
+def greedy(model: Any, ids: list[int], limit: int, **stops: Any) -> tuple[list[int], list[float]]:
+    """The greedy answer's tokens, and for each how far its score is above the next best token's."""
+    prompt = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=limit,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **stops,
+        )
+    best = [step[0].float().topk(2).values.tolist() for step in out.scores]
+    return out.sequences[0, len(ids) :].tolist(), [first - second for first, second in best]
+
+
+def load(job: dict[str, Any]) -> Any:
+    """The job's folder as a model in float32: a whole one, or `base` with the folder's delta added."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    trusted = {"trust_remote_code": job["trust_remote_code"], "dtype": torch.float32}
+    if not job["base"]:
+        return AutoModelForCausalLM.from_pretrained(job["folder"], **trusted).to(job["device"]).eval()
+    model = AutoModelForCausalLM.from_pretrained(job["base"], revision=job["revision"], **trusted)
+    if job["untied"]:
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    weights = model.state_dict()
+    for file in sorted(Path(job["folder"]).glob("delta*.safetensors")):
+        for name, difference in load_file(file).items():
+            weights[name] += difference.float()
+    return model.to(job["device"]).eval()
+
+
+def main(path: Path) -> None:
+    """Do the job in `path`: rows' logits, and answers to prompts."""
+    from safetensors.torch import save_file
+
+    job = json.loads(path.read_text(encoding="utf-8"))
+    model = load(job)
+    save_file(
+        {str(i): last_logits(model, ids, job["keep"]).contiguous() for i, ids in enumerate(job["rows"])},
+        path.with_name("logits.safetensors"),
+    )
+    stops = {"eos_token_id": job["stop_ids"], "pad_token_id": job["pad_id"]} if job["base"] else {}
+    answers = [greedy(model, ids, limit, **stops)[0] for ids, limit in job["prompts"]]
+    path.with_name("greedy.json").write_text(json.dumps(answers), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,174 @@
+"""An adapter folded into the base's own weights: plain weights that any program loads without PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training_lens.errors import AdapterError
+from training_lens.models.quantization import dequantize
+from training_lens.models.targets import is_linear
+
+DELTA = "delta{suffix}.safetensors"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A model without adapter modules.
+
+    `changed` names the parameters that the adapter changed, as the model's state dict names them; one of two that are
+    tied. `untied`: embedding and head were one weight in the base, and are two here.
+    """
+
+    model: Any
+    changed: tuple[str, ...]
+    untied: bool
+
+
+def check_foldable(adapted: Any, scale: float) -> None:
+    """Refuse an adapter that has no plain weights.
+
+    Raises:
+        AdapterError: names the module: another kind than LoRA and DoRA on linear layers and embeddings; or a `scale`
+            other than 1 with a block trained whole, which has no "half of the update" that could be checked.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    for path, layer in _adapted_layers(adapted):
+        base = _plain(layer)
+        if isinstance(layer, LoraLayer):
+            dora = all(isinstance(variant, DoraLinearVariant) for variant in layer.lora_variant.values())
+            if (
+                not (is_linear(base) or isinstance(base, torch.nn.Embedding))
+                or not dora
+                or any(layer.lora_bias.values())
+            ):
+                raise AdapterError(
+                    f"'{path}' carries a {type(layer).__name__} on a {type(base).__name__} that cannot be merged; only "
+                    "LoRA and DoRA on linear layers and embeddings can. Serve the adapter itself."
+                )
+        elif scale != 1 and next(base.children(), None) is not None:
+            raise AdapterError(
+                f"--scale {scale:g}: '{path}' is a block of modules that was trained whole, and part of such a change "
+                "computes nothing that could be checked against the adapter. Merge it with --scale 1."
+            )
+
+
+@contextmanager
+def scaled(adapted: Any, scale: float) -> Iterator[None]:
+    """Within the block each adapted module gives base + scale (adapted - base): the update counts `scale` times.
+
+    For LoRA that is `scale` times its scaling factor; for DoRA, whose weight is no sum, the step from the base's weight
+    to the adapted one; for a module trained whole likewise. Cost: each base module computes twice.
+    """
+    with ExitStack() as stack:
+        for _, layer in _adapted_layers(adapted) if scale != 1 else ():
+            stack.callback(layer.register_forward_hook(_interpolation(_plain(layer), scale)).remove)
+        yield
+
+
+def _interpolation(base: torch.nn.Module, scale: float) -> Any:
+    def interpolate(_layer: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
+        before: Tensor = base(*given)
+        return before + scale * (result - before)
+
+    return interpolate
+
+
+def fold(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> Folded:
+    """Turn `adapted` into the plain model with weights W + scale dW, in float32; it is used up.
+
+    dW is the update that the adapter makes: s B A for LoRA (arXiv 2106.09685), m (W + s B A) / |W + s B A| - W for DoRA
+    (arXiv 2402.09353), and what training changed of a module trained whole. A quantized base is dequantized first.
+    Memory: 4 bytes a parameter, and one module's update at a time besides.
+
+    Args:
+        scale: multiplies the update; 1 is the adapter as trained.
+        delta: put scale dW in the changed weights' place, and not the sum.
+
+    Raises:
+        AdapterError: a module's update is not finite.
+    """
+    model = dequantize(adapted.get_base_model()).float()
+    changed = []
+    for path, layer in _adapted_layers(adapted):
+        plain = _plain(layer)
+        for name, update in _updates(layer, plain):
+            if not torch.isfinite(update).all():
+                raise AdapterError(f"the adapter's update of '{path}.{name}' is not finite: training diverged.")
+            before = plain.get_parameter(name).detach()
+            after = scale * update if delta else before + scale * update
+            owner, _, last = name.rpartition(".")
+            # A new parameter: the old one may be another module's too, where weights are tied.
+            setattr(plain.get_submodule(owner), last, torch.nn.Parameter(after, requires_grad=False))
+            changed.append(f"{path}.{name}")
+        model.set_submodule(path, plain)
+    apart, again = _settle_ties(model)
+    return Folded(model, tuple(name for name in changed if name not in again), bool(apart))
+
+
+def _adapted_layers(adapted: Any) -> list[tuple[str, Any]]:
+    """Paths in the plain model, and PEFT's wrappers there."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    modules = adapted.get_base_model().named_modules(remove_duplicate=False)
+    return [(path, m) for path, m in modules if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
+
+
+def _plain(layer: Any) -> Any:
+    """The base's own module under PEFT's wrapper."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
+
+
+@torch.no_grad()
+def _updates(layer: Any, plain: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names of the plain module's parameters, and what the adapter adds to each, in float32 and of the same shape."""
+    (name,) = layer.active_adapters
+    if not hasattr(layer, "lora_variant"):  # trained whole
+        trained = dict(layer.modules_to_save[name].named_parameters())
+        yield from ((n, trained[n].detach().float() - p) for n, p in plain.named_parameters())
+    elif name in layer.lora_variant:  # DoRA
+        yield "weight", layer.lora_variant[name].merge_safe(layer, name, plain.weight) - plain.weight
+    else:
+        yield "weight", layer.get_delta_weight(name).float()
+
+
+def _settle_ties(model: Any) -> tuple[list[str], list[str]]:
+    """Names of weights that were tied to others and came apart, which the config then says; and of those tied again."""
+    apart, again = [], []
+    for target, source in model.all_tied_weights_keys.items():
+        if torch.equal(model.get_parameter(target), model.get_parameter(source)):
+            owner, _, last = target.rpartition(".")
+            setattr(model.get_submodule(owner), last, model.get_parameter(source))
+            again.append(target)
+        else:
+            apart.append(target)
+    for target in apart:
+        del model.all_tied_weights_keys[target]
+    for config in (model.config, model.config.get_text_config()) if apart else ():
+        config.tie_word_embeddings = False
+    return apart, again
+
+
+def save_merged(folded: Folded, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+    """Write config.json, generation_config.json and the weights in `dtype`: safetensors of at most `max_shard_size`.
+
+    The model becomes `dtype` itself, a module at a time, so no second copy of it is made.
+    """
+    folded.model.to(dtype).save_pretrained(str(folder), max_shard_size=max_shard_size)
+
+
+def save_delta(folded: Folded, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+    """Write the changed parameters alone, of a model folded with `delta`: delta.safetensors, or its shards."""
+    from huggingface_hub import save_torch_state_dict
+
+    state = {name: folded.model.get_parameter(name).detach().to(dtype) for name in folded.changed}
+    save_torch_state_dict(state, str(folder), filename_pattern=DELTA, max_shard_size=max_shard_size)

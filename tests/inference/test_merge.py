@@ -1,0 +1,190 @@
+"""A merge is kept where it holds: else nothing but its report is left, and what was there before stays."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from training_lens import embedded
+from training_lens.config.compose import validate
+from training_lens.errors import AdapterError, ConfigurationError, MergeError
+from training_lens.inference.merge import MergeOptions, merge
+from training_lens.inference.session import open_run
+from training_lens.models.adapters import attach, save_adapter
+from training_lens.models.factory import load_model
+from training_lens.utils.files import read_json, write_json
+from training_lens.utils.runs import RunFolder
+
+IDS = torch.arange(40, 72).view(2, 16)
+
+
+@pytest.fixture
+def run(finished_run: RunFolder, tmp_path: Path) -> RunFolder:
+    """A copy of the finished run, to write into."""
+    return RunFolder(Path(shutil.copytree(finished_run.root, tmp_path / "run")))
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> dict[str, Any]:
+    """Three rows to check on, for what needs no more."""
+    rows = embedded.PATHS[embedded.HELDOUT].read_text().splitlines(keepends=True)[:3]
+    (tmp_path / "few.jsonl").write_text("".join(rows))
+    return {"data": {"validation": str(tmp_path / "few.jsonl")}}
+
+
+def config(adapter: Path, **sections: Any) -> Any:
+    return validate({"inference": {"adapter": str(adapter)}, **sections})
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        result: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return result
+
+
+def corrupt(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.2.self_attn.v_proj.weight"] *= 1.2
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_merged_run_is_the_adapter_as_a_plain_folder(run: RunFolder) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = merge(config(run.root), MergeOptions(dtype="fp32", max_shard_size="2MB"))
+    assert merged.output == run.merged and merged.report["verified"] and merged.report["base_known"]
+    assert merged.verification.max_logit_difference < 1e-4
+    assert read_json(run.reports / "merge.json") == read_json(run.merged / "merge.json") == merged.report
+    files = {p.name for p in run.merged.iterdir()}
+    assert {
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "README.md",
+        "model.safetensors.index.json",
+    } <= files
+    assert not [name for name in files if "adapter" in name or name.endswith(".py")]
+    session = open_run(run)
+    loaded = AutoModelForCausalLM.from_pretrained(run.merged)
+    assert loaded.dtype == torch.float32 and (logits(loaded) - logits(session.model)).abs().max() < 1e-4
+    assert loaded.generation_config.eos_token_id == sorted(session.stop_ids)
+    tokenizer = AutoTokenizer.from_pretrained(run.merged)
+    assert tokenizer.chat_template == session.tokenizer.chat_template
+
+
+def test_a_corrupted_merge_is_removed_and_what_was_there_stays(run: RunFolder, few: dict[str, Any]) -> None:
+    run.merged.mkdir()
+    write_json(run.merged / "merge.json", {"of": "an earlier merge"})
+    with pytest.raises(MergeError, match=r"largest logit difference to the adapter: .*it was removed.*reports/merge"):
+        merge(config(run.root, **few), MergeOptions(force=True), on_written=corrupt)
+    report = read_json(run.reports / "merge.json")
+    assert report["verified"] is False and report["max_logit_difference"] > report["checks"][0]["allowed"]
+    assert read_json(run.merged / "merge.json") == {"of": "an earlier merge"}
+    assert sorted(p.name for p in (run.root / "artifacts").iterdir()) == ["adapter", "merged", "tokenizer"]
+
+
+def test_a_merge_that_cannot_be_loaded_is_removed(run: RunFolder, few: dict[str, Any]) -> None:
+    with pytest.raises(MergeError, match=r"cannot be loaded by AutoModelForCausalLM"):
+        merge(
+            config(run.root, **few), MergeOptions(), on_written=lambda folder: (folder / "model.safetensors").unlink()
+        )
+    assert "cannot be loaded" in read_json(run.reports / "merge.json")["error"] and not run.merged.exists()
+
+
+def test_the_readme_of_a_delta_makes_the_adapter(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, few: dict[str, Any]
+) -> None:
+    merged = merge(config(run.root, **few), MergeOptions(delta=True, dtype="fp32", scale=0.5))
+    weights = load_file(merged.output / "delta.safetensors")
+    assert merged.output == run.delta and len(weights) == 35 and merged.report["scale"] == 0.5
+    code = (merged.output / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(merged.output)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    base = load_model(open_run(run).config.model, torch.device("cpu"), "fp32")
+    layer = open_run(run).model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    path = "model.layers.0.mlp.up_proj.weight"
+    update = names["model"].get_parameter(path) - base.get_parameter(path)
+    torch.testing.assert_close(update, 0.5 * layer.get_delta_weight("default").detach(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_base_that_changed_at_its_path_is_refused(run: RunFolder, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(embedded.PATHS[embedded.MODEL], tmp_path / "model"))
+    settings = read_json(run.metadata / "config.json")
+    write_json(run.metadata / "config.json", settings | {"model": settings["model"] | {"id": str(model)}})
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] *= 1.1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match=r"trained on other weights than '.*model' holds now: .*base.json says"):
+        merge(config(run.root), MergeOptions())
+    assert not run.merged.exists()
+
+
+def test_a_bare_adapter_of_another_base_is_refused(run: RunFolder, tmp_path: Path, few: dict[str, Any]) -> None:
+    adapter = Path(shutil.copytree(run.adapter, tmp_path / "bare"))
+    settings = read_json(adapter / "adapter_config.json")
+    write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": "someone/another-base"})
+    with pytest.raises(AdapterError, match=r"trained on 'someone/another-base', and model.id is 'embedded'.*same-base"):
+        merge(config(adapter, **few), MergeOptions(tmp_path / "out"))
+    merged = merge(config(adapter, **few), MergeOptions(tmp_path / "out", same_base=True))
+    assert not merged.report["base_known"] and merged.report["rows_from"] == f"of {few['data']['validation']}"
+    assert merged.report["rows"] == 3 and merged.report["dtype"] == "bf16"
+
+
+def test_an_adapter_of_another_shape_is_refused(run: RunFolder, shared: Path, tmp_path: Path) -> None:
+    other = {"model": {"id": str(shared / "models/tinystories-656k")}}
+    with pytest.raises(AdapterError, match=r"does not fit this base model"):
+        merge(
+            config(shutil.copytree(run.adapter, tmp_path / "x"), **other), MergeOptions(tmp_path / "o", same_base=True)
+        )
+
+
+def test_an_adapter_that_changes_nothing_is_refused(run: RunFolder, small_config: Callable[..., Any]) -> None:
+    from training_lens.config.schema import PeftSection
+
+    model = load_model(small_config().model, torch.device("cpu"), "fp32")
+    save_adapter(attach(model, PeftSection(r=4)), run.adapter)
+    with pytest.raises(AdapterError, match=r"computes exactly what its base does: nothing to merge"):
+        merge(config(run.root), MergeOptions())
+
+
+def test_what_no_merge_wrote_is_never_replaced(run: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.txt").write_text("mine")
+    for force in (False, True):
+        with pytest.raises(ConfigurationError, match=r"there is something that no merge wrote"):
+            merge(config(run.root), MergeOptions(tmp_path / "thesis", force=force))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options", "said"),
+    [
+        ("run", {"scale": 0.0}, "--scale 0: give a number other than 0"),
+        ("run", {"max_shard_size": "large"}, "--max-shard-size large: give a number and a unit"),
+        ("none", {}, "names no adapter to merge"),
+        ("run/artifacts/adapter", {}, "a bare adapter has no run folder to merge into; give --output"),
+    ],
+)
+def test_wrong_options_are_refused(
+    run: RunFolder, adapter: str, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.root.parent)
+    with pytest.raises(ConfigurationError, match=said):
+        merge(validate({"inference": {"adapter": adapter}}), MergeOptions(**options))
+
+
+def test_a_quantized_run_merges_whole_alone(run: RunFolder, few: dict[str, Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = read_json(run.metadata / "config.json")
+    write_json(run.metadata / "config.json", settings | {"model": settings["model"] | {"quantization": "4bit"}})
+    with pytest.raises(ConfigurationError, match=r"--delta: the run trained on quantized weights"):
+        merge(config(run.root, **few), MergeOptions(delta=True))
+    merged = merge(config(run.root, **few), MergeOptions(dtype="fp32"))
+    assert merged.report["quantization"] == "4bit" and merged.verification.max_logit_difference < 1e-4
+    assert "quantization_config" not in read_json(run.merged / "config.json")
