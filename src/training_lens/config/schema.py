@@ -43,7 +43,9 @@ class ModelSection(Section):
     seq_len: int | None = Field(
         None, ge=8, description="longest example in tokens; null: the model's positions, at most 2048"
     )
-    attention: Literal["auto", "sdpa", "eager"] = Field("auto", description="attention implementation; auto: sdpa")
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        "auto", description="attention; auto: sdpa, or eager where the model has no sdpa"
+    )
     quantization: Literal["none", "4bit", "8bit"] = Field(
         "none", description="of the frozen weights, through bitsandbytes: 4bit (NF4, double quantization) or 8bit"
     )
