@@ -46,7 +46,7 @@ class TrainingError(TrainingLensError):
 
 
 class OutOfMemoryError(TrainingError):
-    """Memory ran out in loading or training."""
+    """Memory ran out in loading, training or answering."""
 
 
 class EstimateError(TrainingLensError):
