@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from training_lens.cli.benchmark import benchmark
 from training_lens.cli.compare import compare
 from training_lens.cli.infer import infer
 from training_lens.cli.init import init
@@ -18,7 +19,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (init, train, validate, infer, compare):
+for command in (init, train, validate, infer, compare, benchmark):
     cli.command()(command)
 
 
