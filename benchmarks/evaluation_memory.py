@@ -2,8 +2,9 @@
 
     python benchmarks/evaluation_memory.py [--shared ../shared] [--output benchmarks/results/evaluation_memory.json]
 
-A Llama of random weights (15 M parameters), GPT-2 tokens; texts of which every token counts, and long prompts
-that are answered. Each command is a process of its own; the peak is that process's, model and libraries included. Writes one JSON object: the peaks in bytes, and those of judging over those of training.
+A Llama of random weights (15 M parameters) with the tokenizer of GPT-2; texts of which every token counts, and long
+prompts that are answered. Each command is a process of its own; the peak is that process's, with model and libraries.
+Writes one JSON object: the peaks in bytes, and those of judging over those of training.
 """
 
 from __future__ import annotations

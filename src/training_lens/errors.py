@@ -54,7 +54,7 @@ class EvaluationError(TrainingLensError):
 
 
 class OutOfMemoryError(TrainingError):
-    """Memory ran out in loading or training."""
+    """Memory ran out in loading, training or answering."""
 
 
 class EstimateError(TrainingLensError):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from training_lens.utils.devices import peak_bytes
+from training_lens.utils.devices import peak_bytes, reset_process_peak
 
 CPU = torch.device("cpu")
 
@@ -23,3 +24,12 @@ def test_the_peak_is_not_that_of_the_program_that_started_it() -> None:
     code = "import torch; from training_lens.utils.devices import peak_bytes; print(peak_bytes(torch.device('cpu')))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(printed) < held.numel()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a process's peak")
+def test_a_process_peak_can_be_counted_anew() -> None:
+    held = torch.ones(256 * 2**20, dtype=torch.uint8)
+    high = peak_bytes(CPU)
+    del held
+    assert reset_process_peak()
+    assert peak_bytes(CPU) < high - 200 * 2**20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from training_lens.cli.benchmark import benchmark
 from training_lens.cli.compare import compare
 from training_lens.cli.evaluate import baseline, evaluate
 from training_lens.cli.experiment import experiment
@@ -21,7 +22,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (init, validate, train, evaluate, baseline, compare, infer, merge):
+for command in (init, validate, train, evaluate, baseline, compare, infer, benchmark, merge):
     cli.command()(command)
 cli.add_typer(experiment)
 

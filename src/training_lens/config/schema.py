@@ -43,7 +43,9 @@ class ModelSection(Section):
     seq_len: int | None = Field(
         None, ge=8, description="longest example in tokens; null: the model's positions, at most 2048"
     )
-    attention: Literal["auto", "sdpa", "eager"] = Field("auto", description="attention implementation; auto: sdpa")
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        "auto", description="attention; auto: sdpa, or eager where the model has no sdpa"
+    )
     quantization: Literal["none", "4bit", "8bit"] = Field(
         "none", description="of the frozen weights, through bitsandbytes: 4bit (NF4, double quantization) or 8bit"
     )
@@ -289,6 +291,33 @@ class InferenceSection(Section):
         return value
 
 
+class BenchmarkSection(Section):
+    """Measuring how fast base, adapter and merged model answer."""
+
+    models: list[Literal["base", "adapter", "merged"]] = Field(
+        ["base", "adapter", "merged"],
+        min_length=1,
+        description="which are measured, in turn: base alone, adapter beside the weights, adapter merged into them",
+    )
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 4, 16], min_length=1, description="prompts that are answered together"
+    )
+    prompt_lengths: list[Annotated[int, Field(ge=1)]] = Field(
+        [32, 128], min_length=1, description="tokens of each prompt"
+    )
+    new_tokens: int = Field(64, ge=2, description="tokens generated for each prompt, end tokens or not")
+    warmup: int = Field(1, ge=0, description="calls of each kind before those that count")
+    repetitions: int = Field(5, ge=1, description="calls of each kind that count")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the choice of prompts")
+
+    @field_validator("models", "batch_sizes", "prompt_lengths")
+    @classmethod
+    def _each_once(cls, value: list[Any]) -> list[Any]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{value} names one of them twice; give each once")
+        return value
+
+
 class TrackingSection(Section):
     """Where metrics go besides logs/metrics.jsonl."""
 
@@ -321,6 +350,7 @@ class TrainingConfig(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     inference: InferenceSection = InferenceSection()
+    benchmark: BenchmarkSection = BenchmarkSection()
     tracking: TrackingSection = TrackingSection()
     output: OutputSection = OutputSection()
 

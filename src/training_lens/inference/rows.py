@@ -71,5 +71,20 @@ def _rows(run: RunFolder, session: Session, others: Sequence[str] | None) -> Ite
     )
 
 
+def training_tokens(session: Session, at_least: int) -> list[int]:
+    """The rows that the run trained on, rendered and one after the other, to so many tokens or their end.
+
+    Raises:
+        DatasetError: a source is missing or cannot be read.
+    """
+    data, tokens = session.config.data, list[int]()
+    for example in read_examples(_paths(data.train), "data.train", data):
+        row = tokenize([example], session.preparation)[0]
+        tokens += row.input_ids.tolist() if row is not None else []
+        if len(tokens) >= at_least:
+            break
+    return tokens
+
+
 def _paths(sources: Sequence[object]) -> list[str]:
     return [str(source) for source in sources]

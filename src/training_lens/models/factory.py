@@ -248,8 +248,9 @@ def load_thinned(model: ModelSection, layers: int, device: torch.device, precisi
     return _load("architecture", model, build).requires_grad_(False).eval()
 
 
-def _attention(model: ModelSection) -> str:
-    return "sdpa" if model.attention == "auto" else model.attention
+def _attention(model: ModelSection) -> str | None:
+    """None: transformers takes sdpa, or eager for an architecture that sdpa cannot compute (Gemma 2's soft caps)."""
+    return None if model.attention == "auto" else model.attention
 
 
 def check_weights(model: ModelSection) -> None:

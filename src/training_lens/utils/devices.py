@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -57,10 +58,37 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given, so that a clock read next counts it; the CPU never lags."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """The processor as its maker calls it: 'NVIDIA H200', or the CPU's model where the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
 def reset_peak(device: torch.device) -> None:
-    """Count the peak anew from here, on CUDA; a process's own peak cannot be taken back."""
+    """Count the peak anew from here, on CUDA; for a process's own peak see `reset_process_peak`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def reset_process_peak() -> bool:
+    """Count this process's peak anew from here; False where the system does not let it (elsewhere than on Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
+    except OSError:
+        return False
+    return True
 
 
 def peak_bytes(device: torch.device) -> int:

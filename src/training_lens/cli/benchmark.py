@@ -1,0 +1,70 @@
+"""`training-lens benchmark`: how fast base, adapter and merged model of a run answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from training_lens.cli.common import (
+    ConfigFile,
+    Debug,
+    FinishedRun,
+    Json,
+    Overrides,
+    Screen,
+    command,
+    device_of,
+    load_config,
+    refuse_unused,
+)
+
+if TYPE_CHECKING:
+    from training_lens.inference.benchmark import Benchmark
+
+
+def benchmark(
+    overrides: Overrides = None,
+    run: FinishedRun = "latest",
+    config: ConfigFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how fast base, adapter and merged model answer: time to first token, per token, latency, memory."""
+    with command(json, debug) as screen:
+        settings = load_config(config, overrides)
+        from training_lens.inference.benchmark import benchmark as measure
+        from training_lens.inference.benchmark_page import write_benchmark_page
+        from training_lens.inference.session import open_run
+        from training_lens.utils.files import write_json
+        from training_lens.utils.progress import Progress
+        from training_lens.utils.runs import find_run
+
+        refuse_unused(
+            overrides, ("benchmark.", "output.", "model.device"), "benchmark measures with the run's own config."
+        )
+        found = find_run(run, settings.output.base_output_dir, settings.output.experiment_name, finished=True)
+        report = measure(open_run(found, device_of(settings)), settings.benchmark, Progress(screen.console))
+        write_json(found.reports / "benchmark.json", report.as_json())
+        write_benchmark_page(found.reports / "benchmark.html", report)
+        show(screen, report)
+        screen.console.print(
+            f"\nsaved in {found.reports}: benchmark.json, benchmark.html", markup=False, soft_wrap=True
+        )
+        screen.result(report.as_json())
+
+
+def show(screen: Screen, report: Benchmark) -> None:
+    """The table of what was measured, and what was not."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from training_lens.inference.benchmark_page import left_out, table
+
+    numbers = table(report)
+    shown = Table(title=numbers.caption, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in numbers.columns:
+        shown.add_column(column, justify="left" if column == "model" else "right")
+    for row in numbers.rows:
+        shown.add_row(*(Text(cell) for cell in row))
+    screen.console.print(shown)
+    for line in left_out(report):
+        screen.console.print(line, markup=False, soft_wrap=True)
