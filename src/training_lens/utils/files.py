@@ -55,27 +55,35 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and nothing otherwise.
 
-    Where `path` appeared meanwhile (another process wrote the same), that one is kept.
+    Where `path` is there by then (another process wrote the same), that one is kept; with `replace` it goes in the
+    moment in which the new one comes, and not before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    outgoing = temporary.with_name(f"{temporary.name}-old")
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
             _fsync(file)
         _fsync(temporary)
         temporary.chmod(0o755)
+        if replace and path.exists():
+            path.rename(outgoing)
         try:
             temporary.rename(path)
         except OSError:
+            if outgoing.is_dir():
+                outgoing.rename(path)
+                raise
             if not path.is_dir():
                 raise
         _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(outgoing, ignore_errors=True)
 
 
 def sweep_temporaries(folder: Path, older_than_seconds: float) -> None:
