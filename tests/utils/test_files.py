@@ -75,3 +75,17 @@ def test_only_old_leftovers_are_swept(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_names_its_key() -> None:
     with pytest.raises(ConfigurationError, match=r"output.base_output_dir: cannot write in '/proc/x'"):
         require_writable(Path("/proc/x"), "output.base_output_dir")
+
+
+def test_a_folder_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "result"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(KeyError), whole_folder(target, replace=True) as building:
+        (building / "new").write_text("half")
+        raise KeyError
+    assert [path.name for path in tmp_path.rglob("*")] == ["result", "old"]
+    with whole_folder(target, replace=True) as building:
+        (building / "new").write_text("whole")
+        assert (target / "old").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["result", "new"]

@@ -5,6 +5,7 @@ Unknown keys are errors, assignment is validated, and checks across keys report 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -162,6 +163,66 @@ class DataSection(Section):
         if self.validation is None and not self.val_ratio and self.train == [embedded.TRAIN]:
             return [embedded.HELDOUT]
         return self.validation or []
+
+
+class PrepareSection(Section):
+    """What `training-lens prepare` makes of the rows of data.train."""
+
+    output: str | None = Field(
+        None, min_length=1, description="folder to write; null: {base_output_dir}/data/{experiment_name}"
+    )
+    format: Literal["jsonl", "parquet"] = Field(
+        "jsonl", description="jsonl: the rows as they are; parquet: what is learned of them, in columns of one type"
+    )
+    deduplicate: Literal["none", "exact", "near"] = Field(
+        "exact",
+        description="keep the first of rows that say the same (exact: but for white space), or nearly the same (near: "
+        "rows that differ in one number may be, too)",
+    )
+    near_threshold: float = Field(
+        0.8, ge=0.5, le=1.0, description="near are two rows that share this part of their 5-word pieces (Jaccard)"
+    )
+    num_perm: int = Field(
+        128, ge=16, le=1024, description="MinHash permutations a row; more find near rows more surely"
+    )
+    splits: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        {"train": 0.9, "validation": 0.1}, description="name and share of each file; 'train' is one, the sum is 1"
+    )
+    split_by: Literal["random", "domain", "group"] = Field(
+        "random",
+        description="random; domain: every domain has its share in every split; group: rows of one group stay together",
+    )
+    group_field: str | None = Field(
+        None, min_length=1, description="key of a row that names its group, such as 'user_id', for split_by=group"
+    )
+    leakage: Literal["check", "remove", "off"] = Field(
+        "check",
+        description="rows that say the same, nearly the same, or ask the same in two splits: report, or also remove "
+        "from the training split",
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="of the split")
+
+    @field_validator("splits")
+    @classmethod
+    def _whole(cls, value: dict[str, float]) -> dict[str, float]:
+        wrong = [name for name in value if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]
+        if wrong:
+            raise ValueError(f"'{wrong[0]}' cannot name a file; use letters, digits, '-' and '_'")
+        if "train" not in value:
+            raise ValueError(f"there is no 'train' among {', '.join(value) or 'none'}; name the training split so")
+        if abs(sum(value.values()) - 1) > 1e-6:
+            raise ValueError(f"the shares sum to {sum(value.values()):g}, expected 1")
+        return value
+
+    @model_validator(mode="after")
+    def _group(self) -> PrepareSection:
+        if self.split_by == "group" and self.group_field is None:
+            raise ValueError("prepare.split_by: group needs the key that names a row's group; give prepare.group_field")
+        if self.split_by != "group" and self.group_field is not None:
+            raise ValueError(
+                f"prepare.group_field: split_by={self.split_by} looks at no group; give prepare.split_by=group"
+            )
+        return self
 
 
 class PeftSection(Section):
@@ -346,6 +407,7 @@ class TrainingConfig(Section):
 
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
+    prepare: PrepareSection = PrepareSection()
     peft: PeftSection = PeftSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()

@@ -20,7 +20,7 @@ from training_lens.data.templates import Renderer
 from training_lens.data.tokenization import Coverage, Encoded, TextEncoder, fit, mask_of
 from training_lens.data.types import Example, Segment, TokenizedExample
 from training_lens.errors import DatasetError
-from training_lens.utils.files import read_json, sha256_of, sweep_temporaries, whole_folder, write_json
+from training_lens.utils.files import read_json, sweep_temporaries, whole_folder, write_json
 from training_lens.utils.progress import Progress
 
 CHUNK = 1000  # rows in memory at a time
@@ -108,8 +108,14 @@ def prepare_split(specs: Sequence[str], key: str, preparation: Preparation, cach
     Raises:
         DatasetError: missing or broken files, rows that cannot be used, nothing left to learn.
     """
-    sources = expand(specs, key)
-    hashes = {source.name: _sha256(source) for source in sources}
+    return prepare_sources(expand(specs, key), key, preparation, cache, progress)
+
+
+def prepare_sources(
+    sources: Sequence[Source], key: str, preparation: Preparation, cache: Path, progress: Progress
+) -> Split:
+    """As `prepare_split`, of sources that are known."""
+    hashes = {source.name: source.sha256 for source in sources}
     fingerprint = _fingerprint(hashes, preparation)
     folder = cache / fingerprint[:32]
     if not folder.is_dir():
@@ -125,12 +131,6 @@ def prepare_split(specs: Sequence[str], key: str, preparation: Preparation, cach
     report = SplitReport(**read_json(folder / "report.json"))
     entries = {source.name: source.entry for source in sources}
     return Split(TokenDataset.open(folder / "examples.arrow"), report, fingerprint, entries)
-
-
-def _sha256(source: Source) -> str:
-    """The file's sha256; of several, that of theirs together."""
-    each = [sha256_of(file) for file in source.files]
-    return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
 
 
 def _fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
@@ -251,6 +251,18 @@ def _chunks(
         advance(left)
 
 
+def present_keys(source: Source) -> dict[str, int]:
+    """The keys of a source's rows, all of which are read: a key may show first in the last row.
+
+    Raises:
+        DatasetError: an empty source, or as `Source.rows`.
+    """
+    keys = keys_of(source.rows())
+    if not keys:
+        raise DatasetError(f"{source.name}: holds no rows.")
+    return keys
+
+
 def examples_of(
     source: Source, data: DataSection, mappings: dict[str, str] | None = None, marks: Counter[str] | None = None
 ) -> Iterator[Example]:
@@ -259,10 +271,7 @@ def examples_of(
     Raises:
         DatasetError: an empty source, or as `Source.rows`, `find_mapping` and `to_example`.
     """
-    keys = keys_of(source.rows())  # read twice: a key may show first in the last row
-    if not keys:
-        raise DatasetError(f"{source.name}: holds no rows.")
-    mapping = find_mapping(keys, data.fields, data.domain, source.name)
+    mapping = find_mapping(present_keys(source), data.fields, data.domain, source.name)
     if mappings is not None:
         mappings[source.name] = mapping.describe()
     for row in source.rows():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from training_lens import embedded
 from training_lens.data.readers import FORMATS, OnBroken, file_rows, format_of
 from training_lens.data.types import Row
 from training_lens.errors import DatasetError
+from training_lens.utils.files import sha256_of
 from training_lens.utils.formatting import nearest
 from training_lens.utils.hub import require_hub
 from training_lens.utils.logging import get_logger
@@ -28,7 +30,7 @@ class Source:
     """Rows that are read together: a file, or a split of a data set.
 
     `files` are what is hashed; `entry` is the position among the setting's entries; `table` a `datasets.Dataset`
-    where the rows come through that library.
+    where the rows come through that library. `name` is the path, also while the file still lies somewhere else.
     """
 
     name: str
@@ -46,7 +48,9 @@ class Source:
             DatasetError: as `readers.file_rows`.
         """
         if self.table is None:
-            yield from file_rows(self.files[0], on_broken)
+            rows = file_rows(self.files[0], on_broken)
+            moved = self.name != str(self.files[0])
+            yield from (replace(row, file=self.name) for row in rows) if moved else rows
             return
         values = (value for part in self.table.with_format("arrow").iter(1000) for value in part.to_pylist())
         yield from (Row(self.name, number, value) for number, value in enumerate(values, 1))
@@ -54,6 +58,12 @@ class Source:
     @property
     def size_bytes(self) -> int:
         return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def sha256(self) -> str:
+        """The file's sha256; of several, that of theirs together."""
+        each = [sha256_of(file) for file in self.files]
+        return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
 
 
 def expand(specs: Sequence[str], key: str) -> list[Source]:

@@ -107,10 +107,7 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     precision = resolve_precision(config.training.precision, device)
     require_writable(Path(config.output.base_output_dir), "output.base_output_dir")
     processes = Processes(device)
-    facts = read_facts(config.model)
-    tokenizer = load_tokenizer(config.model)
-    check_vocabulary(tokenizer, facts, config.model.id)
-    adopt_template_file(config.data.template, tokenizer)
+    facts, tokenizer = read_tokenizer(config)
     resolved = _resolve(config, facts, tokenizer, precision)
     parameters = _check_model(resolved, device)
     splits = _prepare(resolved, tokenizer, processes, progress)
@@ -125,21 +122,52 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     )
 
 
+def read_tokenizer(config: TrainingConfig) -> tuple[ModelFacts, Any]:
+    """The model's facts, and its tokenizer, which has adopted a template file.
+
+    Raises:
+        TrainingLensError: no such model, a broken tokenizer or template, or two that do not belong together.
+    """
+    facts = read_facts(config.model)
+    tokenizer = load_tokenizer(config.model)
+    check_vocabulary(tokenizer, facts, config.model.id)
+    adopt_template_file(config.data.template, tokenizer)
+    return facts, tokenizer
+
+
+def resolve_texts(config: TrainingConfig, facts: ModelFacts, tokenizer: Any) -> TrainingConfig:
+    """The config with what decides the tokens settled: the template, and the longest example."""
+    template, seq_len = choose_template(config.data.template, tokenizer), resolve_seq_len(config.model, facts)
+    return config.resolved(model={"seq_len": seq_len}, data={"template": template})
+
+
+def preparation_of(config: TrainingConfig, tokenizer: Any) -> Preparation:
+    """What decides the tokens of a run, from a config that `resolve_texts` settled."""
+    assert config.model.seq_len is not None
+    renderer = build_renderer(config.data, tokenizer)
+    return Preparation(config.data, renderer, TextEncoder(tokenizer), config.model.seq_len, tokenizer_hash(tokenizer))
+
+
+def cache_of(config: TrainingConfig) -> Path:
+    """The folder of tokenized splits, shared by all runs."""
+    return Path(config.output.base_output_dir) / "cache"
+
+
 def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precision: Precision) -> TrainingConfig:
-    template = choose_template(config.data.template, tokenizer)
-    seq_len = resolve_seq_len(config.model, facts)
+    settled = resolve_texts(config, facts, tokenizer)
     lr = config.training.lr or default_lr(facts.width)
-    logger.info("model: %s, width %d; up to %d tokens an example", config.model.id, facts.width, seq_len)
+    logger.info("model: %s, width %d; up to %d tokens an example", config.model.id, facts.width, settled.model.seq_len)
     if config.model.id == embedded.MODEL and config.data.train != [embedded.TRAIN]:
         logger.warning("your rows train the embedded demo model, which knows only its own small world; set model.id")
     if config.data.template == "auto":
-        logger.info("template: %s", "the tokenizer's own chat template" if template == "chat" else template)
+        logger.info(
+            "template: %s",
+            "the tokenizer's own chat template" if settled.data.template == "chat" else settled.data.template,
+        )
     if config.training.lr is None:
         logger.info("learning rate: %g, from the model's width (training.lr sets another)", lr)
-    return config.resolved(
-        model={"seq_len": seq_len},
+    return settled.resolved(
         peft=adopt(config.peft).model_dump(exclude_unset=True),
-        data={"template": template},
         training={"lr": lr, "precision": precision},
     )
 
@@ -157,19 +185,15 @@ def _check_model(config: TrainingConfig, device: torch.device) -> int:
 
 
 def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progress: Progress) -> dict[str, Split]:
-    assert config.model.seq_len is not None
-    encoder = TextEncoder(tokenizer)
-    renderer = build_renderer(config.data, tokenizer)
-    preparation = Preparation(config.data, renderer, encoder, config.model.seq_len, tokenizer_hash(tokenizer))
+    preparation, cache = preparation_of(config, tokenizer), cache_of(config)
     sources = {"train": config.data.train, "validation": config.data.validation_sources}
-    cache = Path(config.output.base_output_dir) / "cache"
     splits: dict[str, Split] = {}
     with processes.main_first():
         for name, specs in sources.items():
             if specs:
                 paths = [str(spec) for spec in specs]
                 splits[name] = prepare_split(paths, f"data.{name}", preparation, cache, progress)
-                log_split(splits[name].report, f"data.{name}", config.model.seq_len)
+                log_split(splits[name].report, f"data.{name}", preparation.seq_len)
     return splits
 
 

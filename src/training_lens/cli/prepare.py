@@ -1,0 +1,161 @@
+"""`training-lens prepare`: rows to clean splits, with what was found on the way, and their tokens in the cache."""
+
+from __future__ import annotations
+
+import json as json_module
+import re
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+
+if TYPE_CHECKING:
+    from training_lens.config.schema import DataSection
+    from training_lens.training.preparing import Prepared
+
+SHOWN = 3  # findings of a kind
+NAMED = 40  # sources and domains that a table lists
+FINDINGS = {
+    "duplicates_exact": "say what an earlier row says; left out",
+    "duplicates_near": "say nearly what an earlier row says; left out",
+    "conflicting_answers": "answer otherwise than an earlier row of the same prompt; kept",
+    "leaks_exact": "say what a row of another split says",
+    "leaks_prompt": "ask what a row of another split asks, and answer otherwise",
+    "leaks_near": "say nearly what a row of another split says",
+}
+FORMS = {"pair": "instruction and output", "messages": "messages", "text": "text"}
+
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier result in the output folder.")]
+
+
+def prepare(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    force: Force = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Clean and split data.train into a folder of files: duplicates out, leaks between splits found, tokens cached.
+
+    Examples: training-lens prepare data.train=rows.jsonl prepare.deduplicate=near;
+    training-lens prepare data.train=rows.jsonl prepare.split_by=group prepare.group_field=user_id
+    """
+    with command(json, debug) as screen:
+        settings = load_config(config, overrides)
+        from training_lens.training.preparing import prepare as run
+        from training_lens.utils.progress import Progress
+
+        prepared = run(settings, Progress(screen.console), force)
+        train = train_command(prepared, settings.data, overrides or [], config)
+        _show_sources(screen, prepared.manifest)
+        _show_findings(screen, prepared.manifest)
+        _show_splits(screen, prepared)
+        _show_lengths(screen, prepared)
+        screen.console.print(f"\nsaved in {prepared.folder}\ntrain on it: {train}", markup=False, soft_wrap=True)
+        screen.result({"folder": str(prepared.folder), "train": train, **prepared.manifest})
+
+
+def train_command(prepared: Prepared, data: DataSection, overrides: list[str], config: str | None) -> str:
+    """The command that trains on what was written, with the settings that were given to prepare.
+
+    Args:
+        data: the settings by which the sources were read; where the files are read otherwise, those keys are set.
+    """
+    changed = {key: value for key, value in _reading(prepared.data).items() if _reading(data)[key] != value}
+    replaced = ("data.train", "prepare.", *changed)
+    words = ["training-lens", "train", *(["--config", config] if config else [])]
+    words += [text for text in overrides if not text.lstrip("+").startswith(replaced)]
+    words += [f"{key}={json_module.dumps(value)}" for key, value in changed.items()]
+    for name in ("train", "validation"):
+        if name in prepared.splits:
+            words.append(f"data.{name}={_hydra(str(prepared.folder / prepared.splits[name].file))}")
+    return shlex.join(words)
+
+
+def _reading(data: DataSection) -> dict[str, Any]:
+    """The settings that say which fields mean what, by dotted key."""
+    return {
+        f"data.{section}.{key}": value
+        for section in ("fields", "domain")
+        for key, value in getattr(data, section).model_dump().items()
+    }
+
+
+def _hydra(path: str) -> str:
+    """The path as the value of an override."""
+    return path if re.fullmatch(r"[\w/.:@+-]+", path) else json_module.dumps(path, ensure_ascii=False)
+
+
+def _show_sources(screen: Screen, manifest: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"{manifest['rows_read']:,} rows read", title_justify="left")
+    for column in ("source", "rows", "read as"):
+        table.add_column(column, justify="right" if column == "rows" else "left", overflow="fold")
+    sources = manifest["sources"]
+    for name, source in list(sources.items())[:NAMED]:
+        table.add_row(Text(name), f"{source['rows']:,}", Text(source["read_as"]))
+    if len(sources) > NAMED:
+        table.add_row(f"and {len(sources) - NAMED} more", "", "")
+    screen.console.print()
+    screen.console.print(table)
+
+
+def _show_findings(screen: Screen, manifest: dict[str, Any]) -> None:
+    """Each kind of finding that there is, with a few rows."""
+    show = screen.console.print
+    show("\n[bold]what was found[/]")
+    for kind, meaning in FINDINGS.items():
+        count, listed = manifest[kind]["rows"], manifest[kind]["listed"]
+        if not count:
+            continue
+        show(f"  {count:,} {'rows' if count > 1 else 'row'}: {meaning}", soft_wrap=True)
+        for item in listed[:SHOWN]:
+            alike = f" ({item['similarity']:.0%})" if kind.endswith("near") else ""
+            show(f"    {item['row']} and {item['other']}{alike}: {item['text']}", markup=False, soft_wrap=True)
+    if not any(manifest[kind]["rows"] for kind in FINDINGS):
+        show("  nothing")
+    if manifest["leaks_removed"]:
+        show(f"  {manifest['leaks_removed']:,} of them taken out of the training split (prepare.leakage=remove)")
+    elif any(manifest[kind]["rows"] for kind in FINDINGS if kind.startswith("leaks")):
+        show("  prepare.leakage=remove takes those of the training split out")
+
+
+def _show_splits(screen: Screen, prepared: Prepared) -> None:
+    """Rows and tokens of each split, and the rows of each domain in it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="splits", title_justify="left")
+    table.add_column("")
+    for name in prepared.splits:
+        table.add_column(Text(name), justify="right")
+    splits = list(prepared.splits.values())
+    table.add_row("rows", *(f"{split.rows:,}" for split in splits))
+    table.add_row("examples that training keeps", *(f"{split.lengths.examples:,}" for split in splits))
+    table.add_row("tokens", *(f"{split.lengths.tokens:,}" for split in splits))
+    table.add_row("learned tokens", *(f"{split.supervised_tokens:,}" for split in splits))
+    domains = sorted({domain for split in splits for domain in split.domains})
+    for domain in domains[:NAMED]:
+        examples = (split.domains[domain].examples if domain in split.domains else 0 for split in splits)
+        table.add_row(Text(f"  domain {domain}"), *(f"{count:,}" for count in examples))
+    if len(domains) > NAMED:
+        table.add_row(f"  and {len(domains) - NAMED} more")
+    screen.console.print()
+    screen.console.print(table)
+    form = prepared.manifest["form"]
+    if form != "as_read":
+        screen.console.print(f"rows are written as {FORMS[form]}: what is learned of them, without their other keys")
+
+
+def _show_lengths(screen: Screen, prepared: Prepared) -> None:
+    from training_lens.data.statistics import histogram, length_statistics
+
+    lengths = length_statistics(prepared.token_lengths)
+    shares = ", ".join(f"{float(share):.0%} up to {value:,}" for share, value in lengths.quantiles.items())
+    screen.console.print("\n[bold]tokens of an example[/]", f"mean {lengths.mean:.1f}, {shares}", sep=": ")
+    for line in histogram(prepared.token_lengths):
+        screen.console.print(line, markup=False, soft_wrap=True)

@@ -1,0 +1,124 @@
+"""The rows of several sources, read again and again, and what is remembered of each in between."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from training_lens.config.schema import DataSection
+from training_lens.data.deduplication import fingerprint
+from training_lens.data.fields import FieldMapping, find_mapping, strip_end_marks, to_example
+from training_lens.data.preparation import present_keys
+from training_lens.data.sources import Source
+from training_lens.data.types import Example, Row
+from training_lens.data.values import text_of
+from training_lens.utils.progress import Progress
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A source, the keys of its rows (each with the first row that has it), and how they are read."""
+
+    source: Source
+    keys: dict[str, int]
+    mapping: FieldMapping
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All rows of some sources; a row's position counts over all of them, from 0."""
+
+    readings: tuple[Reading, ...]
+    data: DataSection
+    progress: Progress
+
+    @classmethod
+    def of(cls, sources: Sequence[Source], data: DataSection, progress: Progress) -> Corpus:
+        """Look through the sources for how to read them.
+
+        Raises:
+            DatasetError: as `preparation.present_keys` and `fields.find_mapping`.
+        """
+        keys = [present_keys(source) for source in sources]
+        mappings = [find_mapping(k, data.fields, data.domain, s.name) for s, k in zip(sources, keys, strict=True)]
+        return cls(tuple(map(Reading, sources, keys, mappings)), data, progress)
+
+    def rows(self, title: str) -> Iterator[tuple[Row, Example]]:
+        """Each row and its example as it stands there, a bounded number in memory; `title` is the progress bar's.
+
+        Raises:
+            DatasetError: as `Source.rows` and `fields.to_example`.
+        """
+        with self.progress.task(title, sum(r.source.size_bytes for r in self.readings), "bytes") as advance:
+            for reading in self.readings:
+                left = float(reading.source.size_bytes)
+                for row in reading.source.rows():
+                    example = to_example(row, reading.mapping, self.data.domain.per_file)
+                    yield row, example
+                    done = min(left, sum(len(message.text) for message in example.messages))
+                    advance(done)
+                    left -= done
+                advance(left)
+
+    def examples(self, title: str) -> Iterator[Example]:
+        """The examples as they are trained on: without end marks, unless the setting keeps them."""
+        strip = self.data.strip_end_marks
+        return (strip_end_marks(example)[0] if strip else example for _, example in self.rows(title))
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What is remembered of every row, by position: 48 bytes, no text.
+
+    `whole`, `prompt` and `context` are as in `deduplication.Fingerprint`; `domain` is an index into `domains`, of which
+    the first is None; `group` is a hash of the group's name, 0 where none is asked for.
+    """
+
+    files: list[str]
+    domains: list[str | None]
+    file: np.ndarray
+    number: np.ndarray
+    whole: np.ndarray
+    prompt: np.ndarray
+    context: np.ndarray
+    domain: np.ndarray
+    group: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def row_id(self, position: int) -> str:
+        """As `Example.id`: 'data/train.jsonl:17'."""
+        return f"{self.files[self.file[position]]}:{self.number[position]}"
+
+
+def catalogue_of(corpus: Corpus, group_field: str | None) -> Catalogue:
+    """One pass over the rows.
+
+    Raises:
+        DatasetError: as `Corpus.rows`, or a row without the group field; names the row.
+    """
+    files: dict[str, int] = {}
+    domains: dict[str | None, int] = {None: 0}
+    file, domain, number = array("i"), array("i"), array("q")
+    whole, prompt, context, group = array("Q"), array("Q"), array("Q"), array("Q")
+    strip = corpus.data.strip_end_marks
+    for row, example in corpus.rows("reading"):
+        hashes = fingerprint(strip_end_marks(example)[0] if strip else example)
+        file.append(files.setdefault(row.file, len(files)))
+        number.append(row.number)
+        domain.append(domains.setdefault(example.domain, len(domains)))
+        whole.append(hashes.whole)
+        prompt.append(hashes.prompt)
+        context.append(hashes.context)
+        group.append(_group(text_of(row, group_field)) if group_field else 0)
+    columns = (file, number, whole, prompt, context, domain, group)
+    return Catalogue(list(files), list(domains), *(np.array(column) for column in columns))
+
+
+def _group(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")

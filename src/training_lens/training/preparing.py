@@ -1,0 +1,194 @@
+"""Files of rows to a folder of clean splits, each with its tokens in the cache that `train` will look into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training_lens.config.schema import DataSection, TrainingConfig
+from training_lens.data.corpus import Corpus, catalogue_of
+from training_lens.data.leakage import DROPPED
+from training_lens.data.preparation import Preparation, Split, prepare_sources
+from training_lens.data.reporting import log_split
+from training_lens.data.selection import select
+from training_lens.data.sources import Source, expand
+from training_lens.data.statistics import domain_statistics, length_statistics
+from training_lens.data.types import Example
+from training_lens.data.writing import FileFormat, choose_form, open_writer, settings_for, written
+from training_lens.errors import ConfigurationError
+from training_lens.training.manifest import MADE_BY, Chosen, PreparedSplit, listed_rows, manifest_of
+from training_lens.training.planning import cache_of, preparation_of, read_tokenizer, resolve_texts, with_rows_as_files
+from training_lens.utils.files import (
+    read_json,
+    require_writable,
+    sha256_of,
+    sweep_temporaries,
+    whole_folder,
+    write_json,
+)
+from training_lens.utils.progress import Progress
+
+MANIFEST = "manifest.json"
+TEXT = 100  # characters of a row that stand with a finding
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` wrote.
+
+    `data` are the settings that read the files as their sources were read; `token_lengths` are those of all splits.
+    """
+
+    folder: Path
+    splits: dict[str, PreparedSplit]
+    manifest: dict[str, Any]
+    data: DataSection
+    token_lengths: np.ndarray
+
+
+def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> Prepared:
+    """Read data.train, keep what `config.prepare` wants, and write it as a folder of splits, whole or not at all.
+
+    Sources are read several times, a bounded number of rows in memory; of each row some 50 bytes are remembered, and
+    where near rows are sought what `NearIndex` keeps.
+
+    Args:
+        force: replace an earlier result in the folder.
+
+    Raises:
+        ConfigurationError: settings that have no place here, a folder that is there already.
+        TrainingLensError: whatever keeps the rows from being read, split, written or tokenized.
+    """
+    _refuse_settings_of_training(config)
+    base, folder = Path(config.output.base_output_dir), output_folder(config)
+    require_writable(base, "output.base_output_dir")
+    config = with_rows_as_files(config, base / "cache" / "rows")
+    sources = expand([str(spec) for spec in config.data.train], "data.train")
+    _make_room(folder, sources, force)
+    if config.prepare.output is None:  # the folder around it is our own: what killed runs left there may go
+        sweep_temporaries(folder.parent, older_than_seconds=86_400)
+    facts, tokenizer = read_tokenizer(config)
+    settled = resolve_texts(config, facts, tokenizer)
+    chosen = _choose(settled, sources, progress)
+    reader = settled.model_copy(update={"data": settings_for(chosen.form, settled.data)})
+    with whole_folder(folder, replace=force) as building:
+        texts = _write(chosen, config.prepare.format, building)
+        tokens = _tokenize(building, folder, preparation_of(reader, tokenizer), cache_of(config), progress)
+        splits = {name: _described(building, tokens[name]) for name in config.prepare.splits}
+        manifest = manifest_of(config, chosen, splits, texts)
+        write_json(building / MANIFEST, manifest)
+    lengths = np.concatenate([split.dataset.lengths for split in tokens.values()])
+    return Prepared(folder, splits, manifest, reader.data, lengths)
+
+
+def _choose(settled: TrainingConfig, sources: Sequence[Source], progress: Progress) -> Chosen:
+    corpus = Corpus.of(sources, settled.data, progress)
+    form = choose_form(corpus, settled.prepare.format)
+    catalogue = catalogue_of(corpus, settled.prepare.group_field)
+    return Chosen(corpus, catalogue, select(corpus, catalogue, settled.prepare), form)
+
+
+def output_folder(config: TrainingConfig) -> Path:
+    """Where `prepare` writes."""
+    output = config.output
+    return Path(config.prepare.output or f"{output.base_output_dir}/data/{output.experiment_name}").expanduser()
+
+
+def _refuse_settings_of_training(config: TrainingConfig) -> None:
+    """Rows are drawn, weighed and held out in training; here all of data.train is taken once."""
+    data = config.data
+    given = {
+        "validation": data.validation is not None,
+        "val_ratio": bool(data.val_ratio),
+        "weights": data.weights is not None,
+        "max_examples": data.max_examples is not None,
+    }
+    advice = (
+        "prepare takes every row of data.train once and makes the splits itself (prepare.splits); leave it out here"
+    )
+    problems = [f"data.{key}: {advice}" for key, is_given in given.items() if is_given]
+    if problems:
+        raise ConfigurationError(problems)
+
+
+def _make_room(folder: Path, sources: Sequence[Source], force: bool) -> None:
+    """See that the folder can be written: it is new, or holds an earlier result that may go and that nobody reads."""
+    require_writable(folder.parent, "prepare.output")
+    if not folder.exists():
+        return
+    if not force:
+        raise ConfigurationError(
+            f"prepare.output: '{folder}' is there already. Give another folder, or replace it with --force."
+        )
+    if not _is_a_result(folder):
+        raise ConfigurationError(
+            f"prepare.output: '{folder}' holds no result of prepare, and --force replaces nothing else. Give "
+            "another folder."
+        )
+    inside = [f for s in sources for f in s.files if folder.resolve() in f.resolve().parents]
+    if inside:
+        raise ConfigurationError(
+            f"prepare.output: '{folder}' holds {inside[0]}, which is to be read. Give another folder."
+        )
+
+
+def _is_a_result(folder: Path) -> bool:
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("made_by") == MADE_BY
+
+
+def _write(chosen: Chosen, file_format: FileFormat, building: Path) -> dict[int, str]:
+    """Write every kept row to its split's file; gives the beginnings of the rows that the manifest lists."""
+    corpus, selection, form = chosen.corpus, chosen.selection, chosen.form
+    listed, texts = listed_rows(selection), dict[int, str]()
+    has_domain = any(domain is not None for domain in chosen.catalogue.domains)
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(closing(open_writer(building / f"{name}.{file_format}", form, has_domain)))
+            for name in selection.names
+        ]
+        for position, (row, example) in enumerate(corpus.rows("writing")):
+            if position in listed:
+                texts[position] = _beginning(example)
+            if selection.split[position] != DROPPED:
+                values = written(row, example, form, corpus.data.domain.per_file)
+                writers[selection.split[position]].write(row, values)
+    return texts
+
+
+def _beginning(example: Example) -> str:
+    text = " ".join(" ".join(m.text for m in example.messages).split())
+    return text if len(text) <= TEXT else f"{text[: TEXT - 1]}…"
+
+
+def _tokenize(
+    building: Path, folder: Path, preparation: Preparation, cache: Path, progress: Progress
+) -> dict[str, Split]:
+    """Fill the cache with the splits, under the names that their files will have in `folder`."""
+    splits: dict[str, Split] = {}
+    for file in sorted(building.iterdir()):
+        name, source = file.stem, Source(str(folder / file.name), (file,), entry=0)
+        splits[name] = prepare_sources([source], f"the split '{name}'", preparation, cache, progress)
+        log_split(splits[name].report, name, preparation.seq_len)
+    return splits
+
+
+def _described(building: Path, split: Split) -> PreparedSplit:
+    (path,) = split.report.files
+    dataset = split.dataset
+    return PreparedSplit(
+        file=Path(path).name,
+        rows=split.report.rows,
+        sha256=sha256_of(building / Path(path).name),
+        lengths=length_statistics(dataset.lengths),
+        supervised_tokens=int(dataset.supervised.sum()),
+        domains=domain_statistics(dataset),
+    )

@@ -1,0 +1,263 @@
+"""`prepare` writes clean splits whole or not at all, says what it found, and `train` starts from its cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from training_lens import embedded
+from training_lens.data.readers import file_rows
+
+Call = Callable[..., Result]
+ROWS = [
+    {"question": f"Where is box {i} of the {i * i} boxes?", "answer": f"In hall {i * 7}.", "user": f"u{i % 9}"}
+    for i in range(60)
+]
+
+
+def write(folder: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def report_of(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.stderr
+    (line,) = result.stdout.splitlines()
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [dict(row.values) for row in file_rows(folder / name)]
+
+
+def test_the_default_splits_the_embedded_set_and_train_starts_from_its_cache(call: Call, tmp_path: Path) -> None:
+    report = report_of(call("prepare", "--json"))
+    assert report["rows_read"] == 2100 and report["form"] == "as_read"
+    assert {name: split["rows"] for name, split in report["splits"].items()} == {"train": 1890, "validation": 210}
+    source = [json.loads(line) for line in embedded.PATHS[embedded.TRAIN].read_text().splitlines()]
+    written = [
+        row for name in ("train", "validation") for row in rows_of(tmp_path, f"outputs/data/default/{name}.jsonl")
+    ]
+    assert sorted(map(json.dumps, written)) == sorted(map(json.dumps, source))
+
+    caches = set((tmp_path / "outputs/cache").iterdir())
+    assert len(caches) == 2
+    program, order, *words = shlex.split(report["train"])
+    assert (program, order) == ("training-lens", "train")
+    plan = report_of(call("validate", *words, "--json"))
+    assert (plan["train_examples"], plan["validation_examples"]) == (1890, 210)
+    assert set((tmp_path / "outputs/cache").iterdir()) == caches
+
+
+def test_the_manifest_says_what_the_files_hold(call: Call, tmp_path: Path) -> None:
+    name = write(tmp_path, ROWS)
+    report = report_of(
+        call("prepare", f"data.train={name}", "prepare.splits={train:0.8,validation:0.1,test:0.1}", "--json")
+    )
+    folder = tmp_path / "outputs/data/default"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert report == {"folder": "outputs/data/default", "train": report["train"], **manifest}
+    assert {path.name for path in folder.iterdir()} == {
+        "train.jsonl",
+        "validation.jsonl",
+        "test.jsonl",
+        "manifest.json",
+    }
+    for split in manifest["splits"].values():
+        content = (folder / split["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == split["sha256"]
+        assert content.count(b"\n") == split["rows"] == split["lengths"]["examples"]
+        assert split["lengths"]["tokens"] > split["supervised_tokens"] > 0
+    assert manifest["sources"][name]["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    assert manifest["sources"][name]["rows"] == 60 and manifest["settings"]["seed"] == 0
+
+
+def test_duplicates_conflicts_and_leaks_are_found_and_said(call: Call, tmp_path: Path) -> None:
+    words = " ".join(f"word{i}" for i in range(90))
+    planted = [
+        {"question": ROWS[3]["question"] + " ", "answer": ROWS[3]["answer"]},
+        {"question": "Read this.", "answer": words},
+        {"question": "Read this.", "answer": f"{words} more"},
+        {"question": ROWS[5]["question"], "answer": "Nowhere."},
+    ]
+    name = write(tmp_path, [*ROWS, *planted])
+    report = report_of(call("prepare", f"data.train={name}", "prepare.deduplicate=near", "--json"))
+    exact, near, conflicts = (report[k] for k in ("duplicates_exact", "duplicates_near", "conflicting_answers"))
+    assert [(item["row"], item["other"]) for item in exact["listed"]] == [(f"{name}:61", f"{name}:4")]
+    assert [(item["row"], item["other"]) for item in near["listed"]] == [(f"{name}:63", f"{name}:62")]
+    assert 0.9 < near["listed"][0]["similarity"] < 1 and near["listed"][0]["text"].startswith("Read this. word0 word1")
+    assert [(item["row"], item["other"]) for item in conflicts["listed"]] == [(f"{name}:64", f"{name}:6")]
+    assert sum(split["rows"] for split in report["splits"].values()) == 62
+    shown = call("prepare", f"data.train={name}", "prepare.deduplicate=near", "prepare.output=again")
+    said = " ".join(shown.output.split())
+    for part in ("1 row: say what an earlier row says", f"{name}:61 and {name}:4", "say nearly", "answer otherwise"):
+        assert part in said
+    assert all(len(line) <= 80 for line in shown.output.splitlines() if "│" in line)
+
+
+@pytest.mark.parametrize("leakage", ["check", "remove", "off"])
+def test_leaks_between_splits_cost_training_rows_where_asked(leakage: str, call: Call, tmp_path: Path) -> None:
+    """Sixty questions, each with three answers: some of a question end up on both sides."""
+    rows = [{"question": row["question"], "answer": f"{row['answer']} {n}"} for row in ROWS for n in "abc"]
+    name = write(tmp_path, rows)
+    settings = [f"data.train={name}", f"prepare.leakage={leakage}", "prepare.near_threshold=1"]
+    report = report_of(call("prepare", *settings, "--json"))
+    folder = tmp_path / "outputs/data/default"
+    learned, held = ({row["question"] for row in rows_of(folder, f"{s}.jsonl")} for s in ("train", "validation"))
+    assert bool(learned & held) == (leakage != "remove")
+    found = report["leaks_prompt"]["rows"]
+    assert (found > 0) == (leakage != "off")
+    assert report["leaks_removed"] == (found if leakage == "remove" else 0)
+    assert report["splits"]["train"]["rows"] == 162 - report["leaks_removed"]
+
+
+def test_groups_stay_together(call: Call, tmp_path: Path) -> None:
+    name = write(tmp_path, ROWS)
+    settings = [f"data.train={name}", "prepare.split_by=group", "prepare.group_field=user"]
+    report_of(call("prepare", *settings, "--json"))
+    folder = tmp_path / "outputs/data/default"
+    learned, held = ({row["user"] for row in rows_of(folder, f"{s}.jsonl")} for s in ("train", "validation"))
+    assert learned and held and not learned & held and len(learned | held) == 9
+
+
+def test_every_domain_has_its_share_and_files_become_domains(call: Call, tmp_path: Path) -> None:
+    """The command that it gives trains on the written files as they are: no new cache is made."""
+    plain = [{key: row[key] for key in ("question", "answer")} for row in ROWS]
+    write(tmp_path, plain[:40], "law.jsonl")
+    write(tmp_path, plain[40:], "tax.jsonl")
+    settings = ["data.train=[law.jsonl,tax.jsonl]", "data.domain.per_file=true", "prepare.split_by=domain"]
+    report = report_of(call("prepare", *settings, "prepare.splits={train:0.75,validation:0.25}", "--json"))
+    counts = {s: {d: of["examples"] for d, of in split["domains"].items()} for s, split in report["splits"].items()}
+    assert counts == {"train": {"law": 30, "tax": 15}, "validation": {"law": 10, "tax": 5}}
+    caches = set((tmp_path / "outputs/cache").iterdir())
+    _, *words = shlex.split(report["train"])
+    plan = report_of(call("validate", *words[1:], "training.max_steps=1", "--json"))
+    assert plan["domains"] == ["law", "tax"] and plan["train_examples"] == 45
+    assert set((tmp_path / "outputs/cache").iterdir()) == caches
+
+
+def test_parquet_of_named_fields_trains_from_the_cache_too(call: Call, tmp_path: Path) -> None:
+    rows = [{"a": row["question"], "b": row["answer"], "topic": "xy"[i % 2]} for i, row in enumerate(ROWS)]
+    write(tmp_path, rows, "my rows.jsonl")
+    settings = ["data.train='my rows.jsonl'", "data.fields.instruction=a", "data.fields.output=b"]
+    settings += ["data.domain.field=topic", "prepare.format=parquet", "prepare.output='an output'"]
+    report = report_of(call("prepare", *settings, "--json"))
+    assert report["form"] == "pair"
+    assert "rows are written as instruction and output" in call("prepare", *settings, "--force").output
+    caches = set((tmp_path / "outputs/cache").iterdir())
+    _, *words = shlex.split(report["train"])
+    plan = report_of(call("validate", *words[1:], "training.max_steps=1", "--json"))
+    assert plan["domains"] == ["x", "y"] and plan["train_examples"] == 54
+    assert set((tmp_path / "outputs/cache").iterdir()) == caches
+
+
+def test_the_same_rows_and_seed_give_the_same_files(call: Call, tmp_path: Path) -> None:
+    name = write(tmp_path, ROWS)
+    one, two, other = (
+        report_of(call("prepare", f"data.train={name}", f"prepare.output={out}", f"prepare.seed={seed}", "--json"))
+        for out, seed in (("one", 0), ("two", 0), ("other", 1))
+    )
+    files = [{split["sha256"] for split in report["splits"].values()} for report in (one, two, other)]
+    assert files[0] == files[1] and not files[0] & files[2]
+
+
+def test_an_earlier_result_is_replaced_by_force_alone(call: Call, tmp_path: Path) -> None:
+    name = write(tmp_path, ROWS)
+    report_of(call("prepare", f"data.train={name}", "prepare.output=out", "--json"))
+    before = (tmp_path / "out/manifest.json").read_bytes()
+    again = ["prepare", f"data.train={name}", "prepare.output=out", "prepare.seed=5"]
+    refused = call(*again)
+    assert refused.exit_code == 2 and "'out' is there already" in refused.stderr and "--force" in refused.stderr
+    assert (tmp_path / "out/manifest.json").read_bytes() == before
+    assert call(*again, "--force").exit_code == 0
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["settings"]["seed"] == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "outputs", "rows.jsonl"]
+
+
+def test_force_replaces_nothing_else_and_never_what_is_read(call: Call, tmp_path: Path) -> None:
+    name = write(tmp_path, ROWS)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/diary.txt").write_text("dear")
+    refused = call("prepare", f"data.train={name}", "prepare.output=mine", "--force")
+    assert refused.exit_code == 2 and "holds no result of prepare" in refused.stderr
+    assert call("prepare", f"data.train={name}", "prepare.output=out").exit_code == 0
+    refused = call("prepare", "data.train=out/train.jsonl", "prepare.output=out", "--force")
+    assert refused.exit_code == 2 and "holds out/train.jsonl, which is to be read" in refused.stderr
+    assert (tmp_path / "mine/diary.txt").exists() and (tmp_path / "out/train.jsonl").exists()
+
+
+BAD: dict[str, tuple[list[dict[str, Any]], list[str], int, str]] = {
+    "a row without an answer": ([*ROWS, {"question": "Who?"}], [], 1, "row 61: has no field 'answer'"),
+    "no rows": ([], [], 1, "rows.jsonl: holds no rows"),
+    "a row without its group": (
+        [*ROWS, {"question": "Who?", "answer": "Tom."}],
+        ["prepare.split_by=group", "prepare.group_field=user"],
+        1,
+        "row 61: has no field 'user'",
+    ),
+    "no domains": (ROWS, ["prepare.split_by=domain"], 1, "the rows have no domain to split by"),
+    "too few rows": (ROWS[:1], [], 1, "1 rows cannot be parted into 2 splits (train, validation)"),
+    "duplicates do not count as rows": ([ROWS[0]] * 9, [], 1, "1 rows cannot be parted into 2 splits"),
+    "too few groups": (
+        [{**row, "user": "me"} for row in ROWS],
+        ["prepare.split_by=group", "prepare.group_field=user"],
+        1,
+        "1 groups cannot be parted into 2 splits",
+    ),
+    "all training rows leak": (
+        [{"question": "Who?", "answer": f"Tom {i}."} for i in range(9)],
+        ["prepare.leakage=remove"],
+        1,
+        "all 8 training rows have their like in another split",
+    ),
+    "a split with nothing to learn": (
+        [{"question": f"{i} " * 99, "answer": "yes " * 40} for i in range(4)],
+        ["model.seq_len=8", "data.truncation=drop"],
+        1,
+        "the split 'train': of 3 rows none has an answer within model.seq_len=8",
+    ),
+    "shares that are no whole": (ROWS, ["prepare.splits={train:0.9}"], 2, "the shares sum to 0.9, expected 1"),
+    "no training split": (ROWS, ["prepare.splits={test:1}"], 2, "there is no 'train' among test"),
+    "a split that is no name": (ROWS, ["prepare.splits={train:0.5,a.b:0.5}"], 2, "'a.b' cannot name a file"),
+    "groups without a field": (ROWS, ["prepare.split_by=group"], 2, "give prepare.group_field"),
+    "a field without groups": (ROWS, ["prepare.group_field=user"], 2, "give prepare.split_by=group"),
+    "validation rows given": (ROWS, ["data.validation=rows.jsonl"], 2, "data.validation: prepare takes every row"),
+    "rows held out": (ROWS, ["data.val_ratio=0.1"], 2, "data.val_ratio: prepare takes every row"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_paragraph_and_leaves_nothing(case: str, call: Call, tmp_path: Path) -> None:
+    rows, settings, code, message = BAD[case]
+    result = call("prepare", f"data.train={write(tmp_path, rows)}", *settings)
+    assert result.exit_code == code, result.stderr
+    assert message in " ".join(result.stderr.split())
+    assert not list((tmp_path / "outputs").glob("data/*"))
+
+
+def test_a_kill_in_the_middle_leaves_no_result_and_the_next_time_works(tmp_path: Path) -> None:
+    name = write(tmp_path, [{"question": f"Where is {i}?", "answer": f"In box {i}."} for i in range(15_000)])
+    command = [sys.executable, "-m", "training_lens", "prepare", f"data.train={name}", "prepare.leakage=off"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    building: list[Path] = []
+    while not building and process.poll() is None:
+        time.sleep(0.005)
+        building = list(tmp_path.glob("outputs/data/.tmp-*/train.jsonl"))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert building and not (tmp_path / "outputs/data/default").exists()
+    write(tmp_path, ROWS)
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    assert (tmp_path / "outputs/data/default/manifest.json").is_file()

@@ -1,0 +1,75 @@
+"""Splits are exact, complete, decided by content and seed; strata have their share, groups stay whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from training_lens.data.splitting import split_counts, split_groups, split_random, split_stratified
+
+SHARES = [0.8, 0.1, 0.1]
+
+
+def keys(rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 2**63, rows, dtype=np.uint64)
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.9, 0.1], SHARES, [1 / 3] * 3, [0.98, 0.01, 0.01]])
+@pytest.mark.parametrize("rows", [3, 4, 10, 99, 1000])
+def test_counts_sum_up_and_are_within_one_row_of_the_shares(rows: int, shares: list[float]) -> None:
+    counts = split_counts(rows, shares)
+    assert sum(counts) == rows and min(counts) >= 1
+    if min(shares) * rows >= 1:
+        assert all(abs(count - share * rows) < 1 for count, share in zip(counts, shares, strict=True))
+
+
+def test_random_splits_have_their_counts() -> None:
+    assert np.bincount(split_random(keys(1000), SHARES, 0)).tolist() == [800, 100, 100]
+
+
+def test_content_and_seed_decide_and_the_order_of_rows_does_not() -> None:
+    rows = keys(500)
+    one = split_random(rows, SHARES, 3)
+    assert (one == split_random(rows, SHARES, 3)).all()
+    assert (one[::-1] == split_random(rows[::-1], SHARES, 3)).all()
+    assert (one != split_random(rows, SHARES, 4)).any()
+
+
+def test_added_rows_move_few_of_the_others() -> None:
+    rows = keys(2000)
+    before, after = split_random(rows[:1000], SHARES, 0), split_random(rows[:1010], SHARES, 0)
+    assert (before != after[:1000]).sum() <= 20
+    held, again = before != 0, split_random(rows, SHARES, 0)[:1000] != 0
+    assert (held & again).sum() >= 0.8 * held.sum()
+
+
+def test_every_stratum_has_its_share_in_every_split() -> None:
+    sizes = [400, 50, 10, 3, 1]
+    strata = np.repeat(np.arange(len(sizes)), sizes)
+    split = split_stratified(keys(len(strata)), strata, SHARES, 0)
+    for stratum, size in enumerate(sizes):
+        assert np.bincount(split[strata == stratum], minlength=3).tolist() == split_counts(size, SHARES)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_groups_stay_whole_and_no_split_is_empty(seed: int) -> None:
+    """Sizes from 1 to hundreds, as users' rows are."""
+    generator = np.random.default_rng(seed)
+    sizes = np.minimum(generator.zipf(1.6, generator.integers(3, 60)), 300)
+    groups = generator.permutation(np.repeat(keys(len(sizes), seed), sizes))
+    split = split_groups(groups, SHARES, seed)
+    for group in np.unique(groups):
+        assert len(np.unique(split[groups == group])) == 1
+    assert set(split.tolist()) == {0, 1, 2}
+
+
+def test_small_groups_meet_the_shares() -> None:
+    groups = np.repeat(keys(500), 4)
+    counts = np.bincount(split_groups(groups, SHARES, 0))
+    assert np.abs(counts - np.array([1600, 200, 200])).max() <= 4
+
+
+def test_a_group_larger_than_the_training_share_still_leaves_the_others_some() -> None:
+    groups = np.concatenate([np.full(97, 1), [2, 2, 3]]).astype(np.uint64)
+    for seed in range(6):
+        assert set(split_groups(groups, SHARES, seed).tolist()) == {0, 1, 2}

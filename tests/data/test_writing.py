@@ -1,0 +1,188 @@
+"""What is written trains like what was read: the same tokens, the same masks, in every form and format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_lens import embedded
+from training_lens.config.schema import DataSection
+from training_lens.data.corpus import Corpus
+from training_lens.data.preparation import Preparation, read_examples, tokenize
+from training_lens.data.sources import expand
+from training_lens.data.templates import build_renderer
+from training_lens.data.tokenization import TextEncoder
+from training_lens.data.types import Example
+from training_lens.data.writing import FileFormat, Form, choose_form, open_writer, settings_for, written
+from training_lens.errors import DatasetError
+from training_lens.utils.progress import Progress
+
+ROWS = 20
+FORMATS: tuple[FileFormat, ...] = ("jsonl", "parquet")
+FORMS = {
+    "data/gsm8k/train.jsonl": "pair",
+    "data/llama_factory/alpaca_en_demo.json": "pair",
+    "data/llama_factory/glaive_toolcall_en_demo.json": "messages",
+    "data/llama_factory/kto_en_demo.json": "messages",
+    "data/llama_factory/v1_sft_demo.jsonl": "messages",
+    "data/llama_factory/c4_demo.jsonl": "text",
+    "data/t0_per_template/trec_trec1.jsonl": "pair",  # answers of nothing but an end mark
+    embedded.TRAIN: "pair",
+}
+
+
+def rewrite(specs: list[str], target: Path, file_format: FileFormat, **data: Any) -> tuple[Path, Form, DataSection]:
+    """The first rows of the sources in one file, its form, and the settings that read it."""
+    section = DataSection(train=specs, **data)
+    corpus = Corpus.of(expand(specs, "data.train"), section, Progress())
+    form = choose_form(corpus, file_format)
+    path = target / f"all.{file_format}"
+    rows = list(islice(corpus.rows("reading"), ROWS * len(specs)))
+    with closing(open_writer(path, form, any(example.domain is not None for _, example in rows))) as writer:
+        for row, example in rows:
+            writer.write(row, written(row, example, form, section.domain.per_file))
+    assert writer.rows == len(rows)
+    return path, form, settings_for(form, section)
+
+
+def tokens(specs: list[str], section: DataSection, tokenizer: Any) -> list[Any]:
+    """Ids, mask, domain and text hash of the first rows."""
+    ready = Preparation(section, build_renderer(section, tokenizer), TextEncoder(tokenizer), 4096, "")
+    examples = list(islice(read_examples(specs, "data.train", section), ROWS * len(specs)))
+    return [t and (t.input_ids.tolist(), t.loss_mask.tolist(), t.domain, t.digest) for t in tokenize(examples, ready)]
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca"])
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("source", FORMS)
+def test_tokens_and_masks_are_those_of_the_source(
+    source: str,
+    file_format: FileFormat,
+    template: str,
+    embedded_tokenizer: Any,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    spec = source if source in embedded.PATHS else str(request.getfixturevalue("shared") / source)
+    path, form, section = rewrite([spec], tmp_path, file_format, template=template)
+    assert form == ("as_read" if file_format == "jsonl" else FORMS[source])
+    before = tokens([spec], DataSection(template=template), embedded_tokenizer)
+    assert tokens([str(path)], section, embedded_tokenizer) == before
+    assert any(before) or "trec" in source
+
+
+def own(rows: list[dict[str, Any]], write_rows: Callable[..., Path], name: str) -> str:
+    return str(write_rows(rows, name))
+
+
+QUESTIONS = [{"question": "Who?", "answer": "Tom.", "id": 7}, {"question": "Where?", "answer": "Here.</s>", "id": 8}]
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Weather in Bern?", "name": "Ann"},
+        {"role": "assistant", "content": "One.", "loss_weight": 0},
+        {"role": "user", "content": "Now."},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "w", "arguments": '{"b": [1]}'}}]},
+        {"role": "tool", "content": "sun", "tool_call_id": "1"},
+        {"role": "assistant", "content": "Sun."},
+    ],
+    "tools": [{"name": "w", "parameters": {"type": "object", "properties": {"b": {"default": None}}}}],
+}
+
+
+def said(example: Example) -> Any:
+    return (example.messages, example.tools, example.domain, example.is_text)
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_sources_of_several_forms_become_one_of_messages(
+    file_format: FileFormat, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every field of every message comes back: roles, calls, names, weights, tools."""
+    specs = [own(QUESTIONS, write_rows, "questions.jsonl"), own([CHAT], write_rows, "chats.jsonl")]
+    path, form, section = rewrite(specs, tmp_path, file_format, domain={"per_file": True})
+    assert form == "messages"
+    before = list(read_examples(specs, "data.train", DataSection(domain={"per_file": True})))  # type: ignore[arg-type]
+    after = list(read_examples([str(path)], "data.train", section))
+    assert [said(e) for e in after] == [said(e) for e in before]
+    assert [e.domain for e in after] == ["questions", "questions", "chats"]
+
+
+def test_rows_of_one_mapping_keep_their_keys_and_values(write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    more = [{"question": "Why?", "answer": "Because 😀", "meta": {"a": [1.5, None]}, "note": "half a pair: \ud800"}]
+    specs = [own(QUESTIONS, write_rows, "a.jsonl"), own(more, write_rows, "b.jsonl")]
+    path, form, section = rewrite(specs, tmp_path, "jsonl")
+    assert form == "as_read" and section.fields == DataSection().fields
+    (source,) = expand([str(path)], "data.train")
+    assert [dict(row.values) for row in source.rows()] == [*QUESTIONS, *more]
+
+
+def test_the_file_s_name_becomes_the_domain_of_rows_as_they_are(
+    write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    specs = [own(QUESTIONS, write_rows, "law.jsonl")]
+    path, form, section = rewrite(specs, tmp_path, "jsonl", domain={"per_file": True})
+    assert form == "as_read" and not section.domain.per_file
+    (source,) = expand([str(path)], "data.train")
+    assert [dict(row.values) for row in source.rows()] == [{**row, "domain": "law"} for row in QUESTIONS]
+
+
+def test_a_domain_that_the_rows_have_is_not_written_over(write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    specs = [own([{**row, "domain": "own"} for row in QUESTIONS], write_rows, "law.jsonl")]
+    path, form, section = rewrite(specs, tmp_path, "jsonl", domain={"per_file": True})
+    assert form == "pair"
+    assert [e.domain for e in read_examples([str(path)], "data.train", section)] == ["law", "law"]
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_fields_that_were_named_are_found_by_themselves_afterwards(
+    file_format: FileFormat, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [{"a": "Who?", "b": "Tom.", "topic": "law", "sys": "Be brief."}]
+    named = {"fields": {"instruction": "a", "output": "b", "system": "sys"}, "domain": {"field": "topic"}}
+    specs = [own(rows, write_rows, "rows.jsonl")]
+    path, _, section = rewrite(specs, tmp_path, file_format, **named)
+    (before,) = read_examples(specs, "data.train", DataSection.model_validate(named))
+    (after,) = read_examples([str(path)], "data.train", section)
+    assert said(after) == said(before)
+    assert file_format == "jsonl" or section == DataSection(train=specs)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (
+            {"text": "plain"},
+            CHAT,
+            r"a.jsonl holds plain texts, .*b.jsonl is read as messages \+ tools: one file cannot",
+        ),
+        ({**QUESTIONS[0], "input": "more"}, CHAT, r"a.jsonl, row 1: has the input 'more' .* chats .* have no place"),
+        ({**QUESTIONS[0], "domain": "x"}, QUESTIONS[1], r"a.jsonl has domains, .*b.jsonl has none: one file cannot"),
+    ],
+    ids=["texts and chats", "inputs and chats", "domains and none"],
+)
+def test_what_one_file_cannot_hold_is_refused(
+    one: dict[str, Any], other: dict[str, Any], message: str, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    specs = [own([one], write_rows, "a.jsonl"), own([other], write_rows, "b.jsonl")]
+    with pytest.raises(DatasetError, match=message):
+        rewrite(specs, tmp_path, "jsonl")
+
+
+def test_values_that_a_format_cannot_hold_name_the_row(tmp_path: Path, write_rows: Callable[..., Path]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"question": ["Who?"], "answer": ["Tom."], "when": pa.array([0], pa.timestamp("s"))})
+    pq.write_table(table, tmp_path / "dated.parquet")
+    with pytest.raises(DatasetError, match=r"dated.parquet, row 1: JSON cannot hold .* datetime"):
+        rewrite([str(tmp_path / "dated.parquet")], tmp_path, "jsonl")
+    asked = {"role": "user", "content": "Hi", "name": 5}
+    chat = own([{"messages": [asked, {"role": "assistant", "content": "Yes."}]}], write_rows, "chat.jsonl")
+    with pytest.raises(DatasetError, match=r"chat.jsonl, row 1, .*Parquet cannot hold"):
+        rewrite([chat], tmp_path, "parquet")
