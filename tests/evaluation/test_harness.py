@@ -14,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from training_lens import TrainingWrapper
 from training_lens.errors import ConfigurationError
 from training_lens.evaluation.harness import run_tasks
 from training_lens.inference.session import Session, open_run
@@ -97,6 +98,17 @@ def test_multiple_choice_is_the_ranking_of_our_own_forward(
     assert 0 < share < 1
     assert found["choose"]["acc"] == pytest.approx(share)
     assert found["choose"]["acc_stderr"] == pytest.approx((share * (1 - share) / (len(right) - 1)) ** 0.5)
+
+
+def test_a_model_with_modules_trained_whole_is_scored(
+    small_config: Callable[..., Any], write_task: Callable[..., str]
+) -> None:
+    """lm-eval ties weights anew, which such a model does not survive."""
+    config = small_config(peft={"modules_to_save": ["lm_head"]}, training={"max_steps": 1}, data={"max_examples": 8})
+    session = open_run(RunFolder(Path(TrainingWrapper(config).train().run_dir)))
+    folder = write_task("choose", CHOICE, QUESTIONS)
+    assert run_tasks(session, ["choose"], include_path=folder, limit=2)["choose"]["acc"] in (0, 0.5, 1)
+    assert "tie_weights" not in vars(session.model)
 
 
 def greedy(session: Session, text: str, count: int) -> str:

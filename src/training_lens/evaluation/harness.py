@@ -168,12 +168,23 @@ def _language_model(session: Session, batch_tokens: int, progress: Progress) -> 
                 self.cache_hook = _Counter(advance)
                 return answer(requests, disable_tqdm=True)
 
-    return SessionModel(
-        pretrained=session.model,
-        tokenizer=copy.deepcopy(session.tokenizer),  # lm-eval gives it a pad token
-        max_length=session.positions,
-        mixed_precision_dtype=None if session.precision == "fp32" else DTYPES[session.precision],
-    )
+    with _tied_as_it_is(session.model):
+        return SessionModel(
+            pretrained=session.model,
+            tokenizer=copy.deepcopy(session.tokenizer),  # lm-eval gives it a pad token
+            max_length=session.positions,
+            mixed_precision_dtype=None if session.precision == "fp32" else DTYPES[session.precision],
+        )
+
+
+@contextmanager
+def _tied_as_it_is(model: Any) -> Iterator[None]:
+    """Within the block nobody ties weights: lm-eval would, which breaks on modules that PEFT trained whole."""
+    model.tie_weights = lambda: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 class _Counter:
