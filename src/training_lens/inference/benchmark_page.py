@@ -15,7 +15,7 @@ from training_lens.utils.pages import Table, write_page
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-COLUMNS = "model, prompt, batch, first token, per token, latency, p50, p95, p99, tokens/s, peak MB".split(", ")
+COLUMNS = "model, prompt, batch, first token, per token, latency, p50, p95, p99, tok/s, peak MB".split(", ")
 COLORS = {"base": "#6e7781", "adapter": "#bc4c00", "merged": "#0969da"}
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
