@@ -70,6 +70,8 @@ def show(screen: Screen, judgement: Judgement) -> None:
     for name, moved in (("most improved rows", comparison.improved), ("most worsened rows", comparison.worsened)):
         if moved:
             _table(screen, name, reports.MOVED_COLUMNS, reports.moved_rows(moved, False))
+    if comparison.tasks:
+        _table(screen, "lm-eval", reports.task_columns(comparison), reports.task_rows(comparison))
     if comparison.forgetting:
         screen.console.print(reports.forgetting_line(comparison), markup=False)
     if any(text for outcome in judgement.outcomes.values() for text in outcome.answers):

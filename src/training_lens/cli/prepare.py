@@ -37,7 +37,7 @@ def prepare(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Clean and split data.train into a folder of files: duplicates out, leaks between splits found, tokens cached.
+    """Clean and split data.train into a folder: duplicates left out, leaks between splits found, tokens cached.
 
     Examples: training-lens prepare data.train=rows.jsonl prepare.deduplicate=near;
     training-lens prepare data.train=rows.jsonl prepare.split_by=group prepare.group_field=user_id
@@ -139,9 +139,11 @@ def _show_splits(screen: Screen, prepared: Prepared) -> None:
     table.add_row("tokens", *(f"{split.lengths.tokens:,}" for split in splits))
     table.add_row("learned tokens", *(f"{split.supervised_tokens:,}" for split in splits))
     domains = sorted({domain for split in splits for domain in split.domains})
+    if domains:
+        table.add_row("examples by domain")
     for domain in domains[:NAMED]:
         examples = (split.domains[domain].examples if domain in split.domains else 0 for split in splits)
-        table.add_row(Text(f"  domain {domain}"), *(f"{count:,}" for count in examples))
+        table.add_row(Text(f"  {domain}"), *(f"{count:,}" for count in examples))
     if len(domains) > NAMED:
         table.add_row(f"  and {len(domains) - NAMED} more")
     screen.console.print()

@@ -324,6 +324,11 @@ class EvaluationSection(Section):
     forgetting: Annotated[list[str], BeforeValidator(_as_list)] | None = Field(
         None, description="compare: other text (paths like data.train): its loss before and after; null: none"
     )
+    tasks: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        [], description="tasks of lm-eval, its own or yours, such as [arc_easy]; needs the extra `eval`"
+    )
+    task_path: str | None = Field(None, description="folder of your own lm-eval tasks in YAML; null: lm-eval's alone")
+    task_limit: int | None = Field(None, ge=1, description="at most so many rows of each task; null: all of them")
 
 
 class InferenceSection(Section):

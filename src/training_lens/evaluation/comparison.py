@@ -69,7 +69,10 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Models on the same rows, whole and in parts; `models` says what `base` and `adapter` stand for."""
+    """Models on the same rows, whole and in parts; `models` says what `base` and `adapter` stand for.
+
+    `tasks` are scores of lm-eval: model -> task -> metric -> value.
+    """
 
     models: Mapping[str, str]
     whole: Group
@@ -80,6 +83,7 @@ class Comparison:
     improved: Sequence[Moved] = ()
     worsened: Sequence[Moved] = ()
     forgetting: Forgetting | None = None
+    tasks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The object that `compare --json` prints."""
@@ -93,6 +97,7 @@ class Comparison:
             "improved": [asdict(row) for row in self.improved],
             "worsened": [asdict(row) for row in self.worsened],
             "forgetting": asdict(self.forgetting) if self.forgetting else None,
+            "tasks": {model: {task: dict(m) for task, m in found.items()} for model, found in self.tasks.items()},
         }
 
 

@@ -30,6 +30,7 @@ from training_lens.utils.seeding import restore_rng_state, rng_state, seed_every
 
 logger = get_logger(__name__)
 KEY = "evaluation.tasks"
+TaskScores = dict[str, dict[str, float]]  # task -> metric -> value
 BOOTSTRAPS = 1000  # draws for the standard error of metrics that have no formula for it
 
 
@@ -43,7 +44,7 @@ def run_tasks(
     batch_tokens: int = 8192,
     seed: int = 0,
     progress: Progress | None = None,
-) -> dict[str, dict[str, float]]:
+) -> TaskScores:
     """The scores of tasks, groups or tags of tasks: task -> metric -> value, as lm-eval computes and names them.
 
     A metric's standard error stands beside it as `{metric}_stderr` where it has one; a metric of a filter that has a

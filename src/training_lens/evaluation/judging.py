@@ -14,6 +14,7 @@ from training_lens.data.types import Example
 from training_lens.evaluation.comparison import ADAPTER, BASE, Comparison, Control, Forgetting, compare, forgetting
 from training_lens.evaluation.controls import controls_of
 from training_lens.evaluation.evaluator import Pass, paired_sums, token_sums
+from training_lens.evaluation.harness import TaskScores, run_tasks
 from training_lens.evaluation.length_bucketing import LengthBuckets
 from training_lens.evaluation.rows import JudgedRows
 from training_lens.evaluation.scoring import Bootstrap, Scored
@@ -67,7 +68,10 @@ class Judge:
             DatasetError: no row fits the model; EvaluationError: the model failed on them.
         """
         rows, session = JudgedRows.of(examples, self.session), self.session
-        judged = self._judgement(rows, self._pair(rows), {BASE: session.config.model.id, ADAPTER: session.source})
+        tasks = {BASE: self._tasks(base=True), ADAPTER: self._tasks()}
+        judged = self._judgement(
+            rows, self._pair(rows), {BASE: session.config.model.id, ADAPTER: session.source}, tasks
+        )
         controls = self._controls(rows) if self.settings.controls else {}
         comparison = replace(judged.comparison, controls=controls, forgetting=self._forgetting())
         return replace(judged, comparison=comparison)
@@ -81,8 +85,9 @@ class Judge:
         fits = tokenize(examples, other.session.preparation)
         rows = JudgedRows.of([e for e, tokens in zip(examples, fits, strict=True) if tokens], self.session)
         theirs = JudgedRows.of(rows.examples, other.session)
+        tasks = {BASE: other._tasks(), ADAPTER: self._tasks()}
         outcomes = {BASE: other._alone(theirs, "other run"), ADAPTER: self._alone(rows, "run")}
-        return self._judgement(rows, outcomes, {BASE: other.session.source, ADAPTER: self.session.source})
+        return self._judgement(rows, outcomes, {BASE: other.session.source, ADAPTER: self.session.source}, tasks)
 
     def alone(self, examples: Sequence[Example], *, base: bool = False) -> Judgement:
         """The session's model alone: its adapter, or the base where there is none, or `base` asks for it.
@@ -92,16 +97,34 @@ class Judge:
         """
         rows, session = JudgedRows.of(examples, self.session), self.session
         name = BASE if base or not session.has_adapter else ADAPTER
+        tasks = {name: self._tasks(base=name == BASE)}
         outcome = self._alone(rows, name, base=name == BASE)
-        return self._judgement(
-            rows, {name: outcome}, {name: session.config.model.id if name == BASE else session.source}
-        )
+        described = {name: session.config.model.id if name == BASE else session.source}
+        return self._judgement(rows, {name: outcome}, described, tasks)
 
-    def _judgement(self, rows: JudgedRows, outcomes: dict[str, Outcome], described: dict[str, str]) -> Judgement:
+    def _judgement(
+        self, rows: JudgedRows, outcomes: dict[str, Outcome], described: dict[str, str], tasks: dict[str, TaskScores]
+    ) -> Judgement:
         lengths = rows.dataset.lengths
         scored = {name: outcome.scored for name, outcome in outcomes.items()}
         comparison = compare(rows.examples, lengths, scored, self._buckets(lengths), self._bootstrap, described)
-        return Judgement(comparison, rows, outcomes)
+        return Judgement(replace(comparison, tasks=tasks if self.settings.tasks else {}), rows, outcomes)
+
+    def _tasks(self, *, base: bool = False) -> TaskScores:
+        """The scores of lm-eval's tasks, where any are asked for."""
+        asked = self.settings
+        if not asked.tasks:
+            return {}
+        return run_tasks(
+            self.session,
+            asked.tasks,
+            include_path=asked.task_path,
+            limit=asked.task_limit,
+            base=base,
+            batch_tokens=asked.batch_tokens,
+            seed=asked.seed,
+            progress=self.progress,
+        )
 
     def _buckets(self, lengths: Sequence[int] | np.ndarray) -> LengthBuckets:
         asked = self.settings.length_buckets

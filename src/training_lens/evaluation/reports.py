@@ -114,6 +114,31 @@ def moved_rows(moved: Sequence[Moved], whole_path: bool = True) -> Iterator[Cell
 MOVED_COLUMNS: Cells = ("row", "base", "adapter", "change")
 
 
+def task_rows(comparison: Comparison) -> Iterator[Cells]:
+    """A line for each metric of each task: each model's value and its standard error, where lm-eval gives one."""
+    first = next(iter(comparison.tasks.values()), {})
+    for task, metrics in first.items():
+        for metric in metrics:
+            if not _is_error(metric):
+                found = [scores[task] for scores in comparison.tasks.values()]
+                yield (task, metric, *(f"{m[metric]:.4f}{_error(m, metric)}" for m in found))
+
+
+def task_columns(comparison: Comparison) -> Cells:
+    """The heads of the columns of `task_rows`."""
+    return ("task", "metric", *comparison.tasks)
+
+
+def _is_error(metric: str) -> bool:
+    return metric.partition(",")[0].endswith("_stderr")
+
+
+def _error(metrics: Mapping[str, float], metric: str) -> str:
+    name, comma, rest = metric.partition(",")
+    error = metrics.get(f"{name}_stderr{comma}{rest}")
+    return "" if error is None else f" ± {error:.4f}"
+
+
 def markdown(comparison: Comparison) -> str:
     """The tables of a comparison as Markdown."""
     models = ", ".join(f"{name}: `{what}`" for name, what in comparison.models.items())
@@ -129,6 +154,8 @@ def markdown(comparison: Comparison) -> str:
         if moved:
             parts.append(f"{title}, loss in nats per supervised token:")
             parts.append(_table(MOVED_COLUMNS, moved_rows(moved)))
+    if comparison.tasks:
+        parts.append(_table(task_columns(comparison), task_rows(comparison)))
     if comparison.forgetting:
         parts.append(forgetting_line(comparison))
     return "\n\n".join(parts) + "\n"
