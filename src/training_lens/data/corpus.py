@@ -16,16 +16,21 @@ from training_lens.data.preparation import present_keys
 from training_lens.data.sources import Source
 from training_lens.data.types import Example, Row
 from training_lens.data.values import text_of
+from training_lens.errors import DatasetError
 from training_lens.utils.progress import Progress
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A source, the keys of its rows (each with the first row that has it), and how they are read."""
+    """A source, the keys of its rows (each with the first row that has it), and how they are read.
+
+    `stamp` is what `_stamp` gave when the source was first looked at.
+    """
 
     source: Source
     keys: dict[str, int]
     mapping: FieldMapping
+    stamp: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -43,18 +48,17 @@ class Corpus:
         Raises:
             DatasetError: as `preparation.present_keys` and `fields.find_mapping`.
         """
-        keys = [present_keys(source) for source in sources]
-        mappings = [find_mapping(k, data.fields, data.domain, s.name) for s, k in zip(sources, keys, strict=True)]
-        return cls(tuple(map(Reading, sources, keys, mappings)), data, progress)
+        return cls(tuple(_reading(source, data) for source in sources), data, progress)
 
     def rows(self, title: str) -> Iterator[tuple[Row, Example]]:
         """Each row and its example as it stands there, a bounded number in memory; `title` is the progress bar's.
 
         Raises:
-            DatasetError: as `Source.rows` and `fields.to_example`.
+            DatasetError: as `Source.rows` and `fields.to_example`; or a source changed since it was first read.
         """
         with self.progress.task(title, sum(r.source.size_bytes for r in self.readings), "bytes") as advance:
             for reading in self.readings:
+                _refuse_changed(reading)
                 left = float(reading.source.size_bytes)
                 for row in reading.source.rows():
                     example = to_example(row, reading.mapping, self.data.domain.per_file)
@@ -68,6 +72,21 @@ class Corpus:
         """The examples as they are trained on: without end marks, unless the setting keeps them."""
         strip = self.data.strip_end_marks
         return (strip_end_marks(example)[0] if strip else example for _, example in self.rows(title))
+
+
+def _reading(source: Source, data: DataSection) -> Reading:
+    stamp, keys = _stamp(source), present_keys(source)
+    return Reading(source, keys, find_mapping(keys, data.fields, data.domain, source.name), stamp)
+
+
+def _stamp(source: Source) -> tuple[tuple[int, int], ...]:
+    """Size and time of the last change (ns) of the source's files."""
+    return tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in source.files)
+
+
+def _refuse_changed(reading: Reading) -> None:
+    if _stamp(reading.source) != reading.stamp:
+        raise DatasetError(f"{reading.source.name}: changed while it was read. Run it again when it is complete.")
 
 
 @dataclass(frozen=True)

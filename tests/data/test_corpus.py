@@ -1,0 +1,47 @@
+"""Rows are read again and again in one order, and remembered without their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from training_lens.config.schema import DataSection
+from training_lens.data.corpus import Corpus, catalogue_of
+from training_lens.data.sources import expand
+from training_lens.errors import DatasetError
+from training_lens.utils.progress import Progress
+
+ROWS = [
+    {"question": f"Who is {i}?", "answer": f"Tom {i}.</s>", "domain": "ab"[i % 2], "user": i // 2} for i in range(6)
+]
+
+
+def corpus_of(*paths: Path) -> Corpus:
+    return Corpus.of(expand([str(path) for path in paths], "data.train"), DataSection(), Progress())
+
+
+def test_every_pass_sees_the_same_rows_in_the_same_order(write_rows: Callable[..., Path]) -> None:
+    corpus = corpus_of(write_rows(ROWS[:4], "a.jsonl"), write_rows(ROWS[4:], "b.jsonl"))
+    first, second = (list(corpus.rows("reading")) for _ in range(2))
+    assert first == second and [dict(row.values) for row, _ in first] == ROWS
+    assert all(e.messages[-1].text.endswith("</s>") for _, e in first)
+    assert [e.messages[-1].text for e in corpus.examples("reading")] == [f"Tom {i}." for i in range(6)]
+
+
+def test_the_catalogue_knows_each_row_s_place_domain_and_group(write_rows: Callable[..., Path]) -> None:
+    a, b = write_rows(ROWS[:4], "a.jsonl"), write_rows([*ROWS[4:], ROWS[0]], "b.jsonl")
+    catalogue = catalogue_of(corpus_of(a, b), "user")
+    assert [catalogue.row_id(i) for i in (0, 3, 4, 6)] == [f"{a}:1", f"{a}:4", f"{b}:1", f"{b}:3"]
+    assert [catalogue.domains[i] for i in catalogue.domain] == ["a", "b", "a", "b", "a", "b", "a"]
+    assert catalogue.whole[6] == catalogue.whole[0] and len(set(catalogue.whole.tolist())) == 6
+    assert catalogue.group[0] == catalogue.group[1] != catalogue.group[2]
+
+
+def test_a_source_that_changes_between_passes_is_refused(write_rows: Callable[..., Path]) -> None:
+    path = write_rows(ROWS)
+    corpus = corpus_of(path)
+    path.write_text(path.read_text() * 2)
+    with pytest.raises(DatasetError, match=r"rows.jsonl: changed while it was read"):
+        catalogue_of(corpus, None)
