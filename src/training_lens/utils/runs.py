@@ -100,7 +100,7 @@ class RunFolder:
 
     @property
     def status(self) -> str:
-        """running, finished, failed or interrupted, as the run itself wrote it last."""
+        """running, finished, failed, interrupted or pruned, as the run itself wrote it last."""
         return str(self.read_metadata("summary.json").get("status", "unknown"))
 
 
