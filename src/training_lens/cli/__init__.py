@@ -7,6 +7,7 @@ import typer
 from training_lens.cli.compare import compare
 from training_lens.cli.infer import infer
 from training_lens.cli.init import init
+from training_lens.cli.sweep import sweep
 from training_lens.cli.train import train
 from training_lens.cli.validate import validate
 
@@ -18,7 +19,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (init, train, validate, infer, compare):
+for command in (init, train, validate, infer, compare, sweep):
     cli.command()(command)
 
 
