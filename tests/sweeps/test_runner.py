@@ -118,6 +118,13 @@ def test_a_hopeless_trial_is_pruned(sweep_config: Config) -> None:
         assert run.status == "pruned" and not run.adapter.exists()
 
 
+def test_trials_have_ids_of_their_own(sweep_config: Config) -> None:
+    config = sweep_config()
+    config.output.run_id = "mine"
+    with pytest.raises(ConfigurationError, match=r"output\.run_id: each trial"):
+        Sweep(config)
+
+
 def test_a_sweep_needs_validation_rows(sweep_config: Config) -> None:
     config = sweep_config()
     config.data.validation = None

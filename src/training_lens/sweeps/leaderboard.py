@@ -26,7 +26,7 @@ FEWEST = 4  # finished trials: with fewer, nothing can be said of importances
 
 @dataclass(frozen=True)
 class Row:
-    """One trial. `validation_loss` in nats per supervised token; of a pruned trial, the loss at which it was ended.
+    """One trial. `validation_loss` in nats per supervised token; of a pruned trial, its lowest until then.
 
     `state` is finished, pruned, running, stopped (its process ended; the next start goes on with it) or failed.
     `params` are values of the config by dotted key; `seconds` are those of training; `run_dir` is on the machine that

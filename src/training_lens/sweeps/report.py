@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from optuna import visualization
-from optuna.trial import FrozenTrial, TrialState
+from optuna import Study, visualization
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from training_lens.config.schema import TrainingConfig
-from training_lens.sweeps.leaderboard import Leaderboard, Row
+from training_lens.sweeps.leaderboard import ORDER, Leaderboard, Row
 from training_lens.sweeps.proposals import study_of
+from training_lens.sweeps.trials import first_number
 from training_lens.utils.files import write_json, write_text
 from training_lens.utils.pages import Table, write_page
 
@@ -33,7 +34,8 @@ def write_results(
     """
     files = {name: str(folder / name) for name in ("leaderboard.json", "report.html")}
     write_json(folder / "leaderboard.json", found.as_json())
-    write_page(folder / "report.html", f"Sweep {found.study}", [*_tables(found), *_figures(trials)])
+    parts = [_summary(found), leaderboard_table(found), *_figures(found, trials)]
+    write_page(folder / "report.html", f"Sweep {found.study}", parts)
     if found.best is not None:
         files["best.yaml"] = str(folder / "best.yaml")
         write_text(folder / "best.yaml", _best_yaml(found, found.best, config))
@@ -61,17 +63,12 @@ def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inner.items() if value != {}}
 
 
-def _tables(found: Leaderboard) -> list[str | Table]:
-    counts = [f"{found.count(state)} {state}" for state in ("finished", "pruned", "running", "stopped", "failed")]
-    parts: list[str | Table] = [
-        f"{', '.join(text for text in counts if not text.startswith('0 '))} of {len(found.rows)} trials. Losses are in "
-        "nats per supervised token on the validation rows; lower is better.",
-        leaderboard_table(found),
-    ]
-    if found.importances:
-        rows = [(key, f"{share:.0%}") for key, share in found.importances.items()]
-        parts.append(Table("how much each key mattered for being among the best (PED-ANOVA)", ("key", "share"), rows))
-    return parts
+def _summary(found: Leaderboard) -> str:
+    counts = [f"{found.count(state)} {state}" for state in ORDER if found.count(state)]
+    return (
+        f"{len(found.rows)} trials: {', '.join(counts)}. Losses are in nats per supervised token on the validation "
+        "rows; lower is better."
+    )
 
 
 def leaderboard_table(found: Leaderboard) -> Table:
@@ -96,17 +93,34 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _figures(trials: Sequence[FrozenTrial]) -> list[str | Table | Figure]:
-    """History, slices, parallel coordinates and validations of the trials that have a loss."""
-    judged = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    if sum(trial.state == TrialState.COMPLETE for trial in judged) < 2:
+def _figures(found: Leaderboard, trials: Sequence[FrozenTrial]) -> list[str | Table | Figure]:
+    """Importances, history, slices, parallel coordinates, and validations of the trials that have a loss."""
+    if found.count("finished") < 2:
         return []
-    study = study_of(judged)
-    figures: list[str | Table | Figure] = [
-        "# Trial after trial", visualization.plot_optimization_history(study, target_name=LOSS),
-        "# Each key by itself", visualization.plot_slice(study, target_name=LOSS),
-        "# Keys together", visualization.plot_parallel_coordinate(study, target_name=LOSS),
-    ]  # fmt: skip
-    if any(len(trial.intermediate_values) > 1 for trial in judged):
-        figures += ["# Within the trials", visualization.plot_intermediate_values(study)]
-    return figures
+    study = _numbered(trials)
+    figures = {
+        "Trial after trial": visualization.plot_optimization_history(study, target_name=LOSS),
+        "Each key by itself": visualization.plot_slice(study, target_name=LOSS),
+        "Keys together": visualization.plot_parallel_coordinate(study, target_name=LOSS),
+    }
+    if found.importances:
+        title = "How much each key mattered for being among the best quarter (PED-ANOVA, shares of 1)"
+        figures = {title: _bars(found.importances), **figures}
+    if any(len(trial.intermediate_values) > 1 for trial in trials):
+        figures["Within the trials, validation after validation"] = visualization.plot_intermediate_values(study)
+    return [part for title, figure in figures.items() for part in (f"# {title}", figure.update_layout(title=None))]
+
+
+def _numbered(trials: Sequence[FrozenTrial]) -> Study:
+    """The trials as a study in memory, each by the number that the leaderboard has; what lies between is left out."""
+    by_number = {first_number(trial): trial for trial in trials}
+    nothing = create_trial(state=TrialState.FAIL)
+    return study_of([by_number.get(number, nothing) for number in range(max(by_number) + 1)])
+
+
+def _bars(shares: Mapping[str, float]) -> Figure:
+    from plotly.graph_objects import Bar, Figure
+
+    upwards = list(shares.items())[::-1]
+    bars = Bar(x=[share for _, share in upwards], y=[key for key, _ in upwards], orientation="h")
+    return Figure(bars).update_layout(height=180 + 30 * len(shares))

@@ -67,6 +67,8 @@ class Sweep:
         console: Console | None = None,
         on_trial: Callable[[Row], None] = lambda row: None,
     ) -> None:
+        if config.output.run_id:
+            raise ConfigurationError("output.run_id: each trial of a sweep has an id of its own; leave it out.")
         self.config = with_rows_as_files(config, Path(config.output.base_output_dir) / "cache" / "rows")
         self.space = Space.of(self.config)
         self.folder = sweep_folder(self.config)

@@ -140,7 +140,7 @@ class SharedStudy:
             yield
 
     def report(self, trial: FrozenTrial, validation: int, loss: float) -> bool:
-        """Note the loss at the trial's so-manieth validation; gives whether the pruner would end it there."""
+        """Note the loss at a validation, counted from 1; gives whether the pruner would end the trial there."""
         self._storage.set_trial_intermediate_value(self._id(trial), validation, loss)
         return self._study.pruner.prune(self._study, self.newest(trial))
 
@@ -149,7 +149,7 @@ class SharedStudy:
         self._end(trial, TrialState.COMPLETE, loss, facts)
 
     def prune(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
-        """The trial was ended early, at `loss`."""
+        """The trial was ended early; `loss` is its lowest until then."""
         self._end(trial, TrialState.PRUNED, loss, facts)
 
     def fail(self, trial: FrozenTrial, error: str, **facts: Any) -> None:
