@@ -71,3 +71,7 @@ class InterruptedRunError(TrainingLensError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class PrunedRunError(TrainingLensError):
+    """A callback ended the run before its last step, because it is not worth finishing: no failure of the run."""

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training_lens.config.compose import compose, known_keys
+from training_lens.config.compose import compose
+from training_lens.config.keys import known_keys
 from training_lens.config.schema import TrainingConfig
 from training_lens.config.skeleton import LIVE, skeleton
 

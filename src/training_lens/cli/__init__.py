@@ -12,6 +12,7 @@ from training_lens.cli.infer import infer
 from training_lens.cli.init import init
 from training_lens.cli.merge import merge
 from training_lens.cli.prepare import prepare
+from training_lens.cli.sweep import sweep
 from training_lens.cli.train import train
 from training_lens.cli.validate import validate
 
@@ -23,7 +24,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (init, prepare, validate, train, evaluate, baseline, compare, infer, benchmark, merge):
+for command in (init, prepare, validate, train, evaluate, baseline, compare, infer, benchmark, merge, sweep):
     cli.command()(command)
 cli.add_typer(experiment)
 

@@ -30,7 +30,7 @@ RunNames = Annotated[
 Tags = Annotated[list[str], typer.Argument(metavar="TAG... [KEY=VALUE]...", help="Short words; then settings.")]
 Sort = Annotated[str | None, typer.Option(metavar="METRIC", help="Sort by it, the best first; else the newest first.")]
 Status = Annotated[
-    Literal["running", "finished", "failed", "interrupted", "broken"] | None,
+    Literal["running", "finished", "failed", "interrupted", "pruned", "broken"] | None,
     typer.Option(help="Only runs of which this became.", show_choices=True),
 ]
 WithTag = Annotated[str | None, typer.Option("--tag", metavar="TAG", help="Only runs with this tag.")]

@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from training_lens.config.coming_from import translate
+from training_lens.config.keys import known_keys, nearest_key
 from training_lens.config.schema import TrainingConfig
+from training_lens.config.search_space import dotted, parse_space
 from training_lens.errors import ConfigurationError
 from training_lens.utils.formatting import nearest
 from training_lens.utils.logging import get_logger
@@ -38,6 +40,8 @@ def compose(
     from_file, problems = _read_file(config_file)
     for group in groups if from_file else ():
         _tell_overridden(str(config_file), from_file, group)
+    for layer in (from_file, values):
+        _put_dotted_space(layer)
     merged = _merge(_merge(_presets(groups), from_file), values)
     return validate(_merge(merged, flags or {}), problems)
 
@@ -53,9 +57,19 @@ def validate(values: dict[str, Any], problems: Sequence[str] = ()) -> TrainingCo
             TrainingConfig.model_validate(_without(values, [item["loc"] for item in error.errors()]))
         except ValidationError as further:
             problems += [line for line in problems_of(further) if line not in problems]
+    else:
+        problems += _space_problems(config)
     if problems:
         raise ConfigurationError(problems)
     return config
+
+
+def _space_problems(config: TrainingConfig) -> tuple[str, ...]:
+    try:
+        parse_space(config)
+    except ConfigurationError as error:
+        return error.problems
+    return ()
 
 
 def _without(values: dict[str, Any], locations: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
@@ -92,31 +106,6 @@ def problems_of(error: ValidationError) -> list[str]:
 
 def _is_union_label(part: int | str) -> bool:
     return isinstance(part, str) and any(mark in part for mark in "[('")
-
-
-def known_keys(model: type[BaseModel] = TrainingConfig, prefix: str = "") -> list[str]:
-    """Every key of the schema, dotted: ['model.id', 'model.revision', ...]."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            keys += known_keys(inner, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
-
-
-def nearest_key(key: str, known: Sequence[str]) -> str | None:
-    """The known key that `key` most likely meant, also where its section was left out or wrong."""
-    last = key.rsplit(".", 1)[-1]
-    by_last = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
-    if last in by_last:
-        return by_last[last]
-    whole = nearest(key, known)
-    if whole:
-        return whole
-    close = nearest(last, by_last)
-    return by_last[close] if close else None
 
 
 def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -156,6 +145,13 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
         inner = values.setdefault(part, {})
         values = inner if isinstance(inner, dict) else values
     values[path[-1]] = value
+
+
+def _put_dotted_space(layer: dict[str, Any]) -> None:
+    """Names each key of `sweep.space` in full, so that the space of a later layer goes over that of an earlier one."""
+    sweep = layer.get("sweep")
+    if isinstance(sweep, dict) and isinstance(sweep.get("space"), dict):
+        sweep["space"] = dotted(sweep["space"])
 
 
 def _preset_groups() -> dict[str, list[str]]:

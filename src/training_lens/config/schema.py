@@ -23,6 +23,13 @@ def _as_list(value: Any) -> Any:
     return [str(v) if isinstance(v, Path) else v for v in values] if isinstance(values, list) else values
 
 
+def _folder_name(value: str) -> str:
+    """`value`, where it is one component of a path."""
+    if not value.strip() or value in (".", "..", "latest", "none") or set(value) & set("/\\\0"):
+        raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
+    return value
+
+
 Rows = Annotated[list[str] | list[dict[str, Any]], BeforeValidator(_as_list)]
 
 
@@ -390,6 +397,46 @@ class TrackingSection(Section):
     tensorboard: bool = Field(True, description="write TensorBoard events to the run's logs folder")
 
 
+class SweepSection(Section):
+    """Many trials of one question (training-lens sweep): each a run of its own, with other values of some keys."""
+
+    name: str = Field("sweep", description="of the study, and of the experiment that its runs are in")
+    space: dict[str, list[Any] | dict[str, Any]] = Field(
+        {},
+        description="what is tried, by key: choices such as {peft.r: [4, 8, 16]}, or a range such as {training.lr: "
+        "{low: 1e-4, high: 1e-2, log: true}}; step makes a range a grid",
+    )
+    trials: int = Field(
+        20, ge=1, description="trials in all, those of every process and every start together; failed ones count"
+    )
+    sampler: Literal["tpe", "random", "grid"] = Field(
+        "tpe",
+        description="tpe: from what was good so far (Tree-structured Parzen Estimator, arXiv 2304.11127); random; "
+        "grid: every combination, in an order drawn with the seed",
+    )
+    pruner: Literal["none", "median", "successive_halving"] = Field(
+        "none",
+        description="median: ends a trial that is worse than the median of the others at the same validation, once 5 "
+        "are finished; successive_halving: keeps the better half at validations 1, 2, 4, 8, ... (arXiv 1810.05934)",
+    )
+    metric: Literal["validation_loss"] = Field(
+        "validation_loss", description="what is made small: the saved adapter's, in nats per supervised token"
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="of the sampler; the trials' own is training.seed")
+    storage: str | None = Field(
+        None,
+        min_length=1,
+        exclude=True,
+        description="database URL that Optuna takes (postgresql://..., mysql://..., sqlite:///...), shared by all who "
+        "give it; may hold a password, so it is saved with no run; null: study.db in the sweep's folder",
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _one_component(cls, value: str) -> str:
+        return _folder_name(value)
+
+
 class OutputSection(Section):
     """Where runs are kept: {base_output_dir}/experiments/{experiment_name}/runs/{run_id}."""
 
@@ -400,11 +447,7 @@ class OutputSection(Section):
     @field_validator("experiment_name", "run_id")
     @classmethod
     def _one_component(cls, value: str | None) -> str | None:
-        if value is not None and (
-            not value.strip() or value in (".", "..", "latest", "none") or set(value) & set("/\\\0")
-        ):
-            raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
-        return value
+        return None if value is None else _folder_name(value)
 
 
 class TrainingConfig(Section):
@@ -419,6 +462,7 @@ class TrainingConfig(Section):
     inference: InferenceSection = InferenceSection()
     benchmark: BenchmarkSection = BenchmarkSection()
     tracking: TrackingSection = TrackingSection()
+    sweep: SweepSection = SweepSection()
     output: OutputSection = OutputSection()
 
     @model_validator(mode="after")
@@ -433,10 +477,14 @@ class TrainingConfig(Section):
 
         What was never set stays unset, so that later steps can tell a choice from a default.
         """
-        values = _given(self)
+        values = self.given()
         for name, keys in sections.items():
             values[name] |= keys
         return TrainingConfig.model_validate(values)
+
+    def given(self) -> dict[str, Any]:
+        """What was set, by section, without what is at its default unasked."""
+        return _given(self)
 
 
 def _given(section: BaseModel) -> dict[str, Any]:

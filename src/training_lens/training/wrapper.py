@@ -14,7 +14,7 @@ from rich.console import Console
 
 import training_lens
 from training_lens.config.schema import TrainingConfig
-from training_lens.errors import CheckpointError, InterruptedRunError
+from training_lens.errors import CheckpointError, InterruptedRunError, PrunedRunError
 from training_lens.models.adapters import ParameterCount, count_parameters, describe
 from training_lens.models.factory import load_model
 from training_lens.models.stored import base_record
@@ -100,7 +100,7 @@ class TrainingWrapper:
         """Train from the start in a new run folder, and save adapter, tokenizer and metadata in it.
 
         Raises:
-            TrainingLensError: see its subclasses; the run folder then says `failed` or `interrupted`.
+            TrainingLensError: see its subclasses; the run folder then says `failed`, `interrupted` or `pruned`.
         """
         plan = self.plan()
         output = plan.config.output
@@ -151,10 +151,9 @@ class TrainingWrapper:
                 if plan.processes.is_main:
                     self._save_artifacts(run, plan, trainer, state)
             except BaseException as error:
-                status = "interrupted" if isinstance(error, InterruptedRunError | KeyboardInterrupt) else "failed"
                 logger.debug("the run ends: %s", error, exc_info=True)
                 if plan.processes.is_main:
-                    _write_summary(run, _summarize(run, status, trainer, parameters))
+                    _write_summary(run, _summarize(run, _status_after(error), trainer, parameters))
                 raise
             summary = _summarize(run, "finished", trainer, parameters)
             if plan.processes.is_main:
@@ -210,6 +209,12 @@ class TrainingWrapper:
 def _alone(run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
     """The run's lock, which its main process holds for all of them."""
     return run.held() if plan.processes.is_main else nullcontext()
+
+
+def _status_after(error: BaseException) -> str:
+    if isinstance(error, PrunedRunError):
+        return "pruned"
+    return "interrupted" if isinstance(error, InterruptedRunError | KeyboardInterrupt) else "failed"
 
 
 def _summarize(run: RunFolder, status: str, trainer: Trainer, parameters: ParameterCount) -> TrainingSummary:

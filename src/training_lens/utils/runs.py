@@ -127,7 +127,7 @@ class RunFolder:
 
     @property
     def status(self) -> str:
-        """running, finished, failed or interrupted: as the run wrote it last, and interrupted where its process died.
+        """running, finished, failed, pruned or interrupted: as the run wrote last; interrupted where its process died.
 
         Raises:
             CheckpointError: metadata/summary.json is missing or broken.

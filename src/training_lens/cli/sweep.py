@@ -1,0 +1,83 @@
+"""`training-lens sweep`: many trials, and which settings are best."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+
+if TYPE_CHECKING:
+    from training_lens.sweeps.leaderboard import Leaderboard, Row
+    from training_lens.sweeps.runner import SweepResult
+
+
+def sweep(overrides: Overrides = None, config: ConfigFile = None, json: Json = False, debug: Debug = False) -> None:
+    """Search for the best settings: many trials, each a normal run, judged by validation loss.
+
+    Stopped or killed, the same command goes on; started several times at once, the processes share the trials.
+
+    Examples: training-lens sweep sweep=lr; training-lens sweep sweep.name=mine sweep.space.peft.r=[4,8,16]
+    """
+    with command(json, debug) as screen:
+        settings = load_config(config, overrides)
+        from training_lens.errors import TrainingError
+        from training_lens.sweeps.runner import Sweep
+
+        result = Sweep(settings, console=screen.console, on_trial=lambda row: _show_trial(screen, row)).run()
+        _show(screen, result)
+        if result.leaderboard.best is None:
+            raise TrainingError(_nothing_finished(result.leaderboard))
+        screen.result(_as_json(result))
+
+
+def _as_json(result: SweepResult) -> dict[str, object]:
+    board, best = result.leaderboard, result.leaderboard.best
+    return {
+        "study": board.study,
+        "metric": board.metric,
+        **{state: board.count(state) for state in ("finished", "pruned", "failed", "running", "stopped")},
+        "best": best
+        and {"trial": best.trial, "value": best.validation_loss, "params": best.params, "run_dir": best.run_dir},
+        "importances": board.importances,
+        "files": result.files,
+    }
+
+
+def _nothing_finished(board: Leaderboard) -> str:
+    errors = {row.error: row.run_id for row in board.rows if row.error}
+    said = "; ".join(f"{run_id}: {error}" for error, run_id in errors.items())
+    return f"no trial of the sweep '{board.study}' finished. {said or 'Others may still run in other processes.'}"
+
+
+def _show_trial(screen: Screen, row: Row) -> None:
+    """One line as a trial ends."""
+    from training_lens.sweeps.report import shown
+
+    ends = {"finished": f"validation loss {row.validation_loss or 0:.4f}", "failed": f"failed: {row.error}"}
+    end = ends.get(row.state, f"{row.state} at {row.validation_loss or 0:.4f}")
+    params = " ".join(f"{key}={shown(value)}" for key, value in row.params.items())
+    screen.console.print(f"trial {row.trial}: {end}  {params}", markup=False, soft_wrap=True)
+
+
+def _show(screen: Screen, result: SweepResult) -> None:
+    """The leaderboard, what mattered, and where the files are."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from training_lens.sweeps.report import leaderboard_table
+
+    show, board = screen.console.print, result.leaderboard
+    found = leaderboard_table(board)
+    table = Table(title=f"sweep {board.study}, {found.caption}", title_justify="left")
+    for column in found.columns:
+        table.add_column(column, justify="left" if column in ("state", "run") else "right", overflow="fold")
+    for cells in found.rows:
+        table.add_row(*map(Text, cells))
+    show(table)
+    if board.importances:
+        shares = ", ".join(f"{key} {share:.0%}" for key, share in board.importances.items())
+        show(f"what mattered  {shares}", markup=False, soft_wrap=True)
+    if board.count("running"):
+        show(f"{board.count('running')} trials still run in other processes; the last of them writes the whole result")
+    for name, path in result.files.items():
+        show(f"{name:<17} {path}", markup=False, soft_wrap=True)

@@ -1,0 +1,206 @@
+"""The search space of a sweep: which keys are tried, and with what. Checked against the schema before any trial."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from training_lens.config.keys import known_keys, nearest_key
+from training_lens.config.schema import TrainingConfig
+from training_lens.errors import ConfigurationError
+from training_lens.utils.formatting import nearest
+
+# All else either does not change training, or changes which tokens are judged: losses could not be compared.
+SEARCHED = (
+    *("peft.", "training.", "data.max_examples", "data.weights"),
+    *("model.dtype", "model.quantization", "model.attention"),
+)
+RANGE = ("low", "high", "log", "step")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Some values of a key, as the schema reads them."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`, both included: all of them, or with `step` (1 for whole numbers) a grid.
+
+    `log` tries each order of magnitude as often.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+    whole: bool = False
+
+    @property
+    def size(self) -> int | None:
+        """How many values there are; None for a continuum."""
+        step = self.step or (1 if self.whole else None)
+        return None if step is None else round((self.high - self.low) / step) + 1
+
+    def value(self, number: float) -> float:
+        """`number` as it is tried: whole where the key is, else with 10 significant digits, and within the range."""
+        return round(number) if self.whole else min(max(float(f"{number:.10g}"), self.low), self.high)
+
+
+Dimension = Choices | Range
+
+
+def dotted(space: Mapping[str, Any]) -> dict[str, Any]:
+    """A search space with its keys in full.
+
+    Example:
+        >>> dotted({"peft": {"r": [4, 8]}, "training.lr": {"low": 1e-4, "high": 1e-2}})
+        {'peft.r': [4, 8], 'training.lr': {'low': 0.0001, 'high': 0.01}}
+    """
+    full: dict[str, Any] = {}
+    for key, value in space.items():
+        if isinstance(value, Mapping) and value and not set(value) & set(RANGE):
+            full |= {f"{key}.{inner}": spec for inner, spec in dotted(value).items()}
+        else:
+            full[key] = value
+    return full
+
+
+def parse_space(config: TrainingConfig) -> dict[str, Dimension]:
+    """The dimensions of `config.sweep.space`, by key.
+
+    Raises:
+        ConfigurationError: lists every key that is unknown or cannot be searched, and every value that its key refuses.
+    """
+    dimensions: dict[str, Dimension] = {}
+    problems: list[str] = []
+    for key, given in dotted(config.sweep.space).items():
+        try:
+            _require_searched(config, key)
+            dimensions[key] = _dimension(config, key, given)
+        except ConfigurationError as error:
+            problems += [f"sweep.space.{key}: {problem}" for problem in error.problems]
+    if problems:
+        raise ConfigurationError(problems)
+    return dimensions
+
+
+def _require_searched(config: TrainingConfig, key: str) -> None:
+    known = known_keys()
+    if key not in known:
+        close = nearest_key(key, [k for k in known if k.startswith(SEARCHED)])
+        raise ConfigurationError(f"unknown key; did you mean '{close}'?" if close else "unknown key")
+    if not key.startswith(SEARCHED):
+        searched = ", ".join(f"{name}*" if name.endswith(".") else name for name in SEARCHED)
+        raise ConfigurationError(
+            "no trial can differ in it: it changes nothing in training, or which tokens are judged, and losses on "
+            f"other tokens cannot be compared. A sweep takes {searched}"
+        )
+    if key == "training.seed" and config.data.val_ratio:
+        raise ConfigurationError("the seed also draws the validation rows of data.val_ratio; give data.validation")
+
+
+def _dimension(config: TrainingConfig, key: str, given: Any) -> Dimension:
+    if isinstance(given, list) and given:
+        return _choices(config, key, given)
+    if isinstance(given, Mapping) and given:
+        return _range(config, key, given)
+    raise ConfigurationError(f"given {given!r}; give choices such as [4, 8], or a range such as {{low: 4, high: 64}}")
+
+
+def _choices(config: TrainingConfig, key: str, given: list[Any]) -> Choices:
+    values: list[Any] = []
+    problems: list[str] = []
+    for item in given:
+        try:
+            values.append(_accepted(config, key, item))
+        except ConfigurationError as error:
+            problems += error.problems
+    problems += [f"{value!r} is given twice" for i, value in enumerate(values) if value in values[:i]]
+    if problems:
+        raise ConfigurationError(problems)
+    return Choices(tuple(values))
+
+
+def _accepted(config: TrainingConfig, key: str, value: Any) -> Any:
+    """`value` as the key's own section takes it."""
+    section_name, name = key.split(".")
+    section = getattr(config, section_name).model_copy()
+    try:
+        setattr(section, name, value)
+    except ValidationError as error:
+        messages = dict.fromkeys(item["msg"].removeprefix("Value error, ") for item in error.errors())
+        raise ConfigurationError(f"given {value!r}. {'; '.join(messages)}") from error
+    return getattr(section, name)
+
+
+def _range(config: TrainingConfig, key: str, given: Mapping[str, Any]) -> Range:
+    whole = _whole(config, key)
+    _require_numbers(given, whole)
+    for end in ("low", "high"):
+        _accepted(config, key, given[end])
+    found = Range(given["low"], given["high"], given.get("log", False), given.get("step"), whole)
+    problem = _wrong(found)
+    if problem:
+        raise ConfigurationError(problem)
+    return found
+
+
+def _whole(config: TrainingConfig, key: str) -> bool:
+    """Whether the key takes whole numbers alone; a key that takes no numbers has no range."""
+    section_name, name = key.split(".")
+    annotation = type(getattr(config, section_name)).model_fields[name].annotation
+    kinds = {annotation, *get_args(annotation)}
+    if not kinds & {int, float}:
+        raise ConfigurationError("takes no numbers, so it has no range; give choices, a list")
+    return float not in kinds
+
+
+def _require_numbers(given: Mapping[str, Any], whole: bool) -> None:
+    problems = []
+    for name in given:
+        if name not in RANGE:
+            close = nearest(str(name), RANGE)
+            problems.append(f"'{name}' is no part of a range, it has {', '.join(RANGE)}" + _hint(close))
+    problems += [f"a range needs {end}" for end in ("low", "high") if end not in given]
+    for name in ("low", "high", "step"):
+        if given.get(name) is not None and not _is_number(given[name], whole):
+            problems.append(f"{name}: given {given[name]!r}, expected a {'whole ' if whole else ''}number")
+    if not isinstance(given.get("log", False), bool):
+        problems.append(f"log: given {given['log']!r}, expected true or false")
+    if problems:
+        raise ConfigurationError(problems)
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        return False
+    return math.isfinite(value)
+
+
+def _hint(close: str | None) -> str:
+    return f"; did you mean '{close}'?" if close else ""
+
+
+def _wrong(found: Range) -> str | None:
+    """What is wrong with the numbers of a range, if anything."""
+    if found.low >= found.high:
+        return f"low {found.low:g} is not below high {found.high:g}"
+    if found.log and found.low <= 0:
+        return f"low {found.low:g}: a range with log begins above 0"
+    if found.step is None:
+        return None
+    if found.log:
+        return "log and step are both given; keep one, or list the values"
+    if found.step <= 0:
+        return f"step {found.step:g} is not above 0"
+    steps = (found.high - found.low) / found.step
+    if abs(steps - round(steps)) > 1e-6:
+        return f"steps of {found.step:g} from low {found.low:g} miss high {found.high:g}; give a high that they reach"
+    return None

@@ -1,0 +1,105 @@
+"""What a sweep found: its trials, best first, and how much each key mattered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from training_lens.sweeps.proposals import study_of
+from training_lens.sweeps.space import Space
+from training_lens.sweeps.trials import first_number, is_lost, run_id
+
+STATES = {
+    TrialState.COMPLETE: "finished",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+}
+ORDER = ("finished", "pruned", "running", "stopped", "failed")
+TOP = 0.25  # share of the trials that count as good ones for the importances
+FEWEST = 4  # finished trials: with fewer, nothing can be said of importances
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial. `validation_loss` in nats per supervised token; of a pruned trial, its lowest until then.
+
+    `state` is finished, pruned, running, stopped (its process ended; the next start goes on with it) or failed.
+    `params` are values of the config by dotted key; `seconds` are those of training; `run_dir` is on the machine that
+    ran it.
+    """
+
+    trial: int
+    state: str
+    validation_loss: float | None
+    params: dict[str, Any]
+    seconds: float | None
+    run_id: str
+    run_dir: str | None
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """The rows of a study, best first, and the importance of each key (shares of 1; empty with few trials)."""
+
+    study: str
+    metric: str
+    rows: tuple[Row, ...]
+    importances: dict[str, float]
+
+    @property
+    def best(self) -> Row | None:
+        """The finished trial of the lowest loss, or None."""
+        return self.rows[0] if self.rows and self.rows[0].state == "finished" else None
+
+    def count(self, state: str) -> int:
+        """How many trials are in this state."""
+        return sum(row.state == state for row in self.rows)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, rows included."""
+        return asdict(self)
+
+
+def leaderboard(study: str, metric: str, trials: Sequence[FrozenTrial], space: Space) -> Leaderboard:
+    """The leaderboard of a study's trials that count."""
+    rows = sorted((row_of(trial, space) for trial in trials), key=_rank)
+    return Leaderboard(study, metric, tuple(rows), importances(trials))
+
+
+def row_of(trial: FrozenTrial, space: Space) -> Row:
+    """A trial as people read it."""
+    facts = trial.user_attrs
+    return Row(
+        trial=first_number(trial),
+        state="stopped" if is_lost(trial) else STATES[trial.state],
+        validation_loss=trial.value,
+        params=space.settings(trial.params),
+        seconds=facts.get("seconds"),
+        run_id=run_id(trial),
+        run_dir=facts.get("run_dir"),
+        error=facts.get("error"),
+    )
+
+
+def _rank(row: Row) -> tuple[int, float, int]:
+    return ORDER.index(row.state), math.inf if row.validation_loss is None else row.validation_loss, row.trial
+
+
+def importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
+    """How much each key decided whether a trial is among the best quarter, as shares of 1, largest first.
+
+    PED-ANOVA (arXiv 2304.10255): the Pearson divergence between a key's distribution in the best quarter of the
+    finished trials and in all of them. Pruned trials are left out. With few trials it is rough.
+    """
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # a second: it brings sklearn
+
+    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    if len(finished) < FEWEST:
+        return {}
+    return get_param_importances(study_of(finished), evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP))

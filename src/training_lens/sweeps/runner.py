@@ -1,0 +1,210 @@
+"""The sweep itself: claim a trial, train it as a normal run, note how it ended, until no trial is left."""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from optuna.exceptions import StorageInternalError
+from optuna.trial import FrozenTrial
+from rich.console import Console
+
+from training_lens.config.schema import TrainingConfig
+from training_lens.errors import ConfigurationError, InterruptedRunError, PrunedRunError, TrainingError
+from training_lens.evaluation.evaluator import LossReport
+from training_lens.sweeps.leaderboard import Leaderboard, Row, leaderboard, row_of
+from training_lens.sweeps.report import write_results
+from training_lens.sweeps.space import Space
+from training_lens.sweeps.study import SharedStudy, reachable
+from training_lens.sweeps.trials import FINISHED, run_id
+from training_lens.sweeps.worker import Worker
+from training_lens.training.callbacks import Callback
+from training_lens.training.planning import RunPlan, with_rows_as_files
+from training_lens.training.wrapper import TrainingSummary, TrainingWrapper
+from training_lens.utils.formatting import said
+from training_lens.utils.logging import get_logger, quiet_screen
+from training_lens.utils.runs import RunFolder, runs_folder
+
+logger = get_logger(__name__)
+HOPELESS = 3  # failures with nothing finished, after which there is no use in going on
+
+
+def sweep_folder(config: TrainingConfig) -> Path:
+    """Where a sweep keeps its study and what it found: {base_output_dir}/sweeps/{name}."""
+    return Path(config.output.base_output_dir) / "sweeps" / config.sweep.name
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found, and the files that say it, by name."""
+
+    leaderboard: Leaderboard
+    files: dict[str, str]
+
+
+class Sweep:
+    """Runs the trials that `config.sweep` asks for, with every process that is given the same.
+
+    Args:
+        config: the base of every trial, and its sweep section.
+        console: where the progress bars of trials go; None draws none.
+        on_trial: called with each trial that ends in this process.
+
+    Raises:
+        ConfigurationError: the sweep could not begin: its space, its base config or its storage is wrong.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        console: Console | None = None,
+        on_trial: Callable[[Row], None] = lambda row: None,
+    ) -> None:
+        if config.output.run_id:
+            raise ConfigurationError("output.run_id: each trial of a sweep has an id of its own; leave it out.")
+        self.config = with_rows_as_files(config, Path(config.output.base_output_dir) / "cache" / "rows")
+        self.space = Space.of(self.config)
+        self.folder = sweep_folder(self.config)
+        self._console, self._on_trial = console, on_trial
+        _rehearse(self.config, self.space, console)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.study = SharedStudy(self.config, self.space, self.folder)
+
+    def run(self) -> SweepResult:
+        """Run trials until all are taken; then write and give what all processes found so far.
+
+        Raises:
+            TrainingError: the first trials all failed, or the storage is gone.
+            InterruptedRunError: a signal came; the trial's run is saved, and the next start goes on with it.
+        """
+        try:
+            with reachable(self.config.sweep), Worker(self.folder / "workers") as worker, quiet_screen():
+                self._run_trials(worker)
+                return self._results()
+        finally:
+            self.study.close()
+
+    def _run_trials(self, worker: Worker) -> None:
+        failures = 0
+        while (trial := self.study.claim(worker)) is not None:
+            row = self._run(trial)
+            self._on_trial(row)
+            failures += row.state == "failed"
+            if failures >= HOPELESS:
+                self._require_hope(row)
+
+    def _results(self) -> SweepResult:
+        settings, trials = self.config.sweep, self.study.trials()
+        found = leaderboard(settings.name, settings.metric, trials, self.space)
+        return SweepResult(found, write_results(self.folder, found, trials, self.config))
+
+    def _run(self, trial: FrozenTrial) -> Row:
+        """One trial from its claim to its end in the study."""
+        try:
+            with self.study.pulse(trial):
+                self._note(trial, self._train(trial))
+        except (InterruptedRunError, KeyboardInterrupt) as error:
+            self.study.release(trial)
+            raise _with_way_on(error) from error
+        except StorageInternalError:  # no failure of the trial
+            raise
+        except Exception as error:  # whatever it is, the next trial is another
+            logger.debug("trial %d failed", trial.number, exc_info=True)
+            self.study.fail(trial, said(error))
+        _free_memory()
+        return row_of(self.study.newest(trial), self.space)
+
+    def _train(self, trial: FrozenTrial) -> TrainingSummary:
+        """The trial's run: from the start, or from where a process left it, or nothing where it was done already."""
+        name, callbacks = self.config.sweep.name, (Pruning(self.study, trial),)
+        run = RunFolder(runs_folder(self.config.output.base_output_dir, name) / run_id(trial))
+        try:
+            if not (run.metadata / "summary.json").is_file():  # written last: without it, the run never began
+                shutil.rmtree(run.root, ignore_errors=True)
+                config = self.space.config(self.config, trial.params, {"experiment_name": name, "run_id": run.run_id})
+                return TrainingWrapper(config, console=self._console, callbacks=callbacks).train()
+            if run.status not in ("finished", "pruned"):
+                return TrainingWrapper.resume(run, console=self._console, callbacks=callbacks)
+        except PrunedRunError as error:
+            logger.debug("%s", error)
+        return TrainingSummary(**run.read_metadata("summary.json"))
+
+    def _note(self, trial: FrozenTrial, summary: TrainingSummary) -> None:
+        facts: dict[str, Any] = {"seconds": summary.seconds, "run_dir": summary.run_dir}
+        if summary.validation_loss is None:
+            self.study.fail(trial, "no validation gave a number as its loss.", **facts)
+        elif summary.status == "pruned":
+            self.study.prune(trial, summary.validation_loss, **facts)
+        else:
+            self.study.finish(trial, summary.validation_loss, **facts)
+
+    def _require_hope(self, last: Row) -> None:
+        if not any(trial.state in FINISHED for trial in self.study.trials()):
+            raise TrainingError(
+                f"the first {HOPELESS} trials of the sweep '{self.config.sweep.name}' failed, the last of them "
+                f"({last.run_id}) so: {last.error} Mend it; the same command then goes on with other trials, and "
+                "another sweep.name begins anew."
+            )
+
+
+class Pruning(Callback):
+    """Reports each validation of a trial to its study, and ends the run where the pruner would.
+
+    Trials are compared at the same validation, the first with the first: steps differ with the batch size.
+    """
+
+    def __init__(self, study: SharedStudy, trial: FrozenTrial) -> None:
+        self._study, self._trial = study, trial
+
+    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        if base:
+            return
+        every = trainer.settings.eval_steps or trainer.schedule.steps_per_epoch
+        validation = math.ceil(step / every)
+        hopeless = self._study.report(self._trial, validation, report.loss)
+        if hopeless and step < trainer.schedule.total_steps:  # a run that is through is no longer cut short
+            raise PrunedRunError(f"pruned at step {step}, with validation loss {report.loss:.4f}")
+
+
+def _rehearse(config: TrainingConfig, space: Space, console: Console | None) -> None:
+    """Plan the first point of the space: what is wrong with the base is said now, and its tokens are in the cache."""
+    plan = TrainingWrapper(space.config(config, space.first(), {"run_id": None}), console=console).plan()
+    if plan.processes.count > 1:
+        raise ConfigurationError(
+            f"a sweep trains each trial in one process, found {plan.processes.count}. Start the same command several "
+            "times instead, without torchrun or accelerate launch: the trials are shared."
+        )
+    if plan.validation is None:
+        raise ConfigurationError(
+            "sweep.metric: trials are judged by their validation loss, and there are no validation rows; give "
+            "data.validation or data.val_ratio."
+        )
+    if config.sweep.pruner != "none" and _validations(plan) < 2:
+        logger.warning("sweep.pruner: a run validates once, at its end, so none is pruned; set training.eval_steps")
+
+
+def _validations(plan: RunPlan) -> int:
+    every = plan.config.training.eval_steps or plan.schedule.steps_per_epoch
+    return math.ceil(plan.schedule.total_steps / every)
+
+
+def _with_way_on(error: BaseException) -> BaseException:
+    if not isinstance(error, InterruptedRunError):
+        return error
+    return InterruptedRunError(
+        f"{error} Start the same command again: the sweep goes on with this trial.", error.exit_code - 128
+    )
+
+
+def _free_memory() -> None:
+    """Give back what a trial's model held, also where an error kept it alive until now."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

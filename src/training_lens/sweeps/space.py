@@ -1,0 +1,141 @@
+"""The search space between the config and Optuna: distributions one way, the config of a trial the other."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from pydantic import ValidationError
+
+from training_lens.config.compose import problems_of
+from training_lens.config.schema import TrainingConfig
+from training_lens.config.search_space import Choices, Dimension, Range, parse_space
+from training_lens.errors import ConfigurationError
+
+Params = dict[str, Any]
+ENUMERATED = 10_000  # points of a space that are listed; a larger one counts as endless
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a sweep tries, by key. A point of it is `Params`: plain values that Optuna stores (lists as JSON text)."""
+
+    dimensions: Mapping[str, Dimension]
+
+    @classmethod
+    def of(cls, config: TrainingConfig) -> Space:
+        """The space of `config.sweep`.
+
+        Raises:
+            ConfigurationError: there is nothing to search, a key or value cannot be searched, or a grid has no end.
+        """
+        space = cls(parse_space(config))
+        if not space.dimensions:
+            raise ConfigurationError(
+                "sweep.space: nothing to search. Give a preset (sweep=lr, sweep=rank, sweep=full), or keys with "
+                "values, such as sweep.space.peft.r=[4,8,16]."
+            )
+        if config.sweep.sampler == "grid":
+            space._require_grid()
+        return space
+
+    def _require_grid(self) -> None:
+        endless = [key for key, found in self.dimensions.items() if _size(found) is None]
+        if endless:
+            raise ConfigurationError(
+                [
+                    f"sweep.space.{key}: a grid of a continuous range has no end; give it a step, or choices, or "
+                    "another sweep.sampler"
+                    for key in endless
+                ]
+            )
+        if self.size is None:
+            raise ConfigurationError(
+                f"sweep.sampler: this grid has over {ENUMERATED:,} points; search less, or with tpe or random"
+            )
+
+    @property
+    def size(self) -> int | None:
+        """The number of points; None where there is no end of them, or so many."""
+        sizes = [_size(found) or math.inf for found in self.dimensions.values()]
+        points = math.prod(sizes)
+        return int(points) if points <= ENUMERATED else None
+
+    def points(self) -> Iterator[Params]:
+        """Every point of a space that has a `size`, the last key changing first."""
+        for values in product(*(_values(found) for found in self.dimensions.values())):
+            yield dict(zip(self.dimensions, values, strict=True))
+
+    def first(self) -> Params:
+        """The point of all first choices and lowest numbers."""
+        return {key: next(_values(found)) for key, found in self.dimensions.items()}
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """What Optuna's samplers draw from."""
+        return {key: _distribution(found) for key, found in self.dimensions.items()}
+
+    def point(self, drawn: Mapping[str, Any]) -> Params:
+        """What a sampler drew, as it is tried and stored."""
+        ranges = {key: found for key, found in self.dimensions.items() if isinstance(found, Range)}
+        return {key: ranges[key].value(value) if key in ranges else value for key, value in drawn.items()}
+
+    def settings(self, params: Params) -> dict[str, Any]:
+        """The point as values of the config, by dotted key."""
+        return {key: _setting(self.dimensions[key], value) for key, value in params.items()}
+
+    def config(self, base: TrainingConfig, params: Params, output: Mapping[str, Any] | None = None) -> TrainingConfig:
+        """The base config with the point's values, and with keys of the output section.
+
+        Raises:
+            ConfigurationError: the values do not go together.
+        """
+        sections: dict[str, dict[str, Any]] = {"output": dict(output or {})}
+        for key, value in self.settings(params).items():
+            section, name = key.split(".")
+            sections.setdefault(section, {})[name] = value
+        try:
+            return base.resolved(**sections)
+        except ValidationError as error:
+            raise ConfigurationError(problems_of(error)) from error
+
+
+def _size(found: Dimension) -> int | None:
+    return len(found.values) if isinstance(found, Choices) else found.size
+
+
+def _values(found: Dimension) -> Iterator[Any]:
+    """All values in their order; of a continuum the lowest alone."""
+    if isinstance(found, Choices):
+        yield from map(_stored, found.values)
+    else:
+        step = found.step or 1
+        yield from (found.value(found.low + i * step) for i in range(found.size or 1))
+
+
+def _stored(value: Any) -> Any:
+    """A choice as Optuna's storages take it: lists and mappings as JSON text."""
+    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+
+
+def _setting(found: Dimension, stored: Any) -> Any:
+    if isinstance(found, Range):
+        return stored
+    return next(value for value in found.values if _stored(value) == stored)
+
+
+def _distribution(found: Dimension) -> BaseDistribution:
+    if isinstance(found, Choices):
+        return CategoricalDistribution([_stored(value) for value in found.values])
+    if found.whole:
+        return IntDistribution(round(found.low), round(found.high), log=found.log, step=round(found.step or 1))
+    return FloatDistribution(found.low, found.high, log=found.log, step=found.step)

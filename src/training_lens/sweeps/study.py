@@ -1,0 +1,239 @@
+"""The study that the processes of a sweep share: opening it, claiming trials, and noting how they end."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from training_lens.config.schema import SweepSection, TrainingConfig
+from training_lens.config.search_space import dotted
+from training_lens.errors import ConfigurationError, TrainingError
+from training_lens.sweeps.proposals import propose
+from training_lens.sweeps.space import Params, Space
+from training_lens.sweeps.trials import current, first_number, is_lost, stands
+from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, is_dead, pulse
+from training_lens.utils.formatting import said
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+OPENING_TRIES = 5
+SQLITE_WAIT_SECONDS = 60  # for another process's write; SQLite's own 5 are few on a busy disk
+# What may differ from start to start, or from machine to machine, without making the trials of a study incomparable.
+FREE_KEYS = ("model.device", "training.micro_batch_tokens", "training.logging_steps")
+
+
+class SharedStudy:
+    """One study as one of its processes sees it.
+
+    Args:
+        folder: the sweep's folder: study.db where no storage is given.
+
+    Raises:
+        ConfigurationError: the storage cannot be opened, or holds a study of this name with another config or space.
+    """
+
+    def __init__(self, config: TrainingConfig, space: Space, folder: Path) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.settings, self.space = config.sweep, space
+        url = config.sweep.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+        self._storage = _open(url)
+        with _told_storage(url):
+            self._study = optuna.create_study(
+                storage=self._storage,
+                study_name=config.sweep.name,
+                pruner=_pruner(config.sweep),
+                direction="minimize",
+                load_if_exists=True,
+            )
+            self._require_same(_comparable(config))
+
+    def _require_same(self, mine: dict[str, Any]) -> None:
+        """The study of a config and space; the first process notes both in it."""
+        if "config" not in self._study.user_attrs:
+            self._study.set_user_attr("config", mine)
+        theirs = self._study.user_attrs["config"]
+        problems = [
+            f"{key}: the study '{self.settings.name}' has {theirs.get(key)!r}, given {mine.get(key)!r}"
+            for key in sorted({*theirs, *mine})
+            if theirs.get(key) != mine.get(key)
+        ]
+        if problems:
+            raise ConfigurationError(
+                [*problems, "trials of different questions cannot be compared; give another sweep.name, or the same"]
+            )
+
+    def trials(self) -> list[FrozenTrial]:
+        """The trials that count, one for each run, by number."""
+        return current(self._study.get_trials(deepcopy=False))
+
+    def newest(self, trial: FrozenTrial) -> FrozenTrial:
+        """The trial as the storage has it now."""
+        return self._storage.get_trial(self._id(trial))
+
+    def claim(self, worker: Worker) -> FrozenTrial | None:
+        """The next trial for this process: one that a dead process left, or a new one; None where none is to be had."""
+        while True:
+            self._release_dead()
+            trials = self.trials()
+            left = next((trial for trial in trials if is_lost(trial)), None)
+            if left is not None:
+                claim = self._create(left.params, worker, left)
+            elif len(trials) < self.settings.trials:
+                params = propose(self.space, self.settings, trials)
+                if params is None:
+                    return None
+                claim = self._create(params, worker)
+            else:
+                return None
+            if stands(claim, self._study.get_trials(deepcopy=False), self.settings.trials):
+                return claim
+            self._storage.set_trial_user_attr(self._id(claim), "withdrawn", True)
+            self.release(claim)
+
+    def _create(self, params: Params, worker: Worker, left: FrozenTrial | None = None) -> FrozenTrial:
+        """A running trial, written with all it has at once: no other process ever sees a part of it."""
+        attributes: dict[str, Any] = {**worker.attributes, "token": secrets.token_hex(2)}
+        if left is not None:
+            attributes |= {"token": left.user_attrs["token"], "continues": first_number(left)}
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params=params,
+            distributions=self.space.distributions(),
+            user_attrs=attributes,
+            intermediate_values=left.intermediate_values if left is not None else None,
+        )
+        study_id = self._storage.get_study_id_from_name(self.settings.name)
+        trial_id = self._storage.create_new_trial(study_id, template)
+        self._storage.record_heartbeat(trial_id)
+        return self._storage.get_trial(trial_id)
+
+    def _release_dead(self) -> None:
+        """Running trials of dead processes become lost ones."""
+        for trial in self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+            if is_dead(trial.user_attrs):
+                self.release(trial)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self._study)
+
+    def _id(self, trial: FrozenTrial) -> int:
+        study_id = self._storage.get_study_id_from_name(self.settings.name)
+        return self._storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+
+    @contextmanager
+    def pulse(self, trial: FrozenTrial) -> Iterator[None]:
+        """Within the block, other machines know that the trial is alive."""
+        with pulse(self._storage, self._id(trial)):
+            yield
+
+    def report(self, trial: FrozenTrial, validation: int, loss: float) -> bool:
+        """Note the loss at a validation, counted from 1; gives whether the pruner would end the trial there."""
+        self._storage.set_trial_intermediate_value(self._id(trial), validation, loss)
+        return self._study.pruner.prune(self._study, self.newest(trial))
+
+    def finish(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
+        """The trial is done; `facts` are noted with it."""
+        self._end(trial, TrialState.COMPLETE, loss, facts)
+
+    def prune(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
+        """The trial was ended early; `loss` is its lowest until then."""
+        self._end(trial, TrialState.PRUNED, loss, facts)
+
+    def fail(self, trial: FrozenTrial, error: str, **facts: Any) -> None:
+        """The trial failed, and is not tried again."""
+        self._end(trial, TrialState.FAIL, None, {**facts, "error": error})
+
+    def release(self, trial: FrozenTrial) -> None:
+        """The trial is not done, and nobody is at it: whoever claims next goes on with it."""
+        self._end(trial, TrialState.FAIL, None, {})
+
+    def _end(self, trial: FrozenTrial, state: TrialState, loss: float | None, facts: dict[str, Any]) -> None:
+        trial_id = self._id(trial)
+        try:
+            for name, value in facts.items():
+                self._storage.set_trial_user_attr(trial_id, name, value)
+            self._storage.set_trial_state_values(trial_id, state, None if loss is None else [loss])
+        except UpdateFinishedTrialError:  # we slept for longer than the grace, and another process has it
+            logger.warning("trial %d was taken over by another process; its end here is not noted", first_number(trial))
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+
+def _open(url: str) -> RDBStorage:
+    """The storage; a few tries, since processes that start together make its tables at once."""
+    options: dict[str, Any] = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}} if url.startswith("sqlite") else {}
+    with _told_storage(url), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        for left in reversed(range(OPENING_TRIES)):
+            try:
+                return RDBStorage(
+                    url, engine_kwargs=options, heartbeat_interval=PULSE_SECONDS, grace_period=GRACE_SECONDS
+                )
+            except (SQLAlchemyError, StorageInternalError):
+                if not left:
+                    raise
+                time.sleep(0.3 + 0.3 * secrets.randbelow(3))
+    raise AssertionError("the last try returns or raises")
+
+
+@contextmanager
+def _told_storage(url: str) -> Iterator[None]:
+    """Within the block, what goes wrong in opening is a ConfigurationError that names the storage, not its password."""
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"sweep.storage: {_shown(url)} cannot be opened: {said(error.__cause__ or error)} Give a URL such as "
+            "postgresql://USER:PASSWORD@HOST/DATABASE (with its driver installed), or leave it out for a file."
+        ) from error
+
+
+def _shown(url: str) -> str:
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return "what is given"  # it may hold a password where a URL has none
+
+
+@contextmanager
+def reachable(settings: SweepSection) -> Iterator[None]:
+    """Within the block, a database that does not answer any more is one clear error; the study goes on from there."""
+    try:
+        yield
+    except StorageInternalError as error:
+        raise TrainingError(
+            f"the storage of the sweep '{settings.name}' does not answer: {said(error.__cause__ or error)} "
+            "Nothing that finished is lost; start the same command again."
+        ) from error
+
+
+def _pruner(settings: SweepSection) -> BasePruner:
+    if settings.pruner == "median":
+        return MedianPruner(n_startup_trials=5, n_warmup_steps=0)
+    if settings.pruner == "successive_halving":
+        return SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+    return NopPruner()
+
+
+def _comparable(config: TrainingConfig) -> dict[str, Any]:
+    """What trials of one study have in common, by key."""
+    values = config.model_dump(mode="json", include={"model", "data", "peft", "training"})
+    flat = {f"{section}.{name}": value for section, keys in values.items() for name, value in keys.items()}
+    kept = {key: value for key, value in flat.items() if key not in FREE_KEYS}
+    return {**kept, "sweep.space": dotted(config.sweep.space), "sweep.metric": config.sweep.metric}

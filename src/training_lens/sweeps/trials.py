@@ -1,0 +1,50 @@
+"""Reading a study's trials: which are the same run gone on with, which were left by a dead process, which count.
+
+Optuna's trials never go back from an end, so a run that is gone on with is a further trial that names the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optuna.trial import FrozenTrial, TrialState
+
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def first_number(trial: FrozenTrial) -> int:
+    """The number by which people know the trial: that of the trial whose run it goes on with, or its own."""
+    return int(trial.user_attrs.get("continues", trial.number))
+
+
+def run_id(trial: FrozenTrial) -> str:
+    """The id of the trial's run: 'trial-0003-5f3a'. The tail keeps studies of one name apart."""
+    return f"trial-{first_number(trial):04d}-{trial.user_attrs['token']}"
+
+
+def is_lost(trial: FrozenTrial) -> bool:
+    """Whether its process ended before the trial did: killed or interrupted. A failed trial has its error noted."""
+    return trial.state == TrialState.FAIL and "error" not in trial.user_attrs
+
+
+def current(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """For every run its one trial that counts, in the order of their numbers: the last, or the first not lost."""
+    latest: dict[int, FrozenTrial] = {}
+    for trial in trials:
+        number = first_number(trial)
+        if "withdrawn" not in trial.user_attrs and (number not in latest or is_lost(latest[number])):
+            latest[number] = trial
+    return [latest[number] for number in sorted(latest)]
+
+
+def stands(claim: FrozenTrial, trials: Sequence[FrozenTrial], wanted: int) -> bool:
+    """Whether `claim` may run: of processes that claim one place, one point or one run at once, the lowest number does.
+
+    Args:
+        trials: all of the study, read after the claim was made.
+        wanted: trials in all.
+    """
+    before = current([trial for trial in trials if trial.number < claim.number])
+    if "continues" in claim.user_attrs:
+        return all(is_lost(trial) for trial in before if first_number(trial) == first_number(claim))
+    return len(before) < wanted and all(trial.params != claim.params for trial in before)

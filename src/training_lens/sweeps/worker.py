@@ -1,0 +1,88 @@
+"""A process that takes part in a sweep, as the others see it: a lock on its machine, and a pulse in the storage.
+
+A lock falls when its process dies, however it died: on one machine that is seen at once. From elsewhere the pulse
+tells: a trial without one for `GRACE_SECONDS` by the database's clock is a dead process's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from filelock import FileLock, Timeout
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+
+PULSE_SECONDS = 30
+GRACE_SECONDS = 300
+
+
+class Worker:
+    """This process; a context in which its lock is held.
+
+    Args:
+        folder: where the locks of the sweep's processes are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.host = socket.gethostname()
+        self.path = (folder / f"{self.host}-{os.getpid()}-{secrets.token_hex(2)}.lock").resolve()
+        self._lock = FileLock(self.path)
+
+    def __enter__(self) -> Worker:
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        self.path.unlink(missing_ok=True)
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """What a trial says of the process that runs it."""
+        return {"host": self.host, "lock": str(self.path)}
+
+
+def is_dead(attributes: Mapping[str, Any]) -> bool:
+    """Whether the process that these attributes name died on this machine; False where that cannot be seen from here.
+
+    The lock file of a dead process is deleted.
+    """
+    path = Path(str(attributes.get("lock", "")))
+    if attributes.get("host") != socket.gethostname() or not path.is_file():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            path.unlink(missing_ok=True)
+    except Timeout:
+        return False
+    return True
+
+
+@contextmanager
+def pulse(storage: RDBStorage, trial_id: int) -> Iterator[None]:
+    """Within the block, the storage hears every `PULSE_SECONDS` that the trial's process is alive."""
+    done = Event()
+
+    def beat() -> None:
+        while not done.wait(PULSE_SECONDS):
+            with contextlib.suppress(StorageInternalError):  # the database is away for a while: the next one tells
+                storage.record_heartbeat(trial_id)
+        storage.remove_session()  # this thread's connection
+
+    storage.record_heartbeat(trial_id)
+    thread = Thread(target=beat, name="sweep-pulse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

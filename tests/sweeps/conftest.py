@@ -1,0 +1,47 @@
+"""Sweeps of very short trials: two steps on 24 rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_lens.config.compose import validate
+from training_lens.config.schema import TrainingConfig
+from training_lens.sweeps.space import Space
+from training_lens.sweeps.study import SharedStudy
+
+ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(32)]
+
+
+@pytest.fixture
+def sweep_config(tmp_path: Path) -> Callable[..., TrainingConfig]:
+    """A sweep's config on 24 rows with 8 to validate; keywords go into its sweep section."""
+
+    def build(training: dict[str, Any] | None = None, **sweep: Any) -> TrainingConfig:
+        values = {
+            "data": {"train": ROWS[:24], "validation": ROWS[24:]},
+            "training": {"epochs": 1, "max_steps": 2, **(training or {})},
+            "peft": {"r": 4},
+            "sweep": {"space": {"training.lr": {"low": 1e-4, "high": 1e-2, "log": True}}, "trials": 4, **sweep},
+            "output": {"base_output_dir": str(tmp_path / "outputs")},
+        }
+        return validate(values)
+
+    return build
+
+
+@pytest.fixture
+def open_study(tmp_path: Path) -> Iterator[Callable[[TrainingConfig], SharedStudy]]:
+    """Opens the study of a config as another process would; all are closed in the end."""
+    opened: list[SharedStudy] = []
+
+    def open_one(config: TrainingConfig) -> SharedStudy:
+        opened.append(SharedStudy(config, Space.of(config), tmp_path))
+        return opened[-1]
+
+    yield open_one
+    for study in opened:
+        study.close()

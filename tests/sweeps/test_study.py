@@ -1,0 +1,158 @@
+"""A shared study: exactly as many trials as wanted, none twice, and what a dead process left is gone on with."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from optuna.trial import FrozenTrial
+from sqlalchemy import text
+
+from training_lens.config.schema import TrainingConfig
+from training_lens.errors import ConfigurationError
+from training_lens.sweeps import worker as workers
+from training_lens.sweeps.leaderboard import leaderboard
+from training_lens.sweeps.space import Space
+from training_lens.sweeps.study import SharedStudy
+from training_lens.sweeps.trials import current, run_id, stands
+from training_lens.sweeps.worker import Worker, is_dead
+
+Config = Callable[..., TrainingConfig]
+Open = Callable[[TrainingConfig], SharedStudy]
+
+
+def states(study: SharedStudy, config: TrainingConfig) -> list[str]:
+    return [row.state for row in leaderboard("s", "m", study.trials(), Space.of(config)).rows]
+
+
+def claimed(study: SharedStudy, worker: Worker) -> FrozenTrial:
+    claim = study.claim(worker)
+    assert claim is not None
+    return claim
+
+
+def last_heard(study: SharedStudy, minutes_ago: int) -> None:
+    """Moves every pulse in the database back in time."""
+    with study._storage.engine.begin() as connection:
+        connection.execute(text(f"update trial_heartbeats set heartbeat = datetime('now', '-{minutes_ago} minutes')"))
+
+
+def test_processes_share_exactly_the_trials_wanted(sweep_config: Config, open_study: Open, tmp_path: Path) -> None:
+    config = sweep_config(space={"peft.r": [2, 4, 8, 16, 32]}, trials=4)
+    with Worker(tmp_path) as one, Worker(tmp_path) as two:
+        a, b = open_study(config), open_study(config)
+        running = [claimed(study, worker) for study, worker in [(a, one), (b, two), (a, one), (b, two)]]
+        assert a.claim(one) is None and b.claim(two) is None
+        assert len({trial.params["peft.r"] for trial in running}) == 4
+        for trial in running:
+            b.finish(trial, 1.0 / (1 + trial.number))
+        assert a.claim(one) is None and states(a, config) == ["finished"] * 4
+
+
+def test_of_claims_made_at_once_the_lowest_number_stands(
+    sweep_config: Config, open_study: Open, tmp_path: Path
+) -> None:
+    """Both processes read the study before either wrote its claim."""
+    config = sweep_config(space={"peft.r": [2, 4]}, trials=2)
+    study = open_study(config)
+    with Worker(tmp_path) as worker:
+        first, same, other = (study._create({"peft.r": r}, worker) for r in (2, 2, 4))
+        everything = [first, same, other]
+        assert [stands(claim, everything, wanted=3) for claim in everything] == [True, False, True]
+        assert [stands(claim, everything, wanted=1) for claim in everything] == [True, False, False]
+        study.release(first)  # two processes then go on with the run of one that was left
+        left = study.newest(first)
+        again = [study._create(left.params, worker, left) for _ in range(2)]
+        assert [stands(claim, [left, same, other, *again], wanted=3) for claim in again] == [True, False]
+        assert {run_id(claim) for claim in again} == {run_id(first)}
+        assert [t.number for t in current([left, *again])] == [again[0].number]
+
+
+def test_what_a_killed_process_left_is_gone_on_with_at_once(
+    sweep_config: Config, open_study: Open, tmp_path: Path
+) -> None:
+    config = sweep_config(trials=1)
+    study = open_study(config)
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from pathlib import Path; from training_lens.sweeps.worker import Worker\n"
+            "with Worker(Path(sys.argv[1])) as worker: print(worker.path, flush=True); time.sleep(60)",
+            str(tmp_path / "workers"),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    with child, Worker(tmp_path / "workers") as mine:
+        lock = Path(child.stdout.readline().strip())
+        theirs = study._create({"training.lr": 1e-3}, mine)
+        study._storage.set_trial_user_attr(study._id(theirs), "lock", str(lock))
+        study.report(theirs, 1, 0.5)
+        assert study.claim(mine) is None and not is_dead(mine.attributes)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        again = claimed(study, mine)
+        assert run_id(again) == run_id(theirs) and again.params == theirs.params
+        assert again.intermediate_values == {1: 0.5}
+        assert not lock.exists() and study.claim(mine) is None
+
+
+def test_a_process_of_another_machine_is_dead_when_its_pulse_stops(
+    sweep_config: Config, open_study: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sweep_config(trials=1)
+    study = open_study(config)
+    with Worker(tmp_path) as worker:
+        worker.host = "elsewhere"
+        theirs = claimed(study, worker)
+        worker.host = "here"
+        assert not is_dead(theirs.user_attrs) and study.claim(worker) is None
+        monkeypatch.setattr(workers, "PULSE_SECONDS", 0.05)
+        with study.pulse(theirs):
+            last_heard(study, minutes_ago=10)
+            time.sleep(0.5)
+            assert study.claim(worker) is None
+        last_heard(study, minutes_ago=4)
+        assert study.claim(worker) is None
+        last_heard(study, minutes_ago=6)
+        assert run_id(claimed(study, worker)) == run_id(theirs)
+
+
+def test_failed_trials_count_and_are_not_tried_again(sweep_config: Config, open_study: Open, tmp_path: Path) -> None:
+    config = sweep_config(space={"peft.r": [2, 4, 8]}, trials=2)
+    study = open_study(config)
+    with Worker(tmp_path) as worker:
+        study.fail(claimed(study, worker), "out of memory.")
+        study.finish(claimed(study, worker), 1.0, seconds=2.0)
+        assert study.claim(worker) is None and states(study, config) == ["finished", "failed"]
+        more = open_study(sweep_config(space={"peft.r": [2, 4, 8]}, trials=9))
+        more.finish(claimed(more, worker), 0.5)
+        assert more.claim(worker) is None  # the space is tried whole
+        assert len({trial.params["peft.r"] for trial in more.trials()}) == 3
+
+
+def test_another_config_or_space_is_refused_with_the_difference(sweep_config: Config, open_study: Open) -> None:
+    open_study(sweep_config())
+    open_study(sweep_config(trials=9, seed=3, training={"logging_steps": 3}))  # these may differ
+    with pytest.raises(ConfigurationError) as caught:
+        open_study(sweep_config(space={"peft.r": [4]}, training={"weight_decay": 0.5}))
+    said = str(caught.value)
+    assert "training.weight_decay: the study 'sweep' has 0.0, given 0.5" in said
+    assert "sweep.space: the study 'sweep' has" in said and "give another sweep.name" in said
+
+
+def test_a_storage_that_cannot_be_opened_is_named_without_its_password(
+    sweep_config: Config, open_study: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training_lens.sweeps.study.OPENING_TRIES", 1)
+    for url in ("sqlite:////no/such/folder/study.db", "mysql+nosuch://me:secret@localhost/db", "me:secret"):
+        with pytest.raises(ConfigurationError, match=r"sweep\.storage: .* cannot be opened") as caught:
+            open_study(sweep_config(storage=url))
+        assert "secret" not in str(caught.value)
