@@ -61,10 +61,10 @@ def show(screen: Screen, judgement: Judgement) -> None:
     whole, length, domain = comparison.whole, comparison.by_length, comparison.by_domain
     title = f"on {whole.rows} rows, {whole.supervised_tokens} supervised tokens"
     _table(screen, title, reports.measure_columns(comparison), reports.measure_rows(whole))
-    if len(length) > 1:
-        _table(screen, "by length", reports.part_columns(comparison, "tokens", False), reports.part_rows(length, False))
-    if len(domain) > 1:
-        _table(screen, "by domain", reports.part_columns(comparison, "domain", False), reports.part_rows(domain, False))
+    for title, what, parts in (("by length", "tokens", length), ("by domain", "domain", domain)):
+        if len(parts) > 1:
+            head, *lines = reports.part_table(comparison, what, intervals=False)
+            _table(screen, title, head, lines)
     if comparison.controls:
         _table(screen, "controls", reports.CONTROL_COLUMNS, reports.control_rows(comparison))
     for name, moved in (("most improved rows", comparison.improved), ("most worsened rows", comparison.worsened)):

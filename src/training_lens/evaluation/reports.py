@@ -65,26 +65,33 @@ def measure_columns(comparison: Comparison) -> Cells:
     return ("", *models, *(("change", f"its {interval}") if len(models) > 1 else (interval,)))
 
 
-def part_rows(parts: Mapping[str, Group], intervals: bool = True) -> Iterator[Cells]:
-    """A line for each part of the rows: size, losses, the change and its interval, exact match of each model."""
-    for label, group in parts.items():
-        losses = [number("loss", m["loss"]) for m in group.models.values()]
-        low_high = group.intervals.get("loss")
-        sign = "+" if len(group.models) > 1 else ""
-        between = [f"{low_high[0]:{sign}.4f} to {low_high[1]:{sign}.4f}" if low_high else "-"] if intervals else []
-        change = [f"{group.delta['loss']:+.4f}"] if group.delta else []
-        matches = [
-            number("exact_match", m["exact_match"]) if "exact_match" in m else "-" for m in group.models.values()
-        ]
-        yield (label, str(group.rows), *losses, *change, *between, *matches)
+def part_table(comparison: Comparison, what: str, intervals: bool = True) -> list[Cells]:
+    """The head, then a line for each part of the rows: size, losses, the change, its interval, exact match.
 
-
-def part_columns(comparison: Comparison, what: str, intervals: bool = True) -> Cells:
-    """The heads of the columns of `part_rows`."""
+    Args:
+        what: 'tokens' or 'domain'.
+        intervals: false leaves them out, where columns are dear.
+    """
+    parts = comparison.by_length if what == "tokens" else comparison.by_domain
     models = tuple(comparison.models)
-    change = ("change",) if len(models) > 1 else ()
-    between = (f"{comparison.confidence:.0%} interval",) if intervals else ()
-    return (what, "rows", *(f"loss, {m}" for m in models), *change, *between, *(f"exact, {m}" for m in models))
+    head = [what, "rows", *(f"loss, {model}" for model in models)]
+    head += ["change"] if len(models) > 1 else []
+    head += [f"{comparison.confidence:.0%} interval"] if intervals else []
+    answered = any("exact_match" in measures for measures in comparison.whole.models.values())
+    head += [f"exact, {model}" for model in models] if answered else []
+    return [tuple(head), *(_part_row(label, group, intervals, answered) for label, group in parts.items())]
+
+
+def _part_row(label: str, group: Group, intervals: bool, answered: bool) -> Cells:
+    sign = "+" if len(group.models) > 1 else ""
+    low_high = group.intervals.get("loss")
+    cells = [label, str(group.rows), *(number("loss", measures["loss"]) for measures in group.models.values())]
+    cells += [number("loss", group.delta["loss"], "+")] if group.delta else []
+    if intervals:
+        cells.append(" to ".join(number("loss", end, sign) for end in low_high) if low_high else "-")
+    if answered:
+        cells += [number("exact_match", m["exact_match"]) if "exact_match" in m else "-" for m in group.models.values()]
+    return tuple(cells)
 
 
 def control_rows(comparison: Comparison) -> Iterator[Cells]:
@@ -147,7 +154,8 @@ def markdown(comparison: Comparison) -> str:
     parts.append(_table(measure_columns(comparison), measure_rows(whole)))
     for what, groups in (("tokens", comparison.by_length), ("domain", comparison.by_domain)):
         if groups:
-            parts.append(_table(part_columns(comparison, what), part_rows(groups)))
+            head, *lines = part_table(comparison, what)
+            parts.append(_table(head, iter(lines)))
     if comparison.controls:
         parts.append(_table(CONTROL_COLUMNS, control_rows(comparison)))
     for title, moved in (("Most improved", comparison.improved), ("Most worsened", comparison.worsened)):
