@@ -136,14 +136,14 @@ def _others(config: TrainingConfig) -> list[str] | None:
 
 def _check(session: Session, options: MergeOptions) -> None:
     """Options that do not go together, or not with this adapter."""
-    from huggingface_hub.serialization._base import parse_size_to_int
+    from huggingface_hub import split_torch_state_dict_into_shards
 
     if not (options.scale and abs(options.scale) < float("inf")):
         raise ConfigurationError(
             f"--scale {options.scale:g}: give a number other than 0, which would be the base itself."
         )
     try:
-        parse_size_to_int(options.max_shard_size)
+        split_torch_state_dict_into_shards({}, max_shard_size=options.max_shard_size)
     except ValueError:
         raise ConfigurationError(
             f"--max-shard-size {options.max_shard_size}: give a number and a unit, such as 5GB or 500MB."

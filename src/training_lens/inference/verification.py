@@ -164,8 +164,11 @@ def _mean(parts: Sequence[Tensor]) -> float:
 
 
 def _kl(adapter: Tensor, merged: Tensor) -> Tensor:
-    """KL(adapter || merged) of each position (positions,), from logits (positions, vocabulary)."""
-    p, q = adapter.log_softmax(-1), merged.log_softmax(-1)
+    """KL(adapter || merged) of each position (positions,), from logits (positions, vocabulary).
+
+    In float64: in float32 the sum's rounding is larger than what is left of an exact merge, and may be negative.
+    """
+    p, q = adapter.double().log_softmax(-1), merged.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
 
