@@ -8,7 +8,7 @@ from rich.console import Console
 
 from training_lens.cli.common import Screen
 from training_lens.cli.judgement import show
-from training_lens.config.schema import EvaluationSection
+from training_lens.config.judging_sections import EvaluationSection
 from training_lens.evaluation.judging import Judge
 from training_lens.inference.rows import validation_examples
 from training_lens.inference.session import open_run

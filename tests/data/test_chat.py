@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from jinja2 import TemplateError
 
-from training_lens.config.schema import DataSection, ModelSection
+from training_lens.config.data_sections import DataSection
+from training_lens.config.schema import ModelSection
 from training_lens.data.chat import ChatTemplate, special_names
 from training_lens.data.templates import build_renderer
 from training_lens.data.types import Example, Message, Segment

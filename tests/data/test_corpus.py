@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training_lens.config.schema import DataSection
+from training_lens.config.data_sections import DataSection
 from training_lens.data.corpus import Corpus, catalogue_of
 from training_lens.data.sources import expand
 from training_lens.errors import DatasetError

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from training_lens.config.schema import DomainSection, FieldsSection
+from training_lens.config.data_sections import DomainSection, FieldsSection
 from training_lens.data.fields import FieldMapping, find_mapping, keys_of, strip_end_marks, to_example
 from training_lens.data.types import Message, Row
 from training_lens.errors import DatasetError

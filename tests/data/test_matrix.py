@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from training_lens import embedded
-from training_lens.config.schema import DataSection, ModelSection
+from training_lens.config.data_sections import DataSection
+from training_lens.config.schema import ModelSection
 from training_lens.data.preparation import read_examples
 from training_lens.data.templates import adopt_template_file, build_renderer
 from training_lens.data.tokenization import Encoded, TextEncoder

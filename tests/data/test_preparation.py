@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from training_lens.config.schema import DataSection
+from training_lens.config.data_sections import DataSection
 from training_lens.data.preparation import Preparation, Split, prepare_split, tokenizer_hash
 from training_lens.data.templates import build_renderer
 from training_lens.data.tokenization import TextEncoder

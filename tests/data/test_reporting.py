@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training_lens.config.schema import DataSection
+from training_lens.config.data_sections import DataSection
 from training_lens.data.preparation import Preparation, prepare_split
 from training_lens.data.reporting import notes
 from training_lens.data.templates import build_renderer

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from training_lens.config.schema import DataSection, ModelSection
+from training_lens.config.data_sections import DataSection
+from training_lens.config.schema import ModelSection
 from training_lens.data.templates import (
     AlpacaTemplate,
     adopt_template_file,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from training_lens import embedded
-from training_lens.config.schema import DataSection, ModelSection
+from training_lens.config.data_sections import DataSection
+from training_lens.config.schema import ModelSection
 from training_lens.data.preparation import learnable
 from training_lens.data.templates import Renderer, build_renderer
 from training_lens.data.tokenization import Coverage, TextEncoder, fit

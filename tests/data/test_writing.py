@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from training_lens import embedded
-from training_lens.config.schema import DataSection
+from training_lens.config.data_sections import DataSection
 from training_lens.data.corpus import Corpus
 from training_lens.data.preparation import Preparation, read_examples, tokenize
 from training_lens.data.sources import expand

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from training_lens.config.schema import DataSection, ModelSection
+from training_lens.config.data_sections import DataSection
+from training_lens.config.schema import ModelSection
 from training_lens.data.preparation import Preparation, read_examples, tokenize
 from training_lens.data.store import TokenDataset
 from training_lens.data.templates import build_renderer

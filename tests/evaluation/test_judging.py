@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from training_lens import TrainingWrapper
-from training_lens.config.schema import EvaluationSection, TrainingConfig
+from training_lens.config.judging_sections import EvaluationSection
+from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.evaluation.judging import Judge, Judgement
 from training_lens.inference.rows import configured_examples, validation_examples

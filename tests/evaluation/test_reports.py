@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from training_lens.config.schema import EvaluationSection
+from training_lens.config.judging_sections import EvaluationSection
 from training_lens.evaluation.judging import Judge, Judgement
 from training_lens.evaluation.reports import markdown, number, per_row_csv, write_reports
 from training_lens.inference.rows import validation_examples

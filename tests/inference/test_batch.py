@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from training_lens.config.schema import InferenceSection
+from training_lens.config.judging_sections import InferenceSection
 from training_lens.data.templates import build_renderer
 from training_lens.data.types import Message
 from training_lens.errors import ConfigurationError, DatasetError

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from training_lens.config.schema import BenchmarkSection
+from training_lens.config.judging_sections import BenchmarkSection
 from training_lens.errors import ConfigurationError
 from training_lens.inference.benchmark import Benchmark, benchmark
 from training_lens.inference.benchmark_page import left_out, table, write_benchmark_page

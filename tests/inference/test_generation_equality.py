@@ -19,7 +19,8 @@ import torch
 import transformers
 
 from training_lens import TrainingConfig, embedded
-from training_lens.config.schema import InferenceSection, ModelSection, PeftSection
+from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.data.types import Message
 from training_lens.errors import OutOfMemoryError
 from training_lens.inference.generator import answer_ids

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from training_lens.config.schema import FieldsSection, InferenceSection
+from training_lens.config.data_sections import FieldsSection
+from training_lens.config.judging_sections import InferenceSection
 from training_lens.data.types import Example, Message
 from training_lens.inference.batch import answer_file, input_file
 from training_lens.inference.chat import Chat

@@ -10,7 +10,7 @@ import typer
 from training_lens.cli.common import Screen
 
 if TYPE_CHECKING:
-    from training_lens.config.schema import DataSection
+    from training_lens.config.data_sections import DataSection
     from training_lens.data.types import Row
 
 HELD_OUT = 0.1
@@ -91,7 +91,7 @@ class Interview:
             self._fields[f"data.fields.{meaning}"] = name
 
     def _data(self) -> DataSection:
-        from training_lens.config.schema import DataSection
+        from training_lens.config.data_sections import DataSection
 
         fields = {key.rsplit(".", 1)[-1]: name for key, name in self._fields.items()}
         return DataSection.model_validate({"fields": fields, "domain": {"field": None}})

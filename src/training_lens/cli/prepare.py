@@ -12,7 +12,7 @@ import typer
 from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
 
 if TYPE_CHECKING:
-    from training_lens.config.schema import DataSection
+    from training_lens.config.data_sections import DataSection
     from training_lens.training.preparing import Prepared
 
 SHOWN = 3  # findings of a kind

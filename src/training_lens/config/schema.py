@@ -5,38 +5,14 @@ Unknown keys are errors, assignment is validated, and checks across keys report 
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from training_lens import embedded
-from training_lens.utils.formatting import nearest
-
-TEMPLATES = ("auto", "chat", "alpaca", "plain")
-
-
-def _as_list(value: Any) -> Any:
-    """One path where a list of paths is expected is a list of one; `Path` objects are their text."""
-    values = [value] if isinstance(value, str | Path) else value
-    return [str(v) if isinstance(v, Path) else v for v in values] if isinstance(values, list) else values
-
-
-def _folder_name(value: str) -> str:
-    """`value`, where it is one component of a path."""
-    if not value.strip() or value in (".", "..", "latest", "none") or set(value) & set("/\\\0"):
-        raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
-    return value
-
-
-Rows = Annotated[list[str] | list[dict[str, Any]], BeforeValidator(_as_list)]
-
-
-class Section(BaseModel):
-    """A part of the config: strict about its keys, validated on assignment too."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
+from training_lens.config.data_sections import DataSection, PrepareSection
+from training_lens.config.judging_sections import BenchmarkSection, EvaluationSection, InferenceSection
+from training_lens.config.section import Section, folder_name
 
 
 class ModelSection(Section):
@@ -58,178 +34,6 @@ class ModelSection(Section):
         "none", description="of the frozen weights, through bitsandbytes: 4bit (NF4, double quantization) or 8bit"
     )
     trust_remote_code: bool = Field(False, description="run code that a model folder or hub repository carries")
-
-
-class FieldsSection(Section):
-    """Which keys of a row mean what; null: found by looking, and reported."""
-
-    instruction: str | None = Field(None, description="key of the prompt, such as 'question'")
-    input: str | None = Field(None, description="key of the prompt's second part, such as 'context'")
-    output: str | None = Field(None, description="key of the answer that is learned, such as 'response'")
-    system: str | None = Field(None, description="key of the system message")
-    messages: str | None = Field(None, description="key of a chat: a list of {role, content} or {from, value}")
-    tools: str | None = Field(None, description="key of the tools that a chat may call, a list or its JSON text")
-    text: str | None = Field(None, description="key of plain text, learned whole and without a template")
-
-
-class DomainSection(Section):
-    """Domain conditioning: a prefix on the prompt that says where a row belongs."""
-
-    field: str | None = Field("auto", description="key that holds the domain; auto: 'domain' where rows have it")
-    per_file: bool = Field(False, description="the file's name without its ending is the domain of its rows")
-    style: Literal["tag", "hash", "none"] = Field(
-        "tag", description="tag: '[domain: law] '; hash: a stable 8-digit hash of it, '[3f2a90bc] '; none: no prefix"
-    )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> DomainSection:
-        if self.per_file and self.field not in (None, "auto"):
-            raise ValueError(
-                "data.domain.field and data.domain.per_file both say where the domain comes from; keep one"
-            )
-        return self
-
-
-class DataSection(Section):
-    """Training and validation rows, and how they become text."""
-
-    train: Rows = Field(
-        [embedded.TRAIN],
-        description="paths or globs (.json, .jsonl, .csv, .tsv, .parquet, each also .gz), folders saved by datasets, "
-        "hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT], merged; or a list of rows",
-    )
-    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
-        None,
-        description="how often an epoch takes the rows of each entry of data.train: 2 is twice, 0.5 a random half, "
-        "drawn anew each epoch; null: once",
-    )
-    validation: Rows | None = Field(
-        None, description="like train, each file reported; null: the embedded held-out rows for the embedded set"
-    )
-    val_ratio: float = Field(
-        0.0, ge=0.0, lt=1.0, description="share of the training rows held out at random when validation is not given"
-    )
-    fields: FieldsSection = FieldsSection()
-    template: str = Field(
-        "auto",
-        min_length=1,
-        description="chat: the tokenizer's chat template; alpaca; plain: the row's texts alone; auto: chat where the "
-        "tokenizer has one, else alpaca; a .jinja file; or a pattern such as 'Q: {instruction}\\nA: {output}'",
-    )
-    domain: DomainSection = DomainSection()
-    mask_prompt: bool = Field(True, description="learn the answer alone; false: the prompt's tokens as well")
-    supervise: Literal["all", "last"] = Field("all", description="learn every answer of a chat, or its last alone")
-    thinking: bool = Field(
-        False, description="answers hold thoughts (<think>...</think>) that the chat template knows: learn them, too"
-    )
-    truncation: Literal["keep_end", "keep_start", "drop"] = Field(
-        "keep_end",
-        description="rows longer than model.seq_len: keep_end cuts the start (the answer keeps its end), keep_start "
-        "cuts the end, drop leaves them out",
-    )
-    special_tokens: Literal["plain", "allow"] = Field(
-        "plain", description="text of a special token inside a row, such as '<|im_end|>': plain text, or the token"
-    )
-    strip_end_marks: bool = Field(
-        True, description="take a literal end mark such as '<|endoftext|>' off the end of answers"
-    )
-    max_examples: int | None = Field(
-        None, ge=1, description="at most this many training examples, drawn at random with the seed; null: all"
-    )
-
-    @field_validator("template")
-    @classmethod
-    def _known_template(cls, value: str) -> str:
-        if value in TEMPLATES or value.endswith((".jinja", ".jinja2", ".j2")):
-            return value
-        if "{" not in value and "\n" not in value:
-            close = nearest(value, TEMPLATES)
-            hint = f" Did you mean '{close}'?" if close else ""
-            raise ValueError(
-                f"'{value}' is no template; give one of {', '.join(TEMPLATES)}, a .jinja file, or a pattern with "
-                f"{{instruction}} and {{output}}.{hint}"
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _validation(self) -> DataSection:
-        if not self.train:
-            raise ValueError("data.train: no rows and no paths; give at least one")
-        if self.validation is not None and self.val_ratio:
-            raise ValueError("data.validation and data.val_ratio are both given; keep one")
-        entries = 1 if isinstance(self.train[0], dict) else len(self.train)  # rows in memory are one entry
-        if self.weights is not None and len(self.weights) != entries:
-            raise ValueError(
-                f"data.weights: {len(self.weights)} weights for {entries} entries of data.train; give one each"
-            )
-        return self
-
-    @property
-    def validation_sources(self) -> list[str] | list[dict[str, Any]]:
-        """The validation rows or paths; those of the embedded set where that is what is trained on."""
-        if self.validation is None and not self.val_ratio and self.train == [embedded.TRAIN]:
-            return [embedded.HELDOUT]
-        return self.validation or []
-
-
-class PrepareSection(Section):
-    """What `training-lens prepare` makes of the rows of data.train."""
-
-    output: str | None = Field(
-        None, min_length=1, description="folder to write; null: {base_output_dir}/data/{experiment_name}"
-    )
-    format: Literal["jsonl", "parquet"] = Field(
-        "jsonl", description="jsonl: the rows as they are; parquet: what is learned of them, in columns of one type"
-    )
-    deduplicate: Literal["none", "exact", "near"] = Field(
-        "exact",
-        description="keep the first of rows that say the same (exact: but for white space), or nearly the same (near: "
-        "rows that differ in one number may be, too)",
-    )
-    near_threshold: float = Field(
-        0.8, ge=0.5, le=1.0, description="near are two rows that share this part of their 5-word pieces (Jaccard)"
-    )
-    num_perm: int = Field(
-        128, ge=16, le=1024, description="MinHash permutations a row; more find near rows more surely"
-    )
-    splits: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
-        {"train": 0.9, "validation": 0.1}, description="name and share of each file; 'train' is one, the sum is 1"
-    )
-    split_by: Literal["random", "domain", "group"] = Field(
-        "random",
-        description="random; domain: every domain has its share in every split; group: rows of one group stay together",
-    )
-    group_field: str | None = Field(
-        None, min_length=1, description="key of a row that names its group, such as 'user_id', for split_by=group"
-    )
-    leakage: Literal["check", "remove", "off"] = Field(
-        "check",
-        description="rows that say the same, nearly the same, or ask the same in two splits: report, or also remove "
-        "from the training split",
-    )
-    seed: int = Field(0, ge=0, lt=2**31, description="of the split")
-
-    @field_validator("splits")
-    @classmethod
-    def _whole(cls, value: dict[str, float]) -> dict[str, float]:
-        wrong = [name for name in value if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]
-        if wrong:
-            raise ValueError(f"'{wrong[0]}' cannot name a file; use letters, digits, '-' and '_'")
-        if "train" not in value:
-            raise ValueError(f"there is no 'train' among {', '.join(value) or 'none'}; name the training split so")
-        if abs(sum(value.values()) - 1) > 1e-6:
-            raise ValueError(f"the shares sum to {sum(value.values()):g}, expected 1")
-        return value
-
-    @model_validator(mode="after")
-    def _group(self) -> PrepareSection:
-        if self.split_by == "group" and self.group_field is None:
-            raise ValueError("prepare.split_by: group needs the key that names a row's group; give prepare.group_field")
-        if self.split_by != "group" and self.group_field is not None:
-            raise ValueError(
-                f"prepare.group_field: split_by={self.split_by} looks at no group; give prepare.split_by=group"
-            )
-        return self
 
 
 class PeftSection(Section):
@@ -308,89 +112,6 @@ class TrainingSection(Section):
     )
 
 
-class EvaluationSection(Section):
-    """Judging models on the validation rows: evaluate, baseline, compare."""
-
-    max_examples: int | None = Field(None, ge=1, description="judge on at most so many rows; null: all of them")
-    generate: bool = Field(
-        True, description="let the model answer each prompt and score the answers; false: losses only"
-    )
-    max_new_tokens: int = Field(256, ge=1, description="longest generated answer in tokens")
-    batch_tokens: int = Field(
-        8192, ge=1, description="most tokens (padding included) in one forward pass; halved where memory runs out"
-    )
-    length_buckets: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = Field(
-        4, description="results by length in tokens: so many buckets of like size, or their upper limits, [64, 256]"
-    )
-    controls: bool = Field(
-        True, description="compare: also ask the adapter with wrong and no domains, and with shuffled prompts"
-    )
-    resamples: int = Field(1000, ge=0, description="bootstrap resamples for the intervals; 0: no intervals")
-    confidence: float = Field(0.95, gt=0.0, lt=1.0, description="share of the resamples inside an interval")
-    seed: int = Field(0, ge=0, lt=2**31, description="of the resamples and of shuffled prompts")
-    forgetting: Annotated[list[str], BeforeValidator(_as_list)] | None = Field(
-        None, description="compare: other text (paths like data.train): its loss before and after; null: none"
-    )
-    tasks: Annotated[list[str], BeforeValidator(_as_list)] = Field(
-        [], description="tasks of lm-eval, its own or yours, such as [arc_easy]; needs the extra `eval`"
-    )
-    task_path: str | None = Field(None, description="folder of your own lm-eval tasks in YAML; null: lm-eval's alone")
-    task_limit: int | None = Field(None, ge=1, description="at most so many rows of each task; null: all of them")
-
-
-class InferenceSection(Section):
-    """Answering prompts."""
-
-    adapter: str = Field(
-        "latest",
-        min_length=1,
-        description="latest: of the newest finished run; a run's id or folder; a PEFT adapter folder on model.id; "
-        "none: model.id alone",
-    )
-    max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens")
-    temperature: float = Field(0.0, ge=0.0, le=5.0, description="0: greedy; else the sampling temperature")
-    top_p: float = Field(1.0, gt=0.0, le=1.0, description="sample from the smallest set with this probability")
-    top_k: int | None = Field(None, ge=1, description="sample from so many of the likeliest tokens; null: from all")
-    seed: int = Field(0, ge=0, lt=2**31, description="of the sampling")
-    batch_tokens: int = Field(
-        8192, ge=1, description="most tokens (padding and answers included) in one batch of infer --input"
-    )
-
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        if value is None:  # as the preset inference=manual leaves it
-            raise ValueError("no adapter is named; give inference.adapter=RUN, an adapter folder, latest, or none")
-        return value
-
-
-class BenchmarkSection(Section):
-    """Measuring how fast base, adapter and merged model answer."""
-
-    models: list[Literal["base", "adapter", "merged"]] = Field(
-        ["base", "adapter", "merged"],
-        min_length=1,
-        description="which are measured, in turn: base alone, adapter beside the weights, adapter merged into them",
-    )
-    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(
-        [1, 4, 16], min_length=1, description="prompts that are answered together"
-    )
-    prompt_lengths: list[Annotated[int, Field(ge=1)]] = Field(
-        [32, 128], min_length=1, description="tokens of each prompt"
-    )
-    new_tokens: int = Field(64, ge=2, description="tokens generated for each prompt, end tokens or not")
-    warmup: int = Field(1, ge=0, description="calls of each kind before those that count")
-    repetitions: int = Field(5, ge=1, description="calls of each kind that count")
-    seed: int = Field(0, ge=0, lt=2**31, description="of the choice of prompts")
-
-    @field_validator("models", "batch_sizes", "prompt_lengths")
-    @classmethod
-    def _each_once(cls, value: list[Any]) -> list[Any]:
-        if len(set(value)) < len(value):
-            raise ValueError(f"{value} names one of them twice; give each once")
-        return value
-
-
 class TrackingSection(Section):
     """Where metrics go besides logs/metrics.jsonl."""
 
@@ -434,7 +155,7 @@ class SweepSection(Section):
     @field_validator("name")
     @classmethod
     def _one_component(cls, value: str) -> str:
-        return _folder_name(value)
+        return folder_name(value)
 
 
 class OutputSection(Section):
@@ -447,7 +168,7 @@ class OutputSection(Section):
     @field_validator("experiment_name", "run_id")
     @classmethod
     def _one_component(cls, value: str | None) -> str | None:
-        return None if value is None else _folder_name(value)
+        return None if value is None else folder_name(value)
 
 
 class TrainingConfig(Section):

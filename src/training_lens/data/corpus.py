@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training_lens.config.schema import DataSection
+from training_lens.config.data_sections import DataSection
 from training_lens.data.deduplication import fingerprint
 from training_lens.data.fields import FieldMapping, find_mapping, strip_end_marks, to_example
 from training_lens.data.preparation import present_keys

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from training_lens.config.schema import DomainSection, FieldsSection
+from training_lens.config.data_sections import DomainSection, FieldsSection
 from training_lens.data.messages import chat_of, tools_of
 from training_lens.data.types import Example, Message, Row
 from training_lens.data.values import optional_text, text_of

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import training_lens.data as data_package
-from training_lens.config.schema import DataSection
+from training_lens.config.data_sections import DataSection
 from training_lens.data.fields import find_mapping, keys_of, strip_end_marks, to_example
 from training_lens.data.sources import Source, expand
 from training_lens.data.store import TokenDataset, write_examples

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from training_lens.config.schema import PrepareSection
+from training_lens.config.data_sections import PrepareSection
 from training_lens.data.corpus import Catalogue, Corpus
 from training_lens.data.deduplication import NearIndex, Rows, conflicts, first_equal, near_duplicates
 from training_lens.data.leakage import DROPPED, Leak, equal_leaks, near_leaks

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from training_lens.config.schema import DataSection
+from training_lens.config.data_sections import DataSection
 from training_lens.data.chat import ChatTemplate, special_names
 from training_lens.data.types import Example, Message, Segment
 from training_lens.errors import ConfigurationError, DatasetError

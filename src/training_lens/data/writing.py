@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from training_lens.config.schema import DataSection, DomainSection, FieldsSection
+from training_lens.config.data_sections import DataSection, DomainSection, FieldsSection
 from training_lens.data.corpus import Corpus, Reading
 from training_lens.data.fields import DOMAIN_FIELD, FieldMapping, find_mapping
 from training_lens.data.types import Example, Message, Row

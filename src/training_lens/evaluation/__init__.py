@@ -15,7 +15,7 @@ from training_lens._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     {
-        "training_lens.config.schema": ("EvaluationSection",),
+        "training_lens.config.judging_sections": ("EvaluationSection",),
         "training_lens.evaluation.comparison": ("Comparison", "Group"),
         "training_lens.evaluation.evaluator": ("LossReport", "Pass", "TokenSums", "evaluate_loss", "token_sums"),
         "training_lens.evaluation.judging": ("Judge", "Judgement"),

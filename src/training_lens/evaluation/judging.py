@@ -8,7 +8,8 @@ from itertools import islice
 
 import numpy as np
 
-from training_lens.config.schema import DataSection, EvaluationSection, InferenceSection
+from training_lens.config.data_sections import DataSection
+from training_lens.config.judging_sections import EvaluationSection, InferenceSection
 from training_lens.data.preparation import prompt_as_trained, read_examples, tokenize
 from training_lens.data.types import Example
 from training_lens.evaluation.comparison import ADAPTER, BASE, Comparison, Control, Forgetting, compare, forgetting

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from training_lens.config.schema import BenchmarkSection
+from training_lens.config.judging_sections import BenchmarkSection
 from training_lens.errors import AdapterError, DatasetError
 from training_lens.inference.measures import METHOD, Call, Cell, Speed
 from training_lens.inference.rows import training_tokens

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from training_lens.config.schema import InferenceSection
+from training_lens.config.judging_sections import InferenceSection
 from training_lens.errors import OutOfMemoryError
 from training_lens.inference.session import Session
 from training_lens.models.adapters import base_only

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from training_lens.config.schema import DomainSection, FieldsSection
+from training_lens.config.data_sections import DomainSection, FieldsSection
 from training_lens.data.fields import (
     ALIASES,
     FieldMapping,

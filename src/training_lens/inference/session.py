@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from training_lens.config.schema import FieldsSection, TrainingConfig
+from training_lens.config.data_sections import FieldsSection
+from training_lens.config.schema import TrainingConfig
 from training_lens.data.fields import ALIASES
 from training_lens.data.preparation import Preparation
 from training_lens.data.templates import Renderer, adopt_template_file, build_renderer

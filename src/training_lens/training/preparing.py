@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from training_lens.config.schema import DataSection, TrainingConfig
+from training_lens.config.data_sections import DataSection
+from training_lens.config.schema import TrainingConfig
 from training_lens.data.corpus import Corpus, catalogue_of
 from training_lens.data.leakage import DROPPED
 from training_lens.data.preparation import Preparation, Split, prepare_sources

@@ -1,0 +1,186 @@
+"""The sections on rows: what they are, how they become text, and how files of them are prepared."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from training_lens import embedded
+from training_lens.config.section import Rows, Section
+from training_lens.utils.formatting import nearest
+
+TEMPLATES = ("auto", "chat", "alpaca", "plain")
+
+
+class FieldsSection(Section):
+    """Which keys of a row mean what; null: found by looking, and reported."""
+
+    instruction: str | None = Field(None, description="key of the prompt, such as 'question'")
+    input: str | None = Field(None, description="key of the prompt's second part, such as 'context'")
+    output: str | None = Field(None, description="key of the answer that is learned, such as 'response'")
+    system: str | None = Field(None, description="key of the system message")
+    messages: str | None = Field(None, description="key of a chat: a list of {role, content} or {from, value}")
+    tools: str | None = Field(None, description="key of the tools that a chat may call, a list or its JSON text")
+    text: str | None = Field(None, description="key of plain text, learned whole and without a template")
+
+
+class DomainSection(Section):
+    """Domain conditioning: a prefix on the prompt that says where a row belongs."""
+
+    field: str | None = Field("auto", description="key that holds the domain; auto: 'domain' where rows have it")
+    per_file: bool = Field(False, description="the file's name without its ending is the domain of its rows")
+    style: Literal["tag", "hash", "none"] = Field(
+        "tag", description="tag: '[domain: law] '; hash: a stable 8-digit hash of it, '[3f2a90bc] '; none: no prefix"
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DomainSection:
+        if self.per_file and self.field not in (None, "auto"):
+            raise ValueError(
+                "data.domain.field and data.domain.per_file both say where the domain comes from; keep one"
+            )
+        return self
+
+
+class DataSection(Section):
+    """Training and validation rows, and how they become text."""
+
+    train: Rows = Field(
+        [embedded.TRAIN],
+        description="paths or globs (.json, .jsonl, .csv, .tsv, .parquet, each also .gz), folders saved by datasets, "
+        "hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT], merged; or a list of rows",
+    )
+    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        description="how often an epoch takes the rows of each entry of data.train: 2 is twice, 0.5 a random half, "
+        "drawn anew each epoch; null: once",
+    )
+    validation: Rows | None = Field(
+        None, description="like train, each file reported; null: the embedded held-out rows for the embedded set"
+    )
+    val_ratio: float = Field(
+        0.0, ge=0.0, lt=1.0, description="share of the training rows held out at random when validation is not given"
+    )
+    fields: FieldsSection = FieldsSection()
+    template: str = Field(
+        "auto",
+        min_length=1,
+        description="chat: the tokenizer's chat template; alpaca; plain: the row's texts alone; auto: chat where the "
+        "tokenizer has one, else alpaca; a .jinja file; or a pattern such as 'Q: {instruction}\\nA: {output}'",
+    )
+    domain: DomainSection = DomainSection()
+    mask_prompt: bool = Field(True, description="learn the answer alone; false: the prompt's tokens as well")
+    supervise: Literal["all", "last"] = Field("all", description="learn every answer of a chat, or its last alone")
+    thinking: bool = Field(
+        False, description="answers hold thoughts (<think>...</think>) that the chat template knows: learn them, too"
+    )
+    truncation: Literal["keep_end", "keep_start", "drop"] = Field(
+        "keep_end",
+        description="rows longer than model.seq_len: keep_end cuts the start (the answer keeps its end), keep_start "
+        "cuts the end, drop leaves them out",
+    )
+    special_tokens: Literal["plain", "allow"] = Field(
+        "plain", description="text of a special token inside a row, such as '<|im_end|>': plain text, or the token"
+    )
+    strip_end_marks: bool = Field(
+        True, description="take a literal end mark such as '<|endoftext|>' off the end of answers"
+    )
+    max_examples: int | None = Field(
+        None, ge=1, description="at most this many training examples, drawn at random with the seed; null: all"
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _known_template(cls, value: str) -> str:
+        if value in TEMPLATES or value.endswith((".jinja", ".jinja2", ".j2")):
+            return value
+        if "{" not in value and "\n" not in value:
+            close = nearest(value, TEMPLATES)
+            hint = f" Did you mean '{close}'?" if close else ""
+            raise ValueError(
+                f"'{value}' is no template; give one of {', '.join(TEMPLATES)}, a .jinja file, or a pattern with "
+                f"{{instruction}} and {{output}}.{hint}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _validation(self) -> DataSection:
+        if not self.train:
+            raise ValueError("data.train: no rows and no paths; give at least one")
+        if self.validation is not None and self.val_ratio:
+            raise ValueError("data.validation and data.val_ratio are both given; keep one")
+        entries = 1 if isinstance(self.train[0], dict) else len(self.train)  # rows in memory are one entry
+        if self.weights is not None and len(self.weights) != entries:
+            raise ValueError(
+                f"data.weights: {len(self.weights)} weights for {entries} entries of data.train; give one each"
+            )
+        return self
+
+    @property
+    def validation_sources(self) -> list[str] | list[dict[str, Any]]:
+        """The validation rows or paths; those of the embedded set where that is what is trained on."""
+        if self.validation is None and not self.val_ratio and self.train == [embedded.TRAIN]:
+            return [embedded.HELDOUT]
+        return self.validation or []
+
+
+class PrepareSection(Section):
+    """What `training-lens prepare` makes of the rows of data.train."""
+
+    output: str | None = Field(
+        None, min_length=1, description="folder to write; null: {base_output_dir}/data/{experiment_name}"
+    )
+    format: Literal["jsonl", "parquet"] = Field(
+        "jsonl", description="jsonl: the rows as they are; parquet: what is learned of them, in columns of one type"
+    )
+    deduplicate: Literal["none", "exact", "near"] = Field(
+        "exact",
+        description="keep the first of rows that say the same (exact: but for white space), or nearly the same (near: "
+        "rows that differ in one number may be, too)",
+    )
+    near_threshold: float = Field(
+        0.8, ge=0.5, le=1.0, description="near are two rows that share this part of their 5-word pieces (Jaccard)"
+    )
+    num_perm: int = Field(
+        128, ge=16, le=1024, description="MinHash permutations a row; more find near rows more surely"
+    )
+    splits: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        {"train": 0.9, "validation": 0.1}, description="name and share of each file; 'train' is one, the sum is 1"
+    )
+    split_by: Literal["random", "domain", "group"] = Field(
+        "random",
+        description="random; domain: every domain has its share in every split; group: rows of one group stay together",
+    )
+    group_field: str | None = Field(
+        None, min_length=1, description="key of a row that names its group, such as 'user_id', for split_by=group"
+    )
+    leakage: Literal["check", "remove", "off"] = Field(
+        "check",
+        description="rows that say the same, nearly the same, or ask the same in two splits: report, or also remove "
+        "from the training split",
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="of the split")
+
+    @field_validator("splits")
+    @classmethod
+    def _whole(cls, value: dict[str, float]) -> dict[str, float]:
+        wrong = [name for name in value if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]
+        if wrong:
+            raise ValueError(f"'{wrong[0]}' cannot name a file; use letters, digits, '-' and '_'")
+        if "train" not in value:
+            raise ValueError(f"there is no 'train' among {', '.join(value) or 'none'}; name the training split so")
+        if abs(sum(value.values()) - 1) > 1e-6:
+            raise ValueError(f"the shares sum to {sum(value.values()):g}, expected 1")
+        return value
+
+    @model_validator(mode="after")
+    def _group(self) -> PrepareSection:
+        if self.split_by == "group" and self.group_field is None:
+            raise ValueError("prepare.split_by: group needs the key that names a row's group; give prepare.group_field")
+        if self.split_by != "group" and self.group_field is not None:
+            raise ValueError(
+                f"prepare.group_field: split_by={self.split_by} looks at no group; give prepare.split_by=group"
+            )
+        return self
