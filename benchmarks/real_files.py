@@ -3,9 +3,8 @@
     python benchmarks/real_files.py [--shared ../shared] [--only NAME ...] [--output benchmarks/results/real_files.json]
 
 Runs each command with `--json` in a temporary folder and writes one JSON object (a name that is there is replaced): for
-each the command, the losses of
-base and adapter in nats per supervised token, their ratio, and the seconds of training; where rows have domains also
-what `compare --json` gives.
+each the command, the losses of base and adapter in nats per supervised token, their ratio, the seconds of training; of
+some runs also what `compare --json` gives.
 """
 
 from __future__ import annotations
@@ -28,7 +27,12 @@ KEPT = (
     "peak_bytes",
 )
 
-COMPARED = ("embedded", "t0_domains")
+COMPARED = {  # what is compared, and on how much of it
+    "embedded": ["evaluation.max_new_tokens=64"],
+    "gsm8k": ["evaluation.max_examples=200", "evaluation.max_new_tokens=128"],
+    "glaive_sharegpt": ["evaluation.max_new_tokens=96"],
+    "t0_domains": ["evaluation.max_new_tokens=64"],
+}
 
 
 def runs(shared: Path) -> dict[str, list[str]]:
@@ -76,8 +80,9 @@ def measured(name: str, arguments: list[str]) -> dict[str, Any]:
             "loss_ratio": summary["validation_loss"] / summary["base_validation_loss"],
         }
         if name in COMPARED:
-            comparison = command("compare", "--run", summary["run_dir"], "evaluation.max_new_tokens=64")
-            result["compare"] = {k: v for k, v in comparison.items() if k != "run"}
+            comparison = command("compare", "--run", summary["run_dir"], *COMPARED[name])
+            result["compare"] = {k: v for k, v in comparison.items() if k not in ("run", "models")}
+            result["compare_command"] = " ".join(["training-lens compare", *COMPARED[name]])
         return result
 
 

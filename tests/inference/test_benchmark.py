@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -134,7 +133,6 @@ def test_random_tokens_stand_in_for_rows_that_are_gone_and_it_is_said(
     config = small_config(data={"train": [str(rows)], "max_examples": None}, training={"max_steps": 1})
     run = RunFolder(Path(TrainingWrapper(config).train().run_dir))
     rows.unlink()
-    monkeypatch.setattr(logging.getLogger("training_lens"), "propagate", True)
     settings = BenchmarkSection(models=["adapter"], batch_sizes=[1], prompt_lengths=[9], new_tokens=2, repetitions=1)
     report = benchmark(open_run(run), settings, Progress())
     assert report.prompts.startswith("random tokens (") and report.cells[0].speed is not None

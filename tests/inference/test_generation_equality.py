@@ -245,7 +245,6 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     wanted = answer_ids(session, prompts, settings(1))
     seen = limit_rows(session, 3, monkeypatch)
     done: list[float] = []
-    monkeypatch.setattr(logging.getLogger("training_lens"), "propagate", True)
     with caplog.at_level(logging.WARNING, "training_lens"):
         assert answer_ids(session, prompts, settings(16), advance=done.append) == wanted
     assert seen[:3] == [10, 5, 2] and max(seen[2:]) <= 3 and sum(done) == len(prompts)
