@@ -81,7 +81,7 @@ def test_compare_prints_scores_samples_and_json(trained: tuple[Path, dict[str, A
     assert report["rows"] == 9 and set(report["by_domain"]) == {"forest", "hill", "lake"}
     assert report["delta"]["loss"] == pytest.approx(report["adapter"]["loss"] - report["base"]["loss"])
     assert set(report["controls"]) == {"wrong_domain", "no_domain", "shuffled_prompts"}
-    assert all(control["loss"] > 0 and control["rows"] == 9 for control in report["controls"].values())
+    assert all(c["scores"]["loss"] > 0 and c["rows"] == 9 for c in report["controls"].values())
     assert json.loads((folder / summary["run_dir"] / "reports/compare.json").read_text()) == report
     assert "wrong domain" in result.stderr and "expected" in result.stderr
 

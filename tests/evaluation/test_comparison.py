@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from training_lens.data.types import Example, Message
-from training_lens.evaluation.comparison import Comparison, compare, forgetting, samples
+from training_lens.evaluation.comparison import Comparison, compare, control, forgetting, samples
 from training_lens.evaluation.evaluator import TokenSums
 from training_lens.evaluation.length_bucketing import LengthBuckets
 from training_lens.evaluation.scoring import Bootstrap, Scored
@@ -24,7 +25,7 @@ EXAMPLES = [
 
 def scored(loss: Any) -> Scored:
     answered = np.ones(ROWS, dtype=bool)
-    rows = Scored(TokenSums(TOKENS * loss, TOKENS, TOKENS // 2), TOKENS * 4)
+    rows = Scored(TokenSums(TOKENS * loss, TOKENS, TOKENS // 2), TOKENS * 4, np.arange(ROWS))
     return rows.with_answers(["a" if i % 4 else "" for i in range(ROWS)], ["a"] * ROWS, answered)
 
 
@@ -98,3 +99,18 @@ def test_samples_show_each_domain_first() -> None:
     assert samples(some, 3) == [0, 1, 3]
     assert samples(some, 4) == [0, 1, 3, 2]
     assert samples(some[:1], 3) == [0]
+
+
+def test_measures_by_token_are_not_compared_across_different_tokens() -> None:
+    other = replace(scored(ADAPTER_LOSS), tokens_id=np.arange(ROWS) + 1)
+    models, buckets = {"base": scored(BASE_LOSS), "adapter": other}, LengthBuckets.by_limits([64])
+    result = compare(EXAMPLES, LENGTHS, models, buckets, Bootstrap(20), {"base": "a", "adapter": "b"})
+    assert not {"loss", "perplexity", "bits_per_token", "token_accuracy"} & result.whole.delta.keys()
+    assert {"bits_per_byte", "exact_match"} <= result.whole.delta.keys() and result.improved == []
+
+
+def test_a_control_is_held_against_the_adapter_on_the_same_rows() -> None:
+    some = np.arange(10)
+    found = control(scored(ADAPTER_LOSS + 1.0).take(some), scored(ADAPTER_LOSS).take(some), Bootstrap(50))
+    assert (found.rows, found.supervised_tokens) == (10, TOKENS[:10].sum())
+    assert found.delta["loss"] == pytest.approx(1.0) and found.intervals["loss"] == pytest.approx((1.0, 1.0))

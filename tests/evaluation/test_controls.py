@@ -37,10 +37,17 @@ def test_every_turn_of_a_chat_is_asked_as_in_another() -> None:
     assert changed[1].messages[0].text == "U0"
 
 
-def test_plain_texts_stay_as_they_are() -> None:
+def test_plain_texts_are_in_no_control_of_prompts() -> None:
     text = Example((Message("assistant", "A story."),), None, "f", 1, is_text=True)
-    assert shuffled_prompts([text, *EXAMPLES], seed=0)[0] is text
+    assert list(controls_of([text, *EXAMPLES], True, 0)["shuffled_prompts"]) == [1, 2, 3, 4]
     assert controls_of([text, text], True, 0) == {}
+
+
+def test_rows_without_a_domain_are_in_no_control_of_domains() -> None:
+    changed = controls_of([example("Q", "A"), *EXAMPLES], True, 0)
+    assert {i: e.domain for i, e in changed["wrong_domain"].items()} == {1: "y", 2: "z", 3: "y", 4: "x"}
+    assert list(changed["no_domain"]) == [1, 2, 3, 4]
+    assert "wrong_domain" not in controls_of([example("Q", "A"), example("R", "B", "x")], True, 0)
 
 
 def test_controls_are_those_that_make_sense() -> None:

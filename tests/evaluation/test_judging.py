@@ -15,7 +15,7 @@ import torch
 from training_lens import TrainingWrapper
 from training_lens.config.judging_sections import EvaluationSection
 from training_lens.config.schema import TrainingConfig
-from training_lens.errors import ConfigurationError, DatasetError
+from training_lens.errors import ConfigurationError, DatasetError, EvaluationError
 from training_lens.evaluation.judging import Judge, Judgement
 from training_lens.inference.rows import configured_examples, validation_examples
 from training_lens.inference.session import Session, open_run, open_session
@@ -117,7 +117,8 @@ def test_base_and_adapter_answer_the_same_prompts_and_every_row_counts(judged: J
 def test_controls_keep_answers_and_rows(judged: Judgement) -> None:
     controls = judged.comparison.controls
     assert {c.rows for c in controls.values()} == {12}
-    assert controls["shuffled_prompts"].scores["loss"] > judged.comparison.whole.models["adapter"]["loss"]
+    assert all(c.adapter == judged.comparison.whole.models["adapter"] for c in controls.values())
+    assert controls["shuffled_prompts"].delta["loss"] > 0
 
 
 def test_a_run_against_itself_has_no_difference(session: Session, finished_run: RunFolder) -> None:
@@ -171,3 +172,71 @@ def test_calls_of_tools_are_expected_as_the_template_writes_them(
     others = write_rows([{"messages": chat}], "calls.jsonl")
     found = Judge(session, LOSSES).alone(validation_examples(finished_run, session, others=[str(others)]))
     assert json.loads(found.rows.references[0])["name"] == "add"
+
+
+def test_held_out_rows_of_a_file_that_has_changed_cannot_be_told(
+    small_config: Callable[..., Any], write_rows: Callable[..., Path]
+) -> None:
+    run, _ = trained(small_config, write_rows, val_ratio=0.3, max_examples=None)
+    write_rows(ROWS[::-1])
+    with pytest.raises(DatasetError, match=r"has changed since the run .* held rows of it out"):
+        validation_examples(run, open_run(run))
+
+
+def long_and_short(count: int) -> list[dict[str, str]]:
+    """Long prompts with short answers and the reverse, in turn."""
+    long = "one two three four five six seven eight nine ten " * 2
+    return [{"question": [long, "Who?"][i % 2] + str(i), "answer": ["Mia.", long][i % 2]} for i in range(count)]
+
+
+@pytest.mark.parametrize("truncation", ["drop", "keep_start", "keep_end"])
+def test_a_control_is_measured_on_the_same_tokens_as_the_adapter(
+    truncation: str, small_config: Callable[..., Any], write_rows: Callable[..., Path]
+) -> None:
+    data = {"train": str(write_rows(long_and_short(12))), "truncation": truncation, "val_ratio": 0.5}
+    config = small_config(data=data, training={"max_steps": 1}, model={"seq_len": 120})
+    run = RunFolder(Path(TrainingWrapper(config).train().run_dir))
+    session = open_run(run)
+    found = Judge(session, LOSSES).compare(validation_examples(run, session))
+    shuffled = found.comparison.controls["shuffled_prompts"]
+    lengths = {e.id: e for e in found.rows.examples}
+    assert 0 < shuffled.rows <= len(lengths)
+    assert shuffled.delta["loss"] == pytest.approx(shuffled.scores["loss"] - shuffled.adapter["loss"])
+    if shuffled.rows == len(lengths):
+        assert shuffled.adapter["loss"] == pytest.approx(found.comparison.whole.models["adapter"]["loss"], rel=1e-6)
+
+
+def test_where_prompts_are_learned_too_no_control_is_the_same(
+    small_config: Callable[..., Any], write_rows: Callable[..., Path]
+) -> None:
+    run, _ = trained(small_config, write_rows, val_ratio=0.3, mask_prompt=False, max_examples=None)
+    session = open_run(run)
+    assert Judge(session, LOSSES).compare(validation_examples(run, session)).comparison.controls == {}
+
+
+def test_a_row_whose_answer_leaves_no_prompt_is_judged_by_its_loss_alone(
+    session: Session, finished_run: RunFolder, write_rows: Callable[..., Path]
+) -> None:
+    full = {"question": "Why?", "answer": "The owl lives in the forest. " * 200}
+    others = write_rows([full, {"question": "Where does the owl live?", "answer": "In the forest."}], "long.jsonl")
+    settings = EvaluationSection(max_new_tokens=4, resamples=0)
+    found = Judge(session, settings).alone(validation_examples(finished_run, session, others=[str(others)]))
+    assert found.rows.asked.tolist() == [False, True]
+    assert found.comparison.whole.rows == 2 and "exact_match" in found.comparison.whole.models["adapter"]
+
+
+def test_bytes_are_those_of_the_text_also_where_the_tokenizer_has_no_token(
+    session: Session, finished_run: RunFolder, write_rows: Callable[..., Path]
+) -> None:
+    answers = ["Żółw — 🐢 lives here.", "plain", "<|endoftext|> as text", "two\nlines"]
+    others = write_rows([{"question": f"Q{i}?", "answer": a} for i, a in enumerate(answers)], "unicode.jsonl")
+    found = Judge(session, LOSSES).alone(validation_examples(finished_run, session, others=[str(others)]))
+    assert found.rows.text_bytes.tolist() == [len(a.encode()) for a in answers]
+
+
+def test_losses_that_are_no_numbers_are_refused_by_row(finished_run: RunFolder) -> None:
+    session = open_run(finished_run)
+    with torch.no_grad():
+        next(p for n, p in session.model.named_parameters() if "lora_B" in n).fill_(float("nan"))
+    with pytest.raises(EvaluationError, match="the loss of the adapter is not finite on 3 of 3 rows, the first is"):
+        Judge(session, LOSSES).compare(validation_examples(finished_run, session, 3))

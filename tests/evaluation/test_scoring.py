@@ -19,7 +19,7 @@ def scored(rows: int = 40, shift: float = 0.0, seed: int = 0) -> Scored:
     rng = np.random.default_rng(seed)
     tokens = rng.integers(1, 30, rows)
     nll = tokens * (2.0 + rng.random(rows) + shift)
-    return Scored(TokenSums(nll, tokens, rng.integers(0, tokens + 1)), 4 * tokens)
+    return Scored(TokenSums(nll, tokens, rng.integers(0, tokens + 1)), 4 * tokens, np.arange(rows))
 
 
 def sentences(rows: int, seed: int) -> list[str]:
@@ -28,28 +28,28 @@ def sentences(rows: int, seed: int) -> list[str]:
 
 
 def test_the_measures_of_two_rows_by_hand() -> None:
-    two = Scored(TokenSums(np.array([2.0, 4.0]), np.array([1, 3]), np.array([1, 1])), np.array([2, 10]))
-    found = two.of(np.array([True, True]))
+    two = Scored(TokenSums(np.array([2.0, 4.0]), np.array([1, 3]), np.array([1, 1])), np.array([2, 10]), np.arange(2))
+    found = two.of_all()
     assert found["loss"] == pytest.approx(6 / 4)
     assert found["perplexity"] == pytest.approx(math.exp(1.5))
     assert found["bits_per_token"] == pytest.approx(1.5 / math.log(2))
     assert found["bits_per_byte"] == pytest.approx(6 / math.log(2) / 12)
     assert found["token_accuracy"] == pytest.approx(2 / 4)
-    assert two.of(np.array([False, True]))["loss"] == pytest.approx(4 / 3)
+    assert two.take(np.array([False, True])).of_all()["loss"] == pytest.approx(4 / 3)
 
 
 def test_scores_of_answers_count_only_the_rows_that_were_asked() -> None:
     rows = scored(3).with_answers(["yes", ""], ["yes", "no"], np.array([True, False, True]))
-    assert rows.of(np.ones(3, dtype=bool))["exact_match"] == 0.5
-    assert rows.of(np.array([True, True, False]))["exact_match"] == 1.0
-    assert "exact_match" not in rows.of(np.array([False, True, False]))
+    assert rows.of_all()["exact_match"] == 0.5
+    assert rows.take(np.array([0, 1])).of_all()["exact_match"] == 1.0
+    assert "exact_match" not in rows.take(np.array([1])).of_all()
 
 
 def test_bleu_and_chrf_of_any_rows_are_those_of_sacrebleu() -> None:
     said, wanted = sentences(40, 1), sentences(40, 2)
     rows = scored().with_answers(said, wanted, np.ones(40, dtype=bool))
     chosen = RNG.random(40) < 0.5
-    found = rows.of(chosen)
+    found = rows.take(chosen).of_all()
     some = [[text for text, yes in zip(texts, chosen, strict=True) if yes] for texts in (said, wanted)]
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(some[0], [some[1]]).score)
     assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(some[0], [some[1]]).score)
@@ -58,22 +58,20 @@ def test_bleu_and_chrf_of_any_rows_are_those_of_sacrebleu() -> None:
 def test_parts_weighted_by_tokens_are_the_whole() -> None:
     rows = scored()
     part = RNG.random(40) < 0.3
-    whole, one, other = (rows.of(p)["loss"] for p in (np.ones(40, dtype=bool), part, ~part))
+    whole, one, other = (rows.take(p).of_all()["loss"] for p in (np.ones(40, dtype=bool), part, ~part))
     share = rows.sums.tokens[part].sum() / rows.sums.tokens.sum()
     assert whole == pytest.approx(share * one + (1 - share) * other, rel=1e-12)
 
 
 def test_intervals_are_repeatable_and_hold_the_value() -> None:
-    every = np.ones(40, dtype=bool)
-    low, high = Bootstrap(seed=1).intervals(scored(), every)["loss"]
-    assert (low, high) == Bootstrap(seed=1).intervals(scored(), every)["loss"]
-    assert low < scored().of(every)["loss"] < high
+    low, high = Bootstrap(seed=1).intervals(scored())["loss"]
+    assert (low, high) == Bootstrap(seed=1).intervals(scored())["loss"]
+    assert low < scored().of_all()["loss"] < high
 
 
 def test_a_pair_is_drawn_with_the_same_rows() -> None:
     """A shift that is the same for every row leaves no doubt at all: unpaired intervals would be wide."""
-    every = np.ones(40, dtype=bool)
-    low, high = Bootstrap().intervals(scored(shift=0.5), every, minus=scored())["loss"]
+    low, high = Bootstrap().intervals(scored(shift=0.5), minus=scored())["loss"]
     assert low == pytest.approx(0.5) and high == pytest.approx(0.5)
 
 
@@ -83,17 +81,26 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     for seed in range(200):
         rng = np.random.default_rng(seed)
         tokens = np.ones(60, dtype=np.int64)
-        rows = Scored(TokenSums(2.0 + rng.random(60), tokens, tokens), tokens)
-        low, high = Bootstrap(300, 0.9, seed).intervals(rows, np.ones(60, dtype=bool))["loss"]
+        rows = Scored(TokenSums(2.0 + rng.random(60), tokens, tokens), tokens, tokens)
+        low, high = Bootstrap(300, 0.9, seed).intervals(rows)["loss"]
         held += low <= truth <= high
     assert 0.83 <= held / 200 <= 0.97
 
 
 @pytest.mark.parametrize(("resamples", "rows"), [(0, 40), (100, 1)])
 def test_no_resamples_or_one_row_has_no_intervals(resamples: int, rows: int) -> None:
-    assert Bootstrap(resamples).intervals(scored(rows), np.ones(rows, dtype=bool)) == {}
+    assert Bootstrap(resamples).intervals(scored(rows)) == {}
 
 
 def test_drawing_in_blocks_draws_the_same_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training_lens.evaluation.scoring.DRAWN_AT_ONCE", 130)
-    assert [len(w) for w in Bootstrap(10)._weights(np.arange(40), 40)] == [3, 3, 3, 1]
+    assert [len(w) for w in Bootstrap(10)._weights(40)] == [3, 3, 3, 1]
+
+
+def test_a_metric_of_few_rows_has_an_interval_and_one_beyond_all_numbers_has_none() -> None:
+    asked = np.zeros(40, dtype=bool)
+    asked[:2] = True
+    few = scored().with_answers(["a", "b"], ["a", "x"], asked)
+    assert Bootstrap(200).intervals(few)["exact_match"] == (0.0, 1.0)
+    huge = scored(shift=1000.0)
+    assert "perplexity" not in huge.of_all() and "perplexity" not in Bootstrap(20).intervals(huge, minus=scored())

@@ -127,9 +127,9 @@ def load_adapter_config(
     from training_lens.errors import ConfigurationError
 
     named = [text for text in overrides or [] if text.startswith("inference.adapter=")]
-    if run and named:
+    if run is not None and named:
         raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
-    settings = load_config(config_file, overrides, {"inference": {"adapter": run}} if run else None)
+    settings = load_config(config_file, overrides, {"inference": {"adapter": run}} if run is not None else None)
     from training_lens.inference.session import uses_own_model
 
     own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device",)

@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.common import AdapterRun, ConfigFile, Debug, Json, Overrides, command, load_adapter_config
-from training_lens.cli.judgement import USED, finish, opened
+from training_lens.cli.common import (
+    AdapterRun,
+    ConfigFile,
+    Debug,
+    Json,
+    Overrides,
+    Screen,
+    command,
+    load_adapter_config,
+)
+from training_lens.cli.judgement import USED, finish, opened, refuse_base_only
 
 if TYPE_CHECKING:
+    from training_lens.config.schema import TrainingConfig
     from training_lens.inference.session import Session
 
+ON_THE_WAY = ("experiments", "runs", "artifacts", "checkpoints", "adapter")
 Against = Annotated[
     str | None, typer.Option(metavar="RUN", help="Another run or adapter to compare with, in place of the base.")
 ]
@@ -32,20 +43,40 @@ def compare(
     training-lens compare --run RUN --against OTHER_RUN; training-lens compare data.validation=other_rows.jsonl
     """
     with command(json, debug) as screen:
+        if against is not None:
+            refuse_base_only(overrides)
+            _compare_two(screen, load_adapter_config(config, overrides, run, _used(against)), against)
+            return
         settings = load_adapter_config(config, overrides, run, USED)
         judge, examples, folder = opened(screen, settings)
         _require_adapter(judge.session)
-        if against is None:
-            result, name = judge.compare(examples), "compare"
-        else:
-            from training_lens.evaluation.judging import Judge
-            from training_lens.inference.session import open_session
+        finish(screen, judge.compare(examples), judge, folder, "compare")
 
-            other = open_session(settings.resolved(inference={"adapter": against}))
-            _require_adapter(other)
-            result = judge.against(Judge(other, settings.evaluation, judge.progress), examples)
-            name = f"compare-with-{Path(other.source).name}"
-        finish(screen, result, folder, name, {"run": judge.session.source})
+
+def _used(against: str) -> tuple[str, ...]:
+    """The settings that a comparison heeds; an adapter folder stands on `model.id`."""
+    from training_lens.inference.session import uses_own_model
+
+    return (*USED, "model.", "data.") if uses_own_model(against) else USED
+
+
+def _compare_two(screen: Screen, settings: TrainingConfig, against: str) -> None:
+    """The adapter that the settings name, against another one."""
+    from training_lens.evaluation.judging import Judge
+    from training_lens.inference.session import open_session
+
+    judge, examples, folder = opened(screen, settings)
+    _require_adapter(judge.session)
+    other = open_session(settings.resolved(inference={"adapter": against}))
+    _require_adapter(other)
+    result = judge.against(Judge(other, settings.evaluation, judge.progress), examples)
+    finish(screen, result, judge, folder, f"compare-with-{_label(other.source)}")
+
+
+def _label(source: str) -> str:
+    """A short name of a run or adapter, for a file: 'default-20261120T203605Z-5f3a'."""
+    places = [part for part in Path(source).absolute().parts[1:] if part not in ON_THE_WAY]
+    return "-".join(places[-2:])
 
 
 def _require_adapter(session: Session) -> None:

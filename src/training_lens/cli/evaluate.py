@@ -14,8 +14,10 @@ from training_lens.cli.common import (
     Overrides,
     command,
     load_adapter_config,
+    load_config,
+    refuse_unused,
 )
-from training_lens.cli.judgement import USED, finish, opened
+from training_lens.cli.judgement import USED, finish, opened, refuse_base_only
 
 Base = Annotated[bool, typer.Option("--base", help="Judge the base model under the adapter.")]
 
@@ -34,10 +36,11 @@ def evaluate(
     training-lens evaluate --run ADAPTER_FOLDER model.id=PATH data.validation=test.jsonl evaluation.generate=false
     """
     with command(json, debug) as screen:
+        refuse_base_only(overrides)
         settings = load_adapter_config(config, overrides, run, USED)
         judge, examples, folder = opened(screen, settings)
         result = judge.alone(examples, base=base)
-        finish(screen, result, folder, "evaluation-of-base" if base else "evaluation", {"run": judge.session.source})
+        finish(screen, result, judge, folder, "evaluation-of-base" if base else "evaluation")
 
 
 def baseline(
@@ -51,6 +54,9 @@ def baseline(
     Examples: training-lens baseline model.id=PATH data.validation=test.jsonl; training-lens baseline --config my.yaml
     """
     with command(json, debug) as screen:
-        settings = load_adapter_config(config, overrides, "none", (*USED, "training.seed"))
+        refuse_base_only(overrides)
+        used = ("evaluation.", "data.", "model.", "output.", "training.seed")
+        refuse_unused(overrides, used, "baseline judges model.id alone, before any training.")
+        settings = load_config(config, overrides, {"inference": {"adapter": "none"}})
         judge, examples, folder = opened(screen, settings)
-        finish(screen, judge.alone(examples), folder, "baseline", {"model": settings.model.id})
+        finish(screen, judge.alone(examples), judge, folder, "baseline")

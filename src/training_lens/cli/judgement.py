@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from training_lens.cli.common import Screen
 
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 
 SHOWN = 3
 USED = ("evaluation.", "data.validation", "inference.adapter", "inference=")
+
+
+def refuse_base_only(overrides: list[str] | None) -> None:
+    """Refuse what only a comparison with the base looks at."""
+    from training_lens.errors import ConfigurationError
+
+    if given := [t for t in overrides or [] if t.startswith(("evaluation.controls", "evaluation.forgetting"))]:
+        raise ConfigurationError(f"{', '.join(given)}: only compare, of an adapter with its base, looks at it.")
 
 
 def opened(screen: Screen, settings: TrainingConfig) -> tuple[Judge, list[Example], Path]:
@@ -42,11 +50,12 @@ def opened(screen: Screen, settings: TrainingConfig) -> tuple[Judge, list[Exampl
     return Judge(session, settings.evaluation, Progress(screen.console)), examples, folder
 
 
-def finish(screen: Screen, judgement: Judgement, folder: Path, name: str, extra: dict[str, Any]) -> None:
+def finish(screen: Screen, judgement: Judgement, judge: Judge, folder: Path, name: str) -> None:
     """Write the reports, and print them."""
     from training_lens.evaluation.reports import write_reports
 
     folder.mkdir(parents=True, exist_ok=True)
+    extra = {"run": judge.session.source, "settings": judge.settings.model_dump()}
     report = write_reports(judgement, folder, name, extra)
     show(screen, judgement)
     screen.console.print(f"\nsaved as {folder / name}.{{json,md,csv}}", markup=False, soft_wrap=True)
@@ -66,7 +75,7 @@ def show(screen: Screen, judgement: Judgement) -> None:
             head, *lines = reports.part_table(comparison, what, intervals=False)
             _table(screen, title, head, lines)
     if comparison.controls:
-        _table(screen, "controls", reports.CONTROL_COLUMNS, reports.control_rows(comparison))
+        _table(screen, "controls", reports.control_columns(comparison), reports.control_rows(comparison))
     for name, moved in (("most improved rows", comparison.improved), ("most worsened rows", comparison.worsened)):
         if moved:
             _table(screen, name, reports.MOVED_COLUMNS, reports.moved_rows(moved, False))
@@ -98,7 +107,7 @@ def _show_samples(screen: Screen, judgement: Judgement) -> None:
     from training_lens.evaluation.comparison import samples
 
     examples = judgement.rows.examples
-    table = Table(title=f"{SHOWN} of these rows", title_justify="left", show_lines=True)
+    table = Table(title=f"{min(SHOWN, len(examples))} of these rows", title_justify="left", show_lines=True)
     for column in ("prompt", "expected", *judgement.outcomes):
         table.add_column(column, ratio=1)
     for i in samples(examples, SHOWN):

@@ -16,6 +16,7 @@ from training_lens.evaluation.length_bucketing import LengthBuckets
 from training_lens.evaluation.scoring import Bootstrap, Interval, Measures, Scored
 
 BASE, ADAPTER = "base", "adapter"
+PER_TOKEN = ("loss", "perplexity", "bits_per_token", "token_accuracy")  # say nothing across different tokens
 SHOWN = 5  # rows that moved most, each way
 
 
@@ -24,7 +25,8 @@ class Group:
     """Some of the rows: the measures of each model on them.
 
     `delta` is adapter minus base where both are there, and `intervals` are those of the delta; of one model alone,
-    `intervals` are those of its measures.
+    `intervals` are those of its measures. Where two models have different tokens for the same rows, measures by token
+    have no delta. `supervised_tokens` are those of the last model.
     """
 
     rows: int
@@ -50,10 +52,28 @@ class Moved:
 
 @dataclass(frozen=True)
 class Control:
-    """The adapter on changed prompts: what it should be worse on, if it uses what was changed."""
+    """The adapter on changed prompts, over the rows whose supervised tokens stayed what they were.
+
+    `adapter` are its measures on the same rows with their own prompts, `delta` what the change made of them.
+    """
 
     rows: int
+    supervised_tokens: int
     scores: Measures
+    adapter: Measures
+    delta: Measures
+    intervals: Mapping[str, Interval]
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "intervals": {n: list(v) for n, v in self.intervals.items()}}
+
+
+def control(changed: Scored, adapter: Scored, bootstrap: Bootstrap) -> Control:
+    """The adapter on changed prompts against itself on the same rows."""
+    scores, own = changed.of_all(), adapter.of_all()
+    delta = {name: value - own[name] for name, value in scores.items() if name in own}
+    intervals = {n: v for n, v in bootstrap.intervals(changed, minus=adapter).items() if n in delta}
+    return Control(len(changed), int(changed.sums.tokens.sum()), scores, own, delta, intervals)
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,9 @@ class Forgetting:
     adapter_loss: float
     delta: float
     interval: Interval | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "interval": list(self.interval) if self.interval else None}
 
 
 @dataclass(frozen=True)
@@ -93,10 +116,10 @@ class Comparison:
             "confidence": self.confidence,
             "by_length": [{"tokens": label, **group.as_json()} for label, group in self.by_length.items()],
             "by_domain": {domain: group.as_json() for domain, group in self.by_domain.items()},
-            "controls": {name: {"rows": c.rows, **c.scores} for name, c in self.controls.items()},
+            "controls": {name: c.as_json() for name, c in self.controls.items()},
             "improved": [asdict(row) for row in self.improved],
             "worsened": [asdict(row) for row in self.worsened],
-            "forgetting": asdict(self.forgetting) if self.forgetting else None,
+            "forgetting": self.forgetting.as_json() if self.forgetting else None,
             "tasks": {model: {task: dict(m) for task, m in found.items()} for model, found in self.tasks.items()},
         }
 
@@ -117,37 +140,43 @@ def compare(
     """
     bucket = buckets.assign(lengths)
     domains = np.array([e.domain for e in examples], dtype=object)
-    every = np.ones(len(examples), dtype=bool)
-    moved = _moved(examples, models) if len(models) == 2 else []
+    named = sorted({e.domain for e in examples if e.domain is not None})
+    alike = _same_tokens(models)
+    moved = _moved(examples, models) if len(models) == 2 and alike else []
+    labels = [(label, bucket == i) for i, label in enumerate(buckets.labels) if (bucket == i).any()]
     return Comparison(
         described,
-        _group(models, every, bootstrap),
-        {
-            label: _group(models, bucket == i, bootstrap)
-            for i, label in enumerate(buckets.labels)
-            if (bucket == i).any()
-        },
-        {
-            d: _group(models, domains == d, bootstrap)
-            for d in sorted({e.domain for e in examples if e.domain is not None})
-        },
+        _group(models, bootstrap, alike),
+        {label: _group(_of(models, rows), bootstrap, alike) for label, rows in labels},
+        {domain: _group(_of(models, domains == domain), bootstrap, alike) for domain in named},
         bootstrap.confidence,
         improved=[row for row in moved[:SHOWN] if row.adapter_loss < row.base_loss],
         worsened=[row for row in moved[: -SHOWN - 1 : -1] if row.adapter_loss > row.base_loss],
     )
 
 
-def _group(models: Mapping[str, Scored], rows: np.ndarray, bootstrap: Bootstrap) -> Group:
-    first = next(iter(models.values()))
-    found = {name: scored.of(rows) for name, scored in models.items()}
+def _of(models: Mapping[str, Scored], rows: np.ndarray) -> dict[str, Scored]:
+    return {name: scored.take(rows) for name, scored in models.items()}
+
+
+def _group(models: Mapping[str, Scored], bootstrap: Bootstrap, same_tokens: bool) -> Group:
+    last = models[list(models)[-1]]
+    found = {name: scored.of_all() for name, scored in models.items()}
     delta: Measures = {}
-    intervals = bootstrap.intervals(first, rows) if len(models) == 1 else {}
+    intervals = bootstrap.intervals(last) if len(models) == 1 else {}
     if len(models) == 2:
         base, adapter = found[BASE], found[ADAPTER]
-        delta = {name: value - base[name] for name, value in adapter.items() if name in base}
-        drawn = bootstrap.intervals(models[ADAPTER], rows, minus=models[BASE])
+        shared = [name for name in adapter if name in base and (same_tokens or name not in PER_TOKEN)]
+        delta = {name: adapter[name] - base[name] for name in shared}
+        drawn = bootstrap.intervals(models[ADAPTER], minus=models[BASE])
         intervals = {name: interval for name, interval in drawn.items() if name in delta}
-    return Group(int(rows.sum()), int(first.sums.tokens[rows].sum()), found, delta, intervals)
+    return Group(len(last), int(last.sums.tokens.sum()), found, delta, intervals)
+
+
+def _same_tokens(models: Mapping[str, Scored]) -> bool:
+    """Whether all models were measured on the same supervised tokens of every row."""
+    first, *others = [scored.tokens_id for scored in models.values()]
+    return all(np.array_equal(first, other) for other in others)
 
 
 def _moved(examples: Sequence[Example], models: Mapping[str, Scored]) -> list[Moved]:
@@ -159,9 +188,8 @@ def _moved(examples: Sequence[Example], models: Mapping[str, Scored]) -> list[Mo
 
 def forgetting(base: Scored, adapter: Scored, bootstrap: Bootstrap) -> Forgetting:
     """The change of loss on rows of text that was not trained on."""
-    every = np.ones(len(base), dtype=bool)
-    before, after = base.of(every)["loss"], adapter.of(every)["loss"]
-    interval = bootstrap.intervals(adapter, every, minus=base).get("loss")
+    before, after = base.of_all()["loss"], adapter.of_all()["loss"]
+    interval = bootstrap.intervals(adapter, minus=base).get("loss")
     return Forgetting(len(base), before, after, after - before, interval)
 
 

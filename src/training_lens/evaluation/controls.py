@@ -13,37 +13,39 @@ from training_lens.data.types import Example, Message
 WRONG_DOMAIN, NO_DOMAIN, SHUFFLED_PROMPTS = "wrong_domain", "no_domain", "shuffled_prompts"
 
 
-def controls_of(examples: Sequence[Example], domain_in_prompt: bool, seed: int) -> dict[str, list[Example]]:
-    """The rows of every control that makes sense for them, in the rows' order.
+def controls_of(examples: Sequence[Example], domain_in_prompt: bool, seed: int) -> dict[str, dict[int, Example]]:
+    """The changed rows of every control that makes sense, by the place of the row that each was.
 
     Args:
-        domain_in_prompt: whether prompts say the domain; the controls of domains also need two of them.
+        domain_in_prompt: whether prompts say the domain. The controls of domains take the rows that have one, and need
+            two different ones.
     """
-    changed: dict[str, list[Example]] = {}
-    if domain_in_prompt and len({e.domain for e in examples}) > 1:
-        told = wrong_domains(examples)
-        changed[WRONG_DOMAIN] = [replace(e, domain=d) for e, d in zip(examples, told, strict=True)]
-        changed[NO_DOMAIN] = [replace(e, domain=None) for e in examples]
-    if sum(not e.is_text for e in examples) > 1:
-        changed[SHUFFLED_PROMPTS] = shuffled_prompts(examples, seed)
+    changed: dict[str, dict[int, Example]] = {}
+    told = {i: e for i, e in enumerate(examples) if e.domain is not None}
+    if domain_in_prompt and len({e.domain for e in told.values()}) > 1:
+        wrong = wrong_domains(list(told.values()))
+        changed[WRONG_DOMAIN] = {i: replace(told[i], domain=d) for i, d in zip(told, wrong, strict=True)}
+        changed[NO_DOMAIN] = {i: replace(e, domain=None) for i, e in told.items()}
+    asking = {i: e for i, e in enumerate(examples) if not e.is_text}
+    if len(asking) > 1:
+        changed[SHUFFLED_PROMPTS] = dict(zip(asking, shuffled_prompts(list(asking.values()), seed), strict=True))
     return changed
 
 
 def wrong_domains(examples: Sequence[Example]) -> list[str]:
-    """For each row another domain than its own: the next one in the order of names. Needs two domains or more."""
-    names = sorted({e.domain for e in examples if e.domain is not None})
-    return [names[(names.index(e.domain) + 1) % len(names)] if e.domain else "" for e in examples]
+    """For each row another domain than its own: the next one in the order of names. All have one, of two or more."""
+    names = sorted({str(e.domain) for e in examples})
+    return [names[(names.index(str(e.domain)) + 1) % len(names)] for e in examples]
 
 
 def shuffled_prompts(examples: Sequence[Example], seed: int) -> list[Example]:
-    """Each row with what the user says in another row, at random: no row keeps its own place. Answers stay.
+    """Each row with what the user says in another row, at random: no row keeps its own place.
 
-    Plain texts have no prompt and stay as they are.
+    What else a row says stays: its answers, earlier ones too, calls of tools and their results, the system's message.
     """
-    asking = [i for i, e in enumerate(examples) if not e.is_text]
-    order = np.random.default_rng(seed).permutation(asking)
+    order = np.random.default_rng(seed).permutation(len(examples))
     other = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))  # one cycle through all of them
-    return [_asked_as(e, examples[other[i]]) if i in other else e for i, e in enumerate(examples)]
+    return [_asked_as(e, examples[other[i]]) for i, e in enumerate(examples)]
 
 
 def _asked_as(example: Example, other: Example) -> Example:

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 
 from training_lens.config.data_sections import DataSection
 from training_lens.config.judging_sections import EvaluationSection, InferenceSection
-from training_lens.data.preparation import prompt_as_trained, read_examples, tokenize
+from training_lens.data.preparation import read_examples
 from training_lens.data.types import Example
-from training_lens.evaluation.comparison import ADAPTER, BASE, Comparison, Control, Forgetting, compare, forgetting
+from training_lens.errors import EvaluationError
+from training_lens.evaluation.comparison import (
+    ADAPTER,
+    BASE,
+    Comparison,
+    Control,
+    Forgetting,
+    compare,
+    control,
+    forgetting,
+)
 from training_lens.evaluation.controls import controls_of
-from training_lens.evaluation.evaluator import Pass, paired_sums, token_sums
+from training_lens.evaluation.evaluator import Pass, TokenSums, paired_sums, token_sums
 from training_lens.evaluation.harness import TaskScores, run_tasks
 from training_lens.evaluation.length_bucketing import LengthBuckets
 from training_lens.evaluation.rows import JudgedRows
 from training_lens.evaluation.scoring import Bootstrap, Scored
 from training_lens.inference.generator import answers
+from training_lens.inference.rows import fitting
 from training_lens.inference.session import Session
 from training_lens.models.adapters import base_only
+from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 from training_lens.utils.progress import Progress
 
+logger = get_logger(__name__)
 SPARE_TOKENS = 16  # generated beyond the longest reference: an answer that goes on past it is wrong anyway
 
 
@@ -69,13 +81,13 @@ class Judge:
             DatasetError: no row fits the model; EvaluationError: the model failed on them.
         """
         rows, session = JudgedRows.of(examples, self.session), self.session
+        other_text = self._other_text()
         tasks = {BASE: self._tasks(base=True), ADAPTER: self._tasks()}
-        judged = self._judgement(
-            rows, self._pair(rows), {BASE: session.config.model.id, ADAPTER: session.source}, tasks
-        )
-        controls = self._controls(rows) if self.settings.controls else {}
-        comparison = replace(judged.comparison, controls=controls, forgetting=self._forgetting())
-        return replace(judged, comparison=comparison)
+        outcomes = self._pair(rows)
+        judged = self._judgement(rows, outcomes, {BASE: session.config.model.id, ADAPTER: session.source}, tasks)
+        controls = self._controls(rows, outcomes[ADAPTER].scored) if self.settings.controls else {}
+        forgot = self._forgetting(other_text) if other_text else None
+        return replace(judged, comparison=replace(judged.comparison, controls=controls, forgetting=forgot))
 
     def against(self, other: Judge, examples: Sequence[Example]) -> Judgement:
         """This adapter against another session's (called `base`), each with its own template, on rows that fit both.
@@ -83,9 +95,14 @@ class Judge:
         Raises:
             DatasetError: no row fits both; EvaluationError: a model failed on them.
         """
-        fits = tokenize(examples, other.session.preparation)
-        rows = JudgedRows.of([e for e, tokens in zip(examples, fits, strict=True) if tokens], self.session)
-        theirs = JudgedRows.of(rows.examples, other.session)
+        fit_other = JudgedRows.of(examples, other.session)
+        rows = JudgedRows.of(fit_other.examples, self.session)
+        theirs = fit_other.take(rows.kept)
+        if not np.array_equal(rows.tokens_id, theirs.tokens_id):
+            logger.warning(
+                "the two have different tokens for the same answers, so measures by token are not compared; "
+                "bits_per_byte is"
+            )
         tasks = {BASE: other._tasks(), ADAPTER: self._tasks()}
         outcomes = {BASE: other._alone(theirs, "other run"), ADAPTER: self._alone(rows, "run")}
         return self._judgement(rows, outcomes, {BASE: other.session.source, ADAPTER: self.session.source}, tasks)
@@ -141,9 +158,11 @@ class Judge:
         """Base and adapter: losses and their divergence in one pass, then answers."""
         with self.progress.task("losses of base and adapter", len(rows.examples)) as advance:
             sums = paired_sums(self.session.model, rows.dataset, self._pass(advance))
+        _require_finite(rows, sums.base, BASE)
+        _require_finite(rows, sums.adapter, ADAPTER)
         return {
-            BASE: self._answered(rows, Scored(sums.base, rows.text_bytes), BASE, base=True),
-            ADAPTER: self._answered(rows, Scored(sums.adapter, rows.text_bytes, kl=sums.kl), ADAPTER),
+            BASE: self._answered(rows, Scored(sums.base, rows.text_bytes, rows.tokens_id), BASE, base=True),
+            ADAPTER: self._answered(rows, Scored(sums.adapter, rows.text_bytes, rows.tokens_id, kl=sums.kl), ADAPTER),
         }
 
     def _alone(self, rows: JudgedRows, who: str, *, base: bool = False) -> Outcome:
@@ -152,7 +171,8 @@ class Judge:
             base_only(self.session.model, base),
         ):
             sums = token_sums(self.session.model, rows.dataset, self._pass(advance))
-        return self._answered(rows, Scored(sums, rows.text_bytes), who, base=base)
+        _require_finite(rows, sums, who)
+        return self._answered(rows, Scored(sums, rows.text_bytes, rows.tokens_id), who, base=base)
 
     def _pass(self, advance: Callable[[float], None]) -> Pass:
         session, budget = self.session, self.settings.batch_tokens
@@ -161,10 +181,10 @@ class Judge:
     def _answered(self, rows: JudgedRows, scored: Scored, who: str, *, base: bool = False) -> Outcome:
         """The outcome with the answers that the model gives, greedily, where answers are asked for."""
         said = [""] * len(rows.examples)
-        asked = np.flatnonzero(rows.asked) if self.settings.generate else np.array([], dtype=np.int64)
-        if not len(asked):
+        prompts = [prompt for prompt in rows.prompts if prompt is not None]
+        if not prompts or not self.settings.generate:
             return Outcome(said, scored)
-        prompts = [prompt_as_trained(rows.examples[i], self.session.preparation) for i in asked]
+        asked = np.flatnonzero(rows.asked)
         limit = min(self.settings.max_new_tokens, int(rows.dataset.supervised.max()) + SPARE_TOKENS)
         greedy = InferenceSection(max_new_tokens=limit, batch_tokens=self.settings.batch_tokens)
         with self.progress.task(f"answers of the {who}", len(prompts)) as advance:
@@ -173,25 +193,48 @@ class Judge:
             said[place] = text
         return Outcome(said, scored.with_answers(given, [rows.references[i] for i in asked], rows.asked))
 
-    def _controls(self, rows: JudgedRows) -> dict[str, Control]:
+    def _controls(self, rows: JudgedRows, adapter: Scored) -> dict[str, Control]:
+        """The adapter on changed prompts, over those rows of which the supervised tokens stay what they were."""
         told = self.session.config.data.domain.style != "none"
         controls: dict[str, Control] = {}
         for name, changed in controls_of(rows.examples, told, self.settings.seed).items():
-            fitting = JudgedRows.of(changed, self.session)
-            scored = self._alone(fitting, f"adapter, {name.replace('_', ' ')}").scored
-            controls[name] = Control(len(scored), scored.of(np.ones(len(scored), dtype=bool)))
+            spoilt = JudgedRows.of(list(changed.values()), self.session)
+            places = np.array(list(changed))[spoilt.kept]  # of the original rows
+            same = np.flatnonzero(spoilt.tokens_id == rows.tokens_id[places])
+            if not len(same):
+                logger.warning("no control '%s': the prompts are learned as well, so nothing stays the same", name)
+                continue
+            outcome = self._alone(spoilt.take(same), f"adapter, {name.replace('_', ' ')}")
+            controls[name] = control(outcome.scored, adapter.take(places[same]), self._bootstrap)
         return controls
 
-    def _forgetting(self) -> Forgetting | None:
-        """The loss of base and adapter on the user's other text, read on its own terms."""
+    def _other_text(self) -> JudgedRows | None:
+        """The user's other text, read on its own terms."""
         sources = self.settings.forgetting
         if sources is None:
             return None
-        examples = list(
-            islice(read_examples(sources, "evaluation.forgetting", DataSection()), self.settings.max_examples)
-        )
-        rows = JudgedRows.of(examples, self.session)
+        found = read_examples(sources, "evaluation.forgetting", DataSection())
+        return JudgedRows.of(fitting(found, self.session, self.settings.max_examples), self.session)
+
+    def _forgetting(self, rows: JudgedRows) -> Forgetting:
+        """The losses of base and adapter on other text."""
         with self.progress.task("losses on other text", len(rows.examples)) as advance:
             sums = paired_sums(self.session.model, rows.dataset, self._pass(advance))
-        base, adapter = (Scored(s, rows.text_bytes) for s in (sums.base, sums.adapter))
+        _require_finite(rows, sums.base, BASE)
+        _require_finite(rows, sums.adapter, ADAPTER)
+        base, adapter = (Scored(s, rows.text_bytes, rows.tokens_id) for s in (sums.base, sums.adapter))
         return forgetting(base, adapter, self._bootstrap)
+
+
+def _require_finite(rows: JudgedRows, sums: TokenSums, who: str) -> None:
+    """Refuse losses that are no numbers: no measure could be made of them.
+
+    Raises:
+        EvaluationError: names how many rows, and the first.
+    """
+    wrong = np.flatnonzero(~np.isfinite(sums.nll))
+    if len(wrong):
+        raise EvaluationError(
+            f"the loss of the {who} is not finite on {len(wrong)} of {len(rows.examples)} rows, the first is "
+            f"{rows.examples[wrong[0]].id}. Its weights may be broken, or its precision too small: try fp32."
+        )

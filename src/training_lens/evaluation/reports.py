@@ -10,7 +10,7 @@ from typing import Any
 
 from training_lens.evaluation.comparison import Comparison, Group, Moved
 from training_lens.evaluation.judging import Judgement
-from training_lens.utils.files import write_json, write_text
+from training_lens.utils.files import sha256_of, write_json, write_text
 
 PERCENT = {
     "token_accuracy",
@@ -27,11 +27,17 @@ Cells = tuple[str, ...]
 
 
 def write_reports(judgement: Judgement, folder: Path, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Write {name}.json, {name}.md and {name}.csv into `folder`; returns what the JSON holds."""
-    report = {**extra, **judgement.comparison.as_json()}
+    """Write {name}.json, {name}.md and {name}.csv into `folder`; returns what the JSON holds.
+
+    It holds `extra`, the sources of the rows with the sha256 of files, and the comparison.
+    """
+    sources = sorted({example.file for example in judgement.rows.examples})
+    files = {name: sha256_of(Path(name)) if Path(name).is_file() else None for name in sources}
+    report = {**extra, "files": files, **judgement.comparison.as_json()}
+    texts = {".md": markdown(judgement.comparison), ".csv": per_row_csv(judgement)}
     write_json(folder / f"{name}.json", report)
-    write_text(folder / f"{name}.md", markdown(judgement.comparison))
-    write_text(folder / f"{name}.csv", per_row_csv(judgement))
+    for ending, text in texts.items():
+        write_text(folder / f"{name}{ending}", text)
     return report
 
 
@@ -86,7 +92,7 @@ def _part_row(label: str, group: Group, intervals: bool, answered: bool) -> Cell
     sign = "+" if len(group.models) > 1 else ""
     low_high = group.intervals.get("loss")
     cells = [label, str(group.rows), *(number("loss", measures["loss"]) for measures in group.models.values())]
-    cells += [number("loss", group.delta["loss"], "+")] if group.delta else []
+    cells += [number("loss", group.delta["loss"], "+") if "loss" in group.delta else "-"] if group.delta else []
     if intervals:
         cells.append(" to ".join(number("loss", end, sign) for end in low_high) if low_high else "-")
     if answered:
@@ -95,15 +101,28 @@ def _part_row(label: str, group: Group, intervals: bool, answered: bool) -> Cell
 
 
 def control_rows(comparison: Comparison) -> Iterator[Cells]:
-    """A line for each model and control: rows, loss, token accuracy, exact match."""
-    lines = {name: (comparison.whole.rows, measures) for name, measures in comparison.whole.models.items()}
-    lines |= {f"adapter, {n.replace('_', ' ')}": (c.rows, c.scores) for n, c in comparison.controls.items()}
-    for name, (rows, scores) in lines.items():
-        shown = [number(m, scores[m]) if m in scores else "-" for m in ("loss", "token_accuracy", "exact_match")]
-        yield (name, str(rows), *shown)
+    """A line for each control: its rows, the adapter's loss on them, what the change makes of it, exact match."""
+    for name, control in comparison.controls.items():
+        low_high = control.intervals.get("loss")
+        between = " to ".join(number("loss", end, "+") for end in low_high) if low_high else "-"
+        losses = number("loss", control.adapter["loss"]), number("loss", control.scores["loss"])
+        matches = [
+            number("exact_match", m["exact_match"]) for m in (control.adapter, control.scores) if "exact_match" in m
+        ]
+        exact = " to ".join(matches) or "-"
+        yield (
+            name.replace("_", " "),
+            str(control.rows),
+            *losses,
+            number("loss", control.delta["loss"], "+"),
+            between,
+            exact,
+        )
 
 
-CONTROL_COLUMNS: Cells = ("", "rows", "loss", "token_accuracy", "exact_match")
+def control_columns(comparison: Comparison) -> Cells:
+    """The heads of the columns of `control_rows`."""
+    return ("adapter with", "rows", "loss as is", "loss so", "change", f"{comparison.confidence:.0%} interval", "exact")
 
 
 def moved_rows(moved: Sequence[Moved], whole_path: bool = True) -> Iterator[Cells]:
@@ -157,7 +176,7 @@ def markdown(comparison: Comparison) -> str:
             head, *lines = part_table(comparison, what)
             parts.append(_table(head, iter(lines)))
     if comparison.controls:
-        parts.append(_table(CONTROL_COLUMNS, control_rows(comparison)))
+        parts.append(_table(control_columns(comparison), control_rows(comparison)))
     for title, moved in (("Most improved", comparison.improved), ("Most worsened", comparison.worsened)):
         if moved:
             parts.append(f"{title}, loss in nats per supervised token:")

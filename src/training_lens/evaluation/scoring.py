@@ -20,12 +20,14 @@ DRAWN_AT_ONCE = 2**22  # weights of resampled rows in memory: 32 MB
 class Scored:
     """What the measures are computed from; every array has the rows first.
 
-    `text_bytes` are the UTF-8 bytes of each row's supervised text. `row_scores` are nan where a metric does not apply
+    `text_bytes` are the UTF-8 bytes of each row's supervised text, `tokens_id` a hash of its supervised tokens: equal
+    hashes, equal tokens. `row_scores` are nan where a metric does not apply
     to a row; `statistics` are zero where a row asks for no answer. `kl` sums KL(p_base || p_adapter), None for a base.
     """
 
     sums: TokenSums
     text_bytes: np.ndarray
+    tokens_id: np.ndarray
     row_scores: Mapping[str, np.ndarray] = field(default_factory=dict)
     statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
     kl: np.ndarray | None = None
@@ -46,9 +48,22 @@ class Scored:
         return Scored(
             self.sums,
             self.text_bytes,
+            self.tokens_id,
             {name: _spread(values, asked, math.nan) for name, values in scores.items()},
             {name: _spread(values, asked, 0.0) for name, values in statistics.items()},
             self.kl,
+        )
+
+    def take(self, rows: np.ndarray) -> Scored:
+        """Of these rows alone, given by their places or as (rows,) bool."""
+        sums = self.sums
+        return Scored(
+            TokenSums(sums.nll[rows], sums.tokens[rows], sums.correct[rows]),
+            self.text_bytes[rows],
+            self.tokens_id[rows],
+            {name: values[rows] for name, values in self.row_scores.items()},
+            {name: values[rows] for name, values in self.statistics.items()},
+            None if self.kl is None else self.kl[rows],
         )
 
     def measures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -82,10 +97,10 @@ class Scored:
             found[name] = np.array([score(sums) if sums.any() else math.nan for sums in weights @ statistics])
         return found
 
-    def of(self, rows: np.ndarray) -> Measures:
-        """The measures of these rows (bool, (all rows,)); those that do not apply to any are left out."""
-        weights = rows.astype(np.float64)[None]
-        return {n: float(v[0]) for n, v in self.measures(weights).items() if math.isfinite(v[0])}
+    def of_all(self) -> Measures:
+        """The measures of all rows; those that do not apply to any are left out."""
+        found = self.measures(np.ones((1, len(self))))
+        return {name: float(values[0]) for name, values in found.items() if math.isfinite(values[0])}
 
 
 def _spread(values: np.ndarray, rows: np.ndarray, fill: float) -> np.ndarray:
@@ -107,42 +122,44 @@ class Bootstrap:
     confidence: float = 0.95
     seed: int = 0
 
-    def intervals(self, scored: Scored, rows: np.ndarray, minus: Scored | None = None) -> dict[str, Interval]:
-        """The interval of every measure of `scored` on these rows, or of its difference from that of `minus`.
+    def intervals(self, scored: Scored, minus: Scored | None = None) -> dict[str, Interval]:
+        """The interval of every measure of `scored`, or of its difference from that of `minus`, on the same rows.
 
-        Args:
-            rows: bool, (all rows,). One row alone has no intervals.
+        None for one row alone, nor for a measure that is beyond all numbers in some resample. Resamples without a
+        row that a metric applies to do not count for that metric.
         """
-        chosen = np.flatnonzero(rows)
-        if self.resamples == 0 or len(chosen) < 2:
+        if self.resamples == 0 or len(scored) < 2:
             return {}
         parts = []
-        for weights in self._weights(chosen, len(rows)):
+        for weights in self._weights(len(scored)):
             values = scored.measures(weights)
-            if minus is not None:
-                values = differences(values, minus.measures(weights))
-            parts.append(values)
+            parts.append(values if minus is None else differences(values, minus.measures(weights)))
         drawn = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        outside = 50 * (1 - self.confidence)
-        kept = {n: v[np.isfinite(v)] for n, v in drawn.items()}
+        known = {name: values[~np.isnan(values)] for name, values in drawn.items()}
+        ends = [50 * (1 - self.confidence), 50 * (1 + self.confidence)]
         return {
-            n: (float(np.percentile(v, outside)), float(np.percentile(v, 100 - outside)))
-            for n, v in kept.items()
-            if len(v)
+            name: (float(low), float(high))
+            for name, values in known.items()
+            if len(values) and np.isfinite(values).all()
+            for low, high in [np.percentile(values, ends)]
         }
 
-    def _weights(self, chosen: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+    def _weights(self, rows: int) -> Iterator[np.ndarray]:
         """(draws, rows) counts of resampled rows, some draws at a time."""
         generator = np.random.default_rng(self.seed)
         left, at_once = self.resamples, max(1, DRAWN_AT_ONCE // rows)
         while left > 0:
             draws = min(left, at_once)
-            weights = np.zeros((draws, rows))
-            weights[:, chosen] = generator.multinomial(len(chosen), np.full(len(chosen), 1 / len(chosen)), size=draws)
-            yield weights
+            yield generator.multinomial(rows, np.full(rows, 1 / rows), size=draws).astype(np.float64)
             left -= draws
 
 
 def differences(values: Mapping[str, np.ndarray], of_base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Measure by measure, what is more than in the base; those of both alone."""
-    return {name: value - of_base[name] for name, value in values.items() if name in of_base}
+    return {name: _difference(value, of_base[name]) for name, value in values.items() if name in of_base}
+
+
+def _difference(values: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Infinite where either side is: a perplexity may be beyond all numbers."""
+    beyond = np.isinf(values) | np.isinf(base)
+    return np.where(beyond, np.inf, np.where(beyond, 0.0, values) - np.where(beyond, 0.0, base))

@@ -54,7 +54,7 @@ class TokenScores:
 def supervised_scores(
     model: Any, input_ids: Int[Tensor, "rows width"], loss_mask: Bool[Tensor, "rows width"]
 ) -> TokenScores:
-    """The scores of each supervised token, without gradients, by chunks of the vocabulary's logits.
+    """The scores of each supervised token, by chunks of the vocabulary's logits; for use without gradients.
 
     `nll` is that of `supervised_nll`; memory holds `LOGITS_AT_ONCE` logits and a copy, however many targets there are.
     """
@@ -84,7 +84,7 @@ def paired_scores(
     """The scores of a PEFT model with its adapter off and on, and the divergence between the two.
 
     Formula: KL(p || q) = sum_v p(v) (log p(v) - log q(v)), the forward KL from the base p to the adapter q, as in
-    arXiv 2509.04259. Cost: two passes through the decoder, two chunks of logits at once.
+    arXiv 2509.04259. Cost: two passes through the decoder, seven chunks of logits at once.
     """
     rows, columns = _predicting(loss_mask)
     targets = input_ids[rows, columns + 1]

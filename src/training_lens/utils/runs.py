@@ -244,7 +244,8 @@ def find_run(reference: str, base_output_dir: str, experiment_name: str, *, fini
         if (candidate / "metadata").is_dir():
             return RunFolder(candidate)
     beside = [str(p) for p in Path(reference).parent.glob("*/")] if "/" in reference else []
-    close = nearest(reference.rstrip("/"), [LATEST, *(run.run_id for run in runs), *beside])
+    known = {LATEST, *(run.run_id for run in runs), *beside} - {reference.rstrip("/")}
+    close = nearest(reference.rstrip("/"), sorted(known))
     hint = f" Did you mean {close}?" if close else ""
     raise CheckpointError(f"no run '{reference}' in {folder}, and no run folder at that path.{hint}")
 
