@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import training_lens
+import training_lens.evaluation
 import training_lens.training
 import training_lens.utils
 
@@ -27,6 +28,9 @@ def test_public_names() -> None:
         "TrainingConfig",
         "TrainingWrapper",
     ]
+    assert {"EvaluationSection", "Judge", "find_run", "open_run", "validation_examples"} < set(
+        training_lens.evaluation.__all__
+    )
     assert training_lens.utils.__all__ == [
         "TrainingLogger",
         "format_size",
@@ -37,7 +41,9 @@ def test_public_names() -> None:
     ]
 
 
-@pytest.mark.parametrize("package", [training_lens, training_lens.training, training_lens.utils])
+@pytest.mark.parametrize(
+    "package", [training_lens, training_lens.evaluation, training_lens.training, training_lens.utils]
+)
 def test_every_public_name_resolves(package: object) -> None:
     for name in package.__all__:  # type: ignore[attr-defined]
         assert getattr(package, name) is not None

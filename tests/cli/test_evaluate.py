@@ -66,7 +66,7 @@ def test_compare_with_another_run_shows_the_table(call: Call, run: Path, tmp_pat
     shutil.copytree(run, tmp_path / "other")
     result = call("compare", "--run", str(run), "--against", str(tmp_path / "other"), *FAST)
     assert result.exit_code == 0, result.stderr
-    assert "perplexity" in result.stdout and "by length" in result.stdout and "controls" not in result.stdout
+    assert "perplexity" in result.stdout and "by length" in result.stdout and "spoilt" not in result.stdout
     assert len(list((run / "reports").glob("compare-with-*other.json"))) == 1
 
 

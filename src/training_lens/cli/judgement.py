@@ -75,7 +75,8 @@ def show(screen: Screen, judgement: Judgement) -> None:
             head, *lines = reports.part_table(comparison, what, intervals=False)
             _table(screen, title, head, lines)
     if comparison.controls:
-        _table(screen, "controls", reports.control_columns(comparison), reports.control_rows(comparison))
+        head, *lines = reports.control_table(comparison, intervals=False)
+        _table(screen, "the adapter on spoilt prompts", head, lines)
     for name, moved in (("most improved rows", comparison.improved), ("most worsened rows", comparison.worsened)):
         if moved:
             _table(screen, name, reports.MOVED_COLUMNS, reports.moved_rows(moved, False))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training_lens.evaluation.comparison import Comparison, Group, Moved
+from training_lens.evaluation.comparison import Comparison, Control, Group, Moved
 from training_lens.evaluation.judging import Judgement
 from training_lens.utils.files import sha256_of, write_json, write_text
 
@@ -100,29 +100,26 @@ def _part_row(label: str, group: Group, intervals: bool, answered: bool) -> Cell
     return tuple(cells)
 
 
-def control_rows(comparison: Comparison) -> Iterator[Cells]:
-    """A line for each control: its rows, the adapter's loss on them, what the change makes of it, exact match."""
-    for name, control in comparison.controls.items():
+def control_table(comparison: Comparison, intervals: bool = True) -> list[Cells]:
+    """The head, then a line for each control: its rows, the adapter's loss as is and so, the change, exact match."""
+    head = ["control", "rows", "loss as is", "loss so", "change"]
+    head += [f"{comparison.confidence:.0%} interval"] if intervals else []
+    answered = any("exact_match" in control.scores for control in comparison.controls.values())
+    head += ["exact as is", "exact so"] if answered else []
+    lines = [_control_row(name, c, intervals, answered) for name, c in comparison.controls.items()]
+    return [tuple(head), *lines]
+
+
+def _control_row(name: str, control: Control, intervals: bool, answered: bool) -> Cells:
+    sides = (control.adapter, control.scores)
+    cells = [name.replace("_", " "), str(control.rows), *(number("loss", measures["loss"]) for measures in sides)]
+    cells.append(number("loss", control.delta["loss"], "+"))
+    if intervals:
         low_high = control.intervals.get("loss")
-        between = " to ".join(number("loss", end, "+") for end in low_high) if low_high else "-"
-        losses = number("loss", control.adapter["loss"]), number("loss", control.scores["loss"])
-        matches = [
-            number("exact_match", m["exact_match"]) for m in (control.adapter, control.scores) if "exact_match" in m
-        ]
-        exact = " to ".join(matches) or "-"
-        yield (
-            name.replace("_", " "),
-            str(control.rows),
-            *losses,
-            number("loss", control.delta["loss"], "+"),
-            between,
-            exact,
-        )
-
-
-def control_columns(comparison: Comparison) -> Cells:
-    """The heads of the columns of `control_rows`."""
-    return ("adapter with", "rows", "loss as is", "loss so", "change", f"{comparison.confidence:.0%} interval", "exact")
+        cells.append(" to ".join(number("loss", end, "+") for end in low_high) if low_high else "-")
+    if answered:
+        cells += [number("exact_match", m["exact_match"]) if "exact_match" in m else "-" for m in sides]
+    return tuple(cells)
 
 
 def moved_rows(moved: Sequence[Moved], whole_path: bool = True) -> Iterator[Cells]:
@@ -176,7 +173,8 @@ def markdown(comparison: Comparison) -> str:
             head, *lines = part_table(comparison, what)
             parts.append(_table(head, iter(lines)))
     if comparison.controls:
-        parts.append(_table(control_columns(comparison), control_rows(comparison)))
+        head, *lines = control_table(comparison)
+        parts.append(_table(head, iter(lines)))
     for title, moved in (("Most improved", comparison.improved), ("Most worsened", comparison.worsened)):
         if moved:
             parts.append(f"{title}, loss in nats per supervised token:")
