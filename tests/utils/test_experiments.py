@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,30 @@ def test_runs_are_found_in_any_experiment_by_id_path_and_latest(tmp_path: Path) 
     assert find_runs([str(same.root)], str(tmp_path))[0].experiment == "b"
     with pytest.raises(CheckpointError, match=r"no run 'sane' among the 4 of .*Did you mean same\?"):
         find_runs(["sane"], str(tmp_path))
+
+
+def test_the_newer_report_stands_and_no_report_stands_over_the_summary(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", steps=3)
+    settings = {"settings": {"seed": 7}, "steps": 9, "adapter": {"loss": 1.0}}
+    write_json(run.reports / "evaluation.json", settings)
+    write_json(run.reports / "compare.json", {"adapter": {"loss": 2.0}})
+    for age, name in enumerate(("compare.json", "evaluation.json")):
+        os.utime(run.reports / name, (1000 - age, 1000 - age))
+    assert read_run(run).metrics == {"steps": 3, "adapter.loss": 2.0}
+
+
+def test_an_odd_line_of_one_runs_metrics_breaks_no_other_run(tmp_path: Path) -> None:
+    run = make(tmp_path, "odd")
+    write_json(run.metadata / "summary.json", {"status": "running"})
+    run.metrics.write_text('{"kind": "step", "step": 3}\n{"kind": "validation", "step": "x", "loss": 1}\nno json\n')
+    make(tmp_path, "good", steps=1)
+    found = {r.run_id: r for r in read_runs(str(tmp_path))}
+    assert found["odd"].metrics == {"steps": 3, "seconds": 0} and found["good"].metrics == {"steps": 1}
+
+
+def test_runs_that_were_validated_on_the_same_rows_say_so(tmp_path: Path) -> None:
+    for run_id, sha in [("a", "1"), ("b", "1"), ("c", "2")]:
+        run = make(tmp_path, run_id, validation_loss=1.0)
+        write_json(run.metadata / "data.json", {"validation": {"files": {"v.jsonl": sha}}})
+    a, b, c = (read_run(RunFolder(runs_folder(str(tmp_path), "default") / run_id)) for run_id in "abc")
+    assert a.validated_on == b.validated_on != c.validated_on

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from training_lens.utils.experiments import Run
 
 STEPS_SHOWN = 12  # validations that a table of losses lists
+IN_PARTS = ("by_domain.", "controls.")  # metrics that only --json shows
 VALUE_SHOWN = 120  # characters of a setting
 
 
@@ -60,6 +61,14 @@ def show_runs(console: Console, runs: Sequence[Run], metric: str) -> None:
             console.print(f"{run.run_id}: {run.detail}", markup=False, soft_wrap=True)
 
 
+def tell_different_rows(console: Console, runs: Sequence[Run], metric: str) -> None:
+    """Say that a metric of runs that were validated on different rows does not compare."""
+    having = [run for run in runs if metric in run.metrics]
+    if "loss" in metric and len({run.validated_on for run in having}) > 1:
+        note = f"note: these runs were validated on different rows, so their {metric} does not say which is better."
+        console.print(note, style="dim", markup=False, soft_wrap=True)
+
+
 def details(run: Run) -> dict[str, Any]:
     """What `show` tells besides `Run.as_json`: settings that are not the defaults, data, losses, reports.
 
@@ -67,6 +76,7 @@ def details(run: Run) -> dict[str, Any]:
     """
     from training_lens.config.schema import TrainingConfig
     from training_lens.errors import CheckpointError
+    from training_lens.utils.experiments import losses_of
     from training_lens.utils.nested import differences, flat
     from training_lens.utils.runs import read_metrics
 
@@ -80,10 +90,7 @@ def details(run: Run) -> dict[str, Any]:
     return {
         "config": {key: mine for key, (_, mine) in changed.items()},
         "data": files,
-        "losses": {
-            kind: [[line["step"], line["loss"]] for line in lines if line.get("kind") == kind]
-            for kind in ("base", "validation", "step")
-        },
+        "losses": {kind: [list(pair) for pair in losses_of(lines, kind)] for kind in ("base", "validation", "step")},
         "reports": sorted(path.name for path in run.folder.reports.glob("*") if path.is_file()),
     }
 
@@ -100,8 +107,9 @@ def show_details(console: Console, run: Run, told: Mapping[str, Any]) -> None:
     say(f"  started {run.started:%Y-%m-%d %H:%M:%S} UTC, in {run.folder.root}")
     if run.tags:
         say(f"  tags: {', '.join(run.tags)}")
-    if run.metrics:
-        _fill(console, _table("metrics", ("", "value"), right=("value",)), [[m, _number(run, m)] for m in run.metrics])
+    metrics = [metric for metric in run.metrics if not metric.startswith(IN_PARTS)]
+    if metrics:
+        _fill(console, _table("metrics", ("", "value"), right=("value",)), [[m, _number(run, m)] for m in metrics])
     if told["config"]:
         rows = [[key, _value(value)] for key, value in told["config"].items()]
         _fill(console, _table("settings that are not the defaults", ("", "value")), rows)

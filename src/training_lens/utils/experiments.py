@@ -16,7 +16,8 @@ from training_lens.utils.nested import differences, flat
 from training_lens.utils.runs import LATEST, RunFolder, read_metrics, run_folders, runs_folder
 
 BROKEN = "broken"
-REPORTS = ("compare.json", "evaluation.json")  # where both have a metric, that of the later one stands
+REPORTS = ("compare.json", "evaluation.json")  # where both have a metric, that of the newer file stands
+MEASURED = ("base.", "adapter.", "delta.", "by_domain.", "controls.", "forgetting.", "tasks.")  # of a report
 LOWER_IS_BETTER = ("loss", "perplexity", "seconds", "bytes", "bits", "error", "distance", "_kl")
 NOT_COMPARED = ("output.run_id",)
 STAMP = "%Y%m%dT%H%M%SZ"
@@ -29,7 +30,7 @@ class Run:
     `status` is `RunFolder.status`, or broken where config or summary cannot be read; `detail` says what happened to
     it, or what is wrong with its files. `started` is UTC. `metrics` are the finite numbers of its reports and summary
     (until that is written, of metrics.jsonl), `config` the settings, both by dotted key; losses are nats per supervised
-    token.
+    token. Runs of one `validated_on` were validated on the same rows.
     """
 
     folder: RunFolder
@@ -39,6 +40,7 @@ class Run:
     tags: tuple[str, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    validated_on: str = ""
 
     @property
     def run_id(self) -> str:
@@ -125,14 +127,33 @@ def read_run(folder: RunFolder) -> Run:
         return Run(folder, BROKEN, str(error), started)
     problems = [detail] if detail else []
     try:
-        for name in REPORTS:
-            if (path := folder.reports / name).is_file():
-                metrics |= _numbers(_mapping(read_whole(path), path))
+        metrics = _reported(folder) | metrics
         tags = read_tags(folder)
     except (CheckpointError, OSError) as error:
         tags = ()
         problems.append(str(error))
-    return Run(folder, status, " ".join(problems), started, tags, metrics, config)
+    return Run(folder, status, " ".join(problems), started, tags, metrics, config, _validated_on(folder, config))
+
+
+def _reported(folder: RunFolder) -> dict[str, float]:
+    """The measures in the run's reports, the newer file over the older one."""
+    files = sorted((p for name in REPORTS if (p := folder.reports / name).is_file()), key=lambda p: p.stat().st_mtime)
+    found: dict[str, float] = {}
+    for path in files:
+        numbers = _numbers(_mapping(read_whole(path), path))
+        found |= {key: value for key, value in numbers.items() if key.startswith(MEASURED)}
+    return found
+
+
+def _validated_on(folder: RunFolder, config: Mapping[str, Any]) -> str:
+    """What tells the run's validation rows: their files' hashes, or those of the rows that they were held out of."""
+    try:
+        data = folder.read_metadata("data.json")
+        if "validation" in data and not config.get("data.val_ratio"):
+            return str(data["validation"]["files"])
+        return str([data["train"]["files"], config.get("data.val_ratio"), config.get("training.seed")])
+    except (CheckpointError, OSError, KeyError, TypeError):
+        return ""
 
 
 def _mapping(value: Any, path: Path) -> dict[str, Any]:
@@ -143,11 +164,11 @@ def _mapping(value: Any, path: Path) -> dict[str, Any]:
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers in nested values, by dotted key."""
-    return {
-        key: value
-        for key, value in flat(values).items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    }
+    return {key: value for key, value in flat(values).items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _so_far(folder: RunFolder) -> dict[str, float]:
@@ -155,11 +176,16 @@ def _so_far(folder: RunFolder) -> dict[str, float]:
     lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
     steps = [line for line in lines if line.get("kind") == "step"]
     told: dict[str, float] = {"steps": steps[-1]["step"] if steps else 0}
-    told["seconds"] = sum(line["seconds"] for line in steps)
+    told["seconds"] = sum(line["seconds"] for line in steps if _is_number(line.get("seconds")))
     for kind, name in (("base", "base_validation_loss"), ("validation", "validation_loss")):
-        if losses := [line["loss"] for line in lines if line.get("kind") == kind]:
+        if losses := [loss for _, loss in losses_of(lines, kind)]:
             told[name] = min(losses)
     return told
+
+
+def losses_of(lines: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[int, float]]:
+    """Step and loss of the lines of a kind (step, base, validation); those without a finite loss are left out."""
+    return [(line["step"], line["loss"]) for line in lines if line.get("kind") == kind and _is_number(line.get("loss"))]
 
 
 def _started(folder: RunFolder) -> datetime:
