@@ -28,6 +28,7 @@ def settings(write_rows: Callable[..., Path], tmp_path: Path) -> list[str]:
 
 def test_json_says_what_was_found_and_where(call: Call, settings: list[str]) -> None:
     result = call("sweep", *settings, "--json")
+    assert result.stderr.count("embedded demo model") == 1  # of the rehearsal, and not of each trial again
     found: dict[str, Any] = json.loads(result.stdout)
     assert found["study"] == "sweep" and found["finished"] == 1 and found["importances"] == {}
     assert set(found["best"]) == {"trial", "value", "params", "run_dir"}

@@ -36,7 +36,7 @@ from training_lens.training.callbacks import Callback
 from training_lens.training.planning import RunPlan, with_rows_as_files
 from training_lens.training.wrapper import TrainingSummary, TrainingWrapper
 from training_lens.utils.formatting import said
-from training_lens.utils.logging import get_logger, quiet_screen
+from training_lens.utils.logging import ShownOnce, get_logger, quiet_screen, screen_through
 from training_lens.utils.runs import RunFolder, runs_folder
 
 logger = get_logger(__name__)
@@ -82,7 +82,9 @@ class Sweep:
         self.space = Space.of(self.config)
         self.folder = sweep_folder(self.config)
         self._console, self._on_trial = console, on_trial
-        splits = _rehearse(self.config, self.space, console)
+        self._once = ShownOnce()  # what the rehearsal said of the rows and the model is not said again for each trial
+        with screen_through(self._once):
+            splits = _rehearse(self.config, self.space, console)
         rows = {f"data.{name}": split.fingerprint[:12] for name, split in splits.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.study = SharedStudy(self.config, self.space, self.folder, rows)
@@ -99,7 +101,8 @@ class Sweep:
         try:
             with reachable(self.config.sweep), Worker(self.folder / "workers") as worker, quiet_screen():
                 try:
-                    self._run_trials(worker)
+                    with screen_through(self._once):
+                        self._run_trials(worker)
                 except InterruptedRunError:
                     self._results()
                     raise

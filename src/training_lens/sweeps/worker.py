@@ -20,6 +20,8 @@ from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 
+from training_lens.errors import TrainingLensError
+
 PULSE_SECONDS = 30
 GRACE_SECONDS = 300
 
@@ -43,7 +45,8 @@ class Worker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._lock.release()
-        if kind is None:  # else a trial may still be running in the storage: the free lock tells that nobody is at it
+        # After any other error a trial may still be running in the storage: the free lock tells that nobody is at it.
+        if kind is None or issubclass(kind, TrainingLensError):
             self.path.unlink(missing_ok=True)
 
     @property
