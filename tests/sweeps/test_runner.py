@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from training_lens import TrainingWrapper
 from training_lens.config.compose import compose
@@ -18,6 +21,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError, InterruptedRunError, OutOfMemoryError, TrainingError
 from training_lens.sweeps.leaderboard import Leaderboard, Row
 from training_lens.sweeps.runner import Sweep
+from training_lens.sweeps.worker import Worker
 from training_lens.training.trainer import Trainer
 from training_lens.utils.runs import RunFolder, runs_folder
 
@@ -110,14 +114,41 @@ def test_an_interrupted_trial_is_gone_on_with(sweep_config: Config, monkeypatch:
     assert states == ["finished", "stopped"] and (folder / "best.yaml").is_file()
 
     shown: list[Row] = []
-    config.training.micro_batch_tokens = 512
+    config.training.micro_batch_tokens = 512  # free to differ: the run takes this process's
+    used = set[int]()
+    before_step(monkeypatch, lambda trainer, _: used.add(trainer.settings.micro_batch_tokens))
     board = Sweep(config, on_trial=shown.append).run().leaderboard
-    assert [row.trial for row in shown] == [1]
+    assert [row.trial for row in shown] == [1] and used == {512}
     log = (Path(shown[0].run_dir or "") / "logs/run.log").read_text()
     assert "resuming after step 1 of 2" in log
     (ours, theirs) = (outcomes(found) for found in (board, peaceful))
     assert [params for params, _ in ours] == [params for params, _ in theirs]
     assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], rel=1e-5)
+
+
+def test_results_are_read_when_nobody_else_writes_them(sweep_config: Config) -> None:
+    """A process that waits for another's writing says of the trials what holds then, not what held before."""
+    config = sweep_config(trials=1)
+    mine, theirs = Sweep(config), Sweep(config)
+    writing = Event()
+
+    def end() -> None:
+        with FileLock(mine.folder / "results.lock"):
+            writing.set()
+            time.sleep(0.2)
+            theirs.study.finish(trial, 1.0)
+            theirs.study.close()  # this thread's connection
+
+    with Worker(mine.folder / "workers") as worker:
+        trial = theirs.study.claim(worker)
+        assert trial is not None
+        other = Thread(target=end)
+        other.start()
+        writing.wait()
+        assert [row.state for row in mine._results().leaderboard.rows] == ["finished"]
+        other.join()
+    for sweep in (mine, theirs):
+        sweep.study.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
