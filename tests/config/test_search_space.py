@@ -41,6 +41,11 @@ def test_a_range_of_whole_numbers_is_a_grid_and_one_with_a_step_too() -> None:
     assert Range(1e-5, 1e-2, log=True).size is None
 
 
+def test_a_whole_range_replaces_that_of_a_preset() -> None:
+    space = parse_space(compose(overrides=["sweep=lr", "sweep.space.training.lr={low: 1e-3, high: 5e-3, step: 1e-3}"]))
+    assert space == {"training.lr": Range(1e-3, 5e-3, step=1e-3)}
+
+
 def test_problems_of_a_space_are_reported_with_all_others() -> None:
     with pytest.raises(ConfigurationError) as caught:
         compose(overrides=["sweep.space.peft.r=[0,4,4]", "sweep.space.peft.rr=[1]", "sweep.space.training.lr=[2]"])

@@ -16,6 +16,20 @@ from training_lens.sweeps.study import SharedStudy
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(32)]
 
 
+@pytest.fixture(autouse=True)
+def bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out the page and the collection of garbage, most of such a short sweep's time; `whole` keeps them."""
+    if "whole" not in request.fixturenames:
+        monkeypatch.setattr("training_lens.sweeps.report._figures", lambda *_: [])
+        monkeypatch.setattr("training_lens.sweeps.report.write_page", lambda *_: None)
+        monkeypatch.setattr("training_lens.sweeps.runner._free_memory", lambda: None)
+
+
+@pytest.fixture
+def whole() -> None:
+    """A sweep with its page and all."""
+
+
 @pytest.fixture
 def sweep_config(tmp_path: Path) -> Callable[..., TrainingConfig]:
     """A sweep's config on 24 rows with 8 to validate; keywords go into its sweep section."""
@@ -34,12 +48,12 @@ def sweep_config(tmp_path: Path) -> Callable[..., TrainingConfig]:
 
 
 @pytest.fixture
-def open_study(tmp_path: Path) -> Iterator[Callable[[TrainingConfig], SharedStudy]]:
+def open_study(tmp_path: Path) -> Iterator[Callable[..., SharedStudy]]:
     """Opens the study of a config as another process would; all are closed in the end."""
     opened: list[SharedStudy] = []
 
-    def open_one(config: TrainingConfig) -> SharedStudy:
-        opened.append(SharedStudy(config, Space.of(config), tmp_path))
+    def open_one(config: TrainingConfig, **rows: str) -> SharedStudy:
+        opened.append(SharedStudy(config, Space.of(config), tmp_path, rows))
         return opened[-1]
 
     yield open_one

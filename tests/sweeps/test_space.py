@@ -79,6 +79,16 @@ def test_without_a_space_there_is_nothing_to_search(sweep_config: Config) -> Non
         Space.of(sweep_config(space={}))
 
 
+def test_the_first_point_is_one_that_becomes_a_config(sweep_config: Config) -> None:
+    cycles, schedulers = [3, 1], ["cosine", "cosine_with_restarts"]
+    base = sweep_config(space={"training.scheduler_cycles": cycles, "training.scheduler": schedulers})
+    first = Space.of(base).first(base)
+    assert first == {"training.scheduler_cycles": 3, "training.scheduler": "cosine_with_restarts"}
+    base = sweep_config(space={"training.scheduler_cycles": [3, 2], "training.lr": LR})
+    with pytest.raises(ConfigurationError, match=r"with training.scheduler_cycles=3, training.lr=1e-05: .* 3 cycles"):
+        Space.of(base).first(base)
+
+
 def test_values_that_do_not_go_together_are_named(sweep_config: Config) -> None:
     base = sweep_config(space={"training.scheduler_cycles": [1, 3]})
     with pytest.raises(ConfigurationError, match="3 cycles need scheduler=cosine_with_restarts"):

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
-from optuna.trial import FrozenTrial
+from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import text
 
 from training_lens.config.schema import TrainingConfig
@@ -20,10 +22,10 @@ from training_lens.sweeps.leaderboard import leaderboard
 from training_lens.sweeps.space import Space
 from training_lens.sweeps.study import SharedStudy
 from training_lens.sweeps.trials import current, run_id, stands
-from training_lens.sweeps.worker import Worker, is_dead
+from training_lens.sweeps.worker import Worker, is_alive
 
 Config = Callable[..., TrainingConfig]
-Open = Callable[[TrainingConfig], SharedStudy]
+Open = Callable[..., SharedStudy]
 
 
 def states(study: SharedStudy, config: TrainingConfig) -> list[str]:
@@ -65,7 +67,7 @@ def test_of_claims_made_at_once_the_lowest_number_stands(
         everything = [first, same, other]
         assert [stands(claim, everything, wanted=3) for claim in everything] == [True, False, True]
         assert [stands(claim, everything, wanted=1) for claim in everything] == [True, False, False]
-        study.release(first)  # two processes then go on with the run of one that was left
+        study._end(first, TrialState.FAIL)  # two processes then go on with the run of one that was left
         left = study.newest(first)
         again = [study._create(left.params, worker, left) for _ in range(2)]
         assert [stands(claim, [left, same, other, *again], wanted=3) for claim in again] == [True, False]
@@ -95,7 +97,7 @@ def test_what_a_killed_process_left_is_gone_on_with_at_once(
         theirs = study._create({"training.lr": 1e-3}, mine)
         study._storage.set_trial_user_attr(study._id(theirs), "lock", str(lock))
         study.report(theirs, 1, 0.5)
-        assert study.claim(mine) is None and not is_dead(mine.attributes)
+        assert study.claim(mine) is None and is_alive(mine.attributes)
         child.send_signal(signal.SIGKILL)
         child.wait()
         again = claimed(study, mine)
@@ -113,7 +115,7 @@ def test_a_process_of_another_machine_is_dead_when_its_pulse_stops(
         worker.host = "elsewhere"
         theirs = claimed(study, worker)
         worker.host = "here"
-        assert not is_dead(theirs.user_attrs) and study.claim(worker) is None
+        assert is_alive(theirs.user_attrs) is None and study.claim(worker) is None
         monkeypatch.setattr(workers, "PULSE_SECONDS", 0.05)
         with study.pulse(theirs):
             last_heard(study, minutes_ago=10)
@@ -123,6 +125,57 @@ def test_a_process_of_another_machine_is_dead_when_its_pulse_stops(
         assert study.claim(worker) is None
         last_heard(study, minutes_ago=6)
         assert run_id(claimed(study, worker)) == run_id(theirs)
+
+
+def test_a_process_that_stands_still_keeps_its_trial(sweep_config: Config, open_study: Open, tmp_path: Path) -> None:
+    study = open_study(sweep_config(trials=1))
+    with Worker(tmp_path / "workers") as suspended, Worker(tmp_path / "workers") as mine:
+        theirs = claimed(study, suspended)
+        last_heard(study, minutes_ago=10)
+        assert study.claim(mine) is None
+        study.finish(theirs, 1.0)
+        assert study.newest(theirs).value == 1.0
+
+
+def test_a_trial_that_a_process_left_by_an_error_is_gone_on_with_at_once(
+    sweep_config: Config, open_study: Open, tmp_path: Path
+) -> None:
+    study = open_study(sweep_config(trials=1))
+    with pytest.raises(RuntimeError), Worker(tmp_path / "workers") as worker:
+        theirs = claimed(study, worker)
+        raise RuntimeError
+    with Worker(tmp_path / "workers") as mine:
+        assert run_id(claimed(study, mine)) == run_id(theirs)
+
+
+def test_deaths_are_counted_and_interrupts_are_none(sweep_config: Config, open_study: Open, tmp_path: Path) -> None:
+    study = open_study(sweep_config(trials=1))
+    with Worker(tmp_path / "workers") as worker:
+        for deaths in (0, 1, 2):
+            study.release(claimed(study, worker))
+            trial = claimed(study, worker)
+            assert study.deaths(trial) == deaths
+            study._end(trial, TrialState.FAIL)  # as of a process found dead
+
+
+def test_a_lock_that_cannot_be_read_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Worker(tmp_path) as worker:
+        monkeypatch.setattr("os.open", denied)
+        assert is_alive(worker.attributes) is None
+
+
+def denied(path: object, *_: object) -> int:
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+def test_stopped_trials_stay_where_enough_have_ended(sweep_config: Config, open_study: Open, tmp_path: Path) -> None:
+    config = sweep_config(trials=2)
+    study = open_study(config)
+    with Worker(tmp_path) as worker:
+        study.finish(claimed(study, worker), 1.0)
+        study.release(claimed(study, worker))
+        fewer = open_study(sweep_config(trials=1))
+        assert fewer.claim(worker) is None and states(study, config) == ["finished", "stopped"]
 
 
 def test_failed_trials_count_and_are_not_tried_again(sweep_config: Config, open_study: Open, tmp_path: Path) -> None:
@@ -146,6 +199,39 @@ def test_another_config_or_space_is_refused_with_the_difference(sweep_config: Co
     said = str(caught.value)
     assert "training.weight_decay: the study 'sweep' has 0.0, given 0.5" in said
     assert "sweep.space: the study 'sweep' has" in said and "give another sweep.name" in said
+
+
+def test_other_rows_are_refused(sweep_config: Config, open_study: Open) -> None:
+    open_study(sweep_config(), train="a1", validation="b1")
+    with pytest.raises(ConfigurationError, match="the rows of validation: the study 'sweep' has 'b1', given 'b2'"):
+        open_study(sweep_config(), train="a1", validation="b2")
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_a_study_of_another_program_is_left_alone(
+    sweep_config: Config, open_study: Open, tmp_path: Path, direction: str
+) -> None:
+    storage = f"sqlite:///{tmp_path / 'theirs.db'}"
+    theirs = optuna.create_study(storage=storage, study_name="sweep", direction=direction)
+    theirs.tell(theirs.ask({"x": FloatDistribution(0, 1)}), 0.5)
+    with pytest.raises(ConfigurationError, match=r"sweep\.name: .* no sweep of Training Lens"):
+        open_study(sweep_config(storage=storage))
+    assert len(theirs.get_trials()) == 1 and not theirs.user_attrs
+
+
+def test_the_database_is_in_the_folder_whatever_its_name(sweep_config: Config, tmp_path: Path) -> None:
+    config = sweep_config()
+    for name in ("a?b=1", "a%41", "a#b", "{a}"):
+        folder = tmp_path / name
+        folder.mkdir()
+        SharedStudy(config, Space.of(config), folder, {}).close()
+        assert (folder / "study.db").is_file()
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_a_database_in_memory_is_refused(sweep_config: Config, open_study: Open, url: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"sweep\.storage: .* in memory"):
+        open_study(sweep_config(storage=url))
 
 
 def test_a_storage_that_cannot_be_opened_is_named_without_its_password(

@@ -22,7 +22,10 @@ def make(base: Path, run_id: str, status: str) -> RunFolder:
 
 
 def test_latest_is_the_newest_of_its_kind(tmp_path: Path) -> None:
-    for run_id, status in [("a", "finished"), ("b", "finished"), ("c", "interrupted"), ("d", "failed")]:
+    for run_id, status in [
+        *[("a", "finished"), ("b", "finished"), ("c", "interrupted"), ("d", "failed")],
+        ("e", "pruned"),  # ended for good: nothing to use, nothing to go on with
+    ]:
         make(tmp_path, run_id, status)
     assert find_run("latest", str(tmp_path), "default", finished=True).run_id == "b"
     assert find_run("latest", str(tmp_path), "default", finished=False).run_id == "d"

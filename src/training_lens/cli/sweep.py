@@ -25,7 +25,7 @@ def sweep(overrides: Overrides = None, config: ConfigFile = None, json: Json = F
 
         result = Sweep(settings, console=screen.console, on_trial=lambda row: _show_trial(screen, row)).run()
         _show(screen, result)
-        if result.leaderboard.best is None:
+        if result.leaderboard.best is None and not result.leaderboard.count("running"):
             raise TrainingError(_nothing_finished(result.leaderboard))
         screen.result(_as_json(result))
 
@@ -46,7 +46,7 @@ def _as_json(result: SweepResult) -> dict[str, object]:
 def _nothing_finished(board: Leaderboard) -> str:
     errors = {row.error: row.run_id for row in board.rows if row.error}
     said = "; ".join(f"{run_id}: {error}" for error, run_id in errors.items())
-    return f"no trial of the sweep '{board.study}' finished. {said or 'Others may still run in other processes.'}"
+    return f"no trial of the sweep '{board.study}' finished. {said}"
 
 
 def _show_trial(screen: Screen, row: Row) -> None:
@@ -68,7 +68,7 @@ def _show(screen: Screen, result: SweepResult) -> None:
 
     show, board = screen.console.print, result.leaderboard
     found = leaderboard_table(board)
-    table = Table(title=f"sweep {board.study}, {found.caption}", title_justify="left")
+    table = Table(title=Text(f"sweep {board.study}, {found.caption}"), title_justify="left")
     for column in found.columns:
         table.add_column(column, justify="left" if column in ("state", "run") else "right", overflow="fold")
     for cells in found.rows:

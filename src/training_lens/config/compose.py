@@ -247,9 +247,12 @@ def _without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> d
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on top; sections merge, everything else is replaced."""
+    """`base` with `over` laid on top; sections merge, everything else is replaced, a whole range of a sweep too."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        if isinstance(below, dict) and isinstance(value, dict) and not {"low", "high"} <= set(value):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
     return merged

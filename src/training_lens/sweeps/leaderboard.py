@@ -95,11 +95,12 @@ def importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
     """How much each key decided whether a trial is among the best quarter, as shares of 1, largest first.
 
     PED-ANOVA (arXiv 2304.10255): the Pearson divergence between a key's distribution in the best quarter of the
-    finished trials and in all of them. Pruned trials are left out. With few trials it is rough.
+    finished trials and in all of them. Pruned trials are left out. With few trials it is rough;
+    where all losses are equal, or with fewer than four, there are none.
     """
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # a second: it brings sklearn
 
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    if len(finished) < FEWEST:
+    if len(finished) < FEWEST or len({trial.value for trial in finished}) < 2:
         return {}
     return get_param_importances(study_of(finished), evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP))

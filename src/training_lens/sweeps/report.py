@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from omegaconf import OmegaConf
 from optuna import Study, visualization
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -34,16 +36,16 @@ def write_results(
     """
     files = {name: str(folder / name) for name in ("leaderboard.json", "report.html")}
     write_json(folder / "leaderboard.json", found.as_json())
-    parts = [_summary(found), leaderboard_table(found), *_figures(found, trials)]
-    write_page(folder / "report.html", f"Sweep {found.study}", parts)
     if found.best is not None:
         files["best.yaml"] = str(folder / "best.yaml")
-        write_text(folder / "best.yaml", _best_yaml(found, found.best, config))
+        write_text(folder / "best.yaml", best_yaml(found, found.best, config))
+    parts = [_summary(found), leaderboard_table(found), *_figures(found, trials)]
+    write_page(folder / "report.html", f"Sweep {found.study}", parts)  # last: of plots that fail, the rest is there
     return files
 
 
-def _best_yaml(found: Leaderboard, best: Row, config: TrainingConfig) -> str:
-    """The base config as it was given, with the best trial's values; where runs go is left to whoever trains it."""
+def best_yaml(found: Leaderboard, best: Row, config: TrainingConfig) -> str:
+    """The base config as it was given, with the best trial's values, for `compose` to read back as it is."""
     values = config.given()
     del values["sweep"]
     values["output"].pop("run_id", None)
@@ -51,10 +53,19 @@ def _best_yaml(found: Leaderboard, best: Row, config: TrainingConfig) -> str:
         section, name = key.split(".")
         values[section][name] = value
     head = (
-        f"# Trial {best.trial} of the sweep '{found.study}': {found.metric} {best.validation_loss:.4f}, "
+        f"# Trial {best.trial} of the sweep {json.dumps(found.study)}: {found.metric} {best.validation_loss:.4f}, "
         f"the best of {found.count('finished')} finished trials.\n# Train it: training-lens train --config best.yaml\n"
     )
-    return head + yaml.safe_dump(_without_empty(values), sort_keys=False)
+    return head + OmegaConf.to_yaml(_escaped(_without_empty(values)))
+
+
+def _escaped(value: Any) -> Any:
+    """`value` with each `${` in its texts as itself: it would be read as an interpolation."""
+    if isinstance(value, dict):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _without_empty(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,28 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
 from rich.console import Console
 
 from training_lens.config.schema import TrainingConfig
-from training_lens.errors import ConfigurationError, InterruptedRunError, PrunedRunError, TrainingError
+from training_lens.data.preparation import Split
+from training_lens.errors import (
+    CheckpointError,
+    ConfigurationError,
+    InterruptedRunError,
+    PrunedRunError,
+    TrainingError,
+)
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.sweeps.leaderboard import Leaderboard, Row, leaderboard, row_of
 from training_lens.sweeps.report import write_results
 from training_lens.sweeps.space import Space
-from training_lens.sweeps.study import SharedStudy, reachable
+from training_lens.sweeps.study import SharedStudy, free_settings, reachable
 from training_lens.sweeps.trials import FINISHED, run_id
 from training_lens.sweeps.worker import Worker
 from training_lens.training.callbacks import Callback
 from training_lens.training.planning import RunPlan, with_rows_as_files
 from training_lens.training.wrapper import TrainingSummary, TrainingWrapper
 from training_lens.utils.formatting import said
-from training_lens.utils.logging import get_logger, quiet_screen
+from training_lens.utils.logging import ShownOnce, get_logger, quiet_screen, screen_through
 from training_lens.utils.runs import RunFolder, runs_folder
 
 logger = get_logger(__name__)
 HOPELESS = 3  # failures with nothing finished, after which there is no use in going on
+DEADLY = 2  # deaths of its process, after which a trial is a failed one: out of memory, it would die for ever
 
 
 def sweep_folder(config: TrainingConfig) -> Path:
@@ -73,46 +82,71 @@ class Sweep:
         self.space = Space.of(self.config)
         self.folder = sweep_folder(self.config)
         self._console, self._on_trial = console, on_trial
-        _rehearse(self.config, self.space, console)
+        self._once = ShownOnce()  # what the rehearsal said of the rows and the model is not said again for each trial
+        with screen_through(self._once):
+            splits = _rehearse(self.config, self.space, console)
+        rows = {f"data.{name}": split.fingerprint[:12] for name, split in splits.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.study = SharedStudy(self.config, self.space, self.folder)
+        self.study = SharedStudy(self.config, self.space, self.folder, rows)
 
     def run(self) -> SweepResult:
         """Run trials until all are taken; then write and give what all processes found so far.
 
         Raises:
-            TrainingError: the first trials all failed, or the storage is gone.
-            InterruptedRunError: a signal came; the trial's run is saved, and the next start goes on with it.
+            TrainingError: the first trials all failed, the storage is gone, or a run's files cannot be read or written.
+            InterruptedRunError: a signal came; the trial's run is saved, and the next start goes on with it. What
+                finished is written first.
         """
+        gc.freeze()  # what is there now stays: the collections between trials need not look at it
         try:
             with reachable(self.config.sweep), Worker(self.folder / "workers") as worker, quiet_screen():
-                self._run_trials(worker)
+                try:
+                    with screen_through(self._once):
+                        self._run_trials(worker)
+                except InterruptedRunError:
+                    self._results()
+                    raise
                 return self._results()
         finally:
+            gc.unfreeze()
             self.study.close()
 
     def _run_trials(self, worker: Worker) -> None:
         failures = 0
         while (trial := self.study.claim(worker)) is not None:
-            row = self._run(trial)
+            watcher = Pruning(self.study, trial)
+            row = self._run(trial, watcher)
             self._on_trial(row)
+            if watcher.asked_to_leave:
+                raise InterruptedRunError(
+                    f"stopped as trial {row.trial} ended, which is noted. Start the same command again to go on.",
+                    watcher.asked_to_leave,
+                )
             failures += row.state == "failed"
             if failures >= HOPELESS:
                 self._require_hope(row)
 
     def _results(self) -> SweepResult:
-        settings, trials = self.config.sweep, self.study.trials()
-        found = leaderboard(settings.name, settings.metric, trials, self.space)
-        return SweepResult(found, write_results(self.folder, found, trials, self.config))
+        settings = self.config.sweep
+        with FileLock(self.folder / "results.lock"):  # who reads the trials first writes first
+            trials = self.study.trials()
+            found = leaderboard(settings.name, settings.metric, trials, self.space)
+            return SweepResult(found, write_results(self.folder, found, trials, self.config))
 
-    def _run(self, trial: FrozenTrial) -> Row:
+    def _run(self, trial: FrozenTrial, watcher: Pruning) -> Row:
         """One trial from its claim to its end in the study."""
         try:
             with self.study.pulse(trial):
-                self._note(trial, self._train(trial))
+                self._note(trial, self._train(trial, watcher))
         except (InterruptedRunError, KeyboardInterrupt) as error:
             self.study.release(trial)
             raise _with_way_on(error) from error
+        except (OSError, CheckpointError) as error:  # a full disk, a run that another process trains or that is damaged
+            self.study.release(trial)
+            raise TrainingError(
+                f"{run_id(trial)}: {said(error)} That is no failure of the trial: mend it and start the same command "
+                "again, which goes on with it; a run folder that is deleted is trained from the start."
+            ) from error
         except StorageInternalError:  # no failure of the trial
             raise
         except Exception as error:  # whatever it is, the next trial is another
@@ -121,9 +155,11 @@ class Sweep:
         _free_memory()
         return row_of(self.study.newest(trial), self.space)
 
-    def _train(self, trial: FrozenTrial) -> TrainingSummary:
+    def _train(self, trial: FrozenTrial, watcher: Pruning) -> TrainingSummary:
         """The trial's run: from the start, or from where a process left it, or nothing where it was done already."""
-        name, callbacks = self.config.sweep.name, (Pruning(self.study, trial),)
+        if self.study.deaths(trial) >= DEADLY:
+            raise TrainingError("its process died twice: killed, for one where the machine ran out of memory.")
+        name, callbacks = self.config.sweep.name, (watcher,)
         run = RunFolder(runs_folder(self.config.output.base_output_dir, name) / run_id(trial))
         try:
             if not (run.metadata / "summary.json").is_file():  # written last: without it, the run never began
@@ -131,7 +167,8 @@ class Sweep:
                 config = self.space.config(self.config, trial.params, {"experiment_name": name, "run_id": run.run_id})
                 return TrainingWrapper(config, console=self._console, callbacks=callbacks).train()
             if run.status not in ("finished", "pruned"):
-                return TrainingWrapper.resume(run, console=self._console, callbacks=callbacks)
+                mine = free_settings(self.config)
+                return TrainingWrapper.resume(run, mine, console=self._console, callbacks=callbacks)
         except PrunedRunError as error:
             logger.debug("%s", error)
         return TrainingSummary(**run.read_metadata("summary.json"))
@@ -162,6 +199,13 @@ class Pruning(Callback):
 
     def __init__(self, study: SharedStudy, trial: FrozenTrial) -> None:
         self._study, self._trial = study, trial
+        self.asked_to_leave = 0  # the signal that came while the trial ended by itself: it is for the sweep
+
+    def on_train_end(self, trainer: Any) -> None:
+        self.asked_to_leave = trainer.asked_to_leave
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self.asked_to_leave = trainer.asked_to_leave
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         if base:
@@ -173,9 +217,12 @@ class Pruning(Callback):
             raise PrunedRunError(f"pruned at step {step}, with validation loss {report.loss:.4f}")
 
 
-def _rehearse(config: TrainingConfig, space: Space, console: Console | None) -> None:
-    """Plan the first point of the space: what is wrong with the base is said now, and its tokens are in the cache."""
-    plan = TrainingWrapper(space.config(config, space.first(), {"run_id": None}), console=console).plan()
+def _rehearse(config: TrainingConfig, space: Space, console: Console | None) -> dict[str, Split]:
+    """Plan the first point that is a config: what is wrong with the base is said now, and its tokens are in the cache.
+
+    Gives the tokenized splits, which are those of every trial.
+    """
+    plan = TrainingWrapper(space.config(config, space.first(config)), console=console).plan()
     if plan.processes.count > 1:
         raise ConfigurationError(
             f"a sweep trains each trial in one process, found {plan.processes.count}. Start the same command several "
@@ -188,6 +235,7 @@ def _rehearse(config: TrainingConfig, space: Space, console: Console | None) -> 
         )
     if config.sweep.pruner != "none" and _validations(plan) < 2:
         logger.warning("sweep.pruner: a run validates once, at its end, so none is pruned; set training.eval_steps")
+    return plan.splits
 
 
 def _validations(plan: RunPlan) -> int:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import Any
 
 from optuna.distributions import (
@@ -24,6 +24,7 @@ from training_lens.errors import ConfigurationError
 
 Params = dict[str, Any]
 ENUMERATED = 10_000  # points of a space that are listed; a larger one counts as endless
+FIRST_VALUES, FIRST_POINTS = 8, 500  # of each key, and in all: so many are looked at for one whose values go together
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,24 @@ class Space:
         for values in product(*(_values(found) for found in self.dimensions.values())):
             yield dict(zip(self.dimensions, values, strict=True))
 
-    def first(self) -> Params:
-        """The point of all first choices and lowest numbers."""
-        return {key: next(_values(found)) for key, found in self.dimensions.items()}
+    def first(self, base: TrainingConfig) -> Params:
+        """The first point that becomes a config, of the first choices and lowest numbers of each key.
+
+        Raises:
+            ConfigurationError: none of them does; says what is wrong with the very first.
+        """
+        some = [list(islice(_values(found), FIRST_VALUES)) for found in self.dimensions.values()]
+        problems: tuple[str, ...] = ()
+        for values in islice(product(*some), FIRST_POINTS):
+            point = dict(zip(self.dimensions, values, strict=True))
+            try:
+                self.config(base, point)
+            except ConfigurationError as error:
+                problems = problems or error.problems
+            else:
+                return point
+        first = ", ".join(f"{key}={values[0]}" for key, values in zip(self.dimensions, some, strict=True))
+        raise ConfigurationError([f"sweep.space: with {first}: {problem}" for problem in problems])
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """What Optuna's samplers draw from."""

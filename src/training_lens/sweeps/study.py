@@ -5,26 +5,27 @@ from __future__ import annotations
 import secrets
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
-from optuna.pruners import BasePruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from training_lens.config.schema import SweepSection, TrainingConfig
 from training_lens.config.search_space import dotted
 from training_lens.errors import ConfigurationError, TrainingError
 from training_lens.sweeps.proposals import propose
+from training_lens.sweeps.pruning import pruner_of
 from training_lens.sweeps.space import Params, Space
-from training_lens.sweeps.trials import current, first_number, is_lost, stands
-from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, is_dead, pulse
+from training_lens.sweeps.trials import current, deaths, first_number, is_lost, stands
+from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, is_alive, pulse
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
 
@@ -40,28 +41,41 @@ class SharedStudy:
 
     Args:
         folder: the sweep's folder: study.db where no storage is given.
+        rows: what the data files hold, as a fingerprint for each key that names them.
 
     Raises:
-        ConfigurationError: the storage cannot be opened, or holds a study of this name with another config or space.
+        ConfigurationError: the storage cannot be opened, or holds a study of this name with another config, other rows
+            or another space, or one that is no sweep.
     """
 
-    def __init__(self, config: TrainingConfig, space: Space, folder: Path) -> None:
+    def __init__(self, config: TrainingConfig, space: Space, folder: Path, rows: Mapping[str, str]) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.settings, self.space = config.sweep, space
-        url = config.sweep.storage or f"sqlite:///{(folder / 'study.db').resolve()}"
+        url = config.sweep.storage or _file_url(folder / "study.db")
+        _require_lasting(url)
         self._storage = _open(url)
         with _told_storage(url):
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=config.sweep.name,
-                pruner=_pruner(config.sweep),
+                pruner=pruner_of(config.sweep),
                 direction="minimize",
                 load_if_exists=True,
             )
-            self._require_same(_comparable(config))
+            self._require_ours()
+            self._require_same({**_comparable(config), **{f"the rows of {key}": found for key, found in rows.items()}})
+
+    def _require_ours(self) -> None:
+        """Refuse a study that another program made."""
+        noted = "config" in self._study.user_attrs or not self._study.get_trials(deepcopy=False)
+        if self._study.directions != [StudyDirection.MINIMIZE] or not noted:
+            raise ConfigurationError(
+                f"sweep.name: the storage has a study '{self.settings.name}' that is no sweep of Training Lens. Give "
+                "another sweep.name, or another sweep.storage."
+            )
 
     def _require_same(self, mine: dict[str, Any]) -> None:
-        """The study of a config and space; the first process notes both in it."""
+        """The study of a config, rows and a space; the first process notes them in it."""
         if "config" not in self._study.user_attrs:
             self._study.set_user_attr("config", mine)
         theirs = self._study.user_attrs["config"]
@@ -84,20 +98,17 @@ class SharedStudy:
         return self._storage.get_trial(self._id(trial))
 
     def claim(self, worker: Worker) -> FrozenTrial | None:
-        """The next trial for this process: one that a dead process left, or a new one; None where none is to be had."""
+        """The next trial for this process: one that a process left, or a new one; None where none is to be had."""
         while True:
             self._release_dead()
             trials = self.trials()
             left = next((trial for trial in trials if is_lost(trial)), None)
-            if left is not None:
-                claim = self._create(left.params, worker, left)
-            elif len(trials) < self.settings.trials:
-                params = propose(self.space, self.settings, trials)
-                if params is None:
-                    return None
-                claim = self._create(params, worker)
-            else:
+            if sum(not is_lost(trial) for trial in trials) >= self.settings.trials:
                 return None
+            params = left.params if left is not None else propose(self.space, self.settings, trials)
+            if params is None:
+                return None
+            claim = self._create(params, worker, left)
             if stands(claim, self._study.get_trials(deepcopy=False), self.settings.trials):
                 return claim
             self._storage.set_trial_user_attr(self._id(claim), "withdrawn", True)
@@ -120,11 +131,18 @@ class SharedStudy:
         self._storage.record_heartbeat(trial_id)
         return self._storage.get_trial(trial_id)
 
+    def deaths(self, trial: FrozenTrial) -> int:
+        """How often a process died at the trial's run."""
+        return deaths(trial, self._study.get_trials(deepcopy=False))
+
     def _release_dead(self) -> None:
-        """Running trials of dead processes become lost ones."""
+        """Running trials of dead processes become lost ones; where a lock tells nothing, the pulse does."""
         for trial in self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            if is_dead(trial.user_attrs):
-                self.release(trial)
+            alive = is_alive(trial.user_attrs)
+            if alive:  # also one that stands still, as a stopped process or a suspended machine
+                self._storage.record_heartbeat(self._id(trial))
+            elif alive is False:
+                self._end(trial, TrialState.FAIL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             optuna.storages.fail_stale_trials(self._study)
@@ -146,33 +164,54 @@ class SharedStudy:
 
     def finish(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
         """The trial is done; `facts` are noted with it."""
-        self._end(trial, TrialState.COMPLETE, loss, facts)
+        self._note_end(trial, TrialState.COMPLETE, loss, facts)
 
     def prune(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
         """The trial was ended early; `loss` is its lowest until then."""
-        self._end(trial, TrialState.PRUNED, loss, facts)
+        self._note_end(trial, TrialState.PRUNED, loss, facts)
 
     def fail(self, trial: FrozenTrial, error: str, **facts: Any) -> None:
         """The trial failed, and is not tried again."""
-        self._end(trial, TrialState.FAIL, None, {**facts, "error": error})
+        self._note_end(trial, TrialState.FAIL, None, {**facts, "error": error})
 
     def release(self, trial: FrozenTrial) -> None:
         """The trial is not done, and nobody is at it: whoever claims next goes on with it."""
-        self._end(trial, TrialState.FAIL, None, {})
+        self._end(trial, TrialState.FAIL, facts={"released": True})
 
-    def _end(self, trial: FrozenTrial, state: TrialState, loss: float | None, facts: dict[str, Any]) -> None:
+    def _note_end(self, trial: FrozenTrial, state: TrialState, loss: float | None, facts: dict[str, Any]) -> None:
+        if not self._end(trial, state, loss, facts):  # we slept for longer than the grace, and another process has it
+            logger.warning("trial %d was taken over by another process; its end here is not noted", first_number(trial))
+
+    def _end(
+        self, trial: FrozenTrial, state: TrialState, loss: float | None = None, facts: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Whether the trial ends so; not where it has ended already."""
         trial_id = self._id(trial)
         try:
-            for name, value in facts.items():
+            for name, value in (facts or {}).items():
                 self._storage.set_trial_user_attr(trial_id, name, value)
             self._storage.set_trial_state_values(trial_id, state, None if loss is None else [loss])
-        except UpdateFinishedTrialError:  # we slept for longer than the grace, and another process has it
-            logger.warning("trial %d was taken over by another process; its end here is not noted", first_number(trial))
+        except UpdateFinishedTrialError:
+            return False
+        return True
 
     def close(self) -> None:
         """Let go of the database."""
         self._storage.remove_session()
         self._storage.engine.dispose()
+
+
+def _file_url(path: Path) -> str:
+    """The URL of a SQLite file, whatever signs its path has."""
+    return URL.create("sqlite", database=str(path.resolve())).render_as_string()
+
+
+def _require_lasting(url: str) -> None:
+    if url.startswith("sqlite") and (url.endswith("://") or ":memory:" in url or "mode=memory" in url):
+        raise ConfigurationError(
+            f"sweep.storage: {url} is a database in memory, which no other process sees and no later start goes on "
+            "with. Give a file, such as sqlite:///study.db, or leave it out."
+        )
 
 
 def _open(url: str) -> RDBStorage:
@@ -223,12 +262,12 @@ def reachable(settings: SweepSection) -> Iterator[None]:
         ) from error
 
 
-def _pruner(settings: SweepSection) -> BasePruner:
-    if settings.pruner == "median":
-        return MedianPruner(n_startup_trials=5, n_warmup_steps=0)
-    if settings.pruner == "successive_halving":
-        return SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
-    return NopPruner()
+def free_settings(config: TrainingConfig) -> dict[str, dict[str, Any]]:
+    """What this process sets of `FREE_KEYS`, by section."""
+    found: dict[str, dict[str, Any]] = {}
+    for section, name in (key.split(".") for key in FREE_KEYS):
+        found.setdefault(section, {})[name] = getattr(getattr(config, section), name)
+    return found
 
 
 def _comparable(config: TrainingConfig) -> dict[str, Any]:

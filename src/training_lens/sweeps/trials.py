@@ -27,6 +27,16 @@ def is_lost(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and "error" not in trial.user_attrs
 
 
+def deaths(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> int:
+    """How often a process died at the trial's run; one that was asked to stop did not.
+
+    Args:
+        trials: all of the study.
+    """
+    same = [other for other in trials if first_number(other) == first_number(trial)]
+    return sum(is_lost(other) and "released" not in other.user_attrs for other in same)
+
+
 def current(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """For every run its one trial that counts, in the order of their numbers: the last, or the first not lost."""
     latest: dict[int, FrozenTrial] = {}

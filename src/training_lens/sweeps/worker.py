@@ -20,6 +20,8 @@ from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 
+from training_lens.errors import TrainingLensError
+
 PULSE_SECONDS = 30
 GRACE_SECONDS = 300
 
@@ -41,9 +43,11 @@ class Worker:
         self._lock.acquire()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._lock.release()
-        self.path.unlink(missing_ok=True)
+        # After any other error a trial may still be running in the storage: the free lock tells that nobody is at it.
+        if kind is None or issubclass(kind, TrainingLensError):
+            self.path.unlink(missing_ok=True)
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -51,20 +55,22 @@ class Worker:
         return {"host": self.host, "lock": str(self.path)}
 
 
-def is_dead(attributes: Mapping[str, Any]) -> bool:
-    """Whether the process that these attributes name died on this machine; False where that cannot be seen from here.
+def is_alive(attributes: Mapping[str, Any]) -> bool | None:
+    """Whether the process that these attributes name is there; None where that cannot be seen from here.
 
     The lock file of a dead process is deleted.
     """
     path = Path(str(attributes.get("lock", "")))
-    if attributes.get("host") != socket.gethostname() or not path.is_file():
-        return False
     try:
+        if attributes.get("host") != socket.gethostname() or not path.is_file():
+            return None
         with FileLock(path, timeout=0):
             path.unlink(missing_ok=True)
     except Timeout:
-        return False
-    return True
+        return True
+    except OSError:  # another user's lock, or a file system without locks
+        return None
+    return False
 
 
 @contextmanager

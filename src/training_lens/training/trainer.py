@@ -70,6 +70,14 @@ class Trainer:
         self._callbacks = tuple(callbacks)
         self._signal = 0
 
+    @property
+    def asked_to_leave(self) -> int:
+        """The number of the signal that asked this process to leave; 0: none did.
+
+        One that comes in the last step ends nothing: whoever goes on to another run must ask.
+        """
+        return self._signal
+
     def fit(self, resume: bool = False) -> TrainingState:
         """Train to the end of the schedule (or an early stop), with validations and checkpoints on the way.
 

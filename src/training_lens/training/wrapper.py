@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -116,9 +117,18 @@ class TrainingWrapper:
 
     @classmethod
     def resume(
-        cls, run: RunFolder, *, console: Console | None = None, callbacks: tuple[Callback, ...] = ()
+        cls,
+        run: RunFolder,
+        changes: Mapping[str, dict[str, Any]] | None = None,
+        *,
+        console: Console | None = None,
+        callbacks: tuple[Callback, ...] = (),
     ) -> TrainingSummary:
         """Go on with an unfinished run after its newest intact checkpoint, exactly as if it had not stopped.
+
+        Args:
+            changes: what this process sets over the run's config, by section: keys that change no result, such as
+                `{"model": {"device": "cpu"}}`.
 
         Raises:
             CheckpointError: the run is finished, its data changed since, or another process is training it.
@@ -126,7 +136,7 @@ class TrainingWrapper:
         if run.status == "finished":
             raise CheckpointError(f"the run {run.run_id} is finished; there is nothing to resume. It is in {run.root}.")
         run.require_free()  # before the data is read; the processes of one run all pass here before one of them locks
-        config = TrainingConfig.model_validate(run.read_metadata("config.json"))
+        config = TrainingConfig.model_validate(run.read_metadata("config.json")).resolved(**(changes or {}))
         wrapper = cls(config, console=console, callbacks=callbacks)
         plan = wrapper._plan()
         recorded = run.read_metadata("data.json")["fingerprint"]

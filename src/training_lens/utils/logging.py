@@ -48,6 +48,34 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
+class ShownOnce(logging.Filter):
+    """Lets every message through once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the message is a new one."""
+        message = record.getMessage()
+        new = message not in self._shown
+        self._shown.add(message)
+        return new
+
+
+@contextmanager
+def screen_through(passes: logging.Filter) -> Iterator[None]:
+    """Within the block, the screen shows what `passes` lets through; a run's run.log still has everything."""
+    handlers = [h for h in logging.getLogger(ROOT).handlers if isinstance(h, RichHandler)]
+    for handler in handlers:
+        handler.addFilter(passes)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(passes)
+
+
 @contextmanager
 def quiet_screen() -> Iterator[None]:
     """Within the block, the screen shows warnings and errors alone; a run's run.log still has everything."""

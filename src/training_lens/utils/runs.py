@@ -25,6 +25,7 @@ from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 LATEST = "latest"
+UNFINISHED = ("running", "interrupted", "failed")  # not pruned: that run was ended for good
 PROCESS = "process.json"
 LOCK_SECONDS = 2.0  # a process that asks for the status holds the lock for an instant, too
 
@@ -232,7 +233,7 @@ def find_run(reference: str, base_output_dir: str, experiment_name: str, *, fini
     folder = runs_folder(base_output_dir, experiment_name)
     runs = run_folders(folder)
     if reference == LATEST:
-        matching = [run for run in runs if (_status(run) == "finished") == finished]
+        matching = [run for run in runs if _status(run) in (("finished",) if finished else UNFINISHED)]
         if not matching:
             kind = "finished" if finished else "unfinished"
             raise CheckpointError(

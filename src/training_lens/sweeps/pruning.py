@@ -1,0 +1,48 @@
+"""Which trials are ended early: a function of the losses that each has reported so far, by validation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from optuna import Study
+from optuna.pruners import BasePruner, MedianPruner, NopPruner
+from optuna.trial import FrozenTrial
+
+from training_lens.config.schema import SweepSection
+from training_lens.sweeps.trials import current, first_number
+
+
+def pruner_of(settings: SweepSection) -> BasePruner:
+    """The pruner that `sweep.pruner` names."""
+    if settings.pruner == "median":
+        return MedianPruner(n_startup_trials=5, n_warmup_steps=0)
+    return SuccessiveHalving() if settings.pruner == "successive_halving" else NopPruner()
+
+
+class SuccessiveHalving(BasePruner):
+    """At validations 1, 2, 4, 8, ... the better half goes on.
+
+    Asynchronous successive halving (arXiv 1810.05934). Optuna's own keeps in each trial how far it has come; a run
+    that is gone on with is a further trial to Optuna, so there it would begin anew and compete with itself.
+    """
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Whether the trial is in the worse half at the validation that it reported last."""
+        validation = trial.last_step
+        if validation is None or validation & (validation - 1):  # no power of two
+            return False
+        others = [t for t in current(study.get_trials(deepcopy=False)) if first_number(t) != first_number(trial)]
+        rivals = [t.intermediate_values[validation] for t in others if validation in t.intermediate_values]
+        return in_worse_half(trial.intermediate_values[validation], rivals)
+
+
+def in_worse_half(loss: float, rivals: Sequence[float]) -> bool:
+    """Whether `loss` is not among the lowest half of itself and `rivals`, rounded down, and at least one.
+
+    Example:
+        >>> in_worse_half(2.0, []), in_worse_half(2.0, [1.0]), in_worse_half(2.0, [1.0, 3.0, 4.0])
+        (False, True, False)
+    """
+    losses = sorted(x for x in (loss, *rivals) if not math.isnan(x))
+    return math.isnan(loss) or loss > losses[max(len(losses) // 2, 1) - 1]

@@ -1,0 +1,51 @@
+"""A sweep of several processes: killed and started again twice over, it repeats nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from training_lens.config.schema import TrainingConfig
+from training_lens.sweeps.runner import Sweep
+from training_lens.utils.runs import runs_folder
+
+
+def run_sweep(config: TrainingConfig, ended: Path) -> None:
+    """A process of the sweep: a line in `ended` for each trial that ends in it."""
+    with ended.open("a", encoding="utf-8", buffering=1) as file:
+        Sweep(config, on_trial=lambda row: print(row.trial, row.state, row.params, file=file)).run()
+
+
+def test_killed_and_started_again_by_two_processes_nothing_is_repeated(
+    sweep_config: Callable[..., TrainingConfig], tmp_path: Path
+) -> None:
+    Sweep(sweep_config(name="before", trials=1)).run()  # what a sweep imports is then there in every fork
+    config, forked, ended = sweep_config(trials=4), multiprocessing.get_context("fork"), tmp_path / "ended.txt"
+    runs = runs_folder(config.output.base_output_dir, config.sweep.name)
+    killed = forked.Process(target=run_sweep, args=(config, ended))
+    killed.start()
+    while not ended.exists() or ended.read_text().count("\n") < 2:
+        assert killed.is_alive()
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    before = ended.read_text().splitlines()
+    assert killed.exitcode == -signal.SIGKILL and 2 <= len(before) < 4
+    written = {file: file.stat().st_mtime_ns for file in runs.glob("*/metadata/summary.json")}
+    written = {file: at for file, at in written.items() if '"finished"' in file.read_text()}
+
+    processes = [forked.Process(target=run_sweep, args=(config, ended)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    trials = ended.read_text().splitlines()
+    assert len(trials) == len({line.split("{")[1] for line in trials}) == 4 and trials[: len(before)] == before
+    assert all(" finished " in line for line in trials)
+    assert len(written) >= 2 and {file: file.stat().st_mtime_ns for file in written} == written
+    assert len(list(runs.iterdir())) == 4
+    assert Sweep(config).run().leaderboard.count("finished") == 4  # nothing is left to run
