@@ -45,6 +45,10 @@ class MergeError(TrainingLensError):
     """A merged model that is not what its adapter is, or cannot be written."""
 
 
+class OutputError(TrainingLensError):
+    """A folder that another process filled while this one made its content."""
+
+
 class TrainingError(TrainingLensError):
     """Training cannot go on: for one, the loss is not finite."""
 

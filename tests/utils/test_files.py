@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from training_lens.errors import ConfigurationError
+from training_lens.errors import ConfigurationError, OutputError
 from training_lens.utils.files import (
     require_writable,
     safe_save,
@@ -38,11 +39,11 @@ def test_a_folder_appears_when_done_and_an_older_one_stays(tmp_path: Path) -> No
 
 def test_a_folder_gives_way_to_a_finished_one_alone(tmp_path: Path) -> None:
     for text in ("first", "second"):
-        with whole_folder(tmp_path / "x", replace=True) as folder:
+        with whole_folder(tmp_path / "x", existing="replace") as folder:
             (folder / text).write_text(text)
             assert text == "first" or (tmp_path / "x/first").exists()
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["second"]
-    with pytest.raises(RuntimeError), whole_folder(tmp_path / "x", replace=True):
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "x", existing="replace"):
         raise RuntimeError
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["second"]
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
@@ -81,11 +82,52 @@ def test_a_folder_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "result"
     target.mkdir()
     (target / "old").write_text("old")
-    with pytest.raises(KeyError), whole_folder(target, replace=True) as building:
+    with pytest.raises(KeyError), whole_folder(target, existing="replace") as building:
         (building / "new").write_text("half")
         raise KeyError
     assert [path.name for path in tmp_path.rglob("*")] == ["result", "old"]
-    with whole_folder(target, replace=True) as building:
+    with whole_folder(target, existing="replace") as building:
         (building / "new").write_text("whole")
         assert (target / "old").exists()
     assert [path.name for path in tmp_path.rglob("*")] == ["result", "new"]
+
+
+def test_what_another_process_wrote_meanwhile_is_kept_or_refused_as_asked(tmp_path: Path) -> None:
+    target = tmp_path / "x"
+
+    def build(existing: Any) -> None:
+        with whole_folder(target, existing=existing) as building:
+            (building / "mine").write_text("mine")
+            target.mkdir(exist_ok=True)
+            (target / "theirs").write_text("theirs")
+
+    build("keep")
+    with pytest.raises(OutputError, match=r"x: another process wrote there meanwhile.*give another folder"):
+        build("refuse")
+    assert [p.name for p in tmp_path.rglob("*")] == ["x", "theirs"]
+
+
+def test_a_link_is_replaced_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "disk/old").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/old")
+    with whole_folder(tmp_path / "link", existing="replace") as building:
+        (building / "new").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "link/new").is_file()
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["old"]
+
+
+def test_an_exchange_that_fails_leaves_the_old_folder_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").mkdir()
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == "x":
+            raise PermissionError(f"{self} stays")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(PermissionError), whole_folder(tmp_path / "x", existing="replace"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]

@@ -87,7 +87,10 @@ def merge(
     report = {"output": str(output), "base_known": known, **_head(session, options, dtype, given)}
     sweep_temporaries(output.parent, older_than_seconds=86_400)
     kept = run.reports / REPORT if run else output.with_name(f"{output.name}.{REPORT}")
-    with whole_folder(output, replace=options.force) as folder, _refusal_reported(report, kept):
+    with (
+        whole_folder(output, existing="replace" if options.force else "refuse") as folder,
+        _refusal_reported(report, kept),
+    ):
         job = _written(session, folder, options, dtype)
         del session  # the checking process loads the model again
         _free_memory()

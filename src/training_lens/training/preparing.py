@@ -77,7 +77,7 @@ def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> 
     settled = resolve_texts(config, facts, tokenizer)
     chosen = _choose(settled, sources, progress)
     reader = settled.model_copy(update={"data": settings_for(chosen.form, settled.data)})
-    with whole_folder(folder, replace=force) as building:
+    with whole_folder(folder, existing="replace" if force else "refuse") as building:
         texts = _write(chosen, config.prepare.format, building)
         tokens = _tokenize(building, folder, preparation_of(reader, tokenizer), cache_of(config), progress)
         splits = {name: _described(building, tokens[name]) for name in config.prepare.splits}

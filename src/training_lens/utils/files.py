@@ -9,11 +9,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from training_lens.errors import ConfigurationError
+from training_lens.errors import ConfigurationError, OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -55,12 +55,18 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+def whole_folder(path: Path, *, existing: Literal["keep", "refuse", "replace"] = "keep") -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and nothing otherwise.
 
-    Where `path` is there already (for one, another process wrote the same), that one is kept; with `replace` it gives
-    way in the end, and stays where the block fails.
+    Args:
+        path: a new or empty folder; of a link, what it leads to.
+        existing: what becomes of files that are at `path` by then: `keep` them, and drop the block's (for content that
+            is the same whoever writes it); `refuse` to finish; or `replace` them, once the block's are whole.
+
+    Raises:
+        OutputError: with `refuse`, where another process filled `path` meanwhile.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
     try:
@@ -70,9 +76,14 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         _fsync(temporary)
         temporary.chmod(0o755)
         try:
-            _exchange(temporary, path) if replace and path.is_dir() else temporary.rename(path)
-        except OSError:
-            if replace or not path.is_dir():
+            _exchange(temporary, path) if existing == "replace" and path.is_dir() else temporary.rename(path)
+        except OSError as error:
+            if existing == "refuse" and path.exists():
+                raise OutputError(
+                    f"{path}: another process wrote there meanwhile. That stays as it is, and this result was dropped; "
+                    "give another folder, or look at what is there."
+                ) from error
+            if existing != "keep" or not path.is_dir():
                 raise
         _fsync(path.parent)
     finally:
@@ -82,13 +93,17 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 def _exchange(new: Path, path: Path) -> None:
     """Put the folder `new` at `path`, where another is; between the two renames the old one is at a temporary name."""
     aside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
-    path.rename(aside)  # onto an empty folder: one step
     try:
-        new.rename(path)
-    except BaseException:
-        aside.rename(path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)  # onto an empty folder: one step
+        try:
+            new.rename(path)
+        except BaseException:
+            aside.rename(path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        with suppress(OSError):  # gone already; or it holds the old folder, which could not be put back
+            aside.rmdir()
 
 
 def sweep_temporaries(folder: Path, older_than_seconds: float) -> None:
