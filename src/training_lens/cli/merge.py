@@ -125,8 +125,8 @@ def _show(screen: Screen, merged: Merged) -> None:
     )
     screen.console.print(said, markup=False, soft_wrap=True)
     if report["dtype"] != "fp32":
-        kept = f"{report['dtype']} rounds away {found.distance_share:.2%} of what the adapter does to the logits"
-        screen.console.print(f"{kept}; --dtype fp32 is exact", markup=False, soft_wrap=True)
+        moved = f"rounding to {report['dtype']} moves the logits by {found.distance_share:.2%} of what the adapter does"
+        screen.console.print(f"{moved}; --dtype fp32 is exact", markup=False, soft_wrap=True)
     if not report["base_known"]:
         screen.console.print("nothing says which weights the adapter was trained on: the base was taken by its name")
     if report["untied"]:
