@@ -31,8 +31,10 @@ def test_the_measures_are_printed_and_a_second_merge_is_refused(call: Call, run:
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     assert report["output"] == str(run.merged) and report["verified"] is True and report["dtype"] == "bf16"
-    assert 0 < report["max_logit_difference"] < report["checks"][0]["allowed"]
-    assert "max logit difference" in result.stderr and "the merged model (bf16) is in" in result.stderr
+    assert all(check["ok"] for check in report["checks"]) and 0 < report["distance_share"] < 0.1
+    assert (
+        "rounding to bf16 moves the logits by 0." in result.stderr and "the merged model (bf16) is in" in result.stderr
+    )
     again = call("merge", "--run", str(run.root))
     assert again.exit_code == 2 and "Give --force to replace it" in again.stderr
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from training_lens import embedded
 from training_lens.config.compose import validate
-from training_lens.errors import AdapterError, ConfigurationError, MergeError
+from training_lens.errors import AdapterError, ConfigurationError, MergeError, OutputError
 from training_lens.inference.merge import MergeOptions, merge
 from training_lens.inference.session import open_run
 from training_lens.models.adapters import attach, save_adapter
@@ -22,6 +24,7 @@ from training_lens.utils.files import read_json, write_json
 from training_lens.utils.runs import RunFolder
 
 IDS = torch.arange(40, 72).view(2, 16)
+EARLIER = {"made_by": "training-lens merge", "files": ["merge.json"]}
 
 
 @pytest.fixture
@@ -60,8 +63,10 @@ def test_a_merged_run_is_the_adapter_as_a_plain_folder(run: RunFolder) -> None:
     merged = merge(config(run.root), MergeOptions(dtype="fp32", max_shard_size="2MB"))
     assert merged.output == run.merged and merged.report["verified"] and merged.report["base_known"]
     assert merged.verification.max_logit_difference < 1e-4
-    assert read_json(run.reports / "merge.json") == read_json(run.merged / "merge.json") == merged.report
+    assert read_json(run.reports / "merge.json") == merged.report
     files = {p.name for p in run.merged.iterdir()}
+    marks = {"made_by": "training-lens merge", "files": sorted(files)}
+    assert read_json(run.merged / "merge.json") == merged.report | marks
     assert {
         "config.json",
         "tokenizer.json",
@@ -80,13 +85,18 @@ def test_a_merged_run_is_the_adapter_as_a_plain_folder(run: RunFolder) -> None:
 
 def test_a_corrupted_merge_is_removed_and_what_was_there_stays(run: RunFolder, few: dict[str, Any]) -> None:
     run.merged.mkdir()
-    write_json(run.merged / "merge.json", {"of": "an earlier merge"})
-    with pytest.raises(MergeError, match=r"largest logit difference to the adapter: .*it was removed.*reports/merge"):
+    write_json(run.merged / "merge.json", EARLIER)
+    with pytest.raises(MergeError, match=r"roundings: .*in model.layers.2.self_attn.v_proj.*it was removed.*reports/m"):
         merge(config(run.root, **few), MergeOptions(force=True), on_written=corrupt)
     report = read_json(run.reports / "merge.json")
-    assert report["verified"] is False and report["max_logit_difference"] > report["checks"][0]["allowed"]
-    assert read_json(run.merged / "merge.json") == {"of": "an earlier merge"}
+    assert report["verified"] is False and not report["checks"][0]["ok"]
+    assert read_json(run.merged / "merge.json") == EARLIER
     assert sorted(p.name for p in (run.root / "artifacts").iterdir()) == ["adapter", "merged", "tokenizer"]
+
+
+def test_a_number_type_too_coarse_for_the_update_is_refused(run: RunFolder, few: dict[str, Any]) -> None:
+    with pytest.raises(MergeError, match=r"logit distance.*Each weight is rightly rounded, and bf16 is too coarse"):
+        merge(config(run.root, **few), MergeOptions(scale=0.01, dtype="bf16"))
 
 
 def test_a_merge_that_cannot_be_loaded_is_removed(run: RunFolder, few: dict[str, Any]) -> None:
@@ -158,15 +168,95 @@ def test_what_no_merge_wrote_is_never_replaced(run: RunFolder, tmp_path: Path) -
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("mine")
     for force in (False, True):
-        with pytest.raises(ConfigurationError, match=r"there is something that no merge wrote"):
+        with pytest.raises(ConfigurationError, match=r"no merge wrote chapter.txt"):
             merge(config(run.root), MergeOptions(tmp_path / "thesis", force=force))
+
+
+def test_what_was_laid_beside_a_merge_is_never_replaced(run: RunFolder) -> None:
+    run.merged.mkdir()
+    write_json(run.merged / "merge.json", EARLIER)
+    (run.merged / "NOTES.txt").write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"no merge wrote NOTES.txt. Move that away"):
+        merge(config(run.root), MergeOptions(force=True))
+    (run.merged / "NOTES.txt").unlink()
+    with pytest.raises(ConfigurationError, match=r"holds a merged model already. Give --force"):
+        merge(config(run.root), MergeOptions())
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("run/reports", "is the run's reports"),
+        ("run/checkpoints/merged", "lies in the run's checkpoints"),
+        ("run/artifacts/adapter", "is the adapter"),
+        ("run", "holds the adapter"),
+        ("linked/new", "lies in the run's logs"),
+        ("base", "is the base model"),
+        ("base/merged", "lies in the base model"),
+    ],
+)
+def test_the_runs_and_the_bases_own_files_are_no_output(run: RunFolder, tmp_path: Path, output: str, said: str) -> None:
+    (tmp_path / "linked").symlink_to(run.logs)
+    model = Path(shutil.copytree(embedded.PATHS[embedded.MODEL], tmp_path / "base"))
+    settings = read_json(run.metadata / "config.json")
+    write_json(run.metadata / "config.json", settings | {"model": settings["model"] | {"id": str(model)}})
+    for folder in (run.reports, run.adapter, model):
+        write_json(folder / "merge.json", EARLIER)
+    with pytest.raises(ConfigurationError, match=f"--output .* {said} .*Give another folder"):
+        merge(config(run.root), MergeOptions(tmp_path / output, force=True))
+
+
+def test_a_link_is_replaced_where_it_leads_and_strange_leftovers_stay(
+    run: RunFolder, few: dict[str, Any], tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    (disk / "earlier").mkdir(parents=True)
+    write_json(disk / "earlier/merge.json", EARLIER)
+    (tmp_path / "link").symlink_to(disk / "earlier")
+    (disk / ".tmp-of-another-program").mkdir()
+    os.utime(disk / ".tmp-of-another-program", (1, 1))
+    merged = merge(config(run.root, **few), MergeOptions(tmp_path / "link", force=True))
+    assert merged.output == disk / "earlier" and (tmp_path / "link/model.safetensors").is_file()
+    assert sorted(p.name for p in disk.iterdir()) == [".tmp-of-another-program", "earlier"]
+
+
+def test_what_another_process_wrote_meanwhile_stays(run: RunFolder, few: dict[str, Any]) -> None:
+    def meanwhile(_folder: Path) -> None:
+        run.merged.mkdir()
+        (run.merged / "theirs").write_text("theirs")
+
+    with pytest.raises(OutputError, match=r"artifacts/merged: another process wrote there meanwhile"):
+        merge(config(run.root, **few), MergeOptions(), on_written=meanwhile)
+    assert [p.name for p in run.merged.iterdir()] == ["theirs"]
+
+
+def test_an_update_too_weak_for_the_other_limits_is_not_lost_unseen(run: RunFolder, few: dict[str, Any]) -> None:
+    """A tenth of the update computes nearly what the base does; its weights decide, in bf16 too."""
+    merged = merge(config(run.root, **few), MergeOptions(scale=0.1))
+    assert merged.report["dtype"] == "bf16" and 0 < merged.verification.distance_share < 1
+    weak = load_file(run.merged / "model.safetensors")
+
+    def lose(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        base = load_file(embedded.PATHS[embedded.MODEL] / "model.safetensors")
+        name = "model.layers.2.self_attn.v_proj.weight"
+        assert not torch.equal(weights[name], base[name])
+        save_file(weights | {name: base[name]}, folder / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(MergeError, match=r"roundings: .*in model.layers.2.self_attn.v_proj.weight\)") as error:
+        merge(config(run.root, **few), MergeOptions(scale=0.1, force=True), on_written=lose)
+    assert "logit" not in str(error.value)  # which alone would have let it pass
+    assert all(torch.equal(t, weak[n]) for n, t in load_file(run.merged / "model.safetensors").items())
 
 
 @pytest.mark.parametrize(
     ("adapter", "options", "said"),
     [
         ("run", {"scale": 0.0}, "--scale 0: give a number other than 0"),
-        ("run", {"max_shard_size": "large"}, "--max-shard-size large: give a number and a unit"),
+        ("run", {"scale": math.nan}, "--scale nan: give a number other than 0"),
+        ("run", {"max_shard_size": "large"}, "--max-shard-size large: give a whole number above 0 and a unit"),
+        ("run", {"max_shard_size": "-5GB"}, "--max-shard-size -5GB: give a whole number above 0"),
+        ("run", {"max_shard_size": "0GB"}, "--max-shard-size 0GB: give a whole number above 0"),
         ("none", {}, "names no adapter to merge"),
         ("run/artifacts/adapter", {}, "a bare adapter has no run folder to merge into; give --output"),
     ],
@@ -175,6 +265,8 @@ def test_wrong_options_are_refused(
     run: RunFolder, adapter: str, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run.root.parent)
+    for weights in run.adapter.glob("*.safetensors"):
+        weights.unlink()  # refused before anything is loaded
     with pytest.raises(ConfigurationError, match=said):
         merge(validate({"inference": {"adapter": adapter}}), MergeOptions(**options))
 

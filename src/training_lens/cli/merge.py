@@ -124,6 +124,9 @@ def _show(screen: Screen, merged: Merged) -> None:
         f"{found.greedy_agreement:.0%} of the answers are the same, {found.ties} part at a tie"
     )
     screen.console.print(said, markup=False, soft_wrap=True)
+    if report["dtype"] != "fp32":
+        moved = f"rounding to {report['dtype']} moves the logits by {found.distance_share:.2%} of what the adapter does"
+        screen.console.print(f"{moved}; --dtype fp32 is exact", markup=False, soft_wrap=True)
     if not report["base_known"]:
         screen.console.print("nothing says which weights the adapter was trained on: the base was taken by its name")
     if report["untied"]:

@@ -32,6 +32,13 @@ def run_of(config: TrainingConfig) -> RunFolder | None:
     return find_run(name, config.output.base_output_dir, config.output.experiment_name, finished=True)
 
 
+def adapter_of(config: TrainingConfig, run: RunFolder | None) -> tuple[Path, ModelSection]:
+    """The adapter's folder, and the base that it is merged into: a run's own, else that of the config."""
+    if run is None:
+        return Path(config.inference.adapter).expanduser(), config.model
+    return run.adapter, TrainingConfig.model_validate(run.read_metadata("config.json")).model
+
+
 def open_exact(config: TrainingConfig, run: RunFolder | None, same_base: bool) -> tuple[Session, bool]:
     """The adapter on its base, in float32; and whether the base's weights are known to be those that it trained on.
 
@@ -42,18 +49,17 @@ def open_exact(config: TrainingConfig, run: RunFolder | None, same_base: bool) -
     Raises:
         AdapterError: the base is another, or the adapter is of a kind that has no plain weights.
     """
+    folder, model = adapter_of(config, run)
     if run is None:
-        return _open_bare(config, same_base)
-    model = TrainingConfig.model_validate(run.read_metadata("config.json")).model
+        return _open_bare(config, folder, same_base)
     known = check_base(run.base_record, model)
     session = open_run(run, None if config.model.device == "auto" else config.model.device, "fp32")
     return session, known or check_base(run.base_record, model)  # a hub's weights may be here only now
 
 
-def _open_bare(config: TrainingConfig, same_base: bool) -> tuple[Session, bool]:
+def _open_bare(config: TrainingConfig, folder: Path, same_base: bool) -> tuple[Session, bool]:
     """A bare adapter's base is told by the weights that its run recorded, where it lies in a run, else by its name."""
-    folder = require_adapter(Path(config.inference.adapter).expanduser())
-    settings = read_config(folder)
+    settings = read_config(require_adapter(folder))
     require_plain(settings, folder, "inference.adapter", "be merged", also=PARTLY)
     known = check_base(RunFolder(folder.resolve().parents[1]).base_record, config.model)
     if not known and not same_base:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import gc
+import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from training_lens.config.schema import TrainingConfig
+from training_lens.config.schema import ModelSection, TrainingConfig
 from training_lens.errors import AdapterError, ConfigurationError, MergeError
-from training_lens.inference.exact import open_exact, run_of
+from training_lens.inference.exact import adapter_of, open_exact, run_of
 from training_lens.inference.folders import REPORT, write_folder
+from training_lens.inference.places import check_place, marks
 from training_lens.inference.probes import Probes, Reference, config_rows, probes, reference, run_rows
 from training_lens.inference.session import Session
 from training_lens.inference.verification import Verification, verify
+from training_lens.inference.weights import Written, check_weights
 from training_lens.models.factory import locate
 from training_lens.models.merging import check_foldable
 from training_lens.models.stored import stored_precision
@@ -64,41 +68,44 @@ def merge(
 ) -> Merged:
     """Merge the adapter that `inference.adapter` names into its base, and check it.
 
-    Memory: the base in float32, once in this process, and then once in the one that checks.
+    Memory: the base in float32, at one time in one process: to merge, to compute anew, and to check each weight.
 
     Args:
         on_written: called with the folder, still at a temporary name, before it is checked.
 
     Raises:
-        ConfigurationError: the output is there already, or options that do not go together.
+        ConfigurationError: something is in the output's way, or options that do not go together.
         AdapterError: the adapter is of another base, or of a kind that has no plain weights.
-        MergeError: what was written does not compute what the adapter does; it is removed, and the report kept.
+        MergeError: what was written is not what the adapter is; it is removed, and the report kept.
+        OutputError: another process filled the output meanwhile.
     """
     began = time.perf_counter()
     run = run_of(config)
-    output = _output(options, run)
+    adapter, base = adapter_of(config, run)
+    _check(options, base)
+    output = _make_room(options, run, adapter, base)
     session, known = open_exact(config, run, options.same_base)
-    _check(session, options)
+    check_foldable(session.model, options.scale)
     dtype = stored_precision(session.config.model) if options.dtype == "auto" else options.dtype
-    rows, origin = run_rows(run, session, _others(config)) if run else config_rows(session)
-    given = probes(session, rows, origin)
-    wanted = reference(session, given, options.scale)
-    _refuse_idle(wanted, session)
+    given, wanted = _computed(config, run, session, options.scale)
     report = {"output": str(output), "base_known": known, **_head(session, options, dtype, given)}
-    sweep_temporaries(output.parent, older_than_seconds=86_400)
     kept = run.reports / REPORT if run else output.with_name(f"{output.name}.{REPORT}")
-    with whole_folder(output, existing="replace" if options.force else "refuse") as folder, _refusal_reported(report, kept):
+    existing: Literal["replace", "refuse"] = "replace" if options.force else "refuse"
+    with whole_folder(output, existing=existing) as folder, _refusal_reported(report, kept):
         job = _written(session, folder, options, dtype)
-        del session  # the checking process loads the model again
+        written = Written(folder, session.config.model, adapter, session.device, dtype, options.scale, options.delta)
+        del session  # the checks load the model again, one after the other
         _free_memory()
         on_written(folder)
         found = verify(folder, given, wanted, dtype, report["quantization"], job)
+        found = replace(found, checks=(*check_weights(written), *found.checks))
         seconds = round(time.perf_counter() - began, 1)
         report |= {"verified": found.ok, **found.as_json(), "untied": job["untied"], "seconds": seconds}
         if not found.ok:
             raise MergeError(_refusal(found, dtype, kept))
-        for path in (folder / REPORT, kept) if run else (folder / REPORT,):
-            write_json(path, report)
+        write_json(folder / REPORT, report | marks(folder))
+        if run:
+            write_json(kept, report)
     return Merged(output, report, found)
 
 
@@ -112,21 +119,28 @@ def _refusal_reported(report: dict[str, Any], kept: Path) -> Iterator[None]:
         raise
 
 
-def _output(options: MergeOptions, run: RunFolder | None) -> Path:
-    """Where the result goes, once nothing is in its way."""
-    if options.output:
-        output = options.output.expanduser().absolute()
-    elif run:
-        output = run.delta if options.delta else run.merged
-    else:
+def _make_room(options: MergeOptions, run: RunFolder | None, adapter: Path, base: ModelSection) -> Path:
+    """Where the result goes (of a link, what it leads to), once nothing is in its way."""
+    if not options.output and run is None:
         raise ConfigurationError("a bare adapter has no run folder to merge into; give --output FOLDER.")
-    if not output.exists():
-        return output
-    if not output.is_dir() or (any(output.iterdir()) and not (output / REPORT).is_file()):
-        raise ConfigurationError(f"--output {output}: there is something that no merge wrote; give another folder.")
-    if not options.force and any(output.iterdir()):
-        raise ConfigurationError(f"{output} holds a merged model already. Give --force to replace it, or --output.")
+    own = (run.delta if options.delta else run.merged) if run else Path()
+    output = (options.output.expanduser() if options.output else own).resolve()
+    check_place(output, run, adapter, base, options.force)
+    if not options.output:  # the folder around it is the run's: what killed merges left there may go
+        sweep_temporaries(output.parent, older_than_seconds=86_400)
     return output
+
+
+def _computed(
+    config: TrainingConfig, run: RunFolder | None, session: Session, scale: float
+) -> tuple[Probes, Reference]:
+    """Rows to check on, and what the adapter computes for them."""
+    rows, origin = run_rows(run, session, _others(config)) if run else config_rows(session)
+    given = probes(session, rows, origin)
+    wanted = reference(session, given, scale)
+    if all(torch.equal(a, b) for a, b in zip(wanted.adapter, wanted.base, strict=True)):
+        raise AdapterError(f"the adapter of {session.source} computes exactly what its base does: nothing to merge.")
+    return given, wanted
 
 
 def _others(config: TrainingConfig) -> list[str] | None:
@@ -134,31 +148,22 @@ def _others(config: TrainingConfig) -> list[str] | None:
     return [str(source) for source in given] if given and not isinstance(given[0], dict) else None
 
 
-def _check(session: Session, options: MergeOptions) -> None:
-    """Options that do not go together, or not with this adapter."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-
-    if not (options.scale and abs(options.scale) < float("inf")):
+def _check(options: MergeOptions, base: ModelSection) -> None:
+    """Refuse options that make no sense, or not with this base."""
+    if not (options.scale and math.isfinite(options.scale)):
         raise ConfigurationError(
             f"--scale {options.scale:g}: give a number other than 0, which would be the base itself."
         )
-    try:
-        split_torch_state_dict_into_shards({}, max_shard_size=options.max_shard_size)
-    except ValueError:
+    size = re.fullmatch(r"(\d+) ?[KMGT]B", options.max_shard_size.strip(), re.IGNORECASE)
+    if size is None or int(size[1]) == 0:
         raise ConfigurationError(
-            f"--max-shard-size {options.max_shard_size}: give a number and a unit, such as 5GB or 500MB."
-        ) from None
-    if options.delta and session.config.model.quantization != "none":
+            f"--max-shard-size {options.max_shard_size}: give a whole number above 0 and a unit, such as 5GB or 500MB."
+        )
+    if options.delta and base.quantization != "none":
         raise ConfigurationError(
             "--delta: the run trained on quantized weights, so the differences to the base's own would not be its "
             "update. Merge it whole."
         )
-    check_foldable(session.model, options.scale)
-
-
-def _refuse_idle(wanted: Reference, session: Session) -> None:
-    if all(torch.equal(a, b) for a, b in zip(wanted.adapter, wanted.base, strict=True)):
-        raise AdapterError(f"the adapter of {session.source} computes exactly what its base does: nothing to merge.")
 
 
 def _head(session: Session, options: MergeOptions, dtype: Precision, given: Probes) -> dict[str, Any]:
@@ -201,9 +206,14 @@ def _free_memory() -> None:
 
 
 def _refusal(found: Verification, dtype: Precision, kept: Path) -> str:
-    failed = [f"{c.name}: {c.measured:.3g}, allowed {c.allowed:.3g}" for c in found.checks if not c.ok]
-    advice = "" if dtype == "fp32" else f" A small update may be lost in {dtype}: try --dtype fp32."
+    failed = [
+        f"{c.name}: {c.measured:.3g}, allowed {c.allowed:.3g}{f', in {c.where}' if c.where else ''}"
+        for c in found.checks
+        if not c.ok
+    ]
+    rounded = dtype != "fp32" and all(c.ok for c in found.checks[:2])
+    advice = f" Each weight is rightly rounded, and {dtype} is too coarse for this update: try --dtype fp32."
     return (
-        f"the merged model does not compute what the adapter does ({'; '.join(failed)}); it was removed. All measures "
-        f"are in {kept}.{advice}"
+        f"what was merged is not what the adapter is ({'; '.join(failed)}); it was removed. All measures "
+        f"are in {kept}.{advice if rounded else ''}"
     )

@@ -23,7 +23,7 @@ def fingerprint(model: ModelSection) -> str | None:
     The same however the tensors are spread over files. It tells another training's weights, which differ all over; a
     single value changed outside the samples it does not. None where a hub's model is not in the local cache.
     """
-    folder = _folder(model)
+    folder = local_folder(model)
     if folder is None:
         return None
     tensors = sorted(part for name in weight_files(folder) for part in _tensors(folder / name))
@@ -59,7 +59,8 @@ def check_base(record: Path, model: ModelSection) -> bool:
     return True
 
 
-def _folder(model: ModelSection) -> Path | None:
+def local_folder(model: ModelSection) -> Path | None:
+    """Where the model's files are on this machine; None where a hub's model is not in the local cache."""
     from huggingface_hub import try_to_load_from_cache
 
     path = locate(model)
