@@ -93,8 +93,8 @@ def _refuse_changed(reading: Reading) -> None:
 class Catalogue:
     """What is remembered of every row, by position: 48 bytes, no text.
 
-    `whole`, `prompt` and `context` are as in `deduplication.Fingerprint`; `domain` is an index into `domains`, of which
-    the first is None; `group` is a hash of the group's name, 0 where none is asked for.
+    `whole`, `prompt` and `context` are as in `deduplication.Fingerprint`, without the domain; `domain` is an index into
+    `domains`, of which the first is None; `group` is a hash of the group's name, 0 where none is asked for.
     """
 
     files: list[str]
@@ -109,6 +109,12 @@ class Catalogue:
 
     def __len__(self) -> int:
         return len(self.whole)
+
+    def stratum(self) -> np.ndarray:
+        """A hash of each row's domain, (rows,) uint64; 0 where it has none."""
+        hashes = [0 if name is None else _hash(name) for name in self.domains]
+        of_rows: np.ndarray = np.array(hashes, dtype=np.uint64)[self.domain]
+        return of_rows
 
     def row_id(self, position: int) -> str:
         """As `Example.id`: 'data/train.jsonl:17'."""
@@ -134,10 +140,10 @@ def catalogue_of(corpus: Corpus, group_field: str | None) -> Catalogue:
         whole.append(hashes.whole)
         prompt.append(hashes.prompt)
         context.append(hashes.context)
-        group.append(_group(text_of(row, group_field)) if group_field else 0)
+        group.append(_hash(text_of(row, group_field)) if group_field else 0)
     columns = (file, number, whole, prompt, context, domain, group)
     return Catalogue(list(files), list(domains), *(np.array(column) for column in columns))
 
 
-def _group(name: str) -> int:
+def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
