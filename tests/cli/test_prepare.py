@@ -183,6 +183,14 @@ def test_many_small_domains_keep_the_shares(call: Call, tmp_path: Path) -> None:
     assert [split["rows"] for split in report["splits"].values()] == [48, 6, 6]
 
 
+def test_what_json_cannot_hold_beside_what_is_learned_becomes_null_and_is_said(call: Call, tmp_path: Path) -> None:
+    name = write(tmp_path, [{**row, "score": float("nan") if i % 2 else 0.5} for i, row in enumerate(ROWS)])
+    result = call("prepare", f"data.train={name}", "--json")
+    assert result.stderr.count("'score' is NaN or infinite in 30 rows") == 1
+    report_of(result)
+    assert "NaN" not in (tmp_path / "outputs/data/default/train.jsonl").read_text()
+
+
 def test_parquet_of_named_fields_trains_from_the_cache_too(call: Call, tmp_path: Path) -> None:
     rows = [{"a": row["question"], "b": row["answer"], "topic": "xy"[i % 2]} for i, row in enumerate(ROWS)]
     write(tmp_path, rows, "my rows.jsonl")
@@ -226,10 +234,17 @@ def test_force_replaces_nothing_else_and_never_what_is_read(call: Call, tmp_path
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/diary.txt").write_text("dear")
     refused = call("prepare", f"data.train={name}", "prepare.output=mine", "--force")
-    assert refused.exit_code == 2 and "holds no result of prepare" in refused.stderr
+    said = " ".join(refused.stderr.split())
+    assert refused.exit_code == 2 and "'mine' holds diary.txt, which prepare did not write" in said
     assert call("prepare", f"data.train={name}", "prepare.output=out").exit_code == 0
     refused = call("prepare", "data.train=out/train.jsonl", "prepare.output=out", "--force")
     assert refused.exit_code == 2 and "holds out/train.jsonl, which is to be read" in refused.stderr
+    (tmp_path / "out/NOTES.txt").write_text("mine")
+    refused = call("prepare", f"data.train={name}", "prepare.output=out", "--force")
+    assert refused.exit_code == 2 and "'out' holds NOTES.txt, which prepare did not write" in " ".join(
+        refused.stderr.split()
+    )
+    assert (tmp_path / "out/NOTES.txt").read_text() == "mine"
     assert (tmp_path / "mine/diary.txt").exists() and (tmp_path / "out/train.jsonl").exists()
 
 
@@ -241,6 +256,12 @@ BAD: dict[str, tuple[list[dict[str, Any]], list[str], int, str]] = {
         ["prepare.split_by=group", "prepare.group_field=user"],
         1,
         "row 61: has no field 'user'",
+    ),
+    "a group field that no row has": (
+        ROWS,
+        ["prepare.split_by=group", "prepare.group_field=users"],
+        1,
+        "prepare.group_field: rows.jsonl has no field 'users'. Did you mean 'user'?",
     ),
     "no domains": (ROWS, ["prepare.split_by=domain"], 1, "the rows have no domain to split by"),
     "too few rows": (ROWS[:1], [], 1, "1 rows cannot be parted into 2 splits (train, validation)"),

@@ -75,15 +75,15 @@ def _duplicates(corpus: Corpus, catalogue: Catalogue, settings: PrepareSection) 
     found = [Duplicate("exact", int(row), int(first[row]), 1.0) for row in np.flatnonzero(repeats)]
     if settings.deduplicate == "near":
         index = NearIndex(settings.near_threshold, settings.num_perm)
-        rows = _rows(corpus, within(strata, catalogue.context), "near duplicates")
+        rows = _rows(corpus, catalogue, within(strata, catalogue.context), "near duplicates")
         near = near_duplicates(rows, ~repeats, catalogue.prompt, index)
         found += [Duplicate("near", row, of, similarity) for row, (of, similarity) in near.items()]
     return found
 
 
-def _rows(corpus: Corpus, contexts: np.ndarray, title: str) -> Rows:
+def _rows(corpus: Corpus, catalogue: Catalogue, contexts: np.ndarray, title: str) -> Rows:
     def rows() -> Iterator[tuple[int, Example, int]]:
-        for position, example in enumerate(corpus.examples(title)):
+        for position, example in catalogue.numbered(corpus.examples(title)):
             yield position, example, int(contexts[position])
 
     return rows
@@ -126,5 +126,5 @@ def _leaks(corpus: Corpus, catalogue: Catalogue, split: np.ndarray, settings: Pr
     leaks = equal_leaks(catalogue.whole, catalogue.prompt, split, train)
     known = {leak.row for leak in leaks}
     index = NearIndex(settings.near_threshold, settings.num_perm)
-    near = near_leaks(_rows(corpus, catalogue.context, "near leaks"), split, train, index)
+    near = near_leaks(_rows(corpus, catalogue, catalogue.context, "near leaks"), split, train, index)
     return leaks + [leak for leak in near if leak.row not in known]
