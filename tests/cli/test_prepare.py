@@ -88,8 +88,8 @@ def test_duplicates_conflicts_and_leaks_are_found_and_said(call: Call, tmp_path:
     words = " ".join(f"word{i}" for i in range(90))
     planted = [
         {"question": ROWS[3]["question"] + " ", "answer": ROWS[3]["answer"]},
-        {"question": "Read this.", "answer": words},
-        {"question": "Read this.", "answer": f"{words} more"},
+        {"question": f"Read {words}", "answer": "Gladly."},
+        {"question": f"Read {words} again", "answer": "gladly."},
         {"question": ROWS[5]["question"], "answer": "Nowhere."},
     ]
     name = write(tmp_path, [*ROWS, *planted])
@@ -97,7 +97,7 @@ def test_duplicates_conflicts_and_leaks_are_found_and_said(call: Call, tmp_path:
     exact, near, conflicts = (report[k] for k in ("duplicates_exact", "duplicates_near", "conflicting_answers"))
     assert [(item["row"], item["other"]) for item in exact["listed"]] == [(f"{name}:61", f"{name}:4")]
     assert [(item["row"], item["other"]) for item in near["listed"]] == [(f"{name}:63", f"{name}:62")]
-    assert 0.9 < near["listed"][0]["similarity"] < 1 and near["listed"][0]["text"].startswith("Read this. word0 word1")
+    assert 0.9 < near["listed"][0]["similarity"] < 1 and near["listed"][0]["text"].startswith("Read word0 word1")
     assert [(item["row"], item["other"]) for item in conflicts["listed"]] == [(f"{name}:64", f"{name}:6")]
     assert sum(split["rows"] for split in report["splits"].values()) == 62
     shown = call("prepare", f"data.train={name}", "prepare.deduplicate=near", "prepare.output=again")
@@ -105,6 +105,34 @@ def test_duplicates_conflicts_and_leaks_are_found_and_said(call: Call, tmp_path:
     for part in ("1 row: say what an earlier row says", f"{name}:61 and {name}:4", "say nearly", "answer otherwise"):
         assert part in said
     assert all(len(line) <= 80 for line in shown.output.splitlines() if "│" in line)
+
+
+def test_other_answers_to_one_long_prompt_are_conflicts_and_all_stay(call: Call, tmp_path: Path) -> None:
+    prompts = [" ".join(f"word{i}x{n}" for n in range(60)) for i in range(15)]
+    name = write(tmp_path, [{"question": p, "answer": answer} for p in prompts for answer in ("yes", "no")])
+    report = report_of(call("prepare", f"data.train={name}", "prepare.deduplicate=near", "--json"))
+    assert (report["duplicates_near"]["rows"], report["conflicting_answers"]["rows"]) == (0, 15)
+    assert sum(split["rows"] for split in report["splits"].values()) == 30
+
+
+@pytest.mark.parametrize("deduplicate", ["exact", "near"])
+def test_the_same_text_of_two_domains_is_a_leak_and_no_duplicate(deduplicate: str, call: Call, tmp_path: Path) -> None:
+    rows = [{**{k: row[k] for k in ("question", "answer")}, "domain": d} for row in ROWS for d in ("law", "tax")]
+    name = write(tmp_path, rows)
+    settings = [f"data.train={name}", f"prepare.deduplicate={deduplicate}", "prepare.leakage=remove"]
+    report = report_of(call("prepare", *settings, "--json"))
+    assert report["duplicates_exact"]["rows"] == report["duplicates_near"]["rows"] == 0
+    assert report["leaks_exact"]["rows"] == report["leaks_removed"] > 0
+    folder = tmp_path / "outputs/data/default"
+    learned, held = ({row["question"] for row in rows_of(folder, f"{s}.jsonl")} for s in ("train", "validation"))
+    assert held and not learned & held
+
+
+def test_near_prompts_with_other_answers_leak_also_where_near_rows_were_left_out(call: Call, tmp_path: Path) -> None:
+    words = " ".join(f"word{n}" for n in range(60))
+    name = write(tmp_path, [{"question": f"{words} {i}", "answer": f"It is {i}."} for i in range(20)])
+    report = report_of(call("prepare", f"data.train={name}", "prepare.deduplicate=near", "--json"))
+    assert report["duplicates_near"]["rows"] == 0 and report["leaks_near"]["rows"] > 0
 
 
 @pytest.mark.parametrize("leakage", ["check", "remove", "off"])
@@ -146,6 +174,21 @@ def test_every_domain_has_its_share_and_files_become_domains(call: Call, tmp_pat
     plan = report_of(call("validate", *words[1:], "training.max_steps=1", "--json"))
     assert plan["domains"] == ["law", "tax"] and plan["train_examples"] == 45
     assert set((tmp_path / "outputs/cache").iterdir()) == caches
+
+
+def test_many_small_domains_keep_the_shares(call: Call, tmp_path: Path) -> None:
+    name = write(tmp_path, [{**row, "domain": f"d{i // 3}"} for i, row in enumerate(ROWS)])
+    settings = [f"data.train={name}", "prepare.split_by=domain", "prepare.splits={train:0.8,validation:0.1,test:0.1}"]
+    report = report_of(call("prepare", *settings, "--json"))
+    assert [split["rows"] for split in report["splits"].values()] == [48, 6, 6]
+
+
+def test_what_json_cannot_hold_beside_what_is_learned_becomes_null_and_is_said(call: Call, tmp_path: Path) -> None:
+    name = write(tmp_path, [{**row, "score": float("nan") if i % 2 else 0.5} for i, row in enumerate(ROWS)])
+    result = call("prepare", f"data.train={name}", "--json")
+    assert result.stderr.count("'score' is NaN or infinite in 30 rows") == 1
+    report_of(result)
+    assert "NaN" not in (tmp_path / "outputs/data/default/train.jsonl").read_text()
 
 
 def test_parquet_of_named_fields_trains_from_the_cache_too(call: Call, tmp_path: Path) -> None:
@@ -191,10 +234,17 @@ def test_force_replaces_nothing_else_and_never_what_is_read(call: Call, tmp_path
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/diary.txt").write_text("dear")
     refused = call("prepare", f"data.train={name}", "prepare.output=mine", "--force")
-    assert refused.exit_code == 2 and "holds no result of prepare" in refused.stderr
+    said = " ".join(refused.stderr.split())
+    assert refused.exit_code == 2 and "'mine' holds diary.txt, which prepare did not write" in said
     assert call("prepare", f"data.train={name}", "prepare.output=out").exit_code == 0
     refused = call("prepare", "data.train=out/train.jsonl", "prepare.output=out", "--force")
     assert refused.exit_code == 2 and "holds out/train.jsonl, which is to be read" in refused.stderr
+    (tmp_path / "out/NOTES.txt").write_text("mine")
+    refused = call("prepare", f"data.train={name}", "prepare.output=out", "--force")
+    assert refused.exit_code == 2 and "'out' holds NOTES.txt, which prepare did not write" in " ".join(
+        refused.stderr.split()
+    )
+    assert (tmp_path / "out/NOTES.txt").read_text() == "mine"
     assert (tmp_path / "mine/diary.txt").exists() and (tmp_path / "out/train.jsonl").exists()
 
 
@@ -206,6 +256,12 @@ BAD: dict[str, tuple[list[dict[str, Any]], list[str], int, str]] = {
         ["prepare.split_by=group", "prepare.group_field=user"],
         1,
         "row 61: has no field 'user'",
+    ),
+    "a group field that no row has": (
+        ROWS,
+        ["prepare.split_by=group", "prepare.group_field=users"],
+        1,
+        "prepare.group_field: rows.jsonl has no field 'users'. Did you mean 'user'?",
     ),
     "no domains": (ROWS, ["prepare.split_by=domain"], 1, "the rows have no domain to split by"),
     "too few rows": (ROWS[:1], [], 1, "1 rows cannot be parted into 2 splits (train, validation)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,3 +47,46 @@ def test_a_source_that_changes_between_passes_is_refused(write_rows: Callable[..
     path.write_text(path.read_text() * 2)
     with pytest.raises(DatasetError, match=r"rows.jsonl: changed while it was read"):
         catalogue_of(corpus, None)
+
+
+def test_a_source_that_grows_within_a_later_pass_is_refused(write_rows: Callable[..., Path]) -> None:
+    path = write_rows(ROWS)
+    corpus = corpus_of(path)
+    catalogue = catalogue_of(corpus, None)
+    with pytest.raises(DatasetError, match=r"rows.jsonl: changed while it was read"):
+        for position, _ in catalogue.numbered(corpus.rows("writing")):
+            assert position < len(ROWS)
+            if not position:
+                grow(path)
+
+
+def grow(path: Path) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(ROWS[0]) + "\n")
+
+
+def test_more_rows_than_there_were_are_refused_before_they_are_used(write_rows: Callable[..., Path]) -> None:
+    catalogue = catalogue_of(corpus_of(write_rows(ROWS)), None)
+    with pytest.raises(DatasetError, match=r"rows.jsonl: changed while it was read"):
+        list(catalogue.numbered(range(len(ROWS) + 1)))
+
+
+def test_a_change_that_keeps_size_and_time_is_found_by_the_hash(write_rows: Callable[..., Path]) -> None:
+    path = write_rows(ROWS)
+    corpus, before = corpus_of(path), path.stat()
+    corpus.require_unchanged()
+    path.write_text(path.read_text().replace("Tom", "Tim"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DatasetError, match=r"rows.jsonl: changed while it was read"):
+        corpus.require_unchanged()
+    path.unlink()
+    with pytest.raises(DatasetError, match=r"rows.jsonl: changed while it was read"):
+        list(corpus.rows("reading"))
+
+
+def test_a_group_field_that_a_source_does_not_have_is_told_as_the_setting(write_rows: Callable[..., Path]) -> None:
+    corpus = corpus_of(write_rows(ROWS))
+    with pytest.raises(
+        DatasetError, match=r"prepare.group_field: .*rows.jsonl has no field 'usr'. Did you mean 'user'"
+    ):
+        catalogue_of(corpus, "usr")

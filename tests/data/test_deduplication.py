@@ -17,6 +17,7 @@ from training_lens.data.deduplication import (
     jaccard,
     near_duplicates,
     shingles,
+    within,
 )
 from training_lens.data.types import Example, Message
 
@@ -49,13 +50,12 @@ def test_the_same_words_are_exact_duplicates(one: Example, other: Example) -> No
     [
         example("yes."),
         example("Yes.", prompt="Tell me"),
-        example("Yes.", domain="law"),
         example("Yes.", learn=False),
         Example((Message("user", "Tell", input="me."), Message("assistant", "Yes.")), None, "f", 1),
         Example((Message("system", "Tell me."), Message("assistant", "Yes.")), None, "f", 1),
         Example((Message("user", "Tell me."), Message("assistant", "Yes.")), None, "f", 1, tools=({"a": 1},)),
     ],
-    ids=["case", "prompt", "domain", "not learned", "input", "role", "tools"],
+    ids=["case", "prompt", "not learned", "input", "role", "tools"],
 )
 def test_what_trains_otherwise_is_no_duplicate(other: Example) -> None:
     assert fingerprint(example("Yes.")).whole != fingerprint(other).whole
@@ -67,7 +67,7 @@ def test_calls_are_part_of_what_is_said() -> None:
         return Example((Message("user", "Weather?"), Message("assistant", "", calls=(call,))), None, "f", 1)
 
     assert fingerprint(calling("Bern")) == fingerprint(calling("Bern")) != fingerprint(calling("Rome"))
-    assert jaccard(shingles(calling("Bern")), shingles(calling("Rome"))) < 1
+    assert jaccard(shingles(calling("Bern").messages), shingles(calling("Rome").messages)) < 1
 
 
 def test_the_first_of_each_kind_is_kept() -> None:
@@ -87,21 +87,26 @@ def test_texts_without_a_prompt_never_conflict() -> None:
     assert one.prompt != other.prompt and one.prompt == one.whole
 
 
+def pieces(text: str, context: int = 0) -> np.ndarray:
+    return shingles([Message("assistant", text)], context)
+
+
 def test_shingles_are_the_runs_of_five_words() -> None:
-    assert len(shingles(plain("one two three four five six seven"))) == 3
-    assert len(shingles(plain("one two"))) == 1
-    assert len(shingles(plain("我们今天去公园散步"))) == 5  # each character is a word
-    assert len(shingles(plain(" "))) == 0
+    assert len(pieces("one two three four five six seven")) == 3
+    assert len(pieces("one two")) == 1
+    assert len(pieces("我们今天去公园散步")) == 5  # each character is a word
+    assert len(pieces(" ")) == 0
 
 
 def test_case_and_width_are_near_and_signs_are_not_lost() -> None:
-    assert jaccard(shingles(plain("\uff21\uff22\uff23 Stra\u00dfe")), shingles(plain("abc STRASSE"))) == 1
-    assert jaccard(shingles(plain("what is 3 + 4")), shingles(plain("what is 3 - 4"))) == 0
+    assert jaccard(pieces("\uff21\uff22\uff23 Stra\u00dfe"), pieces("abc STRASSE")) == 1
+    assert jaccard(pieces("what is 3 + 4"), pieces("what is 3 - 4")) == 0
+    assert jaccard(pieces(""), pieces(" ")) == 1
 
 
 def test_other_contexts_share_no_shingle() -> None:
-    text = plain(" ".join(WORDS))
-    assert jaccard(shingles(text, 1 << 40), shingles(text, 2 << 40)) == 0
+    text = " ".join(WORDS)
+    assert jaccard(pieces(text, 1 << 40), pieces(text, 2 << 40)) == 0
 
 
 @pytest.mark.parametrize("num_perm", [16, 128, 256])
@@ -115,9 +120,13 @@ def test_bands_find_pairs_at_the_threshold(threshold: float, num_perm: int) -> N
 
 def near_of(examples: list[Example], threshold: float = 0.8) -> dict[int, tuple[int, float]]:
     def rows() -> Iterator[tuple[int, Example, int]]:
-        return ((position, e, fingerprint(e).context) for position, e in enumerate(examples))
+        return ((position, e, int(contexts[position])) for position, e in enumerate(examples))
 
-    return near_duplicates(rows, np.ones(len(examples), dtype=bool), NearIndex(threshold, 128))
+    prints = [fingerprint(e) for e in examples]
+    strata = np.array([len(e.domain or "") for e in examples], dtype=np.uint64)
+    contexts = within(strata, np.array([p.context for p in prints], dtype=np.uint64))
+    prompts = np.array([p.prompt for p in prints], dtype=np.uint64)
+    return near_duplicates(rows, np.ones(len(examples), dtype=bool), prompts, NearIndex(threshold, 128))
 
 
 def changed(words: list[str], *places: int) -> Example:
@@ -138,7 +147,7 @@ def test_no_pair_below_the_threshold_is_ever_found() -> None:
     """The candidates of MinHash are many here: half of each text is the same."""
     shared = [f"word{i}" for i in range(60)]
     texts = [plain(" ".join([*shared, *(f"own{n}x{i}" for i in range(30))])) for n in range(60)]
-    assert jaccard(shingles(texts[0]), shingles(texts[1])) < 0.5
+    assert jaccard(shingles(texts[0].messages), shingles(texts[1].messages)) < 0.5
     assert near_of(texts, 0.5) == {}
 
 
@@ -152,8 +161,34 @@ def test_a_chain_is_judged_by_the_rows_that_are_kept() -> None:
 
 def test_near_rows_of_other_domains_stay() -> None:
     text = " ".join(WORDS)
-    same = [example(text, domain=domain) for domain in ("law", "tax", "law")]
-    assert near_of(same) == {2: (0, 1.0)}
+    asked = [("law", "Tell me."), ("trade", "Tell me!"), ("law", "tell me."), ("trade", "tell me!")]
+    assert near_of([example(text, prompt, domain) for domain, prompt in asked]) == {2: (0, 1.0), 3: (1, 1.0)}
+
+
+def test_the_same_text_of_two_domains_is_equal_and_no_duplicate() -> None:
+    one, other = (fingerprint(example("Yes.", domain=domain)) for domain in ("law", "tax"))
+    assert one == other
+    strata, whole = np.array([1, 2, 1], dtype=np.uint64), np.array([one.whole] * 3, dtype=np.uint64)
+    assert first_equal(within(strata, whole)).tolist() == [0, 1, 0]
+
+
+PROMPT = " ".join(f"{word}{i}" for i in range(3) for word in WORDS)
+
+
+def test_rows_that_ask_the_same_and_answer_otherwise_are_never_near() -> None:
+    """However long the prompt is beside the answers, and however near the answers are."""
+    assert near_of([example(answer, PROMPT) for answer in ("yes", "no", "perhaps")]) == {}
+    assert near_of([example(answer, "Read this.") for answer in (PROMPT, f"{PROMPT} more")]) == {}
+
+
+def test_nearly_the_same_prompt_is_near_with_the_same_answer_alone() -> None:
+    asked = [(PROMPT, "yes"), (f"{PROMPT} please", "no"), (f"{PROMPT} please", "Yes")]
+    found = near_of([example(answer, prompt) for prompt, answer in asked])
+    assert found == {2: (0, jaccard(pieces(PROMPT), pieces(f"{PROMPT} please")))}
+
+
+def test_other_prompts_of_one_long_answer_are_not_near() -> None:
+    assert near_of([example(PROMPT, "Where is the boat?"), example(PROMPT, "Who wrote this?")]) == {}
 
 
 def test_the_same_rows_give_the_same_answers() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training_lens.data.splitting import split_counts, split_groups, split_random, split_stratified
+from training_lens.data.splitting import split_counts, split_groups, split_random, split_stratified, stratum_counts
 
 SHARES = [0.8, 0.1, 0.1]
 
@@ -45,10 +45,36 @@ def test_added_rows_move_few_of_the_others() -> None:
 
 def test_every_stratum_has_its_share_in_every_split() -> None:
     sizes = [400, 50, 10, 3, 1]
-    strata = np.repeat(np.arange(len(sizes)), sizes)
-    split = split_stratified(keys(len(strata)), strata, SHARES, 0)
-    for stratum, size in enumerate(sizes):
-        assert np.bincount(split[strata == stratum], minlength=3).tolist() == split_counts(size, SHARES)
+    strata = np.repeat(keys(len(sizes)), sizes)
+    split = split_stratified(keys(len(strata), 1), strata, SHARES, 0)
+    assert np.bincount(split).tolist() == split_counts(sum(sizes), SHARES)
+    for stratum, size in zip(keys(len(sizes)), sizes, strict=True):
+        counts = np.bincount(split[strata == stratum], minlength=3)
+        assert np.abs(counts - np.array(SHARES) * size).max() < 2
+
+
+@pytest.mark.parametrize(("strata", "rows"), [(100, 3), (300, 1), (7, 20)])
+def test_many_small_strata_keep_the_shares_of_the_whole(strata: int, rows: int) -> None:
+    shares = [0.9, 0.05, 0.05]
+    names = np.repeat(keys(strata), rows)
+    split = split_stratified(keys(len(names), 1), names, shares, 0)
+    assert np.bincount(split).tolist() == split_counts(len(names), shares)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_row_of_every_stratum_is_placed_and_no_split_is_empty(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    shares = list(generator.dirichlet(np.ones(generator.integers(2, 6))))
+    sizes = generator.integers(1, 20, generator.integers(6, 60))
+    counts = stratum_counts(sizes, shares)
+    assert counts.sum(axis=1).tolist() == sizes.tolist() and counts.min() >= 0
+    assert counts.sum(axis=0).tolist() == split_counts(int(sizes.sum()), shares)
+
+
+def test_the_order_of_rows_and_strata_decides_nothing() -> None:
+    names, rows = np.repeat(keys(40), 5), keys(200, 1)
+    one, other = split_stratified(rows, names, SHARES, 3), split_stratified(rows[::-1], names[::-1], SHARES, 3)
+    assert (one[::-1] == other).all() and (one != split_stratified(rows, names, SHARES, 4)).any()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -73,3 +99,20 @@ def test_a_group_larger_than_the_training_share_still_leaves_the_others_some() -
     groups = np.concatenate([np.full(97, 1), [2, 2, 3]]).astype(np.uint64)
     for seed in range(6):
         assert set(split_groups(groups, SHARES, seed).tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_shares_that_groups_can_meet_are_met(seed: int) -> None:
+    one_large = np.concatenate([np.full(80, 999), np.arange(20)]).astype(np.uint64)
+    assert np.bincount(split_groups(one_large, [0.8, 0.2], seed)).tolist() == [80, 20]
+    users = np.repeat(keys(300), np.minimum(np.random.default_rng(seed).zipf(1.6, 300), 300))
+    counts = np.bincount(split_groups(users, SHARES, seed))
+    assert np.abs(counts - np.array(SHARES) * len(users)).max() < 1
+
+
+def test_large_groups_come_into_every_split() -> None:
+    sizes = np.repeat([40, 4], 100)
+    groups = np.repeat(keys(200), sizes)
+    large = np.repeat(sizes == 40, sizes)
+    counts = np.bincount(split_groups(groups, SHARES, 0)[large], minlength=3) / 40
+    assert (np.abs(counts - np.array(SHARES) * 100) < 12).all() and counts.min() >= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import closing
 from itertools import islice
@@ -17,7 +18,7 @@ from training_lens.data.preparation import Preparation, read_examples, tokenize
 from training_lens.data.sources import expand
 from training_lens.data.templates import build_renderer
 from training_lens.data.tokenization import TextEncoder
-from training_lens.data.types import Example
+from training_lens.data.types import Example, Row
 from training_lens.data.writing import FileFormat, Form, choose_form, open_writer, settings_for, written
 from training_lens.errors import DatasetError
 from training_lens.utils.progress import Progress
@@ -186,3 +187,24 @@ def test_values_that_a_format_cannot_hold_name_the_row(tmp_path: Path, write_row
     chat = own([{"messages": [asked, {"role": "assistant", "content": "Yes."}]}], write_rows, "chat.jsonl")
     with pytest.raises(DatasetError, match=r"chat.jsonl, row 1, .*Parquet cannot hold"):
         rewrite([chat], tmp_path, "parquet")
+
+
+def test_numbers_that_json_has_no_word_for_become_null_and_are_counted(tmp_path: Path) -> None:
+    row = Row("rows.parquet", 1, {})
+    values = {"question": "Who?", "score": float("nan"), "more": {"all": [1.5, float("inf")]}, "n": 1}
+    with closing(open_writer(tmp_path / "all.jsonl", "as_read", False, {"question"})) as writer:
+        writer.write(row, values)
+        writer.write(row, {**values, "score": 0.5})
+    one, two = (tmp_path / "all.jsonl").read_text().splitlines()
+    assert json.loads(one, parse_constant=pytest.fail) == {**values, "score": None, "more": {"all": [1.5, None]}}
+    assert json.loads(two)["score"] == 0.5
+    assert writer.emptied == {"score": 1, "more": 2}
+
+
+def test_such_a_number_in_what_is_learned_is_refused(tmp_path: Path) -> None:
+    values = {"messages": [{"role": "user", "content": "Hi"}], "tools": [{"default": float("nan")}]}
+    with (
+        closing(open_writer(tmp_path / "all.jsonl", "as_read", False, {"messages", "tools"})) as writer,
+        pytest.raises(DatasetError, match=r"rows.jsonl, row 3: 'tools' holds NaN"),
+    ):
+        writer.write(Row("rows.jsonl", 3, values), values)

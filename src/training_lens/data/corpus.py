@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.deduplication import fingerprint
-from training_lens.data.fields import FieldMapping, find_mapping, strip_end_marks, to_example
+from training_lens.data.fields import FieldMapping, find_mapping, no_such_field, strip_end_marks, to_example
 from training_lens.data.preparation import present_keys
 from training_lens.data.sources import Source
 from training_lens.data.types import Example, Row
@@ -19,18 +20,25 @@ from training_lens.data.values import text_of
 from training_lens.errors import DatasetError
 from training_lens.utils.progress import Progress
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
 class Reading:
     """A source, the keys of its rows (each with the first row that has it), and how they are read.
 
-    `stamp` is what `_stamp` gave when the source was first looked at.
+    `stamp` (as `_stamp`) and `sha256` are of the time before anything was read.
     """
 
     source: Source
     keys: dict[str, int]
     mapping: FieldMapping
     stamp: tuple[tuple[int, int], ...]
+    sha256: str
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(size for size, _ in self.stamp)
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,10 @@ class Corpus:
         Raises:
             DatasetError: as `Source.rows` and `fields.to_example`; or a source changed since it was first read.
         """
-        with self.progress.task(title, sum(r.source.size_bytes for r in self.readings), "bytes") as advance:
+        with self.progress.task(title, sum(r.size_bytes for r in self.readings), "bytes") as advance:
             for reading in self.readings:
                 _refuse_changed(reading)
-                left = float(reading.source.size_bytes)
+                left = float(reading.size_bytes)
                 for row in reading.source.rows():
                     example = to_example(row, reading.mapping, self.data.domain.per_file)
                     yield row, example
@@ -67,6 +75,18 @@ class Corpus:
                     advance(done)
                     left -= done
                 advance(left)
+                _refuse_changed(reading)
+
+    def require_unchanged(self) -> None:
+        """See that the sources still say what they said before they were read: one more pass over their bytes.
+
+        Raises:
+            DatasetError: one changed; names it.
+        """
+        for reading in self.readings:
+            _refuse_changed(reading)
+            if reading.source.sha256 != reading.sha256:
+                raise _changed(reading.source.name)
 
     def examples(self, title: str) -> Iterator[Example]:
         """The examples as they are trained on: without end marks, unless the setting keeps them."""
@@ -75,26 +95,35 @@ class Corpus:
 
 
 def _reading(source: Source, data: DataSection) -> Reading:
-    stamp, keys = _stamp(source), present_keys(source)
-    return Reading(source, keys, find_mapping(keys, data.fields, data.domain, source.name), stamp)
+    stamp = _stamp(source)
+    sha256 = source.sha256
+    keys = present_keys(source)
+    return Reading(source, keys, find_mapping(keys, data.fields, data.domain, source.name), stamp, sha256)
 
 
 def _stamp(source: Source) -> tuple[tuple[int, int], ...]:
     """Size and time of the last change (ns) of the source's files."""
-    return tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in source.files)
+    try:
+        return tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in source.files)
+    except FileNotFoundError as error:
+        raise _changed(source.name) from error
 
 
 def _refuse_changed(reading: Reading) -> None:
     if _stamp(reading.source) != reading.stamp:
-        raise DatasetError(f"{reading.source.name}: changed while it was read. Run it again when it is complete.")
+        raise _changed(reading.source.name)
+
+
+def _changed(name: str) -> DatasetError:
+    return DatasetError(f"{name}: changed while it was read. Run it again when it is complete.")
 
 
 @dataclass(frozen=True)
 class Catalogue:
     """What is remembered of every row, by position: 48 bytes, no text.
 
-    `whole`, `prompt` and `context` are as in `deduplication.Fingerprint`; `domain` is an index into `domains`, of which
-    the first is None; `group` is a hash of the group's name, 0 where none is asked for.
+    `whole`, `prompt` and `context` are as in `deduplication.Fingerprint`, without the domain; `domain` is an index into
+    `domains`, of which the first is None; `group` is a hash of the group's name, 0 where none is asked for.
     """
 
     files: list[str]
@@ -110,6 +139,23 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.whole)
 
+    def numbered(self, items: Iterable[Item]) -> Iterator[tuple[int, Item]]:
+        """What a later pass over the rows gives, each with its position.
+
+        Raises:
+            DatasetError: there are more than there were: the last source grows while it is read.
+        """
+        for position, item in enumerate(items):
+            if position == len(self):
+                raise _changed(self.files[-1])
+            yield position, item
+
+    def stratum(self) -> np.ndarray:
+        """A hash of each row's domain, (rows,) uint64; 0 where it has none."""
+        hashes = [0 if name is None else _hash(name) for name in self.domains]
+        of_rows: np.ndarray = np.array(hashes, dtype=np.uint64)[self.domain]
+        return of_rows
+
     def row_id(self, position: int) -> str:
         """As `Example.id`: 'data/train.jsonl:17'."""
         return f"{self.files[self.file[position]]}:{self.number[position]}"
@@ -119,8 +165,11 @@ def catalogue_of(corpus: Corpus, group_field: str | None) -> Catalogue:
     """One pass over the rows.
 
     Raises:
-        DatasetError: as `Corpus.rows`, or a row without the group field; names the row.
+        DatasetError: as `Corpus.rows`; a source without the group field, or a row; names it.
     """
+    for reading in corpus.readings if group_field else ():
+        if group_field not in reading.keys:
+            raise no_such_field("prepare.group_field", str(group_field), reading.keys, reading.source.name)
     files: dict[str, int] = {}
     domains: dict[str | None, int] = {None: 0}
     file, domain, number = array("i"), array("i"), array("q")
@@ -134,10 +183,10 @@ def catalogue_of(corpus: Corpus, group_field: str | None) -> Catalogue:
         whole.append(hashes.whole)
         prompt.append(hashes.prompt)
         context.append(hashes.context)
-        group.append(_group(text_of(row, group_field)) if group_field else 0)
+        group.append(_hash(text_of(row, group_field)) if group_field else 0)
     columns = (file, number, whole, prompt, context, domain, group)
     return Catalogue(list(files), list(domains), *(np.array(column) for column in columns))
 
 
-def _group(name: str) -> int:
+def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")

@@ -1,7 +1,8 @@
 """Rows that say the same: exactly, nearly, or the same question with another answer.
 
-Rows are compared by what they say to the model: messages, calls, tools and domain. Of a row are kept two 64-bit hashes;
-among n rows two different ones are taken for equal with probability n^2 / 2^65 (a million rows: 3e-8).
+Rows are compared by what they say to the model: messages, calls and tools. 64-bit hashes are kept; among n rows two
+different ones are taken for equal with probability n^2 / 2^65 (a million rows: 3e-8). They know nothing of domains:
+the same text under two domains is a leak between splits. Duplicates are sought within a domain (`within`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from training_lens.data.types import Example, Message
 
 WORDS = 5  # in a shingle
+_ANSWER = 0x5851F42D4C957F2D  # keeps the shingles of answers from those of prompts
 RECALL = 0.9  # of pairs right at the threshold; more similar ones are found more surely
 # Scripts that part words by no space: each of their characters counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -41,7 +43,7 @@ def normalised(text: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
     """64-bit hashes of an example: of all that it says (`whole`), of what comes before its last answer (`prompt`; of a
-    plain text, the whole), and of its domain and tools (`context`), which are part of the other two."""
+    plain text, the whole), and of its tools (`context`), which are part of the other two."""
 
     whole: int
     prompt: int
@@ -50,7 +52,7 @@ class Fingerprint:
 
 def fingerprint(example: Example) -> Fingerprint:
     """The example's hashes, of texts as `normalised` gives them."""
-    context = _digest([example.domain, *example.tools])
+    context = _digest(list(example.tools))
     turns = [_said(message) for message in example.messages]
     whole = _digest([context, turns])
     return Fingerprint(whole, whole if example.is_text else _digest([context, turns[:-1]]), context)
@@ -64,6 +66,12 @@ def _said(message: Message) -> list[Any]:
 def _digest(value: Any) -> int:
     text = json.dumps(value, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def within(strata: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    """Digests that are equal where both are: what rows say, and their stratum; (rows,) uint64."""
+    mixed: np.ndarray = digests ^ (strata * _POWERS[1])
+    return mixed
 
 
 def first_equal(digests: np.ndarray) -> np.ndarray:
@@ -97,15 +105,15 @@ def _word_hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def shingles(example: Example, context: int = 0) -> np.ndarray:
-    """32-bit hashes of every `WORDS` words in a row of the example (all of a shorter one), sorted, each once; uint32.
+def shingles(messages: Sequence[Message], context: int = 0) -> np.ndarray:
+    """32-bit hashes of every `WORDS` words in a row of the messages (all of shorter ones), sorted, each once; uint32.
 
     Words are of Unicode NFKC and without case; signs count as words, so 3 + 4 is not 3 - 4.
 
     Args:
-        context: mixed into every hash: examples of different contexts share none.
+        context: mixed into every hash: texts of different contexts share none.
     """
-    text = " ".join(part for message in example.messages for part in _parts(message))
+    text = " ".join(part for message in messages for part in _parts(message))
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     if not words:
         return np.array([], dtype=np.uint32)
@@ -122,7 +130,9 @@ def _parts(message: Message) -> Iterator[str]:
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """Size of the intersection over that of the union, of two sorted sets that are not both empty."""
+    """Size of the intersection over that of the union, of two sorted sets; 1 where both are empty."""
+    if not len(a) and not len(b):
+        return 1.0
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
 
@@ -142,10 +152,25 @@ def bands(threshold: float, num_perm: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """What the index keeps of a row: its shingles and their MinHash."""
+    """What the index keeps of a row: the shingles of its prompt, those of its last answer, and the MinHash of both."""
 
-    shingles: np.ndarray
+    prompt: np.ndarray
+    answer: np.ndarray
     minhash: Any
+
+    @property
+    def shingles(self) -> np.ndarray:
+        """Those of prompt and answer, which share none."""
+        return np.concatenate([self.prompt, self.answer])
+
+    def likeness(self, other: Sketch, apart: bool) -> float:
+        """The part of their shingles that both have (Jaccard); `apart`: of prompts or of answers, whichever is less.
+
+        The latter is never above the former: |A and B| / |A or B| of two parts together lies between those of each.
+        """
+        if not apart:
+            return jaccard(self.shingles, other.shingles)
+        return min(jaccard(self.prompt, other.prompt), jaccard(self.answer, other.answer))
 
 
 class NearIndex:
@@ -169,10 +194,11 @@ class NearIndex:
 
     def sketch(self, example: Example, context: int) -> Sketch:
         """The example as `find` and `add` take it."""
-        found = shingles(example, context)
+        *asked, answer = example.messages
+        parts = shingles(asked, context), shingles([answer], context ^ _ANSWER)
         minhash = self._empty.copy()
-        minhash.update_batch(found)
-        return Sketch(found, minhash)
+        minhash.update_batch(np.concatenate(parts))
+        return Sketch(*parts, minhash)
 
     def add(self, row: int, sketch: Sketch) -> None:
         """Put a row in; one without any word is never near another."""
@@ -180,10 +206,14 @@ class NearIndex:
             self._lsh.insert(row, sketch.minhash)
             self._sketches[row] = sketch
 
-    def find(self, sketch: Sketch) -> Iterator[tuple[int, float]]:
-        """The near rows in the order of their numbers, each with its similarity."""
+    def find(self, sketch: Sketch, apart: bool = False) -> Iterator[tuple[int, float]]:
+        """The near rows in the order of their numbers, each with its similarity.
+
+        Args:
+            apart: as in `Sketch.likeness`; prompts are near, and answers are.
+        """
         for row in self._candidates(sketch) if len(sketch.shingles) else ():
-            similar = jaccard(self._sketches[row].shingles, sketch.shingles)
+            similar = self._sketches[row].likeness(sketch, apart)
             if similar >= self._threshold:
                 yield row, similar
 
@@ -200,11 +230,17 @@ class NearIndex:
 Rows = Callable[[], Iterable[tuple[int, Example, int]]]  # position, example and context of every row, from the start
 
 
-def near_duplicates(rows: Rows, wanted: np.ndarray, index: NearIndex) -> dict[int, tuple[int, float]]:
+def near_duplicates(
+    rows: Rows, wanted: np.ndarray, prompt: np.ndarray, index: NearIndex
+) -> dict[int, tuple[int, float]]:
     """Rows that are near an earlier one that is kept: position -> that one's, and how similar they are.
+
+    Prompts are compared with prompts, answers with answers. Rows that ask exactly the same are not near, as they
+    answer otherwise, if only by a word.
 
     Args:
         wanted: (rows,) bool; the others are passed over.
+        prompt: (rows,) uint64, as in `Fingerprint`.
         index: an empty one; the rows that are kept are put in.
     """
     found: dict[int, tuple[int, float]] = {}
@@ -212,7 +248,7 @@ def near_duplicates(rows: Rows, wanted: np.ndarray, index: NearIndex) -> dict[in
         if not wanted[position]:
             continue
         sketch = index.sketch(example, context)
-        near = next(index.find(sketch), None)
+        near = next((other for other in index.find(sketch, apart=True) if prompt[other[0]] != prompt[position]), None)
         if near:
             found[position] = near
         else:

@@ -84,7 +84,7 @@ def find_mapping(keys: Keys, fields: FieldsSection, domain: DomainSection, place
     for meaning in ALIASES:
         configured = getattr(fields, meaning)
         if configured and configured not in keys:
-            raise _no_such_field(f"data.fields.{meaning}", configured, keys, place)
+            raise no_such_field(f"data.fields.{meaning}", configured, keys, place)
     form = _one_form(keys, fields, place)
     found = {m: getattr(fields, m) or _find(m, keys, place) for m in MEANINGS[form]}
     missing = next((m for m in ("instruction", "output") if m in found and not found[m]), None)
@@ -108,7 +108,7 @@ def _domain_key(domain: DomainSection, keys: Keys, place: str) -> str | None:
     if domain.field == "auto":
         return DOMAIN_FIELD if DOMAIN_FIELD in keys else None
     if domain.field and domain.field not in keys:
-        raise _no_such_field("data.domain.field", domain.field, keys, place)
+        raise no_such_field("data.domain.field", domain.field, keys, place)
     return domain.field
 
 
@@ -147,7 +147,8 @@ def _find(meaning: str, keys: Keys, place: str) -> str | None:
     return there[0] if there else None
 
 
-def _no_such_field(key: str, name: str, keys: Collection[str], place: str) -> DatasetError:
+def no_such_field(key: str, name: str, keys: Collection[str], place: str) -> DatasetError:
+    """The error that the setting `key` names a field that no row of a source has; says the nearest that there is."""
     close = nearest(name, keys)
     hint = f" Did you mean '{close}'?" if close else f" Its fields: {', '.join(sorted(map(str, keys)))}."
     return DatasetError(f"{key}: {place} has no field '{name}'.{hint}")

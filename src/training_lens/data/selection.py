@@ -10,7 +10,7 @@ import numpy as np
 
 from training_lens.config.data_sections import PrepareSection
 from training_lens.data.corpus import Catalogue, Corpus
-from training_lens.data.deduplication import NearIndex, Rows, conflicts, first_equal, near_duplicates
+from training_lens.data.deduplication import NearIndex, Rows, conflicts, first_equal, near_duplicates, within
 from training_lens.data.leakage import DROPPED, Leak, equal_leaks, near_leaks
 from training_lens.data.splitting import split_groups, split_random, split_stratified
 from training_lens.data.types import Example
@@ -69,33 +69,37 @@ def select(corpus: Corpus, catalogue: Catalogue, settings: PrepareSection) -> Se
 def _duplicates(corpus: Corpus, catalogue: Catalogue, settings: PrepareSection) -> list[Duplicate]:
     if settings.deduplicate == "none":
         return []
-    first = first_equal(catalogue.whole)
+    strata = catalogue.stratum()
+    first = first_equal(within(strata, catalogue.whole))
     repeats = first != np.arange(len(first))
     found = [Duplicate("exact", int(row), int(first[row]), 1.0) for row in np.flatnonzero(repeats)]
     if settings.deduplicate == "near":
         index = NearIndex(settings.near_threshold, settings.num_perm)
-        near = near_duplicates(_rows(corpus, catalogue, "near duplicates"), ~repeats, index)
+        rows = _rows(corpus, catalogue, within(strata, catalogue.context), "near duplicates")
+        near = near_duplicates(rows, ~repeats, catalogue.prompt, index)
         found += [Duplicate("near", row, of, similarity) for row, (of, similarity) in near.items()]
     return found
 
 
-def _rows(corpus: Corpus, catalogue: Catalogue, title: str) -> Rows:
+def _rows(corpus: Corpus, catalogue: Catalogue, contexts: np.ndarray, title: str) -> Rows:
     def rows() -> Iterator[tuple[int, Example, int]]:
-        for position, example in enumerate(corpus.examples(title)):
-            yield position, example, int(catalogue.context[position])
+        for position, example in catalogue.numbered(corpus.examples(title)):
+            yield position, example, int(contexts[position])
 
     return rows
 
 
 def _conflicts(catalogue: Catalogue, kept: np.ndarray) -> list[tuple[int, int]]:
     positions = np.flatnonzero(kept)
-    rows, firsts = conflicts(catalogue.whole[kept], catalogue.prompt[kept])
+    strata = catalogue.stratum()[kept]
+    rows, firsts = conflicts(within(strata, catalogue.whole[kept]), within(strata, catalogue.prompt[kept]))
     return list(zip(positions[rows].tolist(), positions[firsts].tolist(), strict=True))
 
 
 def _split(catalogue: Catalogue, kept: np.ndarray, settings: PrepareSection) -> np.ndarray:
     """The split of each kept row."""
-    keys, shares = catalogue.whole[kept], list(settings.splits.values())
+    strata = catalogue.stratum()[kept]
+    keys, shares = within(strata, catalogue.whole[kept]), list(settings.splits.values())
     units, what = (catalogue.group[kept], "groups") if settings.split_by == "group" else (kept, "rows")
     if len(np.unique(units)) < len(shares):
         raise DatasetError(
@@ -111,25 +115,16 @@ def _split(catalogue: Catalogue, kept: np.ndarray, settings: PrepareSection) -> 
             "prepare.split_by: the rows have no domain to split by. Name its key (data.domain.field), or take each "
             "file as a domain (data.domain.per_file=true)."
         )
-    assigned = split_stratified(keys, catalogue.domain[kept], shares, settings.seed)
-    empty = sorted(set(range(len(shares))) - set(assigned.tolist()))
-    if empty:
-        raise DatasetError(
-            f"prepare.split_by: every domain has too few rows for the split '{list(settings.splits)[empty[0]]}'. Give "
-            "more rows, or prepare.split_by=random."
-        )
-    return assigned
+    return split_stratified(keys, strata, shares, settings.seed)
 
 
 def _leaks(corpus: Corpus, catalogue: Catalogue, split: np.ndarray, settings: PrepareSection) -> list[Leak]:
-    """One a row, the strongest kind; none are near where near rows were left out already."""
+    """One a row, the strongest kind."""
     if settings.leakage == "off" or len(settings.splits) == 1:
         return []
     train = list(settings.splits).index("train")
     leaks = equal_leaks(catalogue.whole, catalogue.prompt, split, train)
-    if settings.deduplicate == "near":
-        return leaks
     known = {leak.row for leak in leaks}
     index = NearIndex(settings.near_threshold, settings.num_perm)
-    near = near_leaks(_rows(corpus, catalogue, "near leaks"), split, train, index)
+    near = near_leaks(_rows(corpus, catalogue, catalogue.context, "near leaks"), split, train, index)
     return leaks + [leak for leak in near if leak.row not in known]

@@ -55,13 +55,14 @@ class DomainStatistics:
 
 def domain_statistics(dataset: TokenDataset) -> dict[str, DomainStatistics]:
     """Of each domain, sorted by name; examples without one are in none."""
-    domains = dataset.domains
-    names = sorted({name for name in domains if name is not None})
-    return {name: _of(dataset, np.flatnonzero(domains == name)) for name in names}
-
-
-def _of(dataset: TokenDataset, rows: np.ndarray) -> DomainStatistics:
-    return DomainStatistics(len(rows), int(dataset.lengths[rows].sum()), int(dataset.supervised[rows].sum()))
+    have = np.array([name is not None for name in dataset.domains], dtype=bool)
+    names, index = np.unique(dataset.domains[have].astype(str), return_inverse=True)
+    sums = (np.bincount(index, values[have]).astype(np.int64) for values in (dataset.lengths, dataset.supervised))
+    columns = (np.bincount(index), *sums)  # a sum of float64 is exact below 2^53 tokens
+    return {
+        str(name): DomainStatistics(*each)
+        for name, *each in zip(names, *(column.tolist() for column in columns), strict=True)
+    }
 
 
 def histogram(lengths: np.ndarray, bins: int = 10, width: int = 78) -> list[str]:

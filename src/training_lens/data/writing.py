@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -143,6 +145,7 @@ class RowWriter(Protocol):
     """Takes rows one by one; the file is complete once it is closed."""
 
     rows: int
+    emptied: Counter[str]  # keys of which NaN or infinite values became null, and of how many rows
 
     def write(self, row: Row, values: Mapping[str, Any]) -> None:
         """Write the values, which came from `row`.
@@ -155,19 +158,30 @@ class RowWriter(Protocol):
     def close(self) -> None: ...
 
 
-def open_writer(path: Path, form: Form, has_domain: bool) -> RowWriter:
-    """A writer by the path's ending: .jsonl, or .parquet with the columns of `form`."""
-    return _ParquetWriter(path, form, has_domain) if path.suffix == ".parquet" else _JsonlWriter(path)
+def open_writer(path: Path, form: Form, has_domain: bool, learned: Collection[str] = ()) -> RowWriter:
+    """A writer by the path's ending: .jsonl, or .parquet with the columns of `form`.
+
+    Args:
+        learned: keys of which a value that JSON cannot hold (NaN, infinity) is refused; under others it becomes null.
+    """
+    return _ParquetWriter(path, form, has_domain) if path.suffix == ".parquet" else _JsonlWriter(path, learned)
+
+
+def learned_keys(corpus: Corpus) -> set[str]:
+    """The keys that are read of any source's rows."""
+    return {key for reading in corpus.readings for key in vars(reading.mapping).values() if key}
 
 
 class _JsonlWriter:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, learned: Collection[str]) -> None:
         self._file = path.open("w", encoding="utf-8")
+        self._learned = learned
         self.rows = 0
+        self.emptied: Counter[str] = Counter()
 
     def write(self, row: Row, values: Mapping[str, Any]) -> None:
         try:
-            self._file.write(_line(values) + "\n")
+            self._file.write(self._line(row, values) + "\n")
         except TypeError as error:
             raise DatasetError(
                 f"{row.place}: JSON cannot hold all of its values ({error}). With prepare.format=parquet what is "
@@ -178,10 +192,38 @@ class _JsonlWriter:
     def close(self) -> None:
         self._file.close()
 
+    def _line(self, row: Row, values: Mapping[str, Any]) -> str:
+        try:
+            return _line(values)
+        except ValueError:  # NaN or infinity: in pandas and Parquet often a value that is missing
+            emptied = [key for key, value in values.items() if not _is_json(value)]
+        learned = next((key for key in emptied if key in self._learned), None)
+        if learned is not None:
+            raise DatasetError(f"{row.place}: '{learned}' holds NaN or infinity, for which JSON has no word. Mend it.")
+        self.emptied.update(emptied)
+        return _line({key: _finite(value) for key, value in values.items()})
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every number in it that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
 
 def _line(values: Mapping[str, Any]) -> str:
     """The values in JSON, letters as they are; escaped where UTF-8 cannot write one of them."""
-    line = json.dumps(values, ensure_ascii=False)
+    line = json.dumps(values, ensure_ascii=False, allow_nan=False)
     return line if line.isascii() or not _has_surrogate(line) else json.dumps(values)
 
 
@@ -197,6 +239,7 @@ class _ParquetWriter:
         self._file = pq.ParquetWriter(path, self._schema)
         self._chunk: list[Mapping[str, Any]] = []
         self.rows = 0
+        self.emptied: Counter[str] = Counter()  # other keys are left out
 
     def write(self, row: Row, values: Mapping[str, Any]) -> None:
         self._chunk.append(values)

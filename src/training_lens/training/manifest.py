@@ -77,7 +77,7 @@ def manifest_of(
         "data": config.data.model_dump(include={"fields", "domain", "strip_end_marks"}),
         "sources": {
             reading.source.name: {
-                "sha256": reading.source.sha256,
+                "sha256": reading.sha256,
                 "rows": rows[reading.source.name],
                 "read_as": reading.mapping.describe(),
             }

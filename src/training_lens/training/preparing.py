@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from training_lens.data.selection import select
 from training_lens.data.sources import Source, expand
 from training_lens.data.statistics import domain_statistics, length_statistics
 from training_lens.data.types import Example
-from training_lens.data.writing import FileFormat, choose_form, open_writer, settings_for, written
+from training_lens.data.writing import FileFormat, choose_form, learned_keys, open_writer, settings_for, written
 from training_lens.errors import ConfigurationError
 from training_lens.training.manifest import MADE_BY, Chosen, PreparedSplit, listed_rows, manifest_of
 from training_lens.training.planning import cache_of, preparation_of, read_tokenizer, resolve_texts, with_rows_as_files
@@ -32,9 +33,12 @@ from training_lens.utils.files import (
     whole_folder,
     write_json,
 )
+from training_lens.utils.logging import get_logger
 from training_lens.utils.progress import Progress
 
+logger = get_logger(__name__)
 MANIFEST = "manifest.json"
+NAMED = 5  # files of others that an error names
 TEXT = 100  # characters of a row that stand with a finding
 
 
@@ -79,6 +83,7 @@ def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> 
     reader = settled.model_copy(update={"data": settings_for(chosen.form, settled.data)})
     with whole_folder(folder, existing="replace" if force else "refuse") as building:
         texts = _write(chosen, config.prepare.format, building)
+        chosen.corpus.require_unchanged()
         tokens = _tokenize(building, folder, preparation_of(reader, tokenizer), cache_of(config), progress)
         splits = {name: _described(building, tokens[name]) for name in config.prepare.splits}
         manifest = manifest_of(config, chosen, splits, texts)
@@ -126,10 +131,14 @@ def _make_room(folder: Path, sources: Sequence[Source], force: bool) -> None:
         raise ConfigurationError(
             f"prepare.output: '{folder}' is there already. Give another folder, or replace it with --force."
         )
-    if not _is_a_result(folder):
+    if not folder.is_dir():
+        raise ConfigurationError(f"prepare.output: '{folder}' is a file. Give a folder.")
+    others = sorted(path.name for path in folder.iterdir() if path.name not in _written_files(folder))
+    if others:
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
         raise ConfigurationError(
-            f"prepare.output: '{folder}' holds no result of prepare, and --force replaces nothing else. Give "
-            "another folder."
+            f"prepare.output: '{folder}' holds {', '.join(others[:NAMED])}{more}, which prepare did not write, and "
+            "--force replaces nothing else. Move what is yours, or give another folder."
         )
     inside = [f for s in sources for f in s.files if folder.resolve() in f.resolve().parents]
     if inside:
@@ -138,30 +147,36 @@ def _make_room(folder: Path, sources: Sequence[Source], force: bool) -> None:
         )
 
 
-def _is_a_result(folder: Path) -> bool:
+def _written_files(folder: Path) -> set[str]:
+    """What an earlier `prepare` wrote there: the manifest and the files that it lists; empty where there is none."""
     try:
         manifest = read_json(folder / MANIFEST)
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("made_by") == MADE_BY
+        if manifest["made_by"] != MADE_BY:
+            return set()
+        return {MANIFEST, *(split["file"] for split in manifest["splits"].values())}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return set()
 
 
 def _write(chosen: Chosen, file_format: FileFormat, building: Path) -> dict[int, str]:
     """Write every kept row to its split's file; gives the beginnings of the rows that the manifest lists."""
     corpus, selection, form = chosen.corpus, chosen.selection, chosen.form
     listed, texts = listed_rows(selection), dict[int, str]()
+    learned = learned_keys(corpus)
     has_domain = any(domain is not None for domain in chosen.catalogue.domains)
     with ExitStack() as stack:
         writers = [
-            stack.enter_context(closing(open_writer(building / f"{name}.{file_format}", form, has_domain)))
+            stack.enter_context(closing(open_writer(building / f"{name}.{file_format}", form, has_domain, learned)))
             for name in selection.names
         ]
-        for position, (row, example) in enumerate(corpus.rows("writing")):
+        for position, (row, example) in chosen.catalogue.numbered(corpus.rows("writing")):
             if position in listed:
                 texts[position] = _beginning(example)
             if selection.split[position] != DROPPED:
                 values = written(row, example, form, corpus.data.domain.per_file)
                 writers[selection.split[position]].write(row, values)
+    for key, count in sum((writer.emptied for writer in writers), Counter[str]()).items():
+        logger.warning("'%s' is NaN or infinite in %d rows, for which JSON has no word; written as null", key, count)
     return texts
 
 
