@@ -104,6 +104,29 @@ def test_best_goes_by_the_metric(call: Call, runs: dict[str, RunFolder]) -> None
     assert runs["aaaa"].run_id in call("experiment", "best", "--metric", "steps", "--min").stdout
 
 
+def test_runs_that_were_validated_on_other_rows_are_told_as_such(call: Call, runs: dict[str, RunFolder]) -> None:
+    make_finished(runs["bbbb"])
+    told = "these runs were validated on different rows"
+    assert told not in call("experiment", "best").stdout
+    for name in ("aaaa", "bbbb"):
+        write_json(runs[name].metadata / "data.json", {"validation": {"files": {"held.jsonl": name}}})
+    for arguments in (["best"], ["list", "--sort", "validation_loss"]):
+        assert call("experiment", *arguments).stdout.count(told) == 1, arguments
+    assert told not in call("experiment", "list").stdout
+    assert result_of(call("experiment", "best", "--json"))["same_validation"] is False
+
+
+def test_show_leaves_single_domains_to_json_and_odd_lines_out(call: Call, runs: dict[str, RunFolder]) -> None:
+    run = runs["aaaa"]
+    write_json(run.reports / "compare.json", {"adapter": {"loss": 1.5}, "by_domain": {"law": {"adapter": {"loss": 1}}}})
+    run.metrics.write_text('{"kind": "step", "step": 1, "loss": 2.5}\n{"kind": "step", "step": 2, "loss": NaN}\n')
+    shown = call("experiment", "show", run.run_id)
+    assert shown.exit_code == 0, shown.stderr
+    assert "adapter.loss" in shown.stdout and "by_domain" not in shown.stdout and "steps 1 to 1" in shown.stdout
+    told = result_of(call("experiment", "show", run.run_id, "--json"))
+    assert told["metrics"]["by_domain.law.adapter.loss"] == 1 and told["losses"]["step"] == [[1, 2.5]]
+
+
 def make_finished(run: RunFolder) -> None:
     write_json(run.metadata / "summary.json", {**run.read_metadata("summary.json"), "status": "finished"})
 

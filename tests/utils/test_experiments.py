@@ -10,12 +10,16 @@ import pytest
 
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.experiments import (
+    Run,
     best_run,
     config_differences,
     find_runs,
+    logged,
+    lower_is_better,
     read_run,
     read_runs,
     sort_runs,
+    validated_alike,
 )
 from training_lens.utils.files import write_json
 from training_lens.utils.runs import RunFolder, runs_folder
@@ -47,8 +51,66 @@ def test_every_experiment_is_read_the_newest_first(tmp_path: Path) -> None:
 def test_metrics_are_the_finite_numbers_of_summary_and_reports(tmp_path: Path) -> None:
     run = make(tmp_path, "a", steps=3, train_loss=float("nan"), note="x", estimate={"seconds": 2.5})
     write_json(run.reports / "compare.json", {"adapter": {"exact_match": 0.25}, "done": True, "by_length": [{"n": 1}]})
-    write_json(run.reports / "evaluation.json", {"adapter": {"exact_match": 0.5}})
-    assert read_run(run).metrics == {"steps": 3, "estimate.seconds": 2.5, "adapter.exact_match": 0.5}
+    assert read_run(run).metrics == {"steps": 3, "estimate.seconds": 2.5, "adapter.exact_match": 0.25}
+
+
+def test_of_two_reports_the_newer_one_stands_and_the_summary_over_both(tmp_path: Path) -> None:
+    run = make(tmp_path, "a", steps=3, seconds=2.5)
+    for age, (name, score) in enumerate([("compare.json", 0.25), ("evaluation.json", 0.5)]):
+        write_json(run.reports / name, {"steps": 99, "adapter": {"exact_match": score}, "settings": {"seed": age}})
+        os.utime(run.reports / name, (1000 - age, 1000 - age))
+    expected = {"steps": 3, "seconds": 2.5, "adapter.exact_match": 0.25}
+    assert read_run(run).metrics == expected
+    os.utime(run.reports / "evaluation.json")
+    assert read_run(run).metrics == {**expected, "adapter.exact_match": 0.5}
+
+
+ODD = [
+    '{"kind": "step", "step": 3}',
+    '{"kind": "step", "step": "4", "loss": null, "seconds": NaN}',
+    '{"kind": "validation", "step": 3, "loss": "low"}',
+    '{"kind": "base", "step": 0}',
+]
+
+
+def test_odd_lines_in_one_run_s_log_stop_no_command(tmp_path: Path) -> None:
+    make(tmp_path, "good", steps=1)
+    run = make(tmp_path, "odd", status="running")
+    run.metrics.write_text("\n".join(['{"kind": "step", "step": 2, "loss": 8.0, "seconds": 0.5}', *ODD]))
+    assert ids(find_runs(["good"], str(tmp_path))) == ["good"]
+    assert {found.run_id: found.metrics for found in read_runs(str(tmp_path))} == {
+        "good": {"steps": 1},
+        "odd": {"steps": 3, "seconds": 0.5},
+    }
+    assert logged(run, "step", "step", "loss") == [[2, 8.0]]
+
+
+@pytest.mark.parametrize(
+    ("metric", "lower"),
+    [
+        *[(name, True) for name in ("adapter.bits_per_byte", "adapter.forward_kl", "validation_loss", "peak_bytes")],
+        *[(name, False) for name in ("adapter.exact_match", "tokens_per_second", "adapter.rougeL", "steps")],
+    ],
+)
+def test_measures_know_which_end_is_best(metric: str, lower: bool) -> None:
+    assert lower_is_better(metric) == lower
+
+
+def test_runs_are_validated_alike_where_files_share_and_seed_are_the_same(tmp_path: Path) -> None:
+    def run(name: str, data: Any, val_ratio: float = 0.0) -> Run:
+        config = {"data": {"val_ratio": val_ratio}, "training": {"seed": 0}}
+        folder = make(tmp_path, name, config=config)
+        if data is not None:
+            write_json(folder.metadata / "data.json", data)
+        return read_run(folder)
+
+    files = {"train": {"files": {"rows.jsonl": "aa"}}}
+    one = run("one", {**files, "validation": {"files": {"held.jsonl": "bb"}}})
+    moved = run("moved", {"train": {"files": {"x": "cc"}}, "validation": {"files": {"other/held.jsonl": "bb"}}})
+    tenth, fifth = run("tenth", files, 0.1), run("fifth", files, 0.2)
+    unknown = [run("none", None), run("broken", [])]
+    assert validated_alike([one, moved, *unknown]) and validated_alike([tenth, tenth])
+    assert not validated_alike([one, tenth]) and not validated_alike([tenth, fifth])
 
 
 @pytest.mark.parametrize(
@@ -136,30 +198,3 @@ def test_runs_are_found_in_any_experiment_by_id_path_and_latest(tmp_path: Path) 
     assert find_runs([str(same.root)], str(tmp_path))[0].experiment == "b"
     with pytest.raises(CheckpointError, match=r"no run 'sane' among the 4 of .*Did you mean same\?"):
         find_runs(["sane"], str(tmp_path))
-
-
-def test_the_newer_report_stands_and_no_report_stands_over_the_summary(tmp_path: Path) -> None:
-    run = make(tmp_path, "a", steps=3)
-    settings = {"settings": {"seed": 7}, "steps": 9, "adapter": {"loss": 1.0}}
-    write_json(run.reports / "evaluation.json", settings)
-    write_json(run.reports / "compare.json", {"adapter": {"loss": 2.0}})
-    for age, name in enumerate(("compare.json", "evaluation.json")):
-        os.utime(run.reports / name, (1000 - age, 1000 - age))
-    assert read_run(run).metrics == {"steps": 3, "adapter.loss": 2.0}
-
-
-def test_an_odd_line_of_one_runs_metrics_breaks_no_other_run(tmp_path: Path) -> None:
-    run = make(tmp_path, "odd")
-    write_json(run.metadata / "summary.json", {"status": "running"})
-    run.metrics.write_text('{"kind": "step", "step": 3}\n{"kind": "validation", "step": "x", "loss": 1}\nno json\n')
-    make(tmp_path, "good", steps=1)
-    found = {r.run_id: r for r in read_runs(str(tmp_path))}
-    assert found["odd"].metrics == {"steps": 3, "seconds": 0} and found["good"].metrics == {"steps": 1}
-
-
-def test_runs_that_were_validated_on_the_same_rows_say_so(tmp_path: Path) -> None:
-    for run_id, sha in [("a", "1"), ("b", "1"), ("c", "2")]:
-        run = make(tmp_path, run_id, validation_loss=1.0)
-        write_json(run.metadata / "data.json", {"validation": {"files": {"v.jsonl": sha}}})
-    a, b, c = (read_run(RunFolder(runs_folder(str(tmp_path), "default") / run_id)) for run_id in "abc")
-    assert a.validated_on == b.validated_on != c.validated_on

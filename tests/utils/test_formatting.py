@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training_lens.utils.formatting import format_count, format_seconds, format_size, nearest
+from training_lens.utils.formatting import format_count, format_seconds, format_size, nearest, sparkline
 
 
 def test_formats() -> None:
@@ -14,3 +14,8 @@ def test_formats() -> None:
 def test_nearest() -> None:
     assert nearest("lerning_rate", ["learning_rate", "epochs"]) == "learning_rate"
     assert nearest("xyz", ["learning_rate"]) is None
+
+
+def test_a_sparkline_leaves_out_what_is_not_finite() -> None:
+    assert sparkline([3.0, float("nan"), 2.0, float("inf"), 1.0]) == sparkline([3.0, 2.0, 1.0]) == "█▅▁"
+    assert sparkline([float("nan")]) == ""

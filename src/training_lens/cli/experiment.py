@@ -83,7 +83,7 @@ def list_(
 ) -> None:
     """A table of the runs: what became of each, its steps and loss, and its tags."""
     with command(json, debug) as screen:
-        from training_lens.cli.run_tables import show_runs, tell_different_rows
+        from training_lens.cli.run_tables import show_runs, warn_of_other_rows
         from training_lens.utils.experiments import read_runs, sort_runs
 
         base = _base(config, overrides)
@@ -93,7 +93,8 @@ def list_(
         runs = sort_runs(runs, sort) if sort and runs else runs
         if runs:
             show_runs(screen.console, runs, sort or METRIC)
-            tell_different_rows(screen.console, runs if sort else [], sort or METRIC)
+            if sort:
+                warn_of_other_rows(screen.console, runs, sort)
         else:
             screen.console.print(f"no such runs in {base}", markup=False, soft_wrap=True)
         screen.result({"base": base, "runs": [run.as_json() for run in runs]})
@@ -146,16 +147,16 @@ def best(
 ) -> None:
     """The finished run with the best value of a metric."""
     with command(json, debug) as screen:
-        from training_lens.cli.run_tables import tell_different_rows
+        from training_lens.cli.run_tables import warn_of_other_rows
         from training_lens.utils.experiments import best_run, read_runs
 
         runs = [run for run in read_runs(_base(config, overrides), name) if run.status == "finished"]
         found = best_run(runs, metric, None if highest is None else not highest)
-        tell_different_rows(screen.console, runs, metric)
         value = found.metrics[metric]
         screen.console.print(f"{found.run_id}  {metric} {value:.6g}", markup=False, soft_wrap=True)
         screen.console.print(f"  in {found.folder.root}", markup=False, soft_wrap=True)
-        screen.result({"metric": metric, "value": value, "run": found.as_json()})
+        differ = warn_of_other_rows(screen.console, runs, metric)
+        screen.result({"metric": metric, "value": value, "same_validation": not differ, "run": found.as_json()})
 
 
 @experiment.command()

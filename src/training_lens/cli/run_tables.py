@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from training_lens.utils.experiments import Run
 
 STEPS_SHOWN = 12  # validations that a table of losses lists
-IN_PARTS = ("by_domain.", "controls.")  # metrics that only --json shows
+IN_PARTS = ("by_domain.", "controls.")
 VALUE_SHOWN = 120  # characters of a setting
 
 
@@ -43,6 +43,22 @@ def _number(run: Run, metric: str) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
+def _of_the_whole(runs: Sequence[Run]) -> list[str]:
+    """The metrics that any of the runs has, without those of single domains."""
+    names = dict.fromkeys(metric for run in runs for metric in run.metrics)
+    return [name for name in names if not name.startswith(IN_PARTS)]
+
+
+def warn_of_other_rows(console: Console, runs: Sequence[Run], metric: str) -> bool:
+    """Say it where runs with the metric were validated on different rows; gives whether they were."""
+    from training_lens.utils.experiments import validated_alike
+
+    differ = not validated_alike([run for run in runs if metric in run.metrics])
+    if differ:
+        console.print("these runs were validated on different rows: their losses cannot be compared", soft_wrap=True)
+    return differ
+
+
 def show_runs(console: Console, runs: Sequence[Run], metric: str) -> None:
     """A line a run with one metric, and under the table what is to be said of some."""
     columns = ["run", "status", "steps", "seconds", metric]
@@ -61,14 +77,6 @@ def show_runs(console: Console, runs: Sequence[Run], metric: str) -> None:
             console.print(f"{run.run_id}: {run.detail}", markup=False, soft_wrap=True)
 
 
-def tell_different_rows(console: Console, runs: Sequence[Run], metric: str) -> None:
-    """Say that a metric of runs that were validated on different rows does not compare."""
-    having = [run for run in runs if metric in run.metrics]
-    if "loss" in metric and len({run.validated_on for run in having}) > 1:
-        note = f"note: these runs were validated on different rows, so their {metric} does not say which is better."
-        console.print(note, style="dim", markup=False, soft_wrap=True)
-
-
 def details(run: Run) -> dict[str, Any]:
     """What `show` tells besides `Run.as_json`: settings that are not the defaults, data, losses, reports.
 
@@ -76,9 +84,8 @@ def details(run: Run) -> dict[str, Any]:
     """
     from training_lens.config.schema import TrainingConfig
     from training_lens.errors import CheckpointError
-    from training_lens.utils.experiments import losses_of
+    from training_lens.utils.experiments import logged
     from training_lens.utils.nested import differences, flat
-    from training_lens.utils.runs import read_metrics
 
     changed = differences([flat(TrainingConfig().model_dump()), run.config]) if run.config else {}
     try:
@@ -86,11 +93,10 @@ def details(run: Run) -> dict[str, Any]:
         files = {name: data[name]["examples_by_file"] for name in ("train", "validation") if name in data}
     except (CheckpointError, KeyError, TypeError):
         files = {}
-    lines = read_metrics(run.folder.metrics) if run.folder.metrics.is_file() else []
     return {
         "config": {key: mine for key, (_, mine) in changed.items()},
         "data": files,
-        "losses": {kind: [list(pair) for pair in losses_of(lines, kind)] for kind in ("base", "validation", "step")},
+        "losses": {kind: logged(run.folder, kind, "step", "loss") for kind in ("base", "validation", "step")},
         "reports": sorted(path.name for path in run.folder.reports.glob("*") if path.is_file()),
     }
 
@@ -107,9 +113,9 @@ def show_details(console: Console, run: Run, told: Mapping[str, Any]) -> None:
     say(f"  started {run.started:%Y-%m-%d %H:%M:%S} UTC, in {run.folder.root}")
     if run.tags:
         say(f"  tags: {', '.join(run.tags)}")
-    metrics = [metric for metric in run.metrics if not metric.startswith(IN_PARTS)]
-    if metrics:
-        _fill(console, _table("metrics", ("", "value"), right=("value",)), [[m, _number(run, m)] for m in metrics])
+    if run.metrics:
+        rows = [[metric, _number(run, metric)] for metric in _of_the_whole([run])]
+        _fill(console, _table("metrics", ("", "value"), right=("value",)), rows)
     if told["config"]:
         rows = [[key, _value(value)] for key, value in told["config"].items()]
         _fill(console, _table("settings that are not the defaults", ("", "value")), rows)
@@ -146,8 +152,7 @@ def _value(value: Any) -> str:
 def show_comparison(console: Console, runs: Sequence[Run], differing: Mapping[str, Sequence[Any]]) -> None:
     """Metrics and settings, a column a run; what all runs have alike of the settings is left out."""
     ids = [run.run_id for run in runs]
-    metrics = dict.fromkeys(metric for run in runs for metric in run.metrics)
-    rows = [[metric, *(_number(run, metric) for run in runs)] for metric in metrics]
+    rows = [[metric, *(_number(run, metric) for run in runs)] for metric in _of_the_whole(runs)]
     _fill(console, _table("metrics", ("", *ids), right=ids), [["status", *(run.status for run in runs)], *rows])
     if differing:
         rows = [[key, *(_value(value) for value in values)] for key, values in differing.items()]

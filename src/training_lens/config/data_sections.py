@@ -137,11 +137,11 @@ class PrepareSection(Section):
     )
     deduplicate: Literal["none", "exact", "near"] = Field(
         "exact",
-        description="keep the first of rows that say the same (exact: but for white space), or nearly the same (near: "
-        "rows that differ in one number may be, too)",
+        description="keep the first of rows that say the same (exact: but for white space), or ask and answer nearly "
+        "the same (near: rows that differ in one number may be, too)",
     )
     near_threshold: float = Field(
-        0.8, ge=0.5, le=1.0, description="near are two rows that share this part of their 5-word pieces (Jaccard)"
+        0.8, ge=0.5, le=1.0, description="near are texts that share this part of their 5-word pieces (Jaccard)"
     )
     num_perm: int = Field(
         128, ge=16, le=1024, description="MinHash permutations a row; more find near rows more surely"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.formatting import nearest
@@ -16,7 +16,7 @@ from training_lens.utils.nested import differences, flat
 from training_lens.utils.runs import LATEST, RunFolder, read_metrics, run_folders, runs_folder
 
 BROKEN = "broken"
-REPORTS = ("compare.json", "evaluation.json")  # where both have a metric, that of the newer file stands
+REPORTS = ("compare.json", "evaluation.json")
 MEASURED = ("base.", "adapter.", "delta.", "by_domain.", "controls.", "forgetting.", "tasks.")  # of a report
 LOWER_IS_BETTER = ("loss", "perplexity", "seconds", "bytes", "bits", "error", "distance", "_kl")
 NOT_COMPARED = ("output.run_id",)
@@ -28,9 +28,9 @@ class Run:
     """One run, as its files tell it.
 
     `status` is `RunFolder.status`, or broken where config or summary cannot be read; `detail` says what happened to
-    it, or what is wrong with its files. `started` is UTC. `metrics` are the finite numbers of its reports and summary
-    (until that is written, of metrics.jsonl), `config` the settings, both by dotted key; losses are nats per supervised
-    token. Runs of one `validated_on` were validated on the same rows.
+    it, or what is wrong with its files. `started` is UTC. `metrics` are the finite numbers of its summary (until it is
+    written, of metrics.jsonl) and of its reports, `config` the settings, both by dotted key; losses are nats per
+    supervised token. A report never stands over the summary; of two reports, the one that was written last stands.
     """
 
     folder: RunFolder
@@ -40,7 +40,6 @@ class Run:
     tags: tuple[str, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    validated_on: str = ""
 
     @property
     def run_id(self) -> str:
@@ -71,7 +70,7 @@ def read_runs(base_output_dir: str, experiment_name: str | None = None) -> list[
     Raises:
         ConfigurationError: there is no such experiment; names the nearest.
     """
-    experiments = sorted(p.name for p in (Path(base_output_dir) / "experiments").glob("*/"))
+    experiments = _experiments(base_output_dir)
     if experiment_name is not None and experiment_name not in experiments:
         there = f"there are {', '.join(experiments)}" if experiments else "there is none yet"
         raise ConfigurationError(
@@ -82,29 +81,35 @@ def read_runs(base_output_dir: str, experiment_name: str | None = None) -> list[
     return sorted(map(read_run, folders), key=lambda run: (run.started, run.run_id), reverse=True)
 
 
+def _experiments(base_output_dir: str) -> list[str]:
+    return sorted(path.name for path in (Path(base_output_dir) / "experiments").glob("*/"))
+
+
 def find_runs(references: Sequence[str], base_output_dir: str) -> list[Run]:
     """The runs that ids (of any experiment), paths, or `latest` (the newest, whatever became of it) mean; each once.
 
     Raises:
         CheckpointError: there is no such run, or the id is that of several.
     """
-    runs = read_runs(base_output_dir)
-    found = {run.folder.root.resolve(): run for run in (_find(name, runs, base_output_dir) for name in references)}
-    return list(found.values())
+    folders = [run for name in _experiments(base_output_dir) for run in run_folders(runs_folder(base_output_dir, name))]
+    found = [_find(reference, folders, base_output_dir) for reference in references]
+    return [read_run(folder) for folder in {folder.root.resolve(): folder for folder in found}.values()]
 
 
-def _find(reference: str, runs: Sequence[Run], base_output_dir: str) -> Run:
-    named = runs[:1] if reference == LATEST else [run for run in runs if run.run_id == reference]
+def _find(reference: str, folders: Sequence[RunFolder], base_output_dir: str) -> RunFolder:
+    named = [folder for folder in folders if folder.run_id == reference]
+    if reference == LATEST and folders:
+        named = [max(folders, key=lambda folder: (_started(folder), folder.run_id))]
     if len(named) == 1:
         return named[0]
     if named:
-        places = ", ".join(str(run.folder.root) for run in named)
+        places = ", ".join(str(folder.root) for folder in named)
         raise CheckpointError(f"the run '{reference}' is there {len(named)} times; give one's folder: {places}.")
     if (Path(reference) / "metadata").is_dir():
-        return read_run(RunFolder(Path(reference)))
+        return RunFolder(Path(reference))
     raise CheckpointError(
-        f"no run '{reference}' among the {len(runs)} of {base_output_dir}, and no run folder at that path. Give "
-        f"output.base_output_dir if it is elsewhere.{_hint(reference, [run.run_id for run in runs])}"
+        f"no run '{reference}' among the {len(folders)} of {base_output_dir}, and no run folder at that path. Give "
+        f"output.base_output_dir if it is elsewhere.{_hint(reference, [folder.run_id for folder in folders])}"
     )
 
 
@@ -127,33 +132,12 @@ def read_run(folder: RunFolder) -> Run:
         return Run(folder, BROKEN, str(error), started)
     problems = [detail] if detail else []
     try:
-        metrics = _reported(folder) | metrics
+        metrics = {**metrics, **_of_reports(folder), **metrics}  # the summary first, and over all
         tags = read_tags(folder)
     except (CheckpointError, OSError) as error:
         tags = ()
         problems.append(str(error))
-    return Run(folder, status, " ".join(problems), started, tags, metrics, config, _validated_on(folder, config))
-
-
-def _reported(folder: RunFolder) -> dict[str, float]:
-    """The measures in the run's reports, the newer file over the older one."""
-    files = sorted((p for name in REPORTS if (p := folder.reports / name).is_file()), key=lambda p: p.stat().st_mtime)
-    found: dict[str, float] = {}
-    for path in files:
-        numbers = _numbers(_mapping(read_whole(path), path))
-        found |= {key: value for key, value in numbers.items() if key.startswith(MEASURED)}
-    return found
-
-
-def _validated_on(folder: RunFolder, config: Mapping[str, Any]) -> str:
-    """What tells the run's validation rows: their files' hashes, or those of the rows that they were held out of."""
-    try:
-        data = folder.read_metadata("data.json")
-        if "validation" in data and not config.get("data.val_ratio"):
-            return str(data["validation"]["files"])
-        return str([data["train"]["files"], config.get("data.val_ratio"), config.get("training.seed")])
-    except (CheckpointError, OSError, KeyError, TypeError):
-        return ""
+    return Run(folder, status, " ".join(problems), started, tags, metrics, config)
 
 
 def _mapping(value: Any, path: Path) -> dict[str, Any]:
@@ -162,30 +146,44 @@ def _mapping(value: Any, path: Path) -> dict[str, Any]:
     return value
 
 
+def _of_reports(folder: RunFolder) -> dict[str, float]:
+    """The numbers of the run's reports; where two have the same one, that of the file that was written last."""
+    there = [path for name in REPORTS if (path := folder.reports / name).is_file()]
+    by_age = sorted(there, key=lambda path: path.stat().st_mtime_ns)
+    numbers = [_numbers(_mapping(read_whole(path), path)) for path in by_age]
+    return {key: value for found in numbers for key, value in found.items() if key.startswith(MEASURED)}
+
+
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers in nested values, by dotted key."""
     return {key: value for key, value in flat(values).items() if _is_number(value)}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _so_far(folder: RunFolder) -> dict[str, float]:
-    """What the lines of metrics.jsonl tell of a run whose summary is not written yet, by the summary's names."""
+def logged(folder: RunFolder, kind: str, *keys: str) -> list[list[float]]:
+    """What the lines of one kind in metrics.jsonl hold under some keys; lines without a finite number under each are
+    left out.
+
+    Args:
+        kind: base, step or validation.
+    """
     lines = read_metrics(folder.metrics) if folder.metrics.is_file() else []
-    steps = [line for line in lines if line.get("kind") == "step"]
-    told: dict[str, float] = {"steps": steps[-1]["step"] if steps else 0}
-    told["seconds"] = sum(line["seconds"] for line in steps if _is_number(line.get("seconds")))
+    found = ([line.get(key) for key in keys] for line in lines if line.get("kind") == kind)
+    return [[value for value in values if _is_number(value)] for values in found if all(map(_is_number, values))]
+
+
+def _so_far(folder: RunFolder) -> dict[str, float]:
+    """What metrics.jsonl tells of a run whose summary is not written yet, by the summary's names."""
+    steps = logged(folder, "step", "step")
+    told: dict[str, float] = {"steps": steps[-1][0] if steps else 0}
+    told["seconds"] = sum(seconds for (seconds,) in logged(folder, "step", "seconds"))
     for kind, name in (("base", "base_validation_loss"), ("validation", "validation_loss")):
-        if losses := [loss for _, loss in losses_of(lines, kind)]:
+        if losses := [loss for (loss,) in logged(folder, kind, "loss")]:
             told[name] = min(losses)
     return told
-
-
-def losses_of(lines: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[int, float]]:
-    """Step and loss of the lines of a kind (step, base, validation); those without a finite loss are left out."""
-    return [(line["step"], line["loss"]) for line in lines if line.get("kind") == kind and _is_number(line.get("loss"))]
 
 
 def _started(folder: RunFolder) -> datetime:
@@ -231,3 +229,20 @@ def config_differences(runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
     """The settings on which the runs do not agree, with each one's value; the runs' ids apart."""
     found = differences([run.config for run in runs])
     return {key: values for key, values in found.items() if key not in NOT_COMPARED}
+
+
+def validated_alike(runs: Sequence[Run]) -> bool:
+    """Whether the runs were validated on the same rows, as far as their metadata/data.json tells it."""
+    return len({rows for run in runs if (rows := _validation_rows(run)) is not None}) < 2
+
+
+def _validation_rows(run: Run) -> tuple[Any, ...] | None:
+    """What decides the rows: the files' sha256; where they are held out of the training files, also share and seed."""
+    try:
+        data = run.folder.read_metadata("data.json")
+        if "validation" in data:
+            return tuple(sorted(data["validation"]["files"].values()))
+        held_out = (run.config.get("data.val_ratio"), run.config.get("training.seed"))
+        return (*sorted(data["train"]["files"].values()), *held_out) if held_out[0] else None
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return None

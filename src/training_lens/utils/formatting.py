@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -41,10 +42,13 @@ def format_seconds(seconds: float) -> str:
 def sparkline(values: Sequence[float], width: int = 60) -> str:
     """Values as one line of blocks, the lowest ▁ and the highest █; more than `width` are averaged in equal parts.
 
+    Values that are not finite are left out.
+
     Example:
         >>> sparkline([3.0, 2.0, 1.0, 1.0, 1.0])
         '█▅▁▁▁'
     """
+    values = [value for value in values if math.isfinite(value)]
     count = min(len(values), width)
     edges = [i * len(values) // count for i in range(count + 1)] if count else []
     means = [statistics.fmean(values[start:end]) for start, end in pairwise(edges)]
