@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from training_lens.evaluation.judging import Judge, Judgement
 
 SHOWN = 3
+NAME_WIDTH = 18  # characters of a row's name that no table folds
 USED = ("evaluation.", "data.validation", "inference.adapter", "inference=")
 
 
@@ -92,10 +93,11 @@ def _table(screen: Screen, title: str, columns: Iterable[str], rows: Iterable[tu
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
+    table, lines = Table(title=title, title_justify="left"), list(rows)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
-    for cells in rows:
+        shown_whole = None if i else min(NAME_WIDTH, max(len(cells[0]) for cells in lines))
+        table.add_column(column, justify="right" if i else "left", overflow="fold", min_width=shown_whole)
+    for cells in lines:
         table.add_row(*(Text(cell) for cell in cells))
     screen.console.print(table)
 

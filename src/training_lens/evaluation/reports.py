@@ -101,11 +101,11 @@ def _part_row(label: str, group: Group, intervals: bool, answered: bool) -> Cell
 
 
 def control_table(comparison: Comparison, intervals: bool = True) -> list[Cells]:
-    """The head, then a line for each control: its rows, the adapter's loss as is and so, the change, exact match."""
-    head = ["control", "rows", "loss as is", "loss so", "change"]
+    """The head, then a line for each control: its rows, the adapter's loss as is and spoilt, the change, exact match."""
+    head = ["control", "rows", "loss", "spoilt", "change"]
     head += [f"{comparison.confidence:.0%} interval"] if intervals else []
     answered = any("exact_match" in control.scores for control in comparison.controls.values())
-    head += ["exact as is", "exact so"] if answered else []
+    head += ["exact", "spoilt"] if answered else []
     lines = [_control_row(name, c, intervals, answered) for name, c in comparison.controls.items()]
     return [tuple(head), *lines]
 
