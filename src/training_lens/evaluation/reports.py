@@ -101,7 +101,7 @@ def _part_row(label: str, group: Group, intervals: bool, answered: bool) -> Cell
 
 
 def control_table(comparison: Comparison, intervals: bool = True) -> list[Cells]:
-    """The head, then a line for each control: its rows, the adapter's loss as is and spoilt, the change, exact match."""
+    """The head, then a line for each control: rows, the adapter's loss as is and spoilt, the change, exact match."""
     head = ["control", "rows", "loss", "spoilt", "change"]
     head += [f"{comparison.confidence:.0%} interval"] if intervals else []
     answered = any("exact_match" in control.scores for control in comparison.controls.values())
