@@ -68,16 +68,12 @@ def show(screen: Screen, judgement: Judgement) -> None:
     from training_lens.evaluation import reports
 
     comparison = judgement.comparison
-    whole, length, domain = comparison.whole, comparison.by_length, comparison.by_domain
-    title = f"on {whole.rows} rows, {whole.supervised_tokens} supervised tokens"
-    _table(screen, title, reports.measure_columns(comparison), reports.measure_rows(whole))
-    for title, what, parts in (("by length", "tokens", length), ("by domain", "domain", domain)):
+    show_whole(screen, judgement)
+    for what, parts in (("tokens", comparison.by_length), ("domain", comparison.by_domain)):
         if len(parts) > 1:
             head, *lines = reports.part_table(comparison, what, intervals=False)
-            _table(screen, title, head, lines)
-    if comparison.controls:
-        head, *lines = reports.control_table(comparison, intervals=False)
-        _table(screen, "the adapter on spoilt prompts", head, lines)
+            _table(screen, f"by {'length' if what == 'tokens' else what}", head, lines)
+    show_controls(screen, judgement)
     for name, moved in (("most improved rows", comparison.improved), ("most worsened rows", comparison.worsened)):
         if moved:
             _table(screen, name, reports.MOVED_COLUMNS, reports.moved_rows(moved, False))
@@ -85,8 +81,25 @@ def show(screen: Screen, judgement: Judgement) -> None:
         _table(screen, "lm-eval", reports.task_columns(comparison), reports.task_rows(comparison))
     if comparison.forgetting:
         screen.console.print(reports.forgetting_line(comparison), markup=False)
-    if any(text for outcome in judgement.outcomes.values() for text in outcome.answers):
-        _show_samples(screen, judgement)
+    show_samples(screen, judgement)
+
+
+def show_whole(screen: Screen, judgement: Judgement) -> None:
+    """The measures over all rows."""
+    from training_lens.evaluation import reports
+
+    whole = judgement.comparison.whole
+    title = f"on {whole.rows} rows, {whole.supervised_tokens} supervised tokens"
+    _table(screen, title, reports.measure_columns(judgement.comparison), reports.measure_rows(whole))
+
+
+def show_controls(screen: Screen, judgement: Judgement) -> None:
+    """The controls, where there are any."""
+    from training_lens.evaluation import reports
+
+    if judgement.comparison.controls:
+        head, *lines = reports.control_table(judgement.comparison, intervals=False)
+        _table(screen, "the adapter on spoilt prompts", head, lines)
 
 
 def _table(screen: Screen, title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
@@ -102,19 +115,23 @@ def _table(screen: Screen, title: str, columns: Iterable[str], rows: Iterable[tu
     screen.console.print(table)
 
 
-def _show_samples(screen: Screen, judgement: Judgement) -> None:
+def show_samples(screen: Screen, judgement: Judgement) -> None:
+    """Some rows with the models' answers side by side, where models were asked."""
     from rich.table import Table
     from rich.text import Text
 
     from training_lens.data.types import Message
     from training_lens.evaluation.comparison import samples
 
+    if not any(text for outcome in judgement.outcomes.values() for text in outcome.answers):
+        return
     examples = judgement.rows.examples
     table = Table(title=f"{min(SHOWN, len(examples))} of these rows", title_justify="left", show_lines=True)
     for column in ("prompt", "expected", *judgement.outcomes):
         table.add_column(column, ratio=1)
     for i in samples(examples, SHOWN):
-        asked = examples[i].messages[-2] if not examples[i].is_text else Message("user", "(plain text)")
+        asks = len(examples[i].messages) > 1
+        asked = examples[i].messages[-2] if asks else Message("user", "(plain text)")
         domain = f"[{examples[i].domain}] " if examples[i].domain else ""
         cells = [f"{domain}{asked.text}\n{asked.input}", judgement.rows.references[i]]
         cells += [outcome.answers[i] for outcome in judgement.outcomes.values()]
