@@ -119,12 +119,20 @@ def show_details(console: Console, run: Run, told: Mapping[str, Any]) -> None:
     if told["config"]:
         rows = [[key, _value(value)] for key, value in told["config"].items()]
         _fill(console, _table("settings that are not the defaults", ("", "value")), rows)
-    files = [[split, name, f"{count:,}"] for split, each in told["data"].items() for name, count in each.items()]
+    files = [
+        [split, _place(name), f"{count:,}"] for split, each in told["data"].items() for name, count in each.items()
+    ]
     if files:
         _fill(console, _table("data", ("", "file", "examples"), right=("examples",)), files)
     _show_losses(console, told["losses"])
     if told["reports"]:
         say(f"reports: {', '.join(told['reports'])}")
+
+
+def _place(name: str) -> str:
+    """A source as a table has room for it: a path's file and its folder; `--json` has the whole."""
+    parts = name.split("/")
+    return name if len(parts) <= 2 else f".../{'/'.join(parts[-2:])}"
 
 
 def _show_losses(console: Console, losses: Mapping[str, Sequence[Sequence[float]]]) -> None:
