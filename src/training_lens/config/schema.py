@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection, PrepareSection
 from training_lens.config.judging_sections import BenchmarkSection, EvaluationSection, InferenceSection
-from training_lens.config.section import Section, folder_name
+from training_lens.config.section import FolderName, Section
 
 
 class ModelSection(Section):
@@ -121,7 +121,7 @@ class TrackingSection(Section):
 class SweepSection(Section):
     """Many trials of one question (training-lens sweep): each a run of its own, with other values of some keys."""
 
-    name: str = Field("sweep", description="of the study, and of the experiment that its runs are in")
+    name: FolderName = Field("sweep", description="of the study, and of the experiment that its runs are in")
     space: dict[str, list[Any] | dict[str, Any]] = Field(
         {},
         description="what is tried, by key: choices such as {peft.r: [4, 8, 16]}, or a range such as {training.lr: "
@@ -152,23 +152,13 @@ class SweepSection(Section):
         "give it; may hold a password, so it is saved with no run; null: study.db in the sweep's folder",
     )
 
-    @field_validator("name")
-    @classmethod
-    def _one_component(cls, value: str) -> str:
-        return folder_name(value)
-
 
 class OutputSection(Section):
     """Where runs are kept: {base_output_dir}/experiments/{experiment_name}/runs/{run_id}."""
 
     base_output_dir: str = Field("outputs", min_length=1, description="folder of all runs and of the token cache")
-    experiment_name: str = Field("default", description="groups runs; one path component")
-    run_id: str | None = Field(None, description="null: a UTC timestamp with a random tail")
-
-    @field_validator("experiment_name", "run_id")
-    @classmethod
-    def _one_component(cls, value: str | None) -> str | None:
-        return None if value is None else folder_name(value)
+    experiment_name: FolderName = Field("default", description="groups runs; one path component")
+    run_id: FolderName | None = Field(None, description="null: a UTC timestamp with a random tail")
 
 
 class TrainingConfig(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
 
 def as_list(value: Any) -> Any:
@@ -21,6 +21,7 @@ def folder_name(value: str) -> str:
     return value
 
 
+FolderName = Annotated[str, AfterValidator(folder_name)]
 Paths = Annotated[list[str], BeforeValidator(as_list)]
 Rows = Annotated[list[str] | list[dict[str, Any]], BeforeValidator(as_list)]
 

@@ -16,7 +16,6 @@ from training_lens.evaluation.length_bucketing import LengthBuckets
 from training_lens.evaluation.scoring import Bootstrap, Interval, Measures, Scored
 
 BASE, ADAPTER = "base", "adapter"
-PER_TOKEN = ("loss", "perplexity", "bits_per_token", "token_accuracy")  # say nothing across different tokens
 SHOWN = 5  # rows that moved most, each way
 
 
@@ -70,10 +69,9 @@ class Control:
 
 def control(changed: Scored, adapter: Scored, bootstrap: Bootstrap) -> Control:
     """The adapter on changed prompts against itself on the same rows."""
-    scores, own = changed.of_all(), adapter.of_all()
-    delta = {name: value - own[name] for name, value in scores.items() if name in own}
-    intervals = {n: v for n, v in bootstrap.intervals(changed, minus=adapter).items() if n in delta}
-    return Control(len(changed), int(changed.sums.tokens.sum()), scores, own, delta, intervals)
+    delta, intervals = bootstrap.change(changed, adapter)
+    tokens = int(changed.sums.tokens.sum())
+    return Control(len(changed), tokens, changed.of_all(), adapter.of_all(), delta, intervals)
 
 
 @dataclass(frozen=True)
@@ -141,14 +139,14 @@ def compare(
     bucket = buckets.assign(lengths)
     domains = np.array([e.domain for e in examples], dtype=object)
     named = sorted({e.domain for e in examples if e.domain is not None})
-    alike = _same_tokens(models)
-    moved = _moved(examples, models) if len(models) == 2 and alike else []
+    two = len(models) == 2 and models[ADAPTER].same_tokens(models[BASE])
+    moved = _moved(examples, models) if two else []
     labels = [(label, bucket == i) for i, label in enumerate(buckets.labels) if (bucket == i).any()]
     return Comparison(
         described,
-        _group(models, bootstrap, alike),
-        {label: _group(_of(models, rows), bootstrap, alike) for label, rows in labels},
-        {domain: _group(_of(models, domains == domain), bootstrap, alike) for domain in named},
+        _group(models, bootstrap),
+        {label: _group(_of(models, rows), bootstrap) for label, rows in labels},
+        {domain: _group(_of(models, domains == domain), bootstrap) for domain in named},
         bootstrap.confidence,
         improved=[row for row in moved[:SHOWN] if row.adapter_loss < row.base_loss],
         worsened=[row for row in moved[: -SHOWN - 1 : -1] if row.adapter_loss > row.base_loss],
@@ -159,24 +157,13 @@ def _of(models: Mapping[str, Scored], rows: np.ndarray) -> dict[str, Scored]:
     return {name: scored.take(rows) for name, scored in models.items()}
 
 
-def _group(models: Mapping[str, Scored], bootstrap: Bootstrap, same_tokens: bool) -> Group:
+def _group(models: Mapping[str, Scored], bootstrap: Bootstrap) -> Group:
     last = models[list(models)[-1]]
     found = {name: scored.of_all() for name, scored in models.items()}
-    delta: Measures = {}
-    intervals = bootstrap.intervals(last) if len(models) == 1 else {}
-    if len(models) == 2:
-        base, adapter = found[BASE], found[ADAPTER]
-        shared = [name for name in adapter if name in base and (same_tokens or name not in PER_TOKEN)]
-        delta = {name: adapter[name] - base[name] for name in shared}
-        drawn = bootstrap.intervals(models[ADAPTER], minus=models[BASE])
-        intervals = {name: interval for name, interval in drawn.items() if name in delta}
+    delta, intervals = (
+        bootstrap.change(models[ADAPTER], models[BASE]) if len(models) == 2 else ({}, bootstrap.intervals(last))
+    )
     return Group(len(last), int(last.sums.tokens.sum()), found, delta, intervals)
-
-
-def _same_tokens(models: Mapping[str, Scored]) -> bool:
-    """Whether all models were measured on the same supervised tokens of every row."""
-    first, *others = [scored.tokens_id for scored in models.values()]
-    return all(np.array_equal(first, other) for other in others)
 
 
 def _moved(examples: Sequence[Example], models: Mapping[str, Scored]) -> list[Moved]:
@@ -188,9 +175,9 @@ def _moved(examples: Sequence[Example], models: Mapping[str, Scored]) -> list[Mo
 
 def forgetting(base: Scored, adapter: Scored, bootstrap: Bootstrap) -> Forgetting:
     """The change of loss on rows of text that was not trained on."""
+    delta, intervals = bootstrap.change(adapter, base)
     before, after = base.of_all()["loss"], adapter.of_all()["loss"]
-    interval = bootstrap.intervals(adapter, minus=base).get("loss")
-    return Forgetting(len(base), before, after, after - before, interval)
+    return Forgetting(len(base), before, after, delta["loss"], intervals.get("loss"))
 
 
 def samples(examples: Sequence[Example], count: int) -> list[int]:

@@ -13,6 +13,7 @@ from training_lens.evaluation.metrics import CORPUS_METRICS, row_scores
 
 Measures = dict[str, float]
 Interval = tuple[float, float]
+PER_TOKEN = ("loss", "perplexity", "bits_per_token", "token_accuracy")  # say nothing across different tokens
 DRAWN_AT_ONCE = 2**22  # weights of resampled rows in memory: 32 MB
 
 
@@ -53,6 +54,10 @@ class Scored:
             {name: _spread(values, asked, 0.0) for name, values in statistics.items()},
             self.kl,
         )
+
+    def same_tokens(self, other: Scored) -> bool:
+        """Whether both were measured on the same supervised tokens of every row."""
+        return np.array_equal(self.tokens_id, other.tokens_id)
 
     def take(self, rows: np.ndarray) -> Scored:
         """Of these rows alone, given by their places or as (rows,) bool."""
@@ -121,6 +126,16 @@ class Bootstrap:
     resamples: int = 1000
     confidence: float = 0.95
     seed: int = 0
+
+    def change(self, after: Scored, before: Scored) -> tuple[Measures, dict[str, Interval]]:
+        """What of each measure of both is more after than before, and the interval of that.
+
+        Measures by token are left out where the tokens are not the same.
+        """
+        values, old = after.of_all(), before.of_all()
+        shared = [n for n in values if n in old and (after.same_tokens(before) or n not in PER_TOKEN)]
+        drawn = self.intervals(after, minus=before)
+        return {n: values[n] - old[n] for n in shared}, {n: drawn[n] for n in shared if n in drawn}
 
     def intervals(self, scored: Scored, minus: Scored | None = None) -> dict[str, Interval]:
         """The interval of every measure of `scored`, or of its difference from that of `minus`, on the same rows.
