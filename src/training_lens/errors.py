@@ -61,6 +61,10 @@ class OutOfMemoryError(TrainingError):
     """Memory ran out in loading, training or answering."""
 
 
+class LensError(TrainingLensError):
+    """Nothing to capture, or captures that are missing, damaged, or of something else."""
+
+
 class EstimateError(TrainingLensError):
     """A run of which duration and memory cannot be measured before it; it can be trained all the same."""
 

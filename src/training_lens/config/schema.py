@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection, PrepareSection
 from training_lens.config.judging_sections import BenchmarkSection, EvaluationSection, InferenceSection
+from training_lens.config.lens_section import LensSection
 from training_lens.config.section import FolderName, Section
 
 
@@ -173,6 +174,7 @@ class TrainingConfig(Section):
     inference: InferenceSection = InferenceSection()
     benchmark: BenchmarkSection = BenchmarkSection()
     tracking: TrackingSection = TrackingSection()
+    lens: LensSection = LensSection()
     sweep: SweepSection = SweepSection()
     output: OutputSection = OutputSection()
 

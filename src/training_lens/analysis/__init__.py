@@ -1,0 +1,1 @@
+"""Reading a finished, running or broken-off run: analysis, findings, reports, pictures."""
