@@ -161,7 +161,8 @@ def test_power_iteration_comes_within_a_percent_from_below() -> None:
     flat = normal(2, 300, 200)
     decaying = torch.diag(torch.arange(1, 201) ** -0.5)
     close = torch.diag(1 - torch.arange(200) * 1e-3)  # two hundred values, a thousandth apart
-    for weight in (flat, flat.mT.contiguous(), decaying, close, flat.bfloat16(), normal(5, 3), normal(3, 5)):
+    wide, one = normal(600, 1600), normal(40, 1) @ normal(1, 30)
+    for weight in (flat, flat.mT.contiguous(), wide, decaying, close, flat.bfloat16(), one, normal(5, 3), normal(3, 5)):
         true = matrix_norm(weight.float(), 2)
         found = top_singular_value(weight)
         assert (found <= true * (1 + 1e-5)).all() and (found >= 0.99 * true).all()
