@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training_lens.core.tables import MODULE, STEP, joined
+from training_lens.core.arrow import MODULE, STEP, joined
 from training_lens.errors import LensError
 from training_lens.utils.files import sweep_temporaries, whole_file
 from training_lens.utils.logging import get_logger

@@ -24,7 +24,7 @@ from training_lens.config.lens_section import LensSection
 from training_lens.core.manifest import read_manifest, write_manifest
 from training_lens.core.segments import Segment, SegmentedTable, bound, read_segment, segments_in
 from training_lens.core.snapshots import Snapshots, read_snapshot, require_whole, snapshots_in
-from training_lens.core.tables import (
+from training_lens.core.arrow import (
     Packed,
     arrow_table,
     joined,
