@@ -43,8 +43,13 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> OwnRun:
         {
             "data": {"max_examples": STEPS * BATCH * ACCUMULATION, "validation": None},
             "training": {
-                **{"epochs": 1, "batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATION, "lr": 3e-3},
-                **{"scheduler": "constant", "warmup_ratio": 0.0, "max_grad_norm": CLIP},
+                "epochs": 1,
+                "batch_size": BATCH,
+                "gradient_accumulation_steps": ACCUMULATION,
+                "lr": 3e-3,
+                "scheduler": "constant",
+                "warmup_ratio": 0.0,
+                "max_grad_norm": CLIP,
             },
             "peft": {"r": 4},
             "lens": {"report": False, "spectra_every": 1, "probe_every": 3},
@@ -103,10 +108,21 @@ def by_sft_trainer(own: OwnRun, lens: TrainingLensFramework, folder: Path) -> No
 
 def _arguments(folder: Path) -> dict[str, Any]:
     return {
-        **{"output_dir": str(folder), "use_cpu": True, "num_train_epochs": 1, "learning_rate": 3e-3, "bf16": False},
-        **{"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATION},
-        **{"lr_scheduler_type": "constant", "max_grad_norm": CLIP, "weight_decay": 0.0, "report_to": []},
-        **{"train_sampling_strategy": "sequential", "save_strategy": "no", "logging_steps": 2, "disable_tqdm": True},
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "num_train_epochs": 1,
+        "learning_rate": 3e-3,
+        "bf16": False,
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": CLIP,
+        "weight_decay": 0.0,
+        "report_to": [],
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "logging_steps": 2,
+        "disable_tqdm": True,
     }
 
 

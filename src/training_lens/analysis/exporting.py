@@ -16,7 +16,7 @@ import pyarrow.parquet
 from training_lens.core.recording import Recording
 from training_lens.core.types import DataType
 from training_lens.errors import LensError, OutputError
-from training_lens.utils.files import TEMPORARY, write_text
+from training_lens.utils.files import whole_file
 
 
 def export_tables(
@@ -44,18 +44,9 @@ def export_tables(
         raise OutputError(f"{standing[0]} is there already. Give --force to write over it, or another --output.")
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in targets.items():
-        _whole(path, lambda place, name=name: WRITERS[format](recording, name, place))
+        with whole_file(path) as temporary:
+            WRITERS[format](recording, name, temporary)
     return {path: captures.table(name).num_rows for name, path in targets.items()}
-
-
-def _whole(path: Path, write: Callable[[Path], None]) -> None:
-    """`path` appears when it is complete."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _csv(recording: Recording, name: str, path: Path) -> None:
@@ -75,7 +66,7 @@ def _parquet(recording: Recording, name: str, path: Path) -> None:
 
 def _json(recording: Recording, name: str, path: Path) -> None:
     rows = recording.captures.table(name).to_pylist()
-    write_text(path, json.dumps([{k: _finite(v) for k, v in row.items()} for row in rows]) + "\n")
+    path.write_text(json.dumps([{k: _finite(v) for k, v in row.items()} for row in rows]) + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -64,7 +64,7 @@ class Capture:
         watched: Watched,
         facts: RunFacts,
     ) -> None:
-        self.watched, self.seconds = watched, dict[str, float]()
+        self.watched = watched
         self._section, self._facts = section, facts
         self._live = [c for c in collectors if c.moment is not Moment.PROBE or watched.probe]
         self._paces = {c.name: self._pace(c) for c in self._live}
@@ -72,6 +72,7 @@ class Capture:
         self._step, self._over = facts.after_step, False
         self._step_seconds, self._clock = 0.0, time.perf_counter()
         self._writer = LensWriter(folder, self._manifest(), section, facts.after_step)
+        self.seconds = self._writer.cost()  # of the run before it was resumed
         for collector in tuple(self._live):
             with self._guarded(collector, 0):
                 self._keep(collector, 0, collector.start(watched))
@@ -192,8 +193,9 @@ class Capture:
 
     def _row(self, table: str, step: int, values: Mapping[str, float | Tensor | None]) -> None:
         if not self._over:
-            known = {k: torch.as_tensor(v).detach().reshape(1) for k, v in values.items() if v is not None}
+            device = next((v.device for v in values.values() if isinstance(v, Tensor)), "cpu")
             with self._timed("stacks"), self._store_guarded():
+                known = {k: _cell(v, device) for k, v in values.items() if v is not None}
                 self._writer.add(table, step, Captured(known))
 
     @contextmanager
@@ -238,3 +240,7 @@ class Capture:
                 self._over = True
                 logger.warning("the lens stops capturing after step %d: %s Training goes on.", self._step, said(error))
                 logger.debug("in the store", exc_info=error)
+
+
+def _cell(value: float | Tensor, device: torch.device | str) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(1)
