@@ -25,7 +25,8 @@ from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 Gradient = Callable[[torch.nn.Parameter], Tensor | None]
-SHARES = {Cadence.SPECTRA: 0.005, Cadence.PROBE: 0.01}  # of the training time, where the config sets no interval
+SPECTRA_SHARE, PROBE_SHARE = 0.005, 0.01  # of the training time, where the config sets no interval
+SPECTRA = 16  # at least, in a run whose length is known
 SNAPSHOTS = 8  # in a run whose length is known
 SNAPSHOT_STEPS = 500  # between them, in one whose length is not
 EVERY_STEPS = 0.9  # decay of the running mean of a step's seconds
@@ -106,6 +107,7 @@ class Capture:
         """See `TrainingLensFramework.record`."""
         self._step = step
         self._row(tables.LOSS, step, values)
+        self.watched.before = self.watched.gradients = ()  # room for the next step's activations
         took = time.perf_counter() - self._clock
         self._step_seconds = EVERY_STEPS * self._step_seconds + (1 - EVERY_STEPS) * took if self._step_seconds else took
         self._go_through_probe(step, self._due(Moment.PROBE, step))
@@ -137,8 +139,9 @@ class Capture:
         if collector.cadence is Cadence.SNAPSHOTS:
             usual = max(1, total // SNAPSHOTS) if total else SNAPSHOT_STEPS
             return Pace(section.snapshot_every or usual, 1.0)
-        every = section.spectra_every if collector.cadence is Cadence.SPECTRA else section.probe_every
-        return Pace(every, SHARES[collector.cadence], total)
+        if collector.cadence is Cadence.SPECTRA:
+            return Pace(section.spectra_every, SPECTRA_SHARE, total, least=SPECTRA)
+        return Pace(section.probe_every, PROBE_SHARE, total, from_step=0)  # there before the first step, too
 
     def _manifest(self) -> LensManifest:
         return LensManifest(
