@@ -29,12 +29,21 @@ class Moment(StrEnum):
 
     gradients: those of the whole step stand, accumulated, unscaled, before clipping; weights are those before it.
     update: the optimizer has just stepped; its state and the weights are new, gradients are as it took them.
-    probe: the probe set goes through the model, with the adapter off and on.
+    probe: after an update, the probe set goes through the model, with the adapter off and on.
     """
 
     GRADIENTS = "gradients"
     UPDATE = "update"
     PROBE = "probe"
+
+
+class Cadence(StrEnum):
+    """Which key of the config says how often: lens.scalars_every, spectra_every, probe_every or snapshot_every."""
+
+    SCALARS = "scalars"
+    SPECTRA = "spectra"
+    PROBE = "probe"
+    SNAPSHOTS = "snapshots"
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,7 @@ class ModuleRecord:
 
     `name` is its path in the base model, with `#adapter` behind it where several adapters are watched. `layer` is the
     number of its decoder layer and `kind` what it is there (q, k, v, o, gate, up, down, or its own name). `variant` is
-    lora, dora or pissa. `weight_norm` is the Frobenius norm of W and `weight_top` its largest singular value (a lower
-    bound from power iteration, within about 1 %); None where W is not at hand.
+    lora, dora or pissa; of pissa, `rank` is that of the trained half, and dW has twice that.
     """
 
     name: str
@@ -70,8 +78,6 @@ class ModuleRecord:
     scaling: float
     variant: str = "lora"
     adapter: str = "default"
-    weight_norm: float | None = None
-    weight_top: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,249 @@
+"""One run under the lens: which collectors are due at which moment, what they cost, and what becomes of failures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training_lens.config.lens_section import LensSection
+from training_lens.core import tables
+from training_lens.core.collector import DataCollector, Pace, Watched
+from training_lens.core.probe import as_judged
+from training_lens.core.store import LensWriter
+from training_lens.core.types import Cadence, Captured, DataType, LensManifest, Moment
+from training_lens.models.kernels import paired_scores
+from training_lens.utils.devices import Precision, autocast
+from training_lens.utils.formatting import said
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+Gradient = Callable[[torch.nn.Parameter], Tensor | None]
+SPECTRA_SHARE, PROBE_SHARE = 0.005, 0.01  # of the training time, where the config sets no interval
+SPECTRA = 16  # at least, in a run whose length is known
+SNAPSHOTS = 8  # in a run whose length is known
+SNAPSHOT_STEPS = 500  # between them, in one whose length is not
+EVERY_STEPS = 0.9  # decay of the running mean of a step's seconds
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a loop tells of its run at the start.
+
+    `after_step` is the step that a resumed run goes on after; `settings` are `LensManifest.settings`; `precision` is
+    that of the probe's forward passes.
+    """
+
+    origin: str = "hand"
+    after_step: int = 0
+    precision: Precision = "fp32"
+    settings: Mapping[str, Any] | None = None
+
+    @property
+    def total_steps(self) -> int | None:
+        return (self.settings or {}).get("total_steps")
+
+
+class Capture:
+    """Calls what is due and keeps its time. A collector that fails is off from there; a store that fails ends it all.
+
+    Raises:
+        LensError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        section: LensSection,
+        collectors: Sequence[DataCollector],
+        watched: Watched,
+        facts: RunFacts,
+    ) -> None:
+        self.watched = watched
+        self._section, self._facts = section, facts
+        self._live = [c for c in collectors if c.moment is not Moment.PROBE or watched.probe]
+        self._paces = {c.name: self._pace(c) for c in self._live}
+        self._last: dict[str, int] = {}  # collector -> the step that it captured last
+        self._step, self._over = facts.after_step, False
+        self._step_seconds, self._clock = 0.0, time.perf_counter()
+        self._writer = LensWriter(folder, self._manifest(), section, facts.after_step)
+        self.seconds = self._writer.cost()  # of the run before it was resumed
+        for collector in tuple(self._live):
+            with self._guarded(collector, 0):
+                self._keep(collector, 0, collector.start(watched))
+        if facts.after_step == 0:
+            self._go_through_probe(0, self._of(Moment.PROBE))
+        self._clock = time.perf_counter()
+
+    def due(self, step: int) -> bool:
+        """Whether gradients or an update of this step are looked at."""
+        return bool(self._due(Moment.GRADIENTS, step) or self._due(Moment.UPDATE, step))
+
+    def gradients(self, step: int, of: Gradient) -> None:
+        """See `TrainingLensFramework.gradients`."""
+        watched = self.watched
+        if self._over or not self.due(step):
+            watched.before = watched.gradients = watched.after = ()
+            return
+        with self._timed("stacks"):
+            watched.before = watched.after or [group.weights() for group in watched.groups]
+            watched.gradients = [group.gradients(of) for group in watched.groups]
+        self._collect(self._due(Moment.GRADIENTS, step), step)
+
+    def update(self, step: int) -> None:
+        """See `TrainingLensFramework.update`."""
+        due = [] if self._over else self._due(Moment.UPDATE, step)
+        with self._timed("stacks"):
+            self.watched.after = [group.weights() for group in self.watched.groups] if due else ()
+        self._collect(due, step)
+
+    def record(self, step: int, values: Mapping[str, float | Tensor | None]) -> None:
+        """See `TrainingLensFramework.record`."""
+        self._step = step
+        self._row(tables.LOSS, step, values)
+        self.watched.before = self.watched.gradients = ()  # room for the next step's activations
+        took = time.perf_counter() - self._clock
+        self._step_seconds = EVERY_STEPS * self._step_seconds + (1 - EVERY_STEPS) * took if self._step_seconds else took
+        self._go_through_probe(step, self._due(Moment.PROBE, step))
+        with self._timed("flush"), self._store_guarded():
+            self._writer.flush_if_due(self.seconds)
+        self._clock = time.perf_counter()
+
+    def evaluation(self, step: int, loss: float, base: bool) -> None:
+        """See `TrainingLensFramework.evaluation`."""
+        self._row(tables.EVALUATION, step, {"base_loss" if base else "loss": loss})
+        self._clock = time.perf_counter()
+
+    def stop(self, failed: bool) -> None:
+        """See `TrainingLensFramework.stop`."""
+        if self._step and not (failed or self._over):
+            rare = [c for c in self._live if c.cadence is not Cadence.SCALARS and self._last.get(c.name) != self._step]
+            with self._timed("stacks"):
+                self.watched.after = [group.weights() for group in self.watched.groups]
+            self._collect([c for c in rare if c.moment is Moment.UPDATE], self._step)
+            self._go_through_probe(self._step, [c for c in rare if c.moment is Moment.PROBE])
+        with self._timed("flush"), self._store_guarded():
+            self._writer.close(self.seconds)
+        self._over = True
+
+    def _pace(self, collector: DataCollector) -> Pace:
+        section, total = self._section, self._facts.total_steps
+        if collector.cadence is Cadence.SCALARS:
+            return Pace(section.scalars_every, 1.0)
+        if collector.cadence is Cadence.SNAPSHOTS:
+            usual = max(1, total // SNAPSHOTS) if total else SNAPSHOT_STEPS
+            return Pace(section.snapshot_every or usual, 1.0)
+        if collector.cadence is Cadence.SPECTRA:
+            return Pace(section.spectra_every, SPECTRA_SHARE, total, least=SPECTRA)
+        return Pace(section.probe_every, PROBE_SHARE, total, from_step=0)  # there before the first step, too
+
+    def _manifest(self) -> LensManifest:
+        return LensManifest(
+            modules=tuple(module.record for module in self.watched.modules),
+            origin=self._facts.origin,
+            tables={c.name: c.data_type for c in self._live}
+            | {tables.LOSS: DataType.LOSS, tables.EVALUATION: DataType.LOSS},
+            settings=dict(self._facts.settings or {}),
+            probe=self.watched.probe.sizes() if self.watched.probe else None,
+        )
+
+    def _of(self, moment: Moment) -> list[DataCollector]:
+        return [c for c in self._live if c.moment is moment]
+
+    def _due(self, moment: Moment, step: int) -> list[DataCollector]:
+        return [c for c in self._of(moment) if self._paces[c.name].due(step)]
+
+    def _collect(self, collectors: Sequence[DataCollector], step: int) -> None:
+        for collector in collectors:
+            with self._guarded(collector, step):
+                self._keep(collector, step, collector.collect(self.watched, step))
+
+    def _go_through_probe(self, step: int, collectors: Sequence[DataCollector]) -> None:
+        """One pass of the probe set with the adapter off and one with it on, watched by all that are due."""
+        watched = self.watched
+        if self._over or not collectors or watched.probe is None:
+            return
+        started = time.perf_counter()
+        try:
+            with ExitStack() as around:
+                around.enter_context(as_judged(watched.model))
+                around.enter_context(autocast(watched.probe.input_ids.device, self._facts.precision))
+                for collector in collectors:
+                    around.enter_context(collector.watching(watched))
+                watched.scores = paired_scores(watched.model, watched.probe.input_ids, watched.probe.loss_mask)
+        except Exception as error:
+            self._switch_off(self._of(Moment.PROBE), step, error)
+        else:
+            self._collect(collectors, step)
+        finally:
+            watched.scores = None
+        took = time.perf_counter() - started
+        self.seconds["probe"] = self.seconds.get("probe", 0.0) + took
+        for collector in collectors:
+            self._pace_after(collector, took)
+
+    def _keep(self, collector: DataCollector, step: int, captured: Captured | None) -> None:
+        if captured is not None and not self._over:
+            self._last[collector.name] = step
+            with self._store_guarded():
+                self._writer.add(collector.name, step, captured)
+
+    def _row(self, table: str, step: int, values: Mapping[str, float | Tensor | None]) -> None:
+        if not self._over:
+            device = next((v.device for v in values.values() if isinstance(v, Tensor)), "cpu")
+            with self._timed("stacks"), self._store_guarded():
+                known = {k: _cell(v, device) for k, v in values.items() if v is not None}
+                self._writer.add(table, step, Captured(known))
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    @contextmanager
+    def _guarded(self, collector: DataCollector, step: int) -> Iterator[None]:
+        """A collector's own time, and its failure."""
+        started = time.perf_counter()
+        try:
+            with self._timed(collector.name):
+                yield
+        except Exception as error:
+            self._switch_off([collector], step, error)
+        if step and collector.moment is not Moment.PROBE:
+            self._pace_after(collector, time.perf_counter() - started)
+
+    def _pace_after(self, collector: DataCollector, seconds: float) -> None:
+        if collector.name in self._paces:
+            self._paces[collector.name].took(seconds, self._step_seconds)
+
+    def _switch_off(self, collectors: Sequence[DataCollector], step: int, error: Exception) -> None:
+        for collector in collectors:
+            with suppress(ValueError):
+                self._live.remove(collector)
+        names = ", ".join(c.name for c in collectors)
+        logger.warning("the lens switches off %s after step %d: %s Training goes on.", names, step, said(error))
+        logger.debug("in %s", names, exc_info=error)
+
+    @contextmanager
+    def _store_guarded(self) -> Iterator[None]:
+        """A store that cannot be written ends the capture, and not the run."""
+        try:
+            yield
+        except Exception as error:
+            if not self._over:
+                self._over = True
+                logger.warning("the lens stops capturing after step %d: %s Training goes on.", self._step, said(error))
+                logger.debug("in the store", exc_info=error)
+
+
+def _cell(value: float | Tensor, device: torch.device | str) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(1)

@@ -1,0 +1,116 @@
+"""What a collector is, and how often it looks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from training_lens.core.modules import AdapterModule
+from training_lens.core.probe import Probe
+from training_lens.core.stacks import Factors, Groups
+from training_lens.core.types import Cadence, Captured, DataType, Moment
+from training_lens.models.kernels import PairedScores
+
+
+@dataclass
+class Watched:
+    """What collectors look at. They change nothing of it.
+
+    `before`, `gradients` and `after` have one stack for each of `groups`: the weights that the step's gradients belong
+    to, these gradients (accumulated, unscaled, before clipping), and the weights after the update. At the moment of
+    gradients `after` is still empty; at the probe the model computes as after the update, and `scores` are those of its
+    supervised tokens without and with the adapter.
+    """
+
+    model: Any
+    modules: tuple[AdapterModule, ...]
+    groups: Groups
+    optimizer: torch.optim.Optimizer | None = None
+    probe: Probe | None = None
+    total_steps: int | None = None
+    before: Sequence[Factors] = field(default_factory=tuple)
+    gradients: Sequence[Factors] = field(default_factory=tuple)
+    after: Sequence[Factors] = field(default_factory=tuple)
+    scores: PairedScores | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the modules, in order: the rows of what is measured for each."""
+        return [module.name for module in self.modules]
+
+
+class DataCollector(ABC):
+    """Captures one table. Override `collect`; say what, when and how often by the class attributes.
+
+    A collector must change nothing that training reads: no parameter, no gradient, no random state of torch. It should
+    return tensors as they are on the device (`.item()` and `.cpu()` wait for it). Its seconds go to the lens's cost.
+
+    Example:
+        @CollectorRegistry.register
+        class Sparsity(DataCollector):
+            name, data_type, moment = "sparsity", DataType.ADAPTER_GRADIENTS, Moment.GRADIENTS
+
+            def collect(self, watched: Watched, step: int) -> Captured:
+                zeros = [watched.groups.joined([(g.b == 0).float().mean((1, 2)) for g in watched.gradients])]
+                return Captured({"zero_share": zeros[0]}, rows=watched.names)
+    """
+
+    name: ClassVar[str]
+    data_type: ClassVar[DataType]
+    moment: ClassVar[Moment] = Moment.UPDATE
+    cadence: ClassVar[Cadence] = Cadence.SCALARS
+
+    def start(self, watched: Watched) -> Captured | None:
+        """Before the first step: what holds for the whole run goes down as step 0."""
+        return None
+
+    @abstractmethod
+    def collect(self, watched: Watched, step: int) -> Captured | None:
+        """What is seen at a step; None where there is nothing."""
+
+    def watching(self, watched: Watched) -> AbstractContextManager[Any]:
+        """Around the probe's forward passes (moment probe alone): for hooks on modules."""
+        return nullcontext()
+
+
+NICE = (1, 2, 5)
+
+
+class Pace:
+    """At which steps a collector is due: at every `every`-th, or as often as `share` of the training time allows.
+
+    Then the steps are multiples of 1, 2, 5, 10, 20, 50, ...: the smallest that keep the share, given what a capture
+    took and what a step takes. So two runs share most of their steps. In a run whose length is known these are about
+    200 at most, and about `least` at least, whatever they cost. Step 1 is always due, but for what was seen at step 0.
+    """
+
+    def __init__(
+        self, every: int | None, share: float, total_steps: int | None = None, least: int = 0, from_step: int = 1
+    ) -> None:
+        self._fixed, self._share, self._first = every is not None, share, from_step
+        self._longest = nice(total_steps / least) if total_steps and least else None
+        self.interval = every if every is not None else nice((total_steps or 0) / 200)
+
+    def due(self, step: int) -> bool:
+        return step == self._first or (step > 0 and step % self.interval == 0)
+
+    def took(self, seconds: float, step_seconds: float) -> None:
+        """A capture took so long, while steps take `step_seconds`."""
+        if not self._fixed and step_seconds > 0:
+            wanted = max(self.interval, nice(seconds / (self._share * step_seconds)))
+            self.interval = min(wanted, max(self._longest or wanted, self.interval))
+
+
+def nice(least: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is not under `least`."""
+    power = 1
+    while True:
+        for factor in NICE:
+            if factor * power >= least:
+                return factor * power
+        power *= 10

@@ -1,0 +1,159 @@
+"""The adapted modules of a PEFT model: found by what they are, whatever they are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from training_lens.core.types import ModuleRecord
+from training_lens.errors import LensError
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?|layer)\.(\d+)\.")
+KINDS = {"out_proj": "o"} | {f"{kind}_proj": kind for kind in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterModule:
+    """One adapted module: what trains of it, and what stays.
+
+    `a` (rank, in) and `b` (out, rank) are the trained parameters, `magnitude` (out,) DoRA's. `frozen_a` and `frozen_b`
+    are the other halves of PiSSA's factors, so that dW = scaling [b, frozen_b] [a; frozen_a].
+    """
+
+    record: ModuleRecord
+    module: torch.nn.Module
+    a: torch.nn.Parameter
+    b: torch.nn.Parameter
+    frozen_a: Tensor | None = None
+    frozen_b: Tensor | None = None
+    magnitude: torch.nn.Parameter | None = None
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """What trains."""
+        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
+
+    def base_weight(self) -> Tensor | None:
+        """W as (out, in), in float32 and dequantized: a copy. None where the module has no single matrix."""
+        from peft.utils.integrations import dequantize_module_weight
+
+        base = self.module.get_base_layer()  # type: ignore[operator]
+        if not isinstance(getattr(base, "weight", None), Tensor):
+            return None
+        weight = dequantize_module_weight(base).detach().float()
+        shape = (self.record.out_features, self.record.in_features)
+        if weight.shape != shape:
+            weight = weight.T  # Conv1D and embeddings keep it as (in, out)
+        return weight if weight.shape == shape else None
+
+
+def adapter_modules(model: Any) -> tuple[AdapterModule, ...]:
+    """Every module that a LoRA of `model` adapts, in the model's order; tied or shared ones once.
+
+    Where some adapters train and others do not, those that do.
+
+    Raises:
+        LensError: there is none: a model without PEFT, another kind of adapter, a full fine-tune.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    found = _once(part for name, layer in layers for part in _parts(_plain_name(name), layer))
+    training = [m for m in found if any(p.requires_grad for p in m.parameters)]
+    if not found:
+        raise LensError(_nothing(model, len(layers)))
+    chosen = training or found
+    adapters = {m.record.adapter for m in chosen}
+    return tuple(chosen if len(adapters) == 1 else [_with_adapter(m) for m in chosen])
+
+
+def _nothing(model: Any, layers: int) -> str:
+    trained = sum(p.requires_grad for p in model.parameters())
+    kind = type(model).__name__
+    if layers:
+        return (
+            f"the lens found {layers} adapted modules in this {kind}, none of which is a linear layer or an embedding."
+        )
+    what = f"it trains {trained} parameters of its own (a full fine-tune?)" if trained else "nothing in it trains"
+    return (
+        f"the lens found no LoRA module in this {kind}: {what}. It watches LoRA and DoRA adapters of PEFT: give the "
+        "model that get_peft_model or PeftModel.from_pretrained returned, or switch the lens off (lens.enabled=false)."
+    )
+
+
+def _parts(name: str, layer: Any) -> Iterator[AdapterModule]:
+    """One for each adapter on a layer."""
+    for adapter, linear in layer.lora_A.items():
+        yield from _of_linear(name, layer, adapter, linear, layer.lora_B[adapter])
+    for adapter, a in layer.lora_embedding_A.items():
+        yield _module(name, layer, adapter, a, layer.lora_embedding_B[adapter])
+
+
+def _of_linear(name: str, layer: Any, adapter: str, down: Any, up: Any) -> Iterator[AdapterModule]:
+    if not isinstance(down, torch.nn.Linear) or getattr(layer, "num_experts", 1) != 1:
+        logger.info("the lens does not watch %s: its adapter is no pair of matrices", name)
+        return
+    if parametrize.is_parametrized(down, "weight"):
+        (a, frozen_a), (b, frozen_b) = _halves(down), _halves(up)
+        yield _module(name, layer, adapter, a, b, frozen_a, frozen_b)
+    else:
+        yield _module(name, layer, adapter, down.weight, up.weight)
+
+
+def _halves(linear: Any) -> tuple[Any, Tensor]:
+    """The trained and the frozen half of a weight (see `models.pissa`)."""
+    weight = linear.parametrizations.weight
+    return weight.original, weight[0].frozen
+
+
+def _module(
+    name: str, layer: Any, adapter: str, a: Any, b: Any, frozen_a: Tensor | None = None, frozen_b: Tensor | None = None
+) -> AdapterModule:
+    magnitudes = getattr(layer, "lora_magnitude_vector", {})
+    magnitude = magnitudes[adapter].weight if adapter in magnitudes else None
+    layer_number = LAYER.search(name)
+    last = name.rsplit(".", 1)[-1]
+    record = ModuleRecord(
+        name=name,
+        layer=int(layer_number[1]) if layer_number else None,
+        kind=KINDS.get(last, last),
+        rank=a.shape[0],
+        in_features=a.shape[1],
+        out_features=b.shape[0],
+        scaling=float(layer.scaling[adapter]),
+        variant="pissa" if frozen_a is not None else "lora" if magnitude is None else "dora",
+        adapter=adapter,
+    )
+    return AdapterModule(record, layer, a, b, frozen_a, frozen_b, magnitude)
+
+
+def _once(modules: Iterator[AdapterModule]) -> list[AdapterModule]:
+    """Without those whose A is another's already: shared layers, tied adapters."""
+    first: dict[int, AdapterModule] = {}
+    for module in modules:
+        first.setdefault(id(module.a), module)
+    return list(first.values())
+
+
+def _with_adapter(module: AdapterModule) -> AdapterModule:
+    from dataclasses import replace
+
+    record = replace(module.record, name=f"{module.name}#{module.record.adapter}")
+    return replace(module, record=record)
+
+
+def _plain_name(name: str) -> str:
+    """The path in the base model."""
+    return name.removeprefix("base_model.model.").removeprefix("module.")

@@ -1,0 +1,115 @@
+"""The probe set: a few fixed examples that go through the model again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training_lens.data.batching import collate
+from training_lens.data.store import TokenDataset
+from training_lens.errors import LensError
+
+IGNORED = -100  # the label of a token that is not supervised, in transformers
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`input_ids` and `loss_mask` are (rows, width), padded on the right; `lengths` (rows,) counts real tokens.
+
+    `loss_mask` is true where a token is supervised.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    lengths: Tensor
+
+    @property
+    def real(self) -> Tensor:
+        """(rows, width), true where there is no padding."""
+        return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+    def to(self, device: torch.device | str) -> Probe:
+        return Probe(self.input_ids.to(device), self.loss_mask.to(device), self.lengths.to(device))
+
+    def sizes(self) -> dict[str, int]:
+        """Examples, tokens and supervised tokens, as lens.json keeps them."""
+        return {
+            "examples": len(self.lengths),
+            "tokens": int(self.lengths.sum()),
+            "supervised_tokens": int(self.loss_mask[:, 1:].sum()),
+        }
+
+    @classmethod
+    def of_dataset(cls, dataset: TokenDataset, tokens: int, fill_id: int) -> Probe | None:
+        """The first examples of at most `tokens` tokens together; the very first whatever its length, cut to that.
+
+        None where `tokens` is 0.
+        """
+        chosen: list[int] = []
+        for i, length in enumerate(dataset.lengths):
+            if chosen and int(dataset.lengths[chosen].sum()) + int(length) > tokens:
+                break
+            chosen.append(i)
+        if not tokens or not chosen:
+            return None
+        batch = collate([dataset[i] for i in chosen], fill_id)
+        lengths = torch.as_tensor(dataset.lengths[chosen])
+        width = max(2, min(tokens, batch.input_ids.shape[1]))
+        return cls(batch.input_ids[:, :width], batch.loss_mask[:, :width], lengths.clamp(max=width))
+
+    @classmethod
+    def of_batch(cls, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Probe:
+        """Of what a data collator gives (input_ids, attention_mask, labels), or of rows with the same keys.
+
+        Without labels every token is supervised. Padding may be on either side.
+
+        Raises:
+            LensError: there are no input_ids, or the labels are of another shape.
+        """
+        rows = list(_rows(batch))
+        width = max((len(ids) for ids, _ in rows), default=0)
+        if width < 2:
+            raise LensError("the lens's probe set has no example of two tokens. Give a batch or rows with input_ids.")
+        ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, (tokens, supervised) in enumerate(rows):
+            ids[i, : len(tokens)], mask[i, : len(tokens)] = tokens, supervised
+        return cls(ids, mask, torch.tensor([len(tokens) for tokens, _ in rows]))
+
+
+def _rows(batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and supervision of each row, without padding."""
+    keys = ("input_ids", "attention_mask", "labels")
+    if isinstance(batch, Mapping):
+        rows = [{k: batch[k][i] for k in keys if k in batch} for i in range(len(batch.get("input_ids", ())))]
+    else:
+        rows = [dict(row) for row in batch]
+    for row in rows:
+        if "input_ids" not in row:
+            raise LensError(f"a row of the lens's probe set has no input_ids, but {', '.join(row)}.")
+        tokens = torch.as_tensor(row["input_ids"]).long()
+        keep = torch.as_tensor(row["attention_mask"]).bool() if "attention_mask" in row else torch.ones_like(tokens) > 0
+        labels = torch.as_tensor(row["labels"]) if "labels" in row else tokens
+        if labels.shape != tokens.shape or keep.shape != tokens.shape:
+            raise LensError(
+                f"a row of the lens's probe set has {len(tokens)} input_ids, but {len(labels)} labels and "
+                f"{len(keep)} in its attention_mask. Give them in one length."
+            )
+        yield tokens[keep].cpu(), (labels != IGNORED)[keep].cpu()
+
+
+@contextmanager
+def as_judged(model: Any) -> Iterator[None]:
+    """Within the block the model computes without dropout and gradients; every module is put back as it was."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before.items():
+            module.training = training

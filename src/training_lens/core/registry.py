@@ -1,0 +1,94 @@
+"""Which collectors and analyzers there are: the built-in ones, and those of users."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import ClassVar, Generic, TypeVar
+
+from training_lens.core.analyzer import DataAnalyzer
+from training_lens.core.collector import DataCollector
+from training_lens.errors import ConfigurationError
+from training_lens.utils.formatting import nearest
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+C = TypeVar("C", bound="type[DataCollector] | type[DataAnalyzer]")
+T = TypeVar("T")
+
+
+class _Registry(Generic[T]):
+    """Classes by their `name`. A user's comes in by the decorator `register`, or by an entry point of their package.
+
+    The built-in ones live on a higher floor, and are known by their package's name as an entry point's are.
+    """
+
+    group: ClassVar[str]
+    built_in: ClassVar[str]
+    _classes: ClassVar[dict[str, type]]
+    _filled: ClassVar[bool]
+
+    @classmethod
+    def register(cls, new: C) -> C:
+        """Decorator: make a class known by its `name`.
+
+        Raises:
+            ConfigurationError: another class has the name.
+        """
+        there = cls._classes.get(new.name)
+        if there is not None and there.__qualname__ != new.__qualname__:
+            raise ConfigurationError(
+                f"{cls.__name__}: '{new.name}' is {there.__module__}.{there.__qualname__} already. "
+                f"Give {new.__module__}.{new.__qualname__} another name."
+            )
+        cls._classes[new.name] = new
+        return new
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Of all that are known."""
+        cls._fill()
+        return tuple(cls._classes)
+
+    @classmethod
+    def get(cls, name: str) -> type[T]:
+        """The class of a name.
+
+        Raises:
+            ConfigurationError: there is none; says which there are.
+        """
+        cls._fill()
+        if name not in cls._classes:
+            close = nearest(name, sorted(cls._classes))
+            hint = f" Did you mean {close}?" if close else ""
+            raise ConfigurationError(
+                f"{cls.__name__}: there is no '{name}'.{hint} There are: {', '.join(sorted(cls._classes))}. "
+                f"A package adds its own by an entry point of the group '{cls.group}'."
+            )
+        return cls._classes[name]
+
+    @classmethod
+    def _fill(cls) -> None:
+        if cls._filled:
+            return
+        cls._filled = True
+        import_module(cls.built_in)
+        for point in entry_points(group=cls.group):
+            try:
+                cls.register(point.load())
+            except Exception as error:  # another package's fault ends no run of ours
+                logger.warning("%s of '%s' cannot be used: %s", cls.__name__, point.value, error)
+
+
+class CollectorRegistry(_Registry[DataCollector]):
+    """The collectors; entry points of the group `training_lens.collectors` add to them."""
+
+    group, built_in = "training_lens.collectors", "training_lens.collectors"
+    _classes, _filled = {}, False
+
+
+class AnalyzerRegistry(_Registry[DataAnalyzer]):
+    """The analyzers; entry points of the group `training_lens.analyzers` add to them."""
+
+    group, built_in = "training_lens.analyzers", "training_lens.analyzers"
+    _classes, _filled = {}, False
