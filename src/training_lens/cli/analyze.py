@@ -63,8 +63,8 @@ def _measure_rank(screen: Screen, analyzer: CheckpointAnalyzer) -> None:
     run = RunFolder(analyzer.recording.folder)
     if not run.metadata.is_dir():
         raise LensError(
-            f"--check-rank measures the loss of a run of ours on its validation rows; {run.root} is none. Train it with "
-            "training-lens train, or leave --check-rank out."
+            f"--check-rank measures the loss of a run of training-lens train on its validation rows; {run.root} is "
+            "none. Leave --check-rank out."
         )
     check = measure_rank(run, progress=Progress(screen.console))
     at = check.at_energy_ranks
@@ -111,7 +111,8 @@ def _show_layers(screen: Screen, weights: Mapping[str, Any]) -> None:
     for column in ("layer", "share of the update", "strength", "effective rank", "90 % rank"):
         table.add_column(column, justify="right")
     for layer in (layer for layer in shares if layer in largest):
-        modules = [m for m in weights["modules"] if str(m["layer"]) == str(layer)]
+        number = None if layer == "outside" else int(layer)
+        modules = [m for m in weights["modules"] if m["layer"] == number]
         columns = {
             name: [m[name] for m in modules if m[name] is not None]
             for name in ("strength", "effective_rank", "energy_rank")
