@@ -80,6 +80,10 @@ class LensWriter:
             self._snapshots = Snapshots(folder, section.snapshots_megabytes * MEGABYTE, self._kept_steps)
             write_manifest(folder, manifest)
 
+    def cost(self) -> dict[str, float]:
+        """Seconds by collector that earlier parts of the run took."""
+        return read_cost(self._folder)
+
     @property
     def bytes_written(self) -> int:
         """All bytes of segments and snapshots that this writer wrote, merges among them."""
@@ -115,12 +119,12 @@ class LensWriter:
             raise LensError(f"'{table}' cannot name a table: give letters, digits, '_', '-' and '.', as in a folder.")
         self._pending[table] = []
 
-    def flush_if_due(self) -> None:
+    def flush_if_due(self, cost: Mapping[str, float] | None = None) -> None:
         """Flush where `lens.flush_seconds` have passed since the last time, or much is pending; raises as that does."""
         pending = self._pending_bytes + self._snapshots.pending_bytes
         too_much = pending > min(MOST_PENDING, self._limit_bytes / 8)  # an eighth: the newest are never thinned
         if too_much or time.monotonic() - self._flushed_at >= self._flush_seconds:
-            self.flush()
+            self.flush(cost)
 
     def flush(self, cost: Mapping[str, float] | None = None) -> None:
         """Write what is pending, then merge and thin where bounds ask for it. Waits for the device, once a table.
@@ -276,11 +280,16 @@ class LensStore:
         Raises:
             LensError: cost.json is damaged.
         """
-        path = self.folder / COST
-        try:
-            return {name: float(seconds) for name, seconds in read_json(path).items()} if path.is_file() else {}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise LensError(f"{path} is damaged ({error}): delete it; no other file needs it.") from error
+        return read_cost(self.folder)
+
+
+def read_cost(folder: Path) -> dict[str, float]:
+    """See `LensStore.cost`."""
+    path = folder / COST
+    try:
+        return {name: float(seconds) for name, seconds in read_json(path).items()} if path.is_file() else {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise LensError(f"{path} is damaged ({error}): delete it; no other file needs it.") from error
 
 
 def _table_folders(folder: Path) -> list[Path]:
