@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -87,12 +88,14 @@ def step_ratio(recording: Recording) -> Series:
 def energy_shares(norms: Series, modules: Sequence[ModuleRecord], by: By) -> Series:
     """Which share of the whole update each layer or kind carries: of the sum of ||dW||_F^2; sums to 1 at each step.
 
-    NaN at steps where a norm is missing or all are 0.
+    NaN at steps where a norm is missing or not finite, or all are 0.
     """
-    energy = np.square(grouped(norms, modules, by, norms=True).values)
+    groups = grouped(norms, modules, by, norms=True)
+    energy = np.square(groups.values)
     total = energy.sum(1, keepdims=True)
-    shares = np.divide(energy, total, out=np.full_like(energy, np.nan), where=total > 0)
-    return Series(norms.steps, tuple(grouped(norms, modules, by, norms=True).names), shares)
+    known = np.isfinite(total) & (total > 0)
+    shares = np.divide(energy, total, out=np.full_like(energy, np.nan), where=known)
+    return Series(groups.steps, groups.names, shares)
 
 
 def thinned(series: Series, most: int) -> Series:
@@ -109,7 +112,8 @@ def thinned(series: Series, most: int) -> Series:
 
 def number(value: Any) -> float | None:
     """A number as JSON has them: None for NaN and infinity."""
-    return float(value) if np.isfinite(value) else None
+    plain = float(value)
+    return plain if math.isfinite(plain) else None
 
 
 def numbers(values: Any) -> list[float | None]:

@@ -29,14 +29,19 @@ class Stack:
 
 
 def snapshot_factors(recording: Recording, step: int) -> dict[str, Factors]:
-    """A and B of each module of a snapshot; of PiSSA with the frozen halves, so that dW is always scaling B A.
+    """A and B of each module of a snapshot; of PiSSA with the frozen halves, so that dW is always scaling B A
+    (of DoRA, with its magnitude: the low-rank part).
 
     Raises:
         LensError: there is no snapshot of that step, or it is damaged.
     """
     tensors = recording.captures.snapshot(tables.SNAPSHOTS, step)
     names = [record.name for record in recording.modules]
-    return {name: Factors(tensors[f"{name}.a"], tensors[f"{name}.b"]) for name in names if f"{name}.a" in tensors}
+    return {
+        name: Factors(tensors[f"{name}.a"], tensors[f"{name}.b"], tensors.get(f"{name}.magnitude"))
+        for name in names
+        if f"{name}.a" in tensors
+    }
 
 
 def stacks(records: Sequence[ModuleRecord], factors: Mapping[str, Factors]) -> list[Stack]:

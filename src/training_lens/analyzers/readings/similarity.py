@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from training_lens.analyzers.grouping import number, numbers
-from training_lens.analyzers.similarity import update_angles, update_cosine
+from training_lens.analyzers.similarity import principal_angles, update_cosine
 from training_lens.analyzers.snapshots import Stack, snapshot_factors, stacks
-from training_lens.analyzers.spectra import energy_rank, singular_values
+from training_lens.analyzers.spectra import energy_rank, singular_vectors
 from training_lens.core import tables
 from training_lens.core.analyzer import DataAnalyzer
 from training_lens.core.recording import Recording
@@ -38,88 +38,90 @@ class Likeness:
     columns: tuple[float, ...]
     rows: tuple[float, ...]
 
-    def plain(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """As JSON has it."""
         return {"cosine": number(self.cosine), "columns": numbers(self.columns), "rows": numbers(self.rows)}
 
 
-def likenesses(
-    records: Sequence[ModuleRecord],
-    first: Mapping[str, Factors],
-    second: Mapping[str, Factors],
-    second_records: Sequence[ModuleRecord] | None = None,
-) -> dict[str, Likeness]:
-    """The likeness of two sets of factors, for each module that both have; ranks may differ.
+@dataclass(frozen=True)
+class Directions:
+    """The singular vectors of the updates of a stack of modules: u (modules, out, k) and v (modules, in, k), float32.
 
-    Args:
-        second_records: of the second set, where they are others (another scaling or rank); None: the same.
+    `count` (modules,) is how many of them hold 90 % of the energy; 0 for an update that is zero or not finite.
+    """
+
+    stack: Stack
+    u: Tensor
+    v: Tensor
+    count: Tensor
+
+    def of(self, names: Sequence[str]) -> Directions:
+        """Those of some of its modules, in this order."""
+        at = [self.stack.names.index(name) for name in names]
+        stack = Stack(tuple(names), self.stack.scaling, self.stack.a[at], self.stack.b[at])
+        return Directions(stack, self.u[at], self.v[at], self.count[at])
+
+
+def directions(records: Sequence[ModuleRecord], factors: Mapping[str, Factors]) -> list[Directions]:
+    """Decompose the updates of an adapter, shape by shape. Cost: O((in + out) rank^2) for each module."""
+    return [_decomposed(stack) for stack in stacks(records, factors)]
+
+
+def _decomposed(stack: Stack) -> Directions:
+    u, singular, v = singular_vectors(stack.a, stack.b, stack.scaling)
+    return Directions(stack, u.float(), v.float(), energy_rank(singular).nan_to_num(0).long())
+
+
+def likenesses(first: Sequence[Directions], second: Sequence[Directions]) -> dict[str, Likeness]:
+    """The likeness of two adapters, for each module that both have; ranks may differ.
 
     Raises:
         LensError: a module's weights are of different shapes; names it and both.
     """
-    other = {record.name: record for record in second_records or records}
-    both = [record for record in records if record.name in first and record.name in second and record.name in other]
-    for record in both:
-        _require_one_shape(record, other[record.name])
     found: dict[str, Likeness] = {}
-    for one, two in _pairs(both, other, first, second):
-        found |= _of_stacks(one, two)
-    return {record.name: found[record.name] for record in both}
-
-
-def _require_one_shape(first: ModuleRecord, second: ModuleRecord) -> None:
-    shapes = [(r.out_features, r.in_features) for r in (first, second)]
-    if shapes[0] != shapes[1]:
-        raise LensError(
-            f"the two cannot be compared: {first.name} is {_size(shapes[0])} in one and {_size(shapes[1])} in the "
-            "other. Give two runs on one base model."
-        )
-
-
-def _size(shape: tuple[int, int]) -> str:
-    return f"{shape[0]} x {shape[1]}"
-
-
-def _pairs(
-    records: Sequence[ModuleRecord],
-    others: Mapping[str, ModuleRecord],
-    first: Mapping[str, Factors],
-    second: Mapping[str, Factors],
-) -> list[tuple[Stack, Stack]]:
-    """Stacks of the same modules in both: those of one shape here may be of several there."""
-    pairs = []
-    for there in stacks([others[record.name] for record in records], second):
-        names = set(there.names)
-        for here in stacks([record for record in records if record.name in names], first):
-            chosen = [there.names.index(name) for name in here.names]
-            pairs.append((here, Stack(here.names, there.scaling, there.a[chosen], there.b[chosen])))
-    return pairs
-
-
-def _of_stacks(one: Stack, two: Stack) -> dict[str, Likeness]:
-    cosines = update_cosine(one.a, one.b, one.scaling, two.a, two.b, two.scaling)
-    directions = torch.minimum(_directions(one), _directions(two))  # (modules,)
-    found: dict[str, Likeness] = {}
-    for k in directions.unique().tolist():
-        chosen = (directions == k).nonzero()[:, 0]
-        columns, rows = _angles(one, two, chosen, k)
-        for place, i in enumerate(chosen.tolist()):
-            of_module = (tuple(side[place].tolist()) for side in (columns, rows))
-            found[one.names[i]] = Likeness(float(cosines[i]), *of_module)
+    for one in first:
+        for two in second:
+            theirs = set(two.stack.names)
+            shared = [name for name in one.stack.names if name in theirs]
+            if shared:
+                _require_one_shape(shared[0], one.stack, two.stack)
+                found |= _of_pair(one.of(shared), two.of(shared))
     return found
 
 
-def _directions(stack: Stack) -> Tensor:
-    """How many directions hold 90 % of each update's energy, (modules,) int64; 0 for what is zero or not finite."""
-    return energy_rank(singular_values(stack.a, stack.b, stack.scaling)).nan_to_num(0).long()
+def _require_one_shape(name: str, first: Stack, second: Stack) -> None:
+    sizes = [f"{stack.b.shape[1]} x {stack.a.shape[2]}" for stack in (first, second)]
+    if sizes[0] != sizes[1]:
+        raise LensError(
+            f"the two cannot be compared: {name} is {sizes[0]} in one and {sizes[1]} in the other. Give two runs on "
+            "one base model."
+        )
 
 
-def _angles(one: Stack, two: Stack, chosen: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of columns and of rows, each (chosen, k)."""
+def _of_pair(one: Directions, two: Directions) -> dict[str, Likeness]:
+    """Of the same modules in the same order."""
+    (a, b), (a2, b2) = (one.stack.a, one.stack.b), (two.stack.a, two.stack.b)
+    cosines = update_cosine(a, b, one.stack.scaling, a2, b2, two.stack.scaling)
+    counts = torch.minimum(one.count, two.count)
+    found: dict[str, Likeness] = {}
+    for k in counts.unique().tolist():
+        chosen = counts == k
+        columns = _angles(one.u[chosen], two.u[chosen], k)
+        rows = _angles(one.v[chosen], two.v[chosen], k)
+        names = [name for name, taken in zip(one.stack.names, chosen.tolist(), strict=True) if taken]
+        found |= {
+            name: Likeness(cosine, tuple(of_columns), tuple(of_rows))
+            for name, cosine, of_columns, of_rows in zip(names, cosines[chosen].tolist(), columns, rows, strict=True)
+        }
+    return found
+
+
+def _angles(first: Tensor, second: Tensor, k: int) -> list[list[float]]:
+    """Between the first k directions of each module, (modules, size, directions)."""
     if k == 0:
-        return torch.zeros(len(chosen), 0), torch.zeros(len(chosen), 0)
-    angles = update_angles(one.a[chosen], one.b[chosen], two.a[chosen], two.b[chosen], k)
-    return angles.columns, angles.rows
+        return [[] for _ in first]
+    angles: list[list[float]] = principal_angles(first[..., :k], second[..., :k]).tolist()
+    return angles
 
 
 @AnalyzerRegistry.register
@@ -144,8 +146,8 @@ class SimilarityAnalyzer(DataAnalyzer):
         *steps, last = recording.captures.snapshot_steps(tables.SNAPSHOTS)
         kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_SNAPSHOTS)).round().astype(int))
         steps = [steps[i] for i in kept]
-        target = snapshot_factors(recording, last)
-        alike = [likenesses(recording.modules, snapshot_factors(recording, step), target) for step in steps]
+        target = _snapshot(recording, last)
+        alike = [likenesses(_snapshot(recording, step), target) for step in steps]
         return {
             "steps": steps,
             "last": last,
@@ -154,6 +156,10 @@ class SimilarityAnalyzer(DataAnalyzer):
             "rows": [_median([_mean(one.rows) for one in each.values()]) for each in alike],
             "modules": {name: number(one.cosine) for name, one in alike[0].items()},
         }
+
+
+def _snapshot(recording: Recording, step: int) -> list[Directions]:
+    return directions(recording.modules, snapshot_factors(recording, step))
 
 
 def _mean(values: Sequence[float]) -> float:
