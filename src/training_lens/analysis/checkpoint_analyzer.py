@@ -12,7 +12,7 @@ import numpy as np
 from training_lens.analysis.evolution import By, evolution
 from training_lens.analysis.reading import open_recording
 from training_lens.analyzers.grouping import number, numbers
-from training_lens.analyzers.readings.similarity import Likeness, SimilarityAnalyzer, likenesses
+from training_lens.analyzers.readings.similarity import Likeness, SimilarityAnalyzer, directions, likenesses
 from training_lens.analyzers.snapshots import snapshot_factors
 from training_lens.core import tables
 from training_lens.core.analyzer import DataAnalyzer
@@ -41,7 +41,7 @@ class Analysis:
     results: Mapping[str, Mapping[str, Any]]
     findings: tuple[Finding, ...]
 
-    def plain(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """As JSON has it: numbers are finite or null."""
         return {
             "run": self.recording.name,
@@ -65,14 +65,14 @@ class Comparison:
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
 
-    def plain(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """As JSON has it, with the median cosine over modules."""
         cosines = [one.cosine for one in self.modules.values() if np.isfinite(one.cosine)]
         return {
             "runs": list(self.names),
             "steps": list(self.steps),
             "median_cosine": number(np.median(cosines)) if cosines else None,
-            "modules": {name: one.plain() for name, one in self.modules.items()},
+            "modules": {name: one.values() for name, one in self.modules.items()},
             "only_first": list(self.only_first),
             "only_second": list(self.only_second),
         }
@@ -94,7 +94,7 @@ class CheckpointAnalyzer:
         analysis = analyzer.analyze()
         analysis.results["weights"]["share_by_layer"]
         analyzer.evolution("strength", by="layer").values  # (steps, layers)
-        analyzer.compare("another/run").plain()["median_cosine"]
+        analyzer.compare("another/run").values()["median_cosine"]
     """
 
     def __init__(self, path: Path | str, base: Path | str | None = None) -> None:
@@ -160,7 +160,7 @@ class CheckpointAnalyzer:
         """
         there = other if isinstance(other, CheckpointAnalyzer) else CheckpointAnalyzer(other)
         first, second = self.adapter(), there.adapter()
-        alike = likenesses(self.recording.modules, first, second, there.recording.modules)
+        alike = likenesses(directions(self.recording.modules, first), directions(there.recording.modules, second))
         names = (self.recording.name, there.recording.name)
         if not alike:
             raise LensError(

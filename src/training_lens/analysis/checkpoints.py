@@ -16,8 +16,8 @@ from training_lens.analysis.saved import BaseWeights, SavedAdapter, require_alik
 from training_lens.analyzers import spectra
 from training_lens.analyzers.snapshots import Stack, stacks
 from training_lens.core import tables
+from training_lens.core.arrow import MODULE, STEP, arrow_table, require_measure, series_of, vectors_of
 from training_lens.core.stacks import Factors
-from training_lens.core.store import arrow_table, series_of, vectors_of
 from training_lens.core.types import Captured, ModuleRecord, Series
 from training_lens.errors import LensError
 from training_lens.models.updates import LowRank
@@ -55,20 +55,27 @@ class CheckpointCaptures:
         return tuple(sorted({*self._logged, *base, tables.WEIGHTS, tables.SPECTRA, tables.SNAPSHOTS}))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A table with the columns step, module and those of its measures; of `columns`, those that it has.
+        """A table with its columns step, module and those of its measures (see `core.arrow.arrow_table`).
+
+        Args:
+            columns: the measures to read; None: all. Step and module always come.
 
         Raises:
-            LensError: there is no such table, or an adapter cannot be read any more.
+            LensError: there is no such table, no such measure in it, or an adapter cannot be read any more.
         """
         table = self._made(name)
-        return table if columns is None else table.select([c for c in table.column_names if c in columns])
+        for column in columns or ():
+            if column not in table.column_names:
+                require_measure(table, column)
+        kept = [c for c in table.column_names if columns is None or c in (STEP, MODULE, *columns)]
+        return table.select(kept)
 
     def series(self, table: str, measure: str) -> Series:
-        """A scalar measure over time (see `core.store.series_of`); raises as `table` does, and for other measures."""
+        """A scalar measure over time (see `core.arrow.series_of`); raises as `table` does, and for other measures."""
         return series_of(self.table(table), measure)
 
     def vectors(self, table: str, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A measure of vectors over time (see `core.store.vectors_of`); raises as `series` does."""
+        """A measure of vectors over time (see `core.arrow.vectors_of`); raises as `series` does."""
         return vectors_of(self.table(table), measure)
 
     def snapshot_steps(self, table: str) -> list[int]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from training_lens.core import tables
-from training_lens.core.store import arrow_table
+from training_lens.core.arrow import arrow_table
 from training_lens.core.types import Captured
 from training_lens.errors import LensError
 from training_lens.utils.files import read_json

@@ -95,11 +95,12 @@ def _is_our_checkpoint(folder: Path) -> bool:
 
 
 def _captured(folder: Path, _base: Path | str | None) -> Recording:
-    run = RunFolder(folder.parent)
-    within = folder.name == "lens"
-    store = LensStore(folder)
-    status = _status(run) if within and _is_run(run.root) else "unknown"
-    return Recording(folder.parent.name if within else folder.name, folder, store.manifest, store, status)
+    """Captures; those of a run of ours, or of another trainer's output, belong to the folder around them."""
+    store, run = LensStore(folder), RunFolder(folder.parent)
+    if folder.name != "lens":
+        return Recording(folder.name, folder, store.manifest, store)
+    status = _status(run) if _is_run(run.root) else "unknown"
+    return Recording(run.run_id, run.root, store.manifest, store, status)
 
 
 def _status(run: RunFolder) -> str:
