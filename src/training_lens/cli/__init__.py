@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import typer
 
+from training_lens.cli.analyze import analyze
 from training_lens.cli.benchmark import benchmark
 from training_lens.cli.compare import compare
 from training_lens.cli.evaluate import baseline, evaluate
 from training_lens.cli.experiment import experiment
+from training_lens.cli.export import export
 from training_lens.cli.infer import infer
 from training_lens.cli.init import init
 from training_lens.cli.merge import merge
 from training_lens.cli.prepare import prepare
+from training_lens.cli.report import report
 from training_lens.cli.sweep import sweep
 from training_lens.cli.train import train
 from training_lens.cli.validate import validate
@@ -24,7 +27,11 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (init, prepare, validate, train, evaluate, baseline, compare, infer, benchmark, merge, sweep):
+COMMANDS = (
+    *(init, prepare, validate, train, evaluate, baseline, compare, infer, benchmark, merge, sweep),
+    *(analyze, report, export),
+)
+for command in COMMANDS:
     cli.command()(command)
 cli.add_typer(experiment)
 

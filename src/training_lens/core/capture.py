@@ -76,7 +76,8 @@ class Capture:
         self.seconds = self._writer.cost()  # of the run before it was resumed
         for collector in tuple(self._live):
             with self._guarded(collector, 0):
-                self._keep(collector, 0, collector.start(watched))
+                found = collector.start(watched)
+                self._keep(collector, 0, found if facts.after_step == 0 else None)
         if facts.after_step == 0:
             self._go_through_probe(0, self._of(Moment.PROBE))
         self._clock = time.perf_counter()
