@@ -1,0 +1,101 @@
+"""Adapters on disk, made by PEFT, by the HF Trainer, or by hand with known factors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+
+def tiny_llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=32, tie_word_embeddings=False, **sizes))
+
+
+@pytest.fixture
+def llama() -> Any:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama, saved."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trainer_output(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the HF Trainer leaves of six steps with a PEFT model: checkpoints 2, 4 and 6. For reading alone."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    folder = tmp_path_factory.mktemp("trainer") / "output"
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    config = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 16}, "use_rslora": True}
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", **config)
+    )
+    rows = [{"input_ids": (ids := torch.randint(50, (12,)).tolist()), "labels": ids} for _ in range(12)]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_steps=2,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        use_cpu=True,
+        report_to=[],
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4]).train()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_without_captures(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A finished run of ours that was trained with the lens off. For reading alone."""
+    from training_lens import TrainingConfig, TrainingWrapper
+    from training_lens.utils.runs import RunFolder
+
+    values = {
+        "data": {"max_examples": 32},
+        "training": {"epochs": 1, "batch_size": 8},
+        "peft": {"r": 2},
+        "lens": {"enabled": False},
+        "output": {"base_output_dir": str(tmp_path_factory.mktemp("outputs"))},
+    }
+    return RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir))
+
+
+@pytest.fixture
+def save_adapter(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a PEFT folder with given A (rank, in), B (out, rank) and perhaps magnitude (out,) for each module."""
+
+    def save(name: str, factors: Mapping[str, tuple[torch.Tensor, ...]], **config: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        tensors: dict[str, torch.Tensor] = {}
+        for module, (a, b, *magnitude) in factors.items():
+            path = f"base_model.model.{module}.lora_"
+            tensors |= {f"{path}A.weight": a.clone(), f"{path}B.weight": b.clone()}
+            tensors |= {f"{path}magnitude_vector": m for m in magnitude}
+        save_file(tensors, folder / "adapter_model.safetensors")
+        values = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], **config}
+        (folder / "adapter_config.json").write_text(json.dumps(values))
+        return folder
+
+    return save

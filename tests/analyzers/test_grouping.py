@@ -1,0 +1,86 @@
+"""Modules are put together as their matrices would be, and curves are thinned without their ends."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from training_lens.analyzers.grouping import (
+    energy_shares,
+    extremes,
+    grouped,
+    latest,
+    median,
+    numbers,
+    over_base,
+    places,
+    thinned,
+)
+from training_lens.core.modules import module_record
+from training_lens.core.types import Series
+from training_lens.errors import ConfigurationError
+
+NAMES = ("model.layers.10.mlp.up_proj", "lm_head", "model.layers.2.self_attn.q_proj", "model.layers.2.mlp.up_proj")
+MODULES = tuple(module_record(name, (2, 6), (5, 2), 1.0) for name in NAMES)
+
+
+def series(*rows: list[float]) -> Series:
+    return Series(np.arange(1, len(rows) + 1), NAMES, np.array(rows))
+
+
+def test_layers_are_in_order_with_what_is_outside_last() -> None:
+    assert list(places(MODULES, "layer")) == ["2", "10", "outside"]
+    assert places(MODULES, "kind") == {"up": [NAMES[0], NAMES[3]], "lm_head": [NAMES[1]], "q": [NAMES[2]]}
+    with pytest.raises(ConfigurationError, match="by: 'heads'"):
+        places(MODULES, "heads")  # type: ignore[arg-type]
+
+
+def test_the_norm_of_a_layer_is_that_of_its_matrices_together() -> None:
+    norms = grouped(series([1, 2, 3, 4], [0, 0, 6, 8]), MODULES, "layer", norms=True)
+    assert norms.names == ("2", "10", "outside") and norms.values.tolist() == [[5, 1, 2], [10, 0, 0]]
+
+
+def test_a_ratio_of_a_kind_is_the_median() -> None:
+    assert grouped(series([1, 2, 3, 5]), MODULES, "kind", norms=False).values.tolist() == [[3, 2, 3]]
+
+
+def test_a_norm_that_is_missing_makes_no_smaller_sum() -> None:
+    holes = series([math.nan, 2, 3, 4])
+    assert grouped(holes, MODULES, "kind", norms=True).values == pytest.approx(
+        np.array([[math.nan, 2, 3]]), nan_ok=True
+    )
+    assert grouped(holes, MODULES, "kind", norms=False).values.tolist() == [[4, 2, 3]]
+
+
+def test_medians_pass_over_what_is_no_number() -> None:
+    values = np.array([[1.0, 5, 3], [math.nan, 1, 3], [math.nan] * 3])
+    assert median(values) == pytest.approx([3, 2, math.nan], nan_ok=True)
+
+
+def test_shares_of_the_energy_sum_to_one() -> None:
+    shares = energy_shares(series([1, 2, 3, 4], [0, 0, 0, 0]), MODULES, "layer")
+    assert shares.values[0] == pytest.approx([25 / 30, 1 / 30, 4 / 30]) and np.isnan(shares.values[1]).all()
+
+
+def test_strength_is_unknown_where_the_base_is() -> None:
+    base = Series(np.zeros(1), NAMES[:2], np.array([[2.0, 4.0]]))
+    assert over_base(series([1, 2, 3, 4]), base).values == pytest.approx(
+        np.array([[0.5, 0.5, math.nan, math.nan]]), nan_ok=True
+    )
+
+
+def test_thinning_keeps_both_ends_evenly() -> None:
+    long = Series(np.arange(1, 1001), ("run",), np.arange(1000.0)[:, None])
+    short = thinned(long, 4)
+    assert short.steps.tolist() == [1, 334, 667, 1000] and short.values[:, 0].tolist() == [0, 333, 666, 999]
+    assert thinned(long, 1000) is long
+
+
+def test_plain_values_are_finite_or_none() -> None:
+    assert numbers([1, math.nan, math.inf]) == [1.0, None, None]
+    assert latest(Series(np.zeros(0), (), np.zeros((0, 0)))) == {}
+    assert extremes({"a": 3.0, "b": None, "c": 1.0})["most_at"] == "a"
+    assert extremes({"a": 3.0, "c": 1.0}) == {"median": 2.0, "least": 1.0, "least_at": "c", "most": 3.0, "most_at": "a"}
+    assert set(extremes({"a": None}).values()) == {None}
