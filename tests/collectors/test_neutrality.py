@@ -16,6 +16,7 @@ from torch import Tensor
 
 from training_lens.collectors import ActivationExtractor, LoRAActivationTracker
 from training_lens.core import tables
+from training_lens.core.capture import RunFacts
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.core.probe import Probe
 from training_lens.core.registry import CollectorRegistry
@@ -107,6 +108,22 @@ def test_a_run_with_all_collectors_is_stored_and_read(
     name = "model.layers.0.self_attn.q_proj"
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert torch.equal(last[f"{name}.b"], layer.lora_B["default"].weight.detach())
+
+
+def test_a_resumed_run_has_its_frozen_weights_once(adapted: Callable[..., Any], ids: Tensor, tmp_path: Path) -> None:
+    model = adapted()
+    for after in (0, 1):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        lens = TrainingLensFramework(tmp_path)
+        with lens.watch(model, optimizer, facts=RunFacts(after_step=after)):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            lens.step(loss)
+    store = LensStore(tmp_path)
+    assert store.table(tables.BASE).num_rows == 14
+    assert store.series(tables.WEIGHTS, "norm_a").steps.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("shown", [ActivationExtractor, LoRAActivationTracker])
