@@ -82,6 +82,13 @@ def test_a_staircase_shows_its_drops_and_a_line_none() -> None:
         assert [place.drop for place in found] == pytest.approx([drop, drop], abs=1e-10)
 
 
+def test_a_bend_at_an_epochs_end_is_no_drop() -> None:
+    steps = np.arange(1, 81)
+    bent = 3 - 0.01 * np.minimum(steps, 40.5) - 0.001 * np.maximum(steps - 40.5, 0)
+    bent[28:34] = np.nan  # with a side shorter than the other, one slope for both would see a drop
+    assert epoch_drops(steps, bent, 40, 15)[0].drop == pytest.approx(0, abs=1e-10)
+
+
 def test_the_error_of_a_drop_covers_its_noise() -> None:
     found = [epoch_drops(*staircase(0.3, 0.1, seed), 40, 20)[0] for seed in range(300)]
     away = np.array([(place.drop - 0.3) / place.error for place in found])
