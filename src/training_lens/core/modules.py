@@ -45,6 +45,13 @@ class AdapterModule:
         """What trains."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of dW = scaling B A, with the frozen halves of PiSSA; without a copy where there are none."""
+        a, b = self.a.detach(), self.b.detach()
+        if self.frozen_a is None or self.frozen_b is None:
+            return a, b
+        return torch.cat([a, self.frozen_a], 0), torch.cat([b, self.frozen_b], 1)  # (2 rank, in), (out, 2 rank)
+
     def base_weight(self) -> Tensor | None:
         """W as (out, in), in float32 and dequantized: a copy. None where the module has no single matrix."""
         from peft.utils.integrations import dequantize_module_weight
