@@ -15,7 +15,9 @@ import training_lens.utils
 
 def test_public_names() -> None:
     assert training_lens.__all__ == [
+        "CheckpointAnalyzer",
         "CheckpointManager",
+        "LoRACheckpointAnalyzer",
         "LoRATrainingWrapper",
         "MetricsCollector",
         "TrainingConfig",
@@ -53,6 +55,7 @@ def test_every_public_name_resolves(package: object) -> None:
 
 def test_one_implementation_each() -> None:
     assert training_lens.LoRATrainingWrapper is training_lens.TrainingWrapper
+    assert training_lens.LoRACheckpointAnalyzer is training_lens.CheckpointAnalyzer
     assert training_lens.training.TrainingConfig is training_lens.TrainingConfig
 
 

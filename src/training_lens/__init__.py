@@ -14,22 +14,33 @@ from typing import TYPE_CHECKING
 from training_lens._lazy import attach
 
 if TYPE_CHECKING:
+    from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
     from training_lens.config.schema import TrainingConfig
     from training_lens.training.callbacks import MetricsCollector
     from training_lens.training.checkpoints import CheckpointManager
     from training_lens.training.wrapper import TrainingWrapper
 
+    LoRACheckpointAnalyzer = CheckpointAnalyzer
     LoRATrainingWrapper = TrainingWrapper
 
 __version__ = "0.1.0"
 
 __getattr__, __dir__, _names = attach(
     {
+        "training_lens.analysis.checkpoint_analyzer": ("CheckpointAnalyzer",),
         "training_lens.config.schema": ("TrainingConfig",),
         "training_lens.training.wrapper": ("TrainingWrapper",),
         "training_lens.training.checkpoints": ("CheckpointManager",),
         "training_lens.training.callbacks": ("MetricsCollector",),
     },
-    aliases={"LoRATrainingWrapper": "TrainingWrapper"},
+    aliases={"LoRACheckpointAnalyzer": "CheckpointAnalyzer", "LoRATrainingWrapper": "TrainingWrapper"},
 )
-__all__ = ["CheckpointManager", "LoRATrainingWrapper", "MetricsCollector", "TrainingConfig", "TrainingWrapper"]
+__all__ = [
+    "CheckpointAnalyzer",
+    "CheckpointManager",
+    "LoRACheckpointAnalyzer",
+    "LoRATrainingWrapper",
+    "MetricsCollector",
+    "TrainingConfig",
+    "TrainingWrapper",
+]

@@ -36,7 +36,7 @@ def gradients_of_first_step(config: TrainingConfig, tmp_path: Path, name: str) -
         def on_gradients(self, trainer: Any, step: int) -> None:
             seen.extend(p.grad.clone() for p in trainer.parameters)
 
-    trainer._callbacks = (Watch(),)
+    trainer.callbacks = (Watch(),)
     report = trainer.train_step(next(trainer.schedule.steps()))
     return report.loss, seen
 
@@ -122,7 +122,7 @@ def test_gradients_are_offered_before_clipping(small_config: Config, tmp_path: P
         def on_gradients(self, trainer: Any, step: int) -> None:
             norms.append(float(torch.cat([p.grad.flatten() for p in trainer.parameters]).norm()))
 
-    trainer._callbacks = (Watch(),)
+    trainer.callbacks = (Watch(),)
     report = trainer.train_step(next(trainer.schedule.steps()))
     assert norms[0] == pytest.approx(report.grad_norm, rel=1e-4) and report.grad_norm > 1e-3
 
@@ -183,7 +183,7 @@ def test_a_non_finite_step_stops_before_the_update(small_config: Config, tmp_pat
                 trainer.parameters[0].grad[0, 0] = float("inf")
 
     poison = Poison()
-    trainer._callbacks = (poison,)
+    trainer.callbacks = (poison,)
     with pytest.raises(TrainingError) as caught:
         trainer.fit()
     message = str(caught.value)
@@ -218,7 +218,7 @@ def test_without_save_steps_checkpoints_come_with_the_validations(small_config: 
         def on_checkpoint(self, trainer: Any, folder: Path) -> None:
             saved.append(folder.name)
 
-    trainer._callbacks = (Watch(),)
+    trainer.callbacks = (Watch(),)
     trainer.fit()
     assert saved == ["step-00000004", "step-00000006"]
 

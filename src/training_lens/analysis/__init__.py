@@ -1,1 +1,25 @@
-"""Reading a finished, running or broken-off run: analysis, findings, reports, pictures."""
+"""Reading a finished, running or broken-off run: analysis, findings, reports, pictures.
+
+Example:
+    from training_lens.analysis import CheckpointAnalyzer
+
+    analyzer = CheckpointAnalyzer("outputs/experiments/default/runs/20261120T203605Z-5f3a")
+    for finding in analyzer.analyze().findings:
+        print(finding.severity, finding.title, finding.action)
+"""
+
+from __future__ import annotations
+
+from training_lens._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    {
+        "training_lens.analysis.adapters": ("LoRAParameterAnalyzer",),
+        "training_lens.analysis.checkpoint_analyzer": ("Analysis", "CheckpointAnalyzer", "Comparison"),
+        "training_lens.analysis.reading": ("open_recording",),
+        "training_lens.analyzers.readings.activations": ("ActivationAnalyzer",),
+        "training_lens.analyzers.readings.gradients": ("GradientAnalyzer",),
+        "training_lens.analyzers.readings.weights": ("LoRAAnalyzer",),
+    },
+    aliases={"WeightAnalyzer": "LoRAAnalyzer"},
+)

@@ -1,1 +1,27 @@
-"""The lens: what is captured, by whom, where it is kept, and how it is joined to a loop."""
+"""The lens: what is captured, by whom, where it is kept, and how it is joined to a loop.
+
+Example:
+    from training_lens.core import TrainingLensFramework
+
+    lens = TrainingLensFramework("lens")
+    trainer = SFTTrainer(model, args, train_dataset=rows, callbacks=[lens.trainer_callback()])
+"""
+
+from __future__ import annotations
+
+from training_lens._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    {
+        "training_lens.config.lens_section": ("LensSection",),
+        "training_lens.core.analyzer": ("DataAnalyzer",),
+        "training_lens.core.capture": ("RunFacts",),
+        "training_lens.core.collector": ("DataCollector", "Watched"),
+        "training_lens.core.framework": ("TrainingLensFramework",),
+        "training_lens.core.probe": ("Probe",),
+        "training_lens.core.recording": ("Recording",),
+        "training_lens.core.registry": ("AnalyzerRegistry", "CollectorRegistry"),
+        "training_lens.core.store": ("LensStore", "LensWriter"),
+        "training_lens.core.types": ("Cadence", "Captured", "DataType", "Moment", "Series"),
+    }
+)

@@ -25,7 +25,8 @@ from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 Gradient = Callable[[torch.nn.Parameter], Tensor | None]
-SHARES = {Cadence.SPECTRA: 0.005, Cadence.PROBE: 0.01}  # of the training time, where the config sets no interval
+SPECTRA_SHARE, PROBE_SHARE = 0.005, 0.01  # of the training time, where the config sets no interval
+SPECTRA = 16  # at least, in a run whose length is known
 SNAPSHOTS = 8  # in a run whose length is known
 SNAPSHOT_STEPS = 500  # between them, in one whose length is not
 EVERY_STEPS = 0.9  # decay of the running mean of a step's seconds
@@ -64,7 +65,7 @@ class Capture:
         watched: Watched,
         facts: RunFacts,
     ) -> None:
-        self.watched, self.seconds = watched, dict[str, float]()
+        self.watched = watched
         self._section, self._facts = section, facts
         self._live = [c for c in collectors if c.moment is not Moment.PROBE or watched.probe]
         self._paces = {c.name: self._pace(c) for c in self._live}
@@ -72,6 +73,7 @@ class Capture:
         self._step, self._over = facts.after_step, False
         self._step_seconds, self._clock = 0.0, time.perf_counter()
         self._writer = LensWriter(folder, self._manifest(), section, facts.after_step)
+        self.seconds = self._writer.cost()  # of the run before it was resumed
         for collector in tuple(self._live):
             with self._guarded(collector, 0):
                 self._keep(collector, 0, collector.start(watched))
@@ -105,6 +107,7 @@ class Capture:
         """See `TrainingLensFramework.record`."""
         self._step = step
         self._row(tables.LOSS, step, values)
+        self.watched.before = self.watched.gradients = ()  # room for the next step's activations
         took = time.perf_counter() - self._clock
         self._step_seconds = EVERY_STEPS * self._step_seconds + (1 - EVERY_STEPS) * took if self._step_seconds else took
         self._go_through_probe(step, self._due(Moment.PROBE, step))
@@ -136,8 +139,9 @@ class Capture:
         if collector.cadence is Cadence.SNAPSHOTS:
             usual = max(1, total // SNAPSHOTS) if total else SNAPSHOT_STEPS
             return Pace(section.snapshot_every or usual, 1.0)
-        every = section.spectra_every if collector.cadence is Cadence.SPECTRA else section.probe_every
-        return Pace(every, SHARES[collector.cadence], total)
+        if collector.cadence is Cadence.SPECTRA:
+            return Pace(section.spectra_every, SPECTRA_SHARE, total, least=SPECTRA)
+        return Pace(section.probe_every, PROBE_SHARE, total, from_step=0)  # there before the first step, too
 
     def _manifest(self) -> LensManifest:
         return LensManifest(
@@ -192,8 +196,9 @@ class Capture:
 
     def _row(self, table: str, step: int, values: Mapping[str, float | Tensor | None]) -> None:
         if not self._over:
-            known = {k: torch.as_tensor(v).detach().reshape(1) for k, v in values.items() if v is not None}
+            device = next((v.device for v in values.values() if isinstance(v, Tensor)), "cpu")
             with self._timed("stacks"), self._store_guarded():
+                known = {k: _cell(v, device) for k, v in values.items() if v is not None}
                 self._writer.add(table, step, Captured(known))
 
     @contextmanager
@@ -238,3 +243,7 @@ class Capture:
                 self._over = True
                 logger.warning("the lens stops capturing after step %d: %s Training goes on.", self._step, said(error))
                 logger.debug("in the store", exc_info=error)
+
+
+def _cell(value: float | Tensor, device: torch.device | str) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32, device=device).detach().reshape(1)

@@ -85,21 +85,25 @@ class Pace:
     """At which steps a collector is due: at every `every`-th, or as often as `share` of the training time allows.
 
     Then the steps are multiples of 1, 2, 5, 10, 20, 50, ...: the smallest that keep the share, given what a capture
-    took and what a step takes; and at most about 200 in a run whose length is known. So two runs share most of their
-    steps. Step 1 is always due.
+    took and what a step takes. So two runs share most of their steps. In a run whose length is known these are about
+    200 at most, and about `least` at least, whatever they cost. Step 1 is always due, but for what was seen at step 0.
     """
 
-    def __init__(self, every: int | None, share: float, total_steps: int | None = None) -> None:
-        self._fixed, self._share = every is not None, share
+    def __init__(
+        self, every: int | None, share: float, total_steps: int | None = None, least: int = 0, from_step: int = 1
+    ) -> None:
+        self._fixed, self._share, self._first = every is not None, share, from_step
+        self._longest = nice(total_steps / least) if total_steps and least else None
         self.interval = every if every is not None else nice((total_steps or 0) / 200)
 
     def due(self, step: int) -> bool:
-        return step == 1 or step % self.interval == 0
+        return step == self._first or (step > 0 and step % self.interval == 0)
 
     def took(self, seconds: float, step_seconds: float) -> None:
         """A capture took so long, while steps take `step_seconds`."""
         if not self._fixed and step_seconds > 0:
-            self.interval = max(self.interval, nice(seconds / (self._share * step_seconds)))
+            wanted = max(self.interval, nice(seconds / (self._share * step_seconds)))
+            self.interval = min(wanted, max(self._longest or wanted, self.interval))
 
 
 def nice(least: float) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,20 +130,37 @@ def _module(
 ) -> AdapterModule:
     magnitudes = getattr(layer, "lora_magnitude_vector", {})
     magnitude = magnitudes[adapter].weight if adapter in magnitudes else None
-    layer_number = LAYER.search(name)
-    last = name.rsplit(".", 1)[-1]
-    record = ModuleRecord(
+    variant = "pissa" if frozen_a is not None else "lora" if magnitude is None else "dora"
+    record = module_record(name, a.shape, b.shape, float(layer.scaling[adapter]), variant, adapter)
+    return AdapterModule(record, layer, a, b, frozen_a, frozen_b, magnitude)
+
+
+def module_record(
+    name: str,
+    a_shape: Sequence[int],
+    b_shape: Sequence[int],
+    scaling: float,
+    variant: str = "lora",
+    adapter: str = "default",
+) -> ModuleRecord:
+    """The record of an adapted module, its layer and kind told by its name.
+
+    Args:
+        name: its path in the base model.
+        a_shape, b_shape: (rank, in) and (out, rank).
+    """
+    layer, last = LAYER.search(name), name.rsplit(".", 1)[-1]
+    return ModuleRecord(
         name=name,
-        layer=int(layer_number[1]) if layer_number else None,
+        layer=int(layer[1]) if layer else None,
         kind=KINDS.get(last, last),
-        rank=a.shape[0],
-        in_features=a.shape[1],
-        out_features=b.shape[0],
-        scaling=float(layer.scaling[adapter]),
-        variant="pissa" if frozen_a is not None else "lora" if magnitude is None else "dora",
+        rank=a_shape[0],
+        in_features=a_shape[1],
+        out_features=b_shape[0],
+        scaling=scaling,
+        variant=variant,
         adapter=adapter,
     )
-    return AdapterModule(record, layer, a, b, frozen_a, frozen_b, magnitude)
 
 
 def _once(modules: Iterator[AdapterModule]) -> list[AdapterModule]:

@@ -56,7 +56,7 @@ class Recording:
         """Whether anything was captured of it."""
         if table not in self.captures.tables():
             return False
-        return measure is None or measure in self.captures.table(table).column_names
+        return measure is None or measure in self.captures.table(table, [measure]).column_names
 
     def series(self, table: str, measure: str) -> Series:
         """One measure over time; without steps where nothing was captured of it."""

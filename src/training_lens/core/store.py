@@ -80,6 +80,10 @@ class LensWriter:
             self._snapshots = Snapshots(folder, section.snapshots_megabytes * MEGABYTE, self._kept_steps)
             write_manifest(folder, manifest)
 
+    def cost(self) -> dict[str, float]:
+        """Seconds by collector that earlier parts of the run took."""
+        return read_cost(self._folder)
+
     @property
     def bytes_written(self) -> int:
         """All bytes of segments and snapshots that this writer wrote, merges among them."""
@@ -276,11 +280,16 @@ class LensStore:
         Raises:
             LensError: cost.json is damaged.
         """
-        path = self.folder / COST
-        try:
-            return {name: float(seconds) for name, seconds in read_json(path).items()} if path.is_file() else {}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise LensError(f"{path} is damaged ({error}): delete it; no other file needs it.") from error
+        return read_cost(self.folder)
+
+
+def read_cost(folder: Path) -> dict[str, float]:
+    """See `LensStore.cost`."""
+    path = folder / COST
+    try:
+        return {name: float(seconds) for name, seconds in read_json(path).items()} if path.is_file() else {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise LensError(f"{path} is damaged ({error}): delete it; no other file needs it.") from error
 
 
 def _table_folders(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,23 +72,35 @@ def saved_updates(folder: Path) -> dict[str, LowRank | Whole]:
     """The updates of an adapter folder that `adapters.load_adapter` has taken, by the names of the model's weights."""
     from safetensors.torch import load_file
 
-    settings, updates = read_config(folder), dict[str, LowRank | Whole]()
-    low_rank: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in load_file(folder / WEIGHTS).items():
-        name = key.removeprefix(PREFIX)
-        path, found, part = name.partition(".lora_")
-        if found:
-            low_rank[path][part.removeprefix("embedding_").removesuffix(".weight")] = tensor
-        elif not name.endswith(".base_layer.weight"):  # PEFT may save an adapted embedding's own weights, too
-            updates[name] = Whole(tensor)
-    for path, parts in low_rank.items():
-        factor = _factor(path, len(parts["A"]), settings)
+    settings, tensors = read_config(folder), load_file(folder / WEIGHTS)
+    low_rank = low_rank_keys(tensors)
+    updates: dict[str, LowRank | Whole] = {}
+    for path, keys in low_rank.items():
+        parts = {part: tensors.pop(key) for part, key in keys.items()}
+        factor = scaling_of(path, len(parts["A"]), settings)
         updates[f"{path}.weight"] = LowRank(parts["A"], parts["B"], factor, parts.get("magnitude_vector"))
+    for key, tensor in tensors.items():
+        if not key.endswith(".base_layer.weight"):  # PEFT may save an adapted embedding's own weights, too
+            updates[key.removeprefix(PREFIX)] = Whole(tensor)
     return updates
 
 
-def _factor(path: str, rank: int, settings: dict[str, Any]) -> float:
-    """alpha / rank, or alpha / sqrt(rank) of rsLoRA (arXiv 2312.03732)."""
+def low_rank_keys(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Of the names in an adapter's file, those of low-rank parts: module path -> A, B, magnitude_vector -> name."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for key in keys:
+        path, low_rank, part = key.removeprefix(PREFIX).partition(".lora_")
+        if low_rank:
+            found[path][part.removeprefix("embedding_").removesuffix(".weight")] = key
+    return found
+
+
+def scaling_of(path: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """s of a module: alpha / rank, or alpha / sqrt(rank) of rsLoRA (arXiv 2312.03732).
+
+    Args:
+        settings: the content of adapter_config.json.
+    """
     patterns = settings.get("alpha_pattern") or {}
     pattern = pattern_of(path, patterns)
     alpha = patterns[pattern] if pattern else settings["lora_alpha"]

@@ -67,7 +67,7 @@ class Trainer:
         self.optimizer = build_optimizer(trainable(model), settings, lora_plus_ratio)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")
         self.state = TrainingState()
-        self._callbacks = tuple(callbacks)
+        self.callbacks = tuple(callbacks)
         self._signal = 0
 
     @property
@@ -278,5 +278,5 @@ class Trainer:
             )
 
     def _notify(self, event: str, *args: Any, **kwargs: Any) -> None:
-        for callback in self._callbacks:
+        for callback in self.callbacks:
             getattr(callback, event)(self, *args, **kwargs)

@@ -22,6 +22,7 @@ from training_lens.models.stored import base_record
 from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar, TensorBoardLogger
 from training_lens.training.checkpoints import ADAPTER, CheckpointManager, TrainingState
+from training_lens.training.lens import LensCallback, lens_of, look_back
 from training_lens.training.planning import RunPlan, plan_run, with_rows_as_files
 from training_lens.training.trainer import Trainer
 from training_lens.utils.devices import get_device, peak_bytes
@@ -168,6 +169,8 @@ class TrainingWrapper:
             summary = _summarize(run, "finished", trainer, parameters)
             if plan.processes.is_main:
                 _write_summary(run, summary)
+                if plan.config.lens.enabled and plan.config.lens.report:
+                    look_back(run)
             return summary
 
     def _assemble(self, run: RunFolder, plan: RunPlan) -> tuple[Trainer, ParameterCount]:
@@ -195,6 +198,8 @@ class TrainingWrapper:
             watchers.append(TensorBoardLogger(run.logs, every))
         if self._console is not None and self._console.is_terminal:
             watchers.append(ProgressBar(self._console))
+        if lens := lens_of(plan, run):
+            watchers.append(lens)
         return (*watchers, *self._callbacks)
 
     def _write_metadata(self, run: RunFolder, config: TrainingConfig, plan: RunPlan) -> None:
@@ -246,6 +251,7 @@ def _summarize(run: RunFolder, status: str, trainer: Trainer, parameters: Parame
         trainable_parameters=parameters.trainable,
         total_parameters=parameters.total,
         adapter_step=state.best_step if validated else state.step,
+        lens_seconds=sum(c.seconds for c in trainer.callbacks if isinstance(c, LensCallback)),
     )
 
 

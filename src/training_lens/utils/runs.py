@@ -66,6 +66,10 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def lens(self) -> Path:
+        return self.root / "lens"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 
@@ -221,11 +225,12 @@ def run_folders(folder: Path) -> list[RunFolder]:
     return sorted((RunFolder(p) for p in places), key=lambda run: run.run_id)
 
 
-def find_run(reference: str, base_output_dir: str, experiment_name: str, *, finished: bool) -> RunFolder:
+def find_run(reference: str, base_output_dir: str, experiment_name: str, *, finished: bool | None) -> RunFolder:
     """The run that `reference` means: `latest`, a run id of the experiment, or a path to a run folder.
 
     Args:
-        finished: whether `latest` is the newest finished run (to use it) or the newest unfinished (to resume it).
+        finished: whether `latest` is the newest finished run (to use it), the newest unfinished (to resume it), or with
+            None the newest of all (to look at it).
 
     Raises:
         CheckpointError: there is no such run; lists what is there.
@@ -233,11 +238,13 @@ def find_run(reference: str, base_output_dir: str, experiment_name: str, *, fini
     folder = runs_folder(base_output_dir, experiment_name)
     runs = run_folders(folder)
     if reference == LATEST:
-        matching = [run for run in runs if _status(run) in (("finished",) if finished else UNFINISHED)]
+        matching = [
+            run for run in runs if finished is None or _status(run) in (("finished",) if finished else UNFINISHED)
+        ]
         if not matching:
-            kind = "finished" if finished else "unfinished"
+            kind = {True: "finished ", False: "unfinished ", None: ""}[finished]
             raise CheckpointError(
-                f"no {kind} run in {folder} ({len(runs)} runs there). "
+                f"no {kind}run in {folder} ({len(runs)} runs there). "
                 "Give output.base_output_dir and output.experiment_name if it is elsewhere, or the run's path."
             )
         return matching[-1]

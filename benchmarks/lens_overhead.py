@@ -1,0 +1,174 @@
+"""What the lens costs while it trains: steps with and without it in turn, and the memory of each in its own process.
+
+    python benchmarks/lens_overhead.py [--steps 40] [--output benchmarks/results/lens_overhead.json]
+
+Llamas of random weights, LoRA of rank 16 on every linear layer, GSM8K rows, float32 on CPU. The main model has 57 M
+parameters (12 layers of 512); others have the same width and 2 to 60 layers. Two trainers on the same rows take their
+steps in turn, one under the lens as it comes. Written: milliseconds of a step (median) each way and their ratio; the
+lens's own seconds as a share of the steps' seconds (all of them: spectra, probe, snapshots, writing; the start apart);
+peak memory of a run with and without, each in a process of its own; bytes on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training_lens import TrainingConfig
+from training_lens.training.assembly import build_trainer
+from training_lens.training.checkpoints import CheckpointManager
+from training_lens.training.lens import LensCallback, lens_of
+from training_lens.training.trainer import Trainer
+from training_lens.training.wrapper import TrainingWrapper
+from training_lens.utils.runs import RunFolder
+
+LAYERS = (2, 6, 12, 24, 60)
+MAIN = 12
+
+
+def write_model(folder: Path, layers: int, tokenizer: Path) -> int:
+    """A Llama of random weights with the tokenizer of GPT-2; its number of parameters."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
+    if layers != MAIN:  # only the adapter's depth is of interest there
+        shape = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4}
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50257, num_hidden_layers=layers, max_position_embeddings=1024, tie_word_embeddings=True,
+            bos_token_id=50256, eos_token_id=50256, **shape,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    return sum(p.numel() for p in model.parameters())
+
+
+def configured(model: Path, shared: Path, folder: Path, steps: int) -> TrainingConfig:
+    return TrainingConfig.model_validate(
+        {
+            "model": {"id": str(model), "seq_len": 512},
+            "data": {"train": [str(shared / "data/gsm8k/train.jsonl")], "max_examples": 8 * steps},
+            "training": {"epochs": 1, "batch_size": 8, "lr": 1e-4},
+            "output": {"base_output_dir": str(folder)},
+        }
+    )
+
+
+def assembled(config: TrainingConfig, folder: Path, lens: bool) -> tuple[Trainer, LensCallback | None]:
+    """A trainer of the config, under the lens or not, ready for its first step."""
+    from training_lens.models.factory import load_model
+
+    plan = TrainingWrapper(config).plan()
+    run = RunFolder(folder).create()
+    callback = lens_of(plan, run) if lens else None
+    model = load_model(plan.config.model, plan.processes.device, plan.precision)
+    manager = CheckpointManager(run.checkpoints, plan.fingerprint)
+    return build_trainer(plan, model, manager, (callback,) if callback else ()), callback
+
+
+def side_by_side(model: Path, shared: Path, folder: Path, steps: int) -> dict[str, Any]:
+    """Steps of two trainers in turn: who goes first alternates."""
+    config = configured(model, shared, folder, steps)
+    plain, _ = assembled(config, folder / "plain", lens=False)
+    watched, lens = assembled(config, folder / "lens", lens=True)
+    assert lens is not None
+    watched._notify("on_train_start")
+    started = lens.seconds
+    taken: dict[str, list[float]] = {"plain": [], "lens": []}
+    for plan in plain.schedule.steps():
+        order = [("plain", plain), ("lens", watched)]
+        for name, trainer in order if plan.number % 2 else reversed(order):
+            begun = time.perf_counter()
+            report = trainer.train_step(plan)
+            trainer._account(report)
+            trainer._notify("on_step_end", report)
+            taken[name].append(time.perf_counter() - begun)
+    during = lens.seconds - started
+    watched._notify("on_train_end")
+    files = [p for p in (folder / "lens" / "lens").rglob("*") if p.is_file()]
+    ratios = [b / a for a, b in zip(taken["plain"], taken["lens"], strict=True)]
+    return {
+        "steps": len(ratios),
+        "step_ms_plain": round(1000 * statistics.median(taken["plain"]), 1),
+        "step_ms_lens": round(1000 * statistics.median(taken["lens"]), 1),
+        "median_ratio": round(statistics.median(ratios), 4),
+        "total_ratio": round(sum(taken["lens"]) / sum(taken["plain"]), 4),
+        "lens_share_of_steps": round(during / (sum(taken["lens"]) - during), 4),
+        "lens_ms_per_step": round(1000 * during / len(ratios), 2),
+        "start_seconds": round(started, 3),
+        "end_seconds": round(lens.seconds - started - during, 3),
+        "seconds_by_part": {name: round(s, 4) for name, s in sorted(lens.lens.seconds.items())},
+        "bytes_on_disk": sum(p.stat().st_size for p in files),
+    }
+
+
+def peak_bytes(model: Path, shared: Path, folder: Path, lens: bool) -> int:
+    """The most memory of a process that trains eight steps."""
+    command = [sys.executable, __file__, "--peak-of", str(model), str(folder), str(int(lens)), "--shared", str(shared)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit("the process that measures memory failed")
+    return usage.ru_maxrss * 1024
+
+
+def train_some(model: Path, shared: Path, folder: Path, lens: bool) -> None:
+    """Eight steps, whole: what `peak_bytes` measures."""
+    trainer, _ = assembled(configured(model, shared, folder, 8), folder / f"memory-{int(lens)}", lens)
+    trainer._notify("on_train_start")
+    for plan in trainer.schedule.steps():
+        report = trainer.train_step(plan)
+        trainer._account(report)
+        trainer._notify("on_step_end", report)
+    trainer._notify("on_train_end")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/lens_overhead.json"))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--layers", type=int, nargs="*", default=LAYERS)
+    parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak_of:
+        model, folder, lens = args.peak_of
+        train_some(Path(model), args.shared, Path(folder), lens == "1")
+        return
+    results: dict[str, Any] = {
+        "machine": {"cores": os.cpu_count(), "platform": platform.machine(), "torch": torch.__version__}
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for layers in args.layers:
+            model = folder / f"model-{layers}"
+            parameters = write_model(model, layers, args.shared / "tokenizers/gpt2")
+            result = {"parameters": parameters, "modules": 7 * layers}
+            result |= side_by_side(model, args.shared, folder / f"run-{layers}", args.steps)
+            if layers == MAIN:
+                plain, watched = (peak_bytes(model, args.shared, folder / f"peak-{layers}", lens) for lens in (0, 1))
+                result |= {
+                    "peak_bytes_plain": plain,
+                    "peak_bytes_lens": watched,
+                    "peak_ratio": round(watched / plain, 4),
+                }
+            results[f"{layers}_layers"] = result
+            print(f"{layers} layers: {json.dumps(result)}", file=sys.stderr)
+    args.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

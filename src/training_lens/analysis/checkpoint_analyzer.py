@@ -1,0 +1,194 @@
+"""Everything that can be said of a run, in one object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from training_lens.analysis.evolution import By, evolution
+from training_lens.analysis.reading import open_recording
+from training_lens.analyzers.grouping import number, numbers
+from training_lens.analyzers.readings.similarity import Likeness, SimilarityAnalyzer, likenesses
+from training_lens.analyzers.snapshots import snapshot_factors
+from training_lens.core import tables
+from training_lens.core.analyzer import DataAnalyzer
+from training_lens.core.recording import Recording
+from training_lens.core.registry import AnalyzerRegistry
+from training_lens.core.stacks import Factors
+from training_lens.core.types import Series
+from training_lens.errors import LensError
+from training_lens.utils.formatting import said
+from training_lens.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from training_lens.analysis.findings import Finding
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What all analyzers and findings say of one recording.
+
+    `results` are plain values, by the analyzer's name; an analyzer whose data were not captured has none.
+    """
+
+    recording: Recording
+    results: Mapping[str, Mapping[str, Any]]
+    findings: tuple[Finding, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it: numbers are finite or null."""
+        return {
+            "run": self.recording.name,
+            "folder": str(self.recording.folder),
+            "status": self.recording.status,
+            "results": _plain(self.results),
+            "findings": [_plain(asdict(finding)) for finding in self.findings],
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How alike the last adapters of two runs are, module by module.
+
+    `steps` are the two compared; `only_first` and `only_second` the modules that one alone adapts.
+    """
+
+    names: tuple[str, str]
+    steps: tuple[int, int]
+    modules: Mapping[str, Likeness]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it, with the median cosine over modules."""
+        cosines = [one.cosine for one in self.modules.values() if np.isfinite(one.cosine)]
+        return {
+            "runs": list(self.names),
+            "steps": list(self.steps),
+            "median_cosine": number(np.median(cosines)) if cosines else None,
+            "modules": {name: one.plain() for name, one in self.modules.items()},
+            "only_first": list(self.only_first),
+            "only_second": list(self.only_second),
+        }
+
+
+class CheckpointAnalyzer:
+    """Reads a run, or checkpoints of one, and says what is in it.
+
+    Args:
+        path: see `open_recording`.
+        base: for adapters without captures, the folder of the model under them; None: where their configuration says.
+
+    Raises:
+        LensError: there is nothing to read there.
+        AdapterError: an adapter is broken, or no LoRA.
+
+    Example:
+        analyzer = CheckpointAnalyzer("outputs/experiments/default/runs/20261120T203605Z-5f3a")
+        analysis = analyzer.analyze()
+        analysis.results["weights"]["share_by_layer"]
+        analyzer.evolution("strength", by="layer").values  # (steps, layers)
+        analyzer.compare("another/run").plain()["median_cosine"]
+    """
+
+    def __init__(self, path: Path | str, base: Path | str | None = None) -> None:
+        self.recording = open_recording(path, base)
+
+    def analyze(self) -> Analysis:
+        """What every known analyzer, and every finding, says.
+
+        A user's own analyzer that fails is left out with a warning.
+        """
+        from training_lens.analysis.findings import diagnose
+
+        results: dict[str, Mapping[str, Any]] = {}
+        for name in AnalyzerRegistry.names():
+            analyzer = AnalyzerRegistry.get(name)()
+            if analyzer.can_read(self.recording):
+                results |= self._result(analyzer)
+        return Analysis(self.recording, results, diagnose(self.recording))
+
+    def _result(self, analyzer: DataAnalyzer) -> dict[str, Mapping[str, Any]]:
+        try:
+            return {analyzer.name: analyzer.analyze(self.recording)}
+        except Exception as error:
+            if type(analyzer).__module__.startswith("training_lens."):
+                raise
+            logger.warning("the analyzer '%s' failed and is left out: %s", analyzer.name, said(error))
+            return {}
+
+    def evolution(self, measure: str, by: By = "module") -> Series:
+        """See `analysis.evolution.evolution`."""
+        return evolution(self.recording, measure, by)
+
+    def adapter(self, step: int | None = None) -> dict[str, Factors]:
+        """A (rank, in) and B (out, rank) of each module, as they were kept; with PiSSA's frozen halves.
+
+        Args:
+            step: of a snapshot; None: of the last.
+
+        Raises:
+            LensError: there is no such snapshot.
+        """
+        return snapshot_factors(self.recording, self._last() if step is None else step)
+
+    def similarity(self) -> Mapping[str, Any]:
+        """How alike the snapshots are to the last one (see `SimilarityAnalyzer`).
+
+        Raises:
+            LensError: there are fewer than two.
+        """
+        steps = self.recording.captures.snapshot_steps(tables.SNAPSHOTS)
+        if len(steps) < 2:
+            raise LensError(
+                f"{self.recording.name} has {len(steps)} snapshots of its adapter, and likeness takes two. Capture "
+                "more (lens.snapshot_every), or keep more checkpoints."
+            )
+        return SimilarityAnalyzer().analyze(self.recording)
+
+    def compare(self, other: CheckpointAnalyzer | Path | str) -> Comparison:
+        """How alike the last snapshots of two runs on one base are; their ranks may differ.
+
+        Raises:
+            LensError: a module has another shape there, the two have no module in common, or one has no snapshot.
+        """
+        there = other if isinstance(other, CheckpointAnalyzer) else CheckpointAnalyzer(other)
+        first, second = self.adapter(), there.adapter()
+        alike = likenesses(self.recording.modules, first, second, there.recording.modules)
+        names = (self.recording.name, there.recording.name)
+        if not alike:
+            raise LensError(
+                f"{names[0]} and {names[1]} adapt no module in common: one has {next(iter(first), 'none')}, the other "
+                f"{next(iter(second), 'none')}. Give two runs on one base model."
+            )
+        return Comparison(
+            names, (self._last(), there._last()), alike, tuple(first.keys() - alike), tuple(second.keys() - alike)
+        )
+
+    def _last(self) -> int:
+        steps = self.recording.captures.snapshot_steps(tables.SNAPSHOTS)
+        if not steps:
+            raise LensError(
+                f"{self.recording.name} has no snapshot of its adapter: none was kept (lens.snapshots_megabytes=0?), "
+                "or it has only begun."
+            )
+        return steps[-1]
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, texts, lists and mappings as JSON has them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, np.ndarray):
+        return numbers(value) if value.ndim == 1 else [_plain(each) for each in value]
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float | np.floating):
+        return number(value)
+    return int(value) if isinstance(value, np.integer) else value

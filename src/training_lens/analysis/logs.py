@@ -1,0 +1,106 @@
+"""What a run's own log says of its losses: our metrics.jsonl, and the HF Trainer's trainer_state.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from training_lens.core import tables
+from training_lens.core.store import arrow_table
+from training_lens.core.types import Captured
+from training_lens.errors import LensError
+from training_lens.utils.files import read_json
+from training_lens.utils.runs import read_metrics
+
+TRAINER_STATE = "trainer_state.json"
+TRAINER_NAMES = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr", "epoch": "epoch"}
+Row = tuple[str, int, dict[str, float]]  # table, step, measures
+
+
+@dataclass(frozen=True)
+class Log:
+    """The tables `loss` and `evaluation`, as far as a log has them, and `LensManifest.settings` that it knows.
+
+    `status` is finished, or unknown.
+    """
+
+    tables: Mapping[str, pa.Table] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    status: str = "unknown"
+
+
+def our_log(metrics: Path, settings: Mapping[str, Any]) -> Log:
+    """The log of one of our runs; empty where there is no metrics.jsonl."""
+    lines = read_metrics(metrics) if metrics.is_file() else []
+    return Log(_tables(_our_rows(lines)), settings)
+
+
+def _our_rows(lines: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+    for line in lines:
+        if line.get("kind") == "step":
+            yield tables.LOSS, line["step"], _numbers({name: line.get(name) for name in tables.MEASURES[tables.LOSS]})
+        elif line.get("kind") in ("validation", "base"):
+            measure = "base_loss" if line["kind"] == "base" else "loss"
+            yield tables.EVALUATION, line["step"], _numbers({measure: line.get("loss")})
+
+
+def trainer_log(path: Path) -> Log:
+    """The log of the HF Trainer, of a trainer_state.json; its losses are means over the steps since the entry before.
+
+    Raises:
+        LensError: it is no JSON, or no trainer's state.
+    """
+    try:
+        state = read_json(path)
+        steps, epochs = state["max_steps"], state["num_train_epochs"]
+        rows = list(_trainer_rows(state["log_history"]))
+        done = state["global_step"] >= steps > 0
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LensError(
+            f"{path} is damaged ({type(error).__name__}: {error}). Restore it, or move it away: then the adapters are "
+            "read without losses."
+        ) from error
+    settings = {"total_steps": steps, "steps_per_epoch": max(1, round(steps / epochs)) if epochs else None}
+    return Log(_tables(rows), settings, "finished" if done else "unknown")
+
+
+def trainer_step(path: Path) -> int:
+    """The step after which a trainer_state.json was written.
+
+    Raises:
+        LensError: it is damaged.
+    """
+    try:
+        return int(read_json(path)["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LensError(f"{path} is damaged ({type(error).__name__}: {error}). Restore it, or move it away.") from error
+
+
+def _trainer_rows(history: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+    for entry in history:
+        if "loss" in entry:
+            given = {ours: entry.get(theirs) for theirs, ours in TRAINER_NAMES.items()}
+            yield tables.LOSS, int(entry["step"]), _numbers(given)
+        elif "eval_loss" in entry:
+            yield tables.EVALUATION, int(entry["step"]), _numbers({"loss": entry["eval_loss"]})
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def _tables(rows: Iterable[Row]) -> dict[str, pa.Table]:
+    """One table for each name; of two rows of one step, as a resumed run logs them, the later holds."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for table, step, values in rows:
+        found.setdefault(table, {}).setdefault(step, {}).update(values)
+    return {
+        table: arrow_table([(s, Captured({m: torch.tensor([v]) for m, v in values.items()})) for s, values in steps])
+        for table, by_step in found.items()
+        if (steps := sorted(by_step.items()))
+    }

@@ -1,0 +1,1 @@
+"""What captures say: the built-in analyzers, one for each subject."""

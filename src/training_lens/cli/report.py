@@ -1,0 +1,74 @@
+"""`training-lens report`: what the lens saw of a run, as a page, a text or data."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, command
+from training_lens.cli.lens import BaseFolder, RunPlace, opened
+
+
+class Format(StrEnum):
+    """How a report is written."""
+
+    html = "html"
+    md = "md"
+    json = "json"
+
+
+class Kind(StrEnum):
+    """Which report: one screen in plain words, all of it, or what is wrong with the evidence."""
+
+    executive = "executive"
+    technical = "technical"
+    diagnostic = "diagnostic"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", help="html is one file that opens offline.")]
+KindOption = Annotated[
+    Kind, typer.Option(help="executive: one screen in plain words; technical: all; diagnostic: findings with evidence.")
+]
+Against = Annotated[
+    str | None, typer.Option(metavar="RUN", help="Put a second run beside it: the same pictures, on the same scales.")
+]
+Output = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="Where it is written; without it, reports/ of the run.")
+]
+
+
+def report(
+    run: RunPlace = "latest",
+    overrides: Overrides = None,
+    format: FormatOption = Format.html,
+    kind: KindOption = Kind.technical,
+    against: Against = None,
+    base: BaseFolder = None,
+    output: Output = None,
+    config: ConfigFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a report of what the lens captured: of a run (finished, running or broken off) or of PEFT checkpoints.
+
+    Examples: training-lens report; training-lens report RUN --kind diagnostic --format md;
+    training-lens report RUN --against OTHER_RUN; training-lens report path/to/trainer_output
+    """
+    with command(json, debug) as screen:
+        from pathlib import Path
+
+        analyzer = opened(run, overrides, config, base)
+        from training_lens.analysis import StandardReports
+
+        folder = Path(output) if output else analyzer.recording.folder / "reports"
+        folder.mkdir(parents=True, exist_ok=True)
+        reports = StandardReports(analyzer.analyze())
+        if against:
+            other = opened(against, None, config, base)
+            written = reports.write_against(other.analyze(), folder, format.value)
+        else:
+            written = reports.write(folder, kind.value, format.value)
+        screen.console.print(f"the report is {written}", markup=False, soft_wrap=True)
+        screen.result({"report": str(written), "kind": kind.value, "format": format.value})
