@@ -231,16 +231,16 @@ def intruders(
     after = weight + scaling * (precise(b) @ precise(a)).to(weight.dtype)
     old, old_values, _ = svd(weight)
     new, new_values, _ = svd(after)
-    cosines = (new[..., :k].mT @ (old * _present(old_values, weight))).abs().amax(-1)  # (*batch, k)
-    energy = (new_values[..., None, :] * _present(new_values, weight))[..., 0, :k].square()
+    cosines = (new[..., :k].mT @ (old * _present(old_values, weight)[..., None, :])).abs().amax(-1)  # (*batch, k)
+    energy = (new_values * _present(new_values, weight))[..., :k].square()  # (*batch, k)
     strange = torch.where(cosines.isnan(), cosines, ((cosines < threshold) & (energy > 0)).to(cosines.dtype))
     return Intruders(strange.sum(-1), (strange * energy).sum(-1) / energy.sum(-1), cosines)
 
 
 def _present(singular: Tensor, matrix: Tensor) -> Tensor:
-    """1 for singular values above roundoff, else 0, (*batch, 1, k)."""
+    """1 for singular values above roundoff, else 0, (*batch, k)."""
     floor = torch.finfo(matrix.dtype).eps * max(matrix.shape[-2:]) * singular[..., :1]
-    return (singular > floor).to(matrix.dtype)[..., None, :]
+    return (singular > floor).to(matrix.dtype)
 
 
 def dora_change(

@@ -60,7 +60,7 @@ class LossTap:
 
     The HF Trainer's log replaces a loss that is not finite and averages over steps; this one does neither. A loss that
     was divided by the step's tokens (`num_items_in_batch`) is summed over micro-batches, another averaged. TRL's
-    SFTTrainer takes log-probabilities instead of a loss: they are summed and divided by the number of labels.
+    SFTTrainer takes log-probabilities and makes the loss itself: they are summed and divided by the number of labels.
     """
 
     def __init__(self, model: Any) -> None:
@@ -86,13 +86,13 @@ class LossTap:
         if not (module.training and torch.is_grad_enabled()):
             return
         loss, log_probs = getattr(output, "loss", None), getattr(output, "log_probs", None)
-        if loss is not None:
-            self._summed = kwargs.get("num_items_in_batch") is not None
-            self._add(loss)
-        elif log_probs is not None:
+        if log_probs is not None:
             tokens = output.label_mask.detach().sum()
             self._tokens = tokens if self._tokens is None else self._tokens + tokens
             self._add(-log_probs.sum())
+        elif loss is not None:
+            self._summed = kwargs.get("num_items_in_batch") is not None
+            self._add(loss)
 
     def _add(self, value: Tensor) -> None:
         value = value.detach()
