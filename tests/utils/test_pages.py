@@ -51,3 +51,9 @@ def test_a_phone_shows_the_page_in_its_own_width_and_scrolls_wide_tables(tmp_pat
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert 'name="viewport" content="width=device-width' in text
     assert '<div class="scroll"><table>' in text
+
+
+def test_no_button_sends_a_figures_data_away(tmp_path: Path) -> None:
+    figure = go.Figure(go.Scatter(x=[1, 2], y=[3, 4]))
+    write_page(tmp_path / "page.html", "Two", [figure, Picture("Loss", figure, "lower is better")])
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count('"showSendToCloud": false') == 2

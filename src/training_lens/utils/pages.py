@@ -147,5 +147,5 @@ def _callout(box: Callout) -> str:
 
 
 def _figure(figure: Figure) -> str:
-    config = {"displaylogo": False, "responsive": True}
+    config = {"displaylogo": False, "responsive": True, "showSendToCloud": False}  # that button uploads the data
     return str(figure.to_html(full_html=False, include_plotlyjs=False, validate=False, config=config))
