@@ -16,7 +16,12 @@ __getattr__, __dir__, __all__ = attach(
     {
         "training_lens.analysis.adapters": ("LoRAParameterAnalyzer",),
         "training_lens.analysis.checkpoint_analyzer": ("Analysis", "CheckpointAnalyzer", "Comparison"),
+        "training_lens.analysis.figures.activations": ("ActivationVisualizer",),
         "training_lens.analysis.reading": ("open_recording",),
+        "training_lens.analysis.reports.comparing": ("comparison",),
+        "training_lens.analysis.reports.executive": ("three_lines",),
+        "training_lens.analysis.reports.report": ("Report",),
+        "training_lens.analysis.reports.standard": ("StandardReports",),
         "training_lens.analyzers.readings.activations": ("ActivationAnalyzer",),
         "training_lens.analyzers.readings.gradients": ("GradientAnalyzer",),
         "training_lens.analyzers.readings.weights": ("LoRAAnalyzer",),

@@ -48,7 +48,9 @@ def rate_high(recording: Recording) -> Finding:
     if len(signs) >= NEEDED:
         ends_over = median(losses[-LEAST_STEPS:]) > losses[0]
         lost = ends_over or _loss_over_start(recording) is not None
-        return RULE.found("problem" if lost else "warning", "The learning rate is too high", "; ".join(signs), evidence=evidence)
+        return RULE.found(
+            "problem" if lost else "warning", "The learning rate is too high", "; ".join(signs), evidence=evidence
+        )
     if signs:
         return RULE.unknown(
             "One sign of a learning rate that is too high",
