@@ -15,6 +15,7 @@ from training_lens._lazy import attach
 
 if TYPE_CHECKING:
     from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
+    from training_lens.analysis.reports.standard import StandardReports
     from training_lens.config.schema import TrainingConfig
     from training_lens.training.callbacks import MetricsCollector
     from training_lens.training.checkpoints import CheckpointManager
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __getattr__, __dir__, _names = attach(
     {
         "training_lens.analysis.checkpoint_analyzer": ("CheckpointAnalyzer",),
+        "training_lens.analysis.reports.standard": ("StandardReports",),
         "training_lens.config.schema": ("TrainingConfig",),
         "training_lens.training.wrapper": ("TrainingWrapper",),
         "training_lens.training.checkpoints": ("CheckpointManager",),
@@ -41,6 +43,7 @@ __all__ = [
     "LoRACheckpointAnalyzer",
     "LoRATrainingWrapper",
     "MetricsCollector",
+    "StandardReports",
     "TrainingConfig",
     "TrainingWrapper",
 ]

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from training_lens.utils.pages import Table, write_page
+from training_lens.utils.pages import Beside, Bullets, Callout, Picture, Table, write_page
 
 EVIL = "<script>alert('x')</script>"
 
 
 def test_text_of_data_stays_text_everywhere(tmp_path: Path) -> None:
     figure = go.Figure(go.Scatter(x=[1, 2], y=[3, 4], name=EVIL))
-    write_page(tmp_path / "page.html", EVIL, [EVIL, f"# {EVIL}", Table(EVIL, [EVIL], [[EVIL]]), figure])
+    picture = Picture(EVIL, figure, EVIL)
+    boxes = [Bullets([EVIL]), Callout("problem", EVIL, [(EVIL, EVIL)]), picture, Beside([picture])]
+    write_page(tmp_path / "page.html", EVIL, [EVIL, f"# {EVIL}", Table(EVIL, [EVIL], [[EVIL]]), figure, *boxes])
     assert EVIL not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
@@ -29,3 +31,29 @@ def test_a_page_without_figures_carries_no_script(tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", "Words", ["Only words.", Table("A table", ["a", "b"], [["1", "2"]])])
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in text and "<td>2</td>" in text
+
+
+def test_pictures_side_by_side_bring_the_script_along(tmp_path: Path) -> None:
+    picture = Picture("Loss", go.Figure(go.Scatter(x=[1, 2], y=[3, 4])), "lower is better")
+    write_page(tmp_path / "page.html", "Two", [Beside([picture, picture])])
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text.count("plotly.js v") == 1 and text.count("<figcaption>lower is better</figcaption>") == 2
+
+
+def test_how_grave_a_callout_is_can_be_read_without_colours(tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", "Boxes", [Callout("warning", "the loss jumps", [("where", "step 7")])])
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Warning: the loss jumps" in text and "<dt>where</dt><dd>step 7</dd>" in text
+
+
+def test_a_phone_shows_the_page_in_its_own_width_and_scrolls_wide_tables(tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", "Wide", [Table("A table", ["a", "b"], [["1", "2"]])])
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert 'name="viewport" content="width=device-width' in text
+    assert '<div class="scroll"><table>' in text
+
+
+def test_no_button_sends_a_figures_data_away(tmp_path: Path) -> None:
+    figure = go.Figure(go.Scatter(x=[1, 2], y=[3, 4]))
+    write_page(tmp_path / "page.html", "Two", [figure, Picture("Loss", figure, "lower is better")])
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count('"showSendToCloud": false') == 2

@@ -16,10 +16,17 @@ __getattr__, __dir__, __all__ = attach(
     {
         "training_lens.analysis.adapters": ("LoRAParameterAnalyzer",),
         "training_lens.analysis.checkpoint_analyzer": ("Analysis", "CheckpointAnalyzer", "Comparison"),
+        "training_lens.analysis.figures.activations": ("ActivationVisualizer",),
         "training_lens.analysis.reading": ("open_recording",),
+        "training_lens.analysis.reports.comparing": ("comparison",),
+        "training_lens.analysis.reports.executive": ("three_lines",),
+        "training_lens.analysis.reports.report": ("Report",),
+        "training_lens.analysis.reports.standard": ("StandardReports",),
         "training_lens.analyzers.readings.activations": ("ActivationAnalyzer",),
         "training_lens.analyzers.readings.gradients": ("GradientAnalyzer",),
         "training_lens.analyzers.readings.weights": ("LoRAAnalyzer",),
+        "training_lens.collectors.layers": ("ActivationExtractor",),
+        "training_lens.collectors.lora_activations": ("LoRAActivationTracker",),
     },
     aliases={"WeightAnalyzer": "LoRAAnalyzer"},
 )

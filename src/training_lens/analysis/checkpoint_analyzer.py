@@ -136,7 +136,7 @@ class CheckpointAnalyzer:
         Raises:
             LensError: there is no such snapshot.
         """
-        return snapshot_factors(self.recording, self._last() if step is None else step)
+        return snapshot_factors(self.recording, _last(self.recording) if step is None else step)
 
     def similarity(self) -> Mapping[str, Any]:
         """How alike the snapshots are to the last one (see `SimilarityAnalyzer`).
@@ -159,26 +159,31 @@ class CheckpointAnalyzer:
             LensError: a module has another shape there, the two have no module in common, or one has no snapshot.
         """
         there = other if isinstance(other, CheckpointAnalyzer) else CheckpointAnalyzer(other)
-        first, second = self.adapter(), there.adapter()
-        alike = likenesses(directions(self.recording.modules, first), directions(there.recording.modules, second))
-        names = (self.recording.name, there.recording.name)
-        if not alike:
-            raise LensError(
-                f"{names[0]} and {names[1]} adapt no module in common: one has {next(iter(first), 'none')}, the other "
-                f"{next(iter(second), 'none')}. Give two runs on one base model."
-            )
-        return Comparison(
-            names, (self._last(), there._last()), alike, tuple(first.keys() - alike), tuple(second.keys() - alike)
-        )
+        return compared(self.recording, there.recording)
 
-    def _last(self) -> int:
-        steps = self.recording.captures.snapshot_steps(tables.SNAPSHOTS)
-        if not steps:
-            raise LensError(
-                f"{self.recording.name} has no snapshot of its adapter: none was kept (lens.snapshots_megabytes=0?), "
-                "or it has only begun."
-            )
-        return steps[-1]
+
+def compared(first: Recording, second: Recording) -> Comparison:
+    """How alike the last snapshots of two recordings are; raises as `CheckpointAnalyzer.compare` does."""
+    steps = (_last(first), _last(second))
+    here, there = snapshot_factors(first, steps[0]), snapshot_factors(second, steps[1])
+    alike = likenesses(directions(first.modules, here), directions(second.modules, there))
+    if not alike:
+        raise LensError(
+            f"{first.name} and {second.name} adapt no module in common: one has {next(iter(here), 'none')}, the other "
+            f"{next(iter(there), 'none')}. Give two runs on one base model."
+        )
+    names = (first.name, second.name)
+    return Comparison(names, steps, alike, tuple(here.keys() - alike), tuple(there.keys() - alike))
+
+
+def _last(recording: Recording) -> int:
+    steps = recording.captures.snapshot_steps(tables.SNAPSHOTS)
+    if not steps:
+        raise LensError(
+            f"{recording.name} has no snapshot of its adapter: none was kept (lens.snapshots_megabytes=0?), or it has "
+            "only begun."
+        )
+    return steps[-1]
 
 
 def _plain(value: Any) -> Any:

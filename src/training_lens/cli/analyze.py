@@ -12,7 +12,7 @@ from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen,
 from training_lens.cli.lens import BaseFolder, RunPlace, opened
 
 if TYPE_CHECKING:
-    from training_lens.analysis import Analysis, CheckpointAnalyzer
+    from training_lens.analysis.checkpoint_analyzer import Analysis, CheckpointAnalyzer
 
 Against = Annotated[
     str | None, typer.Option(metavar="RUN", help="Compare with a second run: angles between what the two learned.")
@@ -78,7 +78,7 @@ def _measure_rank(screen: Screen, analyzer: CheckpointAnalyzer) -> None:
 def _show(screen: Screen, analysis: Analysis) -> None:
     from rich.text import Text
 
-    from training_lens.analysis.reports import three_lines
+    from training_lens.analysis.reports.executive import three_lines
 
     console, recording = screen.console, analysis.recording
     console.print(Text.assemble((recording.name, "bold"), f" ({recording.status})"))

@@ -11,7 +11,7 @@ from training_lens.cli.common import load_config, refuse_unused
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from training_lens.analysis import CheckpointAnalyzer
+    from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
 
 RunPlace = Annotated[
     str,
@@ -51,7 +51,7 @@ def opened(run: str, overrides: list[str] | None, config: str | None, base: str 
     """The run's captures, ready to be analysed."""
     from pathlib import Path
 
-    from training_lens.analysis import CheckpointAnalyzer
+    from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
 
     place, _ = locate(run, overrides, config)
     return CheckpointAnalyzer(place, base=Path(base) if base else None)

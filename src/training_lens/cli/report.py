@@ -60,15 +60,17 @@ def report(
         from pathlib import Path
 
         analyzer = opened(run, overrides, config, base)
-        from training_lens.analysis import StandardReports
+        from training_lens.analysis.reports.standard import StandardReports
 
         folder = Path(output) if output else analyzer.recording.folder / "reports"
         folder.mkdir(parents=True, exist_ok=True)
-        reports = StandardReports(analyzer.analyze())
+        analysis = analyzer.analyze()
         if against:
-            other = opened(against, None, config, base)
-            written = reports.write_against(other.analyze(), folder, format.value)
+            from training_lens.analysis.reports.comparing import comparison
+
+            beside = comparison(analysis, opened(against, None, config, base).analyze())
+            written = beside.write(folder, format.value)
         else:
-            written = reports.write(folder, kind.value, format.value)
+            written = StandardReports(analysis).write(folder, kind.value, format.value)
         screen.console.print(f"the report is {written}", markup=False, soft_wrap=True)
         screen.result({"report": str(written), "kind": kind.value, "format": format.value})

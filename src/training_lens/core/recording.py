@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from training_lens.core.types import LensManifest, ModuleRecord, Series
+from training_lens.errors import LensError
 
 
 class Captures(Protocol):
@@ -56,7 +57,10 @@ class Recording:
         """Whether anything was captured of it."""
         if table not in self.captures.tables():
             return False
-        return measure is None or measure in self.captures.table(table).column_names
+        try:
+            return measure is None or measure in self.captures.table(table, [measure]).column_names
+        except LensError:  # of a store, that the table has no such measure; all columns would take far longer to read
+            return False
 
     def series(self, table: str, measure: str) -> Series:
         """One measure over time; without steps where nothing was captured of it."""

@@ -1,12 +1,15 @@
-"""Self-contained HTML pages of text, tables and Plotly figures: they open offline, and text of data stays text."""
+"""Self-contained HTML pages of text, tables and Plotly figures: they open offline, and text of data stays text.
+
+They read well from a phone's width up, and in light and dark.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from training_lens.utils.files import write_text
 
@@ -14,12 +17,31 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #1b1f24 }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2rem }
-table { border-collapse: collapse; margin: 1rem 0 } caption { text-align: left; font-weight: 600; padding: .3rem 0 }
-th, td { border-bottom: 1px solid #d8dee4; padding: .3rem .8rem; text-align: right; white-space: pre-wrap }
+:root { color-scheme: light dark; --text: #1b1f24; --page: #fff; --soft: #57606a; --line: #d8dee4; --box: #f6f8fa }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6edf3; --page: #0d1117; --soft: #9198a1; --line: #30363d; --box: #161b22 } }
+* { box-sizing: border-box }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
+  color: var(--text); background: var(--page); overflow-wrap: anywhere }
+h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.5rem } h3 { font-size: 1rem; margin: 0 0 .3rem }
+.scroll { overflow-x: auto; margin: 1rem 0 }
+table { border-collapse: collapse } caption { text-align: left; font-weight: 600; padding: .3rem 0 }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: right; white-space: pre-wrap;
+  overflow-wrap: normal; font-variant-numeric: tabular-nums }
 th:first-child, td:first-child { text-align: left }
+figure { margin: 1.5rem 0; min-width: 0 } figcaption { color: var(--soft); font-size: .9rem }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 0 1.5rem }
+.callout { border: 1px solid var(--line); border-left: .35rem solid var(--mark); background: var(--box);
+  padding: .7rem 1rem; margin: 1rem 0; border-radius: .3rem }
+.callout p { margin: .3rem 0 }
+.problem { --mark: #cf222e } .warning { --mark: #bf8700 } .note { --mark: #0969da } .fine { --mark: #1a7f37 }
+dl { display: grid; grid-template-columns: minmax(5rem, max-content) 1fr; gap: .15rem 1rem; margin: .5rem 0 0 }
+dt { color: var(--soft) } dd { margin: 0; white-space: pre-wrap }
+@media (max-width: 600px) {
+  body { margin: 1rem auto; padding: 0 .7rem } th, td { padding: .3rem .4rem } dl { grid-template-columns: 1fr }
+  dd { margin: 0 0 .4rem } }
 """
+Severity = Literal["problem", "warning", "note", "fine"]
 
 
 @dataclass(frozen=True)
@@ -31,32 +53,99 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-def write_page(path: Path, title: str, parts: Sequence[str | Table | Figure]) -> None:
+@dataclass(frozen=True)
+class Bullets:
+    """Short texts, one under the other."""
+
+    items: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Callout:
+    """A box that stands out: how grave it is, said and coloured; a title; facts as (name, text)."""
+
+    severity: Severity
+    title: str
+    facts: Sequence[tuple[str, str]] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure under its title, with a line below that says how to read it."""
+
+    title: str
+    figure: Figure
+    caption: str
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Pictures side by side where the page is wide enough, one under the other where not."""
+
+    pictures: Sequence[Picture]
+
+
+if TYPE_CHECKING:
+    Part: TypeAlias = str | Table | Bullets | Callout | Picture | Beside | Figure
+
+
+def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
     """Write one HTML file that needs nothing else, whole or not at all.
 
     Args:
-        parts: in their order: a text is a paragraph (a heading where it begins with '# '), escaped; a table; a figure.
-            Plotly's script (4.5 MB) is inlined once where there is a figure.
+        parts: in their order: a text is a paragraph (a heading where it begins with '# '), escaped; the others are
+            what their classes say. Plotly's script (4.8 MB) is inlined once where there is a figure.
     """
     script = ""
-    if any(not isinstance(part, str | Table) for part in parts):
+    if any(not isinstance(part, str | Table | Bullets | Callout) for part in parts):
         from plotly.offline import get_plotlyjs
 
         script = f"<script>{get_plotlyjs()}</script>"
-    body = "\n".join(_html(part) for part in parts)
     write_text(
         path,
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style>{script}</head>\n<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n",
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style>{script}</head>\n"
+        f"<body><h1>{escape(title)}</h1>\n{_joined(parts)}\n</body></html>\n",
     )
 
 
-def _html(part: str | Table | Figure) -> str:
+def _joined(parts: Iterable[Part]) -> str:
+    return "\n".join(_html(part) for part in parts)
+
+
+def _html(part: Part) -> str:
     if isinstance(part, str):
         heading = part.startswith("# ")
         return f"<h2>{escape(part[2:])}</h2>" if heading else f"<p>{escape(part)}</p>"
+    if isinstance(part, Bullets):
+        return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in part.items)}</ul>"
     if isinstance(part, Table):
-        head = "".join(f"<th>{escape(name)}</th>" for name in part.columns)
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in part.rows)
-        return f"<table><caption>{escape(part.caption)}</caption><tr>{head}</tr>\n{rows}</table>"
-    return str(part.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False}))
+        return _table(part)
+    if isinstance(part, Callout):
+        return _callout(part)
+    if isinstance(part, Beside):
+        return f'<div class="beside">{_joined(part.pictures)}</div>'
+    if isinstance(part, Picture):
+        title, caption = escape(part.title), escape(part.caption)
+        return f"<figure><h3>{title}</h3>{_figure(part.figure)}<figcaption>{caption}</figcaption></figure>"
+    return _figure(part)
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in table.rows)
+    caption = f"<caption>{escape(table.caption)}</caption>"
+    return f'<div class="scroll"><table>{caption}<tr>{head}</tr>\n{rows}</table></div>'
+
+
+def _callout(box: Callout) -> str:
+    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in box.facts)
+    listed = f"<dl>{facts}</dl>" if facts else ""
+    title = f"{box.severity.capitalize()}: {escape(box.title)}"
+    return f'<section class="callout {box.severity}"><h3>{title}</h3>{listed}</section>'
+
+
+def _figure(figure: Figure) -> str:
+    config = {"displaylogo": False, "responsive": True, "showSendToCloud": False}  # that button uploads the data
+    return str(figure.to_html(full_html=False, include_plotlyjs=False, validate=False, config=config))

@@ -1,0 +1,138 @@
+"""The pictures of a standard report, in their order: each with what it needs, and a line that says how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+from training_lens.analysis.figures import activations, layers, runs, spectra
+from training_lens.core import tables
+from training_lens.core.recording import Recording
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One picture: `draw` makes it of a recording that has the measure `of[1]` in the table `of[0]`."""
+
+    name: str
+    title: str
+    draw: Callable[[Recording], go.Figure]
+    of: tuple[str, str]
+    caption: str
+
+
+CROSS = "An orange cross marks what is not finite."
+
+DRAWINGS = (
+    Drawing(
+        "update_strength",
+        "How strongly each layer is changed",
+        layers.update_strength,
+        (tables.WEIGHTS, "norm_update"),
+        "Each row is a layer, training goes to the right; brighter is a larger change against the layer's own weights. "
+        f"An even spread is usual; a single bright row means that one layer carries the update. {CROSS}",
+    ),
+    Drawing(
+        "update_strength_by_kind",
+        "The same by kind of module",
+        layers.update_strength_by_kind,
+        (tables.WEIGHTS, "norm_update"),
+        "Lines that grow and flatten are usual; one that grows ever faster is not.",
+    ),
+    Drawing(
+        "step_ratio",
+        "How far one step moves",
+        layers.step_ratio_by_kind,
+        (tables.WEIGHTS, "norm_step"),
+        "It should follow the learning rate: up with the warm-up, then down. Zero is a step that changed nothing.",
+    ),
+    Drawing(
+        "gradient_norm",
+        "Gradients by layer",
+        layers.gradient_norm,
+        (tables.GRADIENTS, "norm_b"),
+        "Colours by the power of ten; zero has the darkest. Rows that are many powers from their neighbours learn at "
+        f"another pace. {CROSS}",
+    ),
+    Drawing(
+        "gradient_norm_by_kind",
+        "Gradients by kind of module",
+        layers.gradient_norm_by_kind,
+        (tables.GRADIENTS, "norm_b"),
+        "Before clipping. Thorns are single batches; a lasting rise is the optimization going off.",
+    ),
+    Drawing(
+        "gradient_cosine",
+        "Whether gradients agree with those before",
+        layers.gradient_cosine,
+        (tables.GRADIENTS, "cosine_mean"),
+        "1: every step pulls the same way; about 0: the batches disagree, as late in training; below 0: steps undo one "
+        "another.",
+    ),
+    Drawing(
+        "effective_rank",
+        "How many directions each layer uses",
+        layers.effective_rank,
+        (tables.SPECTRA, "effective_rank"),
+        "The brightest colour is the rank that the adapter may use. Rows that stay dark need less of it. " + CROSS,
+    ),
+    Drawing(
+        "spectrum",
+        "The strongest module's spectrum over time",
+        spectra.spectrum_over_steps,
+        (tables.SPECTRA, "singular_values"),
+        "Each line is a direction of the change of the weight. Few lines far above the rest: most of the rank is "
+        "hardly used.",
+    ),
+    Drawing(
+        "spectrum_by_kind",
+        "Spectra at the end",
+        spectra.spectrum_by_kind,
+        (tables.SPECTRA, "singular_values"),
+        "Median of each kind's modules, over the largest. A steep fall uses few directions; a flat line uses all, and "
+        "may want more.",
+    ),
+    Drawing(
+        "balance",
+        "B against A",
+        layers.balance,
+        (tables.WEIGHTS, "norm_b"),
+        "A fresh LoRA starts at 0, as its B is 0. Far above 1, B does the work and A hardly learns.",
+    ),
+    Drawing(
+        "optimizer",
+        "Whether Adam is surprised",
+        layers.optimizer_jumps,
+        (tables.OPTIMIZER, "update_rms_b"),
+        "1: gradients are as large as Adam expects; peaks well above come before spikes of the loss.",
+    ),
+    Drawing(
+        "drift",
+        "How far layers' outputs drift from the base",
+        activations.activation_drift,
+        (tables.ACTIVATIONS, "drift"),
+        f"On the probe set. Changes of early layers add up in later ones, so that rows grow brighter upwards. {CROSS}",
+    ),
+    Drawing(
+        "share",
+        "The adapter's part of the outputs",
+        layers.adapter_share,
+        (tables.LORA_ACTIVATIONS, "share"),
+        "On the probe set: 0.1 means that the adapter adds a tenth of what the frozen weight gives.",
+    ),
+    Drawing(
+        "kl",
+        "How far the answers are from the base's",
+        runs.divergence,
+        (tables.DIVERGENCE, "kl"),
+        "On the probe set. It rises as the adapter learns; if it goes on rising while validation stands still, the "
+        "model forgets.",
+    ),
+)
+
+
+def by_name(name: str) -> Drawing:
+    """A drawing of `DRAWINGS`."""
+    return next(drawing for drawing in DRAWINGS if drawing.name == name)

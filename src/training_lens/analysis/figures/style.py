@@ -1,0 +1,169 @@
+"""How every figure looks: colours that all can tell apart, units on axes, readable on a phone and in the dark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import cycle, product
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from training_lens.analysis.figures.thinning import thin_line, thin_rows, thin_steps
+from training_lens.core.types import Series
+
+# Okabe and Ito (2008) without black and yellow, which vanish in the dark and on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("solid", "dash", "dot", "dashdot")
+ALARM = "#D55E00"
+SCALE = "Cividis"  # made for colour-blind eyes, and grows lighter evenly
+INK, GRID = "#7d8590", "rgba(128, 128, 128, 0.25)"  # between black and white: both page colours carry them
+CLEAR = "rgba(0, 0, 0, 0)"
+UNUSED_BUTTONS = ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
+DECADES = range(-30, 31)
+
+
+def canvas(x: str, y: str, height: int = 380) -> go.Figure:
+    """An empty figure with its axes' titles: what is drawn and its unit."""
+    figure = go.Figure()
+    figure.update_layout(template="none", autosize=True, height=height, margin={"l": 10, "r": 10, "t": 30, "b": 10})
+    figure.update_layout(paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, font={"color": INK, "size": 13})
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"})
+    figure.update_layout(dragmode=False)  # a finger on a figure scrolls the page; its buttons zoom
+    figure.update_layout(modebar={"bgcolor": CLEAR, "color": INK, "activecolor": ALARM, "remove": UNUSED_BUTTONS})
+    axis = {"automargin": True, "gridcolor": GRID, "zeroline": False, "linecolor": GRID}
+    figure.update_xaxes(title={"text": x, "standoff": 8}, **axis)
+    figure.update_yaxes(title={"text": y, "standoff": 8}, exponentformat="power", **axis)
+    return figure
+
+
+def nothing(text: str) -> go.Figure:
+    """A figure that says why it is empty."""
+    figure = canvas("", "", height=120)
+    figure.add_annotation(text=escape(text), showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5)
+    return figure.update_xaxes(visible=False).update_yaxes(visible=False)
+
+
+def label(name: str) -> str:
+    """A name from data as Plotly shows it: its markup stays text."""
+    return escape(name)
+
+
+def lines(series: Series, y: str, *, at_zero: bool = True) -> go.Figure:
+    """A line for each name over steps.
+
+    Args:
+        y: what is drawn, and its unit.
+        at_zero: the axis begins at 0.
+    """
+    if not series.values.size:
+        return nothing("nothing was captured of this")
+    figure = canvas("step", y)
+    for name, look in zip(series.names, looks(), strict=False):
+        add_line(figure, series.steps, series.of(name), label(name), **look)
+    return figure.update_yaxes(rangemode="tozero") if at_zero else figure
+
+
+def looks() -> Iterable[dict[str, Any]]:
+    """A colour and a dash for each line, all different for the first 24."""
+    return cycle([{"color": colour, "dash": dash} for dash, colour in product(DASHES, COLOURS)])
+
+
+def add_line(figure: go.Figure, steps: np.ndarray, values: np.ndarray, name: str, **look: Any) -> None:
+    """A line of at most 1,000 points; with few of them, each is marked."""
+    kept = np.isfinite(values) if len(steps) < 30 else slice(None)  # sparse captures: no gaps between them
+    x, y = thin_line(steps[kept], values[kept])
+    mode = "lines+markers" if len(x) < 30 else "lines"
+    figure.add_scatter(x=x, y=y.astype(np.float32), name=name, mode=mode, line={"width": 1.8, **look})
+
+
+def heat_map(series: Series, unit: str, *, log: bool = False, top: float | None = None) -> go.Figure:
+    """Layers from bottom to top, steps from left to right; a cross where a value is not finite.
+
+    Args:
+        unit: what the colours mean.
+        log: colours by the exponent; hovering shows the number itself.
+        top: what the brightest colour stands for; None: the largest value.
+    """
+    if not series.values.size:
+        return nothing("nothing was captured of this")
+    steps, values = thin_steps(series.steps, series.values.T)
+    names, values = thin_rows(series.names, values)
+    shown = _logarithms(values) if log else np.where(np.isfinite(values), values, np.nan)
+    figure = canvas("step", "layer", height=180 + 16 * max(4, len(names)))
+    bar = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "thickness": 10, "len": 1.0, "outlinewidth": 0}
+    ticks = _decades(shown) if log else {}
+    figure.add_heatmap(
+        x=steps,
+        y=[label(name) for name in names],
+        z=shown.astype(np.float32),
+        customdata=values.astype(np.float32) if log else None,
+        hovertemplate=f"layer %{{y}}, step %{{x}}: %{{{'customdata' if log else 'z'}:.3g}}<extra></extra>",
+        colorscale=SCALE,
+        zmin=None if log else 0,
+        zmax=top if not log else None,
+        colorbar={"title": {"text": unit, "side": "top"}, **bar, **ticks},
+    )
+    _mark_odd(figure, steps, names, values)
+    return figure.update_yaxes(type="category", showgrid=False).update_xaxes(showgrid=False)
+
+
+def _logarithms(values: np.ndarray) -> np.ndarray:
+    """log10, with zeros at the lowest value's; NaN where a value is not finite."""
+    finite = np.where(np.isfinite(values), values, np.nan)
+    positive = finite[finite > 0]
+    lowest = positive.min() if positive.size else 1.0
+    return np.log10(np.maximum(finite, lowest))
+
+
+def _decades(logarithms: np.ndarray) -> dict[str, list[Any]]:
+    """Ticks at powers of ten, and within few of them also at 2 and 5 times these."""
+    low, high = _low_high([logarithms])
+    powers = [f"{factor}e{power}" for power in DECADES for factor in ((1, 2, 5) if high - low < 2 else (1,))]
+    return {"tickvals": [float(np.log10(float(power))) for power in powers], "ticktext": powers}
+
+
+def _mark_odd(figure: go.Figure, steps: np.ndarray, names: Sequence[str], values: np.ndarray) -> None:
+    row, column = np.nonzero(~np.isfinite(values))
+    if len(row):
+        marker = {"symbol": "x-thin", "size": 6, "line": {"color": ALARM, "width": 2}}
+        x, y = steps[column], [label(names[int(i)]) for i in row]
+        figure.add_scatter(x=x, y=y, mode="markers", marker=marker, name="not finite", hoverinfo="name+x")
+
+
+def alike(first: go.Figure, second: go.Figure) -> tuple[go.Figure, go.Figure]:
+    """Two figures of one kind with the same colour scale and axes, so that what looks alike is alike."""
+    pair = (go.Figure(first), go.Figure(second))
+    for axis in ("x", "y"):
+        _same_axis(pair, axis)
+    colours = [trace for figure in pair for trace in figure.data if trace.type == "heatmap"]
+    if colours:
+        low = min(_low_high([trace.z])[0] if trace.zmin is None else trace.zmin for trace in colours)
+        high = max(_low_high([trace.z])[1] if trace.zmax is None else trace.zmax for trace in colours)
+        for trace in colours:
+            trace.update(zmin=low, zmax=high)
+    return pair
+
+
+def _same_axis(pair: tuple[go.Figure, go.Figure], axis: str) -> None:
+    found = [np.asarray(trace[axis]) for figure in pair for trace in figure.data if trace[axis] is not None]
+    numbers = [values for values in found if values.dtype.kind in "iuf" and values.size]
+    if not numbers:
+        return
+    low, high = _low_high(numbers)
+    for figure in pair:
+        layout = figure.layout[f"{axis}axis"]
+        if layout.type == "log":
+            figure.update_layout({f"{axis}axis": {"range": [np.log10(low), np.log10(high)]}})
+        else:
+            start = min(low, 0.0) if layout.rangemode == "tozero" else low
+            room = 0.05 * (high - start) if axis == "y" else 0.0
+            figure.update_layout({f"{axis}axis": {"range": [start, high + room]}})
+
+
+def _low_high(values: Sequence[np.ndarray]) -> tuple[float, float]:
+    """The lowest and highest finite number; 0 and 1 where there is none."""
+    flat = np.concatenate([np.asarray(v, float).ravel() for v in values])
+    flat = flat[np.isfinite(flat)]
+    return (float(flat.min()), float(flat.max())) if flat.size else (0.0, 1.0)

@@ -1,0 +1,68 @@
+"""Fewer points and cells, of long runs, with nothing lost that a person would look for: extremes stay."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+MOST_POINTS = 1000  # of a line: more than a screen has columns
+MOST_STEPS, MOST_ROWS = 400, 64  # of a heat map
+
+
+def thin_line(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `most` points of a line: in equal parts of it the lowest and the highest, and its first and last point.
+
+    A part in which a value is not finite keeps the first such value in place of its lowest.
+
+    Args:
+        steps: (points,).
+        values: (points,).
+    """
+    if len(steps) <= most:
+        return steps, values
+    edges = np.linspace(0, len(steps), (most - 2) // 2 + 1).astype(int).tolist()
+    parts = [range(start, end) for start, end in pairwise(edges)]
+    kept = {0, len(steps) - 1}.union(*({_lowest(values, part), _highest(values, part)} for part in parts))
+    chosen = np.array(sorted(kept))
+    return steps[chosen], values[chosen]
+
+
+def _lowest(values: np.ndarray, part: range) -> int:
+    inside = values[part.start : part.stop]
+    odd = ~np.isfinite(inside)
+    return part.start + int(odd.argmax() if odd.any() else inside.argmin())
+
+
+def _highest(values: np.ndarray, part: range) -> int:
+    inside = values[part.start : part.stop]
+    return part.start + int(np.where(np.isfinite(inside), inside, -np.inf).argmax())
+
+
+def thin_steps(steps: np.ndarray, values: np.ndarray, most: int = MOST_STEPS) -> tuple[np.ndarray, np.ndarray]:
+    """At most `most` columns: each the largest of equally many neighbouring steps, NaN where one of them is NaN.
+
+    Args:
+        steps: (steps,); a column gets the last of its steps.
+        values: (rows, steps).
+    """
+    if len(steps) <= most:
+        return steps, values
+    starts = np.linspace(0, len(steps), most, endpoint=False).astype(int)
+    ends = np.append(starts[1:], len(steps)) - 1
+    return steps[ends], np.maximum.reduceat(values, starts, axis=1)
+
+
+def thin_rows(names: tuple[str, ...], values: np.ndarray, most: int = MOST_ROWS) -> tuple[tuple[str, ...], np.ndarray]:
+    """At most `most` rows: each the largest of neighbours, named by the first and the last of them.
+
+    Args:
+        names: (rows,).
+        values: (rows, steps).
+    """
+    if len(names) <= most:
+        return names, values
+    starts = np.linspace(0, len(names), most, endpoint=False).astype(int)
+    ends = np.append(starts[1:], len(names)) - 1
+    joined = [names[s] if s == e else f"{names[s]}-{names[e]}" for s, e in zip(starts, ends, strict=True)]
+    return tuple(joined), np.maximum.reduceat(values, starts, axis=0)

@@ -1,0 +1,14 @@
+"""Reports of a run: in short, in full, by findings, and two runs side by side; as HTML, Markdown and JSON."""
+
+from __future__ import annotations
+
+from training_lens._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    {
+        "training_lens.analysis.reports.comparing": ("comparison",),
+        "training_lens.analysis.reports.executive": ("three_lines",),
+        "training_lens.analysis.reports.report": ("Report",),
+        "training_lens.analysis.reports.standard": ("KINDS", "StandardReports"),
+    }
+)

@@ -1,0 +1,123 @@
+"""Two runs side by side: the same pictures on the same scales, their findings, and the angles between their updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from training_lens.analysis.checkpoint_analyzer import compared
+from training_lens.analysis.figures.catalogue import DRAWINGS
+from training_lens.analysis.figures.runs import loss
+from training_lens.analysis.figures.style import alike
+from training_lens.analysis.reports.executive import WRONG, in_numbers
+from training_lens.analysis.reports.facts import certificate_of, changed_sentence, losses
+from training_lens.analysis.reports.report import Report
+from training_lens.analysis.reports.technical import LOSS_CAPTION, cell, checkpoint_steps
+from training_lens.errors import LensError
+from training_lens.utils.pages import Beside, Picture, Table
+
+if TYPE_CHECKING:
+    from training_lens.analysis.checkpoint_analyzer import Analysis, Comparison
+    from training_lens.core.recording import Recording
+    from training_lens.utils.pages import Part
+
+
+def comparison(first: Analysis, second: Analysis) -> Report:
+    """Two runs side by side. Angles are between their last snapshots; where these cannot be compared, it says why."""
+    pair = (first, second)
+    names = (f"A: {first.recording.name}", f"B: {second.recording.name}")
+    found, why_not = _angles(first.recording, second.recording)
+    parts: list[Part] = [
+        Table("The two runs", ("", *names), list(_facts(pair))),
+        "# How alike the updates are",
+        *(_alike(found) if found else [f"Not compared: {why_not}"]),
+        "# Pictures, on the same scales",
+        *_pictures(names, first.recording, second.recording),
+    ]
+    values: dict[str, Any] = {
+        "runs": [in_numbers(each) for each in pair],
+        "likeness": found.values() if found else None,
+    }
+    if why_not:
+        values["not_compared"] = why_not
+    return Report("comparison", f"{names[0]} and {names[1]}", tuple(parts), values)
+
+
+def _angles(first: Recording, second: Recording) -> tuple[Comparison | None, str]:
+    try:
+        return compared(first, second), ""
+    except LensError as error:
+        return None, str(error)
+
+
+def _facts(pair: tuple[Analysis, Analysis]) -> Iterator[tuple[str, str, str]]:
+    recordings = [analysis.recording for analysis in pair]
+    judged = [losses(recording) for recording in recordings]
+    rows: Mapping[str, list[object]] = {
+        "status": [r.status for r in recordings],
+        "adapted modules": [len(r.modules) for r in recordings],
+        "rank": [sorted({m.rank for m in r.modules}) for r in recordings],
+        "base validation loss": [each.base for each in judged],
+        "best validation loss": [each.best for each in judged],
+        "at step": [each.best_step for each in judged],
+        "training loss at the end": [each.last for each in judged],
+        "largest residual of the capture": [certificate_of(r).largest for r in recordings],
+        "which layers changed": [changed_sentence(r) for r in recordings],
+        "what is wrong": ["\n".join(f.title for f in a.findings if f.severity in WRONG) or "-" for a in pair],
+    }
+    for name, (one, other) in rows.items():
+        yield name, cell(one), cell(other)
+
+
+def _alike(found: Comparison) -> Iterator[Part]:
+    yield (
+        f"Of the adapters after step {found.steps[0]} of A and step {found.steps[1]} of B. The cosine is that of the "
+        "two updates: 1 the same direction, 0 nothing in common. Angles are between what the strongest directions "
+        "write (columns) and read (rows): 0° the same subspace, 90° nothing in common."
+    )
+    columns = (
+        "module",
+        "cosine",
+        "smallest column angle",
+        "median",
+        "largest",
+        "smallest row angle",
+        "median",
+        "largest",
+    )
+    rows = [
+        (name, f"{each.cosine:.3f}", *_degrees(each.columns), *_degrees(each.rows))
+        for name, each in found.modules.items()
+    ]
+    yield Table("principal angles in degrees, by module", columns, rows)
+    for which, names in (("A", found.only_first), ("B", found.only_second)):
+        if names:
+            shown = ", ".join(names[:5]) + (", ..." if names[5:] else "")
+            yield f"{len(names)} modules are adapted in {which} alone: {shown}."
+
+
+def _degrees(angles: tuple[float, ...]) -> tuple[str, str, str]:
+    if not angles:
+        return ("-", "-", "-")
+    degrees = np.degrees(angles)
+    smallest, middle, largest = (f"{value:.1f}" for value in (degrees[0], np.median(degrees), degrees[-1]))
+    return smallest, middle, largest
+
+
+def _pictures(names: tuple[str, str], first: Recording, second: Recording) -> Iterator[Part]:
+    pair = (first, second)
+    one, other = alike(*(loss(recording, checkpoint_steps(recording)) for recording in pair))
+    yield "# Loss"
+    yield Beside([Picture(names[0], one, LOSS_CAPTION), Picture(names[1], other, "The same axes as A.")])
+    absent = []
+    for drawing in DRAWINGS:
+        if all(recording.has(*drawing.of) for recording in pair):
+            one, other = alike(*(drawing.draw(recording) for recording in pair))
+            yield f"# {drawing.title}"
+            yield Beside([Picture(names[0], one, drawing.caption), Picture(names[1], other, "The same scales as A.")])
+        else:
+            absent.append(drawing.title)
+    if absent:
+        yield f"Not drawn, as one of the two has nothing captured for it: {'; '.join(absent)}."

@@ -1,0 +1,85 @@
+"""Each finding with its evidence, threshold, source, confidence and action."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from training_lens.analysis.reports.executive import in_numbers, verdict
+from training_lens.analysis.reports.facts import certificate_of
+from training_lens.analysis.reports.report import Report
+from training_lens.utils.pages import Callout, Picture, Table
+
+if TYPE_CHECKING:
+    from training_lens.analysis.checkpoint_analyzer import Analysis
+    from training_lens.analysis.findings.finding import Finding
+    from training_lens.utils.pages import Part
+
+NAMED = 8  # texts or numbers of a list that are printed
+
+
+def diagnostic(analysis: Analysis) -> Report:
+    """The diagnostic report of a run: what is wrong or unsure in full, what is fine as a table."""
+    fine = [finding for finding in analysis.findings if finding.severity == "fine"]
+    parts: list[Part] = [
+        verdict(analysis.findings),
+        f"The capture's own proof. {certificate_of(analysis.recording).sentence()}",
+    ]
+    headings = {"problem": "# Problems", "warning": "# Warnings", "note": "# Good to know, or not told"}
+    for severity, heading in headings.items():
+        found = [finding for finding in analysis.findings if finding.severity == severity]
+        parts += [heading, *(part for finding in found for part in _shown(finding))] if found else []
+    if fine:
+        columns = ("looked for", "said", "measured", "threshold", "source", "confidence")
+        rows = [(f.signature, f.title, f.measured, f.threshold, f.source, f.confidence) for f in fine]
+        parts += ["# Looked for and not there", Table(f"{len(fine)} questions answered with no", columns, rows)]
+    return Report("diagnostic", f"Run {analysis.recording.name}: findings", tuple(parts), in_numbers(analysis))
+
+
+def _shown(finding: Finding) -> Iterator[Part]:
+    facts = (
+        ("where", finding.where or "the whole run"),
+        ("looked for", finding.signature),
+        ("measured", finding.measured),
+        ("threshold", finding.threshold),
+        ("source", finding.source),
+        ("confidence", finding.confidence),
+        ("what to do", finding.action),
+        ("what would decide it", finding.decide),
+        ("evidence", _listed(finding.evidence)),
+    )
+    yield Callout(finding.severity, finding.title, tuple((name, words) for name, words in facts if words))
+    yield from (_curve(name, steps, values) for name, steps, values in curves(finding.evidence))
+
+
+def curves(evidence: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, list[float], list[float]]]:
+    """Name, steps and values of each mapping in the evidence that has `steps` and `values` of one length above 1."""
+    steps, values = evidence.get("steps"), evidence.get("values")
+    if isinstance(steps, list) and isinstance(values, list) and len(steps) == len(values) > 1:
+        yield name or "evidence", steps, values
+    for key, inner in evidence.items():
+        if isinstance(inner, Mapping):
+            yield from curves(inner, key)
+
+
+def _curve(name: str, steps: list[float], values: list[float]) -> Picture:
+    from training_lens.analysis.figures.style import add_line, canvas, label
+
+    figure = canvas("step", label(name.replace("_", " ")), height=260)
+    add_line(figure, np.asarray(steps), np.asarray(values, float), label(name))
+    return Picture(name.replace("_", " "), figure, "Evidence of the finding above.")
+
+
+def _listed(evidence: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"{name.replace('_', ' ')}: {_words(v)}" for name, v in evidence.items() if not isinstance(v, Mapping)
+    )
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        more = f" and {len(value) - NAMED} more" if len(value) > NAMED else ""
+        return (", ".join(_words(each) for each in value[:NAMED]) or "none") + more
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

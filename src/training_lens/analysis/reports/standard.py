@@ -1,0 +1,69 @@
+"""The standard reports of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from training_lens.analysis.reports.report import Format, Report
+from training_lens.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from training_lens.analysis.checkpoint_analyzer import Analysis
+
+KINDS = ("executive", "technical", "diagnostic")
+
+
+class StandardReports:
+    """Three reports of one analysis.
+
+    executive: one screen in plain words; technical: all tables and pictures; diagnostic: each finding with evidence,
+    threshold, source, confidence and action.
+
+    Example:
+        analysis = CheckpointAnalyzer("outputs/experiments/default/runs/20261120T203605Z-5f3a").analyze()
+        StandardReports(analysis).write(Path("reports"), "technical")  # reports/lens.html
+        print(StandardReports(analysis).executive().markdown())
+    """
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+
+    def executive(self) -> Report:
+        """Did it learn, is the capture sound, which layers changed, what is wrong, what to do next."""
+        from training_lens.analysis.reports.executive import executive
+
+        return executive(self.analysis)
+
+    def technical(self) -> Report:
+        """All tables and pictures, and what the user's own analyzers give."""
+        from training_lens.analysis.reports.technical import technical
+
+        return technical(self.analysis)
+
+    def diagnostic(self) -> Report:
+        """Each finding in full."""
+        from training_lens.analysis.reports.diagnostic import diagnostic
+
+        return diagnostic(self.analysis)
+
+    def write(self, folder: Path, kind: str = "technical", format: str = "html") -> Path:
+        """Write one report into `folder`, the technical one as lens.html and others as lens-KIND.html; gives its path.
+
+        Args:
+            kind: executive, technical or diagnostic.
+            format: html, md or json.
+
+        Raises:
+            ConfigurationError: there is no such kind or format.
+        """
+        allowed = {"kind": (kind, KINDS), "format": (format, get_args(Format))}
+        problems = [
+            f"{key}: '{given}' is given; there are: {', '.join(known)}."
+            for key, (given, known) in allowed.items()
+            if given not in known
+        ]
+        if problems:
+            raise ConfigurationError(problems)
+        report: Report = getattr(self, kind)()
+        return report.write(folder, format)

@@ -1,0 +1,150 @@
+"""All tables and pictures of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from training_lens.analysis.figures.catalogue import DRAWINGS
+from training_lens.analysis.figures.runs import cost, loss
+from training_lens.analysis.reports.executive import in_numbers, verdict
+from training_lens.analysis.reports.facts import (
+    captured,
+    certificate_of,
+    changed_sentence,
+    cost_sentence,
+    losses,
+    missing,
+)
+from training_lens.analysis.reports.report import Report
+from training_lens.core import tables
+from training_lens.utils.checkpoints import list_checkpoints
+from training_lens.utils.pages import Bullets, Picture, Table
+
+if TYPE_CHECKING:
+    from training_lens.analysis.checkpoint_analyzer import Analysis
+    from training_lens.core.recording import Recording
+    from training_lens.utils.pages import Part
+
+MOST_ROWS = 300  # of one table; the JSON has all
+LOSS_CAPTION = (
+    "Lower is better. Dashed lines end epochs, a star is the best validation, triangles are checkpoints; a cross is a "
+    "step whose loss is not finite or 6 robust deviations above the running median of 21 steps."
+)
+
+
+def technical(analysis: Analysis) -> Report:
+    """The technical report of a run, with what every known analyzer gives."""
+    recording, absent = analysis.recording, missing(analysis.recording)
+    parts: list[Part] = [
+        f"Run {recording.name}, {recording.status}; captured in {recording.manifest.origin}.",
+        verdict(analysis.findings),
+        "# What was captured",
+        f"The capture's own proof. {certificate_of(recording).sentence()}",
+        _captured(recording),
+        *([f"Probe set: {_sizes(recording.manifest.probe)}."] if recording.manifest.probe else []),
+        *(["Not captured:", Bullets(absent)] if absent else []),
+        "# Did it learn?",
+        losses(recording).sentence(),
+        Picture("Loss", loss(recording, checkpoint_steps(recording)), LOSS_CAPTION),
+        "# Which layers changed?",
+        changed_sentence(recording),
+        *_pictures(recording),
+        *_findings(analysis),
+        *_results(analysis.results),
+        "# What the capture cost",
+        cost_sentence(recording),
+        *_cost(recording),
+    ]
+    return Report("technical", f"Run {recording.name}: the lens in full", tuple(parts), in_numbers(analysis))
+
+
+def checkpoint_steps(recording: Recording) -> list[int]:
+    """The steps of the run's checkpoints; of a run without any, those of the adapter's snapshots."""
+    beside = list_checkpoints(recording.folder.parent / "checkpoints")
+    found = [int(path.name.removeprefix("step-")) for path in beside if path.name.removeprefix("step-").isdigit()]
+    return found or recording.captures.snapshot_steps(tables.SNAPSHOTS)
+
+
+def _captured(recording: Recording) -> Table:
+    rows = [(name, kind, f"{steps:,}", f"{last:,}", str(each)) for name, kind, steps, last, each in captured(recording)]
+    kinds = ", ".join(dict.fromkeys(m.kind for m in recording.modules))
+    ranks = ", ".join(map(str, sorted({m.rank for m in recording.modules})))
+    caption = f"{len(recording.modules)} adapted modules ({kinds}), rank {ranks}"
+    return Table(caption, ("table", "data type", "steps", "last step", "rows a step"), rows)
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in sizes.items())
+
+
+def _pictures(recording: Recording) -> Iterator[Part]:
+    """Those whose data were captured; for the rest, one line that says which they are."""
+    absent = [drawing.title for drawing in DRAWINGS if not recording.has(*drawing.of)]
+    for drawing in DRAWINGS:
+        if drawing.title not in absent:
+            yield Picture(drawing.title, drawing.draw(recording), drawing.caption)
+    if absent:
+        yield f"Not drawn, as nothing was captured for it: {'; '.join(absent)}."
+
+
+def _cost(recording: Recording) -> Iterator[Part]:
+    if recording.captures.cost():
+        caption = "Seconds in the training process, by collector, and of what serves them all (stacks, probe, flush)."
+        yield Picture("Seconds by collector", cost(recording), caption)
+
+
+def _findings(analysis: Analysis) -> Iterator[Part]:
+    columns = ("finding", "how grave", "where", "measured", "confidence", "what to do")
+    rows = [(f.title, f.severity, f.where, f.measured, f.confidence, f.action or f.decide) for f in analysis.findings]
+    if rows:
+        yield "# Findings"
+        yield Table("all questions; the diagnostic report has thresholds, sources and evidence", columns, rows)
+
+
+def _results(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Part]:
+    """What analyzers give: single values in one table, and a table for each list of rows."""
+    for name, values in results.items():
+        yield f"# Analyzer {name}"
+        single, lists = dict[str, str](), dict[str, Sequence[Mapping[str, Any]]]()
+        for key, value in values.items():
+            if _is_rows(value):
+                lists[key] = value
+            else:
+                single |= dict(_flat(key, value))
+        if single:
+            yield Table("values", ("what", "value"), list(single.items())[:MOST_ROWS])
+        for key, rows in lists.items():
+            yield _rows(key, rows)
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, Mapping) for each in value)
+
+
+def _rows(caption: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    shown = [[cell(row.get(column)) for column in columns] for row in rows[:MOST_ROWS]]
+    more = f" (the first {MOST_ROWS} of {len(rows)})" if len(rows) > MOST_ROWS else ""
+    return Table(f"{caption}{more}", columns, shown)
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Nested values as lines, each named by its path."""
+    if isinstance(value, Mapping):
+        for inner, each in value.items():
+            yield from _flat(f"{key}, {inner}", each)
+    else:
+        yield key.replace("_", " "), cell(value)
+
+
+def cell(value: Any) -> str:
+    """A value in a table: numbers with four digits, of long lists the first and the last, '-' for nothing."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        ends = [*value[:3], "...", *value[-2:]] if len(value) > 8 else value
+        return ", ".join(cell(each) for each in ends) or "none"
+    return str(value)

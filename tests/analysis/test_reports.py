@@ -1,0 +1,229 @@
+"""Reports say what the recording and the findings say, in three forms, and nothing of the data becomes markup."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from training_lens.analysis.checkpoint_analyzer import Analysis
+from training_lens.analysis.findings import Finding
+from training_lens.analysis.reports import KINDS, StandardReports, comparison, three_lines
+from training_lens.core import tables
+from training_lens.core.recording import Recording
+from training_lens.core.types import ModuleRecord
+from training_lens.errors import ConfigurationError
+from training_lens.utils.pages import Beside, Picture, Table
+
+Record = Callable[..., Recording]
+EVIL = "<script>alert('x')</script>|`*"
+FOUND = Finding(
+    *("untrained", "problem", "Nothing trains", "layer 1", "dW stays", "0 of 5 move", "exactly 0", "exact", "sure"),
+    action="stop the run",
+    evidence={"modules": ["a", "b"], "share": 0.25, "curve": {"steps": [1, 2, 3], "values": [1.0, 2.0, float("nan")]}},
+)
+FINE = replace(FOUND, code="spikes", severity="fine", title="No spikes", where="", action="", evidence={})
+UNKNOWN = replace(
+    FINE,
+    code="rank",
+    severity="note",
+    title="The rank is not known",
+    confidence="could not tell",
+    decide="a rank check",
+)
+
+
+@pytest.fixture
+def recording(record: Record) -> Recording:
+    """Ten steps in which layer 1 changes most, with a certificate that is worst in its v at step 4."""
+    steps = np.arange(1, 11)
+    check = np.full((10, 5), 1e-7)
+    check[3, 3] = 2e-6
+    grown = steps[:, None] * [1.0, 1.0, 1.0, 3.0, 0.0]
+    run = {"loss": 3.0 - 0.1 * steps, "seconds": np.full(10, 2.0)}
+    return record(
+        {
+            tables.GRADIENTS: (steps, {"norm_a": grown, "norm_b": grown, "self_check": check}),
+            tables.WEIGHTS: (steps, {"norm_a": 1 + 0 * grown, "norm_b": grown, "norm_update": grown}),
+            tables.BASE: ([0], {"norm": np.full((1, 5), 100.0)}),
+            tables.LOSS: (steps, run),
+            tables.EVALUATION: ([0, 5, 10], {"loss": [np.nan, 2.0, 2.2], "base_loss": [2.9, np.nan, np.nan]}),
+        },
+        cost={"adapter_gradients": 0.5, "adapter_weights": 0.1},
+        snapshots={10: _factors(0)},
+    )
+
+
+def _factors(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    name = "model.layers.0.self_attn.q_proj"
+    return {
+        f"{name}.a": torch.randn(4, 16, generator=generator),
+        f"{name}.b": torch.randn(16, 4, generator=generator),
+    }
+
+
+def _analysis(recording: Recording, *findings: Finding, **results: Any) -> Analysis:
+    return Analysis(recording, results, findings)
+
+
+def test_the_executive_report_answers_five_questions(recording: Recording) -> None:
+    words = StandardReports(_analysis(recording, FOUND, FINE, UNKNOWN)).executive().markdown()
+    assert "Yes: the validation loss was 2.9000 before, is 2.0000 at best (step 5), and 2.2000 at the end" in words
+    assert "The capture is sound" in words and "2e-06 (model.layers.1.self_attn.v_proj, step 4" in words
+    assert "Layers 1 (83%), 0 (17%), outside (0%)" in words and "30.00% of its weight" in words
+    assert "- Nothing trains (layer 1): 0 of 5 move" in words and "- Nothing trains: stop the run." in words
+    assert "1 of 3 questions could not be answered: The rank is not known" in words
+    assert "0.6 s, 3.0% of the training time of 20 s" in words
+
+
+def test_a_run_without_faults_is_told_so_and_what_would_decide_the_rest(recording: Recording) -> None:
+    report = StandardReports(_analysis(recording, FINE, UNKNOWN)).executive()
+    assert "Fine: nothing wrong was found among 2 questions" in report.markdown()
+    assert report.values["next"] == ["The rank is not known: a rank check."]
+
+
+def test_a_run_that_did_not_learn_is_told_so(record: Record) -> None:
+    judged = {"loss": [np.nan, 3.2], "base_loss": [3.0, np.nan]}
+    recording = record({tables.EVALUATION: ([0, 5], judged)})
+    assert "No: the validation loss was 3.0000 before" in StandardReports(_analysis(recording)).executive().markdown()
+
+
+def test_a_capture_that_is_not_sound_is_told_so(record: Record) -> None:
+    residuals = np.array([[0.1, np.nan, 0.4, 0.0, 0.2]])
+    report = StandardReports(_analysis(record({tables.GRADIENTS: ([7], {"self_check": residuals})}))).executive()
+    certificate = report.values["certificate"]
+    assert (certificate["largest"], certificate["step"], certificate["sound"]) == (pytest.approx(0.4), 7, False)
+    assert "not what the optimizer saw" in report.markdown()
+
+
+def test_the_technical_report_has_tables_pictures_and_what_own_analyzers_give(recording: Recording) -> None:
+    own = {"loudest": "q", "share": {"q": 0.25, "v": None}, "rows": [{"name": "a", "size": 1.5}, {"name": "b"}]}
+    report = StandardReports(_analysis(recording, FOUND, own=own)).technical()
+    shown = {part.caption: part for part in report.parts if isinstance(part, Table)}
+    values = next(part for caption, part in shown.items() if caption == "values")
+    assert list(values.rows) == [("loudest", "q"), ("share, q", "0.25"), ("share, v", "-")]
+    assert list(shown["rows"].columns) == ["name", "size"] and shown["rows"].rows == [["a", "1.5"], ["b", "-"]]
+    titles = [part.title for part in report.parts if isinstance(part, Picture)]
+    assert {"Loss", "How strongly each layer is changed", "Gradients by layer", "Seconds by collector"} <= set(titles)
+    assert "layers' outputs: the drift of hidden states is not known" in report.markdown()
+
+
+def test_the_diagnostic_report_has_all_of_a_finding_and_a_picture_of_its_curve(recording: Recording) -> None:
+    report = StandardReports(_analysis(recording, FOUND, FINE)).diagnostic()
+    words = report.markdown()
+    for part in ("dW stays", "0 of 5 move", "exactly 0", "sure", "stop the run", "share: 0.25", "modules: a, b"):
+        assert part in words
+    picture = next(part for part in report.parts if isinstance(part, Picture))
+    assert list(picture.figure.data[0].y) == [1, 2] and "No spikes" in words
+
+
+def test_two_runs_share_their_scales_and_one_with_itself_has_no_angle(record: Record, recording: Recording) -> None:
+    steps = [1, 2]
+    other = record(
+        {
+            tables.WEIGHTS: (steps, {"norm_update": np.full((2, 5), 90.0)}),
+            tables.BASE: ([0], {"norm": np.ones((1, 5))}),
+        },
+        name="other",
+        snapshots={2: _factors(0)},
+    )
+    report = comparison(_analysis(recording), _analysis(other))
+    pair = next(
+        p.pictures for p in report.parts if isinstance(p, Beside) and p.pictures[0].figure.data[0].type == "heatmap"
+    )
+    assert pair[0].figure.data[0].zmax == pair[1].figure.data[0].zmax == pytest.approx(90)
+    angles = next(part for part in report.parts if isinstance(part, Table) and "angles" in part.caption)
+    assert angles.rows[0][:3] == ("model.layers.0.self_attn.q_proj", "1.000", "0.0")
+    assert report.values["likeness"]["median_cosine"] == pytest.approx(1)
+
+
+def test_runs_that_cannot_be_compared_stand_side_by_side_all_the_same(record: Record, recording: Recording) -> None:
+    report = comparison(_analysis(recording), _analysis(record({}, name="bare")))
+    assert report.values["likeness"] is None and "has no snapshot" in report.values["not_compared"]
+    assert "bare has no snapshot" in report.markdown()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_report_of_an_empty_recording_is_written_and_says_what_is_missing(
+    kind: str, record: Record, tmp_path: Path
+) -> None:
+    for format in ("html", "md", "json"):
+        written = StandardReports(_analysis(record({}))).write(tmp_path / "reports", kind, format)
+        assert written.is_file() and written.suffix == f".{format}"
+    values = json.loads(written.read_text(encoding="utf-8"))
+    assert values["kind"] == kind and len(values["not_captured"]) == 9 and values["certificate"]["largest"] is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pages_need_nothing_but_themselves_and_texts_of_data_stay_texts(
+    kind: str, record: Record, tmp_path: Path
+) -> None:
+    of = (ModuleRecord(EVIL, 0, EVIL, 4, 8, 8, 1.0),)
+    gradients = {"norm_a": [[1.0]], "norm_b": [[1.0]], "self_check": [[1e-7]]}
+    recording = record({tables.GRADIENTS: ([1], gradients)}, of=of)
+    evil = replace(
+        FOUND, title=EVIL, where=EVIL, measured=EVIL, evidence={EVIL: {"steps": [1, 2], "values": [1.0, 2.0]}}
+    )
+    path = StandardReports(_analysis(recording, evil, mine={EVIL: EVIL})).write(tmp_path, kind)
+    page = path.read_text(encoding="utf-8")
+    assert "<script>alert" not in page and EVIL in unescape(page)
+    outside_scripts = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"\b(?:src|href)\s*=", outside_scripts) and not re.search(r"<script[^>]+src", page)
+
+
+def test_markdown_of_data_stays_text_in_table_cells(recording: Recording) -> None:
+    evil = replace(FOUND, title="a|b\n<script>", measured="`x` *y*")
+    words = StandardReports(_analysis(recording, evil)).technical().markdown()
+    row = next(line for line in words.splitlines() if line.startswith(r"| a\|b \<script\>"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 7 and r"\`x\` \*y\*" in row
+
+
+def test_json_has_finite_numbers_or_null_alone(recording: Recording, tmp_path: Path) -> None:
+    odd = _analysis(
+        recording, FOUND, own={"nan": float("nan"), "list": np.array([1.0, np.inf]), "deep": {"x": [math.inf]}}
+    )
+    text = StandardReports(odd).write(tmp_path, "diagnostic", "json").read_text(encoding="utf-8")
+    assert "NaN" not in text and "Infinity" not in text
+    values = json.loads(text)
+    assert values["results"]["own"] == {"nan": None, "list": [1.0, None], "deep": {"x": [None]}}
+    assert values["findings"][0]["evidence"]["curve"]["values"] == [1.0, 2.0, None]
+    assert values["losses"]["best_step"] == 5 and values["cost_seconds"]["adapter_gradients"] == 0.5
+
+
+def test_three_lines_end_a_training(recording: Recording) -> None:
+    captured, adapter, worst = three_lines(_analysis(recording, UNKNOWN, FOUND))
+    assert captured.startswith("captured: 5 modules, 5 tables, up to 10 steps.") and "sound" in captured
+    assert adapter.startswith("adapter: Layers 1 (83%)")
+    assert worst == "problem: Nothing trains (layer 1): 0 of 5 move. What to do: stop the run."
+    assert three_lines(_analysis(recording, FINE))[2] == "nothing wrong found"
+
+
+def test_a_kind_or_format_that_is_not_there_is_refused_with_those_that_are(
+    recording: Recording, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)'brief'.*executive, technical, diagnostic.*'pdf'.*html, md, json"
+    ):
+        StandardReports(_analysis(recording)).write(tmp_path, "brief", "pdf")
+
+
+def test_a_run_of_100000_steps_makes_a_page_that_opens(record: Record, tmp_path: Path) -> None:
+    steps = np.arange(1, 100_001, 20)
+    noise = np.random.default_rng(0).lognormal(size=(len(steps), 5))
+    content = {
+        tables.GRADIENTS: (steps, {"norm_a": noise, "norm_b": noise, "cosine_mean": noise, "self_check": 1e-7 * noise}),
+        tables.WEIGHTS: (steps, {"norm_a": noise, "norm_b": noise, "norm_update": noise, "norm_step": noise}),
+        tables.LOSS: (steps, {"loss": noise[:, 0]}),
+    }
+    path = StandardReports(_analysis(record(content))).write(tmp_path)
+    assert path.name == "lens.html" and path.stat().st_size < 8e6
