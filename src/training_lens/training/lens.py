@@ -84,8 +84,9 @@ def look_back(run: RunFolder) -> Path | None:
 
     What the lens cannot read ends no run: its adapter is saved by now.
     """
-    from training_lens.analysis import CheckpointAnalyzer, StandardReports
-    from training_lens.analysis.reports import three_lines
+    from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
+    from training_lens.analysis.reports.executive import three_lines
+    from training_lens.analysis.reports.standard import StandardReports
 
     try:
         analysis = CheckpointAnalyzer(run.root).analyze()
