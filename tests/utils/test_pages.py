@@ -57,3 +57,10 @@ def test_no_button_sends_a_figures_data_away(tmp_path: Path) -> None:
     figure = go.Figure(go.Scatter(x=[1, 2], y=[3, 4]))
     write_page(tmp_path / "page.html", "Two", [figure, Picture("Loss", figure, "lower is better")])
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count('"showSendToCloud": false') == 2
+
+
+def test_a_column_of_prose_is_aligned_left_and_one_of_numbers_is_not(tmp_path: Path) -> None:
+    rows = [["one", "1.5", "a sentence that is longer than any number"], ["two", "2.5", "short"]]
+    write_page(tmp_path / "page.html", "Prose", [Table("A table", ["a", "b", "c"], rows)])
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<td class="words">short</td>' in text and "<td>2.5</td>" in text and '<th class="words">c</th>' in text

@@ -28,9 +28,9 @@ h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.5rem } h3 { font
 table { border-collapse: collapse } caption { text-align: left; font-weight: 600; padding: .3rem 0 }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: right; white-space: pre-wrap;
   overflow-wrap: normal; font-variant-numeric: tabular-nums }
-th:first-child, td:first-child { text-align: left }
+th:first-child, td:first-child, .words { text-align: left } td:first-child { min-width: 8rem }
 figure { margin: 1.5rem 0; min-width: 0 } figcaption { color: var(--soft); font-size: .9rem }
-.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 0 1.5rem }
+.beside { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 0 1.5rem }
 .callout { border: 1px solid var(--line); border-left: .35rem solid var(--mark); background: var(--box);
   padding: .7rem 1rem; margin: 1rem 0; border-radius: .3rem }
 .callout p { margin: .3rem 0 }
@@ -41,12 +41,13 @@ dt { color: var(--soft) } dd { margin: 0; white-space: pre-wrap }
   body { margin: 1rem auto; padding: 0 .7rem } th, td { padding: .3rem .4rem } dl { grid-template-columns: 1fr }
   dd { margin: 0 0 .4rem } }
 """
+LONGEST_NUMBER = 24  # characters of a cell; a column with a longer one is prose
 Severity = Literal["problem", "warning", "note", "fine"]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under column names, with a caption; the first column is aligned left, numbers right."""
+    """Rows of text under column names, with a caption; the first column and prose are aligned left, numbers right."""
 
     caption: str
     columns: Sequence[str]
@@ -133,10 +134,15 @@ def _html(part: Part) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in table.rows)
+    prose = [any(len(row[i]) > LONGEST_NUMBER for row in table.rows) for i in range(len(table.columns))]
+    head, *rows = (_row(tag, cells, prose) for tag, cells in (("th", table.columns), *(("td", r) for r in table.rows)))
     caption = f"<caption>{escape(table.caption)}</caption>"
-    return f'<div class="scroll"><table>{caption}<tr>{head}</tr>\n{rows}</table></div>'
+    return f'<div class="scroll"><table>{caption}{head}{"".join(rows)}</table></div>'
+
+
+def _row(tag: str, cells: Sequence[str], prose: Sequence[bool]) -> str:
+    starts = (f'<{tag} class="words">' if words else f"<{tag}>" for words in prose)
+    return f"<tr>{''.join(f'{start}{escape(cell)}</{tag}>' for start, cell in zip(starts, cells, strict=True))}</tr>\n"
 
 
 def _callout(box: Callout) -> str:

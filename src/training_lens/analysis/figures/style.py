@@ -92,7 +92,7 @@ def heat_map(series: Series, unit: str, *, log: bool = False, top: float | None 
     names, values = thin_rows(series.names, values)
     shown = _logarithms(values) if log else np.where(np.isfinite(values), values, np.nan)
     figure = canvas("step", "layer", height=180 + 16 * max(4, len(names)))
-    bar = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "thickness": 10, "len": 1.0, "outlinewidth": 0}
+    bar = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "thickness": 10, "outlinewidth": 0}
     ticks = _decades(shown) if log else {}
     figure.add_heatmap(
         x=steps,
@@ -103,7 +103,7 @@ def heat_map(series: Series, unit: str, *, log: bool = False, top: float | None 
         colorscale=SCALE,
         zmin=None if log else 0,
         zmax=top if not log else None,
-        colorbar={"title": {"text": unit, "side": "top"}, **bar, **ticks},
+        colorbar={"title": {"text": unit, "side": "top"}, "exponentformat": "power", **bar, **ticks},
     )
     _mark_odd(figure, steps, names, values)
     return figure.update_yaxes(type="category", showgrid=False).update_xaxes(showgrid=False)

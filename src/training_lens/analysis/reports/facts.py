@@ -155,8 +155,12 @@ def changed_sentence(recording: Recording) -> str:
         return "Nobody can tell: the adapter's weights were not captured, or are 0."
     strength = {k: v for k, v in latest(evolution(recording, "strength")).items() if v is not None}
     most = max(strength, key=strength.__getitem__) if strength else None
-    size = f" The largest change is {strength[most]:.2%} of its weight ({most})." if most else ""
+    size = f" The largest change is {_part(strength[most])} its weight ({most})." if most else ""
     return f"Layers {_shares(by_layer)} and modules {_shares(by_kind)} carry the most of |dW|².{size}"
+
+
+def _part(ratio: float) -> str:
+    return f"{ratio:.2%} of" if ratio < 10 else f"{ratio:,.0f} times"
 
 
 def _largest(shares: Mapping[str, float | None]) -> dict[str, float]:
