@@ -61,6 +61,7 @@ def small_config(tmp_path: Path) -> Callable[..., Any]:
             "data": {"max_examples": 48, "validation": None},
             "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3},
             "peft": {"r": 4},
+            "lens": {"report": False},
             "output": {"base_output_dir": str(tmp_path / "outputs")},
         }
         for name, keys in sections.items():

@@ -173,7 +173,7 @@ class Capture:
             return
         started = time.perf_counter()
         try:
-            with ExitStack() as around:
+            with self._timed("probe"), ExitStack() as around:
                 around.enter_context(as_judged(watched.model))
                 around.enter_context(autocast(watched.probe.input_ids.device, self._facts.precision))
                 for collector in collectors:
@@ -183,12 +183,9 @@ class Capture:
             self._switch_off(self._of(Moment.PROBE), step, error)
         else:
             self._collect(collectors, step)
-        finally:
-            watched.scores = None
-        took = time.perf_counter() - started
-        self.seconds["probe"] = self.seconds.get("probe", 0.0) + took
+        watched.scores = None
         for collector in collectors:
-            self._pace_after(collector, took)
+            self._pace_after(collector, time.perf_counter() - started)
 
     def _keep(self, collector: DataCollector, step: int, captured: Captured | None) -> None:
         if captured is not None and not self._over:
