@@ -1,0 +1,278 @@
+"""How large the change dW = s B A of a weight W is, how many directions it takes, and where they lie against W's.
+
+A is (rank, in), B (out, rank), W (out, in), as PEFT keeps them; leading dimensions, `*batch`, are modules of one shape.
+No function forms dW but `intruders`. NaN in a module's factors gives NaN for that module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from training_lens.analyzers.factors import exact, frobenius, inner, precise, svd, svdvals
+
+BLOCK = 16  # vectors that a power iteration carries: the first converges although the next few lie close
+
+
+def singular_values(
+    a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"], scaling: float
+) -> Float[Tensor, "*batch k"]:
+    """The min(rank, in, out) singular values of dW, descending, float64.
+
+    Formula: with B = Q1 R1 and A^T = Q2 R2, sigma(dW) = s sigma(R1 R2^T). What is below the roundoff of that product is
+    set to 0, so that factors which cancel have no spectrum. Cost: O((in + out) rank^2); waits for the device on CUDA.
+    """
+    a, b = exact(a), exact(b)
+    r1, r2 = torch.linalg.qr(b, mode="r").R, torch.linalg.qr(a.mT, mode="r").R
+    return _above_roundoff(svdvals(r1 @ r2.mT), a, b) * abs(scaling)
+
+
+def singular_vectors(
+    a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"], scaling: float
+) -> tuple[Float[Tensor, "*batch outputs k"], Float[Tensor, "*batch k"], Float[Tensor, "*batch inputs k"]]:
+    """U, sigma and V with dW = U diag(sigma) V^T, k = min(rank, in, out), float64, sigma as in `singular_values`.
+
+    Directions whose sigma is 0 are orthonormal to the others and mean nothing else. Cost: as there, twice.
+    """
+    a, b = exact(a), exact(b)
+    (q1, r1), (q2, r2) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
+    u, singular, v = svd(r1 @ r2.mT)  # (k1, k), (k), (k2, k)
+    sign = -1 if scaling < 0 else 1
+    return sign * (q1 @ u), _above_roundoff(singular, a, b) * abs(scaling), q2 @ v
+
+
+def _above_roundoff(singular: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    roundoff = torch.finfo(singular.dtype).eps * max(a.shape[-1], b.shape[-2])
+    floor = roundoff * frobenius(a) * frobenius(b)  # (*batch)
+    return singular.masked_fill(singular <= floor[..., None], 0)
+
+
+def effective_rank(singular: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+    """Over how many directions a spectrum is spread: k for k equal singular values, 0 for a spectrum of zeros.
+
+    Formula: exp(-sum p ln p) with p = sigma / sum sigma (Roy and Vetterli 2007, "The effective rank").
+
+    Example:
+        >>> effective_rank(torch.tensor([3.0, 3.0, 0.0]))
+        tensor(2.)
+    """
+    singular = precise(singular)
+    total = singular.sum(-1)
+    rank: Tensor = torch.special.entr(singular / total[..., None]).sum(-1).exp()
+    return rank.masked_fill(total == 0, 0)
+
+
+def stable_rank(singular: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
+    """How many directions as strong as the first would give the same norm; 0 for a spectrum of zeros.
+
+    Formula: ||dW||_F^2 / sigma_1^2 (Rudelson and Vershynin 2007, arXiv math/0503442).
+    """
+    singular = precise(singular)
+    top = singular[..., :1]
+    return (singular / top).square().sum(-1).masked_fill(top[..., 0] == 0, 0)
+
+
+def energy_rank(singular: Float[Tensor, "*batch k"], share: float = 0.9) -> Float[Tensor, "*batch"]:
+    """The smallest k whose first k singular values hold `share` of the sum of all squares; 0 for a spectrum of zeros.
+
+    A whole number kept as a float, so that it is NaN where the spectrum is.
+
+    Args:
+        share: over 0, up to 1.
+
+    Example:
+        >>> energy_rank(torch.tensor([4.0, 2.0, 1.0, 1.0]))  # 20 of 22 lie in two
+        tensor(2.)
+    """
+    energy = precise(singular).square().cumsum(-1)
+    total = energy[..., -1]
+    short = (energy < share * total[..., None]).sum(-1)  # how many directions are not enough
+    return torch.where(total > 0, short + 1, total)
+
+
+def update_norm(
+    a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"], scaling: float
+) -> Float[Tensor, "*batch"]:
+    """||dW||_F, the size of the change, float64.
+
+    Formula: ||s B A||_F^2 = s^2 <B^T B, A A^T>. Relative error about 1e-8 ||A|| ||B|| / ||B A||. Cost: two products of
+    (rank, in) and (rank, out) with themselves, no synchronisation: for every step.
+    """
+    a, b = exact(a), exact(b)
+    return abs(scaling) * inner(a, b, a, b).clamp(min=0).sqrt()
+
+
+def step_norm(
+    a0: Float[Tensor, "*batch rank inputs"],
+    b0: Float[Tensor, "*batch outputs rank"],
+    a1: Float[Tensor, "*batch rank inputs"],
+    b1: Float[Tensor, "*batch outputs rank"],
+    scaling: float,
+) -> Float[Tensor, "*batch"]:
+    """||dW1 - dW0||_F, how far the change has moved from the factors a0, b0 to a1, b1.
+
+    Formula: dW1 - dW0 = s [B1 - B0, B0] [A1; A1 - A0]. Differences are taken of the factors and not of what they
+    make, so that a step of a millionth keeps its digits in float32. Cost: that of six products of (rank, in or out),
+    no synchronisation: for every step.
+
+    Example:
+        >>> a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0], [0.0]])
+        >>> step_norm(a, b, 2 * a, b, scaling=0.5)  # dW goes from 1.5 to 3 in its one place
+        tensor(1.5000)
+    """
+    a0, b0, a1, b1 = precise(a0), precise(b0), precise(a1), precise(b1)
+    da, db = a1 - a0, b1 - b0
+    square = inner(a1, db, a1, db) + 2 * inner(a1, db, da, b0) + inner(da, b0, da, b0)
+    return abs(scaling) * square.clamp(min=0).sqrt()
+
+
+def strength(norm: Float[Tensor, "*batch"], weight_norm: Float[Tensor, "*batch"] | float) -> Float[Tensor, "*batch"]:
+    """A norm of the change, or of a step of it, over the same norm of the frozen weight: ||dW|| / ||W||.
+
+    Both Frobenius (`update_norm`, `step_norm`) or both the largest singular value (`singular_values`,
+    `top_singular_value`).
+    """
+    return norm / weight_norm
+
+
+def balance(a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"]) -> Float[Tensor, "*batch"]:
+    """||A A^T - B^T B||_F: 0 where A and B share the change evenly.
+
+    Gradient flow keeps the matrix inside; a step of plain gradient descent with rate eta changes it by
+    eta^2 (gA gA^T - gB^T gB) alone (Du, Hu and Lee 2018, arXiv 1806.00900). Cost: as `update_norm`: for every step.
+    """
+    a, b = precise(a), precise(b)
+    return frobenius(a @ a.mT - b.mT @ b)
+
+
+def top_ratio(
+    a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"]
+) -> Float[Tensor, "*batch"]:
+    """sigma_1(B) / sigma_1(A), through the (rank, rank) Gram matrices: 0 for B = 0, infinite for A = 0 alone.
+
+    Cost: as `update_norm` and a decomposition of (rank, rank); waits for the device on CUDA.
+    """
+    a, b = precise(a), precise(b)
+    return (svdvals(b.mT @ b)[..., 0] / svdvals(a @ a.mT)[..., 0]).sqrt()
+
+
+def top_singular_value(weight: Float[Tensor, "*batch outputs inputs"], iterations: int = 8) -> Float[Tensor, "*batch"]:
+    """The largest singular value of a weight, from below and within about 1 %, by block power iteration.
+
+    Formula: sigma_1(W Q) with Q an orthonormal basis of X, (W^T W) X, ... (W^T W)^iterations X for 16 random vectors X
+    (block Krylov: Musco and Musco 2015, arXiv 1504.05477); keeping all powers finds in 8 what the last alone finds in
+    24. X is always the same, and torch's own random state stays as it is. Hardest are weights of pure noise: 0.4 %
+    below at 4096 x 4096. Cost: 2 x iterations products of W with 16 vectors, one with 16 x (iterations + 1), a float32
+    copy of a 16-bit W; waits for the device on CUDA.
+    """
+    weight = precise(weight)
+    *batch, _, inputs = weight.shape
+    generator = torch.Generator(weight.device).manual_seed(0)
+    shape = (*batch, inputs, min(BLOCK, inputs))
+    start = torch.randn(shape, generator=generator, dtype=weight.dtype, device=weight.device)
+    powers = [torch.linalg.qr(start).Q]
+    for _ in range(iterations):
+        powers.append(torch.linalg.qr(weight.mT @ (weight @ powers[-1])).Q)  # (*batch, in, block)
+    basis = torch.linalg.qr(torch.cat(powers, -1)).Q
+    return svdvals(weight @ basis)[..., 0]
+
+
+def amplification(
+    weight: Float[Tensor, "*batch outputs inputs"],
+    a: Float[Tensor, "*batch rank inputs"],
+    b: Float[Tensor, "*batch outputs rank"],
+    scaling: float,
+    k: int,
+) -> Float[Tensor, "*batch"]:
+    """How much the change strengthens what W already does in the change's own directions; NaN for no change.
+
+    Formula: ||dW||_F / ||U^T W V^T||_F with U and V the first k singular directions of dW, those alone that it has
+    (LoRA, arXiv 2106.09685, Table 7). Cost: `singular_vectors` and a product of W with k vectors.
+    """
+    u, singular, v = singular_vectors(a, b, scaling)
+    used = (singular[..., :k] != 0).to(u.dtype)[..., None, :]  # (*batch, 1, k)
+    weight = precise(weight)
+    u, v = (u[..., :k] * used).to(weight.dtype), (v[..., :k] * used).to(weight.dtype)
+    met = frobenius(u.mT @ weight @ v)
+    norm: Tensor = singular.norm(dim=-1)
+    return (norm / met).masked_fill(norm == 0, torch.nan)
+
+
+@dataclass(frozen=True)
+class Intruders:
+    """The directions among the first k of W + dW that W does not have.
+
+    `count` is how many, a whole number kept as a float; `energy_share` their sigma^2 over the sum of sigma^2 of the
+    first k; `cosines` each direction's largest absolute cosine with a direction of W, strongest direction first.
+    """
+
+    count: Float[Tensor, "*batch"]
+    energy_share: Float[Tensor, "*batch"]
+    cosines: Float[Tensor, "*batch k"]
+
+
+def intruders(
+    weight: Float[Tensor, "*batch outputs inputs"],
+    a: Float[Tensor, "*batch rank inputs"],
+    b: Float[Tensor, "*batch outputs rank"],
+    scaling: float,
+    k: int = 10,
+    threshold: float = 0.5,
+) -> Intruders:
+    """Left singular vectors among the first k of W + dW whose largest cosine with those of W is under the threshold.
+
+    From arXiv 2410.21228 (k = 10, the threshold swept). W's vectors are those with a singular value above roundoff,
+    and of W + dW likewise: what has none is no direction. At most min(out, in) directions are taken. Cost: two full
+    decompositions, O(out in min(out, in)), and two dense copies of W; for the analysis of a checkpoint, not for a step.
+    """
+    weight = precise(weight)
+    after = weight + scaling * (precise(b) @ precise(a)).to(weight.dtype)
+    old, old_values, _ = svd(weight)
+    new, new_values, _ = svd(after)
+    cosines = (new[..., :k].mT @ (old * _present(old_values, weight))).abs().amax(-1)  # (*batch, k)
+    energy = (new_values[..., None, :] * _present(new_values, weight))[..., 0, :k].square()
+    strange = torch.where(cosines.isnan(), cosines, ((cosines < threshold) & (energy > 0)).to(cosines.dtype))
+    return Intruders(strange.sum(-1), (strange * energy).sum(-1) / energy.sum(-1), cosines)
+
+
+def _present(singular: Tensor, matrix: Tensor) -> Tensor:
+    """1 for singular values above roundoff, else 0, (*batch, 1, k)."""
+    floor = torch.finfo(matrix.dtype).eps * max(matrix.shape[-2:]) * singular[..., :1]
+    return (singular > floor).to(matrix.dtype)[..., None, :]
+
+
+def dora_change(
+    weight: Float[Tensor, "*batch outputs inputs"],
+    a: Float[Tensor, "*batch rank inputs"],
+    b: Float[Tensor, "*batch outputs rank"],
+    scaling: float,
+    magnitude: Float[Tensor, "*batch outputs"],
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """How far the rows w of W have moved on average in length and in direction (DoRA, arXiv 2402.09353, section 3.2).
+
+    Formula: mean |m - ||w||| and mean (1 - cos(w', w)), with m the magnitude that PEFT trains for each row (DoRA's
+    columns) and w' = w + d, d = s b A; with ||w'||^2 = ||w||^2 + 2 s b A w + s^2 b A A^T b^T, so that dW is not formed.
+    1 - cos is got from the sine, which keeps small angles exact. A row of zeros, before or after, has no direction and
+    counts as not turned. Cost: a product of W with rank vectors, a float32 copy of a 16-bit W.
+    """
+    weight = precise(weight)
+    length_sq = exact(weight.norm(dim=-1)).square()  # (*batch, out)
+    along = exact(weight @ a.to(weight.dtype).mT)  # (*batch, out, rank): A w of each row
+    a, b = exact(a), scaling * exact(b)
+    cross = (b * along).sum(-1)  # w . d
+    moved_sq = (b * (b @ (a @ a.mT))).sum(-1)  # ||d||^2
+    after_sq = (length_sq + 2 * cross + moved_sq).clamp(min=0)
+    turned = _one_minus_cosine(length_sq, cross, moved_sq, after_sq)
+    stretched = (exact(magnitude) - length_sq.sqrt()).abs()
+    return stretched.mean(-1), turned.mean(-1)
+
+
+def _one_minus_cosine(length_sq: Tensor, cross: Tensor, moved_sq: Tensor, after_sq: Tensor) -> Tensor:
+    """1 - cos between w and w + d: sin^2 / (1 + cos) on the near side, as it stands on the far one, (*batch, out)."""
+    product = length_sq * after_sq
+    cosine = (length_sq + cross) / product.sqrt()
+    sine_sq = (length_sq * moved_sq - cross.square()).clamp(min=0) / product
+    return torch.where(cosine > 0, sine_sq / (1 + cosine), 1 - cosine).masked_fill(product == 0, 0)

@@ -1,0 +1,16 @@
+"""The examples in the docstrings of the measures do what they say."""
+
+from __future__ import annotations
+
+import doctest
+from types import ModuleType
+
+import pytest
+
+from training_lens.analyzers import barrier, convergence, directions, similarity, spectra
+
+
+@pytest.mark.parametrize("module", [barrier, convergence, directions, similarity, spectra])
+def test_examples(module: ModuleType) -> None:
+    failed, tried = doctest.testmod(module)
+    assert tried > 0 and failed == 0
