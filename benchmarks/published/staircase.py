@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from runs import Setting, parsed, settings, trained, write_results
+from runs import SHORT_TOKENS, Setting, parsed, settings, trained, write_results
 
 from training_lens.analyzers.convergence import epoch_drops
 
@@ -34,7 +34,7 @@ KINDS = {"repeated": (ROWS, EPOCHS), "once": (ROWS * EPOCHS, 1)}  # rows, epochs
 def losses_of(setting: Setting, folder: str, kind: str, seed: int) -> list[float]:
     """The training loss of each step."""
     rows, epochs = KINDS[kind]
-    config = setting.config(
+    config = setting.short_rows(
         folder,
         data={"max_examples": rows},
         peft=PEFT,
@@ -89,7 +89,15 @@ def models(of: Sequence[Setting], seeds: int) -> Iterator[tuple[str, dict[str, A
 def main() -> None:
     args = parsed(__doc__, "published_staircase.json")
     started, seeds = time.perf_counter(), 2 if args.quick else 5
-    given = {"rows": ROWS, "epochs": EPOCHS, "batch_size": BATCH, "lr": LR, **PEFT, "seeds": seeds}
+    given = {
+        "rows": ROWS,
+        "epochs": EPOCHS,
+        "batch_size": BATCH,
+        "longest_row_tokens": SHORT_TOKENS,
+        "lr": LR,
+        **PEFT,
+        "seeds": seeds,
+    }
     far = [s for s in settings(args.shared) if "GSM8K" in s.name]  # rows alike in length and kind: less noise
     results = {"settings": given, "models": dict(models(far, seeds))}
     write_results(args.output, results, time.perf_counter() - started)
