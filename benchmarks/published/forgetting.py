@@ -91,8 +91,8 @@ def sampled(base: Any, plan: RunPlan) -> list[list[int]]:
 def documents(tokenizer: Any) -> list[list[int]]:
     """Documents from the generator of the embedded model's training text, from the seed that it did not read."""
     sys.path.append("tools")
-    from build_embedded_base import HELDOUT_SEED, text_of  # type: ignore[import-not-found]
-    from small_world import documents as stream  # type: ignore[import-not-found]
+    from build_embedded_base import HELDOUT_SEED, text_of
+    from small_world import documents as stream
 
     texts = (text_of(document) for document in islice(stream(HELDOUT_SEED), TEXTS))
     return [tokenizer(text, add_special_tokens=False)["input_ids"][:TEXT_TOKENS] for text in texts]

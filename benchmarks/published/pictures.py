@@ -68,7 +68,7 @@ def drawing(panel: Panel) -> str:
         for v in panel.marks
     ]
     parts += [shape(t, x, y, COLORS[i % len(COLORS)]) for i, t in enumerate(panel.traces)]
-    parts += [legend(t.name, i) for i, t in enumerate(panel.traces)]
+    parts += [legend(t, i) for i, t in enumerate(panel.traces)]
     parts += [text((LEFT + WIDTH) / 2, 14, panel.title, "middle", 'font-weight="bold"')]
     parts += [text((LEFT + WIDTH) / 2, HEIGHT - 10, panel.x_label, "middle")]
     parts += [text(12, middle, panel.y_label, "middle", f'transform="rotate(-90 12 {middle})"')]
@@ -104,9 +104,10 @@ def shape(trace: Trace, x: Axis, y: Axis, color: str) -> str:
     return "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{color}" fill-opacity="0.7"/>' for a, b in points)
 
 
-def legend(name: str, row: int) -> str:
-    top = TOP + 10 + 13 * row
-    return text(WIDTH - RIGHT - 4, top, name, "end", f'fill="{COLORS[row % len(COLORS)]}"')
+def legend(trace: Trace, row: int) -> str:
+    """The trace's name: on the right above falling lines, on the left above rising points."""
+    x, anchor = (WIDTH - RIGHT - 4, "end") if trace.line else (LEFT + 8, "start")
+    return text(x, TOP + 10 + 13 * row, trace.name, anchor, f'fill="{COLORS[row % len(COLORS)]}"')
 
 
 def text(x: float, y: float, content: str, anchor: str, more: str = "") -> str:
