@@ -152,14 +152,22 @@ def require_writable(folder: Path, key: str) -> None:
         ) from error
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of `path` that takes its place when the block ends well, and is deleted otherwise."""
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def safe_save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write tensors as one safetensors file, whole or not at all; they may live on any device."""
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    try:
+    with whole_file(path) as temporary:
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)
-        _fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

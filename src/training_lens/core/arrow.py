@@ -1,0 +1,233 @@
+"""Captures as Arrow tables, a row for each step and module and a column for each measure; series out of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from training_lens.core.types import Captured, Series
+from training_lens.errors import ConfigurationError, LensError
+from training_lens.utils.formatting import nearest
+
+STEP, MODULE = "step", "module"
+EMPTY = pa.table({STEP: pa.array([], pa.int32()), MODULE: pa.array([], pa.dictionary(pa.int32(), pa.string()))})
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The scalars and vectors of one step in tensors of their own: nothing of the model stays alive through them."""
+
+    step: int
+    rows: tuple[str, ...]
+    measures: tuple[str, ...]
+    scalars: Tensor  # (measures, rows) float32, on the device where they were measured
+    vectors: Mapping[str, tuple[Tensor, tuple[int, ...]]]  # measure -> (values of all rows in a line, length of each)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return self.scalars.nbytes + sum(values.nbytes for values, _ in self.vectors.values())
+
+
+def pack(step: int, captured: Captured) -> Packed:
+    """Copy the scalars and vectors of one step as float32, on their device and without waiting for it.
+
+    Raises:
+        LensError: a measure has not one value, or one vector, for each row.
+    """
+    rows = tuple(captured.rows)
+    for measure, values in captured.scalars.items():
+        if values.shape != (len(rows),):
+            raise LensError(
+                f"{measure} at step {step} has the shape {tuple(values.shape)}, and there are {len(rows)} rows: "
+                f"a collector gives a tensor of shape ({len(rows)},), a value for each row."
+            )
+    with torch.no_grad():
+        scalars = torch.stack(list(captured.scalars.values())) if captured.scalars else torch.empty(0, len(rows))
+        vectors = {m: _in_a_line(m, step, values, len(rows)) for m, values in captured.vectors.items() if rows}
+    return Packed(step, rows, tuple(captured.scalars), scalars.to(torch.float32), vectors)
+
+
+def _in_a_line(measure: str, step: int, values: Sequence[Tensor], rows: int) -> tuple[Tensor, tuple[int, ...]]:
+    if len(values) != rows:
+        raise LensError(
+            f"{measure} at step {step} has {len(values)} vectors, and there are {rows} rows: "
+            "a collector gives a vector for each row."
+        )
+    flat = torch.cat([vector.reshape(-1) for vector in values]).to(torch.float32)
+    return flat, tuple(vector.numel() for vector in values)
+
+
+def arrow_table(rows_by_step: Sequence[tuple[int, Captured]]) -> pa.Table:
+    """What was captured at some steps, as the table that a store would give back.
+
+    Returns:
+        Columns: step (int32, ascending), module (dictionary of strings), each scalar measure (float32) and each vector
+        measure (list of float32). A row for each row of each step, null for a measure that was not taken there.
+
+    Raises:
+        LensError: values that do not fit their rows, or a measure of a name that is taken.
+    """
+    return table_of([pack(step, captured) for step, captured in rows_by_step])
+
+
+def table_of(packed: Sequence[Packed]) -> pa.Table:
+    """Packed steps as one table; waits for the device, once for each set of measures and rows."""
+    shapes: dict[tuple[tuple[str, ...], ...], list[Packed]] = {}
+    for step in packed:
+        if step.rows and (step.measures or step.vectors):
+            shapes.setdefault((step.rows, step.measures, tuple(step.vectors)), []).append(step)
+    return joined([_of_one_shape(steps) for steps in shapes.values()])
+
+
+def _of_one_shape(packed: Sequence[Packed]) -> pa.Table:
+    rows, measures = packed[0].rows, packed[0].measures
+    _require_distinct((STEP, MODULE, *measures, *packed[0].vectors), "columns")
+    _require_distinct(rows, "rows")
+    scalars = torch.stack([step.scalars for step in packed]).cpu().numpy()  # (steps, measures, rows): the sync point
+    steps = np.array([step.step for step in packed], np.int32)
+    modules = np.tile(np.arange(len(rows), dtype=np.int32), len(steps))
+    columns = {
+        STEP: pa.array(np.repeat(steps, len(rows))),
+        MODULE: pa.DictionaryArray.from_arrays(pa.array(modules), pa.array(rows, pa.string())),
+        **{measure: pa.array(scalars[:, i].ravel()) for i, measure in enumerate(measures)},
+        **{measure: _lists([step.vectors[measure] for step in packed]) for measure in packed[0].vectors},
+    }
+    return pa.table(columns)
+
+
+def _require_distinct(names: Sequence[str], what: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else ()
+    if twice:
+        raise LensError(
+            f"two {what} of one table are called '{twice[0]}': a collector names its measures and rows apart, and none "
+            f"of its measures '{STEP}' or '{MODULE}'."
+        )
+
+
+def _lists(vectors: Sequence[tuple[Tensor, tuple[int, ...]]]) -> pa.ListArray:
+    lengths = np.concatenate([np.array(lengths, np.int32) for _, lengths in vectors])
+    values = torch.cat([flat for flat, _ in vectors]).cpu().numpy()
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def joined(tables: Sequence[pa.Table]) -> pa.Table:
+    """Tables below one another, ascending by step; a column that one of them lacks is null there.
+
+    Raises:
+        LensError: a measure is a number in one and a vector in another.
+    """
+    try:
+        table = pa.concat_tables([EMPTY, *tables], promote_options="default").unify_dictionaries()
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise LensError(
+            f"one table holds numbers and vectors of one name ({error}): captures of different versions of a collector "
+            "are in one folder. Train anew, or name the new measure otherwise."
+        ) from error
+    steps = table.column(STEP).to_numpy()
+    return table if (np.diff(steps) >= 0).all() else table.take(np.argsort(steps, kind="stable"))
+
+
+def series_of(table: pa.Table, measure: str) -> Series:
+    """A scalar measure over time: the steps and modules at which it was taken, in the table's order.
+
+    Args:
+        table: with the columns step, module and `measure`, ascending by step.
+
+    Raises:
+        LensError: the table has no such measure, or it is one of vectors.
+    """
+    _require_kind(table, measure, vectors=False)
+    taken, steps, names, rows, columns = _places(table, measure)
+    values = np.full((len(steps), len(names)), np.nan)
+    values[rows, columns] = taken.column(measure).to_numpy()
+    return Series(steps, names, values)
+
+
+def vectors_of(table: pa.Table, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """A measure of vectors over time, for one its spectra.
+
+    Returns:
+        The steps at which it was taken, (steps,) int64; and by module (steps, its longest) float64, padded with NaN.
+
+    Raises:
+        LensError: the table has no such measure, or it is one of scalars.
+    """
+    _require_kind(table, measure, vectors=True)
+    taken, steps, names, rows, columns = _places(table, measure)
+    column = taken.column(measure)
+    lengths = pc.list_value_length(column).to_numpy()
+    filled = np.arange(lengths.max(initial=0)) < lengths[:, None]  # (table rows, longest)
+    padded = np.full(filled.shape, np.nan)
+    padded[filled] = pc.list_flatten(column).to_numpy()
+    return steps, {name: _of_module(padded, lengths, rows, columns == i, len(steps)) for i, name in enumerate(names)}
+
+
+def _of_module(padded: np.ndarray, lengths: np.ndarray, rows: np.ndarray, own: np.ndarray, steps: int) -> np.ndarray:
+    values = np.full((steps, lengths[own].max(initial=0)), np.nan)
+    values[rows[own]] = padded[own, : values.shape[1]]
+    return values
+
+
+def _places(table: pa.Table, measure: str) -> tuple[pa.Table, np.ndarray, tuple[str, ...], np.ndarray, np.ndarray]:
+    """The rows that have the measure; their steps and modules; and for each row its place among both."""
+    table = table.select([STEP, MODULE, measure])
+    if table.column(measure).null_count:
+        table = table.filter(table.column(measure).is_valid())
+    table = table.unify_dictionaries().combine_chunks()
+    per_row = table.column(STEP).to_numpy().astype(np.int64)
+    new = np.diff(per_row, prepend=-1) != 0
+    modules = table.column(MODULE).combine_chunks()
+    codes = modules.indices.to_numpy()
+    used = np.unique(codes)
+    names = tuple(modules.dictionary.take(pa.array(used)).to_pylist())
+    return table, per_row[new], names, np.cumsum(new) - 1, np.searchsorted(used, codes)
+
+
+def require_measure(table: pa.Table, measure: str) -> None:
+    """Refuse a name that is none of the table's measures.
+
+    Raises:
+        LensError: with the nearest that is.
+    """
+    measures = [name for name in table.column_names if name not in (STEP, MODULE)]
+    if measure not in measures:
+        raise LensError(f"no measure is called '{measure}'{meant(measure, measures)}")
+
+
+def _require_kind(table: pa.Table, measure: str, *, vectors: bool) -> None:
+    require_measure(table, measure)
+    if pa.types.is_list(table.schema.field(measure).type) != vectors:
+        raise LensError(
+            f"{measure} is a {'number' if vectors else 'vector'} for each step and module: "
+            f"read it with {'series' if vectors else 'vectors'}."
+        )
+
+
+def polars_frame(table: pa.Table) -> Any:
+    """A table as a Polars DataFrame.
+
+    Raises:
+        ConfigurationError: Polars is not installed.
+    """
+    try:
+        import polars
+    except ImportError as error:
+        raise ConfigurationError(
+            "Polars frames need the package polars: pip install polars. Arrow and pandas frames need nothing more."
+        ) from error
+    return polars.from_arrow(table)
+
+
+def meant(name: str, known: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    close = nearest(name, known)
+    return f"; did you mean '{close}'?" if close else f"; there are: {', '.join(sorted(known)) or 'none'}."

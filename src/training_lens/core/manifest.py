@@ -1,0 +1,47 @@
+"""lens.json, the file that makes a folder one of captures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from training_lens.core.types import DataType, LensManifest, ModuleRecord
+from training_lens.errors import LensError
+from training_lens.utils.files import read_json, write_json
+
+LENS = "lens.json"
+FORMAT = 1
+
+
+def write_manifest(folder: Path, manifest: LensManifest) -> None:
+    """Write lens.json, whole or not at all."""
+    plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(manifest).items()}
+    write_json(folder / LENS, {**plain, "modules": [vars(module) for module in manifest.modules]})
+
+
+def read_manifest(folder: Path) -> LensManifest:
+    """What the tables in a lens folder are about.
+
+    Raises:
+        LensError: there is no lens.json, it is damaged, or its format is another.
+    """
+    path = folder / LENS
+    if not path.is_file():
+        raise LensError(
+            f"{folder}: no captures ({LENS} is missing): the run was trained with lens.enabled=false, has not begun, "
+            "or this is no run. Give the folder of a run that was trained with the lens."
+        )
+    try:
+        values = read_json(path)
+        if values["format"] != FORMAT:
+            raise LensError(
+                f"{path} has format {values['format']}; this version reads format {FORMAT}. Read it with the version "
+                "of Training Lens that wrote it, or a later one."
+            )
+        modules = tuple(ModuleRecord(**module) for module in values["modules"])
+        tables = {name: DataType(kind) for name, kind in values["tables"].items()}
+        return LensManifest(**{**values, "modules": modules, "tables": tables})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LensError(
+            f"{path} is damaged ({type(error).__name__}: {error}); without it captures are lost."
+        ) from error

@@ -1,0 +1,278 @@
+"""The rows of one table on disk: Parquet segments, each of a range of steps, written whole or not at all.
+
+Segments of a table do not overlap. One that lies within the range of another is what a merge had not yet deleted when
+it was killed, and is passed over. Numbers are float32, split by byte and compressed (zstd): 2.9 to 3.7 bytes each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from training_lens.core.arrow import MODULE, STEP, joined
+from training_lens.errors import LensError
+from training_lens.utils.files import sweep_temporaries, whole_file
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+MANY = 64  # segments of one table, above which they are merged
+TARGET_BYTES = 8_000_000  # of a merged segment
+NAME = re.compile(r"(\d{8,})-(\d{8,})\.parquet")
+UNREADABLE = (OSError, ValueError, pa.ArrowException)  # what a truncated or altered file raises
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A Parquet file of the steps `first` to `last`; its name keeps that range also when it was thinned."""
+
+    path: Path
+    first: int
+    last: int
+    damaged: bool = False  # known to be, beyond what its footer tells
+
+    @classmethod
+    def at(cls, folder: Path, first: int, last: int) -> Segment:
+        return cls(folder / f"{first:08d}-{last:08d}.parquet", first, last)
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return self.path.stat().st_size
+
+    @cached_property
+    def stride(self) -> int:
+        """Of its steps, only multiples of this are left (and those up to 1); 0 where the file cannot be read."""
+        facts = self._facts
+        return facts[0] if facts else 0
+
+    @cached_property
+    def many_rows(self) -> bool:
+        """Whether a step has more than one row; False where the file cannot be read."""
+        facts = self._facts
+        return facts is not None and facts[1]
+
+    @cached_property
+    def _facts(self) -> tuple[int, bool] | None:
+        if self.damaged:
+            return None
+        try:
+            metadata = pq.read_metadata(self.path)
+            kept = metadata.metadata or {}
+            return int(kept[b"stride"]), metadata.num_rows > int(kept[b"steps"])
+        except (*UNREADABLE, KeyError) as error:
+            logger.warning("%s", damage(self, error))
+            return None
+
+
+def damage(segment: Segment, error: Exception) -> str:
+    """What is lost with a segment that cannot be read."""
+    return f"{segment.path} is damaged ({error}): what was captured in the steps {segment.first}-{segment.last} is lost"
+
+
+def segments_in(folder: Path) -> list[Segment]:
+    """The segments of a table, ascending, without those within another's range."""
+    live: list[Segment] = []
+    for segment in sorted(_all_in(folder), key=lambda s: (s.first, -s.last)):
+        if not live or segment.last > live[-1].last:
+            live.append(segment)
+    return live
+
+
+def _all_in(folder: Path) -> list[Segment]:
+    found = [(path, NAME.fullmatch(path.name)) for path in folder.glob("*.parquet")]
+    return [Segment(path, int(match[1]), int(match[2])) for path, match in found if match and path.is_file()]
+
+
+def read_segment(segment: Segment, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a segment: step, module, and those of `columns` that it has; None: all.
+
+    Raises:
+        LensError: the file is damaged; names it and what is lost.
+        FileNotFoundError: it was merged into another meanwhile.
+    """
+    try:
+        with pq.ParquetFile(segment.path, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            wanted = names if columns is None else {STEP, MODULE, *columns}
+            table = file.read([name for name in names if name in wanted])
+    except FileNotFoundError:
+        raise
+    except UNREADABLE as error:
+        raise LensError(damage(segment, error)) from error
+    return table.replace_schema_metadata(None)
+
+
+def write_segment(segment: Segment, table: pa.Table, stride: int = 1) -> Segment:
+    """Write the rows of a segment, whole or not at all, in the place of what was under its name."""
+    facts = {"stride": str(stride), "steps": str(len(np.unique(table.column(STEP).to_numpy())))}
+    floats = [
+        f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        for field in table.schema
+        if field.name not in (STEP, MODULE)
+    ]
+    with whole_file(segment.path) as temporary:
+        pq.write_table(
+            table.replace_schema_metadata(facts),
+            temporary,
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=[STEP, MODULE],
+            use_byte_stream_split=floats,
+            write_statistics=False,
+            write_page_checksum=True,
+        )
+    return Segment(segment.path, segment.first, segment.last)
+
+
+class SegmentedTable:
+    """The segments of one table, ascending, as their one writer sees them.
+
+    Args:
+        after_step: rows of later steps are dropped.
+    """
+
+    def __init__(self, folder: Path, after_step: int) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        sweep_temporaries(folder, older_than_seconds=0)
+        self.segments = segments_in(folder)
+        _delete(_all_in(folder), self.segments)
+        self.segments = [kept for segment in self.segments if (kept := _cut(segment, after_step))]
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(segment.size for segment in self.segments)
+
+    @property
+    def stride(self) -> int:
+        return max((segment.stride for segment in self.segments), default=1) or 1
+
+    @property
+    def can_be_thinned(self) -> bool:
+        """Whether a step has more than one row."""
+        return any(segment.many_rows for segment in self.segments)
+
+    def can_halve(self, spare: int) -> bool:
+        """Whether twice the stride may leave fewer steps in the segments but the newest `spare`."""
+        old = self.segments[: len(self.segments) - spare]
+        return any(segment.stride and self.stride < segment.last for segment in old)
+
+    def append(self, table: pa.Table) -> int:
+        """Write rows as a new segment, or into those that hold their steps already; gives the bytes written."""
+        steps = table.column(STEP)
+        new = Segment.at(self.folder, steps[0].as_py(), steps[-1].as_py())
+        shared = [segment for segment in self.segments if segment.last >= new.first]
+        if not shared:
+            self.segments.append(write_segment(new, table))
+            return self.segments[-1].size
+        return self._merge(shared, 1, [table])
+
+    def compact(self, stride: int, target_bytes: float, spare: int) -> int:
+        """Merge neighbours up to `target_bytes`, leaving out steps that are no multiple of `stride`.
+
+        The newest `spare` segments stay as they are. Gives the bytes written.
+        """
+        old = self.segments[: len(self.segments) - spare]
+        return sum(self._merge(group, stride) for group in _groups(old, stride, target_bytes))
+
+    def _merge(self, group: Sequence[Segment], stride: int, more: Sequence[pa.Table] = ()) -> int:
+        """Replace segments by one of their whole range; a reader sees all of the old or all of the new."""
+        readable = [(segment, table) for segment in group if (table := self._read(segment)) is not None]
+        if len(readable) < len(group) and not more:
+            return 0  # the damaged one stays, so that what it lost stays known
+        table = _thinned(joined([*(table for _, table in readable), *more]), stride)
+        first = min([segment.first for segment in group] + [t.column(STEP)[0].as_py() for t in more])
+        last = max([segment.last for segment in group] + [t.column(STEP)[-1].as_py() for t in more])
+        left = min((max(segment.stride, stride) for segment, _ in readable), default=1)
+        merged = write_segment(Segment.at(self.folder, first, last), table, left)
+        _delete(group, [merged])
+        self.segments = sorted([s for s in self.segments if s not in group] + [merged], key=lambda s: s.first)
+        return merged.size
+
+    def _read(self, segment: Segment) -> pa.Table | None:
+        """The rows of a segment; None for a damaged one, which counts as such from here on."""
+        try:
+            return read_segment(segment)
+        except LensError as error:
+            logger.warning("%s", error)
+            self.segments[self.segments.index(segment)] = replace(segment, damaged=True)
+            return None
+
+
+def _thinned(table: pa.Table, stride: int) -> pa.Table:
+    steps = table.column(STEP).to_numpy()
+    return table if stride == 1 else table.filter(pa.array((steps % stride == 0) | (steps <= 1)))
+
+
+def _groups(segments: Sequence[Segment], stride: int, target_bytes: float) -> list[list[Segment]]:
+    """Neighbours to be merged: of one stride once thinned, none damaged, together of about `target_bytes` then."""
+    groups: list[list[Segment]] = [[]]
+    size = 0.0
+    for segment in segments:
+        expected = segment.size * min(1, segment.stride / stride)
+        same = not groups[-1] or max(groups[-1][-1].stride, stride) == max(segment.stride, stride)
+        if not segment.stride or not same or size + expected > target_bytes:
+            groups.append([])
+            size = 0.0
+        if segment.stride:
+            groups[-1].append(segment)
+            size += expected
+    return [group for group in groups if len(group) > 1 or (group and group[0].stride < stride)]
+
+
+def _cut(segment: Segment, after_step: int) -> Segment | None:
+    """The segment without its steps behind `after_step`; None where none is left."""
+    if segment.last <= after_step:
+        return segment
+    if segment.first > after_step:
+        segment.path.unlink()
+        return None
+    kept = Segment.at(segment.path.parent, segment.first, after_step)
+    try:
+        table = read_segment(segment)
+    except LensError as error:
+        logger.warning("%s", error)
+        segment.path.rename(kept.path)  # as damaged under this name, and clear of the steps to come
+        return replace(kept, damaged=True)
+    early = pa.array(table.column(STEP).to_numpy() <= after_step)
+    kept = write_segment(kept, table.filter(early), segment.stride)
+    segment.path.unlink()
+    return kept
+
+
+def _delete(segments: Sequence[Segment], but: Sequence[Segment]) -> None:
+    kept = {segment.path for segment in but}
+    for segment in segments:
+        if segment.path not in kept:
+            segment.path.unlink(missing_ok=True)
+
+
+def bound(tables: Collection[SegmentedTable], limit_bytes: int) -> int:
+    """Keep the tables that have many rows a step within `limit_bytes`, and the number of segments within bounds.
+
+    Beyond the limit, steps that came since the last time are thinned to their table's stride; where that is not enough
+    the stride of the largest table doubles, until it is. The newest segments stay whole, unless they alone take a
+    quarter of the room. Gives the bytes written: about twice what came in, over a run.
+    """
+    thinned = [table for table in tables if table.can_be_thinned]
+    target = max(TARGET_BYTES, sum(table.size for table in tables) / MANY)
+    spare = int(sum(table.segments[-1].size for table in thinned) < limit_bytes / 4)
+    written = 0
+
+    def size() -> int:
+        return sum(table.size for table in thinned)
+
+    if size() > limit_bytes:
+        written += sum(table.compact(table.stride, target, spare) for table in thinned)
+    while size() > limit_bytes and (left := [table for table in thinned if table.can_halve(spare)]):
+        largest = max(left, key=lambda table: table.size)
+        written += largest.compact(2 * largest.stride, target, spare)
+    return written + sum(t.compact(1, target, spare=1) for t in tables if len(t.segments) > MANY)

@@ -1,0 +1,130 @@
+"""Whole tensors of some steps on disk: one safetensors file for a table and step, bounded in all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from training_lens.errors import LensError
+from training_lens.utils.files import safe_save
+from training_lens.utils.formatting import format_size
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+NAME = re.compile(r"step-(\d{8,})\.safetensors")
+
+
+def snapshot_path(folder: Path, table: str, step: int) -> Path:
+    return folder / table / f"step-{step:08d}.safetensors"
+
+
+def snapshots_in(folder: Path) -> dict[int, Path]:
+    """The snapshots of one table by step, ascending; not opened."""
+    found = [(NAME.fullmatch(path.name), path) for path in folder.glob("*.safetensors")]
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def require_whole(path: Path) -> None:
+    """Read the header of a snapshot, which says how long the file is.
+
+    Raises:
+        LensError: it is damaged; names it.
+    """
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise LensError(f"{path} is damaged ({error}): this snapshot is lost") from error
+
+
+def read_snapshot(path: Path) -> dict[str, Tensor]:
+    """The tensors of a snapshot by name, on the CPU.
+
+    Raises:
+        LensError: it is damaged; names it.
+    """
+    require_whole(path)
+    return load_file(path)
+
+
+class Snapshots:
+    """The snapshots of a folder as their one writer sees them: at most `limit_bytes` on disk after each flush.
+
+    Args:
+        after_step: snapshots of later steps are dropped.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int, after_step: int) -> None:
+        self._folder = folder
+        self._limit_bytes = limit_bytes
+        self._pending: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._too_large_told = False
+        self._sizes: dict[str, dict[int, int]] = {}  # table -> step -> bytes
+        for table in (path for path in folder.iterdir() if path.is_dir()):
+            found = snapshots_in(table)
+            self._sizes[table.name] = {step: p.stat().st_size for step, p in found.items() if step <= after_step}
+            for path in [p for step, p in found.items() if step > after_step]:
+                path.unlink()
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(sum(sizes.values()) for sizes in self._sizes.values())
+
+    @property
+    def pending_bytes(self) -> int:
+        return sum(t.nbytes for tensors in self._pending.values() for t in tensors.values())
+
+    def add(self, table: str, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors to the CPU, to be written with the next flush; waits for their device."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if not self._limit_bytes:
+            return
+        if size > self._limit_bytes:
+            self._tell_too_large(table, size)
+            return
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._pending.setdefault((table, step), {}).update(copies)
+
+    def _tell_too_large(self, table: str, size: int) -> None:
+        if not self._too_large_told:
+            logger.warning(
+                "%s: a snapshot takes %s, more than lens.snapshots_megabytes allows (%s): none is kept.",
+                *(table, format_size(size), format_size(self._limit_bytes)),
+            )
+        self._too_large_told = True
+
+    def flush(self) -> int:
+        """Write what is pending, and drop old ones while all are over the limit; gives the bytes written."""
+        written = 0
+        for table, step in list(self._pending):
+            path = snapshot_path(self._folder, table, step)
+            path.parent.mkdir(exist_ok=True)
+            safe_save(self._pending[table, step], path)
+            del self._pending[table, step]
+            self._sizes.setdefault(table, {})[step] = path.stat().st_size
+            written += self._sizes[table][step]
+        while self.size > self._limit_bytes:
+            self._drop()
+        return written
+
+    def _drop(self) -> None:
+        """Of the table that takes most room and has more than one: every second, but the first and last; of two, one.
+
+        Where no table has more than one, the oldest goes.
+        """
+        several = {table: sizes for table, sizes in self._sizes.items() if len(sizes) > 1}
+        if several:
+            table = max(several, key=lambda name: sum(several[name].values()))
+            dropped = sorted(several[table])[1:-1:2] or sorted(several[table])[:1]
+        else:
+            table = min((name for name, sizes in self._sizes.items() if sizes), key=lambda name: min(self._sizes[name]))
+            dropped = list(self._sizes[table])
+        for step in dropped:
+            snapshot_path(self._folder, table, step).unlink(missing_ok=True)
+            del self._sizes[table][step]
