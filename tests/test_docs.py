@@ -24,7 +24,7 @@ def test_the_names_of_other_trainers_are_those_of_the_table(monkeypatch: pytest.
     assert (ROOT / "docs/coming-from.md").read_text() == reference(), "run python tools/coming_from_reference.py"
 
 
-@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]), ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), target
