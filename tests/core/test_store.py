@@ -28,7 +28,7 @@ from training_lens.errors import ConfigurationError, LensError
 from training_lens.utils.logging import ROOT
 
 ROWS = ("layers.0.q", "layers.0.v", "layers.1.q")
-MODULES = tuple(ModuleRecord(name, 0, "q", 4, 8, 8, 2.0, weight_norm=1.5) for name in ROWS)
+MODULES = tuple(ModuleRecord(name, 0, "q", 4, 8, 8, 2.0) for name in ROWS)
 MANIFEST = LensManifest(MODULES, tables={"weights": DataType.ADAPTER_WEIGHTS}, settings={"total_steps": 9})
 
 

@@ -71,10 +71,12 @@ class Capture:
         self._last: dict[str, int] = {}  # collector -> the step that it captured last
         self._step, self._over = facts.after_step, False
         self._step_seconds, self._clock = 0.0, time.perf_counter()
+        known = {c.name for c in self._live if facts.after_step and (folder / c.name).is_dir()}
         self._writer = LensWriter(folder, self._manifest(), section, facts.after_step)
         for collector in tuple(self._live):
             with self._guarded(collector, 0):
-                self._keep(collector, 0, collector.start(watched))
+                started = collector.start(watched)
+                self._keep(collector, 0, None if collector.name in known else started)  # a resumed run has it
         if facts.after_step == 0:
             self._go_through_probe(0, self._of(Moment.PROBE))
         self._clock = time.perf_counter()

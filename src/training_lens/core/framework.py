@@ -19,6 +19,7 @@ from training_lens.core.registry import CollectorRegistry
 from training_lens.core.stacks import Groups
 from training_lens.core.taps import GradientTap
 from training_lens.errors import LensError
+from training_lens.models.quantization import keep_trainable
 
 
 class TrainingLensFramework:
@@ -81,7 +82,7 @@ class TrainingLensFramework:
         Raises:
             LensError: no module to watch, or the folder cannot be written.
         """
-        facts, modules = facts or RunFacts(), adapter_modules(model)
+        facts, modules = facts or RunFacts(), adapter_modules(keep_trainable(model))
         probe = self.probe.to(modules[0].a.device) if self.probe else None
         watched = Watched(model, modules, Groups(modules), optimizer, probe, facts.total_steps)
         self._capture = Capture(self.folder, self.section, self.collectors, watched, facts)

@@ -45,17 +45,29 @@ class AdapterModule:
         """What trains."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of dW = scaling B A, with the frozen halves of PiSSA; without a copy where there are none."""
+        a, b = self.a.detach(), self.b.detach()
+        if self.frozen_a is None or self.frozen_b is None:
+            return a, b
+        return torch.cat([a, self.frozen_a], 0), torch.cat([b, self.frozen_b], 1)  # (2 rank, in), (out, 2 rank)
+
     def base_weight(self) -> Tensor | None:
-        """W as (out, in), in float32 and dequantized: a copy. None where the module has no single matrix."""
+        """W as (out, in), in float32 and dequantized, for reading alone.
+
+        None where the module has no single matrix, or 4-bit codes that bitsandbytes packed for inference on the CPU.
+        """
         from peft.utils.integrations import dequantize_module_weight
 
         base = self.module.get_base_layer()  # type: ignore[operator]
-        if not isinstance(getattr(base, "weight", None), Tensor):
+        weight = getattr(base, "weight", None)
+        packed = getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
+        if packed or not isinstance(weight, Tensor):
             return None
         weight = dequantize_module_weight(base).detach().float()
+        if isinstance(base, torch.nn.Embedding) or getattr(self.module, "fan_in_fan_out", False):
+            weight = weight.T  # embeddings and Conv1D keep it as (in, out)
         shape = (self.record.out_features, self.record.in_features)
-        if weight.shape != shape:
-            weight = weight.T  # Conv1D and embeddings keep it as (in, out)
         return weight if weight.shape == shape else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,15 +14,19 @@ from training_lens.core.modules import AdapterModule
 
 
 class Factors(NamedTuple):
-    """A (modules, rank, in) and B (modules, out, rank) of modules of one shape, or their gradients; float32."""
+    """A (modules, rank, in) and B (modules, out, rank) of modules of one shape, or their gradients; float32.
+
+    `magnitude` (modules, out) is DoRA's, None without.
+    """
 
     a: Tensor
     b: Tensor
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Group:
-    """The positions of modules whose shapes, scaling and device are the same."""
+    """The positions of modules whose shapes, parts, scaling and device are the same."""
 
     positions: tuple[int, ...]
     modules: tuple[AdapterModule, ...]
@@ -30,12 +34,18 @@ class Group:
 
     def weights(self) -> Factors:
         """What trains, copied."""
-        return Factors(_stacked([m.a for m in self.modules]), _stacked([m.b for m in self.modules]))
+        return self._factors(lambda parameter: parameter)
 
     def gradients(self, of: Callable[[torch.nn.Parameter], Tensor | None]) -> Factors:
         """Copied; zero where a parameter has none."""
+        return self._factors(lambda parameter: _or_zero(parameter, of))
+
+    def _factors(self, of: Callable[[torch.nn.Parameter], Tensor]) -> Factors:
+        magnitudes = [of(m.magnitude) for m in self.modules if m.magnitude is not None]
         return Factors(
-            _stacked([_or_zero(m.a, of) for m in self.modules]), _stacked([_or_zero(m.b, of) for m in self.modules])
+            _stacked([of(m.a) for m in self.modules]),
+            _stacked([of(m.b) for m in self.modules]),
+            _stacked(magnitudes) if magnitudes else None,
         )
 
     def whole(self, trained: Factors) -> Factors:
@@ -44,7 +54,7 @@ class Group:
             return trained
         a = _stacked([m.frozen_a for m in self.modules if m.frozen_a is not None])
         b = _stacked([m.frozen_b for m in self.modules if m.frozen_b is not None])
-        return Factors(torch.cat([trained.a, a], 1), torch.cat([trained.b, b], 2))
+        return Factors(torch.cat([trained.a, a], 1), torch.cat([trained.b, b], 2), trained.magnitude)
 
 
 class Groups:
@@ -53,14 +63,15 @@ class Groups:
     def __init__(self, modules: Sequence[AdapterModule]) -> None:
         alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for i, m in enumerate(modules):
-            alike[m.a.shape, m.b.shape, m.record.scaling, m.frozen_a is None, m.a.device].append(i)
+            parts = (m.frozen_a is None, m.magnitude is None)
+            alike[m.a.shape, m.b.shape, m.record.scaling, parts, m.a.device].append(i)
         self._groups = [
             Group(tuple(where), tuple(modules[i] for i in where), modules[where[0]].record.scaling)
             for where in alike.values()
         ]
         self._back = torch.tensor([i for group in self._groups for i in group.positions]).argsort()
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Group]:
         return iter(self._groups)
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
@@ -69,6 +80,15 @@ class Groups:
         if self._back.device != device:
             self._back = self._back.to(device, non_blocking=True)
         return torch.cat([part.to(device, non_blocking=True) for part in parts])[self._back]
+
+    def joined_all(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Several measures, joined each: `parts` has those of each group, and NaN stands for one that a group lacks."""
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: self.joined([_or_unknown(part, name) for part in parts]) for name in names}
+
+
+def _or_unknown(part: Mapping[str, Tensor], name: str) -> Tensor:
+    return part[name] if name in part else torch.full_like(next(iter(part.values())), torch.nan)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

@@ -21,9 +21,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from training_lens.config.lens_section import LensSection
-from training_lens.core.manifest import read_manifest, write_manifest
-from training_lens.core.segments import Segment, SegmentedTable, bound, read_segment, segments_in
-from training_lens.core.snapshots import Snapshots, read_snapshot, require_whole, snapshots_in
 from training_lens.core.arrow import (
     Packed,
     arrow_table,
@@ -36,6 +33,9 @@ from training_lens.core.arrow import (
     table_of,
     vectors_of,
 )
+from training_lens.core.manifest import read_manifest, write_manifest
+from training_lens.core.segments import Segment, SegmentedTable, bound, read_segment, segments_in
+from training_lens.core.snapshots import Snapshots, read_snapshot, require_whole, snapshots_in
 from training_lens.core.types import Captured, LensManifest, Series
 from training_lens.errors import LensError
 from training_lens.utils.files import read_json, sweep_temporaries, write_json
@@ -115,12 +115,12 @@ class LensWriter:
             raise LensError(f"'{table}' cannot name a table: give letters, digits, '_', '-' and '.', as in a folder.")
         self._pending[table] = []
 
-    def flush_if_due(self) -> None:
+    def flush_if_due(self, cost: Mapping[str, float] | None = None) -> None:
         """Flush where `lens.flush_seconds` have passed since the last time, or much is pending; raises as that does."""
         pending = self._pending_bytes + self._snapshots.pending_bytes
         too_much = pending > min(MOST_PENDING, self._limit_bytes / 8)  # an eighth: the newest are never thinned
         if too_much or time.monotonic() - self._flushed_at >= self._flush_seconds:
-            self.flush()
+            self.flush(cost)
 
     def flush(self, cost: Mapping[str, float] | None = None) -> None:
         """Write what is pending, then merge and thin where bounds ask for it. Waits for the device, once a table.

@@ -1,0 +1,103 @@
+"""What the adapter's weights are, what the frozen ones were, and the adapter whole from time to time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from training_lens.analyzers.spectra import balance, step_norm, top_singular_value, update_norm
+from training_lens.core import tables
+from training_lens.core.collector import DataCollector, Watched
+from training_lens.core.modules import AdapterModule
+from training_lens.core.registry import CollectorRegistry
+from training_lens.core.stacks import Factors, Group
+from training_lens.core.types import Cadence, Captured, DataType
+
+
+@CollectorRegistry.register
+class AdapterWeightsCollector(DataCollector):
+    """Norms of A, B and dW, and how far the step moved dW (table `adapter_weights`).
+
+    Of PiSSA, A, B and their balance are those of the trained halves, and dW is the whole. `norm_step` is NaN where the
+    weights before the step were not captured.
+
+    Cost: some ten passes over the adapter's parameters, no synchronisation.
+    """
+
+    name, data_type = tables.WEIGHTS, DataType.ADAPTER_WEIGHTS
+
+    def collect(self, watched: Watched, step: int) -> Captured:
+        """Of the weights after the update."""
+        before: Sequence[Factors | None] = watched.before or [None] * len(watched.after)
+        parts = [_measures(*stacks) for stacks in zip(watched.groups, before, watched.after, strict=True)]
+        return Captured(watched.groups.joined_all(parts), rows=watched.names)
+
+
+def _measures(group: Group, before: Factors | None, after: Factors) -> dict[str, Tensor]:
+    """Each (modules of the group,)."""
+    whole = group.whole(after)
+    unknown = after.a.new_full((len(after.a),), torch.nan)
+    return {
+        "norm_a": vector_norm(after.a, dim=(1, 2)),
+        "norm_b": vector_norm(after.b, dim=(1, 2)),
+        "norm_update": update_norm(whole.a, whole.b, group.scaling),
+        # the frozen halves of PiSSA do not move
+        "norm_step": step_norm(before.a, before.b, after.a, after.b, group.scaling) if before else unknown,
+        "balance": balance(after.a, after.b),
+    }
+
+
+@CollectorRegistry.register
+class BaseWeightsCollector(DataCollector):
+    """Norm and largest singular value of each frozen weight W, once, as step 0 (table `base_weights`).
+
+    NaN where a module has no single weight matrix.
+
+    Cost: before the first step, a float32 copy of one W at a time (dequantized where it is quantized), and 25 products
+    of it with 16 vectors.
+    """
+
+    name, data_type, cadence = tables.BASE, DataType.ADAPTER_WEIGHTS, Cadence.SNAPSHOTS
+
+    def start(self, watched: Watched) -> Captured:
+        """The frozen weights never change: this is all."""
+        norms, tops = zip(*(_of_base(module) for module in watched.modules), strict=True)
+        return Captured({"norm": torch.stack(norms), "top": torch.stack(tops)}, rows=watched.names)
+
+    def collect(self, watched: Watched, step: int) -> None:
+        """Nothing more."""
+
+
+def _of_base(module: AdapterModule) -> tuple[Tensor, Tensor]:
+    weight = module.base_weight()
+    if weight is None:
+        unknown = torch.tensor(torch.nan)
+        return unknown, unknown
+    return vector_norm(weight).cpu(), top_singular_value(weight).cpu()  # before the first step, waiting costs nothing
+
+
+@CollectorRegistry.register
+class AdapterSnapshotsCollector(DataCollector):
+    """The adapter whole (table `adapters`): tensors `{module}.a`, `{module}.b`, and `{module}.magnitude` of DoRA.
+
+    dW = scaling b @ a, always: of PiSSA they have the frozen halves. Their dtype is the adapter's.
+
+    Cost: the store copies them to the CPU, which waits for the device.
+    """
+
+    name, data_type, cadence = tables.SNAPSHOTS, DataType.ADAPTER_WEIGHTS, Cadence.SNAPSHOTS
+
+    def collect(self, watched: Watched, step: int) -> Captured:
+        """The parameters as they stand."""
+        return Captured(tensors={k: t for module in watched.modules for k, t in _tensors(module).items()}, rows=())
+
+
+def _tensors(module: AdapterModule) -> dict[str, Tensor]:
+    a, b = module.factors()
+    found = {f"{module.name}.a": a, f"{module.name}.b": b}
+    if module.magnitude is not None:
+        found[f"{module.name}.magnitude"] = module.magnitude.detach()
+    return found

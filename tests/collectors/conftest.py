@@ -1,0 +1,173 @@
+"""Small real models with adapters, and a loop that offers collectors what a capture does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from training_lens.config.schema import PeftSection
+from training_lens.core.collector import DataCollector, Watched
+from training_lens.core.modules import AdapterModule, adapter_modules
+from training_lens.core.probe import Probe, as_judged
+from training_lens.core.stacks import Groups
+from training_lens.core.types import Captured, Moment
+from training_lens.models.adapters import attach, trainable
+from training_lens.models.kernels import paired_scores
+
+VOCABULARY = 61
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def _llama(**changes: Any) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**SMALL, "num_key_value_heads": 2, "intermediate_size": 48, **changes})
+    return AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+
+
+def _gpt2() -> Any:
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    return AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+
+
+@pytest.fixture
+def llama() -> Callable[..., Any]:
+    """Makes a random Llama of two layers, without an adapter."""
+    return _llama
+
+
+@pytest.fixture
+def adapted() -> Callable[..., Any]:
+    """Makes a small model with the adapter of a `peft` section; `moved` puts every trained parameter off its start."""
+
+    def make(family: str = "llama", moved: bool = True, **section: Any) -> Any:
+        base = _gpt2() if family == "gpt2" else _llama()
+        model = attach(base, PeftSection.model_validate({"r": 3, "lora_alpha": 5.0, **section}))
+        for _, parameter in trainable(model) if moved else ():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    """Three rows of twelve tokens."""
+    return torch.randint(0, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def probe(ids: Tensor) -> Probe:
+    """The rows, two of them padded, with a prompt of three tokens."""
+    lengths = torch.tensor([12, 7, 9])
+    places = torch.arange(12)
+    return Probe(ids, (places >= 3) & (places < lengths[:, None]), lengths)
+
+
+@dataclass
+class Loop:
+    """Training by hand, as a capture watches it."""
+
+    model: Any
+    collectors: Sequence[DataCollector]
+    optimizer: torch.optim.Optimizer | None = None
+    probe: Probe | None = None
+    watched: Watched = field(init=False)
+    started: dict[str, Captured | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        modules = adapter_modules(self.model)
+        self.watched = Watched(self.model, modules, Groups(modules), self.optimizer, self.probe)
+        self.started = {c.name: c.start(self.watched) for c in self.collectors}
+
+    def step(self, ids: Tensor, clip: float | None = None) -> dict[str, Captured]:
+        """One update on a batch, and what was captured of it."""
+        assert self.optimizer is not None
+        self.model(input_ids=ids, labels=ids).loss.backward()
+        return self.update(clip)
+
+    def update(self, clip: float | None = None) -> dict[str, Captured]:
+        """An update with the gradients that stand."""
+        watched, optimizer = self.watched, self.optimizer
+        assert optimizer is not None
+        watched.before = [group.weights() for group in watched.groups]
+        watched.gradients = [group.gradients(lambda p: p.grad) for group in watched.groups]
+        found = self._collected(Moment.GRADIENTS)
+        if clip:
+            torch.nn.utils.clip_grad_norm_([p for m in watched.modules for p in m.parameters], clip)
+        optimizer.step()
+        found |= self.look()
+        optimizer.zero_grad()
+        return found
+
+    def look(self) -> dict[str, Captured]:
+        """What collectors of updates see of the weights as they are."""
+        self.watched.after = [group.weights() for group in self.watched.groups]
+        return self._collected(Moment.UPDATE)
+
+    def go_through_probe(self) -> dict[str, Captured]:
+        """The probe's two passes."""
+        watched, of = self.watched, [c for c in self.collectors if c.moment is Moment.PROBE]
+        assert watched.probe is not None
+        from contextlib import ExitStack
+
+        with ExitStack() as around:
+            around.enter_context(as_judged(self.model))
+            for collector in of:
+                around.enter_context(collector.watching(watched))
+            watched.scores = paired_scores(self.model, watched.probe.input_ids, watched.probe.loss_mask)
+        return self._collected(Moment.PROBE)
+
+    def _collected(self, moment: Moment) -> dict[str, Captured]:
+        of = [c for c in self.collectors if c.moment is moment]
+        return {c.name: found for c in of if (found := c.collect(self.watched, 1)) is not None}
+
+
+@pytest.fixture
+def loop() -> type[Loop]:
+    """See `Loop`."""
+    return Loop
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A module's matrices formed whole, in float64, without anything of the lens's measures."""
+
+    module: AdapterModule
+
+    @property
+    def base(self) -> Tensor:
+        """W (out, in)."""
+        layer: Any = self.module.module
+        weight = layer.get_base_layer().weight.detach().double()
+        turned = layer.get_base_layer().__class__.__name__ in ("Conv1D", "Embedding")
+        return weight.T if turned else weight
+
+    @property
+    def change(self) -> Tensor:
+        """dW (out, in), as PEFT itself has it."""
+        layer: Any = self.module.module
+        adapter = self.module.record.adapter
+        if adapter in layer.lora_A:
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        else:
+            a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        change: Tensor = layer.scaling[adapter] * (b.detach().double() @ a.detach().double())
+        return change
+
+
+@pytest.fixture
+def dense() -> Callable[[Loop], list[Dense]]:
+    """The dense matrices of each watched module, in order."""
+    return lambda loop: [Dense(module) for module in loop.watched.modules]

@@ -1,0 +1,137 @@
+"""Nothing that training reads is changed by any collector, and a run with all of them is stored and read."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from training_lens.collectors import ActivationExtractor, LoRAActivationTracker
+from training_lens.core import tables
+from training_lens.core.capture import RunFacts
+from training_lens.core.framework import TrainingLensFramework
+from training_lens.core.probe import Probe
+from training_lens.core.registry import CollectorRegistry
+from training_lens.core.store import LensStore
+
+SECTIONS: list[dict[str, Any]] = [
+    {"lora_dropout": 0.2},
+    {"use_dora": True},
+    {"init": "pissa"},
+    {"family": "gpt2"},
+    {"target_modules": ["embed_tokens", "q_proj"]},
+]
+
+
+def state(model: Any) -> dict[str, Any]:
+    """All that training reads of a model and of torch."""
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gradients = {f"{n}.grad": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    modes = {name: module.training for name, module in model.named_modules()}
+    hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
+    needs = {name: p.requires_grad for name, p in model.named_parameters()}
+    versions = {f"{n}.version": p._version for n, p in model.named_parameters()}
+    return {"tensors": tensors | gradients, "rest": (modes, hooks, needs, versions), "rng": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=str)
+def test_no_collector_changes_what_training_reads(
+    section: dict[str, Any], adapted: Callable[..., Any], loop: Any, ids: Tensor, probe: Probe
+) -> None:
+    model = adapted(**section).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.get_input_embeddings().eval()  # a mode of its own
+    of = loop(model, [], optimizer, probe)
+    of.step(ids)
+    model(input_ids=ids, labels=ids).loss.backward()
+    watched = of.watched
+    watched.before = [group.weights() for group in watched.groups]
+    watched.gradients = [group.gradients(lambda p: p.grad) for group in watched.groups]
+    optimizer.step()
+    for name in CollectorRegistry.names():
+        collector = CollectorRegistry.get(name)()
+        of.collectors = [collector]
+        before, moments = state(model), copy.deepcopy(optimizer.state_dict())
+        collector.start(watched)
+        found = of._collected(collector.moment) if collector.moment == "gradients" else of.look()
+        found |= of.go_through_probe() if collector.moment == "probe" else {}
+        assert found or name == tables.BASE
+        after = state(model)
+        assert all(torch.equal(after["tensors"][key], tensor) for key, tensor in before["tensors"].items())
+        assert after["rest"] == before["rest"] and torch.equal(after["rng"], before["rng"]), name
+        torch.testing.assert_close(optimizer.state_dict(), moments, rtol=0, atol=0)
+
+
+def test_every_table_has_the_measures_that_are_promised(
+    adapted: Callable[..., Any], loop: Any, ids: Tensor, probe: Probe
+) -> None:
+    model = adapted(use_dora=True)
+    made = [CollectorRegistry.get(name)() for name in CollectorRegistry.names()]
+    of = loop(model, made, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), probe)
+    found = {name: one for name, one in of.started.items() if one} | of.step(ids) | of.go_through_probe()
+    promised = set(tables.MEASURES) - {tables.LOSS, tables.EVALUATION}
+    assert {c.name for c in made} == promised | {tables.SNAPSHOTS}
+    for table in promised:
+        assert {*found[table].scalars, *found[table].vectors} == set(tables.MEASURES[table]), table
+
+
+def test_a_run_with_all_collectors_is_stored_and_read(
+    adapted: Callable[..., Any], ids: Tensor, probe: Probe, tmp_path: Path
+) -> None:
+    model = adapted(moved=False).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    lens = TrainingLensFramework(tmp_path / "lens", probe=probe)
+    with lens.watch(model, optimizer):
+        for i in range(5):
+            loss = model(input_ids=ids.roll(i), labels=ids.roll(i)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            lens.step(loss)
+    store = LensStore(tmp_path / "lens")
+    assert {*tables.MEASURES} - {tables.EVALUATION} <= {*store.tables()}
+    checks = store.series(tables.GRADIENTS, "self_check")
+    assert checks.steps.tolist() == [1, 2, 3, 4, 5] and np.nanmax(checks.values) <= 1e-5
+    moved = store.series(tables.WEIGHTS, "norm_step").values
+    assert np.isfinite(moved).all() and (moved[1:] > 0).all()
+    drifts = store.series(tables.ACTIVATIONS, "drift")
+    assert drifts.steps[0] == 0 and not drifts.values[0].any() and drifts.values[-1].all()
+    last = store.snapshot(tables.SNAPSHOTS, store.snapshot_steps(tables.SNAPSHOTS)[-1])
+    name = "model.layers.0.self_attn.q_proj"
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert torch.equal(last[f"{name}.b"], layer.lora_B["default"].weight.detach())
+
+
+def test_a_resumed_run_has_its_frozen_weights_once(adapted: Callable[..., Any], ids: Tensor, tmp_path: Path) -> None:
+    model = adapted()
+    for after in (0, 1):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        lens = TrainingLensFramework(tmp_path)
+        with lens.watch(model, optimizer, facts=RunFacts(after_step=after)):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            lens.step(loss)
+    store = LensStore(tmp_path)
+    assert store.table(tables.BASE).num_rows == 14
+    assert store.series(tables.WEIGHTS, "norm_a").steps.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("shown", [ActivationExtractor, LoRAActivationTracker])
+def test_examples_run(
+    shown: type, adapted: Callable[..., Any], ids: Tensor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {"model": adapted(), "batches": [{"input_ids": ids}], "torch": torch, shown.__name__: shown}
+    names["tokenizer"] = lambda text: {"input_ids": [ord(character) % 61 for character in text]}
+    exec(textwrap.dedent(str(shown.__doc__).split("Example:\n")[1]), names)
+    printed = ast.literal_eval(capsys.readouterr().out)
+    assert printed and all(value > 0 for value in printed.values())

@@ -1,0 +1,176 @@
+"""Adapted modules are found whatever they are called, once each; a model without any says what it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from training_lens.config.schema import PeftSection
+from training_lens.core.modules import adapter_modules
+from training_lens.core.stacks import Groups
+from training_lens.errors import LensError
+from training_lens.models.adapters import attach
+
+
+def llama(**changes: Any) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return AutoModelForCausalLM.from_config(LlamaConfig(**{**sizes, **heads, **changes})).requires_grad_(False)
+
+
+def gpt2() -> Any:
+    from transformers import AutoModelForCausalLM, GPT2Config
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4))
+
+
+def test_records_say_where_and_what_each_module_is() -> None:
+    modules = adapter_modules(attach(llama(), PeftSection(r=3, lora_alpha=6.0)))
+    assert len(modules) == 14
+    record = modules[11].record
+    assert (record.name, record.layer, record.kind) == ("model.layers.1.mlp.gate_proj", 1, "gate")
+    assert (record.rank, record.in_features, record.out_features, record.scaling) == (3, 32, 48, 2.0)
+    assert {m.record.kind for m in modules} == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert {(m.record.variant, m.record.adapter) for m in modules} == {("lora", "default")}
+
+
+@pytest.mark.parametrize(
+    ("section", "variant", "parts"),
+    [({"use_dora": True}, "dora", 3), ({"init": "pissa"}, "pissa", 2), ({"variant": "rslora"}, "lora", 2)],
+)
+def test_variants_are_told_by_what_they_have(section: dict[str, Any], variant: str, parts: int) -> None:
+    modules = adapter_modules(attach(llama(), PeftSection.model_validate({"r": 4, "lora_alpha": 8.0, **section})))
+    assert {m.record.variant for m in modules} == {variant} and {m.record.rank for m in modules} == {4}
+    assert {len(m.parameters) for m in modules} == {parts} and all(p.requires_grad for p in modules[0].parameters)
+    assert modules[0].record.scaling == (4.0 if section.get("variant") == "rslora" else 2.0)
+
+
+def test_pissas_factors_are_both_halves() -> None:
+    module = adapter_modules(attach(llama(), PeftSection(r=4, init="pissa")))[0]
+    a, b = module.factors()
+    assert a.shape == (8, 32) and b.shape == (32, 8)
+    torch.testing.assert_close(b @ a, torch.zeros(32, 32), atol=1e-6, rtol=0)  # it starts as the base
+
+
+def test_layers_of_another_family_are_numbered() -> None:
+    modules = adapter_modules(attach(gpt2(), PeftSection(r=2)))
+    assert [(m.record.layer, m.record.kind) for m in modules] == [
+        (0, "c_attn"),
+        (0, "c_proj"),
+        (0, "c_fc"),
+        (0, "c_proj"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["c_attn", "c_fc"])
+def test_the_frozen_weight_is_out_by_in_whatever_the_layer_keeps(name: str) -> None:
+    model = gpt2()
+    layer = dict(model.named_modules())["transformer.h.0." + ("attn." if name == "c_attn" else "mlp.") + name]
+    x = torch.randn(5, 32)
+    wanted = layer(x) - layer.bias
+    module = adapter_modules(attach(model, PeftSection(r=2, target_modules=[name])))[0]
+    torch.testing.assert_close(x @ module.base_weight().T, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_square_weight_of_conv1d_is_turned_too() -> None:
+    model = gpt2()
+    layer = model.transformer.h[0].attn.c_proj
+    x = torch.randn(5, 32)
+    wanted = layer(x) - layer.bias
+    module = adapter_modules(attach(model, PeftSection(r=2, target_modules=["attn.c_proj"])))[0]
+    torch.testing.assert_close(x @ module.base_weight().T, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_an_embedding_is_a_map_from_tokens() -> None:
+    module = adapter_modules(attach(llama(), PeftSection(r=2, target_modules=["embed_tokens"])))[0]
+    assert (module.record.in_features, module.record.out_features, module.record.layer) == (61, 32, None)
+    weight = module.base_weight()
+    assert weight is not None and weight.shape == (32, 61)
+
+
+def test_of_several_adapters_those_that_train() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
+    assert {m.record.rank for m in adapter_modules(model)} == {2}
+    model.set_adapter("other")
+    assert [m.name for m in adapter_modules(model)][:2] == [f"model.layers.0.self_attn.{kind}_proj" for kind in "qv"]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    names = {m.name for m in adapter_modules(model)}
+    assert len(names) == 6 and "model.layers.0.self_attn.q_proj#other" in names
+    model.requires_grad_(False)  # nothing trains: all are there to be read
+    assert {m.name for m in adapter_modules(model)} == names
+
+
+def test_a_shared_layer_counts_once() -> None:
+    base = llama()
+    base.model.layers[1].self_attn = base.model.layers[0].self_attn
+    modules = adapter_modules(attach(base, PeftSection(r=2, target_modules=["q_proj"])))
+    assert [m.name for m in modules] == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_a_shared_factor_counts_once() -> None:
+    model = attach(llama(), PeftSection(r=2, target_modules=["q_proj"]))
+    first, second = (model.base_model.model.model.layers[i].self_attn.q_proj for i in range(2))
+    second.lora_A["default"].weight = first.lora_A["default"].weight
+    second.lora_B["default"].weight = first.lora_B["default"].weight
+    assert len(adapter_modules(model)) == 1
+
+
+def test_nothing_to_watch_is_an_error_that_says_why() -> None:
+    from peft import IA3Config, get_peft_model
+
+    with pytest.raises(
+        LensError, match=r"no LoRA module in this LlamaForCausalLM: nothing in it trains.*lens\.enabled"
+    ):
+        adapter_modules(llama())
+    with pytest.raises(LensError, match=r"trains 21 parameters of its own \(a full fine-tune\?\)"):
+        adapter_modules(llama().requires_grad_(True))
+    ia3 = get_peft_model(llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    with pytest.raises(LensError, match=r"no LoRA module in this PeftModel.*LoRA and DoRA"):
+        adapter_modules(ia3)
+
+
+def test_stacks_join_in_the_models_order() -> None:
+    model = attach(llama(), PeftSection(r=3, rank_pattern={"k_proj": 2}, use_dora=True))
+    modules = adapter_modules(model)
+    groups = Groups(modules)
+    assert sorted(i for group in groups for i in group.positions) == list(range(14))
+    assert len(list(groups)) == 5  # q and o, k, v, gate and up, down
+    norms = groups.joined([group.weights().a.norm(dim=(1, 2)) for group in groups])
+    torch.testing.assert_close(norms, torch.stack([m.a.detach().norm() for m in modules]))
+    parts = [{"rank": torch.full((len(group.modules),), float(group.weights().a.shape[1]))} for group in groups]
+    parts[0]["more"] = torch.ones(len(next(iter(groups)).modules))
+    joined = groups.joined_all(parts)
+    assert joined["rank"].tolist() == [float(m.record.rank) for m in modules]
+    has = [i for i, known in enumerate(joined["more"].isfinite().tolist()) if known]
+    assert has == list(next(iter(groups)).positions)
+
+
+def test_stacks_are_copies_in_float32_with_zero_for_no_gradient() -> None:
+    model = attach(llama(), PeftSection(r=3, target_modules=["q_proj"], use_dora=True)).to(torch.bfloat16)
+    modules = adapter_modules(model)
+    (group,) = Groups(modules)
+    weights = group.weights()
+    modules[0].a.data.zero_()
+    modules[1].b.grad = torch.ones_like(modules[1].b)
+    gradients = group.gradients(lambda p: p.grad)
+    assert weights.a.dtype == torch.float32 and weights.a[0].any() and weights.magnitude is not None
+    assert not gradients.b[0].any() and gradients.b[1].all() and gradients.magnitude is not None
+
+
+def test_whole_stacks_have_pissas_frozen_halves() -> None:
+    modules = adapter_modules(attach(llama(), PeftSection(r=3, init="pissa", target_modules=["q_proj"])))
+    (group,) = Groups(modules)
+    whole = group.whole(group.weights())
+    for i, module in enumerate(modules):
+        a, b = module.factors()
+        assert torch.equal(whole.a[i], a) and torch.equal(whole.b[i], b)

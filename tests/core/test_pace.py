@@ -1,0 +1,42 @@
+"""How often a collector looks: fixed, or as its share of the time allows, at steps that runs have in common."""
+
+from __future__ import annotations
+
+import pytest
+
+from training_lens.core.collector import Pace, nice
+
+
+@pytest.mark.parametrize(
+    ("least", "wanted"), [(0, 1), (1, 1), (1.5, 2), (2.1, 5), (5, 5), (5.1, 10), (11, 20), (400, 500), (501, 1000)]
+)
+def test_nice_steps_are_the_smallest_that_suffice(least: float, wanted: int) -> None:
+    assert nice(least) == wanted
+
+
+def test_a_given_interval_stays() -> None:
+    pace = Pace(7, 0.01)
+    pace.took(100.0, 0.001)
+    assert [step for step in range(1, 22) if pace.due(step)] == [1, 7, 14, 21]
+
+
+def test_a_costly_capture_comes_seldom_enough_for_its_share() -> None:
+    pace = Pace(None, 0.01)
+    assert all(pace.due(step) for step in range(1, 5))
+    pace.took(0.3, 1.0)  # 0.3 s of 100 s is its share
+    assert pace.interval == 50 and pace.due(1) and pace.due(100) and not pace.due(99)
+    pace.took(0.001, 1.0)
+    assert pace.interval == 50  # never more often again: steps stay those of the run
+    assert 0.3 / (pace.interval * 1.0) <= 0.01
+
+
+def test_a_long_run_is_looked_at_two_hundred_times_at_most() -> None:
+    pace = Pace(None, 0.5, 100_000)
+    assert pace.interval == 500
+    assert Pace(None, 0.5, 100).interval == 1
+
+
+def test_a_step_without_a_time_changes_nothing() -> None:
+    pace = Pace(None, 0.01)
+    pace.took(1.0, 0.0)
+    assert pace.interval == 1
