@@ -1,0 +1,21 @@
+"""Diagnostic findings: what a run's captures say is wrong, or fine, or cannot be told, with the numbers behind it.
+
+Example:
+    from training_lens.analysis.findings import diagnose
+
+    for finding in diagnose(recording):
+        print(finding.severity, finding.title, finding.measured, finding.action)
+"""
+
+from __future__ import annotations
+
+from training_lens._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    {
+        "training_lens.analysis.findings.diagnosis": ("diagnose",),
+        "training_lens.analysis.findings.finding": ("Finding", "Rule"),
+        "training_lens.analysis.findings.rank_record": ("RankCheck", "RankLoss", "read_rank_check"),
+        "training_lens.analysis.findings.rank_check": ("measure_rank",),
+    }
+)

@@ -1,0 +1,79 @@
+"""What training on would still gain."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analysis.findings.held_out import LEAST, HeldOut, held_out, scatter
+from training_lens.analysis.findings.rank_record import read_rank_check
+from training_lens.analysis.findings.readings import points, total_steps
+from training_lens.analyzers.convergence import Estimate, remaining_gain
+from training_lens.core.recording import Recording
+
+ERRORS = 2.0  # standard errors that a gain may be more or less: 95 % of normal ones
+NOISES = 4.0  # a gain that is surely under so many is none to wait for
+RULE = Rule(
+    code="converged",
+    signature="the held-out loss's slope against ln(steps), times the ln(steps) that are left, is under its noise",
+    threshold=f"the gain with {ERRORS:g} standard errors under {NOISES:g} times the noise of one held-out loss: its "
+    "bootstrap error over rows where a rank check measured it, else what the fitted line leaves over",
+    source="relative to this run; a loss is about straight against ln(steps) (LoRA Without Regret, 2025)",
+    action="stop here: more steps gain less than can be measured. More or other rows may",
+)
+
+
+def converged(recording: Recording) -> Finding:
+    """Whether training on is worth it: to the end of a run that goes on, or of one twice as long."""
+    judged = held_out(recording)
+    if len(judged.steps) < LEAST:
+        return RULE.unknown(
+            "What training on would gain is not known",
+            f"{len(judged.steps)} losses on held-out rows",
+            f"at least {LEAST} of them: give data.validation or data.val_ratio, and training.eval_steps",
+        )
+    steps, losses = judged.late()
+    last, running = int(steps[-1]), recording.status == "running"
+    end = total_steps(recording) if running else None
+    goal = end if end and end > last else 2 * last
+    gain, noise = remaining_gain(steps, losses, goal), _noise(recording, steps, losses)
+    words = f"training to step {goal}" if running else "a run twice as long"
+    measured = (
+        f"{words} would gain about {gain.value:.3g} nats per token (from {gain.value - ERRORS * gain.error:.3g} to "
+        f"{gain.value + ERRORS * gain.error:.3g}) on the {judged.what}, whose noise is {noise:.3g}"
+    )
+    return _verdict(judged, gain, noise, measured, running)
+
+
+def _verdict(judged: HeldOut, gain: Estimate, noise: float, measured: str, running: bool) -> Finding:
+    evidence = {
+        "gain": gain.value,
+        "error": gain.error,
+        "noise": noise,
+        "curve": points(x=judged.steps, y=judged.losses),
+    }
+    if gain.value + ERRORS * gain.error <= NOISES * noise:
+        return RULE.found("note" if running else "fine", "Converged", measured, evidence=evidence)
+    if gain.value - ERRORS * gain.error > 0:
+        return RULE.found(
+            "note",
+            "The loss still falls",
+            measured,
+            action="train longer, if that gain is worth it: raise training.epochs or training.max_steps",
+            decide="a longer run: this takes for granted that the slope goes on, with a schedule as long as the run",
+            evidence=evidence,
+        )
+    return RULE.unknown(
+        "What training on would gain is within the noise",
+        measured,
+        "more validations (training.eval_steps), on more rows",
+        evidence,
+    )
+
+
+def _noise(recording: Recording, steps: np.ndarray, losses: np.ndarray) -> float:
+    """Of one held-out loss, in nats per token."""
+    checked = read_rank_check(recording.folder)
+    if checked is not None and checked.loss_error is not None:
+        return checked.loss_error
+    return scatter(steps, losses)

@@ -1,0 +1,123 @@
+"""Rows that are learned by heart."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analysis.findings.held_out import ABOVE_BEST, CERTAIN, LEAST, LEAST_RISE, HeldOut, held_out
+from training_lens.analysis.findings.readings import curve, median, points
+from training_lens.analyzers.convergence import epoch_drops, trend
+from training_lens.core import tables
+from training_lens.core.recording import Recording
+
+FAR_UNDER = 0.5  # training loss over held-out loss, at the end
+RULE = Rule(
+    code="memorization",
+    signature="the training loss goes on falling, steps down at epochs' ends or is far under the held-out loss, while "
+    "that flattens or rises",
+    threshold=f"slopes of the held-out loss's later half against ln(steps), and drops, beyond {CERTAIN:g} standard "
+    f"errors; or an end {ABOVE_BEST:g} times the scatter above the best; a rise over {LEAST_RISE:.0%} of the lowest "
+    f"loss; a training loss under {FAR_UNDER:g} of the held-out one",
+    source="relative to this run; steps at epochs' ends as a regression discontinuity (Imbens and Lemieux 2008): on "
+    "rows not seen before they are 0",
+    action="fewer epochs (training.epochs), or the checkpoint with the best held-out loss "
+    "(training.early_stopping_patience stops there)",
+)
+
+
+class _Stairs(NamedTuple):
+    """The mean drop of the training loss at an epoch's end, its standard error, and over how many ends."""
+
+    drop: float
+    error: float
+    ends: int
+
+    @property
+    def there(self) -> bool:
+        return self.ends > 0 and self.drop > CERTAIN * self.error
+
+
+def memorization(recording: Recording) -> Finding:
+    """Whether training goes on to learn its rows by heart while other rows gain nothing."""
+    steps, losses = curve(recording, tables.LOSS, "loss")
+    per_epoch = _steps_per_epoch(recording)
+    if len(steps) and per_epoch and steps[-1] <= per_epoch:
+        return RULE.fine("No row was seen twice", f"{steps[-1] / per_epoch:.2g} epochs")
+    judged, stairs = held_out(recording), _stairs(steps, losses, per_epoch)
+    if judged.direction() == "unknown" or len(steps) < LEAST:
+        return RULE.unknown(
+            "Whether rows are learned by heart is not known",
+            f"{len(judged.steps)} held-out losses, {len(steps)} training losses; {_said(stairs)}",
+            f"at least {LEAST} losses on held-out rows: data.validation or data.val_ratio, and training.eval_steps",
+        )
+    late = median(losses[-max(LEAST, len(losses) // 10) :])
+    far_under = late < FAR_UNDER * float(judged.losses[-1])
+    return _verdict(judged, stairs, far_under or _falls_since(steps, losses, judged), late)
+
+
+def _verdict(judged: HeldOut, stairs: _Stairs, training_goes_on: bool, late: float) -> Finding:
+    direction, best = judged.direction(), int(judged.steps[judged.best])
+    then = f"rises by {judged.rise:.3g}" if direction == "rises" else "is flat" if direction == "flat" else "falls"
+    measured = (
+        f"the {judged.what}'s loss is best at step {best} ({judged.losses[judged.best]:.3g}), and at the end {then}; "
+        f"the training loss ends at {late:.3g}; {_said(stairs)}"
+    )
+    evidence = {
+        "best_step": best,
+        "rise": judged.rise,
+        "drop": stairs.drop,
+        "drop_error": stairs.error,
+        "held_out": points(x=judged.steps, y=judged.losses),
+    }
+    if direction == "rises" and (training_goes_on or stairs.there):
+        return RULE.found(
+            "warning", "Rows are learned by heart", measured, where=f"from step {best}", evidence=evidence
+        )
+    if direction == "flat" and stairs.there:
+        return RULE.found(
+            "note", "The training loss gains from repeated rows alone", measured, where=f"from step {best}",
+            evidence=evidence,
+        )  # fmt: skip
+    if direction == "rises":
+        return RULE.unknown(
+            "The held-out loss rises, and the training loss does not fall",
+            measured,
+            "a run at half the rate: the rise stays if the rows are learned by heart",
+            evidence,
+        )
+    return RULE.fine("Rows are not learned by heart", measured, "likely", evidence)
+
+
+def _steps_per_epoch(recording: Recording) -> float:
+    """From the settings, or from the epochs that the loop told; 0 where neither is known."""
+    told = recording.settings.get("steps_per_epoch")
+    if told:
+        return float(told)
+    steps, epochs = curve(recording, tables.LOSS, "epoch")
+    return float(steps[-1] / epochs[-1]) if len(epochs) and epochs[-1] > 0 else 0.0
+
+
+def _stairs(steps: np.ndarray, losses: np.ndarray, per_epoch: float) -> _Stairs:
+    drops = epoch_drops(steps, losses, per_epoch, max(1, int(per_epoch))) if per_epoch >= 1 and len(steps) else []
+    known = [drop for drop in drops if np.isfinite(drop.error)]
+    if not known:
+        return _Stairs(np.nan, np.nan, 0)
+    error = np.sqrt(sum(drop.error**2 for drop in known)) / len(known)
+    return _Stairs(float(np.mean([drop.drop for drop in known])), float(error), len(known))
+
+
+def _said(stairs: _Stairs) -> str:
+    if not stairs.ends:
+        return "no epoch's end could be measured"
+    ends = f"at {stairs.ends} epochs' ends" if stairs.ends > 1 else "at an epoch's end"
+    return f"the training loss drops by {stairs.drop:.3g} {ends} (standard error {stairs.error:.2g})"
+
+
+def _falls_since(steps: np.ndarray, losses: np.ndarray, judged: HeldOut) -> bool:
+    """Whether the training loss falls after the best held-out loss."""
+    since = steps >= judged.steps[judged.best]
+    slope = trend(steps[since], losses[since])
+    return bool(slope.value + CERTAIN * slope.error < 0)

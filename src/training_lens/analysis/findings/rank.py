@@ -1,0 +1,102 @@
+"""A rank that is larger than what was learned."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analysis.findings.rank_record import TOLERANCE, RankCheck, read_rank_check
+from training_lens.core import tables
+from training_lens.core.recording import Recording
+
+FAR_UNDER = 0.25  # energy rank over rank
+MOST = 0.5  # of the modules
+RULE = Rule(
+    code="rank",
+    signature="few directions hold 90 % of |dW|^2 in most modules, and truncating to them leaves the validation loss "
+    "unchanged",
+    threshold=f"at most {FAR_UNDER:g} r directions in over {MOST:.0%} of the modules, and a loss that rises by under "
+    f"{TOLERANCE:.0%} of the adapter's gain over the base (upper end of the 95 % interval)",
+    source="LoRA paper, section 7 (arXiv 2106.09685); the loss is measured on this run's rows",
+    action="train with a lower peft.r or this peft.rank_pattern: fewer parameters, the same loss to be expected",
+)
+
+
+class _Used(NamedTuple):
+    """At a step, how many of the modules with a change use few directions, and the median of their shares of r."""
+
+    step: int
+    low: int
+    known: int
+    share: float
+
+
+def rank(recording: Recording) -> Finding:
+    """Whether a smaller rank would do. The spectrum alone does not say so: small directions may carry loss."""
+    used = _used(recording)
+    if used is None:
+        return RULE.unknown(
+            "Whether the rank is too large is not known",
+            "no spectra of a change",
+            f"captures of the table {tables.SPECTRA}",
+        )
+    measured = (
+        f"{used.low} of {used.known} modules hold 90 % of |dW|^2 in at most {FAR_UNDER:g} r directions at step "
+        f"{used.step} (median {used.share:.2g} r)"
+    )
+    evidence: dict[str, object] = {"low": used.low, "modules": used.known, "median_share": used.share}
+    if used.low <= MOST * used.known:
+        return RULE.fine("The rank is used", measured, evidence=evidence)
+    check = read_rank_check(recording.folder)
+    if check is None or check.step < used.step:
+        old = "" if check is None else f"; the rank check is of step {check.step}"
+        decide = "training-lens analyze RUN --check-rank, which measures the loss at smaller ranks"
+        return RULE.unknown("The rank may be larger than needed", measured + old, decide, evidence)
+    return _measured(check, measured, evidence)
+
+
+def _used(recording: Recording) -> _Used | None:
+    """Of the last step whose spectra show a change."""
+    series = recording.series(tables.SPECTRA, "energy_rank")
+    ranks = {module.name: module.rank for module in recording.modules}
+    columns = [i for i, name in enumerate(series.names) if name in ranks]
+    shares = series.values[:, columns] / np.array([ranks[series.names[i]] for i in columns], float)
+    there = np.isfinite(shares) & (shares > 0)
+    if not there.any():
+        return None
+    at = int(np.flatnonzero(there.any(1))[-1])
+    known = shares[at][there[at]]
+    return _Used(int(series.steps[at]), int((known <= FAR_UNDER).sum()), len(known), float(np.median(known)))
+
+
+def _measured(check: RankCheck, spectrum: str, evidence: dict[str, object]) -> Finding:
+    at = check.at_energy_ranks
+    interval = "unknown" if at.low is None or at.high is None else f"{at.low:.3g} to {at.high:.3g}"
+    told = (
+        f"{spectrum}; truncated to these, the loss on {check.rows} rows changes by {at.delta:+.3g} nats ({interval}), "
+        f"where the adapter gains {check.gain:.3g}"
+    )
+    evidence |= {"delta": at.delta, "gain": check.gain, "rank_pattern": dict(check.rank_pattern)}
+    evidence |= {"ranks": [a.rank for a in check.at_fixed_ranks], "deltas": [a.delta for a in check.at_fixed_ranks]}
+    if at.high is None or check.gain <= 0:
+        return RULE.unknown(
+            "The rank may be larger than needed",
+            told,
+            "an adapter that gains on its validation rows, and at least two of them",
+            evidence,
+        )
+    if check.unchanged(at):
+        pattern = ", ".join(f"{name}: {k}" for name, k in check.rank_pattern.items())
+        return RULE.found(
+            "note",
+            "A smaller rank does as well",
+            told,
+            action=f"{RULE.action}: '{{{pattern}}}'",
+            decide="a run with it: truncation after training is not training at that rank",
+            evidence=evidence,
+        )
+    smallest = check.smallest_unchanged
+    also = f"; rank {smallest} in all modules leaves it unchanged" if smallest else ""
+    return RULE.fine("The weak directions of dW carry loss", told + also, "likely", evidence)

@@ -1,0 +1,142 @@
+"""Measures what a smaller rank would cost a trained adapter, by putting its best approximations in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+
+from training_lens.analysis.findings.rank_record import RankCheck, RankLoss
+from training_lens.analyzers.barrier import truncate
+from training_lens.analyzers.spectra import energy_rank, singular_values
+from training_lens.core.modules import AdapterModule, adapter_modules
+from training_lens.evaluation.evaluator import Pass, token_sums
+from training_lens.evaluation.rows import JudgedRows
+from training_lens.evaluation.scoring import Bootstrap, Scored
+from training_lens.inference.rows import validation_examples
+from training_lens.inference.session import Session, open_run
+from training_lens.models.adapters import base_only
+from training_lens.utils.processes import Processes
+from training_lens.utils.progress import Progress
+from training_lens.utils.runs import RunFolder
+
+BATCH_TOKENS = 4096
+NORMAL_95 = 1.96  # standard errors on each side of an interval of 95 %
+
+
+def measure_rank(
+    run: RunFolder,
+    max_examples: int | None = 200,
+    data: Sequence[str] | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> RankCheck:
+    """What truncating the run's adapter does to its validation loss; kept as `RUN/lens/rank_check.json`.
+
+    Every dW is replaced by its best approximation (Eckart and Young 1936) of the rank that holds 90 % of its squared
+    norm, then of ranks 1, 2, 4, ... below its own. DoRA keeps its magnitudes. A rank that leaves the loss unchanged
+    after training is no proof that training at that rank ends as well; it is a reason to try.
+
+    Args:
+        max_examples: rows to measure on, the first that fit; None: all.
+        data: sources to read in place of the run's own validation rows.
+        device: as `model.device`; None: the run's.
+
+    Cost: one forward pass over the rows for each rank, two more for base and adapter, and a copy of the adapter.
+
+    Raises:
+        CheckpointError, AdapterError: the run is not finished, or cannot be loaded.
+        ConfigurationError, DatasetError: there are no rows to measure on.
+        EvaluationError: the model failed on them.
+
+    Example:
+        check = measure_rank(find_run("latest", "outputs", "default", finished=True))
+        print(check.at_energy_ranks.delta, check.rank_pattern)
+    """
+    session = open_run(run, device)
+    rows = JudgedRows.of(validation_examples(run, session, max_examples, data), session)
+    modules = adapter_modules(session.model)
+    energy = {m.name: int(energy_rank(singular_values(m.a.detach(), m.b.detach(), m.record.scaling))) for m in modules}
+    fixed = _powers_below(max(m.record.rank for m in modules))
+    with (progress or Progress()).task("losses by rank", (len(fixed) + 3) * len(rows.examples)) as advance:
+        measure = _Measure(session, rows, modules, advance)
+        base, whole = measure.loss(base_only(session.model)), measure.loss(nullcontext())
+        at_energy = measure.at(None, energy, whole)
+        at_fixed = tuple(measure.at(rank, dict.fromkeys(energy, rank), whole) for rank in fixed)
+    check = RankCheck(
+        step=int(run.read_metadata("summary.json")["steps"]),
+        rows=len(rows.examples),
+        supervised_tokens=int(rows.dataset.supervised.sum()),
+        base_loss=base.of_all()["loss"],
+        loss=whole.of_all()["loss"],
+        loss_error=_error(whole),
+        ranks={m.name: m.record.rank for m in modules},
+        energy_ranks=energy,
+        at_energy_ranks=at_energy,
+        at_fixed_ranks=at_fixed,
+        rank_pattern=_pattern(energy),
+    )
+    check.write(run.root / "lens")
+    return check
+
+
+class _Measure:
+    """Losses of one session's model on one set of rows."""
+
+    def __init__(
+        self, session: Session, rows: JudgedRows, modules: Sequence[AdapterModule], advance: Callable[[float], None]
+    ) -> None:
+        self._session, self._rows, self._modules = session, rows, modules
+        self._way = Pass(Processes(session.device), session.precision, BATCH_TOKENS, session.pad_id, advance)
+
+    def loss(self, changed: AbstractContextManager[object]) -> Scored:
+        """Of the model as it is within the block."""
+        with changed:
+            sums = token_sums(self._session.model, self._rows.dataset, self._way)
+        return Scored(sums, self._rows.text_bytes, self._rows.tokens_id)
+
+    def at(self, rank: int | None, ranks: Mapping[str, int], whole: Scored) -> RankLoss:
+        """With each module truncated to its rank of `ranks`."""
+        scored = self.loss(truncated(self._modules, ranks))
+        change, intervals = Bootstrap().change(scored, whole)
+        low, high = intervals.get("loss", (None, None))
+        return RankLoss(rank, scored.of_all()["loss"], change["loss"], low, high)
+
+
+@contextmanager
+def truncated(modules: Sequence[AdapterModule], ranks: Mapping[str, int]) -> Iterator[None]:
+    """Within the block each module has the best approximation of its dW of the rank that `ranks` gives by its name."""
+    before = [(m, m.a.detach().clone(), m.b.detach().clone()) for m in modules]
+    try:
+        for module, a, b in before:
+            _put(module, *truncate(a, b, module.record.scaling, ranks[module.name]))
+        yield
+    finally:
+        for module, a, b in before:
+            _put(module, a, b)
+
+
+def _put(module: AdapterModule, a: torch.Tensor, b: torch.Tensor) -> None:
+    with torch.no_grad():
+        module.a.copy_(a)
+        module.b.copy_(b)
+
+
+def _powers_below(rank: int) -> list[int]:
+    """1, 2, 4, ... below a rank."""
+    return [2**i for i in range((rank - 1).bit_length())]
+
+
+def _pattern(energy: Mapping[str, int]) -> dict[str, int]:
+    """By a module's last name the largest of its layers' ranks, at least 1."""
+    pattern: dict[str, int] = {}
+    for name, rank in energy.items():
+        last = name.partition("#")[0].rsplit(".", 1)[-1]
+        pattern[last] = max(1, rank, pattern.get(last, 1))
+    return pattern
+
+
+def _error(scored: Scored) -> float | None:
+    interval = Bootstrap().intervals(scored).get("loss")
+    return (interval[1] - interval[0]) / (2 * NORMAL_95) if interval else None

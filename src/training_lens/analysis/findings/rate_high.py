@@ -1,0 +1,125 @@
+"""A learning rate that is too high."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analysis.findings.held_out import CERTAIN, held_out
+from training_lens.analysis.findings.readings import after_warmup, curve, median, middle, over_base, points
+from training_lens.analyzers.convergence import MAD_TO_DEVIATION
+from training_lens.core import tables
+from training_lens.core.recording import Recording
+from training_lens.core.types import Series
+
+LEAST_STEPS = 10
+OUTGROWN = 1.0  # |dW| / |W|
+RMS_SPIKE = 2.3
+RMS_DEAF = 0.1
+CLIMB = 1.5
+NEEDED = 2  # signs
+RULE = Rule(
+    code="rate_high",
+    signature="the loss rises above its start; dW outgrows W; Adam's update RMS spikes, or stays low after a jump of "
+    "the gradients; most steps are clipped, and ever harder; KL climbs while held-out rows gain nothing",
+    threshold=f"{NEEDED} of these signs: {CERTAIN:g} times the noise of a step over the loss of step 1; a median "
+    f"|dW| / |W| over {OUTGROWN:g}; RMS over {RMS_SPIKE:g} or under {RMS_DEAF:g}; clipped in over half of the steps, "
+    f"at the end to under half of before; KL {CLIMB:g} times that of mid-run",
+    source="RMS 2.3 from arXiv 2304.13013, the others relative to this run (background: arXiv 2410.21228). On the "
+    "packaged model |dW| / |W| ended at 0.3 at the best rate and at 6 at ten times it, RMS at 0.7 and 0.01",
+    action="halve training.lr (or less: rates differ by factors), or warm up longer (training.warmup_ratio)",
+)
+
+
+def rate_high(recording: Recording) -> Finding:
+    """Whether the learning rate is too high; a sign alone is not enough to say so."""
+    steps, losses = curve(recording, tables.LOSS, "loss")
+    looks: tuple[Callable[[Recording], str | None], ...] = (_loss_over_start, _outgrown, _rms, _clipped, _diverging)
+    if len(steps) < LEAST_STEPS:
+        return RULE.unknown(
+            "Whether the learning rate is too high is not known",
+            f"the loss of {len(steps)} steps",
+            f"at least {LEAST_STEPS} steps with their loss",
+        )
+    signs = [sign for look in looks if (sign := look(recording))]
+    evidence = {"signs": signs, "loss": points(x=steps, y=losses)}
+    if len(signs) >= NEEDED:
+        ends_over = median(losses[-LEAST_STEPS:]) > losses[0]
+        lost = ends_over or _loss_over_start(recording) is not None
+        return RULE.found(
+            "problem" if lost else "warning", "The learning rate is too high", "; ".join(signs), evidence=evidence
+        )
+    if signs:
+        return RULE.unknown(
+            "One sign of a learning rate that is too high",
+            signs[0],
+            "a run of the same seed at half the rate: its loss is lower, if this rate is too high",
+            evidence,
+        )
+    return RULE.fine("The learning rate is not too high", "none of the signs", "likely", evidence)
+
+
+def _loss_over_start(recording: Recording) -> str | None:
+    """The mean over some neighbouring steps is well above the first loss, or the held-out loss above the base's."""
+    _, losses = curve(recording, tables.LOSS, "loss")
+    width = max(5, len(losses) // 50)
+    means = np.convolve(losses, np.full(width, 1 / width), "valid")
+    jumps = np.diff(losses[-max(LEAST_STEPS, len(losses) // 2) :])  # of the later half: the start is what is judged
+    noise = MAD_TO_DEVIATION * median(np.abs(jumps - median(jumps))) / np.sqrt(2)
+    if len(means) and means.max() > losses[0] + CERTAIN * noise:
+        return f"the loss rises to {means.max():.3g} (mean of {width} steps), from {losses[0]:.3g} at its start"
+    judged = held_out(recording)
+    if len(judged.losses) and np.isfinite(judged.start) and judged.losses[-1] > judged.start + CERTAIN * judged.noise:
+        return f"the {judged.what}'s loss ends at {judged.losses[-1]:.3g}, above the base's {judged.start:.3g}"
+    return None
+
+
+def _outgrown(recording: Recording) -> str | None:
+    _, strength = middle(over_base(recording, "norm_update"))
+    if len(strength) and strength.max() > OUTGROWN:
+        return f"dW grows to {strength.max():.3g} times the weight that it changes (median over modules)"
+    return None
+
+
+def _rms(recording: Recording) -> str | None:
+    """Spikes in more than one step of a hundred; or a second moment that a jump has made deaf, while there is loss."""
+    a, b = (recording.series(tables.OPTIMIZER, f"update_rms_{of}") for of in "ab")
+    if not a.names or a.values.shape != b.values.shape:
+        return None
+    steps, rms = middle(Series(a.steps, a.names, np.fmax(a.values, b.values)))
+    rms = rms[steps > after_warmup(recording)]
+    if not len(rms):
+        return None
+    if (rms > RMS_SPIKE).mean() > 0.01:
+        return f"the update RMS is over {RMS_SPIKE:g} in {(rms > RMS_SPIKE).mean():.0%} of the steps"
+    _, losses = curve(recording, tables.LOSS, "loss")
+    late = median(rms[-max(1, len(rms) // 4) :])
+    if late < RMS_DEAF and median(losses[-LEAST_STEPS:]) > losses[0] / 4:  # gradients also fade where nothing is left
+        return f"the update RMS ends at {late:.2g}: the gradients jumped, and Adam still divides by that"
+    return None
+
+
+def _clipped(recording: Recording) -> str | None:
+    """Clipped steps alone say nothing: with max_grad_norm=1 a sound run may clip them all. Ever harder does."""
+    steps, clip = curve(recording, tables.LOSS, "clip")
+    clip = clip[steps > after_warmup(recording)]
+    if len(clip) < LEAST_STEPS:
+        return None
+    share, (early, late) = float((clip < 1).mean()), (median(part) for part in np.array_split(clip, 2))
+    if share > 0.5 and late < early / 2:
+        return f"{share:.0%} of the steps are clipped, to {late:.2g} of the gradient at the end and {early:.2g} before"
+    return None
+
+
+def _diverging(recording: Recording) -> str | None:
+    """KL climbs in the later half, in which the held-out loss finds no new best."""
+    _, kl = curve(recording, tables.DIVERGENCE, "kl")
+    judged = held_out(recording)
+    if len(kl) < 4 or judged.direction() != "rises" or judged.best >= len(judged.losses) // 2:
+        return None
+    half = median(kl[len(kl) // 2 - 1 : len(kl) // 2 + 1])
+    return (
+        f"KL climbs from {half:.3g} to {kl[-1]:.3g} and no held-out loss is better" if kl[-1] > CLIMB * half else None
+    )

@@ -1,0 +1,98 @@
+"""A learning rate that is too low."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.analysis.findings.held_out import CERTAIN, LEAST, held_out
+from training_lens.analysis.findings.readings import Curve, curve, median, middle, points
+from training_lens.analyzers.convergence import trend
+from training_lens.core import tables
+from training_lens.core.recording import Recording
+
+LEAST_STEPS = 50  # a short run is straight at any rate
+STRAIGHT = 0.8
+ALIGNED = 0.3
+NEAR_BASE = 0.01  # KL over the loss of the base
+FALLS_ON = 0.4  # late slope over early one; a cosine schedule leaves half of a steady fall
+RULE = Rule(
+    code="rate_low",
+    signature="the loss still falls at the end, about as fast against ln(steps) as before; dW goes straight ahead; "
+    "gradients point one way; KL to the base is near 0",
+    threshold=f"the first two and one more: a slope of the later half over {FALLS_ON:g} of that before; |dW| over the "
+    f"sum of its steps over {STRAIGHT:g}; a cosine with the mean of earlier gradients over {ALIGNED:g}; KL under "
+    f"{NEAR_BASE:.0%} of the base's loss",
+    source="the path of a random walk of n steps has a straightness of 1/sqrt(n), a line 1. On the packaged model "
+    "it was 0.46 at the best rate, 0.86 at a thirtieth and 0.94 at a three-hundredth of it (120 steps)",
+    action="raise training.lr: LoRA's best rate is about ten times that of full fine-tuning (LoRA Without Regret)",
+)
+
+
+def rate_low(recording: Recording) -> Finding:
+    """Whether the learning rate is too low for the length of the run."""
+    losses, straight = _loss(recording), _straightness(recording)
+    if len(losses[0]) < LEAST_STEPS or np.isnan(straight):
+        return RULE.unknown(
+            "Whether the learning rate is too low is not known",
+            f"the loss of {len(losses[0])} steps" + (", no whole path of dW" if np.isnan(straight) else ""),
+            f"at least {LEAST_STEPS} steps, each captured (lens.scalars_every=1)",
+        )
+    falls, ahead = _falls_on(recording), straight > STRAIGHT
+    others = [sign for sign in (_aligned(recording), _near_base(recording)) if sign]
+    measured = [f"|dW| is {straight:.2f} of its path", *others] + (["the loss falls as fast as ever"] if falls else [])
+    evidence = {"straightness": straight, "loss": points(x=losses[0], y=losses[1])}
+    if falls and ahead and others:
+        return RULE.found("warning", "The learning rate is too low", "; ".join(measured), evidence=evidence)
+    if falls and (ahead or others):
+        return RULE.unknown(
+            "The learning rate may be too low",
+            "; ".join(measured),
+            "a run of the same seed and length at three times the rate: its loss is lower, if this rate is too low",
+            evidence,
+        )
+    return RULE.fine("The learning rate is not too low", "; ".join(measured), "likely", evidence)
+
+
+def _loss(recording: Recording) -> Curve:
+    return curve(recording, tables.LOSS, "loss")
+
+
+def _falls_on(recording: Recording) -> bool:
+    """Whether the slope against ln(steps) of the later half is no noise, and not far under that of the part before.
+
+    Of the held-out loss where it has points enough, because a step's own loss is noisy.
+    """
+    judged = held_out(recording)
+    steps, values = (judged.steps, judged.losses) if len(judged.steps) >= 2 * LEAST else _loss(recording)
+    late, early = steps > steps[-1] / 2, (steps > steps[-1] / 8) & (steps <= steps[-1] / 2)
+    now, before = trend(steps[late], values[late]), trend(steps[early], values[early])
+    return bool(now.value + CERTAIN * now.error < 0 and now.value <= FALLS_ON * min(before.value, 0.0))
+
+
+def _straightness(recording: Recording) -> float:
+    """|dW| at the end over the length of its path, median over modules; NaN where too few steps are there.
+
+    The path is the integral of its steps' norms over the steps (trapezoids), so that thinned captures do.
+    """
+    moves, update = (recording.series(tables.WEIGHTS, measure) for measure in ("norm_step", "norm_update"))
+    kept = (moves.steps > 0) & np.isfinite(moves.values).all(1)
+    if kept.sum() < LEAST_STEPS or moves.names != update.names:
+        return np.nan
+    steps, norms = moves.steps[kept], moves.values[kept]
+    path = norms[0] * steps[0] + np.trapezoid(norms, steps, axis=0)
+    return median((update.values[-1] / np.where(path > 0, path, np.inf))[path > 0])
+
+
+def _aligned(recording: Recording) -> str | None:
+    _, cosines = middle(recording.series(tables.GRADIENTS, "cosine_mean"))
+    level = median(cosines[len(cosines) // 2 :])
+    return f"gradients have a cosine of {level:.2f} with the mean of earlier ones" if level > ALIGNED else None
+
+
+def _near_base(recording: Recording) -> str | None:
+    steps, kl = curve(recording, tables.DIVERGENCE, "kl")
+    base = median(curve(recording, tables.DIVERGENCE, "base_loss")[1])
+    if len(kl) and kl[-1] < NEAR_BASE * base:
+        return f"KL to the base is {kl[-1]:.2g} nats after step {steps[-1]}"
+    return None
