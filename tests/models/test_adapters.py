@@ -32,6 +32,19 @@ CPU = torch.device("cpu")
 IDS = torch.arange(40, 72).view(2, 16)
 
 
+def test_what_is_frozen_of_an_adapter_stays_frozen_when_it_was_switched_off() -> None:
+    """PEFT switches it on again with all of it trainable."""
+    model = attach(base(), PeftSection(r=2))
+    for name, parameter in model.named_parameters():
+        if "layers.1." in name:
+            parameter.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with base_only(model):
+        pass
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert any(before.values())
+
+
 def base() -> Any:
     return load_model(ModelSection(), CPU, "fp32")
 

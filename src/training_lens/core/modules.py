@@ -74,7 +74,7 @@ class AdapterModule:
 def adapter_modules(model: Any) -> tuple[AdapterModule, ...]:
     """Every module that a LoRA of `model` adapts, in the model's order; tied or shared ones once.
 
-    Where some adapters train and others do not, those that do.
+    Where some adapters train and others do not, those that do, with such of their modules as are frozen.
 
     Raises:
         LensError: there is none: a model without PEFT, another kind of adapter, a full fine-tune.
@@ -83,10 +83,10 @@ def adapter_modules(model: Any) -> tuple[AdapterModule, ...]:
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     found = _once(part for name, layer in layers for part in _parts(_plain_name(name), layer))
-    training = [m for m in found if any(p.requires_grad for p in m.parameters)]
+    training = {m.record.adapter for m in found if any(p.requires_grad for p in m.parameters)}
     if not found:
         raise LensError(_nothing(model, len(layers)))
-    chosen = training or found
+    chosen = [m for m in found if m.record.adapter in training] or found
     adapters = {m.record.adapter for m in chosen}
     return tuple(chosen if len(adapters) == 1 else [_with_adapter(m) for m in chosen])
 

@@ -234,7 +234,12 @@ def restore_adapter(model: Any, folder: Path) -> None:
 def base_only(model: Any, yes: bool = True) -> Iterator[None]:
     """Within the block the model computes as the base alone; with `yes` false, as it is."""
     if yes and hasattr(model, "disable_adapter"):
-        with model.disable_adapter():
-            yield
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        try:
+            with model.disable_adapter():
+                yield
+        finally:
+            for parameter in frozen:  # PEFT makes all of an adapter trainable when it switches it on again
+                parameter.requires_grad_(False)
     else:
         yield

@@ -5,18 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from training_lens.analysis.findings.finding import Finding, Rule
-from training_lens.analysis.findings.held_out import LEAST, HeldOut, held_out
+from training_lens.analysis.findings.held_out import LEAST, HeldOut, held_out, scatter
 from training_lens.analysis.findings.rank_record import read_rank_check
 from training_lens.analysis.findings.readings import points, total_steps
-from training_lens.analyzers.convergence import Estimate, remaining_gain, trend
+from training_lens.analyzers.convergence import Estimate, remaining_gain
 from training_lens.core.recording import Recording
 
 ERRORS = 2.0  # standard errors that a gain may be more or less: 95 % of normal ones
+NOISES = 4.0  # a gain that is surely under so many is none to wait for
 RULE = Rule(
     code="converged",
     signature="the held-out loss's slope against ln(steps), times the ln(steps) that are left, is under its noise",
-    threshold=f"the gain with {ERRORS:g} standard errors, against the noise of the held-out loss: its bootstrap error "
-    "over rows where a rank check measured it, else what the fitted line leaves over",
+    threshold=f"the gain with {ERRORS:g} standard errors under {NOISES:g} times the noise of one held-out loss: its "
+    "bootstrap error over rows where a rank check measured it, else what the fitted line leaves over",
     source="relative to this run; a loss is about straight against ln(steps) (LoRA Without Regret, 2025)",
     action="stop here: more steps gain less than can be measured. More or other rows may",
 )
@@ -51,9 +52,9 @@ def _verdict(judged: HeldOut, gain: Estimate, noise: float, measured: str, runni
         "noise": noise,
         "curve": points(x=judged.steps, y=judged.losses),
     }
-    if gain.value + ERRORS * gain.error <= noise:
+    if gain.value + ERRORS * gain.error <= NOISES * noise:
         return RULE.found("note" if running else "fine", "Converged", measured, evidence=evidence)
-    if gain.value - ERRORS * gain.error > noise:
+    if gain.value - ERRORS * gain.error > 0:
         return RULE.found(
             "note",
             "The loss still falls",
@@ -75,5 +76,4 @@ def _noise(recording: Recording, steps: np.ndarray, losses: np.ndarray) -> float
     checked = read_rank_check(recording.folder)
     if checked is not None and checked.loss_error is not None:
         return checked.loss_error
-    logs = np.log(steps)
-    return float(trend(steps, losses).error * np.sqrt(((logs - logs.mean()) ** 2).sum()))
+    return scatter(steps, losses)

@@ -14,6 +14,8 @@ from training_lens.core.recording import Recording
 
 LEAST = 4  # points, without which a curve has no direction
 CERTAIN = 3.0  # how many times its noise a change must be
+ABOVE_BEST = 4.0  # how many times the scatter: the best of many points is low by chance
+LEAST_RISE = 0.02  # of the lowest loss: less is nothing to act on
 
 Direction = Literal["falls", "flat", "rises", "unknown"]
 
@@ -50,18 +52,34 @@ class HeldOut:
         return median(self.losses[-max(2, len(self.losses) // 4) :]) - float(self.losses[self.best])
 
     def direction(self) -> Direction:
-        """Of the later half of the points, against ln(steps); it rises where the end is well above the best point."""
+        """Of the later half of the points, against ln(steps), or since the best one.
+
+        A rise must also be 2 % of the lowest loss.
+        """
         if len(self.steps) < LEAST:
             return "unknown"
-        if self.best < len(self.steps) - 2 and self.rise > CERTAIN * self.noise:
-            return "rises"
         slope = trend(*self.late())
+        rises = slope.value - CERTAIN * slope.error > 0 or self._well_above_best()
+        if rises and self.rise > LEAST_RISE * self.losses[self.best]:
+            return "rises"
         return "falls" if slope.value + CERTAIN * slope.error < 0 else "flat"
+
+    def _well_above_best(self) -> bool:
+        """Whether the end is above the best point by far more than the points since then scatter around a line."""
+        since = slice(self.best + 1, None)
+        steps, losses = self.steps[since], self.losses[since]
+        return len(steps) > LEAST and self.rise > ABOVE_BEST * scatter(steps, losses)
 
     def late(self) -> Curve:
         """The later half of the points, at least four."""
         first = -max(LEAST, len(self.steps) // 2)
         return self.steps[first:], self.losses[first:]
+
+
+def scatter(steps: np.ndarray, losses: np.ndarray) -> float:
+    """The standard deviation of losses around their line against ln(steps), from the error of its slope."""
+    logs = np.log(steps)
+    return float(trend(steps, losses).error * np.sqrt(((logs - logs.mean()) ** 2).sum()))
 
 
 def held_out(recording: Recording) -> HeldOut:

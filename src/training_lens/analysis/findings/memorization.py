@@ -7,17 +7,20 @@ from typing import NamedTuple
 import numpy as np
 
 from training_lens.analysis.findings.finding import Finding, Rule
-from training_lens.analysis.findings.held_out import CERTAIN, LEAST, HeldOut, held_out
-from training_lens.analysis.findings.readings import curve, points
+from training_lens.analysis.findings.held_out import ABOVE_BEST, CERTAIN, LEAST, LEAST_RISE, HeldOut, held_out
+from training_lens.analysis.findings.readings import curve, median, points
 from training_lens.analyzers.convergence import epoch_drops, trend
 from training_lens.core import tables
 from training_lens.core.recording import Recording
 
+FAR_UNDER = 0.5  # training loss over held-out loss, at the end
 RULE = Rule(
     code="memorization",
-    signature="the training loss goes on falling, or steps down at epochs' ends, while the held-out loss flattens or "
-    "rises",
-    threshold=f"each beyond {CERTAIN:g} standard errors, or times the noise of neighbouring points",
+    signature="the training loss goes on falling, steps down at epochs' ends or is far under the held-out loss, while "
+    "that flattens or rises",
+    threshold=f"slopes of the held-out loss's later half against ln(steps), and drops, beyond {CERTAIN:g} standard "
+    f"errors; or an end {ABOVE_BEST:g} times the scatter above the best; a rise over {LEAST_RISE:.0%} of the lowest "
+    f"loss; a training loss under {FAR_UNDER:g} of the held-out one",
     source="relative to this run; steps at epochs' ends as a regression discontinuity (Imbens and Lemieux 2008): on "
     "rows not seen before they are 0",
     action="fewer epochs (training.epochs), or the checkpoint with the best held-out loss "
@@ -50,14 +53,17 @@ def memorization(recording: Recording) -> Finding:
             f"{len(judged.steps)} held-out losses, {len(steps)} training losses; {_said(stairs)}",
             f"at least {LEAST} losses on held-out rows: data.validation or data.val_ratio, and training.eval_steps",
         )
-    return _verdict(judged, stairs, _falls_since(steps, losses, judged))
+    late = median(losses[-max(LEAST, len(losses) // 10) :])
+    far_under = late < FAR_UNDER * float(judged.losses[-1])
+    return _verdict(judged, stairs, far_under or _falls_since(steps, losses, judged), late)
 
 
-def _verdict(judged: HeldOut, stairs: _Stairs, training_falls: bool) -> Finding:
+def _verdict(judged: HeldOut, stairs: _Stairs, training_goes_on: bool, late: float) -> Finding:
     direction, best = judged.direction(), int(judged.steps[judged.best])
+    then = f"rises by {judged.rise:.3g}" if direction == "rises" else "is flat" if direction == "flat" else "falls"
     measured = (
-        f"the {judged.what}'s loss is best at step {best} ({judged.losses[judged.best]:.3g}), then "
-        f"{f'rises by {judged.rise:.3g}' if direction == 'rises' else direction}; {_said(stairs)}"
+        f"the {judged.what}'s loss is best at step {best} ({judged.losses[judged.best]:.3g}), and at the end {then}; "
+        f"the training loss ends at {late:.3g}; {_said(stairs)}"
     )
     evidence = {
         "best_step": best,
@@ -66,7 +72,7 @@ def _verdict(judged: HeldOut, stairs: _Stairs, training_falls: bool) -> Finding:
         "drop_error": stairs.error,
         "held_out": points(x=judged.steps, y=judged.losses),
     }
-    if direction == "rises" and (training_falls or stairs.there):
+    if direction == "rises" and (training_goes_on or stairs.there):
         return RULE.found(
             "warning", "Rows are learned by heart", measured, where=f"from step {best}", evidence=evidence
         )

@@ -27,7 +27,7 @@ RULE = Rule(
     threshold=f"{NEEDED} of these signs: {CERTAIN:g} times the noise of a step over the loss of step 1; a median "
     f"|dW| / |W| over {OUTGROWN:g}; RMS over {RMS_SPIKE:g} or under {RMS_DEAF:g}; clipped in over half of the steps, "
     f"at the end to under half of before; KL {CLIMB:g} times that of mid-run",
-    source="signs of arXiv 2410.21228; RMS 2.3 from arXiv 2304.13013; the others relative to this run. On the "
+    source="RMS 2.3 from arXiv 2304.13013, the others relative to this run (background: arXiv 2410.21228). On the "
     "packaged model |dW| / |W| ended at 0.3 at the best rate and at 6 at ten times it, RMS at 0.7 and 0.01",
     action="halve training.lr (or less: rates differ by factors), or warm up longer (training.warmup_ratio)",
 )

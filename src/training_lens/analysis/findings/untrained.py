@@ -48,26 +48,25 @@ def untrained(recording: Recording) -> Finding:
 
 
 def _moved(recording: Recording) -> tuple[dict[str, bool], int]:
-    """Whether each module has moved, and the last step of which that is known."""
+    """Whether each module has moved, those left out of which it is not known; and the last step of which it is."""
     steps = recording.series(tables.WEIGHTS, "norm_step")
     known = np.isfinite(steps.values) & (steps.steps[:, None] > 0)
     if known.any():
-        last = int(steps.steps[known.any(1)].max())
-        return {n: bool((steps.values[:, i][known[:, i]] != 0).any()) for i, n in enumerate(steps.names)}, last
-    return _changed([recording.series(tables.WEIGHTS, measure) for measure in ("norm_a", "norm_b")])
+        moves, last = (known & (steps.values != 0)).any(0), int(steps.steps[known.any(1)].max())
+        return {name: bool(moves[i]) for i, name in enumerate(steps.names) if known[:, i].any()}, last
+    return _changed(*(recording.series(tables.WEIGHTS, measure) for measure in ("norm_a", "norm_b")))
 
 
-def _changed(norms: list[Series]) -> tuple[dict[str, bool], int]:
-    """Of captures without steps: whether B is other than 0, and where there are two, a norm changes between them."""
-    if not norms[1].names:
-        return {}, 0
-    last = int(norms[1].steps[-1])
+def _changed(norm_a: Series, norm_b: Series) -> tuple[dict[str, bool], int]:
+    """Of captures without steps: whether a norm changes between them; of one capture alone, whether B is not 0."""
     moved = {}
-    for name in norms[1].names:
-        changes = any(len(np.unique(s.of(name)[np.isfinite(s.of(name))])) > 1 for s in norms if name in s.names)
-        single = len(norms[1].steps) == 1
-        moved[name] = bool(changes or (single and norms[1].of(name)[-1] != 0))
-    return moved, last
+    for i, name in enumerate(norm_b.names):
+        values = norm_b.values[:, i][np.isfinite(norm_b.values[:, i])]
+        of_a = norm_a.of(name) if name in norm_a.names else values
+        if len(values):
+            changes = any(len(np.unique(norms[np.isfinite(norms)])) > 1 for norms in (values, of_a))
+            moved[name] = changes or (len(norm_b.steps) == 1 and bool(values[0] != 0))
+    return moved, int(norm_b.steps[-1]) if moved else 0
 
 
 def _action(recording: Recording, still: list[str]) -> str:

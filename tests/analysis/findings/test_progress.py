@@ -1,0 +1,107 @@
+"""Memorization and convergence: what the held-out loss does beside the training loss, and what is left to gain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from training_lens.analysis.findings import Finding
+
+Find = Callable[..., Finding]
+STEPS = np.arange(10, 201, 10)
+
+
+def stairs(run: Any, height: float = 0.4) -> None:
+    noise = np.random.default_rng(1).normal(0, 0.05, 200)
+    run.values("loss", "loss")[:] = 3 - height * ((np.arange(1, 201) - 1) // 50) + noise
+
+
+def held_out(run: Any, late: np.ndarray) -> None:
+    run.values("evaluation", "loss")[:] = late + np.random.default_rng(2).normal(0, 0.004, 20)
+
+
+def test_stairs_and_a_rising_held_out_loss_are_memorization(finding: Find, healthy: Any) -> None:
+    stairs(healthy)
+    held_out(healthy, 2 + np.abs(np.log(STEPS / 50)) * 0.2)
+    found = finding("memorization", healthy, steps_per_epoch=50)
+    assert (found.severity, found.confidence) == ("warning", "likely")
+    assert found.evidence["best_step"] == 50
+    assert found.evidence["drop"] == pytest.approx(0.4, abs=0.05)
+
+
+def test_so_is_a_held_out_loss_that_stays_far_above_its_best(finding: Find, healthy: Any) -> None:
+    held_out(healthy, np.where(STEPS < 60, 2.3 - 0.01 * STEPS, 2.1))
+    found = finding("memorization", healthy, steps_per_epoch=1)
+    assert found.severity == "warning" and found.evidence["best_step"] == 50
+
+
+def test_without_stairs_a_falling_training_loss_beside_a_rising_one_is_too(finding: Find, healthy: Any) -> None:
+    """As with epochs of one or two steps."""
+    held_out(healthy, 2 + np.abs(np.log(STEPS / 50)) * 0.2)
+    found = finding("memorization", healthy, steps_per_epoch=1)
+    assert found.severity == "warning" and "no epoch's end could be measured" in found.measured
+
+
+def test_stairs_beside_a_held_out_loss_that_falls_are_fine(finding: Find, healthy: Any) -> None:
+    stairs(healthy)
+    assert finding("memorization", healthy, steps_per_epoch=50).severity == "fine"
+
+
+def test_stairs_beside_a_flat_held_out_loss_are_a_note(finding: Find, healthy: Any) -> None:
+    stairs(healthy)
+    held_out(healthy, np.full(20, 2.0))
+    found = finding("memorization", healthy, steps_per_epoch=50)
+    assert found.severity == "note" and found.confidence == "likely"
+
+
+def test_one_epoch_memorizes_nothing(finding: Find, healthy: Any) -> None:
+    held_out(healthy, 2 + np.abs(np.log(STEPS / 50)) * 0.2)
+    assert finding("memorization", healthy, steps_per_epoch=200).severity == "fine"
+
+
+def test_stairs_without_held_out_rows_decide_nothing(finding: Find, healthy: Any) -> None:
+    stairs(healthy)
+    del healthy.tables["evaluation"], healthy.tables["divergence"]
+    found = finding("memorization", healthy, steps_per_epoch=50)
+    assert found.confidence == "could not tell" and "data.val_ratio" in found.decide
+
+
+def test_the_steps_of_an_epoch_are_known_from_the_loop_too(finding: Find, healthy: Any) -> None:
+    stairs(healthy)
+    held_out(healthy, 2 + np.abs(np.log(STEPS / 50)) * 0.2)
+    healthy.values("loss", "epoch")[:] = np.arange(1, 201) / 50
+    found = finding("memorization", healthy, steps_per_epoch=None)
+    assert found.severity == "warning" and "3 epochs' ends" in found.measured
+
+
+def test_a_falling_loss_says_what_twice_the_steps_would_gain(finding: Find, healthy: Any) -> None:
+    found = finding("converged", healthy)  # falls by 0.35 for each e-fold
+    assert found.severity == "note" and found.evidence["gain"] == pytest.approx(0.35 * np.log(2), abs=0.02)
+    assert "a run twice as long would gain" in found.measured
+
+
+def test_a_flat_loss_is_converged(finding: Find, healthy: Any) -> None:
+    held_out(healthy, np.full(20, 2.0))
+    found = finding("converged", healthy)
+    assert (found.severity, found.title) == ("fine", "Converged")
+
+
+def test_a_run_that_goes_on_is_told_to_stop(finding: Find, healthy: Any) -> None:
+    held_out(healthy, np.full(20, 2.0))
+    found = finding("converged", healthy, status="running", total_steps=300)
+    assert found.severity == "note" and "stop here" in found.action and "to step 300" in found.measured
+
+
+def test_a_gain_about_as_large_as_the_noise_decides_nothing(finding: Find, healthy: Any) -> None:
+    noisy = np.array([2.0, 1.9, 1.95, 1.85])
+    healthy.tables["evaluation"] = (STEPS[-4:], {"loss": noisy})
+    assert finding("converged", healthy).confidence == "could not tell"
+
+
+def test_the_probe_set_stands_in_for_rare_validations(finding: Find, healthy: Any) -> None:
+    steps, columns = healthy.tables["evaluation"]
+    healthy.tables["evaluation"] = (steps[-2:], {"loss": columns["loss"][-2:]})
+    assert "on the probe set" in finding("converged", healthy).measured

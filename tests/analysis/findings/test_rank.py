@@ -1,0 +1,128 @@
+"""Rank: the spectrum alone decides nothing; truncation is measured, exact, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from training_lens.analysis.findings import Finding, RankCheck, RankLoss, diagnose, measure_rank, read_rank_check
+from training_lens.core.recording import Recording
+
+Find = Callable[..., Finding]
+CHECK = RankCheck(
+    step=200, rows=50, supervised_tokens=900, base_loss=3.0, loss=2.0, loss_error=0.02, ranks={"q_proj": 16},
+    energy_ranks={"q_proj": 2}, at_energy_ranks=RankLoss(None, 2.002, 0.002, -0.001, 0.005),
+    at_fixed_ranks=(RankLoss(1, 2.3, 0.3, 0.2, 0.4), RankLoss(4, 2.001, 0.001, 0.0, 0.002)), rank_pattern={"q_proj": 2},
+)  # fmt: skip
+
+
+@pytest.fixture
+def few_directions(healthy: Any, record: Callable[..., Recording]) -> Callable[[RankCheck | None], Finding]:
+    """What is said where 2 of 16 directions hold the energy, with this rank check."""
+
+    def find(check: RankCheck | None) -> Finding:
+        healthy.values("spectra", "energy_rank")[:] = 2
+        recording = record(healthy.tables, {"total_steps": 200})
+        if check is not None:
+            check.write(recording.folder)
+        return next(found for found in diagnose(recording) if found.code == "rank")
+
+    return find
+
+
+def test_the_spectrum_alone_decides_nothing(few_directions: Any) -> None:
+    found = few_directions(None)
+    assert found.confidence == "could not tell" and "--check-rank" in found.decide
+
+
+def test_few_directions_and_an_unchanged_loss_are_a_rank_too_large(few_directions: Any) -> None:
+    found = few_directions(CHECK)
+    assert found.title == "A smaller rank does as well" and "{q_proj: 2}" in found.action
+
+
+def test_few_directions_that_lose_without_the_others_are_not(few_directions: Any) -> None:
+    found = few_directions(replace(CHECK, at_energy_ranks=RankLoss(None, 2.2, 0.2, 0.1, 0.3)))
+    assert found.severity == "fine" and "rank 4 in all modules leaves it unchanged" in found.measured
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        replace(CHECK, step=100),
+        replace(CHECK, base_loss=1.9),
+        replace(CHECK, at_energy_ranks=RankLoss(None, 2.0, 0.0, None, None)),
+    ],
+    ids=["of an earlier step", "no gain", "one row"],
+)
+def test_a_check_that_does_not_decide_says_so(few_directions: Any, check: RankCheck) -> None:
+    assert few_directions(check).confidence == "could not tell"
+
+
+def test_many_directions_are_a_rank_that_is_used(finding: Find, healthy: Any) -> None:
+    assert finding("rank", healthy).severity == "fine"
+
+
+def test_a_damaged_check_is_passed_over_with_a_warning(few_directions: Any, tmp_path: Any, caplog: Any) -> None:
+    (tmp_path / "rank_check.json").write_text('{"step": 1')
+    assert read_rank_check(tmp_path) is None
+    assert "measure it again" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def check(finished_run: Any) -> RankCheck:
+    return measure_rank(finished_run, max_examples=24)
+
+
+def test_the_check_is_kept_in_the_run(finished_run: Any, check: RankCheck) -> None:
+    assert read_rank_check(finished_run.root) == check == read_rank_check(finished_run.root / "lens")
+
+
+def test_a_smaller_rank_never_has_more_energy_and_the_whole_loses_nothing(finished_run: Any, check: RankCheck) -> None:
+    """The base is the limit at no rank at all, and more directions come nearer to the whole adapter."""
+    assert [at.rank for at in check.at_fixed_ranks] == [1, 2, 4, 8]
+    deltas = [abs(at.delta) for at in check.at_fixed_ranks]
+    assert deltas[0] > 10 * deltas[-1] and check.loss < check.at_fixed_ranks[0].loss < check.base_loss
+    for at in check.at_fixed_ranks:
+        assert at.low is not None and at.high is not None and at.low <= at.delta <= at.high
+        assert at.delta == pytest.approx(at.loss - check.loss)
+
+
+def test_energy_ranks_are_those_of_the_dense_update(finished_run: Any, check: RankCheck) -> None:
+    from training_lens.models.updates import LowRank, saved_updates
+
+    updates = saved_updates(finished_run.adapter)
+    for name, rank in check.energy_ranks.items():
+        update = updates[f"{name}.weight"]
+        assert isinstance(update, LowRank)
+        energy = torch.linalg.svdvals(update.b.double() @ update.a.double()).square()
+        assert rank == int((energy.cumsum(0) < 0.9 * energy.sum()).sum()) + 1
+    assert check.rank_pattern["q_proj"] == max(r for n, r in check.energy_ranks.items() if n.endswith("q_proj"))
+
+
+@pytest.mark.parametrize("peft", [{}, {"use_dora": True}, {"variant": "rslora"}], ids=["lora", "dora", "rslora"])
+def test_truncation_is_the_best_of_its_rank_and_is_undone_bit_for_bit(peft: dict[str, Any]) -> None:
+    from training_lens.analysis.findings.rank_check import truncated
+    from training_lens.config.schema import ModelSection, PeftSection
+    from training_lens.core.modules import adapter_modules
+    from training_lens.models.adapters import attach
+    from training_lens.models.factory import load_model
+
+    torch.manual_seed(0)
+    model = attach(load_model(ModelSection(), torch.device("cpu"), "fp32"), PeftSection(r=8, **peft))
+    modules = adapter_modules(model)
+    with torch.no_grad():
+        for module in modules:
+            module.b.normal_()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    dense = {m.name: (m.b @ m.a).detach().double() for m in modules}
+    with truncated(modules, {m.name: 3 for m in modules}):
+        for m in modules:
+            left = torch.linalg.svdvals(dense[m.name] - (m.b @ m.a).detach().double())
+            singular = torch.linalg.svdvals(dense[m.name])
+            np.testing.assert_allclose(left[:5], singular[3:8], rtol=1e-4)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -1,0 +1,118 @@
+"""Learning rates too high and too low: two signs accuse, one decides nothing, sound runs are left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from training_lens.analysis.findings import Finding
+
+Find = Callable[..., Finding]
+
+
+def outgrown(run: Any) -> None:
+    run.values("adapter_weights", "norm_update")[:] *= 3000
+
+
+def loss_over_start(run: Any) -> None:
+    run.values("loss", "loss")[10:60] += 3
+
+
+def spikes(run: Any) -> None:
+    run.values("optimizer_state", "update_rms_b")[20:200:20] = 5
+
+
+def deaf(run: Any) -> None:
+    for of in "ab":
+        run.values("optimizer_state", f"update_rms_{of}")[50:] = 0.01
+
+
+def ever_harder_clipped(run: Any) -> None:
+    run.values("loss", "clip")[:] = np.geomspace(0.5, 0.01, 200)
+
+
+def diverging(run: Any) -> None:
+    run.values("divergence", "kl")[:] = np.linspace(0, 5, 20)
+    run.values("evaluation", "loss")[5:] += np.linspace(0, 2, 15)
+
+
+SIGNS = (outgrown, loss_over_start, spikes, deaf, ever_harder_clipped, diverging)
+
+
+@pytest.mark.parametrize("sign", SIGNS)
+def test_one_sign_decides_nothing_and_two_accuse(finding: Find, healthy: Any, sign: Callable[[Any], None]) -> None:
+    sign(healthy)
+    one = finding("rate_high", healthy)
+    assert one.confidence == "could not tell" and len(one.evidence["signs"]) == 1 and "half the rate" in one.decide
+    other = outgrown if sign is not outgrown else spikes
+    other(healthy)
+    two = finding("rate_high", healthy)
+    assert two.severity in ("problem", "warning") and len(two.evidence["signs"]) == 2
+
+
+def test_a_loss_that_rises_is_a_problem(finding: Find, healthy: Any) -> None:
+    loss_over_start(healthy)
+    outgrown(healthy)
+    assert finding("rate_high", healthy).severity == "problem"
+
+
+def test_clipping_every_step_is_no_sign(finding: Find, healthy: Any) -> None:
+    """The packaged model trains best so."""
+    healthy.values("loss", "clip")[:] = np.random.default_rng(0).uniform(0.01, 0.9, 200)
+    assert finding("rate_high", healthy).severity == "fine"
+
+
+def test_a_second_moment_that_is_left_behind_where_the_loss_is_gone_is_no_sign(finding: Find, healthy: Any) -> None:
+    deaf(healthy)
+    healthy.values("loss", "loss")[:] = np.geomspace(3, 0.01, 200)
+    assert finding("rate_high", healthy).severity == "fine"
+
+
+def test_one_bad_batch_is_no_sign(finding: Find, healthy: Any) -> None:
+    healthy.values("loss", "loss")[100] = 4
+    assert finding("rate_high", healthy).severity == "fine"
+
+
+def slow(run: Any) -> None:
+    """Straight ahead, the loss falling with each step alike."""
+    steps = np.arange(1, 201)
+    noise = np.random.default_rng(0).normal(0, 0.01, 200)
+    run.values("loss", "loss")[:] = 3 - 0.002 * steps + noise
+    run.values("adapter_weights", "norm_update")[:] = np.cumsum(run.values("adapter_weights", "norm_step"), 0)
+    run.values("adapter_gradients", "cosine_mean")[:] = 0.6
+
+
+def test_a_slow_straight_run_is_too_low(finding: Find, healthy: Any) -> None:
+    slow(healthy)
+    found = finding("rate_low", healthy)
+    assert (found.severity, found.confidence) == ("warning", "likely")
+    assert found.evidence["straightness"] == pytest.approx(1, abs=0.02)
+
+
+def test_of_every_tenth_step_the_path_is_the_same(finding: Find, sound: Any) -> None:
+    """As the store thins a long run."""
+    run = sound(steps=2000)
+    run.values("adapter_weights", "norm_update")[:] = np.cumsum(run.values("adapter_weights", "norm_step"), 0)
+    whole = finding("rate_low", run, total_steps=2000).evidence["straightness"]
+    steps, columns = run.tables["adapter_weights"]
+    run.tables["adapter_weights"] = (steps[9::10], {measure: values[9::10] for measure, values in columns.items()})
+    assert finding("rate_low", run, total_steps=2000).evidence["straightness"] == pytest.approx(whole, rel=0.01)
+
+
+def test_a_straight_run_whose_loss_has_settled_is_not_too_low(finding: Find, healthy: Any) -> None:
+    slow(healthy)
+    healthy.values("loss", "loss")[:] = 2 + np.random.default_rng(0).normal(0, 0.01, 200)
+    healthy.values("evaluation", "loss")[:] = 2 + np.random.default_rng(1).normal(0, 0.004, 20)
+    assert finding("rate_low", healthy).severity == "fine"
+
+
+def test_falling_and_straight_with_no_other_sign_decides_nothing(finding: Find, healthy: Any) -> None:
+    slow(healthy)
+    healthy.values("adapter_gradients", "cosine_mean")[:] = 0.1
+    found = finding("rate_low", healthy)
+    assert found.confidence == "could not tell" and "three times the rate" in found.decide
+    healthy.values("divergence", "kl")[:] = 0.001
+    assert finding("rate_low", healthy).severity == "warning"
