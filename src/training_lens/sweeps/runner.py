@@ -165,7 +165,7 @@ class Sweep:
             if not (run.metadata / "summary.json").is_file():  # written last: without it, the run never began
                 shutil.rmtree(run.root, ignore_errors=True)
                 config = self.space.config(self.config, trial.params, {"experiment_name": name, "run_id": run.run_id})
-                return TrainingWrapper(config, console=self._console, callbacks=callbacks).train()
+                return TrainingWrapper(_without_report(config), console=self._console, callbacks=callbacks).train()
             if run.status not in ("finished", "pruned"):
                 mine = free_settings(self.config)
                 return TrainingWrapper.resume(run, mine, console=self._console, callbacks=callbacks)
@@ -189,6 +189,12 @@ class Sweep:
                 f"({last.run_id}) so: {last.error} Mend it; the same command then goes on with other trials, and "
                 "another sweep.name begins anew."
             )
+
+
+def _without_report(config: TrainingConfig) -> TrainingConfig:
+    """A trial's captures are kept, but no page is written of each, unless that was asked for."""
+    asked = "report" in config.lens.model_fields_set
+    return config if asked else config.resolved(lens={"report": False})
 
 
 class Pruning(Callback):
