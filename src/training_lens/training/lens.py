@@ -60,11 +60,7 @@ class LensCallback(Callback):
 
 
 def lens_of(plan: RunPlan, run: RunFolder) -> LensCallback | None:
-    """The lens that the config asks for; None where it is off.
-
-    Raises:
-        ConfigurationError: lens.collectors names one that is not there.
-    """
+    """The lens that the config asks for; None where it is off."""
     config, rows = plan.config, plan.validation or plan.train
     if not config.lens.enabled:
         return None

@@ -14,6 +14,7 @@ import torch
 
 from training_lens import embedded
 from training_lens.config.schema import TrainingConfig, check_run_length
+from training_lens.core.registry import CollectorRegistry
 from training_lens.data.batching import Mix, Schedule, hold_out
 from training_lens.data.preparation import Preparation, Split, prepare_split, tokenizer_hash
 from training_lens.data.reporting import log_split
@@ -106,6 +107,8 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     device = get_device(config.model.device)
     precision = resolve_precision(config.training.precision, device)
     require_writable(Path(config.output.base_output_dir), "output.base_output_dir")
+    for name in config.lens.collectors or ():
+        CollectorRegistry.get(name)
     processes = Processes(device)
     facts, tokenizer = read_tokenizer(config)
     resolved = _resolve(config, facts, tokenizer, precision)

@@ -1,0 +1,65 @@
+"""The lens on our own loop: what a run keeps of it, and what happens at its end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_lens.config.schema import TrainingConfig
+from training_lens.core.store import LensStore
+from training_lens.errors import ConfigurationError
+from training_lens.training.wrapper import TrainingWrapper
+from training_lens.utils.runs import RunFolder
+
+Config = Callable[..., TrainingConfig]
+
+
+def test_training_ends_with_three_lines_and_a_report(small_config: Config, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        summary = TrainingWrapper(small_config(lens={"report": True})).train()
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("lens: ")]
+    assert len(said) == 4
+    report = Path(summary.run_dir) / "reports" / "lens.html"
+    assert said[-1] == f"lens: the report is {report}"
+    assert report.stat().st_size > 10**6
+    assert 0 < summary.lens_seconds < summary.seconds
+
+
+def test_without_the_lens_nothing_is_captured(small_config: Config) -> None:
+    summary = TrainingWrapper(small_config(lens={"enabled": False, "report": True})).train()
+    assert summary.lens_seconds == 0
+    assert not RunFolder(Path(summary.run_dir)).lens.exists()
+    assert not (Path(summary.run_dir) / "reports" / "lens.html").exists()
+
+
+def test_a_report_that_fails_ends_no_run(
+    small_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no picture today")
+
+    monkeypatch.setattr("training_lens.analysis.reports.standard.StandardReports.write", fail)
+    assert TrainingWrapper(small_config(lens={"report": True})).train().status == "finished"
+    assert "the lens has no report of this run: no picture today" in caplog.text
+
+
+@pytest.mark.parametrize("tokens", [64, 0])
+def test_the_probe_set_is_as_large_as_asked_for(small_config: Config, tokens: int) -> None:
+    summary = TrainingWrapper(small_config(lens={"report": False, "probe_tokens": tokens})).train()
+    store = LensStore(RunFolder(Path(summary.run_dir)).lens)
+    assert ("divergence" in store.tables()) == (tokens > 0)
+    assert (store.manifest.probe or {"tokens": 0})["tokens"] <= tokens
+    if tokens:
+        assert store.series("divergence", "kl").of("run")[0] == 0  # a fresh adapter is the base
+        assert store.series("activations", "drift").values[0].max() == 0
+
+
+def test_an_unknown_collector_is_refused_before_there_is_a_run(small_config: Config) -> None:
+    config = small_config(lens={"collectors": ["adapter_weigths"]})
+    with pytest.raises(ConfigurationError, match="Did you mean adapter_weights"):
+        TrainingWrapper(config).train()
+    assert not list(Path(config.output.base_output_dir).glob("experiments/*"))
