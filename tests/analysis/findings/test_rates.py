@@ -92,6 +92,16 @@ def test_a_slow_straight_run_is_too_low(finding: Find, healthy: Any) -> None:
     assert found.evidence["straightness"] == pytest.approx(1, abs=0.02)
 
 
+def test_so_low_that_the_loss_does_not_show_it_is_too_low(finding: Find, healthy: Any) -> None:
+    """Straight ahead, gradients of one way, and the base's own predictions still: the loss is all noise."""
+    slow(healthy)
+    healthy.values("loss", "loss")[:] = 3 + np.random.default_rng(0).normal(0, 0.5, 200)
+    healthy.values("evaluation", "loss")[:] = 3 + np.random.default_rng(1).normal(0, 0.1, 20)
+    healthy.values("divergence", "kl")[:] = np.linspace(0, 1e-3, 20)
+    found = finding("rate_low", healthy)
+    assert (found.severity, found.confidence) == ("warning", "likely")
+
+
 def test_of_every_tenth_step_the_path_is_the_same(finding: Find, sound: Any) -> None:
     """As the store thins a long run."""
     run = sound(steps=2000)

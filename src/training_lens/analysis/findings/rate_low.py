@@ -20,7 +20,7 @@ RULE = Rule(
     code="rate_low",
     signature="the loss still falls at the end, about as fast against ln(steps) as before; dW goes straight ahead; "
     "gradients point one way; KL to the base is near 0",
-    threshold=f"the first two and one more: a slope of the later half over {FALLS_ON:g} of that before; |dW| over the "
+    threshold=f"dW goes straight ahead and two of the others: a slope of the later half over {FALLS_ON:g} of that before; |dW| over the "
     f"sum of its steps over {STRAIGHT:g}; a cosine with the mean of earlier gradients over {ALIGNED:g}; KL under "
     f"{NEAR_BASE:.0%} of the base's loss",
     source="the path of a random walk of n steps has a straightness of 1/sqrt(n), a line 1. On the packaged model "
@@ -42,7 +42,7 @@ def rate_low(recording: Recording) -> Finding:
     others = [sign for sign in (_aligned(recording), _near_base(recording)) if sign]
     measured = [f"|dW| is {straight:.2f} of its path", *others] + (["the loss falls as fast as ever"] if falls else [])
     evidence = {"straightness": straight, "loss": points(x=losses[0], y=losses[1])}
-    if falls and ahead and others:
+    if ahead and others and (falls or len(others) == 2):
         return RULE.found("warning", "The learning rate is too low", "; ".join(measured), evidence=evidence)
     if falls and (ahead or others):
         return RULE.unknown(
