@@ -118,7 +118,7 @@ def test_without_losses_all_else_is_captured_and_the_probe_comes(model: Any, opt
         for step in range(STEPS):
             backward(model, step)
             optimizer.step()
-    store = LensStore(tmp_path / "lens")
+    store = LensStore(str(tmp_path / "lens"))
     assert store.series("divergence", "kl").steps.tolist() == [0, 2, 4]
     assert "loss" not in store.tables()
 
