@@ -87,3 +87,16 @@ def test_an_optimizer_of_other_parameters_gives_nothing(adapted: Callable[..., A
     other = torch.nn.Parameter(torch.ones(2))
     other.grad = torch.ones(2)
     assert loop(adapted(), [OptimizerStateCollector()], torch.optim.AdamW([other])).update() == {}
+
+
+def test_a_parameter_that_adam_does_not_step_is_unknown_and_the_rest_is_captured(
+    adapted: Callable[..., Any], loop: Any, ids: Tensor
+) -> None:
+    model = adapted()
+    frozen = next(p for p in parameters(model)).requires_grad_(False)
+    of = loop(model, [OptimizerStateCollector()], torch.optim.AdamW(parameters(model), lr=1e-3))
+    of.model(input_ids=ids, labels=ids).loss.backward()
+    found = of.update()["optimizer_state"].scalars
+    assert frozen is of.watched.modules[0].a
+    assert found["update_rms_a"].isnan().nonzero().flatten().tolist() == [0]
+    assert found["update_rms_b"].isfinite().all()

@@ -240,13 +240,6 @@ def test_a_model_without_an_adapter_is_refused_before_the_first_step(tmp_path: P
         raise AssertionError("the block must not be entered")
 
 
-def test_an_optimizer_that_never_steps_is_told(own: OwnRun, tmp_path: Path) -> None:
-    model = adapted(own)
-    other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    with pytest.raises(LensError, match="never stepped"), TrainingLensFramework(tmp_path).watch(model, other):
-        pass
-
-
 def test_a_collector_that_fails_is_off_and_the_rest_goes_on(
     own: OwnRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -174,3 +174,13 @@ def test_whole_stacks_have_pissas_frozen_halves() -> None:
     for i, module in enumerate(modules):
         a, b = module.factors()
         assert torch.equal(whole.a[i], a) and torch.equal(whole.b[i], b)
+
+
+def test_what_wraps_a_model_is_no_part_of_the_names() -> None:
+    model = attach(llama(), PeftSection(r=3))
+    bare = [m.name for m in adapter_modules(model)]
+    compiled = torch.compile(model, backend="eager")
+    assert [m.name for m in adapter_modules(compiled)] == bare
+    parallel = torch.nn.Module()
+    parallel.module = compiled  # as DistributedDataParallel keeps it
+    assert [m.name for m in adapter_modules(parallel)] == bare

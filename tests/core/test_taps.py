@@ -27,12 +27,29 @@ def test_a_tap_keeps_the_sum_of_micro_batches_before_clipping() -> None:
     assert tap(weight) is None
 
 
-def test_a_tap_takes_the_scalers_scale_off() -> None:
-    weight = torch.nn.Parameter(torch.ones(2))
-    tap = GradientTap([weight], lambda: 1024.0)
-    (1024.0 * weight).sum().backward()
-    kept = tap(weight)
-    assert kept is not None and kept.tolist() == [1.0, 1.0]
+def test_a_parameter_that_only_an_early_micro_batch_reaches_keeps_that_gradient() -> None:
+    from accelerate.state import GradientState
+
+    expert, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    tap, state = GradientTap([expert, other]), GradientState()
+    before = state.sync_gradients
+    try:
+        for reached, last in ((expert, False), (other, True)):  # an expert that gets no token of the last one
+            state._set_sync_gradients(last)
+            reached.sum().backward()
+    finally:
+        state._set_sync_gradients(before)
+    assert all(kept is not None and kept.tolist() == [1.0, 1.0] for kept in (tap(expert), tap(other)))
+
+
+def test_a_tap_takes_the_scalers_scale_off_and_asks_for_it_once_a_step() -> None:
+    weights, asked = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)], []
+    tap = GradientTap(weights, lambda: asked.append(1) or 1024.0)
+    for step in (1, 2):
+        (1024.0 * sum(weights)).sum().backward()
+        assert all(float((tap(w) / step - 1).abs().max()) == 0 for w in weights)
+        assert len(asked) == step
+        tap.clear()
 
 
 def test_a_frozen_parameter_has_nothing_to_keep() -> None:
@@ -47,35 +64,56 @@ class Answers(torch.nn.Module):
         return output
 
 
+def number(value: float) -> Tensor:
+    return torch.tensor(value, requires_grad=True)
+
+
 @pytest.mark.parametrize(("given", "wanted"), [({}, 2.0), ({"num_items_in_batch": torch.tensor(9)}, 4.0)])
 def test_losses_are_averaged_or_summed_as_they_were_divided(given: dict[str, Any], wanted: float) -> None:
     model = Answers().train()
     tap = LossTap(model)
     for loss in (1.0, 3.0):
-        model(SimpleNamespace(loss=torch.tensor(loss)), **given)
+        model(SimpleNamespace(loss=number(loss)), **given).loss.backward()
     taken = tap.take()
     assert taken is not None and float(taken) == wanted and tap.take() is None
+
+
+def scores(values: list[float]) -> SimpleNamespace:
+    mask = torch.tensor([v != 0 for v in values])
+    return SimpleNamespace(log_probs=torch.tensor(values, requires_grad=True), label_mask=mask)
 
 
 def test_log_probabilities_are_divided_by_their_labels() -> None:
     model = Answers().train()
     tap = LossTap(model)
     for values in ([-1.0, -2.0], [-3.0, 0.0]):
-        mask = torch.tensor([v != 0 for v in values])
-        model(SimpleNamespace(log_probs=torch.tensor(values), label_mask=mask))
-    assert float(tap.take()) == 2.0
+        (-model(scores(values)).log_probs.sum() / 3).backward()
+    taken = tap.take()
+    assert taken is not None and float(taken) == 2.0
+
+
+def test_a_loss_that_training_does_not_go_back_through_is_not_taken_for_its_own() -> None:
+    model = Answers().train()
+    tap = LossTap(model)
+    other = number(2.0)
+    model(SimpleNamespace(loss=number(1.0), other=other)).other.backward()
+    assert tap.take() is None
+    preferred = torch.tensor([1.0, -1.0])  # as DPO weighs the chosen and the rejected answer
+    (model(scores([-1.0, -2.0])).log_probs * preferred).sum().backward()
+    assert tap.take() is None
 
 
 def test_a_nan_loss_stays_nan_and_judging_is_not_read() -> None:
     model = Answers().train()
     tap = LossTap(model)
-    model(SimpleNamespace(loss=torch.tensor(torch.nan)))
-    assert torch.isnan(tap.take())
+    model(SimpleNamespace(loss=number(torch.nan))).loss.backward()
+    taken = tap.take()
+    assert taken is not None and torch.isnan(taken)
     with torch.no_grad():
-        model(SimpleNamespace(loss=torch.tensor(1.0)))
-    model.eval()(SimpleNamespace(loss=torch.tensor(1.0)))
+        model(SimpleNamespace(loss=number(1.0)))
+    model.eval()(SimpleNamespace(loss=number(1.0))).loss.backward()
     assert tap.take() is None
     model.train()
     tap.remove()
-    model(SimpleNamespace(loss=torch.tensor(1.0)))
+    model(SimpleNamespace(loss=number(1.0))).loss.backward()
     assert tap.take() is None

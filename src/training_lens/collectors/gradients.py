@@ -20,8 +20,9 @@ DECAY = 0.9  # of the running mean of gradients
 class AdapterGradientsCollector(DataCollector):
     """Norms and directions of each module's gradient, and the self-check (table `adapter_gradients`).
 
-    Cosines are NaN where there is nothing to compare with: at the first step, after a step without a gradient. A
-    gradient that is not finite gives NaN there, and does not enter the running mean.
+    Cosines are NaN where there is nothing to compare with: after a step without a gradient, and at the first step, also
+    of a resumed run, where the running mean begins anew. A gradient that is not finite gives NaN there, and does not
+    enter the running mean.
 
     Cost: some twenty passes over the adapter's gradients, no synchronisation; memory of twice the adapter in float32,
     for the gradient of the step before and for the running mean.

@@ -23,7 +23,8 @@ logger = get_logger(__name__)
 class OptimizerStateCollector(DataCollector):
     """How far the gradients that Adam took outgrow its second moments (table `optimizer_state`).
 
-    The gradients are the clipped ones, as the optimizer had them. A parameter that Adam has not stepped yet has NaN.
+    The gradients are the clipped ones, as the optimizer had them. A parameter that Adam does not step, or has not yet,
+    has NaN.
     Nothing is captured, and that is said once, of an optimizer that keeps no float `exp_avg_sq` of a parameter's shape
     (8-bit ones, Adafactor, SGD) or whose parameter groups differ in eps.
 
@@ -76,7 +77,9 @@ class _Adam:
     def _bias(self, parameters: Sequence[Tensor]) -> Tensor:
         """1 - beta2^t of each, (parameters,)."""
         steps = torch.stack([torch.as_tensor(self.state.get(p, {}).get("step", 1)) for p in parameters]).float()
-        betas = torch.tensor([self.groups[id(p)]["betas"][1] for p in parameters]).to(steps.device, non_blocking=True)
+        unstepped = {"betas": (0.0, 0.0)}  # of which no moment is known either
+        betas = torch.tensor([self.groups.get(id(p), unstepped)["betas"][1] for p in parameters])
+        betas = betas.to(steps.device, non_blocking=True)
         return -torch.expm1(steps * betas.log())  # exact where beta2^t is close to 1
 
 
@@ -85,12 +88,12 @@ def _or_unknown(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _adam(watched: Watched) -> _Adam | None:
-    """The optimizer, read as Adam; None where it is another, or does not step all of the adapter."""
+    """The optimizer, read as Adam; None where it is another, or steps nothing of the adapter."""
     if watched.optimizer is None:
         return None
-    trained = [p for module in watched.modules for p in (module.a, module.b)]
     of = {id(p): group for group in watched.optimizer.param_groups for p in group["params"]}
-    if not all(id(p) in of and "betas" in of[id(p)] and "eps" in of[id(p)] for p in trained):
+    trained = [p for module in watched.modules for p in (module.a, module.b) if id(p) in of]
+    if not all("betas" in of[id(p)] and "eps" in of[id(p)] for p in trained):
         return None
     state, eps = watched.optimizer.state, {of[id(p)]["eps"] for p in trained}
     stepped = [p for p in trained if state.get(p)]

@@ -30,7 +30,8 @@ class LensSection(Section):
         description="tokens of the probe set: validation rows, or training rows where there are none; 0: none",
     )
     keep_probe: bool = Field(
-        False, description="save the probe set's tokens with the captures; otherwise only what is measured of them"
+        False,
+        description="save the probe set's tokens as lens/probe.safetensors; otherwise only what is measured of them",
     )
     flush_seconds: float = Field(
         30.0, ge=0, description="captures go to disk at least so often; a kill loses what is younger"

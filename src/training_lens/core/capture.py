@@ -15,11 +15,13 @@ from torch import Tensor
 from training_lens.config.lens_section import LensSection
 from training_lens.core import tables
 from training_lens.core.collector import DataCollector, Pace, Watched
+from training_lens.core.manifest import LENS
 from training_lens.core.probe import as_judged
 from training_lens.core.store import LensWriter
 from training_lens.core.types import Cadence, Captured, DataType, LensManifest, Moment
 from training_lens.models.kernels import paired_scores
 from training_lens.utils.devices import Precision, autocast
+from training_lens.utils.files import safe_save
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
 
@@ -29,6 +31,7 @@ SPECTRA_SHARE, PROBE_SHARE = 0.005, 0.01  # of the training time, where the conf
 SPECTRA = 16  # at least, in a run whose length is known
 SNAPSHOTS = 8  # in a run whose length is known
 SNAPSHOT_STEPS = 500  # between them, in one whose length is not
+PROBE = "probe.safetensors"  # in the lens folder, where lens.keep_probe asks for it
 EVERY_STEPS = 0.9  # decay of the running mean of a step's seconds
 
 
@@ -73,7 +76,10 @@ class Capture:
         self._step, self._over = facts.after_step, False
         self._step_seconds, self._clock = 0.0, time.perf_counter()
         known = {c.name for c in self._live if facts.after_step and (folder / c.name).is_dir()}
+        if facts.after_step == 0 and (folder / LENS).is_file():
+            logger.warning("the captures of an earlier run in %s are replaced", folder)
         self._writer = LensWriter(folder, self._manifest(), section, facts.after_step)
+        self._keep_probe(folder / PROBE)
         self.seconds = self._writer.cost()  # of the run before it was resumed
         for collector in tuple(self._live):
             with self._guarded(collector, 0):
@@ -93,15 +99,16 @@ class Capture:
         if self._over or not self.due(step):
             watched.before = watched.gradients = watched.after = ()
             return
-        with self._timed("stacks"):
-            watched.before = watched.after or [group.weights() for group in watched.groups]
+        untouched = watched.after if self._facts.origin != "hand" else ()  # of another's loop, nobody knows
+        with self._timed("stacks"), self._needed():
+            watched.before = untouched or [group.weights() for group in watched.groups]
             watched.gradients = [group.gradients(of) for group in watched.groups]
         self._collect(self._due(Moment.GRADIENTS, step), step)
 
     def update(self, step: int) -> None:
         """See `TrainingLensFramework.update`."""
         due = [] if self._over else self._due(Moment.UPDATE, step)
-        with self._timed("stacks"):
+        with self._timed("stacks"), self._needed():
             self.watched.after = [group.weights() for group in self.watched.groups] if due else ()
         self._collect(due, step)
 
@@ -113,7 +120,7 @@ class Capture:
         took = time.perf_counter() - self._clock
         self._step_seconds = EVERY_STEPS * self._step_seconds + (1 - EVERY_STEPS) * took if self._step_seconds else took
         self._go_through_probe(step, self._due(Moment.PROBE, step))
-        with self._timed("flush"), self._store_guarded():
+        with self._timed("flush"), self._needed():
             self._writer.flush_if_due(self.seconds)
         self._clock = time.perf_counter()
 
@@ -126,11 +133,11 @@ class Capture:
         """See `TrainingLensFramework.stop`."""
         if self._step and not (failed or self._over):
             rare = [c for c in self._live if c.cadence is not Cadence.SCALARS and self._last.get(c.name) != self._step]
-            with self._timed("stacks"):
+            with self._timed("stacks"), self._needed():
                 self.watched.after = [group.weights() for group in self.watched.groups]
             self._collect([c for c in rare if c.moment is Moment.UPDATE], self._step)
             self._go_through_probe(self._step, [c for c in rare if c.moment is Moment.PROBE])
-        with self._timed("flush"), self._store_guarded():
+        with self._timed("flush"), self._needed():
             self._writer.close(self.seconds)
         self._over = True
 
@@ -144,6 +151,14 @@ class Capture:
         if collector.cadence is Cadence.SPECTRA:
             return Pace(section.spectra_every, SPECTRA_SHARE, total, least=SPECTRA)
         return Pace(section.probe_every, PROBE_SHARE, total, from_step=0)  # there before the first step, too
+
+    def _keep_probe(self, path: Path) -> None:
+        """The probe set's tokens, only where the config asks for them: they are the user's own text."""
+        probe = self.watched.probe
+        with self._needed():
+            path.unlink(missing_ok=True)
+            if self._section.keep_probe and probe:
+                safe_save({"input_ids": probe.input_ids, "loss_mask": probe.loss_mask, "lengths": probe.lengths}, path)
 
     def _manifest(self) -> LensManifest:
         return LensManifest(
@@ -162,7 +177,7 @@ class Capture:
         return [c for c in self._of(moment) if self._paces[c.name].due(step)]
 
     def _collect(self, collectors: Sequence[DataCollector], step: int) -> None:
-        for collector in collectors:
+        for collector in () if self._over else collectors:
             with self._guarded(collector, step):
                 self._keep(collector, step, collector.collect(self.watched, step))
 
@@ -190,15 +205,16 @@ class Capture:
     def _keep(self, collector: DataCollector, step: int, captured: Captured | None) -> None:
         if captured is not None and not self._over:
             self._last[collector.name] = step
-            with self._store_guarded():
+            with self._needed():
                 self._writer.add(collector.name, step, captured)
 
     def _row(self, table: str, step: int, values: Mapping[str, float | Tensor | None]) -> None:
         if not self._over:
             device = next((v.device for v in values.values() if isinstance(v, Tensor)), "cpu")
-            with self._timed("stacks"), self._store_guarded():
+            with self._timed("stacks"), self._needed():
                 known = {k: _cell(v, device) for k, v in values.items() if v is not None}
-                self._writer.add(table, step, Captured(known))
+                if known:
+                    self._writer.add(table, step, Captured(known))
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -233,15 +249,15 @@ class Capture:
         logger.debug("in %s", names, exc_info=error)
 
     @contextmanager
-    def _store_guarded(self) -> Iterator[None]:
-        """A store that cannot be written ends the capture, and not the run."""
+    def _needed(self) -> Iterator[None]:
+        """What all collectors need, as a store that can be written: without it the capture ends, and not the run."""
         try:
             yield
         except Exception as error:
             if not self._over:
                 self._over = True
                 logger.warning("the lens stops capturing after step %d: %s Training goes on.", self._step, said(error))
-                logger.debug("in the store", exc_info=error)
+                logger.debug("in what all collectors need", exc_info=error)
 
 
 def _cell(value: float | Tensor, device: torch.device | str) -> Tensor:

@@ -17,6 +17,7 @@ from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks?|layer)\.(\d+)\.")
+WRAPPERS = re.compile(r"^(?:(?:_orig_mod|module)\.)*(?:base_model\.model\.)?(?:_orig_mod\.)?")
 KINDS = {"out_proj": "o"} | {f"{kind}_proj": kind for kind in ("q", "k", "v", "o", "gate", "up", "down")}
 
 
@@ -184,5 +185,5 @@ def _with_adapter(module: AdapterModule) -> AdapterModule:
 
 
 def _plain_name(name: str) -> str:
-    """The path in the base model."""
-    return name.removeprefix("base_model.model.").removeprefix("module.")
+    """The path in the base model, whatever wraps it: torch.compile, DistributedDataParallel, PEFT."""
+    return WRAPPERS.sub("", name)

@@ -176,9 +176,9 @@ class LensStore:
         LensError: there are no captures, or of a format that this version cannot read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder)
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
         self.damaged: list[Path] = []
 
     def tables(self) -> tuple[str, ...]:

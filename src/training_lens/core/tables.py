@@ -17,11 +17,11 @@ EVALUATION = "evaluation"
 # table -> measure -> what it is. dW = s B A is what the adapter adds to a frozen weight W.
 MEASURES: dict[str, dict[str, str]] = {
     GRADIENTS: {
-        "norm_a": "Frobenius norm of dL/dA, accumulated, unscaled, before clipping",
+        "norm_a": "Frobenius norm of dL/dA, accumulated, unscaled, before clipping (of several processes after it)",
         "norm_b": "the same of dL/dB",
         "norm_magnitude": "the same of dL/dm, DoRA alone",
         "cosine_previous": "cosine of (dL/dA, dL/dB) with that of the step captured before",
-        "cosine_mean": "cosine with the running mean of earlier gradients (decay 0.9)",
+        "cosine_mean": "cosine with the running mean of earlier gradients (decay 0.9), which begins anew on a resume",
         "self_check": "|B^T dB - dA A^T| / (|B| |dB| + |dA| |A|): 0 up to rounding where the capture is right",
     },
     WEIGHTS: {

@@ -6,6 +6,7 @@ first sees them. So they are kept by hooks on the parameters, as the last micro-
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,11 @@ def trainer_callback(lens: TrainingLensFramework) -> Any:
     class LensCallback(TrainerCallback):
         """Drives a lens from the HF Trainer's events. With several processes the first one captures."""
 
+        joint: _Joint | None = None  # before training begins, and in all processes but the first
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if self.joint:
+                self.joint.end(failed=True)  # that training broke off: the Trainer says so to no callback
             self.joint = _Joint(lens, args, state, **given) if state.is_world_process_zero else None
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -42,6 +47,10 @@ def trainer_callback(lens: TrainingLensFramework) -> Any:
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **given: Any) -> None:
             if self.joint and metrics and "eval_loss" in metrics:
                 lens.evaluation(state.global_step, float(metrics["eval_loss"]))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
+            if self.joint and "train_loss" in (logs or {}):
+                self.joint.end()  # the last event before load_best_model_at_end puts other weights in
 
         def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             if self.joint:
@@ -58,12 +67,18 @@ class _Joint:
         model, optimizer = given["model"], given["optimizer"]
         self._optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         lens.start(model, self._optimizer, _facts(args, state, given.get("train_dataloader")))
-        self._single = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        self._single = args.world_size == 1
         self._tap = lens.tap(getattr(optimizer, "scaler", None)) if self._single else None
-        if not self._single:
-            logger.info("several processes: the lens sees gradients after clipping")
         self._losses = LossTap(model)
         self._values: dict[str, Tensor | float | None] = {}
+        self._steps = self._known_losses = 0
+        self._ended = False
+        if not self._single:
+            logger.warning(
+                "the lens sees one of %d processes: gradients are captured after clipping, and the loss of a step, the "
+                "norm before clipping and the share that clipping left are not known.",
+                args.world_size,
+            )
 
     def before_update(self, step: int) -> None:
         of = self._tap or (lambda parameter: parameter.grad)
@@ -73,20 +88,26 @@ class _Joint:
     def after_step(self, state: Any) -> None:
         if self._tap:
             self._tap.clear()
-        values = {"loss": self._losses.take(), "epoch": state.epoch, **self._values}
-        self._lens.record(state.global_step, values)
+        loss = self._losses.take() if self._single else None  # another process has other examples
+        self._steps, self._known_losses = self._steps + 1, self._known_losses + (loss is not None)
+        self._lens.record(state.global_step, {"loss": loss, "epoch": state.epoch, **self._values})
 
-    def end(self) -> None:
+    def end(self, *, failed: bool = False) -> None:
+        if self._ended:
+            return
+        self._ended = True
         if self._tap:
             self._tap.remove()
         self._losses.remove()
-        self._lens.stop()
+        self._lens.stop(failed=failed)
+        if self._single and self._steps and not self._known_losses:
+            logger.warning("the lens saw no training loss: this trainer makes one that the model does not return.")
 
 
 def _facts(args: Any, state: Any, batches: Any) -> RunFacts:
     steps = None
     if batches is not None and hasattr(batches, "__len__"):
-        steps = max(1, len(batches) // args.gradient_accumulation_steps)
+        steps = max(1, math.ceil(len(batches) / args.gradient_accumulation_steps))
     return RunFacts(
         origin="transformers",
         after_step=state.global_step,
@@ -96,18 +117,24 @@ def _facts(args: Any, state: Any, batches: Any) -> RunFacts:
             "steps_per_epoch": steps,
             "max_grad_norm": args.max_grad_norm or None,
             "lr": args.learning_rate,
+            "processes": args.world_size,
         },
     )
 
 
 def _clipping(optimizer: Any, tap: GradientTap | None) -> dict[str, Tensor]:
-    """The norm of all gradients before clipping, and what they were multiplied by. No synchronisation."""
+    """The norm of all gradients before clipping, and what they were multiplied by. No synchronisation.
+
+    The factor is told by what the tap watches; clipping has multiplied all others by it, too.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    now = _norm([p.grad for p in parameters])
-    if tap is None or any(tap(p) is None for p in parameters):
+    kept = {id(p): gradient for p in parameters if tap is not None and (gradient := tap(p)) is not None}
+    if not kept:
         return {}
-    before = _norm([g for p in parameters if (g := tap(p)) is not None])
-    return {"grad_norm": before, "clip": now / before}
+    before = _norm(list(kept.values()))
+    clip = _norm([p.grad for p in parameters if id(p) in kept]) / before
+    others = [p.grad for p in parameters if id(p) not in kept]
+    return {"grad_norm": torch.hypot(before, _norm(others) / clip) if others else before, "clip": clip}
 
 
 def _norm(tensors: list[Any]) -> Tensor:

@@ -86,7 +86,7 @@ class LensManifest:
 
     `origin` is the loop that was watched: training-lens, transformers, or hand. `tables` gives each table's data type.
     `settings` are those of the run that readings need, where they are known: `total_steps`, `steps_per_epoch`,
-    `max_grad_norm`, `lr`. `probe` says what the probe set is: examples, tokens, supervised tokens.
+    `max_grad_norm`, `lr`, `processes`. `probe` says what the probe set is: examples, tokens, supervised tokens.
     """
 
     modules: tuple[ModuleRecord, ...]
