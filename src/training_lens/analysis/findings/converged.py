@@ -17,8 +17,8 @@ RULE = Rule(
     code="converged",
     signature="the held-out loss's slope against ln(steps), times the ln(steps) that are left, is under its noise",
     threshold=f"the gain with {ERRORS:g} standard errors under the noise of one held-out loss, or under {NOISES:g} "
-    "times that where it may be 0; the noise is a bootstrap error over rows where a rank check measured it, else what the "
-    "fitted line leaves over",
+    "times that where it may be 0; the noise is a bootstrap error over rows where a rank check measured it, else what "
+    "the fitted line leaves over",
     source="relative to this run; a loss is about straight against ln(steps) (LoRA Without Regret, 2025)",
     action="stop here: more steps gain less than can be measured. More or other rows may",
 )
@@ -52,7 +52,7 @@ def _verdict(judged: HeldOut, gain: Estimate, noise: float, measured: str, runni
         "gain": gain.value,
         "error": gain.error,
         "noise": noise,
-        "curve": points(x=judged.steps, y=judged.losses),
+        "held_out": points(x=judged.steps, y=judged.losses),
     }
     least, most = gain.value - ERRORS * gain.error, gain.value + ERRORS * gain.error
     if most <= (NOISES * noise if least <= 0 else noise):

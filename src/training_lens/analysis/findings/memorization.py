@@ -45,7 +45,7 @@ def memorization(recording: Recording) -> Finding:
     steps, losses = curve(recording, tables.LOSS, "loss")
     per_epoch = _steps_per_epoch(recording)
     if len(steps) and per_epoch and steps[-1] <= per_epoch:
-        return RULE.fine("No row was seen twice", f"the run ends after {steps[-1] / per_epoch:.0%} of an epoch")
+        return RULE.fine("No row was seen twice", f"the run is {steps[-1] / per_epoch:.0%} of an epoch long")
     judged, stairs = held_out(recording), _stairs(steps, losses, per_epoch)
     if judged.direction() == "unknown" or len(steps) < LEAST:
         return RULE.unknown(
