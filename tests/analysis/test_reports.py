@@ -79,7 +79,7 @@ def _analysis(recording: Recording, *findings: Finding, **results: Any) -> Analy
 
 def test_the_executive_report_answers_five_questions(recording: Recording) -> None:
     words = StandardReports(_analysis(recording, FOUND, FINE, UNKNOWN)).executive().markdown()
-    assert "Yes: the validation loss was 2.9000 before, is 2.0000 at best (step 5), and 2.2000 at the end" in words
+    assert "Yes: the validation loss was 2.9000 before and is 2.0000 at best (step 5), and 2.2000 at the end" in words
     assert "The capture is sound" in words and "2e-06 (model.layers.1.self_attn.v_proj, step 4" in words
     assert "Layers 1 (83%), 0 (17%), outside (0%)" in words and "30% of its weight" in words
     assert "- Nothing trains (layer 1): 0 of 5 move" in words and "- Nothing trains: stop the run." in words
@@ -231,7 +231,7 @@ def test_each_of_the_three_lines_fits_a_screen_however_long_names_and_actions_ar
 def test_a_run_that_hardly_learned_is_not_told_that_it_did(record: Record) -> None:
     judged = {"loss": [np.nan, 9.83], "base_loss": [9.85, np.nan]}
     recording = record({tables.EVALUATION: ([0, 5], judged)})
-    assert losses(recording).sentence().startswith("Hardly: the validation loss was 9.8500 before, is 9.8300")
+    assert losses(recording).sentence().startswith("Hardly: the validation loss was 9.8500 before and is 9.8300")
 
 
 def test_validation_without_that_of_the_base_is_told_and_not_denied(record: Record) -> None:

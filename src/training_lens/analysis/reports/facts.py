@@ -134,7 +134,7 @@ class Losses:
             return f"The validation loss is {best} What it was before training was not captured. {self._by_training()}"
         gain = self.base - self.best
         answer = "No" if gain <= 0 else "Hardly" if gain < LEAST_GAIN * self.base else "Yes"
-        return f"{answer}: the validation loss was {self.base:.4f} before, is {best}"
+        return f"{answer}: the validation loss was {self.base:.4f} before and is {best}"
 
     def _by_training(self) -> str:
         if self.first is None or self.last is None:
@@ -192,7 +192,7 @@ class Changed:
         size = f" The largest change is {self.size()} its weight ({self.strongest})." if self.strongest else ""
         after = "" if self.whole else f" This is after step {self.step}: later weights are not finite."
         carriers = f"Layers {_shares(self.by_layer)} and modules {_shares(self.by_kind)}"
-        return f"{carriers} carry the most of |dW|².{size}{after}"
+        return f"{carriers} carry most of the change (shares of |dW|²; dW is what is added to a weight).{size}{after}"
 
     def brief(self) -> str:
         """The same for one line."""
