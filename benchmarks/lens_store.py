@@ -1,11 +1,12 @@
-"""The lens's store over a long run: bytes on disk, seconds while training, and what reading all of it takes.
+"""The lens over a long run: bytes on disk, seconds while training, and what reading it and its report take.
 
     python benchmarks/lens_store.py [--steps 100000] [--output benchmarks/results/lens_store.json]
 
-Random captures of 224 modules (32 layers of q, k, v, o, gate, up and down), every step: 7 measures of weights, 5 of
-gradients, 4 of the loss; every 1,000 steps spectra of 16 values. They go through the LensWriter with the default
-bounds; series are read in a process of their own. Writes one JSON object. `add` and `flush` are the store's seconds;
-making the random numbers is not counted.
+Random captures of 224 modules (32 layers of q, k, v, o, gate, up and down), in the built-in tables: every step 5
+measures of weights, 5 of gradients, 2 of the optimizer and 8 of the loss; every 1,000 steps spectra of 16 values, the
+probe set and a validation. They go through the LensWriter with the default bounds. All series are read, and the
+standard report (technical, HTML) is made, each in a process of its own. Writes one JSON object. `add` and `flush` are
+the store's seconds; making the random numbers is not counted.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from training_lens.config.lens_section import LensSection
+from training_lens.core import tables
 from training_lens.core.store import LensStore, LensWriter
-from training_lens.core.types import Captured, DataType, LensManifest, ModuleRecord
+from training_lens.core.types import RUN, Captured, DataType, LensManifest, ModuleRecord
 from training_lens.utils.devices import device_name, peak_bytes
 
 CPU = torch.device("cpu")
@@ -37,35 +40,60 @@ MODULES = tuple(
     for kind, name in KINDS.items()
 )
 NAMES = tuple(module.name for module in MODULES)
-MEASURES = {
-    DataType.ADAPTER_WEIGHTS: ("a_norm", "b_norm", "update_norm", "relative_update", "step_norm", "cosine", "drift"),
-    DataType.ADAPTER_GRADIENTS: ("a_gradient", "b_gradient", "gradient_norm", "gradient_cosine", "share"),
-    DataType.LOSS: ("loss", "gradient_norm", "learning_rate", "tokens"),
+LAYERS = tuple(f"layers.{layer}" for layer in range(32))
+EVERY_STEP = {
+    tables.WEIGHTS: ("norm_a", "norm_b", "norm_update", "norm_step", "balance"),
+    tables.GRADIENTS: ("norm_a", "norm_b", "cosine_previous", "cosine_mean", "self_check"),
+    tables.OPTIMIZER: ("update_rms_a", "update_rms_b"),
+    tables.LOSS: tuple(tables.MEASURES[tables.LOSS]),
 }
-SPECTRA_EVERY = 1000
+SELDOM = {
+    tables.SPECTRA: ("effective_rank", "stable_rank", "energy_rank"),
+    tables.ACTIVATIONS: ("rms", "drift"),
+    tables.DIVERGENCE: ("kl", "loss", "base_loss"),
+    tables.EVALUATION: ("loss",),
+}
+SELDOM_EVERY = 1000
+ROWS = {
+    **dict.fromkeys((tables.LOSS, tables.DIVERGENCE, tables.EVALUATION), (RUN,)),
+    tables.ACTIVATIONS: LAYERS,
+}
+DATA_TYPES = {
+    tables.GRADIENTS: DataType.ADAPTER_GRADIENTS,
+    tables.OPTIMIZER: DataType.OPTIMIZER_STATE,
+    tables.ACTIVATIONS: DataType.ACTIVATIONS,
+    **dict.fromkeys((tables.LOSS, tables.DIVERGENCE, tables.EVALUATION), DataType.LOSS),
+    **dict.fromkeys((tables.WEIGHTS, tables.BASE, tables.SPECTRA), DataType.ADAPTER_WEIGHTS),
+}
 
 
 def captures(step: int) -> dict[str, Captured]:
     """What the collectors of one step would give."""
-    made = {}
-    for table, measures in MEASURES.items():
-        rows = ("run",) if table == DataType.LOSS else NAMES
-        values = torch.randn(len(measures), len(rows)).mul_(0.3).exp_()
-        made[str(table)] = Captured(dict(zip(measures, values, strict=True)), rows=rows)
-    if step % SPECTRA_EVERY == 0:
+    if step == 0:
+        return {tables.BASE: Captured({"norm": torch.full((len(NAMES),), 64.0)}, rows=NAMES)}
+    seldom = step % SELDOM_EVERY == 0
+    made = {table: _random(table, measures) for table, measures in {**EVERY_STEP, **(SELDOM if seldom else {})}.items()}
+    if seldom:
         spectra = torch.rand(len(NAMES), 16).sort(descending=True).values
-        made["spectra"] = Captured(vectors={"singular_values": list(spectra)}, rows=NAMES)
+        drawn = made[tables.SPECTRA]
+        made[tables.SPECTRA] = Captured(drawn.scalars, {"singular_values": list(spectra)}, rows=NAMES)
     return made
+
+
+def _random(table: str, measures: Sequence[str]) -> Captured:
+    rows = ROWS.get(table, NAMES)
+    values = torch.randn(len(measures), len(rows)).mul_(0.3).exp_()
+    return Captured(dict(zip(measures, values, strict=True)), rows=rows)
 
 
 def simulate(folder: Path, steps: int) -> dict[str, Any]:
     """Write the captures of a run of `steps` steps to `folder`; what that took."""
     torch.manual_seed(0)
-    tables = {**{str(kind): kind for kind in MEASURES}, "spectra": DataType.ADAPTER_WEIGHTS}
-    writer = LensWriter(folder, LensManifest(MODULES, tables=tables, settings={"total_steps": steps}), LensSection())
+    settings = {"total_steps": steps, "steps_per_epoch": steps / 4}
+    writer = LensWriter(folder, LensManifest(MODULES, tables=DATA_TYPES, settings=settings), LensSection())
     seconds = {"add": 0.0, "flush": 0.0, "longest_flush": 0.0}
     adds = 0
-    for step in range(1, steps + 1):
+    for step in range(steps + 1):
         made = captures(step)
         started = time.perf_counter()
         for table, captured in made.items():
@@ -91,47 +119,80 @@ def simulate(folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """Read every series of `folder`; what that took. The peak is this process's."""
+def read(run: Path) -> dict[str, Any]:
+    """Read every series of the run's captures; what that took. The peak is this process's."""
     before = peak_bytes(CPU)
     started = time.perf_counter()
-    store = LensStore(folder)
+    store = LensStore(run / "lens")
     opened = time.perf_counter()
-    series = [store.series(str(table), measure) for table, measures in MEASURES.items() for measure in measures]
-    store.vectors("spectra", "singular_values")
+    series = [store.series(table, measure) for table, measures in EVERY_STEP.items() for measure in measures]
+    store.vectors(tables.SPECTRA, "singular_values")
     done = time.perf_counter()
     return {
         "open_milliseconds": round((opened - started) * 1e3, 1),
         "series": len(series),
         "read_seconds": round(done - opened, 2),
-        "steps_left": {str(t): len(store.series(str(t), measures[0]).steps) for t, measures in MEASURES.items()},
+        "steps_left": {table: len(store.series(table, measures[0]).steps) for table, measures in EVERY_STEP.items()},
         "peak_bytes": peak_bytes(CPU),
         "peak_bytes_before_reading": before,
     }
+
+
+def report(run: Path) -> dict[str, Any]:
+    """Analyse the run and write its standard report; what that took, libraries that it loads included."""
+    before = peak_bytes(CPU)
+    started = time.perf_counter()
+    from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
+    from training_lens.analysis.reports.standard import StandardReports
+
+    analysis = CheckpointAnalyzer(run).analyze()
+    analysed = time.perf_counter()
+    path = StandardReports(analysis).write(run / "reports", "technical", "html")
+    done = time.perf_counter()
+    return {
+        "analyse_seconds": round(analysed - started, 2),
+        "write_seconds": round(done - analysed, 2),
+        "seconds": round(done - started, 2),
+        "html_bytes": path.stat().st_size,
+        "findings": len(analysis.findings),
+        "peak_bytes": peak_bytes(CPU),
+        "peak_bytes_before": before,
+    }
+
+
+WAYS = {"read": read, "report": report}
+
+
+def in_a_process(way: str, run: Path) -> dict[str, Any]:
+    """What `read` or `report` gives in a fresh process."""
+    call = [sys.executable, __file__, "--way", way, "--run", str(run)]
+    found: dict[str, Any] = json.loads(subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/lens_store.json"))
-    parser.add_argument("--read", type=Path, help="only read the captures in this folder")
+    parser.add_argument("--way", choices=WAYS, help="only this, of the run in --run; prints what it took")
+    parser.add_argument("--run", type=Path, help="a folder with captures in its folder lens")
     args = parser.parse_args()
-    if args.read:
-        print(json.dumps(read(args.read)))
+    if args.way:
+        print(json.dumps(WAYS[args.way](args.run)))
         return
     with tempfile.TemporaryDirectory() as name:
         whole, short = Path(name) / "whole", Path(name) / "short"
-        unthinned = simulate(short, 1000)["bytes_on_disk"] / 1000 / len(MODULES)
-        written = simulate(whole, args.steps)
-        call = [sys.executable, __file__, "--read", str(whole)]
-        reading = json.loads(subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        unthinned = simulate(short / "lens", 1000)["bytes_on_disk"] / 1000 / len(MODULES)
+        written = simulate(whole / "lens", args.steps)
+        taken = {way: in_a_process(way, whole) for way in WAYS}
     result = {
         "machine": device_name(CPU),
         "modules": len(MODULES),
-        "measures_per_module": sum(len(m) for table, m in MEASURES.items() if table != DataType.LOSS),
+        "measures_per_module": sum(len(m) for table, m in EVERY_STEP.items() if table != tables.LOSS),
         "bytes_per_module_and_step_before_thinning": round(unthinned, 1),
         "writing": written,
-        "reading": reading,
+        "reading": taken["read"],
+        "standard_report": taken["report"],
     }
     args.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

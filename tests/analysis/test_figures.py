@@ -139,6 +139,24 @@ def test_a_spike_is_found_and_a_steep_fall_and_noise_are_none() -> None:
     assert list(spikes(steps, values)) == [201, 301]
 
 
+def test_scatter_that_shrinks_with_the_loss_is_no_spike() -> None:
+    """The noise of the first steps is far above that of the last in nats, and not in proportion."""
+    steps = np.arange(1, 401)
+    values = (9 * np.exp(-steps / 40) + 0.1) * np.random.default_rng(0).lognormal(0, 0.1, 400)
+    assert spikes(steps, values).size == 0
+
+
+def test_the_title_of_a_heat_maps_steps_keeps_clear_of_their_numbers(record: Record) -> None:
+    drawn = by_name("update_strength").draw(record({tables.WEIGHTS: (STEPS, {"norm_update": NORMS})}))
+    assert drawn.layout.yaxis.type == "category" and drawn.layout.xaxis.title.standoff > drawn.layout.font.size
+
+
+def test_a_loss_that_is_not_finite_has_a_cross_that_is_seen(record: Record) -> None:
+    figure = loss(record({tables.LOSS: ([1, 2, 3], {"loss": [3.0, 2.0, np.nan]})}))
+    crosses = next(trace for trace in figure.data if trace.name == "spike")
+    assert (list(crosses.x), list(crosses.y)) == ([3], [3.0])
+
+
 def test_the_cost_is_a_bar_for_each_collector(record: Record) -> None:
     figure = cost(record({}, cost={"spectra": 2.0, "flush": 0.5}))
     assert dict(zip(figure.data[0].y, figure.data[0].x, strict=True)) == {"spectra": 2.0, "flush": 0.5}

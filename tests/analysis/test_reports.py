@@ -18,6 +18,7 @@ import torch
 from training_lens.analysis.checkpoint_analyzer import Analysis
 from training_lens.analysis.findings import Finding
 from training_lens.analysis.reports import KINDS, StandardReports, comparison, three_lines
+from training_lens.analysis.reports.facts import changed, losses
 from training_lens.core import tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord
@@ -78,18 +79,28 @@ def _analysis(recording: Recording, *findings: Finding, **results: Any) -> Analy
 
 def test_the_executive_report_answers_five_questions(recording: Recording) -> None:
     words = StandardReports(_analysis(recording, FOUND, FINE, UNKNOWN)).executive().markdown()
-    assert "Yes: the validation loss was 2.9000 before, is 2.0000 at best (step 5), and 2.2000 at the end" in words
+    assert "Yes: the validation loss was 2.9000 before and is 2.0000 at best (step 5), and 2.2000 at the end" in words
     assert "The capture is sound" in words and "2e-06 (model.layers.1.self_attn.v_proj, step 4" in words
-    assert "Layers 1 (83%), 0 (17%), outside (0%)" in words and "30.00% of its weight" in words
+    assert "Layers 1 (83%), 0 (17%), outside (0%)" in words and "30% of its weight" in words
     assert "- Nothing trains (layer 1): 0 of 5 move" in words and "- Nothing trains: stop the run." in words
-    assert "1 of 3 questions could not be answered: The rank is not known" in words
+    assert "Not known (1 of 3 questions):\n\n- The rank is not known: 0 of 5 move" in words
+    headings = [line for line in words.splitlines() if line.startswith("## ")]
+    assert headings[:2] == ["## Did it learn?", "## What to do next"]  # before what explains it
     assert "0.6 s, 3.0% of the training time of 20 s" in words
 
 
 def test_a_run_without_faults_is_told_so_and_what_would_decide_the_rest(recording: Recording) -> None:
     report = StandardReports(_analysis(recording, FINE, UNKNOWN)).executive()
-    assert "Fine: nothing wrong was found among 2 questions" in report.markdown()
+    assert "Fine: nothing wrong was found" in report.markdown()
+    assert "1 of 2 questions could not be answered" in report.markdown()
     assert report.values["next"] == ["The rank is not known: a rank check."]
+
+
+def test_a_run_of_which_nothing_is_known_is_not_called_fine(recording: Recording) -> None:
+    analysis = _analysis(recording, UNKNOWN, UNKNOWN)
+    words = StandardReports(analysis).executive().markdown()
+    assert "Note: too little was captured to tell anything" in words and "Fine:" not in words
+    assert three_lines(analysis)[2] == "nothing wrong found; 2 of 2 questions could not be answered"
 
 
 def test_a_run_that_did_not_learn_is_told_so(record: Record) -> None:
@@ -202,10 +213,42 @@ def test_json_has_finite_numbers_or_null_alone(recording: Recording, tmp_path: P
 
 def test_three_lines_end_a_training(recording: Recording) -> None:
     captured, adapter, worst = three_lines(_analysis(recording, UNKNOWN, FOUND))
-    assert captured.startswith("captured: 5 modules, 5 tables, up to 10 steps.") and "sound" in captured
-    assert adapter.startswith("adapter: Layers 1 (83%)")
-    assert worst == "problem: Nothing trains (layer 1): 0 of 5 move. What to do: stop the run."
+    assert captured == (
+        "captured: 5 modules over 10 steps; sound (largest error of its own check 2e-06); cost 0.6 s, 3.0% of the "
+        "training"
+    )
+    assert adapter.startswith("changed: most in layers 1 (83%)") and adapter.endswith("; at most 30% of a weight")
+    assert worst == "problem: Nothing trains (layer 1): stop the run"
     assert three_lines(_analysis(recording, FINE))[2] == "nothing wrong found"
+
+
+def test_each_of_the_three_lines_fits_a_screen_however_long_names_and_actions_are(recording: Recording) -> None:
+    wordy = replace(FOUND, where=", ".join(["model.layers.10.self_attn.q_proj"] * 9), action="look at it again " * 30)
+    lines = three_lines(_analysis(recording, wordy))
+    assert max(map(len, lines)) <= 150 and "look at it again" in lines[2]
+
+
+def test_a_run_that_hardly_learned_is_not_told_that_it_did(record: Record) -> None:
+    judged = {"loss": [np.nan, 9.83], "base_loss": [9.85, np.nan]}
+    recording = record({tables.EVALUATION: ([0, 5], judged)})
+    assert losses(recording).sentence().startswith("Hardly: the validation loss was 9.8500 before and is 9.8300")
+
+
+def test_validation_without_that_of_the_base_is_told_and_not_denied(record: Record) -> None:
+    run = {tables.EVALUATION: ([5, 10], {"loss": [3.0, 2.5]}), tables.LOSS: ([1, 2], {"loss": [4.0, 3.0]})}
+    said = losses(record(run)).sentence()
+    assert "is 2.5000 at best (step 10)" in said and "before training was not captured" in said
+    assert "The training loss fell" in said and "Without validation rows" not in said
+
+
+def test_of_a_run_that_broke_the_last_whole_step_is_told(record: Record) -> None:
+    steps, grown = np.arange(1, 5), np.arange(1.0, 5)[:, None] * np.ones(5)
+    grown[3] = np.nan
+    run = {tables.WEIGHTS: (steps, {"norm_update": grown}), tables.LOSS: (steps, {"loss": [3.0, 2.0, 1.0, np.nan]})}
+    recording = record(run)
+    assert "This is after step 3: later weights are not finite." in changed(recording).sentence()
+    assert "Layers" in changed(recording).sentence() and "(at step 3)" in changed(recording).brief()
+    assert losses(recording).sentence().endswith("From step 4 on, the training loss is not finite.")
 
 
 def test_a_kind_or_format_that_is_not_there_is_refused_with_those_that_are(

@@ -19,13 +19,14 @@ from training_lens.analyzers import (
     LoRAAnalyzer,
     SimilarityAnalyzer,
 )
+from training_lens.analyzers.readings.convergence import smoothed
 from training_lens.config.lens_section import LensSection
 from training_lens.core.analyzer import DataAnalyzer
 from training_lens.core.modules import module_record
 from training_lens.core.recording import Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.store import LensStore, LensWriter
-from training_lens.core.types import RUN, Captured, DataType, LensManifest
+from training_lens.core.types import RUN, Captured, DataType, LensManifest, Series
 
 NAMES = ("layers.0.q_proj", "layers.1.q_proj")
 Write = Callable[..., Recording]
@@ -194,3 +195,10 @@ def test_what_was_not_captured_is_not_read_or_empty(write: Write) -> None:
         read(analyzer, recording)
     assert read(ConvergenceAnalyzer(), recording)["slope"] == {"value": None, "error": None}
     assert recording.series("loss", "loss").of(RUN).tolist() == [1.0]
+
+
+def test_a_long_run_is_smoothed_at_few_steps_with_whole_windows() -> None:
+    steps = np.arange(1, 50_001)
+    short = smoothed(Series(steps, (RUN,), steps[:, None].astype(float)), most=100)
+    assert len(short.steps) == 100 and short.steps[[0, -1]].tolist() == [1, 50_000]
+    assert short.values[50, 0] == short.steps[50]  # the median of a window of a straight line is its middle

@@ -94,6 +94,11 @@ def test_each_problem_says_what_to_do(override: str, message: str) -> None:
     assert message in "\n".join(problems(override))
 
 
+def test_two_presets_of_one_group_are_refused() -> None:
+    message = "+experiment=default +experiment=dora: two presets of experiment are given; give one"
+    assert list(problems("+experiment=default", "+experiment=dora")) == [message]
+
+
 def test_conflicts_across_keys_are_found() -> None:
     both = problems("data.train=a.json", "data.validation=b.json", "data.val_ratio=0.1")
     assert "data.validation and data.val_ratio are both given" in both[0]

@@ -126,6 +126,10 @@ def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any
             problems.append(f"'{text}': sweeps and deletions have no place here; give one value, lists as [a,b]")
         else:
             _put(values, override.key_or_group.split("."), _plain(override.value()))
+    for group in {choice.lstrip("+").partition("=")[0] for choice in groups}:
+        chosen = [choice for choice in groups if choice.lstrip("+").startswith(f"{group}=")]
+        if len(chosen) > 1:
+            problems.append(f"{' '.join(chosen)}: two presets of {group} are given; give one")
     if problems:
         raise ConfigurationError(problems)
     return groups, values

@@ -24,11 +24,12 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
   color: var(--text); background: var(--page); overflow-wrap: anywhere }
 h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.5rem } h3 { font-size: 1rem; margin: 0 0 .3rem }
-.scroll { overflow-x: auto; margin: 1rem 0 }
-table { border-collapse: collapse } caption { text-align: left; font-weight: 600; padding: .3rem 0 }
+.scroll { overflow-x: auto; margin: 0 0 1rem }
+table { border-collapse: collapse } .caption { font-weight: 600; margin: 1.2rem 0 .3rem }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: right; white-space: pre-wrap;
   overflow-wrap: normal; font-variant-numeric: tabular-nums }
-th:first-child, td:first-child, .words { text-align: left } td:first-child { min-width: 8rem }
+th:first-child, td:first-child, .words { text-align: left }
+td.words { overflow-wrap: anywhere; min-width: 11rem } td:first-child { min-width: 8rem }
 figure { margin: 1.5rem 0; min-width: 0 } figcaption { color: var(--soft); font-size: .9rem }
 .beside { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 0 1.5rem }
 .callout { border: 1px solid var(--line); border-left: .35rem solid var(--mark); background: var(--box);
@@ -136,8 +137,8 @@ def _html(part: Part) -> str:
 def _table(table: Table) -> str:
     prose = [any(len(row[i]) > LONGEST_NUMBER for row in table.rows) for i in range(len(table.columns))]
     head, *rows = (_row(tag, cells, prose) for tag, cells in (("th", table.columns), *(("td", r) for r in table.rows)))
-    caption = f"<caption>{escape(table.caption)}</caption>"
-    return f'<div class="scroll"><table>{caption}{head}{"".join(rows)}</table></div>'
+    caption = escape(table.caption)  # above what scrolls, so that on a phone all of it is seen
+    return f'<p class="caption">{caption}</p>\n<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
 
 
 def _row(tag: str, cells: Sequence[str], prose: Sequence[bool]) -> str:

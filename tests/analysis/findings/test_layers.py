@@ -65,3 +65,11 @@ def test_too_few_of_a_kind_decide_nothing(finding: Find, healthy: Any) -> None:
         steps, columns = healthy.tables[name]
         healthy.tables[name] = (steps, {measure: values[:, :6] for measure, values in columns.items()})
     assert finding("layers", healthy).confidence == "could not tell"
+
+
+def test_a_module_that_stays_while_its_siblings_fade_does_not_explode(finding: Find, healthy: Any) -> None:
+    """As where a rate that is far too high has saturated all the others."""
+    for module in range(len(healthy.modules)):
+        if module != 5:
+            scaled(healthy, 1e-3, module)
+    assert finding("layers", healthy).title != "Exploding layer"

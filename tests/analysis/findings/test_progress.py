@@ -80,7 +80,16 @@ def test_the_steps_of_an_epoch_are_known_from_the_loop_too(finding: Find, health
 def test_a_falling_loss_says_what_twice_the_steps_would_gain(finding: Find, healthy: Any) -> None:
     found = finding("converged", healthy)  # falls by 0.35 for each e-fold
     assert found.severity == "note" and found.evidence["gain"] == pytest.approx(0.35 * np.log(2), abs=0.02)
-    assert "a run twice as long would gain" in found.measured
+    assert "a run twice as long would change the loss on the validation set by about -0.2" in found.measured
+
+
+def test_a_gain_of_a_few_noises_that_is_surely_there_is_not_called_converged(finding: Find, healthy: Any) -> None:
+    """As of six losses on a small probe set: each is noisy, and the fall is plain."""
+    steps, columns = healthy.tables["evaluation"]
+    judged = 3.1 - 0.35 * np.log(steps) + 0.09 * np.array([1.0, -1.0] * 10)
+    healthy.tables["evaluation"] = (steps, {**columns, "loss": judged})
+    found = finding("converged", healthy)
+    assert found.title == "The loss still falls" and found.evidence["gain"] < 4 * found.evidence["noise"]
 
 
 def test_a_flat_loss_is_converged(finding: Find, healthy: Any) -> None:
@@ -105,3 +114,8 @@ def test_the_probe_set_stands_in_for_rare_validations(finding: Find, healthy: An
     steps, columns = healthy.tables["evaluation"]
     healthy.tables["evaluation"] = (steps[-2:], {"loss": columns["loss"][-2:]})
     assert "on the probe set" in finding("converged", healthy).measured
+
+
+def test_a_run_without_stairs_is_not_said_to_have_one_downwards_or_upwards(finding: Find, healthy: Any) -> None:
+    measured = finding("memorization", healthy).measured
+    assert "no step down at an epoch's end that stands out from its noise" in measured and "drops by" not in measured

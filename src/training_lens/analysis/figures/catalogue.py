@@ -61,7 +61,7 @@ DRAWINGS = (
         "Gradients by kind of module",
         layers.gradient_norm_by_kind,
         (tables.GRADIENTS, "norm_b"),
-        "Before clipping. Thorns are single batches; a lasting rise is the optimization going off.",
+        "Before clipping. Peaks are single batches; a rise that stays means that training goes astray.",
     ),
     Drawing(
         "gradient_cosine",
@@ -113,7 +113,7 @@ DRAWINGS = (
         "How far layers' outputs drift from the base",
         activations.activation_drift,
         (tables.ACTIVATIONS, "drift"),
-        f"On the probe set. Changes of early layers add up in later ones, so that rows grow brighter upwards. {CROSS}",
+        f"On the probe set. Later layers get what early ones change, so that upper rows are often brighter. {CROSS}",
     ),
     Drawing(
         "share",
@@ -127,8 +127,8 @@ DRAWINGS = (
         "How far the answers are from the base's",
         runs.divergence,
         (tables.DIVERGENCE, "kl"),
-        "On the probe set. It rises as the adapter learns; if it goes on rising while validation stands still, the "
-        "model forgets.",
+        "On the probe set. It rises as the adapter learns; if it goes on rising while the validation loss stands "
+        "still, the model may be forgetting what it knew.",
     ),
 )
 

@@ -56,7 +56,9 @@ def _training(figure: go.Figure, steps: np.ndarray, values: np.ndarray) -> None:
     if len(odd):
         marker = {"symbol": "x", "size": 8, "color": ALARM}
         shown = np.isin(steps, odd)
-        figure.add_scatter(x=steps[shown], y=values[shown], mode="markers", marker=marker, name="spike")
+        highest = np.nanmax(np.where(np.isfinite(values), values, np.nan)) if np.isfinite(values).any() else 0.0
+        seen = np.where(np.isfinite(values), values, highest)[shown]  # what is not finite has no height of its own
+        figure.add_scatter(x=steps[shown], y=seen, mode="markers", marker=marker, name="spike")
 
 
 def _smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +71,8 @@ def _smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def spikes(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The steps whose loss is not finite, or 6 robust deviations above the running median of 21 steps; at most 50.
 
-    A robust deviation is 1.4826 times the median distance of all losses from their running median.
+    A robust deviation is 1.4826 times the median distance of all losses from their running median. A spike is so far
+    in nats and in their logarithm: early losses scatter by more nats, and small ones by larger factors.
     """
     finite = np.isfinite(values)
     broken: np.ndarray = steps[~finite][:MOST_SPIKES]
@@ -78,7 +81,9 @@ def spikes(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
         return broken
     padded = np.pad(known, WINDOW // 2, mode="reflect", reflect_type="odd")  # a falling line goes on falling
     running = np.median(np.lib.stride_tricks.sliding_window_view(padded, WINDOW), axis=1)
-    z = robust_z(known - running)
+    tiny = np.finfo(float).tiny
+    factors = np.log(np.maximum(known, tiny)) - np.log(np.maximum(running, tiny))
+    z = np.fmin(robust_z(known - running), robust_z(factors))
     highest = np.argsort(-z)[:MOST_SPIKES]
     found = np.concatenate([broken, steps[finite][highest[z[highest] > SPIKE]]])
     chosen: np.ndarray = np.sort(found[:MOST_SPIKES])

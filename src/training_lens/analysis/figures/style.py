@@ -21,6 +21,7 @@ SCALE = "Cividis"  # made for colour-blind eyes, and grows lighter evenly
 INK, GRID = "#7d8590", "rgba(128, 128, 128, 0.25)"  # between black and white: both page colours carry them
 CLEAR = "rgba(0, 0, 0, 0)"
 UNUSED_BUTTONS = ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
+BELOW_TICKS = 24  # pixels: beside a category axis, Plotly counts the standoff from the axis and not from its labels
 DECADES = range(-30, 31)
 
 
@@ -106,7 +107,8 @@ def heat_map(series: Series, unit: str, *, log: bool = False, top: float | None 
         colorbar={"title": {"text": unit, "side": "top"}, "exponentformat": "power", **bar, **ticks},
     )
     _mark_odd(figure, steps, names, values)
-    return figure.update_yaxes(type="category", showgrid=False).update_xaxes(showgrid=False)
+    figure.update_yaxes(type="category", showgrid=False)
+    return figure.update_xaxes(showgrid=False, title_standoff=BELOW_TICKS)
 
 
 def _logarithms(values: np.ndarray) -> np.ndarray:

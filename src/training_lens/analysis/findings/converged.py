@@ -12,12 +12,13 @@ from training_lens.analyzers.convergence import Estimate, remaining_gain
 from training_lens.core.recording import Recording
 
 ERRORS = 2.0  # standard errors that a gain may be more or less: 95 % of normal ones
-NOISES = 4.0  # a gain that is surely under so many is none to wait for
+NOISES = 4.0  # a gain that may be 0 and is surely under so many is none to wait for
 RULE = Rule(
     code="converged",
     signature="the held-out loss's slope against ln(steps), times the ln(steps) that are left, is under its noise",
-    threshold=f"the gain with {ERRORS:g} standard errors under {NOISES:g} times the noise of one held-out loss: its "
-    "bootstrap error over rows where a rank check measured it, else what the fitted line leaves over",
+    threshold=f"the gain with {ERRORS:g} standard errors under the noise of one held-out loss, or under {NOISES:g} "
+    "times that where it may be 0; the noise is a bootstrap error over rows where a rank check measured it, else what "
+    "the fitted line leaves over",
     source="relative to this run; a loss is about straight against ln(steps) (LoRA Without Regret, 2025)",
     action="stop here: more steps gain less than can be measured. More or other rows may",
 )
@@ -39,8 +40,9 @@ def converged(recording: Recording) -> Finding:
     gain, noise = remaining_gain(steps, losses, goal), _noise(recording, steps, losses)
     words = f"training to step {goal}" if running else "a run twice as long"
     measured = (
-        f"{words} would gain about {gain.value:.3g} nats per token (from {gain.value - ERRORS * gain.error:.3g} to "
-        f"{gain.value + ERRORS * gain.error:.3g}) on the {judged.what}, whose noise is {noise:.3g}"
+        f"{words} would change the loss on the {judged.what} by about {-gain.value:+.2g} nats per token (between "
+        f"{-gain.value - ERRORS * gain.error:+.2g} and {-gain.value + ERRORS * gain.error:+.2g}); the noise of one "
+        f"such loss is {noise:.2g}"
     )
     return _verdict(judged, gain, noise, measured, running)
 
@@ -50,11 +52,12 @@ def _verdict(judged: HeldOut, gain: Estimate, noise: float, measured: str, runni
         "gain": gain.value,
         "error": gain.error,
         "noise": noise,
-        "curve": points(x=judged.steps, y=judged.losses),
+        "held_out": points(x=judged.steps, y=judged.losses),
     }
-    if gain.value + ERRORS * gain.error <= NOISES * noise:
+    least, most = gain.value - ERRORS * gain.error, gain.value + ERRORS * gain.error
+    if most <= (NOISES * noise if least <= 0 else noise):
         return RULE.found("note" if running else "fine", "Converged", measured, evidence=evidence)
-    if gain.value - ERRORS * gain.error > 0:
+    if least > 0:
         return RULE.found(
             "note",
             "The loss still falls",

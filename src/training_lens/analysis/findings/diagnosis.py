@@ -18,8 +18,8 @@ from training_lens.core.recording import Recording
 CHECKS: tuple[Callable[[Recording], Finding], ...] = (
     untrained,
     nonfinite,
+    rate_high,  # ahead of what it causes: at one severity, the first is told first
     layers,
-    rate_high,
     rate_low,
     rank,
     memorization,

@@ -24,7 +24,7 @@ Direction = Literal["falls", "flat", "rises", "unknown"]
 class HeldOut:
     """`losses` (points,) in nats per supervised token after `steps`; `start` is that of the base, NaN if unknown.
 
-    `what` is what it was measured on: `validation`, or `probe set`, which is smaller and measured more often.
+    `what` is what it was measured on: `validation set`, or `probe set`, which is smaller and measured more often.
     """
 
     what: str
@@ -84,7 +84,7 @@ def scatter(steps: np.ndarray, losses: np.ndarray) -> float:
 
 def held_out(recording: Recording) -> HeldOut:
     """The validation loss, or where it was measured fewer than four times, that of the probe set."""
-    validation = _read(recording, "validation", tables.EVALUATION)
+    validation = _read(recording, "validation set", tables.EVALUATION)
     probe = _read(recording, "probe set", tables.DIVERGENCE)
     return validation if len(validation.steps) >= LEAST or len(probe.steps) <= len(validation.steps) else probe
 

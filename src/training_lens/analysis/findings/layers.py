@@ -16,13 +16,15 @@ from training_lens.core.types import ModuleRecord, Series
 
 FACTOR = 30.0
 ROBUST_Z = 6.0
+OWN_WAY = 3.0  # factor of a module's own change: one that stays where its siblings fade does not explode
 LEAST_SIBLINGS = 4  # modules of one kind, without which a median over them says little
 STRETCHES = 10  # the run is cut into so many; a median of each leaves single steps out
 LEAST_STEPS = 3  # in a stretch
 RULE = Rule(
     code="layers",
     signature="a module's gradient norm or step ratio leaves the median over modules of its kind, and its own past",
-    threshold=f"a factor over {FACTOR:g} from both, and a robust z over {ROBUST_Z:g} among the logarithms of its kind",
+    threshold=f"a factor over {FACTOR:g} from both, over {OWN_WAY:g} from its own value before, and a robust z over "
+    f"{ROBUST_Z:g} among the logarithms of its kind",
     source="relative to this run: z is the distance from the median in units of 1.4826 MAD, of which 3.5 is an outlier "
     "(Iglewicz and Hoaglin 1993); factor and z are set wide, so that layers which always differ are not accused",
     action="look at the named layer: lower training.lr, check its dtype, or leave it out of peft.target_modules",
@@ -82,28 +84,26 @@ def _stretches(series: Series) -> list[np.ndarray]:
 def _apart(measure: str, series: Series, kind: list[str]) -> list[_Apart]:
     """The modules of a kind that leave it, each at the first stretch in which it does."""
     stretches = _stretches(series)
-    away, z = _away(series, kind, stretches)  # (stretches, modules)
+    levels = _levels(series, kind, stretches)  # (stretches, modules)
+    away, z = levels - np.median(levels, axis=1, keepdims=True), np.array([robust_z(level) for level in levels])
     found: dict[str, _Apart] = {}
     for i in range(1, len(stretches)):
         moved = away[i] - np.median(away[:i], axis=0)
+        own = (levels[i] - np.median(levels[:i], axis=0)) * np.sign(away[i])
         far = (np.abs(away[i]) > np.log(FACTOR)) & (np.abs(moved) > np.log(FACTOR)) & (np.abs(z[i]) > ROBUST_Z)
-        for j in np.flatnonzero(far & (np.sign(away[i]) == np.sign(moved))):
+        for j in np.flatnonzero(far & (np.sign(away[i]) == np.sign(moved)) & (own > np.log(OWN_WAY))):
             step = int(series.steps[stretches[i][0]])
             apart = _Apart(kind[j], measure, step, float(np.exp(away[i, j])), float(np.exp(moved[j])), float(z[i, j]))
             found.setdefault(kind[j], apart)
     return list(found.values())
 
 
-def _away(series: Series, kind: list[str], stretches: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """How far each module's level is from its kind's median, as a logarithm, and as a robust z; (stretches, modules).
-
-    What all of a kind do together, as with the learning rate, falls out.
-    """
+def _levels(series: Series, kind: list[str], stretches: list[np.ndarray]) -> np.ndarray:
+    """The logarithm of the median of each module of a kind in each stretch; (stretches, modules)."""
     values = series.values[:, [series.names.index(name) for name in kind]]
     values = np.where(np.isfinite(values), values, 0.0)
     least = values[values > 0].min() / FACTOR**2  # stands for a value that has become 0
-    levels = np.log([np.median(np.maximum(values[places], least), axis=0) for places in stretches])
-    return levels - np.median(levels, axis=1, keepdims=True), np.array([robust_z(level) for level in levels])
+    return np.log([np.median(np.maximum(values[places], least), axis=0) for places in stretches])
 
 
 def _told(found: list[_Apart], measures: dict[str, Series]) -> Finding:
@@ -121,6 +121,6 @@ def _told(found: list[_Apart], measures: dict[str, Series]) -> Finding:
             "step": first.step,
             "factor": first.from_kind,
             "measure": first.measure,
-            "curve": points(x=series.steps, y=series.of(first.module)),
+            f"{first.measure} of {first.module}": points(x=series.steps, y=series.of(first.module)),
         },
     )

@@ -45,7 +45,7 @@ def memorization(recording: Recording) -> Finding:
     steps, losses = curve(recording, tables.LOSS, "loss")
     per_epoch = _steps_per_epoch(recording)
     if len(steps) and per_epoch and steps[-1] <= per_epoch:
-        return RULE.fine("No row was seen twice", f"{steps[-1] / per_epoch:.2g} epochs")
+        return RULE.fine("No row was seen twice", f"the run is {steps[-1] / per_epoch:.0%} of an epoch long")
     judged, stairs = held_out(recording), _stairs(steps, losses, per_epoch)
     if judged.direction() == "unknown" or len(steps) < LEAST:
         return RULE.unknown(
@@ -60,9 +60,9 @@ def memorization(recording: Recording) -> Finding:
 
 def _verdict(judged: HeldOut, stairs: _Stairs, training_goes_on: bool, late: float) -> Finding:
     direction, best = judged.direction(), int(judged.steps[judged.best])
-    then = f"rises by {judged.rise:.3g}" if direction == "rises" else "is flat" if direction == "flat" else "falls"
+    then = {"rises": f"has risen by {judged.rise:.3g}", "flat": "is flat"}.get(direction, "still falls")
     measured = (
-        f"the {judged.what}'s loss is best at step {best} ({judged.losses[judged.best]:.3g}), and at the end {then}; "
+        f"the {judged.what}'s loss is best at step {best} ({judged.losses[judged.best]:.3g}), and {then} at the end; "
         f"the training loss ends at {late:.3g}; {_said(stairs)}"
     )
     evidence = {
@@ -113,6 +113,8 @@ def _said(stairs: _Stairs) -> str:
     if not stairs.ends:
         return "no epoch's end could be measured"
     ends = f"at {stairs.ends} epochs' ends" if stairs.ends > 1 else "at an epoch's end"
+    if not stairs.there:
+        return f"the training loss has no step down {ends} that stands out from its noise"
     return f"the training loss drops by {stairs.drop:.3g} {ends} (standard error {stairs.error:.2g})"
 
 

@@ -16,19 +16,24 @@ from training_lens.core.types import Series
 
 LEAST_STEPS = 10
 OUTGROWN = 1.0  # |dW| / |W|
-RMS_SPIKE = 2.3
+RMS_SPIKE = 3.0  # times the median of the run, or RMS_STEADY where that is more
+RMS_STEADY = 1.0  # of gradients that do not change
+LEAST_SPIKES = 3
 RMS_DEAF = 0.1
+FIRST = 5  # steps that tell where the loss starts: a single batch may be an easy one
 CLIMB = 1.5
 NEEDED = 2  # signs
 RULE = Rule(
     code="rate_high",
     signature="the loss rises above its start; dW outgrows W; Adam's update RMS spikes, or stays low after a jump of "
     "the gradients; most steps are clipped, and ever harder; KL climbs while held-out rows gain nothing",
-    threshold=f"{NEEDED} of these signs: {CERTAIN:g} times the noise of a step over the loss of step 1; a median "
-    f"|dW| / |W| over {OUTGROWN:g}; RMS over {RMS_SPIKE:g} or under {RMS_DEAF:g}; clipped in over half of the steps, "
-    f"at the end to under half of before; KL {CLIMB:g} times that of mid-run",
-    source="RMS 2.3 from arXiv 2304.13013, the others relative to this run (background: arXiv 2410.21228). On the "
-    "packaged model |dW| / |W| ended at 0.3 at the best rate and at 6 at ten times it, RMS at 0.7 and 0.01",
+    threshold=f"{NEEDED} of these signs: a loss over its start (the highest of step 1, the median of the first {FIRST} "
+    f"steps and the base's held-out loss) by {CERTAIN:g} times the noise of a step; a median |dW| / |W| over "
+    f"{OUTGROWN:g}; an update RMS over {RMS_SPIKE:g} times the run's median and {RMS_STEADY:g} (that of steady "
+    f"gradients) in {LEAST_SPIKES} steps and 1% of them, or one that ends under {RMS_DEAF:g}; clipped in over half of "
+    f"the steps, at the end to under half of before; KL {CLIMB:g} times that of mid-run",
+    source="relative to this run (background: arXiv 2304.13013 on spikes of Adam's update RMS, arXiv 2410.21228). On "
+    "the packaged model |dW| / |W| ended at 0.3 at the best rate and at 6 at ten times it, RMS at 0.7 and 0.01",
     action="halve training.lr (or less: rates differ by factors), or warm up longer (training.warmup_ratio)",
 )
 
@@ -46,7 +51,7 @@ def rate_high(recording: Recording) -> Finding:
     signs = [sign for look in looks if (sign := look(recording))]
     evidence = {"signs": signs, "loss": points(x=steps, y=losses)}
     if len(signs) >= NEEDED:
-        ends_over = median(losses[-LEAST_STEPS:]) > losses[0]
+        ends_over = median(losses[-LEAST_STEPS:]) > _start(recording, losses)
         lost = ends_over or _loss_over_start(recording) is not None
         return RULE.found(
             "problem" if lost else "warning", "The learning rate is too high", "; ".join(signs), evidence=evidence
@@ -62,18 +67,24 @@ def rate_high(recording: Recording) -> Finding:
 
 
 def _loss_over_start(recording: Recording) -> str | None:
-    """The mean over some neighbouring steps is well above the first loss, or the held-out loss above the base's."""
+    """The mean over some neighbouring steps is well above the start, or the held-out loss above the base's."""
     _, losses = curve(recording, tables.LOSS, "loss")
     width = max(5, len(losses) // 50)
     means = np.convolve(losses, np.full(width, 1 / width), "valid")
     jumps = np.diff(losses[-max(LEAST_STEPS, len(losses) // 2) :])  # of the later half: the start is what is judged
     noise = MAD_TO_DEVIATION * median(np.abs(jumps - median(jumps))) / np.sqrt(2)
-    if len(means) and means.max() > losses[0] + CERTAIN * noise:
-        return f"the loss rises to {means.max():.3g} (mean of {width} steps), from {losses[0]:.3g} at its start"
+    start = _start(recording, losses)
+    if len(means) and means.max() > start + CERTAIN * noise:
+        return f"the loss rises to {means.max():.3g} (mean of {width} steps), from {start:.3g} at its start"
     judged = held_out(recording)
     if len(judged.losses) and np.isfinite(judged.start) and judged.losses[-1] > judged.start + CERTAIN * judged.noise:
         return f"the {judged.what}'s loss ends at {judged.losses[-1]:.3g}, above the base's {judged.start:.3g}"
     return None
+
+
+def _start(recording: Recording, losses: np.ndarray) -> float:
+    """Where the loss starts, seen high: an easy first batch must not make the rest look like a rise."""
+    return float(np.fmax(max(losses[0], median(losses[:FIRST])), held_out(recording).start))
 
 
 def _outgrown(recording: Recording) -> str | None:
@@ -84,7 +95,7 @@ def _outgrown(recording: Recording) -> str | None:
 
 
 def _rms(recording: Recording) -> str | None:
-    """Spikes in more than one step of a hundred; or a second moment that a jump has made deaf, while there is loss."""
+    """Spikes in some steps of a hundred; or a second moment that a jump has made deaf, while there is loss."""
     a, b = (recording.series(tables.OPTIMIZER, f"update_rms_{of}") for of in "ab")
     if not a.names or a.values.shape != b.values.shape:
         return None
@@ -92,8 +103,9 @@ def _rms(recording: Recording) -> str | None:
     rms = rms[steps > after_warmup(recording)]
     if not len(rms):
         return None
-    if (rms > RMS_SPIKE).mean() > 0.01:
-        return f"the update RMS is over {RMS_SPIKE:g} in {(rms > RMS_SPIKE).mean():.0%} of the steps"
+    spikes = rms > RMS_SPIKE * max(median(rms), RMS_STEADY)
+    if spikes.sum() >= LEAST_SPIKES and spikes.mean() > 0.01:
+        return f"the update RMS is over {RMS_SPIKE:g} times its usual level in {spikes.mean():.0%} of the steps"
     _, losses = curve(recording, tables.LOSS, "loss")
     late = median(rms[-max(1, len(rms) // 4) :])
     if late < RMS_DEAF and median(losses[-LEAST_STEPS:]) > losses[0] / 4:  # gradients also fade where nothing is left

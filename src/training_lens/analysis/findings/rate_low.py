@@ -20,9 +20,9 @@ RULE = Rule(
     code="rate_low",
     signature="the loss still falls at the end, about as fast against ln(steps) as before; dW goes straight ahead; "
     "gradients point one way; KL to the base is near 0",
-    threshold=f"dW goes straight ahead and two of the others: a slope of the later half over {FALLS_ON:g} of that before; |dW| over the "
-    f"sum of its steps over {STRAIGHT:g}; a cosine with the mean of earlier gradients over {ALIGNED:g}; KL under "
-    f"{NEAR_BASE:.0%} of the base's loss",
+    threshold=f"dW straight ahead, and two of the others: a slope of the later half over {FALLS_ON:g} "
+    f"of that before; |dW| over {STRAIGHT:g} of the sum of its steps; a cosine with the mean of earlier gradients over "
+    f"{ALIGNED:g}; KL under {NEAR_BASE:.0%} of the base's loss",
     source="the path of a random walk of n steps has a straightness of 1/sqrt(n), a line 1. On the packaged model "
     "it was 0.46 at the best rate, 0.86 at a thirtieth and 0.94 at a three-hundredth of it (120 steps)",
     action="raise training.lr: LoRA's best rate is about ten times that of full fine-tuning (LoRA Without Regret)",
@@ -40,9 +40,11 @@ def rate_low(recording: Recording) -> Finding:
         )
     falls, ahead = _falls_on(recording), straight > STRAIGHT
     others = [sign for sign in (_aligned(recording), _near_base(recording)) if sign]
-    measured = [f"|dW| is {straight:.2f} of its path", *others] + (["the loss falls as fast as ever"] if falls else [])
+    measured = [f"|dW| is {straight:.2f} of the length of its path (1 is straight ahead)", *others] + (
+        ["the loss falls as fast as ever"] if falls else []
+    )
     evidence = {"straightness": straight, "loss": points(x=losses[0], y=losses[1])}
-    if ahead and others and (falls or len(others) == 2):
+    if ahead and len(others) + falls >= 2:  # two signs without a falling loss: a rate so low that it never fell
         return RULE.found("warning", "The learning rate is too low", "; ".join(measured), evidence=evidence)
     if falls and (ahead or others):
         return RULE.unknown(

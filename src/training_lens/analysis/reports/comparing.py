@@ -12,7 +12,7 @@ from training_lens.analysis.figures.catalogue import DRAWINGS
 from training_lens.analysis.figures.runs import loss
 from training_lens.analysis.figures.style import alike
 from training_lens.analysis.reports.executive import WRONG, in_numbers
-from training_lens.analysis.reports.facts import certificate_of, changed_sentence, losses
+from training_lens.analysis.reports.facts import certificate_of, changed, losses
 from training_lens.analysis.reports.report import Report
 from training_lens.analysis.reports.technical import LOSS_CAPTION, cell, checkpoint_steps
 from training_lens.errors import LensError
@@ -64,7 +64,7 @@ def _facts(pair: tuple[Analysis, Analysis]) -> Iterator[tuple[str, str, str]]:
         "at step": [each.best_step for each in judged],
         "training loss at the end": [each.last for each in judged],
         "largest residual of the capture": [certificate_of(r).largest for r in recordings],
-        "which layers changed": [changed_sentence(r) for r in recordings],
+        "which layers changed": [changed(r).sentence() for r in recordings],
         "what is wrong": ["\n".join(f.title for f in a.findings if f.severity in WRONG) or "-" for a in pair],
     }
     for name, (one, other) in rows.items():

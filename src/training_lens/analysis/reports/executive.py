@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from training_lens.analysis.reports.facts import (
     captured,
     certificate_of,
-    changed_sentence,
+    changed,
+    cost_brief,
     cost_sentence,
     losses,
     missing,
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from training_lens.utils.pages import Part
 
 WRONG = ("problem", "warning")
+LONGEST_LINE, LONGEST_PLACE = 150, 60  # characters
 
 
 def executive(analysis: Analysis) -> Report:
@@ -31,29 +34,44 @@ def executive(analysis: Analysis) -> Report:
     parts: list[Part] = [
         verdict(analysis.findings),
         *("# Did it learn?", losses(recording).sentence()),
-        *("# Is the capture sound?", f"{certificate_of(recording).sentence()} {cost_sentence(recording)}"),
-        *("# Which layers changed?", changed_sentence(recording)),
+        *("# What to do next", Bullets(next_steps(analysis))),
         "# What is wrong?",
         Bullets([in_short(f) for f in wrong]) if wrong else "Nothing wrong was found.",
-        *(
-            [f"{len(unknown)} of {len(analysis.findings)} questions could not be answered: {_titles(unknown)}."]
-            * bool(unknown)
-        ),
-        "# What to do next",
-        Bullets(next_steps(analysis)),
+        *([f"Not known ({len(unknown)} of {len(analysis.findings)} questions):"] * bool(unknown)),
+        *([Bullets([in_short(f) for f in unknown])] * bool(unknown)),
+        *("# Which layers changed?", changed(recording).sentence()),
+        *("# Is the capture sound?", f"{certificate_of(recording).sentence()} {cost_sentence(recording)}"),
     ]
     return Report("executive", f"Run {recording.name}: in short", tuple(parts), in_numbers(analysis))
 
 
 def verdict(findings: Sequence[Finding]) -> Callout:
-    """The worst finding as a box; where nothing is wrong, that."""
+    """The worst finding as a box, with what to do; where nothing is wrong, that."""
+    worst = worst_of(findings)
+    if worst is None:
+        told = _unanswered(findings)
+        if told and all(finding.confidence == "could not tell" for finding in findings):
+            return Callout("note", "too little was captured to tell anything", (("not known", told),))
+        return Callout("fine", "nothing wrong was found", (("not known", told),) if told else ())
+    others = sum(finding.severity in WRONG for finding in findings) - 1
+    facts = {
+        "where": worst.where or "the whole run",
+        "what to do": worst.action or worst.decide,
+        "further": f"{others} more" if others else "",
+    }
+    return Callout(worst.severity, worst.title, tuple((name, words) for name, words in facts.items() if words))
+
+
+def _unanswered(findings: Sequence[Finding]) -> str:
+    """Empty where every question was answered."""
+    unknown = sum(finding.confidence == "could not tell" for finding in findings)
+    return f"{unknown} of {len(findings)} questions could not be answered" if unknown else ""
+
+
+def worst_of(findings: Sequence[Finding]) -> Finding | None:
+    """The first of the gravest findings; None where nothing is wrong."""
     wrong = [finding for finding in findings if finding.severity in WRONG]
-    if not wrong:
-        return Callout("fine", f"nothing wrong was found among {len(findings)} questions")
-    worst = min(wrong, key=lambda finding: WRONG.index(finding.severity))
-    others = len(wrong) - 1
-    more = (("further", f"{others} more"),) if others else ()
-    return Callout(worst.severity, worst.title, (("where", worst.where or "the whole run"), *more))
+    return min(wrong, key=lambda finding: WRONG.index(finding.severity)) if wrong else None
 
 
 def in_short(finding: Finding) -> str:
@@ -77,10 +95,6 @@ def _sentence(words: str) -> str:
     return words if words.endswith((".", "!", "?")) else f"{words}."
 
 
-def _titles(findings: Sequence[Finding]) -> str:
-    return "; ".join(finding.title for finding in findings)
-
-
 def in_numbers(analysis: Analysis) -> dict[str, object]:
     """What all reports of a run have in their JSON: the run, what was captured and at what cost, results, findings."""
     recording, proof = analysis.recording, certificate_of(analysis.recording)
@@ -97,17 +111,25 @@ def in_numbers(analysis: Analysis) -> dict[str, object]:
 
 
 def three_lines(analysis: Analysis) -> list[str]:
-    """What training prints at its end: the capture and its certificate, what the adapter did, the worst finding."""
+    """What training prints at its end, a line of the screen each.
+
+    What was captured, whether it is sound and what it cost; what the adapter changed; the worst finding and what to do.
+    """
     recording = analysis.recording
-    tables = captured(recording)
-    steps = max((steps for _, _, steps, _, _ in tables), default=0)
-    what = f"{len(recording.modules)} modules, {len(tables)} tables, up to {steps:,} steps"
-    wrong = [finding for finding in analysis.findings if finding.severity in WRONG]
-    worst = min(wrong, key=lambda finding: WRONG.index(finding.severity)) if wrong else None
-    advice = f" What to do: {_sentence(worst.action)}" if worst and worst.action else ""
-    ending = f"{worst.severity}: {_sentence(in_short(worst))}{advice}" if worst else "nothing wrong found"
-    return [
-        f"captured: {what}. {certificate_of(recording).sentence()} {cost_sentence(recording)}",
-        f"adapter: {changed_sentence(recording)}",
-        ending,
-    ]
+    steps = max((steps for _, _, steps, _, _ in captured(recording)), default=0)
+    cost = cost_brief(recording).partition(" time of")[0]
+    taken = f"captured: {len(recording.modules)} modules over {steps:,} steps; {certificate_of(recording).brief()}"
+    lines = (
+        f"{taken}; cost {cost or 'not kept'}",
+        f"changed: {changed(recording).brief()}",
+        _ending(analysis.findings),
+    )
+    return [shorten(line, LONGEST_LINE, placeholder=" ...") for line in lines]
+
+
+def _ending(findings: Sequence[Finding]) -> str:
+    worst = worst_of(findings)
+    if worst is None:
+        return "; ".join(filter(None, ("nothing wrong found", _unanswered(findings))))
+    where = f" ({shorten(worst.where, LONGEST_PLACE, placeholder=' ...')})" if worst.where else ""
+    return f"{worst.severity}: {worst.title}{where}: {worst.action or worst.decide or worst.measured}"

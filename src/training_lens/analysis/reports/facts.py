@@ -12,10 +12,12 @@ from training_lens.analyzers.grouping import latest
 from training_lens.analyzers.readings.gradients import certificate
 from training_lens.core import tables
 from training_lens.core.recording import Recording
+from training_lens.core.types import Series
 from training_lens.utils.formatting import format_seconds
 
 # float32 rounds by 1e-7 and bfloat16 by 0.2 % at most, whatever the size: a few such roundings stay below this
 SOUND = 0.01
+LEAST_GAIN = 0.01  # of the base's loss: what is less is hardly learning
 MATTERS: Mapping[str, tuple[str, str]] = {  # table -> what is not known without it, and how to capture it
     tables.GRADIENTS: ("gradients", "no certificate of the capture, and no gradient of a single layer, is known"),
     tables.WEIGHTS: ("the adapter's weights", "how far each layer moves is not known"),
@@ -52,9 +54,16 @@ class Certificate:
             return "There is no certificate: gradients were not captured."
         verdict = "The capture is sound" if self.sound else "The capture is not what the optimizer saw"
         return (
-            f"{verdict}: the largest of {self.checked:,} residuals of its own check, which are 0 up to rounding, is "
-            f"{self.largest:.2g} ({self.module}, step {self.step}; sound is up to {SOUND:g})."
+            f"{verdict}: it checks itself by an equation that exact gradients fulfil (BᵀdB = dA Aᵀ). Of "
+            f"{self.checked:,} checks, the largest error is {self.largest:.2g} ({self.module}, step {self.step}; sound "
+            f"is up to {SOUND:g})."
         )
+
+    def brief(self) -> str:
+        """The same for one line."""
+        if self.largest is None:
+            return "no certificate"
+        return f"{'sound' if self.sound else 'NOT SOUND'} (largest error of its own check {self.largest:.1g})"
 
 
 def certificate_of(recording: Recording) -> Certificate:
@@ -82,19 +91,24 @@ def missing(recording: Recording) -> list[str]:
 
 def cost_sentence(recording: Recording) -> str:
     """The lens's own seconds, and their share of the training time where that is known."""
+    took = cost_brief(recording)
+    return f"The capture itself took {took}." if took else "What the capture cost was not kept."
+
+
+def cost_brief(recording: Recording) -> str:
+    """The same as a part of a sentence; empty where it was not kept."""
     seconds = sum(recording.captures.cost().values())
     training = float(np.nansum(recording.series(tables.LOSS, "seconds").values))
-    if not seconds:
-        return "What the capture cost was not kept."
     share = f", {seconds / training:.1%} of the training time of {format_seconds(training)}" if training else ""
-    return f"The capture itself took {format_seconds(seconds)}{share}."
+    return f"{format_seconds(seconds)}{share}" if seconds else ""
 
 
 @dataclass(frozen=True)
 class Losses:
     """Nats per supervised token; None what was not captured.
 
-    `first` and `last` are of training, medians of a twentieth of the run; the others are of validation.
+    `first` and `last` are of training, medians of a twentieth of the run; `broken_step` is the first step whose
+    training loss is not finite; the others are of validation.
     """
 
     first: float | None
@@ -103,29 +117,38 @@ class Losses:
     best: float | None
     best_step: int | None
     final: float | None
+    broken_step: int | None
 
     def sentence(self) -> str:
         """Whether it learned, by validation where there was one, else by the training loss."""
-        if self.best is not None and self.base is not None:
-            gain = self.base - self.best
-            end = f", and {self.final:.4f} at the end" if self.final != self.best else ""
-            verb = "Yes" if gain > 0 else "No"
-            return (
-                f"{verb}: the validation loss was {self.base:.4f} before, is {self.best:.4f} at best (step "
-                f"{self.best_step}){end}, in nats per supervised token."
-            )
+        broken = f" From step {self.broken_step} on, the training loss is not finite." if self.broken_step else ""
+        return (self._by_validation() or self._by_training()) + broken
+
+    def _by_validation(self) -> str:
+        """Empty where there was no validation."""
+        if self.best is None:
+            return ""
+        end = f", and {self.final:.4f} at the end" if self.final != self.best else ""
+        best = f"{self.best:.4f} at best (step {self.best_step}){end}, in nats per supervised token."
+        if self.base is None:
+            return f"The validation loss is {best} What it was before training was not captured. {self._by_training()}"
+        gain = self.base - self.best
+        answer = "No" if gain <= 0 else "Hardly" if gain < LEAST_GAIN * self.base else "Yes"
+        return f"{answer}: the validation loss was {self.base:.4f} before and is {best}"
+
+    def _by_training(self) -> str:
         if self.first is None or self.last is None:
-            return "Nobody can tell: no loss was captured."
+            return "The training loss was not captured."
         fell = "fell" if self.last < self.first else "did not fall"
-        return (
-            f"The training loss {fell}, from {self.first:.4f} to {self.last:.4f} nats per supervised token. Without "
-            "validation rows, nobody can tell how it does on others (data.validation)."
-        )
+        said = f"The training loss {fell}, from {self.first:.4f} to {self.last:.4f} nats per supervised token."
+        unknown = "Without validation rows, nobody can tell how it does on others (data.validation)."
+        return said if self.best is not None else f"{said} {unknown}"
 
 
 def losses(recording: Recording) -> Losses:
     """Of training, of validation, and of the base."""
-    training = _finite(recording, tables.LOSS, "loss")[1]
+    training, every = _finite(recording, tables.LOSS, "loss")[1], recording.series(tables.LOSS, "loss")
+    broken = every.steps[~np.isfinite(every.values).all(1)]
     part = max(1, len(training) // 20)
     steps, judged = _finite(recording, tables.EVALUATION, "loss")
     base = _finite(recording, tables.EVALUATION, "base_loss")[1]
@@ -137,6 +160,7 @@ def losses(recording: Recording) -> Losses:
         best=None if best is None else float(judged[best]),
         best_step=None if best is None else int(steps[best]),
         final=float(judged[-1]) if len(judged) else None,
+        broken_step=int(broken[0]) if len(broken) else None,
     )
 
 
@@ -147,20 +171,58 @@ def _finite(recording: Recording, table: str, measure: str) -> tuple[np.ndarray,
     return series.steps[kept], values[kept]
 
 
-def changed_sentence(recording: Recording) -> str:
-    """Which layers and kinds of modules carry the update, and how large it is."""
-    norms = recording.series(tables.WEIGHTS, "norm_update")
-    by_layer, by_kind = (_largest(latest(energy_shares(norms, recording.modules, by))) for by in ("layer", "kind"))
-    if not by_layer:
-        return "Nobody can tell: the adapter's weights were not captured, or are 0."
-    strength = {k: v for k, v in latest(evolution(recording, "strength")).items() if v is not None}
+@dataclass(frozen=True)
+class Changed:
+    """The largest shares of |dW|^2 by layer and by kind after `step`, and the module that changed most against W.
+
+    Empty, and None, where they are not known. `whole` tells that no later step has numbers that are not finite.
+    """
+
+    step: int
+    whole: bool
+    by_layer: Mapping[str, float]
+    by_kind: Mapping[str, float]
+    strongest: str | None
+    strength: float | None
+
+    def sentence(self) -> str:
+        """Which layers and kinds of modules carry the update, and how large it is."""
+        if not self.by_layer:
+            return "Nobody can tell: the adapter's weights were not captured, are 0, or are not finite."
+        size = f" The largest change is {self.size()} its weight ({self.strongest})." if self.strongest else ""
+        after = "" if self.whole else f" This is after step {self.step}: later weights are not finite."
+        carriers = f"Layers {_shares(self.by_layer)} and modules {_shares(self.by_kind)}"
+        return f"{carriers} carry most of the change (shares of |dW|²; dW is what is added to a weight).{size}{after}"
+
+    def brief(self) -> str:
+        """The same for one line."""
+        if not self.by_layer:
+            return "not known: the adapter's weights were not captured, are 0, or are not finite"
+        carriers = f"most in layers {_shares(self.by_layer)} and modules {_shares(self.by_kind)}"
+        size = f"; at most {self.size()} a weight" if self.strongest else ""
+        return f"{carriers}{size}{'' if self.whole else f' (at step {self.step})'}"
+
+    def size(self) -> str:
+        """The largest change against the weight that it changes: '12% of', '3.1 times'."""
+        ratio = self.strength or 0.0
+        return f"{100 * ratio:.2g}% of" if ratio < 0.995 else f"{ratio:,.1f} times"
+
+
+def changed(recording: Recording) -> Changed:
+    """What the adapter changed, at the last step at which all of its numbers are finite."""
+    norms, strengths = recording.series(tables.WEIGHTS, "norm_update"), evolution(recording, "strength")
+    known = np.flatnonzero(np.isfinite(norms.values).all(1))
+    last = int(known[-1]) if len(known) else -1
+    by_layer, by_kind = (_largest(_at(energy_shares(norms, recording.modules, by), last)) for by in ("layer", "kind"))
+    strength = {name: ratio for name, ratio in _at(strengths, last).items() if ratio is not None}
     most = max(strength, key=strength.__getitem__) if strength else None
-    size = f" The largest change is {_part(strength[most])} its weight ({most})." if most else ""
-    return f"Layers {_shares(by_layer)} and modules {_shares(by_kind)} carry the most of |dW|².{size}"
+    step = int(norms.steps[last]) if len(known) else 0
+    whole = last == len(norms.steps) - 1
+    return Changed(step, whole, by_layer, by_kind, most, strength[most] if most else None)
 
 
-def _part(ratio: float) -> str:
-    return f"{ratio:.2%} of" if ratio < 10 else f"{ratio:,.0f} times"
+def _at(series: Series, place: int) -> dict[str, float | None]:
+    return latest(Series(series.steps[: place + 1], series.names, series.values[: place + 1]))
 
 
 def _largest(shares: Mapping[str, float | None]) -> dict[str, float]:

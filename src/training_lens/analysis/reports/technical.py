@@ -11,7 +11,7 @@ from training_lens.analysis.reports.executive import in_numbers, verdict
 from training_lens.analysis.reports.facts import (
     captured,
     certificate_of,
-    changed_sentence,
+    changed,
     cost_sentence,
     losses,
     missing,
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 MOST_ROWS = 300  # of one table; the JSON has all
 LOSS_CAPTION = (
     "Lower is better. Dashed lines end epochs, a star is the best validation, triangles are checkpoints; a cross is a "
-    "step whose loss is not finite or 6 robust deviations above the running median of 21 steps."
+    "step whose loss is not finite (drawn at the highest loss) or far above its neighbours (6 robust deviations above "
+    "the median of 21 steps)."
 )
 
 
@@ -39,18 +40,19 @@ def technical(analysis: Analysis) -> Report:
     parts: list[Part] = [
         f"Run {recording.name}, {recording.status}; captured in {recording.manifest.origin}.",
         verdict(analysis.findings),
+        "# Did it learn?",
+        losses(recording).sentence(),
+        *_findings(analysis),
+        "# Loss and events",
+        Picture("Loss", loss(recording, checkpoint_steps(recording)), LOSS_CAPTION),
+        "# Which layers changed?",
+        changed(recording).sentence(),
+        *_pictures(recording),
         "# What was captured",
         f"The capture's own proof. {certificate_of(recording).sentence()}",
         _captured(recording),
         *([f"Probe set: {_sizes(recording.manifest.probe)}."] if recording.manifest.probe else []),
         *(["Not captured:", Bullets(absent)] if absent else []),
-        "# Did it learn?",
-        losses(recording).sentence(),
-        Picture("Loss", loss(recording, checkpoint_steps(recording)), LOSS_CAPTION),
-        "# Which layers changed?",
-        changed_sentence(recording),
-        *_pictures(recording),
-        *_findings(analysis),
         *_results(analysis.results),
         "# What the capture cost",
         cost_sentence(recording),
@@ -95,8 +97,8 @@ def _cost(recording: Recording) -> Iterator[Part]:
 
 
 def _findings(analysis: Analysis) -> Iterator[Part]:
-    columns = ("finding", "how grave", "where", "measured", "confidence", "what to do")
-    rows = [(f.title, f.severity, f.where, f.measured, f.confidence, f.action or f.decide) for f in analysis.findings]
+    columns = ("finding", "how grave", "what to do", "measured", "where", "confidence")
+    rows = [(f.title, f.severity, f.action or f.decide, f.measured, f.where, f.confidence) for f in analysis.findings]
     if rows:
         yield "# Findings"
         yield Table("all questions; the diagnostic report has thresholds, sources and evidence", columns, rows)

@@ -9,7 +9,7 @@ import numpy as np
 
 from training_lens.analyzers.convergence import Estimate, remaining_gain, trend
 from training_lens.analyzers.grouping import median, number
-from training_lens.analyzers.readings.activations import curve
+from training_lens.analyzers.readings.activations import POINTS, curve
 from training_lens.core import tables
 from training_lens.core.analyzer import DataAnalyzer
 from training_lens.core.recording import Recording
@@ -59,15 +59,24 @@ class ConvergenceAnalyzer(DataAnalyzer):
         }
 
 
-def smoothed(series: Series) -> Series:
-    """Medians over a moving window of a fiftieth of the run, which is shorter at its ends."""
+def smoothed(series: Series, most: int = POINTS) -> Series:
+    """Medians over a moving window of a fiftieth of the run, which is shorter at its ends.
+
+    Args:
+        most: at most so many steps, evenly over the run: a window for each of 100,000 would be gigabytes.
+    """
+    kept = (
+        np.unique(np.linspace(0, len(series.steps) - 1, most).round().astype(int))
+        if len(series.steps)
+        else np.zeros(0, int)
+    )
     width = max(1, len(series.steps) // WINDOWS) | 1  # odd, so that it is centred
     padded = np.pad(series.values, ((width // 2, width // 2), (0, 0)), constant_values=np.nan)
-    values = np.zeros_like(series.values)
+    values = np.zeros((len(kept), series.values.shape[1]))
     for column in range(series.values.shape[1]):
         windows = np.lib.stride_tricks.sliding_window_view(padded[:, column], width)  # (steps, width)
-        values[:, column] = median(windows)
-    return Series(series.steps, series.names, values)
+        values[:, column] = median(windows[kept])
+    return Series(series.steps[kept], series.names, values)
 
 
 def _taken(series: Series) -> Series:
