@@ -110,6 +110,14 @@ def test_a_gain_about_as_large_as_the_noise_decides_nothing(finding: Find, healt
     assert finding("converged", healthy).confidence == "could not tell"
 
 
+def test_a_gain_larger_than_the_loss_that_is_left_is_not_told(finding: Find, healthy: Any) -> None:
+    held_out(healthy, 0.2 + 10 * np.exp(-STEPS / 40))
+    steps, columns = healthy.tables["evaluation"]
+    healthy.tables["evaluation"] = (steps[4::5], {"loss": columns["loss"][4::5]})
+    found = finding("converged", healthy)
+    assert found.confidence == "could not tell" and "where no loss can be" in found.measured
+
+
 def test_the_probe_set_stands_in_for_rare_validations(finding: Find, healthy: Any) -> None:
     steps, columns = healthy.tables["evaluation"]
     healthy.tables["evaluation"] = (steps[-2:], {"loss": columns["loss"][-2:]})

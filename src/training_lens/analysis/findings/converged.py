@@ -55,6 +55,14 @@ def _verdict(judged: HeldOut, gain: Estimate, noise: float, measured: str, runni
         "held_out": points(x=judged.steps, y=judged.losses),
     }
     least, most = gain.value - ERRORS * gain.error, gain.value + ERRORS * gain.error
+    if gain.value >= float(judged.losses[-1]):
+        return RULE.unknown(
+            "What training on would gain is not known",
+            f"the line through the last {LEAST} or more losses on the {judged.what} would lead to 0 or under it, where "
+            f"no loss can be (the last is {judged.losses[-1]:.3g}): the curve bends",
+            "more validations late in the run (training.eval_steps)",
+            evidence,
+        )
     if most <= (NOISES * noise if least <= 0 else noise):
         return RULE.found("note" if running else "fine", "Converged", measured, evidence=evidence)
     if least > 0:
