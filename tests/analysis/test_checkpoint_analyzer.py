@@ -75,6 +75,13 @@ def test_an_update_of_zero_has_no_direction(save_adapter: Saver) -> None:
     assert json.loads(json.dumps(compared.values(), allow_nan=False))["modules"][NAME]["cosine"] is None
 
 
+def test_modules_are_compared_in_the_models_order(trainer_output: Path) -> None:
+    """Of unlike shapes too, which are stacked apart."""
+    analyzer = CheckpointAnalyzer(trainer_output)
+    likeness = analyzer.compare(analyzer)
+    assert list(likeness.modules) == [module.name for module in analyzer.recording.modules]
+
+
 def test_runs_that_cannot_be_compared_say_why(save_adapter: Saver) -> None:
     first = CheckpointAnalyzer(save_adapter("first", {NAME: (torch.ones(2, 9), torch.ones(12, 2))}))
     with pytest.raises(LensError, match=f"{NAME} is 12 x 9 in one and 12 x 8 in the other"):

@@ -173,7 +173,8 @@ def compared(first: Recording, second: Recording) -> Comparison:
             f"{next(iter(there), 'none')}. Give two runs on one base model."
         )
     names = (first.name, second.name)
-    return Comparison(names, steps, alike, tuple(here.keys() - alike), tuple(there.keys() - alike))
+    in_order = {module.name: alike[module.name] for module in first.modules if module.name in alike}
+    return Comparison(names, steps, in_order, tuple(here.keys() - alike), tuple(there.keys() - alike))
 
 
 def _last(recording: Recording) -> int:

@@ -29,7 +29,7 @@ table { border-collapse: collapse } .caption { font-weight: 600; margin: 1.2rem 
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: right; white-space: pre-wrap;
   overflow-wrap: normal; font-variant-numeric: tabular-nums }
 th:first-child, td:first-child, .words { text-align: left }
-td.words { overflow-wrap: anywhere; min-width: 11rem } td:first-child { min-width: 8rem }
+td.words:not(:first-child) { overflow-wrap: anywhere; min-width: 11rem } td:first-child { min-width: 8rem }
 figure { margin: 1.5rem 0; min-width: 0 } figcaption { color: var(--soft); font-size: .9rem }
 .beside { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 0 1.5rem }
 .callout { border: 1px solid var(--line); border-left: .35rem solid var(--mark); background: var(--box);

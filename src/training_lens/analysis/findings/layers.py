@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -54,8 +54,10 @@ def layers(recording: Recording) -> Finding:
     if not any(kinds.values()):
         return RULE.unknown(
             "Whether a layer explodes or vanishes is not known",
-            f"{', '.join(f'{len(series.steps)} steps of the {name}' for name, series in measures.items())}",
-            f"captures of at least {2 * LEAST_STEPS} steps, with {LEAST_SIBLINGS} modules of one kind",
+            f"{', '.join(f'{len(series.steps)} steps of the {name}' for name, series in measures.items())}; at most "
+            f"{_most_of_a_kind(recording.modules)} modules of one kind",
+            f"captures of at least {2 * LEAST_STEPS} steps, and {LEAST_SIBLINGS} modules of one kind: in a model of "
+            "fewer layers there is too little to compare",
         )
     found = [a for name, series in seen.items() for kind in kinds[name] for a in _apart(name, series, kind)]
     if not found:
@@ -64,6 +66,10 @@ def layers(recording: Recording) -> Finding:
             "No layer explodes or vanishes", f"{' and '.join(seen)} of {len(watched)} modules against their kind"
         )
     return _told(found, measures)
+
+
+def _most_of_a_kind(modules: Sequence[ModuleRecord]) -> int:
+    return max(Counter(module.kind for module in modules).values(), default=0)
 
 
 def _kinds(modules: Sequence[ModuleRecord], series: Series) -> list[list[str]]:
