@@ -208,4 +208,6 @@ def test_a_base_that_is_given_must_be_the_right_one(
         open_recording(other, base=base_folder)
     with pytest.raises(ModelLoadingError, match="no folder"):
         open_recording(trainer_output, base=tmp_path / "nothing")
+    with pytest.raises(LensError, match="is no folder, and no model of that id"):
+        open_recording(trainer_output, base="no-such-model")
     assert not open_recording(other).has("base_weights")

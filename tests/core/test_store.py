@@ -116,6 +116,7 @@ def test_a_table_has_the_stated_columns_and_becomes_a_frame(folder: Path) -> Non
         "spectrum": pa.list_(pa.float32()),
     }
     assert LensStore(folder).table("weights", ["norm"]).column_names == ["step", "module", "norm"]
+    assert LensStore(folder).table("weights", ["step"]).column_names == ["step", "module"]
     frame = LensStore(folder).pandas("weights")
     assert frame.shape == (6, 5) and frame["module"].tolist() == [*ROWS, *ROWS]
 
@@ -323,7 +324,9 @@ def test_a_byte_that_changed_within_a_segment_is_found(folder: Path) -> None:
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
     store = LensStore(folder)
+    assert store.measures("weights") == ("norm",) and not store.damaged  # what there is says the footer alone
     assert store.table("weights").num_rows == 0 and store.damaged == [path]
+    assert store.series("weights", "norm").steps.size == 0
 
 
 def test_a_resumed_run_keeps_clear_of_a_damaged_segment(folder: Path, logged: pytest.LogCaptureFixture) -> None:

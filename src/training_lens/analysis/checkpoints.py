@@ -70,6 +70,10 @@ class CheckpointCaptures:
         kept = [c for c in table.column_names if columns is None or c in (STEP, MODULE, *columns)]
         return table.select(kept)
 
+    def measures(self, name: str) -> tuple[str, ...]:
+        """The measures of a table; raises as `table` does."""
+        return tuple(column for column in self._made(name).column_names if column not in (STEP, MODULE))
+
     def series(self, table: str, measure: str) -> Series:
         """A scalar measure over time (see `core.arrow.series_of`); raises as `table` does, and for other measures."""
         return series_of(self.table(table), measure)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from training_lens.core.arrow import MODULE, STEP, series_of, vectors_of
 from training_lens.core.recording import Recording
 from training_lens.core.types import DataType
 from training_lens.errors import LensError, OutputError
@@ -25,32 +26,35 @@ def export_tables(
     """Write each table of a kind into `folder` as `{table}.{format}`; gives the files and their rows.
 
     csv, json and parquet have a row for each step and module; a list in csv is joined by spaces. npz has `steps`,
-    `modules` and for each measure an array (steps, modules), of spectra (steps, modules, longest).
+    `modules` and for each measure an array (steps, modules), of spectra (steps, modules, longest), NaN where it was not
+    taken. Tables of snapshots alone are no rows: A and B are safetensors already.
 
     Raises:
         LensError: nothing of that kind was captured; says what there is.
         OutputError: a file is there already, and `force` is false.
     """
-    captures = recording.captures
-    names = [name for name in captures.tables() if recording.manifest.tables.get(name) == data_type]
-    if not names:
-        there = sorted({str(recording.manifest.tables[name]) for name in captures.tables()})
-        raise LensError(
-            f"{recording.folder}: no {data_type.value} were captured. There are: {', '.join(there) or 'no captures'}."
-        )
-    targets = {name: folder / f"{name}.{format}" for name in names}
+    kinds = {name: recording.manifest.tables.get(name) for name in recording.captures.tables()}
+    kinds = {name: kind for name, kind in kinds.items() if kind and recording.captures.measures(name)}
+    targets = {name: folder / f"{name}.{format}" for name, kind in kinds.items() if kind == data_type}
+    if not targets:
+        there = ", ".join(sorted({str(kind) for kind in kinds.values()})) or "no captures"
+        raise LensError(f"{recording.folder}: no {data_type.value} were captured. There are: {there}.")
     standing = [path for path in targets.values() if path.exists()]
     if standing and not force:
         raise OutputError(f"{standing[0]} is there already. Give --force to write over it, or another --output.")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, path in targets.items():
-        with whole_file(path) as temporary:
-            WRITERS[format](recording, name, temporary)
-    return {path: captures.table(name).num_rows for name, path in targets.items()}
+    return {path: _write(recording.captures.table(name), format, path) for name, path in targets.items()}
 
 
-def _csv(recording: Recording, name: str, path: Path) -> None:
-    table = recording.captures.table(name)
+def _write(table: pa.Table, format: str, path: Path) -> int:
+    """Gives its rows: while training runs, the next reading would have more."""
+    with whole_file(path) as temporary:
+        WRITERS[format](table, temporary)
+    rows: int = table.num_rows
+    return rows
+
+
+def _csv(table: pa.Table, path: Path) -> None:
     for i, field in enumerate(table.schema):
         if pa.types.is_list(field.type):
             texts = [None if row is None else " ".join(map(str, row)) for row in table.column(i).to_pylist()]
@@ -60,13 +64,9 @@ def _csv(recording: Recording, name: str, path: Path) -> None:
     pyarrow.csv.write_csv(table, path)
 
 
-def _parquet(recording: Recording, name: str, path: Path) -> None:
-    pyarrow.parquet.write_table(recording.captures.table(name), path)
-
-
-def _json(recording: Recording, name: str, path: Path) -> None:
-    rows = recording.captures.table(name).to_pylist()
-    path.write_text(json.dumps([{k: _finite(v) for k, v in row.items()} for row in rows]) + "\n", encoding="utf-8")
+def _json(table: pa.Table, path: Path) -> None:
+    rows = [{name: _finite(value) for name, value in row.items()} for row in table.to_pylist()]
+    path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:
@@ -76,25 +76,34 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _npz(recording: Recording, name: str, path: Path) -> None:
-    captures, arrays = recording.captures, dict[str, Any]()
-    for field in captures.table(name).schema:
-        if field.name in ("step", "module"):
-            continue
-        if pa.types.is_list(field.type):
-            steps, vectors = captures.vectors(name, field.name)
-            names, values = tuple(vectors), np.stack(list(vectors.values()), 1)
-        else:
-            series = captures.series(name, field.name)
-            steps, names, values = series.steps, series.names, series.values
-        arrays |= {"steps": steps, "modules": np.array(names), field.name: values}
+def _npz(table: pa.Table, path: Path) -> None:
+    steps = np.unique(table.column(STEP).to_numpy())
+    modules = table.column(MODULE).unique().to_pylist()
+    measures = [field for field in table.schema if field.name not in (STEP, MODULE)]
+    arrays: dict[str, Any] = {field.name: _on_grid(table, field, steps, modules) for field in measures}
     with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **{"steps": steps, "modules": np.array(modules), **arrays})
 
 
-WRITERS: dict[str, Callable[[Recording, str, Path], None]] = {
+def _on_grid(table: pa.Table, field: pa.Field, steps: np.ndarray, modules: list[str]) -> np.ndarray:
+    """(steps, modules), of vectors (steps, modules, longest), as float32, which is how it was captured."""
+    if pa.types.is_list(field.type):
+        taken, vectors = vectors_of(table, field.name)
+        longest = max((values.shape[1] for values in vectors.values()), default=0)
+        grid = np.full((len(steps), len(modules), longest), np.nan, np.float32)
+        for name, values in vectors.items():
+            grid[np.searchsorted(steps, taken), modules.index(name), : values.shape[1]] = values
+        return grid
+    series = series_of(table, field.name)
+    grid = np.full((len(steps), len(modules)), np.nan, np.float32)
+    columns = np.array([modules.index(name) for name in series.names], np.int64)
+    grid[np.ix_(np.searchsorted(steps, series.steps), columns)] = series.values
+    return grid
+
+
+WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
     "csv": _csv,
-    "parquet": _parquet,
+    "parquet": pyarrow.parquet.write_table,
     "json": _json,
     "npz": _npz,
 }

@@ -197,6 +197,8 @@ def base_weights(adapter: SavedAdapter, base: Path | str | None = None) -> BaseW
         if base is not None:
             raise
         weights = None
+    if base is not None and weights is None:
+        raise LensError(f"base '{base}' is no folder, and no model of that id is in the hub's local cache.")
     missing = [record.name for record in adapter.records if weights is None or not weights.has(record)]
     if base is not None and len(missing) == len(adapter.records):
         raise LensError(

@@ -13,6 +13,7 @@ from training_lens.core import tables
 from training_lens.core.recording import Recording
 from training_lens.core.stacks import Factors
 from training_lens.core.types import ModuleRecord
+from training_lens.errors import LensError
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,29 @@ def snapshot_factors(recording: Recording, step: int) -> dict[str, Factors]:
     (of DoRA, with its magnitude: the low-rank part).
 
     Raises:
-        LensError: there is no snapshot of that step, or it is damaged.
+        LensError: there is no snapshot of that step, it is damaged, or of another adapter than the recording.
     """
     tensors = recording.captures.snapshot(tables.SNAPSHOTS, step)
-    names = [record.name for record in recording.modules]
-    return {
-        name: Factors(tensors[f"{name}.a"], tensors[f"{name}.b"], tensors.get(f"{name}.magnitude"))
-        for name in names
-        if f"{name}.a" in tensors
-    }
+    records = [record for record in recording.modules if f"{record.name}.a" in tensors]
+    factors = {name: _factors(tensors, name) for name in (record.name for record in records)}
+    for record in records:
+        _require_shape(record, factors[record.name], f"{recording.folder}: the snapshot of step {step}")
+    return factors
+
+
+def _factors(tensors: Mapping[str, Tensor], name: str) -> Factors:
+    return Factors(tensors[f"{name}.a"], tensors[f"{name}.b"], tensors.get(f"{name}.magnitude"))
+
+
+def _require_shape(record: ModuleRecord, found: Factors, where: str) -> None:
+    rank = (2 if record.variant == "pissa" else 1) * record.rank
+    expected = (rank, record.in_features), (record.out_features, rank)
+    shapes = tuple(found.a.shape), tuple(found.b.shape)
+    if shapes != expected:
+        raise LensError(
+            f"{where} is not of this run: of {record.name} A and B are {shapes[0]} and {shapes[1]}, expected "
+            f"{expected[0]} and {expected[1]}. Move its file away."
+        )
 
 
 def stacks(records: Sequence[ModuleRecord], factors: Mapping[str, Factors]) -> list[Stack]:

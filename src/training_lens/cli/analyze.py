@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import degrees
+from collections.abc import Mapping, Sequence
+from math import degrees, isnan
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command
-from training_lens.cli.lens import BaseFolder, RunPlace, opened
+from training_lens.cli.lens import BaseFolder, RunPlace, opened_pair
 
 if TYPE_CHECKING:
-    from training_lens.analysis.checkpoint_analyzer import Analysis, CheckpointAnalyzer
+    from training_lens.analysis.checkpoint_analyzer import Analysis, CheckpointAnalyzer, Comparison
+    from training_lens.analysis.findings import Finding
 
 Against = Annotated[
     str | None, typer.Option(metavar="RUN", help="Compare with a second run: angles between what the two learned.")
@@ -23,8 +24,17 @@ CheckRank = Annotated[
         "--check-rank", help="Measure the validation loss at lower ranks (loads the model), and advise a rank_pattern."
     ),
 ]
-MOST_LAYERS = 12  # on the screen
+MOST_ROWS = 12  # of a table on the screen
 MARKS = {"problem": "red", "warning": "yellow", "note": "cyan", "fine": "green"}
+MEANING = (
+    "dW is what the adapter adds to a weight W; share: of the sum of |dW|² over all modules. The others are medians "
+    "over a layer's modules: strength, |dW| / |W|; effective rank, how many directions dW uses; 90 % rank, how many of "
+    "them hold 90 % of |dW|²."
+)
+ALIKE = (
+    "cosine of dW: 1 is the same update, 0 an unrelated one; angles are between what the two updates write: 0° is the "
+    "same directions, 90° none shared."
+)
 
 
 def analyze(
@@ -43,14 +53,16 @@ def analyze(
     training-lens analyze path/to/trainer_output
     """
     with command(json, debug) as screen:
-        analyzer = opened(run, overrides, config, base)
+        analyzer, other = opened_pair(run, against, overrides, config, base)
+        comparison = analyzer.compare(other) if other else None
         if check_rank:
             _measure_rank(screen, analyzer)
         analysis = analyzer.analyze()
         _show(screen, analysis)
         values = analysis.values()
-        if against:
-            values["against"] = _compare(screen, analyzer, opened(against, None, config, base))
+        if comparison:
+            _show_likeness(screen, comparison)
+            values["against"] = comparison.values()
         screen.result(values)
 
 
@@ -87,53 +99,75 @@ def _show(screen: Screen, analysis: Analysis) -> None:
     _show_layers(screen, analysis.results.get("weights", {}))
     console.print("\n[bold]findings[/]")
     for finding in analysis.findings:
-        mark = finding.confidence if finding.confidence == "could not tell" else finding.severity
-        where = f" ({finding.where})" if finding.where else ""
-        console.print(Text.assemble((f"{mark}: ", MARKS[finding.severity]), (finding.title, "bold"), where))
-        rest = {"measured": finding.measured, "do": finding.action, "would decide": finding.decide}
-        for name, text in rest.items() if finding.severity != "fine" else ():
-            if text:
-                console.print(Text(f"    {name}: {text}"))
+        _show_finding(screen, finding)
+
+
+def _show_finding(screen: Screen, finding: Finding) -> None:
+    from rich.text import Text
+
+    mark = finding.confidence if finding.confidence == "could not tell" else finding.severity
+    where = f" ({finding.where})" if finding.where else ""
+    screen.console.print(Text.assemble((f"{mark}: ", MARKS[finding.severity]), (finding.title, "bold"), where))
+    wrong = finding.severity in ("problem", "warning")
+    rest = {
+        "measured": finding.measured,
+        "threshold": f"{finding.threshold} ({finding.source})" if wrong else "",
+        "do": finding.action,
+        "would decide": finding.decide,
+    }
+    for name, text in rest.items() if finding.severity != "fine" else ():
+        if text:
+            screen.console.print(Text(f"    {name}: {text}"))
 
 
 def _show_layers(screen: Screen, weights: Mapping[str, Any]) -> None:
     """The layers that carry most of the update, in their order."""
-    from statistics import median
-
     from rich.table import Table
 
     shares = {layer: share for layer, share in weights.get("share_by_layer", {}).items() if share is not None}
-    largest = sorted(shares, key=lambda layer: -shares[layer])[:MOST_LAYERS]
+    largest = sorted(shares, key=lambda layer: -shares[layer])[:MOST_ROWS]
     if not largest:
         return
-    left_out = f"; the {MOST_LAYERS} largest of {len(shares)}" if len(shares) > MOST_LAYERS else ""
+    left_out = f"; the {MOST_ROWS} largest of {len(shares)}" if len(shares) > MOST_ROWS else ""
     table = Table(title=f"what changed, by layer{left_out}", title_justify="left")
     for column in ("layer", "share of the update", "strength", "effective rank", "90 % rank"):
         table.add_column(column, justify="right")
     for layer in (layer for layer in shares if layer in largest):
         number = None if layer == "outside" else int(layer)
         modules = [m for m in weights["modules"] if m["layer"] == number]
-        columns = {
-            name: [m[name] for m in modules if m[name] is not None]
-            for name in ("strength", "effective_rank", "energy_rank")
-        }
-        typical = [f"{median(values):.3g}" if values else "-" for values in columns.values()]
+        forms = {"strength": "{:.2%}", "effective_rank": "{:.3g}", "energy_rank": "{:.3g}"}
+        typical = [_median(modules, measure, form) for measure, form in forms.items()]
         table.add_row(str(layer), f"{shares[layer]:.1%}", *typical)
     screen.console.print(table)
+    screen.console.print(MEANING)
 
 
-def _compare(screen: Screen, one: CheckpointAnalyzer, other: CheckpointAnalyzer) -> dict[str, Any]:
+def _median(modules: Sequence[Mapping[str, Any]], measure: str, form: str) -> str:
+    from statistics import median
+
+    known = [module[measure] for module in modules if module[measure] is not None]
+    return form.format(median(known)) if known else "-"
+
+
+def _show_likeness(screen: Screen, comparison: Comparison) -> None:
+    """The modules in which two runs differ most, and the median of all."""
     from rich.table import Table
     from rich.text import Text
 
-    comparison = one.compare(other)
-    values = comparison.values()
-    table = Table(title=f"{values['runs'][0]} and {values['runs'][1]}", title_justify="left")
-    for column in ("module", "cosine of dW", "smallest angle", "largest angle"):
-        table.add_column(column, justify="left" if column == "module" else "right")
-    for name, alike in comparison.modules.items():
-        angles = [f"{degrees(angle):.0f}°" for angle in (*alike.columns[:1], *alike.columns[-1:])] or ["-", "-"]
-        table.add_row(Text(name), f"{alike.cosine:.3f}", *angles)
+    modules, middle = comparison.modules, comparison.values()["median_cosine"]
+    known = {name: alike for name, alike in modules.items() if not isnan(alike.cosine)}
+    least = sorted(known, key=lambda name: known[name].cosine)[:MOST_ROWS]
+    left_out = f"; the {MOST_ROWS} least alike of {len(modules)} modules" if len(modules) > len(least) else ""
+    table = Table(title=f"{' and '.join(comparison.names)}{left_out}", title_justify="left")
+    table.add_column("module", overflow="fold")
+    table.add_column("cosine of dW", justify="right")
+    table.add_column("angles", justify="right")
+    for name in least:
+        angles = [f"{degrees(angle):.0f}°" for angle in known[name].columns]
+        table.add_row(Text(name), f"{known[name].cosine:.3f}", " to ".join(dict.fromkeys(angles[:1] + angles[-1:])))
     screen.console.print(table)
-    screen.console.print("angles are between what the two updates write; 0° is the same directions, 90° none shared")
-    return values
+    if middle is not None:
+        screen.console.print(f"median cosine over {len(modules)} modules: {middle:.3f}")
+    screen.console.print(ALIKE)
+    if alone := [*comparison.only_first, *comparison.only_second]:
+        screen.console.print(Text(f"adapted in one of the two alone: {', '.join(alone)}"))

@@ -104,7 +104,8 @@ def refuse_unused(overrides: list[str] | None, used: tuple[str, ...], why: str) 
 
     others = [text for text in overrides or [] if not text.startswith(("+", *used))]
     if others:
-        raise ConfigurationError(f"{', '.join(others)}: {why} It takes {', '.join(used)}.")
+        keys = ", ".join(f"{key}*" if key.endswith(".") else key for key in used)
+        raise ConfigurationError(f"{', '.join(others)}: {why} It takes {keys}.")
 
 
 def load_config(

@@ -23,11 +23,11 @@ RunPlace = Annotated[
 BaseFolder = Annotated[
     str | None, typer.Option("--base", metavar="FOLDER", help="The base's weights, for checkpoints of other trainers.")
 ]
-WHY = "this reads what a run captured; settings only say where runs are."
+WHY = "this reads what was captured, and only the place of runs can be set."
 
 
-def locate(run: str, overrides: list[str] | None, config: str | None) -> tuple[Path, list[str]]:
-    """The folder that RUN means, and the settings: what stands in RUN's place and is a setting counts as one.
+def opened(run: str, overrides: list[str] | None, config: str | None, base: str | None) -> CheckpointAnalyzer:
+    """The run's captures, ready to be analysed.
 
     Raises:
         CheckpointError: there is no such run.
@@ -35,23 +35,38 @@ def locate(run: str, overrides: list[str] | None, config: str | None) -> tuple[P
     """
     from pathlib import Path
 
-    from training_lens.utils.runs import LATEST, find_run
-
-    given = list(overrides or [])
-    if "=" in run and not Path(run).exists():
-        run, given = LATEST, [run, *given]
-    refuse_unused(given, ("output.",), WHY)
-    output = load_config(config, given).output
-    if run != LATEST and Path(run).is_dir():
-        return Path(run), given
-    return find_run(run, output.base_output_dir, output.experiment_name, finished=None).root, given
-
-
-def opened(run: str, overrides: list[str] | None, config: str | None, base: str | None) -> CheckpointAnalyzer:
-    """The run's captures, ready to be analysed."""
-    from pathlib import Path
-
     from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
 
-    place, _ = locate(run, overrides, config)
-    return CheckpointAnalyzer(place, base=Path(base) if base else None)
+    run, given = _named(run, overrides)
+    return CheckpointAnalyzer(_located(run, given, config), base=Path(base) if base else None)
+
+
+def opened_pair(
+    run: str, against: str | None, overrides: list[str] | None, config: str | None, base: str | None
+) -> tuple[CheckpointAnalyzer, CheckpointAnalyzer | None]:
+    """The run, and the one to compare it with where that is asked for; both are looked for in one place."""
+    run, given = _named(run, overrides)
+    return opened(run, given, config, base), opened(against, given, config, base) if against else None
+
+
+def _named(run: str, overrides: list[str] | None) -> tuple[str, list[str]]:
+    """The run and the settings; a setting that stands in the run's place is one, and the run then the latest."""
+    from pathlib import Path
+
+    from training_lens.utils.runs import LATEST
+
+    given = list(overrides or [])
+    return (LATEST, [run, *given]) if "=" in run and not Path(run).exists() else (run, given)
+
+
+def _located(run: str, overrides: list[str], config: str | None) -> Path:
+    """The folder that the run means; of a path, that path, there or not."""
+    from pathlib import Path
+
+    from training_lens.utils.runs import LATEST, find_run
+
+    refuse_unused(overrides, ("output.",), WHY)
+    output = load_config(config, overrides).output
+    if run != LATEST and (Path(run).exists() or "/" in run):
+        return Path(run)
+    return find_run(run, output.base_output_dir, output.experiment_name, finished=None).root

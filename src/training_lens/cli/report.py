@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, command
-from training_lens.cli.lens import BaseFolder, RunPlace, opened
+from training_lens.cli.lens import BaseFolder, RunPlace, opened_pair
 
 
 class Format(StrEnum):
@@ -59,16 +59,16 @@ def report(
     with command(json, debug) as screen:
         from pathlib import Path
 
-        analyzer = opened(run, overrides, config, base)
+        analyzer, other = opened_pair(run, against, overrides, config, base)
         from training_lens.analysis.reports.standard import StandardReports
 
         folder = Path(output) if output else analyzer.recording.folder / "reports"
         folder.mkdir(parents=True, exist_ok=True)
         analysis = analyzer.analyze()
-        if against:
+        if other:
             from training_lens.analysis.reports.comparing import comparison
 
-            beside = comparison(analysis, opened(against, None, config, base).analyze())
+            beside = comparison(analysis, other.analyze())
             written = beside.write(folder, format.value)
         else:
             written = StandardReports(analysis).write(folder, kind.value, format.value)

@@ -7,7 +7,8 @@ it was killed, and is passed over. Numbers are float32, split by byte and compre
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -97,16 +98,27 @@ def read_segment(segment: Segment, columns: Sequence[str] | None = None) -> pa.T
         LensError: the file is damaged; names it and what is lost.
         FileNotFoundError: it was merged into another meanwhile.
     """
+    with _opened(segment) as file:
+        names = file.schema_arrow.names
+        wanted = names if columns is None else {STEP, MODULE, *columns}
+        return file.read([name for name in names if name in wanted]).replace_schema_metadata(None)
+
+
+def empty_segment(segment: Segment) -> pa.Table:
+    """The columns of a segment without its rows; its footer alone is read. Raises as `read_segment` does."""
+    with _opened(segment) as file:
+        return file.schema_arrow.empty_table().replace_schema_metadata(None)
+
+
+@contextmanager
+def _opened(segment: Segment) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(segment.path, page_checksum_verification=True) as file:
-            names = file.schema_arrow.names
-            wanted = names if columns is None else {STEP, MODULE, *columns}
-            table = file.read([name for name in names if name in wanted])
+            yield file
     except FileNotFoundError:
         raise
     except UNREADABLE as error:
         raise LensError(damage(segment, error)) from error
-    return table.replace_schema_metadata(None)
 
 
 def write_segment(segment: Segment, table: pa.Table, stride: int = 1) -> Segment:

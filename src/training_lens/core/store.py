@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from training_lens.config.lens_section import LensSection
 from training_lens.core.arrow import (
+    MODULE,
+    STEP,
     Packed,
     arrow_table,
     joined,
@@ -34,7 +36,7 @@ from training_lens.core.arrow import (
     vectors_of,
 )
 from training_lens.core.manifest import read_manifest, write_manifest
-from training_lens.core.segments import Segment, SegmentedTable, bound, read_segment, segments_in
+from training_lens.core.segments import Segment, SegmentedTable, bound, empty_segment, read_segment, segments_in
 from training_lens.core.snapshots import Snapshots, read_snapshot, require_whole, snapshots_in
 from training_lens.core.types import Captured, LensManifest, Series
 from training_lens.errors import LensError
@@ -197,17 +199,36 @@ class LensStore:
         """
         segments = segments_in(self._folder_of(name))
         try:
-            table = joined([rows for segment in segments if (rows := self._read(segment, columns)) is not None])
+            header = self._header(segments)
+            for column in columns or ():
+                if column not in header.column_names:
+                    require_measure(header, column)
+            rows = [self._read(segment, lambda s: read_segment(s, columns)) for segment in segments]
         except FileNotFoundError:  # merged into another between listing and reading
             return self.table(name, columns)
-        for column in columns or ():
-            if column not in table.column_names:
-                require_measure(self.table(name), column)  # with all the names to choose from
-        return table
+        wanted = [c for c in header.column_names if columns is None or c in (STEP, MODULE, *columns)]
+        return joined([header.select(wanted), *(table for table in rows if table is not None)])
 
-    def _read(self, segment: Segment, columns: Sequence[str] | None) -> pa.Table | None:
+    def measures(self, name: str) -> tuple[str, ...]:
+        """The measures of a table, without reading its rows; raises as `table` does.
+
+        One may have no rows left, where the files that held it are damaged.
+        """
+        segments = segments_in(self._folder_of(name))
         try:
-            return read_segment(segment, columns)
+            header = self._header(segments)
+        except FileNotFoundError:  # as in `table`
+            return self.measures(name)
+        return tuple(column for column in header.column_names if column not in (STEP, MODULE))
+
+    def _header(self, segments: Sequence[Segment]) -> pa.Table:
+        """The columns of all segments, without rows."""
+        headers = [self._read(segment, empty_segment) for segment in segments]
+        return joined([header for header in headers if header is not None])
+
+    def _read(self, segment: Segment, read: Callable[[Segment], pa.Table]) -> pa.Table | None:
+        try:
+            return read(segment)
         except LensError as error:
             self._pass_over(segment.path, error)
             return None

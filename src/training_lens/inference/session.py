@@ -161,6 +161,11 @@ def open_run(run: RunFolder, device: str | None = None, precision: Precision | N
         CheckpointError: the run has no finished adapter; ModelLoadingError, AdapterError: it cannot be loaded.
     """
     config = TrainingConfig.model_validate(run.read_metadata("config.json"))
+    if not run.adapter.is_dir():
+        raise CheckpointError(
+            f"the run {run.root} ({run.status}) has no finished adapter. Finish it with training-lens train --resume "
+            f"{run.run_id}, or give another run."
+        )
     place = get_device(device or config.model.device)
     trained = config.training.precision
     # fp16 exists on CUDA alone: elsewhere such a run answers in the device's own precision.
