@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from training_lens.config.lens_section import LensSection
 from training_lens.core import tables
 from training_lens.core.recording import Recording
-from training_lens.core.store import LensStore, LensWriter
+from training_lens.core.store import LensStore
 from training_lens.core.types import RUN, Captured, DataType, LensManifest, ModuleRecord
+from training_lens.core.writer import LensWriter
 
 Columns = Mapping[str, Any]  # measure -> (steps, rows), or (steps, rows, any) of vectors; or its one row (steps,)
 KINDS = {

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from training_lens.analysis.reading import open_recording
 from training_lens.config.lens_section import LensSection
 from training_lens.core.modules import module_record
-from training_lens.core.store import LensWriter
 from training_lens.core.types import RUN, Captured, DataType, LensManifest
+from training_lens.core.writer import LensWriter
 from training_lens.errors import AdapterError, LensError, ModelLoadingError
 from training_lens.utils.runs import RunFolder, read_metrics
 

@@ -25,8 +25,9 @@ from training_lens.core.analyzer import DataAnalyzer
 from training_lens.core.modules import module_record
 from training_lens.core.recording import Recording
 from training_lens.core.registry import AnalyzerRegistry
-from training_lens.core.store import LensStore, LensWriter
+from training_lens.core.store import LensStore
 from training_lens.core.types import RUN, Captured, DataType, LensManifest, Series
+from training_lens.core.writer import LensWriter
 
 NAMES = ("layers.0.q_proj", "layers.1.q_proj")
 Write = Callable[..., Recording]

@@ -21,9 +21,11 @@ import pytest
 import torch
 
 from training_lens.config.lens_section import LensSection
+from training_lens.core.arrow import arrow_table, series_of, vectors_of
 from training_lens.core.segments import MANY, Segment, SegmentedTable, segments_in
-from training_lens.core.store import LensStore, LensWriter, arrow_table, series_of, vectors_of
+from training_lens.core.store import LensStore
 from training_lens.core.types import Captured, DataType, LensManifest, ModuleRecord
+from training_lens.core.writer import LensWriter
 from training_lens.errors import ConfigurationError, LensError
 from training_lens.utils.logging import ROOT
 
@@ -232,7 +234,7 @@ WRITES_UNTIL_KILLED = """
 import sys, torch
 from pathlib import Path
 from training_lens.config.lens_section import LensSection
-from training_lens.core.store import LensWriter
+from training_lens.core.writer import LensWriter
 from training_lens.core.types import Captured, LensManifest
 rows = ("layers.0.q", "layers.0.v", "layers.1.q")
 lens = LensWriter(Path(sys.argv[1]), LensManifest(()), LensSection(scalars_megabytes=64))

@@ -21,7 +21,8 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.core.probe": ("Probe",),
         "training_lens.core.recording": ("Recording",),
         "training_lens.core.registry": ("AnalyzerRegistry", "CollectorRegistry"),
-        "training_lens.core.store": ("LensStore", "LensWriter"),
+        "training_lens.core.store": ("LensStore",),
+        "training_lens.core.writer": ("LensWriter",),
         "training_lens.core.types": ("Cadence", "Captured", "DataType", "Moment", "Series"),
     }
 )

@@ -16,8 +16,9 @@ from training_lens.core.capture import RunFacts
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.core.probe import Probe
 from training_lens.core.recording import Recording
-from training_lens.core.store import LensStore, LensWriter
+from training_lens.core.store import LensStore
 from training_lens.core.types import RUN, Captured, LensManifest, ModuleRecord
+from training_lens.core.writer import LensWriter
 
 Table = Mapping[str, np.ndarray]  # measure -> (steps,) for the run or (steps, modules)
 Change = Callable[[Any, int], None]
