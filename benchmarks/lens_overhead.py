@@ -2,9 +2,10 @@
 
     python benchmarks/lens_overhead.py [--steps 40] [--output benchmarks/results/lens_overhead.json]
 
-Llamas of random weights, LoRA of rank 16 on every linear layer, GSM8K rows, float32 on CPU. The main model has 57 M
-parameters (12 layers of 512); others have the same width and 2 to 60 layers. Two trainers on the same rows take their
-steps in turn, one under the lens as it comes. Written: milliseconds of a step (median) each way and their ratio; the
+Llamas of random weights, LoRA of rank 16 on every linear layer, GSM8K rows, float32 on CPU. The main model has 64 M
+parameters (12 layers of 512); the others, for scaling, are 256 wide, have 2 to 60 layers, and take a quarter of the
+steps (`--layers` measures some of them alone, and leaves the others' results in the file). Two trainers on the same
+rows take their steps in turn, one under the lens as it comes. Written: milliseconds of a step (median) each way and their ratio; the
 lens's own seconds as a share of the steps' seconds (all of them: spectra, probe, snapshots, writing; the start apart);
 peak memory of a run with and without, each in a process of its own; bytes on disk.
 """
@@ -148,16 +149,16 @@ def main() -> None:
         model, folder, lens = args.peak_of
         train_some(Path(model), args.shared, Path(folder), lens == "1")
         return
-    results: dict[str, Any] = {
-        "machine": {"cores": os.cpu_count(), "platform": platform.machine(), "torch": torch.__version__}
-    }
+    results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.is_file() else {}
+    results["machine"] = {"cores": os.cpu_count(), "platform": platform.machine(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for layers in args.layers:
             model = folder / f"model-{layers}"
             parameters = write_model(model, layers, args.shared / "tokenizers/gpt2")
             result = {"parameters": parameters, "modules": 7 * layers}
-            result |= side_by_side(model, args.shared, folder / f"run-{layers}", args.steps)
+            steps = args.steps if layers == MAIN else args.steps // 4
+            result |= side_by_side(model, args.shared, folder / f"run-{layers}", steps)
             if layers == MAIN:
                 plain, watched = (peak_bytes(model, args.shared, folder / f"peak-{layers}", lens) for lens in (0, 1))
                 result |= {

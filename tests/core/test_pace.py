@@ -25,9 +25,15 @@ def test_a_costly_capture_comes_seldom_enough_for_its_share() -> None:
     assert all(pace.due(step) for step in range(1, 5))
     pace.took(0.3, 1.0)  # 0.3 s of 100 s is its share
     assert pace.interval == 50 and pace.due(1) and pace.due(100) and not pace.due(99)
-    pace.took(0.001, 1.0)
-    assert pace.interval == 50  # never more often again: steps stay those of the run
     assert 0.3 / (pace.interval * 1.0) <= 0.01
+
+
+def test_a_first_capture_that_was_dear_does_not_make_the_rest_rare() -> None:
+    pace = Pace(None, 0.01)
+    pace.took(3.0, 1.0)  # it sets things up
+    assert pace.interval == 500
+    pace.took(0.02, 1.0)
+    assert pace.interval == 2
 
 
 def test_a_long_run_is_looked_at_two_hundred_times_at_most() -> None:

@@ -75,6 +75,7 @@ class Capture:
         self._last: dict[str, int] = {}  # collector -> the step that it captured last
         self._step, self._over = facts.after_step, False
         self._step_seconds, self._clock = 0.0, time.perf_counter()
+        self._took: dict[str, float] = {}  # collector -> seconds of its last capture, until the step is over
         known = {c.name for c in self._live if facts.after_step and (folder / c.name).is_dir()}
         if facts.after_step == 0 and (folder / LENS).is_file():
             logger.warning("the captures of an earlier run in %s are replaced", folder)
@@ -119,6 +120,9 @@ class Capture:
         self.watched.before = self.watched.gradients = ()  # room for the next step's activations
         took = time.perf_counter() - self._clock
         self._step_seconds = EVERY_STEPS * self._step_seconds + (1 - EVERY_STEPS) * took if self._step_seconds else took
+        for name, seconds in self._took.items():
+            self._paces[name].took(seconds, self._step_seconds)
+        self._took.clear()
         self._go_through_probe(step, self._due(Moment.PROBE, step))
         with self._timed("flush"), self._needed():
             self._writer.flush_if_due(self.seconds)
@@ -237,8 +241,8 @@ class Capture:
             self._pace_after(collector, time.perf_counter() - started)
 
     def _pace_after(self, collector: DataCollector, seconds: float) -> None:
-        if collector.name in self._paces:
-            self._paces[collector.name].took(seconds, self._step_seconds)
+        """Told to its pace when the step is over: before the first one, nobody knows how long a step is."""
+        self._took[collector.name] = seconds
 
     def _switch_off(self, collectors: Sequence[DataCollector], step: int, error: Exception) -> None:
         for collector in collectors:

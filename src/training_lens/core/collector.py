@@ -94,16 +94,17 @@ class Pace:
     ) -> None:
         self._fixed, self._share, self._first = every is not None, share, from_step
         self._longest = nice(total_steps / least) if total_steps and least else None
-        self.interval = every if every is not None else nice((total_steps or 0) / 200)
+        self._shortest = every if every is not None else nice((total_steps or 0) / 200)
+        self.interval = self._shortest
 
     def due(self, step: int) -> bool:
         return step == self._first or (step > 0 and step % self.interval == 0)
 
     def took(self, seconds: float, step_seconds: float) -> None:
-        """A capture took so long, while steps take `step_seconds`."""
+        """The last capture took so long, while steps take `step_seconds`."""
         if not self._fixed and step_seconds > 0:
-            wanted = max(self.interval, nice(seconds / (self._share * step_seconds)))
-            self.interval = min(wanted, max(self._longest or wanted, self.interval))
+            wanted = nice(seconds / (self._share * step_seconds))
+            self.interval = max(self._shortest, min(wanted, self._longest or wanted))
 
 
 def nice(least: float) -> int:
