@@ -5,9 +5,9 @@
 Llamas of random weights, LoRA of rank 16 on every linear layer, GSM8K rows, float32 on CPU. The main model has 64 M
 parameters (12 layers of 512); the others, for scaling, are 256 wide, have 2 to 60 layers, and take a quarter of the
 steps (`--layers` measures some of them alone, and leaves the others' results in the file). Two trainers on the same
-rows take their steps in turn, one under the lens as it comes. Written: milliseconds of a step (median) each way and their ratio; the
-lens's own seconds as a share of the steps' seconds (all of them: spectra, probe, snapshots, writing; the start apart);
-peak memory of a run with and without, each in a process of its own; bytes on disk.
+rows take their steps in turn, one under the lens as it comes. Written: milliseconds of a step (median) each way and
+their ratio; the lens's own seconds as a share of the steps' seconds (all of them: spectra, probe, snapshots, writing;
+the start and the end apart); peak memory of a run with and without, each in a process of its own; bytes on disk.
 """
 
 from __future__ import annotations
