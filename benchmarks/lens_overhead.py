@@ -1,13 +1,14 @@
 """What the lens costs while it trains: steps with and without it in turn, and the memory of each in its own process.
 
-    python benchmarks/lens_overhead.py [--steps 40] [--output benchmarks/results/lens_overhead.json]
+    python benchmarks/lens_overhead.py [--steps 24] [--output benchmarks/results/lens_overhead.json]
 
 Llamas of random weights, LoRA of rank 16 on every linear layer, GSM8K rows, float32 on CPU. The main model has 64 M
-parameters (12 layers of 512); the others, for scaling, are 256 wide, have 2 to 60 layers, and take a quarter of the
-steps (`--layers` measures some of them alone, and leaves the others' results in the file). Two trainers on the same
-rows take their steps in turn, one under the lens as it comes. Written: milliseconds of a step (median) each way and
-their ratio; the lens's own seconds as a share of the steps' seconds (all of them: spectra, probe, snapshots, writing;
-the start and the end apart); peak memory of a run with and without, each in a process of its own; bytes on disk.
+parameters (12 layers of 512); the others, for scaling, are 256 wide, have 2 to 60 layers, and take half the steps
+(`--layers` measures some of them alone, and leaves the others' results in the file). Two trainers on the same rows take
+the first steps of a run of 934 in turn, one under the lens as it comes. Written: milliseconds of a step (median) each
+way and their ratio; the lens's own seconds as a share of the steps' seconds (all of them: spectra, probe, snapshots,
+writing; the start and the end apart); peak memory of a run with and without, each in a process of its own; bytes on
+disk.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +59,12 @@ def write_model(folder: Path, layers: int, tokenizer: Path) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def configured(model: Path, shared: Path, folder: Path, steps: int) -> TrainingConfig:
+def configured(model: Path, shared: Path, folder: Path) -> TrainingConfig:
+    """A run of 934 steps, of which the first are taken: what comes at intervals comes as in a real run."""
     return TrainingConfig.model_validate(
         {
             "model": {"id": str(model), "seq_len": 512},
-            "data": {"train": [str(shared / "data/gsm8k/train.jsonl")], "max_examples": 8 * steps},
+            "data": {"train": [str(shared / "data/gsm8k/train.jsonl")]},
             "training": {"epochs": 1, "batch_size": 8, "lr": 1e-4},
             "output": {"base_output_dir": str(folder)},
         }
@@ -82,14 +85,14 @@ def assembled(config: TrainingConfig, folder: Path, lens: bool) -> tuple[Trainer
 
 def side_by_side(model: Path, shared: Path, folder: Path, steps: int) -> dict[str, Any]:
     """Steps of two trainers in turn: who goes first alternates."""
-    config = configured(model, shared, folder, steps)
+    config = configured(model, shared, folder)
     plain, _ = assembled(config, folder / "plain", lens=False)
     watched, lens = assembled(config, folder / "lens", lens=True)
     assert lens is not None
     watched._notify("on_train_start")
     started = lens.seconds
     taken: dict[str, list[float]] = {"plain": [], "lens": []}
-    for plan in plain.schedule.steps():
+    for plan in islice(plain.schedule.steps(), steps):
         order = [("plain", plain), ("lens", watched)]
         for name, trainer in order if plan.number % 2 else reversed(order):
             begun = time.perf_counter()
@@ -128,9 +131,9 @@ def peak_bytes(model: Path, shared: Path, folder: Path, lens: bool) -> int:
 
 def train_some(model: Path, shared: Path, folder: Path, lens: bool) -> None:
     """Eight steps, whole: what `peak_bytes` measures."""
-    trainer, _ = assembled(configured(model, shared, folder, 8), folder / f"memory-{int(lens)}", lens)
+    trainer, _ = assembled(configured(model, shared, folder), folder / f"memory-{int(lens)}", lens)
     trainer._notify("on_train_start")
-    for plan in trainer.schedule.steps():
+    for plan in islice(trainer.schedule.steps(), 8):
         report = trainer.train_step(plan)
         trainer._account(report)
         trainer._notify("on_step_end", report)
@@ -141,7 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/lens_overhead.json"))
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--layers", type=int, nargs="*", default=LAYERS)
     parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -157,7 +160,7 @@ def main() -> None:
             model = folder / f"model-{layers}"
             parameters = write_model(model, layers, args.shared / "tokenizers/gpt2")
             result = {"parameters": parameters, "modules": 7 * layers}
-            steps = args.steps if layers == MAIN else args.steps // 4
+            steps = args.steps if layers == MAIN else args.steps // 2
             result |= side_by_side(model, args.shared, folder / f"run-{layers}", steps)
             if layers == MAIN:
                 plain, watched = (peak_bytes(model, args.shared, folder / f"peak-{layers}", lens) for lens in (0, 1))
