@@ -171,7 +171,7 @@ def main() -> None:
                 }
             results[f"{layers}_layers"] = result
             print(f"{layers} layers: {json.dumps(result)}", file=sys.stderr)
-    args.output.write_text(json.dumps(results, indent=2) + "\n")
+            args.output.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
