@@ -34,6 +34,7 @@ from training_lens.training.checkpoints import CheckpointManager
 from training_lens.training.lens import LensCallback, lens_of
 from training_lens.training.trainer import Trainer
 from training_lens.training.wrapper import TrainingWrapper
+from training_lens.utils.devices import peak_bytes
 from training_lens.utils.runs import RunFolder
 
 LAYERS = (2, 6, 12, 24, 60)
@@ -119,18 +120,14 @@ def side_by_side(model: Path, shared: Path, folder: Path, steps: int) -> dict[st
     }
 
 
-def peak_bytes(model: Path, shared: Path, folder: Path, lens: bool) -> int:
-    """The most memory of a process that trains eight steps."""
+def peak_of(model: Path, shared: Path, folder: Path, lens: bool) -> int:
+    """The most memory of a process of its own that trains eight steps, in bytes, as that process reads it."""
     command = [sys.executable, __file__, "--peak-of", str(model), str(folder), str(int(lens)), "--shared", str(shared)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit("the process that measures memory failed")
-    return usage.ru_maxrss * 1024
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def train_some(model: Path, shared: Path, folder: Path, lens: bool) -> None:
-    """Eight steps, whole: what `peak_bytes` measures."""
+    """Eight steps, whole: what `peak_of` measures."""
     trainer, _ = assembled(configured(model, shared, folder), folder / f"memory-{int(lens)}", lens)
     trainer._notify("on_train_start")
     for plan in islice(trainer.schedule.steps(), 8):
@@ -151,6 +148,7 @@ def main() -> None:
     if args.peak_of:
         model, folder, lens = args.peak_of
         train_some(Path(model), args.shared, Path(folder), lens == "1")
+        print(peak_bytes(torch.device("cpu")))
         return
     results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.is_file() else {}
     results["machine"] = {"cores": os.cpu_count(), "platform": platform.machine(), "torch": torch.__version__}
@@ -163,7 +161,8 @@ def main() -> None:
             steps = args.steps if layers == MAIN else args.steps // 2
             result |= side_by_side(model, args.shared, folder / f"run-{layers}", steps)
             if layers == MAIN:
-                plain, watched = (peak_bytes(model, args.shared, folder / f"peak-{layers}", lens) for lens in (0, 1))
+                place = folder / f"peak-{layers}"
+                plain, watched = (peak_of(model, args.shared, place, lens) for lens in (False, True))
                 result |= {
                     "peak_bytes_plain": plain,
                     "peak_bytes_lens": watched,
