@@ -7,7 +7,7 @@ parameters (12 layers of 512); the others, for scaling, are 256 wide, have 2 to 
 (`--layers` measures some of them alone, and leaves the others' results in the file). Two trainers on the same rows take
 the first steps of a run of 934 in turn, one under the lens as it comes. Written: milliseconds of a step (median) each
 way and their ratio; the lens's own seconds as a share of the steps' seconds (all of them: spectra, probe, snapshots,
-writing; the start and the end apart); peak memory of a run with and without, each in a process of its own; bytes on
+writing; the start and the end apart); peak memory of a run with and without, medians of four processes each; bytes on
 disk.
 """
 
@@ -39,6 +39,7 @@ from training_lens.utils.runs import RunFolder
 
 LAYERS = (2, 6, 12, 24, 60)
 MAIN = 12
+PEAKS = 4  # processes each way
 
 
 def write_model(folder: Path, layers: int, tokenizer: Path) -> int:
@@ -121,16 +122,26 @@ def side_by_side(model: Path, shared: Path, folder: Path, steps: int) -> dict[st
 
 
 def peak_of(model: Path, shared: Path, folder: Path, lens: bool) -> int:
-    """The most memory of a process of its own that trains eight steps, in bytes, as that process reads it."""
+    """The most memory of a process of its own that trains four steps, in bytes, as that process reads it."""
     command = [sys.executable, __file__, "--peak-of", str(model), str(folder), str(int(lens)), "--shared", str(shared)]
     return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
+def peaks(model: Path, shared: Path, folder: Path) -> dict[str, Any]:
+    """Peaks of several processes each way, in turn: they differ by themselves, so medians are compared."""
+    found: dict[bool, list[int]] = {False: [], True: []}
+    for turn in range(PEAKS):
+        for lens in found:
+            found[lens].append(peak_of(model, shared, folder / str(turn), lens))
+    ratio = statistics.median(found[True]) / statistics.median(found[False])
+    return {"peak_bytes_plain": found[False], "peak_bytes_lens": found[True], "peak_ratio": round(ratio, 4)}
+
+
 def train_some(model: Path, shared: Path, folder: Path, lens: bool) -> None:
-    """Eight steps, whole: what `peak_of` measures."""
+    """Four steps, whole: what `peak_of` measures."""
     trainer, _ = assembled(configured(model, shared, folder), folder / f"memory-{int(lens)}", lens)
     trainer._notify("on_train_start")
-    for plan in islice(trainer.schedule.steps(), 8):
+    for plan in islice(trainer.schedule.steps(), 4):
         report = trainer.train_step(plan)
         trainer._account(report)
         trainer._notify("on_step_end", report)
@@ -161,13 +172,7 @@ def main() -> None:
             steps = args.steps if layers == MAIN else args.steps // 2
             result |= side_by_side(model, args.shared, folder / f"run-{layers}", steps)
             if layers == MAIN:
-                place = folder / f"peak-{layers}"
-                plain, watched = (peak_of(model, args.shared, place, lens) for lens in (False, True))
-                result |= {
-                    "peak_bytes_plain": plain,
-                    "peak_bytes_lens": watched,
-                    "peak_ratio": round(watched / plain, 4),
-                }
+                result |= peaks(model, args.shared, folder / f"peak-{layers}")
             results[f"{layers}_layers"] = result
             print(f"{layers} layers: {json.dumps(result)}", file=sys.stderr)
             args.output.write_text(json.dumps(results, indent=2) + "\n")
