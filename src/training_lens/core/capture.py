@@ -32,7 +32,7 @@ SPECTRA = 16  # at least, in a run whose length is known
 SNAPSHOTS = 8  # in a run whose length is known
 SNAPSHOT_STEPS = 500  # between them, in one whose length is not
 PROBE = "probe.safetensors"  # in the lens folder, where lens.keep_probe asks for it
-EVERY_STEPS = 0.9  # decay of the running mean of a step's seconds
+STEP_DECAY = 0.9  # decay of the running mean of a step's seconds
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,10 @@ class Capture:
         """See `TrainingLensFramework.gradients`."""
         watched = self.watched
         if self._over or not self.due(step):
-            watched.before = watched.gradients = watched.after = ()
+            watched.before = watched.gradients = ()
             return
-        untouched = watched.after if self._facts.origin != "hand" else ()  # of another's loop, nobody knows
         with self._timed("stacks"), self._needed():
-            watched.before = untouched or [group.weights() for group in watched.groups]
+            watched.before = [group.weights() for group in watched.groups]  # a loop may have changed them since
             watched.gradients = [group.gradients(of) for group in watched.groups]
         self._collect(self._due(Moment.GRADIENTS, step), step)
 
@@ -117,13 +116,13 @@ class Capture:
         """See `TrainingLensFramework.record`."""
         self._step = step
         self._row(tables.LOSS, step, values)
-        self.watched.before = self.watched.gradients = ()  # room for the next step's activations
         took = time.perf_counter() - self._clock
-        self._step_seconds = EVERY_STEPS * self._step_seconds + (1 - EVERY_STEPS) * took if self._step_seconds else took
+        self._step_seconds = STEP_DECAY * self._step_seconds + (1 - STEP_DECAY) * took if self._step_seconds else took
         for name, seconds in self._took.items():
             self._paces[name].took(seconds, self._step_seconds)
         self._took.clear()
         self._go_through_probe(step, self._due(Moment.PROBE, step))
+        self.watched.before = self.watched.gradients = self.watched.after = ()  # room for the next step's activations
         with self._timed("flush"), self._needed():
             self._writer.flush_if_due(self.seconds)
         self._clock = time.perf_counter()
