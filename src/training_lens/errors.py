@@ -65,6 +65,19 @@ class LensError(TrainingLensError):
     """Nothing to capture, or captures that are missing, damaged, or of something else."""
 
 
+class IntegrationError(TrainingLensError):
+    """A tracker, hub or storage that cannot be used, or did not take what was sent; never ends a run.
+
+    Args:
+        lasting: trying again is useless until someone changes something.
+        retry_after: seconds after which the service wants to be asked again; None: it did not say.
+    """
+
+    def __init__(self, message: str, *, lasting: bool = False, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.lasting, self.retry_after = lasting, retry_after
+
+
 class EstimateError(TrainingLensError):
     """A run of which duration and memory cannot be measured before it; it can be trained all the same."""
 

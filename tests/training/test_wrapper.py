@@ -78,7 +78,11 @@ def test_a_run_leaves_everything_in_its_folder(small_config: Config) -> None:
 def test_tensorboard_events_hold_the_losses(small_config: Config) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = RunFolder(Path(TrainingWrapper(small_config(training={"logging_steps": 2})).train().run_dir))
+    run = RunFolder(
+        Path(
+            TrainingWrapper(small_config(training={"logging_steps": 2}, tracking={"tensorboard": True})).train().run_dir
+        )
+    )
     events = EventAccumulator(str(run.logs))
     events.Reload()
     losses = {e.step: e.value for e in events.Scalars("train/loss")}

@@ -16,6 +16,7 @@ from training_lens.cli.merge import merge
 from training_lens.cli.prepare import prepare
 from training_lens.cli.report import report
 from training_lens.cli.sweep import sweep
+from training_lens.cli.sync import sync
 from training_lens.cli.train import train
 from training_lens.cli.validate import validate
 
@@ -29,7 +30,7 @@ cli = typer.Typer(
 )
 COMMANDS = (
     *(init, prepare, validate, train, evaluate, baseline, compare, infer, benchmark, merge, sweep),
-    *(analyze, report, export),
+    *(analyze, report, export, sync),
 )
 for command in COMMANDS:
     cli.command()(command)

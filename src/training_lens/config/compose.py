@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from training_lens.config.search_space import dotted, parse_space
 from training_lens.errors import ConfigurationError
 from training_lens.utils.formatting import nearest
 from training_lens.utils.logging import get_logger
-from training_lens.utils.nested import flat
+from training_lens.utils.nested import flat, merged
 
 logger = get_logger(__name__)
 PRESETS = "training_lens.config.presets"
@@ -42,8 +43,8 @@ def compose(
         _tell_overridden(str(config_file), from_file, group)
     for layer in (from_file, values):
         _put_dotted_space(layer)
-    merged = _merge(_merge(_presets(groups), from_file), values)
-    return validate(_merge(merged, flags or {}), problems)
+    layers = (_presets(groups), from_file, values, flags or {})
+    return validate(reduce(merged, layers), problems)
 
 
 def validate(values: dict[str, Any], problems: Sequence[str] = ()) -> TrainingConfig:
@@ -248,15 +249,3 @@ def _without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> d
         elif not (is_section and value is None):
             kept[key] = value
     return kept
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on top; sections merge, everything else is replaced, a whole range of a sweep too."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        if isinstance(below, dict) and isinstance(value, dict) and not {"low", "high"} <= set(value):
-            merged[key] = _merge(below, value)
-        else:
-            merged[key] = value
-    return merged

@@ -14,6 +14,8 @@ from training_lens.config.data_sections import DataSection, PrepareSection
 from training_lens.config.judging_sections import BenchmarkSection, EvaluationSection, InferenceSection
 from training_lens.config.lens_section import LensSection
 from training_lens.config.section import FolderName, Section
+from training_lens.config.tracking_section import TrackingSection
+from training_lens.utils.secrets import secrets_in
 
 
 class ModelSection(Section):
@@ -113,12 +115,6 @@ class TrainingSection(Section):
     )
 
 
-class TrackingSection(Section):
-    """Where metrics go besides logs/metrics.jsonl."""
-
-    tensorboard: bool = Field(True, description="write TensorBoard events to the run's logs folder")
-
-
 class SweepSection(Section):
     """Many trials of one question (training-lens sweep): each a run of its own, with other values of some keys."""
 
@@ -160,6 +156,13 @@ class OutputSection(Section):
     base_output_dir: str = Field("outputs", min_length=1, description="folder of all runs and of the token cache")
     experiment_name: FolderName = Field("default", description="groups runs; one path component")
     run_id: FolderName | None = Field(None, description="null: a UTC timestamp with a random tail")
+    mirror: str | None = Field(
+        None,
+        min_length=1,
+        description="place to which every run is copied while it trains, and from which it can be resumed elsewhere: "
+        "a folder, or a URL that fsspec takes (s3://bucket/path, gs://, az://, ssh://, hf://); credentials come from "
+        "the environment",
+    )
 
 
 class TrainingConfig(Section):
@@ -228,6 +231,11 @@ def _cross_checks(config: TrainingConfig) -> list[str]:
         )
     if training.min_lr_ratio and training.scheduler == "constant":
         problems.append("training.min_lr_ratio: a constant rate never falls; leave it out, or take another scheduler")
+    problems += [
+        f"{key}: this looks like a secret, and the config is saved with every run; "
+        "leave it out, and set the environment variable that the service reads"
+        for key in secrets_in(config.model_dump())
+    ]
     if config.peft.init == "pissa" and config.model.quantization != "none":
         problems.append("peft.init: pissa needs the weights unquantized; give init=default or quantization=none")
     return problems

@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.core.capture": ("RunFacts",),
         "training_lens.core.collector": ("DataCollector", "Watched"),
         "training_lens.core.framework": ("TrainingLensFramework",),
+        "training_lens.core.integration": ("Cursor", "Integration", "IntegrationManager", "IntegrationState"),
         "training_lens.core.probe": ("Probe",),
         "training_lens.core.recording": ("Recording",),
         "training_lens.core.registry": ("AnalyzerRegistry", "CollectorRegistry"),

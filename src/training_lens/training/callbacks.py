@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ from rich.progress import (
 )
 
 from training_lens.evaluation.evaluator import LossReport
-from training_lens.utils.files import write_text
 from training_lens.utils.formatting import format_seconds
+from training_lens.utils.journals import Journal
 from training_lens.utils.logging import get_logger
 from training_lens.utils.runs import read_metrics
 
@@ -83,77 +82,27 @@ class MetricsCollector(Callback):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._journal = path, Journal(path)
 
     def on_train_start(self, trainer: Any) -> None:
-        if self.path.exists():
-            last = trainer.state.step or -1  # a run that starts over writes its base line again, too
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= last]
-            write_text(self.path, "".join(f"{line}\n" for line in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._journal.open(after=trainer.state.step)
 
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
-        self._write({"kind": "step", **asdict(report)})
+        self._journal.write({"kind": "step", **asdict(report)})
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
-        self._write({"kind": "base" if base else "validation", "step": step, **asdict(report)})
+        self._journal.write({"kind": "base" if base else "validation", "step": step, **asdict(report)})
 
     def on_train_end(self, trainer: Any) -> None:
-        self._file.close()
+        self._journal.close()
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
-        self._file.close()
-
-    def _write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        self._journal.close()
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
         """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
         return read_metrics(path)
-
-
-BROKEN = 2**62
-
-
-def _step_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except ValueError:
-        return BROKEN
-
-
-class TensorBoardLogger(Callback):
-    """Scalars to TensorBoard events; a resumed run purges what lies behind its checkpoint."""
-
-    def __init__(self, folder: Path, every: int) -> None:
-        self._folder, self._every = folder, every
-
-    def on_train_start(self, trainer: Any) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        step = trainer.state.step
-        self._writer = SummaryWriter(str(self._folder), purge_step=step + 1 if step else None)
-
-    def on_step_end(self, trainer: Any, report: StepReport) -> None:
-        if report.step % self._every == 0 or report.step == 1:
-            for name in ("loss", "grad_norm", "lr"):
-                self._writer.add_scalar(f"train/{name}", getattr(report, name), report.step)
-            self._writer.add_scalar("train/tokens_per_second", report.tokens / report.seconds, report.step)
-
-    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
-        self._writer.add_scalar("validation/loss", report.loss, step)
-        for domain, loss in report.by_domain.items():
-            self._writer.add_scalar(f"validation/loss_{domain}", loss, step)
-        for file, loss in report.by_file.items():
-            self._writer.add_scalar(f"validation_files/loss_{Path(file).name}", loss, step)
-
-    def on_train_end(self, trainer: Any) -> None:
-        self._writer.close()
-
-    def on_exception(self, trainer: Any, error: BaseException) -> None:
-        self._writer.close()
 
 
 class LogLines(Callback):

@@ -16,14 +16,16 @@ from rich.console import Console
 import training_lens
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError, InterruptedRunError, PrunedRunError
+from training_lens.integrations.configured import asked_for
 from training_lens.models.adapters import ParameterCount, count_parameters, describe
 from training_lens.models.factory import load_model
 from training_lens.models.stored import base_record
 from training_lens.training.assembly import build_trainer, memory_watched
-from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar, TensorBoardLogger
+from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar
 from training_lens.training.checkpoints import ADAPTER, CheckpointManager, TrainingState
 from training_lens.training.lens import LensCallback, lens_of, look_back
 from training_lens.training.planning import RunPlan, plan_run, with_rows_as_files
+from training_lens.training.tracking import Build, tracked
 from training_lens.training.trainer import Trainer
 from training_lens.utils.devices import get_device, peak_bytes
 from training_lens.utils.files import require_writable, whole_folder, write_json
@@ -70,16 +72,22 @@ class TrainingWrapper:
         config: paths or in-memory rows, a model, and everything else at its default.
         console: where progress bars go; None draws none.
         callbacks: your own watchers of the loop, after the built-in ones.
+        integrations: your own trackers, in Python: classes, or functions that make one for a run.
 
     Example:
         summary = TrainingWrapper(TrainingConfig(data={"train": [{"question": "...", "answer": "..."}]})).train()
     """
 
     def __init__(
-        self, config: TrainingConfig, *, console: Console | None = None, callbacks: tuple[Callback, ...] = ()
+        self,
+        config: TrainingConfig,
+        *,
+        console: Console | None = None,
+        callbacks: tuple[Callback, ...] = (),
+        integrations: tuple[Build, ...] = (),
     ) -> None:
         quiet_libraries()
-        self._config, self._console, self._callbacks = config, console, callbacks
+        self._config, self._console, self._callbacks, self._integrations = config, console, callbacks, integrations
 
     def plan(self) -> RunPlan:
         """What `train` would do: data read and tokenized, steps laid out. Loads no weights, trains nothing.
@@ -94,6 +102,7 @@ class TrainingWrapper:
 
     def _plan(self) -> RunPlan:
         """The plan, whether the run is there already (to go on with it) or not."""
+        asked_for(self._config)  # a tracker that cannot be imported is wrong usage, and found before anything starts
         base = Path(self._config.output.base_output_dir)
         require_writable(base, "output.base_output_dir")
         return plan_run(with_rows_as_files(self._config, base / "cache" / "rows"), Progress(self._console))
@@ -124,6 +133,7 @@ class TrainingWrapper:
         *,
         console: Console | None = None,
         callbacks: tuple[Callback, ...] = (),
+        integrations: tuple[Build, ...] = (),
     ) -> TrainingSummary:
         """Go on with an unfinished run after its newest intact checkpoint, exactly as if it had not stopped.
 
@@ -138,7 +148,7 @@ class TrainingWrapper:
             raise CheckpointError(f"the run {run.run_id} is finished; there is nothing to resume. It is in {run.root}.")
         run.require_free()  # before the data is read; the processes of one run all pass here before one of them locks
         config = TrainingConfig.model_validate(run.read_metadata("config.json")).resolved(**(changes or {}))
-        wrapper = cls(config, console=console, callbacks=callbacks)
+        wrapper = cls(config, console=console, callbacks=callbacks, integrations=integrations)
         plan = wrapper._plan()
         recorded = run.read_metadata("data.json")["fingerprint"]
         if recorded != plan.fingerprint:
@@ -152,7 +162,7 @@ class TrainingWrapper:
     def _train(self, run: RunFolder, plan: RunPlan, resume: bool) -> TrainingSummary:
         if plan.processes.is_main:
             _write_summary(run, TrainingSummary(str(run.root), "running"))
-        with TrainingLogger(run.logs / "run.log"), memory_watched(plan.config):
+        with TrainingLogger(run.logs / "run.log"), self._tracked(run, plan), memory_watched(plan.config):
             logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
             trainer, parameters = self._assemble(run, plan)
             if plan.processes.is_main and not resume:
@@ -172,6 +182,10 @@ class TrainingWrapper:
                 if plan.config.lens.enabled and plan.config.lens.report:
                     look_back(run)
             return summary
+
+    def _tracked(self, run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
+        """The run's integrations, which its main process has for all of them."""
+        return tracked(run, self._integrations) if plan.processes.is_main else nullcontext()
 
     def _assemble(self, run: RunFolder, plan: RunPlan) -> tuple[Trainer, ParameterCount]:
         """The model with its adapter, and the loop around it."""
@@ -194,8 +208,6 @@ class TrainingWrapper:
     def _watchers(self, run: RunFolder, plan: RunPlan) -> tuple[Callback, ...]:
         every = plan.config.training.logging_steps
         watchers: list[Callback] = [MetricsCollector(run.metrics), LogLines(every)]
-        if plan.config.tracking.tensorboard:
-            watchers.append(TensorBoardLogger(run.logs, every))
         if self._console is not None and self._console.is_terminal:
             watchers.append(ProgressBar(self._console))
         if lens := lens_of(plan, run):

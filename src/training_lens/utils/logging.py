@@ -14,6 +14,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.logging import RichHandler
 
+from training_lens.utils.secrets import redacted
+
 ROOT = "training_lens"
 
 
@@ -28,7 +30,7 @@ def setup_logging(console: Console, level: int = logging.INFO) -> None:
     for handler in [h for h in logger.handlers if isinstance(h, RichHandler)]:
         logger.removeHandler(handler)
     handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False, markup=False)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_WithoutSecrets("%(message)s"))
     handler.setLevel(level)
     logger.addHandler(handler)
     logger.setLevel(min(level, logging.INFO))
@@ -46,6 +48,14 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each layer's number type
     # PEFT asks transformers for a property by its old name: nothing that a user could mend.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+class _WithoutSecrets(logging.Formatter):
+    """A formatter that strikes out secrets, whoever put them into a message or a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, with secrets of the environment and what has their form struck out."""
+        return redacted(super().format(record))
 
 
 class ShownOnce(logging.Filter):
@@ -108,7 +118,7 @@ class TrainingLogger:
 
     def __enter__(self) -> TrainingLogger:
         self._handler = logging.FileHandler(self._path, encoding="utf-8")
-        formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+        formatter = _WithoutSecrets("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
         formatter.converter = time.gmtime
         self._handler.setFormatter(formatter)
         logger = logging.getLogger(ROOT)

@@ -1,4 +1,4 @@
-"""Nested sections as dotted keys, and what differs between them."""
+"""Nested sections: as dotted keys, laid over each other, and what differs between them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid on top; sections merge, everything else is replaced, a whole range {low, high} too."""
+    out = dict(base)
+    for key, value in over.items():
+        below = out.get(key)
+        sections = isinstance(below, Mapping) and isinstance(value, Mapping) and not {"low", "high"} <= set(value)
+        out[key] = merged(below, value) if sections else value  # type: ignore[arg-type]
+    return out
 
 
 def differences(sides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:

@@ -90,6 +90,18 @@ class RunFolder:
         return self.logs / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        return self.logs / "samples.jsonl"
+
+    @property
+    def histograms(self) -> Path:
+        return self.logs / "histograms.jsonl"
+
+    @property
+    def tracking(self) -> Path:
+        return self.root / "tracking"
+
+    @property
     def lock(self) -> Path:
         return self.metadata / "run.lock"
 

@@ -1,0 +1,66 @@
+"""`training-lens sync`: send what of a run is not sent yet."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, refuse_unused
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from training_lens.core.integration import IntegrationState
+
+RunName = Annotated[str, typer.Argument(metavar="[RUN]", help="A run's id, its folder, or 'latest'.")]
+Status = Annotated[bool, typer.Option("--status", help="Send nothing: show what is connected, and what is not sent.")]
+
+
+def sync(
+    run: RunName = "latest",
+    overrides: Overrides = None,
+    status: Status = False,
+    config: ConfigFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Send what of a run is not sent yet, to every place that its config names; or to others that you name here.
+
+    Examples: training-lens sync; training-lens sync RUN tracking.wandb.mode=online;
+    training-lens sync RUN output.mirror=s3://bucket/path
+    """
+    with command(json, debug) as screen:
+        from training_lens.integrations.sync import look, send
+
+        named, given = ("latest", [run, *(overrides or [])]) if "=" in run else (run, overrides or [])
+        refuse_unused(given, ("output.", "tracking."), "sync sends a run as it is.")
+        settings = load_config(config, given)
+        from training_lens.utils.runs import find_run
+
+        folder = find_run(named, settings.output.base_output_dir, settings.output.experiment_name, finished=None)
+        changes = {"tracking": settings.given()["tracking"]}
+        if settings.output.mirror:
+            changes["output"] = {"mirror": settings.output.mirror}
+        states = look(folder, changes) if status else send(folder, changes)
+        _show(screen, states)
+        screen.result({"run_dir": str(folder.root), "integrations": [asdict(state) for state in states]})
+        missing = [state.name for state in states if state.status != "delivered"]
+    if missing and not status:
+        raise SystemExit(1)
+
+
+def _show(screen: Screen, states: Sequence[IntegrationState]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not states:
+        screen.console.print("this run is connected to nothing; name a place, such as tracking.wandb.mode=online")
+        return
+    table = Table()
+    for column in ("where", "state", "not sent", "why"):
+        table.add_column(column, overflow="fold")
+    for state in states:
+        table.add_row(*map(Text, (state.name, state.status, state.outstanding, state.error)))
+    screen.console.print(table)

@@ -1,0 +1,88 @@
+"""Where a run is shown besides its folder: trackers and the hub. Credentials come from the environment alone."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from training_lens.config.section import Section
+
+
+class WandBSection(Section):
+    """Weights & Biases. Its key is read from WANDB_API_KEY or `wandb login`."""
+
+    mode: Literal["disabled", "online", "offline"] = Field(
+        "disabled", description="offline: kept in the run's folder, to be sent with training-lens sync or wandb sync"
+    )
+    project: str = Field("training-lens", min_length=1, description="the project of the run")
+    entity: str | None = Field(None, description="user or team; null: the default of your account")
+    group: str | None = Field(None, description="runs shown together; null: the sweep of a trial, none for others")
+    name: str | None = Field(None, description="of the run; null: its run id")
+    tags: list[str] = Field([], description="of the run")
+    folder: str | None = Field(None, description="where offline runs are written; null: the run's tracking folder")
+
+
+class MlflowSection(Section):
+    """MLflow: a local database, or a server."""
+
+    enabled: bool = Field(False, description="send the run to MLflow")
+    uri: str | None = Field(
+        None,
+        description="tracking URI; null: MLFLOW_TRACKING_URI, or else the file mlflow.db in output.base_output_dir",
+    )
+    experiment: str | None = Field(None, description="null: output.experiment_name")
+
+
+class TrackioSection(Section):
+    """trackio: a local dashboard with the interface of W&B."""
+
+    enabled: bool = Field(False, description="send the run to trackio")
+    project: str | None = Field(None, description="null: output.experiment_name")
+    folder: str | None = Field(None, description="of its database; null: trackio in output.base_output_dir")
+
+
+class HubSection(Section):
+    """The Hugging Face hub. Its token is read from HF_TOKEN or `hf auth login`."""
+
+    repo: str | None = Field(None, description="owner/name to which the finished adapter is pushed; null: none")
+    private: bool = Field(True, description="whether a new repository is private")
+    checkpoints: bool = Field(
+        False, description="push checkpoints while training runs, to training_lens_checkpoints/ in the repository"
+    )
+    revision: str | None = Field(None, description="branch to push to; null: the default branch")
+
+
+class TrackingSection(Section):
+    """Where a run is shown besides its folder. No tracker can end or slow a run: what it misses, `sync` sends later."""
+
+    tensorboard: bool = Field(True, description="write TensorBoard events to the run's logs folder")
+    wandb: WandBSection = WandBSection()
+    mlflow: MlflowSection = MlflowSection()
+    trackio: TrackioSection = TrackioSection()
+    hub: HubSection = HubSection()
+    custom: dict[str, dict[str, Any]] = Field(
+        {}, description="your own trackers and their options, such as {my_module:MyTracker: {channel: x}}"
+    )
+    samples: int = Field(
+        3, ge=0, description="prompts answered greedily at every validation, for the trackers; 0: none"
+    )
+    sample_tokens: int = Field(48, ge=1, description="most new tokens of such an answer")
+    histograms_every: int | None = Field(
+        200, ge=1, description="histograms of the adapter's weights and gradients every so many steps; null: none"
+    )
+    send_seconds: float = Field(2.0, gt=0, description="what is new is sent at least so often")
+    wait_seconds: float = Field(
+        300.0, ge=0, description="most seconds that the end of a run waits for what is not sent yet"
+    )
+
+    @property
+    def shows(self) -> bool:
+        """Whether any tracker is on that shows samples and histograms."""
+        return bool(
+            self.tensorboard
+            or self.wandb.mode != "disabled"
+            or self.mlflow.enabled
+            or self.trackio.enabled
+            or self.custom
+        )

@@ -1,0 +1,18 @@
+"""Where a run goes besides its folder: trackers, the hub, storage. None can end or slow a run.
+
+Your own tracker is one class, see `Tracker`.
+"""
+
+from __future__ import annotations
+
+from training_lens._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    {
+        "training_lens.integrations.hub": ("HuggingFaceIntegration",),
+        "training_lens.integrations.record": ("RunRecord",),
+        "training_lens.integrations.storage": ("ActivationStorage", "LocalStorage", "StorageBackend"),
+        "training_lens.integrations.tracker": ("Record", "Tracker"),
+        "training_lens.integrations.wandb": ("WandBIntegration",),
+    }
+)

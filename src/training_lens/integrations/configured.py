@@ -1,0 +1,78 @@
+"""The integrations that a run's config asks for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from training_lens.config.schema import TrainingConfig
+from training_lens.core.integration import Integration
+from training_lens.errors import ConfigurationError
+from training_lens.integrations.record import RunRecord
+from training_lens.utils.formatting import said
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An integration that a config asks for, not made yet. Its module imports no optional package."""
+
+    integration: type[Integration]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, run: RunRecord) -> Integration:
+        """It, for one run."""
+        return self.integration(run, **self.options)  # type: ignore[call-arg]
+
+
+def asked_for(config: TrainingConfig) -> list[Asked]:
+    """What the config asks for, whether it can work here or not.
+
+    Raises:
+        ConfigurationError: a tracker of the user's own that cannot be imported, or is none.
+    """
+    tracking = config.tracking
+    wanted = {
+        "tensorboard:TensorBoardIntegration": tracking.tensorboard,
+        "wandb:WandBIntegration": tracking.wandb.mode != "disabled",
+        "mlflow:MlflowIntegration": tracking.mlflow.enabled,
+        "trackio:TrackioIntegration": tracking.trackio.enabled,
+        "mirror:MirrorIntegration": config.output.mirror is not None,
+        "hub:HuggingFaceIntegration": tracking.hub.repo is not None,
+    }
+    ours = [Asked(_imported(f"training_lens.integrations.{place}")) for place, wants in wanted.items() if wants]
+    own = [Asked(_own(place), options) for place, options in tracking.custom.items()]
+    names = [asked.integration.name for asked in (*ours, *own)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigurationError(f"tracking.custom: the name {', '.join(twice)} is taken; give your class another one.")
+    return [*ours, *own]
+
+
+def _imported(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(import_module(module), name)
+
+
+def _own(place: str) -> type[Integration]:
+    """A class of the user's, from a module beside them or an installed one."""
+    if place.count(":") != 1:
+        raise ConfigurationError(
+            f"tracking.custom: '{place}' is no class; give module:Class, as in my_module:MyTracker."
+        )
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = _imported(place)
+    except Exception as error:  # whatever a user's module raises when it is imported
+        raise ConfigurationError(
+            f"tracking.custom: '{place}' cannot be imported ({said(error)}) "
+            "Give module:Class of a module in this folder, or of an installed package."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Integration)):
+        raise ConfigurationError(
+            f"tracking.custom: '{place}' is no Tracker; derive it from training_lens.integrations.Tracker."
+        )
+    return found

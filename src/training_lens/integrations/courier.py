@@ -1,0 +1,141 @@
+"""The courier: a process of its own that sends a run while it trains, at the lowest priority.
+
+Nothing that a service or its client does can reach the training process: not a crash, not a hang, not a lock held
+while a package is imported. The courier reads the run's folder; it learns that the run has ended when its standard
+input closes, also where the training process was killed. It says what is to be said on standard output, a JSON line
+each.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from training_lens.core.integration import IntegrationManager
+from training_lens.integrations.configured import asked_for
+from training_lens.integrations.record import RunRecord
+from training_lens.utils.logging import ROOT, get_logger
+from training_lens.utils.runs import RunFolder
+
+logger = get_logger(__name__)
+GRACE_SECONDS = 10.0  # beyond its own deadline, until a courier that hangs is killed
+QUIET = {  # no telemetry of the clients, none of their output, no wish for a terminal
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_SILENT": "true",
+    "WANDB_CONSOLE": "off",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+class Courier:
+    """The courier of a run, seen from the process that trains it.
+
+    Args:
+        run: its folder, with its config in it.
+        seconds: most that `finish` waits for what is not sent yet.
+    """
+
+    def __init__(self, run: RunFolder, seconds: float) -> None:
+        self._run, self._seconds = run, seconds
+        self._process: subprocess.Popen[str] | None = None
+        self._listener: threading.Thread | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Start the process. Where that fails, the run is not sent, and says so."""
+        path = os.pathsep.join([*filter(None, sys.path), str(Path.cwd())])
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(self._run.root)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+                env={**os.environ, **QUIET, "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is the training's business
+            )  # fmt: skip
+        except OSError as error:
+            logger.warning("the courier cannot start (%s): training-lens sync %s sends the run", error, self._run.root)
+            return
+        self._listener = threading.Thread(target=self._listen, name="courier", daemon=True)
+        self._listener.start()
+
+    def finish(self) -> None:
+        """The run has ended: wait until the courier has sent the rest, or its time is over."""
+        if self._process is None or self._listener is None:
+            return
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+        try:
+            code = self._process.wait(self._seconds + GRACE_SECONDS)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a hang, or a user who does not want to wait
+            self._process.kill()
+            code = self._process.wait()
+        finally:
+            self._listener.join(5.0)
+        if code:
+            logger.warning(
+                "the courier ended before it had sent all (exit code %d): training-lens sync %s", code, self._run.root
+            )
+
+    def _listen(self) -> None:
+        """Its lines to our log."""
+        assert self._process is not None and self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                try:
+                    said = json.loads(line)
+                    logger.log(said["level"], "%s", said["message"])
+                except (ValueError, TypeError, KeyError):  # a client's own print
+                    logger.debug("courier: %s", line.rstrip())
+
+
+class _Lines(logging.Handler):
+    """Log records as JSON lines on standard output; nobody listens where the training process was killed."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = json.dumps({"level": record.levelno, "message": self.format(record)})
+        with suppress(OSError, ValueError):
+            print(line, flush=True)
+
+
+def main(root: str) -> int:
+    """Send the run at `root` until standard input closes and all is sent, or the time for it is over."""
+    from training_lens.utils.logging import quiet_libraries
+
+    quiet_libraries()
+    os.nice(19)
+    log = logging.getLogger(ROOT)
+    log.addHandler(_Lines())
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    started = time.perf_counter()
+    run = RunRecord(RunFolder(Path(root)))
+    tracking = run.config.tracking
+    remote = [asked.of(run) for asked in asked_for(run.config) if not asked.integration.in_process]
+    manager = IntegrationManager(remote, run.folder.tracking, tracking.send_seconds)
+    manager.start()
+    sys.stdin.read()  # until the training process closes it, or dies
+    ends = ", ".join(f"{state.name} {state.status}" for state in manager.finish(tracking.wait_seconds))
+    cpu, wall = time.process_time(), time.perf_counter() - started
+    logger.debug("courier: %s; it took %.1f s of CPU in %.1f s", ends, cpu, wall)
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1])
+    sys.stdout.flush()
+    os._exit(code)  # no exit hook of a client may hold the process

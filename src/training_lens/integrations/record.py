@@ -1,0 +1,94 @@
+"""What integrations see of a run: its folder and its config, read-only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training_lens.config.schema import TrainingConfig
+from training_lens.utils.nested import flat, merged
+from training_lens.utils.runs import RunFolder
+from training_lens.utils.secrets import redacted
+
+if TYPE_CHECKING:
+    from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
+
+
+class RunRecord:
+    """A run as its folder tells it, at this moment.
+
+    Args:
+        folder: the run's.
+        changes: config keys by section that hold in place of the run's own, for a run that is sent later:
+            `{"tracking": {"wandb": {"mode": "online"}}}`.
+
+    Raises:
+        CheckpointError: the folder is no run.
+    """
+
+    def __init__(self, folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None = None) -> None:
+        self.folder = folder
+        self.config = TrainingConfig.model_validate(merged(folder.read_metadata("config.json"), changes or {}))
+
+    @property
+    def run_id(self) -> str:
+        return self.folder.run_id
+
+    @property
+    def experiment(self) -> str:
+        return self.config.output.experiment_name
+
+    @property
+    def base_output_dir(self) -> Path:
+        return Path(self.config.output.base_output_dir)
+
+    @property
+    def status(self) -> str:
+        """running, finished, failed, pruned or interrupted."""
+        return self.folder.status
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """metadata/summary.json."""
+        return dict(self.folder.read_metadata("summary.json"))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The run's resolved config, nested, as it is saved: without secrets."""
+        values: dict[str, Any] = self.config.model_dump(mode="json")
+        return values
+
+    @property
+    def sweep(self) -> str | None:
+        """The sweep that this run is a trial of; None for others."""
+        return self.experiment if self.run_id.startswith("trial-") else None
+
+    def place(self, integration: str) -> Path:
+        """The folder in the run's that an integration may write in: tracking/NAME."""
+        return self.folder.tracking / integration
+
+    @cached_property
+    def analysis(self) -> CheckpointAnalyzer | None:
+        """What the lens saw, opened once for all integrations; None where it captured nothing. Takes seconds."""
+        from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
+        from training_lens.errors import TrainingLensError
+
+        try:
+            return CheckpointAnalyzer(self.folder.root)
+        except TrainingLensError:
+            return None
+
+
+def flat_settings(run: RunRecord) -> dict[str, str | int | float | bool]:
+    """The run's settings as `section.key`, for services that take a flat list; lists and null as text."""
+    return {key: value if isinstance(value, bool | int | float) else _text(value) for key, value in _leaves(run)}
+
+
+def _leaves(run: RunRecord) -> Iterable[tuple[str, Any]]:
+    return flat(run.settings).items()
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else redacted(str(value))

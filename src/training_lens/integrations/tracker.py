@@ -1,0 +1,152 @@
+"""What trackers share: the run's journals as records, in order, each once. Your own tracker is one subclass.
+
+Example:
+    class Pager(Tracker):
+        name = "pager"
+
+        def require(self): ...                       # raise IntegrationError where it cannot work
+        def open(self): self.line = connect(self.options["number"])
+        def log(self, records):
+            for record in records:
+                if record.kind == "validation":
+                    self.line.say(record.scalars["validation/loss"])
+        def end(self): self.line.say(self.run.status)
+
+    training-lens train tracking.custom='{my_module:Pager: {number: 42}}'
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from training_lens.core.integration import Cursor, Integration
+from training_lens.integrations.record import RunRecord
+from training_lens.utils.journals import Entry, JournalReader, Position
+
+BATCH = {"metrics": 512, "samples": 64, "histograms": 8}  # lines of each journal to a call of `log`
+Kind = Literal["step", "base", "validation", "samples", "histograms"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """Something that happened after so many steps; `values` is the line of the run's journal.
+
+    `step`, `base` (the base model's validation, at step 0) and `validation` are lines of logs/metrics.jsonl;
+    `samples` of logs/samples.jsonl; `histograms` of logs/histograms.jsonl.
+    """
+
+    kind: Kind
+    step: int
+    values: Mapping[str, Any]
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """The numbers that every tracker shows, by the names that all of them use. Losses: nats per supervised token.
+
+        Of samples and histograms: none.
+        """
+        values = self.values
+        if self.kind == "step":
+            found = {f"train/{name}": float(values[name]) for name in ("loss", "grad_norm", "lr", "epoch")}
+            return found | {"train/tokens_per_second": values["tokens"] / values["seconds"]}
+        if self.kind in ("base", "validation"):
+            found = {"validation/loss": float(values["loss"])}
+            found |= {f"validation/loss_{domain}": loss for domain, loss in values["by_domain"].items()}
+            return found | {
+                f"validation_files/loss_{Path(file).name}": loss for file, loss in values["by_file"].items()
+            }
+        return {}
+
+
+class Tracker(Integration):
+    """A service that shows runs. Override `require`, `open`, `log`, `end`, and where it holds something, `close`.
+
+    Args:
+        run: what is shown.
+        options: of your own tracker: what the config gives it under tracking.custom.
+    """
+
+    def __init__(self, run: RunRecord, **options: Any) -> None:
+        self.run, self.options = run, options
+        self.cursor = Cursor(run.place(self.name) / "cursor.json")
+        self._readers: dict[str, JournalReader] = {}
+
+    @abstractmethod
+    def open(self) -> None:
+        """Connect, and say which run this is, with its config: at the first delivery of this process.
+
+        A run that is gone on with, or sent later, is opened again: under the same id.
+        """
+
+    @abstractmethod
+    def log(self, records: Sequence[Record]) -> None:
+        """Send some records: of each journal in order. Where it raises, they come again with the next try."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """The run has ended, with `self.run.status`: send its summary, its adapter, its report."""
+
+    def deliver(self, ended: bool) -> None:
+        try:
+            self._deliver(ended)
+        except BaseException:
+            self._readers = {}  # the next try opens it again, and reads on from what was remembered
+            self.close()
+            raise
+
+    def _deliver(self, ended: bool) -> None:
+        if not self._readers:
+            self.open()
+            self._readers = self._at(self.cursor.load())
+        while entries := self._next():
+            records = [record for journal, entry in entries if (record := self._record(journal, entry)) is not None]
+            if records:
+                self.log(records)
+            self._remember()
+        if ended and self.cursor.load().get("end") != (end := self._end()):
+            self.end()
+            self._remember(end=end)
+
+    def outstanding(self) -> str:
+        kept = self.cursor.load()
+        readers, lines = self._at(kept), 0
+        for name, reader in readers.items():
+            while entries := reader.read(BATCH[name]):
+                lines += len(entries)
+        parts = [f"{lines} lines of its journals"] if lines else []
+        parts += ["its end"] if kept.get("end") != self._end() else []
+        return ", ".join(parts)
+
+    def _next(self) -> list[tuple[str, Entry]]:
+        """The next entries of all journals, by step."""
+        entries = [(name, entry) for name, reader in self._readers.items() for entry in reader.read(BATCH[name])]
+        return sorted(entries, key=lambda named: named[1].step)
+
+    def _record(self, journal: str, entry: Entry) -> Record | None:
+        """What a line tells the tracker; None of a step that is not due."""
+        every = self.run.config.training.logging_steps
+        kind: Kind = entry.values["kind"] if journal == "metrics" else journal  # type: ignore[assignment]
+        if kind == "step" and entry.step % every and entry.step != 1:
+            return None
+        return Record(kind, entry.step, entry.values)
+
+    def _at(self, kept: Mapping[str, Any]) -> dict[str, JournalReader]:
+        """Readers of the journals, from where they were remembered."""
+        folder, positions = self.run.folder, kept.get("positions", {})
+        paths = {"metrics": folder.metrics, "samples": folder.samples, "histograms": folder.histograms}
+        return {name: JournalReader(path, Position(*positions.get(name, ()))) for name, path in paths.items()}
+
+    def _remember(self, **more: str) -> None:
+        positions = {name: list(reader.position) for name, reader in self._readers.items()}
+        self.cursor.save({**self.cursor.load(), "positions": positions, **more})
+
+    def _end(self) -> str:
+        """What the end of this run is known by: another after a resume."""
+        told = json.dumps([self.run.status, self.run.summary], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -1,0 +1,119 @@
+"""Journals: JSON lines appended while a run goes on, and read by others meanwhile.
+
+A journal is also the queue of everything that leaves the run: who sends its lines remembers a `Position`, not lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from training_lens.utils.files import write_text
+
+
+class Position(NamedTuple):
+    """How far a journal was read: all lines of steps below `step`, and the first `lines` of that step.
+
+    It holds through a resume, which drops the lines behind its checkpoint and writes them again.
+    """
+
+    step: int = -1
+    lines: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a journal, and the position after it."""
+
+    values: Mapping[str, Any]
+    position: Position
+
+    @property
+    def step(self) -> int:
+        return self.position.step
+
+
+class Journal:
+    """Writes the lines of one file, each with its `step`, in the order of steps."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+
+    def open(self, after: int) -> None:
+        """Begin to write.
+
+        Args:
+            after: the step that a resumed run goes on after: lines behind it are dropped, to be written again;
+                0 drops all.
+        """
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if after else []
+            write_text(self.path, "".join(f"{line}\n" for line in lines if _is_up_to(line, after)))
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append one line, with the key `step`, and hand it to the system."""
+        assert self._file is not None, "open the journal first"
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class JournalReader:
+    """Reads a journal from a position on, while another process writes it.
+
+    It remembers its place in the file, so that a wake-up costs what is new, and begins anew where the file was
+    replaced. Between two reads it holds nothing open.
+    """
+
+    def __init__(self, path: Path, position: Position | None = None) -> None:
+        self.path, self.position = path, position or Position()
+        self._inode, self._offset, self._met = 0, 0, Position()
+
+    def read(self, most: int) -> list[Entry]:
+        """The next lines, `most` at most; none where nothing is new. A line still being written waits."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode:  # a resumed run put another file in its place
+                self._inode, self._offset, self._met = inode, 0, Position()
+            file.seek(self._offset)
+            return self._next(file, most)
+
+    def _next(self, file: IO[bytes], most: int) -> list[Entry]:
+        entries: list[Entry] = []
+        while len(entries) < most and (line := file.readline()).endswith(b"\n"):
+            self._offset += len(line)
+            if (values := _parsed(line)) is None:
+                continue
+            step = int(values["step"])
+            self._met = Position(step, self._met.lines + 1 if step == self._met.step else 1)
+            if self._met > self.position:
+                self.position = self._met
+                entries.append(Entry(values, self._met))
+        return entries
+
+
+def _parsed(line: str | bytes) -> dict[str, Any] | None:
+    """A line's values; None of one that a kill cut short."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    values = _parsed(line)
+    return values is not None and int(values["step"]) <= step

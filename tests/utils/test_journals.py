@@ -1,0 +1,67 @@
+"""A journal is read once, in order, while it is written, and through a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training_lens.utils.journals import Journal, JournalReader, Position
+
+
+def write(path: Path, steps: list[int], after: int = 0) -> None:
+    journal = Journal(path)
+    journal.open(after)
+    for step in steps:
+        journal.write({"step": step, "after": after})
+    journal.close()
+
+
+def steps(reader: JournalReader) -> list[int]:
+    return [entry.step for entry in reader.read(100)]
+
+
+def test_what_was_read_does_not_come_again(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    reader = JournalReader(path)
+    assert steps(reader) == []
+    journal = Journal(path)
+    journal.open(after=0)
+    journal.write({"step": 0})
+    journal.write({"step": 1})
+    assert steps(reader) == [0, 1] and steps(reader) == []
+    journal.write({"step": 1})
+    journal.write({"step": 2})
+    assert steps(reader) == [1, 2]
+    journal.close()
+
+
+def test_a_new_reader_goes_on_from_a_position(tmp_path: Path) -> None:
+    write(tmp_path / "j.jsonl", [0, 1, 2, 2, 3])
+    first = JournalReader(tmp_path / "j.jsonl")
+    assert [entry.position for entry in first.read(3)][-1] == Position(2, 1)
+    assert steps(JournalReader(tmp_path / "j.jsonl", first.position)) == [2, 3]
+
+
+def test_a_line_being_written_waits_and_a_broken_one_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"step": 1}\n{"ste\n{"step": 2}\n{"step": 3')
+    reader = JournalReader(path)
+    assert steps(reader) == [1, 2]
+    with path.open("a") as file:
+        file.write("}\n")
+    assert steps(reader) == [3]
+
+
+def test_lines_that_a_resume_writes_again_come_once(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    write(path, [0, 1, 2, 3])
+    reader = JournalReader(path)
+    assert steps(reader) == [0, 1, 2, 3]
+    write(path, [2, 3, 4], after=1)
+    assert [entry.values for entry in reader.read(100)] == [{"step": 4, "after": 1}]
+    assert [line.split(":")[1][:2] for line in path.read_text().splitlines()] == [" 0", " 1", " 2", " 3", " 4"]
+
+
+def test_a_run_that_starts_over_begins_its_journal_anew(tmp_path: Path) -> None:
+    write(tmp_path / "j.jsonl", [0, 1, 2])
+    write(tmp_path / "j.jsonl", [0])
+    assert (tmp_path / "j.jsonl").read_text() == '{"step": 0, "after": 0}\n'
