@@ -237,7 +237,7 @@ class IntegrationManager:
         logger.debug("%s: try %d failed", integration.name, failures, exc_info=error)
         if before.status != "failing":
             logger.warning(
-                "%s: %s Training goes on; what is not sent is kept and tried again.",
+                "%s: %s What is not sent is kept, and tried again.",
                 integration.name, redacted(said(error)),
             )  # fmt: skip
         if ended and failures >= TRIES_AT_THE_END:
