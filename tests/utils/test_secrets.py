@@ -37,7 +37,7 @@ def test_settings_that_hold_a_secret_are_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     settings = {
         "output": {"mirror": "ssh://me:password1@host/x", "name": "fine"},
-        "tracking": {"tags": ["a", "0123456789abcdef"], "custom": {"m:T": {"token": "x", "channel": "y"}}},
+        "tracking": {"tags": ["a", "0123456789abcdef"], "custom": {"m.T": {"token": "x", "channel": "y"}}},
         "lens": {"probe_tokens": 512},
     }
-    assert list(secrets_in(settings)) == ["output.mirror", "tracking.tags", "tracking.custom.m:T.token"]
+    assert list(secrets_in(settings)) == ["output.mirror", "tracking.tags", "tracking.custom.m.T.token"]

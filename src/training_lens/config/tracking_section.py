@@ -62,7 +62,7 @@ class TrackingSection(Section):
     trackio: TrackioSection = TrackioSection()
     hub: HubSection = HubSection()
     custom: dict[str, dict[str, Any]] = Field(
-        {}, description="your own trackers and their options, such as {my_module:MyTracker: {channel: x}}"
+        {}, description="your own trackers and their options, such as {my_module.MyTracker: {channel: x}}"
     )
     samples: int = Field(
         3, ge=0, description="prompts answered greedily at every validation, for the trackers; 0: none"
