@@ -24,7 +24,7 @@ from training_lens.utils.runs import RunFolder
 
 Config = Callable[..., TrainingConfig]
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(24)]
-TIMING = {"seconds"}
+TIMING = {"seconds", "time"}
 
 
 def steps_of(run: RunFolder) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def last_checkpoint_files(run: RunFolder) -> list[str]:
 
 
 def test_a_run_leaves_everything_in_its_folder(small_config: Config) -> None:
-    summary = TrainingWrapper(small_config()).train()
+    summary = TrainingWrapper(small_config(tracking={"tensorboard": True})).train()
     run = RunFolder(Path(summary.run_dir))
     files = {str(p.relative_to(run.root)) for p in run.root.rglob("*") if p.is_file()}
     assert {

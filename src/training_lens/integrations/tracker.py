@@ -46,6 +46,12 @@ class Record:
     values: Mapping[str, Any]
 
     @property
+    def time(self) -> float | None:
+        """When it happened, in seconds since the epoch; None where the journal does not tell."""
+        found: float | None = self.values.get("time")
+        return found
+
+    @property
     def scalars(self) -> dict[str, float]:
         """The numbers that every tracker shows, by the names that all of them use. Losses: nats per supervised token.
 
