@@ -24,7 +24,7 @@ STAMP = "%Y%m%dT%H%M%SZ"
 
 
 @dataclass(frozen=True)
-class Run:
+class ListedRun:
     """One run, as its files tell it.
 
     `status` is `RunFolder.status`, or broken where config or summary cannot be read; `detail` says what happened to
@@ -64,7 +64,7 @@ class Run:
         }
 
 
-def read_runs(base_output_dir: str, experiment_name: str | None = None) -> list[Run]:
+def read_runs(base_output_dir: str, experiment_name: str | None = None) -> list[ListedRun]:
     """The runs of one experiment, or of all, the newest first. A broken one is among them and says why.
 
     Raises:
@@ -85,7 +85,7 @@ def _experiments(base_output_dir: str) -> list[str]:
     return sorted(path.name for path in (Path(base_output_dir) / "experiments").glob("*/"))
 
 
-def find_runs(references: Sequence[str], base_output_dir: str) -> list[Run]:
+def find_runs(references: Sequence[str], base_output_dir: str) -> list[ListedRun]:
     """The runs that ids (of any experiment), paths, or `latest` (the newest, whatever became of it) mean; each once.
 
     Raises:
@@ -118,7 +118,7 @@ def _hint(name: str, known: Sequence[str]) -> str:
     return f" Did you mean {close}?" if close else ""
 
 
-def read_run(folder: RunFolder) -> Run:
+def read_run(folder: RunFolder) -> ListedRun:
     """The run in a folder; whatever cannot be read of it is said in `detail`."""
     started = _started(folder)
     try:
@@ -129,7 +129,7 @@ def read_run(folder: RunFolder) -> Run:
             _so_far(folder) if status == "running" or folder.died else _numbers(folder.read_metadata("summary.json"))
         )
     except (CheckpointError, OSError) as error:
-        return Run(folder, BROKEN, str(error), started)
+        return ListedRun(folder, BROKEN, str(error), started)
     problems = [detail] if detail else []
     try:
         metrics = {**metrics, **_of_reports(folder), **metrics}  # the summary first, and over all
@@ -137,7 +137,7 @@ def read_run(folder: RunFolder) -> Run:
     except (CheckpointError, OSError) as error:
         tags = ()
         problems.append(str(error))
-    return Run(folder, status, " ".join(problems), started, tags, metrics, config)
+    return ListedRun(folder, status, " ".join(problems), started, tags, metrics, config)
 
 
 def _mapping(value: Any, path: Path) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def lower_is_better(metric: str) -> bool:
     return any(part in metric for part in LOWER_IS_BETTER)
 
 
-def sort_runs(runs: Sequence[Run], metric: str, ascending: bool | None = None) -> list[Run]:
+def sort_runs(runs: Sequence[ListedRun], metric: str, ascending: bool | None = None) -> list[ListedRun]:
     """The runs by a metric, the best first; those without it last, in the order given.
 
     Args:
@@ -220,23 +220,23 @@ def sort_runs(runs: Sequence[Run], metric: str, ascending: bool | None = None) -
     return sorted(runs, key=lambda run: sign * run.metrics[metric] if metric in run.metrics else math.inf)
 
 
-def best_run(runs: Sequence[Run], metric: str, ascending: bool | None = None) -> Run:
+def best_run(runs: Sequence[ListedRun], metric: str, ascending: bool | None = None) -> ListedRun:
     """The finished run with the best value of a metric; arguments and errors are those of `sort_runs`."""
     return sort_runs([run for run in runs if run.status == "finished"], metric, ascending)[0]
 
 
-def config_differences(runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
+def config_differences(runs: Sequence[ListedRun]) -> dict[str, tuple[Any, ...]]:
     """The settings on which the runs do not agree, with each one's value; the runs' ids apart."""
     found = differences([run.config for run in runs])
     return {key: values for key, values in found.items() if key not in NOT_COMPARED}
 
 
-def validated_alike(runs: Sequence[Run]) -> bool:
+def validated_alike(runs: Sequence[ListedRun]) -> bool:
     """Whether the runs were validated on the same rows, as far as their metadata/data.json tells it."""
     return len({rows for run in runs if (rows := _validation_rows(run)) is not None}) < 2
 
 
-def _validation_rows(run: Run) -> tuple[Any, ...] | None:
+def _validation_rows(run: ListedRun) -> tuple[Any, ...] | None:
     """What decides the rows: the files' sha256; where they are held out of the training files, also share and seed."""
     try:
         data = run.folder.read_metadata("data.json")
