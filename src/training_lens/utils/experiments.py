@@ -70,19 +70,25 @@ def read_runs(base_output_dir: str, experiment_name: str | None = None) -> list[
     Raises:
         ConfigurationError: there is no such experiment; names the nearest.
     """
-    experiments = _experiments(base_output_dir)
+    folders = folders_of(base_output_dir, experiment_name)
+    return sorted(map(read_run, folders), key=lambda run: (run.started, run.run_id), reverse=True)
+
+
+def folders_of(base_output_dir: str, experiment_name: str | None = None) -> list[RunFolder]:
+    """The folders of the runs of one experiment, or of all; raises as `read_runs` does."""
+    experiments = sorted(path.name for path in (Path(base_output_dir) / "experiments").glob("*/"))
     if experiment_name is not None and experiment_name not in experiments:
         there = f"there are {', '.join(experiments)}" if experiments else "there is none yet"
         raise ConfigurationError(
             f"no experiment '{experiment_name}' in {base_output_dir}: {there}.{_hint(experiment_name, experiments)}"
         )
     names = experiments if experiment_name is None else [experiment_name]
-    folders = [run for name in names for run in run_folders(runs_folder(base_output_dir, name))]
-    return sorted(map(read_run, folders), key=lambda run: (run.started, run.run_id), reverse=True)
+    return [run for name in names for run in run_folders(runs_folder(base_output_dir, name))]
 
 
-def _experiments(base_output_dir: str) -> list[str]:
-    return sorted(path.name for path in (Path(base_output_dir) / "experiments").glob("*/"))
+def newest(folders: Sequence[RunFolder]) -> RunFolder:
+    """The run that was started last; there must be one."""
+    return max(folders, key=lambda folder: (_started(folder), folder.run_id))
 
 
 def find_runs(references: Sequence[str], base_output_dir: str) -> list[ListedRun]:
@@ -91,7 +97,7 @@ def find_runs(references: Sequence[str], base_output_dir: str) -> list[ListedRun
     Raises:
         CheckpointError: there is no such run, or the id is that of several.
     """
-    folders = [run for name in _experiments(base_output_dir) for run in run_folders(runs_folder(base_output_dir, name))]
+    folders = folders_of(base_output_dir)
     found = [_find(reference, folders, base_output_dir) for reference in references]
     return [read_run(folder) for folder in {folder.root.resolve(): folder for folder in found}.values()]
 
@@ -99,7 +105,7 @@ def find_runs(references: Sequence[str], base_output_dir: str) -> list[ListedRun
 def _find(reference: str, folders: Sequence[RunFolder], base_output_dir: str) -> RunFolder:
     named = [folder for folder in folders if folder.run_id == reference]
     if reference == LATEST and folders:
-        named = [max(folders, key=lambda folder: (_started(folder), folder.run_id))]
+        named = [newest(folders)]
     if len(named) == 1:
         return named[0]
     if named:
@@ -126,7 +132,7 @@ def read_run(folder: RunFolder) -> ListedRun:
         detail = f"died, {folder.process}" if folder.died else ""
         config = flat(_mapping(folder.read_metadata("config.json"), folder.metadata / "config.json"))
         metrics = (
-            _so_far(folder) if status == "running" or folder.died else _numbers(folder.read_metadata("summary.json"))
+            so_far(folder) if status == "running" or folder.died else _numbers(folder.read_metadata("summary.json"))
         )
     except (CheckpointError, OSError) as error:
         return ListedRun(folder, BROKEN, str(error), started)
@@ -175,7 +181,7 @@ def logged(folder: RunFolder, kind: str, *keys: str) -> list[list[float]]:
     return [[value for value in values if _is_number(value)] for values in found if all(map(_is_number, values))]
 
 
-def _so_far(folder: RunFolder) -> dict[str, float]:
+def so_far(folder: RunFolder) -> dict[str, float]:
     """What metrics.jsonl tells of a run whose summary is not written yet, by the summary's names."""
     steps = logged(folder, "step", "step")
     told: dict[str, float] = {"steps": steps[-1][0] if steps else 0}
