@@ -2,34 +2,76 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from urllib.parse import quote_plus
+
 import pytest
 
 from training_lens.utils.secrets import redacted, secrets_in
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "secret"),
     [
-        "hf_" + "aB3" * 10,
-        "AKIA" + "ABCD" * 4,
-        "Authorization: Bearer abcdefghijkl",
-        "https://user:hunter22@host/path",
-        "https://bucket/key?X-Amz-Signature=0a1b2c3d4e&x=1",
+        ("hf_" + "aB3" * 10, "aB3aB3"),
+        ("AKIA" + "ABCD" * 4, "ABCDABCD"),
+        ("sk-proj-" + "aB3_" * 8, "aB3_"),
+        ("github_pat_" + "aB3" * 10, "aB3aB3"),
+        ("Authorization: Bearer abcdefghijkl", "abcdefghijkl"),
+        ("Authorization: Basic dXNlcjpodW50ZXIyMg==", "dXNlcjpo"),
+        ("https://user:hunter22@host/path", "hunter22"),
+        ("redis://:hunter22@host:6379/0", "hunter22"),
+        ("s3://key:with/slash+22@bucket/path", "slash"),
+        ("https://0123456789abcdef0123@github.com/me/it.git", "0123456789"),
+        ("https://bucket/key?X-Amz-Signature=0a1b2c3d4e&x=1", "0a1b"),
+        ("https://me.blob.core.windows.net/a?sv=2&sig=0a1b2c3d4e", "0a1b"),
+        ("https://host/v1?api_key=0a1b2c3d4e", "0a1b"),
     ],
 )
-def test_what_has_the_form_of_a_secret_is_struck_out(text: str) -> None:
+def test_what_has_the_form_of_a_secret_is_struck_out(text: str, secret: str) -> None:
     out = redacted(text)
-    assert "***" in out and not any(part in out for part in ("aB3aB3", "ABCDABCD", "abcdefghijkl", "hunter22", "0a1b"))
+    assert secret in text and "***" in out and secret not in out
 
 
-def test_secrets_of_the_environment_are_struck_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOME_API_KEY", "correct-horse-battery")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false-positive")
-    assert redacted("key correct-horse-battery of false-positive") == "key *** of false-positive"
+@pytest.mark.parametrize(
+    "variable",
+    "WANDB_API_KEY HF_TOKEN AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN MLFLOW_TRACKING_PASSWORD OPENAI_API_KEY PGPASSWORD "
+    "GITHUB_PAT SMTP_PASS AZURE_STORAGE_CONNECTION_STRING AZURE_STORAGE_KEY my_secret".split(),
+)
+def test_secrets_of_the_environment_are_struck_out(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "correct-horse-battery")
+    assert redacted("key correct-horse-battery.") == "key ***."
+
+
+@pytest.mark.parametrize("written", [str, quote_plus, json.dumps, repr, lambda value: value.split("\n")[0]])
+def test_a_secret_is_known_however_it_is_written(
+    monkeypatch: pytest.MonkeyPatch, written: Callable[[str], str]
+) -> None:
+    value = """wJalr/X+t 'n"FEMI\nand a second line"""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"{value}\n")
+    assert redacted(f"<{written(value)}>").strip("<>\"'") == "***"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("TOKENIZERS_PARALLELISM", "false-positive"),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/google.json"),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "/home/me/token"),
+        ("HF_TOKEN_PATH", "/home/me/token"),
+        ("DB_PASSWORD", "training"),
+        ("API_TOKEN", "none"),
+    ],
+)
+def test_a_place_or_a_common_word_is_no_secret(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(variable, value)
+    assert redacted(f"the value {value} stays") == f"the value {value} stays"
 
 
 def test_ordinary_text_stays() -> None:
-    text = "step 3: loss 1.5 at https://host:8080/path, hf_short, s3://bucket/a@b"
+    text = """step 3: loss 1.5 at https://host:8080/path, hf_short, s3://bucket/a@b, http://host:5000/run@main,
+    ssh://me@host/path, pad_token=<|endoftext|>, a Bearer bond, Basic training"""
     assert redacted(text) == text
 
 
@@ -40,4 +82,16 @@ def test_settings_that_hold_a_secret_are_named(monkeypatch: pytest.MonkeyPatch) 
         "tracking": {"tags": ["a", "0123456789abcdef"], "custom": {"m.T": {"token": "x", "channel": "y"}}},
         "lens": {"probe_tokens": 512},
     }
-    assert list(secrets_in(settings)) == ["output.mirror", "tracking.tags", "tracking.custom.m.T.token"]
+    assert list(secrets_in(settings)) == ["output.mirror", "tracking.tags[1]", "tracking.custom.m.T.token"]
+
+
+def test_a_key_of_a_secret_is_one_in_lists_and_as_a_number_but_not_in_rows() -> None:
+    settings = {
+        "tracking": {"custom": {"m.T": {"channels": [{"password": 12345678}], "token_file": "a", "secret": ["b"]}}},
+        "data": {"train": [{"token": "the"}], "validation": ["https://me:password1@host/rows.jsonl"]},
+    }
+    assert list(secrets_in(settings)) == [
+        "tracking.custom.m.T.channels[0].password",
+        "tracking.custom.m.T.secret[0]",
+        "data.validation[0]",
+    ]

@@ -79,9 +79,10 @@ def command(as_json: bool = False, debug: bool = False) -> Iterator[Screen]:
 def _said(error: BaseException) -> tuple[str, int]:
     """What is printed of an expected error, and the exit code."""
     from training_lens.errors import TrainingLensError
+    from training_lens.utils.secrets import redacted
 
     if isinstance(error, TrainingLensError):
-        return f"error: {error}", error.exit_code
+        return f"error: {redacted(str(error))}", error.exit_code
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         advice = "Free some space, or give another output.base_output_dir." if error.errno == errno.ENOSPC else ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection, PrepareSection
@@ -180,6 +180,8 @@ class TrainingConfig(Section):
     lens: LensSection = LensSection()
     sweep: SweepSection = SweepSection()
     output: OutputSection = OutputSection()
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # what is refused may be a secret, and be shown in a notebook
 
     @model_validator(mode="after")
     def _across_keys(self) -> TrainingConfig:

@@ -23,7 +23,6 @@ from training_lens.errors import IntegrationError
 from training_lens.utils.files import read_json, write_json
 from training_lens.utils.formatting import format_seconds, said
 from training_lens.utils.logging import get_logger
-from training_lens.utils.secrets import redacted
 
 logger = get_logger(__name__)
 LONGEST_PAUSE = 30.0  # seconds between two tries
@@ -233,12 +232,12 @@ class IntegrationManager:
     def _failed(self, integration: Integration, error: Exception, ended: bool) -> None:
         before = self._states[integration.name]
         failures, after = before.failures + 1, getattr(error, "retry_after", None)
-        self._set(integration, status="failing", error=redacted(said(error)), failures=failures, retry_after=after)
+        self._set(integration, status="failing", error=said(error), failures=failures, retry_after=after)
         logger.debug("%s: try %d failed", integration.name, failures, exc_info=error)
         if before.status != "failing":
             logger.warning(
                 "%s: %s What is not sent is kept, and tried again.",
-                integration.name, redacted(said(error)),
+                integration.name, said(error),
             )  # fmt: skip
         if ended and failures >= TRIES_AT_THE_END:
             self._left(integration, said(error))
@@ -249,17 +248,17 @@ class IntegrationManager:
             rest = integration.outstanding() or "its end"
         except Exception as error:
             rest = f"an unknown rest ({said(error)})"
-        self._set(integration, status="left", error=redacted(why), outstanding=rest)
+        self._set(integration, status="left", error=why, outstanding=rest)
         logger.warning(
             "%s: not sent: %s (%s). It is kept: training-lens sync %s",
-            integration.name, rest, redacted(why), self._folder.parent,
+            integration.name, rest, why, self._folder.parent,
         )  # fmt: skip
 
     def _unavailable(self, integration: Integration, error: IntegrationError) -> None:
-        self._set(integration, status="unavailable", error=redacted(said(error)))
+        self._set(integration, status="unavailable", error=said(error))
         logger.warning(
             "%s: %s The run is not sent there; later: training-lens sync %s",
-            integration.name, redacted(said(error)), self._folder.parent,
+            integration.name, said(error), self._folder.parent,
         )  # fmt: skip
 
     def _set(self, integration: Integration, **changes: Any) -> None:

@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+from training_lens.utils.secrets import redacted
+
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -63,8 +65,11 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def said(error: BaseException, limit: int = 400) -> str:
-    """What an error says, as one sentence of at most so many characters: `said(KeyError("a"))` is "KeyError: 'a'."."""
-    text = " ".join(str(error).split())
+    """What an error says, as one sentence of at most so many characters: `said(KeyError("a"))` is "KeyError: 'a'.".
+
+    Secrets are struck out, before anything is cut: the beginning of one would not be known.
+    """
+    text = " ".join(redacted(str(error)).split())
     if not text or isinstance(error, KeyError):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     text = text if len(text) < limit else f"{text[: limit - 3]}..."

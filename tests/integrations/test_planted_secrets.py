@@ -1,0 +1,188 @@
+"""No secret gets into a file or a message: planted in the environment, in the config, and in errors."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote_plus
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from training_lens import TrainingConfig, TrainingWrapper
+from training_lens.cli import cli
+from training_lens.integrations.sync import look
+from training_lens.training.callbacks import Callback
+from training_lens.utils.runs import RunFolder
+
+PLANTED = {
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "HF_TOKEN": "hf_PLANTEDplantedPLANTEDplanted",
+    "AWS_ACCESS_KEY_ID": "AKIAPLANTEDPLANTED00",
+    "AWS_SECRET_ACCESS_KEY": "wJalr/XUtnFEMI+K7MDENG/bPxRfiCY",
+    "AWS_SESSION_TOKEN": "FwoGZXIvYXdzEPlanted+/==",
+    "MLFLOW_TRACKING_USERNAME": "somebody",
+    "MLFLOW_TRACKING_PASSWORD": "planted-password-1",
+    "OPENAI_API_KEY": "sk-proj-PLANTEDplantedPLANTED",
+    "MY_SERVICE_SECRET": "two\nlines that are planted",
+}
+SECRETS = [value for name, value in PLANTED.items() if name != "MLFLOW_TRACKING_USERNAME"]
+OF_STORAGE, OF_REMOTE = "planted-password-2", "planted-password-3"
+
+OWN = '''
+import os
+from training_lens.integrations import Tracker
+
+class Leaking(Tracker):
+    """A client whose errors hold its credentials."""
+
+    name = "leaking"
+
+    def require(self): pass
+
+    def open(self): print("connecting with", os.environ["WANDB_API_KEY"], flush=True)
+
+    def log(self, records):
+        raise ConnectionError("x" * 390 + " refused: " + " ".join(map(repr, SECRETS)))
+
+    def end(self): pass
+'''
+
+
+@pytest.fixture
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, of a repository whose remote has a password, with secrets in the environment."""
+    for name, value in PLANTED.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "leaking.py").write_text(
+        f"{OWN}\n".replace("SECRETS", "[v for k, v in os.environ.items() if k in KEYS]")
+    )
+    with (tmp_path / "leaking.py").open("a") as file:
+        file.write(f"KEYS = {sorted(PLANTED)}\n")
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    remote = f"https://me:{OF_REMOTE}@example.com/it.git"
+    subprocess.run(["git", "remote", "add", "origin", remote], check=True)
+    yield tmp_path
+    sys.modules.pop("leaking", None)
+
+
+def contents(file: Path) -> Iterator[bytes]:
+    """What a file holds: its bytes, and where these are packed, what is in them."""
+    data = file.read_bytes()
+    yield data
+    if data.startswith(b"\x1f\x8b"):
+        yield gzip.decompress(data)
+    if data.startswith(b"SQLite format 3\0"):  # long values are cut to pages
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
+            yield "\n".join(database.iterdump()).encode()
+
+
+def leaks(folder: Path) -> list[str]:
+    """The files under a folder that hold something planted, each with what it holds."""
+    wanted = [spelling for secret in (*SECRETS, OF_STORAGE, OF_REMOTE) for spelling in (secret, quote_plus(secret))]
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return [
+        f"{file.relative_to(folder)}: {secret}"
+        for file in files
+        for secret in wanted
+        if any(secret.encode() in data or json.dumps(secret)[1:-1].encode() in data for data in contents(file))
+    ]
+
+
+def test_the_search_finds_what_is_packed(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_bytes(b"\0" + SECRETS[0].encode())
+    (tmp_path / "packed.gz").write_bytes(gzip.compress(SECRETS[1].encode()))
+    with closing(sqlite3.connect(tmp_path / "some.db")) as database:
+        database.execute("create table t (x)")
+        database.execute("insert into t values (?)", ["x" * 4090 + SECRETS[2]])
+        database.commit()
+    assert {leak.split(":")[0] for leak in leaks(tmp_path)} == {"plain", "packed.gz", "some.db"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "key"),
+    [
+        ("tracking.custom={leaking.Leaking: {token: planted-password-1}}", "tracking.custom.leaking.Leaking.token"),
+        ("tracking.custom={leaking.Leaking: {token: 123456789}}", "tracking.custom.leaking.Leaking.token"),
+        ("output.mirror='s3://AKIAPLANTEDPLANTED00:planted-password-1@bucket/path'", "output.mirror"),
+        ("tracking.mlflow.uri='postgresql://me:planted-password-1@host/db'", "tracking.mlflow.uri"),
+        ("model.id='https://me:planted-password-1@host/model'", "model.id"),
+        ("data.train=['https://me:planted-password-1@host/rows.jsonl']", "data.train[0]"),
+        ("tracking.wandb.name=planted-password-1", "tracking.wandb.name"),
+        ("tracking.wandb.tags=[fine,planted-password-1]", "tracking.wandb.tags[1]"),
+        ("output.base_output_dir=out/planted-password-1", "output.base_output_dir"),
+        ("output.mirror=s3://me:planted-password-1@bucket", "output.mirror"),
+        ("tracking.samples=planted-password-1", "tracking.samples"),
+        ("--config=planted-password-1.yaml", "--config"),
+    ],
+)
+def test_a_secret_in_the_config_is_refused_by_its_key_alone(planted: Path, setting: str, key: str) -> None:
+    before = {file for file in planted.rglob("*") if ".git" not in file.parts}
+    result = CliRunner().invoke(cli, ["train", setting])
+    assert (result.exit_code, key in result.stderr) == (2, True), result.stderr
+    assert "planted-password-1" not in result.output and "123456789" not in result.output
+    assert {file for file in planted.rglob("*") if ".git" not in file.parts} == before
+
+
+def test_an_error_in_python_does_not_show_the_config(planted: Path) -> None:
+    with pytest.raises(ValueError, match=r"output\.mirror: this looks like a secret") as caught:
+        TrainingConfig.model_validate({"output": {"mirror": "s3://me:planted-password-1@bucket"}})
+    assert "password-1" not in str(caught.value)
+
+
+def test_no_file_of_a_run_that_goes_everywhere_holds_a_secret(small_config: Callable[..., Any], planted: Path) -> None:
+    config = small_config(
+        tracking={
+            "tensorboard": True,
+            "wandb": {"mode": "offline"},
+            "mlflow": {"enabled": True},
+            "custom": {"leaking.Leaking": {}},
+            "samples": 1,
+            "wait_seconds": 60,
+        },
+        training={"max_steps": 3},
+        lens={"report": True},
+        sweep={"storage": f"postgresql://me:{OF_STORAGE}@host/db"},
+        output={"mirror": str(planted / "mirror")},
+    )
+    run = RunFolder(Path(TrainingWrapper(config).train().run_dir))
+    ends = {state.name: state.status for state in look(run)}
+    assert ends == {**dict.fromkeys(("tensorboard", "wandb", "mlflow", "mirror"), "delivered"), "leaking": "waiting"}
+    log = (run.logs / "run.log").read_text()
+    assert "leaking: " in log and "connecting with ***" in log
+    assert leaks(planted / "outputs") == leaks(planted / "mirror") == []
+
+
+def test_no_file_of_a_run_that_fails_holds_the_secret_in_its_error(
+    small_config: Callable[..., Any], planted: Path
+) -> None:
+    class Fails(Callback):
+        def on_step_end(self, trainer: Any, report: Any) -> None:
+            raise RuntimeError(f"no answer from https://host/?token={quote_plus(SECRETS[2])} {SECRETS}")
+
+    with pytest.raises(RuntimeError, match="no answer"):
+        TrainingWrapper(small_config(tracking={"tensorboard": True}), callbacks=(Fails(),)).train()
+    (log,) = planted.rglob("run.log")
+    assert "RuntimeError: no answer from https://host/?token=*** ['***', " in log.read_text()
+    assert leaks(planted / "outputs") == []
+
+
+def test_sync_strikes_out_what_an_error_holds(
+    small_config: Callable[..., Any], planted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training_lens.core.integration.TRIES_AT_THE_END", 1)
+    run = TrainingWrapper(small_config(training={"max_steps": 1, "warmup_ratio": 0})).train().run_dir
+    result: Result = CliRunner().invoke(cli, ["sync", run, "tracking.custom={leaking.Leaking: {}}", "--json"])
+    assert result.exit_code == 1 and "***" in json.loads(result.stdout)["integrations"][0]["error"]
+    assert not any(secret in result.output for secret in SECRETS)
+    assert leaks(planted / "outputs") == []
