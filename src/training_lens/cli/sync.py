@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 RunName = Annotated[str, typer.Argument(metavar="[RUN]", help="A run's id, its folder, or 'latest'.")]
 Status = Annotated[bool, typer.Option("--status", help="Send nothing: show what is connected, and what is not sent.")]
+Again = Annotated[bool, typer.Option("--again", help="Send everything, also what was sent: for a place that lost it.")]
 
 
 def sync(
     run: RunName = "latest",
     overrides: Overrides = None,
     status: Status = False,
+    again: Again = False,
     config: ConfigFile = None,
     json: Json = False,
     debug: Debug = False,
@@ -43,7 +45,7 @@ def sync(
         changes = {"tracking": settings.given()["tracking"]}
         if settings.output.mirror:
             changes["output"] = {"mirror": settings.output.mirror}
-        states = look(folder, changes) if status else send(folder, changes)
+        states = look(folder, changes) if status else send(folder, changes, again=again)
         _show(screen, states)
         screen.result({"run_dir": str(folder.root), "integrations": [asdict(state) for state in states]})
         missing = [state.name for state in states if state.status != "delivered"]

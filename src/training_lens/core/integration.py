@@ -65,6 +65,9 @@ class Integration(ABC):
     def outstanding(self) -> str:
         """What is not sent yet, in a few words ('12 lines, the adapter'); empty when nothing. Needs no network."""
 
+    def forget(self) -> None:  # noqa: B027  some ask the outside what it has
+        """Forget what was sent, so that everything is sent again."""
+
     def close(self) -> None:  # noqa: B027  most have nothing to let go
         """Let go of connections and files, whatever happened; called at the end, and by trackers before a new try."""
 

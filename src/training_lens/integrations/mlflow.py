@@ -19,7 +19,6 @@ from training_lens.integrations.packages import require_packages
 from training_lens.integrations.record import flat_settings
 from training_lens.integrations.tracker import Record, Tracker
 from training_lens.utils.runs import read_metrics
-from training_lens.utils.secrets import redacted
 
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # what a server takes at once
 LONGEST_PARAM = 500  # characters: older servers take no more; config.json has all
@@ -53,6 +52,10 @@ class MlflowIntegration(Tracker):
         return self.run.config.tracking.mlflow.uri or os.environ.get("MLFLOW_TRACKING_URI") or local
 
     @property
+    def destination(self) -> str:
+        return f"{self.uri} {self.run.config.tracking.mlflow.experiment or ''}"
+
+    @property
     def _is_local(self) -> bool:
         return self.uri.startswith("sqlite:")
 
@@ -67,9 +70,7 @@ class MlflowIntegration(Tracker):
         found = self._found(experiment) or self._client.create_run(experiment, run_name=self.run.run_id)
         self._id: str = found.info.run_id
         self._describe(found)
-        kept = self.cursor.load()
-        known = kept if kept.get("run") == self._id else {}  # to another one, nothing was sent yet
-        self.cursor.save({**known, "run": self._id, "uri": redacted(self.uri)})
+        self.cursor.save({**self.cursor.load(), "run": self._id})
         if self.run.status == "running":
             self._client.update_run(self._id, status="RUNNING")
 
@@ -101,10 +102,6 @@ class MlflowIntegration(Tracker):
             if file.exists():
                 self._client.log_artifact(self._id, str(file))
         self._client.set_terminated(self._id, STATUSES.get(self.run.status, "KILLED"))
-
-    def outstanding(self) -> str:
-        kept = self.cursor.load()
-        return super().outstanding() if kept.get("uri", redacted(self.uri)) == redacted(self.uri) else "all of it"
 
     def _experiment(self) -> str:
         """The id of the experiment, which is made where there is none.

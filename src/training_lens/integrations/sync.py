@@ -17,11 +17,14 @@ from training_lens.utils.runs import RunFolder
 LONGEST = 24 * 3600.0  # seconds: a person watches, and Ctrl-C ends it
 
 
-def send(folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None = None) -> tuple[IntegrationState, ...]:
+def send(
+    folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None = None, *, again: bool = False
+) -> tuple[IntegrationState, ...]:
     """Send the rest of a run to all that it is connected to.
 
     Args:
         changes: config keys by section that hold in place of the run's own; see `RunRecord`.
+        again: send everything, also what was sent before: for a place that lost it.
 
     Raises:
         IntegrationError: the run is still training, and has its own sender.
@@ -31,6 +34,8 @@ def send(folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None = None)
         raise IntegrationError(
             f"the run {folder.run_id} is training ({folder.process}), and sends by itself. Wait until it ends."
         )
+    for integration in integrations if again else ():
+        integration.forget()
     os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     manager = IntegrationManager(integrations, folder.tracking)
     manager.start()

@@ -80,9 +80,15 @@ class Tracker(Integration):
 
     def __init__(self, run: RunRecord, **options: Any) -> None:
         self.run, self.options = run, options
-        self.cursor = Cursor(run.place(self.name) / "cursor.json")
+        known = f"cursor-{hashlib.sha256(self.destination.encode()).hexdigest()[:8]}" if self.destination else "cursor"
+        self.cursor = Cursor(run.place(self.name) / f"{known}.json")
         self._readers: dict[str, JournalReader] = {}
         self._opened = False
+
+    @property
+    def destination(self) -> str:
+        """Where this run goes within the service, if that can change: what another server or project got is its own."""
+        return ""
 
     @abstractmethod
     def open(self) -> None:
@@ -98,6 +104,9 @@ class Tracker(Integration):
     @abstractmethod
     def end(self) -> None:
         """The run has ended, with `self.run.status`: send its summary, its adapter, its report."""
+
+    def forget(self) -> None:
+        self.cursor.path.unlink(missing_ok=True)
 
     def deliver(self, ended: bool) -> None:
         try:

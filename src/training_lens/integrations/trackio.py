@@ -41,13 +41,13 @@ class TrackioIntegration(Tracker):
         """The project of the run."""
         return self.run.config.tracking.trackio.project or self.run.experiment
 
+    @property
+    def destination(self) -> str:
+        return f"{self.place}:{self.project}"
+
     def open(self) -> None:
         self._storage: Any = self._opened_storage()
-        kept, place = self.cursor.load(), self._shown_as
-        self._id: str = kept.get("run") or self.run.identity
-        has = self._storage.get_log_count(self.project, run_id=self._id)
-        if not has or kept.get("place") != place:  # another database, or the run was deleted there
-            self.cursor.save({"run": self._id, "place": place})
+        self._id: str = self.run.identity
         before = self._storage.get_run_config(self.project, run_id=self._id) or {}
         created = before.get("_Created") or datetime.now(UTC).isoformat()
         self._config = {**flat_settings(self.run), "_Created": created, "_Group": self.run.sweep}
@@ -64,14 +64,6 @@ class TrackioIntegration(Tracker):
         self._write(
             [(f"end-{step}-{self.run.status}", step, {**self.run.totals, "summary": Markdown(text)._to_dict()})]
         )
-
-    def outstanding(self) -> str:
-        place = self.cursor.load().get("place", self._shown_as)
-        return super().outstanding() if place == self._shown_as else "all of it"
-
-    @property
-    def _shown_as(self) -> str:
-        return f"{self.place}:{self.project}"
 
     def _opened_storage(self) -> Any:
         """trackio's storage in our folder, which trackio reads from the environment once, when it is imported.
