@@ -78,13 +78,19 @@ class Sweep:
     ) -> None:
         if config.output.run_id:
             raise ConfigurationError("output.run_id: each trial of a sweep has an id of its own; leave it out.")
+        if config.tracking.hub.repo:
+            logger.warning(
+                "tracking.hub.repo: trials are not pushed to %s, where each would replace the last; push the best one "
+                "when the sweep is done",
+                config.tracking.hub.repo,
+            )
         self.config = with_rows_as_files(config, Path(config.output.base_output_dir) / "cache" / "rows")
         self.space = Space.of(self.config)
         self.folder = sweep_folder(self.config)
         self._console, self._on_trial = console, on_trial
         self._once = ShownOnce()  # what the rehearsal said of the rows and the model is not said again for each trial
         with screen_through(self._once):
-            splits = _rehearse(self.config, self.space, console)
+            splits = _rehearse(_of_a_trial(self.config), self.space, console)
         rows = {f"data.{name}": split.fingerprint[:12] for name, split in splits.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.study = SharedStudy(self.config, self.space, self.folder, rows)
@@ -165,7 +171,7 @@ class Sweep:
             if not (run.metadata / "summary.json").is_file():  # written last: without it, the run never began
                 shutil.rmtree(run.root, ignore_errors=True)
                 config = self.space.config(self.config, trial.params, {"experiment_name": name, "run_id": run.run_id})
-                return TrainingWrapper(_without_report(config), console=self._console, callbacks=callbacks).train()
+                return TrainingWrapper(_of_a_trial(config), console=self._console, callbacks=callbacks).train()
             if run.status not in ("finished", "pruned"):
                 mine = free_settings(self.config)
                 return TrainingWrapper.resume(run, mine, console=self._console, callbacks=callbacks)
@@ -191,8 +197,9 @@ class Sweep:
             )
 
 
-def _without_report(config: TrainingConfig) -> TrainingConfig:
-    """A trial's captures are kept, but no page is written of each, unless that was asked for."""
+def _of_a_trial(config: TrainingConfig) -> TrainingConfig:
+    """A trial's captures are kept, but no page is written of each, unless that was asked for; none is pushed."""
+    config = config.resolved(tracking={"hub": {"repo": None}}) if config.tracking.hub.repo else config
     asked = "report" in config.lens.model_fields_set
     return config if asked else config.resolved(lens={"report": False})
 

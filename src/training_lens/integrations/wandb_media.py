@@ -1,0 +1,117 @@
+"""What a run looks like in Weights & Biases: rows, tables, histograms, figures, artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training_lens.errors import TrainingLensError
+from training_lens.integrations.record import RunRecord
+from training_lens.integrations.tracker import Record
+from training_lens.utils.files import sha256_of
+from training_lens.utils.formatting import said
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+WEIGHTS = "adapter_model.safetensors"
+SAMPLE_COLUMNS = ("id", "prompt", "expected", "generated")
+FINDING_COLUMNS = ("code", "severity", "title", "where", "measured", "threshold", "confidence", "action", "decide")
+LOSSES = ("validation_loss", "base_validation_loss", "train_loss")
+
+
+def row(records: Sequence[Record]) -> dict[str, Any]:
+    """All that happened at one step: numbers, and what is to be looked at."""
+    values: dict[str, Any] = {}
+    for record in records:
+        values |= record.scalars
+        if record.kind == "samples":
+            values["samples"] = _samples(record)
+        elif record.kind == "histograms":
+            values |= dict(_histograms(record.values["histograms"]))
+        elif record.kind in ("base", "validation"):
+            values["validation_table"] = _losses(record)
+    return values
+
+
+def lens(run: RunRecord) -> dict[str, Any]:
+    """The lens's heat maps, findings and a row for each module; empty where it captured nothing. Takes seconds."""
+    import plotly.graph_objects as go
+    import wandb
+
+    from training_lens.analysis.figures.catalogue import DRAWINGS
+
+    if run.analysis is None:
+        return {}
+    try:
+        recording, analysis = run.analysis.recording, run.analysis.analyze()
+        drawn: dict[str, go.Figure] = {d.name: d.draw(recording) for d in DRAWINGS if recording.has(*d.of)}
+    except TrainingLensError as error:
+        logger.warning("wandb: what the lens saw is not sent: %s", said(error))
+        return {}
+    shown: dict[str, Any] = {f"lens/{name}": wandb.Plotly(figure) for name, figure in drawn.items()}
+    findings = [[getattr(finding, column) for column in FINDING_COLUMNS] for finding in analysis.findings]
+    shown["lens/findings"] = wandb.Table(columns=list(FINDING_COLUMNS), data=findings)
+    if modules := analysis.values()["results"].get("weights", {}).get("modules"):
+        shown["lens/modules"] = _table(list(modules[0]), (module.values() for module in modules))
+    return shown
+
+
+def artifacts(run: RunRecord, run_id: str) -> Iterator[Any]:
+    """The adapter and the lens's report, as far as they are there; by reference to the run's files, not as copies."""
+    import wandb
+
+    if (run.folder.adapter / WEIGHTS).is_file():
+        adapter = wandb.Artifact(f"adapter-{run_id}", type="model", metadata=_adapter_facts(run))
+        for file in sorted(path for path in run.folder.adapter.rglob("*") if path.is_file()):
+            _add(adapter, file, file.relative_to(run.folder.adapter))
+        yield adapter
+    if (report := run.folder.reports / "lens.html").is_file():
+        page = wandb.Artifact(f"lens-{run_id}", type="report")
+        _add(page, report, Path(report.name))
+        yield page
+
+
+def _add(artifact: Any, file: Path, name: Path) -> None:
+    artifact.add_file(str(file.absolute()), name=name.as_posix(), policy="immutable", skip_cache=True)
+
+
+def _adapter_facts(run: RunRecord) -> dict[str, Any]:
+    losses = {name: run.summary.get(name) for name in LOSSES}
+    return {"base": run.config.model.id, "sha256": sha256_of(run.folder.adapter / WEIGHTS), "run": run.run_id} | losses
+
+
+def _samples(record: Record) -> Any:
+    model = "base" if record.values["base"] else "adapter"
+    rows = [[record.step, model, *(sample[name] for name in SAMPLE_COLUMNS)] for sample in record.values["samples"]]
+    return _table(["step", "model", *SAMPLE_COLUMNS], rows)
+
+
+def _losses(record: Record) -> Any:
+    """A row for all, for each domain and each file: nats per supervised token."""
+    model, values = "base" if record.kind == "base" else "adapter", record.values
+    named = chain(
+        [("all", "", values["loss"])],
+        (("domain", name, loss) for name, loss in values["by_domain"].items()),
+        (("file", Path(name).name, loss) for name, loss in values["by_file"].items()),
+    )
+    return _table(["step", "model", "by", "name", "loss"], ([record.step, model, *line] for line in named))
+
+
+def _table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Any:
+    import wandb
+
+    return wandb.Table(columns=list(columns), data=[list(values) for values in rows])
+
+
+def _histograms(kinds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Any]]:
+    """`weights/MODULE.A` and the like, of equal bins."""
+    import wandb
+
+    for kind, modules in kinds.items():
+        for name, found in modules.items():
+            edges = np.linspace(found["low"], found["high"], len(found["counts"]) + 1)
+            yield f"{kind}/{name}", wandb.Histogram(np_histogram=(found["counts"], edges.tolist()))
