@@ -6,6 +6,7 @@ version, and what libraries write to standard error (their bars and warnings), w
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CELL_SECONDS = 300
+VERBOSITY = "TRANSFORMERS_VERBOSITY"  # what the HF Trainer shows depends on it
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -35,7 +37,7 @@ def executed(path: Path) -> Any:
         client = NotebookClient(
             notebook, timeout=CELL_SECONDS, kernel_name="python3", resources=resources, record_timing=False
         )
-        client.execute()
+        client.execute(env={name: value for name, value in os.environ.items() if name != VERBOSITY})
     return notebook
 
 
