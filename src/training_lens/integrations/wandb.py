@@ -16,7 +16,6 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from training_lens.core.integration import Cursor
 from training_lens.errors import CheckpointError, IntegrationError
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.tracker import BATCH, Record, Tracker
@@ -44,15 +43,17 @@ class WandBIntegration(Tracker):
     name = "wandb"
 
     def __init__(self, run: RunRecord) -> None:
-        super().__init__(run)
         self.settings = run.config.tracking.wandb
-        place = "-".join((self.settings.mode, self.settings.entity or "default", self.settings.project))
-        self.cursor = Cursor(run.place(self.name) / f"{_plain(place)}.json")
+        super().__init__(run)
         self._run: Any = None  # W&B's, from the first record on
         self._begun = False  # whether the client has a process
         self._held: list[tuple[str, Entry]] = []
         self._ended = False
         self._stopped = Event()
+
+    @property
+    def destination(self) -> str:
+        return f"{self.settings.mode} {self.settings.entity or ''} {self.settings.project}"
 
     @property
     def id(self) -> str:
