@@ -108,14 +108,12 @@ def test_a_killed_run_goes_on_in_the_same_run(
     client = client_of(unsent_run)
     assert only_run(client).info.status == "KILLED"
     go_on()
-    settings = json.loads((unsent_run.metadata / "config.json").read_text())
-    settings["training"]["save_steps"] = 3  # a setting that a resume may change
-    (unsent_run.metadata / "config.json").write_text(json.dumps(settings))
     send(unsent_run, ON)
     shown = only_run(client)
     assert shown.info.status == "FINISHED"
     assert history(client, shown) == due(unsent_run)
-    assert shown.data.tags["changed.training.save_steps"] == "3"
+    send(unsent_run, {"tracking": {**ON["tracking"], "send_seconds": 9}})  # no setting of the run
+    assert history(client, only_run(client)) == due(unsent_run)
 
 
 def test_a_run_that_was_deleted_there_comes_again_whole(
