@@ -56,6 +56,15 @@ class MlflowIntegration(Tracker):
     def _is_local(self) -> bool:
         return self.uri.startswith("sqlite:")
 
+    def deliver(self, ended: bool) -> None:
+        try:
+            super().deliver(ended)
+        except Exception as error:
+            if isinstance(error.__context__, OSError) and not self._is_local:  # MLflow tells it in five lines
+                why = type(error.__context__).__name__
+                raise IntegrationError(f"the server {redacted(self.uri)} cannot be reached ({why}).") from error
+            raise
+
     def open(self) -> None:
         for name, value in CLIENT.items():
             os.environ.setdefault(name, value)

@@ -51,7 +51,7 @@ class RunRecord:
 
     @property
     def identity(self) -> str:
-        """16 hex digits of its name and settings: another run of that name has others, unless its settings are the same."""
+        """16 hex digits of its name and settings: they keep apart runs of one name, unless they are set alike, too."""
         settings = {name: section for name, section in self.settings.items() if name not in ("output", "tracking")}
         told = json.dumps([self.experiment, self.run_id, settings], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
