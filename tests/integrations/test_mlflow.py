@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from training_lens.errors import IntegrationError
-from training_lens.integrations.mlflow import _safe
+from training_lens.integrations.mlflow import MlflowIntegration, _safe
+from training_lens.integrations.record import RunRecord
 from training_lens.integrations.sync import look, send
 from training_lens.utils.runs import RunFolder
 
@@ -109,14 +110,12 @@ def test_a_killed_run_goes_on_in_the_same_run(
     client = client_of(unsent_run)
     assert only_run(client).info.status == "KILLED"
     go_on()
-    settings = json.loads((unsent_run.metadata / "config.json").read_text())
-    settings["training"]["save_steps"] = 3  # a setting that a resume may change
-    (unsent_run.metadata / "config.json").write_text(json.dumps(settings))
     send(unsent_run, ON)
     shown = only_run(client)
     assert shown.info.status == "FINISHED"
     assert history(client, shown) == due(unsent_run)
-    assert shown.data.tags["changed.training.save_steps"] == "3"
+    send(unsent_run, {"tracking": {**ON["tracking"], "send_seconds": 9}})  # no setting of the run
+    assert history(client, only_run(client)) == due(unsent_run)
 
 
 def test_a_run_that_was_deleted_there_comes_again_whole(
@@ -164,6 +163,26 @@ def test_a_dead_server_changes_no_bit_and_sync_sends_elsewhere(
     assert look(run)[0].outstanding == "8 lines of its journals, its end"  # of the server that was dead, still
 
 
+def test_a_server_that_does_not_answer_is_said_in_one_line(
+    unsent_run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        integration = MlflowIntegration(RunRecord(unsent_run, {"tracking": {"mlflow": {"uri": uri}}}))
+        with pytest.raises(IntegrationError, match=f"^the server {uri} cannot be reached .ConnectionError..$"):
+            integration.deliver(ended=True)
+
+
+def test_the_trials_of_a_sweep_bear_its_name(unsent_run: RunFolder, client_of: Callable[[RunFolder], Any]) -> None:
+    trial = RunFolder(unsent_run.root.rename(unsent_run.root.with_name("trial-0003-5f3a")))
+    send(trial, ON)
+    shown = only_run(client_of(trial))
+    assert shown.data.tags["training_lens.sweep"] == RunRecord(trial).experiment
+    assert shown.info.run_name == "trial-0003-5f3a"
+
+
 def test_without_the_package_one_line_says_how_to_get_it(
     unsent_run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,9 +193,6 @@ def test_without_the_package_one_line_says_how_to_get_it(
 
 
 def test_a_server_needs_no_database_package(unsent_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training_lens.integrations.mlflow import MlflowIntegration
-    from training_lens.integrations.record import RunRecord
-
     monkeypatch.setitem(sys.modules, "alembic", None)
     MlflowIntegration(RunRecord(unsent_run, {"tracking": {"mlflow": {"uri": "http://127.0.0.1:1"}}})).require()
     with pytest.raises(IntegrationError, match="needs the package alembic"):

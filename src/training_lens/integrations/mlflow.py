@@ -36,7 +36,7 @@ CLIENT = {  # the courier tries again by itself; MLflow alone would try for minu
 class MlflowIntegration(Tracker):
     """Shows a run in MLflow, under one MLflow run however often it is gone on with or sent again.
 
-    It is told what the server has, and sends the rest: no value twice, also where an answer was lost.
+    It asks what MLflow has, and sends the rest: no value twice, also where an answer was lost.
     """
 
     name = "mlflow"
@@ -58,6 +58,15 @@ class MlflowIntegration(Tracker):
     @property
     def _is_local(self) -> bool:
         return self.uri.startswith("sqlite:")
+
+    def deliver(self, ended: bool) -> None:
+        try:
+            super().deliver(ended)
+        except Exception as error:
+            if isinstance(error.__context__, OSError) and not self._is_local:  # MLflow tells it in five lines
+                why = type(error.__context__).__name__
+                raise IntegrationError(f"the server {redacted(self.uri)} cannot be reached ({why}).") from error
+            raise
 
     def open(self) -> None:
         for name, value in CLIENT.items():
@@ -144,20 +153,22 @@ class MlflowIntegration(Tracker):
         return None
 
     def _describe(self, found: Any) -> None:
-        """Set the run's tags and parameters. MLflow's parameters stay as they are: one that changed becomes a tag."""
+        """Set the run's tags, and as parameters its settings: not where it is kept and shown, which may change."""
         from mlflow.entities import Param, RunTag
 
-        settings = {_safe(key): str(value)[:LONGEST_PARAM] for key, value in flat_settings(self.run).items()}
-        known = found.data.params
         tags = {
             "training_lens.identity": self.run.identity,
             "training_lens.run_id": self.run.run_id,
             "training_lens.experiment": self.run.experiment,
             **({"training_lens.sweep": self.run.sweep} if self.run.sweep else {}),
-            **{f"changed.{key}": value for key, value in settings.items() if known.get(key, value) != value},
         }
         self._client.log_batch(self._id, tags=[RunTag(key, value) for key, value in tags.items()])
-        for batch in _batches([Param(k, v) for k, v in settings.items() if k not in known], PARAMS_PER_CALL):
+        params = [
+            Param(_safe(key), str(value)[:LONGEST_PARAM])
+            for key, value in flat_settings(self.run).items()
+            if not key.startswith(("output.", "tracking.")) and _safe(key) not in found.data.params
+        ]
+        for batch in _batches(params, PARAMS_PER_CALL):
             self._client.log_batch(self._id, params=batch)
 
     def _sent(self, key: str) -> set[int]:

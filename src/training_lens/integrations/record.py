@@ -51,10 +51,7 @@ class RunRecord:
 
     @property
     def identity(self) -> str:
-        """16 hex digits that another run of the same name does not have, unless it was given the same settings.
-
-        They are those of the settings now: they change where a run is gone on with under others.
-        """
+        """16 hex digits of its name and settings: they keep apart runs of one name, unless they are set alike, too."""
         settings = {name: section for name, section in self.settings.items() if name not in ("output", "tracking")}
         told = json.dumps([self.experiment, self.run_id, settings], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
