@@ -75,13 +75,15 @@ def test_scalars_are_the_lines_of_metrics(run: RunFolder) -> None:
 def test_histograms_are_the_lines_of_the_journal(run: RunFolder) -> None:
     events, journal = read(run), lines(run.histograms)
     assert [line["step"] for line in journal] == [1, 4, 6]
-    tags = {t for t in events.Tags()["tensors"] if t.startswith(("weights/", "gradients/"))}
-    assert tags == {f"{k}/{name}" for k, found in journal[0]["histograms"].items() for name in found} and len(tags) > 20
+    tags = {t for t in events.Tags()["tensors"] if t.startswith("weight")}
+    kinds = {"weights": "weights", "weight_gradients": "gradients"}
+    assert tags == {f"{group}/{n}" for group, kind in kinds.items() for n in journal[0]["histograms"][kind]}
+    assert len(tags) > 20
     for tag in tags:
-        kind, name = tag.split("/")
+        group, name = tag.split("/")
         assert events.SummaryMetadata(tag).plugin_data.plugin_name == "histograms"
         for event, line in zip(events.Tensors(tag), journal, strict=True):
-            expected, shown = line["histograms"][kind][name], make_ndarray(event.tensor_proto)
+            expected, shown = line["histograms"][kinds[group]][name], make_ndarray(event.tensor_proto)
             assert event.step == line["step"] and shown[:, 2].tolist() == expected["counts"]
             assert (shown[0, 0], shown[-1, 1]) == (expected["low"], expected["high"])
 
@@ -124,7 +126,7 @@ def test_hyperparameters_and_final_losses_are_a_row_of_the_table(run: RunFolder)
     assert start.group_name == run.run_id and 0 < end.end_time_secs - start.start_time_secs < 600
     assert plugin_data_pb2.SessionEndInfo.DESCRIPTOR and end.status == 1  # success
     for name in ("train_loss", "validation_loss", "base_validation_loss"):
-        (event,) = events.Scalars(f"final/{name}")
+        (event,) = events.Scalars(f"whole_run/{name}")
         assert event.step == 6 and event.value == pytest.approx(summary[name], rel=1e-6)
 
 
@@ -166,8 +168,10 @@ def test_what_is_shown_already_is_left_alone(copy: RunFolder) -> None:
     foreign.touch()
     assert [state.status for state in send(copy)] == [state.status for state in look(copy)] == ["delivered"]
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 1
-    (copy.tracking / "tensorboard" / "cursor.json").unlink()
-    send(copy)
+    for lost in ("tracking/tensorboard/cursor.json", "logs/*tfevents*.training-lens"):
+        next(copy.root.glob(lost)).unlink()
+        assert [state.status for state in look(copy)] == ["waiting"]
+        send(copy)
     assert foreign.exists() and len(list(copy.logs.glob("*tfevents*"))) == 2
     check_scalars(copy)
 
@@ -218,7 +222,7 @@ def test_sigkill_and_resume_show_each_step_once(tmp_path: Path) -> None:
 def test_the_events_are_written_without_torch() -> None:
     code = (
         "import sys; from training_lens.integrations import tensorboard as t; "
-        "t._hyperparameters; t._text('a', 'b'); t._histogram('a', {'low': 0, 'high': 1, 'counts': [1]}); "
+        "t._hyperparameters; t._text('a', 'b'); t._histogram('g/a', {'low': 0, 'high': 1, 'counts': [1]}); "
         "import tensorboard.plugins.hparams.summary_v2; print('torch' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -23,6 +23,7 @@ SHOWN = """
     training.weight_decay training.max_grad_norm training.seed
 """.split()  # settings that every run has among its hyperparameters
 TRIED = ("model.", "data.", "peft.", "training.")  # whose settings are so, too, where a run changes them
+GROUPS = {"weights": "weights", "gradients": "weight_gradients"}  # TensorBoard sorts them: behind train, validation
 FINAL = ("train_loss", "validation_loss", "base_validation_loss")  # of the summary
 
 
@@ -52,11 +53,13 @@ class TensorBoardIntegration(Tracker):
             self.cursor.save({})
         super().deliver(ended)
 
+    def outstanding(self) -> str:
+        return super().outstanding() if self._files() else "its events"
+
     def open(self) -> None:
-        logs = self.run.folder.logs
-        for old in logs.glob(f"events.out.tfevents.*{OURS}"):
+        for old in self._files():
             old.unlink()
-        self._events, self._base = _EventsFile(logs), {}
+        self._events, self._base = _EventsFile(self.run.folder.logs), {}
         started = (self.run.folder.metadata / "config.json").stat().st_mtime
         self._events.write(started, summary=_hyperparameters(self.run, started))
 
@@ -71,7 +74,7 @@ class TensorBoardIntegration(Tracker):
     def end(self) -> None:
         assert self._events is not None
         summary = self.run.summary
-        values = [_scalar(f"final/{name}", summary[name]) for name in FINAL if summary.get(name) is not None]
+        values = [_scalar(f"whole_run/{name}", summary[name]) for name in FINAL if summary.get(name) is not None]
         self._events.write(self._now, int(summary["steps"]), summary=_summary(values))
         self._events.write(self._now, summary=_session_end(self.run.status, self._now))
         self._events.flush()
@@ -80,11 +83,14 @@ class TensorBoardIntegration(Tracker):
         if self._events is not None:
             self._events.close()
 
+    def _files(self) -> list[Path]:
+        return list(self.run.folder.logs.glob(f"events.out.tfevents.*{OURS}"))
+
     def _values(self, record: Record) -> list[Any]:
         """What a record is in TensorBoard: one value for each of its tags."""
         if record.kind == "histograms":
-            kinds = record.values["histograms"].items()
-            return [_histogram(f"{kind}/{name}", values) for kind, found in kinds for name, values in found.items()]
+            found = record.values["histograms"]
+            return [_histogram(f"{GROUPS[kind]}/{name}", h) for kind in GROUPS for name, h in found[kind].items()]
         if record.kind == "samples":
             return self._samples(record.values)
         return [_scalar(tag, value) for tag, value in record.scalars.items()]
@@ -150,7 +156,8 @@ def _histogram(tag: str, values: Mapping[str, Any]) -> Any:
 
     edges = np.linspace(values["low"], values["high"], len(values["counts"]) + 1)
     rows = np.stack([edges[:-1], edges[1:], np.array(values["counts"], np.float64)], 1)  # (bins, 3)
-    return Summary.Value(tag=tag, metadata=create_summary_metadata("", ""), tensor=make_tensor_proto(rows))
+    about = create_summary_metadata(display_name=tag.split("/", 1)[1], description="")  # the heading, which is narrow
+    return Summary.Value(tag=tag, metadata=about, tensor=make_tensor_proto(rows))
 
 
 def _text(tag: str, markdown: str) -> Any:
