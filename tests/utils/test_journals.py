@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
 from training_lens.utils.journals import Journal, JournalReader, Position
 
 
@@ -73,3 +75,13 @@ def test_a_line_says_when_it_was_written(tmp_path: Path) -> None:
     write(tmp_path / "j.jsonl", [1])
     (entry,) = JournalReader(tmp_path / "j.jsonl").read(1)
     assert before - 0.001 <= entry.values["time"] <= time.time() + 0.001
+
+
+def test_a_full_disk_is_raised_where_it_is_written_and_not_again_at_the_end(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.jsonl")
+    journal.open(after=0)
+    journal.close()
+    journal._file = Path("/dev/full").open("a")  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        journal.write({"step": 1})
+    journal.close()

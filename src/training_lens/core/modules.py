@@ -83,7 +83,7 @@ def adapter_modules(model: Any) -> tuple[AdapterModule, ...]:
     from peft.tuners.lora import LoraLayer
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
-    found = _once(part for name, layer in layers for part in _parts(_plain_name(name), layer))
+    found = _once(part for name, layer in layers for part in _parts(plain_name(name), layer))
     training = {m.record.adapter for m in found if any(p.requires_grad for p in m.parameters)}
     if not found:
         raise LensError(_nothing(model, len(layers)))
@@ -184,6 +184,6 @@ def _with_adapter(module: AdapterModule) -> AdapterModule:
     return replace(module, record=record)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """The path in the base model, whatever wraps it: torch.compile, DistributedDataParallel, PEFT."""
     return WRAPPERS.sub("", name)

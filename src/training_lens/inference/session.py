@@ -178,7 +178,9 @@ def open_run(run: RunFolder, device: str | None = None, precision: Precision | N
     data = run.read_metadata("data.json")
     texts = are_texts(data["train"]["mappings"].values(), config.data.fields)
     domains = tuple(data["domains"])
-    return _session(str(run.root), run.adapter, model, tokenizer, config, domains, texts, place, precision)
+    return session_on(
+        model, tokenizer, config, texts, place, precision, source=str(run.root), adapter=run.adapter, domains=domains
+    )
 
 
 def are_texts(mappings: Collection[str], fields: FieldsSection) -> bool:
@@ -205,7 +207,7 @@ def _open_own(config: TrainingConfig, adapter: Path | None) -> Session:
     if adapter:
         model = _with_adapter(model, adapter, config.model.id)
     source = str(adapter or config.model.id)
-    return _session(source, adapter, model, tokenizer, config, None, False, place, precision)
+    return session_on(model, tokenizer, config, False, place, precision, source=source, adapter=adapter)
 
 
 def _with_adapter(model: Any, folder: Path, model_id: str) -> Any:
@@ -218,17 +220,27 @@ def _with_adapter(model: Any, folder: Path, model_id: str) -> Any:
         raise AdapterError(f"{error}\nmodel.id is '{model_id}'; the adapter was trained on '{trained_on}'.") from error
 
 
-def _session(
-    source: str,
-    adapter: Path | None,
+def session_on(
     model: Any,
     tokenizer: Any,
     config: TrainingConfig,
-    domains: tuple[str, ...] | None,
     texts: bool,
     device: torch.device,
     precision: Precision,
+    *,
+    source: str = "",
+    adapter: Path | None = None,
+    domains: tuple[str, ...] | None = None,
 ) -> Session:
+    """A session on a model in memory, such as one that is training.
+
+    Args:
+        config: with `data.template` resolved.
+        texts: it was trained on plain texts alone, see `are_texts`.
+
+    Raises:
+        ModelLoadingError: the tokenizer or the model's generation config cannot be used.
+    """
     encoder = TextEncoder(tokenizer)  # before the renderer, which takes for granted that there is an EOS
     renderer = build_renderer(config.data, tokenizer)
     answered = Example((Message("user", "a"), Message("assistant", "b")), None, "", 0)

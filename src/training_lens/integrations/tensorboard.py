@@ -2,42 +2,187 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from training_lens.config.schema import TrainingConfig
+from training_lens.integrations.record import RunRecord, flat_settings
 from training_lens.integrations.tracker import Record, Tracker
+from training_lens.utils.markdown import table, verbatim
+from training_lens.utils.nested import flat
+
+OURS = ".training-lens"  # at the end of the names of events files, so that only ours are ever replaced
+SHOWN = """
+    model.id model.quantization model.seq_len peft.variant peft.use_dora peft.init peft.r peft.lora_alpha
+    peft.lora_dropout peft.target_modules training.lr training.epochs training.max_steps training.batch_size
+    training.gradient_accumulation_steps training.optimizer training.scheduler training.warmup_ratio
+    training.weight_decay training.max_grad_norm training.seed
+""".split()  # settings that every run has among its hyperparameters
+TRIED = ("model.", "data.", "peft.", "training.")  # whose settings are so, too, where a run changes them
+GROUPS = {"weights": "weights", "gradients": "weight_gradients"}  # TensorBoard sorts them: behind train, validation
+FINAL = ("train_loss", "validation_loss", "base_validation_loss")  # of the summary
 
 
 class TensorBoardIntegration(Tracker):
     """Writes events beside metrics.jsonl; `tensorboard --logdir outputs` shows them.
 
-    A process that goes on with a run writes a further events file, from where the last one was remembered.
+    Scalars, histograms of the adapter's weights and gradients, sample answers, and hyperparameters with the final
+    losses. The journals have it all, so a process that goes on with a run (or sends it later, or tries again) writes
+    one new file from their beginning in the place of the old: each step is there once, whatever was killed when.
     """
 
     name = "tensorboard"
     in_process = True
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._events: _EventsFile | None = None
+        self._base: dict[str, str] = {}
+        self._now = time.time()
+
     def require(self) -> None:
         """TensorBoard is installed with Training Lens."""
 
-    def open(self) -> None:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+    def deliver(self, ended: bool) -> None:
+        if not self._opened and self.outstanding():
+            self._readers = {}
+            self.cursor.save({})
+        super().deliver(ended)
 
-        self._writer: Any = EventFileWriter(str(self.run.folder.logs))
+    def outstanding(self) -> str:
+        return super().outstanding() if self._files() else "its events"
+
+    def open(self) -> None:
+        for old in self._files():
+            old.unlink()
+        self._events, self._base = _EventsFile(self.run.folder.logs), {}
+        started = (self.run.folder.metadata / "config.json").stat().st_mtime
+        self._events.write(started, summary=_hyperparameters(self.run, started))
 
     def log(self, records: Sequence[Record]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
+        assert self._events is not None
         for record in records:
-            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in record.scalars.items()]
-            if values:
-                self._writer.add_event(Event(step=record.step, summary=Summary(value=values)))
-        self._writer.flush()
+            self._now = record.time or time.time()
+            if values := self._values(record):
+                self._events.write(self._now, record.step, summary=_summary(values))
+        self._events.flush()
 
     def end(self) -> None:
-        pass
+        assert self._events is not None
+        summary = self.run.summary
+        values = [_scalar(f"whole_run/{name}", summary[name]) for name in FINAL if summary.get(name) is not None]
+        self._events.write(self._now, int(summary["steps"]), summary=_summary(values))
+        self._events.write(self._now, summary=_session_end(self.run.status, self._now))
+        self._events.flush()
 
     def close(self) -> None:
-        if writer := getattr(self, "_writer", None):
-            writer.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _files(self) -> list[Path]:
+        return list(self.run.folder.logs.glob(f"events.out.tfevents.*{OURS}"))
+
+    def _values(self, record: Record) -> list[Any]:
+        """What a record is in TensorBoard: one value for each of its tags."""
+        if record.kind == "histograms":
+            found = record.values["histograms"]
+            return [_histogram(f"{GROUPS[kind]}/{name}", h) for kind in GROUPS for name, h in found[kind].items()]
+        if record.kind == "samples":
+            return self._samples(record.values)
+        return [_scalar(tag, value) for tag, value in record.scalars.items()]
+
+    def _samples(self, values: Mapping[str, Any]) -> list[Any]:
+        """One table, in which the base's answers stand beside the adapter's."""
+        samples = values["samples"]
+        if values["base"]:
+            self._base = {sample["id"]: sample["generated"] for sample in samples}
+        columns = {name: [sample[name] for sample in samples] for name in ("prompt", "expected")}
+        if self._base:
+            columns["base"] = [self._base.get(sample["id"], "") for sample in samples]
+        if not values["base"]:
+            columns["adapter"] = [sample["generated"] for sample in samples]
+        rows = [[verbatim(text) for text in row] for row in zip(*columns.values(), strict=True)]
+        return [_text("samples", table(list(columns), rows))]
+
+
+class _EventsFile:
+    """A TensorBoard events file, written in the calling thread: what cannot be written is raised where it is asked."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        now = time.time()
+        path = folder / f"events.out.tfevents.{now:.6f}.{platform.node()}.{os.getpid()}{OURS}"
+        self._records = RecordWriter(path.open("wb"))
+        self.write(now, file_version="brain.Event:2")
+        # A TensorBoard that looks on forgets what it read in an earlier file.
+        self.write(now, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, when: float, step: int = 0, **what: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._records.write(Event(wall_time=when, step=step, **what).SerializeToString())
+
+    def flush(self) -> None:
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()
+
+
+def _summary(values: Sequence[Any]) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    return Summary(value=values)
+
+
+def _scalar(tag: str, value: float) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    return Summary.Value(tag=tag, simple_value=value)
+
+
+def _histogram(tag: str, values: Mapping[str, Any]) -> Any:
+    """Rows of (left edge, right edge, count), as TensorBoard's own summaries have them."""
+    import numpy as np
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.histogram.metadata import create_summary_metadata
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    edges = np.linspace(values["low"], values["high"], len(values["counts"]) + 1)
+    rows = np.stack([edges[:-1], edges[1:], np.array(values["counts"], np.float64)], 1)  # (bins, 3)
+    about = create_summary_metadata(display_name=tag.split("/", 1)[1], description="")  # the heading, which is narrow
+    return Summary.Value(tag=tag, metadata=about, tensor=make_tensor_proto(rows))
+
+
+def _text(tag: str, markdown: str) -> Any:
+    from tensorboard.plugins.text.summary_v2 import text_pb
+
+    return text_pb(tag, markdown).value[0]
+
+
+def _hyperparameters(run: RunRecord, started: float) -> Any:
+    """The usual settings, and those that are not at their default."""
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+
+    defaults, own = flat(TrainingConfig().model_dump(mode="json")), flat(run.settings)
+    changed = {name for name, value in own.items() if name.startswith(TRIED) and value != defaults.get(name)}
+    settings = {name: value for name, value in flat_settings(run).items() if name in {*SHOWN, *changed}}
+    return hparams_pb(settings, trial_id=run.run_id, start_time_secs=started)
+
+
+def _session_end(status: str, when: float) -> Any:
+    """What hparams.summary.session_end_pb makes, which needs TensorFlow."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+    known = {"finished": api_pb2.STATUS_SUCCESS, "failed": api_pb2.STATUS_FAILURE}
+    info = plugin_data_pb2.SessionEndInfo(status=known.get(status, api_pb2.STATUS_UNKNOWN), end_time_secs=when)
+    about = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info))
+    value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=about, tensor=metadata.NULL_TENSOR)
+    return _summary([value])

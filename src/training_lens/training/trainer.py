@@ -112,7 +112,7 @@ class Trainer:
             self._account(report)
             self._notify("on_step_end", report)
             last = plan.number == self.schedule.total_steps
-            if last or self._due(plan.number, self.settings.eval_steps):
+            if self.is_validation_due(plan.number):
                 self._evaluate()
             best = self.state.best_step == plan.number
             save_steps = self.settings.save_steps or self.settings.eval_steps
@@ -198,6 +198,10 @@ class Trainer:
             loss_sum=s.loss_sum + report.loss * report.supervised_tokens,
             seconds=s.seconds + report.seconds,
         )
+
+    def is_validation_due(self, step: int) -> bool:
+        """Whether the run validates after this step, where it has rows for that."""
+        return step == self.schedule.total_steps or self._due(step, self.settings.eval_steps)
 
     def _due(self, step: int, every: int | None) -> bool:
         return step % (every or self.schedule.steps_per_epoch) == 0

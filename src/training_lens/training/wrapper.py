@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -23,8 +23,10 @@ from training_lens.models.stored import base_record
 from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar, progress_columns
 from training_lens.training.checkpoints import ADAPTER, CheckpointManager, TrainingState
+from training_lens.training.histograms import Histograms
 from training_lens.training.lens import LensCallback, lens_of, look_back
 from training_lens.training.planning import RunPlan, plan_run, with_rows_as_files
+from training_lens.training.samples import Samples
 from training_lens.training.tracking import Build, tracked
 from training_lens.training.trainer import Trainer
 from training_lens.utils.devices import get_device, peak_bytes
@@ -223,7 +225,16 @@ class TrainingWrapper:
             watchers.append(ProgressBar(drawn))
         if lens := lens_of(plan, run):
             watchers.append(lens)
-        return (*watchers, *self._callbacks)
+        return (*watchers, *self._shown(run, plan), *self._callbacks)
+
+    def _shown(self, run: RunFolder, plan: RunPlan) -> Iterator[Callback]:
+        """What is written for the trackers, where there are any."""
+        tracking = plan.config.tracking
+        if tracking.shows or self._integrations:
+            if tracking.histograms_every:
+                yield Histograms(run.histograms, tracking.histograms_every)
+            if tracking.samples:
+                yield Samples(run.samples, plan)
 
     def _write_metadata(self, run: RunFolder, config: TrainingConfig, plan: RunPlan) -> None:
         write_json(run.metadata / "config.json", config.model_dump())

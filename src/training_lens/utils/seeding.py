@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -24,3 +27,13 @@ def restore_rng_state(state: dict[str, torch.Tensor]) -> None:
     for name, tensor in state.items():
         if name.startswith("cuda:") and int(name[5:]) < torch.cuda.device_count():
             torch.cuda.set_rng_state(tensor, int(name[5:]))
+
+
+@contextmanager
+def rng_kept() -> Iterator[None]:
+    """What the block draws leaves no trace: the random state is put back at its end."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        restore_rng_state(state)

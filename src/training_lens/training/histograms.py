@@ -1,0 +1,137 @@
+"""How the adapter's numbers are spread: histograms of its weights and gradients, for the trackers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training_lens.core.modules import adapter_modules, plain_name
+from training_lens.errors import LensError
+from training_lens.models.adapters import trainable
+from training_lens.training.callbacks import Callback
+from training_lens.utils.formatting import said
+from training_lens.utils.journals import Journal
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+BINS = 32
+AT_ONCE = 2**22  # numbers binned together, which takes some 100 MB
+
+
+class Histograms(Callback):
+    """Writes histograms.jsonl: at step 1, every so many steps and at the last, how weights and gradients are spread.
+
+    A line is `{"step", "histograms": {"weights": {name: ...}, "gradients": {name: ...}}}`, each as `histograms` gives
+    it: the weights before the step's update, the gradients of the whole step before clipping. What fails is said once
+    and ends no run.
+
+    Args:
+        path: the journal.
+        every: steps from one line to the next.
+    """
+
+    def __init__(self, path: Path, every: int) -> None:
+        self._journal, self._every = Journal(path), every
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+
+    def on_train_start(self, trainer: Any) -> None:
+        self._journal.open(after=trainer.state.step)
+        self._parameters = named_parameters(trainer.model)
+
+    def on_gradients(self, trainer: Any, step: int) -> None:
+        if self._parameters and (step % self._every == 0 or step in (1, trainer.schedule.total_steps)):
+            try:
+                self._journal.write({"step": step, "histograms": _of_step(self._parameters)})
+            except Exception as error:
+                self._parameters = {}
+                logger.warning("step %d: no histograms from here on: %s Training goes on.", step, said(error))
+                logger.debug("in the histograms", exc_info=True)
+
+    def on_train_end(self, trainer: Any) -> None:
+        self._journal.close()
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self._journal.close()
+
+
+def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """What trains, by its place in the base model: MODULE.A, MODULE.B and DoRA's MODULE.magnitude; others by their own.
+
+    Of PiSSA, A and B are the trained halves.
+    """
+    try:
+        modules = adapter_modules(model)
+    except LensError:  # modules trained whole alone, or adapters that are no pair of matrices
+        modules = ()
+    names = {id(p): f"{m.name}.{end}" for m in modules for p, end in zip(m.parameters, _ENDS, strict=False)}
+    return {names.get(id(p)) or plain_name(n).replace(".modules_to_save.default", ""): p for n, p in trainable(model)}
+
+
+_ENDS = ("A", "B", "magnitude")  # of AdapterModule.parameters
+
+
+def _of_step(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, dict[str, Any]]:
+    """Of the weights and the gradients, brought from the device together."""
+    tensors = {("weights", name): p.detach() for name, p in parameters.items()}
+    tensors |= {("gradients", name): p.grad for name, p in parameters.items() if p.grad is not None}
+    found: dict[str, dict[str, Any]] = {"weights": {}, "gradients": {}}
+    for (kind, name), histogram in histograms(tensors).items():
+        found[kind][name] = histogram
+    return found
+
+
+def histograms(tensors: Mapping[Any, Tensor]) -> dict[Any, dict[str, Any]]:
+    """For each tensor `{"counts": [...], "low": x, "high": y}`: its numbers in 32 equal bins from least to greatest.
+
+    Numbers that are not finite are in no bin; where there are any, `not_finite` says how many. Where all are one
+    number, that is `low` and `high`, and the last bin has them; where there is none, both are 0.
+
+    Cost: some ten passes over the numbers, in calls for all tensors of one size together, and one synchronisation a
+    device.
+    """
+    alike: dict[tuple[torch.device, int], list[Any]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        alike[tensor.device, tensor.numel()].append(name)
+    tables: dict[torch.device, list[Tensor]] = defaultdict(list)
+    names: dict[torch.device, list[Any]] = defaultdict(list)
+    for (device, _), group in alike.items():
+        tables[device].append(_binned(_rows([tensors[name] for name in group])))
+        names[device] += group
+    found: dict[Any, dict[str, Any]] = {}
+    for device, parts in tables.items():
+        table = torch.cat(parts).cpu().numpy()  # a sync point
+        found |= {name: _unpacked(row) for name, row in zip(names[device], table, strict=True)}
+    return {name: found[name] for name in tensors}
+
+
+def _rows(tensors: Sequence[Tensor]) -> Tensor:
+    """(tensors, numbers) float32; one alone, which may be a whole embedding, is not copied."""
+    flat = [tensor.detach().flatten() for tensor in tensors]
+    return (flat[0][None] if len(flat) == 1 else torch.stack(flat)).float()
+
+
+def _binned(rows: Tensor) -> Tensor:
+    """(tensors, BINS + 3) int32: counts, how many are not finite, and the bits of `low` and `high` in float32."""
+    parts = rows.split(max(1, AT_ONCE // len(rows)), 1)
+    low = torch.stack([torch.where(part.isfinite(), part, torch.inf).amin(1) for part in parts]).amin(0)
+    high = torch.stack([torch.where(part.isfinite(), part, -torch.inf).amax(1) for part in parts]).amax(0)
+    counts = torch.zeros(len(rows), BINS + 1, dtype=torch.int32, device=rows.device)
+    for part in parts:
+        share = (part - low[:, None]) / (high - low)[:, None]  # 0 to 1; NaN where all numbers are one
+        bins = (share * BINS).nan_to_num(BINS - 1).clamp(0, BINS - 1)
+        places = torch.where(part.isfinite(), bins, BINS).long()
+        counts.scatter_add_(1, places, counts.new_ones(()).expand_as(places))
+    ends = [torch.where(end.isfinite(), end, 0.0).float().view(torch.int32)[:, None] for end in (low, high)]
+    return torch.cat([counts, *ends], 1)
+
+
+def _unpacked(row: np.ndarray) -> dict[str, Any]:
+    low, high = row[BINS + 1 :].view(np.float32).tolist()
+    lost = {"not_finite": int(row[BINS])} if row[BINS] else {}
+    return {"counts": row[:BINS].tolist(), "low": low, "high": high, **lost}

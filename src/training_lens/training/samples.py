@@ -1,0 +1,133 @@
+"""What the model answers while it trains: a few prompts at every validation, for the trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training_lens.config.judging_sections import InferenceSection
+from training_lens.data.store import TokenDataset
+from training_lens.data.types import TokenizedExample
+from training_lens.evaluation.evaluator import LossReport
+from training_lens.inference.generator import answers
+from training_lens.inference.session import Session, are_texts, session_on
+from training_lens.training.callbacks import Callback, StepReport
+from training_lens.training.planning import RunPlan
+from training_lens.utils.devices import autocast, free_memory, is_out_of_memory
+from training_lens.utils.formatting import said
+from training_lens.utils.journals import Journal
+from training_lens.utils.logging import get_logger
+from training_lens.utils.seeding import rng_kept
+
+logger = get_logger(__name__)
+OPENING = 8  # tokens of a text that is learned from its start, given to the model to go on with
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens before a row's first answer, and those of the answer that it should get; `id` is the row's."""
+
+    id: str
+    ids: list[int]
+    expected: list[int]
+
+
+class Samples(Callback):
+    """Writes samples.jsonl: at every validation what the model answers greedily to a few prompts, at step 0 the base.
+
+    A line is `{"step", "base", "samples": [{"id", "prompt", "expected", "generated"}]}`. The prompts are of rows spread
+    evenly over the validation set; without one, of training rows, at the steps where a validation would be. What fails
+    is one line in the log and ends no run; training sees nothing of it: modes and random state are put back.
+
+    Args:
+        path: the journal.
+        plan: the run's, for its rows and tokenizer; `tracking.samples` and `tracking.sample_tokens` of its config.
+    """
+
+    def __init__(self, path: Path, plan: RunPlan) -> None:
+        tracking = plan.config.tracking
+        self._journal, self._plan = Journal(path), plan
+        self._prompts = prompts_of(plan.validation or plan.train, tracking.samples, tracking.sample_tokens)
+        self._settings = InferenceSection(
+            max_new_tokens=tracking.sample_tokens, batch_tokens=plan.config.training.micro_batch_tokens
+        )
+
+    def on_train_start(self, trainer: Any) -> None:
+        self._journal.open(after=trainer.state.step)
+        if trainer.validation is None and trainer.state.step == 0:
+            self._answer(trainer, 0, base=True)
+
+    def on_step_end(self, trainer: Any, report: StepReport) -> None:
+        if trainer.validation is None and trainer.is_validation_due(report.step):
+            self._answer(trainer, report.step, base=False)
+
+    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        self._answer(trainer, step, base)
+
+    def on_train_end(self, trainer: Any) -> None:
+        self._journal.close()
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self._journal.close()
+
+    def _answer(self, trainer: Any, step: int, base: bool) -> None:
+        try:
+            with _aside(trainer):
+                session = self._session(trainer)
+                texts = answers(session, [prompt.ids for prompt in self._prompts], self._settings, base=base)
+            samples = [self._told(prompt, text) for prompt, text in zip(self._prompts, texts, strict=True)]
+            self._journal.write({"step": step, "base": base, "samples": samples})
+        except Exception as error:
+            logger.warning("step %d: no samples: %s Training goes on.", step, said(error))
+            logger.debug("in the samples", exc_info=True)
+            if is_out_of_memory(error):
+                free_memory(trainer.processes.device)
+
+    def _session(self, trainer: Any) -> Session:
+        plan = self._plan
+        texts = are_texts(plan.splits["train"].report.mappings.values(), plan.config.data.fields)
+        device = trainer.processes.device
+        return session_on(trainer.model, plan.tokenizer, plan.config, texts, device, trainer.precision)
+
+    def _told(self, prompt: Prompt, generated: str) -> dict[str, str]:
+        decode = self._plan.tokenizer.decode
+        expected = decode(prompt.expected, skip_special_tokens=True)
+        return {"id": prompt.id, "prompt": decode(prompt.ids), "expected": expected, "generated": generated}
+
+
+def prompts_of(dataset: TokenDataset, count: int, tokens: int) -> list[Prompt]:
+    """Prompts of `count` rows (fewer where there are fewer), spread evenly over the dataset from its first to its last.
+
+    Args:
+        tokens: most that is expected of a text that is learned from its start: it has no answer with an end.
+    """
+    places = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
+    return [_prompt(dataset[int(place)], tokens) for place in places]
+
+
+def _prompt(example: TokenizedExample, tokens: int) -> Prompt:
+    ids, mask = example.input_ids.tolist(), example.loss_mask
+    start = int(mask[1:].argmax()) + 1  # the first token is no target
+    if start > 1:
+        end = start + int(np.append(~mask[start:], True).argmax())
+    else:  # learned from its start
+        start = min(OPENING, max(1, len(ids) // 2))
+        end = start + tokens
+    return Prompt(example.id, ids[:start], ids[start:end])
+
+
+@contextmanager
+def _aside(trainer: Any) -> Iterator[None]:
+    """Within the block the model answers, in the run's precision; then it is as it was, and so is the random state."""
+    was_training = trainer.model.training
+    trainer.model.eval()
+    try:
+        with rng_kept(), autocast(trainer.processes.device, trainer.precision):
+            yield
+    finally:
+        trainer.model.train(was_training)
