@@ -77,7 +77,7 @@ def small_config(tmp_path: Path, few_rows: dict[str, Any]) -> Callable[..., Any]
             "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3},
             "peft": {"r": 4},
             "lens": {"report": False},
-            "tracking": {"tensorboard": False, "samples": 0},
+            "tracking": {"tensorboard": False, "samples": 0, "histograms_every": None},
             "output": {"base_output_dir": str(tmp_path / "outputs")},
         }
         for name, keys in sections.items():

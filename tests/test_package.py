@@ -20,6 +20,7 @@ def test_public_names() -> None:
         "LoRACheckpointAnalyzer",
         "LoRATrainingWrapper",
         "MetricsCollector",
+        "Run",
         "StandardReports",
         "TrainingConfig",
         "TrainingWrapper",

@@ -16,6 +16,7 @@ from training_lens._lazy import attach
 if TYPE_CHECKING:
     from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
     from training_lens.analysis.reports.standard import StandardReports
+    from training_lens.analysis.run import Run
     from training_lens.config.schema import TrainingConfig
     from training_lens.training.callbacks import MetricsCollector
     from training_lens.training.checkpoints import CheckpointManager
@@ -30,6 +31,7 @@ __getattr__, __dir__, _names = attach(
     {
         "training_lens.analysis.checkpoint_analyzer": ("CheckpointAnalyzer",),
         "training_lens.analysis.reports.standard": ("StandardReports",),
+        "training_lens.analysis.run": ("Run",),
         "training_lens.config.schema": ("TrainingConfig",),
         "training_lens.training.wrapper": ("TrainingWrapper",),
         "training_lens.training.checkpoints": ("CheckpointManager",),
@@ -43,6 +45,7 @@ __all__ = [
     "LoRACheckpointAnalyzer",
     "LoRATrainingWrapper",
     "MetricsCollector",
+    "Run",
     "StandardReports",
     "TrainingConfig",
     "TrainingWrapper",

@@ -24,7 +24,7 @@ from training_lens.utils.runs import RunFolder, find_run
 
 Config = Callable[..., TrainingConfig]
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(24)]
-TIMING = {"seconds"}
+TIMING = {"seconds", "time"}
 
 
 def steps_of(run: RunFolder) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.experiments import (
-    Run,
+    ListedRun,
     best_run,
     config_differences,
     find_runs,
@@ -97,7 +97,7 @@ def test_measures_know_which_end_is_best(metric: str, lower: bool) -> None:
 
 
 def test_runs_are_validated_alike_where_files_share_and_seed_are_the_same(tmp_path: Path) -> None:
-    def run(name: str, data: Any, val_ratio: float = 0.0) -> Run:
+    def run(name: str, data: Any, val_ratio: float = 0.0) -> ListedRun:
         config = {"data": {"val_ratio": val_ratio}, "training": {"seed": 0}}
         folder = make(tmp_path, name, config=config)
         if data is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from training_lens.utils.journals import Journal, JournalReader, Position
@@ -57,11 +58,18 @@ def test_lines_that_a_resume_writes_again_come_once(tmp_path: Path) -> None:
     reader = JournalReader(path)
     assert steps(reader) == [0, 1, 2, 3]
     write(path, [2, 3, 4], after=1)
-    assert [entry.values for entry in reader.read(100)] == [{"step": 4, "after": 1}]
+    assert [(entry.step, entry.values["after"]) for entry in reader.read(100)] == [(4, 1)]
     assert [line.split(":")[1][:2] for line in path.read_text().splitlines()] == [" 0", " 1", " 2", " 3", " 4"]
 
 
 def test_a_run_that_starts_over_begins_its_journal_anew(tmp_path: Path) -> None:
     write(tmp_path / "j.jsonl", [0, 1, 2])
     write(tmp_path / "j.jsonl", [0])
-    assert (tmp_path / "j.jsonl").read_text() == '{"step": 0, "after": 0}\n'
+    assert [entry.step for entry in JournalReader(tmp_path / "j.jsonl").read(100)] == [0]
+
+
+def test_a_line_says_when_it_was_written(tmp_path: Path) -> None:
+    before = time.time()
+    write(tmp_path / "j.jsonl", [1])
+    (entry,) = JournalReader(tmp_path / "j.jsonl").read(1)
+    assert before - 0.001 <= entry.values["time"] <= time.time() + 0.001

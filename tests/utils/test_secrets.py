@@ -79,19 +79,19 @@ def test_settings_that_hold_a_secret_are_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
     settings = {
         "output": {"mirror": "ssh://me:password1@host/x", "name": "fine"},
-        "tracking": {"tags": ["a", "0123456789abcdef"], "custom": {"m:T": {"token": "x", "channel": "y"}}},
+        "tracking": {"tags": ["a", "0123456789abcdef"], "custom": {"m.T": {"token": "x", "channel": "y"}}},
         "lens": {"probe_tokens": 512},
     }
-    assert list(secrets_in(settings)) == ["output.mirror", "tracking.tags[1]", "tracking.custom.m:T.token"]
+    assert list(secrets_in(settings)) == ["output.mirror", "tracking.tags[1]", "tracking.custom.m.T.token"]
 
 
 def test_a_key_of_a_secret_is_one_in_lists_and_as_a_number_but_not_in_rows() -> None:
     settings = {
-        "tracking": {"custom": {"m:T": {"channels": [{"password": 12345678}], "token_file": "a", "secret": ["b"]}}},
+        "tracking": {"custom": {"m.T": {"channels": [{"password": 12345678}], "token_file": "a", "secret": ["b"]}}},
         "data": {"train": [{"token": "the"}], "validation": ["https://me:password1@host/rows.jsonl"]},
     }
     assert list(secrets_in(settings)) == [
-        "tracking.custom.m:T.channels[0].password",
-        "tracking.custom.m:T.secret[0]",
+        "tracking.custom.m.T.channels[0].password",
+        "tracking.custom.m.T.secret[0]",
         "data.validation[0]",
     ]

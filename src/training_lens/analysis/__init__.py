@@ -22,6 +22,8 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.analysis.reports.executive": ("three_lines",),
         "training_lens.analysis.reports.report": ("Report",),
         "training_lens.analysis.reports.standard": ("StandardReports",),
+        "training_lens.analysis.run": ("Run",),
+        "training_lens.analysis.run_comparison": ("RunComparison",),
         "training_lens.analyzers.readings.activations": ("ActivationAnalyzer",),
         "training_lens.analyzers.readings.gradients": ("GradientAnalyzer",),
         "training_lens.analyzers.readings.weights": ("LoRAAnalyzer",),

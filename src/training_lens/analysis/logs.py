@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ import pyarrow as pa
 import torch
 
 from training_lens.core import tables
-from training_lens.core.arrow import arrow_table
-from training_lens.core.types import Captured
+from training_lens.core.arrow import arrow_table, series_of
+from training_lens.core.types import Captured, Series
 from training_lens.errors import LensError
 from training_lens.utils.files import read_json
 from training_lens.utils.runs import read_metrics
@@ -33,11 +33,26 @@ class Log:
     settings: Mapping[str, Any] = field(default_factory=dict)
     status: str = "unknown"
 
+    def series(self, table: str, measure: str) -> Series:
+        """One measure over time; without steps where the log has nothing of it."""
+        found = self.tables.get(table)
+        return Series.empty() if found is None or measure not in found.column_names else series_of(found, measure)
 
-def our_log(metrics: Path, settings: Mapping[str, Any]) -> Log:
-    """The log of one of our runs; empty where there is no metrics.jsonl."""
+
+def our_log(metrics: Path, settings: Mapping[str, Any] | None = None) -> Log:
+    """The log of one of our runs; empty where there is no metrics.jsonl.
+
+    Args:
+        settings: of `LensManifest.settings`, what is known of the run besides: it stands over what the log tells.
+    """
     lines = read_metrics(metrics) if metrics.is_file() else []
-    return Log(_tables(_our_rows(lines)), settings)
+    return Log(_tables(_our_rows(lines)), {**_told(lines), **(settings or {})})
+
+
+def _told(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the last step says of the run's length."""
+    last = next((line for line in reversed(lines) if line.get("kind") == "step" and line.get("epoch")), None)
+    return {"steps_per_epoch": max(1, round(last["step"] / last["epoch"]))} if last else {}
 
 
 def _our_rows(lines: Iterable[Mapping[str, Any]]) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from training_lens.cli.infer import infer
 from training_lens.cli.init import init
 from training_lens.cli.merge import merge
 from training_lens.cli.prepare import prepare
+from training_lens.cli.push import push
 from training_lens.cli.report import report
 from training_lens.cli.sweep import sweep
 from training_lens.cli.sync import sync
@@ -30,7 +31,7 @@ cli = typer.Typer(
 )
 COMMANDS = (
     *(init, prepare, validate, train, evaluate, baseline, compare, infer, benchmark, merge, sweep),
-    *(analyze, report, export, sync),
+    *(analyze, report, export, push, sync),
 )
 for command in COMMANDS:
     cli.command()(command)

@@ -10,7 +10,7 @@ import typer
 from training_lens.cli.common import ConfigFile, Debug, Json, Screen, command, load_config, refuse_unused
 
 if TYPE_CHECKING:
-    from training_lens.utils.experiments import Run
+    from training_lens.utils.experiments import ListedRun
 
 BASE = ("output.base_output_dir",)
 METRIC = "validation_loss"
@@ -62,7 +62,7 @@ def _apart(words: list[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if "=" not in word], [word for word in words if "=" in word]
 
 
-def _found(words: list[str], config: str | None) -> list[Run]:
+def _found(words: list[str], config: str | None) -> list[ListedRun]:
     """The runs that the arguments name."""
     from training_lens.utils.experiments import find_runs
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from training_lens.utils.experiments import Run
+    from training_lens.utils.experiments import ListedRun
 
 STEPS_SHOWN = 12  # validations that a table of losses lists
 IN_PARTS = ("by_domain.", "controls.")
@@ -36,20 +36,20 @@ def _fill(console: Console, table: Table, rows: Sequence[Sequence[str]]) -> None
     console.print(table)
 
 
-def _number(run: Run, metric: str) -> str:
+def _number(run: ListedRun, metric: str) -> str:
     value = run.metrics.get(metric)
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
-def _of_the_whole(runs: Sequence[Run]) -> list[str]:
+def _of_the_whole(runs: Sequence[ListedRun]) -> list[str]:
     """The metrics that any of the runs has, without those of single domains."""
     names = dict.fromkeys(metric for run in runs for metric in run.metrics)
     return [name for name in names if not name.startswith(IN_PARTS)]
 
 
-def warn_of_other_rows(console: Console, runs: Sequence[Run], metric: str) -> bool:
+def warn_of_other_rows(console: Console, runs: Sequence[ListedRun], metric: str) -> bool:
     """Say it where runs with the metric were validated on different rows; gives whether they were."""
     from training_lens.utils.experiments import validated_alike
 
@@ -59,7 +59,7 @@ def warn_of_other_rows(console: Console, runs: Sequence[Run], metric: str) -> bo
     return differ
 
 
-def show_runs(console: Console, runs: Sequence[Run], metric: str) -> None:
+def show_runs(console: Console, runs: Sequence[ListedRun], metric: str) -> None:
     """A line a run with one metric, and under the table what is to be said of some."""
     columns = ["run", "status", "steps", "seconds", metric]
     rows = [[r.run_id, r.status, _number(r, "steps"), _number(r, "seconds"), _number(r, metric)] for r in runs]
@@ -77,8 +77,8 @@ def show_runs(console: Console, runs: Sequence[Run], metric: str) -> None:
             console.print(f"{run.run_id}: {run.detail}", markup=False, soft_wrap=True)
 
 
-def details(run: Run) -> dict[str, Any]:
-    """What `show` tells besides `Run.as_json`: settings that are not the defaults, data, losses, reports.
+def details(run: ListedRun) -> dict[str, Any]:
+    """What `show` tells besides `ListedRun.as_json`: settings that are not the defaults, data, losses, reports.
 
     What cannot be read is left out: `run.detail` says it.
     """
@@ -101,7 +101,7 @@ def details(run: Run) -> dict[str, Any]:
     }
 
 
-def show_details(console: Console, run: Run, told: Mapping[str, Any]) -> None:
+def show_details(console: Console, run: ListedRun, told: Mapping[str, Any]) -> None:
     """What `details` gives, in sections; those that are empty are left out."""
 
     def say(text: str) -> None:
@@ -157,7 +157,7 @@ def _value(value: Any) -> str:
     return text if len(text) <= VALUE_SHOWN else f"{text[: VALUE_SHOWN - 1]}…"
 
 
-def show_comparison(console: Console, runs: Sequence[Run], differing: Mapping[str, Sequence[Any]]) -> None:
+def show_comparison(console: Console, runs: Sequence[ListedRun], differing: Mapping[str, Sequence[Any]]) -> None:
     """Metrics and settings, a column a run; what all runs have alike of the settings is left out."""
     ids = [run.run_id for run in runs]
     rows = [[metric, *(_number(run, metric) for run in runs)] for metric in _of_the_whole(runs)]
@@ -169,7 +169,7 @@ def show_comparison(console: Console, runs: Sequence[Run], differing: Mapping[st
         console.print("no setting differs")
 
 
-def show_doomed(console: Console, runs: Sequence[Run], sizes: Sequence[int]) -> None:
+def show_doomed(console: Console, runs: Sequence[ListedRun], sizes: Sequence[int]) -> None:
     """What a deletion would take: each run's state, size and parts."""
     from training_lens.utils.formatting import format_size
 
@@ -180,7 +180,7 @@ def show_doomed(console: Console, runs: Sequence[Run], sizes: Sequence[int]) -> 
     _fill(console, _table("to delete", ("run", "status", "size", "holds", "tags"), right=("size",)), rows)
 
 
-def _parts(run: Run) -> str:
+def _parts(run: ListedRun) -> str:
     folder = run.folder
     held = {
         "checkpoints": len(list(folder.checkpoints.glob("step-*"))),

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from training_lens.config.section import Section
+
+
+def _repo_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value, re.ASCII):
+        raise ValueError(
+            f"{value!r} is no repository of the hub; give owner/name, of letters, digits, '-', '_' and '.'"
+        )
+    return value
+
+
+RepoName = Annotated[str, AfterValidator(_repo_name)]
 
 
 class WandBSection(Section):
@@ -45,7 +57,7 @@ class TrackioSection(Section):
 class HubSection(Section):
     """The Hugging Face hub. Its token is read from HF_TOKEN or `hf auth login`."""
 
-    repo: str | None = Field(None, description="owner/name to which the finished adapter is pushed; null: none")
+    repo: RepoName | None = Field(None, description="owner/name to which the finished adapter is pushed; null: none")
     private: bool = Field(True, description="whether a new repository is private")
     checkpoints: bool = Field(
         False, description="push checkpoints while training runs, to training_lens_checkpoints/ in the repository"
@@ -62,7 +74,7 @@ class TrackingSection(Section):
     trackio: TrackioSection = TrackioSection()
     hub: HubSection = HubSection()
     custom: dict[str, dict[str, Any]] = Field(
-        {}, description="your own trackers and their options, such as {my_module:MyTracker: {channel: x}}"
+        {}, description="your own trackers and their options, such as {my_module.MyTracker: {channel: x}}"
     )
     samples: int = Field(
         3, ge=0, description="prompts answered greedily at every validation, for the trackers; 0: none"

@@ -183,7 +183,7 @@ class IntegrationManager:
     def _follow(self, integration: Integration) -> None:
         """The life of one integration's thread."""
         try:
-            with self._alone(integration):
+            with alone(self._folder / integration.name):
                 integration.require()
                 self._set(integration, status="working")
                 for ended in self._wakes(integration):
@@ -236,7 +236,7 @@ class IntegrationManager:
         logger.debug("%s: try %d failed", integration.name, failures, exc_info=error)
         if before.status != "failing":
             logger.warning(
-                "%s: %s Training goes on; what is not sent is kept and tried again.",
+                "%s: %s What is not sent is kept, and tried again.",
                 integration.name, said(error),
             )  # fmt: skip
         if ended and failures >= TRIES_AT_THE_END:
@@ -264,23 +264,26 @@ class IntegrationManager:
     def _set(self, integration: Integration, **changes: Any) -> None:
         self._states[integration.name] = replace(self._states[integration.name], **changes)
 
-    @contextmanager
-    def _alone(self, integration: Integration) -> Iterator[None]:
-        """One process at a time sends for an integration of a run.
 
-        Raises:
-            IntegrationError: another one does.
-        """
-        folder = self._folder / integration.name
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / ".lock", timeout=1.0)
-            lock.acquire()
-        except Timeout:
-            raise IntegrationError("another process is sending this run at the moment.") from None
-        except OSError as error:
-            raise IntegrationError(f"{folder} cannot be written ({error.strerror}).") from error
-        try:
-            yield
-        finally:
-            lock.release()
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within the block this process alone sends for an integration of a run.
+
+    Args:
+        folder: the integration's, in the run's tracking folder.
+
+    Raises:
+        IntegrationError: another process sends at this moment, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=1.0)
+        lock.acquire()
+    except Timeout:
+        raise IntegrationError("another process is sending this run at the moment.") from None
+    except OSError as error:
+        raise IntegrationError(f"{folder} cannot be written ({error.strerror}).") from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -61,5 +61,5 @@ class Recording:
     def series(self, table: str, measure: str) -> Series:
         """One measure over time; without steps where nothing was captured of it."""
         if not self.has(table, measure):
-            return Series(np.zeros(0, np.int64), (), np.zeros((0, 0)))
+            return Series.empty()
         return self.captures.series(table, measure)

@@ -105,6 +105,11 @@ class Series:
     names: tuple[str, ...]
     values: np.ndarray  # (steps, names) float64
 
+    @classmethod
+    def empty(cls) -> Series:
+        """Of what was never taken."""
+        return cls(np.zeros(0, np.int64), (), np.zeros((0, 0)))
+
     def of(self, name: str) -> np.ndarray:
         """(steps,): the values of one name."""
         column: np.ndarray = self.values[:, self.names.index(name)]

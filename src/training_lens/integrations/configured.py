@@ -36,12 +36,12 @@ def asked_for(config: TrainingConfig) -> list[Asked]:
     """
     tracking = config.tracking
     wanted = {
-        "tensorboard:TensorBoardIntegration": tracking.tensorboard,
-        "wandb:WandBIntegration": tracking.wandb.mode != "disabled",
-        "mlflow:MlflowIntegration": tracking.mlflow.enabled,
-        "trackio:TrackioIntegration": tracking.trackio.enabled,
-        "mirror:MirrorIntegration": config.output.mirror is not None,
-        "hub:HuggingFaceIntegration": tracking.hub.repo is not None,
+        "tensorboard.TensorBoardIntegration": tracking.tensorboard,
+        "wandb.WandBIntegration": tracking.wandb.mode != "disabled",
+        "mlflow.MlflowIntegration": tracking.mlflow.enabled,
+        "trackio.TrackioIntegration": tracking.trackio.enabled,
+        "mirror.MirrorIntegration": config.output.mirror is not None,
+        "hub.HuggingFaceIntegration": tracking.hub.repo is not None,
     }
     ours = [Asked(_imported(f"training_lens.integrations.{place}")) for place, wants in wanted.items() if wants]
     own = [Asked(_own(place), options) for place, options in tracking.custom.items()]
@@ -52,15 +52,15 @@ def asked_for(config: TrainingConfig) -> list[Asked]:
 
 
 def _imported(place: str) -> Any:
-    module, name = place.split(":")
+    module, name = place.rsplit(".", 1)
     return getattr(import_module(module), name)
 
 
 def _own(place: str) -> type[Integration]:
     """A class of the user's, from a module beside them or an installed one."""
-    if place.count(":") != 1:
+    if "." not in place:
         raise ConfigurationError(
-            f"tracking.custom: '{place}' is no class; give module:Class, as in my_module:MyTracker."
+            f"tracking.custom: '{place}' is no class; give module.Class, as in my_module.MyTracker."
         )
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
@@ -69,7 +69,7 @@ def _own(place: str) -> type[Integration]:
     except Exception as error:  # whatever a user's module raises when it is imported
         raise ConfigurationError(
             f"tracking.custom: '{place}' cannot be imported ({said(error)}) "
-            "Give module:Class of a module in this folder, or of an installed package."
+            "Give module.Class of a module in this folder, or of an installed package."
         ) from error
     if not (isinstance(found, type) and issubclass(found, Integration)):
         raise ConfigurationError(

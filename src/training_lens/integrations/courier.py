@@ -64,7 +64,7 @@ class Courier:
                 [sys.executable, "-m", __name__, str(self._run.root)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
                 env={**os.environ, **QUIET, "PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C is the training's business
+                process_group=0,  # Ctrl-C is the training's business; a session of its own could undo the low priority
             )  # fmt: skip
         except OSError as error:
             logger.warning("the courier cannot start (%s): training-lens sync %s sends the run", error, self._run.root)
@@ -117,7 +117,8 @@ def main(root: str) -> int:
     from training_lens.utils.logging import quiet_libraries
 
     quiet_libraries()
-    os.nice(19)
+    with suppress(AttributeError, OSError):  # a system without priorities
+        os.nice(19)
     log = logging.getLogger(ROOT)
     log.addHandler(_Lines())
     log.setLevel(logging.DEBUG)

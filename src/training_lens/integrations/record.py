@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +44,20 @@ class RunRecord:
 
     @property
     def base_output_dir(self) -> Path:
-        return Path(self.config.output.base_output_dir)
+        """What holds the run's experiments: where the folder lies now, whatever folder it was trained from."""
+        root = self.folder.root.resolve()
+        kept = root.parent.name == "runs" and root.parents[2].name == "experiments"
+        return root.parents[3] if kept else Path(self.config.output.base_output_dir).resolve()
+
+    @property
+    def identity(self) -> str:
+        """16 hex digits that another run of the same name does not have, unless it was given the same settings.
+
+        They are those of the settings now: they change where a run is gone on with under others.
+        """
+        settings = {name: section for name, section in self.settings.items() if name not in ("output", "tracking")}
+        told = json.dumps([self.experiment, self.run_id, settings], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     @property
     def status(self) -> str:
@@ -53,6 +68,11 @@ class RunRecord:
     def summary(self) -> dict[str, Any]:
         """metadata/summary.json."""
         return dict(self.folder.read_metadata("summary.json"))
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """The numbers of the summary, as metrics: under a name that puts them behind the curves of training."""
+        return {f"whole_run/{k}": v for k, v in self.summary.items() if isinstance(v, int | float)}
 
     @property
     def settings(self) -> dict[str, Any]:

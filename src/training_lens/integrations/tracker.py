@@ -12,7 +12,7 @@ Example:
                     self.line.say(record.scalars["validation/loss"])
         def end(self): self.line.say(self.run.status)
 
-    training-lens train tracking.custom='{my_module:Pager: {number: 42}}'
+    training-lens train tracking.custom='{my_module.Pager: {number: 42}}'
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ class Record:
     values: Mapping[str, Any]
 
     @property
+    def time(self) -> float | None:
+        """When it happened, in seconds since the epoch; None where the journal does not tell."""
+        found: float | None = self.values.get("time")
+        return found
+
+    @property
     def scalars(self) -> dict[str, float]:
         """The numbers that every tracker shows, by the names that all of them use. Losses: nats per supervised token.
 
@@ -76,10 +82,11 @@ class Tracker(Integration):
         self.run, self.options = run, options
         self.cursor = Cursor(run.place(self.name) / "cursor.json")
         self._readers: dict[str, JournalReader] = {}
+        self._opened = False
 
     @abstractmethod
     def open(self) -> None:
-        """Connect, and say which run this is, with its config: at the first delivery of this process.
+        """Connect, and say which run this is, with its config: before the first records of this process.
 
         A run that is gone on with, or sent later, is opened again: under the same id.
         """
@@ -96,22 +103,29 @@ class Tracker(Integration):
         try:
             self._deliver(ended)
         except BaseException:
-            self._readers = {}  # the next try opens it again, and reads on from what was remembered
+            self._readers, self._opened = {}, False  # the next try opens it again, and reads on from the cursor
             self.close()
             raise
 
     def _deliver(self, ended: bool) -> None:
         if not self._readers:
-            self.open()
             self._readers = self._at(self.cursor.load())
         while entries := self._next():
             records = [record for journal, entry in entries if (record := self._record(journal, entry)) is not None]
             if records:
+                self._open_once()
                 self.log(records)
             self._remember()
         if ended and self.cursor.load().get("end") != (end := self._end()):
+            self._open_once()
             self.end()
             self._remember(end=end)
+
+    def _open_once(self) -> None:
+        """Connect when there is something to send, and not before."""
+        if not self._opened:
+            self.open()
+            self._opened = True
 
     def outstanding(self) -> str:
         kept = self.cursor.load()

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -129,20 +129,28 @@ class LogLines(Callback):
         logger.debug("checkpoint %s", folder)
 
 
-class ProgressBar(Callback):
-    """Step, loss, tokens per second and time left, on a terminal; a second bar while a validation runs."""
+def progress_columns() -> tuple[ProgressColumn, ...]:
+    """What a `ProgressBar` shows in its lines."""
+    return (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
 
-    def __init__(self, console: Console) -> None:
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=console,
-        )
+
+class ProgressBar(Callback):
+    """Step, loss, tokens per second and time left; a second bar while a validation runs.
+
+    Args:
+        bars: with `progress_columns`, not started yet.
+    """
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
         self._recent: list[StepReport] = []
         self._validation: TaskID | None = None
 

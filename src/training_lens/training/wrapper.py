@@ -21,7 +21,7 @@ from training_lens.models.adapters import ParameterCount, count_parameters, desc
 from training_lens.models.factory import load_model
 from training_lens.models.stored import base_record
 from training_lens.training.assembly import build_trainer, memory_watched
-from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar
+from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar, progress_columns
 from training_lens.training.checkpoints import ADAPTER, CheckpointManager, TrainingState
 from training_lens.training.lens import LensCallback, lens_of, look_back
 from training_lens.training.planning import RunPlan, plan_run, with_rows_as_files
@@ -31,7 +31,8 @@ from training_lens.utils.devices import get_device, peak_bytes
 from training_lens.utils.files import require_writable, whole_folder, write_json
 from training_lens.utils.formatting import format_count
 from training_lens.utils.logging import TrainingLogger, get_logger, quiet_libraries
-from training_lens.utils.progress import Progress
+from training_lens.utils.notebooks import notebook_console
+from training_lens.utils.progress import Progress, bars
 from training_lens.utils.runs import RunFolder, new_run_id, runs_folder
 
 logger = get_logger(__name__)
@@ -64,13 +65,22 @@ class TrainingSummary:
     lens_seconds: float = 0.0
     estimate: dict[str, float] | None = None
 
+    def _repr_html_(self) -> str | None:
+        """In a notebook, the run's card; its numbers alone (None) where the folder is gone by then."""
+        from training_lens.analysis.run import Run
+
+        try:
+            return Run(self.run_dir)._repr_html_()
+        except CheckpointError:
+            return None
+
 
 class TrainingWrapper:
     """Trains what a config describes.
 
     Args:
         config: paths or in-memory rows, a model, and everything else at its default.
-        console: where progress bars go; None draws none.
+        console: where progress bars go; None: below the cell in a notebook, and nowhere else.
         callbacks: your own watchers of the loop, after the built-in ones.
         integrations: your own trackers, in Python: classes, or functions that make one for a run.
 
@@ -87,7 +97,8 @@ class TrainingWrapper:
         integrations: tuple[Build, ...] = (),
     ) -> None:
         quiet_libraries()
-        self._config, self._console, self._callbacks, self._integrations = config, console, callbacks, integrations
+        self._config, self._console = config, console or notebook_console()
+        self._callbacks, self._integrations = callbacks, integrations
 
     def plan(self) -> RunPlan:
         """What `train` would do: data read and tokenized, steps laid out. Loads no weights, trains nothing.
@@ -208,8 +219,8 @@ class TrainingWrapper:
     def _watchers(self, run: RunFolder, plan: RunPlan) -> tuple[Callback, ...]:
         every = plan.config.training.logging_steps
         watchers: list[Callback] = [MetricsCollector(run.metrics), LogLines(every)]
-        if self._console is not None and self._console.is_terminal:
-            watchers.append(ProgressBar(self._console))
+        if drawn := bars(self._console, *progress_columns()):
+            watchers.append(ProgressBar(drawn))
         if lens := lens_of(plan, run):
             watchers.append(lens)
         return (*watchers, *self._callbacks)

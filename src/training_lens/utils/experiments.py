@@ -24,7 +24,7 @@ STAMP = "%Y%m%dT%H%M%SZ"
 
 
 @dataclass(frozen=True)
-class Run:
+class ListedRun:
     """One run, as its files tell it.
 
     `status` is `RunFolder.status`, or broken where config or summary cannot be read; `detail` says what happened to
@@ -64,34 +64,40 @@ class Run:
         }
 
 
-def read_runs(base_output_dir: str, experiment_name: str | None = None) -> list[Run]:
+def read_runs(base_output_dir: str, experiment_name: str | None = None) -> list[ListedRun]:
     """The runs of one experiment, or of all, the newest first. A broken one is among them and says why.
 
     Raises:
         ConfigurationError: there is no such experiment; names the nearest.
     """
-    experiments = _experiments(base_output_dir)
+    folders = folders_of(base_output_dir, experiment_name)
+    return sorted(map(read_run, folders), key=lambda run: (run.started, run.run_id), reverse=True)
+
+
+def folders_of(base_output_dir: str, experiment_name: str | None = None) -> list[RunFolder]:
+    """The folders of the runs of one experiment, or of all; raises as `read_runs` does."""
+    experiments = sorted(path.name for path in (Path(base_output_dir) / "experiments").glob("*/"))
     if experiment_name is not None and experiment_name not in experiments:
         there = f"there are {', '.join(experiments)}" if experiments else "there is none yet"
         raise ConfigurationError(
             f"no experiment '{experiment_name}' in {base_output_dir}: {there}.{_hint(experiment_name, experiments)}"
         )
     names = experiments if experiment_name is None else [experiment_name]
-    folders = [run for name in names for run in run_folders(runs_folder(base_output_dir, name))]
-    return sorted(map(read_run, folders), key=lambda run: (run.started, run.run_id), reverse=True)
+    return [run for name in names for run in run_folders(runs_folder(base_output_dir, name))]
 
 
-def _experiments(base_output_dir: str) -> list[str]:
-    return sorted(path.name for path in (Path(base_output_dir) / "experiments").glob("*/"))
+def newest(folders: Sequence[RunFolder]) -> RunFolder:
+    """The run that was started last; there must be one."""
+    return max(folders, key=lambda folder: (_started(folder), folder.run_id))
 
 
-def find_runs(references: Sequence[str], base_output_dir: str) -> list[Run]:
+def find_runs(references: Sequence[str], base_output_dir: str) -> list[ListedRun]:
     """The runs that ids (of any experiment), paths, or `latest` (the newest, whatever became of it) mean; each once.
 
     Raises:
         CheckpointError: there is no such run, or the id is that of several.
     """
-    folders = [run for name in _experiments(base_output_dir) for run in run_folders(runs_folder(base_output_dir, name))]
+    folders = folders_of(base_output_dir)
     found = [_find(reference, folders, base_output_dir) for reference in references]
     return [read_run(folder) for folder in {folder.root.resolve(): folder for folder in found}.values()]
 
@@ -99,7 +105,7 @@ def find_runs(references: Sequence[str], base_output_dir: str) -> list[Run]:
 def _find(reference: str, folders: Sequence[RunFolder], base_output_dir: str) -> RunFolder:
     named = [folder for folder in folders if folder.run_id == reference]
     if reference == LATEST and folders:
-        named = [max(folders, key=lambda folder: (_started(folder), folder.run_id))]
+        named = [newest(folders)]
     if len(named) == 1:
         return named[0]
     if named:
@@ -118,7 +124,7 @@ def _hint(name: str, known: Sequence[str]) -> str:
     return f" Did you mean {close}?" if close else ""
 
 
-def read_run(folder: RunFolder) -> Run:
+def read_run(folder: RunFolder) -> ListedRun:
     """The run in a folder; whatever cannot be read of it is said in `detail`."""
     started = _started(folder)
     try:
@@ -126,10 +132,10 @@ def read_run(folder: RunFolder) -> Run:
         detail = f"died, {folder.process}" if folder.died else ""
         config = flat(_mapping(folder.read_metadata("config.json"), folder.metadata / "config.json"))
         metrics = (
-            _so_far(folder) if status == "running" or folder.died else _numbers(folder.read_metadata("summary.json"))
+            so_far(folder) if status == "running" or folder.died else _numbers(folder.read_metadata("summary.json"))
         )
     except (CheckpointError, OSError) as error:
-        return Run(folder, BROKEN, str(error), started)
+        return ListedRun(folder, BROKEN, str(error), started)
     problems = [detail] if detail else []
     try:
         metrics = {**metrics, **_of_reports(folder), **metrics}  # the summary first, and over all
@@ -137,7 +143,7 @@ def read_run(folder: RunFolder) -> Run:
     except (CheckpointError, OSError) as error:
         tags = ()
         problems.append(str(error))
-    return Run(folder, status, " ".join(problems), started, tags, metrics, config)
+    return ListedRun(folder, status, " ".join(problems), started, tags, metrics, config)
 
 
 def _mapping(value: Any, path: Path) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def logged(folder: RunFolder, kind: str, *keys: str) -> list[list[float]]:
     return [[value for value in values if _is_number(value)] for values in found if all(map(_is_number, values))]
 
 
-def _so_far(folder: RunFolder) -> dict[str, float]:
+def so_far(folder: RunFolder) -> dict[str, float]:
     """What metrics.jsonl tells of a run whose summary is not written yet, by the summary's names."""
     steps = logged(folder, "step", "step")
     told: dict[str, float] = {"steps": steps[-1][0] if steps else 0}
@@ -201,7 +207,7 @@ def lower_is_better(metric: str) -> bool:
     return any(part in metric for part in LOWER_IS_BETTER)
 
 
-def sort_runs(runs: Sequence[Run], metric: str, ascending: bool | None = None) -> list[Run]:
+def sort_runs(runs: Sequence[ListedRun], metric: str, ascending: bool | None = None) -> list[ListedRun]:
     """The runs by a metric, the best first; those without it last, in the order given.
 
     Args:
@@ -220,23 +226,23 @@ def sort_runs(runs: Sequence[Run], metric: str, ascending: bool | None = None) -
     return sorted(runs, key=lambda run: sign * run.metrics[metric] if metric in run.metrics else math.inf)
 
 
-def best_run(runs: Sequence[Run], metric: str, ascending: bool | None = None) -> Run:
+def best_run(runs: Sequence[ListedRun], metric: str, ascending: bool | None = None) -> ListedRun:
     """The finished run with the best value of a metric; arguments and errors are those of `sort_runs`."""
     return sort_runs([run for run in runs if run.status == "finished"], metric, ascending)[0]
 
 
-def config_differences(runs: Sequence[Run]) -> dict[str, tuple[Any, ...]]:
+def config_differences(runs: Sequence[ListedRun]) -> dict[str, tuple[Any, ...]]:
     """The settings on which the runs do not agree, with each one's value; the runs' ids apart."""
     found = differences([run.config for run in runs])
     return {key: values for key, values in found.items() if key not in NOT_COMPARED}
 
 
-def validated_alike(runs: Sequence[Run]) -> bool:
+def validated_alike(runs: Sequence[ListedRun]) -> bool:
     """Whether the runs were validated on the same rows, as far as their metadata/data.json tells it."""
     return len({rows for run in runs if (rows := _validation_rows(run)) is not None}) < 2
 
 
-def _validation_rows(run: Run) -> tuple[Any, ...] | None:
+def _validation_rows(run: ListedRun) -> tuple[Any, ...] | None:
     """What decides the rows: the files' sha256; where they are held out of the training files, also share and seed."""
     try:
         data = run.folder.read_metadata("data.json")

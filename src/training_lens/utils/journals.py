@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,12 @@ class Journal:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Append one line, with the key `step`, and hand it to the system."""
+        """Append one line, with the key `step`, and hand it to the system.
+
+        The line also gets `time`, in seconds since the epoch: who reads it later knows when it was.
+        """
         assert self._file is not None, "open the journal first"
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
         self._file.flush()
 
     def close(self) -> None:

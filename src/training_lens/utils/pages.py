@@ -16,13 +16,21 @@ from training_lens.utils.files import write_text
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-STYLE = """
+PAGE_STYLE = """
 :root { color-scheme: light dark; --text: #1b1f24; --page: #fff; --soft: #57606a; --line: #d8dee4; --box: #f6f8fa }
 @media (prefers-color-scheme: dark) {
   :root { --text: #e6edf3; --page: #0d1117; --soft: #9198a1; --line: #30363d; --box: #161b22 } }
 * { box-sizing: border-box }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
   color: var(--text); background: var(--page); overflow-wrap: anywhere }
+@media (max-width: 600px) { body { margin: 1rem auto; padding: 0 .7rem } }
+"""
+CARD = "training-lens"  # the class of a card, in which alone its style holds
+CARD_STYLE = """
+  --soft: #7d8590; --line: rgba(128, 128, 128, .35); --box: rgba(128, 128, 128, .08);
+  max-width: 60rem; line-height: 1.5;
+"""  # colours that a light and a dark notebook carry: it need not be that of the system
+PARTS_STYLE = """
 h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.5rem } h3 { font-size: 1rem; margin: 0 0 .3rem }
 .scroll { overflow-x: auto; margin: 0 0 1rem }
 table { border-collapse: collapse } .caption { font-weight: 600; margin: 1.2rem 0 .3rem }
@@ -39,7 +47,7 @@ figure { margin: 1.5rem 0; min-width: 0 } figcaption { color: var(--soft); font-
 dl { display: grid; grid-template-columns: minmax(5rem, max-content) 1fr; gap: .15rem 1rem; margin: .5rem 0 0 }
 dt { color: var(--soft) } dd { margin: 0; white-space: pre-wrap }
 @media (max-width: 600px) {
-  body { margin: 1rem auto; padding: 0 .7rem } th, td { padding: .3rem .4rem } dl { grid-template-columns: 1fr }
+  th, td { padding: .3rem .4rem } dl { grid-template-columns: 1fr }
   dd { margin: 0 0 .4rem } }
 """
 LONGEST_NUMBER = 24  # characters of a cell; a column with a longer one is prose
@@ -72,6 +80,14 @@ class Callout:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """An SVG that the program drew, with a line below that says how to read it. The SVG goes in as it is."""
+
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True)
 class Picture:
     """A figure under its title, with a line below that says how to read it."""
 
@@ -88,7 +104,7 @@ class Beside:
 
 
 if TYPE_CHECKING:
-    Part: TypeAlias = str | Table | Bullets | Callout | Picture | Beside | Figure
+    Part: TypeAlias = str | Table | Bullets | Callout | Drawing | Picture | Beside | Figure
 
 
 def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
@@ -99,7 +115,7 @@ def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
             what their classes say. Plotly's script (4.8 MB) is inlined once where there is a figure.
     """
     script = ""
-    if any(not isinstance(part, str | Table | Bullets | Callout) for part in parts):
+    if any(not isinstance(part, str | Table | Bullets | Callout | Drawing) for part in parts):
         from plotly.offline import get_plotlyjs
 
         script = f"<script>{get_plotlyjs()}</script>"
@@ -107,9 +123,19 @@ def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
         path,
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style>{script}</head>\n"
+        f"<title>{escape(title)}</title><style>{PAGE_STYLE}{PARTS_STYLE}</style>{script}</head>\n"
         f"<body><h1>{escape(title)}</h1>\n{_joined(parts)}\n</body></html>\n",
     )
+
+
+def card(title: str, parts: Sequence[Part]) -> str:
+    """HTML of some kB for a notebook's cell: its style holds inside of it alone, and it brings no script.
+
+    Args:
+        parts: as of `write_page`, without Plotly figures.
+    """
+    style = f".{CARD} {{{CARD_STYLE}{PARTS_STYLE}}}"
+    return f'<div class="{CARD}"><style>{style}</style><h3>{escape(title)}</h3>\n{_joined(parts)}</div>'
 
 
 def _joined(parts: Iterable[Part]) -> str:
@@ -126,6 +152,8 @@ def _html(part: Part) -> str:
         return _table(part)
     if isinstance(part, Callout):
         return _callout(part)
+    if isinstance(part, Drawing):
+        return f"<figure>{part.svg}<figcaption>{escape(part.caption)}</figcaption></figure>"
     if isinstance(part, Beside):
         return f'<div class="beside">{_joined(part.pictures)}</div>'
     if isinstance(part, Picture):

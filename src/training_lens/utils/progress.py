@@ -6,12 +6,39 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
+
+from training_lens.utils.notebooks import NotebookBars
+
+SHORT = 1.0  # seconds: what is over by then leaves nothing in a notebook
+
+
+def bars(
+    console: Console | None, *columns: ProgressColumn, transient: bool = False, after: float = 0.0
+) -> RichProgress | None:
+    """Bars where a person sees them: on a terminal, or below a notebook's cell. None elsewhere.
+
+    Args:
+        transient: they vanish at their end; a notebook keeps them.
+        after: seconds before they appear in a notebook.
+    """
+    if console is not None and console.is_jupyter:
+        return NotebookBars(*columns, after=after)
+    if console is not None and console.is_terminal:
+        return RichProgress(*columns, console=console, transient=transient)
+    return None
 
 
 class Progress:
-    """Draws bars on a console; on None, or where the console is no terminal, it draws none."""
+    """Draws bars on a console; on None, or where the console is neither terminal nor notebook, it draws none."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
@@ -19,9 +46,6 @@ class Progress:
     @contextmanager
     def task(self, title: str, total: float, unit: str = "") -> Iterator[Callable[[float], None]]:
         """A bar while the block runs; call what it gives with the amount done since."""
-        if self._console is None or not self._console.is_terminal:
-            yield lambda _amount: None
-            return
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -30,6 +54,10 @@ class Progress:
             TextColumn("ETA"),
             TimeRemainingColumn(),
         )
-        with RichProgress(*columns, console=self._console, transient=True) as bars:
-            task = bars.add_task(f"{title} ({unit})" if unit else title, total=total)
-            yield lambda amount: bars.advance(task, amount)
+        drawn = bars(self._console, *columns, transient=True, after=SHORT)
+        if drawn is None:
+            yield lambda _amount: None
+            return
+        with drawn:
+            task = drawn.add_task(f"{title} ({unit})" if unit else title, total=total)
+            yield lambda amount: drawn.advance(task, amount)

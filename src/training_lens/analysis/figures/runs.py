@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import plotly.graph_objects as go
@@ -18,7 +19,16 @@ WINDOW = 21  # steps of that median
 MOST_SPIKES, MOST_BORDERS, SMOOTH_POINTS = 50, 40, 60
 
 
-def loss(recording: Recording, checkpoints: Sequence[int] = ()) -> go.Figure:
+class Losses(Protocol):
+    """What the losses are in: a `Recording`, or the `Log` of a run that nothing was captured of."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+
+    def series(self, table: str, measure: str) -> Series: ...
+
+
+def loss(recording: Losses, checkpoints: Sequence[int] = ()) -> go.Figure:
     """Training loss of each step, its median in equal parts, validation, and events.
 
     Args:
@@ -47,11 +57,11 @@ def _lowest(series: Series, judged: Series) -> float:
 
 
 def _training(figure: go.Figure, steps: np.ndarray, values: np.ndarray) -> None:
-    many = len(steps) > 2 * SMOOTH_POINTS
+    many = is_long(steps)
     add_line(figure, steps, values, "training", color=COLOURS[5] if many else COLOURS[0])
     if many:
         figure.data[0].update(opacity=0.5, line={"width": 1})
-        add_line(figure, *_smooth(steps, values), "training, median of equal parts", color=COLOURS[0])
+        add_line(figure, *smooth(steps, values), "training, median of equal parts", color=COLOURS[0])
     odd = spikes(steps, values)
     if len(odd):
         marker = {"symbol": "x", "size": 8, "color": ALARM}
@@ -61,7 +71,13 @@ def _training(figure: go.Figure, steps: np.ndarray, values: np.ndarray) -> None:
         figure.add_scatter(x=steps[shown], y=seen, mode="markers", marker=marker, name="spike")
 
 
-def _smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def is_long(steps: np.ndarray) -> bool:
+    """Whether a line of so many steps is too restless to be read without `smooth`."""
+    return len(steps) > 2 * SMOOTH_POINTS
+
+
+def smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The median of the finite values, and the mean step, of each of 60 equal parts of a line."""
     parts = np.array_split(np.arange(len(steps)), SMOOTH_POINTS)
     finite = [part[np.isfinite(values[part])] for part in parts]
     kept = [part for part in finite if len(part)]
@@ -90,7 +106,7 @@ def spikes(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def epoch_ends(recording: Recording) -> list[float]:
+def epoch_ends(recording: Losses) -> list[float]:
     """The steps at which an epoch ended and another began, at most 40, evenly chosen."""
     series, each = recording.series(tables.LOSS, "loss"), recording.settings.get("steps_per_epoch")
     if not each or not len(series.steps):
@@ -99,7 +115,7 @@ def epoch_ends(recording: Recording) -> list[float]:
     return ends[:: -(-len(ends) // MOST_BORDERS) or 1]
 
 
-def _validation(figure: go.Figure, recording: Recording, judged: Series) -> None:
+def _validation(figure: go.Figure, recording: Losses, judged: Series) -> None:
     base = recording.series(tables.EVALUATION, "base_loss").values.ravel()
     if len(base) and np.isfinite(base[0]):
         figure.add_hline(

@@ -1,0 +1,174 @@
+"""What integrations cost while a run trains: whole runs without any and with all of them, in turn.
+
+    python benchmarks/connected_overhead.py [--pairs 4] [--steps 30] [--shared ../shared]
+
+With all of them: TensorBoard, W&B (offline), MLflow and trackio (local), a mirror on a real S3 server (moto's)
+and checkpoints to a real local HTTP server that speaks the hub's API; samples and histograms as they come. The two
+servers run at the lowest priority, since they stand elsewhere in life. A Llama of random weights, LoRA of rank 16 on
+every linear layer, GSM8K rows, float32 on CPU: 64 M parameters (12 layers of 512), as in lens_overhead.py.
+
+Written: seconds from the end of one step to the end of the next, as a callback sees them (all that happens between two
+steps is in them, validations and checkpoints apart), median of each run; the ratio of each pair, and their median; what
+a run takes beyond its last step; CPU seconds of the courier.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lens_overhead import MAIN, write_model
+
+from training_lens import TrainingConfig, TrainingWrapper
+from training_lens.training.callbacks import Callback
+
+BUCKET = "runs"
+
+
+class Clock(Callback):
+    """When each step ended, and the loop."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, trainer: Any, report: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def configured(model: Path, shared: Path, folder: Path, steps: int, connected: bool) -> TrainingConfig:
+    """The run, with every integration or none."""
+    everything = {
+        "tracking": {
+            "wandb": {"mode": "offline"},
+            "mlflow": {"enabled": True},
+            "trackio": {"enabled": True},
+            "hub": {"repo": "someone/connected", "checkpoints": True},
+        },
+        "output": {"base_output_dir": str(folder), "mirror": f"s3://{BUCKET}/mirror"},
+    }
+    nothing = {
+        "tracking": {"tensorboard": False, "samples": 0, "histograms_every": None},
+        "output": {"base_output_dir": str(folder)},
+    }
+    return TrainingConfig.model_validate(
+        {
+            "model": {"id": str(model), "seq_len": 512},
+            "data": {"train": [str(shared / "data/gsm8k/train.jsonl")]},
+            "training": {"epochs": 1, "max_steps": steps, "save_steps": steps // 2, "batch_size": 8, "lr": 1e-4},
+            "lens": {"report": False},
+            **(everything if connected else nothing),
+        }
+    )
+
+
+def trained(model: Path, shared: Path, folder: Path, steps: int, connected: bool) -> dict[str, Any]:
+    """One whole run in this process; the step after the checkpoint in the middle is left out."""
+    clock = Clock()
+    summary = TrainingWrapper(configured(model, shared, folder, steps, connected), callbacks=(clock,)).train()
+    ended = time.perf_counter()
+    gaps = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
+    del gaps[steps // 2 - 1]
+    log = (Path(summary.run_dir) / "logs/run.log").read_text()
+    courier = [line for line in log.splitlines() if " courier: " in line and " s of CPU in " in line]
+    return {
+        "step_seconds": round(statistics.median(gaps), 4),
+        "all_steps_seconds": round(sum(gaps), 3),
+        "end_seconds": round(ended - clock.ends[-1], 2),
+        "courier": courier[-1].split(" courier: ")[1] if courier else None,
+    }
+
+
+def servers(folder: Path) -> tuple[subprocess.Popen[bytes], Any]:
+    """The S3 server with a bucket, and the hub, at the lowest priority; the environment then leads to them."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests/integrations"))
+    import hub_server
+
+    hub = hub_server.Hub(folder / "hub").start()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    s3 = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1"}
+    os.environ |= {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark"}
+    os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub_server.TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    for pid in (s3.pid, hub.pid):
+        os.setpriority(os.PRIO_PROCESS, pid, 19)
+    make_bucket()
+    return s3, hub
+
+
+def make_bucket() -> None:
+    """The bucket, once the server answers."""
+    import boto3
+
+    for _ in range(100):
+        try:
+            boto3.client("s3").create_bucket(Bucket=BUCKET)
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return
+    raise SystemExit("the S3 server does not start")
+
+
+def run_of(kind: str, model: Path, shared: Path, folder: Path, steps: int) -> dict[str, Any]:
+    """A run in a process of its own."""
+    command = [sys.executable, __file__, "--run", kind, str(model), str(folder), "--shared", str(shared)]
+    out = subprocess.run([*command, "--steps", str(steps)], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/connected_overhead.json"))
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        kind, model, folder = args.run
+        print(json.dumps(trained(Path(model), args.shared, Path(folder), args.steps, kind == "connected")))
+        return
+    runs: dict[str, list[dict[str, Any]]] = {"alone": [], "connected": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parameters = write_model(folder / "model", MAIN, args.shared / "tokenizers/gpt2")
+        s3, hub = servers(folder)
+        try:
+            for pair in range(args.pairs):
+                for kind in list(runs) if pair % 2 else reversed(list(runs)):
+                    runs[kind].append(
+                        run_of(kind, folder / "model", args.shared, folder / f"{kind}-{pair}", args.steps)
+                    )
+                    print(kind, json.dumps(runs[kind][-1]), file=sys.stderr)
+        finally:
+            s3.kill()
+            hub.kill()
+    ratios = [b["step_seconds"] / a["step_seconds"] for a, b in zip(runs["alone"], runs["connected"], strict=True)]
+    result = {
+        "machine": {"cores": os.cpu_count(), "platform": platform.machine(), "torch": torch.__version__},
+        "parameters": parameters,
+        "steps": args.steps,
+        **runs,
+        "ratios_of_pairs": [round(ratio, 4) for ratio in ratios],
+        "median_ratio": round(statistics.median(ratios), 4),
+    }
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({"median_ratio": result["median_ratio"], "ratios": result["ratios_of_pairs"]}))
+
+
+if __name__ == "__main__":
+    main()

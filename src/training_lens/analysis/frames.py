@@ -1,0 +1,65 @@
+"""A run's journals as data frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training_lens.utils.runs import read_metrics
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+OF_STEPS = ("epoch", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "seconds", "finite")
+WHOLE = {"tokens": "Int64", "supervised_tokens": "Int64", "finite": "boolean"}  # they stay so beside empty cells
+OF_SAMPLES = ("step", "base", "id", "prompt", "expected", "generated")
+
+
+def metrics_frame(path: Path) -> DataFrame:
+    """See `Run.metrics`.
+
+    Args:
+        path: of a metrics.jsonl; where it is not there yet, the frame has no rows.
+    """
+    import pandas
+
+    rows: dict[int, dict[str, Any]] = {}
+    for line in _lines(path):
+        rows.setdefault(line["step"], {}).update(_cells(line))
+    judged = dict.fromkeys(name for row in rows.values() for name in row if name not in OF_STEPS)
+    index = pandas.Index(list(rows), name="step", dtype="int64")
+    columns = {name: [row.get(name) for row in rows.values()] for name in (*OF_STEPS, *judged)}
+    kinds = {name: WHOLE.get(name, "float64") for name in columns}
+    return pandas.DataFrame(columns, index=index).astype(kinds).sort_index()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return read_metrics(path) if path.is_file() else []
+
+
+def _cells(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line adds to the row of its step."""
+    if line.get("kind") == "step":
+        return {name: line.get(name) for name in OF_STEPS}
+    if line.get("kind") not in ("base", "validation"):
+        return {}
+    parts = {**line.get("by_domain", {}), **line.get("by_file", {})}
+    return {"validation_loss": line.get("loss"), **{f"validation_loss_{part}": loss for part, loss in parts.items()}}
+
+
+def samples_frame(path: Path) -> DataFrame:
+    """See `Run.samples`.
+
+    Args:
+        path: of a samples.jsonl; where it is not there, the frame has no rows.
+    """
+    import pandas
+
+    return pandas.DataFrame(list(_samples(_lines(path))), columns=list(OF_SAMPLES))
+
+
+def _samples(lines: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        for sample in line.get("samples", ()):
+            yield {"step": line["step"], "base": line.get("base", False), **sample}

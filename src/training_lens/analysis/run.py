@@ -1,0 +1,169 @@
+"""A run in Python: its numbers as data frames, its config, what the lens says of it, and how a notebook shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
+from training_lens.analysis.frames import metrics_frame, samples_frame
+from training_lens.analysis.logs import Log, our_log
+from training_lens.config.schema import TrainingConfig
+from training_lens.errors import CheckpointError
+from training_lens.utils.checkpoints import list_checkpoints
+from training_lens.utils.experiments import find_runs, folders_of, newest, so_far
+from training_lens.utils.runs import RunFolder
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from plotly.graph_objects import Figure
+
+    from training_lens.analysis.findings import Finding
+    from training_lens.analysis.run_comparison import RunComparison
+
+OUTPUTS = "outputs"
+
+
+class Run:
+    """One run, finished, running or broken off, read from its folder: every property says what is there by now.
+
+    In a notebook it shows itself: its numbers, its losses, and what the lens found so far.
+
+    Args:
+        path_or_id: the run's folder, its id in any experiment, or `latest`.
+        base_output_dir: where the runs are, for an id.
+
+    Raises:
+        CheckpointError: there is no such run, or the id is that of several.
+
+    Example:
+        run = Run.latest()
+        run.metrics["loss"].min()
+        run.compare(Run("20261120T203605Z-5f3a"))
+    """
+
+    def __init__(self, path_or_id: Path | str, base_output_dir: Path | str = OUTPUTS) -> None:
+        (found,) = find_runs([str(Path(path_or_id).expanduser())], str(base_output_dir))
+        self.folder: RunFolder = found.folder
+        self._lens: CheckpointAnalyzer | None = None
+        self._findings: tuple[Finding, ...] | None = None
+        self._read_at: tuple[str, int] | None = None
+
+    @classmethod
+    def latest(cls, base_output_dir: Path | str = OUTPUTS, experiment: str | None = None) -> Run:
+        """The run that was started last, whatever became of it.
+
+        Args:
+            experiment: of this one; None: of all.
+
+        Raises:
+            CheckpointError: there is no run yet.
+            ConfigurationError: there is no such experiment.
+        """
+        folders = folders_of(str(base_output_dir), experiment)
+        if not folders:
+            raise CheckpointError(f"no run in {base_output_dir} yet. Train one, or give base_output_dir.")
+        return cls(newest(folders).root)
+
+    @property
+    def run_id(self) -> str:
+        return self.folder.run_id
+
+    @property
+    def status(self) -> str:
+        """running, finished, failed, pruned or interrupted.
+
+        Raises:
+            CheckpointError: metadata/summary.json is missing or broken; so for `summary` and what is read of it.
+        """
+        return self.folder.status
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The resolved config that it was started with.
+
+        Raises:
+            CheckpointError: metadata/config.json is missing or broken.
+        """
+        return TrainingConfig.model_validate(self.folder.read_metadata("config.json"))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """metadata/summary.json (see `TrainingSummary`); until the run has written it, what its journal tells."""
+        status, written = self.status, dict(self.folder.read_metadata("summary.json"))
+        told = so_far(self.folder) if written["status"] == "running" else {}
+        return {**written, **told, "status": status}
+
+    @property
+    def metrics(self) -> DataFrame:
+        """logs/metrics.jsonl, a row a step, with the index `step`.
+
+        `epoch`; `loss` (nats per supervised token of this step's batch); `grad_norm` before clipping; `lr`; `tokens`
+        without padding; `supervised_tokens`; `seconds`; `finite`. After a validation also `validation_loss`, and of
+        several domains or files `validation_loss_NAME`; other rows have NaN there. Row 0 is the validation of the base.
+        """
+        return metrics_frame(self.folder.metrics)
+
+    @property
+    def samples(self) -> DataFrame:
+        """logs/samples.jsonl, a row an answer: `step`, `base` (the base model's), `id`, `prompt`, `expected`,
+        `generated`; without rows where the run answers no samples (tracking.samples)."""
+        return samples_frame(self.folder.samples)
+
+    @property
+    def lens(self) -> CheckpointAnalyzer:
+        """What was captured, or else the checkpoints; opened again when the run has gone on.
+
+        Raises:
+            LensError: there is neither, perhaps not yet.
+        """
+        read_at = (self.status, (self.folder.metadata / "summary.json").stat().st_mtime_ns)
+        if self._lens is None or read_at != self._read_at or self.status == "running":
+            self._lens, self._findings, self._read_at = CheckpointAnalyzer(self.folder.root), None, read_at
+        return self._lens
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What the lens finds wrong or fine by now; takes a second or so. Raises as `lens` does."""
+        from training_lens.analysis.findings import diagnose
+
+        recording = self.lens.recording
+        if self._findings is None:
+            self._findings = diagnose(recording)
+        return self._findings
+
+    @property
+    def log(self) -> Log:
+        """The losses of its journal as series: what figures are drawn of, also where the lens was off."""
+        return our_log(self.folder.metrics)
+
+    def figure(self) -> Figure:
+        """Training and validation loss, with epochs, spikes and checkpoints, to zoom into."""
+        from training_lens.analysis.figures.runs import loss
+
+        steps = [path.name.removeprefix("step-") for path in list_checkpoints(self.folder.checkpoints)]
+        return loss(self.log, [int(step) for step in steps if step.isdigit()])
+
+    def compare(self, other: Run | Path | str) -> RunComparison:
+        """The two side by side: their settings, numbers and losses.
+
+        Args:
+            other: a run, or what `Run` takes; an id is looked for beside this run.
+
+        Raises:
+            CheckpointError: there is no such run.
+        """
+        from training_lens.analysis.run_comparison import RunComparison
+
+        return RunComparison(self, other if isinstance(other, Run) else Run(other, self.folder.root.parents[3]))
+
+    def __repr__(self) -> str:
+        told = self.summary
+        losses = {"validation loss": told.get("validation_loss"), "the base's": told.get("base_validation_loss")}
+        known = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+        return f"Run {self.run_id}: " + ", ".join([told["status"], f"{told['steps']} steps", *known])
+
+    def _repr_html_(self) -> str:
+        from training_lens.analysis.run_card import run_card
+
+        return run_card(self)

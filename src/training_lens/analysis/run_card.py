@@ -1,0 +1,84 @@
+"""How a notebook shows a run: its numbers, its losses as a drawing, and what the lens found so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from training_lens.analysis.figures.runs import is_long, smooth
+from training_lens.analysis.figures.style import COLOURS
+from training_lens.analysis.reports.executive import WRONG, in_short, verdict
+from training_lens.analysis.sketches import Curve, sketch
+from training_lens.core import tables
+from training_lens.errors import TrainingLensError
+from training_lens.models.adapters import describe
+from training_lens.utils.formatting import format_count, format_seconds
+from training_lens.utils.pages import Bullets, Drawing, Table, card
+
+if TYPE_CHECKING:
+    from training_lens.analysis.logs import Log
+    from training_lens.analysis.run import Run
+    from training_lens.utils.pages import Part
+
+LOSS_AXES = ("step", "loss, nats per supervised token")
+
+
+def run_card(run: Run) -> str:
+    """HTML of some kB, without a script; what data says in it is escaped."""
+    drawing = sketch([*loss_curves(run.log)], *LOSS_AXES)
+    parts: list[Part] = [
+        Table("", ("run", run.run_id), list(_facts(run))),
+        Drawing(drawing, "At step 0: the base model.") if drawing else "No step is done yet.",
+        *_found(run),
+    ]
+    return card(f"Run {run.run_id}: {run.status}", parts)
+
+
+def loss_curves(log: Log, name: str = "", colour: str | None = None) -> Iterator[Curve]:
+    """Training and validation loss; of long runs, the training loss as medians of equal parts.
+
+    Args:
+        name: of the run, where several are drawn together.
+        colour: of both lines, where several runs are drawn together; validation is dashed then.
+    """
+    training, judged = log.series(tables.LOSS, "loss"), log.series(tables.EVALUATION, "loss")
+    base = log.series(tables.EVALUATION, "base_loss")
+    if training.values.size:
+        steps, values = training.steps, training.values[:, 0]
+        kind = "training, median of equal parts" if is_long(steps) else "training"
+        line = smooth(steps, values) if is_long(steps) else (steps, values)
+        yield Curve(f"{name} {kind}".strip(), *line, colour or COLOURS[0])
+    steps = np.concatenate([base.steps, judged.steps])
+    if steps.size:
+        values = np.concatenate([base.values.ravel(), judged.values.ravel()])
+        called = f"{name} validation".strip()
+        yield Curve(called, steps, values, colour or COLOURS[2], dots=True, dashed=colour is not None)
+
+
+def _facts(run: Run) -> Iterator[tuple[str, str]]:
+    """The rows of the table; what is not known yet is left out."""
+    config, told = run.config, run.summary
+    yield "model", config.model.id
+    yield "adapter", describe(config.peft)
+    if trainable := told.get("trainable_parameters"):
+        yield "trains", f"{format_count(trainable)} of {format_count(told['total_parameters'])} parameters"
+    yield "steps", f"{told['steps']:,.0f} in {format_seconds(told['seconds'])}"
+    for name in ("train_loss", "base_validation_loss", "validation_loss"):
+        if (loss := told.get(name)) is not None:
+            yield name.replace("_", " "), f"{loss:.4f}"
+    if (speed := told.get("tokens_per_second")) is not None:
+        yield "tokens a second", f"{speed:,.0f}"
+    yield "folder", str(run.folder.root)
+
+
+def _found(run: Run) -> Iterator[Part]:
+    try:
+        findings = run.findings
+    except TrainingLensError as error:
+        yield f"The lens tells nothing: {error}"
+        return
+    yield verdict(findings)
+    if others := [in_short(finding) for finding in findings if finding.severity in WRONG][1:]:
+        yield Bullets(others)

@@ -1,0 +1,110 @@
+"""`training-lens push`: a finished run to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, refuse_unused
+
+if TYPE_CHECKING:
+    from training_lens.config.schema import TrainingConfig
+    from training_lens.integrations.hub import HuggingFaceIntegration
+    from training_lens.integrations.pushed import PushPlan
+
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, its folder, or 'latest' finished.")]
+RepoName = Annotated[
+    str | None, typer.Argument(metavar="[REPO]", help="owner/name; without it, the run's own tracking.hub.repo.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List what would be sent, and send nothing.")]
+Public = Annotated[bool, typer.Option("--public", help="Make a new repository public; else it is private.")]
+Checkpoints = Annotated[bool, typer.Option("--checkpoints", help="Send the run's checkpoints, too.")]
+Revision = Annotated[str | None, typer.Option(metavar="BRANCH", help="Push to this branch; made where it is missing.")]
+
+
+def push(
+    run: RunName,
+    repo: RepoName = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    public: Public = False,
+    checkpoints: Checkpoints = False,
+    revision: Revision = None,
+    config: ConfigFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Push a run's adapter, tokenizer, model card and record to the Hugging Face hub; what is there is not sent again.
+
+    Examples: training-lens push latest me/my-adapter --dry-run; training-lens push RUN me/my-adapter --checkpoints
+    """
+    with command(json, debug) as screen:
+        named, given = (None, [repo, *(overrides or [])]) if repo and "=" in repo else (repo, overrides or [])
+        refuse_unused(given, ("output.", "tracking.hub."), "push sends a run as it is.")
+        asked = {"repo": named, "revision": revision, "checkpoints": checkpoints or None}
+        flags: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+        if public:
+            flags["private"] = False
+        settings = load_config(config, given, {"tracking": {"hub": flags}})
+        hub = _hub(run, settings)
+        if dry_run:
+            plan = hub.plan()
+            _show(screen, plan, hub.repo)
+            screen.result({**_values(plan, hub.repo), "sent": False, "url": ""})
+        else:
+            with screen.console.status(f"sending to {hub.repo}"):
+                pushed = hub.push()
+            done = f"sent in {pushed.url}" if pushed.url else f"{hub.repo} has all of it already"
+            screen.console.print(done, markup=False, soft_wrap=True)
+            screen.result({**_values(pushed.plan, hub.repo), "sent": bool(pushed.url), "url": pushed.url})
+
+
+def _hub(run: str, settings: TrainingConfig) -> HuggingFaceIntegration:
+    from training_lens.errors import ConfigurationError
+    from training_lens.integrations.hub import HuggingFaceIntegration
+    from training_lens.integrations.record import RunRecord
+    from training_lens.utils.runs import find_run
+
+    output = settings.output
+    folder = find_run(run, output.base_output_dir, output.experiment_name, finished=True)
+    record = RunRecord(folder, {"tracking": {"hub": settings.given()["tracking"]["hub"]}})
+    if record.config.tracking.hub.repo is None:
+        raise ConfigurationError(
+            f"the run {folder.run_id} names no tracking.hub.repo; give one: training-lens push {run} OWNER/NAME."
+        )
+    return HuggingFaceIntegration(record)
+
+
+def _values(plan: PushPlan, repo: str) -> dict[str, Any]:
+    """The plan, as JSON has it."""
+    files = [(file, state) for state in ("send", "there") for file in getattr(plan, state)]
+    return {
+        "repo": repo,
+        "files": [{"path": f.path, "bytes": f.size, "sha256": f.sha256, "state": state} for f, state in files],
+        "delete": list(plan.delete),
+        "bytes": plan.size,
+        "compared": not plan.unknown,
+        "why_not": plan.unknown,
+    }
+
+
+def _show(screen: Screen, plan: PushPlan, repo: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from training_lens.utils.formatting import format_size
+
+    table = Table("file", "size", "")
+    states = [("send", plan.send), ("is there", plan.there)]
+    for state, files in states:
+        for file in files:
+            table.add_row(Text(file.path, overflow="fold"), format_size(file.size), state)
+    for folder in plan.delete:
+        table.add_row(Text(folder, overflow="fold"), "", "delete")
+    screen.console.print(table)
+    if plan.unknown:
+        told = f"not compared with {repo}: {plan.unknown}"
+        screen.console.print(told, markup=False, soft_wrap=True)
+    total = f"{len(plan.send)} files, {format_size(plan.size)}, would be sent to {repo}; nothing was sent"
+    screen.console.print(total, markup=False, soft_wrap=True)

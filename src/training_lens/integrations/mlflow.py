@@ -1,0 +1,229 @@
+"""MLflow: a local database beside the experiments, or a server.
+
+MLflow has no histograms: those of a run are in its folder, and in the trackers that show them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training_lens.errors import IntegrationError
+from training_lens.integrations.packages import require_packages
+from training_lens.integrations.record import flat_settings
+from training_lens.integrations.tracker import Record, Tracker
+from training_lens.utils.runs import read_metrics
+from training_lens.utils.secrets import redacted
+
+PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # what a server takes at once
+LONGEST_PARAM = 500  # characters: older servers take no more; config.json has all
+LONGEST_NAME = 250
+STATUSES = {"finished": "FINISHED", "failed": "FAILED"}  # all others: KILLED
+CLIENT = {  # the courier tries again by itself; MLflow alone would try for minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+class MlflowIntegration(Tracker):
+    """Shows a run in MLflow, under one MLflow run however often it is gone on with or sent again.
+
+    It is told what the server has, and sends the rest: no value twice, also where an answer was lost.
+    """
+
+    name = "mlflow"
+
+    def require(self) -> None:
+        """MLflow's client is there, and for a local database what that needs."""
+        require_packages("mlflow", "mlflow", *(("alembic",) if self._is_local else ()))
+
+    @property
+    def uri(self) -> str:
+        """Where the run is sent."""
+        local = f"sqlite:///{self.run.base_output_dir / 'mlflow.db'}"
+        return self.run.config.tracking.mlflow.uri or os.environ.get("MLFLOW_TRACKING_URI") or local
+
+    @property
+    def _is_local(self) -> bool:
+        return self.uri.startswith("sqlite:")
+
+    def open(self) -> None:
+        for name, value in CLIENT.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+
+        self._client: Any = MlflowClient(self.uri)
+        self._steps: dict[str, set[int]] = {}
+        experiment = self._experiment()
+        found = self._found(experiment) or self._client.create_run(experiment, run_name=self.run.run_id)
+        self._id: str = found.info.run_id
+        self._describe(found)
+        kept = self.cursor.load()
+        known = kept if kept.get("run") == self._id else {}  # to another one, nothing was sent yet
+        self.cursor.save({**known, "run": self._id, "uri": redacted(self.uri)})
+        if self.run.status == "running":
+            self._client.update_run(self._id, status="RUNNING")
+
+    def log(self, records: Sequence[Record]) -> None:
+        from mlflow.entities import Metric
+
+        now = round(time.time() * 1000)
+        metrics = [
+            Metric(key, value, now, record.step)
+            for record in records
+            for key, value in _named(record.scalars).items()
+            if record.step not in self._sent(key)
+        ]
+        for batch in _batches(metrics, METRICS_PER_CALL):
+            self._client.log_batch(self._id, metrics=batch)
+            for metric in batch:
+                self._steps[metric.key].add(metric.step)
+        if any(record.kind == "samples" for record in records):
+            self._table("samples.json", _sample_rows(read_metrics(self.run.folder.samples)))
+
+    def end(self) -> None:
+        folder = self.run.folder
+        self._summarize()
+        if folder.metrics.exists():
+            self._table("validation.json", _validation_rows(read_metrics(folder.metrics)))
+        if folder.adapter.is_dir():
+            self._client.log_artifacts(self._id, str(folder.adapter), "adapter")
+        for file in (folder.reports / "lens.html", folder.metadata / "config.json"):
+            if file.exists():
+                self._client.log_artifact(self._id, str(file))
+        self._client.set_terminated(self._id, STATUSES.get(self.run.status, "KILLED"))
+
+    def outstanding(self) -> str:
+        kept = self.cursor.load()
+        return super().outstanding() if kept.get("uri", redacted(self.uri)) == redacted(self.uri) else "all of it"
+
+    def _experiment(self) -> str:
+        """The id of the experiment, which is made where there is none.
+
+        Raises:
+            IntegrationError: it was deleted.
+        """
+        name = self.run.config.tracking.mlflow.experiment or self.run.experiment
+        found = self._client.get_experiment_by_name(name) or self._made_experiment(name)
+        if found.lifecycle_stage != "active":
+            raise IntegrationError(
+                f"the experiment '{name}' was deleted in MLflow. Restore it (mlflow experiments restore "
+                f"--experiment-id {found.experiment_id}), or name another with tracking.mlflow.experiment.",
+                lasting=True,
+            )
+        return str(found.experiment_id)
+
+    def _made_experiment(self, name: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        # A server knows where to keep artifacts; a database alone would put them in the current folder.
+        place = (self.run.base_output_dir / "mlartifacts").as_uri() if self._is_local else None
+        try:
+            return self._client.get_experiment(self._client.create_experiment(name, artifact_location=place))
+        except MlflowException:
+            if made := self._client.get_experiment_by_name(name):  # by another run, at this moment
+                return made
+            raise
+
+    def _found(self, experiment: str) -> Any | None:
+        """The run in MLflow: that which was remembered, or bears our tag; None where there is none, or it was deleted.
+
+        The tag serves where the memory was lost: when a process died right after it had made the run.
+        """
+        remembered = self.cursor.load().get("run")
+        conditions = [f"attributes.run_id = '{remembered}'"] if remembered else []
+        for condition in (*conditions, f"tags.`training_lens.identity` = '{self.run.identity}'"):
+            if runs := self._client.search_runs([experiment], condition, max_results=1):
+                return runs[0]
+        return None
+
+    def _describe(self, found: Any) -> None:
+        """Set the run's tags and parameters. MLflow's parameters stay as they are: one that changed becomes a tag."""
+        from mlflow.entities import Param, RunTag
+
+        settings = {_safe(key): str(value)[:LONGEST_PARAM] for key, value in flat_settings(self.run).items()}
+        known = found.data.params
+        tags = {
+            "training_lens.identity": self.run.identity,
+            "training_lens.run_id": self.run.run_id,
+            "training_lens.experiment": self.run.experiment,
+            **({"training_lens.sweep": self.run.sweep} if self.run.sweep else {}),
+            **{f"changed.{key}": value for key, value in settings.items() if known.get(key, value) != value},
+        }
+        self._client.log_batch(self._id, tags=[RunTag(key, value) for key, value in tags.items()])
+        for batch in _batches([Param(k, v) for k, v in settings.items() if k not in known], PARAMS_PER_CALL):
+            self._client.log_batch(self._id, params=batch)
+
+    def _sent(self, key: str) -> set[int]:
+        """The steps of which MLflow has this metric."""
+        if key not in self._steps:
+            self._steps[key] = {metric.step for metric in self._client.get_metric_history(self._id, key)}
+        return self._steps[key]
+
+    def _summarize(self) -> None:
+        """The numbers of the run's summary, at its last step; those that MLflow shows already are left out."""
+        from mlflow.entities import Metric
+
+        now, step = round(time.time() * 1000), self.run.summary.get("steps", 0)
+        shown = self._client.get_run(self._id).data.metrics
+        new = [Metric(key, value, now, step) for key, value in self.run.totals.items() if shown.get(key) != value]
+        if new:
+            self._client.log_batch(self._id, metrics=new)
+
+    def _table(self, path: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a table whole (MLflow's own `log_table` appends: a table sent again would double), and list it."""
+        if not rows:
+            return
+        table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
+        self._client.log_text(self._id, json.dumps(table), path)
+        listed = json.loads(self._client.get_run(self._id).data.tags.get("mlflow.loggedArtifacts", "[]"))
+        if (entry := {"path": path, "type": "table"}) not in listed:
+            self._client.set_tag(self._id, "mlflow.loggedArtifacts", json.dumps([*listed, entry]))
+
+
+def _named(scalars: Mapping[str, float]) -> dict[str, float]:
+    return {_safe(name): value for name, value in scalars.items()}
+
+
+def _safe(name: str) -> str:
+    """A name that MLflow takes: letters, digits, `_-.: /`, no odd path; another one gets a tail that keeps it apart."""
+    parts = [re.sub(r"[^\w\-. :]", "_", part) for part in name.split("/")]
+    safe = "/".join(part if part.strip(".") else "_" for part in parts)
+    if safe == name and len(name) <= LONGEST_NAME:
+        return name
+    tail = hashlib.sha256(name.encode()).hexdigest()[:6]
+    return f"{safe[: LONGEST_NAME - 7]}_{tail}"
+
+
+def _batches(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + most] for start in range(0, len(items), most))
+
+
+def _sample_rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each answer."""
+    columns = ("id", "prompt", "expected", "generated")
+    return [
+        {"step": line["step"], "base": line["base"], **{column: sample.get(column) for column in columns}}
+        for line in lines
+        for sample in line["samples"]
+    ]
+
+
+def _validation_rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each loss of each validation, in nats per supervised token."""
+    rows: list[dict[str, Any]] = []
+    for line in lines:
+        if line.get("kind") in ("base", "validation"):
+            losses = {"all": line["loss"], **{f"domain {name}": loss for name, loss in line["by_domain"].items()}}
+            losses |= {f"file {Path(name).name}": loss for name, loss in line["by_file"].items()}
+            rows += [{"step": line["step"], "of": of, "loss": loss} for of, loss in losses.items()]
+    return rows

@@ -1,0 +1,283 @@
+"""The model card of a run: what the adapter is, on what it was trained, how good it is, how to load it.
+
+Every number is one that the run's files hold; text of data and findings is escaped, paths are shortened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from training_lens import embedded
+from training_lens.config.schema import TrainingConfig
+from training_lens.evaluation.reports import number
+from training_lens.integrations.published import SECTIONS, Names, is_folder
+from training_lens.integrations.record import RunRecord
+from training_lens.utils.files import read_json
+from training_lens.utils.formatting import format_count, format_seconds, sparkline
+from training_lens.utils.nested import flat
+from training_lens.utils.runs import read_metrics
+from training_lens.utils.secrets import redacted
+
+if TYPE_CHECKING:
+    from training_lens.analysis.findings import Finding
+
+TEMPLATE = "model_card.md.jinja"
+ACTIVE = re.compile(r"([\\`*_\[\]|~$])")  # what Markdown gives a meaning within a line
+
+
+class Verbatim(str):
+    """Text that the template takes as it is: code, YAML, and what is Markdown already."""
+
+
+class Row(NamedTuple):
+    """A measure of the base and of the adapter: as it is read by people."""
+
+    name: str
+    base: str
+    adapter: str
+    change: str
+
+
+def model_card(run: RunRecord, names: Names, repo: str, revision: str | None = None) -> str:
+    """The README.md of the repository `repo` for a finished run: YAML front matter, then Markdown."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("training_lens.integrations", "."),
+        finalize=_plain,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    card = _Card(run, names, repo, revision)
+    return redacted(environment.get_template(TEMPLATE).render(card=card)).rstrip() + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """`value` as plain text in Markdown and in the HTML that it becomes, on one line."""
+    if isinstance(value, Verbatim) or not isinstance(value, str):
+        return value
+    text = " ".join(value.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return ACTIVE.sub(r"\\\1", text)
+
+
+class _Card:
+    """What the template fills in."""
+
+    def __init__(self, run: RunRecord, names: Names, repo: str, revision: str | None) -> None:
+        self.repo, self.revision, self._run, self._names = repo, revision, run, names
+        self.title = repo.split("/")[-1]
+        self.summary, self.peft, self.training = run.summary, run.config.peft, run.config.training
+        self.base = names.base
+        self.base_is_embedded = run.config.model.id == embedded.MODEL
+        self.base_is_local = self.base_is_embedded or is_folder(run.config.model.id)
+
+    @property
+    def front_matter(self) -> Verbatim:
+        """What the hub reads: YAML."""
+        import yaml
+
+        values: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+        values["tags"] = ["lora", "training-lens", *(["dora"] if self.peft.use_dora else [])]
+        if not self.base_is_local:  # a folder's name would be taken for another's repository
+            values |= {"base_model": self.base, "base_model_relation": "adapter"}
+        if hubs := sorted({_dataset(str(s)) for s in self._run.config.data.train if str(s).startswith("hub:")}):
+            values["datasets"] = hubs
+        if results := self._results():
+            values["model-index"] = [{"name": self.title, "results": results}]
+        return Verbatim(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
+
+    def _results(self) -> list[dict[str, Any]]:
+        """The validation loss as the hub's leaderboards read it; none where nothing was validated."""
+        loss, files = self.summary["validation_loss"], [file for file in self.files if file["split"] == "validation"]
+        if loss is None:
+            return []
+        what = ", ".join(file["name"] for file in files) or "held-out rows"
+        metric = {"type": "loss", "value": loss, "name": "validation loss, nats per supervised token"}
+        task = {"type": "text-generation", "name": "Text Generation"}
+        return [{"task": task, "dataset": {"name": what, "type": "custom"}, "metrics": [metric]}]
+
+    @property
+    def variant(self) -> str:
+        """What kind of adapter: 'rsLoRA with DoRA'."""
+        name = {"lora": "LoRA", "rslora": "rsLoRA"}.get(self.peft.variant, self.peft.variant)
+        return "DoRA" if self.peft.use_dora and name == "LoRA" else name + (" with DoRA" if self.peft.use_dora else "")
+
+    @property
+    def size(self) -> str:
+        return (
+            f"{format_count(self.summary['trainable_parameters'])} trained parameters on "
+            f"{format_count(self.summary['total_parameters'] - self.summary['trainable_parameters'])}"
+        )
+
+    @property
+    def seconds(self) -> str:
+        return format_seconds(self.summary["seconds"])
+
+    @cached_property
+    def files(self) -> list[dict[str, Any]]:
+        """The files of the rows: split, name, examples, sha256."""
+        data = self._run.folder.read_metadata("data.json")
+        return [
+            {
+                "split": split,
+                "name": self._names.of(file),
+                "examples": data[split]["examples_by_file"].get(file, 0),
+                "sha256": Verbatim(sha256 or "not a file"),
+            }
+            for split in ("train", "validation")
+            for file, sha256 in (data.get(split) or {}).get("files", {}).items()
+        ]
+
+    @property
+    def examples(self) -> dict[str, Any]:
+        """Examples that were trained and validated on, and their domains."""
+        data = self._run.folder.read_metadata("data.json")
+        return {name: data[name] for name in ("train_examples", "validation_examples", "domains")}
+
+    @cached_property
+    def losses(self) -> list[Row]:
+        """Validation losses of the base and of the pushed adapter: over all rows, by domain, by file."""
+        lines = [line for line in self._lines if line.get("kind") in ("base", "validation")]
+        base = next((line for line in lines if line["kind"] == "base"), None)
+        ours = [line for line in lines if line["kind"] == "validation" and line["step"] == self.summary["adapter_step"]]
+        if not ours:
+            return []
+        return [self._loss(*part) for part in _parts(base or {}, ours[-1])]
+
+    def _loss(self, name: str, base: float | None, value: float) -> Row:
+        name = self._names.of(name)
+        if base is None:
+            return Row(name, "-", number("loss", value), "-")
+        return Row(name, number("loss", base), number("loss", value), number("loss", value - base, "+"))
+
+    @cached_property
+    def comparison(self) -> dict[str, Any] | None:
+        """What `training-lens compare` found, where it was run: rows, files, measures of base and adapter."""
+        path = self._run.folder.reports / "compare.json"
+        if not path.is_file():
+            return None
+        report = read_json(path)
+        shown = [m for m in report["adapter"] if m in report["base"] and m in report["delta"]]
+        return {
+            "rows": report["rows"],
+            "files": ", ".join(self._names.of(file) for file in report["files"]),
+            "confidence": f"{report['confidence']:.0%}",
+            "measures": [(_row(m, report), _interval(m, report)) for m in shown],
+        }
+
+    @property
+    def settings(self) -> Verbatim:
+        """The config as YAML, what differs from the defaults."""
+        import yaml
+
+        ours, usual = (flat({s: c[s] for s in SECTIONS}) for c in (self._run.settings, TrainingConfig().model_dump()))
+        nested: dict[str, Any] = {}
+        for key, value in ours.items():
+            if value != usual.get(key):
+                *sections, name = key.split(".")
+                place = nested
+                for section in sections:
+                    place = place.setdefault(section, {})
+                place[name] = self._names.of(value)
+        return Verbatim(yaml.safe_dump(nested, sort_keys=False, allow_unicode=True).rstrip())
+
+    @property
+    def versions(self) -> str:
+        environment = self._run.folder.read_metadata("environment.json")
+        packages = {"training-lens": environment["training_lens"], **environment["packages"]}
+        return ", ".join(f"{name} {version}" for name, version in packages.items())
+
+    @property
+    def loading(self) -> Verbatim:
+        """Python that loads the adapter and answers a prompt."""
+        revision = self._run.config.model.revision
+        at = {"base": f", revision={json.dumps(revision)}" * bool(revision and not self.base_is_local)}
+        at["repo"] = f", revision={json.dumps(self.revision)}" * bool(self.revision)
+        chat = self._run.config.data.template == "chat"
+        first = ["from training_lens import embedded", ""] if self.base_is_embedded else []
+        base = f'embedded.resolve("{embedded.MODEL}")' if self.base_is_embedded else json.dumps(self.base)
+        note = f"  # give the folder of '{self.base}' on your machine" * (
+            self.base_is_local and not self.base_is_embedded
+        )
+        prompt = (
+            ['messages = [{"role": "user", "content": "Write your question here."}]',
+             "prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"]
+            if chat
+            else ['prompt = "Write your prompt here."  # in the form of the training data: see data.template below']
+        )  # fmt: skip
+        lines = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            *first,
+            f"base = AutoModelForCausalLM.from_pretrained({base}{at['base']}){note}",
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(self.repo)}{at['repo']})",
+            f"model = PeftModel.from_pretrained(base, {json.dumps(self.repo)}{at['repo']})",
+            *prompt,
+            'inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)',
+            "answer = model.generate(**inputs, max_new_tokens=128)[0, inputs.input_ids.shape[1] :]",
+            "print(tokenizer.decode(answer, skip_special_tokens=True))",
+        ]
+        return Verbatim("\n".join(lines))
+
+    @cached_property
+    def curve(self) -> Verbatim:
+        """The training loss from the first step to the last, as blocks."""
+        return Verbatim(sparkline([line["loss"] for line in self._lines if line.get("kind") == "step"]))
+
+    @cached_property
+    def lens(self) -> dict[str, Any] | None:
+        """What the lens saw; None where it was off."""
+        from training_lens.analysis.reports.facts import certificate_of, changed
+
+        if self._run.analysis is None:
+            return None
+        analysis = self._run.analysis.analyze()
+        weights = analysis.results.get("weights", {})
+        return {
+            "certificate": self._names.in_text(certificate_of(analysis.recording).sentence()),
+            "changed": self._names.in_text(changed(analysis.recording).sentence()),
+            "layers": _shares(weights.get("share_by_layer", {})),
+            "kinds": _shares(weights.get("share_by_kind", {})),
+            "findings": [self._finding(finding) for finding in analysis.findings],
+        }
+
+    def _finding(self, finding: Finding) -> dict[str, str]:
+        texts = {"title": finding.title, "where": finding.where, "measured": finding.measured}
+        return {"severity": finding.severity, **{key: self._names.in_text(text) for key, text in texts.items()}}
+
+    @cached_property
+    def _lines(self) -> list[dict[str, Any]]:
+        path = self._run.folder.metrics
+        return read_metrics(path) if path.is_file() else []
+
+
+def _parts(base: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, float | None, float]]:
+    """Name, the base's loss where it is known, and ours: of all rows, of each domain, of each file."""
+    yield "all rows", base.get("loss"), ours["loss"]
+    for kind, said in (("by_domain", "domain "), ("by_file", "")):
+        before = base.get(kind, {})
+        yield from ((f"{said}{key}", before.get(key), loss) for key, loss in ours[kind].items())
+
+
+def _row(measure: str, report: Mapping[str, Any]) -> Row:
+    base, adapter, delta = (number(measure, report[side][measure]) for side in ("base", "adapter", "delta"))
+    return Row(measure, base, adapter, delta if delta.startswith("-") else f"+{delta}")
+
+
+def _interval(measure: str, report: Mapping[str, Any]) -> str:
+    ends = report["intervals"].get(measure)
+    return " to ".join(number(measure, end, "+") for end in ends) if ends else "-"
+
+
+def _shares(shares: Mapping[str, float | None]) -> list[tuple[str, str]]:
+    return [(str(name), f"{share:.1%}") for name, share in shares.items() if share is not None]
+
+
+def _dataset(source: str) -> str:
+    """The hub's id in hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]."""
+    return "/".join(re.split("[@:]", source.removeprefix("hub:"))[0].split("/")[:2])

@@ -1,0 +1,138 @@
+"""A run's files as strangers may see them: no path of this machine, no secret, no row of its data."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training_lens import embedded
+from training_lens.integrations.pushed import CHECKPOINTS, PushedFile
+from training_lens.integrations.record import RunRecord
+from training_lens.utils.checkpoints import MANIFEST
+from training_lens.utils.files import read_json
+from training_lens.utils.secrets import redacted
+
+ADAPTER_CONFIG = "adapter_config.json"
+METADATA = "training_lens"
+SECTIONS = ("model", "data", "peft", "training", "evaluation", "lens")  # of the config: those that made the adapter
+ABSOLUTE = re.compile(r"(?<![\w.:/<])~?(?:/[^\s/:'\"<>,;()]+){2,}")
+
+
+class Names:
+    """Short names of a run's data files, distinct, and of every other place on this machine its last part."""
+
+    def __init__(self, run: RunRecord) -> None:
+        data = run.folder.read_metadata("data.json")
+        files = {file for split in ("train", "validation") for file in (data.get(split) or {}).get("files", {})}
+        self._short = short_names(sorted(files))
+        base = embedded.resolve(run.config.model.id)
+        self.base = Path(base).name if is_folder(base) and run.config.model.id == base else run.config.model.id
+        places = [embedded.resolve(run.config.model.id), str(run.folder.root), str(run.base_output_dir.absolute())]
+        self._places = {place: Path(place).name for place in places if is_folder(place)} | self._short
+
+    def of(self, value: Any) -> Any:
+        """A JSON value with every path in it shortened, keys too."""
+        if isinstance(value, Mapping):
+            return {self.of(key): self.of(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.of(item) for item in value]
+        return self.in_text(value) if isinstance(value, str) else value
+
+    def in_text(self, text: str) -> str:
+        """Prose with paths shortened."""
+        return ABSOLUTE.sub(lambda found: Path(found.group()).name, self.in_page(text))
+
+    def in_page(self, text: str) -> str:
+        """HTML with the known paths shortened: its tags and scripts have slashes of their own."""
+        for place in sorted(self._places, key=len, reverse=True):
+            text = text.replace(place, self._places[place])
+        return text
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """The last part of each path, with as many folders before it as tell it from the others.
+
+    Example:
+        >>> short_names(["/a/x/rows.json", "/a/y/rows.json", "/b/z.json"])
+        {'/a/x/rows.json': 'x/rows.json', '/a/y/rows.json': 'y/rows.json', '/b/z.json': 'z.json'}
+    """
+    parts, kept = {path: Path(path).parts for path in paths}, dict.fromkeys(paths, 1)
+    while True:
+        names = {path: "/".join(parts[path][-kept[path] :]) for path in paths}
+        taken = Counter(names.values())
+        twice = [path for path in paths if taken[names[path]] > 1 and kept[path] < len(parts[path])]
+        if not twice:
+            return names
+        kept |= {path: kept[path] + 1 for path in twice}
+
+
+def is_folder(name: str) -> bool:
+    """Whether a model's id is a folder of this machine, and none of a hub."""
+    return Path(name).expanduser().is_dir()
+
+
+def adapter_files(run: RunRecord, names: Names) -> list[PushedFile]:
+    """The adapter and the tokenizer, at the root of the repository, where PEFT and transformers look for them."""
+    folder = run.folder
+    config = PushedFile(ADAPTER_CONFIG, _adapter_config(folder.adapter / ADAPTER_CONFIG, names))
+    weights = [PushedFile(file.name, file) for file in sorted(folder.adapter.glob("*.safetensors"))]
+    return [config, *weights, *(PushedFile(file.name, file) for file in sorted(folder.tokenizer.glob("*")))]
+
+
+def metadata_files(run: RunRecord, names: Names) -> list[PushedFile]:
+    """What the run knows of itself, in the folder training_lens/; the lens's page where there is one."""
+    settings = run.settings
+    values = {
+        "config.json": {section: settings[section] for section in SECTIONS},
+        "summary.json": {**run.summary, "run_dir": run.run_id},
+        "data.json": run.folder.read_metadata("data.json"),
+        "environment.json": run.folder.read_metadata("environment.json"),
+    }
+    files = [PushedFile(f"{METADATA}/{name}", _json(names.of(value))) for name, value in values.items()]
+    page = run.folder.reports / "lens.html"
+    if page.is_file():
+        text = redacted(names.in_page(page.read_text(encoding="utf-8")))
+        files.append(PushedFile(f"{METADATA}/lens.html", text.encode()))
+    return files
+
+
+def checkpoint_files(folder: Path, names: Names) -> list[PushedFile]:
+    """All of a checkpoint, to go on from on another machine; its manifest holds the sha256 of the files as sent."""
+    manifest = read_json(folder / MANIFEST)
+    files = []
+    for name in manifest["files"]:
+        source: Path | bytes = folder / name
+        if Path(name).name == ADAPTER_CONFIG:
+            source = _adapter_config(folder / name, names)
+        files.append(PushedFile(f"{CHECKPOINTS}/{folder.name}/{name}", source))
+        manifest["files"][name] = files[-1].sha256 if isinstance(source, bytes) else manifest["files"][name]
+    return [*files, PushedFile(f"{CHECKPOINTS}/{folder.name}/{MANIFEST}", _json(manifest))]
+
+
+def run_state(run: RunRecord, checkpoints: Sequence[Path], adapter: bool) -> dict[str, str]:
+    """What the files to send are known by, without reading large ones: another value, where one may have changed."""
+    folder = run.folder
+    places: list[Path] = []
+    if adapter:
+        places = [*folder.adapter.glob("*"), *folder.tokenizer.glob("*"), *folder.metadata.glob("*.json")]
+        places += [folder.reports / "compare.json", folder.reports / "lens.html"]
+    places += [checkpoint / MANIFEST for checkpoint in checkpoints]
+    stats = {str(p.relative_to(folder.root)): p.stat() for p in sorted(places) if p.is_file()}
+    return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats.items()}
+
+
+def _adapter_config(path: Path, names: Names) -> bytes:
+    """PEFT's configuration with a base that is a folder of this machine named by its last part."""
+    config = read_json(path)
+    base = config.get("base_model_name_or_path")
+    if isinstance(base, str) and is_folder(base):
+        config["base_model_name_or_path"] = names.base
+    return _json(config)
+
+
+def _json(value: Any) -> bytes:
+    return (redacted(json.dumps(value, indent=2, ensure_ascii=False)) + "\n").encode()

@@ -1,0 +1,134 @@
+"""trackio: a local database with a dashboard like that of W&B.
+
+Its storage is written directly: `trackio.init` would start threads and samplers, say what it does on standard output,
+and lose what it cannot write.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from training_lens.errors import IntegrationError
+from training_lens.integrations.packages import require_packages
+from training_lens.integrations.record import flat_settings
+from training_lens.integrations.tracker import Record, Tracker
+
+
+class TrackioIntegration(Tracker):
+    """Shows a run in trackio: its metrics, samples, histograms and summary.
+
+    Each line has an id of its own, by which trackio leaves out what it has.
+    """
+
+    name = "trackio"
+
+    def require(self) -> None:
+        """trackio is there."""
+        require_packages("trackio", "trackio")
+
+    @property
+    def place(self) -> Path:
+        """The folder of trackio's databases, one for a project: `TRACKIO_DIR=PLACE trackio show` shows them."""
+        given = self.run.config.tracking.trackio.folder
+        return Path(given).expanduser().resolve() if given else self.run.base_output_dir / "trackio"
+
+    @property
+    def project(self) -> str:
+        """The project of the run."""
+        return self.run.config.tracking.trackio.project or self.run.experiment
+
+    def open(self) -> None:
+        self._storage: Any = self._opened_storage()
+        kept, place = self.cursor.load(), self._shown_as
+        self._id: str = kept.get("run") or self.run.identity
+        has = self._storage.get_log_count(self.project, run_id=self._id)
+        if not has or kept.get("place") != place:  # another database, or the run was deleted there
+            self.cursor.save({"run": self._id, "place": place})
+        before = self._storage.get_run_config(self.project, run_id=self._id) or {}
+        created = before.get("_Created") or datetime.now(UTC).isoformat()
+        self._config = {**flat_settings(self.run), "_Created": created, "_Group": self.run.sweep}
+
+    def log(self, records: Sequence[Record]) -> None:
+        shown = [(f"{record.kind}-{record.step}", record.step, _shown(record)) for record in records]
+        self._write([line for line in shown if line[2]])
+
+    def end(self) -> None:
+        from trackio import Markdown
+
+        summary, step = self.run.summary, int(self.run.summary.get("steps", 0))
+        text = "\n".join(f"- {key}: {value}" for key, value in {**summary, "status": self.run.status}.items())
+        self._write(
+            [(f"end-{step}-{self.run.status}", step, {**self.run.totals, "summary": Markdown(text)._to_dict()})]
+        )
+
+    def outstanding(self) -> str:
+        place = self.cursor.load().get("place", self._shown_as)
+        return super().outstanding() if place == self._shown_as else "all of it"
+
+    @property
+    def _shown_as(self) -> str:
+        return f"{self.place}:{self.project}"
+
+    def _opened_storage(self) -> Any:
+        """trackio's storage in our folder, which trackio reads from the environment once, when it is imported.
+
+        Raises:
+            IntegrationError: this process imported it for another folder, or it does not take the project's name.
+        """
+        os.environ["TRACKIO_DIR"] = str(self.place)
+        from trackio.sqlite_storage import SQLiteStorage
+        from trackio.utils import TRACKIO_DIR
+
+        if self.place != TRACKIO_DIR:
+            raise IntegrationError(
+                f"this process uses trackio in {TRACKIO_DIR} already; {self.place} needs one of its own.", lasting=True
+            )
+        try:
+            SQLiteStorage.validate_project_name(self.project)
+        except ValueError as error:
+            raise IntegrationError(f"{error} Name it with tracking.trackio.project.", lasting=True) from error
+        return SQLiteStorage
+
+    def _write(self, lines: Sequence[tuple[str, int, Mapping[str, Any]]]) -> None:
+        """Write lines of an id, a step and values; those that are there by their id stay as they are."""
+        self._storage.bulk_log(
+            self.project,
+            self.run.run_id,
+            [dict(values) for _, _, values in lines],
+            steps=[step for _, step, _ in lines],
+            log_ids=[f"{self._id}-{line}" for line, _, _ in lines],
+            config=self._config,
+            run_id=self._id,
+        )
+
+
+def _shown(record: Record) -> Mapping[str, Any]:
+    """What trackio shows of a record."""
+    if record.kind == "samples":
+        return {"samples": _table(record.values["samples"])}
+    if record.kind == "histograms":
+        return {
+            f"{of}/{module}": _histogram(bins)
+            for of, modules in record.values["histograms"].items()
+            for module, bins in modules.items()
+        }
+    return record.scalars
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    from trackio import Table
+
+    return {"_type": Table.TYPE, "_value": [dict(row) for row in rows]}
+
+
+def _histogram(bins: Mapping[str, Any]) -> dict[str, Any]:
+    import numpy as np
+    from trackio import Histogram
+
+    edges = np.linspace(bins["low"], bins["high"], len(bins["counts"]) + 1)
+    shown: dict[str, Any] = Histogram(np_histogram=(bins["counts"], edges))._to_dict()
+    return shown

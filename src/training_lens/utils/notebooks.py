@@ -1,0 +1,72 @@
+"""Progress below a notebook's cell: one output, updated in place, without a widget or control codes."""
+
+from __future__ import annotations
+
+import io
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn, TaskID
+
+WIDTH = 100  # characters of a line
+EVERY = 0.25  # seconds between two updates
+PAGE = '<pre style="line-height: 1.4">{code}</pre>'
+
+
+def notebook_console() -> Console | None:
+    """A console that writes below the cell that is running; None outside of notebooks."""
+    console = Console()
+    return console if console.is_jupyter else None
+
+
+class NotebookBars(Progress):
+    """Rich's bars as text and HTML of the cell: Rich itself asks for ipywidgets there, and leaves nothing in the file.
+
+    What is over within `after` is not shown. The last state stays.
+
+    Args:
+        columns: as of Rich's `Progress`.
+        after: seconds.
+    """
+
+    def __init__(self, *columns: str | ProgressColumn, after: float = 0.0) -> None:
+        super().__init__(*columns, auto_refresh=False)
+        self._handle: Any = None  # IPython's DisplayHandle, once there is something to see
+        self._due = time.monotonic() + after
+
+    def start(self) -> None:
+        """Nothing: what is shown comes with the first task."""
+
+    def stop(self) -> None:
+        """Show the last state."""
+        if self._handle is not None:
+            self._draw()
+
+    def refresh(self) -> None:
+        """Show what changed, at most four times a second."""
+        if time.monotonic() >= self._due:
+            self._draw()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """As of Rich's `Progress`."""
+        super().update(task_id, **changes)
+        self.refresh()
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """As of Rich's `Progress`."""
+        super().advance(task_id, advance)
+        self.refresh()
+
+    def _draw(self) -> None:
+        from IPython.display import display
+
+        page = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False, color_system=None)
+        page.print(self.get_renderable())
+        html = page.export_html(inline_styles=True, code_format=PAGE, clear=False)
+        shown = {"text/plain": page.export_text().rstrip(), "text/html": html}
+        if self._handle is None:
+            self._handle = display(shown, raw=True, display_id=True)
+        else:
+            self._handle.update(shown, raw=True)
+        self._due = time.monotonic() + EVERY

@@ -1,0 +1,113 @@
+"""What the tests of integrations share."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_lens.utils.runs import RunFolder
+
+
+@pytest.fixture
+def couriers_of() -> Callable[[int], list[int]]:
+    """The couriers that a process started: their process ids."""
+
+    def found(pid: int | None = None) -> list[int]:
+        files = Path(f"/proc/{pid or os.getpid()}/task").glob("*/children")
+        children = [int(child) for file in files for child in file.read_text().split()]
+        return [child for child in children if b"courier" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+    return found
+
+
+SAMPLES = [
+    {"step": step, "base": not step, "samples": [{"id": "a:1", "prompt": "Who?", "expected": "I", "generated": word}]}
+    for step, word in ((0, "he"), (6, "I"))
+]
+
+
+BINS = {"counts": [1, 5, 2], "low": -0.5, "high": 1.0}
+
+
+HISTOGRAMS = [{"step": 6, "histograms": {"weights": {"model.q_proj.A": BINS}, "gradients": {"model.q_proj.A": BINS}}}]
+
+
+@pytest.fixture(scope="session")
+def sent_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A short run that the courier sent to MLflow and trackio, both local; for reading alone."""
+    from training_lens import TrainingConfig, TrainingWrapper
+
+    values = {
+        "data": {"max_examples": 48, "val_ratio": 0.2, "validation": None},
+        "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3, "logging_steps": 2},
+        "peft": {"r": 4},
+        "tracking": {
+            "tensorboard": False, "samples": 0, "wait_seconds": 120,
+            "mlflow": {"enabled": True}, "trackio": {"enabled": True},
+        },
+        "output": {"base_output_dir": str(tmp_path_factory.mktemp("outputs"))},
+    }  # fmt: skip
+    return RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir))
+
+
+@pytest.fixture
+def unsent_run(sent_run: RunFolder, tmp_path: Path) -> RunFolder:
+    """The same run elsewhere, with samples and histograms, sent nowhere yet."""
+    place = tmp_path / "outputs" / "experiments" / "again" / "runs" / sent_run.run_id
+    shutil.copytree(sent_run.root, place, ignore=shutil.ignore_patterns("tracking"))
+    run = RunFolder(place)
+    for path, lines in ((run.samples, SAMPLES), (run.histograms, HISTOGRAMS)):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+@pytest.fixture
+def cut_short() -> Callable[[RunFolder, int], Callable[[], None]]:
+    """Makes of a run what it was when it was killed after a step; gives what brings the rest."""
+
+    def cut(run: RunFolder, step: int) -> Callable[[], None]:
+        paths = (run.metrics, run.samples, run.histograms, run.metadata / "summary.json")
+        whole: dict[Path, str] = {path: path.read_text() for path in paths}
+
+        def up_to_step(text: str) -> str:
+            return "".join(line + "\n" for line in text.splitlines() if json.loads(line)["step"] <= step)
+
+        for path in paths[:-1]:
+            path.write_text(up_to_step(whole[path]))
+        paths[-1].write_text(json.dumps({"status": "interrupted", "steps": step}))
+
+        def go_on() -> None:
+            for path, text in whole.items():
+                path.unlink()  # a resume puts another file in its place
+                path.write_text(text)
+
+        return go_on
+
+    return cut
+
+
+def due(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
+    """What every tracker must show: of each metric the steps and values, from metrics.jsonl alone."""
+    shown: dict[str, list[tuple[int, float]]] = {}
+
+    def add(name: str, line: dict[str, Any], value: float) -> None:
+        shown.setdefault(name, []).append((line["step"], value))
+
+    for line in map(json.loads, run.metrics.read_text().splitlines()):
+        if line["kind"] == "step" and (line["step"] == 1 or line["step"] % 2 == 0):
+            for name in ("loss", "grad_norm", "lr", "epoch"):
+                add(f"train/{name}", line, line[name])
+            add("train/tokens_per_second", line, line["tokens"] / line["seconds"])
+        elif line["kind"] != "step":
+            add("validation/loss", line, line["loss"])
+            for domain, loss in line["by_domain"].items():
+                add(f"validation/loss_{domain}", line, loss)
+            for file, loss in line["by_file"].items():
+                add(f"validation_files/loss_{Path(file).name}", line, loss)
+    return shown
