@@ -169,7 +169,8 @@ def trained_bare(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     folder = tmp_path_factory.mktemp("work")
     result = run(
         bare, "-m", "training_lens", "train", "+experiment=quick_test", "output.experiment_name=default",
-        "training.max_steps=2", "training.warmup_ratio=0", "data.max_examples=16", "tracking.wandb.mode=offline", "tracking.mlflow.enabled=true",
+        "training.max_steps=2", "training.warmup_ratio=0", "data.max_examples=16",
+        "tracking.wandb.mode=offline", "tracking.mlflow.enabled=true",
         "tracking.trackio.enabled=true", "output.mirror=s3://nothing/at/all", cwd=folder,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
