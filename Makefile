@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format clean
+.PHONY: setup demo test test-slow check format clean
 
 setup: $(STAMP)
 
@@ -27,7 +27,11 @@ check: $(STAMP)
 	$(BIN)/lint-imports --no-logo
 
 test: check
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 -m "not slow"
+
+# The proofs that take long, each of a kind of which another is in `make test`.
+test-slow: $(STAMP)
+	$(BIN)/pytest -n 2 -m slow
 
 format: $(STAMP)
 	$(BIN)/ruff format .

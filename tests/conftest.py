@@ -51,14 +51,29 @@ def embedded_tokenizer() -> Any:
     return load_tokenizer(ModelSection())
 
 
+@pytest.fixture(scope="session")
+def few_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The first rows of the embedded set, of all its domains, as a config's data section: read and judged at once."""
+    from training_lens import embedded
+
+    folder, few = tmp_path_factory.mktemp("rows"), {}
+    for split, name, rows in (("train", embedded.TRAIN, 240), ("validation", embedded.HELDOUT, 24)):
+        lines = embedded.PATHS[name].read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / f"{split}.jsonl").write_text("".join(lines[:rows]), encoding="utf-8")
+        few[split] = [str(folder / f"{split}.jsonl")]
+    return few
+
+
 @pytest.fixture
-def small_config(tmp_path: Path) -> Callable[..., Any]:
-    """A config of a short run on the embedded model, with sections replaced by keyword."""
+def small_config(tmp_path: Path, few_rows: dict[str, Any]) -> Callable[..., Any]:
+    """A config of a short run on the embedded model and few of its rows, with sections replaced by keyword."""
     from training_lens.config.compose import validate
 
     def build(**sections: dict[str, Any]) -> Any:
+        own = sections.get("data", {})
+        splits = () if "train" in own else ("train",) if "val_ratio" in own else ("train", "validation")
         values: dict[str, Any] = {
-            "data": {"max_examples": 48, "validation": None},
+            "data": {"max_examples": 48, **{split: few_rows[split] for split in splits}},
             "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3},
             "peft": {"r": 4},
             "lens": {"report": False},

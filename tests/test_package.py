@@ -17,6 +17,7 @@ def test_public_names() -> None:
     assert training_lens.__all__ == [
         "CheckpointAnalyzer",
         "CheckpointManager",
+        "HuggingFaceIntegration",
         "LoRACheckpointAnalyzer",
         "LoRATrainingWrapper",
         "MetricsCollector",
@@ -24,6 +25,7 @@ def test_public_names() -> None:
         "StandardReports",
         "TrainingConfig",
         "TrainingWrapper",
+        "WandBIntegration",
     ]
     assert training_lens.training.__all__ == [
         "CheckpointManager",

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from training_lens.analysis.reports.standard import StandardReports
     from training_lens.analysis.run import Run
     from training_lens.config.schema import TrainingConfig
+    from training_lens.integrations.hub import HuggingFaceIntegration
+    from training_lens.integrations.wandb import WandBIntegration
     from training_lens.training.callbacks import MetricsCollector
     from training_lens.training.checkpoints import CheckpointManager
     from training_lens.training.wrapper import TrainingWrapper
@@ -33,6 +35,8 @@ __getattr__, __dir__, _names = attach(
         "training_lens.analysis.reports.standard": ("StandardReports",),
         "training_lens.analysis.run": ("Run",),
         "training_lens.config.schema": ("TrainingConfig",),
+        "training_lens.integrations.hub": ("HuggingFaceIntegration",),
+        "training_lens.integrations.wandb": ("WandBIntegration",),
         "training_lens.training.wrapper": ("TrainingWrapper",),
         "training_lens.training.checkpoints": ("CheckpointManager",),
         "training_lens.training.callbacks": ("MetricsCollector",),
@@ -42,6 +46,7 @@ __getattr__, __dir__, _names = attach(
 __all__ = [
     "CheckpointAnalyzer",
     "CheckpointManager",
+    "HuggingFaceIntegration",
     "LoRACheckpointAnalyzer",
     "LoRATrainingWrapper",
     "MetricsCollector",
@@ -49,4 +54,5 @@ __all__ = [
     "StandardReports",
     "TrainingConfig",
     "TrainingWrapper",
+    "WandBIntegration",
 ]

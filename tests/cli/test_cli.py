@@ -9,12 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 
 from training_lens import embedded
+
+Call = Callable[..., Result]
 
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(24)]
 FAST = ["data.max_examples=32", "training.epochs=1", "training.lr=3e-3", "peft.r=4"]
@@ -44,39 +48,42 @@ def test_train_json_is_the_summary(trained: tuple[Path, dict[str, Any]]) -> None
     assert saved == summary
 
 
-def test_infer_streams_an_answer(trained: tuple[Path, dict[str, Any]]) -> None:
-    folder, _ = trained
-    result = command("infer", "Where does the owl live?", "--base", "--domain", "lake", "--json", cwd=folder)
-    assert result.returncode == 0, result.stderr
+@pytest.fixture
+def beside(trained: tuple[Path, dict[str, Any]], call: Call, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """`call`, where there is a finished run."""
+    monkeypatch.chdir(trained[0])
+    return call
+
+
+def test_infer_streams_an_answer(beside: Call) -> None:
+    result = beside("infer", "Where does the owl live?", "--base", "--domain", "lake", "--json")
+    assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
     assert answer["base"] is True and answer["answer"]
-    plain = command("infer", "Where does the owl live?", "--base", "--domain", "lake", cwd=folder)
+    plain = beside("infer", "Where does the owl live?", "--base", "--domain", "lake")
     assert answer["answer"] in " ".join(plain.stdout.split())
 
 
-def test_sampling_is_seeded(trained: tuple[Path, dict[str, Any]]) -> None:
-    folder, _ = trained
-
+def test_sampling_is_seeded(beside: Call) -> None:
     def sampled(seed: int) -> str:
         settings = ["inference.temperature=2", f"inference.seed={seed}", "inference.max_new_tokens=20"]
-        result = command("infer", "Tell me a story.", *settings, "--json", cwd=folder)
+        result = beside("infer", "Tell me a story.", *settings, "--json")
         return str(json.loads(result.stdout)["answer"])
 
     assert sampled(1) == sampled(1) != sampled(2)
 
 
-def test_infer_refuses_an_unknown_domain_and_says_which_there_are(trained: tuple[Path, dict[str, Any]]) -> None:
-    folder, _ = trained
-    result = command("infer", "Hi", "--domain", "hil", cwd=folder)
-    assert result.returncode == 2
+def test_infer_refuses_an_unknown_domain_and_says_which_there_are(beside: Call) -> None:
+    result = beside("infer", "Hi", "--domain", "hil")
+    assert result.exit_code == 2
     assert "this run knows forest, hill, lake. Did you mean hill?" in result.stderr
-    assert "choose one with --domain" in command("infer", "Hi", cwd=folder).stdout
+    assert "choose one with --domain" in beside("infer", "Hi").stdout
 
 
-def test_compare_prints_scores_samples_and_json(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_compare_prints_scores_samples_and_json(trained: tuple[Path, dict[str, Any]], beside: Call) -> None:
     folder, summary = trained
-    result = command("compare", "evaluation.max_examples=9", "--json", cwd=folder)
-    assert result.returncode == 0, result.stderr
+    result = beside("compare", "evaluation.max_examples=9", "--json")
+    assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["rows"] == 9 and set(report["by_domain"]) == {"forest", "hill", "lake"}
     assert report["delta"]["loss"] == pytest.approx(report["adapter"]["loss"] - report["base"]["loss"])
@@ -86,9 +93,9 @@ def test_compare_prints_scores_samples_and_json(trained: tuple[Path, dict[str, A
     assert "wrong domain" in result.stderr and "expected" in result.stderr
 
 
-def test_validate_shows_the_plan_and_trains_nothing(tmp_path: Path) -> None:
-    result = command("validate", "+experiment=quick_test", "--json", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_validate_shows_the_plan_and_trains_nothing(call: Call, tmp_path: Path) -> None:
+    result = call("validate", "+experiment=quick_test", "--json")
+    assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)
     assert (plan["train_examples"], plan["global_batch_size"], plan["total_steps"]) == (160, 8, 20)
     assert plan["config"]["training"]["lr"] == pytest.approx(0.0031)
@@ -115,26 +122,30 @@ def files(tmp_path: Path) -> Path:
         (["--resume", "latest", "training.lr=1"], 2, "would change it"),
     ],
 )
-def test_errors_are_one_paragraph_and_leave_nothing(files: Path, arguments: list[str], code: int, message: str) -> None:
+def test_errors_are_one_paragraph_and_leave_nothing(
+    call: Call, files: Path, arguments: list[str], code: int, message: str
+) -> None:
     start = time.monotonic()
-    result = command("train", *arguments, cwd=files)
-    assert (result.returncode, message in result.stderr) == (code, True), result.stderr
-    assert "Traceback" not in result.stderr + result.stdout
+    result = call("train", *arguments)
+    assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
     assert not list((files / "outputs").rglob("run.log"))
     assert not list(files.rglob(".tmp-*"))
     assert time.monotonic() - start < 60
 
 
 def test_debug_shows_the_traceback(files: Path) -> None:
-    assert "Traceback" in command("train", "data.train=row.jsonl", "--debug", cwd=files).stderr
+    result = command("train", "data.train=row.jsonl", "--debug", cwd=files)
+    assert (result.returncode, "Traceback" in result.stderr) == (1, True), result.stderr
 
 
-def test_a_wrong_option_is_wrong_usage(tmp_path: Path) -> None:
-    assert command("train", "--nonsense", cwd=tmp_path).returncode == 2
-    assert command("nonsense", cwd=tmp_path).returncode == 2
+def test_a_wrong_option_is_wrong_usage(call: Call) -> None:
+    assert call("train", "--nonsense").exit_code == 2
+    assert call("nonsense").exit_code == 2
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_sets_the_exit_code(tmp_path: Path, number: int, code: int) -> None:
     call = [sys.executable, "-m", "training_lens", "train", "output.run_id=mine", "training.save_steps=2", *FAST]
     call += ["data.max_examples=1000", "training.epochs=3"]

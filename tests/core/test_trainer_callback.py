@@ -125,6 +125,7 @@ trainer_with(TrainingLensFramework(folder / "lens"), folder, ddp_backend="gloo",
 """
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_captures_and_says_no_loss_or_norm_that_it_does_not_know(
     tmp_path: Path, unused_port: Callable[[], int]
 ) -> None:

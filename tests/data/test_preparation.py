@@ -102,7 +102,7 @@ def test_files_with_nothing_to_learn_are_refused(
 def test_a_kill_in_the_middle_leaves_no_cache_and_the_next_time_works(
     embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = write_rows(ROWS * 2000)
+    path = write_rows(ROWS * 500)
     outputs = tmp_path / "outputs"
     command = [
         sys.executable,

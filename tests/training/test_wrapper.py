@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, InterruptedRunError
 from training_lens.training.callbacks import Callback, MetricsCollector
-from training_lens.utils.runs import RunFolder
+from training_lens.utils.runs import RunFolder, find_run
 
 Config = Callable[..., TrainingConfig]
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(24)]
@@ -159,16 +159,16 @@ class Stop(Callback):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_save_and_exit_and_the_resumed_run_is_undisturbed(small_config: Config, number: int, code: int) -> None:
+def test_signals_save_and_exit_and_the_resumed_run_is_undisturbed(small_config: Config) -> None:
     whole = RunFolder(Path(TrainingWrapper(small_config()).train().run_dir))
-    with pytest.raises(InterruptedRunError) as caught:
-        TrainingWrapper(small_config(output={"run_id": "cut"}), callbacks=(Stop(3, number),)).train()
-    assert caught.value.exit_code == code
-    cut = RunFolder(whole.root.parent / "cut")
-    assert cut.status == "interrupted" and max(p.name for p in cut.checkpoints.iterdir()) == "step-00000003"
-    assert TrainingWrapper.resume(cut).status == "finished"
-    assert_same_run(whole, cut)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        with pytest.raises(InterruptedRunError) as caught:
+            TrainingWrapper(small_config(output={"run_id": f"cut-{code}"}), callbacks=(Stop(3, number),)).train()
+        assert caught.value.exit_code == code
+        cut = RunFolder(whole.root.parent / f"cut-{code}")
+        assert cut.status == "interrupted" and max(p.name for p in cut.checkpoints.iterdir()) == "step-00000003"
+        assert TrainingWrapper.resume(cut).status == "finished"
+        assert_same_run(whole, cut)
 
 
 RESUMED: dict[str, dict[str, Any]] = {
@@ -227,9 +227,8 @@ def test_sigkill_then_resume_equals_the_undisturbed_run(small_config: Config) ->
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert killed.died and killed.status == "interrupted"
-    base = ["output.base_output_dir=" + config.output.base_output_dir]
-    resumed = subprocess.run([*command[:4], "--resume", "latest", *base], capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
+    unfinished = find_run("latest", config.output.base_output_dir, "default", finished=False)
+    assert TrainingWrapper.resume(unfinished).status == "finished"
     assert_same_run(whole, killed)
 
 

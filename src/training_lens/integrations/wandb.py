@@ -17,6 +17,7 @@ from threading import Event
 from typing import Any
 
 from training_lens.errors import CheckpointError, IntegrationError
+from training_lens.integrations.packages import require_packages
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.tracker import BATCH, Record, Tracker
 from training_lens.integrations.wandb_media import artifacts, lens, row
@@ -62,17 +63,11 @@ class WandBIntegration(Tracker):
 
     def require(self) -> None:
         """See `Integration.require`: the package, and a key for a run that goes online."""
-        try:
-            import wandb
-        except ImportError:
-            raise IntegrationError("the package wandb is not installed: pip install 'training-lens[wandb]'.") from None
+        require_packages("wandb", "wandb")
         if self.settings.mode == "online":
-            _require_key(wandb)
+            import wandb
 
-    def open(self) -> None:
-        """Nothing is said to W&B until there is something to send: a run that it has is not begun again."""
-        self._held, self._run = [], None
-        self._stopped.clear()
+            _require_key(wandb)
 
     def deliver(self, ended: bool) -> None:
         """See `Integration.deliver`."""
@@ -81,13 +76,11 @@ class WandBIntegration(Tracker):
 
     def log(self, records: Sequence[Record]) -> None:
         """One row for each step: `_next` gives whole steps, in order."""
-        self._connect()
         for step, those in groupby(records, key=lambda record: record.step):
             self._write(step, row(list(those)))
 
     def end(self) -> None:
         """The summary, what the lens saw, the artifacts; and then all must be there."""
-        self._connect()
         if shown := lens(self.run):
             self._write(self._last, shown)
         kept = {key: value for key, value in self.run.summary.items() if key not in OWN_RUN_KEYS}
@@ -98,6 +91,7 @@ class WandBIntegration(Tracker):
 
     def close(self) -> None:
         """End the client's process; what it did not send is sent by the next one."""
+        self._held = []
         if self._begun:
             import wandb
 
@@ -128,11 +122,11 @@ class WandBIntegration(Tracker):
         if more:
             super()._remember(shift=self._shift, **more)
 
-    def _connect(self) -> None:
+    def open(self) -> None:
         """Begin W&B's run, or go on with it."""
-        if self._run is not None:
-            return
         import wandb
+
+        self._stopped.clear()
 
         kept = self.cursor.load()
         if unfinished := kept.pop("unfinished", None):

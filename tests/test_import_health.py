@@ -1,0 +1,229 @@
+"""With none of the extras and with all: what imports, what works, and what is said of what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sysconfig
+import tomllib
+import venv
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from training_lens.errors import IntegrationError
+from training_lens.integrations.configured import asked_for
+from training_lens.integrations.record import RunRecord
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = "wandb mlflow trackio s3fs nbformat ipykernel bitsandbytes gradio lm_eval unsloth vllm".split()
+DEVELOPMENT = "pytest moto trl nbclient ruff mypy beartype".split()
+HEAVY = "torch transformers pandas pyarrow numpy pydantic hydra omegaconf optuna plotly rich typer fsspec".split()
+PUBLIC = {
+    "training_lens": """TrainingWrapper LoRATrainingWrapper TrainingConfig CheckpointManager MetricsCollector
+        CheckpointAnalyzer LoRACheckpointAnalyzer StandardReports HuggingFaceIntegration WandBIntegration""",
+    "training_lens.training": "TrainingConfig CheckpointMetadata TrainingWrapper CheckpointManager MetricsCollector",
+    "training_lens.analysis": """CheckpointAnalyzer StandardReports GradientAnalyzer WeightAnalyzer
+        LoRAActivationTracker LoRAParameterAnalyzer ActivationAnalyzer ActivationExtractor ActivationVisualizer""",
+    "training_lens.analyzers": "LoRAAnalyzer ActivationAnalyzer ConvergenceAnalyzer SimilarityAnalyzer",
+    "training_lens.collectors": """AdapterWeightsCollector AdapterGradientsCollector LoRAActivationsCollector
+        ActivationsCollector""",
+    "training_lens.core": """DataCollector DataAnalyzer DataType CollectorRegistry AnalyzerRegistry IntegrationManager
+        TrainingLensFramework""",
+    "training_lens.integrations": """HuggingFaceIntegration WandBIntegration StorageBackend LocalStorage
+        ActivationStorage""",
+    "training_lens.cli": "cli",
+    "training_lens.utils": "setup_logging get_logger TrainingLogger get_device format_size safe_save",
+}
+EVERYWHERE = {
+    "tracking": {
+        "wandb": {"mode": "offline"},
+        "mlflow": {"enabled": True},
+        "trackio": {"enabled": True},
+        "hub": {"repo": "nobody/nothing"},
+    },
+    "output": {"mirror": "s3://nothing/at/all"},
+}
+
+IMPORTS = """
+import importlib.util, json, pkgutil, sys
+import training_lens
+
+def fails(action, *arguments):
+    try:
+        action(*arguments)
+    except Exception as error:
+        return f"{arguments}: {error!r}"
+
+def resolve(package, name):
+    getattr(importlib.import_module(package), name)
+
+def import_first(module, room):
+    for name in [name for name in sys.modules if f"{name}.".startswith(f"{room}.")]:
+        del sys.modules[name]
+    importlib.import_module(module)
+
+heavy = [name for name in HEAVY if name in sys.modules]
+there = [name for name in NAMES if importlib.util.find_spec(name)]
+broken = [fails(resolve, package, name) for package, names in PUBLIC.items() for name in names.split()]
+modules = [info.name for info in pkgutil.walk_packages(training_lens.__path__, "training_lens.")]
+for room in (f"training_lens.{floor}" for floor in FLOORS if floor != "__main__"):
+    broken += [fails(import_first, name, room) for name in modules if f"{name}.".startswith(f"{room}.")]
+print(json.dumps({"heavy": heavy, "there": there, "broken": [*filter(None, broken)], "modules": len(modules)}))
+"""
+"""What a Python says of itself and the package. A module imports from lower floors and its own package alone (`make
+check`): here each is the first of its package, with the floors below imported already, so that any circle shows."""
+
+COMMANDS = """
+import json, sys
+from typer.testing import CliRunner
+from training_lens.cli import cli
+
+told = []
+for call in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(cli, call)
+    told.append({"call": call, "code": result.exit_code, "out": result.stdout, "err": result.stderr})
+print(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that holds what the package requires, and nothing else; without pip."""
+    folder = tmp_path_factory.mktemp("bare") / "venv"
+    venv.create(folder, symlinks=True)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    for distribution in _required(PROJECT["project"]["dependencies"]):
+        _link(distribution, packages)
+    (packages / "training_lens.pth").write_text(str(ROOT / "src"))
+    return folder / "bin/python"
+
+
+def _required(requirements: Iterable[str]) -> Iterator[metadata.Distribution]:
+    """The installed distributions that the requirements name, and all that these require, each once."""
+    waiting, extras = [Requirement(text) for text in requirements], dict[str, set[str]]()
+    while waiting:
+        requirement = waiting.pop()
+        name, new = canonicalize_name(requirement.name), {"", *requirement.extras}
+        if new <= extras.get(name, set()):
+            continue
+        if name not in extras:
+            yield metadata.distribution(name)
+        extras[name] = extras.get(name, set()) | new
+        for further in map(Requirement, metadata.distribution(name).requires or ()):
+            if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in extras[name]):
+                waiting.append(further)
+
+
+def _link(distribution: metadata.Distribution, packages: Path) -> None:
+    """Link what a distribution installed: whole packages, and of a folder that several share its own part."""
+    for file in distribution.files or ():
+        source, place = Path(str(distribution.locate_file(""))), packages
+        for part in file.parts if ".." not in file.parts else ():
+            source, place = source / part, place / part
+            if place.is_symlink():
+                break
+            if source.is_file() or (source / "__init__.py").is_file():
+                place.symlink_to(source)
+                break
+            place.mkdir(exist_ok=True)
+
+
+def run(python: Path | str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
+    call = [str(python), *arguments]
+    return subprocess.run(call, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=250)
+
+
+def imports(python: Path | str, cwd: Path) -> dict[str, Any]:
+    """What `IMPORTS` finds there."""
+    layers = PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]
+    given = {
+        "HEAVY": HEAVY,
+        "NAMES": EXTRAS + DEVELOPMENT,
+        "PUBLIC": PUBLIC,
+        "FLOORS": [room for layer in reversed(layers) for room in layer.split(" | ")],
+    }
+    code = "\n".join(f"{name} = {value!r}" for name, value in given.items()) + IMPORTS
+    result = run(python, "-W", "error::ImportWarning", "-c", code, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return dict(json.loads(result.stdout))
+
+
+def test_without_extras_every_module_imports_first_and_every_public_name_resolves(bare: Path, tmp_path: Path) -> None:
+    said = imports(bare, tmp_path)
+    assert (said["there"], said["heavy"], said["broken"]) == ([], [], [])
+    assert said["modules"] > 200
+
+
+@pytest.fixture(scope="session")
+def trained_bare(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder with a run that the bare environment trained, connected to what is not there; and what was said."""
+    folder = tmp_path_factory.mktemp("work")
+    result = run(
+        bare, "-m", "training_lens", "train", "+experiment=quick_test", "output.experiment_name=default",
+        "training.max_steps=2", "training.warmup_ratio=0", "data.max_examples=16",
+        "tracking.wandb.mode=offline", "tracking.mlflow.enabled=true",
+        "tracking.trackio.enabled=true", "output.mirror=s3://nothing/at/all", cwd=folder,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("wandb", "wandb"), ("mlflow", "mlflow"), ("trackio", "trackio"), ("mirror", "s3")]
+)
+def test_without_extras_a_run_trains_and_what_is_missing_is_one_line(
+    trained_bare: tuple[Path, str], name: str, extra: str
+) -> None:
+    folder, said = trained_bare
+    (log,) = folder.rglob("run.log")
+    about = [line for line in log.read_text().splitlines() if f" WARNING {name}: " in line]
+    assert len(about) == 1 and f"pip install 'training-lens[{extra}]'" in about[0]
+    assert " ".join(said.split()).count(f"pip install 'training-lens[{extra}]'") == 1
+
+
+def test_without_extras_every_command_that_needs_none_works(bare: Path, trained_bare: tuple[Path, str]) -> None:
+    folder, _ = trained_bare
+    calls = [
+        ["--help"],
+        ["infer", "Where is the owl?", "--domain", "lake", "inference.max_new_tokens=4"],
+        ["compare", "evaluation.max_examples=3"],
+        ["analyze", "latest"],
+        ["report", "latest"],
+        ["export", "latest", "--data-type", "loss", "--output", "exported"],
+        ["experiment", "list"],
+        ["sync", "--status"],
+    ]
+    result = run(bare, "-c", COMMANDS, json.dumps(calls), cwd=folder)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert [one["call"] for one in told if one["code"]] == [], told
+    status = " ".join(told[-1]["out"].split())
+    assert all(name in status for name in ("wandb", "mlflow", "trackio", "mirror", "unavailable"))
+
+
+def test_with_all_extras_every_integration_works_here_or_says_what_else_is_missing(finished_run: Any) -> None:
+    record = RunRecord(finished_run, EVERYWHERE)
+    asked = [one.of(record) for one in asked_for(record.config)]
+    assert {one.name for one in asked} == {"tensorboard", "wandb", "mlflow", "trackio", "mirror", "hub"}
+    for integration in asked:
+        try:
+            integration.require()
+        except IntegrationError as error:
+            assert integration.name == "hub" and "HF_TOKEN" in str(error)
+
+
+def test_the_extras_of_development_are_installed() -> None:
+    wanted = [text for text in PROJECT["project"]["optional-dependencies"]["dev"] if text.startswith("training-lens[")]
+    (own,) = map(Requirement, wanted)
+    extras = PROJECT["project"]["optional-dependencies"]
+    for requirement in map(Requirement, [text for extra in own.extras for text in extras[extra]]):
+        assert requirement.specifier.contains(metadata.version(requirement.name)), requirement
