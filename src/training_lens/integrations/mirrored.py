@@ -53,7 +53,7 @@ def _belongs(name: str) -> bool:
 
 def trails(name: str) -> bool:
     """Whether a file changes also after the last delivery: it tells of that, and of the other integrations."""
-    return name == "logs/run.log" or name.startswith("tracking/")
+    return name.startswith(("logs/run.log", "logs/events.", "tracking/"))
 
 
 def is_changed(path: Path, seen: Seen | None) -> bool:
