@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from training_lens.cli.places import copied_here, is_url
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -31,7 +33,10 @@ ConfigFile = Annotated[
 FinishedRun = Annotated[str, typer.Option(metavar="RUN", help="A run's id, its folder, or 'latest' finished.")]
 AdapterRun = Annotated[
     str | None,
-    typer.Option(metavar="RUN", help="Short for inference.adapter=RUN: a run's id or folder, or an adapter folder."),
+    typer.Option(
+        metavar="RUN",
+        help="Short for inference.adapter=RUN: a run's id or folder, an adapter folder, or a place in a mirror.",
+    ),
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to standard error.")
@@ -132,6 +137,9 @@ def load_adapter_config(
     if run is not None and named:
         raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
     settings = load_config(config_file, overrides, {"inference": {"adapter": run}} if run is not None else None)
+    if run is not None and is_url(run):
+        copy = copied_here(run, settings.output.base_output_dir, finished=True)
+        settings = settings.resolved(inference={"adapter": copy})
     from training_lens.inference.session import uses_own_model
 
     own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device",)

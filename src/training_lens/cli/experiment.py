@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -34,6 +36,9 @@ Status = Annotated[
     typer.Option(help="Only runs of which this became.", show_choices=True),
 ]
 WithTag = Annotated[str | None, typer.Option("--tag", metavar="TAG", help="Only runs with this tag.")]
+Mirror = Annotated[
+    str | None, typer.Option(metavar="PLACE", help="The runs of a mirror, as output.mirror names it: s3://bucket/path.")
+]
 Name = Annotated[str | None, typer.Option(metavar="EXPERIMENT", help="Only this experiment's runs; else all.")]
 Metric = Annotated[str, typer.Option(metavar="METRIC", help="Any metric of the runs, such as adapter.exact_match.")]
 Most = Annotated[
@@ -77,19 +82,19 @@ def list_(
     status: Status = None,
     tag: WithTag = None,
     name: Name = None,
+    mirror: Mirror = None,
     config: ConfigFile = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """A table of the runs: what became of each, its steps and loss, and its tags."""
-    with command(json, debug) as screen:
+    """A table of the runs: what became of each, its steps and loss, and its tags; of those here, or of a mirror."""
+    with command(json, debug) as screen, ExitStack() as opened:
         from training_lens.cli.run_tables import show_runs, warn_of_other_rows
         from training_lens.utils.experiments import read_runs, sort_runs
 
-        base = _base(config, overrides)
-        runs = [
-            run for run in read_runs(base, name) if status in (None, run.status) and (tag is None or tag in run.tags)
-        ]
+        base = mirror or _base(config, overrides)
+        known = opened.enter_context(_runs_of_mirror(mirror, name)) if mirror else read_runs(base, name)
+        runs = [run for run in known if status in (None, run.status) and (tag is None or tag in run.tags)]
         runs = sort_runs(runs, sort) if sort and runs else runs
         if runs:
             show_runs(screen.console, runs, sort or METRIC)
@@ -98,6 +103,19 @@ def list_(
         else:
             screen.console.print(f"no such runs in {base}", markup=False, soft_wrap=True)
         screen.result({"base": base, "runs": [run.as_json() for run in runs]})
+
+
+@contextmanager
+def _runs_of_mirror(place: str, name: str | None) -> Iterator[list[Run]]:
+    """The runs of a mirror, the newest first; within the block their small files are here."""
+    import tempfile
+    from pathlib import Path
+
+    from training_lens.integrations.fetching import read_remote_runs
+    from training_lens.integrations.storage import open_storage
+
+    with tempfile.TemporaryDirectory() as cache:
+        yield read_remote_runs(open_storage(place), name, Path(cache))
 
 
 @experiment.command()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import load_config, refuse_unused
+from training_lens.cli.places import copied_here
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +18,8 @@ RunPlace = Annotated[
     str,
     typer.Argument(
         metavar="[RUN]",
-        help="A run's id or folder, 'latest', a lens folder, or PEFT checkpoints of another trainer.",
+        help="A run's id or folder, 'latest', a place in a mirror (s3://...), a lens folder, or PEFT checkpoints of "
+        "another trainer.",
     ),
 ]
 BaseFolder = Annotated[
@@ -67,6 +69,7 @@ def _located(run: str, overrides: list[str], config: str | None) -> Path:
 
     refuse_unused(overrides, ("output.",), WHY)
     output = load_config(config, overrides).output
+    run = copied_here(run, output.base_output_dir, finished=None)
     if run != LATEST and (Path(run).exists() or "/" in run):
         return Path(run)
     return find_run(run, output.base_output_dir, output.experiment_name, finished=None).root

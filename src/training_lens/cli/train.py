@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, refuse_unused
+from training_lens.cli.places import is_url
 
 if TYPE_CHECKING:
+    from training_lens.config.schema import TrainingConfig
     from training_lens.training.wrapper import TrainingSummary
+    from training_lens.utils.runs import RunFolder
 
 Resume = Annotated[
     str | None,
-    typer.Option("--resume", metavar="RUN", help="Go on with a run: its id, its folder, or 'latest' unfinished."),
+    typer.Option(
+        "--resume",
+        metavar="RUN",
+        help="Go on with a run: its id, its folder, 'latest' unfinished, or a place in a mirror (s3://...).",
+    ),
 ]
 
 
@@ -28,7 +35,7 @@ def train(
     """Fine-tune an adapter. Without settings: the embedded model on its instruction set.
 
     Examples: training-lens train model.id=path/to/model data.train=rows.jsonl data.val_ratio=0.1;
-    training-lens train --resume latest
+    training-lens train --resume latest; training-lens train --resume s3://bucket/path
     """
     with command(json, debug) as screen:
         settings = load_config(config, overrides)
@@ -36,14 +43,26 @@ def train(
 
         if resume:
             refuse_unused(overrides, ("output.",), "--resume goes on with the run's own config, this would change it.")
-            from training_lens.utils.runs import find_run
-
-            run = find_run(resume, settings.output.base_output_dir, settings.output.experiment_name, finished=False)
-            summary = TrainingWrapper.resume(run, console=screen.console)
+            summary = TrainingWrapper.resume(_unfinished(screen, resume, settings), console=screen.console)
         else:
             summary = TrainingWrapper(settings, console=screen.console).train()
         _show(screen, summary)
         screen.result(asdict(summary))
+
+
+def _unfinished(screen: Screen, reference: str, settings: TrainingConfig) -> RunFolder:
+    """The run to go on with; one of a mirror is fetched."""
+    from training_lens.utils.runs import find_run
+
+    output = settings.output
+    if not is_url(reference):
+        return find_run(reference, output.base_output_dir, output.experiment_name, finished=False)
+    from training_lens.integrations.fetching import fetch_to_resume
+    from training_lens.utils.progress import Progress
+
+    run = fetch_to_resume(reference, output.base_output_dir, Progress(screen.console))
+    screen.console.print(f"fetched {run.root}", markup=False, soft_wrap=True)
+    return run
 
 
 def _show(screen: Screen, summary: TrainingSummary) -> None:

@@ -39,7 +39,7 @@ def tracked(run: RunFolder, own: Sequence[Build] = ()) -> Iterator[None]:
     try:
         yield
     finally:
+        manager.finish(tracking.wait_seconds)  # first: the courier's mirror sends what they wrote, too
         if courier:
             logger.debug("sending what is not sent yet, for at most %g s", tracking.wait_seconds)
             courier.finish()
-        manager.finish(tracking.wait_seconds)

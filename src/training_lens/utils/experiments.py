@@ -31,6 +31,7 @@ class ListedRun:
     it, or what is wrong with its files. `started` is UTC. `metrics` are the finite numbers of its summary (until it is
     written, of metrics.jsonl) and of its reports, `config` the settings, both by dotted key; losses are nats per
     supervised token. A report never stands over the summary; of two reports, the one that was written last stands.
+    `mirror_place` is where a run of a mirror is; `folder` then holds its small files alone.
     """
 
     folder: RunFolder
@@ -40,6 +41,7 @@ class ListedRun:
     tags: tuple[str, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    mirror_place: str = ""
 
     @property
     def run_id(self) -> str:
@@ -55,7 +57,7 @@ class ListedRun:
         return {
             "run": self.run_id,
             "experiment": self.experiment,
-            "path": str(self.folder.root),
+            "path": self.mirror_place or str(self.folder.root),
             "status": self.status,
             "detail": self.detail,
             "started": self.started.isoformat(timespec="seconds"),

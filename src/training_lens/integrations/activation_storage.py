@@ -1,0 +1,58 @@
+"""Tensors by step in any storage, in the format of the lens's snapshots."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from training_lens.core import tables
+from training_lens.core.snapshots import NAME, read_snapshot, snapshot_path
+from training_lens.integrations.storage import StorageBackend
+from training_lens.utils.files import safe_save
+
+
+class ActivationStorage:
+    """Activations of some steps, a safetensors file each: those of your own hooks, or the snapshots of a run.
+
+    Args:
+        storage: of a run, the one at its lens folder.
+        table: which tensors: `activations`, `adapters` (the trained weights), or a name of your own.
+
+    Example:
+        lens = open_storage("s3://bucket/path/experiments/default/runs/20261120T203605Z-5f3a/lens")
+        captured = ActivationStorage(lens)
+        tensors = captured.load(captured.steps()[-1])
+    """
+
+    def __init__(self, storage: StorageBackend, table: str = tables.ACTIVATIONS) -> None:
+        self.storage, self.table = storage, table
+
+    def steps(self) -> tuple[int, ...]:
+        """The steps that are there, ascending."""
+        names = [name.rpartition("/")[2] for name in self.storage.list(self.table)]
+        return tuple(sorted(int(match[1]) for match in map(NAME.fullmatch, names) if match))
+
+    def load(self, step: int) -> dict[str, Tensor]:
+        """The tensors of a step by name, on the CPU.
+
+        Raises:
+            IntegrationError: there is no such step, or no answer.
+            LensError: what came is damaged.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / "tensors.safetensors"
+            self.storage.get_file(self._name(step), local)
+            return read_snapshot(local)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Store the tensors of a step, in place of those that are there; they may live on any device."""
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / "tensors.safetensors"
+            safe_save(tensors, local)
+            self.storage.put_file(local, self._name(step))
+
+    def _name(self, step: int) -> str:
+        return snapshot_path(Path(), self.table, step).as_posix()

@@ -1,0 +1,230 @@
+"""A run from a mirror to this machine: to go on with it, or to read it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from training_lens.errors import CheckpointError
+from training_lens.integrations.remote import Content, MirrorManifest, RemoteRun, find_remote, runs_in
+from training_lens.integrations.storage import StorageBackend
+from training_lens.utils.experiments import BROKEN, Run, read_run
+from training_lens.utils.files import TEMPORARY, read_json, sha256_of, write_json
+from training_lens.utils.formatting import format_seconds, format_size
+from training_lens.utils.progress import Progress
+from training_lens.utils.runs import UNFINISHED, RunFolder, runs_folder
+
+SCANS = 3  # while the run goes on writing
+WRITTEN_HERE = ("reports/", "exports/")  # into a copy that is read: kept
+LISTED = ("metadata/", "reports/compare.json", "reports/evaluation.json")  # what `read_run` looks at
+OF_UNFINISHED = ("logs/metrics.jsonl",)
+
+
+def fetch_to_resume(place: str, base_output_dir: str, progress: Progress | None = None) -> RunFolder:
+    """A run of a mirror, as one of this machine: whole or not there, every file verified by its sha256.
+
+    It goes on mirroring to where it came from. Killed in between, the next call keeps the files that are right.
+
+    Args:
+        place: the run's, or a mirror's: then its latest unfinished run.
+
+    Raises:
+        CheckpointError: there is no such run, it is finished, still trained elsewhere, here already, or damaged.
+        IntegrationError: no answer.
+    """
+    remote, manifest = find_remote(place, finished=False)
+    folder = runs_folder(base_output_dir, manifest.experiment) / manifest.run_id
+    _require_resumable(remote, manifest, folder)
+    with _fetching(folder) as temporary:
+        manifest = _download(remote, temporary, progress or Progress())
+        _move_in(temporary, remote, manifest, base_output_dir)
+        temporary.rename(folder)
+    return RunFolder(folder)
+
+
+def fetch_to_read(
+    place: str, base_output_dir: str, *, finished: bool | None, progress: Progress | None = None
+) -> RunFolder:
+    """A copy of a mirrored run in the cache, brought up to date; what was written into its reports stays.
+
+    Args:
+        place: the run's, or a mirror's: then its latest, as `finished` says; see `find_remote`.
+
+    Raises:
+        CheckpointError: there is no such run, or it is damaged.
+        IntegrationError: no answer.
+    """
+    remote, manifest = find_remote(place, finished=finished)
+    cache = Path(base_output_dir) / "cache" / "runs" / manifest.experiment
+    with _fetching(cache / manifest.run_id) as temporary:
+        if (folder := cache / manifest.run_id).is_dir():
+            folder.rename(temporary)
+        _download(remote, temporary, progress or Progress())
+        temporary.rename(folder)
+    return RunFolder(folder)
+
+
+def read_remote_runs(storage: StorageBackend, experiment: str | None, cache: Path) -> list[Run]:
+    """The runs of a mirror, the newest first; read from their small files alone.
+
+    Args:
+        experiment: only of this one; None: of all.
+        cache: a folder that the small files are fetched to.
+
+    Raises:
+        IntegrationError: no answer.
+    """
+    runs = [_read_remote(remote, cache) for remote in runs_in(storage, experiment)]
+    return sorted(runs, key=lambda run: (run.started, run.run_id), reverse=True)
+
+
+def _read_remote(remote: RemoteRun, cache: Path) -> Run:
+    folder = cache / remote.path
+    try:
+        manifest = remote.read_manifest()
+        wanted = (*LISTED, *(OF_UNFINISHED if manifest.status in UNFINISHED else ()))
+        files = {name: content for name, content in manifest.files.items() if name.startswith(wanted)}
+        _require_right(remote, _fetch(remote, replace(manifest, files=files), folder, Progress()))
+    except CheckpointError as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        return replace(read_run(RunFolder(folder)), status=BROKEN, detail=str(error), mirror_place=remote.place)
+    run = replace(read_run(RunFolder(folder)), mirror_place=remote.place)
+    if run.status == BROKEN:
+        return run
+    heard = f"on host {manifest.host}, heard of {_age(manifest)} ago" if manifest.status == "running" else ""
+    return replace(run, status=manifest.status_now, detail=heard)
+
+
+def _age(manifest: MirrorManifest) -> str:
+    return format_seconds(max(0.0, manifest.seconds_old))
+
+
+def _require_resumable(remote: RemoteRun, manifest: MirrorManifest, folder: Path) -> None:
+    """Refuse what cannot be gone on with here.
+
+    Raises:
+        CheckpointError: says why, and what to do.
+    """
+    if folder.exists():
+        raise CheckpointError(
+            f"the run {manifest.run_id} is here already, in {folder}. Go on with that one: --resume {manifest.run_id}; "
+            "or delete it first, to get the one of the mirror."
+        )
+    if manifest.status_now not in UNFINISHED:
+        raise CheckpointError(
+            f"the run {manifest.run_id} is {manifest.status_now}; there is nothing to resume. To read it: "
+            f"training-lens report {remote.place}"
+        )
+    if manifest.status_now == "running" and not _died_here(manifest):
+        raise CheckpointError(
+            f"the run {manifest.run_id} seems to be training still, on host {manifest.host}: it was heard of "
+            f"{_age(manifest)} ago. Stop it there, or try again in two minutes."
+        )
+
+
+def _died_here(manifest: MirrorManifest) -> bool:
+    """Whether it was this machine that trained it, and no process does so any more."""
+    there = RunFolder(Path(manifest.folder))
+    return manifest.host == platform.node() and there.metadata.is_dir() and there.status != "running"
+
+
+@contextmanager
+def _fetching(folder: Path) -> Iterator[Path]:
+    """The folder beside `folder` that a run is fetched to; one process at a time.
+
+    Raises:
+        CheckpointError: another process fetches it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f"{TEMPORARY}fetched-{folder.name}")
+    try:
+        with FileLock(f"{temporary}.lock", timeout=1.0):
+            yield temporary
+    except Timeout:
+        raise CheckpointError(f"another process is fetching the run {folder.name}. Wait until it has it.") from None
+
+
+def _download(remote: RemoteRun, folder: Path, progress: Progress) -> MirrorManifest:
+    """Bring `folder` to what the mirror holds, and give the manifest that says what that is.
+
+    Raises:
+        CheckpointError: a file is not what the manifest says; names it.
+    """
+    for _ in range(SCANS):
+        manifest = remote.read_manifest()
+        if not (wrong := _fetch(remote, manifest, folder, progress)):
+            break  # a run that goes on wrote it anew meanwhile, or else the next look finds the same
+    _require_right(remote, wrong)
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        name = path.relative_to(folder).as_posix()
+        if name not in manifest.files and not name.startswith(WRITTEN_HERE):
+            path.unlink()
+    return manifest
+
+
+def _require_right(remote: RemoteRun, wrong: list[str]) -> None:
+    if wrong:
+        raise CheckpointError(
+            f"{remote.place}: {', '.join(wrong[:3])} is missing, or differs from the sha256 in mirror.json. "
+            "training-lens sync, where the run is, sends it again; or resume another run."
+        )
+
+
+def _fetch(remote: RemoteRun, manifest: MirrorManifest, folder: Path, progress: Progress) -> list[str]:
+    """Get what is not here yet; gives the files that are missing there, or wrong."""
+    left = {n: c for n, c in manifest.files.items() if not _is_right(manifest, n, folder / n)}
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(content.size for content in left.values()), shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"the run takes {format_size(needed)}, and {folder.parent} has {format_size(free)} left. Free some space, "
+            "or give another output.base_output_dir."
+        )
+    with progress.task(f"fetching {manifest.run_id}", total=needed) as advance:
+        return [name for name, content in left.items() if not _got(remote, manifest, name, content, folder, advance)]
+
+
+def _got(
+    remote: RemoteRun,
+    manifest: MirrorManifest,
+    name: str,
+    content: Content,
+    folder: Path,
+    advance: Callable[[float], None],
+) -> bool:
+    """Whether a file came and is right; only then is it kept."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fetched = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        if not remote.storage.exists(remote.name(name)):
+            return False
+        remote.storage.get_file(remote.name(name), fetched)
+        advance(content.size)
+        if right := _is_right(manifest, name, fetched):
+            fetched.replace(path)
+        return right
+    finally:
+        fetched.unlink(missing_ok=True)
+
+
+def _is_right(manifest: MirrorManifest, name: str, path: Path) -> bool:
+    return path.is_file() and manifest.holds(name, Content(sha256_of(path), path.stat().st_size))
+
+
+def _move_in(folder: Path, remote: RemoteRun, manifest: MirrorManifest, base_output_dir: str) -> None:
+    """Make a fetched run one of this machine: where it is kept, where it goes, and that its mirror is known."""
+    config = read_json(folder / "metadata" / "config.json")
+    config["output"] |= {"base_output_dir": base_output_dir, "mirror": remote.storage.place}
+    write_json(folder / "metadata" / "config.json", config)
+    cursor = folder / "tracking" / "mirror" / "cursor.json"
+    cursor.parent.mkdir(parents=True, exist_ok=True)
+    write_json(cursor, {"place": remote.storage.place, "versions": [manifest.version]})
+    for empty in ("checkpoints", "logs", "reports"):
+        (folder / empty).mkdir(exist_ok=True)

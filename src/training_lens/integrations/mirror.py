@@ -1,0 +1,234 @@
+"""The mirror: a run's folder, copied to another place while it trains."""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from training_lens.core.integration import Cursor, Integration
+from training_lens.errors import CheckpointError, IntegrationError
+from training_lens.integrations.mirrored import (
+    PRUNED,
+    Copy,
+    Seen,
+    copies_of,
+    files_but_checkpoints,
+    files_of_checkpoint,
+    is_changed,
+    sizes_of_changed,
+    trails,
+)
+from training_lens.integrations.record import RunRecord
+from training_lens.integrations.remote import MANIFEST, Content, MirrorManifest, RemoteRun
+from training_lens.integrations.storage import LocalStorage, open_storage, protocol_of, require_driver
+from training_lens.utils.checkpoints import list_checkpoints
+from training_lens.utils.files import TEMPORARY
+from training_lens.utils.formatting import format_size
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+EVERY = 30.0  # seconds between two looks at what is new, and between signs of life; a new checkpoint goes out at once
+SCANS = 3  # of one delivery, while files vanish under it: the lens merges and thins
+
+
+class MirrorIntegration(Integration):
+    """Copies a run to output.mirror, each file verified by its hash, checkpoints last; mirror.json then lists them.
+
+    Sent is what is complete: checkpoints and adapters appear in the run's folder whole, of a journal go whole lines.
+    What is there already, by size and mirror.json, is not sent again; a storage that lost it gets it again.
+    """
+
+    name = "mirror"
+
+    def __init__(self, run: RunRecord) -> None:
+        self.run = run
+        self.cursor = Cursor(run.place(self.name) / "cursor.json")
+        self._place = str(run.config.output.mirror)
+        self._there: dict[str, Content] | None = None  # verified; None: to be found out
+        self._unlisted: dict[str, int] = {}  # sizes of files that are there, and that no manifest lists
+        self._seen: dict[str, Seen] = {}
+        self._version = ""
+        self._passed = self._told = 0.0  # when the last pass ended, and mirror.json was written
+        self._checkpoints: list[Path] = []
+
+    def require(self) -> None:
+        if protocol_of(self._place):
+            require_driver(self._place)
+        storage, home = self._remote.storage, self.run.folder.root.resolve()
+        if isinstance(storage, LocalStorage) and (storage.folder / self._remote.path).resolve() == home:
+            raise IntegrationError(
+                f"output.mirror: {self._place} is where the run itself is kept. Give another folder.", lasting=True
+            )
+
+    def deliver(self, ended: bool) -> None:
+        if not (ended or self._is_due()):
+            return
+        try:
+            if self._there is None:
+                self._there = self._take_stock()
+            status = self.run.status if ended else "running"
+            for _ in range(SCANS):
+                if self._bring(self._there, status):
+                    break
+        except BaseException:
+            self._there = None
+            raise
+        self._passed = time.monotonic()
+
+    def outstanding(self) -> str:
+        kept = self._kept()
+        ends, groups = kept.get("status") == self.run.status, self._groups()
+        sizes = sizes_of_changed({n: p for group in groups for n, p in group.items()}, kept.get("files", {}))
+        new = [size for name, size in sizes.items() if not (ends and trails(name))]
+        files = [f"{len(new)} file{'s' if len(new) > 1 else ''} ({format_size(sum(new))})"] if new else []
+        return ", ".join([*files, *([] if ends else ["its end"])])
+
+    @cached_property
+    def _remote(self) -> RemoteRun:
+        path = f"experiments/{self.run.experiment}/runs/{self.run.run_id}"
+        return RemoteRun(open_storage(self._place), path)
+
+    def _is_due(self) -> bool:
+        """Whether the last pass failed or is long ago, or a checkpoint came since."""
+        new = list_checkpoints(self.run.folder.checkpoints) != self._checkpoints
+        return self._there is None or new or time.monotonic() - self._passed >= EVERY
+
+    def _kept(self) -> dict[str, Any]:
+        """What is remembered of this place."""
+        kept = self.cursor.load()
+        return kept if kept.get("place") == self._place else {}
+
+    def _take_stock(self) -> dict[str, Content]:
+        """Find out what is there: of the files that the manifest lists, those of the right size.
+
+        Raises:
+            IntegrationError: another copy of this run went on there.
+        """
+        kept, manifest = self._kept(), self._manifest()
+        if manifest:
+            self._require_ours(manifest, kept)
+        sizes = self._remote.files()
+        known = {n: c for n, c in manifest.files.items() if n not in manifest.replacing} if manifest else {}
+        there = {name: content for name, content in known.items() if sizes.get(name) == content.size}
+        self._unlisted = {name: size for name, size in sizes.items() if name not in there}
+        self._seen, self._version = dict(kept.get("files", {})), manifest.version if manifest else ""
+        return there
+
+    def _manifest(self) -> MirrorManifest | None:
+        """What the mirror says of itself; nothing where it is new, or damaged."""
+        if not self._remote.storage.exists(self._remote.name(MANIFEST)):
+            return None
+        try:
+            return self._remote.read_manifest()
+        except CheckpointError as error:
+            logger.warning("mirror: %s Now everything is compared.", error)
+            return None
+
+    def _require_ours(self, manifest: MirrorManifest, kept: Mapping[str, Any]) -> None:
+        """Refuse to write over what another copy of this run sent: this one may be the older."""
+        here = (platform.node(), str(self.run.folder.root.resolve()))
+        if manifest.version in kept.get("versions", ()) or (manifest.host, manifest.folder) == here:
+            return
+        raise IntegrationError(
+            f"{self._remote.place} was written by another copy of this run, on host {manifest.host} at "
+            f"{manifest.updated}, and stays as it is. Give another output.mirror to keep this copy, too.",
+            lasting=True,
+        )
+
+    def _groups(self) -> list[dict[str, Path]]:
+        """The files that are to be there, checkpoints last and each by itself.
+
+        Checkpoints are listed first: whatever else is listed is then at least as new as they are.
+        """
+        run = self.run.folder
+        checkpoints = list_checkpoints(run.checkpoints)
+        return [files_but_checkpoints(run), *(files_of_checkpoint(run, folder) for folder in checkpoints)]
+
+    def _bring(self, there: dict[str, Content], status: str) -> bool:
+        """One pass over the folder; gives whether all that it listed was still there when it was sent."""
+        self._checkpoints = list_checkpoints(self.run.folder.checkpoints)
+        groups = self._groups()
+        whole = min([self._send(group, there, status) for group in groups])  # all of them, whatever one gives
+        local = {name for group in groups for name in group}
+        gone = [n for n in (*there, *self._unlisted) if n.startswith(PRUNED) and n not in local] if whole else []
+        for name in gone:
+            there.pop(name, None)
+        self._publish(there, status)
+        for name in gone:  # nothing lists them any more
+            self._remote.storage.delete(self._remote.name(name))
+            self._unlisted.pop(name, None)
+        return whole
+
+    def _send(self, group: Mapping[str, Path], there: dict[str, Content], status: str) -> bool:
+        """Send the files that are others there; gives whether all of them were still here."""
+        home = self.run.place(self.name)
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=home) as folder:
+            new = [(name, path) for name, path in group.items() if self._is_new(name, path, there)]
+            copies = copies_of(new, Path(folder))
+            self._put_all([copy for copy in copies if there.get(copy.name) != copy.content], there, status)
+            self._seen |= {copy.name: copy.seen for copy in copies}
+            return len(copies) == len(new)
+
+    def _is_new(self, name: str, path: Path, there: Mapping[str, Content]) -> bool:
+        """Whether a file may differ from what is there; one that vanished does."""
+        seen = self._seen.get(name)
+        try:
+            return seen is None or name not in there or there[name].sha256 != seen[2] or is_changed(path, seen)
+        except FileNotFoundError:
+            return True
+
+    def _put_all(self, copies: Sequence[Copy], there: dict[str, Content], status: str) -> None:
+        """Send copies. What is written over is announced before, so that readers know either content as right."""
+        replacing = {copy.name: copy.content for copy in copies if copy.name in there}
+        if replacing:
+            self._publish(there, status, replacing)
+        for copy in copies:
+            self._put(copy)
+            there[copy.name] = copy.content
+            replacing.pop(copy.name, None)
+            if time.monotonic() - self._told >= EVERY:  # a sign of life, and a kill costs no more than this
+                self._publish(there, status, replacing)
+
+    def _put(self, copy: Copy) -> None:
+        """Send one file and verify it; one that a pass left there unlisted is verified alone.
+
+        Raises:
+            IntegrationError: what arrived is not what was sent.
+        """
+        storage, name = self._remote.storage, self._remote.name(copy.name)
+        if self._unlisted.pop(copy.name, None) == copy.content.size and storage.verify(name, copy.path):
+            return
+        storage.put_file(copy.path, name)
+        if not storage.verify(name, copy.path):
+            raise IntegrationError(f"{self._remote.place}/{copy.name}: what arrived is not what was sent.")
+
+    def _publish(
+        self, there: Mapping[str, Content], status: str, replacing: Mapping[str, Content] | None = None
+    ) -> None:
+        """Write mirror.json; its version is remembered before, so that a kill never makes it a stranger's."""
+        before, self._version = self._version, secrets.token_hex(8)
+        kept = {"place": self._place, "versions": [before, self._version]}
+        self.cursor.save(self._kept() | kept)
+        self._remote.write_manifest(
+            MirrorManifest(
+                run_id=self.run.run_id,
+                experiment=self.run.experiment,
+                status=status,
+                host=platform.node(),
+                folder=str(self.run.folder.root.resolve()),
+                updated=datetime.now(UTC).isoformat(timespec="seconds"),
+                version=self._version,
+                files=dict(sorted(there.items())),
+                replacing=replacing or {},
+            )
+        )
+        self._told = time.monotonic()
+        self.cursor.save({**kept, "status": status, "files": self._seen})

@@ -1,0 +1,187 @@
+"""A run in a mirror: where it is, and mirror.json, which says what is there.
+
+A mirror has the layout of a run's place here: {mirror}/experiments/{experiment}/runs/{run_id}/.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from training_lens.errors import CheckpointError
+from training_lens.integrations.storage import StorageBackend, open_storage
+from training_lens.utils.files import read_json, write_json
+from training_lens.utils.logging import get_logger
+from training_lens.utils.runs import UNFINISHED
+
+logger = get_logger(__name__)
+MANIFEST = "mirror.json"
+FORMAT = 1
+ALIVE_SECONDS = 120.0  # since the last sign of life, after which a run that says `running` is thought to be dead
+RUN = re.compile(r"(?P<mirror>.+?)/(?P<run>experiments/[^/]+/runs/[^/]+)/?")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file holds."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class MirrorManifest:
+    """mirror.json: what a mirrored run holds, written after the files that it lists.
+
+    Args:
+        status: of the run: running, finished, failed, pruned or interrupted.
+        host: that wrote it, from the run's `folder`; `updated`: when (UTC).
+        version: another one at each writing.
+        replacing: files that are being written over: until the next manifest, they hold this or what `files` says.
+    """
+
+    run_id: str
+    experiment: str
+    status: str
+    host: str
+    folder: str
+    updated: str
+    version: str
+    files: Mapping[str, Content]
+    replacing: Mapping[str, Content] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def seconds_old(self) -> float:
+        return (datetime.now(UTC) - datetime.fromisoformat(self.updated)).total_seconds()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(content.size for content in self.files.values())
+
+    @property
+    def status_now(self) -> str:
+        """`status`; interrupted where the run says `running`, and nothing was heard of it for `ALIVE_SECONDS`."""
+        died = self.status == "running" and self.seconds_old > ALIVE_SECONDS
+        return "interrupted" if died else self.status
+
+    def holds(self, name: str, content: Content) -> bool:
+        """Whether a file is right with this content."""
+        return content in (self.files.get(name), self.replacing.get(name))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> MirrorManifest:
+        """From the JSON's values.
+
+        Raises:
+            KeyError, TypeError, ValueError: they are none of a manifest, or name files outside the run.
+        """
+        if values["format"] != FORMAT:
+            raise ValueError(f"its format is {values['format']}; this version reads format {FORMAT}")
+        told = {key: {n: Content(**c) for n, c in values[key].items()} for key in ("files", "replacing")}
+        for name in (*told["files"], *told["replacing"]):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise ValueError(f"it names the file '{name}', which is outside the run")
+        datetime.fromisoformat(values["updated"])
+        return cls(**{**values, **told})
+
+
+@dataclass(frozen=True)
+class RemoteRun:
+    """A run in a mirror; `path` is its place there: experiments/NAME/runs/ID."""
+
+    storage: StorageBackend
+    path: str
+
+    @property
+    def place(self) -> str:
+        """For messages, and for commands."""
+        return f"{self.storage.place.rstrip('/')}/{self.path}"
+
+    @property
+    def run_id(self) -> str:
+        return PurePosixPath(self.path).name
+
+    def name(self, file: str) -> str:
+        """A file of the run, as the storage names it."""
+        return f"{self.path}/{file}"
+
+    def files(self) -> dict[str, int]:
+        """The sizes of all files that are there, by their names in the run; mirror.json is none of them."""
+        start = len(self.path) + 1
+        there = {name[start:]: size for name, size in self.storage.list(self.path).items()}
+        return {name: size for name, size in there.items() if name != MANIFEST}
+
+    def read_manifest(self) -> MirrorManifest:
+        """What it holds.
+
+        Raises:
+            CheckpointError: there is no such run, or its mirror.json is damaged.
+            IntegrationError: no answer.
+        """
+        if not self.storage.exists(self.name(MANIFEST)):
+            raise CheckpointError(
+                f"{self.place} is no mirrored run: there is no {MANIFEST}. See what is there: "
+                f"training-lens experiment list --mirror {self.storage.place}"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / MANIFEST
+            self.storage.get_file(self.name(MANIFEST), local)
+            try:
+                return MirrorManifest.of(read_json(local))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{self.place}/{MANIFEST} is damaged ({error}). training-lens sync, where the run is, mends it."
+                ) from error
+
+    def write_manifest(self, manifest: MirrorManifest) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / MANIFEST
+            write_json(local, asdict(manifest))
+            self.storage.put_file(local, self.name(MANIFEST))
+
+
+def runs_in(storage: StorageBackend, experiment: str | None = None) -> list[RemoteRun]:
+    """The runs in a mirror, by their ids; of one experiment, or of all. Nothing of them is read."""
+    experiments = [experiment] if experiment else storage.folders("experiments")
+    places = [f"experiments/{name}/runs" for name in experiments]
+    found = [RemoteRun(storage, f"{place}/{run_id}") for place in places for run_id in storage.folders(place)]
+    return sorted(found, key=lambda run: run.run_id)
+
+
+def find_remote(place: str, *, finished: bool | None) -> tuple[RemoteRun, MirrorManifest]:
+    """The run at a place: its own (.../experiments/NAME/runs/ID), or the latest of a mirror.
+
+    Args:
+        finished: whether the latest is the newest finished run, the newest unfinished, or with None the newest of all.
+
+    Raises:
+        CheckpointError: there is no such run.
+        IntegrationError: no answer; or see `open_storage`.
+    """
+    if match := RUN.fullmatch(place):
+        run = RemoteRun(open_storage(match["mirror"]), match["run"])
+        return run, run.read_manifest()
+    storage = open_storage(place)
+    runs = runs_in(storage)
+    wanted = {True: ("finished",), False: UNFINISHED, None: None}[finished]
+    for run in reversed(runs):
+        try:
+            manifest = run.read_manifest()
+        except CheckpointError as error:
+            logger.warning("passing over a run: %s", error)
+            continue
+        if wanted is None or manifest.status_now in wanted:
+            return run, manifest
+    kind = {True: "finished ", False: "unfinished ", None: ""}[finished]
+    raise CheckpointError(
+        f"no {kind}run in the mirror {place} ({len(runs)} runs there). Give the place that output.mirror names, or a "
+        "run's own: .../experiments/NAME/runs/ID."
+    )
