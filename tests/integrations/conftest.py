@@ -48,7 +48,7 @@ def sent_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3, "logging_steps": 2},
         "peft": {"r": 4},
         "tracking": {
-            "tensorboard": False, "samples": 0, "wait_seconds": 120,
+            "tensorboard": False, "samples": 0, "histograms_every": None, "wait_seconds": 120,
             "mlflow": {"enabled": True}, "trackio": {"enabled": True},
         },
         "output": {"base_output_dir": str(tmp_path_factory.mktemp("outputs"))},

@@ -58,7 +58,8 @@ def test_a_killed_training_is_sent_as_far_as_it_came(own: Path, couriers_of: Cou
     told = own / "told"
     arguments = [
         "training.epochs=50", "data.max_examples=48", "data.validation=null", "training.logging_steps=1",
-        "tracking.tensorboard=false", "lens.enabled=false", "tracking.send_seconds=0.2",
+        "tracking.tensorboard=false", "lens.enabled=false", "tracking.send_seconds=0.2", "tracking.samples=0",
+        "tracking.histograms_every=null",
         f"tracking.custom={{courier_trackers.Steps: {{file: {told}}}}}", f"output.base_output_dir={own}/outputs",
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(own)}

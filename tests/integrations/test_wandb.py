@@ -294,7 +294,7 @@ def test_without_the_package_one_line_says_so(run: RunFolder, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "wandb", None)
     (state,) = send(run, to("offline"))
     assert state.status == "unavailable"
-    assert state.error == "the package wandb is not installed: pip install 'training-lens[wandb]'."
+    assert state.error == "needs the package wandb. Install: pip install 'training-lens[wandb]'."
 
 
 def test_online_without_a_key_is_found_before_anything_is_asked(run: RunFolder) -> None:

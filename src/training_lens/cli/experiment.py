@@ -106,7 +106,7 @@ def list_(
 
 
 @contextmanager
-def _runs_of_mirror(place: str, name: str | None) -> Iterator[list[Run]]:
+def _runs_of_mirror(place: str, name: str | None) -> Iterator[list[ListedRun]]:
     """The runs of a mirror, the newest first; within the block their small files are here."""
     import tempfile
     from pathlib import Path

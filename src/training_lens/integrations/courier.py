@@ -26,6 +26,7 @@ from training_lens.utils.runs import RunFolder
 
 logger = get_logger(__name__)
 GRACE_SECONDS = 10.0  # beyond its own deadline, until a courier that hangs is killed
+DYING_SECONDS = 5.0  # until the lock of a killed process is free
 QUIET = {  # no telemetry of the clients, none of their output, no wish for a terminal
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -130,10 +131,18 @@ def main(root: str) -> int:
     manager = IntegrationManager(remote, run.folder.tracking, tracking.send_seconds)
     manager.start()
     sys.stdin.read()  # until the training process closes it, or dies
+    _wait_for_the_end(run)
     ends = ", ".join(f"{state.name} {state.status}" for state in manager.finish(tracking.wait_seconds))
     cpu, wall = time.process_time(), time.perf_counter() - started
     logger.debug("courier: %s; it took %.1f s of CPU in %.1f s", ends, cpu, wall)
     return 0
+
+
+def _wait_for_the_end(run: RunRecord) -> None:
+    """Until the run says how it ended: a process that is killed lets go of its files one by one."""
+    deadline = time.monotonic() + DYING_SECONDS
+    while run.status == "running" and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":

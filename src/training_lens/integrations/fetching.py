@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from training_lens.errors import CheckpointError
 from training_lens.integrations.remote import Content, MirrorManifest, RemoteRun, find_remote, runs_in
 from training_lens.integrations.storage import StorageBackend
-from training_lens.utils.experiments import BROKEN, Run, read_run
+from training_lens.utils.experiments import BROKEN, ListedRun, read_run
 from training_lens.utils.files import TEMPORARY, read_json, sha256_of, write_json
 from training_lens.utils.formatting import format_seconds, format_size
 from training_lens.utils.progress import Progress
@@ -70,7 +70,7 @@ def fetch_to_read(
     return RunFolder(folder)
 
 
-def read_remote_runs(storage: StorageBackend, experiment: str | None, cache: Path) -> list[Run]:
+def read_remote_runs(storage: StorageBackend, experiment: str | None, cache: Path) -> list[ListedRun]:
     """The runs of a mirror, the newest first; read from their small files alone.
 
     Args:
@@ -84,7 +84,7 @@ def read_remote_runs(storage: StorageBackend, experiment: str | None, cache: Pat
     return sorted(runs, key=lambda run: (run.started, run.run_id), reverse=True)
 
 
-def _read_remote(remote: RemoteRun, cache: Path) -> Run:
+def _read_remote(remote: RemoteRun, cache: Path) -> ListedRun:
     folder = cache / remote.path
     try:
         manifest = remote.read_manifest()
