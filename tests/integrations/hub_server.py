@@ -63,7 +63,10 @@ class Hub:
 
     def requests(self, pattern: str = "") -> list[dict[str, Any]]:
         log = self.folder / "requests.jsonl"
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        text = log.read_text() if log.exists() else ""
+        lines = [
+            json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")
+        ]  # not one half written
         return [line for line in lines if re.search(pattern, line["request"])]
 
     def uploads(self) -> Counter[str]:

@@ -18,7 +18,6 @@ from training_lens.integrations.published import SECTIONS, Names, is_folder
 from training_lens.integrations.record import RunRecord
 from training_lens.utils.files import read_json
 from training_lens.utils.formatting import format_count, format_seconds, sparkline
-from training_lens.utils.nested import flat
 from training_lens.utils.runs import read_metrics
 from training_lens.utils.secrets import redacted
 
@@ -175,16 +174,10 @@ class _Card:
         """The config as YAML, what differs from the defaults."""
         import yaml
 
-        ours, usual = (flat({s: c[s] for s in SECTIONS}) for c in (self._run.settings, TrainingConfig().model_dump()))
-        nested: dict[str, Any] = {}
-        for key, value in ours.items():
-            if value != usual.get(key):
-                *sections, name = key.split(".")
-                place = nested
-                for section in sections:
-                    place = place.setdefault(section, {})
-                place[name] = self._names.of(value)
-        return Verbatim(yaml.safe_dump(nested, sort_keys=False, allow_unicode=True).rstrip())
+        ours, usual = self._run.settings, TrainingConfig().model_dump(mode="json")
+        others = {name: {k: v for k, v in ours[name].items() if v != usual[name][k]} for name in SECTIONS}
+        given = {name: self._names.of(keys) for name, keys in others.items() if keys}
+        return Verbatim(yaml.safe_dump(given, sort_keys=False, allow_unicode=True).rstrip())
 
     @property
     def versions(self) -> str:
@@ -193,36 +186,20 @@ class _Card:
         return ", ".join(f"{name} {version}" for name, version in packages.items())
 
     @property
-    def loading(self) -> Verbatim:
-        """Python that loads the adapter and answers a prompt."""
-        revision = self._run.config.model.revision
-        at = {"base": f", revision={json.dumps(revision)}" * bool(revision and not self.base_is_local)}
-        at["repo"] = f", revision={json.dumps(self.revision)}" * bool(self.revision)
-        chat = self._run.config.data.template == "chat"
-        first = ["from training_lens import embedded", ""] if self.base_is_embedded else []
-        base = f'embedded.resolve("{embedded.MODEL}")' if self.base_is_embedded else json.dumps(self.base)
-        note = f"  # give the folder of '{self.base}' on your machine" * (
-            self.base_is_local and not self.base_is_embedded
-        )
-        prompt = (
-            ['messages = [{"role": "user", "content": "Write your question here."}]',
-             "prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"]
-            if chat
-            else ['prompt = "Write your prompt here."  # in the form of the training data: see data.template below']
-        )  # fmt: skip
-        lines = [
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            *first,
-            f"base = AutoModelForCausalLM.from_pretrained({base}{at['base']}){note}",
-            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(self.repo)}{at['repo']})",
-            f"model = PeftModel.from_pretrained(base, {json.dumps(self.repo)}{at['repo']})",
-            *prompt,
-            'inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)',
-            "answer = model.generate(**inputs, max_new_tokens=128)[0, inputs.input_ids.shape[1] :]",
-            "print(tokenizer.decode(answer, skip_special_tokens=True))",
-        ]
-        return Verbatim("\n".join(lines))
+    def base_code(self) -> Verbatim:
+        """What loads the base, as arguments of Python."""
+        if self.base_is_embedded:
+            return Verbatim(f"embedded.resolve({json.dumps(embedded.MODEL)})")
+        return _arguments(self.base, None if self.base_is_local else self._run.config.model.revision)
+
+    @property
+    def repo_code(self) -> Verbatim:
+        return _arguments(self.repo, self.revision)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts are made by the tokenizer's chat template, which is pushed with it."""
+        return self._run.config.data.template == "chat"
 
     @cached_property
     def curve(self) -> Verbatim:
@@ -276,6 +253,11 @@ def _interval(measure: str, report: Mapping[str, Any]) -> str:
 
 def _shares(shares: Mapping[str, float | None]) -> list[tuple[str, str]]:
     return [(str(name), f"{share:.1%}") for name, share in shares.items() if share is not None]
+
+
+def _arguments(name: str, revision: str | None) -> Verbatim:
+    """A repository and its branch as arguments of `from_pretrained`."""
+    return Verbatim(json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else ""))
 
 
 def _dataset(source: str) -> str:

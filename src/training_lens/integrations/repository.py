@@ -186,9 +186,9 @@ def explained(error: BaseException, repo: str) -> IntegrationError:
     answered = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
     status = getattr(getattr(answered, "response", None), "status_code", None)
     if status is None:
-        return IntegrationError(
-            said(error), lasting=isinstance(error, ValueError) and not isinstance(error, JSONDecodeError)
-        )
+        told = dict.fromkeys(said(e) for e in (error, chain[-1]))  # the first says where, the last why
+        wrong = isinstance(error, ValueError) and not isinstance(error, JSONDecodeError)  # of what is sent
+        return IntegrationError(" ".join(told), lasting=wrong)
     lasting = 400 <= status < 500 and status not in BUSY
     return IntegrationError(_refusal(status, repo) or f"the hub refused: {said(error)}", lasting=lasting)
 
