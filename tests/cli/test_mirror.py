@@ -1,0 +1,59 @@
+"""Commands on runs of a mirror: listed, read, resumed; what cannot be is one line and an exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from training_lens.integrations.mirror import MirrorIntegration
+from training_lens.integrations.record import RunRecord
+from training_lens.utils.runs import RunFolder
+
+Call = Callable[..., Result]
+
+
+@pytest.fixture
+def place(finished_run: RunFolder, tmp_path: Path) -> str:
+    """A mirror with one finished run; the folder of the run itself stays as it was."""
+    integration = MirrorIntegration(RunRecord(finished_run, {"output": {"mirror": str(tmp_path / "mirror")}}))
+    integration.deliver(ended=True)
+    integration.cursor.path.unlink()
+    return f"file://{tmp_path}/mirror"
+
+
+def test_the_runs_of_a_mirror_are_listed(call: Call, place: str, finished_run: RunFolder) -> None:
+    shown = call("experiment", "list", "--mirror", place, "--sort", "validation_loss")
+    assert shown.exit_code == 0 and finished_run.run_id in shown.stdout and "finished" in shown.stdout
+    (told,) = json.loads(call("experiment", "list", "--mirror", place, "--json").stdout)["runs"]
+    assert told["path"].endswith(f"mirror/experiments/default/runs/{finished_run.run_id}") and told["metrics"]
+    assert call("experiment", "list", "--mirror", place, "--status", "failed", "--json").exit_code == 0
+
+
+@pytest.mark.parametrize("which", ["", "/experiments/default/runs/{}"])
+def test_a_run_of_a_mirror_is_read(call: Call, place: str, finished_run: RunFolder, which: str) -> None:
+    result = call("export", place + which.format(finished_run.run_id), "--data-type", "loss", "--json")
+    assert result.exit_code == 0, result.stderr
+    (file,) = json.loads(result.stdout)["files"]
+    assert Path("outputs/cache/runs/default") / finished_run.run_id in Path(file).parents
+
+
+def test_a_finished_run_is_not_resumed(call: Call, place: str, finished_run: RunFolder) -> None:
+    result = call("train", "--resume", f"{place}/experiments/default/runs/{finished_run.run_id}")
+    assert result.exit_code == 1 and "is finished; there is nothing to resume" in result.stderr
+    result = call("train", "--resume", place)
+    assert result.exit_code == 1 and "no unfinished run in the mirror" in result.stderr
+
+
+def test_an_adapter_of_a_mirror_answers(call: Call, place: str) -> None:
+    result = call("infer", "Note who has what.", "--run", place, "inference.max_new_tokens=4", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "/cache/runs/default/" in result.stdout + result.stderr
+
+
+def test_a_place_that_cannot_be_opened_is_one_line(call: Call) -> None:
+    result = call("experiment", "list", "--mirror", "nowhere://bucket")
+    assert result.exit_code == 1 and "nothing knows nowhere://" in result.stderr

@@ -1,0 +1,204 @@
+"""A run comes from a mirror whole or not at all; what must not be gone on with is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training_lens.errors import CheckpointError
+from training_lens.integrations.fetching import fetch_to_read, fetch_to_resume, read_remote_runs
+from training_lens.integrations.mirror import MirrorIntegration
+from training_lens.integrations.record import RunRecord
+from training_lens.integrations.remote import Content, RemoteRun, find_remote, runs_in
+from training_lens.integrations.storage import open_storage
+from training_lens.utils.files import read_json, sha256_of, write_json
+from training_lens.utils.runs import RunFolder, read_metrics
+
+
+@pytest.fixture
+def run(finished_run: RunFolder, tmp_path: Path) -> RunFolder:
+    """A run that was broken off, to be changed."""
+    root = tmp_path / "outputs/experiments/default/runs" / finished_run.run_id
+    shutil.copytree(finished_run.root, root, ignore=shutil.ignore_patterns("step-*.safetensors"))
+    say(RunFolder(root), status="failed")
+    return RunFolder(root)
+
+
+def say(run: RunFolder, **values: Any) -> None:
+    write_json(run.metadata / "summary.json", run.read_metadata("summary.json") | values)
+
+
+@pytest.fixture
+def place(run: RunFolder, tmp_path: Path) -> str:
+    """Its mirror."""
+    place = str(tmp_path / "mirror")
+    send(run, place)
+    return place
+
+
+def send(run: RunFolder, place: str) -> None:
+    MirrorIntegration(RunRecord(run, {"output": {"mirror": place}})).deliver(ended=True)
+
+
+def remote_of(place: str) -> RemoteRun:
+    (remote,) = runs_in(open_storage(place))
+    return remote
+
+
+def change(place: str, **values: Any) -> None:
+    """Other words in mirror.json."""
+    remote = remote_of(place)
+    remote.write_manifest(replace(remote.read_manifest(), **values))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> str:
+    return str(tmp_path / "elsewhere")
+
+
+def test_a_fetched_run_is_the_run_and_goes_on_to_the_same_mirror(run: RunFolder, place: str, elsewhere: str) -> None:
+    fetched = fetch_to_resume(f"file://{place}/", elsewhere)
+    assert fetched.root == Path(elsewhere) / "experiments/default/runs" / run.run_id
+    manifest = remote_of(place).read_manifest()
+    for name, content in manifest.files.items():
+        assert name == "metadata/config.json" or sha256_of(fetched.root / name) == content.sha256, name
+    output = read_json(fetched.metadata / "config.json")["output"]
+    assert output["base_output_dir"] == elsewhere and Path(output["mirror"]) == Path(place)
+    (fetched.reports / "new.md").write_text("from elsewhere")
+    MirrorIntegration(RunRecord(fetched)).deliver(ended=True)
+    assert "reports/new.md" in remote_of(place).read_manifest().files
+
+
+def test_what_the_first_machine_has_is_old_then_and_stays_here(run: RunFolder, place: str, elsewhere: str) -> None:
+    fetched = fetch_to_resume(f"file://{place}", elsewhere)
+    say(fetched, status="interrupted")
+    MirrorIntegration(RunRecord(fetched)).deliver(ended=True)
+    change(place, host="another")
+    before = remote_of(place).read_manifest()
+    with pytest.raises(Exception, match="written by another copy of this run, on host another"):
+        send(run, place)
+    assert remote_of(place).read_manifest() == before
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"status": "finished"}, "is finished; there is nothing to resume. To read it: training-lens report"),
+        ({"status": "pruned"}, "is pruned; there is nothing to resume"),
+        ({"status": "running", "host": "forge", "updated": now()}, "seems to be training still, on host forge"),
+    ],
+)
+def test_what_must_not_be_gone_on_with_is_refused(
+    place: str, elsewhere: str, values: dict[str, Any], said: str
+) -> None:
+    change(place, **values)
+    with pytest.raises(CheckpointError, match=said):
+        fetch_to_resume(f"{place}/{remote_of(place).path}", elsewhere)
+    assert not list(Path(elsewhere).rglob("*.json"))
+
+
+def test_a_run_that_died_is_fetched(place: str, elsewhere: str) -> None:
+    change(place, status="running", host="forge", updated="2026-01-01T00:00:00+00:00")
+    assert fetch_to_resume(place, elsewhere).status == "failed"
+
+
+def test_one_that_died_on_this_machine_is_fetched_at_once(place: str, elsewhere: str) -> None:
+    change(place, status="running", updated=now())
+    assert fetch_to_resume(place, elsewhere).root.is_dir()
+
+
+def test_a_run_that_is_here_is_never_written_over(place: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is here already, .*Go on with that one: --resume"):
+        fetch_to_resume(place, str(tmp_path / "outputs"))
+
+
+@pytest.mark.parametrize("harm", ["altered", "missing"])
+def test_a_damaged_file_is_named_and_what_came_is_kept(place: str, elsewhere: str, harm: str) -> None:
+    remote = remote_of(place)
+    file = Path(place) / remote.path / "artifacts/adapter/adapter_model.safetensors"
+    whole = file.read_bytes()
+    file.unlink() if harm == "missing" else file.write_bytes(whole[:-1] + b"!")
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is missing, or differs from the sha256"):
+        fetch_to_resume(place, elsewhere)
+    runs = Path(elsewhere) / "experiments/default/runs"
+    assert [p.name for p in runs.glob("[!.]*")] == []
+    kept = {p: p.stat().st_ino for p in runs.rglob("*.safetensors")}
+    assert kept
+    file.write_bytes(whole)
+    fetched = fetch_to_resume(place, elsewhere)
+    inodes = {path.stat().st_ino for path in fetched.root.rglob("*.safetensors")}
+    assert set(kept.values()) < inodes and sha256_of(fetched.adapter / file.name) == sha256_of(file)
+
+
+def test_while_a_file_is_written_over_both_contents_are_right(place: str, elsewhere: str) -> None:
+    remote = remote_of(place)
+    file = Path(place) / remote.path / "logs/metrics.jsonl"
+    old = file.read_bytes()
+    file.write_bytes(old + b'{"step": 99}\n')
+    change(place, replacing={"logs/metrics.jsonl": Content(sha256_of(file), file.stat().st_size)})
+    assert read_metrics(fetch_to_resume(place, elsewhere).metrics)[-1] == {"step": 99}
+    file.write_bytes(old)
+    assert fetch_to_read(place, elsewhere, finished=False).metrics.read_bytes() == old
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/outside", "a/../../../outside"])
+def test_a_manifest_that_leads_outside_is_refused(place: str, elsewhere: str, name: str) -> None:
+    remote = remote_of(place)
+    values = asdict(remote.read_manifest())
+    values["files"][name] = {"sha256": "0" * 64, "size": 1}
+    (Path(place) / remote.path / "mirror.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="outside the run"):
+        fetch_to_resume(f"{place}/{remote.path}", elsewhere)
+
+
+def test_the_latest_of_a_mirror_is_the_one_that_is_asked_for(run: RunFolder, place: str) -> None:
+    later = RunFolder(shutil.copytree(run.root, run.root.with_name("20990101T000000Z-aaaa")))
+    shutil.rmtree(later.tracking)
+    say(later, status="finished")
+    send(later, place)
+    assert find_remote(place, finished=False)[0].run_id == run.run_id
+    assert find_remote(place, finished=True)[0].run_id == find_remote(place, finished=None)[0].run_id == later.run_id
+    change_all = [replace(r.read_manifest(), status="pruned") for r in runs_in(open_storage(place))]
+    for remote, manifest in zip(runs_in(open_storage(place)), change_all, strict=True):
+        remote.write_manifest(manifest)
+    with pytest.raises(CheckpointError, match=r"no unfinished run in the mirror .* \(2 runs there\)"):
+        find_remote(place, finished=False)
+
+
+def test_a_place_that_is_no_run_says_how_to_look(place: str) -> None:
+    with pytest.raises(CheckpointError, match=r"is no mirrored run: .* training-lens experiment list --mirror"):
+        find_remote(f"{place}/experiments/default/runs/nothing", finished=None)
+
+
+def test_a_copy_to_read_is_brought_up_to_date(run: RunFolder, place: str, elsewhere: str) -> None:
+    copy = fetch_to_read(place, elsewhere, finished=None)
+    assert copy.root == Path(elsewhere) / "cache/runs/default" / run.run_id
+    (copy.reports / "of-the-copy.md").write_text("kept")
+    (run.metadata / "tags.json").write_text('["new"]')
+    (gone,) = run.lens.glob("loss/*")
+    gone.unlink()
+    send(run, place)
+    again = fetch_to_read(place, elsewhere, finished=None)
+    assert (again.metadata / "tags.json").read_text() == '["new"]' and (again.reports / "of-the-copy.md").is_file()
+    assert not (again.lens / "loss" / gone.name).exists()
+
+
+def test_the_runs_of_a_mirror_are_read_from_their_small_files(run: RunFolder, place: str, tmp_path: Path) -> None:
+    (Path(place) / "experiments/default/runs/half").mkdir(parents=True)
+    (Path(place) / "experiments/default/runs/half/file").write_text("of a first upload")
+    found = {r.run_id: r for r in read_remote_runs(open_storage(place), None, tmp_path / "cache")}
+    assert found["half"].status == "broken" and "no mirror.json" in found["half"].detail
+    one = found[run.run_id]
+    assert one.status == "failed" and one.metrics["steps"] == 8 and one.config["peft.r"] == 16
+    assert one.as_json()["path"] == f"{place}/experiments/default/runs/{run.run_id}"
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
