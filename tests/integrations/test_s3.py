@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib.resources import files
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3_server import Server, until
 
 from training_lens import TrainingWrapper
 from training_lens.errors import IntegrationError
@@ -33,50 +32,12 @@ PLACE = "s3://bucket/path"
 SECRET = "planted-secret-access-key"
 
 
-class Server:
-    """moto's, which keeps all in memory: killed, it comes back empty."""
-
-    def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it, or empty the one that runs; then make the bucket."""
-        if self._process is None:
-            command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-            self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until(lambda: self._ask("POST", "/moto-api/reset"), "no server")
-        assert self._ask("PUT", "/bucket")
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def _ask(self, method: str, path: str) -> bool:
-        with suppress(OSError), urllib.request.urlopen(urllib.request.Request(self.url + path, method=method)):
-            return True
-        return False
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 90.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     server = Server()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("AWS_ENDPOINT_URL", server.url)
-        patched.setenv("AWS_ACCESS_KEY_ID", "planted-access-key-id")
-        patched.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        for name, value in server.environment.items():
+            patched.setenv(name, value)
         yield server
     server.kill()
 
