@@ -211,5 +211,8 @@ def test_what_is_wrong_is_one_clear_line(
     assert SECRET not in str(caught.value) and os.environ.get("AWS_SECRET_ACCESS_KEY", "x") not in str(caught.value)
 
 
-def test_the_runs_of_a_bucket_are_listed(s3: Server) -> None:
-    assert runs_in(open_storage(PLACE)) == []
+def test_an_empty_bucket_is_empty_and_no_bucket_is_an_error(s3: Server) -> None:
+    assert runs_in(open_storage(PLACE)) == [] and open_storage(PLACE).list() == {}
+    for ask in (runs_in, lambda storage: storage.list()):
+        with pytest.raises(IntegrationError, match="s3://other/path: not there: The specified bucket does not exist"):
+            ask(open_storage("s3://other/path"))

@@ -111,15 +111,15 @@ def _require_resumable(remote: RemoteRun, manifest: MirrorManifest, folder: Path
     Raises:
         CheckpointError: says why, and what to do.
     """
-    if folder.exists():
-        raise CheckpointError(
-            f"the run {manifest.run_id} is here already, in {folder}. Go on with that one: --resume {manifest.run_id}; "
-            "or delete it first, to get the one of the mirror."
-        )
     if manifest.status_now not in UNFINISHED:
         raise CheckpointError(
             f"the run {manifest.run_id} is {manifest.status_now}; there is nothing to resume. To read it: "
             f"training-lens report {remote.place}"
+        )
+    if folder.exists():
+        raise CheckpointError(
+            f"the run {manifest.run_id} is here already, in {folder}. Go on with that one: --resume {manifest.run_id}; "
+            "or delete it first, to get the one of the mirror."
         )
     if manifest.status_now == "running" and not _died_here(manifest):
         raise CheckpointError(

@@ -164,7 +164,9 @@ class FsspecStorage(StorageBackend):
         with self._asking():
             try:
                 found = self._fs.find(self._path(folder), detail=True)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if _lacks_bucket(error):
+                    raise
                 return {}
         start = len(self._root) + 1
         return {name[start:]: info["size"] for name, info in dict(found).items() if info["type"] == "file"}
@@ -181,7 +183,9 @@ class FsspecStorage(StorageBackend):
         with self._asking():
             try:
                 found = self._fs.ls(self._path(folder), detail=True)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if _lacks_bucket(error):
+                    raise
                 return []
         return sorted(info["name"].rstrip("/").split("/")[-1] for info in found if info["type"] == "directory")
 
@@ -225,6 +229,12 @@ class FsspecStorage(StorageBackend):
         if isinstance(error, FileNotFoundError):
             return f"not there: {said(error)}"
         return f"no answer: {said(error)}"
+
+
+def _lacks_bucket(error: FileNotFoundError) -> bool:
+    """Whether S3 says that there is no such bucket; a folder that is not there holds nothing, which is no error."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return bool(response.get("Error", {}).get("Code") == "NoSuchBucket")
 
 
 def protocol_of(place: str) -> str:
