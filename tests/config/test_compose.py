@@ -88,6 +88,10 @@ def test_all_problems_are_reported_at_once() -> None:
         ("output.experiment_name=latest", "cannot name a folder"),
         ("training.lr=nan", "training.lr: given nan"),
         ("peft.variant=lara", "peft.variant: given 'lara'"),
+        (
+            "tracking.mlflow=true",
+            "tracking.mlflow: given True, but it is a section with the keys tracking.mlflow.enabled,",
+        ),
     ],
 )
 def test_each_problem_says_what_to_do(override: str, message: str) -> None:

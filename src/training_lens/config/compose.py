@@ -100,6 +100,9 @@ def problems_of(error: ValidationError) -> list[str]:
             lines |= dict.fromkeys(message.split("\n"))
         elif item["type"] == "value_error":
             lines[f"{key}: {message}"] = None
+        elif item["type"] == "model_type":
+            under = [name for name in known if name.startswith(f"{key}.")]
+            lines[f"{key}: given {item['input']!r}, but it is a section with the keys {', '.join(under)}"] = None
         else:
             lines[f"{key}: given {item['input']!r}. {message}"] = None
     return list(lines)
