@@ -29,9 +29,9 @@ class Copy:
 
 
 def files_but_checkpoints(run: RunFolder) -> dict[str, Path]:
-    """What goes to a mirror besides checkpoints, by name: no locks, nothing half-written, of trackers the cursors.
+    """What goes to a mirror besides checkpoints, by name: no locks, nothing half-written, nothing of tracking/.
 
-    What else a tracker keeps in its folder is this machine's: its service gets it from here.
+    What trackers keep there is this machine's: another one asks their services what they have.
     """
     found = {path.relative_to(run.root).as_posix(): path for path in run.root.rglob("*")}
     return {name: path for name, path in sorted(found.items()) if _belongs(name) and path.is_file()}
@@ -45,15 +45,13 @@ def files_of_checkpoint(run: RunFolder, folder: Path) -> dict[str, Path]:
 
 def _belongs(name: str) -> bool:
     parts = name.split("/")
-    if parts[0] == "tracking":
-        return parts[-1] == "cursor.json" and parts[1] != "mirror"
     hidden = any(part.startswith(TEMPORARY) for part in parts) or parts[-1].endswith(".lock")
-    return parts[0] != "checkpoints" and not hidden
+    return parts[0] not in ("checkpoints", "tracking") and not hidden
 
 
 def trails(name: str) -> bool:
-    """Whether a file changes also after the last delivery: it tells of that, and of the other integrations."""
-    return name.startswith(("logs/run.log", "logs/events.", "tracking/"))
+    """Whether a file changes also after the last delivery: it tells of that."""
+    return name.startswith(("logs/run.log", "logs/events."))
 
 
 def is_changed(path: Path, seen: Seen | None) -> bool:
