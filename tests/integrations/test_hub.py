@@ -158,6 +158,16 @@ def test_a_busy_hub_says_when_to_ask_again(hub: Hub, own_run: RunFolder) -> None
     assert caught.value.retry_after == 55 and not caught.value.lasting
 
 
+def test_the_process_keeps_its_own_client(hub: Hub, own_run: RunFolder) -> None:
+    """Other threads may be in the middle of a request with it; its proxies and certificates are the user's."""
+    from huggingface_hub import get_session
+
+    client = get_session()
+    before = client.send, client.timeout
+    integration(own_run).push()
+    assert get_session() is client and (client.send, client.timeout) == before and not client.is_closed
+
+
 def test_a_dropped_upload_goes_on(hub: Hub, own_run: RunFolder) -> None:
     hub.order({"on": "PUT", "drop": True, "times": 1})
     assert integration(own_run).push().url
