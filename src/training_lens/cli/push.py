@@ -40,8 +40,12 @@ def push(
     Examples: training-lens push latest me/my-adapter --dry-run; training-lens push RUN me/my-adapter --checkpoints
     """
     with command(json, debug) as screen:
+        from training_lens.errors import ConfigurationError
+
         named, given = (None, [repo, *(overrides or [])]) if repo and "=" in repo else (repo, overrides or [])
         refuse_unused(given, ("output.", "tracking.hub."), "push sends a run as it is.")
+        if named and (other := next((text for text in given if text.startswith("tracking.hub.repo=")), None)):
+            raise ConfigurationError(f"{named} and {other} both name a repository; keep one.")
         asked = {"repo": named, "revision": revision, "checkpoints": checkpoints or None}
         flags: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
         if public:
