@@ -10,7 +10,7 @@ from pathlib import Path
 
 from training_lens.integrations.remote import Content
 from training_lens.utils.checkpoints import MANIFEST
-from training_lens.utils.files import TEMPORARY, sha256_of
+from training_lens.utils.files import TEMPORARY, files_in, sha256_of
 from training_lens.utils.runs import RunFolder
 
 PRUNED = ("checkpoints/", "lens/")  # of what is deleted here, what is deleted there, too
@@ -33,13 +33,13 @@ def files_but_checkpoints(run: RunFolder) -> dict[str, Path]:
 
     What trackers keep there is this machine's: another one asks their services what they have.
     """
-    found = {path.relative_to(run.root).as_posix(): path for path in run.root.rglob("*")}
-    return {name: path for name, path in sorted(found.items()) if _belongs(name) and path.is_file()}
+    found = {path.relative_to(run.root).as_posix(): path for path in files_in(run.root)}
+    return {name: path for name, path in sorted(found.items()) if _belongs(name)}
 
 
 def files_of_checkpoint(run: RunFolder, folder: Path) -> dict[str, Path]:
     """The files of one checkpoint by their names in the run, its manifest last."""
-    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: (p.name == MANIFEST, p))
+    files = sorted(files_in(folder), key=lambda p: (p.name == MANIFEST, p))
     return {path.relative_to(run.root).as_posix(): path for path in files}
 
 
