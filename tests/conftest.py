@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import TOKEN, Hub
 
 # Before torch and transformers are imported: offline, quiet, and two tests at a time do not fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -116,3 +118,26 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "output": {"base_output_dir": str(folder / "outputs")},
     }
     return RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A running hub, for this process and those it starts; logged in with a token that may write."""
+    from huggingface_hub import constants
+
+    server = Hub(tmp_path / "hub").start()
+    environment = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)  # read from the environment once, at import
+    place = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", place)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def own_run(finished_run: Any, tmp_path: Path) -> Any:
+    """A copy of the finished run, to write in."""
+    return type(finished_run)(Path(shutil.copytree(finished_run.root, tmp_path / "runs" / finished_run.run_id)))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from hub_server import Hub
 
 from training_lens.integrations.mirror import MirrorIntegration
 from training_lens.integrations.record import RunRecord
@@ -53,6 +54,12 @@ def test_an_adapter_of_a_mirror_answers(call: Call, place: str) -> None:
     result = call("infer", "Note who has what.", "--run", place, "inference.max_new_tokens=4", "--json")
     assert result.exit_code == 0, result.stderr
     assert "/cache/runs/default/" in result.stdout + result.stderr
+
+
+def test_a_run_of_a_mirror_is_pushed(call: Call, place: str, hub: Hub) -> None:
+    result = call("push", place, "me/tiny", "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "adapter_model.safetensors" in [file["path"] for file in json.loads(result.stdout)["files"]]
 
 
 def test_a_place_that_cannot_be_opened_is_one_line(call: Call) -> None:

@@ -18,6 +18,7 @@ from hub_server import READ_TOKEN, TOKEN, Hub
 from training_lens import TrainingWrapper
 from training_lens.errors import CheckpointError, ConfigurationError, IntegrationError
 from training_lens.integrations.hub import HuggingFaceIntegration
+from training_lens.integrations.published import Names
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.sync import look, send
 from training_lens.utils.checkpoints import checkpoint_folder, list_checkpoints, verify_checkpoint, write_checkpoint
@@ -158,6 +159,16 @@ def test_a_busy_hub_says_when_to_ask_again(hub: Hub, own_run: RunFolder) -> None
     assert caught.value.retry_after == 55 and not caught.value.lasting
 
 
+def test_the_process_keeps_its_own_client(hub: Hub, own_run: RunFolder) -> None:
+    """Other threads may be in the middle of a request with it; its proxies and certificates are the user's."""
+    from huggingface_hub import get_session
+
+    client = get_session()
+    before = client.send, client.timeout
+    integration(own_run).push()
+    assert get_session() is client and (client.send, client.timeout) == before and not client.is_closed
+
+
 def test_a_dropped_upload_goes_on(hub: Hub, own_run: RunFolder) -> None:
     hub.order({"on": "PUT", "drop": True, "times": 1})
     assert integration(own_run).push().url
@@ -264,6 +275,18 @@ def test_no_secret_and_no_place_of_this_machine_is_sent(
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "the-base"
     card = files["README.md"].decode()
     assert "**the-base**" in card and "base_model" not in front_matter(card)
+
+
+def test_a_base_in_the_folder_where_one_stands_has_its_name(
+    own_run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = own_run.read_metadata("config.json")
+    settings["model"]["id"] = "."
+    write_json(own_run.metadata / "config.json", settings)
+    (tmp_path / "the-base").mkdir()
+    monkeypatch.chdir(tmp_path / "the-base")
+    names = Names(RunRecord(own_run))
+    assert names.base == "the-base" and names.in_text("0.5 nats. All.") == "0.5 nats. All."
 
 
 @pytest.mark.parametrize(

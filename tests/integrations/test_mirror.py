@@ -55,6 +55,7 @@ def check_equal(run: RunFolder, place: str, tmp_path: Path) -> None:
     there = {p.relative_to(run.root).as_posix() for p in run.root.rglob("*") if p.is_file()}
     left_out = there - set(manifest.files)
     assert all(name.endswith(".lock") or name.startswith("tracking/") for name in left_out), left_out
+    assert not any(name.startswith("tracking/") for name in manifest.files)
     assert not manifest.replacing and manifest.status == run.status
 
 
@@ -62,7 +63,8 @@ def check_equal(run: RunFolder, place: str, tmp_path: Path) -> None:
 def test_a_run_arrives_whole_and_once(run: RunFolder, place: str, kind: str, tmp_path: Path) -> None:
     place = place if kind == "folder" else f"memory://{uuid.uuid4()}"
     (run.tracking / "wandb").mkdir(parents=True)
-    (run.tracking / "wandb" / "offline.wandb").write_text("of the tracker's own")
+    for name in ("offline.wandb", "cursor.json"):
+        (run.tracking / "wandb" / name).write_text("of the tracker's own, and this machine's")
     (run.lens / ".tmp-half").write_text("half")
     mirror = mirror_of(run, place)
     assert mirror.outstanding().endswith("its end")

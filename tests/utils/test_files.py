@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 from training_lens.errors import ConfigurationError, OutputError
 from training_lens.utils.files import (
+    files_in,
     require_writable,
     safe_save,
     sweep_temporaries,
@@ -131,3 +134,25 @@ def test_an_exchange_that_fails_leaves_the_old_folder_and_nothing_else(
     with pytest.raises(PermissionError), whole_folder(tmp_path / "x", existing="replace"):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_files_are_listed_while_folders_come_and_go(tmp_path: Path) -> None:
+    (tmp_path / "stays").mkdir()
+    (tmp_path / "stays" / "file").write_text("x")
+    done = threading.Event()
+
+    def churn() -> None:
+        while not done.is_set():
+            for folder in (tmp_path / f"step-{number}" for number in range(20)):
+                (folder / "deep" / "er").mkdir(parents=True)
+            for number in range(20):
+                shutil.rmtree(tmp_path / f"step-{number}")
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        assert all(tmp_path / "stays" / "file" in files_in(tmp_path) for _ in range(300))
+    finally:
+        done.set()
+        thread.join()
+    assert files_in(tmp_path / "nothing") == []

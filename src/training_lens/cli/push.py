@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, refuse_unused
+from training_lens.cli.places import copied_here
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
     from training_lens.integrations.hub import HuggingFaceIntegration
     from training_lens.integrations.pushed import PushPlan
 
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, its folder, or 'latest' finished.")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's id, its folder, 'latest' finished, or a mirror's.")
+]
 RepoName = Annotated[
     str | None, typer.Argument(metavar="[REPO]", help="owner/name; without it, the run's own tracking.hub.repo.")
 ]
@@ -40,8 +43,12 @@ def push(
     Examples: training-lens push latest me/my-adapter --dry-run; training-lens push RUN me/my-adapter --checkpoints
     """
     with command(json, debug) as screen:
+        from training_lens.errors import ConfigurationError
+
         named, given = (None, [repo, *(overrides or [])]) if repo and "=" in repo else (repo, overrides or [])
         refuse_unused(given, ("output.", "tracking.hub."), "push sends a run as it is.")
+        if named and (other := next((text for text in given if text.startswith("tracking.hub.repo=")), None)):
+            raise ConfigurationError(f"{named} and {other} both name a repository; keep one.")
         asked = {"repo": named, "revision": revision, "checkpoints": checkpoints or None}
         flags: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
         if public:
@@ -67,7 +74,8 @@ def _hub(run: str, settings: TrainingConfig) -> HuggingFaceIntegration:
     from training_lens.utils.runs import find_run
 
     output = settings.output
-    folder = find_run(run, output.base_output_dir, output.experiment_name, finished=True)
+    here = copied_here(run, output.base_output_dir, finished=True)
+    folder = find_run(here, output.base_output_dir, output.experiment_name, finished=True)
     record = RunRecord(folder, {"tracking": {"hub": settings.given()["tracking"]["hub"]}})
     if record.config.tracking.hub.repo is None:
         raise ConfigurationError(

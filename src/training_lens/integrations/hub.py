@@ -103,7 +103,10 @@ class HuggingFaceIntegration(Integration):
         wanted = self._files(self._pushable())
         try:
             self.require()
-            return plan_push(wanted, self._repository().files() or {})
+            repository = self._repository()
+            if (remote := repository.files()) is not None:
+                self._tell_visibility(repository)
+            return plan_push(wanted, remote or {})
         except IntegrationError as error:
             return PushPlan(tuple(wanted), unknown=str(error))
 
@@ -166,12 +169,17 @@ class HuggingFaceIntegration(Integration):
         if not plan.is_done:
             if remote is None:
                 repository.create()
-            elif not self._options.private:
-                logger.info("%s is there already: it stays as visible as it is", self.repo)
+            self._tell_visibility(repository)
             url = repository.commit(plan, f"{self.run.run_id}: {due.words()}")
             logger.debug("sent %d files in %s", len(plan.send), url)
         self.cursor.save({**self.cursor.load(), self._place: state})
         return Pushed(plan, url, self.repo)
+
+    def _tell_visibility(self, repository: Repository) -> None:
+        """Say so where one that is there already is seen by others than the config asks for a new one."""
+        if (private := repository.is_private()) != self._options.private:
+            seen = "private" if private else "public: everyone sees what is sent there"
+            logger.warning("%s is there already, and stays %s", self.repo, seen)
 
     @property
     def _place(self) -> str:

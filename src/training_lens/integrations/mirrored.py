@@ -10,7 +10,7 @@ from pathlib import Path
 
 from training_lens.integrations.remote import Content
 from training_lens.utils.checkpoints import MANIFEST
-from training_lens.utils.files import TEMPORARY, sha256_of
+from training_lens.utils.files import TEMPORARY, files_in, sha256_of
 from training_lens.utils.runs import RunFolder
 
 PRUNED = ("checkpoints/", "lens/")  # of what is deleted here, what is deleted there, too
@@ -29,31 +29,29 @@ class Copy:
 
 
 def files_but_checkpoints(run: RunFolder) -> dict[str, Path]:
-    """What goes to a mirror besides checkpoints, by name: no locks, nothing half-written, of trackers the cursors.
+    """What goes to a mirror besides checkpoints, by name: no locks, nothing half-written, nothing of tracking/.
 
-    What else a tracker keeps in its folder is this machine's: its service gets it from here.
+    What trackers keep there is this machine's: another one asks their services what they have.
     """
-    found = {path.relative_to(run.root).as_posix(): path for path in run.root.rglob("*")}
-    return {name: path for name, path in sorted(found.items()) if _belongs(name) and path.is_file()}
+    found = {path.relative_to(run.root).as_posix(): path for path in files_in(run.root)}
+    return {name: path for name, path in sorted(found.items()) if _belongs(name)}
 
 
 def files_of_checkpoint(run: RunFolder, folder: Path) -> dict[str, Path]:
     """The files of one checkpoint by their names in the run, its manifest last."""
-    files = sorted((p for p in folder.rglob("*") if p.is_file()), key=lambda p: (p.name == MANIFEST, p))
+    files = sorted(files_in(folder), key=lambda p: (p.name == MANIFEST, p))
     return {path.relative_to(run.root).as_posix(): path for path in files}
 
 
 def _belongs(name: str) -> bool:
     parts = name.split("/")
-    if parts[0] == "tracking":
-        return parts[-1] == "cursor.json" and parts[1] != "mirror"
     hidden = any(part.startswith(TEMPORARY) for part in parts) or parts[-1].endswith(".lock")
-    return parts[0] != "checkpoints" and not hidden
+    return parts[0] not in ("checkpoints", "tracking") and not hidden
 
 
 def trails(name: str) -> bool:
-    """Whether a file changes also after the last delivery: it tells of that, and of the other integrations."""
-    return name.startswith(("logs/run.log", "logs/events.", "tracking/"))
+    """Whether a file changes also after the last delivery: it tells of that."""
+    return name.startswith(("logs/run.log", "logs/events."))
 
 
 def is_changed(path: Path, seen: Seen | None) -> bool:

@@ -30,9 +30,11 @@ class Names:
         files = {file for split in ("train", "validation") for file in (data.get(split) or {}).get("files", {})}
         self._short = short_names(sorted(files))
         base = embedded.resolve(run.config.model.id)
-        self.base = Path(base).name if is_folder(base) and run.config.model.id == base else run.config.model.id
+        local = is_folder(base) and run.config.model.id == base
+        self.base = Path(base).expanduser().resolve().name if local else run.config.model.id
         places = [embedded.resolve(run.config.model.id), str(run.folder.root), str(run.base_output_dir.absolute())]
-        self._places = {place: Path(place).name for place in places if is_folder(place)} | self._short
+        named = [place for place in places if is_folder(place) and Path(place).name not in ("", "..")]
+        self._places = {place: Path(place).name for place in named} | self._short
 
     def of(self, value: Any) -> Any:
         """A JSON value with every path in it shortened, keys too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 SILENCE_SECONDS = 60.0  # of a service that was asked, until it counts as away
 TOKENS = "https://huggingface.co/settings/tokens"
 TRIED_AGAIN = (408, 429)  # by huggingface_hub itself, besides 5xx
+_CLIENT = threading.Lock()  # held while huggingface_hub's client is ours
 BUSY = (*TRIED_AGAIN, 409, 412, 423, 425)  # of the 4xx, those that pass
 
 
@@ -70,6 +72,15 @@ class Repository:
         found = (entry for entry in entries if isinstance(entry, RepoFile))
         return {f.path: RemoteFile(f.size, f.blob_id, f.lfs.sha256 if f.lfs else None) for f in found}
 
+    def is_private(self) -> bool:
+        """Whether only its owners see it.
+
+        Raises:
+            IntegrationError: see `files`.
+        """
+        with self._asked() as api:
+            return bool(api.model_info(self.name, expand=["private"]).private)
+
     def create(self) -> None:
         """Make it, and its branch; of one that is there, nothing changes.
 
@@ -115,22 +126,19 @@ def _prompt_client() -> Iterator[None]:
     """Within the block huggingface_hub asks once and waits for no silent service: we try again, and later.
 
     By itself it tries a request six times, over half a minute, and waits without end for an answer. Its HTTP client is
-    one for the process: other threads that use the library meanwhile share this one.
+    one for the process, perhaps of the user's own making: it is kept, with its connections, and other threads that use
+    the library meanwhile share this manner.
     """
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils._http import default_client_factory
+    from huggingface_hub import get_session
 
-    def prompt() -> Any:
-        client = default_client_factory()
-        client.timeout = SILENCE_SECONDS
-        client.send = _once(client.send)  # type: ignore[method-assign]
-        return client
-
-    set_client_factory(prompt)
-    try:
-        yield
-    finally:
-        set_client_factory(default_client_factory)
+    with _CLIENT:
+        client = get_session()
+        send, timeout = client.send, client.timeout
+        client.send, client.timeout = _once(send), SILENCE_SECONDS  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            client.send, client.timeout = send, timeout  # type: ignore[method-assign]
 
 
 def _once(send: Any) -> Any:

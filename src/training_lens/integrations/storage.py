@@ -20,7 +20,7 @@ from typing import Any
 
 from training_lens.errors import IntegrationError
 from training_lens.integrations.checksums import PART_BYTES, vouched
-from training_lens.utils.files import TEMPORARY, sha256_of, whole_file
+from training_lens.utils.files import TEMPORARY, files_in, sha256_of, whole_file
 from training_lens.utils.formatting import said
 from training_lens.utils.secrets import has_password, redacted
 
@@ -116,7 +116,7 @@ class LocalStorage(StorageBackend):
                 raise IntegrationError(f"{self.folder / name}: there is no such file.") from error
 
     def list(self, folder: str = "") -> dict[str, int]:
-        files = [p for p in (self.folder / folder).rglob("*") if p.is_file() and not p.name.startswith(TEMPORARY)]
+        files = [path for path in files_in(self.folder / folder) if not path.name.startswith(TEMPORARY)]
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
 
     def delete(self, name: str) -> None:
@@ -247,11 +247,14 @@ def require_driver(url: str) -> None:
     """Make sure, without network, that a URL can be opened here.
 
     Raises:
-        IntegrationError: it holds a password, nothing knows its protocol, or the package for that is missing.
+        IntegrationError: it names no place or holds a password, nothing knows its protocol, or the package for that
+            is missing.
     """
     import fsspec
 
     protocol = protocol_of(url)
+    if not url.partition("://")[2].strip("/"):
+        raise IntegrationError(f"{url} names no place; give one, such as {protocol}://bucket/path.", lasting=True)
     if has_password(url):
         raise IntegrationError(
             f"{redacted(url)}: a password in a URL ends up in files. Leave it out, and set the environment variables "

@@ -114,6 +114,12 @@ def sweep_temporaries(folder: Path, older_than_seconds: float) -> None:
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
+def files_in(folder: Path) -> list[Path]:
+    """All files in a folder and those below it; of folders that are not there, or vanish meanwhile, none."""
+    found = [Path(place) / name for place, _, names in os.walk(folder) for name in names]
+    return [path for path in found if path.is_file()]
+
+
 def sha256_of(path: Path) -> str:
     """The file's sha256 in hexadecimal, read in one pass of bounded memory."""
     with path.open("rb") as file:
