@@ -10,8 +10,9 @@ from training_lens.analysis.frames import metrics_frame, samples_frame
 from training_lens.analysis.logs import Log, our_log
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError
-from training_lens.utils.checkpoints import list_checkpoints
+from training_lens.utils.checkpoints import checkpoint_steps
 from training_lens.utils.experiments import find_runs, folders_of, newest, so_far
+from training_lens.utils.housekeeping import in_place
 from training_lens.utils.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Run:
     """
 
     def __init__(self, path_or_id: Path | str, base_output_dir: Path | str = OUTPUTS) -> None:
+        self._base_output_dir = base_output_dir
         (found,) = find_runs([str(Path(path_or_id).expanduser())], str(base_output_dir))
         self.folder: RunFolder = found.folder
         self._lens: CheckpointAnalyzer | None = None
@@ -141,21 +143,24 @@ class Run:
         """Training and validation loss, with epochs, spikes and checkpoints, to zoom into."""
         from training_lens.analysis.figures.runs import loss
 
-        steps = [path.name.removeprefix("step-") for path in list_checkpoints(self.folder.checkpoints)]
-        return loss(self.log, [int(step) for step in steps if step.isdigit()])
+        return loss(self.log, checkpoint_steps(self.folder.checkpoints))
 
     def compare(self, other: Run | Path | str) -> RunComparison:
         """The two side by side: their settings, numbers and losses.
 
         Args:
-            other: a run, or what `Run` takes; an id is looked for beside this run.
+            other: a run, or what `Run` takes; an id is looked for where this run is.
 
         Raises:
-            CheckpointError: there is no such run.
+            CheckpointError: there is no such run, or the metadata of one of the two are missing or broken.
         """
         from training_lens.analysis.run_comparison import RunComparison
 
-        return RunComparison(self, other if isinstance(other, Run) else Run(other, self.folder.root.parents[3]))
+        return RunComparison(self, other if isinstance(other, Run) else Run(other, self._beside()))
+
+    def _beside(self) -> Path | str:
+        """The folder of outputs that the run is in; of a run that was moved out of one, that which was given."""
+        return self.folder.root.absolute().parents[3] if in_place(self.folder) else self._base_output_dir
 
     def __repr__(self) -> str:
         told = self.summary
