@@ -95,6 +95,8 @@ def test_a_run_is_found_by_folder_id_and_as_the_latest(copied: RunFolder) -> Non
         assert run.folder.root.samefile(copied.root)
     with pytest.raises(CheckpointError, match=f"no run '{copied.run_id[:-1]}'.*Did you mean {copied.run_id}"):
         Run(copied.run_id[:-1], base)
+    with pytest.raises(CheckpointError, match=r"fetch_to_read\(URL"):
+        Run("s3://bucket/experiments/default/runs/mine")
     with pytest.raises(CheckpointError, match=r"no run in .* yet"):
         Run.latest(base, "empty")
     with pytest.raises(ConfigurationError, match=r"no experiment 'defalt'.*Did you mean default"):
@@ -229,7 +231,9 @@ def test_a_run_has_its_id_wherever_it_is_and_however_it_is_named(
     monkeypatch.chdir(copied.root)
     assert Run(".").run_id == copied.run_id and repr(Run(".").compare("other")).endswith("peft.r")
     monkeypatch.chdir(copied.logs)
-    assert Run("..").run_id == copied.run_id
+    assert (run := Run("..")).run_id == copied.run_id
+    monkeypatch.chdir(base)
+    assert run.status == "finished" and f">{copied.root.relative_to(base)}</td>" in run._repr_html_()
     monkeypatch.chdir(copied.root.parent)
     assert Run("other").compare(copied.run_id).config.keys() == {"peft.r"}
     moved = shutil.copytree(other.root, base.parent / "moved")

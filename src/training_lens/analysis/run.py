@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from training_lens.analysis.run_comparison import RunComparison
 
 OUTPUTS = "outputs"
+IN_A_MIRROR = (
+    "a run in a mirror is brought here first: Run(fetch_to_read(URL, 'outputs', finished=None).root), with "
+    "from training_lens.integrations.fetching import fetch_to_read."
+)
 
 
 class Run:
@@ -35,7 +39,7 @@ class Run:
         base_output_dir: where the runs are, for an id.
 
     Raises:
-        CheckpointError: there is no such run, or the id is that of several.
+        CheckpointError: there is no such run, the id is that of several, or it is the URL of a run in a mirror.
 
     Example:
         run = Run.latest()
@@ -44,9 +48,11 @@ class Run:
     """
 
     def __init__(self, path_or_id: Path | str, base_output_dir: Path | str = OUTPUTS) -> None:
-        self._base_output_dir = base_output_dir
+        if "://" in str(path_or_id):
+            raise CheckpointError(IN_A_MIRROR)
+        self._base_output_dir = Path(base_output_dir).absolute()
         (found,) = find_runs([str(Path(path_or_id).expanduser())], str(base_output_dir))
-        self.folder: RunFolder = found.folder
+        self.folder = RunFolder(found.folder.root.absolute())  # it is found also after a change of the directory
         self._lens: CheckpointAnalyzer | None = None
         self._findings: tuple[Finding, ...] | None = None
         self._read_at: tuple[str, int] | None = None
@@ -158,9 +164,9 @@ class Run:
 
         return RunComparison(self, other if isinstance(other, Run) else Run(other, self._beside()))
 
-    def _beside(self) -> Path | str:
+    def _beside(self) -> Path:
         """The folder of outputs that the run is in; of a run that was moved out of one, that which was given."""
-        return self.folder.root.absolute().parents[3] if in_place(self.folder) else self._base_output_dir
+        return self.folder.root.parents[3] if in_place(self.folder) else self._base_output_dir
 
     def __repr__(self) -> str:
         told = self.summary
