@@ -90,12 +90,14 @@ def contents(file: Path) -> Iterator[bytes]:
 def leaks(folder: Path) -> list[str]:
     """The files under a folder that hold something planted, each with what it holds."""
     wanted = [spelling for secret in (*SECRETS, OF_STORAGE, OF_REMOTE) for spelling in (secret, quote_plus(secret))]
-    files = [file for file in folder.rglob("*") if file.is_file()]
+    spelled = {secret: (secret.encode(), json.dumps(secret)[1:-1].encode()) for secret in wanted}
     return [
         f"{file.relative_to(folder)}: {secret}"
-        for file in files
-        for secret in wanted
-        if any(secret.encode() in data or json.dumps(secret)[1:-1].encode() in data for data in contents(file))
+        for file in folder.rglob("*")
+        if file.is_file()
+        for data in contents(file)
+        for secret, spellings in spelled.items()
+        if any(spelling in data for spelling in spellings)
     ]
 
 
