@@ -148,8 +148,10 @@ def test_no_file_of_a_run_that_goes_everywhere_holds_a_secret(small_config: Call
             "tensorboard": True,
             "wandb": {"mode": "offline"},
             "mlflow": {"enabled": True},
+            "trackio": {"enabled": True},
             "custom": {"leaking.Leaking": {}},
             "samples": 1,
+            "histograms_every": 1,
             "wait_seconds": 250,
         },
         training={"max_steps": 3},
@@ -159,7 +161,8 @@ def test_no_file_of_a_run_that_goes_everywhere_holds_a_secret(small_config: Call
     )
     run = RunFolder(Path(TrainingWrapper(config).train().run_dir))
     ends = {state.name: state.status for state in look(run)}
-    assert ends == {**dict.fromkeys(("tensorboard", "wandb", "mlflow", "mirror"), "delivered"), "leaking": "waiting"}
+    everywhere = ("tensorboard", "wandb", "mlflow", "trackio", "mirror")
+    assert ends == {**dict.fromkeys(everywhere, "delivered"), "leaking": "waiting"}
     log = (run.logs / "run.log").read_text()
     assert "leaking: " in log and "connecting with ***" in log
     assert leaks(planted / "outputs") == leaks(planted / "mirror") == []
