@@ -115,6 +115,7 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     values = {
         "data": {"train": [str(folder / "rows.jsonl")]},
         "training": {"epochs": 1},
+        "tracking": {"tensorboard": False},
         "output": {"base_output_dir": str(folder / "outputs")},
     }
     return RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir))

@@ -145,6 +145,7 @@ def run_without_captures(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "training": {"epochs": 1, "batch_size": 8},
         "peft": {"r": 2},
         "lens": {"enabled": False},
+        "tracking": {"tensorboard": False},
         "output": {"base_output_dir": str(tmp_path_factory.mktemp("outputs"))},
     }
     return RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir))

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from training_lens import CheckpointAnalyzer, Run, TrainingWrapper
+from training_lens.analysis.reports.technical import marked_steps
 from training_lens.analysis.run_comparison import OTHER_ROWS
+from training_lens.core import tables
 from training_lens.errors import CheckpointError, ConfigurationError, LensError
 from training_lens.training.callbacks import Callback
-from training_lens.utils.files import write_json
+from training_lens.utils.files import read_json, write_json
 from training_lens.utils.runs import RunFolder, read_metrics, runs_folder
 
 EVIL = "<script>alert('x')</script>"
@@ -67,6 +69,10 @@ def test_a_line_that_a_kill_cut_short_and_a_loss_that_is_not_finite(copied: RunF
 
 def test_samples_are_a_row_an_answer(copied: RunFolder) -> None:
     run = Run(copied.root)
+    written = [line for line in read_metrics(copied.samples) if line.pop("time")]
+    parts = [{"step": line["step"], "base": line["base"], **each} for line in written for each in line["samples"]]
+    assert parts and run.samples.to_dict("records") == parts
+    copied.samples.unlink()
     assert list(run.samples.columns) == ["step", "base", "id", "prompt", "expected", "generated"] and run.samples.empty
     answer = {"id": "rows:3", "prompt": "p", "expected": "e", "generated": "g"}
     copied.samples.write_text(json.dumps({"step": 5, "base": True, "samples": [answer, answer]}) + "\n")
@@ -89,6 +95,8 @@ def test_a_run_is_found_by_folder_id_and_as_the_latest(copied: RunFolder) -> Non
         assert run.folder.root.samefile(copied.root)
     with pytest.raises(CheckpointError, match=f"no run '{copied.run_id[:-1]}'.*Did you mean {copied.run_id}"):
         Run(copied.run_id[:-1], base)
+    with pytest.raises(CheckpointError, match=r"fetch_to_read\(URL"):
+        Run("s3://bucket/experiments/default/runs/mine")
     with pytest.raises(CheckpointError, match=r"no run in .* yet"):
         Run.latest(base, "empty")
     with pytest.raises(ConfigurationError, match=r"no experiment 'defalt'.*Did you mean default"):
@@ -144,6 +152,19 @@ def test_a_run_that_has_only_begun_is_shown(copied: RunFolder) -> None:
     assert "No step is done yet." in run._repr_html_() and repr(run).endswith("interrupted, 0 steps")
 
 
+def test_figures_and_reports_mark_the_checkpoints_that_the_run_has(copied: RunFolder) -> None:
+    def marked() -> list[int]:
+        return marked_steps(CheckpointAnalyzer(copied.root).recording)
+
+    (copied.checkpoints / "step-00000003").mkdir()
+    steps = sorted(read_json(path)["step"] for path in copied.checkpoints.glob("*/manifest.json"))
+    figure = Run(copied.root).figure()
+    triangles = next(trace for trace in figure.data if trace.name == "checkpoint")
+    assert list(triangles.x) == marked() == sorted([3, *steps])
+    shutil.rmtree(copied.checkpoints)
+    assert marked() == CheckpointAnalyzer(copied.root).recording.captures.snapshot_steps(tables.SNAPSHOTS)
+
+
 def test_figure_shows_each_loss_of_the_journal(finished_run: Any) -> None:
     figure = Run(finished_run.root).figure()
     training = next(trace for trace in figure.data if trace.name == "training")
@@ -197,13 +218,35 @@ def test_runs_validated_on_other_rows_are_not_compared_silently(copied: RunFolde
     assert not comparison.same_validation and OTHER_ROWS in comparison._repr_html_()
 
 
+def test_a_run_whose_metadata_are_broken_is_not_compared(copied: RunFolder, other: RunFolder) -> None:
+    (other.metadata / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"other/metadata/config.json is no valid JSON"):
+        Run(copied.root).compare("other")
+
+
+def test_a_run_has_its_id_wherever_it_is_and_however_it_is_named(
+    copied: RunFolder, other: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = copied.root.parents[3]
+    monkeypatch.chdir(copied.root)
+    assert Run(".").run_id == copied.run_id and repr(Run(".").compare("other")).endswith("peft.r")
+    monkeypatch.chdir(copied.logs)
+    assert (run := Run("..")).run_id == copied.run_id
+    monkeypatch.chdir(base)
+    assert run.status == "finished" and f">{copied.root.relative_to(base)}</td>" in run._repr_html_()
+    monkeypatch.chdir(copied.root.parent)
+    assert Run("other").compare(copied.run_id).config.keys() == {"peft.r"}
+    moved = shutil.copytree(other.root, base.parent / "moved")
+    assert Run(moved, base).compare(copied.run_id).config.keys() == {"peft.r"}
+
+
 def test_runs_of_one_id_are_told_apart_by_their_folders(copied: RunFolder, finished_run: Any) -> None:
     names = Run(copied.root).compare(finished_run.root).names
     assert names == (str(copied.root), str(finished_run.root))
 
 
 def test_a_training_that_ended_shows_its_run(small_config: Callable[..., Any], copied: RunFolder) -> None:
-    from training_lens.training.wrapper import TrainingSummary
+    from training_lens.training.summary import TrainingSummary
 
     summary = TrainingSummary(**copied.read_metadata("summary.json") | {"run_dir": str(copied.root)})
     assert summary._repr_html_() == Run(copied.root)._repr_html_()

@@ -21,7 +21,7 @@ from training_lens import embedded
 Call = Callable[..., Result]
 
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(24)]
-FAST = ["data.max_examples=32", "training.epochs=1", "training.lr=3e-3", "peft.r=4"]
+FAST = ["data.max_examples=32", "training.epochs=1", "training.lr=3e-3", "peft.r=4", "tracking.tensorboard=false"]
 
 
 def command(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:

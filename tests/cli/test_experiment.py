@@ -183,6 +183,7 @@ def test_a_run_trains_once_at_a_time_and_is_told_as_interrupted_when_its_process
     call: Call, tmp_path: Path
 ) -> None:
     settings = ["output.run_id=mine", "data.max_examples=1000", "training.epochs=3", "peft.r=4"]
+    settings += ["tracking.tensorboard=false"]
     command = [sys.executable, "-m", "training_lens", "train", *settings]
     run = RunFolder(runs_folder(str(tmp_path / "outputs"), "default") / "mine")
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:

@@ -105,17 +105,22 @@ def test_a_run_on_plain_texts_says_that_it_continues(call: Call, text_run: RunFo
     assert chat.stdout.count(json.loads(one.stdout)["answer"].strip()) == 2
 
 
-@pytest.mark.parametrize("text", ["a \udcff", "\ufdd0", "a \ufdd2"])
-def test_what_is_no_text_is_one_line_and_the_chat_goes_on(call: Call, text: str) -> None:
-    refused = "the prompt holds U+"
+NO_TEXT = ["a \udcff", "\ufdd0", "a \ufdd2"]
+
+
+@pytest.mark.parametrize("text", NO_TEXT)
+def test_what_is_no_text_is_one_line(call: Call, text: str) -> None:
     base = ["inference=base", SHORT]
     asked = call("infer", text, *base)
-    assert (asked.exit_code, refused in asked.stderr) == (2, True)
+    assert (asked.exit_code, "the prompt holds U+" in asked.stderr) == (2, True)
     assert call("infer", "Hi", *base, "--domain", text).exit_code == 2
-    typed = f"{text}\nHi\n".encode(errors="surrogateescape")
+
+
+def test_what_is_no_text_is_said_and_the_chat_goes_on() -> None:
+    typed = "".join(f"{text}\n" for text in [*NO_TEXT, "Hi"]).encode(errors="surrogateescape")
     chat = subprocess.run(
-        [sys.executable, "-m", "training_lens", "infer", "--interactive", *base],
+        [sys.executable, "-m", "training_lens", "infer", "--interactive", "inference=base", SHORT],
         input=typed, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
     assert (chat.returncode, chat.stderr) == (0, b"")
-    assert refused.encode() in chat.stdout and chat.stdout.count(b"> ") == 3
+    assert chat.stdout.count(b"the prompt holds U+") == 3 and chat.stdout.count(b"> ") == 5

@@ -15,7 +15,8 @@ from training_lens.sweeps.runner import Sweep, sweep_folder
 from training_lens.sweeps.worker import Worker
 
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(32)]
-TRIALS = ["sweep.space.training.lr={low: 1e-4, high: 1e-2, log: true}", "training.epochs=1", "training.max_steps=2"]
+SPACE = "sweep.space.training.lr={low: 1e-4, high: 1e-2, log: true}"
+TRIALS = [SPACE, "training.epochs=1", "training.max_steps=2", "tracking.tensorboard=false"]
 Call = Callable[..., Result]
 
 

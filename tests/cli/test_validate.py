@@ -46,13 +46,14 @@ def test_json_has_the_same_and_train_agrees(folder: Path) -> None:
     assert (report["repeated_train_examples"], report["validation_examples_in_train"]) == (1, 1)
     assert report["splits"]["train"]["examples_by_file"] == {"train.jsonl": 32}
     assert set(report["estimate"]) == {"seconds", "validation_seconds", "peak_bytes", "measured_steps", "layers"}
-    summary = json.loads(CliRunner().invoke(cli, ["train", *settings, "--json"]).stdout)
+    summary = json.loads(CliRunner().invoke(cli, ["train", *settings, "tracking.tensorboard=false", "--json"]).stdout)
     assert summary["steps"] == report["total_steps"]
 
 
 def test_several_validation_files_are_reported_each(folder: Path) -> None:
     (folder / "more.jsonl").write_text(json.dumps({"question": "Who?", "answer": "Tom.", "domain": "a"}) + "\n")
     settings = ["data.train=train.jsonl", "data.validation=[held.jsonl,more.jsonl]", "training.max_steps=2"]
+    settings += ["tracking.tensorboard=false"]
     result = CliRunner().invoke(cli, ["train", *settings, "--json"])
     run = Path(json.loads(result.stdout)["run_dir"])
     lines = [json.loads(line) for line in (run / "logs/metrics.jsonl").read_text().splitlines()]

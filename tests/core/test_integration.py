@@ -89,7 +89,8 @@ def test_what_is_useless_to_try_again_is_left_at_once(tmp_path: Path) -> None:
     assert statuses(manager) == {"refused": "left"} and refused.calls == 1
 
 
-def test_the_end_wakes_a_pause_and_is_tried_a_few_times(tmp_path: Path) -> None:
+def test_the_end_wakes_a_pause_and_is_tried_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training_lens.core.integration.LONGEST_PAUSE", 0.1)  # in place of 1, 2 and 4 s
     dead = Doing("dead", fail)
     manager = IntegrationManager([dead], tmp_path, every=60.0)
     manager.start()

@@ -90,12 +90,14 @@ def contents(file: Path) -> Iterator[bytes]:
 def leaks(folder: Path) -> list[str]:
     """The files under a folder that hold something planted, each with what it holds."""
     wanted = [spelling for secret in (*SECRETS, OF_STORAGE, OF_REMOTE) for spelling in (secret, quote_plus(secret))]
-    files = [file for file in folder.rglob("*") if file.is_file()]
+    spelled = {secret: (secret.encode(), json.dumps(secret)[1:-1].encode()) for secret in wanted}
     return [
         f"{file.relative_to(folder)}: {secret}"
-        for file in files
-        for secret in wanted
-        if any(secret.encode() in data or json.dumps(secret)[1:-1].encode() in data for data in contents(file))
+        for file in folder.rglob("*")
+        if file.is_file()
+        for data in contents(file)
+        for secret, spellings in spelled.items()
+        if any(spelling in data for spelling in spellings)
     ]
 
 
@@ -146,8 +148,10 @@ def test_no_file_of_a_run_that_goes_everywhere_holds_a_secret(small_config: Call
             "tensorboard": True,
             "wandb": {"mode": "offline"},
             "mlflow": {"enabled": True},
+            "trackio": {"enabled": True},
             "custom": {"leaking.Leaking": {}},
             "samples": 1,
+            "histograms_every": 1,
             "wait_seconds": 250,
         },
         training={"max_steps": 3},
@@ -157,7 +161,8 @@ def test_no_file_of_a_run_that_goes_everywhere_holds_a_secret(small_config: Call
     )
     run = RunFolder(Path(TrainingWrapper(config).train().run_dir))
     ends = {state.name: state.status for state in look(run)}
-    assert ends == {**dict.fromkeys(("tensorboard", "wandb", "mlflow", "mirror"), "delivered"), "leaking": "waiting"}
+    everywhere = ("tensorboard", "wandb", "mlflow", "trackio", "mirror")
+    assert ends == {**dict.fromkeys(everywhere, "delivered"), "leaking": "waiting"}
     log = (run.logs / "run.log").read_text()
     assert "leaking: " in log and "connecting with ***" in log
     assert leaks(planted / "outputs") == leaks(planted / "mirror") == []

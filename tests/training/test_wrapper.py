@@ -212,7 +212,7 @@ def test_going_on_from_an_adapter_resumes_undisturbed(small_config: Config) -> N
 
 def test_sigkill_then_resume_equals_the_undisturbed_run(small_config: Config) -> None:
     settings: dict[str, Any] = {
-        "training": {"epochs": 2, "save_steps": 3, "batch_size": 4},
+        "training": {"epochs": 2, "save_steps": 2},
         "peft": {"lora_dropout": 0.1},
     }
     whole = RunFolder(Path(TrainingWrapper(small_config(**settings)).train().run_dir))
@@ -222,7 +222,7 @@ def test_sigkill_then_resume_equals_the_undisturbed_run(small_config: Config) ->
     command = [sys.executable, "-m", "training_lens", "train", "--config", str(file)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     killed = RunFolder(whole.root.parent / "killed")
-    while process.poll() is None and not (killed.checkpoints / "step-00000009").exists():
+    while process.poll() is None and not (killed.checkpoints / "step-00000004").exists():
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

@@ -10,8 +10,9 @@ from training_lens.analysis.frames import metrics_frame, samples_frame
 from training_lens.analysis.logs import Log, our_log
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError
-from training_lens.utils.checkpoints import list_checkpoints
+from training_lens.utils.checkpoints import checkpoint_steps
 from training_lens.utils.experiments import find_runs, folders_of, newest, so_far
+from training_lens.utils.housekeeping import in_place
 from training_lens.utils.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from training_lens.analysis.run_comparison import RunComparison
 
 OUTPUTS = "outputs"
+IN_A_MIRROR = (
+    "a run in a mirror is brought here first: Run(fetch_to_read(URL, 'outputs', finished=None).root), with "
+    "from training_lens.integrations.fetching import fetch_to_read."
+)
 
 
 class Run:
@@ -34,7 +39,7 @@ class Run:
         base_output_dir: where the runs are, for an id.
 
     Raises:
-        CheckpointError: there is no such run, or the id is that of several.
+        CheckpointError: there is no such run, the id is that of several, or it is the URL of a run in a mirror.
 
     Example:
         run = Run.latest()
@@ -43,8 +48,11 @@ class Run:
     """
 
     def __init__(self, path_or_id: Path | str, base_output_dir: Path | str = OUTPUTS) -> None:
+        if "://" in str(path_or_id):
+            raise CheckpointError(IN_A_MIRROR)
+        self._base_output_dir = Path(base_output_dir).absolute()
         (found,) = find_runs([str(Path(path_or_id).expanduser())], str(base_output_dir))
-        self.folder: RunFolder = found.folder
+        self.folder = RunFolder(found.folder.root.absolute())  # it is found also after a change of the directory
         self._lens: CheckpointAnalyzer | None = None
         self._findings: tuple[Finding, ...] | None = None
         self._read_at: tuple[str, int] | None = None
@@ -141,21 +149,24 @@ class Run:
         """Training and validation loss, with epochs, spikes and checkpoints, to zoom into."""
         from training_lens.analysis.figures.runs import loss
 
-        steps = [path.name.removeprefix("step-") for path in list_checkpoints(self.folder.checkpoints)]
-        return loss(self.log, [int(step) for step in steps if step.isdigit()])
+        return loss(self.log, checkpoint_steps(self.folder.checkpoints))
 
     def compare(self, other: Run | Path | str) -> RunComparison:
         """The two side by side: their settings, numbers and losses.
 
         Args:
-            other: a run, or what `Run` takes; an id is looked for beside this run.
+            other: a run, or what `Run` takes; an id is looked for where this run is.
 
         Raises:
-            CheckpointError: there is no such run.
+            CheckpointError: there is no such run, or the metadata of one of the two are missing or broken.
         """
         from training_lens.analysis.run_comparison import RunComparison
 
-        return RunComparison(self, other if isinstance(other, Run) else Run(other, self.folder.root.parents[3]))
+        return RunComparison(self, other if isinstance(other, Run) else Run(other, self._beside()))
+
+    def _beside(self) -> Path:
+        """The folder of outputs that the run is in; of a run that was moved out of one, that which was given."""
+        return self.folder.root.parents[3] if in_place(self.folder) else self._base_output_dir
 
     def __repr__(self) -> str:
         told = self.summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,7 +71,12 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
             yield name.replace("_", " "), f"{loss:.4f}"
     if (speed := told.get("tokens_per_second")) is not None:
         yield "tokens a second", f"{speed:,.0f}"
-    yield "folder", str(run.folder.root)
+    yield "folder", _from_here(run.folder.root)
+
+
+def _from_here(folder: Path) -> str:
+    """Below the working directory, the relative path: a notebook that is passed on says nothing of its machine."""
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
 
 
 def _found(run: Run) -> Iterator[Part]:

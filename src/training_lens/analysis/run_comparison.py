@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from training_lens.analysis.figures.style import COLOURS, add_line, canvas, label
 from training_lens.analysis.run_card import LOSS_AXES, loss_curves
 from training_lens.analysis.sketches import Curve, sketch
-from training_lens.utils.experiments import config_differences, read_run, validated_alike
+from training_lens.errors import CheckpointError
+from training_lens.utils.experiments import BROKEN, config_differences, read_run, validated_alike
 from training_lens.utils.pages import Drawing, Table, card
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class RunComparison:
     def __init__(self, first: Run, second: Run) -> None:
         self.runs = (first, second)
         self._listed = [read_run(run.folder) for run in self.runs]
+        for listed in self._listed:
+            if listed.status == BROKEN:  # without settings: it would seem to differ in all of them
+                raise CheckpointError(listed.detail)
 
     @property
     def names(self) -> tuple[str, str]:
@@ -105,7 +109,7 @@ class RunComparison:
     def _numbers(self) -> list[tuple[str, ...]]:
         """The rows of the table: what at least one of the two knows."""
         rows = [(name, [run.metrics.get(name) for run in self._listed]) for name in SHOWN]
-        return [(name.replace("_", " "), *map(_number, values)) for name, values in rows if any(values)]
+        return [(name.replace("_", " "), *map(_number, values)) for name, values in rows if values != [None, None]]
 
 
 def _number(value: float | None) -> str:

@@ -12,7 +12,7 @@ from training_lens.cli.places import is_url
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
-    from training_lens.training.wrapper import TrainingSummary
+    from training_lens.training.summary import TrainingSummary
     from training_lens.utils.runs import RunFolder
 
 Resume = Annotated[

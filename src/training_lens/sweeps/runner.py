@@ -34,7 +34,8 @@ from training_lens.sweeps.trials import FINISHED, run_id
 from training_lens.sweeps.worker import Worker
 from training_lens.training.callbacks import Callback
 from training_lens.training.planning import RunPlan, with_rows_as_files
-from training_lens.training.wrapper import TrainingSummary, TrainingWrapper
+from training_lens.training.summary import TrainingSummary
+from training_lens.training.wrapper import TrainingWrapper
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import ShownOnce, get_logger, quiet_screen, screen_through
 from training_lens.utils.runs import RunFolder, runs_folder

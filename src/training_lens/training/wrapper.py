@@ -6,7 +6,6 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rich.console import Console
 
 import training_lens
 from training_lens.config.schema import TrainingConfig
-from training_lens.errors import CheckpointError, InterruptedRunError, PrunedRunError
+from training_lens.errors import CheckpointError
 from training_lens.integrations.configured import asked_for
 from training_lens.models.adapters import ParameterCount, count_parameters, describe
 from training_lens.models.factory import load_model
@@ -24,12 +23,13 @@ from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar, progress_columns
 from training_lens.training.checkpoints import ADAPTER, CheckpointManager, TrainingState
 from training_lens.training.histograms import Histograms
-from training_lens.training.lens import LensCallback, lens_of, look_back
+from training_lens.training.lens import lens_of, look_back
 from training_lens.training.planning import RunPlan, plan_run, with_rows_as_files
 from training_lens.training.samples import Samples
+from training_lens.training.summary import TrainingSummary, status_after, summarize, write_summary
 from training_lens.training.tracking import Build, tracked
 from training_lens.training.trainer import Trainer
-from training_lens.utils.devices import get_device, peak_bytes
+from training_lens.utils.devices import get_device
 from training_lens.utils.files import require_writable, whole_folder, write_json
 from training_lens.utils.formatting import format_count
 from training_lens.utils.logging import TrainingLogger, get_logger, quiet_libraries
@@ -39,42 +39,6 @@ from training_lens.utils.runs import RunFolder, new_run_id, runs_folder
 
 logger = get_logger(__name__)
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pyarrow", "numpy")
-
-
-@dataclass(frozen=True)
-class TrainingSummary:
-    """What metadata/summary.json holds and `train --json` prints. Losses in nats per supervised token.
-
-    `validation_loss` is that of the saved adapter (the best validated one, of step `adapter_step`).
-    `lens_seconds` is the time spent capturing; `estimate` the prediction made before the run, null where none was.
-    """
-
-    run_dir: str
-    status: str
-    steps: int = 0
-    epochs: float = 0.0
-    train_loss: float | None = None
-    validation_loss: float | None = None
-    base_validation_loss: float | None = None
-    supervised_tokens: int = 0
-    tokens: int = 0
-    tokens_per_second: float | None = None
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    trainable_parameters: int = 0
-    total_parameters: int = 0
-    adapter_step: int = 0
-    lens_seconds: float = 0.0
-    estimate: dict[str, float] | None = None
-
-    def _repr_html_(self) -> str | None:
-        """In a notebook, the run's card; its numbers alone (None) where the folder is gone by then."""
-        from training_lens.analysis.run import Run
-
-        try:
-            return Run(self.run_dir)._repr_html_()
-        except CheckpointError:
-            return None
 
 
 class TrainingWrapper:
@@ -174,7 +138,7 @@ class TrainingWrapper:
 
     def _train(self, run: RunFolder, plan: RunPlan, resume: bool) -> TrainingSummary:
         if plan.processes.is_main:
-            _write_summary(run, TrainingSummary(str(run.root), "running"))
+            write_summary(run, TrainingSummary(str(run.root), "running"))
         with TrainingLogger(run.logs / "run.log"), self._tracked(run, plan), memory_watched(plan.config):
             logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
             trainer, parameters = self._assemble(run, plan)
@@ -187,11 +151,11 @@ class TrainingWrapper:
             except BaseException as error:
                 logger.debug("the run ends: %s", error, exc_info=True)
                 if plan.processes.is_main:
-                    _write_summary(run, _summarize(run, _status_after(error), trainer, parameters))
+                    write_summary(run, summarize(run, status_after(error), trainer, parameters))
                 raise
-            summary = _summarize(run, "finished", trainer, parameters)
+            summary = summarize(run, "finished", trainer, parameters)
             if plan.processes.is_main:
-                _write_summary(run, summary)
+                write_summary(run, summary)
                 if plan.config.lens.enabled and plan.config.lens.report:
                     look_back(run)
             return summary
@@ -243,7 +207,7 @@ class TrainingWrapper:
             held_out = [plan.validation.example_id(i) for i in range(len(plan.validation))]
             write_json(run.metadata / "held_out.json", held_out)
         write_json(run.metadata / "environment.json", _environment(config))
-        _write_summary(run, TrainingSummary(str(run.root), "running"))
+        write_summary(run, TrainingSummary(str(run.root), "running"))
 
     def _save_artifacts(self, run: RunFolder, plan: RunPlan, trainer: Trainer, state: TrainingState) -> None:
         """artifacts/adapter from the best checkpoint (the last where nothing was validated), and the tokenizer."""
@@ -258,39 +222,6 @@ class TrainingWrapper:
 def _alone(run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
     """The run's lock, which its main process holds for all of them."""
     return run.held() if plan.processes.is_main else nullcontext()
-
-
-def _status_after(error: BaseException) -> str:
-    if isinstance(error, PrunedRunError):
-        return "pruned"
-    return "interrupted" if isinstance(error, InterruptedRunError | KeyboardInterrupt) else "failed"
-
-
-def _summarize(run: RunFolder, status: str, trainer: Trainer, parameters: ParameterCount) -> TrainingSummary:
-    state = trainer.state
-    validated = state.best_step > 0
-    return TrainingSummary(
-        run_dir=str(run.root),
-        status=status,
-        steps=state.step,
-        epochs=state.step / trainer.schedule.steps_per_epoch,
-        train_loss=state.loss_sum / state.supervised_tokens if state.supervised_tokens else None,
-        validation_loss=state.best_loss if validated else None,
-        base_validation_loss=state.base_validation_loss,
-        supervised_tokens=state.supervised_tokens,
-        tokens=state.tokens,
-        tokens_per_second=state.tokens / state.seconds if state.seconds else None,
-        seconds=state.seconds,
-        peak_bytes=peak_bytes(trainer.processes.device),
-        trainable_parameters=parameters.trainable,
-        total_parameters=parameters.total,
-        adapter_step=state.best_step if validated else state.step,
-        lens_seconds=sum(c.seconds for c in trainer.callbacks if isinstance(c, LensCallback)),
-    )
-
-
-def _write_summary(run: RunFolder, summary: TrainingSummary) -> None:
-    write_json(run.metadata / "summary.json", asdict(summary))
 
 
 def _environment(config: TrainingConfig) -> dict[str, Any]:

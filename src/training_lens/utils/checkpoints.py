@@ -83,6 +83,12 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(p for p in checkpoints.glob("step-*") if p.is_dir())
 
 
+def checkpoint_steps(checkpoints: Path) -> list[int]:
+    """The steps after which the checkpoints there were written, oldest first; other folders are passed over."""
+    names = (path.name.removeprefix("step-") for path in list_checkpoints(checkpoints))
+    return [int(name) for name in names if name.isdigit()]
+
+
 def newest_intact(checkpoints: Path) -> tuple[Path, CheckpointMetadata] | None:
     """The newest checkpoint whose files are all as written; a damaged one is logged and passed over."""
     for folder in reversed(list_checkpoints(checkpoints)):

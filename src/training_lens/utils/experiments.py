@@ -13,7 +13,7 @@ from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.formatting import nearest
 from training_lens.utils.housekeeping import in_place, read_tags, read_whole
 from training_lens.utils.nested import differences, flat
-from training_lens.utils.runs import LATEST, RunFolder, read_metrics, run_folders, runs_folder
+from training_lens.utils.runs import LATEST, RunFolder, read_metrics, run_at, run_folders, runs_folder
 
 BROKEN = "broken"
 REPORTS = ("compare.json", "evaluation.json")
@@ -114,7 +114,7 @@ def _find(reference: str, folders: Sequence[RunFolder], base_output_dir: str) ->
         places = ", ".join(str(folder.root) for folder in named)
         raise CheckpointError(f"the run '{reference}' is there {len(named)} times; give one's folder: {places}.")
     if (Path(reference) / "metadata").is_dir():
-        return RunFolder(Path(reference))
+        return run_at(Path(reference))
     raise CheckpointError(
         f"no run '{reference}' among the {len(folders)} of {base_output_dir}, and no run folder at that path. Give "
         f"output.base_output_dir if it is elsewhere.{_hint(reference, [folder.run_id for folder in folders])}"

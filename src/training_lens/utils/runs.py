@@ -237,6 +237,11 @@ def run_folders(folder: Path) -> list[RunFolder]:
     return sorted((RunFolder(p) for p in places), key=lambda run: run.run_id)
 
 
+def run_at(path: Path) -> RunFolder:
+    """The run in a folder, with its id as its name: '.' and '..' have none."""
+    return RunFolder(path.resolve() if path.name in ("", "..") else path)
+
+
 def find_run(reference: str, base_output_dir: str, experiment_name: str, *, finished: bool | None) -> RunFolder:
     """The run that `reference` means: `latest`, a run id of the experiment, or a path to a run folder.
 
@@ -262,7 +267,7 @@ def find_run(reference: str, base_output_dir: str, experiment_name: str, *, fini
         return matching[-1]
     for candidate in (folder / reference, Path(reference)):
         if (candidate / "metadata").is_dir():
-            return RunFolder(candidate)
+            return run_at(candidate)
     beside = [str(p) for p in Path(reference).parent.glob("*/")] if "/" in reference else []
     known = {LATEST, *(run.run_id for run in runs), *beside} - {reference.rstrip("/")}
     close = nearest(reference.rstrip("/"), sorted(known))

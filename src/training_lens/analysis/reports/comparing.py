@@ -14,7 +14,7 @@ from training_lens.analysis.figures.style import alike
 from training_lens.analysis.reports.executive import WRONG, in_numbers
 from training_lens.analysis.reports.facts import certificate_of, changed, losses
 from training_lens.analysis.reports.report import Report
-from training_lens.analysis.reports.technical import LOSS_CAPTION, cell, checkpoint_steps
+from training_lens.analysis.reports.technical import LOSS_CAPTION, cell, marked_steps
 from training_lens.errors import LensError
 from training_lens.utils.pages import Beside, Picture, Table
 
@@ -108,7 +108,7 @@ def _degrees(angles: tuple[float, ...]) -> tuple[str, str, str]:
 
 def _pictures(names: tuple[str, str], first: Recording, second: Recording) -> Iterator[Part]:
     pair = (first, second)
-    one, other = alike(*(loss(recording, checkpoint_steps(recording)) for recording in pair))
+    one, other = alike(*(loss(recording, marked_steps(recording)) for recording in pair))
     yield "# Loss"
     yield Beside([Picture(names[0], one, LOSS_CAPTION), Picture(names[1], other, "The same axes as A.")])
     absent = []

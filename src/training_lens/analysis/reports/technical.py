@@ -18,8 +18,9 @@ from training_lens.analysis.reports.facts import (
 )
 from training_lens.analysis.reports.report import Report
 from training_lens.core import tables
-from training_lens.utils.checkpoints import list_checkpoints
+from training_lens.utils.checkpoints import checkpoint_steps
 from training_lens.utils.pages import Bullets, Picture, Table
+from training_lens.utils.runs import RunFolder
 
 if TYPE_CHECKING:
     from training_lens.analysis.checkpoint_analyzer import Analysis
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 300  # of one table; the JSON has all
 LOSS_CAPTION = (
-    "Lower is better. Dashed lines end epochs, a star is the best validation, triangles are checkpoints; a cross is a "
-    "step whose loss is not finite (drawn at the highest loss) or far above its neighbours (6 robust deviations above "
-    "the median of 21 steps)."
+    "Lower is better. Dashed lines end epochs, a star is the best validation, triangles are checkpoints (of a run "
+    "without any, the kept states of its adapter); a cross is a step whose loss is not finite (drawn at the highest "
+    "loss) or far above its neighbours (6 robust deviations above the median of 21 steps)."
 )
 
 
@@ -44,7 +45,7 @@ def technical(analysis: Analysis) -> Report:
         losses(recording).sentence(),
         *_findings(analysis),
         "# Loss and events",
-        Picture("Loss", loss(recording, checkpoint_steps(recording)), LOSS_CAPTION),
+        Picture("Loss", loss(recording, marked_steps(recording)), LOSS_CAPTION),
         "# Which layers changed?",
         changed(recording).sentence(),
         *_pictures(recording),
@@ -61,11 +62,10 @@ def technical(analysis: Analysis) -> Report:
     return Report("technical", f"Run {recording.name}: the lens in full", tuple(parts), in_numbers(analysis))
 
 
-def checkpoint_steps(recording: Recording) -> list[int]:
+def marked_steps(recording: Recording) -> list[int]:
     """The steps of the run's checkpoints; of a run without any, those of the adapter's snapshots."""
-    beside = list_checkpoints(recording.folder.parent / "checkpoints")
-    found = [int(path.name.removeprefix("step-")) for path in beside if path.name.removeprefix("step-").isdigit()]
-    return found or recording.captures.snapshot_steps(tables.SNAPSHOTS)
+    checkpoints = RunFolder(recording.folder).checkpoints
+    return checkpoint_steps(checkpoints) or recording.captures.snapshot_steps(tables.SNAPSHOTS)
 
 
 def _captured(recording: Recording) -> Table:

@@ -1,0 +1,85 @@
+"""A run in numbers: what metadata/summary.json holds and `train --json` prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from training_lens.errors import CheckpointError, InterruptedRunError, PrunedRunError
+from training_lens.models.adapters import ParameterCount
+from training_lens.training.lens import LensCallback
+from training_lens.training.trainer import Trainer
+from training_lens.utils.devices import peak_bytes
+from training_lens.utils.files import write_json
+from training_lens.utils.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What metadata/summary.json holds and `train --json` prints. Losses in nats per supervised token.
+
+    `validation_loss` is that of the saved adapter (the best validated one, of step `adapter_step`).
+    `lens_seconds` is the time spent capturing; `estimate` the prediction made before the run, null where none was.
+    """
+
+    run_dir: str
+    status: str
+    steps: int = 0
+    epochs: float = 0.0
+    train_loss: float | None = None
+    validation_loss: float | None = None
+    base_validation_loss: float | None = None
+    supervised_tokens: int = 0
+    tokens: int = 0
+    tokens_per_second: float | None = None
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+    adapter_step: int = 0
+    lens_seconds: float = 0.0
+    estimate: dict[str, float] | None = None
+
+    def _repr_html_(self) -> str | None:
+        """In a notebook, the run's card; its numbers alone (None) where the folder is gone by then."""
+        from training_lens.analysis.run import Run
+
+        try:
+            return Run(self.run_dir)._repr_html_()
+        except CheckpointError:
+            return None
+
+
+def status_after(error: BaseException) -> str:
+    """The status of a run that an error ended: pruned, interrupted or failed."""
+    if isinstance(error, PrunedRunError):
+        return "pruned"
+    return "interrupted" if isinstance(error, InterruptedRunError | KeyboardInterrupt) else "failed"
+
+
+def summarize(run: RunFolder, status: str, trainer: Trainer, parameters: ParameterCount) -> TrainingSummary:
+    """What is known of a run by now; the validation loss is the best one, whose adapter is saved."""
+    state = trainer.state
+    validated = state.best_step > 0
+    return TrainingSummary(
+        run_dir=str(run.root),
+        status=status,
+        steps=state.step,
+        epochs=state.step / trainer.schedule.steps_per_epoch,
+        train_loss=state.loss_sum / state.supervised_tokens if state.supervised_tokens else None,
+        validation_loss=state.best_loss if validated else None,
+        base_validation_loss=state.base_validation_loss,
+        supervised_tokens=state.supervised_tokens,
+        tokens=state.tokens,
+        tokens_per_second=state.tokens / state.seconds if state.seconds else None,
+        seconds=state.seconds,
+        peak_bytes=peak_bytes(trainer.processes.device),
+        trainable_parameters=parameters.trainable,
+        total_parameters=parameters.total,
+        adapter_step=state.best_step if validated else state.step,
+        lens_seconds=sum(c.seconds for c in trainer.callbacks if isinstance(c, LensCallback)),
+    )
+
+
+def write_summary(run: RunFolder, summary: TrainingSummary) -> None:
+    """Put metadata/summary.json in the place of the one before."""
+    write_json(run.metadata / "summary.json", asdict(summary))
