@@ -89,7 +89,10 @@ def test_what_is_useless_to_try_again_is_left_at_once(tmp_path: Path) -> None:
     assert statuses(manager) == {"refused": "left"} and refused.calls == 1
 
 
-def test_the_end_wakes_a_pause_and_is_tried_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_wakes_a_pause_and_is_tried_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "training_lens")
     dead = Doing("dead", fail)
     manager = IntegrationManager([dead], tmp_path, every=60.0)
     manager.start()
@@ -99,6 +102,7 @@ def test_the_end_wakes_a_pause_and_is_tried_a_few_times(tmp_path: Path, monkeypa
     states = manager.finish(30.0)
     assert [s.status for s in states] == ["left"] and time.monotonic() - started < 0.9
     assert dead.calls == 1 + 4
+    assert [bool(record.exc_info) for record in caplog.records if "failed" in record.message] == [True] + 4 * [False]
 
 
 def test_two_processes_do_not_send_for_one_integration_at_once(tmp_path: Path) -> None:

@@ -240,8 +240,9 @@ class IntegrationManager:
         before = self._states[integration.name]
         failures, after = before.failures + 1, getattr(error, "retry_after", None)
         self._set(integration, status="failing", error=said(error), failures=failures, retry_after=after)
-        logger.debug("%s: try %d failed", integration.name, failures, exc_info=error)
-        if before.status != "failing":
+        is_news = before.status != "failing"  # the log of a run must not fill up while a service is down
+        logger.debug("%s: try %d failed", integration.name, failures, exc_info=error if is_news else None)
+        if is_news:
             logger.warning(
                 "%s: %s What is not sent is kept, and tried again.",
                 integration.name, said(error),
