@@ -148,6 +148,7 @@ def _speak_up() -> None:
     log.addHandler(_Lines())
     log.setLevel(logging.DEBUG)
     log.propagate = False
+    logging.getLogger(f"{ROOT}.analysis").setLevel(logging.WARNING)  # its hints are for who asked for an analysis
 
 
 def _wait_for_the_end(run: RunRecord) -> None:
