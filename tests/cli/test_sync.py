@@ -17,7 +17,7 @@ def test_a_run_goes_to_a_place_that_it_did_not_know(call: Call, finished_run: Ru
         "class Lines(Tracker):\n"
         "    name = 'lines'\n"
         "    def require(self): pass\n"
-        "    def open(self): pass\n"
+        "    def open(self): print('welcome')\n"
         "    def log(self, records): self._say(*(f'{r.kind} {r.step}' for r in records))\n"
         "    def end(self): self._say(self.run.status)\n"
         "    def _say(self, *lines):\n"
@@ -27,7 +27,9 @@ def test_a_run_goes_to_a_place_that_it_did_not_know(call: Call, finished_run: Ru
     waiting = json.loads(call("sync", str(finished_run.root), own, "--status", "--json").stdout)
     (state,) = [s for s in waiting["integrations"] if s["name"] == "lines"]
     assert state["status"] == "waiting" and "lines of its journals" in state["outstanding"]
-    assert call("sync", str(finished_run.root), own).exit_code == 0
+    sent = call("sync", str(finished_run.root), own, "--json")
+    assert sent.exit_code == 0 and "welcome" in sent.stderr
+    assert json.loads(sent.stdout)["integrations"][-1]["status"] == "delivered"
     told = (tmp_path / "lines").read_text().splitlines()
     assert told[0] == "base 0" and told[-1] == "finished" and len(set(told)) == len(told)
     again = call("sync", str(finished_run.root), own, "--json")

@@ -89,16 +89,20 @@ def test_what_is_useless_to_try_again_is_left_at_once(tmp_path: Path) -> None:
     assert statuses(manager) == {"refused": "left"} and refused.calls == 1
 
 
-def test_the_end_wakes_a_pause_and_is_tried_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training_lens.core.integration.LONGEST_PAUSE", 0.1)  # in place of 1, 2 and 4 s
+def test_the_end_wakes_a_pause_and_is_tried_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "training_lens")
     dead = Doing("dead", fail)
     manager = IntegrationManager([dead], tmp_path, every=60.0)
     manager.start()
     time.sleep(0.1)
+    monkeypatch.setattr("training_lens.core.integration.LONGEST_PAUSE", 0.05)  # from the next pause on
     started = time.monotonic()
     states = manager.finish(30.0)
-    assert [s.status for s in states] == ["left"] and time.monotonic() - started < 20
+    assert [s.status for s in states] == ["left"] and time.monotonic() - started < 0.9
     assert dead.calls == 1 + 4
+    assert [bool(record.exc_info) for record in caplog.records if "failed" in record.message] == [True] + 4 * [False]
 
 
 def test_two_processes_do_not_send_for_one_integration_at_once(tmp_path: Path) -> None:
@@ -109,6 +113,19 @@ def test_two_processes_do_not_send_for_one_integration_at_once(tmp_path: Path) -
     time.sleep(1.5)
     assert statuses(second) == {"one": "unavailable"} and "another process" in second.states[0].error
     assert [s.status for s in first.finish(5.0)] == ["delivered"]
+
+
+def test_who_is_patient_sends_when_the_other_process_has_ended(tmp_path: Path) -> None:
+    first, second = (
+        IntegrationManager([Doing("one", lambda *_: None)], tmp_path, 0.01, patience) for patience in (1.0, 30.0)
+    )
+    first.start()
+    time.sleep(0.1)
+    second.start()
+    time.sleep(0.3)
+    assert statuses(second) == {"one": "waiting"}
+    assert [s.status for s in first.finish(5.0)] == ["delivered"]
+    assert [s.status for s in second.finish(5.0)] == ["delivered"]
 
 
 def test_a_service_that_names_a_pause_gets_it(tmp_path: Path) -> None:

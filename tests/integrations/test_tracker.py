@@ -19,6 +19,7 @@ from training_lens.utils.runs import RunFolder, read_metrics
 OWN = '''
 import json
 from pathlib import Path
+from training_lens.errors import IntegrationError
 from training_lens.integrations import Tracker
 
 class Notes(Tracker):
@@ -32,7 +33,7 @@ class Notes(Tracker):
 
     def log(self, records):
         if (Path(self.options["folder"]) / "closed").exists():
-            raise ConnectionError("closed")
+            raise IntegrationError("It is closed.", lasting=True)
         for record in records:
             self._say(kind=record.kind, step=record.step, scalars=record.scalars)
 
@@ -73,6 +74,13 @@ def check_complete(run: RunFolder, told: list[dict[str, Any]]) -> None:
     assert told[-1] == {"ended": "finished"}
 
 
+def joined(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What two processes sent; the second begins with the piece that the first sent and was killed before it knew."""
+    before, after = ([note for note in notes if "opened" not in note] for notes in (before, after))
+    twice = next(n for n in range(len(before), -1, -1) if before[len(before) - n :] == after[:n])
+    return [*before, *after[twice:]]
+
+
 def test_the_courier_sends_a_run_to_a_class_of_ones_own(small_config: Callable[..., Any], own: Path) -> None:
     run = RunFolder(Path(TrainingWrapper(config_of(small_config, own)).train().run_dir))
     check_complete(run, notes(own))
@@ -108,7 +116,7 @@ def test_what_was_not_sent_goes_out_by_sync_once(small_config: Callable[..., Any
     (own / "closed").touch()
     run = RunFolder(Path(TrainingWrapper(config_of(small_config, own)).train().run_dir))
     assert all("kind" not in note for note in notes(own))
-    assert "not sent: 8 lines of its journals, its end" in (run.logs / "run.log").read_text()
+    assert "lines of its journals, its end (It is closed). It is kept: " in (run.logs / "run.log").read_text()
     (state,) = look(run)
     assert state.outstanding == "8 lines of its journals, its end"
     (own / "closed").unlink()
@@ -159,5 +167,6 @@ def test_a_killed_courier_changes_no_bit_and_is_said(
     weights = "adapter_model.safetensors"
     assert (run.adapter / weights).read_bytes() == (plain.adapter / weights).read_bytes()
     assert f"training-lens sync {run.root}" in (run.logs / "run.log").read_text()
+    sent = notes(own) if (own / "notes.jsonl").exists() else []
     assert [state.status for state in send(run)] == ["delivered"]
-    check_complete(run, [note for note in notes(own) if "opened" not in note])
+    check_complete(run, joined(sent, notes(own)[len(sent) :]))

@@ -6,9 +6,9 @@ import errno
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -46,10 +46,11 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @dataclass(frozen=True)
 class Screen:
-    """Where a command writes: `console` for people; with `--json`, that is standard error."""
+    """Where a command writes: `console` for people, which is standard error with `--json`; `output` for the JSON."""
 
     console: Console
     as_json: bool
+    output: TextIO
 
     def write(self, text: str) -> None:
         """A piece of streamed text, as it is."""
@@ -58,7 +59,7 @@ class Screen:
     def result(self, value: dict[str, Any]) -> None:
         """The one JSON object of `--json`; nothing without it."""
         if self.as_json:
-            print(json.dumps(value, ensure_ascii=False), flush=True)
+            print(json.dumps(value, ensure_ascii=False), file=self.output, flush=True)
 
 
 @contextmanager
@@ -71,8 +72,11 @@ def command(as_json: bool = False, debug: bool = False) -> Iterator[Screen]:
 
     console = Console(stderr=as_json, highlight=False, emoji=False)
     setup_logging(console)
+    output = sys.stdout
+    aside = redirect_stdout(sys.stderr) if as_json else nullcontext()  # what a library prints is no JSON
     try:
-        yield Screen(console, as_json)
+        with aside:
+            yield Screen(console, as_json, output)
     except (TrainingLensError, OSError, KeyboardInterrupt) as error:
         if debug or (isinstance(error, OSError) and error.errno in (None, errno.EPIPE)):
             raise

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from training_lens.errors import IntegrationError
 from training_lens.utils.files import read_json, write_json
-from training_lens.utils.formatting import format_seconds, said
+from training_lens.utils.formatting import format_seconds, said, unstopped
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -133,6 +133,7 @@ class IntegrationManager:
         integrations: those that are configured.
         folder: the run's tracking folder, for their locks: one process at a time sends for an integration.
         every: seconds between two looks at what is new.
+        patience: most seconds to wait for a process that sends the run already, as it was killed and is gone on with.
 
     Example:
         manager = IntegrationManager([...], run.tracking)
@@ -141,8 +142,11 @@ class IntegrationManager:
         states = manager.finish(seconds=60)
     """
 
-    def __init__(self, integrations: Sequence[Integration], folder: Path, every: float = 2.0) -> None:
-        self._integrations, self._folder, self._every = tuple(integrations), folder, every
+    def __init__(
+        self, integrations: Sequence[Integration], folder: Path, every: float = 2.0, patience: float = 1.0
+    ) -> None:
+        self._integrations, self._folder = tuple(integrations), folder
+        self._every, self._patience = every, patience
         self._states = {i.name: IntegrationState(i.name, "waiting") for i in integrations}
         self._ended = threading.Event()
         self._stopped = threading.Event()
@@ -186,7 +190,7 @@ class IntegrationManager:
     def _follow(self, integration: Integration) -> None:
         """The life of one integration's thread."""
         try:
-            with alone(self._folder / integration.name):
+            with alone(self._folder / integration.name, self._patience):
                 integration.require()
                 self._set(integration, status="working")
                 for ended in self._wakes(integration):
@@ -236,8 +240,9 @@ class IntegrationManager:
         before = self._states[integration.name]
         failures, after = before.failures + 1, getattr(error, "retry_after", None)
         self._set(integration, status="failing", error=said(error), failures=failures, retry_after=after)
-        logger.debug("%s: try %d failed", integration.name, failures, exc_info=error)
-        if before.status != "failing":
+        is_news = before.status != "failing"  # the log of a run must not fill up while a service is down
+        logger.debug("%s: try %d failed", integration.name, failures, exc_info=error if is_news else None)
+        if is_news:
             logger.warning(
                 "%s: %s What is not sent is kept, and tried again.",
                 integration.name, said(error),
@@ -250,11 +255,11 @@ class IntegrationManager:
         try:
             rest = integration.outstanding() or "its end"
         except Exception as error:
-            rest = f"an unknown rest ({said(error)})"
+            rest = f"an unknown rest ({unstopped(said(error))})"
         self._set(integration, status="left", error=why, outstanding=rest)
         logger.warning(
             "%s: not sent: %s (%s). It is kept: training-lens sync %s",
-            integration.name, rest, why, self._folder.parent,
+            integration.name, rest, unstopped(why), self._folder.parent,
         )  # fmt: skip
 
     def _unavailable(self, integration: Integration, error: IntegrationError) -> None:
@@ -269,19 +274,20 @@ class IntegrationManager:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path, patience: float = 1.0) -> Iterator[None]:
     """Within the block this process alone sends for an integration of a run.
 
     Args:
         folder: the integration's, in the run's tracking folder.
+        patience: most seconds to wait for another process to end.
 
     Raises:
         IntegrationError: another process sends at this moment, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=1.0)
-        lock.acquire()
+        lock = FileLock(folder / ".lock", timeout=patience)
+        lock.acquire(poll_interval=0.2)
     except Timeout:
         raise IntegrationError("another process is sending this run at the moment.") from None
     except OSError as error:

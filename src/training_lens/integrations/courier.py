@@ -105,37 +105,50 @@ class Courier:
 
 
 class _Lines(logging.Handler):
-    """Log records as JSON lines on standard output; nobody listens where the training process was killed."""
+    """Log records as JSON lines on standard output, while somebody listens."""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = json.dumps({"level": record.levelno, "message": self.format(record)})
-        with suppress(OSError, ValueError):
+        try:
             print(line, flush=True)
+        except OSError:  # the training process was killed; what a tracker prints must not fail for that
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(root: str) -> int:
     """Send the run at `root` until standard input closes and all is sent, or the time for it is over."""
-    from training_lens.utils.logging import quiet_libraries
-
-    quiet_libraries()
+    _speak_up()
     with suppress(AttributeError, OSError):  # a system without priorities
         os.nice(19)
-    log = logging.getLogger(ROOT)
-    log.addHandler(_Lines())
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
     started = time.perf_counter()
     run = RunRecord(RunFolder(Path(root)))
     tracking = run.config.tracking
     remote = [asked.of(run) for asked in asked_for(run.config) if not asked.integration.in_process]
-    manager = IntegrationManager(remote, run.folder.tracking, tracking.send_seconds)
+    patience = tracking.wait_seconds + GRACE_SECONDS  # the courier of a run that was killed may be sending still
+    manager = IntegrationManager(remote, run.folder.tracking, tracking.send_seconds, patience)
+    trained_by = run.folder.process
     manager.start()
     sys.stdin.read()  # until the training process closes it, or dies
+    logger.debug("courier: the run's process has ended")
     _wait_for_the_end(run)
+    if run.folder.process != trained_by:
+        return 0  # the run was killed and goes on already: its new courier sends the rest, from what is remembered
     ends = ", ".join(f"{state.name} {state.status}" for state in manager.finish(tracking.wait_seconds))
     cpu, wall = time.process_time(), time.perf_counter() - started
     logger.debug("courier: %s; it took %.1f s of CPU in %.1f s", ends, cpu, wall)
     return 0
+
+
+def _speak_up() -> None:
+    """What is logged from here on goes to the training process, and what libraries log does not."""
+    from training_lens.utils.logging import quiet_libraries
+
+    quiet_libraries()
+    log = logging.getLogger(ROOT)
+    log.addHandler(_Lines())
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    logging.getLogger(f"{ROOT}.analysis").setLevel(logging.WARNING)  # its hints are for who asked for an analysis
 
 
 def _wait_for_the_end(run: RunRecord) -> None:
@@ -147,5 +160,6 @@ def _wait_for_the_end(run: RunRecord) -> None:
 
 if __name__ == "__main__":
     code = main(sys.argv[1])
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)  # no exit hook of a client may hold the process

@@ -21,7 +21,7 @@ from training_lens.integrations.packages import require_packages
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.tracker import BATCH, Record, Tracker
 from training_lens.integrations.wandb_media import artifacts, lens, row
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import said, unstopped
 from training_lens.utils.journals import Entry
 from training_lens.utils.runs import PROCESS
 
@@ -237,17 +237,19 @@ def _explained(wandb: Any) -> Iterator[None]:
     try:
         yield
     except TimeoutError as error:
-        raise IntegrationError(f"W&B did not take all of the run in time ({said(error)}).") from error
+        raise IntegrationError(f"W&B did not take all of the run in time ({unstopped(said(error))}).") from error
     except wandb.errors.Error as error:
         refused = isinstance(error, wandb.errors.AuthenticationError) or REFUSED.search(str(error))
         if refused:
             raise IntegrationError(
-                f"W&B refuses the key, or lets it not write there ({said(error)}). Run `wandb login`, or set "
-                "WANDB_API_KEY, and see tracking.wandb.entity.",
+                f"W&B refuses the key, or lets it not write there ({unstopped(said(error))}). Run `wandb login`, or "
+                "set WANDB_API_KEY, and see tracking.wandb.entity.",
                 lasting=True,
             ) from error
         lasting = isinstance(error, wandb.errors.UsageError)
-        raise IntegrationError(f"W&B does not begin or end the run ({said(error)}).", lasting=lasting) from error
+        raise IntegrationError(
+            f"W&B does not begin or end the run ({unstopped(said(error))}).", lasting=lasting
+        ) from error
 
 
 def require_written(folder: Path, step: int) -> None:

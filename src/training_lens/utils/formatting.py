@@ -74,3 +74,8 @@ def said(error: BaseException, limit: int = 400) -> str:
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     text = text if len(text) < limit else f"{text[: limit - 3]}..."
     return text if text.endswith((".", "!", "?")) else f"{text}."
+
+
+def unstopped(sentence: str) -> str:
+    """A sentence as it stands in the brackets of another: `unstopped("It is closed.")` is "It is closed"."""
+    return sentence if sentence.endswith("...") else sentence.removesuffix(".")
