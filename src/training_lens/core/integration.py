@@ -119,7 +119,7 @@ class IntegrationState:
         """Seconds until the next try after failures: 1, 2, 4 and so on, or what the service asked for."""
         if not self.failures:
             return 0.0
-        return min(LONGEST_PAUSE, max(2.0 ** (self.failures - 1), self.retry_after or 0.0))
+        return max(min(LONGEST_PAUSE, 2.0 ** (self.failures - 1)), self.retry_after or 0.0)
 
     @property
     def is_healthy(self) -> bool:
