@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,8 +31,6 @@ from lens_overhead import MAIN, write_model
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.training.callbacks import Callback
-
-BUCKET = "runs"
 
 
 class Clock(Callback):
@@ -53,9 +50,9 @@ def configured(model: Path, shared: Path, folder: Path, steps: int, connected: b
             "wandb": {"mode": "offline"},
             "mlflow": {"enabled": True},
             "trackio": {"enabled": True},
-            "hub": {"repo": "someone/connected", "checkpoints": True},
+            "hub": {"repo": "me/connected", "checkpoints": True},
         },
-        "output": {"base_output_dir": str(folder), "mirror": f"s3://{BUCKET}/mirror"},
+        "output": {"base_output_dir": str(folder), "mirror": "s3://bucket/mirror"},
     }
     nothing = {
         "tracking": {"tensorboard": False, "samples": 0, "histograms_every": None},
@@ -89,38 +86,18 @@ def trained(model: Path, shared: Path, folder: Path, steps: int, connected: bool
     }
 
 
-def servers(folder: Path) -> tuple[subprocess.Popen[bytes], Any]:
-    """The S3 server with a bucket, and the hub, at the lowest priority; the environment then leads to them."""
+def servers(folder: Path) -> list[Any]:
+    """The S3 server with its bucket, and the hub, at the lowest priority; the environment then leads to them."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests/integrations"))
     import hub_server
+    import s3_server
 
-    hub = hub_server.Hub(folder / "hub").start()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    s3 = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_REGION": "us-east-1"}
-    os.environ |= {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark"}
-    os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub_server.TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    for pid in (s3.pid, hub.pid):
-        os.setpriority(os.PRIO_PROCESS, pid, 19)
-    make_bucket()
-    return s3, hub
-
-
-def make_bucket() -> None:
-    """The bucket, once the server answers."""
-    import boto3
-
-    for _ in range(100):
-        try:
-            boto3.client("s3").create_bucket(Bucket=BUCKET)
-        except OSError:
-            time.sleep(0.2)
-        else:
-            return
-    raise SystemExit("the S3 server does not start")
+    hub, s3 = hub_server.Hub(folder / "hub"), s3_server.Server()
+    os.environ |= {**s3.environment, "HF_ENDPOINT": hub.url, "HF_TOKEN": hub_server.TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    for server in (hub, s3):
+        server.start()
+        os.setpriority(os.PRIO_PROCESS, server.pid, 19)
+    return [hub, s3]
 
 
 def run_of(kind: str, model: Path, shared: Path, folder: Path, steps: int) -> dict[str, Any]:
@@ -146,7 +123,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parameters = write_model(folder / "model", MAIN, args.shared / "tokenizers/gpt2")
-        s3, hub = servers(folder)
+        running = servers(folder)
         try:
             for pair in range(args.pairs):
                 for kind in list(runs) if pair % 2 else reversed(list(runs)):
@@ -155,8 +132,8 @@ def main() -> None:
                     )
                     print(kind, json.dumps(runs[kind][-1]), file=sys.stderr)
         finally:
-            s3.kill()
-            hub.kill()
+            for server in running:
+                server.kill()
     ratios = [b["step_seconds"] / a["step_seconds"] for a, b in zip(runs["alone"], runs["connected"], strict=True)]
     result = {
         "machine": {"cores": os.cpu_count(), "platform": platform.machine(), "torch": torch.__version__},

@@ -52,6 +52,11 @@ class Hub:
                 return self
         raise RuntimeError("the hub does not start")
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "not started"
+        return int(self._process.pid)
+
     def kill(self) -> None:
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)

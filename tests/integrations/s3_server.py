@@ -37,6 +37,11 @@ class Server:
         until(lambda: self._ask("POST", "/moto-api/reset"), "no server")
         assert self._ask("PUT", f"/{BUCKET}")
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "not started"
+        return int(self._process.pid)
+
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
