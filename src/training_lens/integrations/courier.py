@@ -118,8 +118,7 @@ class _Lines(logging.Handler):
 def main(root: str) -> int:
     """Send the run at `root` until standard input closes and all is sent, or the time for it is over."""
     _speak_up()
-    with suppress(AttributeError, OSError):  # a system without priorities
-        os.nice(19)
+    _step_aside()
     started = time.perf_counter()
     run = RunRecord(RunFolder(Path(root)))
     tracking = run.config.tracking
@@ -149,6 +148,17 @@ def _speak_up() -> None:
     log.setLevel(logging.DEBUG)
     log.propagate = False
     logging.getLogger(f"{ROOT}.analysis").setLevel(logging.WARNING)  # its hints are for who asked for an analysis
+
+
+def _step_aside() -> None:
+    """The lowest priority, for this process and what its clients start; where the system has it, of idle time alone.
+
+    A process that is merely nice may keep a core for milliseconds when a training thread wakes, and all other threads
+    of that training wait for it.
+    """
+    with suppress(AttributeError, OSError):  # a system without priorities
+        os.nice(19)
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _wait_for_the_end(run: RunRecord) -> None:
