@@ -66,7 +66,7 @@ class HubSection(Section):
 
 
 class TrackingSection(Section):
-    """Where a run is shown besides its folder. No tracker can end a run, or make it wait: what one misses, `sync` sends later."""
+    """Where a run is shown besides its folder. None can end a run, or make it wait: what one misses, `sync` sends."""
 
     tensorboard: bool = Field(True, description="write TensorBoard events to the run's logs folder")
     wandb: WandBSection = WandBSection()
