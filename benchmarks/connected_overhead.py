@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,48 @@ class Clock(Callback):
 
     def on_step_end(self, trainer: Any, report: Any) -> None:
         self.ends.append(time.perf_counter())
+
+
+class InTurn(Clock):
+    """Stops the courier and all it started for some steps, lets it go on for as many, in turn, once it is under way."""
+
+    def __init__(self, after: int, block: int = 4) -> None:
+        super().__init__()
+        self._after, self._block = after, block
+        self.taken: dict[str, list[float]] = {"stopped": [], "running": []}
+        self._now = ""
+
+    def on_step_end(self, trainer: Any, report: Any) -> None:
+        super().on_step_end(trainer, report)
+        if self._now:
+            self.taken[self._now].append(self.ends[-1] - self.ends[-2])
+        if report.step >= self._after and (report.step - self._after) % self._block == 0:
+            self._now = "running" if self._now == "stopped" else "stopped"
+            os.killpg(_courier(), signal.SIGCONT if self._now == "running" else signal.SIGSTOP)
+
+    def on_train_end(self, trainer: Any) -> None:
+        os.killpg(_courier(), signal.SIGCONT)
+
+
+def _courier() -> int:
+    """The courier's process group."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return next(int(pid) for pid in children if b"courier" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def under_way(model: Path, shared: Path, folder: Path, steps: int) -> dict[str, Any]:
+    """Steps of one run behind the first 16: the courier stopped and running in turn; what it missed, it makes up."""
+    clock = InTurn(after=16)
+    config = configured(model, shared, folder, 16 + steps, connected=True)
+    config.training.save_steps = None
+    TrainingWrapper(config, callbacks=(clock,)).train()
+    stopped, running = clock.taken["stopped"], clock.taken["running"]
+    return {
+        "stopped_seconds": [round(s, 3) for s in stopped],
+        "running_seconds": [round(s, 3) for s in running],
+        "median_ratio": round(statistics.median(running) / statistics.median(stopped), 4),
+        "total_ratio": round(sum(running) / len(running) / (sum(stopped) / len(stopped)), 4),
+    }
 
 
 def configured(model: Path, shared: Path, folder: Path, steps: int, connected: bool) -> TrainingConfig:
@@ -113,11 +156,27 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/connected_overhead.json"))
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--under-way", action="store_true", help="measure the steps behind the start alone")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
         kind, model, folder = args.run
+        if kind == "under_way":
+            print(json.dumps(under_way(Path(model), args.shared, Path(folder), args.steps)))
+            return
         print(json.dumps(trained(Path(model), args.shared, Path(folder), args.steps, kind == "connected")))
+        return
+    if args.under_way:
+        result = json.loads(args.output.read_text())
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_model(folder / "model", MAIN, args.shared / "tokenizers/gpt2")
+            running = servers(folder)
+            result["under_way"] = run_of("under_way", folder / "model", args.shared, folder / "run", args.steps)
+            for server in running:
+                server.kill()
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+        print(json.dumps(result["under_way"]))
         return
     runs: dict[str, list[dict[str, Any]]] = {"alone": [], "connected": []}
     with tempfile.TemporaryDirectory() as name:
