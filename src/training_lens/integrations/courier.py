@@ -53,10 +53,6 @@ class Courier:
         self._process: subprocess.Popen[str] | None = None
         self._listener: threading.Thread | None = None
 
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
-
     def start(self) -> None:
         """Start the process. Where that fails, the run is not sent, and says so."""
         path = os.pathsep.join([*filter(None, sys.path), str(Path.cwd())])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,11 +100,8 @@ class RunRecord:
 
 def flat_settings(run: RunRecord) -> dict[str, str | int | float | bool]:
     """The run's settings as `section.key`, for services that take a flat list; lists and null as text."""
-    return {key: value if isinstance(value, bool | int | float) else _text(value) for key, value in _leaves(run)}
-
-
-def _leaves(run: RunRecord) -> Iterable[tuple[str, Any]]:
-    return flat(run.settings).items()
+    leaves = flat(run.settings).items()
+    return {key: value if isinstance(value, bool | int | float) else _text(value) for key, value in leaves}
 
 
 def _text(value: Any) -> str:
