@@ -36,7 +36,7 @@ from training_lens.data.batching import collate
 from training_lens.data.types import Batch
 from training_lens.models.adapters import attach, trainable
 from training_lens.models.factory import load_model
-from training_lens.models.kernels import supervised_nll
+from training_lens.models.scoring import supervised_scores
 from training_lens.training.callbacks import Callback
 from training_lens.training.planning import RunPlan
 from training_lens.utils.seeding import seed_everything
@@ -123,7 +123,7 @@ def first_step(plan: RunPlan, peft: PeftSection, seed: int) -> tuple[list[float]
     modules = adapter_modules(model)
     for module in modules:
         frozen_weight(module).requires_grad_(True)  # gives G; the optimizer does not know it
-    supervised_nll(model, batch.input_ids, batch.loss_mask).mean().backward()
+    supervised_scores(model, batch.input_ids, batch.loss_mask).nll.mean().backward()
     optimizer.step()
     return [list(column) for column in zip(*(of_module(m) for m in modules), strict=True)]
 

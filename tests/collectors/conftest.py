@@ -17,7 +17,7 @@ from training_lens.core.probe import Probe, as_judged
 from training_lens.core.stacks import Groups
 from training_lens.core.types import Captured, Moment
 from training_lens.models.adapters import attach, trainable
-from training_lens.models.kernels import paired_scores
+from training_lens.models.scoring import paired_scores
 
 VOCABULARY = 61
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -166,7 +166,8 @@ def test_every_loop_captures_the_same_gradients_steps_and_losses(own: OwnRun, wa
         wanted, found = ours.series(table, measure), theirs.series(table, measure)
         assert found.names == wanted.names
         assert found.steps.tolist() == wanted.steps.tolist() == list(range(1, STEPS + 1))
-        np.testing.assert_allclose(found.values, wanted.values, rtol=2e-3, atol=1e-7, err_msg=f"{table}.{measure}")
+        near = 2e-5 if measure.startswith("cosine") else 1e-7  # of vectors at right angles: float32's noise against 1
+        np.testing.assert_allclose(found.values, wanted.values, rtol=2e-3, atol=near, err_msg=f"{table}.{measure}")
     check = theirs.series("adapter_gradients", "self_check").values
     assert check.shape == (STEPS, len(theirs.manifest.modules))
     assert check.max() <= 1e-5

@@ -21,11 +21,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from training_lens.models import kernels
+from training_lens.models import scoring
 
-supervised_nll = jaxtyped(typechecker=beartype)(kernels.supervised_nll)
-supervised_scores = jaxtyped(typechecker=beartype)(kernels.supervised_scores)
-paired_scores = jaxtyped(typechecker=beartype)(kernels.paired_scores)
+supervised_scores = jaxtyped(typechecker=beartype)(scoring.supervised_scores)
+paired_scores = jaxtyped(typechecker=beartype)(scoring.paired_scores)
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -61,13 +60,13 @@ def test_equals_the_loss_of_full_logits(name: str) -> None:
     mask[0, 1] = True
     full = torch.log_softmax(model(input_ids=ids).logits.float(), -1)
     wanted = -full[:, :-1].gather(-1, ids[:, 1:, None])[..., 0][mask[:, 1:]]
-    torch.testing.assert_close(supervised_nll(model, ids, mask), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(supervised_scores(model, ids, mask).nll, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_output_layer_is_left_as_it_was() -> None:
     model = tiny("llama")
-    supervised_nll(model, torch.randint(3, 97, (1, 5)), torch.ones(1, 5, dtype=torch.bool))
-    assert not model.get_output_embeddings()._forward_pre_hooks
+    supervised_scores(model, torch.randint(3, 97, (1, 5)), torch.ones(1, 5, dtype=torch.bool))
+    assert "forward" not in model.get_decoder().__dict__
     assert model(input_ids=torch.randint(3, 97, (1, 5))).logits.shape == (1, 5, 97)
 
 
@@ -77,7 +76,10 @@ def test_padding_changes_no_loss() -> None:
     padded_ids = torch.cat([ids, torch.full((1, 5), 9)], 1)
     padded_mask = torch.cat([mask, torch.zeros(1, 5, dtype=torch.bool)], 1)
     torch.testing.assert_close(
-        supervised_nll(model, padded_ids, padded_mask), supervised_nll(model, ids, mask), rtol=1e-5, atol=1e-6
+        supervised_scores(model, padded_ids, padded_mask).nll,
+        supervised_scores(model, ids, mask).nll,
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 
@@ -85,7 +87,7 @@ def test_the_first_token_is_never_a_target() -> None:
     model = tiny("llama")
     only_first = torch.zeros(1, 5, dtype=torch.bool)
     only_first[0, 0] = True
-    assert supervised_nll(model, torch.randint(3, 97, (1, 5)), only_first).numel() == 0
+    assert supervised_scores(model, torch.randint(3, 97, (1, 5)), only_first).nll.numel() == 0
 
 
 def with_adapter(model: Any) -> Any:
@@ -101,7 +103,7 @@ def with_adapter(model: Any) -> Any:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("at_once", [97, 300, 10**6])
 def test_chunked_scores_equal_those_of_full_logits(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", at_once)
     model = tiny(name)
     ids, mask = torch.randint(3, 97, (3, 11)), torch.rand(3, 11) < 0.5
     with torch.inference_mode():
@@ -113,7 +115,7 @@ def test_chunked_scores_equal_those_of_full_logits(name: str, at_once: int, monk
 
 
 def test_pairs_are_base_and_adapter_and_their_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", 300)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 300)
     model = with_adapter(tiny("llama"))
     ids, mask = torch.randint(3, 97, (3, 11)), torch.rand(3, 11) < 0.5
     with torch.inference_mode():

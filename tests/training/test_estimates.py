@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from training_lens import embedded
 from training_lens.errors import TrainingError
 from training_lens.training import estimates
-from training_lens.training.estimates import estimate_run, padded_tokens
+from training_lens.training.estimates import estimate_run, step_tokens
 from training_lens.training.wrapper import TrainingWrapper
 
 
@@ -84,12 +84,13 @@ def test_a_learning_rate_that_diverges_is_no_reason_against_the_run(small_config
     assert estimate_run(TrainingWrapper(small_config(training=settings)).plan()) is not None
 
 
+# Room for less than one example.
 SHORT_OF_MEMORY = """
 import resource, sys
 from training_lens.cli import cli
 import training_lens.training.wrapper, training_lens.training.estimates, transformers, peft
 pages = int(open("/proc/self/statm").read().split()[0])
-resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1_200_000_000,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 150_000_000,) * 2)
 cli(sys.argv[1:])
 """
 
@@ -97,9 +98,9 @@ cli(sys.argv[1:])
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux alone")
 @pytest.mark.parametrize("command", [pytest.param("validate", marks=pytest.mark.slow), "train"])
 def test_too_little_memory_is_said_with_what_to_lower(command: str, tmp_path: Path) -> None:
-    rows = [json.dumps({"question": f"{i} " * 100, "answer": "b " * 100}) for i in range(1000)]
+    rows = [json.dumps({"question": f"{i} " * 100, "answer": "b " * 100}) for i in range(50)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    settings = ["data.train=rows.jsonl", "training.batch_size=1000", "training.micro_batch_tokens=10000000"]
+    settings = ["data.train=rows.jsonl", "training.batch_size=50", "training.micro_batch_tokens=10000000"]
     result = subprocess.run(
         [sys.executable, "-c", SHORT_OF_MEMORY, command, *settings, "model.device=cpu"],
         cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
@@ -109,8 +110,8 @@ def test_too_little_memory_is_said_with_what_to_lower(command: str, tmp_path: Pa
     assert "the run does not fit into memory" in said and "lower training.micro_batch_tokens (now 10000000" in said
 
 
-def test_padded_tokens_cover_the_tokens(small_config: Callable[..., Any]) -> None:
+def test_step_tokens_cover_the_tokens(small_config: Callable[..., Any]) -> None:
     plan = TrainingWrapper(small_config()).plan()
     for step in plan.schedule.steps():
-        assert padded_tokens(plan, step) >= int(plan.train.lengths[step.examples].sum())
+        assert step_tokens(plan, step, in_line=False) >= int(plan.train.lengths[step.examples].sum())
     assert int(np.sum(plan.train.lengths)) == plan.numbers()["tokens"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +244,47 @@ def test_a_validation_that_fails_never_ends_the_run(
     assert summary.validation_loss is None and summary.base_validation_loss is None
     assert (RunFolder(Path(summary.run_dir)).adapter / "adapter_model.safetensors").is_file()
     assert "step 2: no validation: evaluating failed: no room to validate" in caplog.text
+
+
+def too_large_for(model: Any, tokens: int) -> None:
+    """Let a model behave as one of a device that cannot hold so many tokens at once."""
+
+    def refuse(_module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if named["input_ids"].numel() > tokens:
+            raise torch.OutOfMemoryError(f"Tried to allocate {named['input_ids'].numel()} GiB.")
+
+    model.get_base_model().get_decoder().register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+def test_a_step_without_enough_memory_is_taken_again_in_smaller_parts(
+    small_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config(training={"batch_size": 16})
+    whole = assembled(config, tmp_path, "whole")
+    plan = next(whole.schedule.steps())
+    tokens = int(whole.dataset.lengths[plan.examples].sum())
+    wanted = whole.train_step(plan)
+    short = assembled(config, tmp_path, "short")
+    too_large_for(short.model, tokens // 3)
+    with caplog.at_level("WARNING"):
+        found = short.train_step(plan)
+    assert found.loss == pytest.approx(wanted.loss, rel=1e-5)
+    assert found.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-4)
+    assert short.state.micro_batch_tokens == short.micro_batch_tokens <= tokens // 3
+    said = [r.message.split(":")[0] for r in caplog.records if "memory" in r.message]
+    assert said[0] == f"memory ran out at {tokens} tokens together; now {tokens // 2}" and len(said) == 2
+
+
+def test_one_example_that_does_not_fit_ends_the_run(small_config: Config, tmp_path: Path) -> None:
+    trainer = assembled(small_config(training={"batch_size": 4}), tmp_path, "none")
+    too_large_for(trainer.model, 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train_step(next(trainer.schedule.steps()))
+
+
+def test_what_memory_was_found_to_hold_outlives_a_resume(small_config: Config, tmp_path: Path) -> None:
+    trainer = assembled(small_config(training={"batch_size": 16}), tmp_path)
+    found = replace(trainer.state, step=1, micro_batch_tokens=123)
+    trainer.checkpoints.save(trainer.model, trainer.optimizer, trainer.scaler, found)
+    trainer.state = trainer.checkpoints.restore(trainer.model, trainer.optimizer, trainer.scaler)
+    assert trainer.micro_batch_tokens == 123

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from training_lens.analyzers.directions import cosine
 from training_lens.analyzers.factors import exact, frobenius, precise
-from training_lens.models.kernels import forward_kl
+from training_lens.models.scoring import forward_kl
 
 __all__ = ["Cka", "drift", "forward_kl", "linear_cka", "projection", "rms"]
 

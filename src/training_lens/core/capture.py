@@ -19,7 +19,7 @@ from training_lens.core.manifest import LENS
 from training_lens.core.probe import as_judged
 from training_lens.core.types import Cadence, Captured, DataType, LensManifest, Moment
 from training_lens.core.writer import LensWriter
-from training_lens.models.kernels import paired_scores
+from training_lens.models.scoring import paired_scores
 from training_lens.utils.devices import Precision, autocast
 from training_lens.utils.files import safe_save
 from training_lens.utils.formatting import said

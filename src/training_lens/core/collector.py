@@ -14,7 +14,7 @@ from training_lens.core.modules import AdapterModule
 from training_lens.core.probe import Probe
 from training_lens.core.stacks import Factors, Groups
 from training_lens.core.types import Cadence, Captured, DataType, Moment
-from training_lens.models.kernels import PairedScores
+from training_lens.models.scoring import PairedScores
 
 
 @dataclass

@@ -114,18 +114,22 @@ def hold_out(examples: int, ratio: float, seed: int) -> tuple[np.ndarray, np.nda
     return np.sort(order[held:]), np.sort(order[:held])
 
 
-def cut(positions: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Positions as micro-batches: sorted by length, each with at most `max_tokens` tokens once padded.
+def cut(positions: np.ndarray, lengths: np.ndarray, max_tokens: int, in_line: bool = False) -> list[np.ndarray]:
+    """Positions as micro-batches: sorted by length, each with at most `max_tokens` tokens, counted with padding.
 
     An example longer than that is a micro-batch of its own.
 
     Args:
         lengths: tokens of every example of the dataset, which `positions` index.
+        in_line: micro-batches are lines of examples, which have no padding.
     """
     order = positions[np.argsort(-lengths[positions], kind="stable")]
     batches: list[np.ndarray] = []
     while len(order):
-        rows = max(1, int(max_tokens // lengths[order[0]]))  # the first is the longest: the padded width
+        if in_line:
+            rows = max(1, int(np.searchsorted(np.cumsum(lengths[order]), max_tokens, side="right")))
+        else:
+            rows = max(1, int(max_tokens // lengths[order[0]]))  # the first is the longest: the padded width
         batches.append(order[:rows])
         order = order[rows:]
     return batches
@@ -147,7 +151,18 @@ def collate(examples: Sequence[TokenizedExample], fill_id: int) -> Batch:
     return Batch(input_ids, loss_mask, lengths, tuple(e.id for e in examples))
 
 
-def batches_of(dataset: TokenDataset, positions: np.ndarray, max_tokens: int, fill_id: int) -> Iterator[Batch]:
-    """The micro-batches of these examples."""
-    for part in cut(positions, dataset.lengths, max_tokens):
-        yield collate([dataset[int(i)] for i in part], fill_id)
+def line_up(examples: Sequence[TokenizedExample]) -> Batch:
+    """Examples one behind the other in one row, without padding."""
+    lengths = tuple(len(e.input_ids) for e in examples)
+    input_ids = torch.from_numpy(np.concatenate([e.input_ids for e in examples]).astype(np.int64))
+    loss_mask = torch.from_numpy(np.concatenate([e.loss_mask for e in examples]))
+    return Batch(input_ids[None], loss_mask[None], lengths, tuple(e.id for e in examples), in_line=True)
+
+
+def batches_of(
+    dataset: TokenDataset, positions: np.ndarray, max_tokens: int, fill_id: int, in_line: bool = False
+) -> Iterator[Batch]:
+    """The micro-batches of these examples: padded, or in lines."""
+    for part in cut(positions, dataset.lengths, max_tokens, in_line):
+        examples = [dataset[int(i)] for i in part]
+        yield line_up(examples) if in_line else collate(examples, fill_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -98,20 +98,21 @@ class TokenizedExample:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch, padded on the right.
+    """One micro-batch: rows padded on the right, or (`in_line`) one row of examples one behind the other.
 
     No attention mask: under causal attention no real token can see the padding to its right, and no loss is taken
-    on it, so the padding's id and contents never matter.
+    on it, so the padding's id and contents never matter. In a line, `lengths` tell where examples end.
     """
 
     input_ids: torch.Tensor  # (rows, width) int64
     loss_mask: torch.Tensor  # (rows, width) bool: the token at this place is a target
     lengths: tuple[int, ...]
     example_ids: tuple[str, ...]
+    in_line: bool = False
 
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.loss_mask.to(device), self.lengths, self.example_ids)
+        return replace(self, input_ids=self.input_ids.to(device), loss_mask=self.loss_mask.to(device))

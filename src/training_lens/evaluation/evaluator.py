@@ -13,7 +13,7 @@ from training_lens.data.batching import collate, cut, share
 from training_lens.data.store import TokenDataset
 from training_lens.data.types import Batch
 from training_lens.errors import EvaluationError
-from training_lens.models.kernels import TokenScores, paired_scores, supervised_scores
+from training_lens.models.scoring import TokenScores, paired_scores, supervised_scores
 from training_lens.utils.devices import Precision, autocast, free_memory, is_out_of_memory
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger

@@ -1,8 +1,8 @@
-"""The loss, computed where it is needed: logits of supervised positions only, and never many of them at once."""
+"""What a model makes of supervised tokens, without gradients: their logits only, and never many of them at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,30 +14,6 @@ from torch.nn.functional import cross_entropy
 from training_lens.models.adapters import base_only
 
 LOGITS_AT_ONCE = 2**23  # numbers in one chunk of logits: 32 MB in float32
-
-
-def supervised_nll(
-    model: Any, input_ids: Int[Tensor, "rows width"], loss_mask: Bool[Tensor, "rows width"]
-) -> Float[Tensor, targets]:
-    """Negative log-likelihood in nats of each supervised token given what stands before it, in float32, row by row.
-
-    Formula: -log softmax(h_t W^T)[x_{t+1}] for every t with loss_mask[t+1]. The hidden states of other positions are
-    dropped before the output layer, so no (tokens x vocabulary) tensor of a prompt exists. What a model does to its
-    logits behind that layer (scaling, soft caps) stays as it is, being element-wise.
-
-    Cost: memory of (targets x vocabulary) logits; no device synchronisation but the one that selecting takes.
-    """
-    rows, columns = _predicting(loss_mask)
-
-    def select(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0][rows, columns], *inputs[1:])  # (rows, width, hidden) -> (targets, hidden)
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        logits = model(input_ids=input_ids, use_cache=False).logits  # (targets, vocabulary)
-    finally:
-        handle.remove()
-    return cross_entropy(logits.float(), input_ids[rows, columns + 1], reduction="none")
 
 
 @dataclass(frozen=True)
@@ -56,7 +32,8 @@ def supervised_scores(
 ) -> TokenScores:
     """The scores of each supervised token, by chunks of the vocabulary's logits; for use without gradients.
 
-    `nll` is that of `supervised_nll`; memory holds `LOGITS_AT_ONCE` logits and a copy, however many targets there are.
+    `nll` is -log softmax(h_t W^T)[x_{t+1}] in nats, for every t with loss_mask[t+1]. Memory holds `LOGITS_AT_ONCE`
+    logits and a copy, however many targets there are.
     """
     rows, columns = _predicting(loss_mask)
     targets = input_ids[rows, columns + 1]
@@ -139,33 +116,42 @@ def _joined(parts: list[TokenScores], device: torch.device) -> TokenScores:
 class _Decoded:
     """The decoder's states of a batch, (rows, width, hidden), and the model's own way from states to logits."""
 
-    def __init__(self, model: Any, decoder: Any, output: Any) -> None:
-        self._model, self._decoder, self._output = model, decoder, output
-        self.states: Tensor = output[0]
-        self.vocabulary = int(model.config.get_text_config().vocab_size)
+    def __init__(self, whole: Any, input_ids: Int[Tensor, "rows width"]) -> None:
+        self._whole = whole
+        self._output = whole.get_decoder()(input_ids=input_ids, use_cache=False)
+        self.states: Tensor = self._output[0]
+        self.vocabulary = int(whole.config.get_text_config().vocab_size)
 
     def logits(self, states: Float[Tensor, "part hidden"]) -> Float[Tensor, "part vocabulary"]:
-        """Logits in float32: the model's own forward, its decoder answering with these states.
+        """`logits_behind` the decoder."""
+        return logits_behind(self._whole, states, type(self._output))
 
-        So whatever the model does behind its decoder (output layer, adapter on it, scaling, soft caps) is done here.
-        """
-        asked = []
 
-        def answer(*_args: Any, **_kwargs: Any) -> Any:
-            asked.append(True)
-            return type(self._output)(last_hidden_state=states[None])
+def logits_behind(
+    whole: Any, states: Float[Tensor, "part hidden"], output: Callable[..., Any]
+) -> Float[Tensor, "part vocabulary"]:
+    """Logits in float32 of a model without PEFT's wrapper: its own forward, its decoder answering with these states.
 
-        self._decoder.forward = answer
-        try:
-            logits: Tensor = self._model(inputs_embeds=states[None], use_cache=False).logits
-        finally:
-            del self._decoder.forward
-        assert asked, f"{type(self._model).__name__} makes its logits without asking {type(self._decoder).__name__}"
-        return logits[0].float()
+    So whatever the model does behind its decoder (output layer, adapter on it, scaling, soft caps) is done here.
+
+    Args:
+        output: the type of what the decoder gives.
+    """
+    decoder, asked = whole.get_decoder(), []
+
+    def answer(*_args: Any, **_kwargs: Any) -> Any:
+        asked.append(True)
+        return output(last_hidden_state=states[None])
+
+    decoder.forward = answer
+    try:
+        logits: Tensor = whole(inputs_embeds=states[None], use_cache=False).logits
+    finally:
+        del decoder.forward
+    assert asked, f"{type(whole).__name__} makes its logits without asking {type(decoder).__name__}"
+    return logits[0].float()
 
 
 def _decoded(model: Any, input_ids: Int[Tensor, "rows width"]) -> _Decoded:
     """The batch behind the decoder."""
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = whole.get_decoder()
-    return _Decoded(whole, decoder, decoder(input_ids=input_ids, use_cache=False))
+    return _Decoded(model.get_base_model() if hasattr(model, "get_base_model") else model, input_ids)

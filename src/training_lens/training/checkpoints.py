@@ -32,6 +32,7 @@ class TrainingState:
     """Where a run stands after `step` steps. With the seed, `step` is also the position in the data.
 
     Losses are in nats per supervised token; `loss_sum` is the sum over all supervised tokens of all steps.
+    `micro_batch_tokens` is what memory was found to hold, where that is less than the config's.
     """
 
     step: int = 0
@@ -44,6 +45,7 @@ class TrainingState:
     best_loss: float = math.inf
     best_step: int = 0
     evaluations_since_best: int = 0
+    micro_batch_tokens: int | None = None
 
     def after_evaluation(self, loss: float) -> TrainingState:
         """The state with a validation at its step counted in."""

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from training_lens.data.batching import StepPlan, cut, share
-from training_lens.data.store import TokenDataset
 from training_lens.errors import EstimateError, OutOfMemoryError
 from training_lens.evaluation.evaluator import Pass, evaluate_loss
 from training_lens.models.factory import load_model, load_thinned
@@ -34,7 +33,7 @@ SAMPLED_STEPS = 8
 SAMPLED_ROWS = 64  # of the validation rows
 BUDGET_SECONDS = 20.0
 STILL_LR = 1e-9
-COUNTED_STEPS = 1000  # beyond so many the run's padded tokens are scaled up from a sample
+COUNTED_STEPS = 1000  # beyond so many the run's tokens are scaled up from a sample
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds for a padded token in training and validation, bytes at the peak, and steps that this is from."""
+    """Seconds for a token in training (with its padding, unless `in_line`) and in validation, bytes at the peak.
+
+    `steps`: that this is from.
+    """
 
     step: float
     validation: float
     peak: float
     steps: int
+    in_line: bool
 
 
 def estimate_run(plan: RunPlan) -> Estimate | None:
@@ -76,7 +79,7 @@ def estimate_run(plan: RunPlan) -> Estimate | None:
         return None
     validated = 0 if plan.validation is None else _validations(plan) * int(plan.validation.lengths.sum())
     return Estimate(
-        seconds=measured.step * _padded_tokens_of_run(plan),
+        seconds=measured.step * _tokens_of_run(plan, measured.in_line),
         validation_seconds=measured.validation * validated,
         peak_bytes=round(measured.peak),
         measured_steps=measured.steps,
@@ -99,7 +102,7 @@ def _extrapolated(plan: RunPlan) -> Measured:
         first, second = (float(getattr(measured, name)) for measured in thin)
         return first + further * max(0.0, second - first)
 
-    return Measured(at_all("step"), at_all("validation"), at_all("peak"), thin[1].steps)
+    return Measured(at_all("step"), at_all("validation"), at_all("peak"), thin[1].steps, thin[1].in_line)
 
 
 def _thin(plan: RunPlan, layers: int) -> Measured:
@@ -126,18 +129,19 @@ def _measure(plan: RunPlan, model: Any) -> Measured:
     reset_peak(device)
     still = replace(plan, config=plan.config.resolved(training={"lr": STILL_LR}))
     trainer = build_trainer(still, model, CheckpointManager(Path("unused"), ""), ())
-    sample = _sampled(plan)
+    in_line = trainer.engine.packs
+    sample = _sampled(plan, in_line)
     trainer.train_step(sample[0])  # warms up, and is the largest: it sets the peak
     seconds, tokens, steps = 0.0, 0, 0
     started = time.perf_counter()
     for step in sample[1:]:
         seconds += trainer.train_step(step).seconds
-        tokens += padded_tokens(plan, step)
+        tokens += step_tokens(plan, step, in_line)
         steps += 1
         if time.perf_counter() - started > BUDGET_SECONDS / 2:
             break
     validation = _validation_seconds(plan, trainer) if plan.validation is not None else 0.0
-    return Measured(seconds / tokens, validation, float(peak_bytes(device)), steps)
+    return Measured(seconds / tokens, validation, float(peak_bytes(device)), steps, in_line)
 
 
 def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
@@ -151,10 +155,10 @@ def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
     return (time.perf_counter() - started) / int(some.lengths.sum())
 
 
-def _sampled(plan: RunPlan) -> list[StepPlan]:
+def _sampled(plan: RunPlan, in_line: bool) -> list[StepPlan]:
     """The step with the largest micro-batch among a sample, then steps spread evenly over the run."""
     steps = _some_steps(plan, COUNTED_STEPS)
-    largest = max(steps, key=lambda step: max(len(p) * _longest(plan.train, p) for p in _parts(plan, step)))
+    largest = max(steps, key=lambda step: max(_micro_batches(plan, step, in_line)))
     spread = np.unique(np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int))
     return [largest, *(steps[i] for i in spread)]
 
@@ -165,24 +169,22 @@ def _some_steps(plan: RunPlan, count: int) -> Sequence[StepPlan]:
     return [step for step, _ in zip(plan.schedule.steps(), range(total), strict=False)]
 
 
-def _parts(plan: RunPlan, step: StepPlan) -> list[np.ndarray]:
-    """The micro-batches that this process makes of a step."""
-    mine = share(step.examples, plan.train.lengths, plan.processes.index, plan.processes.count)
-    return cut(mine, plan.train.lengths, plan.config.training.micro_batch_tokens)
+def _micro_batches(plan: RunPlan, step: StepPlan, in_line: bool) -> list[int]:
+    """The tokens of each micro-batch that this process makes of a step, with its padding."""
+    lengths, budget = plan.train.lengths, plan.config.training.micro_batch_tokens
+    mine = share(step.examples, lengths, plan.processes.index, plan.processes.count)
+    parts = [lengths[part] for part in cut(mine, lengths, budget, in_line)]
+    return [int(part.sum()) if in_line else len(part) * int(part.max()) for part in parts]
 
 
-def _longest(dataset: TokenDataset, positions: np.ndarray) -> int:
-    return int(dataset.lengths[positions].max())
-
-
-def padded_tokens(plan: RunPlan, step: StepPlan) -> int:
+def step_tokens(plan: RunPlan, step: StepPlan, in_line: bool) -> int:
     """Tokens of a step's micro-batches with their padding: what its time is nearly proportional to."""
-    return sum(len(part) * _longest(plan.train, part) for part in _parts(plan, step))
+    return sum(_micro_batches(plan, step, in_line))
 
 
-def _padded_tokens_of_run(plan: RunPlan) -> float:
+def _tokens_of_run(plan: RunPlan, in_line: bool) -> float:
     steps = _some_steps(plan, COUNTED_STEPS)
-    return sum(padded_tokens(plan, step) for step in steps) * plan.schedule.total_steps / len(steps)
+    return sum(step_tokens(plan, step, in_line) for step in steps) * plan.schedule.total_steps / len(steps)
 
 
 def _validations(plan: RunPlan) -> int:

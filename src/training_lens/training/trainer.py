@@ -6,27 +6,27 @@ how the step is cut never changes the gradient.
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 
 from training_lens.config.schema import TrainingSection
-from training_lens.data.batching import Schedule, StepPlan, batches_of, share
+from training_lens.data.batching import Schedule, StepPlan, batches_of, cut, share
 from training_lens.data.store import TokenDataset
 from training_lens.errors import EvaluationError, InterruptedRunError, TrainingError
 from training_lens.evaluation.evaluator import LossReport, Pass, evaluate_loss
 from training_lens.models.adapters import base_only, trainable
-from training_lens.models.kernels import supervised_nll
+from training_lens.models.engine import Engine
 from training_lens.training.callbacks import Callback, StepReport
 from training_lens.training.checkpoints import CheckpointManager, TrainingState
 from training_lens.training.optimization import build_optimizer, clip_, grad_norm, lr_at
-from training_lens.utils.devices import Precision, autocast
+from training_lens.training.signals import SignalWatch
+from training_lens.utils.devices import Precision, autocast, free_memory, is_out_of_memory
+from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 
@@ -61,6 +61,8 @@ class Trainer:
         lora_plus_ratio: float | None = None,
     ) -> None:
         self.model, self.dataset, self.validation = model, dataset, validation
+        self.engine = Engine(model)
+        logger.debug("%s", self.engine.fusion)
         self.schedule, self.settings, self.precision, self.processes = schedule, settings, precision, processes
         self.checkpoints, self.fill_id = checkpoints, fill_id
         self.parameters = [p for _, p in trainable(model)]
@@ -68,7 +70,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")
         self.state = TrainingState()
         self.callbacks = tuple(callbacks)
-        self._signal = 0
+        self._signals = SignalWatch()
 
     @property
     def asked_to_leave(self) -> int:
@@ -76,7 +78,7 @@ class Trainer:
 
         One that comes in the last step ends nothing: whoever goes on to another run must ask.
         """
-        return self._signal
+        return self._signals.number
 
     def fit(self, resume: bool = False) -> TrainingState:
         """Train to the end of the schedule (or an early stop), with validations and checkpoints on the way.
@@ -93,7 +95,7 @@ class Trainer:
             logger.info("resuming after step %d of %d", self.state.step, self.schedule.total_steps)
         self._notify("on_train_start")
         try:
-            with self._watch_signals():
+            with self._signals:
                 self._run()
         except BaseException as error:
             self._notify("on_exception", error)
@@ -148,19 +150,43 @@ class Trainer:
         return replace(report, seconds=time.perf_counter() - started)
 
     def _accumulate_gradients(self, plan: StepPlan, targets: int) -> torch.Tensor:
-        """Gradients of (sum of token losses / targets), summed over micro-batches and processes; returns the sum."""
-        device = self.processes.device
-        mine = share(plan.examples, self.dataset.lengths, self.processes.index, self.processes.count)
-        loss_sum = torch.zeros((), device=device)
+        """Gradients of (sum of token losses / targets), summed over micro-batches and processes; returns the sum.
+
+        Where memory runs out the step begins anew with smaller micro-batches, which the run then keeps to.
+        """
         self.model.train()
-        for batch in batches_of(self.dataset, mine, self.settings.micro_batch_tokens, self.fill_id):
-            moved = batch.to(device)
-            with autocast(device, self.precision):
-                nll = supervised_nll(self.model, moved.input_ids, moved.loss_mask).sum()
-            self.scaler.scale(nll / targets).backward()
-            loss_sum += nll.detach()
+        mine = share(plan.examples, self.dataset.lengths, self.processes.index, self.processes.count)
+        while (loss_sum := self._tried(mine, targets)) is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            free_memory(self.processes.device)
         self._sum_gradients()
         return self.processes.sum(loss_sum)
+
+    def _tried(self, mine: np.ndarray, targets: int) -> torch.Tensor | None:
+        """Forward and backward by micro-batches; None where memory ran out, and smaller ones are to be tried."""
+        device, lengths, in_line = self.processes.device, self.dataset.lengths, self.engine.packs
+        loss_sum = torch.zeros((), device=device)
+        try:
+            for batch in batches_of(self.dataset, mine, self.micro_batch_tokens, self.fill_id, in_line):
+                moved = batch.to(device)
+                with autocast(device, self.precision):
+                    nll = self.engine.loss_sum(moved.input_ids, moved.loss_mask, moved.lengths if in_line else ())
+                self.scaler.scale(nll / targets).backward()
+                loss_sum += nll.detach()
+        except Exception as error:  # memory runs out by several kinds of error
+            parts = cut(mine, lengths, self.micro_batch_tokens, in_line)
+            if not is_out_of_memory(error) or all(len(part) == 1 for part in parts):
+                raise
+            tokens = max(int(lengths[part].sum()) for part in parts if len(part) > 1)
+            logger.warning("memory ran out at %d tokens together; now %d: %s", tokens, tokens // 2, said(error))
+            self.state = replace(self.state, micro_batch_tokens=tokens // 2)
+            return None
+        return loss_sum
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens in one forward pass: of the config, or what memory was found to hold."""
+        return self.state.micro_batch_tokens or self.settings.micro_batch_tokens
 
     def _sum_gradients(self) -> None:
         """Add up the gradients of all processes: one message for the whole adapter."""
@@ -234,8 +260,7 @@ class Trainer:
             done += int(examples) * self.processes.count
             self._notify("on_evaluate_progress", min(done, len(dataset)), len(dataset))
 
-        budget = self.settings.micro_batch_tokens
-        way = Pass(self.processes, self.precision, budget, self.fill_id, advance)
+        way = Pass(self.processes, self.precision, self.micro_batch_tokens, self.fill_id, advance)
         try:
             return evaluate_loss(self.model, dataset, way)
         except EvaluationError as error:
@@ -248,37 +273,17 @@ class Trainer:
             self._notify("on_checkpoint", folder)
         self.processes.wait()
 
-    @contextmanager
-    def _watch_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask the loop to save and leave after its step; a second one ends at once."""
-
-        def note(number: int, _frame: FrameType | None) -> None:
-            if self._signal:
-                raise KeyboardInterrupt
-            self._signal = number
-            logger.warning("%s: saving after this step, then leaving", signal.Signals(number).name)
-
-        try:
-            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: signals are its business
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _leave_if_asked(self) -> None:
         number = (
-            int(self.processes.sum(torch.tensor(float(self._signal))).item())
+            int(self.processes.sum(torch.tensor(float(self.asked_to_leave))).item())
             if self.processes.count > 1
-            else self._signal
+            else self.asked_to_leave
         )
         if number and self.state.step < self.schedule.total_steps:
             self._save()
             raise InterruptedRunError(
                 f"stopped after step {self.state.step} of {self.schedule.total_steps}; it is saved.",
-                self._signal or number,
+                self.asked_to_leave or number,
             )
 
     def _notify(self, event: str, *args: Any, **kwargs: Any) -> None:

@@ -124,7 +124,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
     from training_lens.evaluation.evaluator import Pass, evaluate_loss
     from training_lens.models.adapters import attach, base_only
     from training_lens.models.factory import load_model
-    from training_lens.models.kernels import supervised_nll
+    from training_lens.models.scoring import supervised_scores
     from training_lens.training.optimization import lr_at
     from training_lens.training.planning import plan_run
     from training_lens.utils.progress import Progress
@@ -164,7 +164,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
                 optimizer.param_groups[0]["lr"] = lr_at(step.number, total, plan.config.training)
                 loss = torch.zeros(())
                 for batch in batches_of(plan.train, step.examples, 4096, 0):
-                    nll = supervised_nll(model, batch.input_ids, batch.loss_mask).sum()
+                    nll = supervised_scores(model, batch.input_ids, batch.loss_mask).nll.sum()
                     (nll / int(plan.train.supervised[step.examples].sum())).backward()
                     loss = loss + nll.detach() / int(plan.train.supervised[step.examples].sum())
                 norm = float(torch.nn.utils.clip_grad_norm_(trained, 1.0))

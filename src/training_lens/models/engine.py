@@ -1,0 +1,108 @@
+"""What training asks of a model: the loss of a micro-batch, by the fastest way that this model has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from training_lens.models.attention import Segments
+from training_lens.models.fusion import Fusion, decoder_of, fuse, states_in_line
+from training_lens.models.losses import linear_nll, nll
+from training_lens.models.scoring import logits_behind
+
+COMPARED = 4  # random states on which the output layer alone is compared with what the model makes of them
+
+
+class Engine:
+    """A PEFT model as training computes it: with fused modules, and the loss of supervised positions alone.
+
+    Args:
+        model: the base with its adapter; its modules are fused in place.
+
+    Example:
+        engine = Engine(model)
+        engine.loss_sum(input_ids, loss_mask).backward()
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.fusion: Fusion = fuse(model)
+        self._decoder = decoder_of(model)
+        self._whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._head = self._whole.get_output_embeddings()
+        self._dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
+        self._output = self._kind_of_output()
+        self._head_trains = any(p.requires_grad for p in self._head.parameters())
+        self._head_is_plain = not self._head_trains and self._is_plain()
+
+    @property
+    def packs(self) -> bool:
+        """Whether micro-batches may be lines of examples, without padding."""
+        return self.fusion.packs
+
+    def loss_sum(
+        self, input_ids: Int[Tensor, "rows width"], loss_mask: Bool[Tensor, "rows width"], line: Sequence[int] = ()
+    ) -> Float[Tensor, ""]:
+        """Negative log-likelihood in nats of all supervised tokens given what stands before them, summed, float32.
+
+        Formula: sum of -log softmax(h_t W^T)[x_{t+1}] over every t with loss_mask[t+1]. The hidden states of other
+        positions are dropped before the output layer. Cost: one synchronisation of the device, to find the positions.
+
+        Args:
+            loss_mask: true at the tokens that are targets; at an example's first one it has no say.
+            line: the lengths of the examples that lie in the one row; empty: rows padded on the right.
+        """
+        segments = Segments(tuple(line)) if line else None
+        if segments:
+            loss_mask = loss_mask.index_fill(1, segments.starts(input_ids.device)[:-1].long(), False)
+        rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
+        device = input_ids.device.type
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not self._needs_no_autocast(device)):
+            states = self._states(input_ids, segments)[rows, columns]
+            return self._nll(states, input_ids[rows, columns + 1])
+
+    def _states(self, input_ids: Tensor, segments: Segments | None) -> Tensor:
+        """The last layer's, (rows, width, hidden)."""
+        if segments:
+            return states_in_line(self._decoder, input_ids, segments)
+        states: Tensor = self._decoder(input_ids=input_ids, use_cache=False)[0]
+        return states
+
+    def _needs_no_autocast(self, device: str) -> bool:
+        """Whether all is in the dtype of the computation but what the kernels cast; autocast would cast to and fro."""
+        wanted = torch.get_autocast_dtype(device)
+        return not self.fusion.plain and self._dtypes == {wanted}
+
+    def _nll(self, states: Tensor, targets: Tensor) -> Tensor:
+        if self._head_is_plain:
+            weight = self._head.weight
+            with torch.autocast(states.device.type, enabled=False):
+                return linear_nll(states.to(weight.dtype), weight, self._head.bias, targets)
+        if self._head_trains:
+            return cross_entropy(self._logits(states), targets, reduction="sum")
+        return nll(states, self._logits, targets)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return logits_behind(self._whole, states, self._output)
+
+    @torch.no_grad()
+    def _kind_of_output(self) -> type:
+        """The type of what the decoder gives."""
+        some = torch.tensor([[0, 1]], device=next(self._decoder.parameters()).device)
+        return type(self._decoder(input_ids=some, use_cache=False))
+
+    @torch.no_grad()
+    def _is_plain(self) -> bool:
+        """Whether logits are the output layer's product alone, with no scale or cap behind it."""
+        head = self._head
+        if type(head) is not nn.Linear or not head.weight.is_floating_point():
+            return False
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(COMPARED, head.in_features, generator=generator).to(head.weight.device, head.weight.dtype)
+        states *= 100  # so that a cap shows
+        return torch.equal(head(states).float(), self._logits(states))

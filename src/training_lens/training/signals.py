@@ -1,0 +1,39 @@
+"""SIGINT and SIGTERM ask a loop to leave when it can; a second one ends it at once."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+class SignalWatch:
+    """Within the block, `number` is that of the signal that asked; 0: none did. It stays what it is after the block.
+
+    Off the main thread, whose business signals are, it changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalWatch:
+        try:
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:
+            self._before = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+        logger.warning("%s: saving after this step, then leaving", signal.Signals(number).name)

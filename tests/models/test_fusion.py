@@ -1,0 +1,241 @@
+"""A fused model has the loss and gradients that it has by itself, and what is not known stays as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from training_lens.config.schema import PeftSection
+from training_lens.models.adapters import attach
+from training_lens.models.engine import Engine
+from training_lens.models.fusion import fuse, unfuse
+from training_lens.models.scoring import supervised_scores
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL),
+    "llama3": LlamaConfig(
+        **SMALL,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "mistral": MistralConfig(sliding_window=4, **SMALL),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(head_dim=8, **SMALL),
+    "gemma3": Gemma3TextConfig(head_dim=8, sliding_window=4, pad_token_id=0, **SMALL),
+    "olmo2": Olmo2Config(**SMALL),
+    "phi3": Phi3Config(pad_token_id=0, **SMALL),
+    "gemma2": Gemma2Config(head_dim=8, pad_token_id=0, **SMALL),
+    "cohere": CohereConfig(bos_token_id=1, eos_token_id=2, **SMALL),
+    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+}
+IN_LINES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3")
+LENGTHS = (9, 2, 7)
+CASES = {
+    "lora": {},
+    "rslora": {"variant": "rslora"},
+    "pissa": {"init": "pissa"},
+    "dora": {"use_dora": True},
+    "some layers": {"target_modules": ["q_proj", "down_proj"]},
+    "other ranks": {"rank_pattern": {"k_proj": 2}},
+    "head, too": {"modules_to_save": ["lm_head"]},
+}
+
+
+def adapted(name: str = "llama", **peft: Any) -> Any:
+    """A model of random weights with an adapter that changes what it computes."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).requires_grad_(False).eval()
+    for parameter in model.parameters():  # norms of 1 and biases of 0 would hide a fault
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model = attach(model, PeftSection(r=4, **peft))
+    for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def examples() -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(3, 97, (1, length), generator=generator) for length in LENGTHS]
+    masks = [torch.rand(1, length, generator=generator) < 0.6 for length in LENGTHS]
+    masks[0][0, -1] = True
+    return ids, masks
+
+
+def plain_loss(model: Any) -> Tensor:
+    """Each example alone, before anything is fused."""
+    return torch.stack([supervised_scores(model, i, m).nll.sum() for i, m in zip(*examples(), strict=True)]).sum()
+
+
+def fused_loss(engine: Engine, in_line: bool) -> Tensor:
+    ids, masks = examples()
+    if in_line:
+        return engine.loss_sum(torch.cat(ids, 1), torch.cat(masks, 1), LENGTHS)
+    width = max(LENGTHS)
+    padded = [torch.nn.functional.pad(i, (0, width - i.shape[1]), value=5) for i in ids]
+    masked = [torch.nn.functional.pad(m, (0, width - m.shape[1])) for m in masks]
+    return engine.loss_sum(torch.cat(padded), torch.cat(masked))
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys() and found
+    for name in wanted:
+        most = 2e-5 * float(wanted[name].abs().max())
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=max(1e-6, most))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradients_are_those_of_each_example_alone(name: str) -> None:
+    model = adapted(name)
+    wanted = plain_loss(model)
+    grads = gradients(model, wanted)
+    engine = Engine(model)
+    assert engine.packs == (name in IN_LINES), engine.fusion
+    for in_line in (False, True) if engine.packs else (False,):
+        loss = fused_loss(engine, in_line)
+        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+        same(gradients(model, loss), grads)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_adapter_trains_as_it_does_unfused(case: str) -> None:
+    model = adapted(**CASES[case])
+    wanted = plain_loss(model)
+    grads = gradients(model, wanted)
+    engine = Engine(model)
+    loss = fused_loss(engine, engine.packs)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+    same(gradients(model, loss), grads)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    from training_lens.models.factory import checkpoint_gradients
+
+    model = adapted()
+    grads = gradients(model, plain_loss(model))
+    checkpoint_gradients(model)
+    same(gradients(model, fused_loss(Engine(model.train()), True)), grads)
+
+
+def test_a_hook_on_a_projection_still_sees_what_it_gives() -> None:
+    model = adapted()
+    engine, seen = Engine(model), []
+    wanted = fused_loss(engine, True)
+    layers = model.base_model.model.model.layers[0]
+    for projection in (layers.self_attn.k_proj, layers.mlp.up_proj):
+        projection.register_forward_hook(lambda _module, _given, output: seen.append(output.shape))
+    torch.testing.assert_close(fused_loss(engine, True), wanted)
+    assert [shape[-1] for shape in seen] == [16, 48]
+
+
+def test_the_adapter_can_be_switched_off_and_merged_and_taken_back() -> None:
+    model = adapted()
+    ids = examples()[0][0]
+    with torch.no_grad():
+        on = model(input_ids=ids).logits
+        with model.disable_adapter():
+            off = model(input_ids=ids).logits
+        fuse(model)
+        torch.testing.assert_close(model(input_ids=ids).logits, on, rtol=1e-4, atol=1e-5)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(input_ids=ids).logits, off, rtol=1e-4, atol=1e-5)
+        model.merge_adapter()
+        torch.testing.assert_close(model(input_ids=ids).logits, on, rtol=1e-3, atol=1e-4)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(input_ids=ids).logits, on, rtol=1e-3, atol=1e-4)
+    unfuse(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, on, rtol=1e-3, atol=1e-4)
+
+
+def test_base_weights_stay_bit_for_bit() -> None:
+    model = adapted()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    engine = Engine(model)
+    fused_loss(engine, True).backward()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_two_adapters_at_once_are_left_to_peft() -> None:
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    ids = examples()[0][0]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+        fuse(model)
+        torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_stays_as_it_is_is_told_with_its_reason() -> None:
+    told = str(Engine(adapted("gpt2")).fusion)
+    assert "attention of another structure" in told and "adapted layers" in told
+    told = str(Engine(adapted("gemma2")).fusion)
+    assert "attention with more than scale and window" in told and "Gemma2RMSNorm computes something else" in told
+
+
+def test_dropout_falls_on_the_branch_alone() -> None:
+    model = adapted(lora_dropout=0.9).train()
+    ids = examples()[0][0]
+    with torch.no_grad():
+        fuse(model)
+        one, other = model(input_ids=ids).logits, model(input_ids=ids).logits
+        with model.disable_adapter():
+            assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_bf16_losses_stay_close_to_those_of_the_modules_themselves(name: str) -> None:
+    model = adapted(name).to(torch.bfloat16)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data = parameter.data.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = float(plain_loss(model).detach())
+        found = float(fused_loss(Engine(model), True).detach())
+    assert found == pytest.approx(wanted, rel=5e-3)
+
+
+def test_get_peft_model_of_plain_peft_is_fused_as_well() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval(), LoraConfig(target_modules="all-linear")
+    )
+    assert Engine(model).packs

@@ -1,0 +1,69 @@
+"""The loss and the gradient that is formed on the way equal those of full logits, however they are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from beartype import beartype
+from jaxtyping import jaxtyped
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.nn.functional import cross_entropy, linear
+
+from training_lens.models import losses
+
+linear_nll = jaxtyped(typechecker=beartype)(losses.linear_nll)
+nll = jaxtyped(typechecker=beartype)(losses.nll)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 50)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+WEIGHT, BIAS, TARGETS = drawn(19, 6, seed=1), drawn(19, seed=2), torch.tensor([3, 0, 18, 3, 7])
+
+
+def capped(states: Tensor) -> Tensor:
+    return 2.0 * torch.tanh(linear(states, WEIGHT) / 2.0)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("bias", [None, BIAS])
+def test_linear_nll_is_the_sum_of_the_cross_entropy(bias: Tensor | None) -> None:
+    states = drawn(5, 6).requires_grad_()
+    wanted = cross_entropy(linear(states, WEIGHT, bias), TARGETS, reduction="sum")
+    torch.testing.assert_close(linear_nll(states, WEIGHT, bias, TARGETS), wanted, rtol=1e-12, atol=1e-12)
+    assert gradcheck(lambda states: linear_nll(states, WEIGHT, bias, TARGETS), (states,))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_nll_takes_any_way_to_logits() -> None:
+    states = drawn(5, 6).requires_grad_()
+    wanted = cross_entropy(capped(states), TARGETS, reduction="sum")
+    torch.testing.assert_close(nll(states, capped, TARGETS), wanted, rtol=1e-12, atol=1e-12)
+    assert gradcheck(lambda states: nll(states, capped, TARGETS), (states,))
+
+
+@pytest.mark.parametrize(
+    "way", [lambda s: linear_nll(s, WEIGHT, None, TARGETS[:0]), lambda s: nll(s, capped, TARGETS[:0])]
+)
+def test_no_target_is_no_loss(way: Callable[[Tensor], Tensor]) -> None:
+    states = drawn(0, 6).requires_grad_()
+    loss = way(states)
+    loss.backward()
+    assert float(loss.detach()) == 0.0 and states.grad is not None and states.grad.shape == (0, 6)
+
+
+def test_a_scaled_loss_has_a_scaled_gradient() -> None:
+    one, other = drawn(5, 6).requires_grad_(), drawn(5, 6).requires_grad_()
+    linear_nll(one, WEIGHT, None, TARGETS).backward()
+    (linear_nll(other, WEIGHT, None, TARGETS) / 7).backward()
+    assert one.grad is not None
+    torch.testing.assert_close(other.grad, one.grad / 7)
