@@ -243,10 +243,13 @@ class Renderer:
         if prefix and first is None:
             raise DatasetError(f"domain '{domain}': there is no user message to put its prefix on.")
         put = [replace(m, text=prefix + m.text) if prefix and i == first else m for i, m in enumerate(messages)]
-        return [self._safe(m) for m in put]
+        return [self._safe(m) for m in put] if self._names else put
 
     def _safe(self, m: Message) -> Message:
         """The message with the names of special tokens protected, in what it says and in what it calls."""
+        assert self._names
+        if not (m.calls or self._names.search(m.text) or self._names.search(m.input)):
+            return m  # nearly every message; a copy of each would take as long as the rest of its rendering
         calls = tuple(self._protected_in(call) for call in m.calls)
         return replace(m, text=self._protected(m.text), input=self._protected(m.input), calls=calls)
 
