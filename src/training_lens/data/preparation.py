@@ -28,7 +28,7 @@ from training_lens.utils.ahead import ahead
 from training_lens.utils.files import read_json, sweep_temporaries, whole_folder, write_json
 from training_lens.utils.progress import Progress
 
-CHUNK = 1000  # rows in memory at a time
+CHUNK = 1000  # rows that are tokenized in one call; about five times as many are in memory
 
 
 @dataclass(frozen=True)
@@ -127,32 +127,45 @@ DECIDING = {
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Some examples of one source, as text, and about how many of its bytes they are; at its end, what is left."""
+    """Some examples, and as text."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     rendered: list[list[Segment]]
-    size_bytes: float
+
+    @property
+    def characters(self) -> int:
+        return sum(len(message.text) for example in self.examples for message in example.messages)
 
 
 def _chunks(
     sources: Sequence[Source], preparation: Preparation, counter: SplitCounter, advance: Callable[[float], None]
 ) -> Iterator[TokenizedRows]:
-    """The sources' tokens; one chunk is read and rendered while the tokenizer, which needs no Python, has another."""
-    for chunk in ahead(_texts(sources, preparation, counter)):
-        if chunk.examples:
-            yield _tokenized(chunk.examples, chunk.rendered, preparation, counter)[0]
-        advance(chunk.size_bytes)
+    """The sources' tokens; one chunk is read and one judged while the tokenizer, which needs no Python, has a third."""
+    left = float(sum(source.size_bytes for source in sources))
+    for chunk, whole in ahead(_encoded(ahead(_texts(sources, preparation, counter)), preparation, counter)):
+        yield _judged(chunk, whole, preparation, counter)[0]
+        done = min(left, chunk.characters)
+        advance(done)
+        left -= done
+    advance(left)
 
 
 def _texts(sources: Sequence[Source], preparation: Preparation, counter: SplitCounter) -> Iterator[_Chunk]:
-    for source in sources:
-        left = float(source.size_bytes)
-        coming = examples_of(source, preparation.data, counter.mappings, counter.end_marks)
-        while examples := list(islice(coming, CHUNK)):
-            done = min(left, sum(len(m.text) for e in examples for m in e.messages))
-            yield _Chunk(examples, [preparation.renderer.example(e) for e in examples], done)
-            left -= done
-        yield _Chunk([], [], left)
+    """The examples of all sources, rendered."""
+    data = preparation.data
+    coming = (e for source in sources for e in examples_of(source, data, counter.mappings, counter.end_marks))
+    while examples := list(islice(coming, CHUNK)):
+        yield _Chunk(examples, [preparation.renderer.example(example) for example in examples])
+
+
+def _encoded(
+    chunks: Iterator[_Chunk], preparation: Preparation, counter: SplitCounter
+) -> Iterator[tuple[_Chunk, EncodedRows]]:
+    """Each chunk with its tokens; counted here, as what characters the tokenizer lacks is asked of it, too."""
+    for chunk in chunks:
+        whole = _encode(chunk, preparation.encoder)
+        counter.see(chunk.examples, chunk.rendered, whole)
+        yield chunk, whole
 
 
 def present_keys(source: Source) -> dict[str, int]:
@@ -193,21 +206,17 @@ def tokenize(examples: Sequence[Example], preparation: Preparation) -> list[Toke
     Raises:
         DatasetError: the template or the tokenizer cannot take a row; names it.
     """
-    rendered = [preparation.renderer.example(example) for example in examples]
-    rows, kept = _tokenized(examples, rendered, preparation)
+    chunk = _Chunk(examples, [preparation.renderer.example(example) for example in examples])
+    rows, kept = _judged(chunk, _encode(chunk, preparation.encoder), preparation)
     found = iter(rows)
     return [next(found) if is_kept else None for is_kept in kept.tolist()]
 
 
-def _tokenized(
-    examples: Sequence[Example],
-    rendered: Sequence[Sequence[Segment]],
-    preparation: Preparation,
-    counter: SplitCounter | None = None,
+def _judged(
+    chunk: _Chunk, whole: EncodedRows, preparation: Preparation, counter: SplitCounter | None = None
 ) -> tuple[TokenizedRows, np.ndarray]:
-    """The tokens of the examples that are kept, and which those are, (examples,) bool; counted where asked."""
+    """The tokens of the examples that are kept, cut, and which those are, (examples,) bool; counted where asked."""
     data, encoder = preparation.data, preparation.encoder
-    whole = _encode(examples, rendered, encoder)
     fitted = fit(whole, preparation.seq_len, data.truncation, encoder.bos_id)
     kept = learnable(fitted, encoder.special_ids)
     left = fitted.where(np.repeat(kept, fitted.lengths))
@@ -216,14 +225,13 @@ def _tokenized(
         left.input_ids,
         left.response if data.mask_prompt else np.ones_like(left.response),
         running(left.lengths[kept]),
-        [examples[i].file for i in places],
-        np.array([examples[i].row for i in places], dtype=np.int64),
-        [examples[i].domain for i in places],
-        _digests([rendered[i] for i in places]),
+        [chunk.examples[i].file for i in places],
+        np.array([chunk.examples[i].row for i in places], dtype=np.int64),
+        [chunk.examples[i].domain for i in places],
+        _digests([chunk.rendered[i] for i in places]),
     )
     if counter:
-        counter.see(examples, rendered, whole)
-        counter.judge(examples, whole, fitted, kept)
+        counter.judge(chunk.examples, whole, fitted, kept)
         counter.keep(rows)
     return rows, kept
 
@@ -235,12 +243,12 @@ def _digests(rendered: Sequence[Sequence[Segment]]) -> np.ndarray:
     return np.frombuffer(b"".join(each), dtype=">u8").astype(np.uint64)
 
 
-def _encode(examples: Sequence[Example], rendered: Sequence[Sequence[Segment]], encoder: TextEncoder) -> EncodedRows:
+def _encode(chunk: _Chunk, encoder: TextEncoder) -> EncodedRows:
     """All in one call; where that fails, one by one, to name the row."""
     try:
-        return encoder.encode(rendered)
+        return encoder.encode(chunk.rendered)
     except DatasetError:
-        for example, segments in zip(examples, rendered, strict=True):
+        for example, segments in zip(chunk.examples, chunk.rendered, strict=True):
             try:
                 encoder.encode([segments])
             except DatasetError as error:

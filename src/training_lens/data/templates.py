@@ -27,6 +27,7 @@ JINJA = (".jinja", ".jinja2", ".j2")
 # Names of special tokens inside data stand as (mark, number, mark) while a template renders: noncharacters of Unicode.
 # Where a template writes JSON in ASCII, they stand escaped.
 OPEN, CLOSE, ESCAPED = "\ufdd0", "\ufdd1", r"\ufdd0"
+_SLOT = re.compile(r"\{(\w+)\}")
 _PLACEHOLDER = re.compile(rf"(?:{OPEN}|\\ufdd0)(\d+)(?:{CLOSE}|\\ufdd1)")
 
 
@@ -127,22 +128,14 @@ class PatternTemplate(TurnTemplate):
         super().__init__(end)
         text = pattern.replace("\\n", "\n").rstrip("\n")
         _check_pattern(text)
-        self._lines = text.removesuffix("{output}").split("\n")
+        lines = text.removesuffix("{output}").split("\n")
+        self._lines = [(line, _SLOT.findall(line)) for line in lines]
 
     def lead(self, system: str | None, asked: Message, first: bool) -> str:
         values = {"system": system if first else "", "instruction": asked.text, "input": asked.input}
-        *others, last = self._lines
-        lines = [line for line in others if self._wanted(line, values)]
-        return "\n".join(self._filled(line, values) for line in (*lines, last))
-
-    @staticmethod
-    def _wanted(line: str, values: Mapping[str, str | None]) -> bool:
-        slots = re.findall(r"\{(\w+)\}", line)
-        return not slots or any(values[slot] for slot in slots)
-
-    @staticmethod
-    def _filled(line: str, values: Mapping[str, str | None]) -> str:
-        return re.sub(r"\{(\w+)\}", lambda slot: values[slot[1]] or "", line)
+        *others, (last, _) = self._lines
+        lines = [line for line, slots in others if not slots or any(values[slot] for slot in slots)]
+        return _SLOT.sub(lambda slot: values[slot[1]] or "", "\n".join((*lines, last)))
 
 
 def _check_pattern(text: str) -> None:

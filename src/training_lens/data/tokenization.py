@@ -18,11 +18,10 @@ from training_lens.data.types import Segment
 from training_lens.errors import DatasetError, ModelLoadingError
 
 ANCHORS = ("\n", "|", "a", "1", ".")
-ASCII = 128
 
 
 class TextEncoder:
-    """Encodes segments with a fast tokenizer.
+    """Encodes segments with a fast tokenizer; for one thread at a time, as the tokenizer itself is.
 
     Some tokenizers put a space before any text they are given. Behind the first segment that space would be an
     invention, so there a one-character anchor takes it and is cut off again.
@@ -122,6 +121,8 @@ class TextEncoder:
 
     def _ids(self, texts: list[str], *, special: bool = False, plain: bool = False) -> list[list[int]]:
         """The tokens of each text, by the tokenizer's rules alone: its Python wrapper takes as long as they do."""
+        if not texts:
+            return []
         rules = self._tokenizer.backend_tokenizer
         rules.no_truncation()  # whoever used the tokenizer last may have left both on
         rules.no_padding()
@@ -150,21 +151,22 @@ class Coverage:
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
         self._seen: set[str] = set()
+        self._seen_ascii = b""
         self._unknown: set[str] = set()
         self.characters = 0
         self.unknown: Counter[str] = Counter()
 
     def add(self, texts: Sequence[str]) -> None:
         """Count these texts in."""
-        codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        counts = np.bincount(codes[codes < ASCII], minlength=ASCII)
-        rare, times = np.unique(codes[codes >= ASCII], return_counts=True)
-        present = {chr(code): int(counts[code]) for code in np.flatnonzero(counts)}
-        present |= {chr(code): int(count) for code, count in zip(rare, times, strict=True)}
-        self._unknown |= self._encoder.without_token(present.keys() - self._seen)
-        self._seen |= present.keys()
-        self.characters += len(codes)
-        self.unknown.update({character: present[character] for character in present.keys() & self._unknown})
+        ascii_texts = "".join(text for text in texts if text.isascii()).encode()
+        present = set(ascii_texts.translate(None, self._seen_ascii).decode())
+        present = present.union(*(text for text in texts if not text.isascii())) - self._seen
+        self._seen |= present
+        self._seen_ascii += "".join(filter(str.isascii, present)).encode()
+        self._unknown |= self._encoder.without_token(present)
+        self.characters += sum(map(len, texts))
+        for character in self._unknown:
+            self.unknown[character] += sum(text.count(character) for text in texts)
 
 
 def shown(tokenizer: Any, input_ids: np.ndarray, mask: np.ndarray) -> list[tuple[str, bool]]:
