@@ -38,7 +38,8 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 # What benchmarks/train_speed.py compares with, each in a virtual environment of its own. All but the first are optional:
-# one that does not install here is named, and the others go on.
+# one that does not install here is named, and the others go on. A torchvision of another build than torch cannot be
+# imported, and transformers then neither; texts need none.
 OPTIONAL_PEERS := llamafactory litgpt unsloth
 
 peers: .venv-peers-hf/.installed
@@ -51,6 +52,7 @@ peers: .venv-peers-hf/.installed
 	grep '^torch==' constraints.txt > $(@D)/torch.txt
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/torch.txt torch
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/torch.txt --requirement $<
+	$(@D)/bin/python -c 'import torchvision' 2> /dev/null || $(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
 	touch $@
 
 clean:

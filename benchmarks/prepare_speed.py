@@ -139,6 +139,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         if args.repeats:
             results["gsm8k_and_t0"] = compared(args.shared.resolve(), tokenizer, Path(name), args.repeats)
+            args.output.write_text(json.dumps(results, indent=2) + "\n")
         if args.grow:
             results["growth"] = grown(args.grow, args.shared.resolve(), tokenizer, Path(name))
     args.output.write_text(json.dumps(results, indent=2) + "\n")

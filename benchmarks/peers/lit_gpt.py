@@ -115,7 +115,7 @@ def main() -> None:
             epochs=2,
             max_steps=steps,
         ),
-        eval=EvalArgs(interval=10**6, initial_validation=False, final_validation=False),
+        eval=EvalArgs(interval=10**6, max_new_tokens=1, initial_validation=False, final_validation=False),
         optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": job["lr"], "weight_decay": 0.0}},
     )
 
