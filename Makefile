@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow check format clean
+.PHONY: setup demo test test-slow check format peers clean
 
 setup: $(STAMP)
 
@@ -37,5 +37,23 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# What benchmarks/train_speed.py compares with, each in a virtual environment of its own. All but the first are optional:
+# one that does not install here is named, and the others go on. A torchvision of another build than torch cannot be
+# imported, and transformers then neither; texts need none.
+OPTIONAL_PEERS := llamafactory litgpt unsloth
+
+peers: .venv-peers-hf/.installed
+	@for peer in $(OPTIONAL_PEERS); do \
+		$(MAKE) --no-print-directory .venv-peers-$$peer/.installed || echo "$$peer: does not install here; left out"; \
+	done
+
+.venv-peers-%/.installed: benchmarks/peers/requirements-%.txt constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	grep '^torch==' constraints.txt > $(@D)/torch.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/torch.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/torch.txt --requirement $<
+	$(@D)/bin/python -c 'import torchvision' 2> /dev/null || $(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-peers-* outputs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from training_lens.data.columns import TokenizedRows
 from training_lens.data.store import TokenDataset, write_examples
 from training_lens.data.types import TokenizedExample
 
@@ -22,7 +23,7 @@ def examples(count: int) -> list[TokenizedExample]:
 
 def test_round_trip_over_several_batches(tmp_path: Path) -> None:
     made = examples(25)
-    write_examples(tmp_path / "x.arrow", [made[:10], made[10:11], made[11:]])
+    write_examples(tmp_path / "x.arrow", map(TokenizedRows.of, [made[:10], [], made[10:11], made[11:]]))
     for dataset in (TokenDataset.open(tmp_path / "x.arrow"), TokenDataset.of(made)):
         assert len(dataset) == 25
         for a, b in zip(made, dataset, strict=True):
@@ -36,7 +37,7 @@ def test_round_trip_over_several_batches(tmp_path: Path) -> None:
 
 def test_a_selection_is_a_view_in_its_order(tmp_path: Path) -> None:
     made = examples(25)
-    write_examples(tmp_path / "x.arrow", [made])
+    write_examples(tmp_path / "x.arrow", [TokenizedRows.of(made)])
     chosen = TokenDataset.open(tmp_path / "x.arrow").select(np.array([7, 3, 20])).select(np.array([2, 0]))
     assert [chosen.example_id(i) for i in range(2)] == ["f:20", "f:7"]
     assert chosen.lengths.tolist() == [len(made[20].input_ids), len(made[7].input_ids)]

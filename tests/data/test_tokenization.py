@@ -11,9 +11,9 @@ import pytest
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
-from training_lens.data.preparation import learnable
+from training_lens.data.columns import fit, learnable
 from training_lens.data.templates import Renderer, build_renderer
-from training_lens.data.tokenization import Coverage, TextEncoder, fit
+from training_lens.data.tokenization import Coverage, TextEncoder
 from training_lens.data.types import Example, Message, Segment
 from training_lens.errors import DatasetError, ModelLoadingError
 from training_lens.models.factory import load_tokenizer
@@ -126,18 +126,18 @@ def test_a_tokenizer_without_eos_is_refused(shared: Path) -> None:
 def test_truncation_keeps_the_end_or_the_start_or_drops(embedded_tokenizer: Any) -> None:
     renderer = build_renderer(DataSection(template="chat"), embedded_tokenizer)
     encoder = TextEncoder(embedded_tokenizer)
-    whole = encoder.encode([renderer.example(example("Q", "one two three four five six"))])[0]
-    length = len(whole.input_ids) - 3
-    start = fit(whole, length, "keep_start", encoder.bos_id)
-    assert start is not None and start.input_ids.tolist() == whole.input_ids[:length].tolist()
+    rows = encoder.encode([renderer.example(example("Q", "one two three four five six"))])
+    (whole,), length = rows, len(rows.input_ids) - 3
+    (start,) = fit(rows, length, "keep_start", encoder.bos_id)
+    assert start.input_ids.tolist() == whole.input_ids[:length].tolist()
     assert encoder.eos_id not in start.input_ids[start.response]
-    end = fit(whole, length, "keep_end", encoder.bos_id)
-    assert end is not None and len(end.input_ids) == length
+    (end,) = fit(rows, length, "keep_end", encoder.bos_id)
+    assert len(end.input_ids) == length
     assert end.input_ids[0] == encoder.bos_id and end.input_ids[1:].tolist() == whole.input_ids[4:].tolist()
     assert end.response.sum() == whole.response.sum()
-    assert fit(whole, length, "drop", encoder.bos_id) is None
+    assert fit(rows, length, "drop", encoder.bos_id).lengths.tolist() == [0]
     for policy in ("keep_end", "keep_start", "drop"):
-        assert fit(whole, length + 3, policy, encoder.bos_id) is whole  # type: ignore[arg-type]
+        assert fit(rows, length + 3, policy, encoder.bos_id) is rows  # type: ignore[arg-type]
 
 
 def test_embedded_names_resolve_to_files() -> None:
@@ -150,7 +150,7 @@ def test_an_answer_without_tokens_is_not_learnable(shared: Path) -> None:
     renderer = build_renderer(DataSection(template="alpaca"), tokenizer)
     encoder = TextEncoder(tokenizer)
     encoded = encoder.encode([renderer.example(example("Hi", answer)) for answer in ("机器人", "Tom")])
-    assert [learnable(e, encoder) for e in encoded] == [False, True]
+    assert learnable(encoded, encoder.special_ids).tolist() == [False, True]
 
 
 def test_special_names_in_data_give_no_special_tokens(tokenizer: Any, renderer: Renderer) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
 
 if TYPE_CHECKING:
-    from training_lens.data.preparation import SplitReport
+    from training_lens.data.counting import SplitReport
     from training_lens.training.estimates import Estimate
     from training_lens.training.planning import RunPlan
 

@@ -184,9 +184,9 @@ def strip_end_marks(example: Example) -> tuple[Example, list[str]]:
 
 def _without_mark(message: Message, marks: list[str]) -> Message:
     text = message.text.rstrip()
-    mark = next((m for m in END_MARKS if text.endswith(m)), None)
-    if mark is None:
+    if not text.endswith(END_MARKS):
         return message
+    mark = next(m for m in END_MARKS if text.endswith(m))
     marks.append(mark)
     return replace(message, text=text.removesuffix(mark))
 

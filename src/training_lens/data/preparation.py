@@ -6,56 +6,29 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import training_lens.data as data_package
 from training_lens.config.data_sections import DataSection
+from training_lens.data.columns import EncodedRows, TokenizedRows, fit, learnable, running
+from training_lens.data.counting import SplitCounter, SplitReport
 from training_lens.data.fields import find_mapping, keys_of, strip_end_marks, to_example
 from training_lens.data.sources import Source, expand
 from training_lens.data.store import TokenDataset, write_examples
 from training_lens.data.templates import Renderer
-from training_lens.data.tokenization import Coverage, Encoded, TextEncoder, fit, mask_of
+from training_lens.data.tokenization import Coverage, TextEncoder
 from training_lens.data.types import Example, Segment, TokenizedExample
 from training_lens.errors import DatasetError
+from training_lens.utils.ahead import ahead
 from training_lens.utils.files import read_json, sweep_temporaries, whole_folder, write_json
 from training_lens.utils.progress import Progress
 
-CHUNK = 1000  # rows in memory at a time
-KEPT_SHARE = 0.99  # of the rows: the seq_len that would keep so many whole is reported
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """What went into a split: its sources with sha256, how each was read, and what was lost on the way."""
-
-    files: dict[str, str]
-    mappings: dict[str, str]
-    examples_by_file: dict[str, int]
-    rows: int
-    examples: int
-    dropped_without_answer: int
-    dropped_by_weight: int
-    dropped_too_long: int
-    truncated: int
-    answers_truncated: int
-    supervised_tokens_lost: int
-    seq_len_for_99_percent: int
-    longest: int
-    tokens: int
-    supervised_tokens: int
-    domains: dict[str, int]
-    characters: int
-    unknown_characters: dict[str, int]
-    special_text: dict[str, int]
-    end_marks: dict[str, int]
-
-    @property
-    def unknown_share(self) -> float:
-        """Characters that have no token in this tokenizer, over all."""
-        return sum(self.unknown_characters.values()) / max(1, self.characters)
+CHUNK = 1000  # rows that are tokenized in one call; about five times as many are in memory
 
 
 @dataclass(frozen=True)
@@ -122,7 +95,7 @@ def prepare_sources(
         cache.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(cache, older_than_seconds=86_400)
         with whole_folder(folder) as building:
-            counter = _Counter(Coverage(preparation.encoder))
+            counter = SplitCounter(Coverage(preparation.encoder))
             with progress.task(f"tokenizing {key}", sum(s.size_bytes for s in sources), "bytes") as advance:
                 write_examples(building / "examples.arrow", _chunks(sources, preparation, counter, advance))
             report = counter.report(hashes)
@@ -152,103 +125,47 @@ DECIDING = {
 }
 
 
-@dataclass
-class _Counter:
-    """Counts what passes through the pipeline."""
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Some examples, and as text."""
 
-    coverage: Coverage
-    mappings: dict[str, str] = field(default_factory=dict)
-    domains: Counter[str] = field(default_factory=Counter)
-    by_file: Counter[str] = field(default_factory=Counter)
-    lengths: Counter[int] = field(default_factory=Counter)
-    special_text: Counter[str] = field(default_factory=Counter)
-    end_marks: Counter[str] = field(default_factory=Counter)
-    rows: int = 0
-    unanswered: int = 0
-    muted: int = 0
-    too_long: int = 0
-    truncated: int = 0
-    answers_cut: int = 0
-    texts: int = 0
-    lost: int = 0
-    tokens: int = 0
-    supervised: int = 0
+    examples: Sequence[Example]
+    rendered: list[list[Segment]]
 
-    def see(self, segments: Sequence[Segment], whole: Encoded) -> None:
-        """Count an example as it came."""
-        self.rows += 1
-        self.lengths[len(whole.input_ids)] += 1
-        self.special_text.update(s.text for s in segments if s.plain)
-
-    def keep(self, example: Example, whole: Encoded, kept: TokenizedExample, seen: Encoded) -> None:
-        """Count an example as it is kept."""
-        lost = int(whole.response.sum()) - int(seen.response.sum())
-        self.by_file[example.file] += 1
-        self.texts += example.is_text
-        self.truncated += len(seen.input_ids) < len(whole.input_ids)
-        self.answers_cut += lost > 0 and not example.is_text
-        self.lost += lost
-        self.tokens += len(kept.input_ids)
-        self.supervised += int(kept.loss_mask[1:].sum())
-        if kept.domain is not None:
-            self.domains[kept.domain] += 1
-
-    def drop(self, whole: Encoded, fitted: Encoded | None) -> None:
-        """Count an example as it is dropped: all of it muted, too long, or nothing left to learn."""
-        if not len(whole.input_ids):
-            self.muted += 1
-        elif fitted is None:
-            self.too_long += 1
-        else:
-            self.unanswered += 1
-
-    def report(self, hashes: dict[str, str]) -> SplitReport:
-        return SplitReport(
-            files=hashes,
-            mappings=self.mappings,
-            examples_by_file=dict(self.by_file),
-            rows=self.rows,
-            examples=sum(self.by_file.values()),
-            dropped_without_answer=self.unanswered,
-            dropped_by_weight=self.muted,
-            dropped_too_long=self.too_long,
-            truncated=self.truncated,
-            answers_truncated=self.answers_cut,
-            supervised_tokens_lost=self.lost,
-            seq_len_for_99_percent=_quantile(self.lengths, KEPT_SHARE),
-            longest=max(self.lengths, default=0),
-            tokens=self.tokens,
-            supervised_tokens=self.supervised,
-            domains=dict(sorted(self.domains.items())),
-            characters=self.coverage.characters,
-            unknown_characters=dict(self.coverage.unknown.most_common()),
-            special_text=dict(self.special_text.most_common()),
-            end_marks=dict(self.end_marks),
-        )
-
-
-def _quantile(counts: Counter[int], share: float) -> int:
-    """The smallest length that so large a share of all is not above."""
-    seen, wanted = 0, share * sum(counts.values())
-    for length in sorted(counts):
-        seen += counts[length]
-        if seen >= wanted:
-            return length
-    return 0
+    @property
+    def characters(self) -> int:
+        return sum(len(message.text) for example in self.examples for message in example.messages)
 
 
 def _chunks(
-    sources: Sequence[Source], preparation: Preparation, counter: _Counter, advance: Callable[[float], None]
-) -> Iterator[list[TokenizedExample]]:
-    for source in sources:
-        left = float(source.size_bytes)
-        examples = examples_of(source, preparation.data, counter.mappings, counter.end_marks)
-        while chunk := list(islice(examples, CHUNK)):
-            yield [example for example in tokenize(chunk, preparation, counter) if example is not None]
-            done = min(left, sum(len(m.text) for e in chunk for m in e.messages))
-            advance(done)
-            left -= done
-        advance(left)
+    sources: Sequence[Source], preparation: Preparation, counter: SplitCounter, advance: Callable[[float], None]
+) -> Iterator[TokenizedRows]:
+    """The sources' tokens; one chunk is read and one judged while the tokenizer, which needs no Python, has a third."""
+    left = float(sum(source.size_bytes for source in sources))
+    for chunk, whole in ahead(_encoded(ahead(_texts(sources, preparation, counter)), preparation, counter)):
+        yield _judged(chunk, whole, preparation, counter)[0]
+        done = min(left, chunk.characters)
+        advance(done)
+        left -= done
+    advance(left)
+
+
+def _texts(sources: Sequence[Source], preparation: Preparation, counter: SplitCounter) -> Iterator[_Chunk]:
+    """The examples of all sources, rendered."""
+    data = preparation.data
+    coming = (e for source in sources for e in examples_of(source, data, counter.mappings, counter.end_marks))
+    while examples := list(islice(coming, CHUNK)):
+        yield _Chunk(examples, [preparation.renderer.example(example) for example in examples])
+
+
+def _encoded(
+    chunks: Iterator[_Chunk], preparation: Preparation, counter: SplitCounter
+) -> Iterator[tuple[_Chunk, EncodedRows]]:
+    """Each chunk with its tokens; counted here, as what characters the tokenizer lacks is asked of it, too."""
+    for chunk in chunks:
+        whole = _encode(chunk, preparation.encoder)
+        counter.see(chunk.examples, chunk.rendered, whole)
+        yield chunk, whole
 
 
 def present_keys(source: Source) -> dict[str, int]:
@@ -283,54 +200,60 @@ def examples_of(
         yield example
 
 
-def tokenize(
-    examples: Sequence[Example], preparation: Preparation, counter: _Counter | None = None
-) -> list[TokenizedExample | None]:
-    """Examples to tokens; None where one is dropped. What happens to them is counted in `counter`."""
-    rendered = [preparation.renderer.example(example) for example in examples]
-    encoded = _encode(examples, rendered, preparation)
-    if counter:
-        counter.coverage.add([m.text for e in examples for m in e.messages])
-    return [
-        _tokenized(example, segments, whole, preparation, counter)
-        for example, segments, whole in zip(examples, rendered, encoded, strict=True)
-    ]
+def tokenize(examples: Sequence[Example], preparation: Preparation) -> list[TokenizedExample | None]:
+    """Examples to tokens; None where one is dropped.
+
+    Raises:
+        DatasetError: the template or the tokenizer cannot take a row; names it.
+    """
+    chunk = _Chunk(examples, [preparation.renderer.example(example) for example in examples])
+    rows, kept = _judged(chunk, _encode(chunk, preparation.encoder), preparation)
+    found = iter(rows)
+    return [next(found) if is_kept else None for is_kept in kept.tolist()]
 
 
-def _tokenized(
-    example: Example, segments: Sequence[Segment], whole: Encoded, preparation: Preparation, counter: _Counter | None
-) -> TokenizedExample | None:
+def _judged(
+    chunk: _Chunk, whole: EncodedRows, preparation: Preparation, counter: SplitCounter | None = None
+) -> tuple[TokenizedRows, np.ndarray]:
+    """The tokens of the examples that are kept, cut, and which those are, (examples,) bool; counted where asked."""
     data, encoder = preparation.data, preparation.encoder
     fitted = fit(whole, preparation.seq_len, data.truncation, encoder.bos_id)
-    kept = None
-    if fitted is not None and learnable(fitted, encoder):
-        text = "".join(segment.text for segment in segments)
-        digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-        mask = mask_of(fitted, data.mask_prompt)
-        kept = TokenizedExample(example.file, example.row, fitted.input_ids, mask, example.domain, digest)
+    kept = learnable(fitted, encoder.special_ids)
+    left = fitted.where(np.repeat(kept, fitted.lengths))
+    places = np.flatnonzero(kept).tolist()
+    rows = TokenizedRows(
+        left.input_ids,
+        left.response if data.mask_prompt else np.ones_like(left.response),
+        running(left.lengths[kept]),
+        [chunk.examples[i].file for i in places],
+        np.array([chunk.examples[i].row for i in places], dtype=np.int64),
+        [chunk.examples[i].domain for i in places],
+        _digests([chunk.rendered[i] for i in places]),
+    )
     if counter:
-        counter.see(segments, whole)
-        counter.keep(example, whole, kept, fitted) if kept and fitted else counter.drop(whole, fitted)
-    return kept
+        counter.judge(chunk.examples, whole, fitted, kept)
+        counter.keep(rows)
+    return rows, kept
 
 
-def _encode(chunk: Sequence[Example], rendered: list[list[Segment]], preparation: Preparation) -> list[Encoded]:
+def _digests(rendered: Sequence[Sequence[Segment]]) -> np.ndarray:
+    """A hash of each text, (examples,) uint64."""
+    texts = ("".join(segment.text for segment in segments) for segments in rendered)
+    each = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+    return np.frombuffer(b"".join(each), dtype=">u8").astype(np.uint64)
+
+
+def _encode(chunk: _Chunk, encoder: TextEncoder) -> EncodedRows:
     """All in one call; where that fails, one by one, to name the row."""
     try:
-        return preparation.encoder.encode(rendered)
+        return encoder.encode(chunk.rendered)
     except DatasetError:
-        for example, segments in zip(chunk, rendered, strict=True):
+        for example, segments in zip(chunk.examples, chunk.rendered, strict=True):
             try:
-                preparation.encoder.encode([segments])
+                encoder.encode([segments])
             except DatasetError as error:
                 raise DatasetError(f"{example.file}, row {example.row}: {error}") from error
         raise
-
-
-def learnable(encoded: Encoded, encoder: TextEncoder) -> bool:
-    """Whether anything of an answer but end tokens is left to predict."""
-    answer = encoded.input_ids[1:][encoded.response[1:]]
-    return any(int(token) not in encoder.special_ids for token in answer)
 
 
 def prompt_as_trained(example: Example, preparation: Preparation) -> list[int]:
@@ -344,7 +267,7 @@ def prompt_as_trained(example: Example, preparation: Preparation) -> list[int]:
     return prompt[:front] + prompt[front + lost :]
 
 
-def _refuse_useless(report: SplitReport, counter: _Counter, key: str, preparation: Preparation) -> None:
+def _refuse_useless(report: SplitReport, counter: SplitCounter, key: str, preparation: Preparation) -> None:
     seq_len = preparation.seq_len
     if not report.examples:
         raise DatasetError(

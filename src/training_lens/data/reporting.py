@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from training_lens.data.preparation import SplitReport
+from training_lens.data.counting import SplitReport
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)

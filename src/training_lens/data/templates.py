@@ -27,6 +27,7 @@ JINJA = (".jinja", ".jinja2", ".j2")
 # Names of special tokens inside data stand as (mark, number, mark) while a template renders: noncharacters of Unicode.
 # Where a template writes JSON in ASCII, they stand escaped.
 OPEN, CLOSE, ESCAPED = "\ufdd0", "\ufdd1", r"\ufdd0"
+_SLOT = re.compile(r"\{(\w+)\}")
 _PLACEHOLDER = re.compile(rf"(?:{OPEN}|\\ufdd0)(\d+)(?:{CLOSE}|\\ufdd1)")
 
 
@@ -127,22 +128,14 @@ class PatternTemplate(TurnTemplate):
         super().__init__(end)
         text = pattern.replace("\\n", "\n").rstrip("\n")
         _check_pattern(text)
-        self._lines = text.removesuffix("{output}").split("\n")
+        lines = text.removesuffix("{output}").split("\n")
+        self._lines = [(line, _SLOT.findall(line)) for line in lines]
 
     def lead(self, system: str | None, asked: Message, first: bool) -> str:
         values = {"system": system if first else "", "instruction": asked.text, "input": asked.input}
-        *others, last = self._lines
-        lines = [line for line in others if self._wanted(line, values)]
-        return "\n".join(self._filled(line, values) for line in (*lines, last))
-
-    @staticmethod
-    def _wanted(line: str, values: Mapping[str, str | None]) -> bool:
-        slots = re.findall(r"\{(\w+)\}", line)
-        return not slots or any(values[slot] for slot in slots)
-
-    @staticmethod
-    def _filled(line: str, values: Mapping[str, str | None]) -> str:
-        return re.sub(r"\{(\w+)\}", lambda slot: values[slot[1]] or "", line)
+        *others, (last, _) = self._lines
+        lines = [line for line, slots in others if not slots or any(values[slot] for slot in slots)]
+        return _SLOT.sub(lambda slot: values[slot[1]] or "", "\n".join((*lines, last)))
 
 
 def _check_pattern(text: str) -> None:
@@ -243,10 +236,13 @@ class Renderer:
         if prefix and first is None:
             raise DatasetError(f"domain '{domain}': there is no user message to put its prefix on.")
         put = [replace(m, text=prefix + m.text) if prefix and i == first else m for i, m in enumerate(messages)]
-        return [self._safe(m) for m in put]
+        return [self._safe(m) for m in put] if self._names else put
 
     def _safe(self, m: Message) -> Message:
         """The message with the names of special tokens protected, in what it says and in what it calls."""
+        assert self._names
+        if not (m.calls or self._names.search(m.text) or self._names.search(m.input)):
+            return m  # nearly every message; a copy of each would take as long as the rest of its rendering
         calls = tuple(self._protected_in(call) for call in m.calls)
         return replace(m, text=self._protected(m.text), input=self._protected(m.input), calls=calls)
 

@@ -7,29 +7,21 @@ segment. The pad token plays no part in any decision.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Collection, Iterable, Sequence
+from itertools import chain
+from typing import Any
 
 import numpy as np
 
+from training_lens.data.columns import EncodedRows, running
 from training_lens.data.types import Segment
 from training_lens.errors import DatasetError, ModelLoadingError
 
 ANCHORS = ("\n", "|", "a", "1", ".")
-Truncation = Literal["keep_end", "keep_start", "drop"]
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Tokens of one example and which of them belong to a response (int32 and bool, of one length)."""
-
-    input_ids: np.ndarray
-    response: np.ndarray
 
 
 class TextEncoder:
-    """Encodes segments with a fast tokenizer.
+    """Encodes segments with a fast tokenizer; for one thread at a time, as the tokenizer itself is.
 
     Some tokenizers put a space before any text they are given. Behind the first segment that space would be an
     invention, so there a one-character anchor takes it and is cut off again.
@@ -55,20 +47,32 @@ class TextEncoder:
         adds_space = any(len(two) < 2 * len(one) and len(one) > 1 for one, two in zip(alone, doubled, strict=True))
         self._anchors = list(zip(ANCHORS, alone, strict=True)) if adds_space else []
 
-    def encode(self, examples: Sequence[Sequence[Segment]]) -> list[Encoded]:
+    def encode(self, examples: Sequence[Sequence[Segment]]) -> EncodedRows:
         """Encode many rendered examples (or prompts) in one call of the tokenizer.
 
         Raises:
             DatasetError: the rendered text begins with BOS twice.
         """
-        segments = [(segment, place > 0) for example in examples for place, segment in enumerate(example)]
-        pieces = self._encode_segments(segments, plain=False) | self._encode_segments(segments, plain=True)
-        place = iter(range(len(segments)))
-        return [self._join(example, [pieces[next(place)] for _ in example]) for example in examples]
+        counts = np.fromiter(map(len, examples), np.int64, len(examples))
+        ends = running(counts)
+        segments = list(chain.from_iterable(examples))
+        firsts = ends[:-1][counts > 0]
+        pieces = self._pieces(segments, set(firsts.tolist()))
+        bos = [] if self.bos_id is None else [self.bos_id]
+        given = [place for place in firsts.tolist() if bos and pieces[place][:1] != bos]
+        for place in given:
+            pieces[place] = bos + pieces[place]
+        stretches = running(np.fromiter(map(len, pieces), np.int64, len(pieces)))
+        ids = np.fromiter(chain.from_iterable(pieces), np.int32, stretches[-1])
+        response = np.repeat(np.fromiter((s.response for s in segments), bool, len(segments)), np.diff(stretches))
+        response[stretches[given]] = False
+        rows = EncodedRows(ids, response, stretches[ends])
+        self._refuse_bos_twice(rows)
+        return rows
 
     def prompt_ids(self, segments: Sequence[Segment]) -> list[int]:
         """The tokens of one prompt, as training saw them."""
-        return [int(i) for i in self.encode([segments])[0].input_ids]
+        return [int(i) for i in self.encode([segments]).input_ids]
 
     def without_token(self, characters: Iterable[str]) -> set[str]:
         """Those of the characters that this tokenizer has no token for: it drops them, or gives its unknown token."""
@@ -77,25 +81,23 @@ class TextEncoder:
         nothing, *each = self._ids(["aa", *(f"a{c}a" for c in listed)], plain=True)
         return {c for c, ids in zip(listed, each, strict=True) if ids == nothing or unknown in ids}
 
-    def _join(self, segments: Sequence[Segment], pieces: Sequence[list[int]]) -> Encoded:
-        ids: list[int] = []
-        response: list[bool] = []
-        for segment, piece in zip(segments, pieces, strict=True):
-            if not ids and self.bos_id is not None and piece[:1] != [self.bos_id]:
-                ids, response = [self.bos_id], [False]
-            ids += piece
-            response += [segment.response] * len(piece)
-        if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
+    def _refuse_bos_twice(self, rows: EncodedRows) -> None:
+        starts = rows.offsets[:-1][rows.lengths > 1]
+        front = rows.input_ids[starts[:, None] + [0, 1]]  # (examples, 2)
+        if self.bos_id is not None and (front == self.bos_id).all(axis=1).any():
             raise DatasetError(
                 "the chat template begins with BOS twice; take one out of it (data.template=FILE.jinja)."
             )
-        return Encoded(np.array(ids, dtype=np.int32), np.array(response, dtype=bool))
 
-    def _encode_segments(self, segments: Sequence[tuple[Segment, bool]], plain: bool) -> dict[int, list[int]]:
-        """Position -> tokens of the (segment, continues) that are plain, or are not."""
-        chosen = [i for i, (segment, _) in enumerate(segments) if segment.plain == plain]
-        texts = [(segments[i][0].text, segments[i][1]) for i in chosen]
-        return dict(zip(chosen, self._encode_texts(texts, plain), strict=True))
+    def _pieces(self, segments: Sequence[Segment], firsts: Collection[int]) -> list[list[int]]:
+        """The tokens of each segment; those at `firsts` begin an example, the others go on with one."""
+        pieces: list[list[int]] = [[]] * len(segments)
+        for plain in (False, True):
+            chosen = [place for place, segment in enumerate(segments) if segment.plain == plain]
+            texts = [(segments[place].text, place not in firsts) for place in chosen]
+            for place, ids in zip(chosen, self._encode_texts(texts, plain), strict=True):
+                pieces[place] = ids
+        return pieces
 
     def _encode_texts(self, texts: Sequence[tuple[str, bool]], plain: bool) -> list[list[int]]:
         """Token ids of each (text, continues): a continuation gets no invented space at its front."""
@@ -118,12 +120,14 @@ class TextEncoder:
         raise DatasetError(f"cannot tokenize {text[:40]!r} behind a prompt without inventing a space before it.")
 
     def _ids(self, texts: list[str], *, special: bool = False, plain: bool = False) -> list[list[int]]:
+        """The tokens of each text, by the tokenizer's rules alone: its Python wrapper takes as long as they do."""
         if not texts:
             return []
-        encoded = self._tokenizer(
-            texts, add_special_tokens=special, split_special_tokens=plain, return_attention_mask=False, verbose=False
-        )
-        return [list(ids) for ids in encoded["input_ids"]]
+        rules = self._tokenizer.backend_tokenizer
+        rules.no_truncation()  # whoever used the tokenizer last may have left both on
+        rules.no_padding()
+        rules.encode_special_tokens = plain
+        return [encoding.ids for encoding in rules.encode_batch_fast(texts, add_special_tokens=special)]
 
 
 def _check(tokenizer: Any) -> None:
@@ -147,17 +151,21 @@ class Coverage:
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
         self._seen: set[str] = set()
+        self._seen_ascii = b""
         self._unknown: set[str] = set()
         self.characters = 0
         self.unknown: Counter[str] = Counter()
 
     def add(self, texts: Sequence[str]) -> None:
         """Count these texts in."""
-        present = set().union(*map(set, texts)) if texts else set()
-        self._unknown |= self._encoder.without_token(present - self._seen)
+        ascii_texts = "".join(text for text in texts if text.isascii()).encode()
+        present = set(ascii_texts.translate(None, self._seen_ascii).decode())
+        present = present.union(*(text for text in texts if not text.isascii())) - self._seen
         self._seen |= present
+        self._seen_ascii += "".join(filter(str.isascii, present)).encode()
+        self._unknown |= self._encoder.without_token(present)
         self.characters += sum(map(len, texts))
-        for character in present & self._unknown:
+        for character in self._unknown:
             self.unknown[character] += sum(text.count(character) for text in texts)
 
 
@@ -169,26 +177,3 @@ def shown(tokenizer: Any, input_ids: np.ndarray, mask: np.ndarray) -> list[tuple
     edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
     texts = [str(tokenizer.decode(input_ids[:edge], clean_up_tokenization_spaces=False)) for edge in edges]
     return [(texts[i + 1][len(texts[i]) :], bool(mask[edges[i]])) for i in range(len(edges) - 1)]
-
-
-def mask_of(encoded: Encoded, mask_prompt: bool) -> np.ndarray:
-    """Which tokens are learned: the response's, or all of them."""
-    return encoded.response if mask_prompt else np.ones_like(encoded.response)
-
-
-def fit(encoded: Encoded, seq_len: int, truncation: Truncation, bos_id: int | None) -> Encoded | None:
-    """The example in at most `seq_len` tokens, or None where it is left out.
-
-    keep_end cuts behind BOS, so the answer keeps its end and its end token; keep_start cuts the end, and what is left
-    of the answer then does not teach to stop.
-    """
-    ids, response = encoded.input_ids, encoded.response
-    if len(ids) <= seq_len:
-        return encoded
-    if truncation == "drop":
-        return None
-    if truncation == "keep_start":
-        return Encoded(ids[:seq_len], response[:seq_len])
-    front = 1 if bos_id is not None and ids[0] == bos_id else 0
-    back = len(ids) - (seq_len - front)
-    return Encoded(np.concatenate([ids[:front], ids[back:]]), np.concatenate([response[:front], response[back:]]))

@@ -39,8 +39,7 @@ def text_of(row: Row, key: str) -> str:
 
 def encodable(place: str, text: str) -> str:
     """`text`, if UTF-8 can write it and none of it is a noncharacter that stands for other text in templates."""
-    found = NO_TEXT.search(text)
-    if found:
+    if found := None if text.isascii() else NO_TEXT.search(text):
         what = "half a surrogate pair" if "\ud800" <= found[0] <= "\udfff" else "a noncharacter of Unicode"
         raise DatasetError(f"{place} holds {what} (U+{ord(found[0]):04X}) at {found.start()}. Take it out.")
     return text

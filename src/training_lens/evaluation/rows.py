@@ -9,9 +9,9 @@ from itertools import groupby
 
 import numpy as np
 
+from training_lens.data.columns import Encoded
 from training_lens.data.preparation import prompt_as_trained, tokenize
 from training_lens.data.store import TokenDataset
-from training_lens.data.tokenization import Encoded
 from training_lens.data.types import Example, Segment, TokenizedExample
 from training_lens.errors import DatasetError
 from training_lens.inference.session import Session

@@ -1,0 +1,44 @@
+"""The machine that a benchmark ran on, and how fast it multiplies matrices."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from training_lens.utils.devices import device_name, get_device, synchronize
+
+SIDE = {"cpu": (2048, 768, 2048), "cuda": (8192, 8192, 8192)}  # rows, inner, columns of the product that is timed
+REPEATS = 12
+
+
+def described() -> dict[str, Any]:
+    """Processor, cores, system, versions; nothing that names a person or a path."""
+    return {
+        "device": device_name(get_device()),
+        "processor": device_name(torch.device("cpu")),
+        "cores": os.cpu_count(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def matmul_flops() -> float:
+    """FLOP/s of a bf16 matrix product on the device right now, the median of some: a ceiling for training."""
+    device = get_device()
+    rows, inner, columns = SIDE.get(device.type, SIDE["cpu"])
+    a = torch.randn(rows, inner, device=device, dtype=torch.bfloat16)
+    b = torch.randn(columns, inner, device=device, dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(REPEATS):
+        synchronize(device)
+        started = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * rows * inner * columns / statistics.median(seconds)

@@ -1,0 +1,160 @@
+"""Tokens of many examples in one column each, and what is done to all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from training_lens.data.types import TokenizedExample
+
+Truncation = Literal["keep_end", "keep_start", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Tokens of one example and which of them belong to a response (int32 and bool, of one length)."""
+
+    input_ids: np.ndarray
+    response: np.ndarray
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """As `Encoded`, of many examples one after the other; those of example i stand from offsets[i] to offsets[i + 1].
+
+    `input_ids` (tokens,) int32, `response` (tokens,) bool, `offsets` (examples + 1,) int64.
+    """
+
+    input_ids: np.ndarray
+    response: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Encoded:
+        place = slice(*self.offsets[range(len(self))[index] :][:2])
+        return Encoded(self.input_ids[place], self.response[place])
+
+    def __iter__(self) -> Iterator[Encoded]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, (examples,) int64."""
+        return np.diff(self.offsets)
+
+    def where(self, kept: np.ndarray) -> EncodedRows:
+        """The tokens at which `kept` (tokens,) is true, of as many examples as before."""
+        return EncodedRows(self.input_ids[kept], self.response[kept], running(totals(kept, self.offsets)))
+
+
+def running(lengths: np.ndarray) -> np.ndarray:
+    """Where stretches of these lengths begin, one after the other, and where the last ends; int64.
+
+    Example:
+        >>> running(np.array([2, 3])).tolist()
+        [0, 2, 5]
+    """
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def totals(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """How many of `flags` are true from each offset to the next, int64.
+
+    Example:
+        >>> totals(np.array([True, False, True]), np.array([0, 0, 2, 3])).tolist()
+        [0, 1, 1]
+    """
+    sums = running(flags)
+    counted: np.ndarray = sums[offsets[1:]] - sums[offsets[:-1]]
+    return counted
+
+
+def fit(rows: EncodedRows, seq_len: int, truncation: Truncation, bos_id: int | None) -> EncodedRows:
+    """The examples in at most `seq_len` tokens; one that is left out (`drop`) has none.
+
+    keep_end cuts behind BOS, so the answer keeps its end and its end token; keep_start cuts the end, and what is left
+    of the answer then does not teach to stop.
+    """
+    lengths = rows.lengths
+    if lengths.max(initial=0) <= seq_len:
+        return rows
+    place = np.arange(len(rows.input_ids)) - np.repeat(rows.offsets[:-1], lengths)
+    length = np.repeat(lengths, lengths)
+    short = length <= seq_len
+    if truncation == "drop":
+        return rows.where(short)
+    if truncation == "keep_start":
+        return rows.where(place < seq_len)
+    front = np.repeat(_begins_with(rows, bos_id), lengths)
+    return rows.where(short | (place < front) | (place >= length - (seq_len - front)))
+
+
+def _begins_with(rows: EncodedRows, token: int | None) -> np.ndarray:
+    """1 for each example that begins with the token, else 0; int64."""
+    begins = np.zeros(len(rows), dtype=np.int64)
+    filled = rows.lengths > 0
+    begins[filled] = rows.input_ids[rows.offsets[:-1][filled]] == (-1 if token is None else token)
+    return begins
+
+
+def learnable(rows: EncodedRows, special_ids: Collection[int]) -> np.ndarray:
+    """Whether anything of an answer but end tokens is left to predict, (examples,) bool."""
+    taught = targets(rows.response, rows.offsets) & ~np.isin(rows.input_ids, list(special_ids))
+    found: np.ndarray = totals(taught, rows.offsets) > 0
+    return found
+
+
+def targets(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """`flags` (tokens,) without those of each example's first token, which nothing predicts."""
+    targets = flags.copy()
+    targets[offsets[:-1][np.diff(offsets) > 0]] = False
+    return targets
+
+
+@dataclass(frozen=True)
+class TokenizedRows:
+    """`TokenizedExample`s by column: tokens one after the other, as in `EncodedRows`, all else one an example."""
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
+    offsets: np.ndarray
+    files: Sequence[str]
+    numbers: np.ndarray
+    domains: Sequence[str | None]
+    digests: np.ndarray
+
+    @classmethod
+    def of(cls, examples: Sequence[TokenizedExample]) -> TokenizedRows:
+        return cls(
+            np.concatenate([np.array([], np.int32), *(e.input_ids for e in examples)]),
+            np.concatenate([np.array([], bool), *(e.loss_mask for e in examples)]),
+            running(np.array([len(e.input_ids) for e in examples], dtype=np.int64)),
+            [e.file for e in examples],
+            np.array([e.row for e in examples], dtype=np.int64),
+            [e.domain for e in examples],
+            np.array([e.digest for e in examples], dtype=np.uint64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __iter__(self) -> Iterator[TokenizedExample]:
+        for i, (start, end) in enumerate(zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist(), strict=True)):
+            yield TokenizedExample(
+                self.files[i],
+                int(self.numbers[i]),
+                self.input_ids[start:end],
+                self.loss_mask[start:end],
+                self.domains[i],
+                int(self.digests[i]),
+            )
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Targets of each example: masked-in tokens other than the first; (examples,) int64."""
+        return totals(targets(self.loss_mask, self.offsets), self.offsets)

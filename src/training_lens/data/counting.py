@@ -1,0 +1,136 @@
+"""What goes into a split and what is lost on the way, counted as its rows pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from training_lens.data.columns import EncodedRows, TokenizedRows, totals
+from training_lens.data.tokenization import Coverage
+from training_lens.data.types import Example, Segment
+
+KEPT_SHARE = 0.99  # of the rows: the seq_len that would keep so many whole is reported
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What went into a split: its sources with sha256, how each was read, and what was lost on the way."""
+
+    files: dict[str, str]
+    mappings: dict[str, str]
+    examples_by_file: dict[str, int]
+    rows: int
+    examples: int
+    dropped_without_answer: int
+    dropped_by_weight: int
+    dropped_too_long: int
+    truncated: int
+    answers_truncated: int
+    supervised_tokens_lost: int
+    seq_len_for_99_percent: int
+    longest: int
+    tokens: int
+    supervised_tokens: int
+    domains: dict[str, int]
+    characters: int
+    unknown_characters: dict[str, int]
+    special_text: dict[str, int]
+    end_marks: dict[str, int]
+
+    @property
+    def unknown_share(self) -> float:
+        """Characters that have no token in this tokenizer, over all."""
+        return sum(self.unknown_characters.values()) / max(1, self.characters)
+
+
+@dataclass
+class SplitCounter:
+    """Counts what passes through the preparation of one split."""
+
+    coverage: Coverage
+    mappings: dict[str, str] = field(default_factory=dict)
+    domains: Counter[str] = field(default_factory=Counter)
+    by_file: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    special_text: Counter[str] = field(default_factory=Counter)
+    end_marks: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    unanswered: int = 0
+    muted: int = 0
+    too_long: int = 0
+    truncated: int = 0
+    answers_cut: int = 0
+    texts: int = 0
+    lost: int = 0
+    tokens: int = 0
+    supervised: int = 0
+
+    def see(self, examples: Sequence[Example], rendered: Sequence[Sequence[Segment]], whole: EncodedRows) -> None:
+        """Count examples as they came."""
+        self.rows += len(examples)
+        self.coverage.add([message.text for example in examples for message in example.messages])
+        self.lengths.update(dict(zip(*(each.tolist() for each in np.unique_counts(whole.lengths)), strict=True)))
+        self.special_text.update(segment.text for segments in rendered for segment in segments if segment.plain)
+
+    def judge(self, examples: Sequence[Example], whole: EncodedRows, fitted: EncodedRows, kept: np.ndarray) -> None:
+        """Count what became of them: kept whole or cut; or dropped as all muted, too long, or with nothing to learn.
+
+        Args:
+            kept: (examples,) bool.
+        """
+        texts = np.fromiter((example.is_text for example in examples), bool, len(examples))
+        lost = totals(whole.response, whole.offsets) - totals(fitted.response, fitted.offsets)
+        self.texts += int((kept & texts).sum())
+        self.truncated += int((kept & (fitted.lengths < whole.lengths)).sum())
+        self.answers_cut += int((kept & (lost > 0) & ~texts).sum())
+        self.lost += int(lost[kept].sum())
+        muted = whole.lengths == 0
+        too_long = ~muted & (fitted.lengths == 0)
+        self.muted += int((~kept & muted).sum())
+        self.too_long += int((~kept & too_long).sum())
+        self.unanswered += int((~kept & ~muted & ~too_long).sum())
+
+    def keep(self, rows: TokenizedRows) -> None:
+        """Count examples as they are kept."""
+        self.by_file.update(rows.files)
+        self.domains.update(domain for domain in rows.domains if domain is not None)
+        self.tokens += len(rows.input_ids)
+        self.supervised += int(rows.supervised.sum())
+
+    def report(self, hashes: dict[str, str]) -> SplitReport:
+        """What was counted; `hashes` are the sources' sha256."""
+        return SplitReport(
+            files=hashes,
+            mappings=self.mappings,
+            examples_by_file=dict(self.by_file),
+            rows=self.rows,
+            examples=sum(self.by_file.values()),
+            dropped_without_answer=self.unanswered,
+            dropped_by_weight=self.muted,
+            dropped_too_long=self.too_long,
+            truncated=self.truncated,
+            answers_truncated=self.answers_cut,
+            supervised_tokens_lost=self.lost,
+            seq_len_for_99_percent=_quantile(self.lengths, KEPT_SHARE),
+            longest=max(self.lengths, default=0),
+            tokens=self.tokens,
+            supervised_tokens=self.supervised,
+            domains=dict(sorted(self.domains.items())),
+            characters=self.coverage.characters,
+            unknown_characters=dict(self.coverage.unknown.most_common()),
+            special_text=dict(self.special_text.most_common()),
+            end_marks=dict(self.end_marks),
+        )
+
+
+def _quantile(counts: Counter[int], share: float) -> int:
+    """The smallest length that so large a share of all is not above."""
+    seen, wanted = 0, share * sum(counts.values())
+    for length in sorted(counts):
+        seen += counts[length]
+        if seen >= wanted:
+            return length
+    return 0

@@ -1,0 +1,54 @@
+"""Items made ahead come in their order, once, and what goes wrong comes at its place."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from training_lens.utils.ahead import ahead
+
+
+def test_all_items_come_in_their_order_also_those_that_are_nothing() -> None:
+    assert list(ahead(iter([0, None, "", [], 4]))) == [0, None, "", [], 4]
+    assert list(ahead(iter([]))) == []
+
+
+def test_the_next_item_is_made_while_the_last_one_is_in_use() -> None:
+    made = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 1
+        made.set()
+        yield 2
+
+    coming = ahead(items())
+    assert next(coming) == 1
+    assert made.wait(timeout=30)
+    assert list(coming) == [2]
+
+
+def test_an_error_comes_behind_the_items_before_it() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ValueError("the second")
+
+    coming = ahead(items())
+    assert next(coming) == 1
+    with pytest.raises(ValueError, match="the second"):
+        next(coming)
+
+
+def test_who_leaves_early_stops_the_work() -> None:
+    made: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    coming = ahead(items())
+    next(coming)
+    coming.close()  # type: ignore[attr-defined]
+    assert len(made) <= 2
