@@ -23,6 +23,7 @@ from training_lens.config.judging_sections import InferenceSection
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.data.types import Message
 from training_lens.errors import OutOfMemoryError
+from training_lens.inference.decoding import Decoder
 from training_lens.inference.generator import answer_ids
 from training_lens.inference.session import Session, open_run, open_session
 from training_lens.models.adapters import attach, base_only, save_adapter, trainable
@@ -143,11 +144,14 @@ def alone(session: Session, prompt: Sequence[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
-def test_batches_say_what_generate_says_to_each_prompt(session: Session, wanted: dict[bool, Ids], rows: int) -> None:
-    batches: list[float] = []
+def test_batches_say_what_generate_says_to_each_prompt(
+    session: Session, wanted: dict[bool, Ids], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[float] = []
+    seen = limit_rows(16, monkeypatch)
     for base in (False, True):
-        assert answer_ids(session, PROMPTS, settings(rows), base=base, advance=batches.append) == wanted[base]
-    assert rows in batches
+        assert answer_ids(session, PROMPTS, settings(rows), base=base, advance=done.append) == wanted[base]
+    assert rows in seen and sum(done) == 2 * len(PROMPTS)
     assert wanted[True] != wanted[False]
 
 
@@ -223,17 +227,17 @@ def test_what_a_generation_config_asks_does_not_see_the_padding(tmp_path: Path, 
     assert answer_ids(session, PROMPTS, settings(16)) == wanted != plain
 
 
-def limit_rows(session: Session, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The model as on a device with memory for `most` rows; the batches that it is given are noted."""
-    generate, seen = session.model.generate, []
+def limit_rows(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The decoder as on a device with memory for `most` rows; the rows that it is given are noted."""
+    logits, seen = Decoder.logits, list[int]()
 
-    def generate_or_run_out(input_ids: torch.Tensor, **options: Any) -> Any:
-        seen.append(len(input_ids))
-        if len(input_ids) > most:
+    def logits_or_run_out(decoder: Decoder, ids: torch.Tensor, *given: Any) -> torch.Tensor:
+        seen.append(len(ids))
+        if len(ids) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return generate(input_ids=input_ids, **options)
+        return logits(decoder, ids, *given)
 
-    monkeypatch.setattr(session.model, "generate", generate_or_run_out)
+    monkeypatch.setattr(Decoder, "logits", logits_or_run_out)
     return seen
 
 
@@ -243,7 +247,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     session = opened(random_model(tmp_path, "llama"))
     prompts = [prompt for prompt in PROMPTS if 20 <= len(prompt) <= 40] * 2
     wanted = answer_ids(session, prompts, settings(1))
-    seen = limit_rows(session, 3, monkeypatch)
+    seen = limit_rows(3, monkeypatch)
     done: list[float] = []
     with caplog.at_level(logging.WARNING, "training_lens"):
         assert answer_ids(session, prompts, settings(16), advance=done.append) == wanted
@@ -255,7 +259,9 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
 
 def test_one_row_that_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = opened(random_model(tmp_path, "llama"))
-    seen = limit_rows(session, 0, monkeypatch)
+    prompts = [p for p in PROMPTS if 20 <= len(p) <= 40]
+    answer_ids(session, prompts, settings(16))  # the decoder is made before memory is short
+    seen = limit_rows(0, monkeypatch)
     with pytest.raises(OutOfMemoryError, match=r"one prompt with its answer \(50 tokens\): CUDA out of memory"):
-        answer_ids(session, [p for p in PROMPTS if 20 <= len(p) <= 40], settings(16))
+        answer_ids(session, prompts, settings(16))
     assert seen == [5, 2, 1]

@@ -1,26 +1,29 @@
 """Answers to prompts: one streamed, or many in batches, greedy or sampled.
 
 A greedy answer is token for token what the model's own `generate` gives for that prompt alone: padding is masked and
-seen by nothing that chooses a token, and a row that another would cut short goes by itself.
+seen by nothing that chooses a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from training_lens.config.judging_sections import InferenceSection
-from training_lens.errors import OutOfMemoryError
+from training_lens.errors import ConfigurationError, OutOfMemoryError
+from training_lens.inference.by_generate import generate, rows_together
+from training_lens.inference.choosing import Answer, Choice
+from training_lens.inference.decoder import say_once
+from training_lens.inference.decoding import Decoder, Decoding, slots
 from training_lens.inference.session import Session
-from training_lens.models.adapters import base_only
 from training_lens.utils.devices import is_out_of_memory
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-COUNTING = ("no_repeat_ngram_size", "min_length")  # of a model's generation config: they count padding as text
 SPREAD = 0x9E3779B1  # odd, about 2**32 over the golden ratio: near draws and seeds land far apart
 
 
@@ -38,16 +41,25 @@ def answer(
         prompt_ids: from `Session.prompt_ids`.
         base: answer as the base model, without the adapter.
     """
+    torch.manual_seed(settings.seed)
+    stream = _stream(session, on_text) if on_text else None
+    put = (lambda token: stream.put(torch.tensor([token]))) if stream else None
+    (tokens,) = _answered(_call(session, settings, base, prompt_ids, put), [prompt_ids])
+    if stream:
+        stream.end()
+    return _text(session, tokens)
+
+
+def _stream(session: Session, on_text: Callable[[str], None]) -> Any:
+    """Transformers' streamer, which holds a token back until its characters are whole."""
     from transformers import TextStreamer
 
     class Stream(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if on_text is not None and text:
+            if text:
                 on_text(text)
 
-    streamer = Stream(session.tokenizer, skip_prompt=True, skip_special_tokens=True) if on_text else None
-    torch.manual_seed(settings.seed)
-    return _text(session, _generate(session, [prompt_ids], settings, base, streamer)[0])
+    return Stream(session.tokenizer, skip_special_tokens=True)
 
 
 def answers(
@@ -75,36 +87,109 @@ def answer_ids(
 ) -> list[list[int]]:
     """The tokens of many answers, in the prompts' order, each without the token that ended it.
 
-    Prompts of like length go together, under `settings.batch_tokens`; a batch that the memory cannot hold is halved,
-    and so are those after it.
+    Prompts go together, longest first, under `settings.batch_tokens`, and the next takes the place of one that is
+    finished. Where the memory cannot hold them, half as many go together from then on.
 
     Args:
         draw: with the seed, decides what is sampled: calls of one job that differ in it draw apart.
-        advance: called with the number of prompts done.
+        advance: called with the number of prompts that are done since it was called last.
 
     Raises:
-        OutOfMemoryError: one prompt alone does not fit.
+        ConfigurationError: a prompt takes all of the model's positions; OutOfMemoryError: one alone does not fit.
     """
     torch.manual_seed((settings.seed + draw * SPREAD) % 2**32)  # the CPU's generator takes 32 bits
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    found: list[list[int]] = [[]] * len(prompts)
-    budget = settings.batch_tokens
-    while order:
-        batch = order[: _rows_in_batch(session, [len(prompts[i]) for i in order], settings.max_new_tokens, budget)]
-        width = len(prompts[batch[0]]) + settings.max_new_tokens
+    if not prompts:
+        return []
+    return _answered(_call(session, settings, base, max(prompts, key=len)), prompts, advance)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call's prompts are answered with; without a decoder, by the model's own `generate`.
+
+    `put` hears of each token, where there is one prompt.
+    """
+
+    session: Session
+    settings: InferenceSection
+    base: bool
+    options: dict[str, Any]
+    choose: Choice
+    decoder: Decoder | None
+    put: Callable[[int], None] | None
+
+    def rows(self, waiting: Sequence[Answer], budget: int) -> int:
+        """How many go together in `budget` tokens."""
+        return slots(waiting, budget) if self.decoder else rows_together(self.session, waiting, budget)
+
+    @torch.inference_mode()
+    def some(self, waiting: Sequence[Answer], rows: int) -> Iterator[list[Answer]]:
+        """Answer the first of those that wait, `rows` at a time; each lot as it is finished."""
+        if self.decoder is None:
+            generate(self.session, waiting[:rows], self.options, self.base, self.put)
+            yield list(waiting[:rows])
+            return
+        # The weights' own number type is what the decoder computes in, as when the run is asked after its training.
+        with torch.autocast(self.session.device.type, enabled=False):
+            yield from Decoding(self.decoder, self.choose, waiting, rows, self.session.stop_ids, self.put).run()
+
+
+def _call(
+    session: Session,
+    settings: InferenceSection,
+    base: bool,
+    prompt: Sequence[int],
+    put: Callable[[int], None] | None = None,
+) -> _Call:
+    """The call, with the session's decoder where that covers model and settings.
+
+    Args:
+        prompt: real tokens, on which a new decoder is tried.
+    """
+    options = _options(session, settings)
+    choose = Choice(session.model, options, session.device)
+    if choose.uncovered:
+        say_once(f"answers come from the model's own generate: its generation config asks for {choose.uncovered}")
+    decoder = None if choose.uncovered else session.decoders.get(session.model, base, prompt)
+    return _Call(session, settings, base, options, choose, decoder, put)
+
+
+def _answered(
+    call: _Call, prompts: Sequence[Sequence[int]], advance: Callable[[float], None] = lambda _done: None
+) -> list[list[int]]:
+    """The tokens of each answer; arguments and errors are those of `answer_ids`."""
+    everything = [_asked(call, index, prompt) for index, prompt in enumerate(prompts)]
+    waiting = sorted(everything, key=lambda a: -len(a.prompt))
+    budget = call.settings.batch_tokens
+    while waiting:
+        rows, width = call.rows(waiting, budget), len(waiting[0].prompt) + waiting[0].room
+        done: set[Answer] = set()
         try:
-            tokens = _generate(session, [prompts[i] for i in batch], settings, base)
+            for finished in call.some(waiting, rows):
+                done.update(finished)
+                advance(len(finished))
         except Exception as error:  # memory runs out by several kinds of error
-            _refuse_what_halving_cannot_mend(error, len(batch), width)
-            if budget == settings.batch_tokens:
-                logger.warning("memory ran out with %d prompts together, so fewer: %s", len(batch), said(error))
-            budget = len(batch) // 2 * width
-            continue
-        for i, row in zip(batch, tokens, strict=True):
-            found[i] = row
-        order = order[len(batch) :]
-        advance(len(batch))
-    return found
+            _refuse_what_halving_cannot_mend(error, rows, width)
+            if budget == call.settings.batch_tokens:
+                logger.warning("memory ran out with %d prompts together, so fewer: %s", rows, said(error))
+            budget = rows // 2 * width
+        waiting = [_begun_again(answer) for answer in waiting if answer not in done]
+    return [answer.tokens for answer in everything]
+
+
+def _asked(call: _Call, index: int, prompt: Sequence[int]) -> Answer:
+    """With the room that the model's positions leave."""
+    most, positions = call.settings.max_new_tokens, call.session.positions
+    if positions and len(prompt) >= positions:
+        raise ConfigurationError(
+            f"a prompt has {len(prompt)} tokens, the model {positions} positions: no room to answer. Shorten it."
+        )
+    return Answer(index, prompt, min(most, positions - len(prompt)) if positions else most)
+
+
+def _begun_again(answer: Answer) -> Answer:
+    answer.tokens.clear()
+    return answer
 
 
 def _refuse_what_halving_cannot_mend(error: Exception, rows: int, width: int) -> None:
@@ -118,67 +203,22 @@ def _refuse_what_halving_cannot_mend(error: Exception, rows: int, width: int) ->
         ) from error
 
 
-def _rows_in_batch(session: Session, lengths: Sequence[int], new_tokens: int, budget: int) -> int:
-    """How many of the prompts, whose lengths fall, go together in `budget` tokens.
-
-    One that the model's positions may cut short goes alone, so as not to cut others. Where the model's generation
-    config counts padding as text, only prompts of one length go together.
-    """
-    width = lengths[0] + new_tokens
-    if session.positions and width > session.positions:
-        return 1
-    rows = max(1, budget // width)
-    if any(getattr(session.model.generation_config, name) for name in COUNTING):
-        return min(rows, lengths.count(lengths[0]))
-    return rows
-
-
-def _options(settings: InferenceSection) -> dict[str, Any]:
+def _options(session: Session, settings: InferenceSection) -> dict[str, Any]:
     """The settings as `generate` takes them; temperature 0 is greedy."""
+    ends = {
+        "max_new_tokens": settings.max_new_tokens,
+        "eos_token_id": sorted(session.stop_ids),
+        "pad_token_id": session.pad_id,
+    }
     if settings.temperature == 0:
-        return {"do_sample": False}
+        return {"do_sample": False, **ends}
     return {
         "do_sample": True,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "top_k": settings.top_k or 0,
+        **ends,
     }
-
-
-def _generate(
-    session: Session,
-    prompts: Sequence[Sequence[int]],
-    settings: InferenceSection,
-    base: bool,
-    streamer: Any = None,
-) -> list[list[int]]:
-    """Left-padded generation: the tokens of each answer, up to what ended it."""
-    width = max(len(p) for p in prompts)
-    room = session.positions - width if session.positions else settings.max_new_tokens
-    input_ids, attention_mask = _left_padded(prompts, session.pad_id)
-    with torch.inference_mode(), base_only(session.model, base):
-        out = session.model.generate(
-            input_ids=input_ids.to(session.device),
-            attention_mask=attention_mask.to(session.device),
-            max_new_tokens=min(settings.max_new_tokens, room),
-            eos_token_id=sorted(session.stop_ids),
-            pad_token_id=session.pad_id,
-            streamer=streamer,
-            **_options(settings),
-        )
-    return [_until_stop(row, session.stop_ids) for row in out[:, width:].tolist()]
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask of the prompts, (rows, longest) int64."""
-    width = max(len(p) for p in prompts)
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask
-
-
-def _until_stop(ids: list[int], stop_ids: frozenset[int]) -> list[int]:
-    return next((ids[:i] for i, token in enumerate(ids) if token in stop_ids), ids)
 
 
 def _text(session: Session, ids: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from training_lens.data.tokenization import TextEncoder
 from training_lens.data.types import Example, Message
 from training_lens.data.values import NO_TEXT
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, ModelLoadingError
+from training_lens.inference.decoder import Decoders
 from training_lens.models.adapters import load_adapter
 from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts, resolve_seq_len
 from training_lens.utils.devices import Precision, get_device, resolve_precision
@@ -50,6 +51,7 @@ class Session:
     stop_ids: frozenset[int]
     device: torch.device
     precision: Precision
+    decoders: Decoders = field(default_factory=Decoders, init=False, repr=False, compare=False)
 
     @property
     def pad_id(self) -> int:

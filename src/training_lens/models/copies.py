@@ -17,7 +17,7 @@ def base_copy(model: Any) -> Any:
     Args:
         model: from `adapters.load_adapter` or `attach`; it stays as it is.
     """
-    copied = _sharing_all(model)
+    copied = sharing_copy(model)
     _put_back_originals(copied)
     return copied.unload()
 
@@ -33,7 +33,7 @@ def merged_copy(model: Any) -> Any:
     """
     if is_quantized(model):
         raise AdapterError("the base is quantized, and merging would round its weights anew. Load it unquantized.")
-    copied = _sharing_all(model)
+    copied = sharing_copy(model)
     for layer in [m.base_layer for m in copied.modules() if hasattr(m, "base_layer")]:
         for name, parameter in list(layer.named_parameters(recurse=False)):
             setattr(layer, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
@@ -49,9 +49,15 @@ def is_quantized(model: Any) -> bool:
     return getattr(model.config, "quantization_config", None) is not None
 
 
-def _sharing_all(model: Any) -> Any:
-    """A deep copy of the model's modules around the model's own tensors."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+def sharing_copy(model: Any) -> Any:
+    """A deep copy of the model's modules around the model's own tensors; hooks are the same ones, and not copies."""
+    hooks = [
+        hook
+        for module in model.modules()
+        for held in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        for hook in held.values()
+    ]
+    return copy.deepcopy(model, {id(kept): kept for kept in [*model.parameters(), *model.buffers(), *hooks]})
 
 
 def _put_back_originals(model: Any) -> None:

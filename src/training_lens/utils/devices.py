@@ -102,6 +102,15 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def available_bytes(device: torch.device) -> int | None:
+    """The memory that can still be had there, swap apart; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text().splitlines() if meminfo.is_file() and device.type == "cpu" else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+
+
 def free_memory(device: torch.device) -> None:
     """Give back what nothing holds any more, before trying again with less."""
     gc.collect()

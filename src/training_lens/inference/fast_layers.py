@@ -1,0 +1,205 @@
+"""Layers as decoding wants them: joined products, few passes over small tensors, attention without copied heads.
+
+Each computes what a layer of a transformers model does. Which may stand for which is `replacing`'s to decide: by
+structure, and by comparing their results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x W^T + b, and (x A^T) B^T besides where an adapter is kept beside the weight; B holds the adapter's scale.
+
+    Shapes: weight (out, in), bias (out,), down A (rank, in), up B (out, rank).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor | None = None
+    up: Tensor | None = None
+
+
+class Product(nn.Module):
+    """Several linear layers on one input as one product, their outputs side by side: (..., in) to (..., sum of outs).
+
+    Costs a copy of the weights. On a CPU that oneDNN computes bfloat16 on, the copy is in the order in which its
+    kernels read it, which plain weights are brought to anew at every call.
+    """
+
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        super().__init__()
+        weight = torch.cat([part.weight for part in parts])
+        self.packed = _is_packable(weight)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
+        self.bias = _joined_bias(parts)
+        ranked = [part for part in parts if part.down is not None]
+        self.down = torch.cat([_tensor(part.down) for part in ranked]).float() if ranked else None
+        self.up = _blocks(parts).float() if ranked else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed:
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        else:
+            out = functional.linear(x, self.weight, self.bias)
+        if self.down is None:
+            return out
+        # In float32 until the sum, as PEFT computes beside weights of fewer bits.
+        return (out + functional.linear(functional.linear(x.float(), self.down), _tensor(self.up))).to(out.dtype)
+
+
+def _is_packable(weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def _tensor(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
+
+
+def _joined_bias(parts: Sequence[Linear]) -> Tensor | None:
+    if all(part.bias is None for part in parts):
+        return None
+    return torch.cat([part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts])
+
+
+def _blocks(parts: Sequence[Linear]) -> Tensor:
+    """The parts' B as blocks of one matrix, (sum of outs, sum of ranks)."""
+    ups = [part.weight.new_zeros(len(part.weight), 0) if part.up is None else part.up for part in parts]
+    joined: Tensor = torch.block_diag(*ups)
+    return joined
+
+
+class Norm(nn.Module):
+    """x / sqrt(mean x^2 + eps) * weight (arXiv 1910.07467), in one call.
+
+    Args:
+        weight: (size,), with Gemma's 1 added.
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class GatedMlp(nn.Module):
+    """down(act(gate x) * up x), gate and up as one product."""
+
+    def __init__(self, gate_up: Product, down: Product, act: Any) -> None:
+        super().__init__()
+        self.gate_up, self.down, self.act = gate_up, down, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.down(self.act(gate).mul_(up))
+        return out
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of an attention layer; `softcap` bounds its scores to +-softcap by tanh (arXiv 2408.00118)."""
+
+    queries: int
+    keys: int
+    size: int
+    scaling: float
+    softcap: float | None
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions, q, k and v as one product; signature and result as in transformers.
+
+    Args:
+        norms: of q and k, where the model has them.
+    """
+
+    def __init__(self, qkv: Product, out: Product, heads: Heads, norms: tuple[Any, Any] | None, layer_idx: int) -> None:
+        super().__init__()
+        self.qkv, self.out, self.heads, self.layer_idx = qkv, out, heads, layer_idx
+        self.norms = nn.ModuleList(norms) if norms else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **_options: Any,
+    ) -> tuple[Tensor, None]:
+        rows, length, _ = hidden_states.shape
+        heads = self.heads
+        qkv = self.qkv(hidden_states).view(rows, length, heads.queries + 2 * heads.keys, heads.size)
+        qk, v = qkv.split([heads.queries + heads.keys, heads.keys], dim=2)
+        if self.norms is not None:
+            q, k = qk.split([heads.queries, heads.keys], dim=2)
+            qk = torch.cat([self.norms[0](q), self.norms[1](k)], dim=2)
+        q, k = rotated(qk, *position_embeddings).transpose(1, 2).split([heads.queries, heads.keys], dim=1)
+        v = v.transpose(1, 2)  # (rows, heads, length, size), as q and k
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        mixed = attend(q, k, v, attention_mask, heads)
+        return self.out(mixed.reshape(rows, length, heads.queries * heads.size)), None
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864), halves turned against each other.
+
+    Args:
+        x: (rows, length, heads, size); cos, sin: (rows or 1, length, size).
+    """
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cos[:, :, None] + turned * sin[:, :, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:
+    """Softmax(q k^T) v, (rows, length, query heads, size).
+
+    Args:
+        q: (rows, query heads, length, size); k, v: (rows, key heads, columns, size).
+        mask: added to the scores, or what may be seen (bool), (rows or 1, 1, length, columns); None is causal.
+    """
+    rows, _, length, size = q.shape
+    group = heads.queries // heads.keys
+    if length == 1:  # the heads that share a key stand where several tokens would: no key is copied
+        q = q.reshape(rows, heads.keys, group, size)
+    elif group > 1:
+        k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
+    if heads.softcap is None:
+        causal = mask is None and length > 1
+        mixed = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=heads.scaling)
+    else:
+        mixed = _capped(q, k, v, mask if mask is not None or length == 1 else causal_mask(q), heads)
+    if length == 1:
+        return mixed.reshape(rows, 1, heads.queries, size)
+    return mixed.transpose(1, 2)
+
+
+def causal_mask(q: Tensor) -> Tensor:
+    """What each of the tokens may see of the others, (length, length) bool."""
+    length = q.shape[-2]
+    return torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:
+    cap = heads.softcap
+    assert cap is not None
+    scores = cap * torch.tanh(torch.matmul(q, k.transpose(-1, -2)) * heads.scaling / cap)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(v.dtype), v)

@@ -1,0 +1,168 @@
+"""Keys and values of rows that are decoded together: memory set aside once, and one column for all newest tokens.
+
+Every row ends in the same column, wherever it began: a token is written with one copy for all rows, a sliding window
+is one slice, and a finished row's place is taken by a new prompt that is put before the same column. What lies before
+a row's start is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+GRAIN = 32  # columns: what is read grows by so many at a time, so that kernels meet few shapes
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of the kinds of layers
+
+
+class Columns:
+    """Which columns are in use, shared by all layers; `starts` are the rows' first ones, None for a row at rest."""
+
+    def __init__(self, rows: int, count: int, window: int | None) -> None:
+        self.count, self.window = count, window
+        self.starts: list[int | None] = [None] * rows
+        self.end = 0
+        self.read = {False: slice(0), True: slice(0)}
+
+    @property
+    def first(self) -> int:
+        """The first column that any row uses."""
+        return min((s for s in self.starts if s is not None), default=self.end)
+
+    def advance(self) -> None:
+        """One column more; `read` then says which are read, by whether a layer has a window.
+
+        They go to the newest, from the first in use or from where the window begins.
+        """
+        self.end += 1
+        first, last = self.first, min(-(-self.end // GRAIN) * GRAIN, self.count)
+        everything = slice(first // GRAIN * GRAIN, last)
+        narrow = self.window is not None and self.end - self.window > first
+        self.read = {False: everything, True: slice(self.end - (self.window or 0), last) if narrow else everything}
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, each (rows, heads, columns, size)."""
+
+    is_compileable = False
+
+    def __init__(self, columns: Columns, windowed: bool) -> None:
+        super().__init__()
+        self.columns, self.windowed = columns, windowed
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Set the memory aside, in zeros: columns that are masked are read all the same."""
+        rows = (len(self.columns.starts), key_states.shape[1], self.columns.count)
+        self.keys = key_states.new_zeros(*rows, key_states.shape[-1])
+        self.values = value_states.new_zeros(*rows, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write the newest token of every row; what the layer reads, (rows, heads, columns in use, size)."""
+        newest, read = self.columns.end - 1, self.columns.read[self.windowed]
+        self.keys[:, :, newest : newest + 1] = key_states
+        self.values[:, :, newest : newest + 1] = value_states
+        return self.keys[:, :, read], self.values[:, :, read]
+
+    def put(self, row: int, keys: Tensor, values: Tensor, start: int) -> None:
+        """Write a stretch of a prompt, (heads, tokens, size), from column `start` on."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys[None], values[None])
+        self.keys[row, :, start : start + keys.shape[1]] = keys
+        self.values[row, :, start : start + keys.shape[1]] = values
+
+    def shift(self, by: int, end: int) -> None:
+        """Move all columns before `end` so far to the left."""
+        for held in (self.keys, self.values):
+            held[:, :, : end - by] = held[:, :, by:end].clone()
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows stay."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what is read."""
+        read = self.columns.read[self.windowed]
+        return read.stop - read.start, read.start
+
+    def get_seq_length(self) -> int:
+        """The column of the newest token."""
+        return self.columns.end - 1
+
+    def get_max_length(self) -> int:
+        """All columns."""
+        return self.columns.count
+
+
+class SlotCache(Cache):
+    """A transformers cache of `rows` places with `columns` tokens each.
+
+    Args:
+        windows: of each layer, None for one that sees all; at most one size besides None.
+        dtype, device: of the mask, which is added to attention's scores.
+    """
+
+    def __init__(
+        self, rows: int, columns: int, windows: Sequence[int | None], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        count = -(-columns // GRAIN) * GRAIN
+        self.columns = Columns(rows, count, next((w for w in windows if w), None))
+        self.hidden = torch.finfo(dtype).min
+        self.mask = torch.full((rows, 1, 1, count), self.hidden, dtype=dtype, device=device)
+        super().__init__(layers=[SlotLayer(self.columns, w is not None) for w in windows])
+
+    def put(self, row: int, prompt: Cache, place: int, prefix: int, length: int) -> None:
+        """Take over a prompt that was just read.
+
+        Args:
+            prompt: its keys and values; `place` is its row there, with `prefix` tokens at the left that all its rows
+                share, and the others at the right.
+            length: tokens of the prompt, the prefix among them.
+        """
+        start, rest = self.columns.end - length, length - prefix
+        for layer, read in zip(self.layers, prompt.layers, strict=True):
+            keys, values = read.keys[place], read.values[place]
+            if prefix:
+                layer.put(row, keys[:, :prefix], values[:, :prefix], start)
+            layer.put(row, keys[:, -rest:], values[:, -rest:], start + prefix)
+        self.columns.starts[row] = start
+        self.mask[row] = self.hidden
+        self.mask[row, ..., start : self.columns.end] = 0
+
+    def leave(self, row: int) -> None:
+        """The row's answer is finished: nothing reads its columns any more."""
+        self.columns.starts[row] = None
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows stay, in this order."""
+        index = torch.tensor(rows, device=self.mask.device)
+        for layer in self.layers:
+            layer.keep(index)
+        self.mask = self.mask[index]
+        self.columns.starts = [self.columns.starts[row] for row in rows]
+
+    def open_column(self) -> None:
+        """Make room for the next token of every row; where the columns are full, all move to the left first."""
+        if self.columns.end == self.columns.count:
+            self._shift(self.columns.first)
+        self.mask[..., self.columns.end] = 0
+        self.columns.advance()
+
+    def _shift(self, by: int) -> None:
+        end = self.columns.end
+        for layer in self.layers:
+            layer.shift(by, end)
+        self.mask[..., : end - by] = self.mask[..., by:end].clone()
+        self.mask[..., end - by :] = self.hidden
+        self.columns.starts = [None if s is None else s - by for s in self.columns.starts]
+        self.columns.end -= by
+
+    def masks(self) -> dict[str, Tensor]:
+        """What is added to the scores of each kind of layers, (rows, 1, 1, columns read)."""
+        kinds = {SLIDING if layer.windowed else FULL: layer.windowed for layer in self.layers}
+        return {kind: self.mask[..., self.columns.read[windowed]] for kind, windowed in kinds.items()}

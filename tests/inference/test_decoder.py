@@ -1,0 +1,168 @@
+"""The decoder says what the session's model says and leaves it as it is; what it cannot run goes to `generate`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from training_lens import TrainingConfig
+from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.schema import PeftSection
+from training_lens.data.types import Message
+from training_lens.inference import decoder as subject
+from training_lens.inference.fast_layers import Attention, Product
+from training_lens.inference.generator import answer, answer_ids
+from training_lens.inference.session import Session, open_session, session_on
+from training_lens.models.adapters import attach, trainable
+
+SETTINGS = InferenceSection(max_new_tokens=12)
+TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2}
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The log, in which nothing counts as said before."""
+    monkeypatch.setattr(subject, "_told", set())
+    caplog.set_level(logging.INFO, "training_lens")
+    return caplog
+
+
+def adapted(precision: str = "fp32", size: float = 0.1) -> Session:
+    """The embedded model with a random adapter, whose B is of this size."""
+    values = {"inference": {"adapter": "none"}, "training": {"precision": precision}}
+    base = open_session(TrainingConfig.model_validate(values))
+    torch.manual_seed(0)
+    model = attach(base.model, PeftSection(r=4)).eval()
+    for name, parameter in trainable(model):
+        if "lora_B" in name:
+            parameter.data = size * torch.randn_like(parameter)
+    return session_on(model, base.tokenizer, base.config, False, base.device, base.precision)
+
+
+def prompt(session: Session, text: str = "What is 3 plus 4?") -> list[int]:
+    return session.prompt_ids([Message("user", text)])
+
+
+def generated(session: Session, ids: list[int], **options: Any) -> list[int]:
+    out = session.model.generate(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        max_new_tokens=SETTINGS.max_new_tokens,
+        eos_token_id=sorted(session.stop_ids),
+        pad_token_id=session.pad_id,
+        **({"do_sample": False} | options),
+    )[0, len(ids) :].tolist()
+    return [token for token in out if token not in session.stop_ids]
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_the_model_is_the_same_to_the_bit_after_it_answered(base: bool) -> None:
+    session = adapted("bf16")
+    before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
+    modules = [(name, type(module), module.training) for name, module in session.model.named_modules()]
+    answer(session, prompt(session), SETTINGS, base=base)
+    after = session.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert modules == [(name, type(module), module.training) for name, module in session.model.named_modules()]
+
+
+def test_the_decoder_follows_the_adapter() -> None:
+    session = adapted()
+    ids = prompt(session)
+    first = answer_ids(session, [ids], SETTINGS)
+    made = session.decoders.get(session.model, False, ids)
+    assert made is session.decoders.get(session.model, False, ids)
+    for name, parameter in trainable(session.model):
+        if "lora_B" in name:
+            parameter.data *= -3
+    assert answer_ids(session, [ids], SETTINGS) == [generated(session, ids)] != first
+    assert session.decoders.get(session.model, False, ids) is not made
+
+
+def test_what_listens_to_the_model_is_not_copied() -> None:
+    session, heard = adapted(), list[int]()
+
+    class Listener:
+        def __call__(self, *_given: Any) -> None:
+            heard.append(1)
+
+        def __deepcopy__(self, _memo: Any) -> Any:
+            raise TypeError("holds an open file")
+
+    session.model.get_base_model().model.layers[0].register_forward_hook(Listener())
+    ids = prompt(session)
+    assert answer_ids(session, [ids], SETTINGS) == [generated(session, ids)] and heard
+
+
+def test_an_adapter_is_merged_where_that_loses_nothing_of_it() -> None:
+    session = adapted()
+    made = subject.make_decoder(session.model, False, torch.tensor([prompt(session)]))
+    products = [module for module in made.model.modules() if isinstance(module, Product)]
+    assert products and all(product.down is None for product in products)
+
+
+def test_an_adapter_that_rounding_would_lose_stays_beside_the_weights(told: pytest.LogCaptureFixture) -> None:
+    session = adapted("bf16", size=1e-4)
+    made = subject.make_decoder(session.model, False, torch.tensor([prompt(session)]))
+    products = [module for module in made.model.modules() if isinstance(module, Product)]
+    assert any(product.down is not None for product in products)
+    subject.make_decoder(session.model, False, torch.tensor([prompt(session)]))
+    (line,) = [record.getMessage() for record in told.records]
+    assert line.startswith("the adapter answers unmerged: in bfloat16, merging would change ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "reason"),
+    [
+        ("Mamba", {"state_size": 4}, "mamba keeps something else than keys and values"),
+        ("Bloom", {"n_head": 2}, "BloomForCausalLM cannot be decoded row by row"),
+        (
+            "Llama4Text",
+            {"head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 16}
+            | {"intermediate_size_mlp": 16, "num_local_experts": 2},
+            "layers of chunked_attention",
+        ),
+    ],
+)
+def test_what_cannot_be_decoded_is_said_once(
+    kind: str, sizes: dict[str, int], reason: str, told: pytest.LogCaptureFixture
+) -> None:
+    config = getattr(transformers, f"{kind}Config")(**TINY, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    decoders = subject.Decoders()
+    for base in (False, True):
+        assert decoders.get(model, base, list(range(20))) is None
+    (line,) = [record.getMessage() for record in told.records]
+    assert line.startswith("answers come from the model's own generate: ") and reason in line
+
+
+def test_settings_beyond_the_choice_of_a_token_are_generates_own(told: pytest.LogCaptureFixture) -> None:
+    session = adapted()
+    session.model.generation_config.num_beams = 3
+    ids = prompt(session)
+    assert answer_ids(session, [ids], SETTINGS) == [generated(session, ids)]
+    (line,) = [record.getMessage() for record in told.records]
+    assert line == "answers come from the model's own generate: its generation config asks for beam search"
+
+
+def test_without_memory_for_copies_the_model_decodes_with_its_own_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = adapted()
+    ids = prompt(session)
+    wanted = generated(session, ids)
+    monkeypatch.setattr(subject, "available_bytes", lambda _device: 0)
+    assert answer_ids(session, [ids], SETTINGS) == [wanted]
+    made = session.decoders.get(session.model, False, ids)
+    assert made and not any(isinstance(module, Attention | Product) for module in made.model.modules())
+
+
+def test_a_sample_is_what_generate_draws_from_the_same_seed() -> None:
+    session = adapted()
+    ids = prompt(session)
+    settings = SETTINGS.model_copy(update={"temperature": 1.5, "top_p": 0.9, "top_k": 40, "seed": 3})
+    torch.manual_seed(3)
+    wanted = generated(session, ids, do_sample=True, temperature=1.5, top_p=0.9, top_k=40)
+    assert answer(session, ids, settings) == session.tokenizer.decode(wanted, skip_special_tokens=True)

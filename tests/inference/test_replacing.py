@@ -1,0 +1,72 @@
+"""Replaced layers leave a model's scores as they are; a layer that only looks like a known one stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from training_lens.inference.fast_layers import Attention, GatedMlp, Norm
+from training_lens.inference.replacing import relative_error, replace_layers
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "pad_token_id": None,
+}
+LAYERS = 2
+KNOWN = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text", "Granite"]
+OTHERS = ["Olmo2", "Phi3", "GPTNeoX", "StableLm", "Cohere"]
+
+
+def random_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SIZES)
+    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
+
+
+def count(model: Any, kind: type) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", KNOWN + OTHERS)
+def test_scores_are_what_they_were(kind: str) -> None:
+    model, ids = random_model(kind), torch.randint(64, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = model(input_ids=ids).logits
+        replace_layers(model, ids)
+        assert relative_error(model(input_ids=ids).logits, wanted) < 1e-5
+    if kind in KNOWN:
+        assert (count(model, Attention), count(model, GatedMlp)) == (LAYERS, LAYERS) and count(model, Norm) > LAYERS
+
+
+def test_in_bf16_weights_are_joined_without_a_change_of_the_product() -> None:
+    model, ids = random_model("Llama", torch.bfloat16), torch.arange(24)[None]
+    x = torch.randn(3, 32, dtype=torch.bfloat16)
+    layer = model.model.layers[0]
+    with torch.inference_mode():
+        wanted = torch.cat([layer.mlp.gate_proj(x), layer.mlp.up_proj(x)], dim=-1)
+        replace_layers(model, ids)
+        assert isinstance(layer.mlp, GatedMlp) and torch.equal(layer.mlp.gate_up(x), wanted)
+
+
+def test_a_layer_that_says_something_else_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = random_model("Llama"), torch.arange(24)[None]
+    attention = model.model.layers[1].self_attn
+    forward = type(attention).forward
+
+    def louder(self: Any, *given: Any, **options: Any) -> Any:
+        out, weights = forward(self, *given, **options)
+        return (1.01 * out if self is attention else out), weights
+
+    monkeypatch.setattr(type(attention), "forward", louder)
+    replace_layers(model, ids)
+    assert model.model.layers[1].self_attn is attention and count(model, Attention) == LAYERS - 1
