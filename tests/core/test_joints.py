@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +203,7 @@ def test_a_resumed_run_goes_on_with_its_captures(small_config: Config) -> None:
     class Stop(Callback):
         def on_step_end(self, trainer: Any, report: Any) -> None:
             if report.step == 4:
-                trainer._signal = 15
+                signal.raise_signal(signal.SIGTERM)
 
     config = small_config(lens={"report": False})
     with pytest.raises(InterruptedRunError):
