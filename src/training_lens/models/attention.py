@@ -73,10 +73,10 @@ class _SegmentAttention(torch.autograd.Function):
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         kept = []
         for start, end in segments.bounds:
-            q = _by_group(query[start:end], groups)  # (groups, shared * length, width)
+            q = _by_group(query[start:end], groups) * scale  # (groups, shared * length, width)
             k, v = key[start:end].transpose(0, 1), value[start:end].transpose(0, 1)  # (groups, length, width)
             mask = _mask(end - start, window, query.shape[1] // groups, query.dtype)
-            weights = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale).softmax(-1)
+            weights = torch.baddbmm(mask, q, k.transpose(1, 2)).softmax(-1)
             _by_token(out[start:end], groups).copy_((weights @ v).view(groups, -1, end - start, v.shape[-1]))
             kept.append(weights)
         ctx.save_for_backward(query, key, value, *kept)
@@ -90,11 +90,12 @@ class _SegmentAttention(torch.autograd.Function):
         groups = key.shape[1]
         dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         for (start, end), weights in zip(ctx.segments.bounds, kept, strict=True):
-            q, do = _by_group(query[start:end], groups), _by_group(dout[start:end], groups)
+            q, do = _by_group(query[start:end], groups) * ctx.scale, _by_group(dout[start:end], groups)
             k, v = key[start:end].transpose(0, 1), value[start:end].transpose(0, 1)
             dweights = do @ v.transpose(1, 2)
-            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype).mul_(ctx.scale)
-            _by_token(dq[start:end], groups).copy_((dscores @ k).view(groups, -1, end - start, k.shape[-1]))
+            dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+            dscaled = (dscores @ k).mul_(ctx.scale)
+            _by_token(dq[start:end], groups).copy_(dscaled.view(groups, -1, end - start, k.shape[-1]))
             dk[start:end] = (dscores.transpose(1, 2) @ q).transpose(0, 1)
             dv[start:end] = (weights.transpose(1, 2) @ do).transpose(0, 1)
         return dq, dk, dv, None, None, None

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from training_lens.models.attention import Segments
 from training_lens.models.fusion import Fusion, decoder_of, fuse, states_in_line
 from training_lens.models.losses import linear_nll, nll
 from training_lens.models.scoring import logits_behind
 
+LINE = 64  # lines are filled up to a multiple of so many tokens: a product of a new shape costs oneDNN time to prepare
 COMPARED = 4  # random states on which the output layer alone is compared with what the model makes of them
 
 
@@ -57,8 +58,11 @@ class Engine:
             loss_mask: true at the tokens that are targets; at an example's first one it has no say.
             line: the lengths of the examples that lie in the one row; empty: rows padded on the right.
         """
-        segments = Segments(tuple(line)) if line else None
-        if segments:
+        segments = None
+        if line:
+            spare = -sum(line) % LINE
+            segments = Segments((*line, spare) if spare else tuple(line))
+            input_ids, loss_mask = pad(input_ids, (0, spare)), pad(loss_mask, (0, spare))
             loss_mask = loss_mask.index_fill(1, segments.starts(input_ids.device)[:-1].long(), False)
         rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
         device = input_ids.device.type

@@ -6,7 +6,6 @@ All take tensors of one dtype (float64 in the tests) on any device, and sum in f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -49,50 +48,40 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         downs, ups = factors[::2], factors[1::2]
         down = torch.cat(downs).to(x.dtype)  # (ranks, width)
-        up = _block_diagonal(ups, scales, x.dtype)  # (out, ranks)
+        scaled = [(up * scale).to(x.dtype) for up, scale in zip(ups, scales, strict=True)]
         given = x if dropped is None else dropped
         low = given @ down.T  # (tokens, ranks)
         y = linear(x, weight, bias)
-        y.addmm_(low, up.T)
-        ctx.save_for_backward(given, weight, down, up, low)
-        ctx.scales, ctx.shapes = scales, [up.shape for up in ups]
-        ctx.dtypes, ctx.dropped = [factor.dtype for factor in factors], dropped is not None
+        for part, into, up in zip(low.split(_ranks(ups), 1), y.split(_sizes(ups), 1), scaled, strict=True):
+            into.addmm_(part, up.T)
+        ctx.save_for_backward(given, weight, down, low, *scaled)
+        ctx.scales, ctx.dropped = scales, dropped is not None
+        ctx.dtypes = [factor.dtype for factor in factors]
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        given, weight, down, up, low = ctx.saved_tensors
-        dlow = dy @ up  # (tokens, ranks)
+        given, weight, down, low, *ups = ctx.saved_tensors
+        dys = dy.split(_sizes(ups), 1)
+        dlow = torch.cat([part @ up for part, up in zip(dys, ups, strict=True)], 1)  # (tokens, ranks)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dropped = dlow @ down if ctx.dropped else None
         if dx is not None and dropped is None:
             dx.addmm_(dlow, down)
-        downs = (dlow.T @ given).split([rank for _, rank in ctx.shapes])
-        ups = _blocks(dy.T @ low, ctx.shapes)
-        pairs = zip(downs, (up * scale for up, scale in zip(ups, ctx.scales, strict=True)), strict=True)
-        grads = [grad for pair in pairs for grad in pair]
-        return (
-            dx, dropped, None, None, None,
-            *(g.to(d) if n else None for g, d, n in zip(grads, ctx.dtypes, ctx.needs_input_grad[5:], strict=True)),
-        )  # fmt: skip
+        downs = (dlow.T @ given).split(_ranks(ups))
+        parts = zip(dys, low.split(_ranks(ups), 1), ctx.scales, strict=True)
+        pairs = zip(downs, ((part.T @ seen).mul_(scale) for part, seen, scale in parts), strict=True)
+        grads = zip((grad for pair in pairs for grad in pair), ctx.dtypes, ctx.needs_input_grad[5:], strict=True)
+        return dx, dropped, None, None, None, *(grad.to(dtype) if needed else None for grad, dtype, needed in grads)
 
 
-def _block_diagonal(ups: Sequence[Tensor], scales: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """s_i B_i along the diagonal, (out, ranks)."""
-    if len(ups) == 1:
-        return (ups[0] * scales[0]).to(dtype)
-    joined = ups[0].new_zeros([sum(sizes) for sizes in zip(*(up.shape for up in ups), strict=True)], dtype=dtype)
-    for block, up, scale in zip(_blocks(joined, [(len(up), up.shape[1]) for up in ups]), ups, scales, strict=True):
-        torch.mul(up, scale, out=block) if up.dtype == dtype else block.copy_(up * scale)
-    return joined
+def _sizes(ups: Sequence[Tensor]) -> list[int]:
+    return [up.shape[0] for up in ups]
 
 
-def _blocks(joined: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """The blocks of these shapes along the diagonal, as views."""
-    rows = pairwise(accumulate((out for out, _ in shapes), initial=0))
-    columns = pairwise(accumulate((rank for _, rank in shapes), initial=0))
-    return [joined[a:b, c:d] for (a, b), (c, d) in zip(rows, columns, strict=True)]
+def _ranks(ups: Sequence[Tensor]) -> list[int]:
+    return [up.shape[1] for up in ups]
 
 
 def rms_norm(

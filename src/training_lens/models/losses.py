@@ -9,9 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy, linear, pad
 
-LOGITS_AT_ONCE = 2**23  # numbers in one chunk of logits: 32 MB in float32
+LOGITS_AT_ONCE = (
+    7 * 2**20
+)  # numbers in one chunk of logits: 28 MB in float32; from 32 MB on glibc keeps none for the next
+ROWS = 64  # chunks are of a multiple of so many: a product of a new shape costs oneDNN as much again to prepare
 Logits = Callable[[Tensor], Tensor]
 
 
@@ -33,16 +36,17 @@ def linear_nll(
 class _LinearNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        size = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        size = max(1, LOGITS_AT_ONCE // weight.shape[0] // ROWS) * ROWS
         grad, total = torch.empty_like(states), states.new_zeros((), dtype=_summing(states))
         for part, wanted, into in zip(states.split(size), targets.split(size), grad.split(size), strict=True):
-            logits = linear(part, weight, bias).to(total.dtype)  # (part, vocabulary)
+            filled = pad(part, (0, 0, 0, -len(part) % ROWS))
+            logits = linear(filled, weight, bias)[: len(part)].to(total.dtype)  # (part, vocabulary)
             p = logits.softmax(-1)
             largest, at = p.max(-1, keepdim=True)  # at least 1 / vocabulary, so its logarithm is exact
             normalizer = logits.gather(1, at) - largest.log()  # log sum exp; torch's own takes ten times as long
             total += (normalizer - logits.gather(1, wanted[:, None])).sum()
             p[torch.arange(len(wanted), device=p.device), wanted] -= 1
-            torch.mm(p.to(states.dtype), weight, out=into)
+            into.copy_((pad(p.to(states.dtype), (0, 0, 0, len(filled) - len(part))) @ weight)[: len(part)])
         ctx.save_for_backward(grad)
         return total
 
