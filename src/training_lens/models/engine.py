@@ -37,6 +37,7 @@ class Engine:
         self._whole = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._head = self._whole.get_output_embeddings()
         self._dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
+        self._device = next(self._decoder.parameters()).device
         self._output = self._kind_of_output()
         self._head_trains = any(p.requires_grad for p in self._head.parameters())
         self._head_is_plain = not self._head_trains and self._is_plain()
@@ -52,7 +53,8 @@ class Engine:
         """Negative log-likelihood in nats of all supervised tokens given what stands before them, summed, float32.
 
         Formula: sum of -log softmax(h_t W^T)[x_{t+1}] over every t with loss_mask[t+1]. The hidden states of other
-        positions are dropped before the output layer. Cost: one synchronisation of the device, to find the positions.
+        positions are dropped before the output layer. Given on the CPU, as they come from the data, the arguments are
+        moved here, and nothing waits for the device.
 
         Args:
             loss_mask: true at the tokens that are targets; at an example's first one it has no say.
@@ -63,12 +65,15 @@ class Engine:
             spare = -sum(line) % LINE
             segments = Segments((*line, spare) if spare else tuple(line))
             input_ids, loss_mask = pad(input_ids, (0, spare)), pad(loss_mask, (0, spare))
-            loss_mask = loss_mask.index_fill(1, segments.starts(input_ids.device)[:-1].long(), False)
+            loss_mask = loss_mask.index_fill(1, segments.starts(loss_mask.device)[:-1].long(), False)
         rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
-        device = input_ids.device.type
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not self._needs_no_autocast(device)):
-            states = self._states(input_ids, segments)[rows, columns]
-            return self._nll(states, input_ids[rows, columns + 1])
+        wanted = input_ids[rows, columns + 1]
+        input_ids, rows, columns, wanted = (
+            t.to(self._device, non_blocking=True) for t in (input_ids, rows, columns, wanted)
+        )
+        kind = self._device.type
+        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not self._needs_no_autocast(kind)):
+            return self._nll(self._states(input_ids, segments)[rows, columns], wanted)
 
     def _states(self, input_ids: Tensor, segments: Segments | None) -> Tensor:
         """The last layer's, (rows, width, hidden)."""
@@ -97,7 +102,7 @@ class Engine:
     @torch.no_grad()
     def _kind_of_output(self) -> type:
         """The type of what the decoder gives."""
-        some = torch.tensor([[0, 1]], device=next(self._decoder.parameters()).device)
+        some = torch.tensor([[0, 1]], device=self._device)
         return type(self._decoder(input_ids=some, use_cache=False))
 
     @torch.no_grad()

@@ -168,9 +168,8 @@ class Trainer:
         loss_sum = torch.zeros((), device=device)
         try:
             for batch in batches_of(self.dataset, mine, self.micro_batch_tokens, self.fill_id, in_line):
-                moved = batch.to(device)
                 with autocast(device, self.precision):
-                    nll = self.engine.loss_sum(moved.input_ids, moved.loss_mask, moved.lengths if in_line else ())
+                    nll = self.engine.loss_sum(batch.input_ids, batch.loss_mask, batch.lengths if in_line else ())
                 self.scaler.scale(nll / targets).backward()
                 loss_sum += nll.detach()
         except Exception as error:  # memory runs out by several kinds of error
