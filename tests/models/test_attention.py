@@ -35,7 +35,11 @@ def alone(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tens
 
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_equals_each_example_alone_and_so_does_its_gradient(groups: int, window: int | None) -> None:
+@pytest.mark.parametrize("long", [512, 2])
+def test_equals_each_example_alone_and_so_does_its_gradient(
+    groups: int, window: int | None, long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "LONG", long)
     query, key, value = drawn(4, 0), drawn(groups, 1), drawn(groups, 2)
     found = segment_attention(query, key, value, LENGTHS, 0.7, window)
     torch.testing.assert_close(found, alone(query, key, value, window), rtol=1e-12, atol=1e-12)
@@ -47,3 +51,11 @@ def test_segments_count_positions_from_each_example() -> None:
     assert LENGTHS.positions(device).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5]]
     assert LENGTHS.starts(device).tolist() == [0, 4, 5, 11]
     assert LENGTHS.bounds == ((0, 4), (4, 5), (5, 11))
+
+
+def test_a_long_example_keeps_no_weights() -> None:
+    query, key, value = (torch.randn(1200, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        segment_attention(query, key, value, Segments((1200,)), 0.3).sum().backward()
+    assert max(kept) <= query.numel()
