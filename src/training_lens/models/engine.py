@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from training_lens.models.attention import Segments
-from training_lens.models.fusion import Fusion, decoder_of, fuse, states_in_line
+from training_lens.models.fusion import Fusion, decoder_of, fuse, in_line
 from training_lens.models.losses import linear_nll, nll
 from training_lens.models.scoring import logits_behind
 
@@ -38,9 +39,8 @@ class Engine:
         self._head = self._whole.get_output_embeddings()
         self._dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
         self._device = next(self._decoder.parameters()).device
-        self._output = self._kind_of_output()
+        self._output: type | None = None  # the type of what the decoder gives, known from its first pass
         self._head_trains = any(p.requires_grad for p in self._head.parameters())
-        self._head_is_plain = not self._head_trains and self._is_plain()
 
     @property
     def packs(self) -> bool:
@@ -78,8 +78,11 @@ class Engine:
     def _states(self, input_ids: Tensor, segments: Segments | None) -> Tensor:
         """The last layer's, (rows, width, hidden)."""
         if segments:
-            return states_in_line(self._decoder, input_ids, segments)
-        states: Tensor = self._decoder(input_ids=input_ids, use_cache=False)[0]
+            output = in_line(self._decoder, input_ids, segments)
+        else:
+            output = self._decoder(input_ids=input_ids, use_cache=False)
+        self._output = type(output)
+        states: Tensor = output[0]
         return states
 
     def _needs_no_autocast(self, device: str) -> bool:
@@ -97,19 +100,15 @@ class Engine:
         return nll(states, self._logits, targets)
 
     def _logits(self, states: Tensor) -> Tensor:
+        assert self._output is not None, "the decoder was asked for the states"
         return logits_behind(self._whole, states, self._output)
 
+    @cached_property
     @torch.no_grad()
-    def _kind_of_output(self) -> type:
-        """The type of what the decoder gives."""
-        some = torch.tensor([[0, 1]], device=self._device)
-        return type(self._decoder(input_ids=some, use_cache=False))
-
-    @torch.no_grad()
-    def _is_plain(self) -> bool:
+    def _head_is_plain(self) -> bool:
         """Whether logits are the output layer's product alone, with no scale or cap behind it."""
         head = self._head
-        if type(head) is not nn.Linear or not head.weight.is_floating_point():
+        if self._head_trains or type(head) is not nn.Linear or not head.weight.is_floating_point():
             return False
         generator = torch.Generator().manual_seed(0)
         states = torch.randn(COMPARED, head.in_features, generator=generator).to(head.weight.device, head.weight.dtype)

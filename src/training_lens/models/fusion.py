@@ -17,7 +17,7 @@ from torch import Tensor
 from training_lens.models.attention import Segments, segment_attention
 from training_lens.models.joined import Joined
 from training_lens.models.kernels import gated_silu, rms_norm, rotate
-from training_lens.models.layouts import Heads, heads_of
+from training_lens.models.layouts import PARTS, Heads, attentions_of, heads_of
 
 TOKENS = 6  # of the random input on which a module and its kernel are compared
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest number
@@ -79,14 +79,14 @@ def _put_in(module: Any, kernel: Any) -> str:
 
 def _fuse_attention(model: Any, fusion: Fusion) -> None:
     """All attentions, or none: a line of examples goes through every one of them."""
-    heads = heads_of(model)
+    attentions = attentions_of(model)
+    refusal = (
+        next(filter(None, map(_Attention.refusal, attentions)), "") if attentions else "no attention that is known"
+    )
+    heads = refusal or heads_of(model, attentions)
     if isinstance(heads, str):
-        fusion.plain[heads] += 1
+        fusion.plain[heads] += max(1, len(attentions))
         return
-    for module in heads:
-        if refusal := _Attention.refusal(module):
-            fusion.plain[refusal] += len(heads)
-            return
     for module, of in heads.items():
         module.forward = _Attention(module, of)
     if packs_right(model):
@@ -107,12 +107,12 @@ def packs_right(model: Any) -> bool:
     decoder.eval()
     try:
         alone = torch.cat([decoder(input_ids=part, use_cache=False)[0] for part in ids], 1)
-        in_line = states_in_line(decoder, torch.cat(ids, 1), segments)
+        together = in_line(decoder, torch.cat(ids, 1), segments)[0]
     except (TypeError, ValueError, RuntimeError):  # an architecture that takes no such arguments
         return False
     finally:
         decoder.train(was_training)
-    return _close(in_line, alone)
+    return _close(together, alone)
 
 
 def decoder_of(model: Any) -> Any:
@@ -121,17 +121,16 @@ def decoder_of(model: Any) -> Any:
     return whole.get_decoder()
 
 
-def states_in_line(decoder: Any, input_ids: Tensor, segments: Segments) -> Tensor:
-    """The last layer's states of examples in a line, (1, tokens, hidden)."""
+def in_line(decoder: Any, input_ids: Tensor, segments: Segments) -> Any:
+    """What the decoder gives of examples in a line; its first part is the last layer's states, (1, tokens, hidden)."""
     no_mask = input_ids.new_zeros(1, 1, 0, 0)  # of four dimensions: taken as it is, and read by no fused attention
-    states: Tensor = decoder(
+    return decoder(
         input_ids=input_ids,
         position_ids=segments.positions(input_ids.device),
         attention_mask=no_mask,
         use_cache=False,
         segments=segments,
-    )[0]
-    return states
+    )
 
 
 class _Kernel:
@@ -271,6 +270,8 @@ class _Attention(_Kernel):
 
     @staticmethod
     def refusal(module: Any) -> str:
+        if not all(hasattr(module, part) for part in PARTS):
+            return "attention of another structure"
         return Joined.refusal([module.q_proj, module.k_proj, module.v_proj]) or Joined.refusal([module.o_proj])
 
     def __init__(self, module: Any, heads: Heads) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +29,13 @@ class Heads:
     normed: bool
 
 
-def heads_of(model: Any) -> dict[Any, Heads] | str:
-    """The heads of every attention module, by module; or why a line of examples cannot go through them."""
-    modules = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
-    if not modules or not all(all(hasattr(m, part) for part in PARTS) for m in modules):
-        return "attention of another structure"
+def attentions_of(model: Any) -> list[Any]:
+    """The attention modules, in the model's order."""
+    return [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+
+
+def heads_of(model: Any, modules: Sequence[Any]) -> dict[Any, Heads] | str:
+    """The heads of each of the attention modules; or why a line of examples cannot go through them."""
     if any(getattr(m, "attention_dropout", 0.0) for m in modules):
         return "attention with dropout"
     try:
