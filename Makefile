@@ -52,7 +52,7 @@ peers: .venv-peers-hf/.installed
 	grep '^torch==' constraints.txt > $(@D)/torch.txt
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/torch.txt torch
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/torch.txt --requirement $<
-	$(@D)/bin/python -c 'import torchvision' 2> /dev/null || $(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	$(@D)/bin/python -c 'import torchvision' 2> /dev/null || $(@D)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 clean:
