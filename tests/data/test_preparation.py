@@ -99,6 +99,7 @@ def test_files_with_nothing_to_learn_are_refused(
         prepare(embedded_tokenizer, write_rows(rows), tmp_path / "cache", truncation="keep_start")
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_leaves_no_cache_and_the_next_time_works(
     embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -161,6 +161,7 @@ TrainingWrapper(TrainingConfig.model_validate(json.loads(sys.argv[1])), callback
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_elsewhere_to_the_same_bits(s3: Server, plain: str, tmp_path: Path) -> None:
     config = mirrored(tmp_path / "outputs").model_dump_json()
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, config], stdout=subprocess.DEVNULL)

@@ -235,6 +235,7 @@ def _processes(name: str) -> list[int]:
     return [pid for pid in below if name.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_killed_client_changes_no_bit_and_all_is_there_in_the_end(
     trained: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

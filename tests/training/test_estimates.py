@@ -96,7 +96,8 @@ cli(sys.argv[1:])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux alone")
-@pytest.mark.parametrize("command", [pytest.param("validate", marks=pytest.mark.slow), "train"])
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["validate", "train"])
 def test_too_little_memory_is_said_with_what_to_lower(command: str, tmp_path: Path) -> None:
     rows = [json.dumps({"question": f"{i} " * 100, "answer": "b " * 100}) for i in range(50)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))

@@ -250,8 +250,9 @@ def too_large_for(model: Any, tokens: int) -> None:
     """Let a model behave as one of a device that cannot hold so many tokens at once."""
 
     def refuse(_module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if named["input_ids"].numel() > tokens:
-            raise torch.OutOfMemoryError(f"Tried to allocate {named['input_ids'].numel()} GiB.")
+        ids = named.get("input_ids")
+        if ids is not None and ids.numel() > tokens:
+            raise torch.OutOfMemoryError(f"Tried to allocate {ids.numel()} GiB.")
 
     model.get_base_model().get_decoder().register_forward_pre_hook(refuse, with_kwargs=True)
 
