@@ -35,11 +35,12 @@ def alone(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tens
 
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("long", [512, 2])
+@pytest.mark.parametrize(("long", "grain"), [(512, 1), (512, 4), (512, 32), (2, 4)])
 def test_equals_each_example_alone_and_so_does_its_gradient(
-    groups: int, window: int | None, long: int, monkeypatch: pytest.MonkeyPatch
+    groups: int, window: int | None, long: int, grain: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "LONG", long)
+    monkeypatch.setattr(attention, "GRAIN", grain)
     query, key, value = drawn(4, 0), drawn(groups, 1), drawn(groups, 2)
     found = segment_attention(query, key, value, LENGTHS, 0.7, window)
     torch.testing.assert_close(found, alone(query, key, value, window), rtol=1e-12, atol=1e-12)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LONG = 512  # tokens of an example: up to here products are faster on a CPU, behind it their weights take the memory
+GRAIN = 32  # products are as long as a multiple of so many tokens: oneDNN prepares each new shape anew
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,14 @@ class _SegmentAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
     ) -> Tensor:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        kept = []
+        query, kept = query * scale, []
         for start, end in segments.bounds:
-            way = _flash if end - start > LONG else _products
-            kept.append(way(query[start:end], key[start:end], value[start:end], scale, window, out[start:end]))
+            part = _computed(start, end, len(query))
+            q, k, v, into = (t[part] for t in (query, key, value, out))
+            if end - start > LONG:
+                kept.append(_flash(q, k, v, window, into))
+            else:
+                kept.append(_products(q, k, v, window, into, end - start))
         ctx.save_for_backward(query, key, value, out, *kept)
         ctx.segments, ctx.scale, ctx.window = segments, scale, window
         return out
@@ -87,56 +92,69 @@ class _SegmentAttention(torch.autograd.Function):
         query, key, value, out, *kept = ctx.saved_tensors
         grads = tuple(torch.empty_like(t) for t in (query, key, value))
         for (start, end), one in zip(ctx.segments.bounds, kept, strict=True):
-            q, k, v, o, do = (t[start:end] for t in (query, key, value, out, dout))
-            into = tuple(grad[start:end] for grad in grads)
+            part = _computed(start, end, len(query))
+            q, k, v, o, do = (t[part] for t in (query, key, value, out, dout))
+            into = tuple(grad[part] for grad in grads)
             if end - start > LONG:
-                _flash_backward(q, k, v, o, do, one, ctx.scale, ctx.window, into)
+                _flash_backward(q, k, v, o, do, one, ctx.window, into)
             else:
-                _products_backward(q, k, v, do, one, ctx.scale, into)
+                _products_backward(q, k, v, do, one, into)
+        grads[0].mul_(ctx.scale)
         return *grads, None, None, None
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, out: Tensor) -> Tensor:
-    """One example by matrix products; gives its weights, (groups, shared * length, length)."""
+def _computed(start: int, end: int, tokens: int) -> slice:
+    """What is computed of an example: up to `GRAIN` tokens more, which the next ones, done later, write over."""
+    more = 0 if end - start > LONG else (start - end) % GRAIN
+    return slice(start, min(end + more, tokens))
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, window: int | None, out: Tensor, own: int) -> Tensor:
+    """One example of `own` tokens by matrix products; gives its weights, (groups, shared * length, length).
+
+    No token sees one behind it, so that those beyond the example's own change nothing; their weights are 0, and so
+    nothing comes back from them either.
+    """
     groups, length = k.shape[1], len(q)
-    mask = _mask(length, window, q.shape[1] // groups, q.dtype)
-    scores = torch.baddbmm(mask, _by_group(q, groups) * scale, k.permute(1, 2, 0))
+    scores = _by_group(q, groups) @ k.permute(1, 2, 0).contiguous()
+    scores.view(groups, -1, length, length).add_(_mask(length, window, q.dtype))
     weights = scores.softmax(-1)
-    _by_token(out, groups).copy_((weights @ v.transpose(0, 1)).view(groups, -1, length, v.shape[-1]))
+    weights.view(groups, -1, length, length)[:, :, own:] = 0
+    _by_token(out, groups).copy_((weights @ _by_group(v, groups)).view(groups, -1, length, v.shape[-1]))
     return weights
 
 
 def _products_backward(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, weights: Tensor, scale: float, into: tuple[Tensor, ...]
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, weights: Tensor, into: tuple[Tensor, ...]
 ) -> None:
     groups, length = k.shape[1], len(q)
     do = _by_group(dout, groups)
-    dweights = do @ v.permute(1, 2, 0)
+    dweights = do @ v.permute(1, 2, 0).contiguous()
     dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
-    dq = (dscores @ k.transpose(0, 1)).mul_(scale)
+    dq = dscores @ _by_group(k, groups)
     _by_token(into[0], groups).copy_(dq.view(groups, -1, length, k.shape[-1]))
-    into[1].copy_((dscores.transpose(1, 2) @ (_by_group(q, groups) * scale)).transpose(0, 1))
+    into[1].copy_((dscores.transpose(1, 2) @ _by_group(q, groups)).transpose(0, 1))
     into[2].copy_((weights.transpose(1, 2) @ do).transpose(0, 1))
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, out: Tensor) -> Tensor:
+def _flash(q: Tensor, k: Tensor, v: Tensor, window: int | None, out: Tensor) -> Tensor:
     """One long example by torch's kernel, which keeps no weights; gives the logarithms of their sums."""
     mask = _near(len(q), window, q.dtype)
     found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_by_head(q, k, v), 0.0, mask is None, attn_mask=mask, scale=scale
+        *_by_head(q, k, v), 0.0, mask is None, attn_mask=mask, scale=1.0
     )
     out.copy_(found[0].transpose(0, 1))
     return sums  # type: ignore[no-any-return]
 
 
 def _flash_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, sums: Tensor, scale: float, window: int | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, sums: Tensor, window: int | None,
     into: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     mask = _near(len(q), window, q.dtype)
     of_out, of_dout = (t.transpose(0, 1)[None].contiguous() for t in (out, dout))
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        of_dout, *_by_head(q, k, v), of_out, sums, 0.0, mask is None, attn_mask=mask, scale=scale
+        of_dout, *_by_head(q, k, v), of_out, sums, 0.0, mask is None, attn_mask=mask, scale=1.0
     )
     into[0].copy_(dq[0].transpose(0, 1))
     for grad, shared in zip(into[1:], (dk, dv), strict=True):  # keys get the gradients of all heads that share them
@@ -151,7 +169,7 @@ def _by_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 
 def _near(length: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
     """(length, length) mask of a window; None: a token sees all before it."""
-    return _mask(length, window, 1, dtype)[0] if window is not None and window < length else None
+    return _mask(length, window, dtype) if window is not None and window < length else None
 
 
 def _by_token(x: Tensor, groups: int) -> Tensor:
@@ -165,9 +183,9 @@ def _by_group(x: Tensor, groups: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _mask(length: int, window: int | None, shared: int, dtype: torch.dtype) -> Tensor:
-    """(1, shared * length, length): 0 where a token sees another, and -inf elsewhere."""
+def _mask(length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """(length, length): 0 where a token sees another, and -inf elsewhere."""
     ahead = torch.full((length, length), -torch.inf, dtype=dtype).triu(1)
     if window is not None:
         ahead += torch.full_like(ahead, -torch.inf).tril(-window)
-    return ahead.repeat(shared, 1)[None]
+    return ahead
