@@ -27,6 +27,7 @@ from training_lens.training.optimization import build_optimizer, clip_, grad_nor
 from training_lens.training.signals import SignalWatch
 from training_lens.utils.devices import Precision, autocast, free_memory, is_out_of_memory
 from training_lens.utils.formatting import said
+from training_lens.utils.heap import freed_memory_kept
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 
@@ -95,7 +96,7 @@ class Trainer:
             logger.info("resuming after step %d of %d", self.state.step, self.schedule.total_steps)
         self._notify("on_train_start")
         try:
-            with self._signals:
+            with self._signals, freed_memory_kept():
                 self._run()
         except BaseException as error:
             self._notify("on_exception", error)

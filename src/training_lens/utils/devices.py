@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from training_lens.errors import ConfigurationError
+from training_lens.utils.heap import give_back
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -114,6 +115,7 @@ def available_bytes(device: torch.device) -> int | None:
 def free_memory(device: torch.device) -> None:
     """Give back what nothing holds any more, before trying again with less."""
     gc.collect()
+    give_back()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
