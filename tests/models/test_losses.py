@@ -20,7 +20,8 @@ nll = jaxtyped(typechecker=beartype)(losses.nll)
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 50)
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 400)
+    monkeypatch.setattr(losses, "CACHED", 20)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -71,7 +71,8 @@ class _LoRALinear(torch.autograd.Function):
             dx.addmm_(dlow, down)
         downs = (dlow.T @ given).split(_ranks(ups))
         parts = zip(dys, low.split(_ranks(ups), 1), ctx.scales, strict=True)
-        pairs = zip(downs, ((part.T @ seen).mul_(scale) for part, seen, scale in parts), strict=True)
+        dups = ((seen.T @ part).T.mul_(scale) for part, seen, scale in parts)  # in this order the product is faster
+        pairs = zip(downs, dups, strict=True)
         grads = zip((grad for pair in pairs for grad in pair), ctx.dtypes, ctx.needs_input_grad[5:], strict=True)
         return dx, dropped, None, None, None, *(grad.to(dtype) if needed else None for grad, dtype, needed in grads)
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear, pad
 
-LOGITS_AT_ONCE = (
-    7 * 2**20
-)  # numbers in one chunk of logits: 28 MB in float32; from 32 MB on glibc keeps none for the next
+CHUNK_BYTES = 28 * 2**20  # of one chunk of logits: from 32 MB on glibc keeps none for the next
+CACHED = 2**18  # logits that go through the passes of a softmax together on a CPU: they stay in its cache
 ROWS = 64  # chunks are of a multiple of so many: a product of a new shape costs oneDNN as much again to prepare
 Logits = Callable[[Tensor], Tensor]
 
@@ -27,7 +26,7 @@ def linear_nll(
     """Sum of -log softmax(states W^T + b)[target] in nats, float32, for a frozen output layer.
 
     The gradient is formed on the way: (softmax - onehot) W of each chunk. Kept for the backward pass: that alone, as
-    large as `states`. Memory: one chunk of `LOGITS_AT_ONCE` logits, in the states' dtype and in float32.
+    large as `states`. Memory: one chunk of `CHUNK_BYTES` logits in the states' dtype, and some rows of it in float32.
     """
     total: Tensor = _LinearNll.apply(states, weight, bias, targets)
     return total
@@ -36,17 +35,12 @@ def linear_nll(
 class _LinearNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        size = max(1, LOGITS_AT_ONCE // weight.shape[0] // ROWS) * ROWS
+        size = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()) // ROWS) * ROWS
         grad, total = torch.empty_like(states), states.new_zeros((), dtype=_summing(states))
         for part, wanted, into in zip(states.split(size), targets.split(size), grad.split(size), strict=True):
-            filled = pad(part, (0, 0, 0, -len(part) % ROWS))
-            logits = linear(filled, weight, bias)[: len(part)].to(total.dtype)  # (part, vocabulary)
-            p = logits.softmax(-1)
-            largest, at = p.max(-1, keepdim=True)  # at least 1 / vocabulary, so its logarithm is exact
-            normalizer = logits.gather(1, at) - largest.log()  # log sum exp; torch's own takes ten times as long
-            total += (normalizer - logits.gather(1, wanted[:, None])).sum()
-            p[torch.arange(len(wanted), device=p.device), wanted] -= 1
-            into.copy_((pad(p.to(states.dtype), (0, 0, 0, len(filled) - len(part))) @ weight)[: len(part)])
+            logits = linear(pad(part, (0, 0, 0, -len(part) % ROWS)), weight, bias)  # (filled, vocabulary)
+            total += _to_gradient(logits[: len(part)], wanted, total.dtype)
+            into.copy_((logits @ weight)[: len(part)])
         ctx.save_for_backward(grad)
         return total
 
@@ -55,6 +49,20 @@ class _LinearNll(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * dtotal.to(grad.dtype), None, None, None
+
+
+def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of -log softmax(logits)[target], computed in `dtype`; the logits become its gradient, softmax - onehot."""
+    total = logits.new_zeros((), dtype=dtype)
+    size = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    for part, wanted in zip(logits.split(size), targets[:, None].split(size), strict=True):
+        wide = part.to(dtype)
+        wide -= wide.amax(-1, keepdim=True)
+        chosen = wide.gather(1, wanted)
+        sums = wide.exp_().sum(-1, keepdim=True)
+        total += (sums.log() - chosen).sum()
+        part.copy_(wide.div_(sums).scatter_add_(1, wanted, torch.full_like(sums, -1)))
+    return total
 
 
 def nll(states: Float[Tensor, "targets hidden"], logits: Logits, targets: Int[Tensor, " targets"]) -> Float[Tensor, ""]:
@@ -67,8 +75,8 @@ class _Nll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, logits: Logits, targets: Tensor) -> Tensor:
         vocabulary = logits(states[:1].detach()).shape[-1]
-        size = max(1, LOGITS_AT_ONCE // vocabulary)
         grad, total = torch.empty_like(states), states.new_zeros((), dtype=_summing(states))
+        size = max(1, CHUNK_BYTES // (vocabulary * total.element_size()))
         for part, wanted, into in zip(states.split(size), targets.split(size), grad.split(size), strict=True):
             with torch.enable_grad():
                 alone = part.detach().requires_grad_()
