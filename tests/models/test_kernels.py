@@ -13,6 +13,8 @@ from torch.nn.functional import linear, silu
 from training_lens.models import kernels
 
 lora_linear = jaxtyped(typechecker=beartype)(kernels.lora_linear)
+row_norms = jaxtyped(typechecker=beartype)(kernels.row_norms)
+gained = jaxtyped(typechecker=beartype)(kernels.gained)
 rms_norm = jaxtyped(typechecker=beartype)(kernels.rms_norm)
 gated_silu = jaxtyped(typechecker=beartype)(kernels.gated_silu)
 rotate = jaxtyped(typechecker=beartype)(kernels.rotate)
@@ -73,6 +75,38 @@ def test_lora_linear_keeps_factors_and_their_gradients_in_float32_under_bf16() -
     y = lora_linear(drawn(3, 64, dtype=torch.bfloat16), drawn(8, 64, dtype=torch.bfloat16), None, [(a, b)], [1.0])
     y.float().square().sum().backward()
     assert y.dtype == torch.bfloat16 and a.grad is not None and a.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("at_once", [1, 14, 2**18])
+def test_row_norms_are_those_of_the_sum_in_blocks_of_any_size(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels.SUMS_AT_ONCE, "cpu", at_once)
+    weight, a, b = drawn(5, 7), drawn(2, 7, seed=1), drawn(5, 2, seed=2)
+    wanted = torch.linalg.norm(weight + 0.5 * b @ a, dim=1)
+    torch.testing.assert_close(row_norms(weight, a, b, 0.5), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_row_norms_of_bf16_weights_are_exact_where_the_parts_cancel() -> None:
+    a, b = drawn(4, 64, dtype=torch.float32), drawn(8, 4, seed=1, dtype=torch.float32)
+    weight = (-b @ a).to(torch.bfloat16)  # what is left of the sum is the rounding of the weight
+    wanted = torch.linalg.norm(weight.double() + b.double() @ a.double(), dim=1)
+    torch.testing.assert_close(row_norms(weight, a, b, 1.0).double(), wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gained_is_the_formula_and_so_is_its_gradient(with_bias: bool) -> None:
+    z, gains, bias = drawn(2, 3, 5, grad=True), drawn(5, seed=1, grad=True), drawn(5, seed=2) if with_bias else None
+    wanted = z * gains + (0 if bias is None else bias)
+    torch.testing.assert_close(gained(z, gains, bias), wanted, rtol=1e-12, atol=1e-12)
+    assert gradcheck(lambda z, gains: gained(z, gains, bias), (z, gains))
+
+
+def test_the_gradient_of_gains_is_summed_in_their_dtype_under_bf16() -> None:
+    z, gains = drawn(4096, 3, dtype=torch.bfloat16), drawn(3, seed=1, grad=True, dtype=torch.float32)
+    dy = drawn(4096, 3, seed=2, dtype=torch.bfloat16)
+    gained(z, gains).backward(dy)
+    assert gains.grad is not None and gains.grad.dtype == torch.float32
+    wanted = (dy.double() * z.double()).sum(0).float()
+    torch.testing.assert_close(gains.grad, wanted, rtol=0, atol=4e-3 * 4096**0.5)
 
 
 def plain_norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def _epsilon(module: Any) -> float | None:
 
 
 class Adapted(Kernel):
-    """A linear layer with LoRA."""
+    """A linear layer with LoRA or DoRA."""
 
     @staticmethod
     def fits(module: Any) -> bool:

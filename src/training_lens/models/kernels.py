@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu
 
+SUMS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}  # numbers of W + s B A that exist at a time: 1 MB stays in a CPU's cache
+
 
 def lora_linear(
     x: Float[Tensor, "*tokens width"],
@@ -84,6 +86,54 @@ def _ranks(ups: Sequence[Tensor]) -> list[int]:
     return [up.shape[1] for up in ups]
 
 
+@torch.no_grad()
+def row_norms(
+    weight: Float[Tensor, "out width"], down: Float[Tensor, "rank width"], up: Float[Tensor, "out rank"], scale: float
+) -> Float[Tensor, " out"]:
+    """|W + s B A| of each row, the divisor of DoRA, in float32 or wider; no gradient (arXiv 2402.09353, section 4.3).
+
+    The sum is formed in blocks of rows: as much arithmetic as W A^T, from which the norm's square could be had as well,
+    and exact where the parts cancel. Cost: 2 out width rank operations, and one block of `SUMS_AT_ONCE` numbers.
+    """
+    rows = max(1, SUMS_AT_ONCE["cpu" if weight.device.type == "cpu" else "cuda"] // weight.shape[1])
+    wide = _summing(down)
+    down = down.to(wide)
+    blocks = zip(weight.split(rows), up.split(rows), strict=True)
+    sums = (torch.addmm(w.to(wide), b.to(wide), down, alpha=scale) for w, b in blocks)
+    return torch.cat([torch.linalg.vector_norm(part, dim=1) for part in sums])
+
+
+def gained(
+    z: Float[Tensor, "*tokens out"], gains: Float[Tensor, " out"], bias: Float[Tensor, " out"] | None = None
+) -> Float[Tensor, "*tokens out"]:
+    """y = g z + b with a learned factor of each output, as DoRA has in g = m / |W + s B A| (arXiv 2402.09353, eq. 5).
+
+    Kept: g z alone, which without a bias is y. Gradients: dz = g dy, dg = (sum over tokens of dy g z) / g.
+
+    Args:
+        gains: none of them 0; of a dtype that may be wider than that of `z`: the product is rounded once.
+    """
+    y: Tensor = _Gained.apply(z, gains, bias)
+    return y
+
+
+class _Gained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, gains: Tensor, bias: Tensor | None) -> Tensor:
+        y = _scaled(z, gains)
+        ctx.save_for_backward(y, gains)
+        return y if bias is None else y + bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        y, gains = ctx.saved_tensors
+        dgains = None
+        if ctx.needs_input_grad[1]:
+            dgains = (dy * y).view(-1, len(gains)).sum(0, dtype=gains.dtype).div_(gains)
+        return _scaled(dy, gains), dgains, None
+
+
 def rms_norm(
     x: Float[Tensor, "*tokens width"], weight: Float[Tensor, " width"], eps: float
 ) -> Float[Tensor, "*tokens width"]:
@@ -120,7 +170,7 @@ def _summing(x: Tensor) -> torch.dtype:
 
 
 def _scaled(x: Tensor, scale: Tensor) -> Tensor:
-    """x times a wider number for each token, rounded once."""
+    """x times wider numbers, one for each token or each of a token's, rounded once."""
     return torch.mul(x, scale, out=torch.empty_like(x))
 
 
