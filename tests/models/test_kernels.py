@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from beartype import beartype
 from jaxtyping import jaxtyped
 from torch import Tensor, nn
 from torch.autograd import gradcheck
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, silu
 
 from training_lens.models import kernels
 
@@ -16,7 +19,7 @@ lora_linear = jaxtyped(typechecker=beartype)(kernels.lora_linear)
 row_norms = jaxtyped(typechecker=beartype)(kernels.row_norms)
 gained = jaxtyped(typechecker=beartype)(kernels.gained)
 rms_norm = jaxtyped(typechecker=beartype)(kernels.rms_norm)
-gated_silu = jaxtyped(typechecker=beartype)(kernels.gated_silu)
+gated = jaxtyped(typechecker=beartype)(kernels.gated)
 rotate = jaxtyped(typechecker=beartype)(kernels.rotate)
 
 
@@ -133,16 +136,34 @@ def test_rms_norm_equals_that_of_transformers(dtype: torch.dtype) -> None:
         assert (found == wanted).float().mean() > 0.99  # a sum in another order may round otherwise, rarely
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rms_norm_with_a_weight_of_float32_equals_that_of_gemma(dtype: torch.dtype) -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    module = Gemma3RMSNorm(128).to(dtype).requires_grad_(False)
+    nn.init.normal_(module.weight)
+    x, dy = drawn(50, 128, dtype=dtype, grad=True), drawn(50, 128, seed=1, dtype=dtype)
+    wanted, found = module(x), rms_norm(x, module.weight.float() + 1, module.eps)
+    torch.testing.assert_close(found, wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    if dtype != torch.float32:
+        assert (found == wanted).float().mean() > 0.99
+    (dx,), (plain,) = torch.autograd.grad(found, x, dy), torch.autograd.grad(wanted, x, dy)
+    torch.testing.assert_close(dx, plain, rtol=0, atol=4 * torch.finfo(dtype).eps * float(plain.abs().max()))
+
+
 def test_rms_norm_sums_squares_beyond_the_range_of_fp16() -> None:
     x = torch.full((1, 64), 6e4, dtype=torch.float16)
     assert torch.isfinite(rms_norm(x, torch.ones(64, dtype=torch.float16), 1e-6)).all()
 
 
-def test_gated_silu_is_the_formula_and_so_is_its_gradient() -> None:
+@pytest.mark.parametrize(
+    ("name", "activation"), [("silu", silu), ("gelu", gelu), ("gelu_tanh", partial(gelu, approximate="tanh"))]
+)
+def test_gated_is_the_formula_and_so_is_its_gradient(name: str, activation: Callable[[Tensor], Tensor]) -> None:
     x = drawn(2, 3, 10, grad=True)
     gate, up = x.chunk(2, -1)
-    torch.testing.assert_close(gated_silu(x), silu(gate) * up, rtol=1e-12, atol=1e-12)
-    assert gradcheck(gated_silu, (x,))
+    torch.testing.assert_close(gated(x, name), activation(gate) * up, rtol=1e-12, atol=1e-12)
+    assert gradcheck(lambda x: gated(x, name), (x,))
 
 
 @pytest.mark.parametrize("turned", [4, 6])

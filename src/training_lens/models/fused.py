@@ -13,7 +13,7 @@ from torch import Tensor
 
 from training_lens.models.attention import Segments, segment_attention
 from training_lens.models.joined import Joined
-from training_lens.models.kernels import gated_silu, rms_norm, rotate
+from training_lens.models.kernels import ACTIVATIONS, gated, rms_norm, rotate
 from training_lens.models.layouts import PARTS, Heads
 
 TOKENS = 6  # of the random input on which a module and its kernel are compared
@@ -73,7 +73,7 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 
 
 class Norm(Kernel):
-    """RMSNorm with a plain frozen weight."""
+    """RMSNorm with a frozen weight, which Gemma counts from 1 and multiplies before it rounds."""
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -84,6 +84,13 @@ class Norm(Kernel):
         known = isinstance(getattr(module, "weight", None), Tensor) and _epsilon(module) is not None
         return "" if known and not module.weight.requires_grad else f"{type(module).__name__} without a frozen weight"
 
+    @torch.no_grad()
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        weight = module.weight.float()
+        found = self.plain(torch.ones_like(module.weight)[None]).float()  # the factor, but for epsilon
+        self._from_one = bool((found - weight - 1).abs().mean() < (found - weight).abs().mean())
+
     @property
     def width(self) -> int:
         return int(self.module.weight.shape[0])
@@ -92,6 +99,8 @@ class Norm(Kernel):
         weight, epsilon = self.module.weight, _epsilon(self.module)
         if weight.dtype != x.dtype or epsilon is None:
             return self.plain(x)  # type: ignore[no-any-return]
+        if self._from_one:
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1
         return rms_norm(x, weight, epsilon)
 
 
@@ -123,7 +132,7 @@ class Adapted(Kernel):
 
 
 class Gated(Kernel):
-    """A gated feed-forward layer, down(silu(gate(x)) * up(x))."""
+    """A gated feed-forward layer, down(a(gate(x)) * up(x)), with an activation that is known."""
 
     @staticmethod
     def fits(module: Any) -> bool:
@@ -131,20 +140,34 @@ class Gated(Kernel):
 
     @staticmethod
     def refusal(module: Any) -> str:
+        if _name_of(module.act_fn) is None:
+            return f"{type(module).__name__} with another activation"
         return Joined.refusal([module.gate_proj, module.up_proj]) or Joined.refusal([module.down_proj])
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
         self._gate_up, self._down = Joined([module.gate_proj, module.up_proj]), Joined([module.down_proj])
+        self._name = _name_of(module.act_fn)
 
     @property
     def width(self) -> int:
         return int(self.module.gate_proj.in_features)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not (may_join(self._gate_up) and may_join(self._down)):
+        if self._name is None or not (may_join(self._gate_up) and may_join(self._down)):
             return self.plain(x)  # type: ignore[no-any-return]
-        return self._down(gated_silu(self._gate_up(x)))
+        return self._down(gated(self._gate_up(x), self._name))
+
+
+def _name_of(activation: Any) -> str | None:
+    """The kernels' name of a function of numbers, told by its values; None where it is none of theirs."""
+    x = torch.linspace(-6, 6, 97)
+    try:
+        values = activation(x)
+        same = (name for name, (known, _) in ACTIVATIONS.items() if torch.allclose(known(x), values, atol=1e-5))
+        return next(same, None)
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # it takes more than a tensor, or gives another kind
+        return None
 
 
 def may_join(product: Joined) -> bool:

@@ -5,16 +5,24 @@ All take tensors of one dtype (float64 in the tests) on any device, and sum in f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, silu
 
 SUMS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}  # numbers of W + s B A that exist at a time: 1 MB stays in a CPU's cache
+
+_gelu_backward = torch.ops.aten.gelu_backward.grad_input
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Any]]] = {  # and what writes their gradient
+    "silu": (silu, torch.ops.aten.silu_backward.grad_input),
+    "gelu": (gelu, _gelu_backward),
+    "gelu_tanh": (partial(gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")),
+}
 
 
 def lora_linear(
@@ -139,8 +147,9 @@ def rms_norm(
 ) -> Float[Tensor, "*tokens width"]:
     """Root-mean-square norm, y = w x / sqrt(mean(x^2) + eps) (arXiv 1910.07467), for a frozen weight.
 
-    The quotient is rounded to x's dtype before the weight, as transformers does. Kept: x, and a float for each token.
-    Gradient: dx = (g - n mean(g n)) / rms, with g = w dy and n the quotient.
+    The quotient is rounded to x's dtype before the weight, as Llama's is; with a weight of a wider dtype the whole is
+    rounded once, as Gemma's. Kept: x, and a float for each token. Gradient: dx = (g - n mean(g n)) / rms, with g = w dy
+    and n the quotient.
     """
     y: Tensor = _RMSNorm.apply(x, weight, eps)
     return y
@@ -152,13 +161,15 @@ class _RMSNorm(torch.autograd.Function):
         sums = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_summing(x))  # one pass, no wider copy
         scale = sums.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (*tokens, 1)
         ctx.save_for_backward(x, weight, scale)
+        if weight.dtype != x.dtype:
+            return torch.mul(x, scale).mul_(weight).to(x.dtype)
         return _scaled(x, scale).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        g = dy * weight
+        g = _scaled(dy, weight)
         along = torch.linalg.vecdot(g.to(scale.dtype), x.to(scale.dtype)).unsqueeze(-1)  # sum(g x)
         along.mul_(scale.square()).div_(-x.shape[-1])
         return _scaled(g.addcmul_(x, along.to(x.dtype)), scale), None, None
@@ -174,32 +185,37 @@ def _scaled(x: Tensor, scale: Tensor) -> Tensor:
     return torch.mul(x, scale, out=torch.empty_like(x))
 
 
-def gated_silu(gate_up: Float[Tensor, "*tokens twice"]) -> Float[Tensor, "*tokens width"]:
-    """silu(gate) * up of a joined projection whose first half is the gate (SwiGLU, arXiv 2002.05202).
+def gated(gate_up: Float[Tensor, "*tokens twice"], activation: str = "silu") -> Float[Tensor, "*tokens width"]:
+    """a(gate) * up of a joined projection whose first half is the gate (SwiGLU, GeGLU: arXiv 2002.05202).
 
-    Kept: the projection alone; silu(gate) is computed again for the gradient.
+    Kept: the projection alone; a(gate) is computed again for the gradient.
+
+    Args:
+        activation: a name in `ACTIVATIONS`.
     """
-    y: Tensor = _GatedSilu.apply(gate_up)
+    y: Tensor = _Gated.apply(gate_up, activation)
     return y
 
 
-class _GatedSilu(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate_up)
+        ctx.activation = activation
         gate, up = gate_up.chunk(2, -1)
-        return silu(gate).mul_(up)
+        return ACTIVATIONS[activation][0](gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
+        activate, backward_into = ACTIVATIONS[ctx.activation]
         gate, up = gate_up.chunk(2, -1)
         grad = torch.empty_like(gate_up)
         dgate, dup = grad.chunk(2, -1)
-        torch.mul(dy, silu(gate), out=dup)
-        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
-        return grad
+        torch.mul(dy, activate(gate), out=dup)
+        backward_into(dy * up, gate, grad_input=dgate)
+        return grad, None
 
 
 def rotate(
