@@ -58,12 +58,13 @@ CONFIGS = {
     "relu": LlamaConfig(hidden_act="relu", **SMALL),
     "gemma3": Gemma3TextConfig(head_dim=8, sliding_window=4, pad_token_id=0, **SMALL),
     "olmo2": Olmo2Config(**SMALL),
-    "phi3": Phi3Config(pad_token_id=0, **SMALL),
+    "phi3": Phi3Config(pad_token_id=0, sliding_window=4, **SMALL),
+    "phi3, half turned": Phi3Config(pad_token_id=0, partial_rotary_factor=0.5, **SMALL),
     "gemma2": Gemma2Config(head_dim=8, pad_token_id=0, **SMALL),
     "cohere": CohereConfig(bos_token_id=1, eos_token_id=2, **SMALL),
     "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
 }
-PADDED = ("olmo2", "phi3", "gemma2", "cohere", "gpt2")
+PADDED = ("olmo2", "gemma2", "cohere", "gpt2")
 LENGTHS = (9, 2, 7)
 CASES = {
     "lora": {},

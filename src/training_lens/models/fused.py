@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training_lens.models.attention import Segments, segment_attention
 from training_lens.models.joined import Joined
 from training_lens.models.kernels import ACTIVATIONS, gated, rms_norm, rotate
-from training_lens.models.layouts import PARTS, Heads
+from training_lens.models.layouts import GATE_UP, QUERY_KEY_VALUE, Heads, projections
 
 TOKENS = 6  # of the random input on which a module and its kernel are compared
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest number
@@ -136,27 +136,32 @@ class Gated(Kernel):
 
     @staticmethod
     def fits(module: Any) -> bool:
-        return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+        down = isinstance(getattr(module, "down_proj", None), nn.Module)
+        return down and bool(projections(module, GATE_UP)) and _activation(module) is not None
 
     @staticmethod
     def refusal(module: Any) -> str:
-        if _name_of(module.act_fn) is None:
+        if _name_of(_activation(module)) is None:
             return f"{type(module).__name__} with another activation"
-        return Joined.refusal([module.gate_proj, module.up_proj]) or Joined.refusal([module.down_proj])
+        return Joined.refusal(projections(module, GATE_UP)) or Joined.refusal([module.down_proj])
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
-        self._gate_up, self._down = Joined([module.gate_proj, module.up_proj]), Joined([module.down_proj])
-        self._name = _name_of(module.act_fn)
+        self._gate_up, self._down = Joined(projections(module, GATE_UP)), Joined([module.down_proj])
+        self._name = _name_of(_activation(module))
 
     @property
     def width(self) -> int:
-        return int(self.module.gate_proj.in_features)
+        return int(projections(self.module, GATE_UP)[0].in_features)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._name is None or not (may_join(self._gate_up) and may_join(self._down)):
             return self.plain(x)  # type: ignore[no-any-return]
         return self._down(gated(self._gate_up(x), self._name))
+
+
+def _activation(module: Any) -> Any:
+    return getattr(module, "act_fn", getattr(module, "activation_fn", None))
 
 
 def _name_of(activation: Any) -> str | None:
@@ -181,14 +186,15 @@ class Attention(Kernel):
 
     @staticmethod
     def refusal(module: Any) -> str:
-        if not all(hasattr(module, part) for part in PARTS):
+        into = projections(module, QUERY_KEY_VALUE)
+        if not into or not isinstance(getattr(module, "o_proj", None), nn.Module):
             return "attention of another structure"
-        return Joined.refusal([module.q_proj, module.k_proj, module.v_proj]) or Joined.refusal([module.o_proj])
+        return Joined.refusal(into) or Joined.refusal([module.o_proj])
 
     def __init__(self, module: Any, heads: Heads) -> None:
         super().__init__(module)
         self._heads = heads
-        self._qkv, self._out = Joined([module.q_proj, module.k_proj, module.v_proj]), Joined([module.o_proj])
+        self._qkv, self._out = Joined(projections(module, QUERY_KEY_VALUE)), Joined([module.o_proj])
 
     def __call__(self, *args: Any, segments: Segments | None = None, **kwargs: Any) -> Any:
         if segments is None:
