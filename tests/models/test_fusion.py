@@ -13,6 +13,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -52,14 +53,18 @@ CONFIGS = {
     "mistral": MistralConfig(sliding_window=4, **SMALL),
     "qwen2": Qwen2Config(**SMALL),
     "qwen3": Qwen3Config(head_dim=8, **SMALL),
+    "gemma": GemmaConfig(head_dim=8, pad_token_id=0, **SMALL),
+    "exact gelu": LlamaConfig(hidden_act="gelu", **SMALL),
+    "relu": LlamaConfig(hidden_act="relu", **SMALL),
     "gemma3": Gemma3TextConfig(head_dim=8, sliding_window=4, pad_token_id=0, **SMALL),
     "olmo2": Olmo2Config(**SMALL),
-    "phi3": Phi3Config(pad_token_id=0, **SMALL),
+    "phi3": Phi3Config(pad_token_id=0, sliding_window=4, **SMALL),
+    "phi3, half turned": Phi3Config(pad_token_id=0, partial_rotary_factor=0.5, **SMALL),
     "gemma2": Gemma2Config(head_dim=8, pad_token_id=0, **SMALL),
     "cohere": CohereConfig(bos_token_id=1, eos_token_id=2, **SMALL),
     "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
 }
-IN_LINES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3")
+PADDED = ("olmo2", "gemma2", "cohere", "gpt2")
 LENGTHS = (9, 2, 7)
 CASES = {
     "lora": {},
@@ -126,7 +131,7 @@ def test_loss_and_gradients_are_those_of_each_example_alone(name: str) -> None:
     wanted = plain_loss(model)
     grads = gradients(model, wanted)
     engine = Engine(model)
-    assert engine.packs == (name in IN_LINES), engine.fusion
+    assert engine.packs == (name not in PADDED), engine.fusion
     for in_line in (False, True) if engine.packs else (False,):
         loss = fused_loss(engine, in_line)
         torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
@@ -208,7 +213,19 @@ def test_what_stays_as_it_is_is_told_with_its_reason() -> None:
     told = str(Engine(adapted("gpt2")).fusion)
     assert "attention of another structure" in told and "adapted layers" in told
     told = str(Engine(adapted("gemma2")).fusion)
-    assert "attention with more than scale and window" in told and "Gemma2RMSNorm computes something else" in told
+    assert "attention with more than scale and window" in told and "9 norms" in told
+    assert "2 as they are (LlamaMLP with another activation)" in str(Engine(adapted("relu")).fusion)
+
+
+def test_a_norm_that_computes_something_else_is_left_alone() -> None:
+    model = adapted()
+    norm = model.base_model.model.model.norm
+    norm.forward = norm.forward  # of its own, as other libraries put there
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(norm), "forward", lambda self, x: self.weight * x)
+        told = str(fuse(model))
+    assert "1 as they are (LlamaRMSNorm has a forward of its own)" in told
+    assert "4 as they are (LlamaRMSNorm computes something else)" in told
 
 
 def test_dropout_falls_on_the_branch_alone() -> None:

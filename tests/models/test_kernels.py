@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from beartype import beartype
 from jaxtyping import jaxtyped
 from torch import Tensor, nn
 from torch.autograd import gradcheck
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, silu
 
 from training_lens.models import kernels
 
 lora_linear = jaxtyped(typechecker=beartype)(kernels.lora_linear)
+row_norms = jaxtyped(typechecker=beartype)(kernels.row_norms)
+gained = jaxtyped(typechecker=beartype)(kernels.gained)
 rms_norm = jaxtyped(typechecker=beartype)(kernels.rms_norm)
-gated_silu = jaxtyped(typechecker=beartype)(kernels.gated_silu)
+gated = jaxtyped(typechecker=beartype)(kernels.gated)
 rotate = jaxtyped(typechecker=beartype)(kernels.rotate)
 
 
@@ -75,6 +80,38 @@ def test_lora_linear_keeps_factors_and_their_gradients_in_float32_under_bf16() -
     assert y.dtype == torch.bfloat16 and a.grad is not None and a.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("at_once", [1, 14, 2**18])
+def test_row_norms_are_those_of_the_sum_in_blocks_of_any_size(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels.SUMS_AT_ONCE, "cpu", at_once)
+    weight, a, b = drawn(5, 7), drawn(2, 7, seed=1), drawn(5, 2, seed=2)
+    wanted = torch.linalg.norm(weight + 0.5 * b @ a, dim=1)
+    torch.testing.assert_close(row_norms(weight, a, b, 0.5), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_row_norms_of_bf16_weights_are_exact_where_the_parts_cancel() -> None:
+    a, b = drawn(4, 64, dtype=torch.float32), drawn(8, 4, seed=1, dtype=torch.float32)
+    weight = (-b @ a).to(torch.bfloat16)  # what is left of the sum is the rounding of the weight
+    wanted = torch.linalg.norm(weight.double() + b.double() @ a.double(), dim=1)
+    torch.testing.assert_close(row_norms(weight, a, b, 1.0).double(), wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gained_is_the_formula_and_so_is_its_gradient(with_bias: bool) -> None:
+    z, gains, bias = drawn(2, 3, 5, grad=True), drawn(5, seed=1, grad=True), drawn(5, seed=2) if with_bias else None
+    wanted = z * gains + (0 if bias is None else bias)
+    torch.testing.assert_close(gained(z, gains, bias), wanted, rtol=1e-12, atol=1e-12)
+    assert gradcheck(lambda z, gains: gained(z, gains, bias), (z, gains))
+
+
+def test_the_gradient_of_gains_is_summed_in_their_dtype_under_bf16() -> None:
+    z, gains = drawn(4096, 3, dtype=torch.bfloat16), drawn(3, seed=1, grad=True, dtype=torch.float32)
+    dy = drawn(4096, 3, seed=2, dtype=torch.bfloat16)
+    gained(z, gains).backward(dy)
+    assert gains.grad is not None and gains.grad.dtype == torch.float32
+    wanted = (dy.double() * z.double()).sum(0).float()
+    torch.testing.assert_close(gains.grad, wanted, rtol=0, atol=4e-3 * 4096**0.5)
+
+
 def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
     return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
 
@@ -99,16 +136,34 @@ def test_rms_norm_equals_that_of_transformers(dtype: torch.dtype) -> None:
         assert (found == wanted).float().mean() > 0.99  # a sum in another order may round otherwise, rarely
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rms_norm_with_a_weight_of_float32_equals_that_of_gemma(dtype: torch.dtype) -> None:
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    module = Gemma3RMSNorm(128).to(dtype).requires_grad_(False)
+    nn.init.normal_(module.weight)
+    x, dy = drawn(50, 128, dtype=dtype, grad=True), drawn(50, 128, seed=1, dtype=dtype)
+    wanted, found = module(x), rms_norm(x, module.weight.float() + 1, module.eps)
+    torch.testing.assert_close(found, wanted, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    if dtype != torch.float32:
+        assert (found == wanted).float().mean() > 0.99
+    (dx,), (plain,) = torch.autograd.grad(found, x, dy), torch.autograd.grad(wanted, x, dy)
+    torch.testing.assert_close(dx, plain, rtol=0, atol=4 * torch.finfo(dtype).eps * float(plain.abs().max()))
+
+
 def test_rms_norm_sums_squares_beyond_the_range_of_fp16() -> None:
     x = torch.full((1, 64), 6e4, dtype=torch.float16)
     assert torch.isfinite(rms_norm(x, torch.ones(64, dtype=torch.float16), 1e-6)).all()
 
 
-def test_gated_silu_is_the_formula_and_so_is_its_gradient() -> None:
+@pytest.mark.parametrize(
+    ("name", "activation"), [("silu", silu), ("gelu", gelu), ("gelu_tanh", partial(gelu, approximate="tanh"))]
+)
+def test_gated_is_the_formula_and_so_is_its_gradient(name: str, activation: Callable[[Tensor], Tensor]) -> None:
     x = drawn(2, 3, 10, grad=True)
     gate, up = x.chunk(2, -1)
-    torch.testing.assert_close(gated_silu(x), silu(gate) * up, rtol=1e-12, atol=1e-12)
-    assert gradcheck(gated_silu, (x,))
+    torch.testing.assert_close(gated(x, name), activation(gate) * up, rtol=1e-12, atol=1e-12)
+    assert gradcheck(lambda x: gated(x, name), (x,))
 
 
 @pytest.mark.parametrize("turned", [4, 6])

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from training_lens.models.kernels import lora_linear
+from training_lens.models.kernels import gained, lora_linear, row_norms
 
-PLAIN_LORA = "Linear"  # PEFT's class of adapted linear layers
+
+@dataclass(frozen=True)
+class Branch:
+    """What an adapter adds to a layer: A (rank, in), B (out, rank), their scale, and the magnitude (out,) of DoRA."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    magnitude: Tensor | None = None
 
 
 class Joined:
-    """Some linear layers, plain or with a LoRA of PEFT's, whose weights lie in one tensor one below the other.
+    """Some linear layers, plain or with a LoRA or DoRA of PEFT's; their weights lie in one tensor, one below the other.
 
     The layers keep their parameters, as parts of that tensor; nothing is held twice.
 
@@ -53,22 +62,38 @@ class Joined:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self._weight.dtype
         weight, bias = self._weight.to(dtype), None if self._bias is None else self._bias.to(dtype)
-        adapters = [_adapter(layer) for layer in self.layers]
+        branches = [_branch(layer) for layer in self.layers]
         x = x.to(dtype)
         with torch.autocast(device, enabled=False):
-            if all(adapter is None for adapter in adapters):
+            if all(branch is None for branch in branches):
                 return nn.functional.linear(x, weight, bias)
-            factors, scales = zip(
-                *(a or self._nothing(size, x) for a, size in zip(adapters, self.sizes, strict=True)), strict=True
-            )
-            dropout = _dropout(self.layers)
-            dropped = nn.functional.dropout(x, dropout) if dropout else None
+            known = [b or self._nothing(size, x) for b, size in zip(branches, self.sizes, strict=True)]
+            return self._adapted(x, weight, bias, known)
+
+    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:
+        factors, scales = [(b.down, b.up) for b in branches], [b.scale for b in branches]
+        dropout = _dropout(self.layers)
+        dropped = nn.functional.dropout(x, dropout) if dropout else None
+        gains = self._gains(branches)
+        if gains is None:
             return lora_linear(x, weight, bias, factors, scales, dropped)
+        if dropped is None:
+            return gained(lora_linear(x, weight, None, factors, scales), gains, bias)
+        # PEFT's DoRA multiplies what its branch saw by the gain, and leaves the rest of the base as it is.
+        rest = nn.functional.linear(x - dropped, weight, bias)
+        return rest + gained(lora_linear(dropped, weight, None, factors, scales), gains)
+
+    def _gains(self, branches: Sequence[Branch]) -> Tensor | None:
+        """DoRA's factor of each output, m / |W + s B A|, and 1 where a layer has none; None where no layer has one."""
+        if all(branch.magnitude is None for branch in branches):
+            return None
+        parts = zip(self._weight.split(self.sizes), branches, strict=True)
+        return torch.cat([_gain(weight, branch) for weight, branch in parts])
 
     @staticmethod
-    def _nothing(size: int, x: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
+    def _nothing(size: int, x: Tensor) -> Branch:
         """The adapter of a layer that has none: of rank 0."""
-        return (x.new_empty(0, x.shape[-1]), x.new_empty(size, 0)), 1.0
+        return Branch(x.new_empty(0, x.shape[-1]), x.new_empty(size, 0), 1.0)
 
     def _together(self) -> tuple[Tensor, Tensor | None]:
         if len(self._bases) == 1:
@@ -78,6 +103,12 @@ class Joined:
             base.weight.data = part
         biases = [base.bias for base in self._bases]
         return weight, None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+
+
+def _gain(weight: Tensor, branch: Branch) -> Tensor:
+    if branch.magnitude is None:
+        return torch.ones(len(weight), device=weight.device)
+    return branch.magnitude / row_norms(weight, branch.down, branch.up, branch.scale)
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
@@ -97,6 +128,7 @@ def _matrix(base: Any) -> Tensor:
 def _unknown(layer: Any) -> str:
     """Why a layer cannot be computed here; empty where it can."""
     from peft.tuners.lora import Linear
+    from peft.tuners.lora.variants import DoraLinearVariant
     from transformers.pytorch_utils import Conv1D
 
     base = _base(layer)
@@ -108,8 +140,9 @@ def _unknown(layer: Any) -> str:
         return ""
     if type(layer) is not Linear:
         return f"adapters of type {type(layer).__name__}"
-    if layer.lora_variant:
-        return "adapters of type " + type(next(iter(layer.lora_variant.values()))).__name__
+    for variant in layer.lora_variant.values():
+        if type(variant) is not DoraLinearVariant:
+            return f"adapters of type {type(variant).__name__}"
     if any(layer.lora_bias.values()):
         return "adapters with a bias"
     return ""
@@ -122,14 +155,15 @@ def _mixes(layer: Any) -> bool:
     return bool(layer.merged) or len([a for a in layer.active_adapters if a in layer.lora_A]) > 1
 
 
-def _adapter(layer: Any) -> tuple[tuple[Tensor, Tensor], float] | None:
-    """A, B and their scale, of the adapter that works; None without one."""
+def _branch(layer: Any) -> Branch | None:
+    """The adapter that works; None without one."""
     if layer is _base(layer) or layer.disable_adapters:
         return None
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if not active:
+    active = next((name for name in layer.active_adapters if name in layer.lora_A), None)
+    if active is None:
         return None
-    return (layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight), float(layer.scaling[active[0]])
+    magnitude = layer.lora_magnitude_vector[active].weight if active in layer.lora_magnitude_vector else None
+    return Branch(layer.lora_A[active].weight, layer.lora_B[active].weight, float(layer.scaling[active]), magnitude)
 
 
 def _dropout(layers: Sequence[Any]) -> float:

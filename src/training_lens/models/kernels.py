@@ -5,14 +5,24 @@ All take tensors of one dtype (float64 in the tests) on any device, and sum in f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear, silu
+from torch.nn.functional import gelu, linear, silu
+
+SUMS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}  # numbers of W + s B A that exist at a time: 1 MB stays in a CPU's cache
+
+_gelu_backward = torch.ops.aten.gelu_backward.grad_input
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Any]]] = {  # and what writes their gradient
+    "silu": (silu, torch.ops.aten.silu_backward.grad_input),
+    "gelu": (gelu, _gelu_backward),
+    "gelu_tanh": (partial(gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")),
+}
 
 
 def lora_linear(
@@ -85,13 +95,62 @@ def _ranks(ups: Sequence[Tensor]) -> list[int]:
     return [up.shape[1] for up in ups]
 
 
+@torch.no_grad()
+def row_norms(
+    weight: Float[Tensor, "out width"], down: Float[Tensor, "rank width"], up: Float[Tensor, "out rank"], scale: float
+) -> Float[Tensor, " out"]:
+    """|W + s B A| of each row, the divisor of DoRA, in float32 or wider; no gradient (arXiv 2402.09353, section 4.3).
+
+    The sum is formed in blocks of rows: as much arithmetic as W A^T, from which the norm's square could be had as well,
+    and exact where the parts cancel. Cost: 2 out width rank operations, and one block of `SUMS_AT_ONCE` numbers.
+    """
+    rows = max(1, SUMS_AT_ONCE["cpu" if weight.device.type == "cpu" else "cuda"] // weight.shape[1])
+    wide = _summing(down)
+    down = down.to(wide)
+    blocks = zip(weight.split(rows), up.split(rows), strict=True)
+    sums = (torch.addmm(w.to(wide), b.to(wide), down, alpha=scale) for w, b in blocks)
+    return torch.cat([torch.linalg.vector_norm(part, dim=1) for part in sums])
+
+
+def gained(
+    z: Float[Tensor, "*tokens out"], gains: Float[Tensor, " out"], bias: Float[Tensor, " out"] | None = None
+) -> Float[Tensor, "*tokens out"]:
+    """y = g z + b with a learned factor of each output, as DoRA has in g = m / |W + s B A| (arXiv 2402.09353, eq. 5).
+
+    Kept: g z alone, which without a bias is y. Gradients: dz = g dy, dg = (sum over tokens of dy g z) / g.
+
+    Args:
+        gains: none of them 0; of a dtype that may be wider than that of `z`: the product is rounded once.
+    """
+    y: Tensor = _Gained.apply(z, gains, bias)
+    return y
+
+
+class _Gained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, gains: Tensor, bias: Tensor | None) -> Tensor:
+        y = _scaled(z, gains)
+        ctx.save_for_backward(y, gains)
+        return y if bias is None else y + bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        y, gains = ctx.saved_tensors
+        dgains = None
+        if ctx.needs_input_grad[1]:
+            dgains = (dy * y).view(-1, len(gains)).sum(0, dtype=gains.dtype).div_(gains)
+        return _scaled(dy, gains), dgains, None
+
+
 def rms_norm(
     x: Float[Tensor, "*tokens width"], weight: Float[Tensor, " width"], eps: float
 ) -> Float[Tensor, "*tokens width"]:
     """Root-mean-square norm, y = w x / sqrt(mean(x^2) + eps) (arXiv 1910.07467), for a frozen weight.
 
-    The quotient is rounded to x's dtype before the weight, as transformers does. Kept: x, and a float for each token.
-    Gradient: dx = (g - n mean(g n)) / rms, with g = w dy and n the quotient.
+    The quotient is rounded to x's dtype before the weight, as Llama's is; with a weight of a wider dtype the whole is
+    rounded once, as Gemma's. Kept: x, and a float for each token. Gradient: dx = (g - n mean(g n)) / rms, with g = w dy
+    and n the quotient.
     """
     y: Tensor = _RMSNorm.apply(x, weight, eps)
     return y
@@ -103,13 +162,15 @@ class _RMSNorm(torch.autograd.Function):
         sums = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_summing(x))  # one pass, no wider copy
         scale = sums.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (*tokens, 1)
         ctx.save_for_backward(x, weight, scale)
+        if weight.dtype != x.dtype:
+            return torch.mul(x, scale).mul_(weight).to(x.dtype)
         return _scaled(x, scale).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        g = dy * weight
+        g = _scaled(dy, weight)
         along = torch.linalg.vecdot(g.to(scale.dtype), x.to(scale.dtype)).unsqueeze(-1)  # sum(g x)
         along.mul_(scale.square()).div_(-x.shape[-1])
         return _scaled(g.addcmul_(x, along.to(x.dtype)), scale), None, None
@@ -121,36 +182,44 @@ def _summing(x: Tensor) -> torch.dtype:
 
 
 def _scaled(x: Tensor, scale: Tensor) -> Tensor:
-    """x times a wider number for each token, rounded once."""
+    """x times wider numbers, one for each token or each of a token's, rounded once."""
     return torch.mul(x, scale, out=torch.empty_like(x))
 
 
-def gated_silu(gate_up: Float[Tensor, "*tokens twice"]) -> Float[Tensor, "*tokens width"]:
-    """silu(gate) * up of a joined projection whose first half is the gate (SwiGLU, arXiv 2002.05202).
+def gated(gate_up: Float[Tensor, "*tokens twice"], activation: str = "silu") -> Float[Tensor, "*tokens width"]:
+    """a(gate) * up of a joined projection whose first half is the gate (SwiGLU, GeGLU: arXiv 2002.05202).
 
-    Kept: the projection alone; silu(gate) is computed again for the gradient.
+    Kept: the projection alone; a(gate) is computed again for the gradient, but for GELU on a CPU, where that would take
+    a quarter of the time: there it is kept, too.
+
+    Args:
+        activation: a name in `ACTIVATIONS`.
     """
-    y: Tensor = _GatedSilu.apply(gate_up)
+    y: Tensor = _Gated.apply(gate_up, activation)
     return y
 
 
-class _GatedSilu(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
+    def forward(ctx: Any, gate_up: Tensor, activation: str) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
-        return silu(gate).mul_(up)
+        active = ACTIVATIONS[activation][0](gate)
+        again = activation == "silu" or gate_up.is_cuda
+        ctx.save_for_backward(gate_up, None if again else active)
+        ctx.activation = activation
+        return active.mul_(up) if again else active * up
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        gate_up, active = ctx.saved_tensors
+        activate, backward_into = ACTIVATIONS[ctx.activation]
         gate, up = gate_up.chunk(2, -1)
         grad = torch.empty_like(gate_up)
         dgate, dup = grad.chunk(2, -1)
-        torch.mul(dy, silu(gate), out=dup)
-        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
-        return grad
+        torch.mul(dy, activate(gate) if active is None else active, out=dup)
+        backward_into(dy * up, gate, grad_input=dgate)
+        return grad, None
 
 
 def rotate(

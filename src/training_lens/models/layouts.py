@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NAME = "training_lens_listening"
-PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim")
+QUERY_KEY_VALUE = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))  # apart, or one below the other in one weight
+GATE_UP = (("gate_proj", "up_proj"), ("gate_up_proj",))
 HARMLESS = ("dropout", "scaling", "sliding_window", "position_ids", "use_cache", "cache_position", "is_causal")
 
 
@@ -27,6 +28,15 @@ class Heads:
     scale: float
     window: int | None
     normed: bool
+
+
+def projections(module: Any, ways: Sequence[Sequence[str]]) -> list[Any]:
+    """The projections of a module's input, named in one of the ways; none where it has no such."""
+    for names in ways:
+        found = [getattr(module, name, None) for name in names]
+        if all(isinstance(layer, nn.Module) for layer in found):
+            return found
+    return []
 
 
 def attentions_of(model: Any) -> list[Any]:
