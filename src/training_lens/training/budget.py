@@ -26,9 +26,10 @@ USUAL = 4096  # tokens, more bring no speed on a CPU
 MOST = {"cuda": 32768}
 LEAST = 256
 SHARE = 0.8  # of the free memory that is counted on
-KEPT = 4  # numbers for each width of a linear layer; autograd was seen to keep 1.0 (Llama) to 3.5 (GPT-2, dropout)
+KEPT = 4  # numbers for each width of a linear layer; autograd was seen to keep 1.0 (Llama) to 3.3 (GPT-2, dropout)
 WEIGHED = 512  # tokens of an example up to which the weights of attention are kept
 OPTIMIZED = 16  # bytes of a trained number: itself, its gradient, two moments
+BUFFERS = 2**29  # bytes for a chunk of logits with its gradient, and what libraries set aside
 PACKED = {"4bit": 0.6, "8bit": 1.1}  # bytes of a quantized weight, with its scales
 
 
@@ -43,9 +44,9 @@ class Footprint:
 def footprint(skeleton: Any, config: TrainingConfig, precision: Precision) -> Footprint:
     """What training a model will take, from the sizes of its modules alone: an upper bound for what autograd keeps.
 
-    Fixed: the weights, and for each number of the adapter itself, its gradient and two moments. A token: `KEPT` numbers
-    for what goes into and comes out of each linear layer, and its weights of attention. With gradient checkpointing
-    that of one layer, and the inputs of all.
+    Fixed: the weights, buffers, and for each number of the adapter itself, its gradient and two moments. A token:
+    `KEPT` numbers for what goes into and comes out of each linear layer, and its weights of attention; with gradient
+    checkpointing that of one layer, and the inputs of all.
 
     Args:
         skeleton: the base with its adapter; its weights may be missing.
@@ -60,7 +61,7 @@ def footprint(skeleton: Any, config: TrainingConfig, precision: Precision) -> Fo
     parameters, size = count_parameters(skeleton), DTYPES[precision].itemsize
     frozen = parameters.total - parameters.trainable
     fixed = frozen * PACKED.get(config.model.quantization, size) + parameters.trainable * OPTIMIZED
-    return Footprint(fixed, numbers * size)
+    return Footprint(fixed + BUFFERS, numbers * size)
 
 
 def _widths(skeleton: Any) -> int:
