@@ -45,7 +45,8 @@ def test_json_has_the_same_and_train_agrees(folder: Path) -> None:
     assert report["train_examples"] == 32 and report["domains"] == ["a", "b"]
     assert (report["repeated_train_examples"], report["validation_examples_in_train"]) == (1, 1)
     assert report["splits"]["train"]["examples_by_file"] == {"train.jsonl": 32}
-    assert set(report["estimate"]) == {"seconds", "validation_seconds", "peak_bytes", "measured_steps", "layers"}
+    parts = {"seconds", "validation_seconds", "peak_bytes", "micro_batch_tokens", "measured_steps", "layers"}
+    assert set(report["estimate"]) == parts and report["estimate"]["micro_batch_tokens"] == 4096
     summary = json.loads(CliRunner().invoke(cli, ["train", *settings, "tracking.tensorboard=false", "--json"]).stdout)
     assert summary["steps"] == report["total_steps"]
 

@@ -87,6 +87,8 @@ def test_all_problems_are_reported_at_once() -> None:
         ("output.run_id=../x", "cannot name a folder"),
         ("output.experiment_name=latest", "cannot name a folder"),
         ("training.lr=nan", "training.lr: given nan"),
+        ("training.micro_batch_tokens=0", "training.micro_batch_tokens: given 0. Input should be greater than"),
+        ("training.micro_batch_tokens=most", "training.micro_batch_tokens: given 'most'. Input should be 'auto'"),
         ("peft.variant=lara", "peft.variant: given 'lara'"),
         (
             "tracking.mlflow=true",

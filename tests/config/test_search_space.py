@@ -41,6 +41,11 @@ def test_a_range_of_whole_numbers_is_a_grid_and_one_with_a_step_too() -> None:
     assert Range(1e-5, 1e-2, log=True).size is None
 
 
+def test_a_key_that_takes_a_word_besides_numbers_has_a_range() -> None:
+    space = parse_space(compose(overrides=["sweep.space.training.micro_batch_tokens={low: 256, high: 1024}"]))
+    assert space == {"training.micro_batch_tokens": Range(256, 1024, whole=True)}
+
+
 def test_a_whole_range_replaces_that_of_a_preset() -> None:
     space = parse_space(compose(overrides=["sweep=lr", "sweep.space.training.lr={low: 1e-3, high: 5e-3, step: 1e-3}"]))
     assert space == {"training.lr": Range(1e-3, 5e-3, step=1e-3)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,19 @@ def test_a_step_without_enough_memory_is_taken_again_in_smaller_parts(
     assert short.state.micro_batch_tokens == short.micro_batch_tokens <= tokens // 3
     said = [r.message.split(":")[0] for r in caplog.records if "memory" in r.message]
     assert said[0] == f"memory ran out at {tokens} tokens together; now {tokens // 2}" and len(said) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU nothing waits for a device")
+def test_no_micro_batch_waits_for_the_device(small_config: Config, tmp_path: Path) -> None:
+    trainer = assembled(small_config(model={"device": "cuda"}), tmp_path)
+    first, second = islice(trainer.schedule.steps(), 2)
+    trainer.train_step(first)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_sum = trainer._accumulate_gradients(second, targets=100)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(loss_sum) > 0
 
 
 def test_one_example_that_does_not_fit_ends_the_run(small_config: Config, tmp_path: Path) -> None:

@@ -126,3 +126,4 @@ def _show_estimate(screen: Screen, estimate: Estimate | None) -> None:
     screen.console.print(f"  training       {format_seconds(estimate.seconds)}")
     screen.console.print(f"  validations    {format_seconds(estimate.validation_seconds)}")
     screen.console.print(f"  peak memory    {format_size(estimate.peak_bytes)}")
+    screen.console.print(f"  micro-batches  of at most {estimate.micro_batch_tokens:,} tokens")

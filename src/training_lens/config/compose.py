@@ -109,7 +109,7 @@ def problems_of(error: ValidationError) -> list[str]:
 
 
 def _is_union_label(part: int | str) -> bool:
-    return isinstance(part, str) and any(mark in part for mark in "[('")
+    return isinstance(part, str) and (part == "constrained-int" or any(mark in part for mark in "[('"))
 
 
 def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

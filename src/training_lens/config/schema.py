@@ -84,8 +84,10 @@ class TrainingSection(Section):
     max_steps: int | None = Field(None, ge=1, description="end after this many steps, before the epochs are over")
     batch_size: int = Field(8, ge=1, description="examples per process and accumulation step")
     gradient_accumulation_steps: int = Field(1, ge=1, description="a step covers this many times batch_size")
-    micro_batch_tokens: int = Field(
-        4096, ge=1, description="most tokens (padding included) in one forward pass; never changes the result"
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="most tokens (padding included) in one forward pass, never changes the result; auto: what free "
+        "memory holds, at most 4096, on CUDA 32768",
     )
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = Field(
         "adamw",

@@ -156,7 +156,9 @@ def _whole(config: TrainingConfig, key: str) -> bool:
     """Whether the key takes whole numbers alone; a key that takes no numbers has no range."""
     section_name, name = key.split(".")
     annotation = type(getattr(config, section_name)).model_fields[name].annotation
-    kinds = {annotation, *get_args(annotation)}
+    members = get_args(annotation)
+    annotated = (kind for member in members for kind in get_args(member)[:1])  # int in Annotated[int, ...]
+    kinds = {annotation, *members, *annotated}
     if not kinds & {int, float}:
         raise ConfigurationError("takes no numbers, so it has no range; give choices, a list")
     return float not in kinds

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from training_lens.utils.devices import moved
+
 LONG = 512  # tokens of an example: up to here products are faster on a CPU, behind it their weights take the memory
 GRAIN = 32  # products are as long as a multiple of so many tokens: oneDNN prepares each new shape anew
 
@@ -29,11 +31,11 @@ class Segments:
 
     def positions(self, device: torch.device) -> Tensor:
         """(1, tokens) int64: each token's place in its example."""
-        return torch.cat([torch.arange(length, device=device) for length in self.lengths])[None]
+        return moved(torch.cat([torch.arange(length) for length in self.lengths])[None], device)
 
     def starts(self, device: torch.device) -> Tensor:
         """(examples + 1,) int32: where each begins, and the end."""
-        return torch.tensor([0, *(end for _, end in self.bounds)], dtype=torch.int32, device=device)
+        return moved(torch.tensor([0, *(end for _, end in self.bounds)], dtype=torch.int32), device)
 
 
 def segment_attention(

@@ -15,6 +15,7 @@ from training_lens.models.attention import Segments
 from training_lens.models.fusion import Fusion, decoder_of, fuse, in_line
 from training_lens.models.losses import linear_nll, nll
 from training_lens.models.scoring import logits_behind
+from training_lens.utils.devices import moved
 
 LINE = 64  # lines are filled up to a multiple of so many tokens: a product of a new shape costs oneDNN time to prepare
 COMPARED = 4  # random states on which the output layer alone is compared with what the model makes of them
@@ -68,9 +69,7 @@ class Engine:
             loss_mask = loss_mask.index_fill(1, segments.starts(loss_mask.device)[:-1].long(), False)
         rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
         wanted = input_ids[rows, columns + 1]
-        input_ids, rows, columns, wanted = (
-            t.to(self._device, non_blocking=True) for t in (input_ids, rows, columns, wanted)
-        )
+        input_ids, rows, columns, wanted = (moved(t, self._device) for t in (input_ids, rows, columns, wanted))
         kind = self._device.type
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not self._needs_no_autocast(kind)):
             return self._nll(self._states(input_ids, segments)[rows, columns], wanted)

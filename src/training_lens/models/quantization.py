@@ -82,6 +82,12 @@ def loading_options(model: ModelSection, precision: Precision) -> dict[str, Any]
     return {"quantization_config": config}
 
 
+def is_quantized(model: Any) -> bool:
+    """Whether the base is kept in fewer bits than it computes in, by this run's config or by its own."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(whole, "hf_quantizer", None) is not None
+
+
 def element_count(parameter: torch.nn.Parameter) -> int:
     """Weights in a parameter; 4-bit ones are packed, and their state knows the shape that they have."""
     state = getattr(parameter, "quant_state", None)

@@ -34,6 +34,7 @@ def build_trainer(plan: RunPlan, model: Any, checkpoints: CheckpointManager, cal
         config.training,
         plan.precision,
         plan.processes,
+        plan.micro_batch_tokens,
         checkpoints,
         callbacks,
         fill_id=plan.tokenizer.eos_token_id,
@@ -49,9 +50,10 @@ def memory_watched(config: TrainingConfig) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        ways = [
-            f"lower training.micro_batch_tokens (now {config.training.micro_batch_tokens}; never changes the result)"
-        ]
+        budget = config.training.micro_batch_tokens
+        ways = (
+            [] if budget == "auto" else [f"lower training.micro_batch_tokens (now {budget}; never changes the result)"]
+        )
         ways += [f"lower model.seq_len (now {config.model.seq_len})"]
         ways += [] if config.training.gradient_checkpointing else ["set training.gradient_checkpointing=true"]
         ways += [] if config.model.quantization == "4bit" else ["set model.quantization=4bit"]

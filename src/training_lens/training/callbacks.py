@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from training_lens.errors import TrainingError
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.utils.formatting import format_seconds
 from training_lens.utils.journals import Journal
@@ -45,6 +47,21 @@ class StepReport:
     seconds: float
     example_ids: tuple[str, ...]
     finite: bool
+
+
+def not_finite(report: StepReport, good: tuple[Path, Any] | None) -> TrainingError:
+    """What ends a run whose step is not finite.
+
+    Args:
+        good: the newest intact checkpoint, if there is one.
+    """
+    what = "gradient" if math.isfinite(report.loss) else "loss"
+    before = f"The last good checkpoint is {good[0]}" if good else "There is no checkpoint before it"
+    return TrainingError(
+        f"step {report.step}: the {what} is not finite (loss {report.loss}, gradient norm {report.grad_norm}); "
+        f"the update was not applied. Examples: {', '.join(report.example_ids)}. {before}. "
+        "Look at these rows, lower training.lr, or use training.precision=fp32."
+    )
 
 
 class Callback:

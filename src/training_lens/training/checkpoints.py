@@ -32,7 +32,7 @@ class TrainingState:
     """Where a run stands after `step` steps. With the seed, `step` is also the position in the data.
 
     Losses are in nats per supervised token; `loss_sum` is the sum over all supervised tokens of all steps.
-    `micro_batch_tokens` is what memory was found to hold, where that is less than the config's.
+    `micro_batch_tokens` is the most in one forward pass, as chosen before the first step or since found to fit.
     """
 
     step: int = 0

@@ -38,11 +38,15 @@ COUNTED_STEPS = 1000  # beyond so many the run's tokens are scaled up from a sam
 
 @dataclass(frozen=True)
 class Estimate:
-    """A prediction: seconds of the optimizer steps and of the validations, bytes at the peak; `layers` as measured."""
+    """A prediction: seconds of the optimizer steps and of the validations, bytes at the peak; `layers` as measured.
+
+    `micro_batch_tokens` is the most tokens in one pass that the run would choose with the memory that is free now.
+    """
 
     seconds: float
     validation_seconds: float
     peak_bytes: int
+    micro_batch_tokens: int
     measured_steps: int
     layers: tuple[int, ...]
 
@@ -51,7 +55,7 @@ class Estimate:
 class Measured:
     """Seconds for a token in training (with its padding, unless `in_line`) and in validation, bytes at the peak.
 
-    `steps`: that this is from.
+    `steps`: that this is from; `micro_batch_tokens`: the most tokens in one of their passes.
     """
 
     step: float
@@ -59,6 +63,7 @@ class Measured:
     peak: float
     steps: int
     in_line: bool
+    micro_batch_tokens: int
 
 
 def estimate_run(plan: RunPlan) -> Estimate | None:
@@ -77,18 +82,22 @@ def estimate_run(plan: RunPlan) -> Estimate | None:
     except EstimateError as error:
         logger.warning("no estimate of duration and memory: %s", error)
         return None
+    plan = replace(plan, micro_batch_tokens=measured.micro_batch_tokens)
     validated = 0 if plan.validation is None else _validations(plan) * int(plan.validation.lengths.sum())
     return Estimate(
         seconds=measured.step * _tokens_of_run(plan, measured.in_line),
         validation_seconds=measured.validation * validated,
         peak_bytes=round(measured.peak),
+        micro_batch_tokens=measured.micro_batch_tokens,
         measured_steps=measured.steps,
         layers=() if whole else THIN,
     )
 
 
 def _whole(plan: RunPlan) -> Measured:
-    return _measure(plan, load_model(plan.config.model, plan.processes.device, plan.precision))
+    trainer = _still(plan, load_model(plan.config.model, plan.processes.device, plan.precision))
+    trainer.settle_budget()
+    return _measure(replace(plan, micro_batch_tokens=trainer.micro_batch_tokens), trainer)
 
 
 def _extrapolated(plan: RunPlan) -> Measured:
@@ -102,7 +111,7 @@ def _extrapolated(plan: RunPlan) -> Measured:
         first, second = (float(getattr(measured, name)) for measured in thin)
         return first + further * max(0.0, second - first)
 
-    return Measured(at_all("step"), at_all("validation"), at_all("peak"), thin[1].steps, thin[1].in_line)
+    return replace(thin[1], step=at_all("step"), validation=at_all("validation"), peak=at_all("peak"))
 
 
 def _thin(plan: RunPlan, layers: int) -> Measured:
@@ -113,22 +122,23 @@ def _thin(plan: RunPlan, layers: int) -> Measured:
     config = plan.config.resolved(peft={"from_adapter": None})
     try:
         model = load_thinned(config.model, layers, plan.processes.device, plan.precision)
-        return _measure(replace(plan, config=config), model)
+        return _measure(plan, _still(replace(plan, config=config), model))
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
             raise
         raise EstimateError(f"the model cannot be cut to {layers} layers to be measured: {said(error)}") from error
 
 
-def _measure(plan: RunPlan, model: Any) -> Measured:
-    """Run sampled steps and validation rows of the plan on this model, and forget them.
+def _still(plan: RunPlan, model: Any) -> Trainer:
+    """The plan's loop, learning next to nothing: each step is as good as the first, and fails only if that would."""
+    still = replace(plan, config=plan.config.resolved(training={"lr": STILL_LR}))
+    return build_trainer(still, model, CheckpointManager(Path("unused"), ""), ())
 
-    The learning rate is next to none: each step is as good as the run's first, and fails only if that would.
-    """
+
+def _measure(plan: RunPlan, trainer: Trainer) -> Measured:
+    """Run sampled steps and validation rows of the plan in this loop, and forget them."""
     device = plan.processes.device
     reset_peak(device)
-    still = replace(plan, config=plan.config.resolved(training={"lr": STILL_LR}))
-    trainer = build_trainer(still, model, CheckpointManager(Path("unused"), ""), ())
     in_line = trainer.engine.packs
     sample = _sampled(plan, in_line)
     trainer.train_step(sample[0])  # warms up, and is the largest: it sets the peak
@@ -141,7 +151,8 @@ def _measure(plan: RunPlan, model: Any) -> Measured:
         if time.perf_counter() - started > BUDGET_SECONDS / 2:
             break
     validation = _validation_seconds(plan, trainer) if plan.validation is not None else 0.0
-    return Measured(seconds / tokens, validation, float(peak_bytes(device)), steps, in_line)
+    peak = float(peak_bytes(device))
+    return Measured(seconds / tokens, validation, peak, steps, in_line, plan.micro_batch_tokens)
 
 
 def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
@@ -149,7 +160,7 @@ def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
     assert plan.validation is not None
     rows = np.unique(np.linspace(0, len(plan.validation) - 1, SAMPLED_ROWS).astype(np.int64))
     some = plan.validation.select(rows)
-    budget = plan.config.training.micro_batch_tokens
+    budget = plan.micro_batch_tokens
     started = time.perf_counter()
     evaluate_loss(trainer.model, some, Pass(plan.processes, plan.precision, budget, trainer.fill_id))
     return (time.perf_counter() - started) / int(some.lengths.sum())
@@ -171,7 +182,7 @@ def _some_steps(plan: RunPlan, count: int) -> Sequence[StepPlan]:
 
 def _micro_batches(plan: RunPlan, step: StepPlan, in_line: bool) -> list[int]:
     """The tokens of each micro-batch that this process makes of a step, with its padding."""
-    lengths, budget = plan.train.lengths, plan.config.training.micro_batch_tokens
+    lengths, budget = plan.train.lengths, plan.micro_batch_tokens
     mine = share(step.examples, lengths, plan.processes.index, plan.processes.count)
     parts = [lengths[part] for part in cut(mine, lengths, budget, in_line)]
     return [int(part.sum()) if in_line else len(part) * int(part.max()) for part in parts]

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from training_lens.config.schema import TrainingSection
 from training_lens.models.quantization import require_bitsandbytes
+from training_lens.utils.processes import Processes
 
 Named = Sequence[tuple[str, torch.nn.Parameter]]
 
@@ -88,6 +89,16 @@ def _groups(named: Named, lora_plus_ratio: float | None) -> list[dict[str, Any]]
     b = [(name, p) for name, p in named if ".lora_B." in name]
     rest = [(name, p) for name, p in named if ".lora_B." not in name]
     return [{"params": rest, "lr_factor": 1.0}, {"params": b, "lr_factor": lora_plus_ratio}]
+
+
+def sum_gradients(parameters: Sequence[torch.nn.Parameter], processes: Processes) -> None:
+    """Add up the gradients of all processes: one message for the whole adapter."""
+    if processes.count == 1:
+        return
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = processes.sum(torch.cat([g.flatten() for g in grads]))
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def grad_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:

@@ -35,6 +35,7 @@ from training_lens.models.factory import (
 )
 from training_lens.models.quantization import check_quantization
 from training_lens.models.saved import adopt
+from training_lens.training.budget import Footprint, footprint, planned
 from training_lens.training.optimization import default_lr
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import require_writable, write_text
@@ -47,7 +48,10 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What will be trained: the config with nothing left open, the tokenizer, the data and the steps."""
+    """What will be trained: the config with nothing left open, the tokenizer, the data and the steps.
+
+    `micro_batch_tokens`: as asked for, or what free memory is expected to hold.
+    """
 
     config: TrainingConfig
     facts: ModelFacts
@@ -60,6 +64,7 @@ class RunPlan:
     duplicates: dict[str, int]
     schedule: Schedule
     processes: Processes
+    micro_batch_tokens: int
 
     @property
     def fingerprint(self) -> str:
@@ -112,7 +117,7 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     processes = Processes(device)
     facts, tokenizer = read_tokenizer(config)
     resolved = _resolve(config, facts, tokenizer, precision)
-    parameters = _check_model(resolved, device)
+    parameters, needs = _check_model(resolved, device, precision)
     splits = _prepare(resolved, tokenizer, processes, progress)
     train, validation = _datasets(resolved, splits)
     duplicates = count_duplicates(train, validation)
@@ -120,9 +125,12 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     problems = check_run_length(resolved, schedule.total_steps, schedule.steps_in_epochs)
     if problems:
         raise ConfigurationError(problems)
+    asked = resolved.training.micro_batch_tokens
+    budget = processes.least(planned(needs, device, processes.count)) if asked == "auto" else asked
     return RunPlan(
-        resolved, facts, parameters, tokenizer, precision, train, validation, splits, duplicates, schedule, processes
-    )
+        resolved, facts, parameters, tokenizer, precision, train, validation, splits, duplicates, schedule, processes,
+        budget,
+    )  # fmt: skip
 
 
 def read_tokenizer(config: TrainingConfig) -> tuple[ModelFacts, Any]:
@@ -175,8 +183,11 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
     )
 
 
-def _check_model(config: TrainingConfig, device: torch.device) -> int:
-    """Try weights, adapter, checkpointing and packages on the model's skeleton; gives the base's parameters."""
+def _check_model(config: TrainingConfig, device: torch.device, precision: Precision) -> tuple[int, Footprint]:
+    """Try weights, adapter, checkpointing and packages on the model's skeleton.
+
+    Gives the base's parameters, and the memory that training it takes.
+    """
     check_quantization(config, device)
     skeleton = build_skeleton(config.model)
     check_weights(config.model)
@@ -184,7 +195,7 @@ def _check_model(config: TrainingConfig, device: torch.device) -> int:
         checkpoint_gradients(skeleton)
     parameters = count_parameters(skeleton).total
     check_adapter(skeleton, config.peft)
-    return parameters
+    return parameters, footprint(skeleton, config, precision)
 
 
 def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progress: Progress) -> dict[str, Split]:

@@ -53,9 +53,7 @@ class Samples(Callback):
         tracking = plan.config.tracking
         self._journal, self._plan = Journal(path), plan
         self._prompts = prompts_of(plan.validation or plan.train, tracking.samples, tracking.sample_tokens)
-        self._settings = InferenceSection(
-            max_new_tokens=tracking.sample_tokens, batch_tokens=plan.config.training.micro_batch_tokens
-        )
+        self._settings = InferenceSection(max_new_tokens=tracking.sample_tokens, batch_tokens=plan.micro_batch_tokens)
 
     def on_train_start(self, trainer: Any) -> None:
         self._journal.open(after=trainer.state.step)

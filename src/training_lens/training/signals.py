@@ -6,7 +6,10 @@ import signal
 from types import FrameType
 from typing import Any
 
+import torch
+
 from training_lens.utils.logging import get_logger
+from training_lens.utils.processes import Processes
 
 logger = get_logger(__name__)
 
@@ -20,6 +23,12 @@ class SignalWatch:
     def __init__(self) -> None:
         self.number = 0
         self._before: dict[int, Any] = {}
+
+    def number_of_all(self, processes: Processes) -> int:
+        """The signals that asked any process of the run, added up; a synchronisation where there are several."""
+        if processes.count == 1:
+            return self.number
+        return int(processes.sum(torch.tensor(float(self.number))).item())
 
     def __enter__(self) -> SignalWatch:
         try:

@@ -17,6 +17,7 @@ from training_lens.utils.runs import RunFolder
 class TrainingSummary:
     """What metadata/summary.json holds and `train --json` prints. Losses in nats per supervised token.
 
+    `micro_batch_tokens` is the most tokens in one pass at the end, as asked for or as memory held.
     `validation_loss` is that of the saved adapter (the best validated one, of step `adapter_step`).
     `lens_seconds` is the time spent capturing; `estimate` the prediction made before the run, null where none was.
     """
@@ -36,6 +37,7 @@ class TrainingSummary:
     trainable_parameters: int = 0
     total_parameters: int = 0
     adapter_step: int = 0
+    micro_batch_tokens: int | None = None
     lens_seconds: float = 0.0
     estimate: dict[str, float] | None = None
 
@@ -76,6 +78,7 @@ def summarize(run: RunFolder, status: str, trainer: Trainer, parameters: Paramet
         trainable_parameters=parameters.trainable,
         total_parameters=parameters.total,
         adapter_step=state.best_step if validated else state.step,
+        micro_batch_tokens=state.micro_batch_tokens,
         lens_seconds=sum(c.seconds for c in trainer.callbacks if isinstance(c, LensCallback)),
     )
 

@@ -6,32 +6,38 @@ how the step is cut never changes the gradient.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from training_lens.config.schema import TrainingSection
-from training_lens.data.batching import Schedule, StepPlan, batches_of, cut, share
+from training_lens.data.batching import Schedule, StepPlan
 from training_lens.data.store import TokenDataset
-from training_lens.errors import EvaluationError, InterruptedRunError, TrainingError
+from training_lens.data.types import Batch
+from training_lens.errors import EvaluationError, InterruptedRunError
 from training_lens.evaluation.evaluator import LossReport, Pass, evaluate_loss
 from training_lens.models.adapters import base_only, trainable
 from training_lens.models.engine import Engine
-from training_lens.training.callbacks import Callback, StepReport
+from training_lens.models.quantization import is_quantized
+from training_lens.training.budget import measured
+from training_lens.training.callbacks import Callback, StepReport, not_finite
 from training_lens.training.checkpoints import CheckpointManager, TrainingState
-from training_lens.training.optimization import build_optimizer, clip_, grad_norm, lr_at
+from training_lens.training.feeding import Feed
+from training_lens.training.optimization import build_optimizer, clip_, grad_norm, lr_at, sum_gradients
 from training_lens.training.signals import SignalWatch
 from training_lens.utils.devices import Precision, autocast, free_memory, is_out_of_memory
 from training_lens.utils.formatting import said
 from training_lens.utils.heap import freed_memory_kept
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
+from training_lens.utils.seeding import rng_kept
 
 logger = get_logger(__name__)
+REHEARSED = 2048  # tokens of the pass whose memory is measured
 
 
 class Trainer:
@@ -43,6 +49,7 @@ class Trainer:
         schedule: which examples each step takes.
         settings: the config's training section, with `lr` resolved.
         precision: of the forward and backward pass.
+        micro_batch_tokens: most tokens in one forward pass, unless a pass on CUDA measures another number.
         fill_id: a token id to pad with; never read.
         lora_plus_ratio: learning rate of LoRA's B over that of all else; None: the same.
     """
@@ -56,6 +63,7 @@ class Trainer:
         settings: TrainingSection,
         precision: Precision,
         processes: Processes,
+        micro_batch_tokens: int,
         checkpoints: CheckpointManager,
         callbacks: Sequence[Callback],
         fill_id: int,
@@ -66,12 +74,12 @@ class Trainer:
         logger.debug("%s", self.engine.fusion)
         self.schedule, self.settings, self.precision, self.processes = schedule, settings, precision, processes
         self.checkpoints, self.fill_id = checkpoints, fill_id
+        self.feed = Feed(dataset, processes, fill_id, self.engine.packs)
         self.parameters = [p for _, p in trainable(model)]
         self.optimizer = build_optimizer(trainable(model), settings, lora_plus_ratio)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")
-        self.state = TrainingState()
-        self.callbacks = tuple(callbacks)
-        self._signals = SignalWatch()
+        self.state, self._planned_tokens = TrainingState(), micro_batch_tokens
+        self.callbacks, self._signals = tuple(callbacks), SignalWatch()
 
     @property
     def asked_to_leave(self) -> int:
@@ -94,6 +102,7 @@ class Trainer:
         if resume:
             self.state = self.checkpoints.restore(self.model, self.optimizer, self.scaler)
             logger.info("resuming after step %d of %d", self.state.step, self.schedule.total_steps)
+        self.settle_budget()
         self._notify("on_train_start")
         try:
             with self._signals, freed_memory_kept():
@@ -104,10 +113,34 @@ class Trainer:
         self._notify("on_train_end")
         return self.state
 
+    def settle_budget(self) -> None:
+        """Decide how many tokens a micro-batch may have, unless a checkpoint says it.
+
+        Cost: on CUDA, where the config leaves it open, one pass of the longest examples, of which nothing stays. A
+        quantized base would keep a state of its first pass, so there the plan's number holds.
+        """
+        tokens, device = self.micro_batch_tokens, self.processes.device
+        is_open = self.state.micro_batch_tokens is None and self.settings.micro_batch_tokens == "auto"
+        if is_open and device.type == "cuda" and not is_quantized(self.model):
+            tokens = self.processes.least(measured(device, self.rehearse, sum(p.numel() for p in self.parameters)))
+        self.state = replace(self.state, micro_batch_tokens=tokens)
+        logger.info("micro-batches of at most %d tokens", tokens)
+
+    def rehearse(self) -> int:
+        """A forward and backward pass of the longest examples, of which nothing stays; gives its tokens."""
+        batch = self.feed.longest(REHEARSED)
+        self.model.train()
+        try:
+            with rng_kept():
+                self._nll(batch).backward()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        return batch.input_ids.numel()
+
     def _run(self) -> None:
         if self.state.step == 0 and self.validation is not None:
             self._evaluate_base()
-        for plan in self.schedule.steps(after=self.state.step):
+        for plan in self.feed.through(self.schedule.steps(after=self.state.step), lambda: self.micro_batch_tokens):
             if self._stops_early():  # asked first: a resumed run may have stopped already
                 logger.info("early stop: no better validation since step %d", self.state.best_step)
                 return
@@ -131,21 +164,21 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         self._notify("on_gradients", plan.number)
         norm = grad_norm(self.parameters)
-        loss = float(loss_sum) / targets  # a sync point
+        nll, norm_value = torch.stack([loss_sum, norm]).tolist()  # the step's one sync point
         report = StepReport(
             step=plan.number,
             epoch=plan.number / self.schedule.steps_per_epoch,
-            loss=loss,
-            grad_norm=float(norm),
+            loss=nll / targets,
+            grad_norm=norm_value,
             lr=lr_at(plan.number, self.schedule.total_steps, self.settings),
             tokens=int(self.dataset.lengths[plan.examples].sum()),
             supervised_tokens=targets,
             seconds=0.0,
             example_ids=tuple(self.dataset.example_id(int(i)) for i in plan.examples),
-            finite=bool(torch.isfinite(loss_sum)) and (self.scaler.is_enabled() or bool(torch.isfinite(norm))),
+            finite=math.isfinite(nll) and (self.scaler.is_enabled() or math.isfinite(norm_value)),
         )
         if not report.finite:
-            raise self._not_finite(report)
+            raise not_finite(report, self.checkpoints.newest())
         clip_(self.parameters, norm, self.settings.max_grad_norm)
         self._update(report.lr)
         return replace(report, seconds=time.perf_counter() - started)
@@ -156,46 +189,38 @@ class Trainer:
         Where memory runs out the step begins anew with smaller micro-batches, which the run then keeps to.
         """
         self.model.train()
-        mine = share(plan.examples, self.dataset.lengths, self.processes.index, self.processes.count)
-        while (loss_sum := self._tried(mine, targets)) is None:
+        while (loss_sum := self._tried(plan, targets)) is None:
             self.optimizer.zero_grad(set_to_none=True)
             free_memory(self.processes.device)
-        self._sum_gradients()
+        sum_gradients(self.parameters, self.processes)
         return self.processes.sum(loss_sum)
 
-    def _tried(self, mine: np.ndarray, targets: int) -> torch.Tensor | None:
+    def _tried(self, plan: StepPlan, targets: int) -> torch.Tensor | None:
         """Forward and backward by micro-batches; None where memory ran out, and smaller ones are to be tried."""
-        device, lengths, in_line = self.processes.device, self.dataset.lengths, self.engine.packs
-        loss_sum = torch.zeros((), device=device)
+        loss_sum = torch.zeros((), device=self.processes.device)
         try:
-            for batch in batches_of(self.dataset, mine, self.micro_batch_tokens, self.fill_id, in_line):
-                with autocast(device, self.precision):
-                    nll = self.engine.loss_sum(batch.input_ids, batch.loss_mask, batch.lengths if in_line else ())
+            for batch in self.feed.batches(plan, self.micro_batch_tokens):
+                nll = self._nll(batch)
                 self.scaler.scale(nll / targets).backward()
                 loss_sum += nll.detach()
         except Exception as error:  # memory runs out by several kinds of error
-            parts = cut(mine, lengths, self.micro_batch_tokens, in_line)
-            if not is_out_of_memory(error) or all(len(part) == 1 for part in parts):
+            tokens = self.feed.divisible(plan, self.micro_batch_tokens)
+            if not is_out_of_memory(error) or not tokens:
                 raise
-            tokens = max(int(lengths[part].sum()) for part in parts if len(part) > 1)
             logger.warning("memory ran out at %d tokens together; now %d: %s", tokens, tokens // 2, said(error))
             self.state = replace(self.state, micro_batch_tokens=tokens // 2)
             return None
         return loss_sum
 
+    def _nll(self, batch: Batch) -> torch.Tensor:
+        """The loss of a micro-batch, summed over its supervised tokens."""
+        with autocast(self.processes.device, self.precision):
+            return self.engine.loss_sum(batch.input_ids, batch.loss_mask, batch.lengths if batch.in_line else ())
+
     @property
     def micro_batch_tokens(self) -> int:
-        """Most tokens in one forward pass: of the config, or what memory was found to hold."""
-        return self.state.micro_batch_tokens or self.settings.micro_batch_tokens
-
-    def _sum_gradients(self) -> None:
-        """Add up the gradients of all processes: one message for the whole adapter."""
-        if self.processes.count == 1:
-            return
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
-        flat = self.processes.sum(torch.cat([g.flatten() for g in grads]))
-        for parameter, part in zip(self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
+        """Most tokens in one forward pass: as planned, or what memory was found to hold."""
+        return self.state.micro_batch_tokens or self._planned_tokens
 
     def _update(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -203,16 +228,6 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _not_finite(self, report: StepReport) -> TrainingError:
-        what = "loss" if report.loss != report.loss or abs(report.loss) == float("inf") else "gradient"
-        found = self.checkpoints.newest()
-        good = f"The last good checkpoint is {found[0]}" if found else "There is no checkpoint before it"
-        return TrainingError(
-            f"step {report.step}: the {what} is not finite (loss {report.loss}, gradient norm {report.grad_norm}); "
-            f"the update was not applied. Examples: {', '.join(report.example_ids)}. {good}. "
-            "Look at these rows, lower training.lr, or use training.precision=fp32."
-        )
 
     def _account(self, report: StepReport) -> None:
         s = self.state
@@ -237,9 +252,7 @@ class Trainer:
         return patience is not None and self.state.evaluations_since_best >= patience
 
     def _evaluate(self) -> None:
-        if self.validation is None:
-            return
-        if report := self._loss_of(self.validation):
+        if self.validation is not None and (report := self._loss_of(self.validation)):
             self.state = self.state.after_evaluation(report.loss)
             self._notify("on_evaluate", self.state.step, report, base=False)
 
@@ -274,11 +287,7 @@ class Trainer:
         self.processes.wait()
 
     def _leave_if_asked(self) -> None:
-        number = (
-            int(self.processes.sum(torch.tensor(float(self.asked_to_leave))).item())
-            if self.processes.count > 1
-            else self.asked_to_leave
-        )
+        number = self._signals.number_of_all(self.processes)
         if number and self.state.step < self.schedule.total_steps:
             self._save()
             raise InterruptedRunError(

@@ -33,6 +33,14 @@ class Processes:
         total: torch.Tensor = reduce(tensor.to(self.device), reduction="sum")
         return total.to(tensor.device)
 
+    def least(self, value: int) -> int:
+        """The smallest of all processes' values, on every process. A synchronisation where there are several."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import gather_object
+
+        return int(min(gather_object([value])))
+
     def from_main(self, value: Any) -> Any:
         """The main process's value, on every process."""
         if self.count == 1:

@@ -1,0 +1,201 @@
+"""The budget of a micro-batch: what memory holds, the same again on one machine, kept by a run, without a trace."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+
+from training_lens.config.schema import ModelSection, PeftSection, TrainingConfig
+from training_lens.errors import InterruptedRunError
+from training_lens.models.adapters import attach, trainable
+from training_lens.models.engine import Engine
+from training_lens.models.factory import checkpoint_gradients
+from training_lens.models.fusion import unfuse
+from training_lens.training import budget
+from training_lens.training.budget import BUFFERS, LEAST, Footprint, affordable, footprint, measured, planned
+from training_lens.training.callbacks import Callback
+from training_lens.training.estimates import estimate_run
+from training_lens.training.trainer import Trainer
+from training_lens.training.wrapper import TrainingWrapper
+from training_lens.utils.devices import autocast
+from training_lens.utils.runs import RunFolder
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+LENGTH = 64
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(head_dim=64, **SIZES),
+    "gpt2": GPT2Config(vocab_size=97, n_embd=256, n_layer=3, n_head=4),
+}
+Config = Callable[..., TrainingConfig]
+
+
+def kept_bytes(model: Any, precision: Any, fused: bool) -> int:
+    """What autograd keeps for the backward pass of two examples, apart from the model's own parameters."""
+    engine, own, sizes = Engine(model), {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    if not fused:
+        unfuse(model)
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes(), tensor  # held: or another takes its place in memory
+        return tensor
+
+    ids = torch.arange(2 * LENGTH).view(2, -1) % 97
+    in_line = fused and engine.packs
+    shape, line = ((1, -1), (LENGTH, LENGTH)) if in_line else ((2, -1), ())
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(CPU, precision):
+        engine.loss_sum(ids.view(shape), torch.ones_like(ids, dtype=torch.bool).view(shape), line)
+    return sum(size for size, _ in sizes.values())
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_footprint_covers_what_autograd_keeps_and_not_many_times_that(
+    name: str, precision: Any, fused: bool
+) -> None:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype).requires_grad_(False)
+    config = TrainingConfig(model=ModelSection(seq_len=LENGTH), peft=PeftSection(r=4, lora_dropout=0.1))
+    model = attach(model, config.peft).train()
+    expected = footprint(model.get_base_model(), config, precision).token * 2 * LENGTH
+    kept = kept_bytes(model, precision, fused)
+    assert kept <= expected <= 3.5 * kept, f"{expected / kept:.2f} times what is kept"
+
+
+def test_the_footprint_has_weights_adapter_and_what_lowers_them(small_config: Config) -> None:
+    plain = TrainingConfig(model=ModelSection(seq_len=LENGTH))
+    base = AutoModelForCausalLM.from_config(CONFIGS["llama"]).requires_grad_(False)
+    frozen = sum(p.numel() for p in base.parameters())
+    model = attach(base, plain.peft).get_base_model()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert footprint(model, plain, "fp32").fixed == 4 * frozen + 16 * trained + BUFFERS
+    assert footprint(model, plain, "bf16").fixed == 2 * frozen + 16 * trained + BUFFERS
+    packed = plain.resolved(model={"quantization": "4bit"})
+    assert footprint(model, packed, "bf16").fixed < frozen + 16 * trained + BUFFERS
+    less = plain.resolved(training={"gradient_checkpointing": True})
+    assert footprint(model, less, "fp32").token < footprint(model, plain, "fp32").token / 2
+
+
+def test_gradient_checkpointing_keeps_what_the_footprint_says() -> None:
+    config = TrainingConfig(model=ModelSection(seq_len=LENGTH), training={"gradient_checkpointing": True})
+    model = attach(AutoModelForCausalLM.from_config(CONFIGS["llama"]).requires_grad_(False), config.peft)
+    expected = footprint(model.get_base_model(), config, "fp32").token
+    checkpoint_gradients(model)
+    inputs = 4 * SIZES["num_hidden_layers"] * SIZES["hidden_size"]
+    assert kept_bytes(model.train(), "fp32", fused=True) / (2 * LENGTH) + inputs <= expected
+
+
+@pytest.mark.parametrize(
+    ("free", "device", "tokens"),
+    [
+        (None, CPU, 4096),  # the system does not say
+        (None, CUDA, 4096),
+        (10**12, CPU, 4096),
+        (10**12, CUDA, 32768),
+        (1_000_000 + 1_600_000, CPU, 1024),  # 0.8 of it are 2.08 MB: 1,080 tokens of 1,000 bytes beside 1 MB
+        (3_000_000 + 10_000_000, CUDA, 8192),
+        (1_000_000, CPU, LEAST),
+        (0, CUDA, LEAST),
+    ],
+)
+def test_as_many_tokens_as_fit_in_powers_of_two(free: int | None, device: torch.device, tokens: int) -> None:
+    assert affordable(free, Footprint(fixed=1_000_000, token=1000), device) == tokens
+
+
+def test_processes_on_a_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "available_bytes", lambda _device: 4_000_000)
+    needs = Footprint(fixed=0, token=1000)
+    assert [planned(needs, CPU, processes) for processes in (1, 2, 4)] == [2048, 1024, 512]
+    assert planned(needs, CUDA, 4) == 2048
+
+
+def test_a_run_records_its_budget_and_an_explicit_number_is_taken_as_it_is(
+    small_config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for asked, expected in (({}, 4096), ({"micro_batch_tokens": 333}, 333)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "training_lens"):
+            summary = TrainingWrapper(small_config(training={"max_steps": 1, **asked})).train()
+        run = RunFolder(Path(summary.run_dir))
+        state = json.loads((run.checkpoints / "step-00000001/state.json").read_text())
+        assert summary.micro_batch_tokens == state["micro_batch_tokens"] == expected
+        assert [r.message for r in caplog.records].count(f"micro-batches of at most {expected} tokens") == 1
+
+
+def test_a_resumed_run_keeps_its_budget_whatever_is_free_then(
+    small_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Leave(Callback):
+        def on_step_end(self, trainer: Any, report: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    config = small_config(training={"max_steps": 2}, output={"run_id": "cut"})
+    with pytest.raises(InterruptedRunError):
+        TrainingWrapper(config, callbacks=(Leave(),)).train()
+    monkeypatch.setattr(budget, "available_bytes", lambda _device: 0)
+    assert TrainingWrapper(small_config()).plan().micro_batch_tokens == LEAST
+    run = RunFolder(Path(config.output.base_output_dir) / "experiments/default/runs/cut")
+    assert TrainingWrapper.resume(run).micro_batch_tokens == 4096
+
+
+def adapter_after(config: TrainingConfig, folder: Path, before: Callable[[Trainer], Any]) -> dict[str, torch.Tensor]:
+    """The adapter's numbers after the run's steps, with something done before them."""
+    wrapper = TrainingWrapper(config)
+    trainer = wrapper._assemble(RunFolder(folder).create(), wrapper.plan())[0]
+    before(trainer)
+    trainer.fit()
+    return {name: p.detach().clone() for name, p in trainable(trainer.model)}
+
+
+def test_a_rehearsal_changes_no_bit_of_the_run(small_config: Config, tmp_path: Path) -> None:
+    config = small_config(peft={"lora_dropout": 0.2}, training={"max_steps": 2})
+    tokens: list[int] = []
+    alone = adapter_after(config, tmp_path / "alone", lambda trainer: None)
+    rehearsed = adapter_after(config, tmp_path / "rehearsed", lambda trainer: tokens.append(trainer.rehearse()))
+    assert tokens[0] > 256 and alone.keys() == rehearsed.keys()
+    assert all(torch.equal(alone[name], rehearsed[name]) for name in alone)
+
+
+def test_a_measured_pass_gives_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of a device that is not here, as torch would give them: 2 MB for a pass of 1,000 tokens."""
+    held = {"memory_allocated": 5_000_000, "max_memory_allocated": 7_000_000, "mem_get_info": (22_000_000, 0)}
+    for name, value in held.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
+    for name in ("reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_device: None)
+    assert measured(CUDA, lambda: 1000, trainable=100_000) == 4096  # (0.8 x 22 MB - 1.6 MB) / 2 kB = 8,000
+
+    def too_much() -> int:
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB.")
+
+    assert measured(CUDA, too_much, trainable=0) == LEAST
+    with pytest.raises(KeyError):
+        measured(CUDA, lambda: {}["wrong"], trainable=0)
+
+
+def test_an_estimate_says_the_budget_for_the_memory_that_is_free(
+    small_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "available_bytes", lambda _device: 0)
+    estimate = estimate_run(TrainingWrapper(small_config()).plan())
+    assert estimate is not None and estimate.micro_batch_tokens == LEAST

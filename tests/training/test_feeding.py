@@ -1,0 +1,108 @@
+"""Micro-batches made ahead are those that would be made in time, and never cut for another budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from training_lens.config.schema import TrainingConfig
+from training_lens.data.batching import Schedule
+from training_lens.data.store import TokenDataset
+from training_lens.data.types import Batch
+from training_lens.models.adapters import trainable
+from training_lens.training.feeding import Feed
+from training_lens.training.trainer import Trainer
+from training_lens.training.wrapper import TrainingWrapper
+from training_lens.utils.processes import Processes
+from training_lens.utils.runs import RunFolder
+
+Config = Callable[..., TrainingConfig]
+PROCESSES = Processes(torch.device("cpu"))
+SCHEDULE = Schedule(examples=40, global_batch=8, epochs=1, max_steps=None, seed=0)
+
+
+@pytest.fixture(scope="module")
+def dataset() -> TokenDataset:
+    import numpy as np
+
+    from training_lens.data.types import TokenizedExample
+
+    lengths = np.random.default_rng(0).integers(2, 30, 40)
+    return TokenDataset.of(
+        [
+            TokenizedExample("rows", i, np.arange(n, dtype=np.int32), np.ones(n, dtype=bool), None)
+            for i, n in enumerate(lengths)
+        ]
+    )
+
+
+def same(found: Batch, wanted: Batch) -> bool:
+    return found.lengths == wanted.lengths and torch.equal(found.input_ids, wanted.input_ids)
+
+
+@pytest.mark.parametrize("in_line", [True, False])
+def test_batches_made_ahead_are_those_made_in_time(dataset: TokenDataset, in_line: bool) -> None:
+    early, late = (Feed(dataset, PROCESSES, 0, in_line) for _ in range(2))
+    early.ahead = True
+    numbers = []
+    for plan in early.through(SCHEDULE.steps(after=1), lambda: 64):
+        found, wanted = list(early.batches(plan, 64)), list(late.batches(plan, 64))
+        assert len(found) == len(wanted) > 1 and all(map(same, found, wanted))
+        assert early.batches(plan, 64) is not early.batches(plan, 64)  # a step that begins anew has them all again
+        numbers.append(plan.number)
+    assert numbers == [2, 3, 4, 5]
+
+
+def test_batches_of_an_old_budget_are_dropped(dataset: TokenDataset) -> None:
+    feed = Feed(dataset, PROCESSES, 0, in_line=True)
+    feed.ahead = True
+    budget = [128]
+    for plan in islice(feed.through(SCHEDULE.steps(), lambda: budget[0]), 4):
+        if plan.number == 2:
+            budget[0] = 32
+        batches = list(feed.batches(plan, budget[0]))
+        assert all(batch.tokens <= budget[0] for batch in batches)
+        assert sum(len(batch.lengths) for batch in batches) == len(plan.examples)
+
+
+def test_a_run_fed_ahead_is_bit_for_bit_the_same(small_config: Config, tmp_path: Path) -> None:
+    """With a step that runs out of memory on the way, behind which another was cut already."""
+
+    def trained(ahead: bool) -> tuple[list[torch.Tensor], Trainer]:
+        config = small_config(training={"max_steps": 4}, peft={"lora_dropout": 0.1})
+        wrapper = TrainingWrapper(config)
+        trainer = wrapper._assemble(RunFolder(tmp_path / str(ahead)).create(), wrapper.plan())[0]
+        trainer.feed.ahead = ahead
+        calls = [0]
+
+        def refuse(_module: torch.nn.Module, _given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            calls[0] += torch.is_grad_enabled()
+            if calls[0] == 2:
+                raise torch.OutOfMemoryError("Tried to allocate 2 GiB.")
+
+        decoder = trainer.model.get_base_model().get_decoder()
+        decoder.register_forward_pre_hook(refuse, with_kwargs=True)
+        trainer.fit()
+        return [p.detach().clone() for _, p in trainable(trainer.model)], trainer
+
+    (ahead, fed), (in_time, _) = trained(True), trained(False)
+    assert fed.micro_batch_tokens < 4096 and fed.feed._ready is not None
+    assert all(torch.equal(a, b) for a, b in zip(ahead, in_time, strict=True))
+
+
+def test_the_longest_examples_make_the_largest_batch(dataset: TokenDataset) -> None:
+    feed = Feed(dataset, PROCESSES, 0, in_line=True)
+    batch = feed.longest(100)
+    assert list(batch.lengths) == sorted(dataset.lengths.tolist(), reverse=True)[: len(batch.lengths)]
+    assert 100 - 30 < batch.tokens <= 100
+
+
+def test_what_can_be_divided_is_told(dataset: TokenDataset) -> None:
+    feed, plan = Feed(dataset, PROCESSES, 0, in_line=True), next(SCHEDULE.steps())
+    assert feed.divisible(plan, 10**6) == int(dataset.lengths[plan.examples].sum())
+    assert feed.divisible(plan, 1) == 0
