@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from training_lens.inference.decoding import Beginning, Decoder, read
 from training_lens.inference.kv_cache import FULL, SLIDING, SlotCache
 from training_lens.inference.replacing import relative_error, replace_layers, same
+from training_lens.inference.stack import stack_of
 from training_lens.models.adapters import base_only
 from training_lens.models.copies import base_copy, is_quantized, merged_copy, sharing_copy
 from training_lens.utils.devices import available_bytes, is_out_of_memory
@@ -27,6 +28,7 @@ logger = get_logger(__name__)
 PROBE = 32  # tokens of a prompt that replacements are tried on
 REHEARSED = 3  # of them are decoded one by one
 SLACK = 4.0  # roundings of single layers that a whole model may be apart
+EQUAL = 0.01  # roundings that the same layers may be apart when they are called another way
 LOST = 0.01  # of what the adapter does to the scores: what merging may change
 ROOM = 2.5  # times the weights' bytes must be free for copies of them
 _told: set[str] = set()
@@ -114,7 +116,7 @@ def make_decoder(model: Any, base: bool, ids: Tensor) -> Decoder:
     if _has_room(plain, ids.device):
         replace_layers(plain, ids)
     _rehearse(decoder, ids, wanted)
-    return decoder
+    return _stacked(decoder, ids[0].tolist())
 
 
 def _windows(model: Any) -> tuple[int | None, ...]:
@@ -193,6 +195,21 @@ def _rehearse(decoder: Decoder, ids: Tensor, wanted: Tensor) -> None:
     if not same(found, wanted[-1 - count :], SLACK):
         apart = relative_error(found, wanted[-1 - count :])
         raise UncoveredError(f"{type(decoder.model).__name__} gives other scores row by row, {apart:.1%} apart")
+
+
+def _stacked(decoder: Decoder, tokens: list[int]) -> Decoder:
+    """The decoder by its stack, where it has one that says what its modules say: they are the same layers."""
+    stack = stack_of(decoder.model, decoder.windows)
+    if stack is None:
+        return decoder
+    faster, count = replace(decoder, stack=stack), min(REHEARSED, len(tokens) - 1)
+    try:
+        found = _decoded(faster, tokens, count)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        return decoder  # it looks like what we know, and is something else
+    return faster if same(found, _decoded(decoder, tokens, count), EQUAL) else decoder
 
 
 def _decoded(decoder: Decoder, tokens: list[int], count: int) -> Tensor:

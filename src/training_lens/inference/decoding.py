@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache
 
 from training_lens.inference.choosing import Answer, Choice
 from training_lens.inference.kv_cache import FULL, SLIDING, SlotCache
+from training_lens.inference.stack import Stack
 
 SHARED = 16  # tokens: a shorter beginning is not worth a pass of its own
 NARROWER = 2  # a prompt so many times narrower than the widest waits for rows of its own size
@@ -27,7 +28,8 @@ SLACK = 4  # a quarter of the columns more than one row takes: so seldom are the
 class Decoder:
     """A model as decoding asks it.
 
-    `windows`: of each layer, None for one that sees all. `keeps_last`: the model takes `logits_to_keep`.
+    `windows`: of each layer, None for one that sees all. `keeps_last`: the model takes `logits_to_keep`. `stack`: its
+    pass through our layers alone, where that says the same.
     """
 
     model: Any
@@ -35,6 +37,7 @@ class Decoder:
     keeps_last: bool
     dtype: torch.dtype
     device: torch.device
+    stack: Stack | None = None
 
     def logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
         """Scores of what follows the last token of each row, (rows, vocabulary); the cache takes the tokens.
@@ -43,6 +46,8 @@ class Decoder:
             ids, positions: (rows, tokens) int64.
             masks: of each kind of layers, added to the scores; None: causal, without padding.
         """
+        if self.stack:
+            return self.stack.logits(ids, positions, masks, cache)
         mask = masks if masks is None or len(masks) > 1 else next(iter(masks.values()))
         last = {"logits_to_keep": 1} if self.keeps_last else {}
         out = self.model(

@@ -39,11 +39,11 @@ class Product(nn.Module):
         super().__init__()
         weight = torch.cat([part.weight for part in parts])
         self.packed = _is_packable(weight)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self.packed else weight
+        self.weight = _packed(weight) if self.packed else weight
         self.bias = _joined_bias(parts)
-        ranked = [part for part in parts if part.down is not None]
-        self.down = torch.cat([_tensor(part.down) for part in ranked]).float() if ranked else None
-        self.up = _blocks(parts).float() if ranked else None
+        ranked = [part.down for part in parts if part.down is not None]
+        self.down = torch.cat(ranked).float() if ranked else None
+        self.up = _joined_up(parts, self.packed) if ranked else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed:
@@ -52,8 +52,18 @@ class Product(nn.Module):
             out = functional.linear(x, self.weight, self.bias)
         if self.down is None:
             return out
-        # In float32 until the sum, as PEFT computes beside weights of fewer bits.
-        return (out + functional.linear(functional.linear(x.float(), self.down), _tensor(self.up))).to(out.dtype)
+        low = functional.linear(x.float(), self.down)  # (..., sum of ranks)
+        return self._with_adapters(out, low)
+
+    def _with_adapters(self, out: Tensor, low: Tensor) -> Tensor:
+        """In float32 until the sum is rounded, as PEFT computes beside weights of fewer bits."""
+        assert self.up is not None
+        if not self.packed:
+            return (out + functional.linear(low, self.up)).to(out.dtype)
+        first, second = _as_two(low)
+        low = torch.cat([first, second, first], dim=-1)
+        summed: Tensor = torch.ops.mkldnn._linear_pointwise.binary(low, out, self.up, None, "add")
+        return summed
 
 
 def _is_packable(weight: Tensor) -> bool:
@@ -62,9 +72,9 @@ def _is_packable(weight: Tensor) -> bool:
     )
 
 
-def _tensor(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value
+def _packed(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed
 
 
 def _joined_bias(parts: Sequence[Linear]) -> Tensor | None:
@@ -73,11 +83,24 @@ def _joined_bias(parts: Sequence[Linear]) -> Tensor | None:
     return torch.cat([part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts])
 
 
-def _blocks(parts: Sequence[Linear]) -> Tensor:
-    """The parts' B as blocks of one matrix, (sum of outs, sum of ranks)."""
+def _joined_up(parts: Sequence[Linear], packed: bool) -> Tensor:
+    """The parts' B as blocks of one matrix, (sum of outs, sum of ranks), float32.
+
+    Packed, it has thrice the columns: oneDNN sums products of bfloat16 in float32, so that with l = l1 + l2 and
+    B = B1 + B2 of two such numbers each, l1 B1 + l2 B1 + l1 B2 is l B to within 2^-16 of it.
+    """
     ups = [part.weight.new_zeros(len(part.weight), 0) if part.up is None else part.up for part in parts]
-    joined: Tensor = torch.block_diag(*ups)
-    return joined
+    joined: Tensor = torch.block_diag(*ups).float()
+    if not packed:
+        return joined
+    first, second = _as_two(joined)
+    return _packed(torch.cat([first, first, second], dim=1))
+
+
+def _as_two(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bfloat16 tensors whose sum is x to within 2^-16 of it."""
+    rounded = x.bfloat16()
+    return rounded, (x - rounded).bfloat16()
 
 
 class Norm(nn.Module):
@@ -139,30 +162,39 @@ class Attention(nn.Module):
         past_key_values: Any = None,
         **_options: Any,
     ) -> tuple[Tensor, None]:
-        rows, length, _ = hidden_states.shape
+        return self.mixed(hidden_states, turning(*position_embeddings), attention_mask, past_key_values), None
+
+    def mixed(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any) -> Tensor:
+        """What `forward` gives of (rows, length, hidden), with positions from `turning`."""
+        rows, length, _ = x.shape
         heads = self.heads
-        qkv = self.qkv(hidden_states).view(rows, length, heads.queries + 2 * heads.keys, heads.size)
+        qkv = self.qkv(x).view(rows, length, heads.queries + 2 * heads.keys, heads.size)
         qk, v = qkv.split([heads.queries + heads.keys, heads.keys], dim=2)
         if self.norms is not None:
             q, k = qk.split([heads.queries, heads.keys], dim=2)
             qk = torch.cat([self.norms[0](q), self.norms[1](k)], dim=2)
-        q, k = rotated(qk, *position_embeddings).transpose(1, 2).split([heads.queries, heads.keys], dim=1)
+        q, k = turned(qk, *turn).transpose(1, 2).split([heads.queries, heads.keys], dim=1)
         v = v.transpose(1, 2)  # (rows, heads, length, size), as q and k
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        mixed = attend(q, k, v, attention_mask, heads)
-        return self.out(mixed.reshape(rows, length, heads.queries * heads.size)), None
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        mixed = attend(q, k, v, mask, heads)
+        out: Tensor = self.out(mixed.reshape(rows, length, heads.queries * heads.size))
+        return out
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864), halves turned against each other.
+def turning(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines as `turned` takes them, (rows or 1, length, 1, size), from (rows or 1, length, size)."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None]
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864): (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) of a head's halves.
 
     Args:
-        x: (rows, length, heads, size); cos, sin: (rows or 1, length, size).
+        x: (rows, length, heads, size); cos, sin: from `turning`.
     """
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos[:, :, None] + turned * sin[:, :, None]
+    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))  # rounded where transformers rounds
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:

@@ -1,0 +1,64 @@
+"""What our layers compute is what they stand for, adapters beside the weights as near to the exact sum as PEFT's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from training_lens.inference.fast_layers import Linear, Product, turned, turning
+from training_lens.inference.replacing import linear_of, relative_error
+
+
+def adapted_linear(share: float) -> nn.Module:
+    """A bfloat16 layer 64 -> 96 with a float32 LoRA, whose branch is so large a share of the base's product."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layer": nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)})
+    layer: nn.Module = get_peft_model(model, LoraConfig(r=8, target_modules=["layer"])).base_model.model["layer"]
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    nn.init.normal_(down)
+    nn.init.normal_(up)
+    base = layer.base_layer.weight.float().norm()
+    up.data *= share * base / (layer.scaling["default"] * (up @ down).norm())
+    return layer
+
+
+def exact(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    up, down = (part["default"].weight.double() for part in (layer.lora_B, layer.lora_A))
+    weight = layer.base_layer.weight.double() + layer.scaling["default"] * up @ down
+    return x.double() @ weight.T
+
+
+@pytest.mark.parametrize("share", [0.03, 0.3, 1.0, 10.0])
+def test_an_adapter_beside_bf16_weights_is_as_exact_as_pefts(share: float) -> None:
+    with torch.no_grad():
+        layer = adapted_linear(share)
+        x = torch.randn(2000, 64).bfloat16()
+        ours, wanted = linear_of(layer), exact(layer, x)
+        assert ours
+        found = Product([ours])(x)
+        assert found.dtype == torch.bfloat16
+        assert relative_error(found, wanted) <= 1.001 * relative_error(layer(x), wanted)
+        assert (found == layer(x)).float().mean() > 0.995
+
+
+def test_adapters_of_some_of_the_layers_stay_with_theirs() -> None:
+    torch.manual_seed(0)
+    plain, other = (Linear(torch.randn(5, 12), torch.randn(5)) for _ in range(2))
+    adapted = Linear(torch.randn(7, 12), None, torch.randn(3, 12), torch.randn(7, 3))
+    x = torch.randn(4, 12)
+    assert adapted.down is not None and adapted.up is not None
+    middle = x @ (adapted.weight + adapted.up @ adapted.down).T
+    wanted = torch.cat([x @ plain.weight.T + plain.bias, middle, x @ other.weight.T + other.bias], dim=-1)
+    torch.testing.assert_close(Product([plain, adapted, other])(x), wanted)
+
+
+def test_positions_turn_as_in_transformers() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, 8)  # (rows, length, heads, size)
+    half = torch.randn(2, 5, 4)
+    cos, sin = (torch.cat([t, t], dim=-1) for t in (half.cos(), half.sin()))
+    wanted, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
+    torch.testing.assert_close(turned(x, *turning(cos, sin)), wanted)
