@@ -24,7 +24,8 @@ def resident():
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
 
 with freed_memory_kept():
-    faults()
+    with freed_memory_kept():
+        faults()
     again, kept = faults(), resident()
 print(again, kept, resident())
 """

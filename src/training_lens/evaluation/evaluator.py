@@ -16,6 +16,7 @@ from training_lens.errors import EvaluationError
 from training_lens.models.scoring import TokenScores, paired_scores, supervised_scores
 from training_lens.utils.devices import Precision, autocast, free_memory, is_out_of_memory
 from training_lens.utils.formatting import said
+from training_lens.utils.heap import freed_memory_kept
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 
@@ -96,6 +97,7 @@ def _sums(table: np.ndarray, dataset: TokenDataset) -> TokenSums:
     return TokenSums(table[:, 0], dataset.supervised, table[:, 1].round().astype(np.int64))
 
 
+@freed_memory_kept()
 def _summed(
     model: Any, dataset: TokenDataset, way: Pass, columns: Callable[[Batch], torch.Tensor], width: int
 ) -> np.ndarray:

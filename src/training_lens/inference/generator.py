@@ -21,6 +21,7 @@ from training_lens.inference.decoding import Decoder, Decoding, slots
 from training_lens.inference.session import Session
 from training_lens.utils.devices import is_out_of_memory
 from training_lens.utils.formatting import said
+from training_lens.utils.heap import freed_memory_kept
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -154,6 +155,7 @@ def _call(
     return _Call(session, settings, base, options, choose, decoder, put)
 
 
+@freed_memory_kept()
 def _answered(
     call: _Call, prompts: Sequence[Sequence[int]], advance: Callable[[float], None] = lambda _done: None
 ) -> list[list[int]]:

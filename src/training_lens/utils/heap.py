@@ -11,24 +11,28 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt(3)
 LARGEST_KEPT = 32 * 2**20  # bytes of one block, the most that glibc takes from its heap
 KEPT_BY_ITSELF = 2 * LARGEST_KEPT  # bytes that glibc would keep at most, as it comes
 ALL = 2**31 - 1
+_open = False  # whether a block is
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
     """Within the block glibc keeps all that is freed, and gives it back at the end; elsewhere nothing is done.
 
-    A training step frees its activations, and the next one takes as much again. Each page that the system hands out
-    anew costs microseconds: together as much as a fifth of a step.
+    A training step frees its activations, and the next one takes as much again; so does a decoded token. Each page
+    that the system hands out anew costs microseconds: together as much as a fifth of a step.
     """
+    global _open
     libc = _glibc()
-    if libc is None:
+    if libc is None or _open:
         yield
         return
     libc.mallopt(MMAP_THRESHOLD, LARGEST_KEPT)
     libc.mallopt(TRIM_THRESHOLD, ALL)
+    _open = True
     try:
         yield
     finally:
+        _open = False
         libc.mallopt(TRIM_THRESHOLD, KEPT_BY_ITSELF)
         give_back()
 
