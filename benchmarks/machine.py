@@ -13,7 +13,7 @@ import torch
 from training_lens.utils.devices import device_name, get_device, synchronize
 
 SIDE = {"cpu": (2048, 768, 2048), "cuda": (8192, 8192, 8192)}  # rows, inner, columns of the product that is timed
-REPEATS = 12
+SECONDS = 2.0  # of products, one after the other
 
 
 def described() -> dict[str, Any]:
@@ -29,13 +29,14 @@ def described() -> dict[str, Any]:
 
 
 def matmul_flops() -> float:
-    """FLOP/s of a bf16 matrix product on the device right now, the median of some: a ceiling for training."""
+    """FLOP/s of bf16 matrix products on the device right now, the median of two seconds' worth: training's ceiling."""
     device = get_device()
     rows, inner, columns = SIDE.get(device.type, SIDE["cpu"])
     a = torch.randn(rows, inner, device=device, dtype=torch.bfloat16)
     b = torch.randn(columns, inner, device=device, dtype=torch.bfloat16)
-    seconds = []
-    for _ in range(REPEATS):
+    seconds: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end:
         synchronize(device)
         started = time.perf_counter()
         torch.nn.functional.linear(a, b)

@@ -60,11 +60,13 @@ class Steps(Callback):
         self.watch = watch
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self.tokens: list[int] = []
 
     def on_step_end(self, trainer: Any, report: Any) -> None:
         self.watch.stop()
         self.losses.append(report.loss)
         self.seconds.append(report.seconds)
+        self.tokens.append(report.tokens)
 
 
 def main() -> None:
@@ -78,7 +80,7 @@ def main() -> None:
     trainer = build_trainer(plan, model, manager, (*([lens] if lens else []), steps))
     steps.watch.start()
     trainer.fit()
-    tell(steps.watch, statistics.fmean(steps.losses), step_seconds=steps.seconds)
+    tell(steps.watch, statistics.fmean(steps.losses), step_seconds=steps.seconds, step_tokens=steps.tokens)
 
 
 def write_tokens(job: dict[str, Any], path: Path) -> dict[str, int]:

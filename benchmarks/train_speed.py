@@ -10,7 +10,8 @@ on every linear layer, AdamW at 2e-4 falling to 0, batch 8, one pass over the ro
 Lens makes of them, so all train on the same tokens. `gsm8k` are rows of like length, `t0` has a long tail.
 
 Printed and written: useful tokens (no padding) per second, median over the repeats; ratios of ours to each; the share
-that 4 x parameters x useful tokens is of the machine's own bf16 matrix-product rate, measured in the same run; peak
+that 4 x parameters x useful tokens is of the machine's own bf16 matrix-product rate, measured before and after each
+training (two seconds of products each time: the machine's speed drifts), for ours also behind the first two steps; peak
 memory once the model is loaded; the mean of the steps' losses. A speed counts at equal loss: a peer whose loss is
 more than 2 % from ours is named in `other_loss`. A mode that is not installed, or fails, is said to be so.
 """
@@ -52,6 +53,7 @@ TOLERANCE = 0.02  # of the loss: beyond it two trainings did not do the same
 def rounds(modes: Sequence[str], job: Job, folder: Path, repeats: int) -> dict[str, list[dict[str, Any]]]:
     """What each mode measured, time after time; one that fails or is not there is tried once."""
     found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
+    before = matmul_flops()
     for turn in range(repeats):
         for mode in modes:
             if any("failed" in result for result in found[mode]):
@@ -60,31 +62,40 @@ def rounds(modes: Sequence[str], job: Job, folder: Path, repeats: int) -> dict[s
                 found[mode].append({"failed": "not installed: make peers"})
                 continue
             result = run_job(replace(job, mode=mode, output=str(folder / f"{mode}-{turn}")), folder)
-            found[mode].append(result)
+            after = matmul_flops()
+            found[mode].append({**result, "matmul_flops": (before + after) / 2})
+            before = after
             print(f"{mode}: {json.dumps(result)}", file=sys.stderr)
     return found
 
 
-def summed_up(
-    found: dict[str, list[dict[str, Any]]], tokens: int, parameters: int, flops: float
-) -> dict[str, dict[str, Any]]:
+def summed_up(found: dict[str, list[dict[str, Any]]], tokens: int, parameters: int) -> dict[str, dict[str, Any]]:
     """Each mode's medians; modes that failed say why."""
-    return {mode: _median(results, tokens, parameters, flops) for mode, results in found.items()}
+    return {mode: _median(results, tokens, parameters) for mode, results in found.items()}
 
 
-def _median(results: list[dict[str, Any]], tokens: int, parameters: int, flops: float) -> dict[str, Any]:
+def _median(results: list[dict[str, Any]], tokens: int, parameters: int) -> dict[str, Any]:
     failed = next((result for result in results if "failed" in result), None)
     if failed:
         return failed
     seconds = [result["seconds"] for result in results]
-    rate = tokens / statistics.median(seconds)
+    shares = [4 * parameters * tokens / result["seconds"] / result["matmul_flops"] for result in results]
+    steady = [_steady_share(result, parameters) for result in results if "step_seconds" in result]
     return {
-        "useful_tokens_per_second": round(rate, 1),
-        "share_of_matmul_rate": round(4 * parameters * rate / flops, 4),
+        "useful_tokens_per_second": round(tokens / statistics.median(seconds), 1),
+        "share_of_matmul_rate": round(statistics.median(shares), 4),
+        **({"share_behind_two_steps": round(statistics.median(steady), 4)} if steady else {}),
+        "matmul_flops": [round(result["matmul_flops"]) for result in results],
         "peak_bytes": int(statistics.median(result["peak_bytes"] for result in results)),
         "loss": round(statistics.fmean(result["loss"] for result in results), 4),
         "seconds": [round(s, 2) for s in seconds],
     }
+
+
+def _steady_share(result: dict[str, Any], parameters: int) -> float:
+    """The share behind the first two steps, in which kernels are prepared and memory is first taken."""
+    tokens, seconds = (sum(result[key][2:]) for key in ("step_tokens", "step_seconds"))
+    return float(4 * parameters * tokens / seconds / result["matmul_flops"])
 
 
 def compared(modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -110,12 +121,10 @@ def measured(name: str, pairs: list[tuple[str, str]], args: argparse.Namespace, 
     job = replace(job, rows=str(folder / "rows.jsonl"), tokens=str(folder / "tokens.jsonl"))
     write_pairs(pairs, Path(job.rows))
     counts = write_tokens(vars(replace(job, output=str(folder / "tokens"))), Path(job.tokens))
-    before = matmul_flops()
     found = rounds(args.modes or DEFAULT_MODES[name.split("_")[0]], job, folder, args.repeats)
-    flops = statistics.fmean([before, matmul_flops()])
-    modes = summed_up(found, counts["tokens"], args.parameters, flops)
+    modes = summed_up(found, counts["tokens"], args.parameters)
     result = {**counts, "shape": args.shape, "batch": job.batch, "parameters": args.parameters}
-    result |= {"matmul_flops": flops, "repeats": args.repeats, "modes": modes, **compared(modes)}
+    result |= {"repeats": args.repeats, "modes": modes, **compared(modes)}
     _write(args.output, name, result)
     print(json.dumps({name: result}, indent=2))
 
@@ -131,7 +140,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(DEFAULT_MODES), default=list(SOURCES))
     parser.add_argument("--modes", nargs="+", choices=[*OUR_MODES, *PEER_MODES], help="default: by the rows")
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--shape", choices=list(SHAPES), default="125m")
