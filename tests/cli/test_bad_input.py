@@ -363,6 +363,7 @@ def test_missing_and_gated_hub_ids_say_what_to_check(hub: str, given: str, messa
     assert_nothing_half_written(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_the_run_is_marked(tmp_path: Path) -> None:
     """On a real file system of 3 MB, which the checkpoints overflow."""
     if (

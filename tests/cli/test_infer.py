@@ -66,6 +66,7 @@ def test_a_file_is_answered_resumed_and_reported(call: Call, finished_run: RunFo
     assert call(*asked, "--input", "bad.jsonl", "--output", "other.jsonl").exit_code == 1
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_equals_uninterrupted(call: Call, finished_run: RunFolder, tmp_path: Path) -> None:
     rows = [{"question": f"Where is box {i}?", "domain": "hill"} for i in range(300)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

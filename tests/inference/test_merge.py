@@ -230,6 +230,7 @@ def test_what_another_process_wrote_meanwhile_stays(run: RunFolder, few: dict[st
     assert [p.name for p in run.merged.iterdir()] == ["theirs"]
 
 
+@pytest.mark.slow
 def test_an_update_too_weak_for_the_other_limits_is_not_lost_unseen(run: RunFolder, few: dict[str, Any]) -> None:
     """A tenth of the update computes nearly what the base does; its weights decide, in bf16 too."""
     merged = merge(config(run.root, **few), MergeOptions(scale=0.1))

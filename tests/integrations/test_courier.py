@@ -55,6 +55,7 @@ def wait_until(true: Callable[[], Any], seconds: float = 60.0) -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_training_is_sent_as_far_as_it_came(own: Path, couriers_of: Couriers) -> None:
     told = own / "told"
     arguments = [

@@ -39,6 +39,7 @@ def test_a_rate_a_hundred_times_too_high(train: Train) -> None:
     assert found.severity == "problem" and len(found.evidence["signs"]) >= 2
 
 
+@pytest.mark.slow
 def test_a_rate_a_hundred_times_too_low(train: Train) -> None:
     found = by_code(train(lr=3e-5, rows=200, evals=10))
     assert accused(found) == {"rate_low"} and found["rate_low"].evidence["straightness"] > 0.8
@@ -67,6 +68,7 @@ def test_a_layer_that_breaks_is_named(train: Train) -> None:
     assert found["layers"].severity == "problem"
 
 
+@pytest.mark.slow
 def test_eight_rows_again_and_again_are_learned_by_heart(train: Train) -> None:
     found = by_code(train(rows=8, epochs=40, lr=6e-3, evals=10))["memorization"]
     assert found.severity == "warning" and found.evidence["rise"] > 0
