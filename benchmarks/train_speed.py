@@ -165,7 +165,7 @@ def main() -> None:
         for source in args.only:
             if source == "fixed":
                 for length in args.lengths:
-                    exact = replace(job, seq_len=length, truncation="keep_start")
+                    exact = replace(job, seq_len=length)
                     measured(f"fixed_{length}", long_pairs(length, args.rows), args, exact, folder / f"fixed-{length}")
             else:
                 pairs = read_pairs(str(args.shared / SOURCES[source]), args.rows)

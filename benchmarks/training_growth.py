@@ -48,7 +48,7 @@ def _measured(point: Point, tokenizer: Path, folder: Path) -> dict[str, Any]:
     place.mkdir(exist_ok=True)
     parameters = write_model(model, point.model, tokenizer)
     write_pairs(long_pairs(point.length, STEPS * point.batch), place / "rows.jsonl")
-    job = Job("ours", str(model), str(place / "rows.jsonl"), "", str(place / "outputs"), truncation="keep_start")
+    job = Job("ours", str(model), str(place / "rows.jsonl"), "", str(place / "outputs"))
     job = replace(job, batch=point.batch, rank=point.rank, alpha=2 * point.rank, seq_len=point.length)
     result, flops = run_job(job, place), matmul_flops()
     measured = {**vars(point), "parameters": parameters, **_rates(result, point, parameters, flops)}

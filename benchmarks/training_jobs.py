@@ -93,10 +93,13 @@ def read_pairs(pattern: str, count: int) -> list[tuple[str, str]]:
 
 
 def long_pairs(length: int, count: int) -> list[tuple[str, str]]:
-    """Pairs of drawn words of which each half alone has about `length` tokens: cut to it, rows have it exactly."""
+    """Pairs of drawn words: the answer has under half of `length` tokens, the prompt more than the rest.
+
+    With prompts cut at their start, as they are unless a job says otherwise, rows have exactly `length` tokens.
+    """
     draw = random.Random(0)
     return [
-        (" ".join(draw.choices(WORDS, k=length // 2)), " ".join(draw.choices(WORDS, k=length))) for _ in range(count)
+        (" ".join(draw.choices(WORDS, k=length)), " ".join(draw.choices(WORDS, k=length // 3))) for _ in range(count)
     ]
 
 
