@@ -208,7 +208,8 @@ def _stacked(decoder: Decoder, tokens: list[int]) -> Decoder:
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        return decoder  # it looks like what we know, and is something else
+        logger.debug("%s looks like a plain decoder, and is none: %s", type(decoder.model).__name__, said(error))
+        return decoder
     return faster if same(found, _decoded(decoder, tokens, count), EQUAL) else decoder
 
 
