@@ -179,6 +179,7 @@ def test_delete_asks_on_a_terminal(tmp_path: Path, runs: dict[str, RunFolder], a
     assert len(json.loads(out)["deleted"]) == (0 if kept else 1) and runs["bad"].root.is_dir() == kept
 
 
+@pytest.mark.slow
 def test_a_run_trains_once_at_a_time_and_is_told_as_interrupted_when_its_process_is_killed(
     call: Call, tmp_path: Path
 ) -> None:

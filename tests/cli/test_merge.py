@@ -52,6 +52,7 @@ def test_wrong_usage_is_refused(call: Call, run: RunFolder, arguments: list[str]
     assert result.exit_code == 2 and said in result.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_merge_leaves_nothing_at_its_place(run: RunFolder) -> None:
     command = [sys.executable, "-m", "training_lens", "merge", "--run", str(run.root)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

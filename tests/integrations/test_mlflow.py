@@ -138,6 +138,7 @@ def test_an_experiment_that_was_deleted_is_left_with_what_to_do(
     assert state.status == "left" and "mlflow experiments restore --experiment-id 1" in state.error
 
 
+@pytest.mark.slow
 def test_a_dead_server_changes_no_bit_and_sync_sends_elsewhere(
     sent_run: RunFolder, tmp_path: Path, client_of: Callable[[RunFolder], Any]
 ) -> None:

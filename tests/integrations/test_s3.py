@@ -116,6 +116,7 @@ def is_there() -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_and_comes_back_empty_gets_everything(s3: Server, plain: str, tmp_path: Path) -> None:
     def die() -> None:
         until(is_there, "nothing arrived")

@@ -190,6 +190,7 @@ def test_a_full_disk_is_an_error_of_this_delivery_and_the_next_shows_all(
     check_scalars(copy)
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume_show_each_step_once(tmp_path: Path) -> None:
     config = TrainingConfig(**SETTINGS, output={"base_output_dir": str(tmp_path), "run_id": "killed"})
     (tmp_path / "config.json").write_text(json.dumps(config.model_dump()))
