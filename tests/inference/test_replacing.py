@@ -6,31 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from random_models import random_model
 
 from training_lens.inference.fast_layers import Attention, GatedMlp, Norm
 from training_lens.inference.replacing import relative_error, replace_layers
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "pad_token_id": None,
-}
 LAYERS = 2
 KNOWN = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text", "Granite"]
 OTHERS = ["Olmo2", "Phi3", "GPTNeoX", "StableLm", "Cohere"]
-
-
-def random_model(kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES)
-    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
 
 
 def count(model: Any, kind: type) -> int:

@@ -6,36 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from random_models import random_model
 
 from training_lens.inference.decoder import make_decoder
 from training_lens.inference.decoding import Beginning, Decoder, read
 from training_lens.inference.replacing import relative_error
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "pad_token_id": None,
-}
 MULTIPLIED = {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}
 HARDLY_MULTIPLIED = {"residual_multiplier": 0.99}  # far less than what bf16 would forgive two kinds of layers
 PROMPTS = [list(range(20)), list(range(40, 47)), [3]]
 
 
-def random_model(kind: str, more: dict[str, Any], dtype: torch.dtype) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**SIZES | more)
-    return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval()
-
-
 def made(kind: str, more: dict[str, Any], dtype: torch.dtype = torch.float32) -> Decoder:
-    return make_decoder(random_model(kind, more, dtype), False, torch.arange(24)[None])
+    return make_decoder(random_model(kind, dtype, **more), False, torch.arange(24)[None])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -61,7 +44,7 @@ def test_a_model_that_does_more_than_its_parts_goes_through_its_modules(kind: st
 
 
 def test_who_listens_to_a_layer_hears_it() -> None:
-    model = random_model("Llama", {}, torch.float32)
+    model = random_model("Llama")
     heard: list[int] = []
     model.model.layers[1].register_forward_hook(lambda *_given: heard.append(1))
     decoder = make_decoder(model, False, torch.arange(24)[None])

@@ -19,7 +19,7 @@ def freed_memory_kept() -> Iterator[None]:
     """Within the block glibc keeps all that is freed, and gives it back at the end; elsewhere nothing is done.
 
     A training step frees its activations, and the next one takes as much again; so does a decoded token. Each page
-    that the system hands out anew costs microseconds: together as much as a fifth of a step.
+    that the system hands out anew costs time, in virtual machines most.
     """
     global _open
     libc = _glibc()
