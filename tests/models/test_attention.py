@@ -15,6 +15,7 @@ from training_lens.models.attention import Segments
 
 segment_attention = jaxtyped(typechecker=beartype)(attention.segment_attention)
 LENGTHS = Segments((4, 1, 6))
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 def drawn(heads: int, seed: int) -> Tensor:
@@ -22,10 +23,12 @@ def drawn(heads: int, seed: int) -> Tensor:
     return torch.randn(11, heads, 3, generator=generator, dtype=torch.float64).requires_grad_()
 
 
-def alone(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+def alone(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, segments: Segments = LENGTHS
+) -> Tensor:  # fmt: skip
     """Torch's own attention of one example after the other, with an explicit mask."""
     found = []
-    for start, end in LENGTHS.bounds:
+    for start, end in segments.bounds:
         q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
         back = torch.arange(end - start)[:, None] - torch.arange(end - start)
         seen = (back >= 0) & (back < (window or 1000))
@@ -35,16 +38,31 @@ def alone(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tens
 
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize(("long", "grain"), [(512, 1), (512, 4), (512, 32), (2, 4)])
-def test_equals_each_example_alone_and_so_does_its_gradient(
-    groups: int, window: int | None, long: int, grain: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "LONG", long)
-    monkeypatch.setattr(attention, "GRAIN", grain)
+def test_equals_each_example_alone_and_so_does_its_gradient(groups: int, window: int | None) -> None:
     query, key, value = drawn(4, 0), drawn(groups, 1), drawn(groups, 2)
     found = segment_attention(query, key, value, LENGTHS, 0.7, window)
     torch.testing.assert_close(found, alone(query, key, value, window), rtol=1e-12, atol=1e-12)
     assert gradcheck(lambda *qkv: segment_attention(*qkv, LENGTHS, 0.7, window), (query, key, value))
+
+
+@pytest.mark.parametrize("window", [None, 1, 40])
+@pytest.mark.parametrize("width", [20, 64, 80])
+@pytest.mark.parametrize("lengths", [(32,), (33, 1, 100), (64, 31)])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.06)])
+def test_blocks_and_heads_of_any_size_are_exact(
+    lengths: tuple[int, ...], width: int, window: int | None, dtype: torch.dtype, most: float
+) -> None:
+    segments = Segments(lengths)
+    together = torch.randn(sum(lengths), 8, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    given = together.to(dtype).requires_grad_()  # queries, keys and values lie between each other
+    found = segment_attention(*given.split([4, 2, 2], 1), segments, 0.7, window)
+    wide = given.detach().double().requires_grad_()
+    wanted = alone(*wide.split([4, 2, 2], 1), window, segments)
+    dout = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    found.backward(dout)
+    wanted.backward(dout.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=most)
+    torch.testing.assert_close(given.grad.double(), wide.grad, rtol=most, atol=2 * most)
 
 
 def test_segments_count_positions_from_each_example() -> None:

@@ -21,6 +21,7 @@ gained = jaxtyped(typechecker=beartype)(kernels.gained)
 rms_norm = jaxtyped(typechecker=beartype)(kernels.rms_norm)
 gated = jaxtyped(typechecker=beartype)(kernels.gated)
 rotate = jaxtyped(typechecker=beartype)(kernels.rotate)
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 def drawn(*shape: int, seed: int = 0, grad: bool = False, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -16,6 +16,7 @@ from training_lens.models import losses
 
 linear_nll = jaxtyped(typechecker=beartype)(losses.linear_nll)
 nll = jaxtyped(typechecker=beartype)(losses.nll)
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The arithmetic of training, fused: each function is one node of autograd, which keeps only what its gradient reads.
 
-All take tensors of one dtype (float64 in the tests) on any device, and sum in float32 where the dtype is smaller.
+All take tensors of one dtype (float64 in the tests) on any device, and sum in float32 where the dtype is smaller. On a
+CPU, where a C compiler is at hand, what lies between the products is computed in one pass each (`native`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, linear, silu
+
+from training_lens.models.native import training as native
+from training_lens.models.native.calls import can_take, summing
 
 SUMS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}  # numbers of W + s B A that exist at a time: 1 MB stays in a CPU's cache
 
@@ -105,7 +109,7 @@ def row_norms(
     and exact where the parts cancel. Cost: 2 out width rank operations, and one block of `SUMS_AT_ONCE` numbers.
     """
     rows = max(1, SUMS_AT_ONCE["cpu" if weight.device.type == "cpu" else "cuda"] // weight.shape[1])
-    wide = _summing(down)
+    wide = summing(down)
     down = down.to(wide)
     blocks = zip(weight.split(rows), up.split(rows), strict=True)
     sums = (torch.addmm(w.to(wide), b.to(wide), down, alpha=scale) for w, b in blocks)
@@ -159,7 +163,11 @@ def rms_norm(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        sums = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_summing(x))  # one pass, no wider copy
+        if _has_native_norm(x, weight):
+            y, scale = native.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            return y
+        sums = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=summing(x))  # one pass, no wider copy
         scale = sums.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (*tokens, 1)
         ctx.save_for_backward(x, weight, scale)
         if weight.dtype != x.dtype:
@@ -170,15 +178,16 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
+        if _has_native_norm(x, weight):
+            return native.rms_norm_back(dy, x, weight, scale), None, None
         g = _scaled(dy, weight)
         along = torch.linalg.vecdot(g.to(scale.dtype), x.to(scale.dtype)).unsqueeze(-1)  # sum(g x)
         along.mul_(scale.square()).div_(-x.shape[-1])
         return _scaled(g.addcmul_(x, along.to(x.dtype)), scale), None, None
 
 
-def _summing(x: Tensor) -> torch.dtype:
-    """The dtype that sums over x are made in."""
-    return torch.promote_types(x.dtype, torch.float32)
+def _has_native_norm(x: Tensor, weight: Tensor) -> bool:
+    return can_take(x) and weight.dtype in (x.dtype, summing(x))
 
 
 def _scaled(x: Tensor, scale: Tensor) -> Tensor:
@@ -189,8 +198,8 @@ def _scaled(x: Tensor, scale: Tensor) -> Tensor:
 def gated(gate_up: Float[Tensor, "*tokens twice"], activation: str = "silu") -> Float[Tensor, "*tokens width"]:
     """a(gate) * up of a joined projection whose first half is the gate (SwiGLU, GeGLU: arXiv 2002.05202).
 
-    Kept: the projection alone; a(gate) is computed again for the gradient, but for GELU on a CPU, where that would take
-    a quarter of the time: there it is kept, too.
+    Kept: the projection alone; a(gate) is computed again for the gradient, but for GELU by torch on a CPU, where that
+    would take a quarter of the time: there it is kept, too.
 
     Args:
         activation: a name in `ACTIVATIONS`.
@@ -202,17 +211,22 @@ def gated(gate_up: Float[Tensor, "*tokens twice"], activation: str = "silu") -> 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, activation: str) -> Tensor:
+        ctx.activation = activation
+        if _has_native_gate(gate_up, activation):
+            ctx.save_for_backward(gate_up, None)
+            return native.gated(gate_up, activation)
         gate, up = gate_up.chunk(2, -1)
         active = ACTIVATIONS[activation][0](gate)
         again = activation == "silu" or gate_up.is_cuda
         ctx.save_for_backward(gate_up, None if again else active)
-        ctx.activation = activation
         return active.mul_(up) if again else active * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         gate_up, active = ctx.saved_tensors
+        if _has_native_gate(gate_up, ctx.activation):
+            return native.gated_back(dy, gate_up, ctx.activation), None
         activate, backward_into = ACTIVATIONS[ctx.activation]
         gate, up = gate_up.chunk(2, -1)
         grad = torch.empty_like(gate_up)
@@ -220,6 +234,10 @@ class _Gated(torch.autograd.Function):
         torch.mul(dy, activate(gate) if active is None else active, out=dup)
         backward_into(dy * up, gate, grad_input=dgate)
         return grad, None
+
+
+def _has_native_gate(gate_up: Tensor, activation: str) -> bool:
+    return activation in native.ACTIVATIONS and can_take(gate_up)
 
 
 def rotate(
@@ -250,14 +268,21 @@ class _Rotate(torch.autograd.Function):
         return rotated(dy, cos, sin, -1.0), None, None
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float, out: Tensor | None = None) -> Tensor:
-    """`rotate` without autograd, forth or (`direction` -1) back, into `out` where that is given."""
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    """`rotate` without autograd, forth or (`direction` -1) back."""
+    y = torch.empty_like(x)
+    if can_take(x, cos, sin) and _heads_lie_close(x):
+        native.rotated(x, cos, sin, direction, y)
+        return y
     half = cos.shape[-1] // 2
     c, s = cos[:, None, :half], sin[:, None, :half]
-    y = torch.empty_like(x) if out is None else out
     (x1, x2), (y1, y2) = (t[..., : 2 * half].chunk(2, -1) for t in (x, y))
     torch.mul(x1, c, out=y1).addcmul_(x2, s, value=-direction)
     torch.mul(x2, c, out=y2).addcmul_(x1, s, value=direction)
     if 2 * half < x.shape[-1]:
         y[..., 2 * half :] = x[..., 2 * half :]
     return y
+
+
+def _heads_lie_close(x: Tensor) -> bool:
+    return x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]

@@ -1,0 +1,90 @@
+"""How a kernel in C is called: with tensors' memory, on torch's own threads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training_lens.utils.compiling import CompilationError, compiled
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h", "attention.h"))
+TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double"}
+GRAIN = 2**15  # numbers that are worth a thread
+
+
+class Call(ctypes.Structure):
+    """`struct call` of kernels.c."""
+
+    _fields_ = (("at", ctypes.c_void_p * 12), ("of", ctypes.c_int64 * 12), ("by", ctypes.c_double * 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Library:
+    """The kernels' library, and the function of torch that shares items out among its threads."""
+
+    kernels: ctypes.CDLL
+    share: ctypes._NamedFuncPointer
+
+    @lru_cache(maxsize=64)  # noqa: B019 the one library is never let go
+    def address(self, kernel: str, dtype: torch.dtype) -> int:
+        """Of the kernel for numbers of `dtype`."""
+        found = getattr(self.kernels, f"{kernel}_{TYPES[dtype]}")
+        return ctypes.cast(found, ctypes.c_void_p).value or 0
+
+
+@lru_cache(maxsize=1)
+def library() -> Library | None:
+    """The kernels, compiled where that was not done before; None, and the reason in the log, where that cannot be."""
+    try:
+        kernels = compiled(SOURCES, "kernels")
+        share = ctypes.CDLL(str(_torch_library())).torch_parallel_for
+    except (CompilationError, OSError, AttributeError) as error:
+        logger.info("norms, gates, attention and softmax are computed by torch, in more passes: %s", error)
+        return None
+    share.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
+    return Library(kernels, share)
+
+
+def _torch_library() -> Path:
+    return next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), Path("libtorch_cpu"))
+
+
+def can_take(*tensors: Tensor) -> bool:
+    """Whether kernels are there for tensors on this device and of this dtype, the same of all."""
+    x = tensors[0]
+    alike = x.dtype in TYPES and all(t.device.type == "cpu" and t.dtype == x.dtype for t in tensors)
+    return alike and library() is not None
+
+
+def call(
+    kernel: str,
+    dtype: torch.dtype,
+    items: int,
+    at: Sequence[Tensor],
+    of: Sequence[int] = (),
+    by: Sequence[float] = (),
+    size: int = GRAIN,
+) -> None:
+    """Let a kernel compute `items` of `size` numbers each; `at`, `of` and `by` are as the kernel says.
+
+    The tensors are as the kernel wants them, which is the caller's to see to.
+    """
+    found = library()
+    assert found is not None, "can_take was asked"
+    given = Call(tuple(t.data_ptr() for t in at), tuple(of), tuple(by))
+    address = found.address(kernel, dtype)
+    failed = found.share(0, items, max(1, GRAIN // size), address, ctypes.addressof(given))
+    assert not failed, f"{kernel} raises nothing"
+
+
+def summing(x: Tensor) -> torch.dtype:
+    """The dtype that sums over x are made in."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,112 @@
+"""C of ours compiled on the user's machine, for the very processor that it has, and kept for the next time."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+COMPILERS = ("cc", "gcc", "clang")  # tried in this order, where CC names none
+OPTIONS = ("-O3", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+LONGEST = 60  # seconds that a compiler may take
+
+
+class CompilationError(Exception):
+    """Why there is no library: no compiler, or one that refuses the source."""
+
+
+def compiled(sources: Sequence[Path], name: str) -> ctypes.CDLL:
+    """The library of the first of `sources`, which may include the others.
+
+    It is kept in the user's cache folder (XDG_CACHE_HOME, else ~/.cache), under a name of what it was made from: the
+    sources, the compiler, its options, the processor. Where that folder cannot be written, it is made anew each time.
+
+    Raises:
+        CompilationError: see there.
+    """
+    command = [*_compiler(), *OPTIONS, *_for_this_processor()]
+    made_from = [*(source.read_bytes() for source in sources), shlex.join(command).encode(), _processor().encode()]
+    digest = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:24]
+    kept = _cache_folder() / f"{name}-{digest}.so"
+    if _is_ours(kept):
+        return _loaded(kept)
+    try:
+        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return _made(command, sources[0], kept)
+    except OSError:
+        with tempfile.TemporaryDirectory() as folder:  # a library that is loaded needs its file no more
+            return _made(command, sources[0], Path(folder) / kept.name)
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CC", ""))
+    found = next((path for path in map(shutil.which, named[:1] or COMPILERS) if path), None)
+    if os.name != "posix" or found is None:
+        raise CompilationError(f"there is no C compiler ({', '.join(named[:1] or COMPILERS)})")
+    return [found, *named[1:]]
+
+
+def _for_this_processor() -> list[str]:
+    if platform.machine() in {"x86_64", "AMD64"}:
+        return ["-march=native", "-mprefer-vector-width=512"]
+    return ["-mcpu=native"]
+
+
+def _processor() -> str:
+    """What tells processors apart as a compiler does that compiles for its own."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    kinds = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(kinds)}))
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "training-lens"
+
+
+def _is_ours(library: Path) -> bool:
+    """Whether it is there, and nobody else can have written it."""
+    try:
+        found = library.stat()
+    except OSError:
+        return False
+    return found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _made(command: Sequence[str], source: Path, library: Path) -> ctypes.CDLL:
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    os.close(handle)
+    try:
+        _compile([*command, str(source), "-o", temporary, "-lm"])
+        Path(temporary).chmod(0o700)
+        loaded = _loaded(Path(temporary))
+        Path(temporary).replace(library)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return loaded
+
+
+def _compile(command: Sequence[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
+    except subprocess.TimeoutExpired:
+        raise CompilationError(f"{command[0]} took more than {LONGEST} seconds") from None
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        raise CompilationError(f"{command[0]} refuses the source: {said[0]}")
+
+
+def _loaded(library: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise CompilationError(f"{library} cannot be loaded: {error}") from error
