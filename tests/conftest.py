@@ -31,6 +31,17 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(params=["compiled", "by torch"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs with the kernels in C, and again as on a machine that has no compiler."""
+    from training_lens.models.native import calls
+
+    if request.param == "by torch":
+        monkeypatch.setattr(calls, "library", lambda: None)
+    elif calls.library() is None:
+        pytest.skip("no C compiler here")
+
+
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
     """Writes rows as JSONL (or JSON, by the name's ending) and gives the path."""

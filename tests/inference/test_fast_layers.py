@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from training_lens.inference.fast_layers import Linear, Product, turned, turning
+from training_lens.inference.fast_layers import Linear, Product, Turn
 from training_lens.inference.replacing import linear_of, relative_error
 
 
@@ -55,10 +55,12 @@ def test_adapters_of_some_of_the_layers_stay_with_theirs() -> None:
     torch.testing.assert_close(Product([plain, adapted, other])(x), wanted)
 
 
-def test_positions_turn_as_in_transformers() -> None:
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_positions_turn_as_in_transformers(rows: int) -> None:
     torch.manual_seed(0)
-    x = torch.randn(2, 5, 3, 8)  # (rows, length, heads, size)
-    half = torch.randn(2, 5, 4)
+    x = torch.randn(2, 5, 4, 8)[:, :, :3]  # (rows, length, heads, size), between others
+    half = torch.randn(rows, 5, 4)
     cos, sin = (torch.cat([t, t], dim=-1) for t in (half.cos(), half.sin()))
     wanted, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
-    torch.testing.assert_close(turned(x, *turning(cos, sin)), wanted)
+    torch.testing.assert_close(Turn(cos, sin)(x), wanted)

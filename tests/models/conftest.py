@@ -8,17 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from training_lens.models.native import calls
-
-
-@pytest.fixture(params=["compiled", "by torch"])
-def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test runs with the kernels in C, and again as on a machine that has no compiler."""
-    if request.param == "by torch":
-        monkeypatch.setattr(calls, "library", lambda: None)
-    elif calls.library() is None:
-        pytest.skip("no C compiler here")
-
 
 @pytest.fixture
 def gpt2() -> Callable[[], Any]:

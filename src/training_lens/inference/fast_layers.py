@@ -8,11 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from training_lens.inference.kv_cache import SlotCache
+from training_lens.models.kernels import activation_name
+from training_lens.models.native import training as native
+from training_lens.models.native.calls import can_take, heads_are_close
+from training_lens.models.native.decoding import attend_newest
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,8 @@ class Norm(nn.Module):
         self.weight, self.eps = weight, eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if can_take(x, self.weight):
+            return native.rms_norm(x, self.weight, self.eps)[0]
         return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -124,10 +133,16 @@ class GatedMlp(nn.Module):
     def __init__(self, gate_up: Product, down: Product, act: Any) -> None:
         super().__init__()
         self.gate_up, self.down, self.act = gate_up, down, act
+        self._name = activation_name(act)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.down(self.act(gate).mul_(up))
+        gate_up = self.gate_up(x)
+        if self._name in native.ACTIVATIONS and can_take(gate_up):
+            active = native.gated(gate_up, self._name)
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+            active = self.act(gate).mul_(up)
+        out: Tensor = self.down(active)
         return out
 
 
@@ -162,10 +177,10 @@ class Attention(nn.Module):
         past_key_values: Any = None,
         **_options: Any,
     ) -> tuple[Tensor, None]:
-        return self.mixed(hidden_states, turning(*position_embeddings), attention_mask, past_key_values), None
+        return self.mixed(hidden_states, Turn(*position_embeddings), attention_mask, past_key_values), None
 
-    def mixed(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any) -> Tensor:
-        """What `forward` gives of (rows, length, hidden), with positions from `turning`."""
+    def mixed(self, x: Tensor, turn: Turn, mask: Tensor | None, cache: Any) -> Tensor:
+        """What `forward` gives of (rows, length, hidden)."""
         rows, length, _ = x.shape
         heads = self.heads
         qkv = self.qkv(x).view(rows, length, heads.queries + 2 * heads.keys, heads.size)
@@ -173,28 +188,54 @@ class Attention(nn.Module):
         if self.norms is not None:
             q, k = qk.split([heads.queries, heads.keys], dim=2)
             qk = torch.cat([self.norms[0](q), self.norms[1](k)], dim=2)
-        q, k = turned(qk, *turn).transpose(1, 2).split([heads.queries, heads.keys], dim=1)
-        v = v.transpose(1, 2)  # (rows, heads, length, size), as q and k
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
-        mixed = attend(q, k, v, mask, heads)
+        q, k = turn(qk).split([heads.queries, heads.keys], dim=2)
+        if length == 1 and isinstance(cache, SlotCache) and heads.softcap is None and can_take(q, k, v):
+            mixed = self._newest(q[:, 0], k[:, 0], v[:, 0], cache)
+        else:
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (rows, heads, length, size)
+            if cache is not None:
+                k, v = cache.update(k, v, self.layer_idx)
+            mixed = attend(q, k, v, mask, heads)
         out: Tensor = self.out(mixed.reshape(rows, length, heads.queries * heads.size))
         return out
 
+    def _newest(self, q: Tensor, k: Tensor, v: Tensor, cache: SlotCache) -> Tensor:
+        """Of one token a row, each (rows, heads, size); what a row sees, the mask would say as well."""
+        layer, columns = cache.layers[self.layer_idx], cache.columns
+        keys, values = layer.write(k, v)
+        window = columns.window if layer.windowed else None
+        return attend_newest(q, keys, values, columns.seen, columns.end, self.heads.scaling, window)
 
-def turning(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines as `turned` takes them, (rows or 1, length, 1, size), from (rows or 1, length, size)."""
-    first, second = sin.chunk(2, dim=-1)
-    return cos[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None]
 
+@dataclass(frozen=True)
+class Turn:
+    """Rotary positions (arXiv 2104.09864) of some tokens: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) of halves.
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (arXiv 2104.09864): (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) of a head's halves.
-
-    Args:
-        x: (rows, length, heads, size); cos, sin: from `turning`.
+    `cos` and `sin` are (rows or 1, length, size), as transformers has them.
     """
-    return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))  # rounded where transformers rounds
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of (rows, length, heads, size), rounded where transformers rounds."""
+        if can_take(x, self.cos, self.sin) and heads_are_close(x):
+            return self._by_kernel(x)
+        cos, sin = self._broadcast
+        return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
+
+    def _by_kernel(self, x: Tensor) -> Tensor:
+        rows, length, heads, size = x.shape
+        cos, sin = (t.expand(rows, -1, -1).reshape(-1, size) for t in (self.cos, self.sin))
+        turned = x.new_empty(rows * length, heads, size)
+        native.rotated(x.flatten(0, 1), cos, sin, 1.0, turned)
+        return turned.view(x.shape)
+
+    @cached_property
+    def _broadcast(self) -> tuple[Tensor, Tensor]:
+        """Both (rows or 1, length, 1, size), with the sines' signs."""
+        first, second = self.sin.chunk(2, dim=-1)
+        return self.cos[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:

@@ -26,6 +26,7 @@ class Columns:
         self.starts: list[int | None] = [None] * rows
         self.end = 0
         self.read = {False: slice(0), True: slice(0)}
+        self.seen = torch.zeros(rows, dtype=torch.int64)  # the first column of each, the newest of a row at rest
 
     @property
     def first(self) -> int:
@@ -33,11 +34,12 @@ class Columns:
         return min((s for s in self.starts if s is not None), default=self.end)
 
     def advance(self) -> None:
-        """One column more; `read` then says which are read, by whether a layer has a window.
+        """One column more; `read` then says which are read, by whether a layer has a window, and `seen` from where.
 
         They go to the newest, from the first in use or from where the window begins.
         """
         self.end += 1
+        self.seen = torch.tensor([self.end - 1 if start is None else start for start in self.starts])
         first, last = self.first, min(-(-self.end // GRAIN) * GRAIN, self.count)
         everything = slice(first // GRAIN * GRAIN, last)
         narrow = self.window is not None and self.end - self.window > first
@@ -68,6 +70,15 @@ class SlotLayer(CacheLayerMixin):
         self.keys[:, :, newest : newest + 1] = key_states
         self.values[:, :, newest : newest + 1] = value_states
         return self.keys[:, :, read], self.values[:, :, read]
+
+    def write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the newest token of every row, each (rows, heads, size); all keys and values that are held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key[:, :, None], value[:, :, None])
+        newest = self.columns.end - 1
+        self.keys[:, :, newest] = key
+        self.values[:, :, newest] = value
+        return self.keys, self.values
 
     def put(self, row: int, keys: Tensor, values: Tensor, start: int) -> None:
         """Write a stretch of a prompt, (heads, tokens, size), from column `start` on."""

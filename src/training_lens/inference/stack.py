@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache
 
-from training_lens.inference.fast_layers import Attention, GatedMlp, Norm, Product, turning
+from training_lens.inference.fast_layers import Attention, GatedMlp, Norm, Product, Turn
 from training_lens.inference.kv_cache import FULL, SLIDING
 
 PARTS = {"input_layernorm": Norm, "self_attn": Attention, "post_attention_layernorm": Norm, "mlp": GatedMlp}
@@ -44,7 +44,7 @@ class Stack:
     def logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
         """As `Decoder.logits`."""
         x = self.embed(ids)  # (rows, tokens, hidden)
-        turn = turning(*self.rotary(x, positions))
+        turn = Turn(*self.rotary(x, positions))
         for block in self.blocks:
             mask = None if masks is None else masks[block.kind]
             x.add_(block.attention.mixed(block.before(x), turn, mask, cache))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from training_lens.models.attention import Segments, segment_attention
 from training_lens.models.joined import Joined
-from training_lens.models.kernels import ACTIVATIONS, gated, rms_norm, rotate
+from training_lens.models.kernels import activation_name, gated, rms_norm, rotate
 from training_lens.models.layouts import GATE_UP, QUERY_KEY_VALUE, Heads, projections
 
 TOKENS = 6  # of the random input on which a module and its kernel are compared
@@ -141,14 +141,14 @@ class Gated(Kernel):
 
     @staticmethod
     def refusal(module: Any) -> str:
-        if _name_of(_activation(module)) is None:
+        if activation_name(_activation(module)) is None:
             return f"{type(module).__name__} with another activation"
         return Joined.refusal(projections(module, GATE_UP)) or Joined.refusal([module.down_proj])
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
         self._gate_up, self._down = Joined(projections(module, GATE_UP)), Joined([module.down_proj])
-        self._name = _name_of(_activation(module))
+        self._name = activation_name(_activation(module))
 
     @property
     def width(self) -> int:
@@ -162,17 +162,6 @@ class Gated(Kernel):
 
 def _activation(module: Any) -> Any:
     return getattr(module, "act_fn", getattr(module, "activation_fn", None))
-
-
-def _name_of(activation: Any) -> str | None:
-    """The kernels' name of a function of numbers, told by its values; None where it is none of theirs."""
-    x = torch.linspace(-6, 6, 97)
-    try:
-        values = activation(x)
-        same = (name for name, (known, _) in ACTIVATIONS.items() if torch.allclose(known(x), values, atol=1e-5))
-        return next(same, None)
-    except (TypeError, ValueError, RuntimeError, AttributeError):  # it takes more than a tensor, or gives another kind
-        return None
 
 
 def may_join(product: Joined) -> bool:

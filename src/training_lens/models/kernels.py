@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, linear, silu
 
 from training_lens.models.native import training as native
-from training_lens.models.native.calls import can_take, summing
+from training_lens.models.native.calls import can_take, heads_are_close, summing
 
 SUMS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}  # numbers of W + s B A that exist at a time: 1 MB stays in a CPU's cache
 
@@ -27,6 +27,17 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Any]]] = 
     "gelu": (gelu, _gelu_backward),
     "gelu_tanh": (partial(gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")),
 }
+
+
+def activation_name(activation: Any) -> str | None:
+    """The name in `ACTIVATIONS` of a function of numbers, told by its values; None where it is none of them."""
+    x = torch.linspace(-6, 6, 97)
+    try:
+        values = activation(x)
+        same = (name for name, (known, _) in ACTIVATIONS.items() if torch.allclose(known(x), values, atol=1e-5))
+        return next(same, None)
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # it takes more than a tensor, or gives another kind
+        return None
 
 
 def lora_linear(
@@ -271,7 +282,7 @@ class _Rotate(torch.autograd.Function):
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     """`rotate` without autograd, forth or (`direction` -1) back."""
     y = torch.empty_like(x)
-    if can_take(x, cos, sin) and _heads_lie_close(x):
+    if can_take(x, cos, sin) and heads_are_close(x):
         native.rotated(x, cos, sin, direction, y)
         return y
     half = cos.shape[-1] // 2
@@ -282,7 +293,3 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     if 2 * half < x.shape[-1]:
         y[..., 2 * half :] = x[..., 2 * half :]
     return y
-
-
-def _heads_lie_close(x: Tensor) -> bool:
-    return x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]

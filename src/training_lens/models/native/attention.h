@@ -9,8 +9,6 @@
 #define TILE 8     /* rows of a product that are summed at a time, in registers */
 #define FILLED(count) (((count) + COLUMNS - 1) / COLUMNS * COLUMNS)
 
-typedef WIDE NAME(vector) __attribute__((vector_size(64), aligned(sizeof(WIDE)), may_alias));
-#define LANES ((int64_t)(64 / sizeof(WIDE)))
 #define PARTS (COLUMNS / (64 / sizeof(WIDE)))
 
 /* out (TILE rows, COLUMNS) = or += a b: a's number (i, k) is a[i down + k across], b a panel of `inner` rows. */
@@ -239,5 +237,4 @@ void NAME(attend_back)(int64_t begin, int64_t end, const struct call *c) {
 #undef COLUMNS
 #undef TILE
 #undef FILLED
-#undef LANES
 #undef PARTS

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from training_lens.models.native.calls import call, summing
+from training_lens.models.native.calls import call, heads_are_close, summing
 
 BLOCK, COLUMNS = 32, 32  # of attention.h
 
@@ -116,4 +116,4 @@ def _sums(query: Tensor) -> Tensor:
 
 def _close(x: Tensor) -> Tensor:
     """Whose heads lie one behind the other, whatever is between tokens."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+    return x if heads_are_close(x) else x.contiguous()

@@ -15,7 +15,7 @@ from training_lens.utils.compiling import CompilationError, compiled
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h", "attention.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h", "attention.h", "decoding.h"))
 TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double"}
 GRAIN = 2**15  # numbers that are worth a thread
 
@@ -88,3 +88,8 @@ def call(
 def summing(x: Tensor) -> torch.dtype:
     """The dtype that sums over x are made in."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def heads_are_close(x: Tensor) -> bool:
+    """Whether heads, (..., heads, size), lie one behind the other, whatever is between tokens."""
+    return x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]

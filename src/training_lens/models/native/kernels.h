@@ -3,6 +3,11 @@
 #define GET NAME(get)
 #define PUT NAME(put)
 #define ROUND(x) GET(PUT(x))
+#define LANES ((int64_t)(64 / sizeof(WIDE))) /* of a vector */
+
+typedef WIDE NAME(vector) __attribute__((vector_size(64), aligned(sizeof(WIDE)), may_alias));
+typedef WIDE NAME(half) __attribute__((vector_size(32), aligned(sizeof(WIDE)), may_alias));
+typedef WIDE NAME(quarter) __attribute__((vector_size(16), aligned(sizeof(WIDE)), may_alias));
 
 /* Rows: y = w x / sqrt(mean(x^2) + by[0]), the quotient rounded before the weight; by a WIDE weight, rounded once.
  * at: x (rows, width), weight (width), y, scale (rows) WIDE; of: width, whether the weight is WIDE. */
@@ -135,10 +140,12 @@ void NAME(nll)(int64_t begin, int64_t end, const struct call *c) {
 }
 
 #include "attention.h"
+#include "decoding.h"
 
 #undef GET
 #undef PUT
 #undef ROUND
+#undef LANES
 #undef NUMBER
 #undef WIDE
 #undef EXP

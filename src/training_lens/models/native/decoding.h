@@ -1,0 +1,61 @@
+/* Attention of one new token a row, over the columns of a cache, for one type (see kernels.h). */
+
+/* Sum of x y, of which whole vectors are summed pair by pair: the one order that a compiler need not keep. */
+static inline __attribute__((always_inline)) WIDE NAME(along)(const WIDE *x, const NUMBER *y, int64_t count) {
+    NAME(vector) sums = {0};
+    WIDE rest = 0;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        union { NAME(vector) together; WIDE numbers[LANES]; } wide;
+        for (int64_t lane = 0; lane < LANES; lane++) wide.numbers[lane] = GET(y[i + lane]);
+        sums += *(const NAME(vector) *)(x + i) * wide.together;
+    }
+    for (; i < count; i++) rest += x[i] * GET(y[i]);
+    const NAME(half) half = ((NAME(half) *)&sums)[0] + ((NAME(half) *)&sums)[1];
+    const NAME(quarter) quarter = ((NAME(quarter) *)&half)[0] + ((NAME(quarter) *)&half)[1];
+    for (size_t lane = 0; lane < 16 / sizeof(WIDE); lane++) rest += quarter[lane];
+    return rest;
+}
+
+/* One head: y = softmax(q k^T) v over `count` columns, q scaled already; `weights` has room for as many. Inlined with
+ * the sizes that most models have as constants, so that sums stay in registers. */
+static inline __attribute__((always_inline)) void NAME(newest)(
+    const WIDE *q, const NUMBER *keys, const NUMBER *values, int64_t count, int64_t size, WIDE *weights, NUMBER *y) {
+    WIDE top = -INFINITY, sum = 0, mixed[size];
+    for (int64_t column = 0; column < count; column++) weights[column] = NAME(along)(q, keys + column * size, size);
+    #pragma omp simd reduction(max : top)
+    for (int64_t column = 0; column < count; column++) top = weights[column] > top ? weights[column] : top;
+    #pragma omp simd reduction(+ : sum)
+    for (int64_t column = 0; column < count; column++) sum += weights[column] = EXP(weights[column] - top);
+    for (int64_t i = 0; i < size; i++) mixed[i] = 0;
+    for (int64_t column = 0; column < count; column++)
+        #pragma omp simd
+        for (int64_t i = 0; i < size; i++) mixed[i] += weights[column] * GET(values[column * size + i]);
+    #pragma omp simd
+    for (int64_t i = 0; i < size; i++) y[i] = PUT(mixed[i] / sum);
+}
+
+/* Rows times groups of heads that share keys and values: y = softmax(by[0] q k^T) v of the row's newest token, over the
+ * columns from its first one, or from where the window begins, to the newest.
+ * at: q (rows, heads, size), keys and values (rows, groups, columns, size), first (rows) int64, y (rows, heads, size);
+ * of: heads, groups, size, the column behind the newest, window (0: none), the strides of a row of q, of a row of keys
+ * and values, and of a group of theirs. */
+void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
+    const int64_t heads = c->of[0], groups = c->of[1], size = c->of[2], behind = c->of[3], window = c->of[4];
+    const int64_t shared = heads / groups;
+    WIDE q[size], weights[behind];
+    for (int64_t item = begin; item < end; item++) {
+        const int64_t row = item / groups, group = item % groups, own = ((const int64_t *)c->at[3])[row];
+        const int64_t first = window && behind - window > own ? behind - window : own, count = behind - first;
+        const int64_t cached = row * c->of[6] + group * c->of[7] + first * size;
+        const NUMBER *keys = (const NUMBER *)c->at[1] + cached, *values = (const NUMBER *)c->at[2] + cached;
+        for (int64_t head = group * shared; head < (group + 1) * shared; head++) {
+            const NUMBER *query = (const NUMBER *)c->at[0] + row * c->of[5] + head * size;
+            NUMBER *y = (NUMBER *)c->at[4] + (row * heads + head) * size;
+            for (int64_t i = 0; i < size; i++) q[i] = (WIDE)c->by[0] * GET(query[i]);
+            if (size == 64) NAME(newest)(q, keys, values, count, 64, weights, y);
+            else if (size == 128) NAME(newest)(q, keys, values, count, 128, weights, y);
+            else NAME(newest)(q, keys, values, count, size, weights, y);
+        }
+    }
+}

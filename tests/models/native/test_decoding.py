@@ -1,0 +1,44 @@
+"""Attention of the newest token is that over the columns that its row sees, whatever else the cache holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from training_lens.models.native import calls
+from training_lens.models.native.decoding import attend_newest
+
+pytestmark = pytest.mark.skipif(calls.library() is None, reason="no C compiler here")
+END = 37  # columns that are in use
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def row_by_row(query: Tensor, keys: Tensor, values: Tensor, first: Tensor, window: int | None) -> Tensor:
+    shared = query.shape[1] // keys.shape[1]
+    found = torch.empty_like(query)
+    for row, start in enumerate(first.tolist()):
+        begin = max(start, END - window if window else 0)
+        for head in range(query.shape[1]):
+            k, v = (held[row, head // shared, begin:END] for held in (keys, values))
+            found[row, head] = (0.3 * k @ query[row, head]).softmax(0) @ v
+    return found
+
+
+@pytest.mark.parametrize("window", [None, 1, 9, 100])
+@pytest.mark.parametrize("size", [20, 64, 80, 128])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_it_sees_its_rows_columns_alone(dtype: torch.dtype, most: float, size: int, window: int | None) -> None:
+    together, keys, values = drawn(3, 6, size, seed=0), drawn(3, 2, 48, size, seed=1), drawn(3, 2, 48, size, seed=2)
+    query = together.to(dtype)[:, 1:5]  # between others
+    keys, values = keys.to(dtype), values.to(dtype)
+    first = torch.tensor([0, 30, 36])
+    for row, start in enumerate(first.tolist()):  # what it must not read
+        keys[row, :, :start], values[row, :, :start] = torch.nan, torch.nan
+    keys[:, :, END:], values[:, :, END:] = torch.nan, torch.nan
+    found = attend_newest(query, keys, values, first, END, 0.3, window)
+    wanted = row_by_row(query.double(), keys.double(), values.double(), first, window)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=most)
