@@ -56,8 +56,8 @@ class BaseWeightsCollector(DataCollector):
 
     NaN where a module has no single weight matrix.
 
-    Cost: before the first step, a float32 copy of one W at a time (dequantized where it is quantized), and 25 products
-    of it with 16 vectors.
+    Cost: before the first step, a float32 copy of one W at a time (dequantized where it is quantized), and 33 products
+    of it with a vector.
     """
 
     name, data_type, cadence = tables.BASE, DataType.ADAPTER_WEIGHTS, Cadence.SNAPSHOTS
