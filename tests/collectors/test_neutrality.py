@@ -110,6 +110,28 @@ def test_a_run_with_all_collectors_is_stored_and_read(
     assert torch.equal(last[f"{name}.b"], layer.lora_B["default"].weight.detach())
 
 
+@pytest.mark.parametrize("section", [{}, {"family": "gpt2"}, {"target_modules": ["embed_tokens", "q_proj"]}], ids=str)
+def test_before_the_first_step_one_pass_of_the_probe_shows_what_two_would(
+    section: dict[str, Any], adapted: Callable[..., Any], loop: Any, probe: Probe, tmp_path: Path
+) -> None:
+    model = adapted(moved=False, **section)
+    made = [CollectorRegistry.get(name)() for name in CollectorRegistry.names()]
+    wanted = loop(model, made, probe=probe).go_through_probe()  # two passes
+    passes: list[bool] = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(True))
+    lens = TrainingLensFramework(tmp_path, probe=probe)
+    lens.start(model)
+    handle.remove()
+    lens.stop()
+    assert len(passes) == 1 and len(wanted) == 3
+    store = LensStore(tmp_path)
+    for table, captured in wanted.items():
+        for measure, values in captured.scalars.items():
+            series = store.series(table, measure)
+            at = [series.names.index(row) for row in captured.rows]
+            np.testing.assert_array_equal(series.values[0, at], values.float().numpy(), err_msg=f"{table}.{measure}")
+
+
 def test_a_resumed_run_has_its_frozen_weights_once(adapted: Callable[..., Any], ids: Tensor, tmp_path: Path) -> None:
     model = adapted()
     for after in (0, 1):

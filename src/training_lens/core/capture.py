@@ -16,10 +16,10 @@ from training_lens.config.lens_section import LensSection
 from training_lens.core import tables
 from training_lens.core.collector import DataCollector, Pace, Watched
 from training_lens.core.manifest import LENS
-from training_lens.core.probe import as_judged
+from training_lens.core.modules import adds_nothing
+from training_lens.core.probe import as_judged, probe_scores
 from training_lens.core.types import Cadence, Captured, DataType, LensManifest, Moment
 from training_lens.core.writer import LensWriter
-from training_lens.models.scoring import paired_scores
 from training_lens.utils.devices import Precision, autocast
 from training_lens.utils.files import safe_save
 from training_lens.utils.formatting import said
@@ -185,18 +185,22 @@ class Capture:
                 self._keep(collector, step, collector.collect(self.watched, step))
 
     def _go_through_probe(self, step: int, collectors: Sequence[DataCollector]) -> None:
-        """One pass of the probe set with the adapter off and one with it on, watched by all that are due."""
+        """One pass of the probe set with the adapter off and one with it on, watched by all that are due.
+
+        While the adapter adds nothing the second stands for both: that halves what comes before the first step.
+        """
         watched = self.watched
         if self._over or not collectors or watched.probe is None:
             return
         started = time.perf_counter()
         try:
             with self._timed("probe"), ExitStack() as around:
+                watched.one_pass = adds_nothing(watched.model)
                 around.enter_context(as_judged(watched.model))
                 around.enter_context(autocast(watched.probe.input_ids.device, self._facts.precision))
                 for collector in collectors:
                     around.enter_context(collector.watching(watched))
-                watched.scores = paired_scores(watched.model, watched.probe.input_ids, watched.probe.loss_mask)
+                watched.scores = probe_scores(watched.model, watched.probe, watched.one_pass)
         except Exception as error:
             self._switch_off(self._of(Moment.PROBE), step, error)
         else:

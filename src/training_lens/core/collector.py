@@ -24,7 +24,8 @@ class Watched:
     `before`, `gradients` and `after` have one stack for each of `groups`: the weights that the step's gradients belong
     to, these gradients (accumulated, unscaled, before clipping), and the weights after the update. At the moment of
     gradients `after` is still empty; at the probe the model computes as after the update, and `scores` are those of its
-    supervised tokens without and with the adapter.
+    supervised tokens without and with the adapter. `one_pass`: the adapter adds nothing yet, so the probe goes through
+    the model once, with the adapter on, and not twice.
     """
 
     model: Any
@@ -37,6 +38,7 @@ class Watched:
     gradients: Sequence[Factors] = field(default_factory=tuple)
     after: Sequence[Factors] = field(default_factory=tuple)
     scores: PairedScores | None = None
+    one_pass: bool = False
 
     @property
     def names(self) -> list[str]:
