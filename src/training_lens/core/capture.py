@@ -100,16 +100,16 @@ class Capture:
         """Whether gradients or an update of this step are looked at."""
         return bool(self._due(Moment.GRADIENTS, step) or self._due(Moment.UPDATE, step))
 
-    def gradients(self, step: int, of: Gradient) -> None:
-        """See `TrainingLensFramework.gradients`."""
+    def gradients(self, step: int, of: Gradient, passed_over: bool = False) -> None:
+        """See `TrainingLensFramework.gradients`; with `passed_over`, at a step at which none are due."""
         watched = self.watched
-        if self._over or not self.due(step):
+        if self._over or self.due(step) is passed_over:
             watched.before = watched.gradients = ()
             return
         with self._timed("stacks", self._stacks_for(step)), self._needed():
             watched.before = [group.weights() for group in watched.groups]  # a loop may have changed them since
             watched.gradients = [group.gradients(of) for group in watched.groups]
-        self._collect(self._due(Moment.GRADIENTS, step), step)
+        self._collect(self._of(Moment.GRADIENTS) if passed_over else self._due(Moment.GRADIENTS, step), step)
 
     def update(self, step: int) -> None:
         """See `TrainingLensFramework.update`."""
