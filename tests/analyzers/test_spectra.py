@@ -157,18 +157,21 @@ def test_top_ratio_is_that_of_the_dense_norms() -> None:
     assert top_ratio(torch.zeros_like(a), b).isinf().all()
 
 
-def test_power_iteration_comes_within_a_percent_from_below() -> None:
+def test_the_largest_singular_value_comes_within_a_percent_from_below() -> None:
     flat = normal(2, 300, 200)
     decaying = torch.diag(torch.arange(1, 201) ** -0.5)
     close = torch.diag(1 - torch.arange(200) * 1e-3)  # two hundred values, a thousandth apart
     wide, one = normal(600, 1600), normal(40, 1) @ normal(1, 30)
-    for weight in (flat, flat.mT.contiguous(), wide, decaying, close, flat.bfloat16(), one, normal(5, 3), normal(3, 5)):
+    same, few, none = torch.eye(50), normal(60, 4) @ normal(4, 50), torch.zeros(4, 6)  # no more directions than these
+    small = (normal(5, 3), normal(3, 5), normal(1, 7), one, same, few, none)
+    for weight in (flat, flat.mT.contiguous(), wide, decaying, close, flat.bfloat16(), *small):
         true = matrix_norm(weight.float(), 2)
         found = top_singular_value(weight)
         assert (found <= true * (1 + 1e-5)).all() and (found >= 0.99 * true).all()
+    assert top_singular_value(torch.full((3, 3), torch.nan)).isnan()
 
 
-def test_power_iteration_repeats_itself_and_leaves_torchs_random_state() -> None:
+def test_the_largest_singular_value_repeats_itself_and_leaves_torchs_random_state() -> None:
     weight, state = normal(40, 30), torch.get_rng_state()
     assert top_singular_value(weight) == top_singular_value(weight)
     assert torch.equal(torch.get_rng_state(), state)

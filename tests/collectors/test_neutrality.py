@@ -110,6 +110,60 @@ def test_a_run_with_all_collectors_is_stored_and_read(
     assert torch.equal(last[f"{name}.b"], layer.lora_B["default"].weight.detach())
 
 
+def test_behind_the_first_hundred_steps_scalars_keep_to_their_share_and_stay_right(
+    adapted: Callable[..., Any], ids: Tensor, tmp_path: Path
+) -> None:
+    model, steps, total = adapted().train(), 112, 230  # at least every second step, to be 200 in the run
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    lens = TrainingLensFramework(tmp_path, collectors=[tables.GRADIENTS, tables.WEIGHTS])
+    moved: list[float] = []  # of the first module, step by step
+    with lens.watch(model, optimizer, facts=RunFacts(settings={"total_steps": total})):
+        for i in range(steps):
+            before = _change(model)
+            loss = model(input_ids=ids.roll(i), labels=ids.roll(i)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            lens.step(loss)
+            moved.append(float((_change(model) - before).norm()))
+    store = LensStore(tmp_path)
+    captured = store.series(tables.WEIGHTS, "norm_step")
+    assert captured.steps.tolist() == [*range(1, 101), *range(102, steps + 1, 2)]  # a capture is over 1 % of such steps
+    assert store.series(tables.GRADIENTS, "self_check").steps.tolist() == captured.steps.tolist()
+    np.testing.assert_allclose(captured.values[:, 0], np.array(moved)[captured.steps - 1], rtol=1e-4)
+    assert store.series(tables.GRADIENTS, "self_check").values.max() <= 1e-5
+    assert len(store.series(tables.LOSS, "loss").steps) == steps
+
+
+def _change(model: Any) -> Tensor:
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    a, b = layer.lora_A["default"].weight.detach().double(), layer.lora_B["default"].weight.detach().double()
+    change: Tensor = layer.scaling["default"] * (b @ a)
+    return change
+
+
+@pytest.mark.parametrize("section", [{}, {"family": "gpt2"}, {"target_modules": ["embed_tokens", "q_proj"]}], ids=str)
+def test_before_the_first_step_one_pass_of_the_probe_shows_what_two_would(
+    section: dict[str, Any], adapted: Callable[..., Any], loop: Any, probe: Probe, tmp_path: Path
+) -> None:
+    model = adapted(moved=False, **section)
+    made = [CollectorRegistry.get(name)() for name in CollectorRegistry.names()]
+    wanted = loop(model, made, probe=probe).go_through_probe()  # two passes
+    passes: list[bool] = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(True))
+    lens = TrainingLensFramework(tmp_path, probe=probe)
+    lens.start(model)
+    handle.remove()
+    lens.stop()
+    assert len(passes) == 1 and len(wanted) == 3
+    store = LensStore(tmp_path)
+    for table, captured in wanted.items():
+        for measure, values in captured.scalars.items():
+            series = store.series(table, measure)
+            at = [series.names.index(row) for row in captured.rows]
+            np.testing.assert_array_equal(series.values[0, at], values.float().numpy(), err_msg=f"{table}.{measure}")
+
+
 def test_a_resumed_run_has_its_frozen_weights_once(adapted: Callable[..., Any], ids: Tensor, tmp_path: Path) -> None:
     model = adapted()
     for after in (0, 1):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training_lens.config.schema import PeftSection
-from training_lens.core.modules import adapter_modules
+from training_lens.core.modules import adapter_modules, adds_nothing
 from training_lens.core.stacks import Groups
 from training_lens.errors import LensError
 from training_lens.models.adapters import attach
@@ -184,3 +184,30 @@ def test_what_wraps_a_model_is_no_part_of_the_names() -> None:
     parallel = torch.nn.Module()
     parallel.module = compiled  # as DistributedDataParallel keeps it
     assert [m.name for m in adapter_modules(parallel)] == bare
+
+
+@pytest.mark.parametrize(
+    ("section", "nothing"),
+    [
+        ({}, True),
+        ({"variant": "rslora"}, True),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, True),  # PEFT starts an embedding with A = 0
+        ({"use_dora": True}, False),  # equal up to rounding only
+        ({"init": "pissa"}, False),
+    ],
+    ids=str,
+)
+def test_a_fresh_adapter_adds_nothing_until_one_number_of_it_moves(section: dict[str, Any], nothing: bool) -> None:
+    model = attach(llama(), PeftSection.model_validate({"r": 3, **section}))
+    assert adds_nothing(model) is nothing
+    module = adapter_modules(model)[-1]
+    module.a.data[0, 0] = module.b.data[0, 0] = 1e-30
+    assert not adds_nothing(model)
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}], ids=str)
+def test_of_what_is_no_lora_it_is_not_told_that_it_adds_nothing(more: dict[str, Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    assert not adds_nothing(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], **more)))
+    assert adds_nothing(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])))

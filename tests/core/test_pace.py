@@ -46,3 +46,29 @@ def test_a_step_without_a_time_changes_nothing() -> None:
     pace = Pace(None, 0.01)
     pace.took(1.0, 0.0)
     assert pace.interval == 1
+
+
+def test_a_hiccup_of_one_capture_makes_no_gap() -> None:
+    pace = Pace(None, 0.01)
+    for seconds in (0.02, 9.0):
+        pace.took(seconds, 1.0)
+    assert pace.interval == 2
+    pace.took(9.0, 1.0)  # it stays dear
+    assert pace.interval == 1000
+
+
+def test_the_first_steps_and_the_last_are_due_whatever_they_cost() -> None:
+    pace = Pace(None, 0.01, 997, always=100)
+    pace.took(5.0, 1.0)
+    assert pace.interval == 500
+    assert [step for step in range(998) if pace.due(step)] == [*range(1, 101), 500, 997]
+    assert [step for step in range(998) if Pace(400, 0.01, 997, always=100).due(step)] == [1, 400, 800]
+
+
+def test_a_run_of_known_length_has_about_as_many_captures_as_promised() -> None:
+    for total in (24, 100, 934, 20_000):
+        pace = Pace(None, 0.0025, total, least=4, most=8)
+        assert sum(map(pace.due, range(1, total + 1))) in range(4, 10)  # multiples of a nice number, and the first step
+        pace.took(1e9, 1.0)
+        assert sum(map(pace.due, range(1, total + 1))) in range(2, 6)
+    assert Pace(None, 0.01, 100_000, most=None).interval == 1

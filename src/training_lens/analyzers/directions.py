@@ -5,6 +5,7 @@ None of these waits for the device or draws random numbers: they may run at ever
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ def self_check(
     b: Float[Tensor, "*batch outputs rank"],
     grad_a: Float[Tensor, "*batch rank inputs"],
     grad_b: Float[Tensor, "*batch outputs rank"],
+    grad_norms: tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]] | None = None,
 ) -> Float[Tensor, "*batch"]:
     """How far captured gradients are from the identity that they must satisfy: about 1e-6 in float32, 1 where broken.
 
@@ -30,11 +32,15 @@ def self_check(
     micro-batches, clipped alike or not at all, and the weights those that made them. A fresh adapter (B = 0) has
     gA = 0 and fulfils it.
 
+    Args:
+        grad_norms: ||gA|| and ||gB||, where they are known already.
+
     Cost: two products of (rank, in or out) with each other and four norms.
     """
     a, b, grad_a, grad_b = precise(a), precise(b), precise(grad_a), precise(grad_b)
+    norm_a, norm_b = grad_norms or (frobenius(grad_a), frobenius(grad_b))
     gap = frobenius(b.mT @ grad_b - grad_a @ a.mT)
-    scale = frobenius(b) * frobenius(grad_b) + frobenius(grad_a) * frobenius(a)
+    scale = frobenius(b) * norm_b + norm_a * frobenius(a)
     return (gap / scale).masked_fill(scale == 0, 0)
 
 
@@ -103,8 +109,8 @@ def adam_update_rms(
         second_moment: v with its bias taken out, that is Adam's `exp_avg_sq` / (1 - beta2^t).
         eps: Adam's.
     """
-    gradient, second_moment = precise(gradient), precise(second_moment)
-    return (gradient.square() / second_moment.clamp(min=eps**2)).mean((-2, -1)).sqrt()
+    steps = precise(second_moment).clamp(min=eps**2).rsqrt_().mul_(gradient)  # g / sqrt(v), in one tensor
+    return frobenius(steps) / math.sqrt(steps.shape[-2] * steps.shape[-1])
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,23 @@ Leading dimensions, `*batch`, are modules of one shape: all of them are measured
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+class Grams(NamedTuple):
+    """A A^T and B^T B, (*batch, rank, rank): all that the norms of A, B and B A need."""
+
+    a: Tensor
+    b: Tensor
+
+    @classmethod
+    def of(cls, a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"]) -> Grams:
+        """In the factors' own precision. Cost: two products of the factors with themselves."""
+        return cls(a @ a.mT, b.mT @ b)
 
 
 def precise(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
@@ -30,6 +44,11 @@ def frobenius(x: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch"
     """The Frobenius norm of each matrix: the root of the sum of its squares, in its own precision."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
     return norm
+
+
+def norm_of(gram: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch"]:
+    """The Frobenius norm of the factor whose Gram matrix this is: the root of its trace."""
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
 
 
 def inner(

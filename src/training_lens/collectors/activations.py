@@ -46,13 +46,14 @@ class ActivationsCollector(DataCollector):
 
     @contextmanager
     def watching(self, watched: Watched) -> Iterator[None]:
-        """Keep what the layers give in the base's pass and then in the adapter's."""
+        """Keep what the layers give in the base's pass and then in the adapter's, or in the one for both."""
         assert watched.probe is not None
         positions = Positions.of_mask(watched.probe.real)
         with kept_states(self._layers, positions) as states:
             yield
         half = len(states) // 2
-        self._states = LayerStates(tuple(states[:half]), tuple(states[half:]), positions)
+        base, adapter = (states, states) if watched.one_pass else (states[:half], states[half:])
+        self._states = LayerStates(tuple(base), tuple(adapter), positions)
 
     def collect(self, watched: Watched, step: int) -> Captured:
         """Of the states that the probe's passes left."""

@@ -71,7 +71,7 @@ class _Adam:
         """(parameters,), of parameters of one shape; NaN for one without a gradient or a state."""
         gradients = torch.stack([_or_unknown(p.grad, p) for p in parameters])
         moments = torch.stack([_or_unknown(self.state.get(p, {}).get("exp_avg_sq"), p) for p in parameters])
-        moments = moments.float() / self._bias(parameters).to(moments.device, non_blocking=True)[:, None, None]
+        moments = moments.float().div_(self._bias(parameters).to(moments.device, non_blocking=True)[:, None, None])
         return adam_update_rms(gradients, moments, self.eps)
 
     def _bias(self, parameters: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from training_lens.analyzers.spectra import balance, step_norm, top_singular_value, update_norm
+from training_lens.analyzers.factors import Grams, norm_of
+from training_lens.analyzers.spectra import balance_of, step_norm, top_singular_value, update_norm, update_norm_of
 from training_lens.core import tables
 from training_lens.core.collector import DataCollector, Watched
 from training_lens.core.modules import AdapterModule
@@ -24,7 +25,7 @@ class AdapterWeightsCollector(DataCollector):
     Of PiSSA, A, B and their balance are those of the trained halves, and dW is the whole. `norm_step` is NaN where the
     weights before the step were not captured.
 
-    Cost: some ten passes over the adapter's parameters, no synchronisation.
+    Cost: some ten passes over the adapter's parameters, of PiSSA in float64, no synchronisation.
     """
 
     name, data_type = tables.WEIGHTS, DataType.ADAPTER_WEIGHTS
@@ -38,16 +39,22 @@ class AdapterWeightsCollector(DataCollector):
 
 def _measures(group: Group, before: Factors | None, after: Factors) -> dict[str, Tensor]:
     """Each (modules of the group,)."""
-    whole = group.whole(after)
+    grams = Grams.of(after.a, after.b)
     unknown = after.a.new_full((len(after.a),), torch.nan)
     return {
-        "norm_a": vector_norm(after.a, dim=(1, 2)),
-        "norm_b": vector_norm(after.b, dim=(1, 2)),
-        "norm_update": update_norm(whole.a, whole.b, group.scaling),
+        "norm_a": norm_of(grams.a),
+        "norm_b": norm_of(grams.b),
+        "norm_update": _update_norm(group, after, grams),
         # the frozen halves of PiSSA do not move
         "norm_step": step_norm(before.a, before.b, after.a, after.b, group.scaling) if before else unknown,
-        "balance": balance(after.a, after.b),
+        "balance": balance_of(grams),
     }
+
+
+def _update_norm(group: Group, after: Factors, grams: Grams) -> Tensor:
+    """(modules of the group,), of the whole dW; what trains of PiSSA cancels against its frozen half."""
+    whole = group.whole(after)
+    return update_norm_of(grams, group.scaling) if whole is after else update_norm(whole.a, whole.b, group.scaling)
 
 
 @CollectorRegistry.register
@@ -56,8 +63,8 @@ class BaseWeightsCollector(DataCollector):
 
     NaN where a module has no single weight matrix.
 
-    Cost: before the first step, a float32 copy of one W at a time (dequantized where it is quantized), and 25 products
-    of it with 16 vectors.
+    Cost: before the first step, a float32 copy of one W at a time (dequantized where it is quantized), and 33 products
+    of it with a vector.
     """
 
     name, data_type, cadence = tables.BASE, DataType.ADAPTER_WEIGHTS, Cadence.SNAPSHOTS

@@ -14,16 +14,23 @@ class LensSection(Section):
     collectors: list[str] | None = Field(
         None, description="names of collectors, your own among them; null: all built-in ones"
     )
-    scalars_every: int = Field(1, ge=1, description="norms, directions and the self-check every so many steps")
+    scalars_every: int | None = Field(
+        None,
+        ge=1,
+        description="norms, directions and the self-check every so many steps; null: each of the first 100, then as "
+        "often as takes 1 % of the time, and about 200 times in a run at least",
+    )
     spectra_every: int | None = Field(
-        None, ge=1, description="spectra every so many steps; null: as often as takes 0.5 % of the time"
+        None, ge=1, description="spectra every so many steps; null: as often as takes 0.25 % of the time"
     )
     probe_every: int | None = Field(
         None,
         ge=1,
-        description="activations and KL on the probe set every so many steps; null: as 1 % of the time allows",
+        description="activations and KL on the probe set every so many steps; null: as 0.5 % of the time allows",
     )
-    snapshot_every: int | None = Field(None, ge=1, description="A and B whole every so many steps; null: 8 in a run")
+    snapshot_every: int | None = Field(
+        None, ge=1, description="A and B whole every so many steps; null: 4 to 8 in a run, as 0.25 % of the time allows"
+    )
     probe_tokens: int = Field(
         512,
         ge=0,

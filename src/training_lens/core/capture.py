@@ -16,10 +16,10 @@ from training_lens.config.lens_section import LensSection
 from training_lens.core import tables
 from training_lens.core.collector import DataCollector, Pace, Watched
 from training_lens.core.manifest import LENS
-from training_lens.core.probe import as_judged
+from training_lens.core.modules import adds_nothing
+from training_lens.core.probe import as_judged, probe_scores
 from training_lens.core.types import Cadence, Captured, DataType, LensManifest, Moment
 from training_lens.core.writer import LensWriter
-from training_lens.models.scoring import paired_scores
 from training_lens.utils.devices import Precision, autocast
 from training_lens.utils.files import safe_save
 from training_lens.utils.formatting import said
@@ -27,9 +27,15 @@ from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 Gradient = Callable[[torch.nn.Parameter], Tensor | None]
-SPECTRA_SHARE, PROBE_SHARE = 0.005, 0.01  # of the training time, where the config sets no interval
-SPECTRA = 16  # at least, in a run whose length is known
-SNAPSHOTS = 8  # in a run whose length is known
+SHARES = {  # of the training time, where the config sets no interval: 2 % in all
+    Cadence.SCALARS: 0.01,
+    Cadence.SPECTRA: 0.0025,
+    Cadence.PROBE: 0.005,
+    Cadence.SNAPSHOTS: 0.0025,
+}
+SCALARS, SCALARS_FIRST = 200, 100  # captures at least in a run whose length is known; first steps that are all captured
+SPECTRA = 8  # at least, in a run whose length is known
+SNAPSHOTS = (4, 8)  # at least and at most, in a run whose length is known
 SNAPSHOT_STEPS = 500  # between them, in one whose length is not
 PROBE = "probe.safetensors"  # in the lens folder, where lens.keep_probe asks for it
 STEP_DECAY = 0.9  # decay of the running mean of a step's seconds
@@ -71,11 +77,11 @@ class Capture:
         self.watched = watched
         self._section, self._facts = section, facts
         self._live = [c for c in collectors if c.moment is not Moment.PROBE or watched.probe]
-        self._paces = {c.name: self._pace(c) for c in self._live}
+        self._paces = {cadence: self._pace(cadence) for cadence in Cadence}
         self._last: dict[str, int] = {}  # collector -> the step that it captured last
         self._step, self._over = facts.after_step, False
         self._step_seconds, self._clock = 0.0, time.perf_counter()
-        self._took: dict[str, float] = {}  # collector -> seconds of its last capture, until the step is over
+        self._took: dict[Cadence, float] = {}  # seconds of the last captures, until the step is over
         known = {c.name for c in self._live if facts.after_step and (folder / c.name).is_dir()}
         if facts.after_step == 0 and (folder / LENS).is_file():
             logger.warning("the captures of an earlier run in %s are replaced", folder)
@@ -94,21 +100,21 @@ class Capture:
         """Whether gradients or an update of this step are looked at."""
         return bool(self._due(Moment.GRADIENTS, step) or self._due(Moment.UPDATE, step))
 
-    def gradients(self, step: int, of: Gradient) -> None:
-        """See `TrainingLensFramework.gradients`."""
+    def gradients(self, step: int, of: Gradient, passed_over: bool = False) -> None:
+        """See `TrainingLensFramework.gradients`; with `passed_over`, at a step at which none are due."""
         watched = self.watched
-        if self._over or not self.due(step):
+        if self._over or self.due(step) is passed_over:
             watched.before = watched.gradients = ()
             return
-        with self._timed("stacks"), self._needed():
+        with self._timed("stacks", self._stacks_for(step)), self._needed():
             watched.before = [group.weights() for group in watched.groups]  # a loop may have changed them since
             watched.gradients = [group.gradients(of) for group in watched.groups]
-        self._collect(self._due(Moment.GRADIENTS, step), step)
+        self._collect(self._of(Moment.GRADIENTS) if passed_over else self._due(Moment.GRADIENTS, step), step)
 
     def update(self, step: int) -> None:
         """See `TrainingLensFramework.update`."""
         due = [] if self._over else self._due(Moment.UPDATE, step)
-        with self._timed("stacks"), self._needed():
+        with self._timed("stacks", self._stacks_for(step)), self._needed():
             self.watched.after = [group.weights() for group in self.watched.groups] if due else ()
         self._collect(due, step)
 
@@ -118,13 +124,13 @@ class Capture:
         self._row(tables.LOSS, step, values)
         took = time.perf_counter() - self._clock
         self._step_seconds = STEP_DECAY * self._step_seconds + (1 - STEP_DECAY) * took if self._step_seconds else took
-        for name, seconds in self._took.items():
-            self._paces[name].took(seconds, self._step_seconds)
+        with self._timed("flush", Cadence.SNAPSHOTS if Cadence.SNAPSHOTS in self._took else None), self._needed():
+            self._writer.flush_if_due(self.seconds)
+        for cadence, seconds in self._took.items():  # only now: before, nobody knows how long a step is
+            self._paces[cadence].took(seconds, self._step_seconds)
         self._took.clear()
         self._go_through_probe(step, self._due(Moment.PROBE, step))
         self.watched.before = self.watched.gradients = self.watched.after = ()  # room for the next step's activations
-        with self._timed("flush"), self._needed():
-            self._writer.flush_if_due(self.seconds)
         self._clock = time.perf_counter()
 
     def evaluation(self, step: int, loss: float, base: bool) -> None:
@@ -144,16 +150,20 @@ class Capture:
             self._writer.close(self.seconds)
         self._over = True
 
-    def _pace(self, collector: DataCollector) -> Pace:
-        section, total = self._section, self._facts.total_steps
-        if collector.cadence is Cadence.SCALARS:
-            return Pace(section.scalars_every, 1.0)
-        if collector.cadence is Cadence.SNAPSHOTS:
-            usual = max(1, total // SNAPSHOTS) if total else SNAPSHOT_STEPS
-            return Pace(section.snapshot_every or usual, 1.0)
-        if collector.cadence is Cadence.SPECTRA:
-            return Pace(section.spectra_every, SPECTRA_SHARE, total, least=SPECTRA)
-        return Pace(section.probe_every, PROBE_SHARE, total, from_step=0)  # there before the first step, too
+    def _pace(self, cadence: Cadence) -> Pace:
+        section, total, share = self._section, self._facts.total_steps, SHARES[cadence]
+        if cadence is Cadence.SCALARS:
+            return Pace(section.scalars_every, share, total, least=SCALARS, most=None, always=SCALARS_FIRST)
+        if cadence is Cadence.SNAPSHOTS:
+            every, (least, most) = section.snapshot_every or (None if total else SNAPSHOT_STEPS), SNAPSHOTS
+            return Pace(every, share, total, least=least, most=most)
+        if cadence is Cadence.SPECTRA:
+            return Pace(section.spectra_every, share, total, least=SPECTRA)
+        return Pace(section.probe_every, share, total, from_step=0)  # there before the first step, too
+
+    def _stacks_for(self, step: int) -> Cadence | None:
+        """Whose share the stacks of a step belong to: that of scalars, which need them most often."""
+        return Cadence.SCALARS if self._paces[Cadence.SCALARS].due(step) else None
 
     def _keep_probe(self, path: Path) -> None:
         """The probe set's tokens, only where the config asks for them: they are the user's own text."""
@@ -177,7 +187,7 @@ class Capture:
         return [c for c in self._live if c.moment is moment]
 
     def _due(self, moment: Moment, step: int) -> list[DataCollector]:
-        return [c for c in self._of(moment) if self._paces[c.name].due(step)]
+        return [c for c in self._of(moment) if self._paces[c.cadence].due(step)]
 
     def _collect(self, collectors: Sequence[DataCollector], step: int) -> None:
         for collector in () if self._over else collectors:
@@ -185,25 +195,29 @@ class Capture:
                 self._keep(collector, step, collector.collect(self.watched, step))
 
     def _go_through_probe(self, step: int, collectors: Sequence[DataCollector]) -> None:
-        """One pass of the probe set with the adapter off and one with it on, watched by all that are due."""
+        """One pass of the probe set with the adapter off and one with it on, watched by all that are due.
+
+        While the adapter adds nothing the second stands for both: that halves what comes before the first step.
+        """
         watched = self.watched
         if self._over or not collectors or watched.probe is None:
             return
         started = time.perf_counter()
         try:
             with self._timed("probe"), ExitStack() as around:
+                watched.one_pass = adds_nothing(watched.model)
                 around.enter_context(as_judged(watched.model))
                 around.enter_context(autocast(watched.probe.input_ids.device, self._facts.precision))
                 for collector in collectors:
                     around.enter_context(collector.watching(watched))
-                watched.scores = paired_scores(watched.model, watched.probe.input_ids, watched.probe.loss_mask)
+                watched.scores = probe_scores(watched.model, watched.probe, watched.one_pass)
         except Exception as error:
             self._switch_off(self._of(Moment.PROBE), step, error)
         else:
             self._collect(collectors, step)
         watched.scores = None
-        for collector in collectors:
-            self._pace_after(collector, time.perf_counter() - started)
+        for cadence in {collector.cadence for collector in collectors}:
+            self._spent(cadence, time.perf_counter() - started)
 
     def _keep(self, collector: DataCollector, step: int, captured: Captured | None) -> None:
         if captured is not None and not self._over:
@@ -220,28 +234,29 @@ class Capture:
                     self._writer.add(table, step, Captured(known))
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str, cadence: Cadence | None = None) -> Iterator[None]:
+        """Adds to the cost, and to what the cadence has spent of its share."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            took = time.perf_counter() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + took
+            if cadence:
+                self._spent(cadence, took)
+
+    def _spent(self, cadence: Cadence, seconds: float) -> None:
+        self._took[cadence] = self._took.get(cadence, 0.0) + seconds
 
     @contextmanager
     def _guarded(self, collector: DataCollector, step: int) -> Iterator[None]:
         """A collector's own time, and its failure."""
-        started = time.perf_counter()
+        paced = step and collector.moment is not Moment.PROBE  # where the probe's passes count, too
         try:
-            with self._timed(collector.name):
+            with self._timed(collector.name, collector.cadence if paced else None):
                 yield
         except Exception as error:
             self._switch_off([collector], step, error)
-        if step and collector.moment is not Moment.PROBE:
-            self._pace_after(collector, time.perf_counter() - started)
-
-    def _pace_after(self, collector: DataCollector, seconds: float) -> None:
-        """Told to its pace when the step is over: before the first one, nobody knows how long a step is."""
-        self._took[collector.name] = seconds
 
     def _switch_off(self, collectors: Sequence[DataCollector], step: int, error: Exception) -> None:
         for collector in collectors:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +25,8 @@ class Watched:
     `before`, `gradients` and `after` have one stack for each of `groups`: the weights that the step's gradients belong
     to, these gradients (accumulated, unscaled, before clipping), and the weights after the update. At the moment of
     gradients `after` is still empty; at the probe the model computes as after the update, and `scores` are those of its
-    supervised tokens without and with the adapter.
+    supervised tokens without and with the adapter. `one_pass`: the adapter adds nothing yet, so the probe goes through
+    the model once, with the adapter on, and not twice.
     """
 
     model: Any
@@ -37,6 +39,7 @@ class Watched:
     gradients: Sequence[Factors] = field(default_factory=tuple)
     after: Sequence[Factors] = field(default_factory=tuple)
     scores: PairedScores | None = None
+    one_pass: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -82,28 +85,46 @@ NICE = (1, 2, 5)
 
 
 class Pace:
-    """At which steps a collector is due: at every `every`-th, or as often as `share` of the training time allows.
+    """At which steps a kind of capture is due: at every `every`-th, or as often as `share` of the training time allows.
 
     Then the steps are multiples of 1, 2, 5, 10, 20, 50, ...: the smallest that keep the share, given what a capture
     took and what a step takes. So two runs share most of their steps. In a run whose length is known these are about
-    200 at most, and about `least` at least, whatever they cost. Step 1 is always due, but for what was seen at step 0.
+    `most` at most, and about `least` at least, whatever they cost. Step 1 is always due, but for what was seen at
+    step 0.
+
+    Args:
+        most: None: any number.
+        always: so many first steps are due whatever they cost, and the run's last.
     """
 
     def __init__(
-        self, every: int | None, share: float, total_steps: int | None = None, least: int = 0, from_step: int = 1
+        self,
+        every: int | None,
+        share: float,
+        total_steps: int | None = None,
+        *,
+        least: int = 0,
+        most: int | None = 200,
+        always: int = 0,
+        from_step: int = 1,
     ) -> None:
         self._fixed, self._share, self._first = every is not None, share, from_step
+        self._always, self._last = (always, total_steps) if always and not self._fixed else (0, None)
         self._longest = nice(total_steps / least) if total_steps and least else None
-        self._shortest = every if every is not None else nice((total_steps or 0) / 200)
+        self._shortest = every if every is not None else nice((total_steps or 0) / (most or math.inf))
+        self._seconds = math.inf  # of the last capture
         self.interval = self._shortest
 
     def due(self, step: int) -> bool:
-        return step == self._first or (step > 0 and step % self.interval == 0)
+        if step == self._first or 0 < step <= self._always:
+            return True
+        return step > 0 and (step % self.interval == 0 or step == self._last)
 
     def took(self, seconds: float, step_seconds: float) -> None:
-        """The last capture took so long, while steps take `step_seconds`."""
+        """The last capture took so long, while steps take `step_seconds`; one that is dear for once changes nothing."""
+        cheaper, self._seconds = min(seconds, self._seconds), seconds
         if not self._fixed and step_seconds > 0:
-            wanted = nice(seconds / (self._share * step_seconds))
+            wanted = nice(cheaper / (self._share * step_seconds))
             self.interval = max(self._shortest, min(wanted, self._longest or wanted))
 
 

@@ -114,6 +114,14 @@ class TrainingLensFramework:
         if self._capture:
             self._capture.gradients(step, of)
 
+    def break_off(self) -> None:
+        """The step fails between its gradients and its update, and its gradients still stand: they are captured.
+
+        So that they tell which module broke, also at a step that the pace passes over.
+        """
+        if self._capture and self._opened > self._updated:
+            self._capture.gradients(self._opened, lambda parameter: parameter.grad, passed_over=True)
+
     def record(self, step: int, values: Mapping[str, float | Tensor | None]) -> None:
         """The step is over: its loss, and what else is known of it (the columns of `tables.MEASURES["loss"]`)."""
         self._recorded = step

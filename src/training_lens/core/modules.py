@@ -92,6 +92,28 @@ def adapter_modules(model: Any) -> tuple[AdapterModule, ...]:
     return tuple(chosen if len(adapters) == 1 else [_with_adapter(m) for m in chosen])
 
 
+def adds_nothing(model: Any) -> bool:
+    """Whether a PEFT model computes exactly what its base does, as a fresh LoRA does: of each pair one factor is zero.
+
+    False where that cannot be told from the factors alone: DoRA, whose rows are scaled by m / |W|, saved modules and
+    other kinds of adapters. Cost: waits for the device, once for each module up to the first that adds something.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    adapting = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    return all(isinstance(layer, LoraLayer) and _adds_nothing(layer) for layer in adapting)
+
+
+def _adds_nothing(layer: Any) -> bool:
+    linear = [(down.weight, up.weight) for down, up in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True)]
+    embeddings = zip(layer.lora_embedding_A.values(), layer.lora_embedding_B.values(), strict=True)
+    biases = [bias for up in layer.lora_B.values() if (bias := getattr(up, "bias", None)) is not None]
+    zero = all(not b.any() or not a.any() for a, b in (*linear, *embeddings)) and not any(bias.any() for bias in biases)
+    return zero and not layer.lora_magnitude_vector
+
+
 def _nothing(model: Any, layers: int) -> str:
     trained = sum(p.requires_grad for p in model.parameters())
     kind = type(model).__name__

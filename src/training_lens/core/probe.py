@@ -13,6 +13,7 @@ from torch import Tensor
 from training_lens.data.batching import collate
 from training_lens.data.store import TokenDataset
 from training_lens.errors import LensError
+from training_lens.models.scoring import PairedScores, paired_scores, supervised_scores
 
 IGNORED = -100  # the label of a token that is not supervised, in transformers
 
@@ -113,3 +114,15 @@ def as_judged(model: Any) -> Iterator[None]:
     finally:
         for module, training in before.items():
             module.training = training
+
+
+def probe_scores(model: Any, probe: Probe, one_pass: bool) -> PairedScores:
+    """The scores of the probe's supervised tokens without and with the adapter.
+
+    Args:
+        one_pass: the two are known to be the same: one pass, with the adapter on, stands for both.
+    """
+    if not one_pass:
+        return paired_scores(model, probe.input_ids, probe.loss_mask)
+    scores = supervised_scores(model, probe.input_ids, probe.loss_mask)
+    return PairedScores(scores, scores, torch.zeros_like(scores.nll))

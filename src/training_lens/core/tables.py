@@ -21,7 +21,7 @@ MEASURES: dict[str, dict[str, str]] = {
         "norm_b": "the same of dL/dB",
         "norm_magnitude": "the same of dL/dm, DoRA alone",
         "cosine_previous": "cosine of (dL/dA, dL/dB) with that of the step captured before",
-        "cosine_mean": "cosine with the running mean of earlier gradients (decay 0.9), which begins anew on a resume",
+        "cosine_mean": "cosine with the running mean of those captured earlier (decay 0.9); begins anew on a resume",
         "self_check": "|B^T dB - dA A^T| / (|B| |dB| + |dA| |A|): 0 up to rounding where the capture is right",
     },
     WEIGHTS: {

@@ -38,7 +38,10 @@ class Moment(StrEnum):
 
 
 class Cadence(StrEnum):
-    """Which key of the config says how often: lens.scalars_every, spectra_every, probe_every or snapshot_every."""
+    """Which key of the config says how often: lens.scalars_every, spectra_every, probe_every or snapshot_every.
+
+    Collectors of one cadence share its pace, and its share of the training time.
+    """
 
     SCALARS = "scalars"
     SPECTRA = "spectra"

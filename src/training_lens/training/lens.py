@@ -56,6 +56,7 @@ class LensCallback(Callback):
         self.lens.stop()
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self.lens.break_off()
         self.lens.stop(failed=True)
 
 
