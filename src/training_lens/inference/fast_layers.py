@@ -18,8 +18,12 @@ from torch.nn import functional
 from training_lens.inference.kv_cache import SlotCache
 from training_lens.models.kernels import activation_name
 from training_lens.models.native import training as native
+from training_lens.models.native.attention import Line
+from training_lens.models.native.attention import attend as attend_line
 from training_lens.models.native.calls import can_take, heads_are_close
-from training_lens.models.native.decoding import attend_newest
+from training_lens.models.native.decoding import Branches, attend_newest
+
+FEW = 64  # rows up to which an adapter beside the weights is bound by memory: oneDNN's products are for more
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Product(nn.Module):
         ranked = [part.down for part in parts if part.down is not None]
         self.down = torch.cat(ranked).float() if ranked else None
         self.up = _joined_up(parts, self.packed) if ranked else None
+        self._branches = Branches(_factors(parts), weight.dtype) if ranked and can_take(weight) else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed:
@@ -58,6 +63,9 @@ class Product(nn.Module):
         else:
             out = functional.linear(x, self.weight, self.bias)
         if self.down is None:
+            return out
+        if self._branches and x.numel() <= FEW * x.shape[-1]:
+            self._branches.add(x.flatten(0, -2), out.flatten(0, -2))
             return out
         low = functional.linear(x.float(), self.down)  # (..., sum of ranks)
         return self._with_adapters(out, low)
@@ -71,6 +79,17 @@ class Product(nn.Module):
         low = torch.cat([first, second, first], dim=-1)
         summed: Tensor = torch.ops.mkldnn._linear_pointwise.binary(low, out, self.up, None, "add")
         return summed
+
+
+def _factors(parts: Sequence[Linear]) -> list[tuple[Tensor, Tensor]]:
+    """A and B of each, without ranks where it has no adapter."""
+    nothing = [
+        (part.weight.new_zeros(0, part.weight.shape[1]), part.weight.new_zeros(len(part.weight), 0)) for part in parts
+    ]
+    return [
+        none if part.down is None or part.up is None else (part.down, part.up)
+        for part, none in zip(parts, nothing, strict=True)
+    ]
 
 
 def _is_packable(weight: Tensor) -> bool:
@@ -189,15 +208,23 @@ class Attention(nn.Module):
             q, k = qk.split([heads.queries, heads.keys], dim=2)
             qk = torch.cat([self.norms[0](q), self.norms[1](k)], dim=2)
         q, k = turn(qk).split([heads.queries, heads.keys], dim=2)
-        if length == 1 and isinstance(cache, SlotCache) and heads.softcap is None and can_take(q, k, v):
-            mixed = self._newest(q[:, 0], k[:, 0], v[:, 0], cache)
-        else:
-            q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (rows, heads, length, size)
-            if cache is not None:
-                k, v = cache.update(k, v, self.layer_idx)
-            mixed = attend(q, k, v, mask, heads)
+        mixed = self._attended(q, k, v, mask, cache)
         out: Tensor = self.out(mixed.reshape(rows, length, heads.queries * heads.size))
         return out
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        """Of (rows, length, heads, size) each, in that shape, or with rows and length in one."""
+        rows, length, *_ = q.shape
+        kernels = self.heads.softcap is None and can_take(q, k, v)
+        if kernels and length == 1 and isinstance(cache, SlotCache):
+            return self._newest(q[:, 0], k[:, 0], v[:, 0], cache)
+        keys, values = k.transpose(1, 2), v.transpose(1, 2)  # (rows, heads, length, size)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.layer_idx)
+        if kernels and mask is None and keys.shape[2] == length:
+            q, k, v = (part.flatten(0, 1) for part in (q, k, v))
+            return attend_line(q, k, v, Line((length,) * rows), self.heads.scaling, None)[0]
+        return attend(q.transpose(1, 2), keys, values, mask, self.heads)
 
     def _newest(self, q: Tensor, k: Tensor, v: Tensor, cache: SlotCache) -> Tensor:
         """Of one token a row, each (rows, heads, size); what a row sees, the mask would say as well."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from training_lens.models.native import calls
-from training_lens.models.native.decoding import attend_newest
+from training_lens.models.native.decoding import Branches, attend_newest
 
 pytestmark = pytest.mark.skipif(calls.library() is None, reason="no C compiler here")
 END = 37  # columns that are in use
@@ -42,3 +42,14 @@ def test_it_sees_its_rows_columns_alone(dtype: torch.dtype, most: float, size: i
     found = attend_newest(query, keys, values, first, END, 0.3, window)
     wanted = row_by_row(query.double(), keys.double(), values.double(), first, window)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=most)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.02)])
+def test_branches_side_by_side_go_to_their_own_outputs(dtype: torch.dtype, most: float, rows: int) -> None:
+    sizes = [(3, 70), (0, 5), (8, 64), (2, 1)]  # rank, outputs
+    factors = [(drawn(r, 20, seed=i), drawn(out, r, seed=10 + i)) for i, (r, out) in enumerate(sizes)]
+    x, y = drawn(rows, 20, seed=7).to(dtype), drawn(rows, 140, seed=8).to(dtype)
+    wanted = y.double() + torch.cat([x.double() @ down.T @ up.T for down, up in factors], 1)
+    Branches(factors, dtype).add(x, y)
+    torch.testing.assert_close(y.double(), wanted, rtol=most, atol=most)

@@ -1,4 +1,4 @@
-/* Attention of one new token a row, over the columns of a cache, for one type (see kernels.h). */
+/* One new token a row: attention over the columns of a cache, adapters beside the weights; for one type (see kernels.h). */
 
 /* Sum of x y, of which whole vectors are summed pair by pair: the one order that a compiler need not keep. */
 static inline __attribute__((always_inline)) WIDE NAME(along)(const WIDE *x, const NUMBER *y, int64_t count) {
@@ -59,3 +59,39 @@ void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
         }
     }
 }
+
+/* Ranks: low = x A^T of each. at: x (rows, width), A (ranks, width) WIDE, low (rows, ranks) WIDE; of: rows, width,
+ * ranks. */
+void NAME(lower)(int64_t begin, int64_t end, const struct call *c) {
+    const int64_t rows = c->of[0], width = c->of[1], ranks = c->of[2];
+    for (int64_t rank = begin; rank < end; rank++)
+        for (int64_t row = 0; row < rows; row++) {
+            const NUMBER *x = (const NUMBER *)c->at[0] + row * width;
+            ((WIDE *)c->at[2])[row * ranks + rank] = NAME(along)((const WIDE *)c->at[1] + rank * width, x, width);
+        }
+}
+
+#define WIDTH 64 /* columns of a block, at most */
+
+/* Blocks of columns: y += low B^T, rounded once; B of all layers whose outputs lie side by side, each with so many
+ * ranks. at: y (rows, outs), low (rows, ranks) WIDE, B^T (rank, outs) WIDE, blocks (items, 3) int64: the first column,
+ * how many, and the first of their ranks in `low`; of: rows, outs, ranks, rank. */
+void NAME(raise)(int64_t begin, int64_t end, const struct call *c) {
+    const int64_t rows = c->of[0], outs = c->of[1], ranks = c->of[2], rank = c->of[3];
+    for (int64_t item = begin; item < end; item++) {
+        const int64_t *block = (const int64_t *)c->at[3] + 3 * item, columns = block[1];
+        const WIDE *up = (const WIDE *)c->at[2] + block[0];
+        for (int64_t row = 0; row < rows; row++) {
+            NUMBER *y = (NUMBER *)c->at[0] + row * outs + block[0];
+            const WIDE *low = (const WIDE *)c->at[1] + row * ranks + block[2];
+            WIDE sums[WIDTH] = {0};
+            for (int64_t r = 0; r < rank; r++)
+                #pragma omp simd
+                for (int64_t i = 0; i < columns; i++) sums[i] += low[r] * up[r * outs + i];
+            #pragma omp simd
+            for (int64_t i = 0; i < columns; i++) y[i] = PUT(GET(y[i]) + sums[i]);
+        }
+    }
+}
+
+#undef WIDTH

@@ -1,6 +1,9 @@
-"""What decoding computes by a kernel in C; `calls.can_take` says whether it takes a tensor."""
+"""What decoding computes by kernels in C; `calls.can_take` says whether they take a tensor."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Int
@@ -37,3 +40,44 @@ def attend_newest(
         "attend_newest", query.dtype, rows * groups, (query, keys, values, first, mixed), of, (scale,), min(most, GRAIN)
     )
     return mixed
+
+
+class Branches:
+    """The low-rank branches of layers whose outputs lie side by side: y += (x A^T) B^T, for some rows.
+
+    In the dtype of sums until y is rounded, as PEFT computes beside weights of fewer bits.
+
+    Args:
+        factors: A (rank, width) and B (out, rank) of each layer, B with the adapter's scale.
+    """
+
+    WIDTH = 64  # of decoding.h
+
+    def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+        ranks, outs = [len(down) for down, _ in factors], [len(up) for _, up in factors]
+        wide = torch.promote_types(dtype, torch.float32)
+        self._down = torch.cat([down for down, _ in factors]).to(wide)
+        self._up = self._down.new_zeros(max(ranks), sum(outs))
+        blocks: list[tuple[int, int, int]] = []
+        firsts = zip(accumulate(outs, initial=0), accumulate(ranks, initial=0), factors, strict=False)
+        for column, rank, (_, up) in firsts:
+            self._up[: up.shape[1], column : column + len(up)] = up.T
+            ends = range(0, len(up), self.WIDTH)
+            blocks += [(column + start, min(self.WIDTH, len(up) - start), rank) for start in ends]
+        self._blocks = torch.tensor(blocks)
+        self._low_ranks = sum(ranks) + max(ranks)  # the last layer's may be fewer than are read
+
+    def add(self, x: Float[Tensor, "rows width"], y: Float[Tensor, "rows outs"]) -> None:
+        """Add them to y, which is dense; x of the same dtype."""
+        x, (rows, outs), (ranks, width) = x.contiguous(), y.shape, self._down.shape
+        low = self._down.new_zeros(rows, self._low_ranks)
+        call("lower", x.dtype, ranks, (x, self._down, low), (rows, width, self._low_ranks), size=rows * width)
+        of = (rows, outs, self._low_ranks, len(self._up))
+        call(
+            "raise",
+            x.dtype,
+            len(self._blocks),
+            (y, low, self._up, self._blocks),
+            of,
+            size=rows * len(self._up) * self.WIDTH,
+        )
