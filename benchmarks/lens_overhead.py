@@ -1,13 +1,14 @@
 """What the lens costs while it trains: steps with and without it in turn, and the memory of each in its own process.
 
-    python benchmarks/lens_overhead.py [--steps 24] [--output benchmarks/results/lens_overhead.json]
+    python benchmarks/lens_overhead.py [--steps 32] [--output benchmarks/results/lens_overhead.json]
 
-Llamas of random weights, LoRA of rank 16 on every linear layer, GSM8K rows, float32 on CPU. The main model has 64 M
-parameters (12 layers of 512); the others, for scaling, are 256 wide, have 2 to 60 layers, and take half the steps
-(`--layers` measures some of them alone, and leaves the others' results in the file). Two trainers on the same rows take
-the first steps of a run of 934 in turn, one under the lens as it comes. Written: milliseconds of a step (median) each
-way and their ratio; the lens's own seconds as a share of the steps' seconds (all of them: spectra, probe, snapshots,
-writing; the start and the end apart); peak memory of a run with and without, in processes of their own; bytes on disk.
+Llamas of random weights, LoRA of rank 16 on every linear layer, GSM8K rows. The main model is the 125 M shape of
+train_speed.py in bfloat16 (30 layers, 210 adapted modules); the others, for scaling, are 256 wide, in float32, have 2
+to 60 layers, and take half the steps (`--layers` measures some of them alone, and leaves the others' results in the
+file). Two trainers on the same rows take the first steps of a run of 934 in turn, one under the lens as it comes.
+Written: milliseconds of a step (median) each way and their ratio; the lens's own seconds as a share of the steps'
+seconds (all of them: spectra, probe, snapshots, writing; the start and the end apart); peak memory of a run with and
+without, in processes of their own; bytes on disk.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from training_jobs import write_model
 
 from training_lens import TrainingConfig
 from training_lens.training.assembly import build_trainer
@@ -36,23 +38,21 @@ from training_lens.training.wrapper import TrainingWrapper
 from training_lens.utils.devices import peak_bytes
 from training_lens.utils.runs import RunFolder
 
-LAYERS = (2, 6, 12, 24, 60)
-MAIN = 12
-PEAKS = 4  # processes each way
+MAIN = 30
+LAYERS = (2, 6, 24, MAIN, 60)
+PEAKS = 3  # processes each way
 
 
-def write_model(folder: Path, layers: int, tokenizer: Path) -> int:
-    """A Llama of random weights with the tokenizer of GPT-2; its number of parameters."""
+def write_layers(folder: Path, layers: int, tokenizer: Path) -> int:
+    """A narrow Llama of random weights; its number of parameters."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
-    if layers != MAIN:  # only the adapter's depth is of interest there
-        shape = {"hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4}
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=50257, num_hidden_layers=layers, max_position_embeddings=1024, tie_word_embeddings=True,
-            bos_token_id=50256, eos_token_id=50256, **shape,
+            hidden_size=256, intermediate_size=688, num_attention_heads=4, num_hidden_layers=layers,
+            vocab_size=50257, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=50256,
+            eos_token_id=50256,
         )
     )  # fmt: skip
     model.save_pretrained(folder)
@@ -60,13 +60,22 @@ def write_model(folder: Path, layers: int, tokenizer: Path) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def written(folder: Path, layers: int, shared: Path) -> int:
+    """The model of so many layers; its number of parameters."""
+    if layers == MAIN:
+        return write_model(folder, "125m", shared / "tokenizers/phi3")
+    return write_layers(folder, layers, shared / "tokenizers/gpt2")
+
+
 def configured(model: Path, shared: Path, folder: Path) -> TrainingConfig:
     """A run of 934 steps, of which the first are taken: what comes at intervals comes as in a real run."""
+    stored = json.loads((model / "config.json").read_text())
+    precision = "bf16" if stored["num_hidden_layers"] == MAIN else "fp32"
     return TrainingConfig.model_validate(
         {
             "model": {"id": str(model), "seq_len": 512},
             "data": {"train": [str(shared / "data/gsm8k/train.jsonl")]},
-            "training": {"epochs": 1, "batch_size": 8, "lr": 1e-4},
+            "training": {"epochs": 1, "batch_size": 8, "lr": 1e-4, "precision": precision},
             "output": {"base_output_dir": str(folder)},
         }
     )
@@ -164,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/lens_overhead.json"))
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--layers", type=int, nargs="*", default=LAYERS)
     parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -179,7 +188,7 @@ def main() -> None:
         folder = Path(name)
         for layers in args.layers:
             model = folder / f"model-{layers}"
-            parameters = write_model(model, layers, args.shared / "tokenizers/gpt2")
+            parameters = written(model, layers, args.shared)
             result = {"parameters": parameters, "modules": 7 * layers}
             steps = args.steps if layers == MAIN else args.steps // 2
             result |= side_by_side(model, args.shared, folder / f"run-{layers}", steps)
