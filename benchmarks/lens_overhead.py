@@ -1,10 +1,10 @@
 """What the lens costs while it trains: steps with and without it in turn, and the memory of each in its own process.
 
-    python benchmarks/lens_overhead.py [--steps 32] [--output benchmarks/results/lens_overhead.json]
+    python benchmarks/lens_overhead.py [--steps 64] [--output benchmarks/results/lens_overhead.json]
 
 Llamas of random weights, LoRA of rank 16 on every linear layer, GSM8K rows. The main model is the 125 M shape of
 train_speed.py in bfloat16 (30 layers, 210 adapted modules); the others, for scaling, are 256 wide, in float32, have 2
-to 60 layers, and take half the steps (`--layers` measures some of them alone, and leaves the others' results in the
+to 60 layers, and take a quarter of the steps (`--layers` measures some of them alone, and leaves the others' results in the
 file). Two trainers on the same rows take the first steps of a run of 934 in turn, one under the lens as it comes.
 Written: milliseconds of a step (median) each way and their ratio; the lens's own seconds as a share of the steps'
 seconds (all of them: spectra, probe, snapshots, writing; the start and the end apart); peak memory of a run with and
@@ -173,7 +173,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/lens_overhead.json"))
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--no-peaks", action="store_true", help="leave the memory's results in the file")
     parser.add_argument("--layers", type=int, nargs="*", default=LAYERS)
     parser.add_argument("--peak-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -189,10 +190,10 @@ def main() -> None:
         for layers in args.layers:
             model = folder / f"model-{layers}"
             parameters = written(model, layers, args.shared)
-            result = {"parameters": parameters, "modules": 7 * layers}
-            steps = args.steps if layers == MAIN else args.steps // 2
+            result = results.get(f"{layers}_layers", {}) | {"parameters": parameters, "modules": 7 * layers}
+            steps = args.steps if layers == MAIN else args.steps // 4
             result |= side_by_side(model, args.shared, folder / f"run-{layers}", steps)
-            if layers == MAIN:
+            if layers == MAIN and not args.no_peaks:
                 result |= peaks(model, args.shared, folder / f"peak-{layers}")
             results[f"{layers}_layers"] = result
             print(f"{layers} layers: {json.dumps(result)}", file=sys.stderr)

@@ -17,7 +17,7 @@ class LensSection(Section):
     scalars_every: int | None = Field(
         None,
         ge=1,
-        description="norms, directions and the self-check every so many steps; null: each of the first 100, then as "
+        description="norms, directions and the self-check every so many steps; null: each of the first 20, then as "
         "often as takes 1 % of the time, and about 200 times in a run at least",
     )
     spectra_every: int | None = Field(

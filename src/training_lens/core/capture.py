@@ -33,7 +33,7 @@ SHARES = {  # of the training time, where the config sets no interval: 2 % in al
     Cadence.PROBE: 0.005,
     Cadence.SNAPSHOTS: 0.0025,
 }
-SCALARS, SCALARS_FIRST = 200, 100  # captures at least in a run whose length is known; first steps that are all captured
+SCALARS, SCALARS_FIRST = 200, 20  # captures at least in a run whose length is known; first steps that are all captured
 SPECTRA = 8  # at least, in a run whose length is known
 SNAPSHOTS = (4, 8)  # at least and at most, in a run whose length is known
 SNAPSHOT_STEPS = 500  # between them, in one whose length is not

@@ -23,8 +23,6 @@ from training_lens.models.native.attention import attend as attend_line
 from training_lens.models.native.calls import can_take, heads_are_close
 from training_lens.models.native.decoding import Branches, attend_newest
 
-FEW = 64  # rows up to which an adapter beside the weights is bound by memory: oneDNN's products are for more
-
 
 @dataclass(frozen=True)
 class Linear:
@@ -52,33 +50,26 @@ class Product(nn.Module):
         self.packed = _is_packable(weight)
         self.weight = _packed(weight) if self.packed else weight
         self.bias = _joined_bias(parts)
-        ranked = [part.down for part in parts if part.down is not None]
-        self.down = torch.cat(ranked).float() if ranked else None
-        self.up = _joined_up(parts, self.packed) if ranked else None
-        self._branches = Branches(_factors(parts), weight.dtype) if ranked and can_take(weight) else None
+        self.down, self.up, self._branches = None, None, None
+        if any(part.down is not None for part in parts):
+            factors = _factors(parts)
+            if can_take(weight):
+                self._branches = Branches(factors, weight.dtype)
+            else:
+                self.down = torch.cat([down for down, _ in factors]).float()
+                self.up = torch.block_diag(*(up for _, up in factors)).float()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed:
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         else:
             out = functional.linear(x, self.weight, self.bias)
-        if self.down is None:
-            return out
-        if self._branches and x.numel() <= FEW * x.shape[-1]:
+        if self._branches:
             self._branches.add(x.flatten(0, -2), out.flatten(0, -2))
-            return out
-        low = functional.linear(x.float(), self.down)  # (..., sum of ranks)
-        return self._with_adapters(out, low)
-
-    def _with_adapters(self, out: Tensor, low: Tensor) -> Tensor:
-        """In float32 until the sum is rounded, as PEFT computes beside weights of fewer bits."""
-        assert self.up is not None
-        if not self.packed:
-            return (out + functional.linear(low, self.up)).to(out.dtype)
-        first, second = _as_two(low)
-        low = torch.cat([first, second, first], dim=-1)
-        summed: Tensor = torch.ops.mkldnn._linear_pointwise.binary(low, out, self.up, None, "add")
-        return summed
+        elif self.down is not None and self.up is not None:  # in float32 until the sum is rounded, as PEFT computes
+            low = functional.linear(x.float(), self.down)  # (..., sum of ranks)
+            out = (out + functional.linear(low, self.up)).to(out.dtype)
+        return out
 
 
 def _factors(parts: Sequence[Linear]) -> list[tuple[Tensor, Tensor]]:
@@ -107,26 +98,6 @@ def _joined_bias(parts: Sequence[Linear]) -> Tensor | None:
     if all(part.bias is None for part in parts):
         return None
     return torch.cat([part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts])
-
-
-def _joined_up(parts: Sequence[Linear], packed: bool) -> Tensor:
-    """The parts' B as blocks of one matrix, (sum of outs, sum of ranks), float32.
-
-    Packed, it has thrice the columns: oneDNN sums products of bfloat16 in float32, so that with l = l1 + l2 and
-    B = B1 + B2 of two such numbers each, l1 B1 + l2 B1 + l1 B2 is l B to within 2^-16 of it.
-    """
-    ups = [part.weight.new_zeros(len(part.weight), 0) if part.up is None else part.up for part in parts]
-    joined: Tensor = torch.block_diag(*ups).float()
-    if not packed:
-        return joined
-    first, second = _as_two(joined)
-    return _packed(torch.cat([first, first, second], dim=1))
-
-
-def _as_two(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bfloat16 tensors whose sum is x to within 2^-16 of it."""
-    rounded = x.bfloat16()
-    return rounded, (x - rounded).bfloat16()
 
 
 class Norm(nn.Module):

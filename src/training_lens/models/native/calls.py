@@ -46,7 +46,7 @@ def library() -> Library | None:
     try:
         kernels = compiled(SOURCES, "kernels")
         share = ctypes.CDLL(str(_torch_library())).torch_parallel_for
-    except (CompilationError, OSError, AttributeError) as error:
+    except (CompilationError, OSError, AttributeError, RuntimeError) as error:
         logger.info("norms, gates, attention and softmax are computed by torch, in more passes: %s", error)
         return None
     share.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2

@@ -1,20 +1,31 @@
 /* One new token a row: attention over the columns of a cache, adapters beside the weights; for one type (see kernels.h). */
 
-/* Sum of x y, of which whole vectors are summed pair by pair: the one order that a compiler need not keep. */
-static inline __attribute__((always_inline)) WIDE NAME(along)(const WIDE *x, const NUMBER *y, int64_t count) {
-    NAME(vector) sums = {0};
-    WIDE rest = 0;
+#define TOGETHER 4
+
+/* The sum of a vector's numbers, pair by pair. */
+static inline WIDE NAME(total)(NAME(vector) sums) {
+    const NAME(half) half = ((NAME(half) *)&sums)[0] + ((NAME(half) *)&sums)[1];
+    const NAME(quarter) quarter = ((NAME(quarter) *)&half)[0] + ((NAME(quarter) *)&half)[1];
+    WIDE total = 0;
+    for (size_t lane = 0; lane < 16 / sizeof(WIDE); lane++) total += quarter[lane];
+    return total;
+}
+
+/* Sums of x y of `rows` x, `apart` numbers from each other; what is read of y is shared. */
+static inline __attribute__((always_inline)) void NAME(along)(
+    int64_t rows, const WIDE *x, int64_t apart, const NUMBER *y, int64_t count, WIDE *found) {
+    NAME(vector) sums[TOGETHER] = {0};
     int64_t i = 0;
     for (; i + LANES <= count; i += LANES) {
         union { NAME(vector) together; WIDE numbers[LANES]; } wide;
         for (int64_t lane = 0; lane < LANES; lane++) wide.numbers[lane] = GET(y[i + lane]);
-        sums += *(const NAME(vector) *)(x + i) * wide.together;
+        for (int64_t row = 0; row < rows; row++)
+            sums[row] += *(const NAME(vector) *)(x + row * apart + i) * wide.together;
     }
-    for (; i < count; i++) rest += x[i] * GET(y[i]);
-    const NAME(half) half = ((NAME(half) *)&sums)[0] + ((NAME(half) *)&sums)[1];
-    const NAME(quarter) quarter = ((NAME(quarter) *)&half)[0] + ((NAME(quarter) *)&half)[1];
-    for (size_t lane = 0; lane < 16 / sizeof(WIDE); lane++) rest += quarter[lane];
-    return rest;
+    for (int64_t row = 0; row < rows; row++) {
+        found[row] = NAME(total)(sums[row]);
+        for (int64_t rest = i; rest < count; rest++) found[row] += x[row * apart + rest] * GET(y[rest]);
+    }
 }
 
 /* One head: y = softmax(q k^T) v over `count` columns, q scaled already; `weights` has room for as many. Inlined with
@@ -22,7 +33,8 @@ static inline __attribute__((always_inline)) WIDE NAME(along)(const WIDE *x, con
 static inline __attribute__((always_inline)) void NAME(newest)(
     const WIDE *q, const NUMBER *keys, const NUMBER *values, int64_t count, int64_t size, WIDE *weights, NUMBER *y) {
     WIDE top = -INFINITY, sum = 0, mixed[size];
-    for (int64_t column = 0; column < count; column++) weights[column] = NAME(along)(q, keys + column * size, size);
+    for (int64_t column = 0; column < count; column++)
+        NAME(along)(1, q, size, keys + column * size, size, weights + column);
     #pragma omp simd reduction(max : top)
     for (int64_t column = 0; column < count; column++) top = weights[column] > top ? weights[column] : top;
     #pragma omp simd reduction(+ : sum)
@@ -60,14 +72,15 @@ void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
     }
 }
 
-/* Ranks: low = x A^T of each. at: x (rows, width), A (ranks, width) WIDE, low (rows, ranks) WIDE; of: rows, width,
- * ranks. */
+/* TOGETHER ranks each: low = x A^T. at: x (rows, width), A (ranks, width) WIDE, low (rows, ranks) WIDE; of: rows, width,
+ * ranks, a multiple of TOGETHER. */
 void NAME(lower)(int64_t begin, int64_t end, const struct call *c) {
     const int64_t rows = c->of[0], width = c->of[1], ranks = c->of[2];
-    for (int64_t rank = begin; rank < end; rank++)
+    for (int64_t rank = begin * TOGETHER; rank < end * TOGETHER; rank += TOGETHER)
         for (int64_t row = 0; row < rows; row++) {
             const NUMBER *x = (const NUMBER *)c->at[0] + row * width;
-            ((WIDE *)c->at[2])[row * ranks + rank] = NAME(along)((const WIDE *)c->at[1] + rank * width, x, width);
+            const WIDE *down = (const WIDE *)c->at[1] + rank * width;
+            NAME(along)(TOGETHER, down, width, x, width, (WIDE *)c->at[2] + row * ranks + rank);
         }
 }
 
@@ -94,4 +107,5 @@ void NAME(raise)(int64_t begin, int64_t end, const struct call *c) {
     }
 }
 
+#undef TOGETHER
 #undef WIDTH

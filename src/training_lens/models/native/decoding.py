@@ -51,12 +51,15 @@ class Branches:
         factors: A (rank, width) and B (out, rank) of each layer, B with the adapter's scale.
     """
 
-    WIDTH = 64  # of decoding.h
+    WIDTH, TOGETHER = 64, 4  # of decoding.h
 
     def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
         ranks, outs = [len(down) for down, _ in factors], [len(up) for _, up in factors]
         wide = torch.promote_types(dtype, torch.float32)
-        self._down = torch.cat([down for down, _ in factors]).to(wide)
+        filled = sum(ranks) - ranks[-1] + max(ranks)  # so many are read of each layer, also where it has fewer
+        filled += -filled % self.TOGETHER
+        self._down = factors[0][0].new_zeros(filled, factors[0][0].shape[1], dtype=wide)
+        torch.cat([down for down, _ in factors], out=self._down[: sum(ranks)])
         self._up = self._down.new_zeros(max(ranks), sum(outs))
         blocks: list[tuple[int, int, int]] = []
         firsts = zip(accumulate(outs, initial=0), accumulate(ranks, initial=0), factors, strict=False)
@@ -65,14 +68,14 @@ class Branches:
             ends = range(0, len(up), self.WIDTH)
             blocks += [(column + start, min(self.WIDTH, len(up) - start), rank) for start in ends]
         self._blocks = torch.tensor(blocks)
-        self._low_ranks = sum(ranks) + max(ranks)  # the last layer's may be fewer than are read
 
     def add(self, x: Float[Tensor, "rows width"], y: Float[Tensor, "rows outs"]) -> None:
         """Add them to y, which is dense; x of the same dtype."""
         x, (rows, outs), (ranks, width) = x.contiguous(), y.shape, self._down.shape
-        low = self._down.new_zeros(rows, self._low_ranks)
-        call("lower", x.dtype, ranks, (x, self._down, low), (rows, width, self._low_ranks), size=rows * width)
-        of = (rows, outs, self._low_ranks, len(self._up))
+        low = self._down.new_empty(rows, ranks)
+        items = ranks // self.TOGETHER
+        call("lower", x.dtype, items, (x, self._down, low), (rows, width, ranks), size=self.TOGETHER * rows * width)
+        of = (rows, outs, ranks, len(self._up))
         call(
             "raise",
             x.dtype,
