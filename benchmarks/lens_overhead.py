@@ -4,8 +4,8 @@
 
 Llamas of random weights, LoRA of rank 16 on every linear layer, GSM8K rows. The main model is the 125 M shape of
 train_speed.py in bfloat16 (30 layers, 210 adapted modules); the others, for scaling, are 256 wide, in float32, have 2
-to 60 layers, and take a quarter of the steps (`--layers` measures some of them alone, and leaves the others' results in the
-file). Two trainers on the same rows take the first steps of a run of 934 in turn, one under the lens as it comes.
+to 60 layers, and take a quarter of the steps (`--layers` measures some of them alone, and leaves the others' results in
+the file). Two trainers on the same rows take the first steps of a run of 934 in turn, one under the lens as it comes.
 Written: milliseconds of a step (median) each way and their ratio; the lens's own seconds as a share of the steps'
 seconds (all of them: spectra, probe, snapshots, writing; the start and the end apart); peak memory of a run with and
 without, in processes of their own; bytes on disk.
