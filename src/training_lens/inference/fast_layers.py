@@ -59,6 +59,11 @@ class Product(nn.Module):
                 self.down = torch.cat([down for down, _ in factors]).float()
                 self.up = torch.block_diag(*(up for _, up in factors)).float()
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether one is computed beside the weights."""
+        return self._branches is not None or self.down is not None
+
     def forward(self, x: Tensor) -> Tensor:
         if self.packed:
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
