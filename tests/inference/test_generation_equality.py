@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import random_models
 import torch
 import transformers
 
@@ -35,19 +36,12 @@ POSITIONS, NEW = 64, 10
 LENGTHS = [1, 2, 3, 5, 7, 8, 9, 11, 13, 16, 20, 25, 30, 35, 40, 50, 57, 60]  # the last two leave 7 and 4 positions
 NEVER = 999  # a stop token beyond the vocabulary
 TIE = 4  # units in the last place of bf16: no two logits nearer to each other can be told apart
-SIZES = {
+SIZES = random_models.SIZES | {
     "vocab_size": 660,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
     "max_position_embeddings": POSITIONS,
     "initializer_range": 0.5,
     "eos_token_id": 5,
     "bos_token_id": None,
-    "pad_token_id": None,
 }
 WINDOWED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 GEMMA = SIZES | WINDOWED | {"query_pre_attn_scalar": 8, "tie_word_embeddings": False}  # tied, it says one token on

@@ -87,7 +87,8 @@ def attend(
     The latter are in the dtype of sums. A window is how many of the last tokens one sees, itself included.
     """
     work = _Work(_close(query), _close(key), _close(value), line, window)
-    out, sums = torch.empty_like(query, memory_format=torch.contiguous_format), _sums(query)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    sums = query.new_empty(query.shape[1], len(query), dtype=summing(query))
     scratch = work.scratch((1, 1), (1, 1), 1)
     at = (work.query, work.key, work.value, out, sums, scratch, line.bounds, line.order(work.groups))
     call("attend", query.dtype, work.workers, at, work.of(scratch), (scale,))
@@ -108,10 +109,6 @@ def attend_back(
     of = (*work.of(scratch), together.stride(0))
     call("attend_back", query.dtype, work.workers, (*read, *grads), of, (scale,))
     return grads[0], grads[1], grads[2]
-
-
-def _sums(query: Tensor) -> Tensor:
-    return query.new_empty(query.shape[1], len(query), dtype=summing(query))
 
 
 def _close(x: Tensor) -> Tensor:

@@ -76,11 +76,5 @@ class Branches:
         items = ranks // self.TOGETHER
         call("lower", x.dtype, items, (x, self._down, low), (rows, width, ranks), size=self.TOGETHER * rows * width)
         of = (rows, outs, ranks, len(self._up))
-        call(
-            "raise",
-            x.dtype,
-            len(self._blocks),
-            (y, low, self._up, self._blocks),
-            of,
-            size=rows * len(self._up) * self.WIDTH,
-        )
+        one = rows * len(self._up) * self.WIDTH
+        call("raise", x.dtype, len(self._blocks), (y, low, self._up, self._blocks), of, size=one)
