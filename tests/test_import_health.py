@@ -8,9 +8,9 @@ import subprocess
 import sysconfig
 import tomllib
 import venv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytest
@@ -124,7 +124,7 @@ def _required(requirements: Iterable[str]) -> Iterator[metadata.Distribution]:
 
 def _link(distribution: metadata.Distribution, packages: Path) -> None:
     """Link what a distribution installed: whole packages, and of a folder that several share its own part."""
-    for file in distribution.files or ():
+    for file in _files(distribution):
         source, place = Path(str(distribution.locate_file(""))), packages
         for part in file.parts if ".." not in file.parts else ():
             source, place = source / part, place / part
@@ -134,6 +134,13 @@ def _link(distribution: metadata.Distribution, packages: Path) -> None:
                 place.symlink_to(source)
                 break
             place.mkdir(exist_ok=True)
+
+
+def _files(distribution: metadata.Distribution) -> Sequence[PurePath]:
+    """What it installed; only its packages where an old setup.py did, which keeps no record of files."""
+    if distribution.read_text("RECORD") is not None:
+        return distribution.files or ()
+    return [PurePath(name) for name in (distribution.read_text("top_level.txt") or "").split()]
 
 
 def run(python: Path | str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
