@@ -48,6 +48,16 @@ def test_a_step_without_a_time_changes_nothing() -> None:
     assert pace.interval == 1
 
 
+def test_captures_follow_the_steps_when_these_become_quicker() -> None:
+    pace = Pace(None, 0.01)
+    pace.steps_take(1.0)  # nothing is known of captures yet
+    assert pace.interval == 1
+    pace.took(0.3, 5.0)  # beside a first, slow step
+    assert pace.interval == 10
+    pace.steps_take(1.0)
+    assert pace.interval == 50
+
+
 def test_a_hiccup_of_one_capture_makes_no_gap() -> None:
     pace = Pace(None, 0.01)
     for seconds in (0.02, 9.0):

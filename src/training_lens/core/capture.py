@@ -38,7 +38,7 @@ SPECTRA = 8  # at least, in a run whose length is known
 SNAPSHOTS = (4, 8)  # at least and at most, in a run whose length is known
 SNAPSHOT_STEPS = 500  # between them, in one whose length is not
 PROBE = "probe.safetensors"  # in the lens folder, where lens.keep_probe asks for it
-STEP_DECAY = 0.9  # decay of the running mean of a step's seconds
+STEPS_REMEMBERED = 10  # by the running mean of a step's seconds
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Capture:
         self._paces = {cadence: self._pace(cadence) for cadence in Cadence}
         self._last: dict[str, int] = {}  # collector -> the step that it captured last
         self._step, self._over = facts.after_step, False
-        self._step_seconds, self._clock = 0.0, time.perf_counter()
+        self._steps, self._step_seconds, self._clock = 0, 0.0, time.perf_counter()  # seen by this process
         self._took: dict[Cadence, float] = {}  # seconds of the last captures, until the step is over
         known = {c.name for c in self._live if facts.after_step and (folder / c.name).is_dir()}
         if facts.after_step == 0 and (folder / LENS).is_file():
@@ -122,13 +122,16 @@ class Capture:
         """See `TrainingLensFramework.record`."""
         self._step = step
         self._row(tables.LOSS, step, values)
+        self._steps += 1
         took = time.perf_counter() - self._clock
-        self._step_seconds = STEP_DECAY * self._step_seconds + (1 - STEP_DECAY) * took if self._step_seconds else took
+        self._step_seconds += (took - self._step_seconds) / min(self._steps, STEPS_REMEMBERED)
         with self._timed("flush", Cadence.SNAPSHOTS if Cadence.SNAPSHOTS in self._took else None), self._needed():
             self._writer.flush_if_due(self.seconds)
-        for cadence, seconds in self._took.items():  # only now: before, nobody knows how long a step is
-            self._paces[cadence].took(seconds, self._step_seconds)
-        self._took.clear()
+        for cadence, pace in self._paces.items():  # only now: before, nobody knows how long a step is
+            if cadence in self._took:
+                pace.took(self._took.pop(cadence), self._step_seconds)
+            else:
+                pace.steps_take(self._step_seconds)
         self._go_through_probe(step, self._due(Moment.PROBE, step))
         self.watched.before = self.watched.gradients = self.watched.after = ()  # room for the next step's activations
         self._clock = time.perf_counter()
@@ -216,8 +219,9 @@ class Capture:
         else:
             self._collect(collectors, step)
         watched.scores = None
+        passes = 2 if watched.one_pass else 1  # later ones go through the model twice
         for cadence in {collector.cadence for collector in collectors}:
-            self._spent(cadence, time.perf_counter() - started)
+            self._spent(cadence, passes * (time.perf_counter() - started))
 
     def _keep(self, collector: DataCollector, step: int, captured: Captured | None) -> None:
         if captured is not None and not self._over:

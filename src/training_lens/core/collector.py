@@ -112,7 +112,7 @@ class Pace:
         self._always, self._last = (always, total_steps) if always and not self._fixed else (0, None)
         self._longest = nice(total_steps / least) if total_steps and least else None
         self._shortest = every if every is not None else nice((total_steps or 0) / (most or math.inf))
-        self._seconds = math.inf  # of the last capture
+        self._seconds = self._cheaper = math.inf  # of the last capture, and of the cheaper of the last two
         self.interval = self._shortest
 
     def due(self, step: int) -> bool:
@@ -122,9 +122,13 @@ class Pace:
 
     def took(self, seconds: float, step_seconds: float) -> None:
         """The last capture took so long, while steps take `step_seconds`; one that is dear for once changes nothing."""
-        cheaper, self._seconds = min(seconds, self._seconds), seconds
-        if not self._fixed and step_seconds > 0:
-            wanted = nice(cheaper / (self._share * step_seconds))
+        self._cheaper, self._seconds = min(seconds, self._seconds), seconds
+        self.steps_take(step_seconds)
+
+    def steps_take(self, seconds: float) -> None:
+        """So long now: a run's first steps are slower than the others."""
+        if not self._fixed and seconds > 0 and self._cheaper < math.inf:
+            wanted = nice(self._cheaper / (self._share * seconds))
             self.interval = max(self._shortest, min(wanted, self._longest or wanted))
 
 
