@@ -179,35 +179,34 @@ class Attention(nn.Module):
         rows, length, _ = x.shape
         heads = self.heads
         qkv = self.qkv(x).view(rows, length, heads.queries + 2 * heads.keys, heads.size)
-        qk, v = qkv.split([heads.queries + heads.keys, heads.keys], dim=2)
+        q, k, v = qkv.split([heads.queries, heads.keys, heads.keys], dim=2)
         if self.norms is not None:
-            q, k = qk.split([heads.queries, heads.keys], dim=2)
-            qk = torch.cat([self.norms[0](q), self.norms[1](k)], dim=2)
-        q, k = turn(qk).split([heads.queries, heads.keys], dim=2)
-        mixed = self._attended(q, k, v, mask, cache)
+            q, k = self.norms[0](q), self.norms[1](k)
+        if length == 1 and isinstance(cache, SlotCache) and heads.softcap is None and turn.can_take(q, k, v):
+            mixed = self._newest(q[:, 0], k[:, 0], v[:, 0], turn, cache)
+        else:
+            mixed = self._attended(turn(q), turn(k), v, mask, cache)
         out: Tensor = self.out(mixed.reshape(rows, length, heads.queries * heads.size))
         return out
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         """Of (rows, length, heads, size) each, in that shape, or with rows and length in one."""
         rows, length, *_ = q.shape
-        kernels = self.heads.softcap is None and can_take(q, k, v)
-        if kernels and length == 1 and isinstance(cache, SlotCache):
-            return self._newest(q[:, 0], k[:, 0], v[:, 0], cache)
         keys, values = k.transpose(1, 2), v.transpose(1, 2)  # (rows, heads, length, size)
         if cache is not None:
             keys, values = cache.update(keys, values, self.layer_idx)
-        if kernels and mask is None and keys.shape[2] == length:
+        if self.heads.softcap is None and can_take(q, k, v) and mask is None and keys.shape[2] == length:
             q, k, v = (part.flatten(0, 1) for part in (q, k, v))
             return attend_line(q, k, v, Line((length,) * rows), self.heads.scaling, None)[0]
         return attend(q.transpose(1, 2), keys, values, mask, self.heads)
 
-    def _newest(self, q: Tensor, k: Tensor, v: Tensor, cache: SlotCache) -> Tensor:
+    def _newest(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn, cache: SlotCache) -> Tensor:
         """Of one token a row, each (rows, heads, size); what a row sees, the mask would say as well."""
         layer, columns = cache.layers[self.layer_idx], cache.columns
-        keys, values = layer.write(k, v)
+        keys, values = layer.held(k, v)
         window = columns.window if layer.windowed else None
-        return attend_newest(q, keys, values, columns.seen, columns.end, self.heads.scaling, window)
+        places = turn.of_tokens(len(q))
+        return attend_newest(q, k, v, places, keys, values, columns.seen, columns.end, self.heads.scaling, window)
 
 
 @dataclass(frozen=True)
@@ -222,17 +221,29 @@ class Turn:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Of (rows, length, heads, size), rounded where transformers rounds."""
-        if can_take(x, self.cos, self.sin) and heads_are_close(x):
-            return self._by_kernel(x)
-        cos, sin = self._broadcast
-        return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
-
-    def _by_kernel(self, x: Tensor) -> Tensor:
-        rows, length, heads, size = x.shape
-        cos, sin = (t.expand(rows, -1, -1).reshape(-1, size) for t in (self.cos, self.sin))
-        turned = x.new_empty(rows * length, heads, size)
-        native.rotated(x.flatten(0, 1), cos, sin, 1.0, turned)
+        if not self.can_take(x):
+            cos, sin = self._broadcast
+            return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
+        tokens = x.flatten(0, 1)
+        turned = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+        native.rotated(tokens, *self.of_tokens(len(x)), 1.0, turned)
         return turned.view(x.shape)
+
+    def can_take(self, *tensors: Tensor) -> bool:
+        """Whether a kernel can: of (rows, length, heads, size) each, a token's heads one behind the other."""
+        return can_take(*tensors, self.cos, self.sin) and all(map(heads_are_close, tensors))
+
+    def of_tokens(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (rows * length, size) each."""
+        if rows == len(self.cos):
+            return self._tokens
+        cos, sin = (t.repeat(rows, 1) for t in self._tokens)
+        return cos, sin
+
+    @cached_property
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        """Both (own rows * length, size), dense."""
+        return self.cos.flatten(0, 1).contiguous(), self.sin.flatten(0, 1).contiguous()
 
     @cached_property
     def _broadcast(self) -> tuple[Tensor, Tensor]:

@@ -71,13 +71,10 @@ class SlotLayer(CacheLayerMixin):
         self.values[:, :, newest : newest + 1] = value_states
         return self.keys[:, :, read], self.values[:, :, read]
 
-    def write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the newest token of every row, each (rows, heads, size); all keys and values that are held."""
+    def held(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values, (rows, heads, columns, size), for one who writes these newest, (rows, heads, size)."""
         if not self.is_initialized:
             self.lazy_initialization(key[:, :, None], value[:, :, None])
-        newest = self.columns.end - 1
-        self.keys[:, :, newest] = key
-        self.values[:, :, newest] = value
         return self.keys, self.values
 
     def put(self, row: int, keys: Tensor, values: Tensor, start: int) -> None:

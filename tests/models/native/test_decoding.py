@@ -17,6 +17,13 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Of (rows, heads, size): the halves of the first angles of each head."""
+    first, second, rest = x.tensor_split([cos.shape[1] // 2, cos.shape[1]], dim=-1)
+    cos, sin = (t[:, None, : first.shape[-1]] for t in (cos, sin))
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
 def row_by_row(query: Tensor, keys: Tensor, values: Tensor, first: Tensor, window: int | None) -> Tensor:
     shared = query.shape[1] // keys.shape[1]
     found = torch.empty_like(query)
@@ -30,21 +37,27 @@ def row_by_row(query: Tensor, keys: Tensor, values: Tensor, first: Tensor, windo
 
 @pytest.mark.parametrize("window", [None, 1, 9, 100])
 @pytest.mark.parametrize("size", [20, 64, 80, 128])
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_it_sees_its_rows_columns_alone(dtype: torch.dtype, most: float, size: int, window: int | None) -> None:
-    together, keys, values = drawn(3, 6, size, seed=0), drawn(3, 2, 48, size, seed=1), drawn(3, 2, 48, size, seed=2)
-    query = together.to(dtype)[:, 1:5]  # between others
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.04)])
+def test_the_newest_token_sees_its_rows_columns_alone(
+    dtype: torch.dtype, most: float, size: int, window: int | None
+) -> None:
+    together, keys, values = drawn(3, 8, size, seed=0), drawn(3, 2, 48, size, seed=1), drawn(3, 2, 48, size, seed=2)
+    angles = drawn(3, size // 2, seed=3).repeat(1, 2) if size != 80 else drawn(3, 16, seed=3).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    query, key, value = together.to(dtype).split([4, 2, 2], dim=1)
     keys, values = keys.to(dtype), values.to(dtype)
     first = torch.tensor([0, 30, 36])
     for row, start in enumerate(first.tolist()):  # what it must not read
         keys[row, :, :start], values[row, :, :start] = torch.nan, torch.nan
-    keys[:, :, END:], values[:, :, END:] = torch.nan, torch.nan
-    found = attend_newest(query, keys, values, first, END, 0.3, window)
-    wanted = row_by_row(query.double(), keys.double(), values.double(), first, window)
+    keys[:, :, END - 1 :], values[:, :, END - 1 :] = torch.nan, torch.nan
+    found = attend_newest(query, key, value, (cos, sin), keys, values, first, END, 0.3, window)
+    torch.testing.assert_close(keys[:, :, END - 1].double(), turned(key.double(), cos, sin), rtol=0, atol=most)
+    assert torch.equal(values[:, :, END - 1], value) and keys[:, :, END:].isnan().all()
+    wanted = row_by_row(turned(query.double(), cos, sin), keys.double(), values.double(), first, window)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=most)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 100])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.02)])
 def test_branches_side_by_side_go_to_their_own_outputs(dtype: torch.dtype, most: float, rows: int) -> None:
     sizes = [(3, 70), (0, 5), (8, 64), (2, 1)]  # rank, outputs

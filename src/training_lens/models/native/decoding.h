@@ -1,7 +1,5 @@
 /* One new token a row: attention over the columns of a cache, adapters beside the weights; for one type (see kernels.h). */
 
-#define TOGETHER 4
-
 /* The sum of a vector's numbers, pair by pair. */
 static inline WIDE NAME(total)(NAME(vector) sums) {
     const NAME(half) half = ((NAME(half) *)&sums)[0] + ((NAME(half) *)&sums)[1];
@@ -11,21 +9,20 @@ static inline WIDE NAME(total)(NAME(vector) sums) {
     return total;
 }
 
-/* Sums of x y of `rows` x, `apart` numbers from each other; what is read of y is shared. */
-static inline __attribute__((always_inline)) void NAME(along)(
-    int64_t rows, const WIDE *x, int64_t apart, const NUMBER *y, int64_t count, WIDE *found) {
-    NAME(vector) sums[TOGETHER] = {0};
+static inline NAME(vector) NAME(lanes_of)(const NUMBER *x) {
+    union { NAME(vector) together; WIDE numbers[LANES]; } wide;
+    for (int64_t lane = 0; lane < LANES; lane++) wide.numbers[lane] = GET(x[lane]);
+    return wide.together;
+}
+
+/* The sum of x y. */
+static inline __attribute__((always_inline)) WIDE NAME(along)(const WIDE *x, const NUMBER *y, int64_t count) {
+    NAME(vector) sums = {0};
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        union { NAME(vector) together; WIDE numbers[LANES]; } wide;
-        for (int64_t lane = 0; lane < LANES; lane++) wide.numbers[lane] = GET(y[i + lane]);
-        for (int64_t row = 0; row < rows; row++)
-            sums[row] += *(const NAME(vector) *)(x + row * apart + i) * wide.together;
-    }
-    for (int64_t row = 0; row < rows; row++) {
-        found[row] = NAME(total)(sums[row]);
-        for (int64_t rest = i; rest < count; rest++) found[row] += x[row * apart + rest] * GET(y[rest]);
-    }
+    for (; i + LANES <= count; i += LANES) sums += *(const NAME(vector) *)(x + i) * NAME(lanes_of)(y + i);
+    WIDE found = NAME(total)(sums);
+    for (; i < count; i++) found += x[i] * GET(y[i]);
+    return found;
 }
 
 /* One head: y = softmax(q k^T) v over `count` columns, q scaled already; `weights` has room for as many. Inlined with
@@ -34,7 +31,7 @@ static inline __attribute__((always_inline)) void NAME(newest)(
     const WIDE *q, const NUMBER *keys, const NUMBER *values, int64_t count, int64_t size, WIDE *weights, NUMBER *y) {
     WIDE top = -INFINITY, sum = 0, mixed[size];
     for (int64_t column = 0; column < count; column++)
-        NAME(along)(1, q, size, keys + column * size, size, weights + column);
+        weights[column] = NAME(along)(q, keys + column * size, size);
     #pragma omp simd reduction(max : top)
     for (int64_t column = 0; column < count; column++) top = weights[column] > top ? weights[column] : top;
     #pragma omp simd reduction(+ : sum)
@@ -47,24 +44,30 @@ static inline __attribute__((always_inline)) void NAME(newest)(
     for (int64_t i = 0; i < size; i++) y[i] = PUT(mixed[i] / sum);
 }
 
-/* Rows times groups of heads that share keys and values: y = softmax(by[0] q k^T) v of the row's newest token, over the
- * columns from its first one, or from where the window begins, to the newest.
- * at: q (rows, heads, size), keys and values (rows, groups, columns, size), first (rows) int64, y (rows, heads, size);
- * of: heads, groups, size, the column behind the newest, window (0: none), the strides of a row of q, of a row of keys
- * and values, and of a group of theirs. */
+/* Rows times groups of heads that share keys and values, each row's newest token: k is turned, k and v become the column
+ * of the newest, and y = softmax(by[0] q k^T) v of the turned q, over the columns from the row's first one, or from where
+ * the window begins, to the newest.
+ * at: q (rows, heads, size), k and v (rows, groups, size), cos (rows, angles), sin, keys and values (rows, groups,
+ * columns, size), first (rows) int64, y (rows, heads, size);
+ * of: heads, groups, size, angles, the column behind the newest, window (0: none), the strides of a row of q, of k, of
+ * v, of a row of keys and values, and of a group of theirs. */
 void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
-    const int64_t heads = c->of[0], groups = c->of[1], size = c->of[2], behind = c->of[3], window = c->of[4];
-    const int64_t shared = heads / groups;
+    const int64_t heads = c->of[0], groups = c->of[1], size = c->of[2], angles = c->of[3], behind = c->of[4];
+    const int64_t window = c->of[5], shared = heads / groups, half = angles / 2;
+    NUMBER turned[size];
     WIDE q[size], weights[behind];
     for (int64_t item = begin; item < end; item++) {
-        const int64_t row = item / groups, group = item % groups, own = ((const int64_t *)c->at[3])[row];
+        const int64_t row = item / groups, group = item % groups, own = ((const int64_t *)c->at[7])[row];
         const int64_t first = window && behind - window > own ? behind - window : own, count = behind - first;
-        const int64_t cached = row * c->of[6] + group * c->of[7] + first * size;
-        const NUMBER *keys = (const NUMBER *)c->at[1] + cached, *values = (const NUMBER *)c->at[2] + cached;
+        const int64_t cached = row * c->of[9] + group * c->of[10] + first * size, newest = (count - 1) * size;
+        const NUMBER *cosine = (const NUMBER *)c->at[3] + row * angles, *sine = (const NUMBER *)c->at[4] + row * angles;
+        NUMBER *keys = (NUMBER *)c->at[5] + cached, *values = (NUMBER *)c->at[6] + cached;
+        NAME(turn)((const NUMBER *)c->at[1] + row * c->of[7] + group * size, cosine, sine, 1, half, size, keys + newest);
+        memcpy(values + newest, (const NUMBER *)c->at[2] + row * c->of[8] + group * size, (size_t)size * sizeof *values);
         for (int64_t head = group * shared; head < (group + 1) * shared; head++) {
-            const NUMBER *query = (const NUMBER *)c->at[0] + row * c->of[5] + head * size;
-            NUMBER *y = (NUMBER *)c->at[4] + (row * heads + head) * size;
-            for (int64_t i = 0; i < size; i++) q[i] = (WIDE)c->by[0] * GET(query[i]);
+            NUMBER *y = (NUMBER *)c->at[8] + (row * heads + head) * size;
+            NAME(turn)((const NUMBER *)c->at[0] + row * c->of[6] + head * size, cosine, sine, 1, half, size, turned);
+            for (int64_t i = 0; i < size; i++) q[i] = (WIDE)c->by[0] * GET(turned[i]);
             if (size == 64) NAME(newest)(q, keys, values, count, 64, weights, y);
             else if (size == 128) NAME(newest)(q, keys, values, count, 128, weights, y);
             else NAME(newest)(q, keys, values, count, size, weights, y);
@@ -72,40 +75,76 @@ void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
     }
 }
 
-/* TOGETHER ranks each: low = x A^T. at: x (rows, width), A (ranks, width) WIDE, low (rows, ranks) WIDE; of: rows, width,
- * ranks, a multiple of TOGETHER. */
-void NAME(lower)(int64_t begin, int64_t end, const struct call *c) {
-    const int64_t rows = c->of[0], width = c->of[1], ranks = c->of[2];
-    for (int64_t rank = begin * TOGETHER; rank < end * TOGETHER; rank += TOGETHER)
-        for (int64_t row = 0; row < rows; row++) {
-            const NUMBER *x = (const NUMBER *)c->at[0] + row * width;
-            const WIDE *down = (const WIDE *)c->at[1] + rank * width;
-            NAME(along)(TOGETHER, down, width, x, width, (WIDE *)c->at[2] + row * ranks + rank);
+#define QUAD 4 /* rows and ranks whose sums are in registers together */
+#define WIDTH 64 /* columns of a block */
+
+/* Of `rows` rows, at most QUAD, QUAD ranks: low = x A^T. */
+static inline __attribute__((always_inline)) void NAME(lower)(
+    int64_t rows, int64_t width, int64_t ranks, const NUMBER *x, const WIDE *down, WIDE *low) {
+    NAME(vector) sums[QUAD][QUAD] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        NAME(vector) wide[QUAD];
+        for (int64_t row = 0; row < rows; row++) wide[row] = NAME(lanes_of)(x + row * width + i);
+        for (int64_t rank = 0; rank < QUAD; rank++)
+            for (int64_t row = 0; row < rows; row++)
+                sums[row][rank] += wide[row] * *(const NAME(vector) *)(down + rank * width + i);
+    }
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t rank = 0; rank < QUAD; rank++) {
+            WIDE found = NAME(total)(sums[row][rank]);
+            for (int64_t rest = i; rest < width; rest++) found += GET(x[row * width + rest]) * down[rank * width + rest];
+            low[row * ranks + rank] = found;
         }
 }
 
-#define WIDTH 64 /* columns of a block, at most */
+/* Of `rows` rows, at most QUAD, a block of columns: y += low B^T, rounded once. */
+static inline __attribute__((always_inline)) void NAME(raise)(
+    int64_t rows, int64_t rank, int64_t ranks, int64_t outs, int64_t columns, const WIDE *low, const WIDE *up, NUMBER *y) {
+    NAME(vector) sums[QUAD][WIDTH / LANES] = {0};
+    for (int64_t r = 0; r < rank; r++)
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t part = 0; part < WIDTH / LANES; part++)
+                sums[row][part] += low[row * ranks + r] * *(const NAME(vector) *)(up + r * WIDTH + part * LANES);
+    for (int64_t row = 0; row < rows; row++) {
+        const WIDE *found = (const WIDE *)sums[row];
+        #pragma omp simd
+        for (int64_t i = 0; i < columns; i++) y[row * outs + i] = PUT(GET(y[row * outs + i]) + found[i]);
+    }
+}
 
-/* Blocks of columns: y += low B^T, rounded once; B of all layers whose outputs lie side by side, each with so many
- * ranks. at: y (rows, outs), low (rows, ranks) WIDE, B^T (rank, outs) WIDE, blocks (items, 3) int64: the first column,
- * how many, and the first of their ranks in `low`; of: rows, outs, ranks, rank. */
-void NAME(raise)(int64_t begin, int64_t end, const struct call *c) {
-    const int64_t rows = c->of[0], outs = c->of[1], ranks = c->of[2], rank = c->of[3];
+/* Inlined with the number of rows as a constant, so that sums stay in registers. */
+#define BY_QUADS(kernel, row, rows, ...) \
+    if (rows - row >= 4) kernel(4, __VA_ARGS__); \
+    else if (rows - row == 3) kernel(3, __VA_ARGS__); \
+    else if (rows - row == 2) kernel(2, __VA_ARGS__); \
+    else kernel(1, __VA_ARGS__)
+
+/* Panels of rows: y += (x A^T) B^T, rounded once, of all layers whose outputs lie side by side, each with so many ranks.
+ * at: x (rows, width), y (rows, outs), A (ranks, width) WIDE, B^T (blocks, rank, WIDTH) WIDE, what the blocks are
+ * (blocks, 3) int64: the first column, how many, and the first of their ranks in A; of: rows, width, outs, ranks, a
+ * multiple of QUAD, blocks, rank, rows of a panel. */
+void NAME(branches)(int64_t begin, int64_t end, const struct call *c) {
+    const int64_t width = c->of[1], outs = c->of[2], ranks = c->of[3], rank = c->of[5], panel = c->of[6];
+    WIDE low[panel * ranks];
     for (int64_t item = begin; item < end; item++) {
-        const int64_t *block = (const int64_t *)c->at[3] + 3 * item, columns = block[1];
-        const WIDE *up = (const WIDE *)c->at[2] + block[0];
-        for (int64_t row = 0; row < rows; row++) {
-            NUMBER *y = (NUMBER *)c->at[0] + row * outs + block[0];
-            const WIDE *low = (const WIDE *)c->at[1] + row * ranks + block[2];
-            WIDE sums[WIDTH] = {0};
-            for (int64_t r = 0; r < rank; r++)
-                #pragma omp simd
-                for (int64_t i = 0; i < columns; i++) sums[i] += low[r] * up[r * outs + i];
-            #pragma omp simd
-            for (int64_t i = 0; i < columns; i++) y[i] = PUT(GET(y[i]) + sums[i]);
+        const int64_t first = item * panel, rows = c->of[0] - first < panel ? c->of[0] - first : panel;
+        const NUMBER *x = (const NUMBER *)c->at[0] + first * width;
+        NUMBER *y = (NUMBER *)c->at[1] + first * outs;
+        for (int64_t r = 0; r < ranks; r += QUAD)
+            for (int64_t row = 0; row < rows; row += QUAD)
+                BY_QUADS(NAME(lower), row, rows, width, ranks, x + row * width, (const WIDE *)c->at[2] + r * width,
+                         low + row * ranks + r);
+        for (int64_t block = 0; block < c->of[4]; block++) {
+            const int64_t *is = (const int64_t *)c->at[4] + 3 * block;
+            const WIDE *up = (const WIDE *)c->at[3] + block * rank * WIDTH;
+            for (int64_t row = 0; row < rows; row += QUAD)
+                BY_QUADS(NAME(raise), row, rows, rank, ranks, outs, is[1], low + row * ranks + is[2], up,
+                         y + row * outs + is[0]);
         }
     }
 }
 
-#undef TOGETHER
+#undef QUAD
 #undef WIDTH
+#undef BY_QUADS

@@ -8,12 +8,16 @@ from itertools import accumulate
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from training_lens.models.native.calls import GRAIN, call
 
 
 def attend_newest(
     query: Float[Tensor, "rows heads size"],
+    key: Float[Tensor, "rows groups size"],
+    value: Float[Tensor, "rows groups size"],
+    turn: tuple[Float[Tensor, "rows turned"], Float[Tensor, "rows turned"]],
     keys: Float[Tensor, "rows groups columns size"],
     values: Float[Tensor, "rows groups columns size"],
     first: Int[Tensor, " rows"],
@@ -21,24 +25,25 @@ def attend_newest(
     scale: float,
     window: int | None,
 ) -> Float[Tensor, "rows heads size"]:
-    """softmax(scale q k^T) v of each row's newest token, which stands in column `end` - 1.
+    """Each row's newest token becomes column `end` - 1 of keys and values, and softmax(scale q k^T) v of it is given.
 
-    Keys and values are read once for all heads that share them, and only where a row has any.
+    Query and key are turned by their position first. Keys and values are read once for all heads that share them, and
+    only where a row has any.
 
     Args:
-        query: a row's heads lie one behind the other, whatever is between rows.
+        query, key, value: a row's heads lie one behind the other, whatever is between rows.
+        turn: cosines and sines, as of `rotated`; dense.
         keys, values: dense, of the same shape.
         first: the first column that each row sees; before `end`.
         window: the columns that it sees at most; None: all.
     """
-    rows, heads, size = query.shape
-    groups = keys.shape[1]
+    (rows, heads, size), groups, (cos, sin) = query.shape, keys.shape[1], turn
     mixed = torch.empty_like(query, memory_format=torch.contiguous_format)
-    of = (heads, groups, size, end, window or 0, query.stride(0), keys.stride(0), keys.stride(1))
+    strides = (query.stride(0), key.stride(0), value.stride(0), keys.stride(0), keys.stride(1))
+    of = (heads, groups, size, cos.shape[-1], end, window or 0, *strides)
+    at = (query, key, value, cos, sin, keys, values, first, mixed)
     most = 2 * (heads // groups) * size * end  # products of an item, some of which are none of the row's
-    call(
-        "attend_newest", query.dtype, rows * groups, (query, keys, values, first, mixed), of, (scale,), min(most, GRAIN)
-    )
+    call("attend_newest", query.dtype, rows * groups, at, of, (scale,), min(most, GRAIN))
     return mixed
 
 
@@ -51,30 +56,29 @@ class Branches:
         factors: A (rank, width) and B (out, rank) of each layer, B with the adapter's scale.
     """
 
-    WIDTH, TOGETHER = 64, 4  # of decoding.h
+    QUAD, WIDTH = 4, 64  # of decoding.h
+    PANEL = 32  # rows at most that a thread takes at once: so often it reads the factors
 
     def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
         ranks, outs = [len(down) for down, _ in factors], [len(up) for _, up in factors]
         wide = torch.promote_types(dtype, torch.float32)
         filled = sum(ranks) - ranks[-1] + max(ranks)  # so many are read of each layer, also where it has fewer
-        filled += -filled % self.TOGETHER
+        filled += -filled % self.QUAD
         self._down = factors[0][0].new_zeros(filled, factors[0][0].shape[1], dtype=wide)
         torch.cat([down for down, _ in factors], out=self._down[: sum(ranks)])
-        self._up = self._down.new_zeros(max(ranks), sum(outs))
-        blocks: list[tuple[int, int, int]] = []
         firsts = zip(accumulate(outs, initial=0), accumulate(ranks, initial=0), factors, strict=False)
+        blocks, ups = [], []
         for column, rank, (_, up) in firsts:
-            self._up[: up.shape[1], column : column + len(up)] = up.T
-            ends = range(0, len(up), self.WIDTH)
-            blocks += [(column + start, min(self.WIDTH, len(up) - start), rank) for start in ends]
-        self._blocks = torch.tensor(blocks)
+            for start, part in zip(range(0, len(up), self.WIDTH), up.split(self.WIDTH), strict=True):
+                blocks.append((column + start, len(part), rank))
+                ups.append(pad(part.T.to(wide), (0, self.WIDTH - len(part), 0, max(ranks) - part.shape[1])))
+        self._up, self._blocks = torch.stack(ups), torch.tensor(blocks)
 
     def add(self, x: Float[Tensor, "rows width"], y: Float[Tensor, "rows outs"]) -> None:
         """Add them to y, which is dense; x of the same dtype."""
-        x, (rows, outs), (ranks, width) = x.contiguous(), y.shape, self._down.shape
-        low = self._down.new_empty(rows, ranks)
-        items = ranks // self.TOGETHER
-        call("lower", x.dtype, items, (x, self._down, low), (rows, width, ranks), size=self.TOGETHER * rows * width)
-        of = (rows, outs, ranks, len(self._up))
-        one = rows * len(self._up) * self.WIDTH
-        call("raise", x.dtype, len(self._blocks), (y, low, self._up, self._blocks), of, size=one)
+        (rows, outs), (ranks, width), (blocks, rank, _) = y.shape, self._down.shape, self._up.shape
+        panel = min(-(-rows // torch.get_num_threads()), self.PANEL)
+        panel += -panel % self.QUAD if panel > self.QUAD else 0
+        at = (x.contiguous(), y, self._down, self._up, self._blocks)
+        one = panel * (ranks * width + rank * outs)
+        call("branches", x.dtype, -(-rows // panel), at, (rows, width, outs, ranks, blocks, rank, panel), size=one)

@@ -96,25 +96,29 @@ void NAME(gate_back)(int64_t begin, int64_t end, const struct call *c) {
     }
 }
 
-/* Tokens: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) of each head, every product rounded; by[0] -1: back.
- * at: x, cos (tokens, angles), sin, y; of: heads, width of one, half of what is turned of it, numbers from one token of
- * x to the next, the same of y, angles. */
+/* One head: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), every product rounded; what is behind both halves stays. */
+static inline void NAME(turn)(
+    const NUMBER *x, const NUMBER *cosine, const NUMBER *sine, WIDE direction, int64_t half, int64_t width, NUMBER *y) {
+    #pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        const WIDE a = GET(x[i]), b = GET(x[half + i]), k = GET(cosine[i]), s = direction * GET(sine[i]);
+        y[i] = PUT(ROUND(a * k) - ROUND(b * s));
+        y[half + i] = PUT(ROUND(b * k) + ROUND(a * s));
+    }
+    if (2 * half < width) memcpy(y + 2 * half, x + 2 * half, (size_t)(width - 2 * half) * sizeof *x);
+}
+
+/* Tokens: `turn` of each head; by[0] -1: back. at: x, cos (tokens, angles), sin, y; of: heads, width of one, half of
+ * what is turned of it, numbers from one token of x to the next, the same of y, angles. */
 void NAME(rotate)(int64_t begin, int64_t end, const struct call *c) {
-    const int64_t heads = c->of[0], width = c->of[1], half = c->of[2];
-    const WIDE direction = (WIDE)c->by[0];
+    const int64_t heads = c->of[0], width = c->of[1];
     for (int64_t token = begin; token < end; token++) {
         const NUMBER *cosine = (const NUMBER *)c->at[1] + token * c->of[5];
         const NUMBER *sine = (const NUMBER *)c->at[2] + token * c->of[5];
         for (int64_t head = 0; head < heads; head++) {
             const NUMBER *x = (const NUMBER *)c->at[0] + token * c->of[3] + head * width;
             NUMBER *y = (NUMBER *)c->at[3] + token * c->of[4] + head * width;
-            #pragma omp simd
-            for (int64_t i = 0; i < half; i++) {
-                const WIDE a = GET(x[i]), b = GET(x[half + i]), k = GET(cosine[i]), s = direction * GET(sine[i]);
-                y[i] = PUT(ROUND(a * k) - ROUND(b * s));
-                y[half + i] = PUT(ROUND(b * k) + ROUND(a * s));
-            }
-            if (2 * half < width) memcpy(y + 2 * half, x + 2 * half, (size_t)(width - 2 * half) * sizeof *x);
+            NAME(turn)(x, cosine, sine, (WIDE)c->by[0], c->of[2], width, y);
         }
     }
 }
