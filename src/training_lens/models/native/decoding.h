@@ -15,33 +15,74 @@ static inline NAME(vector) NAME(lanes_of)(const NUMBER *x) {
     return wide.together;
 }
 
-/* The sum of x y. */
-static inline __attribute__((always_inline)) WIDE NAME(along)(const WIDE *x, const NUMBER *y, int64_t count) {
-    NAME(vector) sums = {0};
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) sums += *(const NAME(vector) *)(x + i) * NAME(lanes_of)(y + i);
-    WIDE found = NAME(total)(sums);
-    for (; i < count; i++) found += x[i] * GET(y[i]);
-    return found;
+#define AHEAD 16 /* columns */
+#define QUAD 4 /* rows, heads or ranks whose sums are in registers together */
+#define WIDTH 64 /* columns of a block */
+
+/* Inlined with a number of 1 to QUAD as a constant, so that sums stay in registers. */
+#define BY_QUADS(kernel, number, ...) \
+    (number >= 4   ? kernel(4, __VA_ARGS__) \
+     : number == 3 ? kernel(3, __VA_ARGS__) \
+     : number == 2 ? kernel(2, __VA_ARGS__) \
+                   : kernel(1, __VA_ARGS__))
+
+/* Of `heads` heads and `parts` vectors of each: y = weights v / sums. */
+static inline __attribute__((always_inline)) void NAME(mix)(
+    int64_t heads, int64_t parts, const WIDE *weights, const WIDE *sums, const NUMBER *values, int64_t count, int64_t size,
+    NUMBER *y) {
+    NAME(vector) mixed[QUAD][QUAD] = {0};
+    for (int64_t column = 0; column < count; column++)
+        for (int64_t part = 0; part < parts; part++) {
+            const NAME(vector) value = NAME(lanes_of)(values + column * size + part * LANES);
+            for (int64_t head = 0; head < heads; head++) mixed[head][part] += weights[head * count + column] * value;
+        }
+    for (int64_t head = 0; head < heads; head++)
+        for (int64_t i = 0; i < parts * LANES; i++) y[head * size + i] = PUT(((const WIDE *)mixed[head])[i] / sums[head]);
 }
 
-/* One head: y = softmax(q k^T) v over `count` columns, q scaled already; `weights` has room for as many. Inlined with
- * the sizes that most models have as constants, so that sums stay in registers. */
+/* `heads` heads that share keys and values: y = softmax(q k^T) v over `count` columns; q (heads, size) is scaled already,
+ * `weights` has room for (heads, count). What the memory has to bring is asked for early. */
 static inline __attribute__((always_inline)) void NAME(newest)(
-    const WIDE *q, const NUMBER *keys, const NUMBER *values, int64_t count, int64_t size, WIDE *weights, NUMBER *y) {
-    WIDE top = -INFINITY, sum = 0, mixed[size];
-    for (int64_t column = 0; column < count; column++)
-        weights[column] = NAME(along)(q, keys + column * size, size);
-    #pragma omp simd reduction(max : top)
-    for (int64_t column = 0; column < count; column++) top = weights[column] > top ? weights[column] : top;
-    #pragma omp simd reduction(+ : sum)
-    for (int64_t column = 0; column < count; column++) sum += weights[column] = EXP(weights[column] - top);
-    for (int64_t i = 0; i < size; i++) mixed[i] = 0;
-    for (int64_t column = 0; column < count; column++)
-        #pragma omp simd
-        for (int64_t i = 0; i < size; i++) mixed[i] += weights[column] * GET(values[column * size + i]);
-    #pragma omp simd
-    for (int64_t i = 0; i < size; i++) y[i] = PUT(mixed[i] / sum);
+    int64_t heads, const WIDE *q, const NUMBER *keys, const NUMBER *values, int64_t count, int64_t size, WIDE *weights,
+    NUMBER *y) {
+    const int64_t whole = size - size % LANES, line = 64 / (int64_t)sizeof *keys;
+    WIDE sums[QUAD];
+    for (int64_t column = 0; column < count; column++) {
+        const NUMBER *key = keys + column * size;
+        for (int64_t i = 0; i < size; i += line) {
+            __builtin_prefetch(key + AHEAD * size + i);
+            __builtin_prefetch(values + column * size + i);
+        }
+        NAME(vector) found[QUAD] = {0};
+        for (int64_t i = 0; i < whole; i += LANES) {
+            const NAME(vector) part = NAME(lanes_of)(key + i);
+            for (int64_t head = 0; head < heads; head++) found[head] += part * *(const NAME(vector) *)(q + head * size + i);
+        }
+        for (int64_t head = 0; head < heads; head++) {
+            WIDE score = NAME(total)(found[head]);
+            for (int64_t i = whole; i < size; i++) score += q[head * size + i] * GET(key[i]);
+            weights[head * count + column] = score;
+        }
+    }
+    for (int64_t head = 0; head < heads; head++) {
+        WIDE *own = weights + head * count, top = -INFINITY, sum = 0;
+        #pragma omp simd reduction(max : top)
+        for (int64_t column = 0; column < count; column++) top = own[column] > top ? own[column] : top;
+        #pragma omp simd reduction(+ : sum)
+        for (int64_t column = 0; column < count; column++) sum += own[column] = EXP(own[column] - top);
+        sums[head] = sum;
+    }
+    int64_t i = 0;
+    for (; i + QUAD * LANES <= size; i += QUAD * LANES)
+        NAME(mix)(heads, QUAD, weights, sums, values + i, count, size, y + i);
+    for (; i < whole; i += LANES) NAME(mix)(heads, 1, weights, sums, values + i, count, size, y + i);
+    for (; i < size; i++)
+        for (int64_t head = 0; head < heads; head++) {
+            WIDE mixed = 0;
+            for (int64_t column = 0; column < count; column++)
+                mixed += weights[head * count + column] * GET(values[column * size + i]);
+            y[head * size + i] = PUT(mixed / sums[head]);
+        }
 }
 
 /* Rows times groups of heads that share keys and values, each row's newest token: k is turned, k and v become the column
@@ -55,7 +96,7 @@ void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
     const int64_t heads = c->of[0], groups = c->of[1], size = c->of[2], angles = c->of[3], behind = c->of[4];
     const int64_t window = c->of[5], shared = heads / groups, half = angles / 2;
     NUMBER turned[size];
-    WIDE q[size], weights[behind];
+    WIDE q[QUAD * size], weights[QUAD * behind];
     for (int64_t item = begin; item < end; item++) {
         const int64_t row = item / groups, group = item % groups, own = ((const int64_t *)c->at[7])[row];
         const int64_t first = window && behind - window > own ? behind - window : own, count = behind - first;
@@ -64,19 +105,20 @@ void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
         NUMBER *keys = (NUMBER *)c->at[5] + cached, *values = (NUMBER *)c->at[6] + cached;
         NAME(turn)((const NUMBER *)c->at[1] + row * c->of[7] + group * size, cosine, sine, 1, half, size, keys + newest);
         memcpy(values + newest, (const NUMBER *)c->at[2] + row * c->of[8] + group * size, (size_t)size * sizeof *values);
-        for (int64_t head = group * shared; head < (group + 1) * shared; head++) {
+        for (int64_t head = group * shared; head < (group + 1) * shared; head += QUAD) {
+            const int64_t together = (group + 1) * shared - head < QUAD ? (group + 1) * shared - head : QUAD;
+            const NUMBER *query = (const NUMBER *)c->at[0] + row * c->of[6] + head * size;
+            for (int64_t of = 0; of < together; of++) {
+                NAME(turn)(query + of * size, cosine, sine, 1, half, size, turned);
+                for (int64_t i = 0; i < size; i++) q[of * size + i] = (WIDE)c->by[0] * GET(turned[i]);
+            }
             NUMBER *y = (NUMBER *)c->at[8] + (row * heads + head) * size;
-            NAME(turn)((const NUMBER *)c->at[0] + row * c->of[6] + head * size, cosine, sine, 1, half, size, turned);
-            for (int64_t i = 0; i < size; i++) q[i] = (WIDE)c->by[0] * GET(turned[i]);
-            if (size == 64) NAME(newest)(q, keys, values, count, 64, weights, y);
-            else if (size == 128) NAME(newest)(q, keys, values, count, 128, weights, y);
-            else NAME(newest)(q, keys, values, count, size, weights, y);
+            if (size == 64) BY_QUADS(NAME(newest), together, q, keys, values, count, 64, weights, y);
+            else if (size == 128) BY_QUADS(NAME(newest), together, q, keys, values, count, 128, weights, y);
+            else BY_QUADS(NAME(newest), together, q, keys, values, count, size, weights, y);
         }
     }
 }
-
-#define QUAD 4 /* rows and ranks whose sums are in registers together */
-#define WIDTH 64 /* columns of a block */
 
 /* Of `rows` rows, at most QUAD, QUAD ranks: low = x A^T. */
 static inline __attribute__((always_inline)) void NAME(lower)(
@@ -113,13 +155,6 @@ static inline __attribute__((always_inline)) void NAME(raise)(
     }
 }
 
-/* Inlined with the number of rows as a constant, so that sums stay in registers. */
-#define BY_QUADS(kernel, row, rows, ...) \
-    if (rows - row >= 4) kernel(4, __VA_ARGS__); \
-    else if (rows - row == 3) kernel(3, __VA_ARGS__); \
-    else if (rows - row == 2) kernel(2, __VA_ARGS__); \
-    else kernel(1, __VA_ARGS__)
-
 /* Panels of rows: y += (x A^T) B^T, rounded once, of all layers whose outputs lie side by side, each with so many ranks.
  * at: x (rows, width), y (rows, outs), A (ranks, width) WIDE, B^T (blocks, rank, WIDTH) WIDE, what the blocks are
  * (blocks, 3) int64: the first column, how many, and the first of their ranks in A; of: rows, width, outs, ranks, a
@@ -133,18 +168,19 @@ void NAME(branches)(int64_t begin, int64_t end, const struct call *c) {
         NUMBER *y = (NUMBER *)c->at[1] + first * outs;
         for (int64_t r = 0; r < ranks; r += QUAD)
             for (int64_t row = 0; row < rows; row += QUAD)
-                BY_QUADS(NAME(lower), row, rows, width, ranks, x + row * width, (const WIDE *)c->at[2] + r * width,
+                BY_QUADS(NAME(lower), rows - row, width, ranks, x + row * width, (const WIDE *)c->at[2] + r * width,
                          low + row * ranks + r);
         for (int64_t block = 0; block < c->of[4]; block++) {
             const int64_t *is = (const int64_t *)c->at[4] + 3 * block;
             const WIDE *up = (const WIDE *)c->at[3] + block * rank * WIDTH;
             for (int64_t row = 0; row < rows; row += QUAD)
-                BY_QUADS(NAME(raise), row, rows, rank, ranks, outs, is[1], low + row * ranks + is[2], up,
+                BY_QUADS(NAME(raise), rows - row, rank, ranks, outs, is[1], low + row * ranks + is[2], up,
                          y + row * outs + is[0]);
         }
     }
 }
 
+#undef AHEAD
 #undef QUAD
 #undef WIDTH
 #undef BY_QUADS
