@@ -42,7 +42,8 @@ class UncoveredError(Exception):
 class Decoders:
     """The decoder of a session, made when it is first asked for, and anew when the model's weights have changed.
 
-    One is kept: that of the base takes the place of that of the adapter, so that the weights are there twice at most.
+    One is kept: that of the base takes the place of that of the adapter, so that beside the model's weights there are
+    one decoder's, twice at most: merged and as they are for many rows, and as they are for few.
     """
 
     _made: Decoder | None = None

@@ -21,7 +21,7 @@ from training_lens.models.native import training as native
 from training_lens.models.native.attention import Line
 from training_lens.models.native.attention import attend as attend_line
 from training_lens.models.native.calls import can_take, heads_are_close
-from training_lens.models.native.decoding import Branches, attend_newest
+from training_lens.models.native.decoding import Branches, FewRows, attend_newest
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Product(nn.Module):
     """Several linear layers on one input as one product, their outputs side by side: (..., in) to (..., sum of outs).
 
     Costs a copy of the weights. On a CPU that oneDNN computes bfloat16 on, the copy is in the order in which its
-    kernels read it, which plain weights are brought to anew at every call.
+    kernels read it, which plain weights are brought to anew at every call. Where few rows are computed from the plain
+    weights, these stay, too.
     """
 
     def __init__(self, parts: Sequence[Linear]) -> None:
@@ -50,6 +51,8 @@ class Product(nn.Module):
         self.packed = _is_packable(weight)
         self.weight = _packed(weight) if self.packed else weight
         self.bias = _joined_bias(parts)
+        plain = [part.weight for part in parts]
+        self._few = FewRows(plain, self.bias) if FewRows.can_take(plain) else None
         self.down, self.up, self._branches = None, None, None
         if any(part.down is not None for part in parts):
             factors = _factors(parts)
@@ -65,8 +68,11 @@ class Product(nn.Module):
         return self._branches is not None or self.down is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed:
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        out: Tensor
+        if self._few and x.numel() <= FewRows.MOST * x.shape[-1]:
+            out = self._few(x)
+        elif self.packed:
+            out = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         else:
             out = functional.linear(x, self.weight, self.bias)
         if self._branches:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from training_lens.models.native import calls
-from training_lens.models.native.decoding import Branches, attend_newest
+from training_lens.models.native.decoding import Branches, FewRows, attend_newest
 
 pytestmark = pytest.mark.skipif(calls.library() is None, reason="no C compiler here")
 END = 37  # columns that are in use
@@ -66,3 +66,28 @@ def test_branches_side_by_side_go_to_their_own_outputs(dtype: torch.dtype, most:
     wanted = y.double() + torch.cat([x.double() @ down.T @ up.T for down, up in factors], 1)
     Branches(factors, dtype).add(x, y)
     torch.testing.assert_close(y.double(), wanted, rtol=most, atol=most)
+
+
+@pytest.mark.skipif(not calls.has("few_rows", torch.bfloat16), reason="this processor multiplies no pairs of bfloat16")
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 64])
+def test_few_rows_are_multiplied_by_plain_weights_and_rounded_once(rows: int, biased: bool) -> None:
+    weights = [drawn(outs, 96, seed=outs).bfloat16() for outs in (12, 4, 32)]
+    bias = drawn(48, seed=3).bfloat16() if biased else None
+    x = drawn(rows, 1, 96, seed=5).bfloat16()
+    assert FewRows.can_take(weights)
+    product = FewRows(weights, bias)
+    found = product(x)
+    wanted = torch.nn.functional.linear(
+        x.double(), torch.cat(weights).double(), None if bias is None else bias.double()
+    )
+    assert found.shape == (rows, 1, 48)
+    assert (found == wanted.bfloat16()).float().mean() > 0.99  # what falls between two may go either way
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-8, atol=1e-5)
+    assert torch.equal(product(x[-1:]), found[-1:])  # whatever is beside a row
+
+
+def test_few_rows_leave_other_weights_alone() -> None:
+    plain = torch.zeros(8, 64, dtype=torch.bfloat16)
+    for weight in (plain.float(), plain[:, :48], torch.zeros(8, 48).bfloat16(), torch.zeros(6, 64).bfloat16(), plain.T):
+        assert not FewRows.can_take([weight])

@@ -15,7 +15,8 @@ from training_lens.utils.compiling import CompilationError, compiled
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "kernels.h", "attention.h", "decoding.h"))
+SOURCE_FILES = ("kernels.c", "kernels.h", "attention.h", "decoding.h", "products.h")
+SOURCES = tuple(map(Path(__file__).with_name, SOURCE_FILES))
 TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double"}
 GRAIN = 2**15  # numbers that are worth a thread
 
@@ -64,11 +65,17 @@ def can_take(*tensors: Tensor) -> bool:
     return alike and library() is not None
 
 
+def has(kernel: str, dtype: torch.dtype) -> bool:
+    """Whether a kernel is there for this processor; of most, all are."""
+    found = library()
+    return found is not None and dtype in TYPES and hasattr(found.kernels, f"{kernel}_{TYPES[dtype]}")
+
+
 def call(
     kernel: str,
     dtype: torch.dtype,
     items: int,
-    at: Sequence[Tensor],
+    at: Sequence[Tensor | None],
     of: Sequence[int] = (),
     by: Sequence[float] = (),
     size: int = GRAIN,
@@ -79,7 +86,7 @@ def call(
     """
     found = library()
     assert found is not None, "can_take was asked"
-    given = Call(tuple(t.data_ptr() for t in at), tuple(of), tuple(by))
+    given = Call(tuple(None if t is None else t.data_ptr() for t in at), tuple(of), tuple(by))
     address = found.address(kernel, dtype)
     failed = found.share(0, items, max(1, GRAIN // size), address, ctypes.addressof(given))
     assert not failed, f"{kernel} raises nothing"

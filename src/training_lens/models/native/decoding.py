@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from training_lens.models.native.calls import GRAIN, call
+from training_lens.models.native.calls import GRAIN, call, can_take, has
 
 
 def attend_newest(
@@ -45,6 +45,43 @@ def attend_newest(
     most = 2 * (heads // groups) * size * end  # products of an item, some of which are none of the row's
     call("attend_newest", query.dtype, rows * groups, at, of, (scale,), min(most, GRAIN))
     return mixed
+
+
+class FewRows:
+    """x W^T + b of layers on one input whose outputs lie side by side, from their plain weights, for few rows.
+
+    Bound by the memory that the weights are read from, where oneDNN's kernels are made for many rows. A row's result is
+    the same whatever rows are beside it.
+
+    Args:
+        weights: (out, width) each, as `can_take` wants them.
+        bias: (sum of outs,).
+    """
+
+    MOST = 64  # rows; more are better left to oneDNN
+    OUTS, LANES = 4, 32  # of products.h
+
+    def __init__(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
+        self._weights, self._bias = tuple(weights), bias
+        self._outs = sum(map(len, weights))
+        firsts = accumulate(map(len, weights), initial=0)
+        self._layers = torch.tensor([(w.data_ptr(), first) for w, first in zip(weights, firsts, strict=False)])
+
+    @classmethod
+    def can_take(cls, weights: Sequence[Tensor]) -> bool:
+        """Whether there is a kernel for them on this processor."""
+        kernel = can_take(*weights) and has("few_rows", weights[0].dtype)
+        return kernel and all(
+            w.is_contiguous() and len(w) % cls.OUTS == 0 and w.shape[1] % cls.LANES == 0 for w in weights
+        )
+
+    def __call__(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows outs"]:
+        width = x.shape[-1]
+        y, rows = x.new_empty(*x.shape[:-1], self._outs), x.numel() // width
+        of = (rows, width, self._outs, len(self._weights))
+        at = (x.contiguous(), y, self._layers, self._bias)
+        call("few_rows", x.dtype, self._outs // self.OUTS, at, of, size=self.OUTS * width * rows)
+        return y
 
 
 class Branches:

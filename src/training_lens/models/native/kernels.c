@@ -68,3 +68,7 @@ static inline double put_double(double x) { return x; }
 #define EXP exp
 #define NAME(kernel) kernel##_double
 #include "kernels.h"
+
+#ifdef __AVX512BF16__
+#include "products.h"
+#endif
