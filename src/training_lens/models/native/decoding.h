@@ -120,34 +120,42 @@ void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
     }
 }
 
-/* Of `rows` rows, at most QUAD, QUAD ranks: low = x A^T. */
-static inline __attribute__((always_inline)) void NAME(lower)(
-    int64_t rows, int64_t width, int64_t ranks, const NUMBER *x, const WIDE *down, WIDE *low) {
-    NAME(vector) sums[QUAD][QUAD] = {0};
-    int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) {
-        NAME(vector) wide[QUAD];
-        for (int64_t row = 0; row < rows; row++) wide[row] = NAME(lanes_of)(x + row * width + i);
-        for (int64_t rank = 0; rank < QUAD; rank++)
-            for (int64_t row = 0; row < rows; row++)
-                sums[row][rank] += wide[row] * *(const NAME(vector) *)(down + rank * width + i);
-    }
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t rank = 0; rank < QUAD; rank++) {
-            WIDE found = NAME(total)(sums[row][rank]);
-            for (int64_t rest = i; rest < width; rest++) found += GET(x[row * width + rest]) * down[rank * width + rest];
-            low[row * ranks + rank] = found;
+#define ROWS 8 /* whose sums are in registers together, with PARTS vectors each */
+#define PARTS 2
+#define CHUNK 256 /* numbers of a row that are widened at once */
+
+/* sums (rows, parts) += x f over `depth`: x (rows, depth), `apart` numbers from row to row, f (depth, .), `stride` too. */
+static inline __attribute__((always_inline)) void NAME(sum)(
+    int64_t rows, int64_t parts, int64_t depth, const WIDE *x, int64_t apart, const WIDE *f, int64_t stride,
+    NAME(vector) (*sums)[PARTS]) {
+    for (int64_t i = 0; i < depth; i++)
+        for (int64_t part = 0; part < parts; part++) {
+            const NAME(vector) factor = *(const NAME(vector) *)(f + i * stride + part * LANES);
+            for (int64_t row = 0; row < rows; row++) sums[row][part] += x[row * apart + i] * factor;
         }
 }
 
-/* Of `rows` rows, at most QUAD, a block of columns: y += low B^T, rounded once. */
+/* Of `rows` rows `parts` vectors of ranks: low = x A^T, from A^T (width, ranks). */
+static inline __attribute__((always_inline)) void NAME(lower)(
+    int64_t rows, int64_t parts, int64_t width, int64_t ranks, const NUMBER *x, const WIDE *down, WIDE *low) {
+    NAME(vector) sums[ROWS][PARTS] = {0};
+    WIDE wide[ROWS * CHUNK];
+    for (int64_t from = 0; from < width; from += CHUNK) {
+        const int64_t depth = width - from < CHUNK ? width - from : CHUNK;
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < depth; i++) wide[row * CHUNK + i] = GET(x[row * width + from + i]);
+        NAME(sum)(rows, parts, depth, wide, CHUNK, down + from * ranks, ranks, sums);
+    }
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t part = 0; part < parts; part++)
+            *(NAME(vector) *)(low + row * ranks + part * LANES) = sums[row][part];
+}
+
+/* Of `rows` rows up to PARTS vectors of a block's columns: y += low B^T, rounded once. */
 static inline __attribute__((always_inline)) void NAME(raise)(
     int64_t rows, int64_t rank, int64_t ranks, int64_t outs, int64_t columns, const WIDE *low, const WIDE *up, NUMBER *y) {
-    NAME(vector) sums[QUAD][WIDTH / LANES] = {0};
-    for (int64_t r = 0; r < rank; r++)
-        for (int64_t row = 0; row < rows; row++)
-            for (int64_t part = 0; part < WIDTH / LANES; part++)
-                sums[row][part] += low[row * ranks + r] * *(const NAME(vector) *)(up + r * WIDTH + part * LANES);
+    NAME(vector) sums[ROWS][PARTS] = {0};
+    NAME(sum)(rows, PARTS, rank, low, ranks, up, WIDTH, sums);
     for (int64_t row = 0; row < rows; row++) {
         const WIDE *found = (const WIDE *)sums[row];
         #pragma omp simd
@@ -155,31 +163,47 @@ static inline __attribute__((always_inline)) void NAME(raise)(
     }
 }
 
+static inline int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* `rows` rows, one of 8, 4, 2 and 1: see `branches`. */
+static inline __attribute__((always_inline)) void NAME(branch)(
+    int64_t rows, const NUMBER *x, NUMBER *y, WIDE *low, const struct call *c) {
+    const int64_t width = c->of[1], outs = c->of[2], ranks = c->of[3], rank = c->of[5];
+    const WIDE *down = c->at[2], *up = c->at[3];
+    int64_t r = 0;
+    for (; r + PARTS * LANES <= ranks; r += PARTS * LANES)
+        NAME(lower)(rows, PARTS, width, ranks, x, down + r, low + r);
+    for (; r < ranks; r += LANES) NAME(lower)(rows, 1, width, ranks, x, down + r, low + r);
+    for (int64_t block = 0; block < c->of[4]; block++) {
+        const int64_t *is = (const int64_t *)c->at[4] + 3 * block;
+        for (int64_t i = 0; i < is[1]; i += PARTS * LANES)
+            NAME(raise)(rows, rank, ranks, outs, NAME(least)(is[1] - i, PARTS * LANES), low + is[2],
+                        up + block * rank * WIDTH + i, y + is[0] + i);
+    }
+}
+
 /* Panels of rows: y += (x A^T) B^T, rounded once, of all layers whose outputs lie side by side, each with so many ranks.
- * at: x (rows, width), y (rows, outs), A (ranks, width) WIDE, B^T (blocks, rank, WIDTH) WIDE, what the blocks are
+ * at: x (rows, width), y (rows, outs), A^T (width, ranks) WIDE, B^T (blocks, rank, WIDTH) WIDE, what the blocks are
  * (blocks, 3) int64: the first column, how many, and the first of their ranks in A; of: rows, width, outs, ranks, a
- * multiple of QUAD, blocks, rank, rows of a panel. */
+ * multiple of 16, blocks, rank, rows of a panel. */
 void NAME(branches)(int64_t begin, int64_t end, const struct call *c) {
-    const int64_t width = c->of[1], outs = c->of[2], ranks = c->of[3], rank = c->of[5], panel = c->of[6];
-    WIDE low[panel * ranks];
+    WIDE low[ROWS * c->of[3]];
     for (int64_t item = begin; item < end; item++) {
-        const int64_t first = item * panel, rows = c->of[0] - first < panel ? c->of[0] - first : panel;
-        const NUMBER *x = (const NUMBER *)c->at[0] + first * width;
-        NUMBER *y = (NUMBER *)c->at[1] + first * outs;
-        for (int64_t r = 0; r < ranks; r += QUAD)
-            for (int64_t row = 0; row < rows; row += QUAD)
-                BY_QUADS(NAME(lower), rows - row, width, ranks, x + row * width, (const WIDE *)c->at[2] + r * width,
-                         low + row * ranks + r);
-        for (int64_t block = 0; block < c->of[4]; block++) {
-            const int64_t *is = (const int64_t *)c->at[4] + 3 * block;
-            const WIDE *up = (const WIDE *)c->at[3] + block * rank * WIDTH;
-            for (int64_t row = 0; row < rows; row += QUAD)
-                BY_QUADS(NAME(raise), rows - row, rank, ranks, outs, is[1], low + row * ranks + is[2], up,
-                         y + row * outs + is[0]);
+        const int64_t behind = NAME(least)((item + 1) * c->of[6], c->of[0]);
+        for (int64_t row = item * c->of[6], rows; row < behind; row += rows) {
+            const NUMBER *x = (const NUMBER *)c->at[0] + row * c->of[1];
+            NUMBER *y = (NUMBER *)c->at[1] + row * c->of[2];
+            if (behind - row >= 8) NAME(branch)(rows = 8, x, y, low, c);
+            else if (behind - row >= 4) NAME(branch)(rows = 4, x, y, low, c);
+            else if (behind - row >= 2) NAME(branch)(rows = 2, x, y, low, c);
+            else NAME(branch)(rows = 1, x, y, low, c);
         }
     }
 }
 
+#undef ROWS
+#undef PARTS
+#undef CHUNK
 #undef AHEAD
 #undef QUAD
 #undef WIDTH

@@ -93,16 +93,15 @@ class Branches:
         factors: A (rank, width) and B (out, rank) of each layer, B with the adapter's scale.
     """
 
-    QUAD, WIDTH = 4, 64  # of decoding.h
+    LANES, WIDTH, ROWS = 16, 64, 8  # of decoding.h
     PANEL = 32  # rows at most that a thread takes at once: so often it reads the factors
 
     def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
         ranks, outs = [len(down) for down, _ in factors], [len(up) for _, up in factors]
         wide = torch.promote_types(dtype, torch.float32)
         filled = sum(ranks) - ranks[-1] + max(ranks)  # so many are read of each layer, also where it has fewer
-        filled += -filled % self.QUAD
-        self._down = factors[0][0].new_zeros(filled, factors[0][0].shape[1], dtype=wide)
-        torch.cat([down for down, _ in factors], out=self._down[: sum(ranks)])
+        down = torch.cat([down for down, _ in factors]).to(wide)
+        self._down = pad(down.T, (0, filled + -filled % self.LANES - len(down))).contiguous()  # (width, ranks)
         firsts = zip(accumulate(outs, initial=0), accumulate(ranks, initial=0), factors, strict=False)
         blocks, ups = [], []
         for column, rank, (_, up) in firsts:
@@ -113,9 +112,9 @@ class Branches:
 
     def add(self, x: Float[Tensor, "rows width"], y: Float[Tensor, "rows outs"]) -> None:
         """Add them to y, which is dense; x of the same dtype."""
-        (rows, outs), (ranks, width), (blocks, rank, _) = y.shape, self._down.shape, self._up.shape
+        (rows, outs), (width, ranks), (blocks, rank, _) = y.shape, self._down.shape, self._up.shape
         panel = min(-(-rows // torch.get_num_threads()), self.PANEL)
-        panel += -panel % self.QUAD if panel > self.QUAD else 0
+        panel += -panel % self.ROWS if panel > self.ROWS else 0
         at = (x.contiguous(), y, self._down, self._up, self._blocks)
         one = panel * (ranks * width + rank * outs)
         call("branches", x.dtype, -(-rows // panel), at, (rows, width, outs, ranks, blocks, rank, panel), size=one)
