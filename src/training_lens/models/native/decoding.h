@@ -96,7 +96,7 @@ void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
     const int64_t heads = c->of[0], groups = c->of[1], size = c->of[2], angles = c->of[3], behind = c->of[4];
     const int64_t window = c->of[5], shared = heads / groups, half = angles / 2;
     NUMBER turned[size];
-    WIDE q[QUAD * size], weights[QUAD * behind];
+    WIDE q[QUAD * size], *weights = malloc(sizeof *weights * (size_t)(QUAD * behind)); /* a stack may be too small */
     for (int64_t item = begin; item < end; item++) {
         const int64_t row = item / groups, group = item % groups, own = ((const int64_t *)c->at[7])[row];
         const int64_t first = window && behind - window > own ? behind - window : own, count = behind - first;
@@ -118,6 +118,7 @@ void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
             else BY_QUADS(NAME(newest), together, q, keys, values, count, size, weights, y);
         }
     }
+    free(weights);
 }
 
 #define ROWS 8 /* whose sums are in registers together, with PARTS vectors each */

@@ -62,7 +62,7 @@ class FewRows:
     OUTS, LANES = 4, 32  # of products.h
 
     def __init__(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
-        self._weights, self._bias = tuple(weights), bias
+        self._weights, self._bias = [w.detach() for w in weights], bias  # what the addresses point to
         self._outs = sum(map(len, weights))
         firsts = accumulate(map(len, weights), initial=0)
         self._layers = torch.tensor([(w.data_ptr(), first) for w, first in zip(weights, firsts, strict=False)])
