@@ -66,3 +66,16 @@ def test_positions_turn_as_in_transformers(rows: int) -> None:
     cos, sin = (torch.cat([t, t], dim=-1) for t in (half.cos(), half.sin()))
     wanted, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
     torch.testing.assert_close(Turn(cos, sin)(x), wanted)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 64, 65])
+def test_few_rows_and_many_are_those_of_the_weights(rows: int) -> None:
+    torch.manual_seed(0)
+    parts = [Linear(torch.randn(out, 64).bfloat16(), torch.randn(out).bfloat16()) for out in (8, 12)]
+    x = torch.randn(rows, 3, 64).bfloat16()
+    found = Product(parts)(x)
+    assert found.shape == (rows, 3, 20)
+    wanted = [
+        torch.nn.functional.linear(x.double(), p.weight.double(), p.bias.double()) for p in parts if p.bias is not None
+    ]
+    torch.testing.assert_close(found.double(), torch.cat(wanted, -1), rtol=2**-7, atol=1e-4)

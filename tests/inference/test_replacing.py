@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_models import random_model
 
-from training_lens.inference.fast_layers import Attention, GatedMlp, Norm
+from training_lens.inference.fast_layers import Attention, GatedMlp, Norm, Product
 from training_lens.inference.replacing import relative_error, replace_layers
 
 LAYERS = 2
@@ -53,3 +53,12 @@ def test_a_layer_that_says_something_else_stays(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(type(attention), "forward", louder)
     replace_layers(model, ids)
     assert model.model.layers[1].self_attn is attention and count(model, Attention) == LAYERS - 1
+
+
+def test_a_product_that_is_right_for_few_rows_alone_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = random_model("Llama", torch.bfloat16), torch.arange(24)[None]
+    right = Product.many
+    monkeypatch.setattr(Product, "many", lambda self, x: 2 * right(self, x))
+    with torch.inference_mode():
+        replace_layers(model, ids)
+    assert count(model, Attention) == count(model, GatedMlp) == 0

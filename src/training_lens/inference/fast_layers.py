@@ -48,11 +48,11 @@ class Product(nn.Module):
     def __init__(self, parts: Sequence[Linear]) -> None:
         super().__init__()
         weight = torch.cat([part.weight for part in parts])
-        self.packed = _is_packable(weight)
+        self.width, self.packed = weight.shape[1], _is_packable(weight)
         self.weight = _packed(weight) if self.packed else weight
         self.bias = _joined_bias(parts)
-        plain = [part.weight for part in parts]
-        self._few = FewRows(plain, self.bias) if FewRows.can_take(plain) else None
+        plain = [part.weight.detach() for part in parts]
+        self.few = FewRows(plain, self.bias) if FewRows.can_take(plain, self.bias) else None
         self.down, self.up, self._branches = None, None, None
         if any(part.down is not None for part in parts):
             factors = _factors(parts)
@@ -68,19 +68,21 @@ class Product(nn.Module):
         return self._branches is not None or self.down is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor
-        if self._few and x.numel() <= FewRows.MOST * x.shape[-1]:
-            out = self._few(x)
-        elif self.packed:
-            out = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        else:
-            out = functional.linear(x, self.weight, self.bias)
-        if self._branches:
+        are_few = 0 < x.numel() <= FewRows.MOST * self.width
+        out = self.few(x) if self.few and are_few else self.many(x)
+        if self._branches and x.numel():
             self._branches.add(x.flatten(0, -2), out.flatten(0, -2))
         elif self.down is not None and self.up is not None:  # in float32 until the sum is rounded, as PEFT computes
             low = functional.linear(x.float(), self.down)  # (..., sum of ranks)
             out = (out + functional.linear(low, self.up)).to(out.dtype)
         return out
+
+    def many(self, x: Tensor) -> Tensor:
+        """x W^T + b as it is computed for many rows."""
+        if self.packed:
+            packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return packed
+        return functional.linear(x, self.weight, self.bias)
 
 
 def _factors(parts: Sequence[Linear]) -> list[tuple[Tensor, Tensor]]:
@@ -237,7 +239,8 @@ class Turn:
 
     def can_take(self, *tensors: Tensor) -> bool:
         """Whether a kernel can: of (rows, length, heads, size) each, a token's heads one behind the other."""
-        return can_take(*tensors, self.cos, self.sin) and all(map(heads_are_close, tensors))
+        whole = all(self.cos.shape[-1] <= t.shape[-1] and heads_are_close(t) for t in tensors)
+        return whole and can_take(*tensors, self.cos, self.sin)
 
     def of_tokens(self, rows: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (rows * length, size) each."""

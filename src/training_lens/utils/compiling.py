@@ -15,7 +15,7 @@ from pathlib import Path
 
 COMPILERS = ("cc", "gcc", "clang")  # tried in this order, where CC names none
 OPTIONS = ("-O3", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
-LONGEST = 60  # seconds that a compiler may take
+LONGEST = 180  # seconds that a compiler may take
 
 
 class CompilationError(Exception):

@@ -75,7 +75,7 @@ def test_few_rows_are_multiplied_by_plain_weights_and_rounded_once(rows: int, bi
     weights = [drawn(outs, 96, seed=outs).bfloat16() for outs in (12, 4, 32)]
     bias = drawn(48, seed=3).bfloat16() if biased else None
     x = drawn(rows, 1, 96, seed=5).bfloat16()
-    assert FewRows.can_take(weights)
+    assert FewRows.can_take(weights, bias)
     product = FewRows(weights, bias)
     found = product(x)
     wanted = torch.nn.functional.linear(
@@ -90,4 +90,14 @@ def test_few_rows_are_multiplied_by_plain_weights_and_rounded_once(rows: int, bi
 def test_few_rows_leave_other_weights_alone() -> None:
     plain = torch.zeros(8, 64, dtype=torch.bfloat16)
     for weight in (plain.float(), plain[:, :48], torch.zeros(8, 48).bfloat16(), torch.zeros(6, 64).bfloat16(), plain.T):
-        assert not FewRows.can_take([weight])
+        assert not FewRows.can_take([weight], None)
+    assert not FewRows.can_take([plain], torch.zeros(8))
+    assert not FewRows.can_take([plain] * 9, None)
+
+
+@pytest.mark.skipif(not calls.has("few_rows", torch.bfloat16), reason="this processor multiplies no pairs of bfloat16")
+@pytest.mark.parametrize("x", [torch.zeros(2, 128).bfloat16(), torch.zeros(2, 32).bfloat16(), torch.zeros(2, 64)])
+def test_rows_that_do_not_fit_the_weights_are_refused(x: Tensor) -> None:
+    product = FewRows([torch.zeros(8, 64, dtype=torch.bfloat16)], None)
+    with pytest.raises(ValueError, match="for weights of 64"):
+        product(x)

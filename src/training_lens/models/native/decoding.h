@@ -16,7 +16,7 @@ static inline NAME(vector) NAME(lanes_of)(const NUMBER *x) {
 }
 
 #define AHEAD 16 /* columns */
-#define QUAD 4 /* rows, heads or ranks whose sums are in registers together */
+#define QUAD 4 /* heads, and vectors of each, whose sums are in registers together */
 #define WIDTH 64 /* columns of a block */
 
 /* Inlined with a number of 1 to QUAD as a constant, so that sums stay in registers. */
@@ -97,6 +97,7 @@ void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
     const int64_t window = c->of[5], shared = heads / groups, half = angles / 2;
     NUMBER turned[size];
     WIDE q[QUAD * size], *weights = malloc(sizeof *weights * (size_t)(QUAD * behind)); /* a stack may be too small */
+    if (!weights) abort();
     for (int64_t item = begin; item < end; item++) {
         const int64_t row = item / groups, group = item % groups, own = ((const int64_t *)c->at[7])[row];
         const int64_t first = window && behind - window > own ? behind - window : own, count = behind - first;
@@ -113,8 +114,9 @@ void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
                 for (int64_t i = 0; i < size; i++) q[of * size + i] = (WIDE)c->by[0] * GET(turned[i]);
             }
             NUMBER *y = (NUMBER *)c->at[8] + (row * heads + head) * size;
-            if (size == 64) BY_QUADS(NAME(newest), together, q, keys, values, count, 64, weights, y);
-            else if (size == 128) BY_QUADS(NAME(newest), together, q, keys, values, count, 128, weights, y);
+            const int usual = sizeof(WIDE) == sizeof(float); /* double is for tests */
+            if (usual && size == 64) BY_QUADS(NAME(newest), together, q, keys, values, count, 64, weights, y);
+            else if (usual && size == 128) BY_QUADS(NAME(newest), together, q, keys, values, count, 128, weights, y);
             else BY_QUADS(NAME(newest), together, q, keys, values, count, size, weights, y);
         }
     }

@@ -54,33 +54,38 @@ class FewRows:
     the same whatever rows are beside it.
 
     Args:
-        weights: (out, width) each, as `can_take` wants them.
-        bias: (sum of outs,).
+        weights: (out, width) each, and bias (sum of outs,), as `can_take` wants them.
     """
 
     MOST = 64  # rows; more are better left to oneDNN
-    OUTS, LANES = 4, 32  # of products.h
+    OUTS, WIDTH, LAYERS = 4, 32, 8  # multiples of what products.h takes, and how many layers at most
 
     def __init__(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
-        self._weights, self._bias = [w.detach() for w in weights], bias  # what the addresses point to
-        self._outs = sum(map(len, weights))
-        firsts = accumulate(map(len, weights), initial=0)
-        self._layers = torch.tensor([(w.data_ptr(), first) for w, first in zip(weights, firsts, strict=False)])
+        self._weights, self._bias = tuple(weights), bias
+        *firsts, self._outs = accumulate(map(len, weights), initial=0)
+        self._firsts = torch.tensor(firsts)
 
     @classmethod
-    def can_take(cls, weights: Sequence[Tensor]) -> bool:
+    def can_take(cls, weights: Sequence[Tensor], bias: Tensor | None) -> bool:
         """Whether there is a kernel for them on this processor."""
-        kernel = can_take(*weights) and has("few_rows", weights[0].dtype)
-        return kernel and all(
-            w.is_contiguous() and len(w) % cls.OUTS == 0 and w.shape[1] % cls.LANES == 0 for w in weights
-        )
+        tensors = [*weights] if bias is None else [*weights, bias]
+        kernel = len(weights) <= cls.LAYERS and can_take(*tensors) and has("few_rows", weights[0].dtype)
+        whole = all(len(w) % cls.OUTS == 0 and w.shape[1] % cls.WIDTH == 0 for w in weights)
+        return kernel and whole and all(t.is_contiguous() for t in tensors)
 
     def __call__(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows outs"]:
-        width = x.shape[-1]
+        """Of one row at least.
+
+        Raises:
+            ValueError: x is of another width or dtype than the weights.
+        """
+        width, dtype = self._weights[0].shape[1], self._weights[0].dtype
+        if x.shape[-1] != width or x.dtype != dtype:
+            raise ValueError(f"rows of {x.shape[-1]} {x.dtype} for weights of {width} {dtype}")
         y, rows = x.new_empty(*x.shape[:-1], self._outs), x.numel() // width
         of = (rows, width, self._outs, len(self._weights))
-        at = (x.contiguous(), y, self._layers, self._bias)
-        call("few_rows", x.dtype, self._outs // self.OUTS, at, of, size=self.OUTS * width * rows)
+        at = (x.contiguous(), y, self._firsts, self._bias, *self._weights)
+        call("few_rows", dtype, self._outs // self.OUTS, at, of, size=self.OUTS * width * rows)
         return y
 
 

@@ -41,15 +41,16 @@ static inline __attribute__((always_inline)) void few_rows(
 
 /* OUTS outputs each, of layers whose outputs lie side by side: y = x W^T + b; the weights of the next are asked for
  * meanwhile.
- * at: x (rows, width), y (rows, outs), layers (count, 2) int64: the address of W (., width), and the first of its outputs;
- * bias (outs) or null; of: rows, width, a multiple of 32, outs, count; every layer has a multiple of OUTS of them. */
+ * at: x (rows, width), y (rows, outs), the first output of each layer (count) int64, bias (outs) or null, and the layers'
+ * weights (., width); of: rows, at least 1, width, a multiple of 32, outs, count; every layer has a multiple of OUTS of
+ * them. */
 void few_rows_bfloat16(int64_t begin, int64_t end, const struct call *c) {
     const int64_t rows = c->of[0], width = c->of[1], outs = c->of[2];
-    const int64_t *layers = c->at[2], passes = (rows + OUTS - 1) / OUTS, share = OUTS * width / passes;
+    const int64_t *firsts = c->at[2], passes = (rows + OUTS - 1) / OUTS, share = OUTS * width / passes;
     for (int64_t out = OUTS * begin; out < OUTS * end; out += OUTS) {
         int64_t layer = c->of[3] - 1;
-        while (layers[2 * layer + 1] > out) layer--;
-        const uint16_t *weight = (const uint16_t *)layers[2 * layer] + (out - layers[2 * layer + 1]) * width;
+        while (firsts[layer] > out) layer--;
+        const uint16_t *weight = (const uint16_t *)c->at[4 + layer] + (out - firsts[layer]) * width;
         __m512 bias = _mm512_setzero_ps();
         if (c->at[3]) {
             float numbers[OUTS];
