@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from training_lens import embedded
 from training_lens.errors import TrainingError
@@ -84,13 +85,13 @@ def test_a_learning_rate_that_diverges_is_no_reason_against_the_run(small_config
     assert estimate_run(TrainingWrapper(small_config(training=settings)).plan()) is not None
 
 
-# Room for less than one example.
+# Room for a model and its threads, and not for one example beside it.
 SHORT_OF_MEMORY = """
 import resource, sys
 from training_lens.cli import cli
 import training_lens.training.wrapper, training_lens.training.estimates, transformers, peft
 pages = int(open("/proc/self/statm").read().split()[0])
-resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 150_000_000,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1_100_000_000,) * 2)
 cli(sys.argv[1:])
 """
 
@@ -99,9 +100,13 @@ cli(sys.argv[1:])
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["validate", "train"])
 def test_too_little_memory_is_said_with_what_to_lower(command: str, tmp_path: Path) -> None:
-    rows = [json.dumps({"question": f"{i} " * 100, "answer": "b " * 100}) for i in range(50)]
+    shutil.copytree(embedded.PATHS[embedded.MODEL], tmp_path / "wide")
+    wide = AutoConfig.from_pretrained(tmp_path / "wide", num_hidden_layers=1, intermediate_size=2**17)
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "wide")  # 0.15 GB; a token keeps 1.6 MB
+    rows = [json.dumps({"question": f"{i} " * 400, "answer": "b " * 100}) for i in range(50)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    settings = ["data.train=rows.jsonl", "training.batch_size=50", "training.micro_batch_tokens=10000000"]
+    settings = ["model.id=wide", "data.train=rows.jsonl", "training.batch_size=50", "training.precision=fp32"]
+    settings += ["training.micro_batch_tokens=10000000"]
     result = subprocess.run(
         [sys.executable, "-c", SHORT_OF_MEMORY, command, *settings, "model.device=cpu"],
         cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
