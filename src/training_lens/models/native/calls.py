@@ -15,8 +15,7 @@ from training_lens.utils.compiling import CompilationError, compiled
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-SOURCE_FILES = ("kernels.c", "kernels.h", "attention.h", "decoding.h", "products.h")
-SOURCES = tuple(map(Path(__file__).with_name, SOURCE_FILES))
+SOURCES = tuple(map(Path(__file__).with_name, ("kernels.c", "kernels.h", "attention.h", "decoding.h", "products.h")))
 TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double"}
 GRAIN = 2**15  # numbers that are worth a thread
 

@@ -99,7 +99,6 @@ class Branches:
     """
 
     LANES, WIDTH, ROWS = 16, 64, 8  # of decoding.h
-    PANEL = 32  # rows at most that a thread takes at once: so often it reads the factors
 
     def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
         ranks, outs = [len(down) for down, _ in factors], [len(up) for _, up in factors]
@@ -118,8 +117,7 @@ class Branches:
     def add(self, x: Float[Tensor, "rows width"], y: Float[Tensor, "rows outs"]) -> None:
         """Add them to y, which is dense; x of the same dtype."""
         (rows, outs), (width, ranks), (blocks, rank, _) = y.shape, self._down.shape, self._up.shape
-        panel = min(-(-rows // torch.get_num_threads()), self.PANEL)
-        panel += -panel % self.ROWS if panel > self.ROWS else 0
+        panel = min(-(-rows // torch.get_num_threads()), self.ROWS)
         at = (x.contiguous(), y, self._down, self._up, self._blocks)
         one = panel * (ranks * width + rank * outs)
         call("branches", x.dtype, -(-rows // panel), at, (rows, width, outs, ranks, blocks, rank, panel), size=one)
