@@ -4,26 +4,8 @@
  * the logarithms of their sums. All is computed in WIDE. Matrices that stand on the right of a product are laid out in
  * panels of COLUMNS columns, and filled with zeros to whole panels, so that one tile computes all products. */
 
-#define BLOCK 32   /* queries that go through all products together */
-#define COLUMNS 32 /* of a panel */
-#define TILE 8     /* rows of a product that are summed at a time, in registers */
+#define BLOCK 32 /* queries that go through all products together */
 #define FILLED(count) (((count) + COLUMNS - 1) / COLUMNS * COLUMNS)
-
-#define PARTS (COLUMNS / (64 / sizeof(WIDE)))
-
-/* out (TILE rows, COLUMNS) = or += a b: a's number (i, k) is a[i down + k across], b a panel of `inner` rows. */
-static inline void NAME(tile)(
-    int64_t inner, const WIDE *a, int64_t down, int64_t across, const WIDE *b, WIDE *out, int64_t width, int adds) {
-    NAME(vector) sums[TILE][PARTS];
-    for (size_t i = 0; i < TILE; i++)
-        for (size_t p = 0; p < PARTS; p++)
-            sums[i][p] = adds ? *(NAME(vector) *)(out + i * width + p * LANES) : (NAME(vector)){0};
-    for (int64_t k = 0; k < inner; k++, b += COLUMNS, a += across)
-        for (size_t i = 0; i < TILE; i++)
-            for (size_t p = 0; p < PARTS; p++) sums[i][p] += a[i * down] * *(const NAME(vector) *)(b + p * LANES);
-    for (size_t i = 0; i < TILE; i++)
-        for (size_t p = 0; p < PARTS; p++) *(NAME(vector) *)(out + i * width + p * LANES) = sums[i][p];
-}
 
 /* out (rows, columns) = or += a b, with rows a multiple of TILE and columns of COLUMNS; panels begin `apart` numbers
  * from each other. */
@@ -32,7 +14,8 @@ static void NAME(product)(
     int64_t apart, WIDE *out, int64_t width, int adds) {
     for (int64_t j = 0; j < columns; j += COLUMNS)
         for (int64_t i = 0; i < rows; i += TILE)
-            NAME(tile)(inner, a + i * down, down, across, b + j / COLUMNS * apart, out + i * width + j, width, adds);
+            NAME(tile)(TILE, PARTS, inner, a + i * down, down, across, b + j / COLUMNS * apart, COLUMNS,
+                       out + i * width + j, width, adds);
 }
 
 /* Panels of x (rows, width), whose rows lie `apart` numbers from each other: (width filled / COLUMNS, filled, COLUMNS);
@@ -234,7 +217,4 @@ void NAME(attend_back)(int64_t begin, int64_t end, const struct call *c) {
 }
 
 #undef BLOCK
-#undef COLUMNS
-#undef TILE
 #undef FILLED
-#undef PARTS

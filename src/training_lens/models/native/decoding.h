@@ -123,47 +123,28 @@ void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
     free(weights);
 }
 
-#define ROWS 8 /* whose sums are in registers together, with PARTS vectors each */
-#define PARTS 2
 #define CHUNK 256 /* numbers of a row that are widened at once */
-
-/* sums (rows, parts) += x f over `depth`: x (rows, depth), `apart` numbers from row to row, f (depth, .), `stride` too. */
-static inline __attribute__((always_inline)) void NAME(sum)(
-    int64_t rows, int64_t parts, int64_t depth, const WIDE *x, int64_t apart, const WIDE *f, int64_t stride,
-    NAME(vector) (*sums)[PARTS]) {
-    for (int64_t i = 0; i < depth; i++)
-        for (int64_t part = 0; part < parts; part++) {
-            const NAME(vector) factor = *(const NAME(vector) *)(f + i * stride + part * LANES);
-            for (int64_t row = 0; row < rows; row++) sums[row][part] += x[row * apart + i] * factor;
-        }
-}
 
 /* Of `rows` rows `parts` vectors of ranks: low = x A^T, from A^T (width, ranks). */
 static inline __attribute__((always_inline)) void NAME(lower)(
     int64_t rows, int64_t parts, int64_t width, int64_t ranks, const NUMBER *x, const WIDE *down, WIDE *low) {
-    NAME(vector) sums[ROWS][PARTS] = {0};
-    WIDE wide[ROWS * CHUNK];
+    WIDE wide[TILE * CHUNK];
     for (int64_t from = 0; from < width; from += CHUNK) {
         const int64_t depth = width - from < CHUNK ? width - from : CHUNK;
         for (int64_t row = 0; row < rows; row++)
             for (int64_t i = 0; i < depth; i++) wide[row * CHUNK + i] = GET(x[row * width + from + i]);
-        NAME(sum)(rows, parts, depth, wide, CHUNK, down + from * ranks, ranks, sums);
+        NAME(tile)(rows, parts, depth, wide, CHUNK, 1, down + from * ranks, ranks, low, ranks, from > 0);
     }
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t part = 0; part < parts; part++)
-            *(NAME(vector) *)(low + row * ranks + part * LANES) = sums[row][part];
 }
 
-/* Of `rows` rows up to PARTS vectors of a block's columns: y += low B^T, rounded once. */
+/* Of `rows` rows up to COLUMNS columns of a block: y += low B^T, rounded once. */
 static inline __attribute__((always_inline)) void NAME(raise)(
     int64_t rows, int64_t rank, int64_t ranks, int64_t outs, int64_t columns, const WIDE *low, const WIDE *up, NUMBER *y) {
-    NAME(vector) sums[ROWS][PARTS] = {0};
-    NAME(sum)(rows, PARTS, rank, low, ranks, up, WIDTH, sums);
-    for (int64_t row = 0; row < rows; row++) {
-        const WIDE *found = (const WIDE *)sums[row];
+    WIDE found[TILE * COLUMNS];
+    NAME(tile)(rows, PARTS, rank, low, ranks, 1, up, WIDTH, found, COLUMNS, 0);
+    for (int64_t row = 0; row < rows; row++)
         #pragma omp simd
-        for (int64_t i = 0; i < columns; i++) y[row * outs + i] = PUT(GET(y[row * outs + i]) + found[i]);
-    }
+        for (int64_t i = 0; i < columns; i++) y[row * outs + i] = PUT(GET(y[row * outs + i]) + found[row * COLUMNS + i]);
 }
 
 static inline int64_t NAME(least)(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -174,13 +155,13 @@ static inline __attribute__((always_inline)) void NAME(branch)(
     const int64_t width = c->of[1], outs = c->of[2], ranks = c->of[3], rank = c->of[5];
     const WIDE *down = c->at[2], *up = c->at[3];
     int64_t r = 0;
-    for (; r + PARTS * LANES <= ranks; r += PARTS * LANES)
+    for (; r + COLUMNS <= ranks; r += COLUMNS)
         NAME(lower)(rows, PARTS, width, ranks, x, down + r, low + r);
     for (; r < ranks; r += LANES) NAME(lower)(rows, 1, width, ranks, x, down + r, low + r);
     for (int64_t block = 0; block < c->of[4]; block++) {
         const int64_t *is = (const int64_t *)c->at[4] + 3 * block;
-        for (int64_t i = 0; i < is[1]; i += PARTS * LANES)
-            NAME(raise)(rows, rank, ranks, outs, NAME(least)(is[1] - i, PARTS * LANES), low + is[2],
+        for (int64_t i = 0; i < is[1]; i += COLUMNS)
+            NAME(raise)(rows, rank, ranks, outs, NAME(least)(is[1] - i, COLUMNS), low + is[2],
                         up + block * rank * WIDTH + i, y + is[0] + i);
     }
 }
@@ -190,7 +171,7 @@ static inline __attribute__((always_inline)) void NAME(branch)(
  * (blocks, 3) int64: the first column, how many, and the first of their ranks in A; of: rows, width, outs, ranks, a
  * multiple of 16, blocks, rank, rows of a panel. */
 void NAME(branches)(int64_t begin, int64_t end, const struct call *c) {
-    WIDE low[ROWS * c->of[3]];
+    WIDE low[TILE * c->of[3]];
     for (int64_t item = begin; item < end; item++) {
         const int64_t behind = NAME(least)((item + 1) * c->of[6], c->of[0]);
         for (int64_t row = item * c->of[6], rows; row < behind; row += rows) {
@@ -204,8 +185,6 @@ void NAME(branches)(int64_t begin, int64_t end, const struct call *c) {
     }
 }
 
-#undef ROWS
-#undef PARTS
 #undef CHUNK
 #undef AHEAD
 #undef QUAD

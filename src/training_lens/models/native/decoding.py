@@ -98,7 +98,7 @@ class Branches:
         factors: A (rank, width) and B (out, rank) of each layer, B with the adapter's scale.
     """
 
-    LANES, WIDTH, ROWS = 16, 64, 8  # of decoding.h
+    LANES, WIDTH, TILE = 16, 64, 8  # ranks are filled to multiples of; of decoding.h; of kernels.h
 
     def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
         ranks, outs = [len(down) for down, _ in factors], [len(up) for _, up in factors]
@@ -117,7 +117,7 @@ class Branches:
     def add(self, x: Float[Tensor, "rows width"], y: Float[Tensor, "rows outs"]) -> None:
         """Add them to y, which is dense; x of the same dtype."""
         (rows, outs), (width, ranks), (blocks, rank, _) = y.shape, self._down.shape, self._up.shape
-        panel = min(-(-rows // torch.get_num_threads()), self.ROWS)
+        panel = min(-(-rows // torch.get_num_threads()), self.TILE)
         at = (x.contiguous(), y, self._down, self._up, self._blocks)
         one = panel * (ranks * width + rank * outs)
         call("branches", x.dtype, -(-rows // panel), at, (rows, width, outs, ranks, blocks, rank, panel), size=one)

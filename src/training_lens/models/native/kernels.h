@@ -143,8 +143,32 @@ void NAME(nll)(int64_t begin, int64_t end, const struct call *c) {
     }
 }
 
+#define TILE 8     /* rows of a product whose sums are in registers together, */
+#define COLUMNS 32 /* with so many columns */
+#define PARTS ((int64_t)COLUMNS / LANES)
+
+/* out (rows, parts vectors) = or += a b, TILE and PARTS of them at most, and inlined as constants: a's number (i, k) is
+ * a[i down + k across], rows of b lie `apart` numbers from each other, those of out `width`. */
+static inline __attribute__((always_inline)) void NAME(tile)(
+    int64_t rows, int64_t parts, int64_t inner, const WIDE *a, int64_t down, int64_t across, const WIDE *b, int64_t apart,
+    WIDE *out, int64_t width, int adds) {
+    NAME(vector) sums[TILE][PARTS];
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t p = 0; p < parts; p++)
+            sums[i][p] = adds ? *(NAME(vector) *)(out + i * width + p * LANES) : (NAME(vector)){0};
+    for (int64_t k = 0; k < inner; k++, b += apart, a += across)
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t p = 0; p < parts; p++) sums[i][p] += a[i * down] * *(const NAME(vector) *)(b + p * LANES);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t p = 0; p < parts; p++) *(NAME(vector) *)(out + i * width + p * LANES) = sums[i][p];
+}
+
 #include "attention.h"
 #include "decoding.h"
+
+#undef TILE
+#undef COLUMNS
+#undef PARTS
 
 #undef GET
 #undef PUT
