@@ -220,3 +220,17 @@ def test_what_is_said_beside_a_call_is_kept_and_thoughts_apart_are_refused() -> 
 def test_text_that_is_no_text_is_refused(text: str, what: str) -> None:
     with pytest.raises(DatasetError, match=f"row 4: 'answer' holds {what}"):
         to_example(row(question="a", answer=text), mapping_of({"question", "answer"}))
+
+
+def test_ids_and_null_content_of_calls_are_kept() -> None:
+    call = {"id": "call_0", "type": "function", "function": {"name": "search", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "[]", "tool_call_id": "call_0"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    _, asked, told, again = to_example(row(messages=turns), mapping_of({"messages"})).messages
+    assert asked.calls == ({"id": "call_0", "name": "search", "arguments": {}},) and asked.null_content
+    assert told.extra == {"tool_call_id": "call_0"} and not again.null_content
+    assert asked.calls_without_ids == [{"name": "search", "arguments": {}}]

@@ -106,7 +106,7 @@ class ChatTemplate:
         text = f"{message.text}\n{message.input}" if message.input else message.text
         plain = {"role": message.role, "content": self._content(text), **message.extra}
         if message.calls:
-            plain["tool_calls"] = [{"type": "function", "function": dict(call)} for call in message.calls]
+            plain["tool_calls"] = [_listed_call(call) for call in message.calls]
         return plain
 
     def _probe(self) -> None:
@@ -264,6 +264,12 @@ class ChatTemplate:
         thoughts = message.text.split("</think>")[0].removeprefix("<think>").strip()
         if "</think>" in message.text and thoughts not in shown:
             raise DatasetError(f"the chat template leaves out the thoughts of the answer {message.text[:40]!r}.")
+
+
+def _listed_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call as an entry of OpenAI's `tool_calls`."""
+    function = {key: call[key] for key in ("name", "arguments")}
+    return {**({"id": call["id"]} if "id" in call else {}), "type": "function", "function": function}
 
 
 def _source_of(template: str | Mapping[str, str]) -> str:

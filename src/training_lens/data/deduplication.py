@@ -60,7 +60,7 @@ def fingerprint(example: Example) -> Fingerprint:
 
 def _said(message: Message) -> list[Any]:
     muted = message.role == "assistant" and not message.learn
-    return [message.role, normalised(message.text), normalised(message.input), list(message.calls), muted]
+    return [message.role, normalised(message.text), normalised(message.input), message.calls_without_ids, muted]
 
 
 def _digest(value: Any) -> int:
@@ -126,7 +126,7 @@ def shingles(messages: Sequence[Message], context: int = 0) -> np.ndarray:
 
 def _parts(message: Message) -> Iterator[str]:
     yield from (message.text, message.input)
-    yield from (json.dumps(call, ensure_ascii=False) for call in message.calls)
+    yield from (json.dumps(call, ensure_ascii=False) for call in message.calls_without_ids)
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:

@@ -64,7 +64,8 @@ def _message(place: str, item: Any) -> Message:
     calls = _calls(place, name, content, item)
     said = "" if name == FUNCTION_CALL or (calls and content in (None, "")) else _content(place, content)
     extra = {key: item[key] for key in EXTRA if item.get(key)}
-    return Message(role, said, learn=_learned(place, role, item), calls=calls, extra=extra)
+    null = content is None and bool(calls)
+    return Message(role, said, learn=_learned(place, role, item), calls=calls, extra=extra, null_content=null)
 
 
 def _refuse_thoughts_apart(place: str, item: dict[str, Any]) -> None:
@@ -110,7 +111,15 @@ def _calls(place: str, name: str, content: Any, item: dict[str, Any]) -> tuple[d
     listed = item.get("tool_calls") or []
     if not isinstance(listed, list):
         raise DatasetError(f"{place}: 'tool_calls' is {kind_of(listed)}, expected a list of calls.")
-    return tuple(_call(place, c.get("function", c) if isinstance(c, dict) else c) for c in listed)
+    return tuple(_listed_call(place, call) for call in listed)
+
+
+def _listed_call(place: str, call: Any) -> dict[str, Any]:
+    """One of `tool_calls`: the call with the id beside it, if any."""
+    if not isinstance(call, dict):
+        return _call(place, call)
+    identity = {"id": str(call["id"])} if call.get("id") is not None else {}
+    return {**identity, **_call(place, call.get("function", call))}
 
 
 def _call(place: str, call: Any) -> dict[str, Any]:

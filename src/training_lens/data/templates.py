@@ -298,7 +298,7 @@ def _json(value: Any) -> str:
 
 def _as_text(message: Message) -> Message:
     """The message without calls and tools: what it calls is said as JSON, a tool's result is the user's."""
-    said = "\n".join(part for part in (message.text, *map(_json, message.calls)) if part)
+    said = "\n".join(part for part in (message.text, *map(_json, message.calls_without_ids)) if part)
     return replace(message, text=said, calls=(), role="user" if message.role == "tool" else message.role)
 
 

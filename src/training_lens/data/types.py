@@ -31,8 +31,9 @@ class Message:
     """One turn.
 
     `input` is the second part that some instruction data gives a prompt (Alpaca's input); `learn` is false where the
-    row gives an answer the loss weight 0; `calls` are the functions that an assistant calls, each with its name and
-    arguments, beside what it says; `extra` is what else a chat template may want to know: name and tool_call_id.
+    row gives an answer the loss weight 0; `calls` are the functions that an assistant calls beside what it says, each
+    with "name", "arguments" and, where the row has one, "id"; `extra` is what else a chat template may want to know:
+    "name" and "tool_call_id". `null_content`: the row has null where the text stands, which some templates ask for.
     """
 
     role: Role
@@ -41,6 +42,12 @@ class Message:
     learn: bool = True
     calls: tuple[Mapping[str, Any], ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    null_content: bool = False
+
+    @property
+    def calls_without_ids(self) -> list[dict[str, Any]]:
+        """What the calls say: an id is a name for the log of one conversation, and says nothing."""
+        return [{key: value for key, value in call.items() if key != "id"} for call in self.calls]
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,16 +129,18 @@ def _pair(messages: Sequence[Message]) -> dict[str, str]:
 
 def _message(message: Message) -> dict[str, Any]:
     """A message in OpenAI's form; the arguments of calls are JSON text."""
-    values: dict[str, Any] = {"role": message.role, "content": message.text, **message.extra}
+    content = None if message.null_content else message.text
+    values: dict[str, Any] = {"role": message.role, "content": content, **message.extra}
     if not message.learn:
         values["loss_weight"] = 0
     if message.calls:
-        values["tool_calls"] = [{"type": "function", "function": _call(call)} for call in message.calls]
+        values["tool_calls"] = [_call(call) for call in message.calls]
     return values
 
 
-def _call(call: Mapping[str, Any]) -> dict[str, str]:
-    return {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+    return {**({"id": call["id"]} if "id" in call else {}), "type": "function", "function": function}
 
 
 class RowWriter(Protocol):
@@ -270,7 +272,7 @@ def _schema(form: Form, has_domain: bool) -> Any:
     import pyarrow as pa
 
     text = pa.string()
-    call = pa.struct([("type", text), ("function", pa.struct([("name", text), ("arguments", text)]))])
+    call = pa.struct([("id", text), ("type", text), ("function", pa.struct([("name", text), ("arguments", text)]))])
     message = [("role", text), ("content", text), ("name", text), ("tool_call_id", text)]
     message += [("loss_weight", pa.int8()), ("tool_calls", pa.list_(call))]
     columns: dict[str, list[tuple[str, Any]]] = {
