@@ -30,7 +30,15 @@ class ConfigurationError(TrainingLensError):
 
 
 class DatasetError(TrainingLensError):
-    """A data file that is missing, broken, or lacks what training needs."""
+    """A data file that is missing, broken, or lacks what training needs.
+
+    Args:
+        kind: of a row that cannot be used: the reason in words that other rows share, by which they are counted.
+    """
+
+    def __init__(self, message: str, *, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class ModelLoadingError(TrainingLensError):

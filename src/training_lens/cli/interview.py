@@ -138,13 +138,14 @@ def _keys(spec: str, key: str) -> set[str]:
 
 def _read_as(spec: str, key: str, data: DataSection) -> str:
     """How the fields of these files are read: 'question -> answer'."""
+    from training_lens.data.notes import DataNotes
     from training_lens.data.preparation import examples_of
     from training_lens.data.sources import expand
 
-    mappings: dict[str, str] = {}
+    notes = DataNotes()
     for file in expand([spec], key):
-        next(examples_of(file, data, mappings))
-    return ", ".join(dict.fromkeys(mappings.values()))
+        next(examples_of(file, data, notes))
+    return ", ".join(dict.fromkeys(notes.mappings.values()))
 
 
 def _domain_in(keys: set[str]) -> Callable[[str], Values]:

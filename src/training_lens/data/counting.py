@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from training_lens.data.columns import EncodedRows, TokenizedRows, totals
+from training_lens.data.notes import DataNotes
 from training_lens.data.tokenization import Coverage
 from training_lens.data.types import Example, Segment
 
@@ -17,7 +18,10 @@ KEPT_SHARE = 0.99  # of the rows: the seq_len that would keep so many whole is r
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What went into a split: its sources with sha256, how each was read, and what was lost on the way."""
+    """What went into a split: its sources with sha256, how each was read, and what was lost on the way.
+
+    `remarks` and `ignored_keys` are those of each source, with how often; fields with defaults are newer than old runs.
+    """
 
     files: dict[str, str]
     mappings: dict[str, str]
@@ -39,6 +43,8 @@ class SplitReport:
     unknown_characters: dict[str, int]
     special_text: dict[str, int]
     end_marks: dict[str, int]
+    remarks: dict[str, dict[str, int]] = field(default_factory=dict)
+    ignored_keys: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def unknown_share(self) -> float:
@@ -51,12 +57,11 @@ class SplitCounter:
     """Counts what passes through the preparation of one split."""
 
     coverage: Coverage
-    mappings: dict[str, str] = field(default_factory=dict)
+    notes: DataNotes = field(default_factory=DataNotes)
     domains: Counter[str] = field(default_factory=Counter)
     by_file: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     special_text: Counter[str] = field(default_factory=Counter)
-    end_marks: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     unanswered: int = 0
     muted: int = 0
@@ -104,7 +109,7 @@ class SplitCounter:
         """What was counted; `hashes` are the sources' sha256."""
         return SplitReport(
             files=hashes,
-            mappings=self.mappings,
+            mappings=self.notes.mappings,
             examples_by_file=dict(self.by_file),
             rows=self.rows,
             examples=sum(self.by_file.values()),
@@ -122,7 +127,9 @@ class SplitCounter:
             characters=self.coverage.characters,
             unknown_characters=dict(self.coverage.unknown.most_common()),
             special_text=dict(self.special_text.most_common()),
-            end_marks=dict(self.end_marks),
+            end_marks=self.notes.end_marks,
+            remarks=self.notes.remarks,
+            ignored_keys=self.notes.ignored_keys,
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -18,6 +17,7 @@ from training_lens.config.data_sections import DataSection
 from training_lens.data.columns import EncodedRows, TokenizedRows, fit, learnable, running
 from training_lens.data.counting import SplitCounter, SplitReport
 from training_lens.data.fields import find_mapping, keys_of, strip_end_marks, to_example
+from training_lens.data.notes import DataNotes
 from training_lens.data.sources import Source, expand
 from training_lens.data.store import TokenDataset, write_examples
 from training_lens.data.templates import Renderer
@@ -153,7 +153,7 @@ def _chunks(
 def _texts(sources: Sequence[Source], preparation: Preparation, counter: SplitCounter) -> Iterator[_Chunk]:
     """The examples of all sources, rendered."""
     data = preparation.data
-    coming = (e for source in sources for e in examples_of(source, data, counter.mappings, counter.end_marks))
+    coming = (e for source in sources for e in examples_of(source, data, counter.notes))
     while examples := list(islice(coming, CHUNK)):
         yield _Chunk(examples, [preparation.renderer.example(example) for example in examples])
 
@@ -180,23 +180,21 @@ def present_keys(source: Source) -> dict[str, int]:
     return keys
 
 
-def examples_of(
-    source: Source, data: DataSection, mappings: dict[str, str] | None = None, marks: Counter[str] | None = None
-) -> Iterator[Example]:
-    """The examples of one source; how it was read is noted in `mappings`, end marks taken off in `marks`.
+def examples_of(source: Source, data: DataSection, notes: DataNotes | None = None) -> Iterator[Example]:
+    """The examples of one source; how it was read, and what was set aside, goes to `notes`.
 
     Raises:
         DatasetError: an empty source, or as `Source.rows`, `find_mapping` and `to_example`.
     """
+    notes = notes or DataNotes()
     mapping = find_mapping(present_keys(source), data.fields, data.domain, source.name)
-    if mappings is not None:
-        mappings[source.name] = mapping.describe()
+    notes.mapping(source.name, mapping.describe())
     for row in source.rows():
         example = to_example(row, mapping, data.domain.per_file)
         if data.strip_end_marks:
-            example, found = strip_end_marks(example)
-            if marks is not None:
-                marks.update(found)
+            example, marks = strip_end_marks(example)
+            for mark in marks:
+                notes.end_mark(source.name, mark)
         yield example
 
 

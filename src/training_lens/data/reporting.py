@@ -16,8 +16,19 @@ def log_split(report: SplitReport, key: str, seq_len: int) -> None:
     for described, files in _grouped(report.mappings).items():
         names = files[0] if len(files) == 1 else f"{len(files)} files"
         logger.info("%s: %s, read as %s", key, names, described)
+    for line in describe_remarks(report):
+        logger.info("%s: %s", key, line)
     for line in notes(report, seq_len):
         logger.warning("%s: %s", key, line)
+
+
+def describe_remarks(report: SplitReport) -> Iterator[str]:
+    """A line for each thing that was noted of a source as it was read."""
+    for source, said in report.remarks.items():
+        for sentence, times in said.items():
+            yield f"{source}: {sentence}{f' ({times:,} times)' if times > 1 else ''}"
+    for source, keys in report.ignored_keys.items():
+        yield f"{source}: set aside, since nothing reads them: the keys {_counted(keys)}"
 
 
 def notes(report: SplitReport, seq_len: int) -> Iterator[str]:
@@ -51,7 +62,8 @@ def notes(report: SplitReport, seq_len: int) -> Iterator[str]:
 
 
 def _counted(counts: dict[str, int]) -> str:
-    return ", ".join(f"'{name}' ({count})" for name, count in list(counts.items())[:SHOWN])
+    more = f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
+    return ", ".join(f"'{name}' ({count})" for name, count in list(counts.items())[:SHOWN]) + more
 
 
 def _grouped(mappings: dict[str, str]) -> dict[str, list[str]]:

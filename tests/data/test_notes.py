@@ -1,0 +1,56 @@
+"""What is noted of sources reaches the user once, counted, and in bounded memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from training_lens.data.notes import MORE_KEYS, MORE_KINDS, MOST_KEYS, MOST_KINDS, DataNotes, kind_of_error, list_rows
+
+
+def test_sentences_are_kept_once_in_order_with_how_often_they_were_said() -> None:
+    notes = DataNotes()
+    for sentence in ("its answers are JSON", "its hash column is short", "its answers are JSON"):
+        notes.say("a.jsonl", sentence)
+    assert list(notes.remarks["a.jsonl"].items()) == [("its answers are JSON", 2), ("its hash column is short", 1)]
+
+
+def test_ever_new_keys_and_kinds_do_not_grow_the_report() -> None:
+    notes, rows = DataNotes(), 1000
+    for row in range(rows):
+        notes.ignore_key("a.jsonl", f"key{row}")
+        notes.bad_row("a.jsonl", row, f"kind {row}", f"message {row}")
+    ignored, bad = notes.ignored_keys["a.jsonl"], notes.bad_rows["a.jsonl"]
+    assert len(ignored) == MOST_KEYS + 1 and ignored[MORE_KEYS] == rows - MOST_KEYS
+    assert len(bad) == MOST_KINDS + 1 and sum(len(kind.rows) for kind in bad.values()) == rows
+    assert bad[MORE_KINDS].message == f"message {MOST_KINDS}"
+
+
+def test_end_marks_are_counted_over_all_sources() -> None:
+    notes = DataNotes()
+    for source, mark in (("a", "</s>"), ("b", "</s>"), ("b", "<eos>")):
+        notes.end_mark(source, mark)
+    assert notes.end_marks == {"</s>": 2, "<eos>": 1}
+
+
+def test_errors_of_one_reason_in_other_rows_and_turns_are_one_kind() -> None:
+    place = str(Path("data") / "chats.jsonl, row ")
+    found = {
+        kind_of_error(f"{place}{row}, 'messages' message {turn}: 'content' is empty", f"{place}{row}")
+        for row, turn in ((1, 2), (30, 4))
+    }
+    assert found == {"'messages' message #: 'content' is empty"}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        ([3], "row 3"),
+        ([7, 3], "rows 3 and 7"),
+        ([12, 7, 3], "rows 3, 7 and 12"),
+        (range(1, 101), "rows 1, 2, 3, 4, 5 and 95 more"),
+    ],
+)
+def test_row_numbers_are_listed_in_order_and_the_many_are_counted(numbers: list[int], expected: str) -> None:
+    assert list_rows(numbers) == expected
