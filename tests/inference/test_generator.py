@@ -11,7 +11,7 @@ import torch
 from training_lens.config.judging_sections import InferenceSection
 from training_lens.data.types import Message
 from training_lens.errors import ConfigurationError
-from training_lens.inference.generator import answer, answers
+from training_lens.inference.generator import answer, answers, generate_answers
 from training_lens.inference.session import Session, open_run
 from training_lens.models.factory import load_model
 from training_lens.utils.runs import RunFolder
@@ -45,6 +45,21 @@ def test_answers_end_where_the_positions_end(session: Session) -> None:
     assert answers(session, prompts, settings) == [answer(session, p, settings) for p in prompts]
     written = session.tokenizer(answer(session, long, settings), add_special_tokens=False)["input_ids"]
     assert len(long) + len(written) <= 512
+
+
+@pytest.mark.parametrize("own_generate", [False, True])
+def test_an_answer_tells_whether_it_ended_or_was_cut(
+    session: Session, own_generate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if own_generate:
+        monkeypatch.setattr(session.decoders, "get", lambda *_: None)
+    prompts = [ids(session, p) for p in PROMPTS]
+    whole = generate_answers(session, prompts, InferenceSection(max_new_tokens=300))
+    assert {given.finish_reason for given in whole} == {"stop"}
+    longest = max(len(given.token_ids) for given in whole)
+    cut = generate_answers(session, prompts, InferenceSection(max_new_tokens=longest))
+    assert [given.finish_reason == "length" for given in cut] == [len(g.token_ids) == longest for g in whole]
+    assert [given.text for given in cut] == [given.text for given in whole]
 
 
 def test_samples_are_those_of_seed_and_draw(session: Session) -> None:

@@ -56,6 +56,7 @@ def generate(
         )
     for answer, row in zip(answers, out[:, width:].tolist(), strict=True):
         answer.tokens = _until_stop(row, session.stop_ids)
+        answer.has_ended = len(answer.tokens) < len(row)
 
 
 class _Listener:

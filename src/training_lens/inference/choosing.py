@@ -31,12 +31,16 @@ ELSEWHERE = {  # what `generate` does besides choosing from scores
 
 @dataclass(eq=False)
 class Answer:
-    """An answer under way: at most `room` tokens to a prompt, which is the `index`-th of a call."""
+    """An answer under way: at most `room` tokens to a prompt, which is the `index`-th of a call.
+
+    `has_ended`: the model gave a token that ends an answer; without it, the answer was cut where its room ended.
+    """
 
     index: int
     prompt: Sequence[int]
     room: int
     tokens: list[int] = field(default_factory=list)
+    has_ended: bool = False
     processors: Any = None
 
 

@@ -212,12 +212,12 @@ class Decoding:
         for answer, token in zip(rows, tokens, strict=True):
             if answer is None:
                 continue
-            stopped = token in self._stops
-            if not stopped:
+            answer.has_ended = token in self._stops
+            if not answer.has_ended:
                 answer.tokens.append(token)
                 if self._on_token:
                     self._on_token(token)
-            if stopped or len(answer.tokens) == answer.room:
+            if answer.has_ended or len(answer.tokens) == answer.room:
                 finished.append(answer)
         return finished
 

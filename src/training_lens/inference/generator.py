@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,7 +25,20 @@ from training_lens.utils.heap import freed_memory_kept
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
+FinishReason = Literal["stop", "length"]
 SPREAD = 0x9E3779B1  # odd, about 2**32 over the golden ratio: near draws and seeds land far apart
+
+
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """An answer as text and as tokens, without the token that ended it.
+
+    `finish_reason`: `stop` where the model ended it, `length` where `max_new_tokens` or the model's positions cut it.
+    """
+
+    text: str
+    token_ids: Sequence[int]
+    finish_reason: FinishReason
 
 
 def answer(
@@ -45,10 +58,10 @@ def answer(
     torch.manual_seed(settings.seed)
     stream = _stream(session, on_text) if on_text else None
     put = (lambda token: stream.put(torch.tensor([token]))) if stream else None
-    (tokens,) = _answered(_call(session, settings, base, prompt_ids, put), [prompt_ids])
+    (given,) = _answered(_call(session, settings, base, prompt_ids, put), [prompt_ids])
     if stream:
         stream.end()
-    return _text(session, tokens)
+    return _text(session, given.tokens)
 
 
 def _stream(session: Session, on_text: Callable[[str], None]) -> Any:
@@ -72,9 +85,9 @@ def answers(
     draw: int = 0,
     advance: Callable[[float], None] = lambda _done: None,
 ) -> list[str]:
-    """Answers to many prompts, in their order; arguments and errors are those of `answer_ids`."""
-    ids = answer_ids(session, prompts, settings, base=base, draw=draw, advance=advance)
-    return [_text(session, row) for row in ids]
+    """The texts of many answers, in the prompts' order; arguments and errors are those of `generate_answers`."""
+    given = generate_answers(session, prompts, settings, base=base, draw=draw, advance=advance)
+    return [answer.text for answer in given]
 
 
 def answer_ids(
@@ -86,7 +99,20 @@ def answer_ids(
     draw: int = 0,
     advance: Callable[[float], None] = lambda _done: None,
 ) -> list[list[int]]:
-    """The tokens of many answers, in the prompts' order, each without the token that ended it.
+    """The tokens of many answers, each without the token that ended it; see `generate_answers`."""
+    return [given.tokens for given in _given(session, prompts, settings, base, draw, advance)]
+
+
+def generate_answers(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    settings: InferenceSection,
+    *,
+    base: bool = False,
+    draw: int = 0,
+    advance: Callable[[float], None] = lambda _done: None,
+) -> list[GeneratedAnswer]:
+    """Many answers, in the prompts' order, and how each ended.
 
     Prompts go together, longest first, under `settings.batch_tokens`, and the next takes the place of one that is
     finished. Where the memory cannot hold them, half as many go together from then on.
@@ -98,6 +124,20 @@ def answer_ids(
     Raises:
         ConfigurationError: a prompt takes all of the model's positions; OutOfMemoryError: one alone does not fit.
     """
+    return [
+        GeneratedAnswer(_text(session, given.tokens), given.tokens, "stop" if given.has_ended else "length")
+        for given in _given(session, prompts, settings, base, draw, advance)
+    ]
+
+
+def _given(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    settings: InferenceSection,
+    base: bool,
+    draw: int,
+    advance: Callable[[float], None],
+) -> list[Answer]:
     torch.manual_seed((settings.seed + draw * SPREAD) % 2**32)  # the CPU's generator takes 32 bits
     if not prompts:
         return []
@@ -158,8 +198,8 @@ def _call(
 @freed_memory_kept()
 def _answered(
     call: _Call, prompts: Sequence[Sequence[int]], advance: Callable[[float], None] = lambda _done: None
-) -> list[list[int]]:
-    """The tokens of each answer; arguments and errors are those of `answer_ids`."""
+) -> list[Answer]:
+    """The answers; arguments and errors are those of `generate_answers`."""
     everything = [_asked(call, index, prompt) for index, prompt in enumerate(prompts)]
     waiting = sorted(everything, key=lambda a: -len(a.prompt))
     budget = call.settings.batch_tokens
@@ -176,7 +216,7 @@ def _answered(
                 logger.warning("memory ran out with %d prompts together, so fewer: %s", rows, said(error))
             budget = rows // 2 * width
         waiting = [_begun_again(answer) for answer in waiting if answer not in done]
-    return [answer.tokens for answer in everything]
+    return everything
 
 
 def _asked(call: _Call, index: int, prompt: Sequence[int]) -> Answer:
@@ -191,6 +231,7 @@ def _asked(call: _Call, index: int, prompt: Sequence[int]) -> Answer:
 
 def _begun_again(answer: Answer) -> Answer:
     answer.tokens.clear()
+    answer.has_ended = False
     return answer
 
 
