@@ -162,3 +162,21 @@ def test_a_tokenizer_of_another_model_is_refused(shared: Path) -> None:
     check_vocabulary(load_tokenizer(ModelSection()), facts, "embedded")
     with pytest.raises(ModelLoadingError, match=r"ids up to \d+, its embedding 1024 rows"):
         check_vocabulary(load_tokenizer(ModelSection(), str(shared / "tokenizers/phi3")), facts, "x")
+
+
+def test_an_encoder_decoder_is_refused_by_its_class(tmp_path: Path) -> None:
+    from transformers import T5Config
+
+    T5Config(d_model=16, architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelLoadingError, match=r"encoder-decoder \(T5ForConditionalGeneration\).*decoder-only model"):
+        read_facts(ModelSection(id=str(tmp_path)))
+
+
+def test_a_model_that_generates_no_text_is_refused_by_its_type(tmp_path: Path) -> None:
+    from transformers import ViTConfig
+
+    ViTConfig(hidden_size=16, architectures=["ViTModel"]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ModelLoadingError, match=r"type 'vit' \(ViTModel\), which generates no text"):
+        read_facts(ModelSection(id=str(tmp_path)))

@@ -11,6 +11,7 @@ import torch
 from training_lens import embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError, OutOfMemoryError, TrainingLensError
+from training_lens.models.classes import build_model, load_class
 from training_lens.models.quantization import keep_trainable, loading_options
 from training_lens.utils.devices import DTYPES, Precision, is_out_of_memory
 from training_lens.utils.files import read_json
@@ -101,7 +102,9 @@ def read_facts(model: ModelSection) -> ModelFacts:
     _require_hub(path)
 
     def read() -> ModelFacts:
-        text = AutoConfig.from_pretrained(path, **_hub_options(model)).get_text_config()
+        config = AutoConfig.from_pretrained(path, **_hub_options(model))
+        load_class(config)  # refuses what is no decoder-only language model
+        text = config.get_text_config()
         sizes = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
         positions = getattr(text, "max_position_embeddings", None)
         _check_sizes(sizes | ({"max_position_embeddings": positions} if positions else {}), model.id)
@@ -176,13 +179,14 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
 
 def _with_weights(model: ModelSection, **options: Any) -> Any:
     """The model with every tensor from its files, none random."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     path = locate(model)
     always = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(path, **always, **options, **_hub_options(model))
+        found = load_class(AutoConfig.from_pretrained(path, **_hub_options(model)))
+        return found.from_pretrained(path, **always, **options, **_hub_options(model))
 
     loaded, info = _load("weights", model, load)
     _refuse_random(model, sorted(info["missing_keys"]), sorted(info["mismatched_keys"]))
@@ -209,7 +213,7 @@ def build_skeleton(model: ModelSection) -> Any:
     Raises:
         ModelLoadingError: the configuration is none of a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     path = locate(model)
 
@@ -218,7 +222,7 @@ def build_skeleton(model: ModelSection) -> Any:
         if hasattr(config, "quantization_config"):  # modules of the sizes that they stand for
             del config.quantization_config
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            return build_model(config, model.trust_remote_code)
 
     return _load("architecture", model, build).requires_grad_(False).eval()
 
@@ -229,7 +233,7 @@ def load_thinned(model: ModelSection, layers: int, device: torch.device, precisi
     Raises:
         ModelLoadingError: its configuration does not say how many layers it has.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     path = locate(model)
     dtype = DTYPES[precision if model.dtype == "auto" else model.dtype]
@@ -241,9 +245,7 @@ def load_thinned(model: ModelSection, layers: int, device: torch.device, precisi
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=_attention(model), trust_remote_code=model.trust_remote_code
-            )
+            return build_model(config, model.trust_remote_code, dtype=dtype, attn_implementation=_attention(model))
 
     return _load("architecture", model, build).requires_grad_(False).eval()
 

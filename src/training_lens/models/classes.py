@@ -1,0 +1,69 @@
+"""Which of transformers' classes a base is loaded as: the one that its own config.json names.
+
+An adapter's tensors are named by the modules of that class. So it is the class of a whole multimodal model, where the
+base is one, and not that of its text part: other programs load what config.json names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from training_lens.errors import ModelLoadingError
+
+
+def load_class(config: Any) -> Any:
+    """The class whose `from_pretrained` makes the model that `config`, a base's, describes.
+
+    The generating class that `config.architectures` names, where transformers has it; else what AutoModelForCausalLM
+    knows for the model type, which is also the way to classes that a repository carries itself.
+
+    Raises:
+        ModelLoadingError: an encoder-decoder, or a model type that generates no text.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    )
+
+    named = next(iter(getattr(config, "architectures", None) or ()), None)
+    _require_decoder_only(config, named)
+    found = getattr(transformers, named, None) if named else None
+    if is_generating(found) and not _has_own_code(config):
+        return found
+    if _has_own_code(config) or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
+    raise ModelLoadingError(
+        f"model.id: '{config.name_or_path}' is a model of type '{config.model_type}'{f' ({named})' if named else ''}, "
+        "which generates no text. Give a causal language model."
+    )
+
+
+def is_generating(found: Any) -> bool:
+    """Whether this is a model class with a way to generate, so with an output head over the vocabulary."""
+    from transformers import GenerationMixin, PreTrainedModel
+
+    return isinstance(found, type) and issubclass(found, PreTrainedModel) and issubclass(found, GenerationMixin)
+
+
+def build_model(config: Any, trust_remote_code: bool, **options: Any) -> Any:
+    """A model of `config`, of the class that loading takes, with random weights (none where torch builds on 'meta')."""
+    found = load_class(config)
+    if hasattr(found, "from_config"):  # transformers' way to several classes
+        return found.from_config(config, trust_remote_code=trust_remote_code, **options)
+    return found._from_config(config, **options)
+
+
+def _require_decoder_only(config: Any, named: str | None) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelLoadingError(
+            f"model.id: '{config.name_or_path}' is an encoder-decoder ({named or config.model_type}), which reads the "
+            "prompt with one half and answers with the other. Give a decoder-only model, such as Llama, Qwen or Gemma."
+        )
+
+
+def _has_own_code(config: Any) -> bool:
+    """Whether the class comes from the model's own folder or repository (model.trust_remote_code)."""
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
