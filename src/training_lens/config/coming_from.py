@@ -166,6 +166,31 @@ TABLE = (
     Flat(("experiment_name",), "output.experiment_name"),
 )
 BY_NAME = {name: flat for flat in TABLE for name in flat.names}
+# Sections of nested configs, by how their keys are called where the section's name is part of the key.
+SECTIONS = {
+    "lora": ("lora_config", "lora_config_args", "lora_args", "peft_config", "adapter", "peft", "qlora"),
+    "model": ("model_config", "model_args", "base", "tokenizer"),
+    "train": ("train_data", "training_data", "data", "dataset", "datasets"),
+    "scheduler": ("lr_scheduler", "scheduler_config"),
+    "optimizer": ("optim", "optimizer_config"),
+    "warmup": (), "eval": ("evaluation",), "save": ("checkpoint", "checkpointing"), "logging": (), "output": (),
+    "val": ("validation",),
+}  # fmt: skip
+KINDS = ("name", "type", "kind", "class")  # {optimizer: {name: adamw}} is optimizer: adamw
+
+
+def find_counterpart(name: str) -> Flat | None:
+    """What a dotted name of another trainer's config means here: `lora.alpha`, `optimizer.name`, `training.num_epochs`.
+
+    Exact names alone, none that is merely alike.
+    """
+    *sections, last = name.split(".")
+    section = sections[-1] if sections else ""
+    stems = [section, *(stem for stem, names in SECTIONS.items() if section in names)] if section else []
+    joined = [f"{stem}_{last}" for stem in stems]
+    joined += [candidate for stem in stems for candidate in (f"lr_{stem}_{last}", f"{stem}_{last}s", f"{stem}s")]
+    candidates = [*joined, *(stems if last in KINDS else ()), last]
+    return next((BY_NAME[candidate] for candidate in candidates if candidate in BY_NAME), None)
 
 
 @dataclass(frozen=True)
@@ -183,12 +208,13 @@ def translate(values: Mapping[str, Any]) -> Translation:
 
     Names of one key that say different things are a problem, and so is a value that has no counterpart.
     """
-    rest = {name: value for name, value in values.items() if name not in BY_NAME}
+    theirs = {name: value for name, value in values.items() if name in BY_NAME and not isinstance(value, Mapping)}
+    rest = {name: value for name, value in values.items() if name not in theirs}  # a section is no flat name
     said: dict[str, dict[str, Any]] = {}  # our key -> {their name: our value}
     lines, problems = [], []
-    for name, value in values.items():
+    for name, value in theirs.items():
         try:
-            ours = BY_NAME[name].convert(value) if name in BY_NAME else NOTHING
+            ours = BY_NAME[name].convert(value)
         except ValueError as error:
             problems.append(f"{name}: given {value!r}, for {BY_NAME[name].key}: {error}")
             continue

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from training_lens import embedded
-from training_lens.config.section import Rows, Section
+from training_lens.config.section import Place, Rows, Section
 from training_lens.utils.formatting import nearest
 
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
@@ -64,7 +64,7 @@ class DataSection(Section):
         0.0, ge=0.0, lt=1.0, description="share of the training rows held out at random when validation is not given"
     )
     fields: FieldsSection = FieldsSection()
-    template: str = Field(
+    template: Place = Field(
         "auto",
         min_length=1,
         description="chat: the tokenizer's chat template; alpaca; plain: the row's texts alone; auto: chat where the "
@@ -129,7 +129,7 @@ class DataSection(Section):
 class PrepareSection(Section):
     """What `training-lens prepare` makes of the rows of data.train."""
 
-    output: str | None = Field(
+    output: Place | None = Field(
         None, min_length=1, description="folder to write; null: {base_output_dir}/data/{experiment_name}"
     )
     format: Literal["jsonl", "parquet"] = Field(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from training_lens.config.section import Paths, Section
+from training_lens.config.section import Names, Paths, Place, Section
 
 
 class EvaluationSection(Section):
@@ -32,17 +32,17 @@ class EvaluationSection(Section):
     forgetting: Paths | None = Field(
         None, description="compare: other text (paths like data.train): its loss before and after; null: none"
     )
-    tasks: Paths = Field(
+    tasks: Names = Field(
         [], description="tasks of lm-eval, its own or yours, such as [arc_easy]; needs the extra `eval`"
     )
-    task_path: str | None = Field(None, description="folder of your own lm-eval tasks in YAML; null: lm-eval's alone")
+    task_path: Place | None = Field(None, description="folder of your own lm-eval tasks in YAML; null: lm-eval's alone")
     task_limit: int | None = Field(None, ge=1, description="at most so many rows of each task; null: all of them")
 
 
 class InferenceSection(Section):
     """Answering prompts."""
 
-    adapter: str = Field(
+    adapter: Place = Field(
         "latest",
         min_length=1,
         description="latest: of the newest finished run; a run's id or folder; a PEFT adapter folder on model.id; "

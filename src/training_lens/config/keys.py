@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import BaseModel
 
+from training_lens.config.coming_from import NOTHING, Flat, find_counterpart
+from training_lens.config.origins import find_origins
 from training_lens.config.schema import TrainingConfig
 from training_lens.utils.formatting import nearest
 
@@ -23,13 +27,51 @@ def known_keys(model: type[BaseModel] = TrainingConfig, prefix: str = "") -> lis
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str | None:
-    """The known key that `key` most likely meant, also where its section was left out or wrong."""
-    last = key.rsplit(".", 1)[-1]
-    by_last = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
-    if last in by_last:
-        return by_last[last]
+    """The known key that `key` most likely meant, also where its section was left out, wrong, or another trainer's."""
+    *sections, last = key.split(".")
+    same = [name for name in known if name.rsplit(".", 1)[-1] == last]
+    in_section = [name for name in same if set(sections) & set(name.split(".")[:-1])]
+    if in_section or len(same) == 1:
+        return (in_section or same)[0]
+    counterpart = find_counterpart(key)
+    if counterpart and counterpart.key in known:
+        return counterpart.key
+    if same:
+        return same[0]
     whole = nearest(key, known)
     if whole:
         return whole
+    by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
     close = nearest(last, by_last)
     return by_last[close] if close else None
+
+
+def describe_unknown(key: str, known: Sequence[str], value: Any = None) -> str:
+    """Why a key is refused, and what it is called here: with its value, where that is another one here.
+
+    Args:
+        known: the keys that there are, dotted.
+        value: what was given for it.
+    """
+    counterpart, origins = find_counterpart(key), find_origins(key)
+    if origins and not (counterpart and counterpart.key in known):
+        return (
+            f"{key}: unknown key, of another trainer; --from {' or '.join(origins)} sets aside what changes no result"
+        )
+    close = nearest_key(key, known)
+    if close is None:
+        return f"{key}: unknown key; no key is near it (training-lens validate shows all)"
+    converted = _convert(counterpart, value) if counterpart and counterpart.key == close else value
+    shown = (
+        close
+        if converted in (value, NOTHING)
+        else f"{close}={converted if isinstance(converted, str) else json.dumps(converted)}"
+    )
+    return f"{key}: unknown key; did you mean '{shown}'?"
+
+
+def _convert(counterpart: Flat, value: Any) -> Any:
+    try:
+        return counterpart.convert(value)
+    except ValueError:
+        return value

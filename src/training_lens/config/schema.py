@@ -13,7 +13,7 @@ from training_lens import embedded
 from training_lens.config.data_sections import DataSection, PrepareSection
 from training_lens.config.judging_sections import BenchmarkSection, EvaluationSection, InferenceSection
 from training_lens.config.lens_section import LensSection
-from training_lens.config.section import FolderName, Section
+from training_lens.config.section import FolderName, Place, Section
 from training_lens.config.tracking_section import TrackingSection
 from training_lens.utils.secrets import secrets_in
 
@@ -21,7 +21,7 @@ from training_lens.utils.secrets import secrets_in
 class ModelSection(Section):
     """The base model and how it is loaded."""
 
-    id: str = Field(embedded.MODEL, min_length=1, description="local folder, hub id, or 'embedded' (the demo model)")
+    id: Place = Field(embedded.MODEL, min_length=1, description="local folder, hub id, or 'embedded' (the demo model)")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model; null: its default branch")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -69,7 +69,7 @@ class PeftSection(Section):
     lora_plus_ratio: float | None = Field(
         None, ge=1, description="learning rate of B over that of A (LoRA+, arXiv 2402.12354); null: the same"
     )
-    from_adapter: str | None = Field(
+    from_adapter: Place | None = Field(
         None, min_length=1, description="go on from this adapter folder or run; its rank, targets and scale hold"
     )
 
@@ -155,10 +155,10 @@ class SweepSection(Section):
 class OutputSection(Section):
     """Where runs are kept: {base_output_dir}/experiments/{experiment_name}/runs/{run_id}."""
 
-    base_output_dir: str = Field("outputs", min_length=1, description="folder of all runs and of the token cache")
+    base_output_dir: Place = Field("outputs", min_length=1, description="folder of all runs and of the token cache")
     experiment_name: FolderName = Field("default", description="groups runs; one path component")
     run_id: FolderName | None = Field(None, description="null: a UTC timestamp with a random tail")
-    mirror: str | None = Field(
+    mirror: Place | None = Field(
         None,
         min_length=1,
         description="place to which every run is copied while it trains, and from which it can be resumed elsewhere: "

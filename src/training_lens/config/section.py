@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +22,18 @@ def folder_name(value: str) -> str:
     return value
 
 
+def expand_home(value: str) -> str:
+    """`value` with the user's folder for a '~' at its start, unless a file of that very name is there."""
+    return os.path.expanduser(value) if value.startswith("~") and not os.path.lexists(value) else value  # noqa: PTH111
+
+
+PATH_MARKER = AfterValidator(expand_home)  # also tells that a key names files or folders
+
 FolderName = Annotated[str, AfterValidator(folder_name)]
-Paths = Annotated[list[str], BeforeValidator(as_list)]
-Rows = Annotated[list[str] | list[dict[str, Any]], BeforeValidator(as_list)]
+Place = Annotated[str, PATH_MARKER]
+Paths = Annotated[list[Place], BeforeValidator(as_list)]
+Names = Annotated[list[str], BeforeValidator(as_list)]
+Rows = Annotated[list[Place] | list[dict[str, Any]], BeforeValidator(as_list)]
 
 
 class Section(BaseModel):

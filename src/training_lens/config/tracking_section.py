@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from training_lens.config.section import Section
+from training_lens.config.section import Place, Section
 
 
 def _repo_name(value: str) -> str:
@@ -32,7 +32,7 @@ class WandBSection(Section):
     group: str | None = Field(None, description="runs shown together; null: the sweep of a trial, none for others")
     name: str | None = Field(None, description="of the run; null: its run id")
     tags: list[str] = Field([], description="of the run")
-    folder: str | None = Field(None, description="where offline runs are written; null: the run's tracking folder")
+    folder: Place | None = Field(None, description="where offline runs are written; null: the run's tracking folder")
 
 
 class MlflowSection(Section):
@@ -51,7 +51,7 @@ class TrackioSection(Section):
 
     enabled: bool = Field(False, description="send the run to trackio")
     project: str | None = Field(None, description="null: output.experiment_name")
-    folder: str | None = Field(None, description="of its database; null: trackio in output.base_output_dir")
+    folder: Place | None = Field(None, description="of its database; null: trackio in output.base_output_dir")
 
 
 class HubSection(Section):

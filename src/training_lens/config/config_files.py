@@ -1,0 +1,156 @@
+"""A user's YAML or JSON file as nested values: of `--config`, or a preset in ./config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from training_lens.config.coming_from import translate
+from training_lens.config.keys import describe_unknown, known_keys
+from training_lens.config.origins import set_aside
+from training_lens.config.schema import TrainingConfig
+from training_lens.errors import ConfigurationError
+from training_lens.utils.nested import flat, merged
+
+
+@dataclass(frozen=True)
+class FileContent:
+    """What a file sets, by section, and what is to be told of it.
+
+    `translated` has a line for each name of another trainer, `ignored` the names that were set aside as
+    `--from` allows, `problems` a line for each thing that cannot be.
+    """
+
+    file: str
+    values: dict[str, Any] = field(default_factory=dict)
+    translated: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_config_file(
+    file: str, said: str, origin: str | None = None, decided: Mapping[str, Any] | None = None
+) -> FileContent:
+    """The file's settings, the flat names of other trainers translated.
+
+    Args:
+        said: how the user named the file: `--config my.yaml`.
+        origin: the trainer that the file was written for, see `origins.ORIGINS`.
+        decided: what is set elsewhere, by our dotted key: it answers for names that have no counterpart.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or is no mapping of keys.
+    """
+    nested, problems = nest(parse_config_file(file, said), said)
+    translation = translate(nested)
+    values, twice = nest({**translation.rest, **translation.settings}, said)
+    asides = set_aside(values, origin, TrainingConfig.model_fields, {**flat(values), **(decided or {})})
+    own, foreign = _split_sections(asides.rest)
+    return FileContent(
+        file,
+        without_empty_sections(own, TrainingConfig),
+        translation.lines,
+        asides.ignored,
+        [*problems, *translation.problems, *twice, *asides.problems, *foreign],
+    )
+
+
+def _split_sections(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values without the sections that are none of ours; and a line for each key in those, with its name here."""
+    foreign = {
+        name: section
+        for name, section in values.items()
+        if isinstance(section, dict) and section and name not in (*TrainingConfig.model_fields, "defaults")
+    }
+    known = known_keys(TrainingConfig)
+    lines = [describe_unknown(key, known, value) for key, value in flat(foreign).items()]
+    return {name: value for name, value in values.items() if name not in foreign}, lines
+
+
+def parse_config_file(file: str, said: str) -> dict[str, Any]:
+    """The file's top-level keys and values; interpolations of a YAML file are resolved."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = Path(file).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        raw: Any
+        if path.suffix == ".json":
+            raw = json.loads(text, object_pairs_hook=_unique_pairs)
+        else:
+            raw = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except OSError as error:
+        raise ConfigurationError(f"{said}: cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{said}: is not UTF-8 text (byte {error.start}).") from error
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"{said}, line {error.lineno}: no valid JSON: {error.msg}.") from error
+    except _DuplicateKeyError as error:
+        raise ConfigurationError(f"{said}: the key '{error}' stands twice in one place; keep one.") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigurationError(f"{said}: no valid YAML: {error}") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigurationError(f"{said}: holds a {type(raw).__name__}, expected keys and values.")
+    return {str(key): value for key, value in raw.items()}
+
+
+class _DuplicateKeyError(ValueError):
+    """A key of a JSON object that stands there twice: the first value would be lost in silence."""
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise _DuplicateKeyError(key)
+        values[key] = value
+    return values
+
+
+def nest(values: Mapping[str, Any], said: str) -> tuple[dict[str, Any], list[str]]:
+    """Dotted keys beside whole sections as sections alone; and a line for each key that two of them set otherwise."""
+    nested: dict[str, Any] = {}
+    problems = []
+    for key, value in values.items():
+        section = put({}, key.split("."), value)
+        before, now = flat(nested), flat(section)
+        problems += [
+            f"{said}: {name} is given twice, {before[name]!r} and {now[name]!r}; keep one"
+            for name in now
+            if name in before and before[name] != now[name]
+        ]
+        nested = merged(nested, section)
+    return nested, problems
+
+
+def put(values: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """`values` with `value` at a path of keys; what stands in its way is replaced. Changes `values`."""
+    section = values
+    for part in path[:-1]:
+        if not isinstance(section.get(part), dict):
+            section[part] = {}
+        section = section[part]
+    section[path[-1]] = value
+    return values
+
+
+def without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """`values` without sections that say nothing: in YAML, `peft:` with all its keys commented out is null."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        inner: Any = model.model_fields[key].annotation if key in model.model_fields else None
+        is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
+        if is_section and isinstance(value, dict):
+            kept[key] = without_empty_sections(value, inner)
+        elif not (is_section and value is None):
+            kept[key] = value
+    return kept
