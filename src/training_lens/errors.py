@@ -14,7 +14,7 @@ class TrainingLensError(Exception):
     exit_code = 1
 
 
-class ConfigurationError(TrainingLensError):
+class ConfigurationError(TrainingLensError, ValueError):
     """Wrong usage or configuration; `problems` holds every one that was found."""
 
     exit_code = 2

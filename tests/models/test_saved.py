@@ -139,7 +139,7 @@ def test_adapters_that_are_more_than_lora_are_refused(values: dict[str, Any], me
         ("target_modules", {"q_proj": 1}, r"target_modules: given "),
         ("modules_to_save", 7, r"modules_to_save: given 7"),
         ("use_dora", "perhaps", r"use_dora: given 'perhaps'"),
-        ("rank_pattern", {"q_proj": "high"}, r"rank_pattern: given 'high'"),
+        ("rank_pattern", {"q_proj": "high"}, r"rank_pattern.q_proj: given 'high'"),
         ("rank_pattern", ["q_proj"], r"rank_pattern: given \['q_proj'\]"),
         ("peft_type", ["LORA"], r"holds a \['LORA'\] adapter"),
         ("layers_pattern", {"a": 1}, "uses layers_pattern"),

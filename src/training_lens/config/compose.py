@@ -7,10 +7,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from training_lens.config.config_files import FileContent, put, read_config_file
-from training_lens.config.keys import describe_unknown, known_keys
+from training_lens.config.config_files import FileContent, read_config_file
 from training_lens.config.origins import describe_ignored
 from training_lens.config.overrides import Override, read_all, split_words
 from training_lens.config.preset_files import load_presets, packaged_presets
@@ -18,7 +15,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.config.search_space import dotted, parse_space
 from training_lens.errors import ConfigurationError
 from training_lens.utils.logging import get_logger
-from training_lens.utils.nested import flat, merged
+from training_lens.utils.nested import flat, merged, put
 
 logger = get_logger(__name__)
 ConfigFiles = str | Path | Sequence[str | Path] | None
@@ -112,19 +109,13 @@ def _report_merged(earlier: Sequence[FileContent], later: FileContent) -> None:
 
 def validate(values: dict[str, Any], problems: Sequence[str] = ()) -> TrainingConfig:
     """`values` as a config, or a ConfigurationError with every problem, behind those that were found before."""
-    problems = list(problems)
     try:
         config = TrainingConfig.model_validate(values)
-    except ValidationError as error:
-        problems += problems_of(error)
-        try:  # checks across keys only run where each key is sound: try again without the broken ones
-            TrainingConfig.model_validate(_without(values, [item["loc"] for item in error.errors()]))
-        except ValidationError as further:
-            problems += [line for line in problems_of(further) if line not in problems]
-    else:
-        problems += _space_problems(config)
-    if problems:
-        raise ConfigurationError(problems)
+        further = _space_problems(config)
+    except ConfigurationError as error:
+        further = error.problems
+    if problems or further:
+        raise ConfigurationError([*problems, *further])
     return config
 
 
@@ -134,43 +125,6 @@ def _space_problems(config: TrainingConfig) -> tuple[str, ...]:
     except ConfigurationError as error:
         return error.problems
     return ()
-
-
-def _without(values: dict[str, Any], locations: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
-    """`values` without the keys that the locations name; a broken list or union goes as a whole."""
-    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
-    for location in locations:
-        section = kept.get(str(location[0])) if location else None
-        if isinstance(section, dict) and len(location) > 1:
-            section.pop(str(location[1]), None)
-        elif location:
-            kept.pop(str(location[0]), None)
-    return kept
-
-
-def problems_of(error: ValidationError) -> list[str]:
-    """A line for each problem that pydantic found: `key: what was given; what is allowed`."""
-    known = known_keys()
-    lines: dict[str, None] = {}  # in order, each once: a union reports the same value for every member
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"] if not _is_union_label(part))
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            lines[describe_unknown(key, known, item["input"])] = None
-        elif item["type"] == "value_error" and key not in known:  # a check across keys: it names them itself
-            lines |= dict.fromkeys(message.split("\n"))
-        elif item["type"] == "value_error":
-            lines[f"{key}: {message}"] = None
-        elif item["type"] == "model_type":
-            under = [name for name in known if name.startswith(f"{key}.")]
-            lines[f"{key}: given {item['input']!r}, but it is a section with the keys {', '.join(under)}"] = None
-        else:
-            lines[f"{key}: given {item['input']!r}. {message}"] = None
-    return list(lines)
-
-
-def _is_union_label(part: int | str) -> bool:
-    return isinstance(part, str) and (part == "constrained-int" or any(mark in part for mark in "[('"))
 
 
 def _put_dotted_space(layer: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from training_lens.config.keys import describe_unknown, known_keys
 from training_lens.config.origins import set_aside
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
-from training_lens.utils.nested import flat, merged
+from training_lens.utils.nested import flat, nest
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ def read_config_file(
     Raises:
         ConfigurationError: the file cannot be read, or is no mapping of keys.
     """
-    nested, problems = nest(parse_config_file(file, said), said)
+    nested, problems = nest(parse_config_file(file, said), f"{said}: ")
     translation = translate(nested)
-    values, twice = nest({**translation.rest, **translation.settings}, said)
+    values, twice = nest({**translation.rest, **translation.settings}, f"{said}: ")
     asides = set_aside(values, origin, TrainingConfig.model_fields, {**flat(values), **(decided or {})})
     own, foreign = _split_sections(asides.rest)
     return FileContent(
@@ -113,33 +113,6 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if key in values:
             raise _DuplicateKeyError(key)
         values[key] = value
-    return values
-
-
-def nest(values: Mapping[str, Any], said: str) -> tuple[dict[str, Any], list[str]]:
-    """Dotted keys beside whole sections as sections alone; and a line for each key that two of them set otherwise."""
-    nested: dict[str, Any] = {}
-    problems = []
-    for key, value in values.items():
-        section = put({}, key.split("."), value)
-        before, now = flat(nested), flat(section)
-        problems += [
-            f"{said}: {name} is given twice, {before[name]!r} and {now[name]!r}; keep one"
-            for name in now
-            if name in before and before[name] != now[name]
-        ]
-        nested = merged(nested, section)
-    return nested, problems
-
-
-def put(values: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
-    """`values` with `value` at a path of keys; what stands in its way is replaced. Changes `values`."""
-    section = values
-    for part in path[:-1]:
-        if not isinstance(section.get(part), dict):
-            section[part] = {}
-        section = section[part]
-    section[path[-1]] = value
     return values
 
 

@@ -1,4 +1,4 @@
-"""The schema's keys as dotted names, and which of them an unknown name most likely meant."""
+"""The keys of a schema as dotted names, and which of them an unknown name most likely meant."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pydantic import BaseModel
 
 from training_lens.config.coming_from import NOTHING, Flat, find_counterpart
 from training_lens.config.origins import find_origins
-from training_lens.config.schema import TrainingConfig
 from training_lens.utils.formatting import nearest
 
 
-def known_keys(model: type[BaseModel] = TrainingConfig, prefix: str = "") -> list[str]:
-    """Every key of the schema, dotted: ['model.id', 'model.revision', ...]."""
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key of a schema, dotted: ['model.id', 'model.revision', ...] of `TrainingConfig`."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         inner = field.annotation

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from training_lens import embedded
+from training_lens.config.coming_from import translate
 from training_lens.config.data_sections import DataSection, PrepareSection
 from training_lens.config.judging_sections import BenchmarkSection, EvaluationSection, InferenceSection
 from training_lens.config.lens_section import LensSection
 from training_lens.config.section import FolderName, Place, Section
 from training_lens.config.tracking_section import TrackingSection
+from training_lens.errors import ConfigurationError
+from training_lens.utils.logging import get_logger
+from training_lens.utils.nested import nest
 from training_lens.utils.secrets import secrets_in
+
+logger = get_logger(__name__)
 
 
 class ModelSection(Section):
@@ -183,14 +189,32 @@ class TrainingConfig(Section):
     sweep: SweepSection = SweepSection()
     output: OutputSection = OutputSection()
 
-    model_config = ConfigDict(hide_input_in_errors=True)  # what is refused may be a secret, and be shown in a notebook
+    def __init__(self, /, **values: Any) -> None:
+        nested, problems = nest(values)
+        foreign = translate(nested)  # other trainers' names, as in a file
+        if foreign.lines:
+            logger.info("TrainingConfig: %s", ", ".join(foreign.lines))
+        ours, twice = nest({**foreign.rest, **foreign.settings})
+        problems += [*foreign.problems, *twice]
+        try:
+            super().__init__(**ours)
+        except ConfigurationError as error:
+            problems += error.problems
+        if problems:
+            raise ConfigurationError(problems)
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # as that of `Section`
 
     @model_validator(mode="after")
     def _across_keys(self) -> TrainingConfig:
-        problems = _cross_checks(self)
+        problems = self.find_conflicts()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def find_conflicts(self) -> list[str]:
+        """What can be told from the config alone; the run's length is checked when the rows are counted."""
+        return _cross_checks(self)
 
     def resolved(self, **sections: dict[str, Any]) -> TrainingConfig:
         """A copy with some keys of some sections replaced: `config.resolved(training={"lr": 1e-3})`.
@@ -220,7 +244,7 @@ def _given(section: BaseModel) -> dict[str, Any]:
 
 
 def _cross_checks(config: TrainingConfig) -> list[str]:
-    """What can be told from the config alone; the run's length is checked when the rows are counted."""
+    """A line for each problem."""
     training, problems = config.training, []
     if training.early_stopping_patience and not config.data.validation_sources and not config.data.val_ratio:
         problems.append(

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from pydantic import ValidationError
-
 from training_lens.config.keys import known_keys, nearest_key
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
@@ -92,7 +90,7 @@ def parse_space(config: TrainingConfig) -> dict[str, Dimension]:
 
 
 def _require_searched(config: TrainingConfig, key: str) -> None:
-    known = known_keys()
+    known = known_keys(TrainingConfig)
     if key not in known:
         close = nearest_key(key, [k for k in known if k.startswith(SEARCHED)])
         raise ConfigurationError(f"unknown key; did you mean '{close}'?" if close else "unknown key")
@@ -134,9 +132,8 @@ def _accepted(config: TrainingConfig, key: str, value: Any) -> Any:
     section = getattr(config, section_name).model_copy()
     try:
         setattr(section, name, value)
-    except ValidationError as error:
-        messages = dict.fromkeys(item["msg"].removeprefix("Value error, ") for item in error.errors())
-        raise ConfigurationError(f"given {value!r}. {'; '.join(messages)}") from error
+    except ConfigurationError as error:
+        raise ConfigurationError([problem.removeprefix(f"{name}: ") for problem in error.problems]) from None
     return getattr(section, name)
 
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from training_lens.config.keys import known_keys
+from training_lens.config.problems import find_problems, list_problems
+from training_lens.errors import ConfigurationError
 
 
 def as_list(value: Any) -> Any:
@@ -37,6 +44,79 @@ Rows = Annotated[list[Place] | list[dict[str, Any]], BeforeValidator(as_list)]
 
 
 class Section(BaseModel):
-    """A part of the config: strict about its keys, validated on assignment too."""
+    """A part of the config: strict about its keys, checked as a whole, also when a key is assigned.
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=(), allow_inf_nan=False)
+    Raises:
+        ConfigurationError: when it is made, validated or assigned to; lists every problem. An assignment that is
+            refused changes nothing.
+    """
+
+    __slots__ = ("_root",)  # the config it is a part of, and its place there: no part of its value
+
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_assignment=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+    )
+
+    def __init__(self, /, **values: Any) -> None:
+        with _problems_as_ours(type(self), values):
+            super().__init__(**values)
+
+    # Says that this does what pydantic's own does: a section in a section is then validated together with it.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
+        with _problems_as_ours(cls, obj):
+            return super().model_validate(obj, **options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        values, given = self.__dict__.copy(), self.__pydantic_fields_set__.copy()
+        root, prefix = self._find_root()
+        try:
+            super().__setattr__(name, value)
+            problems = root.find_conflicts()
+        except ValidationError as error:  # checks across a section's keys come after the assignment
+            problems = list_problems(error, known_keys(type(root)), prefix)
+        if problems:
+            object.__setattr__(self, "__dict__", values)
+            object.__setattr__(self, "__pydantic_fields_set__", given)
+            raise ConfigurationError(problems)
+        self._adopt_sections(root, prefix)
+
+    def model_post_init(self, context: Any, /) -> None:
+        self._adopt_sections(self, "")
+
+    def find_conflicts(self) -> list[str]:
+        """What is wrong across the keys of several sections: a line for each problem."""
+        return []
+
+    def _find_root(self) -> tuple[Section, str]:
+        """The whole that this is a part of, and what stands before its keys there: 'data.fields.'."""
+        reference, prefix = getattr(self, "_root", (None, ""))
+        root = reference() if reference else None
+        return (self, "") if root is None else (root, prefix)
+
+    def _adopt_sections(self, root: Section, prefix: str) -> None:
+        """Tell the sections in this one what they are part of; one that another config has is copied."""
+        for name in type(self).model_fields:
+            section = self.__dict__[name]
+            if not isinstance(section, Section):
+                continue
+            owner, _ = section._find_root()
+            if not any(owner is known for known in (section, self, root)):
+                section = self.__dict__[name] = section.model_copy()
+            object.__setattr__(section, "_root", (weakref.ref(root), f"{prefix}{name}."))
+            section._adopt_sections(root, f"{prefix}{name}.")
+
+
+@contextmanager
+def _problems_as_ours(model: type[Section], values: Any) -> Iterator[None]:
+    """Within the block, what pydantic finds wrong with `values` is one ConfigurationError."""
+    try:
+        yield
+    except ValidationError as error:
+        raise ConfigurationError(find_problems(model, values, error)) from None

@@ -7,8 +7,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError, ConfigurationError
 from training_lens.utils.formatting import nearest
@@ -131,16 +129,10 @@ def _section_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
     try:
         section = PeftSection.model_validate(values).model_dump(include=set(values))
-    except ValidationError as error:
-        raise AdapterError(f"peft.from_adapter: {folder / CONFIG}: {_first_problem(error)}. Save it again.") from error
+    except ConfigurationError as error:
+        raise AdapterError(f"peft.from_adapter: {folder / CONFIG}: {error.problems[0]}. Save it again.") from error
     targets = section["target_modules"]
     return {**section, "target_modules": targets if isinstance(targets, str) else sorted(targets)}
-
-
-def _first_problem(error: ValidationError) -> str:
-    """What pydantic found first: key, value, and what is wrong with it."""
-    item = error.errors(include_url=False)[0]
-    return f"{item['loc'][0]}: given {item['input']!r}. {item['msg']}"
 
 
 def require_plain(config: dict[str, Any], folder: Path, key: str, doing: str, also: Collection[str] = ()) -> None:

@@ -15,9 +15,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from pydantic import ValidationError
 
-from training_lens.config.compose import problems_of
 from training_lens.config.schema import TrainingConfig
 from training_lens.config.search_space import Choices, Dimension, Range, parse_space
 from training_lens.errors import ConfigurationError
@@ -119,10 +117,7 @@ class Space:
         for key, value in self.settings(params).items():
             section, name = key.split(".")
             sections.setdefault(section, {})[name] = value
-        try:
-            return base.resolved(**sections)
-        except ValidationError as error:
-            raise ConfigurationError(problems_of(error)) from error
+        return base.resolved(**sections)
 
 
 def _size(found: Dimension) -> int | None:

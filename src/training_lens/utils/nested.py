@@ -29,3 +29,38 @@ def differences(sides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]
     keys = dict.fromkeys(key for side in sides for key in side)
     values = {key: tuple(side.get(key) for side in sides) for key in keys}
     return {key: each for key, each in values.items() if any(value != each[0] for value in each[1:])}
+
+
+def nest(values: Mapping[str, Any], place: str = "") -> tuple[dict[str, Any], list[str]]:
+    """Dotted keys beside whole sections as sections alone; and a line for each key that two of them set otherwise.
+
+    Args:
+        place: what such a line begins with.
+
+    Example:
+        >>> nest({"peft": {"r": 16}, "peft.lora_alpha": 32})
+        ({'peft': {'r': 16, 'lora_alpha': 32}}, [])
+    """
+    nested: dict[str, Any] = {}
+    problems = []
+    for key, value in values.items():
+        section = put({}, key.split("."), value)
+        before, now = flat(nested), flat(section)
+        problems += [
+            f"{place}{name} is given twice, {before[name]!r} and {now[name]!r}; keep one"
+            for name in now
+            if name in before and before[name] != now[name]
+        ]
+        nested = merged(nested, section)
+    return nested, problems
+
+
+def put(values: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """`values` with `value` at a path of keys; what stands in its way is replaced. Changes `values`."""
+    section = values
+    for part in path[:-1]:
+        if not isinstance(section.get(part), dict):
+            section[part] = {}
+        section = section[part]
+    section[path[-1]] = value
+    return values

@@ -1,0 +1,80 @@
+"""What is wrong with the values of a section: a line for each problem, with the key and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from training_lens.config.keys import describe_unknown, known_keys
+from training_lens.utils.secrets import redacted
+
+Location = tuple[int | str, ...]
+UNION_LABELS = ("str", "int", "float", "bool", "constrained-int", "constrained-str")
+SHOWN_CHARACTERS = 200  # of a value that is refused
+
+
+def find_problems(model: type[BaseModel], values: Any, error: ValidationError) -> list[str]:
+    """Every problem of `values`, of which `error` has the first: checks across keys run where each key is sound.
+
+    So they are run again without the keys that are broken.
+    """
+    problems = list_problems(error, known_keys(model))
+    if isinstance(values, Mapping):
+        try:
+            model.__pydantic_validator__.validate_python(_without(values, [item["loc"] for item in error.errors()]))
+        except ValidationError as further:
+            problems += [line for line in list_problems(further, known_keys(model)) if line not in problems]
+    return problems
+
+
+def list_problems(error: ValidationError, known: Sequence[str], prefix: str = "") -> list[str]:
+    """A line for each problem that pydantic found: `key: what was given; what is allowed`.
+
+    Args:
+        known: the keys of the whole schema, dotted.
+        prefix: what stands before the keys that the error names: 'training.' for a section of that name.
+    """
+    lines: dict[str, None] = {}  # in order, each once: a union reports the same value for every member
+    for item in error.errors(include_url=False):
+        path = [prefix.rstrip("."), *(str(part) for part in item["loc"] if not _is_union_label(part))]
+        key = ".".join(part for part in path if part)
+        message, kind = item["msg"].removeprefix("Value error, "), item["type"]
+        if kind in ("extra_forbidden", "no_such_attribute"):
+            lines[describe_unknown(key, known, item["input"])] = None
+        elif kind == "value_error" and key not in known:  # a check across keys: it names them itself
+            lines |= dict.fromkeys(message.split("\n"))
+        elif kind == "value_error":
+            lines[f"{key}: {message}"] = None
+        elif kind == "model_type" and not key:
+            lines[f"given {_show(item)}, expected sections and keys"] = None
+        elif kind == "model_type":
+            under = [name for name in known if name.startswith(f"{key}.")]
+            lines[f"{key}: given {_show(item)}, but it is a section with the keys {', '.join(under)}"] = None
+        else:
+            lines[f"{key}: given {_show(item)}. {message}"] = None
+    return list(lines)
+
+
+def _show(item: Mapping[str, Any]) -> str:
+    """What was given: it may be a secret that stands at a wrong key, or all the rows of a data set."""
+    text = redacted(repr(item["input"]))
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def _is_union_label(part: int | str) -> bool:
+    """Whether a part of a place names a member of a union, such as 'list[str]', and no key."""
+    return isinstance(part, str) and (part in UNION_LABELS or any(mark in part for mark in "[('"))
+
+
+def _without(values: Mapping[str, Any], locations: Sequence[Location]) -> dict[str, Any]:
+    """`values` without the keys that the locations name; a broken list or union goes as a whole."""
+    kept = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for location in locations:
+        section = kept.get(str(location[0])) if location else None
+        if isinstance(section, dict) and len(location) > 1:
+            section.pop(str(location[1]), None)
+        elif location:
+            kept.pop(str(location[0]), None)
+    return kept
