@@ -12,7 +12,7 @@ from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError
 from training_lens.models.adapters import attach, check_adapter, trainable
 from training_lens.models.factory import build_skeleton
-from training_lens.models.targets import target_names, whole_modules
+from training_lens.models.targets import choose_targets, whole_modules
 
 Make = Callable[[], Any]
 
@@ -51,7 +51,7 @@ def test_auto_takes_the_conv1d_layers_of_gpt2(gpt2: Make) -> None:
 def test_auto_gives_whole_paths_where_a_name_means_more() -> None:
     model = skeleton()
     model.model.layers[0].mlp.gate_proj = torch.nn.Identity()  # the same name, elsewhere no linear layer
-    names = target_names(model, "auto")
+    names = choose_targets(model, PeftSection()).names
     assert "model.layers.1.mlp.gate_proj" in names
     assert adapted_paths(attach(model, PeftSection())) == linear_paths(skeleton()) - {"model.layers.0.mlp.gate_proj"}
 

@@ -15,6 +15,7 @@ from training_lens.collectors.positions import Positions
 from training_lens.core.probe import Probe, as_judged
 from training_lens.errors import LensError
 from training_lens.models.adapters import base_only
+from training_lens.models.classes import decoder_of
 
 
 def decoder_layers(model: Any) -> list[torch.nn.Module]:
@@ -24,7 +25,7 @@ def decoder_layers(model: Any) -> list[torch.nn.Module]:
         LensError: its decoder keeps no list of layers.
     """
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    lists = [m for m in whole.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
+    lists = [m for m in decoder_of(model).modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
     expected = getattr(whole.config.get_text_config(), "num_hidden_layers", None)
     fitting = [m for m in lists if len(m) == expected] or lists
     if not fitting:
@@ -134,7 +135,6 @@ class ActivationExtractor:
         return Probe.of_batch(rows)
 
     def _states(self, probe: Probe, positions: Positions) -> tuple[Tensor, ...]:
-        whole = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
         with kept_states(self._layers, positions) as states:
-            whole.get_decoder()(input_ids=probe.input_ids, use_cache=False)
+            decoder_of(self._model)(input_ids=probe.input_ids, use_cache=False)
         return tuple(states)

@@ -16,6 +16,7 @@ from transformers import Cache
 
 from training_lens.inference.fast_layers import Attention, GatedMlp, Norm, Product, Turn
 from training_lens.inference.kv_cache import FULL, SLIDING
+from training_lens.models.classes import decoder_of
 
 PARTS = {"input_layernorm": Norm, "self_attn": Attention, "post_attention_layernorm": Norm, "mlp": GatedMlp}
 
@@ -59,7 +60,7 @@ def stack_of(model: Any, windows: Sequence[int | None]) -> Stack | None:
     Args:
         windows: of each layer, None for one that sees all.
     """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder, head = decoder_of(model), model.get_output_embeddings()
     children = dict(decoder.named_children())
     if children.keys() != {"embed_tokens", "layers", "norm", "rotary_emb"} or any(map(_is_watched, model.modules())):
         return None

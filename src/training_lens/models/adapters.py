@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError
 from training_lens.models import pissa
+from training_lens.models.omissions import Omission, is_linear, last_part
 from training_lens.models.quantization import element_count
 from training_lens.models.saved import (
     CONFIG,
@@ -24,7 +25,7 @@ from training_lens.models.saved import (
     require_adapter,
     saved_shapes,
 )
-from training_lens.models.targets import check_targets, is_linear, target_names, tied_modules, whole_modules
+from training_lens.models.targets import check_targets, choose_targets, tied_modules, whole_modules
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
 
@@ -43,6 +44,32 @@ class ParameterCount:
         return self.trainable / self.total
 
 
+@dataclass(frozen=True)
+class Adaptation:
+    """What of a base an adapter changes, read from the PEFT model, and what stays as it is, a reason at a time.
+
+    `adapted` are paths in the base; modules that are trained whole are not among them.
+    """
+
+    adapted: tuple[str, ...]
+    left_out: tuple[Omission, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """As a run's record keeps it."""
+        return {"adapted": list(self.adapted), "left_out": [asdict(omission) for omission in self.left_out]}
+
+    def __str__(self) -> str:
+        names = sorted({last_part(path) for path in self.adapted})
+        return f"{len(self.adapted)} modules: {', '.join(names)}"
+
+
+def log_adaptation(adaptation: Adaptation) -> None:
+    """A line on what is adapted, and one for each reason for which something is not."""
+    logger.info("the adapter takes %s", adaptation)
+    for omission in adaptation.left_out:
+        logger.info("not adapted: %s", omission)
+
+
 def describe(peft: PeftSection) -> str:
     """What is trained, in a few words: 'rslora+dora, pissa start, r=16'."""
     parts = [peft.variant + ("+dora" if peft.use_dora else "")]
@@ -58,8 +85,17 @@ def describe(peft: PeftSection) -> str:
     return ", ".join(parts)
 
 
-def lora_config(model: Any, peft: PeftSection) -> Any:
-    """PEFT's configuration of the adapter that `peft` describes on `model`, whose weights may be missing.
+@dataclass(frozen=True)
+class _AdapterPlan:
+    """PEFT's configuration, the paths of the modules that it means here, and those that it leaves out."""
+
+    config: Any
+    targets: tuple[str, ...]
+    left_out: tuple[Omission, ...]
+
+
+def _plan_adapter(model: Any, peft: PeftSection) -> _AdapterPlan:
+    """What the adapter that `peft` describes is on `model`, whose weights may be missing.
 
     Raises:
         AdapterError: names that match nothing, modules that cannot be adapted, ranks that are too high.
@@ -69,10 +105,11 @@ def lora_config(model: Any, peft: PeftSection) -> Any:
 
     size = peft.model_dump(include={"r", "lora_alpha", "rank_pattern", "alpha_pattern"})
     whole, tied = _trained_whole(model, peft)
+    chosen = choose_targets(model, peft)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         lora_dropout=peft.lora_dropout,
-        target_modules=target_names(model, peft.target_modules),
+        target_modules=chosen.names,
         use_dora=peft.use_dora,
         use_rslora=peft.variant == "rslora",
         modules_to_save=whole or None,
@@ -80,10 +117,10 @@ def lora_config(model: Any, peft: PeftSection) -> Any:
         **(pissa.doubled(peft) if peft.init == "pissa" else size),
     )
     targets = {n: m for n, m in model.named_modules() if n and check_target_module_exists(config, n)}
-    check_targets(targets, peft)
+    check_targets(model, targets, peft)
     # Conv1D keeps its weight as (in, out).
     config.fan_in_fan_out = any(is_linear(m) and not isinstance(m, torch.nn.Linear) for m in targets.values())
-    return config
+    return _AdapterPlan(config, tuple(targets), chosen.left_out)
 
 
 def _trained_whole(model: Any, peft: PeftSection) -> tuple[list[str], bool]:
@@ -101,9 +138,9 @@ def attach(model: Any, peft: PeftSection) -> Any:
     Fresh LoRA and DoRA compute exactly the base (DoRA and PiSSA up to rounding), and `base_only` is the base always.
 
     Raises:
-        AdapterError: see `lora_config`; or the saved adapter does not fit.
+        AdapterError: modules that cannot be adapted, or a saved adapter that does not fit.
     """
-    adapted = _inject(model, lora_config(model, peft))
+    adapted = _inject(model, _plan_adapter(model, peft))
     for _, parameter in trainable(adapted):
         parameter.data = parameter.data.float()
     _between_dtypes(adapted)
@@ -129,8 +166,8 @@ def _between_dtypes(adapted: Any) -> None:
                 module.register_forward_hook(lambda _module, _given, result, dtype=dtype: result.to(dtype))
 
 
-def check_adapter(skeleton: Any, peft: PeftSection) -> None:
-    """Raise what `attach` would, on a model without weights (`factory.build_skeleton`), which it uses up.
+def check_adapter(skeleton: Any, peft: PeftSection) -> Adaptation:
+    """What `attach` would adapt, tried on a model without weights (`factory.build_skeleton`), which it uses up.
 
     Raises:
         AdapterError: see `attach`; a saved adapter is compared by the shapes in its header.
@@ -138,20 +175,37 @@ def check_adapter(skeleton: Any, peft: PeftSection) -> None:
     from peft import get_peft_model_state_dict
 
     base = skeleton.name_or_path
-    adapted = _inject(skeleton, lora_config(skeleton, peft))
+    plan = _plan_adapter(skeleton, peft)
+    adapted = _inject(skeleton, plan)
     if peft.from_adapter:
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         check_fit(adapter_folder(peft.from_adapter), {n: tuple(t.shape) for n, t in state.items()}, base)
+    return Adaptation(tuple(adapted_modules(adapted)), plan.left_out)
 
 
-def _inject(model: Any, config: Any) -> Any:
+def adapted_modules(adapted: Any) -> list[str]:
+    """Paths, in the base, of the modules that carry a LoRA in a PEFT model."""
+    from peft.tuners.lora import LoraLayer
+
+    return [path for path, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)]
+
+
+def _inject(model: Any, plan: _AdapterPlan) -> Any:
+    """The model in PEFT's wrapper, which adapts what was planned and nothing else."""
     from peft import get_peft_model
 
     try:
         with _peft_advice():
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, plan.config)
     except (ValueError, TypeError, RuntimeError, NotImplementedError, UserWarning) as error:
         raise AdapterError(f"peft: this model cannot take this adapter: {error}") from error
+    different = sorted(set(adapted_modules(adapted)).symmetric_difference(plan.targets))
+    if different:
+        raise AdapterError(
+            f"peft.target_modules: PEFT adapts other modules of this model than it was asked to: {different[0]} and "
+            f"{len(different) - 1} more. Name the modules, with their whole paths."
+        )
+    return adapted
 
 
 @contextmanager

@@ -67,3 +67,34 @@ def _require_decoder_only(config: Any, named: str | None) -> None:
 def _has_own_code(config: Any) -> bool:
     """Whether the class comes from the model's own folder or repository (model.trust_remote_code)."""
     return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+
+def decoder_of(model: Any) -> Any:
+    """The part of a model, with or without PEFT's wrapper, that makes the last hidden states of tokens.
+
+    `get_decoder` gives the whole model of some classes, and of others a part that has an output head itself.
+
+    Raises:
+        ModelLoadingError: there is none.
+    """
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = whole.get_decoder()
+    while decoder is not None and (decoder is whole or _has_head(decoder)):
+        whole = decoder
+        decoder = whole.base_model if whole.base_model is not whole else _first_model(whole)
+    if decoder is None:
+        raise ModelLoadingError(
+            f"model.id: a {type(whole).__name__} has no decoder apart from its output head, which training asks for "
+            "hidden states. Give another model."
+        )
+    return decoder
+
+
+def _has_head(model: Any) -> bool:
+    return hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+
+
+def _first_model(whole: Any) -> Any:
+    from transformers import PreTrainedModel
+
+    return next((child for child in whole.children() if isinstance(child, PreTrainedModel)), None)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from training_lens.models.attention import Segments
-from training_lens.models.fusion import Fusion, decoder_of, fuse, in_line
+from training_lens.models.classes import decoder_of
+from training_lens.models.fusion import Fusion, fuse, in_line
 from training_lens.models.losses import linear_nll, nll
 from training_lens.models.scoring import logits_behind
 from training_lens.utils.devices import moved

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from training_lens.models.attention import Segments
+from training_lens.models.classes import decoder_of
 from training_lens.models.fused import TOKENS, Adapted, Attention, Gated, Kernel, Norm, close
 from training_lens.models.layouts import attentions_of, heads_of
 
@@ -106,12 +107,6 @@ def packs_right(model: Any) -> bool:
     finally:
         decoder.train(was_training)
     return close(together, alone)
-
-
-def decoder_of(model: Any) -> Any:
-    """The model without its output layer."""
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return whole.get_decoder()
 
 
 def in_line(decoder: Any, input_ids: Tensor, segments: Segments) -> Any:

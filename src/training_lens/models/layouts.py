@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training_lens.models.classes import decoder_of
+
 NAME = "training_lens_listening"
 QUERY_KEY_VALUE = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))  # apart, or one below the other in one weight
 GATE_UP = (("gate_proj", "up_proj"), ("gate_up_proj",))
@@ -73,8 +75,7 @@ def _heard(model: Any) -> dict[Any, Heads | None]:
         heard[module] = Heads(*sizes, float(scale), told.get("sliding_window"), normed) if plain else None
         return query.transpose(1, 2).contiguous(), None
 
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = whole.get_decoder()
+    decoder = decoder_of(model)
     before, was_training = decoder.config._attn_implementation, decoder.training
     ALL_ATTENTION_FUNCTIONS[NAME] = listen
     try:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from training_lens.errors import AdapterError
+from training_lens.models.omissions import is_linear
 from training_lens.models.quantization import dequantize
-from training_lens.models.targets import is_linear
 
 DELTA = "delta{suffix}.safetensors"
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from training_lens.models.adapters import base_only
+from training_lens.models.classes import decoder_of
 
 LOGITS_AT_ONCE = 2**23  # numbers in one chunk of logits: 32 MB in float32
 
@@ -118,7 +119,7 @@ class _Decoded:
 
     def __init__(self, whole: Any, input_ids: Int[Tensor, "rows width"]) -> None:
         self._whole = whole
-        self._output = whole.get_decoder()(input_ids=input_ids, use_cache=False)
+        self._output = decoder_of(whole)(input_ids=input_ids, use_cache=False)
         self.states: Tensor = self._output[0]
         self.vocabulary = int(whole.config.get_text_config().vocab_size)
 
@@ -137,7 +138,7 @@ def logits_behind(
     Args:
         output: the type of what the decoder gives.
     """
-    decoder, asked = whole.get_decoder(), []
+    decoder, asked = decoder_of(whole), []
 
     def answer(*_args: Any, **_kwargs: Any) -> Any:
         asked.append(True)

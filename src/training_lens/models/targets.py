@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError
+from training_lens.models.omissions import OF_EXPERTS, ModuleSurvey, Omission, group_by_reason, is_linear
 from training_lens.utils.formatting import nearest
 
 Modules = dict[str, torch.nn.Module]
-
-
-def is_linear(module: torch.nn.Module) -> bool:
-    """A linear layer: torch's, bitsandbytes' (subclasses of it), or transformers' Conv1D of GPT-2."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, torch.nn.Linear | Conv1D)
-
-
-def linear_layers(model: Any) -> Modules:
-    """Paths and modules of every linear layer but the output head."""
-    head = model.get_output_embeddings()
-    return {n: m for n, m in model.named_modules() if is_linear(m) and m is not head}
 
 
 def sizes(module: torch.nn.Module) -> tuple[int, int]:
@@ -41,37 +30,75 @@ def named(modules: Iterable[str], name: str) -> list[str]:
     return [path for path in modules if path == name or path.endswith(f".{name}")]
 
 
-def target_names(model: Any, asked: str | list[str]) -> str | list[str]:
-    """What PEFT is asked to adapt: names sorted and shortened to their last part, or the regular expression as given.
+@dataclass(frozen=True)
+class Targets:
+    """What an adapter takes of a model.
+
+    Attributes:
+        names: what PEFT is asked to adapt: names, shortened to their last part where that is clear, or the regular
+            expression as given.
+        left_out: what stays as it is though it could be expected to be adapted, a reason at a time.
+    """
+
+    names: str | list[str]
+    left_out: tuple[Omission, ...]
+
+
+def choose_targets(model: Any, peft: PeftSection) -> Targets:
+    """The modules that `peft.target_modules` means in this model.
 
     Raises:
         AdapterError: nothing to adapt, or a name or expression that no module has; lists what there is and the nearest.
     """
-    layers, paths = linear_layers(model), [n for n, _ in model.named_modules()]
-    if asked == "auto":
-        return _shortest(layers, paths)
-    last = sorted({_last(n) for n in layers})
+    survey = ModuleSurvey(model)
+    others = dict(survey.other_matrices())
+    if peft.target_modules != "auto":
+        experts = {path: reason for path, reason in others.items() if reason == OF_EXPERTS}
+        return Targets(_matching_names(survey, peft.target_modules), group_by_reason(experts))
+    found = {path: survey.why_not_auto(path) or survey.why_unfit(path) for path in survey.linear_layers}
+    layers = {path: survey.linear_layers[path] for path, reason in found.items() if not reason}
+    narrow = _narrow_layers(model, layers, peft)
+    if not layers:
+        raise AdapterError("peft.target_modules: the model has no linear layers to adapt.")
+    names = _short_names([path for path in layers if path not in narrow], survey.paths)
+    return Targets(names, group_by_reason({path: why for path, why in (found | narrow | others).items() if why}))
+
+
+def _narrow_layers(model: Any, layers: Modules, peft: PeftSection) -> dict[str, str]:
+    """Layers that take or give a number or two for each head, and fewer than the rank; not those of a pattern.
+
+    That ranks of all other layers are not too high is checked, and refused, later.
+    """
+    config = model.config.get_text_config().to_dict()
+    heads = max([n for key, n in config.items() if "heads" in key and isinstance(n, int)], default=0)
+    few = {path: min(sizes(m)) for path, m in layers.items() if not pattern_of(path, peft.rank_pattern)}
+    reason = f"narrower than the rank {peft.r}; peft.rank_pattern gives them one that fits"
+    return {path: reason for path, width in few.items() if width <= 2 * heads and width < peft.r}
+
+
+def _matching_names(survey: ModuleSurvey, asked: str | list[str]) -> str | list[str]:
+    """The names or the expression that were asked for, once modules have them."""
+    last = sorted({_last(path) for path in survey.linear_layers})
     if isinstance(asked, str):
         pattern = _pattern("peft.target_modules", asked)
-        if not any(pattern.fullmatch(path) for path in paths):
-            raise AdapterError(_no_match(asked, last, next(iter(layers), "")))
-        return asked
+        matches = [path for path in survey.paths if pattern.fullmatch(path)]
+        if not matches:
+            raise AdapterError(_no_match(asked, last, next(iter(survey.linear_layers), "")))
+        return matches if survey.loses_expressions else asked
     for name in asked:
-        if not named(paths, name):
+        if not named(survey.paths, name):
+            experts = any(reason == OF_EXPERTS for _, reason in survey.other_matrices())
             raise AdapterError(
                 f"peft.target_modules: no module is called '{name}'.{_hint(name, last)} "
-                f"Linear layers: {', '.join(last)}."
+                f"Linear layers: {', '.join(last)}.{' The experts are no linear layers here.' if experts else ''}"
             )
     return sorted(asked)
 
 
-def _shortest(layers: Modules, paths: list[str]) -> list[str]:
-    """The last parts of the layers' paths; whole paths where a last part also means another module."""
-    if not layers:
-        raise AdapterError("peft.target_modules: the model has no linear layers to adapt.")
-    last = {_last(n) for n in layers}
-    clear = {path for name in last for path in named(paths, name)} == set(layers)
-    return sorted(last if clear else layers)
+def _short_names(layers: Sequence[str], paths: Iterable[str]) -> list[str]:
+    """The last parts of the layers' paths; the whole path of those whose last part another module has, too."""
+    others = {_last(path) for path in set(paths).difference(layers)}
+    return sorted({path if _last(path) in others else _last(path) for path in layers})
 
 
 def _no_match(asked: str, last: list[str], example: str) -> str:
@@ -86,18 +113,21 @@ def _no_match(asked: str, last: list[str], example: str) -> str:
     )
 
 
-def check_targets(targets: Modules, peft: PeftSection) -> None:
+def check_targets(model: Any, targets: Modules, peft: PeftSection) -> None:
     """Hold the modules that PEFT would adapt against what an adapter can do.
 
     Raises:
-        AdapterError: a module that is no linear layer, a rank that is too high, or a pattern that matches none.
+        AdapterError: a module that is no linear layer, or one on which no adapter works; a rank that is too high, or a
+            pattern that matches none.
     """
     if not targets:
         raise AdapterError("peft.target_modules: all of them are in peft.modules_to_save too; keep each in one.")
     _check_patterns("rank_pattern", peft.rank_pattern, targets)
     _check_patterns("alpha_pattern", peft.alpha_pattern, targets)
+    survey = ModuleSurvey(model)
     for path, module in targets.items():
         _check_class(path, module, peft)
+        _check_fitness(path, survey)
         _check_rank(path, module, peft)
 
 
@@ -114,6 +144,14 @@ def _check_class(path: str, module: torch.nn.Module, peft: PeftSection) -> None:
         raise AdapterError(
             f"peft.target_modules: '{path}' is an Embedding, and peft.{key} works on linear layers alone. Leave it "
             f"out, or train it whole: peft.modules_to_save=[{_last(path)}]."
+        )
+
+
+def _check_fitness(path: str, survey: ModuleSurvey) -> None:
+    reason = survey.why_unfit(path) if path in survey.linear_layers else ""
+    if reason:
+        raise AdapterError(
+            f"peft.target_modules: '{path}' cannot be adapted: {reason}. Leave it out; auto takes every layer that can."
         )
 
 

@@ -22,7 +22,7 @@ from training_lens.data.store import TokenDataset
 from training_lens.data.templates import adopt_template_file, build_renderer, choose_template
 from training_lens.data.tokenization import TextEncoder
 from training_lens.errors import ConfigurationError, DatasetError
-from training_lens.models.adapters import check_adapter, count_parameters
+from training_lens.models.adapters import Adaptation, check_adapter, count_parameters, log_adaptation
 from training_lens.models.factory import (
     ModelFacts,
     build_skeleton,
@@ -50,12 +50,14 @@ logger = get_logger(__name__)
 class RunPlan:
     """What will be trained: the config with nothing left open, the tokenizer, the data and the steps.
 
-    `micro_batch_tokens`: as asked for, or what free memory is expected to hold.
+    `micro_batch_tokens`: as asked for, or what free memory is expected to hold; `adaptation`: what of the base is
+    adapted, and what is left out.
     """
 
     config: TrainingConfig
     facts: ModelFacts
     parameters: int
+    adaptation: Adaptation
     tokenizer: Any
     precision: Precision
     train: TokenDataset
@@ -117,7 +119,7 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     processes = Processes(device)
     facts, tokenizer = read_tokenizer(config)
     resolved = _resolve(config, facts, tokenizer, precision)
-    parameters, needs = _check_model(resolved, device, precision)
+    parameters, adaptation, needs = _check_model(resolved, device, precision)
     splits = _prepare(resolved, tokenizer, processes, progress)
     train, validation = _datasets(resolved, splits)
     duplicates = count_duplicates(train, validation)
@@ -128,8 +130,8 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     asked = resolved.training.micro_batch_tokens
     budget = processes.least(planned(needs, device, processes.count)) if asked == "auto" else asked
     return RunPlan(
-        resolved, facts, parameters, tokenizer, precision, train, validation, splits, duplicates, schedule, processes,
-        budget,
+        resolved, facts, parameters, adaptation, tokenizer, precision, train, validation, splits, duplicates, schedule,
+        processes, budget,
     )  # fmt: skip
 
 
@@ -183,10 +185,12 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
     )
 
 
-def _check_model(config: TrainingConfig, device: torch.device, precision: Precision) -> tuple[int, Footprint]:
+def _check_model(
+    config: TrainingConfig, device: torch.device, precision: Precision
+) -> tuple[int, Adaptation, Footprint]:  # fmt: skip
     """Try weights, adapter, checkpointing and packages on the model's skeleton.
 
-    Gives the base's parameters, and the memory that training it takes.
+    Gives the base's parameters, what of them is adapted, and the memory that training it takes.
     """
     check_quantization(config, device)
     skeleton = build_skeleton(config.model)
@@ -194,8 +198,9 @@ def _check_model(config: TrainingConfig, device: torch.device, precision: Precis
     if config.training.gradient_checkpointing:
         checkpoint_gradients(skeleton)
     parameters = count_parameters(skeleton).total
-    check_adapter(skeleton, config.peft)
-    return parameters, footprint(skeleton, config, precision)
+    adaptation = check_adapter(skeleton, config.peft)
+    log_adaptation(adaptation)
+    return parameters, adaptation, footprint(skeleton, config, precision)
 
 
 def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progress: Progress) -> dict[str, Split]:

@@ -203,6 +203,7 @@ class TrainingWrapper:
     def _write_metadata(self, run: RunFolder, config: TrainingConfig, plan: RunPlan) -> None:
         write_json(run.metadata / "config.json", config.model_dump())
         write_json(run.metadata / "data.json", plan.data_report())
+        write_json(run.metadata / "adaptation.json", plan.adaptation.as_json())
         if config.data.val_ratio and plan.validation is not None:
             held_out = [plan.validation.example_id(i) for i in range(len(plan.validation))]
             write_json(run.metadata / "held_out.json", held_out)

@@ -1,0 +1,229 @@
+"""Which modules an adapter leaves as they are, and why: some cannot be adapted, others `auto` does not take.
+
+Every matrix of a model is adapted, or is the embedding or the output head, or is named here with its reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from training_lens.models.classes import decoder_of
+
+ROUTER = re.compile(r"(?:^|\.)(?:gate|router|\w*expert\w*_gate)(?:\.|$)")
+SHAPE_ONLY = {"data", "device", "dtype", "element_size", "ndim", "shape", "size"}
+
+NOT_LANGUAGE = "not in the language model, but in a vision or audio tower or its projector"
+OF_ROUTER = "routers and gates of experts stay as they were trained"
+OF_CROSS_ATTENTION = "cross-attention to images, which text alone never reaches"
+OF_EXPERTS = "experts stay frozen: a layer keeps all of them in one parameter, which is not a linear layer"
+OF_PARAMETERS = "not a linear layer"
+
+
+@dataclass(frozen=True)
+class Omission:
+    """Modules that stay as they are, by their paths, and why."""
+
+    reason: str
+    modules: tuple[str, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """The last parts of the paths, sorted; numbers of layers and experts left out."""
+        return sorted({last_part(path) for path in self.modules})
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.names)} ({len(self.modules)}): {self.reason}"
+
+
+def last_part(path: str) -> str:
+    """The name of a module or parameter within its parent; with the parent's, where it is only a number."""
+    parts = path.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
+
+
+class ModuleSurvey:
+    """The modules of a model, and the reasons for which one of them is not adapted.
+
+    Args:
+        model: a base, with weights or without.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._paths = dict(model.named_modules())
+        self._ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+        decoder = decoder_of(model)
+        self._decoder = next(path for path, m in self._paths.items() if m is decoder)
+        self._refusals: dict[str, str] = {}
+
+    @property
+    def paths(self) -> list[str]:
+        """Of every module."""
+        return list(self._paths)
+
+    @cached_property
+    def loses_expressions(self) -> bool:
+        """See `loses_expressions`."""
+        return loses_expressions(self._model.config)
+
+    @cached_property
+    def linear_layers(self) -> dict[str, nn.Module]:
+        """Paths and modules of every linear layer but the output head."""
+        return {path: m for path, m in self._paths.items() if is_linear(m) and id(m) not in self._ends}
+
+    def why_unfit(self, path: str) -> str:
+        """Why no adapter works on the linear layer at `path`, also where it is asked for by name; else ''."""
+        module, parent = self._paths[path], self._paths[path.rpartition(".")[0]]
+        if not gives_one_tensor(module):
+            return f"a {type(module).__name__} computes more than a linear layer"
+        if path.rpartition(".")[2] in weights_read(parent):
+            return f"a {type(parent).__name__} reads the weight itself, past any adapter"
+        return self._refusal_of_peft(path.rpartition(".")[2])
+
+    def why_not_auto(self, path: str) -> str:
+        """Why `auto` does not take the linear layer at `path`, which an adapter may work on; else ''."""
+        if not self._is_of_decoder(path):
+            return NOT_LANGUAGE
+        if ROUTER.search(path):
+            return OF_ROUTER
+        if any("CrossAttention" in type(self._paths[parent]).__name__ for parent in _parents(path)):
+            return OF_CROSS_ATTENTION
+        return ""
+
+    def other_matrices(self) -> Iterator[tuple[str, str]]:
+        """Paths of what else has a matrix and is no linear layer, embedding or head, and why none of it is adapted."""
+        for path, module in self._paths.items():
+            if has_matrix(module) and not is_linear(module) and not isinstance(module, nn.Embedding):
+                yield path, self._why_no_linear_layer(path, type(module).__name__)
+
+    def _why_no_linear_layer(self, path: str, kind: str) -> str:
+        if not self._is_of_decoder(path):
+            return NOT_LANGUAGE
+        if ROUTER.search(path):
+            return OF_ROUTER
+        return OF_EXPERTS if "expert" in f"{path}{kind}".lower() else OF_PARAMETERS
+
+    def _is_of_decoder(self, path: str) -> bool:
+        return not self._decoder or path.startswith(f"{self._decoder}.")
+
+    def _refusal_of_peft(self, name: str) -> str:
+        if name not in self._refusals:
+            self._refusals[name] = refusal_of_peft(self._model.config, name)
+        return self._refusals[name]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer: torch's, bitsandbytes' (subclasses of it), or transformers' Conv1D of GPT-2."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Whether the module itself has a parameter that is more than one row of numbers."""
+    return any(sum(size > 1 for size in p.shape) > 1 for p in module.parameters(recurse=False))
+
+
+def gives_one_tensor(layer: Any) -> bool:
+    """Whether a linear layer's class gives one tensor of its outputs: some are routers, and give choices besides."""
+    if type(layer).forward is nn.Linear.forward or not type(layer).__module__.startswith("transformers.models"):
+        return True
+    try:
+        result = layer(layer.weight.new_zeros(1, layer.in_features))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return isinstance(result, torch.Tensor) and result.shape == (1, layer.out_features)
+
+
+class _Probe(nn.Module):
+    """A model of one linear layer of a given name, which PEFT takes for one of the model type in its config."""
+
+    def __init__(self, config: Any, name: str) -> None:
+        super().__init__()
+        self.config = config
+        self.add_module(name, nn.Linear(1, 1))
+
+
+def refusal_of_peft(config: Any, name: str) -> str:
+    """Why PEFT does not adapt linear layers of this name in models of this type: found by trying. Else ''.
+
+    PEFT forbids some names, and takes others for the experts of a mixture, which were modules of these names in
+    transformers 4; so it would adapt what nobody asked for, and leave the layer out.
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    asked = LoraConfig(target_modules=[name], r=1)
+    try:
+        tuner = LoraModel(_Probe(config, name), asked, "default")
+    except ValueError as error:
+        forbidden = "incompatible" in str(error)
+        return (
+            f"PEFT forbids this name in models of type {config.model_type}" if forbidden else _taken_for_experts(config)
+        )
+    return "" if tuner.targeted_module_names == [name] else _taken_for_experts(config)
+
+
+def _taken_for_experts(config: Any) -> str:
+    return f"in models of type {config.model_type}, PEFT takes this name to mean the experts"
+
+
+def loses_expressions(config: Any) -> bool:
+    """Whether PEFT replaces a regular expression by the last names that it matches, in whatever layer they are."""
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    asked = LoraConfig(target_modules="a_pro[b]e", r=1)
+    LoraModel(_Probe(config, "a_probe"), asked, "default")
+    return not isinstance(asked.target_modules, str)
+
+
+def weights_read(parent: nn.Module) -> frozenset[str]:
+    """The names of children whose weight a state-space layer (one with a convolution) takes from them in its own code.
+
+    Its fused kernels (on CUDA) get `self.out_proj.weight` where the plain way calls `self.out_proj(x)`, so an adapter
+    there has no effect, or one on some machines alone. Other layers read weights only to look at their type.
+    """
+    has_convolution = any(isinstance(child, nn.Conv1d) for child in parent.children())
+    kind: Any = type(parent)
+    return _weights_read(kind) if has_convolution else frozenset()
+
+
+@cache
+def _weights_read(kind: Any) -> frozenset[str]:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, SyntaxError):  # no source: a class made at run time
+        return frozenset()
+    methods = [m for m in ast.walk(tree) if isinstance(m, ast.FunctionDef) and "init" not in m.name]
+    nodes = [node for method in methods for node in ast.walk(method)]
+    looked_at = {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in SHAPE_ONLY}
+    return frozenset(
+        node.value.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute)
+        and node.attr == "weight"
+        and id(node) not in looked_at
+        and isinstance(node.value, ast.Attribute)
+    )
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def group_by_reason(found: dict[str, str]) -> tuple[Omission, ...]:
+    """Paths and their reasons, a reason at a time."""
+    reasons = sorted(set(found.values()))
+    return tuple(Omission(reason, tuple(p for p, r in found.items() if r == reason)) for reason in reasons)
