@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from training_lens.data.notes import MORE_KEYS, MORE_KINDS, MOST_KEYS, MOST_KINDS, DataNotes, kind_of_error, list_rows
+from training_lens.data.notes import (
+    MORE_KEYS,
+    MORE_KINDS,
+    MOST_KEYS,
+    MOST_KINDS,
+    DataNotes,
+    kind_of_error,
+    list_rows,
+    reason_of,
+)
+from training_lens.errors import DatasetError
 
 
 def test_sentences_are_kept_once_in_order_with_how_often_they_were_said() -> None:
@@ -35,12 +43,13 @@ def test_end_marks_are_counted_over_all_sources() -> None:
 
 
 def test_errors_of_one_reason_in_other_rows_and_turns_are_one_kind() -> None:
-    place = str(Path("data") / "chats.jsonl, row ")
-    found = {
-        kind_of_error(f"{place}{row}, 'messages' message {turn}: 'content' is empty", f"{place}{row}")
-        for row, turn in ((1, 2), (30, 4))
+    errors = {
+        row: DatasetError(f"a.jsonl, row {row}, 'messages' message {turn}: is empty") for row, turn in ((1, 2), (30, 4))
     }
-    assert found == {"'messages' message #: 'content' is empty"}
+    assert {kind_of_error(error, "a.jsonl", row) for row, error in errors.items()} == {"'messages' message #: is empty"}
+    named = DatasetError("a.jsonl, line 7: broken JSON (x at column 3)", kind="broken JSON")
+    assert kind_of_error(named, "a.jsonl", 7) == "broken JSON"
+    assert reason_of(named, "a.jsonl", 7) == "broken JSON (x at column 3)"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,59 @@ class FieldsSection(Section):
     text: str | None = Field(None, description="key of plain text, learned whole and without a template")
 
 
+CSV_CHARACTERS = {
+    "comma": ",",
+    "semicolon": ";",
+    "tab": "\t",
+    "\\t": "\t",
+    "pipe": "|",
+    "space": " ",
+    "backslash": "\\",
+}
+
+
+class CsvSection(Section):
+    """How tables of text (.csv, .tsv) are written; null: found by looking, and said."""
+
+    delimiter: str | None = Field(
+        None, description="what parts the cells: one character, or comma, semicolon, tab, pipe, space"
+    )
+    encoding: str | None = Field(None, description="such as utf-8, cp1252, cp1251, utf-16, shift_jis, gb18030")
+    quotechar: str | None = Field(
+        '"', description="what stands around text that holds a delimiter; null: none, quotation marks are plain text"
+    )
+    escapechar: str | None = Field(
+        None,
+        description="what stands before a quotation mark within quoted text, such as backslash; null: it is doubled",
+    )
+
+    @field_validator("delimiter", "quotechar", "escapechar")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        value = CSV_CHARACTERS.get(value.lower(), value) if value is not None else None
+        if value is not None and (len(value) != 1 or value in "\r\n"):
+            raise ValueError(f"{value!r} is not one character; give one, or {', '.join(CSV_CHARACTERS)}")
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str | None) -> str | None:
+        try:
+            "".encode(value or "utf-8")
+        except LookupError:
+            raise ValueError(
+                f"'{value}' is no text encoding that Python knows; such are utf-8, cp1252, cp1251, utf-16, shift_jis"
+            ) from None
+        return value
+
+    @model_validator(mode="after")
+    def _different_characters(self) -> CsvSection:
+        given = [c for c in (self.delimiter, self.quotechar, self.escapechar) if c is not None]
+        if len(set(given)) < len(given):
+            raise ValueError("data.csv: delimiter, quotechar and escapechar must be different characters")
+        return self
+
+
 class DomainSection(Section):
     """Domain conditioning: a prefix on the prompt that says where a row belongs."""
 
@@ -49,8 +102,8 @@ class DataSection(Section):
 
     train: Rows = Field(
         [embedded.TRAIN],
-        description="paths or globs (.json, .jsonl, .csv, .tsv, .parquet, each also .gz), folders saved by datasets, "
-        "hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT], merged; or a list of rows",
+        description="paths or globs (.json, .jsonl, .ndjson, .csv, .tsv, .parquet, each also .gz), folders saved by "
+        "datasets, hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT], merged; or a list of rows",
     )
     weights: list[Annotated[float, Field(gt=0)]] | None = Field(
         None,
@@ -64,6 +117,12 @@ class DataSection(Section):
         0.0, ge=0.0, lt=1.0, description="share of the training rows held out at random when validation is not given"
     )
     fields: FieldsSection = FieldsSection()
+    csv: CsvSection = CsvSection()
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error",
+        description="rows that cannot be read or used: error names all of them and ends; skip leaves them out, and "
+        "lists them in the run's metadata/data.json",
+    )
     template: Place = Field(
         "auto",
         min_length=1,

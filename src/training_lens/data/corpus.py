@@ -68,7 +68,7 @@ class Corpus:
             for reading in self.readings:
                 _refuse_changed(reading)
                 left = float(reading.size_bytes)
-                for row in reading.source.rows():
+                for row in reading.source.rows(self.data.csv):
                     example = to_example(row, reading.mapping, self.data.domain.per_file)
                     yield row, example
                     done = min(left, sum(len(message.text) for message in example.messages))
@@ -97,7 +97,7 @@ class Corpus:
 def _reading(source: Source, data: DataSection) -> Reading:
     stamp = _stamp(source)
     sha256 = source.sha256
-    keys = present_keys(source)
+    keys = present_keys(source, data.csv)
     return Reading(source, keys, find_mapping(keys, data.fields, data.domain, source.name), stamp, sha256)
 
 

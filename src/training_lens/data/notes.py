@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from training_lens.errors import DatasetError
+
 # No source makes a report grow without end, whatever it invents in each row.
 MOST_KEYS = 200
 MOST_KINDS = 50
@@ -85,9 +87,23 @@ class DataNotes:
         return self._bad
 
 
-def kind_of_error(message: str, place: str) -> str:
-    """The part of a row's error message that other rows share: without the row's place, and without numbers."""
-    return re.sub(r"\d+", "#", message.removeprefix(place).lstrip(":, "))
+def reason_of(error: Exception, source: str, number: int) -> str:
+    """What a row's error message says besides the row's place.
+
+    Example:
+        >>> reason_of(ValueError("a.csv, row 3: has 1 cells"), "a.csv", 3)
+        'has 1 cells'
+    """
+    message = str(error)
+    for unit in ("row", "line"):
+        message = message.removeprefix(f"{source}, {unit} {number}")
+    return message.lstrip(":, ")
+
+
+def kind_of_error(error: Exception, source: str, number: int) -> str:
+    """What errors of other rows share with this one: its kind, or its reason without numbers."""
+    kind = error.kind if isinstance(error, DatasetError) else None
+    return kind or re.sub(r"\d+", "#", reason_of(error, source, number))
 
 
 def list_rows(numbers: Iterable[int], shown: int = 5) -> str:

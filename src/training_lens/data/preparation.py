@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import training_lens.data as data_package
-from training_lens.config.data_sections import DataSection
+from training_lens.config.data_sections import CsvSection, DataSection
 from training_lens.data.columns import EncodedRows, TokenizedRows, fit, learnable, running
 from training_lens.data.counting import SplitCounter, SplitReport
 from training_lens.data.fields import find_mapping, keys_of, strip_end_marks, to_example
@@ -120,7 +121,7 @@ def _fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
 
 # The keys of the data section that decide tokens; the others decide which examples are taken, and when.
 DECIDING = {
-    *("fields", "domain", "template", "mask_prompt", "supervise", "thinking"),
+    *("fields", "csv", "domain", "template", "mask_prompt", "supervise", "thinking"),
     *("truncation", "special_tokens", "strip_end_marks"),
 }
 
@@ -168,13 +169,13 @@ def _encoded(
         yield chunk, whole
 
 
-def present_keys(source: Source) -> dict[str, int]:
+def present_keys(source: Source, csv: CsvSection) -> dict[str, int]:
     """The keys of a source's rows, all of which are read: a key may show first in the last row.
 
     Raises:
         DatasetError: an empty source, or as `Source.rows`.
     """
-    keys = keys_of(source.rows())
+    keys = keys_of(source.rows(csv))
     if not keys:
         raise DatasetError(f"{source.name}: holds no rows.")
     return keys
@@ -187,9 +188,9 @@ def examples_of(source: Source, data: DataSection, notes: DataNotes | None = Non
         DatasetError: an empty source, or as `Source.rows`, `find_mapping` and `to_example`.
     """
     notes = notes or DataNotes()
-    mapping = find_mapping(present_keys(source), data.fields, data.domain, source.name)
+    mapping = find_mapping(present_keys(source, data.csv), data.fields, data.domain, source.name)
     notes.mapping(source.name, mapping.describe())
-    for row in source.rows():
+    for row in source.rows(data.csv, say=partial(notes.say, source.name)):
         example = to_example(row, mapping, data.domain.per_file)
         if data.strip_end_marks:
             example, marks = strip_end_marks(example)

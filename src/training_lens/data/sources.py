@@ -5,13 +5,16 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from training_lens import embedded
-from training_lens.data.readers import FORMATS, OnBroken, file_rows, format_of
+from training_lens.config.data_sections import CsvSection
+from training_lens.data.arrow_rows import arrow_rows
+from training_lens.data.readers import FORMATS, file_rows, format_of
+from training_lens.data.source_file import OnBadRow, SourceFile, keep_quiet
 from training_lens.data.types import Row
 from training_lens.errors import DatasetError
 from training_lens.utils.files import sha256_of
@@ -38,21 +41,26 @@ class Source:
     entry: int
     table: Any = None
 
-    def rows(self, on_broken: OnBroken | None = None) -> Iterator[Row]:
-        """The rows in order, a bounded number in memory (but for .json, which is read whole).
+    def rows(
+        self,
+        csv: CsvSection | None = None,
+        on_bad_row: OnBadRow | None = None,
+        say: Callable[[str], None] = keep_quiet,
+    ) -> Iterator[Row]:
+        """The rows in order, a bounded number in memory (but for JSON that is not one value a line).
 
         Args:
-            on_broken: as `readers.file_rows`.
+            csv, on_bad_row, say: as in `SourceFile`; by default cells are parted as the table tells.
 
         Raises:
             DatasetError: as `readers.file_rows`.
         """
         if self.table is None:
-            rows = file_rows(self.files[0], on_broken)
+            rows = file_rows(SourceFile(self.files[0], csv or CsvSection(), on_bad_row, say))
             moved = self.name != str(self.files[0])
             yield from (replace(row, file=self.name) for row in rows) if moved else rows
             return
-        values = (value for part in self.table.with_format("arrow").iter(1000) for value in part.to_pylist())
+        values = arrow_rows(self.table.with_format("arrow").iter(1000))
         yield from (Row(self.name, number, value) for number, value in enumerate(values, 1))
 
     @property

@@ -58,7 +58,7 @@ def answer_file(
         DatasetError: no row can be answered.
         ConfigurationError: `output` holds anything but the beginning of what would be written now; it is left as it is.
     """
-    rows = read_lines(source)
+    rows = read_lines(source, session.config.data.csv)
     there = _Lines(output)
     questions_of = QuestionReader(session, rows, source, domain, _answerer(session, settings, base))
     passed_over: list[PassedOver] = []

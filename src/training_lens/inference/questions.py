@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from training_lens.config.data_sections import DomainSection, FieldsSection
+from training_lens.config.data_sections import CsvSection, DomainSection, FieldsSection
 from training_lens.data.fields import (
     ALIASES,
     FieldMapping,
@@ -19,6 +19,7 @@ from training_lens.data.fields import (
     strip_end_marks,
     to_example,
 )
+from training_lens.data.notes import reason_of
 from training_lens.data.sources import Source
 from training_lens.data.types import Example, Message, Row
 from training_lens.errors import ConfigurationError, DatasetError
@@ -142,10 +143,14 @@ class QuestionReader:
         return example, said if answered else None
 
 
-def read_lines(source: Source) -> list[Row | PassedOver]:
-    """The source's rows; a line of JSONL that is broken is passed over, and not the end of the file."""
+def read_lines(source: Source, csv: CsvSection) -> list[Row | PassedOver]:
+    """The source's rows; one that cannot be read is passed over, and not the end of the file."""
     items: list[Row | PassedOver] = []
-    for row in source.rows(lambda number, reason: items.append(PassedOver(number, reason))):
+
+    def pass_over(number: int, error: DatasetError) -> None:
+        items.append(PassedOver(number, reason_of(error, source.name, number)))
+
+    for row in source.rows(csv, pass_over, lambda sentence: logger.info("%s: %s", source.name, sentence)):
         items.append(row)
     return items
 

@@ -1,0 +1,240 @@
+"""Tables of text to rows: how cells are parted is configured, or found from the table itself and said."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import IO, Any
+
+from training_lens.config.data_sections import CSV_CHARACTERS
+from training_lens.data.encodings import find_encoding
+from training_lens.data.fields import ALIASES
+from training_lens.data.source_file import SourceFile
+from training_lens.data.types import Row
+from training_lens.errors import DatasetError
+
+DELIMITERS = (",", ";", "\t", "|")
+NAMES = {character: name for name, character in CSV_CHARACTERS.items() if name.isalpha()}
+SAMPLE_CHARACTERS = 1 << 18  # of the table's beginning, and so many rows of it, tell the delimiter
+SAMPLE_ROWS = 200
+CLEARLY = 0.1  # more of the rows must fit the one delimiter than the other
+_SEP_LINE = re.compile(r'"?sep=(.)"?[;,\t|]*(\r\n|\n|\r)', re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a table is written."""
+
+    delimiter: str
+    quotechar: str | None
+    escapechar: str | None
+    skip_spaces: bool = False
+
+    def read(self, lines: Any) -> Any:
+        """A reader of the lines' cells, which refuses broken quotes."""
+        quoting: Any = csv.QUOTE_NONE if self.quotechar is None else csv.QUOTE_MINIMAL
+        return csv.reader(
+            lines, delimiter=self.delimiter, quotechar=self.quotechar, escapechar=self.escapechar, quoting=quoting,
+            skipinitialspace=self.skip_spaces, strict=True,
+        )  # fmt: skip
+
+
+def csv_rows(source: SourceFile, file: IO[bytes], usual: str) -> Iterator[Row]:
+    """Rows of a table whose first line names the columns; `number` is the row in a spreadsheet.
+
+    Args:
+        usual: the delimiter that the file's name promises; any other is said.
+
+    Raises:
+        DatasetError: an encoding or a delimiter that cannot be told, or a row that cannot be read and nobody to pass
+            it over.
+    """
+    csv.field_size_limit(sys.maxsize)
+    text = io.TextIOWrapper(file, encoding=find_encoding(source, file), newline="")
+    try:
+        dialect, start = _find_dialect(source, text, usual)
+        text.seek(0)
+        if start:
+            text.readline()  # the sep= line, which a spreadsheet does not show
+        yield from _rows_of_table(source, dialect.read(text))
+    finally:
+        text.detach()
+
+
+def _find_dialect(source: SourceFile, text: IO[str], usual: str) -> tuple[Dialect, int]:
+    """The dialect, and how many lines stand before the one with the names."""
+    sample, settings = text.read(SAMPLE_CHARACTERS), source.csv
+    is_cut = len(sample) == SAMPLE_CHARACTERS
+    sep = _SEP_LINE.match(sample)
+    table = sample[sep.end() :] if sep else sample
+    delimiter = settings.delimiter or (sep[1] if sep else None) or _find_delimiter(source, table, is_cut, usual)
+    if sep:
+        source.say(f"its first line says what parts its cells: {_name(sep[1])}")
+    elif delimiter != usual and settings.delimiter is None:
+        source.say(f"its cells are parted by {_name(delimiter)}")
+    dialect = Dialect(delimiter, settings.quotechar, settings.escapechar)
+    header = _first_row(dialect, table)
+    spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
+    if spaced and delimiter != " ":
+        source.say("a space follows each delimiter of its first row; spaces before cells are set aside")
+    return Dialect(delimiter, settings.quotechar, settings.escapechar, spaced), int(bool(sep))
+
+
+def _name(delimiter: str) -> str:
+    return f"{delimiter!r} ({NAMES[delimiter]})" if delimiter in NAMES else repr(delimiter)
+
+
+def _first_row(dialect: Dialect, table: str) -> list[str]:
+    try:
+        return next(dialect.read(io.StringIO(table, newline="")), [])
+    except csv.Error:
+        return []
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A delimiter that parts the first row into several cells, and the share of the other rows that it parts so."""
+
+    delimiter: str
+    header: list[str]
+    fitting: float
+
+    @property
+    def known_names(self) -> int:
+        known = {alias for aliases in ALIASES.values() for alias in aliases}
+        return sum(name.strip().lower() in known for name in self.header)
+
+
+def _find_delimiter(source: SourceFile, table: str, is_cut: bool, usual: str) -> str:
+    """The delimiter that parts the first row into cells, and the others into as many.
+
+    Where several do, equally well, the one that finds names of fields in the first row.
+
+    Raises:
+        DatasetError: several could be meant.
+    """
+    found = [c for d in DELIMITERS if (c := _candidate(source, table, is_cut, d)) is not None]
+    best = max((candidate.fitting for candidate in found), default=0.0)
+    found = [candidate for candidate in found if candidate.fitting >= best - CLEARLY]
+    names = max((candidate.known_names for candidate in found), default=0)
+    found = [candidate for candidate in found if candidate.known_names == names]
+    if len(found) > 1:
+        ways = " or ".join(
+            f"{_name(c.delimiter)} ({len(c.header)} columns, the first named '{c.header[0]}')" for c in found
+        )
+        raise DatasetError(
+            f"{source.path}: its cells could be parted by {ways}. Say which: "
+            f"data.csv.delimiter={NAMES[found[0].delimiter]}."
+        )
+    return found[0].delimiter if found else usual
+
+
+def _candidate(source: SourceFile, table: str, is_cut: bool, delimiter: str) -> _Candidate | None:
+    if delimiter in (source.csv.quotechar, source.csv.escapechar):
+        return None
+    rows = list(
+        islice(_readable_rows(Dialect(delimiter, source.csv.quotechar, source.csv.escapechar), table), SAMPLE_ROWS)
+    )
+    if is_cut and len(rows) < SAMPLE_ROWS:
+        rows = rows[:-1]  # the last one's end is missing
+    if not rows or len(rows[0]) < 2:
+        return None
+    others = [row for row in rows[1:] if any(row)]
+    fitting = sum(len(row) == len(rows[0]) for row in others) / len(others) if others else 1.0
+    return _Candidate(delimiter, rows[0], fitting)
+
+
+def _readable_rows(dialect: Dialect, table: str) -> Iterator[list[str]]:
+    """The rows of the table; a broken one is a row of one cell."""
+    reader = dialect.read(io.StringIO(table, newline=""))
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield ["broken"]
+
+
+def _rows_of_table(source: SourceFile, table: Any) -> Iterator[Row]:
+    rows = _numbered_rows(source, table)
+    _, names = next(rows, (1, []))
+    columns = _columns(source, names)
+    empty = 0
+    for number, cells in rows:
+        if not any(cells):
+            empty += bool(cells)
+        elif len(cells) != len(columns):
+            source.refuse_row(
+                number,
+                f"has {len(cells)} cells, the first row names {len(columns)} columns. "
+                'Put text that holds the delimiter or a line break in "double quotes".',
+                kind="another number of cells",
+            )
+        else:
+            yield from _row(source, number, columns, cells)
+    if empty:
+        source.say(f"rows of nothing but empty cells are set aside: {empty}")
+
+
+def _numbered_rows(source: SourceFile, table: Any) -> Iterator[tuple[int, list[str]]]:
+    """The cells of each row, the first of which is number 1."""
+    number = 0
+    while True:
+        number, before = number + 1, table.line_num
+        try:
+            yield number, next(table)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            _refuse_broken(source, number, table.line_num - before, error)
+
+
+def _refuse_broken(source: SourceFile, number: int, lines: int, error: csv.Error) -> None:
+    advice = (
+        'Within quoted text a quotation mark is written twice (""); where this table writes \\" for it, set '
+        "data.csv.escapechar=backslash; where its quotation marks stand for themselves, set data.csv.quotechar=null."
+    )
+    if lines > 1 or number == 1:  # passing it over would lose rows that were never seen as such
+        raise DatasetError(
+            f"{source.path}, row {number}: broken table ({error}): quoted text that begins there does not end as such "
+            f"within {lines} lines. {advice}"
+        )
+    source.refuse_row(number, f"broken table ({error}). {advice}", kind="broken table")
+
+
+def _columns(source: SourceFile, names: list[str]) -> list[str | None]:
+    """The columns' names; None for a column that is set aside, as it has none."""
+    repeated = next((name for name, count in Counter(names).items() if count > 1 and name.strip()), None)
+    if repeated is not None:
+        raise DatasetError(
+            f"{source.path}: two columns are named '{repeated}'. The first row must name each column once."
+        )
+    columns = [name if name.strip() else None for name in names]
+    if names and columns[0] is None:
+        source.say("its first column has no name, as an index has none; it is set aside (to use it, name it)")
+    if names and not any(columns):
+        raise DatasetError(f"{source.path}: its first row is empty. It must name each column.")
+    return columns
+
+
+def _row(source: SourceFile, number: int, columns: list[str | None], cells: list[str]) -> Iterator[Row]:
+    if None not in columns:
+        yield source.row(number, dict(zip(columns, cells, strict=True)))  # type: ignore[arg-type]
+        return
+    unnamed = next((i for i, name in enumerate(columns) if name is None and i and cells[i]), None)
+    if unnamed is None:
+        yield source.row(number, {n: cell for n, cell in zip(columns, cells, strict=True) if n is not None})
+    else:
+        source.refuse_row(
+            number,
+            f"has {cells[unnamed][:40]!r} in column {unnamed + 1}, which has no name. Name it in the first row, or "
+            "take the text out.",
+            kind="text in a column without a name",
+        )

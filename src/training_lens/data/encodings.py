@@ -1,0 +1,156 @@
+"""In which encoding a table of text is written: found from its bytes, or refused; never guessed in silence."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO
+
+from training_lens.data.source_file import SourceFile
+from training_lens.errors import DatasetError
+
+BLOCK_BYTES = 1 << 20
+HEAD_BYTES = 4096
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+SHOWN = 60  # characters of a line that an example shows
+LINES = 1000  # with other letters than ASCII: so many tell whether cp1252 makes sense of them
+UNLIKELY_SHARE = 0.1  # of the letters that are not ASCII
+# What text in a Western European language hardly ever has, but other encodings read as cp1252 do: a capital behind a
+# small letter, a sign within a word, and words of nothing but letters that are not ASCII.
+_SIGNS_IN_WORDS = (
+    r"\u2018\u2019\u2013\u2014\u2026\u2122\xa0\xad\xae\xb0\xb7"  # quotes, dashes, (tm), degree, and the like
+)
+_UNLIKELY = re.compile(rf"(?<=[a-zß-ÿ])[À-ÞŠŽŸŒ]|(?<=\w)[^\w\s{_SIGNS_IN_WORDS}](?=\w)|[^\W\d_a-zA-Z]{{4,}}")
+WAY_OUT = (
+    "Save it as UTF-8, or say its encoding: data.csv.encoding=cp1252 (or cp1250, cp1251, mac_roman, shift_jis, "
+    "gb18030, ...)."
+)
+
+
+def find_encoding(source: SourceFile, file: IO[bytes]) -> str:
+    """The encoding of the whole file, which is read once; a name that `open` takes.
+
+    The configured one; that of a byte order mark; UTF-8 where all of it is; UTF-16 by its zero bytes; and cp1252
+    (Windows, Western Europe) where that makes sense of it, which is said with an example.
+
+    Raises:
+        DatasetError: the file is not in the configured encoding, or in none that can be found; names the line.
+    """
+    configured = source.csv.encoding
+    if configured is not None:
+        encoding = "utf-8-sig" if codecs.lookup(configured).name == "utf-8" else configured
+        _require_encoding(source, file, encoding)
+        return encoding
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
+    wide = marked or _utf16_without_mark(head)
+    if wide and wide != "utf-8-sig":
+        source.say("its text is UTF-16")
+        _require_encoding(source, file, wide)
+        return wide
+    if b"\0" in head:
+        raise DatasetError(f"{source.path}: is binary, no text.")
+    return "utf-8-sig" if _bad_byte(file, "utf-8") is None else _find_legacy_encoding(source, file)
+
+
+def _utf16_without_mark(head: bytes) -> str | None:
+    """Which UTF-16 it is where every other byte of most letters is zero."""
+    pairs = len(head) // 2
+    even, odd = head[0 : 2 * pairs : 2].count(0), head[1 : 2 * pairs : 2].count(0)
+    if max(even, odd) < 0.4 * pairs or min(even, odd) > 0.05 * pairs:
+        return None
+    return "utf-16-le" if odd > even else "utf-16-be"
+
+
+def _bad_byte(file: IO[bytes], encoding: str) -> int | None:
+    """The position of the first byte that the encoding cannot read; the file's position is then its start again."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    read = 0
+    try:
+        for block in _blocks(file):
+            pending = len(decoder.getstate()[0])
+            decoder.decode(block, final=not block)
+            read += len(block)
+    except UnicodeDecodeError as error:
+        return max(0, read - pending + error.start)
+    finally:
+        file.seek(0)
+    return None
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    """The file in blocks, and an empty one at its end."""
+    while block := file.read(BLOCK_BYTES):
+        yield block
+    yield b""
+
+
+def _require_encoding(source: SourceFile, file: IO[bytes], encoding: str) -> None:
+    bad = _bad_byte(file, encoding)
+    if bad is not None:
+        line = file.read(bad).count(b"\n") + 1
+        raise DatasetError(f"{source.path}, line {line}: is not {encoding} text. {WAY_OUT}")
+
+
+@dataclass(frozen=True)
+class _Line:
+    number: int
+    content: bytes
+
+
+def _find_legacy_encoding(source: SourceFile, file: IO[bytes]) -> str:
+    """cp1252, where it makes sense of a file that is not UTF-8."""
+    utf8, other = _lines_by_encoding(file)
+    if utf8:
+        raise DatasetError(
+            f"{source.path}: mixes encodings: line {utf8.number} is UTF-8, line {other[0].number} is not. Save all "
+            "of it as UTF-8, or say which encoding it is to be read in: data.csv.encoding=cp1252."
+        )
+    if _bad_byte(file, "cp1252") is not None or not _looks_western(other):
+        raise DatasetError(f"{source.path}, line {other[0].number}: is not UTF-8 text. {WAY_OUT}")
+    example = _around_first_letter(other[0].content.decode("cp1252"))
+    source.say(
+        f"is not UTF-8, and read as cp1252 (Windows, Western Europe): line {other[0].number} then says {example!r}. If "
+        "that is wrong, set data.csv.encoding"
+    )
+    return "cp1252"
+
+
+def _lines_by_encoding(file: IO[bytes]) -> tuple[_Line | None, list[_Line]]:
+    """Of the lines with bytes that are not ASCII the first that is UTF-8, and the first that are not."""
+    utf8: _Line | None = None
+    other: list[_Line] = []
+    for number, line in enumerate(file, 1):
+        if line.isascii():
+            continue
+        if _is_utf8(line):
+            utf8 = utf8 or _Line(number, line)
+        elif len(other) < LINES:
+            other.append(_Line(number, line))
+    file.seek(0)
+    return utf8, other
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _looks_western(lines: list[_Line]) -> bool:
+    text = "".join(line.content.decode("cp1252") for line in lines)
+    letters = sum(not character.isascii() for character in text)
+    unlikely = sum(len(match[0]) for match in _UNLIKELY.finditer(text) if not match[0].isascii())
+    return unlikely <= UNLIKELY_SHARE * letters
+
+
+def _around_first_letter(text: str) -> str:
+    """A piece of the line around its first letter that is not ASCII."""
+    place = next(i for i, character in enumerate(text) if not character.isascii())
+    start = max(0, place - SHOWN // 2)
+    return text[start : start + SHOWN].strip()

@@ -1,0 +1,278 @@
+"""JSON files to rows. What a file holds decides how it is read, not whether its name ends in .json or .jsonl."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import IO, Any
+
+from training_lens.data.fields import ALIASES
+from training_lens.data.source_file import SourceFile
+from training_lens.data.types import Row
+from training_lens.errors import DatasetError
+
+HEAD_BYTES = 1 << 16  # of the file's beginning tell JSON Lines from one JSON value
+MESSAGES = "messages"  # the key of a row that is nothing but its list of messages
+MESSAGE_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+_SPACE = re.compile(r"\s*")
+
+
+def json_rows(source: SourceFile, file: IO[bytes], is_named_lines: bool) -> Iterator[Row]:
+    """The rows of a file of JSON: a value on each line, or a list of rows, an object that holds one, or single rows.
+
+    Only JSON Lines are read line by line; anything else is read whole.
+
+    Args:
+        is_named_lines: the file's name says that it is JSON Lines.
+
+    Raises:
+        DatasetError: broken JSON, no rows, or a row that cannot be read and nobody to pass it over.
+    """
+    if has_json_lines(file, is_named_lines):
+        if not is_named_lines:
+            source.say("holds a JSON value on each line (JSON Lines), whatever its name says; read line by line")
+        return _rows_of_lines(source, file)
+    return _rows_of_values(source, _decode(source, file.read()), is_named_lines)
+
+
+def has_json_lines(file: IO[bytes], is_named_lines: bool) -> bool:
+    """Whether each line of the file is a JSON value of its own; told by its first lines, by its name where those
+    are broken."""
+    lines = _first_lines(file)
+    if not lines or _is_json(lines[0]):
+        return len(lines) > 1
+    if _may_begin_json(b"".join(lines)):
+        return False
+    begins_later = lines[0].strip() in (b"[", b"{")
+    return is_named_lines or (not begins_later and len(lines) > 1 and _is_json(lines[1]))
+
+
+def _first_lines(file: IO[bytes]) -> list[bytes]:
+    """At least two lines that hold something, where there are so many."""
+    lines: list[bytes] = []
+    size = 0
+    while (size < HEAD_BYTES or len(lines) < 2) and (line := file.readline()):
+        lines += [line.removeprefix(b"\xef\xbb\xbf")] if line.strip() else []
+        size += len(line)
+    file.seek(0)
+    return lines
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _may_begin_json(head: bytes) -> bool:
+    """Whether more lines could make this a JSON value, or it holds several."""
+    text = head.decode("utf-8", "replace")
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text.rstrip()) or error.msg == "Extra data"
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+class _RepeatedKey(dict[str, Any]):
+    """An object in which a key stands twice: the first value would be lost in silence."""
+
+    key: str
+
+
+class _Decoder:
+    """Decodes JSON, and remembers whether any object had a key twice."""
+
+    def __init__(self) -> None:
+        self._json = json.JSONDecoder(object_pairs_hook=self._object)
+        self.has_repeated_keys = False
+
+    def decode(self, text: str) -> Any:
+        return self._json.decode(text)
+
+    def decode_from(self, text: str, start: int) -> tuple[Any, int]:
+        """The value that begins at `start`, and where it ends."""
+        return self._json.raw_decode(text, start)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) == len(pairs):
+            return found
+        self.has_repeated_keys = True
+        repeated, seen = _RepeatedKey(found), set[str]()
+        repeated.key = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        return repeated
+
+    def repeated_key(self, value: Any) -> str | None:
+        """The key that stands twice in an object of the value."""
+        if not self.has_repeated_keys:
+            return None
+        if isinstance(value, _RepeatedKey):
+            return value.key
+        inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return next((key for item in inside if (key := self.repeated_key(item)) is not None), None)
+
+
+def _rows_of_lines(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:
+    decoder = _Decoder()
+    for number, raw in enumerate(file, 1):
+        if not raw.strip():
+            continue
+        try:
+            value = decoder.decode(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except (ValueError, RecursionError) as error:
+            source.refuse_row(number, _problem_of_line(error), kind=_kind_of_line(error), unit="line")
+            continue
+        yield from _row(source, number, value, decoder)
+
+
+def _problem_of_line(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        byte = f"byte {error.object[error.start]:#04x} at column {error.start + 1}"
+        return f"is not UTF-8 text ({byte}). Save the file as UTF-8."
+    if isinstance(error, json.JSONDecodeError):
+        return (
+            f"broken JSON ({error.msg} at column {error.colno}). A file of JSON Lines holds one complete JSON object "
+            "a line."
+        )
+    return f"JSON that cannot be read ({error})."  # numbers of thousands of digits, brackets without end
+
+
+def _kind_of_line(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
+
+
+def _row(source: SourceFile, number: int, value: Any, decoder: _Decoder) -> Iterator[Row]:
+    """The value as a row: an object with fields, or a list of messages."""
+    repeated = decoder.repeated_key(value)
+    if repeated is not None:
+        source.refuse_row(number, f"the key '{repeated}' stands there twice. Keep one.")
+    elif isinstance(value, dict):
+        yield source.row(number, value)
+    elif is_chat(value):
+        yield source.row(number, {MESSAGES: value})
+    else:
+        what = "an empty list" if value == [] else f"a {type(value).__name__}"
+        source.refuse_row(number, f"is {what}, expected an object with fields, or a list of messages.")
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of messages: objects, of which the first has a role and what it says."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and any(keys <= value[0].keys() for keys in MESSAGE_KEYS)
+        and all(isinstance(item, dict) for item in value)
+    )
+
+
+def _decode(source: SourceFile, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        raise DatasetError(
+            f"{source.path}, line {line}: is not UTF-8 text (byte {content[error.start]:#04x} at column {column}). "
+            "Save the file as UTF-8."
+        ) from error
+
+
+def _rows_of_values(source: SourceFile, text: str, is_named_lines: bool) -> Iterator[Row]:
+    decoder = _Decoder()
+    values = _values(source, text, decoder)
+    if len(values) == 1:
+        values = _rows_in_value(source, values[0], is_named_lines)
+    else:
+        source.say(f"holds {len(values)} JSON values one after the other; each is a row")
+    for number, value in enumerate(values, 1):
+        yield from _row(source, number, value, decoder)
+
+
+def _values(source: SourceFile, text: str, decoder: _Decoder) -> list[Any]:
+    """The values that the text holds, one after the other."""
+    values: list[Any] = []
+    position = _skip_space(text, 0)
+    try:
+        while position < len(text):
+            value, position = decoder.decode_from(text, position)
+            values.append(value)
+            position = _skip_space(text, position)
+    except json.JSONDecodeError as error:
+        raise DatasetError(
+            f"{source.path}, line {error.lineno}: broken JSON ({error.msg} at column {error.colno}). Expected one list "
+            "of objects, or one complete object a line."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{source.path}: JSON that cannot be read ({error}).") from error
+    return values
+
+
+def _skip_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
+
+
+def _rows_in_value(source: SourceFile, value: Any, is_named_lines: bool) -> list[Any]:
+    """The rows of a file that holds one value."""
+    if isinstance(value, dict):
+        return _rows_in_object(source, value, is_named_lines)
+    if not isinstance(value, list):
+        raise DatasetError(
+            f"{source.path}: holds a single {type(value).__name__}, expected a list of objects, or one object a line."
+        )
+    if is_chat(value):
+        source.say("holds one list of messages, which is taken as one row")
+        return [value]
+    if is_named_lines:
+        source.say("holds one JSON list, not a row on each line as its name says; read whole")
+    return value
+
+
+def _rows_in_object(source: SourceFile, value: dict[str, Any], is_named_lines: bool) -> list[Any]:
+    """The rows in the one list of rows that an object holds (`{"examples": [...]}`); else it is a row itself."""
+    lists = [key for key, item in value.items() if _holds_rows(item)]
+    is_row = _is_row(value) or (not lists and not all(isinstance(item, list | dict) for item in value.values()))
+    if not is_row and len(lists) == 1:
+        others = ", ".join(f"'{other}'" for other in value if other != lists[0])
+        source.say(f"its rows are those of '{lists[0]}'{f'; set aside beside it: {others}' if others else ''}")
+        return list(value[lists[0]])
+    if is_named_lines or is_row:
+        if not is_named_lines:
+            source.say("holds one object, which is taken as one row")
+        return [value]
+    raise DatasetError(f"{source.path}: {_problem_of_object(value, lists)}")
+
+
+def _is_row(value: dict[str, Any]) -> bool:
+    """Whether an object is a row by itself: it holds a chat, or text or a number under a name that fields have."""
+    names = {alias for aliases in ALIASES.values() for alias in aliases}
+    return any(
+        is_chat(item) or (isinstance(item, str | int | float) and key.strip().lower() in names)
+        for key, item in value.items()
+    )
+
+
+def _holds_rows(item: Any) -> bool:
+    return isinstance(item, list) and any(isinstance(row, dict) or is_chat(row) for row in item) and not is_chat(item)
+
+
+def _problem_of_object(value: dict[str, Any], lists: list[str]) -> str:
+    """Why an object that is no row holds no rows, either."""
+    named = ", ".join(list(value)[:6]) + (" and more" if len(value) > 6 else "")
+    if len(lists) > 1:
+        return (
+            f"holds an object with {len(lists)} lists of rows ({', '.join(lists)}). Write each into a file of its own."
+        )
+    if not value:
+        return "holds an empty object, expected a list of rows."
+    return (
+        f"holds an object of columns or of objects by name ({named}), not rows. Write a list of objects, one for "
+        "each row; with pandas: to_json(FILE, orient='records', lines=True)."
+    )

@@ -1,0 +1,47 @@
+"""What the readers of all formats share: the file that is read, and what becomes of rows that cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training_lens.config.data_sections import CsvSection
+from training_lens.data.types import Row
+from training_lens.errors import DatasetError
+
+OnBadRow = Callable[[int, DatasetError], None]  # takes the row's number, and why it cannot be read
+
+
+def keep_quiet(_: str) -> None:
+    """Takes what a reader says of its file where nobody wants to hear it."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file that is read.
+
+    `on_bad_row` is told of a row that cannot be read, which is then passed over; None makes it an error. `say` takes
+    sentences on how the file is read where its name alone does not tell.
+    """
+
+    path: Path
+    csv: CsvSection = field(default_factory=CsvSection)
+    on_bad_row: OnBadRow | None = None
+    say: Callable[[str], None] = keep_quiet
+
+    def row(self, number: int, values: dict[str, Any]) -> Row:
+        """A row of this file."""
+        return Row(str(self.path), number, values)
+
+    def refuse_row(self, number: int, problem: str, *, kind: str | None = None, unit: str = "row") -> None:
+        """Pass the row over, where that is wanted.
+
+        Raises:
+            DatasetError: it is not wanted.
+        """
+        error = DatasetError(f"{self.path}, {unit} {number}: {problem}", kind=kind)
+        if self.on_bad_row is None:
+            raise error
+        self.on_bad_row(number, error)
