@@ -58,9 +58,11 @@ def test_a_file_is_answered_resumed_and_reported(call: Call, finished_run: RunFo
     assert first.exit_code == 0, first.stderr
     report = json.loads(first.stdout)
     assert (report["output"], report["rows"], report["answered"], report["resumed"]) == ("out.jsonl", 3, 2, 0)
+    assert report["cut"] == 2
     assert report["passed_over"][0]["row"] == 2 and "rows.jsonl, row 2 passed over" in first.stderr
     again = call(*asked, "--domain", "hill")
     assert "is finished: all 2 answers are there, nothing was changed; 1 rows passed over." in again.stdout
+    assert "2 of the 2 answers were cut (finish_reason length)" in again.stdout
     assert call(*asked, "--domain", "hil").exit_code == 2
     Path("bad.jsonl").write_text('{"question": ""}\n')
     assert call(*asked, "--input", "bad.jsonl", "--output", "other.jsonl").exit_code == 1

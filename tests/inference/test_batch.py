@@ -72,6 +72,42 @@ def test_whatever_was_lost_is_written_again_byte_for_byte(
         assert output.read_bytes() == whole
 
 
+IDS: dict[str, Any] = {"id": "case-7", "question_id": 81, "customId": "ü", "UUID": "a-b", "index": 0, "docid": 3}
+IDS |= {"hash": "9f", "meta_id": {"a": 1}, "valid": "no id", "grid": 4}
+
+
+def test_ids_of_rows_and_how_each_answer_ended_are_kept(
+    session: Session, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, output = write_rows([{**IDS, **ROWS[0]}, *ROWS[1:3]]), tmp_path / "out.jsonl"
+    report = answered(session, source, output)
+    whole = output.read_bytes()
+    first, *others = lines(output)
+    assert {key: first[key] for key in IDS if key in first} == {
+        key: IDS[key] for key in ("id", "question_id", "customId", "UUID", "index", "hash")
+    }
+    assert not any(key in line for key in IDS for line in others)
+    reasons = [line["finish_reason"] for line in (first, *others)]
+    assert set(reasons) <= {"stop", "length"} and report.cut == reasons.count("length") > 0
+
+    output.write_bytes(whole[: whole.index(b"\n") + 9])
+    assert answered(session, source, output).cut == report.cut and output.read_bytes() == whole
+    with pytest.raises(ConfigurationError, match="belongs to another input"):
+        answered(session, write_rows([{**IDS, **ROWS[0], "id": "case-8"}, *ROWS[1:3]]), output)
+
+
+def test_an_output_of_an_earlier_version_is_gone_on_with(
+    session: Session, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, output = write_rows([{"id": i, **row} for i, row in enumerate(ROWS[:3])]), tmp_path / "out.jsonl"
+    answered(session, source, output)
+    first, *others = output.read_text().splitlines()
+    earlier = {key: value for key, value in json.loads(first).items() if key not in ("id", "finish_reason")}
+    output.write_text(json.dumps(earlier) + "\n")
+    report = answered(session, source, output)
+    assert (report.resumed, report.unmarked) == (1, 1) and output.read_text().splitlines()[1:] == others
+
+
 def test_a_finished_output_is_not_touched(session: Session, write_rows: Callable[..., Path], tmp_path: Path) -> None:
     source, output = write_rows(ROWS), tmp_path / "out.jsonl"
     answered(session, source, output)

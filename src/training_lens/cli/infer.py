@@ -113,15 +113,20 @@ def _open(screen: Screen, settings: TrainingConfig, domain: str | None) -> Sessi
 def _answer(screen: Screen, settings: TrainingConfig, prompt: str, domain: str | None, base: bool) -> None:
     from training_lens.data.types import Message
     from training_lens.errors import ConfigurationError
-    from training_lens.inference.generator import answer
+    from training_lens.inference.generator import generate_answer
 
     if not prompt.strip():
         raise ConfigurationError("the prompt is empty; give some text.")
     session = _open(screen, settings, domain)
     prompt_ids = session.prompt_ids([Message("user", prompt)], domain)
-    text = answer(session, prompt_ids, settings.inference, base=base, on_text=None if screen.as_json else screen.write)
+    on_text = None if screen.as_json else screen.write
+    given = generate_answer(session, prompt_ids, settings.inference, base=base, on_text=on_text)
     screen.console.print()
-    screen.result({"run": session.source, "prompt": prompt, "domain": domain, "base": base, "answer": text})
+    if given.finish_reason == "length":
+        end = "inference.max_new_tokens, or the model's last position"
+        typer.echo(f"note: the answer was cut after {len(given.token_ids)} tokens ({end}).", err=True)
+    result = {"run": session.source, "prompt": prompt, "domain": domain, "base": base}
+    screen.result({**result, "answer": given.text, "finish_reason": given.finish_reason})
 
 
 def _answer_file(
@@ -148,7 +153,17 @@ def _told(report: FileReport) -> str:
     else:
         before = f", {report.resumed} of them before" if report.resumed else ""
         line = f"{report.answered} of {report.rows} rows answered in {report.output}{before}"
-    return f"{line}; {len(report.passed_over)} rows passed over." if report.passed_over else f"{line}."
+    line += f"; {len(report.passed_over)} rows passed over." if report.passed_over else "."
+    if report.cut:
+        line += (
+            f"\n{report.cut} of the {report.answered} answers were cut (finish_reason length): they reached "
+            "inference.max_new_tokens, or the model's last position, before they ended."
+        )
+    if report.unmarked:
+        line += (
+            f"\n{report.unmarked} answers were written by an earlier version, which did not note whether it cut them."
+        )
+    return line
 
 
 def _chat(screen: Screen, settings: TrainingConfig, domain: str | None, base: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 from training_lens.config.judging_sections import InferenceSection
 from training_lens.data.sources import Source, expand
 from training_lens.errors import ConfigurationError, DatasetError, TrainingLensError
-from training_lens.inference.generator import answers
-from training_lens.inference.questions import PassedOver, Question, QuestionReader, read_lines
+from training_lens.inference.generator import generate_answers
+from training_lens.inference.questions import PassedOver, Question, QuestionReader, read_answer_line, read_lines
 from training_lens.inference.session import Session
 from training_lens.models.factory import locate
 from training_lens.models.saved import CONFIG, WEIGHTS
@@ -27,13 +28,19 @@ NAMED = 20  # rows passed over that are named in the log; the report has them al
 
 @dataclass(frozen=True)
 class FileReport:
-    """What became of the input's rows; `resumed` of the answers were in the output before."""
+    """What became of the input's rows; `resumed` of the answers were in the output before.
+
+    `cut` answers reached `max_new_tokens` or the model's last position before they ended; of `unmarked` ones,
+    which an earlier version wrote, that is not known.
+    """
 
     output: str
     rows: int
     answered: int
     passed_over: tuple[PassedOver, ...]
     resumed: int
+    cut: int = 0
+    unmarked: int = 0
 
 
 def answer_file(
@@ -72,13 +79,16 @@ def answer_file(
             advance(len(unusable) + (len(questions) if kept == len(questions) else 0))
             if kept < len(questions):
                 prompts = [question.ids for question in questions]
-                texts = answers(session, prompts, settings, base=base, draw=number, advance=advance)
-                there.add([q.line(text) for q, text in zip(questions, texts, strict=True)][kept:])
+                given = generate_answers(session, prompts, settings, base=base, draw=number, advance=advance)
+                there.add([q.line(answer) for q, answer in zip(questions, given, strict=True)][kept:])
     there.refuse_more(source)
     _name(passed_over, source)
     if not answered:
         raise DatasetError(f"{source.name}: none of its {len(rows)} rows can be answered.")
-    return FileReport(str(output), len(rows), answered, tuple(passed_over), resumed)
+    ends = there.finish_reasons
+    return FileReport(
+        str(output), len(rows), answered, tuple(passed_over), resumed, cut=ends["length"], unmarked=ends[None]
+    )
 
 
 def input_file(name: str) -> Source:
@@ -132,7 +142,11 @@ def _name(passed_over: Sequence[PassedOver], source: Source) -> None:
 
 
 class _Lines:
-    """The output: the complete lines that it holds, of which some are matched with rows, and what is added."""
+    """The output: the complete lines that it holds, of which some are matched with rows, and what is added.
+
+    `finish_reasons` counts how the answers ended, of those that were there and of those that were added; by None
+    those that do not say it.
+    """
 
     def __init__(self, path: Path) -> None:
         content = path.read_bytes() if path.exists() else b""
@@ -141,6 +155,7 @@ class _Lines:
         self._cut = content[self._size :]  # a line of ours that was cut short goes when the next is added
         self._left = content[: self._size].splitlines(keepends=True)
         self._matched = 0
+        self.finish_reasons: Counter[str | None] = Counter()
 
     def answering(self, questions: Sequence[Question], source: Source) -> int:
         """How many of the questions have their line already; the lines come in the questions' order.
@@ -153,9 +168,13 @@ class _Lines:
             self._matched += 1
             if different := question.difference(line, f"row {question.row} of {source.name}"):
                 raise self._refused(f"line {self._matched} {different}")
+        self._count_finish_reasons(lines)
         if self._cut and len(lines) < len(questions):
             self._check_cut(questions[len(lines)], source)
         return len(lines)
+
+    def _count_finish_reasons(self, lines: Sequence[bytes]) -> None:
+        self.finish_reasons.update((read_answer_line(line) or {}).get("finish_reason") for line in lines)
 
     def _check_cut(self, question: Question, source: Source) -> None:
         if not question.begins_as(self._cut):
@@ -176,6 +195,7 @@ class _Lines:
 
     def add(self, lines: Sequence[bytes]) -> None:
         """Write the lines behind the complete ones, and through to the disk."""
+        self._count_finish_reasons(lines)
         try:
             with self._path.open("r+b" if self._path.exists() else "xb") as file:
                 file.seek(self._size)

@@ -55,13 +55,25 @@ def answer(
         prompt_ids: from `Session.prompt_ids`.
         base: answer as the base model, without the adapter.
     """
+    return generate_answer(session, prompt_ids, settings, base=base, on_text=on_text).text
+
+
+def generate_answer(
+    session: Session,
+    prompt_ids: Sequence[int],
+    settings: InferenceSection,
+    *,
+    base: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> GeneratedAnswer:
+    """The answer to one prompt, and how it ended; arguments are those of `answer`."""
     torch.manual_seed(settings.seed)
     stream = _stream(session, on_text) if on_text else None
     put = (lambda token: stream.put(torch.tensor([token]))) if stream else None
     (given,) = _answered(_call(session, settings, base, prompt_ids, put), [prompt_ids])
     if stream:
         stream.end()
-    return _text(session, given.tokens)
+    return _result(session, given)
 
 
 def _stream(session: Session, on_text: Callable[[str], None]) -> Any:
@@ -124,10 +136,7 @@ def generate_answers(
     Raises:
         ConfigurationError: a prompt takes all of the model's positions; OutOfMemoryError: one alone does not fit.
     """
-    return [
-        GeneratedAnswer(_text(session, given.tokens), given.tokens, "stop" if given.has_ended else "length")
-        for given in _given(session, prompts, settings, base, draw, advance)
-    ]
+    return [_result(session, given) for given in _given(session, prompts, settings, base, draw, advance)]
 
 
 def _given(
@@ -266,3 +275,7 @@ def _options(session: Session, settings: InferenceSection) -> dict[str, Any]:
 
 def _text(session: Session, ids: Sequence[int]) -> str:
     return str(session.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _result(session: Session, given: Answer) -> GeneratedAnswer:
+    return GeneratedAnswer(_text(session, given.tokens), given.tokens, "stop" if given.has_ended else "length")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,21 @@ from training_lens.data.notes import reason_of
 from training_lens.data.sources import Source
 from training_lens.data.types import Example, Message, Row
 from training_lens.errors import ConfigurationError, DatasetError
+from training_lens.inference.generator import GeneratedAnswer
+from training_lens.inference.row_ids import find_id_keys, read_ids
 from training_lens.inference.session import Session, text_field
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 NO_ANSWER = "(no answer)"  # the field of answers in a file that has none
+LINE_FIELDS = ("row", "prompt", "domain", "key", "answer", "expected", "finish_reason")  # of an output line
 KEY_DIGITS = 16  # of the key in an output line
 STAND_IN = "-"  # takes the place of a missing answer, so that the prompt before it is read as in training
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row that can be asked."""
+    """A row that can be asked; `row_ids` are its own ids by their keys."""
 
     row: int
     prompt: str
@@ -42,20 +45,21 @@ class Question:
     expected: str | None
     ids: list[int]
     key: str  # a digest of the prompt's tokens and of what answers them
+    row_ids: Mapping[str, Any] = field(default_factory=dict)
 
-    def line(self, answer: str) -> bytes:
+    def line(self, answer: GeneratedAnswer) -> bytes:
         """The row's line of the output."""
-        rest = json.dumps({"answer": answer, "expected": self.expected}, ensure_ascii=False)
+        values = {"answer": answer.text, "expected": self.expected, "finish_reason": answer.finish_reason}
+        rest = json.dumps({**values, **self.row_ids}, ensure_ascii=False)
         return self._begin() + f"{rest[1:]}\n".encode()
 
     def difference(self, line: bytes, place: str) -> str | None:
         """What is wrong with a whole line of the output that must answer this row (`place`); None where it does."""
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
+        value = read_answer_line(line)
         asked = {"row": self.row, "prompt": self.prompt, "domain": self.domain}
-        if not isinstance(value, dict) or asked != {key: value.get(key) for key in asked}:
+        # An earlier version wrote no ids.
+        asked |= {key: row_id for key, row_id in self.row_ids.items() if value and key in value}
+        if value is None or asked != {key: value.get(key) for key in asked}:
             return f"does not answer {place}, so it belongs to another input"
         if value.get("key") != self.key:
             return (
@@ -73,6 +77,15 @@ class Question:
         """The row's line up to the answer."""
         asked = {"row": self.row, "prompt": self.prompt, "domain": self.domain, "key": self.key}
         return f"{json.dumps(asked, ensure_ascii=False)[:-1]}, ".encode()
+
+
+def read_answer_line(line: bytes) -> dict[str, Any] | None:
+    """The values of a line of the output; None where it is no JSON object."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,10 @@ class QuestionReader:
         domains = _domains(set(keys_of(whole)), session, source.files[0], domain)
         self._session, self._domain, self._per_file, self._answerer = session, domain, domains.per_file, answerer
         self._mapping = _mapping(whole, session, domains)
+        self._id_keys = find_id_keys(keys_of(whole), {*LINE_FIELDS, *asdict(self._mapping).values()})
         logger.info("%s: %d rows, read as %s", source.name, len(rows), self._mapping.describe())
+        if self._id_keys:
+            logger.info("%s: kept with each answer: %s", source.name, ", ".join(self._id_keys))
 
     def __call__(self, rows: Sequence[Row | PassedOver]) -> tuple[list[Question], list[PassedOver]]:
         asked = [self._question(row) if isinstance(row, Row) else row for row in rows]
@@ -124,7 +140,7 @@ class QuestionReader:
         last = prompt[-1]
         shown = f"{last.text}\n{last.input}" if last.input else last.text
         key = hashlib.sha256(json.dumps([self._answerer, ids]).encode()).hexdigest()[:KEY_DIGITS]
-        return Question(row.number, shown, domain, expected, ids, key)
+        return Question(row.number, shown, domain, expected, ids, key, read_ids(row.values, self._id_keys))
 
     def _example(self, row: Row) -> tuple[Example, str | None]:
         """The row as in training, and its answer; None where it has none, and a stand-in ends the example."""
