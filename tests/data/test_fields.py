@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import pytest
 
-from training_lens.config.data_sections import DomainSection, FieldsSection
-from training_lens.data.fields import FieldMapping, find_mapping, keys_of, strip_end_marks, to_example
-from training_lens.data.types import Message, Row
+from training_lens.config.data_sections import DataSection, DomainSection
+from training_lens.data.examples import RowReader, strip_end_marks
+from training_lens.data.fields import FieldMapping, find_mapping, keys_of
+from training_lens.data.types import Example, Message, Row
 from training_lens.errors import DatasetError
 
 
-def mapping_of(keys: set[str], domain: DomainSection | None = None, **fields: str) -> FieldMapping:
-    return find_mapping(dict.fromkeys(keys, 1), FieldsSection(**fields), domain or DomainSection(), "rows.jsonl")
+def mapping_of(keys: Collection[str], domain: DomainSection | None = None, **fields: str) -> FieldMapping:
+    data = DataSection.model_validate({"fields": fields, "domain": domain or DomainSection()})
+    return find_mapping(dict.fromkeys(keys, 1), data, "rows.jsonl")
+
+
+def to_example(row: Row, mapping: FieldMapping, **settings: Any) -> Example:
+    return RowReader(mapping, DataSection.model_validate(settings)).read(row)
 
 
 def row(**values: Any) -> Row:
@@ -80,7 +87,7 @@ def test_rows_become_messages() -> None:
 
 def test_the_domain_can_be_the_file() -> None:
     mapping = mapping_of({"question", "answer"}, DomainSection(per_file=True))
-    assert to_example(row(question="a", answer="b"), mapping, per_file_domain=True).domain == "rows"
+    assert to_example(row(question="a", answer="b"), mapping, domain={"field": None, "per_file": True}).domain == "rows"
 
 
 @pytest.mark.parametrize(
@@ -131,11 +138,11 @@ def test_a_mixed_file_names_the_rows_and_what_to_set() -> None:
     with pytest.raises(
         DatasetError, match=r"'question' \(row 1\) and 'prompt' \(row 7\) .*data\.fields\.instruction="
     ) as e:
-        find_mapping(keys_of(rows), FieldsSection(), DomainSection(), "f.jsonl")
+        find_mapping(keys_of(rows), DataSection(), "f.jsonl")
     assert "several files" in str(e.value)
     rows[1] = Row("f.jsonl", 9, {"messages": []})
     with pytest.raises(DatasetError, match=r"messages \(row 9\) or as question -> answer \(row 1\)"):
-        find_mapping(keys_of(rows), FieldsSection(), DomainSection(), "f.jsonl")
+        find_mapping(keys_of(rows), DataSection(), "f.jsonl")
 
 
 def test_sharegpt_and_messages_become_the_same_example() -> None:

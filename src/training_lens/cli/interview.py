@@ -73,7 +73,7 @@ class Interview:
                 self._fields.clear()
             data, rows = self._data(), _first_rows(spec, key)
             try:
-                find_mapping(keys_of(rows), data.fields, data.domain, spec)
+                find_mapping(keys_of(rows), data, spec)
             except DatasetError as error:
                 if not self._asking:
                     raise DatasetError(f"{error} Or let init ask: training-lens init --ask --train {spec}") from error

@@ -15,14 +15,19 @@ TEMPLATES = ("auto", "chat", "alpaca", "plain")
 
 
 class FieldsSection(Section):
-    """Which keys of a row mean what; null: found by looking, and reported."""
+    """Which keys of a row mean what; null: found by looking, and reported.
+
+    A dotted key leads into objects, and of lists into the first item: 'answers.text'.
+    """
 
     instruction: str | None = Field(None, description="key of the prompt, such as 'question'")
     input: str | None = Field(None, description="key of the prompt's second part, such as 'context'")
     output: str | None = Field(None, description="key of the answer that is learned, such as 'response'")
     system: str | None = Field(None, description="key of the system message")
+    history: str | None = Field(None, description="key of earlier turns: pairs of prompt and answer, or messages")
     messages: str | None = Field(None, description="key of a chat: a list of {role, content} or {from, value}")
-    tools: str | None = Field(None, description="key of the tools that a chat may call, a list or its JSON text")
+    tools: str | None = Field(None, description="key of the tools that may be called, a list or its JSON text")
+    label: str | None = Field(None, description="key that says whether an answer is wanted; false: it is not learned")
     text: str | None = Field(None, description="key of plain text, learned whole and without a template")
 
 
@@ -84,8 +89,10 @@ class DomainSection(Section):
 
     field: str | None = Field("auto", description="key that holds the domain; auto: 'domain' where rows have it")
     per_file: bool = Field(False, description="the file's name without its ending is the domain of its rows")
-    style: Literal["tag", "hash", "none"] = Field(
-        "tag", description="tag: '[domain: law] '; hash: a stable 8-digit hash of it, '[3f2a90bc] '; none: no prefix"
+    style: Literal["tag", "hash", "raw", "none"] = Field(
+        "tag",
+        description="tag: '[domain: law] '; hash: a stable 8-digit hash of it, '[3f2a90bc] '; raw: its value alone, "
+        "'law '; none: no prefix",
     )
 
     @model_validator(mode="after")
@@ -117,6 +124,11 @@ class DataSection(Section):
         0.0, ge=0.0, lt=1.0, description="share of the training rows held out at random when validation is not given"
     )
     fields: FieldsSection = FieldsSection()
+    ignore_keys: list[str] = Field(
+        [],
+        description="keys of rows to train without, though they look as if they were meant: 'weight', "
+        "'messages[].reasoning_content'",
+    )
     csv: CsvSection = CsvSection()
     on_bad_row: Literal["error", "skip"] = Field(
         "error",
@@ -131,7 +143,11 @@ class DataSection(Section):
     )
     domain: DomainSection = DomainSection()
     mask_prompt: bool = Field(True, description="learn the answer alone; false: the prompt's tokens as well")
-    supervise: Literal["all", "last"] = Field("all", description="learn every answer of a chat, or its last alone")
+    supervise: Literal["auto", "all", "last"] = Field(
+        "auto",
+        description="auto: learn every answer of a chat, but not those of `history` or of a prompt that is a chat; "
+        "all: those, too; last: the last answer alone",
+    )
     thinking: bool = Field(
         False, description="answers hold thoughts (<think>...</think>) that the chat template knows: learn them, too"
     )

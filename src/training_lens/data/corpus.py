@@ -12,7 +12,8 @@ import numpy as np
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.deduplication import fingerprint
-from training_lens.data.fields import FieldMapping, find_mapping, no_such_field, strip_end_marks, to_example
+from training_lens.data.examples import RowReader, strip_end_marks
+from training_lens.data.fields import FieldMapping, find_mapping, no_such_field
 from training_lens.data.preparation import present_keys
 from training_lens.data.sources import Source
 from training_lens.data.types import Example, Row
@@ -62,14 +63,15 @@ class Corpus:
         """Each row and its example as it stands there, a bounded number in memory; `title` is the progress bar's.
 
         Raises:
-            DatasetError: as `Source.rows` and `fields.to_example`; or a source changed since it was first read.
+            DatasetError: as `Source.rows` and `examples.RowReader.read`; or a source changed since it was first read.
         """
         with self.progress.task(title, sum(r.size_bytes for r in self.readings), "bytes") as advance:
             for reading in self.readings:
                 _refuse_changed(reading)
                 left = float(reading.size_bytes)
+                reader = RowReader(reading.mapping, self.data, reading.source.name)
                 for row in reading.source.rows(self.data.csv):
-                    example = to_example(row, reading.mapping, self.data.domain.per_file)
+                    example = reader.read(row)
                     yield row, example
                     done = min(left, sum(len(message.text) for message in example.messages))
                     advance(done)
@@ -98,7 +100,7 @@ def _reading(source: Source, data: DataSection) -> Reading:
     stamp = _stamp(source)
     sha256 = source.sha256
     keys = present_keys(source, data.csv)
-    return Reading(source, keys, find_mapping(keys, data.fields, data.domain, source.name), stamp, sha256)
+    return Reading(source, keys, find_mapping(keys, data, source.name), stamp, sha256)
 
 
 def _stamp(source: Source) -> tuple[tuple[int, int], ...]:

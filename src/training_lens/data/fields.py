@@ -1,62 +1,73 @@
-"""Rows to examples: which fields hold the prompt and the answer, found by looking or as configured."""
+"""Which fields of a source's rows hold the prompt and the answer: found by looking, or as configured."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from training_lens.config.data_sections import DomainSection, FieldsSection
-from training_lens.data.messages import chat_of, tools_of
-from training_lens.data.types import Example, Message, Row
-from training_lens.data.values import optional_text, text_of
+from training_lens.config.data_sections import DataSection, DomainSection, FieldsSection
+from training_lens.data.row_keys import (
+    ALIASES,
+    FALLBACKS,
+    LEADING,
+    MASKS,
+    MEANINGS,
+    REJECTED,
+    is_near,
+    plain_name,
+)
+from training_lens.data.types import Row
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import nearest
 
-# What a field is commonly called. Where a file has two names of one line, the user must say which is meant.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "instruction": ("instruction", "question", "prompt", "query", "problem"),
-    "input": ("input", "context"),
-    "output": ("output", "answer", "response", "completion", "solution"),
-    "system": ("system", "system_prompt"),
-    "messages": ("messages", "conversations", "conversation"),
-    "tools": ("tools",),
-    "text": ("text",),
-}
-# The forms that rows have, the meanings that each knows, and the one that chooses it.
-MEANINGS = {
-    "messages": ("messages", "tools"),
-    "pair": ("instruction", "input", "output", "system"),
-    "text": ("text",),
-}
-LEADING = {"messages": "messages", "pair": "instruction", "text": "text"}
 DOMAIN_FIELD = "domain"
-# Literal end marks that exports leave at the end of answers; the tokenizer's own end token is put there anyway.
-END_MARKS = (
-    *("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>"),
-    *("<eos>", "<end_of_turn>", "<|end|>", "<|eot|>"),
-)
+DESCRIBED = {"messages": "chats", "pair": "pairs of prompt and answer", "text": "plain texts"}
 
 
 @dataclass(frozen=True)
 class FieldMapping:
-    """The row's key for each meaning; None where the rows have none. One of `text`, `messages`, `output` is set."""
+    """The row's key for each meaning; None where the rows have none. One of `text`, `messages`, `instruction` is set.
+
+    `output` of a chat is what follows it, where its rows end with a question. `masks` say whether a row is learned.
+    """
 
     instruction: str | None = None
     input: str | None = None
     output: str | None = None
     system: str | None = None
+    history: str | None = None
     messages: str | None = None
     tools: str | None = None
     text: str | None = None
+    label: str | None = None
+    rejected: str | None = None
     domain: str | None = None
+    masks: tuple[str, ...] = ()
+
+    @property
+    def form(self) -> str:
+        return "text" if self.text else "messages" if self.messages else "pair"
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The row's key of each meaning that there is; masks under their own names."""
+        found = {meaning: key for meaning, key in vars(self).items() if key and meaning != "masks"}
+        return found | {mask: mask for mask in self.masks}
 
     def describe(self) -> str:
         """As reported: 'question -> answer', 'instruction + input -> output, domain from topic', 'messages'."""
-        prompt = " + ".join(k for k in (self.system, self.instruction, self.input) if k)
-        chat = " + ".join(k for k in (self.messages, self.tools) if k) if self.messages else None
-        text = self.text or chat or f"{prompt} -> {self.output}"
-        return f"{text}, domain from {self.domain}" if self.domain else text
+        shown = (self.system, self.history, self.instruction, self.input, self.messages, self.tools)
+        asked = " + ".join(key for key in shown if key)
+        remarks = {
+            f"answered by {self.output} where it ends with a question": self.messages and self.output,
+            f"domain from {self.domain}": self.domain,
+            f"learned where {' and '.join(self.masks)} is 1": self.masks,
+            f"not learned where {self.label} is false": self.label,
+            f"{self.rejected} set aside": self.rejected,
+        }
+        text = self.text or (f"{asked} -> {self.output}" if self.instruction else asked)
+        return ", ".join([text, *(remark for remark, applies in remarks.items() if applies)])
 
 
 Keys = Mapping[str, int]  # each key of a source, and the number of the first row that has it
@@ -71,30 +82,50 @@ def keys_of(rows: Iterable[Row]) -> dict[str, int]:
     return keys
 
 
-def find_mapping(keys: Keys, fields: FieldsSection, domain: DomainSection, place: str) -> FieldMapping:
+def find_mapping(keys: Keys, data: DataSection, place: str) -> FieldMapping:
     """The mapping for rows with these keys: as configured, else found by looking.
 
     Args:
         place: the source, for messages.
 
     Raises:
-        DatasetError: nothing found for the prompt or the answer; two names that could both be meant, or rows of
-            several forms. Names the rows, and what to set.
+        DatasetError: nothing found for the prompt or the answer; two names that could both be meant, rows of several
+            forms, or a field that this form cannot use. Names the rows, and what to set.
     """
-    for meaning in ALIASES:
-        configured = getattr(fields, meaning)
-        if configured and configured not in keys:
+    for meaning, configured in data.fields:
+        if configured and not has_field(keys, configured):
             raise no_such_field(f"data.fields.{meaning}", configured, keys, place)
-    form = _one_form(keys, fields, place)
-    found = {m: getattr(fields, m) or _find(m, keys, place) for m in MEANINGS[form]}
-    missing = next((m for m in ("instruction", "output") if m in found and not found[m]), None)
+    keys = {key: number for key, number in keys.items() if key not in data.ignore_keys}
+    search = _Search(keys, data.fields, place)
+    form = search.find_form()
+    found = {meaning: search.find(meaning, form) for meaning in MEANINGS[form]}
+    missing = next((m for m in ("instruction", "output") if form == "pair" and not found[m]), None)
     if missing:
-        raise DatasetError(
-            f"{place}: no {'prompt' if missing == 'instruction' else 'answer'} found among its fields "
-            f"({', '.join(sorted(map(str, keys))) or 'none'}); looked for {', '.join(ALIASES[missing])}. "
-            f"Name it: data.fields.{missing}=FIELD."
-        )
-    return FieldMapping(**found, domain=_domain_key(domain, keys, place))
+        raise _nothing_found(missing, keys, place)
+    return FieldMapping(
+        **found,
+        rejected=REJECTED if form != "text" and REJECTED in keys else None,
+        domain=_domain_key(data.domain, keys, place),
+        masks=tuple(key for key in keys if plain_name(key) in MASKS and key not in found.values()),
+    )
+
+
+def has_field(keys: Collection[str], name: str) -> bool:
+    """Whether rows with these keys have a field of this name, dotted or not."""
+    return name in keys or ("." in name and name.split(".")[0] in keys)
+
+
+def _nothing_found(missing: str, keys: Keys, place: str) -> DatasetError:
+    """The error that rows have no prompt or no answer; names the key that nearly spells one."""
+    names = ALIASES[missing]
+    close = next((key for key in keys if any(is_near(key, name) for name in names)), None)
+    example = close or "FIELD"
+    return DatasetError(
+        f"{place}: no {'prompt' if missing == 'instruction' else 'answer'} found among its fields "
+        f"({', '.join(sorted(map(str, keys))) or 'none'}); looked for {', '.join(names)}. "
+        f"Name it: data.fields.{missing}={example}{', if that is what is meant' if close else ''} (a dot leads into "
+        "objects: answers.text)."
+    )
 
 
 def domain_of_file(file: str | Path) -> str:
@@ -106,45 +137,98 @@ def _domain_key(domain: DomainSection, keys: Keys, place: str) -> str | None:
     if domain.per_file:
         return None
     if domain.field == "auto":
-        return DOMAIN_FIELD if DOMAIN_FIELD in keys else None
-    if domain.field and domain.field not in keys:
+        there = [key for key in keys if plain_name(key) == DOMAIN_FIELD]
+        if len(there) > 1:
+            raise DatasetError(
+                f"{place}: {' and '.join(map(repr, there))} could each be the domain. Say which: "
+                f"data.domain.field={there[0]}."
+            )
+        return there[0] if there else None
+    if domain.field and not has_field(keys, domain.field):
         raise no_such_field("data.domain.field", domain.field, keys, place)
     return domain.field
 
 
-def _one_form(keys: Keys, fields: FieldsSection, place: str) -> str:
-    """Which of text, messages, and prompt with answer (pair) the rows are: as asked, else the only one there."""
-    asked = [form for form in ("text", "messages") if getattr(fields, form)]
-    asked += ["pair"] if fields.instruction or fields.output else []
-    if len(asked) == 1:
-        return asked[0]
-    there = {form: _candidates(form, keys) for form in MEANINGS}
-    there = {form: found for form, found in there.items() if all(found)}
-    if len(there) < 2:
-        return next(iter(there), "pair")
-    seen = [f"{' -> '.join(f[0] for f in found)} (row {keys[found[0][0]]})" for found in there.values()]
-    ways = [f"data.fields.{LEADING[form]}={found[0][0]}" for form, found in there.items()]
-    raise DatasetError(
-        f"{place}: could be read as {' or as '.join(seen)}. Say which: {' or '.join(ways)}; rows of several forms "
-        "belong into several files."
-    )
+@dataclass(frozen=True)
+class _Search:
+    """Looks for the form of a source's rows, and for the key of each meaning."""
 
+    keys: Keys
+    fields: FieldsSection
+    place: str
 
-def _candidates(form: str, keys: Keys) -> list[list[str]]:
-    """The keys that could hold each meaning that a form cannot do without."""
-    needed = ("instruction", "output") if form == "pair" else (form,)
-    return [[alias for alias in ALIASES[meaning] if alias in keys] for meaning in needed]
+    def find_form(self) -> str:
+        """Which of text, messages, and prompt with answer (pair) the rows are: as asked, else the only one there."""
+        asked = [form for form, leading in LEADING.items() if getattr(self.fields, leading)]
+        if len(asked) > 1:
+            named = " and ".join(f"data.fields.{LEADING[form]}" for form in asked)
+            raise DatasetError(f"{self.place}: {named} choose two forms of rows. Keep one.")
+        form = asked[0] if asked else self._find_only_form()
+        unused = next((m for m, key in self.fields if key and m not in MEANINGS[form]), None)
+        if unused:
+            raise DatasetError(
+                f"{self.place}: data.fields.{unused} cannot be used. The rows are read as {DESCRIBED[form]}, which may "
+                f"have {', '.join(MEANINGS[form])}. Take it out, or choose another form with "
+                f"{' or '.join(f'data.fields.{leading}' for other, leading in LEADING.items() if other != form)}."
+            )
+        return form
 
+    def _find_only_form(self) -> str:
+        there = {form: self._candidates(form) for form in MEANINGS}
+        there = {form: found for form, found in there.items() if all(found)}
+        if self.fields.output and "pair" in there:
+            return "pair"
+        if len(there) > 1:
+            raise self._several_forms(there)
+        if there:
+            return next(iter(there))
+        return "messages" if not self._present("instruction") and self._rated() else "pair"
 
-def _find(meaning: str, keys: Keys, place: str) -> str | None:
-    there = [alias for alias in ALIASES[meaning] if alias in keys]
-    if len(there) > 1:
-        seen = " and ".join(f"'{alias}' (row {keys[alias]})" for alias in there)
-        raise DatasetError(
-            f"{place}: {seen} could each be the {meaning}. Say which: data.fields.{meaning}={there[0]}; "
-            "rows of several forms belong into several files."
+    def _rated(self) -> list[str]:
+        """The key of whole chats that are rated: chosen beside rejected."""
+        return [key for key in FALLBACKS["messages"] if key in self.keys and REJECTED in self.keys]
+
+    def _several_forms(self, there: Mapping[str, list[list[str]]]) -> DatasetError:
+        seen = [f"{' -> '.join(f[0] for f in found)} (row {self.keys[found[0][0]]})" for found in there.values()]
+        ways = [f"data.fields.{LEADING[form]}={found[0][0]}" for form, found in there.items()]
+        return DatasetError(
+            f"{self.place}: could be read as {' or as '.join(seen)}. Say which: {' or '.join(ways)}; rows of several "
+            "forms belong into several files."
         )
-    return there[0] if there else None
+
+    def _candidates(self, form: str) -> list[list[str]]:
+        """The keys that could hold each meaning that a form cannot do without."""
+        return [self._present(meaning) for meaning in (("instruction", "output") if form == "pair" else (form,))]
+
+    def _present(self, meaning: str) -> list[str]:
+        """The keys that could hold a meaning: the configured one, or those of its names, whatever their case."""
+        if configured := getattr(self.fields, meaning):
+            return [configured]
+        names = ALIASES[meaning]
+        found = [key for key in self.keys if plain_name(key) in names]
+        return sorted(found, key=lambda key: names.index(plain_name(key)))
+
+    def find(self, meaning: str, form: str) -> str | None:
+        """The key that holds a meaning, None where there is none.
+
+        Raises:
+            DatasetError: several could.
+        """
+        there = self._present(meaning)
+        if form == "messages" and meaning == "output" and not self.fields.output:
+            there = self._rated() if self._present("messages") else []
+        elif not there:
+            there = self._rated() if meaning == "messages" else self._fallback(meaning)
+        if len(there) > 1:
+            seen = " and ".join(f"'{key}' (row {self.keys[key]})" for key in there)
+            raise DatasetError(
+                f"{self.place}: {seen} could each be the {meaning}. Say which: data.fields.{meaning}={there[0]}; "
+                "rows of several forms belong into several files."
+            )
+        return there[0] if there else None
+
+    def _fallback(self, meaning: str) -> list[str]:
+        return [key for key in self.keys if plain_name(key) in FALLBACKS.get(meaning, ())]
 
 
 def no_such_field(key: str, name: str, keys: Collection[str], place: str) -> DatasetError:
@@ -152,54 +236,3 @@ def no_such_field(key: str, name: str, keys: Collection[str], place: str) -> Dat
     close = nearest(name, keys)
     hint = f" Did you mean '{close}'?" if close else f" Its fields: {', '.join(sorted(map(str, keys)))}."
     return DatasetError(f"{key}: {place} has no field '{name}'.{hint}")
-
-
-def to_example(row: Row, mapping: FieldMapping, per_file_domain: bool = False) -> Example:
-    """The row as an example.
-
-    Raises:
-        DatasetError: a needed field is missing, null, empty or no text; names the row and the field.
-    """
-    domain = domain_of_file(row.file) if per_file_domain else None
-    if mapping.domain:
-        domain = text_of(row, mapping.domain).strip()
-    if mapping.text:
-        text = (Message("assistant", text_of(row, mapping.text)),)
-        return Example(text, domain, row.file, row.number, is_text=True)
-    messages = chat_of(row, mapping.messages) if mapping.messages else _pair(row, mapping)
-    if messages[-1].role != "assistant":
-        raise DatasetError(
-            f"{row.place}: '{mapping.messages}' ends with a {messages[-1].role} message; nothing follows that could "
-            "be learned. End it with an assistant message."
-        )
-    return Example(messages, domain, row.file, row.number, tools_of(row, mapping.tools))
-
-
-def strip_end_marks(example: Example) -> tuple[Example, list[str]]:
-    """The example without literal end marks at the end of its answers, and the marks that were there."""
-    marks: list[str] = []
-    messages = tuple(_without_mark(m, marks) if m.role == "assistant" else m for m in example.messages)
-    return (replace(example, messages=messages) if marks else example), marks
-
-
-def _without_mark(message: Message, marks: list[str]) -> Message:
-    text = message.text.rstrip()
-    if not text.endswith(END_MARKS):
-        return message
-    mark = next(m for m in END_MARKS if text.endswith(m))
-    marks.append(mark)
-    return replace(message, text=text.removesuffix(mark))
-
-
-def _pair(row: Row, mapping: FieldMapping) -> tuple[Message, ...]:
-    assert mapping.output
-    answer = Message("assistant", text_of(row, mapping.output))
-    return (*prompt_of(row, mapping), answer)
-
-
-def prompt_of(row: Row, mapping: FieldMapping) -> tuple[Message, ...]:
-    """System message, if any, and prompt of a row with fields."""
-    assert mapping.instruction
-    user = Message("user", text_of(row, mapping.instruction), optional_text(row, mapping.input))
-    system = optional_text(row, mapping.system)
-    return (Message("system", system), user) if system else (user,)

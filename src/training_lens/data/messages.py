@@ -1,11 +1,15 @@
-"""Chats of rows to messages: {role, content} and {from, value}, with tools, calls and loss weights."""
+"""Chats of rows to messages: {role, content} and {from, value}, with calls and masks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
+from training_lens.data.calls import read_calls, read_written_calls
+from training_lens.data.masks import read_mask
+from training_lens.data.row_keys import MESSAGE, NOTHING, PART, KeyCheck, plain_name
 from training_lens.data.types import Message, Role, Row
-from training_lens.data.values import encodable, json_of, kind_of
+from training_lens.data.values import encodable, json_of, kind_of, write_value
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import nearest
 
@@ -18,128 +22,124 @@ ROLE_NAMES: dict[str, Role] = {
     "gpt": "assistant",
     "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "observation": "tool",
     "function": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
     "ipython": "tool",
 }
 EXTRA = ("name", "tool_call_id")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-FUNCTION_CALL = "function_call"  # ShareGPT's role of an assistant that calls a tool; its text is the call in JSON
+# Roles of an assistant that calls tools (ShareGPT, ms-swift): the content is the call in JSON.
+CALLING = ("function_call", "tool_call")
+SPELLINGS = ({"role", "content"}, {"from", "value"})
 
 
-def chat_of(row: Row, key: str) -> tuple[Message, ...]:
-    """The messages of a row with a chat, however they are written.
+def read_chat(row: Row, key: str, value: Any, keys: KeyCheck) -> tuple[tuple[Message, ...], bool]:
+    """The messages of a chat, however they are written, and whether any says itself if it is learned.
+
+    Args:
+        value: the list under the row's `key`, its JSON text, or a single message.
 
     Raises:
         DatasetError: no list of messages, a role that is not known, content that is no text; names the message.
     """
-    value = row.values.get(key)
-    if not isinstance(value, list) or not value:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = json_of(f"{row.place}: '{key}'", value, "a list of messages in JSON")
+    items = [value] if isinstance(value, Mapping) else value
+    if isinstance(items, list) and len(items) == 1 and isinstance(items[0], list):
+        items = items[0]
+    if not isinstance(items, list) or not items:
         raise DatasetError(f"{row.place}: '{key}' is {kind_of(value)}, expected a list of {{role, content}}.")
-    messages = [_message(f"{row.place}, '{key}' message {turn}", item) for turn, item in enumerate(value, 1)]
-    if messages[0].role in ("assistant", "tool"):
-        raise DatasetError(
-            f"{row.place}: '{key}' begins with a message of the {messages[0].role}; nothing asks for it. "
-            "Begin with a user or system message."
-        )
-    return tuple(messages)
+    if isinstance(items[0], list):
+        raise DatasetError(f"{row.place}: '{key}' holds {len(items)} chats. Write a row for each.")
+    place, path = f"{row.place}, '{key}' message", f"{key}[]."
+    read = [_read_message(f"{place} {turn}", item, keys, path) for turn, item in enumerate(items, 1)]
+    return tuple(message for message, _ in read), any(masked for _, masked in read)
 
 
-def _message(place: str, item: Any) -> Message:
-    if not isinstance(item, dict) or not ({"role", "content"} <= set(item) or {"from", "value"} <= set(item)):
-        found = f"one with {', '.join(map(str, item))}" if isinstance(item, dict) else kind_of(item)
-        raise DatasetError(
-            f"{place}: expected an object with 'role' and 'content' (or 'from', 'value'), found {found}."
-        )
-    name = str(item.get("role", item.get("from")))
+def is_chat(value: Any) -> bool:
+    """Whether a value is a message, or a list of them."""
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(isinstance(item, Mapping) and is_message(item) for item in items)
+
+
+def is_message(item: Mapping[str, Any]) -> bool:
+    return any(names <= item.keys() for names in SPELLINGS) or ("role" in item and _calls_something(item))
+
+
+def _calls_something(item: Mapping[str, Any]) -> bool:
+    return bool(item.get("tool_calls") or item.get("function_call"))
+
+
+def _read_message(place: str, item: Any, keys: KeyCheck, path: str) -> tuple[Message, bool]:
+    """A message, and whether it says itself if it is learned."""
+    if not isinstance(item, Mapping):
+        raise _no_message(place, item)
+    if not is_message(item):
+        item = {plain_name(key) if plain_name(key) in MESSAGE.names else key: item[key] for key in item}
+    shape = keys.check(place, MESSAGE, item, path)
+    if not is_message(item):
+        raise _no_message(place, item)
+    name, content = str(_one_of(place, item, "role", "from")), _one_of(place, item, "content", "value")
     role = ROLE_NAMES.get(name)
     if role is None:
         close = nearest(name, ROLE_NAMES)
         hint = f" Did you mean '{close}'?" if close else ""
         raise DatasetError(f"{place}: role '{name}' is none of {', '.join(get_args(Role))}.{hint}")
-    _refuse_thoughts_apart(place, item)
-    content = item.get("content", item.get("value"))
-    calls = _calls(place, name, content, item)
-    said = "" if name == FUNCTION_CALL or (calls and content in (None, "")) else _content(place, content)
+    calls = read_written_calls(place, content, keys, path) if name in CALLING else read_calls(place, item, keys, path)
+    if calls and role != "assistant":
+        raise DatasetError(f"{place}: a {role} message calls a tool; only an assistant can.")
+    wordless = name in CALLING or (calls and content in NOTHING)
+    text = "" if wordless else _read_content(place, role, content, keys, path)
     extra = {key: item[key] for key in EXTRA if item.get(key)}
+    mask = read_mask(place, item, shape.masks, path) if shape.masks else None
+    if mask and role != "assistant":
+        raise DatasetError(f"{place}: '{shape.masks[0]}' is 1 on a {role} message; only an assistant's can be learned.")
     null = content is None and bool(calls)
-    return Message(role, said, learn=_learned(place, role, item), calls=calls, extra=extra, null_content=null)
+    learn = mask is not False
+    return Message(role, text, learn=learn, calls=calls, extra=extra, null_content=null), mask is not None
 
 
-def _refuse_thoughts_apart(place: str, item: dict[str, Any]) -> None:
-    apart = next((key for key in THOUGHTS if item.get(key)), None)
-    if apart:
-        raise DatasetError(
-            f"{place}: '{apart}' stands apart from the content and would not be learned. Put it into the content as "
-            "<think>...</think> and set data.thinking=true, or take it out."
-        )
+def _one_of(place: str, item: Mapping[str, Any], name: str, other: str) -> Any:
+    """The value under one of two spellings."""
+    if item.get(name) is not None and item.get(other) is not None:
+        raise DatasetError(f"{place}: has both '{name}' and '{other}'. Keep one.")
+    return item[name] if item.get(name) is not None else item.get(other)
 
 
-def _content(place: str, content: Any) -> str:
-    """Text, or the text parts of a content list ({"type": "text", "text": ...})."""
-    if isinstance(content, list) and content:
-        parts = [p.get("text", p.get("value")) if isinstance(p, dict) else p for p in content]
-        kinds = [p.get("type", "text") if isinstance(p, dict) else "text" for p in content]
-        other = next((k for k in kinds if k != "text"), None)
-        if other:
-            raise DatasetError(f"{place}: has a part of type '{other}'; only text can be trained on.")
-        content = "".join(str(p) for p in parts) if all(isinstance(p, str) for p in parts) else None
+def _no_message(place: str, item: Any) -> DatasetError:
+    found = f"one with {', '.join(map(str, item))}" if isinstance(item, Mapping) else kind_of(item)
+    return DatasetError(f"{place}: expected an object with 'role' and 'content' (or 'from', 'value'), found {found}.")
+
+
+def _read_content(place: str, role: Role, content: Any, keys: KeyCheck, path: str) -> str:
+    """Text, the text parts of a content list ({"type": "text", "text": ...}), or a value as text.
+
+    Only what assistants and tools say may be a value: asked for as JSON, it is answered as JSON.
+    """
+    if isinstance(content, list) and content and all(map(_is_part, content)):
+        content = "".join(_read_part(place, part, keys, f"{path}content[].") for part in content)
+    elif role in ("assistant", "tool") and not isinstance(content, str):
+        written = write_value(content)
+        if written is not None:
+            keys.say(f"content that is {kind_of(content)} is read as text", written)
+            content = written
     if not isinstance(content, str) or not content:
         raise DatasetError(f"{place}: 'content' is {kind_of(content)}, expected text.")
     return encodable(f"{place}: 'content'", content)
 
 
-def _learned(place: str, role: Role, item: dict[str, Any]) -> bool:
-    """What `loss_weight` (or `weight`) says: 0 or 1; without one every assistant message is learned."""
-    weight = item.get("loss_weight", item.get("weight"))
-    if weight is None:
-        return True
-    if weight not in (0, 1):
-        raise DatasetError(f"{place}: 'loss_weight' is {weight!r}, expected 0 or 1.")
-    if weight and role != "assistant":
-        raise DatasetError(f"{place}: 'loss_weight' is 1 on a {role} message; only an assistant's can be learned.")
-    return bool(weight)
+def _is_part(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("type" in value or (bool(value) and value.keys() <= PART.names))
 
 
-def _calls(place: str, name: str, content: Any, item: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The functions that a message calls: ShareGPT's function_call text, or OpenAI's `tool_calls`."""
-    if name == FUNCTION_CALL:
-        call = json_of(place, content, "a function call in JSON")
-        return tuple(_call(place, c) for c in (call if isinstance(call, list) else [call]))
-    listed = item.get("tool_calls") or []
-    if not isinstance(listed, list):
-        raise DatasetError(f"{place}: 'tool_calls' is {kind_of(listed)}, expected a list of calls.")
-    return tuple(_listed_call(place, call) for call in listed)
-
-
-def _listed_call(place: str, call: Any) -> dict[str, Any]:
-    """One of `tool_calls`: the call with the id beside it, if any."""
-    if not isinstance(call, dict):
-        return _call(place, call)
-    identity = {"id": str(call["id"])} if call.get("id") is not None else {}
-    return {**identity, **_call(place, call.get("function", call))}
-
-
-def _call(place: str, call: Any) -> dict[str, Any]:
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise DatasetError(
-            f"{place}: a function call is {kind_of(call)}, expected an object with 'name' and 'arguments'."
-        )
-    arguments = call.get("arguments", {})
-    return {
-        "name": call["name"],
-        "arguments": json_of(place, arguments, "arguments in JSON") if isinstance(arguments, str) else arguments,
-    }
-
-
-def tools_of(row: Row, key: str | None) -> tuple[dict[str, Any], ...]:
-    """The tools of a chat, each as OpenAI writes them: {"type": "function", "function": {...}}."""
-    value = row.values.get(key) if key else None
-    if not value:
-        return ()
-    tools = json_of(f"{row.place}, '{key}'", value, "a list of tools in JSON") if isinstance(value, str) else value
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DatasetError(f"{row.place}: '{key}' is {kind_of(tools)}, expected a list of tool descriptions.")
-    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
+def _read_part(place: str, part: Mapping[str, Any], keys: KeyCheck, path: str) -> str:
+    if part.get("type", "text") != "text":
+        raise DatasetError(f"{place}: has a part of type '{part['type']}'; only text can be trained on.")
+    keys.check(f"{place}, a part of its content", PART, part, path)
+    text = _one_of(place, part, "text", "value")
+    if not isinstance(text, str):
+        raise DatasetError(f"{place}: the text of a part of its content is {kind_of(text)}, expected text.")
+    return text

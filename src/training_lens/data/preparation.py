@@ -17,7 +17,8 @@ import training_lens.data as data_package
 from training_lens.config.data_sections import CsvSection, DataSection
 from training_lens.data.columns import EncodedRows, TokenizedRows, fit, learnable, running
 from training_lens.data.counting import SplitCounter, SplitReport
-from training_lens.data.fields import find_mapping, keys_of, strip_end_marks, to_example
+from training_lens.data.examples import RowReader, strip_end_marks
+from training_lens.data.fields import find_mapping, keys_of
 from training_lens.data.notes import DataNotes
 from training_lens.data.sources import Source, expand
 from training_lens.data.store import TokenDataset, write_examples
@@ -121,7 +122,7 @@ def _fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
 
 # The keys of the data section that decide tokens; the others decide which examples are taken, and when.
 DECIDING = {
-    *("fields", "csv", "domain", "template", "mask_prompt", "supervise", "thinking"),
+    *("fields", "ignore_keys", "csv", "domain", "template", "mask_prompt", "supervise", "thinking"),
     *("truncation", "special_tokens", "strip_end_marks"),
 }
 
@@ -185,13 +186,14 @@ def examples_of(source: Source, data: DataSection, notes: DataNotes | None = Non
     """The examples of one source; how it was read, and what was set aside, goes to `notes`.
 
     Raises:
-        DatasetError: an empty source, or as `Source.rows`, `find_mapping` and `to_example`.
+        DatasetError: an empty source, or as `Source.rows`, `find_mapping` and `RowReader.read`.
     """
     notes = notes or DataNotes()
-    mapping = find_mapping(present_keys(source, data.csv), data.fields, data.domain, source.name)
+    mapping = find_mapping(present_keys(source, data.csv), data, source.name)
     notes.mapping(source.name, mapping.describe())
+    reader = RowReader(mapping, data, source.name, notes)
     for row in source.rows(data.csv, say=partial(notes.say, source.name)):
-        example = to_example(row, mapping, data.domain.per_file)
+        example = reader.read(row)
         if data.strip_end_marks:
             example, marks = strip_end_marks(example)
             for mark in marks:

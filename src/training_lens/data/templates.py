@@ -22,7 +22,7 @@ from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-DomainStyle = Literal["tag", "hash", "none"]
+DomainStyle = Literal["tag", "hash", "raw", "none"]
 JINJA = (".jinja", ".jinja2", ".j2")
 # Names of special tokens inside data stand as (mark, number, mark) while a template renders: noncharacters of Unicode.
 # Where a template writes JSON in ASCII, they stand escaped.
@@ -155,12 +155,12 @@ def _check_pattern(text: str) -> None:
 
 
 def domain_prefix(domain: str | None, style: DomainStyle) -> str:
-    """What stands before the first user message: '[domain: law] ', or 8 hexadecimal digits of sha256 of the domain."""
+    """What stands before the first user message: '[domain: law] ', 8 hexadecimal digits of its sha256, or itself."""
     if domain is None or style == "none":
         return ""
     if style == "hash":
         return f"[{hashlib.sha256(domain.encode()).hexdigest()[:8]}] "
-    return f"[domain: {domain}] "
+    return f"{domain} " if style == "raw" else f"[domain: {domain}] "
 
 
 class Renderer:
@@ -222,8 +222,11 @@ class Renderer:
         return tuple(i for i in (answers if self._supervise == "all" else answers[-1:]) if messages[i].learn)
 
     def _text(self, example: Example) -> list[Segment]:
-        text = self._protected(example.messages[0].text) + self._end
-        return [*self.text_prompt("", example.domain), *self._restored([Segment(text, True)])]
+        message = example.messages[0]
+        if not message.learn:
+            return []
+        segment = Segment(self._protected(message.text) + self._end, True)
+        return [*self.text_prompt("", example.domain), *self._restored([segment])]
 
     def text_prompt(self, text: str, domain: str | None) -> list[Segment]:
         """What stands before the rest of a plain text that begins with `text`: its domain's prefix, no template."""
@@ -349,4 +352,5 @@ def build_renderer(data: DataSection, tokenizer: Any) -> Renderer:
     else:
         template = PatternTemplate(name, end)
     special = special_names(tokenizer) if data.special_tokens == "plain" else ()
-    return Renderer(template, data.domain.style, end=end, supervise=data.supervise, special=special)
+    supervise: Literal["all", "last"] = "last" if data.supervise == "last" else "all"
+    return Renderer(template, data.domain.style, end=end, supervise=supervise, special=special)

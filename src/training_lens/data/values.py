@@ -1,10 +1,16 @@
-"""Values of rows as text, or the reason why they are none."""
+"""Values of rows as text, or the reason why they are none.
+
+Answers may be any value of JSON, or a date: they are written in one way (`write_value`).
+"""
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from training_lens.data.types import Row
@@ -21,20 +27,71 @@ def json_of(place: str, text: Any, expected: str) -> Any:
         raise DatasetError(f"{place}: expected {expected}, found {str(text)[:60]!r} ({error}).") from error
 
 
+def value_at(values: Mapping[str, Any], key: str) -> Any:
+    """The value under a key; a dotted key leads into objects, and of lists into the first item. None: nothing there.
+
+    Example:
+        >>> value_at({"answers": {"text": ["in the wood", "there"]}}, "answers.text")
+        'in the wood'
+    """
+    if key in values or "." not in key:
+        return values.get(key)
+    value: Any = values
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, list):
+            value = value[0] if value else None
+    return value
+
+
 def text_of(row: Row, key: str) -> str:
     """The text (or number, as text) under a key.
 
     Raises:
         DatasetError: it is missing, null, NaN, empty or no text; names row and key.
     """
-    if key not in row.values:
-        there = ", ".join(sorted(map(str, row.values))) or "none"
-        raise DatasetError(f"{row.place}: has no field '{key}' (its fields: {there}). Add it, or remove the row.")
-    value = row.values[key]
+    value = value_at(row.values, key)
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not (number or (isinstance(value, str) and value.strip())):
-        raise DatasetError(f"{row.place}: '{key}' is {kind_of(value)}, expected text. Mend it, or remove the row.")
+        raise no_text(row, key, value)
     return encodable(f"{row.place}: '{key}'", str(value))
+
+
+def no_text(row: Row, key: str, value: Any) -> DatasetError:
+    """The error that the value under a key of a row is no text, or that the key is missing."""
+    if key.split(".")[0] not in row.values:
+        there = ", ".join(sorted(map(str, row.values))) or "none"
+        return DatasetError(f"{row.place}: has no field '{key}' (its fields: {there}). Add it, or remove the row.")
+    return DatasetError(f"{row.place}: '{key}' is {kind_of(value)}, expected text. Mend it, or remove the row.")
+
+
+def write_value(value: Any) -> str | None:
+    """A value of JSON, or a date, as an answer says it; None where it is nothing that can be said.
+
+    Objects and lists are compact JSON with letters as they are, truth is `true` or `false`, numbers are as JSON
+    writes them (3.0 stays `3.0`), dates and times are of ISO 8601.
+
+    Example:
+        >>> write_value({"age": 3, "seen": [True, None]}), write_value(3.0), write_value(datetime.date(2024, 2, 1))
+        ('{"age":3,"seen":[true,null]}', '3.0', '2024-02-01')
+    """
+    if value is None:
+        return None
+    if isinstance(value, datetime.date | datetime.time | decimal.Decimal):
+        return _write_plain(value)
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_write_plain)
+    except (TypeError, ValueError):
+        return None
+
+
+def _write_plain(value: Any) -> str:
+    """Dates, times and exact numbers, which JSON has no kind for, as text."""
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal) and value.is_finite():
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be written")
 
 
 def encodable(place: str, text: str) -> str:
@@ -47,8 +104,7 @@ def encodable(place: str, text: str) -> str:
 
 def optional_text(row: Row, key: str | None) -> str:
     """As `text_of`; empty where the row has nothing there."""
-    value = row.values.get(key) if key else None
-    return "" if key is None or value is None or value == "" else text_of(row, key)
+    return "" if key is None or value_at(row.values, key) in (None, "") else text_of(row, key)
 
 
 def kind_of(value: Any) -> str:

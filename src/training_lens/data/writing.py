@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from training_lens.config.data_sections import DataSection, DomainSection, FieldsSection
 from training_lens.data.corpus import Corpus, Reading
+from training_lens.data.examples import RowReader
 from training_lens.data.fields import DOMAIN_FIELD, FieldMapping, find_mapping
 from training_lens.data.types import Example, Message, Row
 from training_lens.errors import DatasetError
 
 # as_read: the row's own keys and values; the others are written anew from the example, under the first of the names
-# that `fields.ALIASES` knows.
+# that `row_keys.ALIASES` knows.
 Form = Literal["as_read", "pair", "messages", "text"]
 FileFormat = Literal["jsonl", "parquet"]
-OPTIONAL = ("input", "system", "tools")  # meanings that rows of a mapping may lack
+# Meanings that rows of a mapping may lack.
+OPTIONAL = ("input", "system", "history", "tools", "label", "rejected", "output")
 CHUNK = 1000  # rows of a Parquet file in memory at a time
 
 
@@ -35,7 +37,7 @@ def choose_form(corpus: Corpus, file_format: FileFormat) -> Form:
     if file_format == "jsonl" and _share_a_mapping(corpus):
         return "as_read"
     _refuse_some_without_domain(corpus)
-    by_form = {_form(reading.mapping): reading for reading in reversed(corpus.readings)}
+    by_form = {_form(reading, corpus.data): reading for reading in reversed(corpus.readings)}
     if len(by_form) == 1:
         return next(iter(by_form))
     if "text" in by_form:
@@ -53,20 +55,34 @@ def _share_a_mapping(corpus: Corpus) -> bool:
     if corpus.data.domain.per_file and DOMAIN_FIELD in keys:
         return False  # the file's name is the domain, and its place is taken
     try:
-        merged = find_mapping(keys, corpus.data.fields, corpus.data.domain, "all sources together")
+        merged = find_mapping(keys, corpus.data, "all sources together")
     except DatasetError:
         return False
     return all(_reads_like(merged, reading.mapping) for reading in corpus.readings)
 
 
 def _reads_like(merged: FieldMapping, own: FieldMapping) -> bool:
-    return all(
-        getattr(merged, meaning) == key or (key is None and meaning in OPTIONAL) for meaning, key in vars(own).items()
+    return set(own.masks) <= set(merged.masks) and all(
+        getattr(merged, meaning) == key or (key is None and meaning in OPTIONAL)
+        for meaning, key in vars(own).items()
+        if meaning != "masks"
     )
 
 
-def _form(mapping: FieldMapping) -> Form:
-    return "text" if mapping.text else "messages" if mapping.messages else "pair"
+def _form(reading: Reading, data: DataSection) -> Form:
+    """The form that holds what is learned of a source's rows: pairs of text alone as pairs."""
+    mapping = reading.mapping
+    if mapping.text:
+        return "text"
+    more = (mapping.messages, mapping.history, mapping.tools, mapping.label, mapping.masks)
+    first = RowReader(mapping, data, reading.source.name).read(next(iter(reading.source.rows())))
+    return "messages" if any(more) or not _is_pair(first) else "pair"
+
+
+def _is_pair(example: Example) -> bool:
+    """Whether an example is a prompt and an answer of text, perhaps behind a system message."""
+    roles = tuple(message.role for message in example.messages)
+    return roles in (("user", "assistant"), ("system", "user", "assistant")) and not example.messages[-1].calls
 
 
 def _refuse_some_without_domain(corpus: Corpus) -> None:
@@ -103,7 +119,7 @@ def written(row: Row, example: Example, form: Form, per_file_domain: bool) -> di
     if form == "text":
         values = {"text": example.messages[0].text}
     elif form == "pair":
-        values = _pair(example.messages)
+        values = _pair(row, example)
     else:
         _refuse_input(row, example)
         values = {"messages": [_message(message) for message in example.messages]}
@@ -115,13 +131,19 @@ def _refuse_input(row: Row, example: Example) -> None:
     second = next((message.input for message in example.messages if message.input), None)
     if second is not None:
         raise DatasetError(
-            f"{row.place}: has the input {second[:40]!r} beside its prompt, for which the chats that it is merged with "
-            "have no place. Prepare the two kinds apart, each with its own prepare.output, and train on both."
+            f"{row.place}: has the input {second[:40]!r} beside its prompt, for which the chats that are written "
+            "have no place. Take prepare.format=jsonl, or prepare pairs and chats apart, each with its own "
+            "prepare.output, and train on both."
         )
 
 
-def _pair(messages: Sequence[Message]) -> dict[str, str]:
-    *system, asked, answer = messages
+def _pair(row: Row, example: Example) -> dict[str, str]:
+    if not _is_pair(example):
+        raise DatasetError(
+            f"{row.place}: holds a chat, the first row of its file a pair of prompt and answer: columns of one type "
+            "cannot hold both. Take prepare.format=jsonl, or put them into two files."
+        )
+    *system, asked, answer = example.messages
     values = {"system": system[0].text} if system else {}
     values |= {"instruction": asked.text} | ({"input": asked.input} if asked.input else {})
     return {**values, "output": answer.text}
@@ -171,7 +193,7 @@ def open_writer(path: Path, form: Form, has_domain: bool, learned: Collection[st
 
 def learned_keys(corpus: Corpus) -> set[str]:
     """The keys that are read of any source's rows."""
-    return {key for reading in corpus.readings for key in vars(reading.mapping).values() if key}
+    return {key.split(".")[0] for reading in corpus.readings for key in reading.mapping.keys.values()}
 
 
 class _JsonlWriter:

@@ -5,21 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from training_lens.config.data_sections import CsvSection, DomainSection, FieldsSection
-from training_lens.data.fields import (
-    ALIASES,
-    FieldMapping,
-    domain_of_file,
-    find_mapping,
-    keys_of,
-    strip_end_marks,
-    to_example,
-)
-from training_lens.data.notes import reason_of
+from training_lens.config.data_sections import CsvSection, DataSection, DomainSection, FieldsSection
+from training_lens.data.examples import RowReader, strip_end_marks
+from training_lens.data.fields import FieldMapping, domain_of_file, find_mapping, has_field, keys_of
+from training_lens.data.notes import DataNotes, reason_of
+from training_lens.data.row_keys import ALIASES, FALLBACKS, plain_name
 from training_lens.data.sources import Source
 from training_lens.data.types import Example, Message, Row
 from training_lens.errors import ConfigurationError, DatasetError
@@ -32,6 +26,7 @@ logger = get_logger(__name__)
 NO_ANSWER = "(no answer)"  # the field of answers in a file that has none
 LINE_FIELDS = ("row", "prompt", "domain", "key", "answer", "expected", "finish_reason")  # of an output line
 KEY_DIGITS = 16  # of the key in an output line
+ANSWERS = {*ALIASES["output"], *FALLBACKS["output"], *ALIASES["messages"]}
 STAND_IN = "-"  # takes the place of a missing answer, so that the prompt before it is read as in training
 
 
@@ -116,16 +111,28 @@ class QuestionReader:
         if not whole:
             raise DatasetError(f"{source.name}: holds no rows that can be read.")
         domains = _domains(set(keys_of(whole)), session, source.files[0], domain)
-        self._session, self._domain, self._per_file, self._answerer = session, domain, domains.per_file, answerer
-        self._mapping = _mapping(whole, session, domains)
-        self._id_keys = find_id_keys(keys_of(whole), {*LINE_FIELDS, *asdict(self._mapping).values()})
+        self._session, self._domain, self._answerer = session, domain, answerer
+        data = session.config.data.model_copy(update={"domain": domains})
+        self._mapping = _mapping(whole, session, data)
+        self._notes, self._source = DataNotes(), source.name
+        self._reader = RowReader(self._mapping, data, source.name, self._notes)
+        self._told: set[str] = set()
+        self._id_keys = find_id_keys(keys_of(whole), {*LINE_FIELDS, *self._mapping.keys.values()})
         logger.info("%s: %d rows, read as %s", source.name, len(rows), self._mapping.describe())
         if self._id_keys:
             logger.info("%s: kept with each answer: %s", source.name, ", ".join(self._id_keys))
 
     def __call__(self, rows: Sequence[Row | PassedOver]) -> tuple[list[Question], list[PassedOver]]:
         asked = [self._question(row) if isinstance(row, Row) else row for row in rows]
+        self._log_unused_keys()
         return [q for q in asked if isinstance(q, Question)], [p for p in asked if isinstance(p, PassedOver)]
+
+    def _log_unused_keys(self) -> None:
+        """Tell of keys that are not used, each once."""
+        new = [key for key in self._notes.ignored_keys.get(self._source, ()) if key not in self._told]
+        self._told.update(new)
+        if new:
+            logger.info("%s: not used: %s", self._source, ", ".join(new))
 
     def _question(self, row: Row) -> Question | PassedOver:
         try:
@@ -145,12 +152,12 @@ class QuestionReader:
     def _example(self, row: Row) -> tuple[Example, str | None]:
         """The row as in training, and its answer; None where it has none, and a stand-in ends the example."""
         try:
-            example, answered = to_example(row, self._mapping, self._per_file), True
+            example, answered = self._reader.read(row), True
         except DatasetError:
             if self._mapping.text:
                 raise
             row = replace(row, values=_with_stand_in(row.values, self._mapping))
-            example, answered = to_example(row, self._mapping, self._per_file), False
+            example, answered = self._reader.read(row), False
         if self._session.config.data.strip_end_marks:
             example, _ = strip_end_marks(example)
         said = example.messages[-1].text
@@ -182,20 +189,21 @@ def _domains(keys: set[str], session: Session, source: Path, domain: str | None)
     return DomainSection(field=own.field if known and own.field in ("auto", *keys) else None)
 
 
-def _mapping(rows: Sequence[Row], session: Session, domains: DomainSection) -> FieldMapping:
-    keys, fields = keys_of(rows), session.config.data.fields
+def _mapping(rows: Sequence[Row], session: Session, data: DataSection) -> FieldMapping:
+    keys, fields = keys_of(rows), data.fields
     if session.domains is not None:
-        fields = FieldsSection(**{meaning: key for meaning, key in fields if key in keys})
+        fields = FieldsSection(**{meaning: key for meaning, key in fields if key and has_field(keys, key)})
     if session.continues_text and text_field(fields) in keys:
-        return find_mapping(keys, FieldsSection(text=text_field(fields)), domains, rows[0].file)
-    answers = keys.keys() & {*ALIASES["output"], *ALIASES["messages"]}
-    if not (answers or fields.output or fields.messages):
+        fields = FieldsSection(text=text_field(fields))
+    elif not (fields.output or fields.messages or any(plain_name(key) in ANSWERS for key in keys)):
         keys[NO_ANSWER] = rows[0].number
         fields = fields.model_copy(update={"output": NO_ANSWER})
-    return find_mapping(keys, fields, domains, rows[0].file)
+    return find_mapping(keys, data.model_copy(update={"fields": fields}), rows[0].file)
 
 
 def _with_stand_in(values: Mapping[str, Any], mapping: FieldMapping) -> dict[str, Any]:
+    """The row with a stand-in where it has no answer; what it says of how its answer is learned does not matter."""
+    values = {key: value for key, value in values.items() if key not in mapping.masks}
     if mapping.output:
         return {**values, mapping.output: STAND_IN}
     chat = values.get(str(mapping.messages))

@@ -12,8 +12,8 @@ import torch
 
 from training_lens.config.data_sections import FieldsSection
 from training_lens.config.schema import TrainingConfig
-from training_lens.data.fields import ALIASES
 from training_lens.data.preparation import Preparation
+from training_lens.data.row_keys import ALIASES
 from training_lens.data.templates import Renderer, adopt_template_file, build_renderer
 from training_lens.data.tokenization import TextEncoder
 from training_lens.data.types import Example, Message

@@ -1,0 +1,86 @@
+"""What a row answers: messages, calls of tools, text, or any value of JSON written as text."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from training_lens.data.calls import Tool, find_calls, read_call
+from training_lens.data.messages import is_chat, read_chat
+from training_lens.data.row_keys import KeyCheck, plain_name
+from training_lens.data.types import Message, Row
+from training_lens.data.values import encodable, no_text, value_at, write_value
+from training_lens.errors import DatasetError
+
+# SQuAD's records hold answers with their places in the context.
+MARKED_ANSWER = ("text", "answer_start")
+
+
+def read_answers(row: Row, key: str, tools: Sequence[Tool], keys: KeyCheck) -> tuple[tuple[Message, ...], bool]:
+    """What follows the prompt of a row, and whether any of it says itself if it is learned.
+
+    Args:
+        tools: of the row; an answer that is calls of them is learned as calls.
+
+    Raises:
+        DatasetError: nothing that could be learned; names row and key.
+    """
+    value = value_at(row.values, key)
+    if is_chat(value):
+        return read_chat(row, key, value, keys)
+    if calls := find_calls(value, tools):
+        keys.say(f"answers in '{key}' that are calls of the row's tools are learned as calls")
+        read = tuple(read_call(f"{row.place}, '{key}'", call, keys, f"{key}[].") for call in calls)
+        return (Message("assistant", "", calls=read, null_content=True),), False
+    return (Message("assistant", _read_text(row, key, value, keys)),), False
+
+
+def _read_text(row: Row, key: str, value: Any, keys: KeyCheck) -> str:
+    if _is_marked(value):
+        value = _first_text(row, key, value["text"], [value], keys)
+    elif isinstance(value, list) and value and all(map(_is_marked, value)):
+        value = _first_text(row, key, [answer["text"] for answer in value], value, keys)
+    elif value == [] and plain_name(key) == "answers":
+        raise _no_answer(row, key)
+    if isinstance(value, str):
+        if not value.strip():
+            raise no_text(row, key, value)
+        return encodable(f"{row.place}: '{key}'", value)
+    written = write_value(value)
+    if written is None:
+        raise no_text(row, key, value)
+    keys.say(f"answers in '{key}' that are {describe_kind(value)} are learned as text", written)
+    return encodable(f"{row.place}: '{key}'", written)
+
+
+def _is_marked(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(name in value for name in MARKED_ANSWER)
+
+
+def _first_text(row: Row, key: str, texts: Any, records: Sequence[Mapping[str, Any]], keys: KeyCheck) -> Any:
+    """Of a SQuAD record's answers the first."""
+    for name in (name for record in records for name in record if name not in MARKED_ANSWER):
+        keys.ignore(f"{key}.{name}")
+    keys.say(f"of the answers in '{key}' the first text is learned; its place (answer_start) is not used")
+    if isinstance(texts, list) and not texts:
+        raise _no_answer(row, key)
+    return texts[0] if isinstance(texts, list) else texts
+
+
+def _no_answer(row: Row, key: str) -> DatasetError:
+    return DatasetError(
+        f"{row.place}: '{key}' holds no answer, SQuAD's way to say that there is none. Write the answer that the model "
+        "should give, or leave such rows out."
+    )
+
+
+def describe_kind(value: Any) -> str:
+    """What a value is, for messages on many: 'objects', 'numbers'."""
+    kinds: tuple[tuple[Any, str], ...] = (
+        (Mapping, "objects"),
+        (list, "lists"),
+        (bool, "true or false"),
+        (datetime.date | datetime.time, "dates or times"),
+    )
+    return next((name for kind, name in kinds if isinstance(value, kind)), "numbers")

@@ -1,0 +1,125 @@
+"""Calls of tools and descriptions of tools, in the spellings that rows have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from training_lens.data.row_keys import CALL, FUNCTION, KeyCheck
+from training_lens.data.types import Row
+from training_lens.data.values import json_of, kind_of, value_at
+from training_lens.errors import DatasetError
+
+Call = dict[str, Any]
+Tool = Mapping[str, Any]
+
+
+def read_calls(place: str, item: Mapping[str, Any], keys: KeyCheck, path: str) -> tuple[Call, ...]:
+    """The calls of an assistant's message: OpenAI's `tool_calls`, or its older `function_call`.
+
+    Raises:
+        DatasetError: both are there, or a call that is none.
+    """
+    listed, single = item.get("tool_calls"), item.get("function_call")
+    if listed and single:
+        raise DatasetError(f"{place}: has both 'tool_calls' and 'function_call'. Keep one.")
+    if single:
+        return (read_call(place, single, keys, f"{path}function_call."),)
+    if isinstance(listed, str) and listed.strip():
+        listed = json_of(place, listed, "calls of tools in JSON")
+    if listed and not isinstance(listed, list):
+        raise DatasetError(f"{place}: 'tool_calls' is {kind_of(listed)}, expected a list of calls.")
+    return tuple(read_call(place, call, keys, f"{path}tool_calls[].") for call in listed or ())
+
+
+def read_written_calls(place: str, text: Any, keys: KeyCheck, path: str) -> tuple[Call, ...]:
+    """The calls that a turn of ShareGPT's `function_call` writes as JSON text."""
+    value = json_of(place, text, "a function call in JSON") if isinstance(text, str) or text is None else text
+    return tuple(read_call(place, call, keys, path) for call in (value if isinstance(value, list) else [value]))
+
+
+def read_call(place: str, call: Any, keys: KeyCheck, path: str) -> Call:
+    """One call: its name, its arguments, and its id where it has one."""
+    if not isinstance(call, Mapping):
+        raise _no_call(place, call)
+    keys.check(f"{place}, a call", CALL, call, path)
+    if call.get("type") not in (None, "function"):
+        raise DatasetError(f"{place}: calls a tool of type {call['type']!r}; only 'function' can be trained on.")
+    function = call
+    if call.get("function") is not None:
+        function = call["function"]
+        if not isinstance(function, Mapping):
+            raise _no_call(place, function)
+        keys.check(f"{place}, a call", FUNCTION, function, f"{path}function.")
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise _no_call(place, function)
+    identity = call.get("id") if call.get("id") is not None else function.get("id")
+    named = {} if identity is None else {"id": str(identity)}
+    return {**named, "name": function["name"], "arguments": _arguments(place, function)}
+
+
+def _no_call(place: str, call: Any) -> DatasetError:
+    found = f"one with {', '.join(map(str, call))}" if isinstance(call, Mapping) and call else kind_of(call)
+    return DatasetError(f"{place}: a function call is {found}, expected an object with 'name' and 'arguments'.")
+
+
+def _arguments(place: str, function: Mapping[str, Any]) -> Any:
+    """The arguments of a call: of two spellings the one that is there; none where a function takes none."""
+    found = [function[key] for key in ("arguments", "parameters") if function.get(key) not in (None, "")]
+    if len(found) > 1:
+        raise DatasetError(f"{place}: a call has both 'arguments' and 'parameters'. Keep one.")
+    if not found:
+        others = [str(key) for key in function if key not in FUNCTION.names | CALL.names]
+        if others:
+            raise DatasetError(
+                f"{place}: the call of '{function['name']}' has no 'arguments', but {', '.join(others)}. "
+                "Name its arguments 'arguments'."
+            )
+        return {}
+    return json_of(place, found[0], "arguments in JSON") if isinstance(found[0], str) else found[0]
+
+
+def read_tools(row: Row, key: str | None) -> tuple[Tool, ...]:
+    """The tools of a row, each as OpenAI writes them: {"type": "function", "function": {...}}."""
+    value = value_at(row.values, key) if key else None
+    if not value:
+        return ()
+    place = f"{row.place}, '{key}'"
+    tools = json_of(place, value, "a list of tools in JSON") if isinstance(value, str) else value
+    if not isinstance(tools, list):
+        raise DatasetError(f"{row.place}: '{key}' is {kind_of(tools)}, expected a list of tool descriptions.")
+    return tuple(_tool(row, str(key), tool) for tool in tools)
+
+
+def _tool(row: Row, key: str, tool: Any) -> Tool:
+    if isinstance(tool, str):
+        tool = json_of(f"{row.place}, '{key}'", tool, "a tool description in JSON")
+    if not isinstance(tool, Mapping):
+        raise DatasetError(f"{row.place}: '{key}' holds {kind_of(tool)}, expected tool descriptions (objects).")
+    return tool if "function" in tool else {"type": "function", "function": tool}
+
+
+def find_calls(value: Any, tools: Sequence[Tool]) -> list[Mapping[str, Any]] | None:
+    """The calls that an answer consists of, as an object, a list or their JSON text; None where it is no calls.
+
+    Each must be an object that names one of the row's tools.
+    """
+    if not tools:
+        return None
+    if isinstance(value, str):
+        if not value.lstrip().startswith(("[", "{")):
+            return None
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    items = value if isinstance(value, list) else [value]
+    names = {tool["function"].get("name") for tool in tools if isinstance(tool["function"], Mapping)}
+    are_calls = bool(items) and all(_is_call(item, names) for item in items)
+    return items if are_calls else None
+
+
+def _is_call(item: Any, names: set[Any]) -> bool:
+    call = item.get("function", item) if isinstance(item, Mapping) else None
+    return isinstance(call, Mapping) and isinstance(call.get("name"), str) and call["name"] in names

@@ -1,0 +1,108 @@
+"""Marks of what is not to be learned: on messages, on whole rows, and the label of rated answers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from training_lens.data.types import Message, Row
+from training_lens.data.values import kind_of
+from training_lens.errors import DatasetError
+
+FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def read_flag(value: Any) -> bool | None:
+    """A bool, the numbers 0 and 1, or one of them as text; None for anything else."""
+    return FLAGS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
+
+
+def read_mask(place: str, values: Mapping[str, Any], masks: Collection[str], path: str = "") -> bool | None:
+    """Whether the masks of a message or row say that it is learned; None where they say nothing.
+
+    Args:
+        masks: the keys of `values` that are masks.
+        path: where those keys stand, as in `KeyCheck.check`.
+
+    Raises:
+        DatasetError: a mask that is neither 0 nor 1, or two that disagree.
+    """
+    flags = {key: _flag(place, path + key, values[key]) for key in masks if values[key] is not None}
+    if len(set(flags.values())) > 1:
+        raise DatasetError(
+            f"{place}: {' and '.join(f'{key!r} is {values[key]!r}' for key in flags)}; they disagree on whether the "
+            "answer is learned. Keep one."
+        )
+    return next(iter(flags.values()), None)
+
+
+def _flag(place: str, path: str, value: Any) -> bool:
+    flag = read_flag(value)
+    if flag is None:
+        raise DatasetError(
+            f"{place}: '{path.rsplit('.', 1)[-1]}' is {_shown(value)}, expected 0 or 1: an answer is learned or not. "
+            f"Round it, or weigh whole files with data.weights. If it means something else: data.ignore_keys=['{path}']"
+            "."
+        )
+    return flag
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, int | float | str) else kind_of(value)
+
+
+def mask_row(
+    row: Row, masks: tuple[str, ...], messages: tuple[Message, ...], masked_turns: bool
+) -> tuple[Message, ...]:
+    """The messages with what the row's own masks say: one for all answers, or a list with one for each turn.
+
+    Args:
+        masks: the row's keys that are masks.
+        masked_turns: whether messages carry masks of their own.
+
+    Raises:
+        DatasetError: as `read_mask`; a list of another length; masks of messages that say otherwise.
+    """
+    lists = [key for key in masks if isinstance(row.values[key], list)]
+    if lists and len(masks) > 1:
+        raise DatasetError(f"{row.place}: {' and '.join(masks)} each say what is learned. Keep one.")
+    if lists:
+        learn = _learned_turns(row, lists[0], messages)
+    elif read_mask(row.place, row.values, masks) is not False:
+        return messages
+    else:
+        learn = [False] * len(messages)
+    if masked_turns and any(m.learn != flag for m, flag in zip(messages, learn, strict=True) if m.role == "assistant"):
+        raise DatasetError(
+            f"{row.place}: '{masks[0]}' and the masks of its messages disagree on what is learned. Keep one of them."
+        )
+    return mark_learned(messages, learn)
+
+
+def mark_learned(messages: Sequence[Message], learn: Sequence[bool]) -> tuple[Message, ...]:
+    """The messages, of which those answers are learned that were and that `learn` keeps."""
+    return tuple(
+        replace(m, learn=False) if m.learn and not keep and m.role == "assistant" else m
+        for m, keep in zip(messages, learn, strict=True)
+    )
+
+
+def _learned_turns(row: Row, key: str, messages: Sequence[Message]) -> list[bool]:
+    """Of each message whether it is learned, from a list with an entry for each, or for each answer."""
+    flags = [_flag(row.place, key, value) for value in row.values[key]]
+    answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
+    if len(flags) == len(messages):
+        wrong = next((m.role for m, flag in zip(messages, flags, strict=True) if flag and m.role != "assistant"), None)
+        if wrong:
+            raise DatasetError(
+                f"{row.place}: '{key}' is 1 on a {wrong} message; only an assistant's can be learned. Set it to 0."
+            )
+        return flags
+    if len(flags) == len(answers):
+        by_turn = dict(zip(answers, flags, strict=True))
+        return [by_turn.get(i, False) for i in range(len(messages))]
+    raise DatasetError(
+        f"{row.place}: '{key}' has {len(flags)} entries for {len(messages)} messages with {len(answers)} answers; "
+        "expected one for each message or for each answer. Masks of single tokens cannot be used."
+    )
