@@ -49,7 +49,7 @@ def test_errors_of_one_reason_in_other_rows_and_turns_are_one_kind() -> None:
     assert {kind_of_error(error, "a.jsonl", row) for row, error in errors.items()} == {"'messages' message #: is empty"}
     named = DatasetError("a.jsonl, line 7: broken JSON (x at column 3)", kind="broken JSON")
     assert kind_of_error(named, "a.jsonl", 7) == "broken JSON"
-    assert reason_of(named, "a.jsonl", 7) == "broken JSON (x at column 3)"
+    assert reason_of(str(named), "a.jsonl", 7) == "broken JSON (x at column 3)"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection
 from training_lens.data.corpus import Corpus
-from training_lens.data.preparation import Preparation, read_examples, tokenize
+from training_lens.data.preparation import Preparation, tokenize
+from training_lens.data.reading import read_examples
 from training_lens.data.sources import expand
 from training_lens.data.templates import build_renderer
 from training_lens.data.tokenization import TextEncoder

@@ -12,7 +12,8 @@ import torch
 
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
-from training_lens.data.preparation import Preparation, read_examples, tokenize
+from training_lens.data.preparation import Preparation, tokenize
+from training_lens.data.reading import read_examples
 from training_lens.data.store import TokenDataset
 from training_lens.data.templates import build_renderer
 from training_lens.data.tokenization import TextEncoder

@@ -139,7 +139,7 @@ def _keys(spec: str, key: str) -> set[str]:
 def _read_as(spec: str, key: str, data: DataSection) -> str:
     """How the fields of these files are read: 'question -> answer'."""
     from training_lens.data.notes import DataNotes
-    from training_lens.data.preparation import examples_of
+    from training_lens.data.reading import examples_of
     from training_lens.data.sources import expand
 
     notes = DataNotes()

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.deduplication import fingerprint
-from training_lens.data.examples import RowReader, strip_end_marks
+from training_lens.data.examples import strip_end_marks
 from training_lens.data.fields import FieldMapping, find_mapping, no_such_field
-from training_lens.data.preparation import present_keys
+from training_lens.data.notes import DataNotes
+from training_lens.data.reading import present_keys, usable_rows
 from training_lens.data.sources import Source
 from training_lens.data.types import Example, Row
 from training_lens.data.values import text_of
@@ -49,29 +50,44 @@ class Corpus:
     readings: tuple[Reading, ...]
     data: DataSection
     progress: Progress
+    left_out: Mapping[str, Collection[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, sources: Sequence[Source], data: DataSection, progress: Progress) -> Corpus:
+    def of(
+        cls,
+        sources: Sequence[Source],
+        data: DataSection,
+        progress: Progress,
+        left_out: Mapping[str, Collection[int]] | None = None,
+    ) -> Corpus:
         """Look through the sources for how to read them.
 
-        Raises:
-            DatasetError: as `preparation.present_keys` and `fields.find_mapping`.
-        """
-        return cls(tuple(_reading(source, data) for source in sources), data, progress)
+        Args:
+            left_out: the numbers of each source's rows that are not taken.
 
-    def rows(self, title: str) -> Iterator[tuple[Row, Example]]:
+        Raises:
+            DatasetError: as `reading.present_keys` and `fields.find_mapping`.
+        """
+        return cls(tuple(_reading(source, data) for source in sources), data, progress, left_out or {})
+
+    def rows(self, title: str, notes: DataNotes | None = None) -> Iterator[tuple[Row, Example]]:
         """Each row and its example as it stands there, a bounded number in memory; `title` is the progress bar's.
 
+        Args:
+            notes: takes what the user must be told of the sources.
+
         Raises:
-            DatasetError: as `Source.rows` and `examples.RowReader.read`; or a source changed since it was first read.
+            DatasetError: as `reading.usable_rows`; or a source changed since it was first read.
         """
+        notes = notes or DataNotes()
         with self.progress.task(title, sum(r.size_bytes for r in self.readings), "bytes") as advance:
             for reading in self.readings:
                 _refuse_changed(reading)
                 left = float(reading.size_bytes)
-                reader = RowReader(reading.mapping, self.data, reading.source.name)
-                for row in reading.source.rows(self.data.csv):
-                    example = reader.read(row)
+                left_out = self.left_out.get(reading.source.name, ())
+                for row, example in usable_rows(reading.source, reading.mapping, self.data, notes):
+                    if row.number in left_out:
+                        continue
                     yield row, example
                     done = min(left, sum(len(message.text) for message in example.messages))
                     advance(done)
@@ -99,7 +115,7 @@ class Corpus:
 def _reading(source: Source, data: DataSection) -> Reading:
     stamp = _stamp(source)
     sha256 = source.sha256
-    keys = present_keys(source, data.csv)
+    keys = present_keys(source, data)
     return Reading(source, keys, find_mapping(keys, data, source.name), stamp, sha256)
 
 
@@ -163,8 +179,8 @@ class Catalogue:
         return f"{self.files[self.file[position]]}:{self.number[position]}"
 
 
-def catalogue_of(corpus: Corpus, group_field: str | None) -> Catalogue:
-    """One pass over the rows.
+def catalogue_of(corpus: Corpus, group_field: str | None, notes: DataNotes | None = None) -> Catalogue:
+    """One pass over the rows; `notes` takes what the user must be told of the sources.
 
     Raises:
         DatasetError: as `Corpus.rows`; a source without the group field, or a row; names it.
@@ -177,7 +193,7 @@ def catalogue_of(corpus: Corpus, group_field: str | None) -> Catalogue:
     file, domain, number = array("i"), array("i"), array("q")
     whole, prompt, context, group = array("Q"), array("Q"), array("Q"), array("Q")
     strip = corpus.data.strip_end_marks
-    for row, example in corpus.rows("reading"):
+    for row, example in corpus.rows("reading", notes):
         hashes = fingerprint(strip_end_marks(example)[0] if strip else example)
         file.append(files.setdefault(row.file, len(files)))
         number.append(row.number)

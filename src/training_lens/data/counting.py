@@ -20,7 +20,8 @@ KEPT_SHARE = 0.99  # of the rows: the seq_len that would keep so many whole is r
 class SplitReport:
     """What went into a split: its sources with sha256, how each was read, and what was lost on the way.
 
-    `remarks` and `ignored_keys` are those of each source, with how often; fields with defaults are newer than old runs.
+    `remarks` and `ignored_keys` are those of each source, with how often; `bad_rows` are the rows of each source that
+    were left out and are not among `rows`, by reason. Fields with defaults are newer than old runs.
     """
 
     files: dict[str, str]
@@ -45,6 +46,7 @@ class SplitReport:
     end_marks: dict[str, int]
     remarks: dict[str, dict[str, int]] = field(default_factory=dict)
     ignored_keys: dict[str, dict[str, int]] = field(default_factory=dict)
+    bad_rows: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
     @property
     def unknown_share(self) -> float:
@@ -60,6 +62,7 @@ class SplitCounter:
     notes: DataNotes = field(default_factory=DataNotes)
     domains: Counter[str] = field(default_factory=Counter)
     by_file: Counter[str] = field(default_factory=Counter)
+    usable: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     special_text: Counter[str] = field(default_factory=Counter)
     rows: int = 0
@@ -76,6 +79,7 @@ class SplitCounter:
     def see(self, examples: Sequence[Example], rendered: Sequence[Sequence[Segment]], whole: EncodedRows) -> None:
         """Count examples as they came."""
         self.rows += len(examples)
+        self.usable.update(example.file for example in examples)
         self.coverage.add([message.text for example in examples for message in example.messages])
         self.lengths.update(dict(zip(*(each.tolist() for each in np.unique_counts(whole.lengths)), strict=True)))
         self.special_text.update(segment.text for segments in rendered for segment in segments if segment.plain)
@@ -130,6 +134,7 @@ class SplitCounter:
             end_marks=self.notes.end_marks,
             remarks=self.notes.remarks,
             ignored_keys=self.notes.ignored_keys,
+            bad_rows=self.notes.reasons,
         )
 
 

@@ -39,24 +39,24 @@ def json_rows(source: SourceFile, file: IO[bytes], is_named_lines: bool) -> Iter
 def has_json_lines(file: IO[bytes], is_named_lines: bool) -> bool:
     """Whether each line of the file is a JSON value of its own; told by its first lines, by its name where those
     are broken."""
-    lines = _first_lines(file)
+    lines, is_cut = _first_lines(file)
     if not lines or _is_json(lines[0]):
         return len(lines) > 1
-    if _may_begin_json(b"".join(lines)):
+    if _may_begin_json(b"".join(lines), is_cut):
         return False
     begins_later = lines[0].strip() in (b"[", b"{")
     return is_named_lines or (not begins_later and len(lines) > 1 and _is_json(lines[1]))
 
 
-def _first_lines(file: IO[bytes]) -> list[bytes]:
-    """At least two lines that hold something, where there are so many."""
+def _first_lines(file: IO[bytes]) -> tuple[list[bytes], bool]:
+    """At least two lines that hold something, where there are so many; and whether more may follow."""
     lines: list[bytes] = []
-    size = 0
+    size, line = 0, b""
     while (size < HEAD_BYTES or len(lines) < 2) and (line := file.readline()):
         lines += [line.removeprefix(b"\xef\xbb\xbf")] if line.strip() else []
         size += len(line)
     file.seek(0)
-    return lines
+    return lines, bool(line)
 
 
 def _is_json(line: bytes) -> bool:
@@ -67,13 +67,13 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _may_begin_json(head: bytes) -> bool:
-    """Whether more lines could make this a JSON value, or it holds several."""
+def _may_begin_json(head: bytes, is_cut: bool) -> bool:
+    """Whether this is JSON that goes over lines: one value, several, or the beginning of one where it is cut."""
     text = head.decode("utf-8", "replace")
     try:
         json.loads(text)
     except json.JSONDecodeError as error:
-        return error.pos >= len(text.rstrip()) or error.msg == "Extra data"
+        return error.msg == "Extra data" or (is_cut and error.pos >= len(text.rstrip()))
     except (ValueError, RecursionError):
         return False
     return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from training_lens.errors import DatasetError
@@ -86,15 +86,31 @@ class DataNotes:
         """Of each source the rows that cannot be used, by kind."""
         return self._bad
 
+    @property
+    def reasons(self) -> dict[str, dict[str, list[int]]]:
+        """Of each source why rows cannot be used, worded as for the first such row, and the numbers of these rows."""
+        return {source: _reasons(source, kinds) for source, kinds in self._bad.items()}
 
-def reason_of(error: Exception, source: str, number: int) -> str:
+
+def _reasons(source: str, kinds: Mapping[str, BadRows]) -> dict[str, list[int]]:
+    reasons: dict[str, list[int]] = {}
+    for bad in kinds.values():
+        reasons.setdefault(reason_of(bad.message, source, bad.rows[0]), []).extend(bad.rows)
+    return {reason: sorted(rows) for reason, rows in reasons.items()}
+
+
+def numbers_of(kinds: Mapping[str, BadRows]) -> frozenset[int]:
+    """The numbers of all rows of these kinds."""
+    return frozenset(number for bad in kinds.values() for number in bad.rows)
+
+
+def reason_of(message: str, source: str, number: int) -> str:
     """What a row's error message says besides the row's place.
 
     Example:
-        >>> reason_of(ValueError("a.csv, row 3: has 1 cells"), "a.csv", 3)
+        >>> reason_of("a.csv, row 3: has 1 cells", "a.csv", 3)
         'has 1 cells'
     """
-    message = str(error)
     for unit in ("row", "line"):
         message = message.removeprefix(f"{source}, {unit} {number}")
     return message.lstrip(":, ")
@@ -103,7 +119,7 @@ def reason_of(error: Exception, source: str, number: int) -> str:
 def kind_of_error(error: Exception, source: str, number: int) -> str:
     """What errors of other rows share with this one: its kind, or its reason without numbers."""
     kind = error.kind if isinstance(error, DatasetError) else None
-    return kind or re.sub(r"\d+", "#", reason_of(error, source, number))
+    return kind or re.sub(r"\d+", "#", reason_of(str(error), source, number))
 
 
 def list_rows(numbers: Iterable[int], shown: int = 5) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 import training_lens.data as data_package
-from training_lens.config.data_sections import CsvSection, DataSection
+from training_lens.config.data_sections import DataSection
+from training_lens.data.bad_rows import BadRowRule, bad_rows_error, refuse_unusable_sources
 from training_lens.data.columns import EncodedRows, TokenizedRows, fit, learnable, running
 from training_lens.data.counting import SplitCounter, SplitReport
-from training_lens.data.examples import RowReader, strip_end_marks
-from training_lens.data.fields import find_mapping, keys_of
 from training_lens.data.notes import DataNotes
+from training_lens.data.reading import skip_bad_rows, usable_examples
 from training_lens.data.sources import Source, expand
 from training_lens.data.store import TokenDataset, write_examples
 from training_lens.data.templates import Renderer
@@ -97,15 +97,54 @@ def prepare_sources(
         cache.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(cache, older_than_seconds=86_400)
         with whole_folder(folder) as building:
-            counter = SplitCounter(Coverage(preparation.encoder))
             with progress.task(f"tokenizing {key}", sum(s.size_bytes for s in sources), "bytes") as advance:
-                write_examples(building / "examples.arrow", _chunks(sources, preparation, counter, advance))
+                counter = _write_tokens(building / "examples.arrow", sources, preparation, advance)
             report = counter.report(hashes)
             _refuse_useless(report, counter, key, preparation)
             write_json(building / "report.json", asdict(report))
     report = SplitReport(**read_json(folder / "report.json"))
     entries = {source.name: source.entry for source in sources}
     return Split(TokenDataset.open(folder / "examples.arrow"), report, fingerprint, entries)
+
+
+def _write_tokens(
+    path: Path, sources: Sequence[Source], preparation: Preparation, advance: Callable[[float], None]
+) -> SplitCounter:
+    """Write the tokens of all sources; gives what was counted on the way.
+
+    Raises:
+        DatasetError: as `prepare_split`; of bad rows it names all, of all sources.
+    """
+    counter = SplitCounter(Coverage(preparation.encoder))
+    try:
+        write_examples(path, _chunks(sources, preparation, counter, advance))
+    except DatasetError as error:
+        raise (error_of_all_rows(sources, preparation) or error) from error
+    refuse_unusable_sources(counter.notes, counter.usable)
+    return counter
+
+
+def error_of_all_rows(sources: Sequence[Source], preparation: Preparation) -> DatasetError | None:
+    """What is wrong with rows of these sources, found by preparing them all; None where no row is at fault."""
+    try:
+        counter = find_bad_rows(sources, preparation)
+    except DatasetError as error:
+        return error
+    return bad_rows_error(counter.notes, counter.usable)
+
+
+def find_bad_rows(sources: Sequence[Source], preparation: Preparation) -> SplitCounter:
+    """What there is to count when all sources are prepared without their bad rows: a whole pass, of which nothing is
+    kept.
+
+    Raises:
+        DatasetError: a source itself is at fault, or has no row that can be read.
+    """
+    counter = SplitCounter(Coverage(preparation.encoder))
+    skipping = replace(preparation, data=skip_bad_rows(preparation.data))
+    for _ in _chunks(sources, skipping, counter, lambda _: None):
+        pass
+    return counter
 
 
 def _fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
@@ -122,7 +161,7 @@ def _fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
 
 # The keys of the data section that decide tokens; the others decide which examples are taken, and when.
 DECIDING = {
-    *("fields", "ignore_keys", "csv", "domain", "template", "mask_prompt", "supervise", "thinking"),
+    *("fields", "ignore_keys", "csv", "on_bad_row", "domain", "template", "mask_prompt", "supervise", "thinking"),
     *("truncation", "special_tokens", "strip_end_marks"),
 }
 
@@ -154,10 +193,17 @@ def _chunks(
 
 def _texts(sources: Sequence[Source], preparation: Preparation, counter: SplitCounter) -> Iterator[_Chunk]:
     """The examples of all sources, rendered."""
-    data = preparation.data
-    coming = (e for source in sources for e in examples_of(source, data, counter.notes))
+    coming = (e for source in sources for e in usable_examples(source, preparation.data, counter.notes))
     while examples := list(islice(coming, CHUNK)):
-        yield _Chunk(examples, [preparation.renderer.example(example) for example in examples])
+        yield _render(examples, preparation, counter.notes)
+
+
+def _render(examples: Sequence[Example], preparation: Preparation, notes: DataNotes) -> _Chunk:
+    """The examples as text, without those that the template cannot take where bad rows are skipped."""
+    rule, render = BadRowRule.from_data(preparation.data, notes), preparation.renderer.example
+    rendered = [rule.try_row(e.file, e.row, partial(render, e)) for e in examples]
+    pairs = [(e, segments) for e, segments in zip(examples, rendered, strict=True) if segments is not None]
+    return _Chunk([e for e, _ in pairs], [segments for _, segments in pairs])
 
 
 def _encoded(
@@ -165,52 +211,22 @@ def _encoded(
 ) -> Iterator[tuple[_Chunk, EncodedRows]]:
     """Each chunk with its tokens; counted here, as what characters the tokenizer lacks is asked of it, too."""
     for chunk in chunks:
-        whole = _encode(chunk, preparation.encoder)
+        chunk, whole = _encode(chunk, preparation, counter.notes)
         counter.see(chunk.examples, chunk.rendered, whole)
         yield chunk, whole
 
 
-def present_keys(source: Source, csv: CsvSection) -> dict[str, int]:
-    """The keys of a source's rows, all of which are read: a key may show first in the last row.
-
-    Raises:
-        DatasetError: an empty source, or as `Source.rows`.
-    """
-    keys = keys_of(source.rows(csv))
-    if not keys:
-        raise DatasetError(f"{source.name}: holds no rows.")
-    return keys
-
-
-def examples_of(source: Source, data: DataSection, notes: DataNotes | None = None) -> Iterator[Example]:
-    """The examples of one source; how it was read, and what was set aside, goes to `notes`.
-
-    Raises:
-        DatasetError: an empty source, or as `Source.rows`, `find_mapping` and `RowReader.read`.
-    """
-    notes = notes or DataNotes()
-    mapping = find_mapping(present_keys(source, data.csv), data, source.name)
-    notes.mapping(source.name, mapping.describe())
-    reader = RowReader(mapping, data, source.name, notes)
-    for row in source.rows(data.csv, say=partial(notes.say, source.name)):
-        example = reader.read(row)
-        if data.strip_end_marks:
-            example, marks = strip_end_marks(example)
-            for mark in marks:
-                notes.end_mark(source.name, mark)
-        yield example
-
-
 def tokenize(examples: Sequence[Example], preparation: Preparation) -> list[TokenizedExample | None]:
-    """Examples to tokens; None where one is dropped.
+    """Examples to tokens; None where one is dropped, or cannot be used and bad rows are skipped.
 
     Raises:
         DatasetError: the template or the tokenizer cannot take a row; names it.
     """
-    chunk = _Chunk(examples, [preparation.renderer.example(example) for example in examples])
-    rows, kept = _judged(chunk, _encode(chunk, preparation.encoder), preparation)
-    found = iter(rows)
-    return [next(found) if is_kept else None for is_kept in kept.tolist()]
+    chunk, whole = _encode(_render(examples, preparation, DataNotes()), preparation, DataNotes())
+    rows, kept = _judged(chunk, whole, preparation)
+    kept_examples = (example for example, is_kept in zip(chunk.examples, kept.tolist(), strict=True) if is_kept)
+    found = {id(example): row for example, row in zip(kept_examples, rows, strict=True)}
+    return [found.get(id(example)) for example in examples]
 
 
 def _judged(
@@ -244,17 +260,25 @@ def _digests(rendered: Sequence[Sequence[Segment]]) -> np.ndarray:
     return np.frombuffer(b"".join(each), dtype=">u8").astype(np.uint64)
 
 
-def _encode(chunk: _Chunk, encoder: TextEncoder) -> EncodedRows:
-    """All in one call; where that fails, one by one, to name the row."""
+def _encode(chunk: _Chunk, preparation: Preparation, notes: DataNotes) -> tuple[_Chunk, EncodedRows]:
+    """All in one call; where that fails, one by one, to name the row, or to leave it out where bad rows are skipped."""
+    encode, rule = preparation.encoder.encode, BadRowRule.from_data(preparation.data, notes)
     try:
-        return encoder.encode(chunk.rendered)
+        return chunk, encode(chunk.rendered)
     except DatasetError:
-        for example, segments in zip(chunk.examples, chunk.rendered, strict=True):
-            try:
-                encoder.encode([segments])
-            except DatasetError as error:
-                raise DatasetError(f"{example.file}, row {example.row}: {error}") from error
-        raise
+        pairs = list(zip(chunk.examples, chunk.rendered, strict=True))
+        usable = [p for p in pairs if rule.try_row(p[0].file, p[0].row, partial(_encode_one, *p, encode)) is not None]
+    left = _Chunk([example for example, _ in usable], [segments for _, segments in usable])
+    return left, encode(left.rendered)
+
+
+def _encode_one(
+    example: Example, segments: list[Segment], encode: Callable[[Sequence[Sequence[Segment]]], EncodedRows]
+) -> EncodedRows:
+    try:
+        return encode([segments])
+    except DatasetError as error:
+        raise DatasetError(f"{example.file}, row {example.row}: {error}") from error
 
 
 def prompt_as_trained(example: Example, preparation: Preparation) -> list[int]:
@@ -281,8 +305,3 @@ def _refuse_useless(report: SplitReport, counter: SplitCounter, key: str, prepar
             f"{key}: the answers of all {report.answers_truncated} examples are cut at model.seq_len={seq_len}: the "
             f"model would never see a whole one. {report.seq_len_for_99_percent} tokens would keep 99 % of the rows."
         )
-
-
-def read_examples(specs: Sequence[str], key: str, data: DataSection) -> Iterator[Example]:
-    """The examples of these sources as they are, for showing and for generating answers."""
-    return (example for source in expand(specs, key) for example in examples_of(source, data))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from training_lens.data.bad_rows import describe_bad_rows
 from training_lens.data.counting import SplitReport
 from training_lens.utils.logging import get_logger
 
@@ -16,23 +17,24 @@ def log_split(report: SplitReport, key: str, seq_len: int) -> None:
     for described, files in _grouped(report.mappings).items():
         names = files[0] if len(files) == 1 else f"{len(files)} files"
         logger.info("%s: %s, read as %s", key, names, described)
-    for line in describe_remarks(report):
+    for line in describe_remarks(report.remarks, report.ignored_keys):
         logger.info("%s: %s", key, line)
     for line in notes(report, seq_len):
         logger.warning("%s: %s", key, line)
 
 
-def describe_remarks(report: SplitReport) -> Iterator[str]:
-    """A line for each thing that was noted of a source as it was read."""
-    for source, said in report.remarks.items():
+def describe_remarks(remarks: dict[str, dict[str, int]], ignored_keys: dict[str, dict[str, int]]) -> Iterator[str]:
+    """A line for each thing that was noted of a source as it was read; both as in `SplitReport`."""
+    for source, said in remarks.items():
         for sentence, times in said.items():
             yield f"{source}: {sentence}{f' ({times:,} times)' if times > 1 else ''}"
-    for source, keys in report.ignored_keys.items():
+    for source, keys in ignored_keys.items():
         yield f"{source}: set aside, since nothing reads them: the keys {_counted(keys)}"
 
 
 def notes(report: SplitReport, seq_len: int) -> Iterator[str]:
     """A line for each thing that training on this split would not see as the files have it."""
+    yield from describe_bad_rows(report.bad_rows)
     if report.dropped_too_long:
         yield f"{report.dropped_too_long} of {report.rows} rows dropped: longer than model.seq_len={seq_len}"
     if report.dropped_without_answer:

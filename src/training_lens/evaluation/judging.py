@@ -9,7 +9,7 @@ import numpy as np
 
 from training_lens.config.data_sections import DataSection
 from training_lens.config.judging_sections import EvaluationSection, InferenceSection
-from training_lens.data.preparation import read_examples
+from training_lens.data.reading import read_examples
 from training_lens.data.types import Example
 from training_lens.errors import EvaluationError
 from training_lens.evaluation.comparison import (

@@ -8,7 +8,8 @@ from itertools import islice
 
 from torch import Tensor
 
-from training_lens.data.preparation import prompt_as_trained, read_examples, tokenize
+from training_lens.data.preparation import prompt_as_trained, tokenize
+from training_lens.data.reading import read_examples
 from training_lens.data.types import Example
 from training_lens.errors import ConfigurationError
 from training_lens.inference.reload import greedy, last_logits

@@ -171,7 +171,7 @@ def read_lines(source: Source, csv: CsvSection) -> list[Row | PassedOver]:
     items: list[Row | PassedOver] = []
 
     def pass_over(number: int, error: DatasetError) -> None:
-        items.append(PassedOver(number, reason_of(error, source.name, number)))
+        items.append(PassedOver(number, reason_of(str(error), source.name, number)))
 
     for row in source.rows(csv, pass_over, lambda sentence: logger.info("%s: %s", source.name, sentence)):
         items.append(row)

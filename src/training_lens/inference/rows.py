@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from training_lens.data.batching import hold_out
-from training_lens.data.preparation import CHUNK, examples_of, read_examples, tokenize
+from training_lens.data.preparation import CHUNK, tokenize
+from training_lens.data.reading import examples_of, read_examples
 from training_lens.data.sources import expand
 from training_lens.data.types import Example
 from training_lens.errors import ConfigurationError, DatasetError

@@ -12,6 +12,7 @@ import training_lens
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.corpus import Catalogue, Corpus
 from training_lens.data.leakage import KINDS
+from training_lens.data.notes import DataNotes
 from training_lens.data.selection import Selection
 from training_lens.data.statistics import DomainStatistics, LengthStatistics
 from training_lens.data.writing import Form
@@ -22,12 +23,17 @@ LISTED = 100  # findings of each kind that the manifest lists
 
 @dataclass(frozen=True)
 class Chosen:
-    """The rows that were read, what became of each, and the form in which they are written."""
+    """The rows that were read, what became of each, and the form in which they are written.
+
+    `notes` are what was said of the sources; `bad` are the rows that were left out since they cannot be used.
+    """
 
     corpus: Corpus
     catalogue: Catalogue
     selection: Selection
     form: Form
+    notes: DataNotes
+    bad: DataNotes
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ def manifest_of(
     Args:
         texts: of each of the `listed_rows` the beginning.
     """
-    catalogue, selection = chosen.catalogue, chosen.selection
+    catalogue, selection, bad_rows = chosen.catalogue, chosen.selection, chosen.bad.reasons
+    remarks, ignored_keys = chosen.notes.remarks, chosen.notes.ignored_keys
     rows = Counter(catalogue.files[file] for file in catalogue.file)
     return {
         "made_by": MADE_BY,
@@ -80,6 +87,9 @@ def manifest_of(
                 "sha256": reading.sha256,
                 "rows": rows[reading.source.name],
                 "read_as": reading.mapping.describe(),
+                "remarks": remarks.get(reading.source.name, {}),
+                "ignored_keys": ignored_keys.get(reading.source.name, {}),
+                "bad_rows": bad_rows.get(reading.source.name, {}),
             }
             for reading in chosen.corpus.readings
         },

@@ -13,16 +13,18 @@ import numpy as np
 
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import TrainingConfig
+from training_lens.data.bad_rows import describe_bad_rows, refuse_unusable_sources
 from training_lens.data.corpus import Corpus, catalogue_of
 from training_lens.data.leakage import DROPPED
-from training_lens.data.preparation import Preparation, Split, prepare_sources
-from training_lens.data.reporting import log_split
+from training_lens.data.notes import DataNotes, numbers_of
+from training_lens.data.preparation import Preparation, Split, error_of_all_rows, find_bad_rows, prepare_sources
+from training_lens.data.reporting import describe_remarks, log_split
 from training_lens.data.selection import select
 from training_lens.data.sources import Source, expand
 from training_lens.data.statistics import domain_statistics, length_statistics
 from training_lens.data.types import Example
 from training_lens.data.writing import FileFormat, choose_form, learned_keys, open_writer, settings_for, written
-from training_lens.errors import ConfigurationError
+from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.training.manifest import MADE_BY, Chosen, PreparedSplit, listed_rows, manifest_of
 from training_lens.training.planning import cache_of, preparation_of, read_tokenizer, resolve_texts, with_rows_as_files
 from training_lens.utils.files import (
@@ -79,12 +81,16 @@ def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> 
         sweep_temporaries(folder.parent, older_than_seconds=86_400)
     facts, tokenizer = read_tokenizer(config)
     settled = resolve_texts(config, facts, tokenizer)
-    chosen = _choose(settled, sources, progress)
-    reader = settled.model_copy(update={"data": settings_for(chosen.form, settled.data)})
+    preparation = preparation_of(settled, tokenizer)
     with whole_folder(folder, existing="replace" if force else "refuse") as building:
-        texts = _write(chosen, config.prepare.format, building)
-        chosen.corpus.require_unchanged()
-        tokens = _tokenize(building, folder, preparation_of(reader, tokenizer), cache_of(config), progress)
+        try:
+            chosen = _choose(settled, sources, preparation, progress)
+            texts = _write(chosen, config.prepare.format, building)
+            chosen.corpus.require_unchanged()
+            reader = settled.model_copy(update={"data": settings_for(chosen.form, settled.data)})
+            tokens = _tokenize(building, folder, preparation_of(reader, tokenizer), cache_of(config), progress)
+        except DatasetError as error:  # of bad rows it names one, and perhaps as the row of a file that is not kept
+            raise (error_of_all_rows(sources, preparation) or error) from error
         splits = {name: _described(building, tokens[name]) for name in config.prepare.splits}
         manifest = manifest_of(config, chosen, splits, texts)
         write_json(building / MANIFEST, manifest)
@@ -92,11 +98,21 @@ def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> 
     return Prepared(folder, splits, manifest, reader.data, lengths)
 
 
-def _choose(settled: TrainingConfig, sources: Sequence[Source], progress: Progress) -> Chosen:
-    corpus = Corpus.of(sources, settled.data, progress)
+def _choose(settled: TrainingConfig, sources: Sequence[Source], preparation: Preparation, progress: Progress) -> Chosen:
+    """Which rows are taken; with data.on_bad_row=skip, those alone that can be read, rendered and tokenized."""
+    bad, left_out = DataNotes(), dict[str, frozenset[int]]()
+    if settled.data.on_bad_row == "skip":
+        counter = find_bad_rows(sources, preparation)
+        refuse_unusable_sources(counter.notes, counter.usable)
+        bad = counter.notes
+        left_out = {source: numbers_of(kinds) for source, kinds in bad.bad_rows.items()}
+    corpus = Corpus.of(sources, settled.data, progress, left_out)
     form = choose_form(corpus, settled.prepare.format)
-    catalogue = catalogue_of(corpus, settled.prepare.group_field)
-    return Chosen(corpus, catalogue, select(corpus, catalogue, settled.prepare), form)
+    notes = DataNotes()
+    catalogue = catalogue_of(corpus, settled.prepare.group_field, notes)
+    for line in [*describe_remarks(notes.remarks, notes.ignored_keys), *describe_bad_rows(bad.reasons)]:
+        logger.info("data.train: %s", line)
+    return Chosen(corpus, catalogue, select(corpus, catalogue, settled.prepare), form, notes, bad)
 
 
 def output_folder(config: TrainingConfig) -> Path:
