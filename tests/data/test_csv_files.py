@@ -9,12 +9,11 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from pydantic import ValidationError
 
 from training_lens.config.data_sections import CsvSection
 from training_lens.data.readers import file_rows
 from training_lens.data.source_file import SourceFile
-from training_lens.errors import DatasetError
+from training_lens.errors import ConfigurationError, DatasetError
 
 ROWS = [
     {"question": 'Wie heißt „Tier 0", bitte?', "answer": "Müller; 5 €\nund mehr, ja"},
@@ -171,7 +170,7 @@ def test_bad_rows_are_passed_over_but_never_those_that_a_quote_swallows(tmp_path
     ],
 )
 def test_settings_that_no_table_can_have_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ConfigurationError, match=message):
         CsvSection(**settings)
 
 

@@ -78,7 +78,8 @@ def keys_of(rows: Iterable[Row]) -> dict[str, int]:
     keys: dict[str, int] = {}
     for row in rows:
         if not row.values.keys() <= keys.keys():
-            keys = {**dict.fromkeys(row.values, row.number), **keys}
+            for key in row.values:
+                keys.setdefault(key, row.number)
     return keys
 
 
