@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from training_lens.cli.analyze import analyze
@@ -13,6 +15,7 @@ from training_lens.cli.export import export
 from training_lens.cli.infer import infer
 from training_lens.cli.init import init
 from training_lens.cli.merge import merge
+from training_lens.cli.options import add_command
 from training_lens.cli.prepare import prepare
 from training_lens.cli.push import push
 from training_lens.cli.report import report
@@ -25,7 +28,6 @@ cli = typer.Typer(
     name="training-lens",
     help="LoRA fine-tuning of causal language models that you can trust and see inside.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -34,8 +36,26 @@ COMMANDS = (
     *(analyze, report, export, push, sync),
 )
 for command in COMMANDS:
-    cli.command()(command)
+    add_command(cli)(command)
 cli.add_typer(experiment)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from training_lens import __version__
+
+        print(f"training-lens {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and leave.")
+]
+
+
+@cli.callback()
+def describe(version: Version = False) -> None:
+    """LoRA fine-tuning of causal language models that you can trust and see inside."""
 
 
 def main() -> None:

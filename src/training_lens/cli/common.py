@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from training_lens.cli.options import origin_of_config
 from training_lens.cli.places import copied_here, is_url
 
 if TYPE_CHECKING:
@@ -28,7 +29,14 @@ Overrides = Annotated[
     ),
 ]
 ConfigFile = Annotated[
-    str | None, typer.Option("--config", "-c", metavar="FILE", help="Your YAML or JSON config file.")
+    list[str] | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE",
+        help="Your YAML or JSON config file; may be given several times, a later file goes over an earlier one.",
+        show_default=False,
+    ),
 ]
 FinishedRun = Annotated[str, typer.Option(metavar="RUN", help="A run's id, its folder, or 'latest' finished.")]
 AdapterRun = Annotated[
@@ -119,16 +127,36 @@ def refuse_unused(overrides: list[str] | None, used: tuple[str, ...], why: str) 
 
 
 def load_config(
-    config_file: str | None, overrides: list[str] | None, flags: dict[str, Any] | None = None
+    config_files: list[str] | None, overrides: list[str] | None, flags: dict[str, Any] | None = None
 ) -> TrainingConfig:
-    """The validated config of the command line; `flags` are what a command's own options stand for."""
+    """The validated config of the command line; `flags` are what a command's own options stand for.
+
+    Raises:
+        ConfigurationError: see `compose`; or `--from` names no trainer that is known, or there is no file to read so.
+    """
     from training_lens.config.compose import compose
 
-    return compose(config_file, overrides or [], flags)
+    return compose(config_files, overrides or [], flags, _require_origin(origin_of_config.get(), config_files))
+
+
+def _require_origin(origin: str | None, config_files: list[str] | None) -> str | None:
+    from training_lens.config.origins import ORIGINS
+    from training_lens.errors import ConfigurationError
+    from training_lens.utils.formatting import nearest
+
+    if origin is not None and origin not in ORIGINS:
+        close = nearest(origin, ORIGINS)
+        hint = f" Did you mean {close}?" if close else ""
+        raise ConfigurationError(
+            f"--from {origin}: no config files of that name are known; give {', '.join(ORIGINS)}.{hint}"
+        )
+    if origin is not None and not config_files:
+        raise ConfigurationError(f"--from {origin} says how --config FILE is read; give --config FILE, too.")
+    return origin
 
 
 def load_adapter_config(
-    config_file: str | None, overrides: list[str] | None, run: str | None, used: tuple[str, ...]
+    config_files: list[str] | None, overrides: list[str] | None, run: str | None, used: tuple[str, ...]
 ) -> TrainingConfig:
     """The config, with `--run` as its adapter; settings that the adapter would not heed are refused.
 
@@ -140,7 +168,7 @@ def load_adapter_config(
     named = [text for text in overrides or [] if text.startswith("inference.adapter=")]
     if run is not None and named:
         raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
-    settings = load_config(config_file, overrides, {"inference": {"adapter": run}} if run is not None else None)
+    settings = load_config(config_files, overrides, {"inference": {"adapter": run}} if run is not None else None)
     if run is not None and is_url(run):
         copy = copied_here(run, settings.output.base_output_dir, finished=True)
         settings = settings.resolved(inference={"adapter": copy})

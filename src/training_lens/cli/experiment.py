@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from training_lens.cli.common import ConfigFile, Debug, Json, Screen, command, load_config, refuse_unused
+from training_lens.cli.options import add_command
 
 if TYPE_CHECKING:
     from training_lens.utils.experiments import ListedRun
@@ -56,7 +57,7 @@ experiment = typer.Typer(
 )
 
 
-def _base(config: str | None, overrides: list[str] | None) -> str:
+def _base(config: list[str] | None, overrides: list[str] | None) -> str:
     """Where the runs are."""
     refuse_unused(overrides, BASE, "experiment looks at runs, and trains none.")
     return load_config(config, overrides).output.base_output_dir
@@ -67,7 +68,7 @@ def _apart(words: list[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if "=" not in word], [word for word in words if "=" in word]
 
 
-def _found(words: list[str], config: str | None) -> list[ListedRun]:
+def _found(words: list[str], config: list[str] | None) -> list[ListedRun]:
     """The runs that the arguments name."""
     from training_lens.utils.experiments import find_runs
 
@@ -75,7 +76,7 @@ def _found(words: list[str], config: str | None) -> list[ListedRun]:
     return find_runs(names, _base(config, settings))
 
 
-@experiment.command("list")
+@add_command(experiment, "list")
 def list_(
     overrides: Settings = None,
     sort: Sort = None,
@@ -118,7 +119,7 @@ def _runs_of_mirror(place: str, name: str | None) -> Iterator[list[ListedRun]]:
         yield read_remote_runs(open_storage(place), name, Path(cache))
 
 
-@experiment.command()
+@add_command(experiment)
 def show(
     run: RunName,
     overrides: Settings = None,
@@ -137,7 +138,7 @@ def show(
         screen.result({**found.as_json(), **told})
 
 
-@experiment.command()
+@add_command(experiment)
 def compare(runs: RunNames, config: ConfigFile = None, json: Json = False, debug: Debug = False) -> None:
     """Metrics of some runs side by side, and the settings in which they differ."""
     with command(json, debug) as screen:
@@ -153,7 +154,7 @@ def compare(runs: RunNames, config: ConfigFile = None, json: Json = False, debug
         screen.result({"runs": [run.as_json() for run in found], "config": differing})
 
 
-@experiment.command()
+@add_command(experiment)
 def best(
     overrides: Settings = None,
     metric: Metric = METRIC,
@@ -177,7 +178,7 @@ def best(
         screen.result({"metric": metric, "value": value, "same_validation": not differ, "run": found.as_json()})
 
 
-@experiment.command()
+@add_command(experiment)
 def tag(
     run: RunName,
     tags: Tags,
@@ -197,7 +198,7 @@ def tag(
         screen.result({"run": found.run_id, "path": str(found.folder.root), "tags": list(kept)})
 
 
-@experiment.command()
+@add_command(experiment)
 def delete(
     runs: RunNames, yes: Yes = False, config: ConfigFile = None, json: Json = False, debug: Debug = False
 ) -> None:

@@ -28,7 +28,7 @@ BaseFolder = Annotated[
 WHY = "this reads what was captured, and only the place of runs can be set."
 
 
-def opened(run: str, overrides: list[str] | None, config: str | None, base: str | None) -> CheckpointAnalyzer:
+def opened(run: str, overrides: list[str] | None, config: list[str] | None, base: str | None) -> CheckpointAnalyzer:
     """The run's captures, ready to be analysed.
 
     Raises:
@@ -44,7 +44,7 @@ def opened(run: str, overrides: list[str] | None, config: str | None, base: str 
 
 
 def opened_pair(
-    run: str, against: str | None, overrides: list[str] | None, config: str | None, base: str | None
+    run: str, against: str | None, overrides: list[str] | None, config: list[str] | None, base: str | None
 ) -> tuple[CheckpointAnalyzer, CheckpointAnalyzer | None]:
     """The run, and the one to compare it with where that is asked for; both are looked for in one place."""
     run, given = _named(run, overrides)
@@ -61,7 +61,7 @@ def _named(run: str, overrides: list[str] | None) -> tuple[str, list[str]]:
     return (LATEST, [run, *given]) if "=" in run and not Path(run).exists() else (run, given)
 
 
-def _located(run: str, overrides: list[str], config: str | None) -> Path:
+def _located(run: str, overrides: list[str], config: list[str] | None) -> Path:
     """The folder that the run means; of a path, that path, there or not."""
     from pathlib import Path
 

@@ -88,7 +88,7 @@ def merge(
         screen.result(merged.report)
 
 
-def _settings(config: str | None, overrides: list[str] | None, run: str | None) -> TrainingConfig:
+def _settings(config: list[str] | None, overrides: list[str] | None, run: str | None) -> TrainingConfig:
     """The config, with `--run` as the adapter; settings that merging would not heed are refused."""
     from training_lens.errors import ConfigurationError
 

@@ -57,7 +57,7 @@ def prepare(
         screen.result({"folder": str(prepared.folder), "train": train, **prepared.manifest})
 
 
-def train_command(prepared: Prepared, data: DataSection, overrides: list[str], config: str | None) -> str:
+def train_command(prepared: Prepared, data: DataSection, overrides: list[str], config: list[str] | None) -> str:
     """The command that trains on what was written, with the settings that were given to prepare.
 
     Args:
@@ -65,7 +65,7 @@ def train_command(prepared: Prepared, data: DataSection, overrides: list[str], c
     """
     changed = {key: value for key, value in _reading(prepared.data).items() if _reading(data)[key] != value}
     replaced = ("data.train", "prepare.", *changed)
-    words = ["training-lens", "train", *(["--config", config] if config else [])]
+    words = ["training-lens", "train", *(word for file in config or [] for word in ("--config", file))]
     words += [text for text in overrides if not text.lstrip("+").startswith(replaced)]
     words += [f"{key}={json_module.dumps(value)}" for key, value in changed.items()]
     for name in ("train", "validation"):

@@ -61,7 +61,7 @@ def split_words(words: Sequence[str]) -> tuple[list[Override], list[str]]:
         if word.startswith("~") and equals == "":
             problems.append(f"'{word}': sweeps and deletions have no place here; give one value, lists as [a,b]")
         elif not equals or not is_key(key):
-            skipped = _is_value_of(word, following)
+            skipped = takes_value(word, following)
             problems.append(describe_no_override(word, following if skipped else ""))
         elif not _is_text(word):
             problems.append(f"{key}: the value is not UTF-8 text ({raw!r}); rename the file, or give another value")
@@ -84,7 +84,7 @@ def _is_text(word: str) -> bool:
     return True
 
 
-def _is_value_of(word: str, following: str) -> bool:
+def takes_value(word: str, following: str) -> bool:
     """Whether the next word is the value of this one: `training.lr 1e-3`."""
     if word == "=" or not following or "=" in following or following.startswith("-"):
         return False
