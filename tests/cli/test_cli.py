@@ -118,7 +118,7 @@ def files(tmp_path: Path) -> Path:
         (["peft.r=0", "training.epochs=-1"], 2, "2 problems in the configuration"),
         (["data.train=rows.jsonl", "model.id=model"], 1, "'model' holds no weights; expected model.safetensors"),
         (["data.train=rows.jsonl", "training.max_steps=5", "training.save_steps=9"], 2, "every 9 steps never comes"),
-        (["--resume", "latest"], 1, "no unfinished run"),
+        (["--resume", "latest"], 1, "no run in outputs yet"),
         (["--resume", "latest", "training.lr=1"], 2, "would change it"),
     ],
 )

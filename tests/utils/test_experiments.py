@@ -193,8 +193,8 @@ def test_runs_are_found_in_any_experiment_by_id_path_and_latest(tmp_path: Path) 
     assert ids(find_runs(["latest", str(newest.root), newest.run_id], str(tmp_path))) == [newest.run_id]
     make(tmp_path, "same", experiment="a")
     same = make(tmp_path, "same", experiment="b")
-    with pytest.raises(CheckpointError, match="'same' is there 2 times; give one's folder"):
+    with pytest.raises(CheckpointError, match="'same' may mean 2 runs; give the folder of one"):
         find_runs(["same"], str(tmp_path))
     assert find_runs([str(same.root)], str(tmp_path))[0].experiment == "b"
-    with pytest.raises(CheckpointError, match=r"no run 'sane' among the 4 of .*Did you mean same\?"):
+    with pytest.raises(CheckpointError, match=r"no run 'sane' in .* \(4 runs in all\).*Did you mean same\?"):
         find_runs(["sane"], str(tmp_path))

@@ -15,30 +15,78 @@ from training_lens.utils.files import write_json
 from training_lens.utils.runs import RunFolder, find_run, new_run_id, read_metrics, run_folders, runs_folder
 
 
-def make(base: Path, run_id: str, status: str) -> RunFolder:
-    run = RunFolder(runs_folder(str(base), "default") / run_id).create()
+def make(base: Path, run_id: str, status: str, experiment: str = "default") -> RunFolder:
+    run = RunFolder(runs_folder(str(base), experiment) / run_id).create()
     write_json(run.metadata / "summary.json", {"status": status})
     return run
 
 
-def test_latest_is_the_newest_of_its_kind(tmp_path: Path) -> None:
-    for run_id, status in [
-        *[("a", "finished"), ("b", "finished"), ("c", "interrupted"), ("d", "failed")],
-        ("e", "pruned"),  # ended for good: nothing to use, nothing to go on with
-    ]:
-        make(tmp_path, run_id, status)
-    assert find_run("latest", str(tmp_path), "default", finished=True).run_id == "b"
-    assert find_run("latest", str(tmp_path), "default", finished=False).run_id == "d"
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    """Four runs of two experiments; the one that started last is of the experiment that comes first by name."""
+    make(tmp_path, "20260101T000000Z-aaaa", "finished", "b")
+    make(tmp_path, "20260102T000000Z-bbbb", "interrupted", "b")
+    make(tmp_path, "20260103T000000Z-cccc", "finished", "b")
+    make(tmp_path, "20260104T000000Z-dddd", "finished", "a")
+    return str(tmp_path)
 
 
-def test_ids_and_paths_are_found(tmp_path: Path) -> None:
-    run = make(tmp_path, "20260101T000000Z-abcd", "finished")
-    assert find_run(run.run_id, str(tmp_path), "default", finished=True) == run
-    assert find_run(str(run.root), "elsewhere", "default", finished=True) == run
-    with pytest.raises(CheckpointError, match=r"no run '.*abce'.*Did you mean 20260101T000000Z-abcd"):
-        find_run("20260101T000000Z-abce", str(tmp_path), "default", finished=True)
-    with pytest.raises(CheckpointError, match="no unfinished run"):
-        find_run("latest", str(tmp_path), "default", finished=False)
+@pytest.mark.parametrize(
+    ("reference", "experiment", "meant"),
+    [
+        ("latest", None, "dddd"),
+        ("latest", "b", "cccc"),
+        ("b", None, "cccc"),
+        ("a", "b", "dddd"),
+        ("20260102T000000Z-bbbb", None, "bbbb"),
+        ("20260102T000000Z-bbbb", "a", "bbbb"),
+        ("20260102", None, "bbbb"),
+        ("2026010", "a", "dddd"),
+    ],
+)
+def test_a_reference_means_one_run_whoever_asks(base: str, reference: str, experiment: str | None, meant: str) -> None:
+    assert find_run(reference, base, experiment).run_id.endswith(meant)
+    if meant != "bbbb":
+        assert find_run(reference, base, experiment, finished=True).run_id.endswith(meant)
+
+
+@pytest.mark.parametrize(
+    ("reference", "experiment", "finished", "message"),
+    [
+        (
+            "latest",
+            None,
+            False,
+            r"Z-dddd \(finished\); expected one that is unfinished. The last unfinished one is .*bbbb",
+        ),
+        ("latest", "a", False, "No run in experiment a of .* is unfinished"),
+        ("latest", "c", None, "no run in experiment c of .* yet"),
+        ("2026", None, None, r"'2026' may mean 4 runs; give the folder of one: .*aaaa, .*bbbb"),
+        ("20260104T000000Z-dddx", None, True, r"no run '.*dddx' in .*Did you mean 20260104T000000Z-dddd"),
+        ("lates", None, None, r"Did you mean latest\?"),
+    ],
+)
+def test_what_cannot_be_meant_names_what_is_there(
+    base: str, reference: str, experiment: str | None, finished: bool | None, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        find_run(reference, base, experiment, finished=finished)
+
+
+def test_the_last_run_is_the_same_for_every_use(base: str) -> None:
+    last = make(Path(base), "20260105T000000Z-eeee", "interrupted", "b")
+    assert find_run("latest", base) == find_run("latest", base, finished=False) == last
+    with pytest.raises(
+        CheckpointError, match=r"eeee \(interrupted\).*one is .*dddd, or finish it with .*--resume .*eeee"
+    ):
+        find_run("latest", base, finished=True)
+
+
+def test_a_name_of_a_run_and_of_an_experiment_is_refused_and_a_path_is_clear(base: str) -> None:
+    run = make(Path(base), "a", "finished", "b")
+    with pytest.raises(CheckpointError, match="'a' may mean 2 runs"):
+        find_run("a", base)
+    assert find_run(str(run.root), "elsewhere", "b", finished=True) == run
 
 
 def test_run_ids_are_unique_and_sort_by_time() -> None:

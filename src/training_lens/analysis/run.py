@@ -11,9 +11,9 @@ from training_lens.analysis.logs import Log, our_log
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError
 from training_lens.utils.checkpoints import checkpoint_steps
-from training_lens.utils.experiments import find_runs, folders_of, newest, so_far
+from training_lens.utils.experiments import so_far
 from training_lens.utils.housekeeping import in_place
-from training_lens.utils.runs import RunFolder
+from training_lens.utils.runs import LATEST, RunFolder, find_run, folders_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -51,8 +51,8 @@ class Run:
         if "://" in str(path_or_id):
             raise CheckpointError(IN_A_MIRROR)
         self._base_output_dir = Path(base_output_dir).absolute()
-        (found,) = find_runs([str(Path(path_or_id).expanduser())], str(base_output_dir))
-        self.folder = RunFolder(found.folder.root.absolute())  # it is found also after a change of the directory
+        found = find_run(str(Path(path_or_id).expanduser()), str(base_output_dir))
+        self.folder = RunFolder(found.root.absolute())  # it is found also after a change of the directory
         self._lens: CheckpointAnalyzer | None = None
         self._findings: tuple[Finding, ...] | None = None
         self._read_at: tuple[str, int] | None = None
@@ -68,10 +68,8 @@ class Run:
             CheckpointError: there is no run yet.
             ConfigurationError: there is no such experiment.
         """
-        folders = folders_of(str(base_output_dir), experiment)
-        if not folders:
-            raise CheckpointError(f"no run in {base_output_dir} yet. Train one, or give base_output_dir.")
-        return cls(newest(folders).root)
+        folders_of(str(base_output_dir), experiment)  # refuses an experiment that is not there
+        return cls(find_run(LATEST, str(base_output_dir), experiment).root)
 
     @property
     def run_id(self) -> str:

@@ -16,6 +16,7 @@ from training_lens.cli.common import (
     load_config,
     refuse_unused,
 )
+from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
     from training_lens.inference.benchmark import Benchmark
@@ -31,17 +32,17 @@ def benchmark(
     """Measure how fast base, adapter and merged model answer: time to first token, per token, latency, memory."""
     with command(json, debug) as screen:
         settings = load_config(config, overrides)
+        refuse_unused(
+            overrides, ("benchmark.", "output.", "model.device"), "benchmark measures with the run's own config."
+        )
+        found = locate_run(run, settings.output, finished=True)
+        found.require_adapter()
         from training_lens.inference.benchmark import benchmark as measure
         from training_lens.inference.benchmark_page import write_benchmark_page
         from training_lens.inference.session import open_run
         from training_lens.utils.files import write_json
         from training_lens.utils.progress import Progress
-        from training_lens.utils.runs import find_run
 
-        refuse_unused(
-            overrides, ("benchmark.", "output.", "model.device"), "benchmark measures with the run's own config."
-        )
-        found = find_run(run, settings.output.base_output_dir, settings.output.experiment_name, finished=True)
         report = measure(open_run(found, device_of(settings)), settings.benchmark, Progress(screen.console))
         write_json(found.reports / "benchmark.json", report.as_json())
         write_benchmark_page(found.reports / "benchmark.html", report)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from training_lens.cli.options import origin_of_config
-from training_lens.cli.places import copied_here, is_url
+from training_lens.cli.places import locate_adapter
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,12 +38,15 @@ ConfigFile = Annotated[
         show_default=False,
     ),
 ]
-FinishedRun = Annotated[str, typer.Option(metavar="RUN", help="A run's id, its folder, or 'latest' finished.")]
+FinishedRun = Annotated[
+    str, typer.Option(metavar="RUN", help="A run's id or folder, an experiment (its last run), or 'latest'.")
+]
 AdapterRun = Annotated[
     str | None,
     typer.Option(
         metavar="RUN",
-        help="Short for inference.adapter=RUN: a run's id or folder, an adapter folder, or a place in a mirror.",
+        help="Short for inference.adapter=RUN: a run's id or folder, an experiment (its last run), 'latest', an "
+        "adapter folder, or a place in a mirror.",
     ),
 ]
 Json = Annotated[
@@ -169,11 +172,8 @@ def load_adapter_config(
     if run is not None and named:
         raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
     settings = load_config(config_files, overrides, {"inference": {"adapter": run}} if run is not None else None)
-    if run is not None and is_url(run):
-        copy = copied_here(run, settings.output.base_output_dir, finished=True)
-        settings = settings.resolved(inference={"adapter": copy})
-    from training_lens.inference.session import uses_own_model
+    from training_lens.utils.runs import uses_own_model
 
     own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device",)
     refuse_unused(overrides, (*used, "output.", *own), "a run answers with its own config.")
-    return settings
+    return locate_adapter(settings)

@@ -18,6 +18,7 @@ from training_lens.cli.common import (
     load_adapter_config,
 )
 from training_lens.cli.judgement import USED, finish, opened, refuse_base_only
+from training_lens.cli.places import locate_adapter
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -45,7 +46,9 @@ def compare(
     with command(json, debug) as screen:
         if against is not None:
             refuse_base_only(overrides)
-            _compare_two(screen, load_adapter_config(config, overrides, run, _used(against)), against)
+            settings = load_adapter_config(config, overrides, run, _used(against))
+            other = locate_adapter(settings.resolved(inference={"adapter": against}))
+            _compare_two(screen, settings, other.inference.adapter)
             return
         settings = load_adapter_config(config, overrides, run, USED)
         judge, examples, folder = opened(screen, settings)
@@ -55,7 +58,7 @@ def compare(
 
 def _used(against: str) -> tuple[str, ...]:
     """The settings that a comparison heeds; an adapter folder stands on `model.id`."""
-    from training_lens.inference.session import uses_own_model
+    from training_lens.utils.runs import uses_own_model
 
     return (*USED, "model.", "data.") if uses_own_model(against) else USED
 

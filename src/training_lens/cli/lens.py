@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import load_config, refuse_unused
-from training_lens.cli.places import copied_here
+from training_lens.cli.places import copied_here, locate_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,8 +18,8 @@ RunPlace = Annotated[
     str,
     typer.Argument(
         metavar="[RUN]",
-        help="A run's id or folder, 'latest', a place in a mirror (s3://...), a lens folder, or PEFT checkpoints of "
-        "another trainer.",
+        help="A run's id or folder, an experiment (its last run), 'latest', a place in a mirror "
+        "(s3://...), a lens folder, or PEFT checkpoints of another trainer.",
     ),
 ]
 BaseFolder = Annotated[
@@ -65,11 +65,9 @@ def _located(run: str, overrides: list[str], config: list[str] | None) -> Path:
     """The folder that the run means; of a path, that path, there or not."""
     from pathlib import Path
 
-    from training_lens.utils.runs import LATEST, find_run
-
     refuse_unused(overrides, ("output.",), WHY)
     output = load_config(config, overrides).output
     run = copied_here(run, output.base_output_dir, finished=None)
-    if run != LATEST and (Path(run).exists() or "/" in run):
+    if (Path(run).exists() or "/" in run) and not (Path(run) / "metadata").is_dir():
         return Path(run)
-    return find_run(run, output.base_output_dir, output.experiment_name, finished=None).root
+    return locate_run(run, output, finished=None).root

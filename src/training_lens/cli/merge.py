@@ -17,6 +17,7 @@ from training_lens.cli.common import (
     load_config,
     refuse_unused,
 )
+from training_lens.cli.places import locate_adapter
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -34,7 +35,10 @@ class Dtype(StrEnum):
 
 Run = Annotated[
     str | None,
-    typer.Option(metavar="RUN", help="Short for inference.adapter=RUN: a run's id or folder, or an adapter folder."),
+    typer.Option(
+        metavar="RUN",
+        help="Short for inference.adapter=RUN: a run's id or folder, an experiment, 'latest', or an adapter folder.",
+    ),
 ]
 Output = Annotated[
     str | None,
@@ -96,11 +100,11 @@ def _settings(config: list[str] | None, overrides: list[str] | None, run: str | 
     if run and named:
         raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
     settings = load_config(config, overrides, {"inference": {"adapter": run}} if run else None)
-    from training_lens.inference.session import uses_own_model
+    from training_lens.utils.runs import uses_own_model
 
     own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device", "data.validation=")
     refuse_unused(overrides, ("inference.adapter", "output.", *own), "merge takes what the run's own config says.")
-    return settings
+    return locate_adapter(settings)
 
 
 def _say_written(screen: Screen) -> None:

@@ -1,6 +1,13 @@
-"""Runs that are in a mirror, for commands that read runs: a copy of them here."""
+"""Which run a command means: one of this machine, or a copy of one in a mirror; and saying so."""
 
 from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from training_lens.config.schema import OutputSection, TrainingConfig
+    from training_lens.utils.runs import RunFolder
 
 
 def is_url(reference: str) -> bool:
@@ -23,3 +30,42 @@ def copied_here(reference: str, base_output_dir: str, *, finished: bool | None) 
     from training_lens.integrations.fetching import fetch_to_read
 
     return str(fetch_to_read(reference, base_output_dir, finished=finished).root)
+
+
+def locate_run(reference: str, output: OutputSection, *, finished: bool | None) -> RunFolder:
+    """The run that a reference means, told to the user; arguments and errors are those of `find_run`."""
+    from training_lens.utils.runs import find_run
+
+    here = copied_here(reference, output.base_output_dir, finished=finished)
+    run = find_run(here, output.base_output_dir, output.named_experiment, finished=finished)
+    announce_run(run)
+    return run
+
+
+def locate_adapter(settings: TrainingConfig) -> TrainingConfig:
+    """The settings with the folder of the run that `inference.adapter` names, told to the user.
+
+    An adapter folder, or no adapter, stays as it is.
+
+    Raises:
+        CheckpointError, AdapterError: see `find_adapter_run`.
+    """
+    from training_lens.utils.runs import find_adapter_run, uses_own_model
+
+    output, adapter = settings.output, settings.inference.adapter
+    adapter = copied_here(adapter, output.base_output_dir, finished=True)
+    if uses_own_model(adapter):
+        return settings
+    run = find_adapter_run(adapter, output.base_output_dir, output.named_experiment)
+    announce_run(run)
+    return settings.resolved(inference={"adapter": str(run.root)})
+
+
+def announce_run(run: RunFolder) -> None:
+    """Say which run answers: on standard error where standard output is read by a program."""
+    from training_lens.utils.runs import read_status
+
+    status = read_status(run)
+    became = "" if status == "finished" else f" ({status})"
+    where = f"of experiment {run.experiment}" if run.experiment else f"in {run.root}"
+    print(f"run {run.run_id} {where}{became}", file=sys.stdout if sys.stdout.isatty() else sys.stderr)

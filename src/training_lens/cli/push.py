@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, refuse_unused
-from training_lens.cli.places import copied_here
+from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from training_lens.integrations.pushed import PushPlan
 
 RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's id, its folder, 'latest' finished, or a mirror's.")
+    str,
+    typer.Argument(metavar="RUN", help="A run's id or folder, an experiment (its last run), 'latest', or a mirror's."),
 ]
 RepoName = Annotated[
     str | None, typer.Argument(metavar="[REPO]", help="owner/name; without it, the run's own tracking.hub.repo.")
@@ -71,11 +72,8 @@ def _hub(run: str, settings: TrainingConfig) -> HuggingFaceIntegration:
     from training_lens.errors import ConfigurationError
     from training_lens.integrations.hub import HuggingFaceIntegration
     from training_lens.integrations.record import RunRecord
-    from training_lens.utils.runs import find_run
 
-    output = settings.output
-    here = copied_here(run, output.base_output_dir, finished=True)
-    folder = find_run(here, output.base_output_dir, output.experiment_name, finished=True)
+    folder = locate_run(run, settings.output, finished=True)
     record = RunRecord(folder, {"tracking": {"hub": settings.given()["tracking"]["hub"]}})
     if record.config.tracking.hub.repo is None:
         raise ConfigurationError(

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, refuse_unused
+from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from training_lens.core.integration import IntegrationState
 
-RunName = Annotated[str, typer.Argument(metavar="[RUN]", help="A run's id, its folder, or 'latest'.")]
+RunName = Annotated[
+    str, typer.Argument(metavar="[RUN]", help="A run's id or folder, an experiment (its last run), or 'latest'.")
+]
 Status = Annotated[bool, typer.Option("--status", help="Send nothing: show what is connected, and what is not sent.")]
 Again = Annotated[bool, typer.Option("--again", help="Send everything, also what was sent: for a place that lost it.")]
 
@@ -39,9 +42,7 @@ def sync(
         named, given = ("latest", [run, *(overrides or [])]) if "=" in run else (run, overrides or [])
         refuse_unused(given, ("output.", "tracking."), "sync sends a run as it is.")
         settings = load_config(config, given)
-        from training_lens.utils.runs import find_run
-
-        folder = find_run(named, settings.output.base_output_dir, settings.output.experiment_name, finished=None)
+        folder = locate_run(named, settings.output, finished=None)
         changes = {"tracking": settings.given()["tracking"]}
         if settings.output.mirror:
             changes["output"] = {"mirror": settings.output.mirror}

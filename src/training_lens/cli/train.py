@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, refuse_unused
-from training_lens.cli.places import is_url
+from training_lens.cli.places import is_url, locate_run
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -20,7 +20,8 @@ Resume = Annotated[
     typer.Option(
         "--resume",
         metavar="RUN",
-        help="Go on with a run: its id, its folder, 'latest' unfinished, or a place in a mirror (s3://...).",
+        help="Go on with a run: its id or folder, an experiment (its last run), 'latest', or a place in a mirror "
+        "(s3://...).",
     ),
 ]
 
@@ -39,11 +40,13 @@ def train(
     """
     with command(json, debug) as screen:
         settings = load_config(config, overrides)
-        from training_lens.training.wrapper import TrainingWrapper
-
         if resume:
             refuse_unused(overrides, ("output.",), "--resume goes on with the run's own config, this would change it.")
-            summary = TrainingWrapper.resume(_unfinished(screen, resume, settings), console=screen.console)
+        unfinished = _unfinished(screen, resume, settings) if resume else None
+        from training_lens.training.wrapper import TrainingWrapper
+
+        if unfinished:
+            summary = TrainingWrapper.resume(unfinished, console=screen.console)
         else:
             summary = TrainingWrapper(settings, console=screen.console).train()
         _show(screen, summary)
@@ -52,15 +55,12 @@ def train(
 
 def _unfinished(screen: Screen, reference: str, settings: TrainingConfig) -> RunFolder:
     """The run to go on with; one of a mirror is fetched."""
-    from training_lens.utils.runs import find_run
-
-    output = settings.output
     if not is_url(reference):
-        return find_run(reference, output.base_output_dir, output.experiment_name, finished=False)
+        return locate_run(reference, settings.output, finished=False)
     from training_lens.integrations.fetching import fetch_to_resume
     from training_lens.utils.progress import Progress
 
-    run = fetch_to_resume(reference, output.base_output_dir, Progress(screen.console))
+    run = fetch_to_resume(reference, settings.output.base_output_dir, Progress(screen.console))
     screen.console.print(f"fetched {run.root}", markup=False, soft_wrap=True)
     return run
 

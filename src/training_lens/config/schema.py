@@ -172,6 +172,11 @@ class OutputSection(Section):
         "the environment",
     )
 
+    @property
+    def named_experiment(self) -> str | None:
+        """The experiment, where it was named; None: runs are looked for in all of them."""
+        return self.experiment_name if "experiment_name" in self.model_fields_set else None
+
 
 class TrainingConfig(Section):
     """The whole configuration of a run."""

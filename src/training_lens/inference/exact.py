@@ -7,11 +7,11 @@ from pathlib import Path
 from training_lens import embedded
 from training_lens.config.schema import ModelSection, TrainingConfig
 from training_lens.errors import AdapterError, ConfigurationError
-from training_lens.inference.session import BASE_ALONE, Session, open_run, open_session, uses_own_model
+from training_lens.inference.session import Session, open_run, open_session
 from training_lens.models.factory import locate, read_facts, resolve_seq_len
 from training_lens.models.saved import read_config, require_adapter, require_plain
 from training_lens.models.stored import check_base
-from training_lens.utils.runs import RunFolder, find_run
+from training_lens.utils.runs import BASE_ALONE, RunFolder, find_adapter_run, uses_own_model
 
 PARTLY = ("layers_to_transform", "layers_pattern", "exclude_modules")  # where an adapter is, not what it computes
 
@@ -29,7 +29,7 @@ def run_of(config: TrainingConfig) -> RunFolder | None:
         )
     if uses_own_model(name):
         return None
-    return find_run(name, config.output.base_output_dir, config.output.experiment_name, finished=True)
+    return find_adapter_run(name, config.output.base_output_dir, config.output.named_experiment)
 
 
 def adapter_of(config: TrainingConfig, run: RunFolder | None) -> tuple[Path, ModelSection]:

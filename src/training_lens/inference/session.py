@@ -18,16 +18,17 @@ from training_lens.data.templates import Renderer, adopt_template_file, build_re
 from training_lens.data.tokenization import TextEncoder
 from training_lens.data.types import Example, Message
 from training_lens.data.values import NO_TEXT
-from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, ModelLoadingError
+from training_lens.errors import AdapterError, ConfigurationError, ModelLoadingError
 from training_lens.inference.decoder import Decoders
 from training_lens.models.adapters import load_adapter
 from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts, resolve_seq_len
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import read_json
 from training_lens.utils.formatting import nearest
-from training_lens.utils.runs import RunFolder, find_run
+from training_lens.utils.logging import get_logger
+from training_lens.utils.runs import BASE_ALONE, RunFolder, find_adapter_run, uses_own_model
 
-BASE_ALONE = "none"
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,21 +136,10 @@ def open_session(config: TrainingConfig) -> Session:
     name = config.inference.adapter
     if uses_own_model(name):
         return _open_own(config, None if name == BASE_ALONE else Path(name).expanduser())
-    try:
-        run = find_run(name, config.output.base_output_dir, config.output.experiment_name, finished=True)
-    except CheckpointError:
-        if Path(name).is_dir():
-            raise AdapterError(
-                f"inference.adapter: '{name}' holds neither adapter_config.json (an adapter folder) nor metadata/ "
-                "(a run's folder)."
-            ) from None
-        raise
+    run = find_adapter_run(name, config.output.base_output_dir, config.output.named_experiment)
+    if not Path(name).is_dir():
+        logger.info("run %s of experiment %s", run.run_id, run.experiment)
     return open_run(run, None if config.model.device == "auto" else config.model.device)
-
-
-def uses_own_model(adapter: str) -> bool:
-    """Whether `inference.adapter` leaves model, template and domains to the config, and not to a run."""
-    return adapter == BASE_ALONE or (Path(adapter).expanduser() / "adapter_config.json").is_file()
 
 
 def open_run(run: RunFolder, device: str | None = None, precision: Precision | None = None) -> Session:
@@ -163,11 +153,7 @@ def open_run(run: RunFolder, device: str | None = None, precision: Precision | N
         CheckpointError: the run has no finished adapter; ModelLoadingError, AdapterError: it cannot be loaded.
     """
     config = TrainingConfig.model_validate(run.read_metadata("config.json"))
-    if not run.adapter.is_dir():
-        raise CheckpointError(
-            f"the run {run.root} ({run.status}) has no finished adapter. Finish it with training-lens train --resume "
-            f"{run.run_id}, or give another run."
-        )
+    run.require_adapter()
     place = get_device(device or config.model.device)
     trained = config.training.precision
     # fp16 exists on CUDA alone: elsewhere such a run answers in the device's own precision.

@@ -5,22 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.formatting import nearest
-from training_lens.utils.housekeeping import in_place, read_tags, read_whole
+from training_lens.utils.housekeeping import read_tags, read_whole
 from training_lens.utils.nested import differences, flat
-from training_lens.utils.runs import LATEST, RunFolder, read_metrics, run_at, run_folders, runs_folder
+from training_lens.utils.runs import RunFolder, find_run, folders_of, read_metrics
 
 BROKEN = "broken"
 REPORTS = ("compare.json", "evaluation.json")
 MEASURED = ("base.", "adapter.", "delta.", "by_domain.", "controls.", "forgetting.", "tasks.")  # of a report
 LOWER_IS_BETTER = ("loss", "perplexity", "seconds", "bytes", "bits", "error", "distance", "_kl")
 NOT_COMPARED = ("output.run_id",)
-STAMP = "%Y%m%dT%H%M%SZ"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class ListedRun:
     @property
     def experiment(self) -> str:
         """The experiment in whose folder it is; empty for a run's folder elsewhere."""
-        return self.folder.root.absolute().parts[-3] if in_place(self.folder) else ""
+        return self.folder.experiment
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, without the config."""
@@ -76,49 +75,14 @@ def read_runs(base_output_dir: str, experiment_name: str | None = None) -> list[
     return sorted(map(read_run, folders), key=lambda run: (run.started, run.run_id), reverse=True)
 
 
-def folders_of(base_output_dir: str, experiment_name: str | None = None) -> list[RunFolder]:
-    """The folders of the runs of one experiment, or of all; raises as `read_runs` does."""
-    experiments = sorted(path.name for path in (Path(base_output_dir) / "experiments").glob("*/"))
-    if experiment_name is not None and experiment_name not in experiments:
-        there = f"there are {', '.join(experiments)}" if experiments else "there is none yet"
-        raise ConfigurationError(
-            f"no experiment '{experiment_name}' in {base_output_dir}: {there}.{_hint(experiment_name, experiments)}"
-        )
-    names = experiments if experiment_name is None else [experiment_name]
-    return [run for name in names for run in run_folders(runs_folder(base_output_dir, name))]
-
-
-def newest(folders: Sequence[RunFolder]) -> RunFolder:
-    """The run that was started last; there must be one."""
-    return max(folders, key=lambda folder: (_started(folder), folder.run_id))
-
-
 def find_runs(references: Sequence[str], base_output_dir: str) -> list[ListedRun]:
     """The runs that ids (of any experiment), paths, or `latest` (the newest, whatever became of it) mean; each once.
 
     Raises:
         CheckpointError: there is no such run, or the id is that of several.
     """
-    folders = folders_of(base_output_dir)
-    found = [_find(reference, folders, base_output_dir) for reference in references]
+    found = [find_run(reference, base_output_dir) for reference in references]
     return [read_run(folder) for folder in {folder.root.resolve(): folder for folder in found}.values()]
-
-
-def _find(reference: str, folders: Sequence[RunFolder], base_output_dir: str) -> RunFolder:
-    named = [folder for folder in folders if folder.run_id == reference]
-    if reference == LATEST and folders:
-        named = [newest(folders)]
-    if len(named) == 1:
-        return named[0]
-    if named:
-        places = ", ".join(str(folder.root) for folder in named)
-        raise CheckpointError(f"the run '{reference}' is there {len(named)} times; give one's folder: {places}.")
-    if (Path(reference) / "metadata").is_dir():
-        return run_at(Path(reference))
-    raise CheckpointError(
-        f"no run '{reference}' among the {len(folders)} of {base_output_dir}, and no run folder at that path. Give "
-        f"output.base_output_dir if it is elsewhere.{_hint(reference, [folder.run_id for folder in folders])}"
-    )
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
@@ -128,7 +92,7 @@ def _hint(name: str, known: Sequence[str]) -> str:
 
 def read_run(folder: RunFolder) -> ListedRun:
     """The run in a folder; whatever cannot be read of it is said in `detail`."""
-    started = _started(folder)
+    started = folder.started
     try:
         status = folder.status
         detail = f"died, {folder.process}" if folder.died else ""
@@ -192,16 +156,6 @@ def so_far(folder: RunFolder) -> dict[str, float]:
         if losses := [loss for (loss,) in logged(folder, kind, "loss")]:
             told[name] = min(losses)
     return told
-
-
-def _started(folder: RunFolder) -> datetime:
-    """From the run's id where it is a timestamp, else from the file that is written first."""
-    try:
-        return datetime.strptime(folder.run_id.split("-")[0], STAMP).replace(tzinfo=UTC)
-    except ValueError:
-        config = folder.metadata / "config.json"
-        written = (config if config.is_file() else folder.root).stat().st_mtime
-        return datetime.fromtimestamp(written, tz=UTC)
 
 
 def lower_is_better(metric: str) -> bool:
