@@ -8,6 +8,7 @@ import torch
 
 from training_lens.data.batching import Mix, Schedule, collate, cut, epoch_order, hold_out, share
 from training_lens.data.types import TokenizedExample
+from training_lens.errors import DatasetError
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=101)
 
@@ -69,9 +70,32 @@ def test_shares_of_processes_are_disjoint_and_complete() -> None:
 
 
 def test_hold_out_splits_without_overlap() -> None:
-    learned, held = hold_out(100, 0.1, seed=1)
+    learned, held = hold_out(np.arange(100, dtype=np.uint64), 0.1, seed=1)
     assert len(held) == 10 and sorted([*learned, *held]) == list(range(100))
-    assert [len(part) for part in hold_out(2, 0.9, seed=1)] == [1, 1]
+    assert [len(part) for part in hold_out(np.arange(2, dtype=np.uint64), 0.9, seed=1)] == [1, 1]
+
+
+def test_without_duplicates_the_held_out_rows_are_those_of_older_runs() -> None:
+    _, held = hold_out(np.arange(50, dtype=np.uint64)[::-1] * 7, 0.2, seed=3)
+    order = np.random.Generator(np.random.PCG64([3, 2**31])).permutation(50)
+    assert held.tolist() == sorted(order[:10].tolist())
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("ratio", [0.01, 0.1, 0.5, 0.95])
+def test_equal_examples_are_never_on_both_sides_of_a_hold_out(seed: int, ratio: float) -> None:
+    digests = np.random.default_rng(seed).integers(0, 30, size=200, dtype=np.uint64)
+    digests[:90] = 7
+    learned, held = hold_out(digests, ratio, seed)
+    assert sorted([*learned, *held]) == list(range(200)) and len(learned) and len(held)
+    assert not set(digests[learned].tolist()) & set(digests[held].tolist())
+    assert len(held) <= max(round(200 * ratio), 10)
+    assert all(np.array_equal(*pair) for pair in zip(hold_out(digests, ratio, seed), (learned, held), strict=True))
+
+
+def test_examples_that_all_say_the_same_cannot_be_held_out() -> None:
+    with pytest.raises(DatasetError, match=r"data\.val_ratio: all 9 examples say the same"):
+        hold_out(np.zeros(9, dtype=np.uint64), 0.1, seed=0)
 
 
 def test_collate_pads_on_the_right_and_never_supervises_padding() -> None:

@@ -15,6 +15,7 @@ import torch
 
 from training_lens.data.store import TokenDataset
 from training_lens.data.types import Batch, TokenizedExample
+from training_lens.errors import DatasetError
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,45 @@ def epoch_order(examples: int, seed: int, epoch: int, mix: Mix | None = None) ->
     return generator.permutation(examples if mix is None else mix.draw(generator))
 
 
-def hold_out(examples: int, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions to train on and positions held out (at least one of each), in file order."""
+def hold_out(digests: np.ndarray, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to train on and positions held out (at least one of each), in file order.
+
+    Examples that say the same go to one side together. They are drawn in a random order, and a set of equal ones that
+    is larger than what is still wanted is trained on.
+
+    Args:
+        digests: (examples,) uint64; equal ones say the same.
+
+    Raises:
+        DatasetError: all say the same, so that nothing can be held out.
+    """
+    examples = len(digests)
     order = np.random.Generator(np.random.PCG64([seed, 2**31])).permutation(examples)
-    held = min(max(1, round(examples * ratio)), examples - 1)
-    return np.sort(order[held:]), np.sort(order[:held])
+    _, group, sizes = np.unique(digests, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        raise DatasetError(
+            f"data.val_ratio: all {examples} examples say the same, so none can be held out. Give other rows, or "
+            "data.validation."
+        )
+    wanted = min(max(1, round(examples * ratio)), examples - 1)
+    is_held = _draw_groups(group[order], sizes, wanted)[group]
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
+
+
+def _draw_groups(drawn: np.ndarray, sizes: np.ndarray, wanted: int) -> np.ndarray:
+    """Which groups are held out, (groups,) bool: in the order drawn those that fit; at least the smallest."""
+    is_held = np.zeros(len(sizes), dtype=bool)
+    _, first = np.unique(drawn, return_index=True)
+    ranked = drawn[np.sort(first)]
+    for group in ranked.tolist():
+        if sizes[group] <= wanted:
+            is_held[group] = True
+            wanted -= sizes[group]
+        if not wanted:
+            break
+    if not is_held.any():
+        is_held[ranked[np.argmin(sizes[ranked])]] = True
+    return is_held
 
 
 def cut(positions: np.ndarray, lengths: np.ndarray, max_tokens: int, in_line: bool = False) -> list[np.ndarray]:

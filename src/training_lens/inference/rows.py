@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
+import numpy as np
+
 from training_lens.data.batching import hold_out
 from training_lens.data.preparation import CHUNK, tokenize
 from training_lens.data.reading import examples_of, read_examples
@@ -49,21 +51,29 @@ def configured_examples(session: Session, limit: int | None = None) -> list[Exam
         raise ConfigurationError(
             "there are no rows to judge on; give data.validation, or data.train and data.val_ratio."
         )
-    found = fitting(read_examples(_paths(data.train), "data.train", data), session)
+    found = _fitting_digests(read_examples(_paths(data.train), "data.train", data), session)
     if len(found) < 2:
         raise ConfigurationError("data.val_ratio: one example cannot be split; give more rows or data.validation.")
-    _, held_out = hold_out(len(found), data.val_ratio, session.config.training.seed)
-    return [found[i] for i in held_out[:limit]]
+    digests = np.array([digest for _, digest in found], dtype=np.uint64)
+    _, held_out = hold_out(digests, data.val_ratio, session.config.training.seed)
+    return [found[i][0] for i in held_out[:limit]]
 
 
 def fitting(examples: Iterable[Example], session: Session, limit: int | None = None) -> list[Example]:
     """The first `limit` examples that training would keep; how many before them it would drop is logged."""
-    found: list[Example] = []
+    return [example for example, _ in _fitting_digests(examples, session, limit)]
+
+
+def _fitting_digests(
+    examples: Iterable[Example], session: Session, limit: int | None = None
+) -> list[tuple[Example, int]]:
+    """As `fitting`, each with the digest of what it says."""
+    found: list[tuple[Example, int]] = []
     left_out, coming = 0, iter(examples)
     while chunk := list(islice(coming, min(CHUNK, CHUNK if limit is None else limit - len(found)))):
-        fits = [tokens is not None for tokens in tokenize(chunk, session.preparation)]
-        found += [example for example, yes in zip(chunk, fits, strict=True) if yes]
-        left_out += fits.count(False)
+        tokenized = tokenize(chunk, session.preparation)
+        found += [(example, row.digest) for example, row in zip(chunk, tokenized, strict=True) if row is not None]
+        left_out += tokenized.count(None)
     if left_out:
         logger.warning(
             "%d of %d rows are left out: nothing of an answer fits model.seq_len=%d with data.truncation=%s",

@@ -224,7 +224,7 @@ def _datasets(config: TrainingConfig, splits: dict[str, Split]) -> tuple[TokenDa
     if config.data.val_ratio:
         if len(everything) < 2:
             raise ConfigurationError("data.val_ratio: one example cannot be split; give more rows or data.validation.")
-        learned, held = hold_out(len(everything), config.data.val_ratio, seed)
+        learned, held = hold_out(everything.digests, config.data.val_ratio, seed)
         train, validation = everything.select(learned), everything.select(held)
     limit = config.data.max_examples
     if limit is not None and limit < len(train):
