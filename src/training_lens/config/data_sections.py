@@ -110,7 +110,7 @@ class DataSection(Section):
     train: Rows = Field(
         [embedded.TRAIN],
         description="paths or globs (.json, .jsonl, .ndjson, .csv, .tsv, .parquet, each also .gz), folders saved by "
-        "datasets, hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT], merged; or a list of rows",
+        "datasets, hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT], merged; or rows: a list, or from Python a table",
     )
     weights: list[Annotated[float, Field(gt=0)]] | None = Field(
         None,

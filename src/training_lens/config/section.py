@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Val
 
 from training_lens.config.keys import known_keys
 from training_lens.config.problems import find_problems, list_problems
+from training_lens.config.tables import rows_of_table
 from training_lens.errors import ConfigurationError
 
 
@@ -20,6 +21,23 @@ def as_list(value: Any) -> Any:
     """One path where a list of paths is expected is a list of one; `Path` objects are their text."""
     values = [value] if isinstance(value, str | Path) else value
     return [str(v) if isinstance(v, Path) else v for v in values] if isinstance(values, list) else values
+
+
+def as_rows(value: Any) -> Any:
+    """As `as_list`; a table, several of them, or one row are the list of their rows."""
+    if isinstance(value, list) and value and not isinstance(value[0], str | Path | dict):
+        tables = [rows_of_table(item) for item in value]
+        return value if None in tables else [row for rows in tables for row in rows or ()]
+    rows = rows_of_table(value)
+    if rows is not None or not isinstance(value, dict):
+        return as_list(value) if rows is None else rows
+    if len(value) > 1 and all(isinstance(item, list) and not _has_objects(item) for item in value.values()):
+        raise ValueError("these are columns; give a list of rows, or a pandas DataFrame of the columns")
+    return [value]
+
+
+def _has_objects(values: list[Any]) -> bool:
+    return any(isinstance(value, dict) for value in values)
 
 
 def folder_name(value: str) -> str:
@@ -40,7 +58,7 @@ FolderName = Annotated[str, AfterValidator(folder_name)]
 Place = Annotated[str, PATH_MARKER]
 Paths = Annotated[list[Place], BeforeValidator(as_list)]
 Names = Annotated[list[str], BeforeValidator(as_list)]
-Rows = Annotated[list[Place] | list[dict[str, Any]], BeforeValidator(as_list)]
+Rows = Annotated[list[Place] | list[dict[str, Any]], BeforeValidator(as_rows)]
 
 
 class Section(BaseModel):

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from training_lens.data.arrow_rows import arrow_rows
 from training_lens.data.csv_files import csv_rows
 from training_lens.data.json_files import json_rows
 from training_lens.data.source_file import SourceFile
 from training_lens.data.types import Row
 from training_lens.errors import DatasetError
+from training_lens.utils.arrow_rows import arrow_rows
 
 GZIP = ".gz"
 FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
