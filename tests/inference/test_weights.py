@@ -48,9 +48,11 @@ def write(tmp_path: Path) -> Write:
         adapter.mkdir()
         folder.mkdir()
         save_adapter(model, adapter)
-        save = save_delta if delta else save_merged
         folded = fold(load_adapter(load_model(base, CPU, "fp32"), adapter), scale, delta=delta)
-        save(folded, folder, DTYPES[dtype], "5GB")
+        if delta:
+            save_delta(folded, folder, DTYPES[dtype], "5GB")
+        else:
+            save_merged(folded, base, folder, dtype, "5GB")
         return Written(folder, base, adapter, CPU, dtype, scale, delta)
 
     return written

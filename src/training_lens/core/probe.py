@@ -123,6 +123,6 @@ def probe_scores(model: Any, probe: Probe, one_pass: bool) -> PairedScores:
         one_pass: the two are known to be the same: one pass, with the adapter on, stands for both.
     """
     if not one_pass:
-        return paired_scores(model, probe.input_ids, probe.loss_mask)
-    scores = supervised_scores(model, probe.input_ids, probe.loss_mask)
+        return paired_scores(model, probe.input_ids, probe.loss_mask, probe.lengths)
+    scores = supervised_scores(model, probe.input_ids, probe.loss_mask, probe.lengths)
     return PairedScores(scores, scores, torch.zeros_like(scores.nll))

@@ -67,7 +67,7 @@ def token_sums(model: Any, dataset: TokenDataset, way: Pass) -> TokenSums:
     """
 
     def columns(batch: Batch) -> torch.Tensor:
-        return _columns(supervised_scores(model, batch.input_ids, batch.loss_mask))
+        return _columns(supervised_scores(model, batch.input_ids, batch.loss_mask, batch.lengths))
 
     table = _summed(model, dataset, way, columns, width=2)
     return _sums(table, dataset)
@@ -81,7 +81,7 @@ def paired_sums(model: Any, dataset: TokenDataset, way: Pass) -> PairedSums:
     """
 
     def columns(batch: Batch) -> torch.Tensor:
-        pair = paired_scores(model, batch.input_ids, batch.loss_mask)
+        pair = paired_scores(model, batch.input_ids, batch.loss_mask, batch.lengths)
         return torch.cat([_columns(pair.base), _columns(pair.adapter), pair.kl[:, None]], 1)
 
     table = _summed(model, dataset, way, columns, width=5)

@@ -10,6 +10,7 @@ import torch
 from training_lens.inference.choosing import Answer
 from training_lens.inference.session import Session
 from training_lens.models.adapters import base_only
+from training_lens.models.rotary import longest_short_sequence
 
 COUNTING = ("no_repeat_ngram_size", "min_length")  # of a model's generation config: they count padding as text
 
@@ -17,17 +18,24 @@ COUNTING = ("no_repeat_ngram_size", "min_length")  # of a model's generation con
 def rows_together(session: Session, waiting: Sequence[Answer], budget: int) -> int:
     """How many of the prompts, whose lengths fall, go together in `budget` tokens.
 
-    One that the model's positions may cut short goes alone, so as not to cut others. Where the model's generation
-    config counts padding as text, only prompts of one length go together.
+    One that the model's positions may cut short goes alone, so as not to cut others, and so does one that may become
+    too long for a long-rope model's short factors: transformers reads it anew there, by its padded length. Where the
+    model's generation config counts padding as text, only prompts of one length go together.
     """
     first = waiting[0]
     width = len(first.prompt) + max(answer.room for answer in waiting)
-    if session.positions and width > session.positions:
+    if (session.positions and width > session.positions) or changes_factors(session, width):
         return 1
     rows = min(len(waiting), max(1, budget // width))
     if any(getattr(session.model.generation_config, name) for name in COUNTING):
         return min(rows, sum(len(answer.prompt) == len(first.prompt) for answer in waiting))
     return rows
+
+
+def changes_factors(session: Session, width: int) -> bool:
+    """Whether a prompt with its answer, `width` tokens together, needs a long-rope model's long factors."""
+    limit = longest_short_sequence(session.model)
+    return limit is not None and width > limit
 
 
 def generate(

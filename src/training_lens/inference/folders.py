@@ -9,19 +9,33 @@ import torch
 
 from training_lens.errors import MergeError
 from training_lens.inference.session import Session
+from training_lens.models.base_files import copy_beside, write_generation_config
 from training_lens.models.factory import locate
 from training_lens.models.merging import Folded, fold, save_delta, save_merged
+from training_lens.models.stored import require_local_folder
+from training_lens.models.tokenizer_files import save_tokenizer
 from training_lens.utils.devices import DTYPES, Precision
-from training_lens.utils.files import read_json, write_json, write_text
+from training_lens.utils.files import write_text
 from training_lens.utils.formatting import format_size
 
 REPORT = "merge.json"
 
 
 def write_folder(
-    session: Session, folder: Path, dtype: Precision, *, scale: float, delta: bool, max_shard_size: str
+    session: Session,
+    folder: Path,
+    dtype: Precision,
+    *,
+    keeps_types: bool,
+    scale: float,
+    delta: bool,
+    max_shard_size: str,
 ) -> bool:
     """Write into `folder` what the options, those of `merge.MergeOptions`, ask for; the session's model is used up.
+
+    Args:
+        dtype: of the written weights.
+        keeps_types: each weight of a whole model keeps the base's number type; `dtype` is the commonest of these.
 
     Returns:
         Whether tied weights came apart.
@@ -34,7 +48,7 @@ def write_folder(
     if delta:
         save_delta(folded, folder, DTYPES[dtype], max_shard_size)
     else:
-        _save_whole(folded, session, folder, DTYPES[dtype], max_shard_size)
+        _save_whole(folded, session, folder, None if keeps_types else dtype, max_shard_size)
     readme = _readme_of_delta if delta else _readme
     write_text(folder / "README.md", readme(session, _said(session, dtype, scale), folded.untied))
     for file in folder.iterdir():
@@ -42,17 +56,18 @@ def write_folder(
     return folded.untied
 
 
-def _save_whole(folded: Folded, session: Session, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
-    """The model with tokenizer and chat template; it stops where the session does."""
-    if not session.config.model.trust_remote_code:  # names code that was not used
-        for holder in (folded.model.config.__dict__, session.tokenizer.init_kwargs):
-            holder.pop("auto_map", None)
-    save_merged(folded, folder, dtype, max_shard_size)
-    session.tokenizer.save_pretrained(str(folder))
-    settings = folder / "generation_config.json"
-    write_json(
-        settings, read_json(settings) | {"eos_token_id": sorted(session.stop_ids), "pad_token_id": session.pad_id}
-    )
+def _save_whole(folded: Folded, session: Session, folder: Path, dtype: Precision | None, max_shard_size: str) -> None:
+    """The model with the base's own files beside it: config, tokenizer, chat template; it stops where the session does.
+
+    Args:
+        dtype: of the written weights; None: as in the base's files.
+    """
+    base = session.config.model
+    own = require_local_folder(base)
+    save_merged(folded, base, folder, dtype, max_shard_size)
+    save_tokenizer(session.tokenizer, folder, own, base.trust_remote_code)
+    write_generation_config(own, folder, folded.model, session.stop_ids, session.pad_id)
+    copy_beside(own, folder, base.trust_remote_code)
 
 
 def _require_space(folded: Folded, delta: bool, folder: Path, dtype: torch.dtype) -> None:

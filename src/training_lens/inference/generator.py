@@ -14,7 +14,7 @@ import torch
 
 from training_lens.config.judging_sections import InferenceSection
 from training_lens.errors import ConfigurationError, OutOfMemoryError
-from training_lens.inference.by_generate import generate, rows_together
+from training_lens.inference.by_generate import changes_factors, generate, rows_together
 from training_lens.inference.choosing import Answer, Choice
 from training_lens.inference.decoder import say_once
 from training_lens.inference.decoding import Decoder, Decoding, slots
@@ -170,18 +170,24 @@ class _Call:
 
     def rows(self, waiting: Sequence[Answer], budget: int) -> int:
         """How many go together in `budget` tokens."""
-        return slots(waiting, budget) if self.decoder else rows_together(self.session, waiting, budget)
+        return slots(waiting, budget) if self._decoder_of(waiting) else rows_together(self.session, waiting, budget)
+
+    def _decoder_of(self, waiting: Sequence[Answer]) -> Decoder | None:
+        """The decoder, unless the first, the longest, needs other rotary factors on its way, which it cannot change."""
+        first = waiting[0]
+        return None if changes_factors(self.session, len(first.prompt) + first.room) else self.decoder
 
     @torch.inference_mode()
     def some(self, waiting: Sequence[Answer], rows: int) -> Iterator[list[Answer]]:
         """Answer the first of those that wait, `rows` at a time; each lot as it is finished."""
-        if self.decoder is None:
+        decoder = self._decoder_of(waiting)
+        if decoder is None:
             generate(self.session, waiting[:rows], self.options, self.base, self.put)
             yield list(waiting[:rows])
             return
         # The weights' own number type is what the decoder computes in, as when the run is asked after its training.
         with torch.autocast(self.session.device.type, enabled=False):
-            yield from Decoding(self.decoder, self.choose, waiting, rows, self.session.stop_ids, self.put).run()
+            yield from Decoding(decoder, self.choose, waiting, rows, self.session.stop_ids, self.put).run()
 
 
 def _call(

@@ -186,7 +186,13 @@ def _written(session: Session, folder: Path, options: MergeOptions, dtype: Preci
     """Write the folder, and say how the checking process is to load it; a whole model's folder says it all itself."""
     model, delta = session.config.model, options.delta
     untied = write_folder(
-        session, folder, dtype, scale=options.scale, delta=delta, max_shard_size=options.max_shard_size
+        session,
+        folder,
+        dtype,
+        keeps_types=options.dtype == "auto",
+        scale=options.scale,
+        delta=delta,
+        max_shard_size=options.max_shard_size,
     )
     return {
         "base": locate(model) if delta else None,

@@ -13,7 +13,7 @@ from training_lens import embedded
 from training_lens.integrations.pushed import CHECKPOINTS, PushedFile
 from training_lens.integrations.record import RunRecord
 from training_lens.utils.checkpoints import MANIFEST
-from training_lens.utils.files import read_json
+from training_lens.utils.files import files_in, read_json
 from training_lens.utils.secrets import redacted
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -82,7 +82,8 @@ def adapter_files(run: RunRecord, names: Names) -> list[PushedFile]:
     folder = run.folder
     config = PushedFile(ADAPTER_CONFIG, _adapter_config(folder.adapter / ADAPTER_CONFIG, names))
     weights = [PushedFile(file.name, file) for file in sorted(folder.adapter.glob("*.safetensors"))]
-    return [config, *weights, *(PushedFile(file.name, file) for file in sorted(folder.tokenizer.glob("*")))]
+    tokenizer = [PushedFile(str(f.relative_to(folder.tokenizer)), f) for f in sorted(files_in(folder.tokenizer))]
+    return [config, *weights, *tokenizer]
 
 
 def metadata_files(run: RunRecord, names: Names) -> list[PushedFile]:
@@ -120,7 +121,7 @@ def run_state(run: RunRecord, checkpoints: Sequence[Path], adapter: bool) -> dic
     folder = run.folder
     places: list[Path] = []
     if adapter:
-        places = [*folder.adapter.glob("*"), *folder.tokenizer.glob("*"), *folder.metadata.glob("*.json")]
+        places = [*folder.adapter.glob("*"), *files_in(folder.tokenizer), *folder.metadata.glob("*.json")]
         places += [folder.reports / "compare.json", folder.reports / "lens.html"]
     places += [checkpoint / MANIFEST for checkpoint in checkpoints]
     stats = {str(p.relative_to(folder.root)): p.stat() for p in sorted(places) if p.is_file()}

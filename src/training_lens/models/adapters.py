@@ -21,6 +21,7 @@ from training_lens.models.saved import (
     WEIGHTS,
     adapter_folder,
     check_fit,
+    drop_defaults,
     read_config,
     require_adapter,
     saved_shapes,
@@ -233,9 +234,10 @@ def count_parameters(model: Any) -> ParameterCount:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Write the adapter in PEFT's format (safetensors), into a folder that is there."""
+    """Write the adapter in PEFT's format (safetensors), into a folder that is there, as older versions read it too."""
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    drop_defaults(folder)
 
 
 def load_adapter(model: Any, folder: Path, *, training: bool = False) -> Any:

@@ -15,6 +15,7 @@ from training_lens.models.attention import Segments
 from training_lens.models.classes import decoder_of
 from training_lens.models.fusion import Fusion, fuse, in_line
 from training_lens.models.losses import linear_nll, nll
+from training_lens.models.rotary import padded_positions
 from training_lens.models.scoring import logits_behind
 from training_lens.utils.devices import moved
 
@@ -50,7 +51,11 @@ class Engine:
         return self.fusion.packs
 
     def loss_sum(
-        self, input_ids: Int[Tensor, "rows width"], loss_mask: Bool[Tensor, "rows width"], line: Sequence[int] = ()
+        self,
+        input_ids: Int[Tensor, "rows width"],
+        loss_mask: Bool[Tensor, "rows width"],
+        line: Sequence[int] = (),
+        padded: Sequence[int] = (),
     ) -> Float[Tensor, ""]:
         """Negative log-likelihood in nats of all supervised tokens given what stands before them, summed, float32.
 
@@ -61,6 +66,7 @@ class Engine:
         Args:
             loss_mask: true at the tokens that are targets; at an example's first one it has no say.
             line: the lengths of the examples that lie in the one row; empty: rows padded on the right.
+            padded: the lengths of rows that are padded, without which a long-rope model takes them as whole.
         """
         segments = None
         if line:
@@ -73,14 +79,15 @@ class Engine:
         input_ids, rows, columns, wanted = (moved(t, self._device) for t in (input_ids, rows, columns, wanted))
         kind = self._device.type
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not self._needs_no_autocast(kind)):
-            return self._nll(self._states(input_ids, segments)[rows, columns], wanted)
+            return self._nll(self._states(input_ids, segments, padded)[rows, columns], wanted)
 
-    def _states(self, input_ids: Tensor, segments: Segments | None) -> Tensor:
+    def _states(self, input_ids: Tensor, segments: Segments | None, padded: Sequence[int]) -> Tensor:
         """The last layer's, (rows, width, hidden)."""
         if segments:
             output = in_line(self._decoder, input_ids, segments)
         else:
-            output = self._decoder(input_ids=input_ids, use_cache=False)
+            places = padded_positions(self._decoder, padded, input_ids.shape[1], input_ids.device)
+            output = self._decoder(input_ids=input_ids, use_cache=False, **places)
         self._output = type(output)
         states: Tensor = output[0]
         return states

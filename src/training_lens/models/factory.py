@@ -13,6 +13,7 @@ from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError, OutOfMemoryError, TrainingLensError
 from training_lens.models.classes import build_model, load_class
 from training_lens.models.quantization import keep_trainable, loading_options
+from training_lens.models.rotary import separate_examples
 from training_lens.utils.devices import DTYPES, Precision, is_out_of_memory
 from training_lens.utils.files import read_json
 from training_lens.utils.formatting import nearest, said
@@ -174,7 +175,7 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
     loaded = _with_weights(
         model, dtype=dtype, attn_implementation=_attention(model), device_map={"": device}, **quantized
     )
-    return keep_trainable(loaded).requires_grad_(False).eval()
+    return separate_examples(keep_trainable(loaded)).requires_grad_(False).eval()
 
 
 def _with_weights(model: ModelSection, **options: Any) -> Any:

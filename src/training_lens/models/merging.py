@@ -11,9 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training_lens.config.schema import ModelSection
 from training_lens.errors import AdapterError
+from training_lens.models.base_files import write_config
+from training_lens.models.checkpoint_files import CheckpointNames, edit_checkpoint, stored_tensors, write_checkpoint
 from training_lens.models.omissions import is_linear
-from training_lens.models.quantization import dequantize
+from training_lens.models.quantization import dequantize, is_quantized
+from training_lens.models.stored import require_local_folder, stored_precision
+from training_lens.utils.devices import DTYPES, Precision
+from training_lens.utils.files import read_json
 
 DELTA = "delta{suffix}.safetensors"
 
@@ -22,13 +28,29 @@ DELTA = "delta{suffix}.safetensors"
 class Folded:
     """A model without adapter modules.
 
-    `changed` names the parameters that the adapter changed, as the model's state dict names them; one of two that are
-    tied. `untied`: embedding and head were one weight in the base, and are two here.
+    Attributes:
+        model: as transformers loaded it, in float32.
+        changed: names of the parameters that the adapter changed, in the model's state dict; one of two that are tied.
+        apart: names of those that were tied to another one in the base, and are no longer.
+        unpacked: the base's weights were in 4 or 8 bits, by the run's config or by the base's own.
     """
 
     model: Any
     changed: tuple[str, ...]
-    untied: bool
+    apart: tuple[str, ...]
+    unpacked: bool
+
+    @property
+    def untied(self) -> bool:
+        """Whether embedding and head, one weight in the base, are two here."""
+        return bool(self.apart)
+
+    @property
+    def rewritten(self) -> list[str]:
+        """Names of the parameters that the base's files do not hold as they are here."""
+        if self.unpacked:
+            return list(self.model.state_dict())
+        return [*self.changed, *self.apart]
 
 
 def check_foldable(adapted: Any, scale: float) -> None:
@@ -96,6 +118,7 @@ def fold(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> Folded:
     Raises:
         AdapterError: a module's update is not finite.
     """
+    unpacked = is_quantized(adapted)
     model = dequantize(adapted.get_base_model()).float()
     changed = []
     for path, layer in _adapted_layers(adapted):
@@ -111,7 +134,7 @@ def fold(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> Folded:
             changed.append(f"{path}.{name}")
         model.set_submodule(path, plain)
     apart, again = _settle_ties(model)
-    return Folded(model, tuple(name for name in changed if name not in again), bool(apart))
+    return Folded(model, tuple(name for name in changed if name not in again), tuple(apart), unpacked)
 
 
 def _adapted_layers(adapted: Any) -> list[tuple[str, Any]]:
@@ -158,12 +181,24 @@ def _settle_ties(model: Any) -> tuple[list[str], list[str]]:
     return apart, again
 
 
-def save_merged(folded: Folded, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
-    """Write config.json, generation_config.json and the weights in `dtype`: safetensors of at most `max_shard_size`.
+def save_merged(folded: Folded, base: ModelSection, folder: Path, dtype: Precision | None, max_shard_size: str) -> None:
+    """Write config.json and the weights: the base's own files, but for what the adapter changed.
 
-    The model becomes `dtype` itself, a module at a time, so no second copy of it is made.
+    Args:
+        base: what the adapter was folded into.
+        dtype: of the written weights; None: each keeps the number type that it has in the base's files.
+        max_shard_size: of a file of weights, such as '5GB'.
+
+    Raises:
+        MergeError: a changed weight has no place in the base's files.
     """
-    folded.model.to(dtype).save_pretrained(str(folder), max_shard_size=max_shard_size)
+    own = require_local_folder(base)
+    is_packed = "quantization_config" in read_json(own / "config.json")
+    stored = {} if is_packed else stored_tensors(own)
+    edits = CheckpointNames(folded.model, stored).edits(folded.rewritten)
+    tensors = edit_checkpoint(stored, edits, dtype and DTYPES[dtype], DTYPES[dtype or stored_precision(base)])
+    write_checkpoint(tensors, folder, max_shard_size)
+    write_config(own, folder, folded.model, dtype=dtype, untied=folded.untied, trust_remote_code=base.trust_remote_code)
 
 
 def save_delta(folded: Folded, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError, ConfigurationError
+from training_lens.utils.files import write_json
 from training_lens.utils.formatting import nearest
 from training_lens.utils.logging import get_logger
 from training_lens.utils.runs import RunFolder
@@ -29,6 +30,8 @@ CARRIED = {
     "use_rslora",
 }
 NEEDED = ("r", "lora_alpha", "target_modules")
+# Written in any case: what tells an adapter's kind and base to whoever reads the file without PEFT.
+NAMING = {*NEEDED, "peft_type", "task_type", "base_model_name_or_path"}
 ON_OTHER_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -113,6 +116,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterError(f"{folder / CONFIG} holds no JSON object. Save the adapter again.")
     return config
+
+
+def drop_defaults(folder: Path) -> None:
+    """Leave out of adapter_config.json what says nothing: keys at PEFT's defaults, and the version that wrote them.
+
+    Each version of PEFT adds keys, and an older one refuses or warns of those that it does not know.
+    """
+    from peft import LoraConfig
+
+    usual, settings = LoraConfig().to_dict(), read_config(folder)
+    kept = {key: value for key, value in settings.items() if key in NAMING or value != usual.get(key)}
+    kept.pop("peft_version", None)
+    write_json(folder / CONFIG, kept)
 
 
 def _section_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:

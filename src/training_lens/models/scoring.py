@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from training_lens.models.adapters import base_only
 from training_lens.models.classes import decoder_of
+from training_lens.models.rotary import padded_positions
 
 LOGITS_AT_ONCE = 2**23  # numbers in one chunk of logits: 32 MB in float32
 
@@ -29,16 +30,22 @@ class TokenScores:
 
 
 def supervised_scores(
-    model: Any, input_ids: Int[Tensor, "rows width"], loss_mask: Bool[Tensor, "rows width"]
+    model: Any,
+    input_ids: Int[Tensor, "rows width"],
+    loss_mask: Bool[Tensor, "rows width"],
+    lengths: Sequence[int] | Tensor = (),
 ) -> TokenScores:
     """The scores of each supervised token, by chunks of the vocabulary's logits; for use without gradients.
 
     `nll` is -log softmax(h_t W^T)[x_{t+1}] in nats, for every t with loss_mask[t+1]. Memory holds `LOGITS_AT_ONCE`
     logits and a copy, however many targets there are.
+
+    Args:
+        lengths: tokens of each row without its padding, without which a long-rope model takes it as whole.
     """
     rows, columns = _predicting(loss_mask)
     targets = input_ids[rows, columns + 1]
-    decoded = _decoded(model, input_ids)
+    decoded = _decoded(model, input_ids, lengths)
     states = decoded.states[rows, columns]  # (targets, hidden)
     scores = [_scores(decoded.logits(part), wanted) for part, wanted in _chunks(states, targets, decoded.vocabulary)]
     return _joined(scores, input_ids.device)
@@ -57,17 +64,21 @@ class PairedScores:
 
 
 def paired_scores(
-    model: Any, input_ids: Int[Tensor, "rows width"], loss_mask: Bool[Tensor, "rows width"]
+    model: Any,
+    input_ids: Int[Tensor, "rows width"],
+    loss_mask: Bool[Tensor, "rows width"],
+    lengths: Sequence[int] | Tensor = (),
 ) -> PairedScores:
     """The scores of a PEFT model with its adapter off and on, and the divergence between the two.
 
-    The divergence is `forward_kl`. Cost: two passes through the decoder, seven chunks of logits at once.
+    The divergence is `forward_kl`; `lengths` as in `supervised_scores`. Cost: two passes through the decoder, seven
+    chunks of logits at once.
     """
     rows, columns = _predicting(loss_mask)
     targets = input_ids[rows, columns + 1]
     with base_only(model):
-        base_states = _decoded(model, input_ids).states[rows, columns]
-    decoded = _decoded(model, input_ids)
+        base_states = _decoded(model, input_ids, lengths).states[rows, columns]
+    decoded = _decoded(model, input_ids, lengths)
     states = torch.stack([base_states, decoded.states[rows, columns]], 1)  # (targets, 2, hidden)
     base, adapter, divergence = [], [], [torch.zeros(0, device=input_ids.device)]
     for part, wanted in _chunks(states, targets, decoded.vocabulary):
@@ -117,9 +128,11 @@ def _joined(parts: list[TokenScores], device: torch.device) -> TokenScores:
 class _Decoded:
     """The decoder's states of a batch, (rows, width, hidden), and the model's own way from states to logits."""
 
-    def __init__(self, whole: Any, input_ids: Int[Tensor, "rows width"]) -> None:
+    def __init__(self, whole: Any, input_ids: Int[Tensor, "rows width"], lengths: Sequence[int] | Tensor) -> None:
         self._whole = whole
-        self._output = decoder_of(whole)(input_ids=input_ids, use_cache=False)
+        decoder = decoder_of(whole)
+        places = padded_positions(decoder, lengths, input_ids.shape[1], input_ids.device)
+        self._output = decoder(input_ids=input_ids, use_cache=False, **places)
         self.states: Tensor = self._output[0]
         self.vocabulary = int(whole.config.get_text_config().vocab_size)
 
@@ -153,6 +166,6 @@ def logits_behind(
     return logits[0].float()
 
 
-def _decoded(model: Any, input_ids: Int[Tensor, "rows width"]) -> _Decoded:
+def _decoded(model: Any, input_ids: Int[Tensor, "rows width"], lengths: Sequence[int] | Tensor) -> _Decoded:
     """The batch behind the decoder."""
-    return _Decoded(model.get_base_model() if hasattr(model, "get_base_model") else model, input_ids)
+    return _Decoded(model.get_base_model() if hasattr(model, "get_base_model") else model, input_ids, lengths)

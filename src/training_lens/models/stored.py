@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from training_lens.config.schema import ModelSection
-from training_lens.errors import AdapterError
-from training_lens.models.factory import WEIGHTS, locate, weight_files
+from training_lens.errors import AdapterError, ModelLoadingError
+from training_lens.models.checkpoint_files import FLOATS, StoredTensor, stored_tensors
+from training_lens.models.factory import WEIGHTS, locate
 from training_lens.utils.devices import DTYPES, Precision
 from training_lens.utils.files import read_json
 
@@ -26,8 +29,8 @@ def fingerprint(model: ModelSection) -> str | None:
     folder = local_folder(model)
     if folder is None:
         return None
-    tensors = sorted(part for name in weight_files(folder) for part in _tensors(folder / name))
-    return hashlib.sha256(b"".join(digest for _, digest in tensors)).hexdigest()
+    digests = sorted(_digests(stored_tensors(folder).values()))
+    return hashlib.sha256(b"".join(digest for _, digest in digests)).hexdigest()
 
 
 def base_record(model: ModelSection) -> dict[str, str | None]:
@@ -59,6 +62,18 @@ def check_base(record: Path, model: ModelSection) -> bool:
     return True
 
 
+def require_local_folder(model: ModelSection) -> Path:
+    """The folder of the model's files.
+
+    Raises:
+        ModelLoadingError: the files of a hub's model are not in the local cache.
+    """
+    folder = local_folder(model)
+    if folder is None:
+        raise ModelLoadingError(f"model.id: the files of '{model.id}' are not in the local cache. Download it again.")
+    return folder
+
+
 def local_folder(model: ModelSection) -> Path | None:
     """Where the model's files are on this machine; None where a hub's model is not in the local cache."""
     from huggingface_hub import try_to_load_from_cache
@@ -70,26 +85,26 @@ def local_folder(model: ModelSection) -> Path | None:
     return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Each tensor's name, and the sha256 of its name, type, shape and sample. Format: 8 bytes of the header's length
-    (little-endian), the header (JSON), and the data that its offsets mean."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
-            file.seek(8 + length + start + max(0, end - start - SAMPLE_BYTES) // 2)
-            said = json.dumps([name, entry["dtype"], entry["shape"]]).encode()
-            yield name, hashlib.sha256(said + file.read(min(SAMPLE_BYTES, end - start))).digest()
+def _digests(tensors: Iterable[StoredTensor]) -> Iterator[tuple[str, bytes]]:
+    """Each tensor's name, and the sha256 of its name, type, shape and sample."""
+    for tensor in tensors:
+        size = tensor.end - tensor.start
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.start + max(0, size - SAMPLE_BYTES) // 2)
+            sample = file.read(min(SAMPLE_BYTES, size))
+        described = json.dumps([tensor.name, tensor.kind, list(tensor.shape)]).encode()
+        yield tensor.name, hashlib.sha256(described + sample).digest()
 
 
 def stored_precision(model: ModelSection) -> Precision:
-    """The number type that the model's config says its weights are stored in; fp32 where it says none of the three."""
-    from transformers import AutoConfig
+    """The number type of most of the weights in the model's files; fp32 where it is none of the three.
 
-    config = AutoConfig.from_pretrained(
-        locate(model), revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
-    return next((name for name, dtype in DTYPES.items() if dtype == config.dtype), "fp32")
+    Raises:
+        ModelLoadingError: the files of a hub's model are not in the local cache.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in stored_tensors(require_local_folder(model)).values():
+        if tensor.kind in FLOATS:
+            sizes[FLOATS[tensor.kind]] += tensor.end - tensor.start
+    most = max(sizes, key=sizes.__getitem__, default=torch.float32)
+    return next((name for name, dtype in DTYPES.items() if dtype == most), "fp32")

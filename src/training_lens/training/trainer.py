@@ -215,7 +215,8 @@ class Trainer:
     def _nll(self, batch: Batch) -> torch.Tensor:
         """The loss of a micro-batch, summed over its supervised tokens."""
         with autocast(self.processes.device, self.precision):
-            return self.engine.loss_sum(batch.input_ids, batch.loss_mask, batch.lengths if batch.in_line else ())
+            line, padded = (batch.lengths, ()) if batch.in_line else ((), batch.lengths)
+            return self.engine.loss_sum(batch.input_ids, batch.loss_mask, line, padded)
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -18,7 +18,8 @@ from training_lens.errors import CheckpointError
 from training_lens.integrations.configured import asked_for
 from training_lens.models.adapters import ParameterCount, count_parameters, describe
 from training_lens.models.factory import load_model
-from training_lens.models.stored import base_record
+from training_lens.models.stored import base_record, require_local_folder
+from training_lens.models.tokenizer_files import save_tokenizer
 from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar, progress_columns
 from training_lens.training.checkpoints import ADAPTER, CheckpointManager, TrainingState
@@ -217,7 +218,8 @@ class TrainingWrapper:
             for file in best.iterdir():
                 (folder / file.name).write_bytes(file.read_bytes())
         with whole_folder(run.tokenizer) as folder:
-            plan.tokenizer.save_pretrained(str(folder))
+            model = plan.config.model
+            save_tokenizer(plan.tokenizer, folder, require_local_folder(model), model.trust_remote_code)
 
 
 def _alone(run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:

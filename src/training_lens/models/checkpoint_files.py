@@ -1,0 +1,210 @@
+"""A base's files of weights, edited: every tensor is carried over under its own name but for those that changed.
+
+transformers renames and fuses tensors while it loads a model (one tensor for all experts of a layer, other prefixes).
+What is written has the names and shapes of the base's own files, which every version of transformers reads, and keeps
+tensors that the loaded class has no place for, such as those of a vision tower.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training_lens.errors import MergeError
+from training_lens.models.factory import weight_files
+from training_lens.utils.files import write_json
+
+WEIGHTS = "model{suffix}.safetensors"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file. `kind` is the file's name of its number type; `start` and `end` are bytes."""
+
+    file: Path
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    def load(self) -> Tensor:
+        """Its values, in its own number type."""
+        from safetensors import safe_open
+
+        with safe_open(self.file, "pt") as file:
+            tensor: Tensor = file.get_tensor(self.name)
+        return tensor
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of a local model's files, by name; reads the files' headers alone."""
+    return {tensor.name: tensor for name in weight_files(folder) for tensor in read_header(folder / name)}
+
+
+def read_header(path: Path) -> Iterable[StoredTensor]:
+    """The tensors of one file. Format: 8 bytes of the header's length (little-endian), the header (JSON), the data."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            yield StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), start, end)
+
+
+@dataclass(frozen=True)
+class WrittenTensor:
+    """A tensor of the checkpoint that is to be written: from the base's files or from memory, in `dtype`.
+
+    Without a `dtype` it keeps the one that it has in the base's files.
+    """
+
+    source: StoredTensor | Tensor
+    dtype: torch.dtype | None
+
+    @property
+    def bytes(self) -> int:
+        """Its size in the file."""
+        if isinstance(self.source, Tensor):
+            return self.source.numel() * (self.dtype or self.source.dtype).itemsize
+        stored = self.source.end - self.source.start
+        return stored if self.dtype is None else stored // FLOATS[self.source.kind].itemsize * self.dtype.itemsize
+
+    def load(self) -> Tensor:
+        """Its values as they are written."""
+        tensor = self.source if isinstance(self.source, Tensor) else self.source.load()
+        return tensor.detach().to("cpu", self.dtype or tensor.dtype).contiguous()
+
+
+def edit_checkpoint(
+    stored: Mapping[str, StoredTensor], edits: Mapping[str, Tensor], dtype: torch.dtype | None, default: torch.dtype
+) -> dict[str, WrittenTensor]:
+    """The base's tensors with `edits` in the place of those that have their names, or behind them.
+
+    Args:
+        dtype: of all floating-point tensors; None: each keeps the base's own.
+        default: the number type of tensors that the base does not have, where `dtype` is None.
+    """
+    written = {}
+    for name, tensor in stored.items():
+        own = FLOATS.get(tensor.kind)
+        source = edits.get(name, tensor)
+        written[name] = WrittenTensor(source, own and (dtype or (own if name in edits else None)))
+    added = {name: WrittenTensor(tensor, dtype or default) for name, tensor in edits.items() if name not in stored}
+    return written | added
+
+
+def write_checkpoint(tensors: Mapping[str, WrittenTensor], folder: Path, max_shard_size: str) -> None:
+    """Write model.safetensors, or shards of at most `max_shard_size` with their index; one is in memory at a time."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors.torch import save_file
+
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda tensor: tensor.bytes,
+        filename_pattern=WEIGHTS,
+        max_shard_size=max_shard_size,
+    )
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name].load() for name in names}, folder / file, {"format": "pt"})
+    if split.is_sharded:
+        total = sum(tensor.bytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+class CheckpointNames:
+    """Which names in the base's files hold which parameters of the loaded model.
+
+    Args:
+        model: as transformers loaded it, without adapter modules; it remembers how it was loaded.
+        stored: the tensors of the base's files.
+    """
+
+    def __init__(self, model: Any, stored: Mapping[str, StoredTensor]) -> None:
+        self._model, self._stored = model, stored
+        self._state: dict[str, Tensor] = model.state_dict()
+        self._conversions = list(getattr(model, "_weight_conversions", None) or [])
+        self._targets = {name: self._target(name) for name in stored}
+
+    def edits(self, changed: Collection[str]) -> dict[str, Tensor]:
+        """The changed parameters as the base's files hold them, by the names there; a name that is new to them is last.
+
+        Args:
+            changed: names of parameters; those that are tied to one of them change with it.
+
+        Raises:
+            MergeError: a converted tensor has another name or shape than in the base's files.
+        """
+        wanted = self._with_twins(changed)
+        plain = {name: target for name, (target, converted) in self._targets.items() if not converted}
+        edits = {name: self._state[target] for name, target in plain.items() if target in wanted}
+        held = self._with_twins(set(plain.values()) & wanted)
+        for group in self._groups(wanted - held):
+            edits |= self._reverted(group)
+        return edits
+
+    def _target(self, name: str) -> tuple[str, bool]:
+        """The parameter that a tensor of the files fills, and whether it is converted for that; else no known name."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
+        prefix = self._model.base_model_prefix
+        target, pattern = rename_source_key(name, renamings, converters, prefix, self._state)
+        if target not in self._state and name in self._state:
+            target, pattern = rename_source_key(name, [], [], prefix, self._state)
+        return target, pattern is not None
+
+    def _with_twins(self, names: Collection[str]) -> set[str]:
+        """The names with those of parameters that are one with theirs."""
+        places = {name: id(p) for name, p in self._model.named_parameters(remove_duplicate=False)}
+        wanted = {places[name] for name in names if name in places}
+        return {name for name, place in places.items() if place in wanted} | set(names)
+
+    def _groups(self, names: Collection[str]) -> list[list[str]]:
+        """The parameters with all those that one conversion makes of the same tensors, each group once."""
+        from transformers.core_model_loading import WeightConverter, apply_converters
+
+        backwards = [c.reverse_transform() for c in self._conversions[::-1]]
+        converters = [c for c in backwards if isinstance(c, WeightConverter)]
+        places: dict[str, list[str]] = {}
+        for name in self._state:
+            place, pattern = apply_converters(name, converters)
+            places.setdefault(place if pattern is not None else name, []).append(name)
+        return [group for group in places.values() if not set(names).isdisjoint(group)]
+
+    def _reverted(self, group: list[str]) -> dict[str, Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        tensors = revert_weight_conversion(self._model, {name: self._state[name] for name in group})
+        found = {self._stored_name(name): tensor for name, tensor in tensors.items()}
+        if any(target in group for target, _ in self._targets.values()):  # else the files have none: it was tied
+            self._check(group[0], found)
+        return found
+
+    def _stored_name(self, name: str) -> str:
+        """The name in the files: some bases are stored without the prefix of their decoder, others with it."""
+        prefix = f"{self._model.base_model_prefix}."
+        candidates = (name, name.removeprefix(prefix), prefix + name)
+        return next((candidate for candidate in candidates if candidate in self._stored), name)
+
+    def _check(self, parameter: str, found: Mapping[str, Tensor]) -> None:
+        for name, tensor in found.items():
+            here = self._stored.get(name)
+            if here is None or here.shape != tuple(tensor.shape):
+                there = f"has shape {here.shape}" if here else "is not there"
+                raise MergeError(
+                    f"'{parameter}' changed, and is stored in other tensors in the base's files; transformers turns it "
+                    f"back into '{name}' of shape {tuple(tensor.shape)}, which {there}. Leave this module out of the "
+                    "adapter, or serve the adapter itself."
+                )

@@ -1,0 +1,112 @@
+"""Long-rope rotary embeddings (arXiv 2402.13753) for examples that share a forward pass.
+
+Such a model has two sets of factors: one for sequences of up to `original_max_position_embeddings` tokens, one for
+longer ones. transformers takes the set by the largest position of the whole batch, so an example's values would depend
+on what it is packed or padded with. Here each example has the factors that it has alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+LONG_ROPE = "longrope"
+
+
+class LongRope:
+    """The forward pass of a long-rope module, whose factors are chosen for each example of the batch.
+
+    An example begins where a row begins and at each position 0. Its length is its largest position plus 1: while
+    decoding with a cache, that of the tokens that are already in the cache too.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(
+        self, x: Tensor, position_ids: Int[Tensor, "rows width"], *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, (rows, width, size). Cost: the module computes twice; nothing waits for the device."""
+        limit = original_length(self.module, *args, *options.values())
+        if limit is None:
+            return self._forward(x, position_ids, *args, **options)
+        is_long = (example_lengths(position_ids) > limit)[..., None]  # (rows, width, 1)
+        short = self._forward(x, position_ids.clamp_max(limit - 1), *args, **options)
+        beyond = torch.full_like(position_ids[:, :1], limit)  # one more position, which makes the module choose
+        long = self._forward(x, torch.cat([position_ids, beyond], 1), *args, **options)
+        cos, sin = (torch.where(is_long, b[:, :-1], a) for a, b in zip(short, long, strict=True))
+        return cos, sin
+
+    def _forward(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        cos, sin = type(self.module).forward(self.module, *args, **options)
+        return cos, sin
+
+
+def example_lengths(position_ids: Int[Tensor, "rows width"]) -> Int[Tensor, "rows width"]:
+    """Of each token the length of its example: 1 more than the largest position there."""
+    begins = position_ids == 0
+    begins[:, 0] = True
+    index = begins.flatten().cumsum(0) - 1  # of the example that a token belongs to, over all rows
+    positions = position_ids.flatten()
+    largest = torch.zeros_like(positions).scatter_reduce(0, index, positions, "amax")
+    return largest[index].view_as(position_ids) + 1
+
+
+def original_length(module: nn.Module, *layer_types: Any) -> int | None:
+    """The tokens beyond which a rotary module takes its long factors; None: it has one set of factors.
+
+    Args:
+        layer_types: the kind of layer that is asked for, where the module has parameters for each.
+    """
+    rope: Any = getattr(getattr(module, "config", None), "rope_parameters", None)
+    for name in layer_types:
+        rope = rope.get(name, rope) if isinstance(rope, dict) and isinstance(name, str) else rope
+    if not isinstance(rope, dict) or rope.get("rope_type") != LONG_ROPE:
+        return None
+    return int(rope["original_max_position_embeddings"])
+
+
+def separate_examples(model: Any) -> Any:
+    """The model, its long-rope modules computing each example of a batch as it is alone; changed in place."""
+    for module in rotary_modules(model):
+        if not isinstance(module.__dict__.get("forward"), LongRope):
+            module.forward = LongRope(module)
+    return model
+
+
+def rotary_modules(model: Any) -> list[nn.Module]:
+    """The model's rotary modules that have long-rope factors."""
+    return [m for m in model.modules() if hasattr(m, "rope_type") and _is_long(m.rope_type)]
+
+
+def _is_long(rope_type: Any) -> bool:
+    return LONG_ROPE in (rope_type.values() if isinstance(rope_type, dict) else (rope_type,))
+
+
+def longest_short_sequence(model: Any) -> int | None:
+    """The most tokens of a sequence that keeps one set of factors to its end; None: every sequence does."""
+    limits = [limit for module in rotary_modules(model) for limit in _limits(module)]
+    return min(limits, default=None)
+
+
+def _limits(module: Any) -> list[int]:
+    kinds = [(name,) for name in module.rope_type] if isinstance(module.rope_type, dict) else [()]
+    limits = [original_length(module, *kind) for kind in kinds]
+    return [limit for limit in limits if limit is not None]
+
+
+def padded_positions(
+    model: Any, lengths: Sequence[int] | Tensor, width: int, device: torch.device
+) -> dict[str, Tensor]:
+    """`position_ids` for rows that are padded on the right, as a keyword; nothing for models that need none.
+
+    Padding is at position 0, so that it belongs to no example. Without `lengths` every row is taken as whole.
+    """
+    if not len(lengths) or longest_short_sequence(model) is None:
+        return {}
+    places = torch.arange(width, device=device).expand(len(lengths), -1)
+    return {"position_ids": places.masked_fill(places >= torch.as_tensor(lengths, device=device)[:, None], 0)}

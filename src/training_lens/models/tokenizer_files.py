@@ -1,0 +1,121 @@
+"""A tokenizer's folder: the base's own files byte for byte, and in them only what was changed since.
+
+transformers 5 writes other files than it read (`"tokenizer_class": "TokenizersBackend"`, the template in a file of its
+own), which transformers 4 and other programs cannot read. What was changed is found by letting transformers write both
+the base's tokenizer and this one, and comparing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from training_lens.models.base_files import copy_files
+from training_lens.utils.files import read_json, write_json, write_text
+
+TOKENIZER, CONFIG, SPECIAL, ADDED = (
+    *("tokenizer.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json"),
+)
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+FILES = (
+    *(TOKENIZER, CONFIG, SPECIAL, ADDED, TEMPLATE, f"{TEMPLATES}/*.jinja", "chat_template.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json"),
+)
+# What transformers says of how a tokenizer was loaded, not of what it does; and settings of a single call.
+OF_LOADING = {"tokenizer_class", "backend", "is_local", "local_files_only", "name_or_path", "auto_map", "chat_template"}
+OF_A_CALL = {"padding", "truncation"}
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, base: Path, trust_remote_code: bool = False) -> None:
+    """Write the base's tokenizer files into `folder`, with what `tokenizer` has changed: its template, its tokens.
+
+    Args:
+        tokenizer: the base's own, or one made of it.
+        base: the folder of the base's files.
+        trust_remote_code: the base's code was trusted to run; else it is neither copied nor named.
+    """
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    copy_files(
+        base, folder, (*FILES, *own.vocab_files_names.values(), *(("tokeniz*.py",) if trust_remote_code else ()))
+    )
+    _copy_changes(tokenizer, own, folder, base)
+    if tokenizer.chat_template != own.chat_template:
+        _write_template(tokenizer.chat_template, folder)
+    if not trust_remote_code and (folder / CONFIG).is_file():
+        settings = read_json(folder / CONFIG)
+        if settings.pop("auto_map", None):
+            write_json(folder / CONFIG, settings)
+
+
+def _copy_changes(tokenizer: Any, own: Any, folder: Path, base: Path) -> None:
+    """Put into the copied files what transformers writes otherwise of the two tokenizers."""
+    with tempfile.TemporaryDirectory(prefix="training-lens-tokenizer-") as place:
+        before, after = Path(place) / "before", Path(place) / "after"
+        own.save_pretrained(str(before))
+        tokenizer.save_pretrained(str(after))
+        rules = _changes(before, after, TOKENIZER, OF_A_CALL)
+        settings = _changes(before, after, CONFIG, OF_LOADING)
+        if rules and not (folder / TOKENIZER).is_file():
+            shutil.copyfile(after / TOKENIZER, folder / TOKENIZER)
+        else:
+            _apply(folder, TOKENIZER, rules)
+    _apply(folder, CONFIG, settings)
+    _apply(folder, SPECIAL, {key: value for key, value in settings.items() if key in _read(folder / SPECIAL)})
+    if "added_tokens" in rules:
+        _add_tokens(tokenizer, folder)
+
+
+def _read(path: Path) -> Any:
+    return read_json(path) if path.is_file() else {}
+
+
+def _changes(before: Path, after: Path, name: str, ignored: set[str]) -> dict[str, Any]:
+    """The keys of a JSON file whose values differ, with the new ones; None for a key that is gone."""
+    old, new = _read(before / name), _read(after / name)
+    return {key: new.get(key) for key in (old.keys() | new.keys()) - ignored if old.get(key) != new.get(key)}
+
+
+def _apply(folder: Path, name: str, changes: dict[str, Any]) -> None:
+    if changes:
+        content = _read(folder / name)
+        write_json(folder / name, {key: value for key, value in {**content, **changes}.items() if value is not None})
+
+
+def _add_tokens(tokenizer: Any, folder: Path) -> None:
+    """Name the tokens in the older places too, where the base's files have these."""
+    settings = _read(folder / CONFIG)
+    if "added_tokens_decoder" in settings:
+        tokens = {str(index): token.__getstate__() for index, token in tokenizer.added_tokens_decoder.items()}
+        _apply(folder, CONFIG, {"added_tokens_decoder": tokens})
+    if (folder / ADDED).is_file():
+        _apply(folder, ADDED, tokenizer.get_added_vocab())
+
+
+def _write_template(template: str | dict[str, str] | None, folder: Path) -> None:
+    """Put the template, or several by their names, where the base has its own: in its config, else in files."""
+    settings = _read(folder / CONFIG)
+    in_config = "chat_template" in settings and not (folder / TEMPLATE).is_file()
+    for name in (TEMPLATE, "chat_template.json"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
+    if settings.pop("chat_template", None) is not None or in_config:
+        listed: Any = template
+        if isinstance(template, dict):
+            listed = [{"name": name, "template": text} for name, text in template.items()]
+        write_json(folder / CONFIG, settings | ({"chat_template": listed} if in_config and template else {}))
+    if not in_config:
+        _write_template_files({"default": template} if isinstance(template, str) else template or {}, folder)
+
+
+def _write_template_files(templates: dict[str, str], folder: Path) -> None:
+    for name, text in templates.items():
+        if name == "default":
+            write_text(folder / TEMPLATE, text)
+        else:
+            (folder / TEMPLATES).mkdir(exist_ok=True)
+            write_text(folder / TEMPLATES / f"{name}.jinja", text)
