@@ -20,7 +20,7 @@ from training_lens.models.merging import fold, save_merged
 from training_lens.utils.runs import RunFolder
 
 JOB: dict[str, Any] = {
-    "base": None, "revision": None, "trust_remote_code": False, "device": "cpu", "untied": False, "stop_ids": [],
+    "class": "AutoModelForCausalLM", "base": None, "revision": None, "trust_remote_code": False, "device": "cpu", "untied": False, "stop_ids": [],
     "pad_id": 0,
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch
 from training_lens.errors import MergeError
 from training_lens.inference.session import Session
 from training_lens.models.base_files import copy_beside, write_generation_config
+from training_lens.models.classes import public_class
 from training_lens.models.factory import locate
 from training_lens.models.merging import Folded, fold, save_delta, save_merged
 from training_lens.models.stored import require_local_folder
@@ -93,12 +94,12 @@ def _readme(_session: Session, said: str, untied: bool) -> str:
 
 def _readme_of_delta(session: Session, said: str, untied: bool) -> str:
     untie = "head = model.get_output_embeddings()\nhead.weight = torch.nn.Parameter(head.weight.clone())\n"
-    base = locate(session.config.model)
+    base, name = locate(session.config.model), public_class(session.model)
     return (
         f"# Difference to a base model\n\n{said} Add this to the base's weights; checked, see {REPORT}.\n\n"
         "```python\nimport glob, torch\nfrom safetensors.torch import load_file\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.float32).requires_grad_(False)\n'
+        f"from transformers import {name}\n\n"
+        f'model = {name}.from_pretrained("{base}", dtype=torch.float32).requires_grad_(False)\n'
         f'{untie if untied else ""}for file in glob.glob("delta*.safetensors"):\n'
         "    for name, difference in load_file(file).items():\n"
         "        model.get_parameter(name).add_(difference.float())\n```\n"

@@ -23,6 +23,7 @@ from training_lens.inference.probes import Probes, Reference, config_rows, probe
 from training_lens.inference.session import Session
 from training_lens.inference.verification import Verification, verify
 from training_lens.inference.weights import Written, check_weights
+from training_lens.models.classes import public_class
 from training_lens.models.factory import locate
 from training_lens.models.merging import check_foldable
 from training_lens.models.stored import stored_precision
@@ -184,7 +185,7 @@ def _head(session: Session, options: MergeOptions, dtype: Precision, given: Prob
 
 def _written(session: Session, folder: Path, options: MergeOptions, dtype: Precision) -> dict[str, Any]:
     """Write the folder, and say how the checking process is to load it; a whole model's folder says it all itself."""
-    model, delta = session.config.model, options.delta
+    model, delta, name = session.config.model, options.delta, public_class(session.model)
     untied = write_folder(
         session,
         folder,
@@ -195,6 +196,7 @@ def _written(session: Session, folder: Path, options: MergeOptions, dtype: Preci
         max_shard_size=options.max_shard_size,
     )
     return {
+        "class": name,
         "base": locate(model) if delta else None,
         "revision": model.revision,
         "trust_remote_code": model.trust_remote_code,

@@ -43,13 +43,14 @@ def greedy(model: Any, ids: list[int], limit: int, **stops: Any) -> tuple[list[i
 
 def load(job: dict[str, Any]) -> Any:
     """The job's folder as a model in float32: a whole one, or `base` with the folder's delta added."""
+    import transformers
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
+    found = getattr(transformers, job["class"])
     trusted = {"trust_remote_code": job["trust_remote_code"], "dtype": torch.float32}
     if not job["base"]:
-        return AutoModelForCausalLM.from_pretrained(job["folder"], **trusted).to(job["device"]).eval()
-    model = AutoModelForCausalLM.from_pretrained(job["base"], revision=job["revision"], **trusted)
+        return found.from_pretrained(job["folder"], **trusted).to(job["device"]).eval()
+    model = found.from_pretrained(job["base"], revision=job["revision"], **trusted)
     if job["untied"]:
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone())

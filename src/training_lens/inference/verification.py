@@ -111,20 +111,20 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="training-lens-merge-") as place:
         path = Path(place) / "job.json"
         write_json(path, {**asdict(given), **job, "folder": str(folder)})
-        _run(path, folder)
+        _run(path, folder, job["class"])
         answers = read_json(path.with_name("greedy.json"))
         with safe_open(path.with_name("logits.safetensors"), "pt") as file:
             found = [file.get_tensor(str(i)) for i in range(len(given.rows))]
     return compare(found, answers, wanted, dtype, quantization)
 
 
-def _run(job: Path, folder: Path) -> None:
+def _run(job: Path, folder: Path, name: str) -> None:
     """-P keeps this file's neighbours out of the other process's imports."""
     command = [sys.executable, "-P", str(reload.__file__), str(job)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
         last = done.stderr.strip().rsplit("\n", 1)[-1] or f"exit code {done.returncode}, most likely out of memory"
-        raise MergeError(f"what was written in {folder} cannot be loaded by AutoModelForCausalLM: {last}")
+        raise MergeError(f"what was written in {folder} cannot be loaded by {name}: {last}")
 
 
 def compare(

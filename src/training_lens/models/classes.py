@@ -56,6 +56,18 @@ def build_model(config: Any, trust_remote_code: bool, **options: Any) -> Any:
     return found._from_config(config, **options)
 
 
+def public_class(model: Any) -> str:
+    """The name of the class of transformers that other programs load such a model's folder with."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found, config = type(whole), type(whole.config)
+    usual = MODEL_FOR_CAUSAL_LM_MAPPING.get(config, None)
+    is_named = found is not usual and getattr(transformers, found.__name__, None) is found
+    return found.__name__ if is_named else "AutoModelForCausalLM"
+
+
 def _require_decoder_only(config: Any, named: str | None) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelLoadingError(
