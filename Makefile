@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow check format peers clean
+.PHONY: setup demo test test-slow check format peers compat clean
 
 setup: $(STAMP)
 
@@ -55,5 +55,22 @@ peers: .venv-peers-hf/.installed
 	$(@D)/bin/python -c 'import torchvision' 2> /dev/null || $(@D)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
+# Merged folders under transformers 4.57, adapters under older versions of PEFT: each of these in a folder of its own.
+OLDER_PEFT := 0.13.2 0.15.2 0.18.1 0.21.2
+
+compat: $(STAMP) .venv-compat/.installed
+	$(BIN)/python benchmarks/compat/check.py
+
+.venv-compat/.installed: benchmarks/compat/requirements.txt constraints.txt Makefile
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	grep '^torch==' constraints.txt > $(@D)/torch.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/torch.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/torch.txt --requirement $<
+	for version in $(OLDER_PEFT); do \
+		$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+			--target $(@D)/peft-$$version peft==$$version || exit 1; \
+	done
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers-* outputs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-peers-* .venv-compat outputs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -20,8 +20,8 @@ from training_lens.models.merging import fold, save_merged
 from training_lens.utils.runs import RunFolder
 
 JOB: dict[str, Any] = {
-    "class": "AutoModelForCausalLM", "base": None, "revision": None, "trust_remote_code": False, "device": "cpu", "untied": False, "stop_ids": [],
-    "pad_id": 0,
+    "class": "AutoModelForCausalLM", "base": None, "revision": None, "trust_remote_code": False, "device": "cpu",
+    "untied": False, "stop_ids": [], "pad_id": 0,
 }  # fmt: skip
 
 
@@ -44,7 +44,8 @@ def wanted(session: Session, given: Probes) -> Reference:
 @pytest.fixture(scope="module")
 def merged(finished_run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
-    save_merged(fold(open_run(finished_run, precision="fp32").model), folder, torch.float32, "5GB")
+    session = open_run(finished_run, precision="fp32")
+    save_merged(fold(session.model), session.config.model, folder, "fp32", "5GB")
     return folder
 
 
