@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import re
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import pytest
 from jinja2 import TemplateError
 
 from training_lens.config.data_sections import DataSection
-from training_lens.config.schema import ModelSection
 from training_lens.data.chat import ChatTemplate, special_names
 from training_lens.data.templates import build_renderer
 from training_lens.data.types import Example, Message, Segment
 from training_lens.errors import DatasetError
-from training_lens.models.factory import load_tokenizer
 
 trl = pytest.importorskip("trl", reason="trl carries the templates")
 TEMPLATES = {
@@ -27,7 +24,7 @@ TEMPLATES = {
 }
 # What looks like a special token in a template becomes one of the tokenizer, as in the model that it belongs to.
 SPECIAL = re.compile(
-    r"<\|[^|>\n]{1,40}\|>|<\uff5c[^\uff5c>]{1,40}\uff5c>|<[a-z]+_of_[a-z]+>|<end_of_utterance>|<turn\|>|<\|turn>|</s>|\[/?INST\]"
+    r"<\|[^|>\n]{1,40}\|>|<\uff5c[^\uff5c>]{1,40}\uff5c>|<[a-z]+_of_[a-z]+>|<end_of_utterance>|<\|[a-z_]+>|<[a-z_]+\|>|</s>|\[/?INST\]"
 )
 ONE = [Message("user", "Hi"), Message("assistant", "Hello there")]
 TWO = [
@@ -53,14 +50,9 @@ CALLING = [
 ]
 
 
-@pytest.fixture(scope="module")
-def phi3(shared: Path) -> Any:
-    return load_tokenizer(ModelSection(), str(shared / "tokenizers/phi3"))
-
-
-@pytest.fixture(params=list(TEMPLATES))
-def tokenizer(request: pytest.FixtureRequest, phi3: Any) -> Any:
-    tokenizer = copy.deepcopy(phi3)
+@pytest.fixture(params=list(TEMPLATES), scope="module")
+def tokenizer(request: pytest.FixtureRequest, embedded_tokenizer: Any) -> Any:
+    tokenizer = copy.deepcopy(embedded_tokenizer)
     tokenizer.chat_template = TEMPLATES[request.param]
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(tokenizer.chat_template)))})
     return tokenizer
@@ -135,18 +127,27 @@ def test_a_system_message_shows_or_is_refused(tokenizer: Any) -> None:
         assert "Be brief." in "".join(s.text for s in segments)
 
 
-def test_calls_are_found_or_refused_with_the_reason(tokenizer: Any) -> None:
+def test_calls_are_found_with_their_ends(tokenizer: Any) -> None:
     template = ChatTemplate(tokenizer)
-    if not template.tools:
+    if not (template.tools and template.calls):
         pytest.skip("the template has no place for tools")
-    try:
-        segments = template.example(CALLING, (TOOL,), answers(CALLING))
-    except DatasetError as error:
-        assert "renders a chat differently once it goes on" in str(error)
-        return
-    call, said = [s.text for s in segments if s.response]
+    call, said = [s.text for s in template.example(CALLING, (TOOL,), answers(CALLING)) if s.response]
     assert "search" in call and "rice" in call and "nothing found" not in call
-    assert said.startswith("There is none.")
+    assert "There is none." in said
+    for text in (call, said):
+        assert specials(tokenizer) & set(tokenizer(text, add_special_tokens=False)["input_ids"][-1:])
+
+
+@pytest.mark.parametrize("supervise", ["all", "last"])
+def test_with_tools_the_prompt_is_what_training_puts_before_the_last_answer(tokenizer: Any, supervise: str) -> None:
+    template = ChatTemplate(tokenizer)
+    if not (template.tools and template.calls):
+        pytest.skip("the template has no place for tools")
+    learned = answers(CALLING) if supervise == "all" else answers(CALLING)[-1:]
+    segments = template.example(CALLING, (TOOL,), learned)
+    last = max(i for i, s in enumerate(segments) if s.response)
+    asked = template.prompt(CALLING[:-1], (TOOL,), learned[:-1])
+    assert [s.text for s in asked] == [s.text for s in segments[:last]]
 
 
 THOUGHTS = [Message("user", "What?"), Message("assistant", "<think>\nhmm\n</think>\n\nyes")]
@@ -200,8 +201,8 @@ def test_special_names_in_tools_and_calls_stay_text(tokenizer: Any) -> None:
     assert counts[0] == counts[1]
 
 
-def test_a_tool_result_that_is_dropped_is_refused(phi3: Any) -> None:
-    tokenizer = copy.deepcopy(phi3)
+def test_a_tool_result_that_is_dropped_is_refused(embedded_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(embedded_tokenizer)
     tokenizer.chat_template = (
         "{{ tools }}{% for m in messages %}{% if m.role == 'user' %}U: {{ m.content }}\n"
         "{% elif m.role == 'assistant' %}"
@@ -211,8 +212,8 @@ def test_a_tool_result_that_is_dropped_is_refused(phi3: Any) -> None:
         ChatTemplate(tokenizer).example(CALLING, (TOOL,), [3])
 
 
-def test_a_dropped_text_is_seen_though_another_holds_it(phi3: Any) -> None:
-    tokenizer = copy.deepcopy(phi3)
+def test_a_dropped_text_is_seen_though_another_holds_it(embedded_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(embedded_tokenizer)
     tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{{ eos_token }}{% endfor %}"
     chat = [Message("system", "cat"), Message("user", "my cat"), Message("assistant", "yes")]
     with pytest.raises(DatasetError, match=r"drops .*the system message 'cat'"):

@@ -38,7 +38,7 @@ JINJA = (
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant> {% endif %}"
 )
-TEMPLATES = ["chat", "jinja", "alpaca", "plain", "Q: {instruction}\\n{input}\\nA: {output}"]
+TEMPLATES = ["chat", "jinja", "alpaca", "plain", "{system}\\nQ: {instruction}\\n{input}\\nA: {output}"]
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)

@@ -10,12 +10,12 @@ import pytest
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
 from training_lens.data.templates import (
-    AlpacaTemplate,
     adopt_template_file,
     build_renderer,
     choose_template,
     domain_prefix,
 )
+from training_lens.data.turn_templates import AlpacaTemplate
 from training_lens.data.types import Example, Message
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.models.factory import load_tokenizer
@@ -84,7 +84,7 @@ def test_a_template_that_refuses_a_role_names_the_row(embedded_tokenizer: Any) -
     )
     renderer = build_renderer(DataSection(template="chat"), tokenizer)
     chat = (Message("system", "S"), Message("user", "Hi"), Message("assistant", "Hello"))
-    with pytest.raises(DatasetError, match=r"row 3: the chat template refuses .*no system"):
+    with pytest.raises(DatasetError, match=r"row 3: the tokenizer's chat template refuses .*no system"):
         renderer.example(Example(chat, None, "rows.jsonl", 3))
 
 

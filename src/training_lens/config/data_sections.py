@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -12,6 +13,14 @@ from training_lens.config.section import Place, Rows, Section
 from training_lens.utils.formatting import nearest
 
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
+
+
+def _is_day(text: str) -> bool:
+    """Whether `text` is a date of the calendar, written as YYYY-MM-DD."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 class FieldsSection(Section):
@@ -141,6 +150,11 @@ class DataSection(Section):
         description="chat: the tokenizer's chat template; alpaca; plain: the row's texts alone; auto: chat where the "
         "tokenizer has one, else alpaca; a .jinja file; or a pattern such as 'Q: {instruction}\\nA: {output}'",
     )
+    date: str | None = Field(
+        None,
+        description="what a chat template is told that asks for today's date, as YYYY-MM-DD; null: the day the run "
+        "starts, which the run keeps",
+    )
     domain: DomainSection = DomainSection()
     mask_prompt: bool = Field(True, description="learn the answer alone; false: the prompt's tokens as well")
     supervise: Literal["auto", "all", "last"] = Field(
@@ -179,6 +193,14 @@ class DataSection(Section):
                 f"{{instruction}} and {{output}}.{hint}"
             )
         return value
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _is_day(cls, value: Any) -> Any:
+        text = value.isoformat() if type(value) is date else value  # YAML reads a bare date as one
+        if text is not None and not (isinstance(text, str) and _is_day(text)):
+            raise ValueError(f"{text!r} is no date; give one as YYYY-MM-DD, such as 2026-03-31")
+        return text
 
     @model_validator(mode="after")
     def _validation(self) -> DataSection:

@@ -161,7 +161,8 @@ def _fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
 
 # The keys of the data section that decide tokens; the others decide which examples are taken, and when.
 DECIDING = {
-    *("fields", "ignore_keys", "csv", "on_bad_row", "domain", "template", "mask_prompt", "supervise", "thinking"),
+    *("fields", "ignore_keys", "csv", "on_bad_row", "domain", "template", "date", "mask_prompt", "supervise"),
+    "thinking",
     *("truncation", "special_tokens", "strip_end_marks"),
 }
 
@@ -201,7 +202,7 @@ def _texts(sources: Sequence[Source], preparation: Preparation, counter: SplitCo
 def _render(examples: Sequence[Example], preparation: Preparation, notes: DataNotes) -> _Chunk:
     """The examples as text, without those that the template cannot take where bad rows are skipped."""
     rule, render = BadRowRule.from_data(preparation.data, notes), preparation.renderer.example
-    rendered = [rule.try_row(e.file, e.row, partial(render, e)) for e in examples]
+    rendered = [rule.try_row(e.file, e.row, partial(render, e, notes)) for e in examples]
     pairs = [(e, segments) for e, segments in zip(examples, rendered, strict=True) if segments is not None]
     return _Chunk([e for e, _ in pairs], [segments for _, segments in pairs])
 

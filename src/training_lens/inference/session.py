@@ -14,11 +14,11 @@ from training_lens.config.data_sections import FieldsSection
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.preparation import Preparation
 from training_lens.data.row_keys import ALIASES
-from training_lens.data.templates import Renderer, adopt_template_file, build_renderer
+from training_lens.data.templates import Renderer, adopt_template_file, build_renderer, resolve_date
 from training_lens.data.tokenization import TextEncoder
 from training_lens.data.types import Example, Message
 from training_lens.data.values import NO_TEXT
-from training_lens.errors import AdapterError, ConfigurationError, ModelLoadingError
+from training_lens.errors import AdapterError, ConfigurationError, DatasetError, ModelLoadingError
 from training_lens.inference.decoder import Decoders
 from training_lens.models.adapters import load_adapter
 from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts, resolve_seq_len
@@ -29,6 +29,7 @@ from training_lens.utils.logging import get_logger
 from training_lens.utils.runs import BASE_ALONE, RunFolder, find_adapter_run, uses_own_model
 
 logger = get_logger(__name__)
+A_TOOL = {"type": "function", "function": {"name": "f", "description": "a", "parameters": {"type": "object"}}}
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ def open_run(run: RunFolder, device: str | None = None, precision: Precision | N
         config = config.resolved(model={"dtype": precision})
     precision = precision or resolve_precision("auto" if elsewhere else trained, place)
     tokenizer = load_tokenizer(config.model, str(run.tokenizer))
+    config = config.resolved(data={"date": resolve_date(config.data, tokenizer)})
     model = load_adapter(load_model(config.model, place, precision), run.adapter)
     data = run.read_metadata("data.json")
     texts = are_texts(data["train"]["mappings"].values(), config.data.fields)
@@ -190,6 +192,7 @@ def _open_own(config: TrainingConfig, adapter: Path | None) -> Session:
     saved = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
     tokenizer = load_tokenizer(config.model, str(saved) if saved else None)
     adopt_template_file(config.data.template, tokenizer)
+    config = config.resolved(data={"date": resolve_date(config.data, tokenizer)})
     check_vocabulary(tokenizer, read_facts(config.model), str(saved or config.model.id))
     model = load_model(config.model, place, precision)
     if adapter:
@@ -231,14 +234,29 @@ def session_on(
     """
     encoder = TextEncoder(tokenizer)  # before the renderer, which takes for granted that there is an EOS
     renderer = build_renderer(config.data, tokenizer)
-    answered = Example((Message("user", "a"), Message("assistant", "b")), None, "", 0)
-    if texts:
-        answered = Example((Message("assistant", "b"),), None, "", 0, is_text=True)
-    end = int(encoder.encode([renderer.example(answered)])[0].input_ids[-1])
-    stop_ids = frozenset({encoder.eos_id, end, *_configured_ends(model, config.model.id)})
+    ends = _trained_ends(renderer, encoder, texts)
+    stop_ids = frozenset({encoder.eos_id, *ends, *_configured_ends(model, config.model.id)})
     return Session(
         source, adapter, model, tokenizer, encoder, renderer, config, domains, texts, stop_ids, device, precision
     )
+
+
+def _trained_ends(renderer: Renderer, encoder: TextEncoder, texts: bool) -> set[int]:
+    """The tokens that end an answer in training: the last one of a chat, an earlier one, and a call of a tool."""
+    if texts:
+        text = Example((Message("assistant", "b"),), None, "", 0, is_text=True)
+        return {int(encoder.encode([renderer.example(text)])[0].input_ids[-1])}
+    turn = (Message("user", "a"), Message("assistant", "b"))
+    call = Message("assistant", "", calls=({"name": "f", "arguments": {"a": "b"}},))
+    ends = {int(encoder.encode([renderer.example(Example(turn, None, "", 0))])[0].input_ids[-1])}
+    for chat, tools in (((*turn, *turn), ()), ((turn[0], call), (A_TOOL,))):
+        try:
+            segments = renderer.example(Example(chat, None, "", 0, tools))
+        except DatasetError:  # such chats are no part of what this template was trained with
+            continue
+        last_ids = [int(encoder.encode([[s]])[0].input_ids[-1]) for s in segments if s.response]
+        ends |= encoder.special_ids.intersection(last_ids)
+    return ends
 
 
 def _configured_ends(model: Any, model_id: str) -> list[int]:

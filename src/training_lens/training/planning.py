@@ -19,7 +19,7 @@ from training_lens.data.batching import Mix, Schedule, hold_out
 from training_lens.data.preparation import Preparation, Split, prepare_split, tokenizer_hash
 from training_lens.data.reporting import log_split
 from training_lens.data.store import TokenDataset
-from training_lens.data.templates import adopt_template_file, build_renderer, choose_template
+from training_lens.data.templates import adopt_template_file, build_renderer, choose_template, resolve_date
 from training_lens.data.tokenization import TextEncoder
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.models.adapters import Adaptation, check_adapter, count_parameters, log_adaptation
@@ -149,9 +149,9 @@ def read_tokenizer(config: TrainingConfig) -> tuple[ModelFacts, Any]:
 
 
 def resolve_texts(config: TrainingConfig, facts: ModelFacts, tokenizer: Any) -> TrainingConfig:
-    """The config with what decides the tokens settled: the template, and the longest example."""
-    template, seq_len = choose_template(config.data.template, tokenizer), resolve_seq_len(config.model, facts)
-    return config.resolved(model={"seq_len": seq_len}, data={"template": template})
+    """The config with what decides the tokens settled: the template, its date, and the longest example."""
+    data = {"template": choose_template(config.data.template, tokenizer), "date": resolve_date(config.data, tokenizer)}
+    return config.resolved(model={"seq_len": resolve_seq_len(config.model, facts)}, data=data)
 
 
 def preparation_of(config: TrainingConfig, tokenizer: Any) -> Preparation:

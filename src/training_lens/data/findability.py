@@ -1,0 +1,190 @@
+"""Whether a rendered text holds everything that a row says: its texts, its calls and the descriptions of its tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from markupsafe import escape
+
+from training_lens.data.types import Message
+
+THOUGHTS_END = "</think>"
+
+
+def _escape_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _escape_ascii_json(text: str) -> str:
+    return json.dumps(text)[1:-1]
+
+
+def _escape_markup(text: str) -> str:
+    return str(escape(text))
+
+
+def _escape_python(text: str) -> str:
+    return repr(text)[1:-1]
+
+
+def _escape_json_twice(text: str) -> str:
+    return _escape_json(_escape_json(text))
+
+
+# The forms in which a template may write a text without loss, the best first: as it is; in JSON; as markup; as Python
+# prints it; in JSON that stands in JSON.
+SPELLINGS: tuple[Callable[[str], str], ...] = (
+    str,
+    _escape_json,
+    _escape_ascii_json,
+    _escape_markup,
+    _escape_python,
+    _escape_json_twice,
+)
+
+
+def mark_chat(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], bracket: str
+) -> tuple[list[Message], list[dict[str, Any]], dict[str, str]]:
+    """The chat with each text, call and tool replaced by a mark of its own, and what each mark stands for.
+
+    So a text that is dropped is missed, though another text holds the same words. `bracket` stands around each mark.
+    """
+    marks: dict[str, str] = {}
+
+    def mark(what: str) -> str:
+        name = f"{bracket}{len(marks)}{bracket}"
+        marks[name] = what
+        return name
+
+    marked_tools = [_mark_tool(tool, mark) for tool in tools]
+    return [_mark_message(message, mark) for message in messages], marked_tools, marks
+
+
+def _mark_message(message: Message, mark: Callable[[str], str]) -> Message:
+    text = mark(f"the {message.role} message {message.text[:40]!r}") if message.text else ""
+    what = [f"the call of {call['name']}" for call in message.calls]
+    calls = [
+        {**call, "name": mark(said), "arguments": {mark(f"the arguments of {said}"): mark(f"the values of {said}")}}
+        for call, said in zip(message.calls, what, strict=True)
+    ]
+    return replace(message, text=text, input="", calls=tuple(calls))
+
+
+def _mark_tool(tool: Mapping[str, Any], mark: Callable[[str], str]) -> dict[str, Any]:
+    name = tool["function"].get("name", "")
+    schema = {"type": "string", "description": mark(f"the descriptions of parameters of the tool {name}")}
+    parameters = {"type": "object", "properties": {mark(f"the parameters of the tool {name}"): schema}}
+    described = {"name": mark(f"the tool {name}"), "description": mark(f"the description of the tool {name}")}
+    return {**tool, "function": {**described, "parameters": parameters}}
+
+
+def rank_spelling(text: str, rendered: str) -> int | None:
+    """Which of the `SPELLINGS` of `text` stands in `rendered`; None where none does."""
+    return next((rank for rank, spell in enumerate(SPELLINGS) if spell(text) in rendered), None)
+
+
+def holds(rendered: str, text: str) -> bool:
+    """Whether `rendered` holds the text, in any spelling, with or without the white space around it."""
+    return text in rendered or rank_spelling(text.strip(), rendered) is not None
+
+
+def find_lost(
+    rendered: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int]
+) -> str | None:
+    """What of a chat the rendered text does not hold, in words; None where it holds everything.
+
+    Thoughts of answers that are not `learned` may be left out: many templates do so once a chat goes on.
+    """
+    for index, message in enumerate(messages):
+        for text in (message.text, message.input):
+            if text not in rendered and not _holds_message(rendered, text, message, index in learned):
+                return f"the {message.role} message {text[:40]!r}"
+        for call in message.calls:
+            if lost := next((what for what, text in _call_texts(call) if not _holds_value(rendered, text)), None):
+                return lost
+    for tool in tools:
+        if lost := next((what for what, text in tool_texts(tool) if not holds(rendered, text)), None):
+            return lost
+    return None
+
+
+def leaves_out_thoughts(rendered: str, messages: Sequence[Message]) -> bool:
+    """Whether thoughts of any answer are not in the rendered text."""
+    return any(
+        THOUGHTS_END in message.text and message.text not in rendered and not holds(rendered, thoughts_of(message.text))
+        for message in messages
+        if message.role == "assistant"
+    )
+
+
+def thoughts_of(answer: str) -> str:
+    """What stands before `</think>`, without its marks."""
+    return answer.split(THOUGHTS_END)[0].removeprefix("<think>").strip()
+
+
+def _holds_message(rendered: str, text: str, message: Message, learned: bool) -> bool:
+    """As `holds`; an answer's thoughts may stand apart from the rest, as templates that know thoughts write them."""
+    if holds(rendered, text):
+        return True
+    if message.role != "assistant" or THOUGHTS_END not in text:
+        return False
+    said = text.split(THOUGHTS_END)[-1]
+    return holds(rendered, said) and not (learned and not holds(rendered, thoughts_of(text)))
+
+
+def _holds_value(rendered: str, value: Any) -> bool:
+    if isinstance(value, str):
+        return holds(rendered, value)
+    return any(spelled in rendered for spelled in (json.dumps(value), str(value)))
+
+
+def _call_texts(call: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each name and value in a call, with its description."""
+    yield f"the call of {call['name']}", call["name"]
+    for key, value in _leaves(call["arguments"]):
+        yield f"the argument {key[:40]!r} of the call of {call['name']}", key
+        yield f"the value {str(value)[:40]!r} of the argument {key[:40]!r} of the call of {call['name']}", value
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The plain values inside `value`, each with the key that it stands under; keys of lists and objects alone."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield name, ""
+            yield from _leaves(inner, name)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner, key)
+    else:
+        yield key, value
+
+
+def tool_texts(tool: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the description of a tool says, with what each is: its names, descriptions and allowed values."""
+    function = tool.get("function", tool)
+    name = function.get("name", "")
+    for what, text in _schema_texts(function):
+        yield f"{what} {text[:40]!r} of the tool {name}", text
+
+
+def _schema_texts(schema: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(schema, list | tuple):
+        for inner in schema:
+            yield from _schema_texts(inner)
+    if not isinstance(schema, Mapping):
+        return
+    for key, value in schema.items():
+        if key in ("name", "description") and isinstance(value, str):
+            yield f"the {key}", value
+        elif key == "enum" and isinstance(value, list | tuple):
+            yield from (("the allowed value", inner) for inner in value if isinstance(inner, str))
+        elif key == "properties" and isinstance(value, Mapping):
+            for name, inner in value.items():
+                yield "the parameter", name
+                yield from _schema_texts(inner)
+        else:
+            yield from _schema_texts(value)

@@ -1,0 +1,117 @@
+"""Chat templates as programs: compiled in transformers' sandbox, and rendered on one fixed date."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from training_lens.errors import ConfigurationError
+
+Span = tuple[int, int]
+CLOCK = "strftime_now"  # the function by which chat templates ask for the date
+TOOL_USE, DEFAULT = "tool_use", "default"  # transformers' names of the templates for chats with tools, and without
+_MARKS = re.compile(r"\{%-?\s*generation\b")
+
+
+class JinjaTemplate:
+    """A chat template, compiled once.
+
+    Args:
+        variables: what the template knows beside the chat: the tokenizer's special tokens by their names.
+        today: the date that the template is told, at midnight, whenever it asks.
+
+    Raises:
+        ConfigurationError: it is no valid Jinja; names the line.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, Any], today: date) -> None:
+        self._compiled = _compile(source, "the tokenizer's chat template")
+        self._variables = {**variables, CLOCK: today.strftime}
+        self.has_marks = bool(_MARKS.search(source))
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], generation: bool = False
+    ) -> tuple[str, list[Span]]:
+        """The text, and its stretches inside generation marks (neighbours joined).
+
+        Raises:
+            Exception: the template is a foreign program, which may fail in any way.
+        """
+        from transformers.utils.chat_template_utils import _render_with_assistant_indices
+
+        chat = {
+            "messages": list(messages),
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": generation,
+        }
+        if not self.has_marks:
+            return self._compiled.render(**chat, **self._variables), []
+        text, marks = _render_with_assistant_indices(self._compiled, **chat, **self._variables)
+        return text, _join_neighbours(marks)
+
+
+def asks_for_date(source: str) -> bool:
+    """Whether the template may ask for the date, in any of its branches."""
+    return re.search(rf"\b{CLOCK}\b", source) is not None
+
+
+def list_sources(templates: str | Mapping[str, str]) -> list[str]:
+    """The texts of all templates of a tokenizer."""
+    return [templates] if isinstance(templates, str) else list(templates.values())
+
+
+def choose_source(templates: str | Mapping[str, str], with_tools: bool) -> str:
+    """The text of a tokenizer's template; of several by name, the one that transformers takes.
+
+    Raises:
+        ConfigurationError: there are several, and none is for chats without tools.
+    """
+    if isinstance(templates, str):
+        return templates
+    if DEFAULT not in templates:
+        raise ConfigurationError(
+            f"data.template: the tokenizer has chat templates named {', '.join(templates)}, and none named {DEFAULT}. "
+            "Give one as a .jinja file."
+        )
+    return templates[TOOL_USE if with_tools and TOOL_USE in templates else DEFAULT]
+
+
+def read_template_file(path: str) -> str:
+    """The text of a .jinja file.
+
+    Raises:
+        ConfigurationError: it cannot be read, or is no valid Jinja; names the line.
+    """
+    try:
+        source = Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"data.template: '{path}' cannot be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"data.template: '{path}' is not UTF-8 text.") from error
+    _compile(source, path)
+    return source
+
+
+def _compile(source: str, name: str) -> Any:
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        return _compile_jinja_template(source)
+    except TemplateSyntaxError as error:
+        raise ConfigurationError(f"data.template: {name}, line {error.lineno}: {error.message}.") from error
+
+
+def _join_neighbours(spans: Sequence[Span]) -> list[Span]:
+    """Stretches that touch as one."""
+    joined: list[Span] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined

@@ -1,0 +1,72 @@
+"""Names of special tokens inside data, which stay text while a template renders them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from training_lens.data.types import Message, Segment
+
+# A name stands as (mark, number, mark) while a template renders: noncharacters of Unicode, which no template knows.
+# Where a template writes JSON in ASCII, they stand escaped.
+OPEN, CLOSE, ESCAPED = "\ufdd0", "\ufdd1", r"\ufdd0"
+_PLACEHOLDER = re.compile(rf"(?:{OPEN}|\\ufdd0)(\d+)(?:{CLOSE}|\\ufdd1)")
+
+
+class SpecialText:
+    """Protects the names of special tokens in texts, and puts them back as plain text.
+
+    Args:
+        names: of the special tokens; without any, they are tokens wherever they stand.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = sorted(names, key=len, reverse=True)  # the longest first: one may begin another
+        self._found = re.compile("|".join(map(re.escape, self._names))) if names else None
+
+    @property
+    def are_tokens(self) -> bool:
+        """Whether names in data become the tokens that they name."""
+        return self._found is None
+
+    def protect(self, text: str) -> str:
+        """`text` with the names as placeholders."""
+        if self._found is None or not self._found.search(text):
+            return text
+        return self._found.sub(lambda name: f"{OPEN}{self._names.index(name[0])}{CLOSE}", text)
+
+    def protect_messages(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages with the names protected, in what they say and in what they call."""
+        return [self._protect_message(m) for m in messages] if self._found else messages
+
+    def _protect_message(self, m: Message) -> Message:
+        assert self._found
+        if not (m.calls or self._found.search(m.text) or self._found.search(m.input)):
+            return m  # nearly every message; a copy of each would take as long as the rest of its rendering
+        calls = tuple(self.protect_in(call) for call in m.calls)
+        return replace(m, text=self.protect(m.text), input=self.protect(m.input), calls=calls)
+
+    def protect_in(self, value: Any) -> Any:
+        """`value` with every text in it protected."""
+        if isinstance(value, str):
+            return self.protect(value)
+        if isinstance(value, Mapping):
+            return {self.protect_in(k): self.protect_in(v) for k, v in value.items()}
+        return [self.protect_in(v) for v in value] if isinstance(value, list | tuple) else value
+
+    def restore(self, segments: Sequence[Segment]) -> list[Segment]:
+        """The segments with each placeholder as plain text of its own."""
+        if not any(OPEN in segment.text or ESCAPED in segment.text for segment in segments):
+            return list(segments)
+        return [
+            Segment(self._names[int(part)] if odd else part, segment.response, plain=bool(odd))
+            for segment in segments
+            for place, part in enumerate(_PLACEHOLDER.split(segment.text))
+            if (odd := place % 2) or part
+        ]
+
+    def restore_text(self, text: str) -> str:
+        """`text` with the names in it again, for messages."""
+        return _PLACEHOLDER.sub(lambda found: self._names[int(found[1])], text)

@@ -1,0 +1,235 @@
+"""In which form a chat template takes what a chat holds, found by trying: the template is rendered, never read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from training_lens.data.findability import rank_spelling
+from training_lens.data.types import Message
+from training_lens.errors import ConfigurationError, DatasetError
+
+ANSWER, ASKED = "\ufdd2", "\ufdd3"  # stand for an answer and a prompt: noncharacters of Unicode, no text
+Arguments = Literal["object", "text"]
+CallIds = Literal["optional", "needed", "nine characters"]
+Plain = dict[str, Any]
+Render = Callable[[Sequence[Plain], Sequence[Plain]], str]
+
+RESULT = "probe-result"
+TOOL_NAME = "probe_tool"
+PARAMETERS = {"type": "object", "properties": {"probe_parameter": {"type": "string", "description": "a probe"}}}
+TOOL = {"type": "function", "function": {"name": TOOL_NAME, "description": "a probe", "parameters": PARAMETERS}}
+CALL_NAME, CALL_KEY = "probe_call", "probe_key"
+CALL_VALUE = "probe \"value' of\ntwo lines"  # each way to write it in JSON, Python or markup is another text
+NINE, LONG = (
+    "call00001",
+    "call_0123456789abcdefghijkl",
+)  # ids as Mistral's templates want them, and as OpenAI gives them
+
+
+@dataclass(frozen=True)
+class TemplateForm:
+    """What a chat template has a place for, and how it takes it.
+
+    `parts`: content as a list of text parts. `tools`, `results`: it shows descriptions of tools, and what they gave;
+    `bare_tools`: without {"type": "function"} around them. `calls`: in which form it takes the arguments of calls;
+    None where it shows no calls. `null_stays_null`: content that is null in a row is null for the template, beside a
+    call; `empty_becomes_null`: empty content is, too, for without text it shows calls only then.
+    """
+
+    parts: bool = False
+    tools: bool = False
+    bare_tools: bool = False
+    results: bool = False
+    calls: Arguments | None = None
+    null_stays_null: bool = False
+    empty_becomes_null: bool = False
+    call_ids: CallIds = "optional"
+
+    def messages(self, messages: Sequence[Message]) -> list[Plain]:
+        """The messages as the template takes them."""
+        numbered = messages if self.call_ids == "optional" else _number_calls(messages, self.call_ids)
+        return [self._message(message) for message in numbered]
+
+    def tools_of(self, tools: Sequence[Mapping[str, Any]]) -> list[Plain]:
+        """The descriptions of tools as the template takes them."""
+        return [dict(tool["function"] if self.bare_tools else tool) for tool in tools]
+
+    def remarks(self, messages: Sequence[Message]) -> Iterator[str]:
+        """What the user must be told of how the template takes these messages."""
+        callers = [m for m in messages if m.calls]
+        if not callers:
+            return
+        yield f"arguments of calls go into the template as {'JSON text' if self.calls == 'text' else 'objects'}"
+        empty = [m for m in callers if not m.text]
+        if any(m.null_content for m in empty) and not self.null_stays_null:
+            yield "null content beside a call goes into the template as empty text, since it cannot take null"
+        if any(not m.null_content for m in empty) and self.empty_becomes_null:
+            yield "empty content beside a call goes into the template as null, since it shows calls only then"
+        if not all(
+            self.call_ids == "optional" or _is_valid(c.get("id"), self.call_ids) for m in callers for c in m.calls
+        ):
+            wanted = "ids of nine characters" if self.call_ids == "nine characters" else "an id for every call"
+            yield f"the template wants {wanted}: calls without one have an id from their place, such as {NINE}"
+
+    def _message(self, message: Message) -> Plain:
+        plain = {"role": message.role, "content": self._content(message), **message.extra}
+        if message.calls:
+            plain["tool_calls"] = [self._call(call) for call in message.calls]
+        return plain
+
+    def _content(self, message: Message) -> Any:
+        text = f"{message.text}\n{message.input}" if message.input else message.text
+        if message.calls and not text:
+            is_null = self.null_stays_null if message.null_content else self.empty_becomes_null
+            return None if is_null else self.content(text)
+        return self.content(text)
+
+    def content(self, text: str) -> Any:
+        """A text as the template takes it."""
+        return [{"type": "text", "text": text}] if self.parts else text
+
+    def _call(self, call: Mapping[str, Any]) -> Plain:
+        arguments = call["arguments"]
+        if self.calls == "text":
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        named = {"id": call["id"]} if "id" in call else {}
+        return {**named, "type": "function", "function": {"name": call["name"], "arguments": arguments}}
+
+
+def find_form(render: Render) -> TemplateForm:
+    """Try a template's forms.
+
+    Args:
+        render: messages and tools to text; raises DatasetError where the template fails.
+
+    Raises:
+        ConfigurationError: the template shows no content in any form.
+    """
+    form = _try_tools(render, _try_content(render))
+    return _try_calls(render, form)
+
+
+def _try_content(render: Render) -> TemplateForm:
+    chat = [Message("user", ASKED), Message("assistant", ANSWER)]
+    problem = "the texts of a chat do not appear in what it renders"
+    for form in (TemplateForm(), TemplateForm(parts=True)):
+        try:
+            text = render(form.messages(chat), ())
+        except DatasetError as error:
+            problem = str(error)
+            continue
+        if ANSWER in text and ASKED in text:
+            return form
+    raise ConfigurationError(f"data.template: this chat template cannot be trained with: {problem}.")
+
+
+def _try_tools(render: Render, form: TemplateForm) -> TemplateForm:
+    for tried in (replace(form, tools=True), replace(form, tools=True, bare_tools=True)):
+        chat = tried.messages([Message("user", ASKED), Message("assistant", ANSWER)])
+        if TOOL_NAME in _render_or_nothing(render, chat, tried.tools_of([TOOL])):
+            return tried
+    return form
+
+
+def _try_calls(render: Render, form: TemplateForm) -> TemplateForm:
+    """The form with what the template does with calls and with results; a form that has results comes first."""
+    for results in (True, False):
+        found = {tried: _rank_call(render, tried, results) for tried in _call_forms(form, results)}
+        shown = {tried: rank for tried, rank in found.items() if rank is not None}
+        if shown:
+            best = min(shown, key=lambda tried: shown[tried])
+            return _try_ids(render, _settle_null(render, best, results), results)
+    said = [Message("user", ASKED), Message("assistant", ANSWER), Message("tool", RESULT), Message("assistant", ANSWER)]
+    return replace(form, results=RESULT in _render_or_nothing(render, form.messages(said), ()))
+
+
+def _call_forms(form: TemplateForm, results: bool) -> Iterator[TemplateForm]:
+    kinds: tuple[Arguments, ...] = ("object", "text")
+    for is_null in (False, True):
+        for kind in kinds:
+            yield replace(form, calls=kind, results=results, empty_becomes_null=is_null)
+
+
+def _call_probe(results: bool, call_id: str | None = NINE) -> list[Message]:
+    named = {"id": call_id} if call_id else {}
+    call = {**named, "name": CALL_NAME, "arguments": {CALL_KEY: CALL_VALUE}}
+    answers = {"tool_call_id": call_id, "name": CALL_NAME} if call_id else {"name": CALL_NAME}
+    chat = [Message("user", ASKED), Message("assistant", "", calls=(call,))]
+    return [*chat, Message("tool", RESULT, extra=answers), Message("assistant", ANSWER)] if results else chat
+
+
+def _rank_call(render: Render, form: TemplateForm, results: bool, call_id: str | None = NINE) -> int | None:
+    """How well the template writes a call in this form, as `rank_spelling`; None where it loses part of it."""
+    text = _render_or_nothing(
+        render, form.messages(_call_probe(results, call_id)), form.tools_of([TOOL] if form.tools else ())
+    )
+    needed = (CALL_NAME, CALL_KEY, *((RESULT, ANSWER) if results else ()))
+    return rank_spelling(CALL_VALUE, text) if all(name in text for name in needed) else None
+
+
+def _settle_null(render: Render, form: TemplateForm, results: bool) -> TemplateForm:
+    """Null stays null unless the template loses the call by it, or writes 'None' for it."""
+    empty, null = (
+        _render_or_nothing(render, replace(form, empty_becomes_null=is_null).messages(_call_probe(results)), ())
+        for is_null in (False, True)
+    )
+    shown = _rank_call(render, replace(form, empty_becomes_null=True), results) is not None
+    return replace(form, null_stays_null=shown and null.count("None") <= empty.count("None"))
+
+
+def _try_ids(render: Render, form: TemplateForm, results: bool) -> TemplateForm:
+    """The form with what the template wants of the ids of calls."""
+    if _rank_call(render, form, results, LONG) is None:
+        return replace(form, call_ids="nine characters")
+    return replace(form, call_ids="optional" if _rank_call(render, form, results, None) is not None else "needed")
+
+
+def _render_or_nothing(render: Render, messages: Sequence[Plain], tools: Sequence[Plain]) -> str:
+    try:
+        return render(messages, tools)
+    except DatasetError:
+        return ""
+
+
+def _number_calls(messages: Sequence[Message], wanted: CallIds) -> list[Message]:
+    """The messages with an id for every call that has none which the template takes; results have that of their call.
+
+    The ids are made from the calls' places ('call00001'), so that a chat has the same in training and at inference.
+    """
+    taken = {call["id"] for m in messages for call in m.calls if _is_valid(call.get("id"), wanted)}
+    fresh = (name for number in range(1, 10**5) if (name := f"call{number:05d}") not in taken)
+    renamed: dict[Any, str] = {}
+    waiting: list[str] = []
+    numbered = []
+    for message in messages:
+        if message.calls:
+            calls = [_with_id(call, wanted, fresh, renamed) for call in message.calls]
+            waiting = [call["id"] for call in calls]
+            message = replace(message, calls=tuple(calls))
+        elif message.role == "tool":
+            message = replace(message, extra={**message.extra, "tool_call_id": _answered(message, renamed, waiting)})
+        numbered.append(message)
+    return numbered
+
+
+def _with_id(call: Mapping[str, Any], wanted: CallIds, fresh: Iterator[str], renamed: dict[Any, str]) -> Plain:
+    given = call.get("id")
+    call_id = str(given) if _is_valid(given, wanted) else next(fresh)
+    renamed[given] = call_id
+    return {**call, "id": call_id}
+
+
+def _answered(result: Message, renamed: Mapping[Any, str], waiting: list[str]) -> str:
+    """The id of the call that a result answers: the one that it names, else the next that waits for one."""
+    given = result.extra.get("tool_call_id")
+    answered = renamed[given] if given is not None and given in renamed else next(iter(waiting), NINE)
+    if answered in waiting:
+        waiting.remove(answered)
+    return answered
+
+
+def _is_valid(call_id: Any, wanted: CallIds) -> bool:
+    return isinstance(call_id, str) and bool(call_id) and (wanted != "nine characters" or len(call_id) == len(NINE))

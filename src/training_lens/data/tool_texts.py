@@ -1,0 +1,76 @@
+"""Tools as text, for templates that have no place for them: what is described, called and given is said in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from training_lens.data.types import Message
+from training_lens.errors import DatasetError
+
+Tools = Sequence[Mapping[str, Any]]
+
+
+class ToolPlaces(Protocol):
+    """What of tools a template shows."""
+
+    name: str
+
+    @property
+    def tools(self) -> bool: ...
+
+    @property
+    def calls(self) -> bool: ...
+
+    @property
+    def results(self) -> bool: ...
+
+
+def fit_tools(
+    template: ToolPlaces, messages: Sequence[Message], tools: Tools
+) -> tuple[Sequence[Message], Tools, list[str]]:
+    """The chat as this template can show it, and what the user must be told: what it has no place for becomes text.
+
+    Raises:
+        DatasetError: it shows tools, but not how the model calls them: it would say less than the row.
+    """
+    has_calls, has_results = any(m.calls for m in messages), any(m.role == "tool" for m in messages)
+    if not (tools or has_calls or has_results):
+        return messages, tools, []
+    if template.tools and has_calls and not template.calls:
+        raise DatasetError(
+            f"{template.name} shows tools and leaves out the calls of them. Use a template that shows them "
+            "(data.template=FILE.jinja), or write the calls into the content as the model is to write them."
+        )
+    remarks = []
+    if has_calls and not template.calls:
+        messages = [_say_calls(m) for m in messages]
+        remarks.append(f"{template.name} has no place for calls of tools: they are learned as JSON")
+    if has_results and not template.results:
+        messages = [replace(m, role="user") if m.role == "tool" else m for m in messages]
+        remarks.append(f"{template.name} has no place for what tools give: it comes as user messages")
+    if tools and not template.tools:
+        messages, tools = _describe_tools(messages, tools), ()
+        remarks.append(f"{template.name} has no place for tools: their descriptions go into the system message")
+    return messages, tools, remarks
+
+
+def _say_calls(message: Message) -> Message:
+    """The message with what it calls said as JSON."""
+    calls = message.calls_without_ids
+    return replace(message, text="\n".join(part for part in (message.text, *map(_json, calls)) if part), calls=())
+
+
+def _describe_tools(messages: Sequence[Message], tools: Tools) -> list[Message]:
+    """The messages with the tools described in the first one, which is the system's."""
+    described = "\n".join(["You may call these tools:", *(_json(tool["function"]) for tool in tools)])
+    first, *others = messages
+    if first.role == "system":
+        return [replace(first, text=f"{first.text}\n\n{described}"), *others]
+    return [Message("system", described), first, *others]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

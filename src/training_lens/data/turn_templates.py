@@ -1,0 +1,137 @@
+"""Templates of words: Stanford Alpaca's, the row's texts alone, and patterns of the user's own."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from training_lens.data.types import Message, Segment
+from training_lens.errors import ConfigurationError
+
+_SLOT = re.compile(r"\{(\w+)\}")
+
+
+class TurnTemplate(ABC):
+    """A template of words: each turn is a lead, the answer, the end token; turns are parted by a blank line.
+
+    Subclasses say the lead. `end` is the tokenizer's EOS as text.
+    """
+
+    tools = calls = results = False
+
+    name: str  # for messages
+    way_out = "Use a template that shows it (data.template=FILE.jinja)"
+
+    def __init__(self, end: str) -> None:
+        self._end = end
+
+    def remarks(self, messages: Sequence[Message]) -> Iterator[str]:
+        """Nothing: it takes messages as they are."""
+        yield from ()
+
+    @abstractmethod
+    def lead(self, system: str | None, asked: Message, first: bool) -> str:
+        """What stands before an answer to `asked`; `system` is said in its turn, the `first` one perhaps."""
+
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int] = ()
+    ) -> list[Segment]:
+        return self._turns(messages, ())
+
+    def example(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int]
+    ) -> list[Segment]:
+        return self._turns(messages, learned)
+
+    def _turns(self, messages: Sequence[Message], learned: Collection[int]) -> list[Segment]:
+        segments: list[Segment] = []
+        turn: list[Message] = []
+        for index, message in enumerate(messages):
+            if message.role != "assistant":
+                turn.append(message)
+                continue
+            segments += self._lead_turn(turn, first=not segments)
+            segments.append(Segment(message.text + self._end, index in learned))
+            turn = []
+        return segments + (self._lead_turn(turn, first=not segments) if turn else [])
+
+    def _lead_turn(self, turn: Sequence[Message], first: bool) -> list[Segment]:
+        """What stands before an answer to the messages of a turn."""
+        system = "\n\n".join(m.text for m in turn if m.role == "system") or None
+        asked = [m for m in turn if m.role != "system"]
+        leads = [self.lead(system if i == 0 else None, m, first and i == 0) for i, m in enumerate(asked)]
+        text = ("" if first else "\n\n") + "".join(leads)
+        return [Segment(text, False)] if text else []
+
+
+class AlpacaTemplate(TurnTemplate):
+    """Stanford Alpaca's form (github.com/tatsu-lab/stanford_alpaca); a system message replaces the first sentence."""
+
+    name = "the template alpaca"
+    WITH_INPUT = (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request."
+    )
+    WITHOUT_INPUT = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    )
+
+    def lead(self, system: str | None, asked: Message, first: bool) -> str:
+        task = (self.WITH_INPUT if asked.input else self.WITHOUT_INPUT) if first else None
+        opening = f"{system or task}\n\n" if system or task else ""
+        extra = f"### Input:\n{asked.input}\n\n" if asked.input else ""
+        return f"{opening}### Instruction:\n{asked.text}\n\n{extra}### Response:\n"
+
+
+class PlainTemplate(TurnTemplate):
+    """Nothing but the row's own texts, a line break between prompt and answer."""
+
+    name = "the template plain"
+
+    def lead(self, system: str | None, asked: Message, first: bool) -> str:
+        return "\n".join(part for part in (system, asked.text, asked.input) if part) + "\n"
+
+
+class PatternTemplate(TurnTemplate):
+    """A user's own pattern: text with {instruction}, perhaps {system} and {input}, and at its end {output}.
+
+    A line whose slots are all empty is left out, but for the last.
+
+    Raises:
+        ConfigurationError: an unknown slot, or slots that do not make a prompt and an answer.
+    """
+
+    way_out = "Give the pattern a place for it ({system} or {input})"
+    SLOTS = ("system", "instruction", "input", "output")
+
+    def __init__(self, pattern: str, end: str) -> None:
+        super().__init__(end)
+        self.name = f"the pattern {pattern!r}"
+        text = pattern.replace("\\n", "\n").rstrip("\n")
+        _check_pattern(text)
+        lines = text.removesuffix("{output}").split("\n")
+        self._lines = [(line, _SLOT.findall(line)) for line in lines]
+
+    def lead(self, system: str | None, asked: Message, first: bool) -> str:
+        values = {"system": system, "instruction": asked.text, "input": asked.input}
+        *others, (last, _) = self._lines
+        lines = [line for line, slots in others if not slots or any(values[slot] for slot in slots)]
+        return _SLOT.sub(lambda slot: values[slot[1]] or "", "\n".join((*lines, last)))
+
+
+def _check_pattern(text: str) -> None:
+    slots = re.findall(r"\{(\w*)\}", text)
+    unknown = [slot for slot in slots if slot not in PatternTemplate.SLOTS]
+    problem = None
+    if unknown:
+        problem = f"has the slot {{{unknown[0]}}}; there are {', '.join(f'{{{s}}}' for s in PatternTemplate.SLOTS)}"
+    elif "instruction" not in slots or slots.count("output") != 1:
+        problem = "needs {instruction}, and {output} once"
+    elif not text.endswith("{output}"):
+        problem = "must end with {output}: the end token follows the answer"
+    if problem:
+        raise ConfigurationError(
+            f"data.template: the pattern {text!r} {problem}. For example 'Q: {{instruction}}\\nA: {{output}}'."
+        )
