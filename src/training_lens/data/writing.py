@@ -11,8 +11,9 @@ from typing import Any, Literal, Protocol
 
 from training_lens.config.data_sections import DataSection, DomainSection, FieldsSection
 from training_lens.data.corpus import Corpus, Reading
-from training_lens.data.examples import RowReader
 from training_lens.data.fields import DOMAIN_FIELD, FieldMapping, find_mapping
+from training_lens.data.notes import DataNotes
+from training_lens.data.reading import usable_rows
 from training_lens.data.types import Example, Message, Row
 from training_lens.errors import DatasetError
 
@@ -75,8 +76,8 @@ def _form(reading: Reading, data: DataSection) -> Form:
     if mapping.text:
         return "text"
     more = (mapping.messages, mapping.history, mapping.tools, mapping.label, mapping.masks)
-    first = RowReader(mapping, data, reading.source.name).read(next(iter(reading.source.rows())))
-    return "messages" if any(more) or not _is_pair(first) else "pair"
+    first = next(usable_rows(reading.source, mapping, data, DataNotes()), None)
+    return "messages" if any(more) or (first and not _is_pair(first[1])) else "pair"
 
 
 def _is_pair(example: Example) -> bool:
