@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from training_lens import embedded
-from training_lens.config.section import Place, Rows, Section
+from training_lens.config.section import Paths, Place, Rows, Section
 from training_lens.utils.formatting import nearest
 
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
@@ -133,7 +133,7 @@ class DataSection(Section):
         0.0, ge=0.0, lt=1.0, description="share of the training rows held out at random when validation is not given"
     )
     fields: FieldsSection = FieldsSection()
-    ignore_keys: list[str] = Field(
+    ignore_keys: Paths = Field(
         [],
         description="keys of rows to train without, though they look as if they were meant: 'weight', "
         "'messages[].reasoning_content'",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from training_lens.data.calls import Tool, find_calls, read_call
 from training_lens.data.messages import is_chat, read_chat
 from training_lens.data.row_keys import KeyCheck, plain_name
 from training_lens.data.types import Message, Row
-from training_lens.data.values import encodable, no_text, value_at, write_value
+from training_lens.data.values import describe_kind, encodable, no_text, value_at, write_value
 from training_lens.errors import DatasetError
 
 # SQuAD's records hold answers with their places in the context.
@@ -71,16 +70,5 @@ def _first_text(row: Row, key: str, texts: Any, records: Sequence[Mapping[str, A
 def _no_answer(row: Row, key: str) -> DatasetError:
     return DatasetError(
         f"{row.place}: '{key}' holds no answer, SQuAD's way to say that there is none. Write the answer that the model "
-        "should give, or leave such rows out."
+        "should give, or leave such rows out with data.on_bad_row=skip."
     )
-
-
-def describe_kind(value: Any) -> str:
-    """What a value is, for messages on many: 'objects', 'numbers'."""
-    kinds: tuple[tuple[Any, str], ...] = (
-        (Mapping, "objects"),
-        (list, "lists"),
-        (bool, "true or false"),
-        (datetime.date | datetime.time, "dates or times"),
-    )
-    return next((name for kind, name in kinds if isinstance(value, kind)), "numbers")

@@ -13,9 +13,9 @@ from training_lens.data.fields import FieldMapping, domain_of_file
 from training_lens.data.masks import mark_learned, mask_row, read_flag
 from training_lens.data.messages import is_chat, read_chat
 from training_lens.data.notes import DataNotes
-from training_lens.data.row_keys import DOMAIN_LIKE, NOTHING, KeyCheck, plain_name, row_level
+from training_lens.data.row_keys import DOMAIN_LIKE, NOTHING, KeyCheck, ignore_option, plain_name, row_level
 from training_lens.data.types import Example, Message, Row
-from training_lens.data.values import kind_of, optional_text, text_of, value_at
+from training_lens.data.values import json_of, kind_of, optional_text, text_of, value_at
 from training_lens.errors import DatasetError
 
 # Literal end marks that exports leave at the end of answers; the tokenizer's own end token is put there anyway.
@@ -123,9 +123,11 @@ class RowReader:
         if output and turns[-1].role != "assistant":
             answers, also = read_answers(row, output, (), self._keys)
             turns, masked = (*turns, *answers), masked or also
-        elif output and value_at(row.values, output) is not None:
-            self._keys.ignore(output)
-        self._note_rejected()
+            self._note_rejected()
+        elif output:
+            self._ignore_answers(row, output, self.mapping.rejected)
+        else:
+            self._note_rejected()
         return (*self._read_history(row), *turns), masked
 
     def _read_pair(self, row: Row, tools: Sequence[Tool]) -> tuple[Turns, bool]:
@@ -164,7 +166,9 @@ class RowReader:
         value = value_at(row.values, key) if key else None
         if key is None or value in NOTHING:
             return ()
-        if isinstance(value, list) and not is_chat(value):
+        if isinstance(value, str):
+            value = json_of(f"{row.place}, '{key}'", value, "earlier turns in JSON")
+        if isinstance(value, list) and not all(isinstance(turn, Mapping) for turn in value):
             value = [turn for pair in value for turn in _read_pair_of_turns(row, key, pair)]
         return self._as_context(read_chat(row, key, value, self._keys)[0], key)
 
@@ -183,16 +187,22 @@ class RowReader:
         key = self.mapping.system
         text = optional_text(row, key)
         own = next((m.text for m in turns if m.role == "system"), None)
-        if not text:
+        if key is None or not text:
             return turns
         if own is None:
             return (Message("system", text), *turns)
         if own.strip() != text.strip():
             raise DatasetError(
                 f"{row.place}: '{key}' and the chat's own system message differ. Keep one of them, or train without "
-                f"the field: data.ignore_keys=['{key}']."
+                f"the field: {ignore_option(key)}."
             )
         return turns
+
+    def _ignore_answers(self, row: Row, *names: str | None) -> None:
+        """Count answers that stand beside a chat which has its own."""
+        for key in names:
+            if key and value_at(row.values, key) is not None:
+                self._keys.ignore(key)
 
     def _note_rejected(self) -> None:
         if self.mapping.rejected:
@@ -212,7 +222,7 @@ class RowReader:
         if type(value) in (int, float) and not self._label_is_set:
             raise DatasetError(
                 f"{row.place}: '{key}' is {value!r}, which may say that an answer is not wanted, or name a class. "
-                f"If 0 means not to be learned: data.fields.label={key}; else: data.ignore_keys=['{key}']."
+                f"If 0 means not to be learned: data.fields.label={key}; else: {ignore_option(key)}."
             )
         if wanted:
             return turns

@@ -116,16 +116,20 @@ def has_field(keys: Collection[str], name: str) -> bool:
     return name in keys or ("." in name and name.split(".")[0] in keys)
 
 
+def find_near_key(keys: Collection[str], meaning: str) -> str | None:
+    """The key that nearly spells a name of this meaning."""
+    return next((key for key in keys if any(is_near(key, name) for name in ALIASES[meaning])), None)
+
+
 def _nothing_found(missing: str, keys: Keys, place: str) -> DatasetError:
     """The error that rows have no prompt or no answer; names the key that nearly spells one."""
-    names = ALIASES[missing]
-    close = next((key for key in keys if any(is_near(key, name) for name in names)), None)
-    example = close or "FIELD"
+    near = ((meaning, find_near_key(keys, meaning)) for meaning in (missing, "messages", "text"))
+    meaning, key = next(((meaning, key) for meaning, key in near if key), (missing, None))
+    hint = f"Is it '{key}'? Name it: data.fields.{meaning}={key}" if key else f"Name it: data.fields.{missing}=FIELD"
     return DatasetError(
         f"{place}: no {'prompt' if missing == 'instruction' else 'answer'} found among its fields "
-        f"({', '.join(sorted(map(str, keys))) or 'none'}); looked for {', '.join(names)}. "
-        f"Name it: data.fields.{missing}={example}{', if that is what is meant' if close else ''} (a dot leads into "
-        "objects: answers.text)."
+        f"({', '.join(sorted(map(str, keys))) or 'none'}); looked for {', '.join(ALIASES[missing])}. "
+        f"{hint} (a dot leads into objects: answers.text)."
     )
 
 
@@ -183,7 +187,8 @@ class _Search:
             raise self._several_forms(there)
         if there:
             return next(iter(there))
-        return "messages" if not self._present("instruction") and self._rated() else "pair"
+        has_prompt = self._present("instruction") or find_near_key(self.keys, "instruction")
+        return "messages" if self._rated() and not has_prompt else "pair"
 
     def _rated(self) -> list[str]:
         """The key of whole chats that are rated: chosen beside rejected."""

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from training_lens.data.row_keys import ignore_option
 from training_lens.data.types import Message, Row
 from training_lens.data.values import kind_of
 from training_lens.errors import DatasetError
@@ -42,8 +43,7 @@ def _flag(place: str, path: str, value: Any) -> bool:
     if flag is None:
         raise DatasetError(
             f"{place}: '{path.rsplit('.', 1)[-1]}' is {_shown(value)}, expected 0 or 1: an answer is learned or not. "
-            f"Round it, or weigh whole files with data.weights. If it means something else: data.ignore_keys=['{path}']"
-            "."
+            f"Round it, or weigh whole files with data.weights. If it means something else: {ignore_option(path)}."
         )
     return flag
 

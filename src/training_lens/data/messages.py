@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 from training_lens.data.calls import read_calls, read_written_calls
 from training_lens.data.masks import read_mask
-from training_lens.data.row_keys import MESSAGE, NOTHING, PART, KeyCheck, plain_name
+from training_lens.data.row_keys import MESSAGE, NOTHING, PART, KeyCheck, is_near, plain_name
 from training_lens.data.types import Message, Role, Row
-from training_lens.data.values import encodable, json_of, kind_of, write_value
+from training_lens.data.values import describe_kind, encodable, json_of, kind_of, write_value
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import nearest
 
@@ -60,9 +60,18 @@ def read_chat(row: Row, key: str, value: Any, keys: KeyCheck) -> tuple[tuple[Mes
 
 
 def is_chat(value: Any) -> bool:
-    """Whether a value is a message, or a list of them."""
+    """Whether a value is meant as a message, or as a list of them: misspelt keys are refused where it is read."""
     items = value if isinstance(value, list) else [value]
-    return bool(items) and all(isinstance(item, Mapping) and is_message(item) for item in items)
+    return bool(items) and all(isinstance(item, Mapping) and _is_meant_as_message(item) for item in items)
+
+
+def _is_meant_as_message(item: Mapping[str, Any]) -> bool:
+    named = item.get("role", item.get("from"))
+    return (
+        is_message(item)
+        or (isinstance(named, str) and named in ROLE_NAMES)
+        or any(all(any(is_near(key, name) for key in item) for name in names) for names in SPELLINGS)
+    )
 
 
 def is_message(item: Mapping[str, Any]) -> bool:
@@ -95,6 +104,8 @@ def _read_message(place: str, item: Any, keys: KeyCheck, path: str) -> tuple[Mes
     text = "" if wordless else _read_content(place, role, content, keys, path)
     extra = {key: item[key] for key in EXTRA if item.get(key)}
     mask = read_mask(place, item, shape.masks, path) if shape.masks else None
+    if mask is False and role == "assistant":
+        keys.say(f"answers whose '{shape.masks[0]}' is 0 (or false) are shown and not learned")
     if mask and role != "assistant":
         raise DatasetError(f"{place}: '{shape.masks[0]}' is 1 on a {role} message; only an assistant's can be learned.")
     null = content is None and bool(calls)
@@ -119,12 +130,14 @@ def _read_content(place: str, role: Role, content: Any, keys: KeyCheck, path: st
 
     Only what assistants and tools say may be a value: asked for as JSON, it is answered as JSON.
     """
-    if isinstance(content, list) and content and all(map(_is_part, content)):
+    may_be_value = role in ("assistant", "tool")
+    is_part = _is_part if may_be_value else _is_object
+    if isinstance(content, list) and content and all(map(is_part, content)):
         content = "".join(_read_part(place, part, keys, f"{path}content[].") for part in content)
-    elif role in ("assistant", "tool") and not isinstance(content, str):
+    elif may_be_value and not isinstance(content, str):
         written = write_value(content)
         if written is not None:
-            keys.say(f"content that is {kind_of(content)} is read as text", written)
+            keys.say(f"content given as {describe_kind(content)} is read as text", written)
             content = written
     if not isinstance(content, str) or not content:
         raise DatasetError(f"{place}: 'content' is {kind_of(content)}, expected text.")
@@ -133,6 +146,10 @@ def _read_content(place: str, role: Role, content: Any, keys: KeyCheck, path: st
 
 def _is_part(value: Any) -> bool:
     return isinstance(value, Mapping) and ("type" in value or (bool(value) and value.keys() <= PART.names))
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping)
 
 
 def _read_part(place: str, part: Mapping[str, Any], keys: KeyCheck, path: str) -> str:

@@ -136,9 +136,7 @@ class KeyCheck:
         for key, problem in shape.unread:
             value = values[key]
             if problem and value not in NOTHING:
-                raise DatasetError(
-                    f"{place}: '{key}' {problem}. To train without it: data.ignore_keys=['{path}{key}']."
-                )
+                raise DatasetError(f"{place}: '{key}' {problem}. To train without it: {ignore_option(path + key)}.")
             if value is not None:
                 self._notes.ignore_key(self._source, path + key)
         return shape
@@ -166,6 +164,11 @@ class KeyCheck:
             return level.refused[key]
         meant = misspelt_name(key, level.groups, values)
         return f"is not read, and '{meant}' is missing. Did you mean '{meant}'? Rename it" if meant else ""
+
+
+def ignore_option(path: str) -> str:
+    """How a user sets a key aside, as typed in a shell."""
+    return f"data.ignore_keys={path}" if path.isidentifier() else f"'data.ignore_keys=[\"{path}\"]'"
 
 
 def misspelt_name(key: str, groups: Sequence[Sequence[str]], present: Collection[str]) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 from training_lens import embedded
 from training_lens.config.data_sections import CsvSection
 from training_lens.data.readers import FORMATS, file_rows, format_of
+from training_lens.data.records import flatten_records
 from training_lens.data.source_file import OnBadRow, SourceFile, keep_quiet
 from training_lens.data.types import Row
 from training_lens.errors import DatasetError
@@ -58,10 +59,9 @@ class Source:
         if self.table is None:
             rows = file_rows(SourceFile(self.files[0], csv or CsvSection(), on_bad_row, say))
             moved = self.name != str(self.files[0])
-            yield from (replace(row, file=self.name) for row in rows) if moved else rows
-            return
+            return flatten_records((replace(row, file=self.name) for row in rows) if moved else rows, say)
         values = arrow_rows(self.table.with_format("arrow").iter(1000))
-        yield from (Row(self.name, number, value) for number, value in enumerate(values, 1))
+        return flatten_records((Row(self.name, number, value) for number, value in enumerate(values, 1)), say)
 
     @property
     def size_bytes(self) -> int:

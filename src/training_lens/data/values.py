@@ -85,6 +85,17 @@ def write_value(value: Any) -> str | None:
         return None
 
 
+def describe_kind(value: Any) -> str:
+    """What a value that is no text is, for sentences on many: 'objects', 'numbers'."""
+    kinds: tuple[tuple[Any, str], ...] = (
+        (Mapping, "objects"),
+        (list, "lists"),
+        (bool, "true or false"),
+        (datetime.date | datetime.time, "dates or times"),
+    )
+    return next((name for kind, name in kinds if isinstance(value, kind)), "numbers")
+
+
 def _write_plain(value: Any) -> str:
     """Dates, times and exact numbers, which JSON has no kind for, as text."""
     if isinstance(value, datetime.date | datetime.time):
