@@ -35,6 +35,7 @@ def test_each_loss_has_its_line(embedded_tokenizer: Any, write_rows: Callable[..
     assert "2 of 4 rows dropped: nothing of their answer fits model.seq_len=64" in said
     assert f"nothing is left of {none}" in said
     assert "names of special tokens stand in the rows and are taken as plain text: '<|bos|>' (1)" in said
+    assert "data.special_tokens=allow" in said
     assert "taken off the ends of answers: '</s>' (1)" in said
     dropped = notes_of(embedded_tokenizer, [some], tmp_path / "cache", truncation="drop")
     assert "1 of 3 rows dropped: longer than model.seq_len=64" in dropped

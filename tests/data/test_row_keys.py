@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,19 @@ from training_lens.config.data_sections import DataSection
 from training_lens.data.examples import RowReader
 from training_lens.data.fields import FieldMapping, find_mapping, keys_of
 from training_lens.data.notes import DataNotes
-from training_lens.data.row_keys import CALL, FUNCTION, MESSAGE, PART, is_near, plain_name
+from training_lens.data.row_keys import (
+    ALIASES,
+    CALL,
+    FALLBACKS,
+    FUNCTION,
+    MASKS,
+    MEDIA,
+    MESSAGE,
+    PART,
+    THOUGHTS,
+    is_near,
+    plain_name,
+)
 from training_lens.data.types import Example, Row
 from training_lens.errors import DatasetError
 
@@ -117,7 +130,7 @@ def test_a_misspelt_key_at_any_depth_is_told_or_refused(data: st.DataObject) -> 
     path, target = data.draw(st.sampled_from(list(objects(values))))
     name = data.draw(st.sampled_from(sorted(target)))
     key = slip(name, data)
-    if key not in target:
+    if key not in target and target[name] is not None:  # null holds nothing that could be lost
         target[key] = target.pop(name)
         told_or_refused(values, key, path)
 
@@ -239,3 +252,16 @@ def test_no_known_name_is_taken_for_a_slip_of_another() -> None:
     for level in (MESSAGE, CALL, FUNCTION, PART):
         groups = [set(group) for group in level.groups]
         assert len(level.names) == sum(map(len, groups)) and not level.names & level.refused.keys()
+
+
+def test_the_guide_names_every_key_that_the_table_has() -> None:
+    guide = (Path(__file__).parents[2] / "docs/data.md").read_text(encoding="utf-8")
+    for meaning, names in ALIASES.items():
+        fallback = f"; else {', '.join(FALLBACKS[meaning])}" if meaning in FALLBACKS else ""
+        assert f"| `{meaning}` | {', '.join(names)}{fallback} |" in guide
+    for what, level in (("a message", MESSAGE), ("a call", CALL), ("a part of content", PART)):
+        names = [name for group in level.groups for name in group if name not in MASKS]
+        assert f"| {what} | {', '.join(names)}" in guide
+    assert f"| a mask | {', '.join(MASKS)} |" in guide
+    assert f"media ({', '.join(MEDIA)})" in guide and f"({', '.join(THOUGHTS)})" in guide
+    assert FUNCTION.names <= CALL.names

@@ -48,11 +48,11 @@ def _questions(article: Mapping[str, Any], say: Callable[[str], None]) -> Iterat
     for paragraph in article[PARAGRAPHS]:
         if not paragraph[QUESTIONS]:
             say(WITHOUT_QUESTIONS)
-        around = _merge(article, PARAGRAPHS, paragraph, "article")
-        yield from (_merge(around, QUESTIONS, question, "paragraph") for question in paragraph[QUESTIONS])
+        around = _merge(article, PARAGRAPHS, paragraph)
+        yield from (_merge(around, QUESTIONS, question) for question in paragraph[QUESTIONS])
 
 
-def _merge(outer: Mapping[str, Any], without: str, inner: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Keys of an object and of the one around it, which bears its name where both have the key."""
+def _merge(outer: Mapping[str, Any], without: str, inner: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of an object and of the one around it, there with 'record.' before them where both have the key."""
     kept = {key: value for key, value in outer.items() if key != without}
-    return {**{f"{name}.{key}" if key in inner else key: value for key, value in kept.items()}, **inner}
+    return {**{f"record.{key}" if key in inner else key: value for key, value in kept.items()}, **inner}

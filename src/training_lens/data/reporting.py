@@ -45,7 +45,7 @@ def notes(report: SplitReport, seq_len: int) -> Iterator[str]:
     if nothing := [file for file in report.files if not report.examples_by_file.get(file)]:
         yield f"nothing is left of {', '.join(nothing[:SHOWN])}{' and more' if len(nothing) > SHOWN else ''}"
     if report.dropped_by_weight:
-        yield f"{report.dropped_by_weight} of {report.rows} rows dropped: all their answers have the loss weight 0"
+        yield f"{report.dropped_by_weight} of {report.rows} rows dropped: their answers are marked as not to be learned"
     if report.truncated:
         yield (
             f"{report.truncated} of {report.examples} examples cut to model.seq_len={seq_len}, "
@@ -55,7 +55,10 @@ def notes(report: SplitReport, seq_len: int) -> Iterator[str]:
         shown = ", ".join(f"{c!r} ({n})" for c, n in list(report.unknown_characters.items())[:SHOWN])
         yield f"{report.unknown_share:.2%} of the characters have no token in this tokenizer: {shown}"
     if report.special_text:
-        yield f"names of special tokens stand in the rows and are taken as plain text: {_counted(report.special_text)}"
+        yield (
+            f"names of special tokens stand in the rows and are taken as plain text: {_counted(report.special_text)} "
+            "(data.special_tokens=allow takes them as tokens, for rows that carry a chat template's already)"
+        )
     if report.end_marks:
         yield (
             f"literal end marks taken off the ends of answers: {_counted(report.end_marks)} "

@@ -86,7 +86,7 @@ class Renderer:
 
     Args:
         tool_template: of chats with tools; None takes `template`.
-        supervise: 'all' learns every answer (but those with loss weight 0), 'last' the last one.
+        supervise: 'all' learns every answer (but those marked as not to be learned), 'last' the last one.
         end: the tokenizer's EOS as text, for plain texts, which no template touches.
         special: names of special tokens; where one stands in data it stays text. Empty allows them.
     """
