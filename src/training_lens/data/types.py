@@ -31,9 +31,10 @@ class Message:
     """One turn.
 
     `input` is the second part that some instruction data gives a prompt (Alpaca's input); `learn` is false where the
-    row marks an answer as not to be learned; `calls` are the functions that an assistant calls beside what it says, each
-    with "name", "arguments" and, where the row has one, "id"; `extra` is what else a chat template may want to know:
-    "name" and "tool_call_id". `null_content`: the row has null where the text stands, which some templates ask for.
+    row marks an answer as not to be learned; `calls` are the functions that an assistant calls beside what it says,
+    each with "name", "arguments" and, where the row has one, "id"; `extra` is what else a chat template may want to
+    know: "name" and "tool_call_id". `null_content`: the row has null where the text stands, which some templates ask
+    for.
     """
 
     role: Role
