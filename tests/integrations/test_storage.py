@@ -161,3 +161,50 @@ def test_a_runs_snapshots_are_read_where_they_are(finished_run: RunFolder) -> No
     assert stored.steps() == tuple(here) != ()
     step, path = here.popitem()
     assert all(torch.equal(stored.load(step)[name], tensor) for name, tensor in read_snapshot(path).items())
+
+
+MISPLACED = [
+    "",
+    " ",
+    "/etc/passwd",
+    "../out",
+    "a/../../out",
+    "a/..",
+    "C:/x",
+    "c:x",
+    "a\\b",
+    "a\0b",
+    "//host/x",
+    "a//b",
+    "./a",
+]
+
+
+@pytest.mark.parametrize("name", MISPLACED)
+@pytest.mark.parametrize("kind", ["folder", "memory://"])
+def test_names_that_leave_a_storage_are_refused(tmp_path: Path, file: Path, kind: str, name: str) -> None:
+    storage = open_storage(tmp_path / "there" if kind == "folder" else f"memory://{uuid.uuid4()}")
+    storage.put_file(str(file), "a/b")
+    calls = [lambda: storage.put_file(file, name), lambda: storage.get_file(name, tmp_path / "back")]
+    calls += [lambda: storage.delete(name), lambda: storage.exists(name), lambda: storage.verify(name, file)]
+    calls += [lambda: storage.list(name), lambda: storage.folders(name)] if name else []
+    for call in calls:
+        with pytest.raises(IntegrationError, match=r"names nothing in this storage: .* Give a relative name"):
+            call()
+    assert list(storage.list()) == ["a/b"] and sorted(path.name for path in tmp_path.iterdir() if path != file) in (
+        [], ["there"],
+    )  # fmt: skip
+
+
+def test_symbolic_links_do_not_lead_out_of_a_folder(tmp_path: Path, file: Path) -> None:
+    storage = LocalStorage(str(tmp_path / "there"))
+    storage.put_file(file, "a/b")
+    (tmp_path / "there/a/file").symlink_to(file)
+    (tmp_path / "there/out").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "there/in").symlink_to(tmp_path / "there/a", target_is_directory=True)
+    for name in ("a/file", "out", "out/file", "out/new"):
+        for call in (lambda n=name: storage.put_file(file, n), lambda n=name: storage.delete(n)):  # type: ignore[misc]
+            with pytest.raises(IntegrationError, match="a symbolic link leads out of the folder"):
+                call()
+    storage.get_file("in/b", str(tmp_path / "back"))
+    assert list(storage.list()) == ["a/b"] and storage.verify("in/b", str(file))

@@ -15,7 +15,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from training_lens.errors import IntegrationError
@@ -47,8 +47,9 @@ S3_OPTIONS: dict[str, Any] = {  # who sends tries again itself, so the client fa
 class StorageBackend(ABC):
     """Files by name at one place. Names are relative, with `/` between folders: "lens/loss/00000001-00000006.parquet".
 
-    Whatever goes wrong there is an `IntegrationError`, or an `OSError` of the disk here. Override the four abstract
-    methods; the others follow from them, and may be overridden where a service has a shorter way.
+    A name that would lead elsewhere is refused, see `check_name`, which your own backend calls, too. What goes wrong
+    there is an `IntegrationError`, or an `OSError` of the disk here. Override the four abstract methods; the others
+    follow from them, and may be overridden where a service has a shorter way.
 
     Args:
         place: what the user gave, for messages.
@@ -58,11 +59,11 @@ class StorageBackend(ABC):
         self.place = place
 
     @abstractmethod
-    def put_file(self, local: Path, name: str) -> None:
+    def put_file(self, local: Path | str, name: str) -> None:
         """Store the file at `local` under `name`, in place of what is there. Readers should never see half of it."""
 
     @abstractmethod
-    def get_file(self, name: str, local: Path) -> None:
+    def get_file(self, name: str, local: Path | str) -> None:
         """Write the file of that name to `local`, whole or not at all; the folder of `local` is there.
 
         Raises:
@@ -87,12 +88,12 @@ class StorageBackend(ABC):
         """Whether there is a file of that name."""
         return name in self.list(str(PurePosixPath(name).parent).removeprefix("."))
 
-    def verify(self, name: str, local: Path) -> bool:
+    def verify(self, name: str, local: Path | str) -> bool:
         """Whether the file of that name has the content of `local`, by its hash. Here: read back, and compared."""
         with tempfile.TemporaryDirectory() as folder:
             back = Path(folder) / "back"
             self.get_file(name, back)
-            return sha256_of(back) == sha256_of(local)
+            return sha256_of(back) == sha256_of(Path(local))
 
 
 class LocalStorage(StorageBackend):
@@ -102,31 +103,47 @@ class LocalStorage(StorageBackend):
         super().__init__(str(folder))
         self.folder = Path(folder).expanduser()
 
-    def put_file(self, local: Path, name: str) -> None:
-        path = self.folder / name
+    def put_file(self, local: Path | str, name: str) -> None:
+        path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
             shutil.copyfile(local, temporary)
 
-    def get_file(self, name: str, local: Path) -> None:
-        with whole_file(local) as temporary:
+    def get_file(self, name: str, local: Path | str) -> None:
+        path = self._path(name)
+        with whole_file(Path(local)) as temporary:
             try:
-                shutil.copyfile(self.folder / name, temporary)
+                shutil.copyfile(path, temporary)
             except FileNotFoundError as error:
-                raise IntegrationError(f"{self.folder / name}: there is no such file.") from error
+                raise IntegrationError(f"{path}: there is no such file.") from error
 
     def list(self, folder: str = "") -> dict[str, int]:
-        files = [path for path in files_in(self.folder / folder) if not path.name.startswith(TEMPORARY)]
+        place = self._path(folder) if folder else self.folder
+        files = [path for path in files_in(place) if not path.name.startswith(TEMPORARY) and self._holds(path)]
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
 
     def delete(self, name: str) -> None:
-        (self.folder / name).unlink(missing_ok=True)
+        self._path(name).unlink(missing_ok=True)
 
     def exists(self, name: str) -> bool:
-        return (self.folder / name).is_file()
+        return self._path(name).is_file()
 
-    def verify(self, name: str, local: Path) -> bool:
-        return self.exists(name) and sha256_of(self.folder / name) == sha256_of(local)
+    def verify(self, name: str, local: Path | str) -> bool:
+        return self.exists(name) and sha256_of(self._path(name)) == sha256_of(Path(local))
+
+    def _path(self, name: str) -> Path:
+        """The file or folder of that name.
+
+        Raises:
+            IntegrationError: see `check_name`; or a symbolic link on the way leads out of the folder.
+        """
+        path = self.folder / check_name(name, self.place)
+        if not self._holds(path):
+            raise _misplaced(name, self.place, "a symbolic link leads out of the folder")
+        return path
+
+    def _holds(self, path: Path) -> bool:
+        return path.resolve().is_relative_to(self.folder.resolve())
 
 
 class FsspecStorage(StorageBackend):
@@ -150,20 +167,22 @@ class FsspecStorage(StorageBackend):
             self._fs, root = fsspec.core.url_to_fs(url, **options)
             self._root = str(root).rstrip("/")
 
-    def put_file(self, local: Path, name: str) -> None:
-        options = {"chunksize": PART_BYTES} if EXTRAS.get(self._protocol) == "s3" else {}
+    def put_file(self, local: Path | str, name: str) -> None:
+        options, path = {"chunksize": PART_BYTES} if EXTRAS.get(self._protocol) == "s3" else {}, self._path(name)
         with self._asking():
-            self._fs.put_file(str(local), self._path(name), **options)
+            self._fs.put_file(str(local), path, **options)
 
-    def get_file(self, name: str, local: Path) -> None:
-        with whole_file(local) as temporary, self._asking(name):
-            self._fs.get_file(self._path(name), str(temporary))
+    def get_file(self, name: str, local: Path | str) -> None:
+        path = self._path(name)
+        with whole_file(Path(local)) as temporary, self._asking(name):
+            self._fs.get_file(path, str(temporary))
 
     def list(self, folder: str = "") -> dict[str, int]:
+        path = self._folder(folder)
         self._fs.invalidate_cache()  # drivers keep listings, and others write meanwhile
         with self._asking():
             try:
-                found = self._fs.find(self._path(folder), detail=True)
+                found = self._fs.find(path, detail=True)
             except FileNotFoundError as error:
                 if _lacks_bucket(error):
                     raise
@@ -172,17 +191,19 @@ class FsspecStorage(StorageBackend):
         return {name[start:]: info["size"] for name, info in dict(found).items() if info["type"] == "file"}
 
     def delete(self, name: str) -> None:
+        path = self._path(name)
         with self._asking():
             try:
-                self._fs.rm_file(self._path(name))
+                self._fs.rm_file(path)
             except FileNotFoundError:
                 return
 
     def folders(self, folder: str = "") -> builtins.list[str]:
+        path = self._folder(folder)
         self._fs.invalidate_cache()
         with self._asking():
             try:
-                found = self._fs.ls(self._path(folder), detail=True)
+                found = self._fs.ls(path, detail=True)
             except FileNotFoundError as error:
                 if _lacks_bucket(error):
                     raise
@@ -192,23 +213,28 @@ class FsspecStorage(StorageBackend):
     def exists(self, name: str) -> bool:
         return self._info(name) is not None
 
-    def verify(self, name: str, local: Path) -> bool:
+    def verify(self, name: str, local: Path | str) -> bool:
         """Whether it has the content of `local`: by the server's checksum where it gives one, else read back."""
         info = self._info(name)
+        local = Path(local)
         if info is None or info["size"] != local.stat().st_size:
             return False
         return vouched(info, local) or super().verify(name, local)
 
     def _info(self, name: str) -> dict[str, Any] | None:
+        path = self._path(name)
         self._fs.invalidate_cache()
         with self._asking():
             try:
-                return dict(self._fs.info(self._path(name)))
+                return dict(self._fs.info(path))
             except FileNotFoundError:
                 return None
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}".rstrip("/")
+        return f"{self._root}/{check_name(name, self.place)}"
+
+    def _folder(self, name: str) -> str:
+        return self._path(name) if name else self._root
 
     @contextmanager
     def _asking(self, name: str = "") -> Iterator[None]:
@@ -229,6 +255,38 @@ class FsspecStorage(StorageBackend):
         if isinstance(error, FileNotFoundError):
             return f"not there: {said(error)}"
         return f"no answer: {said(error)}"
+
+
+def check_name(name: str, place: str) -> str:
+    """`name`, where it means a file or folder within a storage, by the rules of every system that may read it.
+
+    Args:
+        place: the storage, for the message.
+
+    Raises:
+        IntegrationError: it is empty, begins at the root or at a drive, steps out by '..', or holds what is no part of
+            a name: an empty part, '.', a backslash or NUL.
+    """
+    parts = name.split("/")
+    if not name.strip():
+        raise _misplaced(name, place, "it is empty")
+    if "\0" in name or "\\" in name:
+        raise _misplaced(name, place, "it holds a NUL or a backslash")
+    if name.startswith("/") or PureWindowsPath(name).drive:
+        raise _misplaced(name, place, "it is absolute")
+    if ".." in parts:
+        raise _misplaced(name, place, "'..' leads out of a folder")
+    if "" in parts or "." in parts:
+        raise _misplaced(name, place, "it has a part that is empty or '.'")
+    return name
+
+
+def _misplaced(name: str, place: str, why: str) -> IntegrationError:
+    return IntegrationError(
+        f"{redacted(place)}: {name!r} names nothing in this storage: {why}. Give a relative name with '/' between "
+        "folders, such as lens/loss.parquet.",
+        lasting=True,
+    )
 
 
 def _lacks_bucket(error: FileNotFoundError) -> bool:
