@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow check format peers compat clean
+.PHONY: setup demo test test-slow wheel-test check format peers compat clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,20 @@ test: check
 # The proofs that take long, each of a kind of which another is in `make test`.
 test-slow: $(STAMP)
 	$(BIN)/pytest -n 2 -m slow
+
+# The wheel as a user gets it: built, installed into an empty environment outside of the tree, and used there.
+WHEEL_TEST := $(or $(TMPDIR),/tmp)/training-lens-wheel-test
+
+wheel-test: $(STAMP)
+	rm -rf $(WHEEL_TEST)
+	$(BIN)/python -m hatchling build --target wheel --directory $(WHEEL_TEST)/dist
+	$(PYTHON) -m venv $(WHEEL_TEST)/venv
+	$(WHEEL_TEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(WHEEL_TEST)/venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		$(WHEEL_TEST)/dist/*.whl
+	cd $(WHEEL_TEST) && venv/bin/training-lens --version && venv/bin/training-lens --help > help.txt
+	cd $(WHEEL_TEST) && venv/bin/training-lens train +experiment=quick_test && venv/bin/training-lens infer "What is 3 plus 4?"
+	rm -rf $(WHEEL_TEST)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
