@@ -38,6 +38,7 @@ def _as_json(result: SweepResult) -> dict[str, object]:
         **{state: board.count(state) for state in ("finished", "pruned", "failed", "running", "stopped")},
         "best": best
         and {"trial": best.trial, "value": best.validation_loss, "params": best.params, "run_dir": best.run_dir},
+        "recommended": result.recommendation and result.recommendation.as_json(),
         "importances": board.importances,
         "files": result.files,
     }
@@ -56,7 +57,8 @@ def _show_trial(screen: Screen, row: Row) -> None:
     ends = {"finished": f"validation loss {row.validation_loss or 0:.4f}", "failed": f"failed: {row.error}"}
     end = ends.get(row.state, f"{row.state} at {row.validation_loss or 0:.4f}")
     params = " ".join(f"{key}={shown(value)}" for key, value in row.params.items())
-    screen.console.print(f"trial {row.trial}: {end}  {params}", markup=False, soft_wrap=True)
+    name = f"{row.trial} (default settings)" if row.is_default else row.trial
+    screen.console.print(f"trial {name}: {end}  {params}", markup=False, soft_wrap=True)
 
 
 def _show(screen: Screen, result: SweepResult) -> None:
@@ -64,7 +66,7 @@ def _show(screen: Screen, result: SweepResult) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from training_lens.sweeps.report import leaderboard_table
+    from training_lens.sweeps.report import leaderboard_table, sentence
 
     show, board = screen.console.print, result.leaderboard
     found = leaderboard_table(board)
@@ -74,6 +76,8 @@ def _show(screen: Screen, result: SweepResult) -> None:
     for cells in found.rows:
         table.add_row(*map(Text, cells))
     show(table)
+    if result.recommendation and result.recommendation.reason:
+        show(sentence(result.recommendation.reason), markup=False, soft_wrap=True)
     if board.importances:
         shares = ", ".join(f"{key} {share:.0%}" for key, share in board.importances.items())
         show(f"what mattered  {shares}", markup=False, soft_wrap=True)

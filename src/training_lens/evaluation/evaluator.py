@@ -151,13 +151,14 @@ def _parts(
 class LossReport:
     """Mean loss in nats per supervised token; the tokens that it is a mean of; the same for each domain and file.
 
-    `by_file` is empty where there is one file only.
+    `by_file` is empty where there is one file only; `row_nll` are the summed losses of each row, in their order.
     """
 
     loss: float
     supervised_tokens: int
     by_domain: dict[str, float] = field(default_factory=dict)
     by_file: dict[str, float] = field(default_factory=dict)
+    row_nll: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
 def evaluate_loss(model: Any, dataset: TokenDataset, way: Pass) -> LossReport:
@@ -175,6 +176,7 @@ def evaluate_loss(model: Any, dataset: TokenDataset, way: Pass) -> LossReport:
         int(sums.tokens.sum()),
         _means(sums, dataset.domains),
         by_file if len(by_file) > 1 else {},
+        sums.nll,
     )
 
 

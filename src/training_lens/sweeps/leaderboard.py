@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from training_lens.sweeps.proposals import study_of
 from training_lens.sweeps.space import Space
-from training_lens.sweeps.trials import first_number, is_lost, run_id
+from training_lens.sweeps.trials import first_number, is_default, is_lost, run_id
 
 STATES = {
     TrialState.COMPLETE: "finished",
@@ -30,7 +30,7 @@ class Row:
 
     `state` is finished, pruned, running, stopped (its process ended; the next start goes on with it) or failed.
     `params` are values of the config by dotted key; `seconds` are those of training; `run_dir` is on the machine that
-    ran it.
+    ran it. `is_default`: the trial of the default settings, the base config's own.
     """
 
     trial: int
@@ -41,6 +41,7 @@ class Row:
     run_id: str
     run_dir: str | None
     error: str | None
+    is_default: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,12 @@ def row_of(trial: FrozenTrial, space: Space) -> Row:
         trial=first_number(trial),
         state="stopped" if is_lost(trial) else STATES[trial.state],
         validation_loss=trial.value,
-        params=space.settings(trial.params),
+        params=facts["default"] if is_default(trial) else space.settings(trial.params),
         seconds=facts.get("seconds"),
         run_id=run_id(trial),
         run_dir=facts.get("run_dir"),
         error=facts.get("error"),
+        is_default=is_default(trial),
     )
 
 
@@ -100,7 +102,7 @@ def importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
     """
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # a second: it brings sklearn
 
-    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    finished = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.params]
     if len(finished) < FEWEST or len({trial.value for trial in finished}) < 2:
         return {}
     return get_param_importances(study_of(finished), evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP))

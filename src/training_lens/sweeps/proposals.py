@@ -24,7 +24,7 @@ def propose(space: Space, settings: SweepSection, history: Sequence[FrozenTrial]
     Args:
         history: the trials so far, failed and running ones too, by number; with the seed, all that the draw depends on.
     """
-    tried = [trial.params for trial in history]
+    tried = _tried(history)
     if settings.sampler != "grid":
         drawn = _drawn(space, settings, history)
         if drawn is not None:
@@ -35,13 +35,18 @@ def propose(space: Space, settings: SweepSection, history: Sequence[FrozenTrial]
 
 def _drawn(space: Space, settings: SweepSection, history: Sequence[FrozenTrial]) -> Params | None:
     """A new point from the sampler; None where it finds none."""
-    tried = [trial.params for trial in history]
+    tried = _tried(history)
     if space.size is not None and len(tried) >= space.size:
         return None
-    study = study_of(history, _sampler(settings, len(tried)))
+    study = study_of(history, _sampler(settings, len(history)))
     distributions = space.distributions()
     points = (space.point(study.ask(distributions).params) for _ in range(DRAWS))
     return next((point for point in points if point not in tried), None)
+
+
+def _tried(history: Sequence[FrozenTrial]) -> list[Params]:
+    """The points of the trials; default settings outside of the space are none."""
+    return [trial.params for trial in history if trial.params]
 
 
 def study_of(trials: Sequence[FrozenTrial], sampler: BaseSampler | None = None) -> optuna.Study:

@@ -13,8 +13,9 @@ from optuna import Study, visualization
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from training_lens.config.schema import TrainingConfig
-from training_lens.sweeps.leaderboard import ORDER, Leaderboard, Row
+from training_lens.sweeps.leaderboard import ORDER, Leaderboard
 from training_lens.sweeps.proposals import study_of
+from training_lens.sweeps.recommendation import Recommendation, recommend
 from training_lens.sweeps.trials import first_number
 from training_lens.utils.files import write_json, write_text
 from training_lens.utils.pages import Table, write_page
@@ -35,28 +36,37 @@ def write_results(
         config: the base of the trials.
     """
     files = {name: str(folder / name) for name in ("leaderboard.json", "report.html")}
-    write_json(folder / "leaderboard.json", found.as_json())
-    if found.best is not None:
+    chosen = recommend(found, trials)
+    write_json(folder / "leaderboard.json", {**found.as_json(), "recommended": chosen and chosen.as_json()})
+    if chosen is not None:
         files["best.yaml"] = str(folder / "best.yaml")
-        write_text(folder / "best.yaml", best_yaml(found, found.best, config))
-    parts = [_summary(found), leaderboard_table(found), *_figures(found, trials)]
+        write_text(folder / "best.yaml", best_yaml(found, chosen, config))
+    reason = [sentence(chosen.reason)] if chosen and chosen.reason else []
+    parts = [_summary(found), *reason, leaderboard_table(found), *_figures(found, trials)]
     write_page(folder / "report.html", f"Sweep {found.study}", parts)  # last: of plots that fail, the rest is there
     return files
 
 
-def best_yaml(found: Leaderboard, best: Row, config: TrainingConfig) -> str:
-    """The base config as it was given, with the best trial's values, for `compose` to read back as it is."""
-    values = config.given()
+def best_yaml(found: Leaderboard, chosen: Recommendation, config: TrainingConfig) -> str:
+    """The base config as it was given, with the recommended trial's values, for `compose` to read back as it is."""
+    values, row = config.given(), chosen.row
     del values["sweep"]
     values["output"].pop("run_id", None)
-    for key, value in best.params.items():
+    for key, value in () if row.is_default else row.params.items():
         section, name = key.split(".")
         values[section][name] = value
-    head = (
-        f"# Trial {best.trial} of the sweep {json.dumps(found.study)}: {found.metric} {best.validation_loss:.4f}, "
-        f"the best of {found.count('finished')} finished trials.\n# Train it: training-lens train --config best.yaml\n"
-    )
-    return head + OmegaConf.to_yaml(_escaped(_without_empty(values)))
+    best = f"the best of {found.count('finished')} finished trials" if row is found.best else "the default settings"
+    head = [
+        f"Trial {row.trial} of the sweep {json.dumps(found.study)}: {found.metric} {row.validation_loss:.4f}, {best}.",
+        *([sentence(chosen.reason)] if chosen.reason else []),
+        "Train it: training-lens train --config best.yaml",
+    ]
+    return "".join(f"# {line}\n" for line in head) + OmegaConf.to_yaml(_escaped(_without_empty(values)))
+
+
+def sentence(reason: str) -> str:
+    """A reason as it stands by itself."""
+    return f"{reason[:1].upper()}{reason[1:]}."
 
 
 def _escaped(value: Any) -> Any:
@@ -87,7 +97,7 @@ def leaderboard_table(found: Leaderboard) -> Table:
     keys = list(dict.fromkeys(key for row in found.rows for key in row.params))
     rows = [
         (
-            str(row.trial),
+            f"{row.trial} (default)" if row.is_default else str(row.trial),
             "-" if row.validation_loss is None else f"{row.validation_loss:.4f}",
             *(shown(row.params.get(key)) for key in keys),
             "-" if row.seconds is None else f"{row.seconds:.1f}",
@@ -106,13 +116,13 @@ def shown(value: Any) -> str:
 
 def _figures(found: Leaderboard, trials: Sequence[FrozenTrial]) -> list[str | Table | Figure]:
     """Importances, history, slices, parallel coordinates, and validations of the trials that have a loss."""
-    if found.count("finished") < 2:
+    if sum(trial.state == TrialState.COMPLETE and bool(trial.params) for trial in trials) < 2:
         return []
-    study = _numbered(trials)
+    study, points = _numbered(trials), _numbered([trial for trial in trials if trial.params])
     figures = {
         "Trial after trial": visualization.plot_optimization_history(study, target_name=LOSS),
-        "Each key by itself": visualization.plot_slice(study, target_name=LOSS),
-        "Keys together": visualization.plot_parallel_coordinate(study, target_name=LOSS),
+        "Each key by itself": visualization.plot_slice(points, target_name=LOSS),
+        "Keys together": visualization.plot_parallel_coordinate(points, target_name=LOSS),
     }
     if found.importances:
         title = "How much each key mattered for being among the best quarter (PED-ANOVA, shares of 1)"

@@ -17,7 +17,6 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 
 from training_lens.config.schema import TrainingConfig
-from training_lens.data.preparation import Split
 from training_lens.errors import (
     CheckpointError,
     ConfigurationError,
@@ -27,12 +26,14 @@ from training_lens.errors import (
 )
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.sweeps.leaderboard import Leaderboard, Row, leaderboard, row_of
+from training_lens.sweeps.recommendation import Recommendation, recommend, sum_blocks
 from training_lens.sweeps.report import write_results
 from training_lens.sweeps.space import Space
 from training_lens.sweeps.study import SharedStudy, free_settings, reachable
-from training_lens.sweeps.trials import FINISHED, run_id
+from training_lens.sweeps.trials import FINISHED, is_default, run_id
 from training_lens.sweeps.worker import Worker
 from training_lens.training.callbacks import Callback
+from training_lens.training.optimization import default_lr
 from training_lens.training.planning import RunPlan, with_rows_as_files
 from training_lens.training.summary import TrainingSummary
 from training_lens.training.wrapper import TrainingWrapper
@@ -52,10 +53,11 @@ def sweep_folder(config: TrainingConfig) -> Path:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep found, and the files that say it, by name."""
+    """What a sweep found, the files that say it, by name, and which settings to use."""
 
     leaderboard: Leaderboard
     files: dict[str, str]
+    recommendation: Recommendation | None = None
 
 
 class Sweep:
@@ -91,10 +93,11 @@ class Sweep:
         self._console, self._on_trial = console, on_trial
         self._once = ShownOnce()  # what the rehearsal said of the rows and the model is not said again for each trial
         with screen_through(self._once):
-            splits = _rehearse(_of_a_trial(self.config), self.space, console)
-        rows = {f"data.{name}": split.fingerprint[:12] for name, split in splits.items()}
+            plan = _rehearse(_of_a_trial(self.config), self.space, console)
+        rows = {f"data.{name}": split.fingerprint[:12] for name, split in plan.splits.items()}
+        default = _default_settings(self.config, self.space, plan)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.study = SharedStudy(self.config, self.space, self.folder, rows)
+        self.study = SharedStudy(self.config, self.space, self.folder, rows, default)
 
     def run(self) -> SweepResult:
         """Run trials until all are taken; then write and give what all processes found so far.
@@ -138,7 +141,7 @@ class Sweep:
         with FileLock(self.folder / "results.lock"):  # who reads the trials first writes first
             trials = self.study.trials()
             found = leaderboard(settings.name, settings.metric, trials, self.space)
-            return SweepResult(found, write_results(self.folder, found, trials, self.config))
+            return SweepResult(found, write_results(self.folder, found, trials, self.config), recommend(found, trials))
 
     def _run(self, trial: FrozenTrial, watcher: Pruning) -> Row:
         """One trial from its claim to its end in the study."""
@@ -171,7 +174,8 @@ class Sweep:
         try:
             if not (run.metadata / "summary.json").is_file():  # written last: without it, the run never began
                 shutil.rmtree(run.root, ignore_errors=True)
-                config = self.space.config(self.config, trial.params, {"experiment_name": name, "run_id": run.run_id})
+                params = {} if is_default(trial) else trial.params
+                config = self.space.config(self.config, params, {"experiment_name": name, "run_id": run.run_id})
                 return TrainingWrapper(_of_a_trial(config), console=self._console, callbacks=callbacks).train()
             if run.status not in ("finished", "pruned"):
                 mine = free_settings(self.config)
@@ -224,17 +228,28 @@ class Pruning(Callback):
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         if base:
             return
+        if trainer.state.best_step == step and report.row_nll is not None:  # the adapter that is saved
+            self._study.keep_losses(self._trial, sum_blocks(report.row_nll))
         every = trainer.settings.eval_steps or trainer.schedule.steps_per_epoch
         validation = math.ceil(step / every)
         hopeless = self._study.report(self._trial, validation, report.loss)
-        if hopeless and step < trainer.schedule.total_steps:  # a run that is through is no longer cut short
+        may_end = step < trainer.schedule.total_steps and not is_default(self._trial)  # all are compared with that one
+        if hopeless and may_end:
             raise PrunedRunError(f"pruned at step {step}, with validation loss {report.loss:.4f}")
 
 
-def _rehearse(config: TrainingConfig, space: Space, console: Console | None) -> dict[str, Split]:
+def _default_settings(config: TrainingConfig, space: Space, plan: RunPlan) -> dict[str, Any]:
+    """The base config's own values of the space's keys; the learning rate that it leaves open is the model's."""
+    values = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in space.dimensions}
+    if "training.lr" in values and values["training.lr"] is None:
+        values["training.lr"] = default_lr(plan.facts.width)
+    return values
+
+
+def _rehearse(config: TrainingConfig, space: Space, console: Console | None) -> RunPlan:
     """Plan the first point that is a config: what is wrong with the base is said now, and its tokens are in the cache.
 
-    Gives the tokenized splits, which are those of every trial.
+    The plan's tokenized splits are those of every trial.
     """
     plan = TrainingWrapper(space.config(config, space.first(config)), console=console).plan()
     if plan.processes.count > 1:
@@ -249,7 +264,7 @@ def _rehearse(config: TrainingConfig, space: Space, console: Console | None) -> 
         )
     if config.sweep.pruner != "none" and _validations(plan) < 2:
         logger.warning("sweep.pruner: a run validates once, at its end, so none is pruned; set training.eval_steps")
-    return plan.splits
+    return plan
 
 
 def _validations(plan: RunPlan) -> int:

@@ -103,6 +103,12 @@ class Space:
         ranges = {key: found for key, found in self.dimensions.items() if isinstance(found, Range)}
         return {key: ranges[key].value(value) if key in ranges else value for key, value in drawn.items()}
 
+    def locate(self, values: Mapping[str, Any]) -> Params | None:
+        """Values of the config, by dotted key, as a point; None where one of them is not in the space."""
+        if all(_contains(found, values[key]) for key, found in self.dimensions.items()):
+            return {key: _stored(values[key]) for key in self.dimensions}
+        return None
+
     def settings(self, params: Params) -> dict[str, Any]:
         """The point as values of the config, by dotted key."""
         return {key: _setting(self.dimensions[key], value) for key, value in params.items()}
@@ -131,6 +137,13 @@ def _values(found: Dimension) -> Iterator[Any]:
     else:
         step = found.step or 1
         yield from (found.value(found.low + i * step) for i in range(found.size or 1))
+
+
+def _contains(found: Dimension, value: Any) -> bool:
+    if isinstance(found, Choices):
+        return value in found.values
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and found.low <= value <= found.high and found.value(value) == value
 
 
 def _stored(value: Any) -> Any:

@@ -24,16 +24,17 @@ from training_lens.errors import ConfigurationError, TrainingError
 from training_lens.sweeps.proposals import propose
 from training_lens.sweeps.pruning import pruner_of
 from training_lens.sweeps.space import Params, Space
-from training_lens.sweeps.trials import current, deaths, first_number, is_lost, stands
+from training_lens.sweeps.trials import BLOCKS, current, deaths, first_number, is_default, is_lost, stands
 from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, is_alive, pulse
+from training_lens.training.resuming import FREE_KEYS
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
+from training_lens.utils.nested import flat
 
 logger = get_logger(__name__)
 OPENING_TRIES = 5
+CARRIED = ("token", "default", BLOCKS)  # from a trial that was left to the one that goes on with its run
 SQLITE_WAIT_SECONDS = 60  # for another process's write; SQLite's own 5 are few on a busy disk
-# What may differ from start to start, or from machine to machine, without making the trials of a study incomparable.
-FREE_KEYS = ("model.device", "training.micro_batch_tokens", "training.logging_steps")
 
 
 class SharedStudy:
@@ -42,13 +43,21 @@ class SharedStudy:
     Args:
         folder: the sweep's folder: study.db where no storage is given.
         rows: what the data files hold, as a fingerprint for each key that names them.
+        default: the base config's own values of the space's keys: those of the first trial; None: it is drawn, too.
 
     Raises:
         ConfigurationError: the storage cannot be opened, or holds a study of this name with another config, other rows
             or another space, or one that is no sweep.
     """
 
-    def __init__(self, config: TrainingConfig, space: Space, folder: Path, rows: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        space: Space,
+        folder: Path,
+        rows: Mapping[str, str],
+        default: Mapping[str, Any] | None = None,
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.settings, self.space = config.sweep, space
         url = config.sweep.storage or _file_url(folder / "study.db")
@@ -63,6 +72,8 @@ class SharedStudy:
                 load_if_exists=True,
             )
             self._require_ours()
+            if default is not None and "config" not in self._study.user_attrs:  # an older study has drawn its first
+                self._study.set_user_attr("default", dict(default))
             self._require_same({**_comparable(config), **{f"the rows of {key}": found for key, found in rows.items()}})
 
     def _require_ours(self) -> None:
@@ -78,7 +89,8 @@ class SharedStudy:
         """The study of a config, rows and a space; the first process notes them in it."""
         if "config" not in self._study.user_attrs:
             self._study.set_user_attr("config", mine)
-        theirs = self._study.user_attrs["config"]
+        unset = _comparable(TrainingConfig())  # of keys that the version before this one did not have
+        theirs, mine = ({**flat(unset), **flat(config)} for config in (self._study.user_attrs["config"], mine))
         problems = [
             f"{key}: the study '{self.settings.name}' has {theirs.get(key)!r}, given {mine.get(key)!r}"
             for key in sorted({*theirs, *mine})
@@ -105,24 +117,35 @@ class SharedStudy:
             left = next((trial for trial in trials if is_lost(trial)), None)
             if sum(not is_lost(trial) for trial in trials) >= self.settings.trials:
                 return None
-            params = left.params if left is not None else propose(self.space, self.settings, trials)
+            params, attributes = self._carry_on(left) if left is not None else self._choose(trials)
             if params is None:
                 return None
-            claim = self._create(params, worker, left)
+            claim = self._create(params, {**worker.attributes, **attributes}, left)
             if stands(claim, self._study.get_trials(deepcopy=False), self.settings.trials):
                 return claim
             self._storage.set_trial_user_attr(self._id(claim), "withdrawn", True)
             self.release(claim)
 
-    def _create(self, params: Params, worker: Worker, left: FrozenTrial | None = None) -> FrozenTrial:
+    def _choose(self, trials: list[FrozenTrial]) -> tuple[Params | None, dict[str, Any]]:
+        """What is tried next, and what is noted with it: the default settings first, then what the sampler proposes."""
+        default = self._study.user_attrs.get("default")
+        new = {"token": secrets.token_hex(2)}
+        if default is not None and not any(is_default(trial) for trial in trials):
+            return self.space.locate(default) or {}, {**new, "default": default}
+        return propose(self.space, self.settings, trials), new
+
+    def _carry_on(self, left: FrozenTrial) -> tuple[Params, dict[str, Any]]:
+        """The point of a trial that was left, and what was noted with it."""
+        kept = {name: left.user_attrs[name] for name in CARRIED if name in left.user_attrs}
+        return left.params, {**kept, "continues": first_number(left)}
+
+    def _create(self, params: Params, attributes: dict[str, Any], left: FrozenTrial | None) -> FrozenTrial:
         """A running trial, written with all it has at once: no other process ever sees a part of it."""
-        attributes: dict[str, Any] = {**worker.attributes, "token": secrets.token_hex(2)}
-        if left is not None:
-            attributes |= {"token": left.user_attrs["token"], "continues": first_number(left)}
+        distributions = self.space.distributions()
         template = create_trial(
             state=TrialState.RUNNING,
             params=params,
-            distributions=self.space.distributions(),
+            distributions={key: distributions[key] for key in params},
             user_attrs=attributes,
             intermediate_values=left.intermediate_values if left is not None else None,
         )
@@ -161,6 +184,10 @@ class SharedStudy:
         """Note the loss at a validation, counted from 1; gives whether the pruner would end the trial there."""
         self._storage.set_trial_intermediate_value(self._id(trial), validation, loss)
         return self._study.pruner.prune(self._study, self.newest(trial))
+
+    def keep_losses(self, trial: FrozenTrial, sums: list[float]) -> None:
+        """Note the losses that the trial's adapter has on blocks of validation rows, for a paired comparison."""
+        self._storage.set_trial_user_attr(self._id(trial), BLOCKS, sums)
 
     def finish(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
         """The trial is done; `facts` are noted with it."""
@@ -273,6 +300,6 @@ def free_settings(config: TrainingConfig) -> dict[str, dict[str, Any]]:
 def _comparable(config: TrainingConfig) -> dict[str, Any]:
     """What trials of one study have in common, by key."""
     values = config.model_dump(mode="json", include={"model", "data", "peft", "training"})
-    flat = {f"{section}.{name}": value for section, keys in values.items() for name, value in keys.items()}
-    kept = {key: value for key, value in flat.items() if key not in FREE_KEYS}
+    by_key = {f"{section}.{name}": value for section, keys in values.items() for name, value in keys.items()}
+    kept = {key: value for key, value in by_key.items() if key not in FREE_KEYS}
     return {**kept, "sweep.space": dotted(config.sweep.space), "sweep.metric": config.sweep.metric}

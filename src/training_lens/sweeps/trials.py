@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
+BLOCKS = "block_nll"  # of a trial: its losses, summed over blocks of validation rows
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -20,6 +21,11 @@ def first_number(trial: FrozenTrial) -> int:
 def run_id(trial: FrozenTrial) -> str:
     """The id of the trial's run: 'trial-0003-5f3a'. The tail keeps studies of one name apart."""
     return f"trial-{first_number(trial):04d}-{trial.user_attrs['token']}"
+
+
+def is_default(trial: FrozenTrial) -> bool:
+    """Whether it is the trial of the default settings: those of the base config, which nothing was drawn for."""
+    return "default" in trial.user_attrs
 
 
 def is_lost(trial: FrozenTrial) -> bool:

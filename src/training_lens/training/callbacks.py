@@ -98,8 +98,8 @@ class MetricsCollector(Callback):
     A resumed run first drops the lines behind its checkpoint, so that every step stands there once.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._journal = path, Journal(path)
+    def __init__(self, path: Path | str) -> None:
+        self.path, self._journal = Path(path), Journal(Path(path))
 
     def on_train_start(self, trainer: Any) -> None:
         self._journal.open(after=trainer.state.step)
@@ -108,7 +108,8 @@ class MetricsCollector(Callback):
         self._journal.write({"kind": "step", **asdict(report)})
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
-        self._journal.write({"kind": "base" if base else "validation", "step": step, **asdict(report)})
+        values = {name: value for name, value in vars(report).items() if name != "row_nll"}  # one for each row
+        self._journal.write({"kind": "base" if base else "validation", "step": step, **values})
 
     def on_train_end(self, trainer: Any) -> None:
         self._journal.close()
@@ -117,9 +118,9 @@ class MetricsCollector(Callback):
         self._journal.close()
 
     @staticmethod
-    def read(path: Path) -> list[dict[str, Any]]:
+    def read(path: Path | str) -> list[dict[str, Any]]:
         """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
-        return read_metrics(path)
+        return read_metrics(Path(path))
 
 
 class LogLines(Callback):
