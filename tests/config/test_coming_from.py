@@ -73,7 +73,7 @@ def test_a_flat_file_is_a_config(load: Load) -> None:
         ("lora_target_modules", r".*\.q_proj", r".*\.q_proj"),
         ("max_steps", -1, None),
         ("max_grad_norm", 0, None),
-        ("warmup_steps", 0, 0.0),
+        ("warmup_steps", 100, 100),
         ("train_on_inputs", True, False),
         ("val_set_size", 0.1, 0.1),
     ],
@@ -86,11 +86,11 @@ def test_values_are_converted(load: Load, name: str, value: Any, ours: Any) -> N
 
 
 def test_what_cannot_be_translated_is_reported_with_the_rest(load: Load) -> None:
-    text = problems(load, optim="lion_8bit", val_set_size=2000, warmup_steps=100, bf16="yes", nonsense=1, lora_r=0)
+    text = problems(load, optim="lion_8bit", val_set_size=2000, warmup_steps=0.1, bf16="yes", nonsense=1, lora_r=0)
     for line in (
         "optim: given 'lion_8bit', for training.optimizer: there is none like it here; expected one of adamw",
         "val_set_size: given 2000, for data.val_ratio: a number of rows; give the share",
-        "warmup_steps: given 100, for training.warmup_ratio: a number of steps",
+        "warmup_steps: given 0.1, for training.warmup_steps: a share of the steps",
         "bf16: given 'yes', for training.precision: expected true or false",
         "nonsense: unknown key",
         "peft.r: given 0",

@@ -10,7 +10,7 @@ import pytest
 
 from training_lens.config.compose import compose
 from training_lens.config.keys import known_keys
-from training_lens.config.schema import TrainingConfig, check_run_length
+from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
 
 
@@ -139,18 +139,6 @@ def test_paths_may_be_text_or_path_objects() -> None:
 def test_the_embedded_set_brings_its_held_out_rows() -> None:
     assert TrainingConfig().data.validation_sources == ["embedded:heldout"]
     assert compose(overrides=["data.train=mine.json"]).data.validation_sources == []
-
-
-def test_run_length_checks() -> None:
-    def found(**training: object) -> str:
-        config = TrainingConfig.model_validate({"training": training})
-        return "\n".join(check_run_length(config, total_steps=20, steps_in_epochs=20))
-
-    assert found() == ""
-    assert "30 steps are never reached" in found(max_steps=30)
-    assert "training.eval_steps: every 50 steps never comes" in found(eval_steps=50)
-    assert "training.save_steps: every 50 steps never comes" in found(save_steps=50)
-    assert "training.warmup_ratio: 0.9 warms up for 18 of 20 steps" in found(warmup_ratio=0.9)
 
 
 def test_every_key_is_described() -> None:

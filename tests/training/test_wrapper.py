@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -256,7 +257,7 @@ def test_resume_refuses_a_finished_run_and_changed_data(small_config: Config, wr
         TrainingWrapper.resume(run)
     write_rows(ROWS)
     TrainingWrapper.resume(run)
-    with pytest.raises(CheckpointError, match="is finished; there is nothing to resume"):
+    with pytest.raises(CheckpointError, match="is finished after 3 steps; there is nothing to resume"):
         TrainingWrapper.resume(run)
 
 
@@ -272,23 +273,91 @@ def test_a_failed_run_says_so(small_config: Config) -> None:
     assert "out of luck" in (run.logs / "run.log").read_text()
 
 
-def test_two_processes_train_the_same_adapter_as_one(small_config: Config, tmp_path: Path) -> None:
-    """Gloo on CPU: half the batch each gives the whole batch's run, up to float32 rounding."""
-    alone = TrainingWrapper(small_config(training={"batch_size": 8, "max_steps": 4})).train()
-    config = small_config(training={"batch_size": 4, "max_steps": 4}, output={"run_id": "two"}, model={"device": "cpu"})
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(config.model_dump()))
+def run_with_two_processes(*arguments: str) -> None:
+    """`training-lens train` under torchrun: gloo on the CPU."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
-    command += ["-m", "training_lens", "train", "--config", str(file)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    command += ["--master_addr=127.0.0.1", f"--master_port={port}", "-m", "training_lens", "train", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
-    two = RunFolder(Path(alone.run_dir).parent / "two")
-    losses = [[s["loss"] for s in steps_of(r) if s["kind"] == "step"] for r in (RunFolder(Path(alone.run_dir)), two)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert two.read_metadata("summary.json")["validation_loss"] == pytest.approx(alone.validation_loss, rel=1e-4)
+
+
+def assert_same_losses(a: RunFolder, b: RunFolder) -> None:
+    """Step by step, up to float32 rounding."""
+    losses = [[(s["step"], s["epoch"], s["loss"]) for s in steps_of(run) if s["kind"] == "step"] for run in (a, b)]
+    assert np.array(losses[0]) == pytest.approx(np.array(losses[1]), rel=1e-4)
+    validation = [run.read_metadata("summary.json")["validation_loss"] for run in (a, b)]
+    assert validation[0] == pytest.approx(validation[1], rel=1e-4)
+
+
+def test_two_processes_train_the_same_adapter_as_one(small_config: Config, tmp_path: Path) -> None:
+    """Half the batch each gives the whole batch's run."""
+    alone = RunFolder(Path(TrainingWrapper(small_config(training={"batch_size": 8, "max_steps": 4})).train().run_dir))
+    config = small_config(training={"batch_size": 4, "max_steps": 4}, output={"run_id": "two"}, model={"device": "cpu"})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.model_dump()))
+    run_with_two_processes("--config", str(file))
+    two = RunFolder(alone.root.parent / "two")
+    assert_same_losses(alone, two)
+    assert two.read_metadata("data.json")["global_batch_size"] == 8
+
+
+def interrupted(config: TrainingConfig, step: int) -> RunFolder:
+    with pytest.raises(InterruptedRunError):
+        TrainingWrapper(config, callbacks=(Stop(step, signal.SIGTERM),)).train()
+    return RunFolder(Path(config.output.base_output_dir) / "experiments/default/runs" / str(config.output.run_id))
+
+
+def test_another_number_of_processes_goes_on_with_the_same_steps(small_config: Config) -> None:
+    """Five examples a step, which two processes cannot share evenly, and settings typed again."""
+    training = {"batch_size": 5, "max_steps": 6}
+    whole = RunFolder(Path(TrainingWrapper(small_config(training=training)).train().run_dir))
+    cut = interrupted(small_config(training=training, output={"run_id": "cut"}), 3)
+    output = f"output.base_output_dir={cut.root.parents[3]}"
+    run_with_two_processes("--resume", "cut", output, "training.batch_size=5", "training.lr=3e-3", "model.device=cpu")
+    assert_same_losses(whole, cut)
+
+
+def test_one_process_goes_on_with_the_steps_of_two(small_config: Config) -> None:
+    whole = RunFolder(Path(TrainingWrapper(small_config()).train().run_dir))
+    cut = interrupted(small_config(output={"run_id": "cut"}), 3)
+    config, data = cut.read_metadata("config.json"), cut.read_metadata("data.json")
+    config["training"]["batch_size"] = 4
+    (cut.metadata / "config.json").write_text(json.dumps(config))
+    (cut.metadata / "data.json").write_text(json.dumps({**data, "processes": 2}))
+    TrainingWrapper.resume(cut)
+    assert_same_run(whole, cut)
+    assert "begun by 2 processes, resumed by 1: a step keeps its 8 examples" in (cut.logs / "run.log").read_text()
+
+
+def test_a_run_of_an_earlier_version_is_refused_where_its_steps_would_change(small_config: Config) -> None:
+    cut = interrupted(small_config(output={"run_id": "cut"}), 2)
+    config, data = cut.read_metadata("config.json"), cut.read_metadata("data.json")
+    recorded = {key: value for key, value in data.items() if key not in ("processes", "global_batch_size")}
+    (cut.metadata / "data.json").write_text(json.dumps(recorded))
+    config["training"]["batch_size"] = 4  # as two processes would have begun it
+    (cut.metadata / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="has 6 steps an epoch, on 1 processes it would have 12"):
+        TrainingWrapper.resume(cut)
+    config["training"]["batch_size"] = 8
+    (cut.metadata / "config.json").write_text(json.dumps(config))
+    assert TrainingWrapper.resume(str(cut.root)).steps == 6
+
+
+def test_settings_typed_again_are_taken_and_other_ones_refused(small_config: Config) -> None:
+    training = {"epochs": 1, "lr": 3e-3, "batch_size": 8}
+    cut = interrupted(small_config(output={"run_id": "cut"}), 1)
+    with pytest.raises(ConfigurationError) as caught:
+        TrainingWrapper.resume(cut, {"training": {**training, "epochs": 3}, "peft": {"r": 8, "rank_pattern": {}}})
+    text = str(caught.value)
+    assert "- peft.r: the run has 4, you gave 8" in text and "- training.epochs: the run has 1.0, you gave 3.0" in text
+    assert "training.epochs would change the learning rate of every step" in text and "peft.from_adapter" in text
+    with pytest.raises(ConfigurationError, match=r"training\.epoch: unknown key; did you mean 'training\.epochs'"):
+        TrainingWrapper.resume(cut, {"training": {"epoch": 3}})
+    settings = {"training": {**training, "logging_steps": 3}, "model": {"seq_len": None}, "data": {"template": "auto"}}
+    assert TrainingWrapper.resume(cut, settings).status == "finished"
+    with pytest.raises(CheckpointError, match=rf"finished after 6 steps.* peft\.from_adapter={cut.root}"):
+        TrainingWrapper.resume(cut, settings)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, refuse_unused
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
 from training_lens.cli.places import is_url, locate_run
 
 if TYPE_CHECKING:
@@ -40,13 +40,11 @@ def train(
     """
     with command(json, debug) as screen:
         settings = load_config(config, overrides)
-        if resume:
-            refuse_unused(overrides, ("output.",), "--resume goes on with the run's own config, this would change it.")
         unfinished = _unfinished(screen, resume, settings) if resume else None
         from training_lens.training.wrapper import TrainingWrapper
 
         if unfinished:
-            summary = TrainingWrapper.resume(unfinished, console=screen.console)
+            summary = TrainingWrapper.resume(unfinished, settings.given(), console=screen.console)
         else:
             summary = TrainingWrapper(settings, console=screen.console).train()
         _show(screen, summary)

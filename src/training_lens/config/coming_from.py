@@ -59,8 +59,8 @@ def _share(value: Any) -> Any:
 
 
 def _warmup(value: Any) -> Any:
-    if isinstance(value, int | float) and value >= 1:
-        raise ValueError("a number of steps; give the share of all steps, as training.warmup_ratio")
+    if isinstance(value, float) and 0 < value < 1:
+        raise ValueError("a share of the steps; give it as training.warmup_ratio")
     return value
 
 
@@ -140,7 +140,7 @@ TABLE = (
         "`constant_with_warmup` is `constant`",
     ),
     Flat(("warmup_ratio",), "training.warmup_ratio"),
-    Flat(("warmup_steps",), "training.warmup_ratio", _warmup, "a share or 0; a number of steps is refused"),
+    Flat(("warmup_steps",), "training.warmup_steps", _warmup, "a number of steps; a share is refused"),
     Flat(("weight_decay",), "training.weight_decay"),
     Flat(
         ("max_grad_norm", "gradient_clipping", "grad_clip"),

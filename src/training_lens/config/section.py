@@ -52,10 +52,15 @@ def expand_home(value: str) -> str:
     return os.path.expanduser(value) if value.startswith("~") and not os.path.lexists(value) else value  # noqa: PTH111
 
 
+def path_as_text(value: Any) -> Any:
+    """A `Path` as its text."""
+    return str(value) if isinstance(value, Path) else value
+
+
 PATH_MARKER = AfterValidator(expand_home)  # also tells that a key names files or folders
 
 FolderName = Annotated[str, AfterValidator(folder_name)]
-Place = Annotated[str, PATH_MARKER]
+Place = Annotated[str, BeforeValidator(path_as_text), PATH_MARKER]
 Paths = Annotated[list[Place], BeforeValidator(as_list)]
 Names = Annotated[list[str], BeforeValidator(as_list)]
 Rows = Annotated[list[Place] | list[dict[str, Any]], BeforeValidator(as_rows)]

@@ -89,7 +89,8 @@ class Schedule:
 
     @property
     def total_steps(self) -> int:
-        return min(self.max_steps or self.steps_in_epochs, self.steps_in_epochs)
+        """`max_steps` where it is given, also beyond the epochs: the rows then come again."""
+        return self.max_steps or self.steps_in_epochs
 
     def steps(self, after: int = 0) -> Iterator[StepPlan]:
         """The plans of the steps after number `after`, to the end."""

@@ -62,8 +62,8 @@ class CheckpointManager:
         data_fingerprint: of the training data; a checkpoint of other data is refused.
     """
 
-    def __init__(self, folder: Path, data_fingerprint: str) -> None:
-        self.folder, self._fingerprint = folder, data_fingerprint
+    def __init__(self, folder: Path | str, data_fingerprint: str) -> None:
+        self.folder, self._fingerprint = Path(folder), data_fingerprint
 
     def save(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any, state: TrainingState) -> Path:
         """Write the state after `state.step` whole or not at all, then delete what is neither last nor best."""

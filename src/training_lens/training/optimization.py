@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from training_lens.config.schema import TrainingSection
 from training_lens.models.quantization import require_bitsandbytes
+from training_lens.training.run_length import count_warmup_steps
 from training_lens.utils.processes import Processes
 
 Named = Sequence[tuple[str, torch.nn.Parameter]]
@@ -33,12 +34,12 @@ def default_lr(width: int) -> float:
 def lr_at(step: int, total_steps: int, training: TrainingSection) -> float:
     """The learning rate of step `step`, counted from 1.
 
-    It rises linearly to `training.lr` over ceil(warmup_ratio * total_steps) steps, the first of them not at zero. Then
+    It rises linearly to `training.lr` over the steps of the warm-up, the first of them not at zero. Then
     it stays, or falls to min_lr_ratio of that just behind the last step: linearly, as half a cosine, or as
     `scheduler_cycles` half cosines of equal length that start at the peak (arXiv 1608.03983, without growing cycles).
     """
     assert training.lr is not None
-    warmup = math.ceil(training.warmup_ratio * total_steps)
+    warmup = count_warmup_steps(training, total_steps)
     if step <= warmup:
         return training.lr * step / (warmup + 1)
     floor = training.min_lr_ratio

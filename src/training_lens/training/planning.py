@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from training_lens import embedded
-from training_lens.config.schema import TrainingConfig, check_run_length
+from training_lens.config.schema import TrainingConfig
 from training_lens.core.registry import CollectorRegistry
 from training_lens.data.batching import Mix, Schedule, hold_out
 from training_lens.data.preparation import Preparation, Split, prepare_split, tokenizer_hash
@@ -37,6 +36,7 @@ from training_lens.models.quantization import check_quantization
 from training_lens.models.saved import adopt
 from training_lens.training.budget import Footprint, footprint, planned
 from training_lens.training.optimization import default_lr
+from training_lens.training.run_length import count_warmup_steps, describe_run_length
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import require_writable, write_text
 from training_lens.utils.logging import get_logger
@@ -80,6 +80,8 @@ class RunPlan:
             "train_examples": len(self.train),
             "validation_examples": len(self.validation) if self.validation else 0,
             "domains": self.domains,
+            "global_batch_size": self.schedule.global_batch,
+            "processes": self.processes.count,
             **self.duplicates,
             **{name: asdict(split.report) for name, split in self.splits.items()},
         }
@@ -101,12 +103,16 @@ class RunPlan:
             "global_batch_size": self.schedule.global_batch,
             "steps_per_epoch": self.schedule.steps_per_epoch,
             "total_steps": self.schedule.total_steps,
-            "warmup_steps": math.ceil(self.config.training.warmup_ratio * self.schedule.total_steps),
+            "warmup_steps": count_warmup_steps(self.config.training, self.schedule.total_steps),
         }
 
 
-def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
+def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | None = None) -> RunPlan:
     """Resolve the config against model and data, tokenize, and lay out the steps. Loads no weights, trains nothing.
+
+    Args:
+        global_batch: examples in a step; None: batch_size x gradient_accumulation_steps for each process. A run that is
+            resumed keeps its own, on whatever number of processes.
 
     Raises:
         TrainingLensError: anything that would keep `train` from starting.
@@ -123,11 +129,12 @@ def plan_run(config: TrainingConfig, progress: Progress) -> RunPlan:
     splits = _prepare(resolved, tokenizer, processes, progress)
     train, validation = _datasets(resolved, splits)
     duplicates = count_duplicates(train, validation)
-    schedule = _schedule(resolved, train, splits["train"], processes.count)
-    problems = check_run_length(resolved, schedule.total_steps, schedule.steps_in_epochs)
-    if problems:
-        raise ConfigurationError(problems)
-    asked = resolved.training.micro_batch_tokens
+    training = resolved.training
+    per_step = global_batch or training.batch_size * training.gradient_accumulation_steps * processes.count
+    schedule = _schedule(resolved, train, splits["train"], per_step)
+    for line in describe_run_length(training, schedule):
+        logger.info("%s", line)
+    asked = training.micro_batch_tokens
     budget = processes.least(planned(needs, device, processes.count)) if asked == "auto" else asked
     return RunPlan(
         resolved, facts, parameters, adaptation, tokenizer, precision, train, validation, splits, duplicates, schedule,
@@ -254,7 +261,7 @@ def count_duplicates(train: TokenDataset, validation: TokenDataset | None) -> di
     return {"repeated_train_examples": repeated, "validation_examples_in_train": shared}
 
 
-def _schedule(config: TrainingConfig, train: TokenDataset, split: Split, processes: int) -> Schedule:
+def _schedule(config: TrainingConfig, train: TokenDataset, split: Split, global_batch: int) -> Schedule:
     training, mix = config.training, None
     if config.data.weights is not None:
         entries = np.array([split.entries[file] for file in train.files])
@@ -266,7 +273,6 @@ def _schedule(config: TrainingConfig, train: TokenDataset, split: Split, process
                 f"none of its {int((entries == empty).sum())} examples. Raise its weight, or leave it out; what two "
                 "entries name belongs to the first."
             )
-    global_batch = training.batch_size * training.gradient_accumulation_steps * processes
     return Schedule(len(train), global_batch, training.epochs, training.max_steps, training.seed, mix)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 import training_lens
+from training_lens.analysis.run import Run
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError
 from training_lens.integrations.configured import asked_for
@@ -26,6 +27,7 @@ from training_lens.training.checkpoints import ADAPTER, CheckpointManager, Train
 from training_lens.training.histograms import Histograms
 from training_lens.training.lens import lens_of, look_back
 from training_lens.training.planning import RunPlan, plan_run, with_rows_as_files
+from training_lens.training.resuming import check_schedule, read_global_batch, require_unfinished, select_changes
 from training_lens.training.samples import Samples
 from training_lens.training.summary import TrainingSummary, status_after, summarize, write_summary
 from training_lens.training.tracking import Build, tracked
@@ -78,12 +80,13 @@ class TrainingWrapper:
             RunFolder(runs_folder(output.base_output_dir, output.experiment_name) / output.run_id).require_new()
         return self._plan()
 
-    def _plan(self) -> RunPlan:
-        """The plan, whether the run is there already (to go on with it) or not."""
+    def _plan(self, global_batch: int | None = None) -> RunPlan:
+        """The plan, whether the run is there already (to go on with it, with its global batch) or not."""
         asked_for(self._config)  # a tracker that cannot be imported is wrong usage, and found before anything starts
         base = Path(self._config.output.base_output_dir)
         require_writable(base, "output.base_output_dir")
-        return plan_run(with_rows_as_files(self._config, base / "cache" / "rows"), Progress(self._console))
+        config = with_rows_as_files(self._config, base / "cache" / "rows")
+        return plan_run(config, Progress(self._console), global_batch)
 
     def train(self) -> TrainingSummary:
         """Train from the start in a new run folder, and save adapter, tokenizer and metadata in it.
@@ -106,8 +109,8 @@ class TrainingWrapper:
     @classmethod
     def resume(
         cls,
-        run: RunFolder,
-        changes: Mapping[str, dict[str, Any]] | None = None,
+        run: RunFolder | Path | str,
+        settings: Mapping[str, dict[str, Any]] | None = None,
         *,
         console: Console | None = None,
         callbacks: tuple[Callback, ...] = (),
@@ -115,25 +118,30 @@ class TrainingWrapper:
     ) -> TrainingSummary:
         """Go on with an unfinished run after its newest intact checkpoint, exactly as if it had not stopped.
 
+        Its steps stay what they are on any number of processes.
+
         Args:
-            changes: what this process sets over the run's config, by section: keys that change no result, such as
-                `{"model": {"device": "cpu"}}`.
+            run: a run's folder, or what `Run` takes: its id, or `latest`.
+            settings: by section, such as `{"model": {"device": "cpu"}}`: what changes no result is set for this
+                process (`resuming.FREE_KEYS`); all else must be what the run has.
 
         Raises:
             CheckpointError: the run is finished, its data changed since, or another process is training it.
+            ConfigurationError: settings that the run does not have.
         """
-        if run.status == "finished":
-            raise CheckpointError(f"the run {run.run_id} is finished; there is nothing to resume. It is in {run.root}.")
+        run = run if isinstance(run, RunFolder) else Run(run).folder
+        require_unfinished(run)
         run.require_free()  # before the data is read; the processes of one run all pass here before one of them locks
-        config = TrainingConfig.model_validate(run.read_metadata("config.json")).resolved(**(changes or {}))
+        recorded = TrainingConfig.model_validate(run.read_metadata("config.json"))
+        config = recorded.resolved(**select_changes(run, recorded, settings or {}))
         wrapper = cls(config, console=console, callbacks=callbacks, integrations=integrations)
-        plan = wrapper._plan()
-        recorded = run.read_metadata("data.json")["fingerprint"]
-        if recorded != plan.fingerprint:
+        plan = wrapper._plan(read_global_batch(run))
+        if run.read_metadata("data.json")["fingerprint"] != plan.fingerprint:
             raise CheckpointError(
                 f"the training data of {run.run_id} is no longer what it was: a file, the tokenizer or this program "
                 "changed since. Put the old ones back to resume, or start a new run."
             )
+        check_schedule(run, plan.schedule, plan.processes)
         with _alone(run, plan):
             return wrapper._train(run, plan, resume=True)
 
