@@ -11,18 +11,39 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from training_lens import errors
 from training_lens._lazy import attach
+from training_lens.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigurationError,
+    DatasetError,
+    EstimateError,
+    EvaluationError,
+    IntegrationError,
+    InterruptedRunError,
+    LensError,
+    MergeError,
+    ModelLoadingError,
+    OutOfMemoryError,
+    OutputError,
+    PrunedRunError,
+    TrainingError,
+    TrainingLensError,
+)
 
 if TYPE_CHECKING:
     from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
     from training_lens.analysis.reports.standard import StandardReports
     from training_lens.analysis.run import Run
+    from training_lens.config.compose import compose
     from training_lens.config.schema import TrainingConfig
     from training_lens.integrations.hub import HuggingFaceIntegration
     from training_lens.integrations.wandb import WandBIntegration
     from training_lens.training.callbacks import MetricsCollector
     from training_lens.training.checkpoints import CheckpointManager
     from training_lens.training.wrapper import TrainingWrapper
+    from training_lens.utils.logging import setup_logging
 
     LoRACheckpointAnalyzer = CheckpointAnalyzer
     LoRATrainingWrapper = TrainingWrapper
@@ -34,25 +55,46 @@ __getattr__, __dir__, _names = attach(
         "training_lens.analysis.checkpoint_analyzer": ("CheckpointAnalyzer",),
         "training_lens.analysis.reports.standard": ("StandardReports",),
         "training_lens.analysis.run": ("Run",),
+        "training_lens.config.compose": ("compose",),
         "training_lens.config.schema": ("TrainingConfig",),
         "training_lens.integrations.hub": ("HuggingFaceIntegration",),
         "training_lens.integrations.wandb": ("WandBIntegration",),
         "training_lens.training.wrapper": ("TrainingWrapper",),
         "training_lens.training.checkpoints": ("CheckpointManager",),
         "training_lens.training.callbacks": ("MetricsCollector",),
+        "training_lens.utils.logging": ("setup_logging",),
     },
     aliases={"LoRACheckpointAnalyzer": "CheckpointAnalyzer", "LoRATrainingWrapper": "TrainingWrapper"},
 )
 __all__ = [
+    "AdapterError",
     "CheckpointAnalyzer",
+    "CheckpointError",
     "CheckpointManager",
+    "ConfigurationError",
+    "DatasetError",
+    "EstimateError",
+    "EvaluationError",
     "HuggingFaceIntegration",
+    "IntegrationError",
+    "InterruptedRunError",
+    "LensError",
     "LoRACheckpointAnalyzer",
     "LoRATrainingWrapper",
+    "MergeError",
     "MetricsCollector",
+    "ModelLoadingError",
+    "OutOfMemoryError",
+    "OutputError",
+    "PrunedRunError",
     "Run",
     "StandardReports",
     "TrainingConfig",
+    "TrainingError",
+    "TrainingLensError",
     "TrainingWrapper",
     "WandBIntegration",
+    "compose",
+    "errors",
+    "setup_logging",
 ]

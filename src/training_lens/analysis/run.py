@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
 from training_lens.analysis.frames import metrics_frame, samples_frame
 from training_lens.analysis.logs import Log, our_log
+from training_lens.config.judging_sections import InferenceSection
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError
 from training_lens.utils.checkpoints import checkpoint_steps
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from training_lens.analysis.findings import Finding
     from training_lens.analysis.run_comparison import RunComparison
+    from training_lens.inference.session import Session
 
 OUTPUTS = "outputs"
 IN_A_MIRROR = (
@@ -56,6 +59,7 @@ class Run:
         self._lens: CheckpointAnalyzer | None = None
         self._findings: tuple[Finding, ...] | None = None
         self._read_at: tuple[str, int] | None = None
+        self._session: Session | None = None
 
     @classmethod
     def latest(cls, base_output_dir: Path | str = OUTPUTS, experiment: str | None = None) -> Run:
@@ -142,6 +146,29 @@ class Run:
     def log(self) -> Log:
         """The losses of its journal as series: what figures are drawn of, also where the lens was off."""
         return our_log(self.folder.metrics)
+
+    def answer(
+        self, prompts: str | Sequence[str], *, adapter: bool = True, domain: str | None = None, **settings: Any
+    ) -> str | list[str]:
+        """The adapter's answer to a prompt, or its answers to several in their order, as `training-lens infer` gives.
+
+        The model is loaded with the first question, and stays.
+
+        Args:
+            prompts: a text, or a list of texts.
+            adapter: false asks the base, with the run's template.
+            domain: one that the run was trained on.
+            settings: keys of `inference.`, such as `max_new_tokens=64, temperature=0.7`.
+
+        Raises:
+            CheckpointError: the run has no finished adapter.
+            ConfigurationError: a prompt that cannot be asked, or a setting that there is not.
+        """
+        from training_lens.inference.asking import answer_texts  # torch and transformers are for this alone
+        from training_lens.inference.session import open_run
+
+        self._session = self._session or open_run(self.folder)
+        return answer_texts(self._session, prompts, InferenceSection(**settings), base=not adapter, domain=domain)
 
     def figure(self) -> Figure:
         """Training and validation loss, with epochs, spikes and checkpoints, to zoom into."""

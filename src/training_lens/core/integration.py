@@ -79,8 +79,8 @@ class Cursor:
     what they have are asked.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
 
     def load(self) -> dict[str, Any]:
         """The values; none where nothing was kept, or the file is broken (then everything is sent again)."""
@@ -143,9 +143,9 @@ class IntegrationManager:
     """
 
     def __init__(
-        self, integrations: Sequence[Integration], folder: Path, every: float = 2.0, patience: float = 1.0
+        self, integrations: Sequence[Integration], folder: Path | str, every: float = 2.0, patience: float = 1.0
     ) -> None:
-        self._integrations, self._folder = tuple(integrations), folder
+        self._integrations, self._folder = tuple(integrations), Path(folder)
         self._every, self._patience = every, patience
         self._states = {i.name: IntegrationState(i.name, "waiting") for i in integrations}
         self._ended = threading.Event()

@@ -37,7 +37,8 @@ class LensWriter:
         LensError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, manifest: LensManifest, section: LensSection, after_step: int = 0) -> None:
+    def __init__(self, folder: Path | str, manifest: LensManifest, section: LensSection, after_step: int = 0) -> None:
+        folder = Path(folder)
         self._folder = folder
         self._limit_bytes = section.scalars_megabytes * MEGABYTE
         self._flush_seconds = section.flush_seconds

@@ -1,1 +1,17 @@
 """Rows to batches: sources, fields, templates, tokenization, preparation, batching."""
+
+from __future__ import annotations
+
+from training_lens._lazy import attach
+
+__getattr__, __dir__, __all__ = attach(
+    {
+        "training_lens.config.data_sections": ("DataSection",),
+        "training_lens.data.batching": ("Schedule", "collate", "hold_out"),
+        "training_lens.data.preparation": ("Preparation", "Split", "prepare_split", "read_examples", "tokenize"),
+        "training_lens.data.store": ("TokenDataset",),
+        "training_lens.data.templates": ("build_renderer",),
+        "training_lens.data.tokenization": ("TextEncoder",),
+        "training_lens.data.types": ("Batch", "Example", "Message", "Row", "TokenizedExample"),
+    }
+)

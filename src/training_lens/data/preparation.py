@@ -72,7 +72,9 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 
-def prepare_split(specs: Sequence[str], key: str, preparation: Preparation, cache: Path, progress: Progress) -> Split:
+def prepare_split(
+    specs: Sequence[str], key: str, preparation: Preparation, cache: Path | str, progress: Progress
+) -> Split:
     """The tokenized split of these sources, from the cache where it is there.
 
     Args:
@@ -83,7 +85,7 @@ def prepare_split(specs: Sequence[str], key: str, preparation: Preparation, cach
     Raises:
         DatasetError: missing or broken files, rows that cannot be used, nothing left to learn.
     """
-    return prepare_sources(expand(specs, key), key, preparation, cache, progress)
+    return prepare_sources(expand(specs, key), key, preparation, Path(cache), progress)
 
 
 def prepare_sources(

@@ -77,7 +77,7 @@ class TokenDataset:
     rows: np.ndarray | None = None
 
     @classmethod
-    def open(cls, path: Path) -> TokenDataset:
+    def open(cls, path: Path | str) -> TokenDataset:
         return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
 
     @classmethod

@@ -26,7 +26,7 @@ PERCENT = {
 Cells = tuple[str, ...]
 
 
-def write_reports(judgement: Judgement, folder: Path, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+def write_reports(judgement: Judgement, folder: Path | str, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Write {name}.json, {name}.md and {name}.csv into `folder`; returns what the JSON holds.
 
     It holds `extra`, the sources of the rows with the sha256 of files, and the comparison.
@@ -35,6 +35,7 @@ def write_reports(judgement: Judgement, folder: Path, name: str, extra: Mapping[
     files = {name: sha256_of(Path(name)) if Path(name).is_file() else None for name in sources}
     report = {**extra, "files": files, **judgement.comparison.as_json()}
     texts = {".md": markdown(judgement.comparison), ".csv": per_row_csv(judgement)}
+    folder = Path(folder)
     write_json(folder / f"{name}.json", report)
     for ending, text in texts.items():
         write_text(folder / f"{name}{ending}", text)

@@ -46,7 +46,7 @@ class FileReport:
 def answer_file(
     session: Session,
     source: Source,
-    output: Path,
+    output: Path | str,
     settings: InferenceSection,
     *,
     domain: str | None = None,
@@ -66,7 +66,7 @@ def answer_file(
         ConfigurationError: `output` holds anything but the beginning of what would be written now; it is left as it is.
     """
     rows = read_lines(source, session.config.data.csv)
-    there = _Lines(output)
+    there = _Lines(Path(output))
     questions_of = QuestionReader(session, rows, source, domain, _answerer(session, settings, base))
     passed_over: list[PassedOver] = []
     answered = resumed = 0

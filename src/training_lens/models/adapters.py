@@ -233,14 +233,15 @@ def count_parameters(model: Any) -> ParameterCount:
     )
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, folder: Path | str) -> None:
     """Write the adapter in PEFT's format (safetensors), into a folder that is there, as older versions read it too."""
+    folder = Path(folder)
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     drop_defaults(folder)
 
 
-def load_adapter(model: Any, folder: Path, *, training: bool = False) -> Any:
+def load_adapter(model: Any, folder: Path | str, *, training: bool = False) -> Any:
     """The base model with the saved adapter of `folder`.
 
     Raises:
@@ -248,6 +249,7 @@ def load_adapter(model: Any, folder: Path, *, training: bool = False) -> Any:
     """
     from peft import PeftModel
 
+    folder = Path(folder)
     require_adapter(folder)
     if not isinstance(read_config(folder).get("peft_type"), str):
         raise AdapterError(f"{folder / CONFIG} names no peft_type, so it is no adapter's configuration. Save it again.")

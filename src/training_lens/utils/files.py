@@ -171,9 +171,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def safe_save(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def safe_save(tensors: Mapping[str, torch.Tensor], path: Path | str, metadata: dict[str, str] | None = None) -> None:
     """Write tensors as one safetensors file, whole or not at all; they may live on any device."""
     from safetensors.torch import save_file
 
-    with whole_file(path) as temporary:
+    with whole_file(Path(path)) as temporary:
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)

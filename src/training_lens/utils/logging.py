@@ -24,8 +24,18 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name if name.startswith(ROOT) else f"{ROOT}.{name}")
 
 
-def setup_logging(console: Console, level: int = logging.INFO) -> None:
-    """Send our log to `console`, and quiet the libraries: no progress bars, no telemetry, no advice of theirs."""
+def setup_logging(console: Console | None = None, level: int = logging.INFO) -> logging.Logger:
+    """Send our log to a screen, and quiet the libraries: no progress bars, no telemetry, no advice of theirs.
+
+    Called again, it takes the place of what it did before.
+
+    Args:
+        console: where the lines go; None: standard error.
+
+    Returns:
+        The logger that all of ours are below.
+    """
+    console = console or Console(stderr=True, highlight=False, emoji=False)
     logger = logging.getLogger(ROOT)
     for handler in [h for h in logger.handlers if isinstance(h, RichHandler)]:
         logger.removeHandler(handler)
@@ -36,6 +46,7 @@ def setup_logging(console: Console, level: int = logging.INFO) -> None:
     logger.setLevel(min(level, logging.INFO))
     logger.propagate = False
     quiet_libraries()
+    return logger
 
 
 def quiet_libraries() -> None:
@@ -112,8 +123,8 @@ class TrainingLogger:
         True
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path | str) -> None:
+        self._path = Path(path)
         self._handler: logging.FileHandler | None = None
 
     def __enter__(self) -> TrainingLogger:

@@ -28,7 +28,7 @@ class Report:
     parts: tuple[Part, ...]
     values: Mapping[str, Any]
 
-    def write(self, folder: Path, format: str = "html") -> Path:
+    def write(self, folder: Path | str, format: str = "html") -> Path:
         """Write it into `folder`, which is made: the technical report as lens.html, others as lens-KIND.html.
 
         Args:
@@ -39,15 +39,16 @@ class Report:
         """
         if format not in WRITERS:
             raise ConfigurationError(f"format: '{format}' is given; there are: {', '.join(WRITERS)}.")
+        folder = Path(folder)
         require_writable(folder, "the reports' folder")
         name = "lens" if self.kind == "technical" else f"lens-{self.kind}"
         path = folder / f"{name}.{format}"
         WRITERS[format](path, self)
         return path
 
-    def html(self, path: Path) -> None:
+    def html(self, path: Path | str) -> None:
         """Write it as a page (see `utils.pages`)."""
-        write_page(path, self.title, self.parts)
+        write_page(Path(path), self.title, self.parts)
 
     def markdown(self) -> str:
         """Text, tables and findings; of pictures their titles and captions."""

@@ -22,7 +22,7 @@ class StandardReports:
 
     Example:
         analysis = CheckpointAnalyzer("outputs/experiments/default/runs/20261120T203605Z-5f3a").analyze()
-        StandardReports(analysis).write(Path("reports"), "technical")  # reports/lens.html
+        StandardReports(analysis).write("reports", "technical")  # reports/lens.html
         print(StandardReports(analysis).executive().markdown())
     """
 
@@ -47,7 +47,7 @@ class StandardReports:
 
         return diagnostic(self.analysis)
 
-    def write(self, folder: Path, kind: str = "technical", format: str = "html") -> Path:
+    def write(self, folder: Path | str, kind: str = "technical", format: str = "html") -> Path:
         """Write one report into `folder`, the technical one as lens.html and others as lens-KIND.html; gives its path.
 
         Args:
