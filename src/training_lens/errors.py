@@ -99,7 +99,11 @@ class InterruptedRunError(TrainingLensError):
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + signal_number
+        self.signal_number, self.exit_code = signal_number, 128 + signal_number
+
+    def with_advice(self, advice: str) -> InterruptedRunError:
+        """The same error that also says what to do."""
+        return InterruptedRunError(f"{self} {advice}", self.signal_number)
 
 
 class PrunedRunError(TrainingLensError):

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, InterruptedRunError
 from training_lens.training.callbacks import Callback, MetricsCollector
-from training_lens.utils.runs import RunFolder, find_run
+from training_lens.utils.run_lookup import find_run
+from training_lens.utils.runs import RunFolder
 
 Config = Callable[..., TrainingConfig]
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(24)]

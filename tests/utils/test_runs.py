@@ -12,7 +12,8 @@ import pytest
 
 from training_lens.errors import CheckpointError
 from training_lens.utils.files import write_json
-from training_lens.utils.runs import RunFolder, find_run, new_run_id, read_metrics, run_folders, runs_folder
+from training_lens.utils.run_lookup import find_run
+from training_lens.utils.runs import RunFolder, new_run_id, read_metrics, run_folders, runs_folder
 
 
 def make(base: Path, run_id: str, status: str, experiment: str = "default") -> RunFolder:

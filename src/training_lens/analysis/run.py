@@ -15,7 +15,8 @@ from training_lens.errors import CheckpointError
 from training_lens.utils.checkpoints import checkpoint_steps
 from training_lens.utils.experiments import so_far
 from training_lens.utils.housekeeping import in_place
-from training_lens.utils.runs import LATEST, RunFolder, find_run, folders_of
+from training_lens.utils.run_lookup import find_run, folders_of
+from training_lens.utils.runs import LATEST, RunFolder
 
 if TYPE_CHECKING:
     from pandas import DataFrame

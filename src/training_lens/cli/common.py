@@ -14,6 +14,7 @@ import typer
 
 from training_lens.cli.options import origin_of_config
 from training_lens.cli.places import locate_adapter
+from training_lens.cli.preflight import check_own_model
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -172,8 +173,10 @@ def load_adapter_config(
     if run is not None and named:
         raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
     settings = load_config(config_files, overrides, {"inference": {"adapter": run}} if run is not None else None)
-    from training_lens.utils.runs import uses_own_model
+    from training_lens.utils.run_lookup import uses_own_model
 
     own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device",)
     refuse_unused(overrides, (*used, "output.", *own), "a run answers with its own config.")
-    return locate_adapter(settings)
+    settings = locate_adapter(settings)
+    check_own_model(settings)
+    return settings

@@ -58,7 +58,7 @@ def compare(
 
 def _used(against: str) -> tuple[str, ...]:
     """The settings that a comparison heeds; an adapter folder stands on `model.id`."""
-    from training_lens.utils.runs import uses_own_model
+    from training_lens.utils.run_lookup import uses_own_model
 
     return (*USED, "model.", "data.") if uses_own_model(against) else USED
 

@@ -18,6 +18,7 @@ from training_lens.cli.common import (
     refuse_unused,
 )
 from training_lens.cli.judgement import USED, finish, opened, refuse_base_only
+from training_lens.cli.preflight import check_own_model
 
 Base = Annotated[bool, typer.Option("--base", help="Judge the base model under the adapter.")]
 
@@ -58,5 +59,6 @@ def baseline(
         used = ("evaluation.", "data.", "model.", "output.", "training.seed")
         refuse_unused(overrides, used, "baseline judges model.id alone, before any training.")
         settings = load_config(config, overrides, {"inference": {"adapter": "none"}})
+        check_own_model(settings)
         judge, examples, folder = opened(screen, settings)
         finish(screen, judge.alone(examples), judge, folder, "baseline")

@@ -132,6 +132,11 @@ def _answer(screen: Screen, settings: TrainingConfig, prompt: str, domain: str |
 def _answer_file(
     screen: Screen, settings: TrainingConfig, source: str, output: str, domain: str | None, base: bool
 ) -> None:
+    from training_lens.cli.preflight import check_files
+    from training_lens.utils.files import file_in_folder
+
+    check_files([source], "--input")
+    file_in_folder(output, f"--output {output}")
     from training_lens.inference.batch import answer_file, input_file, output_file
     from training_lens.inference.session import open_session
     from training_lens.utils.progress import Progress

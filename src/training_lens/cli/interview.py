@@ -110,7 +110,7 @@ class Interview:
 
 def _model(answer: str) -> Values:
     from training_lens.config.schema import ModelSection
-    from training_lens.models.factory import locate
+    from training_lens.models.location import locate
 
     locate(ModelSection(id=answer))
     return {"model.id": answer}

@@ -36,7 +36,8 @@ def opened(screen: Screen, settings: TrainingConfig) -> tuple[Judge, list[Exampl
     from training_lens.inference.rows import configured_examples, validation_examples
     from training_lens.inference.session import open_session
     from training_lens.utils.progress import Progress
-    from training_lens.utils.runs import RunFolder, evaluations_folder, new_run_id, uses_own_model
+    from training_lens.utils.run_lookup import uses_own_model
+    from training_lens.utils.runs import RunFolder, evaluations_folder, new_run_id
 
     session = open_session(settings)
     limit = settings.evaluation.max_examples

@@ -37,10 +37,15 @@ def opened(run: str, overrides: list[str] | None, config: list[str] | None, base
     """
     from pathlib import Path
 
-    from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
+    from training_lens.errors import ConfigurationError
 
     run, given = _named(run, overrides)
-    return CheckpointAnalyzer(_located(run, given, config), base=Path(base) if base else None)
+    folder = _located(run, given, config)
+    if base and not Path(base).is_dir():
+        raise ConfigurationError(f"--base {base}: there is no such folder. Relative paths start at {Path.cwd()}.")
+    from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
+
+    return CheckpointAnalyzer(folder, base=Path(base) if base else None)
 
 
 def opened_pair(
@@ -68,6 +73,6 @@ def _located(run: str, overrides: list[str], config: list[str] | None) -> Path:
     refuse_unused(overrides, ("output.",), WHY)
     output = load_config(config, overrides).output
     run = copied_here(run, output.base_output_dir, finished=None)
-    if (Path(run).exists() or "/" in run) and not (Path(run) / "metadata").is_dir():
+    if Path(run).exists() and not (Path(run) / "metadata").is_dir():
         return Path(run)
     return locate_run(run, output, finished=None).root

@@ -100,7 +100,7 @@ def _settings(config: list[str] | None, overrides: list[str] | None, run: str | 
     if run and named:
         raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
     settings = load_config(config, overrides, {"inference": {"adapter": run}} if run else None)
-    from training_lens.utils.runs import uses_own_model
+    from training_lens.utils.run_lookup import uses_own_model
 
     own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device", "data.validation=")
     refuse_unused(overrides, ("inference.adapter", "output.", *own), "merge takes what the run's own config says.")

@@ -34,7 +34,7 @@ def copied_here(reference: str, base_output_dir: str, *, finished: bool | None) 
 
 def locate_run(reference: str, output: OutputSection, *, finished: bool | None) -> RunFolder:
     """The run that a reference means, told to the user; arguments and errors are those of `find_run`."""
-    from training_lens.utils.runs import find_run
+    from training_lens.utils.run_lookup import find_run
 
     here = copied_here(reference, output.base_output_dir, finished=finished)
     run = find_run(here, output.base_output_dir, output.named_experiment, finished=finished)
@@ -50,7 +50,7 @@ def locate_adapter(settings: TrainingConfig) -> TrainingConfig:
     Raises:
         CheckpointError, AdapterError: see `find_adapter_run`.
     """
-    from training_lens.utils.runs import find_adapter_run, uses_own_model
+    from training_lens.utils.run_lookup import find_adapter_run, uses_own_model
 
     output, adapter = settings.output, settings.inference.adapter
     adapter = copied_here(adapter, output.base_output_dir, finished=True)
@@ -63,7 +63,7 @@ def locate_adapter(settings: TrainingConfig) -> TrainingConfig:
 
 def announce_run(run: RunFolder) -> None:
     """Say which run answers: on standard error where standard output is read by a program."""
-    from training_lens.utils.runs import read_status
+    from training_lens.utils.run_lookup import read_status
 
     status = read_status(run)
     became = "" if status == "finished" else f" ({status})"

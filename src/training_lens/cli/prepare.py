@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+from training_lens.cli.preflight import check_base, check_rows
 
 if TYPE_CHECKING:
     from training_lens.config.data_sections import DataSection
+    from training_lens.config.schema import TrainingConfig
     from training_lens.training.preparing import Prepared
 
 SHOWN = 3  # findings of a kind
@@ -44,6 +46,9 @@ def prepare(
     """
     with command(json, debug) as screen:
         settings = load_config(config, overrides)
+        check_rows(settings)
+        check_base(settings)
+        _require_room(settings, force)
         from training_lens.training.preparing import prepare as run
         from training_lens.utils.progress import Progress
 
@@ -57,6 +62,16 @@ def prepare(
         screen.result({"folder": str(prepared.folder), "train": train, **prepared.manifest})
 
 
+def _require_room(settings: TrainingConfig, force: bool) -> None:
+    from training_lens.errors import ConfigurationError
+
+    folder = settings.prepared_folder
+    if folder.exists() and not force:
+        raise ConfigurationError(
+            f"prepare.output: '{folder}' is there already. Give another folder, or replace it with --force."
+        )
+
+
 def train_command(prepared: Prepared, data: DataSection, overrides: list[str], config: list[str] | None) -> str:
     """The command that trains on what was written, with the settings that were given to prepare.
 
@@ -64,13 +79,17 @@ def train_command(prepared: Prepared, data: DataSection, overrides: list[str], c
         data: the settings by which the sources were read; where the files are read otherwise, those keys are set.
     """
     changed = {key: value for key, value in _reading(prepared.data).items() if _reading(data)[key] != value}
-    replaced = ("data.train", "prepare.", *changed)
+    replaced = ("data.train", "data.val_ratio", "prepare.", *changed)
+    if "validation" in prepared.splits:
+        replaced = (*replaced, "data.validation")
     words = ["training-lens", "train", *(word for file in config or [] for word in ("--config", file))]
     words += [text for text in overrides if not text.lstrip("+").startswith(replaced)]
     words += [f"{key}={json_module.dumps(value)}" for key, value in changed.items()]
     for name in ("train", "validation"):
         if name in prepared.splits:
             words.append(f"data.{name}={_hydra(str(prepared.folder / prepared.splits[name].file))}")
+    if data.val_ratio and config:
+        words.append("data.val_ratio=0")
     return shlex.join(words)
 
 

@@ -70,10 +70,11 @@ def push(
 
 def _hub(run: str, settings: TrainingConfig) -> HuggingFaceIntegration:
     from training_lens.errors import ConfigurationError
+
+    folder = locate_run(run, settings.output, finished=True)
     from training_lens.integrations.hub import HuggingFaceIntegration
     from training_lens.integrations.record import RunRecord
 
-    folder = locate_run(run, settings.output, finished=True)
     record = RunRecord(folder, {"tracking": {"hub": settings.given()["tracking"]["hub"]}})
     if record.config.tracking.hub.repo is None:
         raise ConfigurationError(

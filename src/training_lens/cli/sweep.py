@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:
     from training_lens.sweeps.leaderboard import Leaderboard, Row
@@ -20,6 +21,7 @@ def sweep(overrides: Overrides = None, config: ConfigFile = None, json: Json = F
     """
     with command(json, debug) as screen:
         settings = load_config(config, overrides)
+        check_training(settings)
         from training_lens.errors import TrainingError
         from training_lens.sweeps.runner import Sweep
 

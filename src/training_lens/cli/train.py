@@ -9,6 +9,7 @@ import typer
 
 from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
 from training_lens.cli.places import is_url, locate_run
+from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -41,6 +42,8 @@ def train(
     with command(json, debug) as screen:
         settings = load_config(config, overrides)
         unfinished = _unfinished(screen, resume, settings) if resume else None
+        if not unfinished:
+            check_training(settings)
         from training_lens.training.wrapper import TrainingWrapper
 
         if unfinished:

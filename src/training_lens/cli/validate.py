@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:
     from training_lens.data.counting import SplitReport
@@ -24,6 +25,7 @@ def validate(overrides: Overrides = None, config: ConfigFile = None, json: Json 
     """
     with command(json, debug) as screen:
         settings = load_config(config, overrides)
+        check_training(settings)
         from training_lens.training.estimates import estimate_run
         from training_lens.training.wrapper import TrainingWrapper
 

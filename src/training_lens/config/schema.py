@@ -5,6 +5,7 @@ Unknown keys are errors, assignment is validated, and checks across keys report 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -227,6 +228,12 @@ class TrainingConfig(Section):
     def find_conflicts(self) -> list[str]:
         """What can be told from the config alone; the run's length is checked when the rows are counted."""
         return _cross_checks(self)
+
+    @property
+    def prepared_folder(self) -> Path:
+        """Where `training-lens prepare` writes."""
+        output = self.output
+        return Path(self.prepare.output or f"{output.base_output_dir}/data/{output.experiment_name}").expanduser()
 
     def resolved(self, **sections: dict[str, Any]) -> TrainingConfig:
         """A copy with some keys of some sections replaced: `config.resolved(training={"lr": 1e-3})`.

@@ -25,6 +25,6 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.evaluation.scoring": ("Bootstrap", "Scored"),
         "training_lens.inference.rows": ("configured_examples", "validation_examples"),
         "training_lens.inference.session": ("open_run", "open_session"),
-        "training_lens.utils.runs": ("find_run",),
+        "training_lens.utils.run_lookup": ("find_run",),
     }
 )

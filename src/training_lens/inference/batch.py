@@ -15,7 +15,7 @@ from training_lens.errors import ConfigurationError, DatasetError, TrainingLensE
 from training_lens.inference.generator import generate_answers
 from training_lens.inference.questions import PassedOver, Question, QuestionReader, read_answer_line, read_lines
 from training_lens.inference.session import Session
-from training_lens.models.factory import locate
+from training_lens.models.location import locate
 from training_lens.models.saved import CONFIG, WEIGHTS
 from training_lens.utils.files import file_in_folder, require_writable, sha256_of
 from training_lens.utils.logging import get_logger

@@ -8,10 +8,12 @@ from training_lens import embedded
 from training_lens.config.schema import ModelSection, TrainingConfig
 from training_lens.errors import AdapterError, ConfigurationError
 from training_lens.inference.session import Session, open_run, open_session
-from training_lens.models.factory import locate, read_facts, resolve_seq_len
+from training_lens.models.factory import read_facts, resolve_seq_len
+from training_lens.models.location import locate
 from training_lens.models.saved import read_config, require_adapter, require_plain
 from training_lens.models.stored import check_base
-from training_lens.utils.runs import BASE_ALONE, RunFolder, find_adapter_run, uses_own_model
+from training_lens.utils.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
+from training_lens.utils.runs import RunFolder
 
 PARTLY = ("layers_to_transform", "layers_pattern", "exclude_modules")  # where an adapter is, not what it computes
 

@@ -11,7 +11,7 @@ from training_lens.errors import MergeError
 from training_lens.inference.session import Session
 from training_lens.models.base_files import copy_beside, write_generation_config
 from training_lens.models.classes import public_class
-from training_lens.models.factory import locate
+from training_lens.models.location import locate
 from training_lens.models.merging import Folded, fold, save_delta, save_merged
 from training_lens.models.stored import require_local_folder
 from training_lens.models.tokenizer_files import save_tokenizer

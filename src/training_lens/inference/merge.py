@@ -24,7 +24,7 @@ from training_lens.inference.session import Session
 from training_lens.inference.verification import Verification, verify
 from training_lens.inference.weights import Written, check_weights
 from training_lens.models.classes import public_class
-from training_lens.models.factory import locate
+from training_lens.models.location import locate
 from training_lens.models.merging import check_foldable
 from training_lens.models.stored import stored_precision
 from training_lens.utils.devices import Precision

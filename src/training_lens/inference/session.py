@@ -26,7 +26,8 @@ from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import read_json
 from training_lens.utils.formatting import nearest
 from training_lens.utils.logging import get_logger
-from training_lens.utils.runs import BASE_ALONE, RunFolder, find_adapter_run, uses_own_model
+from training_lens.utils.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
+from training_lens.utils.runs import RunFolder
 
 logger = get_logger(__name__)
 A_TOOL = {"type": "function", "function": {"name": "f", "description": "a", "parameters": {"type": "object"}}}

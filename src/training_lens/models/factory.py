@@ -12,15 +12,16 @@ from training_lens import embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError, OutOfMemoryError, TrainingLensError
 from training_lens.models.classes import build_model, load_class
+from training_lens.models.location import WEIGHTS, locate
 from training_lens.models.quantization import keep_trainable, loading_options
 from training_lens.models.rotary import separate_examples
 from training_lens.utils.devices import DTYPES, Precision, is_out_of_memory
 from training_lens.utils.files import read_json
-from training_lens.utils.formatting import nearest, said
+from training_lens.utils.formatting import said
 from training_lens.utils.hub import require_hub
+from training_lens.utils.logging import hide_progress_bars
 
 SEQ_LEN_DEFAULT = 2048
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -34,35 +35,11 @@ class ModelFacts:
     vocabulary: int
 
 
-def locate(model: ModelSection) -> str:
-    """The local folder of the model, or the hub id as it is.
-
-    Raises:
-        ModelLoadingError: a path that is not there, or a folder without configuration or safetensors weights.
-    """
-    name = embedded.resolve(model.id)
-    path = Path(name).expanduser()
-    if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1 or (path.parent.is_dir() and "/" in name):
-            close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
-            hint = f" Did you mean '{path.parent / close}'?" if close else f" Relative paths start at {Path.cwd()}."
-            raise ModelLoadingError(f"model.id: no folder '{name}'.{hint}")
-        return name  # a hub id
-    if not (path / "config.json").is_file():
-        raise ModelLoadingError(f"model.id: '{name}' holds no config.json, so it is no transformers model folder.")
-    if not any((path / weights).is_file() for weights in WEIGHTS):
-        unsafe = sorted(p.name for p in path.glob("*.bin"))
-        found = f"only {', '.join(unsafe)}, which may run code when opened" if unsafe else "no weights"
-        raise ModelLoadingError(
-            f"model.id: '{name}' holds {found}; expected model.safetensors. Download the model whole, or convert it."
-        )
-    return str(path)
-
-
 def _load(what: str, model: ModelSection, load: Any) -> Any:
     """Call `load`, foreign code on foreign files: whatever it raises, say what was asked for and what to do."""
     try:
-        return load()
+        with hide_progress_bars():
+            return load()
     except TrainingLensError:
         raise
     except Exception as error:

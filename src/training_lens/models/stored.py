@@ -13,7 +13,7 @@ import torch
 from training_lens.config.schema import ModelSection
 from training_lens.errors import AdapterError, ModelLoadingError
 from training_lens.models.checkpoint_files import FLOATS, StoredTensor, stored_tensors
-from training_lens.models.factory import WEIGHTS, locate
+from training_lens.models.location import WEIGHTS, locate
 from training_lens.utils.devices import DTYPES, Precision
 from training_lens.utils.files import read_json
 

@@ -27,6 +27,7 @@ from training_lens.utils.logging import get_logger
 from training_lens.utils.runs import read_metrics
 
 logger = get_logger(__name__)
+WIDE, NARROW = 110, 72  # characters of a window: with all columns, and with the fewest
 FILES_SHOWN = 8  # validation files whose losses go to the screen; run.log and metrics.jsonl have all
 
 
@@ -124,16 +125,26 @@ class MetricsCollector(Callback):
 
 
 class LogLines(Callback):
-    """Losses and validations to the log: run.log keeps them, the screen shows what matters."""
+    """Losses and validations to the log: run.log keeps them, the screen shows what matters.
 
-    def __init__(self, every: int) -> None:
-        self._every = every
+    Args:
+        every: steps from one line to the next.
+        level: of the lines of steps: INFO where no bar shows them, else DEBUG.
+    """
+
+    def __init__(self, every: int, level: int = logging.DEBUG) -> None:
+        self._every, self._level = every, level
+        self._recent: list[StepReport] = []
 
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
+        self._recent = [*self._recent[-19:], report]
         if report.step % self._every == 0 or report.step == 1:
-            logger.debug(
-                "step %d: loss %.4f, gradient norm %.3g, lr %.3g, %s",
-                report.step, report.loss, report.grad_norm, report.lr, format_seconds(report.seconds),
+            total, seconds = trainer.schedule.total_steps, sum(r.seconds for r in self._recent)
+            logger.log(
+                self._level, "step %d/%d: loss %.4f, gradient norm %.3g, lr %.3g, %s tokens/s, ETA %s",
+                report.step, total, report.loss, report.grad_norm, report.lr,
+                f"{sum(r.tokens for r in self._recent) / seconds:,.0f}" if seconds else "-",
+                format_seconds((total - report.step) * seconds / len(self._recent)),
             )  # fmt: skip
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
@@ -147,14 +158,23 @@ class LogLines(Callback):
         logger.debug("checkpoint %s", folder)
 
 
-def progress_columns() -> tuple[ProgressColumn, ...]:
-    """What a `ProgressBar` shows in its lines."""
+def progress_columns(width: int = WIDE) -> tuple[ProgressColumn, ...]:
+    """What a `ProgressBar` shows in its lines: in a narrow window step, loss and the time that is left.
+
+    Args:
+        width: of the window, in characters.
+    """
+    is_wide, is_narrow = width >= WIDE, width < NARROW
+    bar = () if is_narrow else (BarColumn(40 if is_wide else 10),)
+    speed = () if is_narrow else (TextColumn("{task.fields[speed]}"),)
+    elapsed = (TimeElapsedColumn(),) if is_wide else ()
     return (
         TextColumn("{task.description}"),
-        BarColumn(),
+        *bar,
         MofNCompleteColumn(),
         TextColumn("{task.fields[status]}"),
-        TimeElapsedColumn(),
+        *speed,
+        *elapsed,
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
@@ -175,18 +195,18 @@ class ProgressBar(Callback):
     def on_train_start(self, trainer: Any) -> None:
         self._bars.start()
         self._task = self._bars.add_task(
-            "training", total=trainer.schedule.total_steps, completed=trainer.state.step, status=""
+            "training", total=trainer.schedule.total_steps, completed=trainer.state.step, status="", speed=""
         )
 
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         self._recent = [*self._recent[-19:], report]
         speed = sum(r.tokens for r in self._recent) / sum(r.seconds for r in self._recent)
         loss = sum(r.loss for r in self._recent) / len(self._recent)
-        self._bars.update(self._task, completed=report.step, status=f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+        self._bars.update(self._task, completed=report.step, status=f"loss {loss:.3f}", speed=f"{speed:,.0f} tokens/s")
 
     def on_evaluate_progress(self, trainer: Any, done: int, total: int) -> None:
         if self._validation is None:
-            self._validation = self._bars.add_task("validating", total=total, status="")
+            self._validation = self._bars.add_task("validating", total=total, status="", speed="")
         self._bars.update(self._validation, completed=done)
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:

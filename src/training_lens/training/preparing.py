@@ -71,8 +71,8 @@ def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> 
         ConfigurationError: settings that have no place here, a folder that is there already.
         TrainingLensError: whatever keeps the rows from being read, split, written or tokenized.
     """
-    _refuse_settings_of_training(config)
-    base, folder = Path(config.output.base_output_dir), output_folder(config)
+    config = settle_splits(config)
+    base, folder = Path(config.output.base_output_dir), config.prepared_folder
     require_writable(base, "output.base_output_dir")
     config = with_rows_as_files(config, base / "cache" / "rows")
     sources = expand([str(spec) for spec in config.data.train], "data.train")
@@ -115,27 +115,30 @@ def _choose(settled: TrainingConfig, sources: Sequence[Source], preparation: Pre
     return Chosen(corpus, catalogue, select(corpus, catalogue, settled.prepare), form, notes, bad)
 
 
-def output_folder(config: TrainingConfig) -> Path:
-    """Where `prepare` writes."""
-    output = config.output
-    return Path(config.prepare.output or f"{output.base_output_dir}/data/{output.experiment_name}").expanduser()
+def settle_splits(config: TrainingConfig) -> TrainingConfig:
+    """The config with the splits that it means: a share held out, or validation rows of its own, decide them.
 
-
-def _refuse_settings_of_training(config: TrainingConfig) -> None:
-    """Rows are drawn, weighed and held out in training; here all of data.train is taken once."""
+    Raises:
+        ConfigurationError: settings that have no place here: rows are drawn and weighed in training.
+    """
     data = config.data
-    given = {
-        "validation": data.validation is not None,
-        "val_ratio": bool(data.val_ratio),
-        "weights": data.weights is not None,
-        "max_examples": data.max_examples is not None,
-    }
-    advice = (
-        "prepare takes every row of data.train once and makes the splits itself (prepare.splits); leave it out here"
-    )
+    advice = "prepare takes every row of data.train once; leave it out here"
+    given = {"weights": data.weights is not None, "max_examples": data.max_examples is not None}
     problems = [f"data.{key}: {advice}" for key, is_given in given.items() if is_given]
     if problems:
         raise ConfigurationError(problems)
+    if "splits" in config.prepare.model_fields_set:
+        if data.val_ratio:
+            logger.info("prepare.splits says which rows are held out, and not data.val_ratio")
+        return config
+    if data.validation is not None:
+        logger.info("data.validation stays as it is: data.train becomes one split, and is not compared with it")
+        return config.resolved(prepare={"splits": {"train": 1.0}})
+    if data.val_ratio:
+        held_out = data.val_ratio
+        logger.info("data.val_ratio: %g of the rows become the validation split", held_out)
+        return config.resolved(prepare={"splits": {"train": 1 - held_out, "validation": held_out}})
+    return config
 
 
 def _make_room(folder: Path, sources: Sequence[Source], force: bool) -> None:

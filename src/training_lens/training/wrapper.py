@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
+from logging import DEBUG, INFO
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from rich.console import Console
 import training_lens
 from training_lens.analysis.run import Run
 from training_lens.config.schema import TrainingConfig
-from training_lens.errors import CheckpointError
+from training_lens.errors import CheckpointError, InterruptedRunError
 from training_lens.integrations.configured import asked_for
 from training_lens.models.adapters import ParameterCount, count_parameters, describe
 from training_lens.models.factory import load_model
 from training_lens.models.stored import base_record, require_local_folder
 from training_lens.models.tokenizer_files import save_tokenizer
 from training_lens.training.assembly import build_trainer, memory_watched
-from training_lens.training.callbacks import Callback, LogLines, MetricsCollector, ProgressBar, progress_columns
+from training_lens.training.callbacks import WIDE, Callback, LogLines, MetricsCollector, ProgressBar, progress_columns
 from training_lens.training.checkpoints import ADAPTER, CheckpointManager, TrainingState
 from training_lens.training.histograms import Histograms
 from training_lens.training.lens import lens_of, look_back
@@ -161,6 +162,8 @@ class TrainingWrapper:
                 logger.debug("the run ends: %s", error, exc_info=True)
                 if plan.processes.is_main:
                     write_summary(run, summarize(run, status_after(error), trainer, parameters))
+                if isinstance(error, InterruptedRunError):
+                    raise error.with_advice(f"Go on with it: {run.resume_command}") from error
                 raise
             summary = summarize(run, "finished", trainer, parameters)
             if plan.processes.is_main:
@@ -193,8 +196,9 @@ class TrainingWrapper:
 
     def _watchers(self, run: RunFolder, plan: RunPlan) -> tuple[Callback, ...]:
         every = plan.config.training.logging_steps
-        watchers: list[Callback] = [MetricsCollector(run.metrics), LogLines(every)]
-        if drawn := bars(self._console, *progress_columns()):
+        drawn = bars(self._console, *progress_columns(self._console.width if self._console else WIDE))
+        watchers: list[Callback] = [MetricsCollector(run.metrics), LogLines(every, DEBUG if drawn else INFO)]
+        if drawn:
             watchers.append(ProgressBar(drawn))
         if lens := lens_of(plan, run):
             watchers.append(lens)

@@ -13,7 +13,8 @@ from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.formatting import nearest
 from training_lens.utils.housekeeping import read_tags, read_whole
 from training_lens.utils.nested import differences, flat
-from training_lens.utils.runs import RunFolder, find_run, folders_of, read_metrics
+from training_lens.utils.run_lookup import find_run, folders_of
+from training_lens.utils.runs import RunFolder, read_metrics
 
 BROKEN = "broken"
 REPORTS = ("compare.json", "evaluation.json")

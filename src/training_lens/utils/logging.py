@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.logging import RichHandler
 
 from training_lens.utils.secrets import redacted
 
@@ -22,6 +21,23 @@ ROOT = "training_lens"
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module: `get_logger(__name__)`."""
     return logging.getLogger(name if name.startswith(ROOT) else f"{ROOT}.{name}")
+
+
+class ScreenHandler(logging.Handler):
+    """Writes the log to a console: in whole lines where a program reads them, folded at words on a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message, without padding."""
+        try:
+            text = self.format(record)
+            style = "yellow" if record.levelno >= logging.WARNING else ""
+            self._console.print(text, style=style, markup=False, soft_wrap=not self._console.is_terminal)
+        except Exception:
+            self.handleError(record)
 
 
 def setup_logging(console: Console | None = None, level: int = logging.INFO) -> logging.Logger:
@@ -35,11 +51,10 @@ def setup_logging(console: Console | None = None, level: int = logging.INFO) -> 
     Returns:
         The logger that all of ours are below.
     """
-    console = console or Console(stderr=True, highlight=False, emoji=False)
     logger = logging.getLogger(ROOT)
-    for handler in [h for h in logger.handlers if isinstance(h, RichHandler)]:
-        logger.removeHandler(handler)
-    handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False, markup=False)
+    for old in _screen_handlers():
+        logger.removeHandler(old)
+    handler = ScreenHandler(console or Console(stderr=True, highlight=False, emoji=False))
     handler.setFormatter(_WithoutSecrets("%(message)s"))
     handler.setLevel(level)
     logger.addHandler(handler)
@@ -47,6 +62,24 @@ def setup_logging(console: Console | None = None, level: int = logging.INFO) -> 
     logger.propagate = False
     quiet_libraries()
     return logger
+
+
+def _screen_handlers() -> list[ScreenHandler]:
+    return [handler for handler in logging.getLogger(ROOT).handlers if isinstance(handler, ScreenHandler)]
+
+
+@contextmanager
+def hide_progress_bars() -> Iterator[None]:
+    """Within the block, transformers draws no bars; afterwards it does as before."""
+    from transformers.utils import logging as library
+
+    drew = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drew:
+            library.enable_progress_bar()
 
 
 def quiet_libraries() -> None:
@@ -87,7 +120,7 @@ class ShownOnce(logging.Filter):
 @contextmanager
 def screen_through(passes: logging.Filter) -> Iterator[None]:
     """Within the block, the screen shows what `passes` lets through; a run's run.log still has everything."""
-    handlers = [h for h in logging.getLogger(ROOT).handlers if isinstance(h, RichHandler)]
+    handlers = _screen_handlers()
     for handler in handlers:
         handler.addFilter(passes)
     try:
@@ -100,7 +133,7 @@ def screen_through(passes: logging.Filter) -> Iterator[None]:
 @contextmanager
 def quiet_screen() -> Iterator[None]:
     """Within the block, the screen shows warnings and errors alone; a run's run.log still has everything."""
-    handlers = [h for h in logging.getLogger(ROOT).handlers if isinstance(h, RichHandler)]
+    handlers = _screen_handlers()
     before = [handler.level for handler in handlers]
     for handler in handlers:
         handler.setLevel(logging.WARNING)

@@ -1,0 +1,37 @@
+"""Where a base model is: a folder of this machine, or the id of one in a hub. Looked up without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training_lens import embedded
+from training_lens.config.schema import ModelSection
+from training_lens.errors import ModelLoadingError
+from training_lens.utils.formatting import nearest
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def locate(model: ModelSection) -> str:
+    """The local folder of the model, or the hub id as it is.
+
+    Raises:
+        ModelLoadingError: a path that is not there, or a folder without configuration or safetensors weights.
+    """
+    name = embedded.resolve(model.id)
+    path = Path(name).expanduser()
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or (path.parent.is_dir() and "/" in name):
+            close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+            hint = f" Did you mean '{path.parent / close}'?" if close else f" Relative paths start at {Path.cwd()}."
+            raise ModelLoadingError(f"model.id: no folder '{name}'.{hint}")
+        return name  # a hub id
+    if not (path / "config.json").is_file():
+        raise ModelLoadingError(f"model.id: '{name}' holds no config.json, so it is no transformers model folder.")
+    if not any((path / weights).is_file() for weights in WEIGHTS):
+        unsafe = sorted(p.name for p in path.glob("*.bin"))
+        found = f"only {', '.join(unsafe)}, which may run code when opened" if unsafe else "no weights"
+        raise ModelLoadingError(
+            f"model.id: '{name}' holds {found}; expected model.safetensors. Download the model whole, or convert it."
+        )
+    return str(path)
