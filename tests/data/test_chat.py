@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import re
-from importlib import resources
 from typing import Any
 
 import pytest
 from jinja2 import TemplateError
+from trl_templates import TEMPLATES, add_special_tokens
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.chat import ChatTemplate, special_names
@@ -16,16 +15,6 @@ from training_lens.data.templates import build_renderer
 from training_lens.data.types import Example, Message, Segment
 from training_lens.errors import DatasetError
 
-trl = pytest.importorskip("trl", reason="trl carries the templates")
-TEMPLATES = {
-    file.name.removesuffix(".jinja"): file.read_text(encoding="utf-8")
-    for file in sorted(resources.files("trl").joinpath("chat_templates").iterdir(), key=lambda f: f.name)
-    if file.name.endswith(".jinja")
-}
-# What looks like a special token in a template becomes one of the tokenizer, as in the model that it belongs to.
-SPECIAL = re.compile(
-    r"<\|[^|>\n]{1,40}\|>|<\uff5c[^\uff5c>]{1,40}\uff5c>|<[a-z]+_of_[a-z]+>|<end_of_utterance>|<\|[a-z_]+>|<[a-z_]+\|>|</s>|\[/?INST\]"
-)
 ONE = [Message("user", "Hi"), Message("assistant", "Hello there")]
 TWO = [
     Message("user", "What is it?"),
@@ -54,7 +43,7 @@ CALLING = [
 def tokenizer(request: pytest.FixtureRequest, embedded_tokenizer: Any) -> Any:
     tokenizer = copy.deepcopy(embedded_tokenizer)
     tokenizer.chat_template = TEMPLATES[request.param]
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(tokenizer.chat_template)))})
+    add_special_tokens(tokenizer)
     return tokenizer
 
 

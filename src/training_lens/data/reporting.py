@@ -57,7 +57,8 @@ def notes(report: SplitReport, seq_len: int) -> Iterator[str]:
     if report.special_text:
         yield (
             f"names of special tokens stand in the rows and are taken as plain text: {_counted(report.special_text)} "
-            "(data.special_tokens=allow takes them as tokens, for rows that carry a chat template's already)"
+            "(data.special_tokens=allow takes them as tokens, for rows that carry a chat template's already; BOS and "
+            "EOS that stand there are not put twice)"
         )
     if report.end_marks:
         yield (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,13 @@ from training_lens.data.types import Message, Segment
 # Where a template writes JSON in ASCII, they stand escaped.
 OPEN, CLOSE, ESCAPED = "\ufdd0", "\ufdd1", r"\ufdd0"
 _PLACEHOLDER = re.compile(rf"(?:{OPEN}|\\ufdd0)(\d+)(?:{CLOSE}|\\ufdd1)")
+# What is written like a special token, of whatever tokenizer.
+_MARK = re.compile(r"<\|[^|<>\s]{1,40}\|>|</s>|<(?:start|end)_of_[a-z]+>")
+
+
+def find_foreign_marks(texts: Iterable[str], tokens: Collection[str]) -> list[str]:
+    """What in the texts is written like a special token and is none of these `tokens`, sorted."""
+    return sorted({mark for text in texts if "<" in text for mark in _MARK.findall(text)}.difference(tokens))
 
 
 class SpecialText:

@@ -17,7 +17,7 @@ from training_lens.data.chat import ChatTemplate, refuse_loss, special_names
 from training_lens.data.findability import find_lost, leaves_out_thoughts
 from training_lens.data.jinja import TOOL_USE, asks_for_date, choose_source, list_sources, read_template_file
 from training_lens.data.notes import DataNotes
-from training_lens.data.special_text import SpecialText
+from training_lens.data.special_text import SpecialText, find_foreign_marks
 from training_lens.data.tool_texts import fit_tools
 from training_lens.data.turn_templates import AlpacaTemplate, PatternTemplate, PlainTemplate
 from training_lens.data.types import Example, Message, Segment
@@ -89,6 +89,7 @@ class Renderer:
         supervise: 'all' learns every answer (but those marked as not to be learned), 'last' the last one.
         end: the tokenizer's EOS as text, for plain texts, which no template touches.
         special: names of special tokens; where one stands in data it stays text. Empty allows them.
+        tokens: names of all tokens that stand apart from the vocabulary's words.
     """
 
     def __init__(
@@ -100,10 +101,11 @@ class Renderer:
         tool_template: Template | None = None,
         supervise: Literal["all", "last"] = "all",
         special: Collection[str] = (),
+        tokens: Collection[str] = (),
     ) -> None:
         self.template, self.tool_template = template, tool_template or template
         self._style, self._supervise, self._end = style, supervise, end
-        self._special = SpecialText(special)
+        self._special, self._tokens = SpecialText(special), tokens
         self._told: set[str] = set()
 
     def prompt(self, messages: Sequence[Message], domain: str | None, tools: Tools = ()) -> list[Segment]:
@@ -134,6 +136,7 @@ class Renderer:
         Raises:
             DatasetError: the template cannot render it, or drops part of it; names the row.
         """
+        self._tell(self._describe_marks(example), example.file, notes)
         if example.is_text:
             return self._text(example)
         try:
@@ -204,6 +207,10 @@ class Renderer:
             raise refuse_loss(template.name, self._special.restore_text(lost), template.way_out)
         return [THOUGHTS_LEFT_OUT.format(template.name)] if leaves_out_thoughts(text, messages) else []
 
+    def _describe_marks(self, example: Example) -> list[str]:
+        marks = find_foreign_marks((m.text for m in example.messages), self._tokens) if self._tokens else []
+        return [f"{mark!r} is no token of this tokenizer: it is read and learned as letters" for mark in marks]
+
     def _tell(self, remarks: Sequence[str], file: str = "", notes: DataNotes | None = None) -> None:
         for remark in remarks:
             if notes:
@@ -269,7 +276,13 @@ def build_renderer(data: DataSection, tokenizer: Any) -> Renderer:
     special = special_names(tokenizer) if data.special_tokens == "plain" else ()
     supervise: Literal["all", "last"] = "last" if data.supervise == "last" else "all"
     return Renderer(
-        template, data.domain.style, end=end, tool_template=tool_template, supervise=supervise, special=special
+        template,
+        data.domain.style,
+        end=end,
+        tool_template=tool_template,
+        supervise=supervise,
+        special=special,
+        tokens={str(token) for token in tokenizer.added_tokens_decoder.values()} | special_names(tokenizer),
     )
 
 
