@@ -17,10 +17,8 @@ from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError
 from training_lens.models.factory import (
     build_skeleton,
-    check_vocabulary,
     check_weights,
     load_model,
-    load_tokenizer,
     read_facts,
     resolve_seq_len,
 )
@@ -155,13 +153,6 @@ def test_seq_len_is_held_against_the_positions() -> None:
     assert resolve_seq_len(ModelSection(), facts) == 512
     with pytest.raises(ConfigurationError, match="given 513, but 'embedded' has 512 positions"):
         resolve_seq_len(ModelSection(seq_len=513), facts)
-
-
-def test_a_tokenizer_of_another_model_is_refused(shared: Path) -> None:
-    facts = read_facts(ModelSection())
-    check_vocabulary(load_tokenizer(ModelSection()), facts, "embedded")
-    with pytest.raises(ModelLoadingError, match=r"ids up to \d+, its embedding 1024 rows"):
-        check_vocabulary(load_tokenizer(ModelSection(), str(shared / "tokenizers/phi3")), facts, "x")
 
 
 def test_an_encoder_decoder_is_refused_by_its_class(tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ class ModelSection(Section):
     quantization: Literal["none", "4bit", "8bit"] = Field(
         "none", description="of the frozen weights, through bitsandbytes: 4bit (NF4, double quantization) or 8bit"
     )
+    resize_embeddings: bool = Field(
+        False,
+        description="where the tokenizer has more tokens than the embedding has rows, add rows, and train and save "
+        "embedding and output head whole; false: such a model is refused",
+    )
     trust_remote_code: bool = Field(False, description="run code that a model folder or hub repository carries")
 
 

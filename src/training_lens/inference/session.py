@@ -21,7 +21,8 @@ from training_lens.data.values import NO_TEXT
 from training_lens.errors import AdapterError, ConfigurationError, DatasetError, ModelLoadingError
 from training_lens.inference.decoder import Decoders
 from training_lens.models.adapters import load_adapter
-from training_lens.models.factory import check_vocabulary, load_model, load_tokenizer, read_facts, resolve_seq_len
+from training_lens.models.embeddings import check_vocabulary
+from training_lens.models.factory import load_model, load_tokenizer, read_facts, resolve_seq_len
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import read_json
 from training_lens.utils.formatting import nearest
@@ -194,7 +195,8 @@ def _open_own(config: TrainingConfig, adapter: Path | None) -> Session:
     tokenizer = load_tokenizer(config.model, str(saved) if saved else None)
     adopt_template_file(config.data.template, tokenizer)
     config = config.resolved(data={"date": resolve_date(config.data, tokenizer)})
-    check_vocabulary(tokenizer, read_facts(config.model), str(saved or config.model.id))
+    rows, named = read_facts(config.model).vocabulary, str(saved or config.model.id)
+    check_vocabulary(tokenizer, rows, named, config.model.resize_embeddings)
     model = load_model(config.model, place, precision)
     if adapter:
         model = _with_adapter(model, adapter, config.model.id)

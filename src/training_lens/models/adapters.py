@@ -59,9 +59,13 @@ class Adaptation:
         """As a run's record keeps it."""
         return {"adapted": list(self.adapted), "left_out": [asdict(omission) for omission in self.left_out]}
 
+    @property
+    def names(self) -> list[str]:
+        """The last parts of what is adapted, sorted."""
+        return sorted({last_part(path) for path in self.adapted})
+
     def __str__(self) -> str:
-        names = sorted({last_part(path) for path in self.adapted})
-        return f"{len(self.adapted)} modules: {', '.join(names)}"
+        return f"{len(self.adapted)} modules: {', '.join(self.names)}"
 
 
 def log_adaptation(adaptation: Adaptation) -> None:

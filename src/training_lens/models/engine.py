@@ -11,8 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
+from training_lens.errors import ModelLoadingError
 from training_lens.models.attention import Segments
 from training_lens.models.classes import decoder_of
+from training_lens.models.fused import TOKENS, close
 from training_lens.models.fusion import Fusion, fuse, in_line
 from training_lens.models.losses import linear_nll, nll
 from training_lens.models.rotary import padded_positions
@@ -29,6 +31,9 @@ class Engine:
     Args:
         model: the base with its adapter; its modules are fused in place.
 
+    Raises:
+        ModelLoadingError: see `require_causal`.
+
     Example:
         engine = Engine(model)
         engine.loss_sum(input_ids, loss_mask).backward()
@@ -36,6 +41,7 @@ class Engine:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        require_causal(model)
         self.fusion: Fusion = fuse(model)
         self._decoder = decoder_of(model)
         self._whole = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -121,3 +127,34 @@ class Engine:
         states = torch.randn(COMPARED, head.in_features, generator=generator).to(head.weight.device, head.weight.dtype)
         states *= 100  # so that a cap shows
         return torch.equal(head(states).float(), self._logits(states))
+
+
+@torch.no_grad()
+def require_causal(model: Any) -> None:
+    """Refuse a model that, asked as a whole, makes other logits of a text than its decoder's states give.
+
+    Training asks the decoder alone. Around it, some multimodal models let a prompt's tokens see those behind them.
+    Cost: two passes of a few tokens, only of models that have more around their decoder than an output head.
+
+    Raises:
+        ModelLoadingError: the logits differ.
+    """
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = decoder_of(whole)
+    if whole.base_model is decoder:
+        return
+    ids = torch.arange(3, 3 + TOKENS, device=next(decoder.parameters()).device)[None]
+    was_training = whole.training
+    whole.eval()
+    try:
+        output = decoder(input_ids=ids, use_cache=False)
+        found = logits_behind(whole, output[0][0], type(output))
+        wanted = whole(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        whole.train(was_training)
+    if not close(found.to(whole.dtype), wanted.to(whole.dtype)):
+        raise ModelLoadingError(
+            f"model.id: a {type(whole).__name__} reads a text in another way than its decoder does token by token (the "
+            "tokens of a prompt may see each other), so it would be trained on something else than it answers with. "
+            "Give a model whose text is causal."
+        )

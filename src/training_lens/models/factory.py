@@ -12,6 +12,7 @@ from training_lens import embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError, OutOfMemoryError, TrainingLensError
 from training_lens.models.classes import build_model, load_class
+from training_lens.models.embeddings import required_rows, resize_embeddings
 from training_lens.models.location import WEIGHTS, locate
 from training_lens.models.quantization import keep_trainable, loading_options
 from training_lens.models.rotary import separate_examples
@@ -152,7 +153,7 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
     loaded = _with_weights(
         model, dtype=dtype, attn_implementation=_attention(model), device_map={"": device}, **quantized
     )
-    return separate_examples(keep_trainable(loaded)).requires_grad_(False).eval()
+    return separate_examples(keep_trainable(_resized(loaded, model))).requires_grad_(False).eval()
 
 
 def _with_weights(model: ModelSection, **options: Any) -> Any:
@@ -200,7 +201,7 @@ def build_skeleton(model: ModelSection) -> Any:
         if hasattr(config, "quantization_config"):  # modules of the sizes that they stand for
             del config.quantization_config
         with torch.device("meta"):
-            return build_model(config, model.trust_remote_code)
+            return _resized(build_model(config, model.trust_remote_code), model)
 
     return _load("architecture", model, build).requires_grad_(False).eval()
 
@@ -223,9 +224,15 @@ def load_thinned(model: ModelSection, layers: int, device: torch.device, precisi
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
         with torch.device(device):
-            return build_model(config, model.trust_remote_code, dtype=dtype, attn_implementation=_attention(model))
+            built = build_model(config, model.trust_remote_code, dtype=dtype, attn_implementation=_attention(model))
+            return _resized(built, model)
 
     return _load("architecture", model, build).requires_grad_(False).eval()
+
+
+def _resized(loaded: Any, model: ModelSection) -> Any:
+    """The model with a row for each token of its tokenizer, where model.resize_embeddings asks for that."""
+    return resize_embeddings(loaded, required_rows(load_tokenizer(model))) if model.resize_embeddings else loaded
 
 
 def _attention(model: ModelSection) -> str | None:
@@ -290,17 +297,3 @@ def checkpoint_gradients(model: Any) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         raise ConfigurationError(f"training.gradient_checkpointing: {error} Set it to false.") from error
-
-
-def check_vocabulary(tokenizer: Any, facts: ModelFacts, model_id: str) -> None:
-    """Refuse a tokenizer with ids beyond the embedding; the vocabulary is never resized behind the user's back.
-
-    Raises:
-        ModelLoadingError: names both sizes.
-    """
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= facts.vocabulary:
-        raise ModelLoadingError(
-            f"model.id: the tokenizer of '{model_id}' has ids up to {largest}, its embedding {facts.vocabulary} rows; "
-            "tokenizer and weights belong to different models."
-        )

@@ -47,9 +47,9 @@ class Kernel:
     @torch.no_grad()
     def agrees(self) -> bool:
         """Whether it gives what the module itself gives, on random input."""
-        like = next(self.module.parameters())
+        device = next((t.device for t in (*self.module.parameters(), *self.module.buffers())), torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)  # of its own: the run's draws stay what they are
-        x = torch.randn(TOKENS, self.width, generator=generator).to(like.device, _float(self.module))
+        x = torch.randn(TOKENS, self.width, generator=generator).to(device, _float(self.module))
         was_training = self.module.training
         self.module.eval()  # dropout draws
         try:

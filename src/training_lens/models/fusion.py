@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from training_lens.models.attention import Segments
 from training_lens.models.classes import decoder_of
@@ -66,8 +66,12 @@ def _put_in(module: Any, kernel: Any) -> str:
     refusal: str = kernel.refusal(module)
     if refusal:
         return refusal
-    made = kernel(module)
-    if not made.agrees():
+    try:
+        made = kernel(module)
+        agrees = made.agrees()
+    except (TypeError, ValueError, RuntimeError, LookupError):  # a module of that name which takes other arguments
+        return f"{type(module).__name__} takes something else"
+    if not agrees:
         return f"{type(module).__name__} computes something else"
     module.forward = made
     return ""
@@ -75,8 +79,9 @@ def _put_in(module: Any, kernel: Any) -> str:
 
 def _fuse_attention(model: Any, fusion: Fusion) -> None:
     """All attentions, or none: a line of examples goes through every one of them."""
-    attentions = attentions_of(model)
+    attentions = attentions_of(decoder_of(model))
     refusal = next(filter(None, map(Attention.refusal, attentions)), "") if attentions else "no attention that is known"
+    refusal = unpackable_layers(model) or refusal
     heads = refusal or heads_of(model, attentions)
     if isinstance(heads, str):
         fusion.plain[heads] += max(1, len(attentions))
@@ -88,6 +93,20 @@ def _fuse_attention(model: Any, fusion: Fusion) -> None:
     else:
         unfuse(model)
         fusion.plain["attention that computes something else"] += len(heads)
+
+
+def unpackable_layers(model: Any) -> str:
+    """Which layers of a model see other tokens than those before theirs, or those in a window; else ''.
+
+    State-space layers carry their state into the next example of a line, and chunks are counted from its beginning.
+    """
+    decoder = decoder_of(model)
+    kinds = set(getattr(decoder.config.get_text_config(), "layer_types", None) or ())
+    if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
+        return f"layers of {unknown[0]}"
+    if any(isinstance(m, nn.Conv1d) for m in decoder.modules()):
+        return "layers that carry a state from token to token"
+    return ""
 
 
 @torch.no_grad()
@@ -102,7 +121,7 @@ def packs_right(model: Any) -> bool:
     try:
         alone = torch.cat([decoder(input_ids=part, use_cache=False)[0] for part in ids], 1)
         together = in_line(decoder, torch.cat(ids, 1), segments)[0]
-    except (TypeError, ValueError, RuntimeError):  # an architecture that takes no such arguments
+    except (TypeError, ValueError, RuntimeError, LookupError):  # an architecture that takes no such arguments
         return False
     finally:
         decoder.train(was_training)

@@ -88,6 +88,8 @@ class ModuleSurvey:
             return f"a {type(module).__name__} computes more than a linear layer"
         if path.rpartition(".")[2] in weights_read(parent):
             return f"a {type(parent).__name__} reads the weight itself, past any adapter"
+        if is_rescaled(self._model.config, path):
+            return "RWKV divides this weight, and no adapter on it, when it goes from training to answering"
         return self._refusal_of_peft(path.rpartition(".")[2])
 
     def why_not_auto(self, path: str) -> str:
@@ -127,6 +129,13 @@ def is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def is_rescaled(config: Any, path: str) -> bool:
+    """Whether a model keeps other weights at `path` in training than else: RWKV's, to stay within float16."""
+    every = getattr(config, "rescale_every", 0)
+    found = re.search(r"\.(\d+)\.(?:attention\.output|feed_forward\.value)$", path)
+    return bool(every and found and int(found[1]) >= every)
 
 
 def has_matrix(module: nn.Module) -> bool:

@@ -159,7 +159,8 @@ def logits_behind(
 
     decoder.forward = answer
     try:
-        logits: Tensor = whole(inputs_embeds=states[None], use_cache=False).logits
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)  # looked at by nobody
+        logits: Tensor = whole(input_ids=ids, use_cache=False).logits
     finally:
         del decoder.forward
     assert asked, f"{type(whole).__name__} makes its logits without asking {type(decoder).__name__}"

@@ -22,10 +22,10 @@ from training_lens.data.templates import adopt_template_file, build_renderer, ch
 from training_lens.data.tokenization import TextEncoder
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.models.adapters import Adaptation, check_adapter, count_parameters, log_adaptation
+from training_lens.models.embeddings import check_vocabulary, embedding_modules, required_rows
 from training_lens.models.factory import (
     ModelFacts,
     build_skeleton,
-    check_vocabulary,
     check_weights,
     checkpoint_gradients,
     load_tokenizer,
@@ -124,7 +124,7 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
         CollectorRegistry.get(name)
     processes = Processes(device)
     facts, tokenizer = read_tokenizer(config)
-    resolved = _resolve(config, facts, tokenizer, precision)
+    resolved = _train_new_rows(_resolve(config, facts, tokenizer, precision), facts, tokenizer)
     parameters, adaptation, needs = _check_model(resolved, device, precision)
     splits = _prepare(resolved, tokenizer, processes, progress)
     train, validation = _datasets(resolved, splits)
@@ -150,7 +150,7 @@ def read_tokenizer(config: TrainingConfig) -> tuple[ModelFacts, Any]:
     """
     facts = read_facts(config.model)
     tokenizer = load_tokenizer(config.model)
-    check_vocabulary(tokenizer, facts, config.model.id)
+    check_vocabulary(tokenizer, facts.vocabulary, config.model.id, config.model.resize_embeddings)
     adopt_template_file(config.data.template, tokenizer)
     return facts, tokenizer
 
@@ -190,6 +190,20 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
         peft=adopt(config.peft).model_dump(exclude_unset=True),
         training={"lr": lr, "precision": precision},
     )
+
+
+def _train_new_rows(config: TrainingConfig, facts: ModelFacts, tokenizer: Any) -> TrainingConfig:
+    """The config with embedding and head among the modules trained whole, where model.resize_embeddings adds rows."""
+    added = required_rows(tokenizer) - facts.vocabulary
+    if added <= 0 or not config.model.resize_embeddings or config.peft.from_adapter:
+        return config
+    ends = embedding_modules(build_skeleton(config.model))
+    named = config.peft.modules_to_save
+    missing = [path for path in ends if not any(path == name or path.endswith(f".{name}") for name in named)]
+    logger.info(
+        "the embedding gets %d rows for tokens that it lacks; trained and saved whole: %s", added, ", ".join(ends)
+    )
+    return config.resolved(peft={"modules_to_save": [*named, *missing]})
 
 
 def _check_model(
