@@ -3,8 +3,9 @@
     make compat                                             # builds small models of its own
     python benchmarks/compat/check.py --bases FOLDER        # a folder of model folders
 
-Each base is given an adapter of random values, which is merged. Logits of the same tokens are then computed by plain
-transformers 4.57, from the merged folder and from the base with the adapter, by each version of PEFT.
+Each base is given an adapter of random values, and the folder is written that `merge` writes; its checks are left to the
+older version here. Logits of the same tokens are then computed by plain transformers 4.57, from the merged folder, and
+from the base with the adapter by each version of PEFT.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from training_lens import embedded
 from training_lens.config.compose import validate
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import TrainingLensError
-from training_lens.inference.merge import MergeOptions, merge
+from training_lens.inference.exact import open_exact
+from training_lens.inference.folders import write_folder
 from training_lens.models.adapters import attach, base_only, load_adapter, save_adapter, trainable
 from training_lens.models.factory import load_model
-from training_lens.utils.files import read_json, write_json
+from training_lens.models.merging import check_foldable
+from training_lens.utils.files import read_json, whole_folder, write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -99,11 +102,12 @@ def _merge(base: Path, work: Path) -> dict[str, Any]:
         return {"status": "merged"}
     try:
         _write_adapter(base, work)
-        rows = work / "rows.jsonl"
-        rows.write_text(json.dumps({"instruction": "Name a colour", "output": "blue, or red"}) + "\n", encoding="utf-8")
-        model, data = {"id": str(base), "device": "cpu"}, {"validation": str(rows)}
-        config = validate({"inference": {"adapter": str(work / "adapter")}, "model": model, "data": data})
-        merge(config, MergeOptions(work / "merged", force=True))
+        model = {"id": str(base), "device": "cpu"}
+        config = validate({"inference": {"adapter": str(work / "adapter")}, "model": model})
+        session, _ = open_exact(config, None, same_base=True)
+        check_foldable(session.model, 1.0)
+        with whole_folder(work / "merged") as folder:
+            write_folder(session, folder, "fp32", keeps_types=True, scale=1.0, delta=False, max_shard_size="5GB")
     except TrainingLensError as error:
         return {"status": "refused", "reason": str(error)}
     return {"status": "merged"}
