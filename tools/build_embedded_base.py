@@ -204,6 +204,19 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
 
 
+def write_older_form(folder: Path) -> None:
+    """Name in the folder's configs what transformers 4 reads, too: the two versions then load the same model."""
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"], config["rope_scaling"] = config.pop("rope_parameters")["rope_theta"], None
+    config["torch_dtype"] = config.pop("dtype")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["backend"]
+    settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name, content in (("config.json", config), ("tokenizer_config.json", settings)):
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0, help="training time; 0 rewrites the rows alone")
@@ -230,6 +243,7 @@ def main() -> None:
     }
     model.to(torch.bfloat16).save_pretrained(args.out / "base")
     tokenizer.save_pretrained(args.out / "base")
+    write_older_form(args.out / "base")
     (args.out / "base" / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
 

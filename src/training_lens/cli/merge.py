@@ -135,5 +135,11 @@ def _show(screen: Screen, merged: Merged) -> None:
         screen.console.print("nothing says which weights the adapter was trained on: the base was taken by its name")
     if report["untied"]:
         screen.console.print("embedding and head were one weight, and are two now: the adapter changes one of them")
+    if report["newer_form"] and report["kind"] == "merged":
+        screen.console.print(
+            "the base's config.json has its rotary embedding in rope_parameters alone, as transformers 5 writes it; "
+            "transformers 4 reads base and merged model with another one",
+            soft_wrap=True,
+        )
     what = "the difference to the base" if report["kind"] == "delta" else "the merged model"
     screen.console.print(f"{what} ({report['dtype']}) is in {merged.output}", markup=False, soft_wrap=True)

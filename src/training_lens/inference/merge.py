@@ -23,10 +23,11 @@ from training_lens.inference.probes import Probes, Reference, config_rows, probe
 from training_lens.inference.session import Session
 from training_lens.inference.verification import Verification, verify
 from training_lens.inference.weights import Written, check_weights
+from training_lens.models.base_files import has_newer_form
 from training_lens.models.classes import public_class
 from training_lens.models.location import locate
 from training_lens.models.merging import check_foldable
-from training_lens.models.stored import stored_precision
+from training_lens.models.stored import require_local_folder, stored_precision
 from training_lens.utils.devices import Precision
 from training_lens.utils.files import sweep_temporaries, whole_folder, write_json
 from training_lens.utils.runs import RunFolder
@@ -178,6 +179,7 @@ def _head(session: Session, options: MergeOptions, dtype: Precision, given: Prob
         "dtype": dtype,
         "scale": options.scale,
         "quantization": model.quantization,
+        "newer_form": has_newer_form(require_local_folder(model)),
         "rows": len(given.rows),
         "rows_from": given.origin,
     }

@@ -75,6 +75,16 @@ def write_config(
     write_unless_same(base, folder, CONFIG, config)
 
 
+def has_newer_form(base: Path) -> bool:
+    """Whether the base's config.json says its rotary embedding in the form of transformers 5 alone.
+
+    Older versions read such a base, and what is merged of it, with another rotary embedding, and without a word.
+    """
+    config = read_json(base / CONFIG)
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return any("rope_parameters" in s and not {"rope_theta", "rope_scaling"} & s.keys() for s in sections)
+
+
 def _text_section(config: dict[str, Any], own: Any) -> dict[str, Any]:
     """The part of a config.json that the language model is built from: all of it, or a section of a wrapper's."""
     text = own.get_text_config()
