@@ -4,8 +4,8 @@
     python benchmarks/compat/check.py --bases FOLDER        # a folder of model folders
 
 Each base is given an adapter of random values, and the folder is written that `merge` writes; its checks are left to
-the older version here. Logits of the same tokens are then computed by plain transformers 4.57, from the merged folder, and
-from the base with the adapter by each version of PEFT.
+the older version here. Logits of the same tokens are then computed by plain transformers 4.57: from the merged folder,
+and from the base with the adapter by each version of PEFT.
 """
 
 from __future__ import annotations
