@@ -70,7 +70,7 @@ def test_exact_match(prediction: str, reference: str, same: bool) -> None:
         ("“Tom”", "Tom", 0),  # these quotation marks are not ASCII: they stay
         ("state-of-the-art", "stateoftheart", 1),  # the hyphens go before the article could
         ("cat—the—dog", "cat— —dog", 1),  # an article leaves a space
-        ("北京市", "北京", 0),
+        ("北京市", "北京", None),  # one long word: see words.why_unscored
         ("a theatre", "theatre", 1),
         ("A", "A", None),
         ("Tom", "...", None),
@@ -86,25 +86,30 @@ def test_token_f1(prediction: str, reference: str, score: float | None) -> None:
     [
         ("the cat sat on the mat", "the cat is on the mat", 5 / 6, 3 / 5, 5 / 6),
         ("", "Tom ran", 0, 0, 0),
-        ("!?", "Tom", 0, 0, 0),
-        ("Tom", "Tom", 1, 0, 1),  # one word has no pairs
+        ("!?", "Tom ran", 0, 0, 0),
+        ("Tom", "Tom", 1, None, 1),  # one word has no pairs
         ("TOM, ran!", "tom ran", 1, 1, 1),
-        ("“Tom” — 北京 ran", "Tom ran", 1, 1, 1),
-        ("Zürich", "Zurich", 0, 0, 0),  # z and rich, against zurich
+        ("“Tom” — ran", "Tom ran", 1, 1, 1),
+        ("Zurich", "Zürich", 0, None, 0),
+        ("In ZÜRICH", "in Zürich", 1, 1, 1),  # not z and rich, which rouge-score's own tokenizer finds
+        ("उल्लू जंगल में", "उल्लू जंगल में रहता है।", 6 / 8, 4 / 6, 6 / 8),
+        ("البومة في الغابة", "البومة تعيش في الغابة", 6 / 7, 2 / 5, 6 / 7),
+        ("Сова живёт", "Сова живёт в лесу", 4 / 6, 2 / 4, 4 / 6),
         ("no no no", "no no yes", 2 / 3, 1 / 2, 2 / 3),  # (no no) is in the reference once
         ("sat cat the", "the cat sat", 1, 0, 1 / 3),
         ("red\nblue", "red blue green", 4 / 5, 2 / 3, 4 / 5),  # P 1, R 2/3; pairs: P 1, R 1/2
         ("a b c d", "b d", 2 / 3, 0, 2 / 3),  # P 2/4, R 1
-        ("running", "runs", 0, 0, 0),  # no stemming
+        ("running", "runs", 0, None, 0),  # no stemming
     ],
 )
-def test_rouge(prediction: str, reference: str, unigrams: float, bigrams: float, subsequence: float) -> None:
-    scores = [rouge(kind, prediction, reference) for kind in ("rouge1", "rouge2", "rougeL")]
-    assert scores == pytest.approx([unigrams, bigrams, subsequence], abs=1e-12)
+def test_rouge(prediction: str, reference: str, unigrams: float, bigrams: float | None, subsequence: float) -> None:
+    for kind, wanted in {"rouge1": unigrams, "rouge2": bigrams, "rougeL": subsequence}.items():
+        score = rouge(kind, prediction, reference)
+        assert score == (None if wanted is None else pytest.approx(wanted, abs=1e-12)), kind
 
 
-@pytest.mark.parametrize("reference", ["北京", "Привет, мир", "...", ""])
-def test_rouge_does_not_apply_without_an_ascii_word(reference: str) -> None:
+@pytest.mark.parametrize("reference", ["北京", "นกฮูกอาศัยอยู่ในป่า", "...", ""])
+def test_rouge_does_not_apply_without_words(reference: str) -> None:
     assert [rouge(kind, "北京", reference) for kind in ("rouge1", "rouge2", "rougeL")] == [None] * 3
 
 
@@ -189,17 +194,18 @@ def test_periods_that_stand_apart_call_for_no_advice(caplog: pytest.LogCaptureFi
     assert not caplog.records
 
 
-def test_rouge_is_that_of_rouge_score() -> None:
+def test_rouge_of_ascii_texts_is_that_of_rouge_score() -> None:
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(kinds)
     applies = 0
-    for prediction, reference in zip(PREDICTIONS, REFERENCES, strict=True):
+    ascii_alone = [[text.encode("ascii", "ignore").decode() for text in texts] for texts in (PREDICTIONS, REFERENCES)]
+    for prediction, reference in zip(*ascii_alone, strict=True):
         direct = scorer.score(reference, prediction)
         for kind in kinds:
             score = rouge(kind, prediction, reference)
             assert score is None or score == direct[kind].fmeasure
             applies += score is not None
-    assert applies > 120
+    assert applies > 100
 
 
 def test_row_scores_have_a_value_for_each_row_and_nan_where_a_metric_does_not_apply() -> None:
@@ -212,7 +218,7 @@ def test_row_scores_have_a_value_for_each_row_and_nan_where_a_metric_does_not_ap
 
 
 def test_no_row_metric_rewards_an_empty_prediction() -> None:
-    references = ["Tom", "{}", '{"a": null}', "#### 0", "The", "北京", "..."]
+    references = ["Tom ran", "{}", '{"a": null}', "#### 0", "The", "北京", "..."]
     scores = row_scores([""] * len(references), references)
     assert list(scores) == list(ROW_METRICS)
     assert all(np.nanmax(column) == 0 for column in scores.values())

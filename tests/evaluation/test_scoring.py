@@ -50,9 +50,13 @@ def test_bleu_and_chrf_of_any_rows_are_those_of_sacrebleu() -> None:
     rows = scored().with_answers(said, wanted, np.ones(40, dtype=bool))
     chosen = RNG.random(40) < 0.5
     found = rows.take(chosen).of_all()
-    some = [[text for text, yes in zip(texts, chosen, strict=True) if yes] for texts in (said, wanted)]
-    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(some[0], [some[1]]).score)
-    assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(some[0], [some[1]]).score)
+    some = [(one, other) for one, other, yes in zip(said, wanted, chosen, strict=True) if yes]
+    of_four_words = [(one, other) for one, other in some if len(other.split()) >= 4]
+    assert 0 < len(of_four_words) < len(some)
+    predictions, references = zip(*of_four_words, strict=True)
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(predictions, [references]).score)
+    predictions, references = zip(*some, strict=True)
+    assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(predictions, [references]).score)
 
 
 def test_parts_weighted_by_tokens_are_the_whole() -> None:

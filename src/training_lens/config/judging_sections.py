@@ -20,6 +20,20 @@ class EvaluationSection(Section):
     batch_tokens: int = Field(
         8192, ge=1, description="most tokens (padding included) in one forward pass; halved where memory runs out"
     )
+    metrics: Paths = Field(
+        [],
+        description="your own metrics: functions (my_metrics.polite), or all of a module or of a file my_metrics.py",
+    )
+    decide_by: str | None = Field(
+        None, description="the measure that decides compare's verdict, such as exact_match; null: loss"
+    )
+    word_tokenizer: Literal["13a", "intl", "char", "zh", "ja-mecab", "ko-mecab"] = Field(
+        "13a", description="whose words BLEU, ROUGE and F1 compare, by sacrebleu's names; char or zh for Chinese"
+    )
+    decimal: Literal["auto", "point", "comma"] = Field(
+        "auto",
+        description="decimal mark of numbers with two readings, like 1,234; auto: as the right answers write them",
+    )
     length_buckets: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = Field(
         4, description="results by length in tokens: so many buckets of like size, or their upper limits, [64, 256]"
     )

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
@@ -17,7 +17,17 @@ import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from training_lens.evaluation.structured import json_fields, json_valid, numeric
+from training_lens.config.judging_sections import EvaluationSection
+from training_lens.evaluation.numbers import DecimalMark, describe_convention, find_convention, numeric
+from training_lens.evaluation.own_metrics import AnswerMetric, find_metrics
+from training_lens.evaluation.structured import json_fields, json_valid
+from training_lens.evaluation.words import (
+    DEFAULT_TOKENIZER,
+    count_unscored,
+    require_word_tokenizer,
+    why_unscored,
+    word_splitter,
+)
 
 # (prediction, reference) -> score from 0 to 1, or None: the metric does not apply to this row.
 RowMetric = Callable[[str, str], float | None]
@@ -33,23 +43,25 @@ def exact_match(prediction: str, reference: str) -> bool:
     return bool(prediction.strip()) and prediction.strip() == reference.strip()
 
 
-def token_f1(prediction: str, reference: str) -> float | None:
+def token_f1(prediction: str, reference: str, tokenizer: str = DEFAULT_TOKENIZER) -> float | None:
     """The words that prediction and reference share, each as often as both have it: SQuAD's F1.
 
     F1 = 2 shared / (words of the prediction + words of the reference), after SQuAD's normalisation: lower case, ASCII
     punctuation and the articles a, an, the taken out, split at white space. Other punctuation stays part of its word,
-    as in the official script, and a language without spaces is one long word. From Rajpurkar et al. 2016, "SQuAD:
-    100,000+ Questions for Machine Comprehension of Text", evaluate-v1.1.py.
+    as in the official script. From Rajpurkar et al. 2016, "SQuAD: 100,000+ Questions for Machine Comprehension of
+    Text", evaluate-v1.1.py. With another tokenizer than the default, its words.
 
     Returns:
-        None where nothing of the reference is left to find: one that is "A", or punctuation alone.
+        None where nothing of the reference is left to find: one that is "A", or punctuation alone; and where its script
+        has no spaces between words.
 
     Example:
         >>> token_f1("The cat sat.", "a cat"), token_f1("", "a cat")
         (0.6666666666666666, 0.0)
     """
-    said, expected = _squad_words(prediction), _squad_words(reference)
-    if not expected:
+    split = _squad_words if tokenizer == DEFAULT_TOKENIZER else word_splitter(tokenizer)
+    said, expected = split(prediction), split(reference)
+    if not expected or why_unscored("token_f1", reference, tokenizer):
         return None
     shared = (Counter(said) & Counter(expected)).total()
     return 2 * shared / (len(said) + len(expected))
@@ -64,13 +76,13 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-def rouge(kind: str, prediction: str, reference: str) -> float | None:
+def rouge(kind: str, prediction: str, reference: str, tokenizer: str = DEFAULT_TOKENIZER) -> float | None:
     """ROUGE's F1, without stemming, as rouge-score computes it.
 
     F1 = 2PR / (P + R), where P and R are what both have over what the prediction and what the reference has: single
     words (rouge1), pairs of neighbours (rouge2), or words of the longest common subsequence (rougeL). Words are runs
-    of ASCII letters and digits in lower case: "Zürich" is "z" and "rich". A reference of one word has no pairs; its
-    rouge2 is 0, whatever is said. From Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
+    of letters and digits of any script in lower case; rouge-score's own, of ASCII alone, would make "Zürich" "z" and
+    "rich". From Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
 
     Cost: rougeL takes time and memory in the product of both lengths, about 0.5 ms for 60 words against 60.
 
@@ -78,42 +90,90 @@ def rouge(kind: str, prediction: str, reference: str) -> float | None:
         kind: rouge1, rouge2 or rougeL.
 
     Returns:
-        None where the reference has no such word (Chinese, Russian): 0 would say that the answer is wrong.
+        None where the score could only be 0 (see `why_unscored`): that would say that the answer is wrong.
 
     Example:
         >>> rouge("rougeL", "the cat sat", "the dog sat"), rouge("rouge1", "北京", "北京")
         (0.6666666666666666, None)
     """
-    tokenizer, scorer = _rouge_scorer(kind)
-    if not tokenizer.tokenize(reference):
+    if why_unscored(kind, reference, tokenizer):
         return None
-    return float(scorer.score(reference, prediction)[kind].fmeasure)
+    return float(_rouge_scorer(kind, tokenizer).score(reference, prediction)[kind].fmeasure)
 
 
 @cache
-def _rouge_scorer(kind: str) -> tuple[Any, Any]:
+def _rouge_scorer(kind: str, tokenizer: str) -> Any:
     # Imported late: rouge-score takes all of nltk with it, a second.
     from rouge_score.rouge_scorer import RougeScorer
-    from rouge_score.tokenizers import DefaultTokenizer
+    from rouge_score.tokenizers import Tokenizer
 
-    tokenizer = DefaultTokenizer(use_stemmer=False)
-    return tokenizer, RougeScorer([kind], tokenizer=tokenizer)
+    split = word_splitter(tokenizer)
 
+    class Words(Tokenizer):
+        def tokenize(self, text: str) -> list[str]:
+            return split(text)
 
-# In the order of tables; the score of a set is the mean of its rows'.
-ROW_METRICS: dict[str, RowMetric] = {
-    "exact_match": exact_match,
-    "token_f1": token_f1,
-    "rouge1": partial(rouge, "rouge1"),
-    "rouge2": partial(rouge, "rouge2"),
-    "rougeL": partial(rouge, "rougeL"),
-    "json_valid": json_valid,
-    "json_fields": json_fields,
-    "numeric": numeric,
-}
+    return RougeScorer([kind], tokenizer=Words())
 
 
-def row_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+@dataclass(frozen=True)
+class AnswerScoring:
+    """How the answers to one set of rows are scored.
+
+    Args:
+        word_tokenizer: whose words BLEU, ROUGE and F1 compare: see `words.WORD_TOKENIZERS`.
+        decimal: the decimal mark of a number that could be read in two ways.
+        own: the user's metrics, by name.
+        reading: how the numbers of the set are read, in words; empty where it has none.
+    """
+
+    word_tokenizer: str = DEFAULT_TOKENIZER
+    decimal: DecimalMark = "point"
+    own: Mapping[str, AnswerMetric] = field(default_factory=dict)
+    reading: str = ""
+
+    @classmethod
+    def from_settings(cls, settings: EvaluationSection, references: Sequence[str] = ()) -> AnswerScoring:
+        """As the settings say; with `evaluation.decimal=auto`, numbers as the references write them.
+
+        Raises:
+            ConfigurationError: a tokenizer's package is missing, or a metric cannot be found.
+        """
+        require_word_tokenizer(settings.word_tokenizer)
+        found = find_convention(references)
+        decimal = found.decimal if settings.decimal == "auto" else settings.decimal
+        reading = describe_convention(references, replace(found, decimal=decimal), settings.decimal)
+        own = find_metrics(settings.metrics, (*ROW_METRICS, *CORPUS_METRICS))
+        return cls(settings.word_tokenizer, decimal, own, reading)
+
+    def row_metrics(self) -> dict[str, RowMetric]:
+        """The metrics of a row, in the order of tables; the score of a set is the mean of its rows'."""
+        words = self.word_tokenizer
+        return {
+            "exact_match": exact_match,
+            "token_f1": partial(token_f1, tokenizer=words),
+            **{kind: partial(rouge, kind, tokenizer=words) for kind in ("rouge1", "rouge2", "rougeL")},
+            "json_valid": json_valid,
+            "json_fields": json_fields,
+            "numeric": partial(numeric, decimal=self.decimal),
+            **self.own,
+        }
+
+    def corpus_metrics(self) -> dict[str, CorpusMetric]:
+        """The metrics of a whole set."""
+        return {
+            "bleu": CorpusMetric("bleu", 2 + 2 * 4, self.word_tokenizer),  # lengths; n-grams shared and said, by order
+            "chrf": CorpusMetric("chrf", 3 * 6),  # for each order n-grams said, expected, and shared
+        }
+
+    def count_unscored(self, references: Sequence[str]) -> dict[str, dict[str, int]]:
+        """The rows that measures of words leave out, by reason."""
+        return count_unscored(references, self.word_tokenizer)
+
+
+def row_scores(
+    predictions: Sequence[str], references: Sequence[str], scoring: AnswerScoring | None = None
+) -> dict[str, np.ndarray]:
     """Every row metric on every row.
 
     Returns:
@@ -121,6 +181,7 @@ def row_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[st
 
     Raises:
         ValueError: there are more of one than of the other.
+        EvaluationError: a metric of the user's fails.
 
     Example:
         >>> row_scores(["Tom"], ["Tom"])["exact_match"]
@@ -128,7 +189,7 @@ def row_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[st
     """
     columns = {
         name: np.array([metric(p, r) for p, r in zip(predictions, references, strict=True)], dtype=np.float64)
-        for name, metric in ROW_METRICS.items()  # numpy makes nan of None
+        for name, metric in (scoring or AnswerScoring()).row_metrics().items()  # numpy makes nan of None
     }
     return {name: column for name, column in columns.items() if not np.isnan(column).all()}
 
@@ -139,11 +200,10 @@ class CorpusMetric:
 
     So the score of any choice of rows, as in a bootstrap, costs a sum and not another pass over the texts.
 
-    bleu: n-grams of one to four words, mteval-v13a's words, exponential smoothing (Papineni et al. 2002; Post 2018, "A
-    Call for Clarity in Reporting BLEU Scores"). chrf: n-grams of one to six characters, white space left out, recall
-    weighed double (Popović 2015, "chrF: character n-gram F-score"). Both with sacrebleu's defaults, and equal to what
-    its `corpus_bleu` and `corpus_chrf` give. In a language without spaces only chrf tells much, and where no prediction
-    has four words bleu is 0.
+    bleu: n-grams of one to four words, mteval-v13a's words (or those of `tokenizer`), exponential smoothing (Papineni
+    et al. 2002; Post 2018, "A Call for Clarity in Reporting BLEU Scores"). chrf: n-grams of one to six characters,
+    white space left out, recall weighed double (Popović 2015, "chrF: character n-gram F-score"). Both with sacrebleu's
+    defaults, and equal to what its `corpus_bleu` and `corpus_chrf` give for the rows that `applies` takes.
 
     Example:
         >>> metric = CORPUS_METRICS["chrf"]
@@ -154,6 +214,11 @@ class CorpusMetric:
 
     name: str
     width: int
+    tokenizer: str = DEFAULT_TOKENIZER
+
+    def applies(self, references: Sequence[str]) -> np.ndarray:
+        """The rows whose references it means something for, (rows,) bool: see `words.why_unscored`."""
+        return np.array([why_unscored(self.name, r, self.tokenizer) is None for r in references], dtype=bool)
 
     def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
         """What each row adds to the sums: (rows, width) float64 of counts; an empty prediction adds its reference.
@@ -163,22 +228,19 @@ class CorpusMetric:
         """
         # sacrebleu's significance tests resample by these two methods; it has no public way to the counts of a row.
         # Row by row it also keeps its advice on spaces before periods to itself, which a hundred of them call forth.
-        extract = _sacrebleu(self.name)._extract_corpus_statistics
+        extract = _sacrebleu(self.name, self.tokenizer)._extract_corpus_statistics
         rows = [extract([p], [[r]])[0] for p, r in zip(predictions, references, strict=True)]
         return np.array(rows, dtype=np.float64).reshape(-1, self.width)  # no rows: (0, width)
 
     def score(self, sums: np.ndarray) -> float:
         """The score from 0 to 100 of the rows whose statistics add up to `sums`, (width,)."""
-        return float(_sacrebleu(self.name)._compute_score_from_stats(sums.tolist()).score)
+        return float(_sacrebleu(self.name, self.tokenizer)._compute_score_from_stats(sums.tolist()).score)
 
 
 @cache
-def _sacrebleu(name: str) -> BLEU | CHRF:
-    return BLEU() if name == "bleu" else CHRF()
+def _sacrebleu(name: str, tokenizer: str) -> BLEU | CHRF:
+    return BLEU(tokenize=tokenizer) if name == "bleu" else CHRF()
 
 
-# In the order of tables.
-CORPUS_METRICS = {
-    "bleu": CorpusMetric("bleu", 2 + 2 * 4),  # both lengths in words; for each order n-grams shared, and said
-    "chrf": CorpusMetric("chrf", 3 * 6),  # for each order n-grams said, expected, and shared
-}
+ROW_METRICS = AnswerScoring().row_metrics()
+CORPUS_METRICS = AnswerScoring().corpus_metrics()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from training_lens.evaluation.evaluator import TokenSums
-from training_lens.evaluation.metrics import CORPUS_METRICS, row_scores
+from training_lens.evaluation.metrics import CORPUS_METRICS, AnswerScoring, row_scores
 
 Measures = dict[str, float]
 Interval = tuple[float, float]
@@ -22,8 +22,8 @@ class Scored:
     """What the measures are computed from; every array has the rows first.
 
     `text_bytes` are the UTF-8 bytes of each row's supervised text, `tokens_id` a hash of its supervised tokens: equal
-    hashes, equal tokens. `row_scores` are nan where a metric does not apply
-    to a row; `statistics` are zero where a row asks for no answer. `kl` sums KL(p_base || p_adapter), None for a base.
+    hashes, equal tokens. `row_scores` are nan where a metric does not apply to a row; `statistics` are zero where a row
+    asks for no answer, or a metric does not apply to it. `kl` sums KL(p_base || p_adapter), None for a base.
     """
 
     sums: TokenSums
@@ -36,7 +36,13 @@ class Scored:
     def __len__(self) -> int:
         return len(self.sums.nll)
 
-    def with_answers(self, predictions: Sequence[str], references: Sequence[str], asked: np.ndarray) -> Scored:
+    def with_answers(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[str],
+        asked: np.ndarray,
+        scoring: AnswerScoring | None = None,
+    ) -> Scored:
         """With the scores of generated answers.
 
         Args:
@@ -44,8 +50,14 @@ class Scored:
         """
         if not asked.any():
             return self
-        scores = row_scores(predictions, references)
-        statistics = {name: m.statistics(predictions, references) for name, m in CORPUS_METRICS.items()}
+        scoring = scoring or AnswerScoring()
+        scores = row_scores(predictions, references, scoring)
+        applies = {name: metric.applies(references) for name, metric in scoring.corpus_metrics().items()}
+        statistics = {
+            name: metric.statistics(predictions, references) * applies[name][:, None]
+            for name, metric in scoring.corpus_metrics().items()
+            if applies[name].any()
+        }
         return Scored(
             self.sums,
             self.text_bytes,

@@ -1,9 +1,8 @@
-"""Scores of answers that are data: JSON, and the numbers of GSM8K's form."""
+"""Scores of answers that are JSON."""
 
 from __future__ import annotations
 
 import json
-import re
 from decimal import Decimal
 from typing import Any, NoReturn
 
@@ -77,36 +76,3 @@ def _leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
 
 def _equal(found: Any, wanted: Any) -> bool:
     return type(found) is type(wanted) and bool(found == wanted)
-
-
-def numeric(prediction: str, reference: str) -> float | None:
-    """1 where the number behind the prediction's last `####` is the reference's, else 0: the answers of GSM8K.
-
-    Taken out before: commas, `$` and spaces; compared as numbers, so `#### $1,000.00` is `#### 1000`. Words behind the
-    prediction's number do not matter, as in GSM8K's own script; a number without `####` is wrong. From Cobbe et al.
-    2021, "Training Verifiers to Solve Math Word Problems".
-
-    Returns:
-        None where the reference does not have a number alone behind its last `####`, on the same line: `#### 3. Steps`
-        is a heading.
-
-    Example:
-        >>> numeric("6 x 7 = 42\\n#### 42", "#### 42"), numeric("42", "#### 42"), numeric("#### 42", "42")
-        (1.0, 0.0, None)
-    """
-    expected = _ALONE.fullmatch(_behind_hashes(reference))
-    if expected is None:
-        return None
-    said = _NUMBER.match(_behind_hashes(prediction))
-    return float(said is not None and Decimal(said[0]) == Decimal(expected[1]))
-
-
-_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)")
-_ALONE = re.compile(rf"({_NUMBER.pattern})\.?")
-
-
-def _behind_hashes(text: str) -> str:
-    """The rest of the line behind the last `####`, without commas, `$` and white space; empty where there is none."""
-    _, hashes, behind = text.rpartition("####")
-    line = behind.partition("\n")[0] if hashes else ""
-    return re.sub(r"[,$\s]", "", line)

@@ -1,0 +1,176 @@
+"""Numbers in answers, read as people write them in different places: 1,234.5; 1.234,5; 1 234,5; 1'234.5; 1,23,456."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from functools import cache
+from typing import Literal
+
+DecimalMark = Literal["point", "comma"]
+
+_MINUS, _APOSTROPHES = "\u2212\u2013\u2012\ufe63\uff0d", "\u2019\u02bc\u2018\uff07\u066c"
+_PLAIN = dict.fromkeys(_MINUS, "-") | dict.fromkeys(_APOSTROPHES, "'")
+_PLAIN |= {"\uff0c": ",", "\uff0e": ".", "\uff0b": "+", "\uff05": "%", "\u066a": "%"}
+_DECIMAL_SIGN = "\u066b"  # Arabic's: it never groups digits
+
+_LEAD = r"(?:[\s*_`~({\[]|\\boxed\{|\\[(\[]|(?:[A-Z]{1,3})?\\?\$)*"
+_DIGITS = rf"(?:\d{{1,3}}(?: \d{{3}})+(?:[.,{_DECIMAL_SIGN}]\d+)?(?!\d)|\d(?:[\d.,'_{_DECIMAL_SIGN}]*\d)?|[.,]\d+)"
+_NUMBER = re.compile(rf"{_LEAD}(?P<sign>[-+]?){_LEAD}(?P<digits>{_DIGITS})(?P<exponent>[eE][-+]?\d+)?")
+_GOES_ON = re.compile(r"\s?[/:^]\s?\d|\s?-\s?\d|[.,]\d")  # a fraction, a time, a power, a range
+_TRAIL = re.compile(r"[\s*_`~.%$)}\]]*(?:\\[)\]])?[\s*_`~.%$)}\]]*")
+_BOXED = re.compile(r"\\boxed(\{(?:[^{}]|\{[^{}]*\})*\})")
+
+
+def _form(group: str, mark: str) -> re.Pattern[str]:
+    """Digits, perhaps in groups of three (or India's of two and a last one of three), perhaps with a decimal mark."""
+    grouped = rf"[1-9]\d{{0,2}}(?P<sep>[{group}'_ ])\d{{3}}(?:(?P=sep)\d{{3}})*"
+    indian = r"[1-9]\d?(?:,\d{2})+,\d{3}" if group == "," else r"(?!)"
+    return re.compile(rf"(?:{grouped}|{indian}|\d+)(?:[{mark}{_DECIMAL_SIGN}]\d+)?|{mark}\d+")
+
+
+_FORMS: dict[DecimalMark, re.Pattern[str]] = {"point": _form(",", "\\."), "comma": _form("\\.", ",")}
+
+
+@dataclass(frozen=True)
+class Convention:
+    """Which decimal mark decides a number that could be read in two ways, such as 1,234, and how that is known.
+
+    `point` and `comma` count the numbers of the references that can be read with one mark alone.
+    """
+
+    decimal: DecimalMark = "point"
+    point: int = 0
+    comma: int = 0
+
+
+def find_convention(references: Iterable[str]) -> Convention:
+    """The decimal mark that the references use: in their marked answers, or else in all of their text.
+
+    Only numbers that can be read in one way count (1,5 or 1.234,5, but not 1,234). The point, where they are equally
+    many.
+
+    Example:
+        >>> find_convention(["#### 1,5", "#### 2.000"]).decimal, find_convention(["#### 2,000"]).decimal
+        ('comma', 'point')
+    """
+    texts = list(references)
+    marked = Counter(mark for text in texts for mark in _marks(marked_answer(text) or ""))
+    counts = marked or Counter(mark for text in texts for mark in _marks(text))
+    decimal: DecimalMark = "comma" if counts["comma"] > counts["point"] else "point"
+    return Convention(decimal, counts["point"], counts["comma"])
+
+
+def _marks(text: str) -> list[DecimalMark]:
+    """For each number of a text that can be read with one decimal mark alone, that mark."""
+    found = [readings(match["digits"]) for match in _NUMBER.finditer(_plain(text))]
+    return [mark for values in found if len(values) == 1 for mark in values]
+
+
+def marked_answer(text: str) -> str | None:
+    r"""What stands behind the last `####` on its line, or in the last `\boxed{}`; None where neither is there."""
+    _, hashes, behind = text.rpartition("####")
+    if hashes:
+        return behind.partition("\n")[0]
+    boxed = _BOXED.findall(text)
+    return str(boxed[-1]) if boxed else None
+
+
+def read_number(text: str, decimal: DecimalMark = "point", *, alone: bool = False) -> Decimal | None:
+    """The number that a text begins with; None where it begins with none.
+
+    Set aside: spaces, bold and code marks, brackets, currency signs before the digits, a percent sign behind them. A
+    minus may be Unicode's. Thousands may be grouped by comma, point, apostrophe, underscore or a space. A fraction, a
+    time, a date or a range is no number.
+
+    Args:
+        decimal: decides a number that could be read in two ways: 1,234 is 1234 with `point` and 1.234 with `comma`.
+        alone: only where nothing else stands behind it.
+
+    Example:
+        >>> [str(read_number(t)) for t in ("1,234.5", "1.234,5", "**-$3**", "1,5", "3/4")]
+        ['1234.5', '1234.5', '-3', '1.5', 'None']
+    """
+    plain = _plain(text)
+    match = _NUMBER.match(plain)
+    if match is None or _GOES_ON.match(plain, match.end()) or (alone and not _TRAIL.fullmatch(plain, match.end())):
+        return None
+    values = readings(match["digits"])
+    value = values.get(decimal, next(iter(values.values()), None))
+    if value is None:
+        return None
+    try:
+        return Decimal(f"{match['sign']}{value}{match['exponent'] or ''}")
+    except InvalidOperation:  # an exponent beyond Decimal's
+        return None
+
+
+def readings(digits: str) -> dict[DecimalMark, str]:
+    """What digits with their marks mean by each decimal mark, as Python writes it; those that give no number are out.
+
+    Where both give the same number there is no mark to learn from, so both are there.
+
+    Example:
+        >>> readings("1,234"), readings("1,5"), readings("1,2,3")
+        ({'point': '1234', 'comma': '1.234'}, {'comma': '1.5'}, {})
+    """
+    found: dict[DecimalMark, str] = {}
+    for mark, form in _FORMS.items():
+        if form.fullmatch(digits):
+            sign = "." if mark == "point" else ","
+            kept = "".join(char for char in digits if char.isdigit() or char in (sign, _DECIMAL_SIGN))
+            found[mark] = kept.replace(sign, ".").replace(_DECIMAL_SIGN, ".")
+    return found
+
+
+def _plain(text: str) -> str:
+    """ASCII digits, spaces, minus and apostrophes for those of other scripts; `$` for every currency sign."""
+    return "".join(map(_plain_char, text.replace("{,}", ",").replace("\\,", " ").replace("\\%", "%")))
+
+
+@cache
+def _plain_char(char: str) -> str:
+    category = unicodedata.category(char)
+    if category == "Nd":
+        return str(unicodedata.decimal(char))
+    if category in ("Sc", "Zs"):
+        return "$" if category == "Sc" else " "
+    return _PLAIN.get(char, char)
+
+
+def numeric(prediction: str, reference: str, decimal: DecimalMark = "point") -> float | None:
+    r"""1 where the prediction's marked answer is the number that the reference's is, else 0: the answers of GSM8K.
+
+    Marked is what stands behind the last `####` on its line (Cobbe et al. 2021, "Training Verifiers to Solve Math Word
+    Problems"), or in the last `\boxed{}`. Words behind the prediction's number do not matter, as in GSM8K's own
+    script; an unmarked number is wrong. How numbers are read: see `read_number`.
+
+    Returns:
+        None where the reference marks no number alone: `#### 3. Steps` is a heading.
+
+    Example:
+        >>> numeric("6 x 7 = 42\\n#### 42", "#### 42"), numeric("42", "#### 42"), numeric("#### 42", "42")
+        (1.0, 0.0, None)
+    """
+    expected = read_number(marked_answer(reference) or "", decimal, alone=True)
+    if expected is None:
+        return None
+    return float(read_number(marked_answer(prediction) or "", decimal) == expected)
+
+
+def describe_convention(references: Sequence[str], convention: Convention, setting: str) -> str:
+    """How the numbers of a set are read, in words; empty where `numeric` applies to no reference."""
+    if all(numeric("", reference, convention.decimal) is None for reference in references):
+        return ""
+    counted = convention.point + convention.comma
+    why = "as no number of the references tells more"
+    if setting != "auto":
+        why = "as evaluation.decimal says"
+    elif counted:
+        why = f"as in {getattr(convention, convention.decimal)} of the {counted} numbers there that have one reading"
+    means = "1234" if convention.decimal == "point" else "1.234"
+    return f"a number like 1,234 is {means} (decimal {convention.decimal}), {why}"
