@@ -11,6 +11,7 @@ import numpy as np
 from training_lens.analysis.figures.runs import is_long, smooth
 from training_lens.analysis.figures.style import COLOURS
 from training_lens.analysis.reports.executive import WRONG, in_short, verdict
+from training_lens.analysis.run_verdict import find_verdict
 from training_lens.analysis.sketches import Curve, sketch
 from training_lens.core import tables
 from training_lens.errors import TrainingLensError
@@ -85,6 +86,6 @@ def _found(run: Run) -> Iterator[Part]:
     except TrainingLensError as error:
         yield f"The lens tells nothing: {error}"
         return
-    yield verdict(findings)
+    yield verdict(findings, find_verdict(run.lens.recording))
     if others := [in_short(finding) for finding in findings if finding.severity in WRONG][1:]:
         yield Bullets(others)

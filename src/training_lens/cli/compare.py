@@ -17,7 +17,7 @@ from training_lens.cli.common import (
     command,
     load_adapter_config,
 )
-from training_lens.cli.judgement import USED, finish, opened, refuse_base_only
+from training_lens.cli.judgement import USED, finish, opened, refuse_base_only, write_broken
 from training_lens.cli.places import locate_adapter
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def compare(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare an adapter with its base on the same rows: losses, scored answers, differences with intervals, controls.
+    """Say whether an adapter is better than its base, or than another run: one sentence, then the evidence.
+
+    Both answer the same rows: losses, scored answers, differences with intervals, controls, how answers end.
 
     Examples: training-lens compare; training-lens compare --run RUN evaluation.max_examples=200;
     training-lens compare --run RUN --against OTHER_RUN; training-lens compare data.validation=other_rows.jsonl
@@ -53,7 +55,14 @@ def compare(
         settings = load_adapter_config(config, overrides, run, USED)
         judge, examples, folder = opened(screen, settings)
         _require_adapter(judge.session)
-        finish(screen, judge.compare(examples), judge, folder, "compare")
+        from training_lens.evaluation.judging import BrokenAdapterError
+
+        try:
+            judgement = judge.compare(examples)
+        except BrokenAdapterError as error:
+            write_broken(screen, error, judge, folder, "compare")
+            raise
+        finish(screen, judgement, judge, folder, "compare")
 
 
 def _used(against: str) -> tuple[str, ...]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training_lens.cli.common import Screen
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
     from training_lens.data.types import Example
-    from training_lens.evaluation.judging import Judge, Judgement
+    from training_lens.evaluation.judging import BrokenAdapterError, Judge, Judgement, Outcome
 
 SHOWN = 3
 NAME_WIDTH = 18  # characters of a row's name that no table folds
@@ -57,11 +57,69 @@ def finish(screen: Screen, judgement: Judgement, judge: Judge, folder: Path, nam
     from training_lens.evaluation.reports import write_reports
 
     folder.mkdir(parents=True, exist_ok=True)
-    extra = {"run": judge.session.source, "settings": judge.settings.model_dump()}
-    report = write_reports(judgement, folder, name, extra)
+    report = write_reports(judgement, folder, name, about(judge))
+    show_verdict(screen, judgement)
+    show_example(screen, judgement)
     show(screen, judgement)
     screen.console.print(f"\nsaved as {folder / name}.{{json,md,csv}}", markup=False, soft_wrap=True)
     screen.result(report)
+
+
+def about(judge: Judge) -> dict[str, Any]:
+    """What a report says of how it was made; `steps` tells whether the run has gone on since."""
+    about: dict[str, Any] = {"run": judge.session.source, "settings": judge.settings.model_dump()}
+    return {**about, "steps": judge.trained_steps} if judge.trained_steps is not None else about
+
+
+def write_broken(screen: Screen, error: BrokenAdapterError, judge: Judge, folder: Path, name: str) -> None:
+    """Keep the verdict on an adapter whose losses are no numbers, so that reports of the run say it as well."""
+    from training_lens.utils.files import write_json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {**about(judge), "verdict": error.verdict.as_json()}
+    write_json(folder / f"{name}.json", report)
+    screen.result(report)
+
+
+def show_verdict(screen: Screen, judgement: Judgement) -> None:
+    """Whether it is better, in one sentence; what to know beside it; the next command."""
+    if judgement.verdict is None:
+        return
+    first, *rest = judgement.verdict.lines()
+    screen.console.print(first, style="bold", markup=False, soft_wrap=True)
+    for line in rest:
+        screen.console.print(line, markup=False, soft_wrap=True)
+
+
+def show_example(screen: Screen, judgement: Judgement) -> None:
+    """One prompt and what each model answers: the first row that asks for an answer, not picked by result."""
+    asked = [i for i, reason in enumerate(next(iter(judgement.outcomes.values())).finish_reasons) if reason]
+    if not asked:
+        return
+    label, outcomes = judgement.comparison.label, judgement.outcomes
+    lines = {"prompt": prompt_text(judgement, asked[0]), "expected": judgement.rows.references[asked[0]]}
+    lines |= {label(name): _ended(outcome, asked[0]) for name, outcome in outcomes.items()}
+    width = max(map(len, lines)) + 2
+    screen.console.print()
+    for name, text in lines.items():
+        screen.console.print(f"{name:<{width}}{_short(' '.join(text.split()), 160)}", markup=False, soft_wrap=True)
+    screen.console.print()
+
+
+def _ended(outcome: Outcome, row: int) -> str:
+    """An answer on one line; one that was cut says so."""
+    text = outcome.answers[row].strip() or "(nothing)"
+    return f"{_short(text, 140)} [cut]" if outcome.finish_reasons[row] == "length" else text
+
+
+def prompt_text(judgement: Judgement, row: int) -> str:
+    """What a row asks last, with its domain before it."""
+    example = judgement.rows.examples[row]
+    if len(example.messages) < 2:
+        return "(plain text)"
+    asked = example.messages[-2]
+    domain = f"[{example.domain}] " if example.domain else ""
+    return f"{domain}{asked.text}\n{asked.input}"
 
 
 def show(screen: Screen, judgement: Judgement) -> None:
@@ -92,6 +150,21 @@ def show_whole(screen: Screen, judgement: Judgement) -> None:
     whole = judgement.comparison.whole
     title = f"on {whole.rows} rows, {whole.supervised_tokens} supervised tokens"
     _table(screen, title, reports.measure_columns(judgement.comparison), reports.measure_rows(whole))
+    for line in reports.scoring_lines(judgement.comparison):
+        screen.console.print(line, markup=False, soft_wrap=True)
+    show_endings(screen, judgement)
+
+
+def show_endings(screen: Screen, judgement: Judgement) -> None:
+    """How many answers were cut and how many repeat themselves, where there are any."""
+    for model, endings in judgement.comparison.endings.items():
+        cut = endings.unended + endings.cut_short
+        if cut or endings.looping:
+            screen.console.print(
+                f"answers, {judgement.comparison.label(model)}: {cut} of {endings.answers} were cut at {endings.room} "
+                f"tokens, {endings.looping} repeat themselves",
+                markup=False, soft_wrap=True,
+            )  # fmt: skip
 
 
 def show_controls(screen: Screen, judgement: Judgement) -> None:
@@ -121,20 +194,16 @@ def show_samples(screen: Screen, judgement: Judgement) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from training_lens.data.types import Message
     from training_lens.evaluation.comparison import samples
 
     if not any(text for outcome in judgement.outcomes.values() for text in outcome.answers):
         return
     examples = judgement.rows.examples
     table = Table(title=f"{min(SHOWN, len(examples))} of these rows", title_justify="left", show_lines=True)
-    for column in ("prompt", "expected", *judgement.outcomes):
+    for column in ("prompt", "expected", *map(judgement.comparison.label, judgement.outcomes)):
         table.add_column(column, ratio=1)
     for i in samples(examples, SHOWN):
-        asks = len(examples[i].messages) > 1
-        asked = examples[i].messages[-2] if asks else Message("user", "(plain text)")
-        domain = f"[{examples[i].domain}] " if examples[i].domain else ""
-        cells = [f"{domain}{asked.text}\n{asked.input}", judgement.rows.references[i]]
+        cells = [prompt_text(judgement, i), judgement.rows.references[i]]
         cells += [outcome.answers[i] for outcome in judgement.outcomes.values()]
         table.add_row(*(Text(_short(cell)) for cell in cells))
     screen.console.print(table)

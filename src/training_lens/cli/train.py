@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,7 @@ from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
+    from training_lens.evaluation.verdict import Verdict
     from training_lens.training.summary import TrainingSummary
     from training_lens.utils.runs import RunFolder
 
@@ -50,8 +52,9 @@ def train(
             summary = TrainingWrapper.resume(unfinished, settings.given(), console=screen.console)
         else:
             summary = TrainingWrapper(settings, console=screen.console).train()
-        _show(screen, summary)
-        screen.result(asdict(summary))
+        judged = _judge(summary)
+        _show(screen, summary, judged)
+        screen.result({**asdict(summary), "verdict": judged.as_json()})
 
 
 def _unfinished(screen: Screen, reference: str, settings: TrainingConfig) -> RunFolder:
@@ -66,7 +69,16 @@ def _unfinished(screen: Screen, reference: str, settings: TrainingConfig) -> Run
     return run
 
 
-def _show(screen: Screen, summary: TrainingSummary) -> None:
+def _judge(summary: TrainingSummary) -> Verdict:
+    """What the run's own validation tells by now."""
+    from training_lens.evaluation.training_record import read_training_record
+    from training_lens.evaluation.training_verdict import judge_training
+    from training_lens.utils.runs import RunFolder
+
+    return judge_training(read_training_record(RunFolder(Path(summary.run_dir))), summary.run_dir)
+
+
+def _show(screen: Screen, summary: TrainingSummary, judged: Verdict) -> None:
     from training_lens.utils.formatting import format_seconds, format_size
 
     show = screen.console.print
@@ -75,11 +87,9 @@ def _show(screen: Screen, summary: TrainingSummary) -> None:
         f"({summary.epochs:.3g} epochs, {format_seconds(summary.seconds)})"
     )
     show(f"  training loss    {summary.train_loss:.4f} nats per supervised token")
-    if summary.validation_loss is not None and summary.base_validation_loss is not None:
-        change = summary.validation_loss / summary.base_validation_loss - 1
-        show(
-            f"  validation loss  {summary.validation_loss:.4f} at step {summary.adapter_step}; "
-            f"the base has {summary.base_validation_loss:.4f} ({change:+.0%})"
-        )
+    if summary.validation_loss is not None:
+        show(f"  validation loss  {summary.validation_loss:.4f} at step {summary.adapter_step}")
     show(f"  speed            {summary.tokens_per_second:,.0f} tokens/s, peak memory {format_size(summary.peak_bytes)}")
     show(f"  saved in         {summary.run_dir}", soft_wrap=True)
+    for line in judged.lines():
+        show(line, markup=False, soft_wrap=True)

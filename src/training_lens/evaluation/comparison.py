@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from training_lens.data.types import Example
+from training_lens.evaluation.endings import Endings
 from training_lens.evaluation.length_bucketing import LengthBuckets
 from training_lens.evaluation.scoring import Bootstrap, Interval, Measures, Scored
+from training_lens.evaluation.verdict import ADAPTER_NAME
 
 BASE, ADAPTER = "base", "adapter"
 SHOWN = 5  # rows that moved most, each way
@@ -92,7 +94,9 @@ class Forgetting:
 class Comparison:
     """Models on the same rows, whole and in parts; `models` says what `base` and `adapter` stand for.
 
-    `tasks` are scores of lm-eval: model -> task -> metric -> value.
+    `labels` are what `base` and `adapter` are called in tables: of two runs, their names. `tasks` are scores of
+    lm-eval: model -> task -> metric -> value. `endings` tell of each model how its answers end. `unscored` counts the
+    rows that measures of words leave out, by measure and reason; `number_reading` says how numbers were read.
     """
 
     models: Mapping[str, str]
@@ -105,6 +109,23 @@ class Comparison:
     worsened: Sequence[Moved] = ()
     forgetting: Forgetting | None = None
     tasks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    endings: Mapping[str, Endings] = field(default_factory=dict)
+    unscored: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    number_reading: str = ""
+
+    @property
+    def is_of_two_runs(self) -> bool:
+        """Whether `base` stands for another run."""
+        return bool(self.labels)
+
+    def label(self, model: str) -> str:
+        """What a model is called in tables: `base`, `adapter`, or a run's name."""
+        return self.labels.get(model, model)
+
+    def subject(self, model: str) -> str:
+        """What a model is called in a sentence."""
+        return self.labels.get(model) or {ADAPTER: ADAPTER_NAME, BASE: "its base"}[model]
 
     def as_json(self) -> dict[str, Any]:
         """The object that `compare --json` prints."""
@@ -119,6 +140,10 @@ class Comparison:
             "worsened": [asdict(row) for row in self.worsened],
             "forgetting": self.forgetting.as_json() if self.forgetting else None,
             "tasks": {model: {task: dict(m) for task, m in found.items()} for model, found in self.tasks.items()},
+            "labels": dict(self.labels),
+            "endings": {model: endings.as_json() for model, endings in self.endings.items()},
+            "unscored": {measure: dict(reasons) for measure, reasons in self.unscored.items()},
+            "number_reading": self.number_reading,
         }
 
 

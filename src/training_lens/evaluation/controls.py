@@ -28,8 +28,9 @@ def controls_of(examples: Sequence[Example], domain_in_prompt: bool, seed: int) 
         changed[NO_DOMAIN] = {i: replace(e, domain=None) for i, e in told.items()}
     asking = {i: e for i, e in enumerate(examples) if not e.is_text}
     if len(asking) > 1:
-        changed[SHUFFLED_PROMPTS] = dict(zip(asking, shuffled_prompts(list(asking.values()), seed), strict=True))
-    return changed
+        shuffled = zip(asking, shuffled_prompts(list(asking.values()), seed), strict=True)
+        changed[SHUFFLED_PROMPTS] = {i: e for i, e in shuffled if e != asking[i]}  # the same prompt tells nothing
+    return {name: rows for name, rows in changed.items() if rows}
 
 
 def wrong_domains(examples: Sequence[Example]) -> list[str]:

@@ -10,64 +10,50 @@ from typing import Any
 
 from training_lens.evaluation.comparison import Comparison, Control, Group, Moved
 from training_lens.evaluation.judging import Judgement
+from training_lens.evaluation.verdict import format_measure
 from training_lens.utils.files import sha256_of, write_json, write_text
 
-PERCENT = {
-    "token_accuracy",
-    "exact_match",
-    "token_f1",
-    "rouge1",
-    "rouge2",
-    "rougeL",
-    "json_valid",
-    "json_fields",
-    "numeric",
-}
 Cells = tuple[str, ...]
 
 
 def write_reports(judgement: Judgement, folder: Path | str, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Write {name}.json, {name}.md and {name}.csv into `folder`; returns what the JSON holds.
 
-    It holds `extra`, the sources of the rows with the sha256 of files, and the comparison.
+    It holds `extra`, the sources of the rows with the sha256 of files, the verdict, and the comparison.
     """
     sources = sorted({example.file for example in judgement.rows.examples})
     files = {name: sha256_of(Path(name)) if Path(name).is_file() else None for name in sources}
-    report = {**extra, "files": files, **judgement.comparison.as_json()}
-    texts = {".md": markdown(judgement.comparison), ".csv": per_row_csv(judgement)}
     folder = Path(folder)
+    verdict = {"verdict": judgement.verdict.as_json()} if judgement.verdict else {}
+    report = {**extra, "files": files, **verdict, **judgement.comparison.as_json()}
+    texts = {".md": markdown(judgement), ".csv": per_row_csv(judgement)}
     write_json(folder / f"{name}.json", report)
     for ending, text in texts.items():
         write_text(folder / f"{name}{ending}", text)
     return report
 
 
-def number(measure: str, value: float, sign: str = "") -> str:
-    """A measure's value as people read it: shares in percent, all else as it is."""
-    return (
-        f"{value:{sign}.1%}"
-        if measure in PERCENT
-        else f"{value:{sign}.4f}"
-        if abs(value) < 100
-        else f"{value:{sign}.4g}"
-    )
-
-
 def measure_rows(group: Group) -> Iterator[Cells]:
     """A line for each measure: its name, each model's value, and with two models the difference and its interval."""
     names = dict.fromkeys(name for measures in group.models.values() for name in measures)
     for name in names:
-        values = [number(name, m[name]) if name in m else "-" for m in group.models.values()]
-        change = [number(name, group.delta[name], "+")] if name in group.delta else ["-"] * (len(group.models) - 1)
+        values = [format_measure(name, m[name]) if name in m else "-" for m in group.models.values()]
+        change = (
+            [format_measure(name, group.delta[name], "+")] if name in group.delta else ["-"] * (len(group.models) - 1)
+        )
         low_high = group.intervals.get(name)
         sign = "+" if len(group.models) > 1 else ""
-        between = f"{number(name, low_high[0], sign)} to {number(name, low_high[1], sign)}" if low_high else "-"
+        between = (
+            f"{format_measure(name, low_high[0], sign)} to {format_measure(name, low_high[1], sign)}"
+            if low_high
+            else "-"
+        )
         yield (name, *values, *change, between)
 
 
 def measure_columns(comparison: Comparison) -> Cells:
     """The heads of the columns of `measure_rows`."""
-    models = tuple(comparison.models)
+    models = tuple(map(comparison.label, comparison.models))
     interval = f"{comparison.confidence:.0%} interval"
     return ("", *models, *(("change", f"its {interval}") if len(models) > 1 else (interval,)))
 
@@ -80,7 +66,7 @@ def part_table(comparison: Comparison, what: str, intervals: bool = True) -> lis
         intervals: false leaves them out, where columns are dear.
     """
     parts = comparison.by_length if what == "tokens" else comparison.by_domain
-    models = tuple(comparison.models)
+    models = tuple(map(comparison.label, comparison.models))
     head = [what, "rows", *(f"loss, {model}" for model in models)]
     head += ["change"] if len(models) > 1 else []
     head += [f"{comparison.confidence:.0%} interval"] if intervals else []
@@ -92,12 +78,15 @@ def part_table(comparison: Comparison, what: str, intervals: bool = True) -> lis
 def _part_row(label: str, group: Group, intervals: bool, answered: bool) -> Cells:
     sign = "+" if len(group.models) > 1 else ""
     low_high = group.intervals.get("loss")
-    cells = [label, str(group.rows), *(number("loss", measures["loss"]) for measures in group.models.values())]
-    cells += [number("loss", group.delta["loss"], "+") if "loss" in group.delta else "-"] if group.delta else []
+    cells = [label, str(group.rows), *(format_measure("loss", measures["loss"]) for measures in group.models.values())]
+    cells += [format_measure("loss", group.delta["loss"], "+") if "loss" in group.delta else "-"] if group.delta else []
     if intervals:
-        cells.append(" to ".join(number("loss", end, sign) for end in low_high) if low_high else "-")
+        cells.append(" to ".join(format_measure("loss", end, sign) for end in low_high) if low_high else "-")
     if answered:
-        cells += [number("exact_match", m["exact_match"]) if "exact_match" in m else "-" for m in group.models.values()]
+        cells += [
+            format_measure("exact_match", m["exact_match"]) if "exact_match" in m else "-"
+            for m in group.models.values()
+        ]
     return tuple(cells)
 
 
@@ -113,13 +102,17 @@ def control_table(comparison: Comparison, intervals: bool = True) -> list[Cells]
 
 def _control_row(name: str, control: Control, intervals: bool, answered: bool) -> Cells:
     sides = (control.adapter, control.scores)
-    cells = [name.replace("_", " "), str(control.rows), *(number("loss", measures["loss"]) for measures in sides)]
-    cells.append(number("loss", control.delta["loss"], "+"))
+    cells = [
+        name.replace("_", " "),
+        str(control.rows),
+        *(format_measure("loss", measures["loss"]) for measures in sides),
+    ]
+    cells.append(format_measure("loss", control.delta["loss"], "+"))
     if intervals:
         low_high = control.intervals.get("loss")
-        cells.append(" to ".join(number("loss", end, "+") for end in low_high) if low_high else "-")
+        cells.append(" to ".join(format_measure("loss", end, "+") for end in low_high) if low_high else "-")
     if answered:
-        cells += [number("exact_match", m["exact_match"]) if "exact_match" in m else "-" for m in sides]
+        cells += [format_measure("exact_match", m["exact_match"]) if "exact_match" in m else "-" for m in sides]
     return tuple(cells)
 
 
@@ -150,7 +143,7 @@ def task_rows(comparison: Comparison) -> Iterator[Cells]:
 
 def task_columns(comparison: Comparison) -> Cells:
     """The heads of the columns of `task_rows`."""
-    return ("task", "metric", *comparison.tasks)
+    return ("task", "metric", *map(comparison.label, comparison.tasks))
 
 
 def _is_error(metric: str) -> bool:
@@ -163,12 +156,15 @@ def _error(metrics: Mapping[str, float], metric: str) -> str:
     return "" if error is None else f" ± {error:.4f}"
 
 
-def markdown(comparison: Comparison) -> str:
-    """The tables of a comparison as Markdown."""
-    models = ", ".join(f"{name}: `{what}`" for name, what in comparison.models.items())
+def markdown(judgement: Judgement) -> str:
+    """The verdict and the tables of a comparison as Markdown."""
+    comparison = judgement.comparison
+    models = ", ".join(f"{comparison.label(name)}: `{what}`" for name, what in comparison.models.items())
     whole = comparison.whole
-    parts = [f"{models}. {whole.rows} rows, {whole.supervised_tokens} supervised tokens."]
+    parts = ["\n".join(judgement.verdict.lines())] if judgement.verdict else []
+    parts.append(f"{models}. {whole.rows} rows, {whole.supervised_tokens} supervised tokens.")
     parts.append(_table(measure_columns(comparison), measure_rows(whole)))
+    parts += ["\n".join(f"- {line}" for line in scoring_lines(comparison))]
     for what, groups in (("tokens", comparison.by_length), ("domain", comparison.by_domain)):
         if groups:
             head, *lines = part_table(comparison, what)
@@ -184,7 +180,19 @@ def markdown(comparison: Comparison) -> str:
         parts.append(_table(task_columns(comparison), task_rows(comparison)))
     if comparison.forgetting:
         parts.append(forgetting_line(comparison))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def scoring_lines(comparison: Comparison) -> list[str]:
+    """Which rows measures of words leave out, and why; how numbers were read."""
+    by_reasons: dict[tuple[tuple[str, int], ...], list[str]] = {}
+    for measure, reasons in comparison.unscored.items():
+        by_reasons.setdefault(tuple(reasons.items()), []).append(measure)
+    lines = [
+        f"{', '.join(measures)}: without {'; '.join(f'{count} rows ({why})' for why, count in reasons)}"
+        for reasons, measures in by_reasons.items()
+    ]
+    return [*lines, f"numeric: {comparison.number_reading}"] if comparison.number_reading else lines
 
 
 def forgetting_line(comparison: Comparison) -> str:
@@ -213,7 +221,7 @@ def per_row_csv(judgement: Judgement) -> str:
     names = [(model, score) for model, o in judgement.outcomes.items() for score in o.scored.row_scores]
     models = list(judgement.outcomes)
     head = ["id", "domain", "tokens", "supervised_tokens", "expected"]
-    head += [f"{model}_{column}" for model in models for column in ("loss", "answer")]
+    head += [f"{model}_{column}" for model in models for column in ("loss", "answer", "finish_reason")]
     head += [f"{model}_{score}" for model, score in names]
     text = io.StringIO()
     writer = csv.writer(text)
@@ -227,8 +235,9 @@ def per_row_csv(judgement: Judgement) -> str:
             rows.references[i],
         ]
         for model in models:
-            sums = judgement.outcomes[model].scored.sums
-            line += [f"{sums.nll[i] / sums.tokens[i]:.6f}", judgement.outcomes[model].answers[i]]
+            outcome = judgement.outcomes[model]
+            loss = outcome.scored.sums.nll[i] / outcome.scored.sums.tokens[i]
+            line += [f"{loss:.6f}", outcome.answers[i], outcome.finish_reasons[i]]
         scores = (judgement.outcomes[model].scored.row_scores[score][i] for model, score in names)
         writer.writerow([*line, *("" if value != value else f"{value:.6g}" for value in scores)])
     return text.getvalue()

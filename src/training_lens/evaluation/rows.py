@@ -78,6 +78,10 @@ class JudgedRows:
             self.tokens_id[places],
         )
 
+    def count_distinct(self) -> int:
+        """The rows that differ from each other in their tokens."""
+        return len({example.input_ids.tobytes() for example in self.dataset})
+
     @property
     def asked(self) -> np.ndarray:
         """Rows that ask for an answer, (rows,) bool."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training_lens import embedded
 from training_lens.config.schema import TrainingConfig
-from training_lens.evaluation.reports import number
+from training_lens.evaluation.verdict import format_measure
 from training_lens.integrations.published import SECTIONS, Names, is_folder
 from training_lens.integrations.record import RunRecord
 from training_lens.utils.files import read_json
@@ -151,8 +151,10 @@ class _Card:
     def _loss(self, name: str, base: float | None, value: float) -> Row:
         name = self._names.of(name)
         if base is None:
-            return Row(name, "-", number("loss", value), "-")
-        return Row(name, number("loss", base), number("loss", value), number("loss", value - base, "+"))
+            return Row(name, "-", format_measure("loss", value), "-")
+        return Row(
+            name, format_measure("loss", base), format_measure("loss", value), format_measure("loss", value - base, "+")
+        )
 
     @cached_property
     def comparison(self) -> dict[str, Any] | None:
@@ -242,13 +244,13 @@ def _parts(base: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[s
 
 
 def _row(measure: str, report: Mapping[str, Any]) -> Row:
-    base, adapter, delta = (number(measure, report[side][measure]) for side in ("base", "adapter", "delta"))
+    base, adapter, delta = (format_measure(measure, report[side][measure]) for side in ("base", "adapter", "delta"))
     return Row(measure, base, adapter, delta if delta.startswith("-") else f"+{delta}")
 
 
 def _interval(measure: str, report: Mapping[str, Any]) -> str:
     ends = report["intervals"].get(measure)
-    return " to ".join(number(measure, end, "+") for end in ends) if ends else "-"
+    return " to ".join(format_measure(measure, end, "+") for end in ends) if ends else "-"
 
 
 def _shares(shares: Mapping[str, float | None]) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ import numpy as np
 from training_lens.analysis.reports.executive import in_numbers, verdict
 from training_lens.analysis.reports.facts import certificate_of
 from training_lens.analysis.reports.report import Report
+from training_lens.analysis.run_verdict import find_verdict
 from training_lens.utils.pages import Callout, Picture, Table
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def diagnostic(analysis: Analysis) -> Report:
     """The diagnostic report of a run: what is wrong or unsure in full, what is fine as a table."""
     fine = [finding for finding in analysis.findings if finding.severity == "fine"]
     parts: list[Part] = [
-        verdict(analysis.findings),
+        verdict(analysis.findings, find_verdict(analysis.recording)),
         f"The capture's own proof. {certificate_of(analysis.recording).sentence()}",
     ]
     headings = {"problem": "# Problems", "warning": "# Warnings", "note": "# Good to know, or not told"}

@@ -16,6 +16,8 @@ from training_lens.analysis.reports.facts import (
     missing,
 )
 from training_lens.analysis.reports.report import Report
+from training_lens.analysis.run_verdict import find_verdict
+from training_lens.evaluation.verdict import ORDER, Verdict
 from training_lens.utils.pages import Bullets, Callout
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def executive(analysis: Analysis) -> Report:
     recording, wrong = analysis.recording, [f for f in analysis.findings if f.severity in WRONG]
     unknown = [f for f in analysis.findings if f.confidence == "could not tell"]
     parts: list[Part] = [
-        verdict(analysis.findings),
+        verdict(analysis.findings, find_verdict(recording)),
         *("# Did it learn?", losses(recording).sentence()),
         *("# What to do next", Bullets(next_steps(analysis))),
         "# What is wrong?",
@@ -45,21 +47,42 @@ def executive(analysis: Analysis) -> Report:
     return Report("executive", f"Run {recording.name}: in short", tuple(parts), in_numbers(analysis))
 
 
-def verdict(findings: Sequence[Finding]) -> Callout:
-    """The worst finding as a box, with what to do; where nothing is wrong, that."""
+def verdict(findings: Sequence[Finding], judged: Verdict | None) -> Callout:
+    """The gravest thing that is known, as a box: the verdict on the adapter, or the worst finding, with what to do.
+
+    Fine is only what was judged better, with no finding against it.
+
+    Args:
+        judged: whether the adapter is better than its base, where anything tells.
+    """
     worst = worst_of(findings)
+    if judged is not None and (worst is None or ORDER.index(judged.severity) <= ORDER.index(worst.severity)):
+        return _judged_callout(judged, worst, findings)
     if worst is None:
         told = _unanswered(findings)
         if told and all(finding.confidence == "could not tell" for finding in findings):
             return Callout("note", "too little was captured to tell anything", (("not known", told),))
-        return Callout("fine", "nothing wrong was found", (("not known", told),) if told else ())
+        return Callout("note", "nothing wrong was found", (("not known", told),) if told else ())
     others = sum(finding.severity in WRONG for finding in findings) - 1
     facts = {
         "where": worst.where or "the whole run",
         "what to do": worst.action or worst.decide,
         "further": f"{others} more" if others else "",
+        "better than its base?": judged.sentence if judged else "",
     }
     return Callout(worst.severity, worst.title, tuple((name, words) for name, words in facts.items() if words))
+
+
+def _judged_callout(judged: Verdict, worst: Finding | None, findings: Sequence[Finding]) -> Callout:
+    """The verdict on the adapter as a box, with the worst finding in it."""
+    facts = {
+        "also": "\n".join(remark.sentence for remark in judged.remarks),
+        "what would decide": judged.decide,
+        "next": judged.next_command,
+        "worst finding": f"{in_short(worst)} {worst.action or worst.decide}" if worst else "nothing wrong was found",
+        "not known": _unanswered(findings),
+    }
+    return Callout(judged.severity, judged.sentence, tuple((name, words) for name, words in facts.items() if words))
 
 
 def _unanswered(findings: Sequence[Finding]) -> str:
@@ -98,9 +121,11 @@ def _sentence(words: str) -> str:
 def in_numbers(analysis: Analysis) -> dict[str, object]:
     """What all reports of a run have in their JSON: the run, what was captured and at what cost, results, findings."""
     recording, proof = analysis.recording, certificate_of(analysis.recording)
+    judged = find_verdict(recording)
     columns = ("table", "data_type", "steps", "last_step", "rows")
     return {
         **analysis.values(),
+        "verdict": judged.as_json() if judged else None,
         "losses": vars(losses(recording)),
         "certificate": {**vars(proof), "sound": proof.sound},
         "captured": [dict(zip(columns, row, strict=True)) for row in captured(recording)],
@@ -122,14 +147,17 @@ def three_lines(analysis: Analysis) -> list[str]:
     lines = (
         f"{taken}; cost {cost or 'not kept'}",
         f"changed: {changed(recording).brief()}",
-        _ending(analysis.findings),
+        _ending(analysis.findings, find_verdict(recording)),
     )
     return [shorten(line, LONGEST_LINE, placeholder=" ...") for line in lines]
 
 
-def _ending(findings: Sequence[Finding]) -> str:
+def _ending(findings: Sequence[Finding], judged: Verdict | None) -> str:
     worst = worst_of(findings)
+    if judged is not None and judged.severity == "problem":
+        return f"problem: {judged.sentence}"
     if worst is None:
-        return "; ".join(filter(None, ("nothing wrong found", _unanswered(findings))))
+        doubt = judged.sentence if judged is not None and judged.outcome != "better" else ""
+        return "; ".join(filter(None, ("nothing wrong found in what was captured", _unanswered(findings), doubt)))
     where = f" ({shorten(worst.where, LONGEST_PLACE, placeholder=' ...')})" if worst.where else ""
     return f"{worst.severity}: {worst.title}{where}: {worst.action or worst.decide or worst.measured}"

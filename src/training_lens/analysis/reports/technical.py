@@ -17,6 +17,7 @@ from training_lens.analysis.reports.facts import (
     missing,
 )
 from training_lens.analysis.reports.report import Report
+from training_lens.analysis.run_verdict import find_verdict
 from training_lens.core import tables
 from training_lens.utils.checkpoints import checkpoint_steps
 from training_lens.utils.pages import Bullets, Picture, Table
@@ -40,7 +41,7 @@ def technical(analysis: Analysis) -> Report:
     recording, absent = analysis.recording, missing(analysis.recording)
     parts: list[Part] = [
         f"Run {recording.name}, {recording.status}; captured in {recording.manifest.origin}.",
-        verdict(analysis.findings),
+        verdict(analysis.findings, find_verdict(analysis.recording)),
         "# Did it learn?",
         losses(recording).sentence(),
         *_findings(analysis),

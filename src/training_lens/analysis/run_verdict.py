@@ -1,0 +1,66 @@
+"""Whether a run's adapter is better than its base: its last comparison's verdict, or what its own validation tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from training_lens.core import tables
+from training_lens.core.recording import Recording
+from training_lens.errors import CheckpointError
+from training_lens.evaluation.training_record import TrainingRecord, build_training_record
+from training_lens.evaluation.training_verdict import judge_training
+from training_lens.evaluation.verdict import Verdict
+from training_lens.utils.files import read_json
+from training_lens.utils.logging import get_logger
+from training_lens.utils.runs import RunFolder
+
+logger = get_logger(__name__)
+
+
+def find_verdict(recording: Recording) -> Verdict | None:
+    """What `compare` said of the run, unless it has trained on since; else what its validation tells.
+
+    None where the recording has no losses.
+    """
+    run = RunFolder(recording.folder)
+    if (compared := _compared(run)) is not None:
+        return compared
+    record = _training_record(recording)
+    if record is None:
+        return None
+    return judge_training(record, str(run.root) if run.metadata.is_dir() else "")
+
+
+def _compared(run: RunFolder) -> Verdict | None:
+    path = run.reports / "compare.json"
+    if not path.is_file():
+        return None
+    try:
+        report: Mapping[str, Any] = read_json(path)
+        steps = run.read_metadata("summary.json").get("steps", 0)
+        if "verdict" not in report or report.get("steps", steps) != steps:
+            return None  # written before there were verdicts, or before the run was resumed
+        return Verdict.from_json(report["verdict"])
+    except (CheckpointError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s tells no verdict (%s): run training-lens compare again", path, error)
+        return None
+
+
+def _training_record(recording: Recording) -> TrainingRecord | None:
+    trained, validated = (recording.series(table, "loss") for table in (tables.LOSS, tables.EVALUATION))
+    base = recording.series(tables.EVALUATION, "base_loss").values
+    if not trained.steps.size and not validated.steps.size:
+        return None
+    losses = trained.values.ravel()
+    points = [
+        (float(step), float(loss))
+        for step, loss in zip(validated.steps, validated.values.ravel(), strict=True)
+        if np.isfinite(loss) and step > 0
+    ]
+    known = base[np.isfinite(base)]
+    return build_training_record(
+        trained.steps.tolist(), losses[np.isfinite(losses)].tolist(), float(known[0]) if known.size else None, points
+    )

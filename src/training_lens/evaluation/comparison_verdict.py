@@ -1,0 +1,120 @@
+"""The verdict of a comparison: which measure decides, what speaks against it, what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+
+from training_lens.errors import ConfigurationError
+from training_lens.evaluation.comparison import ADAPTER, BASE, Comparison
+from training_lens.evaluation.metrics import AnswerScoring
+from training_lens.evaluation.remarks import loose_remarks, remarks_of
+from training_lens.evaluation.training_record import TrainingRecord
+from training_lens.evaluation.verdict import LOWER_IS_BETTER, ORDER, MeasuredChange, Verdict, judge_changes
+from training_lens.utils.formatting import nearest
+
+LOSS, ACROSS_TOKENS = "loss", "bits_per_byte"
+LOOSE_MEASURES = ("token_f1", "chrf")  # an answer is more or less near to the right one
+STRICT_MEASURES = ("numeric", "json_fields", "exact_match", "json_valid")  # an answer is right or it is not
+
+
+def judge_comparison(
+    comparison: Comparison,
+    scoring: AnswerScoring,
+    *,
+    decide_by: str | None,
+    distinct_rows: int,
+    training: TrainingRecord | None = None,
+    run: str = "",
+) -> Verdict:
+    """What a comparison of two models comes to.
+
+    The loss decides (bits per byte, where the two have different tokens), unless the user names another measure.
+
+    Args:
+        scoring: which of the user's metrics are better when lower.
+        decide_by: the measure that the user chose.
+        distinct_rows: rows that differ from each other.
+        training: of the run whose adapter is judged.
+        run: its folder, for the next command; empty for what is no run.
+
+    Raises:
+        ConfigurationError: the chosen measure was not measured.
+    """
+    changes = measured_changes(comparison, scoring)
+    chosen = decide_by or (LOSS if LOSS in changes else ACROSS_TOKENS)
+    if chosen not in changes:
+        raise ConfigurationError(_unknown_measure(chosen, changes))
+    names = (comparison.subject(ADAPTER), comparison.subject(BASE))
+    others = [changes[name] for name in (*scoring.own, *STRICT_MEASURES, LOSS) if name in changes and name != chosen]
+    deciding = replace(changes[chosen], rows=min(changes[chosen].rows, distinct_rows))
+    verdict = judge_changes(
+        deciding, others, names, is_chosen=decide_by is not None, is_identical=_is_identical(comparison)
+    )
+    loose = [changes[name] for name in LOOSE_MEASURES if name in changes and name != chosen]
+    remarks = (
+        *verdict.remarks,
+        *loose_remarks(verdict.outcome, loose),
+        *remarks_of(comparison, changes[chosen], distinct_rows, training),
+    )
+    verdict = replace(verdict, remarks=tuple(sorted(remarks, key=lambda remark: ORDER.index(remark.severity))))
+    return replace(verdict, sentence=_with_reservations(verdict), next_command=next_command(verdict, run))
+
+
+def measured_changes(comparison: Comparison, scoring: AnswerScoring) -> dict[str, MeasuredChange]:
+    """Every measure that both models have on the same footing."""
+    whole = comparison.whole
+    base, adapter = whole.models[BASE], whole.models[ADAPTER]
+    return {
+        name: MeasuredChange(
+            name,
+            base[name],
+            adapter[name],
+            whole.intervals.get(name),
+            whole.rows,
+            comparison.confidence,
+            _is_lower_better(name, scoring),
+        )
+        for name in whole.delta
+    }
+
+
+def _is_lower_better(measure: str, scoring: AnswerScoring) -> bool:
+    return scoring.own[measure].lower_is_better if measure in scoring.own else measure in LOWER_IS_BETTER
+
+
+def _unknown_measure(chosen: str, changes: Mapping[str, MeasuredChange]) -> str:
+    close = nearest(chosen, sorted(changes))
+    hint = f" Did you mean {close}?" if close else ""
+    there = ", ".join(changes)
+    return f"evaluation.decide_by: '{chosen}' is not measured for both on these rows; there are: {there}.{hint}"
+
+
+def _is_identical(comparison: Comparison) -> bool:
+    """Whether no row's loss moved."""
+    return LOSS in comparison.whole.delta and not comparison.improved and not comparison.worsened
+
+
+def _with_reservations(verdict: Verdict) -> str:
+    """The sentence, with what it may not leave out where it says that something is better."""
+    if verdict.outcome != "better":
+        return verdict.sentence
+    but = [remark.but for remark in verdict.remarks if remark.severity in ("problem", "warning") and remark.but]
+    return f"{verdict.sentence.removesuffix('.')}; but {', and '.join(but)}." if but else verdict.sentence
+
+
+def next_command(verdict: Verdict, run: str) -> str:
+    """What to type next; empty for what is no run, which only this command can name."""
+    if not run:
+        return ""
+    name = shlex.quote(run)
+    codes = {remark.code for remark in verdict.remarks}
+    if verdict.outcome == "inconclusive" and "decide_by=" in verdict.decide:
+        measure = verdict.decide.partition("decide_by=")[2].partition(" ")[0]
+        return f"training-lens compare --run {name} evaluation.decide_by={measure}"
+    if verdict.outcome == "inconclusive" or (verdict.outcome == "better" and "thin_evidence" in codes):
+        return f"training-lens compare --run {name} data.validation=FILE"
+    if verdict.severity in ("problem", "warning") or verdict.outcome == "no difference":
+        return f"training-lens report {name} --kind diagnostic"
+    return f"training-lens merge --run {name}"

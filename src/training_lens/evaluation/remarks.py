@@ -1,0 +1,163 @@
+"""What to know beside a verdict: thin evidence, prompts that are not used, answers that do not end, domains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from training_lens.evaluation.comparison import ADAPTER, BASE, Comparison, Control, Group
+from training_lens.evaluation.controls import SHUFFLED_PROMPTS
+from training_lens.evaluation.endings import Endings
+from training_lens.evaluation.training_record import TrainingRecord
+from training_lens.evaluation.verdict import (
+    THIN_ROWS,
+    MeasuredChange,
+    Outcome,
+    Remark,
+    Severity,
+    count_rows,
+    name_measure,
+)
+
+HARDLY_READ = 0.05  # of the loss: what the wrong prompt costs an adapter that answers whatever is asked
+OFTEN, SOMETIMES = 0.2, 0.05  # shares of the answers that are a problem, and worth a warning
+OUTCOMES: tuple[Outcome, ...] = ("better", "worse", "no difference", "inconclusive")
+RIGHT_ALREADY = ("numeric", "json_fields", "exact_match")
+
+
+def remarks_of(
+    comparison: Comparison, deciding: MeasuredChange, distinct_rows: int, training: TrainingRecord | None
+) -> Iterator[Remark]:
+    """All that the evidence tells besides the verdict, in the order in which it is printed.
+
+    Args:
+        deciding: the measure that decides the verdict, over all rows.
+        distinct_rows: rows that differ from each other: repeated ones are no further evidence.
+        training: of the run whose adapter is judged.
+    """
+    if shuffled := comparison.controls.get(SHUFFLED_PROMPTS):
+        yield prompt_remark(shuffled)
+    for name, endings in comparison.endings.items():
+        if name == ADAPTER or comparison.is_of_two_runs:
+            yield from ending_remarks(endings, comparison.endings.get(BASE), comparison.subject(name))
+    if distinct_rows < THIN_ROWS or distinct_rows < comparison.whole.rows:
+        yield from row_remarks(comparison.whole.rows, distinct_rows)
+    yield from domain_remarks(comparison.by_domain, deciding)
+    yield from base_remarks(comparison.whole, comparison.is_of_two_runs)
+    if training is not None:
+        yield from memory_remarks(training, comparison.whole)
+
+
+def loose_remarks(outcome: Outcome, measures: Sequence[MeasuredChange]) -> Iterator[Remark]:
+    """Answers that are further from the right ones, where the verdict is not that anyway; by the first that says so."""
+    worse = next((change for change in measures if change.outcome() == "worse"), None)
+    if worse is not None and outcome != "worse":
+        by = name_measure(worse.measure)
+        sentence = f"Its answers are further from the right ones by {by}: {worse.words()}."
+        yield Remark("other_measure", "warning", sentence, f"its answers are worse by {by}")
+
+
+def prompt_remark(control: Control) -> Remark:
+    """Whether the adapter uses its prompt: what its loss becomes with the prompts of other rows."""
+    loss, change = control.adapter["loss"], control.delta["loss"]
+    between = control.intervals.get("loss")
+    said = f"with the prompts of other rows its loss is {loss + change:.4f}, {change:+.4f}"
+    if between is None:
+        return Remark("prompt_unknown", "note", f"Whether it uses its prompt is not known: {said} (no interval).")
+    said += f" ({between[0]:+.4f} to {between[1]:+.4f})"
+    little = HARDLY_READ * abs(loss)
+    if between[0] > 0 and between[1] >= little:
+        return Remark("prompt_used", "fine", f"It uses its prompt: {said}.")
+    if between[1] < little:
+        how, code = ("hardly uses", "prompt_hardly_used") if between[0] > 0 else ("ignores", "prompt_ignored")
+        sentence = f"It {how} its prompt: {said}; so it has learned how answers look, and not what is asked."
+        return Remark(code, "warning" if between[0] > 0 else "problem", sentence, f"it {how} its prompt")
+    return Remark("prompt_unknown", "note", f"Whether it uses its prompt cannot be told from these rows: {said}.")
+
+
+def ending_remarks(endings: Endings, base: Endings | None, subject: str) -> Iterator[Remark]:
+    """Answers that the model does not end, and those that repeat themselves.
+
+    Args:
+        base: of the model that it is held against.
+        subject: whose answers they are: 'the adapter', or a run's name.
+    """
+    of = f"of {endings.answers} answers of {subject}"
+    if endings.unended:
+        base_too = f" (its base: {base.unended})" if base and base is not endings else ""
+        sentence = (
+            f"{endings.unended} {of} do not end within {endings.room} tokens, where the longest right answer has "
+            f"{endings.longest}{base_too}. training-lens validate shows whether end tokens are learned."
+        )
+        severity = _severity(endings.unended, endings.answers)
+        yield Remark("never_ends", severity, sentence, f"{endings.unended} {of} do not end")
+    if endings.looping:
+        sentence = f"{endings.looping} {of} repeat the same tokens again and again."
+        yield Remark("loops", _severity(endings.looping, endings.answers), sentence, f"{endings.looping} {of} loop")
+    if endings.cut_short:
+        sentence = (
+            f"{endings.cut_short} {of} were cut at {endings.room} tokens, which right answers need, too: whether they "
+            "would end is not known (evaluation.max_new_tokens)."
+        )
+        yield Remark("cut_short", "note", sentence)
+
+
+def _severity(count: int, answers: int) -> Severity:
+    share = count / answers
+    return "problem" if share > OFTEN else "warning" if share > SOMETIMES else "note"
+
+
+def row_remarks(rows: int, distinct: int) -> Iterator[Remark]:
+    """Too few rows, or the same ones again."""
+    if distinct < rows:
+        sentence = (
+            f"Only {distinct} of the {count_rows(rows)} differ from each other: repeated rows are no further evidence, "
+            "and make intervals too narrow."
+        )
+        yield Remark("repeated_rows", "warning", sentence)
+    if distinct < THIN_ROWS:
+        sentence = (
+            f"Thin evidence: {count_rows(distinct)}. An interval from fewer than {THIN_ROWS} is itself unsure; judge "
+            "on more (data.validation=FILE)."
+        )
+        yield Remark("thin_evidence", "warning", sentence)
+
+
+def domain_remarks(groups: Mapping[str, Group], deciding: MeasuredChange) -> Iterator[Remark]:
+    """Domains that part: better on one, and not on another."""
+    found = {name: _group_change(group, deciding) for name, group in groups.items()}
+    outcomes = {name: change.outcome() for name, change in found.items() if change is not None}
+    seen = set(outcomes.values())
+    if len(seen) > 1 and seen & {"better", "worse"}:
+        by_outcome = {said: [name for name, outcome in outcomes.items() if outcome == said] for said in OUTCOMES}
+        parts = [f"{said} on {', '.join(names)}" for said, names in by_outcome.items() if names]
+        yield Remark("domains_part", "warning" if "worse" in seen else "note", f"By domain: {'; '.join(parts)}.")
+
+
+def _group_change(group: Group, deciding: MeasuredChange) -> MeasuredChange | None:
+    measure = deciding.measure
+    before, after = (group.models.get(name, {}).get(measure) for name in (BASE, ADAPTER))
+    if before is None or after is None:
+        return None
+    return replace(deciding, before=before, after=after, interval=group.intervals.get(measure), rows=group.rows)
+
+
+def base_remarks(whole: Group, is_of_two_runs: bool) -> Iterator[Remark]:
+    """A base that answers all rows right leaves nothing to gain."""
+    base = {} if is_of_two_runs else whole.models.get(BASE, {})
+    perfect = next((name for name in RIGHT_ALREADY if base.get(name) == 1.0), None)
+    if perfect:
+        by = name_measure(perfect)
+        sentence = f"The base gives every right answer already ({by} 100.0%): these rows can show no gain by it."
+        yield Remark("base_perfect", "note", sentence)
+
+
+def memory_remarks(training: TrainingRecord, whole: Group) -> Iterator[Remark]:
+    """Training rows that were learned by heart, while these rows gained nothing."""
+    loss, base = whole.models[ADAPTER]["loss"], whole.models[BASE]["loss"]
+    if training.is_far_under(loss) and (training.rises() or loss >= base):
+        sentence = (
+            f"Its training rows were learned by heart: their loss is {training.late_train_loss:.4f} at the end, and "
+            f"that of these rows {loss:.4f}. Fewer epochs, a lower rate, or more rows."
+        )
+        yield Remark("memorized", "warning", sentence, "its training rows were learned by heart")

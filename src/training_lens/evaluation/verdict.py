@@ -1,0 +1,260 @@
+"""What a comparison comes to: a sentence that says no more than its evidence, what to know beside it, what is next.
+
+Pure: measures come in as values. The same verdict stands at the head of `compare`, in reports and at the end of
+training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+Outcome = Literal["better", "worse", "no difference", "inconclusive"]
+Severity = Literal["problem", "warning", "note", "fine"]
+Interval = tuple[float, float]
+
+SEVERITIES: Mapping[Outcome, Severity] = {
+    "better": "fine",
+    "no difference": "note",
+    "inconclusive": "note",
+    "worse": "problem",
+}
+ORDER: tuple[Severity, ...] = ("problem", "warning", "note", "fine")
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_token", "bits_per_byte", "forward_kl")
+PERCENT_MEASURES = (
+    *("token_accuracy", "exact_match", "token_f1", "rouge1", "rouge2", "rougeL"),
+    *("json_valid", "json_fields", "numeric"),
+)
+SET_SCORES = ("bleu", "chrf")  # from 0 to 100
+
+# What is less than this matters to nobody, and an interval within it tells that there is no difference.
+LEAST_CHANGE = 0.01  # of the value before
+LEAST_SHARE, LEAST_SET_SCORE = 0.02, 1.0
+ADAPTER_NAME = "the adapter"  # needs no naming where it is the subject
+THIN_ROWS = 30  # below it, an interval from resampled rows is itself unsure
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something to know beside the verdict; `code` is for programs, `but` what a headline may not leave out."""
+
+    code: str
+    severity: Severity
+    sentence: str
+    but: str = ""
+
+
+@dataclass(frozen=True)
+class MeasuredChange:
+    """One measure of two models on the same rows; `change` is after minus before, `interval` that of the change."""
+
+    measure: str
+    before: float
+    after: float
+    interval: Interval | None
+    rows: int
+    confidence: float = 0.95
+    lower_is_better: bool = True
+
+    @property
+    def change(self) -> float:
+        return self.after - self.before
+
+    @property
+    def margin(self) -> float:
+        """The change that is too small to matter."""
+        if self.measure in PERCENT_MEASURES:
+            return LEAST_SHARE
+        return LEAST_SET_SCORE if self.measure in SET_SCORES else LEAST_CHANGE * abs(self.before)
+
+    @property
+    def least_rows(self) -> int:
+        """With fewer, even a change of the same sign in every row could be chance (sign test): 6 at 95 %."""
+        return math.ceil(1 - math.log2(1 - self.confidence))
+
+    def outcome(self) -> Outcome:
+        """By where the interval lies: beyond zero, within the margin, or neither."""
+        if self.interval is None or self.rows < self.least_rows:
+            return "inconclusive"
+        low, high = self._gain()
+        if -self.margin <= low and high <= self.margin:
+            return "no difference"
+        return "better" if low > 0 else "worse" if high < 0 else "inconclusive"
+
+    def _gain(self) -> Interval:
+        """The interval, so turned that more is better; where no row differs, as wide as so many rows allow."""
+        assert self.interval is not None
+        low, high = self.interval
+        if low == high and self.measure in PERCENT_MEASURES:
+            low, high = low - 3 / self.rows, high + 3 / self.rows  # the rule of three
+        return (-high, -low) if self.lower_is_better else (low, high)
+
+    def rows_needed(self) -> int | None:
+        """About how many rows would tell, if the change stays as it is; None where that is beyond reason."""
+        if self.interval is None or self.change == 0:
+            return None
+        half = (self.interval[1] - self.interval[0]) / 2
+        needed = self.rows * (half / max(abs(self.change), self.margin)) ** 2
+        return math.ceil(needed) if self.rows < needed < 1e6 else None
+
+    def words(self) -> str:
+        """'loss 2.9394 against 7.1036, a change of -4.1642 (95% interval -4.3148 to -4.0262)'."""
+        between = (
+            f" ({self.confidence:.0%} interval {self.format(self.interval[0], '+')} to "
+            f"{self.format(self.interval[1], '+')})"
+            if self.interval
+            else " (no interval)"
+        )
+        return f"{self.format(self.after)} against {self.format(self.before)}, {self.format(self.change, '+')}{between}"
+
+    def format(self, value: float, sign: str = "") -> str:
+        return format_measure(self.measure, value, sign)
+
+
+def format_measure(measure: str, value: float, sign: str = "") -> str:
+    """A measure's value as people read it: shares in percent, all else as it is."""
+    if measure in PERCENT_MEASURES:
+        return f"{value:{sign}.1%}"
+    return f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign}.4g}"
+
+
+def name_measure(measure: str) -> str:
+    return measure.replace("_", " ")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to "is it better?".
+
+    `basis`: `comparison` (rows judged one by one, with an interval) or `training` (means of the run's validation).
+    `measure`, `change`, `interval` and `rows` are those that decide; `decide` is what would settle an inconclusive one;
+    `next_command` can be typed as it is.
+    """
+
+    outcome: Outcome
+    sentence: str
+    basis: Literal["comparison", "training"]
+    measure: str | None = None
+    change: float | None = None
+    interval: Interval | None = None
+    rows: int = 0
+    remarks: tuple[Remark, ...] = ()
+    decide: str = ""
+    next_command: str = ""
+
+    @property
+    def severity(self) -> Severity:
+        """The gravest of the outcome and of remarks that warn: `fine` only where nothing speaks against it."""
+        warnings = (remark.severity for remark in self.remarks if remark.severity in ("problem", "warning"))
+        return min((SEVERITIES[self.outcome], *warnings), key=ORDER.index)
+
+    def lines(self) -> list[str]:
+        """What is printed: the sentence, what to know beside it, what would decide, the next command."""
+        lines = [self.sentence, *(f"- {remark.sentence}" for remark in self.remarks)]
+        lines += [f"- What would decide: {self.decide}"] if self.decide else []
+        return [*lines, f"Next: {self.next_command}"] if self.next_command else lines
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "interval": list(self.interval) if self.interval else None, "severity": self.severity}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Verdict:
+        """The verdict that `as_json` gave.
+
+        Raises:
+            KeyError, TypeError: the values are no verdict.
+        """
+        remarks = tuple(Remark(**remark) for remark in values["remarks"])
+        interval = (float(values["interval"][0]), float(values["interval"][1])) if values["interval"] else None
+        fields = {name: value for name, value in values.items() if name != "severity"}
+        return cls(**{**fields, "remarks": remarks, "interval": interval})
+
+
+def judge_changes(
+    deciding: MeasuredChange,
+    others: Sequence[MeasuredChange],
+    names: tuple[str, str],
+    *,
+    is_chosen: bool = False,
+    is_identical: bool = False,
+) -> Verdict:
+    """The verdict by one measure, held against others that answers are scored by.
+
+    Where the user chose no measure and another one says the opposite of the loss, nobody but the user can tell which
+    counts: inconclusive. A measure that the user chose decides, and those that say the opposite are named beside it.
+
+    Args:
+        deciding: the loss, or the measure that the user chose.
+        others: scores of answers.
+        names: what is judged, and what it is held against: ("the adapter", "its base").
+        is_chosen: whether the user chose the deciding measure.
+        is_identical: whether both give every supervised token the same probability.
+    """
+    outcome = "no difference" if is_identical else deciding.outcome()
+    verdict = Verdict(
+        outcome,
+        _sentence(outcome, deciding, names, is_identical),
+        "comparison",
+        deciding.measure,
+        deciding.change,
+        deciding.interval,
+        deciding.rows,
+        decide=_what_decides(deciding) if outcome == "inconclusive" else "",
+    )
+    opposite = [other for other in others if {outcome, other.outcome()} == {"better", "worse"}]
+    if opposite and not is_chosen:
+        return _disagreement(verdict, deciding, opposite[0], names)
+    remarks = [_opposite_remark(other) for other in opposite]
+    remarks += [_agreement_remark(other) for other in others if other.outcome() == outcome in ("better", "worse")][:1]
+    return replace(verdict, remarks=tuple(remarks))
+
+
+def _sentence(outcome: Outcome, change: MeasuredChange, names: tuple[str, str], is_identical: bool) -> str:
+    it, other = names
+    by = f"by {name_measure(change.measure)}"
+    rows = f"on {count_rows(change.rows)}"
+    if is_identical:
+        return f"No difference: {it} and {other} give every supervised token the same probability, {rows}."
+    if outcome == "no difference":
+        return f"No difference that matters between {it} and {other} {by}: {change.words()}, {rows}."
+    if outcome == "inconclusive":
+        return f"Inconclusive: these rows do not tell {it} from {other} {by}: {change.words()}, {rows}."
+    said = f"{outcome.capitalize()} than {other}" if it == ADAPTER_NAME else f"{it} is {outcome} than {other}"
+    return f"{said} {by}: {change.words()}, {rows}."
+
+
+def _what_decides(change: MeasuredChange) -> str:
+    if change.rows < change.least_rows:
+        return f"at least {change.least_rows} rows: with fewer, every row could have changed the same way by chance."
+    if change.interval is None:
+        return "an interval: evaluation.resamples above 0, and more than one row."
+    needed = change.rows_needed()
+    about = f"about {needed:,} rows, if the change stays as it is" if needed else "many more rows"
+    return f"{about} (data.validation=FILE, or a larger evaluation.max_examples)."
+
+
+def _disagreement(verdict: Verdict, change: MeasuredChange, other: MeasuredChange, names: tuple[str, str]) -> Verdict:
+    first, second = verdict.outcome, other.outcome()
+    sentence = (
+        f"Inconclusive: {names[0]} is {first} than {names[1]} by {name_measure(change.measure)} ({change.words()}), "
+        f"but {second} by {name_measure(other.measure)} ({other.words()}), on {count_rows(change.rows)}."
+    )
+    choices = f"evaluation.decide_by={other.measure} or evaluation.decide_by={change.measure}"
+    decide = f"which of the two counts for you: {choices}."
+    return replace(verdict, outcome="inconclusive", sentence=sentence, decide=decide)
+
+
+def _opposite_remark(other: MeasuredChange) -> Remark:
+    outcome = other.outcome()
+    severity: Severity = "warning" if outcome == "worse" else "note"
+    return Remark("other_measure", severity, f"By {name_measure(other.measure)} it is {outcome}: {other.words()}.")
+
+
+def _agreement_remark(other: MeasuredChange) -> Remark:
+    return Remark("other_measure", "fine", f"So it is by {name_measure(other.measure)}: {other.words()}.")
+
+
+def count_rows(rows: int) -> str:
+    return f"{rows:,} row" if rows == 1 else f"{rows:,} rows"
