@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from training_lens.cli.common import Screen
-from training_lens.cli.judgement import show_controls, show_samples, show_whole
+from training_lens.cli.judgement import show_example, show_verdict
 from training_lens.config.judging_sections import EvaluationSection
 from training_lens.evaluation.judging import Judge
 from training_lens.inference.rows import validation_examples
@@ -24,7 +24,7 @@ def main() -> None:
     run = find_run("latest", "outputs", "default", finished=True)
     judge = Judge(open_run(run), EvaluationSection(), Progress())
     judgement = judge.compare(validation_examples(run, judge.session))
-    for show in (show_whole, show_controls, show_samples):  # some of the tables: the picture is for one page
+    for show in (show_verdict, show_example):  # what compare begins with; its tables need a page
         show(Screen(console, as_json=False), judgement)
     console.save_svg(str(Path(__file__).parents[1] / "docs" / "demo.svg"), title="make demo")
 

@@ -23,6 +23,7 @@ from training_lens.core import tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord
 from training_lens.errors import ConfigurationError
+from training_lens.evaluation.verdict import Verdict
 from training_lens.utils.pages import Beside, Picture, Table
 
 Record = Callable[..., Recording]
@@ -91,7 +92,8 @@ def test_the_executive_report_answers_five_questions(recording: Recording) -> No
 
 def test_a_run_without_faults_is_told_so_and_what_would_decide_the_rest(recording: Recording) -> None:
     report = StandardReports(_analysis(recording, FINE, UNKNOWN)).executive()
-    assert "Fine: nothing wrong was found" in report.markdown()
+    assert "Fine: Better than its base, as far as the validation loss tells" in report.markdown()
+    assert "worst finding: nothing wrong was found" in report.markdown()
     assert "1 of 2 questions could not be answered" in report.markdown()
     assert report.values["next"] == ["The rank is not known: a rank check."]
 
@@ -99,8 +101,48 @@ def test_a_run_without_faults_is_told_so_and_what_would_decide_the_rest(recordin
 def test_a_run_of_which_nothing_is_known_is_not_called_fine(recording: Recording) -> None:
     analysis = _analysis(recording, UNKNOWN, UNKNOWN)
     words = StandardReports(analysis).executive().markdown()
-    assert "Note: too little was captured to tell anything" in words and "Fine:" not in words
+    assert "Note: Better than its base, as far as the validation loss tells" in words and "Fine:" not in words
     assert three_lines(analysis)[2] == "nothing wrong found; 2 of 2 questions could not be answered"
+
+
+def test_nothing_is_said_of_an_adapter_of_which_no_loss_is_known(record: Record) -> None:
+    words = StandardReports(_analysis(record({}), UNKNOWN)).executive().markdown()
+    assert "Note: too little was captured to tell anything" in words and "Fine:" not in words
+    assert "Note: nothing wrong was found" in StandardReports(_analysis(record({}), FINE)).executive().markdown()
+
+
+@pytest.mark.parametrize(
+    ("judged", "severity"),
+    [([2.9, 3.4], "Problem: Worse than its base"), ([2.9, 2.89], "Note: No difference that matters")],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_report_is_fine_where_validation_is_not(
+    judged: list[float], severity: str, kind: str, record: Record, tmp_path: Path
+) -> None:
+    before, after = judged
+    losses = {"loss": [np.nan, after], "base_loss": [before, np.nan]}
+    analysis = _analysis(record({tables.EVALUATION: ([0, 5], losses)}), FINE)
+    words = StandardReports(analysis).write(tmp_path, kind, "md").read_text(encoding="utf-8")
+    assert severity in words and "**Fine:" not in words
+    assert severity.split(": ")[1] in three_lines(analysis)[2]
+
+
+@pytest.mark.parametrize(("steps", "title"), [(10, "Problem: Worse than its base by loss"), (20, "Fine: Better than")])
+def test_what_compare_found_stands_over_validation_unless_the_run_has_gone_on(
+    steps: int, title: str, recording: Recording
+) -> None:
+    compared = Verdict("worse", "Worse than its base by loss: 3 against 2.", "comparison", "loss", rows=200)
+    for folder in ("reports", "metadata"):
+        (recording.folder / folder).mkdir(parents=True)
+    report = {"steps": 10, "verdict": compared.as_json()}
+    (recording.folder / "reports/compare.json").write_text(json.dumps(report))
+    (recording.folder / "metadata/summary.json").write_text(json.dumps({"steps": steps}))
+    report = StandardReports(_analysis(recording, FINE)).executive()
+    assert title in report.markdown()
+    found = report.values["verdict"]
+    assert isinstance(found, dict) and found["outcome"] == ("worse" if steps == 10 else "better")
+    (recording.folder / "reports/compare.json").write_text('{"verdict": {"outcome": "fine"}}')
+    assert "Fine: Better than" in StandardReports(_analysis(recording, FINE)).executive().markdown()
 
 
 def test_a_run_that_did_not_learn_is_told_so(record: Record) -> None:

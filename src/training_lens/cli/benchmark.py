@@ -16,6 +16,7 @@ from training_lens.cli.common import (
     load_config,
     refuse_unused,
 )
+from training_lens.cli.judgement import send_to_trackers
 from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def benchmark(
         write_json(found.reports / "benchmark.json", report.as_json())
         write_benchmark_page(found.reports / "benchmark.html", report)
         show(screen, report)
+        send_to_trackers(found, "benchmark", report.as_json())
         screen.console.print(
             f"\nsaved in {found.reports}: benchmark.json, benchmark.html", markup=False, soft_wrap=True
         )

@@ -20,6 +20,9 @@ from training_lens.cli.common import (
 from training_lens.cli.judgement import USED, finish, opened, refuse_base_only
 from training_lens.cli.preflight import check_own_model
 
+BaseOf = Annotated[
+    str | None, typer.Option("--run", metavar="RUN", help="The base of this run, on its validation rows.")
+]
 Base = Annotated[bool, typer.Option("--base", help="Judge the base model under the adapter.")]
 
 
@@ -46,16 +49,23 @@ def evaluate(
 
 def baseline(
     overrides: Overrides = None,
+    run: BaseOf = None,
     config: ConfigFile = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Evaluate a base model before any training, on the rows that a config would validate on.
 
-    Examples: training-lens baseline model.id=PATH data.validation=test.jsonl; training-lens baseline --config my.yaml
+    Examples: training-lens baseline model.id=PATH data.validation=test.jsonl; training-lens baseline --config my.yaml;
+    training-lens baseline --run RUN
     """
     with command(json, debug) as screen:
         refuse_base_only(overrides)
+        if run is not None:
+            settings = load_adapter_config(config, overrides, run, USED)
+            judge, examples, folder = opened(screen, settings)
+            finish(screen, judge.alone(examples, base=True), judge, folder, "baseline")
+            return
         used = ("evaluation.", "data.", "model.", "output.", "training.seed")
         refuse_unused(overrides, used, "baseline judges model.id alone, before any training.")
         settings = load_config(config, overrides, {"inference": {"adapter": "none"}})

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
     from training_lens.data.types import Example
     from training_lens.evaluation.judging import BrokenAdapterError, Judge, Judgement, Outcome
+    from training_lens.utils.runs import RunFolder
 
 SHOWN = 3
 NAME_WIDTH = 18  # characters of a row's name that no table folds
+NAMES = {"evaluation": "evaluate", "evaluation-of-base": "evaluate_base"}  # of reports, in trackers
 USED = ("evaluation.", "data.validation", "inference.adapter", "inference=")
 
 
@@ -62,7 +64,17 @@ def finish(screen: Screen, judgement: Judgement, judge: Judge, folder: Path, nam
     show_example(screen, judgement)
     show(screen, judgement)
     screen.console.print(f"\nsaved as {folder / name}.{{json,md,csv}}", markup=False, soft_wrap=True)
+    send_to_trackers(judge.run, name, report)
     screen.result(report)
+
+
+def send_to_trackers(run: RunFolder | None, name: str, report: dict[str, Any]) -> None:
+    """A result joins its run's journal, and from there its trackers; that of no run has nowhere to go."""
+    from training_lens.integrations.evaluations import record_evaluation, send_evaluations
+
+    if run is not None:
+        record_evaluation(run, NAMES.get(name, name), report)
+        send_evaluations(run)
 
 
 def about(judge: Judge) -> dict[str, Any]:

@@ -178,7 +178,7 @@ class Judge:
         )
 
     def _with_verdict(self, judged: Judgement, scoring: AnswerScoring) -> Judgement:
-        run = self._run
+        run = self.run
         verdict = judge_comparison(
             judged.comparison,
             scoring,
@@ -192,10 +192,11 @@ class Judge:
     @property
     def trained_steps(self) -> int | None:
         """After how many steps the run whose adapter is judged had ended; None for what is no run."""
-        return int(self._run.read_metadata("summary.json").get("steps", 0)) if self._run else None
+        return int(self.run.read_metadata("summary.json").get("steps", 0)) if self.run else None
 
     @property
-    def _run(self) -> RunFolder | None:
+    def run(self) -> RunFolder | None:
+        """The run whose adapter is judged; None for a bare adapter or base."""
         return RunFolder(Path(self.session.source)) if is_run_folder(self.session.source) else None
 
     def _tasks(self, *, base: bool = False) -> TaskScores:

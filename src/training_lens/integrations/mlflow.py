@@ -98,6 +98,9 @@ class MlflowIntegration(Tracker):
             self._client.log_batch(self._id, metrics=batch)
             for metric in batch:
                 self._steps[metric.key].add(metric.step)
+        for record in records:
+            if record.verdict:
+                self._client.set_tag(self._id, f"training_lens.{record.values['name']}.verdict", record.verdict)
         if any(record.kind == "samples" for record in records):
             self._table("samples.json", _sample_rows(read_metrics(self.run.folder.samples)))
 

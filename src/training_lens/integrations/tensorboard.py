@@ -93,7 +93,8 @@ class TensorBoardIntegration(Tracker):
             return [_histogram(f"{GROUPS[kind]}/{name}", h) for kind in GROUPS for name, h in found[kind].items()]
         if record.kind == "samples":
             return self._samples(record.values)
-        return [_scalar(tag, value) for tag, value in record.scalars.items()]
+        verdict = [_text(f"{record.values['name']}/verdict", verbatim(record.verdict))] if record.verdict else []
+        return [*verdict, *(_scalar(tag, value) for tag, value in record.scalars.items())]
 
     def _samples(self, values: Mapping[str, Any]) -> list[Any]:
         """One table, in which the base's answers stand beside the adapter's."""

@@ -29,8 +29,8 @@ from training_lens.core.integration import Cursor, Integration
 from training_lens.integrations.record import RunRecord
 from training_lens.utils.journals import Entry, JournalReader, Position
 
-BATCH = {"metrics": 512, "samples": 64, "histograms": 8}  # lines of each journal to a call of `log`
-Kind = Literal["step", "base", "validation", "samples", "histograms"]
+BATCH = {"metrics": 512, "samples": 64, "histograms": 8, "evaluations": 64}  # lines of each journal to a call of `log`
+Kind = Literal["step", "base", "validation", "samples", "histograms", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Record:
     """Something that happened after so many steps; `values` is the line of the run's journal.
 
     `step`, `base` (the base model's validation, at step 0) and `validation` are lines of logs/metrics.jsonl;
-    `samples` of logs/samples.jsonl; `histograms` of logs/histograms.jsonl.
+    `samples` of logs/samples.jsonl; `histograms` of logs/histograms.jsonl; `evaluation` of logs/evaluations.jsonl, what
+    evaluate, compare or benchmark measured after the training.
     """
 
     kind: Kind
@@ -67,7 +68,14 @@ class Record:
             return found | {
                 f"validation_files/loss_{Path(file).name}": loss for file, loss in values["by_file"].items()
             }
+        if self.kind == "evaluation":
+            return {f"{values['name']}/{name}": value for name, value in values["scalars"].items()}
         return {}
+
+    @property
+    def verdict(self) -> str:
+        """Of a comparison, its sentence; else empty."""
+        return str((self.values.get("verdict") or {}).get("sentence", ""))
 
 
 class Tracker(Integration):
@@ -154,7 +162,7 @@ class Tracker(Integration):
     def _record(self, journal: str, entry: Entry) -> Record | None:
         """What a line tells the tracker; None of a step that is not due."""
         every = self.run.config.training.logging_steps
-        kind: Kind = entry.values["kind"] if journal == "metrics" else journal  # type: ignore[assignment]
+        kind: Kind = entry.values.get("kind", journal)
         if kind == "step" and entry.step % every and entry.step != 1:
             return None
         return Record(kind, entry.step, entry.values)
@@ -162,7 +170,12 @@ class Tracker(Integration):
     def _at(self, kept: Mapping[str, Any]) -> dict[str, JournalReader]:
         """Readers of the journals, from where they were remembered."""
         folder, positions = self.run.folder, kept.get("positions", {})
-        paths = {"metrics": folder.metrics, "samples": folder.samples, "histograms": folder.histograms}
+        paths = {
+            "metrics": folder.metrics,
+            "samples": folder.samples,
+            "histograms": folder.histograms,
+            "evaluations": folder.evaluations,
+        }
         return {name: JournalReader(path, Position(*positions.get(name, ()))) for name, path in paths.items()}
 
     def _remember(self, **more: str) -> None:

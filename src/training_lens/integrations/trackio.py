@@ -108,6 +108,10 @@ def _shown(record: Record) -> Mapping[str, Any]:
             for of, modules in record.values["histograms"].items()
             for module, bins in modules.items()
         }
+    if record.verdict:
+        from trackio import Markdown
+
+        return {**record.scalars, f"{record.values['name']}/verdict": Markdown(record.verdict)._to_dict()}
     return record.scalars
 
 

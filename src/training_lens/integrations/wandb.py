@@ -23,7 +23,7 @@ from training_lens.integrations.tracker import BATCH, Record, Tracker
 from training_lens.integrations.wandb_media import artifacts, lens, row
 from training_lens.utils.formatting import said, unstopped
 from training_lens.utils.journals import Entry
-from training_lens.utils.runs import PROCESS
+from training_lens.utils.runs import PROCESS, read_metrics
 
 INIT_SECONDS = 30.0  # for the first answer of the server
 REFUSED = re.compile(r"error 40[13]\b")  # HTTP: the key is wrong, or has no right to write there
@@ -116,6 +116,12 @@ class WandBIntegration(Tracker):
         count = len(self._held) if before is None else sum(entry.step < before for _, entry in self._held)
         taken, self._held = self._held[:count], self._held[count:]
         return taken
+
+    def _end(self) -> str:
+        """Another end after each evaluation: what was sent counts once W&B has finished the run again."""
+        evaluations = self.run.folder.evaluations
+        lines = len(read_metrics(evaluations)) if evaluations.is_file() else 0
+        return f"{super()._end()}-{lines}" if lines else super()._end()
 
     def _remember(self, **more: Any) -> None:
         """Only what a finished run of W&B holds is sent."""

@@ -34,6 +34,8 @@ def row(records: Sequence[Record]) -> dict[str, Any]:
             values |= dict(_histograms(record.values["histograms"]))
         elif record.kind in ("base", "validation"):
             values["validation_table"] = _losses(record)
+        elif record.verdict:
+            values[f"{record.values['name']}/verdict"] = record.verdict
     return values
 
 

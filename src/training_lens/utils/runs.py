@@ -99,6 +99,10 @@ class RunFolder:
         return self.logs / "histograms.jsonl"
 
     @property
+    def evaluations(self) -> Path:
+        return self.logs / "evaluations.jsonl"
+
+    @property
     def tracking(self) -> Path:
         return self.root / "tracking"
 

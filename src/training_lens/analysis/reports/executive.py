@@ -82,7 +82,9 @@ def _judged_callout(judged: Verdict, worst: Finding | None, findings: Sequence[F
         "worst finding": f"{in_short(worst)} {worst.action or worst.decide}" if worst else "nothing wrong was found",
         "not known": _unanswered(findings),
     }
-    return Callout(judged.severity, judged.sentence, tuple((name, words) for name, words in facts.items() if words))
+    blind = bool(findings) and all(finding.confidence == "could not tell" for finding in findings)
+    severity = "note" if blind and judged.severity == "fine" else judged.severity
+    return Callout(severity, judged.sentence, tuple((name, words) for name, words in facts.items() if words))
 
 
 def _unanswered(findings: Sequence[Finding]) -> str:
@@ -158,6 +160,6 @@ def _ending(findings: Sequence[Finding], judged: Verdict | None) -> str:
         return f"problem: {judged.sentence}"
     if worst is None:
         doubt = judged.sentence if judged is not None and judged.outcome != "better" else ""
-        return "; ".join(filter(None, ("nothing wrong found in what was captured", _unanswered(findings), doubt)))
+        return "; ".join(filter(None, ("nothing wrong found", _unanswered(findings), doubt)))
     where = f" ({shorten(worst.where, LONGEST_PLACE, placeholder=' ...')})" if worst.where else ""
     return f"{worst.severity}: {worst.title}{where}: {worst.action or worst.decide or worst.measured}"

@@ -1,0 +1,83 @@
+"""What was measured of a run after its training, for its trackers: a journal in its folder, then each of them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from training_lens.core.integration import IntegrationManager, IntegrationState
+from training_lens.integrations.configured import asked_for
+from training_lens.integrations.courier import QUIET
+from training_lens.integrations.record import RunRecord
+from training_lens.integrations.tracker import Tracker
+from training_lens.utils.journals import Journal
+from training_lens.utils.logging import get_logger
+from training_lens.utils.runs import RunFolder, read_metrics
+
+logger = get_logger(__name__)
+SIDES = {"base": "base", "adapter": "adapter", "delta": "change"}  # of a report, and their names in trackers
+SPEEDS = ("first_token", "token", "latency")
+LONGEST_WAIT = 30.0  # seconds that a command waits for a tracker; `sync` waits longer
+
+
+def record_evaluation(run: RunFolder, name: str, report: Mapping[str, Any]) -> None:
+    """Add a report to the run's journal of evaluations, logs/evaluations.jsonl.
+
+    Its step is that after which the run ended, and one more for each evaluation since: so trackers that know a value by
+    its step take every one.
+
+    Args:
+        name: of the command and what it judged: evaluate, compare, benchmark.
+        report: what the command's JSON has.
+    """
+    lines = read_metrics(run.evaluations) if run.evaluations.is_file() else []
+    ended = int(run.read_metadata("summary.json").get("steps", 0))
+    step = max([ended, *(line["step"] + 1 for line in lines)])
+    run.logs.mkdir(exist_ok=True)
+    journal = Journal(run.evaluations)
+    journal.open(after=step)
+    verdict = report.get("verdict")
+    scalars = benchmark_scalars(report) if "cells" in report else judged_scalars(report)
+    journal.write({"kind": "evaluation", "step": step, "name": name, "scalars": scalars, "verdict": verdict})
+    journal.close()
+
+
+def judged_scalars(report: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of each model and of their difference: 'adapter/loss', 'change/loss'."""
+    found = {f"{shown}/{key}": value for side, shown in SIDES.items() for key, value in report.get(side, {}).items()}
+    found |= {f"{model}/answers_{key}": value for model, ends in report.get("endings", {}).items()
+              for key, value in ends.items() if key in ("unended", "looping")}  # fmt: skip
+    return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+
+
+def benchmark_scalars(report: Mapping[str, Any]) -> dict[str, float]:
+    """The speeds of each cell that was measured: 'adapter/16x128/tokens_per_second', medians in seconds."""
+    found: dict[str, float] = {}
+    for cell in report["cells"]:
+        if speed := cell["speed"]:
+            place = f"{cell['model']}/{cell['batch_size']}x{cell['prompt_length']}"
+            found[f"{place}/tokens_per_second"] = float(speed["tokens_per_second"])
+            found |= {f"{place}/{name}_seconds": float(speed[name]["p50"]) for name in SPEEDS}
+    return found
+
+
+def send_evaluations(run: RunFolder) -> tuple[IntegrationState, ...]:
+    """Bring the run's trackers up to date, for half a minute at most; what is not sent by then waits for `sync`.
+
+    A tracker class of the user's own is left to `sync`: a run's folder names code, and only commands that are asked to
+    send import it. A run that is training sends by itself.
+    """
+    record = RunRecord(run)
+    if record.status == "running":
+        return ()
+    ours = record.config.resolved(tracking={"custom": {}})
+    trackers = [asked.of(record) for asked in asked_for(ours) if issubclass(asked.integration, Tracker)]
+    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    manager = IntegrationManager(trackers, run.tracking)
+    manager.start()
+    states = manager.finish(min(LONGEST_WAIT, record.config.tracking.wait_seconds))
+    if record.config.tracking.custom:
+        logger.info("trackers of your own get the result by: training-lens sync %s", run.root)
+    return states
