@@ -63,6 +63,20 @@ def test_the_scores_of_an_own_metric_stand_beside_the_others() -> None:
     assert scoring.own["extra_words"].lower_is_better
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decide_by": "exact_mach"}, r"'exact_mach' is no measure; .*Did you mean exact_match\?"),
+        ({"decide_by": "exact_match", "generate": False}, "no measure without answers"),
+    ],
+)
+def test_what_cannot_decide_is_told_before_the_work(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        AnswerScoring.from_settings(EvaluationSection.model_validate(settings))
+    own = EvaluationSection(decide_by="polite", metrics=["my_metrics"])
+    assert list(AnswerScoring.from_settings(own).own) == ["polite", "extra_words"]
+
+
 def test_a_metric_registered_in_python_is_found_by_its_name() -> None:
     @metric("length")
     def length(prediction: str, reference: str) -> float:

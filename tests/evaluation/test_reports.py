@@ -11,7 +11,8 @@ import pytest
 
 from training_lens.config.judging_sections import EvaluationSection
 from training_lens.evaluation.judging import Judge, Judgement
-from training_lens.evaluation.reports import markdown, number, per_row_csv, write_reports
+from training_lens.evaluation.reports import markdown, per_row_csv, write_reports
+from training_lens.evaluation.verdict import format_measure
 from training_lens.inference.rows import validation_examples
 from training_lens.inference.session import open_run
 from training_lens.utils.runs import RunFolder
@@ -34,7 +35,7 @@ def test_the_csv_has_a_line_for_each_row_and_adds_up(judged: Judgement) -> None:
 
 
 def test_markdown_tables_have_equally_many_cells_in_every_line(judged: Judgement) -> None:
-    blocks = [block for block in markdown(judged.comparison).split("\n\n") if block.startswith("|")]
+    blocks = [block for block in markdown(judged).split("\n\n") if block.startswith("|")]
     assert len(blocks) >= 4
     for block in blocks:
         assert len({line.replace("\\|", "").count("|") for line in block.splitlines()}) == 1
@@ -57,4 +58,4 @@ def test_all_three_files_are_written(judged: Judgement, tmp_path: Path) -> None:
     ],
 )
 def test_numbers_are_written_as_people_read_them(measure: str, value: float, sign: str, text: str) -> None:
-    assert number(measure, value, sign) == text
+    assert format_measure(measure, value, sign) == text

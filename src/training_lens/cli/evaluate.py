@@ -40,7 +40,7 @@ def evaluate(
     training-lens evaluate --run ADAPTER_FOLDER model.id=PATH data.validation=test.jsonl evaluation.generate=false
     """
     with command(json, debug) as screen:
-        refuse_base_only(overrides)
+        refuse_base_only(overrides, "evaluation.decide_by")
         settings = load_adapter_config(config, overrides, run, USED)
         judge, examples, folder = opened(screen, settings)
         result = judge.alone(examples, base=base)
@@ -60,7 +60,7 @@ def baseline(
     training-lens baseline --run RUN
     """
     with command(json, debug) as screen:
-        refuse_base_only(overrides)
+        refuse_base_only(overrides, "evaluation.decide_by")
         if run is not None:
             settings = load_adapter_config(config, overrides, run, USED)
             judge, examples, folder = opened(screen, settings)

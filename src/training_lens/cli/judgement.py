@@ -20,11 +20,11 @@ NAMES = {"evaluation": "evaluate", "evaluation-of-base": "evaluate_base"}  # of 
 USED = ("evaluation.", "data.validation", "inference.adapter", "inference=")
 
 
-def refuse_base_only(overrides: list[str] | None) -> None:
-    """Refuse what only a comparison with the base looks at."""
+def refuse_base_only(overrides: list[str] | None, *others: str) -> None:
+    """Refuse what only a comparison with the base looks at, and `others`."""
     from training_lens.errors import ConfigurationError
 
-    if given := [t for t in overrides or [] if t.startswith(("evaluation.controls", "evaluation.forgetting"))]:
+    if given := [t for t in overrides or [] if t.startswith(("evaluation.controls", "evaluation.forgetting", *others))]:
         raise ConfigurationError(f"{', '.join(given)}: only compare, of an adapter with its base, looks at it.")
 
 
@@ -35,12 +35,14 @@ def opened(screen: Screen, settings: TrainingConfig) -> tuple[Judge, list[Exampl
     config's rows, and the reports go to a new folder under the experiment's `evaluations`.
     """
     from training_lens.evaluation.judging import Judge
+    from training_lens.evaluation.metrics import AnswerScoring
     from training_lens.inference.rows import configured_examples, validation_examples
     from training_lens.inference.session import open_session
     from training_lens.utils.progress import Progress
     from training_lens.utils.run_lookup import uses_own_model
     from training_lens.utils.runs import RunFolder, evaluations_folder, new_run_id
 
+    AnswerScoring.from_settings(settings.evaluation)  # what is wrong with it is said before a model is loaded
     session = open_session(settings)
     limit = settings.evaluation.max_examples
     if uses_own_model(settings.inference.adapter):

@@ -94,7 +94,7 @@ class Judge:
     def __init__(self, session: Session, settings: EvaluationSection, progress: Progress | None = None) -> None:
         self.session, self.settings, self.progress = session, settings, progress or Progress()
         self._buckets([1])  # wrong limits are told before the work, not after it
-        AnswerScoring.from_settings(settings)  # so is a metric that is not there
+        self._any_scoring = AnswerScoring.from_settings(settings)  # so is a metric that is not there
 
     def compare(self, examples: Sequence[Example]) -> Judgement:
         """The adapter against its base on these rows, with the controls and the measures of forgetting.
@@ -154,7 +154,7 @@ class Judge:
 
     def _scoring(self, rows: JudgedRows) -> AnswerScoring:
         """How answers are scored: numbers as the right answers of all rows are written, whatever part is judged."""
-        return AnswerScoring.from_settings(self.settings, [rows.references[i] for i in np.flatnonzero(rows.asked)])
+        return self._any_scoring.for_references(rows.asked_references, self.settings.decimal)
 
     def _judgement(
         self, rows: JudgedRows, outcomes: dict[str, Outcome], described: dict[str, str], tasks: dict[str, TaskScores]
@@ -168,9 +168,7 @@ class Judge:
                 comparison,
                 tasks=tasks if self.settings.tasks else {},
                 endings={name: outcome.endings for name, outcome in outcomes.items() if outcome.endings},
-                unscored=scoring.count_unscored([rows.references[i] for i in np.flatnonzero(rows.asked)])
-                if answered
-                else {},
+                unscored=scoring.count_unscored(rows.asked_references) if answered else {},
                 number_reading=scoring.reading if answered else "",
             ),
             rows,
@@ -267,7 +265,7 @@ class Judge:
         texts, reasons = dict.fromkeys(range(len(nothing)), ""), dict.fromkeys(range(len(nothing)), "")
         for place, answer in zip(asked.tolist(), given, strict=True):
             texts[place], reasons[place] = answer.text, answer.finish_reason
-        scores = scored.with_answers([a.text for a in given], [rows.references[i] for i in asked], rows.asked, scoring)
+        scores = scored.with_answers([a.text for a in given], rows.asked_references, rows.asked, scoring)
         return Outcome([*texts.values()], scores, [*reasons.values()], _endings(rows, given, room))
 
     def _controls(self, rows: JudgedRows, adapter: Scored, scoring: AnswerScoring) -> dict[str, Control]:

@@ -18,6 +18,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from training_lens.config.judging_sections import EvaluationSection
+from training_lens.errors import ConfigurationError
 from training_lens.evaluation.numbers import DecimalMark, describe_convention, find_convention, numeric
 from training_lens.evaluation.own_metrics import AnswerMetric, find_metrics
 from training_lens.evaluation.structured import json_fields, json_valid
@@ -28,7 +29,9 @@ from training_lens.evaluation.words import (
     why_unscored,
     word_splitter,
 )
+from training_lens.utils.formatting import nearest
 
+TOKEN_MEASURES = ("loss", "perplexity", "bits_per_token", "bits_per_byte", "token_accuracy")
 # (prediction, reference) -> score from 0 to 1, or None: the metric does not apply to this row.
 RowMetric = Callable[[str, str], float | None]
 
@@ -133,18 +136,24 @@ class AnswerScoring:
     reading: str = ""
 
     @classmethod
-    def from_settings(cls, settings: EvaluationSection, references: Sequence[str] = ()) -> AnswerScoring:
-        """As the settings say; with `evaluation.decimal=auto`, numbers as the references write them.
+    def from_settings(cls, settings: EvaluationSection) -> AnswerScoring:
+        """As the settings say, before any row is known.
 
         Raises:
-            ConfigurationError: a tokenizer's package is missing, or a metric cannot be found.
+            ConfigurationError: a tokenizer's package is missing, a metric cannot be found, or the measure that shall
+                decide is none.
         """
         require_word_tokenizer(settings.word_tokenizer)
+        own = find_metrics(settings.metrics, (*TOKEN_MEASURES, *ROW_METRICS, *CORPUS_METRICS))
+        _require_measure(settings, own)
+        return cls(settings.word_tokenizer, "comma" if settings.decimal == "comma" else "point", own)
+
+    def for_references(self, references: Sequence[str], decimal: str) -> AnswerScoring:
+        """The same for a set of rows: with `decimal` auto, numbers are read as its right answers write them."""
         found = find_convention(references)
-        decimal = found.decimal if settings.decimal == "auto" else settings.decimal
-        reading = describe_convention(references, replace(found, decimal=decimal), settings.decimal)
-        own = find_metrics(settings.metrics, (*ROW_METRICS, *CORPUS_METRICS))
-        return cls(settings.word_tokenizer, decimal, own, reading)
+        mark = found.decimal if decimal == "auto" else self.decimal
+        reading = describe_convention(references, replace(found, decimal=mark), decimal)
+        return replace(self, decimal=mark, reading=reading)
 
     def row_metrics(self) -> dict[str, RowMetric]:
         """The metrics of a row, in the order of tables; the score of a set is the mean of its rows'."""
@@ -169,6 +178,19 @@ class AnswerScoring:
     def count_unscored(self, references: Sequence[str]) -> dict[str, dict[str, int]]:
         """The rows that measures of words leave out, by reason."""
         return count_unscored(references, self.word_tokenizer)
+
+
+def _require_measure(settings: EvaluationSection, own: Mapping[str, AnswerMetric]) -> None:
+    """Refuse a name that is no measure, or one of answers where none are generated, before the work."""
+    answers = (*ROW_METRICS, *CORPUS_METRICS, *own) if settings.generate else ()
+    known, chosen = (*TOKEN_MEASURES, *answers), settings.decide_by
+    if chosen is not None and chosen not in known:
+        close = nearest(chosen, known)
+        hint = f" Did you mean {close}?" if close else ""
+        without = "" if settings.generate else " without answers (evaluation.generate=false)"
+        raise ConfigurationError(
+            f"evaluation.decide_by: '{chosen}' is no measure{without}; there are: {', '.join(known)}.{hint}"
+        )
 
 
 def row_scores(

@@ -83,6 +83,11 @@ class JudgedRows:
         return len({example.input_ids.tobytes() for example in self.dataset})
 
     @property
+    def asked_references(self) -> list[str]:
+        """The right answers of the rows that ask for one."""
+        return [self.references[i] for i in np.flatnonzero(self.asked)]
+
+    @property
     def asked(self) -> np.ndarray:
         """Rows that ask for an answer, (rows,) bool."""
         return np.array([prompt is not None for prompt in self.prompts], dtype=bool)
