@@ -45,7 +45,9 @@ def test_train_json_is_the_summary(trained: tuple[Path, dict[str, Any]]) -> None
     assert summary["status"] == "finished" and summary["steps"] == 20
     assert summary["validation_loss"] < summary["base_validation_loss"]
     saved = json.loads((folder / summary["run_dir"] / "metadata/summary.json").read_text())
+    verdict = summary.pop("verdict")
     assert saved == summary
+    assert verdict["outcome"] == "better" and verdict["next_command"].startswith("training-lens compare --run ")
 
 
 @pytest.fixture
@@ -85,6 +87,8 @@ def test_compare_prints_scores_samples_and_json(trained: tuple[Path, dict[str, A
     result = beside("compare", "evaluation.max_examples=9", "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
+    assert report["verdict"]["outcome"] == "better" and result.stderr.count(report["verdict"]["sentence"]) == 1
+    assert "thin_evidence" in {remark["code"] for remark in report["verdict"]["remarks"]}
     assert report["rows"] == 9 and set(report["by_domain"]) == {"forest", "hill", "lake"}
     assert report["delta"]["loss"] == pytest.approx(report["adapter"]["loss"] - report["base"]["loss"])
     assert set(report["controls"]) == {"wrong_domain", "no_domain", "shuffled_prompts"}
@@ -136,6 +140,12 @@ def test_errors_are_one_paragraph_and_leave_nothing(
 def test_debug_shows_the_traceback(files: Path) -> None:
     result = command("train", "data.train=row.jsonl", "--debug", cwd=files)
     assert (result.returncode, "Traceback" in result.stderr) == (1, True), result.stderr
+
+
+@pytest.mark.parametrize("name", ["compare", "evaluate", "report"])
+def test_a_command_alone_says_that_there_is_no_run_yet(call: Call, name: str) -> None:
+    result = call(name)
+    assert result.exit_code in (1, 2) and result.stderr.startswith("error: "), result.stderr
 
 
 def test_a_wrong_option_is_wrong_usage(call: Call) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
+from itertools import zip_longest
 from typing import Annotated, Any
 
 import typer
@@ -55,7 +56,7 @@ class SettingsCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As the base class does, once no option is a setting with dashes before it."""
         known = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
-        for word, following in zip(args, [*args[1:], ""], strict=True):
+        for word, following in zip_longest(args, args[1:], fillvalue=""):
             if word == "--":
                 break
             if word.startswith("--") and word.partition("=")[0] not in known and (said := _describe(word, following)):
