@@ -151,6 +151,20 @@ def test_an_adapter_that_is_better_but_never_ends_or_reads_no_prompt_is_not_fine
     assert "ignores its prompt" in verdict.sentence and "report" in verdict.next_command
 
 
+def test_of_two_runs_the_answers_of_both_are_counted() -> None:
+    endings = {"base": Endings(50, 30, 0, 0, 40, 24), "adapter": Endings(50, 0, 5, 0, 40, 24)}
+    found = judged(BETTER_LOSS, endings=endings, labels={"base": "run-1", "adapter": "run-2"}).remarks
+    assert {(remark.code, remark.sentence.split(" do ")[0]) for remark in found if remark.code == "never_ends"} == {
+        ("never_ends", "30 of 50 answers of run-1")
+    }
+    assert "cut_short" in {remark.code for remark in found}
+
+
+def test_a_few_rows_that_come_twice_are_no_matter() -> None:
+    assert not judged(BETTER_LOSS, distinct_rows=190).remarks
+    assert [remark.code for remark in judged(BETTER_LOSS, distinct_rows=100).remarks] == ["repeated_rows"]
+
+
 def test_domains_that_part_are_named() -> None:
     domains = {"hill": (BETTER_LOSS, 80), "lake": ({"loss": (2.0, 2.6, (0.3, 0.9))}, 80)}
     verdict = judged(BETTER_LOSS, domains=domains)

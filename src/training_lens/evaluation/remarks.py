@@ -22,6 +22,7 @@ from training_lens.evaluation.verdict import (
 HARDLY_READ = 0.05  # of the loss: what the wrong prompt costs an adapter that answers whatever is asked
 OFTEN, SOMETIMES = 0.2, 0.05  # shares of the answers that are a problem, and worth a warning
 OUTCOMES: tuple[Outcome, ...] = ("better", "worse", "no difference", "inconclusive")
+MOSTLY_DISTINCT = 0.9  # share of the rows: a few that come twice change nothing
 RIGHT_ALREADY = ("numeric", "json_fields", "exact_match")
 
 
@@ -37,11 +38,11 @@ def remarks_of(
     """
     if shuffled := comparison.controls.get(SHUFFLED_PROMPTS):
         yield prompt_remark(shuffled)
+    base = None if comparison.is_of_two_runs else comparison.endings.get(BASE)
     for name, endings in comparison.endings.items():
         if name == ADAPTER or comparison.is_of_two_runs:
-            yield from ending_remarks(endings, comparison.endings.get(BASE), comparison.subject(name))
-    if distinct_rows < THIN_ROWS or distinct_rows < comparison.whole.rows:
-        yield from row_remarks(comparison.whole.rows, distinct_rows)
+            yield from ending_remarks(endings, base, comparison.subject(name))
+    yield from row_remarks(comparison.whole.rows, distinct_rows)
     yield from domain_remarks(comparison.by_domain, deciding)
     yield from base_remarks(comparison.whole, comparison.is_of_two_runs)
     if training is not None:
@@ -79,12 +80,12 @@ def ending_remarks(endings: Endings, base: Endings | None, subject: str) -> Iter
     """Answers that the model does not end, and those that repeat themselves.
 
     Args:
-        base: of the model that it is held against.
+        base: of the model under the adapter, where that was asked as well.
         subject: whose answers they are: 'the adapter', or a run's name.
     """
     of = f"of {endings.answers} answers of {subject}"
     if endings.unended:
-        base_too = f" (its base: {base.unended})" if base and base is not endings else ""
+        base_too = f" (its base: {base.unended})" if base else ""
         sentence = (
             f"{endings.unended} {of} do not end within {endings.room} tokens, where the longest right answer has "
             f"{endings.longest}{base_too}. training-lens validate shows whether end tokens are learned."
@@ -109,7 +110,7 @@ def _severity(count: int, answers: int) -> Severity:
 
 def row_remarks(rows: int, distinct: int) -> Iterator[Remark]:
     """Too few rows, or the same ones again."""
-    if distinct < rows:
+    if distinct < MOSTLY_DISTINCT * rows:
         sentence = (
             f"Only {distinct} of the {count_rows(rows)} differ from each other: repeated rows are no further evidence, "
             "and make intervals too narrow."

@@ -163,9 +163,12 @@ class _Card:
         if not path.is_file():
             return None
         report = read_json(path)
+        if "adapter" not in report:  # its losses were no numbers: there is a verdict alone
+            return None
         shown = [m for m in report["adapter"] if m in report["base"] and m in report["delta"]]
         return {
             "rows": report["rows"],
+            "verdict": report.get("verdict", {}).get("sentence", ""),
             "files": ", ".join(self._names.of(file) for file in report["files"]),
             "confidence": f"{report['confidence']:.0%}",
             "measures": [(_row(m, report), _interval(m, report)) for m in shown],
