@@ -1,7 +1,8 @@
-"""`training-lens experiment`: what it shows fits 80 columns, what it deletes was asked for, and a dead run is told."""
+"""`training-lens experiment`: what it shows fits a terminal, what it deletes was asked for, and a dead run is told."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -15,7 +16,10 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from rich.console import Console
 
+from training_lens.cli.run_tables import show_runs
+from training_lens.utils.experiments import read_runs
 from training_lens.utils.files import write_json
 from training_lens.utils.runs import RunFolder, runs_folder
 
@@ -45,15 +49,29 @@ def result_of(result: Result) -> dict[str, Any]:
     return value
 
 
-def test_the_list_fits_80_columns_and_says_what_is_broken(call: Call, runs: dict[str, RunFolder]) -> None:
+def test_the_list_is_a_line_a_run_for_a_program_and_says_what_is_broken(call: Call, runs: dict[str, RunFolder]) -> None:
     call("experiment", "tag", runs["aaaa"].run_id, "a-good-start", "keep")
+    config = {"model": {"id": "./models/my-base"}, "data": {"train": ["rows/a.jsonl", "b"]}, "training": {"lr": 3e-4}}
+    write_json(runs["bbbb"].metadata / "config.json", config)
     result = call("experiment", "list", "--sort", "validation_loss")
     assert result.exit_code == 0, result.stderr
     table, notes = result.stdout.split("bad: ")
-    assert max(len(line) for line in table.splitlines()) <= 80
     assert table.index("bbbb") < table.index("aaaa") < table.index("bad")
-    assert "another_ex" in table and "a-good" in table and "1.0000" in table
+    (line,) = [line for line in table.splitlines() if runs["bbbb"].run_id in line]
+    assert line.split() == f"{runs['bbbb'].run_id} default failed 1,001 1.0000 my-base a.jsonl +1 0.0003".split()
+    assert "another_experiment" in table and "a-good-start, keep" in table
+    assert not any(line.endswith(" ") or "\x1b" in line for line in table.splitlines())
     assert "config.json is missing" in notes
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 160])
+def test_no_width_breaks_an_id(runs: dict[str, RunFolder], width: int) -> None:
+    output = io.StringIO()
+    console = Console(file=output, width=width, force_terminal=True, color_system=None)
+    show_runs(console, read_runs(str(runs["bad"].root.parents[3])), "validation_loss")
+    lines = output.getvalue().splitlines()
+    assert all(any(run.run_id in line for line in lines) for run in runs.values())
+    assert max(map(len, lines)) <= max(width, len(lines[-1]))
 
 
 def test_the_list_is_narrowed(call: Call, runs: dict[str, RunFolder]) -> None:
@@ -92,7 +110,7 @@ def test_compare_shows_metrics_and_the_settings_that_differ(call: Call, runs: di
     told = result_of(call("experiment", "compare", a, b, "--json"))
     assert told["config"] == {"peft.r": [4, 8]} and [run["run"] for run in told["runs"]] == [a, b]
     shown = call("experiment", "compare", a, b).stdout
-    assert "peft.r" in shown and "2.0000" in shown and max(map(len, shown.splitlines())) <= 80
+    assert "peft.r" in shown and "2.0000" in shown
     assert "takes two runs or more, given 1" in call("experiment", "compare", a).stderr
 
 

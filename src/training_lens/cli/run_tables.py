@@ -1,10 +1,11 @@
-"""How `training-lens experiment` shows runs: tables that fit 80 columns, where values are plain text."""
+"""How `training-lens experiment` shows runs: tables that fit a terminal, and a line a run where a program reads."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from io import StringIO
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
     from training_lens.utils.experiments import ListedRun
 
+GAP = 3  # characters between two columns
+WIDEST = 2000  # characters of a line that a program reads
 STEPS_SHOWN = 12  # validations that a table of losses lists
 IN_PARTS = ("by_domain.", "controls.")
 VALUE_SHOWN = 120  # characters of a setting
@@ -24,16 +27,35 @@ def _table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Tab
 
     table = Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if column in right else "left"
+        table.add_column(column, justify=justify, overflow="fold")
     return table
 
 
 def _fill(console: Console, table: Table, rows: Sequence[Sequence[str]]) -> None:
+    """Print the table with its rows: folded to a terminal's width, and a line a row where a program reads it."""
     from rich.text import Text
 
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+    if console.is_terminal:
+        console.print(table)
+        return
+    from rich.console import Console
+
+    wide = Console(width=WIDEST, file=StringIO(), color_system=None)
+    wide.print(table)
+    lines = [line.rstrip() for line in wide.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
+
+
+def _fill_blocks(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Rows that no table has room for: the first cell on a line of its own, the others with their names below."""
+    console.print(f"\n{title}", style="italic")
+    for row in rows:
+        console.print(row[0], markup=False, soft_wrap=True)
+        rest = ", ".join(f"{name} {cell}" for name, cell in zip(columns[1:], row[1:], strict=True) if cell)
+        console.print(f"  {rest}", markup=False)
 
 
 def _number(run: ListedRun, metric: str) -> str:
@@ -41,6 +63,10 @@ def _number(run: ListedRun, metric: str) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _rate(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:.3g}"
 
 
 def _of_the_whole(runs: Sequence[ListedRun]) -> list[str]:
@@ -61,8 +87,11 @@ def warn_of_other_rows(console: Console, runs: Sequence[ListedRun], metric: str)
 
 def show_runs(console: Console, runs: Sequence[ListedRun], metric: str) -> None:
     """A line a run with one metric, and under the table what is to be said of some."""
-    columns = ["run", "status", "steps", "seconds", metric]
-    rows = [[r.run_id, r.status, _number(r, "steps"), _number(r, "seconds"), _number(r, metric)] for r in runs]
+    columns = ["run", "status", "steps", metric, "model", "data", "rate"]
+    rows = [
+        [r.run_id, r.status, _number(r, "steps"), _number(r, metric), r.model, r.data, _rate(r.learning_rate)]
+        for r in runs
+    ]
     if len({run.experiment for run in runs}) > 1:
         columns.insert(1, "experiment")
         for row, run in zip(rows, runs, strict=True):
@@ -71,7 +100,12 @@ def show_runs(console: Console, runs: Sequence[ListedRun], metric: str) -> None:
         columns.append("tags")
         for row, run in zip(rows, runs, strict=True):
             row.append(", ".join(run.tags))
-    _fill(console, _table(f"{len(runs)} runs", columns, right=("steps", "seconds", metric)), rows)
+    title, numbers = f"{len(runs)} runs", ("steps", metric, "rate")
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    if console.is_terminal and sum(widths) + GAP * (len(widths) - 1) > console.width:
+        _fill_blocks(console, title, columns, rows)
+    else:
+        _fill(console, _table(title, columns, right=numbers), rows)
     for run in runs:
         if run.detail:
             console.print(f"{run.run_id}: {run.detail}", markup=False, soft_wrap=True)

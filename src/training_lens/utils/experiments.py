@@ -52,6 +52,27 @@ class ListedRun:
         """The experiment in whose folder it is; empty for a run's folder elsewhere."""
         return self.folder.experiment
 
+    @property
+    def model(self) -> str:
+        """The base: a folder's last part, or the id; empty where the config cannot be read."""
+        name = str(self.config.get("model.id") or "")
+        return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
+
+    @property
+    def data(self) -> str:
+        """The rows that it is trained on: the name of the first source, and how many there are besides."""
+        sources = self.config.get("data.train") or []
+        names = [Path(source).name for source in sources if isinstance(source, str)]
+        if not names:
+            return f"{len(sources)} rows" if sources else ""
+        return names[0] if len(names) == 1 else f"{names[0]} +{len(names) - 1}"
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The peak learning rate; None where it was not settled yet."""
+        rate = self.config.get("training.lr")
+        return rate if _is_number(rate) else None
+
     def as_json(self) -> dict[str, Any]:
         """Plain values, without the config."""
         return {
@@ -62,6 +83,9 @@ class ListedRun:
             "detail": self.detail,
             "started": self.started.isoformat(timespec="seconds"),
             "tags": list(self.tags),
+            "model": self.model,
+            "data": self.data,
+            "learning_rate": self.learning_rate,
             "metrics": self.metrics,
         }
 
