@@ -207,6 +207,86 @@ def test_parquet_of_named_fields_trains_from_the_cache_too(call: Call, tmp_path:
     assert set((tmp_path / "outputs/cache").iterdir()) == caches
 
 
+REFUSING = (
+    "{% for m in messages %}{% if 'box 7 ' in m.content %}{{ raise_exception('no box 7') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+
+
+def test_bad_rows_are_all_named_or_left_out_and_listed(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(REFUSING)
+    rows = [*ROWS[:20], {"question": "Who?", "answer": ""}, {"question": "Who?"}]
+    name = write(tmp_path, rows)
+    with (tmp_path / name).open("a") as file:
+        file.write("{broken\n")
+    command = ["prepare", f"data.train={name}", "data.template=t.jinja"]
+    refused = call(*command)
+    assert refused.exit_code == 1 and "4 of 23 rows cannot be used:" in refused.stderr
+    assert all(f"row {number}: " in refused.stderr for number in (8, 21, 22, 23))
+    assert "outputs/data" not in refused.stderr and not (tmp_path / "outputs/data/default").exists()
+
+    report = report_of(call(*command, "data.on_bad_row=skip", "--json"))
+    assert report["rows_read"] == 19
+    bad = report["sources"][name]["bad_rows"]
+    assert sorted(number for numbers in bad.values() for number in numbers) == [8, 21, 22, 23]
+    words = [word for word in shlex.split(report["train"])[2:] if word != "data.on_bad_row=skip"]
+    assert report_of(call("validate", *words, "--json"))["train_examples"] == 17
+
+
+def test_other_histories_systems_tools_and_masks_are_no_duplicates(call: Call, tmp_path: Path) -> None:
+    asked, answer = {"role": "user", "content": "And then?"}, {"role": "assistant", "content": "It sleeps."}
+    earlier = {"role": "assistant", "content": "It eats."}
+    chats = [
+        [asked, answer],
+        [asked, earlier, asked, answer],
+        [asked, earlier | {"loss_weight": 0}, asked, answer],
+        [{"role": "system", "content": "Be short."}, asked, answer],
+        [asked, earlier | {"content": "It hunts."}, asked, answer],
+    ]
+    tool = {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}}
+    rows = [{"messages": chat} for chat in chats] + [{"messages": chats[0], "tools": [tool]}, {"messages": chats[1]}]
+    report = report_of(call("prepare", f"data.train={write(tmp_path, rows)}", "--json"))
+    assert [item["row"] for item in report["duplicates_exact"]["listed"]] == ["rows.jsonl:7"]
+
+
+@pytest.mark.parametrize("file_format", ["jsonl", "parquet"])
+def test_what_tables_and_parquet_hold_trains_as_before(file_format: str, call: Call, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Call {name} of {i}."},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"function": {"name": name, "arguments": {name: i}}}],
+                },
+                {"role": "tool", "content": "done"},
+                {"role": "assistant", "content": f"Done {i}."},
+            ],
+        }
+        for i, name in enumerate(["find", "list", "show"] * 4)
+    ]
+    pq.write_table(pa.Table.from_pylist(chats), tmp_path / "chats.parquet")
+    write(tmp_path, chats, "chats.jsonl")
+    tokens = [
+        report_of(call("validate", f"data.train={name}", "--json"))["tokens"]
+        for name in ("chats.parquet", "chats.jsonl")
+    ]
+    report = report_of(
+        call(
+            "prepare",
+            "data.train=chats.parquet",
+            f"prepare.format={file_format}",
+            "prepare.splits={train:1.0}",
+            "--json",
+        )
+    )
+    assert tokens == [report["splits"]["train"]["lengths"]["tokens"]] * 2
+
+
 def test_the_same_rows_and_seed_give_the_same_files(call: Call, tmp_path: Path) -> None:
     name = write(tmp_path, ROWS)
     one, two, other = (
