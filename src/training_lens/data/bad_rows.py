@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.notes import DataNotes, kind_of_error, list_rows
+from training_lens.data.notes import DataNotes, count_rows, kind_of_error, list_rows
 from training_lens.errors import DatasetError
 
 Result = TypeVar("Result")
@@ -50,13 +50,13 @@ def describe_reasons(reasons: Mapping[str, list[int]]) -> Iterator[str]:
     ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
     yield from (f"{list_rows(rows)}: {reason}" for reason, rows in ordered[:SHOWN_KINDS])
     if len(ordered) > SHOWN_KINDS:
-        yield f"{sum(len(rows) for _, rows in ordered[SHOWN_KINDS:])} more rows, for other reasons"
+        yield f"and {count_rows(sum(len(rows) for _, rows in ordered[SHOWN_KINDS:]))} for other reasons"
 
 
 def describe_bad_rows(reasons: Mapping[str, Mapping[str, list[int]]]) -> Iterator[str]:
     """A line for each source of which rows were left out, and for each reason; `reasons` as `DataNotes.reasons`."""
     for source, rows in reasons.items():
-        yield f"{source}: {sum(map(len, rows.values())):,} rows left out, as they cannot be used (data.on_bad_row=skip)"
+        yield f"{source}: {count_rows(sum(map(len, rows.values())))} cannot be used and are left out (data.on_bad_row=skip)"
         yield from (f"  {line}" for line in describe_reasons(rows))
 
 

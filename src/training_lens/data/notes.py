@@ -122,6 +122,11 @@ def kind_of_error(error: Exception, source: str, number: int) -> str:
     return kind or re.sub(r"\d+", "#", reason_of(str(error), source, number))
 
 
+def count_rows(count: int) -> str:
+    """'1 row', '1,200 rows'."""
+    return f"{count:,} row{'' if count == 1 else 's'}"
+
+
 def list_rows(numbers: Iterable[int], shown: int = 5) -> str:
     """Row numbers for a message: 'row 3', 'rows 3, 7 and 12', 'rows 1, 2, 3, 4, 5 and 95 more'."""
     ordered = sorted(numbers)
