@@ -75,7 +75,7 @@ def test_skipped_rows_are_left_out_and_listed(strict_tokenizer: Any, sources: li
     assert split.report.rows == len(split.dataset) == 6 + 2 + 6
     assert {split.dataset[i].id for i in range(6)} == {f"{sources[0]}:{number}" for number in range(1, 7)}
     said = "\n".join(describe_losses(split.report, 64))
-    assert f"{sources[0]}: 5 rows cannot be used and are left out (data.on_bad_row=skip)" in said
+    assert f"{sources[0]}: 5 rows cannot be used, left out (data.on_bad_row=skip)" in said
     assert "rows 7 and 8: 'answer' is empty" in said
 
 
@@ -114,7 +114,7 @@ def test_rows_for_answers_and_evaluation_follow_the_same_rule(
         list(read_examples(specs, "data.validation", DataSection()))
     found = list(read_examples(specs, "data.validation", DataSection(on_bad_row="skip")))
     assert [example.row for example in found if example.file == specs[0]] == [1, 2, 3, 4, 5, 6, 9]
-    assert f"data.validation: {specs[0]}: 4 rows cannot be used and are left out" in caplog.text
+    assert f"data.validation: {specs[0]}: 4 rows cannot be used, left out" in caplog.text
 
 
 def test_in_error_mode_nothing_follows_a_bad_row(write_rows: Callable[..., Path]) -> None:

@@ -56,7 +56,8 @@ def describe_reasons(reasons: Mapping[str, list[int]]) -> Iterator[str]:
 def describe_bad_rows(reasons: Mapping[str, Mapping[str, list[int]]]) -> Iterator[str]:
     """A line for each source of which rows were left out, and for each reason; `reasons` as `DataNotes.reasons`."""
     for source, rows in reasons.items():
-        yield f"{source}: {count_rows(sum(map(len, rows.values())))} cannot be used and are left out (data.on_bad_row=skip)"
+        count = count_rows(sum(map(len, rows.values())))
+        yield f"{source}: {count} cannot be used, left out (data.on_bad_row=skip)"
         yield from (f"  {line}" for line in describe_reasons(rows))
 
 

@@ -92,7 +92,7 @@ def _name(delimiter: str) -> str:
 
 def _first_row(dialect: Dialect, table: str) -> list[str]:
     try:
-        return next(dialect.read(io.StringIO(table, newline="")), [])
+        return next((row for row in dialect.read(io.StringIO(table, newline="")) if any(row)), [])
     except csv.Error:
         return []
 
@@ -143,9 +143,10 @@ def _candidate(source: SourceFile, table: str, is_cut: bool, delimiter: str) -> 
     )
     if is_cut and len(rows) < SAMPLE_ROWS:
         rows = rows[:-1]  # the last one's end is missing
+    rows = [row for row in rows if any(row)]
     if not rows or len(rows[0]) < 2:
         return None
-    others = [row for row in rows[1:] if any(row)]
+    others = rows[1:]
     fitting = sum(len(row) == len(rows[0]) for row in others) / len(others) if others else 1.0
     return _Candidate(delimiter, rows[0], fitting)
 
@@ -164,23 +165,30 @@ def _readable_rows(dialect: Dialect, table: str) -> Iterator[list[str]]:
 
 def _rows_of_table(source: SourceFile, table: Any) -> Iterator[Row]:
     rows = _numbered_rows(source, table)
-    _, names = next(rows, (1, []))
+    names = next((cells for _, cells in rows if any(cells)), [])
     columns = _columns(source, names)
-    empty = 0
+    width, empty, longer = len(columns), 0, 0
     for number, cells in rows:
         if not any(cells):
             empty += bool(cells)
-        elif len(cells) != len(columns):
-            source.refuse_row(
-                number,
-                f"has {len(cells)} cells, the first row names {len(columns)} columns. "
-                'Put text that holds the delimiter or a line break in "double quotes".',
-                kind="another number of cells",
-            )
-        else:
+            continue
+        if len(cells) > width and not any(cells[width:]):
+            cells, longer = cells[:width], longer + 1
+        if len(cells) == width:
             yield from _row(source, number, columns, cells)
+        else:
+            source.refuse_row(number, _problem_of_width(len(cells), width), kind="another number of cells")
     if empty:
         source.say(f"rows of nothing but empty cells are set aside: {empty}")
+    if longer:
+        source.say(f"empty cells behind the last named column are set aside in rows: {longer}")
+
+
+def _problem_of_width(cells: int, columns: int) -> str:
+    return (
+        f"has {cells} cells, the first row names {columns} columns. Put text that holds the delimiter or a line break "
+        'in "double quotes"; data.csv.delimiter and data.csv.quotechar set others.'
+    )
 
 
 def _numbered_rows(source: SourceFile, table: Any) -> Iterator[tuple[int, list[str]]]:

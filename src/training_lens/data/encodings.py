@@ -13,7 +13,13 @@ from training_lens.errors import DatasetError
 
 BLOCK_BYTES = 1 << 20
 HEAD_BYTES = 4096
-BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+BYTE_ORDER_MARKS = {  # those of UTF-32 begin as those of UTF-16 do
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 SHOWN = 60  # characters of a line that an example shows
 LINES = 1000  # with other letters than ASCII: so many tell whether cp1252 makes sense of them
 UNLIKELY_SHARE = 0.1  # of the letters that are not ASCII
@@ -48,11 +54,11 @@ def find_encoding(source: SourceFile, file: IO[bytes]) -> str:
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
     wide = marked or _utf16_without_mark(head)
     if wide and wide != "utf-8-sig":
-        source.say("its text is UTF-16")
+        source.say(f"its text is {wide[:6].upper()}")
         _require_encoding(source, file, wide)
         return wide
     if b"\0" in head:
-        raise DatasetError(f"{source.path}: is binary, no text.")
+        raise DatasetError(f"{source.path}: is binary, or text in an encoding that cannot be told. {WAY_OUT}")
     return "utf-8-sig" if _bad_byte(file, "utf-8") is None else _find_legacy_encoding(source, file)
 
 
@@ -60,7 +66,7 @@ def _utf16_without_mark(head: bytes) -> str | None:
     """Which UTF-16 it is where every other byte of most letters is zero."""
     pairs = len(head) // 2
     even, odd = head[0 : 2 * pairs : 2].count(0), head[1 : 2 * pairs : 2].count(0)
-    if max(even, odd) < 0.4 * pairs or min(even, odd) > 0.05 * pairs:
+    if not pairs or max(even, odd) < 0.4 * pairs or min(even, odd) > 0.05 * pairs:
         return None
     return "utf-16-le" if odd > even else "utf-16-be"
 

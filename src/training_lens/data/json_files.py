@@ -15,6 +15,7 @@ from training_lens.errors import DatasetError
 HEAD_BYTES = 1 << 16  # of the file's beginning tell JSON Lines from one JSON value
 MESSAGES = "messages"  # the key of a row that is nothing but its list of messages
 MESSAGE_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+SAVE_AS_UTF8 = "Save the file as UTF-8, such as with: iconv -f CP1252 -t UTF-8 OLD > NEW."
 _SPACE = re.compile(r"\s*")
 
 
@@ -134,7 +135,7 @@ def _rows_of_lines(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:
 def _problem_of_line(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         byte = f"byte {error.object[error.start]:#04x} at column {error.start + 1}"
-        return f"is not UTF-8 text ({byte}). Save the file as UTF-8."
+        return f"is not UTF-8 text ({byte}). {SAVE_AS_UTF8}"
     if isinstance(error, json.JSONDecodeError):
         return (
             f"broken JSON ({error.msg} at column {error.colno}). A file of JSON Lines holds one complete JSON object "
@@ -180,7 +181,7 @@ def _decode(source: SourceFile, content: bytes) -> str:
         column = error.start - content.rfind(b"\n", 0, error.start)
         raise DatasetError(
             f"{source.path}, line {line}: is not UTF-8 text (byte {content[error.start]:#04x} at column {column}). "
-            "Save the file as UTF-8."
+            f"{SAVE_AS_UTF8}"
         ) from error
 
 
@@ -189,7 +190,7 @@ def _rows_of_values(source: SourceFile, text: str, is_named_lines: bool) -> Iter
     values = _values(source, text, decoder)
     if len(values) == 1:
         values = _rows_in_value(source, values[0], is_named_lines)
-    else:
+    elif values:
         source.say(f"holds {len(values)} JSON values one after the other; each is a row")
     for number, value in enumerate(values, 1):
         yield from _row(source, number, value, decoder)
