@@ -24,6 +24,14 @@ def test_the_names_of_other_trainers_are_those_of_the_table(monkeypatch: pytest.
     assert (ROOT / "docs/coming-from.md").read_text() == reference(), "run python tools/coming_from_reference.py"
 
 
+def test_the_table_of_templates_is_what_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from template_reference import reference  # type: ignore[import-not-found]
+
+    page = (ROOT / "docs/templates.md").read_text()
+    assert page == reference(page), "run python tools/template_reference.py"
+
+
 @pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]), ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):

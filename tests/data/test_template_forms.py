@@ -316,6 +316,23 @@ def test_of_a_random_conversation_everything_is_found_or_it_is_refused(embedded_
     assert used
 
 
+def test_thoughts_of_earlier_answers_may_be_left_out_and_that_is_told(embedded_tokenizer: Any) -> None:
+    said = "{% set t = m.content.split('</think>') %}{{ m.content if loop.last else t[-1] }}" + TAIL
+    thinking = Message("assistant", "<think>hm</think>B")
+    chat = (Message("user", "A"), thinking, Message("user", "C"), Message("assistant", "<think>ho</think>D"))
+    text, told = render(renderer_of(embedded_tokenizer, HEAD + said, supervise="last"), chat, ())
+    assert "hm" not in text and "<think>ho</think>D" in text
+    assert any("leaves out the thoughts of earlier answers" in t for t in told)
+    with pytest.raises(DatasetError, match="takes the answer's thoughts apart"):
+        render(renderer_of(embedded_tokenizer, HEAD + said, supervise="all"), chat, ())
+
+
+def test_where_tools_became_text_the_error_says_so(embedded_tokenizer: Any) -> None:
+    source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + HEAD
+    with pytest.raises(DatasetError, match=r"no system.*descriptions go into the system message"):
+        render(renderer_of(embedded_tokenizer, source + "{{ m.content }}" + TAIL), calling(null=False))
+
+
 def test_a_broken_template_of_a_tokenizer_is_refused_with_its_line(embedded_tokenizer: Any) -> None:
     with pytest.raises(ConfigurationError, match="the tokenizer's chat template, line 2"):
         renderer_of(embedded_tokenizer, "{% for m in messages %}\n{{ m.role }\n{% endfor %}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Literal, Protocol
 
@@ -81,6 +81,21 @@ def domain_prefix(domain: str | None, style: DomainStyle) -> str:
     return f"{domain} " if style == "raw" else f"[domain: {domain}] "
 
 
+@dataclass(frozen=True)
+class FittedChat:
+    """A chat as its template can show it; `changes` say what of it became text, since the template has no place."""
+
+    template: Template
+    messages: Sequence[Message]
+    tools: Tools
+    changes: Sequence[str]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the user must be told of how it reaches the template."""
+        return [*self.changes, *self.template.remarks(self.messages)]
+
+
 class Renderer:
     """Template, domain style and supervision together: the only way from messages to text.
 
@@ -114,11 +129,11 @@ class Renderer:
         Raises:
             DatasetError: the template cannot render it, or drops part of it.
         """
-        template, messages, tools, remarks = self._fit(messages, domain, tools)
-        learned = self._learned(messages) if self._supervise == "all" else ()
-        segments = template.prompt(messages, tools, learned)
-        self._check_complete(template, messages, tools, segments, ())
-        self._tell(remarks)
+        chat = self._fit(messages, domain, tools)
+        learned = self._learned(chat.messages) if self._supervise == "all" else ()
+        segments = chat.template.prompt(chat.messages, chat.tools, learned)
+        self._check_complete(chat, segments, ())
+        self._tell(chat.remarks)
         return self._special.restore(segments)
 
     def prompt_of(self, example: Example) -> list[Segment]:
@@ -139,14 +154,16 @@ class Renderer:
         self._tell(self._describe_marks(example), example.file, notes)
         if example.is_text:
             return self._text(example)
+        changes: Sequence[str] = ()
         try:
-            template, messages, tools, remarks = self._fit(example.messages, example.domain, example.tools)
-            learned = self._learned(messages)
-            segments = template.example(messages, tools, learned)
-            thoughts = self._check_complete(template, messages, tools, segments, learned)
+            chat = self._fit(example.messages, example.domain, example.tools)
+            changes, learned = chat.changes, self._learned(chat.messages)
+            segments = chat.template.example(chat.messages, chat.tools, learned)
+            thoughts = self._check_complete(chat, segments, learned)
         except DatasetError as error:
-            raise DatasetError(f"{example.file}, row {example.row}: {error}", kind=error.kind) from error
-        self._tell([*remarks, *thoughts], example.file, notes)
+            note = f" ({'; '.join(changes)}.)" if changes else ""
+            raise DatasetError(f"{example.file}, row {example.row}: {error}{note}", kind=error.kind) from error
+        self._tell([*chat.remarks, *thoughts], example.file, notes)
         while segments and not segments[-1].response:  # what follows the last answer teaches nothing
             segments.pop()
         return self._special.restore(segments)
@@ -168,15 +185,11 @@ class Renderer:
         parts = (domain_prefix(domain, self._style), text)
         return self._special.restore([Segment(self._special.protect(part), False) for part in parts if part])
 
-    def _fit(
-        self, messages: Sequence[Message], domain: str | None, tools: Tools
-    ) -> tuple[Template, Sequence[Message], Tools, list[str]]:
-        """The template of a chat, the chat as the template can show it, and what the user must be told of that."""
+    def _fit(self, messages: Sequence[Message], domain: str | None, tools: Tools) -> FittedChat:
         template = self.tool_template if tools else self.template
         safe_tools = [self._special.protect_in(tool) for tool in tools]
         said = self._special.protect_messages(self._with_domain(messages, domain))
-        fitted, shown_tools, remarks = fit_tools(template, said, safe_tools)
-        return template, fitted, shown_tools, [*remarks, *template.remarks(fitted)]
+        return FittedChat(template, *fit_tools(template, said, safe_tools))
 
     def _with_domain(self, messages: Sequence[Message], domain: str | None) -> Sequence[Message]:
         prefix = domain_prefix(domain, self._style)
@@ -187,25 +200,19 @@ class Renderer:
             raise DatasetError(f"domain '{domain}': there is no user message to put its prefix on.")
         return [replace(m, text=prefix + m.text) if i == first else m for i, m in enumerate(messages)]
 
-    def _check_complete(
-        self,
-        template: Template,
-        messages: Sequence[Message],
-        tools: Tools,
-        segments: Sequence[Segment],
-        learned: Collection[int],
-    ) -> list[str]:
+    def _check_complete(self, chat: FittedChat, segments: Sequence[Segment], learned: Collection[int]) -> list[str]:
         """What must be told of thoughts that are left out.
 
         Raises:
             DatasetError: the rendered text lacks anything else that the chat says.
         """
         text = "".join(segment.text for segment in segments)
-        if not tools and all(m.text in text and m.input in text and not m.calls for m in messages):
+        if not chat.tools and all(m.text in text and m.input in text and not m.calls for m in chat.messages):
             return []  # nearly every row
-        if lost := find_lost(text, messages, tools, learned):
-            raise refuse_loss(template.name, self._special.restore_text(lost), template.way_out)
-        return [THOUGHTS_LEFT_OUT.format(template.name)] if leaves_out_thoughts(text, messages) else []
+        if lost := find_lost(text, chat.messages, chat.tools, learned):
+            raise refuse_loss(chat.template.name, self._special.restore_text(lost), chat.template.way_out)
+        left_out = leaves_out_thoughts(text, chat.messages)
+        return [THOUGHTS_LEFT_OUT.format(chat.template.name)] if left_out else []
 
     def _describe_marks(self, example: Example) -> list[str]:
         marks = find_foreign_marks((m.text for m in example.messages), self._tokens) if self._tokens else []

@@ -12,6 +12,7 @@ import torch
 
 from training_lens.config.data_sections import FieldsSection
 from training_lens.config.schema import TrainingConfig
+from training_lens.data.notes import DataNotes
 from training_lens.data.preparation import Preparation
 from training_lens.data.row_keys import ALIASES
 from training_lens.data.templates import Renderer, adopt_template_file, build_renderer, resolve_date
@@ -254,7 +255,7 @@ def _trained_ends(renderer: Renderer, encoder: TextEncoder, texts: bool) -> set[
     ends = {int(encoder.encode([renderer.example(Example(turn, None, "", 0))])[0].input_ids[-1])}
     for chat, tools in (((*turn, *turn), ()), ((turn[0], call), (A_TOOL,))):
         try:
-            segments = renderer.example(Example(chat, None, "", 0, tools))
+            segments = renderer.example(Example(chat, None, "", 0, tools), DataNotes())  # probes: nothing to tell
         except DatasetError:  # such chats are no part of what this template was trained with
             continue
         last_ids = [int(encoder.encode([[s]])[0].input_ids[-1]) for s in segments if s.response]
