@@ -241,6 +241,12 @@ def test_masks_of_a_row_may_be_lists_of_turns(masks: dict[str, Any], expected: l
         read(values)
 
 
+def test_a_list_of_masks_counts_the_rows_own_turns() -> None:
+    values = {"messages": TURNS, "loss_mask": [0, 1], "system": "s", "history": [["x", "y"]]}
+    assert learned(read(values)[0]) == ["b"]
+    assert learned(read({**values, "loss_mask": [0, 0]}, supervise="all")[0]) == []
+
+
 def test_masks_of_a_row_and_of_its_turns_may_not_disagree() -> None:
     marked = [TURNS[0], {**TURNS[1], "train": True}]
     with pytest.raises(DatasetError, match="'weight' and the masks of its messages disagree"):

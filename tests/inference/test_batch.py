@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from training_lens.config.data_sections import CsvSection, DataSection
 from training_lens.config.judging_sections import InferenceSection
+from training_lens.data.reading import read_examples
 from training_lens.data.templates import build_renderer
 from training_lens.data.types import Message
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.inference import batch
 from training_lens.inference.batch import FileReport, answer_file, input_file, output_file
 from training_lens.inference.generator import answer
+from training_lens.inference.questions import QuestionReader, read_lines
 from training_lens.inference.session import Session, open_run
 from training_lens.utils.runs import RunFolder
 
@@ -292,3 +295,23 @@ def test_rows_have_the_domains_that_the_run_has(
         output = tmp_path / f"{i}.jsonl"
         answer_file(changed, input_file(str(source)), output, SETTINGS)
         assert [line["domain"] for line in lines(output)] == [wanted]
+
+
+@pytest.mark.parametrize("has_answer", [True, False])
+def test_rows_with_earlier_turns_and_tools_are_asked_as_they_are_trained(
+    session: Session, write_rows: Callable[..., Path], has_answer: bool
+) -> None:
+    tool = {"name": "find", "description": "Looks for it.", "parameters": {"type": "object"}}
+    around = {"system": "Be brief.", "history": [["Who?", "Tom."]], "tools": [tool], "loss_mask": 0}
+    asked = {"role": "user", "content": "Where?"}
+    forms = [{"instruction": "Where?"}, {"messages": [asked]}, {"prompt": [asked]}]
+    for form in forms:
+        chat = "messages" in form
+        answer = {"messages": [asked, {"role": "assistant", "content": "There."}]} if chat else {"output": "There."}
+        trained = write_rows([{**form, **around, **answer}], "trained.jsonl")
+        (example,) = read_examples([str(trained)], "data.train", DataSection(train=[str(trained)]))
+        source = input_file(str(write_rows([{**form, **around, **(answer if has_answer else {})}], "asked.jsonl")))
+        rows = read_lines(source, CsvSection())
+        (question,), _ = QuestionReader(session, rows, source, None, "")(rows)
+        assert question.ids == session.encoder.prompt_ids(session.renderer.prompt_of(example))
+        assert question.expected == ("There." if has_answer else None)

@@ -99,8 +99,9 @@ class RowReader:
         if mapping.text:
             return mask_row(row, self._masks(row), (Message("assistant", text_of(row, mapping.text)),), False), ()
         tools = read_tools(row, mapping.tools)
-        turns, masked = self._read_chat(row) if mapping.messages else self._read_pair(row, tools)
-        turns = self._with_system(row, turns)
+        own, masked = self._read_chat(row, tools) if mapping.messages else self._read_pair(row, tools)
+        own = mask_row(row, self._masks(row), own, masked)
+        turns = self._with_system(row, (*self._read_history(row, own), *own))
         if turns[0].role in ("assistant", "tool"):
             raise DatasetError(
                 f"{row.place}: '{mapping.history or mapping.messages or mapping.instruction}' begins with a message of "
@@ -111,24 +112,24 @@ class RowReader:
                 f"{row.place}: '{mapping.output or mapping.messages}' ends with a {turns[-1].role} message; nothing "
                 "follows that could be learned. End it with an assistant message."
             )
-        return self._with_label(row, mask_row(row, self._masks(row), turns, masked)), tools
+        return self._with_label(row, turns), tools
 
     def _masks(self, row: Row) -> tuple[str, ...]:
         return tuple(key for key in self.mapping.masks if row.values.get(key) is not None)
 
-    def _read_chat(self, row: Row) -> tuple[Turns, bool]:
+    def _read_chat(self, row: Row, tools: Sequence[Tool]) -> tuple[Turns, bool]:
         """The turns of a row that holds a chat, and whether any says itself if it is learned."""
         key, output = str(self.mapping.messages), self.mapping.output
         turns, masked = read_chat(row, key, value_at(row.values, key), self._keys)
         if output and turns[-1].role != "assistant":
-            answers, also = read_answers(row, output, (), self._keys)
+            answers, also = read_answers(row, output, tools, self._keys)
             turns, masked = (*turns, *answers), masked or also
             self._note_rejected()
         elif output:
             self._ignore_answers(row, output, self.mapping.rejected)
         else:
             self._note_rejected()
-        return (*self._read_history(row), *turns), masked
+        return turns, masked
 
     def _read_pair(self, row: Row, tools: Sequence[Tool]) -> tuple[Turns, bool]:
         """The turns of a row that holds prompt and answer, and whether any says itself if it is learned."""
@@ -138,7 +139,7 @@ class RowReader:
         if answers[0].role in ("system", "user"):
             answers = self._after_prompt(row, asked, answers)
             asked = ()
-        return (*self._read_history(row), *asked, *answers), masked
+        return (*asked, *answers), masked
 
     def _read_prompt(self, row: Row) -> Turns:
         """The prompt: text with perhaps a second part, or a chat that asks."""
@@ -160,8 +161,8 @@ class RowReader:
         self._keys.say(f"answers in '{key}' are shown and not learned; data.supervise=all learns them, too")
         return mark_learned(turns, [False] * len(turns))
 
-    def _read_history(self, row: Row) -> Turns:
-        """The earlier turns of a row: pairs of prompt and answer, or messages."""
+    def _read_history(self, row: Row, own: Turns) -> Turns:
+        """The earlier turns of a row: pairs of prompt and answer, or messages; masked where its own are."""
         key = self.mapping.history
         value = value_at(row.values, key) if key else None
         if key is None or value in NOTHING:
@@ -170,12 +171,15 @@ class RowReader:
             value = json_of(f"{row.place}, '{key}'", value, "earlier turns in JSON")
         if isinstance(value, list) and not all(isinstance(turn, Mapping) for turn in value):
             value = [turn for pair in value for turn in _read_pair_of_turns(row, key, pair)]
-        return self._as_context(read_chat(row, key, value, self._keys)[0], key)
+        turns = self._as_context(read_chat(row, key, value, self._keys)[0], key)
+        is_learned = any(m.learn for m in own if m.role == "assistant")
+        return turns if is_learned else mark_learned(turns, [False] * len(turns))
 
     def _after_prompt(self, row: Row, asked: Turns, answers: Turns) -> Turns:
         """An answer that is a whole chat, which must say what the prompt says before its last answers."""
-        said = [m.text for m in asked]
-        if not any([m.text for m in answers[start : start + len(said)]] == said for start in range(len(answers))):
+        said, answered = [m.text for m in asked], [m.text for m in answers]
+        is_held = any(answered[start : start + len(said)] == said for start in range(len(answered)))
+        if any(m.input for m in asked) or not is_held:
             raise DatasetError(
                 f"{row.place}: '{self.mapping.output}' is a whole chat, and it does not hold the prompt in "
                 f"'{self.mapping.instruction}'. Give the answer alone, or the chat alone."

@@ -129,7 +129,9 @@ class QuestionReader:
 
     def _log_unused_keys(self) -> None:
         """Tell of keys that are not used, each once."""
-        new = [key for key in self._notes.ignored_keys.get(self._source, ()) if key not in self._told]
+        new = [
+            key for key in self._notes.ignored_keys.get(self._source, ()) if key not in {*self._told, *self._id_keys}
+        ]
         self._told.update(new)
         if new:
             logger.info("%s: not used: %s", self._source, ", ".join(new))
@@ -151,13 +153,17 @@ class QuestionReader:
 
     def _example(self, row: Row) -> tuple[Example, str | None]:
         """The row as in training, and its answer; None where it has none, and a stand-in ends the example."""
+        if self._mapping.masks:  # how an answer is learned does not matter to who asks for one
+            row = replace(row, values={k: v for k, v in row.values.items() if k not in self._mapping.masks})
         try:
             example, answered = self._reader.read(row), True
-        except DatasetError:
+        except DatasetError as error:
             if self._mapping.text:
                 raise
             row = replace(row, values=_with_stand_in(row.values, self._mapping))
             example, answered = self._reader.read(row), False
+            if example.messages[-2].role == "assistant":  # it had an answer, and another fault
+                raise error from None
         if self._session.config.data.strip_end_marks:
             example, _ = strip_end_marks(example)
         said = example.messages[-1].text
@@ -202,8 +208,7 @@ def _mapping(rows: Sequence[Row], session: Session, data: DataSection) -> FieldM
 
 
 def _with_stand_in(values: Mapping[str, Any], mapping: FieldMapping) -> dict[str, Any]:
-    """The row with a stand-in where it has no answer; what it says of how its answer is learned does not matter."""
-    values = {key: value for key, value in values.items() if key not in mapping.masks}
+    """The row with a stand-in where it has no answer."""
     if mapping.output:
         return {**values, mapping.output: STAND_IN}
     chat = values.get(str(mapping.messages))
