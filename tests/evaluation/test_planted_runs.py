@@ -140,7 +140,7 @@ def test_an_adapter_that_does_nothing_makes_no_difference(
 def test_a_ruined_adapter_is_worse_and_loops_without_end(ruined: Session, held_out: list[Example]) -> None:
     verdict = judge(ruined, held_out[:10], ANSWERS)
     assert verdict.outcome == "worse" and verdict.severity == "problem"
-    assert codes(verdict)["never_ends"] == "problem" and "loops" in codes(verdict)
+    assert {"never_ends", "loops"} <= set(codes(verdict))
 
 
 def test_an_adapter_of_no_numbers_is_worse(by_hand: Callable[[float], Session], held_out: list[Example]) -> None:

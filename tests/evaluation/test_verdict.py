@@ -98,6 +98,13 @@ def test_measures_that_disagree_are_both_named_and_the_user_decides(other: str) 
     assert by_loss.outcome == "better" and by_loss.severity == "warning"
 
 
+@pytest.mark.parametrize(("loss", "outcome"), [((-0.01, 0.01), "no difference"), ((-0.4, 0.4), "inconclusive")])
+def test_a_score_that_tells_is_named_beside_a_loss_that_does_not(loss: tuple[float, float], outcome: str) -> None:
+    verdict = judged({"loss": (3.0, 3.0, loss), "exact_match": (0.5, 0.3, (-0.3, -0.1))})
+    assert verdict.outcome == outcome and verdict.severity == "warning"
+    assert any("By exact match it is worse" in line for line in verdict.lines())
+
+
 def test_answers_that_are_further_from_the_right_ones_are_in_the_headline() -> None:
     verdict = judged({**BETTER_LOSS, "token_f1": (0.52, 0.31, (-0.24, -0.18)), "chrf": (25.0, 18.0, (-9.0, -5.0))})
     assert verdict.outcome == "better" and "but its answers are worse by token f1" in verdict.sentence

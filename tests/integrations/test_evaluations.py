@@ -79,7 +79,7 @@ def test_a_comparison_is_in_tensorboard_at_once_and_in_an_own_tracker_by_sync(
     assert "evaluation_notes" not in sys.modules  # code that a run's folder names is not imported by compare
     shown = EventAccumulator(str(own_run.logs)).Reload()
     assert [event.value for event in shown.Scalars("compare/change/loss")] == [-1.0]
-    assert "compare/verdict/text_summary" in shown.Tags()["tensors"]
+    assert "compare/verdict" in shown.Tags()["tensors"]
     assert all(state.status == "delivered" for state in send(own_run))
     record_evaluation(own_run, "compare", REPORT)
     assert {state.name: state.outstanding for state in look(own_run)}["notes"] == "1 lines of its journals"

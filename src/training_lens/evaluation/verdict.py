@@ -157,7 +157,12 @@ class Verdict:
         return [*lines, f"Next: {self.next_command}"] if self.next_command else lines
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "interval": list(self.interval) if self.interval else None, "severity": self.severity}
+        return {
+            **asdict(self),
+            "interval": list(self.interval) if self.interval else None,
+            "remarks": [asdict(remark) for remark in self.remarks],
+            "severity": self.severity,
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Verdict:
@@ -206,7 +211,8 @@ def judge_changes(
     opposite = [other for other in others if {outcome, other.outcome()} == {"better", "worse"}]
     if opposite and not is_chosen:
         return _disagreement(verdict, deciding, opposite[0], names)
-    remarks = [_opposite_remark(other) for other in opposite]
+    definite = [other for other in others if other.outcome() in ("better", "worse")]
+    remarks = [_opposite_remark(other) for other in definite if other.outcome() != outcome]
     remarks += [_agreement_remark(other) for other in others if other.outcome() == outcome in ("better", "worse")][:1]
     return replace(verdict, remarks=tuple(remarks))
 

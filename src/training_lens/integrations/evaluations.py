@@ -74,7 +74,8 @@ def send_evaluations(run: RunFolder) -> tuple[IntegrationState, ...]:
         return ()
     ours = record.config.resolved(tracking={"custom": {}})
     trackers = [asked.of(record) for asked in asked_for(ours) if issubclass(asked.integration, Tracker)]
-    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    if any(not tracker.in_process for tracker in trackers):  # a client is imported, which reads the environment
+        os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     manager = IntegrationManager(trackers, run.tracking)
     manager.start()
     states = manager.finish(min(LONGEST_WAIT, record.config.tracking.wait_seconds))
