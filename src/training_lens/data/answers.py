@@ -36,12 +36,8 @@ def read_answers(row: Row, key: str, tools: Sequence[Tool], keys: KeyCheck) -> t
 
 
 def _read_text(row: Row, key: str, value: Any, keys: KeyCheck) -> str:
-    if _is_marked(value):
-        value = _first_text(row, key, value["text"], [value], keys)
-    elif isinstance(value, list) and value and all(map(_is_marked, value)):
-        value = _first_text(row, key, [answer["text"] for answer in value], value, keys)
-    elif value == [] and plain_name(key) == "answers":
-        raise _no_answer(row, key)
+    if not isinstance(value, str):
+        value = _unmark(row, key, value, keys)
     if isinstance(value, str):
         if not value.strip():
             raise no_text(row, key, value)
@@ -51,6 +47,17 @@ def _read_text(row: Row, key: str, value: Any, keys: KeyCheck) -> str:
         raise no_text(row, key, value)
     keys.say(f"answers in '{key}' that are {describe_kind(value)} are learned as text", written)
     return encodable(f"{row.place}: '{key}'", written)
+
+
+def _unmark(row: Row, key: str, value: Any, keys: KeyCheck) -> Any:
+    """Of answers with their places the first text; any other value as it is."""
+    if _is_marked(value):
+        return _first_text(row, key, value["text"], [value], keys)
+    if isinstance(value, list) and value and all(map(_is_marked, value)):
+        return _first_text(row, key, [answer["text"] for answer in value], value, keys)
+    if value == [] and plain_name(key) == "answers":
+        raise _no_answer(row, key)
+    return value
 
 
 def _is_marked(value: Any) -> bool:

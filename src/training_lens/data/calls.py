@@ -22,6 +22,8 @@ def read_calls(place: str, item: Mapping[str, Any], keys: KeyCheck, path: str) -
         DatasetError: both are there, or a call that is none.
     """
     listed, single = item.get("tool_calls"), item.get("function_call")
+    if not listed and not single:
+        return ()
     if listed and single:
         raise DatasetError(f"{place}: has both 'tool_calls' and 'function_call'. Keep one.")
     if single:

@@ -115,7 +115,8 @@ class RowReader:
         return self._with_label(row, turns), tools
 
     def _masks(self, row: Row) -> tuple[str, ...]:
-        return tuple(key for key in self.mapping.masks if row.values.get(key) is not None)
+        masks = self.mapping.masks
+        return tuple(key for key in masks if row.values.get(key) is not None) if masks else ()
 
     def _read_chat(self, row: Row, tools: Sequence[Tool]) -> tuple[Turns, bool]:
         """The turns of a row that holds a chat, and whether any says itself if it is learned."""
@@ -190,9 +191,9 @@ class RowReader:
         """The turns behind the system message of the row's own field; one that stands in both is taken once."""
         key = self.mapping.system
         text = optional_text(row, key)
-        own = next((m.text for m in turns if m.role == "system"), None)
         if key is None or not text:
             return turns
+        own = next((m.text for m in turns if m.role == "system"), None)
         if own is None:
             return (Message("system", text), *turns)
         if own.strip() != text.strip():

@@ -64,6 +64,8 @@ def mask_row(
     Raises:
         DatasetError: as `read_mask`; a list of another length; masks of messages that say otherwise.
     """
+    if not masks:
+        return messages
     lists = [key for key in masks if isinstance(row.values[key], list)]
     if lists and len(masks) > 1:
         raise DatasetError(f"{row.place}: {' and '.join(masks)} each say what is learned. Keep one.")

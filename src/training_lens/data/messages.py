@@ -33,7 +33,7 @@ ROLE_NAMES: dict[str, Role] = {
 EXTRA = ("name", "tool_call_id")
 # Roles of an assistant that calls tools (ShareGPT, ms-swift): the content is the call in JSON.
 CALLING = ("function_call", "tool_call")
-SPELLINGS = ({"role", "content"}, {"from", "value"})
+SPELLINGS = (("role", "content"), ("from", "value"))
 
 
 def read_chat(row: Row, key: str, value: Any, keys: KeyCheck) -> tuple[tuple[Message, ...], bool]:
@@ -61,6 +61,8 @@ def read_chat(row: Row, key: str, value: Any, keys: KeyCheck) -> tuple[tuple[Mes
 
 def is_chat(value: Any) -> bool:
     """Whether a value is meant as a message, or as a list of them: misspelt keys are refused where it is read."""
+    if isinstance(value, str):
+        return False
     items = value if isinstance(value, list) else [value]
     return bool(items) and all(isinstance(item, Mapping) and _is_meant_as_message(item) for item in items)
 
@@ -75,7 +77,10 @@ def _is_meant_as_message(item: Mapping[str, Any]) -> bool:
 
 
 def is_message(item: Mapping[str, Any]) -> bool:
-    return any(names <= item.keys() for names in SPELLINGS) or ("role" in item and _calls_something(item))
+    """Whether an object has the keys of a message, in one of the two spellings."""
+    if "role" in item:
+        return "content" in item or _calls_something(item)
+    return "from" in item and "value" in item
 
 
 def _calls_something(item: Mapping[str, Any]) -> bool:
@@ -130,6 +135,8 @@ def _read_content(place: str, role: Role, content: Any, keys: KeyCheck, path: st
 
     Only what assistants and tools say may be a value: asked for as JSON, it is answered as JSON.
     """
+    if isinstance(content, str) and content:
+        return encodable(f"{place}: 'content'", content)
     may_be_value = role in ("assistant", "tool")
     is_part = _is_part if may_be_value else _is_object
     if isinstance(content, list) and content and all(map(is_part, content)):
