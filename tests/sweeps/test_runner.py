@@ -22,6 +22,7 @@ from training_lens.errors import ConfigurationError, InterruptedRunError, OutOfM
 from training_lens.sweeps.leaderboard import Leaderboard, Row
 from training_lens.sweeps.runner import Sweep
 from training_lens.sweeps.worker import Worker
+from training_lens.training.optimization import default_lr
 from training_lens.training.trainer import Trainer
 from training_lens.utils.runs import RunFolder, runs_folder
 
@@ -50,7 +51,9 @@ def test_each_trial_is_a_run_and_the_best_one_trains_from_its_file(sweep_config:
     config = sweep_config(space={"training.lr": [1e-4, 1e-2], "peft.r": [2, 4]}, sampler="grid", trials=9)
     result = Sweep(config, on_trial=shown.append).run()
     board, best = result.leaderboard, result.leaderboard.best
-    assert best is not None and len(shown) == board.count("finished") == 4  # the grid's size
+    assert best is not None and len(shown) == board.count("finished") == 5  # the grid, and the default settings
+    assert (shown[0].trial, shown[0].is_default) == (0, True) and not any(row.is_default for row in shown[1:])
+    assert shown[0].params == {"training.lr": default_lr(192), "peft.r": 4}
     losses = [row.validation_loss or 0 for row in board.rows]
     assert losses == sorted(losses) and best.params["training.lr"] == 1e-2
     assert set(board.importances) == {"training.lr", "peft.r"}
@@ -85,7 +88,7 @@ def test_a_failed_trial_is_noted_and_the_sweep_goes_on(sweep_config: Config, mon
 
     before_step(monkeypatch, without_memory)
     board = Sweep(sweep_config(space={"peft.r": [2, 8]}, sampler="grid")).run().leaderboard
-    assert (board.count("finished"), board.count("failed")) == (1, 1)
+    assert (board.count("finished"), board.count("failed")) == (2, 1)
     failed = board.rows[-1]
     assert failed.params == {"peft.r": 8} and "does not fit into memory" in (failed.error or "")
 
@@ -238,7 +241,7 @@ def test_a_hopeless_trial_is_pruned(sweep_config: Config) -> None:
     )
     shown: list[Row] = []
     board = Sweep(config, on_trial=shown.append).run().leaderboard
-    assert [row.state for row in shown] == ["finished", "pruned"]
+    assert [row.state for row in shown] == ["finished", "finished", "pruned"]
     pruned = board.rows[-1]
     run = RunFolder(Path(pruned.run_dir or ""))
     assert pruned.params == {"training.lr": 1e-6}

@@ -21,7 +21,7 @@ from training_lens.sweeps import worker as workers
 from training_lens.sweeps.leaderboard import leaderboard
 from training_lens.sweeps.space import Space
 from training_lens.sweeps.study import SharedStudy
-from training_lens.sweeps.trials import current, run_id, stands
+from training_lens.sweeps.trials import current, is_default, run_id, stands
 from training_lens.sweeps.worker import Worker, is_alive
 
 Config = Callable[..., TrainingConfig]
@@ -242,3 +242,37 @@ def test_a_storage_that_cannot_be_opened_is_named_without_its_password(
         with pytest.raises(ConfigurationError, match=r"sweep\.storage: .* cannot be opened") as caught:
             open_study(sweep_config(storage=url))
         assert "secret" not in str(caught.value)
+
+
+DEFAULT = {"training.lr": 3e-3}
+
+
+def test_the_default_settings_are_tried_first_and_once(sweep_config: Config, tmp_path: Path) -> None:
+    """By one of the processes; where it dies, the next goes on with them."""
+    config = sweep_config(trials=3)
+    study = SharedStudy(config, Space.of(config), tmp_path, {}, DEFAULT)
+    with Worker(tmp_path / "workers") as worker:
+        first, second = claimed(study, worker), claimed(study, worker)
+        assert (first.params, first.user_attrs["default"]) == (DEFAULT, DEFAULT) and not is_default(second)
+        study.keep_losses(first, [1.0, 2.0])
+        study.release(first)
+        again = claimed(study, worker)
+        assert run_id(again) == run_id(first) and is_default(again) and again.user_attrs["block_nll"] == [1.0, 2.0]
+        study.finish(again, 1.0)
+        study.finish(second, 2.0)
+        assert not is_default(claimed(study, worker))
+    study.close()
+
+
+def test_a_study_of_an_earlier_version_goes_on_without_them(
+    sweep_config: Config, open_study: Open, tmp_path: Path
+) -> None:
+    config = sweep_config(trials=3)
+    earlier = open_study(config)
+    noted = earlier._study.user_attrs["config"]
+    lacking = {key: value for key, value in noted.items() if key not in ("training.warmup_steps", "data.csv")}
+    earlier._study.set_user_attr("config", lacking)
+    study = SharedStudy(config, Space.of(config), tmp_path, {}, DEFAULT)
+    with Worker(tmp_path / "workers") as worker:
+        assert not is_default(claimed(study, worker))
+    study.close()

@@ -89,8 +89,7 @@ class SharedStudy:
         """The study of a config, rows and a space; the first process notes them in it."""
         if "config" not in self._study.user_attrs:
             self._study.set_user_attr("config", mine)
-        unset = _comparable(TrainingConfig())  # of keys that the version before this one did not have
-        theirs, mine = ({**flat(unset), **flat(config)} for config in (self._study.user_attrs["config"], mine))
+        theirs, mine = _flatten(self._study.user_attrs["config"]), _flatten(mine)
         problems = [
             f"{key}: the study '{self.settings.name}' has {theirs.get(key)!r}, given {mine.get(key)!r}"
             for key in sorted({*theirs, *mine})
@@ -117,10 +116,10 @@ class SharedStudy:
             left = next((trial for trial in trials if is_lost(trial)), None)
             if sum(not is_lost(trial) for trial in trials) >= self.settings.trials:
                 return None
-            params, attributes = self._carry_on(left) if left is not None else self._choose(trials)
+            params, noted = (left.params, {}) if left is not None else self._choose(trials)
             if params is None:
                 return None
-            claim = self._create(params, {**worker.attributes, **attributes}, left)
+            claim = self._create(params, worker, left, noted)
             if stands(claim, self._study.get_trials(deepcopy=False), self.settings.trials):
                 return claim
             self._storage.set_trial_user_attr(self._id(claim), "withdrawn", True)
@@ -129,18 +128,18 @@ class SharedStudy:
     def _choose(self, trials: list[FrozenTrial]) -> tuple[Params | None, dict[str, Any]]:
         """What is tried next, and what is noted with it: the default settings first, then what the sampler proposes."""
         default = self._study.user_attrs.get("default")
-        new = {"token": secrets.token_hex(2)}
         if default is not None and not any(is_default(trial) for trial in trials):
-            return self.space.locate(default) or {}, {**new, "default": default}
-        return propose(self.space, self.settings, trials), new
+            return self.space.locate(default) or {}, {"default": default}
+        return propose(self.space, self.settings, trials), {}
 
-    def _carry_on(self, left: FrozenTrial) -> tuple[Params, dict[str, Any]]:
-        """The point of a trial that was left, and what was noted with it."""
-        kept = {name: left.user_attrs[name] for name in CARRIED if name in left.user_attrs}
-        return left.params, {**kept, "continues": first_number(left)}
-
-    def _create(self, params: Params, attributes: dict[str, Any], left: FrozenTrial | None) -> FrozenTrial:
+    def _create(
+        self, params: Params, worker: Worker, left: FrozenTrial | None = None, noted: Mapping[str, Any] | None = None
+    ) -> FrozenTrial:
         """A running trial, written with all it has at once: no other process ever sees a part of it."""
+        attributes: dict[str, Any] = {**worker.attributes, "token": secrets.token_hex(2), **(noted or {})}
+        if left is not None:
+            attributes |= {name: left.user_attrs[name] for name in CARRIED if name in left.user_attrs}
+            attributes["continues"] = first_number(left)
         distributions = self.space.distributions()
         template = create_trial(
             state=TrialState.RUNNING,
@@ -295,6 +294,12 @@ def free_settings(config: TrainingConfig) -> dict[str, dict[str, Any]]:
     for section, name in (key.split(".") for key in FREE_KEYS):
         found.setdefault(section, {})[name] = getattr(getattr(config, section), name)
     return found
+
+
+def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections in sections by dotted key; keys that the version before this one did not have at their defaults."""
+    unset = flat(_comparable(TrainingConfig()))
+    return {**unset, **flat({**values, "sweep.space": None}), "sweep.space": values.get("sweep.space")}
 
 
 def _comparable(config: TrainingConfig) -> dict[str, Any]:
