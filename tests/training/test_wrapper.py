@@ -19,7 +19,13 @@ import torch
 from safetensors.torch import load_file
 
 from training_lens import TrainingConfig, TrainingWrapper
-from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, InterruptedRunError
+from training_lens.errors import (
+    AdapterError,
+    CheckpointError,
+    ConfigurationError,
+    InterruptedRunError,
+    TrainingLensError,
+)
 from training_lens.training.callbacks import Callback, MetricsCollector
 from training_lens.utils.run_lookup import find_run
 from training_lens.utils.runs import RunFolder
@@ -362,3 +368,22 @@ def test_settings_typed_again_are_taken_and_other_ones_refused(small_config: Con
     assert TrainingWrapper.resume(cut, settings).status == "finished"
     with pytest.raises(CheckpointError, match=rf"finished after 6 steps.* peft\.from_adapter={cut.root}"):
         TrainingWrapper.resume(cut, settings)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("data", "train", "a" * 5000, "a...: File name too long. Give another path"),
+        ("data", "train", "rows\0.jsonl", "data.train: "),
+        ("model", "id", "my model (1)", "model.id: 'my model (1)' is no folder here, and cannot be a hub id"),
+        ("model", "id", "a\0b", "cannot be a hub id"),
+        ("model", "id", Path("/no/such/model"), "model.id: no folder '/no/such/model'"),
+        ("output", "base_output_dir", Path("/proc/out"), "output.base_output_dir: cannot write in '/proc/out'"),
+    ],
+)
+def test_a_plan_raises_only_our_errors(tmp_path: Path, section: str, key: str, value: Any, message: str) -> None:
+    sections: dict[str, Any] = {"data": {"train": ROWS}, "output": {"base_output_dir": str(tmp_path)}}
+    sections[section] = {**sections.get(section, {}), key: value}
+    with pytest.raises(TrainingLensError) as caught:
+        TrainingWrapper(TrainingConfig(**sections)).plan()
+    assert message in str(caught.value) and len(str(caught.value)) < 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from training_lens import embedded
@@ -9,6 +10,7 @@ from training_lens.config.schema import ModelSection
 from training_lens.errors import ModelLoadingError
 from training_lens.utils.formatting import nearest
 
+HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -25,6 +27,8 @@ def locate(model: ModelSection) -> str:
             close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
             hint = f" Did you mean '{path.parent / close}'?" if close else f" Relative paths start at {Path.cwd()}."
             raise ModelLoadingError(f"model.id: no folder '{name}'.{hint}")
+        if not HUB_ID.fullmatch(name):
+            raise ModelLoadingError(f"model.id: {name!r} is no folder here, and cannot be a hub id (OWNER/NAME).")
         return name  # a hub id
     if not (path / "config.json").is_file():
         raise ModelLoadingError(f"model.id: '{name}' holds no config.json, so it is no transformers model folder.")

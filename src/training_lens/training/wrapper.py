@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
 from logging import DEBUG, INFO
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 import training_lens
 from training_lens.analysis.run import Run
 from training_lens.config.schema import TrainingConfig
-from training_lens.errors import CheckpointError, InterruptedRunError
+from training_lens.errors import CheckpointError, InterruptedRunError, TrainingLensError
 from training_lens.integrations.configured import asked_for
 from training_lens.models.adapters import ParameterCount, count_parameters, describe
 from training_lens.models.factory import load_model
@@ -42,6 +43,7 @@ from training_lens.utils.progress import Progress, bars
 from training_lens.utils.runs import RunFolder, new_run_id, runs_folder
 
 logger = get_logger(__name__)
+SHOWN_PATH = 200  # characters of a path in an error
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pyarrow", "numpy")
 
 
@@ -86,8 +88,9 @@ class TrainingWrapper:
         asked_for(self._config)  # a tracker that cannot be imported is wrong usage, and found before anything starts
         base = Path(self._config.output.base_output_dir)
         require_writable(base, "output.base_output_dir")
-        config = with_rows_as_files(self._config, base / "cache" / "rows")
-        return plan_run(config, Progress(self._console), global_batch)
+        with _files_explained():
+            config = with_rows_as_files(self._config, base / "cache" / "rows")
+            return plan_run(config, Progress(self._console), global_batch)
 
     def train(self) -> TrainingSummary:
         """Train from the start in a new run folder, and save adapter, tokenizer and metadata in it.
@@ -232,6 +235,21 @@ class TrainingWrapper:
         with whole_folder(run.tokenizer) as folder:
             model = plan.config.model
             save_tokenizer(plan.tokenizer, folder, require_local_folder(model), model.trust_remote_code)
+
+
+@contextmanager
+def _files_explained() -> Iterator[None]:
+    """Within the block, a file that cannot be read is an expected error; a full disk stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (None, errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = str(error.filename or "a file")
+        place = place if len(place) <= SHOWN_PATH else f"{place[:SHOWN_PATH]}..."
+        raise TrainingLensError(
+            f"{place}: {error.strerror}. Give another path, or see to it that this one can be read."
+        ) from error
 
 
 def _alone(run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
