@@ -196,7 +196,7 @@ CASES: dict[str, tuple[Make, int, str]] = {
     "template without content": (with_file("t.jinja", "hello", "data.template=t.jinja"), 2, "cannot be trained with"),
     "system message dropped": (
         lambda f: [*with_file("t.jinja", DROPS)(f), *train_on(SYSTEM_ROWS)(f), "data.template=t.jinja"],
-        1, r"rows\.jsonl, row 1: the tokenizer's chat template drops .*the system message",
+        1, r"rows\.jsonl(.|\n)*the chat template t\.jinja drops .*the system message",
     ),
     # models
     "no model folder": (rows(more=("model.id=./modle",)), 1, r"model\.id: no folder"),
