@@ -78,7 +78,11 @@ def test_a_merged_run_is_the_adapter_as_a_plain_folder(run: RunFolder) -> None:
     session = open_run(run)
     loaded = AutoModelForCausalLM.from_pretrained(run.merged)
     assert loaded.dtype == torch.float32 and (logits(loaded) - logits(session.model)).abs().max() < 1e-4
-    assert loaded.generation_config.eos_token_id == sorted(session.stop_ids)
+    ends = loaded.generation_config.eos_token_id
+    assert set(ends if isinstance(ends, list) else [ends]) == session.stop_ids
+    own = embedded.PATHS[embedded.MODEL]
+    kept = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+    assert all((run.merged / name).read_bytes() == (own / name).read_bytes() for name in kept)
     tokenizer = AutoTokenizer.from_pretrained(run.merged)
     assert tokenizer.chat_template == session.tokenizer.chat_template
 
