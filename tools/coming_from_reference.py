@@ -18,8 +18,25 @@ training.lr, num_epochs -> training.epochs, max_length -> model.seq_len, optim -
 
 They mix with this project's own sections; overrides on the command line take our keys (`training.lr=1e-4`). Nothing is
 guessed: a name that is not in the table is an unknown key, a value without a counterpart is a problem that says what
-there is, and so are two names of one key that say different things. What a flat file does not say has our default, not
+there is, and so are two names of one key that say different things. A nested config gets a suggestion for each of its
+keys: `lora.r` is `peft.r`. What a flat file does not say has our default, not
 that of the other trainer: see it with `training-lens validate --config training_config.json`.
+
+## Keys that have no counterpart
+
+`--from hf`, `--from llama-factory` or `--from axolotl` says what the file was written for. Its keys that change no
+result here (logging, saving, speed, where things go) are then set aside, and named in one line that run.log keeps. Keys
+that say what is done here anyway are set aside too (`stage: sft`, `adam_beta1: 0.9`). Those that would change the
+result are refused, with the values that could stay. Names that only the other trainer knows (LLaMA-Factory's `dataset`
+and `template`, axolotl's `datasets`) are set aside once you say what they stand for:
+
+```
+training-lens train --config llama3_lora_sft.yaml --from llama-factory data.train=rows.jsonl data.template=auto
+```
+
+Without `--from`, such a key is an unknown key, and the message names the trainers that have it.
+
+## Names that are translated
 
 | their name | here | values |
 |---|---|---|

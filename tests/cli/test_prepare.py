@@ -370,8 +370,8 @@ BAD: dict[str, tuple[list[dict[str, Any]], list[str], int, str]] = {
     "a split that is no name": (ROWS, ["prepare.splits={train:0.5,a.b:0.5}"], 2, "'a.b' cannot name a file"),
     "groups without a field": (ROWS, ["prepare.split_by=group"], 2, "give prepare.group_field"),
     "a field without groups": (ROWS, ["prepare.group_field=user"], 2, "give prepare.split_by=group"),
-    "validation rows given": (ROWS, ["data.validation=rows.jsonl"], 2, "data.validation: prepare takes every row"),
-    "rows held out": (ROWS, ["data.val_ratio=0.1"], 2, "data.val_ratio: prepare takes every row"),
+    "weights given": (ROWS, ["data.weights=[2]"], 2, "data.weights: prepare takes every row"),
+    "rows drawn": (ROWS, ["data.max_examples=3"], 2, "data.max_examples: prepare takes every row"),
 }
 
 

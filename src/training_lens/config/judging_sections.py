@@ -59,8 +59,8 @@ class InferenceSection(Section):
     adapter: Place = Field(
         "latest",
         min_length=1,
-        description="latest: of the newest finished run; a run's id or folder; a PEFT adapter folder on model.id; "
-        "none: model.id alone",
+        description="latest: of the run that started last; a run's id or folder, or an experiment: its last run; a "
+        "PEFT adapter folder on model.id; none: model.id alone",
     )
     max_new_tokens: int = Field(256, ge=1, description="longest answer in tokens")
     temperature: float = Field(0.0, ge=0.0, le=5.0, description="0: greedy; else the sampling temperature")

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,12 +30,14 @@ class ScreenHandler(logging.Handler):
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
+        self.shown: deque[logging.LogRecord] = deque(maxlen=1000)  # since the last run.log was begun
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message, without padding."""
         try:
             text = self.format(record)
             style = "yellow" if record.levelno >= logging.WARNING else ""
+            self.shown.append(record)
             self._console.print(text, style=style, markup=False, soft_wrap=not self._console.is_terminal)
         except Exception:
             self.handleError(record)
@@ -168,6 +171,9 @@ class TrainingLogger:
         logger = logging.getLogger(ROOT)
         logger.setLevel(logging.DEBUG)
         logger.addHandler(self._handler)
+        for screen in _screen_handlers():  # what was told before the run had a folder belongs to its record
+            while screen.shown:
+                self._handler.handle(screen.shown.popleft())
         return self
 
     def __exit__(
