@@ -139,6 +139,7 @@ def test_what_compare_found_stands_over_validation_unless_the_run_has_gone_on(
     (recording.folder / "metadata/summary.json").write_text(json.dumps({"steps": steps}))
     report = StandardReports(_analysis(recording, FINE)).executive()
     assert title in report.markdown()
+    assert ("- Worse than its base by loss: 3 against 2." in report.markdown()) == (steps == 10)
     found = report.values["verdict"]
     assert isinstance(found, dict) and found["outcome"] == ("worse" if steps == 10 else "better")
     (recording.folder / "reports/compare.json").write_text('{"verdict": {"outcome": "fine"}}')

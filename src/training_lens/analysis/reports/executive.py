@@ -32,13 +32,14 @@ LONGEST_LINE, LONGEST_PLACE = 150, 60  # characters
 def executive(analysis: Analysis) -> Report:
     """The executive report of a run."""
     recording, wrong = analysis.recording, [f for f in analysis.findings if f.severity in WRONG]
+    judged = find_verdict(recording)
     unknown = [f for f in analysis.findings if f.confidence == "could not tell"]
     parts: list[Part] = [
-        verdict(analysis.findings, find_verdict(recording)),
+        verdict(analysis.findings, judged),
         *("# Did it learn?", losses(recording).sentence()),
         *("# What to do next", Bullets(next_steps(analysis))),
         "# What is wrong?",
-        Bullets([in_short(f) for f in wrong]) if wrong else "Nothing wrong was found.",
+        Bullets(faults) if (faults := [*_judged_faults(judged), *map(in_short, wrong)]) else "Nothing wrong was found.",
         *([f"Not known ({len(unknown)} of {len(analysis.findings)} questions):"] * bool(unknown)),
         *([Bullets([in_short(f) for f in unknown])] * bool(unknown)),
         *("# Which layers changed?", changed(recording).sentence()),
@@ -78,13 +79,21 @@ def _judged_callout(judged: Verdict, worst: Finding | None, findings: Sequence[F
     facts = {
         "also": "\n".join(remark.sentence for remark in judged.remarks),
         "what would decide": judged.decide,
-        "next": judged.next_command,
+        "next": "" if judged.next_command.startswith("training-lens report") else judged.next_command,
         "worst finding": f"{in_short(worst)} {worst.action or worst.decide}" if worst else "nothing wrong was found",
         "not known": _unanswered(findings),
     }
     blind = bool(findings) and all(finding.confidence == "could not tell" for finding in findings)
     severity = "note" if blind and judged.severity == "fine" else judged.severity
     return Callout(severity, judged.sentence, tuple((name, words) for name, words in facts.items() if words))
+
+
+def _judged_faults(judged: Verdict | None) -> list[str]:
+    """What the verdict on the adapter says against it, in lines."""
+    if judged is None:
+        return []
+    worse = [judged.sentence] if judged.outcome == "worse" else []
+    return [*worse, *(remark.sentence for remark in judged.remarks if remark.severity in WRONG)]
 
 
 def _unanswered(findings: Sequence[Finding]) -> str:
