@@ -59,6 +59,21 @@ def test_names_of_other_trainers_are_translated_as_in_a_file(caplog: pytest.LogC
     assert [line.split(":")[0] for line in found] == ["val_size", "peft.r", "training.lr"]
 
 
+def test_unknown_sections_are_named_by_their_keys() -> None:
+    found = problems_of(lambda: TrainingConfig(lora={"r": 8, "alpha": 16}, peft={"lora_r": 8}))
+    assert found == [
+        "peft.lora_r: unknown key; did you mean 'peft.r'?",
+        "lora.r: unknown key; did you mean 'peft.r'?",
+        "lora.alpha: unknown key; did you mean 'peft.lora_alpha'?",
+    ]
+
+
+def test_a_table_may_come_under_another_trainers_name() -> None:
+    pandas = pytest.importorskip("pandas")
+    config = TrainingConfig(train_file=pandas.DataFrame([{"question": "a", "answer": "b"}]))
+    assert config.data.train == [{"question": "a", "answer": "b"}]
+
+
 @pytest.mark.parametrize(
     ("path", "value", "problem"),
     [

@@ -220,7 +220,7 @@ def translate(values: Mapping[str, Any]) -> Translation:
             continue
         if ours is not NOTHING:
             said.setdefault(BY_NAME[name].key, {})[name] = ours
-            lines.append(f"{name} -> {BY_NAME[name].key}{'' if ours == value else f'={ours}'}")
+            lines.append(f"{name} -> {BY_NAME[name].key}{'' if ours is value or ours == value else f'={ours}'}")
     problems += [problem for key, names in said.items() if (problem := _disagreement(key, names, rest))]
     return Translation({key: next(iter(names.values())) for key, names in said.items()}, rest, lines, problems)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from training_lens.config.keys import describe_unknown, known_keys
+from training_lens.utils.nested import flat
 from training_lens.utils.secrets import redacted
 
 Location = tuple[int | str, ...]
@@ -42,7 +43,7 @@ def list_problems(error: ValidationError, known: Sequence[str], prefix: str = ""
         key = ".".join(part for part in path if part)
         message, kind = item["msg"].removeprefix("Value error, "), item["type"]
         if kind in ("extra_forbidden", "no_such_attribute"):
-            lines[describe_unknown(key, known, item["input"])] = None
+            lines |= {describe_unknown(name, known, value): None for name, value in _leaves(key, item["input"])}
         elif kind == "value_error" and key not in known:  # a check across keys: it names them itself
             lines |= dict.fromkeys(message.split("\n"))
         elif kind == "value_error":
@@ -55,6 +56,11 @@ def list_problems(error: ValidationError, known: Sequence[str], prefix: str = ""
         else:
             lines[f"{key}: given {_show(item)}. {message}"] = None
     return list(lines)
+
+
+def _leaves(key: str, value: Any) -> Iterable[tuple[str, Any]]:
+    """The keys in a section that is unknown as a whole, which may each have another name here; or the key itself."""
+    return flat({key: value}).items() if isinstance(value, Mapping) and value else ((key, value),)
 
 
 def _show(item: Mapping[str, Any]) -> str:
