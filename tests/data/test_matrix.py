@@ -52,12 +52,17 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
     return tokenizer
 
 
+def answers(example: Example) -> list[Message]:
+    return [m for m in example.messages if m.role == "assistant"]
+
+
 @pytest.fixture(scope="module")
 def rows(shared: Path) -> dict[str, list[Example]]:
     found = {}
     for name, path in FORMATS.items():
         spec = path if path in embedded.PATHS else str(shared / path)
-        found[name] = list(islice(read_examples([spec], "data.train", DataSection()), ROWS))
+        learned = (e for e in read_examples([spec], "data.train", DataSection()) if any(m.learn for m in answers(e)))
+        found[name] = list(islice(learned, ROWS))
     return found
 
 
