@@ -86,7 +86,8 @@ def _older_python(arguments: Sequence[str], packages: Path | None = None) -> str
 
 
 def _version(package: str, packages: Path | None = None) -> str:
-    return _older_python(["-c", f"import {package}; print({package}.__version__)"], packages).strip()
+    code = f"from importlib.metadata import version; print(version('{package}'))"
+    return _older_python(["-c", code], packages).strip()
 
 
 def _build_bases(work: Path) -> Path:
