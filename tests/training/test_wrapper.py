@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -328,16 +329,17 @@ def test_another_number_of_processes_goes_on_with_the_same_steps(small_config: C
     assert_same_losses(whole, cut)
 
 
-def test_one_process_goes_on_with_the_steps_of_two(small_config: Config) -> None:
+def test_one_process_goes_on_with_the_steps_of_two(small_config: Config, caplog: pytest.LogCaptureFixture) -> None:
     whole = RunFolder(Path(TrainingWrapper(small_config()).train().run_dir))
     cut = interrupted(small_config(output={"run_id": "cut"}), 3)
     config, data = cut.read_metadata("config.json"), cut.read_metadata("data.json")
     config["training"]["batch_size"] = 4
     (cut.metadata / "config.json").write_text(json.dumps(config))
     (cut.metadata / "data.json").write_text(json.dumps({**data, "processes": 2}))
-    TrainingWrapper.resume(cut)
+    with caplog.at_level(logging.INFO, logger="training_lens"):
+        TrainingWrapper.resume(cut)
     assert_same_run(whole, cut)
-    assert "begun by 2 processes, resumed by 1: a step keeps its 8 examples" in (cut.logs / "run.log").read_text()
+    assert "begun by 2 processes, resumed by 1: a step keeps its 8 examples" in caplog.text
 
 
 def test_a_run_of_an_earlier_version_is_refused_where_its_steps_would_change(small_config: Config) -> None:
