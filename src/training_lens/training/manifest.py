@@ -81,7 +81,7 @@ def manifest_of(
         "made_by": MADE_BY,
         "version": training_lens.__version__,
         "settings": config.prepare.model_dump(),
-        "data": config.data.model_dump(include={"fields", "domain", "strip_end_marks"}),
+        "data": config.data.model_dump(include={"fields", "csv", "on_bad_row", "domain", "strip_end_marks"}),
         "sources": {
             reading.source.name: {
                 "sha256": reading.sha256,
