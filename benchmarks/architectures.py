@@ -169,7 +169,7 @@ def merge_and_load(config: TrainingConfig, run: RunFolder, place: Path, wanted: 
     check_foldable(session.model, 1.0)
     folder = place / "merged"
     folder.mkdir()
-    write_folder(session, folder, "fp32", scale=1.0, delta=False, max_shard_size="5GB")
+    write_folder(session, folder, "fp32", keeps_types=False, scale=1.0, delta=False, max_shard_size="5GB")
     return {"merged_difference": relative_difference(logits(plain_model(folder)), wanted)}
 
 

@@ -14,6 +14,7 @@ import torch
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError
 from training_lens.models import pissa
+from training_lens.models.classes import is_found_by_type
 from training_lens.models.omissions import Omission, is_linear, last_part
 from training_lens.models.quantization import element_count
 from training_lens.models.saved import (
@@ -112,7 +113,7 @@ def _plan_adapter(model: Any, peft: PeftSection) -> _AdapterPlan:
     whole, tied = _trained_whole(model, peft)
     chosen = choose_targets(model, peft)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if is_found_by_type(model) else None,  # None: PEFT then saves the base's class by name
         lora_dropout=peft.lora_dropout,
         target_modules=chosen.names,
         use_dora=peft.use_dora,
@@ -185,7 +186,24 @@ def check_adapter(skeleton: Any, peft: PeftSection) -> Adaptation:
     if peft.from_adapter:
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         check_fit(adapter_folder(peft.from_adapter), {n: tuple(t.shape) for n, t in state.items()}, base)
+    _require_reloadable(adapted)
     return Adaptation(tuple(adapted_modules(adapted)), plan.left_out)
+
+
+def _require_reloadable(adapted: Any) -> None:
+    """Refuse an adapter whose tensors PEFT renames, when it loads what it saved, to names that the model has not.
+
+    Such an adapter would train, and do nothing wherever it is loaded.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(adapted, get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    lost = [*result.unexpected_keys, *(key for key in result.missing_keys if "lora_" in key)]
+    if lost:
+        raise AdapterError(
+            f"peft: PEFT cannot load an adapter of a {type(adapted.get_base_model()).__name__} that it saved: it looks "
+            f"for other names than those saved ({lost[0]}). Give the text model alone, or another base."
+        )
 
 
 def adapted_modules(adapted: Any) -> list[str]:

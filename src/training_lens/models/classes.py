@@ -48,6 +48,14 @@ def is_generating(found: Any) -> bool:
     return isinstance(found, type) and issubclass(found, PreTrainedModel) and issubclass(found, GenerationMixin)
 
 
+def is_found_by_type(model: Any) -> bool:
+    """Whether AutoModelForCausalLM gives the model's own class for its config, and not its text part or nothing."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    known = type(model).__module__.startswith("transformers.")
+    return not known or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None) is type(model)
+
+
 def build_model(config: Any, trust_remote_code: bool, **options: Any) -> Any:
     """A model of `config`, of the class that loading takes, with random weights (none where torch builds on 'meta')."""
     found = load_class(config)
