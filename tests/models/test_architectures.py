@@ -65,7 +65,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"text_config": {**TEXT, "model_type": "llama"},
          "vision_config": {**VISION, "model_type": "clip_vision_model"}},
     ),
-    "renamed wrapper": (
+    "prefix wrapper": (
         "PaliGemmaForConditionalGeneration",
         {"text_config": {**TEXT, "model_type": "gemma", "head_dim": 8}, "projection_dim": 32,
          "vision_config": {**VISION, "model_type": "siglip_vision_model", "projection_dim": 32}},
@@ -199,10 +199,9 @@ def test_layers_that_see_across_examples_are_padded(kind: str) -> None:
     assert not Engine(model).packs
 
 
-def test_an_adapter_that_peft_would_not_find_again_is_refused() -> None:
-    """PEFT looks for PaliGemma's tensors under other names than it saves them under."""
-    with pytest.raises(AdapterError, match="PEFT cannot load an adapter of a PaliGemmaForConditionalGeneration"):
-        check_adapter(build_kind("renamed wrapper"), SMALL)
+def test_a_model_whose_tokens_see_those_behind_them_is_refused_before_the_first_step() -> None:
+    with pytest.raises(ModelLoadingError, match="Give a model whose text is causal"):
+        Engine(attach(build_kind("prefix wrapper"), SMALL))
 
 
 def test_a_model_that_reads_text_otherwise_than_its_decoder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
