@@ -2,9 +2,8 @@
 
     python tools/architectures_table.py [--check]
 
-Writes the table between the marks of the page, or with --check fails where it is another. Where
-benchmarks/results/architectures_compat.json lies beside the results (name -> text: what an older transformers says of
-the merged folder), it is the last column.
+Writes the table between the marks of the page, or with --check fails where it is another. The last column is from
+benchmarks/results/compat.json, which `make compat` writes.
 """
 
 from __future__ import annotations
@@ -16,22 +15,32 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/architectures.json"
-OLDER = RESULTS.with_name("architectures_compat.json")
+OLDER = RESULTS.with_name("compat.json")
 PAGE = ROOT / "docs/architectures.md"
 MARKS = ("<!-- table: tools/architectures_table.py -->", "<!-- end of table -->")
 EQUAL = {"loss_difference": 1e-5, "gradient_difference": 1e-4, "reload_difference": 1e-5, "merged_difference": 1e-5}
 
 
-def row(name: str, result: dict[str, Any], older: dict[str, str]) -> str:
+def row(name: str, result: dict[str, Any], older: dict[str, Any] | None) -> str:
     """One model's line."""
     if "refused" in result:
-        return f"| {name} | {result['class']} | refused: {result['refused'].removeprefix('model.id: ')} | | | | | |"
+        return f"| {name} | {result['class']} | refused: {result['refused'].removeprefix('model.id: ')} | | | | | | |"
     left = "; ".join(f"{', '.join(o['names'])} ({o['why']})" for o in result["left_out"])
     numbers = [verdict(result[key], most) for key, most in EQUAL.items()]
     packed = "packed" if result["packs"] else "padded"
     cells = [name, result["class"], ", ".join(result["adapted"]), left, packed, " / ".join(numbers[:2]), *numbers[2:]]
-    cells += [older.get(name, "")] if older else []
+    cells.append(describe_older(older))
     return f"| {' | '.join(cells)} |"
+
+
+def describe_older(read: dict[str, Any] | None) -> str:
+    """What the older transformers makes of the merged folder."""
+    if read is None:
+        return "not tried"
+    if read["status"] == "equal":
+        return f"{read['difference']:.0e}"
+    why = {"base not read": "does not know the kind", "base differs": "computes the base otherwise"}
+    return why.get(read["status"], f"**{read['status']}**")
 
 
 def verdict(difference: float, most: float) -> str:
@@ -42,11 +51,11 @@ def verdict(difference: float, most: float) -> str:
 def table() -> str:
     """All of them."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    older = json.loads(OLDER.read_text(encoding="utf-8")) if OLDER.is_file() else {}
+    older = json.loads(OLDER.read_text(encoding="utf-8"))
     heads = ["model", "class", "adapted", "left out, and why", "batches", "loss / gradient", "reloaded", "merged"]
-    heads += ["merged, in transformers 4"] if older else []
+    heads.append(f"merged, transformers {older['transformers']}")
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    return "\n".join([*lines, *(row(name, results[name], older) for name in sorted(results))])
+    return "\n".join([*lines, *(row(name, results[name], older["merged"].get(name)) for name in sorted(results))])
 
 
 def main() -> None:
