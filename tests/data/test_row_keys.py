@@ -174,6 +174,15 @@ def test_nothing_of_a_row_without_unknown_keys_is_named_as_unused(row: dict[str,
             r"only text can be trained on\. To train .*ignore_keys=images",
         ),
         ({**ASKED, "reasoning": "c"}, "'reasoning' stands apart from the answer"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b", "train_detail": [1]},
+                ]
+            },
+            "'train_detail' marks parts of an answer",
+        ),
         ({"text": "a", "system": "b"}, "'system' cannot be used beside plain text"),
         ({"text": "a", "loss": 2.31}, "'loss' is 2.31, expected 0 or 1"),
     ],

@@ -50,6 +50,7 @@ THOUGHTS_APART = (
     "stands apart from the answer and would not be learned. Put it into the answer as <think>...</think> and set "
     "data.thinking=true"
 )
+PARTS_MASKED = "marks parts of an answer, which is learned whole or not at all. Mark the whole turn with 'train'"
 TOOLS_APART = "describes tools in a message. Put them into the row's own field 'tools'"
 NOT_WITH_TEXT = "cannot be used beside plain text, which no template touches. Name the fields of a chat or of a pair"
 
@@ -73,7 +74,7 @@ MESSAGE = Level(
         *(("name",), ("tool_call_id",), ("tool_calls",), ("function_call",)),
         *((mask,) for mask in MASKS),
     ),
-    {**_REFUSED, **dict.fromkeys(ALIASES["tools"], TOOLS_APART)},
+    {**_REFUSED, "train_detail": PARTS_MASKED, **dict.fromkeys(ALIASES["tools"], TOOLS_APART)},
 )
 CALL = Level((("id",), ("type",), ("function",), ("name",), ("arguments", "parameters")), {})
 FUNCTION = Level((("id",), ("type",), ("name",), ("arguments", "parameters")), {})
