@@ -62,7 +62,7 @@ def no_text(row: Row, key: str, value: Any) -> DatasetError:
     if key.split(".")[0] not in row.values:
         there = ", ".join(sorted(map(str, row.values))) or "none"
         return DatasetError(f"{row.place}: has no field '{key}' (its fields: {there}). Add it, or remove the row.")
-    return DatasetError(f"{row.place}: '{key}' is {kind_of(value)}, expected text. Mend it, or remove the row.")
+    return DatasetError(f"{row.place}: '{key}' is {kind_of(value)}, expected text. Fix it, or remove the row.")
 
 
 def write_value(value: Any) -> str | None:

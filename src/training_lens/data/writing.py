@@ -224,7 +224,7 @@ class _JsonlWriter:
             emptied = [key for key, value in values.items() if not _is_json(value)]
         learned = next((key for key in emptied if key in self._learned), None)
         if learned is not None:
-            raise DatasetError(f"{row.place}: '{learned}' holds NaN or infinity, for which JSON has no word. Mend it.")
+            raise DatasetError(f"{row.place}: '{learned}' holds NaN or infinity, for which JSON has no word. Fix it.")
         self.emptied.update(emptied)
         return _line({key: _finite(value) for key, value in values.items()})
 
@@ -286,7 +286,7 @@ class _ParquetWriter:
         except pa.ArrowException as error:
             raise DatasetError(
                 f"{self._last}, or one of the {len(self._chunk) - 1} rows before it: Parquet cannot hold all of its "
-                f"values ({error}). Mend the row, or take prepare.format=jsonl."
+                f"values ({error}). Fix the row, or take prepare.format=jsonl."
             ) from error
         self._chunk = []
 

@@ -274,6 +274,6 @@ def _configured_ends(model: Any, model_id: str) -> list[int]:
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
         raise ModelLoadingError(
             f"model.id: the generation_config.json of '{model_id}' has eos_token_id {configured!r}, expected a token's "
-            "id or a list of ids. Mend it there."
+            "id or a list of ids. Fix it there."
         )
     return listed

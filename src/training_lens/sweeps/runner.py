@@ -197,7 +197,7 @@ class Sweep:
         if not any(trial.state in FINISHED for trial in self.study.trials()):
             raise TrainingError(
                 f"the first {HOPELESS} trials of the sweep '{self.config.sweep.name}' failed, the last of them "
-                f"({last.run_id}) so: {last.error} Mend it; the same command then goes on with other trials, and "
+                f"({last.run_id}) so: {last.error} Fix it; the same command then goes on with other trials, and "
                 "another sweep.name begins anew."
             )
 
