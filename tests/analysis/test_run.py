@@ -93,8 +93,10 @@ def test_a_run_is_found_by_folder_id_and_as_the_latest(copied: RunFolder) -> Non
     (runs_folder(str(base), "empty")).mkdir(parents=True)
     for run in (Run(str(copied.root)), Run(copied.run_id, base), Run.latest(base), Run.latest(base, "default")):
         assert run.folder.root.samefile(copied.root)
-    with pytest.raises(CheckpointError, match=f"no run '{copied.run_id[:-1]}'.*Did you mean {copied.run_id}"):
-        Run(copied.run_id[:-1], base)
+    mistyped = f"{copied.run_id[:-1]}z"
+    with pytest.raises(CheckpointError, match=f"no run '{mistyped}'.*Did you mean {copied.run_id}"):
+        Run(mistyped, base)
+    assert Run(copied.run_id[:-1], base).run_id == copied.run_id  # no other run's id begins so
     with pytest.raises(CheckpointError, match=r"fetch_to_read\(URL"):
         Run("s3://bucket/experiments/default/runs/mine")
     with pytest.raises(CheckpointError, match=r"no run in .* yet"):

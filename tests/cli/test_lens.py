@@ -47,8 +47,9 @@ def printed(result: Result) -> dict[str, Any]:
 
 def refused(result: Result, code: int = 1) -> str:
     """The one paragraph of an error."""
-    assert result.exit_code == code and result.stderr.startswith("error: "), result.output
-    return result.stderr
+    _, found, error = result.stderr.partition("error: ")  # before it may stand which run answers
+    assert result.exit_code == code and found and "Traceback" not in error, result.output
+    return error
 
 
 def norm_of_update(adapter: Path, module: str) -> float:
@@ -84,7 +85,7 @@ def test_two_runs_are_looked_for_in_one_place(call: Call, run: Path) -> None:
 
 def test_a_second_run_that_is_not_there_is_told_before_anything_else(call: Call, run: Path) -> None:
     result = call("analyze", str(run), "--against", "./nowhere")
-    assert "no folder 'nowhere'" in refused(result) and not result.stdout
+    assert "no run './nowhere'" in refused(result) and not result.stdout
 
 
 def test_check_rank_needs_a_run_of_ours_that_is_finished(call: Call, run: Path, adapter: Path) -> None:
@@ -128,7 +129,8 @@ def test_a_foreign_adapter_is_read_with_the_base_that_fits(call: Call, adapter: 
     assert all(row["norm_update"] > 0 and row["strength"] is None for row in rows)
     (tmp_path / "empty").mkdir()
     assert "is no folder, and no model of that id" in refused(call("analyze", str(adapter), "--base", "no-such-model"))
-    assert "error" in refused(call("analyze", str(adapter), "--base", "empty"))
+    assert "--base: no folder './nowhere'" in refused(call("analyze", str(adapter), "--base", "./nowhere"), 2)
+    assert "holds no config.json" in refused(call("analyze", str(adapter), "--base", "empty"), 2)
     base = printed(call("analyze", str(adapter), "--base", "embedded", "--json"))["results"]["weights"]["modules"]
     assert all(row["strength"] > 0 for row in base)
     assert "no adapter_gradients were captured" in refused(
@@ -157,7 +159,7 @@ def test_a_damaged_segment_costs_its_steps_alone(call: Call, run: Path) -> None:
     ("place", "said"),
     [
         ("20260101T000000Z-aaab", "Did you mean 20260101T000000Z-aaaa?"),
-        ("./outputz", "Did you mean 'outputs'?"),
+        ("./outputz", "Did you mean outputs?"),
         ("outputs/experiments/default", "holds 1 runs"),
         ("empty", "is empty"),
         ("file.txt", "is a file"),

@@ -23,7 +23,7 @@ Call = Callable[..., Result]
 def test_version_help_and_completion_need_no_torch(call: Call) -> None:
     assert call("--version").stdout == f"training-lens {__version__}\n"
     assert "--install-completion" in call("--help").stdout
-    assert "may be given several" in call("train", "--help").stdout and "--from" in call("prepare", "--help").stdout
+    assert "--config" in call("train", "--help").stdout and "--from" in call("prepare", "--help").stdout
     code = (
         "import os, sys\n"
         "os.environ |= {'_TRAINING_LENS_COMPLETE': 'complete_bash', 'COMP_CWORD': '1'}\n"

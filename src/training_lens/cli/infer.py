@@ -63,6 +63,7 @@ def infer(
     with command(json, debug) as screen:
         given = [prompt, *(overrides or [])] if prompt is not None else []
         prompt, overrides = _split(given, source, output, interactive)
+        _check_way(prompt, interactive and json)
         settings = load_adapter_config(config, overrides, run, ("inference",))
         if prompt is not None:
             _answer(screen, settings, prompt, domain, base)
@@ -85,6 +86,15 @@ def _split(given: list[str], source: str | None, output: str | None, interactive
     if bool(source) != bool(output):
         raise ConfigurationError("--input and --output go together: a file of prompts, and a file for the answers.")
     return prompt, given if prompt is None else given[1:]
+
+
+def _check_way(prompt: str | None, is_chat_in_json: bool) -> None:
+    from training_lens.errors import ConfigurationError
+
+    if prompt is not None and not prompt.strip():
+        raise ConfigurationError("the prompt is empty; give some text.")
+    if is_chat_in_json:
+        raise ConfigurationError("--interactive has no --json: a chat has no one result. For scripts: --input FILE.")
 
 
 def _is_setting(text: str) -> bool:
@@ -112,11 +122,8 @@ def _open(screen: Screen, settings: TrainingConfig, domain: str | None) -> Sessi
 
 def _answer(screen: Screen, settings: TrainingConfig, prompt: str, domain: str | None, base: bool) -> None:
     from training_lens.data.types import Message
-    from training_lens.errors import ConfigurationError
     from training_lens.inference.generator import generate_answer
 
-    if not prompt.strip():
-        raise ConfigurationError("the prompt is empty; give some text.")
     session = _open(screen, settings, domain)
     prompt_ids = session.prompt_ids([Message("user", prompt)], domain)
     on_text = None if screen.as_json else screen.write
@@ -172,11 +179,8 @@ def _told(report: FileReport) -> str:
 
 
 def _chat(screen: Screen, settings: TrainingConfig, domain: str | None, base: bool) -> None:
-    from training_lens.errors import ConfigurationError
     from training_lens.inference.chat import Chat
 
-    if screen.as_json:
-        raise ConfigurationError("--interactive has no --json: a chat has no one result. For scripts: --input FILE.")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (lets input() edit its line)
     if isinstance(sys.stdin, io.TextIOWrapper):

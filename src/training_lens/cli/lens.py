@@ -37,15 +37,25 @@ def opened(run: str, overrides: list[str] | None, config: list[str] | None, base
     """
     from pathlib import Path
 
-    from training_lens.errors import ConfigurationError
-
     run, given = _named(run, overrides)
     folder = _located(run, given, config)
-    if base and not Path(base).is_dir():
-        raise ConfigurationError(f"--base {base}: there is no such folder. Relative paths start at {Path.cwd()}.")
+    if base:
+        _check_base(base)
     from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
 
     return CheckpointAnalyzer(folder, base=Path(base) if base else None)
+
+
+def _check_base(base: str) -> None:
+    """Refuse a folder that is not there or no model; a hub's id may be in its local cache."""
+    from training_lens.config.schema import ModelSection
+    from training_lens.errors import ConfigurationError, ModelLoadingError
+    from training_lens.models.location import locate
+
+    try:
+        locate(ModelSection(id=base))
+    except ModelLoadingError as error:
+        raise ConfigurationError(str(error).replace("model.id", "--base", 1)) from error
 
 
 def opened_pair(

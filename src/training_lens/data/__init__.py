@@ -8,7 +8,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "training_lens.config.data_sections": ("DataSection",),
         "training_lens.data.batching": ("Schedule", "collate", "hold_out"),
-        "training_lens.data.preparation": ("Preparation", "Split", "prepare_split", "read_examples", "tokenize"),
+        "training_lens.data.preparation": ("Preparation", "Split", "prepare_split", "tokenize"),
+        "training_lens.data.reading": ("read_examples",),
         "training_lens.data.store": ("TokenDataset",),
         "training_lens.data.templates": ("build_renderer",),
         "training_lens.data.tokenization": ("TextEncoder",),

@@ -163,6 +163,14 @@ class _Probe(nn.Module):
         self.add_module(name, nn.Linear(1, 1))
 
 
+def _adapt_probe(config: Any, name: str, asked: Any) -> Any:
+    """PEFT's model around a probe with a layer of this name; without weights, so that it draws no random numbers."""
+    from peft.tuners.lora import LoraModel
+
+    with torch.device("meta"):
+        return LoraModel(_Probe(config, name), asked, "default")
+
+
 def refusal_of_peft(config: Any, name: str) -> str:
     """Why PEFT does not adapt linear layers of this name in models of this type: found by trying. Else ''.
 
@@ -170,11 +178,10 @@ def refusal_of_peft(config: Any, name: str) -> str:
     transformers 4; so it would adapt what nobody asked for, and leave the layer out.
     """
     from peft import LoraConfig
-    from peft.tuners.lora import LoraModel
 
     asked = LoraConfig(target_modules=[name], r=1)
     try:
-        tuner = LoraModel(_Probe(config, name), asked, "default")
+        tuner = _adapt_probe(config, name, asked)
     except ValueError as error:
         forbidden = "incompatible" in str(error)
         return (
@@ -190,10 +197,9 @@ def _taken_for_experts(config: Any) -> str:
 def loses_expressions(config: Any) -> bool:
     """Whether PEFT replaces a regular expression by the last names that it matches, in whatever layer they are."""
     from peft import LoraConfig
-    from peft.tuners.lora import LoraModel
 
     asked = LoraConfig(target_modules="a_pro[b]e", r=1)
-    LoraModel(_Probe(config, "a_probe"), asked, "default")
+    _adapt_probe(config, "a_probe", asked)
     return not isinstance(asked.target_modules, str)
 
 
