@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-REPEATS = 7
+REPEATS = 3
 RESULTS = Path(__file__).parent / "results/refusals.json"
 RUN = "20260101T000000Z-aaaa"
 
