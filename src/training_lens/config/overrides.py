@@ -177,7 +177,7 @@ def _read_other(override: Override) -> Any:
             f"'{override.word}': sweeps and deletions have no place here; give one value, lists as [a,b]"
         )
     value = parsed.value()
-    return value.text if isinstance(value, QuotedString) else _plain(value)
+    return value.text if isinstance(value, QuotedString) else _unwrap_quoted(value)
 
 
 def _parse_override(raw: str) -> Any:
@@ -194,15 +194,15 @@ def _parse_override(raw: str) -> Any:
 def _parse_hydra(raw: str) -> Any:
     """A value by Hydra's grammar, or the text itself."""
     parsed = _parse_override(raw)
-    return raw if parsed is None or parsed.is_sweep_override() else _plain(parsed.value())
+    return raw if parsed is None or parsed.is_sweep_override() else _unwrap_quoted(parsed.value())
 
 
-def _plain(value: Any) -> Any:
+def _unwrap_quoted(value: Any) -> Any:
     """Hydra's quoted strings as plain ones, also inside lists and dicts."""
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [_unwrap_quoted(v) for v in value]
     if isinstance(value, dict):
-        return {str(_plain(k)): _plain(v) for k, v in value.items()}
+        return {str(_unwrap_quoted(k)): _unwrap_quoted(v) for k, v in value.items()}
     return value.text if hasattr(value, "text") else value
 
 

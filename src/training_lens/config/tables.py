@@ -31,7 +31,7 @@ def rows_of_table(value: Any) -> list[dict[str, Any]] | None:
         raise ValueError("the data set is a stream of unknown length; give a list of its rows, or save it to files")
     module = type(value).__module__.split(".")[0]
     read = _READERS.get((module, type(value).__name__))
-    return None if read is None else [_plain_row(row) for row in read(value)]
+    return None if read is None else [_convert_row(row) for row in read(value)]
 
 
 def _frame_rows(frame: Any) -> Iterable[Mapping[Any, Any]]:
@@ -55,11 +55,11 @@ _READERS: dict[tuple[str, str], Callable[[Any], Iterable[Mapping[Any, Any]]]] = 
 }
 
 
-def _plain_row(row: Mapping[Any, Any]) -> dict[str, Any]:
-    return {str(key): _plain(value) for key, value in row.items()}
+def _convert_row(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): _convert_value(value) for key, value in row.items()}
 
 
-def _plain(value: Any) -> Any:
+def _convert_value(value: Any) -> Any:
     """The value as JSON has it, where it has one: arrays are lists, dates their ISO text, missing values null."""
     if isinstance(value, str | bool | int) or value is None:
         return value
@@ -68,11 +68,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else float(value)
     if isinstance(value, Mapping):
-        return _plain_row(value)
+        return _convert_row(value)
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_convert_value(item) for item in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, Decimal):
         return str(value)
-    return _plain(value.tolist()) if type(value).__module__ == "numpy" else value
+    return _convert_value(value.tolist()) if type(value).__module__ == "numpy" else value
