@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
-
 from training_lens.errors import TrainingLensError
 
 TIMEOUT_SECONDS = 5
@@ -17,6 +14,9 @@ def require_hub(asked: str, error: type[TrainingLensError]) -> None:
         asked: what it is needed for, as the message begins: "model.id: 'owner/name'".
         error: what to raise where the hub cannot be reached.
     """
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
