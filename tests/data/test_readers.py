@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from training_lens.data.readers import file_rows, format_of
+from training_lens.config.data_sections import CsvSection
+from training_lens.data.readers import check_csv_settings, file_rows, format_of
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 
@@ -99,3 +100,13 @@ def test_broken_files_say_where(tmp_path: Path, name: str, content: bytes, messa
     file.write_bytes(content)
     with pytest.raises(DatasetError, match=message):
         list(file_rows(SourceFile(file)))
+
+
+def test_settings_of_tables_are_refused_where_no_source_is_one() -> None:
+    settings = CsvSection(delimiter=";", quotechar=None)
+    check_csv_settings(settings, ["rows.jsonl", "rows.csv.gz"])
+    check_csv_settings(CsvSection(), ["rows.jsonl"])
+    with pytest.raises(
+        DatasetError, match=r"^data\.csv\.delimiter, data\.csv\.quotechar: .* none of rows\.jsonl is one"
+    ):
+        check_csv_settings(settings, ["rows.jsonl"])

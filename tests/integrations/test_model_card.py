@@ -82,3 +82,10 @@ def test_findings_are_shown_to_the_letter(own_run: RunFolder) -> None:
     for finding in findings:
         title = f"{finding.title} ({finding.where})" if finding.where else finding.title
         assert shown[title] == " ".join(finding.measured.split())
+
+
+def test_the_date_that_a_template_wrote_into_prompts_is_named(own_run: RunFolder) -> None:
+    assert "writes a date" not in card_of(own_run)
+    config = own_run.read_metadata("config.json")
+    write_json(own_run.metadata / "config.json", config | {"data": config["data"] | {"date": "2026-01-31"}})
+    assert "In training it was always 2026-01-31" in card_of(own_run)

@@ -103,6 +103,9 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(AdapterError, match=r"peft.from_adapter: no folder '.*mien'. Did you mean '.*mine'"):
         adopt(PeftSection(from_adapter=str(tmp_path / "mien")))
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(AdapterError, match=r"rows.jsonl' is a file. Give the folder of an adapter, or of a run"):
+        adopt(PeftSection(from_adapter=str(tmp_path / "rows.jsonl")))
     section = PeftSection(from_adapter=str(tmp_path / "mine"))
     with pytest.raises(AdapterError, match=r"mine is no adapter folder: adapter_config.json is missing"):
         adopt(section)

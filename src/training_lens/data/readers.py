@@ -6,10 +6,11 @@ import gzip
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO
 
+from training_lens.config.data_sections import CsvSection
 from training_lens.data.csv_files import csv_rows
 from training_lens.data.json_files import json_rows
 from training_lens.data.source_file import SourceFile
@@ -33,6 +34,23 @@ def format_of(path: Path) -> str | None:
     """The format that a file's name says, '.jsonl' for 'rows.jsonl.gz' too; None where it is none that we read."""
     suffix = Path(path.stem).suffix if path.suffix.lower() == GZIP else path.suffix
     return suffix.lower() if suffix.lower() in FORMATS else None
+
+
+def check_csv_settings(settings: CsvSection, files: Collection[str]) -> None:
+    """Refuse settings of tables that no source is.
+
+    Args:
+        files: the names of all sources.
+
+    Raises:
+        DatasetError: names the settings.
+    """
+    changed = [f"data.csv.{name}" for name, value in settings if value != getattr(CsvSection(), name)]
+    if changed and not any(format_of(Path(file)) in TABLES for file in files):
+        raise DatasetError(
+            f"{', '.join(changed)}: says how tables of text are read, and none of {', '.join(sorted(files))} is one "
+            f"({', '.join(TABLES)}). Leave it out, or end the name of the table as what it is."
+        )
 
 
 def file_rows(source: SourceFile) -> Iterator[Row]:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from training_lens.config.data_sections import DataSection, DomainSection, FieldsSection
+from training_lens.config.data_sections import CsvSection, DataSection, DomainSection, FieldsSection
 from training_lens.data.corpus import Corpus, Reading
 from training_lens.data.fields import DOMAIN_FIELD, FieldMapping, find_mapping
 from training_lens.data.notes import DataNotes
@@ -98,10 +98,13 @@ def _refuse_some_without_domain(corpus: Corpus) -> None:
 
 
 def settings_for(form: Form, data: DataSection) -> DataSection:
-    """The data section that reads the written rows: as it was, but for the names that were written anew."""
-    if form == "as_read" and not data.domain.per_file:
-        return data
-    changed: dict[str, Any] = {"domain": DomainSection(style=data.domain.style)}
+    """The data section that reads the written rows: as it was, but for the names that were written anew.
+
+    A table of text is written as JSON Lines or Parquet.
+    """
+    changed: dict[str, Any] = {"csv": CsvSection()}
+    if form != "as_read" or data.domain.per_file:
+        changed["domain"] = DomainSection(style=data.domain.style)
     if form != "as_read":
         changed["fields"] = FieldsSection()
     return data.model_copy(update=changed)

@@ -71,6 +71,7 @@ class _Card:
         self.repo, self.revision, self._run, self._names = repo, revision, run, names
         self.title = repo.split("/")[-1]
         self.summary, self.peft, self.training = run.summary, run.config.peft, run.config.training
+        self.date = run.config.data.date
         self.base = names.base
         self.base_is_embedded = run.config.model.id == embedded.MODEL
         self.base_is_local = self.base_is_embedded or is_folder(run.config.model.id)

@@ -55,6 +55,8 @@ def adapter_folder(reference: str) -> Path:
         AdapterError: nothing there, or files are missing.
     """
     path = Path(reference).expanduser()
+    if path.is_file():
+        raise AdapterError(f"peft.from_adapter: '{reference}' is a file. Give the folder of an adapter, or of a run.")
     if not path.is_dir():
         close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
         hint = f" Did you mean '{path.parent / close}'?" if close else f" Relative paths start at {Path.cwd()}."

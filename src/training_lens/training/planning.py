@@ -16,6 +16,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.core.registry import CollectorRegistry
 from training_lens.data.batching import Mix, Schedule, hold_out
 from training_lens.data.preparation import Preparation, Split, prepare_split, tokenizer_hash
+from training_lens.data.readers import check_csv_settings
 from training_lens.data.reporting import log_split
 from training_lens.data.store import TokenDataset
 from training_lens.data.templates import adopt_template_file, build_renderer, choose_template, resolve_date
@@ -234,6 +235,7 @@ def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progr
                 paths = [str(spec) for spec in specs]
                 splits[name] = prepare_split(paths, f"data.{name}", preparation, cache, progress)
                 log_split(splits[name].report, f"data.{name}", preparation.seq_len)
+    check_csv_settings(config.data.csv, [file for split in splits.values() for file in split.report.files])
     return splits
 
 

@@ -18,6 +18,7 @@ from training_lens.data.corpus import Corpus, catalogue_of
 from training_lens.data.leakage import DROPPED
 from training_lens.data.notes import DataNotes, numbers_of
 from training_lens.data.preparation import Preparation, Split, error_of_all_rows, find_bad_rows, prepare_sources
+from training_lens.data.readers import check_csv_settings
 from training_lens.data.reporting import describe_remarks, log_split
 from training_lens.data.selection import select
 from training_lens.data.sources import Source, expand
@@ -76,6 +77,7 @@ def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> 
     require_writable(base, "output.base_output_dir")
     config = with_rows_as_files(config, base / "cache" / "rows")
     sources = expand([str(spec) for spec in config.data.train], "data.train")
+    check_csv_settings(config.data.csv, [source.name for source in sources])
     _make_room(folder, sources, force)
     if config.prepare.output is None:  # the folder around it is our own: what killed runs left there may go
         sweep_temporaries(folder.parent, older_than_seconds=86_400)
