@@ -5,14 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from training_lens import __version__
+from training_lens.cli.common import print_table
 from training_lens.training.callbacks import progress_columns
 from training_lens.utils.files import write_json
 from training_lens.utils.runs import RunFolder, runs_folder
@@ -82,6 +85,15 @@ def test_what_init_writes_is_a_config_for_prepare(call: Call, write_rows: Callab
     assert Path("outputs/data/default/validation.jsonl").read_text().count("\n") == 3
     for command in (["experiment", "list"], ["sync", "latest"], ["analyze"], ["infer", "?"], ["push", "latest", "a/b"]):
         assert "problems in the configuration" not in call(*command, "--config", "config.yaml").stderr
+
+
+def test_no_table_is_folded_where_a_program_reads() -> None:
+    page, long = StringIO(), "a path that is longer than a window is wide " * 5
+    table = Table("row", "text")
+    table.add_row("1", long.strip())
+    print_table(Console(file=page, width=80), table)
+    assert sum(long.strip() in line for line in page.getvalue().splitlines()) == 1
+    assert not any(line.endswith(" ") for line in page.getvalue().splitlines())
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, print_table
 from training_lens.cli.lens import BaseFolder, RunPlace, opened_pair
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _show_layers(screen: Screen, weights: Mapping[str, Any]) -> None:
         forms = {"strength": "{:.2%}", "effective_rank": "{:.3g}", "energy_rank": "{:.3g}"}
         typical = [_median(modules, measure, form) for measure, form in forms.items()]
         table.add_row(str(layer), f"{shares[layer]:.1%}", *typical)
-    screen.console.print(table)
+    print_table(screen.console, table)
     screen.console.print(MEANING)
 
 
@@ -165,7 +165,7 @@ def _show_likeness(screen: Screen, comparison: Comparison) -> None:
     for name in least:
         angles = [f"{degrees(angle):.0f}°" for angle in known[name].columns]
         table.add_row(Text(name), f"{known[name].cosine:.3f}", " to ".join(dict.fromkeys(angles[:1] + angles[-1:])))
-    screen.console.print(table)
+    print_table(screen.console, table)
     if middle is not None:
         screen.console.print(f"median cosine over {len(modules)} modules: {middle:.3f}")
     screen.console.print(ALIKE)

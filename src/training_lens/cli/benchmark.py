@@ -14,6 +14,7 @@ from training_lens.cli.common import (
     command,
     device_of,
     load_config,
+    print_table,
     refuse_unused,
 )
 from training_lens.cli.judgement import send_to_trackers
@@ -68,6 +69,6 @@ def show(screen: Screen, report: Benchmark) -> None:
         shown.add_column(column, justify="left" if column == "model" else "right")
     for row in numbers.rows:
         shown.add_row(*(Text(cell) for cell in row))
-    screen.console.print(shown)
+    print_table(screen.console, shown)
     for line in left_out(report):
         screen.console.print(line, markup=False, soft_wrap=True)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -18,9 +19,11 @@ from training_lens.cli.preflight import check_own_model
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from training_lens.config.schema import TrainingConfig
 
+WIDEST = 2000  # characters of a line that a program reads
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -72,6 +75,19 @@ class Screen:
         """The one JSON object of `--json`; nothing without it."""
         if self.as_json:
             print(json.dumps(value, ensure_ascii=False), file=self.output, flush=True)
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table: folded to a terminal's width, and a line a row where a program reads it."""
+    if console.is_terminal:
+        console.print(table)
+        return
+    from rich.console import Console
+
+    page = StringIO()
+    Console(width=WIDEST, file=page, color_system=None, emoji=False).print(table)
+    lines = [line.rstrip() for line in page.getvalue().splitlines()]
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training_lens.cli.common import Screen
+from training_lens.cli.common import Screen, print_table
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -200,7 +200,7 @@ def _table(screen: Screen, title: str, columns: Iterable[str], rows: Iterable[tu
         table.add_column(column, justify="right" if i else "left", overflow="fold", min_width=shown_whole)
     for cells in lines:
         table.add_row(*(Text(cell) for cell in cells))
-    screen.console.print(table)
+    print_table(screen.console, table)
 
 
 def show_samples(screen: Screen, judgement: Judgement) -> None:
@@ -220,7 +220,7 @@ def show_samples(screen: Screen, judgement: Judgement) -> None:
         cells = [prompt_text(judgement, i), judgement.rows.references[i]]
         cells += [outcome.answers[i] for outcome in judgement.outcomes.values()]
         table.add_row(*(Text(_short(cell)) for cell in cells))
-    screen.console.print(table)
+    print_table(screen.console, table)
 
 
 def _short(text: str, limit: int = 300) -> str:

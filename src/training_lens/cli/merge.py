@@ -15,6 +15,7 @@ from training_lens.cli.common import (
     Screen,
     command,
     load_config,
+    print_table,
     refuse_unused,
 )
 from training_lens.cli.places import locate_adapter
@@ -122,7 +123,7 @@ def _show(screen: Screen, merged: Merged) -> None:
         table.add_column(column, justify="left" if column in ("checked", "") else "right")
     for check in found.checks:
         table.add_row(Text(check.name), f"{check.measured:.2g}", f"{check.allowed:.2g}", "ok")
-    screen.console.print(table)
+    print_table(screen.console, table)
     said = (
         f"max logit difference {found.max_logit_difference:.2g} where logits spread by {found.logit_spread:.2g}; "
         f"{found.greedy_agreement:.0%} of the answers are the same, {found.ties} part at a tie"

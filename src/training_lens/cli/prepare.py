@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, print_table
 from training_lens.cli.preflight import check_base, check_rows
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _show_sources(screen: Screen, manifest: dict[str, Any]) -> None:
     if len(sources) > NAMED:
         table.add_row(f"and {len(sources) - NAMED} more", "", "")
     screen.console.print()
-    screen.console.print(table)
+    print_table(screen.console, table)
 
 
 def _show_findings(screen: Screen, manifest: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ def _show_splits(screen: Screen, prepared: Prepared) -> None:
     if len(domains) > NAMED:
         table.add_row(f"  and {len(domains) - NAMED} more")
     screen.console.print()
-    screen.console.print(table)
+    print_table(screen.console, table)
     form = prepared.manifest["form"]
     if form != "as_read":
         screen.console.print(f"rows are written as {FORMS[form]}: what is learned of them, without their other keys")

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, refuse_unused
+from training_lens.cli.common import (
+    ConfigFile,
+    Debug,
+    Json,
+    Overrides,
+    Screen,
+    command,
+    load_config,
+    print_table,
+    refuse_unused,
+)
 from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
@@ -109,7 +119,7 @@ def _show(screen: Screen, plan: PushPlan, repo: str) -> None:
             table.add_row(Text(file.path, overflow="fold"), format_size(file.size), state)
     for folder in plan.delete:
         table.add_row(Text(folder, overflow="fold"), "", "delete")
-    screen.console.print(table)
+    print_table(screen.console, table)
     if plan.unknown:
         told = f"not compared with {repo}: {plan.unknown}"
         screen.console.print(told, markup=False, soft_wrap=True)

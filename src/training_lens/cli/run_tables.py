@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from typing import TYPE_CHECKING, Any, Literal
+
+from training_lens.cli.common import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from training_lens.utils.experiments import ListedRun
 
 GAP = 3  # characters between two columns
-WIDEST = 2000  # characters of a line that a program reads
 STEPS_SHOWN = 12  # validations that a table of losses lists
 IN_PARTS = ("by_domain.", "controls.")
 VALUE_SHOWN = 120  # characters of a setting
@@ -33,20 +33,12 @@ def _table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Tab
 
 
 def _fill(console: Console, table: Table, rows: Sequence[Sequence[str]]) -> None:
-    """Print the table with its rows: folded to a terminal's width, and a line a row where a program reads it."""
+    """Print the table with its rows."""
     from rich.text import Text
 
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    if console.is_terminal:
-        console.print(table)
-        return
-    from rich.console import Console
-
-    wide = Console(width=WIDEST, file=StringIO(), color_system=None)
-    wide.print(table)
-    lines = [line.rstrip() for line in wide.file.getvalue().splitlines()]  # type: ignore[attr-defined]
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    print_table(console, table)
 
 
 def _fill_blocks(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, print_table
 from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _show(screen: Screen, result: SweepResult) -> None:
         table.add_column(column, justify="left" if column in ("state", "run") else "right", overflow="fold")
     for cells in found.rows:
         table.add_row(*map(Text, cells))
-    show(table)
+    print_table(screen.console, table)
     if result.recommendation and result.recommendation.reason:
         show(sentence(result.recommendation.reason), markup=False, soft_wrap=True)
     if board.importances:

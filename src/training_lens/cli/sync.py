@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, refuse_unused
+from training_lens.cli.common import (
+    ConfigFile,
+    Debug,
+    Json,
+    Overrides,
+    Screen,
+    command,
+    load_config,
+    print_table,
+    refuse_unused,
+)
 from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
@@ -66,4 +76,4 @@ def _show(screen: Screen, states: Sequence[IntegrationState]) -> None:
         table.add_column(column, overflow="fold")
     for state in states:
         table.add_row(*map(Text, (state.name, state.status, state.outstanding, state.error)))
-    screen.console.print(table)
+    print_table(screen.console, table)

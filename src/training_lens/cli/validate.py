@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, print_table
 from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _show_sources(screen: Screen, name: str, report: SplitReport) -> None:
     if more:
         table.add_row(f"and {more} more", "", "")
     screen.console.print()
-    screen.console.print(table)
+    print_table(screen.console, table)
 
 
 def _show_numbers(screen: Screen, plan: RunPlan) -> None:
