@@ -210,6 +210,7 @@ def test_the_runs_and_the_bases_own_files_are_no_output(run: RunFolder, tmp_path
         merge(config(run.root), MergeOptions(tmp_path / output, force=True))
 
 
+@pytest.mark.slow
 def test_a_link_is_replaced_where_it_leads_and_strange_leftovers_stay(
     run: RunFolder, few: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -224,6 +225,7 @@ def test_a_link_is_replaced_where_it_leads_and_strange_leftovers_stay(
     assert sorted(p.name for p in disk.iterdir()) == [".tmp-of-another-program", "earlier"]
 
 
+@pytest.mark.slow
 def test_what_another_process_wrote_meanwhile_stays(run: RunFolder, few: dict[str, Any]) -> None:
     def meanwhile(_folder: Path) -> None:
         run.merged.mkdir()

@@ -94,6 +94,7 @@ def check_everything(run: RunFolder, hub: Hub, folder: Path, *, mlflow: str = ""
         assert sha256_of(folder / "back") == sha256_of(run.root / name)
 
 
+@pytest.mark.slow
 def test_every_place_holds_what_the_run_holds(s3: Server, hub: Hub, tmp_path: Path) -> None:
     run = trained(SMALL, tmp_path / "outputs", EVERYWHERE)
     assert {state.name: state.status for state in look(run)} == dict.fromkeys(

@@ -212,7 +212,7 @@ def test_a_model_that_reads_text_otherwise_than_its_decoder_is_refused(monkeypat
         Engine(attach(model, SMALL))
 
 
-@pytest.mark.parametrize("kind", ["deepseek", "delta wrapper"])
+@pytest.mark.parametrize("kind", [pytest.param("deepseek", marks=pytest.mark.slow), "delta wrapper"])
 def test_a_run_resumes_and_its_adapter_loads_in_plain_peft(
     kind: str, benchmark: Any, folder_of: Folders, tmp_path: Path
 ) -> None:

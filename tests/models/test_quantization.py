@@ -94,7 +94,7 @@ def test_a_packed_layer_cannot_train_whole() -> None:
         attach(quantized("4bit"), PeftSection(target_modules=["q_proj"], modules_to_save=["v_proj"]))
 
 
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_a_run_on_it_learns(small_config: Config, bits: str) -> None:
     pytest.importorskip("bitsandbytes")
     config = small_config(model={"quantization": bits}, training={"max_steps": 4, "gradient_checkpointing": True})
@@ -118,7 +118,7 @@ def test_without_the_package_planning_says_how_to_get_it(
         TrainingWrapper(small_config(**sections)).plan()
 
 
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("bits", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_a_base_that_was_saved_quantized_trains_as_it_is(bits: str, small_config: Config, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(embedded.PATHS[embedded.MODEL], tmp_path / "model"))
     whole = quantized(bits)

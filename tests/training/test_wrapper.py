@@ -191,9 +191,12 @@ RESUMED: dict[str, dict[str, Any]] = {
     "pissa": {"peft": {"init": "pissa", "lora_dropout": 0.1}, "training": {"weight_decay": 0.1}},
     "whole_modules": {"peft": {"modules_to_save": ["norm"]}, "training": {"gradient_checkpointing": True}},
 }
+QUICK = ("lora_plus", "pissa")
 
 
-@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in RESUMED]
+)
 def test_whatever_trains_resumes_undisturbed(small_config: Config, kind: str) -> None:
     if kind == "adamw_8bit":
         pytest.importorskip("bitsandbytes")
@@ -208,6 +211,7 @@ def test_whatever_trains_resumes_undisturbed(small_config: Config, kind: str) ->
     assert summary.validation_loss < summary.base_validation_loss
 
 
+@pytest.mark.slow
 def test_going_on_from_an_adapter_resumes_undisturbed(small_config: Config) -> None:
     first = TrainingWrapper(small_config(training={"max_steps": 2})).train()
     section = {"from_adapter": first.run_dir, "r": 4}
@@ -319,6 +323,7 @@ def interrupted(config: TrainingConfig, step: int) -> RunFolder:
     return RunFolder(Path(config.output.base_output_dir) / "experiments/default/runs" / str(config.output.run_id))
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_with_the_same_steps(small_config: Config) -> None:
     """Five examples a step, which two processes cannot share evenly, and settings typed again."""
     training = {"batch_size": 5, "max_steps": 6}
