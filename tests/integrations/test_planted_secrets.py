@@ -7,15 +7,14 @@ import json
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.cli import cli
@@ -87,9 +86,9 @@ def contents(file: Path) -> Iterator[bytes]:
             yield "\n".join(database.iterdump()).encode()
 
 
-def leaks(folder: Path) -> list[str]:
+def leaks(folder: Path, secrets: Sequence[str] = (*SECRETS, OF_STORAGE, OF_REMOTE)) -> list[str]:
     """The files under a folder that hold something planted, each with what it holds."""
-    wanted = [spelling for secret in (*SECRETS, OF_STORAGE, OF_REMOTE) for spelling in (secret, quote_plus(secret))]
+    wanted = [spelling for secret in secrets for spelling in (secret, quote_plus(secret))]
     spelled = {secret: (secret.encode(), json.dumps(secret)[1:-1].encode()) for secret in wanted}
     return [
         f"{file.relative_to(folder)}: {secret}"
@@ -166,6 +165,41 @@ def test_no_file_of_a_run_that_goes_everywhere_holds_a_secret(small_config: Call
     log = (run.logs / "run.log").read_text()
     assert "leaking: " in log and "connecting with ***" in log
     assert leaks(planted / "outputs") == leaks(planted / "mirror") == []
+
+
+IN_ROWS = [
+    "gsk_" + "pL4nted" * 7,
+    "AIzaSyPL4nted-PL4nted-PL4nted-PL4nted_1",
+    "eyJhbGciOiJIUzI1NiJ9.eyJwbGFudGVkIjoxfQ.pL4ntedpL4ntedpL4nted",
+    "https://hooks.slack.com/services/T00PLANTED/B00PLANTED/pL4ntedpL4nted",
+    "-----BEGIN PRIVATE KEY-----\nMIIEpL4ntedKEY\npL4nted/+/\n-----END PRIVATE KEY-----",
+]
+
+
+def test_secrets_in_rows_are_learned_but_stand_in_no_file_that_quotes_rows(
+    tmp_path: Path, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def rows_of(split: str) -> str:
+        rows = [
+            {"question": f"Row {i} of {split}: is this it?\n{secret}", "answer": f"Yes, {i}: {secret}!"}
+            for i in range(2)
+            for secret in IN_ROWS
+        ]
+        return f"data.{split}={write_rows(rows, f'{split}.jsonl')}"
+
+    data = [rows_of("train"), rows_of("validation")]
+    few = ["training.max_steps=2", "training.warmup_ratio=0", "tracking.samples=5", "tracking.tensorboard=true"]
+    result = CliRunner().invoke(cli, ["train", *data, *few, "output.mirror=mirror", "lens.report=true"])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("was struck out") == 1
+    for command in (["compare", "--run", "latest"], ["report", "latest"]):
+        assert CliRunner().invoke(cli, command).exit_code == 0, command
+    (run,) = Path("outputs").glob("experiments/*/runs/*")
+    assert "***" in (run / "logs" / "samples.jsonl").read_text()
+    tells = [secret.splitlines()[-2] if "KEY" in secret else secret.split("services/")[-1] for secret in IN_ROWS]
+    assert leaks(tmp_path / "outputs", tells) == leaks(tmp_path / "mirror", tells) == []
 
 
 def test_no_file_of_a_run_that_fails_holds_the_secret_in_its_error(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from urllib.parse import quote_plus
 
@@ -27,6 +28,21 @@ from training_lens.utils.secrets import redacted, secrets_in
         ("https://bucket/key?X-Amz-Signature=0a1b2c3d4e&x=1", "0a1b"),
         ("https://me.blob.core.windows.net/a?sv=2&sig=0a1b2c3d4e", "0a1b"),
         ("https://host/v1?api_key=0a1b2c3d4e", "0a1b"),
+        ('<a href="https://host/v1?x=1&amp;sig=0a1b2c3d4e">it</a>', "0a1b"),
+        ("gsk_" + "aB3" * 17, "aB3aB3"),
+        ("AIza" + "SyB-c_1" * 5, "SyB-c_1"),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dBjftJeZ4CVP-mB92K27uhbUJU1p1r", "dBjft"),
+        (json.dumps("first\neyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.dBjftJeZ4CVP"), "dBjft"),
+        (json.dumps("first\nAKIA" + "ABCD" * 4), "ABCDABCD"),
+        ("https://hooks.slack.com/services/T0A/B0B/aB3aB3aB3aB3", "aB3aB3"),
+        ("https://discord.com/api/webhooks/123456/aB3-aB3_aB3", "aB3-"),
+        ("xoxb-1234567890-aB3aB3aB3aB3", "aB3aB3"),
+        ("glpat-aB3aB3aB3aB3aB3aB3aB3", "aB3aB3"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIEow+/\nIBAAK==\n-----END RSA PRIVATE KEY-----", "IBAAK"),
+        (json.dumps("-----BEGIN PRIVATE KEY-----\nMIIEow\nIBAAK\n-----END PRIVATE KEY-----\n"), "IBAAK"),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNz\ncut sho", "b3Blb"),
+        ("aws_secret_access_key = wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "wJalr"),
+        ("DefaultEndpointsProtocol=https;AccountKey=" + "aB3+" * 20 + "==;x", "aB3+"),
     ],
 )
 def test_what_has_the_form_of_a_secret_is_struck_out(text: str, secret: str) -> None:
@@ -69,9 +85,20 @@ def test_a_place_or_a_common_word_is_no_secret(monkeypatch: pytest.MonkeyPatch, 
     assert redacted(f"the value {value} stays") == f"the value {value} stays"
 
 
+@pytest.mark.parametrize(
+    "start", ["://a:b", "eyJaaaaaaaaaa", "eyJaaaaaaaa.", "-----BEGIN PRIVATE KEY-----", "://:", "-"]
+)
+def test_searching_a_text_of_beginnings_takes_no_squared_time(start: str) -> None:
+    text = start * (300_000 // len(start))
+    began = time.perf_counter()
+    redacted(text)
+    assert time.perf_counter() - began < 5
+
+
 def test_ordinary_text_stays() -> None:
     text = """step 3: loss 1.5 at https://host:8080/path, hf_short, s3://bucket/a@b, http://host:5000/run@main,
-    ssh://me@host/path, pad_token=<|endoftext|>, a Bearer bond, Basic training"""
+    ssh://me@host/path, pad_token=<|endoftext|>, a Bearer bond, Basic training, task-based-learning-of-adapters,
+    -----BEGIN CERTIFICATE-----, eyJ.a.b, a risk-adjusted-return-on-capital, AIzawa"""
     assert redacted(text) == text
 
 

@@ -110,7 +110,7 @@ def verify(
     """
     with tempfile.TemporaryDirectory(prefix="training-lens-merge-") as place:
         path = Path(place) / "job.json"
-        write_json(path, {**asdict(given), **job, "folder": str(folder)})
+        write_json(path, {**asdict(given), **job, "folder": str(folder)}, verbatim=True)
         _run(path, folder, job["class"])
         answers = read_json(path.with_name("greedy.json"))
         with safe_open(path.with_name("logits.safetensors"), "pt") as file:

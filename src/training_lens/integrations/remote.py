@@ -144,7 +144,7 @@ class RemoteRun:
     def write_manifest(self, manifest: MirrorManifest) -> None:
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / MANIFEST
-            write_json(local, asdict(manifest))
+            write_json(local, asdict(manifest), verbatim=True)
             self.storage.put_file(local, self.name(MANIFEST))
 
 

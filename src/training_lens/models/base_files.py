@@ -42,7 +42,7 @@ def write_unless_same(base: Path, folder: Path, name: str, content: Any) -> None
     if own.is_file() and read_json(own) == content:
         shutil.copyfile(own, folder / name)
     else:
-        write_json(folder / name, content)
+        write_json(folder / name, content, verbatim=True)
 
 
 def write_config(

@@ -119,7 +119,7 @@ def write_checkpoint(tensors: Mapping[str, WrittenTensor], folder: Path, max_sha
     if split.is_sharded:
         total = sum(tensor.bytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index, verbatim=True)
 
 
 class CheckpointNames:

@@ -130,7 +130,7 @@ def drop_defaults(folder: Path) -> None:
     usual, settings = LoraConfig().to_dict(), read_config(folder)
     kept = {key: value for key, value in settings.items() if key in NAMING or value != usual.get(key)}
     kept.pop("peft_version", None)
-    write_json(folder / CONFIG, kept)
+    write_json(folder / CONFIG, kept, verbatim=True)
 
 
 def _section_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, base: Path, trust_remote_code: 
     if not trust_remote_code and (folder / CONFIG).is_file():
         settings = read_json(folder / CONFIG)
         if settings.pop("auto_map", None):
-            write_json(folder / CONFIG, settings)
+            write_json(folder / CONFIG, settings, verbatim=True)
 
 
 def _copy_changes(tokenizer: Any, own: Any, folder: Path, base: Path) -> None:
@@ -83,7 +83,8 @@ def _changes(before: Path, after: Path, name: str, ignored: set[str]) -> dict[st
 def _apply(folder: Path, name: str, changes: dict[str, Any]) -> None:
     if changes:
         content = _read(folder / name)
-        write_json(folder / name, {key: value for key, value in {**content, **changes}.items() if value is not None})
+        merged = {key: value for key, value in {**content, **changes}.items() if value is not None}
+        write_json(folder / name, merged, verbatim=True)
 
 
 def _add_tokens(tokenizer: Any, folder: Path) -> None:
@@ -107,7 +108,8 @@ def _write_template(template: str | dict[str, str] | None, folder: Path) -> None
         listed: Any = template
         if isinstance(template, dict):
             listed = [{"name": name, "template": text} for name, text in template.items()]
-        write_json(folder / CONFIG, settings | ({"chat_template": listed} if in_config and template else {}))
+        kept = {"chat_template": listed} if in_config and template else {}
+        write_json(folder / CONFIG, settings | kept, verbatim=True)
     if not in_config:
         _write_template_files({"default": template} if isinstance(template, str) else template or {}, folder)
 
@@ -115,7 +117,7 @@ def _write_template(template: str | dict[str, str] | None, folder: Path) -> None
 def _write_template_files(templates: dict[str, str], folder: Path) -> None:
     for name, text in templates.items():
         if name == "default":
-            write_text(folder / TEMPLATE, text)
+            write_text(folder / TEMPLATE, text, verbatim=True)
         else:
             (folder / TEMPLATES).mkdir(exist_ok=True)
-            write_text(folder / TEMPLATES / f"{name}.jinja", text)
+            write_text(folder / TEMPLATES / f"{name}.jinja", text, verbatim=True)

@@ -304,7 +304,7 @@ def with_rows_as_files(config: TrainingConfig, folder: Path) -> TrainingConfig:
             raise ConfigurationError(f"data.{key}: rows must hold plain JSON values ({error}).") from error
         path = folder / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        write_text(path, text, verbatim=True)
         return [str(path)]
 
     data = config.data

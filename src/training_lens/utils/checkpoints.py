@@ -48,7 +48,11 @@ def write_checkpoint(
         with whole_folder(target) as folder:
             fill(folder)
             files = {str(f.relative_to(folder)): sha256_of(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-            write_json(folder / MANIFEST, asdict(CheckpointMetadata(step, validation_loss, data_fingerprint, files)))
+            write_json(
+                folder / MANIFEST,
+                asdict(CheckpointMetadata(step, validation_loss, data_fingerprint, files)),
+                verbatim=True,
+            )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint after step {step} cannot be written in {checkpoints}: {error}. "

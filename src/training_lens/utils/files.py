@@ -10,15 +10,19 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from training_lens.errors import ConfigurationError, OutputError
+from training_lens.utils.logging import get_logger
+from training_lens.utils.secrets import STRUCK, redact_values, redacted
 
 if TYPE_CHECKING:
     import torch
 
 TEMPORARY = ".tmp-"
+logger = get_logger(__name__)
 
 
 def _fsync(path: Path) -> None:
@@ -29,12 +33,16 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all."""
+def write_text(path: Path, text: str, *, verbatim: bool = False) -> None:
+    """Write `text` to `path` whole or not at all.
+
+    Args:
+        verbatim: secrets in it stay: for rows, tokenizers and models, which must be what they are.
+    """
     descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(text if verbatim else strike_out(text, path))
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
@@ -45,9 +53,40 @@ def write_text(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, *, verbatim: bool = False) -> None:
+    """Write `value` as indented JSON, whole or not at all; `verbatim` as for `write_text`."""
+    value = value if verbatim else _strike_out_of_values(value, path)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", verbatim=True)
+
+
+def strike_out(text: str, path: Path) -> str:
+    """`text` as it may stand in the file `path`: without secrets. That there were some is said once for each run."""
+    clean = redacted(text)
+    if clean != text:
+        _say_struck_out(path.parent.parent)
+    return clean
+
+
+def dump_json(value: Any, path: Path) -> str:
+    """`value` as a line of JSON in the file `path`: in ASCII and without secrets."""
+    return json.dumps(_strike_out_of_values(value, path))
+
+
+def _strike_out_of_values(value: Any, path: Path) -> Any:
+    text = json.dumps(value)
+    if redacted(text) == text or (clean := redact_values(value)) == value:
+        return value
+    _say_struck_out(path.parent.parent)
+    return clean
+
+
+@lru_cache(maxsize=1024)
+def _say_struck_out(folder: Path) -> None:
+    logger.warning(
+        "what looks like a secret (a token, key or password) was struck out of files in %s, and stands there as %s. "
+        "The rows that are trained on are unchanged: look for it in your data.",
+        folder, STRUCK,
+    )  # fmt: skip
 
 
 def read_json(path: Path) -> Any:

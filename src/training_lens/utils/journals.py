@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from training_lens.utils.files import write_text
+from training_lens.utils.files import dump_json, write_text
 
 
 class Position(NamedTuple):
@@ -55,7 +55,8 @@ class Journal:
         """
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if after else []
-            write_text(self.path, "".join(f"{line}\n" for line in lines if _is_up_to(line, after)))
+            kept = "".join(f"{line}\n" for line in lines if _is_up_to(line, after))
+            write_text(self.path, kept, verbatim=True)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
@@ -64,7 +65,7 @@ class Journal:
         The line also gets `time`, in seconds since the epoch: who reads it later knows when it was.
         """
         assert self._file is not None, "open the journal first"
-        self._file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+        self._file.write(dump_json({**values, "time": round(time.time(), 3)}, self.path) + "\n")
         self._file.flush()
 
     def close(self) -> None:

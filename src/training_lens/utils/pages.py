@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from training_lens.utils.files import write_text
+from training_lens.utils.files import strike_out, write_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -119,12 +119,14 @@ def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
         from plotly.offline import get_plotlyjs
 
         script = f"<script>{get_plotlyjs()}</script>"
+    body = strike_out(f"<h1>{escape(title)}</h1>\n{_joined(parts)}\n", path)  # the script is no text of ours
     write_text(
         path,
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{PAGE_STYLE}{PARTS_STYLE}</style>{script}</head>\n"
-        f"<body><h1>{escape(title)}</h1>\n{_joined(parts)}\n</body></html>\n",
+        f"<title>{strike_out(escape(title), path)}</title><style>{PAGE_STYLE}{PARTS_STYLE}</style>{script}</head>\n"
+        f"<body>{body}</body></html>\n",
+        verbatim=True,
     )
 
 

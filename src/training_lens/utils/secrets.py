@@ -23,19 +23,54 @@ SHORTEST_OF_LETTERS = 16  # of one in lower-case letters alone: PASSWORD=trainin
 IN_QUERY = (
     "token access_token api_key apikey password secret sig signature x-amz-signature x-amz-security-token".split()
 )
+
+
+def _word(start: str, rest: str) -> str:
+    """A form that begins where a word does: also behind a line break as JSON and Python spell it."""
+    behind = "." * len(start)
+    return rf"{re.escape(start)}(?:(?<![\w-]{behind})|(?<=\\[nrt]{behind})){rest}"
+
+
+# Each begins with letters of its own where it can, for those are found fast; a group is what stays. Lengths have an
+# upper limit where a search could go on to the end of the text from every place in it.
 FORMS = tuple(
     re.compile(form)
     for form in (
         r"hf_[A-Za-z0-9]{20,}",  # Hugging Face
-        r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",  # AWS access keys
-        r"\bwandb_v\d_[A-Za-z0-9_]{20,}",
-        r"\bsk-[A-Za-z0-9_-]{20,}",  # OpenAI, Anthropic
-        r"\b(?:gh[a-z]|github_pat)_[A-Za-z0-9_]{20,}",  # GitHub
-        r"(?<=Bearer )[A-Za-z0-9._~+/=-]{8,}",
-        r"(?<=Basic )[A-Za-z0-9+/=]{16,}",
-        r"(?<=://)[^/\s:@]*:(?!\d+/)[^\s@]+(?=@)",  # user:password of a URL; behind a port, '@' is part of a path
-        r"(?<=://)[^/\s:@]{20,}(?=@)",  # a token in place of the user
-        rf"(?i)(?<==)(?:{'|'.join(rf'(?<=[?&]{name}=)' for name in IN_QUERY)})[^&\s'\"]+",  # of a signed URL
+        _word("AKIA", r"[A-Z0-9]{16}\b"),  # AWS access keys
+        _word("ASIA", r"[A-Z0-9]{16}\b"),
+        _word("wandb_v", r"\d_[A-Za-z0-9_]{20,}"),
+        _word("sk-", "[A-Za-z0-9_-]{20,}"),  # OpenAI, Anthropic, OpenRouter
+        _word("gsk_", "[A-Za-z0-9]{20,}"),  # Groq
+        _word("xai-", "[A-Za-z0-9]{20,}"),
+        _word("r8_", "[A-Za-z0-9]{20,}"),  # Replicate
+        r"AIza[A-Za-z0-9_-]{30,}",  # Google
+        r"ya29\.[A-Za-z0-9_-]{20,}",  # Google OAuth
+        r"GOCSPX-[A-Za-z0-9_-]{20,}",
+        r"[sr]k_(?:live|test)_[A-Za-z0-9]{16,}",  # Stripe
+        r"xox[a-z](?:-[A-Za-z0-9]{4,}){2,}",  # Slack
+        r"glpat-[A-Za-z0-9_-]{16,}",  # GitLab
+        r"npm_[A-Za-z0-9]{30,}",
+        r"pypi-[A-Za-z0-9_-]{40,}",
+        r"dop_v1_[a-f0-9]{40,}",  # DigitalOcean
+        r"SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}",  # SendGrid
+        r"g(?:h[a-z]|ithub_pat)_[A-Za-z0-9_]{20,}",  # GitHub
+        _word("eyJ", r"[\w-]{8,4096}+\.[\w-]{8,8192}+\.[\w-]*+"),  # JWT: header, claims, signature
+        r"(hooks\.slack\.com/(?:services|workflows|triggers)/)[A-Za-z0-9/_-]{8,}",
+        r"(discord(?:app)?\.com/api/(?:v\d+/)?webhooks/)[\w/-]{8,}",
+        r"(\.webhook\.office\.com/)[^\s\"'<>]{8,512}",  # Teams
+        r"(api\.telegram\.org/(?:file/)?bot)\d+:[A-Za-z0-9_-]{20,}",
+        # A key up to its last line, or as far as it goes; its line breaks may be those of a JSON text.
+        r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:\\+[nrt]|[\w+/=\s:,.]|-(?!----))*+"
+        r"(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----)?",
+        r"(Bearer )[A-Za-z0-9._~+/=-]{8,}",
+        r"(Basic )[A-Za-z0-9+/=]{16,}",
+        # user:password of a URL; behind a port, '@' is part of a path
+        r"(://)[^/\s:@]{0,256}:(?!\d+/)[^\s@\"'<>]{1,512}+(?=@)",
+        r"(://)[^/\s:@]{20,512}+(?=@)",  # a token in place of the user
+        rf"(?i)([?&;](?:{'|'.join(IN_QUERY)})=)[^&\s'\"<>]+",  # of a signed URL, or of one in HTML
+        r"(?i)(secret_?access_?key[\\\"']{0,4}\s{0,4}[:=]\s{0,4}[\\\"']{0,4})[A-Za-z0-9/+]{40}",  # AWS
+        r"((?:Account|SharedAccess)Key=)[A-Za-z0-9/+=]{40,}",  # Azure
     )
 )
 
@@ -71,8 +106,17 @@ def redacted(text: str) -> str:
     """
     known = _in_environment(frozenset((name, os.environ[name]) for name in os.environ if _is_named(name)))
     for pattern in (*((known,) if known else ()), *FORMS):
-        text = pattern.sub(STRUCK, text)
+        text = pattern.sub(rf"\g<1>{STRUCK}" if pattern.groups else STRUCK, text)
     return text
+
+
+def redact_values(value: Any) -> Any:
+    """A JSON value with the secrets struck out of all texts in it, keys too; numbers stay what they are."""
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, Mapping):
+        return {redact_values(key): redact_values(item) for key, item in value.items()}
+    return [redact_values(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def secrets_in(values: Mapping[str, Any]) -> Iterator[str]:
