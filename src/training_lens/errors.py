@@ -94,6 +94,10 @@ class CheckpointError(TrainingLensError):
     """A run folder or checkpoint that is missing, damaged, or of another run."""
 
 
+class DamagedFileError(CheckpointError):
+    """A file that is no longer what was written, by its hash."""
+
+
 class InterruptedRunError(TrainingLensError):
     """The run was asked to stop by a signal and saved itself first; exits with 128 + the signal's number."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from training_lens.data.preparation import Preparation, Split, prepare_split, to
 from training_lens.data.templates import build_renderer
 from training_lens.data.tokenization import TextEncoder
 from training_lens.errors import DatasetError
+from training_lens.utils.logging import ROOT
 from training_lens.utils.progress import Progress
 
 ROWS = [{"question": f"Where is {i}?", "answer": f"In box {i}.", "domain": "ab"[i % 2]} for i in range(30)]
@@ -167,3 +169,32 @@ def test_rows_without_a_learned_answer_are_counted_apart(
     said = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     report = prepare(embedded_tokenizer, write_rows([muted, said]), tmp_path / "cache").report
     assert (report.examples, report.dropped_by_weight, report.dropped_without_answer) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_a_damaged_cache_is_made_anew_and_said(
+    embedded_tokenizer: Any,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    damage: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger(ROOT), "propagate", True)
+    path, cache = write_rows(ROWS), tmp_path / "cache"
+    first = prepare(embedded_tokenizer, path, cache)
+    tokens = [e.input_ids.tolist() for e in first.dataset]
+    (folder,) = cache.iterdir()
+    for file in sorted(folder.iterdir()):
+        whole, middle = file.read_bytes(), file.stat().st_size // 2
+        file.write_bytes(
+            whole[:middle] + (bytes([whole[middle] ^ 1]) + whole[middle + 1 :] if damage == "flip" else b"")
+        )
+        if damage == "delete":
+            file.unlink()
+        caplog.clear()
+        again = prepare(embedded_tokenizer, path, cache)
+        assert again.report == first.report
+        assert [e.input_ids.tolist() for e in again.dataset] == tokens
+        assert len([r for r in caplog.records if "tokenized again" in r.message]) == 1, file
+        assert file.read_bytes() == whole and [p.name for p in cache.iterdir()] == [folder.name]

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from training_lens.data.columns import TokenizedRows
-from training_lens.data.store import TokenDataset, write_examples
+from training_lens.data.store import Checksums, TokenDataset, write_examples
 from training_lens.data.types import TokenizedExample
+from training_lens.errors import DamagedFileError
+from training_lens.utils.integrity import read_sealed
 
 
 def examples(count: int) -> list[TokenizedExample]:
@@ -41,3 +44,58 @@ def test_a_selection_is_a_view_in_its_order(tmp_path: Path) -> None:
     chosen = TokenDataset.open(tmp_path / "x.arrow").select(np.array([7, 3, 20])).select(np.array([2, 0]))
     assert [chosen.example_id(i) for i in range(2)] == ["f:20", "f:7"]
     assert chosen.lengths.tolist() == [len(made[20].input_ids), len(made[7].input_ids)]
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def all_of(dataset: TokenDataset) -> list[object]:
+    return [(e.id, e.domain, e.digest, e.input_ids.tolist(), e.loss_mask.tolist()) for e in dataset] + [
+        dataset.lengths.tolist(),
+        dataset.supervised.tolist(),
+        dataset.files.tolist(),
+        dataset.domains.tolist(),
+    ]
+
+
+def test_no_flipped_bit_is_ever_read(tmp_path: Path) -> None:
+    made, path = examples(25), tmp_path / "x.arrow"
+    write_examples(path, map(TokenizedRows.of, [made[:10], [], made[10:]]))
+    checksums = tmp_path / "x.checksums.json"
+    rng = np.random.default_rng(0)
+    for file in (path, checksums):
+        bits = rng.choice(8 * file.stat().st_size, 120, replace=False).tolist()
+        for bit in bits if file == path else [b for b in bits if chr(file.read_bytes()[b // 8]).isalnum()]:
+            flip(file, bit)
+            with pytest.raises(DamagedFileError):
+                all_of(TokenDataset.open(path))
+            flip(file, bit)
+    for size in range(0, path.stat().st_size, 397):
+        content = path.read_bytes()
+        path.write_bytes(content[:size])
+        with pytest.raises(DamagedFileError):
+            TokenDataset.open(path)
+        path.write_bytes(content)
+    assert all_of(TokenDataset.open(path)) == all_of(TokenDataset.of(made))
+
+
+def test_tokens_are_compared_where_they_are_read_and_written_anew(tmp_path: Path) -> None:
+    made, path = examples(25), tmp_path / "x.arrow"
+
+    def write() -> None:
+        write_examples(tmp_path / "new.arrow", map(TokenizedRows.of, [made[:10], made[10:]]))
+        for name in ("arrow", "checksums.json"):
+            (tmp_path / f"new.{name}").replace(tmp_path / f"x.{name}")
+
+    write()
+    token = Checksums(**read_sealed(tmp_path / "x.checksums.json")).tokens[1][0]
+    flip(path, 8 * token)
+    dataset = TokenDataset.open(path)
+    assert dataset[3].input_ids.tolist() == made[3].input_ids.tolist() and dataset.lengths.sum() > 25
+    with pytest.raises(DamagedFileError, match="tokens in bytes"):
+        dataset[12]
+    mended = TokenDataset.open(path, write).select(np.array([24, 12]))
+    assert [e.input_ids.tolist() for e in mended] == [made[i].input_ids.tolist() for i in (24, 12)]

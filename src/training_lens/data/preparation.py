@@ -25,11 +25,15 @@ from training_lens.data.store import TokenDataset, write_examples
 from training_lens.data.templates import Renderer
 from training_lens.data.tokenization import Coverage, TextEncoder
 from training_lens.data.types import Example, Segment, TokenizedExample
-from training_lens.errors import DatasetError
+from training_lens.errors import DamagedFileError, DatasetError
 from training_lens.utils.ahead import ahead
-from training_lens.utils.files import read_json, sweep_temporaries, whole_folder, write_json
+from training_lens.utils.files import sweep_temporaries, whole_folder
+from training_lens.utils.integrity import read_sealed, write_sealed
+from training_lens.utils.logging import get_logger
 from training_lens.utils.progress import Progress
 
+logger = get_logger(__name__)
+EXAMPLES, REPORT = "examples.arrow", "report.json"
 CHUNK = 1000  # rows that are tokenized in one call; about five times as many are in memory
 
 
@@ -95,18 +99,49 @@ def prepare_sources(
     hashes = {source.name: source.sha256 for source in sources}
     fingerprint = _fingerprint(hashes, preparation)
     folder = cache / fingerprint[:32]
+
+    def tokenize_sources() -> None:
+        if {source.name: source.sha256 for source in sources} != hashes:
+            raise DatasetError(f"{key}: {folder} is damaged, and the files that it was made of have changed since.")
+        _build_split(folder, hashes, sources, key, preparation, progress)
+
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        sweep_temporaries(cache, older_than_seconds=86_400)
-        with whole_folder(folder) as building:
-            with progress.task(f"tokenizing {key}", sum(s.size_bytes for s in sources), "bytes") as advance:
-                counter = _write_tokens(building / "examples.arrow", sources, preparation, advance)
-            report = counter.report(hashes)
-            _refuse_useless(report, counter, key, preparation)
-            write_json(building / "report.json", asdict(report))
-    report = SplitReport(**read_json(folder / "report.json"))
-    entries = {source.name: source.entry for source in sources}
-    return Split(TokenDataset.open(folder / "examples.arrow"), report, fingerprint, entries)
+        tokenize_sources()
+    dataset, report = _open_or_rebuild(folder, tokenize_sources)
+    return Split(dataset, report, fingerprint, {source.name: source.entry for source in sources})
+
+
+def _open_or_rebuild(folder: Path, rebuild: Callable[[], None]) -> tuple[TokenDataset, SplitReport]:
+    try:
+        return _open_split(folder, rebuild)
+    except (DamagedFileError, FileNotFoundError) as error:
+        logger.warning("%s The rows are tokenized again.", error)
+        rebuild()
+        return _open_split(folder, rebuild)
+
+
+def _open_split(folder: Path, rebuild: Callable[[], None]) -> tuple[TokenDataset, SplitReport]:
+    report = SplitReport(**read_sealed(folder / REPORT, required=True))
+    return TokenDataset.open(folder / EXAMPLES, rebuild), report
+
+
+def _build_split(
+    folder: Path,
+    hashes: dict[str, str],
+    sources: Sequence[Source],
+    key: str,
+    preparation: Preparation,
+    progress: Progress,
+) -> None:
+    """Write the folder of a split, or replace a damaged one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(folder.parent, older_than_seconds=86_400)
+    with whole_folder(folder, existing="replace") as building:
+        with progress.task(f"tokenizing {key}", sum(s.size_bytes for s in sources), "bytes") as advance:
+            counter = _write_tokens(building / EXAMPLES, sources, preparation, advance)
+        report = counter.report(hashes)
+        _refuse_useless(report, counter, key, preparation)
+        write_sealed(building / REPORT, asdict(report))
 
 
 def _write_tokens(
