@@ -202,3 +202,58 @@ def test_the_runs_of_a_mirror_are_read_from_their_small_files(run: RunFolder, pl
     assert one.status == "failed" and one.metrics["steps"] == 8 and one.config["peft.r"] == 16
     assert one.as_json()["path"] == f"{place}/experiments/default/runs/{run.run_id}"
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+OUTSIDE = ["../../../precious", "/precious", "..", ".tmp-x", "a\u202eb", "x" * 101, 7, None, ["a"]]
+
+
+@pytest.mark.parametrize("key", ["run_id", "experiment"])
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_manifest_names_no_folder_but_its_own(
+    place: str, elsewhere: str, tmp_path: Path, key: str, name: object
+) -> None:
+    precious = tmp_path / "precious"
+    (precious / "metadata").mkdir(parents=True)
+    (precious / "file").write_text("mine")
+    remote = remote_of(place)
+    values = asdict(remote.read_manifest())
+    for wrong in (str(precious) if name == "/precious" else name, "another"):
+        write_json(Path(place) / remote.path / "mirror.json", {**values, key: wrong})
+        for fetch in (fetch_to_resume, lambda *given: fetch_to_read(*given, finished=None)):
+            with pytest.raises(CheckpointError, match=r"mirror.json (is damaged|says that it is the run)"):
+                fetch(f"file://{place}/{remote.path}", elsewhere)
+    assert (precious / "file").read_text() == "mine" and not Path(elsewhere).exists()
+
+
+WRONG = {
+    "status": "hacked", "host": 5, "folder": None, "updated": "2026-01-01T00:00:00", "version": [],
+    "files": {"a": {"sha256": "x", "size": 1}}, "replacing": {"a": {"sha256": "0" * 64, "size": -1}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_manifest_of_other_values_is_damaged(place: str, elsewhere: str, key: str) -> None:
+    remote = remote_of(place)
+    values = {**asdict(remote.read_manifest()), key: WRONG[key]}
+    write_json(Path(place) / remote.path / "mirror.json", values)
+    with pytest.raises(CheckpointError, match=r"mirror.json is damaged"):
+        fetch_to_resume(f"{place}/{remote.path}", elsewhere)
+
+
+def test_folders_of_a_mirror_that_can_be_no_run_are_passed_over(place: str) -> None:
+    runs = Path(place) / remote_of(place).path / ".."
+    for name in (".tmp-x", "a\u202eb", "-x"):
+        (runs.resolve() / name).mkdir()
+        (runs.resolve() / name / "mirror.json").write_text("{}")
+    assert remote_of(place).read_manifest()
+
+
+def test_a_fetched_folder_is_written_through_no_link(place: str, elsewhere: str, tmp_path: Path) -> None:
+    remote = remote_of(place)
+    waiting = Path(elsewhere) / "experiments/default/runs" / f".tmp-fetched-{remote.run_id}"
+    waiting.mkdir(parents=True)
+    (precious := tmp_path / "precious").mkdir()
+    (waiting / "metadata").symlink_to(precious)
+    with pytest.raises(CheckpointError, match="symbolic link"):
+        fetch_to_resume(place, elsewhere)
+    assert not list(precious.iterdir())

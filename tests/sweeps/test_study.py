@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import text
 
 from training_lens.config.schema import TrainingConfig
@@ -209,7 +211,7 @@ def test_other_rows_are_refused(sweep_config: Config, open_study: Open) -> None:
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_a_study_of_another_program_is_left_alone(
-    sweep_config: Config, open_study: Open, tmp_path: Path, direction: str
+    sweep_config: Config, open_study: Open, tmp_path: Path, direction: Literal["maximize", "minimize"]
 ) -> None:
     storage = f"sqlite:///{tmp_path / 'theirs.db'}"
     theirs = optuna.create_study(storage=storage, study_name="sweep", direction=direction)
@@ -276,3 +278,14 @@ def test_a_study_of_an_earlier_version_goes_on_without_them(
     with Worker(tmp_path / "workers") as worker:
         assert not is_default(claimed(study, worker))
     study.close()
+
+
+def test_a_study_from_outside_names_no_folder_and_no_file(tmp_path: Path) -> None:
+    trial = create_trial(value=1.0, user_attrs={"token": "../../../../precious"})
+    with pytest.raises(ConfigurationError, match="cannot name a folder"):
+        run_id(trial)
+    for name in ("thesis.tex", f"{socket.gethostname()}-1-abcd.lock"):
+        precious = tmp_path / name
+        precious.write_text("mine")
+        assert is_alive({"host": socket.gethostname(), "lock": str(precious)}) is None
+        assert precious.read_text() == "mine"

@@ -15,7 +15,7 @@ from training_lens.config.coming_from import translate
 from training_lens.config.data_sections import DataSection, PrepareSection
 from training_lens.config.judging_sections import BenchmarkSection, EvaluationSection, InferenceSection
 from training_lens.config.lens_section import LensSection
-from training_lens.config.section import FolderName, Place, Section
+from training_lens.config.section import ExperimentName, Place, RunId, Section
 from training_lens.config.tracking_section import TrackingSection
 from training_lens.errors import ConfigurationError
 from training_lens.utils.logging import get_logger
@@ -139,7 +139,7 @@ class TrainingSection(Section):
 class SweepSection(Section):
     """Many trials of one question (training-lens sweep): each a run of its own, with other values of some keys."""
 
-    name: FolderName = Field("sweep", description="of the study, and of the experiment that its runs are in")
+    name: ExperimentName = Field("sweep", description="of the study, and of the experiment that its runs are in")
     space: dict[str, list[Any] | dict[str, Any]] = Field(
         {},
         description="what is tried, by key: choices such as {peft.r: [4, 8, 16]}, or a range such as {training.lr: "
@@ -175,8 +175,10 @@ class OutputSection(Section):
     """Where runs are kept: {base_output_dir}/experiments/{experiment_name}/runs/{run_id}."""
 
     base_output_dir: Place = Field("outputs", min_length=1, description="folder of all runs and of the token cache")
-    experiment_name: FolderName = Field("default", description="groups runs; one path component")
-    run_id: FolderName | None = Field(None, description="null: a UTC timestamp with a random tail")
+    experiment_name: ExperimentName = Field("default", description="groups runs; one path component")
+    run_id: RunId | None = Field(
+        None, description="ASCII letters, digits, '.', '_', '-'; null: a UTC timestamp with a random tail"
+    )
     mirror: Place | None = Field(
         None,
         min_length=1,

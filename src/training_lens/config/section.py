@@ -15,6 +15,7 @@ from training_lens.config.keys import known_keys
 from training_lens.config.problems import find_problems, list_problems
 from training_lens.config.tables import rows_of_table
 from training_lens.errors import ConfigurationError
+from training_lens.utils.names import check_experiment, check_run_id
 
 
 def as_list(value: Any) -> Any:
@@ -40,13 +41,6 @@ def _has_objects(values: list[Any]) -> bool:
     return any(isinstance(value, dict) for value in values)
 
 
-def folder_name(value: str) -> str:
-    """`value`, where it is one component of a path."""
-    if not value.strip() or value in (".", "..", "latest", "none") or set(value) & set("/\\\0"):
-        raise ValueError(f"{value!r} cannot name a folder; use letters, digits, '-', '_' and '.'")
-    return value
-
-
 def expand_home(value: str) -> str:
     """`value` with the user's folder for a '~' at its start, unless a file of that very name is there."""
     return os.path.expanduser(value) if value.startswith("~") and not os.path.lexists(value) else value  # noqa: PTH111
@@ -59,7 +53,8 @@ def path_as_text(value: Any) -> Any:
 
 PATH_MARKER = AfterValidator(expand_home)  # also tells that a key names files or folders
 
-FolderName = Annotated[str, AfterValidator(folder_name)]
+RunId = Annotated[str, AfterValidator(check_run_id)]
+ExperimentName = Annotated[str, AfterValidator(check_experiment)]
 Place = Annotated[str, BeforeValidator(path_as_text), PATH_MARKER]
 Paths = Annotated[list[Place], BeforeValidator(as_list)]
 Names = Annotated[list[str], BeforeValidator(as_list)]

@@ -15,8 +15,9 @@ from training_lens.errors import CheckpointError
 from training_lens.integrations.remote import Content, MirrorManifest, RemoteRun, find_remote, runs_in
 from training_lens.integrations.storage import StorageBackend
 from training_lens.utils.experiments import BROKEN, ListedRun, read_run
-from training_lens.utils.files import TEMPORARY, read_json, sha256_of, write_json
+from training_lens.utils.files import TEMPORARY, sha256_of, write_json
 from training_lens.utils.formatting import format_seconds, format_size
+from training_lens.utils.names import require_contained
 from training_lens.utils.progress import Progress
 from training_lens.utils.runs import UNFINISHED, RunFolder, runs_folder
 
@@ -42,6 +43,7 @@ def fetch_to_resume(place: str, base_output_dir: str, progress: Progress | None 
     folder = runs_folder(base_output_dir, manifest.experiment) / manifest.run_id
     _require_resumable(remote, manifest, folder)
     with _fetching(folder) as temporary:
+        require_contained(temporary)
         manifest = _download(remote, temporary, progress or Progress())
         _move_in(temporary, remote, manifest, base_output_dir)
         temporary.rename(folder)
@@ -65,6 +67,7 @@ def fetch_to_read(
     with _fetching(cache / manifest.run_id) as temporary:
         if (folder := cache / manifest.run_id).is_dir():
             folder.rename(temporary)
+        require_contained(temporary)
         _download(remote, temporary, progress or Progress())
         temporary.rename(folder)
     return RunFolder(folder)
@@ -220,8 +223,13 @@ def _is_right(manifest: MirrorManifest, name: str, path: Path) -> bool:
 
 def _move_in(folder: Path, remote: RemoteRun, manifest: MirrorManifest, base_output_dir: str) -> None:
     """Make a fetched run one of this machine: where it is kept, where it goes, and that its mirror is known."""
-    config = read_json(folder / "metadata" / "config.json")
-    config["output"] |= {"base_output_dir": base_output_dir, "mirror": remote.storage.place}
+    config = RunFolder(folder).read_metadata("config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("output"), dict):
+        raise CheckpointError(f"{remote.place}/metadata/config.json is no run's config. Resume another run.")
+    config["output"] |= {
+        "base_output_dir": base_output_dir, "experiment_name": manifest.experiment, "run_id": manifest.run_id,
+        "mirror": remote.storage.place,
+    }  # fmt: skip
     write_json(folder / "metadata" / "config.json", config)
     cursor = folder / "tracking" / "mirror" / "cursor.json"
     cursor.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.core.integration import Cursor, Integration
-from training_lens.errors import CheckpointError, IntegrationError
+from training_lens.errors import CheckpointError, ConfigurationError, IntegrationError
 from training_lens.integrations.mirrored import (
     PRUNED,
     Copy,
@@ -32,6 +32,7 @@ from training_lens.utils.checkpoints import list_checkpoints
 from training_lens.utils.files import TEMPORARY
 from training_lens.utils.formatting import format_size
 from training_lens.utils.logging import get_logger
+from training_lens.utils.names import check_experiment, check_run_id
 
 logger = get_logger(__name__)
 EVERY = 30.0  # seconds between two looks at what is new, and between signs of life; a new checkpoint goes out at once
@@ -61,6 +62,10 @@ class MirrorIntegration(Integration):
     def require(self) -> None:
         if protocol_of(self._place):
             require_driver(self._place)
+        try:
+            check_run_id(self.run.run_id), check_experiment(self.run.experiment)
+        except ConfigurationError as error:  # of an earlier version
+            raise IntegrationError(f"output.mirror: {error}. Rename the run's folder.", lasting=True) from error
         storage, home = self._remote.storage, self.run.folder.root.resolve()
         if isinstance(storage, LocalStorage) and (storage.folder / self._remote.path).resolve() == home:
             raise IntegrationError(

@@ -14,6 +14,7 @@ from training_lens.integrations.pushed import CHECKPOINTS, PushedFile
 from training_lens.integrations.record import RunRecord
 from training_lens.utils.checkpoints import MANIFEST
 from training_lens.utils.files import files_in, read_json
+from training_lens.utils.names import check_file_name
 from training_lens.utils.secrets import redacted
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -108,7 +109,7 @@ def checkpoint_files(folder: Path, names: Names) -> list[PushedFile]:
     manifest = read_json(folder / MANIFEST)
     files = []
     for name in manifest["files"]:
-        source: Path | bytes = folder / name
+        source: Path | bytes = folder / check_file_name(name)
         if Path(name).name == ADAPTER_CONFIG:
             source = _adapter_config(folder / name, names)
         files.append(PushedFile(f"{CHECKPOINTS}/{folder.name}/{name}", source))

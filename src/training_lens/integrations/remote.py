@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from training_lens.errors import CheckpointError
+from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.integrations.storage import StorageBackend, open_storage
 from training_lens.utils.files import read_json, write_json
 from training_lens.utils.logging import get_logger
+from training_lens.utils.names import check_experiment, check_run_id, find_fault
 from training_lens.utils.runs import UNFINISHED
 
 logger = get_logger(__name__)
 MANIFEST = "mirror.json"
 FORMAT = 1
+STATUSES = ("running", "finished", "failed", "pruned", "interrupted", "unknown")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 ALIVE_SECONDS = 120.0  # since the last sign of life, after which a run that says `running` is thought to be dead
 RUN = re.compile(r"(?P<mirror>.+?)/(?P<run>experiments/[^/]+/runs/[^/]+)/?")
 
@@ -32,6 +35,17 @@ class Content:
 
     sha256: str
     size: int
+
+    def check(self) -> None:
+        """Refuse what is no hash or no size.
+
+        Raises:
+            TypeError, ValueError: says which.
+        """
+        if not SHA256.fullmatch(_text(self.sha256)):
+            raise ValueError(f"{self.sha256!r} is no sha256")
+        if type(self.size) is not int or self.size < 0:
+            raise ValueError(f"{self.size!r} is no size in bytes")
 
 
 @dataclass(frozen=True)
@@ -80,17 +94,30 @@ class MirrorManifest:
         """From the JSON's values.
 
         Raises:
-            KeyError, TypeError, ValueError: they are none of a manifest, or name files outside the run.
+            KeyError, TypeError, ValueError: they are none of a manifest, or name what cannot be in a run.
         """
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']}; this version reads format {FORMAT}")
         told = {key: {n: Content(**c) for n, c in values[key].items()} for key in ("files", "replacing")}
-        for name in (*told["files"], *told["replacing"]):
-            path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or "\\" in name:
-                raise ValueError(f"it names the file '{name}', which is outside the run")
-        datetime.fromisoformat(values["updated"])
-        return cls(**{**values, **told})
+        manifest = cls(**{**values, **told})
+        check_run_id(_text(manifest.run_id))
+        check_experiment(_text(manifest.experiment))
+        for name, content in (*manifest.files.items(), *manifest.replacing.items()):
+            if fault := find_fault(name):
+                raise ValueError(f"it names the file {name!r}, which is outside the run: {fault}")
+            content.check()
+        _text(manifest.host), _text(manifest.folder), _text(manifest.version)
+        if manifest.status not in STATUSES:
+            raise ValueError(f"its status is {manifest.status!r}, expected {', '.join(STATUSES)}")
+        if datetime.fromisoformat(manifest.updated).tzinfo is None:
+            raise ValueError(f"updated is {manifest.updated}, without a time zone")
+        return manifest
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} stands where a text is expected")
+    return value
 
 
 @dataclass(frozen=True)
@@ -108,6 +135,10 @@ class RemoteRun:
     @property
     def run_id(self) -> str:
         return PurePosixPath(self.path).name
+
+    @property
+    def experiment(self) -> str:
+        return PurePosixPath(self.path).parts[-3]
 
     def name(self, file: str) -> str:
         """A file of the run, as the storage names it."""
@@ -135,11 +166,18 @@ class RemoteRun:
             local = Path(folder) / MANIFEST
             self.storage.get_file(self.name(MANIFEST), local)
             try:
-                return MirrorManifest.of(read_json(local))
+                manifest = MirrorManifest.of(read_json(local))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"{self.place}/{MANIFEST} is damaged ({error}). training-lens sync, where the run is, mends it."
                 ) from error
+        if (manifest.experiment, manifest.run_id) != (self.experiment, self.run_id):
+            raise CheckpointError(
+                f"{self.place}/{MANIFEST} says that it is the run {manifest.run_id} of experiment "
+                f"{manifest.experiment}, and stands elsewhere. Nothing of it is fetched: put the folder back under the "
+                "names that it had, or send the run again with training-lens sync, where it is."
+            )
+        return manifest
 
     def write_manifest(self, manifest: MirrorManifest) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -149,11 +187,25 @@ class RemoteRun:
 
 
 def runs_in(storage: StorageBackend, experiment: str | None = None) -> list[RemoteRun]:
-    """The runs in a mirror, by their ids; of one experiment, or of all. Nothing of them is read."""
-    experiments = [experiment] if experiment else storage.folders("experiments")
-    places = [f"experiments/{name}/runs" for name in experiments]
-    found = [RemoteRun(storage, f"{place}/{run_id}") for place in places for run_id in storage.folders(place)]
+    """The runs in a mirror, by their ids; of one experiment, or of all. Nothing of them is read.
+
+    Folders whose names are those of no experiment or run are left out with a warning.
+    """
+    experiments = storage.folders("experiments") if experiment is None else [experiment]
+    found = [
+        RemoteRun(storage, f"experiments/{name}/runs/{run_id}")
+        for name in _right(experiments, check_experiment, storage)
+        for run_id in _right(storage.folders(f"experiments/{name}/runs"), check_run_id, storage)
+    ]
     return sorted(found, key=lambda run: run.run_id)
+
+
+def _right(names: Iterable[str], check: Callable[[str], str], storage: StorageBackend) -> Iterator[str]:
+    for name in names:
+        try:
+            yield check(name)
+        except ConfigurationError as error:
+            logger.warning("passing over a folder of %s: %s", storage.place, error)
 
 
 def find_remote(place: str, *, finished: bool | None) -> tuple[RemoteRun, MirrorManifest]:

@@ -13,17 +13,21 @@ import errno
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from training_lens.errors import IntegrationError
 from training_lens.integrations.checksums import PART_BYTES, vouched
 from training_lens.utils.files import TEMPORARY, files_in, sha256_of, whole_file
 from training_lens.utils.formatting import said
+from training_lens.utils.logging import get_logger
+from training_lens.utils.names import find_fault
 from training_lens.utils.secrets import has_password, redacted
 
+logger = get_logger(__name__)
+SHOWN_CHARACTERS = 100  # of a name that is left out
 EXTRAS = {  # protocol -> our extra with its driver
     **dict.fromkeys(("s3", "s3a"), "s3"),
     **dict.fromkeys(("gs", "gcs"), "gcs"),
@@ -120,7 +124,8 @@ class LocalStorage(StorageBackend):
     def list(self, folder: str = "") -> dict[str, int]:
         place = self._path(folder) if folder else self.folder
         files = [path for path in files_in(place) if not path.name.startswith(TEMPORARY) and self._holds(path)]
-        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
+        sizes = {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
+        return {name: sizes[name] for name in _known(sizes, self.place)}
 
     def delete(self, name: str) -> None:
         self._path(name).unlink(missing_ok=True)
@@ -188,7 +193,8 @@ class FsspecStorage(StorageBackend):
                     raise
                 return {}
         start = len(self._root) + 1
-        return {name[start:]: info["size"] for name, info in dict(found).items() if info["type"] == "file"}
+        sizes = {name[start:]: info["size"] for name, info in dict(found).items() if info["type"] == "file"}
+        return {name: sizes[name] for name in _known(sizes, self.place)}
 
     def delete(self, name: str) -> None:
         path = self._path(name)
@@ -208,7 +214,8 @@ class FsspecStorage(StorageBackend):
                 if _lacks_bucket(error):
                     raise
                 return []
-        return sorted(info["name"].rstrip("/").split("/")[-1] for info in found if info["type"] == "directory")
+        names = [info["name"].rstrip("/").split("/")[-1] for info in found if info["type"] == "directory"]
+        return sorted(_known(names, self.place))
 
     def exists(self, name: str) -> bool:
         return self._info(name) is not None
@@ -264,21 +271,22 @@ def check_name(name: str, place: str) -> str:
         place: the storage, for the message.
 
     Raises:
-        IntegrationError: it is empty, begins at the root or at a drive, steps out by '..', or holds what is no part of
-            a name: an empty part, '.', a backslash or NUL.
+        IntegrationError: see `find_fault`.
     """
-    parts = name.split("/")
-    if not name.strip():
-        raise _misplaced(name, place, "it is empty")
-    if "\0" in name or "\\" in name:
-        raise _misplaced(name, place, "it holds a NUL or a backslash")
-    if name.startswith("/") or PureWindowsPath(name).drive:
-        raise _misplaced(name, place, "it is absolute")
-    if ".." in parts:
-        raise _misplaced(name, place, "'..' leads out of a folder")
-    if "" in parts or "." in parts:
-        raise _misplaced(name, place, "it has a part that is empty or '.'")
+    if fault := find_fault(name):
+        raise _misplaced(name, place, fault)
     return name
+
+
+def _known(names: Iterable[str], place: str) -> set[str]:
+    """The names of a listing that can be asked for; it comes from outside, and others are left out with a warning."""
+    faults = {name: fault for name in names if (fault := find_fault(name))}
+    if faults:
+        first, why = next(iter(faults.items()))
+        logger.warning(
+            "%s: %d names there are left out; %r: %s", redacted(place), len(faults), first[:SHOWN_CHARACTERS], why
+        )
+    return set(names) - faults.keys()
 
 
 def _misplaced(name: str, place: str, why: str) -> IntegrationError:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
+from training_lens.utils.names import check_run_id
+
 BLOCKS = "block_nll"  # of a trial: its losses, summed over blocks of validation rows
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -19,8 +21,12 @@ def first_number(trial: FrozenTrial) -> int:
 
 
 def run_id(trial: FrozenTrial) -> str:
-    """The id of the trial's run: 'trial-0003-5f3a'. The tail keeps studies of one name apart."""
-    return f"trial-{first_number(trial):04d}-{trial.user_attrs['token']}"
+    """The id of the trial's run: 'trial-0003-5f3a'. The tail keeps studies of one name apart.
+
+    Raises:
+        ConfigurationError: what the study's database has cannot be an id.
+    """
+    return check_run_id(f"trial-{first_number(trial):04d}-{trial.user_attrs['token']}")
 
 
 def is_default(trial: FrozenTrial) -> bool:

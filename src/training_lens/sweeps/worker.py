@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import socket
 from collections.abc import Iterator, Mapping
@@ -58,11 +59,12 @@ class Worker:
 def is_alive(attributes: Mapping[str, Any]) -> bool | None:
     """Whether the process that these attributes name is there; None where that cannot be seen from here.
 
-    The lock file of a dead process is deleted.
+    The lock file of a dead process is deleted. The study's database names it, which others may have written: no other
+    file than an empty one with the name of such a lock is opened.
     """
     path = Path(str(attributes.get("lock", "")))
     try:
-        if attributes.get("host") != socket.gethostname() or not path.is_file():
+        if attributes.get("host") != socket.gethostname() or not _is_lock(path):
             return None
         with FileLock(path, timeout=0):
             path.unlink(missing_ok=True)
@@ -71,6 +73,12 @@ def is_alive(attributes: Mapping[str, Any]) -> bool | None:
     except OSError:  # another user's lock, or a file system without locks
         return None
     return False
+
+
+def _is_lock(path: Path) -> bool:
+    name = re.compile(rf"{re.escape(socket.gethostname())}-\d+-[0-9a-f]{{4}}\.lock")
+    found = name.fullmatch(path.name) and not path.is_symlink() and path.is_file()
+    return bool(found) and path.stat().st_size == 0
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from training_lens.errors import CheckpointError
 from training_lens.utils.files import read_json, sha256_of, whole_folder, write_json
 from training_lens.utils.logging import get_logger
+from training_lens.utils.names import find_fault
 
 logger = get_logger(__name__)
 MANIFEST = "manifest.json"
@@ -74,6 +75,8 @@ def verify_checkpoint(folder: Path) -> CheckpointMetadata:
     if metadata.format != FORMAT:
         raise CheckpointError(f"{folder} has format {metadata.format}; this version reads format {FORMAT}.")
     for name, sha256 in metadata.files.items():
+        if fault := find_fault(name):
+            raise CheckpointError(f"{folder}: its {MANIFEST} names {name!r}: {fault}.")
         file = folder / name
         if not file.is_file():
             raise CheckpointError(f"{folder}: {name} is missing.")

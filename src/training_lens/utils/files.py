@@ -145,12 +145,14 @@ def _exchange(new: Path, path: Path) -> None:
             aside.rmdir()
 
 
-def sweep_temporaries(folder: Path, older_than_seconds: float) -> None:
+def sweep_temporaries(folder: Path, older_than_seconds: float, prefix: str = TEMPORARY) -> None:
     """Delete what killed processes left half-written in `folder`; younger ones may be another's work in progress."""
-    for leftover in folder.glob(f"{TEMPORARY}*"):
-        if time.time() - leftover.stat().st_mtime < older_than_seconds:
-            continue
-        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    for leftover in folder.glob(f"{prefix}*"):
+        with suppress(FileNotFoundError):  # who made it, or another sweep, was faster
+            if time.time() - leftover.lstat().st_mtime < older_than_seconds:
+                continue
+            is_folder = leftover.is_dir() and not leftover.is_symlink()
+            shutil.rmtree(leftover, ignore_errors=True) if is_folder else leftover.unlink()
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -201,6 +203,7 @@ def require_writable(folder: Path, key: str) -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary neighbour of `path` that takes its place when the block ends well, and is deleted otherwise."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary.unlink(missing_ok=True)  # it may be a link of somebody else's, and what is written would go there
     try:
         yield temporary
         _fsync(temporary)

@@ -10,8 +10,10 @@ from typing import Any
 
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.files import TEMPORARY, read_json, sweep_temporaries, write_json
+from training_lens.utils.names import require_contained
 from training_lens.utils.runs import RunFolder
 
+DELETED = f"{TEMPORARY}deleted-"
 TAG = re.compile(r"[\w.:-]{1,40}")
 
 
@@ -52,6 +54,7 @@ def change_tags(folder: RunFolder, tags: Sequence[str], *, remove: bool = False)
     Raises:
         ConfigurationError: a tag that is none, or one to remove that the run does not have.
     """
+    require_contained(folder.metadata)
     had = read_tags(folder)
     problems = [
         f"tag {tag!r}: give at most 40 letters, digits and '_.:-', without spaces."
@@ -84,6 +87,10 @@ def check_deletable(folder: RunFolder) -> None:
         raise CheckpointError(f"{root} is a symbolic link, or made of them; delete by hand what you mean.")
     if not in_place(folder):
         raise CheckpointError(f"{root} is not in .../experiments/NAME/runs/, where runs are; delete it by hand.")
+    if linked := [path for path in (root.parent, root.parent.parent) if path.is_symlink()]:
+        raise CheckpointError(
+            f"{root} is elsewhere: {linked[0]} is a symbolic link to {linked[0].resolve()}; delete it by hand."
+        )
     folder.require_free()
     if _says_running(folder):
         raise CheckpointError(
@@ -107,8 +114,8 @@ def delete_run(folder: RunFolder) -> None:
     """
     check_deletable(folder)
     root = folder.root.absolute()
-    sweep_temporaries(root.parent, older_than_seconds=0)  # what a killed deletion left
-    doomed = root.with_name(f"{TEMPORARY}deleted-{root.name}")
+    sweep_temporaries(root.parent, 0, DELETED)  # what a killed deletion left
+    doomed = root.with_name(f"{DELETED}{root.name}")
     with folder.held():
         root.rename(doomed)
     shutil.rmtree(doomed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError
 from training_lens.utils.formatting import nearest
-from training_lens.utils.runs import LATEST, UNFINISHED, RunFolder, run_at, run_folders, runs_folder
+from training_lens.utils.runs import LATEST, UNFINISHED, RunFolder, listed, run_at, run_folders, runs_folder
 
 BASE_ALONE = "none"  # as inference.adapter: no adapter
 FEWEST_CHARACTERS = 4  # of an id that is cut short
@@ -19,7 +19,7 @@ def folders_of(base_output_dir: str, experiment_name: str | None = None) -> list
     Raises:
         ConfigurationError: there is no such experiment; names the nearest.
     """
-    experiments = sorted(path.name for path in (Path(base_output_dir) / "experiments").glob("*/"))
+    experiments = sorted(path.name for path in listed(Path(base_output_dir) / "experiments"))
     if experiment_name is not None and experiment_name not in experiments:
         there = f"there are {', '.join(experiments)}" if experiments else "there is none yet"
         raise ConfigurationError(

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.files import TEMPORARY, read_json, write_json
 from training_lens.utils.logging import get_logger
+from training_lens.utils.names import is_printed
 
 logger = get_logger(__name__)
 LATEST = "latest"
@@ -270,9 +271,21 @@ def evaluations_folder(base_output_dir: str, experiment_name: str) -> Path:
 
 
 def run_folders(folder: Path) -> list[RunFolder]:
-    """The runs in a runs folder, by their ids; what a killed deletion left is none."""
-    places = (p for p in folder.glob("*/") if not p.name.startswith(TEMPORARY) and (p / "metadata").is_dir())
+    """The runs in a runs folder, by their ids; what a killed deletion left is none.
+
+    Ids of earlier versions, which `check_run_id` would refuse, are among them, but for those that do not print.
+    """
+    places = (p for p in listed(folder) if not p.name.startswith(TEMPORARY) and (p / "metadata").is_dir())
     return sorted((RunFolder(p) for p in places), key=lambda run: run.run_id)
+
+
+def listed(folder: Path) -> Iterator[Path]:
+    """The folders in a folder; those whose names do not print as they are, are left out with a warning."""
+    for path in folder.glob("*/"):
+        if is_printed(path.name):
+            yield path
+        else:
+            logger.warning("%s: left out the folder %r, whose name does not print: rename it", folder, path.name)
 
 
 def run_at(path: Path) -> RunFolder:

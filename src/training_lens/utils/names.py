@@ -1,0 +1,118 @@
+"""Names that become parts of a path, whoever gave them: the one place that says which are taken.
+
+A run's id is ASCII, so that every file system, storage and tracker takes it as it is. An experiment's or sweep's name
+may hold spaces and letters of any script: earlier versions took them, and there are runs in such experiments.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PureWindowsPath
+
+from training_lens.errors import CheckpointError, ConfigurationError
+
+RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+LONGEST, LONGEST_BYTES = 100, 200  # of a name, in characters and as UTF-8
+LONGEST_PART = 255  # bytes between two '/': what file systems take
+RESERVED = ("latest", "none")  # they mean a run, and no adapter
+
+
+def check_run_id(name: str) -> str:
+    """`name`, where it can be a run's id.
+
+    Raises:
+        ConfigurationError: it has other signs than ASCII letters, digits, '.', '_' and '-', begins with '.' or '-', has
+            over 100 characters, or is 'latest' or 'none'.
+    """
+    if not RUN_ID.fullmatch(name) or len(name) > LONGEST or name in RESERVED:
+        raise ConfigurationError(
+            f"{_shown(name)} cannot name a folder of a run; use at most {LONGEST} letters (a to z), digits, '.', '_' "
+            "and '-', not '.' or '-' at the start, and neither 'latest' nor 'none'"
+        )
+    return name
+
+
+def check_experiment(name: str) -> str:
+    """`name`, where it can be that of an experiment or a sweep.
+
+    Raises:
+        ConfigurationError: it is empty or too long, has '/', a backslash or a sign that does not print, begins with
+            '.', '-' or a space, ends with a space, or is 'latest' or 'none'.
+    """
+    if not is_printed(name) or name[0] in ".-" or set(name) & set("/\\") or _is_long(name) or name in RESERVED:
+        raise ConfigurationError(
+            f"{_shown(name)} cannot name a folder of runs; use at most {LONGEST} letters, digits, '-', '_', '.' and "
+            "spaces between them, not '.' or '-' at the start, and neither 'latest' nor 'none'"
+        )
+    return name
+
+
+def is_printed(name: str) -> bool:
+    """Whether a name shows itself as it is: no control signs, none that turn the line around, no space at an end."""
+    return bool(name) and name.isprintable() and name == name.strip()
+
+
+def find_fault(name: str) -> str:
+    """Why `name` means no file or folder below another one, on any system that may read it; empty where it does.
+
+    Names have '/' between their parts: "lens/loss/00000001-00000006.parquet".
+    """
+    parts = name.split("/")
+    if not name.strip():
+        return "it is empty"
+    if "\\" in name or not name.isprintable():
+        return "it holds a backslash or a sign that does not print"
+    if name.startswith("/") or PureWindowsPath(name).drive:
+        return "it is absolute"
+    if ".." in parts:
+        return "'..' leads out of a folder"
+    if "" in parts or "." in parts:
+        return "it has a part that is empty or '.'"
+    return "it is too long" if max(len(part.encode()) for part in parts) > LONGEST_PART else ""
+
+
+def check_file_name(name: str) -> str:
+    """`name`, where it means a file below a folder.
+
+    Raises:
+        ConfigurationError: see `find_fault`.
+    """
+    if fault := find_fault(name):
+        raise ConfigurationError(f"{_shown(name)} names no file in the folder: {fault}")
+    return name
+
+
+def require_contained(folder: Path, *, besides: tuple[str, ...] = ()) -> None:
+    """Refuse a folder in which a symbolic link leads out of it: what is written there would be written elsewhere.
+
+    Args:
+        besides: folders in it that are not looked into, by their names with '/'.
+
+    Raises:
+        CheckpointError: names the link, and where it leads.
+    """
+    home = folder.resolve()
+    for link in _links(folder, {folder / name for name in besides}):
+        if not link.resolve().is_relative_to(home):
+            raise CheckpointError(
+                f"{link} is a symbolic link to {link.resolve()}, outside of {folder}. Nothing is read or written "
+                "through it: put a copy in its place, or delete it."
+            )
+
+
+def _links(folder: Path, besides: set[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_symlink():
+            found.append(path)
+        elif path.is_dir() and path not in besides:
+            found += _links(path, besides)
+    return found
+
+
+def _is_long(name: str) -> bool:
+    return len(name) > LONGEST or len(name.encode()) > LONGEST_BYTES
+
+
+def _shown(name: str) -> str:
+    return repr(name) if len(name) <= LONGEST else f"{name[:20]!r}... ({len(name)} characters)"
