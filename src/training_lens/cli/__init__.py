@@ -23,6 +23,7 @@ from training_lens.cli.sweep import sweep
 from training_lens.cli.sync import sync
 from training_lens.cli.train import train
 from training_lens.cli.validate import validate
+from training_lens.utils.streams import keep_output
 
 cli = typer.Typer(
     name="training-lens",
@@ -60,6 +61,7 @@ def describe(version: Version = False) -> None:
 
 def main() -> None:
     """The command's entry point."""
+    keep_output()
     cli()
 
 

@@ -91,8 +91,12 @@ def print_table(console: Console, table: Table) -> None:
 
 
 @contextmanager
-def command(as_json: bool = False, debug: bool = False) -> Iterator[Screen]:
-    """Runs a command's body: sets up the log, and turns expected errors into one paragraph and an exit code."""
+def command(as_json: bool = False, debug: bool = False, *, has_log: bool = False) -> Iterator[Screen]:
+    """Runs a command's body: sets up the log, and turns expected errors into one paragraph and an exit code.
+
+    Args:
+        has_log: what it tells is in its own files, too: a screen that cannot be written is no failure.
+    """
     from rich.console import Console
 
     from training_lens.errors import TrainingLensError
@@ -105,12 +109,31 @@ def command(as_json: bool = False, debug: bool = False) -> Iterator[Screen]:
     try:
         with aside:
             yield Screen(console, as_json, output)
+        if not has_log:
+            require_written(output)
     except (TrainingLensError, OSError, KeyboardInterrupt) as error:
         if debug or (isinstance(error, OSError) and error.errno in (None, errno.EPIPE)):
             raise
         said, code = _said(error)
         Console(stderr=True, highlight=False, emoji=False).print(said, style="red", markup=False, soft_wrap=True)
         sys.exit(code)
+
+
+def require_written(output: TextIO) -> None:
+    """Refuse to end well where standard output is lost; a reader who had enough and left is no failure.
+
+    Raises:
+        OutputError: the disk under it is full, for one.
+    """
+    from training_lens.errors import OutputError
+    from training_lens.utils.streams import lost_output
+
+    lost = lost_output(output)
+    if lost and lost.errno not in (errno.EPIPE, errno.EIO):  # EIO: a terminal that hung up
+        raise OutputError(
+            f"standard output could not be written ({lost.strerror}), and lacks some or all of what this command told. "
+            "Send it to a place that has room, and run the command again."
+        )
 
 
 def _said(error: BaseException) -> tuple[str, int]:

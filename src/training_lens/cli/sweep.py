@@ -19,7 +19,7 @@ def sweep(overrides: Overrides = None, config: ConfigFile = None, json: Json = F
 
     Examples: training-lens sweep sweep=lr; training-lens sweep sweep.name=mine sweep.space.peft.r=[4,8,16]
     """
-    with command(json, debug) as screen:
+    with command(json, debug, has_log=True) as screen:
         settings = load_config(config, overrides)
         check_training(settings)
         from training_lens.errors import TrainingError

@@ -41,7 +41,7 @@ def train(
     Examples: training-lens train model.id=path/to/model data.train=rows.jsonl data.val_ratio=0.1;
     training-lens train --resume latest; training-lens train --resume s3://bucket/path
     """
-    with command(json, debug) as screen:
+    with command(json, debug, has_log=True) as screen:
         settings = load_config(config, overrides)
         unfinished = _unfinished(screen, resume, settings) if resume else None
         if not unfinished:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -39,8 +40,30 @@ class ScreenHandler(logging.Handler):
             style = "yellow" if record.levelno >= logging.WARNING else ""
             self.shown.append(record)
             self._console.print(text, style=style, markup=False, soft_wrap=not self._console.is_terminal)
+        except (OSError, ValueError):  # the screen went away, or was closed: nobody reads there
+            pass
         except Exception:
             self.handleError(record)
+
+
+class RunLogHandler(logging.FileHandler):
+    """Writes run.log as long as the file takes it; where it does not, the other handlers are told, once."""
+
+    lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Go on without the lines that are not taken; each later one is tried anew."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError | ValueError):
+            super().handleError(record)
+        elif not self.lost:
+            self.lost = True
+            get_logger(__name__).warning("%s lacks lines (%s); the run goes on", self.baseFilename, error)
+
+    def close(self) -> None:
+        """Close the file; lines that it does not take any more are lost."""
+        with suppress(OSError):
+            super().close()
 
 
 def setup_logging(console: Console | None = None, level: int = logging.INFO) -> logging.Logger:
@@ -161,10 +184,10 @@ class TrainingLogger:
 
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path)
-        self._handler: logging.FileHandler | None = None
+        self._handler: RunLogHandler | None = None
 
     def __enter__(self) -> TrainingLogger:
-        self._handler = logging.FileHandler(self._path, encoding="utf-8")
+        self._handler = RunLogHandler(self._path, encoding="utf-8")
         formatter = _WithoutSecrets("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
         formatter.converter = time.gmtime
         self._handler.setFormatter(formatter)
