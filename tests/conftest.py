@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import TOKEN, Hub
+from hub_server import TOKEN, Hub  # type: ignore[import-not-found]
 
 # Before torch and transformers are imported: offline, quiet, and two tests at a time do not fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="training-lens-state-")  # what is allowed here stays here
 os.environ["HF_HUB_OFFLINE"] = "0"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -10,6 +10,7 @@ from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
 from training_lens.analysis.frames import metrics_frame, samples_frame
 from training_lens.analysis.logs import Log, our_log
 from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.run_config import read_run_config
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError
 from training_lens.utils.checkpoints import checkpoint_steps
@@ -96,7 +97,7 @@ class Run:
         Raises:
             CheckpointError: metadata/config.json is missing or broken.
         """
-        return TrainingConfig.model_validate(self.folder.read_metadata("config.json"))
+        return read_run_config(self.folder)
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, print_table
+from training_lens.cli.common import (
+    CONSENT,
+    ConfigFile,
+    Debug,
+    Json,
+    Overrides,
+    Screen,
+    command,
+    load_config,
+    print_table,
+)
 from training_lens.cli.lens import BaseFolder, RunPlace, opened_pair
 
 if TYPE_CHECKING:
@@ -53,10 +63,12 @@ def analyze(
     training-lens analyze path/to/trainer_output
     """
     with command(json, debug) as screen:
-        analyzer, other = opened_pair(run, against, overrides, config, base)
+        consent = [word for word in overrides or [] if check_rank and word.startswith(CONSENT)]
+        others = [word for word in overrides or [] if word not in consent]
+        analyzer, other = opened_pair(run, against, others, config, base)
         comparison = analyzer.compare(other) if other else None
         if check_rank:
-            _measure_rank(screen, analyzer)
+            _measure_rank(screen, analyzer, load_config(config, consent).given())
         analysis = analyzer.analyze()
         _show(screen, analysis)
         values = analysis.values()
@@ -66,7 +78,7 @@ def analyze(
         screen.result(values)
 
 
-def _measure_rank(screen: Screen, analyzer: CheckpointAnalyzer) -> None:
+def _measure_rank(screen: Screen, analyzer: CheckpointAnalyzer, given: dict[str, Any]) -> None:
     from training_lens.analysis.findings import measure_rank
     from training_lens.errors import LensError
     from training_lens.utils.progress import Progress
@@ -78,7 +90,7 @@ def _measure_rank(screen: Screen, analyzer: CheckpointAnalyzer) -> None:
             f"--check-rank measures the loss of a run of training-lens train on its validation rows; {run.root} is "
             "none. Leave --check-rank out."
         )
-    check = measure_rank(run, progress=Progress(screen.console))
+    check = measure_rank(run, progress=Progress(screen.console), given=given)
     at = check.at_energy_ranks
     told = f"validation loss {check.loss:.4f} at full rank, {at.delta:+.4f} with each module cut to its 90 % rank"
     screen.console.print(f"{told} ({check.rows} rows)", markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from training_lens.cli.common import (
+    CONSENT,
     ConfigFile,
     Debug,
     FinishedRun,
@@ -35,7 +36,9 @@ def benchmark(
     with command(json, debug) as screen:
         settings = load_config(config, overrides)
         refuse_unused(
-            overrides, ("benchmark.", "output.", "model.device"), "benchmark measures with the run's own config."
+            overrides,
+            ("benchmark.", "output.", "model.device", CONSENT),
+            "benchmark measures with the run's own config.",
         )
         found = locate_run(run, settings.output, finished=True)
         found.require_adapter()
@@ -45,7 +48,9 @@ def benchmark(
         from training_lens.utils.files import write_json
         from training_lens.utils.progress import Progress
 
-        report = measure(open_run(found, device_of(settings)), settings.benchmark, Progress(screen.console))
+        report = measure(
+            open_run(found, device_of(settings), given=settings.given()), settings.benchmark, Progress(screen.console)
+        )
         write_json(found.reports / "benchmark.json", report.as_json())
         write_benchmark_page(found.reports / "benchmark.html", report)
         show(screen, report)

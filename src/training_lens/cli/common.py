@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from training_lens.config.schema import TrainingConfig
 
+CONSENT = "model.trust_remote_code="  # lets the code of a run's model run: no run does so by itself
 WIDEST = 2000  # characters of a line that a program reads
 Overrides = Annotated[
     list[str] | None,
@@ -214,7 +215,7 @@ def load_adapter_config(
     settings = load_config(config_files, overrides, {"inference": {"adapter": run}} if run is not None else None)
     from training_lens.utils.run_lookup import uses_own_model
 
-    own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device",)
+    own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device", CONSENT)
     refuse_unused(overrides, (*used, "output.", *own), "a run answers with its own config.")
     settings = locate_adapter(settings)
     check_own_model(settings)

@@ -34,10 +34,13 @@ def copied_here(reference: str, base_output_dir: str, *, finished: bool | None) 
 
 def locate_run(reference: str, output: OutputSection, *, finished: bool | None) -> RunFolder:
     """The run that a reference means, told to the user; arguments and errors are those of `find_run`."""
+    from training_lens.config.run_config import NOT_OURS
+    from training_lens.utils.names import require_contained
     from training_lens.utils.run_lookup import find_run
 
     here = copied_here(reference, output.base_output_dir, finished=finished)
     run = find_run(here, output.base_output_dir, output.named_experiment, finished=finished)
+    require_contained(run.root, besides=NOT_OURS)
     announce_run(run)
     return run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from training_lens import embedded
+from training_lens.config.run_config import read_run_config
 from training_lens.config.schema import ModelSection, TrainingConfig
 from training_lens.errors import AdapterError, ConfigurationError
 from training_lens.inference.session import Session, open_run, open_session
@@ -38,7 +39,7 @@ def adapter_of(config: TrainingConfig, run: RunFolder | None) -> tuple[Path, Mod
     """The adapter's folder, and the base that it is merged into: a run's own, else that of the config."""
     if run is None:
         return Path(config.inference.adapter).expanduser(), config.model
-    return run.adapter, TrainingConfig.model_validate(run.read_metadata("config.json")).model
+    return run.adapter, read_run_config(run).model
 
 
 def open_exact(config: TrainingConfig, run: RunFolder | None, same_base: bool) -> tuple[Session, bool]:
@@ -55,7 +56,7 @@ def open_exact(config: TrainingConfig, run: RunFolder | None, same_base: bool) -
     if run is None:
         return _open_bare(config, folder, same_base)
     known = check_base(run.base_record, model)
-    session = open_run(run, None if config.model.device == "auto" else config.model.device, "fp32")
+    session = open_run(run, None if config.model.device == "auto" else config.model.device, "fp32", config.given())
     return session, known or check_base(run.base_record, model)  # a hub's weights may be here only now
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from training_lens.config.data_sections import FieldsSection
+from training_lens.config.run_config import open_run_config
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.notes import DataNotes
 from training_lens.data.preparation import Preparation
@@ -143,20 +144,28 @@ def open_session(config: TrainingConfig) -> Session:
     run = find_adapter_run(name, config.output.base_output_dir, config.output.named_experiment)
     if not Path(name).is_dir():
         logger.info("run %s of experiment %s", run.run_id, run.experiment)
-    return open_run(run, None if config.model.device == "auto" else config.model.device)
+    return open_run(run, None if config.model.device == "auto" else config.model.device, given=config.given())
 
 
-def open_run(run: RunFolder, device: str | None = None, precision: Precision | None = None) -> Session:
+def open_run(
+    run: RunFolder,
+    device: str | None = None,
+    precision: Precision | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Session:
     """The run's model with its adapter, its tokenizer as saved, its template and domains.
 
     Args:
         device: as `model.device`; None takes the run's.
         precision: of weights and computation; None takes the run's.
+        given: what the user set for this, by section: `{"model": {"trust_remote_code": True}}` lets the model's own
+            code run, which the run's config alone never does.
 
     Raises:
         CheckpointError: the run has no finished adapter; ModelLoadingError, AdapterError: it cannot be loaded.
+        ConfigurationError: its model carries code that the user has not allowed.
     """
-    config = TrainingConfig.model_validate(run.read_metadata("config.json"))
+    config = open_run_config(run, given or {}, "model.trust_remote_code")
     run.require_adapter()
     place = get_device(device or config.model.device)
     trained = config.training.precision

@@ -18,6 +18,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from training_lens.config.run_config import require_consent
 from training_lens.core.integration import IntegrationManager
 from training_lens.integrations.configured import asked_for
 from training_lens.integrations.record import RunRecord
@@ -56,9 +57,10 @@ class Courier:
     def start(self) -> None:
         """Start the process. Where that fails, the run is not sent, and says so."""
         path = os.pathsep.join([*filter(None, sys.path), str(Path.cwd())])
+        allowed = list(RunRecord(self._run).config.tracking.custom)  # by who trains it
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(self._run.root)],
+                [sys.executable, "-m", __name__, str(self._run.root), *allowed],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
                 env={**os.environ, **QUIET, "PYTHONPATH": path},
                 process_group=0,  # Ctrl-C is the training's business; a session of its own could undo the low priority
@@ -111,13 +113,18 @@ class _Lines(logging.Handler):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main(root: str) -> int:
-    """Send the run at `root` until standard input closes and all is sent, or the time for it is over."""
+def main(root: str, *allowed: str) -> int:
+    """Send the run at `root` until standard input closes and all is sent, or the time for it is over.
+
+    Args:
+        allowed: the trackers of tracking.custom that the user trains with.
+    """
     _speak_up()
     _step_aside()
     started = time.perf_counter()
     run = RunRecord(RunFolder(Path(root)))
     tracking = run.config.tracking
+    require_consent(run.folder.root, run.config, {"tracking": {"custom": dict.fromkeys(allowed)}}, "tracking.custom")
     remote = [asked.of(run) for asked in asked_for(run.config) if not asked.integration.in_process]
     patience = tracking.wait_seconds + GRACE_SECONDS  # the courier of a run that was killed may be sending still
     manager = IntegrationManager(remote, run.folder.tracking, tracking.send_seconds, patience)
@@ -165,7 +172,7 @@ def _wait_for_the_end(run: RunRecord) -> None:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1])
+    code = main(*sys.argv[1:])
     with suppress(OSError):
         sys.stdout.flush()
     os._exit(code)  # no exit hook of a client may hold the process

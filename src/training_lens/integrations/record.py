@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training_lens.config.schema import TrainingConfig
-from training_lens.utils.nested import flat, merged
+from training_lens.config.run_config import read_run_config
+from training_lens.utils.nested import flat
 from training_lens.utils.runs import RunFolder
 from training_lens.utils.secrets import redacted
 
@@ -27,12 +27,12 @@ class RunRecord:
             `{"tracking": {"wandb": {"mode": "online"}}}`.
 
     Raises:
-        CheckpointError: the folder is no run.
+        CheckpointError: the folder is no run, or a link in it leads out of it.
     """
 
     def __init__(self, folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None = None) -> None:
         self.folder = folder
-        self.config = TrainingConfig.model_validate(merged(folder.read_metadata("config.json"), changes or {}))
+        self.config = read_run_config(folder, changes)
 
     @property
     def run_id(self) -> str:

@@ -16,6 +16,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
 from rich.console import Console
 
+from training_lens.config.run_config import code_settings, remember_consent
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import (
     CheckpointError,
@@ -39,6 +40,7 @@ from training_lens.training.summary import TrainingSummary
 from training_lens.training.wrapper import TrainingWrapper
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import ShownOnce, get_logger, quiet_screen, screen_through
+from training_lens.utils.nested import merged
 from training_lens.utils.runs import RunFolder, runs_folder
 
 logger = get_logger(__name__)
@@ -141,6 +143,7 @@ class Sweep:
         with FileLock(self.folder / "results.lock"):  # who reads the trials first writes first
             trials = self.study.trials()
             found = leaderboard(settings.name, settings.metric, trials, self.space)
+            remember_consent(self.folder, self.config)  # of best.yaml
             return SweepResult(found, write_results(self.folder, found, trials, self.config), recommend(found, trials))
 
     def _run(self, trial: FrozenTrial, watcher: Pruning) -> Row:
@@ -178,7 +181,7 @@ class Sweep:
                 config = self.space.config(self.config, params, {"experiment_name": name, "run_id": run.run_id})
                 return TrainingWrapper(_of_a_trial(config), console=self._console, callbacks=callbacks).train()
             if run.status not in ("finished", "pruned"):
-                mine = free_settings(self.config)
+                mine = merged(free_settings(self.config), code_settings(self.config))
                 return TrainingWrapper.resume(run, mine, console=self._console, callbacks=callbacks)
         except PrunedRunError as error:
             logger.debug("%s", error)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 import training_lens
 from training_lens.analysis.run import Run
+from training_lens.config.run_config import CODE_KEYS, open_run_config, remember_consent
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError, InterruptedRunError, TrainingLensError
 from training_lens.integrations.configured import asked_for
@@ -131,12 +132,13 @@ class TrainingWrapper:
 
         Raises:
             CheckpointError: the run is finished, its data changed since, or another process is training it.
-            ConfigurationError: settings that the run does not have.
+            ConfigurationError: settings that the run does not have; or code that the user has not allowed, see
+                `run_config.require_consent`.
         """
         run = run if isinstance(run, RunFolder) else Run(run).folder
         require_unfinished(run)
         run.require_free()  # before the data is read; the processes of one run all pass here before one of them locks
-        recorded = TrainingConfig.model_validate(run.read_metadata("config.json"))
+        recorded = open_run_config(run, settings or {}, *CODE_KEYS)
         config = recorded.resolved(**select_changes(run, recorded, settings or {}))
         wrapper = cls(config, console=console, callbacks=callbacks, integrations=integrations)
         plan = wrapper._plan(read_global_batch(run))
@@ -152,6 +154,7 @@ class TrainingWrapper:
     def _train(self, run: RunFolder, plan: RunPlan, resume: bool) -> TrainingSummary:
         if plan.processes.is_main:
             write_summary(run, TrainingSummary(str(run.root), "running"))
+            remember_consent(run.root, plan.config)
         with TrainingLogger(run.logs / "run.log"), self._tracked(run, plan), memory_watched(plan.config):
             logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
             trainer, parameters = self._assemble(run, plan)
@@ -235,6 +238,7 @@ class TrainingWrapper:
         with whole_folder(run.tokenizer) as folder:
             model = plan.config.model
             save_tokenizer(plan.tokenizer, folder, require_local_folder(model), model.trust_remote_code)
+        remember_consent(run.root, plan.config)  # the tokenizer's code stands in the run, too
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -31,6 +32,7 @@ def measure_rank(
     data: Sequence[str] | None = None,
     device: str | None = None,
     progress: Progress | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> RankCheck:
     """What truncating the run's adapter does to its validation loss; kept as `RUN/lens/rank_check.json`.
 
@@ -42,6 +44,7 @@ def measure_rank(
         max_examples: rows to measure on, the first that fit; None: all.
         data: sources to read in place of the run's own validation rows.
         device: as `model.device`; None: the run's.
+        given: see `open_run`.
 
     Cost: one forward pass over the rows for each rank, two more for base and adapter, and a copy of the adapter.
 
@@ -54,7 +57,7 @@ def measure_rank(
         check = measure_rank(find_run("latest", "outputs", "default", finished=True))
         print(check.at_energy_ranks.delta, check.rank_pattern)
     """
-    session = open_run(run, device)
+    session = open_run(run, device, given=given)
     rows = JudgedRows.of(validation_examples(run, session, max_examples, data), session)
     modules = adapter_modules(session.model)
     energy = {m.name: int(energy_rank(singular_values(m.a.detach(), m.b.detach(), m.record.scaling))) for m in modules}

@@ -1,0 +1,99 @@
+"""What code this machine's user has allowed to run for which folder, remembered outside of every such folder.
+
+A run's config can name code: that of a model (model.trust_remote_code), or classes (tracking.custom). It runs because
+the user says so on the command line or in a config file of theirs, never because a folder says so. What they said when
+they trained is kept in a file of theirs (XDG_STATE_HOME, else ~/.local/state): the run's absolute path, and a hash of
+each file of the code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Iterator
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from training_lens.utils.files import read_json, sha256_of, write_json
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+def remember(folder: Path, code: Collection[str]) -> None:
+    """Keep that the user allows `code` for `folder`; where no file can be kept, a warning says it."""
+    try:
+        store = _store()
+        store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with FileLock(f"{store}.lock"):
+            kept = _read(store)
+            if kept.get(_key(folder)) != sorted(code):
+                write_json(store, kept | {_key(folder): sorted(code)})
+    except (OSError, RuntimeError) as error:
+        logger.warning("that you allow this code cannot be remembered (%s): allow it again when you resume", error)
+
+
+def remembered(folder: Path) -> frozenset[str]:
+    """The code that the user allowed for `folder` before; nothing where that is not known."""
+    try:
+        return frozenset(_read(_store()).get(_key(folder), ()))
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+def _store() -> Path:
+    """The file; a relative path in the variable would lead into whatever folder this is called in."""
+    given = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".local" / "state") / "training-lens" / "consent.json"
+
+
+def _read(store: Path) -> dict[str, list[str]]:
+    try:
+        kept = read_json(store)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        logger.warning("%s is no valid JSON (%s): what you allowed is forgotten", store, error)
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _key(folder: Path) -> str:
+    return str(folder.resolve())
+
+
+def code_in(folder: Path, own_id: str = "") -> set[str]:
+    """The Python files in a model's or tokenizer's folder, by their sha256, and the repositories whose code it names.
+
+    Args:
+        own_id: the id of the repository that the folder is of: code that it names there is its own.
+    """
+    found = {sha256_of(path) for path in sorted(folder.rglob("*.py")) if path.is_file()}
+    for path in sorted(folder.glob("*config.json")):
+        try:
+            named = set(_texts(read_json(path).get("auto_map")))
+        except (ValueError, AttributeError):
+            found.add(sha256_of(path))
+        else:
+            found |= {name for name in named if "--" in name and name.partition("--")[0] != own_id}
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(inner)
+
+
+def code_of_module(place: str) -> set[str]:
+    """`module.Class` and the sha256 of its module's file, of a package of all its Python files. Nothing is imported."""
+    spec = PathFinder.find_spec(place.partition(".")[0], [str(Path.cwd()), *sys.path])
+    if spec is None:
+        return {place}
+    files = [path for folder in spec.submodule_search_locations or () for path in Path(folder).rglob("*.py")]
+    files += [Path(spec.origin)] if spec.origin else []
+    return {place, *(sha256_of(path) for path in files if path.is_file())}

@@ -1,0 +1,243 @@
+"""A folder from elsewhere is data: code that it names runs only where this machine's user allows it, and as they did.
+
+Each test plants code that leaves a mark when it is run, by way of every file that could name it.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from training_lens import embedded
+from training_lens.config.run_config import find_writer, read_run_config, require_consent
+from training_lens.errors import ConfigurationError
+from training_lens.integrations.mirror import MirrorIntegration
+from training_lens.integrations.record import RunRecord
+from training_lens.training.wrapper import TrainingWrapper
+from training_lens.utils.consent import remember, remembered
+from training_lens.utils.files import read_json, sha256_of, write_json
+from training_lens.utils.runs import RunFolder
+
+Call = Callable[..., Result]
+MODEL = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+with Path({mark!r}).open("a") as file:
+    file.write("model\\n")
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+TRACKER = """
+from pathlib import Path
+from training_lens.integrations import Tracker
+with Path({mark!r}).open("a") as file:
+    file.write("tracker\\n")
+
+class Planted(Tracker):
+    name = "planted"
+    def require(self): pass
+    def open(self): pass
+    def log(self, records): pass
+    def end(self): pass
+"""
+
+
+@pytest.fixture
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that planted code writes; beside it `planted_tracker.py`, in the folder where commands are called."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "executed"
+    (tmp_path / "planted_tracker.py").write_text(TRACKER.format(mark=str(path)))
+    return path
+
+
+def plant_model(folder: Path, mark: Path) -> Path:
+    """The embedded model with code of its own, also in its tokenizer's configuration."""
+    shutil.copytree(embedded.resolve(embedded.MODEL), folder)
+    config = read_json(folder / "config.json")
+    ours = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    write_json(folder / "config.json", {**config, "model_type": "own", "auto_map": ours})
+    (folder / "own.py").write_text(MODEL.format(mark=str(mark)))
+    return folder
+
+
+@pytest.fixture
+def hostile(own_run: RunFolder, tmp_path: Path, mark: Path) -> RunFolder:
+    """A finished run from elsewhere, which names code everywhere that a config of ours could."""
+    root = tmp_path / "outputs/experiments/default/runs" / own_run.run_id
+    root.parent.mkdir(parents=True)
+    run = RunFolder(Path(shutil.move(own_run.root, root)))
+    config = run.read_metadata("config.json")
+    model = plant_model(tmp_path / "theirs", mark)
+    config["model"] |= {"id": str(model), "trust_remote_code": True}
+    config["tracking"]["custom"] = {"planted_tracker.Planted": {}}
+    config["evaluation"]["metrics"] = ["planted_tracker"]
+    write_json(run.metadata / "config.json", config)
+    shutil.copy(model / "own.py", run.tokenizer / "tokenization_own.py")
+    for folder in (run.adapter, *run.checkpoints.glob("step-*")):
+        (folder / "adapter_model.bin").write_bytes(pickled(mark))
+        (folder / "optimizer.pt").write_bytes(pickled(mark))
+    settings = read_json(run.adapter / "adapter_config.json")
+    auto = {"base_model_class": "Planted", "parent_library": "planted_tracker"}
+    write_json(run.adapter / "adapter_config.json", {**settings, "auto_mapping": auto})
+    return run
+
+
+class Marking:
+    """What writes the mark when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def pickled(mark: Path) -> bytes:
+    return pickle.dumps(Marking(mark))
+
+
+def unfinished(run: RunFolder) -> RunFolder:
+    write_json(run.metadata / "summary.json", run.read_metadata("summary.json") | {"status": "interrupted"})
+    return run
+
+
+ASKED = {  # commands that would run the model's code, or a tracker's: they say how it is allowed
+    "infer": ("infer", "hi", "--run"),
+    "compare": ("compare", "--run"),
+    "evaluate": ("evaluate", "--run"),
+    "merge": ("merge", "--run"),
+    "benchmark": ("benchmark", "--run"),
+    "check rank": ("analyze", "--check-rank"),
+    "sync": ("sync",),
+    "look": ("sync", "--status"),
+}
+LOOKED = {
+    "analyze": ("analyze",),
+    "report": ("report",),
+    "export": ("export", "--data-type", "loss"),
+    "show": ("experiment", "show"),
+    "push": ("push", "--dry-run"),
+    "tag": ("experiment", "tag", "--remove"),
+}
+
+
+@pytest.mark.parametrize("command", ASKED.values(), ids=ASKED)
+def test_a_run_from_elsewhere_runs_no_code(
+    call: Call, hostile: RunFolder, mark: Path, command: tuple[str, ...]
+) -> None:
+    result = call(*command, str(hostile.root))
+    assert not mark.exists() and result.exit_code == 2
+    key = "tracking.custom" if command[0] == "sync" else "model.trust_remote_code=true"
+    assert "if you trust it, repeat the command with" in result.stderr and key in result.stderr
+
+
+@pytest.mark.parametrize("command", LOOKED.values(), ids=LOOKED)
+def test_a_run_from_elsewhere_is_read_without_its_code(
+    call: Call, hostile: RunFolder, mark: Path, command: tuple[str, ...]
+) -> None:
+    more = ("me/it",) if command[0] == "push" else ("x",) if "tag" in command else ()
+    call(*command, str(hostile.root), *more)
+    assert not mark.exists()
+
+
+def test_a_run_from_elsewhere_is_not_gone_on_with(call: Call, hostile: RunFolder, mark: Path) -> None:
+    result = call("train", "--resume", str(unfinished(hostile).root))
+    assert not mark.exists() and result.exit_code == 2 and "model.trust_remote_code=true" in result.stderr
+    one = call("train", "--resume", str(hostile.root), "model.trust_remote_code=true")
+    assert not mark.exists() and one.exit_code == 2 and "tracking.custom" in one.stderr
+    other = call("train", "--resume", str(hostile.root), "model.trust_remote_code=true", "tracking.custom={a.B: {}}")
+    assert not mark.exists() and other.exit_code == 2
+
+
+def test_a_mirror_from_elsewhere_runs_no_code(call: Call, hostile: RunFolder, mark: Path, tmp_path: Path) -> None:
+    place = str(tmp_path / "mirror")
+    MirrorIntegration(RunRecord(unfinished(hostile), {"output": {"mirror": place}})).deliver(ended=True)
+    for command in (("train", "--resume"), ("report",), ("infer", "hi", "--run"), ("analyze", "--check-rank")):
+        call(*command, f"file://{place}", f"output.base_output_dir={tmp_path / command[0]}")
+        call(*command, f"file://{place}/experiments/default/runs/{hostile.run_id}", "output.base_output_dir=x")
+    assert not mark.exists()
+
+
+def test_the_files_of_others_allow_nothing_as_config_files(
+    call: Call, hostile: RunFolder, mark: Path, tmp_path: Path
+) -> None:
+    named = {"model": {"id": str(tmp_path / "theirs"), "trust_remote_code": True}}
+    for marker, content in (
+        ("sweeps/theirs/best.yaml", "{}"), ("sweep/study.db", ""), ("adapter/adapter_config.json", "{}"),
+        ("prepared/manifest.json", '{"made_by": "training-lens prepare"}'), ("m/mirror.json", "{}"),
+    ):  # fmt: skip
+        folder = (tmp_path / marker).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        (tmp_path / marker).write_text(content)
+        (file := folder / "best.yaml").write_text(json.dumps(named))
+        result = call("train", "--config", str(file))
+        assert not mark.exists() and result.exit_code == 2 and "model.trust_remote_code=true" in result.stderr, marker
+    result = call("validate", "--config", str(hostile.metadata / "config.json"))
+    assert not mark.exists() and result.exit_code == 2 and result.stderr.count("repeat the command with") == 2
+    (tmp_path / "own").mkdir()
+    (mine := tmp_path / "own" / "config.json").write_text(json.dumps(named))
+    assert find_writer(mine) is None
+
+
+def test_the_user_allows_it_on_the_command_line(call: Call, hostile: RunFolder, mark: Path) -> None:
+    result = call("infer", "hi", "--run", str(hostile.root), "model.trust_remote_code=true")
+    assert result.exit_code == 0, result.stderr
+    assert mark.read_text().startswith("model")
+    assert call("infer", "hi", "--run", str(hostile.root)).exit_code == 2, "it was for that command alone"
+
+
+def test_what_the_user_trains_with_goes_on_and_what_changed_does_not(
+    call: Call, small_config: Callable[..., Any], mark: Path, tmp_path: Path
+) -> None:
+    model = plant_model(tmp_path / "mine", mark)
+    custom: dict[str, dict[str, str]] = {"planted_tracker.Planted": {}}
+    config = small_config(
+        model={"id": str(model), "trust_remote_code": True}, tracking={"custom": custom}, training={"max_steps": 1}
+    )
+    run = RunFolder(Path(TrainingWrapper(config).train().run_dir))
+    assert call("infer", "hi", "--run", str(run.root)).exit_code == 0
+    assert call("sync", str(run.root)).exit_code == 0
+    TrainingWrapper.resume(unfinished(run))
+    (model / "own.py").write_text((model / "own.py").read_text() + "\n# another\n")
+    mark.unlink()
+    changed = call("infer", "hi", "--run", str(run.root))
+    assert changed.exit_code == 2 and "another one than you allowed" in changed.stderr
+    (tmp_path / "planted_tracker.py").write_text(TRACKER.format(mark=str(mark)) + "\n# another\n")
+    assert call("sync", str(run.root)).exit_code == 2
+    moved = shutil.copytree(run.root, tmp_path / "copy" / run.run_id)
+    assert call("sync", str(moved)).exit_code == 2 and not mark.exists()
+
+
+def test_code_of_other_repositories_is_not_what_was_allowed(
+    hostile: RunFolder, mark: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, root = read_run_config(hostile), hostile.root
+    code = {f"model.trust_remote_code: {part}" for part in (f"{config.model.id} at None",)}
+    code |= {f"model.trust_remote_code: {sha256_of(hostile.tokenizer / 'tokenization_own.py')}"}
+    remember(root, code)
+    require_consent(root, config, {}, "model.trust_remote_code")
+    settings = read_json(hostile.tokenizer / "tokenizer_config.json")
+    theirs = {"AutoTokenizer": [None, "evil/code--own.Tokenizer"]}
+    write_json(hostile.tokenizer / "tokenizer_config.json", {**settings, "auto_map": theirs})
+    with pytest.raises(ConfigurationError, match="another one than you allowed"):
+        require_consent(root, config, {}, "model.trust_remote_code")
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    monkeypatch.setenv("HOME", str(mark.parent / "home"))
+    assert not remembered(root)
