@@ -59,7 +59,7 @@ def held_out(finished_run: RunFolder, good: Session) -> list[Example]:
 
 @pytest.fixture(scope="module")
 def by_hand(finished_run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Session]:
-    """The good adapter with its B multiplied: by 0 it does nothing, by much it is ruined, by nan it is broken."""
+    """The good adapter with its B multiplied: by 0 it does nothing, by much it is ruined, by more it overflows."""
 
     def build(factor: float) -> Session:
         folder = tmp_path_factory.mktemp("adapter")
@@ -145,7 +145,7 @@ def test_a_ruined_adapter_is_worse_and_loops_without_end(ruined: Session, held_o
 
 def test_an_adapter_of_no_numbers_is_worse(by_hand: Callable[[float], Session], held_out: list[Example]) -> None:
     with pytest.raises(BrokenAdapterError, match="Worse: the loss of the adapter is not finite on 6 of 6") as broken:
-        judge(by_hand(float("nan")), held_out[:6], LOSSES)
+        judge(by_hand(1e30), held_out[:6], LOSSES)
     assert broken.value.verdict.severity == "problem"
 
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError, ConfigurationError
-from training_lens.models.adapters import attach, check_adapter, save_adapter, trainable
+from training_lens.models.adapters import attach, check_adapter, load_adapter, restore_adapter, save_adapter, trainable
 from training_lens.models.factory import build_skeleton, load_model
-from training_lens.models.saved import CONFIG, WEIGHTS, adopt
+from training_lens.models.saved import CONFIG, WEIGHTS, adopt, check_fit, saved_shapes
 from training_lens.training.callbacks import Callback
 from training_lens.training.trainer import Trainer
+from training_lens.utils.files import read_json, write_json
+from training_lens.utils.runs import RunFolder
 
 Config = Callable[..., TrainingConfig]
 IDS = torch.arange(40, 72).view(2, 16)
@@ -192,8 +196,49 @@ def test_training_goes_on_from_a_runs_loss_and_lowers_it(small_config: Config, t
     class Start(Callback):
         def on_train_start(self, trainer: Trainer) -> None:
             assert trainer.validation is not None
-            seen.append(trainer._loss_of(trainer.validation).loss)
+            report = trainer._loss_of(trainer.validation)
+            assert report is not None
+            seen.append(report.loss)
 
     second = TrainingWrapper(config, callbacks=(Start(),)).train()
     assert seen[0] == pytest.approx(first.validation_loss, abs=1e-6)
     assert second.validation_loss is not None and second.validation_loss < seen[0]
+
+
+@pytest.mark.parametrize("harm", ["nan", "inf", "bf16", "alpha", "pattern"])
+def test_an_adapter_that_is_not_finite_is_refused_wherever_it_is_loaded_or_written(
+    own_run: RunFolder, tmp_path: Path, harm: str
+) -> None:
+    folder = own_run.adapter
+    model = load_adapter(base(), folder)
+    tensors = load_file(folder / WEIGHTS)
+    name = sorted(tensors)[-1]
+    if harm in ("alpha", "pattern"):
+        changed = {"lora_alpha": math.inf} if harm == "alpha" else {"alpha_pattern": {"q_proj": math.nan}}
+        write_json(folder / CONFIG, read_json(folder / CONFIG) | changed)
+    else:
+        tensors[name] = tensors[name].to(torch.bfloat16 if harm == "bf16" else torch.float32)
+        tensors[name].view(-1)[-1] = math.nan if harm == "nan" else -math.inf
+        save_file(tensors, folder / WEIGHTS)
+    refused = pytest.raises(AdapterError, match=r"is not finite: .*the first is")
+    with refused:
+        load_adapter(base(), folder)
+    with refused:
+        restore_adapter(model, folder)
+    with refused:
+        check_fit(folder, saved_shapes(folder), "base")
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(math.nan)
+    with refused:
+        save_adapter(model, tmp_path / "new")
+
+
+def test_an_adapter_names_no_module_to_import_and_no_key_twice(own_run: RunFolder) -> None:
+    settings = read_json(own_run.adapter / CONFIG)
+    write_json(own_run.adapter / CONFIG, settings | {"megatron_config": {"a": 1}, "megatron_core": "antigravity"})
+    with pytest.raises(AdapterError, match="an adapter runs no code here"):
+        load_adapter(base(), own_run.adapter)
+    text = json.dumps(settings).replace("{", '{"r": 512, ', 1)
+    (own_run.adapter / CONFIG).write_text(text)
+    with pytest.raises(AdapterError, match="the key 'r' stands twice"):
+        load_adapter(base(), own_run.adapter)

@@ -15,6 +15,7 @@ from training_lens.config.keys import describe_unknown, known_keys
 from training_lens.config.origins import set_aside
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
+from training_lens.utils.files import DuplicateKeyError, parse_json
 from training_lens.utils.nested import flat, nest
 
 
@@ -83,7 +84,7 @@ def parse_config_file(file: str, said: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
         raw: Any
         if path.suffix == ".json":
-            raw = json.loads(text, object_pairs_hook=_unique_pairs)
+            raw = parse_json(text)
         else:
             raw = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except OSError as error:
@@ -92,8 +93,8 @@ def parse_config_file(file: str, said: str) -> dict[str, Any]:
         raise ConfigurationError(f"{said}: is not UTF-8 text (byte {error.start}).") from error
     except json.JSONDecodeError as error:
         raise ConfigurationError(f"{said}, line {error.lineno}: no valid JSON: {error.msg}.") from error
-    except _DuplicateKeyError as error:
-        raise ConfigurationError(f"{said}: the key '{error}' stands twice in one place; keep one.") from error
+    except DuplicateKeyError as error:
+        raise ConfigurationError(f"{said}: {error}.") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigurationError(f"{said}: no valid YAML: {error}") from error
     if raw is None:
@@ -101,19 +102,6 @@ def parse_config_file(file: str, said: str) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigurationError(f"{said}: holds a {type(raw).__name__}, expected keys and values.")
     return {str(key): value for key, value in raw.items()}
-
-
-class _DuplicateKeyError(ValueError):
-    """A key of a JSON object that stands there twice: the first value would be lost in silence."""
-
-
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in values:
-            raise _DuplicateKeyError(key)
-        values[key] = value
-    return values
 
 
 def without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:

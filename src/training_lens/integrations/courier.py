@@ -60,7 +60,7 @@ class Courier:
         allowed = list(RunRecord(self._run).config.tracking.custom)  # by who trains it
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(self._run.root), *allowed],
+                [sys.executable, "-P", "-m", __name__, str(self._run.root), *allowed],  # -P: no module from this folder
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
                 env={**os.environ, **QUIET, "PYTHONPATH": path},
                 process_group=0,  # Ctrl-C is the training's business; a session of its own could undo the low priority

@@ -12,6 +12,7 @@ from typing import Any
 from training_lens import embedded
 from training_lens.integrations.pushed import CHECKPOINTS, PushedFile
 from training_lens.integrations.record import RunRecord
+from training_lens.models.saved import require_finite
 from training_lens.utils.checkpoints import MANIFEST
 from training_lens.utils.files import files_in, read_json
 from training_lens.utils.names import check_file_name
@@ -81,6 +82,7 @@ def is_folder(name: str) -> bool:
 def adapter_files(run: RunRecord, names: Names) -> list[PushedFile]:
     """The adapter and the tokenizer, at the root of the repository, where PEFT and transformers look for them."""
     folder = run.folder
+    require_finite(folder.adapter)
     config = PushedFile(ADAPTER_CONFIG, _adapter_config(folder.adapter / ADAPTER_CONFIG, names))
     weights = [PushedFile(file.name, file) for file in sorted(folder.adapter.glob("*.safetensors"))]
     tokenizer = [PushedFile(str(f.relative_to(folder.tokenizer)), f) for f in sorted(files_in(folder.tokenizer))]

@@ -25,6 +25,7 @@ from training_lens.models.saved import (
     drop_defaults,
     read_config,
     require_adapter,
+    require_finite,
     saved_shapes,
 )
 from training_lens.models.targets import check_targets, choose_targets, tied_modules, whole_modules
@@ -261,6 +262,7 @@ def save_adapter(model: Any, folder: Path | str) -> None:
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
     drop_defaults(folder)
+    require_finite(folder)
 
 
 def load_adapter(model: Any, folder: Path | str, *, training: bool = False) -> Any:
@@ -273,6 +275,7 @@ def load_adapter(model: Any, folder: Path | str, *, training: bool = False) -> A
 
     folder = Path(folder)
     require_adapter(folder)
+    require_finite(folder)
     if not isinstance(read_config(folder).get("peft_type"), str):
         raise AdapterError(f"{folder / CONFIG} names no peft_type, so it is no adapter's configuration. Save it again.")
     tensors = sum("lora_" in name for name in saved_shapes(folder))
@@ -299,6 +302,7 @@ def restore_adapter(model: Any, folder: Path) -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
+    require_finite(folder)
     try:
         result = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
     except (RuntimeError, KeyError) as error:

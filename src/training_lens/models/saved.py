@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError, ConfigurationError
-from training_lens.utils.files import write_json
+from training_lens.utils.files import read_json, write_json
 from training_lens.utils.formatting import nearest
 from training_lens.utils.logging import get_logger
 from training_lens.utils.runs import RunFolder
@@ -46,6 +46,31 @@ def require_adapter(folder: Path) -> Path:
             unsafe = " (adapter_model.bin may run code when opened: convert it)" if any(folder.glob("*.bin")) else ""
             raise AdapterError(f"{folder} is no adapter folder: {name} is missing{unsafe}.")
     return folder
+
+
+def require_finite(folder: Path) -> None:
+    """Refuse an adapter with a NaN or an infinity in its weights or its scale: what it computes would be no numbers.
+
+    Raises:
+        AdapterError: names the first tensor, or the key; or a file is broken.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    config = read_config(folder)
+    scales = {"lora_alpha": config.get("lora_alpha"), **(config.get("alpha_pattern") or {})}
+    wrong = [name for name, scale in scales.items() if isinstance(scale, float) and not math.isfinite(scale)]
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            names = list(file.keys())
+            wrong += [name for name in names if not torch.isfinite(file.get_tensor(name).float()).all()]
+    except SafetensorError as error:
+        raise AdapterError(f"{folder / WEIGHTS} is broken ({error}). Copy or save it again.") from error
+    if wrong:
+        raise AdapterError(
+            f"the adapter in {folder} is not finite: {len(wrong)} of its tensors or scales hold NaN or infinity, the "
+            f"first is {wrong[0]}. Use an earlier checkpoint of its run, or train it again with a lower training.lr."
+        )
 
 
 def adapter_folder(reference: str) -> Path:
@@ -109,14 +134,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of adapter_config.json.
 
     Raises:
-        AdapterError: it is no JSON object.
+        AdapterError: it is no JSON object, or has a module that PEFT would import.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
     except ValueError as error:
         raise AdapterError(f"{folder / CONFIG} is no valid JSON ({error}). Save the adapter again.") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{folder / CONFIG} holds no JSON object. Save the adapter again.")
+    if config.get("megatron_config"):
+        raise AdapterError(
+            f"{folder / CONFIG} has megatron_config, for which PEFT imports the module that megatron_core names: an "
+            "adapter runs no code here. Leave it out."
+        )
     return config
 
 
@@ -202,6 +232,7 @@ def check_fit(folder: Path, wanted: Shapes, base: str) -> None:
     Raises:
         AdapterError: names or shapes differ, so it was made on another base.
     """
+    require_finite(folder)
     found = saved_shapes(folder)
     wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if wrong:

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -90,7 +91,31 @@ def _say_struck_out(folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is no JSON, or a key stands twice in one object: the first value would be lost in silence.
+    """
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> Any:
+    """As `read_json`, of a text."""
+    return json.loads(text, object_pairs_hook=_unique_pairs)
+
+
+class DuplicateKeyError(ValueError):
+    """A key of a JSON object that stands there twice; its text is the key."""
+
+    def __str__(self) -> str:
+        return f"the key '{self.args[0]}' stands twice in one place; keep one"
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise DuplicateKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return values
 
 
 @contextmanager
