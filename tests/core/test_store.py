@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import shutil
@@ -27,6 +26,7 @@ from training_lens.core.store import LensStore
 from training_lens.core.types import Captured, DataType, LensManifest, ModuleRecord
 from training_lens.core.writer import LensWriter
 from training_lens.errors import ConfigurationError, LensError
+from training_lens.utils.integrity import read_sealed, write_sealed
 from training_lens.utils.logging import ROOT
 
 ROWS = ("layers.0.q", "layers.0.v", "layers.1.q")
@@ -316,19 +316,31 @@ def test_damaged_files_are_named_and_passed_over(folder: Path, logged: pytest.Lo
         store.snapshot("weights", 5)
 
 
-def test_a_byte_that_changed_within_a_segment_is_found(folder: Path) -> None:
+def test_no_flipped_bit_of_a_segment_or_a_snapshot_is_ever_read(folder: Path) -> None:
     lens = writer(folder)
-    for step in range(1, 200):
-        lens.add("weights", step, Captured({"norm": torch.rand(3)}, rows=ROWS))
+    for step in range(1, 41):
+        lens.add("weights", step, Captured({"norm": torch.rand(3)}, tensors={"a": torch.eye(2)}, rows=ROWS))
+        if step % 20 == 0:
+            lens.flush()
     lens.close()
-    (path,) = (folder / "weights").glob("*.parquet")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    path.write_bytes(content)
-    store = LensStore(folder)
-    assert store.measures("weights") == ("norm",) and not store.damaged  # what there is says the footer alone
-    assert store.table("weights").num_rows == 0 and store.damaged == [path]
-    assert store.series("weights", "norm").steps.size == 0
+    rng = np.random.default_rng(0)
+    for path in ((folder / "weights/00000021-00000040.parquet"), (folder / "weights/step-00000020.safetensors")):
+        whole = path.read_bytes()
+        for bit in rng.choice(8 * len(whole), 60, replace=False).tolist():
+            if b"training-lens-sha256:" in whole[bit // 8 - 20 : bit // 8 + 21]:
+                continue  # the name of the hash itself: nothing else is changed
+            content = bytearray(whole)
+            content[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(content)
+            store = LensStore(folder)
+            assert store.series("weights", "norm").steps.tolist() == list(
+                range(1, 21 if path.suffix == ".parquet" else 41)
+            )
+            assert 20 in store.snapshot_steps("weights") or path.suffix == ".safetensors"
+            assert store.damaged == [path]
+            assert store.measures("weights") == ("norm",)
+        path.write_bytes(whole)
+    assert not LensStore(folder).damaged
 
 
 def test_a_resumed_run_keeps_clear_of_a_damaged_segment(folder: Path, logged: pytest.LogCaptureFixture) -> None:
@@ -540,8 +552,7 @@ def test_a_folder_without_captures_says_so(tmp_path: Path, folder: Path) -> None
     with pytest.raises(LensError, match=r"no captures.*lens\.enabled=false"):
         LensStore(tmp_path)
     writer(folder)
-    manifest = json.loads((folder / "lens.json").read_text())
-    (folder / "lens.json").write_text(json.dumps({**manifest, "format": 2}))
+    write_sealed(folder / "lens.json", {**read_sealed(folder / "lens.json"), "format": 2})
     with pytest.raises(LensError, match="format 2; this version reads format 1"):
         LensStore(folder)
     for broken in ("{", "[]", '{"format": 1}'):

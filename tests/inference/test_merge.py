@@ -135,7 +135,7 @@ def test_a_base_that_changed_at_its_path_is_refused(run: RunFolder, tmp_path: Pa
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] *= 1.1
     save_file(weights, model / "model.safetensors", {"format": "pt"})
-    with pytest.raises(AdapterError, match=r"trained on other weights than '.*model' holds now: .*base.json says"):
+    with pytest.raises(AdapterError, match=r"another base than '.*model' is now: .*base.json says"):
         merge(config(run.root), MergeOptions())
     assert not run.merged.exists()
 

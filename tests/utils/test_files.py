@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,12 @@ from training_lens.errors import ConfigurationError, OutputError
 from training_lens.utils.files import (
     files_in,
     require_writable,
-    safe_save,
     sweep_temporaries,
     whole_folder,
     write_json,
     write_text,
 )
+from training_lens.utils.integrity import safe_save
 
 
 def test_a_failed_folder_leaves_nothing(tmp_path: Path) -> None:
@@ -156,3 +158,24 @@ def test_files_are_listed_while_folders_come_and_go(tmp_path: Path) -> None:
         done.set()
         thread.join()
     assert files_in(tmp_path / "nothing") == []
+
+
+def test_what_dead_processes_left_is_swept_by_the_next_write_and_nothing_else(tmp_path: Path) -> None:
+    code = f"""
+import os
+from pathlib import Path
+from training_lens.utils.files import whole_file, whole_folder
+with whole_folder(Path({str(tmp_path)!r}) / "a") as folder, whole_file(Path({str(tmp_path)!r}) / "b") as file:
+    (folder / "x").touch(), file.touch()
+    os._exit(1)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert len(list(tmp_path.glob(".tmp-*"))) == 2
+    others = [".tmp-fetched-run", f".tmp-00000000-{os.getppid()}-abcdef-x", ".tmp-old"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with whole_folder(tmp_path / "a") as mine:
+        (mine / "y").touch()
+        write_text(tmp_path / "b", "whole")  # while a folder of this process is being made
+        assert sorted(p.name for p in tmp_path.glob(".tmp-*")) == sorted([*others, mine.name])
+    assert (tmp_path / "a" / "y").exists()

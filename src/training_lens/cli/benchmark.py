@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from training_lens.cli.common import (
-    CONSENT,
+    OF_ANY_RUN,
     ConfigFile,
     Debug,
     FinishedRun,
@@ -37,7 +37,7 @@ def benchmark(
         settings = load_config(config, overrides)
         refuse_unused(
             overrides,
-            ("benchmark.", "output.", "model.device", CONSENT),
+            ("benchmark.", "output.", *OF_ANY_RUN),
             "benchmark measures with the run's own config.",
         )
         found = locate_run(run, settings.output, finished=True)
@@ -48,9 +48,8 @@ def benchmark(
         from training_lens.utils.files import write_json
         from training_lens.utils.progress import Progress
 
-        report = measure(
-            open_run(found, device_of(settings), given=settings.given()), settings.benchmark, Progress(screen.console)
-        )
+        session = open_run(found, device_of(settings), given=settings.given())
+        report = measure(session, settings.benchmark, Progress(screen.console))
         write_json(found.reports / "benchmark.json", report.as_json())
         write_benchmark_page(found.reports / "benchmark.html", report)
         show(screen, report)

@@ -60,6 +60,9 @@ Json = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+OF_ANY_RUN = ("model.device", "model.accept_changed_base", CONSENT)  # what a run's own config does not decide
+
+
 @dataclass(frozen=True)
 class Screen:
     """Where a command writes: `console` for people, which is standard error with `--json`; `output` for the JSON."""
@@ -215,7 +218,7 @@ def load_adapter_config(
     settings = load_config(config_files, overrides, {"inference": {"adapter": run}} if run is not None else None)
     from training_lens.utils.run_lookup import uses_own_model
 
-    own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else ("model.device", CONSENT)
+    own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else OF_ANY_RUN
     refuse_unused(overrides, (*used, "output.", *own), "a run answers with its own config.")
     settings = locate_adapter(settings)
     check_own_model(settings)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import (
-    CONSENT,
+    OF_ANY_RUN,
     ConfigFile,
     Debug,
     Json,
@@ -104,11 +104,7 @@ def _settings(config: list[str] | None, overrides: list[str] | None, run: str | 
     settings = load_config(config, overrides, {"inference": {"adapter": run}} if run else None)
     from training_lens.utils.run_lookup import uses_own_model
 
-    own = (
-        ("model.", "data.")
-        if uses_own_model(settings.inference.adapter)
-        else ("model.device", CONSENT, "data.validation=")
-    )
+    own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else (*OF_ANY_RUN, "data.validation=")
     refuse_unused(overrides, ("inference.adapter", "output.", *own), "merge takes what the run's own config says.")
     return locate_adapter(settings)
 

@@ -49,6 +49,9 @@ class ModelSection(Section):
         "embedding and output head whole; false: such a model is refused",
     )
     trust_remote_code: bool = Field(False, description="run code that a model folder or hub repository carries")
+    accept_changed_base: bool = Field(
+        False, description="use a run's adapter, or resume the run, though files of its base changed since it began"
+    )
 
 
 class PeftSection(Section):

@@ -21,8 +21,8 @@ from training_lens.core.probe import as_judged, probe_scores
 from training_lens.core.types import Cadence, Captured, DataType, LensManifest, Moment
 from training_lens.core.writer import LensWriter
 from training_lens.utils.devices import Precision, autocast
-from training_lens.utils.files import safe_save
 from training_lens.utils.formatting import said
+from training_lens.utils.integrity import safe_save
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -78,7 +78,6 @@ class Capture:
         self._section, self._facts = section, facts
         self._live = [c for c in collectors if c.moment is not Moment.PROBE or watched.probe]
         self._paces = {cadence: self._pace(cadence) for cadence in Cadence}
-        self._last: dict[str, int] = {}  # collector -> the step that it captured last
         self._step, self._over = facts.after_step, False
         self._steps, self._step_seconds, self._clock = 0, 0.0, time.perf_counter()  # seen by this process
         self._took: dict[Cadence, float] = {}  # seconds of the last captures, until the step is over
@@ -86,6 +85,7 @@ class Capture:
         if facts.after_step == 0 and (folder / LENS).is_file():
             logger.warning("the captures of an earlier run in %s are replaced", folder)
         self._writer = LensWriter(folder, self._manifest(), section, facts.after_step)
+        self._last = self._writer.last_steps()  # collector -> the step that it captured last
         self._keep_probe(folder / PROBE)
         self.seconds = self._writer.cost()  # of the run before it was resumed
         for collector in tuple(self._live):
@@ -140,6 +140,11 @@ class Capture:
         """See `TrainingLensFramework.evaluation`."""
         self._row(tables.EVALUATION, step, {"base_loss" if base else "loss": loss})
         self._clock = time.perf_counter()
+
+    def flush(self) -> None:
+        """See `TrainingLensFramework.flush`."""
+        with self._timed("flush"), self._needed():
+            self._writer.flush(self.seconds)
 
     def stop(self, failed: bool) -> None:
         """See `TrainingLensFramework.stop`."""

@@ -133,6 +133,11 @@ class TrainingLensFramework:
         if self._capture:
             self._capture.evaluation(step, loss, base)
 
+    def flush(self) -> None:
+        """All that was captured goes to disk: before a checkpoint, so that a run that goes on from it has no gap."""
+        if self._capture:
+            self._capture.flush()
+
     def stop(self, *, failed: bool = False) -> None:
         """After the last step: what comes at intervals once more, if the run ended well; all goes to disk."""
         if self._capture:

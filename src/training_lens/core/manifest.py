@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from training_lens.core.types import DataType, LensManifest, ModuleRecord
-from training_lens.errors import LensError
-from training_lens.utils.files import read_json, write_json
+from training_lens.errors import DamagedFileError, LensError
+from training_lens.utils.integrity import read_sealed, write_sealed
 
 LENS = "lens.json"
 FORMAT = 1
@@ -16,7 +16,7 @@ FORMAT = 1
 def write_manifest(folder: Path, manifest: LensManifest) -> None:
     """Write lens.json, whole or not at all."""
     plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in vars(manifest).items()}
-    write_json(folder / LENS, {**plain, "modules": [vars(module) for module in manifest.modules]})
+    write_sealed(folder / LENS, {**plain, "modules": [vars(module) for module in manifest.modules]})
 
 
 def read_manifest(folder: Path) -> LensManifest:
@@ -32,7 +32,7 @@ def read_manifest(folder: Path) -> LensManifest:
             "or this is no run. Give the folder of a run that was trained with the lens."
         )
     try:
-        values = read_json(path)
+        values = read_sealed(path)
         if values["format"] != FORMAT:
             raise LensError(
                 f"{path} has format {values['format']}; this version reads format {FORMAT}. Read it with the version "
@@ -41,7 +41,7 @@ def read_manifest(folder: Path) -> LensManifest:
         modules = tuple(ModuleRecord(**module) for module in values["modules"])
         tables = {name: DataType(kind) for name, kind in values["tables"].items()}
         return LensManifest(**{**values, "modules": modules, "tables": tables})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, DamagedFileError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LensError(
             f"{path} is damaged ({type(error).__name__}: {error}); without it captures are lost."
         ) from error

@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training_lens.core.arrow import MODULE, STEP, joined
-from training_lens.errors import LensError
+from training_lens.errors import DamagedFileError, LensError
 from training_lens.utils.files import sweep_temporaries, whole_file
+from training_lens.utils.integrity import UNSEALED, require_seal, seal
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -64,10 +65,11 @@ class Segment:
         if self.damaged:
             return None
         try:
+            require_seal(self.path)
             metadata = pq.read_metadata(self.path)
             kept = metadata.metadata or {}
             return int(kept[b"stride"]), metadata.num_rows > int(kept[b"steps"])
-        except (*UNREADABLE, KeyError) as error:
+        except (*UNREADABLE, DamagedFileError, KeyError) as error:
             logger.warning("%s", damage(self, error))
             return None
 
@@ -113,17 +115,19 @@ def empty_segment(segment: Segment) -> pa.Table:
 @contextmanager
 def _opened(segment: Segment) -> Iterator[pq.ParquetFile]:
     try:
+        require_seal(segment.path)
         with pq.ParquetFile(segment.path, page_checksum_verification=True) as file:
             yield file
     except FileNotFoundError:
         raise
-    except UNREADABLE as error:
+    except (*UNREADABLE, DamagedFileError) as error:
         raise LensError(damage(segment, error)) from error
 
 
 def write_segment(segment: Segment, table: pa.Table, stride: int = 1) -> Segment:
     """Write the rows of a segment, whole or not at all, in the place of what was under its name."""
-    facts = {"stride": str(stride), "steps": str(len(np.unique(table.column(STEP).to_numpy())))}
+    steps = len(np.unique(table.column(STEP).to_numpy()))
+    facts = {"stride": str(stride), "steps": str(steps), "sha256": UNSEALED}
     floats = [
         f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
         for field in table.schema
@@ -140,6 +144,7 @@ def write_segment(segment: Segment, table: pa.Table, stride: int = 1) -> Segment
             write_statistics=False,
             write_page_checksum=True,
         )
+        seal(temporary)
     return Segment(segment.path, segment.first, segment.last)
 
 
@@ -176,6 +181,11 @@ class SegmentedTable:
         """Whether twice the stride may leave fewer steps in the segments but the newest `spare`."""
         old = self.segments[: len(self.segments) - spare]
         return any(segment.stride and self.stride < segment.last for segment in old)
+
+    def last_step(self) -> int | None:
+        """The last step that has rows; None where there is none, or its segment is damaged."""
+        rows = self._read(self.segments[-1]) if self.segments else None
+        return rows.column(STEP)[-1].as_py() if rows is not None and rows.num_rows else None
 
     def append(self, table: pa.Table) -> int:
         """Write rows as a new segment, or into those that hold their steps already; gives the bytes written."""

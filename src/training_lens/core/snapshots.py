@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training_lens.errors import LensError
-from training_lens.utils.files import safe_save
+from training_lens.errors import DamagedFileError, LensError
 from training_lens.utils.formatting import format_size
+from training_lens.utils.integrity import require_seal, safe_save
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -30,15 +30,16 @@ def snapshots_in(folder: Path) -> dict[int, Path]:
 
 
 def require_whole(path: Path) -> None:
-    """Read the header of a snapshot, which says how long the file is.
+    """Compare a snapshot with its sha256, and with its header, which says how long the file is.
 
     Raises:
         LensError: it is damaged; names it.
     """
     try:
+        require_seal(path)
         with safe_open(path, "pt"):
             pass
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, DamagedFileError) as error:
         raise LensError(f"{path} is damaged ({error}): this snapshot is lost") from error
 
 
@@ -75,6 +76,10 @@ class Snapshots:
     def size(self) -> int:
         """Bytes on disk."""
         return sum(sum(sizes.values()) for sizes in self._sizes.values())
+
+    def last_steps(self) -> dict[str, int]:
+        """The last step on disk of each table that has one."""
+        return {table: max(sizes) for table, sizes in self._sizes.items() if sizes}
 
     @property
     def pending_bytes(self) -> int:

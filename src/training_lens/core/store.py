@@ -31,8 +31,8 @@ from training_lens.core.manifest import read_manifest
 from training_lens.core.segments import Segment, empty_segment, read_segment, segments_in
 from training_lens.core.snapshots import read_snapshot, require_whole, snapshots_in
 from training_lens.core.types import Series
-from training_lens.errors import LensError
-from training_lens.utils.files import read_json
+from training_lens.errors import DamagedFileError, LensError
+from training_lens.utils.integrity import read_sealed
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -182,8 +182,8 @@ def read_cost(folder: Path) -> dict[str, float]:
     """See `LensStore.cost`."""
     path = folder / COST
     try:
-        return {name: float(seconds) for name, seconds in read_json(path).items()} if path.is_file() else {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return {name: float(seconds) for name, seconds in read_sealed(path).items()} if path.is_file() else {}
+    except (OSError, DamagedFileError, ValueError, TypeError) as error:
         raise LensError(f"{path} is damaged ({error}): delete it; no other file needs it.") from error
 
 

@@ -18,7 +18,8 @@ from training_lens.core.snapshots import Snapshots
 from training_lens.core.store import COST, TABLE_NAME, read_cost, table_folders
 from training_lens.core.types import Captured, LensManifest
 from training_lens.errors import LensError
-from training_lens.utils.files import sweep_temporaries, write_json
+from training_lens.utils.files import sweep_temporaries
+from training_lens.utils.integrity import write_sealed
 
 MEGABYTE = 1_000_000
 MOST_PENDING = 8 * MEGABYTE
@@ -59,6 +60,12 @@ class LensWriter:
     def cost(self) -> dict[str, float]:
         """Seconds by collector that earlier parts of the run took."""
         return read_cost(self._folder)
+
+    def last_steps(self) -> dict[str, int]:
+        """The last step on disk of each table that has one; of damaged segments none is known."""
+        steps = {name: step for name, table in self._tables.items() if (step := table.last_step()) is not None}
+        snapshots = self._snapshots.last_steps()
+        return {name: max(steps.get(name, 0), snapshots.get(name, 0)) for name in steps.keys() | snapshots.keys()}
 
     @property
     def bytes_written(self) -> int:
@@ -118,7 +125,7 @@ class LensWriter:
                 self._flush_table(table)
             self._bytes_written += self._snapshots.flush()
             if cost is not None:
-                write_json(self._folder / COST, dict(cost))
+                write_sealed(self._folder / COST, cost)
             self._bytes_written += bound(self._tables.values(), self._limit_bytes)
 
     def _flush_table(self, table: str) -> None:

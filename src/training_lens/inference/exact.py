@@ -52,12 +52,11 @@ def open_exact(config: TrainingConfig, run: RunFolder | None, same_base: bool) -
     Raises:
         AdapterError: the base is another, or the adapter is of a kind that has no plain weights.
     """
-    folder, model = adapter_of(config, run)
     if run is None:
-        return _open_bare(config, folder, same_base)
-    known = check_base(run.base_record, model)
-    session = open_run(run, None if config.model.device == "auto" else config.model.device, "fp32", config.given())
-    return session, known or check_base(run.base_record, model)  # a hub's weights may be here only now
+        return _open_bare(config, adapter_of(config, run)[0], same_base)
+    device = config.model.device
+    session = open_run(run, None if device == "auto" else device, "fp32", config.given())
+    return session, check_base(run.base_record, session.config.model)
 
 
 def _open_bare(config: TrainingConfig, folder: Path, same_base: bool) -> tuple[Session, bool]:

@@ -25,6 +25,7 @@ from training_lens.inference.decoder import Decoders
 from training_lens.models.adapters import load_adapter
 from training_lens.models.embeddings import check_vocabulary
 from training_lens.models.factory import load_model, load_tokenizer, read_facts, resolve_seq_len
+from training_lens.models.stored import check_base, local_folder
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import read_json
 from training_lens.utils.formatting import nearest
@@ -159,13 +160,17 @@ def open_run(
         device: as `model.device`; None takes the run's.
         precision: of weights and computation; None takes the run's.
         given: what the user set for this, by section: `{"model": {"trust_remote_code": True}}` lets the model's own
-            code run, which the run's config alone never does.
+            code run, which the run's config alone never does; `accept_changed_base` there takes a base that is not the
+            one that the run trained on.
 
     Raises:
-        CheckpointError: the run has no finished adapter; ModelLoadingError, AdapterError: it cannot be loaded.
+        CheckpointError: the run has no finished adapter, or a damaged one; ModelLoadingError, AdapterError: it cannot
+            be loaded, or its base is another now.
         ConfigurationError: its model carries code that the user has not allowed.
     """
     config = open_run_config(run, given or {}, "model.trust_remote_code")
+    accepted = bool(((given or {}).get("model") or {}).get("accept_changed_base"))
+    config = config.resolved(model={"accept_changed_base": accepted})
     run.require_adapter()
     place = get_device(device or config.model.device)
     trained = config.training.precision
@@ -176,7 +181,13 @@ def open_run(
     precision = precision or resolve_precision("auto" if elsewhere else trained, place)
     tokenizer = load_tokenizer(config.model, str(run.tokenizer))
     config = config.resolved(data={"date": resolve_date(config.data, tokenizer)})
-    model = load_adapter(load_model(config.model, place, precision), run.adapter)
+    is_here = local_folder(config.model) is not None
+    if is_here:
+        check_base(run.base_record, config.model)
+    base = load_model(config.model, place, precision)
+    if not is_here:  # of a hub: now it is
+        check_base(run.base_record, config.model)
+    model = load_adapter(base, run.adapter)
     data = run.read_metadata("data.json")
     texts = are_texts(data["train"]["mappings"].values(), config.data.fields)
     domains = tuple(data["domains"])
@@ -207,6 +218,8 @@ def _open_own(config: TrainingConfig, adapter: Path | None) -> Session:
     config = config.resolved(data={"date": resolve_date(config.data, tokenizer)})
     rows, named = read_facts(config.model).vocabulary, str(saved or config.model.id)
     check_vocabulary(tokenizer, rows, named, config.model.resize_embeddings)
+    if adapter:
+        check_base(RunFolder(adapter.resolve().parents[1]).base_record, config.model)
     model = load_model(config.model, place, precision)
     if adapter:
         model = _with_adapter(model, adapter, config.model.id)

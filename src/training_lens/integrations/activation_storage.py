@@ -11,7 +11,7 @@ from torch import Tensor
 from training_lens.core import tables
 from training_lens.core.snapshots import NAME, read_snapshot, snapshot_path
 from training_lens.integrations.storage import StorageBackend
-from training_lens.utils.files import safe_save
+from training_lens.utils.integrity import safe_save
 
 
 class ActivationStorage:

@@ -231,6 +231,7 @@ def _move_in(folder: Path, remote: RemoteRun, manifest: MirrorManifest, base_out
         "mirror": remote.storage.place,
     }  # fmt: skip
     write_json(folder / "metadata" / "config.json", config)
+    record_hashes(folder, [folder / "metadata" / "config.json"])
     cursor = folder / "tracking" / "mirror" / "cursor.json"
     cursor.parent.mkdir(parents=True, exist_ok=True)
     write_json(cursor, {"place": remote.storage.place, "versions": [manifest.version]})

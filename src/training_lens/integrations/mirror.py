@@ -29,7 +29,7 @@ from training_lens.integrations.record import RunRecord
 from training_lens.integrations.remote import MANIFEST, Content, MirrorManifest, RemoteRun
 from training_lens.integrations.storage import LocalStorage, open_storage, protocol_of, require_driver
 from training_lens.utils.checkpoints import list_checkpoints
-from training_lens.utils.files import TEMPORARY
+from training_lens.utils.files import temporary_prefix
 from training_lens.utils.formatting import format_size
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import check_experiment, check_run_id
@@ -175,7 +175,7 @@ class MirrorIntegration(Integration):
         """Send the files that are others there; gives whether all of them were still here."""
         home = self.run.place(self.name)
         home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=home) as folder:
+        with tempfile.TemporaryDirectory(prefix=temporary_prefix(home), dir=home) as folder:
             new = [(name, path) for name, path in group.items() if self._is_new(name, path, there)]
             copies = copies_of(new, Path(folder))
             self._put_all([copy for copy in copies if there.get(copy.name) != copy.content], there, status)

@@ -15,6 +15,7 @@ from training_lens.integrations.record import RunRecord
 from training_lens.models.saved import require_finite
 from training_lens.utils.checkpoints import MANIFEST
 from training_lens.utils.files import files_in, read_json
+from training_lens.utils.integrity import read_sealed, with_checksum
 from training_lens.utils.names import check_file_name
 from training_lens.utils.secrets import redacted
 
@@ -108,7 +109,7 @@ def metadata_files(run: RunRecord, names: Names) -> list[PushedFile]:
 
 def checkpoint_files(folder: Path, names: Names) -> list[PushedFile]:
     """All of a checkpoint, to go on from on another machine; its manifest holds the sha256 of the files as sent."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_sealed(folder / MANIFEST)
     files = []
     for name in manifest["files"]:
         source: Path | bytes = folder / check_file_name(name)
@@ -116,7 +117,7 @@ def checkpoint_files(folder: Path, names: Names) -> list[PushedFile]:
             source = _adapter_config(folder / name, names)
         files.append(PushedFile(f"{CHECKPOINTS}/{folder.name}/{name}", source))
         manifest["files"][name] = files[-1].sha256 if isinstance(source, bytes) else manifest["files"][name]
-    return [*files, PushedFile(f"{CHECKPOINTS}/{folder.name}/{MANIFEST}", _json(manifest))]
+    return [*files, PushedFile(f"{CHECKPOINTS}/{folder.name}/{MANIFEST}", _json(with_checksum(manifest)))]
 
 
 def run_state(run: RunRecord, checkpoints: Sequence[Path], adapter: bool) -> dict[str, str]:

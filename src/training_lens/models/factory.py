@@ -20,6 +20,7 @@ from training_lens.utils.devices import DTYPES, Precision, is_out_of_memory
 from training_lens.utils.files import read_json
 from training_lens.utils.formatting import said
 from training_lens.utils.hub import require_hub
+from training_lens.utils.integrity import require_intact
 from training_lens.utils.logging import hide_progress_bars
 
 SEQ_LEN_DEFAULT = 2048
@@ -127,10 +128,12 @@ def resolve_seq_len(model: ModelSection, facts: ModelFacts) -> int:
 
 
 def load_tokenizer(model: ModelSection, path: str | None = None) -> Any:
-    """The tokenizer of the base model, or of the folder `path`."""
+    """The tokenizer of the base model, or of the folder `path`, once its files are what its run recorded."""
     from transformers import AutoTokenizer
 
     source = path or locate(model)
+    if path:
+        require_intact(Path(path))
 
     def load() -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, **_hub_options(model))

@@ -11,6 +11,7 @@ from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError, ConfigurationError
 from training_lens.utils.files import read_json, write_json
 from training_lens.utils.formatting import nearest
+from training_lens.utils.integrity import require_intact
 from training_lens.utils.logging import get_logger
 from training_lens.utils.runs import RunFolder
 
@@ -40,11 +41,13 @@ def require_adapter(folder: Path) -> Path:
 
     Raises:
         AdapterError: a file is missing; weights are taken as safetensors alone.
+        DamagedFileError: a file differs from what the run or checkpoint around it recorded.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             unsafe = " (adapter_model.bin may run code when opened: convert it)" if any(folder.glob("*.bin")) else ""
             raise AdapterError(f"{folder} is no adapter folder: {name} is missing{unsafe}.")
+    require_intact(folder)
     return folder
 
 

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from training_lens.config.schema import ModelSection
 from training_lens.errors import AdapterError, ModelLoadingError
 from training_lens.models.checkpoint_files import FLOATS, StoredTensor, stored_tensors
+from training_lens.models.factory import weight_files
 from training_lens.models.location import WEIGHTS, locate
 from training_lens.utils.devices import DTYPES, Precision
-from training_lens.utils.files import read_json
+from training_lens.utils.integrity import read_sealed
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 SAMPLE_BYTES = 65_536  # of each tensor, from its middle: 300 tensors are 20 MB to read, whatever the model's size
+PIECE_BYTES, PIECES = 2**20, 64  # of a file, evenly spread over it; one of at most 64 MiB is read whole
+DECIDING = ("config.json", "generation_config.json")  # besides the weights, what a base computes
 
 
 def fingerprint(model: ModelSection) -> str | None:
@@ -33,33 +41,84 @@ def fingerprint(model: ModelSection) -> str | None:
     return hashlib.sha256(b"".join(digest for _, digest in digests)).hexdigest()
 
 
-def base_record(model: ModelSection) -> dict[str, str | None]:
-    """What a run keeps of the base that it trains on, in metadata/base.json."""
-    return {"id": model.id, "revision": model.revision, "weights": fingerprint(model)}
+def base_record(model: ModelSection) -> dict[str, Any]:
+    """What a run keeps of the base that it trains on, in metadata/base.json.
+
+    `files` are the hashes of a sample of each of its files, of a small one of all its bytes; `sha256` those of whole
+    files, where they cost nothing: a hub's are the names that its cache gives them.
+    """
+    folder = local_folder(model)
+    files = base_files(folder) if folder else []
+    return {
+        "id": model.id,
+        "revision": model.revision,
+        "weights": fingerprint(model),
+        "files": {path.name: sample_hash(path) for path in files},
+        "sha256": {path.name: sha256 for path in files if (sha256 := _known_sha256(path))},
+    }
+
+
+def base_files(folder: Path) -> list[Path]:
+    """The files of a base that decide what it computes."""
+    return [path for name in (*DECIDING, *weight_files(folder)) if (path := folder / name).is_file()]
+
+
+def sample_hash(path: Path) -> str:
+    """The sha256 of a file's size and of pieces spread over it; reads at most 64 MiB."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    step = max(PIECE_BYTES, (size - PIECE_BYTES) // (PIECES - 1))
+    with path.open("rb") as file:
+        for start in range(0, size, step):
+            file.seek(start)
+            digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()
+
+
+def _known_sha256(path: Path) -> str | None:
+    """The sha256 of a file of a hub's cache, which is its name there."""
+    name = path.resolve().name
+    return name if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else None
 
 
 def check_base(record: Path, model: ModelSection) -> bool:
-    """Hold the base `model` against the one that an adapter was trained on.
+    """Compare the base `model` with the one that an adapter was trained on.
 
     Args:
         record: the base.json of the run that trained it.
 
     Returns:
-        Whether the two could be held together: an older run has no record, and a hub's model may not be here yet.
+        Whether the base is known to be the same: an older run has no record, and a hub's model may not be here yet.
 
     Raises:
-        AdapterError: the base's weights are others now.
+        AdapterError: a file of the base is another now, and model.accept_changed_base is not set.
     """
-    trained_on = read_json(record)["weights"] if record.is_file() else None
-    found = fingerprint(model) if trained_on else None
-    if trained_on is None or found is None:
+    folder = local_folder(model)
+    trained_on = read_sealed(record) if record.is_file() else {}
+    if folder is None or not trained_on.get("weights"):
         return False
-    if found != trained_on:
-        raise AdapterError(
-            f"the adapter was trained on other weights than '{model.id}' holds now: {record} says {trained_on[:16]}, "
-            f"found {found[:16]}. Put the base back that it was trained on, or train again on this one."
+    if changed := changed_files(trained_on, folder, model):
+        said = (
+            f"the adapter was trained on another base than '{model.id}' is now: {record} says that "
+            f"{', '.join(changed)} in {folder} changed since."
         )
-    return True
+        if not model.accept_changed_base:
+            raise AdapterError(
+                f"{said} Put the base back that it was trained on, train again on this one, or take this one all the "
+                "same: model.accept_changed_base=true."
+            )
+        logger.warning("%s It is taken all the same: model.accept_changed_base.", said)
+    return not changed
+
+
+def changed_files(record: Mapping[str, Any], folder: Path, model: ModelSection) -> list[str]:
+    """The names of files of a base that differ from its record; the same tensors in other files are no difference."""
+    known = {path.name: path for path in base_files(folder)}
+    recorded: dict[str, str] = record.get("files", {})
+    changed = [name for name, path in known.items() if name in recorded and sample_hash(path) != recorded[name]]
+    if not changed and fingerprint(model) != record["weights"]:
+        changed = weight_files(folder)
+    return changed
 
 
 def require_local_folder(model: ModelSection) -> Path:

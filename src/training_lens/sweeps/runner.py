@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,8 +174,7 @@ class Sweep:
         name, callbacks = self.config.sweep.name, (watcher,)
         run = RunFolder(runs_folder(self.config.output.base_output_dir, name) / run_id(trial))
         try:
-            if not (run.metadata / "summary.json").is_file():  # written last: without it, the run never began
-                shutil.rmtree(run.root, ignore_errors=True)
+            if not run.has_begun:
                 params = {} if is_default(trial) else trial.params
                 config = self.space.config(self.config, params, {"experiment_name": name, "run_id": run.run_id})
                 return TrainingWrapper(_of_a_trial(config), console=self._console, callbacks=callbacks).train()

@@ -83,6 +83,9 @@ class Callback:
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         """After a validation; `base` is true for the one of the base model, at step 0."""
 
+    def on_save(self, trainer: Any) -> None:
+        """Before a checkpoint is written: what a run that goes on from it must find belongs on disk now."""
+
     def on_checkpoint(self, trainer: Any, folder: Path) -> None:
         """After a checkpoint is on disk."""
 

@@ -52,6 +52,9 @@ class LensCallback(Callback):
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         self.lens.evaluation(step, report.loss, base=base)
 
+    def on_save(self, trainer: Any) -> None:
+        self.lens.flush()
+
     def on_train_end(self, trainer: Any) -> None:
         self.lens.stop()
 

@@ -16,7 +16,7 @@ from training_lens.utils.runs import RunFolder, read_metrics
 
 logger = get_logger(__name__)
 # They change no result but for rounding, so they may differ from start to start and from machine to machine.
-FREE_KEYS = ("model.device", "training.micro_batch_tokens", "training.logging_steps")
+FREE_KEYS = (*("model.device", "model.accept_changed_base", "training.micro_batch_tokens", "training.logging_steps"),)
 WHERE_RUNS_ARE = ("output.base_output_dir", "output.experiment_name")
 # What a config may leave to the run (null or auto), which then writes what it chose into its own config.
 LEFT_OPEN = ("model.seq_len", "data.template", "data.date", "training.lr", "training.precision")

@@ -9,7 +9,7 @@ from training_lens.models.adapters import ParameterCount
 from training_lens.training.lens import LensCallback
 from training_lens.training.trainer import Trainer
 from training_lens.utils.devices import peak_bytes
-from training_lens.utils.files import write_json
+from training_lens.utils.integrity import write_sealed
 from training_lens.utils.runs import RunFolder
 
 
@@ -85,4 +85,4 @@ def summarize(run: RunFolder, status: str, trainer: Trainer, parameters: Paramet
 
 def write_summary(run: RunFolder, summary: TrainingSummary) -> None:
     """Put metadata/summary.json in the place of the one before."""
-    write_json(run.metadata / "summary.json", asdict(summary))
+    write_sealed(run.metadata / "summary.json", asdict(summary))

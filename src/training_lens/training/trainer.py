@@ -283,6 +283,7 @@ class Trainer:
 
     def _save(self) -> None:
         if self.processes.is_main:
+            self._notify("on_save")
             folder = self.checkpoints.save(self.model, self.optimizer, self.scaler, self.state)
             self._notify("on_checkpoint", folder)
         self.processes.wait()

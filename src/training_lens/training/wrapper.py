@@ -22,7 +22,7 @@ from training_lens.errors import CheckpointError, InterruptedRunError, TrainingL
 from training_lens.integrations.configured import asked_for
 from training_lens.models.adapters import ParameterCount, count_parameters, describe
 from training_lens.models.factory import load_model
-from training_lens.models.stored import base_record, require_local_folder
+from training_lens.models.stored import base_record, check_base, require_local_folder
 from training_lens.models.tokenizer_files import save_tokenizer
 from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.callbacks import WIDE, Callback, LogLines, MetricsCollector, ProgressBar, progress_columns
@@ -36,8 +36,9 @@ from training_lens.training.summary import TrainingSummary, status_after, summar
 from training_lens.training.tracking import Build, tracked
 from training_lens.training.trainer import Trainer
 from training_lens.utils.devices import get_device
-from training_lens.utils.files import require_writable, whole_folder, write_json
+from training_lens.utils.files import files_in, require_writable, whole_folder, write_json
 from training_lens.utils.formatting import format_count
+from training_lens.utils.integrity import record_hashes, write_sealed
 from training_lens.utils.logging import TrainingLogger, get_logger, quiet_libraries
 from training_lens.utils.notebooks import notebook_console
 from training_lens.utils.progress import Progress, bars
@@ -104,10 +105,9 @@ class TrainingWrapper:
         run_id = plan.processes.from_main(output.run_id or new_run_id())
         run = RunFolder(runs_folder(output.base_output_dir, output.experiment_name) / run_id)
         if plan.processes.is_main:
-            run.create()
+            begun = plan.config.resolved(output={"run_id": run_id})
+            run.create(lambda folder: self._write_metadata(folder, begun, plan))
         with _alone(run, plan):
-            if plan.processes.is_main:
-                self._write_metadata(run, plan.config.resolved(output={"run_id": run_id}), plan)
             plan.processes.wait()
             return self._train(run, plan, resume=False)
 
@@ -140,6 +140,7 @@ class TrainingWrapper:
         run.require_free()  # before the data is read; the processes of one run all pass here before one of them locks
         recorded = open_run_config(run, settings or {}, *CODE_KEYS)
         config = recorded.resolved(**select_changes(run, recorded, settings or {}))
+        check_base(run.base_record, config.model)
         wrapper = cls(config, console=console, callbacks=callbacks, integrations=integrations)
         plan = wrapper._plan(read_global_batch(run))
         if run.read_metadata("data.json")["fingerprint"] != plan.fingerprint:
@@ -158,8 +159,8 @@ class TrainingWrapper:
         with TrainingLogger(run.logs / "run.log"), self._tracked(run, plan), memory_watched(plan.config):
             logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
             trainer, parameters = self._assemble(run, plan)
-            if plan.processes.is_main and not resume:
-                write_json(run.base_record, base_record(plan.config.model))  # a hub's weights are there only now
+            if plan.processes.is_main and not run.base_record.is_file():  # a hub's weights are there only now
+                write_sealed(run.base_record, base_record(plan.config.model))
             try:
                 state = trainer.fit(resume)
                 if plan.processes.is_main:
@@ -220,25 +221,30 @@ class TrainingWrapper:
                 yield Samples(run.samples, plan)
 
     def _write_metadata(self, run: RunFolder, config: TrainingConfig, plan: RunPlan) -> None:
-        write_json(run.metadata / "config.json", config.model_dump())
-        write_json(run.metadata / "data.json", plan.data_report())
-        write_json(run.metadata / "adaptation.json", plan.adaptation.as_json())
+        files: dict[str, Any] = {
+            "config.json": config.model_dump(),
+            "data.json": plan.data_report(),
+            "adaptation.json": plan.adaptation.as_json(),
+            "environment.json": _environment(config),
+        }
         if config.data.val_ratio and plan.validation is not None:
-            held_out = [plan.validation.example_id(i) for i in range(len(plan.validation))]
-            write_json(run.metadata / "held_out.json", held_out)
-        write_json(run.metadata / "environment.json", _environment(config))
+            files["held_out.json"] = [plan.validation.example_id(i) for i in range(len(plan.validation))]
+        for name, values in files.items():
+            write_json(run.metadata / name, values)
+        record_hashes(run.root, [run.metadata / name for name in files])
         write_summary(run, TrainingSummary(str(run.root), "running"))
 
     def _save_artifacts(self, run: RunFolder, plan: RunPlan, trainer: Trainer, state: TrainingState) -> None:
         """artifacts/adapter from the best checkpoint (the last where nothing was validated), and the tokenizer."""
         best = trainer.checkpoints.best_or_last(state) / ADAPTER
-        with whole_folder(run.adapter) as folder:
+        with whole_folder(run.adapter, existing="replace") as folder:
             for file in best.iterdir():
                 (folder / file.name).write_bytes(file.read_bytes())
-        with whole_folder(run.tokenizer) as folder:
+        with whole_folder(run.tokenizer, existing="replace") as folder:
             model = plan.config.model
             save_tokenizer(plan.tokenizer, folder, require_local_folder(model), model.trust_remote_code)
         remember_consent(run.root, plan.config)  # the tokenizer's code stands in the run, too
+        record_hashes(run.root, [*files_in(run.adapter), *files_in(run.tokenizer)])
 
 
 @contextmanager

@@ -9,6 +9,6 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.utils.logging": ("TrainingLogger", "get_logger", "setup_logging"),
         "training_lens.utils.devices": ("get_device",),
         "training_lens.utils.formatting": ("format_size",),
-        "training_lens.utils.files": ("safe_save",),
+        "training_lens.utils.integrity": ("safe_save",),
     }
 )

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from training_lens.errors import CheckpointError
-from training_lens.utils.files import read_json, sha256_of, whole_folder, write_json
+from training_lens.errors import CheckpointError, DamagedFileError
+from training_lens.utils.files import sha256_of, whole_folder
+from training_lens.utils.integrity import damaged_files, read_sealed, write_sealed
 from training_lens.utils.logging import get_logger
-from training_lens.utils.names import find_fault
 
 logger = get_logger(__name__)
 MANIFEST = "manifest.json"
@@ -49,7 +49,7 @@ def write_checkpoint(
         with whole_folder(target) as folder:
             fill(folder)
             files = {str(f.relative_to(folder)): sha256_of(f) for f in sorted(folder.rglob("*")) if f.is_file()}
-            write_json(
+            write_sealed(
                 folder / MANIFEST,
                 asdict(CheckpointMetadata(step, validation_loss, data_fingerprint, files)),
                 verbatim=True,
@@ -69,19 +69,13 @@ def verify_checkpoint(folder: Path) -> CheckpointMetadata:
         CheckpointError: names the file that is missing or differs.
     """
     try:
-        metadata = CheckpointMetadata(**read_json(folder / MANIFEST))
-    except (OSError, ValueError, TypeError) as error:
+        metadata = CheckpointMetadata(**read_sealed(folder / MANIFEST))
+    except (OSError, DamagedFileError, TypeError) as error:
         raise CheckpointError(f"{folder}: its {MANIFEST} cannot be read ({error}).") from error
     if metadata.format != FORMAT:
         raise CheckpointError(f"{folder} has format {metadata.format}; this version reads format {FORMAT}.")
-    for name, sha256 in metadata.files.items():
-        if fault := find_fault(name):
-            raise CheckpointError(f"{folder}: its {MANIFEST} names {name!r}: {fault}.")
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{folder}: {name} is missing.")
-        if sha256_of(file) != sha256:
-            raise CheckpointError(f"{folder}: {name} differs from the sha256 in its manifest.")
+    if damaged := next(damaged_files(folder), None):
+        raise CheckpointError(f"{damaged} in its {MANIFEST}.")
     return metadata
 
 

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import platform
+import re
+import secrets
 import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from training_lens.errors import ConfigurationError, OutputError
 from training_lens.utils.logging import get_logger
 from training_lens.utils.secrets import STRUCK, redact_values, redacted
 
-if TYPE_CHECKING:
-    import torch
-
 TEMPORARY = ".tmp-"
+HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+THIS_START = secrets.token_hex(3)  # of this process: another one may have had its number before
+OWNED = re.compile(re.escape(TEMPORARY) + r"(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>[0-9a-f]{6})-.*")
 logger = get_logger(__name__)
 
 
@@ -40,7 +44,7 @@ def write_text(path: Path, text: str, *, verbatim: bool = False) -> None:
     Args:
         verbatim: secrets in it stay: for rows, tokenizers and models, which must be what they are.
     """
-    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=temporary_prefix(path.parent), dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text if verbatim else strike_out(text, path))
@@ -56,7 +60,7 @@ def write_text(path: Path, text: str, *, verbatim: bool = False) -> None:
 
 def write_json(path: Path, value: Any, *, verbatim: bool = False) -> None:
     """Write `value` as indented JSON, whole or not at all; `verbatim` as for `write_text`."""
-    value = value if verbatim else _strike_out_of_values(value, path)
+    value = value if verbatim else strike_out_of_values(value, path)
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", verbatim=True)
 
 
@@ -70,10 +74,11 @@ def strike_out(text: str, path: Path) -> str:
 
 def dump_json(value: Any, path: Path) -> str:
     """`value` as a line of JSON in the file `path`: in ASCII and without secrets."""
-    return json.dumps(_strike_out_of_values(value, path))
+    return json.dumps(strike_out_of_values(value, path))
 
 
-def _strike_out_of_values(value: Any, path: Path) -> Any:
+def strike_out_of_values(value: Any, path: Path) -> Any:
+    """As `strike_out`, of the texts in plain values."""
     text = json.dumps(value)
     if redacted(text) == text or (clean := redact_values(value)) == value:
         return value
@@ -132,7 +137,7 @@ def whole_folder(path: Path, *, existing: Literal["keep", "refuse", "replace"] =
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(path.parent), dir=path.parent))
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
@@ -156,7 +161,7 @@ def whole_folder(path: Path, *, existing: Literal["keep", "refuse", "replace"] =
 
 def _exchange(new: Path, path: Path) -> None:
     """Put the folder `new` at `path`, where another is; between the two renames the old one is at a temporary name."""
-    aside = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    aside = Path(tempfile.mkdtemp(prefix=temporary_prefix(path.parent), dir=path.parent))
     try:
         path.rename(aside)  # onto an empty folder: one step
         try:
@@ -170,14 +175,41 @@ def _exchange(new: Path, path: Path) -> None:
             aside.rmdir()
 
 
-def sweep_temporaries(folder: Path, older_than_seconds: float, prefix: str = TEMPORARY) -> None:
-    """Delete what killed processes left half-written in `folder`; younger ones may be another's work in progress."""
+def temporary_prefix(folder: Path) -> str:
+    """What a temporary name in `folder` begins with; what dead processes left there goes first."""
+    sweep_temporaries(folder)
+    return f"{TEMPORARY}{HOST}-{os.getpid()}-{THIS_START}-"
+
+
+def sweep_temporaries(folder: Path, older_than_seconds: float = math.inf, prefix: str = TEMPORARY) -> None:
+    """Delete what dead processes of this machine left half-written in `folder`.
+
+    Args:
+        older_than_seconds: of what names no process of this machine, what is older goes, too.
+    """
     for leftover in folder.glob(f"{prefix}*"):
-        with suppress(FileNotFoundError):  # who made it, or another sweep, was faster
-            if time.time() - leftover.lstat().st_mtime < older_than_seconds:
-                continue
-            is_folder = leftover.is_dir() and not leftover.is_symlink()
-            shutil.rmtree(leftover, ignore_errors=True) if is_folder else leftover.unlink()
+        with suppress(FileNotFoundError):  # another process sweeps, too
+            if _is_abandoned(leftover, older_than_seconds):
+                is_folder = leftover.is_dir() and not leftover.is_symlink()
+                shutil.rmtree(leftover, ignore_errors=True) if is_folder else leftover.unlink()
+
+
+def _is_abandoned(leftover: Path, older_than_seconds: float) -> bool:
+    owner = OWNED.fullmatch(leftover.name)
+    if owner is None or owner["host"] != HOST:
+        return time.time() - leftover.lstat().st_mtime >= older_than_seconds
+    pid = int(owner["pid"])
+    return owner["start"] != THIS_START if pid == os.getpid() else not _is_running(pid)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -227,7 +259,7 @@ def require_writable(folder: Path, key: str) -> None:
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary neighbour of `path` that takes its place when the block ends well, and is deleted otherwise."""
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{temporary_prefix(path.parent)}{path.name}")
     temporary.unlink(missing_ok=True)  # it may be a link of somebody else's, and what is written would go there
     try:
         yield temporary
@@ -236,11 +268,3 @@ def whole_file(path: Path) -> Iterator[Path]:
         _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def safe_save(tensors: Mapping[str, torch.Tensor], path: Path | str, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as one safetensors file, whole or not at all; they may live on any device."""
-    from safetensors.torch import save_file
-
-    with whole_file(Path(path)) as temporary:
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary, metadata)

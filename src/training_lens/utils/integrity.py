@@ -1,27 +1,42 @@
 """Hashes of files: recorded by whoever writes them, compared by whoever reads them.
 
 Three ways, by what a file allows: a JSON object holds its own (`write_sealed`); a binary file whose format has room for
-metadata holds its own, too (`seal`); of all others a run keeps the sha256 in metadata/hashes.json (`record_hashes`).
-Files of earlier versions have none, and are read as they are.
+metadata holds its own, too (`seal`); of all others a run keeps the sha256 in metadata/hashes.json (`record_hashes`), a
+checkpoint in its manifest. Files of earlier versions have none, and are read as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training_lens.errors import DamagedFileError
-from training_lens.utils.files import read_json, write_json
+from training_lens.utils.files import read_json, sha256_of, strike_out_of_values, whole_file, write_json
+from training_lens.utils.names import find_fault
+
+if TYPE_CHECKING:
+    import torch
 
 CHECKSUM = "checksum"  # the key of a JSON object that holds the sha256 of all else in it
+RECORDS = ("metadata/hashes.json", "manifest.json")  # of a run and of a checkpoint: the sha256 of files under `files`
+SEAL = b"training-lens-sha256:"  # in a binary file, before its sha256, which is taken with zeros in its own place
+UNSEALED = SEAL.decode() + 64 * "0"
 
 
-def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON object that holds its own hash, whole or not at all."""
-    write_json(path, {**values, CHECKSUM: _hash_values(values)})
+def write_sealed(path: Path, values: Mapping[str, Any], *, verbatim: bool = False) -> None:
+    """Write a JSON object that holds its own hash, whole or not at all; `verbatim` as for `write_text`."""
+    clean = values if verbatim else strike_out_of_values(dict(values), path)
+    write_json(path, with_checksum(clean), verbatim=True)
+
+
+def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The object as `write_sealed` writes it."""
+    return {**values, CHECKSUM: _hash_values(values)}
 
 
 def read_sealed(path: Path, *, required: bool = False) -> dict[str, Any]:
@@ -40,12 +55,129 @@ def read_sealed(path: Path, *, required: bool = False) -> dict[str, Any]:
         raise DamagedFileError(f"{path} is no valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise DamagedFileError(f"{path} holds a {type(values).__name__}, expected keys and values.")
-    checksum = values.pop(CHECKSUM, None)
-    if checksum != _hash_values(values) and (required or checksum is not None):
+    return unsealed(values, path, required=required)
+
+
+def unsealed(values: dict[str, Any], path: Path, *, required: bool = False) -> dict[str, Any]:
+    """The object read from `path` without its hash; arguments and errors are those of `read_sealed`."""
+    content = {key: value for key, value in values.items() if key != CHECKSUM}
+    if (required or CHECKSUM in values) and values.get(CHECKSUM) != _hash_values(content):
         raise DamagedFileError(f"{path} is damaged: its content is not what its checksum says.")
-    return values
+    return content
 
 
 def _hash_values(values: Mapping[str, Any]) -> str:
     plain = json.loads(json.dumps(values))  # as it is read back: tuples are lists, keys are texts
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def safe_save(tensors: Mapping[str, torch.Tensor], path: Path | str, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as one safetensors file that holds its own hash, whole or not at all; they may be on any device."""
+    from safetensors.torch import save_file
+
+    with whole_file(Path(path)) as temporary:
+        plain = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+        save_file(plain, temporary, {**(metadata or {}), "sha256": UNSEALED})
+        seal(temporary)
+
+
+def seal(path: Path) -> None:
+    """Put the sha256 of a file into it, where `UNSEALED` stands among its metadata."""
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        place = content.find(UNSEALED.encode()) + len(SEAL)
+        content[place : place + 64] = _hash_around(content, place).encode()
+
+
+def require_seal(path: Path) -> None:
+    """Compare a file with the sha256 in it; one without, as an earlier version wrote it, is taken as it is.
+
+    Cost: the file is read once; not again while it stays the same.
+
+    Raises:
+        DamagedFileError: it is not what was written.
+        OSError: it cannot be read.
+    """
+    if not _holds_seal(path, *_identity(path)):
+        raise DamagedFileError("its content is not what the sha256 in it says")
+
+
+@lru_cache(maxsize=4096)
+def _holds_seal(path: Path, *_identity: int) -> bool:
+    if not path.stat().st_size:
+        return True  # whoever opens it says what is wrong
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        place = content.find(SEAL) + len(SEAL)
+        return place < len(SEAL) or content[place : place + 64] == _hash_around(content, place).encode()
+
+
+def _hash_around(content: mmap.mmap, place: int) -> str:
+    with memoryview(content) as view:
+        digest = hashlib.sha256(view[:place])
+        digest.update(64 * b"0")
+        digest.update(view[place + 64 :])
+    return digest.hexdigest()
+
+
+def record_hashes(root: Path, files: Iterable[Path]) -> None:
+    """Add files of the run in `root` to its record, as they are now."""
+    record = root / RECORDS[0]
+    known = read_sealed(record)["files"] if record.is_file() else {}
+    now = {path.relative_to(root).as_posix(): sha256_of(path) for path in files}
+    write_sealed(record, {"files": dict(sorted({**known, **now}.items()))})
+
+
+def recorded_hashes(root: Path) -> dict[str, str]:
+    """The recorded sha256 of files of a run or a checkpoint, by their names in it; of an older run none.
+
+    Raises:
+        DamagedFileError: the record itself is damaged.
+    """
+    for record in RECORDS:
+        if (root / record).is_file():
+            files = read_sealed(root / record).get("files")
+            if isinstance(files, dict) and (bad := [name for name in files if find_fault(name)]):
+                raise DamagedFileError(f"{root / record} names {bad[0]!r}: {find_fault(bad[0])}.")
+            return files if isinstance(files, dict) else {}
+    return {}
+
+
+def require_intact(path: Path) -> None:
+    """Compare a file, or all recorded files of a folder, with the record of the run or checkpoint they are part of.
+
+    Cost: each file is read once; not again while it stays the same.
+
+    Raises:
+        DamagedFileError: names the first that is missing or differs, and says what to do.
+    """
+    for root in list(path.absolute().parents)[:3]:
+        name = path.absolute().relative_to(root).as_posix()
+        if damaged := next(damaged_files(root, name), None):
+            raise DamagedFileError(
+                f"{damaged}: it was damaged, or changed since. training-lens doctor {root} says what can be repaired, "
+                "and how to take it as it is."
+            )
+
+
+def damaged_files(root: Path, within: str = "") -> Iterator[str]:
+    """What is wrong with recorded files of a run or checkpoint: 'PATH is missing', 'PATH differs from the sha256 ...'.
+
+    Args:
+        within: a name in it: that of one file, or of a folder; empty: all.
+    """
+    for name, sha256 in recorded_hashes(root).items():
+        if not within or name == within or name.startswith(f"{within}/"):
+            path = root / name
+            if not path.is_file():
+                yield f"{path} is missing"
+            elif _sha256_of(path, *_identity(path)) != sha256:
+                yield f"{path} differs from the sha256 that was recorded"
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
+
+
+@lru_cache(maxsize=4096)
+def _sha256_of(path: Path, *_identity: int) -> str:
+    return sha256_of(path)

@@ -10,7 +10,7 @@ import os
 import platform
 import secrets
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +20,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.utils.files import TEMPORARY, read_json, write_json
+from training_lens.utils.files import TEMPORARY, files_in, read_json, sweep_temporaries, whole_folder, write_json
+from training_lens.utils.integrity import require_intact, unsealed
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import is_printed
 
@@ -111,28 +112,42 @@ class RunFolder:
     def lock(self) -> Path:
         return self.metadata / "run.lock"
 
-    def create(self) -> RunFolder:
-        """Make the run's folders.
+    def create(self, fill: Callable[[RunFolder], object] = lambda _: None) -> RunFolder:
+        """Make the run's folder, whole or not at all; a run that never began makes room for it.
+
+        Args:
+            fill: writes the first files into the folder that it is given, which then becomes this one.
 
         Raises:
-            ConfigurationError: see `require_new`.
+            ConfigurationError: see `require_new`; OutputError: another process made it meanwhile.
         """
         self.require_new()
-        for folder in (self.checkpoints, self.logs, self.metadata, self.reports):
-            folder.mkdir(parents=True)
+        with whole_folder(self.root, existing="replace" if self.root.exists() else "refuse") as root:
+            building = RunFolder(root)
+            for folder in (building.checkpoints, building.logs, building.metadata, building.reports):
+                folder.mkdir()
+            fill(building)
         return self
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has a status or a result: a process of earlier versions may have died before it wrote either."""
+        results = (self.logs, self.checkpoints, self.root / "artifacts")
+        return (self.metadata / "summary.json").exists() or any(files_in(folder) for folder in results)
 
     def require_adapter(self) -> None:
         """Refuse a run without a finished adapter.
 
         Raises:
-            CheckpointError: says what became of the run.
+            CheckpointError: says what became of the run, or which file of adapter or tokenizer is damaged.
         """
         if not self.adapter.is_dir():
             raise CheckpointError(
                 f"the run {self.root} ({self.status}) has no finished adapter. Finish it with training-lens train "
                 f"--resume {self.run_id}, or give another run."
             )
+        require_intact(self.adapter)
+        require_intact(self.tokenizer)
 
     def require_new(self) -> None:
         """Refuse to begin a run here twice.
@@ -140,7 +155,7 @@ class RunFolder:
         Raises:
             ConfigurationError: a run of that id is there already; it is never written over.
         """
-        if self.root.exists():
+        if self.root.exists() and (self.has_begun or self._is_held()):
             raise ConfigurationError(
                 f"output.run_id: the run '{self.run_id}' exists already at {self.root}. "
                 f"Give another id, or continue it with --resume {self.run_id}."
@@ -150,15 +165,23 @@ class RunFolder:
         """The content of metadata/{name}.
 
         Raises:
-            CheckpointError: the file is missing or no JSON.
+            CheckpointError: the file is missing, no JSON, or not what the run wrote.
         """
         path = self.metadata / name
         try:
-            return read_json(path)
+            require_intact(path)
+            value = read_json(path)
+            return unsealed(value, path) if isinstance(value, dict) else value
         except FileNotFoundError:
-            raise CheckpointError(f"{self.root} is no complete run: {path} is missing.") from None
+            raise CheckpointError(f"{self.root} is no complete run: {path} is missing. {self._way_out}") from None
         except ValueError as error:
             raise CheckpointError(f"{path} is no valid JSON ({error}). Restore it, or start a new run.") from error
+
+    @property
+    def _way_out(self) -> str:
+        if self.has_begun:
+            return f"training-lens doctor {self.root} says what can be repaired."
+        return f"Its process died before it began: start it again, where you like with output.run_id={self.run_id}."
 
     @property
     def started(self) -> datetime:
@@ -222,6 +245,8 @@ class RunFolder:
         except OSError as error:  # a file system without locks
             logger.warning("%s cannot be locked (%s): see to it that no other process trains it", self.lock, error)
         try:
+            for folder in {path.parent for path in self.root.rglob(f"{TEMPORARY}*")}:
+                sweep_temporaries(folder)
             write_json(self.metadata / PROCESS, {"pid": os.getpid(), "host": platform.node()})
             yield
         finally:
