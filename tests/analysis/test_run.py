@@ -177,7 +177,7 @@ def test_figure_shows_each_loss_of_the_journal(finished_run: Any) -> None:
 def test_a_card_is_small_and_text_of_data_stays_text(copied: RunFolder) -> None:
     config = copied.read_metadata("config.json")
     config["model"]["id"] = EVIL
-    write_json(copied.metadata / "config.json", config)
+    copied.write_metadata("config.json", config)
     run = Run(copied.root)
     for html in (run._repr_html_(), run.compare(copied.root)._repr_html_()):
         assert "<script" not in html and len(html) < 30_000
@@ -191,7 +191,7 @@ def other(copied: RunFolder) -> RunFolder:
     shutil.copytree(copied.root, place.root)
     config = place.read_metadata("config.json")
     config["peft"]["r"], config["output"]["run_id"] = 2, "other"
-    write_json(place.metadata / "config.json", config)
+    place.write_metadata("config.json", config)
     write_json(place.metadata / "summary.json", {**place.read_metadata("summary.json"), "validation_loss": 1.5})
     return place
 
@@ -215,7 +215,7 @@ def test_compared_runs_show_what_differs_and_both_losses(copied: RunFolder, othe
 def test_runs_validated_on_other_rows_are_not_compared_silently(copied: RunFolder, other: RunFolder) -> None:
     data = other.read_metadata("data.json")
     data["validation"]["files"] = {"elsewhere.jsonl": "0" * 64}
-    write_json(other.metadata / "data.json", data)
+    other.write_metadata("data.json", data)
     comparison = Run(copied.root).compare("other")
     assert not comparison.same_validation and OTHER_ROWS in comparison._repr_html_()
 

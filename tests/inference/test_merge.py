@@ -131,7 +131,7 @@ def test_the_readme_of_a_delta_makes_the_adapter(
 def test_a_base_that_changed_at_its_path_is_refused(run: RunFolder, tmp_path: Path) -> None:
     model = Path(shutil.copytree(embedded.PATHS[embedded.MODEL], tmp_path / "model"))
     settings = read_json(run.metadata / "config.json")
-    write_json(run.metadata / "config.json", settings | {"model": settings["model"] | {"id": str(model)}})
+    run.write_metadata("config.json", settings | {"model": settings["model"] | {"id": str(model)}})
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] *= 1.1
     save_file(weights, model / "model.safetensors", {"format": "pt"})
@@ -203,7 +203,7 @@ def test_the_runs_and_the_bases_own_files_are_no_output(run: RunFolder, tmp_path
     (tmp_path / "linked").symlink_to(run.logs)
     model = Path(shutil.copytree(embedded.PATHS[embedded.MODEL], tmp_path / "base"))
     settings = read_json(run.metadata / "config.json")
-    write_json(run.metadata / "config.json", settings | {"model": settings["model"] | {"id": str(model)}})
+    run.write_metadata("config.json", settings | {"model": settings["model"] | {"id": str(model)}})
     for folder in (run.reports, run.adapter, model):
         write_json(folder / "merge.json", EARLIER)
     with pytest.raises(ConfigurationError, match=f"--output .* {said} .*Give another folder"):
@@ -281,7 +281,7 @@ def test_wrong_options_are_refused(
 def test_a_quantized_run_merges_whole_alone(run: RunFolder, few: dict[str, Any]) -> None:
     pytest.importorskip("bitsandbytes")
     settings = read_json(run.metadata / "config.json")
-    write_json(run.metadata / "config.json", settings | {"model": settings["model"] | {"quantization": "4bit"}})
+    run.write_metadata("config.json", settings | {"model": settings["model"] | {"quantization": "4bit"}})
     with pytest.raises(ConfigurationError, match=r"--delta: the run trained on quantized weights"):
         merge(config(run.root, **few), MergeOptions(delta=True))
     merged = merge(config(run.root, **few), MergeOptions(dtype="fp32"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def test_a_comparison_is_in_tensorboard_at_once_and_in_an_own_tracker_by_sync(
     (tmp_path / "evaluation_notes.py").write_text(OWN)
     config = own_run.read_metadata("config.json")
     config["tracking"]["custom"] = {"evaluation_notes.Notes": {}}
-    (own_run.metadata / "config.json").write_text(json.dumps(config))
+    own_run.write_metadata("config.json", config)
     record_evaluation(own_run, "compare", REPORT)
     assert [(state.name, state.status) for state in send_evaluations(own_run)] == [("tensorboard", "delivered")]
     assert "evaluation_notes" not in sys.modules  # code that a run's folder names is not imported by compare

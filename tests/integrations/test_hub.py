@@ -179,7 +179,7 @@ def test_a_hub_killed_in_a_push_gets_the_rest_once(hub: Hub, own_run: RunFolder)
     """The large file is stored, the commit not made; the run keeps what it has, and sync completes it."""
     settings = own_run.read_metadata("config.json")
     settings["tracking"]["hub"]["repo"], settings["tracking"]["tensorboard"] = REPO, False
-    write_json(own_run.metadata / "config.json", settings)
+    own_run.write_metadata("config.json", settings)
     before = {name: held for name, held in contents(own_run.root).items() if "tracking/" not in name}
     hub.order({"on": "POST .*/commit/", "slow": 60, "times": 1})
 
@@ -263,7 +263,7 @@ def test_no_secret_and_no_place_of_this_machine_is_sent(
     settings, adapter = own_run.read_metadata("config.json"), read_json(own_run.adapter / "adapter_config.json")
     settings["model"]["id"] = adapter["base_model_name_or_path"] = str(base)
     settings["tracking"]["custom"] = {}
-    write_json(own_run.metadata / "config.json", settings)
+    own_run.write_metadata("config.json", settings)
     write_json(own_run.adapter / "adapter_config.json", adapter)
     page = own_run.reports / "lens.html"
     page.write_text(f"<p>sesame-open-sesame {TOKEN} {own_run.root}/logs {base}</p>")
@@ -282,7 +282,7 @@ def test_a_base_in_the_folder_where_one_stands_has_its_name(
 ) -> None:
     settings = own_run.read_metadata("config.json")
     settings["model"]["id"] = "."
-    write_json(own_run.metadata / "config.json", settings)
+    own_run.write_metadata("config.json", settings)
     (tmp_path / "the-base").mkdir()
     monkeypatch.chdir(tmp_path / "the-base")
     names = Names(RunRecord(own_run))

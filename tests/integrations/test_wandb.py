@@ -364,7 +364,7 @@ def test_trials_of_a_sweep_are_one_group(run: RunFolder, tmp_path: Path) -> None
     settings = RunRecord(run).settings
     trial = RunFolder(Path(shutil.copytree(run.root, tmp_path / "trial-0003-5f3a")))
     settings["output"]["experiment_name"] = "rates"
-    (trial.metadata / "config.json").write_text(json.dumps(settings))
+    trial.write_metadata("config.json", settings)
     send(trial, to("offline"))
     (file,) = offline_runs(trial.tracking / "wandb")
     assert of_type(file, "run")[0]["run_group"] == "rates"

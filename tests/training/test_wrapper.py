@@ -339,8 +339,8 @@ def test_one_process_goes_on_with_the_steps_of_two(small_config: Config, caplog:
     cut = interrupted(small_config(output={"run_id": "cut"}), 3)
     config, data = cut.read_metadata("config.json"), cut.read_metadata("data.json")
     config["training"]["batch_size"] = 4
-    (cut.metadata / "config.json").write_text(json.dumps(config))
-    (cut.metadata / "data.json").write_text(json.dumps({**data, "processes": 2}))
+    cut.write_metadata("config.json", config)
+    cut.write_metadata("data.json", {**data, "processes": 2})
     with caplog.at_level(logging.INFO, logger="training_lens"):
         TrainingWrapper.resume(cut)
     assert_same_run(whole, cut)
@@ -351,13 +351,13 @@ def test_a_run_of_an_earlier_version_is_refused_where_its_steps_would_change(sma
     cut = interrupted(small_config(output={"run_id": "cut"}), 2)
     config, data = cut.read_metadata("config.json"), cut.read_metadata("data.json")
     recorded = {key: value for key, value in data.items() if key not in ("processes", "global_batch_size")}
-    (cut.metadata / "data.json").write_text(json.dumps(recorded))
+    cut.write_metadata("data.json", recorded)
     config["training"]["batch_size"] = 4  # as two processes would have begun it
-    (cut.metadata / "config.json").write_text(json.dumps(config))
+    cut.write_metadata("config.json", config)
     with pytest.raises(CheckpointError, match="has 6 steps an epoch, on 1 processes it would have 12"):
         TrainingWrapper.resume(cut)
     config["training"]["batch_size"] = 8
-    (cut.metadata / "config.json").write_text(json.dumps(config))
+    cut.write_metadata("config.json", config)
     assert TrainingWrapper.resume(str(cut.root)).steps == 6
 
 

@@ -9,6 +9,7 @@ import typer
 from training_lens.cli.analyze import analyze
 from training_lens.cli.benchmark import benchmark
 from training_lens.cli.compare import compare
+from training_lens.cli.doctor import doctor
 from training_lens.cli.evaluate import baseline, evaluate
 from training_lens.cli.experiment import experiment
 from training_lens.cli.export import export
@@ -34,7 +35,7 @@ cli = typer.Typer(
 )
 COMMANDS = (
     *(init, prepare, validate, train, evaluate, baseline, compare, infer, benchmark, merge, sweep),
-    *(analyze, report, export, push, sync),
+    *(analyze, report, export, push, sync, doctor),
 )
 for command in COMMANDS:
     add_command(cli)(command)

@@ -98,7 +98,7 @@ def prepare_sources(
     """As `prepare_split`, of sources that are known."""
     hashes = {source.name: source.sha256 for source in sources}
     fingerprint = _fingerprint(hashes, preparation)
-    folder = cache / fingerprint[:32]
+    folder = cached_folder(fingerprint, cache)
 
     def tokenize_sources() -> None:
         if {source.name: source.sha256 for source in sources} != hashes:
@@ -120,7 +120,7 @@ def _open_or_rebuild(folder: Path, rebuild: Callable[[], None]) -> tuple[TokenDa
         return _open_split(folder, rebuild)
 
 
-def _open_split(folder: Path, rebuild: Callable[[], None]) -> tuple[TokenDataset, SplitReport]:
+def _open_split(folder: Path, rebuild: Callable[[], None] | None) -> tuple[TokenDataset, SplitReport]:
     report = SplitReport(**read_sealed(folder / REPORT, required=True))
     return TokenDataset.open(folder / EXAMPLES, rebuild), report
 
@@ -343,3 +343,22 @@ def _refuse_useless(report: SplitReport, counter: SplitCounter, key: str, prepar
             f"{key}: the answers of all {report.answers_truncated} examples are cut at model.seq_len={seq_len}: the "
             f"model would never see a whole one. {report.seq_len_for_99_percent} tokens would keep 99 % of the rows."
         )
+
+
+def open_cached(fingerprint: str, cache: Path) -> TokenDataset | None:
+    """The split of that fingerprint in the cache, all its tokens compared with their checksums; None: it is not there.
+
+    Raises:
+        DamagedFileError: it is damaged.
+    """
+    folder = cached_folder(fingerprint, cache)
+    if not folder.is_dir():
+        return None
+    dataset, _ = _open_split(folder, None)
+    dataset.source.require_all_tokens()
+    return dataset
+
+
+def cached_folder(fingerprint: str, cache: Path) -> Path:
+    """Where the cache keeps the split of that fingerprint."""
+    return cache / fingerprint[:32]

@@ -137,6 +137,11 @@ class TokenTable:
     def require_tokens(self, row: int) -> None:
         """See to it that the tokens of a row may be read."""
 
+    def require_all_tokens(self) -> None:
+        """See to it that all tokens may be read."""
+        for row in range(self.table.num_rows):
+            self.require_tokens(row)
+
 
 class TokenFile(TokenTable):
     """The columns of an examples file, through a memory map: nothing is read of it that was not compared before.

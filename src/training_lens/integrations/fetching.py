@@ -230,8 +230,7 @@ def _move_in(folder: Path, remote: RemoteRun, manifest: MirrorManifest, base_out
         "base_output_dir": base_output_dir, "experiment_name": manifest.experiment, "run_id": manifest.run_id,
         "mirror": remote.storage.place,
     }  # fmt: skip
-    write_json(folder / "metadata" / "config.json", config)
-    record_hashes(folder, [folder / "metadata" / "config.json"])
+    RunFolder(folder).write_metadata("config.json", config)
     cursor = folder / "tracking" / "mirror" / "cursor.json"
     cursor.parent.mkdir(parents=True, exist_ok=True)
     write_json(cursor, {"place": remote.storage.place, "versions": [manifest.version]})

@@ -36,7 +36,7 @@ from training_lens.training.summary import TrainingSummary, status_after, summar
 from training_lens.training.tracking import Build, tracked
 from training_lens.training.trainer import Trainer
 from training_lens.utils.devices import get_device
-from training_lens.utils.files import files_in, require_writable, whole_folder, write_json
+from training_lens.utils.files import files_in, require_writable, whole_folder
 from training_lens.utils.formatting import format_count
 from training_lens.utils.integrity import record_hashes, write_sealed
 from training_lens.utils.logging import TrainingLogger, get_logger, quiet_libraries
@@ -230,8 +230,7 @@ class TrainingWrapper:
         if config.data.val_ratio and plan.validation is not None:
             files["held_out.json"] = [plan.validation.example_id(i) for i in range(len(plan.validation))]
         for name, values in files.items():
-            write_json(run.metadata / name, values)
-        record_hashes(run.root, [run.metadata / name for name in files])
+            run.write_metadata(name, values)
         write_summary(run, TrainingSummary(str(run.root), "running"))
 
     def _save_artifacts(self, run: RunFolder, plan: RunPlan, trainer: Trainer, state: TrainingState) -> None:

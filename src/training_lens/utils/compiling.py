@@ -31,10 +31,10 @@ def compiled(sources: Sequence[Path], name: str) -> ctypes.CDLL:
     Raises:
         CompilationError: see there.
     """
-    command = [*_compiler(), *OPTIONS, *_for_this_processor()]
+    command = [*find_compiler(), *OPTIONS, *_for_this_processor()]
     made_from = [*(source.read_bytes() for source in sources), shlex.join(command).encode(), _processor().encode()]
     digest = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:24]
-    kept = _cache_folder() / f"{name}-{digest}.so"
+    kept = cache_folder() / f"{name}-{digest}.so"
     if _is_ours(kept):
         return _loaded(kept)
     try:
@@ -45,7 +45,12 @@ def compiled(sources: Sequence[Path], name: str) -> ctypes.CDLL:
             return _made(command, sources[0], Path(folder) / kept.name)
 
 
-def _compiler() -> list[str]:
+def find_compiler() -> list[str]:
+    """The command of the C compiler: what CC says, else the first that is there.
+
+    Raises:
+        CompilationError: there is none.
+    """
     named = shlex.split(os.environ.get("CC", ""))
     found = next((path for path in map(shutil.which, named[:1] or COMPILERS) if path), None)
     if os.name != "posix" or found is None:
@@ -69,7 +74,8 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(kinds)}))
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where compiled libraries are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "training-lens"
 
 

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.files import TEMPORARY, files_in, read_json, sweep_temporaries, whole_folder, write_json
-from training_lens.utils.integrity import require_intact, unsealed
+from training_lens.utils.integrity import record_hashes, require_intact, unsealed
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import is_printed
 
@@ -128,6 +128,11 @@ class RunFolder:
                 folder.mkdir()
             fill(building)
         return self
+
+    def write_metadata(self, name: str, value: Any) -> None:
+        """Write metadata/{name} as JSON, and record its hash."""
+        write_json(self.metadata / name, value)
+        record_hashes(self.root, [self.metadata / name])
 
     @property
     def has_begun(self) -> bool:

@@ -1,0 +1,77 @@
+"""`training-lens doctor`: what this machine has for training, and what of a run is damaged."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, refuse_unused
+from training_lens.cli.places import locate_run
+
+if TYPE_CHECKING:
+    from training_lens.utils.machine import Check
+
+RunName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN]", help="A run's id or folder, an experiment (its last run), or 'latest'; none: this machine."
+    ),
+]
+Repair = Annotated[bool, typer.Option("--repair", help="Make anew what is damaged and can be made anew.")]
+Accept = Annotated[bool, typer.Option("--accept", help="Take the run's files as they are: record their hashes anew.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Compare the base's whole files, not samples of them.")]
+
+
+def doctor(
+    run: RunName = None,
+    overrides: Overrides = None,
+    repair: Repair = False,
+    accept: Accept = False,
+    verify: Verify = False,
+    config: ConfigFile = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Look through this machine, or all files of a run: what is damaged, what can be resumed, how it is repaired.
+
+    Exit code 1 where something is damaged.
+
+    Examples: training-lens doctor; training-lens doctor latest; training-lens doctor RUN --repair
+    """
+    with command(json, debug) as screen:
+        from training_lens.errors import ConfigurationError
+
+        run, given = (None, [run, *(overrides or [])]) if run and "=" in run else (run, overrides or [])
+        refuse_unused(given, ("output.",), "doctor looks at what is there.")
+        if run is None and (repair or accept or verify):
+            raise ConfigurationError("--repair, --accept and --verify are about a run; name one.")
+        settings = load_config(config, given)
+        checks = []
+        if run is None:
+            from training_lens.utils.machine import check_machine
+
+            found = check_machine(settings.output.base_output_dir)
+        else:
+            folder = locate_run(run, settings.output, finished=None)
+            folder.require_free()
+            from training_lens.training.run_check import accept_run, check_run
+
+            if accept:
+                accept_run(folder)
+            found = check_run(folder, verify=verify, repair=repair)
+        for check in found:
+            _show(screen, check)
+            checks.append(check)
+        is_well = all(check.ok for check in checks)
+        place = str(folder.root) if run is not None else None
+        screen.result({"run": place, "ok": is_well, "checks": [asdict(check) for check in checks]})
+        if not is_well:
+            raise typer.Exit(1)
+
+
+def _show(screen: Screen, check: Check) -> None:
+    mark, style = ("ok", "green") if check.ok else ("no", "red")
+    screen.console.print(f"{mark}  {check.name:<18}", style=style, markup=False, end="")
+    screen.console.print(" ".join(filter(None, (check.found, check.remedy))), markup=False, soft_wrap=True)

@@ -1,0 +1,96 @@
+"""`doctor` names what is damaged of a run, and makes anew, byte for byte, what can be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from training_lens.core.manifest import read_manifest
+from training_lens.inference.session import open_run
+from training_lens.utils.integrity import read_sealed
+from training_lens.utils.runs import RunFolder
+
+Call = Callable[..., Result]
+
+
+def checked(call: Call, *arguments: str) -> dict[str, Any]:
+    result = call("doctor", *arguments, "--json")
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert result.exit_code == (0 if report["ok"] else 1)
+    return {**report, "bad": [check["name"] for check in report["checks"] if not check["ok"]]}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_machine_is_looked_through(call: Call) -> None:
+    report = checked(call)
+    names = [check["name"] for check in report["checks"]]
+    assert report["run"] is None and {"packages", "device", "runs", "C compiler", "optional packages"} <= set(names)
+    assert call("doctor", "--repair").exit_code == 2
+
+
+def test_a_sound_run_is_sound_and_its_whole_base_too(call: Call, own_run: RunFolder) -> None:
+    report = checked(call, str(own_run.root), "--verify")
+    assert report["ok"] and report["checks"][-1]["name"] == "whole base"
+    assert set(read_sealed(own_run.base_record)["sha256"]) == {
+        "config.json", "generation_config.json", "model.safetensors",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+def test_what_can_be_made_anew_is_and_answers_as_before(call: Call, own_run: RunFolder, damage: Any) -> None:
+    summary, lens = own_run.read_metadata("summary.json"), read_manifest(own_run.lens)
+    files = {
+        "adapter": own_run.adapter / "adapter_model.safetensors",
+        "tokenizer": own_run.tokenizer / "tokenizer.json",
+        "summary": own_run.metadata / "summary.json",
+        "base": own_run.base_record,
+        "lens": own_run.lens / "lens.json",
+    }
+    before = {name: path.read_bytes() for name, path in files.items()}
+    for path in files.values():
+        damage(path)
+    assert set(files) <= set(checked(call, str(own_run.root))["bad"])
+    assert checked(call, str(own_run.root), "--repair")["bad"] == []
+    for name in ("adapter", "tokenizer", "base"):
+        assert files[name].read_bytes() == before[name]
+    again = own_run.read_metadata("summary.json")
+    measured_then = {"peak_bytes", "estimate", "run_dir", "lens_seconds"}
+    assert {k: v for k, v in again.items() if k not in measured_then} == {
+        k: v for k, v in summary.items() if k not in measured_then
+    }
+    assert read_manifest(own_run.lens).modules == lens.modules and read_manifest(own_run.lens).tables == lens.tables
+    assert open_run(own_run).has_adapter
+
+
+def test_what_cannot_is_named_and_may_be_taken_as_it_is(call: Call, own_run: RunFolder) -> None:
+    config = own_run.metadata / "config.json"
+    config.write_text(config.read_text() + " ")
+    report = checked(call, str(own_run.root), "--repair")
+    assert report["bad"][0] == "metadata" and "--accept" in report["checks"][1]["remedy"]
+    assert checked(call, str(own_run.root), "--accept")["ok"]
+    assert open_run(own_run).has_adapter
+
+
+def test_a_damaged_token_cache_is_made_anew(call: Call, own_run: RunFolder) -> None:
+    cache = Path(own_run.read_metadata("config.json")["output"]["base_output_dir"]) / "cache"
+    folder = cache / own_run.read_metadata("data.json")["fingerprint"][:32]
+    kept = shutil.copytree(folder, own_run.root.parent / "kept")
+    try:
+        flip(folder / "examples.arrow")
+        assert checked(call, str(own_run.root))["bad"] == ["token cache"]
+        assert checked(call, str(own_run.root), "--repair")["ok"]
+        assert (folder / "examples.arrow").read_bytes() == (kept / "examples.arrow").read_bytes()
+    finally:
+        shutil.rmtree(folder)
+        shutil.copytree(kept, folder)
