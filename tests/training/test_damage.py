@@ -90,7 +90,7 @@ def test_a_replaced_base_is_refused_and_may_be_accepted(small_config: Config, tm
     flip(base / "model.safetensors")
     with pytest.raises(AdapterError, match=r"model.safetensors in .* changed since.*model.accept_changed_base=true"):
         open_run(run)
-    assert open_run(run, accept_changed_base=True).has_adapter
+    assert open_run(run, given={"model": {"accept_changed_base": True}}).has_adapter
 
 
 def test_a_run_that_was_killed_before_its_first_file_makes_room(small_config: Config, tmp_path: Path) -> None:
