@@ -34,7 +34,8 @@ class Hub:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self._process = folder, None
+        self.folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -100,7 +101,7 @@ class Store:
     def path(self, repo: str) -> Path:
         return self.folder / "repos" / f"{repo.replace('/', '--')}.json"
 
-    def load(self, repo: str) -> dict[str, Any] | None:
+    def load(self, repo: str) -> Any:
         return json.loads(self.path(repo).read_text()) if self.path(repo).exists() else None
 
     def save(self, repo: str, values: dict[str, Any]) -> None:
@@ -158,7 +159,8 @@ class Handler(BaseHTTPRequestHandler):
         for pattern, method in ROUTES.items():
             if found := re.fullmatch(pattern, self.request_name):
                 with self.store.lock:
-                    return getattr(self, method)(*found.groups())
+                    getattr(self, method)(*found.groups())
+                    return None
         return self._answer(404, {"error": "no such place"})
 
     def _order(self) -> dict[str, Any]:
@@ -331,7 +333,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _files(self, repo: str, revision: str) -> dict[str, Any]:
         values = self.store.load(repo)
-        return values["commits"][values["branches"].get(revision, revision)]["files"]
+        files: dict[str, Any] = values["commits"][values["branches"].get(revision, revision)]["files"]
+        return files
 
 
 def _entry(path: str, entry: dict[str, Any]) -> dict[str, Any]:

@@ -149,8 +149,8 @@ def test_an_offline_run_holds_what_the_run_holds(run: RunFolder) -> None:
     assert [d["step_metric"] for d in of_type(file, "metric") if d.get("glob_name") == "*"] == ["step"]
 
     (end,) = read(file, "--summary")
-    told, settings = flat(end["config"]), flat(RunRecord(run, to("offline", tags=["cats"])).settings)
-    assert {key: told[key] for key in settings} == settings
+    sent, settings = flat(end["config"]), flat(RunRecord(run, to("offline", tags=["cats"])).settings)
+    assert {key: sent[key] for key in settings} == settings
     summary = RunRecord(run).summary
     assert {key: end["summary"][key] for key in ("status", "steps", "validation_loss")}.items() <= summary.items()
     assert "run_dir" not in end["summary"]

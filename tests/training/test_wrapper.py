@@ -371,7 +371,11 @@ def test_settings_typed_again_are_taken_and_other_ones_refused(small_config: Con
     assert "training.epochs would change the learning rate of every step" in text and "peft.from_adapter" in text
     with pytest.raises(ConfigurationError, match=r"training\.epoch: unknown key; did you mean 'training\.epochs'"):
         TrainingWrapper.resume(cut, {"training": {"epoch": 3}})
-    settings = {"training": {**training, "logging_steps": 3}, "model": {"seq_len": None}, "data": {"template": "auto"}}
+    settings: dict[str, dict[str, Any]] = {
+        "training": {**training, "logging_steps": 3},
+        "model": {"seq_len": None},
+        "data": {"template": "auto"},
+    }
     assert TrainingWrapper.resume(cut, settings).status == "finished"
     with pytest.raises(CheckpointError, match=rf"finished after 6 steps.* peft\.from_adapter={cut.root}"):
         TrainingWrapper.resume(cut, settings)

@@ -35,7 +35,7 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 
 
 def write_checkpoint(
-    checkpoints: Path, step: int, validation_loss: float | None, data_fingerprint: str, fill: Callable[[Path], None]
+    checkpoints: Path, step: int, validation_loss: float | None, data_fingerprint: str, fill: Callable[[Path], object]
 ) -> Path:
     """Write one checkpoint: `fill` puts its files into a folder, which appears under its name only when complete.
 
