@@ -94,3 +94,14 @@ def test_a_damaged_token_cache_is_made_anew(call: Call, own_run: RunFolder) -> N
     finally:
         shutil.rmtree(folder)
         shutil.copytree(kept, folder)
+
+
+def test_a_resume_is_verified_on_this_machine(call: Call, few_rows: dict[str, list[str]], tmp_path: Path) -> None:
+    rows = [f"data.{split}={files}" for split, files in few_rows.items()]
+    more = ("data.max_examples=16", "training.batch_size=2", "peft.lora_dropout=0.1", "peft.r=2")
+    result = call("train", "--verify-resume", "--json", *rows, *more)
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["exact"] and "step 4" in report["compared"] and "adapter" in report["compared"]
+    assert any("optimizer" in name for name in report["compared"])
+    assert not list((tmp_path / "outputs/experiments").iterdir())
+    assert call("train", "--verify-resume", "--resume", "latest").exit_code != 0

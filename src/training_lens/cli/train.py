@@ -27,12 +27,20 @@ Resume = Annotated[
         "(s3://...).",
     ),
 ]
+VerifyResume = Annotated[
+    bool,
+    typer.Option(
+        "--verify-resume",
+        help="Train nothing to keep: a few steps straight and interrupted, compared bit by bit on this machine.",
+    ),
+]
 
 
 def train(
     overrides: Overrides = None,
     config: ConfigFile = None,
     resume: Resume = None,
+    verify_resume: VerifyResume = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -46,6 +54,9 @@ def train(
         unfinished = _unfinished(screen, resume, settings) if resume else None
         if not unfinished:
             check_training(settings)
+        if verify_resume:
+            _verify_resume(screen, settings, resume)
+            return
         from training_lens.training.wrapper import TrainingWrapper
 
         if unfinished:
@@ -55,6 +66,29 @@ def train(
         judged = _judge(summary)
         _show(screen, summary, judged)
         screen.result({**asdict(summary), "verdict": judged.as_json()})
+
+
+def _verify_resume(screen: Screen, settings: TrainingConfig, resume: str | None) -> None:
+    from training_lens.errors import ConfigurationError, TrainingError
+
+    if resume is not None:
+        raise ConfigurationError("--verify-resume tries a config on runs of its own; leave out --resume.")
+    from training_lens.training.resume_check import verify_resume
+
+    check = verify_resume(settings, screen.console)
+    screen.result(check.as_json())
+    if not check.is_exact:
+        raise TrainingError(
+            f"resuming is not exact here: of {check.steps} steps, resumed after {check.resumed_after}, these differ: "
+            f"{', '.join(check.different)}. Resumed runs are close to undisturbed ones, and not the same."
+        )
+    screen.console.print(
+        f"exact: {check.steps} steps, interrupted after {check.resumed_after + 1} and resumed after "
+        f"{check.resumed_after} in a fresh process, are bit for bit those that never stopped "
+        f"({len(check.compared)} results compared)",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _unfinished(screen: Screen, reference: str, settings: TrainingConfig) -> RunFolder:

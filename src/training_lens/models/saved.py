@@ -163,6 +163,8 @@ def drop_defaults(folder: Path) -> None:
     usual, settings = LoraConfig().to_dict(), read_config(folder)
     kept = {key: value for key, value in settings.items() if key in NAMING or value != usual.get(key)}
     kept.pop("peft_version", None)
+    if isinstance(kept.get("target_modules"), list):
+        kept["target_modules"].sort()  # a set's order is another in each process
     write_json(folder / CONFIG, kept, verbatim=True)
 
 
