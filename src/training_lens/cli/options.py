@@ -62,7 +62,24 @@ class SettingsCommand(TyperCommand):
             if word.startswith("--") and word.partition("=")[0] not in known and (said := _describe(word, following)):
                 print(f"error: {said}", file=sys.stderr)
                 raise typer.Exit(2)
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            if said := _find_empty(parameter, ctx.params.get(parameter.name or "")):
+                print(f"error: {said}", file=sys.stderr)
+                raise typer.Exit(2)
+        return rest
+
+
+def _find_empty(parameter: Any, value: Any) -> str | None:
+    """Why an option or an argument is refused that was given without a value; settings and prompts say it themselves.
+
+    An empty name must not mean what a missing one does: `--resume "$RUN"` without that variable would train anew.
+    """
+    texts = value if isinstance(value, list | tuple) else (value,)
+    if parameter.name in ("overrides", "prompt") or not any(isinstance(t, str) and not t.strip() for t in texts):
+        return None
+    name = parameter.opts[0] if parameter.param_type_name == "option" else (parameter.metavar or parameter.name)
+    return f"{name}: given without a value; give one, or leave it out."
 
 
 def _describe(word: str, following: str) -> str | None:

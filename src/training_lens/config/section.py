@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from training_lens.config.keys import known_keys
 from training_lens.config.problems import find_problems, list_problems
@@ -51,6 +59,7 @@ def path_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+NO_NAMES = ("delimiter", "quotechar", "escapechar", "train", "validation")  # signs; rows, which say it themselves
 PATH_MARKER = AfterValidator(expand_home)  # also tells that a key names files or folders
 
 RunId = Annotated[str, AfterValidator(check_run_id)]
@@ -78,6 +87,16 @@ class Section(BaseModel):
         allow_inf_nan=False,
         hide_input_in_errors=True,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_blank(cls, value: Any, info: ValidationInfo) -> Any:
+        """Every text of the config names something."""
+        texts = value if isinstance(value, list) else [value]
+        blank = [text for text in texts if isinstance(text, str) and not text.strip()]
+        if blank and info.field_name not in NO_NAMES:
+            raise ValueError(f"given {blank[0]!r}, which names nothing; give a value, or leave the key out")
+        return value
 
     def __init__(self, /, **values: Any) -> None:
         with _problems_as_ours(type(self), values):

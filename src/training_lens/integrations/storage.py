@@ -105,6 +105,8 @@ class LocalStorage(StorageBackend):
 
     def __init__(self, folder: Path | str) -> None:
         super().__init__(str(folder))
+        if not str(folder).strip():
+            raise IntegrationError("an empty name is given, which means no storage; give a folder.", lasting=True)
         self.folder = Path(folder).expanduser()
 
     def put_file(self, local: Path | str, name: str) -> None:

@@ -44,7 +44,10 @@ def find_run(
 
     Raises:
         CheckpointError: there is no such run, several are meant, or the last one cannot be used; names what there is.
+        ConfigurationError: the reference is empty.
     """
+    if not reference.strip():
+        raise ConfigurationError("an empty name is given, which means no run; give an id, a folder, or 'latest'.")
     if (Path(reference).expanduser() / "metadata").is_dir():
         return run_at(Path(reference).expanduser())
     everywhere = folders_of(base_output_dir)

@@ -1,0 +1,71 @@
+"""What is given without a value is wrong usage: it never means what a missing option does, nor the folder one is in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from training_lens.cli import cli
+from training_lens.config.compose import compose
+from training_lens.config.keys import known_keys
+from training_lens.config.schema import TrainingConfig
+from training_lens.errors import ConfigurationError, IntegrationError
+from training_lens.integrations.storage import open_storage
+from training_lens.utils.run_lookup import find_run
+
+Call = Callable[..., Any]
+ROOT_COMMAND: Any = typer.main.get_command(cli)
+
+
+def options() -> list[tuple[str, ...]]:
+    """Every option of every command that takes a text."""
+
+    def of(command: Any, path: tuple[str, ...]) -> list[tuple[str, ...]]:
+        if hasattr(command, "commands"):
+            return [found for name, inner in command.commands.items() for found in of(inner, (*path, name))]
+        taken = [p for p in command.params if p.param_type_name == "option" and not p.is_flag]
+        return [(*path, p.opts[0]) for p in taken if p.type_descriptor.annotation in (str, str | None, list[str])]
+
+    return of(ROOT_COMMAND, ())
+
+
+@pytest.mark.parametrize("words", options(), ids=" ".join)
+@pytest.mark.parametrize("empty", ["", " ", "\t"])
+def test_no_option_takes_an_empty_text(call: Call, words: tuple[str, ...], empty: str) -> None:
+    needed = {"export": ("--data-type", "loss"), "tag": ("RUN", "x"), "compare": ("a", "b"), "push": ("RUN",)}
+    needed |= {"show": ("RUN",), "delete": ("RUN",)}
+    of_runs = words[0] in ("experiment", "export", "push")
+    result = call(*words, empty, *(needed.get(words[-2], ()) if of_runs else ()))
+    assert result.exit_code == 2 and f"error: {words[-1]}: given without a value" in result.stderr, result.output
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("words", [("report", ""), ("sync", " "), ("push", ""), ("experiment", "delete", "", "--yes")])
+def test_no_argument_takes_an_empty_text(call: Call, words: tuple[str, ...]) -> None:
+    Path("metadata").mkdir()  # the folder that one is in looks like a run's
+    result = call(*words)
+    assert result.exit_code == 2 and "given without a value" in result.stderr
+    assert Path("metadata").is_dir()
+
+
+@pytest.mark.parametrize("value", ["", "  ", "''", '"  "'])
+def test_no_key_takes_an_empty_text(value: str) -> None:
+    for key in known_keys(TrainingConfig):
+        if key not in ("data.train", "data.validation"):  # of rows, see test_bad_input
+            with pytest.raises(ConfigurationError, match=key):
+                compose(overrides=[f"{key}={value}"])
+
+
+def test_no_place_is_an_empty_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "metadata").mkdir()
+    for name in ("", " "):
+        with pytest.raises(ConfigurationError, match="an empty name"):
+            find_run(name, "outputs")
+    for name in ("", " ", "file://", "local://"):
+        with pytest.raises(IntegrationError, match="an empty name"):
+            open_storage(name)
