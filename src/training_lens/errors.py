@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+SHOWN_PROBLEMS = 50
+
 
 class TrainingLensError(Exception):
     """An expected failure. `exit_code` is what the command returns: 1 the run failed, 2 wrong usage or config."""
@@ -21,12 +23,11 @@ class ConfigurationError(TrainingLensError, ValueError):
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
-        many = len(self.problems) > 1
-        super().__init__(
-            f"{len(self.problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in self.problems)
-            if many
-            else self.problems[0]
-        )
+        count = len(self.problems)
+        lines = [f"  - {problem}" for problem in self.problems[:SHOWN_PROBLEMS]]
+        lines += [f"  - and {count - len(lines):,} more"] if count > len(lines) else []
+        head = f"{count:,} problems in the configuration:"
+        super().__init__("\n".join([head, *lines]) if count > 1 else self.problems[0])
 
 
 class DatasetError(TrainingLensError):

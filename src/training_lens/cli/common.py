@@ -54,6 +54,7 @@ AdapterRun = Annotated[
         "adapter folder, or a place in a mirror.",
     ),
 ]
+LONGEST_LINE = 1200  # characters of an error
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to standard error.")
 ]
@@ -140,17 +141,22 @@ def require_written(output: TextIO) -> None:
         )
 
 
+def _shorten(message: str) -> str:
+    """The message with its lines cut where they quote whole files; after secrets were struck out."""
+    return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in message.split("\n"))
+
+
 def _said(error: BaseException) -> tuple[str, int]:
     """What is printed of an expected error, and the exit code."""
     from training_lens.errors import TrainingLensError
     from training_lens.utils.secrets import redacted
 
     if isinstance(error, TrainingLensError):
-        return f"error: {redacted(str(error))}", error.exit_code
+        return f"error: {_shorten(redacted(str(error)))}", error.exit_code
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename else ""
         advice = "Free some space, or give another output.base_output_dir." if error.errno == errno.ENOSPC else ""
-        return f"error: {place}{error.strerror}. {advice}", 1
+        return f"error: {_shorten(redacted(place))}{error.strerror}. {advice}", 1
     return "interrupted.", 130
 
 

@@ -14,8 +14,10 @@ from training_lens.config.coming_from import translate
 from training_lens.config.keys import describe_unknown, known_keys
 from training_lens.config.origins import set_aside
 from training_lens.config.schema import TrainingConfig
+from training_lens.config.yaml_limits import check_references, check_yaml
 from training_lens.errors import ConfigurationError
 from training_lens.utils.files import DuplicateKeyError, parse_json
+from training_lens.utils.limits import CONFIG_BYTES, read_bytes
 from training_lens.utils.nested import flat, nest
 
 
@@ -81,12 +83,15 @@ def parse_config_file(file: str, said: str) -> dict[str, Any]:
 
     path = Path(file).expanduser()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path, CONFIG_BYTES).decode("utf-8-sig")
         raw: Any
         if path.suffix == ".json":
             raw = parse_json(text)
         else:
-            raw = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+            check_yaml(text)
+            created = OmegaConf.create(text)
+            check_references(OmegaConf.to_container(created))
+            raw = OmegaConf.to_container(created, resolve=True)
     except OSError as error:
         raise ConfigurationError(f"{said}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
@@ -97,6 +102,8 @@ def parse_config_file(file: str, said: str) -> dict[str, Any]:
         raise ConfigurationError(f"{said}: {error}.") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigurationError(f"{said}: no valid YAML: {error}") from error
+    except (ValueError, RecursionError) as error:  # over a limit, or circular
+        raise ConfigurationError(f"{said}: cannot be read ({error}).") from error
     if raw is None:
         return {}
     if not isinstance(raw, dict):

@@ -187,7 +187,7 @@ def _parse_override(raw: str) -> Any:
 
     try:
         return OverridesParser.create().parse_override(f"key={raw}")
-    except HydraException:
+    except (HydraException, ValueError, RecursionError):  # numbers of thousands of digits, brackets without end
         return None
 
 

@@ -11,6 +11,7 @@ from training_lens.config.keys import known_keys, nearest_key
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
 from training_lens.utils.formatting import nearest
+from training_lens.utils.limits import CHOICES
 
 # All else either does not change training, or changes which tokens are judged: losses could not be compared.
 SEARCHED = (
@@ -113,6 +114,8 @@ def _dimension(config: TrainingConfig, key: str, given: Any) -> Dimension:
 
 
 def _choices(config: TrainingConfig, key: str, given: list[Any]) -> Choices:
+    if len(given) > CHOICES:
+        raise ConfigurationError(f"{len(given):,} values, at most {CHOICES:,} can be tried; give a range")
     values: list[Any] = []
     problems: list[str] = []
     for item in given:

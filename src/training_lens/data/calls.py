@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from training_lens.data.row_keys import CALL, FUNCTION, KeyCheck
 from training_lens.data.types import Row
 from training_lens.data.values import json_of, kind_of, value_at
 from training_lens.errors import DatasetError
+from training_lens.utils.limits import load_bounded_json
 
 Call = dict[str, Any]
 Tool = Mapping[str, Any]
@@ -113,7 +113,7 @@ def find_calls(value: Any, tools: Sequence[Tool]) -> list[Mapping[str, Any]] | N
         if not value.lstrip().startswith(("[", "{")):
             return None
         try:
-            value = json.loads(value)
+            value = load_bounded_json(value)
         except ValueError:
             return None
     items = value if isinstance(value, list) else [value]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from training_lens.data.row_keys import ALIASES
 from training_lens.data.source_file import SourceFile
 from training_lens.data.types import Row
 from training_lens.errors import DatasetError
+from training_lens.utils.limits import KEYS, ROW_BYTES
 
 DELIMITERS = (",", ";", "\t", "|")
 NAMES = {character: name for name, character in CSV_CHARACTERS.items() if name.isalpha()}
@@ -55,16 +55,24 @@ def csv_rows(source: SourceFile, file: IO[bytes], usual: str) -> Iterator[Row]:
         DatasetError: an encoding or a delimiter that cannot be told, or a row that cannot be read and nobody to pass
             it over.
     """
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(ROW_BYTES)
     text = io.TextIOWrapper(file, encoding=find_encoding(source, file), newline="")
     try:
         dialect, start = _find_dialect(source, text, usual)
         text.seek(0)
         if start:
             text.readline()  # the sep= line, which a spreadsheet does not show
-        yield from _rows_of_table(source, dialect.read(text))
+        yield from _rows_of_table(source, dialect.read(_lines(source, text)))
     finally:
         text.detach()
+
+
+def _lines(source: SourceFile, text: IO[str]) -> Iterator[str]:
+    """The lines of the table, none of which is read whole where it is too long."""
+    while line := text.readline(ROW_BYTES):
+        if len(line) == ROW_BYTES and not line.endswith("\n"):
+            raise DatasetError(f"{source.path}: has a line of over {ROW_BYTES:,} characters. Is it a table?")
+        yield line
 
 
 def _find_dialect(source: SourceFile, text: IO[str], usual: str) -> tuple[Dialect, int]:
@@ -219,6 +227,8 @@ def _refuse_broken(source: SourceFile, number: int, lines: int, error: csv.Error
 
 def _columns(source: SourceFile, names: list[str]) -> list[str | None]:
     """The columns' names; None for a column that is set aside, as it has none."""
+    if len(names) > KEYS:
+        raise DatasetError(f"{source.path}: its first row names {len(names):,} columns; {KEYS:,} can be read.")
     repeated = next((name for name, count in Counter(names).items() if count > 1 and name.strip()), None)
     if repeated is not None:
         raise DatasetError(

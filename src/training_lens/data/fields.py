@@ -19,7 +19,8 @@ from training_lens.data.row_keys import (
 )
 from training_lens.data.types import Row
 from training_lens.errors import DatasetError
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import list_names, nearest
+from training_lens.utils.limits import KEYS
 
 DOMAIN_FIELD = "domain"
 DESCRIBED = {"messages": "chats", "pair": "pairs of prompt and answer", "text": "plain texts"}
@@ -80,6 +81,11 @@ def keys_of(rows: Iterable[Row]) -> dict[str, int]:
         if not row.values.keys() <= keys.keys():
             for key in row.values:
                 keys.setdefault(key, row.number)
+                if len(keys) > KEYS:
+                    raise DatasetError(
+                        f"{row.place}: the rows up to here have over {KEYS:,} different keys. Give them a few keys "
+                        "that all have, with what differs in their values."
+                    )
     return keys
 
 
@@ -128,7 +134,7 @@ def _nothing_found(missing: str, keys: Keys, place: str) -> DatasetError:
     hint = f"Is it '{key}'? Name it: data.fields.{meaning}={key}" if key else f"Name it: data.fields.{missing}=FIELD"
     return DatasetError(
         f"{place}: no {'prompt' if missing == 'instruction' else 'answer'} found among its fields "
-        f"({', '.join(sorted(map(str, keys))) or 'none'}); looked for {', '.join(ALIASES[missing])}. "
+        f"({list_names(keys) or 'none'}); looked for {', '.join(ALIASES[missing])}. "
         f"{hint} (a dot leads into objects: answers.text)."
     )
 
@@ -240,5 +246,5 @@ class _Search:
 def no_such_field(key: str, name: str, keys: Collection[str], place: str) -> DatasetError:
     """The error that the setting `key` names a field that no row of a source has; says the nearest that there is."""
     close = nearest(name, keys)
-    hint = f" Did you mean '{close}'?" if close else f" Its fields: {', '.join(sorted(map(str, keys)))}."
+    hint = f" Did you mean '{close}'?" if close else f" Its fields: {list_names(keys)}."
     return DatasetError(f"{key}: {place} has no field '{name}'.{hint}")

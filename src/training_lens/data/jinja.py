@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.errors import ConfigurationError
+from training_lens.utils.limits import TEMPLATE_BYTES, read_bytes
 
 Span = tuple[int, int]
 CLOCK = "strftime_now"  # the function by which chat templates ask for the date
@@ -87,7 +88,7 @@ def read_template_file(path: str) -> str:
         ConfigurationError: it cannot be read, or is no valid Jinja; names the line.
     """
     try:
-        source = Path(path).expanduser().read_text(encoding="utf-8")
+        source = read_bytes(Path(path).expanduser(), TEMPLATE_BYTES).decode("utf-8")
     except OSError as error:
         raise ConfigurationError(f"data.template: '{path}' cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:

@@ -11,10 +11,12 @@ from training_lens.data.row_keys import ALIASES
 from training_lens.data.source_file import SourceFile
 from training_lens.data.types import Row
 from training_lens.errors import DatasetError
+from training_lens.utils.limits import EMPTY_LINES, NESTED, ROW_BYTES, WHOLE_JSON_BYTES, is_too_deep
 
 HEAD_BYTES = 1 << 16  # of the file's beginning tell JSON Lines from one JSON value
 MESSAGES = "messages"  # the key of a row that is nothing but its list of messages
 MESSAGE_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+TOO_LONG = f"has over {ROW_BYTES:,} bytes. Cut it, or take it out: no model reads so long a row."
 SAVE_AS_UTF8 = "Save the file as UTF-8, such as with: iconv -f CP1252 -t UTF-8 OLD > NEW."
 _SPACE = re.compile(r"\s*")
 
@@ -34,7 +36,13 @@ def json_rows(source: SourceFile, file: IO[bytes], is_named_lines: bool) -> Iter
         if not is_named_lines:
             source.say("holds a JSON value on each line (JSON Lines), whatever its name says; read line by line")
         return _rows_of_lines(source, file)
-    return _rows_of_values(source, _decode(source, file.read()), is_named_lines)
+    content = file.read(WHOLE_JSON_BYTES + 1)
+    if len(content) > WHOLE_JSON_BYTES:
+        raise DatasetError(
+            f"{source.path}: has over {WHOLE_JSON_BYTES:,} bytes of JSON that is not one value a line, which would all "
+            "be in memory. Write JSON Lines, such as with: jq -c '.[]' OLD > NEW.jsonl."
+        )
+    return _rows_of_values(source, _decode(source, content), is_named_lines)
 
 
 def has_json_lines(file: IO[bytes], is_named_lines: bool) -> bool:
@@ -52,8 +60,9 @@ def has_json_lines(file: IO[bytes], is_named_lines: bool) -> bool:
 def _first_lines(file: IO[bytes]) -> tuple[list[bytes], bool]:
     """At least two lines that hold something, where there are so many; and whether more may follow."""
     lines: list[bytes] = []
-    size, line = 0, b""
-    while (size < HEAD_BYTES or len(lines) < 2) and (line := file.readline()):
+    size, reads, line = 0, 0, b""
+    while (size < HEAD_BYTES or len(lines) < 2) and reads < EMPTY_LINES and (line := file.readline(ROW_BYTES)):
+        reads += 1
         lines += [line.removeprefix(b"\xef\xbb\xbf")] if line.strip() else []
         size += len(line)
     file.seek(0)
@@ -121,15 +130,30 @@ class _Decoder:
 
 def _rows_of_lines(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:
     decoder = _Decoder()
-    for number, raw in enumerate(file, 1):
-        if not raw.strip():
-            continue
+    for number, raw in _filled_lines(source, file):
         try:
             value = decoder.decode(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:
             source.refuse_row(number, _problem_of_line(error), kind=_kind_of_line(error), unit="line")
             continue
         yield from _row(source, number, value, decoder)
+
+
+def _filled_lines(source: SourceFile, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines that hold something, with their numbers; one that is too long is refused, and never whole in memory."""
+    number, empty = 0, 0
+    while line := file.readline(ROW_BYTES):
+        number += 1
+        is_long = len(line) == ROW_BYTES and not line.endswith(b"\n")
+        while is_long and (more := file.readline(ROW_BYTES)) and not more.endswith(b"\n"):
+            pass
+        if is_long:
+            source.refuse_row(number, TOO_LONG, kind="is too long", unit="line")
+        elif line.strip():
+            empty = 0
+            yield number, line
+        elif (empty := empty + 1) > EMPTY_LINES:
+            raise DatasetError(f"{source.path}, line {number}: over {EMPTY_LINES:,} empty lines. Take them out.")
 
 
 def _problem_of_line(error: Exception) -> str:
@@ -150,8 +174,9 @@ def _kind_of_line(error: Exception) -> str:
 
 def _row(source: SourceFile, number: int, value: Any, decoder: _Decoder) -> Iterator[Row]:
     """The value as a row: an object with fields, or a list of messages."""
-    repeated = decoder.repeated_key(value)
-    if repeated is not None:
+    if is_too_deep(value):
+        source.refuse_row(number, f"{NESTED}. Take it out, or write what is inside as text.", kind="is nested too deep")
+    elif (repeated := decoder.repeated_key(value)) is not None:
         source.refuse_row(number, f"the key '{repeated}' stands there twice. Keep one.")
     elif isinstance(value, dict):
         yield source.row(number, value)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from training_lens.errors import DatasetError
+from training_lens.utils.limits import BAD_ROWS
 
 # No source makes a report grow without end, whatever it invents in each row.
 MOST_KEYS = 200
@@ -65,6 +66,8 @@ class DataNotes:
         kinds = self._bad.setdefault(source, {})
         kind = kind if kind in kinds or len(kinds) < MOST_KINDS else MORE_KINDS
         kinds.setdefault(kind, BadRows(message)).rows.append(row_number)
+        if len(kinds[kind].rows) > BAD_ROWS:
+            raise DatasetError(f"{message} So it is with over {BAD_ROWS:,} rows of {source}.")
 
     @property
     def remarks(self) -> dict[str, dict[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import shutil
 import tempfile
 import zlib
@@ -17,6 +18,7 @@ from training_lens.data.source_file import SourceFile
 from training_lens.data.types import Row
 from training_lens.errors import DatasetError
 from training_lens.utils.arrow_rows import arrow_rows
+from training_lens.utils.limits import MB, UnpackedFile, open_file
 
 GZIP = ".gz"
 FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -78,7 +80,8 @@ def file_rows(source: SourceFile) -> Iterator[Row]:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == GZIP else path.open("rb")  # type: ignore[return-value]
+    file = open_file(path)
+    return io.BufferedReader(UnpackedFile(file), MB) if path.suffix.lower() == GZIP else file
 
 
 def _rows(source: SourceFile, file: IO[bytes], kind: str) -> Iterator[Row]:
@@ -117,10 +120,15 @@ def _parquet_rows(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:
     is_packed = source.path.suffix.lower() == GZIP
     with tempfile.TemporaryFile() as unpacked:  # Parquet is read from its end: what is gzipped is unpacked first
         if is_packed:
-            shutil.copyfileobj(file, unpacked)
+            shutil.copyfileobj(file, unpacked, MB)
         try:
             table = pq.ParquetFile(unpacked if is_packed else source.path)
             for number, values in enumerate(arrow_rows(table.iter_batches(batch_size=1000)), 1):
                 yield source.row(number, values)
         except (pa.ArrowException, KeyError) as error:  # a map that has a key twice
             raise DatasetError(f"{source.path}: broken Parquet ({error}). Write or copy it again.") from error
+        except (ValueError, OverflowError) as error:  # dates before year 1, text that is no UTF-8
+            raise DatasetError(
+                f"{source.path}: holds a value that cannot be read ({error}). Write the file again without it, or that "
+                "column as text."
+            ) from error

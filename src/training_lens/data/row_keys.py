@@ -182,7 +182,9 @@ def is_near(found: str, name: str) -> bool:
     """Whether `found` is `name` with one slip of the keyboard (two in names of eight letters), or in other case."""
     found, name = plain_name(found), plain_name(name)
     slips = 0 if len(name) < 4 else 1 if len(name) < 8 else 2
-    return abs(len(found) - len(name)) <= slips and _edits(found, name) <= slips
+    if abs(len(found) - len(name)) > slips or len(set(found) ^ set(name)) > 2 * slips:  # a slip changes two letters
+        return False
+    return _edits(found, name) <= slips
 
 
 def plain_name(key: object) -> str:

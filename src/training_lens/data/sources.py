@@ -127,6 +127,8 @@ def _missing(spec: str, path: Path) -> str:
     if not path.parent.is_dir():
         hub = f" For a data set of a hub: {HUB}{spec}." if _HUB_SPEC.fullmatch(spec) else ""
         return f"'{spec}' is not there: no folder '{path.parent}'. Relative paths start at {Path.cwd()}.{hub}"
+    if path.exists():
+        return f"'{spec}' is a device or pipe, and data is read more than once. Write it to a file."
     close = nearest(path.name, [p.name for p in path.parent.iterdir()])
     hint = f" Did you mean '{path.parent / close}'?" if close else ""
     return f"'{spec}' is not there.{hint}"

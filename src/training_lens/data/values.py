@@ -15,6 +15,8 @@ from typing import Any
 
 from training_lens.data.types import Row
 from training_lens.errors import DatasetError
+from training_lens.utils.formatting import list_names
+from training_lens.utils.limits import load_bounded_json
 
 NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd3]")
 
@@ -22,8 +24,8 @@ NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd3]")
 def json_of(place: str, text: Any, expected: str) -> Any:
     """The value that `text` writes in JSON; `expected` says for messages what it should be."""
     try:
-        return json.loads(text)
-    except (TypeError, json.JSONDecodeError) as error:
+        return load_bounded_json(text)
+    except (TypeError, ValueError) as error:
         raise DatasetError(f"{place}: expected {expected}, found {str(text)[:60]!r} ({error}).") from error
 
 
@@ -60,7 +62,7 @@ def text_of(row: Row, key: str) -> str:
 def no_text(row: Row, key: str, value: Any) -> DatasetError:
     """The error that the value under a key of a row is no text, or that the key is missing."""
     if key.split(".")[0] not in row.values:
-        there = ", ".join(sorted(map(str, row.values))) or "none"
+        there = list_names(row.values) or "none"
         return DatasetError(f"{row.place}: has no field '{key}' (its fields: {there}). Add it, or remove the row.")
     return DatasetError(f"{row.place}: '{key}' is {kind_of(value)}, expected text. Fix it, or remove the row.")
 

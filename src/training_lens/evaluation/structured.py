@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from decimal import Decimal
 from typing import Any, NoReturn
+
+from training_lens.utils.limits import load_bounded_json
 
 
 def json_valid(prediction: str, reference: str) -> float | None:
@@ -51,8 +52,8 @@ _NO_JSON = object()
 def _parsed(text: str) -> Any:
     """The value, numbers as Decimal; _NO_JSON where there is none, or one nested beyond what Python can read."""
     try:
-        return json.loads(text.strip(), parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse)
-    except (ValueError, ArithmeticError, RecursionError):  # ArithmeticError: an exponent beyond Decimal's
+        return load_bounded_json(text.strip(), parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse)
+    except (ValueError, ArithmeticError):  # ArithmeticError: an exponent beyond Decimal's
         return _NO_JSON
 
 

@@ -20,6 +20,7 @@ from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.inference.generator import GeneratedAnswer
 from training_lens.inference.row_ids import find_id_keys, read_ids
 from training_lens.inference.session import Session, text_field
+from training_lens.utils.limits import load_bounded_json
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -77,7 +78,7 @@ class Question:
 def read_answer_line(line: bytes) -> dict[str, Any] | None:
     """The values of a line of the output; None where it is no JSON object."""
     try:
-        value = json.loads(line)
+        value = load_bounded_json(line)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from training_lens.utils.limits import NESTED, NESTING, TooMuchError
+
 Clean = Callable[[Any], Any]
 
 
@@ -24,11 +26,21 @@ def arrow_rows(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
     cleaners: dict[str, Clean] | None = None
     for batch in batches:
         if cleaners is None:
+            _check_nesting(batch.schema)
             cleaners = {field.name: clean for field in batch.schema if (clean := _cleaner(field.type)) is not None}
         for values in batch.to_pylist(maps_as_pydicts="strict"):
             for name, clean in cleaners.items():
                 values[name] = clean(values[name])
             yield values
+
+
+def _check_nesting(schema: Any) -> None:
+    """Refuse types nested so deep that no recursive function gets through, such as those of pyarrow's own values."""
+    level = [field.type for field in schema]
+    for _ in range(NESTING + 1):
+        level = [kind.field(i).type for kind in level for i in range(kind.num_fields)]
+    if level:
+        raise TooMuchError(NESTED)
 
 
 def _cleaner(kind: Any) -> Clean | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from training_lens.errors import ConfigurationError, OutputError
+from training_lens.utils.limits import RECORD_BYTES, load_bounded_json, read_bytes
 from training_lens.utils.logging import get_logger
 from training_lens.utils.secrets import STRUCK, redact_values, redacted
 
@@ -99,14 +100,15 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
+        OSError: it cannot be read, is no file, or has more bytes than any of ours.
         ValueError: it is no JSON, or a key stands twice in one object: the first value would be lost in silence.
     """
-    return parse_json(path.read_text(encoding="utf-8"))
+    return parse_json(read_bytes(path, RECORD_BYTES).decode("utf-8"))
 
 
 def parse_json(text: str) -> Any:
     """As `read_json`, of a text."""
-    return json.loads(text, object_pairs_hook=_unique_pairs)
+    return load_bounded_json(text, object_pairs_hook=_unique_pairs)
 
 
 class DuplicateKeyError(ValueError):

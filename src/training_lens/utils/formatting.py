@@ -58,6 +58,13 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
     return "".join(BLOCKS[round((mean - low) / span * (len(BLOCKS) - 1)) if span else 0] for mean in means)
 
 
+def list_names(names: Iterable[object], most: int = 40) -> str:
+    """Names in order, as many as a reader looks through: 'a, b, c and 9,960 more'."""
+    ordered = sorted(map(str, names))
+    more = f" and {len(ordered) - most:,} more" if len(ordered) > most else ""
+    return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in ordered[:most]) + more
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` most likely meant, or None where nothing is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -42,15 +42,17 @@ def nest(values: Mapping[str, Any], place: str = "") -> tuple[dict[str, Any], li
         ({'peft': {'r': 16, 'lora_alpha': 32}}, [])
     """
     nested: dict[str, Any] = {}
+    before: dict[str, Any] = {}
     problems = []
     for key, value in values.items():
         section = put({}, key.split("."), value)
-        before, now = flat(nested), flat(section)
+        now = flat(section)
         problems += [
             f"{place}{name} is given twice, {before[name]!r} and {now[name]!r}; keep one"
             for name in now
             if name in before and before[name] != now[name]
         ]
+        before |= now
         nested = merged(nested, section)
     return nested, problems
 

@@ -1,0 +1,121 @@
+"""How much work an input may cause, in one table, and what holds it to that. Far above what real ones have."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import io
+import json
+import os
+import stat
+from pathlib import Path
+from typing import IO, Any
+
+MB = 1 << 20
+ROW_BYTES = 16 * MB  # a row, a line, a cell: some millions of tokens; read whole, and copied several times
+WHOLE_JSON_BYTES = 512 * MB  # a JSON file that is not one value a line: all of it is in memory, several times its size
+RECORD_BYTES = 256 * MB  # a JSON file of a run, an adapter, a model or a mirror: read whole
+CONFIG_BYTES = MB // 2  # a config file: a second of parsing
+CONFIG_NODES = 50_000  # values of a YAML file once its aliases are followed
+TEMPLATE_BYTES = MB  # a chat template: the longest of well-known models has 20 kB
+UNPACKED_BYTES, UNPACKED_RATIO = 64 * MB, 50  # gzip: so much always, and so many times the file's size; text: 3 to 20
+KEYS = 100_000  # different keys, or columns, of one source: each is looked at, and told of
+NESTING = 100  # lists and objects in each other: a recursive function goes through each level
+EMPTY_LINES = 1_000_000  # one after the other
+BAD_ROWS = 100_000  # of a source, for each is remembered with its reason
+CHOICES = 1_000  # values of a key in a sweep
+
+
+class TooMuchError(ValueError):
+    """A value that is over a limit; says which, without a place."""
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file to read it.
+
+    Raises:
+        OSError: also of devices and pipes, which may have no end, or be read once alone.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for who writes it
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is a folder, device or pipe, expected a file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a file of at most so many bytes.
+
+    Raises:
+        OSError: also of a longer one, and as `open_file`.
+    """
+    with open_file(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"has over {most:,} bytes, expected fewer", str(path))
+    return content
+
+
+def load_bounded_json(text: str | bytes, **options: Any) -> Any:
+    """As `json.loads`.
+
+    Raises:
+        ValueError: also where lists and objects are nested too deep, and for numbers of thousands of digits.
+    """
+    try:
+        value = json.loads(text, **options)
+    except RecursionError:
+        raise TooMuchError(NESTED) from None
+    if is_too_deep(value):
+        raise TooMuchError(NESTED)
+    return value
+
+
+NESTED_KINDS = (dict, list)
+NESTED = f"lists and objects are nested over {NESTING} deep"
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether lists and objects in a value are nested too deep, told level by level."""
+    level: list[Any] = [value] if isinstance(value, NESTED_KINDS) else []
+    depth = 0
+    while level and depth < NESTING:
+        items = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
+        level, depth = [item for item in items if isinstance(item, NESTED_KINDS)], depth + 1
+    return bool(level)
+
+
+class UnpackedFile(io.RawIOBase):
+    """What a gzip file unpacks to, as far as that is in proportion to its size.
+
+    Args:
+        packed: the open file, which is closed with this one.
+    """
+
+    def __init__(self, packed: IO[bytes]) -> None:
+        self._packed, self._unpacked = packed, gzip.GzipFile(fileobj=packed)
+        self._most = max(UNPACKED_BYTES, UNPACKED_RATIO * os.fstat(packed.fileno()).st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        content = self._unpacked.read(len(buffer))
+        if self._unpacked.tell() > self._most:
+            raise OSError(errno.EFBIG, f"unpacks to over {self._most:,} bytes, {UNPACKED_RATIO} times its size")
+        buffer[: len(content)] = content
+        return len(content)
+
+    def seek(self, position: int, whence: int = 0, /) -> int:
+        return self._unpacked.seek(position, whence)
+
+    def tell(self) -> int:
+        return self._unpacked.tell()
+
+    def close(self) -> None:
+        self._unpacked.close()
+        self._packed.close()
+        super().close()
