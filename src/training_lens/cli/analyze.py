@@ -109,7 +109,7 @@ def _show(screen: Screen, analysis: Analysis) -> None:
     for line in three_lines(analysis):
         console.print(Text(f"  {line}"))
     _show_layers(screen, analysis.results.get("weights", {}))
-    console.print("\n[bold]findings[/]")
+    console.print("\nfindings", style="bold")
     for finding in analysis.findings:
         _show_finding(screen, finding)
 

@@ -102,12 +102,11 @@ def command(as_json: bool = False, debug: bool = False, *, has_log: bool = False
     Args:
         has_log: what it tells is in its own files, too: a screen that cannot be written is no failure.
     """
-    from rich.console import Console
-
     from training_lens.errors import TrainingLensError
+    from training_lens.utils.consoles import plain_console
     from training_lens.utils.logging import setup_logging
 
-    console = Console(stderr=as_json, highlight=False, emoji=False)
+    console = plain_console(stderr=as_json)
     setup_logging(console)
     output = sys.stdout
     aside = redirect_stdout(sys.stderr) if as_json else nullcontext()  # what a library prints is no JSON
@@ -120,7 +119,7 @@ def command(as_json: bool = False, debug: bool = False, *, has_log: bool = False
         if debug or (isinstance(error, OSError) and error.errno in (None, errno.EPIPE)):
             raise
         said, code = _said(error)
-        Console(stderr=True, highlight=False, emoji=False).print(said, style="red", markup=False, soft_wrap=True)
+        plain_console(stderr=True).print(said, style="red", soft_wrap=True)
         sys.exit(code)
 
 

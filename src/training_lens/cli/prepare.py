@@ -126,7 +126,7 @@ def _show_sources(screen: Screen, manifest: dict[str, Any]) -> None:
 def _show_findings(screen: Screen, manifest: dict[str, Any]) -> None:
     """Each kind of finding that there is, with a few rows."""
     show = screen.console.print
-    show("\n[bold]what was found[/]")
+    show("\nwhat was found", style="bold")
     for kind, meaning in FINDINGS.items():
         count, listed = manifest[kind]["rows"], manifest[kind]["listed"]
         if not count:
@@ -173,10 +173,12 @@ def _show_splits(screen: Screen, prepared: Prepared) -> None:
 
 
 def _show_lengths(screen: Screen, prepared: Prepared) -> None:
+    from rich.text import Text
+
     from training_lens.data.statistics import histogram, length_statistics
 
     lengths = length_statistics(prepared.token_lengths)
     shares = ", ".join(f"{float(share):.0%} up to {value:,}" for share, value in lengths.quantiles.items())
-    screen.console.print("\n[bold]tokens of an example[/]", f"mean {lengths.mean:.1f}, {shares}", sep=": ")
+    screen.console.print(Text.assemble(("\ntokens of an example", "bold"), f": mean {lengths.mean:.1f}, {shares}"))
     for line in histogram(prepared.token_lengths):
         screen.console.print(line, markup=False, soft_wrap=True)

@@ -54,6 +54,8 @@ def push(
     Examples: training-lens push latest me/my-adapter --dry-run; training-lens push RUN me/my-adapter --checkpoints
     """
     with command(json, debug) as screen:
+        from rich.text import Text
+
         from training_lens.errors import ConfigurationError
 
         named, given = (None, [repo, *(overrides or [])]) if repo and "=" in repo else (repo, overrides or [])
@@ -71,7 +73,7 @@ def push(
             _show(screen, plan, hub.repo)
             screen.result({**_values(plan, hub.repo), "sent": False, "url": ""})
         else:
-            with screen.console.status(f"sending to {hub.repo}"):
+            with screen.console.status(Text(f"sending to {hub.repo}")):
                 pushed = hub.push()
             done = f"sent in {pushed.url}" if pushed.url else f"{hub.repo} has all of it already"
             screen.console.print(done, markup=False, soft_wrap=True)

@@ -113,13 +113,13 @@ def _judge(summary: TrainingSummary) -> Verdict:
 
 
 def _show(screen: Screen, summary: TrainingSummary, judged: Verdict) -> None:
+    from rich.text import Text
+
     from training_lens.utils.formatting import format_seconds, format_size
 
     show = screen.console.print
-    show(
-        f"\n[bold]finished[/] after {summary.steps} steps "
-        f"({summary.epochs:.3g} epochs, {format_seconds(summary.seconds)})"
-    )
+    rest = f" after {summary.steps} steps ({summary.epochs:.3g} epochs, {format_seconds(summary.seconds)})"
+    show(Text.assemble(("\nfinished", "bold"), rest))
     show(f"  training loss    {summary.train_loss:.4f} nats per supervised token")
     if summary.validation_loss is not None:
         show(f"  validation loss  {summary.validation_loss:.4f} at step {summary.adapter_step}")

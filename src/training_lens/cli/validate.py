@@ -54,7 +54,7 @@ def _as_json(plan: RunPlan, estimate: Estimate | None) -> dict[str, Any]:
 def _show_config(screen: Screen, plan: RunPlan) -> None:
     import yaml
 
-    screen.console.print("\n[bold]the run's config[/]")
+    screen.console.print("\nthe run's config", style="bold")
     text = yaml.safe_dump(plan.config.model_dump(), sort_keys=False).rstrip()
     screen.console.print(text, markup=False, soft_wrap=True)
 
@@ -68,8 +68,8 @@ def _show_examples(screen: Screen, plan: RunPlan) -> None:
 
     rows = np.unique(np.linspace(0, len(plan.train) - 1, EXAMPLES).astype(int))
     marks = ("", "") if screen.console.is_terminal else ("«", "»")  # where there are no colours
-    legend = f"[green underline]{marks[0]}learned{marks[1]}[/], [dim]read[/]"
-    screen.console.print(f"\n[bold]{len(rows)} of the training examples[/]: {legend}")
+    legend = ((f"{marks[0]}learned{marks[1]}", "green underline"), ", ", ("read", "dim"))
+    screen.console.print(Text.assemble((f"\n{len(rows)} of the training examples", "bold"), ": ", *legend))
     for row in rows:
         example = plan.train[int(row)]
         learned = int(example.loss_mask[1:].sum())
@@ -111,12 +111,14 @@ def _show_sources(screen: Screen, name: str, report: SplitReport) -> None:
 
 
 def _show_numbers(screen: Screen, plan: RunPlan) -> None:
-    screen.console.print("\n[bold]what it would train on[/]")
+    screen.console.print("\nwhat it would train on", style="bold")
     for name, value in (plan.numbers() | plan.duplicates).items():
         screen.console.print(f"  {name.replace('_', ' '):30} {value:>12,}")
 
 
 def _show_estimate(screen: Screen, estimate: Estimate | None) -> None:
+    from rich.text import Text
+
     from training_lens.utils.formatting import format_seconds, format_size
 
     if estimate is None:
@@ -124,7 +126,7 @@ def _show_estimate(screen: Screen, estimate: Estimate | None) -> None:
     how = f"measured on {estimate.measured_steps} of its steps"
     if estimate.layers:
         how += f" with {' and '.join(map(str, estimate.layers))} layers and random weights, extrapolated to all"
-    screen.console.print(f"\n[bold]estimate[/] ({how})")
+    screen.console.print(Text.assemble(("\nestimate", "bold"), f" ({how})"))
     screen.console.print(f"  training       {format_seconds(estimate.seconds)}")
     screen.console.print(f"  validations    {format_seconds(estimate.validation_seconds)}")
     screen.console.print(f"  peak memory    {format_size(estimate.peak_bytes)}")

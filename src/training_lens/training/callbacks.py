@@ -169,16 +169,16 @@ def progress_columns(width: int = WIDE) -> tuple[ProgressColumn, ...]:
     """
     is_wide, is_narrow = width >= WIDE, width < NARROW
     bar = () if is_narrow else (BarColumn(40 if is_wide else 10),)
-    speed = () if is_narrow else (TextColumn("{task.fields[speed]}"),)
+    speed = () if is_narrow else (TextColumn("{task.fields[speed]}", markup=False),)
     elapsed = (TimeElapsedColumn(),) if is_wide else ()
     return (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         *bar,
         MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         *speed,
         *elapsed,
-        TextColumn("ETA"),
+        TextColumn("ETA", markup=False),
         TimeRemainingColumn(),
     )
 

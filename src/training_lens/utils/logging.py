@@ -15,6 +15,7 @@ from types import TracebackType
 
 from rich.console import Console
 
+from training_lens.utils.consoles import plain_console
 from training_lens.utils.secrets import redacted
 
 ROOT = "training_lens"
@@ -80,7 +81,7 @@ def setup_logging(console: Console | None = None, level: int = logging.INFO) -> 
     logger = logging.getLogger(ROOT)
     for old in _screen_handlers():
         logger.removeHandler(old)
-    handler = ScreenHandler(console or Console(stderr=True, highlight=False, emoji=False))
+    handler = ScreenHandler(console or plain_console(stderr=True))
     handler.setFormatter(_WithoutSecrets("%(message)s"))
     handler.setLevel(level)
     logger.addHandler(handler)

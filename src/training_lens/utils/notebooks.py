@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, TaskID
 
+from training_lens.utils.consoles import plain_console
+
 WIDTH = 100  # characters of a line
 EVERY = 0.25  # seconds between two updates
 PAGE = '<pre style="line-height: 1.4">{code}</pre>'
@@ -16,7 +18,7 @@ PAGE = '<pre style="line-height: 1.4">{code}</pre>'
 
 def notebook_console() -> Console | None:
     """A console that writes below the cell that is running; None outside of notebooks."""
-    console = Console()
+    console = plain_console()
     return console if console.is_jupyter else None
 
 
@@ -61,7 +63,7 @@ class NotebookBars(Progress):
     def _draw(self) -> None:
         from IPython.display import display
 
-        page = Console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False, color_system=None)
+        page = plain_console(file=io.StringIO(), width=WIDTH, record=True, force_jupyter=False, color_system=None)
         page.print(self.get_renderable())
         html = page.export_html(inline_styles=True, code_format=PAGE, clear=False)
         shown = {"text/plain": page.export_text().rstrip(), "text/html": html}

@@ -47,11 +47,11 @@ class Progress:
     def task(self, title: str, total: float, unit: str = "") -> Iterator[Callable[[float], None]]:
         """A bar while the block runs; call what it gives with the amount done since."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("ETA"),
+            TextColumn("ETA", markup=False),
             TimeRemainingColumn(),
         )
         drawn = bars(self._console, *columns, transient=True, after=SHORT)
