@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
 import pytest
 
 from training_lens.utils.journals import Journal, JournalReader, Position
+from training_lens.utils.runs import read_metrics
 
 
 def write(path: Path, steps: list[int], after: int = 0) -> None:
@@ -85,3 +87,20 @@ def test_a_full_disk_is_raised_where_it_is_written_and_not_again_at_the_end(tmp_
     with pytest.raises(OSError, match="No space left"):
         journal.write({"step": 1})
     journal.close()
+
+
+def test_no_flipped_bit_of_a_line_is_ever_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.open(after=0)
+    for step in range(1, 4):
+        journal.write({"step": step, "loss": 1.5 * step, "nan": math.nan, "name": "é"})
+    journal.close()
+    whole = journal.path.read_bytes()
+    lines = read_metrics(journal.path)
+    assert [line["step"] for line in lines] == [1, 2, 3] and "crc" not in lines[0]
+    for bit in range(0, 8 * len(whole), 3):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        journal.path.write_bytes(content)
+        for found in (read_metrics(journal.path), [dict(e.values) for e in JournalReader(journal.path).read(9)]):
+            assert {line["step"]: line["loss"] for line in found}.items() <= {1: 1.5, 2: 3.0, 3: 4.5}.items()

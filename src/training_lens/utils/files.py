@@ -73,11 +73,6 @@ def strike_out(text: str, path: Path) -> str:
     return clean
 
 
-def dump_json(value: Any, path: Path) -> str:
-    """`value` as a line of JSON in the file `path`: in ASCII and without secrets."""
-    return json.dumps(strike_out_of_values(value, path))
-
-
 def strike_out_of_values(value: Any, path: Path) -> Any:
     """As `strike_out`, of the texts in plain values."""
     text = json.dumps(value)

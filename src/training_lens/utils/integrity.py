@@ -1,8 +1,9 @@
 """Hashes of files: recorded by whoever writes them, compared by whoever reads them.
 
-Three ways, by what a file allows: a JSON object holds its own (`write_sealed`); a binary file whose format has room for
-metadata holds its own, too (`seal`); of all others a run keeps the sha256 in metadata/hashes.json (`record_hashes`), a
-checkpoint in its manifest. Files of earlier versions have none, and are read as they are.
+By what a file allows: a JSON object holds its own (`write_sealed`), and so does each line of a journal (`seal_line`); a
+binary file whose format has room for metadata holds its own, too (`seal`); of all others a run keeps the sha256 in
+metadata/hashes.json (`record_hashes`), a checkpoint in its manifest. Files of earlier versions have none, and are read
+as they are.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 CHECKSUM = "checksum"  # the key of a JSON object that holds the sha256 of all else in it
+LINE_CHECKSUM = "crc"  # the key of a line of a journal that holds the CRC-32 of all else in it
 RECORDS = ("metadata/hashes.json", "manifest.json")  # of a run and of a checkpoint: the sha256 of files under `files`
 SEAL = b"training-lens-sha256:"  # in a binary file, before its sha256, which is taken with zeros in its own place
 UNSEALED = SEAL.decode() + 64 * "0"
@@ -69,6 +72,27 @@ def unsealed(values: dict[str, Any], path: Path, *, required: bool = False) -> d
 def _hash_values(values: Mapping[str, Any]) -> str:
     plain = json.loads(json.dumps(values))  # as it is read back: tuples are lists, keys are texts
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def seal_line(values: Mapping[str, Any]) -> str:
+    """The values as a line of JSON that holds its own checksum."""
+    return json.dumps({**values, LINE_CHECKSUM: _checksum_of_line(values)})
+
+
+def read_line(line: str | bytes) -> dict[str, Any] | None:
+    """The values of a line of JSON, without their checksum; None of one that was cut short or damaged."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    checksum = values.pop(LINE_CHECKSUM, None)
+    return values if checksum in (None, _checksum_of_line(values)) else None
+
+
+def _checksum_of_line(values: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(values).encode()):08x}"
 
 
 def safe_save(tensors: Mapping[str, torch.Tensor], path: Path | str, metadata: dict[str, str] | None = None) -> None:

@@ -5,7 +5,6 @@ A journal is also the queue of everything that leaves the run: who sends its lin
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from training_lens.utils.files import dump_json, write_text
+from training_lens.utils.files import strike_out_of_values, write_text
+from training_lens.utils.integrity import read_line, seal_line
 
 
 class Position(NamedTuple):
@@ -65,7 +65,8 @@ class Journal:
         The line also gets `time`, in seconds since the epoch: who reads it later knows when it was.
         """
         assert self._file is not None, "open the journal first"
-        self._file.write(dump_json({**values, "time": round(time.time(), 3)}, self.path) + "\n")
+        line = strike_out_of_values({**values, "time": round(time.time(), 3)}, self.path)
+        self._file.write(seal_line(line) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -113,12 +114,9 @@ class JournalReader:
 
 
 def _parsed(line: str | bytes) -> dict[str, Any] | None:
-    """A line's values; None of one that a kill cut short."""
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+    """A line's values; None of one that a kill cut short, or that is damaged."""
+    values = read_line(line)
+    return values if values is not None and isinstance(values.get("step"), int) else None
 
 
 def _is_up_to(line: str, step: int) -> bool:

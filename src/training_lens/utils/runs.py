@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import secrets
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.files import TEMPORARY, files_in, read_json, sweep_temporaries, whole_folder, write_json
-from training_lens.utils.integrity import record_hashes, require_intact, unsealed
+from training_lens.utils.integrity import read_line, record_hashes, require_intact, unsealed
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import is_printed
 
@@ -324,13 +324,18 @@ def run_at(path: Path) -> RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, each with its `step`; a line that is none, as a kill cuts the last, is left out."""
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    """The lines of a metrics.jsonl, each with its `step`. One that is none is left out: a kill cuts the last; of others
+    a warning says so.
+    """
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [values if values and isinstance(values.get("step"), int) else None for values in map(read_line, texts)]
+    if None in lines[:-1]:
+        _say_damaged(path, tuple(number for number, line in enumerate(lines, 1) if line is None))
+    return [line for line in lines if line is not None]
+
+
+@lru_cache(maxsize=64)
+def _say_damaged(path: Path, numbers: tuple[int, ...]) -> None:
+    """Once for each state of a file, however often it is read."""
+    shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+    logger.warning("%s is damaged: what its lines %s tell is left out", path, shown)
