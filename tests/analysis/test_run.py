@@ -222,7 +222,7 @@ def test_runs_validated_on_other_rows_are_not_compared_silently(copied: RunFolde
 
 def test_a_run_whose_metadata_are_broken_is_not_compared(copied: RunFolder, other: RunFolder) -> None:
     (other.metadata / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"other/metadata/config.json is no valid JSON"):
+    with pytest.raises(CheckpointError, match=r"other/metadata/config.json differs from the sha256"):
         Run(copied.root).compare("other")
 
 

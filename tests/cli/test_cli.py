@@ -17,6 +17,7 @@ import pytest
 from click.testing import Result
 
 from training_lens import embedded
+from training_lens.utils.integrity import read_sealed
 
 Call = Callable[..., Result]
 
@@ -93,7 +94,7 @@ def test_compare_prints_scores_samples_and_json(trained: tuple[Path, dict[str, A
     assert report["delta"]["loss"] == pytest.approx(report["adapter"]["loss"] - report["base"]["loss"])
     assert set(report["controls"]) == {"wrong_domain", "no_domain", "shuffled_prompts"}
     assert all(c["scores"]["loss"] > 0 and c["rows"] == 9 for c in report["controls"].values())
-    assert json.loads((folder / summary["run_dir"] / "reports/compare.json").read_text()) == report
+    assert read_sealed(folder / summary["run_dir"] / "reports/compare.json") == report
     assert "wrong domain" in result.stderr and "expected" in result.stderr
 
 

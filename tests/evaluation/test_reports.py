@@ -15,6 +15,7 @@ from training_lens.evaluation.reports import markdown, per_row_csv, write_report
 from training_lens.evaluation.verdict import format_measure
 from training_lens.inference.rows import validation_examples
 from training_lens.inference.session import open_run
+from training_lens.utils.integrity import read_sealed
 from training_lens.utils.runs import RunFolder
 
 
@@ -43,7 +44,7 @@ def test_markdown_tables_have_equally_many_cells_in_every_line(judged: Judgement
 
 def test_all_three_files_are_written(judged: Judgement, tmp_path: Path) -> None:
     report = write_reports(judged, tmp_path, "compare", {"run": "r"})
-    assert json.loads((tmp_path / "compare.json").read_text()) == report
+    assert read_sealed(tmp_path / "compare.json") == json.loads(json.dumps(report))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["compare.csv", "compare.json", "compare.md"]
 
 

@@ -13,7 +13,7 @@ from training_lens.errors import CheckpointError
 from training_lens.evaluation.training_record import TrainingRecord, build_training_record
 from training_lens.evaluation.training_verdict import judge_training
 from training_lens.evaluation.verdict import Verdict
-from training_lens.utils.files import read_json
+from training_lens.utils.integrity import read_sealed
 from training_lens.utils.logging import get_logger
 from training_lens.utils.runs import RunFolder
 
@@ -39,7 +39,7 @@ def _compared(run: RunFolder) -> Verdict | None:
     if not path.is_file():
         return None
     try:
-        report: Mapping[str, Any] = read_json(path)
+        report: Mapping[str, Any] = read_sealed(path)
         steps = run.read_metadata("summary.json").get("steps", 0)
         if "verdict" not in report or report.get("steps", steps) != steps:
             return None  # written before there were verdicts, or before the run was resumed

@@ -87,11 +87,11 @@ def about(judge: Judge) -> dict[str, Any]:
 
 def write_broken(screen: Screen, error: BrokenAdapterError, judge: Judge, folder: Path, name: str) -> None:
     """Keep the verdict on an adapter whose losses are no numbers, so that reports of the run say it as well."""
-    from training_lens.utils.files import write_json
+    from training_lens.utils.integrity import write_sealed
 
     folder.mkdir(parents=True, exist_ok=True)
     report = {**about(judge), "verdict": error.verdict.as_json()}
-    write_json(folder / f"{name}.json", report)
+    write_sealed(folder / f"{name}.json", report)
     screen.result(report)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from training_lens.evaluation.comparison import Comparison, Control, Group, Moved
 from training_lens.evaluation.judging import Judgement
 from training_lens.evaluation.verdict import format_measure
-from training_lens.utils.files import sha256_of, write_json, write_text
+from training_lens.utils.files import sha256_of, write_text
+from training_lens.utils.integrity import write_sealed
 
 Cells = tuple[str, ...]
 
@@ -27,7 +28,7 @@ def write_reports(judgement: Judgement, folder: Path | str, name: str, extra: Ma
     verdict = {"verdict": judgement.verdict.as_json()} if judgement.verdict else {}
     report = {**extra, "files": files, **verdict, **judgement.comparison.as_json()}
     texts = {".md": markdown(judgement), ".csv": per_row_csv(judgement)}
-    write_json(folder / f"{name}.json", report)
+    write_sealed(folder / f"{name}.json", report)
     for ending, text in texts.items():
         write_text(folder / f"{name}{ending}", text)
     return report

@@ -16,8 +16,8 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.evaluation.verdict import format_measure
 from training_lens.integrations.published import SECTIONS, Names, is_folder
 from training_lens.integrations.record import RunRecord
-from training_lens.utils.files import read_json
 from training_lens.utils.formatting import format_count, format_seconds, sparkline
+from training_lens.utils.integrity import read_sealed
 from training_lens.utils.runs import read_metrics
 from training_lens.utils.secrets import redacted
 
@@ -163,7 +163,7 @@ class _Card:
         path = self._run.folder.reports / "compare.json"
         if not path.is_file():
             return None
-        report = read_json(path)
+        report = read_sealed(path)
         if "adapter" not in report:  # its losses were no numbers: there is a verdict alone
             return None
         shown = [m for m in report["adapter"] if m in report["base"] and m in report["delta"]]

@@ -10,6 +10,7 @@ from typing import Any
 
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.files import TEMPORARY, read_json, sweep_temporaries, write_json
+from training_lens.utils.integrity import unsealed
 from training_lens.utils.names import require_contained
 from training_lens.utils.runs import RunFolder
 
@@ -21,10 +22,11 @@ def read_whole(path: Path) -> Any:
     """The content of a JSON file that a run can do without.
 
     Raises:
-        CheckpointError: it is no JSON.
+        CheckpointError: it is no JSON, or not what was written.
     """
     try:
-        return read_json(path)
+        value = read_json(path)
+        return unsealed(value, path) if isinstance(value, dict) else value
     except ValueError as error:
         raise CheckpointError(f"{path} is no valid JSON ({error}). Delete it, or write it again.") from error
 

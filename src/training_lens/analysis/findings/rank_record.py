@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from training_lens.utils.files import read_json, write_json
+from training_lens.errors import DamagedFileError
+from training_lens.utils.integrity import read_sealed, write_sealed
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -68,7 +69,7 @@ class RankCheck:
     def write(self, lens_folder: Path) -> Path:
         """Keep it as `rank_check.json` beside the captures."""
         lens_folder.mkdir(parents=True, exist_ok=True)
-        write_json(lens_folder / FILE, asdict(self))
+        write_sealed(lens_folder / FILE, asdict(self))
         return lens_folder / FILE
 
 
@@ -81,10 +82,10 @@ def read_rank_check(folder: Path) -> RankCheck | None:
     if path is None:
         return None
     try:
-        values = read_json(path)
+        values = read_sealed(path)
         values["at_energy_ranks"] = RankLoss(**values["at_energy_ranks"])
         values["at_fixed_ranks"] = tuple(RankLoss(**at) for at in values["at_fixed_ranks"])
         return RankCheck(**values)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, DamagedFileError, ValueError, TypeError, KeyError) as error:
         logger.warning("%s cannot be read (%s) and is passed over; measure it again with --check-rank", path, error)
         return None
