@@ -15,7 +15,7 @@ from training_lens.integrations.record import RunRecord
 from training_lens.models.saved import require_finite
 from training_lens.utils.checkpoints import MANIFEST
 from training_lens.utils.files import files_in, read_json
-from training_lens.utils.integrity import read_sealed, with_checksum
+from training_lens.utils.integrity import read_sealed, require_intact, with_checksum
 from training_lens.utils.names import check_file_name
 from training_lens.utils.secrets import redacted
 
@@ -83,6 +83,8 @@ def is_folder(name: str) -> bool:
 def adapter_files(run: RunRecord, names: Names) -> list[PushedFile]:
     """The adapter and the tokenizer, at the root of the repository, where PEFT and transformers look for them."""
     folder = run.folder
+    require_intact(folder.adapter)
+    require_intact(folder.tokenizer)
     require_finite(folder.adapter)
     config = PushedFile(ADAPTER_CONFIG, _adapter_config(folder.adapter / ADAPTER_CONFIG, names))
     weights = [PushedFile(file.name, file) for file in sorted(folder.adapter.glob("*.safetensors"))]
