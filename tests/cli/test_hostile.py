@@ -88,7 +88,8 @@ def hostile(own_run: RunFolder, tmp_path: Path, mark: Path) -> RunFolder:
     config["model"] |= {"id": str(model), "trust_remote_code": True}
     config["tracking"]["custom"] = {"planted_tracker.Planted": {}}
     config["evaluation"]["metrics"] = ["planted_tracker"]
-    write_json(run.metadata / "config.json", config)
+    rewrite(run, "config.json", config)
+    run.base_record.unlink()
     shutil.copy(model / "own.py", run.tokenizer / "tokenization_own.py")
     for folder in (run.adapter, *run.checkpoints.glob("step-*")):
         (folder / "adapter_model.bin").write_bytes(pickled(mark))
@@ -109,12 +110,18 @@ class Marking:
         return Path.touch, (self.mark,)
 
 
+def rewrite(run: RunFolder, name: str, values: dict[str, Any]) -> None:
+    """Other metadata, as its author sees to it: no hash speaks against it."""
+    (run.metadata / "hashes.json").unlink(missing_ok=True)
+    write_json(run.metadata / name, values)
+
+
 def pickled(mark: Path) -> bytes:
     return pickle.dumps(Marking(mark))
 
 
 def unfinished(run: RunFolder) -> RunFolder:
-    write_json(run.metadata / "summary.json", run.read_metadata("summary.json") | {"status": "interrupted"})
+    rewrite(run, "summary.json", run.read_metadata("summary.json") | {"status": "interrupted"})
     return run
 
 
@@ -164,6 +171,33 @@ def test_a_run_from_elsewhere_is_not_gone_on_with(call: Call, hostile: RunFolder
     assert not mark.exists() and one.exit_code == 2 and "tracking.custom" in one.stderr
     other = call("train", "--resume", str(hostile.root), "model.trust_remote_code=true", "tracking.custom={a.B: {}}")
     assert not mark.exists() and other.exit_code == 2
+
+
+def test_a_run_from_elsewhere_says_not_where_its_cache_is_written(
+    finished_run: RunFolder, tmp_path: Path, mark: Path
+) -> None:
+    root = tmp_path / "outputs/experiments/default/runs" / finished_run.run_id
+    run = unfinished(RunFolder(Path(shutil.copytree(finished_run.root, root))))
+    config = run.read_metadata("config.json")
+    config["output"]["base_output_dir"] = str(tmp_path / "precious")
+    rewrite(run, "config.json", config)
+    TrainingWrapper.resume(run)
+    assert not (tmp_path / "precious").exists() and (tmp_path / "outputs/cache").is_dir()
+
+
+@pytest.mark.parametrize("name", ["logs/metrics.jsonl", "checkpoints", "metadata/summary.json", "reports", "lens"])
+def test_nothing_is_written_through_a_link_in_a_run(
+    call: Call, own_run: RunFolder, tmp_path: Path, mark: Path, name: str
+) -> None:
+    (tmp_path / "precious").mkdir()
+    target = tmp_path / "precious" / Path(name).name
+    shutil.move(own_run.root / name, target)
+    (own_run.root / name).symlink_to(target)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "precious").rglob("*")}
+    for command in (("train", "--resume"), ("report",), ("compare", "--run"), ("sync",), ("merge", "--run")):
+        result = call(*command, str(own_run.root))
+        assert result.exit_code in (1, 2) and "symbolic link" in result.stderr, (command, result.output)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "precious").rglob("*")} == before
 
 
 def test_a_mirror_from_elsewhere_runs_no_code(call: Call, hostile: RunFolder, mark: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from training_lens.training.trainer import Trainer
 from training_lens.utils.devices import get_device
 from training_lens.utils.files import files_in, require_writable, whole_folder
 from training_lens.utils.formatting import format_count
+from training_lens.utils.housekeeping import in_place
 from training_lens.utils.integrity import record_hashes, write_sealed
 from training_lens.utils.logging import TrainingLogger, get_logger, quiet_libraries
 from training_lens.utils.notebooks import notebook_console
@@ -140,6 +141,8 @@ class TrainingWrapper:
         run.require_free()  # before the data is read; the processes of one run all pass here before one of them locks
         recorded = open_run_config(run, settings or {}, *CODE_KEYS)
         config = recorded.resolved(**select_changes(run, recorded, settings or {}))
+        if in_place(run):  # the cache is beside it, wherever it was trained before
+            config = config.resolved(output={"base_output_dir": str(run.root.absolute().parents[3])})
         check_base(run.base_record, config.model)
         wrapper = cls(config, console=console, callbacks=callbacks, integrations=integrations)
         plan = wrapper._plan(read_global_batch(run))
