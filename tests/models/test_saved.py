@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,9 +208,9 @@ def test_training_goes_on_from_a_runs_loss_and_lowers_it(small_config: Config, t
 
 @pytest.mark.parametrize("harm", ["nan", "inf", "bf16", "alpha", "pattern"])
 def test_an_adapter_that_is_not_finite_is_refused_wherever_it_is_loaded_or_written(
-    own_run: RunFolder, tmp_path: Path, harm: str
+    finished_run: RunFolder, tmp_path: Path, harm: str
 ) -> None:
-    folder = own_run.adapter
+    folder = Path(shutil.copytree(finished_run.adapter, tmp_path / "adapter"))
     model = load_adapter(base(), folder)
     tensors = load_file(folder / WEIGHTS)
     name = sorted(tensors)[-1]
@@ -233,12 +234,13 @@ def test_an_adapter_that_is_not_finite_is_refused_wherever_it_is_loaded_or_writt
         save_adapter(model, tmp_path / "new")
 
 
-def test_an_adapter_names_no_module_to_import_and_no_key_twice(own_run: RunFolder) -> None:
-    settings = read_json(own_run.adapter / CONFIG)
-    write_json(own_run.adapter / CONFIG, settings | {"megatron_config": {"a": 1}, "megatron_core": "antigravity"})
+def test_an_adapter_names_no_module_to_import_and_no_key_twice(finished_run: RunFolder, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished_run.adapter, tmp_path / "adapter"))
+    settings = read_json(folder / CONFIG)
+    write_json(folder / CONFIG, settings | {"megatron_config": {"a": 1}, "megatron_core": "antigravity"})
     with pytest.raises(AdapterError, match="an adapter runs no code here"):
-        load_adapter(base(), own_run.adapter)
+        load_adapter(base(), folder)
     text = json.dumps(settings).replace("{", '{"r": 512, ', 1)
-    (own_run.adapter / CONFIG).write_text(text)
+    (folder / CONFIG).write_text(text)
     with pytest.raises(AdapterError, match="the key 'r' stands twice"):
-        load_adapter(base(), own_run.adapter)
+        load_adapter(base(), folder)
