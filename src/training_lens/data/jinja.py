@@ -49,6 +49,7 @@ class JinjaTemplate:
             "documents": None,
             "add_generation_prompt": generation,
         }
+        self._compiled.environment.begin()
         if not self.has_marks:
             return self._compiled.render(**chat, **self._variables), []
         text, marks = _render_with_assistant_indices(self._compiled, **chat, **self._variables)
@@ -99,12 +100,28 @@ def read_template_file(path: str) -> str:
 
 def _compile(source: str, name: str) -> Any:
     from jinja2 import TemplateSyntaxError
-    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
-        return _compile_jinja_template(source)
+        return _environment().from_string(source)
     except TemplateSyntaxError as error:
         raise ConfigurationError(f"data.template: {name}, line {error.lineno}: {error.message}.") from error
+    except (RecursionError, MemoryError) as error:
+        raise ConfigurationError(f"data.template: {name}: is nested too deep to be compiled.") from error
+
+
+def _environment() -> Any:
+    """What transformers compiles chat templates in (its filters, functions and marks), with limits."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    from training_lens.data.jinja_limits import BoundedEnvironment
+
+    theirs = _compile_jinja_template("").environment
+    extensions = [type(extension) for extension in theirs.extensions.values()]
+    ours = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    ours.filters |= theirs.filters
+    ours.globals |= theirs.globals
+    ours.bound_filters()
+    return ours
 
 
 def _join_neighbours(spans: Sequence[Span]) -> list[Span]:

@@ -1,0 +1,219 @@
+"""Chat templates are foreign programs: the sandbox, with limits on the time and the text of one rendering.
+
+Time is looked at in every turn of a loop and every macro. Whatever makes a text longer asks first how long
+it would be: Python could not be stopped in the middle of it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
+
+from jinja2 import nodes
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+from training_lens.utils.limits import TEMPLATE_CHARACTERS, TEMPLATE_SECONDS, TEMPLATE_TEXT, TEMPLATE_VALUES
+
+SHORT = 4096  # characters that are not counted: what makes them takes its time
+LENGTHENING = frozenset(
+    "batch center expandtabs format indent join ljust pprint replace rjust slice string tojson translate urlencode "
+    "urlize wordwrap xmlattr zfill".split()
+)
+WIDEST = 10_000  # characters that a text is filled up or indented to, or bits of a whole number
+_WIDE_FORMAT = re.compile(r"\d{5}|\*|:[^{}]*\{")  # of '%99999d', '%*d', '{:>99999}', '{:>{width}}'
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, of which each rendering begins with `begin`."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(finalize=self.finalize_value, **options)
+        self.begin()
+
+    def bound_filters(self) -> None:
+        """Let every filter that is there by now ask first."""
+        self.filters |= {name: self._bounded(name, function) for name, function in self.filters.items()}
+
+    def begin(self) -> None:
+        """Start to count, for one rendering."""
+        self._until, self._characters = time.monotonic() + TEMPLATE_SECONDS, 0
+
+    @property
+    def has_time(self) -> bool:
+        """True, for where there is no time left it raises; a property, since that is what a template reads fastest."""
+        if time.monotonic() > self._until:
+            raise TemplateError(f"rendering takes over {TEMPLATE_SECONDS} s")
+        return True
+
+    def check_length(self, characters: int) -> None:
+        """See that a text of so many characters may be made."""
+        self._characters += characters
+        if characters > TEMPLATE_TEXT or self._characters > TEMPLATE_CHARACTERS:
+            raise TemplateError(f"makes a text of over {TEMPLATE_TEXT:,} characters, or {TEMPLATE_CHARACTERS:,} in all")
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """The pieces of a rendering, a macro or a block as one text."""
+        kept, unchecked = [], 0
+        for piece in pieces:
+            unchecked += len(piece)
+            if unchecked > SHORT:
+                self.check_length(unchecked)
+                unchecked = 0
+            kept.append(piece)
+        return "".join(kept)
+
+    def join_values(self, *values: Any) -> str:
+        """What `a ~ b` gives."""
+        return self.concat(str(self.finalize_value(value)) for value in values)
+
+    def finalize_value(self, value: Any) -> Any:
+        """A value on its way to text: lists that hold each other's lists could be of any length."""
+        if not isinstance(value, str):
+            _check_values(value)
+        return value
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+" and type(left) is type(right) is str and len(left) + len(right) < SHORT:
+            return left + right
+        if operator == "%" and isinstance(left, str):
+            self._check_format(left, right if isinstance(right, tuple) else (right,))
+        elif operator == "+":
+            self.check_length(_length(left) + _length(right))
+        elif operator == "*":
+            self.check_length(max(_length(left) * _whole(right), _length(right) * _whole(left)))
+        if operator in ("*", "**"):
+            bits = _bits(left) * abs(_whole(right)) if operator == "**" else _bits(left) + _bits(right)
+            _check_width(bits)
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        owner = getattr(__obj, "__self__", None)
+        if type(owner) is str and (__obj.__name__ in LENGTHENING or len(owner) > SHORT):
+            __self._check_text(__obj.__name__, owner, [*args, *kwargs.values()])
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._check_format(value.__self__, [*args, *kwargs.values()])
+            return wrapped(*args, **kwargs)
+
+        return checked
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree: nodes.Template = _Checks().visit(super()._parse(source, name, filename))
+        return tree
+
+    def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that asks first; what Jinja passes to some before their value stays as it is."""
+        place = int(hasattr(function, "jinja_pass_arg"))
+
+        @wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            value = args[place]
+            if name in LENGTHENING:
+                value = self._check_filter(name, value, [*args[place + 1 :], *kwargs.values()])
+                return function(*args[:place], value, *args[place + 1 :], **kwargs)
+            if type(value) is str and len(value) > SHORT:
+                self.check_length(len(value))
+            return function(*args, **kwargs)
+
+        return checked
+
+    def _check_filter(self, name: str, value: Any, others: list[Any]) -> Any:
+        """The value, of which a filter may be asked; a list of what came one by one."""
+        if name == "join":
+            value = list(value)
+            self.check_length(sum(_length(item) + _length(others[0] if others else "") for item in value))
+        if name == "format":
+            self._check_format(str(value), others)
+        elif isinstance(value, str):
+            self._check_text(name, value, others)
+        else:
+            self._check_text(name, "", others)
+            _check_values(value)
+        return value
+
+    def _check_text(self, name: str, text: str, arguments: list[Any]) -> None:
+        """See that what a method or filter makes of a text is of bounded length."""
+        if name in LENGTHENING:
+            _check_width(max((_whole(argument) for argument in arguments), default=0))
+        made = len(text)
+        if name == "replace" and len(arguments) >= 2:
+            made += text.count(str(arguments[0])) * _length(arguments[1])
+        elif name == "join" and arguments:
+            made += sum(_length(item) + len(text) for item in _sized(arguments[0]))
+        elif name in ("indent", "expandtabs"):
+            made += (text.count("\n") + text.count("\t") + 1) * max(
+                [8, *map(_whole, arguments), *map(_length, arguments)]
+            )
+        self.check_length(made)
+
+    def _check_format(self, text: str, arguments: Iterable[Any]) -> None:
+        if _WIDE_FORMAT.search(text):
+            raise TemplateError("formats a value to a width that is wide, or told by another value")
+        longest = max((_length(item) for argument in arguments for item in (argument, *_sized(argument))), default=0)
+        self.check_length(len(text) + (text.count("%") + text.count("{")) * longest)
+
+
+class _Checks(NodeTransformer):
+    """Puts checks into a template: into each turn of a loop and each macro, and for `a ~ b`."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
+        if node.test is not None:
+            node.test = nodes.And(nodes.EnvironmentAttribute("has_time"), node.test)
+        return self._visit_body(node)
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+        self.generic_visit(node)
+        join = nodes.EnvironmentAttribute("join_values")
+        return nodes.Call(join, node.nodes, [], None, None).set_lineno(node.lineno)
+
+    def _visit_body(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("has_time")).set_lineno(node.lineno))
+        return node  # type: ignore[no-any-return]
+
+    visit_Macro = visit_CallBlock = _visit_body  # noqa: N815
+
+
+def _check_width(width: int) -> None:
+    if width > WIDEST:
+        raise TemplateError(f"fills up to {width:,}; {WIDEST:,} is the most")
+
+
+def _check_values(value: Any) -> None:
+    """See that lists and objects hold a bounded number of values; what stands there twice counts twice."""
+    level, values = [value], 0
+    while level:
+        level = [item for outer in level for item in _sized(outer)]
+        values += len(level)
+        if values > TEMPLATE_VALUES:
+            raise TemplateError(f"writes a list or object of over {TEMPLATE_VALUES:,} values")
+
+
+def _sized(value: Any) -> Iterable[Any]:
+    """The values in a list or object; of others, none."""
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, str | list | tuple) else 8
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _bits(value: Any) -> int:
+    return value.bit_length() if isinstance(value, int) else 0
