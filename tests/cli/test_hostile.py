@@ -84,6 +84,8 @@ def hostile(own_run: RunFolder, tmp_path: Path, mark: Path) -> RunFolder:
     root.parent.mkdir(parents=True)
     run = RunFolder(Path(shutil.move(own_run.root, root)))
     config = run.read_metadata("config.json")
+    for name in ("hashes.json", "base.json"):  # who plants code also takes away what would tell of it
+        (run.metadata / name).unlink()
     model = plant_model(tmp_path / "theirs", mark)
     config["model"] |= {"id": str(model), "trust_remote_code": True}
     config["tracking"]["custom"] = {"planted_tracker.Planted": {}}

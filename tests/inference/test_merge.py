@@ -163,6 +163,7 @@ def test_an_adapter_that_changes_nothing_is_refused(run: RunFolder, small_config
     from training_lens.config.schema import PeftSection
 
     model = load_model(small_config().model, torch.device("cpu"), "fp32")
+    (run.metadata / "hashes.json").unlink()
     save_adapter(attach(model, PeftSection(r=4)), run.adapter)
     with pytest.raises(AdapterError, match=r"computes exactly what its base does: nothing to merge"):
         merge(config(run.root), MergeOptions())
@@ -272,8 +273,8 @@ def test_wrong_options_are_refused(
     run: RunFolder, adapter: str, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run.root.parent)
-    for weights in run.adapter.glob("*.safetensors"):
-        weights.unlink()  # refused before anything is loaded
+    for file in (run.metadata / "hashes.json", *run.adapter.glob("*.safetensors")):
+        file.unlink()  # refused before anything is loaded
     with pytest.raises(ConfigurationError, match=said):
         merge(validate({"inference": {"adapter": adapter}}), MergeOptions(**options))
 

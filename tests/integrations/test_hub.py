@@ -23,6 +23,7 @@ from training_lens.integrations.record import RunRecord
 from training_lens.integrations.sync import look, send
 from training_lens.utils.checkpoints import checkpoint_folder, list_checkpoints, verify_checkpoint, write_checkpoint
 from training_lens.utils.files import read_json, write_json
+from training_lens.utils.integrity import record_hashes
 from training_lens.utils.runs import RunFolder
 
 REPO = "me/adapter"
@@ -265,6 +266,7 @@ def test_no_secret_and_no_place_of_this_machine_is_sent(
     settings["tracking"]["custom"] = {}
     own_run.write_metadata("config.json", settings)
     write_json(own_run.adapter / "adapter_config.json", adapter)
+    record_hashes(own_run.root, [own_run.adapter / "adapter_config.json"])
     page = own_run.reports / "lens.html"
     page.write_text(f"<p>sesame-open-sesame {TOKEN} {own_run.root}/logs {base}</p>")
     integration(own_run, checkpoints=True).push()
