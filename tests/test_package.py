@@ -21,9 +21,9 @@ import training_lens.training
 import training_lens.utils
 from training_lens import errors
 
-ERRORS = """AdapterError CheckpointError ConfigurationError DatasetError EstimateError EvaluationError IntegrationError
-    InterruptedRunError LensError MergeError ModelLoadingError OutOfMemoryError OutputError PrunedRunError TrainingError
-    TrainingLensError""".split()
+ERRORS = """AdapterError CheckpointError ConfigurationError DamagedFileError DatasetError EstimateError EvaluationError
+    IntegrationError InterruptedRunError LensError MergeError ModelLoadingError OutOfMemoryError OutputError
+    PrunedRunError TrainingError TrainingLensError""".split()
 PACKAGES = (
     training_lens, training_lens.analysis, training_lens.core, training_lens.data, training_lens.evaluation,
     training_lens.inference, training_lens.integrations, training_lens.models, training_lens.training,
