@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow wheel-test check format peers compat clean
+.PHONY: setup demo test test-slow fuzz wheel-test check format peers compat clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,12 @@ test: check
 # The proofs that take long, each of a kind of which another is in `make test`.
 test-slow: $(STAMP)
 	$(BIN)/pytest -n 2 -m slow
+
+# Changed inputs of every kind, and what became of them, as a table in docs/reliability.md.
+FUZZ_CASES := 10000
+
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/run_fuzz.py $(FUZZ_CASES)
 
 # The wheel as a user gets it: built, installed into an empty environment outside of the tree, and used there.
 WHEEL_TEST := $(or $(TMPDIR),/tmp)/training-lens-wheel-test

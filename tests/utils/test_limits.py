@@ -16,6 +16,7 @@ import pytest
 from training_lens.config.compose import compose
 from training_lens.config.config_files import parse_config_file
 from training_lens.config.data_sections import DataSection
+from training_lens.config.search_space import parse_space
 from training_lens.data.reading import read_examples
 from training_lens.errors import TrainingLensError
 from training_lens.utils.files import read_json
@@ -73,6 +74,13 @@ def test_arguments_in_text_are_read_as_those_beside_them(tmp_path: Path) -> None
     (tmp_path / "rows.jsonl").write_text(json.dumps(row))
     with pytest.raises(TrainingLensError, match=r"arguments in JSON.*nested over 100 deep"):
         read(tmp_path / "rows.jsonl")
+
+
+def test_a_number_too_large_for_a_float_is_a_number_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"question": ' + b"9" * 400 + b', "answer": "b"}\n')
+    assert read(tmp_path / "rows.jsonl") == 1
+    with pytest.raises(TrainingLensError, match="low: given"):
+        parse_space(compose([], ["sweep.space.training.lr={low: " + "9" * 400 + ", high: 1}"], None, None))
 
 
 @pytest.mark.parametrize("name", ["zero.jsonl", "zero.csv", "zero.parquet", "pipe.jsonl", "pipe.json.gz"])
@@ -153,8 +161,6 @@ def test_a_config_file_over_a_limit_is_refused(tmp_path: Path, name: str, text: 
     ],
 )
 def test_words_of_the_command_line_over_a_limit_are_refused(words: list[str]) -> None:
-    from training_lens.config.search_space import parse_space
-
     with pytest.raises(TrainingLensError) as refused:
         parse_space(compose([], words, None, None))
     assert str(refused.value).count("\n") <= 52

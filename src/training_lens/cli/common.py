@@ -118,7 +118,7 @@ def command(as_json: bool = False, debug: bool = False, *, has_log: bool = False
     except (TrainingLensError, OSError, KeyboardInterrupt) as error:
         if debug or (isinstance(error, OSError) and error.errno in (None, errno.EPIPE)):
             raise
-        said, code = _said(error)
+        said, code = describe_error(error)
         plain_console(stderr=True).print(said, style="red", soft_wrap=True)
         sys.exit(code)
 
@@ -145,7 +145,7 @@ def _shorten(message: str) -> str:
     return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in message.split("\n"))
 
 
-def _said(error: BaseException) -> tuple[str, int]:
+def describe_error(error: BaseException) -> tuple[str, int]:
     """What is printed of an expected error, and the exit code."""
     from training_lens.errors import TrainingLensError
     from training_lens.utils.secrets import redacted

@@ -102,6 +102,8 @@ def parse_config_file(file: str, said: str) -> dict[str, Any]:
         raise ConfigurationError(f"{said}: {error}.") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigurationError(f"{said}: no valid YAML: {error}") from error
+    except AssertionError as error:  # OmegaConf's, of a date or a number
+        raise ConfigurationError(f"{said}: holds one value, expected keys and values.") from error
     except (ValueError, RecursionError) as error:  # over a limit, or circular
         raise ConfigurationError(f"{said}: cannot be read ({error}).") from error
     if raw is None:

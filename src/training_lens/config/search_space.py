@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -183,7 +183,7 @@ def _require_numbers(given: Mapping[str, Any], whole: bool) -> None:
 def _is_number(value: Any, whole: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         return False
-    return math.isfinite(value)
+    return abs(value) <= sys.float_info.max  # false of NaN; of whole numbers, 10**400 is no float
 
 
 def _hint(close: str | None) -> str:

@@ -53,10 +53,14 @@ def text_of(row: Row, key: str) -> str:
         DatasetError: it is missing, null, NaN, empty or no text; names row and key.
     """
     value = value_at(row.values, key)
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = (isinstance(value, int) and not isinstance(value, bool)) or _is_finite(value)
     if not (number or (isinstance(value, str) and value.strip())):
         raise no_text(row, key, value)
     return encodable(f"{row.place}: '{key}'", str(value))
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def no_text(row: Row, key: str, value: Any) -> DatasetError:
@@ -124,7 +128,7 @@ def kind_of(value: Any) -> str:
     """What a value is, for messages: 'null', 'empty', 'a list'."""
     if value is None:
         return "null"
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not _is_finite(value):
         return str(value).replace("nan", "NaN")
     if isinstance(value, str) and not value.strip():
         return "only white space" if value else "empty"

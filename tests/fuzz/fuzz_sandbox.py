@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
-Kind = Literal["result", "clear error", "traceback", "crash", "over 30 s", "over 2 GB"]
-BAD: tuple[Kind, ...] = ("traceback", "crash", "over 30 s", "over 2 GB")
+Kind = Literal["result", "clear error", "traceback", "crash", "over 30 s", "over 2 GB", "outside write"]
+BAD: tuple[Kind, ...] = ("traceback", "crash", "over 30 s", "over 2 GB", "outside write")
 SECONDS, WALL_SECONDS, BYTES = 30.0, 60.0, 2 << 30  # of processor time; waiting for something that never comes
 LONGEST_MESSAGE = 6000  # characters: an error is a paragraph, not a screen of what was wrong
 
@@ -72,6 +72,7 @@ def _run_child(call: Callable[[], object], folder: Path, writer: int) -> NoRetur
     with tempfile.TemporaryFile() as screen:
         for number in (1, 2):
             os.dup2(screen.fileno(), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         kind, told = _judge(call)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -84,12 +85,13 @@ def _run_child(call: Callable[[], object], folder: Path, writer: int) -> NoRetur
 
 
 def _judge(call: Callable[[], object]) -> tuple[Kind, str]:
+    from training_lens.cli.common import describe_error
     from training_lens.errors import TrainingLensError
 
     try:
         call()
-    except TrainingLensError as error:
-        return "clear error", str(error)
+    except (TrainingLensError, OSError) as error:
+        return "clear error", describe_error(error)[0]
     except SystemExit as left:
         return ("result" if left.code in (0, None) else "clear error"), ""
     except BaseException:
