@@ -31,7 +31,7 @@ from training_lens.training.optimization import build_optimizer, clip_, grad_nor
 from training_lens.training.signals import SignalWatch
 from training_lens.utils.devices import Precision, autocast, free_memory, is_out_of_memory
 from training_lens.utils.formatting import said
-from training_lens.utils.heap import freed_memory_kept
+from training_lens.utils.heap import freed_memory_kept, give_back
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 from training_lens.utils.seeding import rng_kept
@@ -256,6 +256,7 @@ class Trainer:
         if self.validation is not None and (report := self._loss_of(self.validation)):
             self.state = self.state.after_evaluation(report.loss)
             self._notify("on_evaluate", self.state.step, report, base=False)
+        give_back()  # its blocks lie between those of steps, which would need new ones each time; costs milliseconds
 
     def _evaluate_base(self) -> None:
         assert self.validation is not None
@@ -286,6 +287,7 @@ class Trainer:
             self._notify("on_save")
             folder = self.checkpoints.save(self.model, self.optimizer, self.scaler, self.state)
             self._notify("on_checkpoint", folder)
+        give_back()
         self.processes.wait()
 
     def _leave_if_asked(self) -> None:
