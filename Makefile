@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow fuzz wheel-test check format peers compat clean
+.PHONY: setup demo test test-slow fuzz faults wheel-test audit check format peers compat clean
 
 setup: $(STAMP)
 
@@ -53,6 +53,16 @@ wheel-test: $(STAMP)
 	cd $(WHEEL_TEST) && venv/bin/training-lens train +experiment=quick_test && venv/bin/training-lens infer "What is 3 plus 4?"
 	rm -rf $(WHEEL_TEST)
 
+# Known vulnerabilities of what is installed; asks the advisory database of PyPI.
+audit: $(STAMP)
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet \
+		--disable-pip-version-check pip-audit; }
+	.venv-audit/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+# Kills, full disks and damaged files for every command; writes the tables of docs/reliability.md. About half an hour.
+faults: $(STAMP)
+	$(BIN)/python tests/faults/run.py
+
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -93,4 +103,4 @@ compat: $(STAMP) .venv-compat/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers-* .venv-compat outputs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-peers-* .venv-compat .venv-audit outputs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

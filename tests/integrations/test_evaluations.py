@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from training_lens.config.run_config import read_run_config, remember_consent
 from training_lens.integrations.evaluations import benchmark_scalars, record_evaluation, send_evaluations
 from training_lens.integrations.sync import look, send
 from training_lens.utils.runs import RunFolder, read_metrics
@@ -79,6 +80,7 @@ def test_a_comparison_is_in_tensorboard_at_once_and_in_an_own_tracker_by_sync(
     shown = EventAccumulator(str(own_run.logs)).Reload()
     assert [event.value for event in shown.Scalars("compare/change/loss")] == [-1.0]
     assert "compare/verdict" in shown.Tags()["tensors"]
+    remember_consent(own_run.root, read_run_config(own_run))
     assert all(state.status == "delivered" for state in send(own_run))
     record_evaluation(own_run, "compare", REPORT)
     assert {state.name: state.outstanding for state in look(own_run)}["notes"] == "1 lines of its journals"

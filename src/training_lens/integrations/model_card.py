@@ -45,7 +45,7 @@ def model_card(run: RunRecord, names: Names, repo: str, revision: str | None = N
     """The README.md of the repository `repo` for a finished run: YAML front matter, then Markdown."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    environment = Environment(  # noqa: S701 (Markdown: `_plain` escapes what it and HTML give a meaning)
         loader=PackageLoader("training_lens.integrations", "."),
         finalize=_plain,
         undefined=StrictUndefined,
