@@ -95,7 +95,7 @@ class Server:
         environment = {
             "HOME": str(around / "home"),
             "XDG_STATE_HOME": str(around / "home/state"),
-            "XDG_CACHE_HOME": str(self._place / "cache"),  # compiled kernels
+            "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache"),  # compiled kernels
             "TMPDIR": str(around / "tmp"),
         }
         request = {"arguments": list(arguments), "folder": str(folder), "output": str(output), **fault}
@@ -136,7 +136,7 @@ class Bench:
                     shutil.copytree(folder, self.place / "states" / name, symlinks=True)
 
     def _kill_at_step(self, folder: Path) -> None:
-        for at in range(40, 400, 5):
+        for at in range(44, 400, 4):
             shutil.rmtree(folder / "outputs", ignore_errors=True)
             self.server.run(TRAIN, folder, kinds=RENAME, at=at, action=KILL)
             steps = [path.name for path in (folder / FOLDER / "checkpoints").glob("step-*")]

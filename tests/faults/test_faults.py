@@ -30,7 +30,7 @@ def require_good(tally: Tally, at_least: int) -> None:
 
 def test_what_is_killed_and_called_again_ends_as_if_it_had_not_been(bench: Bench) -> None:
     draw = random.Random(11)
-    require_good(kill_often(bench, ["train"], 3, draw), at_least=3)
+    require_good(kill_often(bench, ["train"], 2, draw), at_least=2)
     require_good(kill_often(bench, ["prepare", "export", "tag"], 4, draw), at_least=9)
 
 
@@ -40,5 +40,5 @@ def test_a_full_disk_is_a_clear_error_and_room_mends_it(bench: Bench) -> None:
 
 def test_a_damaged_file_changes_no_result_in_silence(bench: Bench) -> None:
     draw = random.Random(7)
-    require_good(damage_all(bench, ["finished"], ["flip", "cut", "delete"], draw, most=4), at_least=1)
-    require_good(damage_all(bench, ["interrupted"], ["flip"], draw, most=2), at_least=0)
+    require_good(damage_all(bench, ["finished"], ["flip", "cut", "delete"], draw, most=2), at_least=1)
+    require_good(damage_all(bench, ["interrupted"], ["flip"], draw, most=1), at_least=0)
