@@ -309,10 +309,11 @@ def test_a_broken_adapter_folder_answers_nothing_and_says_why(
 def test_a_run_is_never_written_over(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     there = tmp_path / "outputs/experiments/default/runs/mine"
-    there.mkdir(parents=True)
+    (there / "metadata").mkdir(parents=True)
+    (there / "metadata/summary.json").write_text('{"status": "finished"}')
     result = CliRunner().invoke(cli, [command, *rows()(tmp_path), "output.run_id=mine"])
     assert result.exit_code == 2 and "the run 'mine' exists already" in " ".join(result.output.split())
-    assert not list(there.iterdir())
+    assert [path.name for path in there.rglob("*")] == ["metadata", "summary.json"]
 
 
 class Hub(BaseHTTPRequestHandler):

@@ -18,6 +18,7 @@ from click.testing import Result
 
 from training_lens import embedded
 from training_lens.utils.integrity import read_sealed
+from training_lens.utils.runs import RunFolder
 
 Call = Callable[..., Result]
 
@@ -45,7 +46,7 @@ def test_train_json_is_the_summary(trained: tuple[Path, dict[str, Any]]) -> None
     folder, summary = trained
     assert summary["status"] == "finished" and summary["steps"] == 20
     assert summary["validation_loss"] < summary["base_validation_loss"]
-    saved = json.loads((folder / summary["run_dir"] / "metadata/summary.json").read_text())
+    saved = RunFolder(folder / summary["run_dir"]).read_metadata("summary.json")
     verdict = summary["verdict"]
     assert saved == {name: value for name, value in summary.items() if name != "verdict"}
     assert verdict["outcome"] == "better" and verdict["next_command"].startswith("training-lens compare --run ")

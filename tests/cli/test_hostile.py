@@ -91,7 +91,6 @@ def hostile(own_run: RunFolder, tmp_path: Path, mark: Path) -> RunFolder:
     config["tracking"]["custom"] = {"planted_tracker.Planted": {}}
     config["evaluation"]["metrics"] = ["planted_tracker"]
     rewrite(run, "config.json", config)
-    run.base_record.unlink()
     shutil.copy(model / "own.py", run.tokenizer / "tokenization_own.py")
     for folder in (run.adapter, *run.checkpoints.glob("step-*")):
         (folder / "adapter_model.bin").write_bytes(pickled(mark))

@@ -196,5 +196,5 @@ def test_a_damaged_cache_is_made_anew_and_said(
         again = prepare(embedded_tokenizer, path, cache)
         assert again.report == first.report
         assert [e.input_ids.tolist() for e in again.dataset] == tokens
-        assert len([r for r in caplog.records if "tokenized again" in r.message]) == 1, file
+        assert len({r.message for r in caplog.records if "tokenized again" in r.message}) == 1, file
         assert file.read_bytes() == whole and [p.name for p in cache.iterdir()] == [folder.name]

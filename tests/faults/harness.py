@@ -287,7 +287,7 @@ def starve_often(bench: Bench, names: Sequence[str], each: int) -> Tally:
 
 
 READERS = {
-    "finished": ("infer", "compare", "export"),
+    "finished": ("infer", "export", "compare"),
     "interrupted": ("resume",),
 }
 

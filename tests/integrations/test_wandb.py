@@ -25,6 +25,7 @@ from training_lens.integrations.sync import look, send
 from training_lens.integrations.wandb import WandBIntegration, id_of, require_written
 from training_lens.training.callbacks import Callback
 from training_lens.utils.files import sha256_of
+from training_lens.utils.integrity import write_sealed
 from training_lens.utils.nested import flat
 from training_lens.utils.runs import RunFolder, read_metrics
 
@@ -189,8 +190,7 @@ def test_what_came_late_goes_under_the_same_id_and_nothing_twice(run: RunFolder)
     assert len(offline_runs(run.tracking / "wandb")) == 1  # nothing new, no run of W&B's
     run.metrics.write_text("".join(lines))
     run.samples.write_text(samples)
-    summary = run.metadata / "summary.json"
-    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"seconds": 1.0}))
+    write_sealed(run.metadata / "summary.json", run.read_metadata("summary.json") | {"seconds": 1.0})
     (state,) = look(run, to("offline"))
     assert state.outstanding == "3 lines of its journals, its end"
     send(run, to("offline"))

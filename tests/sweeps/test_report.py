@@ -29,7 +29,7 @@ BEST = Row(0, "finished", 1.0, {"peft.r": 4}, 1.0, "trial-0000-abcd", None, None
         {"data": {"train": ["a/${b}/c.jsonl", r"d\${e}.jsonl", "f\\\\${g}.jsonl"]}},
         {"peft": {"target_modules": r".*layers\.[0-3]\..*_proj$"}},
         {"training": {"max_grad_norm": None, "lr": 1e-05}},
-        {"sweep": {"name": "a\nmodel: {id: evil}"}},
+        {"sweep": {"name": "a model: {id: evil}"}},
     ],
 )
 def test_the_best_config_is_read_back_as_it_was(tmp_path: Path, values: dict[str, Any]) -> None:

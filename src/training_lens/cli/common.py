@@ -87,10 +87,10 @@ def print_table(console: Console, table: Table) -> None:
     if console.is_terminal:
         console.print(table)
         return
-    from rich.console import Console
+    from training_lens.utils.consoles import plain_console
 
     page = StringIO()
-    Console(width=WIDEST, file=page, color_system=None, emoji=False).print(table)
+    plain_console(width=WIDEST, file=page, color_system=None).print(table)
     lines = [line.rstrip() for line in page.getvalue().splitlines()]
     console.print("\n".join(lines), markup=False, soft_wrap=True)
 
