@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,8 +78,11 @@ def is_alive(attributes: Mapping[str, Any]) -> bool | None:
 
 def _is_lock(path: Path) -> bool:
     name = re.compile(rf"{re.escape(socket.gethostname())}-\d+-[0-9a-f]{{4}}\.lock")
-    found = name.fullmatch(path.name) and not path.is_symlink() and path.is_file()
-    return bool(found) and path.stat().st_size == 0
+    try:
+        facts = path.lstat()
+    except OSError:  # another process looked first, and deleted it
+        return False
+    return bool(name.fullmatch(path.name)) and stat.S_ISREG(facts.st_mode) and facts.st_size == 0
 
 
 @contextmanager
