@@ -62,12 +62,12 @@ def csv_rows(source: SourceFile, file: IO[bytes], usual: str) -> Iterator[Row]:
         text.seek(0)
         if start:
             text.readline()  # the sep= line, which a spreadsheet does not show
-        yield from _rows_of_table(source, dialect.read(_lines(source, text)))
+        yield from _rows_of_table(source, dialect.read(_read_bounded_lines(source, text)))
     finally:
         text.detach()
 
 
-def _lines(source: SourceFile, text: IO[str]) -> Iterator[str]:
+def _read_bounded_lines(source: SourceFile, text: IO[str]) -> Iterator[str]:
     """The lines of the table, none of which is read whole where it is too long."""
     while line := text.readline(ROW_BYTES):
         if len(line) == ROW_BYTES and not line.endswith("\n"):

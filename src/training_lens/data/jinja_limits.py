@@ -87,9 +87,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "+":
             self.check_length(_length(left) + _length(right))
         elif operator == "*":
-            self.check_length(max(_length(left) * _whole(right), _length(right) * _whole(left)))
+            self.check_length(max(_length(left) * _whole_number(right), _length(right) * _whole_number(left)))
         if operator in ("*", "**"):
-            bits = _bits(left) * abs(_whole(right)) if operator == "**" else _bits(left) + _bits(right)
+            bits = _bits(left) * abs(_whole_number(right)) if operator == "**" else _bits(left) + _bits(right)
             _check_width(bits)
         return super().call_binop(context, operator, left, right)
 
@@ -147,7 +147,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _check_text(self, name: str, text: str, arguments: list[Any]) -> None:
         """See that what a method or filter makes of a text is of bounded length."""
         if name in LENGTHENING:
-            _check_width(max((_whole(argument) for argument in arguments), default=0))
+            _check_width(max((_whole_number(argument) for argument in arguments), default=0))
         made = len(text)
         if name == "replace" and len(arguments) >= 2:
             made += text.count(str(arguments[0])) * _length(arguments[1])
@@ -155,7 +155,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             made += sum(_length(item) + len(text) for item in _sized(arguments[0]))
         elif name in ("indent", "expandtabs"):
             made += (text.count("\n") + text.count("\t") + 1) * max(
-                [8, *map(_whole, arguments), *map(_length, arguments)]
+                [8, *map(_whole_number, arguments), *map(_length, arguments)]
             )
         self.check_length(made)
 
@@ -211,7 +211,7 @@ def _length(value: Any) -> int:
     return len(value) if isinstance(value, str | list | tuple) else 8
 
 
-def _whole(value: Any) -> int:
+def _whole_number(value: Any) -> int:
     return value if isinstance(value, int) else 0
 
 

@@ -42,7 +42,7 @@ class Content:
         Raises:
             TypeError, ValueError: says which.
         """
-        if not SHA256.fullmatch(_text(self.sha256)):
+        if not SHA256.fullmatch(_require_text(self.sha256)):
             raise ValueError(f"{self.sha256!r} is no sha256")
         if type(self.size) is not int or self.size < 0:
             raise ValueError(f"{self.size!r} is no size in bytes")
@@ -100,13 +100,13 @@ class MirrorManifest:
             raise ValueError(f"its format is {values['format']}; this version reads format {FORMAT}")
         told = {key: {n: Content(**c) for n, c in values[key].items()} for key in ("files", "replacing")}
         manifest = cls(**{**values, **told})
-        check_run_id(_text(manifest.run_id))
-        check_experiment(_text(manifest.experiment))
+        check_run_id(_require_text(manifest.run_id))
+        check_experiment(_require_text(manifest.experiment))
         for name, content in (*manifest.files.items(), *manifest.replacing.items()):
             if fault := find_fault(name):
                 raise ValueError(f"it names the file {name!r}, which is outside the run: {fault}")
             content.check()
-        _text(manifest.host), _text(manifest.folder), _text(manifest.version)
+        _require_text(manifest.host), _require_text(manifest.folder), _require_text(manifest.version)
         if manifest.status not in STATUSES:
             raise ValueError(f"its status is {manifest.status!r}, expected {', '.join(STATUSES)}")
         if datetime.fromisoformat(manifest.updated).tzinfo is None:
@@ -114,7 +114,7 @@ class MirrorManifest:
         return manifest
 
 
-def _text(value: Any) -> str:
+def _require_text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} stands where a text is expected")
     return value

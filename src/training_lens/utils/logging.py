@@ -48,12 +48,12 @@ class ScreenHandler(logging.Handler):
 
 
 class RunLogHandler(logging.FileHandler):
-    """Writes run.log as long as the file takes it; where it does not, the other handlers are told, once."""
+    """Writes run.log. A line that cannot be written is dropped; the first is reported once, to the other handlers."""
 
     lost = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Go on without the lines that are not taken; each later one is tried anew."""
+        """Drop the line, and try again with the next."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError | ValueError):
             super().handleError(record)

@@ -26,8 +26,8 @@ def check_run_id(name: str) -> str:
     """
     if not RUN_ID.fullmatch(name) or len(name) > LONGEST or name in RESERVED:
         raise ConfigurationError(
-            f"{_shown(name)} cannot name a folder of a run; use at most {LONGEST} letters (a to z), digits, '.', '_' "
-            "and '-', not '.' or '-' at the start, and neither 'latest' nor 'none'"
+            f"{_quote_name(name)} cannot name a folder of a run; use at most {LONGEST} letters (a to z), digits, '.', "
+            "'_' and '-', not '.' or '-' at the start, and neither 'latest' nor 'none'"
         )
     return name
 
@@ -41,8 +41,8 @@ def check_experiment(name: str) -> str:
     """
     if not is_printed(name) or name[0] in ".-" or set(name) & set("/\\") or _is_long(name) or name in RESERVED:
         raise ConfigurationError(
-            f"{_shown(name)} cannot name a folder of runs; use at most {LONGEST} letters, digits, '-', '_', '.' and "
-            "spaces between them, not '.' or '-' at the start, and neither 'latest' nor 'none'"
+            f"{_quote_name(name)} cannot name a folder of runs; use at most {LONGEST} letters, digits, '-', '_', '.' "
+            "and spaces between them, not '.' or '-' at the start, and neither 'latest' nor 'none'"
         )
     return name
 
@@ -78,7 +78,7 @@ def check_file_name(name: str) -> str:
         ConfigurationError: see `find_fault`.
     """
     if fault := find_fault(name):
-        raise ConfigurationError(f"{_shown(name)} names no file in the folder: {fault}")
+        raise ConfigurationError(f"{_quote_name(name)} names no file in the folder: {fault}")
     return name
 
 
@@ -114,5 +114,5 @@ def _is_long(name: str) -> bool:
     return len(name) > LONGEST or len(name.encode()) > LONGEST_BYTES
 
 
-def _shown(name: str) -> str:
+def _quote_name(name: str) -> str:
     return repr(name) if len(name) <= LONGEST else f"{name[:20]!r}... ({len(name)} characters)"
