@@ -241,6 +241,7 @@ def test_sigkill_then_resume_equals_the_undisturbed_run(small_config: Config) ->
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert killed.died and killed.status == "interrupted"
+    assert killed.read_metadata("summary.json")["run_dir"] == str(killed.root)
     unfinished = find_run("killed", config.output.base_output_dir)
     assert TrainingWrapper.resume(unfinished).status == "finished"
     assert_same_run(whole, killed)

@@ -135,7 +135,7 @@ def require_written(output: TextIO) -> None:
     lost = lost_output(output)
     if lost and lost.errno not in (errno.EPIPE, errno.EIO):  # EIO: a terminal that hung up
         raise OutputError(
-            f"standard output could not be written ({lost.strerror}), and lacks some or all of what this command told. "
+            f"standard output could not be written ({lost.strerror}), so the output of this command is incomplete. "
             "Send it to a place that has room, and run the command again."
         )
 

@@ -1,4 +1,4 @@
-"""What a YAML file grows to: told from its parts, before anything follows its aliases and references."""
+"""What a YAML file grows to, computed from its parts before anything follows its aliases and references."""
 
 from __future__ import annotations
 

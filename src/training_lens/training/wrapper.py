@@ -107,7 +107,7 @@ class TrainingWrapper:
         run = RunFolder(runs_folder(output.base_output_dir, output.experiment_name) / run_id)
         if plan.processes.is_main:
             begun = plan.config.resolved(output={"run_id": run_id})
-            run.create(lambda folder: self._write_metadata(folder, begun, plan))
+            run.create(lambda folder: self._write_metadata(folder, run.root, begun, plan))
         with _alone(run, plan):
             plan.processes.wait()
             return self._train(run, plan, resume=False)
@@ -223,7 +223,8 @@ class TrainingWrapper:
             if tracking.samples:
                 yield Samples(run.samples, plan)
 
-    def _write_metadata(self, run: RunFolder, config: TrainingConfig, plan: RunPlan) -> None:
+    def _write_metadata(self, run: RunFolder, home: Path, config: TrainingConfig, plan: RunPlan) -> None:
+        """Write the first files of a run into a folder that will be at `home`."""
         files: dict[str, Any] = {
             "config.json": config.model_dump(),
             "data.json": plan.data_report(),
@@ -234,7 +235,7 @@ class TrainingWrapper:
             files["held_out.json"] = [plan.validation.example_id(i) for i in range(len(plan.validation))]
         for name, values in files.items():
             run.write_metadata(name, values)
-        write_summary(run, TrainingSummary(str(run.root), "running"))
+        write_summary(run, TrainingSummary(str(home), "running"))
 
     def _save_artifacts(self, run: RunFolder, plan: RunPlan, trainer: Trainer, state: TrainingState) -> None:
         """artifacts/adapter from the best checkpoint (the last where nothing was validated), and the tokenizer."""
