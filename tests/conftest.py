@@ -113,7 +113,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "training": {"epochs": 1},
         "output": {"base_output_dir": str(tmp_path_factory.mktemp("outputs"))},
     }
-    return RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir))
+    return _share(RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir)))
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +131,7 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "tracking": {"tensorboard": False},
         "output": {"base_output_dir": str(folder / "outputs")},
     }
-    return RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir))
+    return _share(RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir)))
 
 
 @pytest.fixture
@@ -149,6 +149,30 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     yield server
     server.kill()
+
+
+@pytest.fixture(autouse=True)
+def shared_runs_stay_as_they_are(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that writes into a run that others read takes a copy (`own_run`), or fails here."""
+    yield
+    for root, before in _shared_runs.items():
+        now = _list_files(root)
+        _shared_runs[root] = now  # one test fails, not all that follow
+        changed = sorted({path.relative_to(root).as_posix() for path, _, _ in before ^ now})
+        assert not changed, f"{request.node.name} wrote into a run that other tests read: {changed}"
+
+
+_shared_runs: dict[Path, set[tuple[Path, int, int]]] = {}
+
+
+def _share(run: Any) -> Any:
+    _shared_runs[run.root] = _list_files(run.root)
+    return run
+
+
+def _list_files(root: Path) -> set[tuple[Path, int, int]]:
+    stats = [(path, path.stat()) for path in root.rglob("*") if path.is_file()]
+    return {(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats}
 
 
 @pytest.fixture

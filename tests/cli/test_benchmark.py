@@ -14,17 +14,17 @@ QUICK = ["benchmark.batch_sizes=[1,2]", "benchmark.prompt_lengths=[8]", "benchma
 QUICK += ["benchmark.repetitions=1", "benchmark.warmup=0"]
 
 
-def test_table_json_and_reports_agree(call: Call, finished_run: RunFolder) -> None:
-    result = call("benchmark", "--run", str(finished_run.root), *QUICK, "--json")
+def test_table_json_and_reports_agree(call: Call, own_run: RunFolder) -> None:
+    result = call("benchmark", "--run", str(own_run.root), *QUICK, "--json")
     assert result.exit_code == 0, result.stderr
     printed = json.loads(result.stdout)
-    assert printed == json.loads((finished_run.reports / "benchmark.json").read_text())
+    assert printed == json.loads((own_run.reports / "benchmark.json").read_text())
     assert [(c["model"], c["batch_size"]) for c in printed["cells"]] == [
         (model, rows) for rows in (1, 2) for model in ("base", "adapter", "merged")
     ]
     assert all(c["speed"]["tokens_per_second"] > 0 for c in printed["cells"])
     assert "tok/s" in result.stderr and "merged" in result.stderr
-    assert "Time to first token" in (finished_run.reports / "benchmark.html").read_text()
+    assert "Time to first token" in (own_run.reports / "benchmark.html").read_text()
 
 
 def test_settings_of_the_run_are_refused(call: Call, finished_run: RunFolder) -> None:

@@ -11,7 +11,7 @@ from training_lens.utils.runs import RunFolder
 Call = Callable[..., Any]
 
 
-def test_a_run_goes_to_a_place_that_it_did_not_know(call: Call, finished_run: RunFolder, tmp_path: Any) -> None:
+def test_a_run_goes_to_a_place_that_it_did_not_know(call: Call, own_run: RunFolder, tmp_path: Any) -> None:
     (tmp_path / "places.py").write_text(
         "from training_lens.integrations import Tracker\n"
         "class Lines(Tracker):\n"
@@ -24,22 +24,20 @@ def test_a_run_goes_to_a_place_that_it_did_not_know(call: Call, finished_run: Ru
         "        with open(self.options['file'], 'a') as file: file.writelines(f'{line}\\n' for line in lines)\n"
     )
     own = f"tracking.custom={{places.Lines: {{file: {tmp_path}/lines}}}}"
-    waiting = json.loads(call("sync", str(finished_run.root), own, "--status", "--json").stdout)
+    waiting = json.loads(call("sync", str(own_run.root), own, "--status", "--json").stdout)
     (state,) = [s for s in waiting["integrations"] if s["name"] == "lines"]
     assert state["status"] == "waiting" and "lines of its journals" in state["outstanding"]
-    sent = call("sync", str(finished_run.root), own, "--json")
+    sent = call("sync", str(own_run.root), own, "--json")
     assert sent.exit_code == 0 and "welcome" in sent.stderr
     assert json.loads(sent.stdout)["integrations"][-1]["status"] == "delivered"
     told = (tmp_path / "lines").read_text().splitlines()
     assert told[0] == "base 0" and told[-1] == "finished" and len(set(told)) == len(told)
-    again = call("sync", str(finished_run.root), own, "--json")
+    again = call("sync", str(own_run.root), own, "--json")
     assert {s["status"] for s in json.loads(again.stdout)["integrations"]} == {"delivered"}
     assert (tmp_path / "lines").read_text().splitlines() == told
 
 
-def test_a_place_that_refuses_is_said_and_the_exit_code_is_one(
-    call: Call, finished_run: RunFolder, tmp_path: Any
-) -> None:
+def test_a_place_that_refuses_is_said_and_the_exit_code_is_one(call: Call, own_run: RunFolder, tmp_path: Any) -> None:
     (tmp_path / "refusing.py").write_text(
         "from training_lens.errors import IntegrationError\n"
         "from training_lens.integrations import Tracker\n"
@@ -50,7 +48,7 @@ def test_a_place_that_refuses_is_said_and_the_exit_code_is_one(
         "    def log(self, records): pass\n"
         "    def end(self): pass\n"
     )
-    result = call("sync", str(finished_run.root), "tracking.custom={refusing.Refusing: {}}")
+    result = call("sync", str(own_run.root), "tracking.custom={refusing.Refusing: {}}")
     assert result.exit_code == 1 and "401: log in first." in result.stdout and "left" in result.stdout
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,15 +76,21 @@ def test_a_damaged_check_is_passed_over_with_a_warning(few_directions: Any, tmp_
 
 
 @pytest.fixture(scope="module")
-def check(finished_run: Any) -> RankCheck:
-    return measure_rank(finished_run, max_examples=24)
+def run(finished_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A copy of the finished run, for the check is written into it."""
+    return type(finished_run)(Path(shutil.copytree(finished_run.root, tmp_path_factory.mktemp("checked") / "run")))
 
 
-def test_the_check_is_kept_in_the_run(finished_run: Any, check: RankCheck) -> None:
-    assert read_rank_check(finished_run.root) == check == read_rank_check(finished_run.root / "lens")
+@pytest.fixture(scope="module")
+def check(run: Any) -> RankCheck:
+    return measure_rank(run, max_examples=24)
 
 
-def test_a_smaller_rank_never_has_more_energy_and_the_whole_loses_nothing(finished_run: Any, check: RankCheck) -> None:
+def test_the_check_is_kept_in_the_run(run: Any, check: RankCheck) -> None:
+    assert read_rank_check(run.root) == check == read_rank_check(run.root / "lens")
+
+
+def test_a_smaller_rank_never_has_more_energy_and_the_whole_loses_nothing(run: Any, check: RankCheck) -> None:
     """The base is the limit at no rank at all, and more directions come nearer to the whole adapter."""
     assert [at.rank for at in check.at_fixed_ranks] == [1, 2, 4, 8]
     deltas = [abs(at.delta) for at in check.at_fixed_ranks]
@@ -92,10 +100,10 @@ def test_a_smaller_rank_never_has_more_energy_and_the_whole_loses_nothing(finish
         assert at.delta == pytest.approx(at.loss - check.loss)
 
 
-def test_energy_ranks_are_those_of_the_dense_update(finished_run: Any, check: RankCheck) -> None:
+def test_energy_ranks_are_those_of_the_dense_update(run: Any, check: RankCheck) -> None:
     from training_lens.models.updates import LowRank, saved_updates
 
-    updates = saved_updates(finished_run.adapter)
+    updates = saved_updates(run.adapter)
     for name, rank in check.energy_ranks.items():
         update = updates[f"{name}.weight"]
         assert isinstance(update, LowRank)
