@@ -121,6 +121,10 @@ def alias_bomb() -> str:
     return "\n".join(lines)
 
 
+def alias_ladder() -> str:
+    return "a0: &a0 [x]\n" + "\n".join(f"a{i + 1}: &a{i + 1} [*a{i}]" for i in range(400))
+
+
 def merge_bomb() -> str:
     pairs = zip("abcde", "bcdef", strict=True)
     return "a: &a {x: 1}\n" + "\n".join(f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 50)}]}}" for a, b in pairs)
@@ -138,7 +142,9 @@ def reference_bomb() -> str:
         ("a.yaml", merge_bomb(), "over 50,000 values"),
         ("a.yaml", reference_bomb(), "over 524,288 characters"),
         ("a.yaml", "a: ${b}\nb: ${a}", "ecursive"),
-        ("a.yaml", "data: " + "[" * 9000, "over 100 deep"),
+        ("a.yaml", "data: " + "[" * 9000, "over 30 deep"),
+        ("a.yaml", "data: " + "[{a: " * 40 + "1" + "}]" * 40, "over 30 deep"),
+        ("a.yaml", alias_ladder(), "over 30 deep"),
         ("a.yaml", "training: {max_steps: " + "9" * 9999 + "}", "digits"),
         ("a.yaml", "a: " + "x" * 600_000, "over 524,288 bytes"),
         ("a.json", '{"data":' * 9_999, "over 100 deep"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from training_lens.utils.limits import CONFIG_BYTES, CONFIG_NODES, NESTED, NESTING, TooMuchError
+from training_lens.utils.limits import CONFIG_BYTES, CONFIG_NESTING, CONFIG_NODES, NESTING, TooMuchError
 
 _REFERENCE = re.compile(r"\$\{([^${}]*)\}")
 
@@ -19,23 +19,28 @@ def check_yaml(text: str) -> None:
     """
     import yaml
 
-    sizes: dict[str, int] = {}  # of what an anchor names
-    open_nodes: list[tuple[str | None, int]] = []  # each with its anchor, and the nodes before it
+    named: dict[str, tuple[int, int]] = {}  # of what an anchor names: how many values it has, and how deep it is
+    open_nodes: list[tuple[str | None, int]] = []  # each with its anchor, and the values before it
+    depths = [0]  # of the open nodes, as far as they are read
     nodes = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.AliasEvent):
-            nodes += sizes.get(str(event.anchor), 1)
+            size, depth = named.get(str(event.anchor), (1, 0))
+            nodes, depths[-1] = nodes + size, max(depths[-1], depth)
         elif isinstance(event, yaml.ScalarEvent):
             nodes += 1
-            sizes |= {event.anchor: 1} if event.anchor else {}
+            named |= {event.anchor: (1, 0)} if event.anchor else {}
         elif isinstance(event, yaml.CollectionStartEvent):
             nodes += 1
             open_nodes.append((event.anchor, nodes))
+            depths.append(0)
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = open_nodes.pop()
-            sizes |= {anchor: nodes - before + 1} if anchor else {}
-        if len(open_nodes) > NESTING:
-            raise TooMuchError(NESTED)
+            depth = depths.pop() + 1
+            depths[-1] = max(depths[-1], depth)
+            named |= {anchor: (nodes - before + 1, depth)} if anchor else {}
+        if len(open_nodes) + depths[-1] > CONFIG_NESTING:
+            raise TooMuchError(f"lists and mappings are nested over {CONFIG_NESTING} deep")
         if nodes > CONFIG_NODES:
             raise TooMuchError(f"has over {CONFIG_NODES:,} values once its aliases are followed")
 

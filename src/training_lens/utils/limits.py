@@ -16,6 +16,7 @@ ROW_BYTES = 16 * MB  # a row, a line, a cell: some millions of tokens; read whol
 WHOLE_JSON_BYTES = 512 * MB  # a JSON file that is not one value a line: all of it is in memory, several times its size
 RECORD_BYTES = 256 * MB  # a JSON file of a run, an adapter, a model or a mirror: read whole
 CONFIG_BYTES = MB // 2  # a config file: a second of parsing
+CONFIG_NESTING = 30  # of a YAML file: OmegaConf calls itself some thirty times for each level
 CONFIG_NODES = 50_000  # values of a YAML file once its aliases are followed
 TEMPLATE_BYTES = MB  # a chat template: the longest of well-known models has 20 kB
 TEMPLATE_SECONDS = 10  # of one rendering
