@@ -26,14 +26,15 @@ class Case:
     """A command.
 
     `needs` names the state of the folder that it starts in; `again` is what a user types after it died, by default the
-    same; `result` is read from the folder, the same for every undisturbed call.
+    same; `result` is read from the folder and from what was printed, the same for every undisturbed call.
     """
 
     name: str
     needs: str
     arguments: tuple[str, ...]
-    result: Callable[[Path], Result]
+    result: Callable[[Path, str], Result]
     again: tuple[str, ...] = ()
+    looks_for_damage: bool = False  # its answer may be exit code 1
 
 
 def write_rows(folder: Path) -> None:
@@ -57,7 +58,12 @@ def hash_values(folder: Path, *patterns: str) -> Result:
 
 def _hash_json(path: Path) -> str:
     text = path.read_text()
-    values = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    return _hash_values(
+        [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    )
+
+
+def _hash_values(values: Any) -> str:
     return hashlib.sha256(json.dumps(without_times(values), sort_keys=True).encode()).hexdigest()
 
 
@@ -69,38 +75,28 @@ def without_times(value: Any) -> Any:
     return [without_times(inner) for inner in value] if isinstance(value, list) else value
 
 
-def trained(folder: Path) -> Result:
+def trained(folder: Path, _: str) -> Result:
     """The adapter, the last optimizer state and every line of the losses."""
     state = ("artifacts/adapter/*.safetensors", "checkpoints/*/optimizer.safetensors", "artifacts/tokenizer/*")
     return hash_files(folder / FOLDER, state) | hash_values(folder / FOLDER, "logs/metrics.jsonl", "logs/samples.jsonl")
 
 
-def prepared(folder: Path) -> Result:
-    return hash_files(folder, ("outputs/data/default/*",))
+def files(*patterns: str) -> Callable[[Path, str], Result]:
+    return lambda folder, _: hash_files(folder, patterns)
 
 
-def merged(folder: Path) -> Result:
-    return hash_files(folder / FOLDER, ("artifacts/merged/*.safetensors", "artifacts/merged/*.jinja"))
+def values(*patterns: str) -> Callable[[Path, str], Result]:
+    return lambda folder, _: hash_values(folder, *patterns)
 
 
-def judged(folder: Path) -> Result:
-    return hash_values(folder / FOLDER, "reports/compare.json", "reports/evaluation.json")
+def printed(_: Path, output: str) -> Result:
+    """The JSON object on the last line."""
+    lines = output.strip().splitlines()
+    return {"printed": _hash_values([json.loads(lines[-1])])} if lines else {}
 
 
-def answered(folder: Path) -> Result:
-    return hash_files(folder, ("answers.jsonl",))
-
-
-def exported(folder: Path) -> Result:
-    return hash_files(folder / FOLDER, ("exports/*",))
-
-
-def swept(folder: Path) -> Result:
-    return hash_files(folder, ("outputs/**/best.yaml",))
-
-
-def tagged(folder: Path) -> Result:
-    return hash_files(folder / FOLDER, ("metadata/tags.json",))
+def deleted(folder: Path, _: str) -> Result:
+    return {"left": ", ".join(sorted(path.name for path in (folder / FOLDER).parent.iterdir()))}
 
 
 INFER = ("infer", "--run", FOLDER, "--input", "held.jsonl", "--output", "answers.jsonl", "inference.max_new_tokens=4")
@@ -108,18 +104,54 @@ SWEEP = (
     "sweep", "sweep=lr", "data.train=rows.jsonl", "data.validation=held.jsonl", "training.max_steps=1",
     "training.batch_size=4", "sweep.trials=2", "peft.r=2",
 )  # fmt: skip
+BENCHMARK = (
+    "benchmark", "--run", FOLDER, "benchmark.batch_sizes=[1]", "benchmark.prompt_lengths=[8]",
+    "benchmark.new_tokens=2", "benchmark.repetitions=1",
+)  # fmt: skip
+PREPARE = ("prepare", "data.train=rows.jsonl", "data.val_ratio=0.2")
+FROM_PREPARED = (
+    "train", "data.train=outputs/data/default/train.jsonl", "data.validation=outputs/data/default/validation.jsonl",
+    *(argument for argument in TRAIN[1:] if not argument.startswith("data.")),
+)  # fmt: skip
+EXPORT = ("export", FOLDER, "--data-type", "loss")
+JUDGED = values(f"{FOLDER}/reports/compare.json", f"{FOLDER}/reports/evaluation.json")
 CASES = {
     case.name: case
     for case in (
         Case("train", "rows", TRAIN, trained, ("train", "--resume", FOLDER)),
         Case("resume", "interrupted", ("train", "--resume", FOLDER), trained),
-        Case("prepare", "rows", ("prepare", "data.train=rows.jsonl"), prepared),
-        Case("infer", "finished", INFER, answered),
-        Case("evaluate", "finished", ("evaluate", "--run", FOLDER), judged),
-        Case("compare", "finished", ("compare", "--run", FOLDER), judged),
-        Case("export", "finished", ("export", FOLDER, "--data-type", "loss"), exported),
-        Case("merge", "finished", ("merge", "--run", FOLDER), merged),
-        Case("tag", "finished", ("experiment", "tag", FOLDER, "good"), tagged),
-        Case("sweep", "rows", SWEEP, swept),
+        Case("train from a prepared folder", "prepared", FROM_PREPARED, trained, ("train", "--resume", FOLDER)),
+        Case("validate", "rows", ("validate", *TRAIN[1:], "--json"), printed),
+        Case("prepare", "rows", PREPARE, files("outputs/data/default/*")),
+        Case("infer", "finished", INFER, files("answers.jsonl")),
+        Case("evaluate", "finished", ("evaluate", "--run", FOLDER), JUDGED),
+        Case("compare", "finished", ("compare", "--run", FOLDER), JUDGED),
+        Case("baseline", "rows", ("baseline", "data.validation=held.jsonl", "--json"), printed),
+        Case("benchmark", "finished", BENCHMARK, lambda folder, _: measured(folder)),
+        Case("analyze", "finished", ("analyze", FOLDER, "--json"), printed),
+        Case("report", "finished", ("report", FOLDER), files(f"{FOLDER}/reports/lens.html")),
+        Case("export", "finished", EXPORT, files(f"{FOLDER}/exports/*"), (*EXPORT, "--force")),
+        Case("merge", "finished", ("merge", "--run", FOLDER), files(f"{FOLDER}/artifacts/merged/*.safetensors",
+                                                                    f"{FOLDER}/artifacts/merged/*.jinja")),
+        Case("sync", "finished", ("sync", FOLDER, "--json"), printed),
+        Case("doctor", "finished", ("doctor", FOLDER), lambda folder, _: {"files": "looked through"},
+             looks_for_damage=True),
+        Case("tag", "finished", ("experiment", "tag", FOLDER, "good"), files(f"{FOLDER}/metadata/tags.json")),
+        Case("show", "finished", ("experiment", "show", FOLDER, "--json"), printed),
+        Case("delete", "finished", ("experiment", "delete", FOLDER, "--yes"), deleted),
+        Case("sweep", "rows", SWEEP, files("outputs/**/best.yaml")),
+        Case("sweep, resumed", "swept", SWEEP, files("outputs/**/best.yaml")),
     )
-}
+}  # fmt: skip
+
+
+def measured(folder: Path) -> Result:
+    """Which cells a benchmark has: its numbers differ from call to call."""
+    report = json.loads((folder / FOLDER / "reports/benchmark.json").read_text())
+    return {"cells": str([(cell["model"], cell["batch_size"], cell["prompt_length"]) for cell in report["cells"]])}
+
+
+def files_of(folder: Path) -> list[str]:
+    """What the product wrote in a folder, by name: no locks, which are not read, and not the user's rows."""
+    found = (path for path in sorted((folder / "outputs").rglob("*")) if path.is_file() and path.suffix != ".lock")
+    return [path.relative_to(folder).as_posix() for path in found if path.stat().st_size]

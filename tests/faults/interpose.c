@@ -1,17 +1,22 @@
-/* Counts the calls by which a process changes files below one folder, and at the n-th kills it or fails.
+/* Counts the calls by which a process changes files below one folder, and at the n-th kills it or fails; refuses threads
+   from the n-th on; turns the clock back.
 
-   Preloaded into the fork server; `faults_arm` is called in a child through ctypes, so nothing is counted before. */
+   Preloaded into the fork server; the `faults_...` functions are called in a child through ctypes, so nothing is counted
+   before. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/sendfile.h>
+#include <sys/time.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { WRITE = 1, FSYNC = 2, RENAME = 4 };
@@ -28,6 +33,22 @@ void faults_arm(int wanted_kinds, long at, int wanted_action, const char *folder
     action = wanted_action;
     atomic_store(&calls, 0);
     kinds = wanted_kinds;
+}
+
+static atomic_long threads_left = -1, readings_left = -1;
+static long turned_back;
+
+void faults_limit_threads(long count) { atomic_store(&threads_left, count); }
+
+void faults_turn_clock(long after, long seconds) {
+    turned_back = seconds;
+    atomic_store(&readings_left, after);
+}
+
+/* How many seconds the clock is back at this reading. */
+static long seconds_back(void) {
+    if (!turned_back) return 0;
+    return atomic_load(&readings_left) > 0 && atomic_fetch_sub(&readings_left, 1) > 0 ? 0 : turned_back;
 }
 
 long faults_calls(void) { return atomic_load(&calls); }
@@ -99,4 +120,30 @@ int renameat(int from, const char *name, int to, const char *target) {
 int link(const char *from, const char *to) {
     REAL(link);
     return strikes(RENAME) ? -1 : real(from, to);
+}
+int pthread_create(pthread_t *thread, const pthread_attr_t *how, void *(*start)(void *), void *argument) {
+    REAL(pthread_create);
+    if (atomic_load(&threads_left) >= 0 && atomic_fetch_sub(&threads_left, 1) <= 0) {
+        atomic_store(&threads_left, 0);
+        return EAGAIN;
+    }
+    return real(thread, how, start, argument);
+}
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    REAL(clock_gettime);
+    int failed = real(clock, now);
+    if (!failed && clock == CLOCK_REALTIME) now->tv_sec -= seconds_back();
+    return failed;
+}
+int gettimeofday(struct timeval *now, void *zone) {
+    REAL(gettimeofday);
+    int failed = real(now, zone);
+    if (!failed) now->tv_sec -= seconds_back();
+    return failed;
+}
+time_t time(time_t *out) {
+    REAL(time);
+    time_t now = real(NULL) - seconds_back();
+    if (out) *out = now;
+    return now;
 }

@@ -1,83 +1,158 @@
-"""Kills, full disks and damaged files for every command: the tables of docs/reliability.md.
+"""Faults for every command, and what became of them: the tables of docs/reliability.md.
 
-python tests/faults/run.py [--kills 500] [--starved 80] [--seed 1]
+python tests/faults/run.py [KIND ...] [--share 1.0] [--seed 1]
 
+Kinds are kills, signals, disks, damage, machine, services; without one, all. `--share` of the usual number of tries.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).parent))
+from bench import Bench, Outcome, Tally  # type: ignore[import-not-found]
 from cases import CASES  # type: ignore[import-not-found]
-from harness import Bench, Outcome, Tally, damage_all, kill_often, starve_often  # type: ignore[import-not-found]
+from kinds import (  # type: ignore[import-not-found]
+    READERS,
+    break_machine,
+    can_mount,
+    damage_all,
+    fill_often,
+    kill_often,
+    signal_at_start,
+    signal_often,
+)
+from services import Services, lose_services  # type: ignore[import-not-found]
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "benchmarks/results/faults.json", ROOT / "docs/reliability.md"
 MARKS = ("<!-- table: tests/faults/run.py -->", "<!-- end of table -->")
-# A command that takes long is killed less often: the share of the kills that each gets.
-SHARES = {"train": 3, "resume": 3, "prepare": 5, "infer": 3, "evaluate": 1, "compare": 1, "export": 5, "merge": 1,
-          "tag": 5, "sweep": 1}  # fmt: skip
+# How often each command is killed: what takes long less often.
+KILLS = {
+    "train": 64, "resume": 50, "train from a prepared folder": 12, "validate": 16, "prepare": 72, "infer": 48,
+    "evaluate": 24, "compare": 20, "baseline": 16, "benchmark": 16, "analyze": 8, "report": 24, "export": 48,
+    "merge": 14, "sync": 4, "doctor": 4, "tag": 24, "show": 4, "delete": 24, "sweep": 14, "sweep, resumed": 12,
+}  # fmt: skip
+WAYS = ("flip", "cut", "delete")
+SLOW = ("merge", "sweep", "sweep, resumed", "benchmark", "train from a prepared folder")  # not on each broken machine
+
+
+def kills(bench: Bench, share: float, draw: random.Random) -> Iterator[Tally]:
+    for name, times in KILLS.items():
+        yield kill_often(bench, name, round(times * share), draw)
+
+
+def signals(bench: Bench, share: float, draw: random.Random) -> Iterator[Tally]:
+    yield signal_at_start(bench, round(18 * share), draw)
+    for name in ("train", "resume", "evaluate", "prepare", "infer", "sweep"):
+        yield signal_often(bench, name, round((24 if name == "train" else 6) * share), draw)
+
+
+def disks(bench: Bench, share: float, draw: random.Random) -> Iterator[Tally]:
+    for name in CASES:
+        yield fill_often(bench, name, round(max(KILLS[name] / 4, 4) * share), draw)
+
+
+def damage(bench: Bench, share: float, draw: random.Random) -> Iterator[Tally]:
+    for state in READERS:
+        yield damage_all(bench, state, WAYS, draw, most=0 if share >= 1 else round(len(bench.files(state)) * share))
+
+
+def machine(bench: Bench, share: float, draw: random.Random) -> Iterator[Tally]:
+    names = [name for name in CASES if name not in SLOW]
+    for name in draw.sample(names, round(len(names) * min(share, 1.0))):
+        yield break_machine(bench, name, draw)
+
+
+def services(bench: Bench, share: float, draw: random.Random, both: Services) -> Iterator[Tally]:
+    yield lose_services(bench, both, round(8 * share), draw)
+
+
+KINDS: dict[str, Callable[[Bench, float, random.Random], Iterator[Tally]]] = {
+    "kills": kills, "signals": signals, "disks": disks, "damage": damage, "machine": machine,
+}  # fmt: skip
+TITLES = {
+    "kills": "kill", "signals": "TERM, INT, HUP", "disks": "full disk", "damage": "damaged file",
+    "machine": "broken machine", "services": "hub and S3 away",
+}  # fmt: skip
 
 
 def main() -> int:
     options = parse_arguments()
-    results: dict[str, Any] = {"seed": options.seed, "kills": {}, "full disks": {}, "damaged files": {}}
-    began = time.perf_counter()
+    bad = 0
     with tempfile.TemporaryDirectory(prefix="training-lens-faults-") as place:
-        bench = Bench(Path(place))
-        for name in CASES:
-            each = round(options.kills * SHARES[name] / sum(SHARES.values()))
-            add(results, "kills", kill_often(bench, [name], each, random.Random(f"{options.seed}{name}")))
-            starved = round(options.starved * SHARES[name] / sum(SHARES.values()))
-            add(results, "full disks", starve_often(bench, [name], starved))
-        kinds = ("flip", "cut", "delete")
-        for state in ("finished", "interrupted"):
-            add(results, "damaged files", damage_all(bench, [state], kinds, random.Random(options.seed)))
+        both = Services(Path(place))
+        bench = Bench(Path(place), both.environment)
+        for kind in options.kinds or TITLES:
+            draw, began = random.Random(f"{options.seed} {kind}"), time.perf_counter()
+            each = (
+                services(bench, options.share, draw, both)
+                if kind == "services"
+                else KINDS[kind](bench, options.share, draw)
+            )
+            counts: dict[str, Counter[str]] = {}
+            for tally in each:
+                bad += len(tally.bad)
+                show(kind, tally)
+                for case, found in tally.counts().items():
+                    counts[case] = counts.get(case, Counter()) + found
+            minutes = round((time.perf_counter() - began) / 60, 1)
+            if options.share >= 1:
+                keep(kind, {"seed": options.seed, "minutes": minutes, "mounts": can_mount(), "counts": counts})
         bench.server.close()
-    results["minutes"] = round((time.perf_counter() - began) / 60, 1)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    before, rest = PAGE.read_text().split(MARKS[0])
-    PAGE.write_text(before + MARKS[0] + "\n" + table(results) + MARKS[1] + rest.split(MARKS[1])[1])
-    return int(any(results["bad"]))
+    return int(bad > 0)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=500)
-    parser.add_argument("--starved", type=int, default=80)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", choices=[*TITLES, []])
+    parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
 
-def add(results: dict[str, Any], what: str, tally: Tally) -> None:
-    """Add findings to the results, and print those that break the rule."""
-    for case, counts in tally.counts().items():
-        results[what][case] = dict(Counter(results[what].get(case, {})) + counts)
-    bad = [vars(finding) for finding in tally.bad]
-    results.setdefault("bad", []).extend(bad)
-    print(what, {case: dict(counts) for case, counts in tally.counts().items()}, *bad, sep="\n  ", flush=True)
+def show(kind: str, tally: Tally) -> None:
+    """Print counts, and all findings that break the rule."""
+    print(kind, {case: dict(counts) for case, counts in tally.counts().items()}, flush=True)
+    for finding in tally.bad:
+        print(f"  {finding.case}, {finding.fault}: {finding.outcome}\n{finding.text}", flush=True)
+
+
+def keep(kind: str, found: dict[str, Any]) -> None:
+    """Put the counts of one kind into the results, and all of them into the page; two processes take turns."""
+    with RESULTS.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        results[kind] = found
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        before, rest = PAGE.read_text().split(MARKS[0])
+        PAGE.write_text(before + MARKS[0] + "\n\n" + table(results) + "\n" + MARKS[1] + rest.split(MARKS[1])[1])
+    RESULTS.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def table(results: dict[str, Any]) -> str:
     """All counts as Markdown."""
     outcomes = get_args(Outcome)
     lines = [f"| fault | command | {' | '.join(outcomes)} |", f"|---|---|{'---:|' * len(outcomes)}"]
-    for what in ("kills", "full disks", "damaged files"):
+    for kind in (name for name in TITLES if name in results):
         total: Counter[str] = Counter()
-        for case, counts in results[what].items():
+        for case, counts in results[kind]["counts"].items():
             total += Counter(counts)
-            lines.append(f"| {what} | {case} | {' | '.join(str(counts.get(outcome, 0)) for outcome in outcomes)} |")
+            lines.append(
+                f"| {TITLES[kind]} | {case} | {' | '.join(str(counts.get(outcome, 0)) for outcome in outcomes)} |"
+            )
         cells = " | ".join(f"**{total.get(outcome, 0)}**" for outcome in outcomes)
-        lines.append(f"| **{what}** | **all {total.total()}** | {cells} |")
+        lines.append(f"| **{TITLES[kind]}** | **all {total.total()}** | {cells} |")
     return "\n".join(lines) + "\n"
 
 

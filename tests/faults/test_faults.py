@@ -6,9 +6,12 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from harness import Bench, Tally, damage_all, kill_often, starve_often  # type: ignore[import-not-found]
+from bench import Bench, Finding, Tally  # type: ignore[import-not-found]
+from cases import CASES  # type: ignore[import-not-found]
+from kinds import damage_all, fill_often, kill_often, run_two, signal_often  # type: ignore[import-not-found]
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="calls are counted by a preloaded library, as on Linux"),
@@ -23,22 +26,40 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     bench.server.close()
 
 
-def require_good(tally: Tally, at_least: int) -> None:
-    assert [(f.case, f.fault, f.outcome, f.text) for f in tally.bad] == []
-    assert sum(finding.outcome == "same result" for finding in tally.findings) >= at_least
+def require_good(tallies: list[Tally], at_least: int) -> None:
+    findings: list[Finding] = [finding for tally in tallies for finding in tally.findings]
+    assert [(f.case, f.fault, f.outcome, f.text) for tally in tallies for f in tally.bad] == []
+    assert sum(finding.outcome == "same result" for finding in findings) >= at_least
 
 
 def test_what_is_killed_and_called_again_ends_as_if_it_had_not_been(bench: Bench) -> None:
     draw = random.Random(11)
-    require_good(kill_often(bench, ["train"], 2, draw), at_least=2)
-    require_good(kill_often(bench, ["prepare", "export", "tag"], 4, draw), at_least=9)
+    require_good([kill_often(bench, "train", 2, draw)], at_least=2)
+    require_good([kill_often(bench, name, 4, draw) for name in ("prepare", "export", "tag")], at_least=12)
 
 
 def test_a_full_disk_is_a_clear_error_and_room_mends_it(bench: Bench) -> None:
-    require_good(starve_often(bench, ["prepare", "export", "tag"], 3), at_least=7)
+    draw = random.Random(5)
+    require_good([fill_often(bench, name, 4, draw) for name in ("prepare", "export", "tag")], at_least=12)
+
+
+def test_a_signal_is_no_traceback_and_the_next_call_ends_well(bench: Bench) -> None:
+    require_good([signal_often(bench, "prepare", 4, random.Random(3))], at_least=4)
+
+
+def test_little_memory_no_threads_and_a_clock_that_goes_back_change_no_result(bench: Bench) -> None:
+    shortages: list[tuple[str, dict[str, Any]]] = [
+        ("infer", {"memory": 2**26}),
+        ("infer", {"threads": 0}),
+        ("export", {"threads": 0}),
+    ]
+    tally = Tally(
+        [bench.disturb(CASES[name], str(how), **how) for name, how in [*shortages, ("tag", {"clock": [9, 99]})]]
+    )
+    tally.add(run_two(bench, CASES["prepare"]))
+    require_good([tally], at_least=5)
 
 
 def test_a_damaged_file_changes_no_result_in_silence(bench: Bench) -> None:
-    draw = random.Random(7)
-    require_good(damage_all(bench, ["finished"], ["flip", "cut", "delete"], draw, most=2), at_least=1)
-    require_good(damage_all(bench, ["interrupted"], ["flip"], draw, most=1), at_least=0)
+    require_good([damage_all(bench, "finished", ["flip", "cut", "delete"], random.Random(7), most=1)], at_least=1)
+    require_good([damage_all(bench, "interrupted", ["flip"], random.Random(7), most=1)], at_least=0)

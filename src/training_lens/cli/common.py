@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ def command(as_json: bool = False, debug: bool = False, *, has_log: bool = False
     from training_lens.errors import TrainingLensError
     from training_lens.utils.consoles import plain_console
     from training_lens.utils.logging import setup_logging
+    from training_lens.utils.shortage import describe_shortage
 
     console = plain_console(stderr=as_json)
     setup_logging(console)
@@ -115,9 +117,11 @@ def command(as_json: bool = False, debug: bool = False, *, has_log: bool = False
             yield Screen(console, as_json, output)
         if not has_log:
             require_written(output)
-    except (TrainingLensError, OSError, KeyboardInterrupt) as error:
-        if debug or (isinstance(error, OSError) and error.errno in (None, errno.EPIPE)):
+    except BaseException as error:
+        is_expected = isinstance(error, TrainingLensError | OSError | KeyboardInterrupt) or describe_shortage(error)
+        if debug or not is_expected or (isinstance(error, OSError) and error.errno in (None, errno.EPIPE)):
             raise
+        traceback.clear_frames(error.__traceback__)  # where memory ran out, what they held is needed to say so
         said, code = describe_error(error)
         plain_console(stderr=True).print(said, style="red", soft_wrap=True)
         sys.exit(code)
@@ -149,6 +153,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     """What is printed of an expected error, and the exit code."""
     from training_lens.errors import TrainingLensError
     from training_lens.utils.secrets import redacted
+    from training_lens.utils.shortage import describe_shortage
 
     if isinstance(error, TrainingLensError):
         return f"error: {_shorten(redacted(str(error)))}", error.exit_code
@@ -156,6 +161,8 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         place = f"{error.filename}: " if error.filename else ""
         advice = "Free some space, or give another output.base_output_dir." if error.errno == errno.ENOSPC else ""
         return f"error: {_shorten(redacted(place))}{error.strerror}. {advice}", 1
+    if shortage := describe_shortage(error):
+        return f"error: {shortage}", 1
     return "interrupted.", 130
 
 

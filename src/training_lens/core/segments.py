@@ -22,6 +22,7 @@ from training_lens.errors import DamagedFileError, LensError
 from training_lens.utils.files import sweep_temporaries, whole_file
 from training_lens.utils.integrity import UNSEALED, require_seal, seal
 from training_lens.utils.logging import get_logger
+from training_lens.utils.shortage import describe_shortage
 
 logger = get_logger(__name__)
 MANY = 64  # segments of one table, above which they are merged
@@ -70,6 +71,8 @@ class Segment:
             kept = metadata.metadata or {}
             return int(kept[b"stride"]), metadata.num_rows > int(kept[b"steps"])
         except (*UNREADABLE, DamagedFileError, KeyError) as error:
+            if describe_shortage(error):
+                raise
             logger.warning("%s", damage(self, error))
             return None
 
@@ -121,6 +124,8 @@ def _opened(segment: Segment) -> Iterator[pq.ParquetFile]:
     except FileNotFoundError:
         raise
     except (*UNREADABLE, DamagedFileError) as error:
+        if describe_shortage(error):  # the machine's fault, not the file's
+            raise
         raise LensError(damage(segment, error)) from error
 
 

@@ -14,6 +14,7 @@ from training_lens.errors import DamagedFileError, LensError
 from training_lens.utils.formatting import format_size
 from training_lens.utils.integrity import require_seal, safe_save
 from training_lens.utils.logging import get_logger
+from training_lens.utils.shortage import describe_shortage
 
 logger = get_logger(__name__)
 NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -40,6 +41,8 @@ def require_whole(path: Path) -> None:
         with safe_open(path, "pt"):
             pass
     except (OSError, SafetensorError, DamagedFileError) as error:
+        if describe_shortage(error):
+            raise
         raise LensError(f"{path} is damaged ({error}): this snapshot is lost") from error
 
 

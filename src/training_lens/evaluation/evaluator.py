@@ -14,11 +14,12 @@ from training_lens.data.store import TokenDataset
 from training_lens.data.types import Batch
 from training_lens.errors import EvaluationError
 from training_lens.models.scoring import TokenScores, paired_scores, supervised_scores
-from training_lens.utils.devices import Precision, autocast, free_memory, is_out_of_memory
+from training_lens.utils.devices import Precision, autocast, free_memory
 from training_lens.utils.formatting import said
 from training_lens.utils.heap import freed_memory_kept
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
+from training_lens.utils.shortage import is_out_of_memory
 
 logger = get_logger(__name__)
 

@@ -25,7 +25,6 @@ from training_lens.inference.session import Session
 from training_lens.models.copies import base_copy, merged_copy
 from training_lens.utils.devices import (
     device_name,
-    is_out_of_memory,
     peak_bytes,
     reset_peak,
     reset_process_peak,
@@ -34,6 +33,7 @@ from training_lens.utils.devices import (
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
 from training_lens.utils.progress import Progress
+from training_lens.utils.shortage import is_out_of_memory
 
 logger = get_logger(__name__)
 TEXT_TOKENS = 8192  # of the run's rows, at most: prompts are cut out of them

@@ -20,9 +20,10 @@ from training_lens.inference.replacing import relative_error, replace_layers, sa
 from training_lens.inference.stack import stack_of
 from training_lens.models.adapters import base_only
 from training_lens.models.copies import base_copy, is_quantized, merged_copy, sharing_copy
-from training_lens.utils.devices import available_bytes, is_out_of_memory
+from training_lens.utils.devices import available_bytes
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
+from training_lens.utils.shortage import is_out_of_memory
 
 logger = get_logger(__name__)
 PROBE = 32  # tokens of a prompt that replacements are tried on

@@ -16,12 +16,13 @@ from training_lens.models.embeddings import required_rows, resize_embeddings
 from training_lens.models.location import WEIGHTS, locate
 from training_lens.models.quantization import keep_trainable, loading_options
 from training_lens.models.rotary import separate_examples
-from training_lens.utils.devices import DTYPES, Precision, is_out_of_memory
+from training_lens.utils.devices import DTYPES, Precision
 from training_lens.utils.files import read_json
 from training_lens.utils.formatting import said
 from training_lens.utils.hub import require_hub
 from training_lens.utils.integrity import require_intact
 from training_lens.utils.logging import hide_progress_bars
+from training_lens.utils.shortage import is_out_of_memory
 
 SEQ_LEN_DEFAULT = 2048
 

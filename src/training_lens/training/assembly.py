@@ -14,9 +14,9 @@ from training_lens.training.callbacks import Callback
 from training_lens.training.checkpoints import CheckpointManager
 from training_lens.training.planning import RunPlan
 from training_lens.training.trainer import Trainer
-from training_lens.utils.devices import is_out_of_memory
 from training_lens.utils.formatting import said
 from training_lens.utils.seeding import seed_everything
+from training_lens.utils.shortage import is_out_of_memory
 
 
 def build_trainer(plan: RunPlan, model: Any, checkpoints: CheckpointManager, callbacks: Sequence[Callback]) -> Trainer:

@@ -15,11 +15,11 @@ from training_lens.utils.devices import (
     Precision,
     available_bytes,
     free_memory,
-    is_out_of_memory,
     peak_bytes,
     reset_peak,
 )
 from training_lens.utils.logging import get_logger
+from training_lens.utils.shortage import is_out_of_memory
 
 logger = get_logger(__name__)
 USUAL = 4096  # tokens, more bring no speed on a CPU

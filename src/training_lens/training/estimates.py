@@ -22,9 +22,10 @@ from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.checkpoints import CheckpointManager
 from training_lens.training.planning import RunPlan
 from training_lens.training.trainer import Trainer
-from training_lens.utils.devices import is_out_of_memory, peak_bytes, reset_peak
+from training_lens.utils.devices import peak_bytes, reset_peak
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
+from training_lens.utils.shortage import is_out_of_memory
 
 logger = get_logger(__name__)
 WHOLE_BELOW = 100_000_000  # parameters

@@ -18,11 +18,12 @@ from training_lens.inference.generator import answers
 from training_lens.inference.session import Session, are_texts, session_on
 from training_lens.training.callbacks import Callback, StepReport
 from training_lens.training.planning import RunPlan
-from training_lens.utils.devices import autocast, free_memory, is_out_of_memory
+from training_lens.utils.devices import autocast, free_memory
 from training_lens.utils.formatting import said
 from training_lens.utils.journals import Journal
 from training_lens.utils.logging import get_logger
 from training_lens.utils.seeding import rng_kept
+from training_lens.utils.shortage import is_out_of_memory
 
 logger = get_logger(__name__)
 OPENING = 8  # tokens of a text that is learned from its start, given to the model to go on with

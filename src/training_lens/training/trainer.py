@@ -29,12 +29,13 @@ from training_lens.training.checkpoints import CheckpointManager, TrainingState
 from training_lens.training.feeding import Feed
 from training_lens.training.optimization import build_optimizer, clip_, grad_norm, lr_at, sum_gradients
 from training_lens.training.signals import SignalWatch
-from training_lens.utils.devices import Precision, autocast, free_memory, is_out_of_memory
+from training_lens.utils.devices import Precision, autocast, free_memory
 from training_lens.utils.formatting import said
 from training_lens.utils.heap import freed_memory_kept, give_back
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 from training_lens.utils.seeding import rng_kept
+from training_lens.utils.shortage import is_out_of_memory
 
 logger = get_logger(__name__)
 REHEARSED = 2048  # tokens of the pass whose memory is measured

@@ -17,7 +17,6 @@ from training_lens.utils.heap import give_back
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
 
 
 def get_device(name: str = "auto") -> torch.device:
@@ -125,9 +124,3 @@ def free_memory(device: torch.device) -> None:
     give_back()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the device or (which torch says in words alone) on the CPU."""
-    said = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
-    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)

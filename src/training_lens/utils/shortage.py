@@ -1,0 +1,28 @@
+"""What a machine ran out of, as libraries say it: memory, threads. Imports none of them."""
+
+from __future__ import annotations
+
+import errno
+
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory")
+OUT_OF_THREADS = ("can't start new thread", "ThreadPoolBuildError", "Failed to launch worker thread")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the device or (which torch says in words alone) on the CPU."""
+    is_said = isinstance(error, RuntimeError | ImportError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    return is_said or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
+def is_out_of_threads(error: BaseException) -> bool:
+    """Whether no more threads could be started: by Python, by Arrow, or by a library in Rust."""
+    return any(text in str(error) for text in OUT_OF_THREADS)
+
+
+def describe_shortage(error: BaseException) -> str | None:
+    """What ran out and what to do about it; None if the error is of something else."""
+    if is_out_of_memory(error):
+        return "memory ran out. Close other programs, give this one more, or use a smaller model or batch."
+    if is_out_of_threads(error):
+        return "no more threads could be started. Raise the limit (ulimit -u, or the container's), or close programs."
+    return None
