@@ -6,6 +6,7 @@ Each test plants code that leaves a mark when it is run, by way of every file th
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -199,6 +200,23 @@ def test_nothing_is_written_through_a_link_in_a_run(
         result = call(*command, str(own_run.root))
         assert result.exit_code in (1, 2) and "symbolic link" in result.stderr, (command, result.output)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "precious").rglob("*")} == before
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metadata/summary.json", "metadata/hashes.json", "logs/metrics.jsonl", "logs/evaluations.jsonl",
+        "artifacts/adapter/adapter_model.safetensors", "lens/adapters/step-00000001.safetensors",
+        "lens/loss/00000001-00000002.parquet",
+    ],
+)  # fmt: skip
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(call: Call, own_run: RunFolder, name: str) -> None:
+    (own_run.root / name).unlink(missing_ok=True)
+    os.mkfifo(own_run.root / name)
+    for command in (("doctor",), ("report",), ("analyze",), ("experiment", "show"), ("sync",)):
+        result = call(*command, str(own_run.root))
+        assert isinstance(result.exception, SystemExit | None), (command, result.exception)
 
 
 def test_a_mirror_from_elsewhere_runs_no_code(call: Call, hostile: RunFolder, mark: Path, tmp_path: Path) -> None:

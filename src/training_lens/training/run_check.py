@@ -38,6 +38,7 @@ from training_lens.utils.integrity import (
     recorded_hashes,
     write_sealed,
 )
+from training_lens.utils.limits import read_text
 from training_lens.utils.machine import Check
 from training_lens.utils.runs import RunFolder, read_metrics
 
@@ -248,7 +249,7 @@ def _save_tokenizer_again(run: RunFolder) -> None:
 def _look_at_journal(run: RunFolder) -> str:
     if not run.metrics.is_file():
         return "none yet"
-    lines = run.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_text(run.metrics).splitlines()
     lost = len(lines) - len(read_metrics(run.metrics))
     if lost > (0 if run.status == "finished" else 1):  # a kill may cut the last one short
         raise CheckpointError(f"{lost} of {len(lines)} lines of {run.metrics} are damaged, and left out")

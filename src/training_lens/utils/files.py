@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from training_lens.errors import ConfigurationError, OutputError
-from training_lens.utils.limits import RECORD_BYTES, load_bounded_json, read_bytes
+from training_lens.utils.limits import RECORD_BYTES, load_bounded_json, open_file, read_bytes
 from training_lens.utils.logging import get_logger
 from training_lens.utils.secrets import STRUCK, redact_values, redacted
 
@@ -217,7 +217,7 @@ def files_in(folder: Path) -> list[Path]:
 
 def sha256_of(path: Path) -> str:
     """The file's sha256 in hexadecimal, read in one pass of bounded memory."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

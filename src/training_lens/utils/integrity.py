@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from training_lens.errors import DamagedFileError
 from training_lens.utils.files import read_json, sha256_of, strike_out_of_values, whole_file, write_json
+from training_lens.utils.limits import open_file
 from training_lens.utils.names import find_fault
 
 if TYPE_CHECKING:
@@ -127,11 +129,12 @@ def require_seal(path: Path) -> None:
 
 @lru_cache(maxsize=4096)
 def _holds_seal(path: Path, *_identity: int) -> bool:
-    if not path.stat().st_size:
-        return True  # whoever opens it says what is wrong
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        place = content.find(SEAL) + len(SEAL)
-        return place < len(SEAL) or content[place : place + 64] == _hash_around(content, place).encode()
+    with open_file(path) as file:
+        if not os.fstat(file.fileno()).st_size:
+            return True  # whoever opens it says what is wrong
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            place = content.find(SEAL) + len(SEAL)
+            return place < len(SEAL) or content[place : place + 64] == _hash_around(content, place).encode()
 
 
 def _hash_around(content: mmap.mmap, place: int) -> str:

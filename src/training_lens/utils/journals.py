@@ -15,6 +15,7 @@ from typing import IO, Any, NamedTuple
 
 from training_lens.utils.files import strike_out_of_values, write_text
 from training_lens.utils.integrity import read_line, seal_line
+from training_lens.utils.limits import open_file, read_text
 
 
 class Position(NamedTuple):
@@ -54,7 +55,7 @@ class Journal:
                 0 drops all.
         """
         if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines() if after else []
+            lines = read_text(self.path).splitlines() if after else []
             kept = "".join(f"{line}\n" for line in lines if _is_up_to(line, after))
             write_text(self.path, kept, verbatim=True)
         self._file = self.path.open("a", encoding="utf-8")
@@ -89,7 +90,7 @@ class JournalReader:
     def read(self, most: int) -> list[Entry]:
         """The next lines, `most` at most; none where nothing is new. A line still being written waits."""
         try:
-            file = self.path.open("rb")
+            file = open_file(self.path)
         except FileNotFoundError:
             return []
         with file:

@@ -47,6 +47,12 @@ def open_file(path: Path) -> IO[bytes]:
     return os.fdopen(descriptor, "rb")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file of any length; bytes that are no UTF-8 are replaced. Raises as `open_file`."""
+    with open_file(path) as file:
+        return file.read().decode("utf-8", "replace")
+
+
 def read_bytes(path: Path, most: int) -> bytes:
     """The content of a file of at most so many bytes.
 

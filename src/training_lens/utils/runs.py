@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.files import TEMPORARY, files_in, read_json, sweep_temporaries, whole_folder, write_json
 from training_lens.utils.integrity import read_line, record_hashes, require_intact, unsealed
+from training_lens.utils.limits import read_text
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import is_printed
 
@@ -327,7 +328,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, each with its `step`. One that is none is left out: a kill cuts the last; of others
     a warning says so.
     """
-    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    texts = read_text(path).splitlines()
     lines = [values if values and isinstance(values.get("step"), int) else None for values in map(read_line, texts)]
     if None in lines[:-1]:
         _say_damaged(path, tuple(number for number, line in enumerate(lines, 1) if line is None))
