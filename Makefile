@@ -53,11 +53,11 @@ wheel-test: $(STAMP)
 	cd $(WHEEL_TEST) && venv/bin/training-lens train +experiment=quick_test && venv/bin/training-lens infer "What is 3 plus 4?"
 	rm -rf $(WHEEL_TEST)
 
-# Known vulnerabilities of what is installed; asks the advisory database of PyPI.
+# Known vulnerabilities of what is installed; asks the advisory database of PyPI, and fails where it is not reached.
 audit: $(STAMP)
 	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet \
 		--disable-pip-version-check pip-audit; }
-	.venv-audit/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	.venv-audit/bin/pip-audit --strict --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 # Kills, full disks and damaged files for every command; writes the tables of docs/reliability.md. About half an hour.
 faults: $(STAMP)

@@ -384,3 +384,22 @@ def test_a_full_disk_is_said_and_the_run_is_marked(tmp_path: Path) -> None:
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert "No space left" in " ".join(result.stderr.split()), result.stderr
     assert '"status": "failed"' in result.stdout and ".tmp-" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["experiment", "show", "~nobody-here/run"],
+        ["sync", "~nobody-here"],
+        ["validate", "data.train=~nobody-here/rows.jsonl"],
+        ["validate", "model.id=~nobody-here/model"],
+        ["infer", "hello", "inference.adapter=~nobody-here/adapter"],
+        ["report", "~nobody-here"],
+        ["train", "--config", "~nobody-here/config.yaml"],
+        ["train", "peft.from_adapter=~nobody-here/adapter"],
+    ],
+    ids=" ".join,
+)
+def test_the_home_of_nobody_is_a_path_that_is_not_there(call: Callable[..., Any], words: list[str]) -> None:
+    result = call(*words)
+    assert result.exit_code in (1, 2) and "~nobody-here" in result.stderr

@@ -16,6 +16,7 @@ from training_lens.analyzers import spectra
 from training_lens.analyzers.grouping import number, numbers
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.core.types import ModuleRecord
+from training_lens.utils.names import expand_home
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class LoRAParameterAnalyzer:
 
     def __init__(self, adapter: Path | str | Any, base: Path | str | None = None) -> None:
         saved = isinstance(adapter, Path | str)
-        self._opened = open_adapter(Path(adapter).expanduser()) if saved else None
+        self._opened = open_adapter(expand_home(adapter)) if saved else None
         self._weights = base_weights(self._opened, base) if self._opened else None
         self._modules = () if saved else adapter_modules(adapter)
 

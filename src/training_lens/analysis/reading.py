@@ -20,6 +20,7 @@ from training_lens.errors import AdapterError, CheckpointError, LensError
 from training_lens.utils.checkpoints import list_checkpoints
 from training_lens.utils.formatting import nearest
 from training_lens.utils.logging import get_logger
+from training_lens.utils.names import expand_home
 from training_lens.utils.runs import RunFolder, run_folders
 
 logger = get_logger(__name__)
@@ -61,7 +62,7 @@ def open_recording(path: Path | str, base: Path | str | None = None) -> Recordin
         recording = open_recording("outputs/experiments/default/runs/20261120T203605Z-5f3a")
         recording.series("adapter_weights", "norm_update").of("model.layers.0.self_attn.q_proj")
     """
-    folder = _existing(Path(path).expanduser())
+    folder = _existing(expand_home(path))
     for holds, read in _FORMS:
         if holds(folder):
             return read(folder, base)

@@ -16,6 +16,7 @@ from training_lens.errors import CheckpointError
 from training_lens.utils.checkpoints import checkpoint_steps
 from training_lens.utils.experiments import so_far
 from training_lens.utils.housekeeping import in_place
+from training_lens.utils.names import expand_home
 from training_lens.utils.run_lookup import find_run, folders_of
 from training_lens.utils.runs import LATEST, RunFolder
 
@@ -56,7 +57,7 @@ class Run:
         if "://" in str(path_or_id):
             raise CheckpointError(IN_A_MIRROR)
         self._base_output_dir = Path(base_output_dir).absolute()
-        found = find_run(str(Path(path_or_id).expanduser()), str(base_output_dir))
+        found = find_run(str(expand_home(path_or_id)), str(base_output_dir))
         self.folder = RunFolder(found.root.absolute())  # it is found also after a change of the directory
         self._lens: CheckpointAnalyzer | None = None
         self._findings: tuple[Finding, ...] | None = None

@@ -60,12 +60,13 @@ def check_base(settings: TrainingConfig) -> None:
     """
     from training_lens.errors import ConfigurationError
     from training_lens.models.location import locate
+    from training_lens.utils.names import expand_home
 
     locate(settings.model)
     template = settings.data.template
     if template.endswith((".jinja", ".jinja2", ".j2")):
         try:
-            Path(template).expanduser().open("rb").close()
+            expand_home(template).open("rb").close()
         except OSError as error:
             raise ConfigurationError(f"data.template: '{template}' cannot be read ({error.strerror}).") from error
 

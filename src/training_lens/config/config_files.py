@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -18,6 +17,7 @@ from training_lens.config.yaml_limits import check_references, check_yaml
 from training_lens.errors import ConfigurationError
 from training_lens.utils.files import DuplicateKeyError, parse_json
 from training_lens.utils.limits import CONFIG_BYTES, read_bytes
+from training_lens.utils.names import expand_home
 from training_lens.utils.nested import flat, nest
 
 
@@ -81,7 +81,7 @@ def parse_config_file(file: str, said: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    path = Path(file).expanduser()
+    path = expand_home(file)
     try:
         text = read_bytes(path, CONFIG_BYTES).decode("utf-8-sig")
         raw: Any

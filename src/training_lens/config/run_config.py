@@ -13,7 +13,7 @@ from training_lens.config.schema import ModelSection, TrainingConfig
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.consent import code_in, code_of_module, remember, remembered
 from training_lens.utils.files import read_json
-from training_lens.utils.names import check_experiment, check_run_id, require_contained
+from training_lens.utils.names import check_experiment, check_run_id, expand_home, require_contained
 from training_lens.utils.nested import merged
 from training_lens.utils.runs import RunFolder
 
@@ -122,7 +122,7 @@ def _code(folder: Path, config: TrainingConfig, key: CodeKey) -> set[str]:
 
 
 def _model_folder(model: ModelSection) -> Path | None:
-    path = Path(embedded.resolve(model.id)).expanduser()
+    path = expand_home(embedded.resolve(model.id))
     if path.is_dir():
         return path.resolve()
     from huggingface_hub import try_to_load_from_cache
@@ -145,7 +145,7 @@ def _describe(folder: Path, config: TrainingConfig, key: CodeKey, is_known: bool
 
 def find_writer(file: Path) -> Path | None:
     """The folder of a run, sweep, adapter, mirror or prepared data that a config file is part of; None: of none."""
-    home = file.expanduser().resolve().parent
+    home = expand_home(file).resolve().parent
     for folder in (home, *home.parents):
         if (folder / "metadata" / "config.json").is_file():
             return folder

@@ -19,6 +19,7 @@ from training_lens.config.section import ExperimentName, Place, RunId, Section
 from training_lens.config.tracking_section import TrackingSection
 from training_lens.errors import ConfigurationError
 from training_lens.utils.logging import get_logger
+from training_lens.utils.names import expand_home
 from training_lens.utils.nested import nest
 from training_lens.utils.secrets import secrets_in
 
@@ -243,7 +244,7 @@ class TrainingConfig(Section):
     def prepared_folder(self) -> Path:
         """Where `training-lens prepare` writes."""
         output = self.output
-        return Path(self.prepare.output or f"{output.base_output_dir}/data/{output.experiment_name}").expanduser()
+        return expand_home(self.prepare.output or f"{output.base_output_dir}/data/{output.experiment_name}")
 
     def resolved(self, **sections: dict[str, Any]) -> TrainingConfig:
         """A copy with some keys of some sections replaced: `config.resolved(training={"lr": 1e-3})`.

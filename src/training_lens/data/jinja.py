@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 from training_lens.errors import ConfigurationError
 from training_lens.utils.limits import TEMPLATE_BYTES, read_bytes
+from training_lens.utils.names import expand_home
 
 Span = tuple[int, int]
 CLOCK = "strftime_now"  # the function by which chat templates ask for the date
@@ -89,7 +89,7 @@ def read_template_file(path: str) -> str:
         ConfigurationError: it cannot be read, or is no valid Jinja; names the line.
     """
     try:
-        source = read_bytes(Path(path).expanduser(), TEMPLATE_BYTES).decode("utf-8")
+        source = read_bytes(expand_home(path), TEMPLATE_BYTES).decode("utf-8")
     except OSError as error:
         raise ConfigurationError(f"data.template: '{path}' cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:

@@ -22,6 +22,7 @@ from training_lens.utils.files import sha256_of
 from training_lens.utils.formatting import nearest
 from training_lens.utils.hub import require_hub
 from training_lens.utils.logging import get_logger
+from training_lens.utils.names import expand_home
 
 logger = get_logger(__name__)
 HUB = "hub:"
@@ -94,11 +95,11 @@ def expand(specs: Sequence[str], key: str) -> list[Source]:
 def _expand_one(spec: str, entry: int, key: str) -> list[Source]:
     if spec.startswith(HUB):
         return [_from_hub(spec, entry, key)]
-    path = Path(embedded.resolve(spec)).expanduser()
+    path = expand_home(embedded.resolve(spec))
     if path.is_file():
         return [_file(path, entry)]
     folder, _, split = spec.rpartition(":") if not path.exists() and ":" in spec else (spec, "", "")
-    if (saved := Path(folder).expanduser()).is_dir() and _is_saved(saved):
+    if (saved := expand_home(folder)).is_dir() and _is_saved(saved):
         return [_from_disk(saved, split, entry, key)]
     if path.is_dir():
         raise DatasetError(f"{key}: '{spec}' is a folder, expected files ({', '.join(FORMATS)}).{_inside(path, key)}")

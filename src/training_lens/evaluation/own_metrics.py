@@ -24,6 +24,7 @@ from typing import Any
 
 from training_lens.errors import ConfigurationError, EvaluationError
 from training_lens.utils.formatting import nearest, said, unstopped
+from training_lens.utils.names import expand_home
 
 KEY, GROUP = "evaluation.metrics", "training_lens.metrics"
 # (prediction, reference) -> score, or None: the metric does not apply to this row.
@@ -149,7 +150,7 @@ def _imported(module: str) -> Any:
 
 
 def _module_of_file(place: str) -> Any:
-    path = Path(place).expanduser().resolve()
+    path = expand_home(place).resolve()
     if not path.is_file():
         raise ConfigurationError(f"{KEY}: there is no file '{place}'.")
     spec = util.spec_from_file_location(f"training_lens_metrics_{path.stem}", path)

@@ -13,6 +13,7 @@ from training_lens.models.factory import read_facts, resolve_seq_len
 from training_lens.models.location import locate
 from training_lens.models.saved import read_config, require_adapter, require_plain
 from training_lens.models.stored import check_base
+from training_lens.utils.names import expand_home
 from training_lens.utils.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
 from training_lens.utils.runs import RunFolder
 
@@ -38,7 +39,7 @@ def run_of(config: TrainingConfig) -> RunFolder | None:
 def adapter_of(config: TrainingConfig, run: RunFolder | None) -> tuple[Path, ModelSection]:
     """The adapter's folder, and the base that it is merged into: a run's own, else that of the config."""
     if run is None:
-        return Path(config.inference.adapter).expanduser(), config.model
+        return expand_home(config.inference.adapter), config.model
     return run.adapter, read_run_config(run).model
 
 

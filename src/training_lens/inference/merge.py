@@ -30,6 +30,7 @@ from training_lens.models.merging import check_foldable
 from training_lens.models.stored import require_local_folder, stored_precision
 from training_lens.utils.devices import Precision
 from training_lens.utils.files import sweep_temporaries, whole_folder, write_json
+from training_lens.utils.names import expand_home
 from training_lens.utils.runs import RunFolder
 
 
@@ -126,7 +127,7 @@ def _make_room(options: MergeOptions, run: RunFolder | None, adapter: Path, base
     if not options.output and run is None:
         raise ConfigurationError("a bare adapter has no run folder to merge into; give --output FOLDER.")
     own = (run.delta if options.delta else run.merged) if run else Path()
-    output = (options.output.expanduser() if options.output else own).resolve()
+    output = (expand_home(options.output) if options.output else own).resolve()
     check_place(output, run, adapter, base, options.force)
     if not options.output:  # the folder around it is the run's: what killed merges left there may go
         sweep_temporaries(output.parent, older_than_seconds=86_400)

@@ -30,6 +30,7 @@ from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import read_json
 from training_lens.utils.formatting import nearest
 from training_lens.utils.logging import get_logger
+from training_lens.utils.names import expand_home
 from training_lens.utils.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
 from training_lens.utils.runs import RunFolder
 
@@ -141,7 +142,7 @@ def open_session(config: TrainingConfig) -> Session:
     """
     name = config.inference.adapter
     if uses_own_model(name):
-        return _open_own(config, None if name == BASE_ALONE else Path(name).expanduser())
+        return _open_own(config, None if name == BASE_ALONE else expand_home(name))
     run = find_adapter_run(name, config.output.base_output_dir, config.output.named_experiment)
     if not Path(name).is_dir():
         logger.info("run %s of experiment %s", run.run_id, run.experiment)

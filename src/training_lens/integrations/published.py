@@ -16,7 +16,7 @@ from training_lens.models.saved import require_finite
 from training_lens.utils.checkpoints import MANIFEST
 from training_lens.utils.files import files_in, read_json
 from training_lens.utils.integrity import read_sealed, require_intact, with_checksum
-from training_lens.utils.names import check_file_name
+from training_lens.utils.names import check_file_name, expand_home
 from training_lens.utils.secrets import redacted
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -34,7 +34,7 @@ class Names:
         self._short = short_names(sorted(files))
         base = embedded.resolve(run.config.model.id)
         local = is_folder(base) and run.config.model.id == base
-        self.base = Path(base).expanduser().resolve().name if local else run.config.model.id
+        self.base = expand_home(base).resolve().name if local else run.config.model.id
         places = [embedded.resolve(run.config.model.id), str(run.folder.root), str(run.base_output_dir.absolute())]
         named = [place for place in places if is_folder(place) and Path(place).name not in ("", "..")]
         self._places = {place: Path(place).name for place in named} | self._short
@@ -77,7 +77,7 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
 
 def is_folder(name: str) -> bool:
     """Whether a model's id is a folder of this machine, and none of a hub."""
-    return Path(name).expanduser().is_dir()
+    return expand_home(name).is_dir()
 
 
 def adapter_files(run: RunRecord, names: Names) -> list[PushedFile]:

@@ -23,7 +23,7 @@ from training_lens.integrations.checksums import PART_BYTES, vouched
 from training_lens.utils.files import TEMPORARY, files_in, sha256_of, whole_file
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
-from training_lens.utils.names import find_fault
+from training_lens.utils.names import expand_home, find_fault
 from training_lens.utils.secrets import has_password, redacted
 
 logger = get_logger(__name__)
@@ -107,7 +107,7 @@ class LocalStorage(StorageBackend):
         super().__init__(str(folder))
         if not str(folder).strip():
             raise IntegrationError("an empty name is given, which means no storage; give a folder.", lasting=True)
-        self.folder = Path(folder).expanduser()
+        self.folder = expand_home(folder)
 
     def put_file(self, local: Path | str, name: str) -> None:
         path = self._path(name)

@@ -16,6 +16,7 @@ from training_lens.errors import IntegrationError
 from training_lens.integrations.packages import require_packages
 from training_lens.integrations.record import flat_settings
 from training_lens.integrations.tracker import Record, Tracker
+from training_lens.utils.names import expand_home
 
 
 class TrackioIntegration(Tracker):
@@ -34,7 +35,7 @@ class TrackioIntegration(Tracker):
     def place(self) -> Path:
         """The folder of trackio's databases, one for a project: `TRACKIO_DIR=PLACE trackio show` shows them."""
         given = self.run.config.tracking.trackio.folder
-        return Path(given).expanduser().resolve() if given else self.run.base_output_dir / "trackio"
+        return expand_home(given).resolve() if given else self.run.base_output_dir / "trackio"
 
     @property
     def project(self) -> str:

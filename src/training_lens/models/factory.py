@@ -22,6 +22,7 @@ from training_lens.utils.formatting import said
 from training_lens.utils.hub import require_hub
 from training_lens.utils.integrity import require_intact
 from training_lens.utils.logging import hide_progress_bars
+from training_lens.utils.names import expand_home
 from training_lens.utils.shortage import is_out_of_memory
 
 SEQ_LEN_DEFAULT = 2048
@@ -59,7 +60,7 @@ def _failure(what: str, model_id: str, error: Exception) -> str:
         return f"{what} of '{model_id}' needs a package: {said(error)}"
     if "trust_remote_code" in str(error):
         return f"'{model_id}' carries its own code. Read it, then set model.trust_remote_code=true."
-    if Path(embedded.resolve(model_id)).expanduser().exists():
+    if expand_home(embedded.resolve(model_id)).exists():
         return f"{what} of '{model_id}' cannot be loaded: {said(error)} Download the model again, or give another."
     return (
         f"'{model_id}' is no local folder, and its {what} cannot be had from the hub: {said(error)} Give a local "

@@ -9,6 +9,7 @@ from training_lens import embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ModelLoadingError
 from training_lens.utils.formatting import nearest
+from training_lens.utils.names import expand_home
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -21,7 +22,7 @@ def locate(model: ModelSection) -> str:
         ModelLoadingError: a path that is not there, or a folder without configuration or safetensors weights.
     """
     name = embedded.resolve(model.id)
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if not path.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or (path.parent.is_dir() and "/" in name):
             close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None

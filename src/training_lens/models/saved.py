@@ -13,6 +13,7 @@ from training_lens.utils.files import read_json, write_json
 from training_lens.utils.formatting import nearest
 from training_lens.utils.integrity import require_intact
 from training_lens.utils.logging import get_logger
+from training_lens.utils.names import expand_home
 from training_lens.utils.runs import RunFolder
 
 logger = get_logger(__name__)
@@ -82,7 +83,7 @@ def adapter_folder(reference: str) -> Path:
     Raises:
         AdapterError: nothing there, or files are missing.
     """
-    path = Path(reference).expanduser()
+    path = expand_home(reference)
     if path.is_file():
         raise AdapterError(f"peft.from_adapter: '{reference}' is a file. Give the folder of an adapter, or of a run.")
     if not path.is_dir():

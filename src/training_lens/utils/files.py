@@ -22,6 +22,7 @@ from typing import Any, Literal
 from training_lens.errors import ConfigurationError, OutputError
 from training_lens.utils.limits import RECORD_BYTES, load_bounded_json, open_file, read_bytes
 from training_lens.utils.logging import get_logger
+from training_lens.utils.names import expand_home
 from training_lens.utils.secrets import STRUCK, redact_values, redacted
 
 TEMPORARY = ".tmp-"
@@ -230,7 +231,7 @@ def file_in_folder(name: str, said: str) -> Path:
     Raises:
         ConfigurationError: it is a folder, or in a folder that is not there.
     """
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_dir() or not path.parent.is_dir():
         found = "is a folder" if path.is_dir() else f"there is no folder '{path.parent}'"
         raise ConfigurationError(f"{said}: {found}; give a file in a folder that is there.")

@@ -34,7 +34,7 @@ class TooMuchError(ValueError):
     """A value that is over a limit; says which, without a place."""
 
 
-def open_file(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> io.BufferedReader:
     """Open a file to read it.
 
     Raises:

@@ -6,6 +6,7 @@ may hold spaces and letters of any script: earlier versions took them, and there
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path, PureWindowsPath
 
@@ -80,6 +81,11 @@ def check_file_name(name: str) -> str:
     if fault := find_fault(name):
         raise ConfigurationError(f"{_quote_name(name)} names no file in the folder: {fault}")
     return name
+
+
+def expand_home(path: str | Path) -> Path:
+    """The path with `~` or `~name` at its beginning replaced by that home; one of nobody stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser fails where there is no such home
 
 
 def require_contained(folder: Path, *, besides: tuple[str, ...] = ()) -> None:

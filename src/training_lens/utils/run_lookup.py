@@ -7,6 +7,7 @@ from pathlib import Path
 
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError
 from training_lens.utils.formatting import nearest
+from training_lens.utils.names import expand_home
 from training_lens.utils.runs import LATEST, UNFINISHED, RunFolder, listed, run_at, run_folders, runs_folder
 
 BASE_ALONE = "none"  # as inference.adapter: no adapter
@@ -48,8 +49,8 @@ def find_run(
     """
     if not reference.strip():
         raise ConfigurationError("an empty name is given, which means no run; give an id, a folder, or 'latest'.")
-    if (Path(reference).expanduser() / "metadata").is_dir():
-        return run_at(Path(reference).expanduser())
+    if (expand_home(reference) / "metadata").is_dir():
+        return run_at(expand_home(reference))
     everywhere = folders_of(base_output_dir)
     inside = [run for run in everywhere if experiment_name in (None, run.experiment)]
     place = f"experiment {experiment_name} of {base_output_dir}" if experiment_name else base_output_dir
@@ -130,7 +131,7 @@ def find_adapter_run(adapter: str, base_output_dir: str, experiment_name: str | 
     try:
         run = find_run(adapter, base_output_dir, experiment_name, finished=True)
     except CheckpointError:
-        if Path(adapter).expanduser().is_dir():
+        if expand_home(adapter).is_dir():
             raise AdapterError(
                 f"inference.adapter: '{adapter}' holds neither adapter_config.json (an adapter folder) nor metadata/ "
                 "(a run's folder)."
@@ -142,7 +143,7 @@ def find_adapter_run(adapter: str, base_output_dir: str, experiment_name: str | 
 
 def uses_own_model(adapter: str) -> bool:
     """Whether `inference.adapter` leaves model, template and domains to the config, and not to a run."""
-    return adapter == BASE_ALONE or (Path(adapter).expanduser() / "adapter_config.json").is_file()
+    return adapter == BASE_ALONE or (expand_home(adapter) / "adapter_config.json").is_file()
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
