@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cases import FOLDER, PREPARE, SWEEP, TRAIN, Case, Result, files_of, write_rows  # type: ignore[import-not-found]
+from cases import FOLDER, ONE_STEP, PREPARE, SWEEP, TRAIN, Case, Result, files_of, write_rows  # type: ignore[import-not-found]
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "src"
@@ -161,6 +161,9 @@ class Bench:
     def _fill_state(self, name: str, folder: Path) -> None:
         if name == "finished":
             self._must(TRAIN, folder)
+        elif name == "cached":
+            self._must(ONE_STEP, folder)
+            shutil.rmtree(folder / "outputs/experiments")
         elif name == "prepared":
             self._must(PREPARE, folder)
         elif name == "interrupted":  # killed behind the checkpoint of step 2

@@ -114,6 +114,10 @@ FROM_PREPARED = (
     *(argument for argument in TRAIN[1:] if not argument.startswith("data.")),
 )  # fmt: skip
 EXPORT = ("export", FOLDER, "--data-type", "loss")
+ONE_STEP = (
+    "train", "data.train=rows.jsonl", "training.batch_size=4", "training.max_steps=1", "training.save_steps=null",
+    "tracking.samples=0", "tracking.tensorboard=false", "lens.enabled=false", f"output.run_id={RUN}",
+)  # fmt: skip
 JUDGED = values(f"{FOLDER}/reports/compare.json", f"{FOLDER}/reports/evaluation.json")
 CASES = {
     case.name: case
@@ -121,6 +125,7 @@ CASES = {
         Case("train", "rows", TRAIN, trained, ("train", "--resume", FOLDER)),
         Case("resume", "interrupted", ("train", "--resume", FOLDER), trained),
         Case("train from a prepared folder", "prepared", FROM_PREPARED, trained, ("train", "--resume", FOLDER)),
+        Case("train a step", "cached", ONE_STEP, files(f"{FOLDER}/artifacts/adapter/*.safetensors")),
         Case("validate", "rows", ("validate", *TRAIN[1:], "--json"), printed),
         Case("prepare", "rows", PREPARE, files("outputs/data/default/*")),
         Case("infer", "finished", INFER, files("answers.jsonl")),

@@ -97,6 +97,16 @@ def damage_all(bench: Bench, state: str, kinds: Sequence[str], draw: random.Rand
     return tally
 
 
+def flip_cache(bench: Bench, times: int, draw: random.Random) -> Tally:
+    """Flip one bit somewhere in the token cache, and train a step from it."""
+    tally, case = Tally(), CASES["train a step"]
+    bench.wanted(case)
+    tokens = [name for name in bench.files(case.needs) if name.endswith("examples.arrow")]
+    for _ in range(times):
+        tally.add(bench.damage(case, draw.choice(tokens), "flip", draw))
+    return tally
+
+
 def break_machine(bench: Bench, name: str, draw: random.Random) -> Tally:
     """No home, no threads, little memory, a clock that goes back, two at once, a read-only folder, a full /tmp."""
     tally, case = Tally(), CASES[name]

@@ -28,6 +28,7 @@ from kinds import (  # type: ignore[import-not-found]
     can_mount,
     damage_all,
     fill_often,
+    flip_cache,
     kill_often,
     signal_at_start,
     signal_often,
@@ -39,9 +40,9 @@ RESULTS, PAGE = ROOT / "benchmarks/results/faults.json", ROOT / "docs/reliabilit
 MARKS = ("<!-- table: tests/faults/run.py -->", "<!-- end of table -->")
 # How often each command is killed: what takes long less often.
 KILLS = {
-    "train": 64, "resume": 50, "train from a prepared folder": 12, "validate": 16, "prepare": 72, "infer": 48,
-    "evaluate": 24, "compare": 20, "baseline": 16, "benchmark": 16, "analyze": 8, "report": 24, "export": 48,
-    "merge": 14, "sync": 4, "doctor": 4, "tag": 24, "show": 4, "delete": 24, "sweep": 14, "sweep, resumed": 12,
+    "train": 36, "resume": 30, "train a step": 20, "train from a prepared folder": 8, "validate": 16, "prepare": 110, "infer": 60,
+    "evaluate": 14, "compare": 10, "baseline": 12, "benchmark": 8, "analyze": 8, "report": 20, "export": 72, "merge": 6,
+    "sync": 6, "doctor": 6, "tag": 52, "show": 6, "delete": 52, "sweep": 6, "sweep, resumed": 6,
 }  # fmt: skip
 WAYS = ("flip", "cut", "delete")
 SLOW = ("merge", "sweep", "sweep, resumed", "benchmark", "train from a prepared folder")  # not on each broken machine
@@ -64,8 +65,10 @@ def disks(bench: Bench, share: float, draw: random.Random) -> Iterator[Tally]:
 
 
 def damage(bench: Bench, share: float, draw: random.Random) -> Iterator[Tally]:
+    yield flip_cache(bench, round(200 * share), draw)
     for state in READERS:
-        yield damage_all(bench, state, WAYS, draw, most=0 if share >= 1 else round(len(bench.files(state)) * share))
+        most = round(len(bench.files(state)) * share) if share < 1 else 24 if state == "swept" else 0  # two runs in it
+        yield damage_all(bench, state, WAYS, draw, most)
 
 
 def machine(bench: Bench, share: float, draw: random.Random) -> Iterator[Tally]:
