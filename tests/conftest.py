@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import TOKEN, Hub  # type: ignore[import-not-found]
+from hub_server import TOKEN, Hub, use_hub  # type: ignore[import-not-found]
 
 # Before torch and transformers are imported: offline, quiet, and two tests at a time do not fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -140,12 +140,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     from huggingface_hub import constants
 
     server = Hub(tmp_path / "hub").start()
-    environment = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)  # read from the environment once, at import
-    place = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", place)
+    use_hub(server.url, monkeypatch)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     yield server
     server.kill()

@@ -17,7 +17,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resul
     """Runs `training-lens ARGUMENTS` in an empty folder; `input` is what is typed."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str, input: str | None = None) -> Result:
+    def run(*arguments: str, input: str | bytes | None = None) -> Result:
         result = CliRunner().invoke(cli, list(arguments), input=input)
         assert "Traceback" not in result.stderr
         assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)

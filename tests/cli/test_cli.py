@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,8 +16,10 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from typer.testing import CliRunner
 
 from training_lens import embedded
+from training_lens.cli import cli
 from training_lens.utils.integrity import read_sealed
 from training_lens.utils.runs import RunFolder
 
@@ -26,17 +29,15 @@ ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i 
 FAST = ["data.max_examples=32", "training.epochs=1", "training.lr=3e-3", "peft.r=4", "tracking.tensorboard=false"]
 
 
-def command(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    call = [sys.executable, "-m", "training_lens", *arguments]
-    return subprocess.run(call, cwd=cwd, capture_output=True, text=True, check=False, timeout=250, **options)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A folder with one finished run of the embedded default, and what `train --json` printed."""
     folder = tmp_path_factory.mktemp("work")
-    result = command("train", "+experiment=quick_test", "output.experiment_name=default", "--json", cwd=folder)
-    assert result.returncode == 0, result.stderr
+    with contextlib.chdir(folder):
+        result = CliRunner().invoke(
+            cli, ["train", "+experiment=quick_test", "output.experiment_name=default", "--json"]
+        )
+    assert result.exit_code == 0, result.stderr
     lines = result.stdout.strip().split("\n")
     assert len(lines) == 1
     return folder, json.loads(lines[0])
@@ -129,16 +130,15 @@ def files(tmp_path: Path) -> Path:
 def test_errors_are_one_paragraph_and_leave_nothing(
     call: Call, files: Path, arguments: list[str], code: int, message: str
 ) -> None:
-    start = time.monotonic()
     result = call("train", *arguments)
     assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
     assert not list((files / "outputs").rglob("run.log"))
     assert not list(files.rglob(".tmp-*"))
-    assert time.monotonic() - start < 60
 
 
 def test_debug_shows_the_traceback(files: Path) -> None:
-    result = command("train", "data.train=row.jsonl", "--debug", cwd=files)
+    command = [sys.executable, "-m", "training_lens", "train", "data.train=row.jsonl", "--debug"]
+    result = subprocess.run(command, cwd=files, capture_output=True, text=True, check=False)
     assert (result.returncode, "Traceback" in result.stderr) == (1, True), result.stderr
 
 

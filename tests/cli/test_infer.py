@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -119,11 +118,8 @@ def test_what_is_no_text_is_one_line(call: Call, text: str) -> None:
     assert call("infer", "Hi", *base, "--domain", text).exit_code == 2
 
 
-def test_what_is_no_text_is_said_and_the_chat_goes_on() -> None:
+def test_what_is_no_text_is_said_and_the_chat_goes_on(call: Call) -> None:
     typed = "".join(f"{text}\n" for text in [*NO_TEXT, "Hi"]).encode(errors="surrogateescape")
-    chat = subprocess.run(
-        [sys.executable, "-m", "training_lens", "infer", "--interactive", "inference=base", SHORT],
-        input=typed, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-    )  # fmt: skip
-    assert (chat.returncode, chat.stderr) == (0, b"")
-    assert chat.stdout.count(b"the prompt holds U+") == 3 and chat.stdout.count(b"> ") == 5
+    chat = call("infer", "--interactive", "inference=base", SHORT, input=typed)
+    assert (chat.exit_code, chat.stderr) == (0, "")
+    assert chat.stdout.count("the prompt holds U+") == 3 and chat.stdout.count("> ") == 5

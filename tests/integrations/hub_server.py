@@ -21,12 +21,25 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
 
+if TYPE_CHECKING:
+    import pytest
+
 TOKEN, READ_TOKEN, OWNER = "hf_" + "planted" * 5, "hf_" + "reading" * 5, "me"
 LARGE = (".safetensors",)  # goes to large-file storage, like files of more than 10 MB
+
+
+def use_hub(url: str, patch: pytest.MonkeyPatch) -> None:
+    """Have huggingface_hub ask the hub at `url`, in this process and those it starts."""
+    from huggingface_hub import constants
+
+    patch.setenv("HF_ENDPOINT", url)
+    patch.setattr(constants, "ENDPOINT", url)  # read from the environment once, at import
+    place = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", place)
 
 
 class Hub:
