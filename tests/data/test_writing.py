@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pairwise import pairwise  # type: ignore[import-not-found]
 
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection
@@ -59,9 +60,7 @@ def tokens(specs: list[str], section: DataSection, tokenizer: Any) -> list[Any]:
     return [t and (t.input_ids.tolist(), t.loss_mask.tolist(), t.domain, t.digest) for t in tokenize(examples, ready)]
 
 
-@pytest.mark.parametrize("template", ["chat", "alpaca"])
-@pytest.mark.parametrize("file_format", FORMATS)
-@pytest.mark.parametrize("source", FORMS)
+@pytest.mark.parametrize(("source", "file_format", "template"), pairwise(list(FORMS), FORMATS, ["chat", "alpaca"]))
 def test_tokens_and_masks_are_those_of_the_source(
     source: str,
     file_format: FileFormat,

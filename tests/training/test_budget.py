@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise  # type: ignore[import-not-found]
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from training_lens.config.schema import ModelSection, PeftSection, TrainingConfig
@@ -67,9 +68,7 @@ def kept_bytes(model: Any, precision: Any, fused: bool) -> int:
     return sum(size for size, _ in sizes.values())
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "precision", "fused"), pairwise(list(CONFIGS), ["fp32", "bf16"], [True, False]))
 def test_the_footprint_covers_what_autograd_keeps_and_not_many_times_that(
     name: str, precision: Any, fused: bool
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pairwise import pairwise  # type: ignore[import-not-found]
 from torch import Tensor
 
 from training_lens.models.native import calls
@@ -35,12 +36,12 @@ def row_by_row(query: Tensor, keys: Tensor, values: Tensor, first: Tensor, windo
     return found
 
 
-@pytest.mark.parametrize("window", [None, 1, 9, 100])
-@pytest.mark.parametrize("size", [20, 64, 80, 128])
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.04)])
-def test_the_newest_token_sees_its_rows_columns_alone(
-    dtype: torch.dtype, most: float, size: int, window: int | None
-) -> None:
+EXACTNESS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.04}
+
+
+@pytest.mark.parametrize(("dtype", "size", "window"), pairwise(list(EXACTNESS), [20, 64, 80, 128], [None, 1, 9, 100]))
+def test_the_newest_token_sees_its_rows_columns_alone(dtype: torch.dtype, size: int, window: int | None) -> None:
+    most = EXACTNESS[dtype]
     together, keys, values = drawn(3, 8, size, seed=0), drawn(3, 2, 48, size, seed=1), drawn(3, 2, 48, size, seed=2)
     angles = drawn(3, size // 2, seed=3).repeat(1, 2) if size != 80 else drawn(3, 16, seed=3).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
