@@ -10,7 +10,6 @@ import random
 import numpy as np
 import pytest
 import sacrebleu
-from rouge_score.rouge_scorer import RougeScorer
 
 from training_lens.evaluation import metrics
 from training_lens.evaluation.metrics import (
@@ -195,6 +194,8 @@ def test_periods_that_stand_apart_call_for_no_advice(caplog: pytest.LogCaptureFi
 
 
 def test_rouge_of_ascii_texts_is_that_of_rouge_score() -> None:
+    from rouge_score.rouge_scorer import RougeScorer  # with nltk, which takes long to import
+
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(kinds)
     applies = 0
