@@ -94,6 +94,24 @@ print(json.dumps(told))
 """
 
 
+TRAIN = [
+    "train", "+experiment=quick_test", "output.experiment_name=default",
+    "training.max_steps=2", "training.warmup_ratio=0", "data.max_examples=16",
+    "tracking.wandb.mode=offline", "tracking.mlflow.enabled=true",
+    "tracking.trackio.enabled=true", "output.mirror=s3://nothing/at/all",
+]  # fmt: skip
+AFTERWARDS = [
+    ["--help"],
+    ["infer", "Where is the owl?", "--domain", "lake", "inference.max_new_tokens=4"],
+    ["compare", "evaluation.max_examples=3"],
+    ["analyze", "latest"],
+    ["report", "latest"],
+    ["export", "latest", "--data-type", "loss", "--output", "exported"],
+    ["experiment", "list"],
+    ["sync", "--status"],
+]
+
+
 @pytest.fixture(scope="session")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment that holds what the package requires, and nothing else; without pip."""
@@ -171,47 +189,33 @@ def test_without_extras_every_module_imports_first_and_every_public_name_resolve
 
 
 @pytest.fixture(scope="session")
-def trained_bare(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder with a run that the bare environment trained, connected to what is not there; and what was said."""
+def trained_bare(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A folder with a run that the bare environment trained, connected to what is not there, and what was printed.
+
+    Other commands follow in the same process: importing torch and transformers takes longer than any of them.
+    """
     folder = tmp_path_factory.mktemp("work")
-    result = run(
-        bare, "-m", "training_lens", "train", "+experiment=quick_test", "output.experiment_name=default",
-        "training.max_steps=2", "training.warmup_ratio=0", "data.max_examples=16",
-        "tracking.wandb.mode=offline", "tracking.mlflow.enabled=true",
-        "tracking.trackio.enabled=true", "output.mirror=s3://nothing/at/all", cwd=folder,
-    )  # fmt: skip
+    result = run(bare, "-c", COMMANDS, json.dumps([TRAIN, *AFTERWARDS]), cwd=folder)
     assert result.returncode == 0, result.stderr
-    return folder, result.stdout
+    return folder, json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(
     ("name", "extra"), [("wandb", "wandb"), ("mlflow", "mlflow"), ("trackio", "trackio"), ("mirror", "s3")]
 )
 def test_without_extras_a_run_trains_and_what_is_missing_is_one_line(
-    trained_bare: tuple[Path, str], name: str, extra: str
+    trained_bare: tuple[Path, list[dict[str, Any]]], name: str, extra: str
 ) -> None:
-    folder, said = trained_bare
+    folder, (train, *_) = trained_bare
+    assert train["code"] == 0, train
     (log,) = folder.rglob("run.log")
     about = [line for line in log.read_text().splitlines() if f" WARNING {name}: " in line]
     assert len(about) == 1 and f"pip install 'training-lens[{extra}]'" in about[0]
-    assert " ".join(said.split()).count(f"pip install 'training-lens[{extra}]'") == 1
+    assert " ".join(train["out"].split()).count(f"pip install 'training-lens[{extra}]'") == 1
 
 
-def test_without_extras_every_command_that_needs_none_works(bare: Path, trained_bare: tuple[Path, str]) -> None:
-    folder, _ = trained_bare
-    calls = [
-        ["--help"],
-        ["infer", "Where is the owl?", "--domain", "lake", "inference.max_new_tokens=4"],
-        ["compare", "evaluation.max_examples=3"],
-        ["analyze", "latest"],
-        ["report", "latest"],
-        ["export", "latest", "--data-type", "loss", "--output", "exported"],
-        ["experiment", "list"],
-        ["sync", "--status"],
-    ]
-    result = run(bare, "-c", COMMANDS, json.dumps(calls), cwd=folder)
-    assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout.splitlines()[-1])
+def test_without_extras_every_command_that_needs_none_works(trained_bare: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, told = trained_bare
     assert [one["call"] for one in told if one["code"]] == [], told
     status = " ".join(told[-1]["out"].split())
     assert all(name in status for name in ("wandb", "mlflow", "trackio", "mirror", "unavailable"))
