@@ -84,14 +84,17 @@ def _hub(run: str, settings: TrainingConfig) -> HuggingFaceIntegration:
     from training_lens.errors import ConfigurationError
 
     folder = locate_run(run, settings.output, finished=True)
+    from training_lens.config.run_config import require_consent
     from training_lens.integrations.hub import HuggingFaceIntegration
     from training_lens.integrations.record import RunRecord
 
-    record = RunRecord(folder, {"tracking": {"hub": settings.given()["tracking"]["hub"]}})
+    given = {"tracking": {"hub": settings.given()["tracking"]["hub"]}}
+    record = RunRecord(folder, given)
     if record.config.tracking.hub.repo is None:
         raise ConfigurationError(
             f"the run {folder.run_id} names no tracking.hub.repo; give one: training-lens push {run} OWNER/NAME."
         )
+    require_consent(folder.root, record.config, given, "tracking.hub")
     return HuggingFaceIntegration(record)
 
 

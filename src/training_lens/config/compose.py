@@ -11,7 +11,7 @@ from training_lens.config.config_files import FileContent, read_config_file
 from training_lens.config.origins import describe_ignored
 from training_lens.config.overrides import Override, read_all, split_words
 from training_lens.config.preset_files import load_presets, packaged_presets
-from training_lens.config.run_config import CODE_KEYS, find_writer, require_consent
+from training_lens.config.run_config import FILE_KEYS, find_writer, require_consent
 from training_lens.config.schema import TrainingConfig
 from training_lens.config.search_space import dotted, parse_space
 from training_lens.errors import ConfigurationError
@@ -54,19 +54,19 @@ def compose(
         _put_dotted_space(layer)
     problems += [*unreadable, *(line for file in (*own, *files) for line in file.problems)]
     config = validate(reduce(merged, layers), problems)
-    _require_own_word(config, files, [*(file.values for file in own), typed, flags or {}])
+    _require_own_word(config, presets, files, [typed, flags or {}])
     return config
 
 
-def _require_own_word(config: TrainingConfig, files: Sequence[FileContent], layers: Sequence[dict[str, Any]]) -> None:
-    """Refuse code that only a file of a run, a sweep or an adapter names: a user allows it by a file of their own."""
+def _require_own_word(
+    config: TrainingConfig, presets: dict[str, Any], files: Sequence[FileContent], layers: Sequence[dict[str, Any]]
+) -> None:
+    """Refuse code and places to write that only a file of a run, a sweep or an adapter names: those allow nothing."""
     writers = {file.file: find_writer(Path(file.file)) for file in files}
-    own: list[dict[str, Any]] = [file.values for file in files if writers[file.file] is None]
-    given: dict[str, Any] = {}
-    for layer in (*own, *layers):
-        given = merged(given, layer)
+    own = [file.values for file in files if writers[file.file] is None]
+    given = reduce(merged, [presets, *own, *layers])
     for writer in {folder for folder in writers.values() if folder is not None}:
-        require_consent(writer, config, given, *CODE_KEYS)
+        require_consent(writer, config, given, *FILE_KEYS)
 
 
 def _list_files(config_files: ConfigFiles) -> list[str | Path]:

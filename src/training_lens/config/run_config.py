@@ -1,25 +1,35 @@
-"""A run's own config: read as data, and the code that it names run only where this machine's user allows it."""
+"""A run's own config: read as data. Code that it names is run, and the run sent to places that it names, only where
+this machine's user allows it.
+"""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
 from training_lens import embedded
-from training_lens.config.schema import ModelSection, TrainingConfig
+from training_lens.config.schema import DESTINATIONS, ModelSection, TrainingConfig
+from training_lens.config.section import expand_home as read_path
 from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.utils.consent import code_in, code_of_module, remember, remembered
+from training_lens.utils.consent import code_at, code_in, code_of_module, remember, remembered
 from training_lens.utils.files import read_json
+from training_lens.utils.housekeeping import output_folder
 from training_lens.utils.names import check_experiment, check_run_id, expand_home, require_contained
-from training_lens.utils.nested import merged
+from training_lens.utils.nested import flat, merged, put
 from training_lens.utils.runs import RunFolder
 
-CodeKey = Literal["model.trust_remote_code", "tracking.custom"]
+CodeKey = Literal["model.trust_remote_code", "tracking.custom", "evaluation.metrics", "evaluation.task_path"]
 Settings = Mapping[str, Any]
-CODE_KEYS: tuple[CodeKey, ...] = ("model.trust_remote_code", "tracking.custom")
+MODEL_CODE: CodeKey = "model.trust_remote_code"
+CODE_KEYS: tuple[CodeKey, ...] = (MODEL_CODE, "tracking.custom", "evaluation.metrics", "evaluation.task_path")
+RESUME_KEYS = (MODEL_CODE, "tracking.custom", *DESTINATIONS)  # what a run's own config must not decide by itself
+SYNC_KEYS = ("tracking.custom", *DESTINATIONS)
+BASE = "output.base_output_dir"
+FILE_KEYS = (*CODE_KEYS, *DESTINATIONS, BASE, "prepare.output", "sweep.storage")  # nor a config file of others
 NAMES = {"run_id": check_run_id, "experiment_name": check_experiment}
 NOT_OURS = ("tracking/wandb",)  # its client links to logs of its own
 WRITTEN_BESIDE = ("adapter_config.json", "mirror.json", "leaderboard.json", "study.db", "best.yaml")
@@ -44,6 +54,14 @@ def read_run_config(run: RunFolder, changes: Settings | None = None) -> Training
     return TrainingConfig.model_validate(merged(_without_old_names(values), changes or {}))
 
 
+def locate_outputs(run: RunFolder) -> Path:
+    """The output.base_output_dir of a run: where its folder stands now; of one that stands alone, the default.
+
+    What its config says is a place on the machine that trained it, which may be another's.
+    """
+    return output_folder(run.root) or Path(TrainingConfig().output.base_output_dir)
+
+
 def _without_old_names(values: Settings) -> dict[str, Any]:
     output = values.get("output")
     if not isinstance(output, dict):
@@ -58,8 +76,8 @@ def _is_old_name(key: str, value: Any) -> bool:
         return True
 
 
-def open_run_config(run: RunFolder, given: Settings, *keys: CodeKey) -> TrainingConfig:
-    """What metadata/config.json says, to load or go on with the run, which runs the code that `keys` name.
+def open_run_config(run: RunFolder, given: Settings, *keys: str) -> TrainingConfig:
+    """What metadata/config.json says, to load or go on with the run, which does what `keys` name.
 
     Args:
         given: what the user set for this command, by section, such as `{"model": {"trust_remote_code": True}}`.
@@ -72,53 +90,128 @@ def open_run_config(run: RunFolder, given: Settings, *keys: CodeKey) -> Training
     return config
 
 
-def require_consent(folder: Path, config: TrainingConfig, given: Settings, *keys: CodeKey) -> None:
-    """Refuse to run code that the config in `folder` names and the user did not: neither now nor when they trained it.
+def require_consent(folder: Path, config: TrainingConfig, given: Settings, *keys: str) -> None:
+    """Refuse what the config in `folder` names and the user did not, neither now nor when they trained it.
+
+    Args:
+        keys: of `CODE_KEYS`, code that would be run; all others are keys or sections that say where something is
+            written or sent.
 
     Raises:
-        ConfigurationError: names the code, and how it is allowed.
+        ConfigurationError: names the code and the places, and how they are allowed.
     """
-    custom = (given.get("tracking") or {}).get("custom") or {}
-    allowed = {
-        "model.trust_remote_code": (given.get("model") or {}).get("trust_remote_code") is True,
-        "tracking.custom": set(config.tracking.custom) <= set(custom),
-    }
-    asked = [key for key in keys if not allowed[key] and _names_code(config, key)]
-    known = remembered(folder) if asked else frozenset()
-    others = [key for key in asked if not known or not _code(folder, config, key) <= known]
-    problems = [_describe(folder, config, key, bool(known)) for key in others]
+    code = [key for key in CODE_KEYS if key in keys and _names_code(config, key) and not _allows(given, config, key)]
+    places = destination_settings(config, [key for key in keys if key not in CODE_KEYS])
+    asked = {key: value for key, value in places.items() if not _is_given(given, key, value)}
+    if asked.get(BASE) and output_folder(folder.resolve()) == Path(asked[BASE]).resolve():  # where it is itself
+        del asked[BASE]
+    known = remembered(folder) if code or asked else frozenset()
+    others = [key for key in code if not known or not _code(folder, config, key) <= known]
+    problems = [_describe_code(folder, config, key, bool(known)) for key in others]
+    if elsewhere := {key: value for key, value in asked.items() if _as_kept(key, value) not in known}:
+        problems.append(_describe_places(folder, elsewhere))
     if problems:
         raise ConfigurationError(problems)
 
 
 def remember_consent(folder: Path, config: TrainingConfig) -> None:
-    """Keep that the user allows the code of this config, with which they train, for `folder`."""
+    """Keep that the user allows the code and the destinations of this config, with which they train, for `folder`."""
     code = [_code(folder, config, key) for key in CODE_KEYS if _names_code(config, key)]
-    if code:
-        remember(folder, set().union(*code))
+    places = {_as_kept(key, value) for key, value in _changed_settings(config, DESTINATIONS).items()}
+    if code or places:
+        remember(folder, places.union(*code))
 
 
-def code_settings(config: TrainingConfig) -> dict[str, dict[str, Any]]:
-    """The settings that name code, and which model's, by section: to hand on what the user said of one config."""
-    model = config.model.model_dump(include={"id", "revision", "trust_remote_code"})
+def remember_mirror(folder: Path, place: str) -> None:
+    """Keep that the user allows the mirror `place`, which they fetched the run in `folder` from."""
+    remember(folder, {_as_kept("output.mirror", place)})
+
+
+def consent_for(run: RunFolder, config: TrainingConfig) -> dict[str, Any]:
+    """What the user allows `run` who gave `config` for it, by section: its code, and the destinations of both."""
+    theirs = destination_settings(read_run_config(run))
+    settings: dict[str, Any] = {}
+    for key, value in destination_settings(config).items():
+        if theirs.get(key) == value:
+            put(settings, key.split("."), value)
+    if config.tracking.custom:
+        put(settings, ["tracking", "custom"], config.tracking.custom)
+    if config.model.trust_remote_code:
+        settings["model"] = config.model.model_dump(include={"id", "revision", "trust_remote_code"})
+    return settings
+
+
+def destination_settings(config: TrainingConfig, keys: Collection[str] = DESTINATIONS) -> dict[str, Any]:
+    """The settings, by dotted key, that say where something goes: below `keys`, other than the defaults.
+
+    What belongs to a service that is off is left out.
+    """
+    off = {key for key in DESTINATIONS if key not in config.destinations}
+    return _changed_settings(config, [key for key in keys if key not in off])
+
+
+def _changed_settings(config: TrainingConfig, keys: Collection[str]) -> dict[str, Any]:
+    defaults = flat(TrainingConfig().model_dump())
+    below = tuple(f"{key}." for key in keys)
     return {
-        **({"model": model} if config.model.trust_remote_code else {}),
-        **({"tracking": {"custom": config.tracking.custom}} if config.tracking.custom else {}),
+        key: value
+        for key, value in flat(config.given()).items()
+        if f"{key}.".startswith(below) and value != defaults.get(key)
     }
 
 
+def _as_kept(key: str, value: Any) -> str:
+    return f"{key}: {json.dumps(value, ensure_ascii=False)}"
+
+
+def _is_given(given: Settings, key: str, value: Any) -> bool:
+    """Whether the user set the key to that very value."""
+    section: Any = given
+    for part in key.split("."):
+        section = section.get(part) if isinstance(section, Mapping) else None
+    return section is not None and _listed(section) == _listed(value)
+
+
+def _listed(value: Any) -> list[Any]:
+    """A value as the schema takes it: one path for a list of one, `~` for the user's folder."""
+    values = value if isinstance(value, list) else [value]
+    return [read_path(str(item)) if isinstance(item, str | Path) else item for item in values]
+
+
+def _allows(given: Settings, config: TrainingConfig, key: CodeKey) -> bool:
+    """Whether what the user set allows the code of a key."""
+    if key == MODEL_CODE:
+        return (given.get("model") or {}).get("trust_remote_code") is True
+    if key == "tracking.custom":
+        return set(config.tracking.custom) <= set((given.get("tracking") or {}).get("custom") or {})
+    return _is_given(given, key, _value(config, key))
+
+
+def _value(config: TrainingConfig, key: str) -> Any:
+    return reduce(getattr, key.split("."), config)
+
+
 def _names_code(config: TrainingConfig, key: CodeKey) -> bool:
-    return config.model.trust_remote_code if key == "model.trust_remote_code" else bool(config.tracking.custom)
+    return bool(_value(config, key))
 
 
 def _code(folder: Path, config: TrainingConfig, key: CodeKey) -> set[str]:
     """What would be run, as `utils.consent` keeps it; a model that is not here yet has code that nobody can know."""
-    if key == "tracking.custom":
-        return {f"{key}: {part}" for place in config.tracking.custom for part in code_of_module(place)}
-    model = config.model
-    home = _model_folder(model)
-    found = {f"{model.id} at {model.revision}", *(code_in(home, model.id) if home else {"not downloaded"})}
-    return {f"{key}: {part}" for part in found | code_in(RunFolder(folder).tokenizer, model.id)}
+    return {f"{key}: {part}" for part in _parts(folder, config, key)}
+
+
+def _parts(folder: Path, config: TrainingConfig, key: CodeKey) -> Iterator[str]:
+    if key == MODEL_CODE:
+        model = config.model
+        home = _model_folder(model)
+        yield f"{model.id} at {model.revision}"
+        yield from code_in(home, model.id) if home else {"not downloaded"}
+        yield from code_in(RunFolder(folder).tokenizer, model.id)
+    elif key == "evaluation.task_path":
+        yield from code_at(Path(str(config.evaluation.task_path)))
+    else:
+        for place in _value(config, key):
+            yield from code_at(Path(place)) if place.endswith(".py") else code_of_module(place)
 
 
 def _model_folder(model: ModelSection) -> Path | None:
@@ -131,16 +224,30 @@ def _model_folder(model: ModelSection) -> Path | None:
     return Path(kept).parent if isinstance(kept, str) else None
 
 
-def _describe(folder: Path, config: TrainingConfig, key: CodeKey, is_known: bool) -> str:
-    what, value = f"the code of '{config.model.id}'", "true"
-    if key == "tracking.custom":
-        what = f"your classes {', '.join(config.tracking.custom)}"
-        value = json.dumps(config.tracking.custom, ensure_ascii=False)
+def _describe_code(folder: Path, config: TrainingConfig, key: CodeKey, is_known: bool) -> str:
+    value = _value(config, key)
+    what = {
+        MODEL_CODE: f"the code of '{config.model.id}'",
+        "evaluation.task_path": f"the tasks in '{value}', which may name code",
+    }.get(key) or f"your own code: {', '.join(value)}"
     why = "it is another one than you allowed for it" if is_known else "a folder's config allows no code by itself"
     return (
         f"{key}: {folder} asks to run {what}, and {why}. Read that code; if you trust it, repeat the command with "
-        f"{shlex.quote(f'{key}={value}')}."
+        f"{_as_word(key, value)}."
     )
+
+
+def _describe_places(folder: Path, settings: Mapping[str, Any]) -> str:
+    words = " ".join(_as_word(key, value) for key, value in settings.items())
+    return (
+        f"{', '.join(settings)}: {folder} says where to write or to send, and you did not, neither now nor when it was "
+        f"trained. If you want it there, repeat the command with {words}."
+    )
+
+
+def _as_word(key: str, value: Any) -> str:
+    """The setting as it is typed."""
+    return shlex.quote(f"{key}={json.dumps(value, ensure_ascii=False)}")
 
 
 def find_writer(file: Path) -> Path | None:

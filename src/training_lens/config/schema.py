@@ -197,6 +197,9 @@ class OutputSection(Section):
         return self.experiment_name if "experiment_name" in self.model_fields_set else None
 
 
+DESTINATIONS = ("output.mirror", "tracking.wandb", "tracking.mlflow", "tracking.trackio", "tracking.hub")
+
+
 class TrainingConfig(Section):
     """The whole configuration of a run."""
 
@@ -245,6 +248,16 @@ class TrainingConfig(Section):
         """Where `training-lens prepare` writes."""
         output = self.output
         return expand_home(self.prepare.output or f"{output.base_output_dir}/data/{output.experiment_name}")
+
+    @property
+    def destinations(self) -> tuple[str, ...]:
+        """Of `DESTINATIONS`, the places besides its folder that a run is sent to."""
+        tracking = self.tracking
+        is_on = (
+            *(self.output.mirror is not None, tracking.wandb.mode != "disabled", tracking.mlflow.enabled),
+            *(tracking.trackio.enabled, tracking.hub.repo is not None),
+        )
+        return tuple(key for key, on in zip(DESTINATIONS, is_on, strict=True) if on)
 
     def resolved(self, **sections: dict[str, Any]) -> TrainingConfig:
         """A copy with some keys of some sections replaced: `config.resolved(training={"lr": 1e-3})`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -360,5 +361,7 @@ def open_cached(fingerprint: str, cache: Path) -> TokenDataset | None:
 
 
 def cached_folder(fingerprint: str, cache: Path) -> Path:
-    """Where the cache keeps the split of that fingerprint."""
+    """Where the cache keeps the split of that fingerprint, which a run's metadata may name: it must be no path."""
+    if not re.fullmatch(r"[0-9a-f]{32}", fingerprint[:32]):
+        raise DamagedFileError(f"{fingerprint[:80]!r} is no fingerprint of rows, expected hexadecimal digits.")
     return cache / fingerprint[:32]

@@ -15,6 +15,14 @@ from training_lens.errors import ConfigurationError
 from training_lens.integrations.record import RunRecord
 from training_lens.utils.formatting import said, unstopped
 
+INTEGRATIONS = {
+    "output.mirror": "mirror.MirrorIntegration",
+    "tracking.wandb": "wandb.WandBIntegration",
+    "tracking.mlflow": "mlflow.MlflowIntegration",
+    "tracking.trackio": "trackio.TrackioIntegration",
+    "tracking.hub": "hub.HuggingFaceIntegration",
+}
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -35,15 +43,10 @@ def asked_for(config: TrainingConfig) -> list[Asked]:
         ConfigurationError: a tracker of the user's own that cannot be imported, or is none.
     """
     tracking = config.tracking
-    wanted = {
-        "tensorboard.TensorBoardIntegration": tracking.tensorboard,
-        "wandb.WandBIntegration": tracking.wandb.mode != "disabled",
-        "mlflow.MlflowIntegration": tracking.mlflow.enabled,
-        "trackio.TrackioIntegration": tracking.trackio.enabled,
-        "mirror.MirrorIntegration": config.output.mirror is not None,
-        "hub.HuggingFaceIntegration": tracking.hub.repo is not None,
-    }
-    ours = [Asked(_imported(f"training_lens.integrations.{place}")) for place, wants in wanted.items() if wants]
+    wanted = [INTEGRATIONS[key] for key in config.destinations]
+    if tracking.tensorboard:
+        wanted = ["tensorboard.TensorBoardIntegration", *wanted]
+    ours = [Asked(_imported(f"training_lens.integrations.{place}")) for place in wanted]
     own = [Asked(_own(place), options) for place, options in tracking.custom.items()]
     names = [asked.integration.name for asked in (*ours, *own)]
     if twice := sorted({name for name in names if names.count(name) > 1}):

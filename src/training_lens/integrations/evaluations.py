@@ -7,7 +7,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from training_lens.config.run_config import require_consent
+from training_lens.config.schema import DESTINATIONS
 from training_lens.core.integration import IntegrationManager, IntegrationState
+from training_lens.errors import ConfigurationError
 from training_lens.integrations.configured import asked_for
 from training_lens.integrations.courier import QUIET
 from training_lens.integrations.record import RunRecord
@@ -67,13 +70,19 @@ def send_evaluations(run: RunFolder) -> tuple[IntegrationState, ...]:
     """Bring the run's trackers up to date, for half a minute at most; what is not sent by then waits for `sync`.
 
     A tracker class of the user's own is left to `sync`: a run's folder names code, and only commands that are asked to
-    send import it. A run that is training sends by itself.
+    send import it. So are the trackers of a run from elsewhere. A run that is training sends by itself.
     """
     record = RunRecord(run)
     if record.status == "running":
         return ()
     ours = record.config.resolved(tracking={"custom": {}})
-    trackers = [asked.of(record) for asked in asked_for(ours) if issubclass(asked.integration, Tracker)]
+    asked = [asked for asked in asked_for(ours) if issubclass(asked.integration, Tracker)]
+    try:
+        require_consent(run.root, ours, {}, *DESTINATIONS)
+    except ConfigurationError:
+        logger.info("the trackers that this run names get the result by: training-lens sync %s", run.root)
+        asked = [asked for asked in asked if asked.integration.in_process]  # they write into the run's folder
+    trackers = [asked.of(record) for asked in asked]
     if any(not tracker.in_process for tracker in trackers):  # a client is imported, which reads the environment
         os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     manager = IntegrationManager(trackers, run.tracking)

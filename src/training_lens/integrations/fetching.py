@@ -11,6 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from training_lens.config.run_config import remember_mirror
 from training_lens.errors import CheckpointError
 from training_lens.integrations.remote import Content, MirrorManifest, RemoteRun, find_remote, runs_in
 from training_lens.integrations.storage import StorageBackend
@@ -47,6 +48,7 @@ def fetch_to_resume(place: str, base_output_dir: str, progress: Progress | None 
         manifest = _download(remote, temporary, progress or Progress())
         _move_in(temporary, remote, manifest, base_output_dir)
         temporary.rename(folder)
+    remember_mirror(folder, remote.storage.place)
     return RunFolder(folder)
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training_lens.config.run_config import read_run_config
+from training_lens.config.run_config import locate_outputs, read_run_config
 from training_lens.utils.nested import flat
 from training_lens.utils.runs import RunFolder
 from training_lens.utils.secrets import redacted
@@ -45,9 +45,7 @@ class RunRecord:
     @property
     def base_output_dir(self) -> Path:
         """What holds the run's experiments: where the folder lies now, whatever folder it was trained from."""
-        root = self.folder.root.resolve()
-        kept = root.parent.name == "runs" and root.parents[2].name == "experiments"
-        return root.parents[3] if kept else Path(self.config.output.base_output_dir).resolve()
+        return locate_outputs(self.folder).resolve()
 
     @property
     def identity(self) -> str:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from training_lens.config.run_config import require_consent
+from training_lens.config.run_config import SYNC_KEYS, require_consent
 from training_lens.core.integration import Integration, IntegrationManager, IntegrationState
 from training_lens.errors import IntegrationError
 from training_lens.integrations.configured import asked_for
@@ -29,7 +29,7 @@ def send(
 
     Raises:
         IntegrationError: the run is still training, and has its own sender.
-        ConfigurationError: it names classes that the user has not allowed, see `run_config.require_consent`.
+        ConfigurationError: it names classes or places that the user has not allowed, see `run_config.require_consent`.
     """
     record, integrations = _connected(folder, changes)
     if record.status == "running":
@@ -51,7 +51,7 @@ def look(folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None = None)
 
 def _connected(folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None) -> tuple[RunRecord, list[Integration]]:
     record = RunRecord(folder, changes)
-    require_consent(folder.root, record.config, changes or {}, "tracking.custom")
+    require_consent(folder.root, record.config, changes or {}, *SYNC_KEYS)
     return record, [asked.of(record) for asked in asked_for(record.config)]
 
 

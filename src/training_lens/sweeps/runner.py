@@ -15,7 +15,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
 from rich.console import Console
 
-from training_lens.config.run_config import code_settings, remember_consent
+from training_lens.config.run_config import consent_for, remember_consent
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import (
     CheckpointError,
@@ -179,7 +179,7 @@ class Sweep:
                 config = self.space.config(self.config, params, {"experiment_name": name, "run_id": run.run_id})
                 return TrainingWrapper(_of_a_trial(config), console=self._console, callbacks=callbacks).train()
             if run.status not in ("finished", "pruned"):
-                mine = merged(free_settings(self.config), code_settings(self.config))
+                mine = merged(free_settings(self.config), consent_for(run, self.config))
                 return TrainingWrapper.resume(run, mine, console=self._console, callbacks=callbacks)
         except PrunedRunError as error:
             logger.debug("%s", error)

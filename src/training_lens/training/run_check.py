@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.analysis.saved import open_adapter
-from training_lens.config.run_config import CODE_KEYS, open_run_config, read_run_config
+from training_lens.config.run_config import RESUME_KEYS, locate_outputs, open_run_config, read_run_config
+from training_lens.config.schema import TrainingConfig
 from training_lens.core import tables
 from training_lens.core.manifest import LENS, read_manifest, write_manifest
 from training_lens.core.registry import CollectorRegistry
@@ -301,15 +302,23 @@ def _look_at_captures(run: RunFolder) -> str:
 
 
 def _look_at_cache(run: RunFolder) -> str:
-    config, fingerprint = read_run_config(run), str(run.read_metadata("data.json")["fingerprint"])
+    config, fingerprint = _where_it_is(run, read_run_config(run)), _read_fingerprint(run)
     dataset = open_cached(fingerprint, cache_of(config))
     return f"{len(dataset)} examples" if dataset else "not here: made when it is needed"
 
 
 def _tokenize_again(run: RunFolder) -> None:
-    config, fingerprint = open_run_config(run, {}, *CODE_KEYS), str(run.read_metadata("data.json")["fingerprint"])
+    config, fingerprint = _where_it_is(run, open_run_config(run, {}, *RESUME_KEYS)), _read_fingerprint(run)
     shutil.rmtree(cached_folder(fingerprint, cache_of(config)))
-    TrainingWrapper(config.resolved(output={"run_id": None})).plan()
+    TrainingWrapper(config).plan()
+
+
+def _where_it_is(run: RunFolder, config: TrainingConfig) -> TrainingConfig:
+    return config.resolved(output={"run_id": None, "base_output_dir": str(locate_outputs(run))})
+
+
+def _read_fingerprint(run: RunFolder) -> str:
+    return str(run.read_metadata("data.json")["fingerprint"])
 
 
 LEFT_OUT = "Nothing brings it back but a copy; all else is read without it."

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import training_lens
 from training_lens.analysis.run import Run
-from training_lens.config.run_config import CODE_KEYS, open_run_config, remember_consent
+from training_lens.config.run_config import RESUME_KEYS, locate_outputs, open_run_config, remember_consent
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError, InterruptedRunError, TrainingLensError
 from training_lens.integrations.configured import asked_for
@@ -38,7 +38,6 @@ from training_lens.training.trainer import Trainer
 from training_lens.utils.devices import get_device
 from training_lens.utils.files import files_in, require_writable, whole_folder
 from training_lens.utils.formatting import format_count
-from training_lens.utils.housekeeping import in_place
 from training_lens.utils.integrity import record_hashes, write_sealed
 from training_lens.utils.logging import TrainingLogger, get_logger, quiet_libraries
 from training_lens.utils.notebooks import notebook_console
@@ -133,16 +132,15 @@ class TrainingWrapper:
 
         Raises:
             CheckpointError: the run is finished, its data changed since, or another process is training it.
-            ConfigurationError: settings that the run does not have; or code that the user has not allowed, see
+            ConfigurationError: settings that the run does not have; or what the user has not allowed, see
                 `run_config.require_consent`.
         """
         run = run if isinstance(run, RunFolder) else Run(run).folder
         require_unfinished(run)
         run.require_free()  # before the data is read; the processes of one run all pass here before one of them locks
-        recorded = open_run_config(run, settings or {}, *CODE_KEYS)
+        recorded = open_run_config(run, settings or {}, *RESUME_KEYS)
         config = recorded.resolved(**select_changes(run, recorded, settings or {}))
-        if in_place(run):  # the cache is beside it, wherever it was trained before
-            config = config.resolved(output={"base_output_dir": str(run.root.absolute().parents[3])})
+        config = config.resolved(output={"base_output_dir": str(locate_outputs(run))})
         check_base(run.base_record, config.model)
         wrapper = cls(config, console=console, callbacks=callbacks, integrations=integrations)
         plan = wrapper._plan(read_global_batch(run))

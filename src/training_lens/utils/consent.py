@@ -1,9 +1,9 @@
-"""What code this machine's user has allowed to run for which folder, remembered outside of every such folder.
+"""What this machine's user has allowed for which folder, remembered outside of every such folder.
 
 A run's config can name code: that of a model (model.trust_remote_code), or classes (tracking.custom). It runs because
 the user says so on the command line or in a config file of theirs, never because a folder says so. What they said when
 they trained is kept in a file of theirs (XDG_STATE_HOME, else ~/.local/state): the run's absolute path, and a hash of
-each file of the code.
+each file of the code. The settings that say where a run is sent (mirrors, trackers, hubs) are kept with them.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from training_lens.utils.logging import get_logger
 logger = get_logger(__name__)
 
 
-def remember(folder: Path, code: Collection[str]) -> None:
-    """Keep that the user allows `code` for `folder`; where no file can be kept, a warning says it."""
+def remember(folder: Path, allowed: Collection[str]) -> None:
+    """Keep what the user allows for `folder`; where no file can be kept, a warning says it."""
     try:
         store = _store()
         store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(f"{store}.lock"):
             kept = _read(store)
-            if kept.get(_key(folder)) != sorted(code):
-                write_json(store, kept | {_key(folder): sorted(code)})
+            if kept.get(_key(folder)) != sorted(allowed):
+                write_json(store, kept | {_key(folder): sorted(allowed)})
     except (OSError, RuntimeError) as error:
-        logger.warning("that you allow this code cannot be remembered (%s): allow it again when you resume", error)
+        logger.warning("what you allow for this run cannot be remembered (%s): allow it again when you resume", error)
 
 
 def remembered(folder: Path) -> frozenset[str]:
-    """The code that the user allowed for `folder` before; nothing where that is not known."""
+    """What the user allowed for `folder` before; nothing where that is not known."""
     try:
         return frozenset(_read(_store()).get(_key(folder), ()))
     except (OSError, RuntimeError):
@@ -87,6 +87,12 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _texts(inner)
+
+
+def code_at(path: Path) -> set[str]:
+    """A file or a folder of files that are read as code: its path, and the sha256 of each file."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return {str(path.absolute()), *(sha256_of(file) for file in files if file.is_file())}
 
 
 def code_of_module(place: str) -> set[str]:

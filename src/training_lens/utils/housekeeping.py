@@ -31,6 +31,14 @@ def read_whole(path: Path) -> Any:
         raise CheckpointError(f"{path} is no valid JSON ({error}). Delete it, or write it again.") from error
 
 
+def output_folder(folder: Path) -> Path | None:
+    """The output.base_output_dir that the folder of a run or a sweep stands in; None: it stands alone."""
+    folder = folder.absolute()
+    if in_place(RunFolder(folder)):
+        return folder.parents[3]
+    return folder.parents[1] if folder.parent.name == "sweeps" and ".." not in folder.parts else None
+
+
 def in_place(folder: RunFolder) -> bool:
     """Whether a run's folder stands where runs do: .../experiments/NAME/runs/ID."""
     parts = folder.root.absolute().parts
