@@ -16,6 +16,7 @@ import yaml
 from hub_server import READ_TOKEN, TOKEN, Hub
 
 from training_lens import TrainingWrapper
+from training_lens.config.run_config import read_run_config, remember_consent
 from training_lens.errors import CheckpointError, ConfigurationError, IntegrationError
 from training_lens.integrations.hub import HuggingFaceIntegration
 from training_lens.integrations.published import Names
@@ -181,6 +182,7 @@ def test_a_hub_killed_in_a_push_gets_the_rest_once(hub: Hub, own_run: RunFolder)
     settings = own_run.read_metadata("config.json")
     settings["tracking"]["hub"]["repo"], settings["tracking"]["tensorboard"] = REPO, False
     own_run.write_metadata("config.json", settings)
+    remember_consent(own_run.root, read_run_config(own_run))
     before = {name: held for name, held in contents(own_run.root).items() if "tracking/" not in name}
     hub.order({"on": "POST .*/commit/", "slow": 60, "times": 1})
 
