@@ -19,6 +19,7 @@ from click.testing import Result
 from training_lens import embedded
 from training_lens.data.readers import file_rows
 from training_lens.data.source_file import SourceFile
+from training_lens.utils.integrity import read_sealed
 
 Call = Callable[..., Result]
 ROWS = [
@@ -68,7 +69,7 @@ def test_the_manifest_says_what_the_files_hold(call: Call, tmp_path: Path) -> No
         call("prepare", f"data.train={name}", "prepare.splits={train:0.8,validation:0.1,test:0.1}", "--json")
     )
     folder = tmp_path / "outputs/data/default"
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_sealed(folder / "manifest.json", required=True)
     assert report == {"folder": "outputs/data/default", "train": report["train"], **manifest}
     assert {path.name for path in folder.iterdir()} == {
         "train.jsonl",

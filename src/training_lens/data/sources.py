@@ -16,16 +16,19 @@ from training_lens.data.readers import FORMATS, file_rows, format_of
 from training_lens.data.records import flatten_records
 from training_lens.data.source_file import OnBadRow, SourceFile, keep_quiet
 from training_lens.data.types import Row
-from training_lens.errors import DatasetError
+from training_lens.errors import DamagedFileError, DatasetError
 from training_lens.utils.arrow_rows import arrow_rows
 from training_lens.utils.files import sha256_of
 from training_lens.utils.formatting import nearest
 from training_lens.utils.hub import require_hub
+from training_lens.utils.integrity import read_sealed
+from training_lens.utils.limits import RECORD_BYTES, read_bytes
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
 
 logger = get_logger(__name__)
 HUB = "hub:"
+MANIFEST, MADE_BY = "manifest.json", "training-lens prepare"  # beside rows that `prepare` wrote, and who wrote it
 # OWNER/NAME[/CONFIG][@REVISION][:SPLIT]
 _HUB_SPEC = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[^:]+))?(:(?P<split>\w+))?")
 
@@ -70,9 +73,36 @@ class Source:
 
     @property
     def sha256(self) -> str:
-        """The file's sha256; of several, that of theirs together."""
+        """The file's sha256; of several, that of theirs together.
+
+        Raises:
+            DatasetError: `prepare` wrote another content.
+        """
         each = [sha256_of(file) for file in self.files]
+        for file, found in zip(self.files, each, strict=True):
+            _require_as_prepared(file, found)
         return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def _require_as_prepared(file: Path, found: str) -> None:
+    """Refuse a file of a prepared folder that has another sha256 than its manifest says."""
+    path = file.parent / MANIFEST
+    try:
+        text = read_bytes(path, RECORD_BYTES)
+    except OSError:
+        return
+    if MADE_BY.encode() not in text:  # another program's
+        return
+    way = f"Prepare the rows again with --force; or delete {path} to take them as they are."
+    try:
+        splits = read_sealed(path)["splits"].values()
+    except (DamagedFileError, KeyError) as error:
+        raise DatasetError(f"{path} cannot be read ({error}). {way}") from error
+    known = {split.get("file"): split.get("sha256") for split in splits}
+    if known.get(file.name, found) != found:
+        raise DatasetError(
+            f"{file} differs from the sha256 in {path}: it was damaged, or changed since `prepare` wrote it. {way}"
+        )
 
 
 def expand(specs: Sequence[str], key: str) -> list[Source]:

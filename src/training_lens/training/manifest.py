@@ -14,10 +14,10 @@ from training_lens.data.corpus import Catalogue, Corpus
 from training_lens.data.leakage import KINDS
 from training_lens.data.notes import DataNotes
 from training_lens.data.selection import Selection
+from training_lens.data.sources import MADE_BY
 from training_lens.data.statistics import DomainStatistics, LengthStatistics
 from training_lens.data.writing import Form
 
-MADE_BY = "training-lens prepare"
 LISTED = 100  # findings of each kind that the manifest lists
 
 

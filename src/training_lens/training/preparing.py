@@ -21,12 +21,12 @@ from training_lens.data.preparation import Preparation, Split, error_of_all_rows
 from training_lens.data.readers import check_csv_settings
 from training_lens.data.reporting import describe_remarks, log_split
 from training_lens.data.selection import select
-from training_lens.data.sources import Source, expand
+from training_lens.data.sources import MADE_BY, MANIFEST, Source, expand
 from training_lens.data.statistics import domain_statistics, length_statistics
 from training_lens.data.types import Example
 from training_lens.data.writing import FileFormat, choose_form, learned_keys, open_writer, settings_for, written
 from training_lens.errors import ConfigurationError, DatasetError
-from training_lens.training.manifest import MADE_BY, Chosen, PreparedSplit, listed_rows, manifest_of
+from training_lens.training.manifest import Chosen, PreparedSplit, listed_rows, manifest_of
 from training_lens.training.planning import cache_of, preparation_of, read_tokenizer, resolve_texts, with_rows_as_files
 from training_lens.utils.files import (
     read_json,
@@ -34,13 +34,12 @@ from training_lens.utils.files import (
     sha256_of,
     sweep_temporaries,
     whole_folder,
-    write_json,
 )
+from training_lens.utils.integrity import write_sealed
 from training_lens.utils.logging import get_logger
 from training_lens.utils.progress import Progress
 
 logger = get_logger(__name__)
-MANIFEST = "manifest.json"
 NAMED = 5  # files of others that an error names
 TEXT = 100  # characters of a row that stand with a finding
 
@@ -95,7 +94,7 @@ def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> 
             raise (error_of_all_rows(sources, preparation) or error) from error
         splits = {name: _described(building, tokens[name]) for name in config.prepare.splits}
         manifest = manifest_of(config, chosen, splits, texts)
-        write_json(building / MANIFEST, manifest)
+        write_sealed(building / MANIFEST, manifest)
     lengths = np.concatenate([split.dataset.lengths for split in tokens.values()])
     return Prepared(folder, splits, manifest, reader.data, lengths)
 
@@ -154,7 +153,7 @@ def _make_room(folder: Path, sources: Sequence[Source], force: bool) -> None:
         )
     if not folder.is_dir():
         raise ConfigurationError(f"prepare.output: '{folder}' is a file. Give a folder.")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in _written_files(folder))
+    others = sorted(path.name for path in folder.iterdir() if path.name not in find_written_files(folder))
     if others:
         more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
         raise ConfigurationError(
@@ -168,7 +167,7 @@ def _make_room(folder: Path, sources: Sequence[Source], force: bool) -> None:
         )
 
 
-def _written_files(folder: Path) -> set[str]:
+def find_written_files(folder: Path) -> set[str]:
     """What an earlier `prepare` wrote there: the manifest and the files that it lists; empty where there is none."""
     try:
         manifest = read_json(folder / MANIFEST)
