@@ -12,8 +12,9 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ CHECKSUM = "checksum"  # the key of a JSON object that holds the sha256 of all e
 LINE_CHECKSUM = "crc"  # the key of a line of a journal that holds the CRC-32 of all else in it
 RECORDS = ("metadata/hashes.json", "manifest.json")  # of a run and of a checkpoint: the sha256 of files under `files`
 SEAL = b"training-lens-sha256:"  # in a binary file, before its sha256, which is taken with zeros in its own place
+SHA256 = re.compile(rb"[0-9a-f]{64}")
 UNSEALED = SEAL.decode() + 64 * "0"
 
 
@@ -66,9 +68,17 @@ def read_sealed(path: Path, *, required: bool = False) -> dict[str, Any]:
 def unsealed(values: dict[str, Any], path: Path, *, required: bool = False) -> dict[str, Any]:
     """The object read from `path` without its hash; arguments and errors are those of `read_sealed`."""
     content = {key: value for key, value in values.items() if key != CHECKSUM}
-    if (required or CHECKSUM in values) and values.get(CHECKSUM) != _hash_values(content):
+    if (required or CHECKSUM in values or _has_damaged_key(values, _hash_values)) and values.get(
+        CHECKSUM
+    ) != _hash_values(content):
         raise DamagedFileError(f"{path} is damaged: its content is not what its checksum says.")
     return content
+
+
+def _has_damaged_key(values: Mapping[str, Any], checksum: Callable[[Mapping[str, Any]], str]) -> bool:
+    """Whether the last value is the checksum of all others, under a key that is none of ours any more."""
+    *others, last = values or [""]
+    return last in values and values[last] == checksum({key: values[key] for key in others})
 
 
 def _hash_values(values: Mapping[str, Any]) -> str:
@@ -89,8 +99,9 @@ def read_line(line: str | bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(values, dict):
         return None
-    checksum = values.pop(LINE_CHECKSUM, None)
-    return values if checksum in (None, _checksum_of_line(values)) else None
+    if LINE_CHECKSUM not in values:  # of an earlier version
+        return None if _has_damaged_key(values, _checksum_of_line) else values
+    return values if values.pop(LINE_CHECKSUM) == _checksum_of_line(values) else None
 
 
 def _checksum_of_line(values: Mapping[str, Any]) -> str:
@@ -134,7 +145,21 @@ def _holds_seal(path: Path, *_identity: int) -> bool:
             return True  # whoever opens it says what is wrong
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             place = content.find(SEAL) + len(SEAL)
-            return place < len(SEAL) or content[place : place + 64] == _hash_around(content, place).encode()
+            if place < len(SEAL):
+                return not any(_holds_part(content, part) for part in ((SEAL[:10], 0), (SEAL[10:], 10)))
+            return content[place : place + 64] == _hash_around(content, place).encode()
+
+
+def _holds_part(content: mmap.mmap, part: tuple[bytes, int]) -> bool:
+    """Whether a part of `SEAL`, so far behind its start, and a sha256 where one would stand: the rest was damaged."""
+    text, offset = part
+    at = content.find(text)
+    while at >= 0:
+        start = at - offset + len(SEAL)
+        if SHA256.fullmatch(content[start : start + 64]):
+            return True
+        at = content.find(text, at + 1)
+    return False
 
 
 def _hash_around(content: mmap.mmap, place: int) -> str:
@@ -161,10 +186,10 @@ def recorded_hashes(root: Path) -> dict[str, str]:
     """
     for record in RECORDS:
         if (root / record).is_file():
-            files = read_sealed(root / record).get("files")
-            if isinstance(files, dict) and (bad := [name for name in files if find_fault(name)]):
+            files: dict[str, str] = read_sealed(root / record).get("files", {})
+            if bad := [name for name in files if find_fault(name)]:
                 raise DamagedFileError(f"{root / record} names {bad[0]!r}: {find_fault(bad[0])}.")
-            return files if isinstance(files, dict) else {}
+            return files
     return {}
 
 
