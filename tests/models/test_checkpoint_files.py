@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training_lens.config.schema import ModelSection, PeftSection
+from training_lens.errors import ModelLoadingError
 from training_lens.models.adapters import attach, trainable
+from training_lens.models.checkpoint_files import read_header
 from training_lens.models.factory import load_model
 from training_lens.models.merging import fold, save_merged
 from training_lens.utils.files import read_json, write_json
@@ -161,3 +163,19 @@ def test_a_vision_tower_stays_byte_for_byte(tmp_path: Path, old_names: bool) -> 
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert len(changed) == 2 and all(name.endswith("q_proj.weight") and "vision" not in name for name in changed)
     assert (logits(tmp_path / "merged") - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "requires a buffer"),
+        ((10**18).to_bytes(8, "little"), "its header has 1,000,000,000,000,000,000 bytes"),
+        ((4).to_bytes(8, "little") + b"[1] ", "no attribute"),
+        ((16).to_bytes(8, "little") + b'{"a": {"x": 1}} ', "data_offsets"),
+        ((2**20).to_bytes(8, "little") + b"[" * 2**20, "deep"),
+    ],
+)
+def test_what_is_no_safetensors_file_is_said(tmp_path: Path, content: bytes, fault: str) -> None:
+    (path := tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelLoadingError, match=rf"{path} is no safetensors file \(.*{fault}.*Copy or download"):
+        list(read_header(path))

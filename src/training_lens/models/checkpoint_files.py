@@ -7,7 +7,6 @@ tensors that the loaded class has no place for, such as those of a vision tower.
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training_lens.errors import MergeError
+from training_lens.errors import MergeError, ModelLoadingError
 from training_lens.models.factory import weight_files
 from training_lens.utils.files import write_json
+from training_lens.utils.formatting import said
+from training_lens.utils.limits import load_bounded_json
 
+HEADER_BYTES = 100_000_000  # the format's own limit
 WEIGHTS = "model{suffix}.safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -51,14 +53,23 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_header(path: Path) -> Iterable[StoredTensor]:
-    """The tensors of one file. Format: 8 bytes of the header's length (little-endian), the header (JSON), the data."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = (8 + length + offset for offset in entry["data_offsets"])
-            yield StoredTensor(path, name, entry["dtype"], tuple(entry["shape"]), start, end)
+    """The tensors of one file. Format: 8 bytes of the header's length (little-endian), the header (JSON), the data.
+
+    Raises:
+        ModelLoadingError: it has another format.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > HEADER_BYTES:
+                raise ValueError(f"its header has {length:,} bytes, expected at most {HEADER_BYTES:,}")
+            header = load_bounded_json(file.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
+                yield StoredTensor(path, name, str(entry["dtype"]), tuple(map(int, entry["shape"])), start, end)
+    except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ModelLoadingError(f"{path} is no safetensors file ({said(error)}). Copy or download it again.") from error
 
 
 @dataclass(frozen=True)
