@@ -12,6 +12,7 @@ import torch
 from training_lens.errors import DamagedFileError
 from training_lens.utils.files import write_json
 from training_lens.utils.integrity import read_line, read_sealed, require_seal, safe_save, seal_line, write_sealed
+from training_lens.utils.shapes import SHAPES, find_misfit
 
 VALUES = {"step": 3, "files": {"a": "b"}}
 
@@ -58,3 +59,15 @@ def test_what_earlier_versions_wrote_without_a_hash_is_read(tmp_path: Path) -> N
     assert read_line('{"a": 1, "b": "01234567"}') == {"a": 1, "b": "01234567"}
     save_file({"x": torch.arange(4.0)}, tmp_path / "old.safetensors", {"by": "training-lens"})
     require_seal(tmp_path / "old.safetensors")
+
+
+@pytest.mark.parametrize("value", [1.5, [0], {"": None}], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_value_of_another_type_is_named_by_its_file_and_key(tmp_path: Path, name: str, value: Any) -> None:
+    for key in SHAPES[name]:
+        fault = find_misfit(name, {key: value, "unknown to us": value})
+        assert not fault or fault.startswith(f"{key}")
+    text = next(key for key in SHAPES[name] if find_misfit(name, {key: value}))
+    write_sealed(tmp_path / name, {text: value})
+    with pytest.raises(DamagedFileError, match=rf"{name} has a wrong value. {text}"):
+        read_sealed(tmp_path / name)

@@ -19,6 +19,7 @@ from training_lens.utils.files import read_json, write_json
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import check_experiment, check_run_id, find_fault
 from training_lens.utils.runs import UNFINISHED
+from training_lens.utils.shapes import find_misfit
 
 logger = get_logger(__name__)
 MANIFEST = "mirror.json"
@@ -42,7 +43,7 @@ class Content:
         Raises:
             TypeError, ValueError: says which.
         """
-        if not SHA256.fullmatch(_require_text(self.sha256)):
+        if not isinstance(self.sha256, str) or not SHA256.fullmatch(self.sha256):
             raise ValueError(f"{self.sha256!r} is no sha256")
         if type(self.size) is not int or self.size < 0:
             raise ValueError(f"{self.size!r} is no size in bytes")
@@ -96,28 +97,23 @@ class MirrorManifest:
         Raises:
             KeyError, TypeError, ValueError: they are none of a manifest, or name what cannot be in a run.
         """
+        if misfit := find_misfit(MANIFEST, values):
+            raise ValueError(misfit)
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']}; this version reads format {FORMAT}")
         told = {key: {n: Content(**c) for n, c in values[key].items()} for key in ("files", "replacing")}
         manifest = cls(**{**values, **told})
-        check_run_id(_require_text(manifest.run_id))
-        check_experiment(_require_text(manifest.experiment))
+        check_run_id(manifest.run_id)
+        check_experiment(manifest.experiment)
         for name, content in (*manifest.files.items(), *manifest.replacing.items()):
             if fault := find_fault(name):
                 raise ValueError(f"it names the file {name!r}, which is outside the run: {fault}")
             content.check()
-        _require_text(manifest.host), _require_text(manifest.folder), _require_text(manifest.version)
         if manifest.status not in STATUSES:
             raise ValueError(f"its status is {manifest.status!r}, expected {', '.join(STATUSES)}")
         if datetime.fromisoformat(manifest.updated).tzinfo is None:
             raise ValueError(f"updated is {manifest.updated}, without a time zone")
         return manifest
-
-
-def _require_text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} stands where a text is expected")
-    return value
 
 
 @dataclass(frozen=True)

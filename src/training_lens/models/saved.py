@@ -15,6 +15,7 @@ from training_lens.utils.integrity import require_intact
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
 from training_lens.utils.runs import RunFolder
+from training_lens.utils.shapes import find_misfit
 
 logger = get_logger(__name__)
 
@@ -146,6 +147,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder / CONFIG} is no valid JSON ({error}). Save the adapter again.") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{folder / CONFIG} holds no JSON object. Save the adapter again.")
+    if misfit := find_misfit(CONFIG, config):
+        raise AdapterError(f"{folder / CONFIG} has a wrong value. {misfit}. Save the adapter again.")
     if config.get("megatron_config"):
         raise AdapterError(
             f"{folder / CONFIG} has megatron_config, for which PEFT imports the module that megatron_core names: an "

@@ -23,6 +23,7 @@ from training_lens.errors import DamagedFileError
 from training_lens.utils.files import read_json, sha256_of, strike_out_of_values, whole_file, write_json
 from training_lens.utils.limits import open_file
 from training_lens.utils.names import find_fault
+from training_lens.utils.shapes import find_misfit
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +73,8 @@ def unsealed(values: dict[str, Any], path: Path, *, required: bool = False) -> d
         CHECKSUM
     ) != _hash_values(content):
         raise DamagedFileError(f"{path} is damaged: its content is not what its checksum says.")
+    if misfit := find_misfit(path.name, content):
+        raise DamagedFileError(f"{path} has a wrong value. {misfit}. Restore it, or write it again.")
     return content
 
 

@@ -1,0 +1,114 @@
+"""Which values the keys of our JSON files have: the one place that says so of metadata and manifests, ours or others'.
+
+A key that is missing, or that this version does not know, is the reader's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+Files = dict[str, str]
+Contents = dict[str, dict[str, int | str]]
+SHAPES: dict[str, dict[str, Any]] = {
+    "adapter_config.json": {
+        "alpha_pattern": dict[str, float] | None,
+        "base_model_name_or_path": str | None,
+        "lora_alpha": float | None,
+        "modules_to_save": list[str] | None,
+        "r": int | None,
+        "rank_pattern": dict[str, int] | None,
+        "target_modules": list[str] | str | None,
+    },
+    "base.json": {"files": Files, "id": str, "revision": str | None, "sha256": Files, "weights": str | None},
+    "data.json": {
+        "domains": list[str],
+        "fingerprint": str,
+        "global_batch_size": int,
+        "processes": int,
+        "train": dict[str, Any],
+        "validation": dict[str, Any],
+    },
+    "hashes.json": {"files": Files},
+    "lens.json": {
+        "format": int,
+        "modules": list[dict[str, Any]],
+        "origin": str,
+        "probe": dict[str, int] | None,
+        "settings": dict[str, Any],
+        "tables": dict[str, str],
+    },
+    "manifest.json": {  # of a checkpoint; of a prepared folder
+        "data_fingerprint": str,
+        "files": Files,
+        "format": int,
+        "splits": dict[str, dict[str, Any]],
+        "step": int,
+        "validation_loss": float | None,
+    },
+    "mirror.json": {
+        "experiment": str,
+        "files": Contents,
+        "folder": str,
+        "format": int,
+        "host": str,
+        "replacing": Contents,
+        "run_id": str,
+        "status": str,
+        "updated": str,
+        "version": str,
+    },
+    "study.db": {  # the attributes of a sweep's trial
+        "block_nll": list[float],
+        "continues": int,
+        "default": dict[str, Any],
+        "error": str,
+        "host": str,
+        "lock": str,
+        "run_dir": str,
+        "seconds": float,
+        "token": str,
+    },
+    "summary.json": {
+        "adapter_step": int,
+        "base_validation_loss": float | None,
+        "epochs": float,
+        "run_dir": str,
+        "seconds": float,
+        "status": str,
+        "steps": int,
+        "train_loss": float | None,
+        "validation_loss": float | None,
+    },
+}
+LONGEST_SHOWN = 60  # characters of a value in a message
+
+
+def find_misfit(name: str, values: Mapping[str, Any]) -> str:
+    """Which key of a file of this name has a value of another type, and what is expected; empty where none has."""
+    if name not in SHAPES:
+        return ""
+    from pydantic import ValidationError
+
+    try:
+        _adapter(name).validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"] if not str(part).endswith("]"))  # no 'list[str]' of a union
+        shown = repr(first["input"])
+        shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+        return f"{key}: {shown}: {first['msg'].lower()}"
+    return ""
+
+
+@lru_cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    from pydantic import ConfigDict, TypeAdapter, with_config
+    from typing_extensions import TypedDict
+
+    keys = TypedDict("keys", SHAPES[name], total=False)  # type: ignore[misc]
+    return TypeAdapter(with_config(ConfigDict(extra="allow", strict=True))(keys))
