@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -63,7 +65,13 @@ def describe(version: Version = False) -> None:
 def main() -> None:
     """The command's entry point."""
     keep_output()
-    cli()
+    try:
+        cli()
+    except Exception:  # a bug of ours, or --debug: what it quotes may hold a secret, which no traceback shows
+        from training_lens.utils.secrets import redacted
+
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+        sys.exit(1)
 
 
 __all__ = ["cli", "main"]
