@@ -109,8 +109,8 @@ class MlflowIntegration(Tracker):
         self._summarize()
         if folder.metrics.exists():
             self._table("validation.json", _validation_rows(read_metrics(folder.metrics)))
-        if folder.adapter.is_dir():
-            self._client.log_artifacts(self._id, str(folder.adapter), "adapter")
+        if adapter := self.run.intact_adapter:
+            self._client.log_artifacts(self._id, str(adapter), "adapter")
         for file in (folder.reports / "lens.html", folder.metadata / "config.json"):
             if file.exists():
                 self._client.log_artifact(self._id, str(file))

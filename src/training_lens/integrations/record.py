@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training_lens.config.run_config import locate_outputs, read_run_config
+from training_lens.models.saved import WEIGHTS, require_finite
+from training_lens.utils.integrity import require_intact
 from training_lens.utils.nested import flat
 from training_lens.utils.runs import RunFolder
 from training_lens.utils.secrets import redacted
@@ -79,6 +81,20 @@ class RunRecord:
     def sweep(self) -> str | None:
         """The sweep that this run is a trial of; None for others."""
         return self.experiment if self.run_id.startswith("trial-") else None
+
+    @property
+    def intact_adapter(self) -> Path | None:
+        """artifacts/adapter, as it was written and finite; None where there is none yet.
+
+        Raises:
+            DamagedFileError, AdapterError: it is damaged, and nothing of it may be sent.
+        """
+        folder = self.folder.adapter
+        if not (folder / WEIGHTS).is_file():
+            return None
+        require_intact(folder)
+        require_finite(folder)
+        return folder
 
     def place(self, integration: str) -> Path:
         """The folder in the run's that an integration may write in: tracking/NAME."""

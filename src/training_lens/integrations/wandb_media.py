@@ -66,10 +66,10 @@ def artifacts(run: RunRecord, run_id: str) -> Iterator[Any]:
     """The adapter and the lens's report, as far as they are there; by reference to the run's files, not as copies."""
     import wandb
 
-    if (run.folder.adapter / WEIGHTS).is_file():
+    if folder := run.intact_adapter:
         adapter = wandb.Artifact(f"adapter-{run_id}", type="model", metadata=_adapter_facts(run))
-        for file in sorted(path for path in run.folder.adapter.rglob("*") if path.is_file()):
-            _add(adapter, file, file.relative_to(run.folder.adapter))
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            _add(adapter, file, file.relative_to(folder))
         yield adapter
     if (report := run.folder.reports / "lens.html").is_file():
         page = wandb.Artifact(f"lens-{run_id}", type="report")
