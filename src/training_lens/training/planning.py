@@ -253,6 +253,11 @@ def _datasets(config: TrainingConfig, splits: dict[str, Split]) -> tuple[TokenDa
     if limit is not None and limit < len(train):
         chosen = np.random.Generator(np.random.PCG64([seed, 2**32])).permutation(len(train))[:limit]
         train = train.select(np.sort(chosen))
+    if validation is None:
+        logger.info(
+            "no rows are held out: there will be no validation loss, and so no verdict on whether the adapter is "
+            "better; give data.validation=FILE or data.val_ratio=0.1"
+        )
     return train, validation
 
 
