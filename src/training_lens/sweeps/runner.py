@@ -39,6 +39,7 @@ from training_lens.training.summary import TrainingSummary
 from training_lens.training.wrapper import TrainingWrapper
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import ShownOnce, get_logger, quiet_screen, screen_through
+from training_lens.utils.names import require_contained
 from training_lens.utils.nested import merged
 from training_lens.utils.runs import RunFolder, runs_folder
 
@@ -71,6 +72,7 @@ class Sweep:
 
     Raises:
         ConfigurationError: the sweep could not begin: its space, its base config or its storage is wrong.
+        CheckpointError: a symbolic link in its folder leads out of it.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Sweep:
         rows = {f"data.{name}": split.fingerprint[:12] for name, split in plan.splits.items()}
         default = _default_settings(self.config, self.space, plan)
         self.folder.mkdir(parents=True, exist_ok=True)
+        require_contained(self.folder)
         self.study = SharedStudy(self.config, self.space, self.folder, rows, default)
 
     def run(self) -> SweepResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,16 @@ from training_lens.errors import ConfigurationError, TrainingError
 from training_lens.sweeps.proposals import propose
 from training_lens.sweeps.pruning import pruner_of
 from training_lens.sweeps.space import Params, Space
-from training_lens.sweeps.trials import BLOCKS, current, deaths, first_number, is_default, is_lost, stands
+from training_lens.sweeps.trials import (
+    BLOCKS,
+    check_attributes,
+    current,
+    deaths,
+    first_number,
+    is_default,
+    is_lost,
+    stands,
+)
 from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, is_alive, pulse
 from training_lens.training.resuming import FREE_KEYS
 from training_lens.utils.formatting import said
@@ -34,6 +43,7 @@ from training_lens.utils.nested import flat
 logger = get_logger(__name__)
 OPENING_TRIES = 5
 CARRIED = ("token", "default", BLOCKS)  # from a trial that was left to the one that goes on with its run
+UNREADABLE = (*(ValueError, TypeError, LookupError, AttributeError), *(AssertionError, ArithmeticError, StopIteration))
 SQLITE_WAIT_SECONDS = 60  # for another process's write; SQLite's own 5 are few on a busy disk
 
 
@@ -63,7 +73,7 @@ class SharedStudy:
         url = config.sweep.storage or _file_url(folder / "study.db")
         _require_lasting(url)
         self._storage = _open(url)
-        with _told_storage(url):
+        with _told_storage(url), _explained_study(config.sweep.name):
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=config.sweep.name,
@@ -102,7 +112,18 @@ class SharedStudy:
 
     def trials(self) -> list[FrozenTrial]:
         """The trials that count, one for each run, by number."""
-        return current(self._study.get_trials(deepcopy=False))
+        return current(self._read_trials())
+
+    def _read_trials(self, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:
+        """All trials of the study, of some states; what their attributes are was checked."""
+        with _explained_study(self.settings.name):
+            trials = self._study.get_trials(deepcopy=False, states=states)
+            for trial in trials:
+                check_attributes(trial)
+                self.space.settings(trial.params)
+                for key, value in trial.params.items():
+                    trial.distributions[key].to_internal_repr(value)
+        return trials
 
     def newest(self, trial: FrozenTrial) -> FrozenTrial:
         """The trial as the storage has it now."""
@@ -120,7 +141,7 @@ class SharedStudy:
             if params is None:
                 return None
             claim = self._create(params, worker, left, noted)
-            if stands(claim, self._study.get_trials(deepcopy=False), self.settings.trials):
+            if stands(claim, self._read_trials(), self.settings.trials):
                 return claim
             self._storage.set_trial_user_attr(self._id(claim), "withdrawn", True)
             self.release(claim)
@@ -155,11 +176,11 @@ class SharedStudy:
 
     def deaths(self, trial: FrozenTrial) -> int:
         """How often a process died at the trial's run."""
-        return deaths(trial, self._study.get_trials(deepcopy=False))
+        return deaths(trial, self._read_trials())
 
     def _release_dead(self) -> None:
         """Running trials of dead processes become lost ones; where a lock tells nothing, the pulse does."""
-        for trial in self._study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        for trial in self._read_trials([TrialState.RUNNING]):
             alive = is_alive(trial.user_attrs)
             if alive:  # also one that stands still, as a stopped process or a suspended machine
                 self._storage.record_heartbeat(self._id(trial))
@@ -266,6 +287,20 @@ def _told_storage(url: str) -> Iterator[None]:
         raise ConfigurationError(
             f"sweep.storage: {_shown(url)} cannot be opened: {said(error.__cause__ or error)} Give a URL such as "
             "postgresql://USER:PASSWORD@HOST/DATABASE (with its driver installed), or leave it out for a file."
+        ) from error
+
+
+@contextmanager
+def _explained_study(name: str) -> Iterator[None]:
+    """Within the block, whatever Optuna makes of rows that it did not write is one clear error."""
+    try:
+        yield
+    except UNREADABLE as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(
+            f"sweep.name: the database of the study '{name}' is damaged ({said(error)}). Restore it, or give another "
+            "sweep.name."
         ) from error
 
 

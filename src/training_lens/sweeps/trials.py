@@ -9,10 +9,34 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
+from training_lens.errors import ConfigurationError
 from training_lens.utils.names import check_run_id
+from training_lens.utils.shapes import find_misfit
 
 BLOCKS = "block_nll"  # of a trial: its losses, summed over blocks of validation rows
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def check_attributes(trial: FrozenTrial) -> None:
+    """Refuse what no sweep notes with a trial: the study's database is data, and others may have written it.
+
+    Raises:
+        ConfigurationError: names the trial and the attribute.
+    """
+    numbers = [*(trial.values or ()), *trial.intermediate_values.values(), trial.number]
+    misfit = find_misfit("study.db", trial.user_attrs)
+    if not misfit and "token" not in trial.user_attrs:
+        misfit = "token: it is missing"
+    elif not all(isinstance(number, int | float) for number in numbers):
+        misfit = f"{numbers}: these are no losses"
+    elif trial.state == TrialState.COMPLETE and not trial.values:
+        misfit = "value: a finished trial has none"
+    if misfit:
+        raise ConfigurationError(
+            f"sweep.name: trial {trial.number} of the study has a wrong attribute. {misfit}. Restore its database, or "
+            "give another sweep.name."
+        )
+    run_id(trial)
 
 
 def first_number(trial: FrozenTrial) -> int:
