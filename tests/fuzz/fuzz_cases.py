@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from fuzz_mutators import change_bytes, change_json, change_text, change_value, hostile_value
+from fuzz_mutators import change_bytes, change_json, change_row, change_text, change_value, hostile_value
 from fuzz_sandbox import Outcome, command, run_forked
 
 Call = Callable[[], object]
@@ -28,10 +28,12 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class World:
-    """What cases change copies of: a finished run, and the mirror that it was copied to."""
+    """What cases change copies of: a finished run, the mirror that it was copied to, a sweep, a prepared folder."""
 
     run: Path
     mirror: Path
+    sweep: Path
+    prepared: Path
 
 
 Case = Callable[[World, Path, random.Random], Call]
@@ -251,6 +253,63 @@ def mirror(world: World, folder: Path, draw: random.Random) -> Call:
     return command(["report", place.as_uri(), where])
 
 
+def study(world: World, folder: Path, draw: random.Random) -> Call:
+    """A sweep's database, in its bytes or in a value of a table, opened and gone on with."""
+    from training_lens.sweeps.leaderboard import leaderboard
+    from training_lens.sweeps.recommendation import recommend
+    from training_lens.sweeps.report import best_yaml
+    from training_lens.sweeps.space import Space
+    from training_lens.sweeps.study import SharedStudy, reachable
+    from training_lens.sweeps.worker import Worker
+
+    place, config = Path(shutil.copytree(world.sweep, folder / "sweep")), study_config()
+    database = place / "study.db"
+    if draw.random() < 0.3:
+        database.write_bytes(change_bytes(database.read_bytes(), draw))
+    else:
+        change_row(database, draw)
+
+    def call() -> None:
+        space = Space.of(config)
+        opened = SharedStudy(config, space, place, {})
+        with reachable(config.sweep), Worker(place / "workers") as worker:
+            opened.claim(worker)
+            trials = opened.trials()
+            found = leaderboard(config.sweep.name, config.sweep.metric, trials, space)
+            if chosen := recommend(found, trials):
+                best_yaml(found, chosen, config)
+
+    return call
+
+
+def study_config() -> Any:
+    """The config of the sweep that cases change."""
+    from training_lens.config.compose import validate
+
+    space = {"peft.r": [4, 8], "training.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
+    return validate({"sweep": {"space": space, "trials": 9}})
+
+
+def prepared(world: World, folder: Path, draw: random.Random) -> Call:
+    """A prepared folder's rows and manifest, read as training and another `prepare` do."""
+    from training_lens.config.data_sections import DataSection
+    from training_lens.data.reading import read_examples
+    from training_lens.data.sources import expand
+    from training_lens.training.preparing import find_written_files
+
+    place = _copy(world.prepared, folder / "prepared")
+    _change_file(place, [file for file in place.rglob("*") if file.is_file()], draw)
+    rows = str(place / "train.jsonl")
+
+    def call() -> None:
+        find_written_files(place)
+        for source in expand([rows], "data.train"):
+            assert source.sha256
+        assert list(read_examples([rows], "data.train", DataSection()))
+
+    return call
+
+
 SUBJECTS: dict[str, Case] = {
     "config files": config_file,
     "arguments": arguments,
@@ -260,6 +319,8 @@ SUBJECTS: dict[str, Case] = {
     "adapters": adapter,
     "checkpoints": checkpoint,
     "mirrors": mirror,
+    "studies": study,
+    "prepared folders": prepared,
 }
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 HOSTILE: tuple[Any, ...] = (
@@ -87,3 +90,21 @@ def change_text(text: str, words: tuple[str, ...], draw: random.Random) -> str:
         place, length = draw.randrange(len(text) + 1), draw.choice((0, 0, 1, 10))
         text = text[:place] + draw.choice(words) * draw.choice((1, 1, 1, 300)) + text[place + length :]
     return text
+
+
+def change_row(database: Path, draw: random.Random) -> None:
+    """Another value in one cell of one of Optuna's tables."""
+    with closing(sqlite3.connect(database)) as opened:
+        tables = [name for (name,) in opened.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        table = draw.choice(sorted(tables))
+        columns = [column[1] for column in opened.execute(f"PRAGMA table_info({table})")]
+        rows = [row for (row,) in opened.execute(f"SELECT rowid FROM {table}")]  # Optuna's own names
+        value = hostile_value(draw)
+        text = value if isinstance(value, str) and draw.random() < 0.3 else json.dumps(value)
+        cell: Any = value if isinstance(value, float) else text.encode("utf-8", "replace").decode()
+        with suppress(sqlite3.Error):  # it breaks a rule of the table
+            opened.execute(
+                f"UPDATE {table} SET {draw.choice(columns)} = ? WHERE rowid = ?",
+                (cell, draw.choice(rows or [0])),
+            )
+            opened.commit()

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from fuzz_cases import SUBJECTS, World, run_case
+from fuzz_cases import SUBJECTS, World, run_case, study_config
 from fuzz_sandbox import BAD, Outcome
 
 WHOLE_COMMANDS = ("run folders", "mirrors")  # of half a second each; all others take some milliseconds
@@ -38,9 +38,48 @@ def make_world(folder: Path) -> World:
         "output": {"base_output_dir": str(folder / "outputs"), "mirror": str(folder / "mirror")},
     }
     run = Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir)
+    sweep, prepared = _make_study(folder / "sweep"), _prepare(folder)
     gc.collect()
     gc.freeze()  # a collection in a forked process would copy all that it looks at
-    return World(run, folder / "mirror")
+    return World(run, folder / "mirror", sweep, prepared)
+
+
+def _make_study(folder: Path) -> Path:
+    """A sweep's folder with trials of each kind, none of which was trained."""
+    from training_lens.sweeps.space import Space
+    from training_lens.sweeps.study import SharedStudy
+    from training_lens.sweeps.worker import Worker
+
+    folder.mkdir()
+    config = study_config()
+    opened = SharedStudy(config, Space.of(config), folder, {}, {"peft.r": 4, "training.lr": 1e-3})
+    with Worker(folder / "workers") as worker:
+        for number in range(4):
+            trial = opened.claim(worker)
+            assert trial is not None
+            opened.report(trial, 1, 2.0 - number)
+            opened.keep_losses(trial, [1.0, 2.0 - number, 3.0])
+            opened.finish(trial, 2.0 - number, seconds=1.0, run_dir="runs/x")
+        failed, released = opened.claim(worker), opened.claim(worker)
+        assert failed is not None and released is not None
+        opened.fail(failed, "out of memory")
+        opened.release(released)
+    opened.close()
+    return folder
+
+
+def _prepare(folder: Path) -> Path:
+    from training_lens import TrainingConfig
+    from training_lens.training.preparing import prepare
+    from training_lens.utils.progress import Progress
+
+    rows = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(20)]
+    values = {
+        "data": {"train": rows},
+        "prepare": {"output": str(folder / "prepared"), "splits": {"train": 0.8, "validation": 0.2}},
+        "output": {"base_output_dir": str(folder / "outputs")},
+    }
+    return prepare(TrainingConfig.model_validate(values), Progress()).folder
 
 
 def run_cases(world: World, cases: int, first: int, place: Path) -> Iterator[tuple[str, int, Outcome]]:
