@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from planted import METRIC, TRACKER
 from typer.testing import CliRunner
 
 from training_lens.cli import cli
@@ -24,3 +25,18 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resul
         return result
 
     return run
+
+
+@pytest.fixture
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that planted code writes; beside it `planted_tracker.py`, in the folder where commands are called."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "executed"
+    (tmp_path / "planted_tracker.py").write_text(TRACKER.format(mark=str(path)))
+    (tmp_path / "planted_metric.py").write_text(METRIC.format(mark=str(path)))
+    return path

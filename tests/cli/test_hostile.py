@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 
 import pytest
 from click.testing import Result
+from planted import TRACKER, pickled, plant_model
 
-from training_lens import embedded
 from training_lens.config.run_config import find_writer, read_run_config, require_consent
 from training_lens.errors import ConfigurationError
 from training_lens.integrations.mirror import MirrorIntegration
@@ -27,55 +26,6 @@ from training_lens.utils.files import read_json, sha256_of, write_json
 from training_lens.utils.runs import RunFolder
 
 Call = Callable[..., Result]
-MODEL = """
-from pathlib import Path
-from transformers import LlamaConfig, LlamaForCausalLM
-with Path({mark!r}).open("a") as file:
-    file.write("model\\n")
-
-class OwnConfig(LlamaConfig):
-    model_type = "own"
-
-class OwnModel(LlamaForCausalLM):
-    config_class = OwnConfig
-"""
-TRACKER = """
-from pathlib import Path
-from training_lens.integrations import Tracker
-with Path({mark!r}).open("a") as file:
-    file.write("tracker\\n")
-
-class Planted(Tracker):
-    name = "planted"
-    def require(self): pass
-    def open(self): pass
-    def log(self, records): pass
-    def end(self): pass
-"""
-
-
-@pytest.fixture
-def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file that planted code writes; beside it `planted_tracker.py`, in the folder where commands are called."""
-    from transformers import dynamic_module_utils
-
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "executed"
-    (tmp_path / "planted_tracker.py").write_text(TRACKER.format(mark=str(path)))
-    return path
-
-
-def plant_model(folder: Path, mark: Path) -> Path:
-    """The embedded model with code of its own, also in its tokenizer's configuration."""
-    shutil.copytree(embedded.resolve(embedded.MODEL), folder)
-    config = read_json(folder / "config.json")
-    ours = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    write_json(folder / "config.json", {**config, "model_type": "own", "auto_map": ours})
-    (folder / "own.py").write_text(MODEL.format(mark=str(mark)))
-    return folder
 
 
 @pytest.fixture
@@ -102,24 +52,10 @@ def hostile(own_run: RunFolder, tmp_path: Path, mark: Path) -> RunFolder:
     return run
 
 
-class Marking:
-    """What writes the mark when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.mark,)
-
-
 def rewrite(run: RunFolder, name: str, values: dict[str, Any]) -> None:
     """Other metadata, as its author sees to it: no hash speaks against it."""
     (run.metadata / "hashes.json").unlink(missing_ok=True)
     write_json(run.metadata / name, values)
-
-
-def pickled(mark: Path) -> bytes:
-    return pickle.dumps(Marking(mark))
 
 
 def unfinished(run: RunFolder) -> RunFolder:
@@ -243,7 +179,10 @@ def test_the_files_of_others_allow_nothing_as_config_files(
         result = call("train", "--config", str(file))
         assert not mark.exists() and result.exit_code == 2 and "model.trust_remote_code=true" in result.stderr, marker
     result = call("validate", "--config", str(hostile.metadata / "config.json"))
-    assert not mark.exists() and result.exit_code == 2 and result.stderr.count("repeat the command with") == 2
+    assert not mark.exists() and result.exit_code == 2
+    for key in ("model.trust_remote_code", "tracking.custom", "evaluation.metrics", "output.base_output_dir"):
+        assert f"- {key}: " in result.stderr
+    assert result.stderr.count("repeat the command with") == 4
     (tmp_path / "own").mkdir()
     (mine := tmp_path / "own" / "config.json").write_text(json.dumps(named))
     assert find_writer(mine) is None
