@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from training_lens.errors import IntegrationError
+from training_lens.errors import DamagedFileError, IntegrationError
 from training_lens.integrations.mlflow import MlflowIntegration, _safe
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.sync import look, send
+from training_lens.integrations.wandb_media import artifacts
 from training_lens.utils.runs import RunFolder
 
 from .conftest import SAMPLES, due  # type: ignore[import-not-found]
@@ -217,3 +218,17 @@ def test_a_password_in_the_address_is_kept_nowhere(unsent_run: RunFolder, monkey
     assert [state.status for state in send(unsent_run, ON)] == ["delivered"]
     files = [path for path in unsent_run.root.rglob("*") if path.is_file()]
     assert len(files) > 5 and not [path for path in files if b"planted-secret" in path.read_bytes()]
+
+
+def test_a_damaged_adapter_is_sent_to_no_tracker(unsent_run: RunFolder, client_of: Callable[[RunFolder], Any]) -> None:
+    weights = unsent_run.adapter / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    (state,) = send(unsent_run, ON)
+    assert state.status != "delivered" and f"{weights} differs from the sha256 that was recorded" in state.error
+    client = client_of(unsent_run)
+    assert not client.list_artifacts(only_run(client).info.run_id, "adapter")
+    with pytest.raises(DamagedFileError, match="differs from the sha256"):
+        list(artifacts(RunRecord(unsent_run), "x"))
+    weights.write_bytes(content)
+    assert [state.status for state in send(unsent_run, ON)] == ["delivered"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -74,3 +75,14 @@ def test_a_run_beyond_its_epochs_validates_and_saves_at_its_end(small_config: Co
     summary = TrainingWrapper(config).train()
     assert (summary.steps, summary.adapter_step) == (7, 7) and summary.epochs == pytest.approx(7 / 6)
     assert summary.validation_loss is not None
+
+
+def test_a_run_that_holds_no_rows_out_says_what_it_will_lack(
+    small_config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    cases: list[tuple[dict[str, Any], int]] = [({"validation": []}, 1), ({}, 0)]
+    for data, expected in cases:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "training_lens"):
+            assert (TrainingWrapper(small_config(data=data)).plan().validation is None) == bool(expected)
+        assert sum("no rows are held out" in record.message for record in caplog.records) == expected

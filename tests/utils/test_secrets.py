@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import quote_plus
 
 import pytest
@@ -122,3 +125,11 @@ def test_a_key_of_a_secret_is_one_in_lists_and_as_a_number_but_not_in_rows() -> 
         "tracking.custom.m.T.secret[0]",
         "data.validation[0]",
     ]
+
+
+def test_a_traceback_shows_no_secret(tmp_path: Path) -> None:
+    token = "hf_" + "AbCd1234" * 4 + "xy"
+    command = [sys.executable, "-m", "training_lens", "report", "--debug", token]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and "Traceback" in ended.stderr and "CheckpointError" in ended.stderr
+    assert token not in ended.stderr + ended.stdout and "***" in ended.stderr
