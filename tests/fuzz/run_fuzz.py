@@ -15,7 +15,7 @@ from pathlib import Path
 from fuzz_cases import SUBJECTS, World, run_case, study_config
 from fuzz_sandbox import BAD, Outcome
 
-WHOLE_COMMANDS = ("run folders", "mirrors")  # of half a second each; all others take some milliseconds
+WHOLE_COMMANDS = ("run folders", "mirrors", "studies")  # of half a second each; all others take some milliseconds
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 BEGIN, END = "<!-- fuzz table: written by make fuzz -->", "<!-- end of the fuzz table -->"
 COLUMNS = ("result", "clear error", *BAD)
