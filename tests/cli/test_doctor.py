@@ -82,18 +82,17 @@ def test_what_cannot_is_named_and_may_be_taken_as_it_is(call: Call, own_run: Run
     assert open_run(own_run).has_adapter
 
 
-def test_a_damaged_token_cache_is_made_anew(call: Call, own_run: RunFolder) -> None:
-    cache = Path(own_run.read_metadata("config.json")["output"]["base_output_dir"]) / "cache"
-    folder = cache / own_run.read_metadata("data.json")["fingerprint"][:32]
-    kept = shutil.copytree(folder, own_run.root.parent / "kept")
-    try:
-        flip(folder / "examples.arrow")
-        assert checked(call, str(own_run.root))["bad"] == ["token cache"]
-        assert checked(call, str(own_run.root), "--repair")["ok"]
-        assert (folder / "examples.arrow").read_bytes() == (kept / "examples.arrow").read_bytes()
-    finally:
-        shutil.rmtree(folder)
-        shutil.copytree(kept, folder)
+def test_a_damaged_token_cache_is_made_anew(call: Call, finished_run: RunFolder, tmp_path: Path) -> None:
+    base, name = finished_run.root.parents[3], finished_run.read_metadata("data.json")["fingerprint"][:32]
+    run = Path(
+        shutil.copytree(finished_run.root, tmp_path / "elsewhere/experiments/default/runs" / finished_run.run_id)
+    )
+    cached = Path(shutil.copytree(base / "cache" / name, tmp_path / "elsewhere/cache" / name)) / "examples.arrow"
+    content = cached.read_bytes()
+    flip(cached)
+    assert checked(call, str(run))["bad"] == ["token cache"]
+    assert checked(call, str(run), "--repair")["ok"]
+    assert cached.read_bytes() == content
 
 
 def test_a_resume_is_verified_on_this_machine(call: Call, few_rows: dict[str, list[str]], tmp_path: Path) -> None:
