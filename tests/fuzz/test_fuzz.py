@@ -14,7 +14,6 @@ from training_lens.utils.limits import is_too_deep, load_bounded_json
 from training_lens.utils.nested import flat, nest
 from training_lens.utils.secrets import redact_values, redacted
 
-CASES = 250  # forty of each subject whose cases are quick, four of the others
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inside: st.lists(inside, max_size=4) | st.dictionaries(st.text(), inside, max_size=4),
@@ -23,8 +22,8 @@ JSON = st.recursive(
 
 def test_changed_inputs_give_a_result_or_a_clear_error(tmp_path_factory: pytest.TempPathFactory) -> None:
     place = tmp_path_factory.mktemp("fuzz")
-    outcomes = list(run_cases(make_world(place / "world"), CASES, 0, place))
-    assert len(outcomes) == CASES
+    outcomes = list(run_cases(make_world(place / "world"), 500, 0, place))
+    assert len(outcomes) == 500
     bad = [(subject, seed, found.kind, found.told[-400:]) for subject, seed, found in outcomes if found.kind in BAD]
     assert bad == []
     assert {outcome.kind for _, _, outcome in outcomes} == {"result", "clear error"}
