@@ -98,10 +98,11 @@ def find_misfit(name: str, values: Mapping[str, Any]) -> str:
         _adapter(name).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"] if not str(part).endswith("]"))  # no 'list[str]' of a union
+        names = (part for part in first["loc"] if isinstance(part, str))  # no numbers, and no 'list[str]' of a union
+        key = ".".join(name for name in names if name not in ("str", "int") and not name.endswith("]"))
         shown = repr(first["input"])
         shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
-        return f"{key}: {shown}: {first['msg'].lower()}"
+        return f"{key}: given {shown}. {first['msg']}"
     return ""
 
 
