@@ -10,8 +10,11 @@ OUT_OF_THREADS = ("can't start new thread", "ThreadPoolBuildError", "Failed to l
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on the device or (which torch says in words alone) on the CPU."""
+    names = [kind.__name__ for kind in type(error).__mro__]  # torch's own class, which is imported nowhere here
+    is_torch = isinstance(error, RuntimeError) and "OutOfMemoryError" in names
     is_said = isinstance(error, RuntimeError | ImportError) and any(text in str(error) for text in OUT_OF_MEMORY)
-    return is_said or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return is_torch or is_said or is_refused or isinstance(error, MemoryError)
 
 
 def is_out_of_threads(error: BaseException) -> bool:
