@@ -45,14 +45,15 @@ class Watch(Callback):
                 values.append(value)
 
 
-def slope(steps: Sequence[int], values: Sequence[float]) -> Mapping[str, float]:
-    """The line through block means: its rise over 1,000 steps, with its standard error; first and last block."""
+def slope(steps: Sequence[int], values: Sequence[float]) -> Mapping[str, Any]:
+    """The line through block means: its rise over 1,000 steps, with its standard error; and those means."""
     settled = len(steps) // 10
     x = np.array([block.mean() for block in np.array_split(np.array(steps[settled:]) / 1000, BLOCKS)])
     y = np.array([block.mean() for block in np.array_split(np.array(values[settled:]), BLOCKS)])
     (rise, _), covariance = np.polyfit(x, y, 1, cov=True)
     error = float(np.sqrt(covariance[0, 0]))
-    return {"per_1000_steps": float(rise), "standard_error": error, "first": float(y[0]), "last": float(y[-1])}
+    blocks = [round(float(mean), 2) for mean in y]
+    return {"per_1000_steps": float(rise), "standard_error": error, "blocks": blocks}
 
 
 def measure(steps: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -303,3 +304,12 @@ def test_what_memory_was_found_to_hold_outlives_a_resume(small_config: Config, t
     trainer.checkpoints.save(trainer.model, trainer.optimizer, trainer.scaler, found)
     trainer.state = trainer.checkpoints.restore(trainer.model, trainer.optimizer, trainer.scaler)
     assert trainer.micro_batch_tokens == 123
+
+
+def test_a_resume_deletes_the_checkpoint_that_a_kill_left_over(small_config: Config, tmp_path: Path) -> None:
+    trainer = assembled(small_config(training={"batch_size": 16}), tmp_path)
+    for state in (replace(trainer.state, step=1, best_step=1, best_loss=2.0), replace(trainer.state, step=2)):
+        newest = trainer.checkpoints.save(trainer.model, trainer.optimizer, trainer.scaler, state)
+    shutil.copytree(newest, newest.with_name("step-00000001"))  # as if killed before it was deleted
+    trainer.checkpoints.restore(trainer.model, trainer.optimizer, trainer.scaler)
+    assert [path.name for path in newest.parent.iterdir()] == ["step-00000002"]

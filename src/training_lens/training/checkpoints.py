@@ -95,7 +95,8 @@ class CheckpointManager:
     def restore(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> TrainingState:
         """Bring model, optimizer and random state to the newest intact checkpoint; a fresh state where there is none.
 
-        Checkpoints newer than it (damaged ones) are deleted: the run writes them again.
+        Newer ones, which are damaged, are deleted: the run writes them again. So are older ones that are not the best: a
+        kill came before `save` deleted them.
 
         Raises:
             CheckpointError: the checkpoint was made from other training data.
@@ -109,15 +110,15 @@ class CheckpointManager:
                 f"{folder} was trained on other data: a data file, the template, the tokenizer or this program changed "
                 "since. Put the old ones back to resume, or start a new run."
             )
-        for damaged in [c for c in list_checkpoints(self.folder) if c > folder]:
-            shutil.rmtree(damaged)
         restore_adapter(model, folder / ADAPTER)
         restore_optimizer(optimizer, load_file(folder / OPTIMIZER))
         restore_rng_state(load_file(folder / RNG))
         values = read_json(folder / STATE)
         scaler.load_state_dict(values.pop("scaler"))
         values["best_loss"] = math.inf if values["best_loss"] is None else values["best_loss"]
-        return TrainingState(**values)
+        state = TrainingState(**values)
+        self._thin({folder, checkpoint_folder(self.folder, state.best_step)})
+        return state
 
     def best_or_last(self, state: TrainingState) -> Path:
         """The checkpoint to use: that of the lowest validation loss, or the last where nothing was validated."""
