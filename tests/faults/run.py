@@ -111,8 +111,8 @@ def main() -> int:
                 for case, found in tally.counts().items():
                     counts[case] = counts.get(case, Counter()) + found
             minutes = round((time.perf_counter() - began) / 60, 1)
-            if options.share >= 1:
-                keep(kind, {"seed": options.seed, "minutes": minutes, "mounts": can_mount(), "counts": counts})
+            about = {"seed": options.seed, "share": options.share, "minutes": minutes, "mounts": can_mount()}
+            keep(kind, {**about, "counts": counts})
         bench.server.close()
     return int(bad > 0)
 

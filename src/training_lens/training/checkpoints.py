@@ -95,8 +95,8 @@ class CheckpointManager:
     def restore(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> TrainingState:
         """Bring model, optimizer and random state to the newest intact checkpoint; a fresh state where there is none.
 
-        Newer ones, which are damaged, are deleted: the run writes them again. So are older ones that are not the best: a
-        kill came before `save` deleted them.
+        Newer ones, which are damaged, are deleted: the run writes them again. So are older ones that are not the best,
+        where a kill came before `save` deleted them.
 
         Raises:
             CheckpointError: the checkpoint was made from other training data.
