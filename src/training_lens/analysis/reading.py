@@ -107,7 +107,8 @@ def _captured(folder: Path, _base: Path | str | None) -> Recording:
 def _status(run: RunFolder) -> str:
     try:
         return run.status
-    except CheckpointError:
+    except CheckpointError as error:
+        logger.warning("whether the run is finished is not known: %s", error)
         return "unknown"
 
 

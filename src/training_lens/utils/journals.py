@@ -16,6 +16,9 @@ from typing import IO, Any, NamedTuple
 from training_lens.utils.files import strike_out_of_values, write_text
 from training_lens.utils.integrity import read_line, seal_line
 from training_lens.utils.limits import open_file, read_text
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
 
 
 class Position(NamedTuple):
@@ -58,6 +61,8 @@ class Journal:
             lines = read_text(self.path).splitlines() if after else []
             kept = "".join(f"{line}\n" for line in lines if _is_up_to(line, after))
             write_text(self.path, kept, verbatim=True)
+        elif after:
+            logger.warning("%s is not there: it begins anew behind step %d", self.path, after)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
