@@ -1,8 +1,9 @@
 """Faults for every command, and what became of them: the tables of docs/reliability.md.
 
-python tests/faults/run.py [KIND ...] [--share 1.0] [--seed 1]
+python tests/faults/run.py [KIND ...] [--only COMMAND ...] [--share 1.0] [--seed 1]
 
-Kinds are kills, signals, disks, damage, machine, services; without one, all. `--share` of the usual number of tries.
+Kinds are kills, signals, disks, damage, machine, services; without one, all. `--only` these commands are killed: their
+counts take the place of earlier ones. `--share` of the usual number of tries.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -49,9 +50,9 @@ WAYS = ("flip", "cut", "delete")
 SLOW = ("merge", "sweep", "sweep, resumed", "benchmark", "train from a prepared folder")  # not on each broken machine
 
 
-def kills(bench: Bench, share: float, draw: random.Random) -> Iterator[Tally]:
-    for name, times in KILLS.items():
-        yield kill_often(bench, name, round(times * share), draw)
+def kills(bench: Bench, share: float, draw: random.Random, only: Sequence[str] = ()) -> Iterator[Tally]:
+    for name in only or KILLS:
+        yield kill_often(bench, name, round(KILLS[name] * share), draw)
 
 
 def signals(bench: Bench, share: float, draw: random.Random) -> Iterator[Tally]:
@@ -82,8 +83,8 @@ def services(bench: Bench, share: float, draw: random.Random, both: Services) ->
     yield lose_services(bench, both, round(8 * share), draw)
 
 
-KINDS: dict[str, Callable[[Bench, float, random.Random], Iterator[Tally]]] = {
-    "kills": kills, "signals": signals, "disks": disks, "damage": damage, "machine": machine,
+KINDS: dict[str, Callable[..., Iterator[Tally]]] = {
+    "kills": kills, "signals": signals, "disks": disks, "damage": damage, "machine": machine, "services": services,
 }  # fmt: skip
 TITLES = {
     "kills": "kill", "signals": "TERM, INT, HUP", "disks": "full disk", "damage": "damaged file",
@@ -99,11 +100,8 @@ def main() -> int:
         bench = Bench(Path(place), both.environment)
         for kind in options.kinds or TITLES:
             draw, began = random.Random(f"{options.seed} {kind}"), time.perf_counter()
-            each = (
-                services(bench, options.share, draw, both)
-                if kind == "services"
-                else KINDS[kind](bench, options.share, draw)
-            )
+            more = {"services": (both,), "kills": (options.only,)}.get(kind, ())
+            each = KINDS[kind](bench, options.share, draw, *more)
             counts: dict[str, Counter[str]] = {}
             for tally in each:
                 bad += len(tally.bad)
@@ -120,6 +118,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", metavar="KIND", choices=[*TITLES, []])
+    parser.add_argument("--only", nargs="+", default=[], choices=KILLS)
     parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
@@ -137,6 +136,7 @@ def keep(kind: str, found: dict[str, Any]) -> None:
     with RESULTS.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+        found["counts"] = {**results.get(kind, {}).get("counts", {}), **found["counts"]}
         results[kind] = found
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         before, rest = PAGE.read_text().split(MARKS[0])
