@@ -227,16 +227,17 @@ def test_a_manifest_names_no_folder_but_its_own(
     assert (precious / "file").read_text() == "mine" and not Path(elsewhere).exists()
 
 
-WRONG = {
-    "status": "hacked", "host": 5, "folder": None, "updated": "2026-01-01T00:00:00", "version": [],
-    "files": {"a": {"sha256": "x", "size": 1}}, "replacing": {"a": {"sha256": "0" * 64, "size": -1}},
-}  # fmt: skip
+WRONG = [
+    ("status", "hacked"), ("host", 5), ("folder", None), ("updated", "2026-01-01T00:00:00"), ("version", []),
+    ("files", {"a": {"sha256": "x", "size": 1}}), ("files", {"a": {"sha256": "0" * 64, "size": 10**400}}),
+    ("replacing", {"a": {"sha256": "0" * 64, "size": -1}}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("key", WRONG)
-def test_a_manifest_of_other_values_is_damaged(place: str, elsewhere: str, key: str) -> None:
+@pytest.mark.parametrize(("key", "value"), WRONG)
+def test_a_manifest_of_other_values_is_damaged(place: str, elsewhere: str, key: str, value: object) -> None:
     remote = remote_of(place)
-    values = {**asdict(remote.read_manifest()), key: WRONG[key]}
+    values = {**asdict(remote.read_manifest()), key: value}
     write_json(Path(place) / remote.path / "mirror.json", values)
     with pytest.raises(CheckpointError, match=r"mirror.json is damaged"):
         fetch_to_resume(f"{place}/{remote.path}", elsewhere)

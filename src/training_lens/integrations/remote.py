@@ -45,7 +45,7 @@ class Content:
         """
         if not isinstance(self.sha256, str) or not SHA256.fullmatch(self.sha256):
             raise ValueError(f"{self.sha256!r} is no sha256")
-        if type(self.size) is not int or self.size < 0:
+        if type(self.size) is not int or not 0 <= self.size < 2**63:
             raise ValueError(f"{self.size!r} is no size in bytes")
 
 
