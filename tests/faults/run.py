@@ -44,7 +44,6 @@ KILLS = {
     "train": 36, "resume": 30, "train a step": 20, "train from a prepared folder": 8, "validate": 16, "prepare": 110,
     "infer": 60, "evaluate": 14, "compare": 10, "baseline": 12, "benchmark": 8, "analyze": 8, "report": 20,
     "export": 72, "merge": 6, "sync": 6, "doctor": 6, "tag": 52, "show": 6, "delete": 52, "sweep": 6,
-    "sweep, resumed": 6,
 }  # fmt: skip
 WAYS = ("flip", "cut", "delete")
 SLOW = ("merge", "sweep", "sweep, resumed", "benchmark", "train from a prepared folder")  # not on each broken machine
@@ -63,7 +62,7 @@ def signals(bench: Bench, share: float, draw: random.Random) -> Iterator[Tally]:
 
 def disks(bench: Bench, share: float, draw: random.Random) -> Iterator[Tally]:
     for name in CASES:
-        yield fill_often(bench, name, round(max(KILLS[name] / 4, 4) * share), draw)
+        yield fill_often(bench, name, round(max(KILLS.get(name, 0) / 4, 4) * share), draw)
 
 
 def damage(bench: Bench, share: float, draw: random.Random) -> Iterator[Tally]:

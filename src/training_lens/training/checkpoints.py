@@ -78,10 +78,15 @@ class CheckpointManager:
         target = checkpoint_folder(self.folder, state.step)
         if not target.is_dir():
             write_checkpoint(self.folder, state.step, state.validation_loss, self._fingerprint, fill)
-        self._thin({target, checkpoint_folder(self.folder, state.best_step)})
+        self.thin(state)
         return target
 
-    def _thin(self, keep: set[Path]) -> None:
+    def thin(self, state: TrainingState) -> None:
+        """Delete what is neither the checkpoint of `state` nor the best: older ones, and newer ones that are damaged.
+
+        One process alone calls it, when no other reads a checkpoint.
+        """
+        keep = {checkpoint_folder(self.folder, step) for step in (state.step, state.best_step)}
         for folder in list_checkpoints(self.folder):
             if folder not in keep:
                 doomed = folder.with_name(f"{TEMPORARY}{folder.name}")  # out of the list first: never half a checkpoint
@@ -95,8 +100,7 @@ class CheckpointManager:
     def restore(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> TrainingState:
         """Bring model, optimizer and random state to the newest intact checkpoint; a fresh state where there is none.
 
-        Newer ones, which are damaged, are deleted: the run writes them again. So are older ones that are not the best,
-        where a kill came before `save` deleted them.
+        It deletes nothing: call `thin` before the run writes the next.
 
         Raises:
             CheckpointError: the checkpoint was made from other training data.
@@ -116,9 +120,7 @@ class CheckpointManager:
         values = read_json(folder / STATE)
         scaler.load_state_dict(values.pop("scaler"))
         values["best_loss"] = math.inf if values["best_loss"] is None else values["best_loss"]
-        state = TrainingState(**values)
-        self._thin({folder, checkpoint_folder(self.folder, state.best_step)})
-        return state
+        return TrainingState(**values)
 
     def best_or_last(self, state: TrainingState) -> Path:
         """The checkpoint to use: that of the lowest validation loss, or the last where nothing was validated."""

@@ -102,6 +102,9 @@ class Trainer:
         """
         if resume:
             self.state = self.checkpoints.restore(self.model, self.optimizer, self.scaler)
+            self.processes.wait()
+            if self.processes.is_main:  # a kill may have come before older checkpoints were deleted
+                self.checkpoints.thin(self.state)
             logger.info("resuming after step %d of %d", self.state.step, self.schedule.total_steps)
         self.settle_budget()
         self._notify("on_train_start")
