@@ -67,6 +67,9 @@ def main() -> None:
     keep_output()
     try:
         cli()
+    except KeyboardInterrupt:  # before a command began, which says it itself
+        print("interrupted.", file=sys.stderr)
+        sys.exit(130)
     except Exception:  # a bug of ours, or --debug: what it quotes may hold a secret, which no traceback shows
         from training_lens.utils.secrets import redacted
 
