@@ -30,14 +30,14 @@ MOST_SECONDS, MOST_WAITED, MOST_BYTES = 30.0, 120.0, 2 * 2**30  # of the process
 Outcome = Literal[
     "same result",
     "clear error",
-    "rest, and said",
+    "partial, named",
     "other result",
     "traceback",
     "over 30 s",
     "over 2 GB",
     "outside write",
-]  # "rest, and said": what a damaged record held is left out, and the output names its file
-GOOD: tuple[Outcome, ...] = ("same result", "clear error", "rest, and said")
+]  # "partial, named": what a damaged record held is left out, and the output names its file
+GOOD: tuple[Outcome, ...] = ("same result", "clear error", "partial, named")
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ class Bench:
             ended = self.server.run(case.arguments, folder)
             found = self.judge(case, f"{kind} {name}", ended, folder)
             is_named = Path(name).name in "".join(ended.text.split())  # tables and narrow screens break lines
-            return replace(found, outcome="rest, and said") if found.outcome == "other result" and is_named else found
+            return replace(found, outcome="partial, named") if found.outcome == "other result" and is_named else found
 
     def judge(self, case: Case, fault: str, ended: Ended, folder: Path) -> Finding:
         """What became of it; its result is read only where it ended well."""

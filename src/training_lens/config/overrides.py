@@ -20,8 +20,9 @@ from pydantic.fields import FieldInfo
 
 from training_lens.config.keys import known_keys, nearest_key
 from training_lens.config.schema import TrainingConfig
-from training_lens.config.section import PATH_MARKER, expand_home
+from training_lens.config.section import PATH_MARKER
 from training_lens.errors import ConfigurationError
+from training_lens.utils.names import expand_home
 
 NO_OVERRIDE = "is no override; write key=value"
 DATA_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".gz")
@@ -131,7 +132,7 @@ def read_value(override: Override) -> Any:
         ConfigurationError: a sweep, or several values where one is expected.
     """
     kind, raw = key_type(override.key), override.raw
-    if kind.is_path and _exists(Path(expand_home(raw))):
+    if kind.is_path and _exists(expand_home(raw)):
         return raw
     if kind.nullable and raw.strip().lower() == "null":
         return None
@@ -148,7 +149,7 @@ def _read_texts(override: Override, kind: KeyType) -> Any:
     if elements is not None:
         return [_read_element(element) for element in elements]
     pieces = split_list(f"[{override.raw}]") or []
-    are_files = all(_exists(Path(expand_home(piece))) for piece in pieces)
+    are_files = all(_exists(expand_home(piece)) for piece in pieces)
     if len(pieces) > 1 and (are_files or not kind.is_path) and not _is_quoted(override.raw):
         raise ConfigurationError(
             f"'{override.word}': sweeps and deletions have no place here; give one value, lists as "

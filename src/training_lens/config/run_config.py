@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from training_lens import embedded
 from training_lens.config.schema import DESTINATIONS, ModelSection, TrainingConfig
-from training_lens.config.section import expand_home as read_path
+from training_lens.config.section import expand_path_text
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.consent import code_at, code_in, code_of_module, remember, remembered
 from training_lens.utils.files import read_json
@@ -100,7 +100,9 @@ def require_consent(folder: Path, config: TrainingConfig, given: Settings, *keys
     Raises:
         ConfigurationError: names the code and the places, and how they are allowed.
     """
-    code = [key for key in CODE_KEYS if key in keys and _names_code(config, key) and not _allows(given, config, key)]
+    code = [
+        key for key in CODE_KEYS if key in keys and _names_code(config, key) and not _is_allowed(given, config, key)
+    ]
     places = destination_settings(config, [key for key in keys if key not in CODE_KEYS])
     asked = {key: value for key, value in places.items() if not _is_given(given, key, value)}
     if asked.get(BASE) and output_folder(folder.resolve()) == Path(asked[BASE]).resolve():  # where it is itself
@@ -108,7 +110,7 @@ def require_consent(folder: Path, config: TrainingConfig, given: Settings, *keys
     known = remembered(folder) if code or asked else frozenset()
     others = [key for key in code if not known or not _code(folder, config, key) <= known]
     problems = [_describe_code(folder, config, key, bool(known)) for key in others]
-    if elsewhere := {key: value for key, value in asked.items() if _as_kept(key, value) not in known}:
+    if elsewhere := {key: value for key, value in asked.items() if _consent_entry(key, value) not in known}:
         problems.append(_describe_places(folder, elsewhere))
     if problems:
         raise ConfigurationError(problems)
@@ -117,14 +119,14 @@ def require_consent(folder: Path, config: TrainingConfig, given: Settings, *keys
 def remember_consent(folder: Path, config: TrainingConfig) -> None:
     """Keep that the user allows the code and the destinations of this config, with which they train, for `folder`."""
     code = [_code(folder, config, key) for key in CODE_KEYS if _names_code(config, key)]
-    places = {_as_kept(key, value) for key, value in _changed_settings(config, DESTINATIONS).items()}
+    places = {_consent_entry(key, value) for key, value in _changed_settings(config, DESTINATIONS).items()}
     if code or places:
         remember(folder, places.union(*code))
 
 
 def remember_mirror(folder: Path, place: str) -> None:
     """Keep that the user allows the mirror `place`, which they fetched the run in `folder` from."""
-    remember(folder, {_as_kept("output.mirror", place)})
+    remember(folder, {_consent_entry("output.mirror", place)})
 
 
 def consent_for(run: RunFolder, config: TrainingConfig) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def _changed_settings(config: TrainingConfig, keys: Collection[str]) -> dict[str
     }
 
 
-def _as_kept(key: str, value: Any) -> str:
+def _consent_entry(key: str, value: Any) -> str:
     return f"{key}: {json.dumps(value, ensure_ascii=False)}"
 
 
@@ -169,38 +171,39 @@ def _is_given(given: Settings, key: str, value: Any) -> bool:
     section: Any = given
     for part in key.split("."):
         section = section.get(part) if isinstance(section, Mapping) else None
-    return section is not None and _listed(section) == _listed(value)
+    return section is not None and _as_list(section) == _as_list(value)
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     """A value as the schema takes it: one path for a list of one, `~` for the user's folder."""
     values = value if isinstance(value, list) else [value]
-    return [read_path(str(item)) if isinstance(item, str | Path) else item for item in values]
+    return [expand_path_text(str(item)) if isinstance(item, str | Path) else item for item in values]
 
 
-def _allows(given: Settings, config: TrainingConfig, key: CodeKey) -> bool:
+def _is_allowed(given: Settings, config: TrainingConfig, key: CodeKey) -> bool:
     """Whether what the user set allows the code of a key."""
     if key == MODEL_CODE:
         return (given.get("model") or {}).get("trust_remote_code") is True
     if key == "tracking.custom":
         return set(config.tracking.custom) <= set((given.get("tracking") or {}).get("custom") or {})
-    return _is_given(given, key, _value(config, key))
+    return _is_given(given, key, _setting_value(config, key))
 
 
-def _value(config: TrainingConfig, key: str) -> Any:
+def _setting_value(config: TrainingConfig, key: str) -> Any:
     return reduce(getattr, key.split("."), config)
 
 
 def _names_code(config: TrainingConfig, key: CodeKey) -> bool:
-    return bool(_value(config, key))
+    return bool(_setting_value(config, key))
 
 
 def _code(folder: Path, config: TrainingConfig, key: CodeKey) -> set[str]:
     """What would be run, as `utils.consent` keeps it; a model that is not here yet has code that nobody can know."""
-    return {f"{key}: {part}" for part in _parts(folder, config, key)}
+    return {f"{key}: {part}" for part in _code_identities(folder, config, key)}
 
 
-def _parts(folder: Path, config: TrainingConfig, key: CodeKey) -> Iterator[str]:
+def _code_identities(folder: Path, config: TrainingConfig, key: CodeKey) -> Iterator[str]:
+    """Where the code of a key comes from, and the sha256 of each of its files."""
     if key == MODEL_CODE:
         model = config.model
         home = _model_folder(model)
@@ -210,7 +213,7 @@ def _parts(folder: Path, config: TrainingConfig, key: CodeKey) -> Iterator[str]:
     elif key == "evaluation.task_path":
         yield from code_at(Path(str(config.evaluation.task_path)))
     else:
-        for place in _value(config, key):
+        for place in _setting_value(config, key):
             yield from code_at(Path(place)) if place.endswith(".py") else code_of_module(place)
 
 
@@ -225,7 +228,7 @@ def _model_folder(model: ModelSection) -> Path | None:
 
 
 def _describe_code(folder: Path, config: TrainingConfig, key: CodeKey, is_known: bool) -> str:
-    value = _value(config, key)
+    value = _setting_value(config, key)
     what = {
         MODEL_CODE: f"the code of '{config.model.id}'",
         "evaluation.task_path": f"the tasks in '{value}', which may name code",

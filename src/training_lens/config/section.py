@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from training_lens.config.keys import known_keys
 from training_lens.config.problems import find_problems, list_problems
 from training_lens.config.tables import rows_of_table
 from training_lens.errors import ConfigurationError
-from training_lens.utils.names import check_experiment, check_run_id
+from training_lens.utils.names import check_experiment, check_run_id, expand_home
 
 
 def as_list(value: Any) -> Any:
@@ -49,9 +48,9 @@ def _has_objects(values: list[Any]) -> bool:
     return any(isinstance(value, dict) for value in values)
 
 
-def expand_home(value: str) -> str:
-    """`value` with the user's folder for a '~' at its start, unless a file of that very name is there."""
-    return os.path.expanduser(value) if value.startswith("~") and not os.path.lexists(value) else value  # noqa: PTH111
+def expand_path_text(value: str) -> str:
+    """A path of a config with its '~' expanded; a URL and all else as it is."""
+    return str(expand_home(value)) if value.startswith("~") else value
 
 
 def path_as_text(value: Any) -> Any:
@@ -60,7 +59,7 @@ def path_as_text(value: Any) -> Any:
 
 
 NO_NAMES = ("delimiter", "quotechar", "escapechar", "train", "validation")  # signs; rows, which say it themselves
-PATH_MARKER = AfterValidator(expand_home)  # also tells that a key names files or folders
+PATH_MARKER = AfterValidator(expand_path_text)  # also tells that a key names files or folders
 
 RunId = Annotated[str, AfterValidator(check_run_id)]
 ExperimentName = Annotated[str, AfterValidator(check_experiment)]

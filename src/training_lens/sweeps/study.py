@@ -43,7 +43,8 @@ from training_lens.utils.nested import flat
 logger = get_logger(__name__)
 OPENING_TRIES = 5
 CARRIED = ("token", "default", BLOCKS)  # from a trial that was left to the one that goes on with its run
-UNREADABLE = (*(ValueError, TypeError, LookupError, AttributeError), *(AssertionError, ArithmeticError, StopIteration))
+# What Optuna raises on rows that it did not write.
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, StopIteration)
 SQLITE_WAIT_SECONDS = 60  # for another process's write; SQLite's own 5 are few on a busy disk
 
 

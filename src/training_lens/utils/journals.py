@@ -62,7 +62,7 @@ class Journal:
             kept = "".join(f"{line}\n" for line in lines if _is_up_to(line, after))
             write_text(self.path, kept, verbatim=True)
         elif after:
-            logger.warning("%s is not there: it begins anew behind step %d", self.path, after)
+            logger.warning("%s is missing: it starts again after step %d", self.path, after)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:

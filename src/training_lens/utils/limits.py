@@ -60,9 +60,8 @@ def read_bytes(path: Path, most: int) -> bytes:
         OSError: also of a longer one, and as `open_file`.
     """
     with open_file(path) as file:
-        content = file.read(
-            min(most, os.fstat(file.fileno()).st_size) + 1
-        )  # takes as much memory as it is told to read
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(most, size) + 1)  # `read` allocates a buffer of the size asked for
     if len(content) > most:
         raise OSError(errno.EFBIG, f"has over {most:,} bytes, expected fewer", str(path))
     return content

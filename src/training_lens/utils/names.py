@@ -84,8 +84,9 @@ def check_file_name(name: str) -> str:
 
 
 def expand_home(path: str | Path) -> Path:
-    """The path with `~` or `~name` at its beginning replaced by that home; one of nobody stays as it is."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser fails where there is no such home
+    """The path with `~` or `~name` at its start expanded; as it is where a file has that very name, or nobody has."""
+    text = str(path)
+    return Path(text if os.path.lexists(text) else os.path.expanduser(text))  # noqa: PTH111  # pathlib's raises
 
 
 def require_contained(folder: Path, *, besides: tuple[str, ...] = ()) -> None:
