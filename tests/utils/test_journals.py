@@ -104,3 +104,12 @@ def test_no_flipped_bit_of_a_line_is_ever_read(tmp_path: Path) -> None:
         journal.path.write_bytes(content)
         for found in (read_metrics(journal.path), [dict(e.values) for e in JournalReader(journal.path).read(9)]):
             assert {line["step"]: line["loss"] for line in found}.items() <= {1: 1.5, 2: 3.0, 3: 4.5}.items()
+
+
+def test_a_resume_says_that_its_journal_is_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for after, said in ((0, ""), (3, "is missing: it starts again after step 3")):
+        (tmp_path / "samples.jsonl").unlink(missing_ok=True)
+        journal = Journal(tmp_path / "samples.jsonl")
+        journal.open(after=after)
+        journal.close()
+        assert said in caplog.text and bool(caplog.text) == bool(said)

@@ -40,7 +40,7 @@ def record_evaluation(run: RunFolder, name: str, report: Mapping[str, Any]) -> N
     step = max([ended, *(line["step"] + 1 for line in lines)])
     run.logs.mkdir(exist_ok=True)
     journal = Journal(run.evaluations)
-    journal.open(after=step)
+    journal.open(after=step if run.evaluations.is_file() else 0)
     verdict = report.get("verdict")
     scalars = benchmark_scalars(report) if "cells" in report else judged_scalars(report)
     journal.write({"kind": "evaluation", "step": step, "name": name, "scalars": scalars, "verdict": verdict})
