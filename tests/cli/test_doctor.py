@@ -47,6 +47,18 @@ def test_a_sound_run_is_sound_and_its_whole_base_too(call: Call, own_run: RunFol
     }  # fmt: skip
 
 
+def test_captures_that_were_deleted_are_named_and_taken_as_lost(call: Call, own_run: RunFolder) -> None:
+    segment, listing = next(own_run.lens.glob("loss/*.parquet")), own_run.lens / "files.json"
+    segment.unlink()
+    report = checked(call, str(own_run.root), "--repair")
+    assert report["bad"] == ["captures"] and str(segment) in report["checks"][-2]["found"]
+    assert str(segment) in call("report", str(own_run.root)).output
+    assert checked(call, str(own_run.root), "--accept")["ok"]
+    flip(listing)
+    assert checked(call, str(own_run.root))["bad"] == ["lens files", "captures"]
+    assert checked(call, str(own_run.root), "--repair")["ok"]
+
+
 @pytest.mark.parametrize("damage", [flip, Path.unlink])
 def test_what_can_be_made_anew_is_and_answers_as_before(call: Call, own_run: RunFolder, damage: Any) -> None:
     summary, lens = own_run.read_metadata("summary.json"), read_manifest(own_run.lens)

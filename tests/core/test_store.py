@@ -316,6 +316,77 @@ def test_damaged_files_are_named_and_passed_over(folder: Path, logged: pytest.Lo
         store.snapshot("weights", 5)
 
 
+def captures_with_snapshots(folder: Path, **section: float) -> None:
+    lens = writer(folder, **section)
+    for step in range(1, 31):
+        tensors = {"a": torch.ones(2)} if step % 10 == 0 else {}
+        lens.add("weights", step, Captured(norms(step).scalars, tensors=tensors, rows=ROWS))
+        if step % 5 == 0:
+            lens.flush()
+    lens.close()
+
+
+def test_each_file_of_captures_that_is_deleted_is_missed(folder: Path, logged: pytest.LogCaptureFixture) -> None:
+    captures_with_snapshots(folder)
+    paths = [*folder.glob("*/*.parquet"), *folder.glob("*/*.safetensors")]
+    assert len(paths) == 9 and not LensStore(folder).damaged
+    for path in paths:
+        content = path.read_bytes()
+        path.unlink()
+        assert LensStore(folder).damaged == [path] and str(path) in logged.records[-1].getMessage()
+        path.write_bytes(content)
+    shutil.rmtree(folder / "weights")
+    assert set(LensStore(folder).damaged) == set(paths)
+
+
+@pytest.mark.parametrize("after_step", [3, 12, 30])
+def test_what_is_missing_stays_known_after_a_resume(folder: Path, after_step: int) -> None:
+    captures_with_snapshots(folder)
+    for name in ("00000001-00000005.parquet", "00000011-00000015.parquet", "step-00000010.safetensors"):
+        (folder / "weights" / name).unlink()
+    lens = writer(folder, after_step)
+    kept = {
+        "00000001-00000005.parquet": "00000001-00000003.parquet" if after_step == 3 else "00000001-00000005.parquet",
+        "00000011-00000015.parquet": {3: "", 12: "00000011-00000012.parquet"}.get(
+            after_step, "00000011-00000015.parquet"
+        ),
+        "step-00000010.safetensors": "" if after_step == 3 else "step-00000010.safetensors",
+    }
+    lost = {folder / "weights" / name for name in kept.values() if name}
+    assert set(LensStore(folder).damaged) == lost
+    lens.add("weights", 31, norms(31))
+    lens.close()
+    assert set(LensStore(folder).damaged) == lost
+
+
+def test_what_was_merged_thinned_or_dropped_is_not_missed(folder: Path) -> None:
+    many = writer(folder)
+    for step in range(1, 2 * MANY):
+        many.add("weights", step, norms(step))
+        many.flush()
+    listed = {path.name for path in (folder / "weights").glob("*.parquet")}
+    assert len(listed) <= MANY and not LensStore(folder).damaged
+    small = writer(folder, scalars_megabytes=1, snapshots_megabytes=1)
+    for step in range(1, 60):
+        small.add("weights", step, Captured(tensors={"a": torch.rand(30_000)}))
+        small.flush()
+    assert len(LensStore(folder).snapshot_steps("weights")) < 10 and not LensStore(folder).damaged
+
+
+def test_a_damaged_list_of_captures_is_no_sign_that_they_are_there(
+    folder: Path, logged: pytest.LogCaptureFixture
+) -> None:
+    captures_with_snapshots(folder)
+    listing = folder / "files.json"
+    listing.write_text(listing.read_text().replace("00000005", "00000006", 1))
+    assert LensStore(folder).damaged == [listing] and "is not known" in logged.records[-1].getMessage()
+    assert_exact(folder, list(range(1, 31)))
+    writer(folder, after_step=30).close()
+    assert not LensStore(folder).damaged
+    listing.unlink()  # as an earlier version left it
+    assert not LensStore(folder).damaged
+
+
 def test_no_flipped_bit_of_a_segment_or_a_snapshot_is_ever_read(folder: Path) -> None:
     lens = writer(folder)
     for step in range(1, 41):

@@ -106,20 +106,24 @@ def show_runs(console: Console, runs: Sequence[ListedRun], metric: str) -> None:
 def details(run: ListedRun) -> dict[str, Any]:
     """What `show` tells besides `ListedRun.as_json`: settings that are not the defaults, data, losses, reports.
 
-    What cannot be read is left out: `run.detail` says it.
+    What cannot be read is left out: `run.detail` or "damaged" says it.
     """
     from training_lens.config.schema import TrainingConfig
-    from training_lens.errors import CheckpointError
+    from training_lens.errors import CheckpointError, DamagedFileError
     from training_lens.utils.experiments import logged
     from training_lens.utils.nested import differences, flat
 
     changed = differences([flat(TrainingConfig().model_dump()), run.config]) if run.config else {}
+    damaged = ""
     try:
         data = run.folder.read_metadata("data.json")
         files = {name: data[name]["examples_by_file"] for name in ("train", "validation") if name in data}
+    except DamagedFileError as error:
+        files, damaged = {}, str(error)
     except (CheckpointError, KeyError, TypeError):
         files = {}
     return {
+        "damaged": damaged,
         "config": {key: mine for key, (_, mine) in changed.items()},
         "data": files,
         "losses": {kind: logged(run.folder, kind, "step", "loss") for kind in ("base", "validation", "step")},
@@ -136,6 +140,8 @@ def show_details(console: Console, run: ListedRun, told: Mapping[str, Any]) -> N
     say(f"{run.run_id} of experiment {run.experiment or '(none)'}: {run.status}")
     if run.detail:
         say(f"  {run.detail}")
+    if told["damaged"]:
+        say(f"  {told['damaged']}")
     say(f"  started {run.started:%Y-%m-%d %H:%M:%S} UTC, in {run.folder.root}")
     if run.tags:
         say(f"  tags: {', '.join(run.tags)}")

@@ -92,8 +92,14 @@ def segments_in(folder: Path) -> list[Segment]:
 
 
 def _all_in(folder: Path) -> list[Segment]:
-    found = [(path, NAME.fullmatch(path.name)) for path in folder.glob("*.parquet")]
-    return [Segment(path, int(match[1]), int(match[2])) for path, match in found if match and path.is_file()]
+    found = [segment_at(path) for path in folder.glob("*.parquet") if path.is_file()]
+    return [segment for segment in found if segment]
+
+
+def segment_at(path: Path) -> Segment | None:
+    """The segment of the steps that a file's name says; None where it is no segment's."""
+    match = NAME.fullmatch(path.name)
+    return Segment(path, int(match[1]), int(match[2])) if match else None
 
 
 def read_segment(segment: Segment, columns: Sequence[str] | None = None) -> pa.Table:

@@ -26,8 +26,14 @@ def snapshot_path(folder: Path, table: str, step: int) -> Path:
 
 def snapshots_in(folder: Path) -> dict[int, Path]:
     """The snapshots of one table by step, ascending; not opened."""
-    found = [(NAME.fullmatch(path.name), path) for path in folder.glob("*.safetensors")]
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
+    found = [(snapshot_step(path), path) for path in folder.glob("*.safetensors")]
+    return dict(sorted((step, path) for step, path in found if step is not None))
+
+
+def snapshot_step(path: Path) -> int | None:
+    """The step that a snapshot's name says; None where it is no snapshot's."""
+    match = NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def require_whole(path: Path) -> None:
@@ -57,7 +63,7 @@ def read_snapshot(path: Path) -> dict[str, Tensor]:
 
 
 class Snapshots:
-    """The snapshots of a folder as their one writer sees them: at most `limit_bytes` on disk after each flush.
+    """The snapshots of a folder as their one writer sees them: at most `limit_bytes` after each flush and pruning.
 
     Args:
         after_step: snapshots of later steps are dropped.
@@ -68,6 +74,7 @@ class Snapshots:
         self._limit_bytes = limit_bytes
         self._pending: dict[tuple[str, int], dict[str, Tensor]] = {}
         self._too_large_told = False
+        self._dropped: list[Path] = []
         self._sizes: dict[str, dict[int, int]] = {}  # table -> step -> bytes
         for table in (path for path in folder.iterdir() if path.is_dir()):
             found = snapshots_in(table)
@@ -79,6 +86,11 @@ class Snapshots:
     def size(self) -> int:
         """Bytes on disk."""
         return sum(sum(sizes.values()) for sizes in self._sizes.values())
+
+    @property
+    def paths(self) -> list[Path]:
+        """Those that are kept."""
+        return [snapshot_path(self._folder, table, step) for table, sizes in self._sizes.items() for step in sizes]
 
     def last_steps(self) -> dict[str, int]:
         """The last step on disk of each table that has one."""
@@ -108,7 +120,10 @@ class Snapshots:
         self._too_large_told = True
 
     def flush(self) -> int:
-        """Write what is pending, and drop old ones while all are over the limit; gives the bytes written."""
+        """Write what is pending, and drop old ones while all are over the limit, which `prune` deletes.
+
+        Gives the bytes written.
+        """
         written = 0
         for table, step in list(self._pending):
             path = snapshot_path(self._folder, table, step)
@@ -134,5 +149,10 @@ class Snapshots:
             table = min((name for name, sizes in self._sizes.items() if sizes), key=lambda name: min(self._sizes[name]))
             dropped = list(self._sizes[table])
         for step in dropped:
-            snapshot_path(self._folder, table, step).unlink(missing_ok=True)
+            self._dropped.append(snapshot_path(self._folder, table, step))
             del self._sizes[table][step]
+
+    def prune(self) -> None:
+        """Delete those that were dropped."""
+        while self._dropped:
+            self._dropped.pop().unlink(missing_ok=True)

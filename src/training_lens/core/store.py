@@ -1,9 +1,9 @@
 """The lens's store, read: at any time, also while training runs or after a kill. `writer` fills it.
 
-A folder holds lens.json (what its tables are about), cost.json (seconds by collector), and a folder for each table with
-its Parquet segments and its snapshots. `lens.scalars_megabytes` and `lens.snapshots_megabytes` bound its size; tables
-of one row a step, as that of the loss, are kept whole. Before anything is thinned, a number takes 2.9 to 3.7 bytes: of
-12 measures, 35 to 45 bytes for each module and step.
+A folder holds lens.json (what its tables are about), files.json (the list of its captures), cost.json (seconds by
+collector), and a folder for each table with its Parquet segments and its snapshots. `lens.scalars_megabytes` and
+`lens.snapshots_megabytes` bound its size; tables of one row a step, as that of the loss, are kept whole. Before
+anything is thinned, a number takes 2.9 to 3.7 bytes: of 12 measures, 35 to 45 bytes for each module and step.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from training_lens.core.arrow import (
     series_of,
     vectors_of,
 )
+from training_lens.core.listing import LISTING, missing_captures, what_is_lost
 from training_lens.core.manifest import read_manifest
 from training_lens.core.segments import Segment, empty_segment, read_segment, segments_in
 from training_lens.core.snapshots import read_snapshot, require_whole, snapshots_in
@@ -43,7 +44,7 @@ TABLE_NAME = re.compile(r"\w[\w.-]*")
 class LensStore:
     """Reads the captures in a folder, as they are at each call: training may go on meanwhile.
 
-    A damaged file is passed over: logged once, and listed in `damaged`.
+    A file that is damaged or missing is passed over: logged once, and listed in `damaged`.
 
     Args:
         folder: RUN/lens, or another that a LensWriter filled.
@@ -56,6 +57,11 @@ class LensStore:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.damaged: list[Path] = []
+        try:
+            for path in missing_captures(self.folder):
+                self._pass_over(path, what_is_lost(path))
+        except LensError as error:
+            self._pass_over(self.folder / LISTING, error)
 
     def tables(self) -> tuple[str, ...]:
         """The tables that hold something, by name."""
@@ -107,10 +113,10 @@ class LensStore:
             self._pass_over(segment.path, error)
             return None
 
-    def _pass_over(self, path: Path, error: LensError) -> None:
+    def _pass_over(self, path: Path, why: LensError | str) -> None:
         if path not in self.damaged:
             self.damaged.append(path)
-            logger.warning("%s", error)
+            logger.warning("%s", why)
 
     def _folder_of(self, table: str) -> Path:
         known = self.tables()

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from training_lens.config.lens_section import LensSection
 from training_lens.core.arrow import Packed, pack, table_of
+from training_lens.core.listing import LISTING, cut_listing, what_is_lost, write_listing
 from training_lens.core.manifest import write_manifest
 from training_lens.core.segments import SegmentedTable, bound
 from training_lens.core.snapshots import Snapshots
@@ -20,7 +21,9 @@ from training_lens.core.types import Captured, LensManifest
 from training_lens.errors import LensError
 from training_lens.utils.files import sweep_temporaries
 from training_lens.utils.integrity import write_sealed
+from training_lens.utils.logging import get_logger
 
+logger = get_logger(__name__)
 MEGABYTE = 1_000_000
 MOST_PENDING = 8 * MEGABYTE
 
@@ -53,6 +56,7 @@ class LensWriter:
             sweep_temporaries(folder, older_than_seconds=0)
             if not after_step:
                 (folder / COST).unlink(missing_ok=True)
+            self._missing = _begin_listing(folder, after_step)
             self._tables = {path.name: SegmentedTable(path, self._kept_steps) for path in table_folders(folder)}
             self._snapshots = Snapshots(folder, section.snapshots_megabytes * MEGABYTE, self._kept_steps)
             write_manifest(folder, manifest)
@@ -127,6 +131,9 @@ class LensWriter:
             if cost is not None:
                 write_sealed(self._folder / COST, cost)
             self._bytes_written += bound(self._tables.values(), self._limit_bytes)
+            segments = [segment.path for table in self._tables.values() for segment in table.segments]
+            write_listing(self._folder, {*segments, *self._snapshots.paths, *self._missing})
+            self._snapshots.prune()
 
     def _flush_table(self, table: str) -> None:
         pending = self._pending[table]
@@ -145,6 +152,21 @@ class LensWriter:
             LensError: see `flush`.
         """
         self.flush(cost)
+
+
+def _begin_listing(folder: Path, after_step: int) -> list[Path]:
+    """List captures up to `after_step` alone, before later ones are deleted; gives those of them that are missing."""
+    if not after_step:
+        (folder / LISTING).unlink(missing_ok=True)
+        return []
+    try:
+        missing = cut_listing(folder, after_step)
+    except LensError as error:
+        logger.warning("%s", error)
+        return []
+    for path in missing:
+        logger.warning("%s", what_is_lost(path))
+    return missing
 
 
 @contextmanager

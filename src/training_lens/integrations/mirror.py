@@ -89,7 +89,7 @@ class MirrorIntegration(Integration):
 
     def outstanding(self) -> str:
         kept = self._kept()
-        ends, groups = kept.get("status") == self.run.status, self._groups()
+        ends, groups = kept.get("status") == self.run.status, self._groups(self.run.status)
         sizes = sizes_of_changed({n: p for group in groups for n, p in group.items()}, kept.get("files", {}))
         new = [size for name, size in sizes.items() if not (ends and trails(name))]
         files = [f"{len(new)} file{'s' if len(new) > 1 else ''} ({format_size(sum(new))})"] if new else []
@@ -147,19 +147,20 @@ class MirrorIntegration(Integration):
             lasting=True,
         )
 
-    def _groups(self) -> list[dict[str, Path]]:
+    def _groups(self, status: str) -> list[dict[str, Path]]:
         """The files that are to be there, checkpoints last and each by itself.
 
         Checkpoints are listed first: whatever else is listed is then at least as new as they are.
         """
         run = self.run.folder
         checkpoints = list_checkpoints(run.checkpoints)
-        return [files_but_checkpoints(run), *(files_of_checkpoint(run, folder) for folder in checkpoints)]
+        others = files_but_checkpoints(run, running=status == "running")
+        return [others, *(files_of_checkpoint(run, folder) for folder in checkpoints)]
 
     def _bring(self, there: dict[str, Content], status: str) -> bool:
         """One pass over the folder; gives whether all that it listed was still there when it was sent."""
         self._checkpoints = list_checkpoints(self.run.folder.checkpoints)
-        groups = self._groups()
+        groups = self._groups(status)
         whole = min([self._send(group, there, status) for group in groups])  # all of them, whatever one gives
         local = {name for group in groups for name in group}
         gone = [n for n in (*there, *self._unlisted) if n.startswith(PRUNED) and n not in local] if whole else []

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from training_lens.core.listing import LISTING
 from training_lens.integrations.remote import Content
 from training_lens.utils.checkpoints import MANIFEST
 from training_lens.utils.files import TEMPORARY, files_in, sha256_of
@@ -28,12 +29,15 @@ class Copy:
     seen: Seen
 
 
-def files_but_checkpoints(run: RunFolder) -> dict[str, Path]:
+def files_but_checkpoints(run: RunFolder, *, running: bool) -> dict[str, Path]:
     """What goes to a mirror besides checkpoints, by name: no locks, nothing half-written, nothing of tracking/.
 
-    What trackers keep there is this machine's: another one asks their services what they have.
+    What trackers keep there is this machine's: another one asks their services what they have. The list of captures
+    waits for the end of the run: it must list nothing that is not there yet.
     """
     found = {path.relative_to(run.root).as_posix(): path for path in files_in(run.root)}
+    if running:
+        found.pop(f"{run.lens.name}/{LISTING}", None)
     return {name: path for name, path in sorted(found.items()) if _belongs(name)}
 
 

@@ -13,6 +13,7 @@ from training_lens.analysis.saved import open_adapter
 from training_lens.config.run_config import RESUME_KEYS, locate_outputs, open_run_config, read_run_config
 from training_lens.config.schema import TrainingConfig
 from training_lens.core import tables
+from training_lens.core.listing import LISTING, captures_in, read_listing, write_listing
 from training_lens.core.manifest import LENS, read_manifest, write_manifest
 from training_lens.core.registry import CollectorRegistry
 from training_lens.core.store import COST, LensStore, read_cost, table_folders
@@ -44,7 +45,7 @@ from training_lens.utils.machine import Check
 from training_lens.utils.runs import RunFolder, read_metrics
 
 KEPT_ELSEWHERE = "Put back a copy of it; or, where you changed it on purpose, take it as it is: --accept."
-OWN_HASH = ("metadata/summary.json", "metadata/base.json", f"lens/{LENS}", f"lens/{COST}")
+OWN_HASH = ("metadata/summary.json", "metadata/base.json", f"lens/{LENS}", f"lens/{COST}", f"lens/{LISTING}")
 REWRITTEN = ("metadata/process.json", "metadata/tags.json")
 
 
@@ -94,7 +95,8 @@ def accept_run(run: RunFolder) -> None:
     for name in OWN_HASH:
         if (path := run.root / name).is_file():
             write_sealed(path, {key: value for key, value in read_json(path).items() if key != CHECKSUM})
-    (run.root / RECORDS[0]).unlink(missing_ok=True)
+    if (run.lens / LISTING).is_file():
+        _list_captures_again(run)
     _record_anew(run)
 
 
@@ -297,8 +299,18 @@ def _look_at_captures(run: RunFolder) -> str:
             store.table(name)
         store.snapshot_steps(name)
     if store.damaged:
-        raise CheckpointError(f"damaged, and left out: {', '.join(map(str, store.damaged))}")
+        raise CheckpointError(f"damaged or missing, and left out: {', '.join(map(str, store.damaged))}")
     return f"{len(store.tables())} tables"
+
+
+def _look_at_listing(run: RunFolder) -> str:
+    if not (run.lens / LISTING).is_file():
+        return "none: no captures, or an earlier version wrote them"
+    return f"{len(read_listing(run.lens))} files"
+
+
+def _list_captures_again(run: RunFolder) -> None:
+    write_listing(run.lens, captures_in(run.lens))
 
 
 def _look_at_cache(run: RunFolder) -> str:
@@ -333,6 +345,7 @@ PARTS = (
     Part("journal", _look_at_journal, None, LEFT_OUT),
     Part("lens", _look_at_lens, _index_lens_again, "--repair writes lens.json from the adapter and the tables."),
     Part("lens cost", _look_at_cost, lambda run: (run.lens / COST).unlink(), "--repair deletes it: no file needs it."),
+    Part("lens files", _look_at_listing, _list_captures_again, "--repair lists the captures that are there."),
     Part("captures", _look_at_captures, None, LEFT_OUT),
     Part("token cache", _look_at_cache, _tokenize_again, "--repair makes it anew; so does the next run that needs it."),
 )

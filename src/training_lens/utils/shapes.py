@@ -33,6 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "train": dict[str, Any],
         "validation": dict[str, Any],
     },
+    "files.json": {"files": list[str]},  # of a lens folder
     "hashes.json": {"files": Files},
     "lens.json": {
         "format": int,
