@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,6 +22,7 @@ from training_lens.inference.fast_layers import Attention, Product
 from training_lens.inference.generator import answer, answer_ids
 from training_lens.inference.session import Session, open_session, session_on
 from training_lens.models.adapters import attach, trainable
+from training_lens.models.engine import Engine
 
 SETTINGS = InferenceSection(max_new_tokens=12)
 TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2}
@@ -81,6 +86,40 @@ def test_the_decoder_follows_the_adapter() -> None:
             parameter.data *= -3
     assert answer_ids(session, [ids], SETTINGS) == [generated(session, ids)] != first
     assert session.decoders.get(session.model, False, ids) is not made
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Within it, only what nothing refers to is freed."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["loaded", "training"])
+@pytest.mark.parametrize("base", [False, True])
+def test_the_decoders_weights_are_freed_with_it(training: bool, base: bool) -> None:
+    session = adapted(size=0.5)
+    if training:
+        Engine(session.model)  # its modules are computed by kernels, which hold copies of weights
+    with no_collection():
+        decoder = subject.make_decoder(session.model, base, torch.tensor([prompt(session)]))
+        parts = [weakref.ref(module) for module in decoder.model.modules()]
+        assert len(parts) > 50
+        del decoder
+        assert not [part() for part in parts if part() is not None]
+
+
+def test_a_session_is_freed_although_its_template_fails_at_chats_with_tools() -> None:
+    def use_session() -> Any:
+        session = adapted()
+        return weakref.ref(session)
+
+    with no_collection():
+        assert use_session()() is None
 
 
 def test_what_listens_to_the_model_is_not_copied() -> None:

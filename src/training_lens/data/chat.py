@@ -165,7 +165,7 @@ class ChatTemplate:
             raise DatasetError(
                 f"{self.name} refuses a chat of {roles}: {error}. Change the rows, or use another template "
                 "(data.template=alpaca, or a .jinja file)."
-            ) from error
+            ) from error.with_traceback(None)  # Jinja's own frames in it hold it, and with it all callers' variables
 
     def _check_shape(self, messages: Sequence[Message], tools: Tools) -> None:
         """Refuse a template that drops what somebody says, calls or describes; asked once for chats of one shape."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from training_lens.errors import AdapterError
+from training_lens.models.fusion import kernels_in, unfuse
 
 
 def base_copy(model: Any) -> Any:
@@ -50,14 +51,21 @@ def is_quantized(model: Any) -> bool:
 
 
 def sharing_copy(model: Any) -> Any:
-    """A deep copy of the model's modules around the model's own tensors; hooks are the same ones, and not copies."""
+    """A deep copy of the model's modules around the model's own tensors; hooks are the same ones, and not copies.
+
+    The copy's modules compute by themselves. A copy that is dropped is freed at once: a kernel and the module that it
+    computes hold each other, and with them the weights that lie joined in the kernel.
+    """
     hooks = [
         hook
         for module in model.modules()
         for held in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
         for hook in held.values()
     ]
-    return copy.deepcopy(model, {id(kept): kept for kept in [*model.parameters(), *model.buffers(), *hooks]})
+    kept = [*model.parameters(), *model.buffers(), *hooks, *kernels_in(model)]
+    copied = copy.deepcopy(model, {id(one): one for one in kept})
+    unfuse(copied)
+    return copied
 
 
 def _put_back_originals(model: Any) -> None:

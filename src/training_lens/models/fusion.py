@@ -59,6 +59,11 @@ def unfuse(model: Any) -> None:
             del module.__dict__["forward"]
 
 
+def kernels_in(model: Any) -> list[Kernel]:
+    """What computes modules of the model in their place."""
+    return [made for module in model.modules() if isinstance(made := module.__dict__.get("forward"), Kernel)]
+
+
 def _put_in(module: Any, kernel: Any) -> str:
     """Let a kernel compute a module's calls; or else, why not."""
     if "forward" in module.__dict__:
