@@ -13,7 +13,7 @@ from training_lens.errors import CheckpointError, ConfigurationError, Integratio
 from training_lens.integrations.storage import LocalStorage
 from training_lens.utils.files import whole_file, write_json
 from training_lens.utils.housekeeping import change_tags, check_deletable, delete_run
-from training_lens.utils.names import check_experiment, check_run_id, find_fault, require_contained
+from training_lens.utils.names import check_experiment, check_run_id, expand_home, find_fault, require_contained
 from training_lens.utils.run_lookup import folders_of
 from training_lens.utils.runs import RunFolder, runs_folder
 
@@ -48,6 +48,13 @@ def test_a_run_id_is_ascii_and_begins_with_a_letter_or_digit(name: str) -> None:
 def test_an_experiment_shows_its_name(name: str) -> None:
     with pytest.raises(ConfigurationError, match="cannot name a folder"):
         check_experiment(name)
+
+
+def test_a_home_that_nobody_has_is_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand_home("~/a") == tmp_path / "a"
+    for name in ("~nobody-of-that-name/a", "~x\0y", "a\0b", "~\0"):
+        assert expand_home(name) == Path(name)
 
 
 def test_names_of_today_and_of_earlier_runs_pass() -> None:

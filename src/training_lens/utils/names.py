@@ -86,7 +86,9 @@ def check_file_name(name: str) -> str:
 def expand_home(path: str | Path) -> Path:
     """The path with `~` or `~name` at its start expanded; as it is where a file has that very name, or nobody has."""
     text = str(path)
-    return Path(text if os.path.lexists(text) else os.path.expanduser(text))  # noqa: PTH111  # pathlib's raises
+    if os.path.lexists(text) or "\0" in text:
+        return Path(text)
+    return Path(os.path.expanduser(text))  # noqa: PTH111  # pathlib's raises where nobody has the name
 
 
 def require_contained(folder: Path, *, besides: tuple[str, ...] = ()) -> None:
