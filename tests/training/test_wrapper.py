@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,22 @@ def test_a_run_leaves_everything_in_its_folder(small_config: Config) -> None:
     assert config["output"]["run_id"] == run.run_id
     data = run.read_metadata("data.json")
     assert data["domains"] == ["forest", "hill", "lake"] and data["train_examples"] == 48
+
+
+def test_the_model_is_freed_when_the_run_has_ended(small_config: Config) -> None:
+    held = list[weakref.ref[torch.nn.Module]]()
+
+    class Look(Callback):
+        def on_train_end(self, trainer: Any) -> None:
+            held.extend(weakref.ref(module) for module in trainer.model.modules())
+
+    gc.collect()
+    gc.disable()  # what nothing refers to is freed all the same
+    try:
+        TrainingWrapper(small_config(training={"max_steps": 1}), callbacks=(Look(),)).train()
+        assert len(held) > 50 and not [module() for module in held if module() is not None]
+    finally:
+        gc.enable()
 
 
 def test_tensorboard_events_hold_the_losses(small_config: Config) -> None:

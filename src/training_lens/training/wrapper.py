@@ -22,6 +22,7 @@ from training_lens.errors import CheckpointError, InterruptedRunError, TrainingL
 from training_lens.integrations.configured import asked_for
 from training_lens.models.adapters import ParameterCount, count_parameters, describe
 from training_lens.models.factory import load_model
+from training_lens.models.fusion import unfuse
 from training_lens.models.stored import base_record, check_base, require_local_folder
 from training_lens.models.tokenizer_files import save_tokenizer
 from training_lens.training.assembly import build_trainer, memory_watched
@@ -173,6 +174,8 @@ class TrainingWrapper:
                 if isinstance(error, InterruptedRunError):
                     raise error.with_advice(f"Go on with it: {run.resume_command}") from error
                 raise
+            finally:
+                unfuse(trainer.model)  # kernels and modules hold each other: the weights go with who uses them last
             summary = summarize(run, "finished", trainer, parameters)
             if plan.processes.is_main:
                 write_summary(run, summary)
