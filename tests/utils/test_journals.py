@@ -113,3 +113,16 @@ def test_a_resume_says_that_its_journal_is_missing(tmp_path: Path, caplog: pytes
         journal.open(after=after)
         journal.close()
         assert said in caplog.text and bool(caplog.text) == bool(said)
+
+
+def test_a_resume_names_the_damaged_lines_that_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "samples.jsonl"
+    for flipped, said in ((2, "its lines 2 tell"), (4, "")):  # the last one a kill may have cut short
+        caplog.clear()
+        write(path, [1, 2, 3, 4])
+        lines = path.read_text().splitlines(keepends=True)
+        lines[flipped - 1] = lines[flipped - 1].replace("step", "stop")
+        path.write_text("".join(lines))
+        write(path, [], after=4)
+        assert said in caplog.text and bool(caplog.text) == bool(said)
+        assert len(path.read_text().splitlines()) == 3

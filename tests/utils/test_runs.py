@@ -174,3 +174,14 @@ def test_a_summary_that_is_no_summary_is_said(tmp_path: Path) -> None:
 def test_metrics_without_the_line_that_a_kill_cut(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n5\n\xff\n{"step": 2, "lo')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_finished_run_says_that_the_end_of_its_metrics_is_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make(tmp_path, "a", "finished")
+    for steps, said in ((2, ""), (3, "it ends with step 2 of 3")):
+        run.metrics.write_text('{"step": 1}\n{"step": 2}\n')
+        write_json(run.metadata / "summary.json", {"status": "finished", "steps": steps})
+        assert len(read_metrics(run.metrics)) == 2
+        assert said in caplog.text and bool(caplog.text) == bool(said)

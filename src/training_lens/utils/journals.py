@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -59,6 +60,9 @@ class Journal:
         """
         if self.path.exists():
             lines = read_text(self.path).splitlines() if after else []
+            damaged = tuple(number for number, line in enumerate(lines[:-1], 1) if _parsed(line) is None)
+            if damaged:  # the last one a kill may have cut short
+                warn_of_damaged_lines(self.path, damaged)
             kept = "".join(f"{line}\n" for line in lines if _is_up_to(line, after))
             write_text(self.path, kept, verbatim=True)
         elif after:
@@ -117,6 +121,13 @@ class JournalReader:
                 self.position = self._met
                 entries.append(Entry(values, self._met))
         return entries
+
+
+@lru_cache(maxsize=64)
+def warn_of_damaged_lines(path: Path, numbers: tuple[int, ...]) -> None:
+    """Warn of the damaged lines of a journal; once for each state of a file, however often it is read."""
+    shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+    logger.warning("%s is damaged: what its lines %s tell is left out", path, shown)
 
 
 def _parsed(line: str | bytes) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.utils.files import TEMPORARY, files_in, read_json, sweep_temporaries, whole_folder, write_json
 from training_lens.utils.integrity import read_line, record_hashes, require_intact, unsealed
+from training_lens.utils.journals import warn_of_damaged_lines
 from training_lens.utils.limits import read_text
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import is_printed
@@ -325,18 +326,28 @@ def run_at(path: Path) -> RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, each with its `step`. One that is none is left out: a kill cuts the last; of others
-    a warning says so.
+    """The lines of a run's metrics.jsonl, each with its `step`. One that is none is left out: a kill cuts the last; of
+    others a warning says so, and of lines that are missing behind the last one of a finished run.
     """
     texts = read_text(path).splitlines()
     lines = [values if values and isinstance(values.get("step"), int) else None for values in map(read_line, texts)]
     if None in lines[:-1]:
-        _say_damaged(path, tuple(number for number, line in enumerate(lines, 1) if line is None))
-    return [line for line in lines if line is not None]
+        warn_of_damaged_lines(path, tuple(number for number, line in enumerate(lines, 1) if line is None))
+    found = [line for line in lines if line is not None]
+    _warn_of_missing_steps(path, max((line["step"] for line in found), default=0), _steps_of_finished(path))
+    return found
 
 
 @lru_cache(maxsize=64)
-def _say_damaged(path: Path, numbers: tuple[int, ...]) -> None:
-    """Once for each state of a file, however often it is read."""
-    shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-    logger.warning("%s is damaged: what its lines %s tell is left out", path, shown)
+def _warn_of_missing_steps(path: Path, last_step: int, steps: int) -> None:
+    if last_step < steps:
+        logger.warning("%s is damaged: it ends with step %d of %d, and the rest is missing", path, last_step, steps)
+
+
+def _steps_of_finished(metrics: Path) -> int:
+    """The steps of the run that a metrics.jsonl is of; 0 where it is not finished, or not known."""
+    try:
+        summary = RunFolder(metrics.parent.parent).read_metadata("summary.json")
+        return int(summary["steps"]) if summary["status"] == "finished" else 0
+    except (CheckpointError, OSError, KeyError, TypeError, ValueError):
+        return 0
