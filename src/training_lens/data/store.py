@@ -6,6 +6,8 @@ first of them is read, and one of all other bytes, compared when the file is ope
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -134,6 +136,11 @@ class TokenTable:
     def __init__(self, table: pa.Table) -> None:
         self.table = table
 
+    @property
+    def content_hash(self) -> str:
+        """Of a file, a hash that is equal for files of the same bytes; empty for examples in memory."""
+        return ""
+
     def require_tokens(self, row: int) -> None:
         """See to it that the tokens of a row may be read."""
 
@@ -166,6 +173,10 @@ class TokenFile(TokenTable):
         super().__init__(pa.ipc.open_file(self._content).read_all())
         self._ends = np.cumsum([len(chunk) for chunk in self.table.column("row").chunks])
         self._is_checked = [False] * len(self._ends)
+
+    @property
+    def content_hash(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self._checksums)).encode()).hexdigest()
 
     def require_tokens(self, row: int) -> None:
         """Compare the tokens around a row with their checksum, once; damaged ones are written anew.

@@ -78,6 +78,7 @@ class RunPlan:
         """What metadata/data.json keeps: files with sha256, how they were read, counts, domains."""
         return {
             "fingerprint": self.fingerprint,
+            "tokens": {name: split.dataset.source.content_hash for name, split in self.splits.items()},
             "train_examples": len(self.train),
             "validation_examples": len(self.validation) if self.validation else 0,
             "domains": self.domains,
@@ -86,6 +87,10 @@ class RunPlan:
             **self.duplicates,
             **{name: asdict(split.report) for name, split in self.splits.items()},
         }
+
+    def held_out_ids(self) -> list[str]:
+        """The ids of the validation examples."""
+        return [self.validation.example_id(i) for i in range(len(self.validation))] if self.validation else []
 
     @property
     def domains(self) -> list[str]:

@@ -9,7 +9,9 @@ from typing import Any
 from training_lens.config.keys import known_keys
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.batching import Schedule
+from training_lens.data.preparation import open_cached
 from training_lens.errors import CheckpointError, ConfigurationError
+from training_lens.training.planning import RunPlan, cache_of
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 from training_lens.utils.runs import RunFolder, read_metrics
@@ -85,6 +87,40 @@ def require_unfinished(run: RunFolder) -> None:
             "To train on from its adapter, with a learning rate schedule of its own, start a new run: training-lens "
             f"train peft.from_adapter={run.root}, with model.id, data.train and training.* as you want them."
         )
+
+
+def require_same_tokens(run: RunFolder, plan: RunPlan) -> None:
+    """Refuse to go on with other training data than the run began with; another version may have tokenized it.
+
+    Raises:
+        CheckpointError: the tokens differ, or nothing here says what they were.
+    """
+    recorded = run.read_metadata("data.json")
+    if recorded["fingerprint"] == plan.fingerprint:
+        return
+    if not (_has_tokens(recorded, plan) and _holds_out_the_same(run, plan)):
+        raise CheckpointError(
+            f"the training data of {run.run_id} is no longer what it was: a file, the tokenizer or this program "
+            "changed since. Put the old ones back to resume, or start a new run."
+        )
+    logger.info("the run was begun by another version of this program, which made the same tokens of its rows")
+
+
+def _has_tokens(recorded: Mapping[str, Any], plan: RunPlan) -> bool:
+    """Whether the plan has the recorded training tokens, which an earlier version left in the cache alone."""
+    fingerprint, _, examples = recorded["fingerprint"].partition(":")
+    tokens = recorded.get("tokens", {}).get("train")
+    if tokens is None and (cached := open_cached(fingerprint, cache_of(plan.config))):
+        tokens = cached.source.content_hash
+    is_same: bool = tokens == plan.splits["train"].dataset.source.content_hash
+    return is_same and examples == str(len(plan.train))
+
+
+def _holds_out_the_same(run: RunFolder, plan: RunPlan) -> bool:
+    if not (run.metadata / "held_out.json").is_file() or plan.validation is None:
+        return True
+    held_out: list[str] = run.read_metadata("held_out.json")
+    return held_out == plan.held_out_ids()
 
 
 def read_global_batch(run: RunFolder) -> int | None:

@@ -18,7 +18,7 @@ import training_lens
 from training_lens.analysis.run import Run
 from training_lens.config.run_config import RESUME_KEYS, locate_outputs, open_run_config, remember_consent
 from training_lens.config.schema import TrainingConfig
-from training_lens.errors import CheckpointError, InterruptedRunError, TrainingLensError
+from training_lens.errors import InterruptedRunError, TrainingLensError
 from training_lens.integrations.configured import asked_for
 from training_lens.models.adapters import ParameterCount, count_parameters, describe
 from training_lens.models.factory import load_model
@@ -31,7 +31,13 @@ from training_lens.training.checkpoints import ADAPTER, CheckpointManager, Train
 from training_lens.training.histograms import Histograms
 from training_lens.training.lens import lens_of, look_back
 from training_lens.training.planning import RunPlan, plan_run, with_rows_as_files
-from training_lens.training.resuming import check_schedule, read_global_batch, require_unfinished, select_changes
+from training_lens.training.resuming import (
+    check_schedule,
+    read_global_batch,
+    require_same_tokens,
+    require_unfinished,
+    select_changes,
+)
 from training_lens.training.samples import Samples
 from training_lens.training.summary import TrainingSummary, status_after, summarize, write_summary
 from training_lens.training.tracking import Build, tracked
@@ -145,11 +151,7 @@ class TrainingWrapper:
         check_base(run.base_record, config.model)
         wrapper = cls(config, console=console, callbacks=callbacks, integrations=integrations)
         plan = wrapper._plan(read_global_batch(run))
-        if run.read_metadata("data.json")["fingerprint"] != plan.fingerprint:
-            raise CheckpointError(
-                f"the training data of {run.run_id} is no longer what it was: a file, the tokenizer or this program "
-                "changed since. Put the old ones back to resume, or start a new run."
-            )
+        require_same_tokens(run, plan)
         check_schedule(run, plan.schedule, plan.processes)
         with _alone(run, plan):
             return wrapper._train(run, plan, resume=True)
@@ -193,7 +195,7 @@ class TrainingWrapper:
         trainer = build_trainer(
             plan,
             load_model(config.model, device, plan.precision),
-            CheckpointManager(run.checkpoints, plan.fingerprint),
+            CheckpointManager(run.checkpoints, run.read_metadata("data.json")["fingerprint"]),
             self._watchers(run, plan) if plan.processes.is_main else self._callbacks,
         )
         parameters = count_parameters(trainer.model)
@@ -233,7 +235,7 @@ class TrainingWrapper:
             "environment.json": _environment(config),
         }
         if config.data.val_ratio and plan.validation is not None:
-            files["held_out.json"] = [plan.validation.example_id(i) for i in range(len(plan.validation))]
+            files["held_out.json"] = plan.held_out_ids()
         for name, values in files.items():
             run.write_metadata(name, values)
         write_summary(run, TrainingSummary(str(home), "running"))

@@ -30,6 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "fingerprint": str,
         "global_batch_size": int,
         "processes": int,
+        "tokens": Files,
         "train": dict[str, Any],
         "validation": dict[str, Any],
     },
