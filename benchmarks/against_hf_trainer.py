@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from training_lens import TrainingConfig, TrainingWrapper
-from training_lens.data.store import TokenDataset
+from training_lens.data.token_dataset import TokenDataset
 from training_lens.evaluation.evaluator import Pass, evaluate_loss
 from training_lens.models.adapters import attach, load_adapter
 from training_lens.models.factory import load_model, load_tokenizer

@@ -25,11 +25,11 @@ from torch.nn.functional import cross_entropy
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import TrainingLensError
-from training_lens.inference.merge import MergeOptions, merge
+from training_lens.merging.merge_run import MergeOptions, merge
 from training_lens.models.adapters import attach, check_adapter, load_adapter, save_adapter, trainable
-from training_lens.models.engine import Engine
 from training_lens.models.factory import build_skeleton, load_model
-from training_lens.utils.runs import RunFolder
+from training_lens.models.fast.engine import Engine
+from training_lens.runs.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 LENGTHS = (90, 23, 61, 9)  # of the examples of the ragged batch: some beyond the windows of small models

@@ -34,7 +34,7 @@ from lens_overhead import MAIN, write_model
 from transformers import AutoTokenizer
 
 from training_lens import TrainingConfig, TrainingWrapper
-from training_lens.training.callbacks import Callback
+from training_lens.training.loop.callbacks import Callback
 
 TOKENS = range(140, 161)  # of a row's question and answer: enough rows for all steps to be of one epoch
 

@@ -22,7 +22,7 @@ import numpy as np
 from machine import described
 
 from training_lens import TrainingConfig, TrainingWrapper
-from training_lens.training.callbacks import Callback, StepReport
+from training_lens.training.loop.callbacks import Callback, StepReport
 
 RESULTS = Path(__file__).parent / "results" / "endurance.json"
 STEPS, EVERY, BLOCKS = 20_000, 10, 20

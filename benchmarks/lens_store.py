@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from training_lens.config.lens_section import LensSection
-from training_lens.core import tables
-from training_lens.core.store import LensStore
+from training_lens.core import table_names as tables
+from training_lens.core.lens_store import LensStore
+from training_lens.core.lens_writer import LensWriter
 from training_lens.core.types import RUN, Captured, DataType, LensManifest, ModuleRecord
-from training_lens.core.writer import LensWriter
 from training_lens.utils.devices import device_name, peak_bytes
 
 CPU = torch.device("cpu")

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.models.factory import load_model
-from training_lens.models.fusion import unfuse
+from training_lens.models.fast.fusion import unfuse
 from training_lens.training.assembly import build_trainer
-from training_lens.training.checkpoints import CheckpointManager
-from training_lens.training.feeding import Feed
+from training_lens.training.loop.checkpoint_manager import CheckpointManager
+from training_lens.training.loop.dataloader import Feed
 
 SMOOTHED = 20  # steps
 FEW_TOKENS = 256  # of a micro-batch where it is cut otherwise: one or two examples

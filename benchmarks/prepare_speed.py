@@ -39,13 +39,13 @@ def prepare(files: list[str], tokenizer_folder: str, cache: str) -> dict[str, An
     """Prepare once in this process, or take it from the cache; imports and the tokenizer's loading are not timed."""
     from training_lens.config.data_sections import DataSection
     from training_lens.config.schema import ModelSection
-    from training_lens.data.preparation import Preparation, prepare_split, tokenizer_hash
     from training_lens.data.templates import build_renderer
+    from training_lens.data.token_cache import Preparation, prepare_split, tokenizer_hash
     from training_lens.data.tokenization import TextEncoder
+    from training_lens.display.progress import Progress
     from training_lens.models.factory import load_tokenizer
-    from training_lens.training.planning import count_duplicates
+    from training_lens.training.plan import count_duplicates
     from training_lens.utils.devices import peak_bytes
-    from training_lens.utils.progress import Progress
 
     tokenizer = load_tokenizer(ModelSection(), tokenizer_folder)
     started = time.perf_counter()

@@ -36,7 +36,7 @@ def shared() -> Path:
 @pytest.fixture(params=["compiled", "by torch"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test runs with the kernels in C, and again as on a machine that has no compiler."""
-    from training_lens.models.native import calls
+    from training_lens.models.fast.native import library as calls
 
     if request.param == "by torch":
         monkeypatch.setattr(calls, "library", lambda: None)
@@ -106,7 +106,7 @@ def small_config(tmp_path: Path, few_rows: dict[str, Any]) -> Callable[..., Any]
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The folder of a short finished run of the embedded default, with its three domains; for reading alone."""
     from training_lens import TrainingConfig, TrainingWrapper
-    from training_lens.utils.runs import RunFolder
+    from training_lens.runs.run_folder import RunFolder
 
     values = {
         "data": {"max_examples": 64},
@@ -120,7 +120,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def text_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The folder of a short finished run on plain texts alone, with the domains a and b; for reading alone."""
     from training_lens import TrainingConfig, TrainingWrapper
-    from training_lens.utils.runs import RunFolder
+    from training_lens.runs.run_folder import RunFolder
 
     folder = tmp_path_factory.mktemp("texts")
     rows = [{"text": f"The cat {i} sat on the mat.", "domain": "ab"[i % 2]} for i in range(16)]

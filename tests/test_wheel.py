@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 NEEDED = """py.typed config/presets/config.yaml config/presets/experiment/quick_test.yaml embedded/train.jsonl
-embedded/base/model.safetensors embedded/base/tokenizer.json models/native/kernels.c models/native/kernels.h
+embedded/base/model.safetensors embedded/base/tokenizer.json models/fast/native/kernels.c models/fast/native/kernels.h
 integrations/model_card.md.jinja""".split()
 
 

@@ -18,8 +18,8 @@ from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
 from training_lens.analysis.figures.catalogue import by_name
 from training_lens.analysis.reports.executive import verdict
 from training_lens.analysis.reports.facts import changed, losses
-from training_lens.utils.pages import Picture, write_page
-from training_lens.utils.runs import find_run
+from training_lens.display.html import Picture, write_page
+from training_lens.runs.run_folder import find_run
 
 PICTURE = Path(__file__).parents[1] / "docs" / "lens" / "report.png"
 WIDTH, HEIGHT = 1000, 700  # pixels

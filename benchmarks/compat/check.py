@@ -27,11 +27,11 @@ from training_lens import embedded
 from training_lens.config.compose import validate
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import TrainingLensError
-from training_lens.inference.exact import open_exact
-from training_lens.inference.folders import write_folder
+from training_lens.merging.merge_tensors import check_foldable
+from training_lens.merging.merged_folder import write_folder
+from training_lens.merging.run_base import open_exact
 from training_lens.models.adapters import attach, base_only, load_adapter, save_adapter, trainable
 from training_lens.models.factory import load_model
-from training_lens.models.merging import check_foldable
 from training_lens.utils.files import read_json, whole_folder, write_json
 
 HERE = Path(__file__).parent

@@ -39,13 +39,13 @@ from correlation import spearman, with_interval, within_groups
 from runs import SHORT_TOKENS, Setting, parsed, settings, trained, write_results
 
 from training_lens import TrainingWrapper
-from training_lens.analyzers.spectra import intruders, strength, update_norm
 from training_lens.core.modules import AdapterModule, adapter_modules
-from training_lens.data.store import TokenDataset
-from training_lens.data.types import TokenizedExample
+from training_lens.data.example_types import TokenizedExample
+from training_lens.data.token_dataset import TokenDataset
 from training_lens.evaluation.evaluator import Pass, evaluate_loss, paired_sums
+from training_lens.measures.singular_values import intruders, strength, update_norm
 from training_lens.models.factory import load_model
-from training_lens.training.planning import RunPlan
+from training_lens.training.plan import RunPlan
 from training_lens.utils.processes import Processes
 from training_lens.utils.seeding import seed_everything
 

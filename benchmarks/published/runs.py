@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from training_lens import TrainingConfig, TrainingWrapper
-from training_lens.training.callbacks import Callback, StepReport
+from training_lens.training.loop.callbacks import Callback, StepReport
 
 RESULTS = Path("benchmarks/results")
 BATCH = 8

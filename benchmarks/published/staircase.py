@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from runs import SHORT_TOKENS, Setting, parsed, settings, trained, write_results
 
-from training_lens.analyzers.convergence import epoch_drops
+from training_lens.measures.curves import epoch_drops
 
 EPOCHS, STEPS_PER_EPOCH, BATCH = 3, 40, 4
 ROWS = STEPS_PER_EPOCH * BATCH

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
     from training_lens.integrations.hub import HuggingFaceIntegration
     from training_lens.integrations.wandb import WandBIntegration
-    from training_lens.training.callbacks import MetricsCollector
-    from training_lens.training.checkpoints import CheckpointManager
-    from training_lens.training.wrapper import TrainingWrapper
+    from training_lens.training.loop.callbacks import MetricsCollector
+    from training_lens.training.loop.checkpoint_manager import CheckpointManager
+    from training_lens.training.run import TrainingWrapper
     from training_lens.utils.logging import setup_logging
 
     LoRACheckpointAnalyzer = CheckpointAnalyzer
@@ -60,9 +60,9 @@ __getattr__, __dir__, _names = attach(
         "training_lens.config.schema": ("TrainingConfig",),
         "training_lens.integrations.hub": ("HuggingFaceIntegration",),
         "training_lens.integrations.wandb": ("WandBIntegration",),
-        "training_lens.training.wrapper": ("TrainingWrapper",),
-        "training_lens.training.checkpoints": ("CheckpointManager",),
-        "training_lens.training.callbacks": ("MetricsCollector",),
+        "training_lens.training.run": ("TrainingWrapper",),
+        "training_lens.training.loop.checkpoint_manager": ("CheckpointManager",),
+        "training_lens.training.loop.callbacks": ("MetricsCollector",),
         "training_lens.utils.logging": ("setup_logging",),
     },
     aliases={"LoRACheckpointAnalyzer": "CheckpointAnalyzer", "LoRATrainingWrapper": "TrainingWrapper"},

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from training_lens.config.lens_section import LensSection
-from training_lens.core import tables
+from training_lens.core import table_names as tables
+from training_lens.core.lens_store import LensStore
+from training_lens.core.lens_writer import LensWriter
 from training_lens.core.recording import Recording
-from training_lens.core.store import LensStore
 from training_lens.core.types import RUN, Captured, DataType, LensManifest, ModuleRecord
-from training_lens.core.writer import LensWriter
 
 Columns = Mapping[str, Any]  # measure -> (steps, rows), or (steps, rows, any) of vectors; or its one row (steps,)
 KINDS = {
@@ -138,7 +138,7 @@ def trainer_output(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 def run_without_captures(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run of ours that was trained with the lens off. For reading alone."""
     from training_lens import TrainingConfig, TrainingWrapper
-    from training_lens.utils.runs import RunFolder
+    from training_lens.runs.run_folder import RunFolder
 
     values = {
         "data": {"max_examples": 32},

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training_lens.analysis.reading import open_recording
+from training_lens.analysis.open_recording import open_recording
 from training_lens.core.recording import Recording
 from training_lens.errors import LensError
-from training_lens.models.updates import PREFIX
+from training_lens.merging.weight_update import PREFIX
 
 
 def dense(folder: Path, module: str, scaling: float) -> Tensor:
@@ -113,7 +113,7 @@ def test_weights_kept_the_other_way_round_and_embeddings_are_found(tmp_path: Pat
     """GPT-2 keeps (in, out), in files without the model's first name; an embedding's A reads tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from training_lens.analysis.saved import base_weights, open_adapter
+    from training_lens.analysis.saved_adapters import base_weights, open_adapter
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2))
     state = {n.removeprefix("transformer."): p.detach().clone() for n, p in model.named_parameters()}

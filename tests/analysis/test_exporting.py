@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from training_lens.analysis.exporting import WRITERS, export_tables
-from training_lens.analysis.reading import open_recording
-from training_lens.core import tables
+from training_lens.analysis.open_recording import open_recording
+from training_lens.core import table_names as tables
 from training_lens.core.arrow import arrow_table
 from training_lens.core.recording import Recording
 from training_lens.core.types import Captured, DataType, ModuleRecord

@@ -13,12 +13,12 @@ import torch
 from training_lens.analysis.figures import DRAWINGS, ActivationVisualizer, alike, cost, loss, spikes
 from training_lens.analysis.figures.catalogue import by_name
 from training_lens.analysis.figures.style import heat_map
-from training_lens.analysis.figures.thinning import thin_line, thin_rows, thin_steps
-from training_lens.collectors.layers import LayerStates
-from training_lens.collectors.positions import Positions
-from training_lens.core import tables
+from training_lens.collectors.layer_activations import LayerStates
+from training_lens.collectors.token_positions import Positions
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord, Series
+from training_lens.display.downsampling import thin_line, thin_rows, thin_steps
 from training_lens.errors import LensError
 
 Record = Callable[..., Recording]

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training_lens.analysis.reading import open_recording
+from training_lens.analysis.open_recording import open_recording
 from training_lens.config.lens_section import LensSection
+from training_lens.core.lens_writer import LensWriter
 from training_lens.core.modules import module_record
 from training_lens.core.types import RUN, Captured, DataType, LensManifest
-from training_lens.core.writer import LensWriter
 from training_lens.errors import AdapterError, LensError, ModelLoadingError
-from training_lens.utils.runs import RunFolder, read_metrics
+from training_lens.runs.run_folder import RunFolder, read_metrics
 
 PAIR = {"model.layers.0.self_attn.q_proj": (torch.ones(2, 6), torch.ones(5, 2))}
 WHOLE_LOG = list(range(1, 7))

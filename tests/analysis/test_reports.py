@@ -19,12 +19,12 @@ from training_lens.analysis.checkpoint_analyzer import Analysis
 from training_lens.analysis.findings import Finding
 from training_lens.analysis.reports import KINDS, StandardReports, comparison, three_lines
 from training_lens.analysis.reports.facts import changed, losses
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord
+from training_lens.display.html import Beside, Picture, Table
 from training_lens.errors import ConfigurationError
 from training_lens.evaluation.verdict import Verdict
-from training_lens.utils.pages import Beside, Picture, Table
 
 Record = Callable[..., Recording]
 EVIL = "<script>alert('x')</script>|`*"

@@ -16,11 +16,11 @@ import pytest
 from training_lens import CheckpointAnalyzer, Run, TrainingWrapper
 from training_lens.analysis.reports.technical import marked_steps
 from training_lens.analysis.run_comparison import OTHER_ROWS
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.errors import CheckpointError, ConfigurationError, LensError
-from training_lens.training.callbacks import Callback
+from training_lens.runs.run_folder import RunFolder, read_metrics, runs_folder
+from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.files import read_json, write_json
-from training_lens.utils.runs import RunFolder, read_metrics, runs_folder
 
 EVIL = "<script>alert('x')</script>"
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from training_lens.analysis.sketches import LEFT, MOST_POINTS, PLOT_HEIGHT, TOP, WIDTH, Curve, sketch, ticks
+from training_lens.display.svg import LEFT, MOST_POINTS, PLOT_HEIGHT, TOP, WIDTH, Curve, sketch, ticks
 
 
 def curve(values: list[float] | np.ndarray, name: str = "loss", **look: bool) -> Curve:

@@ -9,7 +9,7 @@ from jaxtyping import jaxtyped
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from training_lens.analyzers import activations
+from training_lens.measures import activation_measures as activations
 
 checked = jaxtyped(typechecker=beartype)
 rms, drift, linear_cka = checked(activations.rms), checked(activations.drift), checked(activations.linear_cka)

@@ -9,7 +9,7 @@ from jaxtyping import jaxtyped
 from torch import Tensor
 from torch.linalg import matrix_norm
 
-from training_lens.analyzers import barrier as barriers
+from training_lens.measures import barrier as barriers
 
 checked = jaxtyped(typechecker=beartype)
 interpolate, barrier, truncate = checked(barriers.interpolate), checked(barriers.barrier), checked(barriers.truncate)

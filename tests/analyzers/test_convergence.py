@@ -9,7 +9,7 @@ import pytest
 from beartype import BeartypeConf, beartype
 from jaxtyping import jaxtyped
 
-from training_lens.analyzers import convergence
+from training_lens.measures import curves as convergence
 
 checked = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))  # an int is a float, too
 trend, remaining_gain = checked(convergence.trend), checked(convergence.remaining_gain)

@@ -10,7 +10,7 @@ from beartype import BeartypeConf, beartype
 from jaxtyping import jaxtyped
 from torch import Tensor
 
-from training_lens.analyzers import directions
+from training_lens.measures import directions
 
 checked = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))  # an int is a float, too
 self_check, cosine = checked(directions.self_check), checked(directions.cosine)

@@ -7,7 +7,10 @@ from types import ModuleType
 
 import pytest
 
-from training_lens.analyzers import barrier, convergence, directions, similarity, spectra
+from training_lens.measures import barrier, directions
+from training_lens.measures import curves as convergence
+from training_lens.measures import singular_values as spectra
+from training_lens.measures import subspaces as similarity
 
 
 @pytest.mark.parametrize("module", [barrier, convergence, directions, similarity, spectra])

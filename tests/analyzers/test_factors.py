@@ -6,7 +6,7 @@ import torch
 from beartype import beartype
 from jaxtyping import jaxtyped
 
-from training_lens.analyzers import factors
+from training_lens.measures import factors
 
 checked = jaxtyped(typechecker=beartype)
 exact, frobenius, inner, precise = map(checked, (factors.exact, factors.frobenius, factors.inner, factors.precise))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from training_lens.analyzers.grouping import (
+from training_lens.analyzers.module_groups import (
     energy_shares,
     extremes,
     grouped,

@@ -19,15 +19,15 @@ from training_lens.analyzers import (
     LoRAAnalyzer,
     SimilarityAnalyzer,
 )
-from training_lens.analyzers.readings.convergence import smoothed
+from training_lens.analyzers.convergence_analyzer import smoothed
 from training_lens.config.lens_section import LensSection
 from training_lens.core.analyzer import DataAnalyzer
+from training_lens.core.lens_store import LensStore
+from training_lens.core.lens_writer import LensWriter
 from training_lens.core.modules import module_record
 from training_lens.core.recording import Recording
 from training_lens.core.registry import AnalyzerRegistry
-from training_lens.core.store import LensStore
 from training_lens.core.types import RUN, Captured, DataType, LensManifest, Series
-from training_lens.core.writer import LensWriter
 
 NAMES = ("layers.0.q_proj", "layers.1.q_proj")
 Write = Callable[..., Recording]

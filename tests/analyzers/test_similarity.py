@@ -10,7 +10,7 @@ from beartype import beartype
 from jaxtyping import jaxtyped
 from torch import Tensor
 
-from training_lens.analyzers import similarity
+from training_lens.measures import subspaces as similarity
 
 checked = jaxtyped(typechecker=beartype)
 subspace_similarity, subspace_grid = checked(similarity.subspace_similarity), checked(similarity.subspace_grid)

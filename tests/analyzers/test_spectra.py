@@ -11,7 +11,7 @@ from jaxtyping import jaxtyped
 from torch import Tensor
 from torch.linalg import matrix_norm
 
-from training_lens.analyzers import spectra
+from training_lens.measures import singular_values as spectra
 
 checked = jaxtyped(typechecker=beartype)
 singular_values, singular_vectors = checked(spectra.singular_values), checked(spectra.singular_vectors)

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from training_lens import embedded
 from training_lens.cli import cli
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 GOOD = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(24)]
 Make = Callable[[Path], list[str]]  # writes what it needs into the folder, gives the command's settings

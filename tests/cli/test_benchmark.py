@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from click.testing import Result
 
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 Call = Callable[..., Result]
 QUICK = ["benchmark.batch_sizes=[1,2]", "benchmark.prompt_lengths=[8]", "benchmark.new_tokens=2"]

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from training_lens import embedded
 from training_lens.cli import cli
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.integrity import read_sealed
-from training_lens.utils.runs import RunFolder
 
 Call = Callable[..., Result]
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from training_lens.core.manifest import read_manifest
+from training_lens.core.lens_manifest import read_manifest
 from training_lens.inference.session import open_run
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.integrity import read_sealed
-from training_lens.utils.runs import RunFolder
 
 Call = Callable[..., Result]
 

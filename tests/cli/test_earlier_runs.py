@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from training_lens.utils.runs import RunFolder, read_metrics
+from training_lens.runs.run_folder import RunFolder, read_metrics
 
 Call = Callable[..., Result]
 RUNS = Path(__file__).parents[1] / "earlier/runs.tar.gz"

@@ -15,7 +15,7 @@ from training_lens.config.keys import known_keys
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError, IntegrationError
 from training_lens.integrations.storage import open_storage
-from training_lens.utils.run_lookup import find_run
+from training_lens.runs.run_lookup import find_run
 
 Call = Callable[..., Any]
 ROOT_COMMAND: Any = typer.main.get_command(cli)

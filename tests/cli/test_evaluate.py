@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 FAST = ["evaluation.max_examples=6", "evaluation.max_new_tokens=8", "evaluation.resamples=20"]
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(8)]

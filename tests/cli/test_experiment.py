@@ -19,9 +19,9 @@ from click.testing import Result
 from rich.console import Console
 
 from training_lens.cli.run_tables import show_runs
-from training_lens.utils.experiments import read_runs
+from training_lens.runs.run_folder import RunFolder, runs_folder
+from training_lens.runs.run_listing import read_runs
 from training_lens.utils.files import write_json
-from training_lens.utils.runs import RunFolder, runs_folder
 
 Call = Callable[..., Result]
 

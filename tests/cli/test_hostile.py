@@ -20,10 +20,10 @@ from training_lens.config.run_config import find_writer, read_run_config, requir
 from training_lens.errors import ConfigurationError
 from training_lens.integrations.mirror import MirrorIntegration
 from training_lens.integrations.record import RunRecord
-from training_lens.training.wrapper import TrainingWrapper
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.run import TrainingWrapper
 from training_lens.utils.consent import remember, remembered
 from training_lens.utils.files import read_json, sha256_of, write_json
-from training_lens.utils.runs import RunFolder
 
 Call = Callable[..., Result]
 

@@ -13,7 +13,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 
-from training_lens.utils.runs import RunFolder, runs_folder
+from training_lens.runs.run_folder import RunFolder, runs_folder
 
 Call = Callable[..., Result]
 MODULE = "model.layers.0.self_attn.q_proj"

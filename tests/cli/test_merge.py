@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 Call = Callable[..., Result]
 

@@ -12,7 +12,7 @@ from hub_server import Hub
 
 from training_lens.integrations.mirror import MirrorIntegration
 from training_lens.integrations.record import RunRecord
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 Call = Callable[..., Result]
 

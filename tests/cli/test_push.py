@@ -9,8 +9,8 @@ import pytest
 from click.testing import Result
 from hub_server import Hub
 
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import write_json
-from training_lens.utils.runs import RunFolder
 
 Call = Callable[..., Result]
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's, of its client

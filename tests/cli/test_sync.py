@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 Call = Callable[..., Any]
 

@@ -16,9 +16,9 @@ from rich.table import Table
 
 from training_lens import __version__
 from training_lens.cli.common import print_table
-from training_lens.training.callbacks import progress_columns
+from training_lens.runs.run_folder import RunFolder, runs_folder
+from training_lens.training.loop.callbacks import progress_columns
 from training_lens.utils.files import write_json
-from training_lens.utils.runs import RunFolder, runs_folder
 
 Call = Callable[..., Result]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from training_lens.config.schema import PeftSection
 from training_lens.core.collector import DataCollector, Watched
+from training_lens.core.module_batches import Groups
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.core.probe import Probe, as_judged
-from training_lens.core.stacks import Groups
 from training_lens.core.types import Captured, Moment
 from training_lens.models.adapters import attach, trainable
 from training_lens.models.scoring import paired_scores

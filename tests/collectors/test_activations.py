@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from training_lens.collectors import ActivationExtractor, ActivationsCollector, DivergenceCollector
-from training_lens.collectors.layers import decoder_layers
-from training_lens.collectors.positions import MOST, Positions
+from training_lens.collectors.layer_activations import decoder_layers
+from training_lens.collectors.token_positions import MOST, Positions
 from training_lens.core.probe import Probe, as_judged
 from training_lens.errors import LensError
 from training_lens.models.adapters import base_only

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from training_lens.collectors import ActivationExtractor, LoRAActivationTracker
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.core.capture import RunFacts
 from training_lens.core.framework import TrainingLensFramework
+from training_lens.core.lens_store import LensStore
 from training_lens.core.probe import Probe
 from training_lens.core.registry import CollectorRegistry
-from training_lens.core.store import LensStore
 
 SECTIONS: list[dict[str, Any]] = [
     {"lora_dropout": 0.2},

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from training_lens.core.integration import Cursor, Integration, IntegrationManager
 from training_lens.errors import IntegrationError
+from training_lens.integrations.delivery import Cursor, Integration, IntegrationManager
 
 
 class Doing(Integration):
@@ -47,7 +47,7 @@ def statuses(manager: IntegrationManager) -> dict[str, str]:
 
 
 def test_one_failing_never_affects_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training_lens.core.integration.LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("training_lens.integrations.delivery.LONGEST_PAUSE", 0.01)
     forever = threading.Event()
     hangs = Doing("hangs", lambda _call, _ended: [None, forever.wait()][0])
     fails, missing, works = Doing("fails", fail), Doing("missing", fail, "no package."), Doing("works", lambda *_: None)
@@ -65,7 +65,7 @@ def test_one_failing_never_affects_the_others(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_fails_is_tried_again_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training_lens.core.integration.LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr("training_lens.integrations.delivery.LONGEST_PAUSE", 0.01)
 
     def twice(call: int, _ended: bool) -> None:
         if call <= 2:
@@ -98,7 +98,7 @@ def test_the_end_wakes_a_pause_and_is_tried_a_few_times(
     manager = IntegrationManager([dead], tmp_path, every=60.0)
     manager.start()
     time.sleep(0.1)
-    monkeypatch.setattr("training_lens.core.integration.LONGEST_PAUSE", 0.05)  # from the next pause on
+    monkeypatch.setattr("training_lens.integrations.delivery.LONGEST_PAUSE", 0.05)  # from the next pause on
     states = manager.finish(30.0)
     assert [s.status for s in states] == ["left"]
     assert dead.calls == 1 + 4

@@ -15,12 +15,12 @@ import torch
 from training_lens.config.lens_section import LensSection
 from training_lens.config.schema import TrainingConfig
 from training_lens.core.framework import TrainingLensFramework
-from training_lens.core.store import LensStore
+from training_lens.core.lens_store import LensStore
 from training_lens.errors import LensError
 from training_lens.models.adapters import attach, trainable
 from training_lens.models.factory import load_model, load_tokenizer
-from training_lens.training.wrapper import TrainingWrapper
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.run import TrainingWrapper
 
 STEPS, BATCH, ACCUMULATION = 6, 2, 2
 CLIP = 0.05  # so low that every step is clipped: captures must be those before it
@@ -198,7 +198,7 @@ def test_the_lens_changes_no_bit_of_the_adapter(small_config: Config) -> None:
 
 def test_a_resumed_run_goes_on_with_its_captures(small_config: Config) -> None:
     from training_lens.errors import InterruptedRunError
-    from training_lens.training.callbacks import Callback
+    from training_lens.training.loop.callbacks import Callback
 
     class Stop(Callback):
         def on_step_end(self, trainer: Any, report: Any) -> None:
@@ -219,7 +219,7 @@ def test_a_resumed_run_goes_on_with_its_captures(small_config: Config) -> None:
 @pytest.mark.parametrize(("section", "steps"), [({}, [1, 2, 3, 4]), ({"scalars_every": 50}, [1, 4])], ids=str)
 def test_a_run_that_fails_keeps_what_led_to_it(section: dict[str, Any], steps: list[int], small_config: Config) -> None:
     from training_lens.errors import TrainingError
-    from training_lens.training.callbacks import Callback
+    from training_lens.training.loop.callbacks import Callback
 
     class Poison(Callback):
         def on_step_end(self, trainer: Any, report: Any) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from training_lens.config.schema import PeftSection
+from training_lens.core.module_batches import Groups
 from training_lens.core.modules import adapter_modules, adds_nothing
-from training_lens.core.stacks import Groups
 from training_lens.errors import LensError
 from training_lens.models.adapters import attach
 

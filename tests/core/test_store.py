@@ -21,10 +21,10 @@ import torch
 
 from training_lens.config.lens_section import LensSection
 from training_lens.core.arrow import arrow_table, series_of, vectors_of
+from training_lens.core.lens_store import LensStore
+from training_lens.core.lens_writer import LensWriter
 from training_lens.core.segments import MANY, Segment, SegmentedTable, segments_in
-from training_lens.core.store import LensStore
 from training_lens.core.types import Captured, DataType, LensManifest, ModuleRecord
-from training_lens.core.writer import LensWriter
 from training_lens.errors import ConfigurationError, LensError
 from training_lens.utils.integrity import read_sealed, write_sealed
 from training_lens.utils.logging import ROOT
@@ -234,7 +234,7 @@ WRITES_UNTIL_KILLED = """
 import sys, torch
 from pathlib import Path
 from training_lens.config.lens_section import LensSection
-from training_lens.core.writer import LensWriter
+from training_lens.core.lens_writer import LensWriter
 from training_lens.core.types import Captured, LensManifest
 rows = ("layers.0.q", "layers.0.v", "layers.1.q")
 lens = LensWriter(Path(sys.argv[1]), LensManifest(()), LensSection(scalars_megabytes=64))
@@ -531,7 +531,7 @@ def test_a_reader_sees_all_steps_while_segments_are_merged(folder: Path, monkeyp
             SegmentedTable(table, 30).compact(stride=1, target_bytes=1e6, spare=0)
         return listed[-1]
 
-    monkeypatch.setattr("training_lens.core.store.segments_in", listed_before_the_merge)
+    monkeypatch.setattr("training_lens.core.lens_store.segments_in", listed_before_the_merge)
     assert LensStore(folder).table("loss").num_rows == 30
     assert len(segment_files(folder / "loss")) == 1
 

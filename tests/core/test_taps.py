@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training_lens.core.taps import GradientTap, LossTap
+from training_lens.core.gradient_hooks import GradientTap, LossTap
 
 
 def test_a_tap_keeps_the_sum_of_micro_batches_before_clipping() -> None:

@@ -15,7 +15,7 @@ import torch
 from training_lens.config.lens_section import LensSection
 from training_lens.config.schema import TrainingConfig
 from training_lens.core.framework import TrainingLensFramework
-from training_lens.core.store import LensStore
+from training_lens.core.lens_store import LensStore
 from training_lens.models.adapters import attach
 from training_lens.models.factory import load_model, load_tokenizer
 

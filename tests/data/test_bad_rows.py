@@ -11,14 +11,14 @@ import pytest
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.notes import DataNotes
-from training_lens.data.preparation import Preparation, Split, prepare_split, tokenize
 from training_lens.data.reading import examples_of, read_examples
 from training_lens.data.reporting import notes as describe_losses
 from training_lens.data.sources import expand
 from training_lens.data.templates import build_renderer
+from training_lens.data.token_cache import Preparation, Split, prepare_split, tokenize
 from training_lens.data.tokenization import TextEncoder
+from training_lens.display.progress import Progress
 from training_lens.errors import DatasetError
-from training_lens.utils.progress import Progress
 
 GOOD = [{"question": f"Where is {i}?", "answer": f"In box {i}."} for i in range(6)]
 EMPTY = {"question": "Who?", "answer": ""}

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.corpus import Corpus, catalogue_of
 from training_lens.data.sources import expand
+from training_lens.display.progress import Progress
 from training_lens.errors import DatasetError
-from training_lens.utils.progress import Progress
+from training_lens.preparation.corpus import Corpus, catalogue_of
 
 ROWS = [
     {"question": f"Who is {i}?", "answer": f"Tom {i}.</s>", "domain": "ab"[i % 2], "user": i // 2} for i in range(6)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from training_lens.data.deduplication import (
+from training_lens.data.example_types import Example, Message
+from training_lens.preparation.deduplication import (
     RECALL,
     NearIndex,
     bands,
@@ -19,7 +20,6 @@ from training_lens.data.deduplication import (
     shingles,
     within,
 )
-from training_lens.data.types import Example, Message
 
 WORDS = "the old boat lay on the sand while a small dog ran along the water and looked for its red ball".split()
 

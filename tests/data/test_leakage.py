@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from training_lens.data.deduplication import NearIndex
-from training_lens.data.leakage import DROPPED, Leak, equal_leaks, near_leaks
-from training_lens.data.types import Example, Message
+from training_lens.data.example_types import Example, Message
+from training_lens.preparation.deduplication import NearIndex
+from training_lens.preparation.leakage import DROPPED, Leak, equal_leaks, near_leaks
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.preparation import Preparation, prepare_split
 from training_lens.data.reporting import notes
 from training_lens.data.templates import build_renderer
+from training_lens.data.token_cache import Preparation, prepare_split
 from training_lens.data.tokenization import TextEncoder
-from training_lens.utils.progress import Progress
+from training_lens.display.progress import Progress
 
 
 def notes_of(tokenizer: Any, paths: list[Path], cache: Path, **data: Any) -> str:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from training_lens.data.splitting import split_counts, split_groups, split_random, split_stratified, stratum_counts
+from training_lens.preparation.splitting import (
+    split_counts,
+    split_groups,
+    split_random,
+    split_stratified,
+    stratum_counts,
+)
 
 SHARES = [0.8, 0.1, 0.1]
 

@@ -9,10 +9,10 @@ import time
 import numpy as np
 import pytest
 
-from training_lens.data import deduplication, splitting, statistics
-from training_lens.data.statistics import DomainStatistics, domain_statistics, histogram, length_statistics
-from training_lens.data.store import TokenDataset
-from training_lens.data.types import TokenizedExample
+from training_lens.data.example_types import TokenizedExample
+from training_lens.data.token_dataset import TokenDataset
+from training_lens.preparation import deduplication, splitting, statistics
+from training_lens.preparation.statistics import DomainStatistics, domain_statistics, histogram, length_statistics
 
 
 def test_quantiles_are_lengths_that_so_many_are_not_above() -> None:

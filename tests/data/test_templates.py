@@ -9,6 +9,7 @@ import pytest
 
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
+from training_lens.data.example_types import Example, Message
 from training_lens.data.templates import (
     adopt_template_file,
     build_renderer,
@@ -16,7 +17,6 @@ from training_lens.data.templates import (
     domain_prefix,
 )
 from training_lens.data.turn_templates import AlpacaTemplate
-from training_lens.data.types import Example, Message
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.models.factory import load_tokenizer
 

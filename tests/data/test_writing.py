@@ -14,16 +14,16 @@ from pairwise import pairwise  # type: ignore[import-not-found]
 
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection
-from training_lens.data.corpus import Corpus
-from training_lens.data.preparation import Preparation, tokenize
+from training_lens.data.example_types import Example, Row
 from training_lens.data.reading import read_examples
 from training_lens.data.sources import expand
 from training_lens.data.templates import build_renderer
+from training_lens.data.token_cache import Preparation, tokenize
 from training_lens.data.tokenization import TextEncoder
-from training_lens.data.types import Example, Row
-from training_lens.data.writing import FileFormat, Form, choose_form, open_writer, settings_for, written
+from training_lens.display.progress import Progress
 from training_lens.errors import DatasetError
-from training_lens.utils.progress import Progress
+from training_lens.preparation.corpus import Corpus
+from training_lens.preparation.split_files import FileFormat, Form, choose_form, open_writer, settings_for, written
 
 ROWS = 20
 FORMATS: tuple[FileFormat, ...] = ("jsonl", "parquet")

@@ -12,10 +12,10 @@ import torch
 
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
-from training_lens.data.preparation import Preparation, tokenize
 from training_lens.data.reading import read_examples
-from training_lens.data.store import TokenDataset
 from training_lens.data.templates import build_renderer
+from training_lens.data.token_cache import Preparation, tokenize
+from training_lens.data.token_dataset import TokenDataset
 from training_lens.data.tokenization import TextEncoder
 from training_lens.errors import EvaluationError
 from training_lens.evaluation.evaluator import Pass, evaluate_loss, paired_sums, token_sums

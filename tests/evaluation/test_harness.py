@@ -19,7 +19,7 @@ from training_lens.errors import ConfigurationError
 from training_lens.evaluation.harness import run_tasks
 from training_lens.inference.session import Session, open_run
 from training_lens.models.adapters import base_only
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 pytest.importorskip("lm_eval")
 

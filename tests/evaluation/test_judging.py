@@ -16,10 +16,10 @@ from training_lens import TrainingWrapper
 from training_lens.config.judging_sections import EvaluationSection
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError, DatasetError, EvaluationError
-from training_lens.evaluation.judging import Judge, Judgement
-from training_lens.inference.rows import configured_examples, validation_examples
+from training_lens.evaluation.run_evaluation import Judge, Judgement
+from training_lens.inference.prompt_rows import configured_examples, validation_examples
 from training_lens.inference.session import Session, open_run, open_session
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 ROWS = [{"question": f"What is {i} plus 1?", "answer": f"{i} plus 1 is {i + 1}."} for i in range(30)]
 LOSSES = EvaluationSection(generate=False, resamples=50, length_buckets=2)

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.judging_sections import EvaluationSection
-from training_lens.data.types import Example, Message
-from training_lens.evaluation.judging import BrokenAdapterError, Judge
+from training_lens.data.example_types import Example, Message
+from training_lens.evaluation.run_evaluation import BrokenAdapterError, Judge
 from training_lens.evaluation.training_record import read_training_record
 from training_lens.evaluation.training_verdict import judge_training
 from training_lens.evaluation.verdict import Verdict
-from training_lens.inference.rows import validation_examples
+from training_lens.inference.prompt_rows import validation_examples
 from training_lens.inference.session import Session, open_run, open_session
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 ALL = EvaluationSection(max_new_tokens=24, resamples=200)
 LOSSES = EvaluationSection(generate=False, controls=False, resamples=200)

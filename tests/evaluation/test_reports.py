@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from training_lens.config.judging_sections import EvaluationSection
-from training_lens.evaluation.judging import Judge, Judgement
 from training_lens.evaluation.reports import markdown, per_row_csv, write_reports
+from training_lens.evaluation.run_evaluation import Judge, Judgement
 from training_lens.evaluation.verdict import format_measure
-from training_lens.inference.rows import validation_examples
+from training_lens.inference.prompt_rows import validation_examples
 from training_lens.inference.session import open_run
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.integrity import read_sealed
-from training_lens.utils.runs import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -221,7 +221,7 @@ def run_folder(world: World, folder: Path, draw: random.Random) -> Call:
 
 def adapter(world: World, folder: Path, draw: random.Random) -> Call:
     from training_lens.config.schema import PeftSection
-    from training_lens.models.saved import adapter_folder, adopt, require_finite, saved_shapes
+    from training_lens.models.adapter_files import adapter_folder, adopt, require_finite, saved_shapes
 
     place = _copy(world.run / "artifacts" / "adapter", folder / "adapter")
     _change_file(place, [file for file in place.rglob("*") if file.is_file()], draw)
@@ -236,7 +236,7 @@ def adapter(world: World, folder: Path, draw: random.Random) -> Call:
 
 
 def checkpoint(world: World, folder: Path, draw: random.Random) -> Call:
-    from training_lens.training.checkpoints import CheckpointManager
+    from training_lens.training.loop.checkpoint_manager import CheckpointManager
 
     place = _copy(world.run / "checkpoints", folder / "checkpoints")
     _change_file(place, [file for file in place.rglob("*") if file.is_file()], draw)
@@ -295,7 +295,7 @@ def prepared(world: World, folder: Path, draw: random.Random) -> Call:
     from training_lens.config.data_sections import DataSection
     from training_lens.data.reading import read_examples
     from training_lens.data.sources import expand
-    from training_lens.training.preparing import find_written_files
+    from training_lens.preparation.prepare_splits import find_written_files
 
     place = _copy(world.prepared, folder / "prepared")
     _change_file(place, [file for file in place.rglob("*") if file.is_file()], draw)

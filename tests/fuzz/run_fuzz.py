@@ -70,8 +70,8 @@ def _make_study(folder: Path) -> Path:
 
 def _prepare(folder: Path) -> Path:
     from training_lens import TrainingConfig
-    from training_lens.training.preparing import prepare
-    from training_lens.utils.progress import Progress
+    from training_lens.display.progress import Progress
+    from training_lens.preparation.prepare_splits import prepare
 
     rows = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(20)]
     values = {

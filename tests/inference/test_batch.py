@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from training_lens.config.data_sections import CsvSection, DataSection
 from training_lens.config.judging_sections import InferenceSection
+from training_lens.data.example_types import Message
 from training_lens.data.reading import read_examples
 from training_lens.data.templates import build_renderer
-from training_lens.data.types import Message
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.inference import batch
 from training_lens.inference.batch import FileReport, answer_file, input_file, output_file
 from training_lens.inference.generator import answer
-from training_lens.inference.questions import QuestionReader, read_lines
+from training_lens.inference.prompts import QuestionReader, read_lines
 from training_lens.inference.session import Session, open_run
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 SETTINGS = InferenceSection(max_new_tokens=6)
 SAMPLED = InferenceSection(max_new_tokens=6, temperature=1.5, seed=3)

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from training_lens.config.judging_sections import BenchmarkSection
+from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError
 from training_lens.inference.benchmark import Benchmark, benchmark
+from training_lens.inference.benchmark_cells import Call, Speed, Spread
 from training_lens.inference.benchmark_page import left_out, table, write_benchmark_page
-from training_lens.inference.measures import Call, Speed, Spread
 from training_lens.inference.session import Session, open_run
-from training_lens.utils.progress import Progress
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 SMALL = BenchmarkSection(batch_sizes=[1, 3], prompt_lengths=[7, 40], new_tokens=5, repetitions=3)
 

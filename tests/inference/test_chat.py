@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from training_lens.config.judging_sections import InferenceSection
-from training_lens.data.types import Message
+from training_lens.data.example_types import Message
 from training_lens.inference.chat import COMMANDS, Chat
 from training_lens.inference.generator import answer
 from training_lens.inference.session import Session, open_run
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 SETTINGS = InferenceSection(max_new_tokens=8)
 Say = Callable[[str], str]

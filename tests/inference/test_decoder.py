@@ -16,13 +16,13 @@ import transformers
 from training_lens import TrainingConfig
 from training_lens.config.judging_sections import InferenceSection
 from training_lens.config.schema import PeftSection
-from training_lens.data.types import Message
+from training_lens.data.example_types import Message
 from training_lens.inference import decoder as subject
-from training_lens.inference.fast_layers import Attention, Product
 from training_lens.inference.generator import answer, answer_ids
 from training_lens.inference.session import Session, open_session, session_on
 from training_lens.models.adapters import attach, trainable
-from training_lens.models.engine import Engine
+from training_lens.models.fast.decoding_layers import Attention, Product
+from training_lens.models.fast.engine import Engine
 
 SETTINGS = InferenceSection(max_new_tokens=12)
 TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2}

@@ -10,10 +10,10 @@ import torch
 from training_lens import TrainingConfig
 from training_lens.config.judging_sections import InferenceSection
 from training_lens.errors import ConfigurationError
-from training_lens.inference.decoding import SHARED, Decoder
+from training_lens.inference.decode_loop import SHARED, Decoder
 from training_lens.inference.generator import answer_ids
-from training_lens.inference.kv_cache import SlotCache
 from training_lens.inference.session import Session, open_session
+from training_lens.models.fast.kv_cache import SlotCache
 
 NEW = 10
 

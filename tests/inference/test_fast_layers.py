@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from training_lens.inference.fast_layers import Linear, Product, Turn
-from training_lens.inference.replacing import linear_of, relative_error
+from training_lens.models.fast.decoding_layers import Linear, Product, Turn
+from training_lens.models.fast.replacing import linear_of, relative_error
 
 
 def adapted_linear(share: float) -> nn.Module:

@@ -22,15 +22,15 @@ import transformers
 from training_lens import TrainingConfig, embedded
 from training_lens.config.judging_sections import InferenceSection
 from training_lens.config.schema import ModelSection, PeftSection
-from training_lens.data.types import Message
+from training_lens.data.example_types import Message
 from training_lens.errors import OutOfMemoryError
-from training_lens.inference.decoding import Decoder
+from training_lens.inference.decode_loop import Decoder
 from training_lens.inference.generator import answer_ids
 from training_lens.inference.session import Session, open_run, open_session
 from training_lens.models.adapters import attach, base_only, save_adapter, trainable
 from training_lens.models.copies import merged_copy
 from training_lens.models.factory import load_model
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 POSITIONS, NEW = 64, 10
 LENGTHS = [1, 2, 3, 5, 7, 8, 9, 11, 13, 16, 20, 25, 30, 35, 40, 50, 57, 60]  # the last two leave 7 and 4 positions

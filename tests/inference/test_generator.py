@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from training_lens.config.judging_sections import InferenceSection
-from training_lens.data.types import Message
+from training_lens.data.example_types import Message
 from training_lens.errors import ConfigurationError
 from training_lens.inference.generator import answer, answers, generate_answers
 from training_lens.inference.session import Session, open_run
 from training_lens.models.factory import load_model
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 PROMPTS = ["Where does the owl live?", "What is 3 plus 4?", "Mia gave Tom 2 red apples in the shop.\nTell all.", "Hi"]
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from training_lens import embedded
 from training_lens.config.compose import validate
 from training_lens.errors import AdapterError, ConfigurationError, MergeError, OutputError
-from training_lens.inference.merge import MergeOptions, merge
 from training_lens.inference.session import open_run
+from training_lens.merging.merge_run import MergeOptions, merge
 from training_lens.models.adapters import attach, save_adapter
 from training_lens.models.factory import load_model
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import read_json, write_json
-from training_lens.utils.runs import RunFolder
 
 IDS = torch.arange(40, 72).view(2, 16)
 EARLIER = {"made_by": "training-lens merge", "files": ["merge.json"]}

@@ -11,12 +11,12 @@ import pytest
 
 from training_lens.config.data_sections import FieldsSection
 from training_lens.config.judging_sections import InferenceSection
-from training_lens.data.types import Example, Message
+from training_lens.data.example_types import Example, Message
 from training_lens.inference.batch import answer_file, input_file
 from training_lens.inference.chat import Chat
 from training_lens.inference.generator import answer
 from training_lens.inference.session import Session, are_texts, open_run
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 SETTINGS = InferenceSection(max_new_tokens=6)
 

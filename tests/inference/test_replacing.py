@@ -8,8 +8,8 @@ import pytest
 import torch
 from random_models import random_model
 
-from training_lens.inference.fast_layers import Attention, GatedMlp, Norm, Product
-from training_lens.inference.replacing import relative_error, replace_layers
+from training_lens.models.fast.decoding_layers import Attention, GatedMlp, Norm, Product
+from training_lens.models.fast.replacing import relative_error, replace_layers
 
 LAYERS = 2
 KNOWN = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text", "Granite"]

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training_lens.errors import ConfigurationError
-from training_lens.inference.probes import TOKENS, Probes, Reference, probes, reference, run_rows
 from training_lens.inference.session import Session, open_run
-from training_lens.inference.verification import compare, verify
-from training_lens.models.merging import fold, save_merged
-from training_lens.utils.runs import RunFolder
+from training_lens.merging.merge_tensors import fold, save_merged
+from training_lens.merging.probe_prompts import TOKENS, Probes, Reference, probes, reference, run_rows
+from training_lens.merging.verification import compare, verify
+from training_lens.runs.run_folder import RunFolder
 
 JOB: dict[str, Any] = {
     "class": "AutoModelForCausalLM", "base": None, "revision": None, "trust_remote_code": False, "device": "cpu",

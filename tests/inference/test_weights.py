@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import MergeError
-from training_lens.inference.weights import Written, check_weights
+from training_lens.merging.merge_tensors import fold, save_delta, save_merged
+from training_lens.merging.merged_weights import Written, check_weights
 from training_lens.models.adapters import attach, load_adapter, save_adapter, trainable
 from training_lens.models.factory import load_model
-from training_lens.models.merging import fold, save_delta, save_merged
 from training_lens.utils.devices import DTYPES
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from training_lens import TrainingWrapper
-from training_lens.training.callbacks import Callback
-from training_lens.utils.runs import RunFolder, read_metrics
+from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.training.loop.callbacks import Callback
 
 Couriers = Callable[[int], list[int]]
 OWN = """

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_lens.config.run_config import read_run_config, remember_consent
 from training_lens.integrations.evaluations import benchmark_scalars, record_evaluation, send_evaluations
 from training_lens.integrations.sync import look, send
-from training_lens.utils.runs import RunFolder, read_metrics
+from training_lens.runs.run_folder import RunFolder, read_metrics
 
 REPORT: dict[str, Any] = {
     "base": {"loss": 3.0, "perplexity": float("inf")},

@@ -17,8 +17,8 @@ from training_lens.integrations.mirror import MirrorIntegration
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.remote import Content, RemoteRun, find_remote, runs_in
 from training_lens.integrations.storage import open_storage
+from training_lens.runs.run_folder import RunFolder, read_metrics
 from training_lens.utils.files import read_json, sha256_of, write_json
-from training_lens.utils.runs import RunFolder, read_metrics
 
 
 @pytest.fixture

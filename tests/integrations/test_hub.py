@@ -22,10 +22,15 @@ from training_lens.integrations.hub import HuggingFaceIntegration
 from training_lens.integrations.published import Names
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.sync import look, send
-from training_lens.utils.checkpoints import checkpoint_folder, list_checkpoints, verify_checkpoint, write_checkpoint
+from training_lens.runs.checkpoint_format import (
+    checkpoint_folder,
+    list_checkpoints,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import read_json, write_json
 from training_lens.utils.integrity import record_hashes
-from training_lens.utils.runs import RunFolder
 
 REPO = "me/adapter"
 WEIGHTS = "adapter_model.safetensors"

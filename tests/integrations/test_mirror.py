@@ -14,8 +14,8 @@ from training_lens.integrations.mirror import MirrorIntegration
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.remote import RemoteRun, runs_in
 from training_lens.integrations.storage import StorageBackend, open_storage
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import sha256_of
-from training_lens.utils.runs import RunFolder
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from training_lens.integrations.mlflow import MlflowIntegration, _safe
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.sync import look, send
 from training_lens.integrations.wandb_media import artifacts
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 from .conftest import SAMPLES, due  # type: ignore[import-not-found]
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner, Result
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.cli import cli
 from training_lens.integrations.sync import look
-from training_lens.training.callbacks import Callback
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.loop.callbacks import Callback
 
 PLANTED = {
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
@@ -219,7 +219,7 @@ def test_no_file_of_a_run_that_fails_holds_the_secret_in_its_error(
 def test_sync_strikes_out_what_an_error_holds(
     small_config: Callable[..., Any], planted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training_lens.core.integration.TRIES_AT_THE_END", 1)
+    monkeypatch.setattr("training_lens.integrations.delivery.TRIES_AT_THE_END", 1)
     run = TrainingWrapper(small_config(training={"max_steps": 1, "warmup_ratio": 0})).train().run_dir
     result: Result = CliRunner().invoke(cli, ["sync", run, "tracking.custom={leaking.Leaking: {}}", "--json"])
     assert result.exit_code == 1 and "***" in json.loads(result.stdout)["integrations"][0]["error"]

@@ -22,9 +22,9 @@ from training_lens.integrations.fetching import fetch_to_resume
 from training_lens.integrations.remote import RemoteRun, runs_in
 from training_lens.integrations.storage import open_storage
 from training_lens.integrations.sync import look, send
-from training_lens.training.callbacks import Callback
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.files import sha256_of
-from training_lens.utils.runs import RunFolder
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -151,7 +151,7 @@ def test_what_a_dead_server_missed_goes_out_by_sync(s3: Server, plain: str, tmp_
 SCRIPT = """
 import json, sys, time
 from training_lens import TrainingConfig, TrainingWrapper
-from training_lens.training.callbacks import Callback
+from training_lens.training.loop.callbacks import Callback
 
 class Wait(Callback):
     def on_step_end(self, trainer, report):

@@ -17,7 +17,7 @@ import torch
 
 from training_lens.errors import IntegrationError
 from training_lens.integrations import ActivationStorage, LocalStorage, StorageBackend, checksums, open_storage
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 
 class Shelf(StorageBackend):

@@ -21,8 +21,8 @@ from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.sync import look, send
 from training_lens.integrations.tensorboard import TensorBoardIntegration
+from training_lens.runs.run_folder import RunFolder, read_metrics
 from training_lens.utils.files import read_json, write_json
-from training_lens.utils.runs import RunFolder, read_metrics
 
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In *hall* {i}.", "domain": "ab"[i % 2]} for i in range(24)]
 SETTINGS: dict[str, Any] = {
@@ -198,7 +198,7 @@ def test_sigkill_and_resume_show_each_step_once(tmp_path: Path) -> None:
         [
             "import json, os, sys, time",
             "from training_lens import TrainingConfig, TrainingWrapper",
-            "from training_lens.training.callbacks import Callback",
+            "from training_lens.training.loop.callbacks import Callback",
             "class Killed(Callback):",
             "    def on_gradients(self, trainer, step):",
             "        if step == 4:",

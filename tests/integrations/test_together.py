@@ -20,9 +20,9 @@ from training_lens.config.compose import compose, validate
 from training_lens.integrations.remote import RemoteRun
 from training_lens.integrations.storage import open_storage
 from training_lens.integrations.sync import look, send
-from training_lens.training.callbacks import Callback
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.files import sha256_of
-from training_lens.utils.runs import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's use of SQLAlchemy
 WEIGHTS = "adapter_model.safetensors"

@@ -14,7 +14,7 @@ import pytest
 from training_lens import TrainingWrapper
 from training_lens.errors import ConfigurationError
 from training_lens.integrations.sync import look, send
-from training_lens.utils.runs import RunFolder, read_metrics
+from training_lens.runs.run_folder import RunFolder, read_metrics
 
 OWN = '''
 import json
@@ -153,7 +153,7 @@ def test_a_class_that_is_none_is_found_before_anything_starts(
 def test_a_killed_courier_changes_no_bit_and_is_said(
     small_config: Callable[..., Any], own: Path, couriers_of: Callable[..., list[int]]
 ) -> None:
-    from training_lens.training.callbacks import Callback
+    from training_lens.training.loop.callbacks import Callback
 
     class KillsTheCourier(Callback):
         def on_step_end(self, trainer: Any, report: Any) -> None:

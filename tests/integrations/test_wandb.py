@@ -18,16 +18,16 @@ import pytest
 
 from training_lens import TrainingWrapper
 from training_lens.config.compose import validate
-from training_lens.core.integration import IntegrationState
 from training_lens.errors import IntegrationError
+from training_lens.integrations.delivery import IntegrationState
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.sync import look, send
 from training_lens.integrations.wandb import WandBIntegration, id_of, require_written
-from training_lens.training.callbacks import Callback
+from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.files import sha256_of
 from training_lens.utils.integrity import write_sealed
 from training_lens.utils.nested import flat
-from training_lens.utils.runs import RunFolder, read_metrics
 
 wandb = pytest.importorskip("wandb")
 WEIGHTS = "adapter_model.safetensors"
@@ -272,7 +272,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_found_and_what_it_did_not_take_is_sent_elsewhere(
     run: RunFolder, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training_lens.core.integration.TRIES_AT_THE_END", 2)
+    monkeypatch.setattr("training_lens.integrations.delivery.TRIES_AT_THE_END", 2)
     (state,) = send(run, to("offline", folder=str(small_disk)))
     assert state.status == "left" and state.outstanding == "11 lines of its journals, its end"
     assert statuses(send(run, to("offline", folder=str(tmp_path / "other")))) == ["delivered"]
@@ -353,7 +353,7 @@ def test_a_server_that_fails_is_given_up_in_time(
 
 def test_a_server_that_is_not_there_is_asked_again(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training_lens.integrations.wandb.INIT_SECONDS", 1.0)
-    monkeypatch.setattr("training_lens.core.integration.TRIES_AT_THE_END", 2)
+    monkeypatch.setattr("training_lens.integrations.delivery.TRIES_AT_THE_END", 2)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     (state,) = send(run, to("online"))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError
+from training_lens.models.adapter_files import adopt
 from training_lens.models.adapters import (
     attach,
     base_only,
@@ -25,7 +26,6 @@ from training_lens.models.adapters import (
     trainable,
 )
 from training_lens.models.factory import load_model
-from training_lens.models.saved import adopt
 from training_lens.utils.devices import autocast
 
 CPU = torch.device("cpu")

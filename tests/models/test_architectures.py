@@ -19,10 +19,10 @@ from training_lens import TrainingWrapper, embedded
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError, InterruptedRunError, ModelLoadingError
 from training_lens.models.adapters import adapted_modules, attach, check_adapter
-from training_lens.models.engine import Engine
-from training_lens.models.fusion import unpackable_layers
-from training_lens.training.callbacks import Callback, StepReport
-from training_lens.utils.runs import RunFolder
+from training_lens.models.fast.engine import Engine
+from training_lens.models.fast.fusion import unpackable_layers
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.loop.callbacks import Callback, StepReport
 
 VOCABULARY = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.08}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}

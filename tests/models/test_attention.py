@@ -10,8 +10,8 @@ from pairwise import pairwise  # type: ignore[import-not-found]
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from training_lens.models import attention
-from training_lens.models.attention import Segments
+from training_lens.models.fast import attention
+from training_lens.models.fast.attention import Segments
 
 segment_attention = jaxtyped(typechecker=beartype)(attention.segment_attention)
 LENGTHS = Segments((4, 1, 6))

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import ModelLoadingError
+from training_lens.merging.merge_tensors import fold, save_merged
 from training_lens.models.adapters import attach, trainable
 from training_lens.models.checkpoint_files import read_header
 from training_lens.models.factory import load_model
-from training_lens.models.merging import fold, save_merged
 from training_lens.utils.files import read_json, write_json
 
 CPU = torch.device("cpu")

@@ -13,11 +13,11 @@ import torch
 from training_lens import TrainingConfig, TrainingWrapper, embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ModelLoadingError
-from training_lens.inference.merge import MergeOptions, merge
+from training_lens.merging.merge_run import MergeOptions, merge
 from training_lens.models.adapters import base_only, load_adapter
 from training_lens.models.embeddings import check_vocabulary, required_rows, resize_embeddings
 from training_lens.models.factory import build_skeleton, load_model, load_tokenizer
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 ADDED = ["<think>", "</think>", "<call>"]

@@ -25,8 +25,8 @@ from transformers import (
 
 from training_lens.config.schema import PeftSection
 from training_lens.models.adapters import attach
-from training_lens.models.engine import Engine
-from training_lens.models.fusion import fuse, unfuse
+from training_lens.models.fast.engine import Engine
+from training_lens.models.fast.fusion import fuse, unfuse
 from training_lens.models.scoring import supervised_scores
 
 SMALL = {

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from training_lens.models.joined import Joined
+from training_lens.models.fast.joined import Joined
 
 
 def adapted(bias: bool = False, rank: int = 3, **config: Any) -> Linear:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.nn.functional import gelu, linear, silu
 
-from training_lens.models import kernels
+from training_lens.models.fast import kernels
 
 lora_linear = jaxtyped(typechecker=beartype)(kernels.lora_linear)
 row_norms = jaxtyped(typechecker=beartype)(kernels.row_norms)

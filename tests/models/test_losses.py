@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy, linear
 
-from training_lens.models import losses
+from training_lens.models.fast import losses
 
 linear_nll = jaxtyped(typechecker=beartype)(losses.linear_nll)
 nll = jaxtyped(typechecker=beartype)(losses.nll)

@@ -12,9 +12,9 @@ import torch
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError
+from training_lens.merging.merge_tensors import check_foldable, fold, scaled
 from training_lens.models.adapters import attach, base_only, load_adapter, save_adapter, trainable
 from training_lens.models.factory import load_model
-from training_lens.models.merging import check_foldable, fold, scaled
 
 CPU = torch.device("cpu")
 IDS = torch.arange(40, 72).view(2, 16)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.models.adapters import attach, trainable
-from training_lens.models.engine import Engine
 from training_lens.models.factory import load_model
+from training_lens.models.fast.engine import Engine
 from training_lens.models.rotary import example_lengths, longest_short_sequence
 from training_lens.models.scoring import paired_scores, supervised_scores
 

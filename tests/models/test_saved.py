@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError, ConfigurationError
+from training_lens.models.adapter_files import CONFIG, WEIGHTS, adopt, check_fit, saved_shapes
 from training_lens.models.adapters import attach, check_adapter, load_adapter, restore_adapter, save_adapter, trainable
 from training_lens.models.factory import build_skeleton, load_model
-from training_lens.models.saved import CONFIG, WEIGHTS, adopt, check_fit, saved_shapes
-from training_lens.training.callbacks import Callback
-from training_lens.training.trainer import Trainer
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.loop.callbacks import Callback
+from training_lens.training.loop.trainer import Trainer
 from training_lens.utils.files import read_json, write_json
-from training_lens.utils.runs import RunFolder
 
 Config = Callable[..., TrainingConfig]
 IDS = torch.arange(40, 72).view(2, 16)

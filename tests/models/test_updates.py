@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training_lens.models.updates import PREFIX, LowRank, Whole, saved_updates
+from training_lens.merging.weight_update import PREFIX, LowRank, Whole, saved_updates
 
 EVERY = slice(None)
 WEIGHT = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from training_lens.config.schema import TrainingConfig
+from training_lens.runs.run_folder import runs_folder
 from training_lens.sweeps.runner import Sweep
-from training_lens.utils.runs import runs_folder
 
 
 def run_sweep(config: TrainingConfig, ended: Path) -> None:

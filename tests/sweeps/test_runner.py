@@ -19,12 +19,12 @@ from training_lens import TrainingWrapper
 from training_lens.config.compose import compose
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError, InterruptedRunError, OutOfMemoryError, TrainingError
+from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.sweeps.leaderboard import Leaderboard, Row
 from training_lens.sweeps.runner import Sweep
 from training_lens.sweeps.worker import Worker
-from training_lens.training.optimization import default_lr
-from training_lens.training.trainer import Trainer
-from training_lens.utils.runs import RunFolder, runs_folder
+from training_lens.training.loop.optimizer import default_lr
+from training_lens.training.loop.trainer import Trainer
 
 Config = Callable[..., TrainingConfig]
 WriteRows = Callable[..., Path]

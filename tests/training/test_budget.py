@@ -18,17 +18,25 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Con
 from training_lens.config.schema import ModelSection, PeftSection, TrainingConfig
 from training_lens.errors import InterruptedRunError
 from training_lens.models.adapters import attach, trainable
-from training_lens.models.engine import Engine
 from training_lens.models.factory import checkpoint_gradients
-from training_lens.models.fusion import unfuse
-from training_lens.training import budget
-from training_lens.training.budget import BUFFERS, LEAST, Footprint, affordable, footprint, measured, planned
-from training_lens.training.callbacks import Callback
-from training_lens.training.estimates import estimate_run
-from training_lens.training.trainer import Trainer
-from training_lens.training.wrapper import TrainingWrapper
+from training_lens.models.fast.engine import Engine
+from training_lens.models.fast.fusion import unfuse
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.estimate import estimate_run
+from training_lens.training.loop import memory_budget as budget
+from training_lens.training.loop.callbacks import Callback
+from training_lens.training.loop.memory_budget import (
+    BUFFERS,
+    LEAST,
+    Footprint,
+    affordable,
+    footprint,
+    measured,
+    planned,
+)
+from training_lens.training.loop.trainer import Trainer
+from training_lens.training.run import TrainingWrapper
 from training_lens.utils.devices import autocast
-from training_lens.utils.runs import RunFolder
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTH = 64

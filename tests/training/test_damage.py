@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 from training_lens import TrainingConfig, TrainingWrapper, embedded
-from training_lens.core.store import LensStore
+from training_lens.core.lens_store import LensStore
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, DamagedFileError
 from training_lens.inference.session import open_run
 from training_lens.integrations.published import Names, adapter_files
 from training_lens.integrations.record import RunRecord
-from training_lens.models.saved import require_adapter
+from training_lens.models.adapter_files import require_adapter
 from training_lens.models.stored import check_base
-from training_lens.training.callbacks import Callback
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.integrity import recorded_hashes
-from training_lens.utils.runs import RunFolder
 
 Config = Callable[..., TrainingConfig]
 READ_TO_ANSWER = ("artifacts/", "metadata/config.json", "metadata/data.json")
@@ -126,7 +126,7 @@ def test_a_resume_records_the_base_that_a_kill_left_unrecorded(small_config: Con
 KILLED = """
 import os, sys
 from training_lens import TrainingConfig, TrainingWrapper
-from training_lens.training.callbacks import Callback
+from training_lens.training.loop.callbacks import Callback
 
 class Kill(Callback):
     def on_checkpoint(self, trainer, folder):

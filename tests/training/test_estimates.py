@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from training_lens import embedded
 from training_lens.errors import TrainingError
-from training_lens.training import estimates
-from training_lens.training.estimates import estimate_run, step_tokens
-from training_lens.training.wrapper import TrainingWrapper
+from training_lens.training import estimate as estimates
+from training_lens.training.estimate import estimate_run, step_tokens
+from training_lens.training.run import TrainingWrapper
 
 
 def test_an_estimate_has_all_its_parts_and_writes_nothing(small_config: Callable[..., Any], tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_learning_rate_that_diverges_is_no_reason_against_the_run(small_config
 SHORT_OF_MEMORY = """
 import resource, sys
 from training_lens.cli import cli
-import training_lens.training.wrapper, training_lens.training.estimates, transformers, peft
+import training_lens.training.run, training_lens.training.estimate, transformers, peft
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1_100_000_000,) * 2)
 cli(sys.argv[1:])

@@ -12,14 +12,14 @@ import torch
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.batching import Schedule
-from training_lens.data.store import TokenDataset
-from training_lens.data.types import Batch
+from training_lens.data.example_types import Batch
+from training_lens.data.token_dataset import TokenDataset
 from training_lens.models.adapters import trainable
-from training_lens.training.feeding import Feed
-from training_lens.training.trainer import Trainer
-from training_lens.training.wrapper import TrainingWrapper
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.loop.dataloader import Feed
+from training_lens.training.loop.trainer import Trainer
+from training_lens.training.run import TrainingWrapper
 from training_lens.utils.processes import Processes
-from training_lens.utils.runs import RunFolder
 
 Config = Callable[..., TrainingConfig]
 PROCESSES = Processes(torch.device("cpu"))
@@ -30,7 +30,7 @@ SCHEDULE = Schedule(examples=40, global_batch=8, epochs=1, max_steps=None, seed=
 def dataset() -> TokenDataset:
     import numpy as np
 
-    from training_lens.data.types import TokenizedExample
+    from training_lens.data.example_types import TokenizedExample
 
     lengths = np.random.default_rng(0).integers(2, 30, 40)
     return TokenDataset.of(

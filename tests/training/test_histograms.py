@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from training_lens import TrainingWrapper
+from training_lens.runs.run_folder import RunFolder
 from training_lens.training import histograms as module
-from training_lens.training.callbacks import Callback
 from training_lens.training.histograms import BINS, Histograms, histograms
-from training_lens.utils.runs import RunFolder
+from training_lens.training.loop.callbacks import Callback
 
 Config = Callable[..., Any]
 DATA = {"train": [{"question": f"Where is box {i}?", "answer": f"In hall {i}."} for i in range(24)], "val_ratio": 0.25}

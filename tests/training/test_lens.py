@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from training_lens.config.schema import TrainingConfig
-from training_lens.core.store import LensStore
+from training_lens.core.lens_store import LensStore
 from training_lens.errors import ConfigurationError
-from training_lens.training.wrapper import TrainingWrapper
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.run import TrainingWrapper
 
 Config = Callable[..., TrainingConfig]
 

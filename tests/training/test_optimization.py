@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from training_lens.config.schema import TrainingSection
 from training_lens.errors import ConfigurationError
-from training_lens.training.optimization import (
+from training_lens.training.loop.optimizer import (
     build_optimizer,
     clip_,
     default_lr,

@@ -14,14 +14,14 @@ import torch
 
 from training_lens import TrainingWrapper
 from training_lens.config.judging_sections import InferenceSection
-from training_lens.data.store import TokenDataset
-from training_lens.data.types import TokenizedExample
+from training_lens.data.example_types import TokenizedExample
+from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import InterruptedRunError
 from training_lens.inference.generator import answer
 from training_lens.inference.session import open_run
-from training_lens.training.callbacks import Callback
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.loop.callbacks import Callback
 from training_lens.training.samples import OPENING, Samples, prompts_of
-from training_lens.utils.runs import RunFolder
 
 Config = Callable[..., Any]
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In hall {i}."} for i in range(24)]

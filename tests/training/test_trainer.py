@@ -15,10 +15,10 @@ import torch
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import TrainingError
 from training_lens.models.adapters import trainable
-from training_lens.training.callbacks import Callback, StepReport
-from training_lens.training.trainer import Trainer
-from training_lens.training.wrapper import TrainingWrapper
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.loop.callbacks import Callback, StepReport
+from training_lens.training.loop.trainer import Trainer
+from training_lens.training.run import TrainingWrapper
 
 Config = Callable[..., TrainingConfig]
 

@@ -29,9 +29,9 @@ from training_lens.errors import (
     InterruptedRunError,
     TrainingLensError,
 )
-from training_lens.training.callbacks import Callback, MetricsCollector
-from training_lens.utils.run_lookup import find_run
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
+from training_lens.runs.run_lookup import find_run
+from training_lens.training.loop.callbacks import Callback, MetricsCollector
 
 Config = Callable[..., TrainingConfig]
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(24)]

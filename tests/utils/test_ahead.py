@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from training_lens.utils.ahead import ahead
+from training_lens.utils.prefetch import ahead
 
 
 def test_all_items_come_in_their_order_also_those_that_are_nothing() -> None:

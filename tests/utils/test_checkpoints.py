@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from training_lens.errors import CheckpointError
-from training_lens.utils.checkpoints import list_checkpoints, newest_intact, verify_checkpoint, write_checkpoint
+from training_lens.runs.checkpoint_format import list_checkpoints, newest_intact, verify_checkpoint, write_checkpoint
 
 
 def write(folder: Path, step: int) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from training_lens.models.native import calls
+from training_lens.models.fast.native import library as calls
 from training_lens.utils.compiling import CompilationError, compiled
 
 pytestmark = pytest.mark.skipif(calls.library() is None, reason="no C compiler here")

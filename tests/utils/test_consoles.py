@@ -12,8 +12,8 @@ import pytest
 from rich.table import Table
 
 import training_lens
+from training_lens.display.progress import Progress
 from training_lens.utils.consoles import plain_console
-from training_lens.utils.progress import Progress
 
 WORDS = "[bold red]a[/] [/] [link=file:///x]b[/link] :smile: [draft] rows.jsonl"
 

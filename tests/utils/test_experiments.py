@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.utils.experiments import (
+from training_lens.runs.run_folder import RunFolder, runs_folder
+from training_lens.runs.run_listing import (
     ListedRun,
     best_run,
     config_differences,
@@ -22,7 +23,6 @@ from training_lens.utils.experiments import (
     validated_alike,
 )
 from training_lens.utils.files import write_json
-from training_lens.utils.runs import RunFolder, runs_folder
 
 
 def make(base: Path, run_id: str, *, experiment: str = "default", config: Any = None, **summary: Any) -> RunFolder:

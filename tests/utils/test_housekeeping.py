@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from training_lens.errors import CheckpointError, ConfigurationError
+from training_lens.runs.housekeeping import change_tags, check_deletable, delete_run, read_tags, size_of
+from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.utils.files import write_json
-from training_lens.utils.housekeeping import change_tags, check_deletable, delete_run, read_tags, size_of
-from training_lens.utils.runs import RunFolder, runs_folder
 
 
 def make(base: Path, run_id: str, status: str = "finished") -> RunFolder:

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from training_lens.errors import DatasetError
-from training_lens.utils.hub import require_hub
+from training_lens.utils.hub_access import require_hub
 
 
 class Refusing(BaseHTTPRequestHandler):

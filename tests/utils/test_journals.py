@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from training_lens.utils.journals import Journal, JournalReader, Position
-from training_lens.utils.runs import read_metrics
+from training_lens.runs.journal import Journal, JournalReader, Position
+from training_lens.runs.run_folder import read_metrics
 
 
 def write(path: Path, steps: list[int], after: int = 0) -> None:

@@ -8,7 +8,7 @@ from html import unescape
 import pytest
 from tensorboard.plugin_util import markdown_to_safe_html
 
-from training_lens.utils.markdown import table, verbatim
+from training_lens.display.markdown import table, verbatim
 
 TEXTS = [
     "plain, with 3.5 and a - b",

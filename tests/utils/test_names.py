@@ -11,11 +11,11 @@ import pytest
 from training_lens.config.compose import compose
 from training_lens.errors import CheckpointError, ConfigurationError, IntegrationError
 from training_lens.integrations.storage import LocalStorage
+from training_lens.runs.housekeeping import change_tags, check_deletable, delete_run
+from training_lens.runs.run_folder import RunFolder, runs_folder
+from training_lens.runs.run_lookup import folders_of
 from training_lens.utils.files import whole_file, write_json
-from training_lens.utils.housekeeping import change_tags, check_deletable, delete_run
 from training_lens.utils.names import check_experiment, check_run_id, expand_home, find_fault, require_contained
-from training_lens.utils.run_lookup import folders_of
-from training_lens.utils.runs import RunFolder, runs_folder
 
 NEVER = (
     "",

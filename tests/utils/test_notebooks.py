@@ -9,14 +9,14 @@ import nbformat
 from nbclient import NotebookClient
 from rich.console import Console
 
-from training_lens.utils.notebooks import notebook_console
-from training_lens.utils.progress import Progress, bars
+from training_lens.display.notebook import notebook_console
+from training_lens.display.progress import Progress, bars
 
 SHOWS = """
 import time
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
-from training_lens.utils.progress import bars
+from training_lens.display.progress import bars
 columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} {task.fields[more]}"))
 drawn = bars(Console(), *columns)
 with drawn:
@@ -26,8 +26,8 @@ with drawn:
         drawn.update(task, completed=i + 1, more="<b>loss</b>")
 """
 SHORT = """
-from training_lens.utils.notebooks import notebook_console
-from training_lens.utils.progress import Progress
+from training_lens.display.notebook import notebook_console
+from training_lens.display.progress import Progress
 with Progress(notebook_console()).task("reading", 3) as advance:
     advance(3)
 """

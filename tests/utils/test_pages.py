@@ -6,7 +6,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from training_lens.utils.pages import Beside, Bullets, Callout, Picture, Table, write_page
+from training_lens.display.html import Beside, Bullets, Callout, Picture, Table, write_page
 
 EVIL = "<script>alert('x')</script>"
 

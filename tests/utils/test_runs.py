@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from training_lens.errors import CheckpointError
+from training_lens.runs.run_folder import RunFolder, new_run_id, read_metrics, run_folders, runs_folder
+from training_lens.runs.run_lookup import find_run
 from training_lens.utils.files import write_json
-from training_lens.utils.run_lookup import find_run
-from training_lens.utils.runs import RunFolder, new_run_id, read_metrics, run_folders, runs_folder
 
 
 def make(base: Path, run_id: str, status: str, experiment: str = "default") -> RunFolder:
@@ -108,7 +108,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from training_lens.utils.files import write_json
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
 
 run = RunFolder(Path(sys.argv[1])).create()
 with run.held():

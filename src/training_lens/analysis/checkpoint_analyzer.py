@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from training_lens.analysis.evolution import By, evolution
-from training_lens.analysis.reading import open_recording
-from training_lens.analyzers.grouping import number, numbers
-from training_lens.analyzers.readings.similarity import Likeness, SimilarityAnalyzer, directions, likenesses
-from training_lens.analyzers.snapshots import snapshot_factors
-from training_lens.core import tables
+from training_lens.analysis.open_recording import open_recording
+from training_lens.analyzers.module_groups import number, numbers
+from training_lens.analyzers.saved_factors import snapshot_factors
+from training_lens.analyzers.similarity_analyzer import Likeness, SimilarityAnalyzer, directions, likenesses
+from training_lens.core import table_names as tables
 from training_lens.core.analyzer import DataAnalyzer
+from training_lens.core.module_batches import Factors
 from training_lens.core.recording import Recording
 from training_lens.core.registry import AnalyzerRegistry
-from training_lens.core.stacks import Factors
 from training_lens.core.types import Series
 from training_lens.errors import LensError
 from training_lens.utils.formatting import said

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from training_lens.analyzers.grouping import (
+from training_lens.analyzers.gradient_analyzer import gradient_norms
+from training_lens.analyzers.module_groups import (
     NORMS,
     OUTSIDE,
     By,
@@ -14,8 +15,7 @@ from training_lens.analyzers.grouping import (
     thinned,
     update_strength,
 )
-from training_lens.analyzers.readings.gradients import gradient_norms
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
 from training_lens.errors import ConfigurationError

@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.core.arrow import arrow_table, series_of
 from training_lens.core.types import Captured, Series
 from training_lens.errors import LensError
+from training_lens.runs.run_folder import read_metrics
 from training_lens.utils.files import read_json
-from training_lens.utils.runs import read_metrics
 
 TRAINER_STATE = "trainer_state.json"
 TRAINER_NAMES = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr", "epoch": "epoch"}

@@ -13,12 +13,12 @@ from training_lens.config.judging_sections import InferenceSection
 from training_lens.config.run_config import read_run_config
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError
-from training_lens.utils.checkpoints import checkpoint_steps
-from training_lens.utils.experiments import so_far
-from training_lens.utils.housekeeping import in_place
+from training_lens.runs.checkpoint_format import checkpoint_steps
+from training_lens.runs.housekeeping import in_place
+from training_lens.runs.run_folder import LATEST, RunFolder
+from training_lens.runs.run_listing import so_far
+from training_lens.runs.run_lookup import find_run, folders_of
 from training_lens.utils.names import expand_home
-from training_lens.utils.run_lookup import find_run, folders_of
-from training_lens.utils.runs import LATEST, RunFolder
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -175,7 +175,7 @@ class Run:
 
     def figure(self) -> Figure:
         """Training and validation loss, with epochs, spikes and checkpoints, to zoom into."""
-        from training_lens.analysis.figures.runs import loss
+        from training_lens.analysis.figures.run_figures import loss
 
         return loss(self.log, checkpoint_steps(self.folder.checkpoints))
 

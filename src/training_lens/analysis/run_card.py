@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training_lens.analysis.figures.runs import is_long, smooth
-from training_lens.analysis.figures.style import COLOURS
+from training_lens.analysis.figures.run_figures import is_long, smooth
 from training_lens.analysis.reports.executive import WRONG, in_short, verdict
 from training_lens.analysis.run_verdict import find_verdict
-from training_lens.analysis.sketches import Curve, sketch
-from training_lens.core import tables
+from training_lens.core import table_names as tables
+from training_lens.display.colors import COLOURS
+from training_lens.display.html import Bullets, Drawing, Table, card
+from training_lens.display.svg import Curve, sketch
 from training_lens.errors import TrainingLensError
 from training_lens.models.adapters import describe
 from training_lens.utils.formatting import format_count, format_seconds
-from training_lens.utils.pages import Bullets, Drawing, Table, card
 
 if TYPE_CHECKING:
     from training_lens.analysis.logs import Log
     from training_lens.analysis.run import Run
-    from training_lens.utils.pages import Part
+    from training_lens.display.html import Part
 
 LOSS_AXES = ("step", "loss, nats per supervised token")
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from training_lens.analysis.figures.style import COLOURS, add_line, canvas, label
+from training_lens.analysis.figures.style import add_line, canvas, label
 from training_lens.analysis.run_card import LOSS_AXES, loss_curves
-from training_lens.analysis.sketches import Curve, sketch
+from training_lens.display.colors import COLOURS
+from training_lens.display.html import Drawing, Table, card
+from training_lens.display.svg import Curve, sketch
 from training_lens.errors import CheckpointError
-from training_lens.utils.experiments import BROKEN, config_differences, read_run, validated_alike
-from training_lens.utils.pages import Drawing, Table, card
+from training_lens.runs.run_listing import BROKEN, config_differences, read_run, validated_alike
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from plotly.graph_objects import Figure
 
     from training_lens.analysis.run import Run
-    from training_lens.utils.pages import Part
+    from training_lens.display.html import Part
 
 SHOWN = (
     "steps",

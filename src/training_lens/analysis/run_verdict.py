@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.errors import CheckpointError
 from training_lens.evaluation.training_record import TrainingRecord, build_training_record
 from training_lens.evaluation.training_verdict import judge_training
 from training_lens.evaluation.verdict import Verdict
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.integrity import read_sealed
 from training_lens.utils.logging import get_logger
-from training_lens.utils.runs import RunFolder
 
 logger = get_logger(__name__)
 

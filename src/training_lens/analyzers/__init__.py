@@ -5,11 +5,11 @@ Importing the package registers the built-in analyzers.
 
 from __future__ import annotations
 
-from training_lens.analyzers.readings.activations import ActivationAnalyzer
-from training_lens.analyzers.readings.convergence import ConvergenceAnalyzer
-from training_lens.analyzers.readings.gradients import GradientAnalyzer
-from training_lens.analyzers.readings.similarity import SimilarityAnalyzer
-from training_lens.analyzers.readings.weights import LoRAAnalyzer
+from training_lens.analyzers.activation_analyzer import ActivationAnalyzer
+from training_lens.analyzers.convergence_analyzer import ConvergenceAnalyzer
+from training_lens.analyzers.gradient_analyzer import GradientAnalyzer
+from training_lens.analyzers.lora_analyzer import LoRAAnalyzer
+from training_lens.analyzers.similarity_analyzer import SimilarityAnalyzer
 
 WeightAnalyzer = LoRAAnalyzer
 

@@ -80,9 +80,9 @@ def analyze(
 
 def _measure_rank(screen: Screen, analyzer: CheckpointAnalyzer, given: dict[str, Any]) -> None:
     from training_lens.analysis.findings import measure_rank
+    from training_lens.display.progress import Progress
     from training_lens.errors import LensError
-    from training_lens.utils.progress import Progress
-    from training_lens.utils.runs import RunFolder
+    from training_lens.runs.run_folder import RunFolder
 
     run = RunFolder(analyzer.recording.folder)
     if not run.metadata.is_dir():

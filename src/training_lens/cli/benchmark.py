@@ -42,11 +42,11 @@ def benchmark(
         )
         found = locate_run(run, settings.output, finished=True)
         found.require_adapter()
+        from training_lens.display.progress import Progress
         from training_lens.inference.benchmark import benchmark as measure
         from training_lens.inference.benchmark_page import write_benchmark_page
         from training_lens.inference.session import open_run
         from training_lens.utils.files import write_json
-        from training_lens.utils.progress import Progress
 
         session = open_run(found, device_of(settings), given=settings.given())
         report = measure(session, settings.benchmark, Progress(screen.console))

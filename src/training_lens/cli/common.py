@@ -228,7 +228,7 @@ def load_adapter_config(
     if run is not None and named:
         raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
     settings = load_config(config_files, overrides, {"inference": {"adapter": run}} if run is not None else None)
-    from training_lens.utils.run_lookup import uses_own_model
+    from training_lens.runs.run_lookup import uses_own_model
 
     own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else OF_ANY_RUN
     refuse_unused(overrides, (*used, "output.", *own), "a run answers with its own config.")

@@ -55,7 +55,7 @@ def compare(
         settings = load_adapter_config(config, overrides, run, USED)
         judge, examples, folder = opened(screen, settings)
         _require_adapter(judge.session)
-        from training_lens.evaluation.judging import BrokenAdapterError
+        from training_lens.evaluation.run_evaluation import BrokenAdapterError
 
         try:
             judgement = judge.compare(examples)
@@ -67,14 +67,14 @@ def compare(
 
 def _used(against: str) -> tuple[str, ...]:
     """The settings that a comparison heeds; an adapter folder stands on `model.id`."""
-    from training_lens.utils.run_lookup import uses_own_model
+    from training_lens.runs.run_lookup import uses_own_model
 
     return (*USED, "model.", "data.") if uses_own_model(against) else USED
 
 
 def _compare_two(screen: Screen, settings: TrainingConfig, against: str) -> None:
     """The adapter that the settings name, against another one."""
-    from training_lens.evaluation.judging import Judge
+    from training_lens.evaluation.run_evaluation import Judge
     from training_lens.inference.session import open_session
 
     judge, examples, folder = opened(screen, settings)

@@ -13,7 +13,7 @@ from training_lens.cli.common import ConfigFile, Debug, Json, Screen, command, l
 from training_lens.cli.options import add_command
 
 if TYPE_CHECKING:
-    from training_lens.utils.experiments import ListedRun
+    from training_lens.runs.run_listing import ListedRun
 
 BASE = ("output.base_output_dir",)
 METRIC = "validation_loss"
@@ -70,7 +70,7 @@ def _apart(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _found(words: list[str], config: list[str] | None) -> list[ListedRun]:
     """The runs that the arguments name."""
-    from training_lens.utils.experiments import find_runs
+    from training_lens.runs.run_listing import find_runs
 
     names, settings = _apart(words)
     return find_runs(names, _base(config, settings))
@@ -91,7 +91,7 @@ def list_(
     """A table of the runs: what became of each, its steps and loss, and its tags; of those here, or of a mirror."""
     with command(json, debug) as screen, ExitStack() as opened:
         from training_lens.cli.run_tables import show_runs, warn_of_other_rows
-        from training_lens.utils.experiments import read_runs, sort_runs
+        from training_lens.runs.run_listing import read_runs, sort_runs
 
         base = mirror or _base(config, overrides)
         known = opened.enter_context(_runs_of_mirror(mirror, name)) if mirror else read_runs(base, name)
@@ -130,7 +130,7 @@ def show(
     """One run: its numbers, the settings that are not the defaults, its data, its losses on the way, its reports."""
     with command(json, debug) as screen:
         from training_lens.cli.run_tables import details, show_details
-        from training_lens.utils.experiments import find_runs
+        from training_lens.runs.run_listing import find_runs
 
         (found,) = find_runs([run], _base(config, overrides))
         told = details(found)
@@ -144,7 +144,7 @@ def compare(runs: RunNames, config: ConfigFile = None, json: Json = False, debug
     with command(json, debug) as screen:
         from training_lens.cli.run_tables import show_comparison
         from training_lens.errors import ConfigurationError
-        from training_lens.utils.experiments import config_differences
+        from training_lens.runs.run_listing import config_differences
 
         found = _found(runs, config)
         if len(found) < 2:
@@ -167,7 +167,7 @@ def best(
     """The finished run with the best value of a metric."""
     with command(json, debug) as screen:
         from training_lens.cli.run_tables import warn_of_other_rows
-        from training_lens.utils.experiments import best_run, read_runs
+        from training_lens.runs.run_listing import best_run, read_runs
 
         runs = [run for run in read_runs(_base(config, overrides), name) if run.status == "finished"]
         found = best_run(runs, metric, None if highest is None else not highest)
@@ -189,7 +189,7 @@ def tag(
 ) -> None:
     """Put tags on a run, or take them away; `list --tag` finds it by them."""
     with command(json, debug) as screen:
-        from training_lens.utils.housekeeping import change_tags
+        from training_lens.runs.housekeeping import change_tags
 
         words, settings = _apart(tags)
         (found,) = _found([run, *settings], config)
@@ -206,7 +206,7 @@ def delete(
     with command(json, debug) as screen:
         from training_lens.cli.run_tables import show_doomed
         from training_lens.errors import ConfigurationError
-        from training_lens.utils.housekeeping import check_deletable, delete_run, size_of
+        from training_lens.runs.housekeeping import check_deletable, delete_run, size_of
 
         found = _found(runs, config)
         if not found:

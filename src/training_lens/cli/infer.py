@@ -121,7 +121,7 @@ def _open(screen: Screen, settings: TrainingConfig, domain: str | None) -> Sessi
 
 
 def _answer(screen: Screen, settings: TrainingConfig, prompt: str, domain: str | None, base: bool) -> None:
-    from training_lens.data.types import Message
+    from training_lens.data.example_types import Message
     from training_lens.inference.generator import generate_answer
 
     session = _open(screen, settings, domain)
@@ -144,9 +144,9 @@ def _answer_file(
 
     check_files([source], "--input")
     file_in_folder(output, f"--output {output}")
+    from training_lens.display.progress import Progress
     from training_lens.inference.batch import answer_file, input_file, output_file
     from training_lens.inference.session import open_session
-    from training_lens.utils.progress import Progress
 
     rows = input_file(source)
     answers = output_file(output, rows)

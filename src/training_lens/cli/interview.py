@@ -11,7 +11,7 @@ from training_lens.cli.common import Screen
 
 if TYPE_CHECKING:
     from training_lens.config.data_sections import DataSection
-    from training_lens.data.types import Row
+    from training_lens.data.example_types import Row
 
 HELD_OUT = 0.1
 NO_DOMAIN, FOUND = "none", "domain"  # a field 'domain' is taken without being named

@@ -10,9 +10,9 @@ from training_lens.cli.common import Screen, print_table
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
-    from training_lens.data.types import Example
-    from training_lens.evaluation.judging import BrokenAdapterError, Judge, Judgement, Outcome
-    from training_lens.utils.runs import RunFolder
+    from training_lens.data.example_types import Example
+    from training_lens.evaluation.run_evaluation import BrokenAdapterError, Judge, Judgement, Outcome
+    from training_lens.runs.run_folder import RunFolder
 
 SHOWN = 3
 NAME_WIDTH = 18  # characters of a row's name that no table folds
@@ -34,13 +34,13 @@ def opened(screen: Screen, settings: TrainingConfig) -> tuple[Judge, list[Exampl
     A run is judged on its own validation rows, or on `data.validation`, and keeps the reports; anything else on the
     config's rows, and the reports go to a new folder under the experiment's `evaluations`.
     """
-    from training_lens.evaluation.judging import Judge
+    from training_lens.display.progress import Progress
     from training_lens.evaluation.metrics import AnswerScoring
-    from training_lens.inference.rows import configured_examples, validation_examples
+    from training_lens.evaluation.run_evaluation import Judge
+    from training_lens.inference.prompt_rows import configured_examples, validation_examples
     from training_lens.inference.session import open_session
-    from training_lens.utils.progress import Progress
-    from training_lens.utils.run_lookup import uses_own_model
-    from training_lens.utils.runs import RunFolder, evaluations_folder, new_run_id
+    from training_lens.runs.run_folder import RunFolder, evaluations_folder, new_run_id
+    from training_lens.runs.run_lookup import uses_own_model
 
     AnswerScoring.from_settings(settings.evaluation)  # what is wrong with it is said before a model is loaded
     session = open_session(settings)

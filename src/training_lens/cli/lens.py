@@ -70,7 +70,7 @@ def _named(run: str, overrides: list[str] | None) -> tuple[str, list[str]]:
     """The run and the settings; a setting that stands in the run's place is one, and the run then the latest."""
     from pathlib import Path
 
-    from training_lens.utils.runs import LATEST
+    from training_lens.runs.run_folder import LATEST
 
     given = list(overrides or [])
     return (LATEST, [run, *given]) if "=" in run and not Path(run).exists() else (run, given)

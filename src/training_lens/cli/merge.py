@@ -23,7 +23,7 @@ from training_lens.cli.places import locate_adapter
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
-    from training_lens.inference.merge import Merged
+    from training_lens.merging.merge_run import Merged
 
 
 class Dtype(StrEnum):
@@ -83,8 +83,8 @@ def merge(
         settings = _settings(config, overrides, run)
         from pathlib import Path
 
-        from training_lens.inference.merge import MergeOptions
-        from training_lens.inference.merge import merge as merge_adapter
+        from training_lens.merging.merge_run import MergeOptions
+        from training_lens.merging.merge_run import merge as merge_adapter
 
         place = Path(output) if output else None
         options = MergeOptions(place, dtype.value, scale, delta, max_shard_size, force, same_base)
@@ -102,7 +102,7 @@ def _settings(config: list[str] | None, overrides: list[str] | None, run: str | 
     if run and named:
         raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
     settings = load_config(config, overrides, {"inference": {"adapter": run}} if run else None)
-    from training_lens.utils.run_lookup import uses_own_model
+    from training_lens.runs.run_lookup import uses_own_model
 
     own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else (*OF_ANY_RUN, "data.validation=")
     refuse_unused(overrides, ("inference.adapter", "output.", *own), "merge takes what the run's own config says.")

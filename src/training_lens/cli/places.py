@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from training_lens.config.schema import OutputSection, TrainingConfig
-    from training_lens.utils.runs import RunFolder
+    from training_lens.runs.run_folder import RunFolder
 
 
 def is_url(reference: str) -> bool:
@@ -35,8 +35,8 @@ def copied_here(reference: str, base_output_dir: str, *, finished: bool | None) 
 def locate_run(reference: str, output: OutputSection, *, finished: bool | None) -> RunFolder:
     """The run that a reference means, told to the user; arguments and errors are those of `find_run`."""
     from training_lens.config.run_config import NOT_OURS
+    from training_lens.runs.run_lookup import find_run
     from training_lens.utils.names import require_contained
-    from training_lens.utils.run_lookup import find_run
 
     here = copied_here(reference, output.base_output_dir, finished=finished)
     run = find_run(here, output.base_output_dir, output.named_experiment, finished=finished)
@@ -53,7 +53,7 @@ def locate_adapter(settings: TrainingConfig) -> TrainingConfig:
     Raises:
         CheckpointError, AdapterError: see `find_adapter_run`.
     """
-    from training_lens.utils.run_lookup import find_adapter_run, uses_own_model
+    from training_lens.runs.run_lookup import find_adapter_run, uses_own_model
 
     output, adapter = settings.output, settings.inference.adapter
     adapter = copied_here(adapter, output.base_output_dir, finished=True)
@@ -66,7 +66,7 @@ def locate_adapter(settings: TrainingConfig) -> TrainingConfig:
 
 def announce_run(run: RunFolder) -> None:
     """Say which run answers: on standard error where standard output is read by a program."""
-    from training_lens.utils.run_lookup import read_status
+    from training_lens.runs.run_lookup import read_status
 
     status = read_status(run)
     became = "" if status == "finished" else f" ({status})"

@@ -15,7 +15,7 @@ def check_training(settings: TrainingConfig) -> None:
     Raises:
         TrainingLensError: as the run itself would say it later.
     """
-    from training_lens.utils.runs import RunFolder, runs_folder
+    from training_lens.runs.run_folder import RunFolder, runs_folder
 
     output = settings.output
     if output.run_id:
@@ -23,7 +23,7 @@ def check_training(settings: TrainingConfig) -> None:
     check_rows(settings)
     check_base(settings)
     if settings.peft.from_adapter is not None:
-        from training_lens.models.saved import adapter_folder
+        from training_lens.models.adapter_files import adapter_folder
 
         adapter_folder(settings.peft.from_adapter)
 
@@ -77,7 +77,7 @@ def check_own_model(settings: TrainingConfig) -> None:
     Raises:
         TrainingLensError: as `check_rows` and `check_base`.
     """
-    from training_lens.utils.run_lookup import uses_own_model
+    from training_lens.runs.run_lookup import uses_own_model
 
     if uses_own_model(settings.inference.adapter):
         check_rows(settings)

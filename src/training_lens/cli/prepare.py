@@ -15,7 +15,7 @@ from training_lens.cli.preflight import check_base, check_rows
 if TYPE_CHECKING:
     from training_lens.config.data_sections import DataSection
     from training_lens.config.schema import TrainingConfig
-    from training_lens.training.preparing import Prepared
+    from training_lens.preparation.prepare_splits import Prepared
 
 SHOWN = 3  # findings of a kind
 NAMED = 40  # sources and domains that a table lists
@@ -49,8 +49,8 @@ def prepare(
         check_rows(settings)
         check_base(settings)
         _require_room(settings, force)
-        from training_lens.training.preparing import prepare as run
-        from training_lens.utils.progress import Progress
+        from training_lens.display.progress import Progress
+        from training_lens.preparation.prepare_splits import prepare as run
 
         prepared = run(settings, Progress(screen.console), force)
         train = train_command(prepared, settings.data, overrides or [], config)
@@ -175,7 +175,7 @@ def _show_splits(screen: Screen, prepared: Prepared) -> None:
 def _show_lengths(screen: Screen, prepared: Prepared) -> None:
     from rich.text import Text
 
-    from training_lens.data.statistics import histogram, length_statistics
+    from training_lens.preparation.statistics import histogram, length_statistics
 
     lengths = length_statistics(prepared.token_lengths)
     shares = ", ".join(f"{float(share):.0%} up to {value:,}" for share, value in lengths.quantiles.items())

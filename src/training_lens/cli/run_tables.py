@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from training_lens.utils.experiments import ListedRun
+    from training_lens.runs.run_listing import ListedRun
 
 GAP = 3  # characters between two columns
 STEPS_SHOWN = 12  # validations that a table of losses lists
@@ -69,7 +69,7 @@ def _of_the_whole(runs: Sequence[ListedRun]) -> list[str]:
 
 def warn_of_other_rows(console: Console, runs: Sequence[ListedRun], metric: str) -> bool:
     """Say it where runs with the metric were validated on different rows; gives whether they were."""
-    from training_lens.utils.experiments import validated_alike
+    from training_lens.runs.run_listing import validated_alike
 
     differ = not validated_alike([run for run in runs if metric in run.metrics])
     if differ:
@@ -110,7 +110,7 @@ def details(run: ListedRun) -> dict[str, Any]:
     """
     from training_lens.config.schema import TrainingConfig
     from training_lens.errors import CheckpointError, DamagedFileError
-    from training_lens.utils.experiments import logged
+    from training_lens.runs.run_listing import logged
     from training_lens.utils.nested import differences, flat
 
     changed = differences([flat(TrainingConfig().model_dump()), run.config]) if run.config else {}

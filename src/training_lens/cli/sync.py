@@ -23,7 +23,7 @@ from training_lens.cli.places import locate_run
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from training_lens.core.integration import IntegrationState
+    from training_lens.integrations.delivery import IntegrationState
 
 RunName = Annotated[
     str, typer.Argument(metavar="[RUN]", help="A run's id or folder, an experiment (its last run), or 'latest'.")

@@ -15,8 +15,8 @@ from training_lens.cli.preflight import check_training
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
     from training_lens.evaluation.verdict import Verdict
+    from training_lens.runs.run_folder import RunFolder
     from training_lens.training.summary import TrainingSummary
-    from training_lens.utils.runs import RunFolder
 
 Resume = Annotated[
     str | None,
@@ -57,7 +57,7 @@ def train(
         if verify_resume:
             _verify_resume(screen, settings, resume)
             return
-        from training_lens.training.wrapper import TrainingWrapper
+        from training_lens.training.run import TrainingWrapper
 
         if unfinished:
             summary = TrainingWrapper.resume(unfinished, settings.given(), console=screen.console)
@@ -73,7 +73,7 @@ def _verify_resume(screen: Screen, settings: TrainingConfig, resume: str | None)
 
     if resume is not None:
         raise ConfigurationError("--verify-resume tries a config on runs of its own; leave out --resume.")
-    from training_lens.training.resume_check import verify_resume
+    from training_lens.training.verify_resume import verify_resume
 
     check = verify_resume(settings, screen.console)
     screen.result(check.as_json())
@@ -95,8 +95,8 @@ def _unfinished(screen: Screen, reference: str, settings: TrainingConfig) -> Run
     """The run to go on with; one of a mirror is fetched."""
     if not is_url(reference):
         return locate_run(reference, settings.output, finished=False)
+    from training_lens.display.progress import Progress
     from training_lens.integrations.fetching import fetch_to_resume
-    from training_lens.utils.progress import Progress
 
     run = fetch_to_resume(reference, settings.output.base_output_dir, Progress(screen.console))
     screen.console.print(f"fetched {run.root}", markup=False, soft_wrap=True)
@@ -107,7 +107,7 @@ def _judge(summary: TrainingSummary) -> Verdict:
     """What the run's own validation tells by now."""
     from training_lens.evaluation.training_record import read_training_record
     from training_lens.evaluation.training_verdict import judge_training
-    from training_lens.utils.runs import RunFolder
+    from training_lens.runs.run_folder import RunFolder
 
     return judge_training(read_training_record(RunFolder(Path(summary.run_dir))), summary.run_dir)
 

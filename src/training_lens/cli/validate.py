@@ -10,8 +10,8 @@ from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:
     from training_lens.data.counting import SplitReport
-    from training_lens.training.estimates import Estimate
-    from training_lens.training.planning import RunPlan
+    from training_lens.training.estimate import Estimate
+    from training_lens.training.plan import RunPlan
 
 EXAMPLES = 3
 ENDS = 700  # characters of a long example that are shown of its start and of its end
@@ -26,8 +26,8 @@ def validate(overrides: Overrides = None, config: ConfigFile = None, json: Json 
     with command(json, debug) as screen:
         settings = load_config(config, overrides)
         check_training(settings)
-        from training_lens.training.estimates import estimate_run
-        from training_lens.training.wrapper import TrainingWrapper
+        from training_lens.training.estimate import estimate_run
+        from training_lens.training.run import TrainingWrapper
 
         plan = TrainingWrapper(settings, console=screen.console).plan()
         _show_config(screen, plan)

@@ -5,13 +5,13 @@ Importing this package makes the built-in collectors known to `CollectorRegistry
 
 from __future__ import annotations
 
-from training_lens.collectors.activations import ActivationsCollector, DivergenceCollector
-from training_lens.collectors.gradients import AdapterGradientsCollector
-from training_lens.collectors.layers import ActivationExtractor, LayerStates
-from training_lens.collectors.lora_activations import LoRAActivationsCollector, LoRAActivationTracker
-from training_lens.collectors.optimizer import OptimizerStateCollector
-from training_lens.collectors.spectra import SpectraCollector
-from training_lens.collectors.weights import (
+from training_lens.collectors.activation_collector import ActivationsCollector, DivergenceCollector
+from training_lens.collectors.gradient_collector import AdapterGradientsCollector
+from training_lens.collectors.layer_activations import ActivationExtractor, LayerStates
+from training_lens.collectors.lora_activation_collector import LoRAActivationsCollector, LoRAActivationTracker
+from training_lens.collectors.optimizer_collector import OptimizerStateCollector
+from training_lens.collectors.spectrum_collector import SpectraCollector
+from training_lens.collectors.weight_collector import (
     AdapterSnapshotsCollector,
     AdapterWeightsCollector,
     BaseWeightsCollector,

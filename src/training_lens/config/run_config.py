@@ -15,12 +15,12 @@ from training_lens import embedded
 from training_lens.config.schema import DESTINATIONS, ModelSection, TrainingConfig
 from training_lens.config.section import expand_path_text
 from training_lens.errors import CheckpointError, ConfigurationError
+from training_lens.runs.housekeeping import output_folder
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.consent import code_at, code_in, code_of_module, remember, remembered
 from training_lens.utils.files import read_json
-from training_lens.utils.housekeeping import output_folder
 from training_lens.utils.names import check_experiment, check_run_id, expand_home, require_contained
 from training_lens.utils.nested import flat, merged, put
-from training_lens.utils.runs import RunFolder
 
 CodeKey = Literal["model.trust_remote_code", "tracking.custom", "evaluation.metrics", "evaluation.task_path"]
 Settings = Mapping[str, Any]

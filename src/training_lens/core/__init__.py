@@ -18,12 +18,12 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.core.capture": ("RunFacts",),
         "training_lens.core.collector": ("DataCollector", "Watched"),
         "training_lens.core.framework": ("TrainingLensFramework",),
-        "training_lens.core.integration": ("Cursor", "Integration", "IntegrationManager", "IntegrationState"),
+        "training_lens.integrations.delivery": ("Cursor", "Integration", "IntegrationManager", "IntegrationState"),
         "training_lens.core.probe": ("Probe",),
         "training_lens.core.recording": ("Recording",),
         "training_lens.core.registry": ("AnalyzerRegistry", "CollectorRegistry"),
-        "training_lens.core.store": ("LensStore",),
-        "training_lens.core.writer": ("LensWriter",),
+        "training_lens.core.lens_store": ("LensStore",),
+        "training_lens.core.lens_writer": ("LensWriter",),
         "training_lens.core.types": ("Cadence", "Captured", "DataType", "Moment", "Series"),
     }
 )

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from training_lens.config.lens_section import LensSection
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.core.collector import DataCollector, Pace, Watched
-from training_lens.core.manifest import LENS
+from training_lens.core.lens_manifest import LENS
+from training_lens.core.lens_writer import LensWriter
 from training_lens.core.modules import adds_nothing
 from training_lens.core.probe import as_judged, probe_scores
 from training_lens.core.types import Cadence, Captured, DataType, LensManifest, Moment
-from training_lens.core.writer import LensWriter
 from training_lens.utils.devices import Precision, autocast
 from training_lens.utils.formatting import said
 from training_lens.utils.integrity import safe_save

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from training_lens.core.module_batches import Factors, Groups
 from training_lens.core.modules import AdapterModule
 from training_lens.core.probe import Probe
-from training_lens.core.stacks import Factors, Groups
 from training_lens.core.types import Cadence, Captured, DataType, Moment
 from training_lens.models.scoring import PairedScores
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from training_lens.config.lens_section import LensSection
 from training_lens.core.capture import Capture, Gradient, RunFacts
 from training_lens.core.collector import DataCollector, Watched
+from training_lens.core.gradient_hooks import GradientTap
+from training_lens.core.module_batches import Groups
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.core.probe import Probe
 from training_lens.core.registry import CollectorRegistry
-from training_lens.core.stacks import Groups
-from training_lens.core.taps import GradientTap
 from training_lens.errors import LensError
 from training_lens.models.quantization import keep_trainable
 from training_lens.utils.logging import get_logger

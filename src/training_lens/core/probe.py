@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from training_lens.data.batching import collate
-from training_lens.data.store import TokenDataset
+from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import LensError
 from training_lens.models.scoring import PairedScores, paired_scores, supervised_scores
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from training_lens.core.capture import RunFacts
-from training_lens.core.taps import GradientTap, LossTap
+from training_lens.core.gradient_hooks import GradientTap, LossTap
 from training_lens.utils.logging import get_logger
 
 if TYPE_CHECKING:

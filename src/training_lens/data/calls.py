@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from training_lens.data.example_types import Row
 from training_lens.data.row_keys import CALL, FUNCTION, KeyCheck
-from training_lens.data.types import Row
 from training_lens.data.values import json_of, kind_of, value_at
 from training_lens.errors import DatasetError
 from training_lens.utils.limits import load_bounded_json

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from training_lens.data.columns import EncodedRows, TokenizedRows, totals
+from training_lens.data.example_types import Example, Segment
 from training_lens.data.notes import DataNotes
 from training_lens.data.tokenization import Coverage
-from training_lens.data.types import Example, Segment
 
 KEPT_SHARE = 0.99  # of the rows: the seq_len that would keep so many whole is reported
 

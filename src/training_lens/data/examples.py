@@ -9,12 +9,12 @@ from typing import Any
 from training_lens.config.data_sections import DataSection
 from training_lens.data.answers import read_answers
 from training_lens.data.calls import Tool, read_tools
+from training_lens.data.example_types import Example, Message, Row
 from training_lens.data.fields import FieldMapping, domain_of_file
 from training_lens.data.masks import mark_learned, mask_row, read_flag
 from training_lens.data.messages import is_chat, read_chat
 from training_lens.data.notes import DataNotes
 from training_lens.data.row_keys import DOMAIN_LIKE, NOTHING, KeyCheck, ignore_option, plain_name, row_level
-from training_lens.data.types import Example, Message, Row
 from training_lens.data.values import json_of, kind_of, optional_text, text_of, value_at
 from training_lens.errors import DatasetError
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training_lens.config.data_sections import DataSection, DomainSection, FieldsSection
+from training_lens.data.example_types import Row
 from training_lens.data.row_keys import (
     ALIASES,
     FALLBACKS,
@@ -17,7 +18,6 @@ from training_lens.data.row_keys import (
     is_near,
     plain_name,
 )
-from training_lens.data.types import Row
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import list_names, nearest
 from training_lens.utils.limits import KEYS

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
+from training_lens.data.example_types import Row
 from training_lens.data.row_keys import ALIASES
 from training_lens.data.source_file import SourceFile
-from training_lens.data.types import Row
 from training_lens.errors import DatasetError
 from training_lens.utils.limits import EMPTY_LINES, NESTED, ROW_BYTES, WHOLE_JSON_BYTES, is_too_deep
 

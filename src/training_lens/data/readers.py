@@ -13,9 +13,9 @@ from typing import IO
 
 from training_lens.config.data_sections import CsvSection
 from training_lens.data.csv_files import csv_rows
+from training_lens.data.example_types import Row
 from training_lens.data.json_files import json_rows
 from training_lens.data.source_file import SourceFile
-from training_lens.data.types import Row
 from training_lens.errors import DatasetError
 from training_lens.utils.arrow_rows import arrow_rows
 from training_lens.utils.limits import MB, UnpackedFile, open_file

@@ -12,15 +12,15 @@ from typing import Any
 
 from training_lens import embedded
 from training_lens.config.data_sections import CsvSection
+from training_lens.data.example_types import Row
 from training_lens.data.readers import FORMATS, file_rows, format_of
 from training_lens.data.records import flatten_records
 from training_lens.data.source_file import OnBadRow, SourceFile, keep_quiet
-from training_lens.data.types import Row
 from training_lens.errors import DamagedFileError, DatasetError
 from training_lens.utils.arrow_rows import arrow_rows
 from training_lens.utils.files import sha256_of
 from training_lens.utils.formatting import nearest
-from training_lens.utils.hub import require_hub
+from training_lens.utils.hub_access import require_hub
 from training_lens.utils.integrity import read_sealed
 from training_lens.utils.limits import RECORD_BYTES, read_bytes
 from training_lens.utils.logging import get_logger

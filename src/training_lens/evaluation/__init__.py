@@ -18,14 +18,14 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.config.judging_sections": ("EvaluationSection",),
         "training_lens.evaluation.comparison": ("Comparison", "Group"),
         "training_lens.evaluation.evaluator": ("LossReport", "Pass", "TokenSums", "evaluate_loss", "token_sums"),
-        "training_lens.evaluation.judging": ("Judge", "Judgement"),
+        "training_lens.evaluation.run_evaluation": ("Judge", "Judgement"),
         "training_lens.evaluation.length_bucketing": ("LengthBuckets",),
         "training_lens.evaluation.metrics": ("CORPUS_METRICS", "ROW_METRICS", "AnswerScoring", "row_scores"),
         "training_lens.evaluation.own_metrics": ("AnswerMetric", "metric"),
         "training_lens.evaluation.reports": ("write_reports",),
         "training_lens.evaluation.scoring": ("Bootstrap", "Scored"),
-        "training_lens.inference.rows": ("configured_examples", "validation_examples"),
+        "training_lens.inference.prompt_rows": ("configured_examples", "validation_examples"),
         "training_lens.inference.session": ("open_run", "open_session"),
-        "training_lens.utils.run_lookup": ("find_run",),
+        "training_lens.runs.run_lookup": ("find_run",),
     }
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.evaluation.comparison import Comparison, Control, Group, Moved
-from training_lens.evaluation.judging import Judgement
+from training_lens.evaluation.run_evaluation import Judgement
 from training_lens.evaluation.verdict import format_measure
 from training_lens.utils.files import sha256_of, write_text
 from training_lens.utils.integrity import write_sealed

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from training_lens.errors import CheckpointError
-from training_lens.utils.experiments import logged
-from training_lens.utils.runs import RunFolder
+from training_lens.runs.run_folder import RunFolder
+from training_lens.runs.run_listing import logged
 
 FAR_UNDER = 0.5  # training loss over that of other rows
 LEAST_RISE = 0.02  # of the best validation loss: less is nothing to act on

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from training_lens.config.judging_sections import InferenceSection
 from training_lens.data.sources import Source, expand
+from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError, DatasetError, TrainingLensError
 from training_lens.inference.generator import generate_answers
-from training_lens.inference.questions import PassedOver, Question, QuestionReader, read_answer_line, read_lines
+from training_lens.inference.prompts import PassedOver, Question, QuestionReader, read_answer_line, read_lines
 from training_lens.inference.session import Session
+from training_lens.models.adapter_files import CONFIG, WEIGHTS
 from training_lens.models.location import locate
-from training_lens.models.saved import CONFIG, WEIGHTS
 from training_lens.utils.files import file_in_folder, require_writable, sha256_of
 from training_lens.utils.logging import get_logger
-from training_lens.utils.progress import Progress
 
 logger = get_logger(__name__)
 WINDOW = 256  # rows answered together: their batches, and what is drawn for them, depend on nothing else

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 
 from training_lens.config.judging_sections import BenchmarkSection
+from training_lens.display.progress import Progress
 from training_lens.errors import AdapterError, DatasetError
-from training_lens.inference.measures import METHOD, Call, Cell, Speed
-from training_lens.inference.rows import training_tokens
+from training_lens.inference.benchmark_cells import METHOD, Call, Cell, Speed
+from training_lens.inference.prompt_rows import training_tokens
 from training_lens.inference.session import Session
 from training_lens.models.copies import base_copy, merged_copy
 from training_lens.utils.devices import (
@@ -32,7 +33,6 @@ from training_lens.utils.devices import (
 )
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
-from training_lens.utils.progress import Progress
 from training_lens.utils.shortage import is_out_of_memory
 
 logger = get_logger(__name__)

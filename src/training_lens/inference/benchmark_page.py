@@ -7,10 +7,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training_lens.display.html import Table, write_page
 from training_lens.inference.benchmark import Benchmark
-from training_lens.inference.measures import METHOD, Cell, Speed
+from training_lens.inference.benchmark_cells import METHOD, Cell, Speed
 from training_lens.utils.formatting import format_size
-from training_lens.utils.pages import Table, write_page
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from training_lens.inference.choosing import Answer
+from training_lens.inference.sampler import Answer
 from training_lens.inference.session import Session
 from training_lens.models.adapters import base_only
 from training_lens.models.rotary import longest_short_sequence

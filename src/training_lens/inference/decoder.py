@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training_lens.inference.decoding import Beginning, Decoder, read
-from training_lens.inference.kv_cache import FULL, SLIDING, SlotCache
-from training_lens.inference.replacing import relative_error, replace_layers, same
-from training_lens.inference.stack import stack_of
+from training_lens.inference.decode_loop import Beginning, Decoder, read
 from training_lens.models.adapters import base_only
 from training_lens.models.copies import base_copy, is_quantized, merged_copy, sharing_copy
+from training_lens.models.fast.kv_cache import FULL, SLIDING, SlotCache
+from training_lens.models.fast.replacing import relative_error, replace_layers, same
+from training_lens.models.fast.stack import stack_of
 from training_lens.utils.devices import available_bytes
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger

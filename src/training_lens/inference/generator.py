@@ -15,9 +15,9 @@ import torch
 from training_lens.config.judging_sections import InferenceSection
 from training_lens.errors import ConfigurationError, OutOfMemoryError
 from training_lens.inference.by_generate import changes_factors, generate, rows_together
-from training_lens.inference.choosing import Answer, Choice
+from training_lens.inference.decode_loop import Decoder, Decoding, slots
 from training_lens.inference.decoder import say_once
-from training_lens.inference.decoding import Decoder, Decoding, slots
+from training_lens.inference.sampler import Answer, Choice
 from training_lens.inference.session import Session
 from training_lens.utils.formatting import said
 from training_lens.utils.heap import freed_memory_kept

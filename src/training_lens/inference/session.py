@@ -13,12 +13,12 @@ import torch
 from training_lens.config.data_sections import FieldsSection
 from training_lens.config.run_config import open_run_config
 from training_lens.config.schema import TrainingConfig
+from training_lens.data.example_types import Example, Message
 from training_lens.data.notes import DataNotes
-from training_lens.data.preparation import Preparation
 from training_lens.data.row_keys import ALIASES
 from training_lens.data.templates import Renderer, adopt_template_file, build_renderer, resolve_date
+from training_lens.data.token_cache import Preparation
 from training_lens.data.tokenization import TextEncoder
-from training_lens.data.types import Example, Message
 from training_lens.data.values import NO_TEXT
 from training_lens.errors import AdapterError, ConfigurationError, DatasetError, ModelLoadingError
 from training_lens.inference.decoder import Decoders
@@ -26,13 +26,13 @@ from training_lens.models.adapters import load_adapter
 from training_lens.models.embeddings import check_vocabulary
 from training_lens.models.factory import load_model, load_tokenizer, read_facts, resolve_seq_len
 from training_lens.models.stored import check_base, local_folder
+from training_lens.runs.run_folder import RunFolder
+from training_lens.runs.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import read_json
 from training_lens.utils.formatting import nearest
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
-from training_lens.utils.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
-from training_lens.utils.runs import RunFolder
 
 logger = get_logger(__name__)
 A_TOOL = {"type": "function", "function": {"name": "f", "description": "a", "parameters": {"type": "object"}}}

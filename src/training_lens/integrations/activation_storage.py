@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.core.snapshots import NAME, read_snapshot, snapshot_path
 from training_lens.integrations.storage import StorageBackend
 from training_lens.utils.integrity import safe_save

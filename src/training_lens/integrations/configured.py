@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.config.schema import TrainingConfig
-from training_lens.core.integration import Integration
 from training_lens.errors import ConfigurationError
+from training_lens.integrations.delivery import Integration
 from training_lens.integrations.record import RunRecord
 from training_lens.utils.formatting import said, unstopped
 

@@ -19,11 +19,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from training_lens.config.run_config import require_consent
-from training_lens.core.integration import IntegrationManager
 from training_lens.integrations.configured import asked_for
+from training_lens.integrations.delivery import IntegrationManager
 from training_lens.integrations.record import RunRecord
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.logging import ROOT, get_logger
-from training_lens.utils.runs import RunFolder
 
 logger = get_logger(__name__)
 GRACE_SECONDS = 10.0  # beyond its own deadline, until a courier that hangs is killed

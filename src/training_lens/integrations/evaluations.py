@@ -9,15 +9,15 @@ from typing import Any
 
 from training_lens.config.run_config import require_consent
 from training_lens.config.schema import DESTINATIONS
-from training_lens.core.integration import IntegrationManager, IntegrationState
 from training_lens.errors import ConfigurationError
 from training_lens.integrations.configured import asked_for
 from training_lens.integrations.courier import QUIET
+from training_lens.integrations.delivery import IntegrationManager, IntegrationState
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.tracker import Tracker
-from training_lens.utils.journals import Journal
+from training_lens.runs.journal import Journal
+from training_lens.runs.run_folder import RunFolder, read_metrics
 from training_lens.utils.logging import get_logger
-from training_lens.utils.runs import RunFolder, read_metrics
 
 logger = get_logger(__name__)
 SIDES = {"base": "base", "adapter": "adapter", "delta": "change"}  # of a report, and their names in trackers

@@ -12,15 +12,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from training_lens.config.run_config import remember_mirror
+from training_lens.display.progress import Progress
 from training_lens.errors import CheckpointError
 from training_lens.integrations.remote import Content, MirrorManifest, RemoteRun, find_remote, runs_in
 from training_lens.integrations.storage import StorageBackend
-from training_lens.utils.experiments import BROKEN, ListedRun, read_run
+from training_lens.runs.run_folder import UNFINISHED, RunFolder, runs_folder
+from training_lens.runs.run_listing import BROKEN, ListedRun, read_run
 from training_lens.utils.files import TEMPORARY, sha256_of, write_json
 from training_lens.utils.formatting import format_seconds, format_size
 from training_lens.utils.names import require_contained
-from training_lens.utils.progress import Progress
-from training_lens.utils.runs import UNFINISHED, RunFolder, runs_folder
 
 SCANS = 3  # while the run goes on writing
 WRITTEN_HERE = ("reports/", "exports/")  # into a copy that is read: kept

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from training_lens.core.integration import LONGEST_PAUSE, Cursor, Integration, alone
 from training_lens.errors import CheckpointError, IntegrationError
+from training_lens.integrations.delivery import LONGEST_PAUSE, Cursor, Integration, alone
 from training_lens.integrations.model_card import model_card
 from training_lens.integrations.published import (
     Names,
@@ -22,7 +22,7 @@ from training_lens.integrations.published import (
 from training_lens.integrations.pushed import PushedFile, PushPlan, plan_push
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.repository import Repository
-from training_lens.utils.checkpoints import list_checkpoints
+from training_lens.runs.checkpoint_format import list_checkpoints
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)

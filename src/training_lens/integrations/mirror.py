@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from training_lens.core.integration import Cursor, Integration
 from training_lens.errors import CheckpointError, ConfigurationError, IntegrationError
+from training_lens.integrations.delivery import Cursor, Integration
 from training_lens.integrations.mirrored import (
     PRUNED,
     Copy,
@@ -28,7 +28,7 @@ from training_lens.integrations.mirrored import (
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.remote import MANIFEST, Content, MirrorManifest, RemoteRun
 from training_lens.integrations.storage import LocalStorage, open_storage, protocol_of, require_driver
-from training_lens.utils.checkpoints import list_checkpoints
+from training_lens.runs.checkpoint_format import list_checkpoints
 from training_lens.utils.files import temporary_prefix
 from training_lens.utils.formatting import format_size
 from training_lens.utils.logging import get_logger

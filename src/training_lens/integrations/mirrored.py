@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from training_lens.core.listing import LISTING
+from training_lens.core.capture_files import LISTING
 from training_lens.integrations.remote import Content
-from training_lens.utils.checkpoints import MANIFEST
+from training_lens.runs.checkpoint_format import MANIFEST
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import TEMPORARY, files_in, sha256_of
-from training_lens.utils.runs import RunFolder
 
 PRUNED = ("checkpoints/", "lens/")  # of what is deleted here, what is deleted there, too
 WHOLE_LINES = (".jsonl", ".log")

@@ -18,7 +18,7 @@ from training_lens.errors import IntegrationError
 from training_lens.integrations.packages import require_packages
 from training_lens.integrations.record import flat_settings
 from training_lens.integrations.tracker import Record, Tracker
-from training_lens.utils.runs import read_metrics
+from training_lens.runs.run_folder import read_metrics
 from training_lens.utils.secrets import redacted
 
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # what a server takes at once

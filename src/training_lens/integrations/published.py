@@ -12,8 +12,8 @@ from typing import Any
 from training_lens import embedded
 from training_lens.integrations.pushed import CHECKPOINTS, PushedFile
 from training_lens.integrations.record import RunRecord
-from training_lens.models.saved import require_finite
-from training_lens.utils.checkpoints import MANIFEST
+from training_lens.models.adapter_files import require_finite
+from training_lens.runs.checkpoint_format import MANIFEST
 from training_lens.utils.files import files_in, read_json
 from training_lens.utils.integrity import read_sealed, require_intact, with_checksum
 from training_lens.utils.names import check_file_name, expand_home

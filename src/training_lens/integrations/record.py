@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training_lens.config.run_config import locate_outputs, read_run_config
-from training_lens.models.saved import WEIGHTS, require_finite
+from training_lens.models.adapter_files import WEIGHTS, require_finite
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.integrity import require_intact
 from training_lens.utils.nested import flat
-from training_lens.utils.runs import RunFolder
 from training_lens.utils.secrets import redacted
 
 if TYPE_CHECKING:

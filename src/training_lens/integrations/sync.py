@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from training_lens.config.run_config import SYNC_KEYS, require_consent
-from training_lens.core.integration import Integration, IntegrationManager, IntegrationState
 from training_lens.errors import IntegrationError
 from training_lens.integrations.configured import asked_for
 from training_lens.integrations.courier import QUIET
+from training_lens.integrations.delivery import Integration, IntegrationManager, IntegrationState
 from training_lens.integrations.record import RunRecord
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.formatting import said
-from training_lens.utils.runs import RunFolder
 
 LONGEST = 24 * 3600.0  # seconds: a person watches, and Ctrl-C ends it
 

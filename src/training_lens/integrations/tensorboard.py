@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.config.schema import TrainingConfig
+from training_lens.display.markdown import table, verbatim
 from training_lens.integrations.record import RunRecord, flat_settings
 from training_lens.integrations.tracker import Record, Tracker
-from training_lens.utils.markdown import table, verbatim
 from training_lens.utils.nested import flat
 
 OURS = ".training-lens"  # at the end of the names of events files, so that only ours are ever replaced

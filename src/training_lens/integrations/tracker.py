@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from training_lens.core.integration import Cursor, Integration
+from training_lens.integrations.delivery import Cursor, Integration
 from training_lens.integrations.record import RunRecord
-from training_lens.utils.journals import Entry, JournalReader, Position
+from training_lens.runs.journal import Entry, JournalReader, Position
 
 BATCH = {"metrics": 512, "samples": 64, "histograms": 8, "evaluations": 64}  # lines of each journal to a call of `log`
 Kind = Literal["step", "base", "validation", "samples", "histograms", "evaluation"]

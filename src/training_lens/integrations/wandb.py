@@ -21,9 +21,9 @@ from training_lens.integrations.packages import require_packages
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.tracker import BATCH, Record, Tracker
 from training_lens.integrations.wandb_media import artifacts, lens, row
+from training_lens.runs.journal import Entry
+from training_lens.runs.run_folder import PROCESS, read_metrics
 from training_lens.utils.formatting import said, unstopped
-from training_lens.utils.journals import Entry
-from training_lens.utils.runs import PROCESS, read_metrics
 
 INIT_SECONDS = 30.0  # for the first answer of the server
 REFUSED = re.compile(r"error 40[13]\b")  # HTTP: the key is wrong, or has no right to write there

@@ -14,10 +14,7 @@ import torch
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError
 from training_lens.models import pissa
-from training_lens.models.classes import is_found_by_type
-from training_lens.models.omissions import Omission, is_linear, last_part
-from training_lens.models.quantization import element_count
-from training_lens.models.saved import (
+from training_lens.models.adapter_files import (
     CONFIG,
     WEIGHTS,
     adapter_folder,
@@ -28,6 +25,9 @@ from training_lens.models.saved import (
     require_finite,
     saved_shapes,
 )
+from training_lens.models.classes import is_found_by_type
+from training_lens.models.omissions import Omission, is_linear, last_part
+from training_lens.models.quantization import element_count
 from training_lens.models.targets import check_targets, choose_targets, tied_modules, whole_modules
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger

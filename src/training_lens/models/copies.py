@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from training_lens.errors import AdapterError
-from training_lens.models.fusion import kernels_in, unfuse
+from training_lens.models.fast.fusion import kernels_in, unfuse
 
 
 def base_copy(model: Any) -> Any:

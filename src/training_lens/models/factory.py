@@ -19,7 +19,7 @@ from training_lens.models.rotary import separate_examples
 from training_lens.utils.devices import DTYPES, Precision
 from training_lens.utils.files import read_json
 from training_lens.utils.formatting import said
-from training_lens.utils.hub import require_hub
+from training_lens.utils.hub_access import require_hub
 from training_lens.utils.integrity import require_intact
 from training_lens.utils.logging import hide_progress_bars
 from training_lens.utils.names import expand_home

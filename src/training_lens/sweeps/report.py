@@ -13,12 +13,12 @@ from optuna import Study, visualization
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from training_lens.config.schema import TrainingConfig
+from training_lens.display.html import Table, write_page
 from training_lens.sweeps.leaderboard import ORDER, Leaderboard
 from training_lens.sweeps.proposals import study_of
 from training_lens.sweeps.recommendation import Recommendation, recommend
 from training_lens.sweeps.trials import first_number
 from training_lens.utils.files import write_json, write_text
-from training_lens.utils.pages import Table, write_page
 
 LOSS = "validation loss"
 

@@ -25,6 +25,7 @@ from training_lens.errors import (
     TrainingError,
 )
 from training_lens.evaluation.evaluator import LossReport
+from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.sweeps.leaderboard import Leaderboard, Row, leaderboard, row_of
 from training_lens.sweeps.recommendation import Recommendation, recommend, sum_blocks
 from training_lens.sweeps.report import write_results
@@ -32,16 +33,15 @@ from training_lens.sweeps.space import Space
 from training_lens.sweeps.study import SharedStudy, free_settings, reachable
 from training_lens.sweeps.trials import FINISHED, is_default, run_id
 from training_lens.sweeps.worker import Worker
-from training_lens.training.callbacks import Callback
-from training_lens.training.optimization import default_lr
-from training_lens.training.planning import RunPlan, with_rows_as_files
+from training_lens.training.loop.callbacks import Callback
+from training_lens.training.loop.optimizer import default_lr
+from training_lens.training.plan import RunPlan, with_rows_as_files
+from training_lens.training.run import TrainingWrapper
 from training_lens.training.summary import TrainingSummary
-from training_lens.training.wrapper import TrainingWrapper
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import ShownOnce, get_logger, quiet_screen, screen_through
 from training_lens.utils.names import require_contained
 from training_lens.utils.nested import merged
-from training_lens.utils.runs import RunFolder, runs_folder
 
 logger = get_logger(__name__)
 HOPELESS = 3  # failures with nothing finished, after which there is no use in going on

@@ -35,7 +35,7 @@ from training_lens.sweeps.trials import (
     stands,
 )
 from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, is_alive, pulse
-from training_lens.training.resuming import FREE_KEYS
+from training_lens.training.resume import FREE_KEYS
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
 from training_lens.utils.nested import flat

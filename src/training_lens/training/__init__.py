@@ -7,9 +7,9 @@ from training_lens._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     {
         "training_lens.config.schema": ("TrainingConfig",),
-        "training_lens.training.wrapper": ("TrainingWrapper",),
-        "training_lens.training.checkpoints": ("CheckpointManager",),
-        "training_lens.training.callbacks": ("MetricsCollector",),
-        "training_lens.utils.checkpoints": ("CheckpointMetadata",),
+        "training_lens.training.run": ("TrainingWrapper",),
+        "training_lens.training.loop.checkpoint_manager": ("CheckpointManager",),
+        "training_lens.training.loop.callbacks": ("MetricsCollector",),
+        "training_lens.runs.checkpoint_format": ("CheckpointMetadata",),
     }
 )

@@ -10,10 +10,10 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.errors import OutOfMemoryError
 from training_lens.models.adapters import attach
 from training_lens.models.factory import checkpoint_gradients
-from training_lens.training.callbacks import Callback
-from training_lens.training.checkpoints import CheckpointManager
-from training_lens.training.planning import RunPlan
-from training_lens.training.trainer import Trainer
+from training_lens.training.loop.callbacks import Callback
+from training_lens.training.loop.checkpoint_manager import CheckpointManager
+from training_lens.training.loop.trainer import Trainer
+from training_lens.training.plan import RunPlan
 from training_lens.utils.formatting import said
 from training_lens.utils.seeding import seed_everything
 from training_lens.utils.shortage import is_out_of_memory

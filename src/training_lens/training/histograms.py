@@ -14,9 +14,9 @@ from torch import Tensor
 from training_lens.core.modules import adapter_modules, plain_name
 from training_lens.errors import LensError
 from training_lens.models.adapters import trainable
-from training_lens.training.callbacks import Callback
+from training_lens.runs.journal import Journal
+from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.formatting import said
-from training_lens.utils.journals import Journal
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)

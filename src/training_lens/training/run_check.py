@@ -9,26 +9,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from training_lens.analysis.saved import open_adapter
+from training_lens.analysis.saved_adapters import open_adapter
 from training_lens.config.run_config import RESUME_KEYS, locate_outputs, open_run_config, read_run_config
 from training_lens.config.schema import TrainingConfig
-from training_lens.core import tables
-from training_lens.core.listing import LISTING, captures_in, read_listing, write_listing
-from training_lens.core.manifest import LENS, read_manifest, write_manifest
+from training_lens.core import table_names as tables
+from training_lens.core.capture_files import LISTING, captures_in, read_listing, write_listing
+from training_lens.core.lens_manifest import LENS, read_manifest, write_manifest
+from training_lens.core.lens_store import COST, LensStore, read_cost, table_folders
 from training_lens.core.registry import CollectorRegistry
-from training_lens.core.store import COST, LensStore, read_cost, table_folders
 from training_lens.core.types import DataType, LensManifest
-from training_lens.data.preparation import cached_folder, open_cached
+from training_lens.data.token_cache import cached_folder, open_cached
 from training_lens.errors import CheckpointError, DamagedFileError, TrainingLensError
+from training_lens.models.adapter_files import saved_shapes
 from training_lens.models.checkpoint_files import stored_tensors
-from training_lens.models.saved import saved_shapes
 from training_lens.models.stored import base_files, base_record, check_base, local_folder, require_local_folder
 from training_lens.models.tokenizer_files import save_tokenizer
-from training_lens.training.checkpoints import ADAPTER, STATE
-from training_lens.training.planning import cache_of, read_tokenizer
+from training_lens.runs.checkpoint_format import checkpoint_folder, list_checkpoints, newest_intact, verify_checkpoint
+from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.training.loop.checkpoint_manager import ADAPTER, STATE
+from training_lens.training.plan import cache_of, read_tokenizer
+from training_lens.training.run import TrainingWrapper
 from training_lens.training.summary import TrainingSummary, write_summary
-from training_lens.training.wrapper import TrainingWrapper
-from training_lens.utils.checkpoints import checkpoint_folder, list_checkpoints, newest_intact, verify_checkpoint
 from training_lens.utils.files import files_in, read_json, sha256_of, whole_folder
 from training_lens.utils.formatting import said
 from training_lens.utils.integrity import (
@@ -42,7 +43,6 @@ from training_lens.utils.integrity import (
 )
 from training_lens.utils.limits import read_text
 from training_lens.utils.machine import Check
-from training_lens.utils.runs import RunFolder, read_metrics
 
 KEPT_ELSEWHERE = "Put back a copy of it; or, where you changed it on purpose, take it as it is: --accept."
 OWN_HASH = ("metadata/summary.json", "metadata/base.json", f"lens/{LENS}", f"lens/{COST}", f"lens/{LISTING}")

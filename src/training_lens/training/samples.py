@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from training_lens.config.judging_sections import InferenceSection
-from training_lens.data.store import TokenDataset
-from training_lens.data.types import TokenizedExample
+from training_lens.data.example_types import TokenizedExample
+from training_lens.data.token_dataset import TokenDataset
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.inference.generator import answers
 from training_lens.inference.session import Session, are_texts, session_on
-from training_lens.training.callbacks import Callback, StepReport
-from training_lens.training.planning import RunPlan
+from training_lens.runs.journal import Journal
+from training_lens.training.loop.callbacks import Callback, StepReport
+from training_lens.training.plan import RunPlan
 from training_lens.utils.devices import autocast, free_memory
 from training_lens.utils.formatting import said
-from training_lens.utils.journals import Journal
 from training_lens.utils.logging import get_logger
 from training_lens.utils.seeding import rng_kept
 from training_lens.utils.shortage import is_out_of_memory

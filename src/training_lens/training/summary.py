@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 
 from training_lens.errors import CheckpointError, InterruptedRunError, PrunedRunError
 from training_lens.models.adapters import ParameterCount
-from training_lens.training.lens import LensCallback
-from training_lens.training.trainer import Trainer
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.lens_callback import LensCallback
+from training_lens.training.loop.trainer import Trainer
 from training_lens.utils.devices import peak_bytes
 from training_lens.utils.integrity import write_sealed
-from training_lens.utils.runs import RunFolder
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from training_lens.utils.compiling import CompilationError, cache_folder, find_c
 from training_lens.utils.devices import available_bytes, device_name, get_device
 from training_lens.utils.files import require_writable
 from training_lens.utils.formatting import format_size
-from training_lens.utils.hub import require_hub
+from training_lens.utils.hub_access import require_hub
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pyarrow", "numpy")
 OPTIONAL = {  # extra of Training Lens -> what it installs, as it is imported

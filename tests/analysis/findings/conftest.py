@@ -14,11 +14,11 @@ from training_lens.analysis.findings import Finding, diagnose
 from training_lens.config.lens_section import LensSection
 from training_lens.core.capture import RunFacts
 from training_lens.core.framework import TrainingLensFramework
+from training_lens.core.lens_store import LensStore
+from training_lens.core.lens_writer import LensWriter
 from training_lens.core.probe import Probe
 from training_lens.core.recording import Recording
-from training_lens.core.store import LensStore
 from training_lens.core.types import RUN, Captured, LensManifest, ModuleRecord
-from training_lens.core.writer import LensWriter
 
 Table = Mapping[str, np.ndarray]  # measure -> (steps,) for the run or (steps, modules)
 Change = Callable[[Any, int], None]
@@ -121,13 +121,13 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
     """A real training of the packaged model under the lens, with validations; `change(model, step)` may break it."""
     from training_lens.config.compose import validate
     from training_lens.data.batching import batches_of
+    from training_lens.display.progress import Progress
     from training_lens.evaluation.evaluator import Pass, evaluate_loss
     from training_lens.models.adapters import attach, base_only
     from training_lens.models.factory import load_model
     from training_lens.models.scoring import supervised_scores
-    from training_lens.training.optimization import lr_at
-    from training_lens.training.planning import plan_run
-    from training_lens.utils.progress import Progress
+    from training_lens.training.loop.optimizer import lr_at
+    from training_lens.training.plan import plan_run
 
     def run(
         lr: float = 3e-3,

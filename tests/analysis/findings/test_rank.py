@@ -101,7 +101,7 @@ def test_a_smaller_rank_never_has_more_energy_and_the_whole_loses_nothing(run: A
 
 
 def test_energy_ranks_are_those_of_the_dense_update(run: Any, check: RankCheck) -> None:
-    from training_lens.models.updates import LowRank, saved_updates
+    from training_lens.merging.weight_update import LowRank, saved_updates
 
     updates = saved_updates(run.adapter)
     for name, rank in check.energy_ranks.items():

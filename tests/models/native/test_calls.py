@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from training_lens.models.native import calls
+from training_lens.models.fast.native import library as calls
 
 
 @pytest.fixture(autouse=True)

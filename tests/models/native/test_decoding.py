@@ -7,8 +7,8 @@ import torch
 from pairwise import pairwise  # type: ignore[import-not-found]
 from torch import Tensor
 
-from training_lens.models.native import calls
-from training_lens.models.native.decoding import Branches, FewRows, attend_newest
+from training_lens.models.fast.native import library as calls
+from training_lens.models.fast.native.decoding_kernels import Branches, FewRows, attend_newest
 
 pytestmark = pytest.mark.skipif(calls.library() is None, reason="no C compiler here")
 END = 37  # columns that are in use

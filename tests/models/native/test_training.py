@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, silu
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from training_lens.models.native import calls, training
+from training_lens.models.fast.native import library as calls
+from training_lens.models.fast.native import training_kernels as training
 
 pytestmark = pytest.mark.skipif(calls.library() is None, reason="no C compiler here")
 

@@ -6,9 +6,9 @@ from training_lens._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     {
-        "training_lens.analysis.figures.activations": ("ActivationVisualizer", "activation_drift"),
+        "training_lens.analysis.figures.activation_figures": ("ActivationVisualizer", "activation_drift"),
         "training_lens.analysis.figures.catalogue": ("DRAWINGS", "Drawing"),
-        "training_lens.analysis.figures.layers": (
+        "training_lens.analysis.figures.layer_figures": (
             "adapter_share",
             "balance",
             "effective_rank",
@@ -20,8 +20,12 @@ __getattr__, __dir__, __all__ = attach(
             "update_strength",
             "update_strength_by_kind",
         ),
-        "training_lens.analysis.figures.runs": ("cost", "divergence", "epoch_ends", "loss", "spikes"),
-        "training_lens.analysis.figures.spectra": ("spectrum_by_kind", "spectrum_over_steps", "strongest_module"),
+        "training_lens.analysis.figures.run_figures": ("cost", "divergence", "epoch_ends", "loss", "spikes"),
+        "training_lens.analysis.figures.spectrum_figures": (
+            "spectrum_by_kind",
+            "spectrum_over_steps",
+            "strongest_module",
+        ),
         "training_lens.analysis.figures.style": ("alike",),
     }
 )

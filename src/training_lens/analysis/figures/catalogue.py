@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from training_lens.analysis.figures import activations, layers, runs, spectra
-from training_lens.core import tables
+from training_lens.analysis.figures import activation_figures as activations
+from training_lens.analysis.figures import layer_figures as layers
+from training_lens.analysis.figures import run_figures as runs
+from training_lens.analysis.figures import spectrum_figures as spectra
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 
 

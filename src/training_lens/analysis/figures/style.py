@@ -10,15 +10,12 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from training_lens.analysis.figures.thinning import thin_line, thin_rows, thin_steps
 from training_lens.core.types import Series
+from training_lens.display.colors import ALARM, COLOURS, GRID, INK
+from training_lens.display.downsampling import thin_line, thin_rows, thin_steps
 
-# Okabe and Ito (2008) without black and yellow, which vanish in the dark and on white
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot")
-ALARM = "#D55E00"
 SCALE = "Cividis"  # made for colour-blind eyes, and grows lighter evenly
-INK, GRID = "#7d8590", "rgba(128, 128, 128, 0.25)"  # between black and white: both page colours carry them
 CLEAR = "rgba(0, 0, 0, 0)"
 UNUSED_BUTTONS = ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
 BELOW_TICKS = 24  # pixels: beside a category axis, Plotly counts the standoff from the axis and not from its labels

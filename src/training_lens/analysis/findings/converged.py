@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from training_lens.analysis.findings.evidence import points, total_steps
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analysis.findings.held_out import LEAST, HeldOut, held_out, scatter
 from training_lens.analysis.findings.rank_record import read_rank_check
-from training_lens.analysis.findings.readings import points, total_steps
-from training_lens.analyzers.convergence import Estimate, remaining_gain
 from training_lens.core.recording import Recording
+from training_lens.measures.curves import Estimate, remaining_gain
 
 ERRORS = 2.0  # standard errors that a gain may be more or less: 95 % of normal ones
 NOISES = 4.0  # a gain that may be 0 and is surely under so many is none to wait for

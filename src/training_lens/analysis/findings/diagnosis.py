@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from training_lens.analysis.findings.converged import converged
 from training_lens.analysis.findings.finding import Finding
-from training_lens.analysis.findings.layers import layers
+from training_lens.analysis.findings.layer_findings import layers
 from training_lens.analysis.findings.memorization import memorization
 from training_lens.analysis.findings.nonfinite import nonfinite
 from training_lens.analysis.findings.rank import rank

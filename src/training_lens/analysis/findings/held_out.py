@@ -7,10 +7,10 @@ from typing import Literal
 
 import numpy as np
 
-from training_lens.analysis.findings.readings import Curve, base_value, curve, median
-from training_lens.analyzers.convergence import MAD_TO_DEVIATION, trend
-from training_lens.core import tables
+from training_lens.analysis.findings.evidence import Curve, base_value, curve, median
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
+from training_lens.measures.curves import MAD_TO_DEVIATION, trend
 
 LEAST = 4  # points, without which a curve has no direction
 CERTAIN = 3.0  # how many times its noise a change must be

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from training_lens.analysis.findings.evidence import curve, median, points
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analysis.findings.held_out import ABOVE_BEST, CERTAIN, LEAST, LEAST_RISE, HeldOut, held_out
-from training_lens.analysis.findings.readings import curve, median, points
-from training_lens.analyzers.convergence import epoch_drops, trend
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
+from training_lens.measures.curves import epoch_drops, trend
 
 FAR_UNDER = 0.5  # training loss over held-out loss, at the end
 RULE = Rule(

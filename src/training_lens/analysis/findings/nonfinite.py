@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from training_lens.analysis.findings.finding import Finding, Rule
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 
 RULE = Rule(

@@ -8,7 +8,7 @@ import numpy as np
 
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analysis.findings.rank_record import TOLERANCE, RankCheck, read_rank_check
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 
 FAR_UNDER = 0.25  # energy rank over rank

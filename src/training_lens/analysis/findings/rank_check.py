@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from training_lens.analysis.findings.rank_record import RankCheck, RankLoss
-from training_lens.analyzers.barrier import truncate
-from training_lens.analyzers.spectra import energy_rank, singular_values
 from training_lens.core.modules import AdapterModule, adapter_modules
+from training_lens.display.progress import Progress
+from training_lens.evaluation.evaluation_rows import JudgedRows
 from training_lens.evaluation.evaluator import Pass, token_sums
-from training_lens.evaluation.rows import JudgedRows
 from training_lens.evaluation.scoring import Bootstrap, Scored
-from training_lens.inference.rows import validation_examples
+from training_lens.inference.prompt_rows import validation_examples
 from training_lens.inference.session import Session, open_run
+from training_lens.measures.barrier import truncate
+from training_lens.measures.singular_values import energy_rank, singular_values
 from training_lens.models.adapters import base_only
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.processes import Processes
-from training_lens.utils.progress import Progress
-from training_lens.utils.runs import RunFolder
 
 BATCH_TOKENS = 4096
 NORMAL_95 = 1.96  # standard errors on each side of an interval of 95 %

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from training_lens.analysis.findings.evidence import after_warmup, curve, median, middle, over_base, points
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analysis.findings.held_out import CERTAIN, held_out
-from training_lens.analysis.findings.readings import after_warmup, curve, median, middle, over_base, points
-from training_lens.analyzers.convergence import MAD_TO_DEVIATION
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
+from training_lens.measures.curves import MAD_TO_DEVIATION
 
 LEAST_STEPS = 10
 OUTGROWN = 1.0  # |dW| / |W|

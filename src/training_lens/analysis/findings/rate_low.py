@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from training_lens.analysis.findings.evidence import Curve, curve, median, middle, points
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analysis.findings.held_out import CERTAIN, LEAST, held_out
-from training_lens.analysis.findings.readings import Curve, curve, median, middle, points
-from training_lens.analyzers.convergence import trend
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
+from training_lens.measures.curves import trend
 
 LEAST_STEPS = 50  # a short run is straight at any rate
 STRAIGHT = 0.8

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from training_lens.analysis.findings.evidence import curve, gradient_norm, listed
 from training_lens.analysis.findings.finding import Finding, Rule
-from training_lens.analysis.findings.readings import curve, gradient_norm, listed
-from training_lens.core import tables
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
 

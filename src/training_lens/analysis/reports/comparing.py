@@ -9,19 +9,19 @@ import numpy as np
 
 from training_lens.analysis.checkpoint_analyzer import compared
 from training_lens.analysis.figures.catalogue import DRAWINGS
-from training_lens.analysis.figures.runs import loss
+from training_lens.analysis.figures.run_figures import loss
 from training_lens.analysis.figures.style import alike
 from training_lens.analysis.reports.executive import WRONG, in_numbers
 from training_lens.analysis.reports.facts import certificate_of, changed, losses
 from training_lens.analysis.reports.report import Report
 from training_lens.analysis.reports.technical import LOSS_CAPTION, cell, marked_steps
+from training_lens.display.html import Beside, Picture, Table
 from training_lens.errors import LensError
-from training_lens.utils.pages import Beside, Picture, Table
 
 if TYPE_CHECKING:
     from training_lens.analysis.checkpoint_analyzer import Analysis, Comparison
     from training_lens.core.recording import Recording
-    from training_lens.utils.pages import Part
+    from training_lens.display.html import Part
 
 
 def comparison(first: Analysis, second: Analysis) -> Report:

@@ -11,12 +11,12 @@ from training_lens.analysis.reports.executive import in_numbers, verdict
 from training_lens.analysis.reports.facts import certificate_of
 from training_lens.analysis.reports.report import Report
 from training_lens.analysis.run_verdict import find_verdict
-from training_lens.utils.pages import Callout, Picture, Table
+from training_lens.display.html import Callout, Picture, Table
 
 if TYPE_CHECKING:
     from training_lens.analysis.checkpoint_analyzer import Analysis
     from training_lens.analysis.findings.finding import Finding
-    from training_lens.utils.pages import Part
+    from training_lens.display.html import Part
 
 NAMED = 8  # texts or numbers of a list that are printed
 

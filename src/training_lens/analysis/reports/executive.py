@@ -17,13 +17,13 @@ from training_lens.analysis.reports.facts import (
 )
 from training_lens.analysis.reports.report import Report
 from training_lens.analysis.run_verdict import find_verdict
+from training_lens.display.html import Bullets, Callout
 from training_lens.evaluation.verdict import ORDER, Verdict
-from training_lens.utils.pages import Bullets, Callout
 
 if TYPE_CHECKING:
     from training_lens.analysis.checkpoint_analyzer import Analysis
     from training_lens.analysis.findings.finding import Finding
-    from training_lens.utils.pages import Part
+    from training_lens.display.html import Part
 
 WRONG = ("problem", "warning")
 LONGEST_LINE, LONGEST_PLACE = 150, 60  # characters

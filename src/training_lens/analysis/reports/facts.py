@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from training_lens.analysis.evolution import energy_shares, evolution
-from training_lens.analyzers.grouping import latest
-from training_lens.analyzers.readings.gradients import certificate
-from training_lens.core import tables
+from training_lens.analyzers.gradient_analyzer import certificate
+from training_lens.analyzers.module_groups import latest
+from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
 from training_lens.utils.formatting import format_seconds

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from training_lens.display.html import Beside, Bullets, Callout, Picture, Table, write_page
 from training_lens.errors import ConfigurationError
 from training_lens.utils.files import require_writable, write_json, write_text
-from training_lens.utils.pages import Beside, Bullets, Callout, Picture, Table, write_page
 
 if TYPE_CHECKING:
-    from training_lens.utils.pages import Part
+    from training_lens.display.html import Part
 
 Format = Literal["html", "md", "json"]
 SPECIAL = re.compile(r"([\\`*\[\]<>|#])")

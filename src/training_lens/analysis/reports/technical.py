@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from training_lens.analysis.figures.catalogue import DRAWINGS
-from training_lens.analysis.figures.runs import cost, loss
+from training_lens.analysis.figures.run_figures import cost, loss
 from training_lens.analysis.reports.executive import in_numbers, verdict
 from training_lens.analysis.reports.facts import (
     captured,
@@ -18,15 +18,15 @@ from training_lens.analysis.reports.facts import (
 )
 from training_lens.analysis.reports.report import Report
 from training_lens.analysis.run_verdict import find_verdict
-from training_lens.core import tables
-from training_lens.utils.checkpoints import checkpoint_steps
-from training_lens.utils.pages import Bullets, Picture, Table
-from training_lens.utils.runs import RunFolder
+from training_lens.core import table_names as tables
+from training_lens.display.html import Bullets, Picture, Table
+from training_lens.runs.checkpoint_format import checkpoint_steps
+from training_lens.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from training_lens.analysis.checkpoint_analyzer import Analysis
     from training_lens.core.recording import Recording
-    from training_lens.utils.pages import Part
+    from training_lens.display.html import Part
 
 MOST_ROWS = 300  # of one table; the JSON has all
 LOSS_CAPTION = (

@@ -1,0 +1,134 @@
+"""One adapter's parameters in depth: spectra, ranks and balance, and what they do to the weights under them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.linalg import matrix_norm
+
+from training_lens.analysis.saved_adapters import base_weights, open_adapter
+from training_lens.analyzers.module_groups import number, numbers
+from training_lens.core.modules import AdapterModule, adapter_modules
+from training_lens.core.types import ModuleRecord
+from training_lens.measures import singular_values as spectra
+from training_lens.utils.names import expand_home
+
+
+@dataclass(frozen=True)
+class AdaptedWeight:
+    """One module's factors, (rank, in) and (out, rank), DoRA's magnitude (out,), and W (out, in) where it is known."""
+
+    record: ModuleRecord
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None = None
+    weight: Tensor | None = None
+
+    def parameters(self) -> dict[str, Any]:
+        """What A and B say by themselves; `singular_values` are those of dW, falling."""
+        scaling = self.record.scaling
+        singular = spectra.singular_values(self.a, self.b, scaling)
+        return {
+            "singular_values": numbers(singular),
+            "norm_a": number(matrix_norm(self.a)),
+            "norm_b": number(matrix_norm(self.b)),
+            "norm_update": number(spectra.update_norm(self.a, self.b, scaling)),
+            "effective_rank": number(spectra.effective_rank(singular)),
+            "stable_rank": number(spectra.stable_rank(singular)),
+            "energy_rank": number(spectra.energy_rank(singular)),
+            "balance": number(spectra.balance(self.a, self.b)),
+            "top_ratio": number(spectra.top_ratio(self.a, self.b)),
+        }
+
+    def against_base(self, *, intruders: bool) -> dict[str, Any]:
+        """What the change is to W; nothing where W is unknown. Of DoRA, all but the last two: its low-rank part."""
+        if self.weight is None:
+            return {}
+        a, b, scaling, weight = self.a, self.b, self.record.scaling, self.weight
+        singular = spectra.singular_values(a, b, scaling)
+        directions = int(spectra.energy_rank(singular).nan_to_num(0))
+        top = spectra.top_singular_value(weight)
+        return {
+            "strength": number(spectra.strength(spectra.update_norm(a, b, scaling), matrix_norm(weight))),
+            "top_strength": number(spectra.strength(singular[0], top)),
+            "amplification": number(spectra.amplification(weight, a, b, scaling, directions)) if directions else None,
+            **(self._intruders(weight) if intruders else {}),
+            **self._dora(weight),
+        }
+
+    def _intruders(self, weight: Tensor) -> dict[str, Any]:
+        found = spectra.intruders(weight, self.a, self.b, self.record.scaling)
+        return {"intruders": number(found.count), "intruder_energy_share": number(found.energy_share)}
+
+    def _dora(self, weight: Tensor) -> dict[str, Any]:
+        if self.magnitude is None:
+            return {}
+        changes = spectra.dora_change(weight, self.a, self.b, self.record.scaling, self.magnitude)
+        return dict(zip(("magnitude_change", "direction_change"), map(number, changes), strict=True))
+
+
+class LoRAParameterAnalyzer:
+    """One adapter's parameters, module by module.
+
+    Args:
+        adapter: a PEFT folder, or a PEFT model.
+        base: the folder of the model under a saved adapter; None: where its configuration says it is. A model has its
+            own.
+
+    Raises:
+        AdapterError: no LoRA or DoRA in the folder, or a broken one.
+        LensError: the model has no LoRA, or `base` is another model's.
+        ModelLoadingError: `base` cannot be read.
+
+    Example:
+        rows = LoRAParameterAnalyzer("run/artifacts/adapter").table()
+        max(rows, key=lambda row: row["strength"])["module"]
+    """
+
+    def __init__(self, adapter: Path | str | Any, base: Path | str | None = None) -> None:
+        saved = isinstance(adapter, Path | str)
+        self._opened = open_adapter(expand_home(adapter)) if saved else None
+        self._weights = base_weights(self._opened, base) if self._opened else None
+        self._modules = () if saved else adapter_modules(adapter)
+
+    def table(self, *, intruders: bool = True) -> list[dict[str, Any]]:
+        """A row for each module: module, layer, kind, rank, what A and B say, and what is measured against W.
+
+        Numbers that are not finite are None. Without the base there are no columns against it.
+
+        Args:
+            intruders: count and energy share of the directions among the first ten of W + dW that W does not have
+                (arXiv 2410.21228; what they mean for forgetting is disputed). It costs two decompositions of each
+                weight: seconds for a width of 1000, a minute for 4000.
+        """
+        return [
+            {"module": one.record.name, "layer": one.record.layer, "kind": one.record.kind, "rank": one.record.rank}
+            | one.parameters()
+            | one.against_base(intruders=intruders)
+            for one in self.weights()
+        ]
+
+    @torch.no_grad()
+    def weights(self) -> Iterator[AdaptedWeight]:
+        """Each module with its factors and its W, one after the other: one W is in memory at a time."""
+        if self._opened is None:
+            yield from map(_of_module, self._modules)
+            return
+        updates = self._opened.factors()
+        for record in self._opened.records:
+            update = updates[record.name]
+            weight = self._weights.weight(record) if self._weights else None
+            yield AdaptedWeight(record, update.a, update.b, update.magnitude, weight)
+
+
+def _of_module(module: AdapterModule) -> AdaptedWeight:
+    a, b = module.a.detach(), module.b.detach()
+    if module.frozen_a is not None and module.frozen_b is not None:
+        a, b = torch.cat([a, module.frozen_a]), torch.cat([b, module.frozen_b], 1)
+    magnitude = None if module.magnitude is None else module.magnitude.detach()
+    return AdaptedWeight(module.record, a, b, magnitude, module.base_weight())

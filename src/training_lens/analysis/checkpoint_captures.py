@@ -1,0 +1,206 @@
+"""Checkpoints as captures: what the adapters of some steps tell when nothing watched while they were trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.linalg import matrix_norm
+
+from training_lens.analysis.saved_adapters import BaseWeights, SavedAdapter, require_alike
+from training_lens.analyzers.saved_factors import Stack, stacks
+from training_lens.core import table_names as tables
+from training_lens.core.arrow import MODULE, STEP, arrow_table, require_measure, series_of, vectors_of
+from training_lens.core.module_batches import Factors
+from training_lens.core.types import Captured, ModuleRecord, Series
+from training_lens.errors import LensError
+from training_lens.measures import singular_values as spectra
+from training_lens.merging.weight_update import LowRank
+from training_lens.utils.formatting import nearest
+
+Rows = list[tuple[int, Captured]]
+
+
+class CheckpointCaptures:
+    """The tables of adapter folders: weights, spectra, those of the base, and what a log says (`Captures`).
+
+    Everything is measured when it is first asked for, one adapter in memory after the other. `norm_step` is the change
+    since the checkpoint before, over however many steps that is.
+
+    Args:
+        adapters: of one run, by step.
+        logged: the tables `loss` and `evaluation`, as far as they are known.
+        base: the weights under the adapters; None: what is measured against them is not there.
+
+    Raises:
+        LensError: adapters of different modules or shapes.
+    """
+
+    def __init__(
+        self, adapters: Sequence[SavedAdapter], logged: Mapping[str, pa.Table], base: BaseWeights | None = None
+    ) -> None:
+        require_alike(list(adapters))
+        self._adapters = {adapter.step: adapter for adapter in adapters}
+        self._records = adapters[0].records
+        self._logged, self._base = dict(logged), base
+
+    def tables(self) -> tuple[str, ...]:
+        """The tables that there are, by name."""
+        base = (tables.BASE,) if self._base else ()
+        return tuple(sorted({*self._logged, *base, tables.WEIGHTS, tables.SPECTRA, tables.SNAPSHOTS}))
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A table with its columns step, module and those of its measures (see `core.arrow.arrow_table`).
+
+        Args:
+            columns: the measures to read; None: all. Step and module always come.
+
+        Raises:
+            LensError: there is no such table, no such measure in it, or an adapter cannot be read any more.
+        """
+        table = self._made(name)
+        for column in columns or ():
+            if column not in table.column_names:
+                require_measure(table, column)
+        kept = [c for c in table.column_names if columns is None or c in (STEP, MODULE, *columns)]
+        return table.select(kept)
+
+    def measures(self, name: str) -> tuple[str, ...]:
+        """The measures of a table; raises as `table` does."""
+        return tuple(column for column in self._made(name).column_names if column not in (STEP, MODULE))
+
+    def series(self, table: str, measure: str) -> Series:
+        """A scalar measure over time (see `core.arrow.series_of`); raises as `table` does, and for other measures."""
+        return series_of(self.table(table), measure)
+
+    def vectors(self, table: str, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A measure of vectors over time (see `core.arrow.vectors_of`); raises as `series` does."""
+        return vectors_of(self.table(table), measure)
+
+    def snapshot_steps(self, table: str) -> list[int]:
+        """The steps of the checkpoints; none of another table than `adapters`."""
+        return sorted(self._adapters) if table == tables.SNAPSHOTS else []
+
+    def snapshot(self, table: str, step: int) -> dict[str, Tensor]:
+        """`{module}.a`, `{module}.b` and `{module}.magnitude` of a checkpoint.
+
+        Raises:
+            LensError: there is none of that step.
+        """
+        if step not in self.snapshot_steps(table):
+            there = ", ".join(map(str, self.snapshot_steps(table))) or "none"
+            raise LensError(f"no checkpoint of step {step} among the snapshots of '{table}'; there are: {there}.")
+        parts: dict[str, Tensor] = {}
+        for name, update in self._adapters[step].factors().items():
+            parts |= {f"{name}.a": update.a, f"{name}.b": update.b}
+            parts |= {} if update.magnitude is None else {f"{name}.magnitude": update.magnitude}
+        return parts
+
+    def cost(self) -> dict[str, float]:
+        """Nothing was captured while it was trained."""
+        return {}
+
+    def _made(self, name: str) -> pa.Table:
+        if name not in self.tables():
+            close = nearest(name, self.tables())
+            hint = f"did you mean '{close}'?" if close else f"there are: {', '.join(self.tables())}."
+            raise LensError(f"checkpoints give no table '{name}'; {hint}")
+        if name in self._logged:
+            return self._logged[name]
+        if name == tables.BASE:
+            return self._base_table
+        if name == tables.SNAPSHOTS:
+            return arrow_table([])
+        return self._measured[name]
+
+    @cached_property
+    def _measured(self) -> dict[str, pa.Table]:
+        """Weights and spectra, in one pass over the checkpoints."""
+        weights: Rows = []
+        spectral: Rows = []
+        before: list[Stack] = []
+        for step, adapter in sorted(self._adapters.items()):
+            updates = adapter.factors()
+            now = stacks(self._records, {name: Factors(u.a, u.b) for name, u in updates.items()})
+            weights.append((step, self._captured(now, [_weights(*pair) for pair in _paired(now, before)])))
+            found = self._captured(now, [_spectra(stack) for stack in now])
+            spectral.append((step, replace(found, scalars={**found.scalars, **self._dora(updates)})))
+            before = now
+        return {tables.WEIGHTS: arrow_table(weights), tables.SPECTRA: arrow_table(spectral)}
+
+    def _captured(self, stacked: Sequence[Stack], parts: Sequence[Mapping[str, Tensor]]) -> Captured:
+        """What was measured of each stack, a row for each module; what is a matrix by stack is a vector by module."""
+        place = {name: i for i, name in enumerate(name for stack in stacked for name in stack.names)}
+        rows = [record.name for record in self._records]
+        order = [place[name] for name in rows]
+        scalars: dict[str, Tensor] = {}
+        vectors: dict[str, list[Tensor]] = {}
+        for measure in parts[0]:
+            values = [value for part in parts for value in part[measure]]  # of each module
+            if parts[0][measure].ndim == 1:
+                scalars[measure] = torch.stack(values)[order]
+            else:
+                vectors[measure] = [values[i] for i in order]
+        return Captured(scalars, vectors, rows=rows)
+
+    def _dora(self, updates: Mapping[str, LowRank]) -> dict[str, Tensor]:
+        """How far DoRA has moved the rows of each weight; nothing of other adapters, or without the base."""
+        if self._base is None or all(update.magnitude is None for update in updates.values()):
+            return {}
+        changes = [self._dora_of(record, updates[record.name], self._base) for record in self._records]
+        magnitude, direction = zip(*changes, strict=True)
+        return {"magnitude_change": torch.tensor(magnitude), "direction_change": torch.tensor(direction)}
+
+    def _dora_of(self, record: ModuleRecord, update: LowRank, base: BaseWeights) -> tuple[float, float]:
+        weight = base.weight(record)
+        if weight is None or update.magnitude is None:
+            return torch.nan, torch.nan
+        magnitude, direction = spectra.dora_change(weight, update.a, update.b, update.factor, update.magnitude)
+        return float(magnitude), float(direction)
+
+    @cached_property
+    def _base_table(self) -> pa.Table:
+        """Each weight is read once, and let go before the next."""
+        assert self._base is not None
+        known = [record for record in self._records if self._base.has(record)]
+        norms, tops = [], []
+        for record in known:
+            weight = self._base.weight(record)
+            assert weight is not None
+            norms.append(matrix_norm(weight))
+            tops.append(spectra.top_singular_value(weight))
+        rows = Captured({"norm": torch.stack(norms), "top": torch.stack(tops)}, rows=[r.name for r in known])
+        return arrow_table([(0, rows)])
+
+
+def _paired(now: Sequence[Stack], before: Sequence[Stack]) -> list[tuple[Stack, Stack | None]]:
+    """Each stack with the one before; checkpoints of one run are stacked alike."""
+    earlier: Sequence[Stack | None] = before or [None] * len(now)
+    return list(zip(now, earlier, strict=True))
+
+
+def _weights(now: Stack, before: Stack | None) -> dict[str, Tensor]:
+    unknown = torch.full((len(now.names),), torch.nan)
+    return {
+        "norm_a": matrix_norm(now.a),
+        "norm_b": matrix_norm(now.b),
+        "norm_update": spectra.update_norm(now.a, now.b, now.scaling),
+        "norm_step": spectra.step_norm(before.a, before.b, now.a, now.b, now.scaling) if before else unknown,
+        "balance": spectra.balance(now.a, now.b),
+    }
+
+
+def _spectra(stack: Stack) -> dict[str, Tensor]:
+    singular = spectra.singular_values(stack.a, stack.b, stack.scaling)  # (modules, k)
+    return {
+        "singular_values": singular,
+        "effective_rank": spectra.effective_rank(singular),
+        "stable_rank": spectra.stable_rank(singular),
+        "energy_rank": spectra.energy_rank(singular),
+        "top_ratio": spectra.top_ratio(stack.a, stack.b),
+    }

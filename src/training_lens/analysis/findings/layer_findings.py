@@ -1,0 +1,132 @@
+"""A layer whose gradients or steps grow or fade while those of its siblings do not."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from training_lens.analysis.findings.evidence import gradient_norm, listed, over_base, points
+from training_lens.analysis.findings.finding import Finding, Rule
+from training_lens.core.recording import Recording
+from training_lens.core.types import ModuleRecord, Series
+from training_lens.measures.curves import robust_z
+
+FACTOR = 30.0
+ROBUST_Z = 6.0
+OWN_WAY = 3.0  # factor of a module's own change: one that stays where its siblings fade does not explode
+LEAST_SIBLINGS = 4  # modules of one kind, without which a median over them says little
+STRETCHES = 10  # the run is cut into so many; a median of each leaves single steps out
+LEAST_STEPS = 3  # in a stretch
+RULE = Rule(
+    code="layers",
+    signature="a module's gradient norm or step ratio leaves the median over modules of its kind, and its own past",
+    threshold=f"a factor over {FACTOR:g} from both, over {OWN_WAY:g} from its own value before, and a robust z over "
+    f"{ROBUST_Z:g} among the logarithms of its kind",
+    source="relative to this run: z is the distance from the median in units of 1.4826 MAD, of which 3.5 is an outlier "
+    "(Iglewicz and Hoaglin 1993); factor and z are set wide, so that layers which always differ are not accused",
+    action="look at the named layer: lower training.lr, check its dtype, or leave it out of peft.target_modules",
+)
+
+
+class _Apart(NamedTuple):
+    """A module that stands apart: in which measure, from when on, and by what factor from its kind and its past."""
+
+    module: str
+    measure: str
+    step: int
+    from_kind: float
+    from_past: float
+    z: float
+
+    @property
+    def grew(self) -> bool:
+        return self.from_kind > 1
+
+
+def layers(recording: Recording) -> Finding:
+    """Whether a layer explodes or vanishes: its numbers leave those of its siblings while the run goes on."""
+    measures = {"gradient norm": gradient_norm(recording), "step ratio": over_base(recording, "norm_step")}
+    seen = {name: series for name, series in measures.items() if len(_stretches(series)) > 1}
+    kinds = {name: _kinds(recording.modules, series) for name, series in seen.items()}
+    if not any(kinds.values()):
+        return RULE.unknown(
+            "Whether a layer explodes or vanishes is not known",
+            f"{', '.join(f'{len(series.steps)} steps of the {name}' for name, series in measures.items())}; at most "
+            f"{_most_of_a_kind(recording.modules)} modules of one kind",
+            f"captures of at least {2 * LEAST_STEPS} steps, and {LEAST_SIBLINGS} modules of one kind: in a model of "
+            "fewer layers there is too little to compare",
+        )
+    found = [a for name, series in seen.items() for kind in kinds[name] for a in _apart(name, series, kind)]
+    if not found:
+        watched = {module for of_measure in kinds.values() for kind in of_measure for module in kind}
+        return RULE.fine(
+            "No layer explodes or vanishes", f"{' and '.join(seen)} of {len(watched)} modules against their kind"
+        )
+    return _told(found, measures)
+
+
+def _most_of_a_kind(modules: Sequence[ModuleRecord]) -> int:
+    return max(Counter(module.kind for module in modules).values(), default=0)
+
+
+def _kinds(modules: Sequence[ModuleRecord], series: Series) -> list[list[str]]:
+    """Names of modules of one kind and shape that ever have a value over 0, where there are enough of them."""
+    alike: dict[object, list[str]] = defaultdict(list)
+    for module in modules:
+        if module.name in series.names and (np.nan_to_num(series.of(module.name)) > 0).any():
+            alike[module.kind, module.in_features, module.out_features].append(module.name)
+    return [names for names in alike.values() if len(names) >= LEAST_SIBLINGS]
+
+
+def _stretches(series: Series) -> list[np.ndarray]:
+    """The places of the captured steps after 0, cut into stretches in their order."""
+    places = np.flatnonzero(series.steps > 0)
+    return np.array_split(places, min(STRETCHES, len(places) // LEAST_STEPS)) if len(places) >= LEAST_STEPS else []
+
+
+def _apart(measure: str, series: Series, kind: list[str]) -> list[_Apart]:
+    """The modules of a kind that leave it, each at the first stretch in which it does."""
+    stretches = _stretches(series)
+    levels = _levels(series, kind, stretches)  # (stretches, modules)
+    away, z = levels - np.median(levels, axis=1, keepdims=True), np.array([robust_z(level) for level in levels])
+    found: dict[str, _Apart] = {}
+    for i in range(1, len(stretches)):
+        moved = away[i] - np.median(away[:i], axis=0)
+        own = (levels[i] - np.median(levels[:i], axis=0)) * np.sign(away[i])
+        far = (np.abs(away[i]) > np.log(FACTOR)) & (np.abs(moved) > np.log(FACTOR)) & (np.abs(z[i]) > ROBUST_Z)
+        for j in np.flatnonzero(far & (np.sign(away[i]) == np.sign(moved)) & (own > np.log(OWN_WAY))):
+            step = int(series.steps[stretches[i][0]])
+            apart = _Apart(kind[j], measure, step, float(np.exp(away[i, j])), float(np.exp(moved[j])), float(z[i, j]))
+            found.setdefault(kind[j], apart)
+    return list(found.values())
+
+
+def _levels(series: Series, kind: list[str], stretches: list[np.ndarray]) -> np.ndarray:
+    """The logarithm of the median of each module of a kind in each stretch; (stretches, modules)."""
+    values = series.values[:, [series.names.index(name) for name in kind]]
+    values = np.where(np.isfinite(values), values, 0.0)
+    least = values[values > 0].min() / FACTOR**2  # stands for a value that has become 0
+    return np.log([np.median(np.maximum(values[places], least), axis=0) for places in stretches])
+
+
+def _told(found: list[_Apart], measures: dict[str, Series]) -> Finding:
+    first = min(found, key=lambda apart: (apart.step, -abs(np.log(apart.from_kind))))
+    names = list(dict.fromkeys(apart.module for apart in found))
+    series = measures[first.measure]
+    return RULE.found(
+        "problem" if first.grew else "warning",
+        f"{'Exploding' if first.grew else 'Vanishing'} layer",
+        f"the {first.measure} of {first.module} is {first.from_kind:.3g} times the median of its kind (robust z "
+        f"{first.z:.1f}) and {first.from_past:.3g} times its own past against it",
+        where=f"{listed(names)}, from step {first.step}",
+        evidence={
+            "modules": names,
+            "step": first.step,
+            "factor": first.from_kind,
+            "measure": first.measure,
+            f"{first.measure} of {first.module}": points(x=series.steps, y=series.of(first.module)),
+        },
+    )

@@ -1,0 +1,219 @@
+"""What is on disk of an adapter and of its base, as the lens reads it: checked by headers, tensors when asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from training_lens.config.schema import ModelSection
+from training_lens.core.modules import module_record
+from training_lens.core.types import ModuleRecord
+from training_lens.errors import AdapterError, LensError, ModelLoadingError
+from training_lens.merging.weight_update import LowRank, low_rank_keys, saved_updates, scaling_of
+from training_lens.models.adapter_files import (
+    CONFIG,
+    WEIGHTS,
+    Shapes,
+    read_config,
+    require_adapter,
+    require_plain,
+    saved_shapes,
+)
+from training_lens.models.factory import weight_files
+from training_lens.models.stored import local_folder
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+# Keys of an adapter's configuration that say what else was trained, or where adapters are, and not what B A is.
+ELSEWHERE = {
+    *("bias", "exclude_modules", "layers_pattern", "layers_to_transform", "lora_bias", "megatron_config"),
+    *("megatron_core", "runtime_config", "trainable_token_indices"),
+}
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """One PEFT folder with a LoRA or DoRA, after `step` steps. `records` are its modules, layer by layer."""
+
+    folder: Path
+    step: int
+    records: tuple[ModuleRecord, ...]
+    config: Mapping[str, Any]
+
+    def factors(self) -> dict[str, LowRank]:
+        """A, B and magnitude of each module by its name, on the CPU, in the file's number type.
+
+        Raises:
+            AdapterError: the file cannot be read any more.
+        """
+        try:
+            updates = saved_updates(self.folder)
+        except (OSError, SafetensorError) as error:
+            raise AdapterError(f"{self.folder / WEIGHTS} is broken ({error}). Copy or save it again.") from error
+        found = {record.name: updates[f"{record.name}.weight"] for record in self.records}
+        return {name: update for name, update in found.items() if isinstance(update, LowRank)}
+
+
+def open_adapter(folder: Path, step: int = 0) -> SavedAdapter:
+    """The adapter in a PEFT folder, by its configuration and the header of its weights.
+
+    Raises:
+        AdapterError: files are missing or broken, weights are no safetensors, or it is no LoRA or DoRA.
+    """
+    config = read_config(require_adapter(folder))
+    require_plain(config, folder, "the lens", "be read", also=ELSEWHERE)
+    shapes = saved_shapes(folder)
+    records = [_record(path, keys, shapes, config, folder) for path, keys in low_rank_keys(shapes).items()]
+    pairs = tuple(sorted((record for record in records if record), key=lambda record: _natural(record.name)))
+    if not pairs:
+        raise AdapterError(
+            f"{folder / WEIGHTS} holds no pair of LoRA matrices among its {len(shapes)} tensors. Give the folder that "
+            "PEFT's save_pretrained wrote."
+        )
+    return SavedAdapter(folder, step, pairs, config)
+
+
+def _record(
+    path: str, keys: Mapping[str, str], shapes: Shapes, config: Mapping[str, Any], folder: Path
+) -> ModuleRecord | None:
+    a, b = (shapes.get(keys.get(part, "")) for part in "AB")
+    if a is None or b is None or (len(a) == 2 == len(b) and a[0] != b[1]):
+        raise AdapterError(
+            f"{folder / WEIGHTS}: of {path} A has {a or 'nothing'} and B has {b or 'nothing'}, expected (rank, in) and "
+            "(out, rank). Copy or save the adapter again."
+        )
+    if not len(a) == 2 == len(b):
+        logger.info("the lens does not read %s in %s: its adapter is no pair of matrices", path, folder)
+        return None
+    variant = "dora" if "magnitude_vector" in keys else "lora"
+    return module_record(path, a, b, scaling_of(path, a[0], config), variant)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that puts layers.10 behind layers.9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"[.]", name)]
+
+
+def require_alike(adapters: list[SavedAdapter]) -> None:
+    """Refuse checkpoints that are not of one run.
+
+    Raises:
+        LensError: names the module that differs, both of its shapes, and both folders.
+    """
+    first = adapters[0]
+    for other in adapters[1:]:
+        here, there = ({r.name: (r.rank, r.in_features, r.out_features) for r in x.records} for x in (first, other))
+        wrong = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+        if wrong:
+            sizes = [_size(shapes.get(wrong[0])) for shapes in (here, there)]
+            raise LensError(
+                f"the checkpoints are not of one run: {wrong[0]} has {sizes[0]} in {first.folder}, and {sizes[1]} in "
+                f"{other.folder}. Give each run's checkpoints in a folder of their own."
+            )
+
+
+def _size(shape: tuple[int, int, int] | None) -> str:
+    return "rank {}, {} inputs and {} outputs".format(*shape) if shape else "no adapter"
+
+
+class BaseWeights:
+    """Single weights of a base model, out of its safetensors files; the model is not loaded.
+
+    Args:
+        folder: a local model folder.
+        transposed: whether it keeps linear weights as (in, out), as GPT-2 does (PEFT's fan_in_fan_out).
+
+    Raises:
+        ModelLoadingError: a file is missing or broken.
+    """
+
+    def __init__(self, folder: Path, *, transposed: bool = False) -> None:
+        self.folder, self._transposed = folder, transposed
+        self._files: dict[str, Path] = {}
+        self._shapes: Shapes = {}
+        for name in weight_files(folder):
+            try:
+                with safe_open(folder / name, "pt") as file:
+                    self._files |= dict.fromkeys(file.keys(), folder / name)
+                    self._shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise ModelLoadingError(
+                    f"{folder / name} is broken or missing ({error}). Download the model again, whole."
+                ) from error
+
+    def weight(self, record: ModuleRecord) -> Tensor | None:
+        """W of a module as (out, in), float32, on the CPU; None where the files have no such matrix."""
+        key = self._key(record)
+        if key is None:
+            return None
+        with safe_open(self._files[key], "pt") as file:
+            weight: Tensor = file.get_tensor(key).float()
+        return weight.T if self._is_turned(weight.shape, record) else weight
+
+    def has(self, record: ModuleRecord) -> bool:
+        """Whether the files have its weight."""
+        return self._key(record) is not None
+
+    def _key(self, record: ModuleRecord) -> str | None:
+        """Its name in the files, which may lack the first parts of the module's path or have more of them."""
+        wanted, shape = f"{record.name}.weight", (record.out_features, record.in_features)
+        matching = [
+            key
+            for key, found in self._shapes.items()
+            if found in (shape, shape[::-1]) and (f".{wanted}".endswith(f".{key}") or f".{key}".endswith(f".{wanted}"))
+        ]
+        return max(matching, key=lambda key: (key == wanted, len(key)), default=None)
+
+    def _is_turned(self, found: torch.Size, record: ModuleRecord) -> bool:
+        shape = (record.out_features, record.in_features)
+        return self._transposed if shape[0] == shape[1] else tuple(found) != shape
+
+
+def base_weights(adapter: SavedAdapter, base: Path | str | None = None) -> BaseWeights | None:
+    """The weights of an adapter's base: of `base`, or of what its configuration names, where that is on this machine.
+
+    Args:
+        base: a local model folder, or a model's id in the local cache of the hub.
+
+    Raises:
+        ModelLoadingError: `base` is given and cannot be read.
+        LensError: `base` is given, and not a single adapted weight is in it, or it is not on this machine.
+    """
+    reference = base if base is not None else adapter.config.get("base_model_name_or_path")
+    if not reference:
+        return None
+    try:
+        folder = local_folder(ModelSection(id=str(reference)))
+        weights = BaseWeights(folder, transposed=bool(adapter.config.get("fan_in_fan_out"))) if folder else None
+    except ModelLoadingError:
+        if base is not None:
+            raise
+        weights = None
+    if base is not None and weights is None:
+        raise LensError(f"base '{base}' is no folder, and no model of that id is in the hub's local cache.")
+    missing = [record.name for record in adapter.records if weights is None or not weights.has(record)]
+    if base is not None and len(missing) == len(adapter.records):
+        raise LensError(
+            f"base '{base}' has none of the {len(missing)} weights that the adapter in {adapter.folder} changes, for "
+            f"one {missing[0]}. Give the folder of the model that it was trained on."
+        )
+    if missing:
+        where = "is not on this machine" if weights is None else f"has no weight of {len(missing)} modules"
+        logger.info(
+            "the base '%s' %s, for one %s: what is measured against it is missing. Give its folder as base.",
+            *(reference, where, missing[0]),
+        )
+    return weights if len(missing) < len(adapter.records) else None
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder has an adapter's configuration or weights, of any kind."""
+    return any((folder / name).is_file() for name in (CONFIG, WEIGHTS, "adapter_model.bin"))

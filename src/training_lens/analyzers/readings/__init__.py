@@ -1,1 +1,0 @@
-"""What captures say: the built-in analyzers, one for each subject."""

@@ -1,0 +1,198 @@
+"""The lens's store, read: at any time, also while training runs or after a kill. `writer` fills it.
+
+A folder holds lens.json (what its tables are about), files.json (the list of its captures), cost.json (seconds by
+collector), and a folder for each table with its Parquet segments and its snapshots. `lens.scalars_megabytes` and
+`lens.snapshots_megabytes` bound its size; tables of one row a step, as that of the loss, are kept whole. Before
+anything is thinned, a number takes 2.9 to 3.7 bytes: of 12 measures, 35 to 45 bytes for each module and step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from training_lens.core.arrow import (
+    MODULE,
+    STEP,
+    joined,
+    meant,
+    polars_frame,
+    require_measure,
+    series_of,
+    vectors_of,
+)
+from training_lens.core.capture_files import LISTING, missing_captures, what_is_lost
+from training_lens.core.lens_manifest import read_manifest
+from training_lens.core.segments import Segment, empty_segment, read_segment, segments_in
+from training_lens.core.snapshots import read_snapshot, require_whole, snapshots_in
+from training_lens.core.types import Series
+from training_lens.errors import DamagedFileError, LensError
+from training_lens.utils.integrity import read_sealed
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+COST = "cost.json"
+TABLE_NAME = re.compile(r"\w[\w.-]*")
+
+
+class LensStore:
+    """Reads the captures in a folder, as they are at each call: training may go on meanwhile.
+
+    A file that is damaged or missing is passed over: logged once, and listed in `damaged`.
+
+    Args:
+        folder: RUN/lens, or another that a LensWriter filled.
+
+    Raises:
+        LensError: there are no captures, or of a format that this version cannot read.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.damaged: list[Path] = []
+        try:
+            for path in missing_captures(self.folder):
+                self._pass_over(path, what_is_lost(path))
+        except LensError as error:
+            self._pass_over(self.folder / LISTING, error)
+
+    def tables(self) -> tuple[str, ...]:
+        """The tables that hold something, by name."""
+        folders = table_folders(self.folder)
+        return tuple(path.name for path in folders if segments_in(path) or snapshots_in(path))
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A table with its columns step, module and those of its measures (see `arrow_table`), ascending by step.
+
+        Args:
+            columns: the measures to read; None: all. Step and module always come.
+
+        Raises:
+            LensError: there is no such table, or no such measure in it.
+        """
+        segments = segments_in(self._folder_of(name))
+        try:
+            header = self._header(segments)
+            for column in columns or ():
+                if column not in header.column_names:
+                    require_measure(header, column)
+            rows = [self._read(segment, lambda s: read_segment(s, columns)) for segment in segments]
+        except FileNotFoundError:  # merged into another between listing and reading
+            return self.table(name, columns)
+        wanted = [c for c in header.column_names if columns is None or c in (STEP, MODULE, *columns)]
+        return joined([header.select(wanted), *(table for table in rows if table is not None)])
+
+    def measures(self, name: str) -> tuple[str, ...]:
+        """The measures of a table, without reading its rows; raises as `table` does.
+
+        One may have no rows left, where the files that held it are damaged.
+        """
+        segments = segments_in(self._folder_of(name))
+        try:
+            header = self._header(segments)
+        except FileNotFoundError:  # as in `table`
+            return self.measures(name)
+        return tuple(column for column in header.column_names if column not in (STEP, MODULE))
+
+    def _header(self, segments: Sequence[Segment]) -> pa.Table:
+        """The columns of all segments, without rows."""
+        headers = [self._read(segment, empty_segment) for segment in segments]
+        return joined([header for header in headers if header is not None])
+
+    def _read(self, segment: Segment, read: Callable[[Segment], pa.Table]) -> pa.Table | None:
+        try:
+            return read(segment)
+        except LensError as error:
+            self._pass_over(segment.path, error)
+            return None
+
+    def _pass_over(self, path: Path, why: LensError | str) -> None:
+        if path not in self.damaged:
+            self.damaged.append(path)
+            logger.warning("%s", why)
+
+    def _folder_of(self, table: str) -> Path:
+        known = self.tables()
+        if table not in known:
+            raise LensError(f"{self.folder} has no table '{table}'{meant(table, known)}")
+        return self.folder / table
+
+    def pandas(self, name: str) -> Any:
+        """A table as a pandas DataFrame; raises as `table` does."""
+        return self.table(name).to_pandas()
+
+    def polars(self, name: str) -> Any:
+        """A table as a Polars DataFrame; raises as `table` does, and ConfigurationError where Polars is missing."""
+        return polars_frame(self.table(name))
+
+    def series(self, table: str, measure: str) -> Series:
+        """A scalar measure over time (see `series_of`).
+
+        Raises:
+            LensError: there is no such table, or no such measure of scalars in it.
+        """
+        return series_of(self.table(table, [measure]), measure)
+
+    def vectors(self, table: str, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A measure of vectors over time: steps, and by module (steps, its longest), padded (see `vectors_of`).
+
+        Raises:
+            LensError: there is no such table, or no such measure of vectors in it.
+        """
+        return vectors_of(self.table(table, [measure]), measure)
+
+    def snapshot_steps(self, table: str) -> list[int]:
+        """The steps of the whole snapshots of a table, ascending; none where there is no such table.
+
+        Damaged ones are left out.
+        """
+        return [step for step, path in snapshots_in(self.folder / table).items() if self._is_whole(path)]
+
+    def _is_whole(self, path: Path) -> bool:
+        try:
+            require_whole(path)
+        except LensError as error:
+            self._pass_over(path, error)
+            return False
+        return True
+
+    def snapshot(self, table: str, step: int) -> dict[str, Tensor]:
+        """The tensors of a snapshot by name, on the CPU.
+
+        Raises:
+            LensError: there is none of that step, or it is damaged.
+        """
+        steps = snapshots_in(self._folder_of(table))
+        if step not in steps:
+            there = ", ".join(map(str, steps)) or "none"
+            raise LensError(f"{self.folder / table} has no snapshot of step {step}; there are: {there}.")
+        return read_snapshot(steps[step])
+
+    def cost(self) -> dict[str, float]:
+        """Seconds that each collector took; empty before the first flush that gave them.
+
+        Raises:
+            LensError: cost.json is damaged.
+        """
+        return read_cost(self.folder)
+
+
+def read_cost(folder: Path) -> dict[str, float]:
+    """See `LensStore.cost`."""
+    path = folder / COST
+    try:
+        return {name: float(seconds) for name, seconds in read_sealed(path).items()} if path.is_file() else {}
+    except (OSError, DamagedFileError, ValueError, TypeError) as error:
+        raise LensError(f"{path} is damaged ({error}): delete it; no other file needs it.") from error
+
+
+def table_folders(folder: Path) -> list[Path]:
+    """The folders of tables in a lens folder."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and TABLE_NAME.fullmatch(path.name))

@@ -1,0 +1,180 @@
+"""The lens's store, written: while training runs, by the one writer of its folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+from safetensors import SafetensorError
+
+from training_lens.config.lens_section import LensSection
+from training_lens.core.arrow import Packed, pack, table_of
+from training_lens.core.capture_files import LISTING, cut_listing, what_is_lost, write_listing
+from training_lens.core.lens_manifest import write_manifest
+from training_lens.core.lens_store import COST, TABLE_NAME, read_cost, table_folders
+from training_lens.core.segments import SegmentedTable, bound
+from training_lens.core.snapshots import Snapshots
+from training_lens.core.types import Captured, LensManifest
+from training_lens.errors import LensError
+from training_lens.utils.files import sweep_temporaries
+from training_lens.utils.integrity import write_sealed
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+MEGABYTE = 1_000_000
+MOST_PENDING = 8 * MEGABYTE
+
+
+class LensWriter:
+    """Writes the captures of one run; the one writer of its folder.
+
+    Args:
+        folder: made where it is missing.
+        manifest: written as lens.json.
+        section: how much room captures may take, and how often they go to disk.
+        after_step: the step that training goes on after: captures of later steps are dropped; 0: all are.
+
+    Raises:
+        LensError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path | str, manifest: LensManifest, section: LensSection, after_step: int = 0) -> None:
+        folder = Path(folder)
+        self._folder = folder
+        self._limit_bytes = section.scalars_megabytes * MEGABYTE
+        self._flush_seconds = section.flush_seconds
+        self._pending: dict[str, list[Packed]] = {}
+        self._pending_bytes = 0
+        self._bytes_written = 0
+        self._flushed_at = time.monotonic()
+        self._kept_steps = after_step or -1  # a fresh start drops step 0 as well
+        with _writing_in(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep_temporaries(folder, older_than_seconds=0)
+            if not after_step:
+                (folder / COST).unlink(missing_ok=True)
+            self._missing = _begin_listing(folder, after_step)
+            self._tables = {path.name: SegmentedTable(path, self._kept_steps) for path in table_folders(folder)}
+            self._snapshots = Snapshots(folder, section.snapshots_megabytes * MEGABYTE, self._kept_steps)
+            write_manifest(folder, manifest)
+
+    def cost(self) -> dict[str, float]:
+        """Seconds by collector that earlier parts of the run took."""
+        return read_cost(self._folder)
+
+    def last_steps(self) -> dict[str, int]:
+        """The last step on disk of each table that has one; of damaged segments none is known."""
+        steps = {name: step for name, table in self._tables.items() if (step := table.last_step()) is not None}
+        snapshots = self._snapshots.last_steps()
+        return {name: max(steps.get(name, 0), snapshots.get(name, 0)) for name in steps.keys() | snapshots.keys()}
+
+    @property
+    def bytes_written(self) -> int:
+        """All bytes of segments and snapshots that this writer wrote, merges among them."""
+        return self._bytes_written
+
+    @property
+    def size(self) -> int:
+        """Bytes of segments and snapshots on disk."""
+        return sum(table.size for table in self._tables.values()) + self._snapshots.size
+
+    def add(self, table: str, step: int, captured: Captured) -> None:
+        """Keep what a collector saw for the next flush, copied: it may be changed afterwards.
+
+        Scalars and vectors stay on their device, and nothing waits for it; a snapshot's tensors are copied to the CPU,
+        which does.
+
+        Raises:
+            LensError: values that do not fit their rows, or a table's name that is not one of a folder.
+        """
+        if table not in self._pending:
+            self._begin(table)
+        try:
+            packed = pack(step, captured)
+        except LensError as error:
+            raise LensError(f"{table}: {error}") from error
+        self._pending[table].append(packed)
+        self._pending_bytes += packed.nbytes
+        if captured.tensors:
+            self._snapshots.add(table, step, captured.tensors)
+
+    def _begin(self, table: str) -> None:
+        if not TABLE_NAME.fullmatch(table):
+            raise LensError(f"'{table}' cannot name a table: give letters, digits, '_', '-' and '.', as in a folder.")
+        self._pending[table] = []
+
+    def flush_if_due(self, cost: Mapping[str, float] | None = None) -> None:
+        """Flush where `lens.flush_seconds` have passed since the last time, or much is pending; raises as that does."""
+        pending = self._pending_bytes + self._snapshots.pending_bytes
+        too_much = pending > min(MOST_PENDING, self._limit_bytes / 8)  # an eighth: the newest are never thinned
+        if too_much or time.monotonic() - self._flushed_at >= self._flush_seconds:
+            self.flush(cost)
+
+    def flush(self, cost: Mapping[str, float] | None = None) -> None:
+        """Write what is pending, then merge and thin where bounds ask for it. Waits for the device, once a table.
+
+        Args:
+            cost: seconds by collector so far, kept as cost.json.
+
+        Raises:
+            LensError: it cannot be written, for one because the disk is full. What is on disk stays readable, and what
+                could not be written stays pending.
+        """
+        self._flushed_at = time.monotonic()
+        with _writing_in(self._folder):
+            for table in self._pending:
+                self._flush_table(table)
+            self._bytes_written += self._snapshots.flush()
+            if cost is not None:
+                write_sealed(self._folder / COST, cost)
+            self._bytes_written += bound(self._tables.values(), self._limit_bytes)
+            segments = [segment.path for table in self._tables.values() for segment in table.segments]
+            write_listing(self._folder, {*segments, *self._snapshots.paths, *self._missing})
+            self._snapshots.prune()
+
+    def _flush_table(self, table: str) -> None:
+        pending = self._pending[table]
+        rows = table_of(pending)
+        if rows.num_rows:
+            if table not in self._tables:
+                self._tables[table] = SegmentedTable(self._folder / table, self._kept_steps)
+            self._bytes_written += self._tables[table].append(rows)
+        self._pending_bytes -= sum(packed.nbytes for packed in pending)
+        pending.clear()
+
+    def close(self, cost: Mapping[str, float] | None = None) -> None:
+        """Flush for the last time.
+
+        Raises:
+            LensError: see `flush`.
+        """
+        self.flush(cost)
+
+
+def _begin_listing(folder: Path, after_step: int) -> list[Path]:
+    """List captures up to `after_step` alone, before later ones are deleted; gives those of them that are missing."""
+    if not after_step:
+        (folder / LISTING).unlink(missing_ok=True)
+        return []
+    try:
+        missing = cut_listing(folder, after_step)
+    except LensError as error:
+        logger.warning("%s", error)
+        return []
+    for path in missing:
+        logger.warning("%s", what_is_lost(path))
+    return missing
+
+
+@contextmanager
+def _writing_in(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, pa.ArrowException) as error:
+        raise LensError(
+            f"captures cannot be written in {folder}: {error}. Make room there, give a folder that may be written "
+            "(output.base_output_dir), or train without captures (lens.enabled=false)."
+        ) from error

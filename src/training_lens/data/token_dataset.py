@@ -1,0 +1,301 @@
+"""Tokenized examples on disk: one Arrow file a split, memory-mapped, kept under a fingerprint of all it came from.
+
+Beside the file stand its checksums (XXH3, 128 bits): one of each record batch's tokens, which is compared before the
+first of them is read, and one of all other bytes, compared when the file is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from training_lens.data.columns import TokenizedRows, running
+from training_lens.data.example_types import TokenizedExample
+from training_lens.errors import DamagedFileError
+from training_lens.utils.integrity import read_sealed, write_sealed
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+# The tokens last: all that is read of every example when the file is opened stands in one piece before them.
+SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),
+        ("row", pa.int64()),
+        ("supervised", pa.int32()),
+        ("domain", pa.string()),
+        ("digest", pa.uint64()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.bool_())),
+    ]
+)
+
+
+def write_examples(path: Path, chunks: Iterable[TokenizedRows]) -> None:
+    """Write chunks of examples as record batches, then their checksums; holds one chunk in memory at a time."""
+    ends: list[int] = []
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for chunk in filter(len, chunks):
+            writer.write_batch(_record_batch(chunk))
+            ends.append(sink.tell())
+    write_sealed(_checksums_path(path), asdict(_compute_checksums(path, ends)))
+
+
+def _record_batch(rows: TokenizedRows) -> pa.RecordBatch:
+    """The rows as Arrow, from their buffers: `pa.array` would import pandas first, for a third of a second."""
+    ids, mask = _numbers(rows.input_ids, pa.int32()), _flags(rows.loss_mask)
+    offsets = pa.py_buffer(rows.offsets.astype(np.int32))
+    return pa.record_batch(
+        [
+            _texts(rows.files),
+            _numbers(rows.numbers, pa.int64()),
+            _numbers(rows.supervised.astype(np.int32), pa.int32()),
+            _texts(rows.domains),
+            _numbers(rows.digests, pa.uint64()),
+            pa.Array.from_buffers(pa.list_(pa.int32()), len(rows), [None, offsets], children=[ids]),
+            pa.Array.from_buffers(pa.list_(pa.bool_()), len(rows), [None, offsets], children=[mask]),
+        ],
+        schema=SCHEMA,
+    )
+
+
+def _numbers(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def _flags(values: np.ndarray) -> pa.Array:
+    return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(np.packbits(values, bitorder="little"))])
+
+
+def _texts(values: Sequence[str | None]) -> pa.Array:
+    """Strings; None is null."""
+    encoded = [b"" if value is None else value.encode() for value in values]
+    offsets = running(np.fromiter(map(len, encoded), np.int64, len(encoded))).astype(np.int32)
+    there = np.packbits(np.array([value is not None for value in values], dtype=bool), bitorder="little")
+    buffers = [pa.py_buffer(there), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
+    return pa.Array.from_buffers(pa.string(), len(encoded), buffers)
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """What an examples file is known by.
+
+    `tokens` holds (start, end, checksum) of the tokens of each record batch, in bytes of the file; `rest` is the
+    checksum of all bytes before, between and behind them: the schema, the columns of every example, the footer.
+    """
+
+    size: int
+    rest: str
+    tokens: list[tuple[int, int, str]]
+
+    def others(self) -> Iterator[tuple[int, int]]:
+        """The stretches of bytes that are no tokens."""
+        borders = [0, *(border for start, end, _ in self.tokens for border in (start, end)), self.size]
+        return zip(borders[::2], borders[1::2], strict=True)
+
+
+def _checksums_path(path: Path) -> Path:
+    return path.with_suffix(".checksums.json")
+
+
+def _compute_checksums(path: Path, ends: Sequence[int]) -> Checksums:
+    """Those of a file that was just written, whose record batches end at these bytes."""
+    content = _mapped(path)
+    batches = pa.ipc.open_file(content).read_all().column("input_ids").chunks
+    places = [(ids.values.buffers()[1].address - content.address, end) for ids, end in zip(batches, ends, strict=True)]
+    tokens = [(start, end, _checksum(content, [(start, end)])) for start, end in places]
+    size = content.size
+    return Checksums(size, _checksum(content, Checksums(size, "", tokens).others()), tokens)
+
+
+def _mapped(path: Path) -> pa.Buffer:
+    with pa.memory_map(str(path)) as file:
+        return file.read_buffer()
+
+
+def _checksum(content: pa.Buffer, places: Iterable[tuple[int, int]]) -> str:
+    digest = xxhash.xxh3_128()
+    for start, end in places:
+        digest.update(content[start:end])
+    return digest.hexdigest()
+
+
+class TokenTable:
+    """The columns of examples in memory."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    @property
+    def content_hash(self) -> str:
+        """Of a file, a hash that is equal for files of the same bytes; empty for examples in memory."""
+        return ""
+
+    def require_tokens(self, row: int) -> None:
+        """See to it that the tokens of a row may be read."""
+
+    def require_all_tokens(self) -> None:
+        """See to it that all tokens may be read."""
+        for row in range(self.table.num_rows):
+            self.require_tokens(row)
+
+
+class TokenFile(TokenTable):
+    """The columns of an examples file, through a memory map: nothing is read of it that was not compared before.
+
+    Args:
+        rebuild: writes the file anew where tokens turn out to be damaged.
+
+    Raises:
+        DamagedFileError: the file or its checksums are missing or not what was written; of tokens see `require_tokens`.
+    """
+
+    def __init__(self, path: Path, rebuild: Callable[[], object] | None = None) -> None:
+        self._path, self._rebuild, self._lock = path, rebuild, threading.RLock()
+        self._open()
+
+    def _open(self) -> None:
+        self._checksums = _read_checksums(self._path)
+        self._content = _mapped(self._path)
+        places = self._checksums.others()
+        if self._content.size != self._checksums.size or _checksum(self._content, places) != self._checksums.rest:
+            raise DamagedFileError(f"{self._path} is damaged: it is not what its checksums say.")
+        super().__init__(pa.ipc.open_file(self._content).read_all())
+        self._ends = np.cumsum([len(chunk) for chunk in self.table.column("row").chunks])
+        self._is_checked = [False] * len(self._ends)
+
+    @property
+    def content_hash(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self._checksums)).encode()).hexdigest()
+
+    def require_tokens(self, row: int) -> None:
+        """Compare the tokens around a row with their checksum, once; damaged ones are written anew.
+
+        Raises:
+            DamagedFileError: nobody can write them anew.
+        """
+        batch = int(np.searchsorted(self._ends, row, side="right"))
+        if not self._is_checked[batch]:
+            with self._lock:
+                self._check(batch)
+
+    def _check(self, batch: int) -> None:
+        start, end, checksum = self._checksums.tokens[batch]
+        if _checksum(self._content, [(start, end)]) != checksum:
+            error = DamagedFileError(
+                f"{self._path} is damaged: the tokens in bytes {start} to {end} are not as written."
+            )
+            if self._rebuild is None:
+                raise error
+            logger.warning("%s The rows are tokenized again.", error)
+            self._rebuild()
+            self._open()
+        self._is_checked[batch] = True
+
+
+def _read_checksums(path: Path) -> Checksums:
+    try:
+        values = read_sealed(_checksums_path(path), required=True)
+        return Checksums(values["size"], values["rest"], [tuple(place) for place in values["tokens"]])
+    except FileNotFoundError as error:
+        raise DamagedFileError(f"{error.filename} is missing.") from error
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """Examples by their position; `rows` picks and orders those of the source, None takes all."""
+
+    source: TokenTable
+    rows: np.ndarray | None = None
+
+    @classmethod
+    def open(cls, path: Path | str, rebuild: Callable[[], object] | None = None) -> TokenDataset:
+        """The examples of a file; arguments and errors are those of `TokenFile`."""
+        return cls(TokenFile(Path(path), rebuild))
+
+    @classmethod
+    def of(cls, examples: Sequence[TokenizedExample]) -> TokenDataset:
+        """Examples in memory as a dataset."""
+        return cls(TokenTable(pa.Table.from_batches([_record_batch(TokenizedRows.of(examples))])))
+
+    @property
+    def table(self) -> Any:
+        return self.source.table
+
+    def __len__(self) -> int:
+        return self.table.num_rows if self.rows is None else len(self.rows)
+
+    def example_id(self, index: int) -> str:
+        """The id of one example, without reading its tokens."""
+        row = self._row(index)
+        return f"{self.table.column('file')[row].as_py()}:{self.table.column('row')[row].as_py()}"
+
+    def _row(self, index: int) -> int:
+        return index if self.rows is None else int(self.rows[index])
+
+    def __getitem__(self, index: int) -> TokenizedExample:
+        row = self._row(index)
+        self.source.require_tokens(row)
+        file, number, ids, mask, domain, digest = (
+            self.table.column(name)[row] for name in ("file", "row", "input_ids", "loss_mask", "domain", "digest")
+        )
+        return TokenizedExample(
+            file.as_py(),
+            number.as_py(),
+            ids.values.to_numpy(),
+            mask.values.to_numpy(zero_copy_only=False),
+            domain.as_py(),
+            digest.as_py(),
+        )
+
+    def __iter__(self) -> Iterator[TokenizedExample]:
+        return (self[i] for i in range(len(self)))
+
+    def select(self, positions: np.ndarray) -> TokenDataset:
+        """The examples at these positions, in this order; nothing is copied."""
+        return TokenDataset(self.source, positions if self.rows is None else self.rows[positions])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64."""
+        return self._taken(pc.list_value_length(self.table.column("input_ids")).to_numpy()).astype(np.int64)
+
+    @cached_property
+    def supervised(self) -> np.ndarray:
+        """Targets of each example, int64: masked-in tokens other than the first, which nothing predicts."""
+        return self._taken(self.table.column("supervised").to_numpy()).astype(np.int64)
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """A hash of each example's rendered text, uint64: equal for examples that say the same."""
+        return self._taken(self.table.column("digest").to_numpy())
+
+    @cached_property
+    def files(self) -> np.ndarray:
+        """The source of each example."""
+        return self._names("file")
+
+    @cached_property
+    def domains(self) -> np.ndarray:
+        """The domain of each example, or None."""
+        return self._names("domain")
+
+    def _names(self, column: str) -> np.ndarray:
+        """A column of few different names as an object array that shares them; None where there is none."""
+        encoded = self.table.column(column).combine_chunks().dictionary_encode()
+        names = np.array([*encoded.dictionary.to_pylist(), None], dtype=object)
+        return self._taken(names[encoded.indices.fill_null(len(names) - 1).to_numpy()])
+
+    def _taken(self, values: np.ndarray) -> np.ndarray:
+        taken: np.ndarray = values if self.rows is None else values[self.rows]
+        return taken

@@ -1,0 +1,159 @@
+"""Rows as one session judges them: tokens, prompts, what the answers should be, how many bytes of text they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from training_lens.data.columns import Encoded
+from training_lens.data.example_types import Example, Segment, TokenizedExample
+from training_lens.data.token_cache import prompt_as_trained, tokenize
+from training_lens.data.token_dataset import TokenDataset
+from training_lens.errors import DatasetError
+from training_lens.inference.session import Session
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class JudgedRows:
+    """Rows that fit the session's model; `kept` are their places among those given.
+
+    `prompts` are the tokens that ask for each row's last answer, None where the row asks nothing: a plain text, or one
+    of which the length leaves nothing of the prompt, or no room to answer. `references` are the last answers' texts.
+    `text_bytes` (int64) are the UTF-8 bytes of all supervised text of each row, `tokens_id` (uint64) a hash of its
+    supervised tokens.
+    """
+
+    examples: list[Example]
+    kept: np.ndarray
+    dataset: TokenDataset
+    prompts: list[list[int] | None]
+    references: list[str]
+    text_bytes: np.ndarray
+    tokens_id: np.ndarray
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], session: Session) -> JudgedRows:
+        """The rows of `examples` that fit.
+
+        Raises:
+            DatasetError: none fits.
+        """
+        tokenized = tokenize(examples, session.preparation)
+        kept = np.array([i for i, tokens in enumerate(tokenized) if tokens is not None], dtype=np.int64)
+        if not len(kept):
+            raise DatasetError(
+                f"none of the {len(examples)} rows to judge has an answer within model.seq_len="
+                f"{session.preparation.seq_len} tokens of {session.source}; give other rows."
+            )
+        fitting = [t for t in tokenized if t is not None]
+        rows = [_Rendered.of(examples[i], session) for i in kept]
+        prompts = [_prompt(row.example, session) for row in rows]
+        _tell_unasked(rows, prompts)
+        return cls(
+            [row.example for row in rows],
+            kept,
+            TokenDataset.of(fitting),
+            prompts,
+            [row.reference(session) for row in rows],
+            np.array([row.text_bytes(t, session) for row, t in zip(rows, fitting, strict=True)], dtype=np.int64),
+            np.array([_hash(t.input_ids[t.loss_mask]) for t in fitting], dtype=np.uint64),
+        )
+
+    def take(self, places: np.ndarray) -> JudgedRows:
+        """Some of the rows, in this order."""
+        return JudgedRows(
+            [self.examples[i] for i in places],
+            self.kept[places],
+            self.dataset.select(places),
+            [self.prompts[i] for i in places],
+            [self.references[i] for i in places],
+            self.text_bytes[places],
+            self.tokens_id[places],
+        )
+
+    def count_distinct(self) -> int:
+        """The rows that differ from each other in their tokens."""
+        return len({example.input_ids.tobytes() for example in self.dataset})
+
+    @property
+    def asked_references(self) -> list[str]:
+        """The right answers of the rows that ask for one."""
+        return [self.references[i] for i in np.flatnonzero(self.asked)]
+
+    @property
+    def asked(self) -> np.ndarray:
+        """Rows that ask for an answer, (rows,) bool."""
+        return np.array([prompt is not None for prompt in self.prompts], dtype=bool)
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """An example with its text and all its tokens, before any cut."""
+
+    example: Example
+    segments: list[Segment]
+    whole: Encoded
+
+    @classmethod
+    def of(cls, example: Example, session: Session) -> _Rendered:
+        segments = session.renderer.example(example)
+        return cls(example, segments, session.encoder.encode([segments])[0])
+
+    def reference(self, session: Session) -> str:
+        """What the last answer says; one that calls tools says it as the template writes calls."""
+        last = self.example.messages[-1]
+        if not last.calls:
+            return last.text
+        ids = _stretches(self.whole.input_ids, self.whole.response)[-1]
+        return str(session.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def text_bytes(self, kept: TokenizedExample, session: Session) -> int:
+        """Of the rendered text without special tokens; of a row that is cut, of its tokens' text."""
+        if len(kept.input_ids) == len(self.whole.input_ids):
+            learned = (s for s in self.segments if s.response or not session.config.data.mask_prompt)
+            return sum(len(_without_specials(s, session).encode()) for s in learned)
+        parts = _stretches(kept.input_ids, kept.loss_mask)
+        return sum(len(session.tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in parts)
+
+
+def _without_specials(segment: Segment, session: Session) -> str:
+    """The text of a segment; names of special tokens in plain text are text like any other."""
+    text = segment.text
+    for name in () if segment.plain else session.tokenizer.all_special_tokens:
+        text = text.replace(name, "")
+    return text
+
+
+def _stretches(ids: np.ndarray, mask: np.ndarray) -> list[list[int]]:
+    """The unbroken runs of tokens that the mask marks."""
+    runs = groupby(range(len(ids)), key=lambda i: bool(mask[i]))
+    return [ids[list(places)].tolist() for marked, places in runs if marked]
+
+
+def _prompt(example: Example, session: Session) -> list[int] | None:
+    """The prompt as training shortens it; None where nothing of it is left, or no position for an answer."""
+    if example.is_text:
+        return None
+    ids = prompt_as_trained(example, session.preparation)
+    nothing = all(token == session.encoder.bos_id for token in ids)
+    return None if nothing or (session.positions and len(ids) >= session.positions) else ids
+
+
+def _tell_unasked(rows: Sequence[_Rendered], prompts: Sequence[list[int] | None]) -> None:
+    silent = [r.example.id for r, p in zip(rows, prompts, strict=True) if p is None and not r.example.is_text]
+    if silent:
+        logger.warning(
+            "%d rows are judged by their loss alone: their answers leave no room for a prompt, or their prompts none "
+            "for an answer; the first is %s", len(silent), silent[0],
+        )  # fmt: skip
+
+
+def _hash(ids: np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "big")

@@ -1,0 +1,1 @@
+"""Pure functions of tensors: what collectors and analyzers compute."""

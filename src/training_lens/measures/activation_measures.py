@@ -1,0 +1,74 @@
+"""How far hidden states and predictions have moved from the base's, on the same tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from training_lens.measures.directions import cosine
+from training_lens.measures.factors import exact, frobenius, precise
+from training_lens.models.scoring import forward_kl
+
+__all__ = ["Cka", "drift", "forward_kl", "linear_cka", "projection", "rms"]
+
+
+def rms(h: Float[Tensor, "*batch tokens width"]) -> Float[Tensor, "*batch"]:
+    """The root mean square of hidden states over their last two dimensions. Formula: sqrt(mean(h^2)), in float32."""
+    return frobenius(precise(h)) / math.sqrt(h.shape[-2] * h.shape[-1])
+
+
+def drift(h: Float[Tensor, "*batch tokens width"], h0: Float[Tensor, "*batch tokens width"]) -> Float[Tensor, "*batch"]:
+    """How far hidden states h have moved from the base's h0, relative to these; 0 for B = 0.
+
+    Formula: ||h - h0||_F / ||h0||_F over the last two dimensions, in float32. Leave out padding before.
+    """
+    h, h0 = precise(h), precise(h0)
+    return frobenius(h - h0) / frobenius(h0)
+
+
+@dataclass(frozen=True)
+class Cka:
+    """Similarity of two representations, and the number of samples it is from: print both, few samples say little."""
+
+    value: Float[Tensor, "*batch"]
+    samples: int
+
+
+def linear_cka(x: Float[Tensor, "*batch n width1"], y: Float[Tensor, "*batch n width2"]) -> Cka:
+    """Debiased linear CKA of n samples in two representations: 1 where these differ by rotation and scale alone.
+
+    It is 0 on average where they have nothing to do with each other, however wide they are, and may be negative.
+
+    Formula: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = x x^T, L = y y^T (Kornblith et al. 2019, arXiv
+    1905.00414) and the unbiased HSIC of Song et al. 2012, which is the inner product of U-centred matrices over
+    n (n - 3) (Székely and Rizzo 2014, arXiv 1310.2926); so CKA is their cosine. NaN for n < 4, and where all samples of
+    one are alike. Cost: O(n^2 width), memory n^2, float64.
+    """
+    samples = x.shape[-2]
+    if samples < 4:
+        return Cka(exact(x).new_full(x.shape[:-2], torch.nan), samples)
+    return Cka(cosine(_u_centred(x), _u_centred(y), (-2, -1)), samples)
+
+
+def _u_centred(x: Tensor) -> Tensor:
+    """The Gram matrix of samples without diagonal, each row and column shifted to sum to 0, (*batch, n, n)."""
+    n = x.shape[-2]
+    centred = exact(x) - exact(x).mean(-2, keepdim=True)  # changes nothing but the roundoff
+    gram = centred @ centred.mT
+    off = 1 - torch.eye(n, dtype=gram.dtype, device=gram.device)
+    gram = gram * off
+    rows, columns = gram.sum(-1, keepdim=True) / (n - 2), gram.sum(-2, keepdim=True) / (n - 2)
+    return (gram - rows - columns + gram.sum((-2, -1), keepdim=True) / ((n - 1) * (n - 2))) * off
+
+
+def projection(width: int, dims: int, seed: int) -> Float[Tensor, "width dims"]:
+    """A fixed random map of hidden states to few numbers, h @ projection, that keeps squared lengths on average.
+
+    Gaussian / sqrt(dims) (Johnson and Lindenstrauss 1984): relative error of a squared length about sqrt(2 / dims).
+    The same for one seed on every machine, made on the CPU in float32; torch's own random state stays as it is.
+    """
+    return torch.randn(width, dims, generator=torch.Generator().manual_seed(seed)) / math.sqrt(dims)

@@ -1,0 +1,1 @@
+"""An adapter as plain weights, verified."""

@@ -1,0 +1,255 @@
+"""Saved adapters: PEFT folders, read by their configuration and the header of their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from training_lens.config.schema import PeftSection
+from training_lens.errors import AdapterError, ConfigurationError
+from training_lens.runs.run_folder import RunFolder
+from training_lens.utils.files import read_json, write_json
+from training_lens.utils.formatting import nearest
+from training_lens.utils.integrity import require_intact
+from training_lens.utils.logging import get_logger
+from training_lens.utils.names import expand_home
+from training_lens.utils.shapes import find_misfit
+
+logger = get_logger(__name__)
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Shapes = dict[str, tuple[int, ...]]
+
+# What an adapter's configuration says besides the keys of `PeftSection`, and does not change what it computes.
+NEUTRAL = {
+    *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "fan_in_fan_out"),
+    *("inference_mode", "init_lora_weights", "lora_dropout", "modules_to_tie", "peft_type", "peft_version"),
+    *("revision", "task_type"),
+}
+CARRIED = {
+    *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "use_dora"),
+    "use_rslora",
+}
+NEEDED = ("r", "lora_alpha", "target_modules")
+# Written in any case: what tells an adapter's kind and base to whoever reads the file without PEFT.
+NAMING = {*NEEDED, "peft_type", "task_type", "base_model_name_or_path"}
+ON_OTHER_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def require_adapter(folder: Path) -> Path:
+    """The folder, once it holds an adapter's two files.
+
+    Raises:
+        AdapterError: a file is missing; weights are taken as safetensors alone.
+        DamagedFileError: a file differs from what the run or checkpoint around it recorded.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            unsafe = " (adapter_model.bin may run code when opened: convert it)" if any(folder.glob("*.bin")) else ""
+            raise AdapterError(f"{folder} is no adapter folder: {name} is missing{unsafe}.")
+    require_intact(folder)
+    return folder
+
+
+def require_finite(folder: Path) -> None:
+    """Refuse an adapter with a NaN or an infinity in its weights or its scale: what it computes would be no numbers.
+
+    Raises:
+        AdapterError: names the first tensor, or the key; or a file is broken.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    config = read_config(folder)
+    scales = {"lora_alpha": config.get("lora_alpha"), **(config.get("alpha_pattern") or {})}
+    wrong = [name for name, scale in scales.items() if isinstance(scale, float) and not math.isfinite(scale)]
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            names = list(file.keys())
+            wrong += [name for name in names if not torch.isfinite(file.get_tensor(name).float()).all()]
+    except SafetensorError as error:
+        raise AdapterError(f"{folder / WEIGHTS} is broken ({error}). Copy or save it again.") from error
+    if wrong:
+        raise AdapterError(
+            f"the adapter in {folder} is not finite: {len(wrong)} of its tensors or scales hold NaN or infinity, the "
+            f"first is {wrong[0]}. Use an earlier checkpoint of its run, or train it again with a lower training.lr."
+        )
+
+
+def adapter_folder(reference: str) -> Path:
+    """The adapter folder that `peft.from_adapter` means: itself, or artifacts/adapter of a run folder.
+
+    Raises:
+        AdapterError: nothing there, or files are missing.
+    """
+    path = expand_home(reference)
+    if path.is_file():
+        raise AdapterError(f"peft.from_adapter: '{reference}' is a file. Give the folder of an adapter, or of a run.")
+    if not path.is_dir():
+        close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+        hint = f" Did you mean '{path.parent / close}'?" if close else f" Relative paths start at {Path.cwd()}."
+        raise AdapterError(f"peft.from_adapter: no folder '{reference}'.{hint}")
+    run = RunFolder(path)
+    if (path / CONFIG).is_file() or not run.metadata.is_dir():
+        return _keyed(path)
+    if not run.adapter.is_dir():
+        raise AdapterError(f"peft.from_adapter: the run '{reference}' has no adapter yet; finish it with --resume.")
+    return _keyed(run.adapter)
+
+
+def _keyed(folder: Path) -> Path:
+    try:
+        return require_adapter(folder)
+    except AdapterError as error:
+        raise AdapterError(f"peft.from_adapter: {error}") from None
+
+
+def adopt(peft: PeftSection) -> PeftSection:
+    """The section with what the adapter of `from_adapter` decides: rank, alpha, targets, variant, patterns.
+
+    What neither sets stays unset.
+
+    Raises:
+        AdapterError: no such adapter, or it is more than a LoRA or DoRA.
+        ConfigurationError: the section sets a value, and the adapter has another.
+    """
+    if peft.from_adapter is None:
+        return peft
+    folder = adapter_folder(peft.from_adapter)
+    saved = _section_of(read_config(folder), folder)
+    given = peft.model_dump(include=peft.model_fields_set)
+    problems = [
+        f"peft.{key}: given {given[key]!r}, but the adapter in {folder} has {value!r}; leave it out, or leave "
+        "peft.from_adapter out to start anew"
+        for key, value in saved.items()
+        if key in given and _unordered(given[key]) != _unordered(value)
+    ]
+    if problems:
+        raise ConfigurationError(problems)
+    return PeftSection.model_validate({**given, **saved})
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Raises:
+        AdapterError: it is no JSON object, or has a module that PEFT would import.
+    """
+    try:
+        config = read_json(folder / CONFIG)
+    except ValueError as error:
+        raise AdapterError(f"{folder / CONFIG} is no valid JSON ({error}). Save the adapter again.") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder / CONFIG} holds no JSON object. Save the adapter again.")
+    if misfit := find_misfit(CONFIG, config):
+        raise AdapterError(f"{folder / CONFIG} has a wrong value. {misfit}. Save the adapter again.")
+    if config.get("megatron_config"):
+        raise AdapterError(
+            f"{folder / CONFIG} has megatron_config, for which PEFT imports the module that megatron_core names: an "
+            "adapter runs no code here. Leave it out."
+        )
+    return config
+
+
+def drop_defaults(folder: Path) -> None:
+    """Leave out of adapter_config.json what says nothing: keys at PEFT's defaults, and the version that wrote them.
+
+    Each version of PEFT adds keys, and an older one refuses or warns of those that it does not know.
+    """
+    from peft import LoraConfig
+
+    usual, settings = LoraConfig().to_dict(), read_config(folder)
+    kept = {key: value for key, value in settings.items() if key in NAMING or value != usual.get(key)}
+    kept.pop("peft_version", None)
+    if isinstance(kept.get("target_modules"), list):
+        kept["target_modules"].sort()  # a set's order is another in each process
+    write_json(folder / CONFIG, kept, verbatim=True)
+
+
+def _section_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The keys of `PeftSection` that an adapter's configuration decides, checked as those of a section."""
+    require_plain(config, folder, "peft.from_adapter", "go on here")
+    values = {
+        "variant": "rslora" if config.get("use_rslora") else "lora",
+        "init": "default",
+        "use_dora": config.get("use_dora") or False,
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+        "modules_to_save": config.get("modules_to_save") or [],
+        **{key: config[key] for key in NEEDED},
+    }
+    try:
+        section = PeftSection.model_validate(values).model_dump(include=set(values))
+    except ConfigurationError as error:
+        raise AdapterError(f"peft.from_adapter: {folder / CONFIG}: {error.problems[0]}. Save it again.") from error
+    targets = section["target_modules"]
+    return {**section, "target_modules": targets if isinstance(targets, str) else sorted(targets)}
+
+
+def require_plain(config: dict[str, Any], folder: Path, key: str, doing: str, also: Collection[str] = ()) -> None:
+    """Refuse an adapter's configuration that is more than that of a LoRA or DoRA on the base's own weights.
+
+    Args:
+        key: what named the adapter, and `doing` what such an adapter cannot do, for the message.
+        also: keys that may be set besides those of `PeftSection`.
+
+    Raises:
+        AdapterError: another kind of adapter, options of PEFT that change what it computes, or a key is missing.
+    """
+    from peft import LoraConfig
+
+    kind, start = config.get("peft_type"), str(config.get("init_lora_weights"))
+    if kind != "LORA":
+        raise AdapterError(f"{key}: {folder} holds a {kind} adapter; only LoRA and DoRA can {doing}.")
+    if start.startswith(ON_OTHER_WEIGHTS):
+        raise AdapterError(
+            f"{key}: {folder} started as {start}, which changed the base's weights under it. Convert it to "
+            "a plain LoRA first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)."
+        )
+    usual = LoraConfig().to_dict()
+    others = [k for k, v in config.items() if k not in {*NEUTRAL, *CARRIED, *also} and v and v != usual.get(k)]
+    missing = [k for k in NEEDED if not config.get(k)]
+    if others or missing:
+        what = f"uses {', '.join(others)}" if others else f"does not say {', '.join(missing)}"
+        raise AdapterError(f"{key}: {folder} {what}; only plain LoRA and DoRA adapters can {doing}.")
+
+
+def saved_shapes(folder: Path) -> Shapes:
+    """Names and shapes of the saved tensors, from the file's header.
+
+    Raises:
+        AdapterError: it is no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterError(f"{folder / WEIGHTS} is broken ({error}). Copy or save it again.") from error
+
+
+def check_fit(folder: Path, wanted: Shapes, base: str) -> None:
+    """Hold a saved adapter against the tensors that it must have on this base, called `base`.
+
+    Raises:
+        AdapterError: names or shapes differ, so it was made on another base.
+    """
+    require_finite(folder)
+    found = saved_shapes(folder)
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        there, here = (shapes.get(wrong[0], "nothing") for shapes in (found, wanted))
+        raise AdapterError(
+            f"peft.from_adapter: {folder} is the adapter of another base: {len(wrong)} of its tensors do not fit "
+            f"'{base}'; {wrong[0]} has {there}, this base takes {here}. Give the base that it was trained on."
+        )
+    origin = read_config(folder).get("base_model_name_or_path")
+    if origin and origin != base:
+        logger.warning("the adapter in %s was trained on '%s'; its shapes fit '%s' too", folder, origin, base)

@@ -1,0 +1,167 @@
+"""What training asks of a model: the loss of a micro-batch, by the fastest way that this model has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+from training_lens.errors import ModelLoadingError
+from training_lens.models.classes import decoder_of
+from training_lens.models.fast.attention import Segments
+from training_lens.models.fast.fused import TOKENS, close
+from training_lens.models.fast.fusion import Fusion, fuse, in_line
+from training_lens.models.fast.losses import linear_nll, nll
+from training_lens.models.quantization import is_quantized
+from training_lens.models.rotary import padded_positions
+from training_lens.models.scoring import logits_behind
+from training_lens.utils.devices import moved
+
+LINE = 64  # lines are filled up to a multiple of so many tokens: a product of a new shape costs oneDNN time to prepare
+COMPARED = 4  # random states on which the output layer alone is compared with what the model makes of them
+
+
+class Engine:
+    """A PEFT model as training computes it: with fused modules, and the loss of supervised positions alone.
+
+    Args:
+        model: the base with its adapter; its modules are fused in place.
+
+    Raises:
+        ModelLoadingError: see `require_causal`.
+
+    Example:
+        engine = Engine(model)
+        engine.loss_sum(input_ids, loss_mask).backward()
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        require_causal(model)
+        self.fusion: Fusion = fuse(model)
+        self._decoder = decoder_of(model)
+        self._whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._head = self._whole.get_output_embeddings()
+        self._dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
+        self._device = next(self._decoder.parameters()).device
+        self._output: type | None = None  # the type of what the decoder gives, known from its first pass
+        self._head_trains = any(p.requires_grad for p in self._head.parameters())
+
+    @property
+    def packs(self) -> bool:
+        """Whether micro-batches may be lines of examples, without padding."""
+        return self.fusion.packs
+
+    def loss_sum(
+        self,
+        input_ids: Int[Tensor, "rows width"],
+        loss_mask: Bool[Tensor, "rows width"],
+        line: Sequence[int] = (),
+        padded: Sequence[int] = (),
+    ) -> Float[Tensor, ""]:
+        """Negative log-likelihood in nats of all supervised tokens given what stands before them, summed, float32.
+
+        Formula: sum of -log softmax(h_t W^T)[x_{t+1}] over every t with loss_mask[t+1]. The hidden states of other
+        positions are dropped before the output layer. Given on the CPU, as they come from the data, the arguments are
+        moved here, and nothing waits for the device.
+
+        Args:
+            loss_mask: true at the tokens that are targets; at an example's first one it has no say.
+            line: the lengths of the examples that lie in the one row; empty: rows padded on the right.
+            padded: the lengths of rows that are padded, without which a long-rope model takes them as whole.
+        """
+        segments = None
+        if line:
+            spare = -sum(line) % LINE
+            segments = Segments((*line, spare) if spare else tuple(line))
+            input_ids, loss_mask = pad(input_ids, (0, spare)), pad(loss_mask, (0, spare))
+            loss_mask = loss_mask.index_fill(1, segments.starts(loss_mask.device)[:-1].long(), False)
+        rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
+        wanted = input_ids[rows, columns + 1]
+        input_ids, rows, columns, wanted = (moved(t, self._device) for t in (input_ids, rows, columns, wanted))
+        kind = self._device.type
+        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not self._needs_no_autocast(kind)):
+            return self._nll(self._states(input_ids, segments, padded)[rows, columns], wanted)
+
+    def _states(self, input_ids: Tensor, segments: Segments | None, padded: Sequence[int]) -> Tensor:
+        """The last layer's, (rows, width, hidden)."""
+        if segments:
+            output = in_line(self._decoder, input_ids, segments)
+        else:
+            places = padded_positions(self._decoder, padded, input_ids.shape[1], input_ids.device)
+            output = self._decoder(input_ids=input_ids, use_cache=False, **places)
+        self._output = type(output)
+        states: Tensor = output[0]
+        return states
+
+    def _needs_no_autocast(self, device: str) -> bool:
+        """Whether all is in the dtype of the computation but what the kernels cast; autocast would cast to and fro."""
+        wanted = torch.get_autocast_dtype(device)
+        return not self.fusion.plain and self._dtypes == {wanted}
+
+    def _nll(self, states: Tensor, targets: Tensor) -> Tensor:
+        if self._head_is_plain:
+            weight = self._head.weight
+            with torch.autocast(states.device.type, enabled=False):
+                return linear_nll(states.to(weight.dtype), weight, self._head.bias, targets)
+        if self._head_trains:
+            return cross_entropy(self._logits(states), targets, reduction="sum")
+        return nll(states, self._logits, targets)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        assert self._output is not None, "the decoder was asked for the states"
+        return logits_behind(self._whole, states, self._output)
+
+    @cached_property
+    @torch.no_grad()
+    def _head_is_plain(self) -> bool:
+        """Whether logits are the output layer's product alone, with no scale or cap behind it."""
+        head = self._head
+        if self._head_trains or type(head) is not nn.Linear or not head.weight.is_floating_point():
+            return False
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(COMPARED, head.in_features, generator=generator).to(head.weight.device, head.weight.dtype)
+        states *= 100  # so that a cap shows
+        return torch.equal(head(states).float(), self._logits(states))
+
+
+@torch.no_grad()
+def require_causal(model: Any) -> None:
+    """Refuse a model whose tokens see those behind them, or that makes other logits than its decoder's states give.
+
+    Training asks the decoder alone, and pads on the right; some multimodal models read a prompt both ways. A quantized
+    model, whose rounding may depend on all tokens of a batch, and one that gives no numbers are not compared: the first
+    step tells of those.
+    Cost: a pass of a few tokens and one of half as many; one more where there is more than a head around the decoder.
+
+    Raises:
+        ModelLoadingError: states or logits differ.
+    """
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = decoder_of(whole)
+    ids = torch.arange(3, 3 + TOKENS, device=next(decoder.parameters()).device)[None]
+    was_training = whole.training
+    if is_quantized(model):
+        return
+    whole.eval()
+    try:
+        output, half = (decoder(input_ids=part, use_cache=False) for part in (ids, ids[:, : TOKENS // 2]))
+        if not output[0].isfinite().all():
+            return
+        is_causal = close(output[0][:, : TOKENS // 2], half[0])
+        if is_causal and whole.base_model is not decoder:
+            found = logits_behind(whole, output[0][0], type(output))
+            wanted = whole(input_ids=ids, use_cache=False).logits[0]
+            is_causal = close(found.to(wanted.dtype), wanted)
+    finally:
+        whole.train(was_training)
+    if not is_causal:
+        raise ModelLoadingError(
+            f"model.id: a {type(whole).__name__} does not read a text token by token (those of a prompt may see each "
+            "other), so it would be trained on something else than it answers with. Give a model whose text is causal."
+        )

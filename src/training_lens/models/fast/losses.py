@@ -1,0 +1,98 @@
+"""The loss of training, for supervised positions only, in chunks of the vocabulary's logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy, linear, pad
+
+from training_lens.models.fast.native import training_kernels as native
+from training_lens.models.fast.native.library import can_take, summing
+
+CHUNK_BYTES = 28 * 2**20  # of one chunk of logits: from 32 MB on glibc keeps none for the next
+CACHED = 2**18  # logits that go through the passes of a softmax together on a CPU: they stay in its cache
+ROWS = 64  # chunks are of a multiple of so many: a product of a new shape costs oneDNN as much again to prepare
+Logits = Callable[[Tensor], Tensor]
+
+
+def linear_nll(
+    states: Float[Tensor, "targets hidden"],
+    weight: Float[Tensor, "vocabulary hidden"],
+    bias: Float[Tensor, " vocabulary"] | None,
+    targets: Int[Tensor, " targets"],
+) -> Float[Tensor, ""]:
+    """Sum of -log softmax(states W^T + b)[target] in nats, float32, for a frozen output layer.
+
+    The gradient is formed on the way: (softmax - onehot) W of each chunk. Kept for the backward pass: that alone, as
+    large as `states`. Memory: one chunk of `CHUNK_BYTES` logits in the states' dtype, and some rows of it in float32.
+    """
+    total: Tensor = _LinearNll.apply(states, weight, bias, targets)
+    return total
+
+
+class _LinearNll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        size = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()) // ROWS) * ROWS
+        grad, total = torch.empty_like(states), states.new_zeros((), dtype=summing(states))
+        for part, wanted, into in zip(states.split(size), targets.split(size), grad.split(size), strict=True):
+            logits = linear(pad(part, (0, 0, 0, -len(part) % ROWS)), weight, bias)  # (filled, vocabulary)
+            total += _to_gradient(logits[: len(part)], wanted, total.dtype)
+            into.copy_((logits @ weight)[: len(part)])
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * dtotal.to(grad.dtype), None, None, None
+
+
+def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of -log softmax(logits)[target], computed in `dtype`; the logits become its gradient, softmax - onehot."""
+    if can_take(logits):
+        return native.to_nll_gradient(logits, targets).sum()
+    total = logits.new_zeros((), dtype=dtype)
+    size = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    for part, wanted in zip(logits.split(size), targets[:, None].split(size), strict=True):
+        wide = part.to(dtype)
+        wide -= wide.amax(-1, keepdim=True)
+        chosen = wide.gather(1, wanted)
+        sums = wide.exp_().sum(-1, keepdim=True)
+        total += (sums.log() - chosen).sum()
+        part.copy_(wide.div_(sums).scatter_add_(1, wanted, torch.full_like(sums, -1)))
+    return total
+
+
+def nll(states: Float[Tensor, "targets hidden"], logits: Logits, targets: Int[Tensor, " targets"]) -> Float[Tensor, ""]:
+    """`linear_nll` for any frozen way from states to (targets, vocabulary) logits: scaled, capped, several layers."""
+    total: Tensor = _Nll.apply(states, logits, targets)
+    return total
+
+
+class _Nll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, logits: Logits, targets: Tensor) -> Tensor:
+        vocabulary = logits(states[:1].detach()).shape[-1]
+        grad, total = torch.empty_like(states), states.new_zeros((), dtype=summing(states))
+        size = max(1, CHUNK_BYTES // (vocabulary * total.element_size()))
+        for part, wanted, into in zip(states.split(size), targets.split(size), grad.split(size), strict=True):
+            with torch.enable_grad():
+                alone = part.detach().requires_grad_()
+                loss = cross_entropy(logits(alone).to(total.dtype), wanted, reduction="sum")
+            into.copy_(torch.autograd.grad(loss, alone)[0])
+            total += loss.detach()
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * dtotal.to(grad.dtype), None, None

@@ -1,0 +1,85 @@
+"""A whole pass of a plain decoder through our layers, without what transformers does between its own.
+
+A plain decoder embeds tokens, adds to them what attention and a gated MLP say of their norm, block by block, and reads
+the scores off the last norm. Whether a model is one is known by its parts; whether it does nothing else besides (scaled
+embeddings or sums, say) shows only in what it says, which `decoder` compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache
+
+from training_lens.models.classes import decoder_of
+from training_lens.models.fast.decoding_layers import Attention, GatedMlp, Norm, Product, Turn
+from training_lens.models.fast.kv_cache import FULL, SLIDING
+
+PARTS = {"input_layernorm": Norm, "self_attn": Attention, "post_attention_layernorm": Norm, "mlp": GatedMlp}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Two sums: x + attention(norm x), and of that the same with the MLP. `kind` is that of its mask."""
+
+    before: Norm
+    attention: Attention
+    between: Norm
+    mlp: GatedMlp
+    kind: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The pass. `rotary` gives cosines and sines of positions."""
+
+    embed: nn.Embedding
+    rotary: Any
+    blocks: tuple[Block, ...]
+    norm: Norm
+    head: Product
+
+    def logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
+        """As `Decoder.logits`."""
+        x = self.embed(ids)  # (rows, tokens, hidden)
+        turn = Turn(*self.rotary(x, positions))
+        for block in self.blocks:
+            mask = None if masks is None else masks[block.kind]
+            x.add_(block.attention.mixed(block.before(x), turn, mask, cache))
+            x.add_(block.mlp(block.between(x)))
+        scores: Tensor = self.head(self.norm(x[:, -1]))
+        return scores
+
+
+def stack_of(model: Any, windows: Sequence[int | None]) -> Stack | None:
+    """The stack of a model whose layers were replaced; None where its parts are others, or somebody listens to them.
+
+    Args:
+        windows: of each layer, None for one that sees all.
+    """
+    decoder, head = decoder_of(model), model.get_output_embeddings()
+    children = dict(decoder.named_children())
+    if children.keys() != {"embed_tokens", "layers", "norm", "rotary_emb"} or any(map(_is_watched, model.modules())):
+        return None
+    known = type(children["embed_tokens"]) is nn.Embedding and isinstance(children["norm"], Norm)
+    found = [_block(layer, window) for layer, window in zip(children["layers"], windows, strict=False)]
+    plain = tuple(block for block in found if block)
+    if not known or not isinstance(head, Product) or len(plain) < len(children["layers"]):
+        return None
+    return Stack(children["embed_tokens"], children["rotary_emb"], plain, children["norm"], head)
+
+
+def _block(layer: Any, window: int | None) -> Block | None:
+    children = dict(layer.named_children())
+    if children.keys() != PARTS.keys() or not all(isinstance(children[name], kind) for name, kind in PARTS.items()):
+        return None
+    before, attention, between, mlp = (children[name] for name in PARTS)
+    return Block(before, attention, between, mlp, FULL if window is None else SLIDING)
+
+
+def _is_watched(module: Any) -> bool:
+    """Whether its call does more than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

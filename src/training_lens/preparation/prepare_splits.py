@@ -1,0 +1,237 @@
+"""Files of rows to a folder of clean splits, each with its tokens in the cache that `train` will look into."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training_lens.config.data_sections import DataSection
+from training_lens.config.schema import TrainingConfig
+from training_lens.data.bad_rows import describe_bad_rows, refuse_unusable_sources
+from training_lens.data.example_types import Example
+from training_lens.data.notes import DataNotes, numbers_of
+from training_lens.data.readers import check_csv_settings
+from training_lens.data.reporting import describe_remarks, log_split
+from training_lens.data.sources import MADE_BY, MANIFEST, Source, expand
+from training_lens.data.token_cache import Preparation, Split, error_of_all_rows, find_bad_rows, prepare_sources
+from training_lens.display.progress import Progress
+from training_lens.errors import ConfigurationError, DatasetError
+from training_lens.preparation.corpus import Corpus, catalogue_of
+from training_lens.preparation.leakage import DROPPED
+from training_lens.preparation.prepared_folder import Chosen, PreparedSplit, listed_rows, manifest_of
+from training_lens.preparation.selection import select
+from training_lens.preparation.split_files import (
+    FileFormat,
+    choose_form,
+    learned_keys,
+    open_writer,
+    settings_for,
+    written,
+)
+from training_lens.preparation.statistics import domain_statistics, length_statistics
+from training_lens.training.plan import cache_of, preparation_of, read_tokenizer, resolve_texts, with_rows_as_files
+from training_lens.utils.files import (
+    read_json,
+    require_writable,
+    sha256_of,
+    sweep_temporaries,
+    whole_folder,
+)
+from training_lens.utils.integrity import write_sealed
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+NAMED = 5  # files of others that an error names
+TEXT = 100  # characters of a row that stand with a finding
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` wrote.
+
+    `data` are the settings that read the files as their sources were read; `token_lengths` are those of all splits.
+    """
+
+    folder: Path
+    splits: dict[str, PreparedSplit]
+    manifest: dict[str, Any]
+    data: DataSection
+    token_lengths: np.ndarray
+
+
+def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> Prepared:
+    """Read data.train, keep what `config.prepare` wants, and write it as a folder of splits, whole or not at all.
+
+    Sources are read several times, a bounded number of rows in memory; of each row some 50 bytes are remembered, and
+    where near rows are sought what `NearIndex` keeps.
+
+    Args:
+        force: replace an earlier result in the folder.
+
+    Raises:
+        ConfigurationError: settings that have no place here, a folder that is there already.
+        TrainingLensError: whatever keeps the rows from being read, split, written or tokenized.
+    """
+    config = settle_splits(config)
+    base, folder = Path(config.output.base_output_dir), config.prepared_folder
+    require_writable(base, "output.base_output_dir")
+    config = with_rows_as_files(config, base / "cache" / "rows")
+    sources = expand([str(spec) for spec in config.data.train], "data.train")
+    check_csv_settings(config.data.csv, [source.name for source in sources])
+    _make_room(folder, sources, force)
+    if config.prepare.output is None:  # the folder around it is our own: what killed runs left there may go
+        sweep_temporaries(folder.parent, older_than_seconds=86_400)
+    facts, tokenizer = read_tokenizer(config)
+    settled = resolve_texts(config, facts, tokenizer)
+    preparation = preparation_of(settled, tokenizer)
+    with whole_folder(folder, existing="replace" if force else "refuse") as building:
+        try:
+            chosen = _choose(settled, sources, preparation, progress)
+            texts = _write(chosen, config.prepare.format, building)
+            chosen.corpus.require_unchanged()
+            reader = settled.model_copy(update={"data": settings_for(chosen.form, settled.data)})
+            tokens = _tokenize(building, folder, preparation_of(reader, tokenizer), cache_of(config), progress)
+        except DatasetError as error:  # of bad rows it names one, and perhaps as the row of a file that is not kept
+            raise (error_of_all_rows(sources, preparation) or error) from error
+        splits = {name: _described(building, tokens[name]) for name in config.prepare.splits}
+        manifest = manifest_of(config, chosen, splits, texts)
+        write_sealed(building / MANIFEST, manifest)
+    lengths = np.concatenate([split.dataset.lengths for split in tokens.values()])
+    return Prepared(folder, splits, manifest, reader.data, lengths)
+
+
+def _choose(settled: TrainingConfig, sources: Sequence[Source], preparation: Preparation, progress: Progress) -> Chosen:
+    """Which rows are taken; with data.on_bad_row=skip, those alone that can be read, rendered and tokenized."""
+    bad, left_out = DataNotes(), dict[str, frozenset[int]]()
+    if settled.data.on_bad_row == "skip":
+        counter = find_bad_rows(sources, preparation)
+        refuse_unusable_sources(counter.notes, counter.usable)
+        bad = counter.notes
+        left_out = {source: numbers_of(kinds) for source, kinds in bad.bad_rows.items()}
+    corpus = Corpus.of(sources, settled.data, progress, left_out)
+    form = choose_form(corpus, settled.prepare.format)
+    notes = DataNotes()
+    catalogue = catalogue_of(corpus, settled.prepare.group_field, notes)
+    for line in [*describe_remarks(notes.remarks, notes.ignored_keys), *describe_bad_rows(bad.reasons)]:
+        logger.info("data.train: %s", line)
+    return Chosen(corpus, catalogue, select(corpus, catalogue, settled.prepare), form, notes, bad)
+
+
+def settle_splits(config: TrainingConfig) -> TrainingConfig:
+    """The config with the splits that it means: a share held out, or validation rows of its own, decide them.
+
+    Raises:
+        ConfigurationError: settings that have no place here: rows are drawn and weighed in training.
+    """
+    data = config.data
+    advice = "prepare takes every row of data.train once; leave it out here"
+    given = {"weights": data.weights is not None, "max_examples": data.max_examples is not None}
+    problems = [f"data.{key}: {advice}" for key, is_given in given.items() if is_given]
+    if problems:
+        raise ConfigurationError(problems)
+    if "splits" in config.prepare.model_fields_set:
+        if data.val_ratio:
+            logger.info("prepare.splits says which rows are held out, and not data.val_ratio")
+        return config
+    if data.validation is not None:
+        logger.info("data.validation stays as it is: data.train becomes one split, and is not compared with it")
+        return config.resolved(prepare={"splits": {"train": 1.0}})
+    if data.val_ratio:
+        held_out = data.val_ratio
+        logger.info("data.val_ratio: %g of the rows become the validation split", held_out)
+        return config.resolved(prepare={"splits": {"train": 1 - held_out, "validation": held_out}})
+    return config
+
+
+def _make_room(folder: Path, sources: Sequence[Source], force: bool) -> None:
+    """See that the folder can be written: it is new, or holds an earlier result that may go and that nobody reads."""
+    require_writable(folder.parent, "prepare.output")
+    if not folder.exists():
+        return
+    if not force:
+        raise ConfigurationError(
+            f"prepare.output: '{folder}' is there already. Give another folder, or replace it with --force."
+        )
+    if not folder.is_dir():
+        raise ConfigurationError(f"prepare.output: '{folder}' is a file. Give a folder.")
+    others = sorted(path.name for path in folder.iterdir() if path.name not in find_written_files(folder))
+    if others:
+        more = f" and {len(others) - NAMED} more" if len(others) > NAMED else ""
+        raise ConfigurationError(
+            f"prepare.output: '{folder}' holds {', '.join(others[:NAMED])}{more}, which prepare did not write, and "
+            "--force replaces nothing else. Move what is yours, or give another folder."
+        )
+    inside = [f for s in sources for f in s.files if folder.resolve() in f.resolve().parents]
+    if inside:
+        raise ConfigurationError(
+            f"prepare.output: '{folder}' holds {inside[0]}, which is to be read. Give another folder."
+        )
+
+
+def find_written_files(folder: Path) -> set[str]:
+    """What an earlier `prepare` wrote there: the manifest and the files that it lists; empty where there is none."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        if manifest["made_by"] != MADE_BY:
+            return set()
+        return {MANIFEST, *(split["file"] for split in manifest["splits"].values())}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return set()
+
+
+def _write(chosen: Chosen, file_format: FileFormat, building: Path) -> dict[int, str]:
+    """Write every kept row to its split's file; gives the beginnings of the rows that the manifest lists."""
+    corpus, selection, form = chosen.corpus, chosen.selection, chosen.form
+    listed, texts = listed_rows(selection), dict[int, str]()
+    learned = learned_keys(corpus)
+    has_domain = any(domain is not None for domain in chosen.catalogue.domains)
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(closing(open_writer(building / f"{name}.{file_format}", form, has_domain, learned)))
+            for name in selection.names
+        ]
+        for position, (row, example) in chosen.catalogue.numbered(corpus.rows("writing")):
+            if position in listed:
+                texts[position] = _beginning(example)
+            if selection.split[position] != DROPPED:
+                values = written(row, example, form, corpus.data.domain.per_file)
+                writers[selection.split[position]].write(row, values)
+    for key, count in sum((writer.emptied for writer in writers), Counter[str]()).items():
+        logger.warning("'%s' is NaN or infinite in %d rows, for which JSON has no word; written as null", key, count)
+    return texts
+
+
+def _beginning(example: Example) -> str:
+    text = " ".join(" ".join(m.text for m in example.messages).split())
+    return text if len(text) <= TEXT else f"{text[: TEXT - 1]}…"
+
+
+def _tokenize(
+    building: Path, folder: Path, preparation: Preparation, cache: Path, progress: Progress
+) -> dict[str, Split]:
+    """Fill the cache with the splits, under the names that their files will have in `folder`."""
+    splits: dict[str, Split] = {}
+    for file in sorted(building.iterdir()):
+        name, source = file.stem, Source(str(folder / file.name), (file,), entry=0)
+        splits[name] = prepare_sources([source], f"the split '{name}'", preparation, cache, progress)
+        log_split(splits[name].report, name, preparation.seq_len)
+    return splits
+
+
+def _described(building: Path, split: Split) -> PreparedSplit:
+    (path,) = split.report.files
+    dataset = split.dataset
+    return PreparedSplit(
+        file=Path(path).name,
+        rows=split.report.rows,
+        sha256=sha256_of(building / Path(path).name),
+        lengths=length_statistics(dataset.lengths),
+        supervised_tokens=int(dataset.supervised.sum()),
+        domains=domain_statistics(dataset),
+    )

@@ -1,0 +1,309 @@
+"""Rows written so that they train like what was read: in which form, and to which kind of file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from training_lens.config.data_sections import CsvSection, DataSection, DomainSection, FieldsSection
+from training_lens.data.example_types import Example, Message, Row
+from training_lens.data.fields import DOMAIN_FIELD, FieldMapping, find_mapping
+from training_lens.data.notes import DataNotes
+from training_lens.data.reading import usable_rows
+from training_lens.errors import DatasetError
+from training_lens.preparation.corpus import Corpus, Reading
+
+# as_read: the row's own keys and values; the others are written anew from the example, under the first of the names
+# that `row_keys.ALIASES` knows.
+Form = Literal["as_read", "pair", "messages", "text"]
+FileFormat = Literal["jsonl", "parquet"]
+# Meanings that rows of a mapping may lack.
+OPTIONAL = ("input", "system", "history", "tools", "label", "rejected", "output")
+CHUNK = 1000  # rows of a Parquet file in memory at a time
+
+
+def choose_form(corpus: Corpus, file_format: FileFormat) -> Form:
+    """The form in which one file can hold all rows, each still read as it was.
+
+    Rows stay as they are read where one mapping reads them all. Parquet has columns of one type, so there, and where
+    sources differ, rows are written anew: what is learned of them, without their other keys.
+
+    Raises:
+        DatasetError: sources that no one form can hold; names two of them.
+    """
+    if file_format == "jsonl" and _share_a_mapping(corpus):
+        return "as_read"
+    _refuse_some_without_domain(corpus)
+    by_form = {_form(reading, corpus.data): reading for reading in reversed(corpus.readings)}
+    if len(by_form) == 1:
+        return next(iter(by_form))
+    if "text" in by_form:
+        one, other = by_form.pop("text"), next(iter(by_form.values()))
+        raise DatasetError(
+            f"{one.source.name} holds plain texts, {other.source.name} is read as {other.mapping.describe()}: one file "
+            "cannot hold both. Prepare them apart, each with its own prepare.output, and train on both."
+        )
+    return "messages"
+
+
+def _share_a_mapping(corpus: Corpus) -> bool:
+    """Whether the mapping that a file of all rows would get reads each of them as its own does."""
+    keys = {key: number for reading in corpus.readings for key, number in reading.keys.items()}
+    if corpus.data.domain.per_file and DOMAIN_FIELD in keys:
+        return False  # the file's name is the domain, and its place is taken
+    try:
+        merged = find_mapping(keys, corpus.data, "all sources together")
+    except DatasetError:
+        return False
+    return all(_reads_like(merged, reading.mapping) for reading in corpus.readings)
+
+
+def _reads_like(merged: FieldMapping, own: FieldMapping) -> bool:
+    return set(own.masks) <= set(merged.masks) and all(
+        getattr(merged, meaning) == key or (key is None and meaning in OPTIONAL)
+        for meaning, key in vars(own).items()
+        if meaning != "masks"
+    )
+
+
+def _form(reading: Reading, data: DataSection) -> Form:
+    """The form that holds what is learned of a source's rows: pairs of text alone as pairs."""
+    mapping = reading.mapping
+    if mapping.text:
+        return "text"
+    more = (mapping.messages, mapping.history, mapping.tools, mapping.label, mapping.masks)
+    first = next(usable_rows(reading.source, mapping, data, DataNotes()), None)
+    return "messages" if any(more) or (first and not _is_pair(first[1])) else "pair"
+
+
+def _is_pair(example: Example) -> bool:
+    """Whether an example is a prompt and an answer of text, perhaps behind a system message."""
+    roles = tuple(message.role for message in example.messages)
+    return roles in (("user", "assistant"), ("system", "user", "assistant")) and not example.messages[-1].calls
+
+
+def _refuse_some_without_domain(corpus: Corpus) -> None:
+    if corpus.data.domain.per_file:
+        return
+    have: dict[bool, Reading] = {bool(r.mapping.domain): r for r in reversed(corpus.readings)}
+    if len(have) == 2:
+        raise DatasetError(
+            f"{have[True].source.name} has domains, {have[False].source.name} has none: one file cannot hold both. Set "
+            "data.domain.field=null to leave them out, or data.domain.per_file=true."
+        )
+
+
+def settings_for(form: Form, data: DataSection) -> DataSection:
+    """The data section that reads the written rows: as it was, but for the names that were written anew.
+
+    A table of text is written as JSON Lines or Parquet.
+    """
+    changed: dict[str, Any] = {"csv": CsvSection()}
+    if form != "as_read" or data.domain.per_file:
+        changed["domain"] = DomainSection(style=data.domain.style)
+    if form != "as_read":
+        changed["fields"] = FieldsSection()
+    return data.model_copy(update=changed)
+
+
+def written(row: Row, example: Example, form: Form, per_file_domain: bool) -> dict[str, Any]:
+    """The row's values as they are written; `example` is as it was read, end marks included.
+
+    Raises:
+        DatasetError: it cannot be written in this form; names the row.
+    """
+    domain = {} if example.domain is None else {DOMAIN_FIELD: example.domain}
+    if form == "as_read":
+        return {**row.values, **(domain if per_file_domain else {})}
+    values: dict[str, Any]
+    if form == "text":
+        values = {"text": example.messages[0].text}
+    elif form == "pair":
+        values = _pair(row, example)
+    else:
+        _refuse_input(row, example)
+        values = {"messages": [_message(message) for message in example.messages]}
+        values |= {"tools": json.dumps(example.tools, ensure_ascii=False)} if example.tools else {}
+    return {**values, **domain}
+
+
+def _refuse_input(row: Row, example: Example) -> None:
+    second = next((message.input for message in example.messages if message.input), None)
+    if second is not None:
+        raise DatasetError(
+            f"{row.place}: has the input {second[:40]!r} beside its prompt, for which the chats that are written "
+            "have no place. Take prepare.format=jsonl, or prepare pairs and chats apart, each with its own "
+            "prepare.output, and train on both."
+        )
+
+
+def _pair(row: Row, example: Example) -> dict[str, str]:
+    if not _is_pair(example):
+        raise DatasetError(
+            f"{row.place}: holds a chat, the first row of its file a pair of prompt and answer: columns of one type "
+            "cannot hold both. Take prepare.format=jsonl, or put them into two files."
+        )
+    *system, asked, answer = example.messages
+    values = {"system": system[0].text} if system else {}
+    values |= {"instruction": asked.text} | ({"input": asked.input} if asked.input else {})
+    return {**values, "output": answer.text}
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """A message in OpenAI's form; the arguments of calls are JSON text."""
+    content = None if message.null_content else message.text
+    values: dict[str, Any] = {"role": message.role, "content": content, **message.extra}
+    if not message.learn:
+        values["loss_weight"] = 0
+    if message.calls:
+        values["tool_calls"] = [_call(call) for call in message.calls]
+    return values
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
+    return {**({"id": call["id"]} if "id" in call else {}), "type": "function", "function": function}
+
+
+class RowWriter(Protocol):
+    """Takes rows one by one; the file is complete once it is closed."""
+
+    rows: int
+    emptied: Counter[str]  # keys of which NaN or infinite values became null, and of how many rows
+
+    def write(self, row: Row, values: Mapping[str, Any]) -> None:
+        """Write the values, which came from `row`.
+
+        Raises:
+            DatasetError: values that this format cannot hold; names the row.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_writer(path: Path, form: Form, has_domain: bool, learned: Collection[str] = ()) -> RowWriter:
+    """A writer by the path's ending: .jsonl, or .parquet with the columns of `form`.
+
+    Args:
+        learned: keys of which a value that JSON cannot hold (NaN, infinity) is refused; under others it becomes null.
+    """
+    return _ParquetWriter(path, form, has_domain) if path.suffix == ".parquet" else _JsonlWriter(path, learned)
+
+
+def learned_keys(corpus: Corpus) -> set[str]:
+    """The keys that are read of any source's rows."""
+    return {key.split(".")[0] for reading in corpus.readings for key in reading.mapping.keys.values()}
+
+
+class _JsonlWriter:
+    def __init__(self, path: Path, learned: Collection[str]) -> None:
+        self._file = path.open("w", encoding="utf-8")
+        self._learned = learned
+        self.rows = 0
+        self.emptied: Counter[str] = Counter()
+
+    def write(self, row: Row, values: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(self._line(row, values) + "\n")
+        except TypeError as error:
+            raise DatasetError(
+                f"{row.place}: JSON cannot hold all of its values ({error}). With prepare.format=parquet what is "
+                "learned is written alone."
+            ) from error
+        self.rows += 1
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _line(self, row: Row, values: Mapping[str, Any]) -> str:
+        try:
+            return _line(values)
+        except ValueError:  # NaN or infinity: in pandas and Parquet often a value that is missing
+            emptied = [key for key, value in values.items() if not _is_json(value)]
+        learned = next((key for key in emptied if key in self._learned), None)
+        if learned is not None:
+            raise DatasetError(f"{row.place}: '{learned}' holds NaN or infinity, for which JSON has no word. Fix it.")
+        self.emptied.update(emptied)
+        return _line({key: _finite(value) for key, value in values.items()})
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for every number in it that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    """The values in JSON, letters as they are; escaped where UTF-8 cannot write one of them."""
+    line = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    return line if line.isascii() or not _has_surrogate(line) else json.dumps(values)
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+class _ParquetWriter:
+    def __init__(self, path: Path, form: Form, has_domain: bool) -> None:
+        import pyarrow.parquet as pq
+
+        self._schema = _schema(form, has_domain)
+        self._file = pq.ParquetWriter(path, self._schema)
+        self._chunk: list[Mapping[str, Any]] = []
+        self.rows = 0
+        self.emptied: Counter[str] = Counter()  # other keys are left out
+
+    def write(self, row: Row, values: Mapping[str, Any]) -> None:
+        self._chunk.append(values)
+        self._last = row.place
+        self.rows += 1
+        if len(self._chunk) == CHUNK:
+            self._flush()
+
+    def close(self) -> None:
+        if self._chunk:
+            self._flush()
+        self._file.close()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        try:
+            self._file.write_table(pa.Table.from_pylist(self._chunk, schema=self._schema))
+        except pa.ArrowException as error:
+            raise DatasetError(
+                f"{self._last}, or one of the {len(self._chunk) - 1} rows before it: Parquet cannot hold all of its "
+                f"values ({error}). Fix the row, or take prepare.format=jsonl."
+            ) from error
+        self._chunk = []
+
+
+def _schema(form: Form, has_domain: bool) -> Any:
+    import pyarrow as pa
+
+    text = pa.string()
+    call = pa.struct([("id", text), ("type", text), ("function", pa.struct([("name", text), ("arguments", text)]))])
+    message = [("role", text), ("content", text), ("name", text), ("tool_call_id", text)]
+    message += [("loss_weight", pa.int8()), ("tool_calls", pa.list_(call))]
+    columns: dict[str, list[tuple[str, Any]]] = {
+        "text": [("text", text)],
+        "pair": [(name, text) for name in ("system", "instruction", "input", "output")],
+        "messages": [("messages", pa.list_(pa.struct(message))), ("tools", text)],
+    }
+    return pa.schema([*columns[form], *([(DOMAIN_FIELD, text)] if has_domain else [])])

@@ -1,0 +1,104 @@
+"""Lengths and domains of a split, as numbers and as lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+
+from training_lens.data.token_dataset import TokenDataset
+
+QUANTILES = (0.05, 0.5, 0.95, 0.99)
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+@dataclass(frozen=True)
+class LengthStatistics:
+    """Tokens of examples: the mean, the ends, and at each of `QUANTILES` the smallest length that so large a share is
+    not above."""
+
+    examples: int
+    tokens: int
+    mean: float
+    shortest: int
+    longest: int
+    quantiles: dict[str, int]
+
+
+def length_statistics(lengths: np.ndarray) -> LengthStatistics:
+    """The statistics of at least one length.
+
+    Args:
+        lengths: (examples,) tokens of each.
+    """
+    at = np.quantile(lengths, QUANTILES, method="inverted_cdf")
+    return LengthStatistics(
+        examples=len(lengths),
+        tokens=int(lengths.sum()),
+        mean=float(lengths.mean()),
+        shortest=int(lengths.min()),
+        longest=int(lengths.max()),
+        quantiles={f"{share:g}": int(value) for share, value in zip(QUANTILES, at, strict=True)},
+    )
+
+
+@dataclass(frozen=True)
+class DomainStatistics:
+    """Examples and tokens of one domain; `supervised_tokens` are those that are learned."""
+
+    examples: int
+    tokens: int
+    supervised_tokens: int
+
+
+def domain_statistics(dataset: TokenDataset) -> dict[str, DomainStatistics]:
+    """Of each domain, sorted by name; examples without one are in none."""
+    have = np.array([name is not None for name in dataset.domains], dtype=bool)
+    names, index = np.unique(dataset.domains[have].astype(str), return_inverse=True)
+    sums = (np.bincount(index, values[have]).astype(np.int64) for values in (dataset.lengths, dataset.supervised))
+    columns = (np.bincount(index), *sums)  # a sum of float64 is exact below 2^53 tokens
+    return {
+        str(name): DomainStatistics(*each)
+        for name, *each in zip(names, *(column.tolist() for column in columns), strict=True)
+    }
+
+
+def histogram(lengths: np.ndarray, bins: int = 10, width: int = 78) -> list[str]:
+    """A line for each stretch of lengths: its limits, a bar, the number of examples. No line is wider than `width`.
+
+    Stretches are of one round width (1, 2 or 5 times a power of ten); the last takes all that is longer than the 99 %
+    quantile's.
+
+    Example:
+        >>> print(*histogram(np.array([1, 2, 11, 12, 13, 14]), bins=2, width=30), sep="\\n")
+         0 -  9 │ █████████          2
+        10 - 19 │ ██████████████████ 4
+    """
+    ordinary = int(np.quantile(lengths, 0.99, method="inverted_cdf"))
+    step = _round_step((ordinary - int(lengths.min())) / bins)
+    first, last = int(lengths.min()) // step, ordinary // step
+    counts = np.bincount(np.minimum(lengths // step, last) - first, minlength=last - first + 1)
+    digits = len(str((last + 1) * step - 1))
+    labels = [f"{b * step:>{digits}} - {(b + 1) * step - 1:>{digits}}" for b in range(first, last + 1)]
+    if lengths.max() >= (last + 1) * step:
+        labels[-1] = f"{last * step:>{digits}} {'on':<{digits + 2}}"
+    return _bars(labels, counts.tolist(), width)
+
+
+def _round_step(least: float) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is above `least`."""
+    steps = (factor * int(10**power) for power in count() for factor in (1, 2, 5))
+    return next(step for step in steps if step > least)
+
+
+def _bars(labels: Sequence[str], counts: Sequence[int], width: int) -> list[str]:
+    figures = [f"{count:,}" for count in counts]
+    room = width - len(labels[0]) - len(" │  ") - max(map(len, figures))
+    lines = []
+    for label, number, figure in zip(labels, counts, figures, strict=True):
+        whole, eighths = divmod(round(8 * room * number / max(counts)), 8)
+        bar = (EIGHTHS[-1] * whole + EIGHTHS[eighths]).rstrip()
+        lines.append(f"{label} │ {bar:<{room}} {figure:>{max(map(len, figures))}}")
+    return lines

@@ -1,0 +1,131 @@
+"""A run's tags, its size and its deletion."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training_lens.errors import CheckpointError, ConfigurationError
+from training_lens.runs.run_folder import RunFolder
+from training_lens.utils.files import TEMPORARY, read_json, sweep_temporaries, write_json
+from training_lens.utils.integrity import unsealed
+from training_lens.utils.names import require_contained
+
+DELETED = f"{TEMPORARY}deleted-"
+TAG = re.compile(r"[\w.:-]{1,40}")
+
+
+def read_whole(path: Path) -> Any:
+    """The content of a JSON file that a run can do without.
+
+    Raises:
+        CheckpointError: it is no JSON, or not what was written.
+    """
+    try:
+        value = read_json(path)
+        return unsealed(value, path) if isinstance(value, dict) else value
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no valid JSON ({error}). Delete it, or write it again.") from error
+
+
+def output_folder(folder: Path) -> Path | None:
+    """The output.base_output_dir that the folder of a run or a sweep stands in; None: it stands alone."""
+    folder = folder.absolute()
+    if in_place(RunFolder(folder)):
+        return folder.parents[3]
+    return folder.parents[1] if folder.parent.name == "sweeps" and ".." not in folder.parts else None
+
+
+def in_place(folder: RunFolder) -> bool:
+    """Whether a run's folder stands where runs do: .../experiments/NAME/runs/ID."""
+    parts = folder.root.absolute().parts
+    return parts[-4:-3] == ("experiments",) and parts[-2] == "runs" and ".." not in parts
+
+
+def read_tags(folder: RunFolder) -> tuple[str, ...]:
+    """The run's tags, in the order given to it.
+
+    Raises:
+        CheckpointError: metadata/tags.json is broken.
+    """
+    path = folder.metadata / "tags.json"
+    tags = read_whole(path) if path.is_file() else []
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise CheckpointError(f"{path} holds no list of texts. Delete it, and tag the run again.")
+    return tuple(tags)
+
+
+def change_tags(folder: RunFolder, tags: Sequence[str], *, remove: bool = False) -> tuple[str, ...]:
+    """Add tags to a run, or remove them; gives those that it has then.
+
+    Raises:
+        ConfigurationError: a tag that is none, or one to remove that the run does not have.
+    """
+    require_contained(folder.metadata)
+    had = read_tags(folder)
+    problems = [
+        f"tag {tag!r}: give at most 40 letters, digits and '_.:-', without spaces."
+        for tag in tags
+        if not TAG.fullmatch(tag)
+    ]
+    if remove:
+        has = f"has {', '.join(had)}" if had else "has no tags"
+        problems = [f"tag '{tag}': the run {folder.run_id} {has}." for tag in tags if tag not in had]
+    if problems:
+        raise ConfigurationError(problems)
+    kept = tuple(tag for tag in had if tag not in tags) if remove else tuple(dict.fromkeys((*had, *tags)))
+    write_json(folder.metadata / "tags.json", list(kept))
+    return kept
+
+
+def size_of(folder: RunFolder) -> int:
+    """The bytes of a run's files; what links point to is not counted."""
+    return sum(path.lstat().st_size for path in folder.root.rglob("*") if path.is_symlink() or path.is_file())
+
+
+def check_deletable(folder: RunFolder) -> None:
+    """Refuse to delete what is not a run of its own, at rest.
+
+    Raises:
+        CheckpointError: the folder is a link, stands elsewhere than a run does, or a process trains it.
+    """
+    root = folder.root.absolute()
+    if root.is_symlink() or folder.metadata.is_symlink():
+        raise CheckpointError(f"{root} is a symbolic link, or made of them; delete by hand what you mean.")
+    if not in_place(folder):
+        raise CheckpointError(f"{root} is not in .../experiments/NAME/runs/, where runs are; delete it by hand.")
+    if linked := [path for path in (root.parent, root.parent.parent) if path.is_symlink()]:
+        raise CheckpointError(
+            f"{root} is elsewhere: {linked[0]} is a symbolic link to {linked[0].resolve()}; delete it by hand."
+        )
+    folder.require_free()
+    if _says_running(folder):
+        raise CheckpointError(
+            f"the run {folder.run_id} says that it is running ({folder.process}), and its lock cannot be tried. Stop "
+            f"it first, or delete it by hand. It is in {root}."
+        )
+
+
+def _says_running(folder: RunFolder) -> bool:
+    try:
+        return folder.status == "running"
+    except CheckpointError:  # a broken run
+        return False
+
+
+def delete_run(folder: RunFolder) -> None:
+    """Delete a run: renamed in one stroke, so that a kill leaves no half run, then removed. Links are not followed.
+
+    Raises:
+        CheckpointError: see `check_deletable`.
+    """
+    check_deletable(folder)
+    root = folder.root.absolute()
+    sweep_temporaries(root.parent, 0, DELETED)  # what a killed deletion left
+    doomed = root.with_name(f"{DELETED}{root.name}")
+    with folder.held():
+        root.rename(doomed)
+    shutil.rmtree(doomed)

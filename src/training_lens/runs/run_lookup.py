@@ -1,0 +1,151 @@
+"""Which run a name means: a path, an id, an experiment, or `latest`. The one place that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from training_lens.errors import AdapterError, CheckpointError, ConfigurationError
+from training_lens.runs.run_folder import LATEST, UNFINISHED, RunFolder, listed, run_at, run_folders, runs_folder
+from training_lens.utils.formatting import nearest
+from training_lens.utils.names import expand_home
+
+BASE_ALONE = "none"  # as inference.adapter: no adapter
+FEWEST_CHARACTERS = 4  # of an id that is cut short
+
+
+def folders_of(base_output_dir: str, experiment_name: str | None = None) -> list[RunFolder]:
+    """The folders of the runs of one experiment, or of all.
+
+    Raises:
+        ConfigurationError: there is no such experiment; names the nearest.
+    """
+    experiments = sorted(path.name for path in listed(Path(base_output_dir) / "experiments"))
+    if experiment_name is not None and experiment_name not in experiments:
+        there = f"there are {', '.join(experiments)}" if experiments else "there is none yet"
+        raise ConfigurationError(
+            f"no experiment '{experiment_name}' in {base_output_dir}: {there}.{_hint(experiment_name, experiments)}"
+        )
+    names = experiments if experiment_name is None else [experiment_name]
+    return [run for name in names for run in run_folders(runs_folder(base_output_dir, name))]
+
+
+def find_run(
+    reference: str, base_output_dir: str, experiment_name: str | None = None, *, finished: bool | None = None
+) -> RunFolder:
+    """The run that `reference` means; the one place that says so, for every command and for Python.
+
+    That is a path to a run folder; a run's id, or the first characters of one; `latest`, the run that started last; or
+    an experiment's name, of which it is the run that started last.
+
+    Args:
+        experiment_name: the experiment that was named; None: all of them.
+        finished: what the run is for: True to use its adapter, False to resume it, None to look at it. `latest` is the
+            same run for all of them, and is refused where it cannot be used so.
+
+    Raises:
+        CheckpointError: there is no such run, several are meant, or the last one cannot be used; names what there is.
+        ConfigurationError: the reference is empty.
+    """
+    if not reference.strip():
+        raise ConfigurationError("an empty name is given, which means no run; give an id, a folder, or 'latest'.")
+    if (expand_home(reference) / "metadata").is_dir():
+        return run_at(expand_home(reference))
+    everywhere = folders_of(base_output_dir)
+    inside = [run for run in everywhere if experiment_name in (None, run.experiment)]
+    place = f"experiment {experiment_name} of {base_output_dir}" if experiment_name else base_output_dir
+    if reference == LATEST:
+        return _take_last(inside, place, finished)
+    of_experiment = [run for run in everywhere if run.experiment == reference]
+    found = _match_ids(reference, inside) or _match_ids(reference, everywhere)
+    if of_experiment:
+        found.append(_take_last(of_experiment, f"experiment {reference}", None if found else finished))
+    return _require_one({run.root: run for run in found}, reference, everywhere, place)
+
+
+def _match_ids(reference: str, runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """The runs of that id, or else those whose ids begin so."""
+    exact = [run for run in runs if run.run_id == reference]
+    begun = [run for run in runs if run.run_id.startswith(reference)] if len(reference) >= FEWEST_CHARACTERS else []
+    return exact or begun
+
+
+def _require_one(
+    found: Mapping[Path, RunFolder], reference: str, everywhere: Sequence[RunFolder], place: str
+) -> RunFolder:
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise CheckpointError(
+            f"'{reference}' may mean {len(found)} runs; give the folder of one: {', '.join(map(str, found))}."
+        )
+    beside = [str(p) for p in Path(reference).parent.glob("*/")] if "/" in reference else []
+    known = {LATEST, *(run.run_id for run in everywhere), *(run.experiment for run in everywhere), *beside}
+    raise CheckpointError(
+        f"no run '{reference}' in {place} ({len(everywhere)} runs in all), no experiment of that name, and no run "
+        "folder at that path. Give output.base_output_dir if it is elsewhere."
+        f"{_hint(reference.rstrip('/'), sorted(known - {reference.rstrip('/')}))}"
+    )
+
+
+def _take_last(runs: Sequence[RunFolder], place: str, finished: bool | None) -> RunFolder:
+    """The run that started last, if it can be used as `finished` says."""
+    if not runs:
+        raise CheckpointError(
+            f"no run in {place} yet. Train one, give output.base_output_dir and output.experiment_name if it is "
+            "elsewhere, or the run's path."
+        )
+    by_age = sorted(runs, key=lambda run: (run.started, run.run_id))
+    last, usable = by_age[-1], (("finished",) if finished else UNFINISHED)
+    if finished is None or read_status(last) in usable:
+        return last
+    others = [run for run in by_age[:-1] if read_status(run) in usable]
+    what = "finished" if finished else "unfinished"
+    instead = f"The last {what} one is {others[-1].run_id}" if others else f"No run in {place} is {what}"
+    remedy = f", or finish it with training-lens train --resume {last.run_id}" if _can_resume(last, finished) else ""
+    raise CheckpointError(
+        f"the run that started last in {place} is {last.run_id} ({read_status(last)}); expected one that is {what}. "
+        f"{instead}{remedy}."
+    )
+
+
+def _can_resume(run: RunFolder, finished: bool | None) -> bool:
+    return bool(finished) and read_status(run) in ("interrupted", "failed")
+
+
+def read_status(run: RunFolder) -> str:
+    """The run's status; unknown where its summary cannot be read."""
+    try:
+        return run.status
+    except CheckpointError:
+        return "unknown"
+
+
+def find_adapter_run(adapter: str, base_output_dir: str, experiment_name: str | None = None) -> RunFolder:
+    """The run that `inference.adapter` names, with a finished adapter.
+
+    Raises:
+        CheckpointError: see `find_run`; or it has no finished adapter.
+        AdapterError: it is a folder, but neither that of an adapter nor that of a run.
+    """
+    try:
+        run = find_run(adapter, base_output_dir, experiment_name, finished=True)
+    except CheckpointError:
+        if expand_home(adapter).is_dir():
+            raise AdapterError(
+                f"inference.adapter: '{adapter}' holds neither adapter_config.json (an adapter folder) nor metadata/ "
+                "(a run's folder)."
+            ) from None
+        raise
+    run.require_adapter()
+    return run
+
+
+def uses_own_model(adapter: str) -> bool:
+    """Whether `inference.adapter` leaves model, template and domains to the config, and not to a run."""
+    return adapter == BASE_ALONE or (expand_home(adapter) / "adapter_config.json").is_file()
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    close = nearest(name, known)
+    return f" Did you mean {close}?" if close else ""

@@ -1,0 +1,206 @@
+"""How long a run will take, and how much memory at its peak: measured on a few of its own steps, then extrapolated.
+
+A small model is measured whole, with its weights. Of a large one two thin relatives (fewer layers, random weights) are
+measured, and what each further layer adds is taken as constant.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from training_lens.data.batching import StepPlan, cut, share
+from training_lens.errors import EstimateError, OutOfMemoryError
+from training_lens.evaluation.evaluator import Pass, evaluate_loss
+from training_lens.models.factory import load_model, load_thinned
+from training_lens.training.assembly import build_trainer, memory_watched
+from training_lens.training.loop.checkpoint_manager import CheckpointManager
+from training_lens.training.loop.trainer import Trainer
+from training_lens.training.plan import RunPlan
+from training_lens.utils.devices import peak_bytes, reset_peak
+from training_lens.utils.formatting import said
+from training_lens.utils.logging import get_logger
+from training_lens.utils.shortage import is_out_of_memory
+
+logger = get_logger(__name__)
+WHOLE_BELOW = 100_000_000  # parameters
+THIN = (1, 3)  # layers
+SAMPLED_STEPS = 8
+SAMPLED_ROWS = 64  # of the validation rows
+BUDGET_SECONDS = 20.0
+STILL_LR = 1e-9
+COUNTED_STEPS = 1000  # beyond so many the run's tokens are scaled up from a sample
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A prediction: seconds of the optimizer steps and of the validations, bytes at the peak; `layers` as measured.
+
+    `micro_batch_tokens` is the most tokens in one pass that the run would choose with the memory that is free now.
+    """
+
+    seconds: float
+    validation_seconds: float
+    peak_bytes: int
+    micro_batch_tokens: int
+    measured_steps: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds for a token in training (with its padding, unless `in_line`) and in validation, bytes at the peak.
+
+    `steps`: that this is from; `micro_batch_tokens`: the most tokens in one of their passes.
+    """
+
+    step: float
+    validation: float
+    peak: float
+    steps: int
+    in_line: bool
+    micro_batch_tokens: int
+
+
+def estimate_run(plan: RunPlan) -> Estimate | None:
+    """The estimate of a planned run; None, with the reason logged, where it cannot be measured.
+
+    Cost: the measured steps, at most about 20 s, and the memory of the model (or its thin relatives).
+
+    Raises:
+        TrainingLensError: what would stop the run too: weights that cannot be loaded, a first step that is not finite,
+            too little memory.
+    """
+    whole = plan.parameters < WHOLE_BELOW
+    try:
+        with memory_watched(plan.config):
+            measured = _whole(plan) if whole else _extrapolated(plan)
+    except EstimateError as error:
+        logger.warning("no estimate of duration and memory: %s", error)
+        return None
+    plan = replace(plan, micro_batch_tokens=measured.micro_batch_tokens)
+    validated = 0 if plan.validation is None else _validations(plan) * int(plan.validation.lengths.sum())
+    return Estimate(
+        seconds=measured.step * _tokens_of_run(plan, measured.in_line),
+        validation_seconds=measured.validation * validated,
+        peak_bytes=round(measured.peak),
+        micro_batch_tokens=measured.micro_batch_tokens,
+        measured_steps=measured.steps,
+        layers=() if whole else THIN,
+    )
+
+
+def _whole(plan: RunPlan) -> Measured:
+    trainer = _still(plan, load_model(plan.config.model, plan.processes.device, plan.precision))
+    trainer.settle_budget()
+    return _measure(replace(plan, micro_batch_tokens=trainer.micro_batch_tokens), trainer)
+
+
+def _extrapolated(plan: RunPlan) -> Measured:
+    """Two thin models measured; each further layer costs what the second's have cost more than the first's."""
+    if plan.config.model.quantization != "none":
+        raise EstimateError("a large quantized model cannot be measured thin.")
+    thin = [_thin(plan, layers) for layers in THIN]
+    further = (plan.facts.layers - THIN[0]) / (THIN[1] - THIN[0])
+
+    def at_all(name: str) -> float:
+        first, second = (float(getattr(measured, name)) for measured in thin)
+        return first + further * max(0.0, second - first)
+
+    return replace(thin[1], step=at_all("step"), validation=at_all("validation"), peak=at_all("peak"))
+
+
+def _thin(plan: RunPlan, layers: int) -> Measured:
+    """One thin relative measured, with a fresh adapter: one that is saved has all layers.
+
+    What fails in it, but for memory, says nothing of the run: its configuration was cut, and its weights are random.
+    """
+    config = plan.config.resolved(peft={"from_adapter": None})
+    try:
+        model = load_thinned(config.model, layers, plan.processes.device, plan.precision)
+        return _measure(plan, _still(replace(plan, config=config), model))
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+            raise
+        raise EstimateError(f"the model cannot be cut to {layers} layers to be measured: {said(error)}") from error
+
+
+def _still(plan: RunPlan, model: Any) -> Trainer:
+    """The plan's loop, learning next to nothing: each step is as good as the first, and fails only if that would."""
+    still = replace(plan, config=plan.config.resolved(training={"lr": STILL_LR}))
+    return build_trainer(still, model, CheckpointManager(Path("unused"), ""), ())
+
+
+def _measure(plan: RunPlan, trainer: Trainer) -> Measured:
+    """Run sampled steps and validation rows of the plan in this loop, and forget them."""
+    device = plan.processes.device
+    reset_peak(device)
+    in_line = trainer.engine.packs
+    sample = _sampled(plan, in_line)
+    trainer.train_step(sample[0])  # warms up, and is the largest: it sets the peak
+    seconds, tokens, steps = 0.0, 0, 0
+    started = time.perf_counter()
+    for step in sample[1:]:
+        seconds += trainer.train_step(step).seconds
+        tokens += step_tokens(plan, step, in_line)
+        steps += 1
+        if time.perf_counter() - started > BUDGET_SECONDS / 2:
+            break
+    validation = _validation_seconds(plan, trainer) if plan.validation is not None else 0.0
+    peak = float(peak_bytes(device))
+    return Measured(seconds / tokens, validation, peak, steps, in_line, plan.micro_batch_tokens)
+
+
+def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
+    """Seconds of a validation for each of its tokens."""
+    assert plan.validation is not None
+    rows = np.unique(np.linspace(0, len(plan.validation) - 1, SAMPLED_ROWS).astype(np.int64))
+    some = plan.validation.select(rows)
+    budget = plan.micro_batch_tokens
+    started = time.perf_counter()
+    evaluate_loss(trainer.model, some, Pass(plan.processes, plan.precision, budget, trainer.fill_id))
+    return (time.perf_counter() - started) / int(some.lengths.sum())
+
+
+def _sampled(plan: RunPlan, in_line: bool) -> list[StepPlan]:
+    """The step with the largest micro-batch among a sample, then steps spread evenly over the run."""
+    steps = _some_steps(plan, COUNTED_STEPS)
+    largest = max(steps, key=lambda step: max(_micro_batches(plan, step, in_line)))
+    spread = np.unique(np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int))
+    return [largest, *(steps[i] for i in spread)]
+
+
+def _some_steps(plan: RunPlan, count: int) -> Sequence[StepPlan]:
+    """All steps of the run, or the first so many: every order is random."""
+    total = min(count, plan.schedule.total_steps)
+    return [step for step, _ in zip(plan.schedule.steps(), range(total), strict=False)]
+
+
+def _micro_batches(plan: RunPlan, step: StepPlan, in_line: bool) -> list[int]:
+    """The tokens of each micro-batch that this process makes of a step, with its padding."""
+    lengths, budget = plan.train.lengths, plan.micro_batch_tokens
+    mine = share(step.examples, lengths, plan.processes.index, plan.processes.count)
+    parts = [lengths[part] for part in cut(mine, lengths, budget, in_line)]
+    return [int(part.sum()) if in_line else len(part) * int(part.max()) for part in parts]
+
+
+def step_tokens(plan: RunPlan, step: StepPlan, in_line: bool) -> int:
+    """Tokens of a step's micro-batches with their padding: what its time is nearly proportional to."""
+    return sum(_micro_batches(plan, step, in_line))
+
+
+def _tokens_of_run(plan: RunPlan, in_line: bool) -> float:
+    steps = _some_steps(plan, COUNTED_STEPS)
+    return sum(step_tokens(plan, step, in_line) for step in steps) * plan.schedule.total_steps / len(steps)
+
+
+def _validations(plan: RunPlan) -> int:
+    """Validations of the run, that of the base included."""
+    every = plan.config.training.eval_steps or plan.schedule.steps_per_epoch
+    due = plan.schedule.total_steps // every
+    return 1 + due + (plan.schedule.total_steps % every > 0)

@@ -1,0 +1,101 @@
+"""The lens on our own loop: a callback that drives it, and the look back when training ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from training_lens.core.capture import RunFacts
+from training_lens.core.framework import TrainingLensFramework
+from training_lens.core.probe import Probe
+from training_lens.core.table_names import LOSS, MEASURES
+from training_lens.evaluation.evaluator import LossReport
+from training_lens.runs.run_folder import RunFolder
+from training_lens.training.loop.callbacks import Callback, StepReport
+from training_lens.training.plan import RunPlan
+from training_lens.utils.formatting import said
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+KEPT = [f.name for f in fields(StepReport) if f.name in MEASURES[LOSS]]
+
+
+class LensCallback(Callback):
+    """Drives a lens from the loop's events; the loop knows nothing of it.
+
+    Args:
+        settings: what readings need to know of the run, see `LensManifest`.
+    """
+
+    def __init__(self, lens: TrainingLensFramework, settings: Mapping[str, Any]) -> None:
+        self.lens, self._settings = lens, settings
+
+    @property
+    def seconds(self) -> float:
+        """Time spent capturing so far, in all."""
+        return sum(self.lens.seconds.values())
+
+    def on_train_start(self, trainer: Any) -> None:
+        facts = RunFacts("training-lens", trainer.state.step, trainer.precision, self._settings)
+        self.lens.start(trainer.model, trainer.optimizer, facts)
+
+    def on_gradients(self, trainer: Any, step: int) -> None:
+        self.lens.gradients(step)
+
+    def on_step_end(self, trainer: Any, report: StepReport) -> None:
+        most = trainer.settings.max_grad_norm
+        clip = min(1.0, most / (report.grad_norm + 1e-6)) if most else 1.0
+        self.lens.record(report.step, {"clip": clip, **{name: getattr(report, name) for name in KEPT}})
+
+    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        self.lens.evaluation(step, report.loss, base=base)
+
+    def on_save(self, trainer: Any) -> None:
+        self.lens.flush()
+
+    def on_train_end(self, trainer: Any) -> None:
+        self.lens.stop()
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self.lens.break_off()
+        self.lens.stop(failed=True)
+
+
+def lens_of(plan: RunPlan, run: RunFolder) -> LensCallback | None:
+    """The lens that the config asks for; None where it is off."""
+    config, rows = plan.config, plan.validation or plan.train
+    if not config.lens.enabled:
+        return None
+    settings = {
+        "total_steps": plan.schedule.total_steps,
+        "steps_per_epoch": plan.schedule.steps_per_epoch,
+        "max_grad_norm": config.training.max_grad_norm,
+        "lr": config.training.lr,
+        "train_examples": len(plan.train),
+    }
+    probe = Probe.of_dataset(rows, config.lens.probe_tokens, fill_id=plan.tokenizer.eos_token_id)
+    return LensCallback(TrainingLensFramework(run.lens, config.lens, probe=probe), settings)
+
+
+def look_back(run: RunFolder) -> Path | None:
+    """Write the report of a run that ended, and log three lines of it; None where that failed, which is logged.
+
+    What the lens cannot read ends no run: its adapter is saved by now.
+    """
+    from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
+    from training_lens.analysis.reports.executive import three_lines
+    from training_lens.analysis.reports.standard import StandardReports
+
+    try:
+        analysis = CheckpointAnalyzer(run.root).analyze()
+        report = StandardReports(analysis).write(run.reports, "technical", "html")
+        for line in three_lines(analysis):
+            logger.info("lens: %s", line)
+    except Exception as error:
+        logger.warning("the lens has no report of this run: %s", said(error))
+        logger.debug("in the report", exc_info=True)
+        return None
+    logger.info("lens: the report is %s", report)
+    return report

@@ -1,0 +1,224 @@
+"""What may watch a run: the callback protocol, and the callbacks that write its metrics."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from training_lens.errors import TrainingError
+from training_lens.evaluation.evaluator import LossReport
+from training_lens.runs.journal import Journal
+from training_lens.runs.run_folder import read_metrics
+from training_lens.utils.formatting import format_seconds
+from training_lens.utils.logging import get_logger
+
+logger = get_logger(__name__)
+WIDE, NARROW = 110, 72  # characters of a window: with all columns, and with the fewest
+FILES_SHOWN = 8  # validation files whose losses go to the screen; run.log and metrics.jsonl have all
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One finished optimizer step. Loss in nats per supervised token, over the tokens of this step alone.
+
+    `grad_norm` is that of the accumulated, unscaled gradients before clipping; `tokens` leaves padding out.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    example_ids: tuple[str, ...]
+    finite: bool
+
+
+def not_finite(report: StepReport, good: tuple[Path, Any] | None) -> TrainingError:
+    """What ends a run whose step is not finite.
+
+    Args:
+        good: the newest intact checkpoint, if there is one.
+    """
+    what = "gradient" if math.isfinite(report.loss) else "loss"
+    before = f"The last good checkpoint is {good[0]}" if good else "There is no checkpoint before it"
+    return TrainingError(
+        f"step {report.step}: the {what} is not finite (loss {report.loss}, gradient norm {report.grad_norm}); "
+        f"the update was not applied. Examples: {', '.join(report.example_ids)}. {before}. "
+        "Look at these rows, lower training.lr, or use training.precision=fp32."
+    )
+
+
+class Callback:
+    """Override what you need; the loop calls each in turn. `trainer` is the running `Trainer`."""
+
+    def on_train_start(self, trainer: Any) -> None:
+        """Before the first step; `trainer.state.step` is the step it goes on after."""
+
+    def on_gradients(self, trainer: Any, step: int) -> None:
+        """Gradients of the whole step are in `parameter.grad`: accumulated, unscaled, before clipping."""
+
+    def on_step_end(self, trainer: Any, report: StepReport) -> None:
+        """After the update."""
+
+    def on_evaluate_progress(self, trainer: Any, done: int, total: int) -> None:
+        """During a validation: so many of its examples are done."""
+
+    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        """After a validation; `base` is true for the one of the base model, at step 0."""
+
+    def on_save(self, trainer: Any) -> None:
+        """Before a checkpoint is written: what a run that goes on from it must find belongs on disk now."""
+
+    def on_checkpoint(self, trainer: Any, folder: Path) -> None:
+        """After a checkpoint is on disk."""
+
+    def on_train_end(self, trainer: Any) -> None:
+        """After the last step, also of a run that stopped early or was interrupted."""
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        """The run fails with `error`."""
+
+
+class MetricsCollector(Callback):
+    """Writes metrics.jsonl: a line a step, and a line a validation; reads it back with `read`.
+
+    A resumed run first drops the lines behind its checkpoint, so that every step stands there once.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path, self._journal = Path(path), Journal(Path(path))
+
+    def on_train_start(self, trainer: Any) -> None:
+        self._journal.open(after=trainer.state.step)
+
+    def on_step_end(self, trainer: Any, report: StepReport) -> None:
+        self._journal.write({"kind": "step", **asdict(report)})
+
+    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        values = {name: value for name, value in vars(report).items() if name != "row_nll"}  # one for each row
+        self._journal.write({"kind": "base" if base else "validation", "step": step, **values})
+
+    def on_train_end(self, trainer: Any) -> None:
+        self._journal.close()
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self._journal.close()
+
+    @staticmethod
+    def read(path: Path | str) -> list[dict[str, Any]]:
+        """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+        return read_metrics(Path(path))
+
+
+class LogLines(Callback):
+    """Losses and validations to the log: run.log keeps them, the screen shows what matters.
+
+    Args:
+        every: steps from one line to the next.
+        level: of the lines of steps: INFO where no bar shows them, else DEBUG.
+    """
+
+    def __init__(self, every: int, level: int = logging.DEBUG) -> None:
+        self._every, self._level = every, level
+        self._recent: list[StepReport] = []
+
+    def on_step_end(self, trainer: Any, report: StepReport) -> None:
+        self._recent = [*self._recent[-19:], report]
+        if report.step % self._every == 0 or report.step == 1:
+            total, seconds = trainer.schedule.total_steps, sum(r.seconds for r in self._recent)
+            logger.log(
+                self._level, "step %d/%d: loss %.4f, gradient norm %.3g, lr %.3g, %s tokens/s, ETA %s",
+                report.step, total, report.loss, report.grad_norm, report.lr,
+                f"{sum(r.tokens for r in self._recent) / seconds:,.0f}" if seconds else "-",
+                format_seconds((total - report.step) * seconds / len(self._recent)),
+            )  # fmt: skip
+
+    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        who = "base" if base else f"step {step}"
+        logger.info("%s: validation loss %.4f over %d supervised tokens", who, report.loss, report.supervised_tokens)
+        level = logging.INFO if len(report.by_file) <= FILES_SHOWN else logging.DEBUG
+        for file, loss in report.by_file.items():
+            logger.log(level, "%s:   %.4f on %s", who, loss, file)
+
+    def on_checkpoint(self, trainer: Any, folder: Path) -> None:
+        logger.debug("checkpoint %s", folder)
+
+
+def progress_columns(width: int = WIDE) -> tuple[ProgressColumn, ...]:
+    """What a `ProgressBar` shows in its lines: in a narrow window step, loss and the time that is left.
+
+    Args:
+        width: of the window, in characters.
+    """
+    is_wide, is_narrow = width >= WIDE, width < NARROW
+    bar = () if is_narrow else (BarColumn(40 if is_wide else 10),)
+    speed = () if is_narrow else (TextColumn("{task.fields[speed]}", markup=False),)
+    elapsed = (TimeElapsedColumn(),) if is_wide else ()
+    return (
+        TextColumn("{task.description}", markup=False),
+        *bar,
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}", markup=False),
+        *speed,
+        *elapsed,
+        TextColumn("ETA", markup=False),
+        TimeRemainingColumn(),
+    )
+
+
+class ProgressBar(Callback):
+    """Step, loss, tokens per second and time left; a second bar while a validation runs.
+
+    Args:
+        bars: with `progress_columns`, not started yet.
+    """
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._recent: list[StepReport] = []
+        self._validation: TaskID | None = None
+
+    def on_train_start(self, trainer: Any) -> None:
+        self._bars.start()
+        self._task = self._bars.add_task(
+            "training", total=trainer.schedule.total_steps, completed=trainer.state.step, status="", speed=""
+        )
+
+    def on_step_end(self, trainer: Any, report: StepReport) -> None:
+        self._recent = [*self._recent[-19:], report]
+        speed = sum(r.tokens for r in self._recent) / sum(r.seconds for r in self._recent)
+        loss = sum(r.loss for r in self._recent) / len(self._recent)
+        self._bars.update(self._task, completed=report.step, status=f"loss {loss:.3f}", speed=f"{speed:,.0f} tokens/s")
+
+    def on_evaluate_progress(self, trainer: Any, done: int, total: int) -> None:
+        if self._validation is None:
+            self._validation = self._bars.add_task("validating", total=total, status="", speed="")
+        self._bars.update(self._validation, completed=done)
+
+    def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
+        if self._validation is not None:
+            self._bars.remove_task(self._validation)
+            self._validation = None
+
+    def on_train_end(self, trainer: Any) -> None:
+        self._bars.stop()
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self._bars.stop()

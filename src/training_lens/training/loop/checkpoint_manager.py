@@ -1,0 +1,127 @@
+"""What a checkpoint holds, and which are kept: the last and the best."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from training_lens.errors import CheckpointError
+from training_lens.models.adapters import restore_adapter, save_adapter
+from training_lens.runs.checkpoint_format import (
+    CheckpointMetadata,
+    checkpoint_folder,
+    list_checkpoints,
+    newest_intact,
+    write_checkpoint,
+)
+from training_lens.training.loop.optimizer import optimizer_tensors, restore_optimizer
+from training_lens.utils.files import TEMPORARY, read_json, sweep_temporaries, write_json
+from training_lens.utils.seeding import restore_rng_state, rng_state
+
+ADAPTER, OPTIMIZER, RNG, STATE = "adapter", "optimizer.safetensors", "rng.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a run stands after `step` steps. With the seed, `step` is also the position in the data.
+
+    Losses are in nats per supervised token; `loss_sum` is the sum over all supervised tokens of all steps.
+    `micro_batch_tokens` is the most in one forward pass, as chosen before the first step or since found to fit.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    base_validation_loss: float | None = None
+    validation_loss: float | None = None
+    best_loss: float = math.inf
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    micro_batch_tokens: int | None = None
+
+    def after_evaluation(self, loss: float) -> TrainingState:
+        """The state with a validation at its step counted in."""
+        if loss < self.best_loss:
+            return replace(self, validation_loss=loss, best_loss=loss, best_step=self.step, evaluations_since_best=0)
+        return replace(self, validation_loss=loss, evaluations_since_best=self.evaluations_since_best + 1)
+
+
+class CheckpointManager:
+    """Saves, restores and thins the checkpoints of one run.
+
+    Args:
+        folder: the run's checkpoints folder.
+        data_fingerprint: of the training data; a checkpoint of other data is refused.
+    """
+
+    def __init__(self, folder: Path | str, data_fingerprint: str) -> None:
+        self.folder, self._fingerprint = Path(folder), data_fingerprint
+
+    def save(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any, state: TrainingState) -> Path:
+        """Write the state after `state.step` whole or not at all, then delete what is neither last nor best."""
+
+        def fill(folder: Path) -> None:
+            save_adapter(model, folder / ADAPTER)
+            save_file(optimizer_tensors(optimizer), folder / OPTIMIZER)
+            save_file(rng_state(), folder / RNG)
+            best = None if math.isinf(state.best_loss) else state.best_loss
+            write_json(folder / STATE, {**asdict(state), "best_loss": best, "scaler": scaler.state_dict()})
+
+        target = checkpoint_folder(self.folder, state.step)
+        if not target.is_dir():
+            write_checkpoint(self.folder, state.step, state.validation_loss, self._fingerprint, fill)
+        self.thin(state)
+        return target
+
+    def thin(self, state: TrainingState) -> None:
+        """Delete what is neither the checkpoint of `state` nor the best: older ones, and newer ones that are damaged.
+
+        One process alone calls it, when no other reads a checkpoint.
+        """
+        keep = {checkpoint_folder(self.folder, step) for step in (state.step, state.best_step)}
+        for folder in list_checkpoints(self.folder):
+            if folder not in keep:
+                doomed = folder.with_name(f"{TEMPORARY}{folder.name}")  # out of the list first: never half a checkpoint
+                shutil.rmtree(folder.rename(doomed))
+
+    def newest(self) -> tuple[Path, CheckpointMetadata] | None:
+        """The newest intact checkpoint, with the leftovers of a killed process swept away."""
+        sweep_temporaries(self.folder, older_than_seconds=0)
+        return newest_intact(self.folder)
+
+    def restore(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> TrainingState:
+        """Bring model, optimizer and random state to the newest intact checkpoint; a fresh state where there is none.
+
+        It deletes nothing: call `thin` before the run writes the next.
+
+        Raises:
+            CheckpointError: the checkpoint was made from other training data.
+        """
+        found = self.newest()
+        if found is None:
+            return TrainingState()
+        folder, metadata = found
+        if metadata.data_fingerprint != self._fingerprint:
+            raise CheckpointError(
+                f"{folder} was trained on other data: a data file, the template, the tokenizer or this program changed "
+                "since. Put the old ones back to resume, or start a new run."
+            )
+        restore_adapter(model, folder / ADAPTER)
+        restore_optimizer(optimizer, load_file(folder / OPTIMIZER))
+        restore_rng_state(load_file(folder / RNG))
+        values = read_json(folder / STATE)
+        scaler.load_state_dict(values.pop("scaler"))
+        values["best_loss"] = math.inf if values["best_loss"] is None else values["best_loss"]
+        return TrainingState(**values)
+
+    def best_or_last(self, state: TrainingState) -> Path:
+        """The checkpoint to use: that of the lowest validation loss, or the last where nothing was validated."""
+        return checkpoint_folder(self.folder, state.best_step or state.step)

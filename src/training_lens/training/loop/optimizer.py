@@ -1,0 +1,145 @@
+"""Learning rate, optimizer and gradient norm: the arithmetic of an update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from training_lens.config.schema import TrainingSection
+from training_lens.models.quantization import require_bitsandbytes
+from training_lens.training.loop.run_length import count_warmup_steps
+from training_lens.utils.processes import Processes
+
+Named = Sequence[tuple[str, torch.nn.Parameter]]
+
+
+def default_lr(width: int) -> float:
+    """A peak learning rate for LoRA from the model's hidden width, to two digits: 5e-5 * 10 * (2000 / width)^0.781.
+
+    Source: the fit over Llama models that Thinking Machines published with "LoRA Without Regret" (2025): LoRA's best
+    rate is ten times that of full fine-tuning and falls with width. Below about 1,000 it is extrapolated.
+
+    Example:
+        >>> default_lr(4096), default_lr(192)
+        (0.00029, 0.0031)
+    """
+    return float(f"{5e-5 * 10 * (2000 / width) ** 0.781:.1e}")
+
+
+def lr_at(step: int, total_steps: int, training: TrainingSection) -> float:
+    """The learning rate of step `step`, counted from 1.
+
+    It rises linearly to `training.lr` over the steps of the warm-up, the first of them not at zero. Then
+    it stays, or falls to min_lr_ratio of that just behind the last step: linearly, as half a cosine, or as
+    `scheduler_cycles` half cosines of equal length that start at the peak (arXiv 1608.03983, without growing cycles).
+    """
+    assert training.lr is not None
+    warmup = count_warmup_steps(training, total_steps)
+    if step <= warmup:
+        return training.lr * step / (warmup + 1)
+    floor = training.min_lr_ratio
+    return training.lr * (floor + (1 - floor) * _share(step - 1 - warmup, total_steps - warmup, training))
+
+
+def _share(done: int, steps: int, training: TrainingSection) -> float:
+    """What is left of the fall, from 1 to 0, after `done` of `steps` steps behind the warm-up."""
+    if training.scheduler == "constant":
+        return 1.0
+    if training.scheduler == "linear":
+        return 1 - done / steps
+    cycles = training.scheduler_cycles  # 1 where the scheduler is cosine
+    return 0.5 * (1 + math.cos(math.pi * (done * cycles % steps) / steps))
+
+
+def build_optimizer(named: Named, training: TrainingSection, lora_plus_ratio: float | None = None) -> Optimizer:
+    """The optimizer of `training.optimizer` over named parameters.
+
+    adamw is AdamW (arXiv 1711.05101) with PyTorch's fused update where the device has one; adamw_8bit the same with
+    its moments in blocks of 8 bits (arXiv 2110.02861); adafactor (arXiv 1804.04235) keeps row and column means of the
+    second moment, no first, and takes the learning rate as given.
+
+    Each group's `lr_factor` scales the step's learning rate: `lora_plus_ratio` for LoRA's B, 1 for all else.
+
+    Raises:
+        ConfigurationError: adamw_8bit without bitsandbytes.
+    """
+    groups, decay = _groups(named, lora_plus_ratio), training.weight_decay
+    adam: dict[str, Any] = {"lr": training.lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay}
+    optimizer: Optimizer
+    if training.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        optimizer = Adafactor(groups, lr=training.lr, scale_parameter=False, relative_step=False, weight_decay=decay)
+    elif training.optimizer == "adamw_8bit":
+        optimizer = require_bitsandbytes("training.optimizer").optim.AdamW8bit(groups, **adam)
+    else:
+        fused = all(p.device.type in ("cpu", "cuda") for _, p in named)
+        optimizer = torch.optim.AdamW(groups, **adam, fused=fused)
+    return optimizer
+
+
+def _groups(named: Named, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
+    """One group, or with LoRA+ (arXiv 2402.12354) a second one of the B matrices, whose rate is `ratio` times that."""
+    if lora_plus_ratio is None:
+        return [{"params": list(named), "lr_factor": 1.0}]
+    b = [(name, p) for name, p in named if ".lora_B." in name]
+    rest = [(name, p) for name, p in named if ".lora_B." not in name]
+    return [{"params": rest, "lr_factor": 1.0}, {"params": b, "lr_factor": lora_plus_ratio}]
+
+
+def sum_gradients(parameters: Sequence[torch.nn.Parameter], processes: Processes) -> None:
+    """Add up the gradients of all processes: one message for the whole adapter."""
+    if processes.count == 1:
+        return
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = processes.sum(torch.cat([g.flatten() for g in grads]))
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def grad_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+    """The Euclidean norm of all gradients together, a scalar on their device; no synchronisation."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    return norm
+
+
+def clip_(parameters: Sequence[torch.nn.Parameter], norm: Tensor, max_norm: float | None) -> None:
+    """Scale the gradients so that their norm is at most `max_norm`; `norm` is what it is now."""
+    if max_norm is None:
+        return
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors ('exp_avg/<parameter>'), each its own memory, for a safetensors file."""
+    return {
+        f"{key}/{name}": torch.as_tensor(value).cpu().clone(memory_format=torch.contiguous_format)
+        for name, parameter in _named_parameters(optimizer)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave, by the parameters' names."""
+    index = {name: i for i, (name, _) in enumerate(_named_parameters(optimizer))}
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        key, parameter = name.split("/", 1)
+        # Counts that were Python integers (adafactor's and adamw_8bit's step) came out as integer scalars.
+        count = tensor.ndim == 0 and not tensor.is_floating_point()
+        state.setdefault(index[parameter], {})[key] = int(tensor) if count else tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _named_parameters(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+    """In the order in which the optimizer numbers its parameters: group by group."""
+    return [
+        pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
+    ]

@@ -1,0 +1,308 @@
+"""The loop. `fit` goes through the steps, `train_step` is one optimizer update; nothing else knows the mathematics.
+
+A step's loss is the sum over its supervised tokens divided by their number, over all micro-batches and processes:
+how the step is cut never changes the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from training_lens.config.schema import TrainingSection
+from training_lens.data.batching import Schedule, StepPlan
+from training_lens.data.example_types import Batch
+from training_lens.data.token_dataset import TokenDataset
+from training_lens.errors import EvaluationError, InterruptedRunError
+from training_lens.evaluation.evaluator import LossReport, Pass, evaluate_loss
+from training_lens.models.adapters import base_only, trainable
+from training_lens.models.fast.engine import Engine
+from training_lens.models.quantization import is_quantized
+from training_lens.training.loop.callbacks import Callback, StepReport, not_finite
+from training_lens.training.loop.checkpoint_manager import CheckpointManager, TrainingState
+from training_lens.training.loop.dataloader import Feed
+from training_lens.training.loop.memory_budget import measured
+from training_lens.training.loop.optimizer import build_optimizer, clip_, grad_norm, lr_at, sum_gradients
+from training_lens.training.loop.signals import SignalWatch
+from training_lens.utils.devices import Precision, autocast, free_memory
+from training_lens.utils.formatting import said
+from training_lens.utils.heap import freed_memory_kept, give_back
+from training_lens.utils.logging import get_logger
+from training_lens.utils.processes import Processes
+from training_lens.utils.seeding import rng_kept
+from training_lens.utils.shortage import is_out_of_memory
+
+logger = get_logger(__name__)
+REHEARSED = 2048  # tokens of the pass whose memory is measured
+
+
+class Trainer:
+    """Trains the adapter of `model`.
+
+    Args:
+        model: the base with its adapter; only the adapter's parameters require gradients.
+        dataset: tokenized training examples; `validation` likewise, or None.
+        schedule: which examples each step takes.
+        settings: the config's training section, with `lr` resolved.
+        precision: of the forward and backward pass.
+        micro_batch_tokens: most tokens in one forward pass, unless a pass on CUDA measures another number.
+        fill_id: a token id to pad with; never read.
+        lora_plus_ratio: learning rate of LoRA's B over that of all else; None: the same.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        dataset: TokenDataset,
+        validation: TokenDataset | None,
+        schedule: Schedule,
+        settings: TrainingSection,
+        precision: Precision,
+        processes: Processes,
+        micro_batch_tokens: int,
+        checkpoints: CheckpointManager,
+        callbacks: Sequence[Callback],
+        fill_id: int,
+        lora_plus_ratio: float | None = None,
+    ) -> None:
+        self.model, self.dataset, self.validation = model, dataset, validation
+        self.engine = Engine(model)
+        logger.debug("%s", self.engine.fusion)
+        self.schedule, self.settings, self.precision, self.processes = schedule, settings, precision, processes
+        self.checkpoints, self.fill_id = checkpoints, fill_id
+        self.feed = Feed(dataset, processes, fill_id, self.engine.packs)
+        self.parameters = [p for _, p in trainable(model)]
+        self.optimizer = build_optimizer(trainable(model), settings, lora_plus_ratio)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")
+        self.state, self._planned_tokens = TrainingState(), micro_batch_tokens
+        self.callbacks, self._signals = tuple(callbacks), SignalWatch()
+
+    @property
+    def asked_to_leave(self) -> int:
+        """The number of the signal that asked this process to leave; 0: none did.
+
+        One that comes in the last step ends nothing: whoever goes on to another run must ask.
+        """
+        return self._signals.number
+
+    def fit(self, resume: bool = False) -> TrainingState:
+        """Train to the end of the schedule (or an early stop), with validations and checkpoints on the way.
+
+        Args:
+            resume: go on after the newest intact checkpoint.
+
+        Raises:
+            TrainingError: the loss or a gradient is not finite. The update is not applied.
+            InterruptedRunError: SIGINT or SIGTERM came; a checkpoint was saved first.
+        """
+        if resume:
+            self.state = self.checkpoints.restore(self.model, self.optimizer, self.scaler)
+            self.processes.wait()
+            if self.processes.is_main:  # a kill may have come before older checkpoints were deleted
+                self.checkpoints.thin(self.state)
+            logger.info("resuming after step %d of %d", self.state.step, self.schedule.total_steps)
+        self.settle_budget()
+        self._notify("on_train_start")
+        try:
+            with self._signals, freed_memory_kept():
+                self._run()
+        except BaseException as error:
+            self._notify("on_exception", error)
+            raise
+        self._notify("on_train_end")
+        return self.state
+
+    def settle_budget(self) -> None:
+        """Decide how many tokens a micro-batch may have, unless a checkpoint says it.
+
+        Cost: on CUDA, where the config leaves it open, one pass of the longest examples, of which nothing stays. A
+        quantized base would keep a state of its first pass, so there the plan's number holds.
+        """
+        tokens, device = self.micro_batch_tokens, self.processes.device
+        is_open = self.state.micro_batch_tokens is None and self.settings.micro_batch_tokens == "auto"
+        if is_open and device.type == "cuda" and not is_quantized(self.model):
+            tokens = self.processes.least(measured(device, self.rehearse, sum(p.numel() for p in self.parameters)))
+        self.state = replace(self.state, micro_batch_tokens=tokens)
+        logger.info("micro-batches of at most %d tokens", tokens)
+
+    def rehearse(self) -> int:
+        """A forward and backward pass of the longest examples, of which nothing stays; gives its tokens."""
+        batch = self.feed.longest(REHEARSED)
+        self.model.train()
+        try:
+            with rng_kept():
+                self._nll(batch).backward()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        return batch.input_ids.numel()
+
+    def _run(self) -> None:
+        if self.state.step == 0 and self.validation is not None:
+            self._evaluate_base()
+        for plan in self.feed.through(self.schedule.steps(after=self.state.step), lambda: self.micro_batch_tokens):
+            if self._stops_early():  # asked first: a resumed run may have stopped already
+                logger.info("early stop: no better validation since step %d", self.state.best_step)
+                return
+            report = self.train_step(plan)
+            self._account(report)
+            self._notify("on_step_end", report)
+            last = plan.number == self.schedule.total_steps
+            if self.is_validation_due(plan.number):
+                self._evaluate()
+            best = self.state.best_step == plan.number
+            save_steps = self.settings.save_steps or self.settings.eval_steps
+            if last or best or self._stops_early() or self._due(plan.number, save_steps):
+                self._save()
+            self._leave_if_asked()
+
+    def train_step(self, plan: StepPlan) -> StepReport:
+        """One update from the examples of `plan`: forward and backward by micro-batches, clip, update."""
+        started = time.perf_counter()
+        targets = int(self.dataset.supervised[plan.examples].sum())
+        loss_sum = self._accumulate_gradients(plan, targets)
+        self.scaler.unscale_(self.optimizer)
+        self._notify("on_gradients", plan.number)
+        norm = grad_norm(self.parameters)
+        nll, norm_value = torch.stack([loss_sum, norm]).tolist()  # the step's one sync point
+        report = StepReport(
+            step=plan.number,
+            epoch=plan.number / self.schedule.steps_per_epoch,
+            loss=nll / targets,
+            grad_norm=norm_value,
+            lr=lr_at(plan.number, self.schedule.total_steps, self.settings),
+            tokens=int(self.dataset.lengths[plan.examples].sum()),
+            supervised_tokens=targets,
+            seconds=0.0,
+            example_ids=tuple(self.dataset.example_id(int(i)) for i in plan.examples),
+            finite=math.isfinite(nll) and (self.scaler.is_enabled() or math.isfinite(norm_value)),
+        )
+        if not report.finite:
+            raise not_finite(report, self.checkpoints.newest())
+        clip_(self.parameters, norm, self.settings.max_grad_norm)
+        self._update(report.lr)
+        return replace(report, seconds=time.perf_counter() - started)
+
+    def _accumulate_gradients(self, plan: StepPlan, targets: int) -> torch.Tensor:
+        """Gradients of (sum of token losses / targets), summed over micro-batches and processes; returns the sum.
+
+        Where memory runs out the step begins anew with smaller micro-batches, which the run then keeps to.
+        """
+        self.model.train()
+        while (loss_sum := self._tried(plan, targets)) is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            free_memory(self.processes.device)
+        sum_gradients(self.parameters, self.processes)
+        return self.processes.sum(loss_sum)
+
+    def _tried(self, plan: StepPlan, targets: int) -> torch.Tensor | None:
+        """Forward and backward by micro-batches; None where memory ran out, and smaller ones are to be tried."""
+        loss_sum = torch.zeros((), device=self.processes.device)
+        try:
+            for batch in self.feed.batches(plan, self.micro_batch_tokens):
+                nll = self._nll(batch)
+                self.scaler.scale(nll / targets).backward()
+                loss_sum += nll.detach()
+        except Exception as error:  # memory runs out by several kinds of error
+            tokens = self.feed.divisible(plan, self.micro_batch_tokens)
+            if not is_out_of_memory(error) or not tokens:
+                raise
+            logger.warning("memory ran out at %d tokens together; now %d: %s", tokens, tokens // 2, said(error))
+            self.state = replace(self.state, micro_batch_tokens=tokens // 2)
+            return None
+        return loss_sum
+
+    def _nll(self, batch: Batch) -> torch.Tensor:
+        """The loss of a micro-batch, summed over its supervised tokens."""
+        with autocast(self.processes.device, self.precision):
+            line, padded = (batch.lengths, ()) if batch.in_line else ((), batch.lengths)
+            return self.engine.loss_sum(batch.input_ids, batch.loss_mask, line, padded)
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Most tokens in one forward pass: as planned, or what memory was found to hold."""
+        return self.state.micro_batch_tokens or self._planned_tokens
+
+    def _update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _account(self, report: StepReport) -> None:
+        s = self.state
+        self.state = replace(
+            s,
+            step=report.step,
+            tokens=s.tokens + report.tokens,
+            supervised_tokens=s.supervised_tokens + report.supervised_tokens,
+            loss_sum=s.loss_sum + report.loss * report.supervised_tokens,
+            seconds=s.seconds + report.seconds,
+        )
+
+    def is_validation_due(self, step: int) -> bool:
+        """Whether the run validates after this step, where it has rows for that."""
+        return step == self.schedule.total_steps or self._due(step, self.settings.eval_steps)
+
+    def _due(self, step: int, every: int | None) -> bool:
+        return step % (every or self.schedule.steps_per_epoch) == 0
+
+    def _stops_early(self) -> bool:
+        patience = self.settings.early_stopping_patience
+        return patience is not None and self.state.evaluations_since_best >= patience
+
+    def _evaluate(self) -> None:
+        if self.validation is not None and (report := self._loss_of(self.validation)):
+            self.state = self.state.after_evaluation(report.loss)
+            self._notify("on_evaluate", self.state.step, report, base=False)
+        give_back()  # its blocks lie between those of steps, which would need new ones each time; costs milliseconds
+
+    def _evaluate_base(self) -> None:
+        assert self.validation is not None
+        with base_only(self.model):
+            report = self._loss_of(self.validation)
+        if report:
+            self.state = replace(self.state, base_validation_loss=report.loss)
+            self._notify("on_evaluate", 0, report, base=True)
+
+    def _loss_of(self, dataset: TokenDataset) -> LossReport | None:
+        """The loss on `dataset`; None where evaluating failed, which is logged and never ends the run."""
+        done = 0
+
+        def advance(examples: float) -> None:
+            nonlocal done
+            done += int(examples) * self.processes.count
+            self._notify("on_evaluate_progress", min(done, len(dataset)), len(dataset))
+
+        way = Pass(self.processes, self.precision, self.micro_batch_tokens, self.fill_id, advance)
+        try:
+            return evaluate_loss(self.model, dataset, way)
+        except EvaluationError as error:
+            logger.warning("step %d: no validation: %s Training goes on.", self.state.step, error)
+            return None
+
+    def _save(self) -> None:
+        if self.processes.is_main:
+            self._notify("on_save")
+            folder = self.checkpoints.save(self.model, self.optimizer, self.scaler, self.state)
+            self._notify("on_checkpoint", folder)
+        give_back()
+        self.processes.wait()
+
+    def _leave_if_asked(self) -> None:
+        number = self._signals.number_of_all(self.processes)
+        if number and self.state.step < self.schedule.total_steps:
+            self._save()
+            raise InterruptedRunError(
+                f"stopped after step {self.state.step} of {self.schedule.total_steps}; it is saved.",
+                self.asked_to_leave or number,
+            )
+
+    def _notify(self, event: str, *args: Any, **kwargs: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *args, **kwargs)

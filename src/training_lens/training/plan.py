@@ -1,0 +1,323 @@
+"""Everything a run decides before it trains: data, tokens, template, steps. `validate` shows it, `train` follows it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from training_lens import embedded
+from training_lens.config.schema import TrainingConfig
+from training_lens.core.registry import CollectorRegistry
+from training_lens.data.batching import Mix, Schedule, hold_out
+from training_lens.data.readers import check_csv_settings
+from training_lens.data.reporting import log_split
+from training_lens.data.templates import adopt_template_file, build_renderer, choose_template, resolve_date
+from training_lens.data.token_cache import Preparation, Split, prepare_split, tokenizer_hash
+from training_lens.data.token_dataset import TokenDataset
+from training_lens.data.tokenization import TextEncoder
+from training_lens.display.progress import Progress
+from training_lens.errors import ConfigurationError, DatasetError
+from training_lens.models.adapter_files import adopt
+from training_lens.models.adapters import Adaptation, check_adapter, count_parameters, log_adaptation
+from training_lens.models.embeddings import check_vocabulary, embedding_modules, required_rows
+from training_lens.models.factory import (
+    ModelFacts,
+    build_skeleton,
+    check_weights,
+    checkpoint_gradients,
+    load_tokenizer,
+    read_facts,
+    resolve_seq_len,
+)
+from training_lens.models.quantization import check_quantization
+from training_lens.training.loop.memory_budget import Footprint, footprint, planned
+from training_lens.training.loop.optimizer import default_lr
+from training_lens.training.loop.run_length import count_warmup_steps, describe_run_length
+from training_lens.utils.devices import Precision, get_device, resolve_precision
+from training_lens.utils.files import require_writable, write_text
+from training_lens.utils.logging import get_logger
+from training_lens.utils.processes import Processes
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What will be trained: the config with nothing left open, the tokenizer, the data and the steps.
+
+    `micro_batch_tokens`: as asked for, or what free memory is expected to hold; `adaptation`: what of the base is
+    adapted, and what is left out.
+    """
+
+    config: TrainingConfig
+    facts: ModelFacts
+    parameters: int
+    adaptation: Adaptation
+    tokenizer: Any
+    precision: Precision
+    train: TokenDataset
+    validation: TokenDataset | None
+    splits: dict[str, Split]
+    duplicates: dict[str, int]
+    schedule: Schedule
+    processes: Processes
+    micro_batch_tokens: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides the training tokens and their order."""
+        return f"{self.splits['train'].fingerprint}:{len(self.train)}"
+
+    def data_report(self) -> dict[str, Any]:
+        """What metadata/data.json keeps: files with sha256, how they were read, counts, domains."""
+        return {
+            "fingerprint": self.fingerprint,
+            "tokens": {name: split.dataset.source.content_hash for name, split in self.splits.items()},
+            "train_examples": len(self.train),
+            "validation_examples": len(self.validation) if self.validation else 0,
+            "domains": self.domains,
+            "global_batch_size": self.schedule.global_batch,
+            "processes": self.processes.count,
+            **self.duplicates,
+            **{name: asdict(split.report) for name, split in self.splits.items()},
+        }
+
+    def held_out_ids(self) -> list[str]:
+        """The ids of the validation examples."""
+        return [self.validation.example_id(i) for i in range(len(self.validation))] if self.validation else []
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains of the training examples, sorted."""
+        return sorted({d for d in self.train.domains if d is not None})
+
+    def numbers(self) -> dict[str, int | float]:
+        """Rows, batches and steps of the run."""
+        return {
+            "train_examples": len(self.train),
+            "validation_examples": len(self.validation) if self.validation else 0,
+            "examples_per_epoch": self.schedule.epoch_examples,
+            "tokens": int(self.train.lengths.sum()),
+            "supervised_tokens": int(self.train.supervised.sum()),
+            "longest_example": int(self.train.lengths.max()),
+            "global_batch_size": self.schedule.global_batch,
+            "steps_per_epoch": self.schedule.steps_per_epoch,
+            "total_steps": self.schedule.total_steps,
+            "warmup_steps": count_warmup_steps(self.config.training, self.schedule.total_steps),
+        }
+
+
+def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | None = None) -> RunPlan:
+    """Resolve the config against model and data, tokenize, and lay out the steps. Loads no weights, trains nothing.
+
+    Args:
+        global_batch: examples in a step; None: batch_size x gradient_accumulation_steps for each process. A run that is
+            resumed keeps its own, on whatever number of processes.
+
+    Raises:
+        TrainingLensError: anything that would keep `train` from starting.
+    """
+    device = get_device(config.model.device)
+    precision = resolve_precision(config.training.precision, device)
+    require_writable(Path(config.output.base_output_dir), "output.base_output_dir")
+    for name in config.lens.collectors or ():
+        CollectorRegistry.get(name)
+    processes = Processes(device)
+    facts, tokenizer = read_tokenizer(config)
+    resolved = _train_new_rows(_resolve(config, facts, tokenizer, precision), facts, tokenizer)
+    parameters, adaptation, needs = _check_model(resolved, device, precision)
+    splits = _prepare(resolved, tokenizer, processes, progress)
+    train, validation = _datasets(resolved, splits)
+    duplicates = count_duplicates(train, validation)
+    training = resolved.training
+    per_step = global_batch or training.batch_size * training.gradient_accumulation_steps * processes.count
+    schedule = _schedule(resolved, train, splits["train"], per_step)
+    for line in describe_run_length(training, schedule):
+        logger.info("%s", line)
+    asked = training.micro_batch_tokens
+    budget = processes.least(planned(needs, device, processes.count)) if asked == "auto" else asked
+    return RunPlan(
+        resolved, facts, parameters, adaptation, tokenizer, precision, train, validation, splits, duplicates, schedule,
+        processes, budget,
+    )  # fmt: skip
+
+
+def read_tokenizer(config: TrainingConfig) -> tuple[ModelFacts, Any]:
+    """The model's facts, and its tokenizer, which has adopted a template file.
+
+    Raises:
+        TrainingLensError: no such model, a broken tokenizer or template, or two that do not belong together.
+    """
+    facts = read_facts(config.model)
+    tokenizer = load_tokenizer(config.model)
+    check_vocabulary(tokenizer, facts.vocabulary, config.model.id, config.model.resize_embeddings)
+    adopt_template_file(config.data.template, tokenizer)
+    return facts, tokenizer
+
+
+def resolve_texts(config: TrainingConfig, facts: ModelFacts, tokenizer: Any) -> TrainingConfig:
+    """The config with what decides the tokens settled: the template, its date, and the longest example."""
+    data = {"template": choose_template(config.data.template, tokenizer), "date": resolve_date(config.data, tokenizer)}
+    return config.resolved(model={"seq_len": resolve_seq_len(config.model, facts)}, data=data)
+
+
+def preparation_of(config: TrainingConfig, tokenizer: Any) -> Preparation:
+    """What decides the tokens of a run, from a config that `resolve_texts` settled."""
+    assert config.model.seq_len is not None
+    renderer = build_renderer(config.data, tokenizer)
+    return Preparation(config.data, renderer, TextEncoder(tokenizer), config.model.seq_len, tokenizer_hash(tokenizer))
+
+
+def cache_of(config: TrainingConfig) -> Path:
+    """The folder of tokenized splits, shared by all runs."""
+    return Path(config.output.base_output_dir) / "cache"
+
+
+def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precision: Precision) -> TrainingConfig:
+    settled = resolve_texts(config, facts, tokenizer)
+    lr = config.training.lr or default_lr(facts.width)
+    logger.info("model: %s, width %d; up to %d tokens an example", config.model.id, facts.width, settled.model.seq_len)
+    if config.model.id == embedded.MODEL and config.data.train != [embedded.TRAIN]:
+        logger.warning("your rows train the embedded demo model, which knows only its own small world; set model.id")
+    if config.data.template == "auto":
+        logger.info(
+            "template: %s",
+            "the tokenizer's own chat template" if settled.data.template == "chat" else settled.data.template,
+        )
+    if config.training.lr is None:
+        logger.info("learning rate: %g, from the model's width (training.lr sets another)", lr)
+    return settled.resolved(
+        peft=adopt(config.peft).model_dump(exclude_unset=True),
+        training={"lr": lr, "precision": precision},
+    )
+
+
+def _train_new_rows(config: TrainingConfig, facts: ModelFacts, tokenizer: Any) -> TrainingConfig:
+    """The config with embedding and head among the modules trained whole, where model.resize_embeddings adds rows."""
+    added = required_rows(tokenizer) - facts.vocabulary
+    if added <= 0 or not config.model.resize_embeddings or config.peft.from_adapter:
+        return config
+    ends = embedding_modules(build_skeleton(config.model))
+    named = config.peft.modules_to_save
+    missing = [path for path in ends if not any(path == name or path.endswith(f".{name}") for name in named)]
+    logger.info(
+        "the embedding gets %d rows for tokens that it lacks; trained and saved whole: %s", added, ", ".join(ends)
+    )
+    return config.resolved(peft={"modules_to_save": [*named, *missing]})
+
+
+def _check_model(
+    config: TrainingConfig, device: torch.device, precision: Precision
+) -> tuple[int, Adaptation, Footprint]:  # fmt: skip
+    """Try weights, adapter, checkpointing and packages on the model's skeleton.
+
+    Gives the base's parameters, what of them is adapted, and the memory that training it takes.
+    """
+    check_quantization(config, device)
+    skeleton = build_skeleton(config.model)
+    check_weights(config.model)
+    if config.training.gradient_checkpointing:
+        checkpoint_gradients(skeleton)
+    parameters = count_parameters(skeleton).total
+    adaptation = check_adapter(skeleton, config.peft)
+    log_adaptation(adaptation)
+    return parameters, adaptation, footprint(skeleton, config, precision)
+
+
+def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progress: Progress) -> dict[str, Split]:
+    preparation, cache = preparation_of(config, tokenizer), cache_of(config)
+    sources = {"train": config.data.train, "validation": config.data.validation_sources}
+    splits: dict[str, Split] = {}
+    with processes.main_first():
+        for name, specs in sources.items():
+            if specs:
+                paths = [str(spec) for spec in specs]
+                splits[name] = prepare_split(paths, f"data.{name}", preparation, cache, progress)
+                log_split(splits[name].report, f"data.{name}", preparation.seq_len)
+    check_csv_settings(config.data.csv, [file for split in splits.values() for file in split.report.files])
+    return splits
+
+
+def _datasets(config: TrainingConfig, splits: dict[str, Split]) -> tuple[TokenDataset, TokenDataset | None]:
+    """The training and validation examples: given apart, held out, or training alone; training at most max_examples."""
+    seed, everything = config.training.seed, splits["train"].dataset
+    validation = splits["validation"].dataset if "validation" in splits else None
+    train = everything
+    if config.data.val_ratio:
+        if len(everything) < 2:
+            raise ConfigurationError("data.val_ratio: one example cannot be split; give more rows or data.validation.")
+        learned, held = hold_out(everything.digests, config.data.val_ratio, seed)
+        train, validation = everything.select(learned), everything.select(held)
+    limit = config.data.max_examples
+    if limit is not None and limit < len(train):
+        chosen = np.random.Generator(np.random.PCG64([seed, 2**32])).permutation(len(train))[:limit]
+        train = train.select(np.sort(chosen))
+    if validation is None:
+        logger.info(
+            "no rows are held out: there will be no validation loss, and so no verdict on whether the adapter is "
+            "better; give data.validation=FILE or data.val_ratio=0.1"
+        )
+    return train, validation
+
+
+def count_duplicates(train: TokenDataset, validation: TokenDataset | None) -> dict[str, int]:
+    """How many examples say what another one says, within training and between training and validation.
+
+    Raises:
+        DatasetError: every validation example is also a training example: it would measure memory alone.
+    """
+    known = np.unique(train.digests)
+    repeated = len(train) - len(known)
+    shared = int(np.isin(validation.digests, known).sum()) if validation is not None else 0
+    if validation is not None and shared == len(validation):
+        raise DatasetError(
+            f"data.validation: all {shared} validation examples are training examples too, so it would say nothing of "
+            "new ones. Give other rows, or data.val_ratio to hold some out."
+        )
+    if shared:
+        logger.warning("%d validation examples are training examples too; their loss says nothing of new ones", shared)
+    if repeated:
+        logger.warning("%d training examples say what another one says", repeated)
+    return {"repeated_train_examples": repeated, "validation_examples_in_train": shared}
+
+
+def _schedule(config: TrainingConfig, train: TokenDataset, split: Split, global_batch: int) -> Schedule:
+    training, mix = config.training, None
+    if config.data.weights is not None:
+        entries = np.array([split.entries[file] for file in train.files])
+        mix = Mix(entries, tuple(config.data.weights))
+        empty = next((i for i, size in enumerate(mix.entry_sizes) if not size), None)
+        if empty is not None:
+            raise ConfigurationError(
+                f"data.weights: entry {empty + 1} of data.train, with weight {config.data.weights[empty]:g}, gives "
+                f"none of its {int((entries == empty).sum())} examples. Raise its weight, or leave it out; what two "
+                "entries name belongs to the first."
+            )
+    return Schedule(len(train), global_batch, training.epochs, training.max_steps, training.seed, mix)
+
+
+def with_rows_as_files(config: TrainingConfig, folder: Path) -> TrainingConfig:
+    """The config with in-memory rows written to JSONL files in `folder`, named by content: all else knows files."""
+
+    def as_files(rows: list[str] | list[dict[str, Any]] | None, key: str) -> list[str] | None:
+        if not rows or isinstance(rows[0], str):
+            return [str(row) for row in rows] if rows is not None else None
+        try:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except TypeError as error:
+            raise ConfigurationError(f"data.{key}: rows must hold plain JSON values ({error}).") from error
+        path = folder / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, text, verbatim=True)
+        return [str(path)]
+
+    data = config.data
+    return config.resolved(
+        data={"train": as_files(data.train, "train"), "validation": as_files(data.validation, "validation")}
+    )

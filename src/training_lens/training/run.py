@@ -1,0 +1,294 @@
+"""One run from its config to its saved adapter: plans, assembles, trains, keeps the record."""
+
+from __future__ import annotations
+
+import errno
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import metadata
+from logging import DEBUG, INFO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import training_lens
+from training_lens.analysis.run import Run
+from training_lens.config.run_config import RESUME_KEYS, locate_outputs, open_run_config, remember_consent
+from training_lens.config.schema import TrainingConfig
+from training_lens.display.notebook import notebook_console
+from training_lens.display.progress import Progress, bars
+from training_lens.errors import InterruptedRunError, TrainingLensError
+from training_lens.integrations.configured import asked_for
+from training_lens.models.adapters import ParameterCount, count_parameters, describe
+from training_lens.models.factory import load_model
+from training_lens.models.fast.fusion import unfuse
+from training_lens.models.stored import base_record, check_base, require_local_folder
+from training_lens.models.tokenizer_files import save_tokenizer
+from training_lens.runs.run_folder import RunFolder, new_run_id, runs_folder
+from training_lens.training.assembly import build_trainer, memory_watched
+from training_lens.training.histograms import Histograms
+from training_lens.training.lens_callback import lens_of, look_back
+from training_lens.training.loop.callbacks import (
+    WIDE,
+    Callback,
+    LogLines,
+    MetricsCollector,
+    ProgressBar,
+    progress_columns,
+)
+from training_lens.training.loop.checkpoint_manager import ADAPTER, CheckpointManager, TrainingState
+from training_lens.training.loop.trainer import Trainer
+from training_lens.training.plan import RunPlan, plan_run, with_rows_as_files
+from training_lens.training.resume import (
+    check_schedule,
+    read_global_batch,
+    require_same_tokens,
+    require_unfinished,
+    select_changes,
+)
+from training_lens.training.samples import Samples
+from training_lens.training.summary import TrainingSummary, status_after, summarize, write_summary
+from training_lens.training.tracker_callback import Build, tracked
+from training_lens.utils.devices import get_device
+from training_lens.utils.files import files_in, require_writable, whole_folder
+from training_lens.utils.formatting import format_count
+from training_lens.utils.integrity import record_hashes, write_sealed
+from training_lens.utils.logging import TrainingLogger, get_logger, quiet_libraries
+
+logger = get_logger(__name__)
+SHOWN_PATH = 200  # characters of a path in an error
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pyarrow", "numpy")
+
+
+class TrainingWrapper:
+    """Trains what a config describes.
+
+    Args:
+        config: paths or in-memory rows, a model, and everything else at its default.
+        console: where progress bars go; None: below the cell in a notebook, and nowhere else.
+        callbacks: your own watchers of the loop, after the built-in ones.
+        integrations: your own trackers, in Python: classes, or functions that make one for a run.
+
+    Example:
+        summary = TrainingWrapper(TrainingConfig(data={"train": [{"question": "...", "answer": "..."}]})).train()
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        console: Console | None = None,
+        callbacks: tuple[Callback, ...] = (),
+        integrations: tuple[Build, ...] = (),
+    ) -> None:
+        quiet_libraries()
+        self._config, self._console = config, console or notebook_console()
+        self._callbacks, self._integrations = callbacks, integrations
+
+    def plan(self) -> RunPlan:
+        """What `train` would do: data read and tokenized, steps laid out. Loads no weights, trains nothing.
+
+        Raises:
+            TrainingLensError: anything that would keep `train` from starting.
+        """
+        output = self._config.output
+        if output.run_id:
+            RunFolder(runs_folder(output.base_output_dir, output.experiment_name) / output.run_id).require_new()
+        return self._plan()
+
+    def _plan(self, global_batch: int | None = None) -> RunPlan:
+        """The plan, whether the run is there already (to go on with it, with its global batch) or not."""
+        asked_for(self._config)  # a tracker that cannot be imported is wrong usage, and found before anything starts
+        base = Path(self._config.output.base_output_dir)
+        require_writable(base, "output.base_output_dir")
+        with _files_explained():
+            config = with_rows_as_files(self._config, base / "cache" / "rows")
+            return plan_run(config, Progress(self._console), global_batch)
+
+    def train(self) -> TrainingSummary:
+        """Train from the start in a new run folder, and save adapter, tokenizer and metadata in it.
+
+        Raises:
+            TrainingLensError: see its subclasses; the run folder then says `failed`, `interrupted` or `pruned`.
+        """
+        plan = self.plan()
+        output = plan.config.output
+        run_id = plan.processes.from_main(output.run_id or new_run_id())
+        run = RunFolder(runs_folder(output.base_output_dir, output.experiment_name) / run_id)
+        if plan.processes.is_main:
+            begun = plan.config.resolved(output={"run_id": run_id})
+            run.create(lambda folder: self._write_metadata(folder, run.root, begun, plan))
+        with _alone(run, plan):
+            plan.processes.wait()
+            return self._train(run, plan, resume=False)
+
+    @classmethod
+    def resume(
+        cls,
+        run: RunFolder | Path | str,
+        settings: Mapping[str, dict[str, Any]] | None = None,
+        *,
+        console: Console | None = None,
+        callbacks: tuple[Callback, ...] = (),
+        integrations: tuple[Build, ...] = (),
+    ) -> TrainingSummary:
+        """Go on with an unfinished run after its newest intact checkpoint, exactly as if it had not stopped.
+
+        Its steps stay what they are on any number of processes.
+
+        Args:
+            run: a run's folder, or what `Run` takes: its id, or `latest`.
+            settings: by section, such as `{"model": {"device": "cpu"}}`: what changes no result is set for this
+                process (`resuming.FREE_KEYS`); all else must be what the run has.
+
+        Raises:
+            CheckpointError: the run is finished, its data changed since, or another process is training it.
+            ConfigurationError: settings that the run does not have; or what the user has not allowed, see
+                `run_config.require_consent`.
+        """
+        run = run if isinstance(run, RunFolder) else Run(run).folder
+        require_unfinished(run)
+        run.require_free()  # before the data is read; the processes of one run all pass here before one of them locks
+        recorded = open_run_config(run, settings or {}, *RESUME_KEYS)
+        config = recorded.resolved(**select_changes(run, recorded, settings or {}))
+        config = config.resolved(output={"base_output_dir": str(locate_outputs(run))})
+        check_base(run.base_record, config.model)
+        wrapper = cls(config, console=console, callbacks=callbacks, integrations=integrations)
+        plan = wrapper._plan(read_global_batch(run))
+        require_same_tokens(run, plan)
+        check_schedule(run, plan.schedule, plan.processes)
+        with _alone(run, plan):
+            return wrapper._train(run, plan, resume=True)
+
+    def _train(self, run: RunFolder, plan: RunPlan, resume: bool) -> TrainingSummary:
+        if plan.processes.is_main:
+            write_summary(run, TrainingSummary(str(run.root), "running"))
+            remember_consent(run.root, plan.config)
+        with TrainingLogger(run.logs / "run.log"), self._tracked(run, plan), memory_watched(plan.config):
+            logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
+            trainer, parameters = self._assemble(run, plan)
+            if plan.processes.is_main and not run.base_record.is_file():  # a hub's weights are there only now
+                write_sealed(run.base_record, base_record(plan.config.model))
+            try:
+                state = trainer.fit(resume)
+                if plan.processes.is_main:
+                    self._save_artifacts(run, plan, trainer, state)
+            except BaseException as error:
+                logger.debug("the run ends: %s", error, exc_info=True)
+                if plan.processes.is_main:
+                    write_summary(run, summarize(run, status_after(error), trainer, parameters))
+                if isinstance(error, InterruptedRunError):
+                    raise error.with_advice(f"Go on with it: {run.resume_command}") from error
+                raise
+            finally:
+                unfuse(trainer.model)  # kernels and modules hold each other: the weights go with who uses them last
+            summary = summarize(run, "finished", trainer, parameters)
+            if plan.processes.is_main:
+                write_summary(run, summary)
+                if plan.config.lens.enabled and plan.config.lens.report:
+                    look_back(run)
+            return summary
+
+    def _tracked(self, run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
+        """The run's integrations, which its main process has for all of them."""
+        return tracked(run, self._integrations) if plan.processes.is_main else nullcontext()
+
+    def _assemble(self, run: RunFolder, plan: RunPlan) -> tuple[Trainer, ParameterCount]:
+        """The model with its adapter, and the loop around it."""
+        config, device = plan.config, plan.processes.device
+        trainer = build_trainer(
+            plan,
+            load_model(config.model, device, plan.precision),
+            CheckpointManager(run.checkpoints, run.read_metadata("data.json")["fingerprint"]),
+            self._watchers(run, plan) if plan.processes.is_main else self._callbacks,
+        )
+        parameters = count_parameters(trainer.model)
+        logger.info(
+            "%s: %s of %s parameters train (%.2f %%) on %s in %s",
+            describe(config.peft),
+            format_count(parameters.trainable), format_count(parameters.total),
+            100 * parameters.share, device, plan.precision,
+        )  # fmt: skip
+        return trainer, parameters
+
+    def _watchers(self, run: RunFolder, plan: RunPlan) -> tuple[Callback, ...]:
+        every = plan.config.training.logging_steps
+        drawn = bars(self._console, *progress_columns(self._console.width if self._console else WIDE))
+        watchers: list[Callback] = [MetricsCollector(run.metrics), LogLines(every, DEBUG if drawn else INFO)]
+        if drawn:
+            watchers.append(ProgressBar(drawn))
+        if lens := lens_of(plan, run):
+            watchers.append(lens)
+        return (*watchers, *self._shown(run, plan), *self._callbacks)
+
+    def _shown(self, run: RunFolder, plan: RunPlan) -> Iterator[Callback]:
+        """What is written for the trackers, where there are any."""
+        tracking = plan.config.tracking
+        if tracking.shows or self._integrations:
+            if tracking.histograms_every:
+                yield Histograms(run.histograms, tracking.histograms_every)
+            if tracking.samples:
+                yield Samples(run.samples, plan)
+
+    def _write_metadata(self, run: RunFolder, home: Path, config: TrainingConfig, plan: RunPlan) -> None:
+        """Write the first files of a run into a folder that will be at `home`."""
+        files: dict[str, Any] = {
+            "config.json": config.model_dump(),
+            "data.json": plan.data_report(),
+            "adaptation.json": plan.adaptation.as_json(),
+            "environment.json": _environment(config),
+        }
+        if config.data.val_ratio and plan.validation is not None:
+            files["held_out.json"] = plan.held_out_ids()
+        for name, values in files.items():
+            run.write_metadata(name, values)
+        write_summary(run, TrainingSummary(str(home), "running"))
+
+    def _save_artifacts(self, run: RunFolder, plan: RunPlan, trainer: Trainer, state: TrainingState) -> None:
+        """artifacts/adapter from the best checkpoint (the last where nothing was validated), and the tokenizer."""
+        best = trainer.checkpoints.best_or_last(state) / ADAPTER
+        with whole_folder(run.adapter, existing="replace") as folder:
+            for file in best.iterdir():
+                (folder / file.name).write_bytes(file.read_bytes())
+        with whole_folder(run.tokenizer, existing="replace") as folder:
+            model = plan.config.model
+            save_tokenizer(plan.tokenizer, folder, require_local_folder(model), model.trust_remote_code)
+        remember_consent(run.root, plan.config)  # the tokenizer's code stands in the run, too
+        record_hashes(run.root, [*files_in(run.adapter), *files_in(run.tokenizer)])
+
+
+@contextmanager
+def _files_explained() -> Iterator[None]:
+    """Within the block, a file that cannot be read is an expected error; a full disk stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (None, errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = str(error.filename or "a file")
+        place = place if len(place) <= SHOWN_PATH else f"{place[:SHOWN_PATH]}..."
+        raise TrainingLensError(
+            f"{place}: {error.strerror}. Give another path, or see to it that this one can be read."
+        ) from error
+
+
+def _alone(run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
+    """The run's lock, which its main process holds for all of them."""
+    return run.held() if plan.processes.is_main else nullcontext()
+
+
+def _environment(config: TrainingConfig) -> dict[str, Any]:
+    """What the run ran on: versions, platform, device, threads. Nothing of the environment variables."""
+    import torch
+
+    return {
+        "training_lens": training_lens.__version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "device": str(get_device(config.model.device)),
+        "threads": torch.get_num_threads(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+    }
