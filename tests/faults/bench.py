@@ -299,6 +299,7 @@ class Bench:
             return found("traceback")
         if ended.code:
             is_clear = "error: " in ended.text or (case.looks_for_damage and "\nno  " in ended.text)
+            is_clear |= "later: training-lens sync" in ended.text  # what could not be sent, with the reason
             return found("clear error" if is_clear else "traceback")
         return found("same result" if self._has_result(case, folder, ended) else "other result")
 

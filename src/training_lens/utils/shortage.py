@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory")
+LOST_ERROR = "error return without exception set"  # CPython, where memory runs out while it imports a module
 OUT_OF_THREADS = ("can't start new thread", "ThreadPoolBuildError", "Failed to launch worker thread")
 
 
@@ -14,7 +15,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     is_torch = isinstance(error, RuntimeError) and "OutOfMemoryError" in names
     is_said = isinstance(error, RuntimeError | ImportError) and any(text in str(error) for text in OUT_OF_MEMORY)
     is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    return is_torch or is_said or is_refused or isinstance(error, MemoryError)
+    is_lost = isinstance(error, SystemError) and LOST_ERROR in str(error)
+    return is_torch or is_said or is_refused or is_lost or isinstance(error, MemoryError)
 
 
 def is_out_of_threads(error: BaseException) -> bool:

@@ -1,0 +1,28 @@
+"""What a machine ran out of is known by how each library says it, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from training_lens.utils.shortage import describe_shortage
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (MemoryError(), "memory ran out"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory ran out"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "memory ran out"),
+        (ImportError("libx.so: cannot map: Cannot allocate memory"), "memory ran out"),
+        (SystemError("error return without exception set"), "memory ran out"),
+        (RuntimeError("can't start new thread"), "no more threads"),
+        (SystemError("bad argument to internal function"), None),
+        (OSError(errno.ENOENT, "No such file"), None),
+        (ValueError("out of memory lane"), None),
+    ],
+)
+def test_a_shortage_is_named(error: Exception, found: str | None) -> None:
+    described = describe_shortage(error)
+    assert described is None if found is None else str(described).startswith(found)
