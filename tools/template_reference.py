@@ -18,7 +18,7 @@ from trl_templates import TEMPLATES, add_special_tokens  # noqa: E402
 
 from training_lens.config.data_sections import DataSection  # noqa: E402
 from training_lens.config.schema import ModelSection  # noqa: E402
-from training_lens.data.example_types import Example, Message  # noqa: E402
+from training_lens.data.examples import Example, Message  # noqa: E402
 from training_lens.data.templates import Renderer, build_renderer  # noqa: E402
 from training_lens.errors import DatasetError  # noqa: E402
 from training_lens.models.factory import load_tokenizer  # noqa: E402

@@ -40,7 +40,7 @@ from runs import SHORT_TOKENS, Setting, parsed, settings, trained, write_results
 
 from training_lens import TrainingWrapper
 from training_lens.core.modules import AdapterModule, adapter_modules
-from training_lens.data.example_types import TokenizedExample
+from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.evaluation.evaluator import Pass, evaluate_loss, paired_sums
 from training_lens.measures.singular_values import intruders, strength, update_norm

@@ -33,7 +33,7 @@ from training_lens import TrainingWrapper
 from training_lens.config.schema import PeftSection
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.data.batching import collate
-from training_lens.data.example_types import Batch
+from training_lens.data.examples import Batch
 from training_lens.models.adapters import attach, trainable
 from training_lens.models.factory import load_model
 from training_lens.models.scoring import supervised_scores

@@ -17,7 +17,7 @@ import pytest
 from click.testing import Result
 
 from training_lens import embedded
-from training_lens.data.readers import file_rows
+from training_lens.data.file_readers import file_rows
 from training_lens.data.source_file import SourceFile
 from training_lens.utils.integrity import read_sealed
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training_lens.core.probe import Probe, as_judged
-from training_lens.data.example_types import TokenizedExample
+from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import LensError
 

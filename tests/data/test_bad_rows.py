@@ -11,8 +11,8 @@ import pytest
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.notes import DataNotes
-from training_lens.data.reading import examples_of, read_examples
 from training_lens.data.reporting import notes as describe_losses
+from training_lens.data.source_reader import examples_of, read_examples
 from training_lens.data.sources import expand
 from training_lens.data.templates import build_renderer
 from training_lens.data.token_cache import Preparation, Split, prepare_split, tokenize

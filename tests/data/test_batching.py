@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from training_lens.data.batching import Mix, Schedule, collate, cut, epoch_order, hold_out, share
-from training_lens.data.example_types import TokenizedExample
+from training_lens.data.examples import TokenizedExample
 from training_lens.errors import DatasetError
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, size=101)

@@ -9,7 +9,7 @@ import pytest
 
 from training_lens.data import columns
 from training_lens.data.columns import EncodedRows, TokenizedRows, Truncation, fit, learnable, running
-from training_lens.data.example_types import TokenizedExample
+from training_lens.data.examples import TokenizedExample
 
 BOS, END = 1, 2
 

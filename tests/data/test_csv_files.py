@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from training_lens.config.data_sections import CsvSection
-from training_lens.data.readers import file_rows
+from training_lens.data.file_readers import file_rows
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import ConfigurationError, DatasetError
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from training_lens.config.data_sections import DataSection, DomainSection
-from training_lens.data.example_types import Example, Message, Row
-from training_lens.data.examples import RowReader, strip_end_marks
+from training_lens.data.examples import Example, Message, Row
 from training_lens.data.fields import FieldMapping, find_mapping, keys_of
+from training_lens.data.row_reader import RowReader, strip_end_marks
 from training_lens.errors import DatasetError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from training_lens.data.readers import file_rows
+from training_lens.data.file_readers import file_rows
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 

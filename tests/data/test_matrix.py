@@ -15,8 +15,8 @@ from training_lens import embedded
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
 from training_lens.data.columns import Encoded
-from training_lens.data.example_types import Example, Message
-from training_lens.data.reading import read_examples
+from training_lens.data.examples import Example, Message
+from training_lens.data.source_reader import read_examples
 from training_lens.data.templates import adopt_template_file, build_renderer
 from training_lens.data.tokenization import TextEncoder
 from training_lens.models.factory import load_tokenizer

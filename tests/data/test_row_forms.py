@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.example_types import Example, Message, Row
-from training_lens.data.examples import RowReader
+from training_lens.data.examples import Example, Message, Row
 from training_lens.data.fields import find_mapping, keys_of
 from training_lens.data.notes import DataNotes
-from training_lens.data.reading import usable_examples
+from training_lens.data.row_reader import RowReader
+from training_lens.data.source_reader import usable_examples
 from training_lens.data.sources import expand
 from training_lens.data.values import write_value
 from training_lens.errors import DatasetError

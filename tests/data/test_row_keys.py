@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.example_types import Example, Row
-from training_lens.data.examples import RowReader
+from training_lens.data.examples import Example, Row
 from training_lens.data.fields import FieldMapping, find_mapping, keys_of
 from training_lens.data.notes import DataNotes
 from training_lens.data.row_keys import (
@@ -29,6 +28,7 @@ from training_lens.data.row_keys import (
     is_near,
     plain_name,
 )
+from training_lens.data.row_reader import RowReader
 from training_lens.errors import DatasetError
 
 TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}

@@ -13,10 +13,10 @@ from trl_templates import TEMPLATES, add_special_tokens
 
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
-from training_lens.data.example_types import Example, Message
-from training_lens.data.findability import find_lost
+from training_lens.data.completeness import find_lost
+from training_lens.data.examples import Example, Message
 from training_lens.data.notes import DataNotes
-from training_lens.data.reading import read_examples
+from training_lens.data.source_reader import read_examples
 from training_lens.data.templates import adopt_template_file, build_renderer, resolve_date
 from training_lens.data.tokenization import TextEncoder
 from training_lens.errors import ConfigurationError, DatasetError

@@ -9,7 +9,7 @@ import pytest
 
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
-from training_lens.data.example_types import Example, Message
+from training_lens.data.examples import Example, Message
 from training_lens.data.templates import (
     adopt_template_file,
     build_renderer,

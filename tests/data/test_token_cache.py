@@ -128,7 +128,7 @@ def test_a_kill_in_the_middle_leaves_no_cache_and_the_next_time_works(
 
 def test_domains_share_one_prefix_in_training_and_inference(embedded_tokenizer: Any) -> None:
     ready = preparation(embedded_tokenizer, domain={"style": "hash"})
-    from training_lens.data.example_types import Example, Message
+    from training_lens.data.examples import Example, Message
 
     example = Example((Message("user", "Hi"), Message("assistant", "Yes")), "law", "f", 1)
     trained = ready.renderer.example(example)[0]
@@ -137,7 +137,7 @@ def test_domains_share_one_prefix_in_training_and_inference(embedded_tokenizer: 
 
 
 def test_a_long_prompt_is_asked_as_it_was_trained(embedded_tokenizer: Any) -> None:
-    from training_lens.data.example_types import Example, Message, Segment
+    from training_lens.data.examples import Example, Message, Segment
     from training_lens.data.token_cache import prompt_as_trained, tokenize
 
     long = Example((Message("user", "word " * 99), Message("assistant", "Yes it is.")), None, "f", 1)

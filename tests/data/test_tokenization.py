@@ -12,7 +12,7 @@ from training_lens import embedded
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
 from training_lens.data.columns import fit, learnable
-from training_lens.data.example_types import Example, Message, Segment
+from training_lens.data.examples import Example, Message, Segment
 from training_lens.data.templates import Renderer, build_renderer
 from training_lens.data.tokenization import Coverage, TextEncoder
 from training_lens.errors import DatasetError, ModelLoadingError

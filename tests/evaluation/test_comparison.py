@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from training_lens.data.example_types import Example, Message
+from training_lens.data.examples import Example, Message
 from training_lens.evaluation.comparison import Comparison, compare, control, forgetting, samples
 from training_lens.evaluation.evaluator import TokenSums
 from training_lens.evaluation.length_bucketing import LengthBuckets

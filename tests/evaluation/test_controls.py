@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training_lens.data.example_types import Example, Message
+from training_lens.data.examples import Example, Message
 from training_lens.evaluation.controls import controls_of, shuffled_prompts, wrong_domains
 
 

@@ -12,7 +12,7 @@ import torch
 
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
-from training_lens.data.reading import read_examples
+from training_lens.data.source_reader import read_examples
 from training_lens.data.templates import build_renderer
 from training_lens.data.token_cache import Preparation, tokenize
 from training_lens.data.token_dataset import TokenDataset

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.judging_sections import EvaluationSection
-from training_lens.data.example_types import Example, Message
+from training_lens.data.examples import Example, Message
 from training_lens.evaluation.run_evaluation import BrokenAdapterError, Judge
 from training_lens.evaluation.training_record import read_training_record
 from training_lens.evaluation.training_verdict import judge_training

@@ -109,7 +109,7 @@ def _rows(draw: random.Random) -> list[Any]:
 
 def data_file(world: World, folder: Path, draw: random.Random) -> Call:
     from training_lens.config.data_sections import DataSection
-    from training_lens.data.reading import read_examples
+    from training_lens.data.source_reader import read_examples
 
     ending = draw.choice((".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".csv.gz", ".parquet.gz"))
     content = _table(draw) if "parquet" in ending else _text(ending, draw)
@@ -293,7 +293,7 @@ def study_config() -> Any:
 def prepared(world: World, folder: Path, draw: random.Random) -> Call:
     """A prepared folder's rows and manifest, read as training and another `prepare` do."""
     from training_lens.config.data_sections import DataSection
-    from training_lens.data.reading import read_examples
+    from training_lens.data.source_reader import read_examples
     from training_lens.data.sources import expand
     from training_lens.preparation.prepare_splits import find_written_files
 

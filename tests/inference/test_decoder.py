@@ -16,7 +16,7 @@ import transformers
 from training_lens import TrainingConfig
 from training_lens.config.judging_sections import InferenceSection
 from training_lens.config.schema import PeftSection
-from training_lens.data.example_types import Message
+from training_lens.data.examples import Message
 from training_lens.inference import decoder as subject
 from training_lens.inference.generator import answer, answer_ids
 from training_lens.inference.session import Session, open_session, session_on

@@ -22,7 +22,7 @@ import transformers
 from training_lens import TrainingConfig, embedded
 from training_lens.config.judging_sections import InferenceSection
 from training_lens.config.schema import ModelSection, PeftSection
-from training_lens.data.example_types import Message
+from training_lens.data.examples import Message
 from training_lens.errors import OutOfMemoryError
 from training_lens.inference.decode_loop import Decoder
 from training_lens.inference.generator import answer_ids

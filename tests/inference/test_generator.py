@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training_lens.config.judging_sections import InferenceSection
-from training_lens.data.example_types import Message
+from training_lens.data.examples import Message
 from training_lens.errors import ConfigurationError
 from training_lens.inference.generator import answer, answers, generate_answers
 from training_lens.inference.session import Session, open_run

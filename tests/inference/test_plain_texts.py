@@ -11,7 +11,7 @@ import pytest
 
 from training_lens.config.data_sections import FieldsSection
 from training_lens.config.judging_sections import InferenceSection
-from training_lens.data.example_types import Example, Message
+from training_lens.data.examples import Example, Message
 from training_lens.inference.batch import answer_file, input_file
 from training_lens.inference.chat import Chat
 from training_lens.inference.generator import answer

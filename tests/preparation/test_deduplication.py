@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from training_lens.data.example_types import Example, Message
+from training_lens.data.examples import Example, Message
 from training_lens.preparation.deduplication import (
     RECALL,
     NearIndex,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from training_lens.data.example_types import Example, Message
+from training_lens.data.examples import Example, Message
 from training_lens.preparation.deduplication import NearIndex
 from training_lens.preparation.leakage import DROPPED, Leak, equal_leaks, near_leaks
 

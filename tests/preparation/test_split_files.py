@@ -14,8 +14,8 @@ from pairwise import pairwise  # type: ignore[import-not-found]
 
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection
-from training_lens.data.example_types import Example, Row
-from training_lens.data.reading import read_examples
+from training_lens.data.examples import Example, Row
+from training_lens.data.source_reader import read_examples
 from training_lens.data.sources import expand
 from training_lens.data.templates import build_renderer
 from training_lens.data.token_cache import Preparation, tokenize

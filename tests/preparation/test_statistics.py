@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from training_lens.data.example_types import TokenizedExample
+from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.preparation import deduplication, splitting, statistics
 from training_lens.preparation.statistics import DomainStatistics, domain_statistics, histogram, length_statistics

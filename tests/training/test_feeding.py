@@ -12,7 +12,7 @@ import torch
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.batching import Schedule
-from training_lens.data.example_types import Batch
+from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.models.adapters import trainable
 from training_lens.runs.run_folder import RunFolder
@@ -30,7 +30,7 @@ SCHEDULE = Schedule(examples=40, global_batch=8, epochs=1, max_steps=None, seed=
 def dataset() -> TokenDataset:
     import numpy as np
 
-    from training_lens.data.example_types import TokenizedExample
+    from training_lens.data.examples import TokenizedExample
 
     lengths = np.random.default_rng(0).integers(2, 30, 40)
     return TokenDataset.of(

@@ -14,7 +14,7 @@ import torch
 
 from training_lens import TrainingWrapper
 from training_lens.config.judging_sections import InferenceSection
-from training_lens.data.example_types import TokenizedExample
+from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import InterruptedRunError
 from training_lens.inference.generator import answer

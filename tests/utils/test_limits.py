@@ -17,7 +17,7 @@ from training_lens.config.compose import compose
 from training_lens.config.config_files import parse_config_file
 from training_lens.config.data_sections import DataSection
 from training_lens.config.search_space import parse_space
-from training_lens.data.reading import read_examples
+from training_lens.data.source_reader import read_examples
 from training_lens.errors import TrainingLensError
 from training_lens.utils.files import read_json
 from training_lens.utils.limits import NESTING, is_too_deep

@@ -121,7 +121,7 @@ def _open(screen: Screen, settings: TrainingConfig, domain: str | None) -> Sessi
 
 
 def _answer(screen: Screen, settings: TrainingConfig, prompt: str, domain: str | None, base: bool) -> None:
-    from training_lens.data.example_types import Message
+    from training_lens.data.examples import Message
     from training_lens.inference.generator import generate_answer
 
     session = _open(screen, settings, domain)

@@ -11,7 +11,7 @@ from training_lens.cli.common import Screen
 
 if TYPE_CHECKING:
     from training_lens.config.data_sections import DataSection
-    from training_lens.data.example_types import Row
+    from training_lens.data.examples import Row
 
 HELD_OUT = 0.1
 NO_DOMAIN, FOUND = "none", "domain"  # a field 'domain' is taken without being named
@@ -139,7 +139,7 @@ def _keys(spec: str, key: str) -> set[str]:
 def _read_as(spec: str, key: str, data: DataSection) -> str:
     """How the fields of these files are read: 'question -> answer'."""
     from training_lens.data.notes import DataNotes
-    from training_lens.data.reading import examples_of
+    from training_lens.data.source_reader import examples_of
     from training_lens.data.sources import expand
 
     notes = DataNotes()

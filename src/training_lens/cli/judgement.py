@@ -10,7 +10,7 @@ from training_lens.cli.common import Screen, print_table
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
-    from training_lens.data.example_types import Example
+    from training_lens.data.examples import Example
     from training_lens.evaluation.run_evaluation import BrokenAdapterError, Judge, Judgement, Outcome
     from training_lens.runs.run_folder import RunFolder
 

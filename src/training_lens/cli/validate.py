@@ -9,7 +9,7 @@ from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen,
 from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:
-    from training_lens.data.counting import SplitReport
+    from training_lens.data.split_report import SplitReport
     from training_lens.training.estimate import Estimate
     from training_lens.training.plan import RunPlan
 

@@ -9,10 +9,10 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.config.data_sections": ("DataSection",),
         "training_lens.data.batching": ("Schedule", "collate", "hold_out"),
         "training_lens.data.token_cache": ("Preparation", "Split", "prepare_split", "tokenize"),
-        "training_lens.data.reading": ("read_examples",),
+        "training_lens.data.source_reader": ("read_examples",),
         "training_lens.data.token_dataset": ("TokenDataset",),
         "training_lens.data.templates": ("build_renderer",),
         "training_lens.data.tokenization": ("TextEncoder",),
-        "training_lens.data.example_types": ("Batch", "Example", "Message", "Row", "TokenizedExample"),
+        "training_lens.data.examples": ("Batch", "Example", "Message", "Row", "TokenizedExample"),
     }
 )

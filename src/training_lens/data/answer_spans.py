@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from training_lens.data.example_types import Message
-from training_lens.data.findability import THOUGHTS_END, thoughts_of
+from training_lens.data.completeness import THOUGHTS_END, thoughts_of
+from training_lens.data.examples import Message
 from training_lens.data.jinja import Span
 from training_lens.data.template_forms import ANSWER, ASKED
 from training_lens.errors import DatasetError

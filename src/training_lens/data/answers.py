@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training_lens.data.calls import Tool, find_calls, read_call
-from training_lens.data.example_types import Message, Row
+from training_lens.data.examples import Message, Row
 from training_lens.data.messages import is_chat, read_chat
 from training_lens.data.row_keys import KeyCheck, plain_name
+from training_lens.data.tool_calls import Tool, find_calls, read_call
 from training_lens.data.values import describe_kind, encodable, no_text, value_at, write_value
 from training_lens.errors import DatasetError
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from training_lens.data.example_types import Batch, TokenizedExample
+from training_lens.data.examples import Batch, TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import DatasetError
 

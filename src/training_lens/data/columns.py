@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from training_lens.data.example_types import TokenizedExample
+from training_lens.data.examples import TokenizedExample
 
 Truncation = Literal["keep_end", "keep_start", "drop"]
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from training_lens.config.data_sections import CSV_CHARACTERS
 from training_lens.data.encodings import find_encoding
-from training_lens.data.example_types import Row
+from training_lens.data.examples import Row
 from training_lens.data.row_keys import ALIASES
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training_lens.config.data_sections import DataSection, DomainSection, FieldsSection
-from training_lens.data.example_types import Row
+from training_lens.data.examples import Row
 from training_lens.data.row_keys import (
     ALIASES,
     FALLBACKS,

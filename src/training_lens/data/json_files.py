@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from training_lens.data.example_types import Row
+from training_lens.data.examples import Row
 from training_lens.data.row_keys import ALIASES
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from training_lens.data.example_types import Message, Row
+from training_lens.data.examples import Message, Row
 from training_lens.data.row_keys import ignore_option
 from training_lens.data.values import kind_of
 from training_lens.errors import DatasetError

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from training_lens.data.calls import read_calls, read_written_calls
-from training_lens.data.example_types import Message, Role, Row
+from training_lens.data.examples import Message, Role, Row
 from training_lens.data.masks import read_mask
 from training_lens.data.row_keys import MESSAGE, NOTHING, PART, KeyCheck, is_near, plain_name
+from training_lens.data.tool_calls import read_calls, read_written_calls
 from training_lens.data.values import describe_kind, encodable, json_of, kind_of, write_value
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import nearest

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from training_lens.data.example_types import Row
+from training_lens.data.examples import Row
 
 PARAGRAPHS, QUESTIONS = "paragraphs", "qas"
 FLATTENED = "holds articles with paragraphs and questions (SQuAD); each question is a row, numbered from 1"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from training_lens.data.bad_rows import describe_bad_rows
-from training_lens.data.counting import SplitReport
+from training_lens.data.split_report import SplitReport
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.config.data_sections import CsvSection
-from training_lens.data.example_types import Row
+from training_lens.data.examples import Row
 from training_lens.errors import DatasetError
 
 OnBadRow = Callable[[int, DatasetError], None]  # takes the row's number, and why it cannot be read

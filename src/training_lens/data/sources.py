@@ -12,8 +12,8 @@ from typing import Any
 
 from training_lens import embedded
 from training_lens.config.data_sections import CsvSection
-from training_lens.data.example_types import Row
-from training_lens.data.readers import FORMATS, file_rows, format_of
+from training_lens.data.examples import Row
+from training_lens.data.file_readers import FORMATS, file_rows, format_of
 from training_lens.data.records import flatten_records
 from training_lens.data.source_file import OnBadRow, SourceFile, keep_quiet
 from training_lens.errors import DamagedFileError, DatasetError
@@ -58,7 +58,7 @@ class Source:
             csv, on_bad_row, say: as in `SourceFile`; by default cells are parted as the table tells.
 
         Raises:
-            DatasetError: as `readers.file_rows`.
+            DatasetError: as `file_readers.file_rows`.
         """
         if self.table is None:
             rows = file_rows(SourceFile(self.files[0], csv or CsvSection(), on_bad_row, say))

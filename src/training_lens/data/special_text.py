@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from training_lens.data.example_types import Message, Segment
+from training_lens.data.examples import Message, Segment
 
 # A name stands as (mark, number, mark) while a template renders: noncharacters of Unicode, which no template knows.
 # Where a template writes JSON in ASCII, they stand escaped.

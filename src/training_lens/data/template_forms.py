@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from training_lens.data.example_types import Message
-from training_lens.data.findability import rank_spelling
+from training_lens.data.completeness import rank_spelling
+from training_lens.data.examples import Message
 from training_lens.errors import ConfigurationError, DatasetError
 
 ANSWER, ASKED = "\ufdd2", "\ufdd3"  # stand for an answer and a prompt: noncharacters of Unicode, no text

@@ -13,9 +13,9 @@ from datetime import date
 from typing import Any, Literal, Protocol
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.chat import ChatTemplate, refuse_loss, special_names
-from training_lens.data.example_types import Example, Message, Segment
-from training_lens.data.findability import find_lost, leaves_out_thoughts
+from training_lens.data.chat_template import ChatTemplate, refuse_loss, special_names
+from training_lens.data.completeness import find_lost, leaves_out_thoughts
+from training_lens.data.examples import Example, Message, Segment
 from training_lens.data.jinja import TOOL_USE, asks_for_date, choose_source, list_sources, read_template_file
 from training_lens.data.notes import DataNotes
 from training_lens.data.special_text import SpecialText, find_foreign_marks

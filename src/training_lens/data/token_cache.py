@@ -18,11 +18,11 @@ import training_lens.data as data_package
 from training_lens.config.data_sections import DataSection
 from training_lens.data.bad_rows import BadRowRule, bad_rows_error, refuse_unusable_sources
 from training_lens.data.columns import EncodedRows, TokenizedRows, fit, learnable, running
-from training_lens.data.counting import SplitCounter, SplitReport
-from training_lens.data.example_types import Example, Segment, TokenizedExample
+from training_lens.data.examples import Example, Segment, TokenizedExample
 from training_lens.data.notes import DataNotes
-from training_lens.data.reading import skip_bad_rows, usable_examples
+from training_lens.data.source_reader import skip_bad_rows, usable_examples
 from training_lens.data.sources import Source, expand
+from training_lens.data.split_report import SplitCounter, SplitReport
 from training_lens.data.templates import Renderer
 from training_lens.data.token_dataset import TokenDataset, write_examples
 from training_lens.data.tokenization import Coverage, TextEncoder

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from training_lens.data.columns import TokenizedRows, running
-from training_lens.data.example_types import TokenizedExample
+from training_lens.data.examples import TokenizedExample
 from training_lens.errors import DamagedFileError
 from training_lens.utils.integrity import read_sealed, write_sealed
 from training_lens.utils.logging import get_logger

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from training_lens.data.columns import EncodedRows, running
-from training_lens.data.example_types import Segment
+from training_lens.data.examples import Segment
 from training_lens.errors import DatasetError, ModelLoadingError
 
 ANCHORS = ("\n", "|", "a", "1", ".")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from training_lens.data.example_types import Message
+from training_lens.data.examples import Message
 from training_lens.errors import DatasetError
 
 Tools = Sequence[Mapping[str, Any]]

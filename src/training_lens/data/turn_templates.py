@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from training_lens.data.example_types import Message, Segment
+from training_lens.data.examples import Message, Segment
 from training_lens.errors import ConfigurationError
 
 _SLOT = re.compile(r"\{(\w+)\}")

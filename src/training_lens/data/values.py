@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from training_lens.data.example_types import Row
+from training_lens.data.examples import Row
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import list_names
 from training_lens.utils.limits import load_bounded_json

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from training_lens.data.example_types import Example
+from training_lens.data.examples import Example
 from training_lens.evaluation.endings import Endings
 from training_lens.evaluation.length_bucketing import LengthBuckets
 from training_lens.evaluation.scoring import Bootstrap, Interval, Measures, Scored

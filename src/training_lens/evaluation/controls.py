@@ -8,7 +8,7 @@ from itertools import cycle
 
 import numpy as np
 
-from training_lens.data.example_types import Example, Message
+from training_lens.data.examples import Example, Message
 
 WRONG_DOMAIN, NO_DOMAIN, SHUFFLED_PROMPTS = "wrong_domain", "no_domain", "shuffled_prompts"
 

@@ -10,7 +10,7 @@ from itertools import groupby
 import numpy as np
 
 from training_lens.data.columns import Encoded
-from training_lens.data.example_types import Example, Segment, TokenizedExample
+from training_lens.data.examples import Example, Segment, TokenizedExample
 from training_lens.data.token_cache import prompt_as_trained, tokenize
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import DatasetError

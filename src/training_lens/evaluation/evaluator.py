@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from training_lens.data.batching import collate, cut, share
-from training_lens.data.example_types import Batch
+from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import EvaluationError
 from training_lens.models.scoring import TokenScores, paired_scores, supervised_scores

@@ -10,8 +10,8 @@ import numpy as np
 
 from training_lens.config.data_sections import DataSection
 from training_lens.config.judging_sections import EvaluationSection, InferenceSection
-from training_lens.data.example_types import Example
-from training_lens.data.reading import read_examples
+from training_lens.data.examples import Example
+from training_lens.data.source_reader import read_examples
 from training_lens.display.progress import Progress
 from training_lens.errors import EvaluationError
 from training_lens.evaluation.comparison import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from training_lens.config.judging_sections import InferenceSection
-from training_lens.data.example_types import Message
+from training_lens.data.examples import Message
 from training_lens.errors import ConfigurationError
 from training_lens.inference.generator import generate_answer, generate_answers
 from training_lens.inference.session import Session

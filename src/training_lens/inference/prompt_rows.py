@@ -8,8 +8,8 @@ from itertools import islice
 import numpy as np
 
 from training_lens.data.batching import hold_out
-from training_lens.data.example_types import Example
-from training_lens.data.reading import examples_of, read_examples
+from training_lens.data.examples import Example
+from training_lens.data.source_reader import examples_of, read_examples
 from training_lens.data.sources import expand
 from training_lens.data.token_cache import CHUNK, tokenize
 from training_lens.errors import ConfigurationError, DatasetError

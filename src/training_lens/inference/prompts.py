@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.config.data_sections import CsvSection, DataSection, DomainSection, FieldsSection
-from training_lens.data.example_types import Example, Message, Row
-from training_lens.data.examples import RowReader, strip_end_marks
+from training_lens.data.examples import Example, Message, Row
 from training_lens.data.fields import FieldMapping, domain_of_file, find_mapping, has_field, keys_of
 from training_lens.data.notes import DataNotes, reason_of
 from training_lens.data.row_keys import ALIASES, FALLBACKS, plain_name
+from training_lens.data.row_reader import RowReader, strip_end_marks
 from training_lens.data.sources import Source
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.inference.generator import GeneratedAnswer

@@ -13,7 +13,7 @@ import torch
 from training_lens.config.data_sections import FieldsSection
 from training_lens.config.run_config import open_run_config
 from training_lens.config.schema import TrainingConfig
-from training_lens.data.example_types import Example, Message
+from training_lens.data.examples import Example, Message
 from training_lens.data.notes import DataNotes
 from training_lens.data.row_keys import ALIASES
 from training_lens.data.templates import Renderer, adopt_template_file, build_renderer, resolve_date

@@ -8,8 +8,8 @@ from itertools import islice
 
 from torch import Tensor
 
-from training_lens.data.example_types import Example
-from training_lens.data.reading import read_examples
+from training_lens.data.examples import Example
+from training_lens.data.source_reader import read_examples
 from training_lens.data.token_cache import prompt_as_trained, tokenize
 from training_lens.errors import ConfigurationError
 from training_lens.inference.prompt_rows import validation_examples

@@ -11,11 +11,11 @@ from typing import TypeVar
 import numpy as np
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.example_types import Example, Row
-from training_lens.data.examples import strip_end_marks
+from training_lens.data.examples import Example, Row
 from training_lens.data.fields import FieldMapping, find_mapping, no_such_field
 from training_lens.data.notes import DataNotes
-from training_lens.data.reading import present_keys, usable_rows
+from training_lens.data.row_reader import strip_end_marks
+from training_lens.data.source_reader import present_keys, usable_rows
 from training_lens.data.sources import Source
 from training_lens.data.values import text_of
 from training_lens.display.progress import Progress
@@ -66,7 +66,7 @@ class Corpus:
             left_out: the numbers of each source's rows that are not taken.
 
         Raises:
-            DatasetError: as `reading.present_keys` and `fields.find_mapping`.
+            DatasetError: as `source_reader.present_keys` and `fields.find_mapping`.
         """
         return cls(tuple(_reading(source, data) for source in sources), data, progress, left_out or {})
 
@@ -77,7 +77,7 @@ class Corpus:
             notes: takes what the user must be told of the sources.
 
         Raises:
-            DatasetError: as `reading.usable_rows`; or a source changed since it was first read.
+            DatasetError: as `source_reader.usable_rows`; or a source changed since it was first read.
         """
         notes = notes or DataNotes()
         with self.progress.task(title, sum(r.size_bytes for r in self.readings), "bytes") as advance:

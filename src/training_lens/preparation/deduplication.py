@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from training_lens.data.example_types import Example, Message
+from training_lens.data.examples import Example, Message
 
 WORDS = 5  # in a shingle
 _ANSWER = 0x5851F42D4C957F2D  # keeps the shingles of answers from those of prompts

@@ -14,9 +14,9 @@ import numpy as np
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.bad_rows import describe_bad_rows, refuse_unusable_sources
-from training_lens.data.example_types import Example
+from training_lens.data.examples import Example
+from training_lens.data.file_readers import check_csv_settings
 from training_lens.data.notes import DataNotes, numbers_of
-from training_lens.data.readers import check_csv_settings
 from training_lens.data.reporting import describe_remarks, log_split
 from training_lens.data.sources import MADE_BY, MANIFEST, Source, expand
 from training_lens.data.token_cache import Preparation, Split, error_of_all_rows, find_bad_rows, prepare_sources

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from training_lens.config.data_sections import PrepareSection
-from training_lens.data.example_types import Example
+from training_lens.data.examples import Example
 from training_lens.errors import DatasetError
 from training_lens.preparation.corpus import Catalogue, Corpus
 from training_lens.preparation.deduplication import NearIndex, Rows, conflicts, first_equal, near_duplicates, within

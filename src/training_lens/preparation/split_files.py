@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from training_lens.config.data_sections import CsvSection, DataSection, DomainSection, FieldsSection
-from training_lens.data.example_types import Example, Message, Row
+from training_lens.data.examples import Example, Message, Row
 from training_lens.data.fields import DOMAIN_FIELD, FieldMapping, find_mapping
 from training_lens.data.notes import DataNotes
-from training_lens.data.reading import usable_rows
+from training_lens.data.source_reader import usable_rows
 from training_lens.errors import DatasetError
 from training_lens.preparation.corpus import Corpus, Reading
 

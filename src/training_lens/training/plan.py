@@ -15,7 +15,7 @@ from training_lens import embedded
 from training_lens.config.schema import TrainingConfig
 from training_lens.core.registry import CollectorRegistry
 from training_lens.data.batching import Mix, Schedule, hold_out
-from training_lens.data.readers import check_csv_settings
+from training_lens.data.file_readers import check_csv_settings
 from training_lens.data.reporting import log_split
 from training_lens.data.templates import adopt_template_file, build_renderer, choose_template, resolve_date
 from training_lens.data.token_cache import Preparation, Split, prepare_split, tokenizer_hash

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from training_lens.config.judging_sections import InferenceSection
-from training_lens.data.example_types import TokenizedExample
+from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.inference.generator import answers

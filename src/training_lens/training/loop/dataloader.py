@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training_lens.data.batching import StepPlan, batches_of, cut, share
-from training_lens.data.example_types import Batch
+from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.utils.prefetch import ahead
 from training_lens.utils.processes import Processes

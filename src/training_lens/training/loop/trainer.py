@@ -16,7 +16,7 @@ import torch
 
 from training_lens.config.schema import TrainingSection
 from training_lens.data.batching import Schedule, StepPlan
-from training_lens.data.example_types import Batch
+from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import EvaluationError, InterruptedRunError
 from training_lens.evaluation.evaluator import LossReport, Pass, evaluate_loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training_lens.data.example_types import Row
+from training_lens.data.examples import Row
 from training_lens.data.row_keys import CALL, FUNCTION, KeyCheck
 from training_lens.data.values import json_of, kind_of, value_at
 from training_lens.errors import DatasetError

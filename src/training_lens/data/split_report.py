@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from training_lens.data.columns import EncodedRows, TokenizedRows, totals
-from training_lens.data.example_types import Example, Segment
+from training_lens.data.examples import Example, Segment
 from training_lens.data.notes import DataNotes
 from training_lens.data.tokenization import Coverage
 

@@ -10,8 +10,8 @@ from jinja2 import TemplateError
 from trl_templates import TEMPLATES, add_special_tokens
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.chat import ChatTemplate, special_names
-from training_lens.data.example_types import Example, Message, Segment
+from training_lens.data.chat_template import ChatTemplate, special_names
+from training_lens.data.examples import Example, Message, Segment
 from training_lens.data.templates import build_renderer
 from training_lens.errors import DatasetError
 

@@ -8,8 +8,8 @@ from datetime import date
 from typing import Any
 
 from training_lens.data.answer_spans import ELSEWHERE, AnswerFinder, Chat, Tools
-from training_lens.data.example_types import Message, Segment
-from training_lens.data.findability import holds, mark_chat
+from training_lens.data.completeness import holds, mark_chat
+from training_lens.data.examples import Message, Segment
 from training_lens.data.jinja import JinjaTemplate, Span, choose_source
 from training_lens.data.template_forms import ANSWER, ASKED, NINE, TOOL, find_form
 from training_lens.errors import DatasetError

@@ -13,7 +13,7 @@ from typing import IO
 
 from training_lens.config.data_sections import CsvSection
 from training_lens.data.csv_files import csv_rows
-from training_lens.data.example_types import Row
+from training_lens.data.examples import Row
 from training_lens.data.json_files import json_rows
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from training_lens.config.data_sections import CsvSection
-from training_lens.data.readers import check_csv_settings, file_rows, format_of
+from training_lens.data.file_readers import check_csv_settings, file_rows, format_of
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 

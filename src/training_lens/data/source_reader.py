@@ -7,10 +7,10 @@ from functools import partial
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.bad_rows import BadRowRule, bad_rows_error, describe_bad_rows, refuse_unusable_sources
-from training_lens.data.example_types import Example, Row
-from training_lens.data.examples import RowReader, strip_end_marks
+from training_lens.data.examples import Example, Row
 from training_lens.data.fields import FieldMapping, find_mapping, keys_of
 from training_lens.data.notes import DataNotes
+from training_lens.data.row_reader import RowReader, strip_end_marks
 from training_lens.data.sources import Source, expand
 from training_lens.errors import DatasetError
 from training_lens.utils.logging import get_logger

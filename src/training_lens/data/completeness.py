@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import escape
 
-from training_lens.data.example_types import Message
+from training_lens.data.examples import Message
 
 THOUGHTS_END = "</think>"
 

@@ -1,0 +1,261 @@
+"""Rows to examples: chats, pairs of prompt and answer, plain texts; as a source's mapping says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from training_lens.config.data_sections import DataSection
+from training_lens.data.answers import read_answers
+from training_lens.data.examples import Example, Message, Row
+from training_lens.data.fields import FieldMapping, domain_of_file
+from training_lens.data.masks import mark_learned, mask_row, read_flag
+from training_lens.data.messages import is_chat, read_chat
+from training_lens.data.notes import DataNotes
+from training_lens.data.row_keys import DOMAIN_LIKE, NOTHING, KeyCheck, ignore_option, plain_name, row_level
+from training_lens.data.tool_calls import Tool, read_tools
+from training_lens.data.values import json_of, kind_of, optional_text, text_of, value_at
+from training_lens.errors import DatasetError
+
+# Literal end marks that exports leave at the end of answers; the tokenizer's own end token is put there anyway.
+END_MARKS = (
+    *("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>"),
+    *("<eos>", "<end_of_turn>", "<|end|>", "<|eot|>"),
+)
+Turns = tuple[Message, ...]
+
+
+class RowReader:
+    """Reads the rows of one source as its mapping says, and tells what it sets aside.
+
+    Args:
+        source: the source's name.
+        notes: takes what the user must be told; None: nobody asks.
+    """
+
+    def __init__(
+        self, mapping: FieldMapping, data: DataSection, source: str = "", notes: DataNotes | None = None
+    ) -> None:
+        self.mapping = mapping
+        self._per_file, self._learn_context = data.domain.per_file, data.supervise == "all"
+        used = (mapping.domain or ("domain" if data.domain.field == "auto" else None), mapping.rejected, *mapping.masks)
+        self._level = row_level(mapping.form, mapping.keys, [key for key in used if key])
+        self._keys = KeyCheck(source, notes or DataNotes(), data.ignore_keys)
+        self._label_is_set = data.fields.label is not None
+        self._nested = [key for key in mapping.keys.values() if "." in key]
+        self._may_offer_domain = mapping.domain is None and not data.domain.per_file and data.domain.field == "auto"
+
+    def read(self, row: Row) -> Example:
+        """The row as an example.
+
+        Raises:
+            DatasetError: a needed field is missing, null, empty or no text; a key that is refused; names the row.
+        """
+        self._keys.check(row.place, self._level, row.values)
+        for key in self._nested:
+            self._check_beside(row, key)
+        if self._may_offer_domain:
+            self._offer_domain(row)
+        messages, tools = self._read_turns(row)
+        is_text = self.mapping.form == "text"
+        return Example(messages, self._domain(row), row.file, row.number, tools, is_text=is_text)
+
+    def _domain(self, row: Row) -> str | None:
+        if self._per_file:
+            return domain_of_file(row.file)
+        return text_of(row, self.mapping.domain).strip() if self.mapping.domain else None
+
+    def _offer_domain(self, row: Row) -> None:
+        """Tell of a field of the first row that may say where rows belong."""
+        self._may_offer_domain = False
+        key = next((key for key in row.values if plain_name(key) in DOMAIN_LIKE), None)
+        if key and key not in self.mapping.keys.values():
+            self._keys.say(
+                f"'{key}' is not used; data.domain.field={key} makes it the domain, and with data.domain.style=raw its "
+                "value stands before the prompt as it is"
+            )
+
+    def _check_beside(self, row: Row, key: str) -> None:
+        """Count what stands beside the value that a dotted key leads to: other keys, and other items of lists."""
+        if key in row.values:
+            return
+        value: Any = row.values
+        path = ""
+        for name in key.split("."):
+            if not isinstance(value, Mapping):
+                return
+            for other in value if path else ():
+                if other != name:
+                    self._keys.ignore(path + str(other))
+            value, path = value.get(name), f"{path}{name}."
+            if isinstance(value, list):
+                if value[1:]:
+                    self._keys.say(f"of several items in '{path[:-1]}' the first is read")
+                value = value[0] if value else None
+
+    def _read_turns(self, row: Row) -> tuple[Turns, tuple[Tool, ...]]:
+        mapping = self.mapping
+        if mapping.text:
+            return mask_row(row, self._masks(row), (Message("assistant", text_of(row, mapping.text)),), False), ()
+        tools = read_tools(row, mapping.tools)
+        own, masked = self._read_chat(row, tools) if mapping.messages else self._read_pair(row, tools)
+        own = mask_row(row, self._masks(row), own, masked)
+        turns = self._with_system(row, (*self._read_history(row, own), *own))
+        if turns[0].role in ("assistant", "tool"):
+            raise DatasetError(
+                f"{row.place}: '{mapping.history or mapping.messages or mapping.instruction}' begins with a message of "
+                f"the {turns[0].role}; nothing asks for it. Begin with a user or system message."
+            )
+        if turns[-1].role != "assistant":
+            raise DatasetError(
+                f"{row.place}: '{mapping.output or mapping.messages}' ends with a {turns[-1].role} message; nothing "
+                "follows that could be learned. End it with an assistant message."
+            )
+        return self._with_label(row, turns), tools
+
+    def _masks(self, row: Row) -> tuple[str, ...]:
+        masks = self.mapping.masks
+        return tuple(key for key in masks if row.values.get(key) is not None) if masks else ()
+
+    def _read_chat(self, row: Row, tools: Sequence[Tool]) -> tuple[Turns, bool]:
+        """The turns of a row that holds a chat, and whether any says itself if it is learned."""
+        key, output = str(self.mapping.messages), self.mapping.output
+        turns, masked = read_chat(row, key, value_at(row.values, key), self._keys)
+        if output and turns[-1].role != "assistant":
+            answers, also = read_answers(row, output, tools, self._keys)
+            turns, masked = (*turns, *answers), masked or also
+            self._note_rejected()
+        elif output:
+            self._ignore_answers(row, output, self.mapping.rejected)
+        else:
+            self._note_rejected()
+        return turns, masked
+
+    def _read_pair(self, row: Row, tools: Sequence[Tool]) -> tuple[Turns, bool]:
+        """The turns of a row that holds prompt and answer, and whether any says itself if it is learned."""
+        asked = self._read_prompt(row)
+        answers, masked = read_answers(row, str(self.mapping.output), tools, self._keys)
+        self._note_rejected()
+        if answers[0].role in ("system", "user"):
+            answers = self._after_prompt(row, asked, answers)
+            asked = ()
+        return (*asked, *answers), masked
+
+    def _read_prompt(self, row: Row) -> Turns:
+        """The prompt: text with perhaps a second part, or a chat that asks."""
+        key = str(self.mapping.instruction)
+        second = optional_text(row, self.mapping.input)
+        value = value_at(row.values, key)
+        if not is_chat(value):
+            return (Message("user", text_of(row, key), second),)
+        turns, _ = read_chat(row, key, value, self._keys)
+        if second and turns[-1].role != "user":
+            raise DatasetError(f"{row.place}: '{self.mapping.input}' has no user message in '{key}' to stand with.")
+        turns = (*turns[:-1], replace(turns[-1], input=second)) if second else turns
+        return self._as_context(turns, key)
+
+    def _as_context(self, turns: Turns, key: str) -> Turns:
+        """Turns that stand before a row's own: they are shown, and learned where data.supervise=all says so."""
+        if self._learn_context or not any(m.role == "assistant" for m in turns):
+            return turns
+        self._keys.say(f"answers in '{key}' are shown and not learned; data.supervise=all learns them, too")
+        return mark_learned(turns, [False] * len(turns))
+
+    def _read_history(self, row: Row, own: Turns) -> Turns:
+        """The earlier turns of a row: pairs of prompt and answer, or messages; masked where its own are."""
+        key = self.mapping.history
+        value = value_at(row.values, key) if key else None
+        if key is None or value in NOTHING:
+            return ()
+        if isinstance(value, str):
+            value = json_of(f"{row.place}, '{key}'", value, "earlier turns in JSON")
+        if isinstance(value, list) and not all(isinstance(turn, Mapping) for turn in value):
+            value = [turn for pair in value for turn in _read_pair_of_turns(row, key, pair)]
+        turns = self._as_context(read_chat(row, key, value, self._keys)[0], key)
+        is_learned = any(m.learn for m in own if m.role == "assistant")
+        return turns if is_learned else mark_learned(turns, [False] * len(turns))
+
+    def _after_prompt(self, row: Row, asked: Turns, answers: Turns) -> Turns:
+        """An answer that is a whole chat, which must say what the prompt says before its last answers."""
+        said, answered = [m.text for m in asked], [m.text for m in answers]
+        is_held = any(answered[start : start + len(said)] == said for start in range(len(answered)))
+        if any(m.input for m in asked) or not is_held:
+            raise DatasetError(
+                f"{row.place}: '{self.mapping.output}' is a whole chat, and it does not hold the prompt in "
+                f"'{self.mapping.instruction}'. Give the answer alone, or the chat alone."
+            )
+        return answers
+
+    def _with_system(self, row: Row, turns: Turns) -> Turns:
+        """The turns behind the system message of the row's own field; one that stands in both is taken once."""
+        key = self.mapping.system
+        text = optional_text(row, key)
+        if key is None or not text:
+            return turns
+        own = next((m.text for m in turns if m.role == "system"), None)
+        if own is None:
+            return (Message("system", text), *turns)
+        if own.strip() != text.strip():
+            raise DatasetError(
+                f"{row.place}: '{key}' and the chat's own system message differ. Keep one of them, or train without "
+                f"the field: {ignore_option(key)}."
+            )
+        return turns
+
+    def _ignore_answers(self, row: Row, *names: str | None) -> None:
+        """Count answers that stand beside a chat which has its own."""
+        for key in names:
+            if key and value_at(row.values, key) is not None:
+                self._keys.ignore(key)
+
+    def _note_rejected(self) -> None:
+        if self.mapping.rejected:
+            answer = self.mapping.output or self.mapping.messages
+            self._keys.say(f"'{answer}' is learned, '{self.mapping.rejected}' is set aside")
+
+    def _with_label(self, row: Row, turns: Turns) -> Turns:
+        """The turns, of which nothing is learned where the row's label calls its answer unwanted."""
+        key = self.mapping.label
+        value = value_at(row.values, key) if key else None
+        if key is None or value is None:
+            return turns
+        wanted = read_flag(value)
+        if wanted is None:
+            self._keys.ignore(key)
+            return turns
+        if type(value) in (int, float) and not self._label_is_set:
+            raise DatasetError(
+                f"{row.place}: '{key}' is {value!r}, which may say that an answer is not wanted, or name a class. "
+                f"If 0 means not to be learned: data.fields.label={key}; else: {ignore_option(key)}."
+            )
+        if wanted:
+            return turns
+        self._keys.say(f"rows whose '{key}' is false are set aside: their answers are not learned")
+        return mark_learned(turns, [False] * len(turns))
+
+
+def _read_pair_of_turns(row: Row, key: str, pair: Any) -> list[dict[str, Any]]:
+    """Two messages of an entry of a history: a prompt and its answer."""
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise DatasetError(
+            f"{row.place}: '{key}' holds {kind_of(pair)}, expected pairs [prompt, answer], or messages with role and "
+            "content."
+        )
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+
+
+def strip_end_marks(example: Example) -> tuple[Example, list[str]]:
+    """The example without literal end marks at the end of its answers, and the marks that were there."""
+    marks: list[str] = []
+    messages = tuple(_without_mark(m, marks) if m.role == "assistant" else m for m in example.messages)
+    return (replace(example, messages=messages) if marks else example), marks
+
+
+def _without_mark(message: Message, marks: list[str]) -> Message:
+    text = message.text.rstrip()
+    if not text.endswith(END_MARKS):
+        return message
+    mark = next(m for m in END_MARKS if text.endswith(m))
+    marks.append(mark)
+    return replace(message, text=text.removesuffix(mark))
