@@ -76,7 +76,7 @@ def plain_loss(model: Any, examples: Sequence[Example]) -> Tensor:
 
 def our_loss(engine: Engine, examples: Sequence[Example]) -> Tensor:
     """The same as training computes it: packed where the engine packs, else padded."""
-    if engine.packs:
+    if engine.can_pack:
         ids, mask = ([v for e in examples for v in values(e)] for values in (lambda e: e.ids, lambda e: e.mask))
         return engine.loss_sum(torch.tensor([ids]), torch.tensor([mask]), [len(e.ids) for e in examples])
     width = max(len(e.ids) for e in examples)
@@ -112,8 +112,8 @@ def compare_losses(folder: Path, peft: PeftSection) -> dict[str, Any]:
     assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())[:4]
     idle = [name for name, p in ours.items() if p.grad is None or not p.grad.any()]
     return {
-        "kernels": str(engine.fusion),
-        "packs": engine.packs,
+        "kernels": str(engine.kernels),
+        "packs": engine.can_pack,
         "loss": wanted.item(),
         "loss_difference": abs(found.item() - wanted.item()) / abs(wanted.item()),
         "gradient_difference": relative_difference(*(_gradients(which) for which in (ours, theirs))),

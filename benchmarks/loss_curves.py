@@ -27,7 +27,7 @@ from torch import Tensor
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.models.factory import load_model
-from training_lens.models.fast.fusion import unfuse
+from training_lens.models.fast.install import uninstall_kernels
 from training_lens.training.assembly import build_trainer
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
 from training_lens.training.loop.dataloader import Feed
@@ -49,10 +49,10 @@ class PlainEngine:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        unfuse(model)
+        uninstall_kernels(model)
 
-    def loss_sum(self, input_ids: Tensor, loss_mask: Tensor, line: Sequence[int] = ()) -> Tensor:
-        assert not line, "rows are padded"
+    def loss_sum(self, input_ids: Tensor, loss_mask: Tensor, packed_lengths: Sequence[int] = ()) -> Tensor:
+        assert not packed_lengths, "rows are padded"
         labels = input_ids.masked_fill(~loss_mask, -100)
         loss: Tensor = self.model(input_ids=input_ids, labels=labels).loss
         return loss * int(loss_mask[:, 1:].sum())

@@ -39,8 +39,8 @@ def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     from training_lens.models.fast.native import library as calls
 
     if request.param == "by torch":
-        monkeypatch.setattr(calls, "library", lambda: None)
-    elif calls.library() is None:
+        monkeypatch.setattr(calls, "load_library", lambda: None)
+    elif calls.load_library() is None:
         pytest.skip("no C compiler here")
 
 

@@ -54,8 +54,8 @@ def read_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_finished_rows_make_room_and_columns_move(session: Session, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = random_prompts(30, 40)
     wanted = alone(session, prompts)
-    shift, moved = SlotCache._shift, list[int]()
-    monkeypatch.setattr(SlotCache, "_shift", lambda cache, by: (moved.append(by), shift(cache, by))[1])
+    shift, moved = SlotCache._shift_left, list[int]()
+    monkeypatch.setattr(SlotCache, "_shift_left", lambda cache, by: (moved.append(by), shift(cache, by))[1])
     assert answer_ids(session, prompts, rows_of(rows, 40)) == wanted
     assert moved and min(moved) > 0
 

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from training_lens.models.fast.decoding_layers import Linear, Product, Turn
-from training_lens.models.fast.replacing import linear_of, relative_error
+from training_lens.models.fast.decoding_layers import DecodingLinear, LinearWeights, RotaryAngles
+from training_lens.models.fast.layer_replacement import linear_of, relative_error
 
 
 def adapted_linear(share: float) -> nn.Module:
@@ -39,7 +39,7 @@ def test_an_adapter_beside_bf16_weights_is_as_exact_as_pefts(share: float, toget
         x = torch.randn(2000, 64).bfloat16()
         ours, wanted = linear_of(layer), exact(layer, x)
         assert ours
-        product = Product([ours])
+        product = DecodingLinear([ours])
         found = torch.cat([product(some) for some in x.split(together)])
         assert found.dtype == torch.bfloat16
         assert relative_error(found, wanted) <= 1.001 * relative_error(layer(x), wanted)
@@ -48,13 +48,13 @@ def test_an_adapter_beside_bf16_weights_is_as_exact_as_pefts(share: float, toget
 
 def test_adapters_of_some_of_the_layers_stay_with_theirs() -> None:
     torch.manual_seed(0)
-    plain, other = (Linear(torch.randn(5, 12), torch.randn(5)) for _ in range(2))
-    adapted = Linear(torch.randn(7, 12), None, torch.randn(3, 12), torch.randn(7, 3))
+    plain, other = (LinearWeights(torch.randn(5, 12), torch.randn(5)) for _ in range(2))
+    adapted = LinearWeights(torch.randn(7, 12), None, torch.randn(3, 12), torch.randn(7, 3))
     x = torch.randn(4, 12)
     assert adapted.down is not None and adapted.up is not None
     middle = x @ (adapted.weight + adapted.up @ adapted.down).T
     wanted = torch.cat([x @ plain.weight.T + plain.bias, middle, x @ other.weight.T + other.bias], dim=-1)
-    torch.testing.assert_close(Product([plain, adapted, other])(x), wanted)
+    torch.testing.assert_close(DecodingLinear([plain, adapted, other])(x), wanted)
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -65,15 +65,15 @@ def test_positions_turn_as_in_transformers(rows: int) -> None:
     half = torch.randn(rows, 5, 4)
     cos, sin = (torch.cat([t, t], dim=-1) for t in (half.cos(), half.sin()))
     wanted, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
-    torch.testing.assert_close(Turn(cos, sin)(x), wanted)
+    torch.testing.assert_close(RotaryAngles(cos, sin)(x), wanted)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 64, 65])
 def test_few_rows_and_many_are_those_of_the_weights(rows: int) -> None:
     torch.manual_seed(0)
-    parts = [Linear(torch.randn(out, 64).bfloat16(), torch.randn(out).bfloat16()) for out in (8, 12)]
+    parts = [LinearWeights(torch.randn(out, 64).bfloat16(), torch.randn(out).bfloat16()) for out in (8, 12)]
     x = torch.randn(rows, 3, 64).bfloat16()
-    found = Product(parts)(x)
+    found = DecodingLinear(parts)(x)
     assert found.shape == (rows, 3, 20)
     wanted = [
         torch.nn.functional.linear(x.double(), p.weight.double(), p.bias.double()) for p in parts if p.bias is not None

@@ -20,7 +20,7 @@ from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError, InterruptedRunError, ModelLoadingError
 from training_lens.models.adapters import adapted_modules, attach, check_adapter
 from training_lens.models.fast.engine import Engine
-from training_lens.models.fast.fusion import unpackable_layers
+from training_lens.models.fast.install import unpackable_layers
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback, StepReport
 
@@ -196,7 +196,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(kind: str, benchm
 def test_layers_that_see_across_examples_are_padded(kind: str) -> None:
     model = attach(build_kind(kind), SMALL)
     assert unpackable_layers(model)
-    assert not Engine(model).packs
+    assert not Engine(model).can_pack
 
 
 def test_a_model_whose_tokens_see_those_behind_them_is_refused_before_the_first_step() -> None:

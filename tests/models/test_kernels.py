@@ -17,10 +17,10 @@ from training_lens.models.fast import kernels
 
 lora_linear = jaxtyped(typechecker=beartype)(kernels.lora_linear)
 row_norms = jaxtyped(typechecker=beartype)(kernels.row_norms)
-gained = jaxtyped(typechecker=beartype)(kernels.gained)
+gained = jaxtyped(typechecker=beartype)(kernels.scale_outputs)
 rms_norm = jaxtyped(typechecker=beartype)(kernels.rms_norm)
-gated = jaxtyped(typechecker=beartype)(kernels.gated)
-rotate = jaxtyped(typechecker=beartype)(kernels.rotate)
+gated = jaxtyped(typechecker=beartype)(kernels.apply_gate)
+rotate = jaxtyped(typechecker=beartype)(kernels.apply_rotary)
 pytestmark = pytest.mark.usefixtures("both_ways")
 
 

@@ -106,7 +106,7 @@ def losses_alone(section: ModelSection, rows: Sequence[Tensor]) -> list[float]:
 def test_a_packed_example_has_the_loss_that_it_has_alone(tmp_path: Path, kind: str, lengths: tuple[int, ...]) -> None:
     section, rows = saved(tmp_path, kind), examples(lengths)
     engine = Engine(trained(section).eval())
-    assert engine.packs
+    assert engine.can_pack
     line = torch.cat(rows, 1)
     found = float(engine.loss_sum(line, torch.ones_like(line, dtype=torch.bool), lengths).detach())
     assert found == pytest.approx(sum(losses_alone(section, rows)), rel=1e-5)
@@ -120,7 +120,7 @@ def test_a_padded_example_has_the_loss_that_it_has_alone(tmp_path: Path, lengths
     with torch.no_grad():
         scores = supervised_scores(model, ids, mask, lengths).nll
         pairs = paired_scores(model, ids, mask, torch.tensor(lengths)).adapter.nll
-        trains = Engine(model).loss_sum(ids, mask, padded=lengths)
+        trains = Engine(model).loss_sum(ids, mask, padded_lengths=lengths)
     for nll in (scores, pairs):
         parts = nll.split([length - 1 for length in lengths])
         assert [float(part.sum()) for part in parts] == pytest.approx(wanted, rel=1e-5)

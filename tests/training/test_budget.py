@@ -20,7 +20,7 @@ from training_lens.errors import InterruptedRunError
 from training_lens.models.adapters import attach, trainable
 from training_lens.models.factory import checkpoint_gradients
 from training_lens.models.fast.engine import Engine
-from training_lens.models.fast.fusion import unfuse
+from training_lens.models.fast.install import uninstall_kernels
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.estimate import estimate_run
 from training_lens.training.loop import memory_budget as budget
@@ -60,7 +60,7 @@ def kept_bytes(model: Any, precision: Any, fused: bool) -> int:
     """What autograd keeps for the backward pass of two examples, apart from the model's own parameters."""
     engine, own, sizes = Engine(model), {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
     if not fused:
-        unfuse(model)
+        uninstall_kernels(model)
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -69,7 +69,7 @@ def kept_bytes(model: Any, precision: Any, fused: bool) -> int:
         return tensor
 
     ids = torch.arange(2 * LENGTH).view(2, -1) % 97
-    in_line = fused and engine.packs
+    in_line = fused and engine.can_pack
     shape, line = ((1, -1), (LENGTH, LENGTH)) if in_line else ((2, -1), ())
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(CPU, precision):
         engine.loss_sum(ids.view(shape), torch.ones_like(ids, dtype=torch.bool).view(shape), line)

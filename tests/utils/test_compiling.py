@@ -11,7 +11,7 @@ import pytest
 from training_lens.models.fast.native import library as calls
 from training_lens.utils.compiling import CompilationError, compiled
 
-pytestmark = pytest.mark.skipif(calls.library() is None, reason="no C compiler here")
+pytestmark = pytest.mark.skipif(calls.load_library() is None, reason="no C compiler here")
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from training_lens.inference.sampler import Answer, Choice
+from training_lens.models.fast.decoder_stack import DecoderStack
 from training_lens.models.fast.kv_cache import FULL, SLIDING, SlotCache
-from training_lens.models.fast.stack import Stack
 
 SHARED = 16  # tokens: a shorter beginning is not worth a pass of its own
 NARROWER = 2  # a prompt so many times narrower than the widest waits for rows of its own size
@@ -37,7 +37,7 @@ class Decoder:
     keeps_last: bool
     dtype: torch.dtype
     device: torch.device
-    stack: Stack | None = None
+    stack: DecoderStack | None = None
 
     def logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
         """Scores of what follows the last token of each row, (rows, vocabulary); the cache takes the tokens.
@@ -185,14 +185,14 @@ class Decoding:
                 yield finished
 
     def _seat(self, place: int, answer: Answer, cache: Cache, i: int, token: Tensor) -> None:
-        self._cache.put(place, cache, i, self._beginning.length, len(answer.prompt))
+        self._cache.write_prompt(place, cache, i, self._beginning.length, len(answer.prompt))
         self._rows[place] = answer
         self._last[place], self._positions[place], self._live[place] = token, len(answer.prompt), 1
 
     def _step(self) -> list[Answer]:
         """Every row's next token; those that are finished with it."""
         self._cache.open_column()
-        masks = self._cache.masks()
+        masks = self._cache.attention_masks()
         scores = self._decoder.logits(self._last[:, None], self._positions[:, None], masks, self._cache)
         self._last = self._choose(scores, self._rows)
         self._positions += self._live
@@ -203,7 +203,7 @@ class Decoding:
 
     def _leave(self, place: int) -> None:
         self._rows[place] = None
-        self._cache.leave(place)
+        self._cache.release_row(place)
         self._positions[place] = self._live[place] = 0  # a place without answer must not run out of positions
 
     def _took(self, rows: Sequence[Answer | None], tokens: Sequence[int]) -> list[Answer]:
@@ -226,6 +226,6 @@ class Decoding:
         places = [place for place, row in enumerate(self._rows) if row is not None]
         if places:
             index = torch.tensor(places, device=self._decoder.device)
-            self._cache.keep(places)
+            self._cache.keep_rows(places)
             self._rows = [self._rows[place] for place in places]
             self._last, self._positions, self._live = self._last[index], self._positions[index], self._live[index]

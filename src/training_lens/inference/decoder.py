@@ -17,9 +17,9 @@ from torch import Tensor
 from training_lens.inference.decode_loop import Beginning, Decoder, read
 from training_lens.models.adapters import base_only
 from training_lens.models.copies import base_copy, is_quantized, merged_copy, sharing_copy
+from training_lens.models.fast.decoder_stack import build_stack
 from training_lens.models.fast.kv_cache import FULL, SLIDING, SlotCache
-from training_lens.models.fast.replacing import relative_error, replace_layers, same
-from training_lens.models.fast.stack import stack_of
+from training_lens.models.fast.layer_replacement import is_close, relative_error, replace_layers
 from training_lens.utils.devices import available_bytes
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
@@ -165,7 +165,7 @@ def _lost_by_merging(model: Any, merged: Any, ids: Tensor, wanted: Tensor) -> fl
     Both are measured in the weights' number type: rounding that hides the adapter counts as loss.
     """
     found: Tensor = merged(input_ids=ids, use_cache=False).logits[0]
-    if found.dtype == torch.float32 and same(found, wanted, SLACK):
+    if found.dtype == torch.float32 and is_close(found, wanted, SLACK):
         return 0.0
     error = relative_error(found, wanted)
     if error == 0:
@@ -194,14 +194,14 @@ def _rehearse(decoder: Decoder, ids: Tensor, wanted: Tensor) -> None:
         if is_out_of_memory(error):
             raise
         raise UncoveredError(f"{type(decoder.model).__name__} cannot be decoded row by row: {said(error)}") from error
-    if not same(found, wanted[-1 - count :], SLACK):
+    if not is_close(found, wanted[-1 - count :], SLACK):
         apart = relative_error(found, wanted[-1 - count :])
         raise UncoveredError(f"{type(decoder.model).__name__} gives other scores row by row, {apart:.1%} apart")
 
 
 def _stacked(decoder: Decoder, tokens: list[int]) -> Decoder:
     """The decoder by its stack, where it has one that says what its modules say: they are the same layers."""
-    stack = stack_of(decoder.model, decoder.windows)
+    stack = build_stack(decoder.model, decoder.windows)
     if stack is None:
         return decoder
     faster, count = replace(decoder, stack=stack), min(REHEARSED, len(tokens) - 1)
@@ -212,7 +212,7 @@ def _stacked(decoder: Decoder, tokens: list[int]) -> Decoder:
             raise
         logger.debug("%s looks like a plain decoder, and is none: %s", type(decoder.model).__name__, said(error))
         return decoder
-    return faster if same(found, _decoded(decoder, tokens, count), EQUAL) else decoder
+    return faster if is_close(found, _decoded(decoder, tokens, count), EQUAL) else decoder
 
 
 def _decoded(decoder: Decoder, tokens: list[int], count: int) -> Tensor:
@@ -223,11 +223,11 @@ def _decoded(decoder: Decoder, tokens: list[int], count: int) -> Tensor:
     cache = SlotCache(2, len(tokens) + 1, decoder.windows, decoder.dtype, decoder.device)
     cache.columns.end = start
     for row, length in enumerate((start, 1)):
-        cache.put(row, prompt, row, 0, length)
+        cache.write_prompt(row, prompt, row, 0, length)
     scores = [first[0]]
     for i in range(count):
         cache.open_column()
         step = torch.tensor([[tokens[start + i]], [tokens[0]]], device=decoder.device)
         places = torch.tensor([[start + i], [1 + i]], device=decoder.device)
-        scores.append(decoder.logits(step, places, cache.masks(), cache)[0])
+        scores.append(decoder.logits(step, places, cache.attention_masks(), cache)[0])
     return torch.stack(scores)

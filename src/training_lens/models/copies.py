@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from training_lens.errors import AdapterError
-from training_lens.models.fast.fusion import kernels_in, unfuse
+from training_lens.models.fast.install import installed_kernels, uninstall_kernels
 
 
 def base_copy(model: Any) -> Any:
@@ -62,9 +62,9 @@ def sharing_copy(model: Any) -> Any:
         for held in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
         for hook in held.values()
     ]
-    kept = [*model.parameters(), *model.buffers(), *hooks, *kernels_in(model)]
+    kept = [*model.parameters(), *model.buffers(), *hooks, *installed_kernels(model)]
     copied = copy.deepcopy(model, {id(one): one for one in kept})
-    unfuse(copied)
+    uninstall_kernels(copied)
     return copied
 
 

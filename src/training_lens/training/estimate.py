@@ -140,7 +140,7 @@ def _measure(plan: RunPlan, trainer: Trainer) -> Measured:
     """Run sampled steps and validation rows of the plan in this loop, and forget them."""
     device = plan.processes.device
     reset_peak(device)
-    in_line = trainer.engine.packs
+    in_line = trainer.engine.can_pack
     sample = _sampled(plan, in_line)
     trainer.train_step(sample[0])  # warms up, and is the largest: it sets the peak
     seconds, tokens, steps = 0.0, 0, 0

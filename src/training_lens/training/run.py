@@ -24,7 +24,7 @@ from training_lens.errors import InterruptedRunError, TrainingLensError
 from training_lens.integrations.configured import asked_for
 from training_lens.models.adapters import ParameterCount, count_parameters, describe
 from training_lens.models.factory import load_model
-from training_lens.models.fast.fusion import unfuse
+from training_lens.models.fast.install import uninstall_kernels
 from training_lens.models.stored import base_record, check_base, require_local_folder
 from training_lens.models.tokenizer_files import save_tokenizer
 from training_lens.runs.run_folder import RunFolder, new_run_id, runs_folder
@@ -184,7 +184,9 @@ class TrainingWrapper:
                     raise error.with_advice(f"Go on with it: {run.resume_command}") from error
                 raise
             finally:
-                unfuse(trainer.model)  # kernels and modules hold each other: the weights go with who uses them last
+                uninstall_kernels(
+                    trainer.model
+                )  # kernels and modules hold each other: the weights go with who uses them last
             summary = summarize(run, "finished", trainer, parameters)
             if plan.processes.is_main:
                 write_summary(run, summary)

@@ -13,9 +13,9 @@ from training_lens.models.fast.native import library as calls
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
-    calls.library.cache_clear()
+    calls.load_library.cache_clear()
     yield
-    calls.library.cache_clear()
+    calls.load_library.cache_clear()
 
 
 def test_without_a_compiler_nothing_is_taken_and_the_log_says_why_once(
@@ -23,17 +23,17 @@ def test_without_a_compiler_nothing_is_taken_and_the_log_says_why_once(
 ) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     with caplog.at_level(logging.INFO, "training_lens"):
-        assert not calls.can_take(torch.zeros(2))
-        assert not calls.can_take(torch.zeros(3))
+        assert not calls.can_compute(torch.zeros(2))
+        assert not calls.can_compute(torch.zeros(3))
     assert [record.message for record in caplog.records] == [
         "norms, gates, attention and softmax are computed by torch, in more passes: "
         "there is no C compiler (no-such-compiler)"
     ]
 
 
-@pytest.mark.skipif(calls.library() is None, reason="no C compiler here")
+@pytest.mark.skipif(calls.load_library() is None, reason="no C compiler here")
 def test_numbers_of_other_kinds_are_not_taken() -> None:
-    assert calls.can_take(torch.zeros(2), torch.zeros(3))
-    assert not calls.can_take(torch.zeros(2, dtype=torch.float16))
-    assert not calls.can_take(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
-    assert not calls.can_take(torch.zeros(2, device="meta"))
+    assert calls.can_compute(torch.zeros(2), torch.zeros(3))
+    assert not calls.can_compute(torch.zeros(2, dtype=torch.float16))
+    assert not calls.can_compute(torch.zeros(2), torch.zeros(2, dtype=torch.float64))
+    assert not calls.can_compute(torch.zeros(2, device="meta"))

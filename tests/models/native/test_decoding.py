@@ -8,9 +8,9 @@ from pairwise import pairwise  # type: ignore[import-not-found]
 from torch import Tensor
 
 from training_lens.models.fast.native import library as calls
-from training_lens.models.fast.native.decoding_kernels import Branches, FewRows, attend_newest
+from training_lens.models.fast.native.decoding_kernels import FewRowsLinear, LoRABranches, attend_newest_token
 
-pytestmark = pytest.mark.skipif(calls.library() is None, reason="no C compiler here")
+pytestmark = pytest.mark.skipif(calls.load_library() is None, reason="no C compiler here")
 END = 37  # columns that are in use
 
 
@@ -51,7 +51,7 @@ def test_the_newest_token_sees_its_rows_columns_alone(dtype: torch.dtype, size: 
     for row, start in enumerate(first.tolist()):  # what it must not read
         keys[row, :, :start], values[row, :, :start] = torch.nan, torch.nan
     keys[:, :, END - 1 :], values[:, :, END - 1 :] = torch.nan, torch.nan
-    found = attend_newest(query, key, value, (cos, sin), keys, values, first, END, 0.3, window)
+    found = attend_newest_token(query, key, value, (cos, sin), keys, values, first, END, 0.3, window)
     torch.testing.assert_close(keys[:, :, END - 1].double(), turned(key.double(), cos, sin), rtol=0, atol=most)
     assert torch.equal(values[:, :, END - 1], value) and keys[:, :, END:].isnan().all()
     wanted = row_by_row(turned(query.double(), cos, sin), keys.double(), values.double(), first, window)
@@ -65,19 +65,21 @@ def test_branches_side_by_side_go_to_their_own_outputs(dtype: torch.dtype, most:
     factors = [(drawn(r, 20, seed=i), drawn(out, r, seed=10 + i)) for i, (r, out) in enumerate(sizes)]
     x, y = drawn(rows, 20, seed=7).to(dtype), drawn(rows, 140, seed=8).to(dtype)
     wanted = y.double() + torch.cat([x.double() @ down.T @ up.T for down, up in factors], 1)
-    Branches(factors, dtype).add(x, y)
+    LoRABranches(factors, dtype).add_to(x, y)
     torch.testing.assert_close(y.double(), wanted, rtol=most, atol=most)
 
 
-@pytest.mark.skipif(not calls.has("few_rows", torch.bfloat16), reason="this processor multiplies no pairs of bfloat16")
+@pytest.mark.skipif(
+    not calls.has_kernel("few_rows", torch.bfloat16), reason="this processor multiplies no pairs of bfloat16"
+)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 64])
 def test_few_rows_are_multiplied_by_plain_weights_and_rounded_once(rows: int, biased: bool) -> None:
     weights = [drawn(outs, 96, seed=outs).bfloat16() for outs in (12, 4, 32)]
     bias = drawn(48, seed=3).bfloat16() if biased else None
     x = drawn(rows, 1, 96, seed=5).bfloat16()
-    assert FewRows.can_take(weights, bias)
-    product = FewRows(weights, bias)
+    assert FewRowsLinear.can_compute(weights, bias)
+    product = FewRowsLinear(weights, bias)
     found = product(x)
     wanted = torch.nn.functional.linear(
         x.double(), torch.cat(weights).double(), None if bias is None else bias.double()
@@ -91,14 +93,16 @@ def test_few_rows_are_multiplied_by_plain_weights_and_rounded_once(rows: int, bi
 def test_few_rows_leave_other_weights_alone() -> None:
     plain = torch.zeros(8, 64, dtype=torch.bfloat16)
     for weight in (plain.float(), plain[:, :48], torch.zeros(8, 48).bfloat16(), torch.zeros(6, 64).bfloat16(), plain.T):
-        assert not FewRows.can_take([weight], None)
-    assert not FewRows.can_take([plain], torch.zeros(8))
-    assert not FewRows.can_take([plain] * 9, None)
+        assert not FewRowsLinear.can_compute([weight], None)
+    assert not FewRowsLinear.can_compute([plain], torch.zeros(8))
+    assert not FewRowsLinear.can_compute([plain] * 9, None)
 
 
-@pytest.mark.skipif(not calls.has("few_rows", torch.bfloat16), reason="this processor multiplies no pairs of bfloat16")
+@pytest.mark.skipif(
+    not calls.has_kernel("few_rows", torch.bfloat16), reason="this processor multiplies no pairs of bfloat16"
+)
 @pytest.mark.parametrize("x", [torch.zeros(2, 128).bfloat16(), torch.zeros(2, 32).bfloat16(), torch.zeros(2, 64)])
 def test_rows_that_do_not_fit_the_weights_are_refused(x: Tensor) -> None:
-    product = FewRows([torch.zeros(8, 64, dtype=torch.bfloat16)], None)
+    product = FewRowsLinear([torch.zeros(8, 64, dtype=torch.bfloat16)], None)
     with pytest.raises(ValueError, match="for weights of 64"):
         product(x)

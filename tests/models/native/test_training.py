@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 from training_lens.models.fast.native import library as calls
 from training_lens.models.fast.native import training_kernels as training
 
-pytestmark = pytest.mark.skipif(calls.library() is None, reason="no C compiler here")
+pytestmark = pytest.mark.skipif(calls.load_library() is None, reason="no C compiler here")
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -36,7 +36,7 @@ def test_the_norm_of_bf16_rounds_where_transformers_does() -> None:
 def test_the_gate_of_bf16_rounds_where_transformers_does() -> None:
     gate_up = drawn(300, 128) * 4
     gate, up = gate_up.chunk(2, -1)
-    assert same(training.gated(gate_up, "silu"), silu(gate) * up) > 0.999
+    assert same(training.apply_gate(gate_up, "silu"), silu(gate) * up) > 0.999
 
 
 def test_rotary_positions_of_bf16_round_where_transformers_does() -> None:
@@ -46,7 +46,7 @@ def test_rotary_positions_of_bf16_round_where_transformers_does() -> None:
     q, k = (t.transpose(0, 1)[None] for t in together.split([4, 3], 1))
     wanted = torch.cat([t[0].transpose(0, 1) for t in apply_rotary_pos_emb(q, k, cos[None], sin[None])], 1)
     found = torch.empty_like(together)
-    training.rotated(together, cos, sin, 1.0, found)
+    training.rotate_heads(together, cos, sin, 1.0, found)
     assert torch.equal(found, wanted)
 
 
@@ -58,7 +58,7 @@ def by_tanh(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("name", "activation", "most"), [("silu", silu, 1e-6), ("gelu_tanh", by_tanh, 3e-5)])
 def test_activations_hold_over_all_of_float(name: str, activation: Callable[[Tensor], Tensor], most: float) -> None:
     x = torch.cat([torch.linspace(-200, 200, 4001), torch.tensor([-0.0, 1e-30, torch.nan])])
-    found = training.gated(torch.stack([x, torch.ones_like(x)]).T.contiguous(), name)[:, 0]
+    found = training.apply_gate(torch.stack([x, torch.ones_like(x)]).T.contiguous(), name)[:, 0]
     torch.testing.assert_close(found.double(), activation(x.double()), rtol=most, atol=1e-35, equal_nan=True)
 
 
@@ -68,7 +68,7 @@ def test_the_loss_of_far_logits_is_finite_and_right(far: float) -> None:
     wide = logits.double().requires_grad_()
     wanted = cross_entropy(wide, targets, reduction="none")
     (gradient,) = torch.autograd.grad(wanted.sum(), wide)
-    losses = training.to_nll_gradient(logits, targets)
+    losses = training.write_nll_gradient(logits, targets)
     torch.testing.assert_close(losses.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.double(), gradient, rtol=1e-5, atol=1e-6)
 

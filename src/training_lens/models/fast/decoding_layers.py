@@ -18,14 +18,14 @@ from torch.nn import functional
 from training_lens.models.fast.kernels import activation_name
 from training_lens.models.fast.kv_cache import SlotCache
 from training_lens.models.fast.native import training_kernels as native
-from training_lens.models.fast.native.attention_kernels import Line
-from training_lens.models.fast.native.attention_kernels import attend as attend_line
-from training_lens.models.fast.native.decoding_kernels import Branches, FewRows, attend_newest
-from training_lens.models.fast.native.library import can_take, heads_are_close
+from training_lens.models.fast.native.attention_kernels import PackedLayout
+from training_lens.models.fast.native.attention_kernels import attend_packed as attend_line
+from training_lens.models.fast.native.decoding_kernels import FewRowsLinear, LoRABranches, attend_newest_token
+from training_lens.models.fast.native.library import are_heads_adjacent, can_compute
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearWeights:
     """x W^T + b, and (x A^T) B^T besides where an adapter is kept beside the weight; B holds the adapter's scale.
 
     Shapes: weight (out, in), bias (out,), down A (rank, in), up B (out, rank).
@@ -37,7 +37,7 @@ class Linear:
     up: Tensor | None = None
 
 
-class Product(nn.Module):
+class DecodingLinear(nn.Module):
     """Several linear layers on one input as one product, their outputs side by side: (..., in) to (..., sum of outs).
 
     Costs a copy of the weights. On a CPU that oneDNN computes bfloat16 on, the copy is in the order in which its
@@ -45,19 +45,19 @@ class Product(nn.Module):
     weights, these stay, too.
     """
 
-    def __init__(self, parts: Sequence[Linear]) -> None:
+    def __init__(self, parts: Sequence[LinearWeights]) -> None:
         super().__init__()
         weight = torch.cat([part.weight for part in parts])
         self.width, self.packed = weight.shape[1], _is_packable(weight)
-        self.weight = _packed(weight) if self.packed else weight
-        self.bias = _joined_bias(parts)
+        self.weight = _reorder_weight(weight) if self.packed else weight
+        self.bias = _concatenate_biases(parts)
         plain = [part.weight.detach() for part in parts]
-        self.few = FewRows(plain, self.bias) if FewRows.can_take(plain, self.bias) else None
+        self.few = FewRowsLinear(plain, self.bias) if FewRowsLinear.can_compute(plain, self.bias) else None
         self.down, self.up, self._branches = None, None, None
         if any(part.down is not None for part in parts):
-            factors = _factors(parts)
-            if can_take(weight):
-                self._branches = Branches(factors, weight.dtype)
+            factors = _adapter_factors(parts)
+            if can_compute(weight):
+                self._branches = LoRABranches(factors, weight.dtype)
             else:
                 self.down = torch.cat([down for down, _ in factors]).float()
                 self.up = torch.block_diag(*(up for _, up in factors)).float()
@@ -68,16 +68,16 @@ class Product(nn.Module):
         return self._branches is not None or self.down is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        are_few = 0 < x.numel() <= FewRows.MOST * self.width
-        out = self.few(x) if self.few and are_few else self.many(x)
+        are_few = 0 < x.numel() <= FewRowsLinear.MOST * self.width
+        out = self.few(x) if self.few and are_few else self.apply_to_many_rows(x)
         if self._branches and x.numel():
-            self._branches.add(x.flatten(0, -2), out.flatten(0, -2))
+            self._branches.add_to(x.flatten(0, -2), out.flatten(0, -2))
         elif self.down is not None and self.up is not None:  # in float32 until the sum is rounded, as PEFT computes
             low = functional.linear(x.float(), self.down)  # (..., sum of ranks)
             out = (out + functional.linear(low, self.up)).to(out.dtype)
         return out
 
-    def many(self, x: Tensor) -> Tensor:
+    def apply_to_many_rows(self, x: Tensor) -> Tensor:
         """x W^T + b as it is computed for many rows."""
         if self.packed:
             packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -85,7 +85,7 @@ class Product(nn.Module):
         return functional.linear(x, self.weight, self.bias)
 
 
-def _factors(parts: Sequence[Linear]) -> list[tuple[Tensor, Tensor]]:
+def _adapter_factors(parts: Sequence[LinearWeights]) -> list[tuple[Tensor, Tensor]]:
     """A and B of each, without ranks where it has no adapter."""
     nothing = [
         (part.weight.new_zeros(0, part.weight.shape[1]), part.weight.new_zeros(len(part.weight), 0)) for part in parts
@@ -102,18 +102,18 @@ def _is_packable(weight: Tensor) -> bool:
     )
 
 
-def _packed(weight: Tensor) -> Tensor:
+def _reorder_weight(weight: Tensor) -> Tensor:
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return packed
 
 
-def _joined_bias(parts: Sequence[Linear]) -> Tensor | None:
+def _concatenate_biases(parts: Sequence[LinearWeights]) -> Tensor | None:
     if all(part.bias is None for part in parts):
         return None
     return torch.cat([part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts])
 
 
-class Norm(nn.Module):
+class DecodingNorm(nn.Module):
     """x / sqrt(mean x^2 + eps) * weight (arXiv 1910.07467), in one call.
 
     Args:
@@ -125,23 +125,23 @@ class Norm(nn.Module):
         self.weight, self.eps = weight, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if can_take(x, self.weight):
+        if can_compute(x, self.weight):
             return native.rms_norm(x, self.weight, self.eps)[0]
         return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class GatedMlp(nn.Module):
+class DecodingMLP(nn.Module):
     """down(act(gate x) * up x), gate and up as one product."""
 
-    def __init__(self, gate_up: Product, down: Product, act: Any) -> None:
+    def __init__(self, gate_up: DecodingLinear, down: DecodingLinear, act: Any) -> None:
         super().__init__()
         self.gate_up, self.down, self.act = gate_up, down, act
         self._name = activation_name(act)
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up(x)
-        if self._name in native.ACTIVATIONS and can_take(gate_up):
-            active = native.gated(gate_up, self._name)
+        if self._name in native.ACTIVATIONS and can_compute(gate_up):
+            active = native.apply_gate(gate_up, self._name)
         else:
             gate, up = gate_up.chunk(2, dim=-1)
             active = self.act(gate).mul_(up)
@@ -150,7 +150,7 @@ class GatedMlp(nn.Module):
 
 
 @dataclass(frozen=True)
-class Heads:
+class DecodingHeads:
     """Sizes of an attention layer; `softcap` bounds its scores to +-softcap by tanh (arXiv 2408.00118)."""
 
     queries: int
@@ -160,14 +160,21 @@ class Heads:
     softcap: float | None
 
 
-class Attention(nn.Module):
+class DecodingAttention(nn.Module):
     """Causal attention with rotary positions, q, k and v as one product; signature and result as in transformers.
 
     Args:
         norms: of q and k, where the model has them.
     """
 
-    def __init__(self, qkv: Product, out: Product, heads: Heads, norms: tuple[Any, Any] | None, layer_idx: int) -> None:
+    def __init__(
+        self,
+        qkv: DecodingLinear,
+        out: DecodingLinear,
+        heads: DecodingHeads,
+        norms: tuple[Any, Any] | None,
+        layer_idx: int,
+    ) -> None:
         super().__init__()
         self.qkv, self.out, self.heads, self.layer_idx = qkv, out, heads, layer_idx
         self.norms = nn.ModuleList(norms) if norms else None
@@ -180,9 +187,9 @@ class Attention(nn.Module):
         past_key_values: Any = None,
         **_options: Any,
     ) -> tuple[Tensor, None]:
-        return self.mixed(hidden_states, Turn(*position_embeddings), attention_mask, past_key_values), None
+        return self.attend(hidden_states, RotaryAngles(*position_embeddings), attention_mask, past_key_values), None
 
-    def mixed(self, x: Tensor, turn: Turn, mask: Tensor | None, cache: Any) -> Tensor:
+    def attend(self, x: Tensor, turn: RotaryAngles, mask: Tensor | None, cache: Any) -> Tensor:
         """What `forward` gives of (rows, length, hidden)."""
         rows, length, _ = x.shape
         heads = self.heads
@@ -190,35 +197,35 @@ class Attention(nn.Module):
         q, k, v = qkv.split([heads.queries, heads.keys, heads.keys], dim=2)
         if self.norms is not None:
             q, k = self.norms[0](q), self.norms[1](k)
-        if length == 1 and isinstance(cache, SlotCache) and heads.softcap is None and turn.can_take(q, k, v):
-            mixed = self._newest(q[:, 0], k[:, 0], v[:, 0], turn, cache)
+        if length == 1 and isinstance(cache, SlotCache) and heads.softcap is None and turn.can_compute(q, k, v):
+            mixed = self._attend_newest(q[:, 0], k[:, 0], v[:, 0], turn, cache)
         else:
-            mixed = self._attended(turn(q), turn(k), v, mask, cache)
+            mixed = self._attend_all(turn(q), turn(k), v, mask, cache)
         out: Tensor = self.out(mixed.reshape(rows, length, heads.queries * heads.size))
         return out
 
-    def _attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+    def _attend_all(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         """Of (rows, length, heads, size) each, in that shape, or with rows and length in one."""
         rows, length, *_ = q.shape
         keys, values = k.transpose(1, 2), v.transpose(1, 2)  # (rows, heads, length, size)
         if cache is not None:
             keys, values = cache.update(keys, values, self.layer_idx)
-        if self.heads.softcap is None and can_take(q, k, v) and mask is None and keys.shape[2] == length:
+        if self.heads.softcap is None and can_compute(q, k, v) and mask is None and keys.shape[2] == length:
             q, k, v = (part.flatten(0, 1) for part in (q, k, v))
-            return attend_line(q, k, v, Line((length,) * rows), self.heads.scaling, None)[0]
-        return attend(q.transpose(1, 2), keys, values, mask, self.heads)
+            return attend_line(q, k, v, PackedLayout((length,) * rows), self.heads.scaling, None)[0]
+        return attend_packed(q.transpose(1, 2), keys, values, mask, self.heads)
 
-    def _newest(self, q: Tensor, k: Tensor, v: Tensor, turn: Turn, cache: SlotCache) -> Tensor:
+    def _attend_newest(self, q: Tensor, k: Tensor, v: Tensor, turn: RotaryAngles, cache: SlotCache) -> Tensor:
         """Of one token a row, each (rows, heads, size); what a row sees, the mask would say as well."""
         layer, columns = cache.layers[self.layer_idx], cache.columns
-        keys, values = layer.held(k, v)
+        keys, values = layer.allocate(k, v)
         window = columns.window if layer.windowed else None
-        places = turn.of_tokens(len(q))
-        return attend_newest(q, k, v, places, keys, values, columns.seen, columns.end, self.heads.scaling, window)
+        places = turn.expand_to_rows(len(q))
+        return attend_newest_token(q, k, v, places, keys, values, columns.seen, columns.end, self.heads.scaling, window)
 
 
 @dataclass(frozen=True)
-class Turn:
+class RotaryAngles:
     """Rotary positions (arXiv 2104.09864) of some tokens: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) of halves.
 
     `cos` and `sin` are (rows or 1, length, size), as transformers has them.
@@ -229,39 +236,39 @@ class Turn:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Of (rows, length, heads, size), rounded where transformers rounds."""
-        if not self.can_take(x):
-            cos, sin = self._broadcast
+        if not self.can_compute(x):
+            cos, sin = self._signed_angles
             return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
         tokens = x.flatten(0, 1)
         turned = torch.empty_like(tokens, memory_format=torch.contiguous_format)
-        native.rotated(tokens, *self.of_tokens(len(x)), 1.0, turned)
+        native.rotate_heads(tokens, *self.expand_to_rows(len(x)), 1.0, turned)
         return turned.view(x.shape)
 
-    def can_take(self, *tensors: Tensor) -> bool:
+    def can_compute(self, *tensors: Tensor) -> bool:
         """Whether a kernel can: of (rows, length, heads, size) each, a token's heads one behind the other."""
-        whole = all(self.cos.shape[-1] <= t.shape[-1] and heads_are_close(t) for t in tensors)
-        return whole and can_take(*tensors, self.cos, self.sin)
+        whole = all(self.cos.shape[-1] <= t.shape[-1] and are_heads_adjacent(t) for t in tensors)
+        return whole and can_compute(*tensors, self.cos, self.sin)
 
-    def of_tokens(self, rows: int) -> tuple[Tensor, Tensor]:
+    def expand_to_rows(self, rows: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines, (rows * length, size) each."""
         if rows == len(self.cos):
-            return self._tokens
-        cos, sin = (t.repeat(rows, 1) for t in self._tokens)
+            return self._token_angles
+        cos, sin = (t.repeat(rows, 1) for t in self._token_angles)
         return cos, sin
 
     @cached_property
-    def _tokens(self) -> tuple[Tensor, Tensor]:
+    def _token_angles(self) -> tuple[Tensor, Tensor]:
         """Both (own rows * length, size), dense."""
         return self.cos.flatten(0, 1).contiguous(), self.sin.flatten(0, 1).contiguous()
 
     @cached_property
-    def _broadcast(self) -> tuple[Tensor, Tensor]:
+    def _signed_angles(self) -> tuple[Tensor, Tensor]:
         """Both (rows or 1, length, 1, size), with the sines' signs."""
         first, second = self.sin.chunk(2, dim=-1)
         return self.cos[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: DecodingHeads) -> Tensor:
     """Softmax(q k^T) v, (rows, length, query heads, size).
 
     Args:
@@ -278,7 +285,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: Heads) -
         causal = mask is None and length > 1
         mixed = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=heads.scaling)
     else:
-        mixed = _capped(q, k, v, mask if mask is not None or length == 1 else causal_mask(q), heads)
+        mixed = _attend_with_softcap(q, k, v, mask if mask is not None or length == 1 else causal_mask(q), heads)
     if length == 1:
         return mixed.reshape(rows, 1, heads.queries, size)
     return mixed.transpose(1, 2)
@@ -290,7 +297,7 @@ def causal_mask(q: Tensor) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:
+def _attend_with_softcap(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: DecodingHeads) -> Tensor:
     cap = heads.softcap
     assert cap is not None
     scores = cap * torch.tanh(torch.matmul(q, k.transpose(-1, -2)) * heads.scaling / cap)

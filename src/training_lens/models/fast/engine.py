@@ -13,17 +13,19 @@ from torch.nn.functional import cross_entropy, pad
 
 from training_lens.errors import ModelLoadingError
 from training_lens.models.classes import decoder_of
-from training_lens.models.fast.attention import Segments
-from training_lens.models.fast.fused import TOKENS, close
-from training_lens.models.fast.fusion import Fusion, fuse, in_line
+from training_lens.models.fast.install import InstalledKernels, forward_packed, install_kernels
 from training_lens.models.fast.losses import linear_nll, nll
+from training_lens.models.fast.module_kernels import PROBE_TOKENS, close
+from training_lens.models.fast.packed_attention import PackedSequences
 from training_lens.models.quantization import is_quantized
 from training_lens.models.rotary import padded_positions
 from training_lens.models.scoring import logits_behind
 from training_lens.utils.devices import moved
 
-LINE = 64  # lines are filled up to a multiple of so many tokens: a product of a new shape costs oneDNN time to prepare
-COMPARED = 4  # random states on which the output layer alone is compared with what the model makes of them
+TOKEN_MULTIPLE = (
+    64  # lines are filled up to a multiple of so many tokens: a product of a new shape costs oneDNN time to prepare
+)
+COMPARED_STATES = 4  # random states on which the output layer alone is compared with what the model makes of them
 
 
 class Engine:
@@ -43,7 +45,7 @@ class Engine:
     def __init__(self, model: Any) -> None:
         self.model = model
         require_causal(model)
-        self.fusion: Fusion = fuse(model)
+        self.kernels: InstalledKernels = install_kernels(model)
         self._decoder = decoder_of(model)
         self._whole = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._head = self._whole.get_output_embeddings()
@@ -53,16 +55,16 @@ class Engine:
         self._head_trains = any(p.requires_grad for p in self._head.parameters())
 
     @property
-    def packs(self) -> bool:
+    def can_pack(self) -> bool:
         """Whether micro-batches may be lines of examples, without padding."""
-        return self.fusion.packs
+        return self.kernels.can_pack
 
     def loss_sum(
         self,
         input_ids: Int[Tensor, "rows width"],
         loss_mask: Bool[Tensor, "rows width"],
-        line: Sequence[int] = (),
-        padded: Sequence[int] = (),
+        packed_lengths: Sequence[int] = (),
+        padded_lengths: Sequence[int] = (),
     ) -> Float[Tensor, ""]:
         """Negative log-likelihood in nats of all supervised tokens given what stands before them, summed, float32.
 
@@ -72,28 +74,30 @@ class Engine:
 
         Args:
             loss_mask: true at the tokens that are targets; at an example's first one it has no say.
-            line: the lengths of the examples that lie in the one row; empty: rows padded on the right.
-            padded: the lengths of rows that are padded, without which a long-rope model takes them as whole.
+            packed_lengths: the lengths of the packed examples in the one row; empty: rows padded on the right.
+            padded_lengths: the lengths of rows that are padded, without which a long-rope model takes them as whole.
         """
-        segments = None
-        if line:
-            spare = -sum(line) % LINE
-            segments = Segments((*line, spare) if spare else tuple(line))
+        packed = None
+        if packed_lengths:
+            spare = -sum(packed_lengths) % TOKEN_MULTIPLE
+            packed = PackedSequences((*packed_lengths, spare) if spare else tuple(packed_lengths))
             input_ids, loss_mask = pad(input_ids, (0, spare)), pad(loss_mask, (0, spare))
-            loss_mask = loss_mask.index_fill(1, segments.starts(loss_mask.device)[:-1].long(), False)
+            loss_mask = loss_mask.index_fill(1, packed.cu_seqlens(loss_mask.device)[:-1].long(), False)
         rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
         wanted = input_ids[rows, columns + 1]
         input_ids, rows, columns, wanted = (moved(t, self._device) for t in (input_ids, rows, columns, wanted))
         kind = self._device.type
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not self._needs_no_autocast(kind)):
-            return self._nll(self._states(input_ids, segments, padded)[rows, columns], wanted)
+            return self._target_nll(self._hidden_states(input_ids, packed, padded_lengths)[rows, columns], wanted)
 
-    def _states(self, input_ids: Tensor, segments: Segments | None, padded: Sequence[int]) -> Tensor:
+    def _hidden_states(
+        self, input_ids: Tensor, packed: PackedSequences | None, padded_lengths: Sequence[int]
+    ) -> Tensor:
         """The last layer's, (rows, width, hidden)."""
-        if segments:
-            output = in_line(self._decoder, input_ids, segments)
+        if packed:
+            output = forward_packed(self._decoder, input_ids, packed)
         else:
-            places = padded_positions(self._decoder, padded, input_ids.shape[1], input_ids.device)
+            places = padded_positions(self._decoder, padded_lengths, input_ids.shape[1], input_ids.device)
             output = self._decoder(input_ids=input_ids, use_cache=False, **places)
         self._output = type(output)
         states: Tensor = output[0]
@@ -102,18 +106,18 @@ class Engine:
     def _needs_no_autocast(self, device: str) -> bool:
         """Whether all is in the dtype of the computation but what the kernels cast; autocast would cast to and fro."""
         wanted = torch.get_autocast_dtype(device)
-        return not self.fusion.plain and self._dtypes == {wanted}
+        return not self.kernels.skipped and self._dtypes == {wanted}
 
-    def _nll(self, states: Tensor, targets: Tensor) -> Tensor:
+    def _target_nll(self, states: Tensor, targets: Tensor) -> Tensor:
         if self._head_is_plain:
             weight = self._head.weight
             with torch.autocast(states.device.type, enabled=False):
                 return linear_nll(states.to(weight.dtype), weight, self._head.bias, targets)
         if self._head_trains:
-            return cross_entropy(self._logits(states), targets, reduction="sum")
-        return nll(states, self._logits, targets)
+            return cross_entropy(self._head_logits(states), targets, reduction="sum")
+        return nll(states, self._head_logits, targets)
 
-    def _logits(self, states: Tensor) -> Tensor:
+    def _head_logits(self, states: Tensor) -> Tensor:
         assert self._output is not None, "the decoder was asked for the states"
         return logits_behind(self._whole, states, self._output)
 
@@ -125,9 +129,11 @@ class Engine:
         if self._head_trains or type(head) is not nn.Linear or not head.weight.is_floating_point():
             return False
         generator = torch.Generator().manual_seed(0)
-        states = torch.randn(COMPARED, head.in_features, generator=generator).to(head.weight.device, head.weight.dtype)
+        states = torch.randn(COMPARED_STATES, head.in_features, generator=generator).to(
+            head.weight.device, head.weight.dtype
+        )
         states *= 100  # so that a cap shows
-        return torch.equal(head(states).float(), self._logits(states))
+        return torch.equal(head(states).float(), self._head_logits(states))
 
 
 @torch.no_grad()
@@ -144,16 +150,16 @@ def require_causal(model: Any) -> None:
     """
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = decoder_of(whole)
-    ids = torch.arange(3, 3 + TOKENS, device=next(decoder.parameters()).device)[None]
+    ids = torch.arange(3, 3 + PROBE_TOKENS, device=next(decoder.parameters()).device)[None]
     was_training = whole.training
     if is_quantized(model):
         return
     whole.eval()
     try:
-        output, half = (decoder(input_ids=part, use_cache=False) for part in (ids, ids[:, : TOKENS // 2]))
+        output, half = (decoder(input_ids=part, use_cache=False) for part in (ids, ids[:, : PROBE_TOKENS // 2]))
         if not output[0].isfinite().all():
             return
-        is_causal = close(output[0][:, : TOKENS // 2], half[0])
+        is_causal = close(output[0][:, : PROBE_TOKENS // 2], half[0])
         if is_causal and whole.base_model is not decoder:
             found = logits_behind(whole, output[0][0], type(output))
             wanted = whole(input_ids=ids, use_cache=False).logits[0]

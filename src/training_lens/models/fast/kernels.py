@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, linear, silu
 
 from training_lens.models.fast.native import training_kernels as native
-from training_lens.models.fast.native.library import can_take, heads_are_close, summing
+from training_lens.models.fast.native.library import are_heads_adjacent, can_compute, sum_dtype
 
 SUMS_AT_ONCE = {"cpu": 2**18, "cuda": 2**24}  # numbers of W + s B A that exist at a time: 1 MB stays in a CPU's cache
 
@@ -77,7 +77,9 @@ class _LoRALinear(torch.autograd.Function):
         given = x if dropped is None else dropped
         low = given @ down.T  # (tokens, ranks)
         y = linear(x, weight, bias)
-        for part, into, up in zip(low.split(_ranks(ups), 1), y.split(_sizes(ups), 1), scaled, strict=True):
+        for part, into, up in zip(
+            low.split(_branch_ranks(ups), 1), y.split(_output_sizes(ups), 1), scaled, strict=True
+        ):
             into.addmm_(part, up.T)
         ctx.save_for_backward(given, weight, down, low, *scaled)
         ctx.scales, ctx.dropped = scales, dropped is not None
@@ -88,25 +90,25 @@ class _LoRALinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         given, weight, down, low, *ups = ctx.saved_tensors
-        dys = dy.split(_sizes(ups), 1)
+        dys = dy.split(_output_sizes(ups), 1)
         dlow = torch.cat([part @ up for part, up in zip(dys, ups, strict=True)], 1)  # (tokens, ranks)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dropped = dlow @ down if ctx.dropped else None
         if dx is not None and dropped is None:
             dx.addmm_(dlow, down)
-        downs = (dlow.T @ given).split(_ranks(ups))
-        parts = zip(dys, low.split(_ranks(ups), 1), ctx.scales, strict=True)
+        downs = (dlow.T @ given).split(_branch_ranks(ups))
+        parts = zip(dys, low.split(_branch_ranks(ups), 1), ctx.scales, strict=True)
         dups = ((seen.T @ part).T.mul_(scale) for part, seen, scale in parts)  # in this order the product is faster
         pairs = zip(downs, dups, strict=True)
         grads = zip((grad for pair in pairs for grad in pair), ctx.dtypes, ctx.needs_input_grad[5:], strict=True)
         return dx, dropped, None, None, None, *(grad.to(dtype) if needed else None for grad, dtype, needed in grads)
 
 
-def _sizes(ups: Sequence[Tensor]) -> list[int]:
+def _output_sizes(ups: Sequence[Tensor]) -> list[int]:
     return [up.shape[0] for up in ups]
 
 
-def _ranks(ups: Sequence[Tensor]) -> list[int]:
+def _branch_ranks(ups: Sequence[Tensor]) -> list[int]:
     return [up.shape[1] for up in ups]
 
 
@@ -120,14 +122,14 @@ def row_norms(
     and exact where the parts cancel. Cost: 2 out width rank operations, and one block of `SUMS_AT_ONCE` numbers.
     """
     rows = max(1, SUMS_AT_ONCE["cpu" if weight.device.type == "cpu" else "cuda"] // weight.shape[1])
-    wide = summing(down)
+    wide = sum_dtype(down)
     down = down.to(wide)
     blocks = zip(weight.split(rows), up.split(rows), strict=True)
     sums = (torch.addmm(w.to(wide), b.to(wide), down, alpha=scale) for w, b in blocks)
     return torch.cat([torch.linalg.vector_norm(part, dim=1) for part in sums])
 
 
-def gained(
+def scale_outputs(
     z: Float[Tensor, "*tokens out"], gains: Float[Tensor, " out"], bias: Float[Tensor, " out"] | None = None
 ) -> Float[Tensor, "*tokens out"]:
     """y = g z + b with a learned factor of each output, as DoRA has in g = m / |W + s B A| (arXiv 2402.09353, eq. 5).
@@ -137,14 +139,14 @@ def gained(
     Args:
         gains: none of them 0; of a dtype that may be wider than that of `z`: the product is rounded once.
     """
-    y: Tensor = _Gained.apply(z, gains, bias)
+    y: Tensor = _ScaleOutputs.apply(z, gains, bias)
     return y
 
 
-class _Gained(torch.autograd.Function):
+class _ScaleOutputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, gains: Tensor, bias: Tensor | None) -> Tensor:
-        y = _scaled(z, gains)
+        y = _multiply_rounded(z, gains)
         ctx.save_for_backward(y, gains)
         return y if bias is None else y + bias
 
@@ -155,7 +157,7 @@ class _Gained(torch.autograd.Function):
         dgains = None
         if ctx.needs_input_grad[1]:
             dgains = (dy * y).view(-1, len(gains)).sum(0, dtype=gains.dtype).div_(gains)
-        return _scaled(dy, gains), dgains, None
+        return _multiply_rounded(dy, gains), dgains, None
 
 
 def rms_norm(
@@ -167,46 +169,46 @@ def rms_norm(
     rounded once, as Gemma's. Kept: x, and a float for each token. Gradient: dx = (g - n mean(g n)) / rms, with g = w dy
     and n the quotient.
     """
-    y: Tensor = _RMSNorm.apply(x, weight, eps)
+    y: Tensor = _RMSNormFunction.apply(x, weight, eps)
     return y
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if _has_native_norm(x, weight):
             y, scale = native.rms_norm(x, weight, eps)
             ctx.save_for_backward(x, weight, scale)
             return y
-        sums = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=summing(x))  # one pass, no wider copy
+        sums = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=sum_dtype(x))  # one pass, no wider copy
         scale = sums.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (*tokens, 1)
         ctx.save_for_backward(x, weight, scale)
         if weight.dtype != x.dtype:
             return torch.mul(x, scale).mul_(weight).to(x.dtype)
-        return _scaled(x, scale).mul_(weight)
+        return _multiply_rounded(x, scale).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         if _has_native_norm(x, weight):
-            return native.rms_norm_back(dy, x, weight, scale), None, None
-        g = _scaled(dy, weight)
+            return native.rms_norm_backward(dy, x, weight, scale), None, None
+        g = _multiply_rounded(dy, weight)
         along = torch.linalg.vecdot(g.to(scale.dtype), x.to(scale.dtype)).unsqueeze(-1)  # sum(g x)
         along.mul_(scale.square()).div_(-x.shape[-1])
-        return _scaled(g.addcmul_(x, along.to(x.dtype)), scale), None, None
+        return _multiply_rounded(g.addcmul_(x, along.to(x.dtype)), scale), None, None
 
 
 def _has_native_norm(x: Tensor, weight: Tensor) -> bool:
-    return can_take(x) and weight.dtype in (x.dtype, summing(x))
+    return can_compute(x) and weight.dtype in (x.dtype, sum_dtype(x))
 
 
-def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+def _multiply_rounded(x: Tensor, scale: Tensor) -> Tensor:
     """x times wider numbers, one for each token or each of a token's, rounded once."""
     return torch.mul(x, scale, out=torch.empty_like(x))
 
 
-def gated(gate_up: Float[Tensor, "*tokens twice"], activation: str = "silu") -> Float[Tensor, "*tokens width"]:
+def apply_gate(gate_up: Float[Tensor, "*tokens twice"], activation: str = "silu") -> Float[Tensor, "*tokens width"]:
     """a(gate) * up of a joined projection whose first half is the gate (SwiGLU, GeGLU: arXiv 2002.05202).
 
     Kept: the projection alone; a(gate) is computed again for the gradient, but for GELU by torch on a CPU, where that
@@ -215,17 +217,17 @@ def gated(gate_up: Float[Tensor, "*tokens twice"], activation: str = "silu") -> 
     Args:
         activation: a name in `ACTIVATIONS`.
     """
-    y: Tensor = _Gated.apply(gate_up, activation)
+    y: Tensor = _ApplyGate.apply(gate_up, activation)
     return y
 
 
-class _Gated(torch.autograd.Function):
+class _ApplyGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, activation: str) -> Tensor:
         ctx.activation = activation
         if _has_native_gate(gate_up, activation):
             ctx.save_for_backward(gate_up, None)
-            return native.gated(gate_up, activation)
+            return native.apply_gate(gate_up, activation)
         gate, up = gate_up.chunk(2, -1)
         active = ACTIVATIONS[activation][0](gate)
         again = activation == "silu" or gate_up.is_cuda
@@ -237,7 +239,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         gate_up, active = ctx.saved_tensors
         if _has_native_gate(gate_up, ctx.activation):
-            return native.gated_back(dy, gate_up, ctx.activation), None
+            return native.apply_gate_backward(dy, gate_up, ctx.activation), None
         activate, backward_into = ACTIVATIONS[ctx.activation]
         gate, up = gate_up.chunk(2, -1)
         grad = torch.empty_like(gate_up)
@@ -248,10 +250,10 @@ class _Gated(torch.autograd.Function):
 
 
 def _has_native_gate(gate_up: Tensor, activation: str) -> bool:
-    return activation in native.ACTIVATIONS and can_take(gate_up)
+    return activation in native.ACTIVATIONS and can_compute(gate_up)
 
 
-def rotate(
+def apply_rotary(
     x: Float[Tensor, "tokens heads width"],
     cos: Float[Tensor, "tokens turned"],
     sin: Float[Tensor, "tokens turned"],
@@ -262,28 +264,28 @@ def rotate(
         cos: of each token's angles; both halves hold the same, of which the first is read. `turned` of the `width`
             numbers of a head are turned, and the others left.
     """
-    y: Tensor = _Rotate.apply(x, cos, sin)
+    y: Tensor = _ApplyRotary.apply(x, cos, sin)
     return y
 
 
-class _Rotate(torch.autograd.Function):
+class _ApplyRotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return rotated(x, cos, sin, 1.0)
+        return rotate_heads(x, cos, sin, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return rotated(dy, cos, sin, -1.0), None, None
+        return rotate_heads(dy, cos, sin, -1.0), None, None
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    """`rotate` without autograd, forth or (`direction` -1) back."""
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    """`apply_rotary` without autograd, forth or (`direction` -1) back."""
     y = torch.empty_like(x)
-    if can_take(x, cos, sin) and heads_are_close(x):
-        native.rotated(x, cos, sin, direction, y)
+    if can_compute(x, cos, sin) and are_heads_adjacent(x):
+        native.rotate_heads(x, cos, sin, direction, y)
         return y
     half = cos.shape[-1] // 2
     c, s = cos[:, None, :half], sin[:, None, :half]

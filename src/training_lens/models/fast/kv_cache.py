@@ -29,7 +29,7 @@ class Columns:
         self.seen = torch.zeros(rows, dtype=torch.int64)  # the first column of each, the newest of a row at rest
 
     @property
-    def first(self) -> int:
+    def first_used(self) -> int:
         """The first column that any row uses."""
         return min((s for s in self.starts if s is not None), default=self.end)
 
@@ -40,7 +40,7 @@ class Columns:
         """
         self.end += 1
         self.seen = torch.tensor([self.end - 1 if start is None else start for start in self.starts])
-        first, last = self.first, min(-(-self.end // GRAIN) * GRAIN, self.count)
+        first, last = self.first_used, min(-(-self.end // GRAIN) * GRAIN, self.count)
         everything = slice(first // GRAIN * GRAIN, last)
         narrow = self.window is not None and self.end - self.window > first
         self.read = {False: everything, True: slice(self.end - (self.window or 0), last) if narrow else everything}
@@ -71,25 +71,25 @@ class SlotLayer(CacheLayerMixin):
         self.values[:, :, newest : newest + 1] = value_states
         return self.keys[:, :, read], self.values[:, :, read]
 
-    def held(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def allocate(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values, (rows, heads, columns, size), for one who writes these newest, (rows, heads, size)."""
         if not self.is_initialized:
             self.lazy_initialization(key[:, :, None], value[:, :, None])
         return self.keys, self.values
 
-    def put(self, row: int, keys: Tensor, values: Tensor, start: int) -> None:
+    def write_tokens(self, row: int, keys: Tensor, values: Tensor, start: int) -> None:
         """Write a stretch of a prompt, (heads, tokens, size), from column `start` on."""
         if not self.is_initialized:
             self.lazy_initialization(keys[None], values[None])
         self.keys[row, :, start : start + keys.shape[1]] = keys
         self.values[row, :, start : start + keys.shape[1]] = values
 
-    def shift(self, by: int, end: int) -> None:
+    def shift_left(self, by: int, end: int) -> None:
         """Move all columns before `end` so far to the left."""
         for held in (self.keys, self.values):
             held[:, :, : end - by] = held[:, :, by:end].clone()
 
-    def keep(self, rows: Tensor) -> None:
+    def keep_rows(self, rows: Tensor) -> None:
         """Only these rows stay."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 
@@ -124,7 +124,7 @@ class SlotCache(Cache):
         self.mask = torch.full((rows, 1, 1, count), self.hidden, dtype=dtype, device=device)
         super().__init__(layers=[SlotLayer(self.columns, w is not None) for w in windows])
 
-    def put(self, row: int, prompt: Cache, place: int, prefix: int, length: int) -> None:
+    def write_prompt(self, row: int, prompt: Cache, place: int, prefix: int, length: int) -> None:
         """Take over a prompt that was just read.
 
         Args:
@@ -136,41 +136,41 @@ class SlotCache(Cache):
         for layer, read in zip(self.layers, prompt.layers, strict=True):
             keys, values = read.keys[place], read.values[place]
             if prefix:
-                layer.put(row, keys[:, :prefix], values[:, :prefix], start)
-            layer.put(row, keys[:, -rest:], values[:, -rest:], start + prefix)
+                layer.write_tokens(row, keys[:, :prefix], values[:, :prefix], start)
+            layer.write_tokens(row, keys[:, -rest:], values[:, -rest:], start + prefix)
         self.columns.starts[row] = start
         self.mask[row] = self.hidden
         self.mask[row, ..., start : self.columns.end] = 0
 
-    def leave(self, row: int) -> None:
+    def release_row(self, row: int) -> None:
         """The row's answer is finished: nothing reads its columns any more."""
         self.columns.starts[row] = None
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def keep_rows(self, rows: Sequence[int]) -> None:
         """Only these rows stay, in this order."""
         index = torch.tensor(rows, device=self.mask.device)
         for layer in self.layers:
-            layer.keep(index)
+            layer.keep_rows(index)
         self.mask = self.mask[index]
         self.columns.starts = [self.columns.starts[row] for row in rows]
 
     def open_column(self) -> None:
         """Make room for the next token of every row; where the columns are full, all move to the left first."""
         if self.columns.end == self.columns.count:
-            self._shift(self.columns.first)
+            self._shift_left(self.columns.first_used)
         self.mask[..., self.columns.end] = 0
         self.columns.advance()
 
-    def _shift(self, by: int) -> None:
+    def _shift_left(self, by: int) -> None:
         end = self.columns.end
         for layer in self.layers:
-            layer.shift(by, end)
+            layer.shift_left(by, end)
         self.mask[..., : end - by] = self.mask[..., by:end].clone()
         self.mask[..., end - by :] = self.hidden
         self.columns.starts = [None if s is None else s - by for s in self.columns.starts]
         self.columns.end -= by
 
-    def masks(self) -> dict[str, Tensor]:
+    def attention_masks(self) -> dict[str, Tensor]:
         """What is added to the scores of each kind of layers, (rows, 1, 1, columns read)."""
         kinds = {SLIDING if layer.windowed else FULL: layer.windowed for layer in self.layers}
         return {kind: self.mask[..., self.columns.read[windowed]] for kind, windowed in kinds.items()}

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, linear, pad
 
 from training_lens.models.fast.native import training_kernels as native
-from training_lens.models.fast.native.library import can_take, summing
+from training_lens.models.fast.native.library import can_compute, sum_dtype
 
 CHUNK_BYTES = 28 * 2**20  # of one chunk of logits: from 32 MB on glibc keeps none for the next
 CACHED = 2**18  # logits that go through the passes of a softmax together on a CPU: they stay in its cache
@@ -39,7 +39,7 @@ class _LinearNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         size = max(1, CHUNK_BYTES // (weight.shape[0] * weight.element_size()) // ROWS) * ROWS
-        grad, total = torch.empty_like(states), states.new_zeros((), dtype=summing(states))
+        grad, total = torch.empty_like(states), states.new_zeros((), dtype=sum_dtype(states))
         for part, wanted, into in zip(states.split(size), targets.split(size), grad.split(size), strict=True):
             logits = linear(pad(part, (0, 0, 0, -len(part) % ROWS)), weight, bias)  # (filled, vocabulary)
             total += _to_gradient(logits[: len(part)], wanted, total.dtype)
@@ -56,8 +56,8 @@ class _LinearNll(torch.autograd.Function):
 
 def _to_gradient(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of -log softmax(logits)[target], computed in `dtype`; the logits become its gradient, softmax - onehot."""
-    if can_take(logits):
-        return native.to_nll_gradient(logits, targets).sum()
+    if can_compute(logits):
+        return native.write_nll_gradient(logits, targets).sum()
     total = logits.new_zeros((), dtype=dtype)
     size = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for part, wanted in zip(logits.split(size), targets[:, None].split(size), strict=True):
@@ -80,7 +80,7 @@ class _Nll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, logits: Logits, targets: Tensor) -> Tensor:
         vocabulary = logits(states[:1].detach()).shape[-1]
-        grad, total = torch.empty_like(states), states.new_zeros((), dtype=summing(states))
+        grad, total = torch.empty_like(states), states.new_zeros((), dtype=sum_dtype(states))
         size = max(1, CHUNK_BYTES // (vocabulary * total.element_size()))
         for part, wanted, into in zip(states.split(size), targets.split(size), grad.split(size), strict=True):
             with torch.enable_grad():

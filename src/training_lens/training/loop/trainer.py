@@ -72,10 +72,10 @@ class Trainer:
     ) -> None:
         self.model, self.dataset, self.validation = model, dataset, validation
         self.engine = Engine(model)
-        logger.debug("%s", self.engine.fusion)
+        logger.debug("%s", self.engine.kernels)
         self.schedule, self.settings, self.precision, self.processes = schedule, settings, precision, processes
         self.checkpoints, self.fill_id = checkpoints, fill_id
-        self.feed = Feed(dataset, processes, fill_id, self.engine.packs)
+        self.feed = Feed(dataset, processes, fill_id, self.engine.can_pack)
         self.parameters = [p for _, p in trainable(model)]
         self.optimizer = build_optimizer(trainable(model), settings, lora_plus_ratio)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")

@@ -1,4 +1,4 @@
-"""What decoding computes by kernels in C; `calls.can_take` says whether they take a tensor."""
+"""What decoding computes by kernels in C; `calls.can_compute` says whether they take a tensor."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from training_lens.models.fast.native.library import GRAIN, call, can_take, has
+from training_lens.models.fast.native.library import GRAIN, call_kernel, can_compute, has_kernel
 
 
-def attend_newest(
+def attend_newest_token(
     query: Float[Tensor, "rows heads size"],
     key: Float[Tensor, "rows groups size"],
     value: Float[Tensor, "rows groups size"],
@@ -43,18 +43,18 @@ def attend_newest(
     of = (heads, groups, size, cos.shape[-1], end, window or 0, *strides)
     at = (query, key, value, cos, sin, keys, values, first, mixed)
     most = 2 * (heads // groups) * size * end  # products of an item, some of which are none of the row's
-    call("attend_newest", query.dtype, rows * groups, at, of, (scale,), min(most, GRAIN))
+    call_kernel("attend_newest", query.dtype, rows * groups, at, of, (scale,), min(most, GRAIN))
     return mixed
 
 
-class FewRows:
+class FewRowsLinear:
     """x W^T + b of layers on one input whose outputs lie side by side, from their plain weights, for few rows.
 
     Bound by the memory that the weights are read from, where oneDNN's kernels are made for many rows. A row's result is
     the same whatever rows are beside it.
 
     Args:
-        weights: (out, width) each, and bias (sum of outs,), as `can_take` wants them.
+        weights: (out, width) each, and bias (sum of outs,), as `can_compute` wants them.
     """
 
     MOST = 64  # rows; more are better left to oneDNN
@@ -66,10 +66,10 @@ class FewRows:
         self._firsts = torch.tensor(firsts)
 
     @classmethod
-    def can_take(cls, weights: Sequence[Tensor], bias: Tensor | None) -> bool:
+    def can_compute(cls, weights: Sequence[Tensor], bias: Tensor | None) -> bool:
         """Whether there is a kernel for them on this processor."""
         tensors = [*weights] if bias is None else [*weights, bias]
-        kernel = len(weights) <= cls.LAYERS and can_take(*tensors) and has("few_rows", weights[0].dtype)
+        kernel = len(weights) <= cls.LAYERS and can_compute(*tensors) and has_kernel("few_rows", weights[0].dtype)
         whole = all(len(w) % cls.OUTS == 0 and w.shape[1] % cls.WIDTH == 0 for w in weights)
         return kernel and whole and all(t.is_contiguous() for t in tensors)
 
@@ -85,11 +85,11 @@ class FewRows:
         y, rows = x.new_empty(*x.shape[:-1], self._outs), x.numel() // width
         of = (rows, width, self._outs, len(self._weights))
         at = (x.contiguous(), y, self._firsts, self._bias, *self._weights)
-        call("few_rows", dtype, self._outs // self.OUTS, at, of, size=self.OUTS * width * rows)
+        call_kernel("few_rows", dtype, self._outs // self.OUTS, at, of, size=self.OUTS * width * rows)
         return y
 
 
-class Branches:
+class LoRABranches:
     """The low-rank branches of layers whose outputs lie side by side: y += (x A^T) B^T, for some rows.
 
     In the dtype of sums until y is rounded, as PEFT computes beside weights of fewer bits.
@@ -114,10 +114,12 @@ class Branches:
                 ups.append(pad(part.T.to(wide), (0, self.WIDTH - len(part), 0, max(ranks) - part.shape[1])))
         self._up, self._blocks = torch.stack(ups), torch.tensor(blocks)
 
-    def add(self, x: Float[Tensor, "rows width"], y: Float[Tensor, "rows outs"]) -> None:
+    def add_to(self, x: Float[Tensor, "rows width"], y: Float[Tensor, "rows outs"]) -> None:
         """Add them to y, which is dense; x of the same dtype."""
         (rows, outs), (width, ranks), (blocks, rank, _) = y.shape, self._down.shape, self._up.shape
         panel = min(-(-rows // torch.get_num_threads()), self.TILE)
         at = (x.contiguous(), y, self._down, self._up, self._blocks)
         one = panel * (ranks * width + rank * outs)
-        call("branches", x.dtype, -(-rows // panel), at, (rows, width, outs, ranks, blocks, rank, panel), size=one)
+        call_kernel(
+            "branches", x.dtype, -(-rows // panel), at, (rows, width, outs, ranks, blocks, rank, panel), size=one
+        )

@@ -20,14 +20,14 @@ TYPES = {torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "dou
 GRAIN = 2**15  # numbers that are worth a thread
 
 
-class Call(ctypes.Structure):
+class CallArguments(ctypes.Structure):
     """`struct call` of kernels.c."""
 
     _fields_ = (("at", ctypes.c_void_p * 12), ("of", ctypes.c_int64 * 12), ("by", ctypes.c_double * 2))
 
 
 @dataclass(frozen=True, eq=False)
-class Library:
+class KernelLibrary:
     """The kernels' library, and the function of torch that shares items out among its threads."""
 
     kernels: ctypes.CDLL
@@ -41,7 +41,7 @@ class Library:
 
 
 @lru_cache(maxsize=1)
-def library() -> Library | None:
+def load_library() -> KernelLibrary | None:
     """The kernels, compiled where that was not done before; None, and the reason in the log, where that cannot be."""
     try:
         kernels = compiled(SOURCES, "kernels")
@@ -50,27 +50,27 @@ def library() -> Library | None:
         logger.info("norms, gates, attention and softmax are computed by torch, in more passes: %s", error)
         return None
     share.argtypes = [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 2
-    return Library(kernels, share)
+    return KernelLibrary(kernels, share)
 
 
 def _torch_library() -> Path:
     return next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), Path("libtorch_cpu"))
 
 
-def can_take(*tensors: Tensor) -> bool:
+def can_compute(*tensors: Tensor) -> bool:
     """Whether kernels are there for tensors on this device and of this dtype, the same of all."""
     x = tensors[0]
     alike = x.dtype in TYPES and all(t.device.type == "cpu" and t.dtype == x.dtype for t in tensors)
-    return alike and library() is not None
+    return alike and load_library() is not None
 
 
-def has(kernel: str, dtype: torch.dtype) -> bool:
+def has_kernel(kernel: str, dtype: torch.dtype) -> bool:
     """Whether a kernel is there for this processor; of most, all are."""
-    found = library()
+    found = load_library()
     return found is not None and dtype in TYPES and hasattr(found.kernels, f"{kernel}_{TYPES[dtype]}")
 
 
-def call(
+def call_kernel(
     kernel: str,
     dtype: torch.dtype,
     items: int,
@@ -83,19 +83,19 @@ def call(
 
     The tensors are as the kernel wants them, which is the caller's to see to.
     """
-    found = library()
+    found = load_library()
     assert found is not None, "can_take was asked"
-    given = Call(tuple(None if t is None else t.data_ptr() for t in at), tuple(of), tuple(by))
+    given = CallArguments(tuple(None if t is None else t.data_ptr() for t in at), tuple(of), tuple(by))
     address = found.address(kernel, dtype)
     failed = found.share(0, items, max(1, GRAIN // size), address, ctypes.addressof(given))
     assert not failed, f"{kernel} raises nothing"
 
 
-def summing(x: Tensor) -> torch.dtype:
+def sum_dtype(x: Tensor) -> torch.dtype:
     """The dtype that sums over x are made in."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def heads_are_close(x: Tensor) -> bool:
+def are_heads_adjacent(x: Tensor) -> bool:
     """Whether heads, (..., heads, size), lie one behind the other, whatever is between tokens."""
     return x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from training_lens.models.fast.native.library import call, summing
+from training_lens.models.fast.native.library import call_kernel, sum_dtype
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # `enum activation` of kernels.c
 
@@ -16,40 +16,40 @@ def rms_norm(
 ) -> tuple[Float[Tensor, "*tokens width"], Float[Tensor, "*tokens 1"]]:
     """y = w x / sqrt(mean(x^2) + eps), and the factor of each token, in the dtype of sums."""
     x = x.contiguous()
-    y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=summing(x))
+    y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=sum_dtype(x))
     width = x.shape[-1]
-    call("norm", x.dtype, scale.numel(), (x, weight, y, scale), (width, weight.dtype != x.dtype), (eps,), width)
+    call_kernel("norm", x.dtype, scale.numel(), (x, weight, y, scale), (width, weight.dtype != x.dtype), (eps,), width)
     return y, scale
 
 
-def rms_norm_back(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """The gradient of x; `scale` as `rms_norm` gave it."""
     dy, x = dy.contiguous(), x.contiguous()
     dx, width = torch.empty_like(x), x.shape[-1]
     of = (width, weight.dtype != x.dtype)
-    call("norm_back", x.dtype, scale.numel(), (dy, x, weight, scale, dx), of, size=width)
+    call_kernel("norm_back", x.dtype, scale.numel(), (dy, x, weight, scale, dx), of, size=width)
     return dx
 
 
-def gated(gate_up: Float[Tensor, "*tokens twice"], activation: str) -> Float[Tensor, "*tokens width"]:
+def apply_gate(gate_up: Float[Tensor, "*tokens twice"], activation: str) -> Float[Tensor, "*tokens width"]:
     """a(gate) * up, with an activation of `ACTIVATIONS`."""
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     y = gate_up.new_empty((*gate_up.shape[:-1], width))
-    call("gate", y.dtype, y.numel() // width, (gate_up, y), (width, ACTIVATIONS[activation]), size=width)
+    call_kernel("gate", y.dtype, y.numel() // width, (gate_up, y), (width, ACTIVATIONS[activation]), size=width)
     return y
 
 
-def gated_back(dy: Tensor, gate_up: Tensor, activation: str) -> Tensor:
+def apply_gate_backward(dy: Tensor, gate_up: Tensor, activation: str) -> Tensor:
     """The gradient of gate_up."""
     dy, gate_up = dy.contiguous(), gate_up.contiguous()
     grad, width = torch.empty_like(gate_up), dy.shape[-1]
     of = (width, ACTIVATIONS[activation])
-    call("gate_back", dy.dtype, dy.numel() // width, (dy, gate_up, grad), of, size=width)
+    call_kernel("gate_back", dy.dtype, dy.numel() // width, (dy, gate_up, grad), of, size=width)
     return grad
 
 
-def rotated(
+def rotate_heads(
     x: Float[Tensor, "tokens heads width"],
     cos: Float[Tensor, "tokens turned"],
     sin: Float[Tensor, "tokens turned"],
@@ -61,14 +61,14 @@ def rotated(
     cos, sin = cos.contiguous(), sin.contiguous()
     turned = cos.shape[-1]
     of = (heads, width, turned // 2, x.stride(0), y.stride(0), turned)
-    call("rotate", x.dtype, len(x), (x, cos, sin, y), of, (direction,), heads * width)
+    call_kernel("rotate", x.dtype, len(x), (x, cos, sin, y), of, (direction,), heads * width)
 
 
-def to_nll_gradient(
+def write_nll_gradient(
     logits: Float[Tensor, "targets classes"], targets: Int[Tensor, " targets"]
 ) -> Float[Tensor, " targets"]:
     """-log softmax(logits)[target] of each row, in the dtype of sums; the logits become its gradient."""
-    losses = logits.new_empty(len(logits), dtype=summing(logits))
+    losses = logits.new_empty(len(logits), dtype=sum_dtype(logits))
     classes = logits.shape[1]
-    call("nll", logits.dtype, len(logits), (logits, targets.contiguous(), losses), (classes,), size=classes)
+    call_kernel("nll", logits.dtype, len(logits), (logits, targets.contiguous(), losses), (classes,), size=classes)
     return losses

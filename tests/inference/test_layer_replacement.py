@@ -8,8 +8,8 @@ import pytest
 import torch
 from random_models import random_model
 
-from training_lens.models.fast.decoding_layers import Attention, GatedMlp, Norm, Product
-from training_lens.models.fast.replacing import relative_error, replace_layers
+from training_lens.models.fast.decoding_layers import DecodingAttention, DecodingLinear, DecodingMLP, DecodingNorm
+from training_lens.models.fast.layer_replacement import relative_error, replace_layers
 
 LAYERS = 2
 KNOWN = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text", "Granite"]
@@ -28,7 +28,9 @@ def test_scores_are_what_they_were(kind: str) -> None:
         replace_layers(model, ids)
         assert relative_error(model(input_ids=ids).logits, wanted) < 1e-5
     if kind in KNOWN:
-        assert (count(model, Attention), count(model, GatedMlp)) == (LAYERS, LAYERS) and count(model, Norm) > LAYERS
+        assert (count(model, DecodingAttention), count(model, DecodingMLP)) == (LAYERS, LAYERS) and count(
+            model, DecodingNorm
+        ) > LAYERS
 
 
 def test_in_bf16_weights_are_joined_without_a_change_of_the_product() -> None:
@@ -38,7 +40,7 @@ def test_in_bf16_weights_are_joined_without_a_change_of_the_product() -> None:
     with torch.inference_mode():
         wanted = torch.cat([layer.mlp.gate_proj(x), layer.mlp.up_proj(x)], dim=-1)
         replace_layers(model, ids)
-        assert isinstance(layer.mlp, GatedMlp) and torch.equal(layer.mlp.gate_up(x), wanted)
+        assert isinstance(layer.mlp, DecodingMLP) and torch.equal(layer.mlp.gate_up(x), wanted)
 
 
 def test_a_layer_that_says_something_else_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,13 +54,13 @@ def test_a_layer_that_says_something_else_stays(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(type(attention), "forward", louder)
     replace_layers(model, ids)
-    assert model.model.layers[1].self_attn is attention and count(model, Attention) == LAYERS - 1
+    assert model.model.layers[1].self_attn is attention and count(model, DecodingAttention) == LAYERS - 1
 
 
 def test_a_product_that_is_right_for_few_rows_alone_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = random_model("Llama", torch.bfloat16), torch.arange(24)[None]
-    right = Product.many
-    monkeypatch.setattr(Product, "many", lambda self, x: 2 * right(self, x))
+    right = DecodingLinear.apply_to_many_rows
+    monkeypatch.setattr(DecodingLinear, "apply_to_many_rows", lambda self, x: 2 * right(self, x))
     with torch.inference_mode():
         replace_layers(model, ids)
-    assert count(model, Attention) == count(model, GatedMlp) == 0
+    assert count(model, DecodingAttention) == count(model, DecodingMLP) == 0

@@ -15,46 +15,57 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from training_lens.models.classes import decoder_of
-from training_lens.models.fast.decoding_layers import Attention, GatedMlp, Norm, Product, Turn
+from training_lens.models.fast.decoding_layers import (
+    DecodingAttention,
+    DecodingLinear,
+    DecodingMLP,
+    DecodingNorm,
+    RotaryAngles,
+)
 from training_lens.models.fast.kv_cache import FULL, SLIDING
 
-PARTS = {"input_layernorm": Norm, "self_attn": Attention, "post_attention_layernorm": Norm, "mlp": GatedMlp}
+PARTS = {
+    "input_layernorm": DecodingNorm,
+    "self_attn": DecodingAttention,
+    "post_attention_layernorm": DecodingNorm,
+    "mlp": DecodingMLP,
+}
 
 
 @dataclass(frozen=True)
-class Block:
+class DecoderBlock:
     """Two sums: x + attention(norm x), and of that the same with the MLP. `kind` is that of its mask."""
 
-    before: Norm
-    attention: Attention
-    between: Norm
-    mlp: GatedMlp
+    before: DecodingNorm
+    attention: DecodingAttention
+    between: DecodingNorm
+    mlp: DecodingMLP
     kind: str
 
 
 @dataclass(frozen=True)
-class Stack:
+class DecoderStack:
     """The pass. `rotary` gives cosines and sines of positions."""
 
     embed: nn.Embedding
     rotary: Any
-    blocks: tuple[Block, ...]
-    norm: Norm
-    head: Product
+    blocks: tuple[DecoderBlock, ...]
+    norm: DecodingNorm
+    head: DecodingLinear
 
     def logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
         """As `Decoder.logits`."""
         x = self.embed(ids)  # (rows, tokens, hidden)
-        turn = Turn(*self.rotary(x, positions))
+        turn = RotaryAngles(*self.rotary(x, positions))
         for block in self.blocks:
             mask = None if masks is None else masks[block.kind]
-            x.add_(block.attention.mixed(block.before(x), turn, mask, cache))
+            x.add_(block.attention.attend(block.before(x), turn, mask, cache))
             x.add_(block.mlp(block.between(x)))
         scores: Tensor = self.head(self.norm(x[:, -1]))
         return scores
 
 
-def stack_of(model: Any, windows: Sequence[int | None]) -> Stack | None:
+def build_stack(model: Any, windows: Sequence[int | None]) -> DecoderStack | None:
     """The stack of a model whose layers were replaced; None where its parts are others, or somebody listens to them.
 
     Args:
@@ -62,24 +73,24 @@ def stack_of(model: Any, windows: Sequence[int | None]) -> Stack | None:
     """
     decoder, head = decoder_of(model), model.get_output_embeddings()
     children = dict(decoder.named_children())
-    if children.keys() != {"embed_tokens", "layers", "norm", "rotary_emb"} or any(map(_is_watched, model.modules())):
+    if children.keys() != {"embed_tokens", "layers", "norm", "rotary_emb"} or any(map(_is_hooked, model.modules())):
         return None
-    known = type(children["embed_tokens"]) is nn.Embedding and isinstance(children["norm"], Norm)
-    found = [_block(layer, window) for layer, window in zip(children["layers"], windows, strict=False)]
+    known = type(children["embed_tokens"]) is nn.Embedding and isinstance(children["norm"], DecodingNorm)
+    found = [_build_block(layer, window) for layer, window in zip(children["layers"], windows, strict=False)]
     plain = tuple(block for block in found if block)
-    if not known or not isinstance(head, Product) or len(plain) < len(children["layers"]):
+    if not known or not isinstance(head, DecodingLinear) or len(plain) < len(children["layers"]):
         return None
-    return Stack(children["embed_tokens"], children["rotary_emb"], plain, children["norm"], head)
+    return DecoderStack(children["embed_tokens"], children["rotary_emb"], plain, children["norm"], head)
 
 
-def _block(layer: Any, window: int | None) -> Block | None:
+def _build_block(layer: Any, window: int | None) -> DecoderBlock | None:
     children = dict(layer.named_children())
     if children.keys() != PARTS.keys() or not all(isinstance(children[name], kind) for name, kind in PARTS.items()):
         return None
     before, attention, between, mlp = (children[name] for name in PARTS)
-    return Block(before, attention, between, mlp, FULL if window is None else SLIDING)
+    return DecoderBlock(before, attention, between, mlp, FULL if window is None else SLIDING)
 
 
-def _is_watched(module: Any) -> bool:
+def _is_hooked(module: Any) -> bool:
     """Whether its call does more than its class says."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

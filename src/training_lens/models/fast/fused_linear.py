@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training_lens.models.fast.kernels import gained, lora_linear, row_norms
+from training_lens.models.fast.kernels import lora_linear, row_norms, scale_outputs
 
 
 @dataclass(frozen=True)
-class Branch:
+class LoRABranch:
     """What an adapter adds to a layer: A (rank, in), B (out, rank), their scale, and the magnitude (out,) of DoRA."""
 
     down: Tensor
@@ -22,7 +22,7 @@ class Branch:
     magnitude: Tensor | None = None
 
 
-class Joined:
+class FusedLinear:
     """Some linear layers, plain or with a LoRA or DoRA of PEFT's; their weights lie in one tensor, one below the other.
 
     The layers keep their parameters, as parts of that tensor; nothing is held twice.
@@ -33,71 +33,71 @@ class Joined:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = tuple(layers)
-        self._bases = [_base(layer) for layer in layers]
-        self.sizes = tuple(_matrix(base).shape[0] for base in self._bases)
-        self._weight, self._bias = self._together()
+        self._bases = [_base_layer(layer) for layer in layers]
+        self.sizes = tuple(_weight_matrix(base).shape[0] for base in self._bases)
+        self._weight, self._bias = self._fuse_weights()
 
     @staticmethod
     def refusal(layers: Sequence[Any]) -> str:
         """Why these cannot be computed together; empty where they can."""
         for layer in layers:
-            if reason := _unknown(layer):
+            if reason := _refuse_layer(layer):
                 return reason
-        weights = [_base(layer).weight for layer in layers]
+        weights = [_base_layer(layer).weight for layer in layers]
         if len({(w.dtype, w.device) for w in weights}) > 1:
             return "weights of several dtypes or devices"
-        if len({_base(layer).bias is None for layer in layers}) > 1:
+        if len({_base_layer(layer).bias is None for layer in layers}) > 1:
             return "biases at some projections of an input alone"
         return ""
 
     @property
     def is_ready(self) -> bool:
         """Whether the layers' weights are still those that were put together, and their adapters can be computed."""
-        pointers = [_matrix(base).data_ptr() for base in self._bases]
+        pointers = [_weight_matrix(base).data_ptr() for base in self._bases]
         starts = [part.data_ptr() for part in self._weight.split(self.sizes)]
-        return pointers == starts and not any(_mixes(layer) for layer in self.layers)
+        return pointers == starts and not any(_has_mixed_adapters(layer) for layer in self.layers)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(*tokens, in) -> (*tokens, sum of out), in the dtype of the computation: autocast's, else the weights'."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self._weight.dtype
         weight, bias = self._weight.to(dtype), None if self._bias is None else self._bias.to(dtype)
-        branches = [_branch(layer) for layer in self.layers]
+        branches = [_active_branch(layer) for layer in self.layers]
         x = x.to(dtype)
         with torch.autocast(device, enabled=False):
             if all(branch is None for branch in branches):
                 return nn.functional.linear(x, weight, bias)
-            known = [b or self._nothing(size, x) for b, size in zip(branches, self.sizes, strict=True)]
-            return self._adapted(x, weight, bias, known)
+            known = [b or self._empty_branch(size, x) for b, size in zip(branches, self.sizes, strict=True)]
+            return self._apply_adapters(x, weight, bias, known)
 
-    def _adapted(self, x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:
+    def _apply_adapters(self, x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[LoRABranch]) -> Tensor:
         factors, scales = [(b.down, b.up) for b in branches], [b.scale for b in branches]
-        dropout = _dropout(self.layers)
+        dropout = _dropout_rate(self.layers)
         dropped = nn.functional.dropout(x, dropout) if dropout else None
-        gains = self._gains(branches)
+        gains = self._dora_scales(branches)
         if gains is None:
             return lora_linear(x, weight, bias, factors, scales, dropped)
         if dropped is None:
-            return gained(lora_linear(x, weight, None, factors, scales), gains, bias)
+            return scale_outputs(lora_linear(x, weight, None, factors, scales), gains, bias)
         # PEFT's DoRA multiplies what its branch saw by the gain, and leaves the rest of the base as it is.
         rest = nn.functional.linear(x - dropped, weight, bias)
-        return rest + gained(lora_linear(dropped, weight, None, factors, scales), gains)
+        return rest + scale_outputs(lora_linear(dropped, weight, None, factors, scales), gains)
 
-    def _gains(self, branches: Sequence[Branch]) -> Tensor | None:
+    def _dora_scales(self, branches: Sequence[LoRABranch]) -> Tensor | None:
         """DoRA's factor of each output, m / |W + s B A|, and 1 where a layer has none; None where no layer has one."""
         if all(branch.magnitude is None for branch in branches):
             return None
         parts = zip(self._weight.split(self.sizes), branches, strict=True)
-        return torch.cat([_gain(weight, branch) for weight, branch in parts])
+        return torch.cat([_dora_scale(weight, branch) for weight, branch in parts])
 
     @staticmethod
-    def _nothing(size: int, x: Tensor) -> Branch:
+    def _empty_branch(size: int, x: Tensor) -> LoRABranch:
         """The adapter of a layer that has none: of rank 0."""
-        return Branch(x.new_empty(0, x.shape[-1]), x.new_empty(size, 0), 1.0)
+        return LoRABranch(x.new_empty(0, x.shape[-1]), x.new_empty(size, 0), 1.0)
 
-    def _together(self) -> tuple[Tensor, Tensor | None]:
+    def _fuse_weights(self) -> tuple[Tensor, Tensor | None]:
         if len(self._bases) == 1:
-            return _matrix(self._bases[0]).detach(), _detached(self._bases[0].bias)
+            return _weight_matrix(self._bases[0]).detach(), _detach_bias(self._bases[0].bias)
         weight = torch.cat([base.weight.detach() for base in self._bases])
         for base, part in zip(self._bases, weight.split(self.sizes), strict=True):
             base.weight.data = part
@@ -105,33 +105,33 @@ class Joined:
         return weight, None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
 
 
-def _gain(weight: Tensor, branch: Branch) -> Tensor:
+def _dora_scale(weight: Tensor, branch: LoRABranch) -> Tensor:
     if branch.magnitude is None:
         return torch.ones(len(weight), device=weight.device)
     return branch.magnitude / row_norms(weight, branch.down, branch.up, branch.scale)
 
 
-def _detached(tensor: Tensor | None) -> Tensor | None:
+def _detach_bias(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def _base(layer: Any) -> Any:
+def _base_layer(layer: Any) -> Any:
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
-def _matrix(base: Any) -> Tensor:
+def _weight_matrix(base: Any) -> Tensor:
     """The weight as (out, in); Conv1D keeps it as (in, out)."""
     weight: Tensor = base.weight
     return weight if isinstance(base, nn.Linear) else weight.T
 
 
-def _unknown(layer: Any) -> str:
+def _refuse_layer(layer: Any) -> str:
     """Why a layer cannot be computed here; empty where it can."""
     from peft.tuners.lora import Linear
     from peft.tuners.lora.variants import DoraLinearVariant
     from transformers.pytorch_utils import Conv1D
 
-    base = _base(layer)
+    base = _base_layer(layer)
     if type(base) is not nn.Linear and not isinstance(base, Conv1D):
         return f"a base of type {type(base).__name__}"
     if base.weight.requires_grad or not base.weight.is_floating_point():
@@ -148,25 +148,25 @@ def _unknown(layer: Any) -> str:
     return ""
 
 
-def _mixes(layer: Any) -> bool:
+def _has_mixed_adapters(layer: Any) -> bool:
     """Whether several adapters work at once, or one is in the base weights already."""
-    if layer is _base(layer) or layer.disable_adapters:
+    if layer is _base_layer(layer) or layer.disable_adapters:
         return False
     return bool(layer.merged) or len([a for a in layer.active_adapters if a in layer.lora_A]) > 1
 
 
-def _branch(layer: Any) -> Branch | None:
+def _active_branch(layer: Any) -> LoRABranch | None:
     """The adapter that works; None without one."""
-    if layer is _base(layer) or layer.disable_adapters:
+    if layer is _base_layer(layer) or layer.disable_adapters:
         return None
     active = next((name for name in layer.active_adapters if name in layer.lora_A), None)
     if active is None:
         return None
     magnitude = layer.lora_magnitude_vector[active].weight if active in layer.lora_magnitude_vector else None
-    return Branch(layer.lora_A[active].weight, layer.lora_B[active].weight, float(layer.scaling[active]), magnitude)
+    return LoRABranch(layer.lora_A[active].weight, layer.lora_B[active].weight, float(layer.scaling[active]), magnitude)
 
 
-def _dropout(layers: Sequence[Any]) -> float:
+def _dropout_rate(layers: Sequence[Any]) -> float:
     """The share of inputs that the adapters drop at this moment: of one input once, for all of its projections."""
     shares = [
         module.p

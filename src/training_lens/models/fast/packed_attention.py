@@ -13,41 +13,41 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from training_lens.models.fast.native.attention_kernels import Line, attend, attend_back
-from training_lens.models.fast.native.library import can_take
+from training_lens.models.fast.native.attention_kernels import PackedLayout, attend_packed, attend_packed_backward
+from training_lens.models.fast.native.library import can_compute
 from training_lens.utils.devices import moved
 
 
 @dataclass(frozen=True)
-class Segments:
+class PackedSequences:
     """The lengths of the examples in a line of tokens, in order."""
 
     lengths: tuple[int, ...]
 
     @cached_property
-    def bounds(self) -> tuple[tuple[int, int], ...]:
+    def spans(self) -> tuple[tuple[int, int], ...]:
         """Where each begins and ends."""
         return tuple(pairwise(accumulate(self.lengths, initial=0)))
 
     @cached_property
-    def line(self) -> Line:
+    def line(self) -> PackedLayout:
         """As the kernels want them."""
-        return Line(self.lengths)
+        return PackedLayout(self.lengths)
 
-    def positions(self, device: torch.device) -> Tensor:
+    def position_ids(self, device: torch.device) -> Tensor:
         """(1, tokens) int64: each token's place in its example."""
         return moved(torch.cat([torch.arange(length) for length in self.lengths])[None], device)
 
-    def starts(self, device: torch.device) -> Tensor:
+    def cu_seqlens(self, device: torch.device) -> Tensor:
         """(examples + 1,) int32: where each begins, and the end."""
-        return moved(torch.tensor([0, *(end for _, end in self.bounds)], dtype=torch.int32), device)
+        return moved(torch.tensor([0, *(end for _, end in self.spans)], dtype=torch.int32), device)
 
 
-def segment_attention(
+def packed_attention(
     query: Float[Tensor, "tokens heads width"],
     key: Float[Tensor, "tokens groups width"],
     value: Float[Tensor, "tokens groups width"],
-    segments: Segments,
+    packed: PackedSequences,
     scale: float,
     window: int | None = None,
 ) -> Float[Tensor, "tokens heads width"]:
@@ -61,35 +61,35 @@ def segment_attention(
         window: a token sees so many of the last tokens, itself included; None: all.
     """
     if query.is_cuda:
-        return _by_varlen(query, key, value, segments, scale, window)
-    if can_take(query, key, value):
-        attended: Tensor = _SegmentAttention.apply(query, key, value, segments, scale, window)
+        return _attend_with_varlen(query, key, value, packed, scale, window)
+    if can_compute(query, key, value):
+        attended: Tensor = _PackedAttention.apply(query, key, value, packed, scale, window)
         return attended
-    return _by_example(query, key, value, segments, scale, window)
+    return _attend_each_example(query, key, value, packed, scale, window)
 
 
-class _SegmentAttention(torch.autograd.Function):
+class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float, window: int | None
     ) -> Tensor:
-        out, sums = attend(query, key, value, segments.line, scale, window)
+        out, sums = attend_packed(query, key, value, packed.line, scale, window)
         ctx.save_for_backward(query, key, value, out, sums)
-        ctx.settings = segments.line, scale, window
+        ctx.settings = packed.line, scale, window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        return *attend_back(dout, *ctx.saved_tensors, *ctx.settings), None, None, None
+        return *attend_packed_backward(dout, *ctx.saved_tensors, *ctx.settings), None, None, None
 
 
-def _by_varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
+def _attend_with_varlen(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float, window: int | None
 ) -> Tensor:  # fmt: skip
     from torch.nn.attention.varlen import varlen_attn
 
-    starts, longest = segments.starts(query.device), max(segments.lengths)
+    starts, longest = packed.cu_seqlens(query.device), max(packed.lengths)
     near = (-1, 0) if window is None else (window - 1, 0)
     grouped = query.shape[1] != key.shape[1]
     attended = varlen_attn(
@@ -99,19 +99,19 @@ def _by_varlen(
     return attended
 
 
-def _by_example(
-    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None
+def _attend_each_example(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float, window: int | None
 ) -> Tensor:  # fmt: skip
     found = []
-    for start, end in segments.bounds:
+    for start, end in packed.spans:
         q, k, v = (t[start:end].transpose(0, 1)[None] for t in (query, key, value))
-        seen = None if window is None or window >= end - start else _near(end - start, window, query.device)
+        seen = None if window is None or window >= end - start else _window_mask(end - start, window, query.device)
         attended = scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=True)
         found.append(attended[0].transpose(0, 1))
     return torch.cat(found)
 
 
-def _near(length: int, window: int, device: torch.device) -> Tensor:
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
     """(length, length) bool: true where a token sees another."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device)
     return seen.tril().triu(1 - window)

@@ -26,7 +26,7 @@ from transformers import (
 from training_lens.config.schema import PeftSection
 from training_lens.models.adapters import attach
 from training_lens.models.fast.engine import Engine
-from training_lens.models.fast.fusion import fuse, unfuse
+from training_lens.models.fast.install import install_kernels, uninstall_kernels
 from training_lens.models.scoring import supervised_scores
 
 SMALL = {
@@ -131,8 +131,8 @@ def test_loss_and_gradients_are_those_of_each_example_alone(name: str) -> None:
     wanted = plain_loss(model)
     grads = gradients(model, wanted)
     engine = Engine(model)
-    assert engine.packs == (name not in PADDED), engine.fusion
-    for in_line in (False, True) if engine.packs else (False,):
+    assert engine.can_pack == (name not in PADDED), engine.kernels
+    for in_line in (False, True) if engine.can_pack else (False,):
         loss = fused_loss(engine, in_line)
         torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
         same(gradients(model, loss), grads)
@@ -144,7 +144,7 @@ def test_every_kind_of_adapter_trains_as_it_does_unfused(case: str) -> None:
     wanted = plain_loss(model)
     grads = gradients(model, wanted)
     engine = Engine(model)
-    loss = fused_loss(engine, engine.packs)
+    loss = fused_loss(engine, engine.can_pack)
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
     same(gradients(model, loss), grads)
 
@@ -176,7 +176,7 @@ def test_the_adapter_can_be_switched_off_and_merged_and_taken_back() -> None:
         on = model(input_ids=ids).logits
         with model.disable_adapter():
             off = model(input_ids=ids).logits
-        fuse(model)
+        install_kernels(model)
         torch.testing.assert_close(model(input_ids=ids).logits, on, rtol=1e-4, atol=1e-5)
         with model.disable_adapter():
             torch.testing.assert_close(model(input_ids=ids).logits, off, rtol=1e-4, atol=1e-5)
@@ -184,7 +184,7 @@ def test_the_adapter_can_be_switched_off_and_merged_and_taken_back() -> None:
         torch.testing.assert_close(model(input_ids=ids).logits, on, rtol=1e-3, atol=1e-4)
         model.unmerge_adapter()
         torch.testing.assert_close(model(input_ids=ids).logits, on, rtol=1e-3, atol=1e-4)
-    unfuse(model)
+    uninstall_kernels(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, on, rtol=1e-3, atol=1e-4)
@@ -205,16 +205,16 @@ def test_two_adapters_at_once_are_left_to_peft() -> None:
     ids = examples()[0][0]
     with torch.no_grad():
         wanted = model(input_ids=ids).logits
-        fuse(model)
+        install_kernels(model)
         torch.testing.assert_close(model(input_ids=ids).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_what_stays_as_it_is_is_told_with_its_reason() -> None:
-    told = str(Engine(adapted("gpt2")).fusion)
+    told = str(Engine(adapted("gpt2")).kernels)
     assert "attention of another structure" in told and "adapted layers" in told
-    told = str(Engine(adapted("gemma2")).fusion)
+    told = str(Engine(adapted("gemma2")).kernels)
     assert "attention with more than scale and window" in told and "9 norms" in told
-    assert "2 as they are (LlamaMLP with another activation)" in str(Engine(adapted("relu")).fusion)
+    assert "2 as they are (LlamaMLP with another activation)" in str(Engine(adapted("relu")).kernels)
 
 
 def test_a_norm_that_computes_something_else_is_left_alone() -> None:
@@ -223,7 +223,7 @@ def test_a_norm_that_computes_something_else_is_left_alone() -> None:
     norm.forward = norm.forward  # of its own, as other libraries put there
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(norm), "forward", lambda self, x: self.weight * x)
-        told = str(fuse(model))
+        told = str(install_kernels(model))
     assert "1 as they are (LlamaRMSNorm has a forward of its own)" in told
     assert "4 as they are (LlamaRMSNorm computes something else)" in told
 
@@ -232,7 +232,7 @@ def test_dropout_falls_on_the_branch_alone() -> None:
     model = adapted(lora_dropout=0.9).train()
     ids = examples()[0][0]
     with torch.no_grad():
-        fuse(model)
+        install_kernels(model)
         one, other = model(input_ids=ids).logits, model(input_ids=ids).logits
         with model.disable_adapter():
             assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -255,4 +255,4 @@ def test_get_peft_model_of_plain_peft_is_fused_as_well() -> None:
     model = get_peft_model(
         AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval(), LoraConfig(target_modules="all-linear")
     )
-    assert Engine(model).packs
+    assert Engine(model).can_pack

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from training_lens.models.fast.joined import Joined
+from training_lens.models.fast.fused_linear import FusedLinear
 
 
 def adapted(bias: bool = False, rank: int = 3, **config: Any) -> Linear:
@@ -45,7 +45,7 @@ def test_a_layer_gives_what_peft_gives(dora: bool, dropout: float, bias: bool) -
     layer = adapted(bias, use_dora=dora, lora_dropout=dropout)
     wanted = result(layer, [layer])
     assert ("0.lora_magnitude_vector.default.weight" in wanted[1]) == dora
-    product = Joined([layer])
+    product = FusedLinear([layer])
     same(result(product, [layer]), wanted)
     layer.eval()
     same(result(product, [layer]), result(layer, [layer]))
@@ -58,16 +58,16 @@ def test_layers_with_dora_and_without_and_with_no_adapter_are_one_product() -> N
         return torch.cat([layer(x) for layer in layers], -1)
 
     wanted = result(one_by_one, layers)
-    same(result(Joined(layers), layers), wanted)
+    same(result(FusedLinear(layers), layers), wanted)
 
 
 def test_dora_switched_off_is_the_base() -> None:
     layer = adapted(use_dora=True)
     layer.enable_adapters(False)
     x = torch.randn(3, 7, dtype=torch.float64)
-    assert torch.equal(Joined([layer])(x), layer.get_base_layer()(x))
+    assert torch.equal(FusedLinear([layer])(x), layer.get_base_layer()(x))
 
 
 @pytest.mark.parametrize("config", [{"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"}, {"lora_bias": True}])
 def test_other_variants_are_refused(config: dict[str, Any]) -> None:
-    assert Joined.refusal([adapted(bias=True, **config)]).startswith("adapters ")
+    assert FusedLinear.refusal([adapted(bias=True, **config)]).startswith("adapters ")

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training_lens.models.fast.attention import Segments, segment_attention
-from training_lens.models.fast.joined import Joined
-from training_lens.models.fast.kernels import activation_name, gated, rms_norm, rotate
-from training_lens.models.fast.layouts import GATE_UP, QUERY_KEY_VALUE, Heads, projections
+from training_lens.models.fast.fused_linear import FusedLinear
+from training_lens.models.fast.kernels import activation_name, apply_gate, apply_rotary, rms_norm
+from training_lens.models.fast.layer_spec import GATE_UP, QUERY_KEY_VALUE, Heads, projections
+from training_lens.models.fast.packed_attention import PackedSequences, packed_attention
 
-TOKENS = 6  # of the random input on which a module and its kernel are compared
+PROBE_TOKENS = 6  # of the random input on which a module and its kernel are compared
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # of the largest number
 
 
-class Kernel:
+class ModuleKernel:
     """What a module's call computes in its place; `plain` is its own forward."""
 
     def __init__(self, module: Any) -> None:
@@ -40,16 +40,16 @@ class Kernel:
         raise NotImplementedError
 
     @property
-    def width(self) -> int:
+    def input_width(self) -> int:
         """Of the input."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def agrees(self) -> bool:
+    def matches_module(self) -> bool:
         """Whether it gives what the module itself gives, on random input."""
         device = next((t.device for t in (*self.module.parameters(), *self.module.buffers())), torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)  # of its own: the run's draws stay what they are
-        x = torch.randn(TOKENS, self.width, generator=generator).to(device, _float(self.module))
+        x = torch.randn(PROBE_TOKENS, self.input_width, generator=generator).to(device, _frozen_dtype(self.module))
         was_training = self.module.training
         self.module.eval()  # dropout draws
         try:
@@ -58,7 +58,7 @@ class Kernel:
             self.module.train(was_training)
 
 
-def _float(module: Any) -> torch.dtype:
+def _frozen_dtype(module: Any) -> torch.dtype:
     """The dtype of the frozen weights, which is that of the states."""
     frozen = [p for p in module.parameters() if not p.requires_grad and p.is_floating_point()]
     return frozen[0].dtype if frozen else torch.float32
@@ -72,7 +72,7 @@ def close(found: Tensor, wanted: Tensor) -> bool:
     return bool((found - wanted).abs().max() <= most)
 
 
-class Norm(Kernel):
+class NormKernel(ModuleKernel):
     """RMSNorm with a frozen weight, which Gemma counts from 1 and multiplies before it rounds."""
 
     @staticmethod
@@ -92,7 +92,7 @@ class Norm(Kernel):
         self._from_one = bool((found - weight - 1).abs().mean() < (found - weight).abs().mean())
 
     @property
-    def width(self) -> int:
+    def input_width(self) -> int:
         return int(self.module.weight.shape[0])
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _epsilon(module: Any) -> float | None:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
-class Adapted(Kernel):
+class LinearKernel(ModuleKernel):
     """A linear layer with LoRA or DoRA."""
 
     @staticmethod
@@ -117,21 +117,21 @@ class Adapted(Kernel):
 
     @staticmethod
     def refusal(module: Any) -> str:
-        return Joined.refusal([module])
+        return FusedLinear.refusal([module])
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
-        self._product = Joined([module])
+        self._product = FusedLinear([module])
 
     @property
-    def width(self) -> int:
+    def input_width(self) -> int:
         return int(self.module.in_features)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(x) if self._product.is_ready else self.plain(x)
 
 
-class Gated(Kernel):
+class MLPKernel(ModuleKernel):
     """A gated feed-forward layer, down(a(gate(x)) * up(x)), with an activation that is known."""
 
     @staticmethod
@@ -143,34 +143,34 @@ class Gated(Kernel):
     def refusal(module: Any) -> str:
         if activation_name(_activation(module)) is None:
             return f"{type(module).__name__} with another activation"
-        return Joined.refusal(projections(module, GATE_UP)) or Joined.refusal([module.down_proj])
+        return FusedLinear.refusal(projections(module, GATE_UP)) or FusedLinear.refusal([module.down_proj])
 
     def __init__(self, module: Any) -> None:
         super().__init__(module)
-        self._gate_up, self._down = Joined(projections(module, GATE_UP)), Joined([module.down_proj])
+        self._gate_up, self._down = FusedLinear(projections(module, GATE_UP)), FusedLinear([module.down_proj])
         self._name = activation_name(_activation(module))
 
     @property
-    def width(self) -> int:
+    def input_width(self) -> int:
         return int(projections(self.module, GATE_UP)[0].in_features)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._name is None or not (may_join(self._gate_up) and may_join(self._down)):
+        if self._name is None or not (can_fuse(self._gate_up) and can_fuse(self._down)):
             return self.plain(x)  # type: ignore[no-any-return]
-        return self._down(gated(self._gate_up(x), self._name))
+        return self._down(apply_gate(self._gate_up(x), self._name))
 
 
 def _activation(module: Any) -> Any:
     return getattr(module, "act_fn", getattr(module, "activation_fn", None))
 
 
-def may_join(product: Joined) -> bool:
+def can_fuse(product: FusedLinear) -> bool:
     """Whether nobody looks at the single layers."""
     watched = any(layer._forward_hooks or layer._forward_pre_hooks for layer in product.layers)
     return not watched and product.is_ready
 
 
-class Attention(Kernel):
+class AttentionKernel(ModuleKernel):
     """Attention of examples in a line; all other calls are the module's own."""
 
     @staticmethod
@@ -178,35 +178,35 @@ class Attention(Kernel):
         into = projections(module, QUERY_KEY_VALUE)
         if not into or not isinstance(getattr(module, "o_proj", None), nn.Module):
             return "attention of another structure"
-        return Joined.refusal(into) or Joined.refusal([module.o_proj])
+        return FusedLinear.refusal(into) or FusedLinear.refusal([module.o_proj])
 
     def __init__(self, module: Any, heads: Heads) -> None:
         super().__init__(module)
         self._heads = heads
-        self._qkv, self._out = Joined(projections(module, QUERY_KEY_VALUE)), Joined([module.o_proj])
+        self._qkv, self._out = FusedLinear(projections(module, QUERY_KEY_VALUE)), FusedLinear([module.o_proj])
 
-    def __call__(self, *args: Any, segments: Segments | None = None, **kwargs: Any) -> Any:
-        if segments is None:
+    def __call__(self, *args: Any, packed: PackedSequences | None = None, **kwargs: Any) -> Any:
+        if packed is None:
             return self.plain(*args, **kwargs)
         x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cos, sin = kwargs["position_embeddings"]
-        query, key, value = self._turned(x[0], cos[0], sin[0])
-        out = segment_attention(query, key, value, segments, self._heads.scale, self._heads.window)
-        return _project(self._out, out.flatten(1))[None], None
+        query, key, value = self._project_heads(x[0], cos[0], sin[0])
+        out = packed_attention(query, key, value, packed, self._heads.scale, self._heads.window)
+        return _apply_linear(self._out, out.flatten(1))[None], None
 
-    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
+    def _project_heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
         """Queries, keys and values of (tokens, hidden), each (tokens, heads, width)."""
         heads = self._heads
         parts = [heads.count, heads.groups, heads.groups]
-        together = _project(self._qkv, x).view(len(x), -1, heads.width)
+        together = _apply_linear(self._qkv, x).view(len(x), -1, heads.width)
         if heads.normed:
             query, key, value = together.split(parts, 1)
             query, key = self.module.q_norm(query), self.module.k_norm(key)
-            return rotate(query, cos, sin), rotate(key, cos, sin), value
+            return apply_rotary(query, cos, sin), apply_rotary(key, cos, sin), value
         turning, value = together.split([parts[0] + parts[1], parts[2]], 1)
-        query, key = rotate(turning, cos, sin).split(parts[:2], 1)
+        query, key = apply_rotary(turning, cos, sin).split(parts[:2], 1)
         return query, key, value
 
 
-def _project(product: Joined, x: Tensor) -> Tensor:
-    return product(x) if may_join(product) else torch.cat([layer(x) for layer in product.layers], -1)
+def _apply_linear(product: FusedLinear, x: Tensor) -> Tensor:
+    return product(x) if can_fuse(product) else torch.cat([layer(x) for layer in product.layers], -1)

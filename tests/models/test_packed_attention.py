@@ -10,11 +10,11 @@ from pairwise import pairwise  # type: ignore[import-not-found]
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from training_lens.models.fast import attention
-from training_lens.models.fast.attention import Segments
+from training_lens.models.fast import packed_attention
+from training_lens.models.fast.packed_attention import PackedSequences
 
-segment_attention = jaxtyped(typechecker=beartype)(attention.segment_attention)
-LENGTHS = Segments((4, 1, 6))
+segment_attention = jaxtyped(typechecker=beartype)(packed_attention.packed_attention)
+LENGTHS = PackedSequences((4, 1, 6))
 pytestmark = pytest.mark.usefixtures("both_ways")
 
 
@@ -24,11 +24,11 @@ def drawn(heads: int, seed: int) -> Tensor:
 
 
 def alone(
-    query: Tensor, key: Tensor, value: Tensor, window: int | None, segments: Segments = LENGTHS
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, segments: PackedSequences = LENGTHS
 ) -> Tensor:  # fmt: skip
     """Torch's own attention of one example after the other, with an explicit mask."""
     found = []
-    for start, end in segments.bounds:
+    for start, end in segments.spans:
         q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
         back = torch.arange(end - start)[:, None] - torch.arange(end - start)
         seen = (back >= 0) & (back < (window or 1000))
@@ -58,7 +58,7 @@ def test_blocks_and_heads_of_any_size_are_exact(
     lengths: tuple[int, ...], width: int, window: int | None, dtype: torch.dtype
 ) -> None:
     most = EXACTNESS[dtype]
-    segments = Segments(lengths)
+    segments = PackedSequences(lengths)
     together = torch.randn(sum(lengths), 8, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     given = together.to(dtype).requires_grad_()  # queries, keys and values lie between each other
     found = segment_attention(*given.split([4, 2, 2], 1), segments, 0.7, window)
@@ -82,5 +82,5 @@ def test_a_long_example_keeps_no_weights() -> None:
     query, key, value = (torch.randn(1200, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
-        segment_attention(query, key, value, Segments((1200,)), 0.3).sum().backward()
+        segment_attention(query, key, value, PackedSequences((1200,)), 0.3).sum().backward()
     assert max(kept) <= query.numel()
