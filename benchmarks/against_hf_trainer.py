@@ -20,7 +20,7 @@ import torch
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.data.token_dataset import TokenDataset
-from training_lens.evaluation.evaluator import Pass, evaluate_loss
+from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
 from training_lens.models.adapters import attach, load_adapter
 from training_lens.models.factory import load_model, load_tokenizer
 from training_lens.utils.processes import Processes
@@ -93,7 +93,7 @@ def main() -> None:
         def loss_of(model: Any) -> float:
             assert plan.validation is not None
             return evaluate_loss(
-                model, plan.validation, Pass(Processes(CPU), "fp32", 8192, plan.tokenizer.eos_token_id)
+                model, plan.validation, EvaluationOptions(Processes(CPU), "fp32", 8192, plan.tokenizer.eos_token_id)
             ).loss
 
         ours = load_adapter(load_model(plan.config.model, CPU, "fp32"), Path(summary.run_dir) / "artifacts/adapter")

@@ -33,7 +33,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training_lens import TrainingConfig
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.inference.generator import answer_ids
 from training_lens.inference.session import Session, open_session
 from training_lens.models.copies import merged_copy

@@ -42,7 +42,7 @@ from training_lens import TrainingWrapper
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
-from training_lens.evaluation.evaluator import Pass, evaluate_loss, paired_sums
+from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss, paired_sums
 from training_lens.measures.singular_values import intruders, strength, update_norm
 from training_lens.models.factory import load_model
 from training_lens.training.plan import RunPlan
@@ -60,7 +60,7 @@ CPU = torch.device("cpu")
 class Judges:
     """What every adapter of a setting is held against."""
 
-    way: Pass
+    way: EvaluationOptions
     task: TokenDataset
     own_text: TokenDataset
     base_loss: float  # of the base on its own text, nats per token
@@ -72,7 +72,7 @@ def judges(setting: Setting, folder: str) -> Judges:
     plan = TrainingWrapper(probe).plan()
     base = load_model(plan.config.model, CPU, "fp32")
     texts = documents(plan.tokenizer) if setting.model == "embedded" else sampled(base, plan)
-    way = Pass(Processes(CPU), "fp32", 4096, plan.tokenizer.eos_token_id)
+    way = EvaluationOptions(Processes(CPU), "fp32", 4096, plan.tokenizer.eos_token_id)
     own = TokenDataset.of([as_example(i, ids) for i, ids in enumerate(texts)])
     return Judges(way, plan.train, own, evaluate_loss(base, own, way).loss)
 

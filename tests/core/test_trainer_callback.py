@@ -56,7 +56,7 @@ def lens(tmp_path: Path) -> TrainingLensFramework:
     return TrainingLensFramework(tmp_path / "lens")
 
 
-def test_judging_before_training_is_no_matter_of_the_lens(lens: TrainingLensFramework, tmp_path: Path) -> None:
+def test_run_evaluation_before_training_is_no_matter_of_the_lens(lens: TrainingLensFramework, tmp_path: Path) -> None:
     trainer = trainer_with(lens, tmp_path)
     trainer.evaluate()
     trainer.train()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from training_lens.data.examples import Example, Message
-from training_lens.evaluation.controls import controls_of, shuffled_prompts, wrong_domains
+from training_lens.evaluation.controls import corrupt_prompts, shuffled_prompts, wrong_domains
 
 
 def example(question: str, answer: str, domain: str | None = None) -> Example:
@@ -39,19 +39,19 @@ def test_every_turn_of_a_chat_is_asked_as_in_another() -> None:
 
 def test_plain_texts_are_in_no_control_of_prompts() -> None:
     text = Example((Message("assistant", "A story."),), None, "f", 1, is_text=True)
-    assert list(controls_of([text, *EXAMPLES], True, 0)["shuffled_prompts"]) == [1, 2, 3, 4]
-    assert controls_of([text, text], True, 0) == {}
+    assert list(corrupt_prompts([text, *EXAMPLES], True, 0)["shuffled_prompts"]) == [1, 2, 3, 4]
+    assert corrupt_prompts([text, text], True, 0) == {}
 
 
 def test_rows_without_a_domain_are_in_no_control_of_domains() -> None:
-    changed = controls_of([example("Q", "A"), *EXAMPLES], True, 0)
+    changed = corrupt_prompts([example("Q", "A"), *EXAMPLES], True, 0)
     assert {i: e.domain for i, e in changed["wrong_domain"].items()} == {1: "y", 2: "z", 3: "y", 4: "x"}
     assert list(changed["no_domain"]) == [1, 2, 3, 4]
-    assert "wrong_domain" not in controls_of([example("Q", "A"), example("R", "B", "x")], True, 0)
+    assert "wrong_domain" not in corrupt_prompts([example("Q", "A"), example("R", "B", "x")], True, 0)
 
 
 def test_controls_are_those_that_make_sense() -> None:
-    assert list(controls_of(EXAMPLES, True, 0)) == ["wrong_domain", "no_domain", "shuffled_prompts"]
-    assert list(controls_of(EXAMPLES, False, 0)) == ["shuffled_prompts"]
-    assert list(controls_of([example("Q", "A", "x"), example("R", "B", "x")], True, 0)) == ["shuffled_prompts"]
-    assert controls_of(EXAMPLES[:1], True, 0) == {}
+    assert list(corrupt_prompts(EXAMPLES, True, 0)) == ["wrong_domain", "no_domain", "shuffled_prompts"]
+    assert list(corrupt_prompts(EXAMPLES, False, 0)) == ["shuffled_prompts"]
+    assert list(corrupt_prompts([example("Q", "A", "x"), example("R", "B", "x")], True, 0)) == ["shuffled_prompts"]
+    assert corrupt_prompts(EXAMPLES[:1], True, 0) == {}

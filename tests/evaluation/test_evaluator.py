@@ -18,15 +18,15 @@ from training_lens.data.token_cache import Preparation, tokenize
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.data.tokenization import TextEncoder
 from training_lens.errors import EvaluationError
-from training_lens.evaluation.evaluator import Pass, evaluate_loss, paired_sums, token_sums
+from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss, paired_sums, token_sums
 from training_lens.models.factory import load_model
 from training_lens.utils.processes import Processes
 
 CPU = torch.device("cpu")
 
 
-def way(max_tokens: int = 4096) -> Pass:
-    return Pass(Processes(CPU), "fp32", max_tokens, fill_id=0)
+def way(max_tokens: int = 4096) -> EvaluationOptions:
+    return EvaluationOptions(Processes(CPU), "fp32", max_tokens, fill_id=0)
 
 
 @pytest.fixture(scope="module")

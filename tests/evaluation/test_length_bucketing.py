@@ -41,7 +41,7 @@ def takes(label: str, length: int) -> bool:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 500])
 @pytest.mark.parametrize("lengths", SETS, ids=range(len(SETS)))
 def test_quantile_buckets_part_the_examples(lengths: np.ndarray, count: int) -> None:
-    buckets = LengthBuckets.by_quantiles(lengths, count)
+    buckets = LengthBuckets.from_quantiles(lengths, count)
     assigned, filled = buckets.assign(lengths), sizes(buckets, lengths)
     assert assigned.dtype == np.int64 and assigned.shape == lengths.shape
     assert sum(filled) == len(lengths) and min(filled) > 0
@@ -51,7 +51,7 @@ def test_quantile_buckets_part_the_examples(lengths: np.ndarray, count: int) -> 
     assert (np.diff(assigned[in_order])[np.diff(lengths[in_order]) == 0] == 0).all()
 
 
-@pytest.mark.parametrize("buckets", [LengthBuckets.by_limits([1, 7, 64]), LengthBuckets.by_quantiles(SETS[1], 3)])
+@pytest.mark.parametrize("buckets", [LengthBuckets.from_limits([1, 7, 64]), LengthBuckets.from_quantiles(SETS[1], 3)])
 def test_a_label_says_which_lengths_its_bucket_takes(buckets: LengthBuckets) -> None:
     for length in (1, 2, 3, 6, 7, 8, 63, 64, 65, 100_000):
         bucket = int(buckets.assign(np.array([length]))[0])
@@ -60,24 +60,24 @@ def test_a_label_says_which_lengths_its_bucket_takes(buckets: LengthBuckets) -> 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 99, 100])
 def test_different_lengths_fill_quantile_buckets_alike(count: int) -> None:
-    filled = sizes(LengthBuckets.by_quantiles(DRAW.permutation(np.arange(1, 101)), count), np.arange(1, 101))
+    filled = sizes(LengthBuckets.from_quantiles(DRAW.permutation(np.arange(1, 101)), count), np.arange(1, 101))
     assert len(filled) == count and max(filled) - min(filled) <= 1
 
 
 def test_a_cut_goes_where_it_leaves_the_sizes_nearest_to_equal() -> None:
     lengths = np.array([1, 2, 3, 4, 5, 5, 5, 5, 5, 5])
-    assert sizes(LengthBuckets.by_quantiles(lengths, 2), lengths) == [4, 6]
+    assert sizes(LengthBuckets.from_quantiles(lengths, 2), lengths) == [4, 6]
     lengths = np.array([1, 1, 1, 1, 1, 1, 2, 3, 4, 5])
-    assert sizes(LengthBuckets.by_quantiles(lengths, 2), lengths) == [6, 4]
+    assert sizes(LengthBuckets.from_quantiles(lengths, 2), lengths) == [6, 4]
 
 
 def test_one_length_one_example_or_none_is_one_bucket() -> None:
     for lengths in ([64] * 20, [5], []):
-        assert LengthBuckets.by_quantiles(np.array(lengths, dtype=np.int64), 4).labels == ("all",)
+        assert LengthBuckets.from_quantiles(np.array(lengths, dtype=np.int64), 4).labels == ("all",)
 
 
 def test_limits_belong_to_the_bucket_below_and_a_bucket_may_be_empty() -> None:
-    buckets = LengthBuckets.by_limits([1, 64, 128, 512])
+    buckets = LengthBuckets.from_limits([1, 64, 128, 512])
     assert buckets.labels == ("1", "2-64", "65-128", "129-512", "over 512")
     assert sizes(buckets, np.array([1, 64, 128, 128, 10_000])) == [1, 1, 2, 0, 1]
     assert sizes(buckets, np.array([], dtype=np.int64)) == [0] * 5
@@ -86,7 +86,7 @@ def test_limits_belong_to_the_bucket_below_and_a_bucket_may_be_empty() -> None:
 @pytest.mark.parametrize("limits", [[], [0, 5], [-1], [5, 5], [64, 32], [1, 3, 2]])
 def test_limits_that_are_none_are_refused(limits: list[int]) -> None:
     with pytest.raises(ConfigurationError, match=rf"evaluation\.length_buckets: {re.escape(str(limits))}"):
-        LengthBuckets.by_limits(limits)
+        LengthBuckets.from_limits(limits)
 
 
 def test_the_examples_of_the_docstrings_hold() -> None:

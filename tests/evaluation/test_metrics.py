@@ -16,7 +16,7 @@ from training_lens.evaluation.metrics import (
     CORPUS_METRICS,
     ROW_METRICS,
     exact_match,
-    rouge,
+    rouge_f1,
     row_scores,
     token_f1,
 )
@@ -103,18 +103,18 @@ def test_token_f1(prediction: str, reference: str, score: float | None) -> None:
 )
 def test_rouge(prediction: str, reference: str, unigrams: float, bigrams: float | None, subsequence: float) -> None:
     for kind, wanted in {"rouge1": unigrams, "rouge2": bigrams, "rougeL": subsequence}.items():
-        score = rouge(kind, prediction, reference)
+        score = rouge_f1(kind, prediction, reference)
         assert score == (None if wanted is None else pytest.approx(wanted, abs=1e-12)), kind
 
 
 @pytest.mark.parametrize("reference", ["北京", "นกฮูกอาศัยอยู่ในป่า", "...", ""])
 def test_rouge_does_not_apply_without_words(reference: str) -> None:
-    assert [rouge(kind, "北京", reference) for kind in ("rouge1", "rouge2", "rougeL")] == [None] * 3
+    assert [rouge_f1(kind, "北京", reference) for kind in ("rouge1", "rouge2", "rougeL")] == [None] * 3
 
 
 def corpus(name: str, predictions: list[str], references: list[str]) -> float:
     metric = CORPUS_METRICS[name]
-    return metric.score(metric.statistics(predictions, references).sum(axis=0))
+    return metric.score(metric.row_statistics(predictions, references).sum(axis=0))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_corpus_scores_are_those_of_sacrebleu() -> None:
 @pytest.mark.parametrize("name", CORPUS_METRICS)
 def test_the_sums_of_any_rows_give_the_score_of_these_rows(name: str) -> None:
     metric, direct = CORPUS_METRICS[name], getattr(sacrebleu, f"corpus_{name}")
-    rows = metric.statistics(PREDICTIONS, REFERENCES)
+    rows = metric.row_statistics(PREDICTIONS, REFERENCES)
     assert rows.shape == (50, metric.width) and rows.dtype == np.float64
     for chosen in np.random.default_rng(0).integers(0, 50, (10, 50)):
         again = [PREDICTIONS[i] for i in chosen], [[REFERENCES[i] for i in chosen]]
@@ -182,7 +182,7 @@ def test_the_sums_of_any_rows_give_the_score_of_these_rows(name: str) -> None:
 
 def test_no_rows_have_no_statistics_and_no_score() -> None:
     for metric in CORPUS_METRICS.values():
-        rows = metric.statistics([], [])
+        rows = metric.row_statistics([], [])
         assert rows.shape == (0, metric.width) and metric.score(rows.sum(axis=0)) == 0
 
 
@@ -203,7 +203,7 @@ def test_rouge_of_ascii_texts_is_that_of_rouge_score() -> None:
     for prediction, reference in zip(*ascii_alone, strict=True):
         direct = scorer.score(reference, prediction)
         for kind in kinds:
-            score = rouge(kind, prediction, reference)
+            score = rouge_f1(kind, prediction, reference)
             assert score is None or score == direct[kind].fmeasure
             applies += score is not None
     assert applies > 100
@@ -234,7 +234,7 @@ def test_predictions_without_their_references_are_refused() -> None:
         with pytest.raises(ValueError, match="zip"):
             row_scores(predictions, references)
         with pytest.raises(ValueError, match="zip"):
-            CORPUS_METRICS["bleu"].statistics(predictions, references)
+            CORPUS_METRICS["bleu"].row_statistics(predictions, references)
 
 
 def test_the_examples_of_the_docstrings_hold() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from training_lens.evaluation import numbers
-from training_lens.evaluation.numbers import describe_convention, find_convention, numeric, read_number
+from training_lens.evaluation.numbers import describe_convention, find_convention, numeric_match, read_number
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_the_shared_rows_with_decimal_commas(shared: Path) -> None:
     decimal = find_convention(references).decimal
     assert decimal == "comma"
     for reference in references:
-        assert numeric(reference, reference, decimal) == 1
-        assert numeric(reference.replace(",", ""), reference, decimal) == 0
-        assert numeric(reference.replace(",", "."), reference, decimal) == 1
+        assert numeric_match(reference, reference, decimal) == 1
+        assert numeric_match(reference.replace(",", ""), reference, decimal) == 0
+        assert numeric_match(reference.replace(",", "."), reference, decimal) == 1
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,12 @@ def test_the_shared_rows_with_decimal_commas(shared: Path) -> None:
     ],
 )
 def test_numeric(prediction: str, reference: str, score: float) -> None:
-    assert numeric(prediction, reference) == score
+    assert numeric_match(prediction, reference) == score
 
 
 @pytest.mark.parametrize("reference", ["42", "", "####", "#### none", "#### 3. Steps\nFirst", "#### 5 apples", "### 5"])
 def test_numeric_applies_to_answers_in_the_form_of_gsm8k(reference: str) -> None:
-    assert numeric("#### 5", reference) is None
+    assert numeric_match("#### 5", reference) is None
 
 
 def test_the_examples_of_the_docstrings_hold() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from training_lens.config.judging_sections import EvaluationSection
+from training_lens.config.evaluation_sections import EvaluationSection
 from training_lens.errors import ConfigurationError, EvaluationError
 from training_lens.evaluation import own_metrics
 from training_lens.evaluation.metrics import AnswerScoring, row_scores

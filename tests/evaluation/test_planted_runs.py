@@ -13,11 +13,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from training_lens import TrainingConfig, TrainingWrapper
-from training_lens.config.judging_sections import EvaluationSection
+from training_lens.config.evaluation_sections import EvaluationSection
 from training_lens.data.examples import Example, Message
-from training_lens.evaluation.run_evaluation import BrokenAdapterError, Judge
+from training_lens.evaluation.run_evaluation import BrokenAdapterError, ModelEvaluator
 from training_lens.evaluation.training_record import read_training_record
-from training_lens.evaluation.training_verdict import judge_training
+from training_lens.evaluation.training_verdict import assess_training
 from training_lens.evaluation.verdict import Verdict
 from training_lens.inference.prompt_rows import validation_examples
 from training_lens.inference.session import Session, open_run, open_session
@@ -41,9 +41,9 @@ def codes(verdict: Verdict) -> dict[str, str]:
     return {remark.code: remark.severity for remark in verdict.remarks}
 
 
-def judge(session: Session, examples: Sequence[Example], settings: EvaluationSection) -> Verdict:
-    verdict = Judge(session, settings).compare(examples).verdict
-    assert verdict is not None and verdict.sentence == verdict.lines()[0]
+def evaluate(session: Session, examples: Sequence[Example], settings: EvaluationSection) -> Verdict:
+    verdict = ModelEvaluator(session, settings).compare(examples).verdict
+    assert verdict is not None and verdict.sentence == verdict.text_lines()[0]
     return verdict
 
 
@@ -104,7 +104,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunFolder]:
 def test_a_good_run_is_better_uses_its_prompt_and_names_the_next_command(
     good: Session, held_out: list[Example]
 ) -> None:
-    verdict = judge(good, held_out, ALL)
+    verdict = evaluate(good, held_out, ALL)
     assert verdict.outcome == "better" and verdict.measure == "loss"
     assert verdict.interval is not None and verdict.change is not None
     assert verdict.interval[0] < verdict.change < verdict.interval[1] < 0
@@ -124,7 +124,7 @@ def test_a_good_run_is_better_uses_its_prompt_and_names_the_next_command(
 def test_few_rows_are_thin_evidence_and_the_same_again_are_no_more(
     rows: Any, outcome: str, expected: set[str], good: Session, held_out: list[Example]
 ) -> None:
-    verdict = judge(good, held_out[rows] if isinstance(rows, slice) else [held_out[i] for i in rows], LOSSES)
+    verdict = evaluate(good, held_out[rows] if isinstance(rows, slice) else [held_out[i] for i in rows], LOSSES)
     assert verdict.outcome == outcome and expected == set(codes(verdict)) - {"domains_part"}
     assert verdict.severity == "warning" and ("at least 6 rows" in verdict.decide) == (outcome == "inconclusive")
 
@@ -132,43 +132,43 @@ def test_few_rows_are_thin_evidence_and_the_same_again_are_no_more(
 def test_an_adapter_that_does_nothing_makes_no_difference(
     by_hand: Callable[[float], Session], held_out: list[Example]
 ) -> None:
-    verdict = judge(by_hand(0.0), held_out, LOSSES)
+    verdict = evaluate(by_hand(0.0), held_out, LOSSES)
     assert verdict.outcome == "no difference" and "the same probability" in verdict.sentence
     assert verdict.change == 0.0 and verdict.severity != "fine"
 
 
 def test_a_ruined_adapter_is_worse_and_loops_without_end(ruined: Session, held_out: list[Example]) -> None:
-    verdict = judge(ruined, held_out[:10], ANSWERS)
+    verdict = evaluate(ruined, held_out[:10], ANSWERS)
     assert verdict.outcome == "worse" and verdict.severity == "problem"
     assert {"never_ends", "loops"} <= set(codes(verdict))
 
 
 def test_an_adapter_of_no_numbers_is_worse(by_hand: Callable[[float], Session], held_out: list[Example]) -> None:
     with pytest.raises(BrokenAdapterError, match="Worse: the loss of the adapter is not finite on 6 of 6") as broken:
-        judge(by_hand(1e30), held_out[:6], LOSSES)
+        evaluate(by_hand(1e30), held_out[:6], LOSSES)
     assert broken.value.verdict.severity == "problem"
 
 
 def test_a_model_that_knows_no_end_never_ends(good: Session, held_out: list[Example]) -> None:
     room = EvaluationSection(controls=False, resamples=50)
-    verdict = judge(replace(good, stop_ids=frozenset()), held_out[:8], room)
+    verdict = evaluate(replace(good, stop_ids=frozenset()), held_out[:8], room)
     assert codes(verdict)["never_ends"] == "problem" and "8 of 8 answers of the adapter do not end" in verdict.sentence
 
 
 def test_answers_cut_by_the_users_limit_do_not_tell_whether_they_would_end(
     good: Session, held_out: list[Example]
 ) -> None:
-    verdict = judge(good, held_out[:8], EvaluationSection(max_new_tokens=2, resamples=50, controls=False))
+    verdict = evaluate(good, held_out[:8], EvaluationSection(max_new_tokens=2, resamples=50, controls=False))
     assert "never_ends" not in codes(verdict) and codes(verdict)["cut_short"] == "note"
 
 
 def test_two_runs_are_called_by_their_names(good: Session, ruined: Session, held_out: list[Example]) -> None:
-    judged = Judge(good, LOSSES).against(Judge(ruined, LOSSES), held_out[:12])
-    assert judged.verdict is not None and judged.verdict.outcome == "better"
+    result = ModelEvaluator(good, LOSSES).compare_with(ModelEvaluator(ruined, LOSSES), held_out[:12])
+    assert result.verdict is not None and result.verdict.outcome == "better"
     names = Path(good.source).name, Path(ruined.source).name
-    assert judged.verdict.sentence.startswith(f"{names[0]} is better than {names[1]} by loss")
-    assert judged.comparison.labels == {"base": names[1], "adapter": names[0]}
-    again = Judge(ruined, LOSSES).against(Judge(good, LOSSES), held_out[:12]).verdict
+    assert result.verdict.sentence.startswith(f"{names[0]} is better than {names[1]} by loss")
+    assert result.comparison.labels == {"base": names[1], "adapter": names[0]}
+    again = ModelEvaluator(ruined, LOSSES).compare_with(ModelEvaluator(good, LOSSES), held_out[:12]).verdict
     assert again is not None and again.outcome == "worse"
 
 
@@ -176,14 +176,14 @@ def test_a_base_that_is_right_already_and_a_domain_that_is_lost_are_said(
     good: Session, held_out: list[Example]
 ) -> None:
     asked = held_out[:10]
-    said = Judge(good, ANSWERS).alone(asked, base=True).outcomes["base"].answers
+    said = ModelEvaluator(good, ANSWERS).evaluate(asked, base=True).outcomes["base"].answers
     known = [
         replace(e, messages=(*e.messages[:-1], Message("assistant", text.strip())), domain="forest")
         for e, text in zip(asked, said, strict=True)
     ]
-    perfect = judge(good, known, ANSWERS)
+    perfect = evaluate(good, known, ANSWERS)
     assert codes(perfect)["base_perfect"] == "note" and perfect.outcome != "better"
-    both = judge(good, [*known, *(replace(e, domain="hill") for e in asked)], LOSSES)
+    both = evaluate(good, [*known, *(replace(e, domain="hill") for e in asked)], LOSSES)
     parted = next(remark.sentence for remark in both.remarks if remark.code == "domains_part")
     assert parted == "By domain: better on hill; worse on forest."
 
@@ -193,7 +193,7 @@ def test_a_run_on_one_answer_ignores_its_prompt(train: Callable[..., RunFolder])
     drawn = random.Random(0)
     asked = [(f"Where is the {a} number {drawn.randrange(90)}?", "Come in and sit down.") for a in ANIMALS * 4]
     settings = EvaluationSection(generate=False, resamples=200)
-    verdict = judge(open_run(train(asked[:48], asked[48:])), rows(asked[48:]), settings)
+    verdict = evaluate(open_run(train(asked[:48], asked[48:])), rows(asked[48:]), settings)
     assert verdict.outcome == "better" and codes(verdict)["prompt_ignored"] == "problem"
     assert "but it ignores its prompt" in verdict.sentence and verdict.severity == "problem"
 
@@ -204,8 +204,8 @@ def test_a_run_on_wrong_answers_is_worse_and_its_training_says_so(train: Callabl
     wrong = [(q, "Never, not at all.") for q in asked[:48]]
     right = [(q, "The mouse lives in the field.") for q in asked[80:]]
     run = train(wrong, right, epochs=3, lr=1e-2)
-    at_the_end = judge_training(read_training_record(run), str(run.root))
-    verdict = judge(open_run(run), rows(right), LOSSES)
+    at_the_end = assess_training(read_training_record(run), str(run.root))
+    verdict = evaluate(open_run(run), rows(right), LOSSES)
     assert at_the_end.outcome == verdict.outcome == "worse" and verdict.severity == at_the_end.severity == "problem"
     assert "without an interval" in at_the_end.sentence and "compare --run" in at_the_end.next_command
 
@@ -219,5 +219,5 @@ def test_rows_learned_by_heart_are_told_from_rows_that_carry_over(train: Callabl
 
     trained, others = told(6), told(30)
     run = train(trained, others, epochs=40, lr=1e-2, eval_steps=8)
-    verdict = judge(open_run(run), rows(others), LOSSES)
+    verdict = evaluate(open_run(run), rows(others), LOSSES)
     assert codes(verdict)["memorized"] == "warning" and verdict.severity != "fine"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from training_lens.config.judging_sections import EvaluationSection
-from training_lens.evaluation.reports import markdown, per_row_csv, write_reports
-from training_lens.evaluation.run_evaluation import Judge, Judgement
+from training_lens.config.evaluation_sections import EvaluationSection
+from training_lens.evaluation.reports import render_markdown, render_row_csv, write_reports
+from training_lens.evaluation.run_evaluation import EvaluationResult, ModelEvaluator
 from training_lens.evaluation.verdict import format_measure
 from training_lens.inference.prompt_rows import validation_examples
 from training_lens.inference.session import open_run
@@ -20,30 +20,30 @@ from training_lens.utils.integrity import read_sealed
 
 
 @pytest.fixture(scope="module")
-def judged(finished_run: RunFolder) -> Judgement:
+def result(finished_run: RunFolder) -> EvaluationResult:
     session = open_run(finished_run)
     settings = EvaluationSection(max_new_tokens=16, resamples=50, length_buckets=[45])
-    return Judge(session, settings).compare(validation_examples(finished_run, session, 9))
+    return ModelEvaluator(session, settings).compare(validation_examples(finished_run, session, 9))
 
 
-def test_the_csv_has_a_line_for_each_row_and_adds_up(judged: Judgement) -> None:
-    rows = list(csv.DictReader(io.StringIO(per_row_csv(judged))))
-    assert [row["id"] for row in rows] == [e.id for e in judged.rows.examples]
-    assert [row["adapter_answer"] for row in rows] == list(judged.outcomes["adapter"].answers)
+def test_the_csv_has_a_line_for_each_row_and_adds_up(result: EvaluationResult) -> None:
+    rows = list(csv.DictReader(io.StringIO(render_row_csv(result))))
+    assert [row["id"] for row in rows] == [e.id for e in result.rows.examples]
+    assert [row["adapter_answer"] for row in rows] == list(result.outcomes["adapter"].answers)
     loss = sum(float(row["base_loss"]) * int(row["supervised_tokens"]) for row in rows)
     tokens = sum(int(row["supervised_tokens"]) for row in rows)
-    assert loss / tokens == pytest.approx(judged.comparison.whole.models["base"]["loss"], rel=1e-5)
+    assert loss / tokens == pytest.approx(result.comparison.whole.models["base"]["loss"], rel=1e-5)
 
 
-def test_markdown_tables_have_equally_many_cells_in_every_line(judged: Judgement) -> None:
-    blocks = [block for block in markdown(judged).split("\n\n") if block.startswith("|")]
+def test_markdown_tables_have_equally_many_cells_in_every_line(result: EvaluationResult) -> None:
+    blocks = [block for block in render_markdown(result).split("\n\n") if block.startswith("|")]
     assert len(blocks) >= 4
     for block in blocks:
         assert len({line.replace("\\|", "").count("|") for line in block.splitlines()}) == 1
 
 
-def test_all_three_files_are_written(judged: Judgement, tmp_path: Path) -> None:
-    report = write_reports(judged, tmp_path, "compare", {"run": "r"})
+def test_all_three_files_are_written(result: EvaluationResult, tmp_path: Path) -> None:
+    report = write_reports(result, tmp_path, "compare", {"run": "r"})
     assert read_sealed(tmp_path / "compare.json") == json.loads(json.dumps(report))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["compare.csv", "compare.json", "compare.md"]
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from training_lens.errors import ConfigurationError
-from training_lens.evaluation.comparison import Comparison, Control, Group
-from training_lens.evaluation.comparison_verdict import judge_comparison
+from training_lens.evaluation.comparison import ControlResult, ModelComparison, RowGroup
+from training_lens.evaluation.comparison_verdict import assess_comparison
 from training_lens.evaluation.endings import Endings
 from training_lens.evaluation.metrics import AnswerScoring
 from training_lens.evaluation.own_metrics import AnswerMetric
 from training_lens.evaluation.remarks import prompt_remark
 from training_lens.evaluation.training_record import TrainingRecord, build_training_record
-from training_lens.evaluation.training_verdict import judge_training
+from training_lens.evaluation.training_verdict import assess_training
 from training_lens.evaluation.verdict import MeasuredChange, Remark, Verdict
 
 NAMES = ("the adapter", "its base")
@@ -24,15 +24,15 @@ Changes = Mapping[str, tuple[float, float, tuple[float, float] | None]]
 BETTER_LOSS = {"loss": (3.0, 2.0, (-1.2, -0.8))}
 
 
-def group(changes: Changes, rows: int = 200) -> Group:
+def group(changes: Changes, rows: int = 200) -> RowGroup:
     base = {name: before for name, (before, _, _) in changes.items()}
     adapter = {name: after for name, (_, after, _) in changes.items()}
     delta = {name: after - before for name, (before, after, _) in changes.items()}
     intervals = {name: interval for name, (_, _, interval) in changes.items() if interval}
-    return Group(rows, 10 * rows, {"base": base, "adapter": adapter}, delta, intervals)
+    return RowGroup(rows, 10 * rows, {"base": base, "adapter": adapter}, delta, intervals)
 
 
-def judged(changes: Changes, rows: int = 200, **options: Any) -> Verdict:
+def assess(changes: Changes, rows: int = 200, **options: Any) -> Verdict:
     own = {metric.name: metric for metric in options.pop("own", [])}
     moved = options.pop("moved", True)
     parts = {name: group(part, count) for name, (part, count) in options.pop("domains", {}).items()}
@@ -41,8 +41,8 @@ def judged(changes: Changes, rows: int = 200, **options: Any) -> Verdict:
     }
     whole = group(changes, rows)
     shown: Any = ("a row",) if moved else ()
-    comparison = Comparison({}, whole, {}, parts, 0.95, improved=shown, **options)
-    return judge_comparison(comparison, AnswerScoring(own=own), **settings)
+    comparison = ModelComparison({}, whole, {}, parts, 0.95, improved=shown, **options)
+    return assess_comparison(comparison, AnswerScoring(own=own), **settings)
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,9 @@ def test_no_right_answer_among_ten_is_no_proof_that_there_is_no_difference() -> 
 
 
 def test_five_rows_decide_nothing_and_the_number_of_rows_that_would_is_named() -> None:
-    few = judged({"loss": (3.0, 2.0, (-1.1, -0.9))}, rows=5)
+    few = assess({"loss": (3.0, 2.0, (-1.1, -0.9))}, rows=5)
     assert few.outcome == "inconclusive" and few.decide.startswith("at least 6 rows")
-    unsure = judged({"loss": (3.0, 2.8, (-0.6, 0.2))}, rows=100)
+    unsure = assess({"loss": (3.0, 2.8, (-0.6, 0.2))}, rows=100)
     assert unsure.outcome == "inconclusive" and unsure.decide.startswith("about 400 rows")
     assert unsure.next_command == "training-lens compare --run 'runs/a b' data.validation=FILE"
 
@@ -87,26 +87,26 @@ def test_five_rows_decide_nothing_and_the_number_of_rows_that_would_is_named() -
 @pytest.mark.parametrize("other", ["exact_match", "numeric", "json_fields"])
 def test_measures_that_disagree_are_both_named_and_the_user_decides(other: str) -> None:
     changes: Changes = {**BETTER_LOSS, other: (0.5, 0.3, (-0.3, -0.1))}
-    verdict = judged(changes)
+    verdict = assess(changes)
     assert verdict.outcome == "inconclusive" and f"evaluation.decide_by={other}" in verdict.decide
     assert "better than its base by loss" in verdict.sentence
     assert f"worse by {other.replace('_', ' ')}" in verdict.sentence
     assert verdict.next_command == f"training-lens compare --run 'runs/a b' evaluation.decide_by={other}"
-    chosen = judged(changes, decide_by=other)
-    assert chosen.outcome == "worse" and "By loss it is better" in chosen.lines()[1]
-    by_loss = judged(changes, decide_by="loss")
+    chosen = assess(changes, decide_by=other)
+    assert chosen.outcome == "worse" and "By loss it is better" in chosen.text_lines()[1]
+    by_loss = assess(changes, decide_by="loss")
     assert by_loss.outcome == "better" and by_loss.severity == "warning"
 
 
 @pytest.mark.parametrize(("loss", "outcome"), [((-0.01, 0.01), "no difference"), ((-0.4, 0.4), "inconclusive")])
 def test_a_score_that_tells_is_named_beside_a_loss_that_does_not(loss: tuple[float, float], outcome: str) -> None:
-    verdict = judged({"loss": (3.0, 3.0, loss), "exact_match": (0.5, 0.3, (-0.3, -0.1))})
+    verdict = assess({"loss": (3.0, 3.0, loss), "exact_match": (0.5, 0.3, (-0.3, -0.1))})
     assert verdict.outcome == outcome and verdict.severity == "warning"
-    assert any("By exact match it is worse" in line for line in verdict.lines())
+    assert any("By exact match it is worse" in line for line in verdict.text_lines())
 
 
 def test_answers_that_are_further_from_the_right_ones_are_in_the_headline() -> None:
-    verdict = judged({**BETTER_LOSS, "token_f1": (0.52, 0.31, (-0.24, -0.18)), "chrf": (25.0, 18.0, (-9.0, -5.0))})
+    verdict = assess({**BETTER_LOSS, "token_f1": (0.52, 0.31, (-0.24, -0.18)), "chrf": (25.0, 18.0, (-9.0, -5.0))})
     assert verdict.outcome == "better" and "but its answers are worse by token f1" in verdict.sentence
     assert verdict.severity == "warning" and "report" in verdict.next_command
 
@@ -114,19 +114,19 @@ def test_answers_that_are_further_from_the_right_ones_are_in_the_headline() -> N
 def test_a_metric_of_the_users_decides_by_its_own_direction() -> None:
     distance = AnswerMetric("distance", lambda prediction, reference: 0.0, lower_is_better=True)
     changes: Changes = {**BETTER_LOSS, "distance": (4.0, 2.0, (-3.0, -1.0))}
-    assert judged(changes, own=[distance], decide_by="distance").outcome == "better"
+    assert assess(changes, own=[distance], decide_by="distance").outcome == "better"
     with pytest.raises(ConfigurationError, match=r"'distanc' is not measured .* Did you mean distance\?"):
-        judged(changes, own=[distance], decide_by="distanc")
+        assess(changes, own=[distance], decide_by="distanc")
 
 
 def test_adapters_that_move_no_row_make_no_difference() -> None:
-    verdict = judged({"loss": (3.0, 3.0, (0.0, 0.0))}, moved=False)
+    verdict = assess({"loss": (3.0, 3.0, (0.0, 0.0))}, moved=False)
     assert verdict.outcome == "no difference" and "the same probability" in verdict.sentence
 
 
 def test_two_runs_are_called_by_their_names_and_measured_in_bytes_across_tokenizers() -> None:
     labels = {"base": "run-1", "adapter": "run-2"}
-    verdict = judged({"bits_per_byte": (1.0, 0.5, (-0.6, -0.4))}, labels=labels)
+    verdict = assess({"bits_per_byte": (1.0, 0.5, (-0.6, -0.4))}, labels=labels)
     assert verdict.sentence.startswith("run-2 is better than run-1 by bits per byte")
 
 
@@ -145,14 +145,14 @@ def test_whether_the_prompt_is_used_is_told_by_the_shuffled_control(
     delta: float, interval: tuple[float, float] | None, code: str, severity: str
 ) -> None:
     intervals = {"loss": interval} if interval else {}
-    remark = prompt_remark(Control(100, 900, {"loss": 3.0 + delta}, {"loss": 3.0}, {"loss": delta}, intervals))
+    remark = prompt_remark(ControlResult(100, 900, {"loss": 3.0 + delta}, {"loss": 3.0}, {"loss": delta}, intervals))
     assert (remark.code, remark.severity) == (code, severity)
 
 
 def test_an_adapter_that_is_better_but_never_ends_or_reads_no_prompt_is_not_fine() -> None:
     endings = {"base": Endings(50, 1, 0, 0, 40, 24), "adapter": Endings(50, 44, 0, 13, 40, 24)}
-    control = Control(200, 900, {"loss": 2.0}, {"loss": 2.0}, {"loss": 0.0}, {"loss": (0.0, 0.0)})
-    verdict = judged(BETTER_LOSS, endings=endings, controls={"shuffled_prompts": control})
+    control = ControlResult(200, 900, {"loss": 2.0}, {"loss": 2.0}, {"loss": 0.0}, {"loss": (0.0, 0.0)})
+    verdict = assess(BETTER_LOSS, endings=endings, controls={"shuffled_prompts": control})
     assert verdict.outcome == "better" and verdict.severity == "problem"
     assert "44 of 50 answers of the adapter do not end" in verdict.sentence
     assert "ignores its prompt" in verdict.sentence and "report" in verdict.next_command
@@ -160,7 +160,7 @@ def test_an_adapter_that_is_better_but_never_ends_or_reads_no_prompt_is_not_fine
 
 def test_of_two_runs_the_answers_of_both_are_counted() -> None:
     endings = {"base": Endings(50, 30, 0, 0, 40, 24), "adapter": Endings(50, 0, 5, 0, 40, 24)}
-    found = judged(BETTER_LOSS, endings=endings, labels={"base": "run-1", "adapter": "run-2"}).remarks
+    found = assess(BETTER_LOSS, endings=endings, labels={"base": "run-1", "adapter": "run-2"}).remarks
     assert {(remark.code, remark.sentence.split(" do ")[0]) for remark in found if remark.code == "never_ends"} == {
         ("never_ends", "30 of 50 answers of run-1")
     }
@@ -168,21 +168,21 @@ def test_of_two_runs_the_answers_of_both_are_counted() -> None:
 
 
 def test_a_few_rows_that_come_twice_are_no_matter() -> None:
-    assert not judged(BETTER_LOSS, distinct_rows=190).remarks
-    assert [remark.code for remark in judged(BETTER_LOSS, distinct_rows=100).remarks] == ["repeated_rows"]
+    assert not assess(BETTER_LOSS, distinct_rows=190).remarks
+    assert [remark.code for remark in assess(BETTER_LOSS, distinct_rows=100).remarks] == ["repeated_rows"]
 
 
 def test_domains_that_part_are_named() -> None:
     domains = {"hill": (BETTER_LOSS, 80), "lake": ({"loss": (2.0, 2.6, (0.3, 0.9))}, 80)}
-    verdict = judged(BETTER_LOSS, domains=domains)
+    verdict = assess(BETTER_LOSS, domains=domains)
     (remark,) = [remark for remark in verdict.remarks if remark.code == "domains_part"]
     assert remark == Remark("domains_part", "warning", "By domain: better on hill; worse on lake.")
-    alike = judged(BETTER_LOSS, domains={"hill": (BETTER_LOSS, 80), "lake": (BETTER_LOSS, 80)})
+    alike = assess(BETTER_LOSS, domains={"hill": (BETTER_LOSS, 80), "lake": (BETTER_LOSS, 80)})
     assert not alike.remarks
 
 
 def test_a_verdict_is_the_same_after_it_was_written_and_read() -> None:
-    verdict = judged({**BETTER_LOSS, "exact_match": (0.1, 0.5, (0.3, 0.5))}, rows=12)
+    verdict = assess({**BETTER_LOSS, "exact_match": (0.1, 0.5, (0.3, 0.5))}, rows=12)
     assert Verdict.from_json(json.loads(json.dumps(verdict.as_json()))) == verdict
     assert verdict.as_json()["severity"] == verdict.severity == "warning"
 
@@ -200,14 +200,14 @@ def test_a_verdict_is_the_same_after_it_was_written_and_read() -> None:
 def test_the_end_of_training_says_how_far_its_validation_goes(
     base: float | None, validated: list[tuple[int, float]], outcome: str, words: str
 ) -> None:
-    verdict = judge_training(build_training_record([10, 20], [2.5, 1.5], base, validated, 24), "runs/x")
+    verdict = assess_training(build_training_record([10, 20], [2.5, 1.5], base, validated, 24), "runs/x")
     assert verdict.outcome == outcome and words in verdict.sentence and verdict.basis == "training"
     assert verdict.next_command.startswith("training-lens compare --run runs/x")
-    assert judge_training(TrainingRecord(0)).next_command == ""
+    assert assess_training(TrainingRecord(0)).next_command == ""
 
 
 def test_what_happened_after_the_best_validation_is_said() -> None:
     record = build_training_record(range(1, 41), [3.0 - 0.07 * i for i in range(40)], 3.0, [(10, 2.0), (40, 2.9)])
-    (remark,) = judge_training(record).remarks
+    (remark,) = assess_training(record).remarks
     assert remark.code == "validation_rises" and "learned by heart" in remark.sentence
-    assert judge_training(build_training_record([1, 2], [3.0], 3.0, [(2, 2.0)])).severity == "problem"
+    assert assess_training(build_training_record([1, 2], [3.0], 3.0, [(2, 2.0)])).severity == "problem"

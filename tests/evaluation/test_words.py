@@ -91,7 +91,7 @@ def test_right_answers_of_the_shared_rows_score_full_marks_or_none(
     texts = [json.loads(line)["answer"] for line in lines][:5]
     scoring = AnswerScoring()
     scores = row_scores(texts, texts, scoring)
-    assert np.mean(scoring.corpus_metrics()["bleu"].applies(texts)) == bleu
+    assert np.mean(scoring.corpus_metrics()["bleu"].applicable_rows(texts)) == bleu
     assert np.mean(~np.isnan(scores["rouge2"])) == rouge2 if rouge2 else "rouge2" not in scores
     assert all(np.nanmin(column) == 1 for column in scores.values())
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from training_lens.config.data_sections import CsvSection, DataSection
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import Message
 from training_lens.data.source_reader import read_examples
 from training_lens.data.templates import build_renderer

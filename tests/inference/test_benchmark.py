@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from training_lens.config.judging_sections import BenchmarkSection
+from training_lens.config.evaluation_sections import BenchmarkSection
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError
 from training_lens.inference.benchmark import Benchmark, benchmark

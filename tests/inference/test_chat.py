@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import Message
 from training_lens.inference.chat import COMMANDS, Chat
 from training_lens.inference.generator import answer

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from training_lens import TrainingConfig
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.config.schema import PeftSection
 from training_lens.data.examples import Message
 from training_lens.inference import decoder as subject

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training_lens import TrainingConfig
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.errors import ConfigurationError
 from training_lens.inference.decode_loop import SHARED, Decoder
 from training_lens.inference.generator import answer_ids

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from training_lens import TrainingConfig, embedded
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.data.examples import Message
 from training_lens.errors import OutOfMemoryError

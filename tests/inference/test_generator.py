@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import Message
 from training_lens.errors import ConfigurationError
 from training_lens.inference.generator import answer, answers, generate_answers

@@ -13,7 +13,7 @@ import transformers
 
 from training_lens import embedded
 from training_lens.config.compose import validate
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.inference.generator import answer, answer_ids
 from training_lens.inference.session import Session, open_session
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from training_lens.config.data_sections import FieldsSection
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import Example, Message
 from training_lens.inference.batch import answer_file, input_file
 from training_lens.inference.chat import Chat

@@ -13,7 +13,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from training_lens import embedded
 from training_lens.config.compose import compose
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import Message
 from training_lens.errors import ConfigurationError, ModelLoadingError, TrainingLensError
 from training_lens.inference.generator import answer

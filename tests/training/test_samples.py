@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from training_lens import TrainingWrapper
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import InterruptedRunError

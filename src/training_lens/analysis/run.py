@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
 from training_lens.analysis.frames import metrics_frame, samples_frame
 from training_lens.analysis.logs import Log, our_log
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.config.run_config import read_run_config
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError

@@ -11,7 +11,7 @@ from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.errors import CheckpointError
 from training_lens.evaluation.training_record import TrainingRecord, build_training_record
-from training_lens.evaluation.training_verdict import judge_training
+from training_lens.evaluation.training_verdict import assess_training
 from training_lens.evaluation.verdict import Verdict
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.integrity import read_sealed
@@ -31,7 +31,7 @@ def find_verdict(recording: Recording) -> Verdict | None:
     record = _training_record(recording)
     if record is None:
         return None
-    return judge_training(record, str(run.root) if run.metadata.is_dir() else "")
+    return assess_training(record, str(run.root) if run.metadata.is_dir() else "")
 
 
 def _compared(run: RunFolder) -> Verdict | None:

@@ -18,7 +18,7 @@ from training_lens.cli.common import (
     print_table,
     refuse_unused,
 )
-from training_lens.cli.judgement import send_to_trackers
+from training_lens.cli.evaluation_output import send_to_trackers
 from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:

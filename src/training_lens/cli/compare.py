@@ -17,7 +17,7 @@ from training_lens.cli.common import (
     command,
     load_adapter_config,
 )
-from training_lens.cli.judgement import USED, finish, opened, refuse_base_only, write_broken
+from training_lens.cli.evaluation_output import USED, finish, opened, refuse_base_only, write_broken
 from training_lens.cli.places import locate_adapter
 
 if TYPE_CHECKING:
@@ -53,16 +53,16 @@ def compare(
             _compare_two(screen, settings, other.inference.adapter)
             return
         settings = load_adapter_config(config, overrides, run, USED)
-        judge, examples, folder = opened(screen, settings)
-        _require_adapter(judge.session)
+        evaluator, examples, folder = opened(screen, settings)
+        _require_adapter(evaluator.session)
         from training_lens.evaluation.run_evaluation import BrokenAdapterError
 
         try:
-            judgement = judge.compare(examples)
+            result = evaluator.compare(examples)
         except BrokenAdapterError as error:
-            write_broken(screen, error, judge, folder, "compare")
+            write_broken(screen, error, evaluator, folder, "compare")
             raise
-        finish(screen, judgement, judge, folder, "compare")
+        finish(screen, result, evaluator, folder, "compare")
 
 
 def _used(against: str) -> tuple[str, ...]:
@@ -74,15 +74,15 @@ def _used(against: str) -> tuple[str, ...]:
 
 def _compare_two(screen: Screen, settings: TrainingConfig, against: str) -> None:
     """The adapter that the settings name, against another one."""
-    from training_lens.evaluation.run_evaluation import Judge
+    from training_lens.evaluation.run_evaluation import ModelEvaluator
     from training_lens.inference.session import open_session
 
-    judge, examples, folder = opened(screen, settings)
-    _require_adapter(judge.session)
+    evaluator, examples, folder = opened(screen, settings)
+    _require_adapter(evaluator.session)
     other = open_session(settings.resolved(inference={"adapter": against}))
     _require_adapter(other)
-    result = judge.against(Judge(other, settings.evaluation, judge.progress), examples)
-    finish(screen, result, judge, folder, f"compare-with-{_label(other.source)}")
+    result = evaluator.compare_with(ModelEvaluator(other, settings.evaluation, evaluator.progress), examples)
+    finish(screen, result, evaluator, folder, f"compare-with-{_label(other.source)}")
 
 
 def _label(source: str) -> str:
@@ -96,6 +96,6 @@ def _require_adapter(session: Session) -> None:
 
     if not session.has_adapter:
         raise ConfigurationError(
-            f"'{session.source}' has no adapter to compare; name a run or an adapter folder, or judge a model "
+            f"'{session.source}' has no adapter to compare; name a run or an adapter folder, or evaluate a model "
             "alone with training-lens baseline."
         )

@@ -17,7 +17,7 @@ from training_lens.cli.common import (
     load_config,
     refuse_unused,
 )
-from training_lens.cli.judgement import USED, finish, opened, refuse_base_only
+from training_lens.cli.evaluation_output import USED, finish, opened, refuse_base_only
 from training_lens.cli.preflight import check_own_model
 
 BaseOf = Annotated[
@@ -42,9 +42,9 @@ def evaluate(
     with command(json, debug) as screen:
         refuse_base_only(overrides, "evaluation.decide_by")
         settings = load_adapter_config(config, overrides, run, USED)
-        judge, examples, folder = opened(screen, settings)
-        result = judge.alone(examples, base=base)
-        finish(screen, result, judge, folder, "evaluation-of-base" if base else "evaluation")
+        evaluator, examples, folder = opened(screen, settings)
+        result = evaluator.evaluate(examples, base=base)
+        finish(screen, result, evaluator, folder, "evaluation-of-base" if base else "evaluation")
 
 
 def baseline(
@@ -63,12 +63,12 @@ def baseline(
         refuse_base_only(overrides, "evaluation.decide_by")
         if run is not None:
             settings = load_adapter_config(config, overrides, run, USED)
-            judge, examples, folder = opened(screen, settings)
-            finish(screen, judge.alone(examples, base=True), judge, folder, "baseline")
+            evaluator, examples, folder = opened(screen, settings)
+            finish(screen, evaluator.evaluate(examples, base=True), evaluator, folder, "baseline")
             return
         used = ("evaluation.", "data.", "model.", "output.", "training.seed")
-        refuse_unused(overrides, used, "baseline judges model.id alone, before any training.")
+        refuse_unused(overrides, used, "baseline evaluates model.id alone, before any training.")
         settings = load_config(config, overrides, {"inference": {"adapter": "none"}})
         check_own_model(settings)
-        judge, examples, folder = opened(screen, settings)
-        finish(screen, judge.alone(examples), judge, folder, "baseline")
+        evaluator, examples, folder = opened(screen, settings)
+        finish(screen, evaluator.evaluate(examples), evaluator, folder, "baseline")

@@ -63,9 +63,9 @@ def train(
             summary = TrainingWrapper.resume(unfinished, settings.given(), console=screen.console)
         else:
             summary = TrainingWrapper(settings, console=screen.console).train()
-        judged = _judge(summary)
-        _show(screen, summary, judged)
-        screen.result({**asdict(summary), "verdict": judged.as_json()})
+        verdict = _read_verdict(summary)
+        _show(screen, summary, verdict)
+        screen.result({**asdict(summary), "verdict": verdict.as_json()})
 
 
 def _verify_resume(screen: Screen, settings: TrainingConfig, resume: str | None) -> None:
@@ -103,16 +103,16 @@ def _unfinished(screen: Screen, reference: str, settings: TrainingConfig) -> Run
     return run
 
 
-def _judge(summary: TrainingSummary) -> Verdict:
+def _read_verdict(summary: TrainingSummary) -> Verdict:
     """What the run's own validation tells by now."""
     from training_lens.evaluation.training_record import read_training_record
-    from training_lens.evaluation.training_verdict import judge_training
+    from training_lens.evaluation.training_verdict import assess_training
     from training_lens.runs.run_folder import RunFolder
 
-    return judge_training(read_training_record(RunFolder(Path(summary.run_dir))), summary.run_dir)
+    return assess_training(read_training_record(RunFolder(Path(summary.run_dir))), summary.run_dir)
 
 
-def _show(screen: Screen, summary: TrainingSummary, judged: Verdict) -> None:
+def _show(screen: Screen, summary: TrainingSummary, verdict: Verdict) -> None:
     from rich.text import Text
 
     from training_lens.utils.formatting import format_seconds, format_size
@@ -125,5 +125,5 @@ def _show(screen: Screen, summary: TrainingSummary, judged: Verdict) -> None:
         show(f"  validation loss  {summary.validation_loss:.4f} at step {summary.adapter_step}")
     show(f"  speed            {summary.tokens_per_second:,.0f} tokens/s, peak memory {format_size(summary.peak_bytes)}")
     show(f"  saved in         {summary.run_dir}", soft_wrap=True)
-    for line in judged.lines():
+    for line in verdict.text_lines():
         show(line, markup=False, soft_wrap=True)

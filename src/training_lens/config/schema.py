@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, model_validator
 from training_lens import embedded
 from training_lens.config.coming_from import translate
 from training_lens.config.data_sections import DataSection, PrepareSection
-from training_lens.config.judging_sections import BenchmarkSection, EvaluationSection, InferenceSection
+from training_lens.config.evaluation_sections import BenchmarkSection, EvaluationSection, InferenceSection
 from training_lens.config.lens_section import LensSection
 from training_lens.config.section import ExperimentName, Place, RunId, Section
 from training_lens.config.tracking_section import TrackingSection

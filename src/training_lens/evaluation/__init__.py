@@ -1,12 +1,13 @@
 """How good a model is on rows: losses, scores, comparisons, and how sure one can be of them.
 
 Example:
-    from training_lens.evaluation import EvaluationSection, Judge, find_run, open_run, validation_examples
+    from training_lens.evaluation import EvaluationSection, ModelEvaluator, find_run, open_run, validation_examples
 
     run = find_run("latest", "outputs", "default", finished=True)
     session = open_run(run)
-    judged = Judge(session, EvaluationSection(max_examples=200)).compare(validation_examples(run, session))
-    print(judged.comparison.whole.delta["loss"], judged.comparison.whole.intervals["loss"])
+    evaluator = ModelEvaluator(session, EvaluationSection(max_examples=200))
+    whole = evaluator.compare(validation_examples(run, session)).comparison.whole
+    print(whole.delta["loss"], whole.intervals["loss"])
 """
 
 from __future__ import annotations
@@ -15,17 +16,24 @@ from training_lens._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     {
-        "training_lens.config.judging_sections": ("EvaluationSection",),
-        "training_lens.evaluation.comparison": ("Comparison", "Group"),
-        "training_lens.evaluation.evaluator": ("LossReport", "Pass", "TokenSums", "evaluate_loss", "token_sums"),
-        "training_lens.evaluation.run_evaluation": ("Judge", "Judgement"),
+        "training_lens.config.evaluation_sections": ("EvaluationSection",),
+        "training_lens.evaluation.comparison": ("ModelComparison", "RowGroup"),
+        "training_lens.evaluation.evaluator": (
+            "LossReport",
+            "EvaluationOptions",
+            "TokenSums",
+            "evaluate_loss",
+            "token_sums",
+        ),
+        "training_lens.evaluation.run_evaluation": ("ModelEvaluator", "EvaluationResult"),
         "training_lens.evaluation.length_bucketing": ("LengthBuckets",),
         "training_lens.evaluation.metrics": ("CORPUS_METRICS", "ROW_METRICS", "AnswerScoring", "row_scores"),
         "training_lens.evaluation.own_metrics": ("AnswerMetric", "metric"),
         "training_lens.evaluation.reports": ("write_reports",),
-        "training_lens.evaluation.scoring": ("Bootstrap", "Scored"),
+        "training_lens.evaluation.scoring": ("Bootstrap", "ModelScores"),
         "training_lens.inference.prompt_rows": ("configured_examples", "validation_examples"),
         "training_lens.inference.session": ("open_run", "open_session"),
         "training_lens.runs.run_lookup": ("find_run",),
-    }
+    },
+    aliases={"Judge": "ModelEvaluator"},  # the name up to now
 )

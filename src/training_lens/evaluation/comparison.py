@@ -14,7 +14,7 @@ import numpy as np
 from training_lens.data.examples import Example
 from training_lens.evaluation.endings import Endings
 from training_lens.evaluation.length_bucketing import LengthBuckets
-from training_lens.evaluation.scoring import Bootstrap, Interval, Measures, Scored
+from training_lens.evaluation.scoring import Bootstrap, Interval, Measures, ModelScores
 from training_lens.evaluation.verdict import ADAPTER_NAME
 
 BASE, ADAPTER = "base", "adapter"
@@ -22,7 +22,7 @@ SHOWN = 5  # rows that moved most, each way
 
 
 @dataclass(frozen=True)
-class Group:
+class RowGroup:
     """Some of the rows: the measures of each model on them.
 
     `delta` is adapter minus base where both are there, and `intervals` are those of the delta; of one model alone,
@@ -43,7 +43,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Moved:
+class MovedRow:
     """A row and its losses, in nats per supervised token of the row."""
 
     id: str
@@ -52,7 +52,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class Control:
+class ControlResult:
     """The adapter on changed prompts, over the rows whose supervised tokens stayed what they were.
 
     `adapter` are its measures on the same rows with their own prompts, `delta` what the change made of them.
@@ -69,11 +69,11 @@ class Control:
         return {**asdict(self), "intervals": {n: list(v) for n, v in self.intervals.items()}}
 
 
-def control(changed: Scored, adapter: Scored, bootstrap: Bootstrap) -> Control:
+def compare_control(changed: ModelScores, adapter: ModelScores, bootstrap: Bootstrap) -> ControlResult:
     """The adapter on changed prompts against itself on the same rows."""
-    delta, intervals = bootstrap.change(changed, adapter)
+    delta, intervals = bootstrap.measure_change(changed, adapter)
     tokens = int(changed.sums.tokens.sum())
-    return Control(len(changed), tokens, changed.of_all(), adapter.of_all(), delta, intervals)
+    return ControlResult(len(changed), tokens, changed.measure_all(), adapter.measure_all(), delta, intervals)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Forgetting:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ModelComparison:
     """Models on the same rows, whole and in parts; `models` says what `base` and `adapter` stand for.
 
     `labels` are what `base` and `adapter` are called in tables: of two runs, their names. `tasks` are scores of
@@ -100,13 +100,13 @@ class Comparison:
     """
 
     models: Mapping[str, str]
-    whole: Group
-    by_length: Mapping[str, Group]
-    by_domain: Mapping[str, Group]
+    whole: RowGroup
+    by_length: Mapping[str, RowGroup]
+    by_domain: Mapping[str, RowGroup]
     confidence: float
-    controls: Mapping[str, Control] = field(default_factory=dict)
-    improved: Sequence[Moved] = ()
-    worsened: Sequence[Moved] = ()
+    controls: Mapping[str, ControlResult] = field(default_factory=dict)
+    improved: Sequence[MovedRow] = ()
+    worsened: Sequence[MovedRow] = ()
     forgetting: Forgetting | None = None
     tasks: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -119,11 +119,11 @@ class Comparison:
         """Whether `base` stands for another run."""
         return bool(self.labels)
 
-    def label(self, model: str) -> str:
+    def model_label(self, model: str) -> str:
         """What a model is called in tables: `base`, `adapter`, or a run's name."""
         return self.labels.get(model, model)
 
-    def subject(self, model: str) -> str:
+    def model_subject(self, model: str) -> str:
         """What a model is called in a sentence."""
         return self.labels.get(model) or {ADAPTER: ADAPTER_NAME, BASE: "its base"}[model]
 
@@ -147,14 +147,14 @@ class Comparison:
         }
 
 
-def compare(
+def compare_models(
     examples: Sequence[Example],
     lengths: np.ndarray,
-    models: Mapping[str, Scored],
+    models: Mapping[str, ModelScores],
     buckets: LengthBuckets,
     bootstrap: Bootstrap,
     described: Mapping[str, str],
-) -> Comparison:
+) -> ModelComparison:
     """Score one model, or two on the same rows: `base` and `adapter`.
 
     Args:
@@ -165,47 +165,49 @@ def compare(
     domains = np.array([e.domain for e in examples], dtype=object)
     named = sorted({e.domain for e in examples if e.domain is not None})
     two = len(models) == 2 and models[ADAPTER].same_tokens(models[BASE])
-    moved = _moved(examples, models) if two else []
+    moved = _rank_rows(examples, models) if two else []
     labels = [(label, bucket == i) for i, label in enumerate(buckets.labels) if (bucket == i).any()]
-    return Comparison(
+    return ModelComparison(
         described,
-        _group(models, bootstrap),
-        {label: _group(_of(models, rows), bootstrap) for label, rows in labels},
-        {domain: _group(_of(models, domains == domain), bootstrap) for domain in named},
+        _measure_group(models, bootstrap),
+        {label: _measure_group(_take_rows(models, rows), bootstrap) for label, rows in labels},
+        {domain: _measure_group(_take_rows(models, domains == domain), bootstrap) for domain in named},
         bootstrap.confidence,
         improved=[row for row in moved[:SHOWN] if row.adapter_loss < row.base_loss],
         worsened=[row for row in moved[: -SHOWN - 1 : -1] if row.adapter_loss > row.base_loss],
     )
 
 
-def _of(models: Mapping[str, Scored], rows: np.ndarray) -> dict[str, Scored]:
+def _take_rows(models: Mapping[str, ModelScores], rows: np.ndarray) -> dict[str, ModelScores]:
     return {name: scored.take(rows) for name, scored in models.items()}
 
 
-def _group(models: Mapping[str, Scored], bootstrap: Bootstrap) -> Group:
+def _measure_group(models: Mapping[str, ModelScores], bootstrap: Bootstrap) -> RowGroup:
     last = models[list(models)[-1]]
-    found = {name: scored.of_all() for name, scored in models.items()}
+    found = {name: scored.measure_all() for name, scored in models.items()}
     delta, intervals = (
-        bootstrap.change(models[ADAPTER], models[BASE]) if len(models) == 2 else ({}, bootstrap.intervals(last))
+        bootstrap.measure_change(models[ADAPTER], models[BASE])
+        if len(models) == 2
+        else ({}, bootstrap.measure_intervals(last))
     )
-    return Group(len(last), int(last.sums.tokens.sum()), found, delta, intervals)
+    return RowGroup(len(last), int(last.sums.tokens.sum()), found, delta, intervals)
 
 
-def _moved(examples: Sequence[Example], models: Mapping[str, Scored]) -> list[Moved]:
+def _rank_rows(examples: Sequence[Example], models: Mapping[str, ModelScores]) -> list[MovedRow]:
     """The rows in the order of their loss's change, the most improved first."""
     base, adapter = (models[name].sums.nll / models[name].sums.tokens for name in (BASE, ADAPTER))
     order = np.argsort(adapter - base, kind="stable")
-    return [Moved(examples[i].id, float(base[i]), float(adapter[i])) for i in order]
+    return [MovedRow(examples[i].id, float(base[i]), float(adapter[i])) for i in order]
 
 
-def forgetting(base: Scored, adapter: Scored, bootstrap: Bootstrap) -> Forgetting:
+def measure_forgetting(base: ModelScores, adapter: ModelScores, bootstrap: Bootstrap) -> Forgetting:
     """The change of loss on rows of text that was not trained on."""
-    delta, intervals = bootstrap.change(adapter, base)
-    before, after = base.of_all()["loss"], adapter.of_all()["loss"]
+    delta, intervals = bootstrap.measure_change(adapter, base)
+    before, after = base.measure_all()["loss"], adapter.measure_all()["loss"]
     return Forgetting(len(base), before, after, delta["loss"], intervals.get("loss"))
 
 
-def samples(examples: Sequence[Example], count: int) -> list[int]:
+def choose_samples(examples: Sequence[Example], count: int) -> list[int]:
     """Positions of rows to show: one of each domain in turn, the first that are there; no picking by result."""
     taken: list[int] = []
     while len(taken) < min(count, len(examples)):

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from training_lens.errors import ConfigurationError
-from training_lens.evaluation.comparison import ADAPTER, BASE, Comparison
+from training_lens.evaluation.comparison import ADAPTER, BASE, ModelComparison
 from training_lens.evaluation.metrics import AnswerScoring
-from training_lens.evaluation.remarks import loose_remarks, remarks_of
+from training_lens.evaluation.remarks import collect_remarks, loose_remarks
 from training_lens.evaluation.training_record import TrainingRecord
-from training_lens.evaluation.verdict import LOWER_IS_BETTER, ORDER, MeasuredChange, Verdict, judge_changes
+from training_lens.evaluation.verdict import LOWER_IS_BETTER, ORDER, MeasuredChange, Verdict, assess_changes
 from training_lens.utils.formatting import nearest
 
 LOSS, ACROSS_TOKENS = "loss", "bits_per_byte"
@@ -19,8 +19,8 @@ LOOSE_MEASURES = ("token_f1", "chrf")  # an answer is more or less near to the r
 STRICT_MEASURES = ("numeric", "json_fields", "exact_match", "json_valid")  # an answer is right or it is not
 
 
-def judge_comparison(
-    comparison: Comparison,
+def assess_comparison(
+    comparison: ModelComparison,
     scoring: AnswerScoring,
     *,
     decide_by: str | None,
@@ -36,33 +36,33 @@ def judge_comparison(
         scoring: which of the user's metrics are better when lower.
         decide_by: the measure that the user chose.
         distinct_rows: rows that differ from each other.
-        training: of the run whose adapter is judged.
+        training: of the run whose adapter is evaluated.
         run: its folder, for the next command; empty for what is no run.
 
     Raises:
         ConfigurationError: the chosen measure was not measured.
     """
-    changes = measured_changes(comparison, scoring)
+    changes = list_changes(comparison, scoring)
     chosen = decide_by or (LOSS if LOSS in changes else ACROSS_TOKENS)
     if chosen not in changes:
         raise ConfigurationError(_unknown_measure(chosen, changes))
-    names = (comparison.subject(ADAPTER), comparison.subject(BASE))
+    names = (comparison.model_subject(ADAPTER), comparison.model_subject(BASE))
     others = [changes[name] for name in (*scoring.own, *STRICT_MEASURES, LOSS) if name in changes and name != chosen]
     deciding = replace(changes[chosen], rows=min(changes[chosen].rows, distinct_rows))
-    verdict = judge_changes(
+    verdict = assess_changes(
         deciding, others, names, is_chosen=decide_by is not None, is_identical=_is_identical(comparison)
     )
     loose = [changes[name] for name in LOOSE_MEASURES if name in changes and name != chosen]
     remarks = (
         *verdict.remarks,
         *loose_remarks(verdict.outcome, loose),
-        *remarks_of(comparison, changes[chosen], distinct_rows, training),
+        *collect_remarks(comparison, changes[chosen], distinct_rows, training),
     )
     verdict = replace(verdict, remarks=tuple(sorted(remarks, key=lambda remark: ORDER.index(remark.severity))))
     return replace(verdict, sentence=_with_reservations(verdict), next_command=next_command(verdict, run))
 
 
-def measured_changes(comparison: Comparison, scoring: AnswerScoring) -> dict[str, MeasuredChange]:
+def list_changes(comparison: ModelComparison, scoring: AnswerScoring) -> dict[str, MeasuredChange]:
     """Every measure that both models have on the same footing."""
     whole = comparison.whole
     base, adapter = whole.models[BASE], whole.models[ADAPTER]
@@ -91,7 +91,7 @@ def _unknown_measure(chosen: str, changes: Mapping[str, MeasuredChange]) -> str:
     return f"evaluation.decide_by: '{chosen}' is not measured for both on these rows; there are: {there}.{hint}"
 
 
-def _is_identical(comparison: Comparison) -> bool:
+def _is_identical(comparison: ModelComparison) -> bool:
     """Whether no row's loss moved."""
     return LOSS in comparison.whole.delta and not comparison.improved and not comparison.worsened
 

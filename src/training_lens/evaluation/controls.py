@@ -13,7 +13,7 @@ from training_lens.data.examples import Example, Message
 WRONG_DOMAIN, NO_DOMAIN, SHUFFLED_PROMPTS = "wrong_domain", "no_domain", "shuffled_prompts"
 
 
-def controls_of(examples: Sequence[Example], domain_in_prompt: bool, seed: int) -> dict[str, dict[int, Example]]:
+def corrupt_prompts(examples: Sequence[Example], domain_in_prompt: bool, seed: int) -> dict[str, dict[int, Example]]:
     """The changed rows of every control that makes sense, by the place of the row that each was.
 
     Args:
@@ -46,10 +46,10 @@ def shuffled_prompts(examples: Sequence[Example], seed: int) -> list[Example]:
     """
     order = np.random.default_rng(seed).permutation(len(examples))
     other = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))  # one cycle through all of them
-    return [_asked_as(e, examples[other[i]]) for i, e in enumerate(examples)]
+    return [_replace_prompts(e, examples[other[i]]) for i, e in enumerate(examples)]
 
 
-def _asked_as(example: Example, other: Example) -> Example:
+def _replace_prompts(example: Example, other: Example) -> Example:
     """The example with the user's turns of another, taken in turn as often as it has turns."""
     asked = [m for m in other.messages if m.role == "user"]
     if not asked:

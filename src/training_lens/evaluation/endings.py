@@ -41,10 +41,12 @@ def has_loop(token_ids: Sequence[int] | np.ndarray) -> bool:
         (True, False)
     """
     ids = np.asarray(token_ids)
-    return any(_longest_run(ids[period:] == ids[:-period]) >= _least_matches(period) for period in _periods(len(ids)))
+    return any(
+        _longest_run(ids[period:] == ids[:-period]) >= _least_matches(period) for period in _possible_periods(len(ids))
+    )
 
 
-def _periods(length: int) -> range:
+def _possible_periods(length: int) -> range:
     return range(1, min(LONGEST_PERIOD, length // LEAST_REPEATS) + 1)
 
 

@@ -1,4 +1,4 @@
-"""Rows as one session judges them: tokens, prompts, what the answers should be, how many bytes of text they are."""
+"""Rows as one session evaluates them: tokens, prompts, what the answers should be, how many bytes of text they are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class JudgedRows:
+class EvaluationRows:
     """Rows that fit the session's model; `kept` are their places among those given.
 
     `prompts` are the tokens that ask for each row's last answer, None where the row asks nothing: a plain text, or one
@@ -39,7 +39,7 @@ class JudgedRows:
     tokens_id: np.ndarray
 
     @classmethod
-    def of(cls, examples: Sequence[Example], session: Session) -> JudgedRows:
+    def from_examples(cls, examples: Sequence[Example], session: Session) -> EvaluationRows:
         """The rows of `examples` that fit.
 
         Raises:
@@ -49,26 +49,26 @@ class JudgedRows:
         kept = np.array([i for i, tokens in enumerate(tokenized) if tokens is not None], dtype=np.int64)
         if not len(kept):
             raise DatasetError(
-                f"none of the {len(examples)} rows to judge has an answer within model.seq_len="
+                f"none of the {len(examples)} rows to evaluate has an answer within model.seq_len="
                 f"{session.preparation.seq_len} tokens of {session.source}; give other rows."
             )
         fitting = [t for t in tokenized if t is not None]
-        rows = [_Rendered.of(examples[i], session) for i in kept]
-        prompts = [_prompt(row.example, session) for row in rows]
-        _tell_unasked(rows, prompts)
+        rows = [_RenderedExample.from_example(examples[i], session) for i in kept]
+        prompts = [_build_prompt(row.example, session) for row in rows]
+        _warn_without_prompt(rows, prompts)
         return cls(
             [row.example for row in rows],
             kept,
             TokenDataset.of(fitting),
             prompts,
-            [row.reference(session) for row in rows],
+            [row.reference_text(session) for row in rows],
             np.array([row.text_bytes(t, session) for row, t in zip(rows, fitting, strict=True)], dtype=np.int64),
-            np.array([_hash(t.input_ids[t.loss_mask]) for t in fitting], dtype=np.uint64),
+            np.array([_hash_tokens(t.input_ids[t.loss_mask]) for t in fitting], dtype=np.uint64),
         )
 
-    def take(self, places: np.ndarray) -> JudgedRows:
+    def take(self, places: np.ndarray) -> EvaluationRows:
         """Some of the rows, in this order."""
-        return JudgedRows(
+        return EvaluationRows(
             [self.examples[i] for i in places],
             self.kept[places],
             self.dataset.select(places),
@@ -83,18 +83,18 @@ class JudgedRows:
         return len({example.input_ids.tobytes() for example in self.dataset})
 
     @property
-    def asked_references(self) -> list[str]:
+    def prompt_references(self) -> list[str]:
         """The right answers of the rows that ask for one."""
-        return [self.references[i] for i in np.flatnonzero(self.asked)]
+        return [self.references[i] for i in np.flatnonzero(self.has_prompt)]
 
     @property
-    def asked(self) -> np.ndarray:
+    def has_prompt(self) -> np.ndarray:
         """Rows that ask for an answer, (rows,) bool."""
         return np.array([prompt is not None for prompt in self.prompts], dtype=bool)
 
 
 @dataclass(frozen=True)
-class _Rendered:
+class _RenderedExample:
     """An example with its text and all its tokens, before any cut."""
 
     example: Example
@@ -102,16 +102,16 @@ class _Rendered:
     whole: Encoded
 
     @classmethod
-    def of(cls, example: Example, session: Session) -> _Rendered:
+    def from_example(cls, example: Example, session: Session) -> _RenderedExample:
         segments = session.renderer.example(example)
         return cls(example, segments, session.encoder.encode([segments])[0])
 
-    def reference(self, session: Session) -> str:
+    def reference_text(self, session: Session) -> str:
         """What the last answer says; one that calls tools says it as the template writes calls."""
         last = self.example.messages[-1]
         if not last.calls:
             return last.text
-        ids = _stretches(self.whole.input_ids, self.whole.response)[-1]
+        ids = _masked_runs(self.whole.input_ids, self.whole.response)[-1]
         return str(session.tokenizer.decode(ids, skip_special_tokens=True))
 
     def text_bytes(self, kept: TokenizedExample, session: Session) -> int:
@@ -119,7 +119,7 @@ class _Rendered:
         if len(kept.input_ids) == len(self.whole.input_ids):
             learned = (s for s in self.segments if s.response or not session.config.data.mask_prompt)
             return sum(len(_without_specials(s, session).encode()) for s in learned)
-        parts = _stretches(kept.input_ids, kept.loss_mask)
+        parts = _masked_runs(kept.input_ids, kept.loss_mask)
         return sum(len(session.tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in parts)
 
 
@@ -131,13 +131,13 @@ def _without_specials(segment: Segment, session: Session) -> str:
     return text
 
 
-def _stretches(ids: np.ndarray, mask: np.ndarray) -> list[list[int]]:
+def _masked_runs(ids: np.ndarray, mask: np.ndarray) -> list[list[int]]:
     """The unbroken runs of tokens that the mask marks."""
     runs = groupby(range(len(ids)), key=lambda i: bool(mask[i]))
     return [ids[list(places)].tolist() for marked, places in runs if marked]
 
 
-def _prompt(example: Example, session: Session) -> list[int] | None:
+def _build_prompt(example: Example, session: Session) -> list[int] | None:
     """The prompt as training shortens it; None where nothing of it is left, or no position for an answer."""
     if example.is_text:
         return None
@@ -146,14 +146,14 @@ def _prompt(example: Example, session: Session) -> list[int] | None:
     return None if nothing or (session.positions and len(ids) >= session.positions) else ids
 
 
-def _tell_unasked(rows: Sequence[_Rendered], prompts: Sequence[list[int] | None]) -> None:
+def _warn_without_prompt(rows: Sequence[_RenderedExample], prompts: Sequence[list[int] | None]) -> None:
     silent = [r.example.id for r, p in zip(rows, prompts, strict=True) if p is None and not r.example.is_text]
     if silent:
         logger.warning(
-            "%d rows are judged by their loss alone: their answers leave no room for a prompt, or their prompts none "
-            "for an answer; the first is %s", len(silent), silent[0],
+            "%d rows are evaluated by their loss alone: their answers leave no room for a prompt, or their prompts "
+            "none for an answer; the first is %s", len(silent), silent[0],
         )  # fmt: skip
 
 
-def _hash(ids: np.ndarray) -> int:
+def _hash_tokens(ids: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "big")

@@ -46,7 +46,7 @@ class PairedSums:
 
 
 @dataclass(frozen=True)
-class Pass:
+class EvaluationOptions:
     """How a set is gone through: each process takes its share, and all get the whole result.
 
     `max_tokens` is the most tokens (padding included) in one forward pass; it is halved where memory runs out.
@@ -60,7 +60,7 @@ class Pass:
     advance: Callable[[float], None] = lambda _examples: None
 
 
-def token_sums(model: Any, dataset: TokenDataset, way: Pass) -> TokenSums:
+def token_sums(model: Any, dataset: TokenDataset, way: EvaluationOptions) -> TokenSums:
     """The sums of every example. The model is put into eval mode and back.
 
     Raises:
@@ -68,13 +68,13 @@ def token_sums(model: Any, dataset: TokenDataset, way: Pass) -> TokenSums:
     """
 
     def columns(batch: Batch) -> torch.Tensor:
-        return _columns(supervised_scores(model, batch.input_ids, batch.loss_mask, batch.lengths))
+        return _stack_columns(supervised_scores(model, batch.input_ids, batch.loss_mask, batch.lengths))
 
-    table = _summed(model, dataset, way, columns, width=2)
-    return _sums(table, dataset)
+    table = _sum_examples(model, dataset, way, columns, width=2)
+    return _build_sums(table, dataset)
 
 
-def paired_sums(model: Any, dataset: TokenDataset, way: Pass) -> PairedSums:
+def paired_sums(model: Any, dataset: TokenDataset, way: EvaluationOptions) -> PairedSums:
     """The sums of a PEFT model with its adapter off and on, and the divergence between the two.
 
     Raises:
@@ -83,24 +83,24 @@ def paired_sums(model: Any, dataset: TokenDataset, way: Pass) -> PairedSums:
 
     def columns(batch: Batch) -> torch.Tensor:
         pair = paired_scores(model, batch.input_ids, batch.loss_mask, batch.lengths)
-        return torch.cat([_columns(pair.base), _columns(pair.adapter), pair.kl[:, None]], 1)
+        return torch.cat([_stack_columns(pair.base), _stack_columns(pair.adapter), pair.kl[:, None]], 1)
 
-    table = _summed(model, dataset, way, columns, width=5)
-    return PairedSums(_sums(table[:, :2], dataset), _sums(table[:, 2:4], dataset), table[:, 4])
+    table = _sum_examples(model, dataset, way, columns, width=5)
+    return PairedSums(_build_sums(table[:, :2], dataset), _build_sums(table[:, 2:4], dataset), table[:, 4])
 
 
-def _columns(scores: TokenScores) -> torch.Tensor:
+def _stack_columns(scores: TokenScores) -> torch.Tensor:
     """(targets, 2): loss, and whether the token is the likeliest."""
     return torch.stack([scores.nll, scores.correct.float()], 1)
 
 
-def _sums(table: np.ndarray, dataset: TokenDataset) -> TokenSums:
+def _build_sums(table: np.ndarray, dataset: TokenDataset) -> TokenSums:
     return TokenSums(table[:, 0], dataset.supervised, table[:, 1].round().astype(np.int64))
 
 
 @freed_memory_kept()
-def _summed(
-    model: Any, dataset: TokenDataset, way: Pass, columns: Callable[[Batch], torch.Tensor], width: int
+def _sum_examples(
+    model: Any, dataset: TokenDataset, way: EvaluationOptions, columns: Callable[[Batch], torch.Tensor], width: int
 ) -> np.ndarray:
     """(examples, width) float64: what `columns` gives for each supervised token, summed over those of each example.
 
@@ -110,7 +110,7 @@ def _summed(
     was_training, failure = model.training, None
     model.eval()
     try:
-        for part, values in _parts(dataset, way, columns):
+        for part, values in _score_batches(dataset, way, columns):
             examples = torch.from_numpy(np.repeat(part, dataset.supervised[part]))
             table.index_add_(0, examples, values.cpu().double())  # a sync point a batch
             way.advance(len(part))
@@ -124,8 +124,8 @@ def _summed(
     return whole[:-1].numpy()
 
 
-def _parts(
-    dataset: TokenDataset, way: Pass, columns: Callable[[Batch], torch.Tensor]
+def _score_batches(
+    dataset: TokenDataset, way: EvaluationOptions, columns: Callable[[Batch], torch.Tensor]
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """This process's examples in batches, and what `columns` gives for them; batches halve where memory runs out."""
     positions = share(np.arange(len(dataset)), dataset.lengths, way.processes.index, way.processes.count)
@@ -162,7 +162,7 @@ class LossReport:
     row_nll: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
-def evaluate_loss(model: Any, dataset: TokenDataset, way: Pass) -> LossReport:
+def evaluate_loss(model: Any, dataset: TokenDataset, way: EvaluationOptions) -> LossReport:
     """The loss on every example of `dataset`: sum of the supervised tokens' losses over their number.
 
     Sums are taken in float64, so the cut into batches shows only in float32 rounding of single losses.
@@ -171,17 +171,17 @@ def evaluate_loss(model: Any, dataset: TokenDataset, way: Pass) -> LossReport:
         EvaluationError: it failed in this process or another.
     """
     sums = token_sums(model, dataset, way)
-    by_file = _means(sums, dataset.files)
+    by_file = _mean_losses(sums, dataset.files)
     return LossReport(
         float(sums.nll.sum() / sums.tokens.sum()),
         int(sums.tokens.sum()),
-        _means(sums, dataset.domains),
+        _mean_losses(sums, dataset.domains),
         by_file if len(by_file) > 1 else {},
         sums.nll,
     )
 
 
-def _means(sums: TokenSums, names: np.ndarray) -> dict[str, float]:
+def _mean_losses(sums: TokenSums, names: np.ndarray) -> dict[str, float]:
     """The loss of the examples of each name; those without a name are left out."""
     known = sorted({str(name) for name in names if name is not None})
     return {n: float(sums.nll[names == n].sum() / sums.tokens[names == n].sum()) for n in known}

@@ -63,46 +63,46 @@ def run_tasks(
     """
     if find_spec("lm_eval") is None:
         raise ConfigurationError(f"{KEY}: needs lm-eval. Install it: pip install 'training-lens[eval]'")
-    with _quiet(), _seeded(seed):
-        loaded = _load(tasks, include_path)
+    with _silence_libraries(), _seed_generators(seed):
+        loaded = _load_tasks(tasks, include_path)
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(seed)
         model = _language_model(session, batch_tokens, progress or Progress())
-        with base_only(session.model, base), _problems(f"{KEY}: {', '.join(tasks)}: lm-eval fails"):
+        with base_only(session.model, base), _report_task_errors(f"{KEY}: {', '.join(tasks)}: lm-eval fails"):
             from lm_eval.evaluator import evaluate
 
             found = evaluate(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
-    return {name: _plain(scores) for name, scores in found["results"].items()}
+    return {name: _read_scores(scores) for name, scores in found["results"].items()}
 
 
-def _plain(scores: dict[str, Any]) -> dict[str, float]:
+def _read_scores(scores: dict[str, Any]) -> dict[str, float]:
     """lm-eval's numbers of one task: 'acc,none' is 'acc'; what is no number (its alias, errors 'N/A') is left out."""
     numbers = {name: value for name, value in scores.items() if isinstance(value, int | float) and "," in name}
     return {name.removesuffix(",none"): float(value) for name, value in numbers.items()}
 
 
-def _load(tasks: Sequence[str], include_path: str | None) -> Any:
+def _load_tasks(tasks: Sequence[str], include_path: str | None) -> Any:
     """The tasks with their data: from local files and the cache, and from the hub only what is not there.
 
     Raises:
         ConfigurationError: see `run_tasks`.
     """
-    manager = _manager(tasks, include_path)
+    manager = _open_task_manager(tasks, include_path)
     failing = f"{KEY}: {', '.join(tasks)} cannot be loaded"
     try:
-        with _offline(), _problems(failing, let_through=ConnectionError):
+        with _stay_offline(), _report_task_errors(failing, let_through=ConnectionError):
             return manager.load(list(tasks))
     except ConnectionError as error:
         require_hub(f"{KEY}: data of {', '.join(tasks)}", ConfigurationError)
         if _works_offline():
             raise ConfigurationError(f"{failing} offline: {said(error)} Give tasks with local data files.") from error
-    with _problems(failing):
+    with _report_task_errors(failing):
         return manager.load(list(tasks))
 
 
-def _manager(tasks: Sequence[str], include_path: str | None) -> Any:
+def _open_task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
     """lm-eval's index of tasks: of the folder alone where that has all of them, for its own takes seconds to read."""
     from lm_eval.tasks import TaskManager
 
@@ -118,7 +118,7 @@ def _manager(tasks: Sequence[str], include_path: str | None) -> Any:
         there = f", {len(local.all_tasks)} of them in {include_path}" if include_path is not None else ""
         raise ConfigurationError(
             [
-                f"{KEY}: '{task}' is none of the {len(manager.all_tasks)} tasks{there}.{_hint(task, manager)}"
+                f"{KEY}: '{task}' is none of the {len(manager.all_tasks)} tasks{there}.{_suggest_task(task, manager)}"
                 for task in unknown
             ]
             or f"{KEY}: no task is given."
@@ -126,7 +126,7 @@ def _manager(tasks: Sequence[str], include_path: str | None) -> Any:
     return manager
 
 
-def _hint(task: str, manager: Any) -> str:
+def _suggest_task(task: str, manager: Any) -> str:
     close = nearest(task, manager.all_tasks)
     return f" Did you mean {close}?" if close else ""
 
@@ -170,7 +170,7 @@ def _language_model(session: Session, batch_tokens: int, progress: Progress) -> 
                 self.cache_hook = _Counter(advance)
                 return answer(requests, disable_tqdm=True)
 
-    with _tied_as_it_is(session.model):
+    with _keep_weights_untied(session.model):
         return SessionModel(
             pretrained=session.model,
             tokenizer=copy.deepcopy(session.tokenizer),  # lm-eval gives it a pad token
@@ -180,7 +180,7 @@ def _language_model(session: Session, batch_tokens: int, progress: Progress) -> 
 
 
 @contextmanager
-def _tied_as_it_is(model: Any) -> Iterator[None]:
+def _keep_weights_untied(model: Any) -> Iterator[None]:
     """Within the block nobody ties weights: lm-eval would, which breaks on modules that PEFT trained whole."""
     model.tie_weights = lambda: None
     try:
@@ -200,7 +200,7 @@ class _Counter:
 
 
 @contextmanager
-def _problems(what: str, let_through: type[Exception] | None = None) -> Iterator[None]:
+def _report_task_errors(what: str, let_through: type[Exception] | None = None) -> Iterator[None]:
     """Within the block, whatever a task raises is a ConfigurationError: its YAML and its code may be wrong anywhere."""
     try:
         yield
@@ -217,25 +217,25 @@ def _works_offline() -> bool:
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
+def _stay_offline() -> Iterator[None]:
     """Within the block the Hugging Face libraries ask nobody: what is not on this machine is a ConnectionError."""
     import datasets
     from huggingface_hub import constants
 
-    with _set(constants, HF_HUB_OFFLINE=True), _set(datasets.config, HF_HUB_OFFLINE=True):
+    with _set_attributes(constants, HF_HUB_OFFLINE=True), _set_attributes(datasets.config, HF_HUB_OFFLINE=True):
         yield
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_libraries() -> Iterator[None]:
     """Within the block: no log and no bars of the libraries, no print on standard output, no count of downloads."""
     import datasets
     from lm_eval.api.task import tqdm
 
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(sys.stderr))
-        stack.enter_context(_set(tqdm, __init__=partialmethod(tqdm.__init__, disable=True)))
-        stack.enter_context(_set(datasets.config, HF_UPDATE_DOWNLOAD_COUNTS=False))
+        stack.enter_context(_set_attributes(tqdm, __init__=partialmethod(tqdm.__init__, disable=True)))
+        stack.enter_context(_set_attributes(datasets.config, HF_UPDATE_DOWNLOAD_COUNTS=False))
         for logger in map(logging.getLogger, ("lm_eval", "datasets")):
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
@@ -243,7 +243,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _set(thing: Any, **values: Any) -> Iterator[None]:
+def _set_attributes(thing: Any, **values: Any) -> Iterator[None]:
     """Within the block, a module's or object's names have these values; then those they had."""
     before = {name: getattr(thing, name) for name in values}
     for name, value in values.items():
@@ -256,7 +256,7 @@ def _set(thing: Any, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seed_generators(seed: int) -> Iterator[None]:
     """Within the block every generator that a task may draw from starts at `seed`; then all go on as before."""
     torch_state, python_state, numpy_state = rng_state(), random.getstate(), np.random.get_state()
     seed_everything(seed)

@@ -19,7 +19,7 @@ class LengthBuckets:
     there is a bucket for every length, and without limits one for all.
 
     Example:
-        >>> buckets = LengthBuckets.by_limits([64, 128])
+        >>> buckets = LengthBuckets.from_limits([64, 128])
         >>> buckets.labels, buckets.assign(np.array([1, 64, 65, 900])).tolist()
         (('1-64', '65-128', 'over 128'), [0, 0, 1, 2])
     """
@@ -27,7 +27,7 @@ class LengthBuckets:
     limits: tuple[int, ...]
 
     @classmethod
-    def by_quantiles(cls, lengths: np.ndarray, count: int) -> LengthBuckets:
+    def from_quantiles(cls, lengths: np.ndarray, count: int) -> LengthBuckets:
         """At most `count` buckets of nearly equally many examples; none is empty.
 
         Cuts are made behind those lengths that come nearest to i/count of the examples, i = 1 .. count - 1. Equal
@@ -39,7 +39,7 @@ class LengthBuckets:
             count: 1 or more.
 
         Example:
-            >>> LengthBuckets.by_quantiles(np.array([5, 6, 7, 8, 20, 90]), 3).labels
+            >>> LengthBuckets.from_quantiles(np.array([5, 6, 7, 8, 20, 90]), 3).labels
             ('1-6', '7-8', 'over 8')
         """
         values, examples = np.unique(lengths, return_counts=True)
@@ -51,7 +51,7 @@ class LengthBuckets:
         return cls(tuple(np.unique(values[nearest]).tolist()))
 
     @classmethod
-    def by_limits(cls, limits: Sequence[int]) -> LengthBuckets:
+    def from_limits(cls, limits: Sequence[int]) -> LengthBuckets:
         """Buckets up to the given lengths in tokens, inclusive, and one for what is longer.
 
         Raises:

@@ -17,9 +17,9 @@ import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from training_lens.config.judging_sections import EvaluationSection
+from training_lens.config.evaluation_sections import EvaluationSection
 from training_lens.errors import ConfigurationError
-from training_lens.evaluation.numbers import DecimalMark, describe_convention, find_convention, numeric
+from training_lens.evaluation.numbers import DecimalMark, describe_convention, find_convention, numeric_match
 from training_lens.evaluation.own_metrics import AnswerMetric, find_metrics
 from training_lens.evaluation.structured import json_fields, json_valid
 from training_lens.evaluation.words import (
@@ -79,7 +79,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-def rouge(kind: str, prediction: str, reference: str, tokenizer: str = DEFAULT_TOKENIZER) -> float | None:
+def rouge_f1(kind: str, prediction: str, reference: str, tokenizer: str = DEFAULT_TOKENIZER) -> float | None:
     """ROUGE's F1, without stemming, as rouge-score computes it.
 
     F1 = 2PR / (P + R), where P and R are what both have over what the prediction and what the reference has: single
@@ -96,7 +96,7 @@ def rouge(kind: str, prediction: str, reference: str, tokenizer: str = DEFAULT_T
         None where the score could only be 0 (see `why_unscored`): that would say that the answer is wrong.
 
     Example:
-        >>> rouge("rougeL", "the cat sat", "the dog sat"), rouge("rouge1", "北京", "北京")
+        >>> rouge_f1("rougeL", "the cat sat", "the dog sat"), rouge_f1("rouge1", "北京", "北京")
         (0.6666666666666666, None)
     """
     if why_unscored(kind, reference, tokenizer):
@@ -148,7 +148,7 @@ class AnswerScoring:
         _require_measure(settings, own)
         return cls(settings.word_tokenizer, "comma" if settings.decimal == "comma" else "point", own)
 
-    def for_references(self, references: Sequence[str], decimal: str) -> AnswerScoring:
+    def adapt_to_references(self, references: Sequence[str], decimal: str) -> AnswerScoring:
         """The same for a set of rows: with `decimal` auto, numbers are read as its right answers write them."""
         found = find_convention(references)
         mark = found.decimal if decimal == "auto" else self.decimal
@@ -161,10 +161,10 @@ class AnswerScoring:
         return {
             "exact_match": exact_match,
             "token_f1": partial(token_f1, tokenizer=words),
-            **{kind: partial(rouge, kind, tokenizer=words) for kind in ("rouge1", "rouge2", "rougeL")},
+            **{kind: partial(rouge_f1, kind, tokenizer=words) for kind in ("rouge1", "rouge2", "rougeL")},
             "json_valid": json_valid,
             "json_fields": json_fields,
-            "numeric": partial(numeric, decimal=self.decimal),
+            "numeric": partial(numeric_match, decimal=self.decimal),
             **self.own,
         }
 
@@ -225,11 +225,11 @@ class CorpusMetric:
     bleu: n-grams of one to four words, mteval-v13a's words (or those of `tokenizer`), exponential smoothing (Papineni
     et al. 2002; Post 2018, "A Call for Clarity in Reporting BLEU Scores"). chrf: n-grams of one to six characters,
     white space left out, recall weighed double (Popović 2015, "chrF: character n-gram F-score"). Both with sacrebleu's
-    defaults, and equal to what its `corpus_bleu` and `corpus_chrf` give for the rows that `applies` takes.
+    defaults, and equal to what its `corpus_bleu` and `corpus_chrf` give for the rows that `applicable_rows` takes.
 
     Example:
         >>> metric = CORPUS_METRICS["chrf"]
-        >>> rows = metric.statistics(["the cat", ""], ["the cat", "a dog"])
+        >>> rows = metric.row_statistics(["the cat", ""], ["the cat", "a dog"])
         >>> rows.shape, round(metric.score(rows[:1].sum(axis=0)), 6), round(metric.score(rows.sum(axis=0)), 2)
         ((2, 18), 100.0, 81.03)
     """
@@ -238,11 +238,11 @@ class CorpusMetric:
     width: int
     tokenizer: str = DEFAULT_TOKENIZER
 
-    def applies(self, references: Sequence[str]) -> np.ndarray:
+    def applicable_rows(self, references: Sequence[str]) -> np.ndarray:
         """The rows whose references it means something for, (rows,) bool: see `words.why_unscored`."""
         return np.array([why_unscored(self.name, r, self.tokenizer) is None for r in references], dtype=bool)
 
-    def statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+    def row_statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
         """What each row adds to the sums: (rows, width) float64 of counts; an empty prediction adds its reference.
 
         Raises:
@@ -250,17 +250,17 @@ class CorpusMetric:
         """
         # sacrebleu's significance tests resample by these two methods; it has no public way to the counts of a row.
         # Row by row it also keeps its advice on spaces before periods to itself, which a hundred of them call forth.
-        extract = _sacrebleu(self.name, self.tokenizer)._extract_corpus_statistics
+        extract = _sacrebleu_metric(self.name, self.tokenizer)._extract_corpus_statistics
         rows = [extract([p], [[r]])[0] for p, r in zip(predictions, references, strict=True)]
         return np.array(rows, dtype=np.float64).reshape(-1, self.width)  # no rows: (0, width)
 
     def score(self, sums: np.ndarray) -> float:
         """The score from 0 to 100 of the rows whose statistics add up to `sums`, (width,)."""
-        return float(_sacrebleu(self.name, self.tokenizer)._compute_score_from_stats(sums.tolist()).score)
+        return float(_sacrebleu_metric(self.name, self.tokenizer)._compute_score_from_stats(sums.tolist()).score)
 
 
 @cache
-def _sacrebleu(name: str, tokenizer: str) -> BLEU | CHRF:
+def _sacrebleu_metric(name: str, tokenizer: str) -> BLEU | CHRF:
     return BLEU(tokenize=tokenizer) if name == "bleu" else CHRF()
 
 

@@ -26,14 +26,17 @@ _TRAIL = re.compile(r"[\s*_`~.%$)}\]]*(?:\\[)\]])?[\s*_`~.%$)}\]]*")
 _BOXED = re.compile(r"\\boxed(\{(?:[^{}]|\{[^{}]*\})*\})")
 
 
-def _form(group: str, mark: str) -> re.Pattern[str]:
+def _number_pattern(group: str, mark: str) -> re.Pattern[str]:
     """Digits, perhaps in groups of three (or India's of two and a last one of three), perhaps with a decimal mark."""
     grouped = rf"[1-9]\d{{0,2}}(?P<sep>[{group}'_ ])\d{{3}}(?:(?P=sep)\d{{3}})*"
     indian = r"[1-9]\d?(?:,\d{2})+,\d{3}" if group == "," else r"(?!)"
     return re.compile(rf"(?:{grouped}|{indian}|\d+)(?:[{mark}{_DECIMAL_SIGN}]\d+)?|{mark}\d+")
 
 
-_FORMS: dict[DecimalMark, re.Pattern[str]] = {"point": _form(",", "\\."), "comma": _form("\\.", ",")}
+_FORMS: dict[DecimalMark, re.Pattern[str]] = {
+    "point": _number_pattern(",", "\\."),
+    "comma": _number_pattern("\\.", ","),
+}
 
 
 @dataclass(frozen=True)
@@ -59,15 +62,15 @@ def find_convention(references: Iterable[str]) -> Convention:
         ('comma', 'point')
     """
     texts = list(references)
-    marked = Counter(mark for text in texts for mark in _marks(marked_answer(text) or ""))
-    counts = marked or Counter(mark for text in texts for mark in _marks(text))
+    marked = Counter(mark for text in texts for mark in _decimal_marks(marked_answer(text) or ""))
+    counts = marked or Counter(mark for text in texts for mark in _decimal_marks(text))
     decimal: DecimalMark = "comma" if counts["comma"] > counts["point"] else "point"
     return Convention(decimal, counts["point"], counts["comma"])
 
 
-def _marks(text: str) -> list[DecimalMark]:
+def _decimal_marks(text: str) -> list[DecimalMark]:
     """For each number of a text that can be read with one decimal mark alone, that mark."""
-    found = [readings(match["digits"]) for match in _NUMBER.finditer(_plain(text))]
+    found = [read_digits(match["digits"]) for match in _NUMBER.finditer(_normalize_text(text))]
     return [mark for values in found if len(values) == 1 for mark in values]
 
 
@@ -95,11 +98,11 @@ def read_number(text: str, decimal: DecimalMark = "point", *, alone: bool = Fals
         >>> [str(read_number(t)) for t in ("1,234.5", "1.234,5", "**-$3**", "1,5", "3/4")]
         ['1234.5', '1234.5', '-3', '1.5', 'None']
     """
-    plain = _plain(text)
+    plain = _normalize_text(text)
     match = _NUMBER.match(plain)
     if match is None or _GOES_ON.match(plain, match.end()) or (alone and not _TRAIL.fullmatch(plain, match.end())):
         return None
-    values = readings(match["digits"])
+    values = read_digits(match["digits"])
     value = values.get(decimal, next(iter(values.values()), None))
     if value is None:
         return None
@@ -109,13 +112,13 @@ def read_number(text: str, decimal: DecimalMark = "point", *, alone: bool = Fals
         return None
 
 
-def readings(digits: str) -> dict[DecimalMark, str]:
+def read_digits(digits: str) -> dict[DecimalMark, str]:
     """What digits with their marks mean by each decimal mark, as Python writes it; those that give no number are out.
 
     Where both give the same number there is no mark to learn from, so both are there.
 
     Example:
-        >>> readings("1,234"), readings("1,5"), readings("1,2,3")
+        >>> read_digits("1,234"), read_digits("1,5"), read_digits("1,2,3")
         ({'point': '1234', 'comma': '1.234'}, {'comma': '1.5'}, {})
     """
     found: dict[DecimalMark, str] = {}
@@ -127,13 +130,13 @@ def readings(digits: str) -> dict[DecimalMark, str]:
     return found
 
 
-def _plain(text: str) -> str:
+def _normalize_text(text: str) -> str:
     """ASCII digits, spaces, minus and apostrophes for those of other scripts; `$` for every currency sign."""
-    return "".join(map(_plain_char, text.replace("{,}", ",").replace("\\,", " ").replace("\\%", "%")))
+    return "".join(map(_normalize_character, text.replace("{,}", ",").replace("\\,", " ").replace("\\%", "%")))
 
 
 @cache
-def _plain_char(char: str) -> str:
+def _normalize_character(char: str) -> str:
     category = unicodedata.category(char)
     if category == "Nd":
         return str(unicodedata.decimal(char))
@@ -142,7 +145,7 @@ def _plain_char(char: str) -> str:
     return _PLAIN.get(char, char)
 
 
-def numeric(prediction: str, reference: str, decimal: DecimalMark = "point") -> float | None:
+def numeric_match(prediction: str, reference: str, decimal: DecimalMark = "point") -> float | None:
     r"""1 where the prediction's marked answer is the number that the reference's is, else 0: the answers of GSM8K.
 
     Marked is what stands behind the last `####` on its line (Cobbe et al. 2021, "Training Verifiers to Solve Math Word
@@ -153,8 +156,8 @@ def numeric(prediction: str, reference: str, decimal: DecimalMark = "point") -> 
         None where the reference marks no number alone: `#### 3. Steps` is a heading.
 
     Example:
-        >>> numeric("6 x 7 = 42\\n#### 42", "#### 42"), numeric("42", "#### 42"), numeric("#### 42", "42")
-        (1.0, 0.0, None)
+        >>> numeric_match("6 x 7 = 42\\n#### 42", "#### 42"), numeric_match("42", "#### 42")
+        (1.0, 0.0)
     """
     expected = read_number(marked_answer(reference) or "", decimal, alone=True)
     if expected is None:
@@ -163,8 +166,8 @@ def numeric(prediction: str, reference: str, decimal: DecimalMark = "point") -> 
 
 
 def describe_convention(references: Sequence[str], convention: Convention, setting: str) -> str:
-    """How the numbers of a set are read, in words; empty where `numeric` applies to no reference."""
-    if all(numeric("", reference, convention.decimal) is None for reference in references):
+    """How the numbers of a set are read, in words; empty where `numeric_match` applies to no reference."""
+    if all(numeric_match("", reference, convention.decimal) is None for reference in references):
         return ""
     counted = convention.point + convention.comma
     why = "as no number of the references tells more"

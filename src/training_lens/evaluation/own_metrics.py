@@ -50,12 +50,12 @@ class AnswerMetric:
             value = None if score is None else float(score)
         except Exception as error:  # whatever a user's function raises
             raise EvaluationError(
-                f"{KEY}: {self.name} fails on the answer {_short(prediction)} to {_short(reference)}: {said(error)}"
+                f"{KEY}: {self.name} fails on {_quote_pair(prediction, reference)}: {said(error)}"
             ) from error
         if value is not None and not math.isfinite(value):
             raise EvaluationError(
-                f"{KEY}: {self.name} gives {value} for the answer {_short(prediction)} to {_short(reference)}; give a "
-                "finite number, or None where the metric does not apply."
+                f"{KEY}: {self.name} gives {value} for {_quote_pair(prediction, reference)}; give a finite number, or "
+                "None where the metric does not apply."
             )
         return value
 
@@ -77,11 +77,9 @@ def metric(name: str, *, lower_is_better: bool = False) -> Callable[[ScoreFuncti
         raise ConfigurationError(f"{KEY}: '{name}' is no name of a metric; give letters, digits and _ alone.")
 
     def register(function: ScoreFunction) -> AnswerMetric:
-        there = _METRICS.get(name)
-        if there is not None and _place(there.function) != _place(function):
-            raise ConfigurationError(
-                f"{KEY}: '{name}' is {_place(there.function)} already; give {_place(function)} another name."
-            )
+        place, known = _function_place(function), _METRICS.get(name)
+        if known is not None and (taken := _function_place(known.function)) != place:
+            raise ConfigurationError(f"{KEY}: '{name}' is {taken} already; give {place} another name.")
         _METRICS[name] = AnswerMetric(name, function, lower_is_better)
         return _METRICS[name]
 
@@ -102,42 +100,42 @@ def find_metrics(places: Sequence[str], built_in: Sequence[str] = ()) -> dict[st
     Raises:
         ConfigurationError: there is no such metric, it cannot be imported, or its name is taken.
     """
-    found = {own.name: own for place in places for own in _metrics_at(place)}
+    found = {own.name: own for place in places for own in _find_metrics_at(place)}
     if taken := sorted(set(found) & set(built_in)):
         raise ConfigurationError(f"{KEY}: the name {', '.join(taken)} is a built-in measure's; give yours another one.")
     return found
 
 
-def _metrics_at(place: str) -> Iterator[AnswerMetric]:
-    if place in _METRICS or place in (known := _packaged()):
-        yield _METRICS.get(place) or _metric_from(known[place].load(), place)
+def _find_metrics_at(place: str) -> Iterator[AnswerMetric]:
+    if place in _METRICS or place in (known := _packaged_metrics()):
+        yield _METRICS.get(place) or _require_metric(known[place].load(), place)
     elif place.endswith(".py"):
-        yield from _all_of(_module_of_file(place), place)
-    elif "." in place and (member := _member(place)) is not None:
-        yield _metric_from(member, place)
+        yield from _require_metrics(_load_file(place), place)
+    elif "." in place and (member := _find_member(place)) is not None:
+        yield _require_metric(member, place)
     else:
-        yield from _all_of(_imported(place), place)
+        yield from _require_metrics(_import_module(place), place)
 
 
-def _packaged() -> Mapping[str, Any]:
+def _packaged_metrics() -> Mapping[str, Any]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
-def _member(place: str) -> Any | None:
+def _find_member(place: str) -> Any | None:
     """The function of `module.function`; None where all of it is a module."""
     if util.find_spec(place.partition(".")[0]) is None and not Path(f"{place.partition('.')[0]}.py").exists():
         return None
     module, name = place.rsplit(".", 1)
-    found = _imported(module)
+    found = _import_module(module)
     if hasattr(found, name):
         return getattr(found, name)
-    hint = nearest(name, [own.function.__name__ for own in _all_in(found)])
+    hint = nearest(name, [own.function.__name__ for own in _list_metrics(found)])
     raise ConfigurationError(
         f"{KEY}: the module '{module}' has no '{name}'.{f' Did you mean {module}.{hint}?' if hint else ''}"
     )
 
 
-def _imported(module: str) -> Any:
+def _import_module(module: str) -> Any:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
@@ -149,7 +147,7 @@ def _imported(module: str) -> Any:
         ) from error
 
 
-def _module_of_file(place: str) -> Any:
+def _load_file(place: str) -> Any:
     path = expand_home(place).resolve()
     if not path.is_file():
         raise ConfigurationError(f"{KEY}: there is no file '{place}'.")
@@ -165,19 +163,19 @@ def _module_of_file(place: str) -> Any:
     return module
 
 
-def _all_in(module: Any) -> list[AnswerMetric]:
+def _list_metrics(module: Any) -> list[AnswerMetric]:
     return [value for value in vars(module).values() if isinstance(value, AnswerMetric)]
 
 
-def _all_of(module: Any, place: str) -> list[AnswerMetric]:
-    if found := _all_in(module):
+def _require_metrics(module: Any, place: str) -> list[AnswerMetric]:
+    if found := _list_metrics(module):
         return found
     raise ConfigurationError(
         f"{KEY}: '{place}' has no metric; put @metric(\"name\") (from training_lens.evaluation) above the function."
     )
 
 
-def _metric_from(value: Any, place: str) -> AnswerMetric:
+def _require_metric(value: Any, place: str) -> AnswerMetric:
     if isinstance(value, AnswerMetric):
         return value
     raise ConfigurationError(
@@ -185,9 +183,11 @@ def _metric_from(value: Any, place: str) -> AnswerMetric:
     )
 
 
-def _place(function: Any) -> str:
+def _function_place(function: Any) -> str:
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
 
 
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:59]}…")
+def _quote_pair(prediction: str, reference: str) -> str:
+    """Prediction and reference for an error message, each cut to 60 characters."""
+    shown, expected = (repr(text if len(text) <= 60 else f"{text[:59]}…") for text in (prediction, reference))
+    return f"the answer {shown} to {expected}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from training_lens.evaluation.comparison import ADAPTER, BASE, Comparison, Control, Group
+from training_lens.evaluation.comparison import ADAPTER, BASE, ControlResult, ModelComparison, RowGroup
 from training_lens.evaluation.controls import SHUFFLED_PROMPTS
 from training_lens.evaluation.endings import Endings
 from training_lens.evaluation.training_record import TrainingRecord
@@ -26,22 +26,22 @@ MOSTLY_DISTINCT = 0.9  # share of the rows: a few that come twice change nothing
 RIGHT_ALREADY = ("numeric", "json_fields", "exact_match")
 
 
-def remarks_of(
-    comparison: Comparison, deciding: MeasuredChange, distinct_rows: int, training: TrainingRecord | None
+def collect_remarks(
+    comparison: ModelComparison, deciding: MeasuredChange, distinct_rows: int, training: TrainingRecord | None
 ) -> Iterator[Remark]:
     """All that the evidence tells besides the verdict, in the order in which it is printed.
 
     Args:
         deciding: the measure that decides the verdict, over all rows.
         distinct_rows: rows that differ from each other: repeated ones are no further evidence.
-        training: of the run whose adapter is judged.
+        training: of the run whose adapter is evaluated.
     """
     if shuffled := comparison.controls.get(SHUFFLED_PROMPTS):
         yield prompt_remark(shuffled)
     base = None if comparison.is_of_two_runs else comparison.endings.get(BASE)
     for name, endings in comparison.endings.items():
         if name == ADAPTER or comparison.is_of_two_runs:
-            yield from ending_remarks(endings, base, comparison.subject(name))
+            yield from ending_remarks(endings, base, comparison.model_subject(name))
     yield from row_remarks(comparison.whole.rows, distinct_rows)
     yield from domain_remarks(comparison.by_domain, deciding)
     yield from base_remarks(comparison.whole, comparison.is_of_two_runs)
@@ -54,11 +54,11 @@ def loose_remarks(outcome: Outcome, measures: Sequence[MeasuredChange]) -> Itera
     worse = next((change for change in measures if change.outcome() == "worse"), None)
     if worse is not None and outcome != "worse":
         by = name_measure(worse.measure)
-        sentence = f"Its answers are further from the right ones by {by}: {worse.words()}."
+        sentence = f"Its answers are further from the right ones by {by}: {worse.describe_change()}."
         yield Remark("other_measure", "warning", sentence, f"its answers are worse by {by}")
 
 
-def prompt_remark(control: Control) -> Remark:
+def prompt_remark(control: ControlResult) -> Remark:
     """Whether the adapter uses its prompt: what its loss becomes with the prompts of other rows."""
     loss, change = control.adapter["loss"], control.delta["loss"]
     between = control.intervals.get("loss")
@@ -90,11 +90,13 @@ def ending_remarks(endings: Endings, base: Endings | None, subject: str) -> Iter
             f"{endings.unended} {of} do not end within {endings.room} tokens, where the longest right answer has "
             f"{endings.longest}{base_too}. training-lens validate shows whether end tokens are learned."
         )
-        severity = _severity(endings.unended, endings.answers)
+        severity = _ending_severity(endings.unended, endings.answers)
         yield Remark("never_ends", severity, sentence, f"{endings.unended} {of} do not end")
     if endings.looping:
         sentence = f"{endings.looping} {of} repeat the same tokens again and again."
-        yield Remark("loops", _severity(endings.looping, endings.answers), sentence, f"{endings.looping} {of} loop")
+        yield Remark(
+            "loops", _ending_severity(endings.looping, endings.answers), sentence, f"{endings.looping} {of} loop"
+        )
     if endings.cut_short:
         sentence = (
             f"{endings.cut_short} {of} were cut at {endings.room} tokens, which right answers need, too: whether they "
@@ -103,7 +105,7 @@ def ending_remarks(endings: Endings, base: Endings | None, subject: str) -> Iter
         yield Remark("cut_short", "note", sentence)
 
 
-def _severity(count: int, answers: int) -> Severity:
+def _ending_severity(count: int, answers: int) -> Severity:
     share = count / answers
     return "problem" if share > OFTEN else "warning" if share > SOMETIMES else "note"
 
@@ -118,13 +120,13 @@ def row_remarks(rows: int, distinct: int) -> Iterator[Remark]:
         yield Remark("repeated_rows", "warning", sentence)
     if distinct < THIN_ROWS:
         sentence = (
-            f"Thin evidence: {count_rows(distinct)}. An interval from fewer than {THIN_ROWS} is itself unsure; judge "
-            "on more (data.validation=FILE)."
+            f"Thin evidence: {count_rows(distinct)}. An interval from fewer than {THIN_ROWS} is itself unsure; "
+            "evaluate on more (data.validation=FILE)."
         )
         yield Remark("thin_evidence", "warning", sentence)
 
 
-def domain_remarks(groups: Mapping[str, Group], deciding: MeasuredChange) -> Iterator[Remark]:
+def domain_remarks(groups: Mapping[str, RowGroup], deciding: MeasuredChange) -> Iterator[Remark]:
     """Domains that part: better on one, and not on another."""
     found = {name: _group_change(group, deciding) for name, group in groups.items()}
     outcomes = {name: change.outcome() for name, change in found.items() if change is not None}
@@ -135,7 +137,7 @@ def domain_remarks(groups: Mapping[str, Group], deciding: MeasuredChange) -> Ite
         yield Remark("domains_part", "warning" if "worse" in seen else "note", f"By domain: {'; '.join(parts)}.")
 
 
-def _group_change(group: Group, deciding: MeasuredChange) -> MeasuredChange | None:
+def _group_change(group: RowGroup, deciding: MeasuredChange) -> MeasuredChange | None:
     measure = deciding.measure
     before, after = (group.models.get(name, {}).get(measure) for name in (BASE, ADAPTER))
     if before is None or after is None:
@@ -143,7 +145,7 @@ def _group_change(group: Group, deciding: MeasuredChange) -> MeasuredChange | No
     return replace(deciding, before=before, after=after, interval=group.intervals.get(measure), rows=group.rows)
 
 
-def base_remarks(whole: Group, is_of_two_runs: bool) -> Iterator[Remark]:
+def base_remarks(whole: RowGroup, is_of_two_runs: bool) -> Iterator[Remark]:
     """A base that answers all rows right leaves nothing to gain."""
     base = {} if is_of_two_runs else whole.models.get(BASE, {})
     perfect = next((name for name in RIGHT_ALREADY if base.get(name) == 1.0), None)
@@ -153,10 +155,10 @@ def base_remarks(whole: Group, is_of_two_runs: bool) -> Iterator[Remark]:
         yield Remark("base_perfect", "note", sentence)
 
 
-def memory_remarks(training: TrainingRecord, whole: Group) -> Iterator[Remark]:
+def memory_remarks(training: TrainingRecord, whole: RowGroup) -> Iterator[Remark]:
     """Training rows that were learned by heart, while these rows gained nothing."""
     loss, base = whole.models[ADAPTER]["loss"], whole.models[BASE]["loss"]
-    if training.is_far_under(loss) and (training.rises() or loss >= base):
+    if training.is_far_below(loss) and (training.has_rising_loss() or loss >= base):
         sentence = (
             f"Its training rows were learned by heart: their loss is {training.late_train_loss:.4f} at the end, and "
             f"that of these rows {loss:.4f}. Fewer epochs, a lower rate, or more rows."

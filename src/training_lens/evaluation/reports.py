@@ -1,4 +1,4 @@
-"""A judgement as files: JSON for programs, Markdown for people, a CSV line for each row."""
+"""A result as files: JSON for programs, Markdown for people, a CSV line for each row."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training_lens.evaluation.comparison import Comparison, Control, Group, Moved
-from training_lens.evaluation.run_evaluation import Judgement
+from training_lens.evaluation.comparison import ControlResult, ModelComparison, MovedRow, RowGroup
+from training_lens.evaluation.run_evaluation import EvaluationResult
 from training_lens.evaluation.verdict import format_measure
 from training_lens.utils.files import sha256_of, write_text
 from training_lens.utils.integrity import write_sealed
@@ -17,24 +17,24 @@ from training_lens.utils.integrity import write_sealed
 Cells = tuple[str, ...]
 
 
-def write_reports(judgement: Judgement, folder: Path | str, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+def write_reports(result: EvaluationResult, folder: Path | str, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
     """Write {name}.json, {name}.md and {name}.csv into `folder`; returns what the JSON holds.
 
     It holds `extra`, the sources of the rows with the sha256 of files, the verdict, and the comparison.
     """
-    sources = sorted({example.file for example in judgement.rows.examples})
+    sources = sorted({example.file for example in result.rows.examples})
     files = {name: sha256_of(Path(name)) if Path(name).is_file() else None for name in sources}
     folder = Path(folder)
-    verdict = {"verdict": judgement.verdict.as_json()} if judgement.verdict else {}
-    report = {**extra, "files": files, **verdict, **judgement.comparison.as_json()}
-    texts = {".md": markdown(judgement), ".csv": per_row_csv(judgement)}
+    verdict = {"verdict": result.verdict.as_json()} if result.verdict else {}
+    report = {**extra, "files": files, **verdict, **result.comparison.as_json()}
+    texts = {".md": render_markdown(result), ".csv": render_row_csv(result)}
     write_sealed(folder / f"{name}.json", report)
     for ending, text in texts.items():
         write_text(folder / f"{name}{ending}", text)
     return report
 
 
-def measure_rows(group: Group) -> Iterator[Cells]:
+def measure_rows(group: RowGroup) -> Iterator[Cells]:
     """A line for each measure: its name, each model's value, and with two models the difference and its interval."""
     names = dict.fromkeys(name for measures in group.models.values() for name in measures)
     for name in names:
@@ -52,14 +52,14 @@ def measure_rows(group: Group) -> Iterator[Cells]:
         yield (name, *values, *change, between)
 
 
-def measure_columns(comparison: Comparison) -> Cells:
+def measure_columns(comparison: ModelComparison) -> Cells:
     """The heads of the columns of `measure_rows`."""
-    models = tuple(map(comparison.label, comparison.models))
+    models = tuple(map(comparison.model_label, comparison.models))
     interval = f"{comparison.confidence:.0%} interval"
     return ("", *models, *(("change", f"its {interval}") if len(models) > 1 else (interval,)))
 
 
-def part_table(comparison: Comparison, what: str, intervals: bool = True) -> list[Cells]:
+def part_table(comparison: ModelComparison, what: str, intervals: bool = True) -> list[Cells]:
     """The head, then a line for each part of the rows: size, losses, the change, its interval, exact match.
 
     Args:
@@ -67,7 +67,7 @@ def part_table(comparison: Comparison, what: str, intervals: bool = True) -> lis
         intervals: false leaves them out, where columns are dear.
     """
     parts = comparison.by_length if what == "tokens" else comparison.by_domain
-    models = tuple(map(comparison.label, comparison.models))
+    models = tuple(map(comparison.model_label, comparison.models))
     head = [what, "rows", *(f"loss, {model}" for model in models)]
     head += ["change"] if len(models) > 1 else []
     head += [f"{comparison.confidence:.0%} interval"] if intervals else []
@@ -76,7 +76,7 @@ def part_table(comparison: Comparison, what: str, intervals: bool = True) -> lis
     return [tuple(head), *(_part_row(label, group, intervals, answered) for label, group in parts.items())]
 
 
-def _part_row(label: str, group: Group, intervals: bool, answered: bool) -> Cells:
+def _part_row(label: str, group: RowGroup, intervals: bool, answered: bool) -> Cells:
     sign = "+" if len(group.models) > 1 else ""
     low_high = group.intervals.get("loss")
     cells = [label, str(group.rows), *(format_measure("loss", measures["loss"]) for measures in group.models.values())]
@@ -91,7 +91,7 @@ def _part_row(label: str, group: Group, intervals: bool, answered: bool) -> Cell
     return tuple(cells)
 
 
-def control_table(comparison: Comparison, intervals: bool = True) -> list[Cells]:
+def control_table(comparison: ModelComparison, intervals: bool = True) -> list[Cells]:
     """The head, then a line for each control: rows, the adapter's loss as is and spoilt, the change, exact match."""
     head = ["control", "rows", "loss", "spoilt", "change"]
     head += [f"{comparison.confidence:.0%} interval"] if intervals else []
@@ -101,7 +101,7 @@ def control_table(comparison: Comparison, intervals: bool = True) -> list[Cells]
     return [tuple(head), *lines]
 
 
-def _control_row(name: str, control: Control, intervals: bool, answered: bool) -> Cells:
+def _control_row(name: str, control: ControlResult, intervals: bool, answered: bool) -> Cells:
     sides = (control.adapter, control.scores)
     cells = [
         name.replace("_", " "),
@@ -117,7 +117,7 @@ def _control_row(name: str, control: Control, intervals: bool, answered: bool) -
     return tuple(cells)
 
 
-def moved_rows(moved: Sequence[Moved], whole_path: bool = True) -> Iterator[Cells]:
+def moved_rows(moved: Sequence[MovedRow], whole_path: bool = True) -> Iterator[Cells]:
     """A line for each row: id, losses, change."""
     for row in moved:
         change = row.adapter_loss - row.base_loss
@@ -132,59 +132,59 @@ def moved_rows(moved: Sequence[Moved], whole_path: bool = True) -> Iterator[Cell
 MOVED_COLUMNS: Cells = ("row", "base", "adapter", "change")
 
 
-def task_rows(comparison: Comparison) -> Iterator[Cells]:
+def task_rows(comparison: ModelComparison) -> Iterator[Cells]:
     """A line for each metric of each task: each model's value and its standard error, where lm-eval gives one."""
     first = next(iter(comparison.tasks.values()), {})
     for task, metrics in first.items():
         for metric in metrics:
             if not _is_error(metric):
                 found = [scores[task] for scores in comparison.tasks.values()]
-                yield (task, metric, *(f"{m[metric]:.4f}{_error(m, metric)}" for m in found))
+                yield (task, metric, *(f"{m[metric]:.4f}{_standard_error(m, metric)}" for m in found))
 
 
-def task_columns(comparison: Comparison) -> Cells:
+def task_columns(comparison: ModelComparison) -> Cells:
     """The heads of the columns of `task_rows`."""
-    return ("task", "metric", *map(comparison.label, comparison.tasks))
+    return ("task", "metric", *map(comparison.model_label, comparison.tasks))
 
 
 def _is_error(metric: str) -> bool:
     return metric.partition(",")[0].endswith("_stderr")
 
 
-def _error(metrics: Mapping[str, float], metric: str) -> str:
+def _standard_error(metrics: Mapping[str, float], metric: str) -> str:
     name, comma, rest = metric.partition(",")
     error = metrics.get(f"{name}_stderr{comma}{rest}")
     return "" if error is None else f" ± {error:.4f}"
 
 
-def markdown(judgement: Judgement) -> str:
+def render_markdown(result: EvaluationResult) -> str:
     """The verdict and the tables of a comparison as Markdown."""
-    comparison = judgement.comparison
-    models = ", ".join(f"{comparison.label(name)}: `{what}`" for name, what in comparison.models.items())
+    comparison = result.comparison
+    models = ", ".join(f"{comparison.model_label(name)}: `{what}`" for name, what in comparison.models.items())
     whole = comparison.whole
-    parts = ["\n".join(judgement.verdict.lines())] if judgement.verdict else []
+    parts = ["\n".join(result.verdict.text_lines())] if result.verdict else []
     parts.append(f"{models}. {whole.rows} rows, {whole.supervised_tokens} supervised tokens.")
-    parts.append(_table(measure_columns(comparison), measure_rows(whole)))
+    parts.append(_render_table(measure_columns(comparison), measure_rows(whole)))
     parts += ["\n".join(f"- {line}" for line in scoring_lines(comparison))]
     for what, groups in (("tokens", comparison.by_length), ("domain", comparison.by_domain)):
         if groups:
             head, *lines = part_table(comparison, what)
-            parts.append(_table(head, iter(lines)))
+            parts.append(_render_table(head, iter(lines)))
     if comparison.controls:
         head, *lines = control_table(comparison)
-        parts.append(_table(head, iter(lines)))
+        parts.append(_render_table(head, iter(lines)))
     for title, moved in (("Most improved", comparison.improved), ("Most worsened", comparison.worsened)):
         if moved:
             parts.append(f"{title}, loss in nats per supervised token:")
-            parts.append(_table(MOVED_COLUMNS, moved_rows(moved)))
+            parts.append(_render_table(MOVED_COLUMNS, moved_rows(moved)))
     if comparison.tasks:
-        parts.append(_table(task_columns(comparison), task_rows(comparison)))
+        parts.append(_render_table(task_columns(comparison), task_rows(comparison)))
     if comparison.forgetting:
         parts.append(forgetting_line(comparison))
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def scoring_lines(comparison: Comparison) -> list[str]:
+def scoring_lines(comparison: ModelComparison) -> list[str]:
     """Which rows measures of words leave out, and why; how numbers were read."""
     by_reasons: dict[tuple[tuple[str, int], ...], list[str]] = {}
     for measure, reasons in comparison.unscored.items():
@@ -196,7 +196,7 @@ def scoring_lines(comparison: Comparison) -> list[str]:
     return [*lines, f"numeric: {comparison.number_reading}"] if comparison.number_reading else lines
 
 
-def forgetting_line(comparison: Comparison) -> str:
+def forgetting_line(comparison: ModelComparison) -> str:
     """What happened to the loss on other text, in words."""
     forgot = comparison.forgetting
     assert forgot is not None
@@ -211,16 +211,16 @@ def forgetting_line(comparison: Comparison) -> str:
     )
 
 
-def _table(columns: Cells, rows: Iterator[Cells]) -> str:
+def _render_table(columns: Cells, rows: Iterator[Cells]) -> str:
     lines = [columns, tuple("---" for _ in columns), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def per_row_csv(judgement: Judgement) -> str:
+def render_row_csv(result: EvaluationResult) -> str:
     """A line for each row: id, domain, lengths, what was expected, and each model's loss, answer and scores."""
-    rows = judgement.rows
-    names = [(model, score) for model, o in judgement.outcomes.items() for score in o.scored.row_scores]
-    models = list(judgement.outcomes)
+    rows = result.rows
+    names = [(model, score) for model, o in result.outcomes.items() for score in o.scored.row_scores]
+    models = list(result.outcomes)
     head = ["id", "domain", "tokens", "supervised_tokens", "expected"]
     head += [f"{model}_{column}" for model in models for column in ("loss", "answer", "finish_reason")]
     head += [f"{model}_{score}" for model, score in names]
@@ -236,9 +236,9 @@ def per_row_csv(judgement: Judgement) -> str:
             rows.references[i],
         ]
         for model in models:
-            outcome = judgement.outcomes[model]
+            outcome = result.outcomes[model]
             loss = outcome.scored.sums.nll[i] / outcome.scored.sums.tokens[i]
             line += [f"{loss:.6f}", outcome.answers[i], outcome.finish_reasons[i]]
-        scores = (judgement.outcomes[model].scored.row_scores[score][i] for model, score in names)
+        scores = (result.outcomes[model].scored.row_scores[score][i] for model, score in names)
         writer.writerow([*line, *("" if value != value else f"{value:.6g}" for value in scores)])
     return text.getvalue()

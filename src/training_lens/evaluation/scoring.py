@@ -18,7 +18,7 @@ DRAWN_AT_ONCE = 2**22  # weights of resampled rows in memory: 32 MB
 
 
 @dataclass(frozen=True)
-class Scored:
+class ModelScores:
     """What the measures are computed from; every array has the rows first.
 
     `text_bytes` are the UTF-8 bytes of each row's supervised text, `tokens_id` a hash of its supervised tokens: equal
@@ -42,7 +42,7 @@ class Scored:
         references: Sequence[str],
         asked: np.ndarray,
         scoring: AnswerScoring | None = None,
-    ) -> Scored:
+    ) -> ModelScores:
         """With the scores of generated answers.
 
         Args:
@@ -52,29 +52,29 @@ class Scored:
             return self
         scoring = scoring or AnswerScoring()
         scores = row_scores(predictions, references, scoring)
-        applies = {name: metric.applies(references) for name, metric in scoring.corpus_metrics().items()}
+        applies = {name: metric.applicable_rows(references) for name, metric in scoring.corpus_metrics().items()}
         statistics = {
-            name: metric.statistics(predictions, references) * applies[name][:, None]
+            name: metric.row_statistics(predictions, references) * applies[name][:, None]
             for name, metric in scoring.corpus_metrics().items()
             if applies[name].any()
         }
-        return Scored(
+        return ModelScores(
             self.sums,
             self.text_bytes,
             self.tokens_id,
-            {name: _spread(values, asked, math.nan) for name, values in scores.items()},
-            {name: _spread(values, asked, 0.0) for name, values in statistics.items()},
+            {name: _scatter_rows(values, asked, math.nan) for name, values in scores.items()},
+            {name: _scatter_rows(values, asked, 0.0) for name, values in statistics.items()},
             self.kl,
         )
 
-    def same_tokens(self, other: Scored) -> bool:
+    def same_tokens(self, other: ModelScores) -> bool:
         """Whether both were measured on the same supervised tokens of every row."""
         return np.array_equal(self.tokens_id, other.tokens_id)
 
-    def take(self, rows: np.ndarray) -> Scored:
+    def take(self, rows: np.ndarray) -> ModelScores:
         """Of these rows alone, given by their places or as (rows,) bool."""
         sums = self.sums
-        return Scored(
+        return ModelScores(
             TokenSums(sums.nll[rows], sums.tokens[rows], sums.correct[rows]),
             self.text_bytes[rows],
             self.tokens_id[rows],
@@ -83,7 +83,7 @@ class Scored:
             None if self.kl is None else self.kl[rows],
         )
 
-    def measures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+    def compute_measures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Every measure, once for each row of weights: {name: (draws,)}; nan where there is nothing to measure.
 
         With weights w over rows i: loss = sum w nll / sum w tokens, in nats per supervised token; perplexity =
@@ -114,13 +114,13 @@ class Scored:
             found[name] = np.array([score(sums) if sums.any() else math.nan for sums in weights @ statistics])
         return found
 
-    def of_all(self) -> Measures:
+    def measure_all(self) -> Measures:
         """The measures of all rows; those that do not apply to any are left out."""
-        found = self.measures(np.ones((1, len(self))))
+        found = self.compute_measures(np.ones((1, len(self))))
         return {name: float(values[0]) for name, values in found.items() if math.isfinite(values[0])}
 
 
-def _spread(values: np.ndarray, rows: np.ndarray, fill: float) -> np.ndarray:
+def _scatter_rows(values: np.ndarray, rows: np.ndarray, fill: float) -> np.ndarray:
     """The values of some rows in an array for all rows."""
     whole = np.full((len(rows), *values.shape[1:]), fill)
     whole[rows] = values
@@ -139,17 +139,17 @@ class Bootstrap:
     confidence: float = 0.95
     seed: int = 0
 
-    def change(self, after: Scored, before: Scored) -> tuple[Measures, dict[str, Interval]]:
+    def measure_change(self, after: ModelScores, before: ModelScores) -> tuple[Measures, dict[str, Interval]]:
         """What of each measure of both is more after than before, and the interval of that.
 
         Measures by token are left out where the tokens are not the same.
         """
-        values, old = after.of_all(), before.of_all()
+        values, old = after.measure_all(), before.measure_all()
         shared = [n for n in values if n in old and (after.same_tokens(before) or n not in PER_TOKEN)]
-        drawn = self.intervals(after, minus=before)
+        drawn = self.measure_intervals(after, minus=before)
         return {n: values[n] - old[n] for n in shared}, {n: drawn[n] for n in shared if n in drawn}
 
-    def intervals(self, scored: Scored, minus: Scored | None = None) -> dict[str, Interval]:
+    def measure_intervals(self, scored: ModelScores, minus: ModelScores | None = None) -> dict[str, Interval]:
         """The interval of every measure of `scored`, or of its difference from that of `minus`, on the same rows.
 
         None for one row alone, nor for a measure that is beyond all numbers in some resample. Resamples without a
@@ -158,9 +158,9 @@ class Bootstrap:
         if self.resamples == 0 or len(scored) < 2:
             return {}
         parts = []
-        for weights in self._weights(len(scored)):
-            values = scored.measures(weights)
-            parts.append(values if minus is None else differences(values, minus.measures(weights)))
+        for weights in self._draw_weights(len(scored)):
+            values = scored.compute_measures(weights)
+            parts.append(values if minus is None else subtract_measures(values, minus.compute_measures(weights)))
         drawn = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         known = {name: values[~np.isnan(values)] for name, values in drawn.items()}
         ends = [50 * (1 - self.confidence), 50 * (1 + self.confidence)]
@@ -171,7 +171,7 @@ class Bootstrap:
             for low, high in [np.percentile(values, ends)]
         }
 
-    def _weights(self, rows: int) -> Iterator[np.ndarray]:
+    def _draw_weights(self, rows: int) -> Iterator[np.ndarray]:
         """(draws, rows) counts of resampled rows, some draws at a time."""
         generator = np.random.default_rng(self.seed)
         left, at_once = self.resamples, max(1, DRAWN_AT_ONCE // rows)
@@ -181,12 +181,12 @@ class Bootstrap:
             left -= draws
 
 
-def differences(values: Mapping[str, np.ndarray], of_base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def subtract_measures(values: Mapping[str, np.ndarray], of_base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Measure by measure, what is more than in the base; those of both alone."""
-    return {name: _difference(value, of_base[name]) for name, value in values.items() if name in of_base}
+    return {name: _subtract_values(value, of_base[name]) for name, value in values.items() if name in of_base}
 
 
-def _difference(values: np.ndarray, base: np.ndarray) -> np.ndarray:
+def _subtract_values(values: np.ndarray, base: np.ndarray) -> np.ndarray:
     """Infinite where either side is: a perplexity may be beyond all numbers."""
     beyond = np.isinf(values) | np.isinf(base)
     return np.where(beyond, np.inf, np.where(beyond, 0.0, values) - np.where(beyond, 0.0, base))

@@ -21,9 +21,9 @@ def json_valid(prediction: str, reference: str) -> float | None:
         >>> json_valid('{"a": 2}', '{"a": 1}'), json_valid('{"a": 1', '{"a": 1}'), json_valid("{}", "Tom")
         (1.0, 0.0, None)
     """
-    if not isinstance(_parsed(reference), dict | list):
+    if not isinstance(_parse_json(reference), dict | list):
         return None
-    return float(_parsed(prediction) is not _NO_JSON)
+    return float(_parse_json(prediction) is not _NO_JSON)
 
 
 def json_fields(prediction: str, reference: str) -> float | None:
@@ -39,29 +39,29 @@ def json_fields(prediction: str, reference: str) -> float | None:
         >>> json_fields('{"name": "Tom", "tags": ["x"]}', '{"name": "Tom", "tags": ["x", "y"]}')
         0.6666666666666666
     """
-    expected = _parsed(reference)
+    expected = _parse_json(reference)
     if not isinstance(expected, dict | list):
         return None
-    wanted, found = _leaves(expected), _leaves(_parsed(prediction))
-    return sum(_equal(found.get(place, _NO_JSON), value) for place, value in wanted.items()) / len(wanted)
+    wanted, found = _list_leaves(expected), _list_leaves(_parse_json(prediction))
+    return sum(_is_equal(found.get(place, _NO_JSON), value) for place, value in wanted.items()) / len(wanted)
 
 
 _NO_JSON = object()
 
 
-def _parsed(text: str) -> Any:
+def _parse_json(text: str) -> Any:
     """The value, numbers as Decimal; _NO_JSON where there is none, or one nested beyond what Python can read."""
     try:
-        return load_bounded_json(text.strip(), parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse)
+        return load_bounded_json(text.strip(), parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse_constant)
     except (ValueError, ArithmeticError):  # ArithmeticError: an exponent beyond Decimal's
         return _NO_JSON
 
 
-def _refuse(constant: str) -> NoReturn:
+def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
+def _list_leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
     """What is at the end of each path; no recursion, so that all that could be parsed can be walked."""
     leaves: dict[tuple[str | int, ...], Any] = {}
     waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
@@ -75,5 +75,5 @@ def _leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
     return leaves
 
 
-def _equal(found: Any, wanted: Any) -> bool:
+def _is_equal(found: Any, wanted: Any) -> bool:
     return type(found) is type(wanted) and bool(found == wanted)

@@ -35,13 +35,13 @@ class TrainingRecord:
     rows: int | None = None
     broken_steps: int = 0
 
-    def rises(self) -> bool:
+    def has_rising_loss(self) -> bool:
         """Whether the validation loss has risen since its best."""
         if self.best_loss is None or self.final_loss is None:
             return False
         return self.final_loss > (1 + LEAST_RISE) * self.best_loss
 
-    def is_far_under(self, loss: float) -> bool:
+    def is_far_below(self, loss: float) -> bool:
         """Whether the training loss ends far under the loss of other rows."""
         return self.late_train_loss is not None and self.late_train_loss < FAR_UNDER * loss
 

@@ -12,7 +12,7 @@ from training_lens.evaluation.verdict import LEAST_CHANGE, Outcome, Remark, Verd
 MORE_ROWS = "validation rows: data.validation=FILE or data.val_ratio=0.1 in the next run, or rows given to compare."
 
 
-def judge_training(record: TrainingRecord, run: str = "") -> Verdict:
+def assess_training(record: TrainingRecord, run: str = "") -> Verdict:
     """The run's own validation as a verdict. It is a mean without an interval, and its best is chosen after the fact.
 
     Args:
@@ -23,13 +23,18 @@ def judge_training(record: TrainingRecord, run: str = "") -> Verdict:
     if record.best_loss is None or record.base_loss is None:
         command = f"{compare} data.validation=FILE" if compare and record.best_loss is None else compare
         return Verdict(
-            "inconclusive", _unknown(record), "training", remarks=remarks, decide=MORE_ROWS, next_command=command
+            "inconclusive",
+            _write_inconclusive(record),
+            "training",
+            remarks=remarks,
+            decide=MORE_ROWS,
+            next_command=command,
         )
     change = record.best_loss - record.base_loss
-    outcome = _outcome(change, record.base_loss)
+    outcome = _find_outcome(change, record.base_loss)
     return Verdict(
         outcome,
-        _sentence(outcome, record, change),
+        _write_sentence(outcome, record, change),
         "training",
         "loss",
         change,
@@ -39,13 +44,13 @@ def judge_training(record: TrainingRecord, run: str = "") -> Verdict:
     )
 
 
-def _outcome(change: float, base: float) -> Outcome:
+def _find_outcome(change: float, base: float) -> Outcome:
     if abs(change) < LEAST_CHANGE * base:
         return "no difference"
     return "better" if change < 0 else "worse"
 
 
-def _sentence(outcome: Outcome, record: TrainingRecord, change: float) -> str:
+def _write_sentence(outcome: Outcome, record: TrainingRecord, change: float) -> str:
     assert record.best_loss is not None and record.base_loss is not None
     rows = f" over {count_rows(record.rows)}" if record.rows else ""
     how_far = f"That is one mean{rows} without an interval"
@@ -62,7 +67,7 @@ def _sentence(outcome: Outcome, record: TrainingRecord, change: float) -> str:
     )
 
 
-def _unknown(record: TrainingRecord) -> str:
+def _write_inconclusive(record: TrainingRecord) -> str:
     if record.best_loss is not None:
         return f"Inconclusive: the validation loss is {record.best_loss:.4f}; that of the base was not measured."
     trained = ""
@@ -77,13 +82,13 @@ def _training_remarks(record: TrainingRecord) -> Iterator[Remark]:
         yield Remark("nonfinite", "problem", f"{record.broken_steps} steps had a loss that is no finite number.")
     if record.best_loss is None or record.final_loss is None:
         return
-    if record.rises():
+    if record.has_rising_loss():
         sentence = f"After step {record.best_step} the validation loss rose, to {record.final_loss:.4f} at the end"
-        if record.is_far_under(record.final_loss):
+        if record.is_far_below(record.final_loss):
             sentence += f", while the training loss fell to {record.late_train_loss:.4f}: rows were learned by heart"
         yield Remark("validation_rises", "note", f"{sentence}. What was kept is step {record.best_step}.")
     elif (
-        record.is_far_under(record.best_loss) and record.base_loss is not None and record.best_loss >= record.base_loss
+        record.is_far_below(record.best_loss) and record.base_loss is not None and record.best_loss >= record.base_loss
     ):
         sentence = (
             f"The training loss fell to {record.late_train_loss:.4f}, far under the validation loss: rows were learned "
@@ -93,5 +98,5 @@ def _training_remarks(record: TrainingRecord) -> Iterator[Remark]:
 
 
 def is_run_folder(source: str) -> bool:
-    """Whether what was judged is a run, which commands can name by its folder."""
+    """Whether what was evaluated is a run, which commands can name by its folder."""
     return (Path(source) / "metadata").is_dir()

@@ -78,12 +78,12 @@ class MeasuredChange:
         """By where the interval lies: beyond zero, within the margin, or neither."""
         if self.interval is None or self.rows < self.least_rows:
             return "inconclusive"
-        low, high = self._gain()
+        low, high = self._gain_interval()
         if -self.margin <= low and high <= self.margin:
             return "no difference"
         return "better" if low > 0 else "worse" if high < 0 else "inconclusive"
 
-    def _gain(self) -> Interval:
+    def _gain_interval(self) -> Interval:
         """The interval, so turned that more is better; where no row differs, as wide as so many rows allow."""
         assert self.interval is not None
         low, high = self.interval
@@ -99,17 +99,14 @@ class MeasuredChange:
         needed = self.rows * (half / max(abs(self.change), self.margin)) ** 2
         return math.ceil(needed) if self.rows < needed < 1e6 else None
 
-    def words(self) -> str:
+    def describe_change(self) -> str:
         """'loss 2.9394 against 7.1036, a change of -4.1642 (95% interval -4.3148 to -4.0262)'."""
-        between = (
-            f" ({self.confidence:.0%} interval {self.format(self.interval[0], '+')} to "
-            f"{self.format(self.interval[1], '+')})"
-            if self.interval
-            else " (no interval)"
-        )
-        return f"{self.format(self.after)} against {self.format(self.before)}, {self.format(self.change, '+')}{between}"
+        after, before = self.format_value(self.after), self.format_value(self.before)
+        ends = [self.format_value(end, "+") for end in self.interval or ()]
+        between = f"{self.confidence:.0%} interval {' to '.join(ends)}" if ends else "no interval"
+        return f"{after} against {before}, {self.format_value(self.change, '+')} ({between})"
 
-    def format(self, value: float, sign: str = "") -> str:
+    def format_value(self, value: float, sign: str = "") -> str:
         return format_measure(self.measure, value, sign)
 
 
@@ -128,7 +125,7 @@ def name_measure(measure: str) -> str:
 class Verdict:
     """The answer to "is it better?".
 
-    `basis`: `comparison` (rows judged one by one, with an interval) or `training` (means of the run's validation).
+    `basis`: `comparison` (rows evaluated one by one, with an interval) or `training` (means of the run's validation).
     `measure`, `change`, `interval` and `rows` are those that decide; `decide` is what would settle an inconclusive one;
     `next_command` can be typed as it is.
     """
@@ -150,7 +147,7 @@ class Verdict:
         warnings = (remark.severity for remark in self.remarks if remark.severity in ("problem", "warning"))
         return min((SEVERITIES[self.outcome], *warnings), key=ORDER.index)
 
-    def lines(self) -> list[str]:
+    def text_lines(self) -> list[str]:
         """What is printed: the sentence, what to know beside it, what would decide, the next command."""
         lines = [self.sentence, *(f"- {remark.sentence}" for remark in self.remarks)]
         lines += [f"- What would decide: {self.decide}"] if self.decide else []
@@ -177,7 +174,7 @@ class Verdict:
         return cls(**{**fields, "remarks": remarks, "interval": interval})
 
 
-def judge_changes(
+def assess_changes(
     deciding: MeasuredChange,
     others: Sequence[MeasuredChange],
     names: tuple[str, str],
@@ -193,14 +190,14 @@ def judge_changes(
     Args:
         deciding: the loss, or the measure that the user chose.
         others: scores of answers.
-        names: what is judged, and what it is held against: ("the adapter", "its base").
+        names: what is evaluated, and what it is held against: ("the adapter", "its base").
         is_chosen: whether the user chose the deciding measure.
         is_identical: whether both give every supervised token the same probability.
     """
     outcome = "no difference" if is_identical else deciding.outcome()
     verdict = Verdict(
         outcome,
-        _sentence(outcome, deciding, names, is_identical),
+        _write_sentence(outcome, deciding, names, is_identical),
         "comparison",
         deciding.measure,
         deciding.change,
@@ -210,25 +207,25 @@ def judge_changes(
     )
     opposite = [other for other in others if {outcome, other.outcome()} == {"better", "worse"}]
     if opposite and not is_chosen:
-        return _disagreement(verdict, deciding, opposite[0], names)
+        return _report_disagreement(verdict, deciding, opposite[0], names)
     definite = [other for other in others if other.outcome() in ("better", "worse")]
     remarks = [_opposite_remark(other) for other in definite if other.outcome() != outcome]
     remarks += [_agreement_remark(other) for other in others if other.outcome() == outcome in ("better", "worse")][:1]
     return replace(verdict, remarks=tuple(remarks))
 
 
-def _sentence(outcome: Outcome, change: MeasuredChange, names: tuple[str, str], is_identical: bool) -> str:
+def _write_sentence(outcome: Outcome, change: MeasuredChange, names: tuple[str, str], is_identical: bool) -> str:
     it, other = names
     by = f"by {name_measure(change.measure)}"
     rows = f"on {count_rows(change.rows)}"
     if is_identical:
         return f"No difference: {it} and {other} give every supervised token the same probability, {rows}."
     if outcome == "no difference":
-        return f"No difference that matters between {it} and {other} {by}: {change.words()}, {rows}."
+        return f"No difference that matters between {it} and {other} {by}: {change.describe_change()}, {rows}."
     if outcome == "inconclusive":
-        return f"Inconclusive: these rows do not tell {it} from {other} {by}: {change.words()}, {rows}."
+        return f"Inconclusive: these rows do not tell {it} from {other} {by}: {change.describe_change()}, {rows}."
     said = f"{outcome.capitalize()} than {other}" if it == ADAPTER_NAME else f"{it} is {outcome} than {other}"
-    return f"{said} {by}: {change.words()}, {rows}."
+    return f"{said} {by}: {change.describe_change()}, {rows}."
 
 
 def _what_decides(change: MeasuredChange) -> str:
@@ -241,11 +238,14 @@ def _what_decides(change: MeasuredChange) -> str:
     return f"{about} (data.validation=FILE, or a larger evaluation.max_examples)."
 
 
-def _disagreement(verdict: Verdict, change: MeasuredChange, other: MeasuredChange, names: tuple[str, str]) -> Verdict:
+def _report_disagreement(
+    verdict: Verdict, change: MeasuredChange, other: MeasuredChange, names: tuple[str, str]
+) -> Verdict:
     first, second = verdict.outcome, other.outcome()
     sentence = (
-        f"Inconclusive: {names[0]} is {first} than {names[1]} by {name_measure(change.measure)} ({change.words()}), "
-        f"but {second} by {name_measure(other.measure)} ({other.words()}), on {count_rows(change.rows)}."
+        f"Inconclusive: {names[0]} is {first} than {names[1]} by {name_measure(change.measure)} "
+        f"({change.describe_change()}), but {second} by {name_measure(other.measure)} ({other.describe_change()}), "
+        f"on {count_rows(change.rows)}."
     )
     choices = f"evaluation.decide_by={other.measure} or evaluation.decide_by={change.measure}"
     decide = f"which of the two counts for you: {choices}."
@@ -255,11 +255,13 @@ def _disagreement(verdict: Verdict, change: MeasuredChange, other: MeasuredChang
 def _opposite_remark(other: MeasuredChange) -> Remark:
     outcome = other.outcome()
     severity: Severity = "warning" if outcome == "worse" else "note"
-    return Remark("other_measure", severity, f"By {name_measure(other.measure)} it is {outcome}: {other.words()}.")
+    return Remark(
+        "other_measure", severity, f"By {name_measure(other.measure)} it is {outcome}: {other.describe_change()}."
+    )
 
 
 def _agreement_remark(other: MeasuredChange) -> Remark:
-    return Remark("other_measure", "fine", f"So it is by {name_measure(other.measure)}: {other.words()}.")
+    return Remark("other_measure", "fine", f"So it is by {name_measure(other.measure)}: {other.describe_change()}.")
 
 
 def count_rows(rows: int) -> str:

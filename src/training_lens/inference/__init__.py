@@ -6,7 +6,7 @@ from training_lens._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     {
-        "training_lens.config.judging_sections": ("InferenceSection",),
+        "training_lens.config.evaluation_sections": ("InferenceSection",),
         "training_lens.inference.batch": ("FileReport", "answer_file", "input_file", "output_file"),
         "training_lens.inference.generator": ("GeneratedAnswer", "answer", "answers", "generate_answers"),
         "training_lens.inference.session": ("Session", "open_run", "open_session"),

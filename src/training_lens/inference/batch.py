@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.sources import Source, expand
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError, DatasetError, TrainingLensError

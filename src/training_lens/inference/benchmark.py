@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from training_lens.config.judging_sections import BenchmarkSection
+from training_lens.config.evaluation_sections import BenchmarkSection
 from training_lens.display.progress import Progress
 from training_lens.errors import AdapterError, DatasetError
 from training_lens.inference.benchmark_cells import METHOD, Call, Cell, Speed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import Message
 from training_lens.errors import TrainingLensError
 from training_lens.inference.generator import answer

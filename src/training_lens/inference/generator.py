@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.errors import ConfigurationError, OutOfMemoryError
 from training_lens.inference.by_generate import changes_factors, generate, rows_together
 from training_lens.inference.decode_loop import Decoder, Decoding, slots

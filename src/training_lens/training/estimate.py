@@ -16,7 +16,7 @@ import numpy as np
 
 from training_lens.data.batching import StepPlan, cut, share
 from training_lens.errors import EstimateError, OutOfMemoryError
-from training_lens.evaluation.evaluator import Pass, evaluate_loss
+from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
 from training_lens.models.factory import load_model, load_thinned
 from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
@@ -163,7 +163,7 @@ def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
     some = plan.validation.select(rows)
     budget = plan.micro_batch_tokens
     started = time.perf_counter()
-    evaluate_loss(trainer.model, some, Pass(plan.processes, plan.precision, budget, trainer.fill_id))
+    evaluate_loss(trainer.model, some, EvaluationOptions(plan.processes, plan.precision, budget, trainer.fill_id))
     return (time.perf_counter() - started) / int(some.lengths.sum())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from training_lens.config.judging_sections import InferenceSection
+from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.evaluation.evaluator import LossReport

@@ -122,7 +122,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
     from training_lens.config.compose import validate
     from training_lens.data.batching import batches_of
     from training_lens.display.progress import Progress
-    from training_lens.evaluation.evaluator import Pass, evaluate_loss
+    from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
     from training_lens.models.adapters import attach, base_only
     from training_lens.models.factory import load_model
     from training_lens.models.scoring import supervised_scores
@@ -149,7 +149,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
         model = attach(load_model(plan.config.model, torch.device("cpu"), "fp32"), config.peft)
         assert plan.validation is not None
         held_out = plan.validation.select(np.arange(16))
-        way = Pass(plan.processes, "fp32", 4096, plan.tokenizer.eos_token_id)
+        way = EvaluationOptions(plan.processes, "fp32", 4096, plan.tokenizer.eos_token_id)
         total, per_epoch = plan.schedule.total_steps, plan.schedule.steps_per_epoch
         facts = RunFacts(settings={"total_steps": total, "steps_per_epoch": per_epoch})
         change(model, 0)

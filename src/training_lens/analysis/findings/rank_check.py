@@ -11,9 +11,9 @@ import torch
 from training_lens.analysis.findings.rank_record import RankCheck, RankLoss
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.display.progress import Progress
-from training_lens.evaluation.evaluation_rows import JudgedRows
-from training_lens.evaluation.evaluator import Pass, token_sums
-from training_lens.evaluation.scoring import Bootstrap, Scored
+from training_lens.evaluation.evaluation_rows import EvaluationRows
+from training_lens.evaluation.evaluator import EvaluationOptions, token_sums
+from training_lens.evaluation.scoring import Bootstrap, ModelScores
 from training_lens.inference.prompt_rows import validation_examples
 from training_lens.inference.session import Session, open_run
 from training_lens.measures.barrier import truncate
@@ -58,7 +58,7 @@ def measure_rank(
         print(check.at_energy_ranks.delta, check.rank_pattern)
     """
     session = open_run(run, device, given=given)
-    rows = JudgedRows.of(validation_examples(run, session, max_examples, data), session)
+    rows = EvaluationRows.from_examples(validation_examples(run, session, max_examples, data), session)
     modules = adapter_modules(session.model)
     energy = {m.name: int(energy_rank(singular_values(m.a.detach(), m.b.detach(), m.record.scaling))) for m in modules}
     fixed = _powers_below(max(m.record.rank for m in modules))
@@ -71,8 +71,8 @@ def measure_rank(
         step=int(run.read_metadata("summary.json")["steps"]),
         rows=len(rows.examples),
         supervised_tokens=int(rows.dataset.supervised.sum()),
-        base_loss=base.of_all()["loss"],
-        loss=whole.of_all()["loss"],
+        base_loss=base.measure_all()["loss"],
+        loss=whole.measure_all()["loss"],
         loss_error=_error(whole),
         ranks={m.name: m.record.rank for m in modules},
         energy_ranks=energy,
@@ -88,23 +88,25 @@ class _Measure:
     """Losses of one session's model on one set of rows."""
 
     def __init__(
-        self, session: Session, rows: JudgedRows, modules: Sequence[AdapterModule], advance: Callable[[float], None]
+        self, session: Session, rows: EvaluationRows, modules: Sequence[AdapterModule], advance: Callable[[float], None]
     ) -> None:
         self._session, self._rows, self._modules = session, rows, modules
-        self._way = Pass(Processes(session.device), session.precision, BATCH_TOKENS, session.pad_id, advance)
+        self._way = EvaluationOptions(
+            Processes(session.device), session.precision, BATCH_TOKENS, session.pad_id, advance
+        )
 
-    def loss(self, changed: AbstractContextManager[object]) -> Scored:
+    def loss(self, changed: AbstractContextManager[object]) -> ModelScores:
         """Of the model as it is within the block."""
         with changed:
             sums = token_sums(self._session.model, self._rows.dataset, self._way)
-        return Scored(sums, self._rows.text_bytes, self._rows.tokens_id)
+        return ModelScores(sums, self._rows.text_bytes, self._rows.tokens_id)
 
-    def at(self, rank: int | None, ranks: Mapping[str, int], whole: Scored) -> RankLoss:
+    def at(self, rank: int | None, ranks: Mapping[str, int], whole: ModelScores) -> RankLoss:
         """With each module truncated to its rank of `ranks`."""
         scored = self.loss(truncated(self._modules, ranks))
-        change, intervals = Bootstrap().change(scored, whole)
+        change, intervals = Bootstrap().measure_change(scored, whole)
         low, high = intervals.get("loss", (None, None))
-        return RankLoss(rank, scored.of_all()["loss"], change["loss"], low, high)
+        return RankLoss(rank, scored.measure_all()["loss"], change["loss"], low, high)
 
 
 @contextmanager
@@ -140,6 +142,6 @@ def _pattern(energy: Mapping[str, int]) -> dict[str, int]:
     return pattern
 
 
-def _error(scored: Scored) -> float | None:
-    interval = Bootstrap().intervals(scored).get("loss")
+def _error(scored: ModelScores) -> float | None:
+    interval = Bootstrap().measure_intervals(scored).get("loss")
     return (interval[1] - interval[0]) / (2 * NORMAL_95) if interval else None

@@ -19,7 +19,7 @@ from training_lens.data.batching import Schedule, StepPlan
 from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import EvaluationError, InterruptedRunError
-from training_lens.evaluation.evaluator import LossReport, Pass, evaluate_loss
+from training_lens.evaluation.evaluator import EvaluationOptions, LossReport, evaluate_loss
 from training_lens.models.adapters import base_only, trainable
 from training_lens.models.fast.engine import Engine
 from training_lens.models.quantization import is_quantized
@@ -279,7 +279,7 @@ class Trainer:
             done += int(examples) * self.processes.count
             self._notify("on_evaluate_progress", min(done, len(dataset)), len(dataset))
 
-        way = Pass(self.processes, self.precision, self.micro_batch_tokens, self.fill_id, advance)
+        way = EvaluationOptions(self.processes, self.precision, self.micro_batch_tokens, self.fill_id, advance)
         try:
             return evaluate_loss(self.model, dataset, way)
         except EvaluationError as error:

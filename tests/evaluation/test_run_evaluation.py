@@ -1,4 +1,4 @@
-"""A run is judged on rows that it did not train on, as it trained; what is measured is what the loop measured."""
+"""A run is evaluated on rows that it did not train on, as it trained; what is measured is what the loop measured."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from training_lens import TrainingWrapper
-from training_lens.config.judging_sections import EvaluationSection
+from training_lens.config.evaluation_sections import EvaluationSection
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError, DatasetError, EvaluationError
-from training_lens.evaluation.run_evaluation import Judge, Judgement
+from training_lens.evaluation.run_evaluation import EvaluationResult, ModelEvaluator
 from training_lens.inference.prompt_rows import configured_examples, validation_examples
 from training_lens.inference.session import Session, open_run, open_session
 from training_lens.runs.run_folder import RunFolder
@@ -37,9 +37,9 @@ def session(finished_run: RunFolder) -> Session:
 
 
 @pytest.fixture(scope="module")
-def judged(finished_run: RunFolder, session: Session) -> Judgement:
+def result(finished_run: RunFolder, session: Session) -> EvaluationResult:
     settings = EvaluationSection(max_new_tokens=24, resamples=50)
-    return Judge(session, settings).compare(validation_examples(finished_run, session, 12))
+    return ModelEvaluator(session, settings).compare(validation_examples(finished_run, session, 12))
 
 
 def test_held_out_rows_are_those_that_training_left_out(
@@ -47,13 +47,13 @@ def test_held_out_rows_are_those_that_training_left_out(
 ) -> None:
     run, summary = trained(small_config, write_rows, val_ratio=0.3, max_examples=None)
     session = open_run(run)
-    judgement = Judge(session, EvaluationSection(max_new_tokens=8)).compare(validation_examples(run, session))
-    assert [e.id for e in judgement.rows.examples] == run.read_metadata("held_out.json")
-    assert len(judgement.rows.examples) == 9
-    models = judgement.comparison.whole.models
+    result = ModelEvaluator(session, EvaluationSection(max_new_tokens=8)).compare(validation_examples(run, session))
+    assert [e.id for e in result.rows.examples] == run.read_metadata("held_out.json")
+    assert len(result.rows.examples) == 9
+    models = result.comparison.whole.models
     assert models["adapter"]["loss"] == pytest.approx(summary.validation_loss, rel=1e-5)
     assert models["base"]["loss"] == pytest.approx(summary.base_validation_loss, rel=1e-5)
-    assert list(judgement.comparison.controls) == ["shuffled_prompts"]
+    assert list(result.comparison.controls) == ["shuffled_prompts"]
 
 
 def test_a_baseline_is_the_base_loss_of_the_run_on_the_same_rows(
@@ -64,11 +64,11 @@ def test_a_baseline_is_the_base_loss_of_the_run_on_the_same_rows(
     session = open_session(config)
     examples = configured_examples(session)
     assert [e.id for e in examples] == run.read_metadata("held_out.json")
-    found = Judge(session, LOSSES).alone(examples).comparison.whole.models
+    found = ModelEvaluator(session, LOSSES).evaluate(examples).comparison.whole.models
     assert found["base"]["loss"] == pytest.approx(summary.base_validation_loss, rel=1e-5)
 
 
-def test_a_run_without_validation_rows_can_be_judged_on_others(
+def test_a_run_without_validation_rows_can_be_evaluated_on_others(
     small_config: Callable[..., Any], write_rows: Callable[..., Path]
 ) -> None:
     run, _ = trained(small_config, write_rows)
@@ -76,12 +76,12 @@ def test_a_run_without_validation_rows_can_be_judged_on_others(
     with pytest.raises(ConfigurationError, match="had no validation rows"):
         validation_examples(run, session)
     others = write_rows([{"question": "Who?", "answer": "Mia."}], "others.jsonl")
-    found = Judge(session, LOSSES).alone(validation_examples(run, session, others=[str(others)]))
+    found = ModelEvaluator(session, LOSSES).evaluate(validation_examples(run, session, others=[str(others)]))
     assert found.comparison.whole.rows == 1 and found.comparison.whole.intervals == {}
 
 
-def test_every_measure_equals_a_naive_computation_in_float64(session: Session, judged: Judgement) -> None:
-    model, rows = session.model, judged.rows
+def test_every_measure_equals_a_naive_computation_in_float64(session: Session, result: EvaluationResult) -> None:
+    model, rows = session.model, result.rows
     nll, tokens, correct, divergence = 0.0, 0, 0, 0.0
     for e in rows.dataset:
         ids = torch.from_numpy(e.input_ids.astype("int64"))[None]
@@ -96,7 +96,7 @@ def test_every_measure_equals_a_naive_computation_in_float64(session: Session, j
         correct += int((q[mask].argmax(-1) == targets).sum())
         tokens += len(targets)
     text_bytes = sum(len(example.messages[-1].text.encode()) for example in rows.examples)
-    found = judged.comparison.whole.models["adapter"]
+    found = result.comparison.whole.models["adapter"]
     assert found["loss"] == pytest.approx(nll / tokens, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
     assert found["bits_per_token"] == pytest.approx(nll / tokens / math.log(2), rel=1e-5)
@@ -105,35 +105,35 @@ def test_every_measure_equals_a_naive_computation_in_float64(session: Session, j
     assert found["forward_kl"] == pytest.approx(divergence / tokens, rel=1e-4)
 
 
-def test_base_and_adapter_answer_the_same_prompts_and_every_row_counts(judged: Judgement) -> None:
-    outcomes = judged.outcomes
+def test_base_and_adapter_answer_the_same_prompts_and_every_row_counts(result: EvaluationResult) -> None:
+    outcomes = result.outcomes
     assert len(outcomes["base"].answers) == len(outcomes["adapter"].answers) == 12
     assert outcomes["base"].answers != outcomes["adapter"].answers
     for name, outcome in outcomes.items():
-        matches = [a.strip() == r.strip() for a, r in zip(outcome.answers, judged.rows.references, strict=True)]
-        assert judged.comparison.whole.models[name]["exact_match"] == np.mean(matches)
+        matches = [a.strip() == r.strip() for a, r in zip(outcome.answers, result.rows.references, strict=True)]
+        assert result.comparison.whole.models[name]["exact_match"] == np.mean(matches)
 
 
-def test_controls_keep_answers_and_rows(judged: Judgement) -> None:
-    controls = judged.comparison.controls
+def test_controls_keep_answers_and_rows(result: EvaluationResult) -> None:
+    controls = result.comparison.controls
     assert {c.rows for c in controls.values()} == {12}
-    assert all(c.adapter == judged.comparison.whole.models["adapter"] for c in controls.values())
+    assert all(c.adapter == result.comparison.whole.models["adapter"] for c in controls.values())
     assert controls["shuffled_prompts"].delta["loss"] > 0
 
 
 def test_a_run_against_itself_has_no_difference(session: Session, finished_run: RunFolder) -> None:
-    judge = Judge(session, LOSSES)
-    found = judge.against(judge, validation_examples(finished_run, session, 6)).comparison
+    evaluator = ModelEvaluator(session, LOSSES)
+    found = evaluator.compare_with(evaluator, validation_examples(finished_run, session, 6)).comparison
     assert found.whole.delta["loss"] == 0.0 and found.whole.intervals["loss"] == (0.0, 0.0)
     assert found.improved == found.worsened == []
 
 
 def test_the_base_alone_is_the_base_of_the_comparison(
-    session: Session, finished_run: RunFolder, judged: Judgement
+    session: Session, finished_run: RunFolder, result: EvaluationResult
 ) -> None:
-    alone = Judge(session, LOSSES).alone(validation_examples(finished_run, session, 12), base=True)
+    alone = ModelEvaluator(session, LOSSES).evaluate(validation_examples(finished_run, session, 12), base=True)
     assert alone.comparison.whole.models["base"]["loss"] == pytest.approx(
-        judged.comparison.whole.models["base"]["loss"], rel=1e-6
+        result.comparison.whole.models["base"]["loss"], rel=1e-6
     )
 
 
@@ -142,7 +142,9 @@ def test_forgetting_is_measured_on_text_of_the_users_choice(
 ) -> None:
     text = write_rows([{"text": f"The cat {i} sat on the mat."} for i in range(5)], "stories.jsonl")
     settings = LOSSES.model_copy(update={"forgetting": [str(text)], "controls": False})
-    forgot = Judge(session, settings).compare(validation_examples(finished_run, session, 4)).comparison.forgetting
+    forgot = (
+        ModelEvaluator(session, settings).compare(validation_examples(finished_run, session, 4)).comparison.forgetting
+    )
     assert forgot is not None and forgot.rows == 5 and forgot.interval is not None
     assert forgot.delta == pytest.approx(forgot.adapter_loss - forgot.base_loss)
 
@@ -150,7 +152,9 @@ def test_forgetting_is_measured_on_text_of_the_users_choice(
 def test_plain_texts_have_losses_and_no_answers(text_run: RunFolder, write_rows: Callable[..., Path]) -> None:
     session = open_run(text_run)
     others = write_rows([{"text": f"The cat {i} sat.", "domain": "ab"[i % 2]} for i in range(4)], "texts.jsonl")
-    found = Judge(session, EvaluationSection()).compare(validation_examples(text_run, session, others=[str(others)]))
+    found = ModelEvaluator(session, EvaluationSection()).compare(
+        validation_examples(text_run, session, others=[str(others)])
+    )
     assert found.comparison.whole.models["adapter"]["loss"] > 0
     assert not any(o.answers[0] for o in found.outcomes.values())
     assert "exact_match" not in found.comparison.whole.models["adapter"]
@@ -159,9 +163,9 @@ def test_plain_texts_have_losses_and_no_answers(text_run: RunFolder, write_rows:
 
 def test_rows_that_do_not_fit_are_an_error_and_wrong_buckets_are_told_first(session: Session) -> None:
     with pytest.raises(DatasetError, match="none of the 0 rows"):
-        Judge(session, LOSSES).alone([])
+        ModelEvaluator(session, LOSSES).evaluate([])
     with pytest.raises(ConfigurationError, match=r"length_buckets: \[5, 5\]"):
-        Judge(session, EvaluationSection(length_buckets=[5, 5]))
+        ModelEvaluator(session, EvaluationSection(length_buckets=[5, 5]))
 
 
 def test_calls_of_tools_are_expected_as_the_template_writes_them(
@@ -170,7 +174,7 @@ def test_calls_of_tools_are_expected_as_the_template_writes_them(
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     chat = [{"role": "user", "content": "Add."}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     others = write_rows([{"messages": chat}], "calls.jsonl")
-    found = Judge(session, LOSSES).alone(validation_examples(finished_run, session, others=[str(others)]))
+    found = ModelEvaluator(session, LOSSES).evaluate(validation_examples(finished_run, session, others=[str(others)]))
     assert json.loads(found.rows.references[0])["name"] == "add"
 
 
@@ -197,7 +201,7 @@ def test_a_control_is_measured_on_the_same_tokens_as_the_adapter(
     config = small_config(data=data, training={"max_steps": 1}, model={"seq_len": 120})
     run = RunFolder(Path(TrainingWrapper(config).train().run_dir))
     session = open_run(run)
-    found = Judge(session, LOSSES).compare(validation_examples(run, session))
+    found = ModelEvaluator(session, LOSSES).compare(validation_examples(run, session))
     shuffled = found.comparison.controls["shuffled_prompts"]
     lengths = {e.id: e for e in found.rows.examples}
     assert 0 < shuffled.rows <= len(lengths)
@@ -211,17 +215,17 @@ def test_where_prompts_are_learned_too_no_control_is_the_same(
 ) -> None:
     run, _ = trained(small_config, write_rows, val_ratio=0.3, mask_prompt=False, max_examples=None)
     session = open_run(run)
-    assert Judge(session, LOSSES).compare(validation_examples(run, session)).comparison.controls == {}
+    assert ModelEvaluator(session, LOSSES).compare(validation_examples(run, session)).comparison.controls == {}
 
 
-def test_a_row_whose_answer_leaves_no_prompt_is_judged_by_its_loss_alone(
+def test_a_row_whose_answer_leaves_no_prompt_is_evaluated_by_its_loss_alone(
     session: Session, finished_run: RunFolder, write_rows: Callable[..., Path]
 ) -> None:
     full = {"question": "Why?", "answer": "The owl lives in the forest. " * 200}
     others = write_rows([full, {"question": "Where does the owl live?", "answer": "In the forest."}], "long.jsonl")
     settings = EvaluationSection(max_new_tokens=4, resamples=0)
-    found = Judge(session, settings).alone(validation_examples(finished_run, session, others=[str(others)]))
-    assert found.rows.asked.tolist() == [False, True]
+    found = ModelEvaluator(session, settings).evaluate(validation_examples(finished_run, session, others=[str(others)]))
+    assert found.rows.has_prompt.tolist() == [False, True]
     assert found.comparison.whole.rows == 2 and "exact_match" in found.comparison.whole.models["adapter"]
 
 
@@ -230,7 +234,7 @@ def test_bytes_are_those_of_the_text_also_where_the_tokenizer_has_no_token(
 ) -> None:
     answers = ["Żółw — 🐢 lives here.", "plain", "<|endoftext|> as text", "two\nlines"]
     others = write_rows([{"question": f"Q{i}?", "answer": a} for i, a in enumerate(answers)], "unicode.jsonl")
-    found = Judge(session, LOSSES).alone(validation_examples(finished_run, session, others=[str(others)]))
+    found = ModelEvaluator(session, LOSSES).evaluate(validation_examples(finished_run, session, others=[str(others)]))
     assert found.rows.text_bytes.tolist() == [len(a.encode()) for a in answers]
 
 
@@ -239,4 +243,4 @@ def test_losses_that_are_no_numbers_are_refused_by_row(finished_run: RunFolder) 
     with torch.no_grad():
         next(p for n, p in session.model.named_parameters() if "lora_B" in n).fill_(float("nan"))
     with pytest.raises(EvaluationError, match="the loss of the adapter is not finite on 3 of 3 rows, the first is"):
-        Judge(session, LOSSES).compare(validation_examples(finished_run, session, 3))
+        ModelEvaluator(session, LOSSES).compare(validation_examples(finished_run, session, 3))

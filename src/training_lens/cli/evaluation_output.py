@@ -1,4 +1,4 @@
-"""What evaluate, baseline and compare share: what is judged on which rows, and the tables that they print."""
+"""What evaluate, baseline and compare share: which model is evaluated on which rows, and the tables that they print."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from training_lens.cli.common import Screen, print_table
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
     from training_lens.data.examples import Example
-    from training_lens.evaluation.run_evaluation import BrokenAdapterError, Judge, Judgement, Outcome
+    from training_lens.evaluation.run_evaluation import (
+        BrokenAdapterError,
+        EvaluationResult,
+        ModelEvaluator,
+        ModelOutcome,
+    )
     from training_lens.runs.run_folder import RunFolder
 
 SHOWN = 3
@@ -28,15 +33,15 @@ def refuse_base_only(overrides: list[str] | None, *others: str) -> None:
         raise ConfigurationError(f"{', '.join(given)}: only compare, of an adapter with its base, looks at it.")
 
 
-def opened(screen: Screen, settings: TrainingConfig) -> tuple[Judge, list[Example], Path]:
-    """What `inference.adapter` names, ready to be judged; the rows to judge it on; the folder for the reports.
+def opened(screen: Screen, settings: TrainingConfig) -> tuple[ModelEvaluator, list[Example], Path]:
+    """What `inference.adapter` names, ready for evaluation; the rows; the folder for the reports.
 
-    A run is judged on its own validation rows, or on `data.validation`, and keeps the reports; anything else on the
+    A run is evaluated on its own validation rows, or on `data.validation`, and keeps the reports; anything else on the
     config's rows, and the reports go to a new folder under the experiment's `evaluations`.
     """
     from training_lens.display.progress import Progress
     from training_lens.evaluation.metrics import AnswerScoring
-    from training_lens.evaluation.run_evaluation import Judge
+    from training_lens.evaluation.run_evaluation import ModelEvaluator
     from training_lens.inference.prompt_rows import configured_examples, validation_examples
     from training_lens.inference.session import open_session
     from training_lens.runs.run_folder import RunFolder, evaluations_folder, new_run_id
@@ -53,20 +58,20 @@ def opened(screen: Screen, settings: TrainingConfig) -> tuple[Judge, list[Exampl
         run = RunFolder(Path(session.source))
         others = [str(source) for source in settings.data.validation] if settings.data.validation else None
         examples, folder = validation_examples(run, session, limit, others), run.reports
-    return Judge(session, settings.evaluation, Progress(screen.console)), examples, folder
+    return ModelEvaluator(session, settings.evaluation, Progress(screen.console)), examples, folder
 
 
-def finish(screen: Screen, judgement: Judgement, judge: Judge, folder: Path, name: str) -> None:
+def finish(screen: Screen, result: EvaluationResult, evaluator: ModelEvaluator, folder: Path, name: str) -> None:
     """Write the reports, and print them."""
     from training_lens.evaluation.reports import write_reports
 
     folder.mkdir(parents=True, exist_ok=True)
-    report = write_reports(judgement, folder, name, about(judge))
-    show_verdict(screen, judgement)
-    show_example(screen, judgement)
-    show(screen, judgement)
+    report = write_reports(result, folder, name, about(evaluator))
+    show_verdict(screen, result)
+    show_example(screen, result)
+    show(screen, result)
     screen.console.print(f"\nsaved as {folder / name}.{{json,md,csv}}", markup=False, soft_wrap=True)
-    send_to_trackers(judge.run, name, report)
+    send_to_trackers(evaluator.run, name, report)
     screen.result(report)
 
 
@@ -79,39 +84,39 @@ def send_to_trackers(run: RunFolder | None, name: str, report: dict[str, Any]) -
         send_evaluations(run)
 
 
-def about(judge: Judge) -> dict[str, Any]:
+def about(evaluator: ModelEvaluator) -> dict[str, Any]:
     """What a report says of how it was made; `steps` tells whether the run has gone on since."""
-    about: dict[str, Any] = {"run": judge.session.source, "settings": judge.settings.model_dump()}
-    return {**about, "steps": judge.trained_steps} if judge.trained_steps is not None else about
+    about: dict[str, Any] = {"run": evaluator.session.source, "settings": evaluator.settings.model_dump()}
+    return {**about, "steps": evaluator.trained_steps} if evaluator.trained_steps is not None else about
 
 
-def write_broken(screen: Screen, error: BrokenAdapterError, judge: Judge, folder: Path, name: str) -> None:
+def write_broken(screen: Screen, error: BrokenAdapterError, evaluator: ModelEvaluator, folder: Path, name: str) -> None:
     """Keep the verdict on an adapter whose losses are no numbers, so that reports of the run say it as well."""
     from training_lens.utils.integrity import write_sealed
 
     folder.mkdir(parents=True, exist_ok=True)
-    report = {**about(judge), "verdict": error.verdict.as_json()}
+    report = {**about(evaluator), "verdict": error.verdict.as_json()}
     write_sealed(folder / f"{name}.json", report)
     screen.result(report)
 
 
-def show_verdict(screen: Screen, judgement: Judgement) -> None:
+def show_verdict(screen: Screen, result: EvaluationResult) -> None:
     """Whether it is better, in one sentence; what to know beside it; the next command."""
-    if judgement.verdict is None:
+    if result.verdict is None:
         return
-    first, *rest = judgement.verdict.lines()
+    first, *rest = result.verdict.text_lines()
     screen.console.print(first, style="bold", markup=False, soft_wrap=True)
     for line in rest:
         screen.console.print(line, markup=False, soft_wrap=True)
 
 
-def show_example(screen: Screen, judgement: Judgement) -> None:
+def show_example(screen: Screen, result: EvaluationResult) -> None:
     """One prompt and what each model answers: the first row that asks for an answer, not picked by result."""
-    asked = [i for i, reason in enumerate(next(iter(judgement.outcomes.values())).finish_reasons) if reason]
+    asked = [i for i, reason in enumerate(next(iter(result.outcomes.values())).finish_reasons) if reason]
     if not asked:
         return
-    label, outcomes = judgement.comparison.label, judgement.outcomes
-    lines = {"prompt": prompt_text(judgement, asked[0]), "expected": judgement.rows.references[asked[0]]}
+    label, outcomes = result.comparison.model_label, result.outcomes
+    lines = {"prompt": prompt_text(result, asked[0]), "expected": result.rows.references[asked[0]]}
     lines |= {label(name): _ended(outcome, asked[0]) for name, outcome in outcomes.items()}
     width = max(map(len, lines)) + 2
     screen.console.print()
@@ -120,15 +125,15 @@ def show_example(screen: Screen, judgement: Judgement) -> None:
     screen.console.print()
 
 
-def _ended(outcome: Outcome, row: int) -> str:
+def _ended(outcome: ModelOutcome, row: int) -> str:
     """An answer on one line; one that was cut says so."""
     text = outcome.answers[row].strip() or "(nothing)"
     return f"{_short(text, 140)} [cut]" if outcome.finish_reasons[row] == "length" else text
 
 
-def prompt_text(judgement: Judgement, row: int) -> str:
+def prompt_text(result: EvaluationResult, row: int) -> str:
     """What a row asks last, with its domain before it."""
-    example = judgement.rows.examples[row]
+    example = result.rows.examples[row]
     if len(example.messages) < 2:
         return "(plain text)"
     asked = example.messages[-2]
@@ -136,17 +141,17 @@ def prompt_text(judgement: Judgement, row: int) -> str:
     return f"{domain}{asked.text}\n{asked.input}"
 
 
-def show(screen: Screen, judgement: Judgement) -> None:
-    """The tables of a judgement, then some rows with the models' answers side by side."""
+def show(screen: Screen, result: EvaluationResult) -> None:
+    """The tables of a result, then some rows with the models' answers side by side."""
     from training_lens.evaluation import reports
 
-    comparison = judgement.comparison
-    show_whole(screen, judgement)
+    comparison = result.comparison
+    show_whole(screen, result)
     for what, parts in (("tokens", comparison.by_length), ("domain", comparison.by_domain)):
         if len(parts) > 1:
             head, *lines = reports.part_table(comparison, what, intervals=False)
             _table(screen, f"by {'length' if what == 'tokens' else what}", head, lines)
-    show_controls(screen, judgement)
+    show_controls(screen, result)
     for name, moved in (("most improved rows", comparison.improved), ("most worsened rows", comparison.worsened)):
         if moved:
             _table(screen, name, reports.MOVED_COLUMNS, reports.moved_rows(moved, False))
@@ -154,39 +159,40 @@ def show(screen: Screen, judgement: Judgement) -> None:
         _table(screen, "lm-eval", reports.task_columns(comparison), reports.task_rows(comparison))
     if comparison.forgetting:
         screen.console.print(reports.forgetting_line(comparison), markup=False)
-    show_samples(screen, judgement)
+    show_samples(screen, result)
 
 
-def show_whole(screen: Screen, judgement: Judgement) -> None:
+def show_whole(screen: Screen, result: EvaluationResult) -> None:
     """The measures over all rows."""
     from training_lens.evaluation import reports
 
-    whole = judgement.comparison.whole
+    whole = result.comparison.whole
     title = f"on {whole.rows} rows, {whole.supervised_tokens} supervised tokens"
-    _table(screen, title, reports.measure_columns(judgement.comparison), reports.measure_rows(whole))
-    for line in reports.scoring_lines(judgement.comparison):
+    _table(screen, title, reports.measure_columns(result.comparison), reports.measure_rows(whole))
+    for line in reports.scoring_lines(result.comparison):
         screen.console.print(line, markup=False, soft_wrap=True)
-    show_endings(screen, judgement)
+    show_endings(screen, result)
 
 
-def show_endings(screen: Screen, judgement: Judgement) -> None:
+def show_endings(screen: Screen, result: EvaluationResult) -> None:
     """How many answers were cut and how many repeat themselves, where there are any."""
-    for model, endings in judgement.comparison.endings.items():
+    comparison = result.comparison
+    for model, endings in comparison.endings.items():
         cut = endings.unended + endings.cut_short
         if cut or endings.looping:
             screen.console.print(
-                f"answers, {judgement.comparison.label(model)}: {cut} of {endings.answers} were cut at {endings.room} "
+                f"answers, {comparison.model_label(model)}: {cut} of {endings.answers} were cut at {endings.room} "
                 f"tokens, {endings.looping} repeat themselves",
                 markup=False, soft_wrap=True,
             )  # fmt: skip
 
 
-def show_controls(screen: Screen, judgement: Judgement) -> None:
+def show_controls(screen: Screen, result: EvaluationResult) -> None:
     """The controls, where there are any."""
     from training_lens.evaluation import reports
 
-    if judgement.comparison.controls:
-        head, *lines = reports.control_table(judgement.comparison, intervals=False)
+    if result.comparison.controls:
+        head, *lines = reports.control_table(result.comparison, intervals=False)
         _table(screen, "the adapter on spoilt prompts", head, lines)
 
 
@@ -203,22 +209,22 @@ def _table(screen: Screen, title: str, columns: Iterable[str], rows: Iterable[tu
     print_table(screen.console, table)
 
 
-def show_samples(screen: Screen, judgement: Judgement) -> None:
+def show_samples(screen: Screen, result: EvaluationResult) -> None:
     """Some rows with the models' answers side by side, where models were asked."""
     from rich.table import Table
     from rich.text import Text
 
-    from training_lens.evaluation.comparison import samples
+    from training_lens.evaluation.comparison import choose_samples
 
-    if not any(text for outcome in judgement.outcomes.values() for text in outcome.answers):
+    if not any(text for outcome in result.outcomes.values() for text in outcome.answers):
         return
-    examples = judgement.rows.examples
+    examples = result.rows.examples
     table = Table(title=f"{min(SHOWN, len(examples))} of these rows", title_justify="left", show_lines=True)
-    for column in ("prompt", "expected", *map(judgement.comparison.label, judgement.outcomes)):
+    for column in ("prompt", "expected", *map(result.comparison.model_label, result.outcomes)):
         table.add_column(column, ratio=1)
-    for i in samples(examples, SHOWN):
-        cells = [prompt_text(judgement, i), judgement.rows.references[i]]
-        cells += [outcome.answers[i] for outcome in judgement.outcomes.values()]
+    for i in choose_samples(examples, SHOWN):
+        cells = [prompt_text(result, i), result.rows.references[i]]
+        cells += [outcome.answers[i] for outcome in result.outcomes.values()]
         table.add_row(*(Text(_short(cell)) for cell in cells))
     print_table(screen.console, table)
 
