@@ -28,9 +28,9 @@ from torch import Tensor
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.models.factory import load_model
 from training_lens.models.fast.install import uninstall_kernels
-from training_lens.training.assembly import build_trainer
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
-from training_lens.training.loop.dataloader import Feed
+from training_lens.training.loop.dataloader import DataLoader
+from training_lens.training.run import build_trainer
 
 SMOOTHED = 20  # steps
 FEW_TOKENS = 256  # of a micro-batch where it is cut otherwise: one or two examples
@@ -73,10 +73,10 @@ def losses(config: TrainingConfig, fused: bool) -> np.ndarray:
     """The loss of each step, (steps,), in nats per supervised token of that step."""
     plan = TrainingWrapper(config).plan()
     model = load_model(plan.config.model, plan.processes.device, plan.precision)
-    trainer = build_trainer(plan, model, CheckpointManager(Path("unused"), ""), ())
+    trainer = build_trainer(plan, model, CheckpointManager(Path("unused"), ""))
     if not fused:
         trainer.engine = PlainEngine(trainer.model)  # type: ignore[assignment]
-        trainer.feed = Feed(plan.train, plan.processes, trainer.fill_id, in_line=False)
+        trainer.dataloader = DataLoader(plan.train, plan.processes, trainer.pad_id, is_packed=False)
     return np.array([trainer.train_step(step).loss for step in plan.schedule.steps()])
 
 

@@ -23,7 +23,7 @@ from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.sweeps.leaderboard import Leaderboard, Row
 from training_lens.sweeps.runner import Sweep
 from training_lens.sweeps.worker import Worker
-from training_lens.training.loop.optimizer import default_lr
+from training_lens.training.loop.lr_schedule import default_lr
 from training_lens.training.loop.trainer import Trainer
 
 Config = Callable[..., TrainingConfig]

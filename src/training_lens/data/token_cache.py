@@ -31,7 +31,7 @@ from training_lens.errors import DamagedFileError, DatasetError
 from training_lens.utils.files import sweep_temporaries, whole_folder
 from training_lens.utils.integrity import read_sealed, write_sealed
 from training_lens.utils.logging import get_logger
-from training_lens.utils.prefetch import ahead
+from training_lens.utils.prefetch import prefetch
 
 logger = get_logger(__name__)
 EXAMPLES, REPORT = "examples.arrow", "report.json"
@@ -222,7 +222,7 @@ def _chunks(
 ) -> Iterator[TokenizedRows]:
     """The sources' tokens; one chunk is read and one judged while the tokenizer, which needs no Python, has a third."""
     left = float(sum(source.size_bytes for source in sources))
-    for chunk, whole in ahead(_encoded(ahead(_texts(sources, preparation, counter)), preparation, counter)):
+    for chunk, whole in prefetch(_encoded(prefetch(_texts(sources, preparation, counter)), preparation, counter)):
         yield _judged(chunk, whole, preparation, counter)[0]
         done = min(left, chunk.characters)
         advance(done)

@@ -34,7 +34,7 @@ from training_lens.sweeps.study import SharedStudy, free_settings, reachable
 from training_lens.sweeps.trials import FINISHED, is_default, run_id
 from training_lens.sweeps.worker import Worker
 from training_lens.training.loop.callbacks import Callback
-from training_lens.training.loop.optimizer import default_lr
+from training_lens.training.loop.lr_schedule import default_lr
 from training_lens.training.plan import RunPlan, with_rows_as_files
 from training_lens.training.run import TrainingWrapper
 from training_lens.training.summary import TrainingSummary

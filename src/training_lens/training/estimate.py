@@ -18,10 +18,11 @@ from training_lens.data.batching import StepPlan, cut, share
 from training_lens.errors import EstimateError, OutOfMemoryError
 from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
 from training_lens.models.factory import load_model, load_thinned
-from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
+from training_lens.training.loop.memory_budget import explain_out_of_memory
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan
+from training_lens.training.run import build_trainer
 from training_lens.utils.devices import peak_bytes, reset_peak
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
@@ -78,7 +79,7 @@ def estimate_run(plan: RunPlan) -> Estimate | None:
     """
     whole = plan.parameters < WHOLE_BELOW
     try:
-        with memory_watched(plan.config):
+        with explain_out_of_memory(plan.config):
             measured = _whole(plan) if whole else _extrapolated(plan)
     except EstimateError as error:
         logger.warning("no estimate of duration and memory: %s", error)
@@ -133,7 +134,7 @@ def _thin(plan: RunPlan, layers: int) -> Measured:
 def _still(plan: RunPlan, model: Any) -> Trainer:
     """The plan's loop, learning next to nothing: each step is as good as the first, and fails only if that would."""
     still = replace(plan, config=plan.config.resolved(training={"lr": STILL_LR}))
-    return build_trainer(still, model, CheckpointManager(Path("unused"), ""), ())
+    return build_trainer(still, model, CheckpointManager(Path("unused"), ""))
 
 
 def _measure(plan: RunPlan, trainer: Trainer) -> Measured:
@@ -163,7 +164,7 @@ def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
     some = plan.validation.select(rows)
     budget = plan.micro_batch_tokens
     started = time.perf_counter()
-    evaluate_loss(trainer.model, some, EvaluationOptions(plan.processes, plan.precision, budget, trainer.fill_id))
+    evaluate_loss(trainer.model, some, EvaluationOptions(plan.processes, plan.precision, budget, trainer.pad_id))
     return (time.perf_counter() - started) / int(some.lengths.sum())
 
 

@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from training_lens.core.capture import RunFacts
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.core.probe import Probe
@@ -14,6 +16,7 @@ from training_lens.core.table_names import LOSS, MEASURES
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback, StepReport
+from training_lens.training.loop.optimizer import clip_factor
 from training_lens.training.plan import RunPlan
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
@@ -45,8 +48,8 @@ class LensCallback(Callback):
         self.lens.gradients(step)
 
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
-        most = trainer.settings.max_grad_norm
-        clip = min(1.0, most / (report.grad_norm + 1e-6)) if most else 1.0
+        max_norm, norm = trainer.settings.max_grad_norm, torch.tensor(report.grad_norm, dtype=torch.float64)
+        clip = float(clip_factor(norm, max_norm)) if max_norm else 1.0
         self.lens.record(report.step, {"clip": clip, **{name: getattr(report, name) for name in KEPT}})
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:

@@ -36,9 +36,9 @@ from training_lens.models.factory import (
     resolve_seq_len,
 )
 from training_lens.models.quantization import check_quantization
+from training_lens.training.loop.lr_schedule import count_warmup_steps, default_lr, describe_run_length
 from training_lens.training.loop.memory_budget import Footprint, footprint, planned
-from training_lens.training.loop.optimizer import default_lr
-from training_lens.training.loop.run_length import count_warmup_steps, describe_run_length
+from training_lens.training.loop.trainer import LoopPlan
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import require_writable, write_text
 from training_lens.utils.logging import get_logger
@@ -68,6 +68,21 @@ class RunPlan:
     schedule: Schedule
     processes: Processes
     micro_batch_tokens: int
+
+    @property
+    def loop(self) -> LoopPlan:
+        """What the training loop needs of this plan."""
+        return LoopPlan(
+            dataset=self.train,
+            validation=self.validation,
+            schedule=self.schedule,
+            settings=self.config.training,
+            precision=self.precision,
+            processes=self.processes,
+            micro_batch_tokens=self.micro_batch_tokens,
+            pad_id=self.tokenizer.eos_token_id,
+            lora_plus_ratio=self.config.peft.lora_plus_ratio,
+        )
 
     @property
     def fingerprint(self) -> str:

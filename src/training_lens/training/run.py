@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
 from logging import DEBUG, INFO
@@ -22,13 +22,12 @@ from training_lens.display.notebook import notebook_console
 from training_lens.display.progress import Progress, bars
 from training_lens.errors import InterruptedRunError, TrainingLensError
 from training_lens.integrations.configured import asked_for
-from training_lens.models.adapters import ParameterCount, count_parameters, describe
-from training_lens.models.factory import load_model
+from training_lens.models.adapters import ParameterCount, attach, count_parameters, describe
+from training_lens.models.factory import checkpoint_gradients, load_model
 from training_lens.models.fast.install import uninstall_kernels
 from training_lens.models.stored import base_record, check_base, require_local_folder
 from training_lens.models.tokenizer_files import save_tokenizer
 from training_lens.runs.run_folder import RunFolder, new_run_id, runs_folder
-from training_lens.training.assembly import build_trainer, memory_watched
 from training_lens.training.histograms import Histograms
 from training_lens.training.lens_callback import lens_of, look_back
 from training_lens.training.loop.callbacks import (
@@ -40,6 +39,7 @@ from training_lens.training.loop.callbacks import (
     progress_columns,
 )
 from training_lens.training.loop.checkpoint_manager import ADAPTER, CheckpointManager, TrainingState
+from training_lens.training.loop.memory_budget import explain_out_of_memory
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan, plan_run, with_rows_as_files
 from training_lens.training.resume import (
@@ -57,6 +57,7 @@ from training_lens.utils.files import files_in, require_writable, whole_folder
 from training_lens.utils.formatting import format_count
 from training_lens.utils.integrity import record_hashes, write_sealed
 from training_lens.utils.logging import TrainingLogger, get_logger, quiet_libraries
+from training_lens.utils.seeding import seed_everything
 
 logger = get_logger(__name__)
 SHOWN_PATH = 200  # characters of a path in an error
@@ -167,9 +168,10 @@ class TrainingWrapper:
         if plan.processes.is_main:
             write_summary(run, TrainingSummary(str(run.root), "running"))
             remember_consent(run.root, plan.config)
-        with TrainingLogger(run.logs / "run.log"), self._tracked(run, plan), memory_watched(plan.config):
+        with TrainingLogger(run.logs / "run.log"), self._tracked(run, plan), explain_out_of_memory(plan.config):
             logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
-            trainer, parameters = self._assemble(run, plan)
+            recorded = run.read_metadata("data.json")["fingerprint"] if resume else None
+            trainer, parameters = self._assemble(run, plan, recorded)
             if plan.processes.is_main and not run.base_record.is_file():  # a hub's weights are there only now
                 write_sealed(run.base_record, base_record(plan.config.model))
             try:
@@ -198,13 +200,19 @@ class TrainingWrapper:
         """The run's integrations, which its main process has for all of them."""
         return tracked(run, self._integrations) if plan.processes.is_main else nullcontext()
 
-    def _assemble(self, run: RunFolder, plan: RunPlan) -> tuple[Trainer, ParameterCount]:
-        """The model with its adapter, and the loop around it."""
+    def _assemble(
+        self, run: RunFolder, plan: RunPlan, fingerprint: str | None = None
+    ) -> tuple[Trainer, ParameterCount]:
+        """The model with its adapter, and the loop around it.
+
+        Args:
+            fingerprint: of the data, as checkpoints record it; None: the plan's.
+        """
         config, device = plan.config, plan.processes.device
         trainer = build_trainer(
             plan,
             load_model(config.model, device, plan.precision),
-            CheckpointManager(run.checkpoints, run.read_metadata("data.json")["fingerprint"]),
+            CheckpointManager(run.checkpoints, fingerprint or plan.fingerprint),
             self._watchers(run, plan) if plan.processes.is_main else self._callbacks,
         )
         parameters = count_parameters(trainer.model)
@@ -260,6 +268,18 @@ class TrainingWrapper:
             save_tokenizer(plan.tokenizer, folder, require_local_folder(model), model.trust_remote_code)
         remember_consent(run.root, plan.config)  # the tokenizer's code stands in the run, too
         record_hashes(run.root, [*files_in(run.adapter), *files_in(run.tokenizer)])
+
+
+def build_trainer(
+    plan: RunPlan, model: Any, checkpoints: CheckpointManager, callbacks: Sequence[Callback] = ()
+) -> Trainer:
+    """The plan's loop around `model`, the base: attaches the adapter, initialized from the seed."""
+    config = plan.config
+    seed_everything(config.training.seed)
+    adapted = attach(model, config.peft)
+    if config.training.gradient_checkpointing:
+        checkpoint_gradients(adapted)
+    return Trainer(adapted, plan.loop, checkpoints, callbacks)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Work done ahead of its need, so that two things that do not hold each other up go on at once."""
+"""Prefetching: the next item is made in a thread while the current one is in use."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The items in their order, of which the next one is made in a thread while the last one is in use.
+def prefetch(items: Iterator[Item]) -> Iterator[Item]:
+    """The items in order; a thread makes the next one while the current one is in use.
 
-    What making an item raises is raised where the item would have come. At most two items are held.
+    An error in making an item is raised where the item would have come. At most two items are held.
 
     Example:
-        >>> list(ahead(iter("abc")))
+        >>> list(prefetch(iter("abc")))
         ['a', 'b', 'c']
     """
-    with ThreadPoolExecutor(1, "ahead") as thread:
-        coming = thread.submit(_next, items)
+    with ThreadPoolExecutor(1, "prefetch") as thread:
+        coming = thread.submit(_take_next, items)
         while taken := coming.result():
-            coming = thread.submit(_next, items)
+            coming = thread.submit(_take_next, items)
             yield taken[0]
 
 
-def _next(items: Iterator[Item]) -> list[Item]:
+def _take_next(items: Iterator[Item]) -> list[Item]:
     """The next item alone, or nothing at the end."""
     return list(islice(items, 1))

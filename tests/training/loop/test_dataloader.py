@@ -1,4 +1,4 @@
-"""Micro-batches made ahead are those that would be made in time, and never cut for another budget."""
+"""Prefetched micro-batches are those that would be made in time, and never cut for another budget."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.models.adapters import trainable
 from training_lens.runs.run_folder import RunFolder
-from training_lens.training.loop.dataloader import Feed
+from training_lens.training.loop.dataloader import DataLoader
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.run import TrainingWrapper
 from training_lens.utils.processes import Processes
@@ -45,39 +45,41 @@ def same(found: Batch, wanted: Batch) -> bool:
     return found.lengths == wanted.lengths and torch.equal(found.input_ids, wanted.input_ids)
 
 
-@pytest.mark.parametrize("in_line", [True, False])
-def test_batches_made_ahead_are_those_made_in_time(dataset: TokenDataset, in_line: bool) -> None:
-    early, late = (Feed(dataset, PROCESSES, 0, in_line) for _ in range(2))
-    early.ahead = True
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_prefetched_batches_are_those_made_in_time(dataset: TokenDataset, is_packed: bool) -> None:
+    early, late = (DataLoader(dataset, PROCESSES, 0, is_packed) for _ in range(2))
+    early.prefetches = True
     numbers = []
-    for plan in early.through(SCHEDULE.steps(after=1), lambda: 64):
-        found, wanted = list(early.batches(plan, 64)), list(late.batches(plan, 64))
+    for plan in early.iterate_steps(SCHEDULE.steps(after=1), lambda: 64):
+        found, wanted = list(early.micro_batches(plan, 64)), list(late.micro_batches(plan, 64))
         assert len(found) == len(wanted) > 1 and all(map(same, found, wanted))
-        assert early.batches(plan, 64) is not early.batches(plan, 64)  # a step that begins anew has them all again
+        assert early.micro_batches(plan, 64) is not early.micro_batches(
+            plan, 64
+        )  # a step that begins anew has them all again
         numbers.append(plan.number)
     assert numbers == [2, 3, 4, 5]
 
 
 def test_batches_of_an_old_budget_are_dropped(dataset: TokenDataset) -> None:
-    feed = Feed(dataset, PROCESSES, 0, in_line=True)
-    feed.ahead = True
+    loader = DataLoader(dataset, PROCESSES, 0, is_packed=True)
+    loader.prefetches = True
     budget = [128]
-    for plan in islice(feed.through(SCHEDULE.steps(), lambda: budget[0]), 4):
+    for plan in islice(loader.iterate_steps(SCHEDULE.steps(), lambda: budget[0]), 4):
         if plan.number == 2:
             budget[0] = 32
-        batches = list(feed.batches(plan, budget[0]))
+        batches = list(loader.micro_batches(plan, budget[0]))
         assert all(batch.tokens <= budget[0] for batch in batches)
         assert sum(len(batch.lengths) for batch in batches) == len(plan.examples)
 
 
-def test_a_run_fed_ahead_is_bit_for_bit_the_same(small_config: Config, tmp_path: Path) -> None:
+def test_a_run_with_prefetching_is_bit_for_bit_the_same(small_config: Config, tmp_path: Path) -> None:
     """With a step that runs out of memory on the way, behind which another was cut already."""
 
-    def trained(ahead: bool) -> tuple[list[torch.Tensor], Trainer]:
+    def trained(prefetches: bool) -> tuple[list[torch.Tensor], Trainer]:
         config = small_config(training={"max_steps": 4}, peft={"lora_dropout": 0.1})
         wrapper = TrainingWrapper(config)
-        trainer = wrapper._assemble(RunFolder(tmp_path / str(ahead)).create(), wrapper.plan())[0]
-        trainer.feed.ahead = ahead
+        trainer = wrapper._assemble(RunFolder(tmp_path / str(prefetches)).create(), wrapper.plan())[0]
+        trainer.dataloader.prefetches = prefetches
         calls = [0]
 
         def refuse(_module: torch.nn.Module, _given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -90,19 +92,19 @@ def test_a_run_fed_ahead_is_bit_for_bit_the_same(small_config: Config, tmp_path:
         trainer.fit()
         return [p.detach().clone() for _, p in trainable(trainer.model)], trainer
 
-    (ahead, fed), (in_time, _) = trained(True), trained(False)
-    assert fed.micro_batch_tokens < 4096 and fed.feed._ready is not None
+    (ahead, prefetching), (in_time, _) = trained(True), trained(False)
+    assert prefetching.micro_batch_tokens < 4096 and prefetching.dataloader._prefetched is not None
     assert all(torch.equal(a, b) for a, b in zip(ahead, in_time, strict=True))
 
 
 def test_the_longest_examples_make_the_largest_batch(dataset: TokenDataset) -> None:
-    feed = Feed(dataset, PROCESSES, 0, in_line=True)
-    batch = feed.longest(100)
+    loader = DataLoader(dataset, PROCESSES, 0, is_packed=True)
+    batch = loader.longest_batch(100)
     assert list(batch.lengths) == sorted(dataset.lengths.tolist(), reverse=True)[: len(batch.lengths)]
     assert 100 - 30 < batch.tokens <= 100
 
 
-def test_what_can_be_divided_is_told(dataset: TokenDataset) -> None:
-    feed, plan = Feed(dataset, PROCESSES, 0, in_line=True), next(SCHEDULE.steps())
-    assert feed.divisible(plan, 10**6) == int(dataset.lengths[plan.examples].sum())
-    assert feed.divisible(plan, 1) == 0
+def test_the_largest_micro_batch_that_can_be_divided(dataset: TokenDataset) -> None:
+    loader, plan = DataLoader(dataset, PROCESSES, 0, is_packed=True), next(SCHEDULE.steps())
+    assert loader.largest_divisible(plan, 10**6) == int(dataset.lengths[plan.examples].sum())
+    assert loader.largest_divisible(plan, 1) == 0

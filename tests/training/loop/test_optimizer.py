@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from training_lens.config.schema import TrainingSection
 from training_lens.errors import ConfigurationError
+from training_lens.training.loop.lr_schedule import default_lr, lr_at
 from training_lens.training.loop.optimizer import (
     build_optimizer,
-    clip_,
-    default_lr,
+    clip_gradients,
     grad_norm,
-    lr_at,
     optimizer_tensors,
     restore_optimizer,
 )
@@ -74,7 +73,7 @@ def test_norm_and_clipping_equal_torchs_own() -> None:
     ours, theirs = parameters(), parameters()
     wanted = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
     norm = grad_norm(ours)
-    clip_(ours, norm, 0.5)
+    clip_gradients(ours, norm, 0.5)
     torch.testing.assert_close(norm, wanted)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
@@ -83,7 +82,7 @@ def test_norm_and_clipping_equal_torchs_own() -> None:
 def test_no_limit_leaves_gradients_alone() -> None:
     given = parameters()
     before = [p.grad.clone() for p in given if p.grad is not None]
-    clip_(given, grad_norm(given), None)
+    clip_gradients(given, grad_norm(given), None)
     assert all(torch.equal(p.grad, b) for p, b in zip(given, before, strict=True) if p.grad is not None)
 
 

@@ -1,14 +1,16 @@
-"""How many tokens a micro-batch may have: as many as memory holds, in powers of two, and no more than bring speed."""
+"""How many tokens a micro-batch may have: a power of two that fits into memory and is no larger than helps speed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from training_lens.config.schema import TrainingConfig
+from training_lens.errors import OutOfMemoryError
 from training_lens.models.adapters import count_parameters
 from training_lens.utils.devices import (
     DTYPES,
@@ -18,6 +20,7 @@ from training_lens.utils.devices import (
     peak_bytes,
     reset_peak,
 )
+from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
 from training_lens.utils.shortage import is_out_of_memory
 
@@ -111,3 +114,21 @@ def measured(device: torch.device, step: Callable[[], int], trainable: int) -> i
     taken = peak_bytes(device) - before
     free_memory(device)
     return affordable(available_bytes(device), Footprint(OPTIMIZED * trainable, taken / tokens), device)
+
+
+@contextmanager
+def explain_out_of_memory(config: TrainingConfig) -> Iterator[None]:
+    """Turns memory that runs out in the block into an `OutOfMemoryError` that says which settings to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        budget = config.training.micro_batch_tokens
+        ways = (
+            [] if budget == "auto" else [f"lower training.micro_batch_tokens (now {budget}; never changes the result)"]
+        )
+        ways += [f"lower model.seq_len (now {config.model.seq_len})"]
+        ways += [] if config.training.gradient_checkpointing else ["set training.gradient_checkpointing=true"]
+        ways += [] if config.model.quantization == "4bit" else ["set model.quantization=4bit"]
+        raise OutOfMemoryError(f"the run does not fit into memory: {said(error)} Do any: {'; '.join(ways)}.") from error

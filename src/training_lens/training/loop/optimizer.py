@@ -1,8 +1,7 @@
-"""Learning rate, optimizer and gradient norm: the arithmetic of an update."""
+"""Optimizer, gradient norm and clipping: the arithmetic of an update."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,48 +11,9 @@ from torch.optim import Optimizer
 
 from training_lens.config.schema import TrainingSection
 from training_lens.models.quantization import require_bitsandbytes
-from training_lens.training.loop.run_length import count_warmup_steps
 from training_lens.utils.processes import Processes
 
 Named = Sequence[tuple[str, torch.nn.Parameter]]
-
-
-def default_lr(width: int) -> float:
-    """A peak learning rate for LoRA from the model's hidden width, to two digits: 5e-5 * 10 * (2000 / width)^0.781.
-
-    Source: the fit over Llama models that Thinking Machines published with "LoRA Without Regret" (2025): LoRA's best
-    rate is ten times that of full fine-tuning and falls with width. Below about 1,000 it is extrapolated.
-
-    Example:
-        >>> default_lr(4096), default_lr(192)
-        (0.00029, 0.0031)
-    """
-    return float(f"{5e-5 * 10 * (2000 / width) ** 0.781:.1e}")
-
-
-def lr_at(step: int, total_steps: int, training: TrainingSection) -> float:
-    """The learning rate of step `step`, counted from 1.
-
-    It rises linearly to `training.lr` over the steps of the warm-up, the first of them not at zero. Then
-    it stays, or falls to min_lr_ratio of that just behind the last step: linearly, as half a cosine, or as
-    `scheduler_cycles` half cosines of equal length that start at the peak (arXiv 1608.03983, without growing cycles).
-    """
-    assert training.lr is not None
-    warmup = count_warmup_steps(training, total_steps)
-    if step <= warmup:
-        return training.lr * step / (warmup + 1)
-    floor = training.min_lr_ratio
-    return training.lr * (floor + (1 - floor) * _share(step - 1 - warmup, total_steps - warmup, training))
-
-
-def _share(done: int, steps: int, training: TrainingSection) -> float:
-    """What is left of the fall, from 1 to 0, after `done` of `steps` steps behind the warm-up."""
-    if training.scheduler == "constant":
-        return 1.0
-    if training.scheduler == "linear":
-        return 1 - done / steps
-    cycles = training.scheduler_cycles  # 1 where the scheduler is cosine
-    return 0.5 * (1 + math.cos(math.pi * (done * cycles % steps) / steps))
 
 
 def build_optimizer(named: Named, training: TrainingSection, lora_plus_ratio: float | None = None) -> Optimizer:
@@ -109,12 +69,15 @@ def grad_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
     return norm
 
 
-def clip_(parameters: Sequence[torch.nn.Parameter], norm: Tensor, max_norm: float | None) -> None:
-    """Scale the gradients so that their norm is at most `max_norm`; `norm` is what it is now."""
-    if max_norm is None:
-        return
-    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], scale)
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What clipping multiplies gradients of this norm by: min(1, max_norm / (norm + 1e-6))."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+def clip_gradients(parameters: Sequence[torch.nn.Parameter], norm: Tensor, max_norm: float | None) -> None:
+    """Scale the gradients, whose norm is `norm`, in place so that it is at most `max_norm`; None: never."""
+    if max_norm is not None:
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], clip_factor(norm, max_norm))
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from training_lens.models.fast.engine import Engine
 from training_lens.models.quantization import is_quantized
 from training_lens.training.loop.callbacks import Callback, StepReport, not_finite
 from training_lens.training.loop.checkpoint_manager import CheckpointManager, TrainingState
-from training_lens.training.loop.dataloader import Feed
+from training_lens.training.loop.dataloader import DataLoader
+from training_lens.training.loop.lr_schedule import lr_at
 from training_lens.training.loop.memory_budget import measured
-from training_lens.training.loop.optimizer import build_optimizer, clip_, grad_norm, lr_at, sum_gradients
+from training_lens.training.loop.optimizer import build_optimizer, clip_gradients, grad_norm, sum_gradients
 from training_lens.training.loop.signals import SignalWatch
 from training_lens.utils.devices import Precision, autocast, free_memory
 from training_lens.utils.formatting import said
@@ -41,45 +42,52 @@ logger = get_logger(__name__)
 REHEARSED = 2048  # tokens of the pass whose memory is measured
 
 
-class Trainer:
-    """Trains the adapter of `model`.
+@dataclass(frozen=True)
+class LoopPlan:
+    """What the loop trains on, and how.
 
     Args:
-        model: the base with its adapter; only the adapter's parameters require gradients.
         dataset: tokenized training examples; `validation` likewise, or None.
         schedule: which examples each step takes.
         settings: the config's training section, with `lr` resolved.
         precision: of the forward and backward pass.
         micro_batch_tokens: most tokens in one forward pass, unless a pass on CUDA measures another number.
-        fill_id: a token id to pad with; never read.
+        pad_id: a token id to pad with; the model never sees it.
         lora_plus_ratio: learning rate of LoRA's B over that of all else; None: the same.
     """
 
+    dataset: TokenDataset
+    validation: TokenDataset | None
+    schedule: Schedule
+    settings: TrainingSection
+    precision: Precision
+    processes: Processes
+    micro_batch_tokens: int
+    pad_id: int
+    lora_plus_ratio: float | None = None
+
+
+class Trainer:
+    """Trains the adapter of `model`.
+
+    Args:
+        model: the base with its adapter; only the adapter's parameters require gradients.
+        checkpoints: where `fit` saves, and what it resumes from.
+    """
+
     def __init__(
-        self,
-        model: Any,
-        dataset: TokenDataset,
-        validation: TokenDataset | None,
-        schedule: Schedule,
-        settings: TrainingSection,
-        precision: Precision,
-        processes: Processes,
-        micro_batch_tokens: int,
-        checkpoints: CheckpointManager,
-        callbacks: Sequence[Callback],
-        fill_id: int,
-        lora_plus_ratio: float | None = None,
+        self, model: Any, plan: LoopPlan, checkpoints: CheckpointManager, callbacks: Sequence[Callback] = ()
     ) -> None:
-        self.model, self.dataset, self.validation = model, dataset, validation
+        self.model, self.dataset, self.validation = model, plan.dataset, plan.validation
         self.engine = Engine(model)
         logger.debug("%s", self.engine.kernels)
-        self.schedule, self.settings, self.precision, self.processes = schedule, settings, precision, processes
-        self.checkpoints, self.fill_id = checkpoints, fill_id
-        self.feed = Feed(dataset, processes, fill_id, self.engine.can_pack)
+        self.schedule, self.settings, self.precision = plan.schedule, plan.settings, plan.precision
+        self.processes, self.checkpoints, self.pad_id = plan.processes, checkpoints, plan.pad_id
+        self.dataloader = DataLoader(plan.dataset, plan.processes, plan.pad_id, self.engine.can_pack)
         self.parameters = [p for _, p in trainable(model)]
-        self.optimizer = build_optimizer(trainable(model), settings, lora_plus_ratio)
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=precision == "fp16")
-        self.state, self._planned_tokens = TrainingState(), micro_batch_tokens
+        self.optimizer = build_optimizer(trainable(model), plan.settings, plan.lora_plus_ratio)
+        self.scaler = torch.amp.GradScaler(plan.processes.device.type, enabled=plan.precision == "fp16")
+        self.state, self._planned_tokens = TrainingState(), plan.micro_batch_tokens
         self.callbacks, self._signals = tuple(callbacks), SignalWatch()
 
     @property
@@ -132,7 +140,7 @@ class Trainer:
 
     def rehearse(self) -> int:
         """A forward and backward pass of the longest examples, of which nothing stays; gives its tokens."""
-        batch = self.feed.longest(REHEARSED)
+        batch = self.dataloader.longest_batch(REHEARSED)
         self.model.train()
         try:
             with rng_kept():
@@ -144,7 +152,9 @@ class Trainer:
     def _run(self) -> None:
         if self.state.step == 0 and self.validation is not None:
             self._evaluate_base()
-        for plan in self.feed.through(self.schedule.steps(after=self.state.step), lambda: self.micro_batch_tokens):
+        for plan in self.dataloader.iterate_steps(
+            self.schedule.steps(after=self.state.step), lambda: self.micro_batch_tokens
+        ):
             if self._stops_early():  # asked first: a resumed run may have stopped already
                 logger.info("early stop: no better validation since step %d", self.state.best_step)
                 return
@@ -183,7 +193,7 @@ class Trainer:
         )
         if not report.finite:
             raise not_finite(report, self.checkpoints.newest())
-        clip_(self.parameters, norm, self.settings.max_grad_norm)
+        clip_gradients(self.parameters, norm, self.settings.max_grad_norm)
         self._update(report.lr)
         return replace(report, seconds=time.perf_counter() - started)
 
@@ -203,12 +213,12 @@ class Trainer:
         """Forward and backward by micro-batches; None where memory ran out, and smaller ones are to be tried."""
         loss_sum = torch.zeros((), device=self.processes.device)
         try:
-            for batch in self.feed.batches(plan, self.micro_batch_tokens):
+            for batch in self.dataloader.micro_batches(plan, self.micro_batch_tokens):
                 nll = self._nll(batch)
                 self.scaler.scale(nll / targets).backward()
                 loss_sum += nll.detach()
         except Exception as error:  # memory runs out by several kinds of error
-            tokens = self.feed.divisible(plan, self.micro_batch_tokens)
+            tokens = self.dataloader.largest_divisible(plan, self.micro_batch_tokens)
             if not is_out_of_memory(error) or not tokens:
                 raise
             logger.warning("memory ran out at %d tokens together; now %d: %s", tokens, tokens // 2, said(error))
@@ -279,7 +289,7 @@ class Trainer:
             done += int(examples) * self.processes.count
             self._notify("on_evaluate_progress", min(done, len(dataset)), len(dataset))
 
-        way = EvaluationOptions(self.processes, self.precision, self.micro_batch_tokens, self.fill_id, advance)
+        way = EvaluationOptions(self.processes, self.precision, self.micro_batch_tokens, self.pad_id, advance)
         try:
             return evaluate_loss(self.model, dataset, way)
         except EvaluationError as error:

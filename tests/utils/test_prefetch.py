@@ -1,4 +1,4 @@
-"""Items made ahead come in their order, once, and what goes wrong comes at its place."""
+"""Prefetched items come in order, once, and an error comes at its place."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from training_lens.utils.prefetch import ahead
+from training_lens.utils.prefetch import prefetch
 
 
 def test_all_items_come_in_their_order_also_those_that_are_nothing() -> None:
-    assert list(ahead(iter([0, None, "", [], 4]))) == [0, None, "", [], 4]
-    assert list(ahead(iter([]))) == []
+    assert list(prefetch(iter([0, None, "", [], 4]))) == [0, None, "", [], 4]
+    assert list(prefetch(iter([]))) == []
 
 
 def test_the_next_item_is_made_while_the_last_one_is_in_use() -> None:
@@ -23,7 +23,7 @@ def test_the_next_item_is_made_while_the_last_one_is_in_use() -> None:
         made.set()
         yield 2
 
-    coming = ahead(items())
+    coming = prefetch(items())
     assert next(coming) == 1
     assert made.wait(timeout=30)
     assert list(coming) == [2]
@@ -34,7 +34,7 @@ def test_an_error_comes_behind_the_items_before_it() -> None:
         yield 1
         raise ValueError("the second")
 
-    coming = ahead(items())
+    coming = prefetch(items())
     assert next(coming) == 1
     with pytest.raises(ValueError, match="the second"):
         next(coming)
@@ -48,7 +48,7 @@ def test_who_leaves_early_stops_the_work() -> None:
             made.append(number)
             yield number
 
-    coming = ahead(items())
+    coming = prefetch(items())
     next(coming)
     coming.close()  # type: ignore[attr-defined]
     assert len(made) <= 2

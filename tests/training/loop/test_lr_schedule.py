@@ -12,8 +12,7 @@ import pytest
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.schema import TrainingSection
 from training_lens.data.batching import Schedule, share
-from training_lens.training.loop.optimizer import lr_at
-from training_lens.training.loop.run_length import count_warmup_steps, describe_run_length
+from training_lens.training.loop.lr_schedule import count_warmup_steps, describe_run_length, lr_at
 
 Config = Callable[..., TrainingConfig]
 
