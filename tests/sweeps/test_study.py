@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
@@ -44,6 +45,20 @@ def last_heard(study: SharedStudy, minutes_ago: int) -> None:
     """Moves every pulse in the database back in time."""
     with study._storage.engine.begin() as connection:
         connection.execute(text(f"update trial_heartbeats set heartbeat = datetime('now', '-{minutes_ago} minutes')"))
+
+
+def refuse_updates(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+    if statement.startswith("UPDATE"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def wait_for_pulse(study: SharedStudy) -> None:
+    fresh = text("select count(*) from trial_heartbeats where heartbeat > datetime('now', '-1 minutes')")
+    while True:
+        with study._storage.engine.begin() as connection:
+            if connection.execute(fresh).scalar():
+                return
+        time.sleep(0.02)
 
 
 def test_processes_share_exactly_the_trials_wanted(sweep_config: Config, open_study: Open, tmp_path: Path) -> None:
@@ -108,6 +123,22 @@ def test_what_a_killed_process_left_is_gone_on_with_at_once(
         assert not lock.exists() and study.claim(mine) is None
 
 
+def test_a_trial_is_lost_again_where_its_loss_could_not_be_written(
+    sweep_config: Config, open_study: Open, tmp_path: Path
+) -> None:
+    study = open_study(sweep_config(trials=1))
+    with pytest.raises(RuntimeError), Worker(tmp_path / "workers") as dead:
+        theirs = claimed(study, dead)
+        raise RuntimeError("a crash")
+    with Worker(tmp_path / "workers") as mine:
+        event.listen(study._storage.engine, "before_cursor_execute", refuse_updates)
+        with pytest.raises(OSError, match="No space left"):
+            study.claim(mine)
+        event.remove(study._storage.engine, "before_cursor_execute", refuse_updates)
+        assert run_id(claimed(study, mine)) == run_id(theirs)
+        assert not dead.path.exists()
+
+
 def test_a_process_of_another_machine_is_dead_when_its_pulse_stops(
     sweep_config: Config, open_study: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +152,7 @@ def test_a_process_of_another_machine_is_dead_when_its_pulse_stops(
         monkeypatch.setattr(workers, "PULSE_SECONDS", 0.05)
         with study.pulse(theirs):
             last_heard(study, minutes_ago=10)
-            time.sleep(0.5)
+            wait_for_pulse(study)
             assert study.claim(worker) is None
         last_heard(study, minutes_ago=4)
         assert study.claim(worker) is None

@@ -18,6 +18,8 @@ from training_lens.utils.shortage import describe_shortage
         (ImportError("libx.so: cannot map: Cannot allocate memory"), "memory ran out"),
         (SystemError("error return without exception set"), "memory ran out"),
         (RuntimeError("can't start new thread"), "no more threads"),
+        (ValueError("Error while serializing: I/O error: No space left on device (os error 28)"), "the disk is full"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
         (SystemError("bad argument to internal function"), None),
         (OSError(errno.ENOENT, "No such file"), None),
         (ValueError("out of memory lane"), None),

@@ -119,7 +119,8 @@ def command(as_json: bool = False, debug: bool = False, *, has_log: bool = False
             require_written(output)
     except BaseException as error:
         is_expected = isinstance(error, TrainingLensError | OSError | KeyboardInterrupt) or describe_shortage(error)
-        if debug or not is_expected or (isinstance(error, OSError) and error.errno in (None, errno.EPIPE)):
+        is_of_streams = isinstance(error, OSError) and error.errno in (None, errno.EPIPE)
+        if debug or not is_expected or (is_of_streams and not describe_shortage(error)):
             raise
         traceback.clear_frames(error.__traceback__)  # where memory ran out, what they held is needed to say so
         said, code = describe_error(error)
@@ -157,7 +158,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
 
     if isinstance(error, TrainingLensError):
         return f"error: {_shorten(redacted(str(error)))}", error.exit_code
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno:
         place = f"{error.filename}: " if error.filename else ""
         advice = "Free some space, or give another output.base_output_dir." if error.errno == errno.ENOSPC else ""
         return f"error: {_shorten(redacted(place))}{error.strerror}. {advice}", 1

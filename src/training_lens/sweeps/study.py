@@ -34,7 +34,7 @@ from training_lens.sweeps.trials import (
     is_lost,
     stands,
 )
-from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, is_alive, pulse
+from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, delete_lock, is_alive, pulse
 from training_lens.training.resume import FREE_KEYS
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
@@ -187,6 +187,7 @@ class SharedStudy:
                 self._storage.record_heartbeat(self._id(trial))
             elif alive is False:
                 self._end(trial, TrialState.FAIL)
+                delete_lock(trial.user_attrs)  # not before: without its lock, a running trial would count as alive
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             optuna.storages.fail_stale_trials(self._study)

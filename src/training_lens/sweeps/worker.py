@@ -60,20 +60,25 @@ class Worker:
 def is_alive(attributes: Mapping[str, Any]) -> bool | None:
     """Whether the process that these attributes name is there; None where that cannot be seen from here.
 
-    The lock file of a dead process is deleted. The study's database names it, which others may have written: no other
-    file than an empty one with the name of such a lock is opened.
+    The study's database names its lock file, and others may have written that: no other file than an empty one with the
+    name of such a lock is opened.
     """
     path = Path(str(attributes.get("lock", "")))
     try:
         if attributes.get("host") != socket.gethostname() or not _is_lock(path):
             return None
         with FileLock(path, timeout=0):
-            path.unlink(missing_ok=True)
+            return False
     except Timeout:
         return True
     except OSError:  # another user's lock, or a file system without locks
         return None
-    return False
+
+
+def delete_lock(attributes: Mapping[str, Any]) -> None:
+    """Delete the lock file of a dead process (see `is_alive`), once nothing names it as a running one any more."""
+    if is_alive(attributes) is False:
+        Path(str(attributes["lock"])).unlink(missing_ok=True)
 
 
 def _is_lock(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What a machine ran out of, as libraries say it: memory, threads. Imports none of them."""
+"""What a machine ran out of, as libraries say it: memory, threads, room on a disk. Imports none of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "Cannot allocate memory")
 LOST_ERROR = "error return without exception set"  # CPython, where memory runs out while it imports a module
 OUT_OF_THREADS = ("can't start new thread", "ThreadPoolBuildError", "Failed to launch worker thread")
+OUT_OF_ROOM = ("No space left on device", "Disk quota exceeded")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -24,10 +25,17 @@ def is_out_of_threads(error: BaseException) -> bool:
     return any(text in str(error) for text in OUT_OF_THREADS)
 
 
+def is_out_of_room(error: BaseException) -> bool:
+    """Whether a disk is full: by the system's error, or in the words of a library in Rust."""
+    return any(text in str(error) for text in OUT_OF_ROOM)
+
+
 def describe_shortage(error: BaseException) -> str | None:
     """What ran out and what to do about it; None if the error is of something else."""
     if is_out_of_memory(error):
         return "memory ran out. Close other programs, give this one more, or use a smaller model or batch."
     if is_out_of_threads(error):
         return "no more threads could be started. Raise the limit (ulimit -u, or the container's), or close programs."
+    if is_out_of_room(error):
+        return f"the disk is full ({error}). Make room there, or write elsewhere."
     return None
