@@ -164,7 +164,7 @@ def reload(folder: Path, adapter: Path) -> tuple[Tensor, dict[str, Any]]:
 def merge_and_load(config: TrainingConfig, run: RunFolder, place: Path, wanted: Tensor) -> dict[str, Any]:
     """How far the logits of the folder that `merge` wrote and verified are from the adapter's."""
     options = MergeOptions(output=place / "merged", dtype="fp32")
-    merged = merge(config.resolved(inference={"adapter": str(run.root)}), options)
+    merged = merge(config.replace_keys(inference={"adapter": str(run.root)}), options)
     return {"merged_difference": relative_difference(logits(plain_model(merged.output)), wanted)}
 
 

@@ -82,7 +82,7 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 @pytest.fixture
 def small_config(tmp_path: Path, few_rows: dict[str, Any]) -> Callable[..., Any]:
     """A config of a short run on the embedded model and few of its rows, with sections replaced by keyword."""
-    from training_lens.config.compose import validate
+    from training_lens.config.compose import validate_values
 
     def build(**sections: dict[str, Any]) -> Any:
         own = sections.get("data", {})
@@ -97,7 +97,7 @@ def small_config(tmp_path: Path, few_rows: dict[str, Any]) -> Callable[..., Any]
         }
         for name, keys in sections.items():
             values[name] = {**values.get(name, {}), **keys}
-        return validate(values)
+        return validate_values(values)
 
     return build
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from training_lens.config.coming_from import TABLE, Flat
+from training_lens.config.coming_from import TABLE, ForeignKey
 
 HEAD = """# Coming from another trainer
 
@@ -48,7 +48,7 @@ def reference() -> str:
     return HEAD + "".join(map(_row, TABLE))
 
 
-def _row(flat: Flat) -> str:
+def _row(flat: ForeignKey) -> str:
     names = ", ".join(f"`{name}`" for name in flat.names)
     return f"| {names} | `{flat.key}` | {flat.values or 'as they are'} |\n"
 

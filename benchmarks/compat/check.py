@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from training_lens import embedded
-from training_lens.config.compose import validate
+from training_lens.config.compose import validate_values
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import TrainingLensError
 from training_lens.merging.merge_tensors import check_foldable
@@ -104,7 +104,7 @@ def _merge(base: Path, work: Path) -> dict[str, Any]:
     try:
         _write_adapter(base, work)
         model = {"id": str(base), "device": "cpu"}
-        config = validate({"inference": {"adapter": str(work / "adapter")}, "model": model})
+        config = validate_values({"inference": {"adapter": str(work / "adapter")}, "model": model})
         session, _ = open_exact(config, None, same_base=True)
         check_foldable(session.model, 1.0)
         with whole_folder(work / "merged") as folder:

@@ -90,7 +90,10 @@ def test_fields_that_are_not_found_are_asked_for(call: Call) -> None:
     result = call("init", "--ask", "--train", "odd.jsonl", input="\n\nask\nsay\n0.5\n\n\n")
     assert result.exit_code == 0, result.stdout
     assert "which field is the prompt (ask, say)" in result.stdout and "read as ask -> say" in result.stdout
-    assert compose("config.yaml").data.fields.model_dump(exclude_none=True) == {"instruction": "ask", "output": "say"}
+    assert compose("config.yaml").data.fields.model_dump(exclude_none=True) == {
+        "instruction": "ask",
+        "output": "say",
+    }
     assert call("validate", "--config", "config.yaml").exit_code == 0
 
 

@@ -155,6 +155,6 @@ def test_every_key_is_described() -> None:
 def test_what_was_never_set_stays_unset() -> None:
     config = TrainingConfig()
     config.data.domain.style = "hash"
-    later = config.resolved(training={"lr": 0.5})
+    later = config.replace_keys(training={"lr": 0.5})
     assert (later.training.lr, later.data.domain.style) == (0.5, "hash")
     assert later.training.model_fields_set == {"lr"} and not later.peft.model_fields_set

@@ -8,7 +8,7 @@ import pytest
 
 from training_lens.config.compose import compose
 from training_lens.config.schema import TrainingConfig
-from training_lens.config.search_space import Choices, Range, parse_space
+from training_lens.config.search_space import ChoiceDimension, RangeDimension, parse_space
 from training_lens.errors import ConfigurationError
 
 
@@ -23,32 +23,32 @@ def test_a_later_layer_goes_over_a_key_and_keeps_the_others(tmp_path: Path) -> N
     file = tmp_path / "c.yaml"
     file.write_text("sweep:\n  space:\n    peft:\n      r: [2, 3]\n    training.lr: {low: 1e-4}\n")
     space = parse_space(compose(str(file), ["sweep=lr", "sweep.space.peft.r=[5]", "sweep.space.training.lr.high=0.1"]))
-    assert space == {"training.lr": Range(1e-4, 0.1, log=True), "peft.r": Choices((5,))}
+    assert space == {"training.lr": RangeDimension(1e-4, 0.1, log=True), "peft.r": ChoiceDimension((5,))}
 
 
 def test_choices_are_read_as_their_key_reads_them() -> None:
     overrides = ["sweep.space.training.lr=[1e-3,1]", "sweep.space.peft.target_modules=[auto,[q_proj,v_proj]]"]
     space = parse_space(compose(overrides=overrides))
     assert space == {
-        "training.lr": Choices((1e-3, 1.0)),
-        "peft.target_modules": Choices(("auto", ["q_proj", "v_proj"])),
+        "training.lr": ChoiceDimension((1e-3, 1.0)),
+        "peft.target_modules": ChoiceDimension(("auto", ["q_proj", "v_proj"])),
     }
 
 
 def test_a_range_of_whole_numbers_is_a_grid_and_one_with_a_step_too() -> None:
-    assert Range(4, 64, whole=True).size == 61
-    assert Range(0.0, 0.2, step=0.05).size == 5
-    assert Range(1e-5, 1e-2, log=True).size is None
+    assert RangeDimension(4, 64, whole=True).value_count == 61
+    assert RangeDimension(0.0, 0.2, step=0.05).value_count == 5
+    assert RangeDimension(1e-5, 1e-2, log=True).value_count is None
 
 
 def test_a_key_that_takes_a_word_besides_numbers_has_a_range() -> None:
     space = parse_space(compose(overrides=["sweep.space.training.micro_batch_tokens={low: 256, high: 1024}"]))
-    assert space == {"training.micro_batch_tokens": Range(256, 1024, whole=True)}
+    assert space == {"training.micro_batch_tokens": RangeDimension(256, 1024, whole=True)}
 
 
 def test_a_whole_range_replaces_that_of_a_preset() -> None:
     space = parse_space(compose(overrides=["sweep=lr", "sweep.space.training.lr={low: 1e-3, high: 5e-3, step: 1e-3}"]))
-    assert space == {"training.lr": Range(1e-3, 5e-3, step=1e-3)}
+    assert space == {"training.lr": RangeDimension(1e-3, 5e-3, step=1e-3)}
 
 
 def test_problems_of_a_space_are_reported_with_all_others() -> None:
@@ -94,4 +94,4 @@ def test_the_seed_is_no_dimension_where_it_draws_the_validation_rows() -> None:
 def test_the_storage_with_its_password_is_never_saved() -> None:
     config = TrainingConfig.model_validate({"sweep": {"storage": "postgresql://me:secret@host/db"}})
     assert "secret" not in str(config.model_dump())
-    assert config.resolved(training={"lr": 0.1}).sweep.storage == config.sweep.storage
+    assert config.replace_keys(training={"lr": 0.1}).sweep.storage == config.sweep.storage

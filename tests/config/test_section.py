@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from training_lens.config.compose import validate
+from training_lens.config.compose import validate_values
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection, TrainingConfig, TrainingSection
 from training_lens.errors import ConfigurationError
@@ -36,7 +36,7 @@ def problems_of(make: Callable[[], Any]) -> list[str]:
 
 @pytest.mark.parametrize("values", BROKEN)
 def test_python_and_the_command_line_say_the_same(values: dict[str, Any]) -> None:
-    typed = problems_of(lambda: validate(values))
+    typed = problems_of(lambda: validate_values(values))
     assert (
         typed
         == problems_of(lambda: TrainingConfig(**values))
@@ -97,10 +97,10 @@ def test_a_refused_assignment_changes_nothing(path: str, value: Any, problem: st
     section: Any = config
     for part in sections:
         section = getattr(section, part)
-    before, given = config.model_dump(), config.given()
+    before, given = config.model_dump(), config.explicit_values()
     found = problems_of(lambda: setattr(section, name, value))
     assert problem in found[0] and "password-9" not in found[0]
-    assert (config.model_dump(), config.given()) == (before, given)
+    assert (config.model_dump(), config.explicit_values()) == (before, given)
 
 
 def test_an_assignment_that_is_sound_is_kept_in_every_order() -> None:
@@ -122,6 +122,6 @@ def test_a_section_belongs_to_one_config() -> None:
 
 def test_configs_copy_compare_and_pickle_as_values() -> None:
     config = TrainingConfig(training={"lr": 1e-3})
-    for same in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), config.resolved()):  # noqa: S301
-        assert same == config and same.given() == config.given()
+    for same in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), config.replace_keys()):  # noqa: S301
+        assert same == config and same.explicit_values() == config.explicit_values()
     assert config.training == TrainingSection(lr=1e-3)

@@ -60,7 +60,7 @@ def test_a_baseline_is_the_base_loss_of_the_run_on_the_same_rows(
     small_config: Callable[..., Any], write_rows: Callable[..., Path]
 ) -> None:
     run, summary = trained(small_config, write_rows, val_ratio=0.3, max_examples=None)
-    config = TrainingConfig.model_validate(run.read_metadata("config.json")).resolved(inference={"adapter": "none"})
+    config = TrainingConfig.model_validate(run.read_metadata("config.json")).replace_keys(inference={"adapter": "none"})
     session = open_session(config)
     examples = configured_examples(session)
     assert [e.id for e in examples] == run.read_metadata("held_out.json")

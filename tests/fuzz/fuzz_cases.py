@@ -284,10 +284,10 @@ def study(world: World, folder: Path, draw: random.Random) -> Call:
 
 def study_config() -> Any:
     """The config of the sweep that cases change."""
-    from training_lens.config.compose import validate
+    from training_lens.config.compose import validate_values
 
     space = {"peft.r": [4, 8], "training.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
-    return validate({"sweep": {"space": space, "trials": 9}})
+    return validate_values({"sweep": {"space": space, "trials": 9}})
 
 
 def prepared(world: World, folder: Path, draw: random.Random) -> Call:

@@ -169,7 +169,7 @@ def test_answers_of_another_model_or_settings_are_refused_and_left(
     source, output = write_rows(ROWS), tmp_path / "out.jsonl"
     answered(session, source, output, SAMPLED)
     before = output.read_bytes()
-    alpaca = session.config.resolved(data={"template": "alpaca"})
+    alpaca = session.config.replace_keys(data={"template": "alpaca"})
     others: list[tuple[Session, InferenceSection, bool]] = [
         (session, SAMPLED.model_copy(update={key: value}), False)
         for key, value in (("max_new_tokens", 7), ("temperature", 1.0), ("seed", 4), ("top_p", 0.5), ("top_k", 3))
@@ -207,7 +207,7 @@ def test_end_marks_are_taken_off_earlier_answers_as_in_training(
         answered(session, write_rows(rows), output)
         return lines(output)[0]["key"], lines(output)[0]["expected"]
 
-    keeps = replace(session, config=session.config.resolved(data={"strip_end_marks": False}))
+    keeps = replace(session, config=session.config.replace_keys(data={"strip_end_marks": False}))
     assert key("Yes.</s>") == key("Yes.") == key("Yes.", keeps)
     assert key("Yes.</s>", keeps) != key("Yes.") and key("Yes.</s>", keeps)[1] == "Yes.</s>"
 
@@ -281,8 +281,8 @@ def test_rows_have_the_domains_that_the_run_has(
     session: Session, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
     source = write_rows([{"question": "Hi?", "domain": "hill"}], "lake.jsonl")
-    per_file = session.config.resolved(data={"domain": {"field": None, "per_file": True}})
-    elsewhere = session.config.resolved(data={"domain": {"field": "topic"}})
+    per_file = session.config.replace_keys(data={"domain": {"field": None, "per_file": True}})
+    elsewhere = session.config.replace_keys(data={"domain": {"field": "topic"}})
     for i, (changed, wanted) in enumerate(
         (
             (session, "hill"),

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from training_lens import embedded
-from training_lens.config.compose import validate
+from training_lens.config.compose import validate_values
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.inference.generator import answer, answer_ids
 from training_lens.inference.session import Session, open_session
@@ -40,7 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def session(folder: Path) -> Session:
     return open_session(
-        validate({"model": {"id": str(folder), "dtype": "fp32", "device": "cpu"}, "inference": {"adapter": "none"}})
+        validate_values(
+            {"model": {"id": str(folder), "dtype": "fp32", "device": "cpu"}, "inference": {"adapter": "none"}}
+        )
     )
 
 

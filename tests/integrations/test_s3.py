@@ -52,9 +52,9 @@ def s3(server: Server) -> Server:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The adapter's sha256 of a run that goes nowhere."""
-    from training_lens.config.compose import validate
+    from training_lens.config.compose import validate_values
 
-    config = validate(values(str(tmp_path_factory.mktemp("plain"))))
+    config = validate_values(values(str(tmp_path_factory.mktemp("plain"))))
     return adapter_of(RunFolder(Path(TrainingWrapper(config).train().run_dir)))
 
 
@@ -70,11 +70,11 @@ def values(base: str, **tracking: Any) -> dict[str, Any]:
 
 
 def mirrored(base: Path, **tracking: Any) -> Any:
-    from training_lens.config.compose import validate
+    from training_lens.config.compose import validate_values
 
     config = values(str(base), **tracking)
     config["output"] |= {"mirror": PLACE, "run_id": "run"}
-    return validate(config)
+    return validate_values(config)
 
 
 def adapter_of(run: RunFolder) -> str:

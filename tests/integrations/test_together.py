@@ -16,7 +16,7 @@ from hub_server import Hub
 from s3_server import Server
 
 from training_lens import TrainingWrapper
-from training_lens.config.compose import compose, validate
+from training_lens.config.compose import compose, validate_values
 from training_lens.integrations.remote import RemoteRun
 from training_lens.integrations.storage import open_storage
 from training_lens.integrations.sync import look, send
@@ -69,7 +69,7 @@ def trained(values: dict[str, Any], folder: Path, *more: dict[str, Any], callbac
 
     for extra in (*more, {"output": {"base_output_dir": str(folder)}}):
         values = merged(values, extra)
-    return RunFolder(Path(TrainingWrapper(validate(values), callbacks=callbacks).train().run_dir))
+    return RunFolder(Path(TrainingWrapper(validate_values(values), callbacks=callbacks).train().run_dir))
 
 
 def check_everything(run: RunFolder, hub: Hub, folder: Path, *, mlflow: str = "") -> None:

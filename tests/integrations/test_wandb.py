@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from training_lens import TrainingWrapper
-from training_lens.config.compose import validate
+from training_lens.config.compose import validate_values
 from training_lens.errors import IntegrationError
 from training_lens.integrations.delivery import IntegrationState
 from training_lens.integrations.record import RunRecord
@@ -38,7 +38,7 @@ HISTOGRAM = {"counts": [1, 2, 3], "low": -0.5, "high": 1.0}
 
 def config(folder: Path, lens: bool = True, **sent: Any) -> Any:
     """A run of six steps with its lens and report."""
-    return validate(
+    return validate_values(
         {
             "data": {"max_examples": 48, "validation": None},
             "training": {"epochs": 1, "batch_size": 8, "lr": 3e-3, "logging_steps": 2},

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from training_lens import embedded
-from training_lens.config.compose import validate
+from training_lens.config.compose import validate_values
 from training_lens.errors import AdapterError, ConfigurationError, MergeError, OutputError
 from training_lens.inference.session import open_run
 from training_lens.merging.merge_run import MergeOptions, merge
@@ -42,7 +42,7 @@ def few(tmp_path: Path) -> dict[str, Any]:
 
 
 def config(adapter: Path, **sections: Any) -> Any:
-    return validate({"inference": {"adapter": str(adapter)}, **sections})
+    return validate_values({"inference": {"adapter": str(adapter)}, **sections})
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -276,7 +276,7 @@ def test_wrong_options_are_refused(
     for file in (run.metadata / "hashes.json", *run.adapter.glob("*.safetensors")):
         file.unlink()  # refused before anything is loaded
     with pytest.raises(ConfigurationError, match=said):
-        merge(validate({"inference": {"adapter": adapter}}), MergeOptions(**options))
+        merge(validate_values({"inference": {"adapter": adapter}}), MergeOptions(**options))
 
 
 def test_a_quantized_run_merges_whole_alone(run: RunFolder, few: dict[str, Any]) -> None:

@@ -236,7 +236,7 @@ def _cut_run(config: Any, place: Path) -> Path:
             if report.step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    cut = config.resolved(output={"base_output_dir": str(place / "cut"), "run_id": "cut"})
+    cut = config.replace_keys(output={"base_output_dir": str(place / "cut"), "run_id": "cut"})
     with pytest.raises(InterruptedRunError):
         TrainingWrapper(cut, callbacks=(Stop(),)).train()
     return place / "cut/experiments/default/runs/cut"

@@ -92,6 +92,6 @@ def test_new_rows_are_trained_saved_loaded_by_plain_peft_and_merged(grown: Path,
     torch.testing.assert_close(PeftModel.from_pretrained(plain, str(run.adapter))(input_ids=ids).logits, wanted)
     with base_only(ours):
         assert not torch.allclose(ours(input_ids=ids).logits[..., -3:], wanted[..., -3:])
-    merged = merge(config.resolved(inference={"adapter": str(run.root)}), MergeOptions(dtype="fp32")).output
+    merged = merge(config.replace_keys(inference={"adapter": str(run.root)}), MergeOptions(dtype="fp32")).output
     assert json.loads((merged / "config.json").read_text())["vocab_size"] == wanted.shape[-1]
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(merged)(input_ids=ids).logits, wanted)

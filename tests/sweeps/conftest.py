@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from training_lens.config.compose import validate
+from training_lens.config.compose import validate_values
 from training_lens.config.schema import TrainingConfig
 from training_lens.sweeps.space import Space
 from training_lens.sweeps.study import SharedStudy
@@ -44,7 +44,7 @@ def sweep_config(tmp_path: Path) -> Callable[..., TrainingConfig]:
             "sweep": {"space": {"training.lr": {"low": 1e-4, "high": 1e-2, "log": True}}, "trials": 4, **sweep},
             "output": {"base_output_dir": str(tmp_path / "outputs")},
         }
-        return validate(values)
+        return validate_values(values)
 
     return build
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from optuna.trial import create_trial
 
-from training_lens.config.compose import compose, validate
+from training_lens.config.compose import compose, validate_values
 from training_lens.config.schema import TrainingConfig
 from training_lens.sweeps.leaderboard import Leaderboard, Row, importances
 from training_lens.sweeps.recommendation import MOST_BLOCKS, Recommendation, paired_interval, recommend, sum_blocks
@@ -35,12 +35,12 @@ BEST = Row(0, "finished", 1.0, {"peft.r": 4}, 1.0, "trial-0000-abcd", None, None
 def test_the_best_config_is_read_back_as_it_was(tmp_path: Path, values: dict[str, Any]) -> None:
     sweep = {"space": {"peft.r": [2, 4]}, **values.get("sweep", {})}
     data = {"train": "x.jsonl", "validation": "y.jsonl", **values.get("data", {})}
-    config = validate({**values, "data": data, "sweep": sweep})
+    config = validate_values({**values, "data": data, "sweep": sweep})
     file = tmp_path / "best.yaml"
     file.write_text(
         best_yaml(Leaderboard(config.sweep.name, "validation_loss", (BEST,), {}), Recommendation(BEST, "so"), config)
     )
-    wanted = config.resolved(peft={"r": 4}, sweep={"space": {}, "name": "sweep"})
+    wanted = config.replace_keys(peft={"r": 4}, sweep={"space": {}, "name": "sweep"})
     assert compose(str(file)).model_dump() == wanted.model_dump()
 
 

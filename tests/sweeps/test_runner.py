@@ -75,7 +75,7 @@ def test_each_trial_is_a_run_and_the_best_one_trains_from_its_file(sweep_config:
 def test_trials_are_not_pushed_where_each_would_replace_the_last(
     sweep_config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = sweep_config(trials=1).resolved(tracking={"hub": {"repo": "me/adapter"}})
+    config = sweep_config(trials=1).replace_keys(tracking={"hub": {"repo": "me/adapter"}})
     (row,) = Sweep(config).run().leaderboard.rows
     assert RunFolder(Path(row.run_dir or "")).read_metadata("config.json")["tracking"]["hub"]["repo"] is None
     assert "trials are not pushed to me/adapter" in caplog.text

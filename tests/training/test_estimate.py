@@ -50,8 +50,8 @@ def test_what_cannot_be_measured_is_said(
 ) -> None:
     monkeypatch.setattr(estimates, "WHOLE_BELOW", 0)
     plan = TrainingWrapper(small_config()).plan()
-    quantized = replace(plan, config=plan.config.resolved(model={"quantization": "4bit"}))
-    last = replace(plan, config=plan.config.resolved(peft={"target_modules": r".*layers\.4\..*q_proj"}))
+    quantized = replace(plan, config=plan.config.replace_keys(model={"quantization": "4bit"}))
+    last = replace(plan, config=plan.config.replace_keys(peft={"target_modules": r".*layers\.4\..*q_proj"}))
     with caplog.at_level(logging.WARNING, "training_lens"):
         assert estimate_run(quantized) is None and estimate_run(last) is None
     assert "no estimate of duration and memory: a large quantized model" in caplog.text

@@ -68,7 +68,7 @@ def analyze(
         analyzer, other = opened_pair(run, against, others, config, base)
         comparison = analyzer.compare(other) if other else None
         if check_rank:
-            _measure_rank(screen, analyzer, load_config(config, consent).given())
+            _measure_rank(screen, analyzer, load_config(config, consent).explicit_values())
         analysis = analyzer.analyze()
         _show(screen, analysis)
         values = analysis.values()

@@ -49,7 +49,7 @@ def compare(
         if against is not None:
             refuse_base_only(overrides)
             settings = load_adapter_config(config, overrides, run, _used(against))
-            other = locate_adapter(settings.resolved(inference={"adapter": against}))
+            other = locate_adapter(settings.replace_keys(inference={"adapter": against}))
             _compare_two(screen, settings, other.inference.adapter)
             return
         settings = load_adapter_config(config, overrides, run, USED)
@@ -79,7 +79,7 @@ def _compare_two(screen: Screen, settings: TrainingConfig, against: str) -> None
 
     evaluator, examples, folder = opened(screen, settings)
     _require_adapter(evaluator.session)
-    other = open_session(settings.resolved(inference={"adapter": against}))
+    other = open_session(settings.replace_keys(inference={"adapter": against}))
     _require_adapter(other)
     result = evaluator.compare_with(ModelEvaluator(other, settings.evaluation, evaluator.progress), examples)
     finish(screen, result, evaluator, folder, f"compare-with-{_label(other.source)}")

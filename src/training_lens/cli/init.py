@@ -38,11 +38,11 @@ def init(
     """
     with command(json, debug) as screen:
         path = _target(file, force)
-        from training_lens.config.skeleton import skeleton
+        from training_lens.config.skeleton import render_skeleton
         from training_lens.utils.files import write_text
 
         values = Interview(screen, asking=ask).values(model, train, validation)
-        write_text(path, skeleton(values, file))
+        write_text(path, render_skeleton(values, file))
         following = [f"training-lens {name} --config {file}" for name in ("validate", "train")]
         screen.console.print(f"wrote {file}. Next:", markup=False, soft_wrap=True)
         for line in following:

@@ -98,13 +98,13 @@ class Interview:
 
     def _validation(self, answer: str) -> Values:
         """A share, or a file."""
-        from training_lens.config.compose import validate
+        from training_lens.config.compose import validate_values
 
         try:
             share = float(answer)
         except ValueError:
             return self._rows("data.validation")(answer)
-        validate({"data": {"val_ratio": share}})
+        validate_values({"data": {"val_ratio": share}})
         return {"data.val_ratio": share}
 
 
@@ -165,7 +165,7 @@ def _domain_in(keys: set[str]) -> Callable[[str], Values]:
 
 
 def _experiment(answer: str) -> Values:
-    from training_lens.config.compose import validate
+    from training_lens.config.compose import validate_values
 
-    validate({"output": {"experiment_name": answer}})
+    validate_values({"output": {"experiment_name": answer}})
     return {"output.experiment_name": answer}

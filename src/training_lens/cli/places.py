@@ -61,7 +61,7 @@ def locate_adapter(settings: TrainingConfig) -> TrainingConfig:
         return settings
     run = find_adapter_run(adapter, output.base_output_dir, output.named_experiment)
     announce_run(run)
-    return settings.resolved(inference={"adapter": str(run.root)})
+    return settings.replace_keys(inference={"adapter": str(run.root)})
 
 
 def announce_run(run: RunFolder) -> None:

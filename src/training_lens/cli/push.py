@@ -88,7 +88,7 @@ def _hub(run: str, settings: TrainingConfig) -> HuggingFaceIntegration:
     from training_lens.integrations.hub import HuggingFaceIntegration
     from training_lens.integrations.record import RunRecord
 
-    given = {"tracking": {"hub": settings.given()["tracking"]["hub"]}}
+    given = {"tracking": {"hub": settings.explicit_values()["tracking"]["hub"]}}
     record = RunRecord(folder, given)
     if record.config.tracking.hub.repo is None:
         raise ConfigurationError(

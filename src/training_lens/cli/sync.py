@@ -53,7 +53,7 @@ def sync(
         refuse_unused(given, ("output.", "tracking."), "sync sends a run as it is.")
         settings = load_config(config, given)
         folder = locate_run(named, settings.output, finished=None)
-        changes = {"tracking": settings.given()["tracking"]}
+        changes = {"tracking": settings.explicit_values()["tracking"]}
         if settings.output.mirror:
             changes["output"] = {"mirror": settings.output.mirror}
         states = look(folder, changes) if status else send(folder, changes, again=again)

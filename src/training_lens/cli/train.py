@@ -60,7 +60,7 @@ def train(
         from training_lens.training.run import TrainingWrapper
 
         if unfinished:
-            summary = TrainingWrapper.resume(unfinished, settings.given(), console=screen.console)
+            summary = TrainingWrapper.resume(unfinished, settings.explicit_values(), console=screen.console)
         else:
             summary = TrainingWrapper(settings, console=screen.console).train()
         verdict = _read_verdict(summary)

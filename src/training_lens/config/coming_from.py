@@ -10,15 +10,15 @@ from typing import Any
 Convert = Callable[[Any], Any]
 
 
-class _Nothing:
+class _Unset:
     """What a value that says nothing becomes: `load_in_4bit: false` leaves the key to its default."""
 
 
-NOTHING = _Nothing()
+UNSET = _Unset()
 
 
 @dataclass(frozen=True)
-class Flat:
+class ForeignKey:
     """Names that mean `key`; `convert` gives our value, or raises ValueError with what is possible."""
 
     names: tuple[str, ...]
@@ -27,7 +27,7 @@ class Flat:
     values: str = ""  # how values change, for the page
 
 
-def _switch(on: Any, off: Any = NOTHING) -> Convert:
+def _convert_switch(on: Any, off: Any = UNSET) -> Convert:
     """A yes or no that is one of several values here."""
 
     def convert(value: Any) -> Any:
@@ -38,7 +38,7 @@ def _switch(on: Any, off: Any = NOTHING) -> Convert:
     return convert
 
 
-def _choice(known: Mapping[str, str]) -> Convert:
+def _convert_choice(known: Mapping[str, str]) -> Convert:
     def convert(value: Any) -> Any:
         if str(value) not in known:
             raise ValueError(f"there is none like it here; expected one of {', '.join(known)}")
@@ -47,24 +47,24 @@ def _choice(known: Mapping[str, str]) -> Convert:
     return convert
 
 
-def _precision(name: str) -> Convert:
-    switch = _switch(name)
+def _convert_precision(name: str) -> Convert:
+    switch = _convert_switch(name)
     return lambda value: "auto" if value == "auto" else switch(value)
 
 
-def _share(value: Any) -> Any:
+def _check_share(value: Any) -> Any:
     if isinstance(value, int | float) and value >= 1:
         raise ValueError("a number of rows; give the share of the training rows, as data.val_ratio")
     return value
 
 
-def _warmup(value: Any) -> Any:
+def _check_warmup(value: Any) -> Any:
     if isinstance(value, float) and 0 < value < 1:
         raise ValueError("a share of the steps; give it as training.warmup_ratio")
     return value
 
 
-def _modules(value: Any) -> Any:
+def _split_modules(value: Any) -> Any:
     """Names in one text, with commas between; 'all' in its spellings; a regular expression stays what it is."""
     if value in ("all", "all-linear"):
         return "auto"
@@ -86,84 +86,93 @@ DTYPES = {"auto": "auto", "float32": "fp32", "float16": "fp16", "bfloat16": "bf1
 DTYPES["bf16"] = "bf16"
 
 TABLE = (
-    Flat(("model_name", "model_name_or_path", "model_id", "base_model"), "model.id"),
-    Flat(("model_revision", "revision"), "model.revision"),
-    Flat(("max_length", "max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "model.seq_len"),
-    Flat(("torch_dtype", "dtype"), "model.dtype", _choice(DTYPES), "`bfloat16` is `bf16`, and so on"),
-    Flat(("device",), "model.device"),
-    Flat(("trust_remote_code",), "model.trust_remote_code"),
-    Flat(("load_in_4bit",), "model.quantization", _switch("4bit"), "true: `4bit`"),
-    Flat(("load_in_8bit",), "model.quantization", _switch("8bit"), "true: `8bit`"),
-    Flat(("quantization_bit",), "model.quantization", _choice({"4": "4bit", "8": "8bit"}), "4: `4bit`; 8: `8bit`"),
-    Flat(("train_data", "train_file", "train_files", "train_path", "train_data_path", "data_path"), "data.train"),
-    Flat(
+    ForeignKey(("model_name", "model_name_or_path", "model_id", "base_model"), "model.id"),
+    ForeignKey(("model_revision", "revision"), "model.revision"),
+    ForeignKey(("max_length", "max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), "model.seq_len"),
+    ForeignKey(("torch_dtype", "dtype"), "model.dtype", _convert_choice(DTYPES), "`bfloat16` is `bf16`, and so on"),
+    ForeignKey(("device",), "model.device"),
+    ForeignKey(("trust_remote_code",), "model.trust_remote_code"),
+    ForeignKey(("load_in_4bit",), "model.quantization", _convert_switch("4bit"), "true: `4bit`"),
+    ForeignKey(("load_in_8bit",), "model.quantization", _convert_switch("8bit"), "true: `8bit`"),
+    ForeignKey(
+        ("quantization_bit",), "model.quantization", _convert_choice({"4": "4bit", "8": "8bit"}), "4: `4bit`; 8: `8bit`"
+    ),
+    ForeignKey(("train_data", "train_file", "train_files", "train_path", "train_data_path", "data_path"), "data.train"),
+    ForeignKey(
         ("val_data", "val_file", "val_files", "val_path", "val_data_path", "validation_file", "eval_file"),
         "data.validation",
     ),
-    Flat(("val_size", "val_set_size", "val_split"), "data.val_ratio", _share, "a share; a number of rows is refused"),
-    Flat(("max_samples", "max_train_samples"), "data.max_examples"),
-    Flat(("instruction_key", "prompt_column"), "data.fields.instruction"),
-    Flat(("input_key",), "data.fields.input"),
-    Flat(("output_key", "response_column"), "data.fields.output"),
-    Flat(("hash_key", "domain_key"), "data.domain.field"),
-    Flat(("train_on_inputs", "train_on_prompt"), "data.mask_prompt", _switch(False, True), "turned round"),
-    Flat(("lora_r", "lora_rank"), "peft.r"),
-    Flat(("lora_alpha",), "peft.lora_alpha"),
-    Flat(("lora_dropout",), "peft.lora_dropout"),
-    Flat(
+    ForeignKey(
+        ("val_size", "val_set_size", "val_split"),
+        "data.val_ratio",
+        _check_share,
+        "a share; a number of rows is refused",
+    ),
+    ForeignKey(("max_samples", "max_train_samples"), "data.max_examples"),
+    ForeignKey(("instruction_key", "prompt_column"), "data.fields.instruction"),
+    ForeignKey(("input_key",), "data.fields.input"),
+    ForeignKey(("output_key", "response_column"), "data.fields.output"),
+    ForeignKey(("hash_key", "domain_key"), "data.domain.field"),
+    ForeignKey(
+        ("train_on_inputs", "train_on_prompt"), "data.mask_prompt", _convert_switch(False, True), "turned round"
+    ),
+    ForeignKey(("lora_r", "lora_rank"), "peft.r"),
+    ForeignKey(("lora_alpha",), "peft.lora_alpha"),
+    ForeignKey(("lora_dropout",), "peft.lora_dropout"),
+    ForeignKey(
         ("lora_target_modules", "lora_target", "target_modules"),
         "peft.target_modules",
-        _modules,
+        _split_modules,
         "`all` and `all-linear` are `auto`; `q_proj,v_proj` is a list",
     ),
-    Flat(("lora_target_linear",), "peft.target_modules", _switch("auto"), "true: `auto`"),
-    Flat(("use_dora", "peft_use_dora"), "peft.use_dora"),
-    Flat(("use_rslora", "peft_use_rslora"), "peft.variant", _switch("rslora", "lora"), "true: `rslora`"),
-    Flat(("pissa_init",), "peft.init", _switch("pissa"), "true: `pissa`"),
-    Flat(("loraplus_lr_ratio", "lora_plus_ratio"), "peft.lora_plus_ratio"),
-    Flat(("modules_to_save", "lora_modules_to_save", "additional_target"), "peft.modules_to_save"),
-    Flat(("learning_rate", "lr"), "training.lr"),
-    Flat(("num_epochs", "num_train_epochs", "epochs"), "training.epochs"),
-    Flat(("max_steps",), "training.max_steps", lambda value: None if value == -1 else value, "-1: `null`"),
-    Flat(("batch_size", "per_device_train_batch_size", "micro_batch_size"), "training.batch_size"),
-    Flat(("gradient_accumulation_steps",), "training.gradient_accumulation_steps"),
-    Flat(
+    ForeignKey(("lora_target_linear",), "peft.target_modules", _convert_switch("auto"), "true: `auto`"),
+    ForeignKey(("use_dora", "peft_use_dora"), "peft.use_dora"),
+    ForeignKey(("use_rslora", "peft_use_rslora"), "peft.variant", _convert_switch("rslora", "lora"), "true: `rslora`"),
+    ForeignKey(("pissa_init",), "peft.init", _convert_switch("pissa"), "true: `pissa`"),
+    ForeignKey(("loraplus_lr_ratio", "lora_plus_ratio"), "peft.lora_plus_ratio"),
+    ForeignKey(("modules_to_save", "lora_modules_to_save", "additional_target"), "peft.modules_to_save"),
+    ForeignKey(("learning_rate", "lr"), "training.lr"),
+    ForeignKey(("num_epochs", "num_train_epochs", "epochs"), "training.epochs"),
+    ForeignKey(("max_steps",), "training.max_steps", lambda value: None if value == -1 else value, "-1: `null`"),
+    ForeignKey(("batch_size", "per_device_train_batch_size", "micro_batch_size"), "training.batch_size"),
+    ForeignKey(("gradient_accumulation_steps",), "training.gradient_accumulation_steps"),
+    ForeignKey(
         ("optim", "optimizer"),
         "training.optimizer",
-        _choice(OPTIMIZERS),
+        _convert_choice(OPTIMIZERS),
         "; ".join(f"`{theirs}` is `{ours}`" for theirs, ours in OPTIMIZERS.items() if theirs != ours),
     ),
-    Flat(
+    ForeignKey(
         ("lr_scheduler_type", "lr_scheduler"),
         "training.scheduler",
-        _choice(SCHEDULERS),
+        _convert_choice(SCHEDULERS),
         "`constant_with_warmup` is `constant`",
     ),
-    Flat(("warmup_ratio",), "training.warmup_ratio"),
-    Flat(("warmup_steps",), "training.warmup_steps", _warmup, "a number of steps; a share is refused"),
-    Flat(("weight_decay",), "training.weight_decay"),
-    Flat(
+    ForeignKey(("warmup_ratio",), "training.warmup_ratio"),
+    ForeignKey(("warmup_steps",), "training.warmup_steps", _check_warmup, "a number of steps; a share is refused"),
+    ForeignKey(("weight_decay",), "training.weight_decay"),
+    ForeignKey(
         ("max_grad_norm", "gradient_clipping", "grad_clip"),
         "training.max_grad_norm",
         lambda value: None if value == 0 and value is not False else value,
         "0: `null`",
     ),
-    Flat(("seed", "random_seed"), "training.seed"),
-    Flat(("eval_steps",), "training.eval_steps"),
-    Flat(("save_steps",), "training.save_steps"),
-    Flat(("logging_steps",), "training.logging_steps"),
-    Flat(("early_stopping_patience",), "training.early_stopping_patience"),
-    Flat(("gradient_checkpointing",), "training.gradient_checkpointing"),
-    Flat(("bf16",), "training.precision", _precision("bf16"), "true: `bf16`"),
-    Flat(("fp16",), "training.precision", _precision("fp16"), "true: `fp16`"),
-    Flat(("max_new_tokens",), "inference.max_new_tokens"),
-    Flat(("temperature",), "inference.temperature"),
-    Flat(("top_p",), "inference.top_p"),
-    Flat(
+    ForeignKey(("seed", "random_seed"), "training.seed"),
+    ForeignKey(("eval_steps",), "training.eval_steps"),
+    ForeignKey(("save_steps",), "training.save_steps"),
+    ForeignKey(("logging_steps",), "training.logging_steps"),
+    ForeignKey(("early_stopping_patience",), "training.early_stopping_patience"),
+    ForeignKey(("gradient_checkpointing",), "training.gradient_checkpointing"),
+    ForeignKey(("bf16",), "training.precision", _convert_precision("bf16"), "true: `bf16`"),
+    ForeignKey(("fp16",), "training.precision", _convert_precision("fp16"), "true: `fp16`"),
+    ForeignKey(("max_new_tokens",), "inference.max_new_tokens"),
+    ForeignKey(("temperature",), "inference.temperature"),
+    ForeignKey(("top_p",), "inference.top_p"),
+    ForeignKey(
         ("top_k",), "inference.top_k", lambda value: None if value == 0 and value is not False else value, "0: `null`"
     ),
-    Flat(("output_dir",), "output.base_output_dir"),
-    Flat(("experiment_name",), "output.experiment_name"),
+    ForeignKey(("output_dir",), "output.base_output_dir"),
+    ForeignKey(("experiment_name",), "output.experiment_name"),
 )
 BY_NAME = {name: flat for flat in TABLE for name in flat.names}
 # Sections of nested configs, by how their keys are called where the section's name is part of the key.
@@ -179,7 +188,7 @@ SECTIONS = {
 KINDS = ("name", "type", "kind", "class")  # {optimizer: {name: adamw}} is optimizer: adamw
 
 
-def find_counterpart(name: str) -> Flat | None:
+def find_counterpart(name: str) -> ForeignKey | None:
     """What a dotted name of another trainer's config means here: `lora.alpha`, `optimizer.name`, `training.num_epochs`.
 
     Exact names alone, none that is merely alike.
@@ -203,7 +212,7 @@ class Translation:
     problems: list[str]
 
 
-def translate(values: Mapping[str, Any]) -> Translation:
+def translate_names(values: Mapping[str, Any]) -> Translation:
     """The flat names among a file's top-level keys as our keys; everything else is left in `rest`.
 
     Names of one key that say different things are a problem, and so is a value that has no counterpart.
@@ -218,19 +227,19 @@ def translate(values: Mapping[str, Any]) -> Translation:
         except ValueError as error:
             problems.append(f"{name}: given {value!r}, for {BY_NAME[name].key}: {error}")
             continue
-        if ours is not NOTHING:
+        if ours is not UNSET:
             said.setdefault(BY_NAME[name].key, {})[name] = ours
             lines.append(f"{name} -> {BY_NAME[name].key}{'' if ours is value or ours == value else f'={ours}'}")
-    problems += [problem for key, names in said.items() if (problem := _disagreement(key, names, rest))]
+    problems += [problem for key, names in said.items() if (problem := _describe_conflict(key, names, rest))]
     return Translation({key: next(iter(names.values())) for key, names in said.items()}, rest, lines, problems)
 
 
-def _disagreement(key: str, names: Mapping[str, Any], rest: Mapping[str, Any]) -> str | None:
+def _describe_conflict(key: str, names: Mapping[str, Any], rest: Mapping[str, Any]) -> str | None:
     """The problem of two names, or a name and our own key, that differ."""
     section: Any = rest
     for part in key.split("."):
-        section = section.get(part, NOTHING) if isinstance(section, Mapping) else NOTHING
-    everything = dict(names) if section is NOTHING else {**names, key: section}
+        section = section.get(part, UNSET) if isinstance(section, Mapping) else UNSET
+    everything = dict(names) if section is UNSET else {**names, key: section}
     first, *others = everything.values()
     if all(value == first for value in others):
         return None

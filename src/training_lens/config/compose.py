@@ -9,11 +9,11 @@ from typing import Any
 
 from training_lens.config.config_files import FileContent, read_config_file
 from training_lens.config.origins import describe_ignored
-from training_lens.config.overrides import Override, read_all, split_words
+from training_lens.config.overrides import Override, read_values, split_words
 from training_lens.config.preset_files import load_presets, packaged_presets
 from training_lens.config.run_config import FILE_KEYS, find_writer, require_consent
 from training_lens.config.schema import TrainingConfig
-from training_lens.config.search_space import dotted, parse_space
+from training_lens.config.search_space import flatten_keys, parse_space
 from training_lens.errors import ConfigurationError
 from training_lens.utils.logging import get_logger
 from training_lens.utils.nested import flat, merged, put
@@ -42,7 +42,7 @@ def compose(
     """
     words, problems = split_words(overrides)
     choices, others = _split_presets(words, problems)
-    values, unreadable = read_all(others, logger.info)
+    values, unreadable = read_values(others, logger.info)
     presets, own = load_presets(choices)
     files = [read_config_file(str(file), f"--config {file}", origin, values) for file in _list_files(config_files)]
     typed: dict[str, Any] = {}
@@ -51,14 +51,14 @@ def compose(
     _report_layers(choices, own, files)
     layers = [presets, *(file.values for file in files), typed, flags or {}]
     for layer in layers:
-        _put_dotted_space(layer)
+        _flatten_space(layer)
     problems += [*unreadable, *(line for file in (*own, *files) for line in file.problems)]
-    config = validate(reduce(merged, layers), problems)
-    _require_own_word(config, presets, files, [typed, flags or {}])
+    config = validate_values(reduce(merged, layers), problems)
+    _require_user_consent(config, presets, files, [typed, flags or {}])
     return config
 
 
-def _require_own_word(
+def _require_user_consent(
     config: TrainingConfig, presets: dict[str, Any], files: Sequence[FileContent], layers: Sequence[dict[str, Any]]
 ) -> None:
     """Refuse code and places to write that only a file of a run, a sweep or an adapter names: those allow nothing."""
@@ -121,7 +121,7 @@ def _report_merged(earlier: Sequence[FileContent], later: FileContent) -> None:
     logger.info("--config %s goes over %s%s", later.file, ", ".join(content.file for content in earlier), changed)
 
 
-def validate(values: dict[str, Any], problems: Sequence[str] = ()) -> TrainingConfig:
+def validate_values(values: dict[str, Any], problems: Sequence[str] = ()) -> TrainingConfig:
     """`values` as a config, or a ConfigurationError with every problem, behind those that were found before."""
     try:
         config = TrainingConfig.model_validate(values)
@@ -141,8 +141,8 @@ def _space_problems(config: TrainingConfig) -> tuple[str, ...]:
     return ()
 
 
-def _put_dotted_space(layer: dict[str, Any]) -> None:
+def _flatten_space(layer: dict[str, Any]) -> None:
     """Names each key of `sweep.space` in full, so that the space of a later layer goes over that of an earlier one."""
     sweep = layer.get("sweep")
     if isinstance(sweep, dict) and isinstance(sweep.get("space"), dict):
-        sweep["space"] = dotted(sweep["space"])
+        sweep["space"] = flatten_keys(sweep["space"])

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from training_lens.config.coming_from import translate
+from training_lens.config.coming_from import translate_names
 from training_lens.config.keys import describe_unknown, known_keys
-from training_lens.config.origins import set_aside
+from training_lens.config.origins import remove_foreign_keys
 from training_lens.config.schema import TrainingConfig
 from training_lens.config.yaml_limits import check_references, check_yaml
 from training_lens.errors import ConfigurationError
@@ -50,9 +50,9 @@ def read_config_file(
         ConfigurationError: the file cannot be read, or is no mapping of keys.
     """
     nested, problems = nest(parse_config_file(file, said), f"{said}: ")
-    translation = translate(nested)
+    translation = translate_names(nested)
     values, twice = nest({**translation.rest, **translation.settings}, f"{said}: ")
-    asides = set_aside(values, origin, TrainingConfig.model_fields, {**flat(values), **(decided or {})})
+    asides = remove_foreign_keys(values, origin, TrainingConfig.model_fields, {**flat(values), **(decided or {})})
     own, foreign = _split_sections(asides.rest)
     return FileContent(
         file,

@@ -203,7 +203,7 @@ class DataSection(Section):
         return text
 
     @model_validator(mode="after")
-    def _validation(self) -> DataSection:
+    def _check_sources(self) -> DataSection:
         if not self.train:
             raise ValueError("data.train: no rows and no paths; give at least one")
         if self.validation is not None and self.val_ratio:
@@ -262,7 +262,7 @@ class PrepareSection(Section):
 
     @field_validator("splits")
     @classmethod
-    def _whole(cls, value: dict[str, float]) -> dict[str, float]:
+    def _check_shares(cls, value: dict[str, float]) -> dict[str, float]:
         wrong = [name for name in value if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]
         if wrong:
             raise ValueError(f"'{wrong[0]}' cannot name a file; use letters, digits, '-' and '_'")
@@ -273,7 +273,7 @@ class PrepareSection(Section):
         return value
 
     @model_validator(mode="after")
-    def _group(self) -> PrepareSection:
+    def _check_group_field(self) -> PrepareSection:
         if self.split_by == "group" and self.group_field is None:
             raise ValueError("prepare.split_by: group needs the key that names a row's group; give prepare.group_field")
         if self.split_by != "group" and self.group_field is not None:

@@ -73,7 +73,7 @@ class InferenceSection(Section):
 
     @field_validator("adapter", mode="before")
     @classmethod
-    def _named(cls, value: Any) -> Any:
+    def _require_adapter(cls, value: Any) -> Any:
         if value is None:  # as the preset inference=manual leaves it
             raise ValueError("no adapter is named; give inference.adapter=RUN, an adapter folder, latest, or none")
         return value

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from training_lens.config.coming_from import NOTHING, Flat, find_counterpart
+from training_lens.config.coming_from import UNSET, ForeignKey, find_counterpart
 from training_lens.config.origins import find_origins
 from training_lens.utils.formatting import nearest
 
@@ -60,16 +60,16 @@ def describe_unknown(key: str, known: Sequence[str], value: Any = None) -> str:
     close = nearest_key(key, known)
     if close is None:
         return f"{key}: unknown key; no key is near it (training-lens validate shows all)"
-    converted = _convert(counterpart, value) if counterpart and counterpart.key == close else value
+    converted = _convert_value(counterpart, value) if counterpart and counterpart.key == close else value
     shown = (
         close
-        if converted in (value, NOTHING)
+        if converted in (value, UNSET)
         else f"{close}={converted if isinstance(converted, str) else json.dumps(converted)}"
     )
     return f"{key}: unknown key; did you mean '{shown}'?"
 
 
-def _convert(counterpart: Flat, value: Any) -> Any:
+def _convert_value(counterpart: ForeignKey, value: Any) -> Any:
     try:
         return counterpart.convert(value)
     except ValueError:

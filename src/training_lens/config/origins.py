@@ -166,7 +166,7 @@ ORIGINS = {
 
 
 @dataclass(frozen=True)
-class SetAside:
+class ForeignKeys:
     """A file's values without the foreign keys that were set aside, their names, and a line for each that cannot be."""
 
     rest: dict[str, Any]
@@ -174,9 +174,9 @@ class SetAside:
     problems: list[str]
 
 
-def set_aside(
+def remove_foreign_keys(
     values: Mapping[str, Any], origin: str | None, sections: Collection[str], decided: Mapping[str, Any]
-) -> SetAside:
+) -> ForeignKeys:
     """Take out the top-level keys of another trainer that change no result here; without an origin, none.
 
     Args:
@@ -187,10 +187,10 @@ def set_aside(
     ignored: list[str] = []
     problems: list[str] = []
     if origin is None:
-        return SetAside(rest, ignored, problems)
+        return ForeignKeys(rest, ignored, problems)
     trainer = ORIGINS[origin]
     for name in [name for name in values if name not in sections]:
-        problem = _refuse(name, values[name], trainer, decided)
+        problem = _describe_refusal(name, values[name], trainer, decided)
         if problem is None:
             ignored.append(name)
         elif problem:
@@ -198,10 +198,10 @@ def set_aside(
         else:
             continue  # not one of its keys: the schema will say so
         del rest[name]
-    return SetAside(rest, ignored, problems)
+    return ForeignKeys(rest, ignored, problems)
 
 
-def _refuse(name: str, value: Any, trainer: Origin, decided: Mapping[str, Any]) -> str | None:
+def _describe_refusal(name: str, value: Any, trainer: Origin, decided: Mapping[str, Any]) -> str | None:
     """None where the key may be set aside, else why not; empty where it is none of the trainer's keys."""
     if name in trainer.harmless:
         return None

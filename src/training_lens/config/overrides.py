@@ -105,11 +105,11 @@ def describe_no_override(word: str, value: str = "") -> str:
     key = name if name in (known := known_keys(TrainingConfig)) else nearest_key(name, known)
     path = Path(word)
     hint = ", for example training.lr=1e-3"
-    if word.endswith(DATA_ENDINGS) and _exists(path):
+    if word.endswith(DATA_ENDINGS) and _is_path(path):
         hint = f"; for rows to train on: data.train={word}"
-    elif word.endswith(CONFIG_ENDINGS) and _exists(path):
+    elif word.endswith(CONFIG_ENDINGS) and _is_path(path):
         hint = f"; for a config file: --config {word}"
-    elif _exists(path / "config.json"):
+    elif _is_path(path / "config.json"):
         hint = f"; for a model: model.id={word}"
     elif key and is_key(name):
         given = given or value or ("..." if "=" not in word else "")
@@ -117,7 +117,7 @@ def describe_no_override(word: str, value: str = "") -> str:
     return f"'{typed}' {NO_OVERRIDE}{hint}"
 
 
-def _exists(path: Path) -> bool:
+def _is_path(path: Path) -> bool:
     """Whether a file or folder has this name; a name that no file can have is that of none."""
     try:
         return path.exists()
@@ -132,12 +132,12 @@ def read_value(override: Override) -> Any:
         ConfigurationError: a sweep, or several values where one is expected.
     """
     kind, raw = key_type(override.key), override.raw
-    if kind.is_path and _exists(expand_home(raw)):
+    if kind.is_path and _is_path(expand_home(raw)):
         return raw
     if kind.nullable and raw.strip().lower() == "null":
         return None
     if kind.form == "text":
-        return _unquote(raw)
+        return _strip_quotes(raw)
     if kind.form == "texts":
         return _read_texts(override, kind)
     return _read_other(override)
@@ -149,21 +149,21 @@ def _read_texts(override: Override, kind: KeyType) -> Any:
     if elements is not None:
         return [_read_element(element) for element in elements]
     pieces = split_list(f"[{override.raw}]") or []
-    are_files = all(_exists(expand_home(piece)) for piece in pieces)
+    are_files = all(_is_path(expand_home(piece)) for piece in pieces)
     if len(pieces) > 1 and (are_files or not kind.is_path) and not _is_quoted(override.raw):
         raise ConfigurationError(
             f"'{override.word}': sweeps and deletions have no place here; give one value, lists as "
             f"{override.key}=[{','.join(pieces)}]"
         )
-    return _unquote(override.raw)
+    return _strip_quotes(override.raw)
 
 
 def _read_element(text: str) -> Any:
     """An element of a list of texts: a text, or a row such as {question: a, answer: b}."""
-    if text.startswith("{") and text.endswith("}") and not _exists(Path(text)):
+    if text.startswith("{") and text.endswith("}") and not _is_path(Path(text)):
         value = _parse_hydra(text)
         return value if isinstance(value, dict) else text
-    return _unquote(text)
+    return _strip_quotes(text)
 
 
 def _read_other(override: Override) -> Any:
@@ -211,7 +211,7 @@ def _is_quoted(text: str) -> bool:
     return len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
 
 
-def _unquote(text: str) -> str:
+def _strip_quotes(text: str) -> str:
     """Text without the quotes around the whole of it, by Hydra's rules; any other text as it is."""
     if not _is_quoted(text):
         return text
@@ -232,7 +232,7 @@ def split_list(text: str) -> list[str] | None:
     if not (text.startswith("[") and text.endswith("]")):
         return None
     elements, depth, start = [], 0, 1
-    for index, character in _unquoted(text):
+    for index, character in _unquoted_characters(text):
         depth += (character in "[{") - (character in "]}")
         if depth == 0 and index < len(text) - 1:
             return None  # the first bracket is closed before the end
@@ -242,7 +242,7 @@ def split_list(text: str) -> list[str] | None:
     return None if depth else [] if elements == [""] else elements
 
 
-def _unquoted(text: str) -> Iterator[tuple[int, str]]:
+def _unquoted_characters(text: str) -> Iterator[tuple[int, str]]:
     """The characters that stand in no quotes, with their places; quotes open at the start of an element alone."""
     quote, at_start = "", True
     for index, character in enumerate(text):
@@ -263,13 +263,13 @@ def key_type(key: str) -> KeyType:
     field = _find_field(TrainingConfig, key.split("."))
     if field is None:
         return KeyType("other", False, False)
-    members = tuple(_members(field.annotation))
+    members = tuple(_union_members(field.annotation))
     present = [member for member in members if member is not type(None)]
     form: Literal["text", "texts", "other"] = "other"
     if all(_takes_text(member) for member in present):
         form = "text"
     elif all(_takes_text(member) or get_origin(member) is list for member in present) and any(
-        get_origin(member) is list and all(map(_takes_text, _members(get_args(member)[0]))) for member in present
+        get_origin(member) is list and all(map(_takes_text, _union_members(get_args(member)[0]))) for member in present
     ):
         form = "texts"
     return KeyType(form, len(present) < len(members), _has_marker((field.annotation, field.metadata)))
@@ -284,14 +284,14 @@ def _find_field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None
     return _find_field(inner, path[1:]) if is_section else None  # type: ignore[arg-type]
 
 
-def _members(annotation: Any) -> Iterator[Any]:
+def _union_members(annotation: Any) -> Iterator[Any]:
     """The types that a union joins, without what is annotated to them."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        yield from _members(get_args(annotation)[0])
+        yield from _union_members(get_args(annotation)[0])
     elif origin in (Union, types.UnionType):
         for member in get_args(annotation):
-            yield from _members(member)
+            yield from _union_members(member)
     else:
         yield annotation
 
@@ -309,7 +309,7 @@ def _has_marker(annotation: Any) -> bool:
     return any(_has_marker(part) for part in inner)
 
 
-def read_all(overrides: Sequence[Override], report: Callable[[str], None]) -> tuple[dict[str, Any], list[str]]:
+def read_values(overrides: Sequence[Override], report: Callable[[str], None]) -> tuple[dict[str, Any], list[str]]:
     """The values of overrides by dotted key, the last of each key; and a line for each that cannot be read.
 
     Args:

@@ -24,7 +24,9 @@ def find_problems(model: type[BaseModel], values: Any, error: ValidationError) -
     problems = list_problems(error, known_keys(model))
     if isinstance(values, Mapping):
         try:
-            model.__pydantic_validator__.validate_python(_without(values, [item["loc"] for item in error.errors()]))
+            model.__pydantic_validator__.validate_python(
+                _drop_locations(values, [item["loc"] for item in error.errors()])
+            )
         except ValidationError as further:
             problems += [line for line in list_problems(further, known_keys(model)) if line not in problems]
     return problems
@@ -43,27 +45,27 @@ def list_problems(error: ValidationError, known: Sequence[str], prefix: str = ""
         key = ".".join(part for part in path if part)
         message, kind = item["msg"].removeprefix("Value error, "), item["type"]
         if kind in ("extra_forbidden", "no_such_attribute"):
-            lines |= {describe_unknown(name, known, value): None for name, value in _leaves(key, item["input"])}
+            lines |= {describe_unknown(name, known, value): None for name, value in _list_leaves(key, item["input"])}
         elif kind == "value_error" and key not in known:  # a check across keys: it names them itself
             lines |= dict.fromkeys(message.split("\n"))
         elif kind == "value_error":
             lines[f"{key}: {message}"] = None
         elif kind == "model_type" and not key:
-            lines[f"given {_show(item)}, expected sections and keys"] = None
+            lines[f"given {_show_value(item)}, expected sections and keys"] = None
         elif kind == "model_type":
             under = [name for name in known if name.startswith(f"{key}.")]
-            lines[f"{key}: given {_show(item)}, but it is a section with the keys {', '.join(under)}"] = None
+            lines[f"{key}: given {_show_value(item)}, but it is a section with the keys {', '.join(under)}"] = None
         else:
-            lines[f"{key}: given {_show(item)}. {message}"] = None
+            lines[f"{key}: given {_show_value(item)}. {message}"] = None
     return list(lines)
 
 
-def _leaves(key: str, value: Any) -> Iterable[tuple[str, Any]]:
+def _list_leaves(key: str, value: Any) -> Iterable[tuple[str, Any]]:
     """The keys in a section that is unknown as a whole, which may each have another name here; or the key itself."""
     return flat({key: value}).items() if isinstance(value, Mapping) and value else ((key, value),)
 
 
-def _show(item: Mapping[str, Any]) -> str:
+def _show_value(item: Mapping[str, Any]) -> str:
     """What was given: it may be a secret that stands at a wrong key, or all the rows of a data set."""
     text = redacted(repr(item["input"]))
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
@@ -74,7 +76,7 @@ def _is_union_label(part: int | str) -> bool:
     return isinstance(part, str) and (part in UNION_LABELS or any(mark in part for mark in "[('"))
 
 
-def _without(values: Mapping[str, Any], locations: Sequence[Location]) -> dict[str, Any]:
+def _drop_locations(values: Mapping[str, Any], locations: Sequence[Location]) -> dict[str, Any]:
     """`values` without the keys that the locations name; a broken list or union goes as a whole."""
     kept = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     for location in locations:

@@ -108,7 +108,7 @@ def require_consent(folder: Path, config: TrainingConfig, given: Settings, *keys
     if asked.get(BASE) and output_folder(folder.resolve()) == Path(asked[BASE]).resolve():  # where it is itself
         del asked[BASE]
     known = remembered(folder) if code or asked else frozenset()
-    others = [key for key in code if not known or not _code(folder, config, key) <= known]
+    others = [key for key in code if not known or not _code_entries(folder, config, key) <= known]
     problems = [_describe_code(folder, config, key, bool(known)) for key in others]
     if elsewhere := {key: value for key, value in asked.items() if _consent_entry(key, value) not in known}:
         problems.append(_describe_places(folder, elsewhere))
@@ -118,7 +118,7 @@ def require_consent(folder: Path, config: TrainingConfig, given: Settings, *keys
 
 def remember_consent(folder: Path, config: TrainingConfig) -> None:
     """Keep that the user allows the code and the destinations of this config, with which they train, for `folder`."""
-    code = [_code(folder, config, key) for key in CODE_KEYS if _names_code(config, key)]
+    code = [_code_entries(folder, config, key) for key in CODE_KEYS if _names_code(config, key)]
     places = {_consent_entry(key, value) for key, value in _changed_settings(config, DESTINATIONS).items()}
     if code or places:
         remember(folder, places.union(*code))
@@ -157,7 +157,7 @@ def _changed_settings(config: TrainingConfig, keys: Collection[str]) -> dict[str
     below = tuple(f"{key}." for key in keys)
     return {
         key: value
-        for key, value in flat(config.given()).items()
+        for key, value in flat(config.explicit_values()).items()
         if f"{key}.".startswith(below) and value != defaults.get(key)
     }
 
@@ -197,7 +197,7 @@ def _names_code(config: TrainingConfig, key: CodeKey) -> bool:
     return bool(_setting_value(config, key))
 
 
-def _code(folder: Path, config: TrainingConfig, key: CodeKey) -> set[str]:
+def _code_entries(folder: Path, config: TrainingConfig, key: CodeKey) -> set[str]:
     """What would be run, as `utils.consent` keeps it; a model that is not here yet has code that nobody can know."""
     return {f"{key}: {part}" for part in _code_identities(folder, config, key)}
 

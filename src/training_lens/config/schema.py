@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from training_lens import embedded
-from training_lens.config.coming_from import translate
+from training_lens.config.coming_from import translate_names
 from training_lens.config.data_sections import DataSection, PrepareSection
 from training_lens.config.evaluation_sections import BenchmarkSection, EvaluationSection, InferenceSection
 from training_lens.config.lens_section import LensSection
@@ -218,7 +218,7 @@ class TrainingConfig(Section):
 
     def __init__(self, /, **values: Any) -> None:
         nested, problems = nest(values)
-        foreign = translate(nested)  # other trainers' names, as in a file
+        foreign = translate_names(nested)  # other trainers' names, as in a file
         if foreign.lines:
             logger.info("TrainingConfig: %s", ", ".join(foreign.lines))
         ours, twice = nest({**foreign.rest, **foreign.settings})
@@ -241,7 +241,7 @@ class TrainingConfig(Section):
 
     def find_conflicts(self) -> list[str]:
         """What can be told from the config alone; the run's length is checked when the rows are counted."""
-        return _cross_checks(self)
+        return _find_conflicts(self)
 
     @property
     def prepared_folder(self) -> Path:
@@ -259,34 +259,34 @@ class TrainingConfig(Section):
         )
         return tuple(key for key, on in zip(DESTINATIONS, is_on, strict=True) if on)
 
-    def resolved(self, **sections: dict[str, Any]) -> TrainingConfig:
+    def replace_keys(self, **sections: dict[str, Any]) -> TrainingConfig:
         """A copy with some keys of some sections replaced: `config.resolved(training={"lr": 1e-3})`.
 
         What was never set stays unset, so that later steps can tell a choice from a default.
         """
-        values = self.given()
+        values = self.explicit_values()
         for name, keys in sections.items():
             values[name] |= keys
         return TrainingConfig.model_validate(values)
 
-    def given(self) -> dict[str, Any]:
+    def explicit_values(self) -> dict[str, Any]:
         """What was set, by section, without what is at its default unasked."""
-        return _given(self)
+        return _explicit_values(self)
 
 
-def _given(section: BaseModel) -> dict[str, Any]:
+def _explicit_values(section: BaseModel) -> dict[str, Any]:
     """What was set of a section, and of the sections in it."""
     values: dict[str, Any] = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, Section):
-            values[name] = _given(value)
+            values[name] = _explicit_values(value)
         elif name in section.model_fields_set:
             values[name] = value
     return values
 
 
-def _cross_checks(config: TrainingConfig) -> list[str]:
+def _find_conflicts(config: TrainingConfig) -> list[str]:
     """A line for each problem."""
     training, problems = config.training, []
     if training.early_stopping_patience and not config.data.validation_sources and not config.data.val_ratio:

@@ -22,14 +22,14 @@ RANGE = ("low", "high", "log", "step")
 
 
 @dataclass(frozen=True)
-class Choices:
+class ChoiceDimension:
     """Some values of a key, as the schema reads them."""
 
     values: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class Range:
+class RangeDimension:
     """The numbers from `low` to `high`, both included: all of them, or with `step` (1 for whole numbers) a grid.
 
     `log` tries each order of magnitude as often.
@@ -42,30 +42,30 @@ class Range:
     whole: bool = False
 
     @property
-    def size(self) -> int | None:
+    def value_count(self) -> int | None:
         """How many values there are; None for a continuum."""
         step = self.step or (1 if self.whole else None)
         return None if step is None else round((self.high - self.low) / step) + 1
 
-    def value(self, number: float) -> float:
+    def round_number(self, number: float) -> float:
         """`number` as it is tried: whole where the key is, else with 10 significant digits, and within the range."""
         return round(number) if self.whole else min(max(float(f"{number:.10g}"), self.low), self.high)
 
 
-Dimension = Choices | Range
+Dimension = ChoiceDimension | RangeDimension
 
 
-def dotted(space: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_keys(space: Mapping[str, Any]) -> dict[str, Any]:
     """A search space with its keys in full.
 
     Example:
-        >>> dotted({"peft": {"r": [4, 8]}, "training.lr": {"low": 1e-4, "high": 1e-2}})
+        >>> flatten_keys({"peft": {"r": [4, 8]}, "training.lr": {"low": 1e-4, "high": 1e-2}})
         {'peft.r': [4, 8], 'training.lr': {'low': 0.0001, 'high': 0.01}}
     """
     full: dict[str, Any] = {}
     for key, value in space.items():
         if isinstance(value, Mapping) and value and not set(value) & set(RANGE):
-            full |= {f"{key}.{inner}": spec for inner, spec in dotted(value).items()}
+            full |= {f"{key}.{inner}": spec for inner, spec in flatten_keys(value).items()}
         else:
             full[key] = value
     return full
@@ -79,10 +79,10 @@ def parse_space(config: TrainingConfig) -> dict[str, Dimension]:
     """
     dimensions: dict[str, Dimension] = {}
     problems: list[str] = []
-    for key, given in dotted(config.sweep.space).items():
+    for key, given in flatten_keys(config.sweep.space).items():
         try:
             _require_searched(config, key)
-            dimensions[key] = _dimension(config, key, given)
+            dimensions[key] = _parse_dimension(config, key, given)
         except ConfigurationError as error:
             problems += [f"sweep.space.{key}: {problem}" for problem in error.problems]
     if problems:
@@ -105,32 +105,32 @@ def _require_searched(config: TrainingConfig, key: str) -> None:
         raise ConfigurationError("the seed also draws the validation rows of data.val_ratio; give data.validation")
 
 
-def _dimension(config: TrainingConfig, key: str, given: Any) -> Dimension:
+def _parse_dimension(config: TrainingConfig, key: str, given: Any) -> Dimension:
     if isinstance(given, list) and given:
-        return _choices(config, key, given)
+        return _parse_choices(config, key, given)
     if isinstance(given, Mapping) and given:
-        return _range(config, key, given)
+        return _parse_range(config, key, given)
     raise ConfigurationError(f"given {given!r}; give choices such as [4, 8], or a range such as {{low: 4, high: 64}}")
 
 
-def _choices(config: TrainingConfig, key: str, given: list[Any]) -> Choices:
+def _parse_choices(config: TrainingConfig, key: str, given: list[Any]) -> ChoiceDimension:
     if len(given) > CHOICES:
         raise ConfigurationError(f"{len(given):,} values, at most {CHOICES:,} can be tried; give a range")
     values: list[Any] = []
     problems: list[str] = []
     for item in given:
         try:
-            values.append(_accepted(config, key, item))
+            values.append(_validate_value(config, key, item))
         except ConfigurationError as error:
             problems += error.problems
     problems += [f"{value!r} is given twice" for i, value in enumerate(values) if value in values[:i]]
     if problems:
         raise ConfigurationError(problems)
-    return Choices(tuple(values))
+    return ChoiceDimension(tuple(values))
 
 
-def _accepted(config: TrainingConfig, key: str, value: Any) -> Any:
-    """`value` as the key's own section takes it."""
+def _validate_value(config: TrainingConfig, key: str, value: Any) -> Any:
+    """`round_number` as the key's own section takes it."""
     section_name, name = key.split(".")
     section = getattr(config, section_name).model_copy()
     try:
@@ -140,19 +140,19 @@ def _accepted(config: TrainingConfig, key: str, value: Any) -> Any:
     return getattr(section, name)
 
 
-def _range(config: TrainingConfig, key: str, given: Mapping[str, Any]) -> Range:
-    whole = _whole(config, key)
+def _parse_range(config: TrainingConfig, key: str, given: Mapping[str, Any]) -> RangeDimension:
+    whole = _is_whole(config, key)
     _require_numbers(given, whole)
     for end in ("low", "high"):
-        _accepted(config, key, given[end])
-    found = Range(given["low"], given["high"], given.get("log", False), given.get("step"), whole)
-    problem = _wrong(found)
+        _validate_value(config, key, given[end])
+    found = RangeDimension(given["low"], given["high"], given.get("log", False), given.get("step"), whole)
+    problem = _describe_problem(found)
     if problem:
         raise ConfigurationError(problem)
     return found
 
 
-def _whole(config: TrainingConfig, key: str) -> bool:
+def _is_whole(config: TrainingConfig, key: str) -> bool:
     """Whether the key takes whole numbers alone; a key that takes no numbers has no range."""
     section_name, name = key.split(".")
     annotation = type(getattr(config, section_name)).model_fields[name].annotation
@@ -169,7 +169,7 @@ def _require_numbers(given: Mapping[str, Any], whole: bool) -> None:
     for name in given:
         if name not in RANGE:
             close = nearest(str(name), RANGE)
-            problems.append(f"'{name}' is no part of a range, it has {', '.join(RANGE)}" + _hint(close))
+            problems.append(f"'{name}' is no part of a range, it has {', '.join(RANGE)}" + _suggest_name(close))
     problems += [f"a range needs {end}" for end in ("low", "high") if end not in given]
     for name in ("low", "high", "step"):
         if given.get(name) is not None and not _is_number(given[name], whole):
@@ -186,11 +186,11 @@ def _is_number(value: Any, whole: bool) -> bool:
     return abs(value) <= sys.float_info.max  # false of NaN; of whole numbers, 10**400 is no float
 
 
-def _hint(close: str | None) -> str:
+def _suggest_name(close: str | None) -> str:
     return f"; did you mean '{close}'?" if close else ""
 
 
-def _wrong(found: Range) -> str | None:
+def _describe_problem(found: RangeDimension) -> str | None:
     """What is wrong with the numbers of a range, if anything."""
     if found.low >= found.high:
         return f"low {found.low:g} is not below high {found.high:g}"

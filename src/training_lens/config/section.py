@@ -98,7 +98,7 @@ class Section(BaseModel):
         return value
 
     def __init__(self, /, **values: Any) -> None:
-        with _problems_as_ours(type(self), values):
+        with _convert_errors(type(self), values):
             super().__init__(**values)
 
     # Says that this does what pydantic's own does: a section in a section is then validated together with it.
@@ -106,7 +106,7 @@ class Section(BaseModel):
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
-        with _problems_as_ours(cls, obj):
+        with _convert_errors(cls, obj):
             return super().model_validate(obj, **options)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -150,7 +150,7 @@ class Section(BaseModel):
 
 
 @contextmanager
-def _problems_as_ours(model: type[Section], values: Any) -> Iterator[None]:
+def _convert_errors(model: type[Section], values: Any) -> Iterator[None]:
     """Within the block, what pydantic finds wrong with `values` is one ConfigurationError."""
     try:
         yield

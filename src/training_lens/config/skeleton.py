@@ -21,26 +21,30 @@ HEAD = """\
 """
 
 
-def skeleton(values: Mapping[str, Any], file: str = "config.yaml") -> str:
+def render_skeleton(values: Mapping[str, Any], file: str = "config.yaml") -> str:
     """A YAML config: `values` (by dotted key) and the keys of `LIVE` are set, all others commented out."""
-    return HEAD.format(file=file) + "".join(_lines(TrainingConfig, values, ""))
+    return HEAD.format(file=file) + "".join(_render_section(TrainingConfig, values, ""))
 
 
-def _lines(section: type[BaseModel], values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+def _render_section(section: type[BaseModel], values: Mapping[str, Any], prefix: str) -> Iterator[str]:
     indent = "  " * prefix.count(".")
     for name, field in section.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield f"\n{_comment(inner.__doc__ or '', indent)}{indent}{name}:\n"
-            yield from _lines(inner, values, f"{prefix}{name}.")
+            yield f"\n{_render_comment(inner.__doc__ or '', indent)}{indent}{name}:\n"
+            yield from _render_section(inner, values, f"{prefix}{name}.")
         else:
-            yield _comment(field.description or "", indent) + indent + _setting(f"{prefix}{name}", name, field, values)
+            yield (
+                _render_comment(field.description or "", indent)
+                + indent
+                + _render_setting(f"{prefix}{name}", name, field, values)
+            )
 
 
-def _comment(text: str, indent: str) -> str:
+def _render_comment(text: str, indent: str) -> str:
     return "".join(f"{indent}# {line}\n" for line in textwrap.wrap(text, WIDTH - len(indent), break_on_hyphens=False))
 
 
-def _setting(key: str, name: str, field: FieldInfo, values: Mapping[str, Any]) -> str:
+def _render_setting(key: str, name: str, field: FieldInfo, values: Mapping[str, Any]) -> str:
     value = json.dumps(values.get(key, field.default), ensure_ascii=False)  # JSON is YAML
     return f"{'' if key in values or key in LIVE else '#'}{name}: {value}\n"

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 from training_lens.config.section import Place, Section
 
 
-def _repo_name(value: str) -> str:
+def _check_repo_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", value, re.ASCII):
         raise ValueError(
             f"{value!r} is no repository of the hub; give owner/name, of letters, digits, '-', '_' and '.'"
@@ -18,7 +18,7 @@ def _repo_name(value: str) -> str:
     return value
 
 
-RepoName = Annotated[str, AfterValidator(_repo_name)]
+RepoName = Annotated[str, AfterValidator(_check_repo_name)]
 
 
 class WandBSection(Section):
@@ -89,7 +89,7 @@ class TrackingSection(Section):
     )
 
     @property
-    def shows(self) -> bool:
+    def has_display(self) -> bool:
         """Whether any tracker is on that shows samples and histograms."""
         return bool(
             self.tensorboard

@@ -51,7 +51,7 @@ def check_references(values: Any) -> None:
     Raises:
         TooMuchError: one does not.
     """
-    leaves = dict(_texts(values, ""))
+    leaves = dict(_list_texts(values, ""))
     lengths: dict[str, int] = {}
 
     def length(key: str, above: frozenset[str]) -> int:
@@ -68,10 +68,10 @@ def check_references(values: Any) -> None:
         raise TooMuchError(f"has over {CONFIG_BYTES:,} characters once its references are followed")
 
 
-def _texts(value: Any, key: str) -> Any:
+def _list_texts(value: Any, key: str) -> Any:
     """Every text with a reference or without, by dotted key."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
-        yield from _texts(item, f"{key}.{name}" if key else str(name))
+        yield from _list_texts(item, f"{key}.{name}" if key else str(name))
     if isinstance(value, str):
         yield key, value

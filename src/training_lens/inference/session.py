@@ -146,7 +146,7 @@ def open_session(config: TrainingConfig) -> Session:
     run = find_adapter_run(name, config.output.base_output_dir, config.output.named_experiment)
     if not Path(name).is_dir():
         logger.info("run %s of experiment %s", run.run_id, run.experiment)
-    return open_run(run, None if config.model.device == "auto" else config.model.device, given=config.given())
+    return open_run(run, None if config.model.device == "auto" else config.model.device, given=config.explicit_values())
 
 
 def open_run(
@@ -171,17 +171,17 @@ def open_run(
     """
     config = open_run_config(run, given or {}, "model.trust_remote_code")
     accepted = bool(((given or {}).get("model") or {}).get("accept_changed_base"))
-    config = config.resolved(model={"accept_changed_base": accepted})
+    config = config.replace_keys(model={"accept_changed_base": accepted})
     run.require_adapter()
     place = get_device(device or config.model.device)
     trained = config.training.precision
     # fp16 exists on CUDA alone: elsewhere such a run answers in the device's own precision.
     elsewhere = device is not None or (trained == "fp16" and place.type != "cuda")
     if precision:
-        config = config.resolved(model={"dtype": precision})
+        config = config.replace_keys(model={"dtype": precision})
     precision = precision or resolve_precision("auto" if elsewhere else trained, place)
     tokenizer = load_tokenizer(config.model, str(run.tokenizer))
-    config = config.resolved(data={"date": resolve_date(config.data, tokenizer)})
+    config = config.replace_keys(data={"date": resolve_date(config.data, tokenizer)})
     is_here = local_folder(config.model) is not None
     if is_here:
         check_base(run.base_record, config.model)
@@ -212,11 +212,11 @@ def _open_own(config: TrainingConfig, adapter: Path | None) -> Session:
     """The config's own model, alone or under a bare adapter folder (whose tokenizer is taken where it has one)."""
     place = get_device(config.model.device)
     precision = resolve_precision(config.training.precision, place)
-    config = config.resolved(model={"seq_len": resolve_seq_len(config.model, read_facts(config.model))})
+    config = config.replace_keys(model={"seq_len": resolve_seq_len(config.model, read_facts(config.model))})
     saved = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
     tokenizer = load_tokenizer(config.model, str(saved) if saved else None)
     adopt_template_file(config.data.template, tokenizer)
-    config = config.resolved(data={"date": resolve_date(config.data, tokenizer)})
+    config = config.replace_keys(data={"date": resolve_date(config.data, tokenizer)})
     rows, named = read_facts(config.model).vocabulary, str(saved or config.model.id)
     check_vocabulary(tokenizer, rows, named, config.model.resize_embeddings)
     if adapter:

@@ -75,7 +75,7 @@ def send_evaluations(run: RunFolder) -> tuple[IntegrationState, ...]:
     record = RunRecord(run)
     if record.status == "running":
         return ()
-    ours = record.config.resolved(tracking={"custom": {}})
+    ours = record.config.replace_keys(tracking={"custom": {}})
     asked = [asked for asked in asked_for(ours) if issubclass(asked.integration, Tracker)]
     try:
         require_consent(run.root, ours, {}, *DESTINATIONS)

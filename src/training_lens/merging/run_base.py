@@ -56,7 +56,7 @@ def open_exact(config: TrainingConfig, run: RunFolder | None, same_base: bool) -
     if run is None:
         return _open_bare(config, adapter_of(config, run)[0], same_base)
     device = config.model.device
-    session = open_run(run, None if device == "auto" else device, "fp32", config.given())
+    session = open_run(run, None if device == "auto" else device, "fp32", config.explicit_values())
     return session, check_base(run.base_record, session.config.model)
 
 
@@ -68,7 +68,7 @@ def _open_bare(config: TrainingConfig, folder: Path, same_base: bool) -> tuple[S
     if not known and not same_base:
         _check_name(folder, settings.get("base_model_name_or_path"), config.model)
     seq_len = resolve_seq_len(config.model, read_facts(config.model))
-    exact = config.resolved(model={"dtype": "fp32", "seq_len": seq_len}, training={"precision": "fp32"})
+    exact = config.replace_keys(model={"dtype": "fp32", "seq_len": seq_len}, training={"precision": "fp32"})
     return open_session(exact), known
 
 

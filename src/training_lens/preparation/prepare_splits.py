@@ -141,11 +141,11 @@ def settle_splits(config: TrainingConfig) -> TrainingConfig:
         return config
     if data.validation is not None:
         logger.info("data.validation stays as it is: data.train becomes one split, and is not compared with it")
-        return config.resolved(prepare={"splits": {"train": 1.0}})
+        return config.replace_keys(prepare={"splits": {"train": 1.0}})
     if data.val_ratio:
         held_out = data.val_ratio
         logger.info("data.val_ratio: %g of the rows become the validation split", held_out)
-        return config.resolved(prepare={"splits": {"train": 1 - held_out, "validation": held_out}})
+        return config.replace_keys(prepare={"splits": {"train": 1 - held_out, "validation": held_out}})
     return config
 
 

@@ -49,7 +49,7 @@ def write_results(
 
 def best_yaml(found: Leaderboard, chosen: Recommendation, config: TrainingConfig) -> str:
     """The base config as it was given, with the recommended trial's values, for `compose` to read back as it is."""
-    values, row = config.given(), chosen.row
+    values, row = config.explicit_values(), chosen.row
     del values["sweep"]
     values["output"].pop("run_id", None)
     for key, value in () if row.is_default else row.params.items():

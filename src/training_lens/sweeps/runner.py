@@ -208,9 +208,9 @@ class Sweep:
 
 def _of_a_trial(config: TrainingConfig) -> TrainingConfig:
     """A trial's captures are kept, but no page is written of each, unless that was asked for; none is pushed."""
-    config = config.resolved(tracking={"hub": {"repo": None}}) if config.tracking.hub.repo else config
+    config = config.replace_keys(tracking={"hub": {"repo": None}}) if config.tracking.hub.repo else config
     asked = "report" in config.lens.model_fields_set
-    return config if asked else config.resolved(lens={"report": False})
+    return config if asked else config.replace_keys(lens={"report": False})
 
 
 class Pruning(Callback):

@@ -17,7 +17,7 @@ from optuna.distributions import (
 )
 
 from training_lens.config.schema import TrainingConfig
-from training_lens.config.search_space import Choices, Dimension, Range, parse_space
+from training_lens.config.search_space import ChoiceDimension, Dimension, RangeDimension, parse_space
 from training_lens.errors import ConfigurationError
 
 Params = dict[str, Any]
@@ -100,8 +100,8 @@ class Space:
 
     def point(self, drawn: Mapping[str, Any]) -> Params:
         """What a sampler drew, as it is tried and stored."""
-        ranges = {key: found for key, found in self.dimensions.items() if isinstance(found, Range)}
-        return {key: ranges[key].value(value) if key in ranges else value for key, value in drawn.items()}
+        ranges = {key: found for key, found in self.dimensions.items() if isinstance(found, RangeDimension)}
+        return {key: ranges[key].round_number(value) if key in ranges else value for key, value in drawn.items()}
 
     def locate(self, values: Mapping[str, Any]) -> Params | None:
         """Values of the config, by dotted key, as a point; None where one of them is not in the space."""
@@ -123,27 +123,27 @@ class Space:
         for key, value in self.settings(params).items():
             section, name = key.split(".")
             sections.setdefault(section, {})[name] = value
-        return base.resolved(**sections)
+        return base.replace_keys(**sections)
 
 
 def _size(found: Dimension) -> int | None:
-    return len(found.values) if isinstance(found, Choices) else found.size
+    return len(found.values) if isinstance(found, ChoiceDimension) else found.value_count
 
 
 def _values(found: Dimension) -> Iterator[Any]:
     """All values in their order; of a continuum the lowest alone."""
-    if isinstance(found, Choices):
+    if isinstance(found, ChoiceDimension):
         yield from map(_stored, found.values)
     else:
         step = found.step or 1
-        yield from (found.value(found.low + i * step) for i in range(found.size or 1))
+        yield from (found.round_number(found.low + i * step) for i in range(found.value_count or 1))
 
 
 def _contains(found: Dimension, value: Any) -> bool:
-    if isinstance(found, Choices):
+    if isinstance(found, ChoiceDimension):
         return value in found.values
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and found.low <= value <= found.high and found.value(value) == value
+    return is_number and found.low <= value <= found.high and found.round_number(value) == value
 
 
 def _stored(value: Any) -> Any:
@@ -152,13 +152,13 @@ def _stored(value: Any) -> Any:
 
 
 def _setting(found: Dimension, stored: Any) -> Any:
-    if isinstance(found, Range):
+    if isinstance(found, RangeDimension):
         return stored
     return next(value for value in found.values if _stored(value) == stored)
 
 
 def _distribution(found: Dimension) -> BaseDistribution:
-    if isinstance(found, Choices):
+    if isinstance(found, ChoiceDimension):
         return CategoricalDistribution([_stored(value) for value in found.values])
     if found.whole:
         return IntDistribution(round(found.low), round(found.high), log=found.log, step=round(found.step or 1))

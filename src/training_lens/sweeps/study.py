@@ -19,7 +19,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from training_lens.config.schema import SweepSection, TrainingConfig
-from training_lens.config.search_space import dotted
+from training_lens.config.search_space import flatten_keys
 from training_lens.errors import ConfigurationError, TrainingError
 from training_lens.sweeps.proposals import propose
 from training_lens.sweeps.pruning import pruner_of
@@ -344,4 +344,4 @@ def _comparable(config: TrainingConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json", include={"model", "data", "peft", "training"})
     by_key = {f"{section}.{name}": value for section, keys in values.items() for name, value in keys.items()}
     kept = {key: value for key, value in by_key.items() if key not in FREE_KEYS}
-    return {**kept, "sweep.space": dotted(config.sweep.space), "sweep.metric": config.sweep.metric}
+    return {**kept, "sweep.space": flatten_keys(config.sweep.space), "sweep.metric": config.sweep.metric}

@@ -121,7 +121,7 @@ def _thin(plan: RunPlan, layers: int) -> Measured:
 
     What fails in it, but for memory, says nothing of the run: its configuration was cut, and its weights are random.
     """
-    config = plan.config.resolved(peft={"from_adapter": None})
+    config = plan.config.replace_keys(peft={"from_adapter": None})
     try:
         model = load_thinned(config.model, layers, plan.processes.device, plan.precision)
         return _measure(plan, _still(replace(plan, config=config), model))
@@ -133,7 +133,7 @@ def _thin(plan: RunPlan, layers: int) -> Measured:
 
 def _still(plan: RunPlan, model: Any) -> Trainer:
     """The plan's loop, learning next to nothing: each step is as good as the first, and fails only if that would."""
-    still = replace(plan, config=plan.config.resolved(training={"lr": STILL_LR}))
+    still = replace(plan, config=plan.config.replace_keys(training={"lr": STILL_LR}))
     return build_trainer(still, model, CheckpointManager(Path("unused"), ""))
 
 

@@ -179,7 +179,7 @@ def read_tokenizer(config: TrainingConfig) -> tuple[ModelFacts, Any]:
 def resolve_texts(config: TrainingConfig, facts: ModelFacts, tokenizer: Any) -> TrainingConfig:
     """The config with what decides the tokens settled: the template, its date, and the longest example."""
     data = {"template": choose_template(config.data.template, tokenizer), "date": resolve_date(config.data, tokenizer)}
-    return config.resolved(model={"seq_len": resolve_seq_len(config.model, facts)}, data=data)
+    return config.replace_keys(model={"seq_len": resolve_seq_len(config.model, facts)}, data=data)
 
 
 def preparation_of(config: TrainingConfig, tokenizer: Any) -> Preparation:
@@ -207,7 +207,7 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
         )
     if config.training.lr is None:
         logger.info("learning rate: %g, from the model's width (training.lr sets another)", lr)
-    return settled.resolved(
+    return settled.replace_keys(
         peft=adopt(config.peft).model_dump(exclude_unset=True),
         training={"lr": lr, "precision": precision},
     )
@@ -224,7 +224,7 @@ def _train_new_rows(config: TrainingConfig, facts: ModelFacts, tokenizer: Any) -
     logger.info(
         "the embedding gets %d rows for tokens that it lacks; trained and saved whole: %s", added, ", ".join(ends)
     )
-    return config.resolved(peft={"modules_to_save": [*named, *missing]})
+    return config.replace_keys(peft={"modules_to_save": [*named, *missing]})
 
 
 def _check_model(
@@ -333,6 +333,6 @@ def with_rows_as_files(config: TrainingConfig, folder: Path) -> TrainingConfig:
         return [str(path)]
 
     data = config.data
-    return config.resolved(
+    return config.replace_keys(
         data={"train": as_files(data.train, "train"), "validation": as_files(data.validation, "validation")}
     )

@@ -31,7 +31,7 @@ def select_changes(run: RunFolder, recorded: TrainingConfig, settings: Mapping[s
         ConfigurationError: lists each key in which they differ, and says how another run begins where this one is.
     """
     given = TrainingConfig.model_validate(settings)
-    mine, theirs = _flatten(given.given()), _flatten(recorded.model_dump())
+    mine, theirs = _flatten(given.explicit_values()), _flatten(recorded.model_dump())
     different = [
         key
         for key, value in mine.items()

@@ -120,7 +120,7 @@ class TrainingWrapper:
         run_id = plan.processes.from_main(output.run_id or new_run_id())
         run = RunFolder(runs_folder(output.base_output_dir, output.experiment_name) / run_id)
         if plan.processes.is_main:
-            begun = plan.config.resolved(output={"run_id": run_id})
+            begun = plan.config.replace_keys(output={"run_id": run_id})
             run.create(lambda folder: self._write_metadata(folder, run.root, begun, plan))
         with _alone(run, plan):
             plan.processes.wait()
@@ -154,8 +154,8 @@ class TrainingWrapper:
         require_unfinished(run)
         run.require_free()  # before the data is read; the processes of one run all pass here before one of them locks
         recorded = open_run_config(run, settings or {}, *RESUME_KEYS)
-        config = recorded.resolved(**select_changes(run, recorded, settings or {}))
-        config = config.resolved(output={"base_output_dir": str(locate_outputs(run))})
+        config = recorded.replace_keys(**select_changes(run, recorded, settings or {}))
+        config = config.replace_keys(output={"base_output_dir": str(locate_outputs(run))})
         check_base(run.base_record, config.model)
         wrapper = cls(config, console=console, callbacks=callbacks, integrations=integrations)
         plan = wrapper._plan(read_global_batch(run))
@@ -237,7 +237,7 @@ class TrainingWrapper:
     def _shown(self, run: RunFolder, plan: RunPlan) -> Iterator[Callback]:
         """What is written for the trackers, where there are any."""
         tracking = plan.config.tracking
-        if tracking.shows or self._integrations:
+        if tracking.has_display or self._integrations:
             if tracking.histograms_every:
                 yield Histograms(run.histograms, tracking.histograms_every)
             if tracking.samples:

@@ -326,7 +326,7 @@ def _tokenize_again(run: RunFolder) -> None:
 
 
 def _where_it_is(run: RunFolder, config: TrainingConfig) -> TrainingConfig:
-    return config.resolved(output={"run_id": None, "base_output_dir": str(locate_outputs(run))})
+    return config.replace_keys(output={"run_id": None, "base_output_dir": str(locate_outputs(run))})
 
 
 def _read_fingerprint(run: RunFolder) -> str:

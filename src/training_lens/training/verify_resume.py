@@ -63,7 +63,7 @@ def verify_resume(config: TrainingConfig, console: Console | None = None) -> Res
         TrainingLensError: anything that would keep `train` from starting; TrainingError: the resume failed.
     """
     output = config.output
-    config = config.resolved(
+    config = config.replace_keys(
         training={"max_steps": STEPS, "save_steps": RESUMED_AFTER, "early_stopping_patience": None},
         lens={"enabled": False},
         tracking=NO_TRACKING,
@@ -83,7 +83,7 @@ def verify_resume(config: TrainingConfig, console: Console | None = None) -> Res
 
 
 def _train(config: TrainingConfig, run: RunFolder, console: Console | None, *callbacks: Callback) -> None:
-    own = config.resolved(output={"run_id": run.run_id})
+    own = config.replace_keys(output={"run_id": run.run_id})
     try:
         TrainingWrapper(own, console=console, callbacks=callbacks).train()
     except KeyboardInterrupt:

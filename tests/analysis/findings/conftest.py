@@ -119,7 +119,7 @@ def finding(record: Callable[..., Recording]) -> Callable[..., Finding]:
 @pytest.fixture(scope="session")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
     """A real training of the packaged model under the lens, with validations; `change(model, step)` may break it."""
-    from training_lens.config.compose import validate
+    from training_lens.config.compose import validate_values
     from training_lens.data.batching import batches_of
     from training_lens.display.progress import Progress
     from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
@@ -138,7 +138,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
         **peft: Any,
     ) -> Recording:
         folder = tmp_path_factory.mktemp("run")
-        config = validate({
+        config = validate_values({
             "data": {"max_examples": rows},
             "training": {"epochs": epochs, "batch_size": 4, "lr": lr},
             "peft": {"r": 8, **peft},

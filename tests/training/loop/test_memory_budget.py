@@ -97,9 +97,9 @@ def test_the_footprint_has_weights_adapter_and_what_lowers_them(small_config: Co
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert footprint(model, plain, "fp32").fixed == 4 * frozen + 16 * trained + BUFFERS
     assert footprint(model, plain, "bf16").fixed == 2 * frozen + 16 * trained + BUFFERS
-    packed = plain.resolved(model={"quantization": "4bit"})
+    packed = plain.replace_keys(model={"quantization": "4bit"})
     assert footprint(model, packed, "bf16").fixed < frozen + 16 * trained + BUFFERS
-    less = plain.resolved(training={"gradient_checkpointing": True})
+    less = plain.replace_keys(training={"gradient_checkpointing": True})
     assert footprint(model, less, "fp32").token < footprint(model, plain, "fp32").token / 2
 
 
