@@ -260,7 +260,7 @@ class TrainingConfig(Section):
         return tuple(key for key, on in zip(DESTINATIONS, is_on, strict=True) if on)
 
     def replace_keys(self, **sections: dict[str, Any]) -> TrainingConfig:
-        """A copy with some keys of some sections replaced: `config.resolved(training={"lr": 1e-3})`.
+        """A copy with some keys of some sections replaced: `config.replace_keys(training={"lr": 1e-3})`.
 
         What was never set stays unset, so that later steps can tell a choice from a default.
         """
