@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from training_lens.errors import DamagedFileError
+from training_lens.utils.file_schemas import SHAPES, find_misfit
 from training_lens.utils.files import write_json
 from training_lens.utils.integrity import read_line, read_sealed, require_seal, safe_save, seal_line, write_sealed
-from training_lens.utils.shapes import SHAPES, find_misfit
 
 VALUES = {"step": 3, "files": {"a": "b"}}
 

@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from training_lens.utils.shortage import describe_shortage
+from training_lens.utils.resource_errors import describe_shortage
 
 
 @pytest.mark.parametrize(

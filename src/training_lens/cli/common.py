@@ -106,7 +106,7 @@ def command(as_json: bool = False, debug: bool = False, *, has_log: bool = False
     from training_lens.errors import TrainingLensError
     from training_lens.utils.consoles import plain_console
     from training_lens.utils.logging import setup_logging
-    from training_lens.utils.shortage import describe_shortage
+    from training_lens.utils.resource_errors import describe_shortage
 
     console = plain_console(stderr=as_json)
     setup_logging(console)
@@ -153,8 +153,8 @@ def _shorten(message: str) -> str:
 def describe_error(error: BaseException) -> tuple[str, int]:
     """What is printed of an expected error, and the exit code."""
     from training_lens.errors import TrainingLensError
+    from training_lens.utils.resource_errors import describe_shortage
     from training_lens.utils.secrets import redacted
-    from training_lens.utils.shortage import describe_shortage
 
     if isinstance(error, TrainingLensError):
         return f"error: {_shorten(redacted(str(error)))}", error.exit_code

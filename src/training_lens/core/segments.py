@@ -22,7 +22,7 @@ from training_lens.errors import DamagedFileError, LensError
 from training_lens.utils.files import sweep_temporaries, whole_file
 from training_lens.utils.integrity import UNSEALED, require_seal, seal
 from training_lens.utils.logging import get_logger
-from training_lens.utils.shortage import describe_shortage
+from training_lens.utils.resource_errors import describe_shortage
 
 logger = get_logger(__name__)
 MANY = 64  # segments of one table, above which they are merged

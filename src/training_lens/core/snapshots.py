@@ -14,7 +14,7 @@ from training_lens.errors import DamagedFileError, LensError
 from training_lens.utils.formatting import format_size
 from training_lens.utils.integrity import require_seal, safe_save
 from training_lens.utils.logging import get_logger
-from training_lens.utils.shortage import describe_shortage
+from training_lens.utils.resource_errors import describe_shortage
 
 logger = get_logger(__name__)
 NAME = re.compile(r"step-(\d{8,})\.safetensors")

@@ -26,8 +26,8 @@ from training_lens.utils.devices import DTYPES
 from training_lens.utils.formatting import nearest, said
 from training_lens.utils.hub_access import require_hub
 from training_lens.utils.logging import get_logger
+from training_lens.utils.resource_errors import is_out_of_memory
 from training_lens.utils.seeding import restore_rng_state, rng_state, seed_everything
-from training_lens.utils.shortage import is_out_of_memory
 
 logger = get_logger(__name__)
 KEY = "evaluation.tasks"

@@ -33,7 +33,7 @@ from training_lens.utils.devices import (
 )
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
-from training_lens.utils.shortage import is_out_of_memory
+from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
 TEXT_TOKENS = 8192  # of the run's rows, at most: prompts are cut out of them

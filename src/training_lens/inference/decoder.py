@@ -23,7 +23,7 @@ from training_lens.models.fast.layer_replacement import is_close, relative_error
 from training_lens.utils.devices import available_bytes
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
-from training_lens.utils.shortage import is_out_of_memory
+from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
 PROBE = 32  # tokens of a prompt that replacements are tried on

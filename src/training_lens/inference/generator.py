@@ -22,7 +22,7 @@ from training_lens.inference.session import Session
 from training_lens.utils.formatting import said
 from training_lens.utils.heap import freed_memory_kept
 from training_lens.utils.logging import get_logger
-from training_lens.utils.shortage import is_out_of_memory
+from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
 FinishReason = Literal["stop", "length"]

@@ -16,10 +16,10 @@ from typing import Any
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.integrations.storage import StorageBackend, open_storage
 from training_lens.runs.run_folder import UNFINISHED
+from training_lens.utils.file_schemas import find_misfit
 from training_lens.utils.files import read_json, write_json
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import check_experiment, check_run_id, find_fault
-from training_lens.utils.shapes import find_misfit
 
 logger = get_logger(__name__)
 MANIFEST = "mirror.json"

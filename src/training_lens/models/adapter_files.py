@@ -10,12 +10,12 @@ from typing import Any
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError, ConfigurationError
 from training_lens.runs.run_folder import RunFolder
+from training_lens.utils.file_schemas import find_misfit
 from training_lens.utils.files import read_json, write_json
 from training_lens.utils.formatting import nearest
 from training_lens.utils.integrity import require_intact
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
-from training_lens.utils.shapes import find_misfit
 
 logger = get_logger(__name__)
 

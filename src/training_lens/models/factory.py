@@ -23,7 +23,7 @@ from training_lens.utils.hub_access import require_hub
 from training_lens.utils.integrity import require_intact
 from training_lens.utils.logging import hide_progress_bars
 from training_lens.utils.names import expand_home
-from training_lens.utils.shortage import is_out_of_memory
+from training_lens.utils.resource_errors import is_out_of_memory
 
 SEQ_LEN_DEFAULT = 2048
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from optuna.trial import FrozenTrial, TrialState
 
 from training_lens.errors import ConfigurationError
+from training_lens.utils.file_schemas import find_misfit
 from training_lens.utils.names import check_run_id
-from training_lens.utils.shapes import find_misfit
 
 BLOCKS = "block_nll"  # of a trial: its losses, summed over blocks of validation rows
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)

@@ -26,7 +26,7 @@ from training_lens.training.run import build_trainer
 from training_lens.utils.devices import peak_bytes, reset_peak
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
-from training_lens.utils.shortage import is_out_of_memory
+from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
 WHOLE_BELOW = 100_000_000  # parameters

@@ -22,8 +22,8 @@ from training_lens.training.plan import RunPlan
 from training_lens.utils.devices import autocast, free_memory
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
+from training_lens.utils.resource_errors import is_out_of_memory
 from training_lens.utils.seeding import rng_kept
-from training_lens.utils.shortage import is_out_of_memory
 
 logger = get_logger(__name__)
 OPENING = 8  # tokens of a text that is learned from its start, given to the model to go on with

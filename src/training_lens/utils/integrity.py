@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training_lens.errors import DamagedFileError
+from training_lens.utils.file_schemas import find_misfit
 from training_lens.utils.files import read_json, sha256_of, strike_out_of_values, whole_file, write_json
 from training_lens.utils.limits import open_file
 from training_lens.utils.names import find_fault
-from training_lens.utils.shapes import find_misfit
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ from training_lens.utils.devices import (
 )
 from training_lens.utils.formatting import said
 from training_lens.utils.logging import get_logger
-from training_lens.utils.shortage import is_out_of_memory
+from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
 USUAL = 4096  # tokens, more bring no speed on a CPU

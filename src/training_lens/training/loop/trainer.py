@@ -35,8 +35,8 @@ from training_lens.utils.formatting import said
 from training_lens.utils.heap import freed_memory_kept, give_back
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
+from training_lens.utils.resource_errors import is_out_of_memory
 from training_lens.utils.seeding import rng_kept
-from training_lens.utils.shortage import is_out_of_memory
 
 logger = get_logger(__name__)
 REHEARSED = 2048  # tokens of the pass whose memory is measured
