@@ -44,7 +44,7 @@ def score(prediction, reference): return 1.0
 
 def plant_model(folder: Path, mark: Path) -> Path:
     """The embedded model with code of its own, also in its tokenizer's configuration."""
-    shutil.copytree(embedded.resolve(embedded.MODEL), folder)
+    shutil.copytree(embedded.resolve_name(embedded.MODEL), folder)
     config = read_json(folder / "config.json")
     ours = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     write_json(folder / "config.json", {**config, "model_type": "own", "auto_map": ours})

@@ -18,8 +18,9 @@ from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
 from training_lens.analysis.figures.catalogue import by_name
 from training_lens.analysis.reports.executive import verdict
 from training_lens.analysis.reports.facts import changed, losses
+from training_lens.analysis.run_verdict import find_verdict
 from training_lens.display.html import Picture, write_page
-from training_lens.runs.run_folder import find_run
+from training_lens.runs.run_lookup import find_run
 
 PICTURE = Path(__file__).parents[1] / "docs" / "lens" / "report.png"
 WIDTH, HEIGHT = 1000, 700  # pixels
@@ -43,7 +44,7 @@ def write_part_of_report(run: Path, page: Path) -> None:
     analysis = CheckpointAnalyzer(run).analyze()
     drawing = by_name("update_strength")
     parts = [
-        verdict(analysis.findings),
+        verdict(analysis.findings, find_verdict(analysis.recording)),
         losses(analysis.recording).sentence(),
         changed(analysis.recording).sentence(),
         Picture(drawing.title, drawing.draw(analysis.recording), drawing.caption),

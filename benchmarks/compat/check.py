@@ -32,7 +32,7 @@ from training_lens.merging.merged_folder import write_folder
 from training_lens.merging.run_base import open_exact
 from training_lens.models.adapters import attach, base_only, load_adapter, save_adapter, trainable
 from training_lens.models.factory import load_model
-from training_lens.utils.files import read_json, whole_folder, write_json
+from training_lens.utils.files import atomic_folder, read_json, write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -107,7 +107,7 @@ def _merge(base: Path, work: Path) -> dict[str, Any]:
         config = validate_values({"inference": {"adapter": str(work / "adapter")}, "model": model})
         session, _ = open_exact(config, None, same_base=True)
         check_foldable(session.model, 1.0)
-        with whole_folder(work / "merged") as folder:
+        with atomic_folder(work / "merged") as folder:
             write_folder(session, folder, "fp32", keeps_types=True, scale=1.0, delta=False, max_shard_size="5GB")
     except TrainingLensError as error:
         return {"status": "refused", "reason": str(error)}

@@ -65,7 +65,7 @@ def test_a_run_without_captures_is_read_from_what_it_saved(
     assert "has no captures" in caplog.text and "missing" in caplog.text
     assert recording.status == "finished" and recording.name == run_without_captures.run_id
     assert recording.captures.snapshot_steps("adapters") == [4] and recording.settings["total_steps"] == 4
-    lines = read_metrics(run_without_captures.metrics)
+    lines = read_metrics(run_without_captures.metrics_file)
     steps = [line for line in lines if line["kind"] == "step"]
     assert recording.series("loss", "loss").of(RUN).tolist() == pytest.approx([line["loss"] for line in steps])
     base = next(line["loss"] for line in lines if line["kind"] == "base")
@@ -104,7 +104,7 @@ def test_captures_belong_to_the_run_around_them(tmp_path: Path) -> None:
             assert recording.modules[0].layer == 3 and recording.series("loss", "loss").of(RUN).tolist() == [1.0]
     (run.metadata / "summary.json").write_text(json.dumps({"status": "running"}))
     assert open_recording(run.root).status == "interrupted"  # nobody holds its lock
-    with run.held():
+    with run.hold_lock():
         assert open_recording(run.root).status == "running"
 
 

@@ -22,7 +22,7 @@ from training_lens.analysis.reports.facts import changed, losses
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord
-from training_lens.display.html import Beside, Picture, Table
+from training_lens.display.html import Picture, PictureGrid, Table
 from training_lens.errors import ConfigurationError
 from training_lens.evaluation.verdict import Verdict
 
@@ -193,7 +193,9 @@ def test_two_runs_share_their_scales_and_one_with_itself_has_no_angle(record: Re
     )
     report = comparison(_analysis(recording), _analysis(other))
     pair = next(
-        p.pictures for p in report.parts if isinstance(p, Beside) and p.pictures[0].figure.data[0].type == "heatmap"
+        p.pictures
+        for p in report.parts
+        if isinstance(p, PictureGrid) and p.pictures[0].figure.data[0].type == "heatmap"
     )
     assert pair[0].figure.data[0].zmax == pair[1].figure.data[0].zmax == pytest.approx(90)
     angles = next(part for part in report.parts if isinstance(part, Table) and "angles" in part.caption)

@@ -26,7 +26,7 @@ EVIL = "<script>alert('x')</script>"
 
 
 def lines(run: RunFolder, kind: str) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(run.metrics) if line["kind"] == kind]
+    return [line for line in read_metrics(run.metrics_file) if line["kind"] == kind]
 
 
 def drawings(html: str) -> list[ElementTree.Element]:
@@ -59,7 +59,7 @@ def test_metrics_are_the_lines_of_the_journal(finished_run: Any) -> None:
 def test_a_line_that_a_kill_cut_short_and_a_loss_that_is_not_finite(copied: RunFolder) -> None:
     last = lines(copied, "step")[-1]
     broken = {**last, "step": last["step"] + 1, "loss": float("nan"), "finite": False}
-    with copied.metrics.open("a") as file:
+    with copied.metrics_file.open("a") as file:
         file.write(f'{json.dumps(broken)}\n{{"kind": "step", "st')
     run = Run(copied.root)
     assert run.metrics.index[-1] == broken["step"]
@@ -69,13 +69,13 @@ def test_a_line_that_a_kill_cut_short_and_a_loss_that_is_not_finite(copied: RunF
 
 def test_samples_are_a_row_an_answer(copied: RunFolder) -> None:
     run = Run(copied.root)
-    written = [line for line in read_metrics(copied.samples) if line.pop("time")]
+    written = [line for line in read_metrics(copied.samples_file) if line.pop("time")]
     parts = [{"step": line["step"], "base": line["base"], **each} for line in written for each in line["samples"]]
     assert parts and run.samples.to_dict("records") == parts
-    copied.samples.unlink()
+    copied.samples_file.unlink()
     assert list(run.samples.columns) == ["step", "base", "id", "prompt", "expected", "generated"] and run.samples.empty
     answer = {"id": "rows:3", "prompt": "p", "expected": "e", "generated": "g"}
-    copied.samples.write_text(json.dumps({"step": 5, "base": True, "samples": [answer, answer]}) + "\n")
+    copied.samples_file.write_text(json.dumps({"step": 5, "base": True, "samples": [answer, answer]}) + "\n")
     assert run.samples.to_dict("records") == [{"step": 5, "base": True, **answer}] * 2
 
 
@@ -147,7 +147,7 @@ def test_a_run_that_has_only_begun_is_shown(copied: RunFolder) -> None:
     shutil.rmtree(copied.lens)
     shutil.rmtree(copied.checkpoints)
     shutil.rmtree(copied.adapter)
-    copied.metrics.unlink()
+    copied.metrics_file.unlink()
     write_json(copied.metadata / "summary.json", {"status": "running"})
     run = Run(copied.root)
     assert run.status == "interrupted" and run.metrics.empty  # nothing holds its lock

@@ -137,7 +137,7 @@ def test_runs_that_were_validated_on_other_rows_are_told_as_such(call: Call, run
 def test_show_leaves_single_domains_to_json_and_odd_lines_out(call: Call, runs: dict[str, RunFolder]) -> None:
     run = runs["aaaa"]
     write_json(run.reports / "compare.json", {"adapter": {"loss": 1.5}, "by_domain": {"law": {"adapter": {"loss": 1}}}})
-    run.metrics.write_text('{"kind": "step", "step": 1, "loss": 2.5}\n{"kind": "step", "step": 2, "loss": NaN}\n')
+    run.metrics_file.write_text('{"kind": "step", "step": 1, "loss": 2.5}\n{"kind": "step", "step": 2, "loss": NaN}\n')
     shown = call("experiment", "show", run.run_id)
     assert shown.exit_code == 0, shown.stderr
     assert "adapter.loss" in shown.stdout and "by_domain" not in shown.stdout and "steps 1 to 1" in shown.stdout
@@ -174,7 +174,7 @@ def test_wrong_usage_says_what_to_do(
 def test_delete_takes_what_is_named_and_nothing_where_one_is_refused(call: Call, runs: dict[str, RunFolder]) -> None:
     a, b = runs["aaaa"], runs["bbbb"]
     write_json(b.metadata / "summary.json", {"status": "running"})
-    with b.held():
+    with b.hold_lock():
         refused = call("experiment", "delete", a.run_id, b.run_id, "--yes")
     assert refused.exit_code == 1 and "is being trained by another process" in refused.stderr and a.root.is_dir()
     told = result_of(call("experiment", "delete", a.run_id, "bad", "--yes", "--json"))
@@ -206,7 +206,7 @@ def test_a_run_trains_once_at_a_time_and_is_told_as_interrupted_when_its_process
     command = [sys.executable, "-m", "training_lens", "train", *settings]
     run = RunFolder(runs_folder(str(tmp_path / "outputs"), "default") / "mine")
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (run.metrics.is_file() and run.metrics.stat().st_size):
+        while process.poll() is None and not (run.metrics_file.is_file() and run.metrics_file.stat().st_size):
             time.sleep(0.05)
         listed = result_of(call("experiment", "list", "--json"))
         resumed = call("train", "--resume", "latest")

@@ -22,8 +22,8 @@ from training_lens.integrations.mirror import MirrorIntegration
 from training_lens.integrations.record import RunRecord
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.run import TrainingWrapper
-from training_lens.utils.consent import remember, remembered
-from training_lens.utils.files import read_json, sha256_of, write_json
+from training_lens.utils.consent import read_consent, save_consent
+from training_lens.utils.files import hash_file, read_json, write_json
 
 Call = Callable[..., Result]
 
@@ -220,8 +220,8 @@ def test_code_of_other_repositories_is_not_what_was_allowed(
 ) -> None:
     config, root = read_run_config(hostile), hostile.root
     code = {f"model.trust_remote_code: {part}" for part in (f"{config.model.id} at None",)}
-    code |= {f"model.trust_remote_code: {sha256_of(hostile.tokenizer / 'tokenization_own.py')}"}
-    remember(root, code)
+    code |= {f"model.trust_remote_code: {hash_file(hostile.tokenizer / 'tokenization_own.py')}"}
+    save_consent(root, code)
     require_consent(root, config, {}, "model.trust_remote_code")
     settings = read_json(hostile.tokenizer / "tokenizer_config.json")
     theirs = {"AutoTokenizer": [None, "evil/code--own.Tokenizer"]}
@@ -230,4 +230,4 @@ def test_code_of_other_repositories_is_not_what_was_allowed(
         require_consent(root, config, {}, "model.trust_remote_code")
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
     monkeypatch.setenv("HOME", str(mark.parent / "home"))
-    assert not remembered(root)
+    assert not read_consent(root)

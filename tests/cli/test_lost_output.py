@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from training_lens.utils.logging import TrainingLogger, get_logger, setup_logging
-from training_lens.utils.streams import LastingFile
+from training_lens.utils.streams import BestEffortFile
 
 TRAIN = [
     "train",
@@ -96,7 +96,7 @@ def test_a_result_that_is_lost_is_an_error_but_a_reader_who_had_enough_is_none(t
 
 def test_a_file_that_lasts_takes_up_again_when_there_is_room(tmp_path: Path) -> None:
     descriptor = os.open("/dev/full", os.O_WRONLY)
-    file = LastingFile(descriptor, "w")
+    file = BestEffortFile(descriptor, "w")
     assert file.write(b"lost") == 4 and file.lost is not None
     os.dup2(os.open(tmp_path / "room", os.O_WRONLY | os.O_CREAT), descriptor)
     assert file.write(b"kept") == 4
@@ -109,7 +109,7 @@ def test_a_pipe_that_does_not_block_is_waited_for() -> None:
     os.set_blocking(writer, False)
     with subprocess.Popen(["wc", "-c"], stdin=reader, stdout=subprocess.PIPE) as counting:
         os.close(reader)
-        with LastingFile(writer, "w") as file:
+        with BestEffortFile(writer, "w") as file:
             sent = sum(file.write(b"x" * 50_000) for _ in range(20))
         assert counting.stdout is not None and int(counting.stdout.read()) == sent
 

@@ -30,7 +30,7 @@ def test_the_measures_are_printed_and_a_second_merge_is_refused(call: Call, run:
     result = call("merge", "--run", str(run.root), "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
-    assert report["output"] == str(run.merged) and report["verified"] is True and report["dtype"] == "bf16"
+    assert report["output"] == str(run.merged_model) and report["verified"] is True and report["dtype"] == "bf16"
     assert all(check["ok"] for check in report["checks"]) and 0 < report["distance_share"] < 0.1
     assert (
         "rounding to bf16 moves the logits by 0." in result.stderr and "the merged model (bf16) is in" in result.stderr
@@ -61,5 +61,5 @@ def test_a_killed_merge_leaves_nothing_at_its_place(run: RunFolder) -> None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not run.merged.exists() and not (run.reports / "merge.json").exists()
+    assert not run.merged_model.exists() and not (run.reports / "merge.json").exists()
     assert len(list(artifacts.glob(".tmp-*"))) == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from training_lens.display.html import Beside, Bullets, Callout, Picture, Table, write_page
+from training_lens.display.html import BulletList, Callout, Picture, PictureGrid, Table, write_page
 
 EVIL = "<script>alert('x')</script>"
 
@@ -14,7 +14,7 @@ EVIL = "<script>alert('x')</script>"
 def test_text_of_data_stays_text_everywhere(tmp_path: Path) -> None:
     figure = go.Figure(go.Scatter(x=[1, 2], y=[3, 4], name=EVIL))
     picture = Picture(EVIL, figure, EVIL)
-    boxes = [Bullets([EVIL]), Callout("problem", EVIL, [(EVIL, EVIL)]), picture, Beside([picture])]
+    boxes = [BulletList([EVIL]), Callout("problem", EVIL, [(EVIL, EVIL)]), picture, PictureGrid([picture])]
     write_page(tmp_path / "page.html", EVIL, [EVIL, f"# {EVIL}", Table(EVIL, [EVIL], [[EVIL]]), figure, *boxes])
     assert EVIL not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
@@ -35,7 +35,7 @@ def test_a_page_without_figures_carries_no_script(tmp_path: Path) -> None:
 
 def test_pictures_side_by_side_bring_the_script_along(tmp_path: Path) -> None:
     picture = Picture("Loss", go.Figure(go.Scatter(x=[1, 2], y=[3, 4])), "lower is better")
-    write_page(tmp_path / "page.html", "Two", [Beside([picture, picture])])
+    write_page(tmp_path / "page.html", "Two", [PictureGrid([picture, picture])])
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert text.count("plotly.js v") == 1 and text.count("<figcaption>lower is better</figcaption>") == 2
 

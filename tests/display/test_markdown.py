@@ -8,7 +8,7 @@ from html import unescape
 import pytest
 from tensorboard.plugin_util import markdown_to_safe_html
 
-from training_lens.display.markdown import table, verbatim
+from training_lens.display.markdown import escape_markdown, markdown_table
 
 TEXTS = [
     "plain, with 3.5 and a - b",
@@ -37,9 +37,9 @@ def shown(html: str) -> str:
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_text_is_shown_as_it_is(text: str) -> None:
     seen = text.expandtabs(4).translate({2: "␂", 3: "␃", 0: "␀", 0x7F: "␡"})
-    assert shown(markdown_to_safe_html(verbatim(text))).rstrip(" ") == seen.rstrip(" ")
+    assert shown(markdown_to_safe_html(escape_markdown(text))).rstrip(" ") == seen.rstrip(" ")
 
 
 def test_a_table_holds_any_text() -> None:
-    html = markdown_to_safe_html(table(["a", "b"], [[verbatim(text), "x"] for text in TEXTS]))
+    html = markdown_to_safe_html(markdown_table(["a", "b"], [[escape_markdown(text), "x"] for text in TEXTS]))
     assert html.count("<tr>") == len(TEXTS) + 1 and html.count("<td>x</td>") == len(TEXTS)

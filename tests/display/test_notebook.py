@@ -10,7 +10,7 @@ from nbclient import NotebookClient
 from rich.console import Console
 
 from training_lens.display.notebook import notebook_console
-from training_lens.display.progress import Progress, bars
+from training_lens.display.progress import Progress, create_bars
 
 SHOWS = """
 import time
@@ -51,7 +51,7 @@ def test_one_output_with_the_last_state_and_none_of_what_is_short() -> None:
 
 def test_outside_of_notebooks_there_is_none() -> None:
     assert notebook_console() is None
-    assert bars(None) is None and bars(Console(file=io.StringIO())) is None
-    assert bars(Console(file=io.StringIO(), force_terminal=True)) is not None
+    assert create_bars(None) is None and create_bars(Console(file=io.StringIO())) is None
+    assert create_bars(Console(file=io.StringIO(), force_terminal=True)) is not None
     with Progress(None).task("reading", 3) as advance:
         advance(3)

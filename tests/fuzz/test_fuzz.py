@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from run_fuzz import make_world, run_cases
 
 from training_lens.utils.limits import is_too_deep, load_bounded_json
-from training_lens.utils.nested import flat, nest
-from training_lens.utils.secrets import redact_values, redacted
+from training_lens.utils.nested import flatten_sections, nest_keys
+from training_lens.utils.secrets import redact_text, redact_values
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -32,7 +32,7 @@ def test_changed_inputs_give_a_result_or_a_clear_error(tmp_path_factory: pytest.
 @given(st.text())
 @settings(max_examples=200, deadline=None)
 def test_what_was_struck_out_holds_nothing_more_to_strike_out(text: str) -> None:
-    assert redacted(redacted(text)) == redacted(text)
+    assert redact_text(redact_text(text)) == redact_text(text)
 
 
 @given(JSON)
@@ -51,5 +51,5 @@ def test_any_text_is_json_or_a_value_error(text: str | bytes) -> None:
 @given(st.dictionaries(st.text("ab.", min_size=1), st.integers(), max_size=5))
 @settings(max_examples=200, deadline=None)
 def test_keys_that_are_nested_are_those_that_were_given(values: dict[str, int]) -> None:
-    nested, _ = nest(values)
-    assert flat(nested).keys() <= values.keys()
+    nested, _ = nest_keys(values)
+    assert flatten_sections(nested).keys() <= values.keys()

@@ -102,7 +102,7 @@ def test_what_is_no_text_is_refused_wherever_it_stands(finished_run: RunFolder, 
 
 def own_base(folder: Path, file: str, **values: Any) -> Path:
     """A copy of the embedded base with these values in one of its JSON files."""
-    shutil.copytree(embedded.resolve("embedded"), folder)
+    shutil.copytree(embedded.resolve_name("embedded"), folder)
     known = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
     (folder / file).write_text(json.dumps(known | values))
     return folder

@@ -62,7 +62,7 @@ def unsent_run(sent_run: RunFolder, tmp_path: Path) -> RunFolder:
     place = tmp_path / "outputs" / "experiments" / "again" / "runs" / sent_run.run_id
     shutil.copytree(sent_run.root, place, ignore=shutil.ignore_patterns("tracking"))
     run = RunFolder(place)
-    for path, lines in ((run.samples, SAMPLES), (run.histograms, HISTOGRAMS)):
+    for path, lines in ((run.samples_file, SAMPLES), (run.histograms_file, HISTOGRAMS)):
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
@@ -72,7 +72,7 @@ def cut_short() -> Callable[[RunFolder, int], Callable[[], None]]:
     """Makes of a run what it was when it was killed after a step; gives what brings the rest."""
 
     def cut(run: RunFolder, step: int) -> Callable[[], None]:
-        paths = (run.metrics, run.samples, run.histograms, run.metadata / "summary.json")
+        paths = (run.metrics_file, run.samples_file, run.histograms_file, run.metadata / "summary.json")
         whole: dict[Path, str] = {path: path.read_text() for path in paths}
 
         def up_to_step(text: str) -> str:
@@ -99,7 +99,7 @@ def due(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
     def add(name: str, line: dict[str, Any], value: float) -> None:
         shown.setdefault(name, []).append((line["step"], value))
 
-    for line in map(json.loads, run.metrics.read_text().splitlines()):
+    for line in map(json.loads, run.metrics_file.read_text().splitlines()):
         if line["kind"] == "step" and (line["step"] == 1 or line["step"] % 2 == 0):
             for name in ("loss", "grad_norm", "lr", "epoch"):
                 add(f"train/{name}", line, line[name])

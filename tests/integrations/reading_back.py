@@ -17,7 +17,7 @@ def expected(run: RunFolder) -> Shown:
     """Every due line of metrics.jsonl, by the names that all trackers use."""
     every = RunRecord(run).config.training.logging_steps
     shown: Shown = {}
-    for line in read_metrics(run.metrics):
+    for line in read_metrics(run.metrics_file):
         if line["kind"] == "step" and (line["step"] == 1 or line["step"] % every == 0):
             values = {f"train/{name}": line[name] for name in ("loss", "grad_norm", "lr")}
         elif line["kind"] != "step":

@@ -44,7 +44,7 @@ def test_each_evaluation_has_a_step_of_its_own_behind_the_training(
     steps = own_run.read_metadata("summary.json")["steps"]
     for _ in range(2):
         record_evaluation(own_run, "compare", REPORT)
-    lines = read_metrics(own_run.evaluations)
+    lines = read_metrics(own_run.evaluations_file)
     assert [line["step"] for line in lines] == [steps, steps + 1]
     assert not caplog.records  # the first evaluation misses no journal
     assert lines[0]["scalars"] == {

@@ -18,7 +18,7 @@ from training_lens.integrations.record import RunRecord
 from training_lens.integrations.remote import Content, RemoteRun, find_remote, runs_in
 from training_lens.integrations.storage import open_storage
 from training_lens.runs.run_folder import RunFolder, read_metrics
-from training_lens.utils.files import read_json, sha256_of, write_json
+from training_lens.utils.files import hash_file, read_json, write_json
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_fetched_run_is_the_run_and_goes_on_to_the_same_mirror(run: RunFolder,
     manifest = remote_of(place).read_manifest()
     for name, content in manifest.files.items():
         assert (
-            name in ("metadata/config.json", "metadata/hashes.json") or sha256_of(fetched.root / name) == content.sha256
+            name in ("metadata/config.json", "metadata/hashes.json") or hash_file(fetched.root / name) == content.sha256
         ), name
     output = read_json(fetched.metadata / "config.json")["output"]
     assert output["base_output_dir"] == elsewhere and Path(output["mirror"]) == Path(place)
@@ -139,7 +139,7 @@ def test_a_damaged_file_is_named_and_what_came_is_kept(place: str, elsewhere: st
     file.write_bytes(whole)
     fetched = fetch_to_resume(place, elsewhere)
     inodes = {path.stat().st_ino for path in fetched.root.rglob("*.safetensors")}
-    assert set(kept.values()) < inodes and sha256_of(fetched.adapter / file.name) == sha256_of(file)
+    assert set(kept.values()) < inodes and hash_file(fetched.adapter / file.name) == hash_file(file)
 
 
 def test_while_a_file_is_written_over_both_contents_are_right(place: str, elsewhere: str) -> None:
@@ -147,10 +147,10 @@ def test_while_a_file_is_written_over_both_contents_are_right(place: str, elsewh
     file = Path(place) / remote.path / "logs/metrics.jsonl"
     old = file.read_bytes()
     file.write_bytes(old + b'{"step": 99}\n')
-    change(place, replacing={"logs/metrics.jsonl": Content(sha256_of(file), file.stat().st_size)})
-    assert read_metrics(fetch_to_resume(place, elsewhere).metrics)[-1] == {"step": 99}
+    change(place, replacing={"logs/metrics.jsonl": Content(hash_file(file), file.stat().st_size)})
+    assert read_metrics(fetch_to_resume(place, elsewhere).metrics_file)[-1] == {"step": 99}
     file.write_bytes(old)
-    assert fetch_to_read(place, elsewhere, finished=False).metrics.read_bytes() == old
+    assert fetch_to_read(place, elsewhere, finished=False).metrics_file.read_bytes() == old
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/outside", "a/../../../outside"])

@@ -15,7 +15,7 @@ from training_lens.integrations.record import RunRecord
 from training_lens.integrations.remote import RemoteRun, runs_in
 from training_lens.integrations.storage import StorageBackend, open_storage
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.files import sha256_of
+from training_lens.utils.files import hash_file
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def check_equal(run: RunFolder, place: str, tmp_path: Path) -> None:
     back = tmp_path / "read-back"
     for name, content in manifest.files.items():
         remote.storage.get_file(remote.name(name), back)
-        assert sha256_of(back) == content.sha256 == sha256_of(run.root / name), name
+        assert hash_file(back) == content.sha256 == hash_file(run.root / name), name
     there = {p.relative_to(run.root).as_posix() for p in run.root.rglob("*") if p.is_file()}
     left_out = there - set(manifest.files)
     assert all(name.endswith(".lock") or name.startswith("tracking/") for name in left_out), left_out
@@ -127,8 +127,8 @@ def test_a_checkpoint_that_is_thinned_goes_there_too_once_the_newer_is_there(
 def test_of_a_journal_go_whole_lines_at_a_pace(run: RunFolder, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mirror = mirror_of(run, place)
     mirror.deliver(ended=False)
-    before = run.metrics.read_text()
-    with run.metrics.open("a") as file:
+    before = run.metrics_file.read_text()
+    with run.metrics_file.open("a") as file:
         file.write('{"step": 98}\n{"step": 9')
     there = Path(place) / remote_of(place).path / "logs/metrics.jsonl"
     mirror.deliver(ended=False)

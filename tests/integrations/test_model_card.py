@@ -61,12 +61,12 @@ def plain(own_run: RunFolder) -> set[str]:
 
 
 def test_names_of_domains_are_shown_to_the_letter(own_run: RunFolder, plain: set[str]) -> None:
-    lines = [json.loads(line) for line in own_run.metrics.read_text().splitlines()]
+    lines = [json.loads(line) for line in own_run.metrics_file.read_text().splitlines()]
     for line in lines:
         line.pop("crc", None)
         if line["kind"] != "step":
             line["by_domain"] = dict.fromkeys(ODD, line["loss"])
-    write_text(own_run.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(own_run.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
     own_run.write_metadata("data.json", own_run.read_metadata("data.json") | {"domains": ODD})
     page = Page(card_of(own_run))
     first = [row[0] for row in page.rows]

@@ -24,7 +24,7 @@ from training_lens.integrations.storage import open_storage
 from training_lens.integrations.sync import look, send
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
-from training_lens.utils.files import sha256_of
+from training_lens.utils.files import hash_file
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -78,7 +78,7 @@ def mirrored(base: Path, **tracking: Any) -> Any:
 
 
 def adapter_of(run: RunFolder) -> str:
-    return sha256_of(run.adapter / "adapter_model.safetensors")
+    return hash_file(run.adapter / "adapter_model.safetensors")
 
 
 def remote() -> RemoteRun:
@@ -95,7 +95,7 @@ def check_read_back(run: RunFolder, folder: Path) -> None:
         there.storage.get_file(there.name(name), folder / "back")
         assert SECRET.encode() not in (folder / "back").read_bytes()
         if name != "logs/run.log":  # it tells of the last delivery
-            assert sha256_of(folder / "back") == content.sha256 == sha256_of(run.root / name), name
+            assert hash_file(folder / "back") == content.sha256 == hash_file(run.root / name), name
 
 
 class At(Callback):

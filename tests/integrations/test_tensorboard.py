@@ -53,7 +53,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def check_scalars(run: RunFolder) -> None:
     """Every scalar of every due line stands there once, at the time of the line."""
     events, expected = read(run), {}
-    due = [v for v in read_metrics(run.metrics) if v["kind"] != "step" or v["step"] == 1 or v["step"] % 2 == 0]
+    due = [v for v in read_metrics(run.metrics_file) if v["kind"] != "step" or v["step"] == 1 or v["step"] % 2 == 0]
     for line in due:
         losses = {f"validation/loss_{domain}": loss for domain, loss in line.get("by_domain", {}).items()}
         found = {f"train/{name}": line.get(name) for name in ("loss", "grad_norm", "lr", "epoch")}
@@ -67,13 +67,15 @@ def test_scalars_are_the_lines_of_metrics(run: RunFolder) -> None:
     check_scalars(run)
     losses = read(run).Scalars("train/loss")
     times = [
-        line["time"] for line in read_metrics(run.metrics) if line["step"] in (1, 2, 4, 6) and line["kind"] == "step"
+        line["time"]
+        for line in read_metrics(run.metrics_file)
+        if line["step"] in (1, 2, 4, 6) and line["kind"] == "step"
     ]
     assert [event.wall_time for event in losses] == times
 
 
 def test_histograms_are_the_lines_of_the_journal(run: RunFolder) -> None:
-    events, journal = read(run), lines(run.histograms)
+    events, journal = read(run), lines(run.histograms_file)
     assert [line["step"] for line in journal] == [1, 4, 6]
     tags = {t for t in events.Tags()["tensors"] if t.startswith("weight")}
     kinds = {"weights": "weights", "weight_gradients": "gradients"}
@@ -89,7 +91,7 @@ def test_histograms_are_the_lines_of_the_journal(run: RunFolder) -> None:
 
 
 def test_samples_show_the_base_beside_the_adapter(run: RunFolder) -> None:
-    events, journal = read(run), lines(run.samples)
+    events, journal = read(run), lines(run.samples_file)
     base, last = (make_ndarray(event.tensor_proto).item().decode() for event in events.Tensors("samples"))
     assert [event.step for event in events.Tensors("samples")] == [0, 6]
     cells = table_cells(last)
@@ -212,11 +214,11 @@ def test_sigkill_and_resume_show_each_step_once(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     (folder,) = (tmp_path / "experiments" / "default" / "runs").iterdir()
     run = RunFolder(folder)
-    assert [line["step"] for line in lines(run.histograms)] == [1, 4]
+    assert [line["step"] for line in lines(run.histograms_file)] == [1, 4]
     assert TrainingWrapper.resume(run).status == "finished"
     check_scalars(run)
-    assert [line["step"] for line in lines(run.histograms)] == [1, 4, 6]
-    assert [line["step"] for line in lines(run.samples)] == [0, 6]
+    assert [line["step"] for line in lines(run.histograms_file)] == [1, 4, 6]
+    assert [line["step"] for line in lines(run.samples_file)] == [0, 6]
     assert [e.step for e in read(run).Tensors("samples")] == [0, 6]
 
 

@@ -22,7 +22,7 @@ from training_lens.integrations.storage import open_storage
 from training_lens.integrations.sync import look, send
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
-from training_lens.utils.files import sha256_of
+from training_lens.utils.files import hash_file
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # MLflow's use of SQLAlchemy
 WEIGHTS = "adapter_model.safetensors"
@@ -65,16 +65,16 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trained(values: dict[str, Any], folder: Path, *more: dict[str, Any], callbacks: Any = ()) -> RunFolder:
-    from training_lens.utils.nested import merged
+    from training_lens.utils.nested import merge_sections
 
     for extra in (*more, {"output": {"base_output_dir": str(folder)}}):
-        values = merged(values, extra)
+        values = merge_sections(values, extra)
     return RunFolder(Path(TrainingWrapper(validate_values(values), callbacks=callbacks).train().run_dir))
 
 
 def check_everything(run: RunFolder, hub: Hub, folder: Path, *, mlflow: str = "") -> None:
     """Every service holds every due line once, and the adapter."""
-    base, here = run.root.parents[3], sha256_of(run.adapter / WEIGHTS)
+    base, here = run.root.parents[3], hash_file(run.adapter / WEIGHTS)
     uri, names = mlflow or f"sqlite:///{base / 'mlflow.db'}", reading_back.expected(run)
     for found in (
         reading_back.of_wandb(run.tracking / "wandb", names),
@@ -85,13 +85,13 @@ def check_everything(run: RunFolder, hub: Hub, folder: Path, *, mlflow: str = ""
     of_tensorboard = reading_back.of_tensorboard(run, names)
     assert {name: pytest.approx(steps, rel=1e-6) for name, steps in of_tensorboard.items()} == names
     client, there = reading_back.mlflow_run(uri)
-    assert sha256_of(Path(client.download_artifacts(there.info.run_id, f"adapter/{WEIGHTS}", str(folder)))) == here
+    assert hash_file(Path(client.download_artifacts(there.info.run_id, f"adapter/{WEIGHTS}", str(folder)))) == here
     (folder / "pushed").write_bytes(hub.files(REPO)[WEIGHTS])
-    assert sha256_of(folder / "pushed") == here
+    assert hash_file(folder / "pushed") == here
     remote = RemoteRun(open_storage(PLACE), "experiments/default/runs/run")
     for name in ("logs/metrics.jsonl", f"artifacts/adapter/{WEIGHTS}"):
         remote.storage.get_file(remote.name(name), folder / "back")
-        assert sha256_of(folder / "back") == sha256_of(run.root / name)
+        assert hash_file(folder / "back") == hash_file(run.root / name)
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_every_place_holds_what_the_run_holds(s3: Server, hub: Hub, tmp_path: Pa
     )
     check_everything(run, hub, tmp_path)
     plain = trained(SMALL, tmp_path / "plain", NOWHERE)
-    assert sha256_of(run.adapter / WEIGHTS) == sha256_of(plain.adapter / WEIGHTS)
+    assert hash_file(run.adapter / WEIGHTS) == hash_file(plain.adapter / WEIGHTS)
 
 
 @pytest.mark.slow
@@ -161,7 +161,7 @@ def test_all_trouble_at_once_changes_no_bit_and_sync_completes_it(
     trouble = Trouble(s3, step=30)
     run = trained(SMALL, tmp_path / "outputs", long, EVERYWHERE, database, callbacks=(trouble,))
     plain = trained(SMALL, tmp_path / "plain", long, NOWHERE)
-    assert sha256_of(run.adapter / WEIGHTS) == sha256_of(plain.adapter / WEIGHTS)
+    assert hash_file(run.adapter / WEIGHTS) == hash_file(plain.adapter / WEIGHTS)
     left = {state.name for state in look(run) if state.status != "delivered"}
     assert "mlflow" in left, "its disk was full"
     enlarge()

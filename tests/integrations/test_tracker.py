@@ -65,7 +65,7 @@ def config_of(small_config: Callable[..., Any], own: Path, **tracking: Any) -> A
 
 
 def check_complete(run: RunFolder, told: list[dict[str, Any]]) -> None:
-    lines = {(line["kind"], line["step"]): line for line in read_metrics(run.metrics)}
+    lines = {(line["kind"], line["step"]): line for line in read_metrics(run.metrics_file)}
     records = {(note["kind"], note["step"]): note["scalars"] for note in told if "kind" in note}
     assert list(records) == [("base", 0), ("step", 1), ("step", 2), ("step", 4), ("step", 6), ("validation", 6)]
     assert len(records) == sum("kind" in note for note in told)

@@ -25,9 +25,9 @@ from training_lens.integrations.sync import look, send
 from training_lens.integrations.wandb import WandBIntegration, id_of, require_written
 from training_lens.runs.run_folder import RunFolder, read_metrics
 from training_lens.training.loop.callbacks import Callback
-from training_lens.utils.files import sha256_of
+from training_lens.utils.files import hash_file
 from training_lens.utils.integrity import write_sealed
-from training_lens.utils.nested import flat
+from training_lens.utils.nested import flatten_sections
 
 wandb = pytest.importorskip("wandb")
 WEIGHTS = "adapter_model.safetensors"
@@ -55,9 +55,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A finished run that was sent nowhere, with samples and histograms in its journals."""
     run = RunFolder(Path(TrainingWrapper(config(tmp_path_factory.mktemp("outputs"))).train().run_dir))
     samples = [{"step": step, "base": step == 0, "samples": [SAMPLE]} for step in (0, 6)]
-    run.samples.write_text("".join(json.dumps(line) + "\n" for line in samples))
+    run.samples_file.write_text("".join(json.dumps(line) + "\n" for line in samples))
     kinds = {kind: {"model.layers.0.q_proj.A": HISTOGRAM} for kind in ("weights", "gradients")}
-    run.histograms.write_text(json.dumps({"step": 3, "histograms": kinds}) + "\n")
+    run.histograms_file.write_text(json.dumps({"step": 3, "histograms": kinds}) + "\n")
     return run
 
 
@@ -107,7 +107,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 def check_history(run: RunFolder, found: list[dict[str, Any]]) -> None:
     """Every due line of metrics.jsonl is there once, with its values, at its step."""
-    due = [v for v in read_metrics(run.metrics) if v["kind"] != "step" or v["step"] == 1 or v["step"] % 2 == 0]
+    due = [v for v in read_metrics(run.metrics_file) if v["kind"] != "step" or v["step"] == 1 or v["step"] % 2 == 0]
     losses = {
         (name, row["step"]): row[name] for row in found for name in ("train/loss", "validation/loss") if name in row
     }
@@ -140,7 +140,7 @@ def test_an_offline_run_holds_what_the_run_holds(run: RunFolder) -> None:
         return dict(json.loads((file.parent / "files" / row[f"{name}.path"]).read_text()))
 
     assert table(found[5], "samples")["data"] == [[6, "adapter", *SAMPLE.values()]]
-    validation = read_metrics(run.metrics)[-1]
+    validation = read_metrics(run.metrics_file)[-1]
     told = {tuple(line[2:4]): line[4] for line in table(found[5], "validation_table")["data"]}
     assert told[("all", "")] == validation["loss"]
     assert {name: loss for (by, name), loss in told.items() if by == "domain"} == validation["by_domain"]
@@ -150,7 +150,10 @@ def test_an_offline_run_holds_what_the_run_holds(run: RunFolder) -> None:
     assert [d["step_metric"] for d in of_type(file, "metric") if d.get("glob_name") == "*"] == ["step"]
 
     (end,) = read(file, "--summary")
-    sent, settings = flat(end["config"]), flat(RunRecord(run, to("offline", tags=["cats"])).settings)
+    sent, settings = (
+        flatten_sections(end["config"]),
+        flatten_sections(RunRecord(run, to("offline", tags=["cats"])).settings),
+    )
     assert {key: sent[key] for key in settings} == settings
     summary = RunRecord(run).summary
     assert {key: end["summary"][key] for key in ("status", "steps", "validation_loss")}.items() <= summary.items()
@@ -164,7 +167,7 @@ def test_artifacts_are_the_files_of_the_run_and_no_copies(run: RunFolder) -> Non
     found = {artifact["type"]: artifact for artifact in of_type(file, "artifact") if artifact["type"] != "run_table"}
     assert set(found) == {"model", "report"}
     facts = json.loads(found["model"]["metadata"])
-    assert facts["sha256"] == sha256_of(run.adapter / WEIGHTS)
+    assert facts["sha256"] == hash_file(run.adapter / WEIGHTS)
     assert (facts["base"], facts["validation_loss"]) == ("embedded", RunRecord(run).summary["validation_loss"])
     places = {entry["path"]: entry["local_path"] for entry in found["model"]["manifest"]["contents"]}
     assert places[WEIGHTS] == str(run.adapter / WEIGHTS)
@@ -182,14 +185,14 @@ def test_nothing_of_the_machine_or_its_user_is_written(run: RunFolder) -> None:
 
 
 def test_what_came_late_goes_under_the_same_id_and_nothing_twice(run: RunFolder) -> None:
-    lines, samples = run.metrics.read_text().splitlines(keepends=True), run.samples.read_text()
-    run.metrics.write_text("".join(lines[:-1]))  # a run that died in its last validation
-    run.samples.unlink()
+    lines, samples = run.metrics_file.read_text().splitlines(keepends=True), run.samples_file.read_text()
+    run.metrics_file.write_text("".join(lines[:-1]))  # a run that died in its last validation
+    run.samples_file.unlink()
     send(run, to("offline"))
     assert statuses(send(run, to("offline"))) == ["delivered"]
     assert len(offline_runs(run.tracking / "wandb")) == 1  # nothing new, no run of W&B's
-    run.metrics.write_text("".join(lines))
-    run.samples.write_text(samples)
+    run.metrics_file.write_text("".join(lines))
+    run.samples_file.write_text(samples)
     write_sealed(run.metadata / "summary.json", run.read_metadata("summary.json") | {"seconds": 1.0})
     (state,) = look(run, to("offline"))
     assert state.outstanding == "3 lines of its journals, its end"

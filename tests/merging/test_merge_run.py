@@ -61,12 +61,12 @@ def test_a_merged_run_is_the_adapter_as_a_plain_folder(run: RunFolder) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     merged = merge(config(run.root), MergeOptions(dtype="fp32", max_shard_size="2MB"))
-    assert merged.output == run.merged and merged.report["verified"] and merged.report["base_known"]
+    assert merged.output == run.merged_model and merged.report["verified"] and merged.report["base_known"]
     assert merged.verification.max_logit_difference < 1e-4
     assert read_json(run.reports / "merge.json") == merged.report
-    files = {p.name for p in run.merged.iterdir()}
+    files = {p.name for p in run.merged_model.iterdir()}
     marks = {"made_by": "training-lens merge", "files": sorted(files)}
-    assert read_json(run.merged / "merge.json") == merged.report | marks
+    assert read_json(run.merged_model / "merge.json") == merged.report | marks
     assert {
         "config.json",
         "tokenizer.json",
@@ -76,25 +76,25 @@ def test_a_merged_run_is_the_adapter_as_a_plain_folder(run: RunFolder) -> None:
     } <= files
     assert not [name for name in files if "adapter" in name or name.endswith(".py")]
     session = open_run(run)
-    loaded = AutoModelForCausalLM.from_pretrained(run.merged)
+    loaded = AutoModelForCausalLM.from_pretrained(run.merged_model)
     assert loaded.dtype == torch.float32 and (logits(loaded) - logits(session.model)).abs().max() < 1e-4
     ends = loaded.generation_config.eos_token_id
     assert set(ends if isinstance(ends, list) else [ends]) == session.stop_ids
     own = embedded.PATHS[embedded.MODEL]
     kept = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
-    assert all((run.merged / name).read_bytes() == (own / name).read_bytes() for name in kept)
-    tokenizer = AutoTokenizer.from_pretrained(run.merged)
+    assert all((run.merged_model / name).read_bytes() == (own / name).read_bytes() for name in kept)
+    tokenizer = AutoTokenizer.from_pretrained(run.merged_model)
     assert tokenizer.chat_template == session.tokenizer.chat_template
 
 
 def test_a_corrupted_merge_is_removed_and_what_was_there_stays(run: RunFolder, few: dict[str, Any]) -> None:
-    run.merged.mkdir()
-    write_json(run.merged / "merge.json", EARLIER)
+    run.merged_model.mkdir()
+    write_json(run.merged_model / "merge.json", EARLIER)
     with pytest.raises(MergeError, match=r"roundings: .*in model.layers.2.self_attn.v_proj.*it was removed.*reports/m"):
         merge(config(run.root, **few), MergeOptions(force=True), on_written=corrupt)
     report = read_json(run.reports / "merge.json")
     assert report["verified"] is False and not report["checks"][0]["ok"]
-    assert read_json(run.merged / "merge.json") == EARLIER
+    assert read_json(run.merged_model / "merge.json") == EARLIER
     assert sorted(p.name for p in (run.root / "artifacts").iterdir()) == ["adapter", "merged", "tokenizer"]
 
 
@@ -108,7 +108,7 @@ def test_a_merge_that_cannot_be_loaded_is_removed(run: RunFolder, few: dict[str,
         merge(
             config(run.root, **few), MergeOptions(), on_written=lambda folder: (folder / "model.safetensors").unlink()
         )
-    assert "cannot be loaded" in read_json(run.reports / "merge.json")["error"] and not run.merged.exists()
+    assert "cannot be loaded" in read_json(run.reports / "merge.json")["error"] and not run.merged_model.exists()
 
 
 def test_the_readme_of_a_delta_makes_the_adapter(
@@ -116,7 +116,7 @@ def test_the_readme_of_a_delta_makes_the_adapter(
 ) -> None:
     merged = merge(config(run.root, **few), MergeOptions(delta=True, dtype="fp32", scale=0.5))
     weights = load_file(merged.output / "delta.safetensors")
-    assert merged.output == run.delta and len(weights) == 35 and merged.report["scale"] == 0.5
+    assert merged.output == run.weight_delta and len(weights) == 35 and merged.report["scale"] == 0.5
     code = (merged.output / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(merged.output)
     names: dict[str, Any] = {}
@@ -137,7 +137,7 @@ def test_a_base_that_changed_at_its_path_is_refused(run: RunFolder, tmp_path: Pa
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(AdapterError, match=r"another base than '.*model' is now: .*base.json says"):
         merge(config(run.root), MergeOptions())
-    assert not run.merged.exists()
+    assert not run.merged_model.exists()
 
 
 def test_a_bare_adapter_of_another_base_is_refused(run: RunFolder, tmp_path: Path, few: dict[str, Any]) -> None:
@@ -178,12 +178,12 @@ def test_what_no_merge_wrote_is_never_replaced(run: RunFolder, tmp_path: Path) -
 
 
 def test_what_was_laid_beside_a_merge_is_never_replaced(run: RunFolder) -> None:
-    run.merged.mkdir()
-    write_json(run.merged / "merge.json", EARLIER)
-    (run.merged / "NOTES.txt").write_text("mine")
+    run.merged_model.mkdir()
+    write_json(run.merged_model / "merge.json", EARLIER)
+    (run.merged_model / "NOTES.txt").write_text("mine")
     with pytest.raises(ConfigurationError, match=r"no merge wrote NOTES.txt. Move that away"):
         merge(config(run.root), MergeOptions(force=True))
-    (run.merged / "NOTES.txt").unlink()
+    (run.merged_model / "NOTES.txt").unlink()
     with pytest.raises(ConfigurationError, match=r"holds a merged model already. Give --force"):
         merge(config(run.root), MergeOptions())
 
@@ -229,12 +229,12 @@ def test_a_link_is_replaced_where_it_leads_and_strange_leftovers_stay(
 @pytest.mark.slow
 def test_what_another_process_wrote_meanwhile_stays(run: RunFolder, few: dict[str, Any]) -> None:
     def meanwhile(_folder: Path) -> None:
-        run.merged.mkdir()
-        (run.merged / "theirs").write_text("theirs")
+        run.merged_model.mkdir()
+        (run.merged_model / "theirs").write_text("theirs")
 
     with pytest.raises(OutputError, match=r"artifacts/merged: another process wrote there meanwhile"):
         merge(config(run.root, **few), MergeOptions(), on_written=meanwhile)
-    assert [p.name for p in run.merged.iterdir()] == ["theirs"]
+    assert [p.name for p in run.merged_model.iterdir()] == ["theirs"]
 
 
 @pytest.mark.slow
@@ -242,7 +242,7 @@ def test_an_update_too_weak_for_the_other_limits_is_not_lost_unseen(run: RunFold
     """A tenth of the update computes nearly what the base does; its weights decide, in bf16 too."""
     merged = merge(config(run.root, **few), MergeOptions(scale=0.1))
     assert merged.report["dtype"] == "bf16" and 0 < merged.verification.distance_share < 1
-    weak = load_file(run.merged / "model.safetensors")
+    weak = load_file(run.merged_model / "model.safetensors")
 
     def lose(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -254,7 +254,7 @@ def test_an_update_too_weak_for_the_other_limits_is_not_lost_unseen(run: RunFold
     with pytest.raises(MergeError, match=r"roundings: .*in model.layers.2.self_attn.v_proj.weight\)") as error:
         merge(config(run.root, **few), MergeOptions(scale=0.1, force=True), on_written=lose)
     assert "logit" not in str(error.value)  # which alone would have let it pass
-    assert all(torch.equal(t, weak[n]) for n, t in load_file(run.merged / "model.safetensors").items())
+    assert all(torch.equal(t, weak[n]) for n, t in load_file(run.merged_model / "model.safetensors").items())
 
 
 @pytest.mark.parametrize(
@@ -287,4 +287,4 @@ def test_a_quantized_run_merges_whole_alone(run: RunFolder, few: dict[str, Any])
         merge(config(run.root, **few), MergeOptions(delta=True))
     merged = merge(config(run.root, **few), MergeOptions(dtype="fp32"))
     assert merged.report["quantization"] == "4bit" and merged.verification.max_logit_difference < 1e-4
-    assert "quantization_config" not in read_json(run.merged / "config.json")
+    assert "quantization_config" not in read_json(run.merged_model / "config.json")

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from training_lens.errors import CheckpointError
-from training_lens.runs.checkpoint_format import list_checkpoints, newest_intact, verify_checkpoint, write_checkpoint
+from training_lens.runs.checkpoint_format import (
+    list_checkpoints,
+    newest_intact_checkpoint,
+    verify_checkpoint,
+    write_checkpoint,
+)
 
 
 def write(folder: Path, step: int) -> Path:
@@ -39,7 +44,7 @@ def test_damage_is_found_and_the_older_one_taken(tmp_path: Path, damage: object,
     damage(newest)  # type: ignore[operator]
     with pytest.raises(CheckpointError, match=message):
         verify_checkpoint(newest)
-    found = newest_intact(tmp_path)
+    found = newest_intact_checkpoint(tmp_path)
     assert found is not None and found[1].step == 1
 
 
@@ -50,4 +55,8 @@ def test_a_failed_write_is_no_checkpoint(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="disk full"):
         write_checkpoint(tmp_path, 1, None, "data", fail)
-    assert list_checkpoints(tmp_path) == [] and list(tmp_path.iterdir()) == [] and newest_intact(tmp_path) is None
+    assert (
+        list_checkpoints(tmp_path) == []
+        and list(tmp_path.iterdir()) == []
+        and newest_intact_checkpoint(tmp_path) is None
+    )

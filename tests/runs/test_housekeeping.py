@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.runs.housekeeping import change_tags, check_deletable, delete_run, read_tags, size_of
+from training_lens.runs.housekeeping import change_tags, check_deletable, delete_run, measure_size, read_tags
 from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.utils.files import write_json
 
@@ -35,9 +35,9 @@ def test_a_run_is_deleted_whole_and_links_in_it_are_not_followed(tmp_path: Path)
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_text("x" * 1000)
-    before = size_of(run)
+    before = measure_size(run)
     (run.root / "link").symlink_to(outside)
-    assert size_of(run) < before + 1000
+    assert measure_size(run) < before + 1000
     (run.root.parent / ".tmp-deleted-old").mkdir()  # what a killed deletion left
     delete_run(run)
     assert [p.name for p in run.root.parent.iterdir()] == ["b"] and other.status == "finished"
@@ -46,7 +46,10 @@ def test_a_run_is_deleted_whole_and_links_in_it_are_not_followed(tmp_path: Path)
 
 def test_only_a_run_of_its_own_at_rest_is_deleted(tmp_path: Path) -> None:
     run = make(tmp_path, "a", "running")
-    with run.held(), pytest.raises(CheckpointError, match=r"the run a is being trained by another process \(process"):
+    with (
+        run.hold_lock(),
+        pytest.raises(CheckpointError, match=r"the run a is being trained by another process \(process"),
+    ):
         check_deletable(run)
     link = run.root.with_name("link")
     link.symlink_to(run.root)
@@ -64,7 +67,7 @@ def test_only_a_run_of_its_own_at_rest_is_deleted(tmp_path: Path) -> None:
 
 def test_a_run_that_may_be_running_is_not_deleted_and_a_broken_one_is(tmp_path: Path) -> None:
     run, broken = make(tmp_path, "a", "running"), make(tmp_path, "b")
-    run.lock.mkdir()  # what cannot be opened for writing, as another user's lock
+    run.lock_file.mkdir()  # what cannot be opened for writing, as another user's lock
     with pytest.raises(CheckpointError, match="its lock cannot be tried"):
         delete_run(run)
     (broken.metadata / "summary.json").unlink()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from training_lens.runs.journal import Journal, JournalReader, Position
+from training_lens.runs.journal import Journal, JournalPosition, JournalReader
 from training_lens.runs.run_folder import read_metrics
 
 
@@ -42,7 +42,7 @@ def test_what_was_read_does_not_come_again(tmp_path: Path) -> None:
 def test_a_new_reader_goes_on_from_a_position(tmp_path: Path) -> None:
     write(tmp_path / "j.jsonl", [0, 1, 2, 2, 3])
     first = JournalReader(tmp_path / "j.jsonl")
-    assert [entry.position for entry in first.read(3)][-1] == Position(2, 1)
+    assert [entry.position for entry in first.read(3)][-1] == JournalPosition(2, 1)
     assert steps(JournalReader(tmp_path / "j.jsonl", first.position)) == [2, 3]
 
 

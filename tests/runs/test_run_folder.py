@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from training_lens.errors import CheckpointError
-from training_lens.runs.run_folder import RunFolder, new_run_id, read_metrics, run_folders, runs_folder
+from training_lens.runs.run_folder import RunFolder, list_run_folders, new_run_id, read_metrics, runs_folder
 from training_lens.runs.run_lookup import find_run
 from training_lens.utils.files import write_json
 
@@ -111,7 +111,7 @@ from training_lens.utils.files import write_json
 from training_lens.runs.run_folder import RunFolder
 
 run = RunFolder(Path(sys.argv[1])).create()
-with run.held():
+with run.hold_lock():
     write_json(run.metadata / "summary.json", {"status": "running"})
     print("held", flush=True)
     time.sleep(60)
@@ -131,12 +131,12 @@ def holder(tmp_path: Path) -> Iterator[tuple[RunFolder, subprocess.Popen[str]]]:
 
 def test_a_killed_process_leaves_an_interrupted_run(holder: tuple[RunFolder, subprocess.Popen[str]]) -> None:
     run, process = holder
-    assert run.status == "running" and not run.died
+    assert run.status == "running" and not run.has_died
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert run.status == "interrupted" and run.died
+    assert run.status == "interrupted" and run.has_died
     assert run.read_metadata("summary.json")["status"] == "running"
-    with run.held():
+    with run.hold_lock():
         run_again = RunFolder(run.root)
         assert run_again.status == "running"
 
@@ -146,14 +146,14 @@ def test_a_run_has_one_process_at_a_time(holder: tuple[RunFolder, subprocess.Pop
     message = rf"the run mine is being trained by another process \(process {process.pid} on host .*\)\. Wait"
     with pytest.raises(CheckpointError, match=message):
         run.require_free()
-    with pytest.raises(CheckpointError, match=message), run.held():
+    with pytest.raises(CheckpointError, match=message), run.hold_lock():
         pass
 
 
 def test_a_lock_that_cannot_be_tried_leaves_what_the_run_wrote(tmp_path: Path) -> None:
     run = make(tmp_path, "a", "running")
     assert run.status == "interrupted"
-    run.lock.mkdir()  # what cannot be opened for writing, as on a read-only file system
+    run.lock_file.mkdir()  # what cannot be opened for writing, as on a read-only file system
     assert run.status == "running"
     run.require_free()
 
@@ -161,7 +161,7 @@ def test_a_lock_that_cannot_be_tried_leaves_what_the_run_wrote(tmp_path: Path) -
 def test_what_a_killed_deletion_left_is_no_run(tmp_path: Path) -> None:
     make(tmp_path, "a", "finished")
     make(tmp_path, ".tmp-b", "finished")
-    assert [run.run_id for run in run_folders(runs_folder(str(tmp_path), "default"))] == ["a"]
+    assert [run.run_id for run in list_run_folders(runs_folder(str(tmp_path), "default"))] == ["a"]
 
 
 def test_a_summary_that_is_no_summary_is_said(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_finished_run_says_that_the_end_of_its_metrics_is_missing(
 ) -> None:
     run = make(tmp_path, "a", "finished")
     for steps, said in ((2, ""), (3, "it ends with step 2 of 3")):
-        run.metrics.write_text('{"step": 1}\n{"step": 2}\n')
+        run.metrics_file.write_text('{"step": 1}\n{"step": 2}\n')
         write_json(run.metadata / "summary.json", {"status": "finished", "steps": steps})
-        assert len(read_metrics(run.metrics)) == 2
+        assert len(read_metrics(run.metrics_file)) == 2
         assert said in caplog.text and bool(caplog.text) == bool(said)

@@ -11,16 +11,16 @@ import pytest
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.runs.run_listing import (
-    ListedRun,
+    RunOverview,
     best_run,
     config_differences,
     find_runs,
-    logged,
+    have_same_validation,
     lower_is_better,
+    read_logged_values,
     read_run,
     read_runs,
     sort_runs,
-    validated_alike,
 )
 from training_lens.utils.files import write_json
 
@@ -42,7 +42,7 @@ def test_every_experiment_is_read_the_newest_first(tmp_path: Path) -> None:
     make(tmp_path, "now", experiment="a")  # no timestamp: as old as its files
     assert ids(read_runs(str(tmp_path))) == ["now", "20260103T000000Z-aaaa", "20260102T000000Z-aaaa"]
     (only,) = read_runs(str(tmp_path), "b")
-    assert (only.experiment, only.started.isoformat()) == ("b", "2026-01-02T00:00:00+00:00")
+    assert (only.experiment_name, only.start_time.isoformat()) == ("b", "2026-01-02T00:00:00+00:00")
     assert read_runs(str(tmp_path / "nowhere")) == []
     with pytest.raises(ConfigurationError, match=r"no experiment 'bb' in .*: there are a, b\. Did you mean b\?"):
         read_runs(str(tmp_path), "bb")
@@ -76,13 +76,13 @@ ODD = [
 def test_odd_lines_in_one_run_s_log_stop_no_command(tmp_path: Path) -> None:
     make(tmp_path, "good", steps=1)
     run = make(tmp_path, "odd", status="running")
-    run.metrics.write_text("\n".join(['{"kind": "step", "step": 2, "loss": 8.0, "seconds": 0.5}', *ODD]))
+    run.metrics_file.write_text("\n".join(['{"kind": "step", "step": 2, "loss": 8.0, "seconds": 0.5}', *ODD]))
     assert ids(find_runs(["good"], str(tmp_path))) == ["good"]
     assert {found.run_id: found.metrics for found in read_runs(str(tmp_path))} == {
         "good": {"steps": 1},
         "odd": {"steps": 3, "seconds": 0.5},
     }
-    assert logged(run, "step", "step", "loss") == [[2, 8.0]]
+    assert read_logged_values(run, "step", "step", "loss") == [[2, 8.0]]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_measures_know_which_end_is_best(metric: str, lower: bool) -> None:
 
 
 def test_runs_are_validated_alike_where_files_share_and_seed_are_the_same(tmp_path: Path) -> None:
-    def run(name: str, data: Any, val_ratio: float = 0.0) -> ListedRun:
+    def run(name: str, data: Any, val_ratio: float = 0.0) -> RunOverview:
         config = {"data": {"val_ratio": val_ratio}, "training": {"seed": 0}}
         folder = make(tmp_path, name, config=config)
         if data is not None:
@@ -109,8 +109,8 @@ def test_runs_are_validated_alike_where_files_share_and_seed_are_the_same(tmp_pa
     moved = run("moved", {"train": {"files": {"x": "cc"}}, "validation": {"files": {"other/held.jsonl": "bb"}}})
     tenth, fifth = run("tenth", files, 0.1), run("fifth", files, 0.2)
     unknown = [run("none", None), run("broken", [])]
-    assert validated_alike([one, moved, *unknown]) and validated_alike([tenth, tenth])
-    assert not validated_alike([one, tenth]) and not validated_alike([tenth, fifth])
+    assert have_same_validation([one, moved, *unknown]) and have_same_validation([tenth, tenth])
+    assert not have_same_validation([one, tenth]) and not have_same_validation([tenth, fifth])
 
 
 @pytest.mark.parametrize(
@@ -150,13 +150,13 @@ def test_a_run_that_died_says_which_process_it_was(tmp_path: Path) -> None:
 
 def test_a_run_without_its_summary_has_the_numbers_of_its_steps(tmp_path: Path) -> None:
     run = make(tmp_path, "a", status="running", steps=0, seconds=0.0)
-    run.metrics.write_text(
+    run.metrics_file.write_text(
         '{"kind": "base", "step": 0, "loss": 9.0}\n{"kind": "step", "step": 1, "loss": 8.0, "seconds": 0.5}\n'
         '{"kind": "validation", "step": 1, "loss": 3.0}\n{"kind": "step", "step": 2, "loss": 7.0, "seconds": 0.5}\n'
     )
     expected = {"steps": 2, "seconds": 1.0, "base_validation_loss": 9.0, "validation_loss": 3.0}
     assert read_run(run).metrics == expected
-    with run.held():
+    with run.hold_lock():
         assert read_run(run).metrics == expected
 
 
@@ -195,6 +195,6 @@ def test_runs_are_found_in_any_experiment_by_id_path_and_latest(tmp_path: Path) 
     same = make(tmp_path, "same", experiment="b")
     with pytest.raises(CheckpointError, match="'same' may mean 2 runs; give the folder of one"):
         find_runs(["same"], str(tmp_path))
-    assert find_runs([str(same.root)], str(tmp_path))[0].experiment == "b"
+    assert find_runs([str(same.root)], str(tmp_path))[0].experiment_name == "b"
     with pytest.raises(CheckpointError, match=r"no run 'sane' in .* \(4 runs in all\).*Did you mean same\?"):
         find_runs(["sane"], str(tmp_path))

@@ -201,7 +201,10 @@ def test_a_run_that_another_process_holds_is_no_failure(sweep_config: Config, mo
         with pytest.raises(InterruptedRunError):
             Sweep(config).run()
     (run,) = runs_folder(config.output.base_output_dir, "sweep").iterdir()
-    with RunFolder(run).held(), pytest.raises(TrainingError, match=r"trial-0000-\w+: .*another process.* no failure"):
+    with (
+        RunFolder(run).hold_lock(),
+        pytest.raises(TrainingError, match=r"trial-0000-\w+: .*another process.* no failure"),
+    ):
         Sweep(config).run()
     assert [row.state for row in Sweep(config).run().leaderboard.rows] == ["finished"]
 

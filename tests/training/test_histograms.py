@@ -75,7 +75,7 @@ class Spy(Callback):
 
 
 def lines(run: RunFolder) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run.histograms.read_text().splitlines()]
+    return [json.loads(line) for line in run.histograms_file.read_text().splitlines()]
 
 
 def test_a_run_writes_the_gradients_before_clipping_and_the_weights_before_the_update(small_config: Config) -> None:
@@ -117,8 +117,8 @@ def test_the_adapter_is_that_of_a_run_without_them_to_the_bit(small_config: Conf
     runs = [TrainingWrapper(small_config(**sections, tracking=more)).train().run_dir for more in ({}, shown)]
     off, on = (load_file(RunFolder(Path(run)).adapter / "adapter_model.safetensors") for run in runs)
     assert off.keys() == on.keys() and all(torch.equal(off[name], on[name]) for name in off)
-    assert not RunFolder(Path(runs[0])).histograms.exists() and len(lines(RunFolder(Path(runs[1])))) == 3
-    assert len(RunFolder(Path(runs[1])).samples.read_text().splitlines()) == 3
+    assert not RunFolder(Path(runs[0])).histograms_file.exists() and len(lines(RunFolder(Path(runs[1])))) == 3
+    assert len(RunFolder(Path(runs[1])).samples_file.read_text().splitlines()) == 3
 
 
 def test_what_fails_is_said_once_and_ends_no_run(

@@ -40,7 +40,7 @@ TIMING = {"seconds", "time"}
 
 def steps_of(run: RunFolder) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without their timings."""
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in MetricsCollector.read(run.metrics)]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in MetricsCollector.read(run.metrics_file)]
 
 
 def assert_same_run(a: RunFolder, b: RunFolder) -> None:
@@ -113,7 +113,7 @@ def test_tensorboard_events_hold_the_losses(small_config: Config) -> None:
     events = EventAccumulator(str(run.logs))
     events.Reload()
     losses = {e.step: e.value for e in events.Scalars("train/loss")}
-    lines = {line["step"]: line["loss"] for line in MetricsCollector.read(run.metrics) if line["kind"] == "step"}
+    lines = {line["step"]: line["loss"] for line in MetricsCollector.read(run.metrics_file) if line["kind"] == "step"}
     assert set(losses) == {1, 2, 4, 6}
     assert all(losses[step] == pytest.approx(lines[step], rel=1e-6) for step in losses)
     assert [e.step for e in events.Scalars("validation/loss")] == [0, 6]
@@ -258,7 +258,7 @@ def test_sigkill_then_resume_equals_the_undisturbed_run(small_config: Config) ->
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert killed.died and killed.status == "interrupted"
+    assert killed.has_died and killed.status == "interrupted"
     assert killed.read_metadata("summary.json")["run_dir"] == str(killed.root)
     unfinished = find_run("killed", config.output.base_output_dir)
     assert TrainingWrapper.resume(unfinished).status == "finished"

@@ -21,7 +21,7 @@ from training_lens.models.adapter_files import require_adapter
 from training_lens.models.stored import check_base
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
-from training_lens.utils.integrity import recorded_hashes
+from training_lens.utils.integrity import read_recorded_hashes
 
 Config = Callable[..., TrainingConfig]
 READ_TO_ANSWER = ("artifacts/", "metadata/config.json", "metadata/data.json")
@@ -34,7 +34,7 @@ def flip(path: Path) -> None:
 
 
 def test_every_recorded_file_is_compared_where_it_is_read(own_run: RunFolder) -> None:
-    recorded = recorded_hashes(own_run.root)
+    recorded = read_recorded_hashes(own_run.root)
     on_disk = {p.relative_to(own_run.root).as_posix() for p in own_run.root.rglob("*") if p.is_file()}
     kinds = ("artifacts/", "metadata/")
     own_hash = {"metadata/hashes.json", "metadata/summary.json", "metadata/base.json"}

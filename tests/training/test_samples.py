@@ -56,7 +56,7 @@ def test_rows_are_spread_over_the_dataset(count: int, rows: list[int]) -> None:
 
 
 def lines(run: RunFolder) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in run.samples.read_text().splitlines()]
+    return [json.loads(line) for line in run.samples_file.read_text().splitlines()]
 
 
 def run_of(config: Any, **options: Any) -> RunFolder:

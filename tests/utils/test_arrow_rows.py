@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from training_lens.data.sources import expand
-from training_lens.utils.arrow_rows import arrow_rows
+from training_lens.utils.arrow_rows import iterate_arrow_rows
 
 
 def call(name: str, **arguments: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def test_nulls_of_columns_lists_and_maps_stay() -> None:
             ),
         }
     )
-    assert list(arrow_rows(table.to_batches())) == [
+    assert list(iterate_arrow_rows(table.to_batches())) == [
         {"column": None, "plain": None, "list": [None, {}], "map": {"k": None, "l": {}}},
         {"column": {"b": 1}, "plain": "x", "list": None, "map": None},
     ]

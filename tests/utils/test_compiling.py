@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from training_lens.models.fast.native import library as calls
-from training_lens.utils.compiling import CompilationError, compiled
+from training_lens.utils.compiling import CompilationError, compile_library
 
 pytestmark = pytest.mark.skipif(calls.load_library() is None, reason="no C compiler here")
 
@@ -32,49 +32,49 @@ def answer(library: ctypes.CDLL) -> int:
 
 
 def test_what_was_compiled_is_loaded_the_next_time(tmp_path: Path, cache: Path) -> None:
-    assert answer(compiled([source(tmp_path)], "answers")) == 7
+    assert answer(compile_library([source(tmp_path)], "answers")) == 7
     (kept,) = cache.iterdir()
     made = kept.stat().st_mtime_ns
-    assert answer(compiled([source(tmp_path)], "answers")) == 7
+    assert answer(compile_library([source(tmp_path)], "answers")) == 7
     assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [made]
 
 
 def test_another_source_is_another_library(tmp_path: Path, cache: Path) -> None:
-    assert answer(compiled([source(tmp_path)], "answers")) == 7
-    assert answer(compiled([source(tmp_path, 8)], "answers")) == 8
+    assert answer(compile_library([source(tmp_path)], "answers")) == 7
+    assert answer(compile_library([source(tmp_path, 8)], "answers")) == 8
     assert len(list(cache.iterdir())) == 2
 
 
 def test_a_library_that_others_may_write_is_made_anew(tmp_path: Path, cache: Path) -> None:
-    compiled([source(tmp_path)], "answers")
+    compile_library([source(tmp_path)], "answers")
     (kept,) = cache.iterdir()
     kept.unlink()  # its file stays mapped in this process, which would die of a change to it
     kept.write_bytes(b"not a library")
     kept.chmod(0o722)
-    assert answer(compiled([source(tmp_path)], "answers")) == 7
+    assert answer(compile_library([source(tmp_path)], "answers")) == 7
     assert kept.stat().st_mode & 0o077 == 0
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, cache: Path) -> None:
     cache.parent.mkdir(mode=0o500)
-    assert answer(compiled([source(tmp_path)], "answers")) == 7
+    assert answer(compile_library([source(tmp_path)], "answers")) == 7
 
 
 def test_a_file_where_the_cache_should_be_is_done_without(tmp_path: Path, cache: Path) -> None:
     cache.parent.write_text("in the way", encoding="utf-8")
-    assert answer(compiled([source(tmp_path)], "answers")) == 7
+    assert answer(compile_library([source(tmp_path)], "answers")) == 7
 
 
 def test_no_compiler_is_told_by_its_name(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler -O1")
     with pytest.raises(CompilationError, match=r"no C compiler \(no-such-compiler\)"):
-        compiled([source(tmp_path)], "answers")
+        compile_library([source(tmp_path)], "answers")
 
 
 def test_a_source_that_is_refused_leaves_nothing(tmp_path: Path, cache: Path) -> None:
     broken = tmp_path / "broken.c"
     broken.write_text("this is no C\n", encoding="utf-8")
     with pytest.raises(CompilationError, match=r"refuses the source: .*error"):
-        compiled([broken], "broken")
+        compile_library([broken], "broken")
     assert not list(cache.iterdir())

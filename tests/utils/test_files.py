@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from training_lens.errors import ConfigurationError, OutputError
 from training_lens.utils.files import (
-    files_in,
+    atomic_folder,
+    list_files,
     require_writable,
     sweep_temporaries,
-    whole_folder,
     write_json,
     write_text,
 )
@@ -27,7 +27,7 @@ from training_lens.utils.integrity import safe_save
 
 
 def test_a_failed_folder_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), whole_folder(tmp_path / "x") as folder:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "x") as folder:
         (folder / "half").write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -35,7 +35,7 @@ def test_a_failed_folder_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_appears_when_done_and_an_older_one_stays(tmp_path: Path) -> None:
     for text in ("first", "second"):
-        with whole_folder(tmp_path / "x") as folder:
+        with atomic_folder(tmp_path / "x") as folder:
             (folder / "file").write_text(text)
             assert text == "second" or not (tmp_path / "x").exists()
     assert (tmp_path / "x/file").read_text() == "first"
@@ -44,11 +44,11 @@ def test_a_folder_appears_when_done_and_an_older_one_stays(tmp_path: Path) -> No
 
 def test_a_folder_gives_way_to_a_finished_one_alone(tmp_path: Path) -> None:
     for text in ("first", "second"):
-        with whole_folder(tmp_path / "x", existing="replace") as folder:
+        with atomic_folder(tmp_path / "x", existing="replace") as folder:
             (folder / text).write_text(text)
             assert text == "first" or (tmp_path / "x/first").exists()
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["second"]
-    with pytest.raises(RuntimeError), whole_folder(tmp_path / "x", existing="replace"):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "x", existing="replace"):
         raise RuntimeError
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["second"]
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
@@ -87,11 +87,11 @@ def test_a_folder_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "result"
     target.mkdir()
     (target / "old").write_text("old")
-    with pytest.raises(KeyError), whole_folder(target, existing="replace") as building:
+    with pytest.raises(KeyError), atomic_folder(target, existing="replace") as building:
         (building / "new").write_text("half")
         raise KeyError
     assert [path.name for path in tmp_path.rglob("*")] == ["result", "old"]
-    with whole_folder(target, existing="replace") as building:
+    with atomic_folder(target, existing="replace") as building:
         (building / "new").write_text("whole")
         assert (target / "old").exists()
     assert [path.name for path in tmp_path.rglob("*")] == ["result", "new"]
@@ -101,7 +101,7 @@ def test_what_another_process_wrote_meanwhile_is_kept_or_refused_as_asked(tmp_pa
     target = tmp_path / "x"
 
     def build(existing: Any) -> None:
-        with whole_folder(target, existing=existing) as building:
+        with atomic_folder(target, existing=existing) as building:
             (building / "mine").write_text("mine")
             target.mkdir(exist_ok=True)
             (target / "theirs").write_text("theirs")
@@ -115,7 +115,7 @@ def test_what_another_process_wrote_meanwhile_is_kept_or_refused_as_asked(tmp_pa
 def test_a_link_is_replaced_where_it_leads(tmp_path: Path) -> None:
     (tmp_path / "disk/old").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk/old")
-    with whole_folder(tmp_path / "link", existing="replace") as building:
+    with atomic_folder(tmp_path / "link", existing="replace") as building:
         (building / "new").write_text("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "link/new").is_file()
     assert [p.name for p in (tmp_path / "disk").iterdir()] == ["old"]
@@ -133,7 +133,7 @@ def test_an_exchange_that_fails_leaves_the_old_folder_and_nothing_else(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(PermissionError), whole_folder(tmp_path / "x", existing="replace"):
+    with pytest.raises(PermissionError), atomic_folder(tmp_path / "x", existing="replace"):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
@@ -153,19 +153,19 @@ def test_files_are_listed_while_folders_come_and_go(tmp_path: Path) -> None:
     thread = threading.Thread(target=churn)
     thread.start()
     try:
-        assert all(tmp_path / "stays" / "file" in files_in(tmp_path) for _ in range(300))
+        assert all(tmp_path / "stays" / "file" in list_files(tmp_path) for _ in range(300))
     finally:
         done.set()
         thread.join()
-    assert files_in(tmp_path / "nothing") == []
+    assert list_files(tmp_path / "nothing") == []
 
 
 def test_what_dead_processes_left_is_swept_by_the_next_write_and_nothing_else(tmp_path: Path) -> None:
     code = f"""
 import os
 from pathlib import Path
-from training_lens.utils.files import whole_file, whole_folder
-with whole_folder(Path({str(tmp_path)!r}) / "a") as folder, whole_file(Path({str(tmp_path)!r}) / "b") as file:
+from training_lens.utils.files import atomic_file, atomic_folder
+with atomic_folder(Path({str(tmp_path)!r}) / "a") as folder, atomic_file(Path({str(tmp_path)!r}) / "b") as file:
     (folder / "x").touch(), file.touch()
     os._exit(1)
 """
@@ -174,7 +174,7 @@ with whole_folder(Path({str(tmp_path)!r}) / "a") as folder, whole_file(Path({str
     others = [".tmp-fetched-run", f".tmp-00000000-{os.getppid()}-abcdef-x", ".tmp-old"]
     for name in others:
         (tmp_path / name).mkdir()
-    with whole_folder(tmp_path / "a") as mine:
+    with atomic_folder(tmp_path / "a") as mine:
         (mine / "y").touch()
         write_text(tmp_path / "b", "whole")  # while a folder of this process is being made
         assert sorted(p.name for p in tmp_path.glob(".tmp-*")) == sorted([*others, mine.name])

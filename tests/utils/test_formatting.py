@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training_lens.utils.formatting import format_count, format_seconds, format_size, nearest, sparkline
+from training_lens.utils.formatting import format_count, format_seconds, format_size, nearest_name, render_sparkline
 
 
 def test_formats() -> None:
@@ -12,10 +12,10 @@ def test_formats() -> None:
 
 
 def test_nearest() -> None:
-    assert nearest("lerning_rate", ["learning_rate", "epochs"]) == "learning_rate"
-    assert nearest("xyz", ["learning_rate"]) is None
+    assert nearest_name("lerning_rate", ["learning_rate", "epochs"]) == "learning_rate"
+    assert nearest_name("xyz", ["learning_rate"]) is None
 
 
 def test_a_sparkline_leaves_out_what_is_not_finite() -> None:
-    assert sparkline([3.0, float("nan"), 2.0, float("inf"), 1.0]) == sparkline([3.0, 2.0, 1.0]) == "█▅▁"
-    assert sparkline([float("nan")]) == ""
+    assert render_sparkline([3.0, float("nan"), 2.0, float("inf"), 1.0]) == render_sparkline([3.0, 2.0, 1.0]) == "█▅▁"
+    assert render_sparkline([float("nan")]) == ""

@@ -11,7 +11,7 @@ import pytest
 PROGRAM = """
 import resource
 import numpy as np
-from training_lens.utils.heap import freed_memory_kept
+from training_lens.utils.heap import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -23,8 +23,8 @@ def resident():
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
 
-with freed_memory_kept():
-    with freed_memory_kept():
+with keep_freed_memory():
+    with keep_freed_memory():
         faults()
     again, kept = faults(), resident()
 print(again, kept, resident())

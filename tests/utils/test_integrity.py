@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from training_lens.errors import DamagedFileError
-from training_lens.utils.file_schemas import SHAPES, find_misfit
+from training_lens.utils.file_schemas import SCHEMAS, find_type_error
 from training_lens.utils.files import write_json
-from training_lens.utils.integrity import read_line, read_sealed, require_seal, safe_save, seal_line, write_sealed
+from training_lens.utils.integrity import read_line, read_sealed, safe_save, seal_line, verify_seal, write_sealed
 
 VALUES = {"step": 3, "files": {"a": "b"}}
 
@@ -44,11 +44,11 @@ def test_no_flipped_bit_of_a_line_is_read() -> None:
 
 def test_no_flipped_bit_of_a_sealed_binary_file_is_read(tmp_path: Path) -> None:
     safe_save({"x": torch.arange(4.0)}, tmp_path / "sealed.safetensors")
-    require_seal(tmp_path / "sealed.safetensors")
+    verify_seal(tmp_path / "sealed.safetensors")
     for number, changed in enumerate(flips((tmp_path / "sealed.safetensors").read_bytes())):
         (path := tmp_path / f"{number}.safetensors").write_bytes(changed)
         with pytest.raises(DamagedFileError):
-            require_seal(path)
+            verify_seal(path)
 
 
 def test_what_earlier_versions_wrote_without_a_hash_is_read(tmp_path: Path) -> None:
@@ -58,16 +58,16 @@ def test_what_earlier_versions_wrote_without_a_hash_is_read(tmp_path: Path) -> N
     assert read_sealed(tmp_path / "old.json") == {**VALUES, "sha256": "0" * 64}
     assert read_line('{"a": 1, "b": "01234567"}') == {"a": 1, "b": "01234567"}
     save_file({"x": torch.arange(4.0)}, tmp_path / "old.safetensors", {"by": "training-lens"})
-    require_seal(tmp_path / "old.safetensors")
+    verify_seal(tmp_path / "old.safetensors")
 
 
 @pytest.mark.parametrize("value", [1.5, [0], {"": None}], ids=str)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", SCHEMAS)
 def test_a_value_of_another_type_is_named_by_its_file_and_key(tmp_path: Path, name: str, value: Any) -> None:
-    for key in SHAPES[name]:
-        fault = find_misfit(name, {key: value, "unknown to us": value})
+    for key in SCHEMAS[name]:
+        fault = find_type_error(name, {key: value, "unknown to us": value})
         assert not fault or fault.startswith(f"{key}")
-    text = next(key for key in SHAPES[name] if find_misfit(name, {key: value}))
+    text = next(key for key in SCHEMAS[name] if find_type_error(name, {key: value}))
     write_sealed(tmp_path / name, {text: value})
     with pytest.raises(DamagedFileError, match=rf"{name} has a wrong value. {text}"):
         read_sealed(tmp_path / name)

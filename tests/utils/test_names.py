@@ -13,9 +13,9 @@ from training_lens.errors import CheckpointError, ConfigurationError, Integratio
 from training_lens.integrations.storage import LocalStorage
 from training_lens.runs.housekeeping import change_tags, check_deletable, delete_run
 from training_lens.runs.run_folder import RunFolder, runs_folder
-from training_lens.runs.run_lookup import folders_of
-from training_lens.utils.files import whole_file, write_json
-from training_lens.utils.names import check_experiment, check_run_id, expand_home, find_fault, require_contained
+from training_lens.runs.run_lookup import find_run_folders
+from training_lens.utils.files import atomic_file, write_json
+from training_lens.utils.names import check_experiment, check_run_id, expand_home, find_name_fault, require_contained
 
 NEVER = (
     "",
@@ -68,7 +68,7 @@ def test_names_of_today_and_of_earlier_runs_pass() -> None:
     "name", ["", "..", "a/../b", "/etc/passwd", "C:/x", "a//b", "./a", "a\\..\\b", "a\nb", "x" * 256]
 )
 def test_a_file_name_stays_below_its_folder(name: str, tmp_path: Path) -> None:
-    assert find_fault(name)
+    assert find_name_fault(name)
     (tmp_path / "file").write_text("x")
     storage = LocalStorage(tmp_path / "s")
     with pytest.raises(IntegrationError, match="names nothing in this storage"):
@@ -93,7 +93,7 @@ def test_what_is_written_whole_never_goes_through_a_link(tmp_path: Path) -> None
     precious = tmp_path / "precious"
     precious.write_text("mine")
     (tmp_path / f".tmp-{os.getpid()}-file").symlink_to(precious)
-    with whole_file(tmp_path / "file") as temporary:
+    with atomic_file(tmp_path / "file") as temporary:
         temporary.write_text("theirs")
     assert precious.read_text() == "mine" and (tmp_path / "file").read_text() == "theirs"
 
@@ -115,7 +115,7 @@ def test_a_run_behind_a_link_is_neither_deleted_nor_tagged(tmp_path: Path) -> No
     theirs = make(tmp_path / "theirs", "a")
     runs_folder(str(tmp_path), "default").parent.parent.mkdir(parents=True)
     runs_folder(str(tmp_path), "default").parent.symlink_to(theirs.root.parents[1])
-    (run,) = folders_of(str(tmp_path))
+    (run,) = find_run_folders(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"is a symbolic link to .*delete it by hand"):
         check_deletable(run)
     own = make(tmp_path / "own", "b")
@@ -132,6 +132,6 @@ def test_runs_of_earlier_versions_are_listed_and_names_that_do_not_print_are_tol
     for name in ("a\nb", "a\u202eb"):
         (runs_folder(str(tmp_path), "default") / name / "metadata").mkdir(parents=True)
     monkeypatch.setattr(logging.getLogger("training_lens"), "propagate", True)  # a command that ran before said no
-    assert [run.run_id for run in folders_of(str(tmp_path))] == ["[b]", "good", "my run"]
+    assert [run.run_id for run in find_run_folders(str(tmp_path))] == ["[b]", "good", "my run"]
     told = {record.getMessage() for record in caplog.records if "does not print" in record.getMessage()}
     assert len(told) == 2 and any(r"'a\nb'" in line for line in told)

@@ -12,7 +12,7 @@ from urllib.parse import quote_plus
 
 import pytest
 
-from training_lens.utils.secrets import redacted, secrets_in
+from training_lens.utils.secrets import find_secret_keys, redact_text
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ from training_lens.utils.secrets import redacted, secrets_in
     ],
 )
 def test_what_has_the_form_of_a_secret_is_struck_out(text: str, secret: str) -> None:
-    out = redacted(text)
+    out = redact_text(text)
     assert secret in text and "***" in out and secret not in out
 
 
@@ -60,7 +60,7 @@ def test_what_has_the_form_of_a_secret_is_struck_out(text: str, secret: str) -> 
 )
 def test_secrets_of_the_environment_are_struck_out(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     monkeypatch.setenv(variable, "correct-horse-battery")
-    assert redacted("key correct-horse-battery.") == "key ***."
+    assert redact_text("key correct-horse-battery.") == "key ***."
 
 
 @pytest.mark.parametrize("written", [str, quote_plus, json.dumps, repr, lambda value: value.split("\n")[0]])
@@ -69,7 +69,7 @@ def test_a_secret_is_known_however_it_is_written(
 ) -> None:
     value = """wJalr/X+t 'n"FEMI\nand a second line"""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"{value}\n")
-    assert redacted(f"<{written(value)}>").strip("<>\"'") == "***"
+    assert redact_text(f"<{written(value)}>").strip("<>\"'") == "***"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_secret_is_known_however_it_is_written(
 )
 def test_a_place_or_a_common_word_is_no_secret(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
     monkeypatch.setenv(variable, value)
-    assert redacted(f"the value {value} stays") == f"the value {value} stays"
+    assert redact_text(f"the value {value} stays") == f"the value {value} stays"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_place_or_a_common_word_is_no_secret(monkeypatch: pytest.MonkeyPatch, 
 def test_searching_a_text_of_beginnings_takes_no_squared_time(start: str) -> None:
     text = start * (300_000 // len(start))
     began = time.perf_counter()
-    redacted(text)
+    redact_text(text)
     assert time.perf_counter() - began < 5
 
 
@@ -102,7 +102,7 @@ def test_ordinary_text_stays() -> None:
     text = """step 3: loss 1.5 at https://host:8080/path, hf_short, s3://bucket/a@b, http://host:5000/run@main,
     ssh://me@host/path, pad_token=<|endoftext|>, a Bearer bond, Basic training, task-based-learning-of-adapters,
     -----BEGIN CERTIFICATE-----, eyJ.a.b, a risk-adjusted-return-on-capital, AIzawa"""
-    assert redacted(text) == text
+    assert redact_text(text) == text
 
 
 def test_settings_that_hold_a_secret_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_settings_that_hold_a_secret_are_named(monkeypatch: pytest.MonkeyPatch) 
         "tracking": {"tags": ["a", "0123456789abcdef"], "custom": {"m.T": {"token": "x", "channel": "y"}}},
         "lens": {"probe_tokens": 512},
     }
-    assert list(secrets_in(settings)) == ["output.mirror", "tracking.tags[1]", "tracking.custom.m.T.token"]
+    assert list(find_secret_keys(settings)) == ["output.mirror", "tracking.tags[1]", "tracking.custom.m.T.token"]
 
 
 def test_a_key_of_a_secret_is_one_in_lists_and_as_a_number_but_not_in_rows() -> None:
@@ -120,7 +120,7 @@ def test_a_key_of_a_secret_is_one_in_lists_and_as_a_number_but_not_in_rows() -> 
         "tracking": {"custom": {"m.T": {"channels": [{"password": 12345678}], "token_file": "a", "secret": ["b"]}}},
         "data": {"train": [{"token": "the"}], "validation": ["https://me:password1@host/rows.jsonl"]},
     }
-    assert list(secrets_in(settings)) == [
+    assert list(find_secret_keys(settings)) == [
         "tracking.custom.m.T.channels[0].password",
         "tracking.custom.m.T.secret[0]",
         "data.validation[0]",

@@ -21,7 +21,7 @@ from training_lens.core.recording import Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import Series
 from training_lens.errors import LensError
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class CheckpointAnalyzer:
         except Exception as error:
             if type(analyzer).__module__.startswith("training_lens."):
                 raise
-            logger.warning("the analyzer '%s' failed and is left out: %s", analyzer.name, said(error))
+            logger.warning("the analyzer '%s' failed and is left out: %s", analyzer.name, describe_error(error))
             return {}
 
     def evolution(self, measure: str, by: By = "module") -> Series:

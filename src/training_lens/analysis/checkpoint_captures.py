@@ -21,7 +21,7 @@ from training_lens.core.types import Captured, ModuleRecord, Series
 from training_lens.errors import LensError
 from training_lens.measures import singular_values as spectra
 from training_lens.merging.weight_update import LowRank
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest_name
 
 Rows = list[tuple[int, Captured]]
 
@@ -107,7 +107,7 @@ class CheckpointCaptures:
 
     def _made(self, name: str) -> pa.Table:
         if name not in self.tables():
-            close = nearest(name, self.tables())
+            close = nearest_name(name, self.tables())
             hint = f"did you mean '{close}'?" if close else f"there are: {', '.join(self.tables())}."
             raise LensError(f"checkpoints give no table '{name}'; {hint}")
         if name in self._logged:

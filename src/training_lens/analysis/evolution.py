@@ -19,7 +19,7 @@ from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
 from training_lens.errors import ConfigurationError
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest_name
 
 __all__ = [
     "OUTSIDE",
@@ -76,7 +76,7 @@ def _of_modules(recording: Recording, measure: str) -> tuple[Series, bool]:
     table, _, column = measure.rpartition(".")
     table = table or tables.WEIGHTS
     if table not in OF_MODULES or column not in tables.MEASURES[table] or column in VECTORS:
-        close = nearest(measure, measure_names())
+        close = nearest_name(measure, measure_names())
         hint = f"did you mean '{close}'?" if close else f"there are: {', '.join(measure_names())}."
         raise ConfigurationError(f"measure: no measure of modules is called '{measure}'; {hint}")
     return recording.series(table, column), column in NORMS

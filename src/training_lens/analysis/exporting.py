@@ -17,7 +17,7 @@ from training_lens.core.arrow import MODULE, STEP, series_of, vectors_of
 from training_lens.core.recording import Recording
 from training_lens.core.types import DataType
 from training_lens.errors import LensError, OutputError
-from training_lens.utils.files import whole_file
+from training_lens.utils.files import atomic_file
 
 
 def export_tables(
@@ -48,7 +48,7 @@ def export_tables(
 
 def _write(table: pa.Table, format: str, path: Path) -> int:
     """Gives its rows: while training runs, the next reading would have more."""
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         WRITERS[format](table, temporary)
     rows: int = table.num_rows
     return rows

@@ -18,8 +18,8 @@ from training_lens.core.recording import Recording
 from training_lens.core.types import DataType, LensManifest
 from training_lens.errors import AdapterError, CheckpointError, LensError
 from training_lens.runs.checkpoint_format import list_checkpoints
-from training_lens.runs.run_folder import RunFolder, run_folders
-from training_lens.utils.formatting import nearest
+from training_lens.runs.run_folder import RunFolder, list_run_folders
+from training_lens.utils.formatting import nearest_name
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
 
@@ -74,7 +74,7 @@ def _existing(path: Path) -> Path:
         return path.resolve()
     if path.exists():
         raise LensError(f"'{path}' is a file. Give the folder that it is in: {LOOKED_FOR}.")
-    close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+    close = nearest_name(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
     hint = f"Did you mean '{path.parent / close}'?" if close else f"Relative paths start at {Path.cwd()}."
     raise LensError(f"no folder '{path}'. {hint}")
 
@@ -141,7 +141,7 @@ def _run_source(run: RunFolder) -> Source:
     folders = _our_checkpoints(run.checkpoints)
     if holds_adapter(run.adapter):
         folders.setdefault(int(summary.get("adapter_step") or max(folders, default=0)), run.adapter)
-    return Source(folders, our_log(run.metrics, settings), "training-lens")
+    return Source(folders, our_log(run.metrics_file, settings), "training-lens")
 
 
 def _metadata(run: RunFolder, name: str) -> Mapping[str, Any]:
@@ -229,7 +229,7 @@ def _nothing_in(folder: Path) -> str:
             f"{found[0]} is a whole model, and beside it is no adapter: a full fine-tune, or a merged model. The lens "
             "reads LoRA and DoRA adapters; give the folder that PEFT's save_pretrained wrote."
         )
-    runs = run_folders(folder) or run_folders(folder / "runs")
+    runs = list_run_folders(folder) or list_run_folders(folder / "runs")
     if runs:
         return f"{folder} holds {len(runs)} runs and is none itself. Give one of them, such as {runs[-1].root}."
     shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")

@@ -13,11 +13,11 @@ from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.config.run_config import read_run_config
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError
-from training_lens.runs.checkpoint_format import checkpoint_steps
-from training_lens.runs.housekeeping import in_place
+from training_lens.runs.checkpoint_format import list_checkpoint_steps
+from training_lens.runs.housekeeping import is_in_place
 from training_lens.runs.run_folder import LATEST, RunFolder
-from training_lens.runs.run_listing import so_far
-from training_lens.runs.run_lookup import find_run, folders_of
+from training_lens.runs.run_listing import read_progress
+from training_lens.runs.run_lookup import find_run, find_run_folders
 from training_lens.utils.names import expand_home
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Run:
             CheckpointError: there is no run yet.
             ConfigurationError: there is no such experiment.
         """
-        folders_of(str(base_output_dir), experiment)  # refuses an experiment that is not there
+        find_run_folders(str(base_output_dir), experiment)  # refuses an experiment that is not there
         return cls(find_run(LATEST, str(base_output_dir), experiment).root)
 
     @property
@@ -104,7 +104,7 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """metadata/summary.json (see `TrainingSummary`); until the run has written it, what its journal tells."""
         status, written = self.status, dict(self.folder.read_metadata("summary.json"))
-        told = so_far(self.folder) if written["status"] == "running" else {}
+        told = read_progress(self.folder) if written["status"] == "running" else {}
         return {**written, **told, "status": status}
 
     @property
@@ -115,13 +115,13 @@ class Run:
         without padding; `supervised_tokens`; `seconds`; `finite`. After a validation also `validation_loss`, and of
         several domains or files `validation_loss_NAME`; other rows have NaN there. Row 0 is the validation of the base.
         """
-        return metrics_frame(self.folder.metrics)
+        return metrics_frame(self.folder.metrics_file)
 
     @property
     def samples(self) -> DataFrame:
         """logs/samples.jsonl, a row an answer: `step`, `base` (the base model's), `id`, `prompt`, `expected`,
         `generated`; without rows where the run answers no samples (tracking.samples)."""
-        return samples_frame(self.folder.samples)
+        return samples_frame(self.folder.samples_file)
 
     @property
     def lens(self) -> CheckpointAnalyzer:
@@ -148,7 +148,7 @@ class Run:
     @property
     def log(self) -> Log:
         """The losses of its journal as series: what figures are drawn of, also where the lens was off."""
-        return our_log(self.folder.metrics)
+        return our_log(self.folder.metrics_file)
 
     def answer(
         self, prompts: str | Sequence[str], *, adapter: bool = True, domain: str | None = None, **settings: Any
@@ -177,7 +177,7 @@ class Run:
         """Training and validation loss, with epochs, spikes and checkpoints, to zoom into."""
         from training_lens.analysis.figures.run_figures import loss
 
-        return loss(self.log, checkpoint_steps(self.folder.checkpoints))
+        return loss(self.log, list_checkpoint_steps(self.folder.checkpoints))
 
     def compare(self, other: Run | Path | str) -> RunComparison:
         """The two side by side: their settings, numbers and losses.
@@ -194,7 +194,7 @@ class Run:
 
     def _beside(self) -> Path:
         """The folder of outputs that the run is in; of a run that was moved out of one, that which was given."""
-        return self.folder.root.parents[3] if in_place(self.folder) else self._base_output_dir
+        return self.folder.root.parents[3] if is_in_place(self.folder) else self._base_output_dir
 
     def __repr__(self) -> str:
         told = self.summary

@@ -13,8 +13,8 @@ from training_lens.analysis.reports.executive import WRONG, in_short, verdict
 from training_lens.analysis.run_verdict import find_verdict
 from training_lens.core import table_names as tables
 from training_lens.display.colors import COLOURS
-from training_lens.display.html import Bullets, Drawing, Table, card
-from training_lens.display.svg import Curve, sketch
+from training_lens.display.html import BulletList, SvgPicture, Table, render_card
+from training_lens.display.svg import Curve, render_chart
 from training_lens.errors import TrainingLensError
 from training_lens.models.adapters import describe
 from training_lens.utils.formatting import format_count, format_seconds
@@ -29,13 +29,13 @@ LOSS_AXES = ("step", "loss, nats per supervised token")
 
 def run_card(run: Run) -> str:
     """HTML of some kB, without a script; what data says in it is escaped."""
-    drawing = sketch([*loss_curves(run.log)], *LOSS_AXES)
+    drawing = render_chart([*loss_curves(run.log)], *LOSS_AXES)
     parts: list[Part] = [
         Table("", ("run", run.run_id), list(_facts(run))),
-        Drawing(drawing, "At step 0: the base model.") if drawing else "No step is done yet.",
+        SvgPicture(drawing, "At step 0: the base model.") if drawing else "No step is done yet.",
         *_found(run),
     ]
-    return card(f"Run {run.run_id}: {run.status}", parts)
+    return render_card(f"Run {run.run_id}: {run.status}", parts)
 
 
 def loss_curves(log: Log, name: str = "", colour: str | None = None) -> Iterator[Curve]:
@@ -88,4 +88,4 @@ def _found(run: Run) -> Iterator[Part]:
         return
     yield verdict(findings, find_verdict(run.lens.recording))
     if others := [in_short(finding) for finding in findings if finding.severity in WRONG][1:]:
-        yield Bullets(others)
+        yield BulletList(others)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from training_lens.analysis.figures.style import add_line, canvas, label
 from training_lens.analysis.run_card import LOSS_AXES, loss_curves
 from training_lens.display.colors import COLOURS
-from training_lens.display.html import Drawing, Table, card
-from training_lens.display.svg import Curve, sketch
+from training_lens.display.html import SvgPicture, Table, render_card
+from training_lens.display.svg import Curve, render_chart
 from training_lens.errors import CheckpointError
-from training_lens.runs.run_listing import BROKEN, config_differences, read_run, validated_alike
+from training_lens.runs.run_listing import BROKEN, config_differences, have_same_validation, read_run
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -78,7 +78,7 @@ class RunComparison:
     def same_validation(self) -> bool:
         """Whether both were validated on the same rows, as far as their metadata tell: else their validation losses
         cannot be compared."""
-        return validated_alike(self._listed)
+        return have_same_validation(self._listed)
 
     def figure(self) -> Figure:
         """The losses of both on the same axes, to zoom into; validation is dashed."""
@@ -97,15 +97,15 @@ class RunComparison:
         return f"RunComparison of {self.names[0]} and {self.names[1]}: {differ}"
 
     def _repr_html_(self) -> str:
-        drawing = sketch(self._curves(), *LOSS_AXES)
+        drawing = render_chart(self._curves(), *LOSS_AXES)
         settings = [(key, *map(_said, values)) for key, values in self.config.items()]
         parts: list[Part] = [
             Table("", ("", *self.names), [("status", *(run.status for run in self._listed)), *self._numbers()]),
             *([] if self.same_validation else [OTHER_ROWS]),
             Table("settings that differ", ("", *self.names), settings) if settings else "No setting differs.",
-            Drawing(drawing, "Validation is dashed; at step 0 it is that of the base model.") if drawing else "",
+            SvgPicture(drawing, "Validation is dashed; at step 0 it is that of the base model.") if drawing else "",
         ]
-        return card("Two runs", [part for part in parts if part])
+        return render_card("Two runs", [part for part in parts if part])
 
     def _numbers(self) -> list[tuple[str, ...]]:
         """The rows of the table: what at least one of the two knows."""

@@ -26,7 +26,7 @@ from training_lens.cli.sweep import sweep
 from training_lens.cli.sync import sync
 from training_lens.cli.train import train
 from training_lens.cli.validate import validate
-from training_lens.utils.streams import keep_output
+from training_lens.utils.streams import protect_output
 
 cli = typer.Typer(
     name="training-lens",
@@ -64,16 +64,16 @@ def describe(version: Version = False) -> None:
 
 def main() -> None:
     """The command's entry point."""
-    keep_output()
+    protect_output()
     try:
         cli()
     except KeyboardInterrupt:  # before a command began, which says it itself
         print("interrupted.", file=sys.stderr)
         sys.exit(130)
     except Exception:  # a bug of ours, or --debug: what it quotes may hold a secret, which no traceback shows
-        from training_lens.utils.secrets import redacted
+        from training_lens.utils.secrets import redact_text
 
-        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+        print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(1)
 
 

@@ -154,14 +154,14 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     """What is printed of an expected error, and the exit code."""
     from training_lens.errors import TrainingLensError
     from training_lens.utils.resource_errors import describe_shortage
-    from training_lens.utils.secrets import redacted
+    from training_lens.utils.secrets import redact_text
 
     if isinstance(error, TrainingLensError):
-        return f"error: {_shorten(redacted(str(error)))}", error.exit_code
+        return f"error: {_shorten(redact_text(str(error)))}", error.exit_code
     if isinstance(error, OSError) and error.errno:
         place = f"{error.filename}: " if error.filename else ""
         advice = "Free some space, or give another output.base_output_dir." if error.errno == errno.ENOSPC else ""
-        return f"error: {_shorten(redacted(place))}{error.strerror}. {advice}", 1
+        return f"error: {_shorten(redact_text(place))}{error.strerror}. {advice}", 1
     if shortage := describe_shortage(error):
         return f"error: {shortage}", 1
     return "interrupted.", 130
@@ -202,10 +202,10 @@ def load_config(
 def _require_origin(origin: str | None, config_files: list[str] | None) -> str | None:
     from training_lens.config.origins import ORIGINS
     from training_lens.errors import ConfigurationError
-    from training_lens.utils.formatting import nearest
+    from training_lens.utils.formatting import nearest_name
 
     if origin is not None and origin not in ORIGINS:
-        close = nearest(origin, ORIGINS)
+        close = nearest_name(origin, ORIGINS)
         hint = f" Did you mean {close}?" if close else ""
         raise ConfigurationError(
             f"--from {origin}: no config files of that name are known; give {', '.join(ORIGINS)}.{hint}"

@@ -11,7 +11,7 @@ from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen,
 from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
-    from training_lens.utils.machine import Check
+    from training_lens.utils.machine import MachineCheck
 
 RunName = Annotated[
     str | None,
@@ -71,7 +71,7 @@ def doctor(
             raise typer.Exit(1)
 
 
-def _show(screen: Screen, check: Check) -> None:
+def _show(screen: Screen, check: MachineCheck) -> None:
     mark, style = ("ok", "green") if check.ok else ("no", "red")
     screen.console.print(f"{mark}  {check.name:<18}", style=style, markup=False, end="")
     screen.console.print(" ".join(filter(None, (check.found, check.remedy))), markup=False, soft_wrap=True)

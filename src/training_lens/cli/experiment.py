@@ -13,7 +13,7 @@ from training_lens.cli.common import ConfigFile, Debug, Json, Screen, command, l
 from training_lens.cli.options import add_command
 
 if TYPE_CHECKING:
-    from training_lens.runs.run_listing import ListedRun
+    from training_lens.runs.run_listing import RunOverview
 
 BASE = ("output.base_output_dir",)
 METRIC = "validation_loss"
@@ -68,7 +68,7 @@ def _apart(words: list[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if "=" not in word], [word for word in words if "=" in word]
 
 
-def _found(words: list[str], config: list[str] | None) -> list[ListedRun]:
+def _found(words: list[str], config: list[str] | None) -> list[RunOverview]:
     """The runs that the arguments name."""
     from training_lens.runs.run_listing import find_runs
 
@@ -107,7 +107,7 @@ def list_(
 
 
 @contextmanager
-def _runs_of_mirror(place: str, name: str | None) -> Iterator[list[ListedRun]]:
+def _runs_of_mirror(place: str, name: str | None) -> Iterator[list[RunOverview]]:
     """The runs of a mirror, the newest first; within the block their small files are here."""
     import tempfile
     from pathlib import Path
@@ -206,14 +206,14 @@ def delete(
     with command(json, debug) as screen:
         from training_lens.cli.run_tables import show_doomed
         from training_lens.errors import ConfigurationError
-        from training_lens.runs.housekeeping import check_deletable, delete_run, size_of
+        from training_lens.runs.housekeeping import check_deletable, delete_run, measure_size
 
         found = _found(runs, config)
         if not found:
             raise ConfigurationError("delete takes one run or more, given none.")
         for run in found:
             check_deletable(run.folder)
-        sizes = [size_of(run.folder) for run in found]
+        sizes = [measure_size(run.folder) for run in found]
         show_doomed(screen.console, found, sizes)
         if not (yes or _agreed(screen, len(found))):
             screen.console.print("nothing deleted")

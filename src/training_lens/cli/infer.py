@@ -140,10 +140,10 @@ def _answer_file(
     screen: Screen, settings: TrainingConfig, source: str, output: str, domain: str | None, base: bool
 ) -> None:
     from training_lens.cli.preflight import check_files
-    from training_lens.utils.files import file_in_folder
+    from training_lens.utils.files import resolve_file_path
 
     check_files([source], "--input")
-    file_in_folder(output, f"--output {output}")
+    resolve_file_path(output, f"--output {output}")
     from training_lens.display.progress import Progress
     from training_lens.inference.batch import answer_file, input_file, output_file
     from training_lens.inference.session import open_session

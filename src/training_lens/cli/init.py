@@ -52,11 +52,11 @@ def init(
 
 def _target(file: str, force: bool) -> Path:
     from training_lens.errors import ConfigurationError
-    from training_lens.utils.files import file_in_folder
+    from training_lens.utils.files import resolve_file_path
 
     if Path(file).suffix not in (".yaml", ".yml"):
         raise ConfigurationError(f"{file}: init writes YAML; give a name that ends in .yaml.")
-    path = file_in_folder(file, file)
+    path = resolve_file_path(file, file)
     if path.exists() and not force:
         raise ConfigurationError(f"{file}: is there already; give another name, or --force to write over it.")
     return path

@@ -70,5 +70,5 @@ def announce_run(run: RunFolder) -> None:
 
     status = read_status(run)
     became = "" if status == "finished" else f" ({status})"
-    where = f"of experiment {run.experiment}" if run.experiment else f"in {run.root}"
+    where = f"of experiment {run.experiment_name}" if run.experiment_name else f"in {run.root}"
     print(f"run {run.run_id} {where}{became}", file=sys.stdout if sys.stdout.isatty() else sys.stderr)

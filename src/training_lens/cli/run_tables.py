@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from training_lens.runs.run_listing import ListedRun
+    from training_lens.runs.run_listing import RunOverview
 
 GAP = 3  # characters between two columns
 STEPS_SHOWN = 12  # validations that a table of losses lists
@@ -50,7 +50,7 @@ def _fill_blocks(console: Console, title: str, columns: Sequence[str], rows: Seq
         console.print(f"  {rest}", markup=False)
 
 
-def _number(run: ListedRun, metric: str) -> str:
+def _number(run: RunOverview, metric: str) -> str:
     value = run.metrics.get(metric)
     if value is None:
         return "-"
@@ -61,33 +61,33 @@ def _rate(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.3g}"
 
 
-def _of_the_whole(runs: Sequence[ListedRun]) -> list[str]:
+def _of_the_whole(runs: Sequence[RunOverview]) -> list[str]:
     """The metrics that any of the runs has, without those of single domains."""
     names = dict.fromkeys(metric for run in runs for metric in run.metrics)
     return [name for name in names if not name.startswith(IN_PARTS)]
 
 
-def warn_of_other_rows(console: Console, runs: Sequence[ListedRun], metric: str) -> bool:
+def warn_of_other_rows(console: Console, runs: Sequence[RunOverview], metric: str) -> bool:
     """Say it where runs with the metric were validated on different rows; gives whether they were."""
-    from training_lens.runs.run_listing import validated_alike
+    from training_lens.runs.run_listing import have_same_validation
 
-    differ = not validated_alike([run for run in runs if metric in run.metrics])
+    differ = not have_same_validation([run for run in runs if metric in run.metrics])
     if differ:
         console.print("these runs were validated on different rows: their losses cannot be compared", soft_wrap=True)
     return differ
 
 
-def show_runs(console: Console, runs: Sequence[ListedRun], metric: str) -> None:
+def show_runs(console: Console, runs: Sequence[RunOverview], metric: str) -> None:
     """A line a run with one metric, and under the table what is to be said of some."""
     columns = ["run", "status", "steps", metric, "model", "data", "rate"]
     rows = [
-        [r.run_id, r.status, _number(r, "steps"), _number(r, metric), r.model, r.data, _rate(r.learning_rate)]
+        [r.run_id, r.status, _number(r, "steps"), _number(r, metric), r.model_name, r.data_name, _rate(r.learning_rate)]
         for r in runs
     ]
-    if len({run.experiment for run in runs}) > 1:
+    if len({run.experiment_name for run in runs}) > 1:
         columns.insert(1, "experiment")
         for row, run in zip(rows, runs, strict=True):
-            row.insert(1, run.experiment)
+            row.insert(1, run.experiment_name)
     if any(run.tags for run in runs):
         columns.append("tags")
         for row, run in zip(rows, runs, strict=True):
@@ -103,17 +103,17 @@ def show_runs(console: Console, runs: Sequence[ListedRun], metric: str) -> None:
             console.print(f"{run.run_id}: {run.detail}", markup=False, soft_wrap=True)
 
 
-def details(run: ListedRun) -> dict[str, Any]:
+def details(run: RunOverview) -> dict[str, Any]:
     """What `show` tells besides `ListedRun.as_json`: settings that are not the defaults, data, losses, reports.
 
     What cannot be read is left out: `run.detail` or "damaged" says it.
     """
     from training_lens.config.schema import TrainingConfig
     from training_lens.errors import CheckpointError, DamagedFileError
-    from training_lens.runs.run_listing import logged
-    from training_lens.utils.nested import differences, flat
+    from training_lens.runs.run_listing import read_logged_values
+    from training_lens.utils.nested import find_differences, flatten_sections
 
-    changed = differences([flat(TrainingConfig().model_dump()), run.config]) if run.config else {}
+    changed = find_differences([flatten_sections(TrainingConfig().model_dump()), run.config]) if run.config else {}
     damaged = ""
     try:
         data = run.folder.read_metadata("data.json")
@@ -126,23 +126,25 @@ def details(run: ListedRun) -> dict[str, Any]:
         "damaged": damaged,
         "config": {key: mine for key, (_, mine) in changed.items()},
         "data": files,
-        "losses": {kind: logged(run.folder, kind, "step", "loss") for kind in ("base", "validation", "step")},
+        "losses": {
+            kind: read_logged_values(run.folder, kind, "step", "loss") for kind in ("base", "validation", "step")
+        },
         "reports": sorted(path.name for path in run.folder.reports.glob("*") if path.is_file()),
     }
 
 
-def show_details(console: Console, run: ListedRun, told: Mapping[str, Any]) -> None:
+def show_details(console: Console, run: RunOverview, told: Mapping[str, Any]) -> None:
     """What `details` gives, in sections; those that are empty are left out."""
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
-    say(f"{run.run_id} of experiment {run.experiment or '(none)'}: {run.status}")
+    say(f"{run.run_id} of experiment {run.experiment_name or '(none)'}: {run.status}")
     if run.detail:
         say(f"  {run.detail}")
     if told["damaged"]:
         say(f"  {told['damaged']}")
-    say(f"  started {run.started:%Y-%m-%d %H:%M:%S} UTC, in {run.folder.root}")
+    say(f"  started {run.start_time:%Y-%m-%d %H:%M:%S} UTC, in {run.folder.root}")
     if run.tags:
         say(f"  tags: {', '.join(run.tags)}")
     if run.metrics:
@@ -168,13 +170,13 @@ def _place(name: str) -> str:
 
 
 def _show_losses(console: Console, losses: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    from training_lens.utils.formatting import sparkline
+    from training_lens.utils.formatting import render_sparkline
 
     steps = [loss for _, loss in losses["step"]]
     if steps:
         first, last = losses["step"][0][0], losses["step"][-1][0]
         console.print(f"training loss, steps {first} to {last}: {steps[0]:.4f} to {steps[-1]:.4f}", markup=False)
-        console.print(f"  {sparkline(steps)}", markup=False)
+        console.print(f"  {render_sparkline(steps)}", markup=False)
     validated = [*losses["base"], *losses["validation"]]
     if validated:
         left_out = len(validated) - STEPS_SHOWN
@@ -189,7 +191,7 @@ def _value(value: Any) -> str:
     return text if len(text) <= VALUE_SHOWN else f"{text[: VALUE_SHOWN - 1]}…"
 
 
-def show_comparison(console: Console, runs: Sequence[ListedRun], differing: Mapping[str, Sequence[Any]]) -> None:
+def show_comparison(console: Console, runs: Sequence[RunOverview], differing: Mapping[str, Sequence[Any]]) -> None:
     """Metrics and settings, a column a run; what all runs have alike of the settings is left out."""
     ids = [run.run_id for run in runs]
     rows = [[metric, *(_number(run, metric) for run in runs)] for metric in _of_the_whole(runs)]
@@ -201,7 +203,7 @@ def show_comparison(console: Console, runs: Sequence[ListedRun], differing: Mapp
         console.print("no setting differs")
 
 
-def show_doomed(console: Console, runs: Sequence[ListedRun], sizes: Sequence[int]) -> None:
+def show_doomed(console: Console, runs: Sequence[RunOverview], sizes: Sequence[int]) -> None:
     """What a deletion would take: each run's state, size and parts."""
     from training_lens.utils.formatting import format_size
 
@@ -212,7 +214,7 @@ def show_doomed(console: Console, runs: Sequence[ListedRun], sizes: Sequence[int
     _fill(console, _table("to delete", ("run", "status", "size", "holds", "tags"), right=("size",)), rows)
 
 
-def _parts(run: ListedRun) -> str:
+def _parts(run: RunOverview) -> str:
     folder = run.folder
     held = {
         "checkpoints": len(list(folder.checkpoints.glob("step-*"))),

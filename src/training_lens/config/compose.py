@@ -16,7 +16,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.config.search_space import flatten_keys, parse_space
 from training_lens.errors import ConfigurationError
 from training_lens.utils.logging import get_logger
-from training_lens.utils.nested import flat, merged, put
+from training_lens.utils.nested import flatten_sections, merge_sections, set_at_path
 
 logger = get_logger(__name__)
 ConfigFiles = str | Path | Sequence[str | Path] | None
@@ -47,13 +47,13 @@ def compose(
     files = [read_config_file(str(file), f"--config {file}", origin, values) for file in _list_files(config_files)]
     typed: dict[str, Any] = {}
     for key, value in values.items():
-        put(typed, key.split("."), value)
+        set_at_path(typed, key.split("."), value)
     _report_layers(choices, own, files)
     layers = [presets, *(file.values for file in files), typed, flags or {}]
     for layer in layers:
         _flatten_space(layer)
     problems += [*unreadable, *(line for file in (*own, *files) for line in file.problems)]
-    config = validate_values(reduce(merged, layers), problems)
+    config = validate_values(reduce(merge_sections, layers), problems)
     _require_user_consent(config, presets, files, [typed, flags or {}])
     return config
 
@@ -64,7 +64,7 @@ def _require_user_consent(
     """Refuse code and places to write that only a file of a run, a sweep or an adapter names: those allow nothing."""
     writers = {file.file: find_writer(Path(file.file)) for file in files}
     own = [file.values for file in files if writers[file.file] is None]
-    given = reduce(merged, [presets, *own, *layers])
+    given = reduce(merge_sections, [presets, *own, *layers])
     for writer in {folder for folder in writers.values() if folder is not None}:
         require_consent(writer, config, given, *FILE_KEYS)
 
@@ -106,17 +106,19 @@ def _report_layers(
 
 def _report_overridden_preset(files: Sequence[FileContent], choice: tuple[str, str]) -> None:
     """Log the keys that a preset on the command line sets to one value, and a config file to another."""
-    base, chosen = (flat(load_presets(choices)[0]) for choices in ((), (choice,)))
+    base, chosen = (flatten_sections(load_presets(choices)[0]) for choices in ((), (choice,)))
     for content in files:
-        keys = [k for k, v in flat(content.values).items() if v != chosen.get(k, v) and chosen[k] != base.get(k)]
+        keys = [
+            k for k, v in flatten_sections(content.values).items() if v != chosen.get(k, v) and chosen[k] != base.get(k)
+        ]
         if keys:
             logger.info("--config %s sets %s over %s", content.file, ", ".join(keys), "=".join(choice))
 
 
 def _report_merged(earlier: Sequence[FileContent], later: FileContent) -> None:
     """Log that a config file goes over those before it, and the keys that it sets to another value."""
-    before = flat(reduce(merged, [content.values for content in earlier], {}))
-    keys = [key for key, value in flat(later.values).items() if key in before and before[key] != value]
+    before = flatten_sections(reduce(merge_sections, [content.values for content in earlier], {}))
+    keys = [key for key, value in flatten_sections(later.values).items() if key in before and before[key] != value]
     changed = f"; it changes {', '.join(keys)}" if keys else ""
     logger.info("--config %s goes over %s%s", later.file, ", ".join(content.file for content in earlier), changed)
 

@@ -18,7 +18,7 @@ from training_lens.errors import ConfigurationError
 from training_lens.utils.files import DuplicateKeyError, parse_json
 from training_lens.utils.limits import CONFIG_BYTES, read_bytes
 from training_lens.utils.names import expand_home
-from training_lens.utils.nested import flat, nest
+from training_lens.utils.nested import flatten_sections, nest_keys
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,12 @@ def read_config_file(
     Raises:
         ConfigurationError: the file cannot be read, or is no mapping of keys.
     """
-    nested, problems = nest(parse_config_file(file, said), f"{said}: ")
+    nested, problems = nest_keys(parse_config_file(file, said), f"{said}: ")
     translation = translate_names(nested)
-    values, twice = nest({**translation.rest, **translation.settings}, f"{said}: ")
-    asides = remove_foreign_keys(values, origin, TrainingConfig.model_fields, {**flat(values), **(decided or {})})
+    values, twice = nest_keys({**translation.rest, **translation.settings}, f"{said}: ")
+    asides = remove_foreign_keys(
+        values, origin, TrainingConfig.model_fields, {**flatten_sections(values), **(decided or {})}
+    )
     own, foreign = _split_sections(asides.rest)
     return FileContent(
         file,
@@ -71,7 +73,7 @@ def _split_sections(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if isinstance(section, dict) and section and name not in (*TrainingConfig.model_fields, "defaults")
     }
     known = known_keys(TrainingConfig)
-    lines = [describe_unknown(key, known, value) for key, value in flat(foreign).items()]
+    lines = [describe_unknown(key, known, value) for key, value in flatten_sections(foreign).items()]
     return {name: value for name, value in values.items() if name not in foreign}, lines
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from training_lens import embedded
 from training_lens.config.section import Paths, Place, Rows, Section
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest_name
 
 TEMPLATES = ("auto", "chat", "alpaca", "plain")
 
@@ -186,7 +186,7 @@ class DataSection(Section):
         if value in TEMPLATES or value.endswith((".jinja", ".jinja2", ".j2")):
             return value
         if "{" not in value and "\n" not in value:
-            close = nearest(value, TEMPLATES)
+            close = nearest_name(value, TEMPLATES)
             hint = f" Did you mean '{close}'?" if close else ""
             raise ValueError(
                 f"'{value}' is no template; give one of {', '.join(TEMPLATES)}, a .jinja file, or a pattern with "

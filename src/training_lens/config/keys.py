@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from training_lens.config.coming_from import UNSET, ForeignKey, find_counterpart
 from training_lens.config.origins import find_origins
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest_name
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -37,11 +37,11 @@ def nearest_key(key: str, known: Sequence[str]) -> str | None:
         return counterpart.key
     if same:
         return same[0]
-    whole = nearest(key, known)
+    whole = nearest_name(key, known)
     if whole:
         return whole
     by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    close = nearest(last, by_last)
+    close = nearest_name(last, by_last)
     return by_last[close] if close else None
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from training_lens.config.config_files import FileContent, read_config_file
 from training_lens.errors import ConfigurationError
-from training_lens.utils.formatting import nearest
-from training_lens.utils.nested import merged
+from training_lens.utils.formatting import nearest_name
+from training_lens.utils.nested import merge_sections
 
 PRESETS = "training_lens.config.presets"
 USER_FOLDER = Path("config")
@@ -47,7 +47,7 @@ def load_presets(choices: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], li
     """
     own: list[FileContent] = []
     base = read_config_file(str(_packaged_file("config")), "config.yaml").values
-    return reduce(merged, [_load_preset(group, name, own, ()) for group, name in choices], base), own
+    return reduce(merge_sections, [_load_preset(group, name, own, ()) for group, name in choices], base), own
 
 
 def _load_preset(group: str, name: str, own: list[FileContent], within: tuple[str, ...]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _load_preset(group: str, name: str, own: list[FileContent], within: tuple[st
     entries = entries if isinstance(entries, list) else [entries]
     before = entries.index(ITSELF) if ITSELF in entries else len(entries)
     named = [_load_default(entry, group, own, (*within, file)) for entry in entries if entry != ITSELF]
-    return reduce(merged, [*named[:before], content.values, *named[before:]])
+    return reduce(merge_sections, [*named[:before], content.values, *named[before:]])
 
 
 def _packaged_file(name: str) -> Path:
@@ -91,7 +91,7 @@ def _require_packaged(group: str, name: str, own: list[str], within: tuple[str, 
     there = packaged_presets()[group]
     if name in there:
         return
-    close = nearest(name, [*own, *there])
+    close = nearest_name(name, [*own, *there])
     hint = f" Did you mean '{close}'?" if close else ""
     yours = f", and in {USER_FOLDER / group}: {', '.join(own)}" if own else ""
     if within and name in own:

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from training_lens.config.keys import describe_unknown, known_keys
-from training_lens.utils.nested import flat
-from training_lens.utils.secrets import redacted
+from training_lens.utils.nested import flatten_sections
+from training_lens.utils.secrets import redact_text
 
 Location = tuple[int | str, ...]
 UNION_LABELS = ("str", "int", "float", "bool", "constrained-int", "constrained-str")
@@ -62,12 +62,12 @@ def list_problems(error: ValidationError, known: Sequence[str], prefix: str = ""
 
 def _list_leaves(key: str, value: Any) -> Iterable[tuple[str, Any]]:
     """The keys in a section that is unknown as a whole, which may each have another name here; or the key itself."""
-    return flat({key: value}).items() if isinstance(value, Mapping) and value else ((key, value),)
+    return flatten_sections({key: value}).items() if isinstance(value, Mapping) and value else ((key, value),)
 
 
 def _show_value(item: Mapping[str, Any]) -> str:
     """What was given: it may be a secret that stands at a wrong key, or all the rows of a data set."""
-    text = redacted(repr(item["input"]))
+    text = redact_text(repr(item["input"]))
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 

@@ -17,10 +17,10 @@ from training_lens.config.section import expand_path_text
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.runs.housekeeping import output_folder
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.consent import code_at, code_in, code_of_module, remember, remembered
+from training_lens.utils.consent import find_file_code, find_model_code, find_module_code, read_consent, save_consent
 from training_lens.utils.files import read_json
 from training_lens.utils.names import check_experiment, check_run_id, expand_home, require_contained
-from training_lens.utils.nested import flat, merged, put
+from training_lens.utils.nested import flatten_sections, merge_sections, set_at_path
 
 CodeKey = Literal["model.trust_remote_code", "tracking.custom", "evaluation.metrics", "evaluation.task_path"]
 Settings = Mapping[str, Any]
@@ -51,7 +51,7 @@ def read_run_config(run: RunFolder, changes: Settings | None = None) -> Training
     values = run.read_metadata("config.json")
     if not isinstance(values, dict):
         raise CheckpointError(f"{run.metadata / 'config.json'} holds no config. Restore it, or start a new run.")
-    return TrainingConfig.model_validate(merged(_without_old_names(values), changes or {}))
+    return TrainingConfig.model_validate(merge_sections(_without_old_names(values), changes or {}))
 
 
 def locate_outputs(run: RunFolder) -> Path:
@@ -107,7 +107,7 @@ def require_consent(folder: Path, config: TrainingConfig, given: Settings, *keys
     asked = {key: value for key, value in places.items() if not _is_given(given, key, value)}
     if asked.get(BASE) and output_folder(folder.resolve()) == Path(asked[BASE]).resolve():  # where it is itself
         del asked[BASE]
-    known = remembered(folder) if code or asked else frozenset()
+    known = read_consent(folder) if code or asked else frozenset()
     others = [key for key in code if not known or not _code_entries(folder, config, key) <= known]
     problems = [_describe_code(folder, config, key, bool(known)) for key in others]
     if elsewhere := {key: value for key, value in asked.items() if _consent_entry(key, value) not in known}:
@@ -121,12 +121,12 @@ def remember_consent(folder: Path, config: TrainingConfig) -> None:
     code = [_code_entries(folder, config, key) for key in CODE_KEYS if _names_code(config, key)]
     places = {_consent_entry(key, value) for key, value in _changed_settings(config, DESTINATIONS).items()}
     if code or places:
-        remember(folder, places.union(*code))
+        save_consent(folder, places.union(*code))
 
 
 def remember_mirror(folder: Path, place: str) -> None:
     """Keep that the user allows the mirror `place`, which they fetched the run in `folder` from."""
-    remember(folder, {_consent_entry("output.mirror", place)})
+    save_consent(folder, {_consent_entry("output.mirror", place)})
 
 
 def consent_for(run: RunFolder, config: TrainingConfig) -> dict[str, Any]:
@@ -135,9 +135,9 @@ def consent_for(run: RunFolder, config: TrainingConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, value in destination_settings(config).items():
         if theirs.get(key) == value:
-            put(settings, key.split("."), value)
+            set_at_path(settings, key.split("."), value)
     if config.tracking.custom:
-        put(settings, ["tracking", "custom"], config.tracking.custom)
+        set_at_path(settings, ["tracking", "custom"], config.tracking.custom)
     if config.model.trust_remote_code:
         settings["model"] = config.model.model_dump(include={"id", "revision", "trust_remote_code"})
     return settings
@@ -153,11 +153,11 @@ def destination_settings(config: TrainingConfig, keys: Collection[str] = DESTINA
 
 
 def _changed_settings(config: TrainingConfig, keys: Collection[str]) -> dict[str, Any]:
-    defaults = flat(TrainingConfig().model_dump())
+    defaults = flatten_sections(TrainingConfig().model_dump())
     below = tuple(f"{key}." for key in keys)
     return {
         key: value
-        for key, value in flat(config.explicit_values()).items()
+        for key, value in flatten_sections(config.explicit_values()).items()
         if f"{key}.".startswith(below) and value != defaults.get(key)
     }
 
@@ -208,17 +208,17 @@ def _code_identities(folder: Path, config: TrainingConfig, key: CodeKey) -> Iter
         model = config.model
         home = _model_folder(model)
         yield f"{model.id} at {model.revision}"
-        yield from code_in(home, model.id) if home else {"not downloaded"}
-        yield from code_in(RunFolder(folder).tokenizer, model.id)
+        yield from find_model_code(home, model.id) if home else {"not downloaded"}
+        yield from find_model_code(RunFolder(folder).tokenizer, model.id)
     elif key == "evaluation.task_path":
-        yield from code_at(Path(str(config.evaluation.task_path)))
+        yield from find_file_code(Path(str(config.evaluation.task_path)))
     else:
         for place in _setting_value(config, key):
-            yield from code_at(Path(place)) if place.endswith(".py") else code_of_module(place)
+            yield from find_file_code(Path(place)) if place.endswith(".py") else find_module_code(place)
 
 
 def _model_folder(model: ModelSection) -> Path | None:
-    path = expand_home(embedded.resolve(model.id))
+    path = expand_home(embedded.resolve_name(model.id))
     if path.is_dir():
         return path.resolve()
     from huggingface_hub import try_to_load_from_cache

@@ -20,8 +20,8 @@ from training_lens.config.tracking_section import TrackingSection
 from training_lens.errors import ConfigurationError
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
-from training_lens.utils.nested import nest
-from training_lens.utils.secrets import secrets_in
+from training_lens.utils.nested import nest_keys
+from training_lens.utils.secrets import find_secret_keys
 
 logger = get_logger(__name__)
 
@@ -217,11 +217,11 @@ class TrainingConfig(Section):
     output: OutputSection = OutputSection()
 
     def __init__(self, /, **values: Any) -> None:
-        nested, problems = nest(values)
+        nested, problems = nest_keys(values)
         foreign = translate_names(nested)  # other trainers' names, as in a file
         if foreign.lines:
             logger.info("TrainingConfig: %s", ", ".join(foreign.lines))
-        ours, twice = nest({**foreign.rest, **foreign.settings})
+        ours, twice = nest_keys({**foreign.rest, **foreign.settings})
         problems += [*foreign.problems, *twice]
         try:
             super().__init__(**ours)
@@ -305,7 +305,7 @@ def _find_conflicts(config: TrainingConfig) -> list[str]:
     problems += [
         f"{key}: this looks like a secret, and the config is saved with every run; "
         "leave it out, and set the environment variable that the service reads"
-        for key in secrets_in(config.model_dump())
+        for key in find_secret_keys(config.model_dump())
     ]
     if config.peft.init == "pissa" and config.model.quantization != "none":
         problems.append("peft.init: pissa needs the weights unquantized; give init=default or quantization=none")

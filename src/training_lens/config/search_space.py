@@ -10,7 +10,7 @@ from typing import Any, get_args
 from training_lens.config.keys import known_keys, nearest_key
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest_name
 from training_lens.utils.limits import CHOICES
 
 # All else either does not change training, or changes which tokens are judged: losses could not be compared.
@@ -168,7 +168,7 @@ def _require_numbers(given: Mapping[str, Any], whole: bool) -> None:
     problems = []
     for name in given:
         if name not in RANGE:
-            close = nearest(str(name), RANGE)
+            close = nearest_name(str(name), RANGE)
             problems.append(f"'{name}' is no part of a range, it has {', '.join(RANGE)}" + _suggest_name(close))
     problems += [f"a range needs {end}" for end in ("low", "high") if end not in given]
     for name in ("low", "high", "step"):

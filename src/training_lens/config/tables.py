@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from training_lens.utils.arrow_rows import arrow_rows
+from training_lens.utils.arrow_rows import iterate_arrow_rows
 
 NOTHING = ("NAType", "NaTType")  # pandas' own words for a missing value
 
@@ -44,13 +44,13 @@ def _frame_rows(frame: Any) -> Iterable[Mapping[Any, Any]]:
 
 
 def _dataset_rows(dataset: Any) -> Iterable[Mapping[Any, Any]]:
-    return arrow_rows(dataset.with_format("arrow").iter(1000))
+    return iterate_arrow_rows(dataset.with_format("arrow").iter(1000))
 
 
 _READERS: dict[tuple[str, str], Callable[[Any], Iterable[Mapping[Any, Any]]]] = {
     ("pandas", "DataFrame"): _frame_rows,
     ("datasets", "Dataset"): _dataset_rows,
-    ("pyarrow", "Table"): lambda table: arrow_rows([table]),
+    ("pyarrow", "Table"): lambda table: iterate_arrow_rows([table]),
     ("polars", "DataFrame"): lambda frame: frame.to_dicts(),
 }
 

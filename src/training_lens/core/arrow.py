@@ -14,7 +14,7 @@ from torch import Tensor
 
 from training_lens.core.types import Captured, Series
 from training_lens.errors import ConfigurationError, LensError
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest_name
 
 STEP, MODULE = "step", "module"
 EMPTY = pa.table({STEP: pa.array([], pa.int32()), MODULE: pa.array([], pa.dictionary(pa.int32(), pa.string()))})
@@ -229,5 +229,5 @@ def polars_frame(table: pa.Table) -> Any:
 
 def meant(name: str, known: Sequence[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all of them."""
-    close = nearest(name, known)
+    close = nearest_name(name, known)
     return f"; did you mean '{close}'?" if close else f"; there are: {', '.join(sorted(known)) or 'none'}."

@@ -21,7 +21,7 @@ from training_lens.core.modules import adds_nothing
 from training_lens.core.probe import as_judged, probe_scores
 from training_lens.core.types import Cadence, Captured, DataType, LensManifest, Moment
 from training_lens.utils.devices import Precision, autocast
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.integrity import safe_save
 from training_lens.utils.logging import get_logger
 
@@ -272,7 +272,9 @@ class Capture:
             with suppress(ValueError):
                 self._live.remove(collector)
         names = ", ".join(c.name for c in collectors)
-        logger.warning("the lens switches off %s after step %d: %s Training goes on.", names, step, said(error))
+        logger.warning(
+            "the lens switches off %s after step %d: %s Training goes on.", names, step, describe_error(error)
+        )
         logger.debug("in %s", names, exc_info=error)
 
     @contextmanager
@@ -283,7 +285,9 @@ class Capture:
         except Exception as error:
             if not self._over:
                 self._over = True
-                logger.warning("the lens stops capturing after step %d: %s Training goes on.", self._step, said(error))
+                logger.warning(
+                    "the lens stops capturing after step %d: %s Training goes on.", self._step, describe_error(error)
+                )
                 logger.debug("in what all collectors need", exc_info=error)
 
 

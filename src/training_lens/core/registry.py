@@ -9,7 +9,7 @@ from typing import ClassVar, Generic, TypeVar
 from training_lens.core.analyzer import DataAnalyzer
 from training_lens.core.collector import DataCollector
 from training_lens.errors import ConfigurationError
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest_name
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -59,7 +59,7 @@ class _Registry(Generic[T]):
         """
         cls._fill()
         if name not in cls._classes:
-            close = nearest(name, sorted(cls._classes))
+            close = nearest_name(name, sorted(cls._classes))
             hint = f" Did you mean {close}?" if close else ""
             raise ConfigurationError(
                 f"{cls.__name__}: there is no '{name}'.{hint} There are: {', '.join(sorted(cls._classes))}. "

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from training_lens.core.arrow import MODULE, STEP, joined
 from training_lens.errors import DamagedFileError, LensError
-from training_lens.utils.files import sweep_temporaries, whole_file
-from training_lens.utils.integrity import UNSEALED, require_seal, seal
+from training_lens.utils.files import atomic_file, sweep_temporaries
+from training_lens.utils.integrity import UNSEALED, seal_file, verify_seal
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import describe_shortage
 
@@ -66,7 +66,7 @@ class Segment:
         if self.damaged:
             return None
         try:
-            require_seal(self.path)
+            verify_seal(self.path)
             metadata = pq.read_metadata(self.path)
             kept = metadata.metadata or {}
             return int(kept[b"stride"]), metadata.num_rows > int(kept[b"steps"])
@@ -124,7 +124,7 @@ def empty_segment(segment: Segment) -> pa.Table:
 @contextmanager
 def _opened(segment: Segment) -> Iterator[pq.ParquetFile]:
     try:
-        require_seal(segment.path)
+        verify_seal(segment.path)
         with pq.ParquetFile(segment.path, page_checksum_verification=True) as file:
             yield file
     except FileNotFoundError:
@@ -144,7 +144,7 @@ def write_segment(segment: Segment, table: pa.Table, stride: int = 1) -> Segment
         for field in table.schema
         if field.name not in (STEP, MODULE)
     ]
-    with whole_file(segment.path) as temporary:
+    with atomic_file(segment.path) as temporary:
         pq.write_table(
             table.replace_schema_metadata(facts),
             temporary,
@@ -155,7 +155,7 @@ def write_segment(segment: Segment, table: pa.Table, stride: int = 1) -> Segment
             write_statistics=False,
             write_page_checksum=True,
         )
-        seal(temporary)
+        seal_file(temporary)
     return Segment(segment.path, segment.first, segment.last)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training_lens.errors import DamagedFileError, LensError
 from training_lens.utils.formatting import format_size
-from training_lens.utils.integrity import require_seal, safe_save
+from training_lens.utils.integrity import safe_save, verify_seal
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import describe_shortage
 
@@ -43,7 +43,7 @@ def require_whole(path: Path) -> None:
         LensError: it is damaged; names it.
     """
     try:
-        require_seal(path)
+        verify_seal(path)
         with safe_open(path, "pt"):
             pass
     except (OSError, SafetensorError, DamagedFileError) as error:

@@ -19,7 +19,7 @@ from training_lens.data.row_keys import (
     plain_name,
 )
 from training_lens.errors import DatasetError
-from training_lens.utils.formatting import list_names, nearest
+from training_lens.utils.formatting import list_names, nearest_name
 from training_lens.utils.limits import KEYS
 
 DOMAIN_FIELD = "domain"
@@ -245,6 +245,6 @@ class _Search:
 
 def no_such_field(key: str, name: str, keys: Collection[str], place: str) -> DatasetError:
     """The error that the setting `key` names a field that no row of a source has; says the nearest that there is."""
-    close = nearest(name, keys)
+    close = nearest_name(name, keys)
     hint = f" Did you mean '{close}'?" if close else f" Its fields: {list_names(keys)}."
     return DatasetError(f"{key}: {place} has no field '{name}'.{hint}")

@@ -17,7 +17,7 @@ from training_lens.data.examples import Row
 from training_lens.data.json_files import json_rows
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
-from training_lens.utils.arrow_rows import arrow_rows
+from training_lens.utils.arrow_rows import iterate_arrow_rows
 from training_lens.utils.limits import MB, UnpackedFile, open_file
 
 GZIP = ".gz"
@@ -123,7 +123,7 @@ def _parquet_rows(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:
             shutil.copyfileobj(file, unpacked, MB)
         try:
             table = pq.ParquetFile(unpacked if is_packed else source.path)
-            for number, values in enumerate(arrow_rows(table.iter_batches(batch_size=1000)), 1):
+            for number, values in enumerate(iterate_arrow_rows(table.iter_batches(batch_size=1000)), 1):
                 yield source.row(number, values)
         except (pa.ArrowException, KeyError) as error:  # a map that has a key twice
             raise DatasetError(f"{source.path}: broken Parquet ({error}). Write or copy it again.") from error

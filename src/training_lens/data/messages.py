@@ -11,7 +11,7 @@ from training_lens.data.row_keys import MESSAGE, NOTHING, PART, KeyCheck, is_nea
 from training_lens.data.tool_calls import read_calls, read_written_calls
 from training_lens.data.values import describe_kind, encodable, json_of, kind_of, write_value
 from training_lens.errors import DatasetError
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest_name
 
 ROLE_NAMES: dict[str, Role] = {
     "system": "system",
@@ -99,7 +99,7 @@ def _read_message(place: str, item: Any, keys: KeyCheck, path: str) -> tuple[Mes
     name, content = str(_one_of(place, item, "role", "from")), _one_of(place, item, "content", "value")
     role = ROLE_NAMES.get(name)
     if role is None:
-        close = nearest(name, ROLE_NAMES)
+        close = nearest_name(name, ROLE_NAMES)
         hint = f" Did you mean '{close}'?" if close else ""
         raise DatasetError(f"{place}: role '{name}' is none of {', '.join(get_args(Role))}.{hint}")
     calls = read_written_calls(place, content, keys, path) if name in CALLING else read_calls(place, item, keys, path)

@@ -17,9 +17,9 @@ from training_lens.data.file_readers import FORMATS, file_rows, format_of
 from training_lens.data.records import flatten_records
 from training_lens.data.source_file import OnBadRow, SourceFile, keep_quiet
 from training_lens.errors import DamagedFileError, DatasetError
-from training_lens.utils.arrow_rows import arrow_rows
-from training_lens.utils.files import sha256_of
-from training_lens.utils.formatting import nearest
+from training_lens.utils.arrow_rows import iterate_arrow_rows
+from training_lens.utils.files import hash_file
+from training_lens.utils.formatting import nearest_name
 from training_lens.utils.hub_access import require_hub
 from training_lens.utils.integrity import read_sealed
 from training_lens.utils.limits import RECORD_BYTES, read_bytes
@@ -64,7 +64,7 @@ class Source:
             rows = file_rows(SourceFile(self.files[0], csv or CsvSection(), on_bad_row, say))
             moved = self.name != str(self.files[0])
             return flatten_records((replace(row, file=self.name) for row in rows) if moved else rows, say)
-        values = arrow_rows(self.table.with_format("arrow").iter(1000))
+        values = iterate_arrow_rows(self.table.with_format("arrow").iter(1000))
         return flatten_records((Row(self.name, number, value) for number, value in enumerate(values, 1)), say)
 
     @property
@@ -78,7 +78,7 @@ class Source:
         Raises:
             DatasetError: `prepare` wrote another content.
         """
-        each = [sha256_of(file) for file in self.files]
+        each = [hash_file(file) for file in self.files]
         for file, found in zip(self.files, each, strict=True):
             _require_as_prepared(file, found)
         return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
@@ -125,7 +125,7 @@ def expand(specs: Sequence[str], key: str) -> list[Source]:
 def _expand_one(spec: str, entry: int, key: str) -> list[Source]:
     if spec.startswith(HUB):
         return [_from_hub(spec, entry, key)]
-    path = expand_home(embedded.resolve(spec))
+    path = expand_home(embedded.resolve_name(spec))
     if path.is_file():
         return [_file(path, entry)]
     folder, _, split = spec.rpartition(":") if not path.exists() and ":" in spec else (spec, "", "")
@@ -160,7 +160,7 @@ def _missing(spec: str, path: Path) -> str:
         return f"'{spec}' is not there: no folder '{path.parent}'. Relative paths start at {Path.cwd()}.{hub}"
     if path.exists():
         return f"'{spec}' is a device or pipe, and data is read more than once. Write it to a file."
-    close = nearest(path.name, [p.name for p in path.parent.iterdir()])
+    close = nearest_name(path.name, [p.name for p in path.parent.iterdir()])
     hint = f" Did you mean '{path.parent / close}'?" if close else ""
     return f"'{spec}' is not there.{hint}"
 

@@ -28,7 +28,7 @@ from training_lens.data.token_dataset import TokenDataset, write_examples
 from training_lens.data.tokenization import Coverage, TextEncoder
 from training_lens.display.progress import Progress
 from training_lens.errors import DamagedFileError, DatasetError
-from training_lens.utils.files import sweep_temporaries, whole_folder
+from training_lens.utils.files import atomic_folder, sweep_temporaries
 from training_lens.utils.integrity import read_sealed, write_sealed
 from training_lens.utils.logging import get_logger
 from training_lens.utils.prefetch import prefetch
@@ -137,7 +137,7 @@ def _build_split(
     """Write the folder of a split, or replace a damaged one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(folder.parent, older_than_seconds=86_400)
-    with whole_folder(folder, existing="replace") as building:
+    with atomic_folder(folder, existing="replace") as building:
         with progress.task(f"tokenizing {key}", sum(s.size_bytes for s in sources), "bytes") as advance:
             counter = _write_tokens(building / EXAMPLES, sources, preparation, advance)
         report = counter.report(hashes)

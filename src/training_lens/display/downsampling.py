@@ -23,18 +23,18 @@ def thin_line(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) ->
         return steps, values
     edges = np.linspace(0, len(steps), (most - 2) // 2 + 1).astype(int).tolist()
     parts = [range(start, end) for start, end in pairwise(edges)]
-    kept = {0, len(steps) - 1}.union(*({_lowest(values, part), _highest(values, part)} for part in parts))
+    kept = {0, len(steps) - 1}.union(*({_lowest_index(values, part), _highest_index(values, part)} for part in parts))
     chosen = np.array(sorted(kept))
     return steps[chosen], values[chosen]
 
 
-def _lowest(values: np.ndarray, part: range) -> int:
+def _lowest_index(values: np.ndarray, part: range) -> int:
     inside = values[part.start : part.stop]
     odd = ~np.isfinite(inside)
     return part.start + int(odd.argmax() if odd.any() else inside.argmin())
 
 
-def _highest(values: np.ndarray, part: range) -> int:
+def _highest_index(values: np.ndarray, part: range) -> int:
     inside = values[part.start : part.stop]
     return part.start + int(np.where(np.isfinite(inside), inside, -np.inf).argmax())
 

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from training_lens.utils.files import strike_out, write_text
+from training_lens.utils.files import redact_for_file, write_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -64,7 +64,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Bullets:
+class BulletList:
     """Short texts, one under the other."""
 
     items: Sequence[str]
@@ -80,7 +80,7 @@ class Callout:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SvgPicture:
     """An SVG that the program drew, with a line below that says how to read it. The SVG goes in as it is."""
 
     svg: str
@@ -97,14 +97,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Beside:
+class PictureGrid:
     """Pictures side by side where the page is wide enough, one under the other where not."""
 
     pictures: Sequence[Picture]
 
 
 if TYPE_CHECKING:
-    Part: TypeAlias = str | Table | Bullets | Callout | Drawing | Picture | Beside | Figure
+    Part: TypeAlias = str | Table | BulletList | Callout | SvgPicture | Picture | PictureGrid | Figure
 
 
 def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
@@ -115,74 +115,77 @@ def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
             what their classes say. Plotly's script (4.8 MB) is inlined once where there is a figure.
     """
     script = ""
-    if any(not isinstance(part, str | Table | Bullets | Callout | Drawing) for part in parts):
+    if any(not isinstance(part, str | Table | BulletList | Callout | SvgPicture) for part in parts):
         from plotly.offline import get_plotlyjs
 
         script = f"<script>{get_plotlyjs()}</script>"
-    body = strike_out(f"<h1>{escape(title)}</h1>\n{_joined(parts)}\n", path)  # the script is no text of ours
+    body = redact_for_file(f"<h1>{escape(title)}</h1>\n{_render_parts(parts)}\n", path)  # the script is no text of ours
     write_text(
         path,
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{strike_out(escape(title), path)}</title><style>{PAGE_STYLE}{PARTS_STYLE}</style>{script}</head>\n"
+        f"<title>{redact_for_file(escape(title), path)}</title><style>{PAGE_STYLE}{PARTS_STYLE}</style>"
+        f"{script}</head>\n"
         f"<body>{body}</body></html>\n",
         verbatim=True,
     )
 
 
-def card(title: str, parts: Sequence[Part]) -> str:
+def render_card(title: str, parts: Sequence[Part]) -> str:
     """HTML of some kB for a notebook's cell: its style holds inside of it alone, and it brings no script.
 
     Args:
         parts: as of `write_page`, without Plotly figures.
     """
     style = f".{CARD} {{{CARD_STYLE}{PARTS_STYLE}}}"
-    return f'<div class="{CARD}"><style>{style}</style><h3>{escape(title)}</h3>\n{_joined(parts)}</div>'
+    return f'<div class="{CARD}"><style>{style}</style><h3>{escape(title)}</h3>\n{_render_parts(parts)}</div>'
 
 
-def _joined(parts: Iterable[Part]) -> str:
-    return "\n".join(_html(part) for part in parts)
+def _render_parts(parts: Iterable[Part]) -> str:
+    return "\n".join(_render_part(part) for part in parts)
 
 
-def _html(part: Part) -> str:
+def _render_part(part: Part) -> str:
     if isinstance(part, str):
         heading = part.startswith("# ")
         return f"<h2>{escape(part[2:])}</h2>" if heading else f"<p>{escape(part)}</p>"
-    if isinstance(part, Bullets):
+    if isinstance(part, BulletList):
         return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in part.items)}</ul>"
     if isinstance(part, Table):
-        return _table(part)
+        return _render_table(part)
     if isinstance(part, Callout):
-        return _callout(part)
-    if isinstance(part, Drawing):
+        return _render_callout(part)
+    if isinstance(part, SvgPicture):
         return f"<figure>{part.svg}<figcaption>{escape(part.caption)}</figcaption></figure>"
-    if isinstance(part, Beside):
-        return f'<div class="beside">{_joined(part.pictures)}</div>'
+    if isinstance(part, PictureGrid):
+        return f'<div class="beside">{_render_parts(part.pictures)}</div>'
     if isinstance(part, Picture):
         title, caption = escape(part.title), escape(part.caption)
-        return f"<figure><h3>{title}</h3>{_figure(part.figure)}<figcaption>{caption}</figcaption></figure>"
-    return _figure(part)
+        return f"<figure><h3>{title}</h3>{_render_figure(part.figure)}<figcaption>{caption}</figcaption></figure>"
+    return _render_figure(part)
 
 
-def _table(table: Table) -> str:
+def _render_table(table: Table) -> str:
     prose = [any(len(row[i]) > LONGEST_NUMBER for row in table.rows) for i in range(len(table.columns))]
-    head, *rows = (_row(tag, cells, prose) for tag, cells in (("th", table.columns), *(("td", r) for r in table.rows)))
+    head, *rows = (
+        _render_table_row(tag, cells, prose) for tag, cells in (("th", table.columns), *(("td", r) for r in table.rows))
+    )
     caption = escape(table.caption)  # above what scrolls, so that on a phone all of it is seen
     return f'<p class="caption">{caption}</p>\n<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
 
 
-def _row(tag: str, cells: Sequence[str], prose: Sequence[bool]) -> str:
+def _render_table_row(tag: str, cells: Sequence[str], prose: Sequence[bool]) -> str:
     starts = (f'<{tag} class="words">' if words else f"<{tag}>" for words in prose)
     return f"<tr>{''.join(f'{start}{escape(cell)}</{tag}>' for start, cell in zip(starts, cells, strict=True))}</tr>\n"
 
 
-def _callout(box: Callout) -> str:
+def _render_callout(box: Callout) -> str:
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in box.facts)
     listed = f"<dl>{facts}</dl>" if facts else ""
     title = f"{box.severity.capitalize()}: {escape(box.title)}"
     return f'<section class="callout {box.severity}"><h3>{title}</h3>{listed}</section>'
 
 
-def _figure(figure: Figure) -> str:
+def _render_figure(figure: Figure) -> str:
     config = {"displaylogo": False, "responsive": True, "showSendToCloud": False}  # that button uploads the data
     return str(figure.to_html(full_html=False, include_plotlyjs=False, validate=False, config=config))

@@ -10,26 +10,26 @@ BLOCK_START = re.compile(r"^(#|[-+](?=\s|[-+])|=|\d+(?=[.)]))")
 CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 
 
-def verbatim(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """`text` as one line of Markdown (and HTML) that shows what it says: nothing in it is taken for markup.
 
     Line breaks become <br>, runs of spaces stay, control characters become their pictures.
 
     Example:
-        >>> verbatim("2 * 3 < 7" + chr(10) + "|x|")
+        >>> escape_markdown("2 * 3 < 7" + chr(10) + "|x|")
         '2 &#42; 3 &#60; 7<br>&#124;x&#124;'
     """
     lines = text.replace("\r\n", "\n").translate(CONTROL).expandtabs(4).split("\n")
-    return "<br>".join(_line(line) for line in lines) or "&#8203;"
+    return "<br>".join(_escape_line(line) for line in lines) or "&#8203;"
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the cells are Markdown of one line each, such as `verbatim` gives."""
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the cells are Markdown of one line each, such as `escape_markdown` gives."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _line(line: str) -> str:
+def _escape_line(line: str) -> str:
     escaped = SYNTAX.sub(lambda found: f"&#{ord(found[0])};", line)
     return re.sub(r"^ | (?= )", "&nbsp;", BLOCK_START.sub(_entity_at_end, escaped))
 

@@ -21,7 +21,7 @@ from training_lens.display.notebook import NotebookBars
 SHORT = 1.0  # seconds: what is over by then leaves nothing in a notebook
 
 
-def bars(
+def create_bars(
     console: Console | None, *columns: ProgressColumn, transient: bool = False, after: float = 0.0
 ) -> RichProgress | None:
     """Bars where a person sees them: on a terminal, or below a notebook's cell. None elsewhere.
@@ -54,7 +54,7 @@ class Progress:
             TextColumn("ETA", markup=False),
             TimeRemainingColumn(),
         )
-        drawn = bars(self._console, *columns, transient=True, after=SHORT)
+        drawn = create_bars(self._console, *columns, transient=True, after=SHORT)
         if drawn is None:
             yield lambda _amount: None
             return

@@ -32,7 +32,7 @@ class Curve:
     dashed: bool = False
 
 
-def sketch(curves: Sequence[Curve], x: str, y: str) -> str:
+def render_chart(curves: Sequence[Curve], x: str, y: str) -> str:
     """The curves on common axes, with a legend below; names are escaped. Empty where no value is finite.
 
     Args:
@@ -41,9 +41,9 @@ def sketch(curves: Sequence[Curve], x: str, y: str) -> str:
     shown = [curve for curve in curves if np.isfinite(curve.values).any()]
     if not shown:
         return ""
-    axes = _Axes.around(shown)
+    axes = _Axes.from_curves(shown)
     height = PLOT_HEIGHT + LINE_HEIGHT * len(shown)
-    parts = [*axes.drawn(x, y), *(_line(curve, axes) for curve in shown), *_legend(shown)]
+    parts = [*axes.render_grid(x, y), *(_render_curve(curve, axes) for curve in shown), *_render_legend(shown)]
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" style="max-width: 100%; height: auto" role="img" '
         f'xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12">{"".join(parts)}</svg>'
@@ -58,38 +58,40 @@ class _Axes:
     y: tuple[float, float]
 
     @classmethod
-    def around(cls, curves: Sequence[Curve]) -> _Axes:
+    def from_curves(cls, curves: Sequence[Curve]) -> _Axes:
         steps = np.concatenate([curve.steps for curve in curves]).astype(float)
         values = np.concatenate([curve.values for curve in curves])
         values = values[np.isfinite(values)]
-        return cls(_wide(steps.min(), steps.max()), _wide(values.min(), values.max()))
+        return cls(_widen_range(steps.min(), steps.max()), _widen_range(values.min(), values.max()))
 
-    def place(self, step: float, value: float) -> tuple[float, float]:
+    def to_pixels(self, step: float, value: float) -> tuple[float, float]:
         """Pixels from the left and from the top."""
         across = (step - self.x[0]) / (self.x[1] - self.x[0])
         up = (value - self.y[0]) / (self.y[1] - self.y[0])
         return LEFT + across * (WIDTH - LEFT - RIGHT), PLOT_HEIGHT - BOTTOM - up * (PLOT_HEIGHT - TOP - BOTTOM)
 
-    def drawn(self, x: str, y: str) -> Iterator[str]:
+    def render_grid(self, x: str, y: str) -> Iterator[str]:
         """Grid lines with their numbers, and the titles."""
         bottom, right = PLOT_HEIGHT - BOTTOM, WIDTH - RIGHT
-        for value in ticks(*self.y):
-            _, at = self.place(self.x[0], value)
-            yield f'<path d="M{LEFT} {at:.1f}H{right}" stroke="{GRID}"/>' + _text(LEFT - 6, at + 4, f"{value:g}", "end")
-        for step in ticks(*self.x):
-            at, _ = self.place(step, self.y[0])
+        for value in axis_ticks(*self.y):
+            _, at = self.to_pixels(self.x[0], value)
+            yield f'<path d="M{LEFT} {at:.1f}H{right}" stroke="{GRID}"/>' + _render_text(
+                LEFT - 6, at + 4, f"{value:g}", "end"
+            )
+        for step in axis_ticks(*self.x):
+            at, _ = self.to_pixels(step, self.y[0])
             yield f'<path d="M{at:.1f} {TOP}V{bottom}" stroke="{GRID}"/>'
-            yield _text(at, bottom + 16, f"{step:,g}" if step < 1e6 else f"{step:.3g}", "middle")
-        yield _text((LEFT + right) / 2, bottom + 32, x, "middle")
+            yield _render_text(at, bottom + 16, f"{step:,g}" if step < 1e6 else f"{step:.3g}", "middle")
+        yield _render_text((LEFT + right) / 2, bottom + 32, x, "middle")
         middle = (TOP + bottom) / 2
-        yield f'<g transform="rotate(-90 12 {middle})">{_text(12, middle, y, "middle")}</g>'
+        yield f'<g transform="rotate(-90 12 {middle})">{_render_text(12, middle, y, "middle")}</g>'
 
 
-def ticks(low: float, high: float) -> list[float]:
+def axis_ticks(low: float, high: float) -> list[float]:
     """About five round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten.
 
     Example:
-        >>> ticks(0.3, 9.9)
+        >>> axis_ticks(0.3, 9.9)
         [2.0, 4.0, 6.0, 8.0]
     """
     rough = (high - low) / TICKS
@@ -98,19 +100,19 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(i * each, 12) for i in range(int(np.ceil(low / each)), int(np.floor(high / each)) + 1)]
 
 
-def _wide(low: float, high: float) -> tuple[float, float]:
+def _widen_range(low: float, high: float) -> tuple[float, float]:
     """A range that is not empty."""
     return (float(low), float(high)) if high > low else (float(low) - 0.5, float(high) + 0.5)
 
 
-def _line(curve: Curve, axes: _Axes) -> str:
+def _render_curve(curve: Curve, axes: _Axes) -> str:
     steps, values = thin_line(curve.steps, curve.values, MOST_POINTS)
     path, dots, pen = "", [], "M"
     for step, value in zip(steps, values, strict=True):
         if not np.isfinite(value):
             pen = "M"
             continue
-        across, down = axes.place(step, value)
+        across, down = axes.to_pixels(step, value)
         path += f"{pen}{across:.1f} {down:.1f}"
         dots.append(f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3" fill="{curve.colour}"/>')
         pen = "L"
@@ -119,13 +121,13 @@ def _line(curve: Curve, axes: _Axes) -> str:
     return line + "".join(dots) if curve.dots or len(dots) == 1 else line
 
 
-def _legend(curves: Sequence[Curve]) -> Iterator[str]:
+def _render_legend(curves: Sequence[Curve]) -> Iterator[str]:
     for row, curve in enumerate(curves):
         down = PLOT_HEIGHT + 4 + LINE_HEIGHT * row
         dashes = ' stroke-dasharray="6 4"' if curve.dashed else ""
         yield f'<path d="M{LEFT} {down}h24" stroke="{curve.colour}" stroke-width="2"{dashes}/>'
-        yield _text(LEFT + 32, down + 4, curve.name, "start")
+        yield _render_text(LEFT + 32, down + 4, curve.name, "start")
 
 
-def _text(across: float, down: float, words: str, anchor: str) -> str:
+def _render_text(across: float, down: float, words: str, anchor: str) -> str:
     return f'<text x="{across:.1f}" y="{down:.1f}" text-anchor="{anchor}" fill="{INK}">{escape(words)}</text>'

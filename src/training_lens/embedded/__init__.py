@@ -15,6 +15,6 @@ _HERE = Path(__file__).parent
 PATHS = {MODEL: _HERE / "base", TRAIN: _HERE / "train.jsonl", HELDOUT: _HERE / "heldout.jsonl"}
 
 
-def resolve(name: str) -> str:
+def resolve_name(name: str) -> str:
     """The path behind an embedded name; any other text as it is."""
     return str(PATHS[name]) if name in PATHS else name

@@ -15,8 +15,8 @@ from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import EvaluationError
 from training_lens.models.scoring import TokenScores, paired_scores, supervised_scores
 from training_lens.utils.devices import Precision, autocast, free_memory
-from training_lens.utils.formatting import said
-from training_lens.utils.heap import freed_memory_kept
+from training_lens.utils.formatting import describe_error
+from training_lens.utils.heap import keep_freed_memory
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 from training_lens.utils.resource_errors import is_out_of_memory
@@ -98,7 +98,7 @@ def _build_sums(table: np.ndarray, dataset: TokenDataset) -> TokenSums:
     return TokenSums(table[:, 0], dataset.supervised, table[:, 1].round().astype(np.int64))
 
 
-@freed_memory_kept()
+@keep_freed_memory()
 def _sum_examples(
     model: Any, dataset: TokenDataset, way: EvaluationOptions, columns: Callable[[Batch], torch.Tensor], width: int
 ) -> np.ndarray:
@@ -118,9 +118,11 @@ def _sum_examples(
         failure, table[-1] = error, 1.0
     finally:
         model.train(was_training)
-    whole = way.processes.sum(table)
+    whole = way.processes.reduce_sum(table)
     if whole[-1].any():
-        raise EvaluationError(f"evaluating failed: {said(failure) if failure else 'in another process.'}") from failure
+        raise EvaluationError(
+            f"evaluating failed: {describe_error(failure) if failure else 'in another process.'}"
+        ) from failure
     return whole[:-1].numpy()
 
 

@@ -23,7 +23,7 @@ from training_lens.errors import ConfigurationError
 from training_lens.inference.session import Session
 from training_lens.models.adapters import base_only
 from training_lens.utils.devices import DTYPES
-from training_lens.utils.formatting import nearest, said
+from training_lens.utils.formatting import describe_error, nearest_name
 from training_lens.utils.hub_access import require_hub
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
@@ -97,7 +97,9 @@ def _load_tasks(tasks: Sequence[str], include_path: str | None) -> Any:
     except ConnectionError as error:
         require_hub(f"{KEY}: data of {', '.join(tasks)}", ConfigurationError)
         if _works_offline():
-            raise ConfigurationError(f"{failing} offline: {said(error)} Give tasks with local data files.") from error
+            raise ConfigurationError(
+                f"{failing} offline: {describe_error(error)} Give tasks with local data files."
+            ) from error
     with _report_task_errors(failing):
         return manager.load(list(tasks))
 
@@ -127,7 +129,7 @@ def _open_task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
 
 
 def _suggest_task(task: str, manager: Any) -> str:
-    close = nearest(task, manager.all_tasks)
+    close = nearest_name(task, manager.all_tasks)
     return f" Did you mean {close}?" if close else ""
 
 
@@ -207,7 +209,9 @@ def _report_task_errors(what: str, let_through: type[Exception] | None = None) -
     except Exception as error:
         if is_out_of_memory(error) or (let_through and isinstance(error, let_through)):
             raise
-        raise ConfigurationError(f"{what}: {said(error)} Look into the task's YAML file and its data.") from error
+        raise ConfigurationError(
+            f"{what}: {describe_error(error)} Look into the task's YAML file and its data."
+        ) from error
 
 
 def _works_offline() -> bool:

@@ -29,7 +29,7 @@ from training_lens.evaluation.words import (
     why_unscored,
     word_splitter,
 )
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest_name
 
 TOKEN_MEASURES = ("loss", "perplexity", "bits_per_token", "bits_per_byte", "token_accuracy")
 # (prediction, reference) -> score from 0 to 1, or None: the metric does not apply to this row.
@@ -185,7 +185,7 @@ def _require_measure(settings: EvaluationSection, own: Mapping[str, AnswerMetric
     answers = (*ROW_METRICS, *CORPUS_METRICS, *own) if settings.generate else ()
     known, chosen = (*TOKEN_MEASURES, *answers), settings.decide_by
     if chosen is not None and chosen not in known:
-        close = nearest(chosen, known)
+        close = nearest_name(chosen, known)
         hint = f" Did you mean {close}?" if close else ""
         without = "" if settings.generate else " without answers (evaluation.generate=false)"
         raise ConfigurationError(

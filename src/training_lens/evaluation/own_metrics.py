@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.errors import ConfigurationError, EvaluationError
-from training_lens.utils.formatting import nearest, said, unstopped
+from training_lens.utils.formatting import describe_error, nearest_name, strip_full_stop
 from training_lens.utils.names import expand_home
 
 KEY, GROUP = "evaluation.metrics", "training_lens.metrics"
@@ -50,7 +50,7 @@ class AnswerMetric:
             value = None if score is None else float(score)
         except Exception as error:  # whatever a user's function raises
             raise EvaluationError(
-                f"{KEY}: {self.name} fails on {_quote_pair(prediction, reference)}: {said(error)}"
+                f"{KEY}: {self.name} fails on {_quote_pair(prediction, reference)}: {describe_error(error)}"
             ) from error
         if value is not None and not math.isfinite(value):
             raise EvaluationError(
@@ -129,7 +129,7 @@ def _find_member(place: str) -> Any | None:
     found = _import_module(module)
     if hasattr(found, name):
         return getattr(found, name)
-    hint = nearest(name, [own.function.__name__ for own in _list_metrics(found)])
+    hint = nearest_name(name, [own.function.__name__ for own in _list_metrics(found)])
     raise ConfigurationError(
         f"{KEY}: the module '{module}' has no '{name}'.{f' Did you mean {module}.{hint}?' if hint else ''}"
     )
@@ -142,8 +142,8 @@ def _import_module(module: str) -> Any:
         return import_module(module)
     except Exception as error:  # whatever a user's module raises when it is imported
         raise ConfigurationError(
-            f"{KEY}: '{module}' cannot be imported ({unstopped(said(error))}). Give module.function of a module in "
-            "this folder or of an installed package, or a file such as my_metrics.py."
+            f"{KEY}: '{module}' cannot be imported ({strip_full_stop(describe_error(error))}). Give module.function of "
+            "a module in this folder or of an installed package, or a file such as my_metrics.py."
         ) from error
 
 
@@ -159,7 +159,9 @@ def _load_file(place: str) -> Any:
     except ConfigurationError:
         raise
     except Exception as error:
-        raise ConfigurationError(f"{KEY}: '{place}' cannot be imported ({unstopped(said(error))}).") from error
+        raise ConfigurationError(
+            f"{KEY}: '{place}' cannot be imported ({strip_full_stop(describe_error(error))})."
+        ) from error
     return module
 
 

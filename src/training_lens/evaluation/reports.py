@@ -11,7 +11,7 @@ from typing import Any
 from training_lens.evaluation.comparison import ControlResult, ModelComparison, MovedRow, RowGroup
 from training_lens.evaluation.run_evaluation import EvaluationResult
 from training_lens.evaluation.verdict import format_measure
-from training_lens.utils.files import sha256_of, write_text
+from training_lens.utils.files import hash_file, write_text
 from training_lens.utils.integrity import write_sealed
 
 Cells = tuple[str, ...]
@@ -23,7 +23,7 @@ def write_reports(result: EvaluationResult, folder: Path | str, name: str, extra
     It holds `extra`, the sources of the rows with the sha256 of files, the verdict, and the comparison.
     """
     sources = sorted({example.file for example in result.rows.examples})
-    files = {name: sha256_of(Path(name)) if Path(name).is_file() else None for name in sources}
+    files = {name: hash_file(Path(name)) if Path(name).is_file() else None for name in sources}
     folder = Path(folder)
     verdict = {"verdict": result.verdict.as_json()} if result.verdict else {}
     report = {**extra, "files": files, **verdict, **result.comparison.as_json()}

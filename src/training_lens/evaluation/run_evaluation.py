@@ -188,7 +188,7 @@ class ModelEvaluator:
             scoring,
             decide_by=self.settings.decide_by,
             distinct_rows=result.rows.count_distinct(),
-            training=read_training_record(run) if run and run.metrics.is_file() else None,
+            training=read_training_record(run) if run and run.metrics_file.is_file() else None,
             run=str(run.root) if run else "",
         )
         return replace(result, verdict=verdict)

@@ -9,7 +9,7 @@ from statistics import median
 
 from training_lens.errors import CheckpointError
 from training_lens.runs.run_folder import RunFolder
-from training_lens.runs.run_listing import logged
+from training_lens.runs.run_listing import read_logged_values
 
 FAR_UNDER = 0.5  # training loss over that of other rows
 LEAST_RISE = 0.02  # of the best validation loss: less is nothing to act on
@@ -48,10 +48,10 @@ class TrainingRecord:
 
 def read_training_record(run: RunFolder) -> TrainingRecord:
     """What metrics.jsonl and data.json of a run tell, however far it came."""
-    trained = [loss for (loss,) in logged(run, "step", "loss")]
-    steps = [int(step) for (step,) in logged(run, "step", "step")]
-    base = [loss for (loss,) in logged(run, "base", "loss")]
-    validated = logged(run, "validation", "step", "loss")
+    trained = [loss for (loss,) in read_logged_values(run, "step", "loss")]
+    steps = [int(step) for (step,) in read_logged_values(run, "step", "step")]
+    base = [loss for (loss,) in read_logged_values(run, "base", "loss")]
+    validated = read_logged_values(run, "validation", "step", "loss")
     return build_training_record(steps, trained, base[0] if base else None, validated, _validation_rows(run))
 
 

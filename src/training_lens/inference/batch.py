@@ -18,7 +18,7 @@ from training_lens.inference.prompts import PassedOver, Question, QuestionReader
 from training_lens.inference.session import Session
 from training_lens.models.adapter_files import CONFIG, WEIGHTS
 from training_lens.models.location import locate
-from training_lens.utils.files import file_in_folder, require_writable, sha256_of
+from training_lens.utils.files import hash_file, require_writable, resolve_file_path
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -109,7 +109,7 @@ def output_file(name: str, source: Source) -> Path:
     Raises:
         ConfigurationError: it is the input, a folder, or in a folder that is not there or cannot be written.
     """
-    path = file_in_folder(name, f"--output {name}")
+    path = resolve_file_path(name, f"--output {name}")
     if path.exists() and path.samefile(source.files[0]):
         raise ConfigurationError(f"--output {name}: is the input itself; give another file.")
     require_writable(path.parent, "--output")
@@ -127,7 +127,7 @@ def _answerer(session: Session, settings: InferenceSection, base: bool) -> str:
     deciding = {"max_new_tokens"} if settings.temperature == 0 else set(InferenceSection.model_fields) - {"adapter"}
     parts = {
         "base": [model.id, model.revision, model.quantization, model.dtype, session.precision],
-        "files": [sha256_of(file) for file in files if file.is_file()],
+        "files": [hash_file(file) for file in files if file.is_file()],
         "stop_ids": sorted(session.stop_ids),
         "settings": settings.model_dump(include=deciding),
     }

@@ -31,7 +31,7 @@ from training_lens.utils.devices import (
     reset_process_peak,
     synchronize,
 )
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
 
@@ -105,7 +105,7 @@ def _models(session: Session, names: Sequence[str]) -> tuple[dict[str, Any], dic
 
 
 def _reason(error: Exception) -> str:
-    return f"out of memory: {said(error)}" if is_out_of_memory(error) else said(error)
+    return f"out of memory: {describe_error(error)}" if is_out_of_memory(error) else describe_error(error)
 
 
 def _text(session: Session, seed: int) -> tuple[torch.Tensor, str]:

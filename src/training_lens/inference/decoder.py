@@ -21,7 +21,7 @@ from training_lens.models.fast.decoder_stack import build_stack
 from training_lens.models.fast.kv_cache import FULL, SLIDING, SlotCache
 from training_lens.models.fast.layer_replacement import is_close, relative_error, replace_layers
 from training_lens.utils.devices import available_bytes
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
 
@@ -89,7 +89,9 @@ def _try(model: Any, base: bool, prompt: Sequence[int]) -> Decoder | None:
     except Exception as error:  # memory runs out by several kinds of error
         if not is_out_of_memory(error):
             raise
-        say_once(f"answers come from the model's own generate: there is no memory for a decoder ({said(error)})")
+        say_once(
+            f"answers come from the model's own generate: there is no memory for a decoder ({describe_error(error)})"
+        )
     return None
 
 
@@ -193,7 +195,9 @@ def _rehearse(decoder: Decoder, ids: Tensor, wanted: Tensor) -> None:
     except Exception as error:  # foreign code, asked in a way that it may not know
         if is_out_of_memory(error):
             raise
-        raise UncoveredError(f"{type(decoder.model).__name__} cannot be decoded row by row: {said(error)}") from error
+        raise UncoveredError(
+            f"{type(decoder.model).__name__} cannot be decoded row by row: {describe_error(error)}"
+        ) from error
     if not is_close(found, wanted[-1 - count :], SLACK):
         apart = relative_error(found, wanted[-1 - count :])
         raise UncoveredError(f"{type(decoder.model).__name__} gives other scores row by row, {apart:.1%} apart")
@@ -210,7 +214,9 @@ def _stacked(decoder: Decoder, tokens: list[int]) -> Decoder:
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        logger.debug("%s looks like a plain decoder, and is none: %s", type(decoder.model).__name__, said(error))
+        logger.debug(
+            "%s looks like a plain decoder, and is none: %s", type(decoder.model).__name__, describe_error(error)
+        )
         return decoder
     return faster if is_close(found, _decoded(decoder, tokens, count), EQUAL) else decoder
 

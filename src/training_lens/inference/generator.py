@@ -19,8 +19,8 @@ from training_lens.inference.decode_loop import Decoder, Decoding, slots
 from training_lens.inference.decoder import say_once
 from training_lens.inference.sampler import Answer, Choice
 from training_lens.inference.session import Session
-from training_lens.utils.formatting import said
-from training_lens.utils.heap import freed_memory_kept
+from training_lens.utils.formatting import describe_error
+from training_lens.utils.heap import keep_freed_memory
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
 
@@ -210,7 +210,7 @@ def _call(
     return _Call(session, settings, base, options, choose, decoder, put)
 
 
-@freed_memory_kept()
+@keep_freed_memory()
 def _answered(
     call: _Call, prompts: Sequence[Sequence[int]], advance: Callable[[float], None] = lambda _done: None
 ) -> list[Answer]:
@@ -228,7 +228,7 @@ def _answered(
         except Exception as error:  # memory runs out by several kinds of error
             _refuse_what_halving_cannot_mend(error, rows, width)
             if budget == call.settings.batch_tokens:
-                logger.warning("memory ran out with %d prompts together, so fewer: %s", rows, said(error))
+                logger.warning("memory ran out with %d prompts together, so fewer: %s", rows, describe_error(error))
             budget = rows // 2 * width
         waiting = [_begun_again(answer) for answer in waiting if answer not in done]
     return everything
@@ -256,8 +256,8 @@ def _refuse_what_halving_cannot_mend(error: Exception, rows: int, width: int) ->
         raise error
     if rows == 1:
         raise OutOfMemoryError(
-            f"not enough memory for one prompt with its answer ({width} tokens): {said(error)} Give a smaller "
-            "max_new_tokens, a shorter prompt, or load fewer bits (model.dtype=bf16, model.quantization=4bit)."
+            f"not enough memory for one prompt with its answer ({width} tokens): {describe_error(error)} Give a "
+            "smaller max_new_tokens, a shorter prompt, or load fewer bits (model.dtype=bf16, model.quantization=4bit)."
         ) from error
 
 

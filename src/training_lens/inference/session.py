@@ -30,7 +30,7 @@ from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import read_json
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest_name
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
 
@@ -91,7 +91,7 @@ class Session:
         if domain is None or self.domains is None or domain in self.domains:
             return
         known = f"this run knows {', '.join(self.domains)}" if self.domains else "this run was trained without domains"
-        close = nearest(domain, self.domains)
+        close = nearest_name(domain, self.domains)
         raise ConfigurationError(f"domain '{domain}': {known}.{f' Did you mean {close}?' if close else ''}")
 
     def prompt_ids(
@@ -145,7 +145,7 @@ def open_session(config: TrainingConfig) -> Session:
         return _open_own(config, None if name == BASE_ALONE else expand_home(name))
     run = find_adapter_run(name, config.output.base_output_dir, config.output.named_experiment)
     if not Path(name).is_dir():
-        logger.info("run %s of experiment %s", run.run_id, run.experiment)
+        logger.info("run %s of experiment %s", run.run_id, run.experiment_name)
     return open_run(run, None if config.model.device == "auto" else config.model.device, given=config.explicit_values())
 
 

@@ -13,7 +13,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
 from training_lens.integrations.delivery import Integration
 from training_lens.integrations.record import RunRecord
-from training_lens.utils.formatting import said, unstopped
+from training_lens.utils.formatting import describe_error, strip_full_stop
 
 INTEGRATIONS = {
     "output.mirror": "mirror.MirrorIntegration",
@@ -71,7 +71,7 @@ def _own(place: str) -> type[Integration]:
         found = _imported(place)
     except Exception as error:  # whatever a user's module raises when it is imported
         raise ConfigurationError(
-            f"tracking.custom: '{place}' cannot be imported ({unstopped(said(error))}). "
+            f"tracking.custom: '{place}' cannot be imported ({strip_full_stop(describe_error(error))}). "
             "Give module.Class of a module in this folder, or of an installed package."
         ) from error
     if not (isinstance(found, type) and issubclass(found, Integration)):

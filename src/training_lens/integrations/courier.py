@@ -128,12 +128,12 @@ def main(root: str, *allowed: str) -> int:
     remote = [asked.of(run) for asked in asked_for(run.config) if not asked.integration.in_process]
     patience = tracking.wait_seconds + GRACE_SECONDS  # the courier of a run that was killed may be sending still
     manager = IntegrationManager(remote, run.folder.tracking, tracking.send_seconds, patience)
-    trained_by = run.folder.process
+    trained_by = run.folder.process_label
     manager.start()
     sys.stdin.read()  # until the training process closes it, or dies
     logger.debug("courier: the run's process has ended")
     _wait_for_the_end(run)
-    if run.folder.process != trained_by:
+    if run.folder.process_label != trained_by:
         return 0  # the run was killed and goes on already: its new courier sends the rest, from what is remembered
     ends = ", ".join(f"{state.name} {state.status}" for state in manager.finish(tracking.wait_seconds))
     cpu, wall = time.process_time(), time.perf_counter() - started

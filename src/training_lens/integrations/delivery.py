@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from training_lens.errors import IntegrationError
 from training_lens.utils.files import read_json, write_json
-from training_lens.utils.formatting import format_seconds, said, unstopped
+from training_lens.utils.formatting import describe_error, format_seconds, strip_full_stop
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -198,13 +198,13 @@ class IntegrationManager:
         except IntegrationError as error:
             self._unavailable(integration, error)
         except Exception as error:  # a fault of ours, or of a user's class
-            self._left(integration, said(error))
+            self._left(integration, describe_error(error))
             logger.debug("in the integration %s", integration.name, exc_info=True)
         finally:
             try:
                 integration.close()
             except Exception as error:
-                logger.debug("closing %s: %s", integration.name, said(error), exc_info=True)
+                logger.debug("closing %s: %s", integration.name, describe_error(error), exc_info=True)
 
     def _wakes(self, integration: Integration) -> Iterator[bool]:
         """True once the run has ended, again and again until all is sent or given up; False while it goes on."""
@@ -226,7 +226,7 @@ class IntegrationManager:
             integration.deliver(ended)
         except IntegrationError as error:
             if error.lasting:
-                return self._left(integration, said(error))
+                return self._left(integration, describe_error(error))
             self._failed(integration, error, ended)
         except Exception as error:
             self._failed(integration, error, ended)
@@ -239,34 +239,34 @@ class IntegrationManager:
     def _failed(self, integration: Integration, error: Exception, ended: bool) -> None:
         before = self._states[integration.name]
         failures, after = before.failures + 1, getattr(error, "retry_after", None)
-        self._set(integration, status="failing", error=said(error), failures=failures, retry_after=after)
+        self._set(integration, status="failing", error=describe_error(error), failures=failures, retry_after=after)
         is_news = before.status != "failing"  # the log of a run must not fill up while a service is down
         logger.debug("%s: try %d failed", integration.name, failures, exc_info=error if is_news else None)
         if is_news:
             logger.warning(
                 "%s: %s What is not sent is kept, and tried again.",
-                integration.name, said(error),
+                integration.name, describe_error(error),
             )  # fmt: skip
         if ended and failures >= TRIES_AT_THE_END:
-            self._left(integration, said(error))
+            self._left(integration, describe_error(error))
 
     def _left(self, integration: Integration, why: str) -> None:
         """Given up for now; the run's folder holds what is missing."""
         try:
             rest = integration.outstanding() or "its end"
         except Exception as error:
-            rest = f"an unknown rest ({unstopped(said(error))})"
+            rest = f"an unknown rest ({strip_full_stop(describe_error(error))})"
         self._set(integration, status="left", error=why, outstanding=rest)
         logger.warning(
             "%s: not sent: %s (%s). It is kept: training-lens sync %s",
-            integration.name, rest, unstopped(why), self._folder.parent,
+            integration.name, rest, strip_full_stop(why), self._folder.parent,
         )  # fmt: skip
 
     def _unavailable(self, integration: Integration, error: IntegrationError) -> None:
-        self._set(integration, status="unavailable", error=said(error))
+        self._set(integration, status="unavailable", error=describe_error(error))
         logger.warning(
             "%s: %s The run is not sent there; later: training-lens sync %s",
-            integration.name, said(error), self._folder.parent,
+            integration.name, describe_error(error), self._folder.parent,
         )  # fmt: skip
 
     def _set(self, integration: Integration, **changes: Any) -> None:

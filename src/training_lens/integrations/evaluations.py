@@ -35,12 +35,12 @@ def record_evaluation(run: RunFolder, name: str, report: Mapping[str, Any]) -> N
         name: of the command and what it judged: evaluate, compare, benchmark.
         report: what the command's JSON has.
     """
-    lines = read_metrics(run.evaluations) if run.evaluations.is_file() else []
+    lines = read_metrics(run.evaluations_file) if run.evaluations_file.is_file() else []
     ended = int(run.read_metadata("summary.json").get("steps", 0))
     step = max([ended, *(line["step"] + 1 for line in lines)])
     run.logs.mkdir(exist_ok=True)
-    journal = Journal(run.evaluations)
-    journal.open(after=step if run.evaluations.is_file() else 0)
+    journal = Journal(run.evaluations_file)
+    journal.open(after=step if run.evaluations_file.is_file() else 0)
     verdict = report.get("verdict")
     scalars = benchmark_scalars(report) if "cells" in report else judged_scalars(report)
     journal.write({"kind": "evaluation", "step": step, "name": name, "scalars": scalars, "verdict": verdict})

@@ -17,8 +17,8 @@ from training_lens.errors import CheckpointError
 from training_lens.integrations.remote import Content, MirrorManifest, RemoteRun, find_remote, runs_in
 from training_lens.integrations.storage import StorageBackend
 from training_lens.runs.run_folder import UNFINISHED, RunFolder, runs_folder
-from training_lens.runs.run_listing import BROKEN, ListedRun, read_run
-from training_lens.utils.files import TEMPORARY, sha256_of, write_json
+from training_lens.runs.run_listing import BROKEN, RunOverview, read_run
+from training_lens.utils.files import TEMPORARY, hash_file, write_json
 from training_lens.utils.formatting import format_seconds, format_size
 from training_lens.utils.names import require_contained
 
@@ -75,7 +75,7 @@ def fetch_to_read(
     return RunFolder(folder)
 
 
-def read_remote_runs(storage: StorageBackend, experiment: str | None, cache: Path) -> list[ListedRun]:
+def read_remote_runs(storage: StorageBackend, experiment: str | None, cache: Path) -> list[RunOverview]:
     """The runs of a mirror, the newest first; read from their small files alone.
 
     Args:
@@ -86,10 +86,10 @@ def read_remote_runs(storage: StorageBackend, experiment: str | None, cache: Pat
         IntegrationError: no answer.
     """
     runs = [_read_remote(remote, cache) for remote in runs_in(storage, experiment)]
-    return sorted(runs, key=lambda run: (run.started, run.run_id), reverse=True)
+    return sorted(runs, key=lambda run: (run.start_time, run.run_id), reverse=True)
 
 
-def _read_remote(remote: RemoteRun, cache: Path) -> ListedRun:
+def _read_remote(remote: RemoteRun, cache: Path) -> RunOverview:
     folder = cache / remote.path
     try:
         manifest = remote.read_manifest()
@@ -220,7 +220,7 @@ def _got(
 
 
 def _is_right(manifest: MirrorManifest, name: str, path: Path) -> bool:
-    return path.is_file() and manifest.holds(name, Content(sha256_of(path), path.stat().st_size))
+    return path.is_file() and manifest.holds(name, Content(hash_file(path), path.stat().st_size))
 
 
 def _move_in(folder: Path, remote: RemoteRun, manifest: MirrorManifest, base_output_dir: str) -> None:

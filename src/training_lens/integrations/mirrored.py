@@ -12,7 +12,7 @@ from training_lens.core.capture_files import LISTING
 from training_lens.integrations.remote import Content
 from training_lens.runs.checkpoint_format import MANIFEST
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.files import TEMPORARY, files_in, sha256_of
+from training_lens.utils.files import TEMPORARY, hash_file, list_files
 
 PRUNED = ("checkpoints/", "lens/")  # of what is deleted here, what is deleted there, too
 WHOLE_LINES = (".jsonl", ".log")
@@ -35,7 +35,7 @@ def files_but_checkpoints(run: RunFolder, *, running: bool) -> dict[str, Path]:
     What trackers keep there is this machine's: another one asks their services what they have. The list of captures
     waits for the end of the run: it must list nothing that is not there yet.
     """
-    found = {path.relative_to(run.root).as_posix(): path for path in files_in(run.root)}
+    found = {path.relative_to(run.root).as_posix(): path for path in list_files(run.root)}
     if running:
         found.pop(f"{run.lens.name}/{LISTING}", None)
     return {name: path for name, path in sorted(found.items()) if _belongs(name)}
@@ -43,7 +43,7 @@ def files_but_checkpoints(run: RunFolder, *, running: bool) -> dict[str, Path]:
 
 def files_of_checkpoint(run: RunFolder, folder: Path) -> dict[str, Path]:
     """The files of one checkpoint by their names in the run, its manifest last."""
-    files = sorted(files_in(folder), key=lambda p: (p.name == MANIFEST, p))
+    files = sorted(list_files(folder), key=lambda p: (p.name == MANIFEST, p))
     return {path.relative_to(run.root).as_posix(): path for path in files}
 
 
@@ -89,7 +89,7 @@ def copies_of(files: Iterable[tuple[str, Path]], folder: Path) -> list[Copy]:
             copy = _frozen(path, folder / f"{number}{path.suffix}", grows=name.startswith("logs/"))
         except FileNotFoundError:
             continue
-        content = Content(sha256_of(copy), copy.stat().st_size)
+        content = Content(hash_file(copy), copy.stat().st_size)
         copies.append(Copy(name, copy, content, (facts.st_size, facts.st_mtime_ns, content.sha256)))
     return copies
 

@@ -19,7 +19,7 @@ from training_lens.integrations.packages import require_packages
 from training_lens.integrations.record import flat_settings
 from training_lens.integrations.tracker import Record, Tracker
 from training_lens.runs.run_folder import read_metrics
-from training_lens.utils.secrets import redacted
+from training_lens.utils.secrets import redact_text
 
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # what a server takes at once
 LONGEST_PARAM = 500  # characters: older servers take no more; config.json has all
@@ -66,7 +66,7 @@ class MlflowIntegration(Tracker):
         except Exception as error:
             if isinstance(error.__context__, OSError) and not self._is_local:  # MLflow tells it in five lines
                 why = type(error.__context__).__name__
-                raise IntegrationError(f"the server {redacted(self.uri)} cannot be reached ({why}).") from error
+                raise IntegrationError(f"the server {redact_text(self.uri)} cannot be reached ({why}).") from error
             raise
 
     def open(self) -> None:
@@ -102,13 +102,13 @@ class MlflowIntegration(Tracker):
             if record.verdict:
                 self._client.set_tag(self._id, f"training_lens.{record.values['name']}.verdict", record.verdict)
         if any(record.kind == "samples" for record in records):
-            self._table("samples.json", _sample_rows(read_metrics(self.run.folder.samples)))
+            self._table("samples.json", _sample_rows(read_metrics(self.run.folder.samples_file)))
 
     def end(self) -> None:
         folder = self.run.folder
         self._summarize()
-        if folder.metrics.exists():
-            self._table("validation.json", _validation_rows(read_metrics(folder.metrics)))
+        if folder.metrics_file.exists():
+            self._table("validation.json", _validation_rows(read_metrics(folder.metrics_file)))
         if adapter := self.run.intact_adapter:
             self._client.log_artifacts(self._id, str(adapter), "adapter")
         for file in (folder.reports / "lens.html", folder.metadata / "config.json"):

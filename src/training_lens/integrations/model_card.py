@@ -17,9 +17,9 @@ from training_lens.evaluation.verdict import format_measure
 from training_lens.integrations.published import SECTIONS, Names, is_folder
 from training_lens.integrations.record import RunRecord
 from training_lens.runs.run_folder import read_metrics
-from training_lens.utils.formatting import format_count, format_seconds, sparkline
+from training_lens.utils.formatting import format_count, format_seconds, render_sparkline
 from training_lens.utils.integrity import read_sealed
-from training_lens.utils.secrets import redacted
+from training_lens.utils.secrets import redact_text
 
 if TYPE_CHECKING:
     from training_lens.analysis.findings import Finding
@@ -53,7 +53,7 @@ def model_card(run: RunRecord, names: Names, repo: str, revision: str | None = N
         lstrip_blocks=True,
     )
     card = _Card(run, names, repo, revision)
-    return redacted(environment.get_template(TEMPLATE).render(card=card)).rstrip() + "\n"
+    return redact_text(environment.get_template(TEMPLATE).render(card=card)).rstrip() + "\n"
 
 
 def _plain(value: Any) -> Any:
@@ -195,7 +195,7 @@ class _Card:
     def base_code(self) -> Verbatim:
         """What loads the base, as arguments of Python."""
         if self.base_is_embedded:
-            return Verbatim(f"embedded.resolve({json.dumps(embedded.MODEL)})")
+            return Verbatim(f"embedded.resolve_name({json.dumps(embedded.MODEL)})")
         return _arguments(self.base, None if self.base_is_local else self._run.config.model.revision)
 
     @property
@@ -210,7 +210,7 @@ class _Card:
     @cached_property
     def curve(self) -> Verbatim:
         """The training loss from the first step to the last, as blocks."""
-        return Verbatim(sparkline([line["loss"] for line in self._lines if line.get("kind") == "step"]))
+        return Verbatim(render_sparkline([line["loss"] for line in self._lines if line.get("kind") == "step"]))
 
     @cached_property
     def lens(self) -> dict[str, Any] | None:
@@ -235,7 +235,7 @@ class _Card:
 
     @cached_property
     def _lines(self) -> list[dict[str, Any]]:
-        path = self._run.folder.metrics
+        path = self._run.folder.metrics_file
         return read_metrics(path) if path.is_file() else []
 
 

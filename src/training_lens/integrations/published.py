@@ -14,10 +14,10 @@ from training_lens.integrations.pushed import CHECKPOINTS, PushedFile
 from training_lens.integrations.record import RunRecord
 from training_lens.models.adapter_files import require_finite
 from training_lens.runs.checkpoint_format import MANIFEST
-from training_lens.utils.files import files_in, read_json
+from training_lens.utils.files import list_files, read_json
 from training_lens.utils.integrity import read_sealed, require_intact, with_checksum
 from training_lens.utils.names import check_file_name, expand_home
-from training_lens.utils.secrets import redacted
+from training_lens.utils.secrets import redact_text
 
 ADAPTER_CONFIG = "adapter_config.json"
 METADATA = "training_lens"
@@ -32,10 +32,14 @@ class Names:
         data = run.folder.read_metadata("data.json")
         files = {file for split in ("train", "validation") for file in (data.get(split) or {}).get("files", {})}
         self._short = short_names(sorted(files))
-        base = embedded.resolve(run.config.model.id)
+        base = embedded.resolve_name(run.config.model.id)
         local = is_folder(base) and run.config.model.id == base
         self.base = expand_home(base).resolve().name if local else run.config.model.id
-        places = [embedded.resolve(run.config.model.id), str(run.folder.root), str(run.base_output_dir.absolute())]
+        places = [
+            embedded.resolve_name(run.config.model.id),
+            str(run.folder.root),
+            str(run.base_output_dir.absolute()),
+        ]
         named = [place for place in places if is_folder(place) and Path(place).name not in ("", "..")]
         self._places = {place: Path(place).name for place in named} | self._short
 
@@ -88,7 +92,7 @@ def adapter_files(run: RunRecord, names: Names) -> list[PushedFile]:
     require_finite(folder.adapter)
     config = PushedFile(ADAPTER_CONFIG, _adapter_config(folder.adapter / ADAPTER_CONFIG, names))
     weights = [PushedFile(file.name, file) for file in sorted(folder.adapter.glob("*.safetensors"))]
-    tokenizer = [PushedFile(str(f.relative_to(folder.tokenizer)), f) for f in sorted(files_in(folder.tokenizer))]
+    tokenizer = [PushedFile(str(f.relative_to(folder.tokenizer)), f) for f in sorted(list_files(folder.tokenizer))]
     return [config, *weights, *tokenizer]
 
 
@@ -104,7 +108,7 @@ def metadata_files(run: RunRecord, names: Names) -> list[PushedFile]:
     files = [PushedFile(f"{METADATA}/{name}", _json(names.of(value))) for name, value in values.items()]
     page = run.folder.reports / "lens.html"
     if page.is_file():
-        text = redacted(names.in_page(page.read_text(encoding="utf-8")))
+        text = redact_text(names.in_page(page.read_text(encoding="utf-8")))
         files.append(PushedFile(f"{METADATA}/lens.html", text.encode()))
     return files
 
@@ -127,7 +131,7 @@ def run_state(run: RunRecord, checkpoints: Sequence[Path], adapter: bool) -> dic
     folder = run.folder
     places: list[Path] = []
     if adapter:
-        places = [*folder.adapter.glob("*"), *files_in(folder.tokenizer), *folder.metadata.glob("*.json")]
+        places = [*folder.adapter.glob("*"), *list_files(folder.tokenizer), *folder.metadata.glob("*.json")]
         places += [folder.reports / "compare.json", folder.reports / "lens.html"]
     places += [checkpoint / MANIFEST for checkpoint in checkpoints]
     stats = {str(p.relative_to(folder.root)): p.stat() for p in sorted(places) if p.is_file()}
@@ -144,4 +148,4 @@ def _adapter_config(path: Path, names: Names) -> bytes:
 
 
 def _json(value: Any) -> bytes:
-    return (redacted(json.dumps(value, indent=2, ensure_ascii=False)) + "\n").encode()
+    return (redact_text(json.dumps(value, indent=2, ensure_ascii=False)) + "\n").encode()

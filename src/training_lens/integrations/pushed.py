@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from training_lens.utils.files import sha256_of
+from training_lens.utils.files import hash_file
 
 CHECKPOINTS = "training_lens_checkpoints"
 
@@ -28,7 +28,7 @@ class PushedFile:
     @cached_property
     def sha256(self) -> str:
         """In hexadecimal; reads a local file once."""
-        return hashlib.sha256(self.source).hexdigest() if isinstance(self.source, bytes) else sha256_of(self.source)
+        return hashlib.sha256(self.source).hexdigest() if isinstance(self.source, bytes) else hash_file(self.source)
 
     @cached_property
     def blob_id(self) -> str:

@@ -13,8 +13,8 @@ from training_lens.config.run_config import locate_outputs, read_run_config
 from training_lens.models.adapter_files import WEIGHTS, require_finite
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.integrity import require_intact
-from training_lens.utils.nested import flat
-from training_lens.utils.secrets import redacted
+from training_lens.utils.nested import flatten_sections
+from training_lens.utils.secrets import redact_text
 
 if TYPE_CHECKING:
     from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
@@ -114,9 +114,9 @@ class RunRecord:
 
 def flat_settings(run: RunRecord) -> dict[str, str | int | float | bool]:
     """The run's settings as `section.key`, for services that take a flat list; lists and null as text."""
-    leaves = flat(run.settings).items()
+    leaves = flatten_sections(run.settings).items()
     return {key: value if isinstance(value, bool | int | float) else _text(value) for key, value in leaves}
 
 
 def _text(value: Any) -> str:
-    return "null" if value is None else redacted(str(value))
+    return "null" if value is None else redact_text(str(value))

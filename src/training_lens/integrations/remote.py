@@ -16,10 +16,10 @@ from typing import Any
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.integrations.storage import StorageBackend, open_storage
 from training_lens.runs.run_folder import UNFINISHED
-from training_lens.utils.file_schemas import find_misfit
+from training_lens.utils.file_schemas import find_type_error
 from training_lens.utils.files import read_json, write_json
 from training_lens.utils.logging import get_logger
-from training_lens.utils.names import check_experiment, check_run_id, find_fault
+from training_lens.utils.names import check_experiment, check_run_id, find_name_fault
 
 logger = get_logger(__name__)
 MANIFEST = "mirror.json"
@@ -97,7 +97,7 @@ class MirrorManifest:
         Raises:
             KeyError, TypeError, ValueError: they are none of a manifest, or name what cannot be in a run.
         """
-        if misfit := find_misfit(MANIFEST, values):
+        if misfit := find_type_error(MANIFEST, values):
             raise ValueError(misfit)
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']}; this version reads format {FORMAT}")
@@ -106,7 +106,7 @@ class MirrorManifest:
         check_run_id(manifest.run_id)
         check_experiment(manifest.experiment)
         for name, content in (*manifest.files.items(), *manifest.replacing.items()):
-            if fault := find_fault(name):
+            if fault := find_name_fault(name):
                 raise ValueError(f"it names the file {name!r}, which is outside the run: {fault}")
             content.check()
         if manifest.status not in STATUSES:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from training_lens.errors import IntegrationError
 from training_lens.integrations.pushed import PushPlan, RemoteFile
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -153,7 +153,7 @@ def _once(send: Any) -> Any:
         except OfflineModeIsEnabled:
             raise
         except transport as error:
-            raise IntegrationError(f"{request.url.host} does not answer: {said(error)}") from error
+            raise IntegrationError(f"{request.url.host} does not answer: {describe_error(error)}") from error
         if response.status_code in TRIED_AGAIN or response.status_code >= 500:
             raise _busy(response)
         return response
@@ -194,11 +194,11 @@ def explained(error: BaseException, repo: str) -> IntegrationError:
     answered = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
     status = getattr(getattr(answered, "response", None), "status_code", None)
     if status is None:
-        told = dict.fromkeys(said(e) for e in (error, chain[-1]))  # the first says where, the last why
+        told = dict.fromkeys(describe_error(e) for e in (error, chain[-1]))  # the first says where, the last why
         wrong = isinstance(error, ValueError) and not isinstance(error, JSONDecodeError)  # of what is sent
         return IntegrationError(" ".join(told), lasting=wrong)
     lasting = 400 <= status < 500 and status not in BUSY
-    return IntegrationError(_refusal(status, repo) or f"the hub refused: {said(error)}", lasting=lasting)
+    return IntegrationError(_refusal(status, repo) or f"the hub refused: {describe_error(error)}", lasting=lasting)
 
 
 def _refusal(status: int, repo: str) -> str:

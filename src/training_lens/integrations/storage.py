@@ -20,11 +20,11 @@ from typing import Any
 
 from training_lens.errors import IntegrationError
 from training_lens.integrations.checksums import PART_BYTES, vouched
-from training_lens.utils.files import TEMPORARY, files_in, sha256_of, whole_file
-from training_lens.utils.formatting import said
+from training_lens.utils.files import TEMPORARY, atomic_file, hash_file, list_files
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
-from training_lens.utils.names import expand_home, find_fault
-from training_lens.utils.secrets import has_password, redacted
+from training_lens.utils.names import expand_home, find_name_fault
+from training_lens.utils.secrets import has_password, redact_text
 
 logger = get_logger(__name__)
 SHOWN_CHARACTERS = 100  # of a name that is left out
@@ -97,7 +97,7 @@ class StorageBackend(ABC):
         with tempfile.TemporaryDirectory() as folder:
             back = Path(folder) / "back"
             self.get_file(name, back)
-            return sha256_of(back) == sha256_of(Path(local))
+            return hash_file(back) == hash_file(Path(local))
 
 
 class LocalStorage(StorageBackend):
@@ -112,12 +112,12 @@ class LocalStorage(StorageBackend):
     def put_file(self, local: Path | str, name: str) -> None:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             shutil.copyfile(local, temporary)
 
     def get_file(self, name: str, local: Path | str) -> None:
         path = self._path(name)
-        with whole_file(Path(local)) as temporary:
+        with atomic_file(Path(local)) as temporary:
             try:
                 shutil.copyfile(path, temporary)
             except FileNotFoundError as error:
@@ -125,7 +125,7 @@ class LocalStorage(StorageBackend):
 
     def list(self, folder: str = "") -> dict[str, int]:
         place = self._path(folder) if folder else self.folder
-        files = [path for path in files_in(place) if not path.name.startswith(TEMPORARY) and self._holds(path)]
+        files = [path for path in list_files(place) if not path.name.startswith(TEMPORARY) and self._holds(path)]
         sizes = {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
         return {name: sizes[name] for name in _known(sizes, self.place)}
 
@@ -136,7 +136,7 @@ class LocalStorage(StorageBackend):
         return self._path(name).is_file()
 
     def verify(self, name: str, local: Path | str) -> bool:
-        return self.exists(name) and sha256_of(self._path(name)) == sha256_of(Path(local))
+        return self.exists(name) and hash_file(self._path(name)) == hash_file(Path(local))
 
     def _path(self, name: str) -> Path:
         """The file or folder of that name.
@@ -181,7 +181,7 @@ class FsspecStorage(StorageBackend):
 
     def get_file(self, name: str, local: Path | str) -> None:
         path = self._path(name)
-        with whole_file(Path(local)) as temporary, self._asking(name):
+        with atomic_file(Path(local)) as temporary, self._asking(name):
             self._fs.get_file(path, str(temporary))
 
     def list(self, folder: str = "") -> dict[str, int]:
@@ -254,16 +254,16 @@ class FsspecStorage(StorageBackend):
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             where = f"{self.place.rstrip('/')}/{name}".rstrip("/")
-            raise IntegrationError(redacted(f"{where}: {self._explained(error)}")) from error
+            raise IntegrationError(redact_text(f"{where}: {self._explained(error)}")) from error
 
     def _explained(self, error: Exception) -> str:
         service = EXTRAS.get(self._protocol, self._protocol)
         if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
             source = CREDENTIALS.get(service, "the driver's own settings")
-            return f"no access: {said(error)} Credentials are taken from {source}."
+            return f"no access: {describe_error(error)} Credentials are taken from {source}."
         if isinstance(error, FileNotFoundError):
-            return f"not there: {said(error)}"
-        return f"no answer: {said(error)}"
+            return f"not there: {describe_error(error)}"
+        return f"no answer: {describe_error(error)}"
 
 
 def check_name(name: str, place: str) -> str:
@@ -273,27 +273,27 @@ def check_name(name: str, place: str) -> str:
         place: the storage, for the message.
 
     Raises:
-        IntegrationError: see `find_fault`.
+        IntegrationError: see `find_name_fault`.
     """
-    if fault := find_fault(name):
+    if fault := find_name_fault(name):
         raise _misplaced(name, place, fault)
     return name
 
 
 def _known(names: Iterable[str], place: str) -> set[str]:
     """The names of a listing that can be asked for; it comes from outside, and others are left out with a warning."""
-    faults = {name: fault for name in names if (fault := find_fault(name))}
+    faults = {name: fault for name in names if (fault := find_name_fault(name))}
     if faults:
         first, why = next(iter(faults.items()))
         logger.warning(
-            "%s: %d names there are left out; %r: %s", redacted(place), len(faults), first[:SHOWN_CHARACTERS], why
+            "%s: %d names there are left out; %r: %s", redact_text(place), len(faults), first[:SHOWN_CHARACTERS], why
         )
     return set(names) - faults.keys()
 
 
 def _misplaced(name: str, place: str, why: str) -> IntegrationError:
     return IntegrationError(
-        f"{redacted(place)}: {name!r} names nothing in this storage: {why}. Give a relative name with '/' between "
+        f"{redact_text(place)}: {name!r} names nothing in this storage: {why}. Give a relative name with '/' between "
         "folders, such as lens/loss.parquet.",
         lasting=True,
     )
@@ -325,8 +325,8 @@ def require_driver(url: str) -> None:
         raise IntegrationError(f"{url} names no place; give one, such as {protocol}://bucket/path.", lasting=True)
     if has_password(url):
         raise IntegrationError(
-            f"{redacted(url)}: a password in a URL ends up in files. Leave it out, and set the environment variables "
-            "that the service reads.",
+            f"{redact_text(url)}: a password in a URL ends up in files. Leave it out, and set the environment "
+            "variables that the service reads.",
             lasting=True,
         )
     try:

@@ -13,7 +13,7 @@ from training_lens.integrations.courier import QUIET
 from training_lens.integrations.delivery import Integration, IntegrationManager, IntegrationState
 from training_lens.integrations.record import RunRecord
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 
 LONGEST = 24 * 3600.0  # seconds: a person watches, and Ctrl-C ends it
 
@@ -34,7 +34,7 @@ def send(
     record, integrations = _connected(folder, changes)
     if record.status == "running":
         raise IntegrationError(
-            f"the run {folder.run_id} is training ({folder.process}), and sends by itself. Wait until it ends."
+            f"the run {folder.run_id} is training ({folder.process_label}), and sends by itself. Wait until it ends."
         )
     for integration in integrations if again else ():
         integration.forget()
@@ -59,6 +59,6 @@ def _standing(integration: Integration) -> IntegrationState:
     try:
         integration.require()
     except IntegrationError as error:
-        return IntegrationState(integration.name, "unavailable", said(error), integration.outstanding())
+        return IntegrationState(integration.name, "unavailable", describe_error(error), integration.outstanding())
     rest = integration.outstanding()
     return IntegrationState(integration.name, "waiting" if rest else "delivered", outstanding=rest)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.config.schema import TrainingConfig
-from training_lens.display.markdown import table, verbatim
+from training_lens.display.markdown import escape_markdown, markdown_table
 from training_lens.integrations.record import RunRecord, flat_settings
 from training_lens.integrations.tracker import Record, Tracker
-from training_lens.utils.nested import flat
+from training_lens.utils.nested import flatten_sections
 
 OURS = ".training-lens"  # at the end of the names of events files, so that only ours are ever replaced
 SHOWN = """
@@ -93,7 +93,7 @@ class TensorBoardIntegration(Tracker):
             return [_histogram(f"{GROUPS[kind]}/{name}", h) for kind in GROUPS for name, h in found[kind].items()]
         if record.kind == "samples":
             return self._samples(record.values)
-        verdict = [_text(f"{record.values['name']}/verdict", verbatim(record.verdict))] if record.verdict else []
+        verdict = [_text(f"{record.values['name']}/verdict", escape_markdown(record.verdict))] if record.verdict else []
         return [*verdict, *(_scalar(tag, value) for tag, value in record.scalars.items())]
 
     def _samples(self, values: Mapping[str, Any]) -> list[Any]:
@@ -106,8 +106,8 @@ class TensorBoardIntegration(Tracker):
             columns["base"] = [self._base.get(sample["id"], "") for sample in samples]
         if not values["base"]:
             columns["adapter"] = [sample["generated"] for sample in samples]
-        rows = [[verbatim(text) for text in row] for row in zip(*columns.values(), strict=True)]
-        return [_text("samples", table(list(columns), rows))]
+        rows = [[escape_markdown(text) for text in row] for row in zip(*columns.values(), strict=True)]
+        return [_text("samples", markdown_table(list(columns), rows))]
 
 
 class _EventsFile:
@@ -171,7 +171,7 @@ def _hyperparameters(run: RunRecord, started: float) -> Any:
     """The usual settings, and those that are not at their default."""
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
-    defaults, own = flat(TrainingConfig().model_dump(mode="json")), flat(run.settings)
+    defaults, own = flatten_sections(TrainingConfig().model_dump(mode="json")), flatten_sections(run.settings)
     changed = {name for name, value in own.items() if name.startswith(TRIED) and value != defaults.get(name)}
     settings = {name: value for name, value in flat_settings(run).items() if name in {*SHOWN, *changed}}
     return hparams_pb(settings, trial_id=run.run_id, start_time_secs=started)

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from training_lens.integrations.delivery import Cursor, Integration
 from training_lens.integrations.record import RunRecord
-from training_lens.runs.journal import Entry, JournalReader, Position
+from training_lens.runs.journal import JournalEntry, JournalPosition, JournalReader
 
 BATCH = {"metrics": 512, "samples": 64, "histograms": 8, "evaluations": 64}  # lines of each journal to a call of `log`
 Kind = Literal["step", "base", "validation", "samples", "histograms", "evaluation"]
@@ -154,12 +154,12 @@ class Tracker(Integration):
         parts += ["its end"] if kept.get("end") != self._end() else []
         return ", ".join(parts)
 
-    def _next(self) -> list[tuple[str, Entry]]:
+    def _next(self) -> list[tuple[str, JournalEntry]]:
         """The next entries of all journals, by step."""
         entries = [(name, entry) for name, reader in self._readers.items() for entry in reader.read(BATCH[name])]
         return sorted(entries, key=lambda named: named[1].step)
 
-    def _record(self, journal: str, entry: Entry) -> Record | None:
+    def _record(self, journal: str, entry: JournalEntry) -> Record | None:
         """What a line tells the tracker; None of a step that is not due."""
         every = self.run.config.training.logging_steps
         kind: Kind = entry.values.get("kind", journal)
@@ -171,12 +171,12 @@ class Tracker(Integration):
         """Readers of the journals, from where they were remembered."""
         folder, positions = self.run.folder, kept.get("positions", {})
         paths = {
-            "metrics": folder.metrics,
-            "samples": folder.samples,
-            "histograms": folder.histograms,
-            "evaluations": folder.evaluations,
+            "metrics": folder.metrics_file,
+            "samples": folder.samples_file,
+            "histograms": folder.histograms_file,
+            "evaluations": folder.evaluations_file,
         }
-        return {name: JournalReader(path, Position(*positions.get(name, ()))) for name, path in paths.items()}
+        return {name: JournalReader(path, JournalPosition(*positions.get(name, ()))) for name, path in paths.items()}
 
     def _remember(self, **more: str) -> None:
         positions = {name: list(reader.position) for name, reader in self._readers.items()}

@@ -21,9 +21,9 @@ from training_lens.integrations.packages import require_packages
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.tracker import BATCH, Record, Tracker
 from training_lens.integrations.wandb_media import artifacts, lens, row
-from training_lens.runs.journal import Entry
+from training_lens.runs.journal import JournalEntry
 from training_lens.runs.run_folder import PROCESS, read_metrics
-from training_lens.utils.formatting import said, unstopped
+from training_lens.utils.formatting import describe_error, strip_full_stop
 
 INIT_SECONDS = 30.0  # for the first answer of the server
 REFUSED = re.compile(r"error 40[13]\b")  # HTTP: the key is wrong, or has no right to write there
@@ -48,7 +48,7 @@ class WandBIntegration(Tracker):
         super().__init__(run)
         self._run: Any = None  # W&B's, from the first record on
         self._begun = False  # whether the client has a process
-        self._held: list[tuple[str, Entry]] = []
+        self._held: list[tuple[str, JournalEntry]] = []
         self._ended = False
         self._stopped = Event()
 
@@ -99,7 +99,7 @@ class WandBIntegration(Tracker):
             with suppress(Exception):  # it may be dead
                 wandb.teardown(exit_code=1)
 
-    def _next(self) -> list[tuple[str, Entry]]:
+    def _next(self) -> list[tuple[str, JournalEntry]]:
         """The entries of whole steps: those behind which every journal was read on."""
         while new := super()._next():
             self._held = sorted([*self._held, *new], key=lambda named: named[1].step)
@@ -107,19 +107,19 @@ class WandBIntegration(Tracker):
                 return whole
         return self._take(None) if self._ended else []
 
-    def _read_through(self, new: Sequence[tuple[str, Entry]]) -> int:
+    def _read_through(self, new: Sequence[tuple[str, JournalEntry]]) -> int:
         """The step before which there is nothing more: the metrics have a line for each, and were read first."""
         full = [name for name in self._readers if sum(named[0] == name for named in new) == BATCH[name]]
         return min(self._readers[name].position.step for name in ("metrics", *full))
 
-    def _take(self, before: int | None) -> list[tuple[str, Entry]]:
+    def _take(self, before: int | None) -> list[tuple[str, JournalEntry]]:
         count = len(self._held) if before is None else sum(entry.step < before for _, entry in self._held)
         taken, self._held = self._held[:count], self._held[count:]
         return taken
 
     def _end(self) -> str:
         """Another end after each evaluation: what was sent counts once W&B has finished the run again."""
-        evaluations = self.run.folder.evaluations
+        evaluations = self.run.folder.evaluations_file
         lines = len(read_metrics(evaluations)) if evaluations.is_file() else 0
         return f"{super()._end()}-{lines}" if lines else super()._end()
 
@@ -230,7 +230,7 @@ def _require_key(wandb: Any) -> None:
     try:
         key = authenticate_session(host=host, source="", prompt=False, update_session=False)
     except wandb.errors.Error as error:
-        raise IntegrationError(f"W&B: {said(error)}") from error
+        raise IntegrationError(f"W&B: {describe_error(error)}") from error
     if key is None:
         raise IntegrationError(
             f"there is no key for {host}: set WANDB_API_KEY, run `wandb login`, or give tracking.wandb.mode=offline."
@@ -243,18 +243,20 @@ def _explained(wandb: Any) -> Iterator[None]:
     try:
         yield
     except TimeoutError as error:
-        raise IntegrationError(f"W&B did not take all of the run in time ({unstopped(said(error))}).") from error
+        raise IntegrationError(
+            f"W&B did not take all of the run in time ({strip_full_stop(describe_error(error))})."
+        ) from error
     except wandb.errors.Error as error:
         refused = isinstance(error, wandb.errors.AuthenticationError) or REFUSED.search(str(error))
         if refused:
             raise IntegrationError(
-                f"W&B refuses the key, or lets it not write there ({unstopped(said(error))}). Run `wandb login`, or "
-                "set WANDB_API_KEY, and see tracking.wandb.entity.",
+                f"W&B refuses the key, or lets it not write there ({strip_full_stop(describe_error(error))}). Run "
+                "`wandb login`, or set WANDB_API_KEY, and see tracking.wandb.entity.",
                 lasting=True,
             ) from error
         lasting = isinstance(error, wandb.errors.UsageError)
         raise IntegrationError(
-            f"W&B does not begin or end the run ({unstopped(said(error))}).", lasting=lasting
+            f"W&B does not begin or end the run ({strip_full_stop(describe_error(error))}).", lasting=lasting
         ) from error
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from training_lens.errors import TrainingLensError
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.tracker import Record
-from training_lens.utils.files import sha256_of
-from training_lens.utils.formatting import said
+from training_lens.utils.files import hash_file
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -52,7 +52,7 @@ def lens(run: RunRecord) -> dict[str, Any]:
         recording, analysis = run.analysis.recording, run.analysis.analyze()
         drawn: dict[str, go.Figure] = {d.name: d.draw(recording) for d in DRAWINGS if recording.has(*d.of)}
     except TrainingLensError as error:
-        logger.warning("wandb: what the lens saw is not sent: %s", said(error))
+        logger.warning("wandb: what the lens saw is not sent: %s", describe_error(error))
         return {}
     shown: dict[str, Any] = {f"lens/{name}": wandb.Plotly(figure) for name, figure in drawn.items()}
     findings = [[getattr(finding, column) for column in FINDING_COLUMNS] for finding in analysis.findings]
@@ -83,7 +83,7 @@ def _add(artifact: Any, file: Path, name: Path) -> None:
 
 def _adapter_facts(run: RunRecord) -> dict[str, Any]:
     losses = {name: run.summary.get(name) for name in LOSSES}
-    return {"base": run.config.model.id, "sha256": sha256_of(run.folder.adapter / WEIGHTS), "run": run.run_id} | losses
+    return {"base": run.config.model.id, "sha256": hash_file(run.folder.adapter / WEIGHTS), "run": run.run_id} | losses
 
 
 def _samples(record: Record) -> Any:

@@ -30,7 +30,7 @@ from training_lens.models.location import locate
 from training_lens.models.stored import require_local_folder, stored_precision
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.devices import Precision
-from training_lens.utils.files import sweep_temporaries, whole_folder, write_json
+from training_lens.utils.files import atomic_folder, sweep_temporaries, write_json
 from training_lens.utils.names import expand_home
 
 
@@ -94,7 +94,7 @@ def merge(
     report = {"output": str(output), "base_known": known, **_head(session, options, dtype, given)}
     kept = run.reports / REPORT if run else output.with_name(f"{output.name}.{REPORT}")
     existing: Literal["replace", "refuse"] = "replace" if options.force else "refuse"
-    with whole_folder(output, existing=existing) as folder, _refusal_reported(report, kept):
+    with atomic_folder(output, existing=existing) as folder, _refusal_reported(report, kept):
         job = _written(session, folder, options, dtype)
         written = Written(folder, session.config.model, adapter, session.device, dtype, options.scale, options.delta)
         del session  # the checks load the model again, one after the other
@@ -126,7 +126,7 @@ def _make_room(options: MergeOptions, run: RunFolder | None, adapter: Path, base
     """Where the result goes (of a link, what it leads to), once nothing is in its way."""
     if not options.output and run is None:
         raise ConfigurationError("a bare adapter has no run folder to merge into; give --output FOLDER.")
-    own = (run.delta if options.delta else run.merged) if run else Path()
+    own = (run.weight_delta if options.delta else run.merged_model) if run else Path()
     output = (expand_home(options.output) if options.output else own).resolve()
     check_place(output, run, adapter, base, options.force)
     if not options.output:  # the folder around it is the run's: what killed merges left there may go

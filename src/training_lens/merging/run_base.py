@@ -83,5 +83,5 @@ def _check_name(folder: Path, named: str | None, model: ModelSection) -> None:
 
 
 def _same_folder(one: str, other: str) -> bool:
-    first, second = Path(embedded.resolve(one)), Path(other)
+    first, second = Path(embedded.resolve_name(one)), Path(other)
     return first.exists() and second.exists() and first.samefile(second)

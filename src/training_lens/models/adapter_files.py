@@ -10,9 +10,9 @@ from typing import Any
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError, ConfigurationError
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.file_schemas import find_misfit
+from training_lens.utils.file_schemas import find_type_error
 from training_lens.utils.files import read_json, write_json
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest_name
 from training_lens.utils.integrity import require_intact
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
@@ -88,7 +88,7 @@ def adapter_folder(reference: str) -> Path:
     if path.is_file():
         raise AdapterError(f"peft.from_adapter: '{reference}' is a file. Give the folder of an adapter, or of a run.")
     if not path.is_dir():
-        close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+        close = nearest_name(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
         hint = f" Did you mean '{path.parent / close}'?" if close else f" Relative paths start at {Path.cwd()}."
         raise AdapterError(f"peft.from_adapter: no folder '{reference}'.{hint}")
     run = RunFolder(path)
@@ -147,7 +147,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder / CONFIG} is no valid JSON ({error}). Save the adapter again.") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{folder / CONFIG} holds no JSON object. Save the adapter again.")
-    if misfit := find_misfit(CONFIG, config):
+    if misfit := find_type_error(CONFIG, config):
         raise AdapterError(f"{folder / CONFIG} has a wrong value. {misfit}. Save the adapter again.")
     if config.get("megatron_config"):
         raise AdapterError(

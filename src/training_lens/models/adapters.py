@@ -29,7 +29,7 @@ from training_lens.models.classes import is_found_by_type
 from training_lens.models.omissions import Omission, is_linear, last_part
 from training_lens.models.quantization import element_count
 from training_lens.models.targets import check_targets, choose_targets, tied_modules, whole_modules
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -283,7 +283,7 @@ def load_adapter(model: Any, folder: Path | str, *, training: bool = False) -> A
         with _peft_advice():
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=training)
     except Exception as error:  # PEFT trusts the configuration: a wrong value there may raise anything
-        raise AdapterError(f"the adapter in {folder} does not fit this base model: {said(error)}") from error
+        raise AdapterError(f"the adapter in {folder} does not fit this base model: {describe_error(error)}") from error
     used = sum("lora_" in name for name, _ in adapted.named_parameters(remove_duplicate=False))
     if tensors > used:
         raise AdapterError(

@@ -19,7 +19,7 @@ from torch import Tensor
 from training_lens.errors import MergeError, ModelLoadingError
 from training_lens.models.factory import weight_files
 from training_lens.utils.files import write_json
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.limits import load_bounded_json
 
 HEADER_BYTES = 100_000_000  # the format's own limit
@@ -69,7 +69,9 @@ def read_header(path: Path) -> Iterable[StoredTensor]:
                 start, end = (8 + length + int(offset) for offset in entry["data_offsets"])
                 yield StoredTensor(path, name, str(entry["dtype"]), tuple(map(int, entry["shape"])), start, end)
     except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ModelLoadingError(f"{path} is no safetensors file ({said(error)}). Copy or download it again.") from error
+        raise ModelLoadingError(
+            f"{path} is no safetensors file ({describe_error(error)}). Copy or download it again."
+        ) from error
 
 
 @dataclass(frozen=True)

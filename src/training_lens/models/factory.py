@@ -18,7 +18,7 @@ from training_lens.models.quantization import keep_trainable, loading_options
 from training_lens.models.rotary import separate_examples
 from training_lens.utils.devices import DTYPES, Precision
 from training_lens.utils.files import read_json
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.hub_access import require_hub
 from training_lens.utils.integrity import require_intact
 from training_lens.utils.logging import hide_progress_bars
@@ -49,22 +49,23 @@ def _load(what: str, model: ModelSection, load: Any) -> Any:
     except Exception as error:
         if is_out_of_memory(error):
             raise OutOfMemoryError(
-                f"model.id: not enough memory for the {what} of '{model.id}': {said(error)} Free some, give a smaller "
-                "model, or load fewer bits (model.dtype=bf16, model.quantization=4bit)."
+                f"model.id: not enough memory for the {what} of '{model.id}': {describe_error(error)} Free some, give "
+                "a smaller model, or load fewer bits (model.dtype=bf16, model.quantization=4bit)."
             ) from error
         raise ModelLoadingError(f"model.id: {_failure(what, model.id, error)}") from error
 
 
 def _failure(what: str, model_id: str, error: Exception) -> str:
     if isinstance(error, ImportError):
-        return f"{what} of '{model_id}' needs a package: {said(error)}"
+        return f"{what} of '{model_id}' needs a package: {describe_error(error)}"
     if "trust_remote_code" in str(error):
         return f"'{model_id}' carries its own code. Read it, then set model.trust_remote_code=true."
-    if expand_home(embedded.resolve(model_id)).exists():
-        return f"{what} of '{model_id}' cannot be loaded: {said(error)} Download the model again, or give another."
+    if expand_home(embedded.resolve_name(model_id)).exists():
+        why = describe_error(error)
+        return f"{what} of '{model_id}' cannot be loaded: {why} Download the model again, or give another."
     return (
-        f"'{model_id}' is no local folder, and its {what} cannot be had from the hub: {said(error)} Give a local "
-        "folder, or check the id, the connection and (for gated models) that you are logged in."
+        f"'{model_id}' is no local folder, and its {what} cannot be had from the hub: {describe_error(error)} Give a "
+        "local folder, or check the id, the connection and (for gated models) that you are logged in."
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from training_lens import embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ModelLoadingError
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest_name
 from training_lens.utils.names import expand_home
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
@@ -21,11 +21,11 @@ def locate(model: ModelSection) -> str:
     Raises:
         ModelLoadingError: a path that is not there, or a folder without configuration or safetensors weights.
     """
-    name = embedded.resolve(model.id)
+    name = embedded.resolve_name(model.id)
     path = expand_home(name)
     if not path.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or (path.parent.is_dir() and "/" in name):
-            close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+            close = nearest_name(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
             hint = f" Did you mean '{path.parent / close}'?" if close else f" Relative paths start at {Path.cwd()}."
             raise ModelLoadingError(f"model.id: no folder '{name}'.{hint}")
         if not HUB_ID.fullmatch(name):

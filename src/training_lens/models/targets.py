@@ -12,7 +12,7 @@ import torch
 from training_lens.config.schema import PeftSection
 from training_lens.errors import AdapterError
 from training_lens.models.omissions import OF_EXPERTS, ModuleSurvey, Omission, group_by_reason, is_linear
-from training_lens.utils.formatting import nearest
+from training_lens.utils.formatting import nearest_name
 
 Modules = dict[str, torch.nn.Module]
 
@@ -224,5 +224,5 @@ def _last(path: str) -> str:
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
-    close = nearest(name, known)
+    close = nearest_name(name, known)
     return f" Did you mean '{close}'?" if close else ""

@@ -37,11 +37,11 @@ from training_lens.preparation.split_files import (
 from training_lens.preparation.statistics import domain_statistics, length_statistics
 from training_lens.training.plan import cache_of, preparation_of, read_tokenizer, resolve_texts, with_rows_as_files
 from training_lens.utils.files import (
+    atomic_folder,
+    hash_file,
     read_json,
     require_writable,
-    sha256_of,
     sweep_temporaries,
-    whole_folder,
 )
 from training_lens.utils.integrity import write_sealed
 from training_lens.utils.logging import get_logger
@@ -90,7 +90,7 @@ def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> 
     facts, tokenizer = read_tokenizer(config)
     settled = resolve_texts(config, facts, tokenizer)
     preparation = preparation_of(settled, tokenizer)
-    with whole_folder(folder, existing="replace" if force else "refuse") as building:
+    with atomic_folder(folder, existing="replace" if force else "refuse") as building:
         try:
             chosen = _choose(settled, sources, preparation, progress)
             texts = _write(chosen, config.prepare.format, building)
@@ -230,7 +230,7 @@ def _described(building: Path, split: Split) -> PreparedSplit:
     return PreparedSplit(
         file=Path(path).name,
         rows=split.report.rows,
-        sha256=sha256_of(building / Path(path).name),
+        sha256=hash_file(building / Path(path).name),
         lengths=length_statistics(dataset.lengths),
         supervised_tokens=int(dataset.supervised.sum()),
         domains=domain_statistics(dataset),

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from training_lens.errors import CheckpointError, DamagedFileError
-from training_lens.utils.files import sha256_of, whole_folder
-from training_lens.utils.integrity import damaged_files, read_sealed, write_sealed
+from training_lens.utils.files import atomic_folder, hash_file
+from training_lens.utils.integrity import find_damaged_files, read_sealed, write_sealed
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -46,9 +46,9 @@ def write_checkpoint(
 
     target = checkpoint_folder(checkpoints, step)
     try:
-        with whole_folder(target) as folder:
+        with atomic_folder(target) as folder:
             fill(folder)
-            files = {str(f.relative_to(folder)): sha256_of(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+            files = {str(f.relative_to(folder)): hash_file(f) for f in sorted(folder.rglob("*")) if f.is_file()}
             write_sealed(
                 folder / MANIFEST,
                 asdict(CheckpointMetadata(step, validation_loss, data_fingerprint, files)),
@@ -74,7 +74,7 @@ def verify_checkpoint(folder: Path) -> CheckpointMetadata:
         raise CheckpointError(f"{folder}: its {MANIFEST} cannot be read ({error}).") from error
     if metadata.format != FORMAT:
         raise CheckpointError(f"{folder} has format {metadata.format}; this version reads format {FORMAT}.")
-    if damaged := next(damaged_files(folder), None):
+    if damaged := next(find_damaged_files(folder), None):
         raise CheckpointError(f"{damaged} in its {MANIFEST}.")
     return metadata
 
@@ -84,13 +84,13 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(p for p in checkpoints.glob("step-*") if p.is_dir())
 
 
-def checkpoint_steps(checkpoints: Path) -> list[int]:
+def list_checkpoint_steps(checkpoints: Path) -> list[int]:
     """The steps after which the checkpoints there were written, oldest first; other folders are passed over."""
     names = (path.name.removeprefix("step-") for path in list_checkpoints(checkpoints))
     return [int(name) for name in names if name.isdigit()]
 
 
-def newest_intact(checkpoints: Path) -> tuple[Path, CheckpointMetadata] | None:
+def newest_intact_checkpoint(checkpoints: Path) -> tuple[Path, CheckpointMetadata] | None:
     """The newest checkpoint whose files are all as written; a damaged one is logged and passed over."""
     for folder in reversed(list_checkpoints(checkpoints)):
         try:

@@ -11,14 +11,14 @@ from typing import Any
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import TEMPORARY, read_json, sweep_temporaries, write_json
-from training_lens.utils.integrity import unsealed
+from training_lens.utils.integrity import strip_checksum
 from training_lens.utils.names import require_contained
 
 DELETED = f"{TEMPORARY}deleted-"
 TAG = re.compile(r"[\w.:-]{1,40}")
 
 
-def read_whole(path: Path) -> Any:
+def read_checked_json(path: Path) -> Any:
     """The content of a JSON file that a run can do without.
 
     Raises:
@@ -26,7 +26,7 @@ def read_whole(path: Path) -> Any:
     """
     try:
         value = read_json(path)
-        return unsealed(value, path) if isinstance(value, dict) else value
+        return strip_checksum(value, path) if isinstance(value, dict) else value
     except ValueError as error:
         raise CheckpointError(f"{path} is no valid JSON ({error}). Delete it, or write it again.") from error
 
@@ -34,12 +34,12 @@ def read_whole(path: Path) -> Any:
 def output_folder(folder: Path) -> Path | None:
     """The output.base_output_dir that the folder of a run or a sweep stands in; None: it stands alone."""
     folder = folder.absolute()
-    if in_place(RunFolder(folder)):
+    if is_in_place(RunFolder(folder)):
         return folder.parents[3]
     return folder.parents[1] if folder.parent.name == "sweeps" and ".." not in folder.parts else None
 
 
-def in_place(folder: RunFolder) -> bool:
+def is_in_place(folder: RunFolder) -> bool:
     """Whether a run's folder stands where runs do: .../experiments/NAME/runs/ID."""
     parts = folder.root.absolute().parts
     return parts[-4:-3] == ("experiments",) and parts[-2] == "runs" and ".." not in parts
@@ -52,7 +52,7 @@ def read_tags(folder: RunFolder) -> tuple[str, ...]:
         CheckpointError: metadata/tags.json is broken.
     """
     path = folder.metadata / "tags.json"
-    tags = read_whole(path) if path.is_file() else []
+    tags = read_checked_json(path) if path.is_file() else []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise CheckpointError(f"{path} holds no list of texts. Delete it, and tag the run again.")
     return tuple(tags)
@@ -81,7 +81,7 @@ def change_tags(folder: RunFolder, tags: Sequence[str], *, remove: bool = False)
     return kept
 
 
-def size_of(folder: RunFolder) -> int:
+def measure_size(folder: RunFolder) -> int:
     """The bytes of a run's files; what links point to is not counted."""
     return sum(path.lstat().st_size for path in folder.root.rglob("*") if path.is_symlink() or path.is_file())
 
@@ -95,21 +95,21 @@ def check_deletable(folder: RunFolder) -> None:
     root = folder.root.absolute()
     if root.is_symlink() or folder.metadata.is_symlink():
         raise CheckpointError(f"{root} is a symbolic link, or made of them; delete by hand what you mean.")
-    if not in_place(folder):
+    if not is_in_place(folder):
         raise CheckpointError(f"{root} is not in .../experiments/NAME/runs/, where runs are; delete it by hand.")
     if linked := [path for path in (root.parent, root.parent.parent) if path.is_symlink()]:
         raise CheckpointError(
             f"{root} is elsewhere: {linked[0]} is a symbolic link to {linked[0].resolve()}; delete it by hand."
         )
     folder.require_free()
-    if _says_running(folder):
+    if _is_marked_running(folder):
         raise CheckpointError(
-            f"the run {folder.run_id} says that it is running ({folder.process}), and its lock cannot be tried. Stop "
-            f"it first, or delete it by hand. It is in {root}."
+            f"the run {folder.run_id} says that it is running ({folder.process_label}), and its lock cannot be tried. "
+            f"Stop it first, or delete it by hand. It is in {root}."
         )
 
 
-def _says_running(folder: RunFolder) -> bool:
+def _is_marked_running(folder: RunFolder) -> bool:
     try:
         return folder.status == "running"
     except CheckpointError:  # a broken run
@@ -126,6 +126,6 @@ def delete_run(folder: RunFolder) -> None:
     root = folder.root.absolute()
     sweep_temporaries(root.parent, 0, DELETED)  # what a killed deletion left
     doomed = root.with_name(f"{DELETED}{root.name}")
-    with folder.held():
+    with folder.hold_lock():
         root.rename(doomed)
     shutil.rmtree(doomed)

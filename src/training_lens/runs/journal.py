@@ -1,6 +1,6 @@
-"""Journals: JSON lines appended while a run goes on, and read by others meanwhile.
+"""Journals: JSON lines that a run appends while it trains, and that other processes read meanwhile.
 
-A journal is also the queue of everything that leaves the run: who sends its lines remembers a `Position`, not lines.
+A journal is also the send queue of a run: a sender remembers a `JournalPosition` instead of keeping lines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from training_lens.utils.files import strike_out_of_values, write_text
+from training_lens.utils.files import redact_values_for_file, write_text
 from training_lens.utils.integrity import read_line, seal_line
 from training_lens.utils.limits import open_file, read_text
 from training_lens.utils.logging import get_logger
@@ -22,7 +22,7 @@ from training_lens.utils.logging import get_logger
 logger = get_logger(__name__)
 
 
-class Position(NamedTuple):
+class JournalPosition(NamedTuple):
     """How far a journal was read: all lines of steps below `step`, and the first `lines` of that step.
 
     It holds through a resume, which drops the lines behind its checkpoint and writes them again.
@@ -33,11 +33,11 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Entry:
+class JournalEntry:
     """A line of a journal, and the position after it."""
 
     values: Mapping[str, Any]
-    position: Position
+    position: JournalPosition
 
     @property
     def step(self) -> int:
@@ -60,7 +60,7 @@ class Journal:
         """
         if self.path.exists():
             lines = read_text(self.path).splitlines() if after else []
-            damaged = tuple(number for number, line in enumerate(lines[:-1], 1) if _parsed(line) is None)
+            damaged = tuple(number for number, line in enumerate(lines[:-1], 1) if _parse_line(line) is None)
             if damaged:  # the last one a kill may have cut short
                 warn_of_damaged_lines(self.path, damaged)
             kept = "".join(f"{line}\n" for line in lines if _is_up_to(line, after))
@@ -75,7 +75,7 @@ class Journal:
         The line also gets `time`, in seconds since the epoch: who reads it later knows when it was.
         """
         assert self._file is not None, "open the journal first"
-        line = strike_out_of_values({**values, "time": round(time.time(), 3)}, self.path)
+        line = redact_values_for_file({**values, "time": round(time.time(), 3)}, self.path)
         self._file.write(seal_line(line) + "\n")
         self._file.flush()
 
@@ -92,11 +92,11 @@ class JournalReader:
     replaced. Between two reads it holds nothing open.
     """
 
-    def __init__(self, path: Path, position: Position | None = None) -> None:
-        self.path, self.position = path, position or Position()
-        self._inode, self._offset, self._met = 0, 0, Position()
+    def __init__(self, path: Path, position: JournalPosition | None = None) -> None:
+        self.path, self.position = path, position or JournalPosition()
+        self._inode, self._offset, self._met = 0, 0, JournalPosition()
 
-    def read(self, most: int) -> list[Entry]:
+    def read(self, most: int) -> list[JournalEntry]:
         """The next lines, `most` at most; none where nothing is new. A line still being written waits."""
         try:
             file = open_file(self.path)
@@ -105,21 +105,21 @@ class JournalReader:
         with file:
             inode = os.fstat(file.fileno()).st_ino
             if inode != self._inode:  # a resumed run put another file in its place
-                self._inode, self._offset, self._met = inode, 0, Position()
+                self._inode, self._offset, self._met = inode, 0, JournalPosition()
             file.seek(self._offset)
-            return self._next(file, most)
+            return self._read_entries(file, most)
 
-    def _next(self, file: IO[bytes], most: int) -> list[Entry]:
-        entries: list[Entry] = []
+    def _read_entries(self, file: IO[bytes], most: int) -> list[JournalEntry]:
+        entries: list[JournalEntry] = []
         while len(entries) < most and (line := file.readline()).endswith(b"\n"):
             self._offset += len(line)
-            if (values := _parsed(line)) is None:
+            if (values := _parse_line(line)) is None:
                 continue
             step = int(values["step"])
-            self._met = Position(step, self._met.lines + 1 if step == self._met.step else 1)
+            self._met = JournalPosition(step, self._met.lines + 1 if step == self._met.step else 1)
             if self._met > self.position:
                 self.position = self._met
-                entries.append(Entry(values, self._met))
+                entries.append(JournalEntry(values, self._met))
         return entries
 
 
@@ -130,12 +130,12 @@ def warn_of_damaged_lines(path: Path, numbers: tuple[int, ...]) -> None:
     logger.warning("%s is damaged: what its lines %s tell is left out", path, shown)
 
 
-def _parsed(line: str | bytes) -> dict[str, Any] | None:
+def _parse_line(line: str | bytes) -> dict[str, Any] | None:
     """A line's values; None of one that a kill cut short, or that is damaged."""
     values = read_line(line)
     return values if values is not None and isinstance(values.get("step"), int) else None
 
 
 def _is_up_to(line: str, step: int) -> bool:
-    values = _parsed(line)
+    values = _parse_line(line)
     return values is not None and int(values["step"]) <= step

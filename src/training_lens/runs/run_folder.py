@@ -21,11 +21,11 @@ from filelock import FileLock, Timeout
 
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.runs.journal import warn_of_damaged_lines
-from training_lens.utils.files import TEMPORARY, files_in, read_json, sweep_temporaries, whole_folder, write_json
-from training_lens.utils.integrity import read_line, record_hashes, require_intact, unsealed
+from training_lens.utils.files import TEMPORARY, atomic_folder, list_files, read_json, sweep_temporaries, write_json
+from training_lens.utils.integrity import read_line, record_hashes, require_intact, strip_checksum
 from training_lens.utils.limits import read_text
 from training_lens.utils.logging import get_logger
-from training_lens.utils.names import is_printed
+from training_lens.utils.names import is_printable
 
 logger = get_logger(__name__)
 LATEST = "latest"
@@ -59,11 +59,11 @@ class RunFolder:
         return self.root / "artifacts" / "tokenizer"
 
     @property
-    def merged(self) -> Path:
+    def merged_model(self) -> Path:
         return self.root / "artifacts" / "merged"
 
     @property
-    def delta(self) -> Path:
+    def weight_delta(self) -> Path:
         return self.root / "artifacts" / "delta"
 
     @property
@@ -91,19 +91,19 @@ class RunFolder:
         return self.root / "reports"
 
     @property
-    def metrics(self) -> Path:
+    def metrics_file(self) -> Path:
         return self.logs / "metrics.jsonl"
 
     @property
-    def samples(self) -> Path:
+    def samples_file(self) -> Path:
         return self.logs / "samples.jsonl"
 
     @property
-    def histograms(self) -> Path:
+    def histograms_file(self) -> Path:
         return self.logs / "histograms.jsonl"
 
     @property
-    def evaluations(self) -> Path:
+    def evaluations_file(self) -> Path:
         return self.logs / "evaluations.jsonl"
 
     @property
@@ -111,7 +111,7 @@ class RunFolder:
         return self.root / "tracking"
 
     @property
-    def lock(self) -> Path:
+    def lock_file(self) -> Path:
         return self.metadata / "run.lock"
 
     def create(self, fill: Callable[[RunFolder], object] = lambda _: None) -> RunFolder:
@@ -124,7 +124,7 @@ class RunFolder:
             ConfigurationError: see `require_new`; OutputError: another process made it meanwhile.
         """
         self.require_new()
-        with whole_folder(self.root, existing="replace" if self.root.exists() else "refuse") as root:
+        with atomic_folder(self.root, existing="replace" if self.root.exists() else "refuse") as root:
             building = RunFolder(root)
             for folder in (building.checkpoints, building.logs, building.metadata, building.reports):
                 folder.mkdir()
@@ -140,7 +140,7 @@ class RunFolder:
     def has_begun(self) -> bool:
         """Whether it has a status or a result: a process of earlier versions may have died before it wrote either."""
         results = (self.logs, self.checkpoints, self.root / "artifacts")
-        return (self.metadata / "summary.json").exists() or any(files_in(folder) for folder in results)
+        return (self.metadata / "summary.json").exists() or any(list_files(folder) for folder in results)
 
     def require_adapter(self) -> None:
         """Refuse a run without a finished adapter.
@@ -162,7 +162,7 @@ class RunFolder:
         Raises:
             ConfigurationError: a run of that id is there already; it is never written over.
         """
-        if self.root.exists() and (self.has_begun or self._is_held()):
+        if self.root.exists() and (self.has_begun or self._is_locked()):
             raise ConfigurationError(
                 f"output.run_id: the run '{self.run_id}' exists already at {self.root}. "
                 f"Give another id, or continue it with --resume {self.run_id}."
@@ -178,20 +178,20 @@ class RunFolder:
         try:
             require_intact(path)
             value = read_json(path)
-            return unsealed(value, path) if isinstance(value, dict) else value
+            return strip_checksum(value, path) if isinstance(value, dict) else value
         except FileNotFoundError:
-            raise CheckpointError(f"{self.root} is no complete run: {path} is missing. {self._way_out}") from None
+            raise CheckpointError(f"{self.root} is no complete run: {path} is missing. {self._repair_advice}") from None
         except ValueError as error:
             raise CheckpointError(f"{path} is no valid JSON ({error}). Restore it, or start a new run.") from error
 
     @property
-    def _way_out(self) -> str:
+    def _repair_advice(self) -> str:
         if self.has_begun:
             return f"training-lens doctor {self.root} says what can be repaired."
         return f"Its process died before it began: start it again, where you like with output.run_id={self.run_id}."
 
     @property
-    def started(self) -> datetime:
+    def start_time(self) -> datetime:
         """When it was started, in UTC: from its id where that is a timestamp, else from the file written first."""
         try:
             return datetime.strptime(self.run_id.split("-")[0], STAMP).replace(tzinfo=UTC)
@@ -201,7 +201,7 @@ class RunFolder:
             return datetime.fromtimestamp(written, tz=UTC)
 
     @property
-    def experiment(self) -> str:
+    def experiment_name(self) -> str:
         """The experiment in whose folder it is; empty for a run's folder elsewhere."""
         *_, experiments, name, runs, _ = ("", "", "", *self.root.absolute().parts)
         return name if (experiments, runs) == ("experiments", "runs") else ""
@@ -213,15 +213,15 @@ class RunFolder:
         Raises:
             CheckpointError: metadata/summary.json is missing or broken.
         """
-        return "interrupted" if self.died else str(self._summary().get("status", "unknown"))
+        return "interrupted" if self.has_died else str(self._read_summary().get("status", "unknown"))
 
     @property
-    def died(self) -> bool:
+    def has_died(self) -> bool:
         """Whether the run's process ended without a word (SIGKILL, a crash): it wrote `running`, its lock is free.
 
         Where the lock cannot be tried (a read-only file system, another user's run), what the run wrote last holds.
         """
-        return self._summary().get("status") == "running" and self._is_held() is False
+        return self._read_summary().get("status") == "running" and self._is_locked() is False
 
     @property
     def resume_command(self) -> str:
@@ -229,7 +229,7 @@ class RunFolder:
         return shlex.join(["training-lens", "train", "--resume", str(self.root)])
 
     @property
-    def process(self) -> str:
+    def process_label(self) -> str:
         """The process that trains it, or did so last: 'process 4711 on host forge'."""
         try:
             said = self.read_metadata(PROCESS)
@@ -238,19 +238,19 @@ class RunFolder:
             return "its process is not recorded"
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def hold_lock(self) -> Iterator[None]:
         """Within the block this process alone trains the run, or deletes it. The kernel lets go when a process dies.
 
         Raises:
             CheckpointError: see `require_free`.
         """
-        lock = FileLock(self.lock, timeout=LOCK_SECONDS)
+        lock = FileLock(self.lock_file, timeout=LOCK_SECONDS)
         try:
             lock.acquire()
         except Timeout:
-            raise self._taken() from None
+            raise self._lock_error() from None
         except OSError as error:  # a file system without locks
-            logger.warning("%s cannot be locked (%s): see to it that no other process trains it", self.lock, error)
+            logger.warning("%s cannot be locked (%s): see to it that no other process trains it", self.lock_file, error)
         try:
             for folder in {path.parent for path in self.root.rglob(f"{TEMPORARY}*")}:
                 sweep_temporaries(folder)
@@ -265,28 +265,28 @@ class RunFolder:
         Raises:
             CheckpointError: says which process.
         """
-        if self._is_held():
-            raise self._taken()
+        if self._is_locked():
+            raise self._lock_error()
 
-    def _taken(self) -> CheckpointError:
+    def _lock_error(self) -> CheckpointError:
         return CheckpointError(
-            f"the run {self.run_id} is being trained by another process ({self.process}). Wait until it ends, or stop "
-            f"it. It is in {self.root}."
+            f"the run {self.run_id} is being trained by another process ({self.process_label}). Wait until it ends, or "
+            f"stop it. It is in {self.root}."
         )
 
-    def _is_held(self) -> bool | None:
+    def _is_locked(self) -> bool | None:
         """Whether a process holds the lock; None where that cannot be told, as on a read-only file system."""
         try:
-            if not self.lock.exists():
+            if not self.lock_file.exists():
                 return False
-            with FileLock(self.lock, timeout=0):
+            with FileLock(self.lock_file, timeout=0):
                 return False
         except Timeout:
             return True
         except OSError:
             return None
 
-    def _summary(self) -> dict[str, Any]:
+    def _read_summary(self) -> dict[str, Any]:
         summary = self.read_metadata("summary.json")
         if not isinstance(summary, dict):
             raise CheckpointError(f"{self.metadata / 'summary.json'} holds no summary. Restore it, or start a new run.")
@@ -302,25 +302,25 @@ def evaluations_folder(base_output_dir: str, experiment_name: str) -> Path:
     return Path(base_output_dir) / "experiments" / experiment_name / "evaluations"
 
 
-def run_folders(folder: Path) -> list[RunFolder]:
+def list_run_folders(folder: Path) -> list[RunFolder]:
     """The runs in a runs folder, by their ids; what a killed deletion left is none.
 
     Ids of earlier versions, which `check_run_id` would refuse, are among them, but for those that do not print.
     """
-    places = (p for p in listed(folder) if not p.name.startswith(TEMPORARY) and (p / "metadata").is_dir())
+    places = (p for p in list_folders(folder) if not p.name.startswith(TEMPORARY) and (p / "metadata").is_dir())
     return sorted((RunFolder(p) for p in places), key=lambda run: run.run_id)
 
 
-def listed(folder: Path) -> Iterator[Path]:
+def list_folders(folder: Path) -> Iterator[Path]:
     """The folders in a folder; those whose names do not print as they are, are left out with a warning."""
     for path in folder.glob("*/"):
-        if is_printed(path.name):
+        if is_printable(path.name):
             yield path
         else:
             logger.warning("%s: left out the folder %r, whose name does not print: rename it", folder, path.name)
 
 
-def run_at(path: Path) -> RunFolder:
+def open_run_folder(path: Path) -> RunFolder:
     """The run in a folder, with its id as its name: '.' and '..' have none."""
     return RunFolder(path.resolve() if path.name in ("", "..") else path)
 
@@ -334,7 +334,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if None in lines[:-1]:
         warn_of_damaged_lines(path, tuple(number for number, line in enumerate(lines, 1) if line is None))
     found = [line for line in lines if line is not None]
-    _warn_of_missing_steps(path, max((line["step"] for line in found), default=0), _steps_of_finished(path))
+    _warn_of_missing_steps(path, max((line["step"] for line in found), default=0), _finished_step_count(path))
     return found
 
 
@@ -344,10 +344,10 @@ def _warn_of_missing_steps(path: Path, last_step: int, steps: int) -> None:
         logger.warning("%s is damaged: it ends with step %d of %d, and the rest is missing", path, last_step, steps)
 
 
-def _steps_of_finished(metrics: Path) -> int:
+def _finished_step_count(metrics_file: Path) -> int:
     """The steps of the run that a metrics.jsonl is of; 0 where it is not finished, or not known."""
     try:
-        summary = RunFolder(metrics.parent.parent).read_metadata("summary.json")
+        summary = RunFolder(metrics_file.parent.parent).read_metadata("summary.json")
         return int(summary["steps"]) if summary["status"] == "finished" else 0
     except (CheckpointError, OSError, KeyError, TypeError, ValueError):
         return 0

@@ -6,28 +6,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError
-from training_lens.runs.run_folder import LATEST, UNFINISHED, RunFolder, listed, run_at, run_folders, runs_folder
-from training_lens.utils.formatting import nearest
+from training_lens.runs.run_folder import (
+    LATEST,
+    UNFINISHED,
+    RunFolder,
+    list_folders,
+    list_run_folders,
+    open_run_folder,
+    runs_folder,
+)
+from training_lens.utils.formatting import nearest_name
 from training_lens.utils.names import expand_home
 
 BASE_ALONE = "none"  # as inference.adapter: no adapter
 FEWEST_CHARACTERS = 4  # of an id that is cut short
 
 
-def folders_of(base_output_dir: str, experiment_name: str | None = None) -> list[RunFolder]:
+def find_run_folders(base_output_dir: str, experiment_name: str | None = None) -> list[RunFolder]:
     """The folders of the runs of one experiment, or of all.
 
     Raises:
         ConfigurationError: there is no such experiment; names the nearest.
     """
-    experiments = sorted(path.name for path in listed(Path(base_output_dir) / "experiments"))
+    experiments = sorted(path.name for path in list_folders(Path(base_output_dir) / "experiments"))
     if experiment_name is not None and experiment_name not in experiments:
         there = f"there are {', '.join(experiments)}" if experiments else "there is none yet"
         raise ConfigurationError(
             f"no experiment '{experiment_name}' in {base_output_dir}: {there}.{_hint(experiment_name, experiments)}"
         )
     names = experiments if experiment_name is None else [experiment_name]
-    return [run for name in names for run in run_folders(runs_folder(base_output_dir, name))]
+    return [run for name in names for run in list_run_folders(runs_folder(base_output_dir, name))]
 
 
 def find_run(
@@ -50,13 +58,13 @@ def find_run(
     if not reference.strip():
         raise ConfigurationError("an empty name is given, which means no run; give an id, a folder, or 'latest'.")
     if (expand_home(reference) / "metadata").is_dir():
-        return run_at(expand_home(reference))
-    everywhere = folders_of(base_output_dir)
-    inside = [run for run in everywhere if experiment_name in (None, run.experiment)]
+        return open_run_folder(expand_home(reference))
+    everywhere = find_run_folders(base_output_dir)
+    inside = [run for run in everywhere if experiment_name in (None, run.experiment_name)]
     place = f"experiment {experiment_name} of {base_output_dir}" if experiment_name else base_output_dir
     if reference == LATEST:
         return _take_last(inside, place, finished)
-    of_experiment = [run for run in everywhere if run.experiment == reference]
+    of_experiment = [run for run in everywhere if run.experiment_name == reference]
     found = _match_ids(reference, inside) or _match_ids(reference, everywhere)
     if of_experiment:
         found.append(_take_last(of_experiment, f"experiment {reference}", None if found else finished))
@@ -80,7 +88,7 @@ def _require_one(
             f"'{reference}' may mean {len(found)} runs; give the folder of one: {', '.join(map(str, found))}."
         )
     beside = [str(p) for p in Path(reference).parent.glob("*/")] if "/" in reference else []
-    known = {LATEST, *(run.run_id for run in everywhere), *(run.experiment for run in everywhere), *beside}
+    known = {LATEST, *(run.run_id for run in everywhere), *(run.experiment_name for run in everywhere), *beside}
     raise CheckpointError(
         f"no run '{reference}' in {place} ({len(everywhere)} runs in all), no experiment of that name, and no run "
         "folder at that path. Give output.base_output_dir if it is elsewhere."
@@ -95,7 +103,7 @@ def _take_last(runs: Sequence[RunFolder], place: str, finished: bool | None) -> 
             f"no run in {place} yet. Train one, give output.base_output_dir and output.experiment_name if it is "
             "elsewhere, or the run's path."
         )
-    by_age = sorted(runs, key=lambda run: (run.started, run.run_id))
+    by_age = sorted(runs, key=lambda run: (run.start_time, run.run_id))
     last, usable = by_age[-1], (("finished",) if finished else UNFINISHED)
     if finished is None or read_status(last) in usable:
         return last
@@ -147,5 +155,5 @@ def uses_own_model(adapter: str) -> bool:
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    close = nearest(name, known)
+    close = nearest_name(name, known)
     return f" Did you mean {close}?" if close else ""

@@ -38,10 +38,10 @@ from training_lens.training.loop.lr_schedule import default_lr
 from training_lens.training.plan import RunPlan, with_rows_as_files
 from training_lens.training.run import TrainingWrapper
 from training_lens.training.summary import TrainingSummary
-from training_lens.utils.formatting import said
-from training_lens.utils.logging import ShownOnce, get_logger, quiet_screen, screen_through
+from training_lens.utils.formatting import describe_error
+from training_lens.utils.logging import RepeatFilter, filter_screen, get_logger, quiet_screen
 from training_lens.utils.names import require_contained
-from training_lens.utils.nested import merged
+from training_lens.utils.nested import merge_sections
 
 logger = get_logger(__name__)
 HOPELESS = 3  # failures with nothing finished, after which there is no use in going on
@@ -94,8 +94,10 @@ class Sweep:
         self.space = Space.of(self.config)
         self.folder = sweep_folder(self.config)
         self._console, self._on_trial = console, on_trial
-        self._once = ShownOnce()  # what the rehearsal said of the rows and the model is not said again for each trial
-        with screen_through(self._once):
+        self._once = (
+            RepeatFilter()
+        )  # what the rehearsal said of the rows and the model is not said again for each trial
+        with filter_screen(self._once):
             plan = _rehearse(_of_a_trial(self.config), self.space, console)
         rows = {f"data.{name}": split.fingerprint[:12] for name, split in plan.splits.items()}
         default = _default_settings(self.config, self.space, plan)
@@ -115,7 +117,7 @@ class Sweep:
         try:
             with reachable(self.config.sweep), Worker(self.folder / "workers") as worker, quiet_screen():
                 try:
-                    with screen_through(self._once):
+                    with filter_screen(self._once):
                         self._run_trials(worker)
                 except InterruptedRunError:
                     self._results()
@@ -159,14 +161,14 @@ class Sweep:
         except (OSError, CheckpointError) as error:  # a full disk, a run that another process trains or that is damaged
             self.study.release(trial)
             raise TrainingError(
-                f"{run_id(trial)}: {said(error)} That is no failure of the trial: mend it and start the same command "
-                "again, which goes on with it; a run folder that is deleted is trained from the start."
+                f"{run_id(trial)}: {describe_error(error)} That is no failure of the trial: mend it and start the same "
+                "command again, which goes on with it; a run folder that is deleted is trained from the start."
             ) from error
         except StorageInternalError:  # no failure of the trial
             raise
         except Exception as error:  # whatever it is, the next trial is another
             logger.debug("trial %d failed", trial.number, exc_info=True)
-            self.study.fail(trial, said(error))
+            self.study.fail(trial, describe_error(error))
         _free_memory()
         return row_of(self.study.newest(trial), self.space)
 
@@ -182,7 +184,7 @@ class Sweep:
                 config = self.space.config(self.config, params, {"experiment_name": name, "run_id": run.run_id})
                 return TrainingWrapper(_of_a_trial(config), console=self._console, callbacks=callbacks).train()
             if run.status not in ("finished", "pruned"):
-                mine = merged(free_settings(self.config), consent_for(run, self.config))
+                mine = merge_sections(free_settings(self.config), consent_for(run, self.config))
                 return TrainingWrapper.resume(run, mine, console=self._console, callbacks=callbacks)
         except PrunedRunError as error:
             logger.debug("%s", error)

@@ -36,9 +36,9 @@ from training_lens.sweeps.trials import (
 )
 from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, delete_lock, is_alive, pulse
 from training_lens.training.resume import FREE_KEYS
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
-from training_lens.utils.nested import flat
+from training_lens.utils.nested import flatten_sections
 
 logger = get_logger(__name__)
 OPENING_TRIES = 5
@@ -287,8 +287,8 @@ def _told_storage(url: str) -> Iterator[None]:
         yield
     except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError) as error:
         raise ConfigurationError(
-            f"sweep.storage: {_shown(url)} cannot be opened: {said(error.__cause__ or error)} Give a URL such as "
-            "postgresql://USER:PASSWORD@HOST/DATABASE (with its driver installed), or leave it out for a file."
+            f"sweep.storage: {_shown(url)} cannot be opened: {describe_error(error.__cause__ or error)} Give a URL "
+            "such as postgresql://USER:PASSWORD@HOST/DATABASE (with its driver installed), or leave it out for a file."
         ) from error
 
 
@@ -301,8 +301,8 @@ def _explained_study(name: str) -> Iterator[None]:
         if isinstance(error, ConfigurationError):
             raise
         raise ConfigurationError(
-            f"sweep.name: the database of the study '{name}' is damaged ({said(error)}). Restore it, or give another "
-            "sweep.name."
+            f"sweep.name: the database of the study '{name}' is damaged ({describe_error(error)}). Restore it, or give "
+            "another sweep.name."
         ) from error
 
 
@@ -320,7 +320,7 @@ def reachable(settings: SweepSection) -> Iterator[None]:
         yield
     except StorageInternalError as error:
         raise TrainingError(
-            f"the storage of the sweep '{settings.name}' does not answer: {said(error.__cause__ or error)} "
+            f"the storage of the sweep '{settings.name}' does not answer: {describe_error(error.__cause__ or error)} "
             "Nothing that finished is lost; start the same command again."
         ) from error
 
@@ -335,8 +335,8 @@ def free_settings(config: TrainingConfig) -> dict[str, dict[str, Any]]:
 
 def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Sections in sections by dotted key; keys that the version before this one did not have at their defaults."""
-    unset = flat(_comparable(TrainingConfig()))
-    return {**unset, **flat({**values, "sweep.space": None}), "sweep.space": values.get("sweep.space")}
+    unset = flatten_sections(_comparable(TrainingConfig()))
+    return {**unset, **flatten_sections({**values, "sweep.space": None}), "sweep.space": values.get("sweep.space")}
 
 
 def _comparable(config: TrainingConfig) -> dict[str, Any]:

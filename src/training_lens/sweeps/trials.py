@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from optuna.trial import FrozenTrial, TrialState
 
 from training_lens.errors import ConfigurationError
-from training_lens.utils.file_schemas import find_misfit
+from training_lens.utils.file_schemas import find_type_error
 from training_lens.utils.names import check_run_id
 
 BLOCKS = "block_nll"  # of a trial: its losses, summed over blocks of validation rows
@@ -24,7 +24,7 @@ def check_attributes(trial: FrozenTrial) -> None:
         ConfigurationError: names the trial and the attribute.
     """
     numbers = [*(trial.values or ()), *trial.intermediate_values.values(), trial.number]
-    misfit = find_misfit("study.db", trial.user_attrs)
+    misfit = find_type_error("study.db", trial.user_attrs)
     if not misfit and "token" not in trial.user_attrs:
         misfit = "token: it is missing"
     elif not all(isinstance(number, int | float) for number in numbers):

@@ -24,7 +24,7 @@ from training_lens.training.loop.trainer import Trainer
 from training_lens.training.plan import RunPlan
 from training_lens.training.run import build_trainer
 from training_lens.utils.devices import peak_bytes, reset_peak
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
 
@@ -128,7 +128,9 @@ def _thin(plan: RunPlan, layers: int) -> Measured:
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
             raise
-        raise EstimateError(f"the model cannot be cut to {layers} layers to be measured: {said(error)}") from error
+        raise EstimateError(
+            f"the model cannot be cut to {layers} layers to be measured: {describe_error(error)}"
+        ) from error
 
 
 def _still(plan: RunPlan, model: Any) -> Trainer:

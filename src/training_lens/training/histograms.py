@@ -16,7 +16,7 @@ from training_lens.errors import LensError
 from training_lens.models.adapters import trainable
 from training_lens.runs.journal import Journal
 from training_lens.training.loop.callbacks import Callback
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -50,7 +50,7 @@ class Histograms(Callback):
                 self._journal.write({"step": step, "histograms": _of_step(self._parameters)})
             except Exception as error:
                 self._parameters = {}
-                logger.warning("step %d: no histograms from here on: %s Training goes on.", step, said(error))
+                logger.warning("step %d: no histograms from here on: %s Training goes on.", step, describe_error(error))
                 logger.debug("in the histograms", exc_info=True)
 
     def on_train_end(self, trainer: Any) -> None:

@@ -18,7 +18,7 @@ from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback, StepReport
 from training_lens.training.loop.optimizer import clip_factor
 from training_lens.training.plan import RunPlan
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -97,7 +97,7 @@ def look_back(run: RunFolder) -> Path | None:
         for line in three_lines(analysis):
             logger.info("lens: %s", line)
     except Exception as error:
-        logger.warning("the lens has no report of this run: %s", said(error))
+        logger.warning("the lens has no report of this run: %s", describe_error(error))
         logger.debug("in the report", exc_info=True)
         return None
     logger.info("lens: the report is %s", report)

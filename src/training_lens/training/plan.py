@@ -156,7 +156,7 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
     for line in describe_run_length(training, schedule):
         logger.info("%s", line)
     asked = training.micro_batch_tokens
-    budget = processes.least(planned(needs, device, processes.count)) if asked == "auto" else asked
+    budget = processes.reduce_min(planned(needs, device, processes.count)) if asked == "auto" else asked
     return RunPlan(
         resolved, facts, parameters, adaptation, tokenizer, precision, train, validation, splits, duplicates, schedule,
         processes, budget,

@@ -142,7 +142,7 @@ def check_schedule(run: RunFolder, schedule: Schedule, processes: Processes) -> 
             "there is dropout by what it draws",
             began, processes.count, schedule.global_batch,
         )  # fmt: skip
-    steps = [] if began is not None or not run.metrics.is_file() else read_metrics(run.metrics)
+    steps = [] if began is not None or not run.metrics_file.is_file() else read_metrics(run.metrics_file)
     steps = [line for line in steps if line["step"] and line.get("epoch")]
     if not steps:
         return

@@ -19,7 +19,7 @@ from training_lens.analysis.run import Run
 from training_lens.config.run_config import RESUME_KEYS, locate_outputs, open_run_config, remember_consent
 from training_lens.config.schema import TrainingConfig
 from training_lens.display.notebook import notebook_console
-from training_lens.display.progress import Progress, bars
+from training_lens.display.progress import Progress, create_bars
 from training_lens.errors import InterruptedRunError, TrainingLensError
 from training_lens.integrations.configured import asked_for
 from training_lens.models.adapters import ParameterCount, attach, count_parameters, describe
@@ -53,7 +53,7 @@ from training_lens.training.samples import Samples
 from training_lens.training.summary import TrainingSummary, status_after, summarize, write_summary
 from training_lens.training.tracker_callback import Build, tracked
 from training_lens.utils.devices import get_device
-from training_lens.utils.files import files_in, require_writable, whole_folder
+from training_lens.utils.files import atomic_folder, list_files, require_writable
 from training_lens.utils.formatting import format_count
 from training_lens.utils.integrity import record_hashes, write_sealed
 from training_lens.utils.logging import TrainingLogger, get_logger, quiet_libraries
@@ -123,7 +123,7 @@ class TrainingWrapper:
             begun = plan.config.replace_keys(output={"run_id": run_id})
             run.create(lambda folder: self._write_metadata(folder, run.root, begun, plan))
         with _alone(run, plan):
-            plan.processes.wait()
+            plan.processes.wait_for_all()
             return self._train(run, plan, resume=False)
 
     @classmethod
@@ -226,8 +226,8 @@ class TrainingWrapper:
 
     def _watchers(self, run: RunFolder, plan: RunPlan) -> tuple[Callback, ...]:
         every = plan.config.training.logging_steps
-        drawn = bars(self._console, *progress_columns(self._console.width if self._console else WIDE))
-        watchers: list[Callback] = [MetricsCollector(run.metrics), LogLines(every, DEBUG if drawn else INFO)]
+        drawn = create_bars(self._console, *progress_columns(self._console.width if self._console else WIDE))
+        watchers: list[Callback] = [MetricsCollector(run.metrics_file), LogLines(every, DEBUG if drawn else INFO)]
         if drawn:
             watchers.append(ProgressBar(drawn))
         if lens := lens_of(plan, run):
@@ -239,9 +239,9 @@ class TrainingWrapper:
         tracking = plan.config.tracking
         if tracking.has_display or self._integrations:
             if tracking.histograms_every:
-                yield Histograms(run.histograms, tracking.histograms_every)
+                yield Histograms(run.histograms_file, tracking.histograms_every)
             if tracking.samples:
-                yield Samples(run.samples, plan)
+                yield Samples(run.samples_file, plan)
 
     def _write_metadata(self, run: RunFolder, home: Path, config: TrainingConfig, plan: RunPlan) -> None:
         """Write the first files of a run into a folder that will be at `home`."""
@@ -260,14 +260,14 @@ class TrainingWrapper:
     def _save_artifacts(self, run: RunFolder, plan: RunPlan, trainer: Trainer, state: TrainingState) -> None:
         """artifacts/adapter from the best checkpoint (the last where nothing was validated), and the tokenizer."""
         best = trainer.checkpoints.best_or_last(state) / ADAPTER
-        with whole_folder(run.adapter, existing="replace") as folder:
+        with atomic_folder(run.adapter, existing="replace") as folder:
             for file in best.iterdir():
                 (folder / file.name).write_bytes(file.read_bytes())
-        with whole_folder(run.tokenizer, existing="replace") as folder:
+        with atomic_folder(run.tokenizer, existing="replace") as folder:
             model = plan.config.model
             save_tokenizer(plan.tokenizer, folder, require_local_folder(model), model.trust_remote_code)
         remember_consent(run.root, plan.config)  # the tokenizer's code stands in the run, too
-        record_hashes(run.root, [*files_in(run.adapter), *files_in(run.tokenizer)])
+        record_hashes(run.root, [*list_files(run.adapter), *list_files(run.tokenizer)])
 
 
 def build_trainer(
@@ -299,7 +299,7 @@ def _files_explained() -> Iterator[None]:
 
 def _alone(run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
     """The run's lock, which its main process holds for all of them."""
-    return run.held() if plan.processes.is_main else nullcontext()
+    return run.hold_lock() if plan.processes.is_main else nullcontext()
 
 
 def _environment(config: TrainingConfig) -> dict[str, Any]:

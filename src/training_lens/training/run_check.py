@@ -24,25 +24,30 @@ from training_lens.models.adapter_files import saved_shapes
 from training_lens.models.checkpoint_files import stored_tensors
 from training_lens.models.stored import base_files, base_record, check_base, local_folder, require_local_folder
 from training_lens.models.tokenizer_files import save_tokenizer
-from training_lens.runs.checkpoint_format import checkpoint_folder, list_checkpoints, newest_intact, verify_checkpoint
+from training_lens.runs.checkpoint_format import (
+    checkpoint_folder,
+    list_checkpoints,
+    newest_intact_checkpoint,
+    verify_checkpoint,
+)
 from training_lens.runs.run_folder import RunFolder, read_metrics
 from training_lens.training.loop.checkpoint_manager import ADAPTER, STATE
 from training_lens.training.plan import cache_of, read_tokenizer
 from training_lens.training.run import TrainingWrapper
 from training_lens.training.summary import TrainingSummary, write_summary
-from training_lens.utils.files import files_in, read_json, sha256_of, whole_folder
-from training_lens.utils.formatting import said
+from training_lens.utils.files import atomic_folder, hash_file, list_files, read_json
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.integrity import (
     CHECKSUM,
     RECORDS,
-    damaged_files,
+    find_damaged_files,
+    read_recorded_hashes,
     read_sealed,
     record_hashes,
-    recorded_hashes,
     write_sealed,
 )
 from training_lens.utils.limits import read_text
-from training_lens.utils.machine import Check
+from training_lens.utils.machine import MachineCheck
 
 KEPT_ELSEWHERE = "Put back a copy of it; or, where you changed it on purpose, take it as it is: --accept."
 OWN_HASH = ("metadata/summary.json", "metadata/base.json", f"lens/{LENS}", f"lens/{COST}", f"lens/{LISTING}")
@@ -59,7 +64,7 @@ class Part:
     remedy: str
 
 
-def check_run(run: RunFolder, *, verify: bool = False, repair: bool = False) -> Iterator[Check]:
+def check_run(run: RunFolder, *, verify: bool = False, repair: bool = False) -> Iterator[MachineCheck]:
     """All of a run, one part after the other.
 
     Args:
@@ -73,19 +78,19 @@ def check_run(run: RunFolder, *, verify: bool = False, repair: bool = False) -> 
         yield check
 
 
-def _check(part: Part, run: RunFolder) -> Check:
+def _check(part: Part, run: RunFolder) -> MachineCheck:
     try:
-        return Check(part.name, True, part.look(run))
+        return MachineCheck(part.name, True, part.look(run))
     except (TrainingLensError, OSError, ValueError, KeyError, TypeError) as error:
-        return Check(part.name, False, said(error), part.remedy)
+        return MachineCheck(part.name, False, describe_error(error), part.remedy)
 
 
-def _repair(part: Part, run: RunFolder, damaged: Check) -> Check:
+def _repair(part: Part, run: RunFolder, damaged: MachineCheck) -> MachineCheck:
     assert part.repair is not None
     try:
         part.repair(run)
     except (TrainingLensError, OSError, ValueError, KeyError, TypeError) as error:
-        return replace(damaged, remedy=f"It could not be made anew: {said(error)}")
+        return replace(damaged, remedy=f"It could not be made anew: {describe_error(error)}")
     again = _check(part, run)
     return replace(again, found=f"made anew: {again.found}") if again.ok else again
 
@@ -102,18 +107,18 @@ def accept_run(run: RunFolder) -> None:
 
 def _record_anew(run: RunFolder) -> None:
     (run.root / RECORDS[0]).unlink(missing_ok=True)
-    files = [*run.metadata.glob("*.json"), *files_in(run.adapter), *files_in(run.tokenizer)]
+    files = [*run.metadata.glob("*.json"), *list_files(run.adapter), *list_files(run.tokenizer)]
     skipped = {run.root / name for name in (*OWN_HASH, *REWRITTEN)}
     record_hashes(run.root, [path for path in files if path not in skipped])
 
 
 def _require_undamaged(run: RunFolder, within: str) -> None:
-    if damaged := list(damaged_files(run.root, within)):
+    if damaged := list(find_damaged_files(run.root, within)):
         raise CheckpointError("; ".join(damaged))
 
 
 def _look_at_record(run: RunFolder) -> str:
-    files = recorded_hashes(run.root)
+    files = read_recorded_hashes(run.root)
     return f"{len(files)} files" if files else "none: an earlier version wrote the run"
 
 
@@ -144,7 +149,7 @@ def _look_at_whole_base(run: RunFolder) -> str:
     model, record = read_run_config(run).model, read_sealed(run.base_record)
     files = base_files(require_local_folder(model))
     recorded: dict[str, str] = record.get("sha256", {})
-    found = {path.name: sha256_of(path) for path in files}
+    found = {path.name: hash_file(path) for path in files}
     if changed := [name for name in found if recorded.get(name, found[name]) != found[name]]:
         raise CheckpointError(f"{', '.join(changed)} of {model.id} changed since the run began")
     _look_at_base(run)
@@ -156,7 +161,7 @@ def _look_at_whole_base(run: RunFolder) -> str:
 def _look_at_checkpoints(run: RunFolder) -> str:
     folders = list_checkpoints(run.checkpoints)
     problems = [problem for folder in folders if (problem := _problem_of(folder))]
-    found = newest_intact(run.checkpoints)
+    found = newest_intact_checkpoint(run.checkpoints)
     way = f"the newest intact one is of step {found[1].step}" if found else "a resume begins anew"
     if problems:
         raise CheckpointError(f"{' '.join(problems)} {way}")
@@ -182,15 +187,15 @@ def _look_at_summary(run: RunFolder) -> str:
 
 def _summarize_again(run: RunFolder) -> None:
     """From the newest checkpoint and the journal; what only the process knew (its peak memory) is 0."""
-    found = newest_intact(run.checkpoints)
+    found = newest_intact_checkpoint(run.checkpoints)
     if found is None:
         raise CheckpointError("no checkpoint is intact, and nothing else says how far the run came.")
-    state, lines = read_json(found[0] / STATE), read_metrics(run.metrics) if run.metrics.is_file() else []
+    state, lines = read_json(found[0] / STATE), read_metrics(run.metrics_file) if run.metrics_file.is_file() else []
     shapes = saved_shapes(found[0] / ADAPTER)
     trainable = sum(math.prod(shape) for shape in shapes.values())
     base = local_folder(read_run_config(run).model)
     frozen = sum(math.prod(t.shape) for t in stored_tensors(base).values()) if base else 0
-    is_finished = any(name.startswith("artifacts/tokenizer/") for name in recorded_hashes(run.root))
+    is_finished = any(name.startswith("artifacts/tokenizer/") for name in read_recorded_hashes(run.root))
     summary = TrainingSummary(
         run_dir=str(run.root),
         status="finished" if is_finished else "interrupted",
@@ -223,16 +228,16 @@ def _restore_adapter(run: RunFolder) -> None:
     step = int(run.read_metadata("summary.json")["adapter_step"])
     source = checkpoint_folder(run.checkpoints, step) / ADAPTER
     verify_checkpoint(source.parent)
-    with whole_folder(run.adapter, existing="replace") as folder:
+    with atomic_folder(run.adapter, existing="replace") as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         _require_recorded(folder, run, "artifacts/adapter")
 
 
 def _require_recorded(folder: Path, run: RunFolder, name: str) -> None:
     """Refuse what was made anew and is not, byte for byte, what was lost."""
-    for recorded, sha256 in recorded_hashes(run.root).items():
+    for recorded, sha256 in read_recorded_hashes(run.root).items():
         path = folder / recorded.removeprefix(f"{name}/")
-        if recorded.startswith(f"{name}/") and not (path.is_file() and sha256_of(path) == sha256):
+        if recorded.startswith(f"{name}/") and not (path.is_file() and hash_file(path) == sha256):
             raise CheckpointError(f"{recorded} came out otherwise than it was.")
 
 
@@ -243,19 +248,19 @@ def _look_at_tokenizer(run: RunFolder) -> str:
 
 def _save_tokenizer_again(run: RunFolder) -> None:
     config = open_run_config(run, {}, "model.trust_remote_code")
-    with whole_folder(run.tokenizer, existing="replace") as folder:
+    with atomic_folder(run.tokenizer, existing="replace") as folder:
         _, tokenizer = read_tokenizer(config)
         save_tokenizer(tokenizer, folder, require_local_folder(config.model), config.model.trust_remote_code)
         _require_recorded(folder, run, "artifacts/tokenizer")
 
 
 def _look_at_journal(run: RunFolder) -> str:
-    if not run.metrics.is_file():
+    if not run.metrics_file.is_file():
         return "none yet"
-    lines = read_text(run.metrics).splitlines()
-    lost = len(lines) - len(read_metrics(run.metrics))
+    lines = read_text(run.metrics_file).splitlines()
+    lost = len(lines) - len(read_metrics(run.metrics_file))
     if lost > (0 if run.status == "finished" else 1):  # a kill may cut the last one short
-        raise CheckpointError(f"{lost} of {len(lines)} lines of {run.metrics} are damaged, and left out")
+        raise CheckpointError(f"{lost} of {len(lines)} lines of {run.metrics_file} are damaged, and left out")
     return f"{len(lines)} lines"
 
 
@@ -269,7 +274,7 @@ def _index_lens_again(run: RunFolder) -> None:
     """From the newest adapter, the tables that are there, and the run's config; what the probe held is lost."""
     folders = [folder / ADAPTER for folder in reversed(list_checkpoints(run.checkpoints))]
     adapter = next((folder for folder in folders if folder.is_dir()), run.adapter)
-    config, lines = read_run_config(run), [line for line in read_metrics(run.metrics) if line.get("epoch")]
+    config, lines = read_run_config(run), [line for line in read_metrics(run.metrics_file) if line.get("epoch")]
     settings: dict[str, Any] = {"max_grad_norm": config.training.max_grad_norm, "lr": config.training.lr}
     if lines:
         settings["steps_per_epoch"] = round(lines[-1]["step"] / lines[-1]["epoch"])

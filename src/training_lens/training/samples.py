@@ -20,10 +20,10 @@ from training_lens.runs.journal import Journal
 from training_lens.training.loop.callbacks import Callback, StepReport
 from training_lens.training.plan import RunPlan
 from training_lens.utils.devices import autocast, free_memory
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
-from training_lens.utils.seeding import rng_kept
+from training_lens.utils.seeding import preserve_rng_state
 
 logger = get_logger(__name__)
 OPENING = 8  # tokens of a text that is learned from its start, given to the model to go on with
@@ -82,7 +82,7 @@ class Samples(Callback):
             samples = [self._told(prompt, text) for prompt, text in zip(self._prompts, texts, strict=True)]
             self._journal.write({"step": step, "base": base, "samples": samples})
         except Exception as error:
-            logger.warning("step %d: no samples: %s Training goes on.", step, said(error))
+            logger.warning("step %d: no samples: %s Training goes on.", step, describe_error(error))
             logger.debug("in the samples", exc_info=True)
             if is_out_of_memory(error):
                 free_memory(trainer.processes.device)
@@ -126,7 +126,7 @@ def _aside(trainer: Any) -> Iterator[None]:
     was_training = trainer.model.training
     trainer.model.eval()
     try:
-        with rng_kept(), autocast(trainer.processes.device, trainer.precision):
+        with preserve_rng_state(), autocast(trainer.processes.device, trainer.precision):
             yield
     finally:
         trainer.model.train(was_training)

@@ -100,7 +100,7 @@ def _resume_elsewhere(run: RunFolder) -> None:
 
 def _results(run: RunFolder) -> Iterator[tuple[str, Any]]:
     """What must be the same, by name: each line of the journal, each file of the last checkpoint, of the adapter."""
-    for line in read_metrics(run.metrics):
+    for line in read_metrics(run.metrics_file):
         values = {key: value for key, value in line.items() if key not in TIMINGS}
         yield f"{line['kind']} {line['step']}", values
     for name, sha256 in verify_checkpoint(checkpoint_folder(run.checkpoints, STEPS)).files.items():

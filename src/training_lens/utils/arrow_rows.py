@@ -14,7 +14,7 @@ from training_lens.utils.limits import NESTED, NESTING, TooMuchError
 Clean = Callable[[Any], Any]
 
 
-def arrow_rows(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
+def iterate_arrow_rows(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
     """The values of each row, without the nulls that Arrow put into structs.
 
     Within a struct, null and a missing field cannot be told apart: both become a missing field. Columns keep their
@@ -27,7 +27,7 @@ def arrow_rows(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
     for batch in batches:
         if cleaners is None:
             _check_nesting(batch.schema)
-            cleaners = {field.name: clean for field in batch.schema if (clean := _cleaner(field.type)) is not None}
+            cleaners = {field.name: clean for field in batch.schema if (clean := _make_cleaner(field.type)) is not None}
         for values in batch.to_pylist(maps_as_pydicts="strict"):
             for name, clean in cleaners.items():
                 values[name] = clean(values[name])
@@ -43,28 +43,28 @@ def _check_nesting(schema: Any) -> None:
         raise TooMuchError(NESTED)
 
 
-def _cleaner(kind: Any) -> Clean | None:
+def _make_cleaner(kind: Any) -> Clean | None:
     """What takes nulls out of the structs in values of an Arrow type; None where there are no structs."""
     import pyarrow.types as types
 
     if types.is_struct(kind):
-        return _struct_cleaner({field.name: _cleaner(field.type) for field in kind})
+        return _make_struct_cleaner({field.name: _make_cleaner(field.type) for field in kind})
     if types.is_map(kind):
-        return _map_cleaner(_cleaner(kind.item_type))
+        return _make_map_cleaner(_make_cleaner(kind.item_type))
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_list_view(kind):
-        return _list_cleaner(_cleaner(kind.value_type))
+        return _make_list_cleaner(_make_cleaner(kind.value_type))
     return None
 
 
-def _map_cleaner(clean: Clean | None) -> Clean | None:
+def _make_map_cleaner(clean: Clean | None) -> Clean | None:
     return clean and (lambda value: value and {key: clean(item) for key, item in value.items()})
 
 
-def _list_cleaner(clean: Clean | None) -> Clean | None:
+def _make_list_cleaner(clean: Clean | None) -> Clean | None:
     return clean and (lambda value: value and [clean(item) for item in value])
 
 
-def _struct_cleaner(fields: dict[str, Clean | None]) -> Clean:
+def _make_struct_cleaner(fields: dict[str, Clean | None]) -> Clean:
     nested = {name: clean for name, clean in fields.items() if clean is not None}
     is_message = {"role", "content"} <= fields.keys()
 

@@ -22,7 +22,7 @@ class CompilationError(Exception):
     """Why there is no library: no compiler, or one that refuses the source."""
 
 
-def compiled(sources: Sequence[Path], name: str) -> ctypes.CDLL:
+def compile_library(sources: Sequence[Path], name: str) -> ctypes.CDLL:
     """The library of the first of `sources`, which may include the others.
 
     It is kept in the user's cache folder (XDG_CACHE_HOME, else ~/.cache), under a name of what it was made from: the
@@ -31,18 +31,22 @@ def compiled(sources: Sequence[Path], name: str) -> ctypes.CDLL:
     Raises:
         CompilationError: see there.
     """
-    command = [*find_compiler(), *OPTIONS, *_for_this_processor()]
-    made_from = [*(source.read_bytes() for source in sources), shlex.join(command).encode(), _processor().encode()]
+    command = [*find_compiler(), *OPTIONS, *_processor_options()]
+    made_from = [
+        *(source.read_bytes() for source in sources),
+        shlex.join(command).encode(),
+        _describe_processor().encode(),
+    ]
     digest = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:24]
     kept = cache_folder() / f"{name}-{digest}.so"
     if _is_ours(kept):
-        return _loaded(kept)
+        return _load_library(kept)
     try:
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return _made(command, sources[0], kept)
+        return _build_library(command, sources[0], kept)
     except OSError:
         with tempfile.TemporaryDirectory() as folder:  # a library that is loaded needs its file no more
-            return _made(command, sources[0], Path(folder) / kept.name)
+            return _build_library(command, sources[0], Path(folder) / kept.name)
 
 
 def find_compiler() -> list[str]:
@@ -58,13 +62,13 @@ def find_compiler() -> list[str]:
     return [found, *named[1:]]
 
 
-def _for_this_processor() -> list[str]:
+def _processor_options() -> list[str]:
     if platform.machine() in {"x86_64", "AMD64"}:
         return ["-march=native", "-mprefer-vector-width=512"]
     return ["-mcpu=native"]
 
 
-def _processor() -> str:
+def _describe_processor() -> str:
     """What tells processors apart as a compiler does that compiles for its own."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -88,20 +92,20 @@ def _is_ours(library: Path) -> bool:
     return found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
-def _made(command: Sequence[str], source: Path, library: Path) -> ctypes.CDLL:
+def _build_library(command: Sequence[str], source: Path, library: Path) -> ctypes.CDLL:
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=library.parent)
     os.close(handle)
     try:
-        _compile([*command, str(source), "-o", temporary, "-lm"])
+        _run_compiler([*command, str(source), "-o", temporary, "-lm"])
         Path(temporary).chmod(0o700)
-        loaded = _loaded(Path(temporary))
+        loaded = _load_library(Path(temporary))
         Path(temporary).replace(library)
     finally:
         Path(temporary).unlink(missing_ok=True)
     return loaded
 
 
-def _compile(command: Sequence[str]) -> None:
+def _run_compiler(command: Sequence[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
     except subprocess.TimeoutExpired:
@@ -111,7 +115,7 @@ def _compile(command: Sequence[str]) -> None:
         raise CompilationError(f"{command[0]} refuses the source: {said[0]}")
 
 
-def _loaded(library: Path) -> ctypes.CDLL:
+def _load_library(library: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:

@@ -17,40 +17,40 @@ from typing import Any
 
 from filelock import FileLock
 
-from training_lens.utils.files import read_json, sha256_of, write_json
+from training_lens.utils.files import hash_file, read_json, write_json
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
 
-def remember(folder: Path, allowed: Collection[str]) -> None:
+def save_consent(folder: Path, allowed: Collection[str]) -> None:
     """Keep what the user allows for `folder`; where no file can be kept, a warning says it."""
     try:
-        store = _store()
+        store = _consent_file()
         store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(f"{store}.lock"):
-            kept = _read(store)
-            if kept.get(_key(folder)) != sorted(allowed):
-                write_json(store, kept | {_key(folder): sorted(allowed)})
+            kept = _read_consents(store)
+            if kept.get(_folder_key(folder)) != sorted(allowed):
+                write_json(store, kept | {_folder_key(folder): sorted(allowed)})
     except (OSError, RuntimeError) as error:
         logger.warning("what you allow for this run cannot be remembered (%s): allow it again when you resume", error)
 
 
-def remembered(folder: Path) -> frozenset[str]:
+def read_consent(folder: Path) -> frozenset[str]:
     """What the user allowed for `folder` before; nothing where that is not known."""
     try:
-        return frozenset(_read(_store()).get(_key(folder), ()))
+        return frozenset(_read_consents(_consent_file()).get(_folder_key(folder), ()))
     except (OSError, RuntimeError):
         return frozenset()
 
 
-def _store() -> Path:
+def _consent_file() -> Path:
     """The file; a relative path in the variable would lead into whatever folder this is called in."""
     given = Path(os.environ.get("XDG_STATE_HOME", ""))
     return (given if given.is_absolute() else Path.home() / ".local" / "state") / "training-lens" / "consent.json"
 
 
-def _read(store: Path) -> dict[str, list[str]]:
+def _read_consents(store: Path) -> dict[str, list[str]]:
     try:
         kept = read_json(store)
     except FileNotFoundError:
@@ -61,45 +61,45 @@ def _read(store: Path) -> dict[str, list[str]]:
     return kept if isinstance(kept, dict) else {}
 
 
-def _key(folder: Path) -> str:
+def _folder_key(folder: Path) -> str:
     return str(folder.resolve())
 
 
-def code_in(folder: Path, own_id: str = "") -> set[str]:
+def find_model_code(folder: Path, own_id: str = "") -> set[str]:
     """The Python files in a model's or tokenizer's folder, by their sha256, and the repositories whose code it names.
 
     Args:
         own_id: the id of the repository that the folder is of: code that it names there is its own.
     """
-    found = {sha256_of(path) for path in sorted(folder.rglob("*.py")) if path.is_file()}
+    found = {hash_file(path) for path in sorted(folder.rglob("*.py")) if path.is_file()}
     for path in sorted(folder.glob("*config.json")):
         try:
-            named = set(_texts(read_json(path).get("auto_map")))
+            named = set(_iterate_texts(read_json(path).get("auto_map")))
         except (ValueError, AttributeError):
-            found.add(sha256_of(path))
+            found.add(hash_file(path))
         else:
             found |= {name for name in named if "--" in name and name.partition("--")[0] != own_id}
     return found
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _iterate_texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _texts(inner)
+        yield from _iterate_texts(inner)
 
 
-def code_at(path: Path) -> set[str]:
+def find_file_code(path: Path) -> set[str]:
     """A file or a folder of files that are read as code: its path, and the sha256 of each file."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return {str(path.absolute()), *(sha256_of(file) for file in files if file.is_file())}
+    return {str(path.absolute()), *(hash_file(file) for file in files if file.is_file())}
 
 
-def code_of_module(place: str) -> set[str]:
+def find_module_code(place: str) -> set[str]:
     """`module.Class` and the sha256 of its module's file, of a package of all its Python files. Nothing is imported."""
     spec = PathFinder.find_spec(place.partition(".")[0], [str(Path.cwd()), *sys.path])
     if spec is None:
         return {place}
     files = [path for folder in spec.submodule_search_locations or () for path in Path(folder).rglob("*.py")]
     files += [Path(spec.origin)] if spec.origin else []
-    return {place, *(sha256_of(path) for path in files if path.is_file())}
+    return {place, *(hash_file(path) for path in files if path.is_file())}

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from training_lens.errors import ConfigurationError
-from training_lens.utils.heap import give_back
+from training_lens.utils.heap import trim_heap
 
 Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,7 +58,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
-def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def move_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on the device, for which nothing waits: CUDA copies beside its other work from pinned memory alone."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
@@ -121,6 +121,6 @@ def available_bytes(device: torch.device) -> int | None:
 def free_memory(device: torch.device) -> None:
     """Give back what nothing holds any more, before trying again with less."""
     gc.collect()
-    give_back()
+    trim_heap()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Files = dict[str, str]
 Contents = dict[str, dict[str, int | str]]
-SHAPES: dict[str, dict[str, Any]] = {
+SCHEMAS: dict[str, dict[str, Any]] = {
     "adapter_config.json": {
         "alpha_pattern": dict[str, float] | None,
         "base_model_name_or_path": str | None,
@@ -90,14 +90,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 LONGEST_SHOWN = 60  # characters of a value in a message
 
 
-def find_misfit(name: str, values: Mapping[str, Any]) -> str:
+def find_type_error(name: str, values: Mapping[str, Any]) -> str:
     """Which key of a file of this name has a value of another type, and what is expected; empty where none has."""
-    if name not in SHAPES:
+    if name not in SCHEMAS:
         return ""
     from pydantic import ValidationError
 
     try:
-        _adapter(name).validate_python(dict(values))
+        _type_adapter(name).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         names = (part for part in first["loc"] if isinstance(part, str))  # no numbers, and no 'list[str]' of a union
@@ -109,9 +109,9 @@ def find_misfit(name: str, values: Mapping[str, Any]) -> str:
 
 
 @lru_cache
-def _adapter(name: str) -> TypeAdapter[Any]:
+def _type_adapter(name: str) -> TypeAdapter[Any]:
     from pydantic import ConfigDict, TypeAdapter, with_config
     from typing_extensions import TypedDict
 
-    keys = TypedDict("keys", SHAPES[name], total=False)  # type: ignore[misc]
+    keys = TypedDict("keys", SCHEMAS[name], total=False)  # type: ignore[misc]
     return TypeAdapter(with_config(ConfigDict(extra="allow", strict=True))(keys))

@@ -23,7 +23,7 @@ from training_lens.errors import ConfigurationError, OutputError
 from training_lens.utils.limits import RECORD_BYTES, load_bounded_json, open_file, read_bytes
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
-from training_lens.utils.secrets import STRUCK, redact_values, redacted
+from training_lens.utils.secrets import STRUCK, redact_text, redact_values
 
 TEMPORARY = ".tmp-"
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
@@ -49,7 +49,7 @@ def write_text(path: Path, text: str, *, verbatim: bool = False) -> None:
     descriptor, name = tempfile.mkstemp(prefix=temporary_prefix(path.parent), dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text if verbatim else strike_out(text, path))
+            file.write(text if verbatim else redact_for_file(text, path))
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(0o644)
@@ -62,29 +62,29 @@ def write_text(path: Path, text: str, *, verbatim: bool = False) -> None:
 
 def write_json(path: Path, value: Any, *, verbatim: bool = False) -> None:
     """Write `value` as indented JSON, whole or not at all; `verbatim` as for `write_text`."""
-    value = value if verbatim else strike_out_of_values(value, path)
+    value = value if verbatim else redact_values_for_file(value, path)
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", verbatim=True)
 
 
-def strike_out(text: str, path: Path) -> str:
+def redact_for_file(text: str, path: Path) -> str:
     """`text` as it may stand in the file `path`: without secrets. That there were some is said once for each run."""
-    clean = redacted(text)
+    clean = redact_text(text)
     if clean != text:
-        _say_struck_out(path.parent.parent)
+        _warn_of_redaction(path.parent.parent)
     return clean
 
 
-def strike_out_of_values(value: Any, path: Path) -> Any:
-    """As `strike_out`, of the texts in plain values."""
+def redact_values_for_file(value: Any, path: Path) -> Any:
+    """As `redact_for_file`, of the texts in plain values."""
     text = json.dumps(value)
-    if redacted(text) == text or (clean := redact_values(value)) == value:
+    if redact_text(text) == text or (clean := redact_values(value)) == value:
         return value
-    _say_struck_out(path.parent.parent)
+    _warn_of_redaction(path.parent.parent)
     return clean
 
 
 @lru_cache(maxsize=1024)
-def _say_struck_out(folder: Path) -> None:
+def _warn_of_redaction(folder: Path) -> None:
     logger.warning(
         "what looks like a secret (a token, key or password) was struck out of files in %s, and stands there as %s. "
         "The rows that are trained on are unchanged: look for it in your data.",
@@ -122,7 +122,7 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def whole_folder(path: Path, *, existing: Literal["keep", "refuse", "replace"] = "keep") -> Iterator[Path]:
+def atomic_folder(path: Path, *, existing: Literal["keep", "refuse", "replace"] = "keep") -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends well, and nothing otherwise.
 
     Args:
@@ -143,7 +143,7 @@ def whole_folder(path: Path, *, existing: Literal["keep", "refuse", "replace"] =
         _fsync(temporary)
         temporary.chmod(0o755)
         try:
-            _exchange(temporary, path) if existing == "replace" and path.is_dir() else temporary.rename(path)
+            _swap_folders(temporary, path) if existing == "replace" and path.is_dir() else temporary.rename(path)
         except OSError as error:
             if existing == "refuse" and path.exists():
                 raise OutputError(
@@ -157,7 +157,7 @@ def whole_folder(path: Path, *, existing: Literal["keep", "refuse", "replace"] =
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _exchange(new: Path, path: Path) -> None:
+def _swap_folders(new: Path, path: Path) -> None:
     """Put the folder `new` at `path`, where another is; between the two renames the old one is at a temporary name."""
     aside = Path(tempfile.mkdtemp(prefix=temporary_prefix(path.parent), dir=path.parent))
     try:
@@ -210,19 +210,19 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def files_in(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     """All files in a folder and those below it; of folders that are not there, or vanish meanwhile, none."""
     found = [Path(place) / name for place, _, names in os.walk(folder) for name in names]
     return [path for path in found if path.is_file()]
 
 
-def sha256_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """The file's sha256 in hexadecimal, read in one pass of bounded memory."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_in_folder(name: str, said: str) -> Path:
+def resolve_file_path(name: str, said: str) -> Path:
     """The path that `name` means, once a file can be there.
 
     Args:
@@ -255,7 +255,7 @@ def require_writable(folder: Path, key: str) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary neighbour of `path` that takes its place when the block ends well, and is deleted otherwise."""
     temporary = path.with_name(f"{temporary_prefix(path.parent)}{path.name}")
     temporary.unlink(missing_ok=True)  # it may be a link of somebody else's, and what is written would go there

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from training_lens.utils.secrets import redacted
+from training_lens.utils.secrets import redact_text
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -41,13 +41,13 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def sparkline(values: Sequence[float], width: int = 60) -> str:
+def render_sparkline(values: Sequence[float], width: int = 60) -> str:
     """Values as one line of blocks, the lowest ▁ and the highest █; more than `width` are averaged in equal parts.
 
     Values that are not finite are left out.
 
     Example:
-        >>> sparkline([3.0, 2.0, 1.0, 1.0, 1.0])
+        >>> render_sparkline([3.0, 2.0, 1.0, 1.0, 1.0])
         '█▅▁▁▁'
     """
     values = [value for value in values if math.isfinite(value)]
@@ -65,24 +65,28 @@ def list_names(names: Iterable[object], most: int = 40) -> str:
     return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in ordered[:most]) + more
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` most likely meant, or None where nothing is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
-def said(error: BaseException, limit: int = 400) -> str:
-    """What an error says, as one sentence of at most so many characters: `said(KeyError("a"))` is "KeyError: 'a'.".
+def describe_error(error: BaseException, limit: int = 400) -> str:
+    """The message of an error as one sentence of at most `limit` characters.
 
-    Secrets are struck out, before anything is cut: the beginning of one would not be known.
+    Secrets are redacted before the text is cut: the first half of a secret would not be recognized.
+
+    Example:
+        >>> describe_error(KeyError("a"))
+        "KeyError: 'a'."
     """
-    text = " ".join(redacted(str(error)).split())
+    text = " ".join(redact_text(str(error)).split())
     if not text or isinstance(error, KeyError):
         text = f"{type(error).__name__}: {text}".removesuffix(": ")
     text = text if len(text) < limit else f"{text[: limit - 3]}..."
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def unstopped(sentence: str) -> str:
-    """A sentence as it stands in the brackets of another: `unstopped("It is closed.")` is "It is closed"."""
+def strip_full_stop(sentence: str) -> str:
+    """The sentence without its full stop, for brackets: `strip_full_stop("It is closed.")` is "It is closed"."""
     return sentence if sentence.endswith("...") else sentence.removesuffix(".")

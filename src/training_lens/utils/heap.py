@@ -15,14 +15,14 @@ _open = False  # whether a block is
 
 
 @contextmanager
-def freed_memory_kept() -> Iterator[None]:
+def keep_freed_memory() -> Iterator[None]:
     """Within the block glibc keeps all that is freed, and gives it back at the end; elsewhere nothing is done.
 
     A training step frees its activations, and the next one takes as much again; so does a decoded token. Each page
     that the system hands out anew costs time, in virtual machines most.
     """
     global _open
-    libc = _glibc()
+    libc = _load_glibc()
     if libc is None or _open:
         yield
         return
@@ -34,17 +34,17 @@ def freed_memory_kept() -> Iterator[None]:
     finally:
         _open = False
         libc.mallopt(TRIM_THRESHOLD, KEPT_BY_ITSELF)
-        give_back()
+        trim_heap()
 
 
-def give_back() -> None:
+def trim_heap() -> None:
     """Give to the system what glibc keeps; elsewhere nothing is done."""
-    libc = _glibc()
+    libc = _load_glibc()
     if libc is not None:
         libc.malloc_trim(0)
 
 
-def _glibc() -> ctypes.CDLL | None:
+def _load_glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)

@@ -1,7 +1,7 @@
 """Hashes of files: recorded by whoever writes them, compared by whoever reads them.
 
 By what a file allows: a JSON object holds its own (`write_sealed`), and so does each line of a journal (`seal_line`); a
-binary file whose format has room for metadata holds its own, too (`seal`); of all others a run keeps the sha256 in
+binary file whose format has room for metadata holds its own, too (`seal_file`); of all others a run keeps the sha256 in
 metadata/hashes.json (`record_hashes`), a checkpoint in its manifest. Files of earlier versions have none, and are read
 as they are.
 """
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training_lens.errors import DamagedFileError
-from training_lens.utils.file_schemas import find_misfit
-from training_lens.utils.files import read_json, sha256_of, strike_out_of_values, whole_file, write_json
+from training_lens.utils.file_schemas import find_type_error
+from training_lens.utils.files import atomic_file, hash_file, read_json, redact_values_for_file, write_json
 from training_lens.utils.limits import open_file
-from training_lens.utils.names import find_fault
+from training_lens.utils.names import find_name_fault
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ UNSEALED = SEAL.decode() + 64 * "0"
 
 def write_sealed(path: Path, values: Mapping[str, Any], *, verbatim: bool = False) -> None:
     """Write a JSON object that holds its own hash, whole or not at all; `verbatim` as for `write_text`."""
-    clean = values if verbatim else strike_out_of_values(dict(values), path)
+    clean = values if verbatim else redact_values_for_file(dict(values), path)
     write_json(path, with_checksum(clean), verbatim=True)
 
 
@@ -63,17 +63,17 @@ def read_sealed(path: Path, *, required: bool = False) -> dict[str, Any]:
         raise DamagedFileError(f"{path} is no valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise DamagedFileError(f"{path} holds a {type(values).__name__}, expected keys and values.")
-    return unsealed(values, path, required=required)
+    return strip_checksum(values, path, required=required)
 
 
-def unsealed(values: dict[str, Any], path: Path, *, required: bool = False) -> dict[str, Any]:
+def strip_checksum(values: dict[str, Any], path: Path, *, required: bool = False) -> dict[str, Any]:
     """The object read from `path` without its hash; arguments and errors are those of `read_sealed`."""
     content = {key: value for key, value in values.items() if key != CHECKSUM}
     if (required or CHECKSUM in values or _has_damaged_key(values, _hash_values)) and values.get(
         CHECKSUM
     ) != _hash_values(content):
         raise DamagedFileError(f"{path} is damaged: its content is not what its checksum says.")
-    if misfit := find_misfit(path.name, content):
+    if misfit := find_type_error(path.name, content):
         raise DamagedFileError(f"{path} has a wrong value. {misfit}. Restore it, or write it again.")
     return content
 
@@ -115,20 +115,20 @@ def safe_save(tensors: Mapping[str, torch.Tensor], path: Path | str, metadata: d
     """Write tensors as one safetensors file that holds its own hash, whole or not at all; they may be on any device."""
     from safetensors.torch import save_file
 
-    with whole_file(Path(path)) as temporary:
+    with atomic_file(Path(path)) as temporary:
         plain = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
         save_file(plain, temporary, {**(metadata or {}), "sha256": UNSEALED})
-        seal(temporary)
+        seal_file(temporary)
 
 
-def seal(path: Path) -> None:
+def seal_file(path: Path) -> None:
     """Put the sha256 of a file into it, where `UNSEALED` stands among its metadata."""
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
         place = content.find(UNSEALED.encode()) + len(SEAL)
         content[place : place + 64] = _hash_around(content, place).encode()
 
 
-def require_seal(path: Path) -> None:
+def verify_seal(path: Path) -> None:
     """Compare a file with the sha256 in it; one without, as an earlier version wrote it, is taken as it is.
 
     Cost: the file is read once; not again while it stays the same.
@@ -137,12 +137,12 @@ def require_seal(path: Path) -> None:
         DamagedFileError: it is not what was written.
         OSError: it cannot be read.
     """
-    if not _holds_seal(path, *_identity(path)):
+    if not _holds_seal(path, *_file_identity(path)):
         raise DamagedFileError("its content is not what the sha256 in it says")
 
 
 @lru_cache(maxsize=4096)
-def _holds_seal(path: Path, *_identity: int) -> bool:
+def _holds_seal(path: Path, *_file_identity: int) -> bool:
     with open_file(path) as file:
         if not os.fstat(file.fileno()).st_size:
             return True  # whoever opens it says what is wrong
@@ -177,11 +177,11 @@ def record_hashes(root: Path, files: Iterable[Path]) -> None:
     """Add files of the run in `root` to its record, as they are now."""
     record = root / RECORDS[0]
     known = read_sealed(record)["files"] if record.is_file() else {}
-    now = {path.relative_to(root).as_posix(): sha256_of(path) for path in files}
+    now = {path.relative_to(root).as_posix(): hash_file(path) for path in files}
     write_sealed(record, {"files": dict(sorted({**known, **now}.items()))})
 
 
-def recorded_hashes(root: Path) -> dict[str, str]:
+def read_recorded_hashes(root: Path) -> dict[str, str]:
     """The recorded sha256 of files of a run or a checkpoint, by their names in it; of an older run none.
 
     Raises:
@@ -190,8 +190,8 @@ def recorded_hashes(root: Path) -> dict[str, str]:
     for record in RECORDS:
         if (root / record).is_file():
             files: dict[str, str] = read_sealed(root / record).get("files", {})
-            if bad := [name for name in files if find_fault(name)]:
-                raise DamagedFileError(f"{root / record} names {bad[0]!r}: {find_fault(bad[0])}.")
+            if bad := [name for name in files if find_name_fault(name)]:
+                raise DamagedFileError(f"{root / record} names {bad[0]!r}: {find_name_fault(bad[0])}.")
             return files
     return {}
 
@@ -206,33 +206,33 @@ def require_intact(path: Path) -> None:
     """
     for root in list(path.absolute().parents)[:3]:
         name = path.absolute().relative_to(root).as_posix()
-        if damaged := next(damaged_files(root, name), None):
+        if damaged := next(find_damaged_files(root, name), None):
             raise DamagedFileError(
                 f"{damaged}: it was damaged, or changed since. training-lens doctor {root} says what can be repaired, "
                 "and how to take it as it is."
             )
 
 
-def damaged_files(root: Path, within: str = "") -> Iterator[str]:
+def find_damaged_files(root: Path, within: str = "") -> Iterator[str]:
     """What is wrong with recorded files of a run or checkpoint: 'PATH is missing', 'PATH differs from the sha256 ...'.
 
     Args:
         within: a name in it: that of one file, or of a folder; empty: all.
     """
-    for name, sha256 in recorded_hashes(root).items():
+    for name, sha256 in read_recorded_hashes(root).items():
         if not within or name == within or name.startswith(f"{within}/"):
             path = root / name
             if not path.is_file():
                 yield f"{path} is missing"
-            elif _sha256_of(path, *_identity(path)) != sha256:
+            elif _sha256_of(path, *_file_identity(path)) != sha256:
                 yield f"{path} differs from the sha256 that was recorded"
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
+def _file_identity(path: Path) -> tuple[int, int, int]:
     facts = path.stat()
     return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
 
 @lru_cache(maxsize=4096)
-def _sha256_of(path: Path, *_identity: int) -> str:
-    return sha256_of(path)
+def _sha256_of(path: Path, *_file_identity: int) -> str:
+    return hash_file(path)

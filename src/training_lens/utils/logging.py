@@ -16,7 +16,7 @@ from types import TracebackType
 from rich.console import Console
 
 from training_lens.utils.consoles import plain_console
-from training_lens.utils.secrets import redacted
+from training_lens.utils.secrets import redact_text
 
 ROOT = "training_lens"
 
@@ -82,7 +82,7 @@ def setup_logging(console: Console | None = None, level: int = logging.INFO) -> 
     for old in _screen_handlers():
         logger.removeHandler(old)
     handler = ScreenHandler(console or plain_console(stderr=True))
-    handler.setFormatter(_WithoutSecrets("%(message)s"))
+    handler.setFormatter(_RedactingFormatter("%(message)s"))
     handler.setLevel(level)
     logger.addHandler(handler)
     logger.setLevel(min(level, logging.INFO))
@@ -121,15 +121,15 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
-class _WithoutSecrets(logging.Formatter):
+class _RedactingFormatter(logging.Formatter):
     """A formatter that strikes out secrets, whoever put them into a message or a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, with secrets of the environment and what has their form struck out."""
-        return redacted(super().format(record))
+        return redact_text(super().format(record))
 
 
-class ShownOnce(logging.Filter):
+class RepeatFilter(logging.Filter):
     """Lets every message through once."""
 
     def __init__(self) -> None:
@@ -145,7 +145,7 @@ class ShownOnce(logging.Filter):
 
 
 @contextmanager
-def screen_through(passes: logging.Filter) -> Iterator[None]:
+def filter_screen(passes: logging.Filter) -> Iterator[None]:
     """Within the block, the screen shows what `passes` lets through; a run's run.log still has everything."""
     handlers = _screen_handlers()
     for handler in handlers:
@@ -189,7 +189,7 @@ class TrainingLogger:
 
     def __enter__(self) -> TrainingLogger:
         self._handler = RunLogHandler(self._path, encoding="utf-8")
-        formatter = _WithoutSecrets("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+        formatter = _RedactingFormatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
         formatter.converter = time.gmtime
         self._handler.setFormatter(formatter)
         logger = logging.getLogger(ROOT)

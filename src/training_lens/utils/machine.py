@@ -33,7 +33,7 @@ LITTLE_BYTES = 2**30  # of disk: a short run with checkpoints may take as much
 
 
 @dataclass(frozen=True)
-class Check:
+class MachineCheck:
     """One thing that was looked at: whether it is well, what was found, and what to do where it is not."""
 
     name: str
@@ -42,47 +42,51 @@ class Check:
     remedy: str = ""
 
 
-def check_machine(base_output_dir: str) -> Iterator[Check]:
+def check_machine(base_output_dir: str) -> Iterator[MachineCheck]:
     """What a run needs here, one after the other; what is merely absent is no fault.
 
     Args:
         base_output_dir: where runs go.
     """
-    yield Check("python", True, f"{sys.version.split()[0]} on {platform.platform()}")
-    yield Check("packages", True, ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES))
+    yield MachineCheck("python", True, f"{sys.version.split()[0]} on {platform.platform()}")
+    yield MachineCheck("packages", True, ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES))
     device = get_device()
     free = available_bytes(device)
-    yield Check("device", True, f"{device_name(device)} ({device}), {format_size(free) if free else 'unknown'} free")
+    yield MachineCheck(
+        "device", True, f"{device_name(device)} ({device}), {format_size(free) if free else 'unknown'} free"
+    )
     base, temporary = Path(base_output_dir), Path(tempfile.gettempdir())
     for name, folder in {"runs": base, "temporary files": temporary, "compiled kernels": cache_folder()}.items():
         yield _check_folder(name, folder)
     yield _check_compiler()
     there = {extra for extra, module in OPTIONAL.items() if find_spec(module)}
     absent = sorted(OPTIONAL.keys() - there)
-    yield Check("optional packages", True, f"here: {', '.join(sorted(there)) or 'none'}; not: {', '.join(absent)}")
+    yield MachineCheck(
+        "optional packages", True, f"here: {', '.join(sorted(there)) or 'none'}; not: {', '.join(absent)}"
+    )
     yield _check_hub()
 
 
-def _check_folder(name: str, folder: Path) -> Check:
+def _check_folder(name: str, folder: Path) -> MachineCheck:
     try:
         require_writable(folder, name)
     except TrainingLensError as error:
-        return Check(name, False, str(error), "Give a folder that you may write.")
+        return MachineCheck(name, False, str(error), "Give a folder that you may write.")
     free = shutil.disk_usage(folder).free
     remedy = "" if free >= LITTLE_BYTES else "Free some space."
-    return Check(name, free >= LITTLE_BYTES, f"{folder} can be written, {format_size(free)} free", remedy)
+    return MachineCheck(name, free >= LITTLE_BYTES, f"{folder} can be written, {format_size(free)} free", remedy)
 
 
-def _check_compiler() -> Check:
+def _check_compiler() -> MachineCheck:
     try:
-        return Check("C compiler", True, find_compiler()[0])
+        return MachineCheck("C compiler", True, find_compiler()[0])
     except CompilationError as error:
-        return Check("C compiler", True, f"{error}: kernels are torch's, and slower")
+        return MachineCheck("C compiler", True, f"{error}: kernels are torch's, and slower")
 
 
-def _check_hub() -> Check:
+def _check_hub() -> MachineCheck:
     try:
         require_hub("hub", TrainingLensError)
     except TrainingLensError as error:
-        return Check("Hugging Face hub", True, f"no answer ({error.__cause__}): local models and data alone")
-    return Check("Hugging Face hub", True, "answers, or HF_HUB_OFFLINE is set")
+        return MachineCheck("Hugging Face hub", True, f"no answer ({error.__cause__}): local models and data alone")
+    return MachineCheck("Hugging Face hub", True, "answers, or HF_HUB_OFFLINE is set")

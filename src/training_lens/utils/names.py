@@ -40,7 +40,7 @@ def check_experiment(name: str) -> str:
         ConfigurationError: it is empty or too long, has '/', a backslash or a sign that does not print, begins with
             '.', '-' or a space, ends with a space, or is 'latest' or 'none'.
     """
-    if not is_printed(name) or name[0] in ".-" or set(name) & set("/\\") or _is_long(name) or name in RESERVED:
+    if not is_printable(name) or name[0] in ".-" or set(name) & set("/\\") or _is_too_long(name) or name in RESERVED:
         raise ConfigurationError(
             f"{_quote_name(name)} cannot name a folder of runs; use at most {LONGEST} letters, digits, '-', '_', '.' "
             "and spaces between them, not '.' or '-' at the start, and neither 'latest' nor 'none'"
@@ -48,12 +48,12 @@ def check_experiment(name: str) -> str:
     return name
 
 
-def is_printed(name: str) -> bool:
+def is_printable(name: str) -> bool:
     """Whether a name shows itself as it is: no control signs, none that turn the line around, no space at an end."""
     return bool(name) and name.isprintable() and name == name.strip()
 
 
-def find_fault(name: str) -> str:
+def find_name_fault(name: str) -> str:
     """Why `name` means no file or folder below another one, on any system that may read it; empty where it does.
 
     Names have '/' between their parts: "lens/loss/00000001-00000006.parquet".
@@ -76,9 +76,9 @@ def check_file_name(name: str) -> str:
     """`name`, where it means a file below a folder.
 
     Raises:
-        ConfigurationError: see `find_fault`.
+        ConfigurationError: see `find_name_fault`.
     """
-    if fault := find_fault(name):
+    if fault := find_name_fault(name):
         raise ConfigurationError(f"{_quote_name(name)} names no file in the folder: {fault}")
     return name
 
@@ -101,7 +101,7 @@ def require_contained(folder: Path, *, besides: tuple[str, ...] = ()) -> None:
         CheckpointError: names the link, and where it leads.
     """
     home = folder.resolve()
-    for link in _links(folder, {folder / name for name in besides}):
+    for link in _find_links(folder, {folder / name for name in besides}):
         if not link.resolve().is_relative_to(home):
             raise CheckpointError(
                 f"{link} is a symbolic link to {link.resolve()}, outside of {folder}. Nothing is read or written "
@@ -109,17 +109,17 @@ def require_contained(folder: Path, *, besides: tuple[str, ...] = ()) -> None:
             )
 
 
-def _links(folder: Path, besides: set[Path]) -> list[Path]:
+def _find_links(folder: Path, besides: set[Path]) -> list[Path]:
     found: list[Path] = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_symlink():
             found.append(path)
         elif path.is_dir() and path not in besides:
-            found += _links(path, besides)
+            found += _find_links(path, besides)
     return found
 
 
-def _is_long(name: str) -> bool:
+def _is_too_long(name: str) -> bool:
     return len(name) > LONGEST or len(name.encode()) > LONGEST_BYTES
 
 

@@ -6,58 +6,60 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys: `flat({"peft": {"r": 16}})` is {'peft.r': 16}."""
+def flatten_sections(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as dotted keys: `flatten_sections({"peft": {"r": 16}})` is {'peft.r': 16}."""
     leaves: dict[str, Any] = {}
     for key, value in values.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        leaves |= (
+            flatten_sections(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        )
     return leaves
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge_sections(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with `over` laid on top; sections merge, everything else is replaced, a whole range {low, high} too."""
     out = dict(base)
     for key, value in over.items():
         below = out.get(key)
         sections = isinstance(below, Mapping) and isinstance(value, Mapping) and not {"low", "high"} <= set(value)
-        out[key] = merged(below, value) if sections else value  # type: ignore[arg-type]
+        out[key] = merge_sections(below, value) if sections else value  # type: ignore[arg-type]
     return out
 
 
-def differences(sides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+def find_differences(sides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
     """The keys on which flat mappings do not all agree, in the order met: the value on each side, None where absent."""
     keys = dict.fromkeys(key for side in sides for key in side)
     values = {key: tuple(side.get(key) for side in sides) for key in keys}
     return {key: each for key, each in values.items() if any(value != each[0] for value in each[1:])}
 
 
-def nest(values: Mapping[str, Any], place: str = "") -> tuple[dict[str, Any], list[str]]:
+def nest_keys(values: Mapping[str, Any], place: str = "") -> tuple[dict[str, Any], list[str]]:
     """Dotted keys beside whole sections as sections alone; and a line for each key that two of them set otherwise.
 
     Args:
         place: what such a line begins with.
 
     Example:
-        >>> nest({"peft": {"r": 16}, "peft.lora_alpha": 32})
+        >>> nest_keys({"peft": {"r": 16}, "peft.lora_alpha": 32})
         ({'peft': {'r': 16, 'lora_alpha': 32}}, [])
     """
     nested: dict[str, Any] = {}
     before: dict[str, Any] = {}
     problems = []
     for key, value in values.items():
-        section = put({}, key.split("."), value)
-        now = flat(section)
+        section = set_at_path({}, key.split("."), value)
+        now = flatten_sections(section)
         problems += [
             f"{place}{name} is given twice, {before[name]!r} and {now[name]!r}; keep one"
             for name in now
             if name in before and before[name] != now[name]
         ]
         before |= now
-        nested = merged(nested, section)
+        nested = merge_sections(nested, section)
     return nested, problems
 
 
-def put(values: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+def set_at_path(values: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
     """`values` with `value` at a path of keys; what stands in its way is replaced. Changes `values`."""
     section = values
     for part in path[:-1]:

@@ -24,7 +24,7 @@ class Processes:
     def is_main(self) -> bool:
         return self.index == 0
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, on every process. A synchronisation where there are several."""
         if self.count == 1:
             return tensor
@@ -33,7 +33,7 @@ class Processes:
         total: torch.Tensor = reduce(tensor.to(self.device), reduction="sum")
         return total.to(tensor.device)
 
-    def least(self, value: int) -> int:
+    def reduce_min(self, value: int) -> int:
         """The smallest of all processes' values, on every process. A synchronisation where there are several."""
         if self.count == 1:
             return value
@@ -49,7 +49,7 @@ class Processes:
 
         return broadcast_object_list([value])[0]
 
-    def wait(self) -> None:
+    def wait_for_all(self) -> None:
         """Until every process has come here."""
         self._state.wait_for_everyone()
 

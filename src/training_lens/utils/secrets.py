@@ -25,7 +25,7 @@ IN_QUERY = (
 )
 
 
-def _word(start: str, rest: str) -> str:
+def _word_pattern(start: str, rest: str) -> str:
     """A form that begins where a word does: also behind a line break as JSON and Python spell it."""
     behind = "." * len(start)
     return rf"{re.escape(start)}(?:(?<![\w-]{behind})|(?<=\\[nrt]{behind})){rest}"
@@ -37,13 +37,13 @@ FORMS = tuple(
     re.compile(form)
     for form in (
         r"hf_[A-Za-z0-9]{20,}",  # Hugging Face
-        _word("AKIA", r"[A-Z0-9]{16}\b"),  # AWS access keys
-        _word("ASIA", r"[A-Z0-9]{16}\b"),
-        _word("wandb_v", r"\d_[A-Za-z0-9_]{20,}"),
-        _word("sk-", "[A-Za-z0-9_-]{20,}"),  # OpenAI, Anthropic, OpenRouter
-        _word("gsk_", "[A-Za-z0-9]{20,}"),  # Groq
-        _word("xai-", "[A-Za-z0-9]{20,}"),
-        _word("r8_", "[A-Za-z0-9]{20,}"),  # Replicate
+        _word_pattern("AKIA", r"[A-Z0-9]{16}\b"),  # AWS access keys
+        _word_pattern("ASIA", r"[A-Z0-9]{16}\b"),
+        _word_pattern("wandb_v", r"\d_[A-Za-z0-9_]{20,}"),
+        _word_pattern("sk-", "[A-Za-z0-9_-]{20,}"),  # OpenAI, Anthropic, OpenRouter
+        _word_pattern("gsk_", "[A-Za-z0-9]{20,}"),  # Groq
+        _word_pattern("xai-", "[A-Za-z0-9]{20,}"),
+        _word_pattern("r8_", "[A-Za-z0-9]{20,}"),  # Replicate
         r"AIza[A-Za-z0-9_-]{30,}",  # Google
         r"ya29\.[A-Za-z0-9_-]{20,}",  # Google OAuth
         r"GOCSPX-[A-Za-z0-9_-]{20,}",
@@ -55,7 +55,7 @@ FORMS = tuple(
         r"dop_v1_[a-f0-9]{40,}",  # DigitalOcean
         r"SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}",  # SendGrid
         r"g(?:h[a-z]|ithub_pat)_[A-Za-z0-9_]{20,}",  # GitHub
-        _word("eyJ", r"[\w-]{8,4096}+\.[\w-]{8,8192}+\.[\w-]*+"),  # JWT: header, claims, signature
+        _word_pattern("eyJ", r"[\w-]{8,4096}+\.[\w-]{8,8192}+\.[\w-]*+"),  # JWT: header, claims, signature
         r"(hooks\.slack\.com/(?:services|workflows|triggers)/)[A-Za-z0-9/_-]{8,}",
         r"(discord(?:app)?\.com/api/(?:v\d+/)?webhooks/)[\w/-]{8,}",
         r"(\.webhook\.office\.com/)[^\s\"'<>]{8,512}",  # Teams
@@ -76,9 +76,9 @@ FORMS = tuple(
 
 
 @lru_cache(maxsize=4)
-def _in_environment(environment: frozenset[tuple[str, str]]) -> re.Pattern[str] | None:
+def _environment_pattern(environment: frozenset[tuple[str, str]]) -> re.Pattern[str] | None:
     values = {value.strip() for _, value in environment if _is_secret(value.strip())}
-    spelled = sorted({text for value in values for text in _spellings(value)}, key=len, reverse=True)
+    spelled = sorted({text for value in values for text in _list_spellings(value)}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, spelled))) if spelled else None
 
 
@@ -92,19 +92,19 @@ def _is_secret(value: str) -> bool:
     return len(value) >= (SHORTEST_OF_LETTERS if value.isalpha() and value.islower() else SHORTEST)
 
 
-def _spellings(value: str) -> Iterator[str]:
+def _list_spellings(value: str) -> Iterator[str]:
     """A value as it is, and as it stands in URLs, in JSON and in Python texts; and its lines, where it has several."""
     yield from (value, quote(value, safe=""), quote_plus(value), json.dumps(value)[1:-1], repr(value)[1:-1])
     yield from (line.strip() for line in value.splitlines() if _is_secret(line.strip()))
 
 
-def redacted(text: str) -> str:
+def redact_text(text: str) -> str:
     """`text` with everything struck out that is a secret of the environment, or has the form of one.
 
     A secret of the environment is known by its variable's name. Values under 8 characters, and words of lower-case
     letters under 16, are left alone: struck out wherever they stand, they would make a log unreadable.
     """
-    known = _in_environment(frozenset((name, os.environ[name]) for name in os.environ if _is_named(name)))
+    known = _environment_pattern(frozenset((name, os.environ[name]) for name in os.environ if _is_named(name)))
     for pattern in (*((known,) if known else ()), *FORMS):
         text = pattern.sub(rf"\g<1>{STRUCK}" if pattern.groups else STRUCK, text)
     return text
@@ -113,18 +113,18 @@ def redacted(text: str) -> str:
 def redact_values(value: Any) -> Any:
     """A JSON value with the secrets struck out of all texts in it, keys too; numbers stay what they are."""
     if isinstance(value, str):
-        return redacted(value)
+        return redact_text(value)
     if isinstance(value, Mapping):
         return {redact_values(key): redact_values(item) for key, item in value.items()}
     return [redact_values(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def secrets_in(values: Mapping[str, Any]) -> Iterator[str]:
+def find_secret_keys(values: Mapping[str, Any]) -> Iterator[str]:
     """The keys of nested config values that hold a secret, or are named like one; rows in memory are no settings.
 
     Example:
-        >>> list(secrets_in({"output": {"mirror": "s3://me:password@host"}, "custom": [{"token": 1}, {"token": ""}]}))
-        ['output.mirror', 'custom[0].token']
+        >>> list(find_secret_keys({"mirror": "s3://me:password@host", "custom": [{"token": 1}, {"token": ""}]}))
+        ['mirror', 'custom[0].token']
     """
     for key, value in values.items():
         yield from _secrets_of(str(key), str(key), value)
@@ -138,7 +138,7 @@ def _secrets_of(name: str, key: str, value: Any) -> Iterator[str]:
         for place, item in enumerate(value):
             if not (name in ROWS and isinstance(item, Mapping)):
                 yield from _secrets_of(f"{name}[{place}]", key, item)
-    elif _is_text_or_number(value) and (_is_named(key) or redacted(str(value)) != str(value)):
+    elif _is_text_or_number(value) and (_is_named(key) or redact_text(str(value)) != str(value)):
         yield name
 
 

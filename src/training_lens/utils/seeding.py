@@ -30,7 +30,7 @@ def restore_rng_state(state: dict[str, torch.Tensor]) -> None:
 
 
 @contextmanager
-def rng_kept() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """What the block draws leaves no trace: the random state is put back at its end."""
     state = rng_state()
     try:

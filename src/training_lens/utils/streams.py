@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 
-class LastingFile(io.FileIO):
+class BestEffortFile(io.FileIO):
     """A descriptor to which writing always succeeds: what the system does not take is dropped.
 
     Each write is tried anew, for a full disk may have room again. `lost` is the first error.
@@ -29,8 +29,8 @@ class LastingFile(io.FileIO):
             return memoryview(data).nbytes
 
 
-def keep_output() -> None:
-    """Let standard output and error be `LastingFile`s, and a hang-up of the terminal end nothing.
+def protect_output() -> None:
+    """Let standard output and error be `BestEffortFile`s, and a hang-up of the terminal end nothing.
 
     Descriptors that are closed become the null device: the next file to be opened would get their numbers, and with
     them whatever libraries print. Children inherit that hang-ups are ignored.
@@ -41,17 +41,17 @@ def keep_output() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
-    sys.stdout, sys.stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
+    sys.stdout, sys.stderr = _protect_stream(sys.stdout, 1), _protect_stream(sys.stderr, 2)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def _lasting(stream: TextIO | None, number: int) -> TextIO:
+def _protect_stream(stream: TextIO | None, number: int) -> TextIO:
     if stream is not None:
         with suppress(OSError, ValueError):
             stream.flush()
     return io.TextIOWrapper(
-        io.BufferedWriter(LastingFile(number, "w", closefd=False)),
+        io.BufferedWriter(BestEffortFile(number, "w", closefd=False)),
         encoding=stream.encoding if stream else "utf-8",
         errors="backslashreplace",  # half a character of UTF-16, as JSON rows may hold
         line_buffering=os.isatty(number) or number == 2,
@@ -62,4 +62,4 @@ def lost_output(stream: TextIO) -> OSError | None:
     """Why some of what was written to a stream did not arrive; None: all did, or that cannot be told."""
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     stream.flush()
-    return raw.lost if isinstance(raw, LastingFile) else None
+    return raw.lost if isinstance(raw, BestEffortFile) else None

@@ -15,7 +15,7 @@ from training_lens.analysis.reports.executive import WRONG, in_numbers
 from training_lens.analysis.reports.facts import certificate_of, changed, losses
 from training_lens.analysis.reports.report import Report
 from training_lens.analysis.reports.technical import LOSS_CAPTION, cell, marked_steps
-from training_lens.display.html import Beside, Picture, Table
+from training_lens.display.html import Picture, PictureGrid, Table
 from training_lens.errors import LensError
 
 if TYPE_CHECKING:
@@ -110,13 +110,15 @@ def _pictures(names: tuple[str, str], first: Recording, second: Recording) -> It
     pair = (first, second)
     one, other = alike(*(loss(recording, marked_steps(recording)) for recording in pair))
     yield "# Loss"
-    yield Beside([Picture(names[0], one, LOSS_CAPTION), Picture(names[1], other, "The same axes as A.")])
+    yield PictureGrid([Picture(names[0], one, LOSS_CAPTION), Picture(names[1], other, "The same axes as A.")])
     absent = []
     for drawing in DRAWINGS:
         if all(recording.has(*drawing.of) for recording in pair):
             one, other = alike(*(drawing.draw(recording) for recording in pair))
             yield f"# {drawing.title}"
-            yield Beside([Picture(names[0], one, drawing.caption), Picture(names[1], other, "The same scales as A.")])
+            yield PictureGrid(
+                [Picture(names[0], one, drawing.caption), Picture(names[1], other, "The same scales as A.")]
+            )
         else:
             absent.append(drawing.title)
     if absent:

@@ -17,7 +17,7 @@ from training_lens.analysis.reports.facts import (
 )
 from training_lens.analysis.reports.report import Report
 from training_lens.analysis.run_verdict import find_verdict
-from training_lens.display.html import Bullets, Callout
+from training_lens.display.html import BulletList, Callout
 from training_lens.evaluation.verdict import ORDER, Verdict
 
 if TYPE_CHECKING:
@@ -37,11 +37,13 @@ def executive(analysis: Analysis) -> Report:
     parts: list[Part] = [
         verdict(analysis.findings, judged),
         *("# Did it learn?", losses(recording).sentence()),
-        *("# What to do next", Bullets(next_steps(analysis))),
+        *("# What to do next", BulletList(next_steps(analysis))),
         "# What is wrong?",
-        Bullets(faults) if (faults := [*_judged_faults(judged), *map(in_short, wrong)]) else "Nothing wrong was found.",
+        BulletList(faults)
+        if (faults := [*_judged_faults(judged), *map(in_short, wrong)])
+        else "Nothing wrong was found.",
         *([f"Not known ({len(unknown)} of {len(analysis.findings)} questions):"] * bool(unknown)),
-        *([Bullets([in_short(f) for f in unknown])] * bool(unknown)),
+        *([BulletList([in_short(f) for f in unknown])] * bool(unknown)),
         *("# Which layers changed?", changed(recording).sentence()),
         *("# Is the capture sound?", f"{certificate_of(recording).sentence()} {cost_sentence(recording)}"),
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from training_lens.display.html import Beside, Bullets, Callout, Picture, Table, write_page
+from training_lens.display.html import BulletList, Callout, Picture, PictureGrid, Table, write_page
 from training_lens.errors import ConfigurationError
 from training_lens.utils.files import require_writable, write_json, write_text
 
@@ -75,7 +75,7 @@ def _blocks(parts: Iterable[Part]) -> Iterable[str]:
     for part in parts:
         if isinstance(part, str):
             yield f"## {text(part[2:])}" if part.startswith("# ") else text(part)
-        elif isinstance(part, Bullets):
+        elif isinstance(part, BulletList):
             yield "\n".join(f"- {text(item)}" for item in part.items)
         elif isinstance(part, Table):
             yield _table(part)
@@ -84,7 +84,7 @@ def _blocks(parts: Iterable[Part]) -> Iterable[str]:
             yield "\n".join([f"> **{part.severity.capitalize()}: {_line(part.title)}**", ">", *facts])
         elif isinstance(part, Picture):
             yield f"*Picture (in the HTML report): {text(part.title)}.* {text(part.caption)}"
-        elif isinstance(part, Beside):
+        elif isinstance(part, PictureGrid):
             yield from _blocks(part.pictures)
 
 

@@ -19,8 +19,8 @@ from training_lens.analysis.reports.facts import (
 from training_lens.analysis.reports.report import Report
 from training_lens.analysis.run_verdict import find_verdict
 from training_lens.core import table_names as tables
-from training_lens.display.html import Bullets, Picture, Table
-from training_lens.runs.checkpoint_format import checkpoint_steps
+from training_lens.display.html import BulletList, Picture, Table
+from training_lens.runs.checkpoint_format import list_checkpoint_steps
 from training_lens.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def technical(analysis: Analysis) -> Report:
         f"The capture's own proof. {certificate_of(recording).sentence()}",
         _captured(recording),
         *([f"Probe set: {_sizes(recording.manifest.probe)}."] if recording.manifest.probe else []),
-        *(["Not captured:", Bullets(absent)] if absent else []),
+        *(["Not captured:", BulletList(absent)] if absent else []),
         *_results(analysis.results),
         "# What the capture cost",
         cost_sentence(recording),
@@ -66,7 +66,7 @@ def technical(analysis: Analysis) -> Report:
 def marked_steps(recording: Recording) -> list[int]:
     """The steps of the run's checkpoints; of a run without any, those of the adapter's snapshots."""
     checkpoints = RunFolder(recording.folder).checkpoints
-    return checkpoint_steps(checkpoints) or recording.captures.snapshot_steps(tables.SNAPSHOTS)
+    return list_checkpoint_steps(checkpoints) or recording.captures.snapshot_steps(tables.SNAPSHOTS)
 
 
 def _captured(recording: Recording) -> Table:

@@ -20,7 +20,7 @@ from training_lens.models.fast.packed_attention import PackedSequences
 from training_lens.models.quantization import is_quantized
 from training_lens.models.rotary import padded_positions
 from training_lens.models.scoring import logits_behind
-from training_lens.utils.devices import moved
+from training_lens.utils.devices import move_to_device
 
 TOKEN_MULTIPLE = (
     64  # lines are filled up to a multiple of so many tokens: a product of a new shape costs oneDNN time to prepare
@@ -85,7 +85,7 @@ class Engine:
             loss_mask = loss_mask.index_fill(1, packed.cu_seqlens(loss_mask.device)[:-1].long(), False)
         rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
         wanted = input_ids[rows, columns + 1]
-        input_ids, rows, columns, wanted = (moved(t, self._device) for t in (input_ids, rows, columns, wanted))
+        input_ids, rows, columns, wanted = (move_to_device(t, self._device) for t in (input_ids, rows, columns, wanted))
         kind = self._device.type
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not self._needs_no_autocast(kind)):
             return self._target_nll(self._hidden_states(input_ids, packed, padded_lengths)[rows, columns], wanted)

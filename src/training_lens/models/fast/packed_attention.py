@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from training_lens.models.fast.native.attention_kernels import PackedLayout, attend_packed, attend_packed_backward
 from training_lens.models.fast.native.library import can_compute
-from training_lens.utils.devices import moved
+from training_lens.utils.devices import move_to_device
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class PackedSequences:
 
     def position_ids(self, device: torch.device) -> Tensor:
         """(1, tokens) int64: each token's place in its example."""
-        return moved(torch.cat([torch.arange(length) for length in self.lengths])[None], device)
+        return move_to_device(torch.cat([torch.arange(length) for length in self.lengths])[None], device)
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
         """(examples + 1,) int32: where each begins, and the end."""
-        return moved(torch.tensor([0, *(end for _, end in self.spans)], dtype=torch.int32), device)
+        return move_to_device(torch.tensor([0, *(end for _, end in self.spans)], dtype=torch.int32), device)
 
 
 def packed_attention(

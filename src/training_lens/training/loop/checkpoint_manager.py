@@ -17,7 +17,7 @@ from training_lens.runs.checkpoint_format import (
     CheckpointMetadata,
     checkpoint_folder,
     list_checkpoints,
-    newest_intact,
+    newest_intact_checkpoint,
     write_checkpoint,
 )
 from training_lens.training.loop.optimizer import optimizer_tensors, restore_optimizer
@@ -95,7 +95,7 @@ class CheckpointManager:
     def newest(self) -> tuple[Path, CheckpointMetadata] | None:
         """The newest intact checkpoint, with the leftovers of a killed process swept away."""
         sweep_temporaries(self.folder, older_than_seconds=0)
-        return newest_intact(self.folder)
+        return newest_intact_checkpoint(self.folder)
 
     def restore(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> TrainingState:
         """Bring model, optimizer and random state to the newest intact checkpoint; a fresh state where there is none.

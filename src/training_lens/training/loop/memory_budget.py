@@ -20,7 +20,7 @@ from training_lens.utils.devices import (
     peak_bytes,
     reset_peak,
 )
-from training_lens.utils.formatting import said
+from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
 
@@ -131,4 +131,6 @@ def explain_out_of_memory(config: TrainingConfig) -> Iterator[None]:
         ways += [f"lower model.seq_len (now {config.model.seq_len})"]
         ways += [] if config.training.gradient_checkpointing else ["set training.gradient_checkpointing=true"]
         ways += [] if config.model.quantization == "4bit" else ["set model.quantization=4bit"]
-        raise OutOfMemoryError(f"the run does not fit into memory: {said(error)} Do any: {'; '.join(ways)}.") from error
+        raise OutOfMemoryError(
+            f"the run does not fit into memory: {describe_error(error)} Do any: {'; '.join(ways)}."
+        ) from error

@@ -57,7 +57,7 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter], processes: Processes
     if processes.count == 1:
         return
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = processes.sum(torch.cat([g.flatten() for g in grads]))
+    flat = processes.reduce_sum(torch.cat([g.flatten() for g in grads]))
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
 

@@ -28,7 +28,7 @@ class SignalWatch:
         """The signals that asked any process of the run, added up; a synchronisation where there are several."""
         if processes.count == 1:
             return self.number
-        return int(processes.sum(torch.tensor(float(self.number))).item())
+        return int(processes.reduce_sum(torch.tensor(float(self.number))).item())
 
     def __enter__(self) -> SignalWatch:
         try:

@@ -31,12 +31,12 @@ from training_lens.training.loop.memory_budget import measured
 from training_lens.training.loop.optimizer import build_optimizer, clip_gradients, grad_norm, sum_gradients
 from training_lens.training.loop.signals import SignalWatch
 from training_lens.utils.devices import Precision, autocast, free_memory
-from training_lens.utils.formatting import said
-from training_lens.utils.heap import freed_memory_kept, give_back
+from training_lens.utils.formatting import describe_error
+from training_lens.utils.heap import keep_freed_memory, trim_heap
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 from training_lens.utils.resource_errors import is_out_of_memory
-from training_lens.utils.seeding import rng_kept
+from training_lens.utils.seeding import preserve_rng_state
 
 logger = get_logger(__name__)
 REHEARSED = 2048  # tokens of the pass whose memory is measured
@@ -110,14 +110,14 @@ class Trainer:
         """
         if resume:
             self.state = self.checkpoints.restore(self.model, self.optimizer, self.scaler)
-            self.processes.wait()
+            self.processes.wait_for_all()
             if self.processes.is_main:  # a kill may have come before older checkpoints were deleted
                 self.checkpoints.thin(self.state)
             logger.info("resuming after step %d of %d", self.state.step, self.schedule.total_steps)
         self.settle_budget()
         self._notify("on_train_start")
         try:
-            with self._signals, freed_memory_kept():
+            with self._signals, keep_freed_memory():
                 self._run()
         except BaseException as error:
             self._notify("on_exception", error)
@@ -134,7 +134,7 @@ class Trainer:
         tokens, device = self.micro_batch_tokens, self.processes.device
         is_open = self.state.micro_batch_tokens is None and self.settings.micro_batch_tokens == "auto"
         if is_open and device.type == "cuda" and not is_quantized(self.model):
-            tokens = self.processes.least(measured(device, self.rehearse, sum(p.numel() for p in self.parameters)))
+            tokens = self.processes.reduce_min(measured(device, self.rehearse, sum(p.numel() for p in self.parameters)))
         self.state = replace(self.state, micro_batch_tokens=tokens)
         logger.info("micro-batches of at most %d tokens", tokens)
 
@@ -143,7 +143,7 @@ class Trainer:
         batch = self.dataloader.longest_batch(REHEARSED)
         self.model.train()
         try:
-            with rng_kept():
+            with preserve_rng_state():
                 self._nll(batch).backward()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
@@ -207,7 +207,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             free_memory(self.processes.device)
         sum_gradients(self.parameters, self.processes)
-        return self.processes.sum(loss_sum)
+        return self.processes.reduce_sum(loss_sum)
 
     def _tried(self, plan: StepPlan, targets: int) -> torch.Tensor | None:
         """Forward and backward by micro-batches; None where memory ran out, and smaller ones are to be tried."""
@@ -221,7 +221,9 @@ class Trainer:
             tokens = self.dataloader.largest_divisible(plan, self.micro_batch_tokens)
             if not is_out_of_memory(error) or not tokens:
                 raise
-            logger.warning("memory ran out at %d tokens together; now %d: %s", tokens, tokens // 2, said(error))
+            logger.warning(
+                "memory ran out at %d tokens together; now %d: %s", tokens, tokens // 2, describe_error(error)
+            )
             self.state = replace(self.state, micro_batch_tokens=tokens // 2)
             return None
         return loss_sum
@@ -270,7 +272,7 @@ class Trainer:
         if self.validation is not None and (report := self._loss_of(self.validation)):
             self.state = self.state.after_evaluation(report.loss)
             self._notify("on_evaluate", self.state.step, report, base=False)
-        give_back()  # its blocks lie between those of steps, which would need new ones each time; costs milliseconds
+        trim_heap()  # its blocks lie between those of steps, which would need new ones each time; costs milliseconds
 
     def _evaluate_base(self) -> None:
         assert self.validation is not None
@@ -301,8 +303,8 @@ class Trainer:
             self._notify("on_save")
             folder = self.checkpoints.save(self.model, self.optimizer, self.scaler, self.state)
             self._notify("on_checkpoint", folder)
-        give_back()
-        self.processes.wait()
+        trim_heap()
+        self.processes.wait_for_all()
 
     def _leave_if_asked(self) -> None:
         number = self._signals.number_of_all(self.processes)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training_lens.utils.compiling import CompilationError, compiled
+from training_lens.utils.compiling import CompilationError, compile_library
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -44,7 +44,7 @@ class KernelLibrary:
 def load_library() -> KernelLibrary | None:
     """The kernels, compiled where that was not done before; None, and the reason in the log, where that cannot be."""
     try:
-        kernels = compiled(SOURCES, "kernels")
+        kernels = compile_library(SOURCES, "kernels")
         share = ctypes.CDLL(str(_torch_library())).torch_parallel_for
     except (CompilationError, OSError, AttributeError, RuntimeError) as error:
         logger.info("norms, gates, attention and softmax are computed by torch, in more passes: %s", error)
