@@ -16,9 +16,9 @@ SHOWS = """
 import time
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
-from training_lens.display.progress import bars
+from training_lens.display.progress import create_bars
 columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} {task.fields[more]}"))
-drawn = bars(Console(), *columns)
+drawn = create_bars(Console(), *columns)
 with drawn:
     task = drawn.add_task("training", total=30, more="")
     for i in range(30):
