@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 SOURCE = HERE.parents[1] / "src"
 WRITE, FSYNC, RENAME = 1, 2, 4
 KILL, FULL = 1, 2
+DIED_TWICE = "its process died twice"  # of a sweep's trial, which is given up then, as documented
 MOST_SECONDS, MOST_WAITED, MOST_BYTES = 30.0, 120.0, 2 * 2**30  # of the processor; by the clock
 
 Outcome = Literal[
@@ -301,7 +302,9 @@ class Bench:
             is_clear = "error: " in ended.text or (case.looks_for_damage and "\nno  " in ended.text)
             is_clear |= "later: training-lens sync" in ended.text  # what could not be sent, with the reason
             return found("clear error" if is_clear else "traceback")
-        return found("same result" if self._has_result(case, folder, ended) else "other result")
+        if self._has_result(case, folder, ended):
+            return found("same result")
+        return found("partial, named" if DIED_TWICE in ended.text else "other result")
 
     def _has_result(self, case: Case, folder: Path, ended: Ended) -> bool:
         try:
