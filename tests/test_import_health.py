@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from training_lens.errors import IntegrationError
-from training_lens.integrations.configured import asked_for
+from training_lens.integrations.integration_specs import asked_for
 from training_lens.integrations.record import RunRecord
 
 ROOT = Path(__file__).parents[1]

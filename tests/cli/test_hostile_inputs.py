@@ -18,7 +18,7 @@ from planted import look_at, plant_model, plant_pickles
 
 from training_lens.config.run_config import read_run_config, require_consent
 from training_lens.errors import ConfigurationError
-from training_lens.integrations.evaluations import record_evaluation, send_evaluations
+from training_lens.integrations.send_run import record_evaluation, send_evaluations
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.run import TrainingWrapper
 from training_lens.utils.files import read_json, write_json

@@ -19,9 +19,9 @@ from training_lens import TrainingWrapper
 from training_lens.config.run_config import read_run_config, remember_consent
 from training_lens.errors import CheckpointError, ConfigurationError, IntegrationError
 from training_lens.integrations.hub import HuggingFaceIntegration
-from training_lens.integrations.published import Names
+from training_lens.integrations.hub_files import Names
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.sync import look, send
+from training_lens.integrations.send_run import look, send
 from training_lens.runs.checkpoint_format import (
     checkpoint_folder,
     list_checkpoints,

@@ -15,7 +15,7 @@ import pytest
 from training_lens.errors import DamagedFileError, IntegrationError
 from training_lens.integrations.mlflow import MlflowIntegration, _safe
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.sync import look, send
+from training_lens.integrations.send_run import look, send
 from training_lens.integrations.wandb_media import artifacts
 from training_lens.runs.run_folder import RunFolder
 

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 
+from training_lens.integrations.hub_files import Names
 from training_lens.integrations.model_card import model_card
-from training_lens.integrations.published import Names
 from training_lens.integrations.record import RunRecord
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import write_text

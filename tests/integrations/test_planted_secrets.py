@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.cli import cli
-from training_lens.integrations.sync import look
+from training_lens.integrations.send_run import look
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
 

@@ -19,7 +19,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.sync import look, send
+from training_lens.integrations.send_run import look, send
 from training_lens.integrations.tensorboard import TensorBoardIntegration
 from training_lens.runs.run_folder import RunFolder, read_metrics
 from training_lens.utils.files import read_json, write_json

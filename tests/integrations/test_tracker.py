@@ -13,7 +13,7 @@ import pytest
 
 from training_lens import TrainingWrapper
 from training_lens.errors import ConfigurationError
-from training_lens.integrations.sync import look, send
+from training_lens.integrations.send_run import look, send
 from training_lens.runs.run_folder import RunFolder, read_metrics
 
 OWN = '''

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from training_lens.integrations.sync import look, send
+from training_lens.integrations.send_run import look, send
 from training_lens.runs.run_folder import RunFolder
 
 from .conftest import BINS, SAMPLES, due  # type: ignore[import-not-found]

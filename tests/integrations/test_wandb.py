@@ -21,7 +21,7 @@ from training_lens.config.compose import validate_values
 from training_lens.errors import IntegrationError
 from training_lens.integrations.delivery import IntegrationState
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.sync import look, send
+from training_lens.integrations.send_run import look, send
 from training_lens.integrations.wandb import WandBIntegration, id_of, require_written
 from training_lens.runs.run_folder import RunFolder, read_metrics
 from training_lens.training.loop.callbacks import Callback

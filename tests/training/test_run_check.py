@@ -15,7 +15,7 @@ from training_lens import TrainingConfig, TrainingWrapper, embedded
 from training_lens.core.lens_store import LensStore
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, DamagedFileError
 from training_lens.inference.session import open_run
-from training_lens.integrations.published import Names, adapter_files
+from training_lens.integrations.hub_files import Names, adapter_files
 from training_lens.integrations.record import RunRecord
 from training_lens.models.adapter_files import require_adapter
 from training_lens.models.stored import check_base

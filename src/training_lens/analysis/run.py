@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 OUTPUTS = "outputs"
 IN_A_MIRROR = (
     "a run in a mirror is brought here first: Run(fetch_to_read(URL, 'outputs', finished=None).root), with "
-    "from training_lens.integrations.fetching import fetch_to_read."
+    "from training_lens.integrations.remote_run import fetch_to_read."
 )
 
 

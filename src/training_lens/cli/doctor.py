@@ -56,7 +56,8 @@ def doctor(
         else:
             folder = locate_run(run, settings.output, finished=None)
             folder.require_free()
-            from training_lens.training.run_check import accept_run, check_run
+            from training_lens.training.run_check import check_run
+            from training_lens.training.run_repair import accept_run
 
             if accept:
                 accept_run(folder)

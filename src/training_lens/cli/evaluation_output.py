@@ -77,7 +77,7 @@ def finish(screen: Screen, result: EvaluationResult, evaluator: ModelEvaluator, 
 
 def send_to_trackers(run: RunFolder | None, name: str, report: dict[str, Any]) -> None:
     """A result joins its run's journal, and from there its trackers; that of no run has nowhere to go."""
-    from training_lens.integrations.evaluations import record_evaluation, send_evaluations
+    from training_lens.integrations.send_run import record_evaluation, send_evaluations
 
     if run is not None:
         record_evaluation(run, NAMES.get(name, name), report)

@@ -112,8 +112,8 @@ def _runs_of_mirror(place: str, name: str | None) -> Iterator[list[RunOverview]]
     import tempfile
     from pathlib import Path
 
-    from training_lens.integrations.fetching import read_remote_runs
-    from training_lens.integrations.storage import open_storage
+    from training_lens.integrations.fsspec_storage import open_storage
+    from training_lens.integrations.remote_run import read_remote_runs
 
     with tempfile.TemporaryDirectory() as cache:
         yield read_remote_runs(open_storage(place), name, Path(cache))

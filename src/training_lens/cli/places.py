@@ -27,7 +27,7 @@ def copied_here(reference: str, base_output_dir: str, *, finished: bool | None) 
     """
     if not is_url(reference):
         return reference
-    from training_lens.integrations.fetching import fetch_to_read
+    from training_lens.integrations.remote_run import fetch_to_read
 
     return str(fetch_to_read(reference, base_output_dir, finished=finished).root)
 

@@ -22,7 +22,7 @@ from training_lens.cli.places import locate_run
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
     from training_lens.integrations.hub import HuggingFaceIntegration
-    from training_lens.integrations.pushed import PushPlan
+    from training_lens.integrations.hub_files import PushPlan
 
 RunName = Annotated[
     str,

@@ -47,7 +47,7 @@ def sync(
     training-lens sync RUN output.mirror=s3://bucket/path
     """
     with command(json, debug) as screen:
-        from training_lens.integrations.sync import look, send
+        from training_lens.integrations.send_run import look, send
 
         named, given = ("latest", [run, *(overrides or [])]) if "=" in run else (run, overrides or [])
         refuse_unused(given, ("output.", "tracking."), "sync sends a run as it is.")

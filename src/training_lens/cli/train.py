@@ -96,7 +96,7 @@ def _unfinished(screen: Screen, reference: str, settings: TrainingConfig) -> Run
     if not is_url(reference):
         return locate_run(reference, settings.output, finished=False)
     from training_lens.display.progress import Progress
-    from training_lens.integrations.fetching import fetch_to_resume
+    from training_lens.integrations.remote_run import fetch_to_resume
 
     run = fetch_to_resume(reference, settings.output.base_output_dir, Progress(screen.console))
     screen.console.print(f"fetched {run.root}", markup=False, soft_wrap=True)

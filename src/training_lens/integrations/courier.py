@@ -15,17 +15,19 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from training_lens.config.run_config import require_consent
-from training_lens.integrations.configured import asked_for
-from training_lens.integrations.delivery import IntegrationManager
+from training_lens.integrations.delivery import Integration, IntegrationManager
+from training_lens.integrations.integration_specs import asked_for
 from training_lens.integrations.record import RunRecord
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.logging import ROOT, get_logger
 
 logger = get_logger(__name__)
+Build = Callable[[RunRecord], Integration]
 GRACE_SECONDS = 10.0  # beyond its own deadline, until a courier that hangs is killed
 DYING_SECONDS = 5.0  # until the lock of a killed process is free
 QUIET = {  # no telemetry of the clients, none of their output, no wish for a terminal
@@ -100,6 +102,32 @@ class Courier:
                     logger.log(said["level"], "%s", said["message"])
                 except (ValueError, TypeError, KeyError):  # a client's own print
                     logger.debug("courier: %s", line.rstrip())
+
+
+@contextmanager
+def tracked(run: RunFolder, own: Sequence[Build] = ()) -> Iterator[None]:
+    """Within the block the run is sent to where its config says; at its end, what is not sent yet.
+
+    Args:
+        run: with its config and summary written; by the end of the block its status must be told there.
+        own: integrations of the user's, in Python: each is built for the run, and lives in a thread of this process.
+    """
+    record = RunRecord(run)
+    asked = asked_for(record.config)
+    near = [item.of(record) for item in asked if item.integration.in_process] + [build(record) for build in own]
+    tracking = record.config.tracking
+    manager = IntegrationManager(near, run.tracking, tracking.send_seconds)
+    courier = Courier(run, tracking.wait_seconds) if len(asked) > len(near) - len(own) else None
+    if courier:
+        courier.start()
+    manager.start()
+    try:
+        yield
+    finally:
+        manager.finish(tracking.wait_seconds)  # first: the courier's mirror sends what they wrote, too
+        if courier:
+            logger.debug("sending what is not sent yet, for at most %g s", tracking.wait_seconds)
+            courier.finish()
 
 
 class _Lines(logging.Handler):

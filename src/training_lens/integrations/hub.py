@@ -11,15 +11,17 @@ from typing import ClassVar
 
 from training_lens.errors import CheckpointError, IntegrationError
 from training_lens.integrations.delivery import LONGEST_PAUSE, Cursor, Integration, alone
-from training_lens.integrations.model_card import model_card
-from training_lens.integrations.published import (
+from training_lens.integrations.hub_files import (
     Names,
+    PushedFile,
+    PushPlan,
     adapter_files,
     checkpoint_files,
     metadata_files,
+    plan_push,
     run_state,
 )
-from training_lens.integrations.pushed import PushedFile, PushPlan, plan_push
+from training_lens.integrations.model_card import model_card
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.repository import Repository
 from training_lens.runs.checkpoint_format import list_checkpoints

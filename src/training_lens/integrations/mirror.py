@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import secrets
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from training_lens.core.capture_files import LISTING
 from training_lens.errors import CheckpointError, ConfigurationError, IntegrationError
 from training_lens.integrations.delivery import Cursor, Integration
-from training_lens.integrations.mirrored import (
-    PRUNED,
-    Copy,
-    Seen,
-    copies_of,
-    files_but_checkpoints,
-    files_of_checkpoint,
-    is_changed,
-    sizes_of_changed,
-    trails,
-)
+from training_lens.integrations.fsspec_storage import open_storage, protocol_of, require_driver
+from training_lens.integrations.mirror_manifest import MANIFEST, Content, MirrorManifest, RemoteRun
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.remote import MANIFEST, Content, MirrorManifest, RemoteRun
-from training_lens.integrations.storage import LocalStorage, open_storage, protocol_of, require_driver
+from training_lens.integrations.storage import LocalStorage
+from training_lens.runs import checkpoint_format
 from training_lens.runs.checkpoint_format import list_checkpoints
-from training_lens.utils.files import temporary_prefix
+from training_lens.runs.run_folder import RunFolder
+from training_lens.utils.files import TEMPORARY, hash_file, list_files, temporary_prefix
 from training_lens.utils.formatting import format_size
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import check_experiment, check_run_id
@@ -37,6 +33,9 @@ from training_lens.utils.names import check_experiment, check_run_id
 logger = get_logger(__name__)
 EVERY = 30.0  # seconds between two looks at what is new, and between signs of life; a new checkpoint goes out at once
 SCANS = 3  # of one delivery, while files vanish under it: the lens merges and thins
+PRUNED = ("checkpoints/", "lens/")  # of what is deleted here, what is deleted there, too
+WHOLE_LINES = (".jsonl", ".log")
+Seen = Sequence[int | str]  # size, modification time in ns, sha256: of a file when it was sent
 
 
 class MirrorIntegration(Integration):
@@ -238,3 +237,93 @@ class MirrorIntegration(Integration):
         )
         self._told = time.monotonic()
         self.cursor.save({**kept, "status": status, "files": self._seen})
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy that stays as it is, at `path`, of the run's file `name`; `seen` is what that was then."""
+
+    name: str
+    path: Path
+    content: Content
+    seen: Seen
+
+
+def files_but_checkpoints(run: RunFolder, *, running: bool) -> dict[str, Path]:
+    """What goes to a mirror besides checkpoints, by name: no locks, nothing half-written, nothing of tracking/.
+
+    What trackers keep there is this machine's: another one asks their services what they have. The list of captures
+    waits for the end of the run: it must list nothing that is not there yet.
+    """
+    found = {path.relative_to(run.root).as_posix(): path for path in list_files(run.root)}
+    if running:
+        found.pop(f"{run.lens.name}/{LISTING}", None)
+    return {name: path for name, path in sorted(found.items()) if _belongs(name)}
+
+
+def files_of_checkpoint(run: RunFolder, folder: Path) -> dict[str, Path]:
+    """The files of one checkpoint by their names in the run, its manifest last."""
+    files = sorted(list_files(folder), key=lambda p: (p.name == checkpoint_format.MANIFEST, p))
+    return {path.relative_to(run.root).as_posix(): path for path in files}
+
+
+def _belongs(name: str) -> bool:
+    parts = name.split("/")
+    hidden = any(part.startswith(TEMPORARY) for part in parts) or parts[-1].endswith(".lock")
+    return parts[0] not in ("checkpoints", "tracking") and not hidden
+
+
+def trails(name: str) -> bool:
+    """Whether a file changes also after the last delivery: it tells of that."""
+    return name.startswith(("logs/run.log", "logs/events."))
+
+
+def is_changed(path: Path, seen: Seen | None) -> bool:
+    """Whether a file is another than it was.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
+    facts = path.stat()
+    return seen is None or [facts.st_size, facts.st_mtime_ns] != list(seen[:2])
+
+
+def sizes_of_changed(files: Mapping[str, Path], seen: Mapping[str, Seen]) -> dict[str, int]:
+    """The sizes in bytes of the files that are others than they were; those that vanish meanwhile are left out."""
+    sizes = {}
+    for name, path in files.items():
+        try:
+            if is_changed(path, seen.get(name)):
+                sizes[name] = path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return sizes
+
+
+def copies_of(files: Iterable[tuple[str, Path]], folder: Path) -> list[Copy]:
+    """Copies in `folder` of the files, with their hashes; of those that vanish meanwhile, none."""
+    copies = []
+    for number, (name, path) in enumerate(files):
+        try:
+            facts = path.stat()
+            copy = _frozen(path, folder / f"{number}{path.suffix}", grows=name.startswith("logs/"))
+        except FileNotFoundError:
+            continue
+        content = Content(hash_file(copy), copy.stat().st_size)
+        copies.append(Copy(name, copy, content, (facts.st_size, facts.st_mtime_ns, content.sha256)))
+    return copies
+
+
+def _frozen(path: Path, copy: Path, *, grows: bool) -> Path:
+    """A second link to a file that is only ever replaced; of one that grows, its whole lines."""
+    if grows:
+        content = path.read_bytes()
+        copy.write_bytes(content[: content.rfind(b"\n") + 1] if path.suffix in WHOLE_LINES else content)
+        return copy
+    try:
+        os.link(path.resolve(strict=True), copy)
+    except FileNotFoundError:
+        raise
+    except OSError:  # no links on this file system
+        shutil.copyfile(path, copy)
+    return copy

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.errors import IntegrationError
-from training_lens.integrations.packages import require_packages
 from training_lens.integrations.record import flat_settings
-from training_lens.integrations.tracker import Record, Tracker
+from training_lens.integrations.tracker import Record, Tracker, require_packages
 from training_lens.runs.run_folder import read_metrics
 from training_lens.utils.secrets import redact_text
 

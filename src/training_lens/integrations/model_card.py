@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from training_lens import embedded
 from training_lens.config.schema import TrainingConfig
 from training_lens.evaluation.verdict import format_measure
-from training_lens.integrations.published import SECTIONS, Names, is_folder
+from training_lens.integrations.hub_files import SECTIONS, Names, is_folder
 from training_lens.integrations.record import RunRecord
 from training_lens.runs.run_folder import read_metrics
 from training_lens.utils.formatting import format_count, format_seconds, render_sparkline

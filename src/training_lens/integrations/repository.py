@@ -10,7 +10,7 @@ from json import JSONDecodeError
 from typing import TYPE_CHECKING, Any
 
 from training_lens.errors import IntegrationError
-from training_lens.integrations.pushed import PushPlan, RemoteFile
+from training_lens.integrations.hub_files import PushPlan, RemoteFile
 from training_lens.utils.formatting import describe_error
 
 if TYPE_CHECKING:

@@ -22,9 +22,11 @@ import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from training_lens.errors import IntegrationError
 from training_lens.integrations.delivery import Cursor, Integration
 from training_lens.integrations.record import RunRecord
 from training_lens.runs.journal import JournalEntry, JournalPosition, JournalReader
@@ -186,3 +188,20 @@ class Tracker(Integration):
         """What the end of this run is known by: another after a resume."""
         told = json.dumps([self.run.status, self.run.summary], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def require_packages(extra: str, *packages: str) -> None:
+    """Refuse to go on without packages; imports none of them.
+
+    Args:
+        extra: of Training Lens, that installs them.
+        packages: as they are imported.
+
+    Raises:
+        IntegrationError: some are not installed; says how to install them.
+    """
+    if missing := [package for package in packages if find_spec(package) is None]:
+        plural = "s" if len(missing) > 1 else ""
+        raise IntegrationError(
+            f"needs the package{plural} {' and '.join(missing)}. Install: pip install 'training-lens[{extra}]'."
+        )

@@ -17,9 +17,8 @@ from threading import Event
 from typing import Any
 
 from training_lens.errors import CheckpointError, IntegrationError
-from training_lens.integrations.packages import require_packages
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.tracker import BATCH, Record, Tracker
+from training_lens.integrations.tracker import BATCH, Record, Tracker, require_packages
 from training_lens.integrations.wandb_media import artifacts, lens, row
 from training_lens.runs.journal import JournalEntry
 from training_lens.runs.run_folder import PROCESS, read_metrics

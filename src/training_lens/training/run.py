@@ -21,7 +21,8 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.display.notebook import notebook_console
 from training_lens.display.progress import Progress, create_bars
 from training_lens.errors import InterruptedRunError, TrainingLensError
-from training_lens.integrations.configured import asked_for
+from training_lens.integrations.courier import Build, tracked
+from training_lens.integrations.integration_specs import asked_for
 from training_lens.models.adapters import ParameterCount, attach, count_parameters, describe
 from training_lens.models.factory import checkpoint_gradients, load_model
 from training_lens.models.fast.install import uninstall_kernels
@@ -51,7 +52,6 @@ from training_lens.training.resume import (
 )
 from training_lens.training.samples import Samples
 from training_lens.training.summary import TrainingSummary, status_after, summarize, write_summary
-from training_lens.training.tracker_callback import Build, tracked
 from training_lens.utils.devices import get_device
 from training_lens.utils.files import atomic_folder, list_files, require_writable
 from training_lens.utils.formatting import format_count

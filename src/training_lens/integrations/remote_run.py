@@ -1,10 +1,14 @@
-"""A run from a mirror to this machine: to go on with it, or to read it."""
+"""A run in a mirror: found, listed, and fetched to this machine, to resume it or to read it.
+
+A mirror has the layout of the output folder: {mirror}/experiments/{experiment}/runs/{run_id}/.
+"""
 
 from __future__ import annotations
 
 import platform
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,19 +17,76 @@ from filelock import FileLock, Timeout
 
 from training_lens.config.run_config import remember_mirror
 from training_lens.display.progress import Progress
-from training_lens.errors import CheckpointError
-from training_lens.integrations.remote import Content, MirrorManifest, RemoteRun, find_remote, runs_in
+from training_lens.errors import CheckpointError, ConfigurationError
+from training_lens.integrations.fsspec_storage import open_storage
+from training_lens.integrations.mirror_manifest import Content, MirrorManifest, RemoteRun
 from training_lens.integrations.storage import StorageBackend
 from training_lens.runs.run_folder import UNFINISHED, RunFolder, runs_folder
 from training_lens.runs.run_listing import BROKEN, RunOverview, read_run
 from training_lens.utils.files import TEMPORARY, hash_file, write_json
 from training_lens.utils.formatting import format_seconds, format_size
-from training_lens.utils.names import require_contained
+from training_lens.utils.logging import get_logger
+from training_lens.utils.names import check_experiment, check_run_id, require_contained
 
+logger = get_logger(__name__)
+RUN = re.compile(r"(?P<mirror>.+?)/(?P<run>experiments/[^/]+/runs/[^/]+)/?")
 SCANS = 3  # while the run goes on writing
 WRITTEN_HERE = ("reports/", "exports/")  # into a copy that is read: kept
 LISTED = ("metadata/", "reports/compare.json", "reports/evaluation.json")  # what `read_run` looks at
 OF_UNFINISHED = ("logs/metrics.jsonl",)
+
+
+def runs_in(storage: StorageBackend, experiment: str | None = None) -> list[RemoteRun]:
+    """The runs in a mirror, by their ids; of one experiment, or of all. Nothing of them is read.
+
+    Folders whose names are those of no experiment or run are left out with a warning.
+    """
+    experiments = storage.folders("experiments") if experiment is None else [experiment]
+    found = [
+        RemoteRun(storage, f"experiments/{name}/runs/{run_id}")
+        for name in _right(experiments, check_experiment, storage)
+        for run_id in _right(storage.folders(f"experiments/{name}/runs"), check_run_id, storage)
+    ]
+    return sorted(found, key=lambda run: run.run_id)
+
+
+def _right(names: Iterable[str], check: Callable[[str], str], storage: StorageBackend) -> Iterator[str]:
+    for name in names:
+        try:
+            yield check(name)
+        except ConfigurationError as error:
+            logger.warning("passing over a folder of %s: %s", storage.place, error)
+
+
+def find_remote(place: str, *, finished: bool | None) -> tuple[RemoteRun, MirrorManifest]:
+    """The run at a place: its own (.../experiments/NAME/runs/ID), or the latest of a mirror.
+
+    Args:
+        finished: whether the latest is the newest finished run, the newest unfinished, or with None the newest of all.
+
+    Raises:
+        CheckpointError: there is no such run.
+        IntegrationError: no answer; or see `open_storage`.
+    """
+    if match := RUN.fullmatch(place):
+        run = RemoteRun(open_storage(match["mirror"]), match["run"])
+        return run, run.read_manifest()
+    storage = open_storage(place)
+    runs = runs_in(storage)
+    wanted = {True: ("finished",), False: UNFINISHED, None: None}[finished]
+    for run in reversed(runs):
+        try:
+            manifest = run.read_manifest()
+        except CheckpointError as error:
+            logger.warning("passing over a run: %s", error)
+            continue
+        if wanted is None or manifest.status_now in wanted:
+            return run, manifest
+    kind = {True: "finished ", False: "unfinished ", None: ""}[finished]
+    raise CheckpointError(
+        f"no {kind}run in the mirror {place} ({len(runs)} runs there). Give the place that output.mirror names, or a "
+        "run's own: .../experiments/NAME/runs/ID."
+    )
 
 
 def fetch_to_resume(place: str, base_output_dir: str, progress: Progress | None = None) -> RunFolder:

@@ -1,33 +1,26 @@
-"""A run in a mirror: where it is, and mirror.json, which says what is there.
-
-A mirror has the layout of a run's place here: {mirror}/experiments/{experiment}/runs/{run_id}/.
-"""
+"""A run in a mirror, and mirror.json, which lists what the mirror holds of it."""
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.integrations.storage import StorageBackend, open_storage
-from training_lens.runs.run_folder import UNFINISHED
+from training_lens.errors import CheckpointError
+from training_lens.integrations.storage import StorageBackend
 from training_lens.utils.file_schemas import find_type_error
 from training_lens.utils.files import read_json, write_json
-from training_lens.utils.logging import get_logger
 from training_lens.utils.names import check_experiment, check_run_id, find_name_fault
 
-logger = get_logger(__name__)
 MANIFEST = "mirror.json"
 FORMAT = 1
 STATUSES = ("running", "finished", "failed", "pruned", "interrupted", "unknown")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 ALIVE_SECONDS = 120.0  # since the last sign of life, after which a run that says `running` is thought to be dead
-RUN = re.compile(r"(?P<mirror>.+?)/(?P<run>experiments/[^/]+/runs/[^/]+)/?")
 
 
 @dataclass(frozen=True)
@@ -180,56 +173,3 @@ class RemoteRun:
             local = Path(folder) / MANIFEST
             write_json(local, asdict(manifest), verbatim=True)
             self.storage.put_file(local, self.name(MANIFEST))
-
-
-def runs_in(storage: StorageBackend, experiment: str | None = None) -> list[RemoteRun]:
-    """The runs in a mirror, by their ids; of one experiment, or of all. Nothing of them is read.
-
-    Folders whose names are those of no experiment or run are left out with a warning.
-    """
-    experiments = storage.folders("experiments") if experiment is None else [experiment]
-    found = [
-        RemoteRun(storage, f"experiments/{name}/runs/{run_id}")
-        for name in _right(experiments, check_experiment, storage)
-        for run_id in _right(storage.folders(f"experiments/{name}/runs"), check_run_id, storage)
-    ]
-    return sorted(found, key=lambda run: run.run_id)
-
-
-def _right(names: Iterable[str], check: Callable[[str], str], storage: StorageBackend) -> Iterator[str]:
-    for name in names:
-        try:
-            yield check(name)
-        except ConfigurationError as error:
-            logger.warning("passing over a folder of %s: %s", storage.place, error)
-
-
-def find_remote(place: str, *, finished: bool | None) -> tuple[RemoteRun, MirrorManifest]:
-    """The run at a place: its own (.../experiments/NAME/runs/ID), or the latest of a mirror.
-
-    Args:
-        finished: whether the latest is the newest finished run, the newest unfinished, or with None the newest of all.
-
-    Raises:
-        CheckpointError: there is no such run.
-        IntegrationError: no answer; or see `open_storage`.
-    """
-    if match := RUN.fullmatch(place):
-        run = RemoteRun(open_storage(match["mirror"]), match["run"])
-        return run, run.read_manifest()
-    storage = open_storage(place)
-    runs = runs_in(storage)
-    wanted = {True: ("finished",), False: UNFINISHED, None: None}[finished]
-    for run in reversed(runs):
-        try:
-            manifest = run.read_manifest()
-        except CheckpointError as error:
-            logger.warning("passing over a run: %s", error)
-            continue
-        if wanted is None or manifest.status_now in wanted:
-            return run, manifest
-    kind = {True: "finished ", False: "unfinished ", None: ""}[finished]
-    raise CheckpointError(
-        f"no {kind}run in the mirror {place} ({len(runs)} runs there). Give the place that output.mirror names, or a "
-        "run's own: .../experiments/NAME/runs/ID."
-    )

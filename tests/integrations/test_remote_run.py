@@ -12,11 +12,18 @@ from typing import Any
 import pytest
 
 from training_lens.errors import CheckpointError
-from training_lens.integrations.fetching import fetch_to_read, fetch_to_resume, read_remote_runs
+from training_lens.integrations.fsspec_storage import open_storage
 from training_lens.integrations.mirror import MirrorIntegration
+from training_lens.integrations.mirror_manifest import Content
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.remote import Content, RemoteRun, find_remote, runs_in
-from training_lens.integrations.storage import open_storage
+from training_lens.integrations.remote_run import (
+    RemoteRun,
+    fetch_to_read,
+    fetch_to_resume,
+    find_remote,
+    read_remote_runs,
+    runs_in,
+)
 from training_lens.runs.run_folder import RunFolder, read_metrics
 from training_lens.utils.files import hash_file, read_json, write_json
 

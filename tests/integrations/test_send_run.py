@@ -10,8 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training_lens.config.run_config import read_run_config, remember_consent
-from training_lens.integrations.evaluations import benchmark_scalars, record_evaluation, send_evaluations
-from training_lens.integrations.sync import look, send
+from training_lens.integrations.send_run import benchmark_scalars, look, record_evaluation, send, send_evaluations
 from training_lens.runs.run_folder import RunFolder, read_metrics
 
 REPORT: dict[str, Any] = {
