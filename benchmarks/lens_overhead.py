@@ -31,7 +31,7 @@ from training_jobs import write_model
 
 from training_lens import TrainingConfig
 from training_lens.runs.run_folder import RunFolder
-from training_lens.training.lens_callback import LensCallback, lens_of
+from training_lens.training.lens_callback import CaptureCallback, build_capture_callback
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.run import TrainingWrapper, build_trainer
@@ -80,13 +80,13 @@ def configured(model: Path, shared: Path, folder: Path) -> TrainingConfig:
     )
 
 
-def assembled(config: TrainingConfig, folder: Path, lens: bool) -> tuple[Trainer, LensCallback | None]:
+def assembled(config: TrainingConfig, folder: Path, lens: bool) -> tuple[Trainer, CaptureCallback | None]:
     """A trainer of the config, under the lens or not, ready for its first step."""
     from training_lens.models.factory import load_model
 
     plan = TrainingWrapper(config).plan()
     run = RunFolder(folder).create()
-    callback = lens_of(plan, run) if lens else None
+    callback = build_capture_callback(plan, run) if lens else None
     model = load_model(plan.config.model, plan.processes.device, plan.precision)
     manager = CheckpointManager(run.checkpoints, plan.fingerprint)
     return build_trainer(plan, model, manager, (callback,) if callback else ()), callback
@@ -98,7 +98,7 @@ def side_by_side(model: Path, shared: Path, folder: Path, steps: int) -> dict[st
     plain, _ = assembled(config, folder / "plain", lens=False)
     watched, lens = assembled(config, folder / "lens", lens=True)
     assert lens is not None
-    watched._notify("on_train_start")
+    watched._notify_callbacks("on_train_start")
     started = lens.seconds
     taken: dict[str, list[float]] = {"plain": [], "lens": []}
     for plan in islice(plain.schedule.steps(), steps):
@@ -106,11 +106,11 @@ def side_by_side(model: Path, shared: Path, folder: Path, steps: int) -> dict[st
         for name, trainer in order if plan.number % 2 else reversed(order):
             begun = time.perf_counter()
             report = trainer.train_step(plan)
-            trainer._account(report)
-            trainer._notify("on_step_end", report)
+            trainer._count_step(report)
+            trainer._notify_callbacks("on_step_end", report)
             taken[name].append(time.perf_counter() - begun)
     during = lens.seconds - started
-    watched._notify("on_train_end")
+    watched._notify_callbacks("on_train_end")
     files = [p for p in (folder / "lens" / "lens").rglob("*") if p.is_file()]
     ratios = [b / a for a, b in zip(taken["plain"], taken["lens"], strict=True)]
     return {
@@ -160,12 +160,12 @@ def peaks(model: Path, shared: Path, folder: Path) -> dict[str, Any]:
 def train_some(model: Path, shared: Path, folder: Path, lens: bool) -> None:
     """Four steps, whole: what `peak_of` measures."""
     trainer, _ = assembled(configured(model, shared, folder), folder / f"memory-{int(lens)}", lens)
-    trainer._notify("on_train_start")
+    trainer._notify_callbacks("on_train_start")
     for plan in islice(trainer.schedule.steps(), 4):
         report = trainer.train_step(plan)
-        trainer._account(report)
-        trainer._notify("on_step_end", report)
-    trainer._notify("on_train_end")
+        trainer._count_step(report)
+        trainer._notify_callbacks("on_step_end", report)
+    trainer._notify_callbacks("on_train_end")
 
 
 def main() -> None:

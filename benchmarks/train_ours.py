@@ -17,7 +17,7 @@ from common import Watch, read_job, tell
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.models.factory import load_model
 from training_lens.runs.run_folder import RunFolder
-from training_lens.training.lens_callback import lens_of
+from training_lens.training.lens_callback import build_capture_callback
 from training_lens.training.loop.callbacks import Callback
 from training_lens.training.loop.checkpoint_manager import CheckpointManager
 from training_lens.training.plan import RunPlan
@@ -73,7 +73,7 @@ def main() -> None:
     job = read_job()
     plan = planned(job)
     run = RunFolder(Path(job["output"]) / "run").create()
-    lens = lens_of(plan, run) if job["mode"] == "ours_lens" else None
+    lens = build_capture_callback(plan, run) if job["mode"] == "ours_lens" else None
     steps = Steps(Watch())
     model = load_model(plan.config.model, plan.processes.device, plan.precision)
     manager = CheckpointManager(run.checkpoints, plan.fingerprint)

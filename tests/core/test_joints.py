@@ -59,7 +59,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> OwnRun:
     )
     wrapper = TrainingWrapper(config)
     plan = wrapper.plan()
-    trainer, _ = wrapper._assemble(RunFolder(folder / "look").create(), plan)
+    trainer, _ = wrapper._build_trainer(RunFolder(folder / "look").create(), plan)
     start = {name: p.detach().clone() for name, p in trainable(trainer.model)}
     order = [int(i) for step in plan.schedule.steps() for i in step.examples]
     rows = [_row(plan.train[i]) for i in order]

@@ -240,7 +240,7 @@ def checkpoint(world: World, folder: Path, draw: random.Random) -> Call:
 
     place = _copy(world.run / "checkpoints", folder / "checkpoints")
     _change_file(place, [file for file in place.rglob("*") if file.is_file()], draw)
-    return lambda: CheckpointManager(place, "").newest()
+    return lambda: CheckpointManager(place, "").find_newest_intact()
 
 
 def mirror(world: World, folder: Path, draw: random.Random) -> Call:

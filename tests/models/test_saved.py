@@ -197,7 +197,7 @@ def test_training_goes_on_from_a_runs_loss_and_lowers_it(small_config: Config, t
     class Start(Callback):
         def on_train_start(self, trainer: Trainer) -> None:
             assert trainer.validation is not None
-            report = trainer._loss_of(trainer.validation)
+            report = trainer._evaluate_dataset(trainer.validation)
             assert report is not None
             seen.append(report.loss)
 

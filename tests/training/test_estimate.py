@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from training_lens import embedded
 from training_lens.errors import TrainingError
 from training_lens.training import estimate as estimates
-from training_lens.training.estimate import estimate_run, step_tokens
+from training_lens.training.estimate import count_step_tokens, estimate_run
 from training_lens.training.run import TrainingWrapper
 
 
@@ -40,7 +40,7 @@ def test_more_steps_are_estimated_to_take_longer(small_config: Callable[..., Any
 
 
 def test_a_large_model_is_measured_thin(small_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimates, "WHOLE_BELOW", 0)
+    monkeypatch.setattr(estimates, "SMALL_MODEL", 0)
     estimate = estimate_run(TrainingWrapper(small_config()).plan())
     assert estimate is not None and estimate.layers == (1, 3) and estimate.seconds > 0
 
@@ -48,7 +48,7 @@ def test_a_large_model_is_measured_thin(small_config: Callable[..., Any], monkey
 def test_what_cannot_be_measured_is_said(
     small_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(estimates, "WHOLE_BELOW", 0)
+    monkeypatch.setattr(estimates, "SMALL_MODEL", 0)
     plan = TrainingWrapper(small_config()).plan()
     quantized = replace(plan, config=plan.config.replace_keys(model={"quantization": "4bit"}))
     last = replace(plan, config=plan.config.replace_keys(peft={"target_modules": r".*layers\.4\..*q_proj"}))
@@ -62,7 +62,7 @@ def test_a_saved_adapter_of_a_large_model_is_measured_thin(
     small_config: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = TrainingWrapper(small_config(training={"max_steps": 1})).train()
-    monkeypatch.setattr(estimates, "WHOLE_BELOW", 0)
+    monkeypatch.setattr(estimates, "SMALL_MODEL", 0)
     plan = TrainingWrapper(small_config(peft={"from_adapter": first.run_dir})).plan()
     estimate = estimate_run(plan)
     assert estimate is not None and estimate.seconds > 0
@@ -119,5 +119,5 @@ def test_too_little_memory_is_said_with_what_to_lower(command: str, tmp_path: Pa
 def test_step_tokens_cover_the_tokens(small_config: Callable[..., Any]) -> None:
     plan = TrainingWrapper(small_config()).plan()
     for step in plan.schedule.steps():
-        assert step_tokens(plan, step, in_line=False) >= int(plan.train.lengths[step.examples].sum())
+        assert count_step_tokens(plan, step, in_line=False) >= int(plan.train.lengths[step.examples].sum())
     assert int(np.sum(plan.train.lengths)) == plan.numbers()["tokens"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from training_lens import TrainingWrapper
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training import histograms as module
-from training_lens.training.histograms import BINS, Histograms, histograms
+from training_lens.training.histograms import BINS, HistogramWriter, compute_histograms
 from training_lens.training.loop.callbacks import Callback
 
 Config = Callable[..., Any]
@@ -26,15 +26,15 @@ SHORT = {"max_steps": 4, "epochs": 1, "batch_size": 4}
 def test_numbers_are_counted_in_equal_bins_from_least_to_greatest() -> None:
     values = torch.tensor([0.0, 0.5, 1.0, 31.5, 32.0])  # bins of width 1; the greatest is in the last
     counts = [2, 1, *[0] * 28, 0, 2]
-    assert histograms({"x": values}) == {"x": {"counts": counts, "low": 0.0, "high": 32.0}}
+    assert compute_histograms({"x": values}) == {"x": {"counts": counts, "low": 0.0, "high": 32.0}}
 
 
 @pytest.mark.parametrize("at_once", [50, 2**22])
 def test_the_counts_are_those_of_numpy(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "AT_ONCE", at_once)
+    monkeypatch.setattr(module, "NUMBERS_AT_ONCE", at_once)
     torch.manual_seed(0)
     tensors = {"a": torch.randn(30, 7), "b": torch.rand(7, 30) * 1e-30, "c": torch.randn(4), "d": torch.randn(14, 15)}
-    found = histograms(tensors)
+    found = compute_histograms(tensors)
     assert list(found) == list(tensors)
     for name, tensor in tensors.items():
         numbers, values = tensor.flatten().numpy(), found[name]
@@ -46,14 +46,14 @@ def test_the_counts_are_those_of_numpy(at_once: int, monkeypatch: pytest.MonkeyP
 
 
 def test_equal_numbers_are_all_in_the_last_bin() -> None:
-    found = histograms({"zero": torch.zeros(6), "one": torch.full((2, 3), 0.1)})
+    found = compute_histograms({"zero": torch.zeros(6), "one": torch.full((2, 3), 0.1)})
     assert found["zero"] == {"counts": [*[0] * 31, 6], "low": 0.0, "high": 0.0}
     assert found["one"] == {"counts": [*[0] * 31, 6], "low": pytest.approx(0.1), "high": pytest.approx(0.1)}
 
 
 def test_what_is_not_finite_is_counted_apart() -> None:
     inf, nan = torch.inf, torch.nan
-    found = histograms(
+    found = compute_histograms(
         {"some": torch.tensor([nan, 0.0, inf, 32.0, -inf]), "all": torch.tensor([nan, nan, nan, inf, inf])}
     )
     assert found["some"] == {"counts": [1, *[0] * 30, 1], "low": 0.0, "high": 32.0, "not_finite": 3}
@@ -92,7 +92,7 @@ def test_a_run_writes_the_gradients_before_clipping_and_the_weights_before_the_u
     for line in written:
         for kind, seen in spy.seen[line["step"]].items():
             found = line["histograms"][kind]
-            assert found == {plain(name): values for name, values in histograms(seen).items()}
+            assert found == {plain(name): values for name, values in compute_histograms(seen).items()}
     names = set(written[0]["histograms"]["weights"])
     layer = "model.layers.0.self_attn.q_proj"
     assert {f"{layer}.A", f"{layer}.B", f"{layer}.magnitude"} < names
@@ -124,7 +124,7 @@ def test_the_adapter_is_that_of_a_run_without_them_to_the_bit(small_config: Conf
 def test_what_fails_is_said_once_and_ends_no_run(
     small_config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Full(Histograms):
+    class Full(HistogramWriter):
         def on_train_start(self, trainer: Any) -> None:
             super().on_train_start(trainer)
             self._journal.close()

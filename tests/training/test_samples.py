@@ -21,7 +21,7 @@ from training_lens.inference.generator import answer
 from training_lens.inference.session import open_run
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
-from training_lens.training.samples import OPENING, Samples, prompts_of
+from training_lens.training.samples import OPENING, SampleWriter, select_prompts
 
 Config = Callable[..., Any]
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In hall {i}."} for i in range(24)]
@@ -35,16 +35,16 @@ def example(row: int, mask: list[int]) -> TokenizedExample:
 
 
 def test_the_prompt_is_what_stands_before_the_first_answer() -> None:
-    (prompt,) = prompts_of(TokenDataset.of([example(1, [0, 0, 0, 1, 1, 0, 0, 1])]), 3, 10)
+    (prompt,) = select_prompts(TokenDataset.of([example(1, [0, 0, 0, 1, 1, 0, 0, 1])]), 3, 10)
     assert (prompt.id, prompt.ids, prompt.expected) == ("rows.jsonl:1", [100, 101, 102], [103, 104])
-    (prompt,) = prompts_of(TokenDataset.of([example(1, [0, 0, 1, 1])]), 1, 1)
+    (prompt,) = select_prompts(TokenDataset.of([example(1, [0, 0, 1, 1])]), 1, 1)
     assert (prompt.ids, prompt.expected) == ([100, 101], [102, 103])
 
 
 @pytest.mark.parametrize(("length", "begun"), [(40, OPENING), (6, 3), (2, 1)])
 def test_a_text_is_gone_on_with_from_its_first_tokens(length: int, begun: int) -> None:
     for mask in ([1] * length, [0] + [1] * (length - 1)):
-        (prompt,) = prompts_of(TokenDataset.of([example(1, mask)]), 1, 5)
+        (prompt,) = select_prompts(TokenDataset.of([example(1, mask)]), 1, 5)
         assert prompt.ids == list(range(100, 100 + begun))
         assert prompt.expected == list(range(100 + begun, min(100 + begun + 5, 100 + length)))
 
@@ -52,7 +52,7 @@ def test_a_text_is_gone_on_with_from_its_first_tokens(length: int, begun: int) -
 @pytest.mark.parametrize(("count", "rows"), [(1, [0]), (2, [0, 9]), (4, [0, 3, 6, 9]), (30, list(range(10)))])
 def test_rows_are_spread_over_the_dataset(count: int, rows: list[int]) -> None:
     dataset = TokenDataset.of([example(row, [0, 0, 1]) for row in range(10)])
-    assert [prompt.id for prompt in prompts_of(dataset, count, 5)] == [f"rows.jsonl:{row}" for row in rows]
+    assert [prompt.id for prompt in select_prompts(dataset, count, 5)] == [f"rows.jsonl:{row}" for row in rows]
 
 
 def lines(run: RunFolder) -> list[dict[str, Any]]:
@@ -126,7 +126,7 @@ def test_what_fails_is_said_and_ends_no_run(small_config: Config, caplog: pytest
 def test_modes_and_random_state_are_as_before(small_config: Config, tmp_path: Path) -> None:
     seen: list[tuple[Any, Any]] = []
 
-    class Around(Samples):
+    class Around(SampleWriter):
         def on_evaluate(self, trainer: Any, step: int, report: Any, base: bool) -> None:
             before = state(trainer.model)
             super().on_evaluate(trainer, step, report, base)

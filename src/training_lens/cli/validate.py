@@ -10,7 +10,7 @@ from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:
     from training_lens.data.split_report import SplitReport
-    from training_lens.training.estimate import Estimate
+    from training_lens.training.estimate import RunEstimate
     from training_lens.training.plan import RunPlan
 
 EXAMPLES = 3
@@ -40,10 +40,10 @@ def validate(overrides: Overrides = None, config: ConfigFile = None, json: Json 
         screen.result(_as_json(plan, estimate))
 
 
-def _as_json(plan: RunPlan, estimate: Estimate | None) -> dict[str, Any]:
+def _as_json(plan: RunPlan, estimate: RunEstimate | None) -> dict[str, Any]:
     return {
         "config": plan.config.model_dump(),
-        **plan.numbers(),
+        **plan.count_rows_and_steps(),
         "domains": plan.domains,
         **plan.duplicates,
         "splits": {name: asdict(split.report) for name, split in plan.splits.items()},
@@ -112,11 +112,11 @@ def _show_sources(screen: Screen, name: str, report: SplitReport) -> None:
 
 def _show_numbers(screen: Screen, plan: RunPlan) -> None:
     screen.console.print("\nwhat it would train on", style="bold")
-    for name, value in (plan.numbers() | plan.duplicates).items():
+    for name, value in (plan.count_rows_and_steps() | plan.duplicates).items():
         screen.console.print(f"  {name.replace('_', ' '):30} {value:>12,}")
 
 
-def _show_estimate(screen: Screen, estimate: Estimate | None) -> None:
+def _show_estimate(screen: Screen, estimate: RunEstimate | None) -> None:
     from rich.text import Text
 
     from training_lens.utils.formatting import format_seconds, format_size

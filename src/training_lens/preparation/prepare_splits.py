@@ -35,7 +35,13 @@ from training_lens.preparation.split_files import (
     written,
 )
 from training_lens.preparation.statistics import domain_statistics, length_statistics
-from training_lens.training.plan import cache_of, preparation_of, read_tokenizer, resolve_texts, with_rows_as_files
+from training_lens.training.plan import (
+    build_preparation,
+    read_tokenizer,
+    resolve_texts,
+    token_cache_folder,
+    write_rows_as_files,
+)
 from training_lens.utils.files import (
     atomic_folder,
     hash_file,
@@ -81,7 +87,7 @@ def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> 
     config = settle_splits(config)
     base, folder = Path(config.output.base_output_dir), config.prepared_folder
     require_writable(base, "output.base_output_dir")
-    config = with_rows_as_files(config, base / "cache" / "rows")
+    config = write_rows_as_files(config, base / "cache" / "rows")
     sources = expand([str(spec) for spec in config.data.train], "data.train")
     check_csv_settings(config.data.csv, [source.name for source in sources])
     _make_room(folder, sources, force)
@@ -89,14 +95,16 @@ def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> 
         sweep_temporaries(folder.parent, older_than_seconds=86_400)
     facts, tokenizer = read_tokenizer(config)
     settled = resolve_texts(config, facts, tokenizer)
-    preparation = preparation_of(settled, tokenizer)
+    preparation = build_preparation(settled, tokenizer)
     with atomic_folder(folder, existing="replace" if force else "refuse") as building:
         try:
             chosen = _choose(settled, sources, preparation, progress)
             texts = _write(chosen, config.prepare.format, building)
             chosen.corpus.require_unchanged()
             reader = settled.model_copy(update={"data": settings_for(chosen.form, settled.data)})
-            tokens = _tokenize(building, folder, preparation_of(reader, tokenizer), cache_of(config), progress)
+            tokens = _tokenize(
+                building, folder, build_preparation(reader, tokenizer), token_cache_folder(config), progress
+            )
         except DatasetError as error:  # of bad rows it names one, and perhaps as the row of a file that is not kept
             raise (error_of_all_rows(sources, preparation) or error) from error
         splits = {name: _described(building, tokens[name]) for name in config.prepare.splits}

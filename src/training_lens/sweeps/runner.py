@@ -35,7 +35,7 @@ from training_lens.sweeps.trials import FINISHED, is_default, run_id
 from training_lens.sweeps.worker import Worker
 from training_lens.training.loop.callbacks import Callback
 from training_lens.training.loop.lr_schedule import default_lr
-from training_lens.training.plan import RunPlan, with_rows_as_files
+from training_lens.training.plan import RunPlan, write_rows_as_files
 from training_lens.training.run import TrainingWrapper
 from training_lens.training.summary import TrainingSummary
 from training_lens.utils.formatting import describe_error
@@ -90,7 +90,7 @@ class Sweep:
                 "when the sweep is done",
                 config.tracking.hub.repo,
             )
-        self.config = with_rows_as_files(config, Path(config.output.base_output_dir) / "cache" / "rows")
+        self.config = write_rows_as_files(config, Path(config.output.base_output_dir) / "cache" / "rows")
         self.space = Space.of(self.config)
         self.folder = sweep_folder(self.config)
         self._console, self._on_trial = console, on_trial
@@ -226,10 +226,10 @@ class Pruning(Callback):
         self.asked_to_leave = 0  # the signal that came while the trial ended by itself: it is for the sweep
 
     def on_train_end(self, trainer: Any) -> None:
-        self.asked_to_leave = trainer.asked_to_leave
+        self.asked_to_leave = trainer.signal_number
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
-        self.asked_to_leave = trainer.asked_to_leave
+        self.asked_to_leave = trainer.signal_number
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         if base:

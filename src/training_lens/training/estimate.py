@@ -29,8 +29,8 @@ from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
-WHOLE_BELOW = 100_000_000  # parameters
-THIN = (1, 3)  # layers
+SMALL_MODEL = 100_000_000  # parameters
+THIN_LAYERS = (1, 3)  # layers
 SAMPLED_STEPS = 8
 SAMPLED_ROWS = 64  # of the validation rows
 BUDGET_SECONDS = 20.0
@@ -39,7 +39,7 @@ COUNTED_STEPS = 1000  # beyond so many the run's tokens are scaled up from a sam
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """A prediction: seconds of the optimizer steps and of the validations, bytes at the peak; `layers` as measured.
 
     `micro_batch_tokens` is the most tokens in one pass that the run would choose with the memory that is free now.
@@ -54,7 +54,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepCost:
     """Seconds for a token in training (with its padding, unless `in_line`) and in validation, bytes at the peak.
 
     `steps`: that this is from; `micro_batch_tokens`: the most tokens in one of their passes.
@@ -68,7 +68,7 @@ class Measured:
     micro_batch_tokens: int
 
 
-def estimate_run(plan: RunPlan) -> Estimate | None:
+def estimate_run(plan: RunPlan) -> RunEstimate | None:
     """The estimate of a planned run; None, with the reason logged, where it cannot be measured.
 
     Cost: the measured steps, at most about 20 s, and the memory of the model (or its thin relatives).
@@ -77,37 +77,37 @@ def estimate_run(plan: RunPlan) -> Estimate | None:
         TrainingLensError: what would stop the run too: weights that cannot be loaded, a first step that is not finite,
             too little memory.
     """
-    whole = plan.parameters < WHOLE_BELOW
+    whole = plan.parameters < SMALL_MODEL
     try:
         with explain_out_of_memory(plan.config):
-            measured = _whole(plan) if whole else _extrapolated(plan)
+            measured = _measure_whole_model(plan) if whole else _extrapolate_from_thin_models(plan)
     except EstimateError as error:
         logger.warning("no estimate of duration and memory: %s", error)
         return None
     plan = replace(plan, micro_batch_tokens=measured.micro_batch_tokens)
-    validated = 0 if plan.validation is None else _validations(plan) * int(plan.validation.lengths.sum())
-    return Estimate(
-        seconds=measured.step * _tokens_of_run(plan, measured.in_line),
+    validated = 0 if plan.validation is None else _count_validations(plan) * int(plan.validation.lengths.sum())
+    return RunEstimate(
+        seconds=measured.step * _count_run_tokens(plan, measured.in_line),
         validation_seconds=measured.validation * validated,
         peak_bytes=round(measured.peak),
         micro_batch_tokens=measured.micro_batch_tokens,
         measured_steps=measured.steps,
-        layers=() if whole else THIN,
+        layers=() if whole else THIN_LAYERS,
     )
 
 
-def _whole(plan: RunPlan) -> Measured:
-    trainer = _still(plan, load_model(plan.config.model, plan.processes.device, plan.precision))
-    trainer.settle_budget()
-    return _measure(replace(plan, micro_batch_tokens=trainer.micro_batch_tokens), trainer)
+def _measure_whole_model(plan: RunPlan) -> StepCost:
+    trainer = _build_still_trainer(plan, load_model(plan.config.model, plan.processes.device, plan.precision))
+    trainer.set_token_budget()
+    return _measure_steps(replace(plan, micro_batch_tokens=trainer.micro_batch_tokens), trainer)
 
 
-def _extrapolated(plan: RunPlan) -> Measured:
+def _extrapolate_from_thin_models(plan: RunPlan) -> StepCost:
     """Two thin models measured; each further layer costs what the second's have cost more than the first's."""
     if plan.config.model.quantization != "none":
         raise EstimateError("a large quantized model cannot be measured thin.")
-    thin = [_thin(plan, layers) for layers in THIN]
-    further = (plan.facts.layers - THIN[0]) / (THIN[1] - THIN[0])
+    thin = [_measure_thin_model(plan, layers) for layers in THIN_LAYERS]
+    further = (plan.facts.layers - THIN_LAYERS[0]) / (THIN_LAYERS[1] - THIN_LAYERS[0])
 
     def at_all(name: str) -> float:
         first, second = (float(getattr(measured, name)) for measured in thin)
@@ -116,7 +116,7 @@ def _extrapolated(plan: RunPlan) -> Measured:
     return replace(thin[1], step=at_all("step"), validation=at_all("validation"), peak=at_all("peak"))
 
 
-def _thin(plan: RunPlan, layers: int) -> Measured:
+def _measure_thin_model(plan: RunPlan, layers: int) -> StepCost:
     """One thin relative measured, with a fresh adapter: one that is saved has all layers.
 
     What fails in it, but for memory, says nothing of the run: its configuration was cut, and its weights are random.
@@ -124,7 +124,7 @@ def _thin(plan: RunPlan, layers: int) -> Measured:
     config = plan.config.replace_keys(peft={"from_adapter": None})
     try:
         model = load_thinned(config.model, layers, plan.processes.device, plan.precision)
-        return _measure(plan, _still(replace(plan, config=config), model))
+        return _measure_steps(plan, _build_still_trainer(replace(plan, config=config), model))
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
             raise
@@ -133,30 +133,30 @@ def _thin(plan: RunPlan, layers: int) -> Measured:
         ) from error
 
 
-def _still(plan: RunPlan, model: Any) -> Trainer:
+def _build_still_trainer(plan: RunPlan, model: Any) -> Trainer:
     """The plan's loop, learning next to nothing: each step is as good as the first, and fails only if that would."""
     still = replace(plan, config=plan.config.replace_keys(training={"lr": STILL_LR}))
     return build_trainer(still, model, CheckpointManager(Path("unused"), ""))
 
 
-def _measure(plan: RunPlan, trainer: Trainer) -> Measured:
+def _measure_steps(plan: RunPlan, trainer: Trainer) -> StepCost:
     """Run sampled steps and validation rows of the plan in this loop, and forget them."""
     device = plan.processes.device
     reset_peak(device)
     in_line = trainer.engine.can_pack
-    sample = _sampled(plan, in_line)
+    sample = _sample_steps(plan, in_line)
     trainer.train_step(sample[0])  # warms up, and is the largest: it sets the peak
     seconds, tokens, steps = 0.0, 0, 0
     started = time.perf_counter()
     for step in sample[1:]:
         seconds += trainer.train_step(step).seconds
-        tokens += step_tokens(plan, step, in_line)
+        tokens += count_step_tokens(plan, step, in_line)
         steps += 1
         if time.perf_counter() - started > BUDGET_SECONDS / 2:
             break
     validation = _validation_seconds(plan, trainer) if plan.validation is not None else 0.0
     peak = float(peak_bytes(device))
-    return Measured(seconds / tokens, validation, peak, steps, in_line, plan.micro_batch_tokens)
+    return StepCost(seconds / tokens, validation, peak, steps, in_line, plan.micro_batch_tokens)
 
 
 def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
@@ -170,21 +170,21 @@ def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
     return (time.perf_counter() - started) / int(some.lengths.sum())
 
 
-def _sampled(plan: RunPlan, in_line: bool) -> list[StepPlan]:
+def _sample_steps(plan: RunPlan, in_line: bool) -> list[StepPlan]:
     """The step with the largest micro-batch among a sample, then steps spread evenly over the run."""
-    steps = _some_steps(plan, COUNTED_STEPS)
-    largest = max(steps, key=lambda step: max(_micro_batches(plan, step, in_line)))
+    steps = _first_steps(plan, COUNTED_STEPS)
+    largest = max(steps, key=lambda step: max(_micro_batch_sizes(plan, step, in_line)))
     spread = np.unique(np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int))
     return [largest, *(steps[i] for i in spread)]
 
 
-def _some_steps(plan: RunPlan, count: int) -> Sequence[StepPlan]:
+def _first_steps(plan: RunPlan, count: int) -> Sequence[StepPlan]:
     """All steps of the run, or the first so many: every order is random."""
     total = min(count, plan.schedule.total_steps)
     return [step for step, _ in zip(plan.schedule.steps(), range(total), strict=False)]
 
 
-def _micro_batches(plan: RunPlan, step: StepPlan, in_line: bool) -> list[int]:
+def _micro_batch_sizes(plan: RunPlan, step: StepPlan, in_line: bool) -> list[int]:
     """The tokens of each micro-batch that this process makes of a step, with its padding."""
     lengths, budget = plan.train.lengths, plan.micro_batch_tokens
     mine = share(step.examples, lengths, plan.processes.index, plan.processes.count)
@@ -192,17 +192,17 @@ def _micro_batches(plan: RunPlan, step: StepPlan, in_line: bool) -> list[int]:
     return [int(part.sum()) if in_line else len(part) * int(part.max()) for part in parts]
 
 
-def step_tokens(plan: RunPlan, step: StepPlan, in_line: bool) -> int:
+def count_step_tokens(plan: RunPlan, step: StepPlan, in_line: bool) -> int:
     """Tokens of a step's micro-batches with their padding: what its time is nearly proportional to."""
-    return sum(_micro_batches(plan, step, in_line))
+    return sum(_micro_batch_sizes(plan, step, in_line))
 
 
-def _tokens_of_run(plan: RunPlan, in_line: bool) -> float:
-    steps = _some_steps(plan, COUNTED_STEPS)
-    return sum(step_tokens(plan, step, in_line) for step in steps) * plan.schedule.total_steps / len(steps)
+def _count_run_tokens(plan: RunPlan, in_line: bool) -> float:
+    steps = _first_steps(plan, COUNTED_STEPS)
+    return sum(count_step_tokens(plan, step, in_line) for step in steps) * plan.schedule.total_steps / len(steps)
 
 
-def _validations(plan: RunPlan) -> int:
+def _count_validations(plan: RunPlan) -> int:
     """Validations of the run, that of the base included."""
     every = plan.config.training.eval_steps or plan.schedule.steps_per_epoch
     due = plan.schedule.total_steps // every

@@ -1,4 +1,4 @@
-"""How the adapter's numbers are spread: histograms of its weights and gradients, for the trackers."""
+"""Histograms of the adapter's weights and gradients, for the trackers."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-BINS = 32
-AT_ONCE = 2**22  # numbers binned together, which takes some 100 MB
+BINS = 32  # from the least to the greatest number
+NUMBERS_AT_ONCE = 2**22  # numbers binned together, which takes some 100 MB
 
 
-class Histograms(Callback):
-    """Writes histograms.jsonl: at step 1, every so many steps and at the last, how weights and gradients are spread.
+class HistogramWriter(Callback):
+    """Writes histograms of weights and gradients to histograms.jsonl: at step 1, every `every` steps, and at the last.
 
-    A line is `{"step", "histograms": {"weights": {name: ...}, "gradients": {name: ...}}}`, each as `histograms` gives
-    it: the weights before the step's update, the gradients of the whole step before clipping. What fails is said once
-    and ends no run.
+    A line is `{"step", "histograms": {"weights": {name: ...}, "gradients": {name: ...}}}`, with histograms of
+    `compute_histograms`: of the weights before the step's update, and of the step's gradients before clipping. A
+    failure is logged once; the run continues without histograms.
 
     Args:
         path: the journal.
@@ -47,10 +47,10 @@ class Histograms(Callback):
     def on_gradients(self, trainer: Any, step: int) -> None:
         if self._parameters and (step % self._every == 0 or step in (1, trainer.schedule.total_steps)):
             try:
-                self._journal.write({"step": step, "histograms": _of_step(self._parameters)})
+                self._journal.write({"step": step, "histograms": _step_histograms(self._parameters)})
             except Exception as error:
                 self._parameters = {}
-                logger.warning("step %d: no histograms from here on: %s Training goes on.", step, describe_error(error))
+                logger.warning("step %d: no more histograms: %s Training continues.", step, describe_error(error))
                 logger.debug("in the histograms", exc_info=True)
 
     def on_train_end(self, trainer: Any) -> None:
@@ -61,13 +61,13 @@ class Histograms(Callback):
 
 
 def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
-    """What trains, by its place in the base model: MODULE.A, MODULE.B and DoRA's MODULE.magnitude; others by their own.
+    """The trainable parameters by name: MODULE.A, MODULE.B, DoRA's MODULE.magnitude; others keep their own name.
 
-    Of PiSSA, A and B are the trained halves.
+    With PiSSA, A and B are the trained halves.
     """
     try:
         modules = adapter_modules(model)
-    except LensError:  # modules trained whole alone, or adapters that are no pair of matrices
+    except LensError:  # fully trained modules only, or adapters that are no pair of matrices
         modules = ()
     names = {id(p): f"{m.name}.{end}" for m in modules for p, end in zip(m.parameters, _ENDS, strict=False)}
     return {names.get(id(p)) or plain_name(n).replace(".modules_to_save.default", ""): p for n, p in trainable(model)}
@@ -76,24 +76,23 @@ def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
 _ENDS = ("A", "B", "magnitude")  # of AdapterModule.parameters
 
 
-def _of_step(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, dict[str, Any]]:
-    """Of the weights and the gradients, brought from the device together."""
+def _step_histograms(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, dict[str, Any]]:
+    """Histograms of weights and gradients, brought from the device together."""
     tensors = {("weights", name): p.detach() for name, p in parameters.items()}
     tensors |= {("gradients", name): p.grad for name, p in parameters.items() if p.grad is not None}
     found: dict[str, dict[str, Any]] = {"weights": {}, "gradients": {}}
-    for (kind, name), histogram in histograms(tensors).items():
+    for (kind, name), histogram in compute_histograms(tensors).items():
         found[kind][name] = histogram
     return found
 
 
-def histograms(tensors: Mapping[Any, Tensor]) -> dict[Any, dict[str, Any]]:
-    """For each tensor `{"counts": [...], "low": x, "high": y}`: its numbers in 32 equal bins from least to greatest.
+def compute_histograms(tensors: Mapping[Any, Tensor]) -> dict[Any, dict[str, Any]]:
+    """For each tensor `{"counts": [...], "low": x, "high": y}`: counts in 32 equal bins.
 
-    Numbers that are not finite are in no bin; where there are any, `not_finite` says how many. Where all are one
-    number, that is `low` and `high`, and the last bin has them; where there is none, both are 0.
+    Numbers that are not finite are in no bin; `not_finite` counts them where there are any. If all numbers are equal,
+    `low` and `high` are that number, and the last bin holds them all; if none is finite, both are 0.
 
-    Cost: some ten passes over the numbers, in calls for all tensors of one size together, and one synchronisation a
-    device.
+    Cost: about ten passes over the numbers, batched over tensors of one size, and one synchronization per device.
     """
     alike: dict[tuple[torch.device, int], list[Any]] = defaultdict(list)
     for name, tensor in tensors.items():
@@ -101,24 +100,24 @@ def histograms(tensors: Mapping[Any, Tensor]) -> dict[Any, dict[str, Any]]:
     tables: dict[torch.device, list[Tensor]] = defaultdict(list)
     names: dict[torch.device, list[Any]] = defaultdict(list)
     for (device, _), group in alike.items():
-        tables[device].append(_binned(_rows([tensors[name] for name in group])))
+        tables[device].append(_bin_rows(_stack_rows([tensors[name] for name in group])))
         names[device] += group
     found: dict[Any, dict[str, Any]] = {}
     for device, parts in tables.items():
         table = torch.cat(parts).cpu().numpy()  # a sync point
-        found |= {name: _unpacked(row) for name, row in zip(names[device], table, strict=True)}
+        found |= {name: _unpack_histogram(row) for name, row in zip(names[device], table, strict=True)}
     return {name: found[name] for name in tensors}
 
 
-def _rows(tensors: Sequence[Tensor]) -> Tensor:
-    """(tensors, numbers) float32; one alone, which may be a whole embedding, is not copied."""
+def _stack_rows(tensors: Sequence[Tensor]) -> Tensor:
+    """(tensors, numbers) float32. A single tensor, which may be a whole embedding, is not copied."""
     flat = [tensor.detach().flatten() for tensor in tensors]
     return (flat[0][None] if len(flat) == 1 else torch.stack(flat)).float()
 
 
-def _binned(rows: Tensor) -> Tensor:
+def _bin_rows(rows: Tensor) -> Tensor:
     """(tensors, BINS + 3) int32: counts, how many are not finite, and the bits of `low` and `high` in float32."""
-    parts = rows.split(max(1, AT_ONCE // len(rows)), 1)
+    parts = rows.split(max(1, NUMBERS_AT_ONCE // len(rows)), 1)
     low = torch.stack([torch.where(part.isfinite(), part, torch.inf).amin(1) for part in parts]).amin(0)
     high = torch.stack([torch.where(part.isfinite(), part, -torch.inf).amax(1) for part in parts]).amax(0)
     counts = torch.zeros(len(rows), BINS + 1, dtype=torch.int32, device=rows.device)
@@ -131,7 +130,7 @@ def _binned(rows: Tensor) -> Tensor:
     return torch.cat([counts, *ends], 1)
 
 
-def _unpacked(row: np.ndarray) -> dict[str, Any]:
+def _unpack_histogram(row: np.ndarray) -> dict[str, Any]:
     low, high = row[BINS + 1 :].view(np.float32).tolist()
     lost = {"not_finite": int(row[BINS])} if row[BINS] else {}
     return {"counts": row[:BINS].tolist(), "low": low, "high": high, **lost}

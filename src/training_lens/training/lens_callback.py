@@ -22,10 +22,10 @@ from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-KEPT = [f.name for f in fields(StepReport) if f.name in MEASURES[LOSS]]
+LOSS_MEASURES = [f.name for f in fields(StepReport) if f.name in MEASURES[LOSS]]
 
 
-class LensCallback(Callback):
+class CaptureCallback(Callback):
     """Drives a lens from the loop's events; the loop knows nothing of it.
 
     Args:
@@ -36,7 +36,7 @@ class LensCallback(Callback):
         self.lens, self._settings = lens, settings
 
     @property
-    def seconds(self) -> float:
+    def capture_seconds(self) -> float:
         """Time spent capturing so far, in all."""
         return sum(self.lens.seconds.values())
 
@@ -50,7 +50,7 @@ class LensCallback(Callback):
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         max_norm, norm = trainer.settings.max_grad_norm, torch.tensor(report.grad_norm, dtype=torch.float64)
         clip = float(clip_factor(norm, max_norm)) if max_norm else 1.0
-        self.lens.record(report.step, {"clip": clip, **{name: getattr(report, name) for name in KEPT}})
+        self.lens.record(report.step, {"clip": clip, **{name: getattr(report, name) for name in LOSS_MEASURES}})
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         self.lens.evaluation(step, report.loss, base=base)
@@ -66,7 +66,7 @@ class LensCallback(Callback):
         self.lens.stop(failed=True)
 
 
-def lens_of(plan: RunPlan, run: RunFolder) -> LensCallback | None:
+def build_capture_callback(plan: RunPlan, run: RunFolder) -> CaptureCallback | None:
     """The lens that the config asks for; None where it is off."""
     config, rows = plan.config, plan.validation or plan.train
     if not config.lens.enabled:
@@ -79,10 +79,10 @@ def lens_of(plan: RunPlan, run: RunFolder) -> LensCallback | None:
         "train_examples": len(plan.train),
     }
     probe = Probe.of_dataset(rows, config.lens.probe_tokens, fill_id=plan.tokenizer.eos_token_id)
-    return LensCallback(TrainingLensFramework(run.lens, config.lens, probe=probe), settings)
+    return CaptureCallback(TrainingLensFramework(run.lens, config.lens, probe=probe), settings)
 
 
-def look_back(run: RunFolder) -> Path | None:
+def write_lens_report(run: RunFolder) -> Path | None:
     """Write the report of a run that ended, and log three lines of it; None where that failed, which is logged.
 
     What the lens cannot read ends no run: its adapter is saved by now.

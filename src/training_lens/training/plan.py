@@ -37,7 +37,7 @@ from training_lens.models.factory import (
 )
 from training_lens.models.quantization import check_quantization
 from training_lens.training.loop.lr_schedule import count_warmup_steps, default_lr, describe_run_length
-from training_lens.training.loop.memory_budget import Footprint, footprint, planned
+from training_lens.training.loop.memory_budget import Footprint, estimate_footprint, plan_token_budget
 from training_lens.training.loop.trainer import LoopPlan
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import require_writable, write_text
@@ -70,7 +70,7 @@ class RunPlan:
     micro_batch_tokens: int
 
     @property
-    def loop(self) -> LoopPlan:
+    def loop_plan(self) -> LoopPlan:
         """What the training loop needs of this plan."""
         return LoopPlan(
             dataset=self.train,
@@ -112,7 +112,7 @@ class RunPlan:
         """The domains of the training examples, sorted."""
         return sorted({d for d in self.train.domains if d is not None})
 
-    def numbers(self) -> dict[str, int | float]:
+    def count_rows_and_steps(self) -> dict[str, int | float]:
         """Rows, batches and steps of the run."""
         return {
             "train_examples": len(self.train),
@@ -145,18 +145,18 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
         CollectorRegistry.get(name)
     processes = Processes(device)
     facts, tokenizer = read_tokenizer(config)
-    resolved = _train_new_rows(_resolve(config, facts, tokenizer, precision), facts, tokenizer)
+    resolved = _train_new_embeddings(_resolve_config(config, facts, tokenizer, precision), facts, tokenizer)
     parameters, adaptation, needs = _check_model(resolved, device, precision)
-    splits = _prepare(resolved, tokenizer, processes, progress)
-    train, validation = _datasets(resolved, splits)
+    splits = _prepare_splits(resolved, tokenizer, processes, progress)
+    train, validation = _select_datasets(resolved, splits)
     duplicates = count_duplicates(train, validation)
     training = resolved.training
     per_step = global_batch or training.batch_size * training.gradient_accumulation_steps * processes.count
-    schedule = _schedule(resolved, train, splits["train"], per_step)
+    schedule = _build_schedule(resolved, train, splits["train"], per_step)
     for line in describe_run_length(training, schedule):
         logger.info("%s", line)
     asked = training.micro_batch_tokens
-    budget = processes.reduce_min(planned(needs, device, processes.count)) if asked == "auto" else asked
+    budget = processes.reduce_min(plan_token_budget(needs, device, processes.count)) if asked == "auto" else asked
     return RunPlan(
         resolved, facts, parameters, adaptation, tokenizer, precision, train, validation, splits, duplicates, schedule,
         processes, budget,
@@ -182,19 +182,19 @@ def resolve_texts(config: TrainingConfig, facts: ModelFacts, tokenizer: Any) -> 
     return config.replace_keys(model={"seq_len": resolve_seq_len(config.model, facts)}, data=data)
 
 
-def preparation_of(config: TrainingConfig, tokenizer: Any) -> Preparation:
+def build_preparation(config: TrainingConfig, tokenizer: Any) -> Preparation:
     """What decides the tokens of a run, from a config that `resolve_texts` settled."""
     assert config.model.seq_len is not None
     renderer = build_renderer(config.data, tokenizer)
     return Preparation(config.data, renderer, TextEncoder(tokenizer), config.model.seq_len, tokenizer_hash(tokenizer))
 
 
-def cache_of(config: TrainingConfig) -> Path:
+def token_cache_folder(config: TrainingConfig) -> Path:
     """The folder of tokenized splits, shared by all runs."""
     return Path(config.output.base_output_dir) / "cache"
 
 
-def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precision: Precision) -> TrainingConfig:
+def _resolve_config(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precision: Precision) -> TrainingConfig:
     settled = resolve_texts(config, facts, tokenizer)
     lr = config.training.lr or default_lr(facts.width)
     logger.info("model: %s, width %d; up to %d tokens an example", config.model.id, facts.width, settled.model.seq_len)
@@ -213,7 +213,7 @@ def _resolve(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precisio
     )
 
 
-def _train_new_rows(config: TrainingConfig, facts: ModelFacts, tokenizer: Any) -> TrainingConfig:
+def _train_new_embeddings(config: TrainingConfig, facts: ModelFacts, tokenizer: Any) -> TrainingConfig:
     """The config with embedding and head among the modules trained whole, where model.resize_embeddings adds rows."""
     added = required_rows(tokenizer) - facts.vocabulary
     if added <= 0 or not config.model.resize_embeddings or config.peft.from_adapter:
@@ -242,11 +242,13 @@ def _check_model(
     parameters = count_parameters(skeleton).total
     adaptation = check_adapter(skeleton, config.peft)
     log_adaptation(adaptation)
-    return parameters, adaptation, footprint(skeleton, config, precision)
+    return parameters, adaptation, estimate_footprint(skeleton, config, precision)
 
 
-def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progress: Progress) -> dict[str, Split]:
-    preparation, cache = preparation_of(config, tokenizer), cache_of(config)
+def _prepare_splits(
+    config: TrainingConfig, tokenizer: Any, processes: Processes, progress: Progress
+) -> dict[str, Split]:
+    preparation, cache = build_preparation(config, tokenizer), token_cache_folder(config)
     sources = {"train": config.data.train, "validation": config.data.validation_sources}
     splits: dict[str, Split] = {}
     with processes.main_first():
@@ -259,7 +261,7 @@ def _prepare(config: TrainingConfig, tokenizer: Any, processes: Processes, progr
     return splits
 
 
-def _datasets(config: TrainingConfig, splits: dict[str, Split]) -> tuple[TokenDataset, TokenDataset | None]:
+def _select_datasets(config: TrainingConfig, splits: dict[str, Split]) -> tuple[TokenDataset, TokenDataset | None]:
     """The training and validation examples: given apart, held out, or training alone; training at most max_examples."""
     seed, everything = config.training.seed, splits["train"].dataset
     validation = splits["validation"].dataset if "validation" in splits else None
@@ -302,7 +304,7 @@ def count_duplicates(train: TokenDataset, validation: TokenDataset | None) -> di
     return {"repeated_train_examples": repeated, "validation_examples_in_train": shared}
 
 
-def _schedule(config: TrainingConfig, train: TokenDataset, split: Split, global_batch: int) -> Schedule:
+def _build_schedule(config: TrainingConfig, train: TokenDataset, split: Split, global_batch: int) -> Schedule:
     training, mix = config.training, None
     if config.data.weights is not None:
         entries = np.array([split.entries[file] for file in train.files])
@@ -317,7 +319,7 @@ def _schedule(config: TrainingConfig, train: TokenDataset, split: Split, global_
     return Schedule(len(train), global_batch, training.epochs, training.max_steps, training.seed, mix)
 
 
-def with_rows_as_files(config: TrainingConfig, folder: Path) -> TrainingConfig:
+def write_rows_as_files(config: TrainingConfig, folder: Path) -> TrainingConfig:
     """The config with in-memory rows written to JSONL files in `folder`, named by content: all else knows files."""
 
     def as_files(rows: list[str] | list[dict[str, Any]] | None, key: str) -> list[str] | None:

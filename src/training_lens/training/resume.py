@@ -12,16 +12,16 @@ from training_lens.data.batching import Schedule
 from training_lens.data.token_cache import open_cached
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.runs.run_folder import RunFolder, read_metrics
-from training_lens.training.plan import RunPlan, cache_of
+from training_lens.training.plan import RunPlan, token_cache_folder
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 
 logger = get_logger(__name__)
 # They change no result but for rounding, so they may differ from start to start and from machine to machine.
 FREE_KEYS = (*("model.device", "model.accept_changed_base", "training.micro_batch_tokens", "training.logging_steps"),)
-WHERE_RUNS_ARE = ("output.base_output_dir", "output.experiment_name")
+LOCATION_KEYS = ("output.base_output_dir", "output.experiment_name")
 # What a config may leave to the run (null or auto), which then writes what it chose into its own config.
-LEFT_OPEN = ("model.seq_len", "data.template", "data.date", "training.lr", "training.precision")
+AUTO_KEYS = ("model.seq_len", "data.template", "data.date", "training.lr", "training.precision")
 
 
 def select_changes(run: RunFolder, recorded: TrainingConfig, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -31,18 +31,18 @@ def select_changes(run: RunFolder, recorded: TrainingConfig, settings: Mapping[s
         ConfigurationError: lists each key in which they differ, and says how another run begins where this one is.
     """
     given = TrainingConfig.model_validate(settings)
-    mine, theirs = _flatten(given.explicit_values()), _flatten(recorded.model_dump())
+    mine, theirs = _flatten_keys(given.explicit_values()), _flatten_keys(recorded.model_dump())
     different = [
         key
         for key, value in mine.items()
-        if key not in (*FREE_KEYS, *WHERE_RUNS_ARE)
+        if key not in (*FREE_KEYS, *LOCATION_KEYS)
         and value != theirs[key]
-        and not (key in LEFT_OPEN and value in (None, "auto"))
+        and not (key in AUTO_KEYS and value in (None, "auto"))
     ]
     if different:
         lines = [f"\n  - {key}: the run has {theirs[key]!r}, you gave {mine[key]!r}" for key in different]
         raise ConfigurationError(
-            f"the run {run.run_id} has other settings:{''.join(lines)}\n{_describe_way(different)}"
+            f"the run {run.run_id} has other settings:{''.join(lines)}\n{_describe_ways_to_resume(different)}"
         )
     free: dict[str, dict[str, Any]] = {}
     for section, name in (key.split(".") for key in FREE_KEYS if key in mine):
@@ -50,7 +50,7 @@ def select_changes(run: RunFolder, recorded: TrainingConfig, settings: Mapping[s
     return free
 
 
-def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of all keys of the schema that are there; a mapping that is the value of a key stays whole."""
     found: dict[str, Any] = {}
     for key in known_keys(TrainingConfig):
@@ -61,7 +61,7 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _describe_way(keys: Sequence[str]) -> str:
+def _describe_ways_to_resume(keys: Sequence[str]) -> str:
     lengths = [key for key in keys if key in ("training.epochs", "training.max_steps")]
     schedule = (
         f"{' and '.join(lengths)} would change the learning rate of every step, of those that are done, too. "
@@ -98,7 +98,7 @@ def require_same_tokens(run: RunFolder, plan: RunPlan) -> None:
     recorded = run.read_metadata("data.json")
     if recorded["fingerprint"] == plan.fingerprint:
         return
-    if not (_has_tokens(recorded, plan) and _holds_out_the_same(run, plan)):
+    if not (_has_tokens(recorded, plan) and _has_same_held_out(run, plan)):
         raise CheckpointError(
             f"the training data of {run.run_id} is no longer what it was: a file, the tokenizer or this program "
             "changed since. Put the old ones back to resume, or start a new run."
@@ -110,13 +110,13 @@ def _has_tokens(recorded: Mapping[str, Any], plan: RunPlan) -> bool:
     """Whether the plan has the recorded training tokens, which an earlier version left in the cache alone."""
     fingerprint, _, examples = recorded["fingerprint"].partition(":")
     tokens = recorded.get("tokens", {}).get("train")
-    if tokens is None and (cached := open_cached(fingerprint, cache_of(plan.config))):
+    if tokens is None and (cached := open_cached(fingerprint, token_cache_folder(plan.config))):
         tokens = cached.source.content_hash
     is_same: bool = tokens == plan.splits["train"].dataset.source.content_hash
     return is_same and examples == str(len(plan.train))
 
 
-def _holds_out_the_same(run: RunFolder, plan: RunPlan) -> bool:
+def _has_same_held_out(run: RunFolder, plan: RunPlan) -> bool:
     if not (run.metadata / "held_out.json").is_file() or plan.validation is None:
         return True
     held_out: list[str] = run.read_metadata("held_out.json")

@@ -29,8 +29,8 @@ from training_lens.models.fast.install import uninstall_kernels
 from training_lens.models.stored import base_record, check_base, require_local_folder
 from training_lens.models.tokenizer_files import save_tokenizer
 from training_lens.runs.run_folder import RunFolder, new_run_id, runs_folder
-from training_lens.training.histograms import Histograms
-from training_lens.training.lens_callback import lens_of, look_back
+from training_lens.training.histograms import HistogramWriter
+from training_lens.training.lens_callback import build_capture_callback, write_lens_report
 from training_lens.training.loop.callbacks import (
     WIDE,
     Callback,
@@ -42,7 +42,7 @@ from training_lens.training.loop.callbacks import (
 from training_lens.training.loop.checkpoint_manager import ADAPTER, CheckpointManager, TrainingState
 from training_lens.training.loop.memory_budget import explain_out_of_memory
 from training_lens.training.loop.trainer import Trainer
-from training_lens.training.plan import RunPlan, plan_run, with_rows_as_files
+from training_lens.training.plan import RunPlan, plan_run, write_rows_as_files
 from training_lens.training.resume import (
     check_schedule,
     read_global_batch,
@@ -50,8 +50,8 @@ from training_lens.training.resume import (
     require_unfinished,
     select_changes,
 )
-from training_lens.training.samples import Samples
-from training_lens.training.summary import TrainingSummary, status_after, summarize, write_summary
+from training_lens.training.samples import SampleWriter
+from training_lens.training.summary import TrainingSummary, status_after_error, summarize_run, write_summary
 from training_lens.utils.devices import get_device
 from training_lens.utils.files import atomic_folder, list_files, require_writable
 from training_lens.utils.formatting import format_count
@@ -98,15 +98,15 @@ class TrainingWrapper:
         output = self._config.output
         if output.run_id:
             RunFolder(runs_folder(output.base_output_dir, output.experiment_name) / output.run_id).require_new()
-        return self._plan()
+        return self._plan_run()
 
-    def _plan(self, global_batch: int | None = None) -> RunPlan:
+    def _plan_run(self, global_batch: int | None = None) -> RunPlan:
         """The plan, whether the run is there already (to go on with it, with its global batch) or not."""
         asked_for(self._config)  # a tracker that cannot be imported is wrong usage, and found before anything starts
         base = Path(self._config.output.base_output_dir)
         require_writable(base, "output.base_output_dir")
-        with _files_explained():
-            config = with_rows_as_files(self._config, base / "cache" / "rows")
+        with _explain_file_errors():
+            config = write_rows_as_files(self._config, base / "cache" / "rows")
             return plan_run(config, Progress(self._console), global_batch)
 
     def train(self) -> TrainingSummary:
@@ -122,9 +122,9 @@ class TrainingWrapper:
         if plan.processes.is_main:
             begun = plan.config.replace_keys(output={"run_id": run_id})
             run.create(lambda folder: self._write_metadata(folder, run.root, begun, plan))
-        with _alone(run, plan):
+        with _lock_run(run, plan):
             plan.processes.wait_for_all()
-            return self._train(run, plan, resume=False)
+            return self._train_run(run, plan, resume=False)
 
     @classmethod
     def resume(
@@ -158,20 +158,24 @@ class TrainingWrapper:
         config = config.replace_keys(output={"base_output_dir": str(locate_outputs(run))})
         check_base(run.base_record, config.model)
         wrapper = cls(config, console=console, callbacks=callbacks, integrations=integrations)
-        plan = wrapper._plan(read_global_batch(run))
+        plan = wrapper._plan_run(read_global_batch(run))
         require_same_tokens(run, plan)
         check_schedule(run, plan.schedule, plan.processes)
-        with _alone(run, plan):
-            return wrapper._train(run, plan, resume=True)
+        with _lock_run(run, plan):
+            return wrapper._train_run(run, plan, resume=True)
 
-    def _train(self, run: RunFolder, plan: RunPlan, resume: bool) -> TrainingSummary:
+    def _train_run(self, run: RunFolder, plan: RunPlan, resume: bool) -> TrainingSummary:
         if plan.processes.is_main:
             write_summary(run, TrainingSummary(str(run.root), "running"))
             remember_consent(run.root, plan.config)
-        with TrainingLogger(run.logs / "run.log"), self._tracked(run, plan), explain_out_of_memory(plan.config):
+        with (
+            TrainingLogger(run.logs / "run.log"),
+            self._send_while_training(run, plan),
+            explain_out_of_memory(plan.config),
+        ):
             logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
             recorded = run.read_metadata("data.json")["fingerprint"] if resume else None
-            trainer, parameters = self._assemble(run, plan, recorded)
+            trainer, parameters = self._build_trainer(run, plan, recorded)
             if plan.processes.is_main and not run.base_record.is_file():  # a hub's weights are there only now
                 write_sealed(run.base_record, base_record(plan.config.model))
             try:
@@ -181,7 +185,7 @@ class TrainingWrapper:
             except BaseException as error:
                 logger.debug("the run ends: %s", error, exc_info=True)
                 if plan.processes.is_main:
-                    write_summary(run, summarize(run, status_after(error), trainer, parameters))
+                    write_summary(run, summarize_run(run, status_after_error(error), trainer, parameters))
                 if isinstance(error, InterruptedRunError):
                     raise error.with_advice(f"Go on with it: {run.resume_command}") from error
                 raise
@@ -189,18 +193,18 @@ class TrainingWrapper:
                 uninstall_kernels(
                     trainer.model
                 )  # kernels and modules hold each other: the weights go with who uses them last
-            summary = summarize(run, "finished", trainer, parameters)
+            summary = summarize_run(run, "finished", trainer, parameters)
             if plan.processes.is_main:
                 write_summary(run, summary)
                 if plan.config.lens.enabled and plan.config.lens.report:
-                    look_back(run)
+                    write_lens_report(run)
             return summary
 
-    def _tracked(self, run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
+    def _send_while_training(self, run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
         """The run's integrations, which its main process has for all of them."""
         return tracked(run, self._integrations) if plan.processes.is_main else nullcontext()
 
-    def _assemble(
+    def _build_trainer(
         self, run: RunFolder, plan: RunPlan, fingerprint: str | None = None
     ) -> tuple[Trainer, ParameterCount]:
         """The model with its adapter, and the loop around it.
@@ -213,7 +217,7 @@ class TrainingWrapper:
             plan,
             load_model(config.model, device, plan.precision),
             CheckpointManager(run.checkpoints, fingerprint or plan.fingerprint),
-            self._watchers(run, plan) if plan.processes.is_main else self._callbacks,
+            self._build_callbacks(run, plan) if plan.processes.is_main else self._callbacks,
         )
         parameters = count_parameters(trainer.model)
         logger.info(
@@ -224,24 +228,24 @@ class TrainingWrapper:
         )  # fmt: skip
         return trainer, parameters
 
-    def _watchers(self, run: RunFolder, plan: RunPlan) -> tuple[Callback, ...]:
+    def _build_callbacks(self, run: RunFolder, plan: RunPlan) -> tuple[Callback, ...]:
         every = plan.config.training.logging_steps
         drawn = create_bars(self._console, *progress_columns(self._console.width if self._console else WIDE))
         watchers: list[Callback] = [MetricsCollector(run.metrics_file), LogLines(every, DEBUG if drawn else INFO)]
         if drawn:
             watchers.append(ProgressBar(drawn))
-        if lens := lens_of(plan, run):
+        if lens := build_capture_callback(plan, run):
             watchers.append(lens)
-        return (*watchers, *self._shown(run, plan), *self._callbacks)
+        return (*watchers, *self._build_tracker_callbacks(run, plan), *self._callbacks)
 
-    def _shown(self, run: RunFolder, plan: RunPlan) -> Iterator[Callback]:
+    def _build_tracker_callbacks(self, run: RunFolder, plan: RunPlan) -> Iterator[Callback]:
         """What is written for the trackers, where there are any."""
         tracking = plan.config.tracking
         if tracking.has_display or self._integrations:
             if tracking.histograms_every:
-                yield Histograms(run.histograms_file, tracking.histograms_every)
+                yield HistogramWriter(run.histograms_file, tracking.histograms_every)
             if tracking.samples:
-                yield Samples(run.samples_file, plan)
+                yield SampleWriter(run.samples_file, plan)
 
     def _write_metadata(self, run: RunFolder, home: Path, config: TrainingConfig, plan: RunPlan) -> None:
         """Write the first files of a run into a folder that will be at `home`."""
@@ -249,7 +253,7 @@ class TrainingWrapper:
             "config.json": config.model_dump(),
             "data.json": plan.data_report(),
             "adaptation.json": plan.adaptation.as_json(),
-            "environment.json": _environment(config),
+            "environment.json": _describe_environment(config),
         }
         if config.data.val_ratio and plan.validation is not None:
             files["held_out.json"] = plan.held_out_ids()
@@ -279,11 +283,11 @@ def build_trainer(
     adapted = attach(model, config.peft)
     if config.training.gradient_checkpointing:
         checkpoint_gradients(adapted)
-    return Trainer(adapted, plan.loop, checkpoints, callbacks)
+    return Trainer(adapted, plan.loop_plan, checkpoints, callbacks)
 
 
 @contextmanager
-def _files_explained() -> Iterator[None]:
+def _explain_file_errors() -> Iterator[None]:
     """Within the block, a file that cannot be read is an expected error; a full disk stays what it is."""
     try:
         yield
@@ -297,12 +301,12 @@ def _files_explained() -> Iterator[None]:
         ) from error
 
 
-def _alone(run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
+def _lock_run(run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
     """The run's lock, which its main process holds for all of them."""
     return run.hold_lock() if plan.processes.is_main else nullcontext()
 
 
-def _environment(config: TrainingConfig) -> dict[str, Any]:
+def _describe_environment(config: TrainingConfig) -> dict[str, Any]:
     """What the run ran on: versions, platform, device, threads. Nothing of the environment variables."""
     import torch
 

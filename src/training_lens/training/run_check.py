@@ -17,7 +17,7 @@ from training_lens.runs.checkpoint_format import (
     newest_intact_checkpoint,
 )
 from training_lens.runs.run_folder import RunFolder, read_metrics
-from training_lens.training.plan import cache_of
+from training_lens.training.plan import token_cache_folder
 from training_lens.training.run_repair import (
     drop_damaged_checkpoints,
     find_checkpoint_fault,
@@ -47,7 +47,7 @@ KEPT_ELSEWHERE = "Put back a copy of it; or, where you changed it on purpose, ta
 
 
 @dataclass(frozen=True)
-class Part:
+class RunPart:
     """A part of a run: what of it is found (an error where it is damaged), how it is made anew, or what else helps."""
 
     name: str
@@ -64,26 +64,26 @@ def check_run(run: RunFolder, *, verify: bool = False, repair: bool = False) -> 
         repair: make anew what is damaged and can be; what could not be done is in the remedy.
     """
     for part in (*PARTS, *([WHOLE_BASE] if verify else [])):
-        check = _check(part, run)
+        check = _check_part(part, run)
         if repair and part.repair and not check.ok:
-            check = _repair(part, run, check)
+            check = _repair_part(part, run, check)
         yield check
 
 
-def _check(part: Part, run: RunFolder) -> MachineCheck:
+def _check_part(part: RunPart, run: RunFolder) -> MachineCheck:
     try:
         return MachineCheck(part.name, True, part.look(run))
     except (TrainingLensError, OSError, ValueError, KeyError, TypeError) as error:
         return MachineCheck(part.name, False, describe_error(error), part.remedy)
 
 
-def _repair(part: Part, run: RunFolder, damaged: MachineCheck) -> MachineCheck:
+def _repair_part(part: RunPart, run: RunFolder, damaged: MachineCheck) -> MachineCheck:
     assert part.repair is not None
     try:
         part.repair(run)
     except (TrainingLensError, OSError, ValueError, KeyError, TypeError) as error:
         return replace(damaged, remedy=f"It could not be made anew: {describe_error(error)}")
-    again = _check(part, run)
+    again = _check_part(part, run)
     return replace(again, found=f"made anew: {again.found}") if again.ok else again
 
 
@@ -92,18 +92,18 @@ def _require_undamaged(run: RunFolder, within: str) -> None:
         raise CheckpointError("; ".join(damaged))
 
 
-def _look_at_record(run: RunFolder) -> str:
+def _check_record(run: RunFolder) -> str:
     files = read_recorded_hashes(run.root)
     return f"{len(files)} files" if files else "none: an earlier version wrote the run"
 
 
-def _look_at_metadata(run: RunFolder) -> str:
+def _check_metadata(run: RunFolder) -> str:
     _require_undamaged(run, "metadata")
     read_run_config(run)
     return "as the run wrote it"
 
 
-def _look_at_base(run: RunFolder) -> str:
+def _check_base(run: RunFolder) -> str:
     model = read_run_config(run).model
     if check_base(run.base_record, model):
         return f"{model.id}: the one that the run trained on"
@@ -112,20 +112,20 @@ def _look_at_base(run: RunFolder) -> str:
     return f"{model.id}: not compared, its files are not here or not recorded"
 
 
-def _look_at_whole_base(run: RunFolder) -> str:
+def _check_whole_base(run: RunFolder) -> str:
     model, record = read_run_config(run).model, read_sealed(run.base_record)
     files = base_files(require_local_folder(model))
     recorded: dict[str, str] = record.get("sha256", {})
     found = {path.name: hash_file(path) for path in files}
     if changed := [name for name in found if recorded.get(name, found[name]) != found[name]]:
         raise CheckpointError(f"{', '.join(changed)} of {model.id} changed since the run began")
-    _look_at_base(run)
+    _check_base(run)
     write_sealed(run.base_record, {**record, "sha256": found})
     fresh = len(found.keys() - recorded.keys())
     return f"{len(found)} files compared whole" + (f", {fresh} for the first time: recorded now" if fresh else "")
 
 
-def _look_at_checkpoints(run: RunFolder) -> str:
+def _check_checkpoints(run: RunFolder) -> str:
     folders = list_checkpoints(run.checkpoints)
     problems = [problem for folder in folders if (problem := find_checkpoint_fault(folder))]
     found = newest_intact_checkpoint(run.checkpoints)
@@ -135,23 +135,23 @@ def _look_at_checkpoints(run: RunFolder) -> str:
     return f"{len(folders)}; {way}"
 
 
-def _look_at_summary(run: RunFolder) -> str:
+def _check_summary(run: RunFolder) -> str:
     return run.status
 
 
-def _look_at_adapter(run: RunFolder) -> str:
+def _check_adapter(run: RunFolder) -> str:
     _require_undamaged(run, "artifacts/adapter")
     if run.status == "finished" and not run.adapter.is_dir():
         raise CheckpointError(f"{run.adapter} is missing")
     return "as the run wrote it" if run.adapter.is_dir() else "none yet"
 
 
-def _look_at_tokenizer(run: RunFolder) -> str:
+def _check_tokenizer(run: RunFolder) -> str:
     _require_undamaged(run, "artifacts/tokenizer")
     return "as the run wrote it" if run.tokenizer.is_dir() else "none yet"
 
 
-def _look_at_journal(run: RunFolder) -> str:
+def _check_journal(run: RunFolder) -> str:
     if not run.metrics_file.is_file():
         return "none yet"
     lines = read_text(run.metrics_file).splitlines()
@@ -161,17 +161,17 @@ def _look_at_journal(run: RunFolder) -> str:
     return f"{len(lines)} lines"
 
 
-def _look_at_lens(run: RunFolder) -> str:
+def _check_lens(run: RunFolder) -> str:
     if not run.lens.is_dir():
         return "no captures"
     return f"{len(read_manifest(run.lens).modules)} modules"
 
 
-def _look_at_cost(run: RunFolder) -> str:
+def _check_lens_cost(run: RunFolder) -> str:
     return f"{sum(read_cost(run.lens).values()):.1f} s" if run.lens.is_dir() else "no captures"
 
 
-def _look_at_captures(run: RunFolder) -> str:
+def _check_captures(run: RunFolder) -> str:
     if not run.lens.is_dir():
         return "no captures"
     store = LensStore(run.lens)
@@ -184,32 +184,36 @@ def _look_at_captures(run: RunFolder) -> str:
     return f"{len(store.tables())} tables"
 
 
-def _look_at_listing(run: RunFolder) -> str:
+def _check_capture_listing(run: RunFolder) -> str:
     if not (run.lens / LISTING).is_file():
         return "none: no captures, or an earlier version wrote them"
     return f"{len(read_listing(run.lens))} files"
 
 
-def _look_at_cache(run: RunFolder) -> str:
+def _check_token_cache(run: RunFolder) -> str:
     config, fingerprint = relocate_config(run, read_run_config(run)), read_fingerprint(run)
-    dataset = open_cached(fingerprint, cache_of(config))
+    dataset = open_cached(fingerprint, token_cache_folder(config))
     return f"{len(dataset)} examples" if dataset else "not here: made when it is needed"
 
 
 LEFT_OUT = "Nothing brings it back but a copy; all else is read without it."
 PARTS = (
-    Part("hashes", _look_at_record, record_hashes_again, "--repair records the files as they are now."),
-    Part("metadata", _look_at_metadata, None, KEPT_ELSEWHERE),
-    Part("checkpoints", _look_at_checkpoints, drop_damaged_checkpoints, "--repair deletes the damaged ones."),
-    Part("summary", _look_at_summary, rewrite_summary, "--repair writes it from the newest checkpoint."),
-    Part("base", _look_at_base, record_base, "Put the base back, or take this one: model.accept_changed_base=true."),
-    Part("adapter", _look_at_adapter, restore_run_adapter, "--repair takes it from its checkpoint."),
-    Part("tokenizer", _look_at_tokenizer, rewrite_tokenizer, "--repair writes it from the base's."),
-    Part("journal", _look_at_journal, None, LEFT_OUT),
-    Part("lens", _look_at_lens, rewrite_lens_manifest, "--repair writes lens.json from the adapter and the tables."),
-    Part("lens cost", _look_at_cost, lambda run: (run.lens / COST).unlink(), "--repair deletes it: no file needs it."),
-    Part("lens files", _look_at_listing, rewrite_capture_listing, "--repair lists the captures that are there."),
-    Part("captures", _look_at_captures, None, LEFT_OUT),
-    Part("token cache", _look_at_cache, rebuild_token_cache, "--repair makes it anew, as does the next run."),
+    RunPart("hashes", _check_record, record_hashes_again, "--repair records the files as they are now."),
+    RunPart("metadata", _check_metadata, None, KEPT_ELSEWHERE),
+    RunPart("checkpoints", _check_checkpoints, drop_damaged_checkpoints, "--repair deletes the damaged ones."),
+    RunPart("summary", _check_summary, rewrite_summary, "--repair writes it from the newest checkpoint."),
+    RunPart("base", _check_base, record_base, "Put the base back, or take this one: model.accept_changed_base=true."),
+    RunPart("adapter", _check_adapter, restore_run_adapter, "--repair takes it from its checkpoint."),
+    RunPart("tokenizer", _check_tokenizer, rewrite_tokenizer, "--repair writes it from the base's."),
+    RunPart("journal", _check_journal, None, LEFT_OUT),
+    RunPart("lens", _check_lens, rewrite_lens_manifest, "--repair writes lens.json from the adapter and the tables."),
+    RunPart(
+        "lens cost", _check_lens_cost, lambda run: (run.lens / COST).unlink(), "--repair deletes it: no file needs it."
+    ),
+    RunPart(
+        "lens files", _check_capture_listing, rewrite_capture_listing, "--repair lists the captures that are there."
+    ),
+    RunPart("captures", _check_captures, None, LEFT_OUT),
+    RunPart("token cache", _check_token_cache, rebuild_token_cache, "--repair makes it anew, as does the next run."),
 )
-WHOLE_BASE = Part("whole base", _look_at_whole_base, None, "Put the base back that the run trained on.")
+WHOLE_BASE = RunPart("whole base", _check_whole_base, None, "Put the base back that the run trained on.")

@@ -30,7 +30,7 @@ from training_lens.runs.checkpoint_format import (
 )
 from training_lens.runs.run_folder import RunFolder, read_metrics
 from training_lens.training.loop.checkpoint_manager import ADAPTER, STATE
-from training_lens.training.plan import cache_of, read_tokenizer
+from training_lens.training.plan import read_tokenizer, token_cache_folder
 from training_lens.training.run import TrainingWrapper
 from training_lens.training.summary import TrainingSummary, write_summary
 from training_lens.utils.files import atomic_folder, hash_file, list_files, read_json
@@ -43,13 +43,13 @@ from training_lens.utils.integrity import (
     write_sealed,
 )
 
-OWN_HASH = ("metadata/summary.json", "metadata/base.json", f"lens/{LENS}", f"lens/{COST}", f"lens/{LISTING}")
-REWRITTEN = ("metadata/process.json", "metadata/tags.json")
+SEALED_FILES = ("metadata/summary.json", "metadata/base.json", f"lens/{LENS}", f"lens/{COST}", f"lens/{LISTING}")
+UNRECORDED_FILES = ("metadata/process.json", "metadata/tags.json")
 
 
 def accept_run(run: RunFolder) -> None:
     """Take all files of a run as they are now: their hashes are recorded anew."""
-    for name in OWN_HASH:
+    for name in SEALED_FILES:
         if (path := run.root / name).is_file():
             write_sealed(path, {key: value for key, value in read_json(path).items() if key != CHECKSUM})
     if (run.lens / LISTING).is_file():
@@ -60,7 +60,7 @@ def accept_run(run: RunFolder) -> None:
 def record_hashes_again(run: RunFolder) -> None:
     (run.root / RECORDS[0]).unlink(missing_ok=True)
     files = [*run.metadata.glob("*.json"), *list_files(run.adapter), *list_files(run.tokenizer)]
-    skipped = {run.root / name for name in (*OWN_HASH, *REWRITTEN)}
+    skipped = {run.root / name for name in (*SEALED_FILES, *UNRECORDED_FILES)}
     record_hashes(run.root, [path for path in files if path not in skipped])
 
 
@@ -169,7 +169,7 @@ def rewrite_capture_listing(run: RunFolder) -> None:
 
 def rebuild_token_cache(run: RunFolder) -> None:
     config, fingerprint = relocate_config(run, open_run_config(run, {}, *RESUME_KEYS)), read_fingerprint(run)
-    shutil.rmtree(cached_folder(fingerprint, cache_of(config)))
+    shutil.rmtree(cached_folder(fingerprint, token_cache_folder(config)))
     TrainingWrapper(config).plan()
 
 

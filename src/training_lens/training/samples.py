@@ -30,7 +30,7 @@ OPENING = 8  # tokens of a text that is learned from its start, given to the mod
 
 
 @dataclass(frozen=True)
-class Prompt:
+class SamplePrompt:
     """The tokens before a row's first answer, and those of the answer that it should get; `id` is the row's."""
 
     id: str
@@ -38,7 +38,7 @@ class Prompt:
     expected: list[int]
 
 
-class Samples(Callback):
+class SampleWriter(Callback):
     """Writes samples.jsonl: at every validation what the model answers greedily to a few prompts, at step 0 the base.
 
     A line is `{"step", "base", "samples": [{"id", "prompt", "expected", "generated"}]}`. The prompts are of rows spread
@@ -53,20 +53,20 @@ class Samples(Callback):
     def __init__(self, path: Path, plan: RunPlan) -> None:
         tracking = plan.config.tracking
         self._journal, self._plan = Journal(path), plan
-        self._prompts = prompts_of(plan.validation or plan.train, tracking.samples, tracking.sample_tokens)
+        self._prompts = select_prompts(plan.validation or plan.train, tracking.samples, tracking.sample_tokens)
         self._settings = InferenceSection(max_new_tokens=tracking.sample_tokens, batch_tokens=plan.micro_batch_tokens)
 
     def on_train_start(self, trainer: Any) -> None:
         self._journal.open(after=trainer.state.step)
         if trainer.validation is None and trainer.state.step == 0:
-            self._answer(trainer, 0, base=True)
+            self._write_samples(trainer, 0, base=True)
 
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         if trainer.validation is None and trainer.is_validation_due(report.step):
-            self._answer(trainer, report.step, base=False)
+            self._write_samples(trainer, report.step, base=False)
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
-        self._answer(trainer, step, base)
+        self._write_samples(trainer, step, base)
 
     def on_train_end(self, trainer: Any) -> None:
         self._journal.close()
@@ -74,12 +74,12 @@ class Samples(Callback):
     def on_exception(self, trainer: Any, error: BaseException) -> None:
         self._journal.close()
 
-    def _answer(self, trainer: Any, step: int, base: bool) -> None:
+    def _write_samples(self, trainer: Any, step: int, base: bool) -> None:
         try:
-            with _aside(trainer):
-                session = self._session(trainer)
+            with _answer_mode(trainer):
+                session = self._open_session(trainer)
                 texts = answers(session, [prompt.ids for prompt in self._prompts], self._settings, base=base)
-            samples = [self._told(prompt, text) for prompt, text in zip(self._prompts, texts, strict=True)]
+            samples = [self._describe_sample(prompt, text) for prompt, text in zip(self._prompts, texts, strict=True)]
             self._journal.write({"step": step, "base": base, "samples": samples})
         except Exception as error:
             logger.warning("step %d: no samples: %s Training goes on.", step, describe_error(error))
@@ -87,29 +87,29 @@ class Samples(Callback):
             if is_out_of_memory(error):
                 free_memory(trainer.processes.device)
 
-    def _session(self, trainer: Any) -> Session:
+    def _open_session(self, trainer: Any) -> Session:
         plan = self._plan
         texts = are_texts(plan.splits["train"].report.mappings.values(), plan.config.data.fields)
         device = trainer.processes.device
         return session_on(trainer.model, plan.tokenizer, plan.config, texts, device, trainer.precision)
 
-    def _told(self, prompt: Prompt, generated: str) -> dict[str, str]:
+    def _describe_sample(self, prompt: SamplePrompt, generated: str) -> dict[str, str]:
         decode = self._plan.tokenizer.decode
         expected = decode(prompt.expected, skip_special_tokens=True)
         return {"id": prompt.id, "prompt": decode(prompt.ids), "expected": expected, "generated": generated}
 
 
-def prompts_of(dataset: TokenDataset, count: int, tokens: int) -> list[Prompt]:
+def select_prompts(dataset: TokenDataset, count: int, tokens: int) -> list[SamplePrompt]:
     """Prompts of `count` rows (fewer where there are fewer), spread evenly over the dataset from its first to its last.
 
     Args:
         tokens: most that is expected of a text that is learned from its start: it has no answer with an end.
     """
     places = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
-    return [_prompt(dataset[int(place)], tokens) for place in places]
+    return [_cut_prompt(dataset[int(place)], tokens) for place in places]
 
 
-def _prompt(example: TokenizedExample, tokens: int) -> Prompt:
+def _cut_prompt(example: TokenizedExample, tokens: int) -> SamplePrompt:
     ids, mask = example.input_ids.tolist(), example.loss_mask
     start = int(mask[1:].argmax()) + 1  # the first token is no target
     if start > 1:
@@ -117,11 +117,11 @@ def _prompt(example: TokenizedExample, tokens: int) -> Prompt:
     else:  # learned from its start
         start = min(OPENING, max(1, len(ids) // 2))
         end = start + tokens
-    return Prompt(example.id, ids[:start], ids[start:end])
+    return SamplePrompt(example.id, ids[:start], ids[start:end])
 
 
 @contextmanager
-def _aside(trainer: Any) -> Iterator[None]:
+def _answer_mode(trainer: Any) -> Iterator[None]:
     """Within the block the model answers, in the run's precision; then it is as it was, and so is the random state."""
     was_training = trainer.model.training
     trainer.model.eval()

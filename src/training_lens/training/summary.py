@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from training_lens.errors import CheckpointError, InterruptedRunError, PrunedRunError
 from training_lens.models.adapters import ParameterCount
 from training_lens.runs.run_folder import RunFolder
-from training_lens.training.lens_callback import LensCallback
+from training_lens.training.lens_callback import CaptureCallback
 from training_lens.training.loop.trainer import Trainer
 from training_lens.utils.devices import peak_bytes
 from training_lens.utils.integrity import write_sealed
@@ -51,14 +51,14 @@ class TrainingSummary:
             return None
 
 
-def status_after(error: BaseException) -> str:
+def status_after_error(error: BaseException) -> str:
     """The status of a run that an error ended: pruned, interrupted or failed."""
     if isinstance(error, PrunedRunError):
         return "pruned"
     return "interrupted" if isinstance(error, InterruptedRunError | KeyboardInterrupt) else "failed"
 
 
-def summarize(run: RunFolder, status: str, trainer: Trainer, parameters: ParameterCount) -> TrainingSummary:
+def summarize_run(run: RunFolder, status: str, trainer: Trainer, parameters: ParameterCount) -> TrainingSummary:
     """What is known of a run by now; the validation loss is the best one, whose adapter is saved."""
     state = trainer.state
     validated = state.best_step > 0
@@ -79,7 +79,7 @@ def summarize(run: RunFolder, status: str, trainer: Trainer, parameters: Paramet
         total_parameters=parameters.total,
         adapter_step=state.best_step if validated else state.step,
         micro_batch_tokens=state.micro_batch_tokens,
-        lens_seconds=sum(c.seconds for c in trainer.callbacks if isinstance(c, LensCallback)),
+        lens_seconds=sum(c.capture_seconds for c in trainer.callbacks if isinstance(c, CaptureCallback)),
     )
 
 

@@ -30,7 +30,7 @@ NO_TRACKING = {
 
 
 @dataclass(frozen=True)
-class ResumeCheck:
+class ResumeComparison:
     """What was compared after `steps` steps, one run straight and one resumed after `resumed_after`; what differs."""
 
     steps: int
@@ -54,7 +54,7 @@ class _Interruption(Callback):
             raise KeyboardInterrupt
 
 
-def verify_resume(config: TrainingConfig, console: Console | None = None) -> ResumeCheck:
+def verify_resume(config: TrainingConfig, console: Console | None = None) -> ResumeComparison:
     """Train the first steps of `config` twice, the second time interrupted and resumed in a fresh process; compare.
 
     Both runs are in an experiment of their own, which is deleted. Cost: twice the steps, with their validations.
@@ -72,17 +72,17 @@ def verify_resume(config: TrainingConfig, console: Console | None = None) -> Res
     runs = runs_folder(output.base_output_dir, config.output.experiment_name)
     straight, resumed = RunFolder(runs / "straight"), RunFolder(runs / "resumed")
     try:
-        _train(config, straight, console)
-        _train(config, resumed, console, _Interruption())
+        _train_steps(config, straight, console)
+        _train_steps(config, resumed, console, _Interruption())
         _resume_elsewhere(resumed)
-        one, two = (dict(_results(run)) for run in (straight, resumed))
+        one, two = (dict(_read_results(run)) for run in (straight, resumed))
         different = tuple(name for name in sorted(one.keys() | two.keys()) if one.get(name) != two.get(name))
-        return ResumeCheck(STEPS, RESUMED_AFTER, tuple(one), different)
+        return ResumeComparison(STEPS, RESUMED_AFTER, tuple(one), different)
     finally:
         shutil.rmtree(runs.parent, ignore_errors=True)
 
 
-def _train(config: TrainingConfig, run: RunFolder, console: Console | None, *callbacks: Callback) -> None:
+def _train_steps(config: TrainingConfig, run: RunFolder, console: Console | None, *callbacks: Callback) -> None:
     own = config.replace_keys(output={"run_id": run.run_id})
     try:
         TrainingWrapper(own, console=console, callbacks=callbacks).train()
@@ -98,7 +98,7 @@ def _resume_elsewhere(run: RunFolder) -> None:
         raise TrainingError(f"the interrupted run could not be resumed: {ended.stderr.strip()}")
 
 
-def _results(run: RunFolder) -> Iterator[tuple[str, Any]]:
+def _read_results(run: RunFolder) -> Iterator[tuple[str, Any]]:
     """What must be the same, by name: each line of the journal, each file of the last checkpoint, of the adapter."""
     for line in read_metrics(run.metrics_file):
         values = {key: value for key, value in line.items() if key not in TIMINGS}

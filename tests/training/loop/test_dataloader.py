@@ -78,7 +78,7 @@ def test_a_run_with_prefetching_is_bit_for_bit_the_same(small_config: Config, tm
     def trained(prefetches: bool) -> tuple[list[torch.Tensor], Trainer]:
         config = small_config(training={"max_steps": 4}, peft={"lora_dropout": 0.1})
         wrapper = TrainingWrapper(config)
-        trainer = wrapper._assemble(RunFolder(tmp_path / str(prefetches)).create(), wrapper.plan())[0]
+        trainer = wrapper._build_trainer(RunFolder(tmp_path / str(prefetches)).create(), wrapper.plan())[0]
         trainer.dataloader.prefetches = prefetches
         calls = [0]
 

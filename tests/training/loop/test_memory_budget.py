@@ -26,13 +26,13 @@ from training_lens.training.estimate import estimate_run
 from training_lens.training.loop import memory_budget as budget
 from training_lens.training.loop.callbacks import Callback
 from training_lens.training.loop.memory_budget import (
-    BUFFERS,
-    LEAST,
+    BUFFER_BYTES,
+    LEAST_TOKENS,
     Footprint,
-    affordable,
-    footprint,
-    measured,
-    planned,
+    affordable_tokens,
+    estimate_footprint,
+    measure_token_budget,
+    plan_token_budget,
 )
 from training_lens.training.loop.trainer import Trainer
 from training_lens.training.run import TrainingWrapper
@@ -84,7 +84,7 @@ def test_the_footprint_covers_what_autograd_keeps_and_not_many_times_that(
     model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype).requires_grad_(False)
     config = TrainingConfig(model=ModelSection(seq_len=LENGTH), peft=PeftSection(r=4, lora_dropout=0.1))
     model = attach(model, config.peft).train()
-    expected = footprint(model.get_base_model(), config, precision).token * 2 * LENGTH
+    expected = estimate_footprint(model.get_base_model(), config, precision).token * 2 * LENGTH
     kept = kept_bytes(model, precision, fused)
     assert kept <= expected <= 3.5 * kept, f"{expected / kept:.2f} times what is kept"
 
@@ -95,18 +95,18 @@ def test_the_footprint_has_weights_adapter_and_what_lowers_them(small_config: Co
     frozen = sum(p.numel() for p in base.parameters())
     model = attach(base, plain.peft).get_base_model()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert footprint(model, plain, "fp32").fixed == 4 * frozen + 16 * trained + BUFFERS
-    assert footprint(model, plain, "bf16").fixed == 2 * frozen + 16 * trained + BUFFERS
+    assert estimate_footprint(model, plain, "fp32").fixed == 4 * frozen + 16 * trained + BUFFER_BYTES
+    assert estimate_footprint(model, plain, "bf16").fixed == 2 * frozen + 16 * trained + BUFFER_BYTES
     packed = plain.replace_keys(model={"quantization": "4bit"})
-    assert footprint(model, packed, "bf16").fixed < frozen + 16 * trained + BUFFERS
+    assert estimate_footprint(model, packed, "bf16").fixed < frozen + 16 * trained + BUFFER_BYTES
     less = plain.replace_keys(training={"gradient_checkpointing": True})
-    assert footprint(model, less, "fp32").token < footprint(model, plain, "fp32").token / 2
+    assert estimate_footprint(model, less, "fp32").token < estimate_footprint(model, plain, "fp32").token / 2
 
 
 def test_gradient_checkpointing_keeps_what_the_footprint_says() -> None:
     config = TrainingConfig(model=ModelSection(seq_len=LENGTH), training={"gradient_checkpointing": True})
     model = attach(AutoModelForCausalLM.from_config(CONFIGS["llama"]).requires_grad_(False), config.peft)
-    expected = footprint(model.get_base_model(), config, "fp32").token
+    expected = estimate_footprint(model.get_base_model(), config, "fp32").token
     checkpoint_gradients(model)
     inputs = 4 * SIZES["num_hidden_layers"] * SIZES["hidden_size"]
     assert kept_bytes(model.train(), "fp32", fused=True) / (2 * LENGTH) + inputs <= expected
@@ -121,19 +121,19 @@ def test_gradient_checkpointing_keeps_what_the_footprint_says() -> None:
         (10**12, CUDA, 32768),
         (1_000_000 + 1_600_000, CPU, 1024),  # 0.8 of it are 2.08 MB: 1,080 tokens of 1,000 bytes beside 1 MB
         (3_000_000 + 10_000_000, CUDA, 8192),
-        (1_000_000, CPU, LEAST),
-        (0, CUDA, LEAST),
+        (1_000_000, CPU, LEAST_TOKENS),
+        (0, CUDA, LEAST_TOKENS),
     ],
 )
 def test_as_many_tokens_as_fit_in_powers_of_two(free: int | None, device: torch.device, tokens: int) -> None:
-    assert affordable(free, Footprint(fixed=1_000_000, token=1000), device) == tokens
+    assert affordable_tokens(free, Footprint(fixed=1_000_000, token=1000), device) == tokens
 
 
 def test_processes_on_a_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "available_bytes", lambda _device: 4_000_000)
     needs = Footprint(fixed=0, token=1000)
-    assert [planned(needs, CPU, processes) for processes in (1, 2, 4)] == [2048, 1024, 512]
-    assert planned(needs, CUDA, 4) == 2048
+    assert [plan_token_budget(needs, CPU, processes) for processes in (1, 2, 4)] == [2048, 1024, 512]
+    assert plan_token_budget(needs, CUDA, 4) == 2048
 
 
 def test_a_run_records_its_budget_and_an_explicit_number_is_taken_as_it_is(
@@ -160,7 +160,7 @@ def test_a_resumed_run_keeps_its_budget_whatever_is_free_then(
     with pytest.raises(InterruptedRunError):
         TrainingWrapper(config, callbacks=(Leave(),)).train()
     monkeypatch.setattr(budget, "available_bytes", lambda _device: 0)
-    assert TrainingWrapper(small_config()).plan().micro_batch_tokens == LEAST
+    assert TrainingWrapper(small_config()).plan().micro_batch_tokens == LEAST_TOKENS
     run = RunFolder(Path(config.output.base_output_dir) / "experiments/default/runs/cut")
     assert TrainingWrapper.resume(run).micro_batch_tokens == 4096
 
@@ -168,7 +168,7 @@ def test_a_resumed_run_keeps_its_budget_whatever_is_free_then(
 def adapter_after(config: TrainingConfig, folder: Path, before: Callable[[Trainer], Any]) -> dict[str, torch.Tensor]:
     """The adapter's numbers after the run's steps, with something done before them."""
     wrapper = TrainingWrapper(config)
-    trainer = wrapper._assemble(RunFolder(folder).create(), wrapper.plan())[0]
+    trainer = wrapper._build_trainer(RunFolder(folder).create(), wrapper.plan())[0]
     before(trainer)
     trainer.fit()
     return {name: p.detach().clone() for name, p in trainable(trainer.model)}
@@ -178,7 +178,9 @@ def test_a_rehearsal_changes_no_bit_of_the_run(small_config: Config, tmp_path: P
     config = small_config(peft={"lora_dropout": 0.2}, training={"max_steps": 2})
     tokens: list[int] = []
     alone = adapter_after(config, tmp_path / "alone", lambda trainer: None)
-    rehearsed = adapter_after(config, tmp_path / "rehearsed", lambda trainer: tokens.append(trainer.rehearse()))
+    rehearsed = adapter_after(
+        config, tmp_path / "rehearsed", lambda trainer: tokens.append(trainer.run_longest_batch())
+    )
     assert tokens[0] > 256 and alone.keys() == rehearsed.keys()
     assert all(torch.equal(alone[name], rehearsed[name]) for name in alone)
 
@@ -190,14 +192,14 @@ def test_a_measured_pass_gives_the_budget(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(torch.cuda, name, lambda _device, value=value: value)
     for name in ("reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_device: None)
-    assert measured(CUDA, lambda: 1000, trainable=100_000) == 4096  # (0.8 x 22 MB - 1.6 MB) / 2 kB = 8,000
+    assert measure_token_budget(CUDA, lambda: 1000, trainable=100_000) == 4096  # (0.8 x 22 MB - 1.6 MB) / 2 kB = 8,000
 
     def too_much() -> int:
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB.")
 
-    assert measured(CUDA, too_much, trainable=0) == LEAST
+    assert measure_token_budget(CUDA, too_much, trainable=0) == LEAST_TOKENS
     with pytest.raises(KeyError):
-        measured(CUDA, lambda: {}["wrong"], trainable=0)
+        measure_token_budget(CUDA, lambda: {}["wrong"], trainable=0)
 
 
 def test_an_estimate_says_the_budget_for_the_memory_that_is_free(
@@ -205,4 +207,4 @@ def test_an_estimate_says_the_budget_for_the_memory_that_is_free(
 ) -> None:
     monkeypatch.setattr(budget, "available_bytes", lambda _device: 0)
     estimate = estimate_run(TrainingWrapper(small_config()).plan())
-    assert estimate is not None and estimate.micro_batch_tokens == LEAST
+    assert estimate is not None and estimate.micro_batch_tokens == LEAST_TOKENS

@@ -25,7 +25,7 @@ Config = Callable[..., TrainingConfig]
 
 def assembled(config: TrainingConfig, tmp_path: Path, name: str = "run") -> Trainer:
     wrapper = TrainingWrapper(config)
-    return wrapper._assemble(RunFolder(tmp_path / name).create(), wrapper.plan())[0]
+    return wrapper._build_trainer(RunFolder(tmp_path / name).create(), wrapper.plan())[0]
 
 
 def gradients_of_first_step(config: TrainingConfig, tmp_path: Path, name: str) -> tuple[float, list[torch.Tensor]]:
@@ -144,28 +144,28 @@ def test_early_stopping_stops_after_its_patience(small_config: Config, tmp_path:
     config = small_config(training={"epochs": 5, "lr": 1e-7, "eval_steps": 1, "early_stopping_patience": 2})
     trainer = assembled(config, tmp_path)
     losses = iter([5.0, 4.0, 4.5, 4.1, 3.0])
-    real = trainer._loss_of
+    real = trainer._evaluate_dataset
 
     def scripted(dataset: Any) -> Any:
         from dataclasses import replace
 
         return replace(real(dataset), loss=next(losses))
 
-    trainer._loss_of = scripted  # type: ignore[method-assign]
+    trainer._evaluate_dataset = scripted  # type: ignore[method-assign]
     state = trainer.fit()  # base 5.0, then 4.0 (best), 4.5, 4.1: stop
     assert (state.step, state.best_step, state.best_loss) == (3, 1, 4.0)
 
 
 def test_best_and_last_checkpoints_are_kept(small_config: Config, tmp_path: Path) -> None:
     trainer = assembled(small_config(training={"eval_steps": 1}), tmp_path)
-    real, step = trainer._loss_of, iter([9.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0])
+    real, step = trainer._evaluate_dataset, iter([9.0, 3.0, 2.0, 4.0, 5.0, 6.0, 7.0])
 
     def scripted(dataset: Any) -> Any:
         from dataclasses import replace
 
         return replace(real(dataset), loss=next(step))
 
-    trainer._loss_of = scripted  # type: ignore[method-assign]
+    trainer._evaluate_dataset = scripted  # type: ignore[method-assign]
     trainer.fit()
     kept = sorted(p.name for p in trainer.checkpoints.folder.iterdir())
     assert kept == ["step-00000002", "step-00000006"]
@@ -199,17 +199,17 @@ def test_a_non_finite_step_stops_before_the_update(small_config: Config, tmp_pat
 def test_a_resumed_early_stop_stays_stopped(small_config: Config, tmp_path: Path) -> None:
     config = small_config(training={"epochs": 5, "eval_steps": 1, "early_stopping_patience": 1})
     first = assembled(config, tmp_path)
-    real, losses = first._loss_of, iter([5.0, 4.0, 4.5])
+    real, losses = first._evaluate_dataset, iter([5.0, 4.0, 4.5])
 
     def scripted(dataset: Any) -> Any:
         from dataclasses import replace
 
         return replace(real(dataset), loss=next(losses))
 
-    first._loss_of = scripted  # type: ignore[method-assign]
+    first._evaluate_dataset = scripted  # type: ignore[method-assign]
     assert first.fit().step == 2
     wrapper = TrainingWrapper(config)
-    again, _ = wrapper._assemble(RunFolder(tmp_path / "run"), wrapper.plan())
+    again, _ = wrapper._build_trainer(RunFolder(tmp_path / "run"), wrapper.plan())
     assert again.fit(resume=True).step == 2
 
 

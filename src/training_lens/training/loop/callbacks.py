@@ -50,7 +50,7 @@ class StepReport:
     finite: bool
 
 
-def not_finite(report: StepReport, good: tuple[Path, Any] | None) -> TrainingError:
+def build_not_finite_error(report: StepReport, good: tuple[Path, Any] | None) -> TrainingError:
     """What ends a run whose step is not finite.
 
     Args:

@@ -47,7 +47,7 @@ class TrainingState:
     evaluations_since_best: int = 0
     micro_batch_tokens: int | None = None
 
-    def after_evaluation(self, loss: float) -> TrainingState:
+    def count_evaluation(self, loss: float) -> TrainingState:
         """The state with a validation at its step counted in."""
         if loss < self.best_loss:
             return replace(self, validation_loss=loss, best_loss=loss, best_step=self.step, evaluations_since_best=0)
@@ -78,10 +78,10 @@ class CheckpointManager:
         target = checkpoint_folder(self.folder, state.step)
         if not target.is_dir():
             write_checkpoint(self.folder, state.step, state.validation_loss, self._fingerprint, fill)
-        self.thin(state)
+        self.delete_outdated(state)
         return target
 
-    def thin(self, state: TrainingState) -> None:
+    def delete_outdated(self, state: TrainingState) -> None:
         """Delete what is neither the checkpoint of `state` nor the best: older ones, and newer ones that are damaged.
 
         One process alone calls it, when no other reads a checkpoint.
@@ -92,7 +92,7 @@ class CheckpointManager:
                 doomed = folder.with_name(f"{TEMPORARY}{folder.name}")  # out of the list first: never half a checkpoint
                 shutil.rmtree(folder.rename(doomed))
 
-    def newest(self) -> tuple[Path, CheckpointMetadata] | None:
+    def find_newest_intact(self) -> tuple[Path, CheckpointMetadata] | None:
         """The newest intact checkpoint, with the leftovers of a killed process swept away."""
         sweep_temporaries(self.folder, older_than_seconds=0)
         return newest_intact_checkpoint(self.folder)
@@ -100,12 +100,12 @@ class CheckpointManager:
     def restore(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> TrainingState:
         """Bring model, optimizer and random state to the newest intact checkpoint; a fresh state where there is none.
 
-        It deletes nothing: call `thin` before the run writes the next.
+        It deletes nothing: call `delete_outdated` before the run writes the next.
 
         Raises:
             CheckpointError: the checkpoint was made from other training data.
         """
-        found = self.newest()
+        found = self.find_newest_intact()
         if found is None:
             return TrainingState()
         folder, metadata = found

@@ -34,10 +34,10 @@ def lr_at(step: int, total_steps: int, training: TrainingSection) -> float:
     if step <= warmup:
         return training.lr * step / (warmup + 1)
     floor = training.min_lr_ratio
-    return training.lr * (floor + (1 - floor) * _share(step - 1 - warmup, total_steps - warmup, training))
+    return training.lr * (floor + (1 - floor) * _decay_factor(step - 1 - warmup, total_steps - warmup, training))
 
 
-def _share(done: int, steps: int, training: TrainingSection) -> float:
+def _decay_factor(done: int, steps: int, training: TrainingSection) -> float:
     """What is left of the fall, from 1 to 0, after `done` of `steps` steps behind the warm-up."""
     if training.scheduler == "constant":
         return 1.0

@@ -25,81 +25,82 @@ from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
-USUAL = 4096  # tokens, more bring no speed on a CPU
-MOST = {"cuda": 32768}
-LEAST = 256
-SHARE = 0.8  # of the free memory that is counted on
-KEPT = 4  # numbers for each width of a linear layer; autograd was seen to keep 1.0 (Llama) to 3.3 (GPT-2, dropout)
-WEIGHED = 512  # tokens of an example up to which the weights of attention are kept
-OPTIMIZED = 16  # bytes of a trained number: itself, its gradient, two moments
-BUFFERS = 2**29  # bytes for a chunk of logits with its gradient, and what libraries set aside
-PACKED = {"4bit": 0.6, "8bit": 1.1}  # bytes of a quantized weight, with its scales
+USUAL_TOKENS = 4096  # more bring no speed on a CPU
+MOST_TOKENS = {"cuda": 32768}  # of other devices: `USUAL_TOKENS`
+LEAST_TOKENS = 256
+USABLE_SHARE = 0.8  # of the free memory
+# Numbers that autograd saves for each width of a linear layer; measured: 1.0 (Llama) to 3.3 (GPT-2 with dropout).
+SAVED_PER_WIDTH = 4
+ATTENTION_TOKENS = 512  # of an example; attention weights of longer ones are not saved
+BYTES_PER_TRAINED = 16  # of a trained number: itself, its gradient, two moments
+BUFFER_BYTES = 2**29  # bytes for a chunk of logits with its gradient, and what libraries set aside
+QUANTIZED_BYTES = {"4bit": 0.6, "8bit": 1.1}  # bytes of a quantized weight, with its scales
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory that training takes, in bytes: what is always there, and what each token of a micro-batch adds."""
+    """Memory that training takes, in bytes: `fixed` in any case, `token` for each token of a micro-batch."""
 
     fixed: float
     token: float
 
 
-def footprint(skeleton: Any, config: TrainingConfig, precision: Precision) -> Footprint:
-    """What training a model will take, from the sizes of its modules alone: an upper bound for what autograd keeps.
+def estimate_footprint(skeleton: Any, config: TrainingConfig, precision: Precision) -> Footprint:
+    """The memory that training will take, from the shapes of the modules alone; an upper bound of what autograd saves.
 
-    Fixed: the weights, buffers, and for each number of the adapter itself, its gradient and two moments. A token:
-    `KEPT` numbers for what goes into and comes out of each linear layer, and its weights of attention; with gradient
-    checkpointing that of one layer, and the inputs of all.
+    Fixed: the weights, buffers, and for each number of the adapter itself, its gradient and two moments. Per token:
+    `SAVED_PER_WIDTH` numbers for each input and output width of a linear layer, and the attention weights. With
+    gradient checkpointing: those of one layer, and the inputs of all layers.
 
     Args:
         skeleton: the base with its adapter; its weights may be missing.
-        config: with the longest example settled.
+        config: with `seq_len` resolved.
     """
     text = skeleton.config.get_text_config()
-    layers, longest = text.num_hidden_layers, min(config.model.seq_len or WEIGHED, WEIGHED)
+    layers, longest = text.num_hidden_layers, min(config.model.seq_len or ATTENTION_TOKENS, ATTENTION_TOKENS)
     weights = layers * getattr(text, "num_attention_heads", 0) * longest
-    numbers = KEPT * _widths(skeleton) + weights
+    numbers = SAVED_PER_WIDTH * _sum_layer_widths(skeleton) + weights
     if config.training.gradient_checkpointing:
         numbers = numbers // layers + layers * text.hidden_size
     parameters, size = count_parameters(skeleton), DTYPES[precision].itemsize
     frozen = parameters.total - parameters.trainable
-    fixed = frozen * PACKED.get(config.model.quantization, size) + parameters.trainable * OPTIMIZED
-    return Footprint(fixed + BUFFERS, numbers * size)
+    fixed = frozen * QUANTIZED_BYTES.get(config.model.quantization, size) + parameters.trainable * BYTES_PER_TRAINED
+    return Footprint(fixed + BUFFER_BYTES, numbers * size)
 
 
-def _widths(skeleton: Any) -> int:
-    """The sum over the decoder's frozen matrices of what goes in and comes out; embeddings have no product."""
+def _sum_layer_widths(skeleton: Any) -> int:
+    """The sum of input and output widths over the decoder's frozen matrices, embeddings left out."""
     tables = {id(m.weight) for m in skeleton.modules() if isinstance(m, torch.nn.Embedding)}
     matrices = (p for p in skeleton.parameters() if p.ndim > 1 and not p.requires_grad and id(p) not in tables)
     return sum(p.shape[-1] + p.shape[-2] for p in matrices)
 
 
-def affordable(free: int | None, needs: Footprint, device: torch.device) -> int:
-    """The largest power of two of tokens whose pass fits, from `LEAST` to the most that bring speed on the device.
+def affordable_tokens(free: int | None, needs: Footprint, device: torch.device) -> int:
+    """The largest power of two of tokens whose pass fits into memory, between `LEAST_TOKENS` and `MOST_TOKENS`.
 
-    Powers of two, so that a little more or less free memory seldom cuts a run otherwise, which would change its bits.
+    Powers of two: a little more or less free memory then seldom changes how a run is cut, and with it its bits.
 
     Args:
-        free: bytes; None where the system does not say: then `USUAL`.
+        free: bytes; None where the system does not say, which gives `USUAL_TOKENS`.
     """
     if free is None:
-        return USUAL
-    tokens = int(max(0.0, SHARE * free - needs.fixed) / needs.token)
-    return min(MOST.get(device.type, USUAL), max(LEAST, 1 << max(0, tokens.bit_length() - 1)))
+        return USUAL_TOKENS
+    tokens = int(max(0.0, USABLE_SHARE * free - needs.fixed) / needs.token)
+    return min(MOST_TOKENS.get(device.type, USUAL_TOKENS), max(LEAST_TOKENS, 1 << max(0, tokens.bit_length() - 1)))
 
 
-def planned(needs: Footprint, device: torch.device, processes: int) -> int:
-    """The budget before the model is loaded; the processes of a run share a CPU's memory, and have a GPU each."""
+def plan_token_budget(needs: Footprint, device: torch.device, processes: int) -> int:
+    """The token budget before the model is loaded. Processes share a CPU's memory, and have a GPU each."""
     free = available_bytes(device)
-    return affordable(free if free is None or device.type == "cuda" else free // processes, needs, device)
+    return affordable_tokens(free if free is None or device.type == "cuda" else free // processes, needs, device)
 
 
-def measured(device: torch.device, step: Callable[[], int], trainable: int) -> int:
-    """The budget by the peak of a pass on a CUDA device, with the model loaded.
+def measure_token_budget(device: torch.device, step: Callable[[], int], trainable: int) -> int:
+    """The token budget from the peak memory of one pass on a CUDA device, with the model loaded.
 
     Args:
-        step: a forward and backward pass that keeps nothing; gives its tokens.
-        trainable: numbers of the adapter, whose moments take their memory later.
+        step: runs a forward and backward pass that leaves nothing behind; returns its tokens.
+        trainable: numbers of the adapter; their moments are allocated later.
     """
     free_memory(device)
     reset_peak(device)
@@ -109,11 +110,11 @@ def measured(device: torch.device, step: Callable[[], int], trainable: int) -> i
     except Exception as error:  # memory runs out by several kinds of error
         if not is_out_of_memory(error):
             raise
-        logger.warning("memory ran out in a pass to measure it; micro-batches begin with %d tokens", LEAST)
-        return LEAST
+        logger.warning("memory ran out while it was measured; micro-batches start with %d tokens", LEAST_TOKENS)
+        return LEAST_TOKENS
     taken = peak_bytes(device) - before
     free_memory(device)
-    return affordable(available_bytes(device), Footprint(OPTIMIZED * trainable, taken / tokens), device)
+    return affordable_tokens(available_bytes(device), Footprint(BYTES_PER_TRAINED * trainable, taken / tokens), device)
 
 
 @contextmanager

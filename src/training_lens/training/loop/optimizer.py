@@ -28,7 +28,7 @@ def build_optimizer(named: Named, training: TrainingSection, lora_plus_ratio: fl
     Raises:
         ConfigurationError: adamw_8bit without bitsandbytes.
     """
-    groups, decay = _groups(named, lora_plus_ratio), training.weight_decay
+    groups, decay = _build_groups(named, lora_plus_ratio), training.weight_decay
     adam: dict[str, Any] = {"lr": training.lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": decay}
     optimizer: Optimizer
     if training.optimizer == "adafactor":
@@ -43,7 +43,7 @@ def build_optimizer(named: Named, training: TrainingSection, lora_plus_ratio: fl
     return optimizer
 
 
-def _groups(named: Named, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
+def _build_groups(named: Named, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
     """One group, or with LoRA+ (arXiv 2402.12354) a second one of the B matrices, whose rate is `ratio` times that."""
     if lora_plus_ratio is None:
         return [{"params": list(named), "lr_factor": 1.0}]

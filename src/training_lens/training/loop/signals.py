@@ -14,7 +14,7 @@ from training_lens.utils.processes import Processes
 logger = get_logger(__name__)
 
 
-class SignalWatch:
+class SignalListener:
     """Within the block, `number` is that of the signal that asked; 0: none did. It stays what it is after the block.
 
     Off the main thread, whose business signals are, it changes nothing.
@@ -24,15 +24,17 @@ class SignalWatch:
         self.number = 0
         self._before: dict[int, Any] = {}
 
-    def number_of_all(self, processes: Processes) -> int:
+    def sum_numbers(self, processes: Processes) -> int:
         """The signals that asked any process of the run, added up; a synchronisation where there are several."""
         if processes.count == 1:
             return self.number
         return int(processes.reduce_sum(torch.tensor(float(self.number))).item())
 
-    def __enter__(self) -> SignalWatch:
+    def __enter__(self) -> SignalListener:
         try:
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {
+                number: signal.signal(number, self._record_signal) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         except ValueError:
             self._before = {}
         return self
@@ -41,7 +43,7 @@ class SignalWatch:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _record_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.number:
             raise KeyboardInterrupt
         self.number = number

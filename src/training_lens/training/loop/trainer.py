@@ -23,13 +23,13 @@ from training_lens.evaluation.evaluator import EvaluationOptions, LossReport, ev
 from training_lens.models.adapters import base_only, trainable
 from training_lens.models.fast.engine import Engine
 from training_lens.models.quantization import is_quantized
-from training_lens.training.loop.callbacks import Callback, StepReport, not_finite
+from training_lens.training.loop.callbacks import Callback, StepReport, build_not_finite_error
 from training_lens.training.loop.checkpoint_manager import CheckpointManager, TrainingState
 from training_lens.training.loop.dataloader import DataLoader
 from training_lens.training.loop.lr_schedule import lr_at
-from training_lens.training.loop.memory_budget import measured
+from training_lens.training.loop.memory_budget import measure_token_budget
 from training_lens.training.loop.optimizer import build_optimizer, clip_gradients, grad_norm, sum_gradients
-from training_lens.training.loop.signals import SignalWatch
+from training_lens.training.loop.signals import SignalListener
 from training_lens.utils.devices import Precision, autocast, free_memory
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.heap import keep_freed_memory, trim_heap
@@ -39,7 +39,7 @@ from training_lens.utils.resource_errors import is_out_of_memory
 from training_lens.utils.seeding import preserve_rng_state
 
 logger = get_logger(__name__)
-REHEARSED = 2048  # tokens of the pass whose memory is measured
+REHEARSAL_TOKENS = 2048  # tokens of the pass whose memory is measured
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class Trainer:
         self.optimizer = build_optimizer(trainable(model), plan.settings, plan.lora_plus_ratio)
         self.scaler = torch.amp.GradScaler(plan.processes.device.type, enabled=plan.precision == "fp16")
         self.state, self._planned_tokens = TrainingState(), plan.micro_batch_tokens
-        self.callbacks, self._signals = tuple(callbacks), SignalWatch()
+        self.callbacks, self._signals = tuple(callbacks), SignalListener()
 
     @property
-    def asked_to_leave(self) -> int:
+    def signal_number(self) -> int:
         """The number of the signal that asked this process to leave; 0: none did.
 
         One that comes in the last step ends nothing: whoever goes on to another run must ask.
@@ -112,20 +112,20 @@ class Trainer:
             self.state = self.checkpoints.restore(self.model, self.optimizer, self.scaler)
             self.processes.wait_for_all()
             if self.processes.is_main:  # a kill may have come before older checkpoints were deleted
-                self.checkpoints.thin(self.state)
+                self.checkpoints.delete_outdated(self.state)
             logger.info("resuming after step %d of %d", self.state.step, self.schedule.total_steps)
-        self.settle_budget()
-        self._notify("on_train_start")
+        self.set_token_budget()
+        self._notify_callbacks("on_train_start")
         try:
             with self._signals, keep_freed_memory():
-                self._run()
+                self._run_steps()
         except BaseException as error:
-            self._notify("on_exception", error)
+            self._notify_callbacks("on_exception", error)
             raise
-        self._notify("on_train_end")
+        self._notify_callbacks("on_train_end")
         return self.state
 
-    def settle_budget(self) -> None:
+    def set_token_budget(self) -> None:
         """Decide how many tokens a micro-batch may have, unless a checkpoint says it.
 
         Cost: on CUDA, where the config leaves it open, one pass of the longest examples, of which nothing stays. A
@@ -134,41 +134,43 @@ class Trainer:
         tokens, device = self.micro_batch_tokens, self.processes.device
         is_open = self.state.micro_batch_tokens is None and self.settings.micro_batch_tokens == "auto"
         if is_open and device.type == "cuda" and not is_quantized(self.model):
-            tokens = self.processes.reduce_min(measured(device, self.rehearse, sum(p.numel() for p in self.parameters)))
+            tokens = self.processes.reduce_min(
+                measure_token_budget(device, self.run_longest_batch, sum(p.numel() for p in self.parameters))
+            )
         self.state = replace(self.state, micro_batch_tokens=tokens)
         logger.info("micro-batches of at most %d tokens", tokens)
 
-    def rehearse(self) -> int:
+    def run_longest_batch(self) -> int:
         """A forward and backward pass of the longest examples, of which nothing stays; gives its tokens."""
-        batch = self.dataloader.longest_batch(REHEARSED)
+        batch = self.dataloader.longest_batch(REHEARSAL_TOKENS)
         self.model.train()
         try:
             with preserve_rng_state():
-                self._nll(batch).backward()
+                self._micro_batch_loss(batch).backward()
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         return batch.input_ids.numel()
 
-    def _run(self) -> None:
+    def _run_steps(self) -> None:
         if self.state.step == 0 and self.validation is not None:
             self._evaluate_base()
         for plan in self.dataloader.iterate_steps(
             self.schedule.steps(after=self.state.step), lambda: self.micro_batch_tokens
         ):
-            if self._stops_early():  # asked first: a resumed run may have stopped already
+            if self._should_stop_early():  # asked first: a resumed run may have stopped already
                 logger.info("early stop: no better validation since step %d", self.state.best_step)
                 return
             report = self.train_step(plan)
-            self._account(report)
-            self._notify("on_step_end", report)
+            self._count_step(report)
+            self._notify_callbacks("on_step_end", report)
             last = plan.number == self.schedule.total_steps
             if self.is_validation_due(plan.number):
-                self._evaluate()
+                self._evaluate_adapter()
             best = self.state.best_step == plan.number
             save_steps = self.settings.save_steps or self.settings.eval_steps
-            if last or best or self._stops_early() or self._due(plan.number, save_steps):
-                self._save()
-            self._leave_if_asked()
+            if last or best or self._should_stop_early() or self._is_due(plan.number, save_steps):
+                self._save_checkpoint()
+            self._stop_if_interrupted()
 
     def train_step(self, plan: StepPlan) -> StepReport:
         """One update from the examples of `plan`: forward and backward by micro-batches, clip, update."""
@@ -176,7 +178,7 @@ class Trainer:
         targets = int(self.dataset.supervised[plan.examples].sum())
         loss_sum = self._accumulate_gradients(plan, targets)
         self.scaler.unscale_(self.optimizer)
-        self._notify("on_gradients", plan.number)
+        self._notify_callbacks("on_gradients", plan.number)
         norm = grad_norm(self.parameters)
         nll, norm_value = torch.stack([loss_sum, norm]).tolist()  # the step's one sync point
         report = StepReport(
@@ -192,9 +194,9 @@ class Trainer:
             finite=math.isfinite(nll) and (self.scaler.is_enabled() or math.isfinite(norm_value)),
         )
         if not report.finite:
-            raise not_finite(report, self.checkpoints.newest())
+            raise build_not_finite_error(report, self.checkpoints.find_newest_intact())
         clip_gradients(self.parameters, norm, self.settings.max_grad_norm)
-        self._update(report.lr)
+        self._apply_update(report.lr)
         return replace(report, seconds=time.perf_counter() - started)
 
     def _accumulate_gradients(self, plan: StepPlan, targets: int) -> torch.Tensor:
@@ -203,18 +205,18 @@ class Trainer:
         Where memory runs out the step begins anew with smaller micro-batches, which the run then keeps to.
         """
         self.model.train()
-        while (loss_sum := self._tried(plan, targets)) is None:
+        while (loss_sum := self._try_micro_batches(plan, targets)) is None:
             self.optimizer.zero_grad(set_to_none=True)
             free_memory(self.processes.device)
         sum_gradients(self.parameters, self.processes)
         return self.processes.reduce_sum(loss_sum)
 
-    def _tried(self, plan: StepPlan, targets: int) -> torch.Tensor | None:
+    def _try_micro_batches(self, plan: StepPlan, targets: int) -> torch.Tensor | None:
         """Forward and backward by micro-batches; None where memory ran out, and smaller ones are to be tried."""
         loss_sum = torch.zeros((), device=self.processes.device)
         try:
             for batch in self.dataloader.micro_batches(plan, self.micro_batch_tokens):
-                nll = self._nll(batch)
+                nll = self._micro_batch_loss(batch)
                 self.scaler.scale(nll / targets).backward()
                 loss_sum += nll.detach()
         except Exception as error:  # memory runs out by several kinds of error
@@ -228,7 +230,7 @@ class Trainer:
             return None
         return loss_sum
 
-    def _nll(self, batch: Batch) -> torch.Tensor:
+    def _micro_batch_loss(self, batch: Batch) -> torch.Tensor:
         """The loss of a micro-batch, summed over its supervised tokens."""
         with autocast(self.processes.device, self.precision):
             line, padded = (batch.lengths, ()) if batch.in_line else ((), batch.lengths)
@@ -239,14 +241,14 @@ class Trainer:
         """Most tokens in one forward pass: as planned, or what memory was found to hold."""
         return self.state.micro_batch_tokens or self._planned_tokens
 
-    def _update(self, lr: float) -> None:
+    def _apply_update(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _account(self, report: StepReport) -> None:
+    def _count_step(self, report: StepReport) -> None:
         s = self.state
         self.state = replace(
             s,
@@ -259,37 +261,37 @@ class Trainer:
 
     def is_validation_due(self, step: int) -> bool:
         """Whether the run validates after this step, where it has rows for that."""
-        return step == self.schedule.total_steps or self._due(step, self.settings.eval_steps)
+        return step == self.schedule.total_steps or self._is_due(step, self.settings.eval_steps)
 
-    def _due(self, step: int, every: int | None) -> bool:
+    def _is_due(self, step: int, every: int | None) -> bool:
         return step % (every or self.schedule.steps_per_epoch) == 0
 
-    def _stops_early(self) -> bool:
+    def _should_stop_early(self) -> bool:
         patience = self.settings.early_stopping_patience
         return patience is not None and self.state.evaluations_since_best >= patience
 
-    def _evaluate(self) -> None:
-        if self.validation is not None and (report := self._loss_of(self.validation)):
-            self.state = self.state.after_evaluation(report.loss)
-            self._notify("on_evaluate", self.state.step, report, base=False)
+    def _evaluate_adapter(self) -> None:
+        if self.validation is not None and (report := self._evaluate_dataset(self.validation)):
+            self.state = self.state.count_evaluation(report.loss)
+            self._notify_callbacks("on_evaluate", self.state.step, report, base=False)
         trim_heap()  # its blocks lie between those of steps, which would need new ones each time; costs milliseconds
 
     def _evaluate_base(self) -> None:
         assert self.validation is not None
         with base_only(self.model):
-            report = self._loss_of(self.validation)
+            report = self._evaluate_dataset(self.validation)
         if report:
             self.state = replace(self.state, base_validation_loss=report.loss)
-            self._notify("on_evaluate", 0, report, base=True)
+            self._notify_callbacks("on_evaluate", 0, report, base=True)
 
-    def _loss_of(self, dataset: TokenDataset) -> LossReport | None:
+    def _evaluate_dataset(self, dataset: TokenDataset) -> LossReport | None:
         """The loss on `dataset`; None where evaluating failed, which is logged and never ends the run."""
         done = 0
 
         def advance(examples: float) -> None:
             nonlocal done
             done += int(examples) * self.processes.count
-            self._notify("on_evaluate_progress", min(done, len(dataset)), len(dataset))
+            self._notify_callbacks("on_evaluate_progress", min(done, len(dataset)), len(dataset))
 
         way = EvaluationOptions(self.processes, self.precision, self.micro_batch_tokens, self.pad_id, advance)
         try:
@@ -298,23 +300,23 @@ class Trainer:
             logger.warning("step %d: no validation: %s Training goes on.", self.state.step, error)
             return None
 
-    def _save(self) -> None:
+    def _save_checkpoint(self) -> None:
         if self.processes.is_main:
-            self._notify("on_save")
+            self._notify_callbacks("on_save")
             folder = self.checkpoints.save(self.model, self.optimizer, self.scaler, self.state)
-            self._notify("on_checkpoint", folder)
+            self._notify_callbacks("on_checkpoint", folder)
         trim_heap()
         self.processes.wait_for_all()
 
-    def _leave_if_asked(self) -> None:
-        number = self._signals.number_of_all(self.processes)
+    def _stop_if_interrupted(self) -> None:
+        number = self._signals.sum_numbers(self.processes)
         if number and self.state.step < self.schedule.total_steps:
-            self._save()
+            self._save_checkpoint()
             raise InterruptedRunError(
                 f"stopped after step {self.state.step} of {self.schedule.total_steps}; it is saved.",
-                self.asked_to_leave or number,
+                self.signal_number or number,
             )
 
-    def _notify(self, event: str, *args: Any, **kwargs: Any) -> None:
+    def _notify_callbacks(self, event: str, *args: Any, **kwargs: Any) -> None:
         for callback in self.callbacks:
             getattr(callback, event)(self, *args, **kwargs)
