@@ -20,7 +20,8 @@ from training_lens.core.lens_writer import LensWriter
 from training_lens.core.modules import module_record
 from training_lens.core.types import RUN, Captured, DataType, LensManifest
 from training_lens.errors import AdapterError, LensError, ModelLoadingError
-from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder
 
 PAIR = {"model.layers.0.self_attn.q_proj": (torch.ones(2, 6), torch.ones(5, 2))}
 WHOLE_LOG = list(range(1, 7))

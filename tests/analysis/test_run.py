@@ -18,7 +18,8 @@ from training_lens.analysis.reports.technical import marked_steps
 from training_lens.analysis.run_comparison import OTHER_ROWS
 from training_lens.core import table_names as tables
 from training_lens.errors import CheckpointError, ConfigurationError, LensError
-from training_lens.runs.run_folder import RunFolder, read_metrics, runs_folder
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.files import read_json, write_json
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.integrations.record import RunRecord
-from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder
 
 Shown = dict[str, dict[int, float]]  # metric -> step -> value
 

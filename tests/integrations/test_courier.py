@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from training_lens import TrainingWrapper
-from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
 
 Couriers = Callable[[int], list[int]]

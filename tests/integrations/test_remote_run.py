@@ -24,7 +24,8 @@ from training_lens.integrations.remote_run import (
     read_remote_runs,
     runs_in,
 )
-from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import hash_file, read_json, write_json
 
 

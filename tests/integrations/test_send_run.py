@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from training_lens.config.run_config import read_run_config, remember_consent
 from training_lens.integrations.send_run import benchmark_scalars, look, record_evaluation, send, send_evaluations
-from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder
 
 REPORT: dict[str, Any] = {
     "base": {"loss": 3.0, "perplexity": float("inf")},

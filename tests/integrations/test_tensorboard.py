@@ -21,7 +21,8 @@ from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.send_run import look, send
 from training_lens.integrations.tensorboard import TensorBoardIntegration
-from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import read_json, write_json
 
 ROWS = [{"question": f"Where is box {i}?", "answer": f"In *hall* {i}.", "domain": "ab"[i % 2]} for i in range(24)]

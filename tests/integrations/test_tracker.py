@@ -14,7 +14,8 @@ import pytest
 from training_lens import TrainingWrapper
 from training_lens.errors import ConfigurationError
 from training_lens.integrations.send_run import look, send
-from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder
 
 OWN = '''
 import json

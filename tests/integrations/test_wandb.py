@@ -23,7 +23,8 @@ from training_lens.integrations.delivery import IntegrationState
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.send_run import look, send
 from training_lens.integrations.wandb import WandBIntegration, id_of, require_written
-from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.files import hash_file
 from training_lens.utils.integrity import write_sealed

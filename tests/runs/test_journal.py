@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from training_lens.runs.journal import Journal, JournalPosition, JournalReader
-from training_lens.runs.run_folder import read_metrics
+from training_lens.runs.metrics_log import read_metrics
 
 
 def write(path: Path, steps: list[int], after: int = 0) -> None:

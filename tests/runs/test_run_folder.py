@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from training_lens.errors import CheckpointError
-from training_lens.runs.run_folder import RunFolder, list_run_folders, new_run_id, read_metrics, runs_folder
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder, list_run_folders, new_run_id, runs_folder
 from training_lens.runs.run_lookup import find_run
 from training_lens.utils.files import write_json
 
@@ -180,7 +181,7 @@ def test_a_finished_run_says_that_the_end_of_its_metrics_is_missing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = make(tmp_path, "a", "finished")
-    for steps, said in ((2, ""), (3, "it ends with step 2 of 3")):
+    for steps, said in ((2, ""), (3, "it ends at step 2 of 3")):
         run.metrics_file.write_text('{"step": 1}\n{"step": 2}\n')
         write_json(run.metadata / "summary.json", {"status": "finished", "steps": steps})
         assert len(read_metrics(run.metrics_file)) == 2

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from training_lens.errors import CheckpointError, ConfigurationError
+from training_lens.runs.metrics_log import read_logged_values
 from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.runs.run_listing import (
     RunOverview,
@@ -17,7 +18,6 @@ from training_lens.runs.run_listing import (
     find_runs,
     have_same_validation,
     lower_is_better,
-    read_logged_values,
     read_run,
     read_runs,
     sort_runs,

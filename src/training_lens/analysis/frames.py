@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training_lens.runs.run_folder import read_metrics
+from training_lens.runs.metrics_log import read_metrics
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -14,7 +14,7 @@ from training_lens.core import table_names as tables
 from training_lens.core.arrow import arrow_table, series_of
 from training_lens.core.types import Captured, Series
 from training_lens.errors import LensError
-from training_lens.runs.run_folder import read_metrics
+from training_lens.runs.metrics_log import read_metrics
 from training_lens.utils.files import read_json
 
 TRAINER_STATE = "trainer_state.json"

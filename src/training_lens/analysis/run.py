@@ -15,8 +15,8 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError
 from training_lens.runs.checkpoint_format import list_checkpoint_steps
 from training_lens.runs.housekeeping import is_in_place
+from training_lens.runs.metrics_log import read_progress
 from training_lens.runs.run_folder import LATEST, RunFolder
-from training_lens.runs.run_listing import read_progress
 from training_lens.runs.run_lookup import find_run, find_run_folders
 from training_lens.utils.names import expand_home
 

@@ -110,7 +110,7 @@ def details(run: RunOverview) -> dict[str, Any]:
     """
     from training_lens.config.schema import TrainingConfig
     from training_lens.errors import CheckpointError, DamagedFileError
-    from training_lens.runs.run_listing import read_logged_values
+    from training_lens.runs.metrics_log import read_logged_values
     from training_lens.utils.nested import find_differences, flatten_sections
 
     changed = find_differences([flatten_sections(TrainingConfig().model_dump()), run.config]) if run.config else {}

@@ -145,7 +145,7 @@ def _score_batches(
                 "out of memory in a batch of %d tokens: going on with %d", batch.input_ids.numel(), way.max_tokens
             )
             waiting = cut(np.concatenate(waiting), dataset.lengths, way.max_tokens)
-            free_memory(device)
+            free_memory()
             continue
         yield waiting.pop(0), values
 

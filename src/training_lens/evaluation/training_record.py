@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from training_lens.errors import CheckpointError
+from training_lens.runs.metrics_log import read_logged_values
 from training_lens.runs.run_folder import RunFolder
-from training_lens.runs.run_listing import read_logged_values
 
 FAR_UNDER = 0.5  # training loss over that of other rows
 LEAST_RISE = 0.02  # of the best validation loss: less is nothing to act on

@@ -17,7 +17,7 @@ from typing import Any
 from training_lens.errors import IntegrationError
 from training_lens.integrations.record import flat_settings
 from training_lens.integrations.tracker import Record, Tracker, require_packages
-from training_lens.runs.run_folder import read_metrics
+from training_lens.runs.metrics_log import read_metrics
 from training_lens.utils.secrets import redact_text
 
 PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # what a server takes at once

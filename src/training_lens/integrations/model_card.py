@@ -16,7 +16,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.evaluation.verdict import format_measure
 from training_lens.integrations.hub_files import SECTIONS, Names, is_folder
 from training_lens.integrations.record import RunRecord
-from training_lens.runs.run_folder import read_metrics
+from training_lens.runs.metrics_log import read_metrics
 from training_lens.utils.formatting import format_count, format_seconds, render_sparkline
 from training_lens.utils.integrity import read_sealed
 from training_lens.utils.secrets import redact_text

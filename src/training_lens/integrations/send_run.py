@@ -16,7 +16,8 @@ from training_lens.integrations.integration_specs import asked_for
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.tracker import Tracker
 from training_lens.runs.journal import Journal
-from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 

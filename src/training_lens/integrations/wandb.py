@@ -21,7 +21,8 @@ from training_lens.integrations.record import RunRecord
 from training_lens.integrations.tracker import BATCH, Record, Tracker, require_packages
 from training_lens.integrations.wandb_media import artifacts, lens, row
 from training_lens.runs.journal import JournalEntry
-from training_lens.runs.run_folder import PROCESS, read_metrics
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import PROCESS
 from training_lens.utils.formatting import describe_error, strip_full_stop
 
 INIT_SECONDS = 30.0  # for the first answer of the server

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import re
 import time
@@ -29,7 +28,7 @@ from training_lens.models.classes import public_class
 from training_lens.models.location import locate
 from training_lens.models.stored import require_local_folder, stored_precision
 from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.devices import Precision
+from training_lens.utils.devices import Precision, free_memory
 from training_lens.utils.files import atomic_folder, sweep_temporaries, write_json
 from training_lens.utils.names import expand_home
 
@@ -98,7 +97,7 @@ def merge(
         job = _written(session, folder, options, dtype)
         written = Written(folder, session.config.model, adapter, session.device, dtype, options.scale, options.delta)
         del session  # the checks load the model again, one after the other
-        _free_memory()
+        free_memory()
         on_written(folder)
         found = verify(folder, given, wanted, dtype, report["quantization"], job)
         found = replace(found, checks=(*check_weights(written), *found.checks))
@@ -208,12 +207,6 @@ def _written(session: Session, folder: Path, options: MergeOptions, dtype: Preci
         "stop_ids": sorted(session.stop_ids),
         "pad_id": session.pad_id,
     }
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _refusal(found: Verification, dtype: Precision, kept: Path) -> str:

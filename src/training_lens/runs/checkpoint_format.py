@@ -1,6 +1,6 @@
-"""The format of checkpoints: folders `step-00000200` with a manifest of every file's sha256, whole or not there.
+"""The format of checkpoints: folders `step-00000200` with a manifest of every file's sha256, written atomically.
 
-What goes into one is the trainer's business (`training/checkpoints.py`); here is how it is written, verified, listed.
+What goes into one is decided in `training/loop/checkpoint_manager.py`; here it is written, verified and listed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a checkpoint's manifest says: its step, its validation loss (nats per supervised token), its files."""
+    """A checkpoint's manifest: its step, validation loss (nats per supervised token) and the sha256 of its files."""
 
     step: int
     validation_loss: float | None
@@ -37,10 +37,10 @@ def checkpoint_folder(checkpoints: Path, step: int) -> Path:
 def write_checkpoint(
     checkpoints: Path, step: int, validation_loss: float | None, data_fingerprint: str, fill: Callable[[Path], object]
 ) -> Path:
-    """Write one checkpoint: `fill` puts its files into a folder, which appears under its name only when complete.
+    """Write one checkpoint atomically. `fill` writes its files into a folder that is renamed when complete.
 
     Raises:
-        CheckpointError: it cannot be written, for one because the disk is full; nothing of it is left.
+        CheckpointError: it cannot be written, for example because the disk is full; nothing of it remains.
     """
     from safetensors import SafetensorError
 
@@ -57,7 +57,7 @@ def write_checkpoint(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint after step {step} cannot be written in {checkpoints}: {error}. "
-            "Make room there, then go on with --resume."
+            "Free some space there, then continue with --resume."
         ) from error
     return target
 
@@ -66,7 +66,7 @@ def verify_checkpoint(folder: Path) -> CheckpointMetadata:
     """Read the manifest and compare every file with its sha256.
 
     Raises:
-        CheckpointError: names the file that is missing or differs.
+        CheckpointError: a file is missing or differs; names it.
     """
     try:
         metadata = CheckpointMetadata(**read_sealed(folder / MANIFEST))
@@ -80,21 +80,21 @@ def verify_checkpoint(folder: Path) -> CheckpointMetadata:
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """The checkpoint folders, oldest first, not verified."""
+    """The checkpoint folders, oldest first. They are not verified."""
     return sorted(p for p in checkpoints.glob("step-*") if p.is_dir())
 
 
 def list_checkpoint_steps(checkpoints: Path) -> list[int]:
-    """The steps after which the checkpoints there were written, oldest first; other folders are passed over."""
+    """The steps of the checkpoints in a folder, oldest first."""
     names = (path.name.removeprefix("step-") for path in list_checkpoints(checkpoints))
     return [int(name) for name in names if name.isdigit()]
 
 
 def newest_intact_checkpoint(checkpoints: Path) -> tuple[Path, CheckpointMetadata] | None:
-    """The newest checkpoint whose files are all as written; a damaged one is logged and passed over."""
+    """The newest intact checkpoint. Damaged ones are skipped with a warning."""
     for folder in reversed(list_checkpoints(checkpoints)):
         try:
             return folder, verify_checkpoint(folder)
         except CheckpointError as error:
-            logger.warning("passing over a damaged checkpoint: %s", error)
+            logger.warning("skipping a damaged checkpoint: %s", error)
     return None

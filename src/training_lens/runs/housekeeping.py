@@ -1,4 +1,4 @@
-"""A run's tags, its size and its deletion."""
+"""Tags, size and deletion of a run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TAG = re.compile(r"[\w.:-]{1,40}")
 
 
 def read_checked_json(path: Path) -> Any:
-    """The content of a JSON file that a run can do without.
+    """The content of an optional JSON file of a run.
 
     Raises:
-        CheckpointError: it is no JSON, or not what was written.
+        CheckpointError: it is not JSON, or not what was written.
     """
     try:
         value = read_json(path)
@@ -32,7 +32,7 @@ def read_checked_json(path: Path) -> Any:
 
 
 def output_folder(folder: Path) -> Path | None:
-    """The output.base_output_dir that the folder of a run or a sweep stands in; None: it stands alone."""
+    """The output.base_output_dir that contains the folder of a run or sweep; None if it is elsewhere."""
     folder = folder.absolute()
     if is_in_place(RunFolder(folder)):
         return folder.parents[3]
@@ -40,13 +40,13 @@ def output_folder(folder: Path) -> Path | None:
 
 
 def is_in_place(folder: RunFolder) -> bool:
-    """Whether a run's folder stands where runs do: .../experiments/NAME/runs/ID."""
+    """Whether a run's folder is at .../experiments/NAME/runs/ID."""
     parts = folder.root.absolute().parts
     return parts[-4:-3] == ("experiments",) and parts[-2] == "runs" and ".." not in parts
 
 
 def read_tags(folder: RunFolder) -> tuple[str, ...]:
-    """The run's tags, in the order given to it.
+    """The run's tags, in the order in which they were added.
 
     Raises:
         CheckpointError: metadata/tags.json is broken.
@@ -59,42 +59,42 @@ def read_tags(folder: RunFolder) -> tuple[str, ...]:
 
 
 def change_tags(folder: RunFolder, tags: Sequence[str], *, remove: bool = False) -> tuple[str, ...]:
-    """Add tags to a run, or remove them; gives those that it has then.
+    """Add tags to a run, or remove them. Returns the run's tags afterwards.
 
     Raises:
-        ConfigurationError: a tag that is none, or one to remove that the run does not have.
+        ConfigurationError: a tag has a bad form, or one to remove is not among the run's tags.
     """
     require_contained(folder.metadata)
-    had = read_tags(folder)
+    before = read_tags(folder)
     problems = [
         f"tag {tag!r}: give at most 40 letters, digits and '_.:-', without spaces."
         for tag in tags
         if not TAG.fullmatch(tag)
     ]
     if remove:
-        has = f"has {', '.join(had)}" if had else "has no tags"
-        problems = [f"tag '{tag}': the run {folder.run_id} {has}." for tag in tags if tag not in had]
+        found = f"has {', '.join(before)}" if before else "has no tags"
+        problems = [f"tag '{tag}': the run {folder.run_id} {found}." for tag in tags if tag not in before]
     if problems:
         raise ConfigurationError(problems)
-    kept = tuple(tag for tag in had if tag not in tags) if remove else tuple(dict.fromkeys((*had, *tags)))
-    write_json(folder.metadata / "tags.json", list(kept))
-    return kept
+    after = tuple(tag for tag in before if tag not in tags) if remove else tuple(dict.fromkeys((*before, *tags)))
+    write_json(folder.metadata / "tags.json", list(after))
+    return after
 
 
 def measure_size(folder: RunFolder) -> int:
-    """The bytes of a run's files; what links point to is not counted."""
+    """The bytes of a run's files. The targets of symbolic links are not counted."""
     return sum(path.lstat().st_size for path in folder.root.rglob("*") if path.is_symlink() or path.is_file())
 
 
 def check_deletable(folder: RunFolder) -> None:
-    """Refuse to delete what is not a run of its own, at rest.
+    """Check that a folder may be deleted: a run in its place that no process trains.
 
     Raises:
-        CheckpointError: the folder is a link, stands elsewhere than a run does, or a process trains it.
+        CheckpointError: the folder is a link, is not where runs are, or a process trains it.
     """
     root = folder.root.absolute()
     if root.is_symlink() or folder.metadata.is_symlink():
-        raise CheckpointError(f"{root} is a symbolic link, or made of them; delete by hand what you mean.")
+        raise CheckpointError(f"{root} is a symbolic link, or contains one at metadata; delete it by hand.")
     if not is_in_place(folder):
         raise CheckpointError(f"{root} is not in .../experiments/NAME/runs/, where runs are; delete it by hand.")
     if linked := [path for path in (root.parent, root.parent.parent) if path.is_symlink()]:
@@ -117,7 +117,7 @@ def _is_marked_running(folder: RunFolder) -> bool:
 
 
 def delete_run(folder: RunFolder) -> None:
-    """Delete a run: renamed in one stroke, so that a kill leaves no half run, then removed. Links are not followed.
+    """Delete a run. It is renamed first, so that a kill leaves no partial run. Links are not followed.
 
     Raises:
         CheckpointError: see `check_deletable`.

@@ -23,9 +23,9 @@ logger = get_logger(__name__)
 
 
 class JournalPosition(NamedTuple):
-    """How far a journal was read: all lines of steps below `step`, and the first `lines` of that step.
+    """How far a journal was read: all lines of steps below `step`, and the first `lines` lines of that step.
 
-    It holds through a resume, which drops the lines behind its checkpoint and writes them again.
+    It stays valid when a run resumes, drops the lines after its checkpoint and writes them again.
     """
 
     step: int = -1
@@ -34,7 +34,7 @@ class JournalPosition(NamedTuple):
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """A line of a journal, and the position after it."""
+    """One line of a journal, and the position after it."""
 
     values: Mapping[str, Any]
     position: JournalPosition
@@ -45,23 +45,23 @@ class JournalEntry:
 
 
 class Journal:
-    """Writes the lines of one file, each with its `step`, in the order of steps."""
+    """Appends lines to one file, each with its `step`, in the order of steps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: IO[str] | None = None
 
     def open(self, after: int) -> None:
-        """Begin to write.
+        """Open the file to append.
 
         Args:
-            after: the step that a resumed run goes on after: lines behind it are dropped, to be written again;
-                0 drops all.
+            after: the step of the checkpoint that a run resumes from. Later lines are dropped, since the run writes
+                them again; 0 drops all.
         """
         if self.path.exists():
             lines = read_text(self.path).splitlines() if after else []
-            damaged = tuple(number for number, line in enumerate(lines[:-1], 1) if _parse_line(line) is None)
-            if damaged:  # the last one a kill may have cut short
+            damaged = tuple(number for number, line in enumerate(lines[:-1], 1) if parse_line(line) is None)
+            if damaged:  # a kill may have cut the last one short
                 warn_of_damaged_lines(self.path, damaged)
             kept = "".join(f"{line}\n" for line in lines if _is_up_to(line, after))
             write_text(self.path, kept, verbatim=True)
@@ -70,10 +70,7 @@ class Journal:
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Append one line, with the key `step`, and hand it to the system.
-
-        The line also gets `time`, in seconds since the epoch: who reads it later knows when it was.
-        """
+        """Append one line, which must have the key `step`, and flush it. `time` (seconds since the epoch) is added."""
         assert self._file is not None, "open the journal first"
         line = redact_values_for_file({**values, "time": round(time.time(), 3)}, self.path)
         self._file.write(seal_line(line) + "\n")
@@ -81,31 +78,31 @@ class Journal:
 
     def close(self) -> None:
         if self._file is not None:
-            with suppress(OSError):  # each line was handed over at once: what fails here was raised by `write`
+            with suppress(OSError):  # each line was flushed: what fails here was raised by `write`
                 self._file.close()
 
 
 class JournalReader:
-    """Reads a journal from a position on, while another process writes it.
+    """Reads a journal from a position on, while another process appends to it.
 
-    It remembers its place in the file, so that a wake-up costs what is new, and begins anew where the file was
-    replaced. Between two reads it holds nothing open.
+    It remembers its offset, so that a read costs only the new lines, and starts over if the file was replaced. The
+    file is closed between reads.
     """
 
     def __init__(self, path: Path, position: JournalPosition | None = None) -> None:
         self.path, self.position = path, position or JournalPosition()
-        self._inode, self._offset, self._met = 0, 0, JournalPosition()
+        self._inode, self._offset, self._seen = 0, 0, JournalPosition()
 
     def read(self, most: int) -> list[JournalEntry]:
-        """The next lines, `most` at most; none where nothing is new. A line still being written waits."""
+        """At most `most` new lines. A line that is still being written is left for the next read."""
         try:
             file = open_file(self.path)
         except FileNotFoundError:
             return []
         with file:
             inode = os.fstat(file.fileno()).st_ino
-            if inode != self._inode:  # a resumed run put another file in its place
-                self._inode, self._offset, self._met = inode, 0, JournalPosition()
+            if inode != self._inode:  # a resumed run replaced the file
+                self._inode, self._offset, self._seen = inode, 0, JournalPosition()
             file.seek(self._offset)
             return self._read_entries(file, most)
 
@@ -113,29 +110,29 @@ class JournalReader:
         entries: list[JournalEntry] = []
         while len(entries) < most and (line := file.readline()).endswith(b"\n"):
             self._offset += len(line)
-            if (values := _parse_line(line)) is None:
+            if (values := parse_line(line)) is None:
                 continue
             step = int(values["step"])
-            self._met = JournalPosition(step, self._met.lines + 1 if step == self._met.step else 1)
-            if self._met > self.position:
-                self.position = self._met
-                entries.append(JournalEntry(values, self._met))
+            self._seen = JournalPosition(step, self._seen.lines + 1 if step == self._seen.step else 1)
+            if self._seen > self.position:
+                self.position = self._seen
+                entries.append(JournalEntry(values, self._seen))
         return entries
 
 
 @lru_cache(maxsize=64)
 def warn_of_damaged_lines(path: Path, numbers: tuple[int, ...]) -> None:
-    """Warn of the damaged lines of a journal; once for each state of a file, however often it is read."""
+    """Warn of damaged lines of a journal, once per state of the file however often it is read."""
     shown = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-    logger.warning("%s is damaged: what its lines %s tell is left out", path, shown)
+    logger.warning("%s is damaged: its lines %s are skipped", path, shown)
 
 
-def _parse_line(line: str | bytes) -> dict[str, Any] | None:
-    """A line's values; None of one that a kill cut short, or that is damaged."""
+def parse_line(line: str | bytes) -> dict[str, Any] | None:
+    """The values of a line; None for one that is damaged or cut short."""
     values = read_line(line)
     return values if values is not None and isinstance(values.get("step"), int) else None
 
 
 def _is_up_to(line: str, step: int) -> bool:
-    values = _parse_line(line)
+    values = parse_line(line)
     return values is not None and int(values["step"]) <= step

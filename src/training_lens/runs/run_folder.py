@@ -1,4 +1,4 @@
-"""Run folders: where a run keeps everything, and how a run is found again.
+"""Run folders: the paths of a run, its status, and the lock of the process that trains it.
 
 {base}/experiments/{experiment}/runs/{run_id}/{artifacts,checkpoints,lens,logs,metadata,reports}
 """
@@ -13,17 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.runs.journal import warn_of_damaged_lines
 from training_lens.utils.files import TEMPORARY, atomic_folder, list_files, read_json, sweep_temporaries, write_json
-from training_lens.utils.integrity import read_line, record_hashes, require_intact, strip_checksum
-from training_lens.utils.limits import read_text
+from training_lens.utils.integrity import record_hashes, require_intact, strip_checksum
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import is_printable
 
@@ -32,7 +29,7 @@ LATEST = "latest"
 UNFINISHED = ("running", "interrupted", "failed")  # not pruned: that run was ended for good
 PROCESS = "process.json"
 STAMP = "%Y%m%dT%H%M%SZ"
-LOCK_SECONDS = 2.0  # a process that asks for the status holds the lock for an instant, too
+LOCK_SECONDS = 2.0  # reading the status takes the lock for an instant, too
 
 
 def new_run_id() -> str:
@@ -115,13 +112,13 @@ class RunFolder:
         return self.metadata / "run.lock"
 
     def create(self, fill: Callable[[RunFolder], object] = lambda _: None) -> RunFolder:
-        """Make the run's folder, whole or not at all; a run that never began makes room for it.
+        """Create the run's folder atomically, in place of one whose run never began.
 
         Args:
             fill: writes the first files into the folder that it is given, which then becomes this one.
 
         Raises:
-            ConfigurationError: see `require_new`; OutputError: another process made it meanwhile.
+            ConfigurationError: see `require_new`; OutputError: another process created it meanwhile.
         """
         self.require_new()
         with atomic_folder(self.root, existing="replace" if self.root.exists() else "refuse") as root:
@@ -132,21 +129,21 @@ class RunFolder:
         return self
 
     def write_metadata(self, name: str, value: Any) -> None:
-        """Write metadata/{name} as JSON, and record its hash."""
+        """Write metadata/{name} as JSON and record its hash."""
         write_json(self.metadata / name, value)
         record_hashes(self.root, [self.metadata / name])
 
     @property
     def has_begun(self) -> bool:
-        """Whether it has a status or a result: a process of earlier versions may have died before it wrote either."""
+        """Whether it has a status or a result. Processes of earlier versions could die before they wrote either."""
         results = (self.logs, self.checkpoints, self.root / "artifacts")
         return (self.metadata / "summary.json").exists() or any(list_files(folder) for folder in results)
 
     def require_adapter(self) -> None:
-        """Refuse a run without a finished adapter.
+        """Check that the run has a finished, intact adapter.
 
         Raises:
-            CheckpointError: says what became of the run, or which file of adapter or tokenizer is damaged.
+            CheckpointError: it has none (says its status), or a file of adapter or tokenizer is damaged.
         """
         if not self.adapter.is_dir():
             raise CheckpointError(
@@ -157,10 +154,10 @@ class RunFolder:
         require_intact(self.tokenizer)
 
     def require_new(self) -> None:
-        """Refuse to begin a run here twice.
+        """Check that no run of this id exists.
 
         Raises:
-            ConfigurationError: a run of that id is there already; it is never written over.
+            ConfigurationError: one does; it is never overwritten.
         """
         if self.root.exists() and (self.has_begun or self._is_locked()):
             raise ConfigurationError(
@@ -172,7 +169,7 @@ class RunFolder:
         """The content of metadata/{name}.
 
         Raises:
-            CheckpointError: the file is missing, no JSON, or not what the run wrote.
+            CheckpointError: the file is missing, not JSON, or not what the run wrote.
         """
         path = self.metadata / name
         try:
@@ -180,7 +177,9 @@ class RunFolder:
             value = read_json(path)
             return strip_checksum(value, path) if isinstance(value, dict) else value
         except FileNotFoundError:
-            raise CheckpointError(f"{self.root} is no complete run: {path} is missing. {self._repair_advice}") from None
+            raise CheckpointError(
+                f"{self.root} is not a complete run: {path} is missing. {self._repair_advice}"
+            ) from None
         except ValueError as error:
             raise CheckpointError(f"{path} is no valid JSON ({error}). Restore it, or start a new run.") from error
 
@@ -188,11 +187,11 @@ class RunFolder:
     def _repair_advice(self) -> str:
         if self.has_begun:
             return f"training-lens doctor {self.root} says what can be repaired."
-        return f"Its process died before it began: start it again, where you like with output.run_id={self.run_id}."
+        return f"Its process died before it began: start it again, with output.run_id={self.run_id} if you like."
 
     @property
     def start_time(self) -> datetime:
-        """When it was started, in UTC: from its id where that is a timestamp, else from the file written first."""
+        """When the run started, in UTC: from its id if that is a timestamp, else the time of the first file."""
         try:
             return datetime.strptime(self.run_id.split("-")[0], STAMP).replace(tzinfo=UTC)
         except ValueError:
@@ -202,13 +201,13 @@ class RunFolder:
 
     @property
     def experiment_name(self) -> str:
-        """The experiment in whose folder it is; empty for a run's folder elsewhere."""
+        """The experiment that the folder belongs to; empty for a run folder elsewhere."""
         *_, experiments, name, runs, _ = ("", "", "", *self.root.absolute().parts)
         return name if (experiments, runs) == ("experiments", "runs") else ""
 
     @property
     def status(self) -> str:
-        """running, finished, failed, pruned or interrupted: as the run wrote last; interrupted where its process died.
+        """running, finished, failed, pruned or interrupted, as the run wrote last; interrupted if its process died.
 
         Raises:
             CheckpointError: metadata/summary.json is missing or broken.
@@ -217,29 +216,29 @@ class RunFolder:
 
     @property
     def has_died(self) -> bool:
-        """Whether the run's process ended without a word (SIGKILL, a crash): it wrote `running`, its lock is free.
+        """Whether the run's process was killed or crashed: the status says `running`, but the lock is free.
 
-        Where the lock cannot be tried (a read-only file system, another user's run), what the run wrote last holds.
+        False where the lock cannot be tried (read-only file system, another user's run).
         """
         return self._read_summary().get("status") == "running" and self._is_locked() is False
 
     @property
     def resume_command(self) -> str:
-        """What is typed in this folder to go on with it."""
+        """The command that resumes this run."""
         return shlex.join(["training-lens", "train", "--resume", str(self.root)])
 
     @property
     def process_label(self) -> str:
-        """The process that trains it, or did so last: 'process 4711 on host forge'."""
+        """The process that trains the run, or last did: 'process 4711 on host forge'."""
         try:
-            said = self.read_metadata(PROCESS)
-            return f"process {said['pid']} on host {said['host']}"
+            process = self.read_metadata(PROCESS)
+            return f"process {process['pid']} on host {process['host']}"
         except (CheckpointError, KeyError, TypeError):
             return "its process is not recorded"
 
     @contextmanager
     def hold_lock(self) -> Iterator[None]:
-        """Within the block this process alone trains the run, or deletes it. The kernel lets go when a process dies.
+        """Hold the run's lock in the block, to train or delete it. The kernel frees the lock when the process dies.
 
         Raises:
             CheckpointError: see `require_free`.
@@ -250,7 +249,9 @@ class RunFolder:
         except Timeout:
             raise self._lock_error() from None
         except OSError as error:  # a file system without locks
-            logger.warning("%s cannot be locked (%s): see to it that no other process trains it", self.lock_file, error)
+            logger.warning(
+                "%s cannot be locked (%s): make sure that no other process trains this run", self.lock_file, error
+            )
         try:
             for folder in {path.parent for path in self.root.rglob(f"{TEMPORARY}*")}:
                 sweep_temporaries(folder)
@@ -260,10 +261,10 @@ class RunFolder:
             lock.release()
 
     def require_free(self) -> None:
-        """Refuse what another process trains at this moment.
+        """Check that no other process trains the run.
 
         Raises:
-            CheckpointError: says which process.
+            CheckpointError: one does; says which.
         """
         if self._is_locked():
             raise self._lock_error()
@@ -275,7 +276,7 @@ class RunFolder:
         )
 
     def _is_locked(self) -> bool | None:
-        """Whether a process holds the lock; None where that cannot be told, as on a read-only file system."""
+        """Whether a process holds the lock; None if unknown, as on a read-only file system."""
         try:
             if not self.lock_file.exists():
                 return False
@@ -298,56 +299,28 @@ def runs_folder(base_output_dir: str, experiment_name: str) -> Path:
 
 
 def evaluations_folder(base_output_dir: str, experiment_name: str) -> Path:
-    """Where judgements of models that are no run go."""
+    """Where evaluations of models without a run are written."""
     return Path(base_output_dir) / "experiments" / experiment_name / "evaluations"
 
 
 def list_run_folders(folder: Path) -> list[RunFolder]:
-    """The runs in a runs folder, by their ids; what a killed deletion left is none.
+    """The runs in a runs folder, sorted by id, without leftovers of a killed deletion.
 
-    Ids of earlier versions, which `check_run_id` would refuse, are among them, but for those that do not print.
+    Ids of earlier versions that `check_run_id` would refuse are included, unless they do not print.
     """
     places = (p for p in list_folders(folder) if not p.name.startswith(TEMPORARY) and (p / "metadata").is_dir())
     return sorted((RunFolder(p) for p in places), key=lambda run: run.run_id)
 
 
 def list_folders(folder: Path) -> Iterator[Path]:
-    """The folders in a folder; those whose names do not print as they are, are left out with a warning."""
+    """The subfolders of a folder; those whose names do not print are skipped with a warning."""
     for path in folder.glob("*/"):
         if is_printable(path.name):
             yield path
         else:
-            logger.warning("%s: left out the folder %r, whose name does not print: rename it", folder, path.name)
+            logger.warning("%s: skipped the folder %r, because its name does not print: rename it", folder, path.name)
 
 
 def open_run_folder(path: Path) -> RunFolder:
-    """The run in a folder, with its id as its name: '.' and '..' have none."""
+    """The run in a folder. '.' and '..' are resolved, since the folder's name is the run's id."""
     return RunFolder(path.resolve() if path.name in ("", "..") else path)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, each with its `step`. One that is none is left out: a kill cuts the last; of
-    others a warning says so, and of lines that are missing behind the last one of a finished run.
-    """
-    texts = read_text(path).splitlines()
-    lines = [values if values and isinstance(values.get("step"), int) else None for values in map(read_line, texts)]
-    if None in lines[:-1]:
-        warn_of_damaged_lines(path, tuple(number for number, line in enumerate(lines, 1) if line is None))
-    found = [line for line in lines if line is not None]
-    _warn_of_missing_steps(path, max((line["step"] for line in found), default=0), _finished_step_count(path))
-    return found
-
-
-@lru_cache(maxsize=64)
-def _warn_of_missing_steps(path: Path, last_step: int, steps: int) -> None:
-    if last_step < steps:
-        logger.warning("%s is damaged: it ends with step %d of %d, and the rest is missing", path, last_step, steps)
-
-
-def _finished_step_count(metrics_file: Path) -> int:
-    """The steps of the run that a metrics.jsonl is of; 0 where it is not finished, or not known."""
-    try:
-        summary = RunFolder(metrics_file.parent.parent).read_metadata("summary.json")
-        return int(summary["steps"]) if summary["status"] == "finished" else 0
-    except (CheckpointError, OSError, KeyError, TypeError, ValueError):
-        return 0

@@ -1,20 +1,20 @@
-"""Runs read back as plain values, to be listed, sorted and compared."""
+"""Runs as plain values: listed, sorted and compared."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.runs.housekeeping import read_checked_json, read_tags
-from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.runs.metrics_log import is_finite_number, read_progress
+from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_lookup import find_run, find_run_folders
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import did_you_mean
 from training_lens.utils.nested import find_differences, flatten_sections
 
 BROKEN = "broken"
@@ -26,7 +26,7 @@ NOT_COMPARED = ("output.run_id",)
 
 @dataclass(frozen=True)
 class RunOverview:
-    """One run, as its files tell it.
+    """One run, as read from its files.
 
     `status` is `RunFolder.status`, or broken where config or summary cannot be read; `detail` says what happened to
     it, or what is wrong with its files. `start_time` is UTC. `metrics` are the finite numbers of its summary (of
@@ -55,13 +55,13 @@ class RunOverview:
 
     @property
     def model_name(self) -> str:
-        """The base: a folder's last part, or the id; empty where the config cannot be read."""
+        """The base model: a folder's name or a hub id; empty if the config cannot be read."""
         name = str(self.config.get("model.id") or "")
         return Path(name).name if Path(name).is_absolute() or name.startswith((".", "~")) else name
 
     @property
     def data_name(self) -> str:
-        """The rows that it is trained on: the name of the first source, and how many there are besides."""
+        """The training data: the name of the first source, and the number of others."""
         sources = self.config.get("data.train") or []
         names = [Path(source).name for source in sources if isinstance(source, str)]
         if not names:
@@ -70,12 +70,12 @@ class RunOverview:
 
     @property
     def learning_rate(self) -> float | None:
-        """The peak learning rate; None where it was not settled yet."""
+        """The peak learning rate; None if it is not decided yet."""
         rate = self.config.get("training.lr")
-        return rate if _is_number(rate) else None
+        return rate if is_finite_number(rate) else None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, without the config."""
+        """JSON values, without the config."""
         return {
             "run": self.run_id,
             "experiment": self.experiment_name,
@@ -92,32 +92,27 @@ class RunOverview:
 
 
 def read_runs(base_output_dir: str, experiment_name: str | None = None) -> list[RunOverview]:
-    """The runs of one experiment, or of all, the newest first. A broken one is among them and says why.
+    """The runs of one experiment, or of all, newest first. Broken runs are included, with the reason in `detail`.
 
     Raises:
-        ConfigurationError: there is no such experiment; names the nearest.
+        ConfigurationError: there is no such experiment; suggests the nearest.
     """
     folders = find_run_folders(base_output_dir, experiment_name)
     return sorted(map(read_run, folders), key=lambda run: (run.start_time, run.run_id), reverse=True)
 
 
 def find_runs(references: Sequence[str], base_output_dir: str) -> list[RunOverview]:
-    """The runs that ids (of any experiment), paths, or `latest` (the newest, whatever became of it) mean; each once.
+    """The runs that ids, paths, experiments or `latest` (whatever its status) mean, without duplicates.
 
     Raises:
-        CheckpointError: there is no such run, or the id is that of several.
+        CheckpointError: no run matches, or several do.
     """
     found = [find_run(reference, base_output_dir) for reference in references]
     return [read_run(folder) for folder in {folder.root.resolve(): folder for folder in found}.values()]
 
 
-def _hint(name: str, known: Sequence[str]) -> str:
-    close = nearest_name(name, known)
-    return f" Did you mean {close}?" if close else ""
-
-
 def read_run(folder: RunFolder) -> RunOverview:
-    """The run in a folder; whatever cannot be read of it is said in `detail`."""
+    """The run in a folder; `detail` names what cannot be read."""
     started = folder.start_time
     try:
         status = folder.status
@@ -134,7 +129,7 @@ def read_run(folder: RunFolder) -> RunOverview:
         return RunOverview(folder, BROKEN, str(error), started)
     problems = [detail] if detail else []
     try:
-        metrics = {**metrics, **_read_report_metrics(folder), **metrics}  # the summary first, and over all
+        metrics = {**metrics, **_read_report_metrics(folder), **metrics}  # the summary comes first, and wins
         tags = read_tags(folder)
     except (CheckpointError, OSError) as error:
         tags = ()
@@ -149,64 +144,37 @@ def _require_mapping(value: Any, path: Path) -> dict[str, Any]:
 
 
 def _read_report_metrics(folder: RunFolder) -> dict[str, float]:
-    """The numbers of the run's reports; where two have the same one, that of the file that was written last."""
-    there = [path for name in REPORTS if (path := folder.reports / name).is_file()]
-    by_age = sorted(there, key=lambda path: path.stat().st_mtime_ns)
+    """The numbers in the run's reports; where two share a key, that of the later file."""
+    paths = [path for name in REPORTS if (path := folder.reports / name).is_file()]
+    by_age = sorted(paths, key=lambda path: path.stat().st_mtime_ns)
     numbers = [_finite_numbers(_require_mapping(read_checked_json(path), path)) for path in by_age]
     return {key: value for found in numbers for key, value in found.items() if key.startswith(MEASURED)}
 
 
 def _finite_numbers(values: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers in nested values, by dotted key."""
-    return {key: value for key, value in flatten_sections(values).items() if _is_number(value)}
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def read_logged_values(folder: RunFolder, kind: str, *keys: str) -> list[list[float]]:
-    """What the lines of one kind in metrics.jsonl hold under some keys; lines without a finite number under each are
-    left out.
-
-    Args:
-        kind: base, step or validation.
-    """
-    lines = read_metrics(folder.metrics_file) if folder.metrics_file.is_file() else []
-    found = ([line.get(key) for key in keys] for line in lines if line.get("kind") == kind)
-    return [[value for value in values if _is_number(value)] for values in found if all(map(_is_number, values))]
-
-
-def read_progress(folder: RunFolder) -> dict[str, float]:
-    """What metrics.jsonl tells of a run whose summary is not written yet, by the summary's names."""
-    steps = read_logged_values(folder, "step", "step")
-    told: dict[str, float] = {"steps": steps[-1][0] if steps else 0}
-    told["seconds"] = sum(seconds for (seconds,) in read_logged_values(folder, "step", "seconds"))
-    for kind, name in (("base", "base_validation_loss"), ("validation", "validation_loss")):
-        if losses := [loss for (loss,) in read_logged_values(folder, kind, "loss")]:
-            told[name] = min(losses)
-    return told
+    return {key: value for key, value in flatten_sections(values).items() if is_finite_number(value)}
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether the smaller value is the better one: losses, perplexity, seconds, bytes, errors, distances."""
+    """Whether smaller is better: losses, perplexity, seconds, bytes, errors, distances."""
     return any(part in metric for part in LOWER_IS_BETTER)
 
 
 def sort_runs(runs: Sequence[RunOverview], metric: str, ascending: bool | None = None) -> list[RunOverview]:
-    """The runs by a metric, the best first; those without it last, in the order given.
+    """The runs sorted by a metric, best first; those without it last, in the order given.
 
     Args:
-        ascending: the smallest first; None: what `lower_is_better` says.
+        ascending: smallest first; None: as `lower_is_better` decides.
 
     Raises:
-        ConfigurationError: no run has that metric; lists what there is.
+        ConfigurationError: no run has that metric; lists the known ones.
     """
     known = sorted({name for run in runs for name in run.metrics})
     if metric not in known:
         there = f"they have {', '.join(known)}" if known else "they have none"
         raise ConfigurationError(
-            f"metric '{metric}': none of the {len(runs)} runs has it; {there}.{_hint(metric, known)}"
+            f"metric '{metric}': none of the {len(runs)} runs has it; {there}.{did_you_mean(metric, known)}"
         )
     sign = 1 if (lower_is_better(metric) if ascending is None else ascending) else -1
     return sorted(runs, key=lambda run: sign * run.metrics[metric] if metric in run.metrics else math.inf)
@@ -218,18 +186,19 @@ def best_run(runs: Sequence[RunOverview], metric: str, ascending: bool | None = 
 
 
 def config_differences(runs: Sequence[RunOverview]) -> dict[str, tuple[Any, ...]]:
-    """The settings on which the runs do not agree, with each one's value; the runs' ids apart."""
+    """The settings that differ between the runs, with each run's value; run ids are ignored."""
     found = find_differences([run.config for run in runs])
     return {key: values for key, values in found.items() if key not in NOT_COMPARED}
 
 
 def have_same_validation(runs: Sequence[RunOverview]) -> bool:
-    """Whether the runs were validated on the same rows, as far as their metadata/data.json tells it."""
+    """Whether the runs were validated on the same rows, according to metadata/data.json."""
     return len({rows for run in runs if (rows := _validation_rows(run)) is not None}) < 2
 
 
 def _validation_rows(run: RunOverview) -> tuple[Any, ...] | None:
-    """What decides the rows: the files' sha256; where they are held out of the training files, also share and seed."""
+    """What determines the validation rows: the sha256 of their files; for held-out rows also their share and the "
+    "seed."""
     try:
         data = run.folder.read_metadata("data.json")
         if "validation" in data:

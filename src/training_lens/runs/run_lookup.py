@@ -1,4 +1,4 @@
-"""Which run a name means: a path, an id, an experiment, or `latest`. The one place that says so."""
+"""Finds the run that a name means: a path, an id, an experiment, or `latest`, for every command and for Python."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from training_lens.runs.run_folder import (
     open_run_folder,
     runs_folder,
 )
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import did_you_mean
 from training_lens.utils.names import expand_home
 
-BASE_ALONE = "none"  # as inference.adapter: no adapter
-FEWEST_CHARACTERS = 4  # of an id that is cut short
+BASE_ALONE = "none"  # the value of inference.adapter for the base model alone
+FEWEST_CHARACTERS = 4  # of an abbreviated id
 
 
 def find_run_folders(base_output_dir: str, experiment_name: str | None = None) -> list[RunFolder]:
@@ -32,7 +32,8 @@ def find_run_folders(base_output_dir: str, experiment_name: str | None = None) -
     if experiment_name is not None and experiment_name not in experiments:
         there = f"there are {', '.join(experiments)}" if experiments else "there is none yet"
         raise ConfigurationError(
-            f"no experiment '{experiment_name}' in {base_output_dir}: {there}.{_hint(experiment_name, experiments)}"
+            f"no experiment '{experiment_name}' in {base_output_dir}: "
+            f"{there}.{did_you_mean(experiment_name, experiments)}"
         )
     names = experiments if experiment_name is None else [experiment_name]
     return [run for name in names for run in list_run_folders(runs_folder(base_output_dir, name))]
@@ -41,18 +42,18 @@ def find_run_folders(base_output_dir: str, experiment_name: str | None = None) -
 def find_run(
     reference: str, base_output_dir: str, experiment_name: str | None = None, *, finished: bool | None = None
 ) -> RunFolder:
-    """The run that `reference` means; the one place that says so, for every command and for Python.
+    """The run that `reference` means.
 
-    That is a path to a run folder; a run's id, or the first characters of one; `latest`, the run that started last; or
-    an experiment's name, of which it is the run that started last.
+    `reference` is a path to a run folder; a run's id or its first characters; `latest`, the run that started last; or
+    an experiment's name, which means the run of it that started last.
 
     Args:
-        experiment_name: the experiment that was named; None: all of them.
-        finished: what the run is for: True to use its adapter, False to resume it, None to look at it. `latest` is the
-            same run for all of them, and is refused where it cannot be used so.
+        experiment_name: look for `latest` and ids in this experiment; None: in all of them.
+        finished: what the run is for: True to use its adapter, False to resume it, None to read it. `latest` means the
+            same run in all three cases, and is refused if that run cannot be used.
 
     Raises:
-        CheckpointError: there is no such run, several are meant, or the last one cannot be used; names what there is.
+        CheckpointError: no run or several match, or the last one cannot be used; lists what there is.
         ConfigurationError: the reference is empty.
     """
     if not reference.strip():
@@ -72,10 +73,10 @@ def find_run(
 
 
 def _match_ids(reference: str, runs: Sequence[RunFolder]) -> list[RunFolder]:
-    """The runs of that id, or else those whose ids begin so."""
+    """The runs with that id, else those whose ids start with it."""
     exact = [run for run in runs if run.run_id == reference]
-    begun = [run for run in runs if run.run_id.startswith(reference)] if len(reference) >= FEWEST_CHARACTERS else []
-    return exact or begun
+    by_prefix = [run for run in runs if run.run_id.startswith(reference)] if len(reference) >= FEWEST_CHARACTERS else []
+    return exact or by_prefix
 
 
 def _require_one(
@@ -92,12 +93,12 @@ def _require_one(
     raise CheckpointError(
         f"no run '{reference}' in {place} ({len(everywhere)} runs in all), no experiment of that name, and no run "
         "folder at that path. Give output.base_output_dir if it is elsewhere."
-        f"{_hint(reference.rstrip('/'), sorted(known - {reference.rstrip('/')}))}"
+        f"{did_you_mean(reference.rstrip('/'), sorted(known - {reference.rstrip('/')}))}"
     )
 
 
 def _take_last(runs: Sequence[RunFolder], place: str, finished: bool | None) -> RunFolder:
-    """The run that started last, if it can be used as `finished` says."""
+    """The run that started last, if it is finished or unfinished as asked."""
     if not runs:
         raise CheckpointError(
             f"no run in {place} yet. Train one, give output.base_output_dir and output.experiment_name if it is "
@@ -122,7 +123,7 @@ def _can_resume(run: RunFolder, finished: bool | None) -> bool:
 
 
 def read_status(run: RunFolder) -> str:
-    """The run's status; unknown where its summary cannot be read."""
+    """The run's status; 'unknown' if its summary cannot be read."""
     try:
         return run.status
     except CheckpointError:
@@ -130,11 +131,11 @@ def read_status(run: RunFolder) -> str:
 
 
 def find_adapter_run(adapter: str, base_output_dir: str, experiment_name: str | None = None) -> RunFolder:
-    """The run that `inference.adapter` names, with a finished adapter.
+    """The run with a finished adapter that `inference.adapter` names.
 
     Raises:
-        CheckpointError: see `find_run`; or it has no finished adapter.
-        AdapterError: it is a folder, but neither that of an adapter nor that of a run.
+        CheckpointError: see `find_run`; or the run has no finished adapter.
+        AdapterError: it is a folder of neither an adapter nor a run.
     """
     try:
         run = find_run(adapter, base_output_dir, experiment_name, finished=True)
@@ -150,10 +151,5 @@ def find_adapter_run(adapter: str, base_output_dir: str, experiment_name: str | 
 
 
 def uses_own_model(adapter: str) -> bool:
-    """Whether `inference.adapter` leaves model, template and domains to the config, and not to a run."""
+    """Whether model, template and domains come from the config, because `inference.adapter` names no run."""
     return adapter == BASE_ALONE or (expand_home(adapter) / "adapter_config.json").is_file()
-
-
-def _hint(name: str, known: Sequence[str]) -> str:
-    close = nearest_name(name, known)
-    return f" Did you mean {close}?" if close else ""

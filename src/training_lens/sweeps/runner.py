@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial
@@ -38,6 +37,7 @@ from training_lens.training.loop.lr_schedule import default_lr
 from training_lens.training.plan import RunPlan, write_rows_as_files
 from training_lens.training.run import TrainingWrapper
 from training_lens.training.summary import TrainingSummary
+from training_lens.utils.devices import free_memory
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import RepeatFilter, filter_screen, get_logger, quiet_screen
 from training_lens.utils.names import require_contained
@@ -169,7 +169,7 @@ class Sweep:
         except Exception as error:  # whatever it is, the next trial is another
             logger.debug("trial %d failed", trial.number, exc_info=True)
             self.study.fail(trial, describe_error(error))
-        _free_memory()
+        free_memory()  # of the trial's model, also where an error kept it alive until now
         return row_of(self.study.newest(trial), self.space)
 
     def _train(self, trial: FrozenTrial, watcher: Pruning) -> TrainingSummary:
@@ -284,10 +284,3 @@ def _with_way_on(error: BaseException) -> BaseException:
     return InterruptedRunError(
         f"{error} Start the same command again: the sweep goes on with this trial.", error.exit_code - 128
     )
-
-
-def _free_memory() -> None:
-    """Give back what a trial's model held, also where an error kept it alive until now."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -11,7 +11,8 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.data.batching import Schedule
 from training_lens.data.token_cache import open_cached
 from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder
 from training_lens.training.plan import RunPlan, token_cache_folder
 from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes

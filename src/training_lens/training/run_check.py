@@ -16,7 +16,8 @@ from training_lens.runs.checkpoint_format import (
     list_checkpoints,
     newest_intact_checkpoint,
 )
-from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder
 from training_lens.training.plan import token_cache_folder
 from training_lens.training.run_repair import (
     drop_damaged_checkpoints,

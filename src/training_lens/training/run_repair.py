@@ -28,7 +28,8 @@ from training_lens.runs.checkpoint_format import (
     newest_intact_checkpoint,
     verify_checkpoint,
 )
-from training_lens.runs.run_folder import RunFolder, read_metrics
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.checkpoint_manager import ADAPTER, STATE
 from training_lens.training.plan import read_tokenizer, token_cache_folder
 from training_lens.training.run import TrainingWrapper

@@ -85,7 +85,7 @@ class SampleWriter(Callback):
             logger.warning("step %d: no samples: %s Training goes on.", step, describe_error(error))
             logger.debug("in the samples", exc_info=True)
             if is_out_of_memory(error):
-                free_memory(trainer.processes.device)
+                free_memory()
 
     def _open_session(self, trainer: Any) -> Session:
         plan = self._plan

@@ -16,7 +16,8 @@ from rich.console import Console
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import TrainingError
 from training_lens.runs.checkpoint_format import checkpoint_folder, verify_checkpoint
-from training_lens.runs.run_folder import RunFolder, read_metrics, runs_folder
+from training_lens.runs.metrics_log import read_metrics
+from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.training.loop.callbacks import Callback
 from training_lens.training.loop.checkpoint_manager import STATE
 from training_lens.training.run import TrainingWrapper

@@ -118,9 +118,8 @@ def available_bytes(device: torch.device) -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
 
 
-def free_memory(device: torch.device) -> None:
-    """Give back what nothing holds any more, before trying again with less."""
+def free_memory() -> None:
+    """Return memory that nothing refers to any more, on the CPU and on CUDA, before more is allocated."""
     gc.collect()
     trim_heap()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing where CUDA was never used

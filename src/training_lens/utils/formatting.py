@@ -1,4 +1,4 @@
-"""Numbers as a person reads them."""
+"""Numbers, names and errors as text for people."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def format_seconds(seconds: float) -> str:
 
 
 def render_sparkline(values: Sequence[float], width: int = 60) -> str:
-    """Values as one line of blocks, the lowest ▁ and the highest █; more than `width` are averaged in equal parts.
+    """Values as one line of blocks, from ▁ (lowest) to █ (highest). Over `width` values are averaged in equal parts.
 
-    Values that are not finite are left out.
+    Values that are not finite are skipped.
 
     Example:
         >>> render_sparkline([3.0, 2.0, 1.0, 1.0, 1.0])
@@ -59,16 +59,22 @@ def render_sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def list_names(names: Iterable[object], most: int = 40) -> str:
-    """Names in order, as many as a reader looks through: 'a, b, c and 9,960 more'."""
+    """Names in order, the first `most` of them: 'a, b, c and 9,960 more'."""
     ordered = sorted(map(str, names))
     more = f" and {len(ordered) - most:,} more" if len(ordered) > most else ""
     return ", ".join(name if len(name) <= 80 else f"{name[:77]}..." for name in ordered[:most]) + more
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` most likely meant, or None where nothing is close."""
+    """The known name closest to `name`; None where nothing is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' Did you mean NAME?' with the nearest known name, to end a message; empty where nothing is close."""
+    close = nearest_name(name, known)
+    return f" Did you mean {close}?" if close else ""
 
 
 def describe_error(error: BaseException, limit: int = 400) -> str:

@@ -22,7 +22,7 @@ from rich.progress import (
 from training_lens.errors import TrainingError
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.runs.journal import Journal
-from training_lens.runs.run_folder import read_metrics
+from training_lens.runs.metrics_log import read_metrics
 from training_lens.utils.formatting import format_seconds
 from training_lens.utils.logging import get_logger
 

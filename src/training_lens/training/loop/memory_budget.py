@@ -102,7 +102,7 @@ def measure_token_budget(device: torch.device, step: Callable[[], int], trainabl
         step: runs a forward and backward pass that leaves nothing behind; returns its tokens.
         trainable: numbers of the adapter; their moments are allocated later.
     """
-    free_memory(device)
+    free_memory()
     reset_peak(device)
     before = torch.cuda.memory_allocated(device)
     try:
@@ -113,7 +113,7 @@ def measure_token_budget(device: torch.device, step: Callable[[], int], trainabl
         logger.warning("memory ran out while it was measured; micro-batches start with %d tokens", LEAST_TOKENS)
         return LEAST_TOKENS
     taken = peak_bytes(device) - before
-    free_memory(device)
+    free_memory()
     return affordable_tokens(available_bytes(device), Footprint(BYTES_PER_TRAINED * trainable, taken / tokens), device)
 
 

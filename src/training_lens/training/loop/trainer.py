@@ -207,7 +207,7 @@ class Trainer:
         self.model.train()
         while (loss_sum := self._try_micro_batches(plan, targets)) is None:
             self.optimizer.zero_grad(set_to_none=True)
-            free_memory(self.processes.device)
+            free_memory()
         sum_gradients(self.parameters, self.processes)
         return self.processes.reduce_sum(loss_sum)
 
