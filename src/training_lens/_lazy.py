@@ -1,4 +1,4 @@
-"""Public names that import their module when first used: importing the package costs nothing and pulls in no torch."""
+"""Lazy public names: a module is imported when its name is first used, so importing the package loads no torch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 def attach(
     names: Mapping[str, Sequence[str]], aliases: Mapping[str, str] | None = None
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """`__getattr__`, `__dir__` and `__all__` of a package whose public names live in other modules.
+    """`__getattr__`, `__dir__` and `__all__` for a package whose public names are defined in other modules.
 
     Args:
-        names: module -> the names it defines.
+        names: module -> public names that it defines.
         aliases: another name -> one of those names.
     """
     home = {name: module for module, of_module in names.items() for name in of_module}
     targets = {name: name for name in home} | dict(aliases or {})
 
-    def get(name: str) -> Any:
+    def get_public_name(name: str) -> Any:
         if name not in targets:
             raise AttributeError(f"no public name {name!r}; there are: {', '.join(sorted(targets))}")
         target = targets[name]
         return getattr(import_module(home[target]), target)
 
-    return get, lambda: sorted(targets), sorted(targets)
+    return get_public_name, lambda: sorted(targets), sorted(targets)

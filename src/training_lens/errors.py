@@ -1,6 +1,6 @@
-"""The errors that Training Lens expects: each says what was found, where, and what to do.
+"""The expected errors: each message says what was found, where, and what to do.
 
-The command prints them as one paragraph and exits with `exit_code`; anything else is a bug and shows a traceback.
+The command prints them as one paragraph and exits with `exit_code`. Any other exception is a bug and shows a traceback.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ SHOWN_PROBLEMS = 50
 
 
 class TrainingLensError(Exception):
-    """An expected failure. `exit_code` is what the command returns: 1 the run failed, 2 wrong usage or config."""
+    """An expected failure. `exit_code` is the command's: 1 the run failed, 2 wrong usage or config."""
 
     exit_code = 1
 
 
 class ConfigurationError(TrainingLensError, ValueError):
-    """Wrong usage or configuration; `problems` holds every one that was found."""
+    """Wrong usage or configuration; `problems` holds all problems found."""
 
     exit_code = 2
 
@@ -34,7 +34,7 @@ class DatasetError(TrainingLensError):
     """A data file that is missing, broken, or lacks what training needs.
 
     Args:
-        kind: of a row that cannot be used: the reason in words that other rows share, by which they are counted.
+        kind: why a row cannot be used, in words without its details, so that such rows can be counted together.
     """
 
     def __init__(self, message: str, *, kind: str | None = None) -> None:
@@ -51,15 +51,15 @@ class AdapterError(TrainingLensError):
 
 
 class MergeError(TrainingLensError):
-    """A merged model that is not what its adapter is, or cannot be written."""
+    """A merged model that does not equal base and adapter, or cannot be written."""
 
 
 class OutputError(TrainingLensError):
-    """A folder that another process filled while this one made its content."""
+    """A folder that another process filled in the meantime."""
 
 
 class TrainingError(TrainingLensError):
-    """Training cannot go on: for one, the loss is not finite."""
+    """Training cannot continue, for example because the loss is not finite."""
 
 
 class EvaluationError(TrainingLensError):
@@ -67,19 +67,19 @@ class EvaluationError(TrainingLensError):
 
 
 class OutOfMemoryError(TrainingError):
-    """Memory ran out in loading, training or answering."""
+    """Memory ran out while loading, training or generating."""
 
 
 class LensError(TrainingLensError):
-    """Nothing to capture, or captures that are missing, damaged, or of something else."""
+    """Nothing to capture, or captures that are missing, damaged or do not fit."""
 
 
 class IntegrationError(TrainingLensError):
-    """A tracker, hub or storage that cannot be used, or did not take what was sent; never ends a run.
+    """A tracker, hub or storage that cannot be used or refused data; never ends a run.
 
     Args:
-        lasting: trying again is useless until someone changes something.
-        retry_after: seconds after which the service wants to be asked again; None: it did not say.
+        lasting: retrying is useless until someone changes something.
+        retry_after: seconds after which the service accepts a retry; None: unknown.
     """
 
     def __init__(self, message: str, *, lasting: bool = False, retry_after: float | None = None) -> None:
@@ -88,28 +88,28 @@ class IntegrationError(TrainingLensError):
 
 
 class EstimateError(TrainingLensError):
-    """A run of which duration and memory cannot be measured before it; it can be trained all the same."""
+    """Time and memory of a run cannot be estimated; it can still be trained."""
 
 
 class CheckpointError(TrainingLensError):
-    """A run folder or checkpoint that is missing, damaged, or of another run."""
+    """A run folder or checkpoint that is missing, damaged or belongs to another run."""
 
 
 class DamagedFileError(CheckpointError):
-    """A file that is no longer what was written, by its hash."""
+    """A file whose hash differs from the recorded one."""
 
 
 class InterruptedRunError(TrainingLensError):
-    """The run was asked to stop by a signal and saved itself first; exits with 128 + the signal's number."""
+    """A signal stopped the run, which saved itself first; exits with 128 + the signal's number."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number, self.exit_code = signal_number, 128 + signal_number
 
     def with_advice(self, advice: str) -> InterruptedRunError:
-        """The same error that also says what to do."""
+        """The same error with advice appended to its message."""
         return InterruptedRunError(f"{self} {advice}", self.signal_number)
 
 
 class PrunedRunError(TrainingLensError):
-    """A callback ended the run before its last step, because it is not worth finishing: no failure of the run."""
+    """A callback stopped the run early because it is not worth finishing. Not a failure of the run."""

@@ -117,7 +117,7 @@ def test_a_resume_says_that_its_journal_is_missing(tmp_path: Path, caplog: pytes
 
 def test_a_resume_names_the_damaged_lines_that_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "samples.jsonl"
-    for flipped, said in ((2, "its lines 2 tell"), (4, "")):  # the last one a kill may have cut short
+    for flipped, said in ((2, "its lines 2 are skipped"), (4, "")):  # the last one a kill may have cut short
         caplog.clear()
         write(path, [1, 2, 3, 4])
         lines = path.read_text().splitlines(keepends=True)

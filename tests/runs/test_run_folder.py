@@ -98,7 +98,7 @@ def test_run_ids_are_unique_and_sort_by_time() -> None:
 
 def test_incomplete_runs_say_what_is_missing(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "x").create()
-    with pytest.raises(CheckpointError, match=r"no complete run: .*config.json is missing"):
+    with pytest.raises(CheckpointError, match=r"not a complete run: .*config.json is missing"):
         run.read_metadata("config.json")
     (run.metadata / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="no valid JSON"):

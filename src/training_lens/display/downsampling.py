@@ -1,4 +1,4 @@
-"""Fewer points and cells, of long runs, with nothing lost that a person would look for: extremes stay."""
+"""Downsampling of long runs for charts that keeps the extremes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ MOST_STEPS, MOST_ROWS = 400, 64  # of a heat map
 
 
 def thin_line(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` points of a line: in equal parts of it the lowest and the highest, and its first and last point.
+    """At most `most` points of a line: its ends, and the lowest and highest point of equal parts.
 
-    A part in which a value is not finite keeps the first such value in place of its lowest.
+    A part with values that are not finite keeps the first of them in place of its lowest.
 
     Args:
         steps: (points,).
@@ -30,8 +30,8 @@ def thin_line(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) ->
 
 def _lowest_index(values: np.ndarray, part: range) -> int:
     inside = values[part.start : part.stop]
-    odd = ~np.isfinite(inside)
-    return part.start + int(odd.argmax() if odd.any() else inside.argmin())
+    is_bad = ~np.isfinite(inside)
+    return part.start + int(is_bad.argmax() if is_bad.any() else inside.argmin())
 
 
 def _highest_index(values: np.ndarray, part: range) -> int:
@@ -40,10 +40,10 @@ def _highest_index(values: np.ndarray, part: range) -> int:
 
 
 def thin_steps(steps: np.ndarray, values: np.ndarray, most: int = MOST_STEPS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` columns: each the largest of equally many neighbouring steps, NaN where one of them is NaN.
+    """At most `most` columns, each the maximum of equally many neighboring steps (NaN if one of them is NaN).
 
     Args:
-        steps: (steps,); a column gets the last of its steps.
+        steps: (steps,); a column is labelled with the last of its steps.
         values: (rows, steps).
     """
     if len(steps) <= most:
@@ -54,7 +54,7 @@ def thin_steps(steps: np.ndarray, values: np.ndarray, most: int = MOST_STEPS) ->
 
 
 def thin_rows(names: tuple[str, ...], values: np.ndarray, most: int = MOST_ROWS) -> tuple[tuple[str, ...], np.ndarray]:
-    """At most `most` rows: each the largest of neighbours, named by the first and the last of them.
+    """At most `most` rows, each the maximum of neighboring rows, named by the first and last of them.
 
     Args:
         names: (rows,).

@@ -1,6 +1,6 @@
-"""Self-contained HTML pages of text, tables and Plotly figures: they open offline, and text of data stays text.
+"""Self-contained HTML pages of text, tables and Plotly figures. They open offline, and all text is escaped.
 
-They read well from a phone's width up, and in light and dark.
+They fit screens from a phone's width up, and follow light and dark mode.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem aut
   color: var(--text); background: var(--page); overflow-wrap: anywhere }
 @media (max-width: 600px) { body { margin: 1rem auto; padding: 0 .7rem } }
 """
-CARD = "training-lens"  # the class of a card, in which alone its style holds
+CARD = "training-lens"  # the CSS class of a card, which scopes its style
 CARD_STYLE = """
   --soft: #7d8590; --line: rgba(128, 128, 128, .35); --box: rgba(128, 128, 128, .08);
   max-width: 60rem; line-height: 1.5;
-"""  # colours that a light and a dark notebook carry: it need not be that of the system
+"""  # colors for light and dark notebooks, whose theme need not be the system's
 PARTS_STYLE = """
 h1 { font-size: 1.6rem } h2 { font-size: 1.25rem; margin-top: 2.5rem } h3 { font-size: 1rem; margin: 0 0 .3rem }
 .scroll { overflow-x: auto; margin: 0 0 1rem }
@@ -50,13 +50,13 @@ dt { color: var(--soft) } dd { margin: 0; white-space: pre-wrap }
   th, td { padding: .3rem .4rem } dl { grid-template-columns: 1fr }
   dd { margin: 0 0 .4rem } }
 """
-LONGEST_NUMBER = 24  # characters of a cell; a column with a longer one is prose
+LONGEST_NUMBER = 24  # characters; a column with a longer cell is prose
 Severity = Literal["problem", "warning", "note", "fine"]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under column names, with a caption; the first column and prose are aligned left, numbers right."""
+    """Rows of text under column names, with a caption. The first column and prose align left, numbers right."""
 
     caption: str
     columns: Sequence[str]
@@ -65,14 +65,14 @@ class Table:
 
 @dataclass(frozen=True)
 class BulletList:
-    """Short texts, one under the other."""
+    """A bulleted list."""
 
     items: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Callout:
-    """A box that stands out: how grave it is, said and coloured; a title; facts as (name, text)."""
+    """A highlighted box: its severity as word and color, a title, and facts as (name, text)."""
 
     severity: Severity
     title: str
@@ -81,7 +81,7 @@ class Callout:
 
 @dataclass(frozen=True)
 class SvgPicture:
-    """An SVG that the program drew, with a line below that says how to read it. The SVG goes in as it is."""
+    """An SVG of ours, inserted without escaping, with a caption that says how to read it."""
 
     svg: str
     caption: str
@@ -89,7 +89,7 @@ class SvgPicture:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure under its title, with a line below that says how to read it."""
+    """A Plotly figure with a title and a caption that says how to read it."""
 
     title: str
     figure: Figure
@@ -98,7 +98,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class PictureGrid:
-    """Pictures side by side where the page is wide enough, one under the other where not."""
+    """Pictures side by side, or one below the other on narrow pages."""
 
     pictures: Sequence[Picture]
 
@@ -108,18 +108,18 @@ if TYPE_CHECKING:
 
 
 def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
-    """Write one HTML file that needs nothing else, whole or not at all.
+    """Write one self-contained HTML file, atomically.
 
     Args:
-        parts: in their order: a text is a paragraph (a heading where it begins with '# '), escaped; the others are
-            what their classes say. Plotly's script (4.8 MB) is inlined once where there is a figure.
+        parts: in order. Text is escaped; it is a paragraph, or a heading if it starts with '# '. Plotly's script
+            (4.8 MB) is inlined once if there is a figure.
     """
     script = ""
     if any(not isinstance(part, str | Table | BulletList | Callout | SvgPicture) for part in parts):
         from plotly.offline import get_plotlyjs
 
         script = f"<script>{get_plotlyjs()}</script>"
-    body = redact_for_file(f"<h1>{escape(title)}</h1>\n{_render_parts(parts)}\n", path)  # the script is no text of ours
+    body = redact_for_file(f"<h1>{escape(title)}</h1>\n{_render_parts(parts)}\n", path)  # not of the script
     write_text(
         path,
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -132,10 +132,10 @@ def write_page(path: Path, title: str, parts: Sequence[Part]) -> None:
 
 
 def render_card(title: str, parts: Sequence[Part]) -> str:
-    """HTML of some kB for a notebook's cell: its style holds inside of it alone, and it brings no script.
+    """HTML of a few kB for a notebook's cell, with scoped style and no script.
 
     Args:
-        parts: as of `write_page`, without Plotly figures.
+        parts: as for `write_page`, without Plotly figures.
     """
     style = f".{CARD} {{{CARD_STYLE}{PARTS_STYLE}}}"
     return f'<div class="{CARD}"><style>{style}</style><h3>{escape(title)}</h3>\n{_render_parts(parts)}</div>'
@@ -170,7 +170,7 @@ def _render_table(table: Table) -> str:
     head, *rows = (
         _render_table_row(tag, cells, prose) for tag, cells in (("th", table.columns), *(("td", r) for r in table.rows))
     )
-    caption = escape(table.caption)  # above what scrolls, so that on a phone all of it is seen
+    caption = escape(table.caption)  # above the scrolling part, so that a phone shows all of it
     return f'<p class="caption">{caption}</p>\n<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
 
 
@@ -181,11 +181,11 @@ def _render_table_row(tag: str, cells: Sequence[str], prose: Sequence[bool]) -> 
 
 def _render_callout(box: Callout) -> str:
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in box.facts)
-    listed = f"<dl>{facts}</dl>" if facts else ""
+    definitions = f"<dl>{facts}</dl>" if facts else ""
     title = f"{box.severity.capitalize()}: {escape(box.title)}"
-    return f'<section class="callout {box.severity}"><h3>{title}</h3>{listed}</section>'
+    return f'<section class="callout {box.severity}"><h3>{title}</h3>{definitions}</section>'
 
 
 def _render_figure(figure: Figure) -> str:
-    config = {"displaylogo": False, "responsive": True, "showSendToCloud": False}  # that button uploads the data
+    config = {"displaylogo": False, "responsive": True, "showSendToCloud": False}  # its button would upload the data
     return str(figure.to_html(full_html=False, include_plotlyjs=False, validate=False, config=config))

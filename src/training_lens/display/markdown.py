@@ -1,4 +1,4 @@
-"""Texts of any content in Markdown, shown as they are."""
+"""Escapes any text for Markdown, and builds tables of it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 
 
 def escape_markdown(text: str) -> str:
-    """`text` as one line of Markdown (and HTML) that shows what it says: nothing in it is taken for markup.
+    """`text` as one line of Markdown (and HTML) that renders literally.
 
-    Line breaks become <br>, runs of spaces stay, control characters become their pictures.
+    Line breaks become <br>, runs of spaces are kept, control characters become their Unicode pictures.
 
     Example:
         >>> escape_markdown("2 * 3 < 7" + chr(10) + "|x|")
@@ -24,7 +24,7 @@ def escape_markdown(text: str) -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the cells are Markdown of one line each, such as `escape_markdown` gives."""
+    """A Markdown table. Cells are one-line Markdown, as `escape_markdown` returns."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -35,5 +35,5 @@ def _escape_line(line: str) -> str:
 
 
 def _entity_at_end(found: re.Match[str]) -> str:
-    """The last character as an entity: a number keeps its digits."""
+    """The match with its last character as an entity, so that a number keeps its digits."""
     return f"{found[0][:-1]}&#{ord(found[0][-1])};"

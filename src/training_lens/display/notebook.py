@@ -1,4 +1,4 @@
-"""Progress below a notebook's cell: one output, updated in place, without a widget or control codes."""
+"""Progress bars in notebooks: one output that is updated in place, without widgets or control codes."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ PAGE = '<pre style="line-height: 1.4">{code}</pre>'
 
 
 def notebook_console() -> Console | None:
-    """A console that writes below the cell that is running; None outside of notebooks."""
+    """A console that writes below the running cell; None outside of notebooks."""
     console = plain_console()
     return console if console.is_jupyter else None
 
 
 class NotebookBars(Progress):
-    """Rich's bars as text and HTML of the cell: Rich itself asks for ipywidgets there, and leaves nothing in the file.
+    """Rich's bars as text and HTML output. Rich itself needs ipywidgets there, and saves nothing in the notebook.
 
-    What is over within `after` is not shown. The last state stays.
+    The last state stays visible.
 
     Args:
-        columns: as of Rich's `Progress`.
-        after: seconds.
+        columns: as for Rich's `Progress`.
+        after: seconds before anything is shown; shorter tasks leave no output.
     """
 
     def __init__(self, *columns: str | ProgressColumn, after: float = 0.0) -> None:
         super().__init__(*columns, auto_refresh=False)
-        self._handle: Any = None  # IPython's DisplayHandle, once there is something to see
+        self._handle: Any = None  # IPython's DisplayHandle, after the first output
         self._due = time.monotonic() + after
 
     def start(self) -> None:
-        """Nothing: what is shown comes with the first task."""
+        """Nothing: the first task starts the output."""
 
     def stop(self) -> None:
         """Show the last state."""
@@ -46,17 +46,17 @@ class NotebookBars(Progress):
             self._draw()
 
     def refresh(self) -> None:
-        """Show what changed, at most four times a second."""
+        """Show changes, at most four times a second."""
         if time.monotonic() >= self._due:
             self._draw()
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
-        """As of Rich's `Progress`."""
+        """As in Rich's `Progress`."""
         super().update(task_id, **changes)
         self.refresh()
 
     def advance(self, task_id: TaskID, advance: float = 1) -> None:
-        """As of Rich's `Progress`."""
+        """As in Rich's `Progress`."""
         super().advance(task_id, advance)
         self.refresh()
 

@@ -18,16 +18,16 @@ from rich.progress import Progress as RichProgress
 
 from training_lens.display.notebook import NotebookBars
 
-SHORT = 1.0  # seconds: what is over by then leaves nothing in a notebook
+SHORT = 1.0  # seconds: shorter tasks leave no output in a notebook
 
 
 def create_bars(
     console: Console | None, *columns: ProgressColumn, transient: bool = False, after: float = 0.0
 ) -> RichProgress | None:
-    """Bars where a person sees them: on a terminal, or below a notebook's cell. None elsewhere.
+    """Progress bars for a terminal or a notebook; None for any other console.
 
     Args:
-        transient: they vanish at their end; a notebook keeps them.
+        transient: remove the bars at the end; a notebook keeps them.
         after: seconds before they appear in a notebook.
     """
     if console is not None and console.is_jupyter:
@@ -38,14 +38,14 @@ def create_bars(
 
 
 class Progress:
-    """Draws bars on a console; on None, or where the console is neither terminal nor notebook, it draws none."""
+    """Draws progress bars on a terminal or in a notebook; elsewhere, or without a console, it draws none."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
 
     @contextmanager
     def task(self, title: str, total: float, unit: str = "") -> Iterator[Callable[[float], None]]:
-        """A bar while the block runs; call what it gives with the amount done since."""
+        """A bar while the block runs. Call the function it yields with the amount done since the last call."""
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),

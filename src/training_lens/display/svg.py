@@ -1,4 +1,4 @@
-"""Line charts as small SVGs, for notebooks: some kB where a Plotly figure takes megabytes, and shown by all viewers."""
+"""Line charts as small SVGs for notebooks: a few kB instead of Plotly's megabytes, shown by all viewers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from training_lens.display.downsampling import thin_line
 
 WIDTH, PLOT_HEIGHT, LINE_HEIGHT = 640, 220, 18  # pixels of the drawing; it shrinks with its column
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40  # margins of the plot
-MOST_POINTS = 240  # of a curve: one for two pixels or so
-TICKS = 5  # at most about so many on an axis
+MOST_POINTS = 240  # of a curve: about one for two pixels
+TICKS = 5  # about as many on an axis at most
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line with its name in the legend; `dots` marks each point, for curves of few.
+    """A line with its name in the legend. `dots` marks each point, for short curves.
 
-    `steps` and `values` are (points,); where a value is not finite, the line has a gap.
+    `steps` and `values` are (points,). The line has a gap where a value is not finite.
     """
 
     name: str
@@ -33,10 +33,10 @@ class Curve:
 
 
 def render_chart(curves: Sequence[Curve], x: str, y: str) -> str:
-    """The curves on common axes, with a legend below; names are escaped. Empty where no value is finite.
+    """The SVG of curves on common axes, with a legend below. Empty if no value is finite.
 
     Args:
-        x, y: what the axes show, with the unit.
+        x, y: the titles of the axes, with units.
     """
     shown = [curve for curve in curves if np.isfinite(curve.values).any()]
     if not shown:
@@ -52,7 +52,7 @@ def render_chart(curves: Sequence[Curve], x: str, y: str) -> str:
 
 @dataclass(frozen=True)
 class _Axes:
-    """The lowest and highest step and value that the plot shows."""
+    """The ranges of steps and values that the plot shows."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -65,13 +65,13 @@ class _Axes:
         return cls(_widen_range(steps.min(), steps.max()), _widen_range(values.min(), values.max()))
 
     def to_pixels(self, step: float, value: float) -> tuple[float, float]:
-        """Pixels from the left and from the top."""
+        """The position in pixels from the left and the top."""
         across = (step - self.x[0]) / (self.x[1] - self.x[0])
         up = (value - self.y[0]) / (self.y[1] - self.y[0])
         return LEFT + across * (WIDTH - LEFT - RIGHT), PLOT_HEIGHT - BOTTOM - up * (PLOT_HEIGHT - TOP - BOTTOM)
 
     def render_grid(self, x: str, y: str) -> Iterator[str]:
-        """Grid lines with their numbers, and the titles."""
+        """Grid lines with their numbers, and the axis titles."""
         bottom, right = PLOT_HEIGHT - BOTTOM, WIDTH - RIGHT
         for value in axis_ticks(*self.y):
             _, at = self.to_pixels(self.x[0], value)
@@ -101,7 +101,7 @@ def axis_ticks(low: float, high: float) -> list[float]:
 
 
 def _widen_range(low: float, high: float) -> tuple[float, float]:
-    """A range that is not empty."""
+    """The range, widened by 1 if it is empty."""
     return (float(low), float(high)) if high > low else (float(low) - 0.5, float(high) + 0.5)
 
 

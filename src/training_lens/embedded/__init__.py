@@ -1,6 +1,6 @@
-"""What the package carries: a small base model with its tokenizer, and an instruction set in three domains.
+"""The packaged data: a small base model with its tokenizer, and an instruction set in three domains.
 
-Built by `tools/build_embedded_base.py` from text that the script writes itself.
+`tools/build_embedded_base.py` builds both from text that it generates.
 """
 
 from __future__ import annotations
@@ -16,5 +16,5 @@ PATHS = {MODEL: _HERE / "base", TRAIN: _HERE / "train.jsonl", HELDOUT: _HERE / "
 
 
 def resolve_name(name: str) -> str:
-    """The path behind an embedded name; any other text as it is."""
+    """The path of an embedded name; any other text unchanged."""
     return str(PATHS[name]) if name in PATHS else name

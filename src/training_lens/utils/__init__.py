@@ -1,4 +1,4 @@
-"""Foundations: logging, devices, seeding, atomic files, run folders, the checkpoint format."""
+"""Foundations: logging, devices, seeding, atomic files, hashes, secrets, formatting."""
 
 from __future__ import annotations
 

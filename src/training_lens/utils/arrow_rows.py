@@ -1,7 +1,7 @@
-"""Rows of Arrow tables (Parquet files, data sets of `datasets`) as JSON would have them.
+"""Rows of Arrow tables (Parquet files, `datasets`) as plain values, as JSON would hold them.
 
-A column of Arrow has one type for all rows. A struct therefore has every field that any row has, and the rows that lack
-one hold null there: a call of one function gets the arguments of all others. These nulls are taken out again.
+An Arrow column has one type for all rows. So a struct has every field that occurs in any row, and is null where a row
+lacks it: a tool call would get the arguments of all other tools. These nulls are removed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ Clean = Callable[[Any], Any]
 
 
 def iterate_arrow_rows(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """The values of each row, without the nulls that Arrow put into structs.
+    """The values of each row, without the nulls that Arrow adds to structs.
 
-    Within a struct, null and a missing field cannot be told apart: both become a missing field. Columns keep their
-    nulls, lists and maps keep theirs, and the `content` of a struct with a `role` does: a message may say nothing.
+    In a struct, null and a missing field look the same: both become a missing field. Nulls are kept in columns, lists
+    and maps, and in the `content` of a struct with a `role`, since a message may be empty.
 
     Args:
         batches: `pyarrow.RecordBatch`es or tables of one schema.
@@ -35,7 +35,7 @@ def iterate_arrow_rows(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:
 
 
 def _check_nesting(schema: Any) -> None:
-    """Refuse types nested so deep that no recursive function gets through, such as those of pyarrow's own values."""
+    """Check that types are not nested too deep for recursive functions, including pyarrow's own."""
     level = [field.type for field in schema]
     for _ in range(NESTING + 1):
         level = [kind.field(i).type for kind in level for i in range(kind.num_fields)]
@@ -44,7 +44,7 @@ def _check_nesting(schema: Any) -> None:
 
 
 def _make_cleaner(kind: Any) -> Clean | None:
-    """What takes nulls out of the structs in values of an Arrow type; None where there are no structs."""
+    """A function that removes nulls from structs in values of an Arrow type; None if the type has no structs."""
     import pyarrow.types as types
 
     if types.is_struct(kind):

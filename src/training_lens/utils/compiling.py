@@ -1,4 +1,4 @@
-"""C of ours compiled on the user's machine, for the very processor that it has, and kept for the next time."""
+"""Compiles our C sources on the user's machine, for its processor, and caches the library."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-COMPILERS = ("cc", "gcc", "clang")  # tried in this order, where CC names none
+COMPILERS = ("cc", "gcc", "clang")  # tried in this order if CC is not set
 OPTIONS = ("-O3", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
-LONGEST = 180  # seconds that a compiler may take
+LONGEST = 180  # seconds for one compilation
 
 
 class CompilationError(Exception):
-    """Why there is no library: no compiler, or one that refuses the source."""
+    """There is no compiler, or it rejects the source."""
 
 
 def compile_library(sources: Sequence[Path], name: str) -> ctypes.CDLL:
-    """The library of the first of `sources`, which may include the others.
+    """The library compiled from the first of `sources`, which may include the others.
 
-    It is kept in the user's cache folder (XDG_CACHE_HOME, else ~/.cache), under a name of what it was made from: the
-    sources, the compiler, its options, the processor. Where that folder cannot be written, it is made anew each time.
+    It is cached in XDG_CACHE_HOME, else ~/.cache, under a hash of the sources, the compiler, its options and the
+    processor. If that folder cannot be written, it is compiled each time.
 
     Raises:
-        CompilationError: see there.
+        CompilationError: there is no compiler, or it rejects the source.
     """
     command = [*find_compiler(), *OPTIONS, *_processor_options()]
-    made_from = [
+    inputs = [
         *(source.read_bytes() for source in sources),
         shlex.join(command).encode(),
         _describe_processor().encode(),
     ]
-    digest = hashlib.sha256(b"\0".join(made_from)).hexdigest()[:24]
-    kept = cache_folder() / f"{name}-{digest}.so"
-    if _is_ours(kept):
-        return _load_library(kept)
+    digest = hashlib.sha256(b"\0".join(inputs)).hexdigest()[:24]
+    cached = cache_folder() / f"{name}-{digest}.so"
+    if _is_ours(cached):
+        return _load_library(cached)
     try:
-        kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return _build_library(command, sources[0], kept)
+        cached.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return _build_library(command, sources[0], cached)
     except OSError:
-        with tempfile.TemporaryDirectory() as folder:  # a library that is loaded needs its file no more
-            return _build_library(command, sources[0], Path(folder) / kept.name)
+        with tempfile.TemporaryDirectory() as folder:  # a loaded library needs its file no longer
+            return _build_library(command, sources[0], Path(folder) / cached.name)
 
 
 def find_compiler() -> list[str]:
-    """The command of the C compiler: what CC says, else the first that is there.
+    """The command of the C compiler: CC if set, else the first one found.
 
     Raises:
-        CompilationError: there is none.
+        CompilationError: none is found.
     """
     named = shlex.split(os.environ.get("CC", ""))
     found = next((path for path in map(shutil.which, named[:1] or COMPILERS) if path), None)
@@ -69,7 +69,7 @@ def _processor_options() -> list[str]:
 
 
 def _describe_processor() -> str:
-    """What tells processors apart as a compiler does that compiles for its own."""
+    """The processor's model and features, which decide what `-march=native` generates."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -79,12 +79,12 @@ def _describe_processor() -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept."""
+    """The folder of compiled libraries."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "training-lens"
 
 
 def _is_ours(library: Path) -> bool:
-    """Whether it is there, and nobody else can have written it."""
+    """Whether the library exists and only this user can have written it."""
     try:
         found = library.stat()
     except OSError:
@@ -111,8 +111,8 @@ def _run_compiler(command: Sequence[str]) -> None:
     except subprocess.TimeoutExpired:
         raise CompilationError(f"{command[0]} took more than {LONGEST} seconds") from None
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
-        raise CompilationError(f"{command[0]} refuses the source: {said[0]}")
+        messages = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        raise CompilationError(f"{command[0]} refuses the source: {messages[0]}")
 
 
 def _load_library(library: Path) -> ctypes.CDLL:

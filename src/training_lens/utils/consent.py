@@ -1,9 +1,9 @@
-"""What this machine's user has allowed for which folder, remembered outside of every such folder.
+"""What the user of this machine has allowed for each run folder, recorded outside of these folders.
 
-A run's config can name code: that of a model (model.trust_remote_code), or classes (tracking.custom). It runs because
-the user says so on the command line or in a config file of theirs, never because a folder says so. What they said when
-they trained is kept in a file of theirs (XDG_STATE_HOME, else ~/.local/state): the run's absolute path, and a hash of
-each file of the code. The settings that say where a run is sent (mirrors, trackers, hubs) are kept with them.
+A run's config can name code: a model's own (model.trust_remote_code) or classes (tracking.custom). That code runs only
+if the user allows it on the command line or in their own config file; a run folder alone cannot allow it. What they
+allowed when they trained is recorded in XDG_STATE_HOME, else ~/.local/state: the run's absolute path and a hash of
+each code file, and the settings that say where the run is sent (mirrors, trackers, hubs).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = get_logger(__name__)
 
 
 def save_consent(folder: Path, allowed: Collection[str]) -> None:
-    """Keep what the user allows for `folder`; where no file can be kept, a warning says it."""
+    """Record what the user allows for `folder`; a failure is only a warning."""
     try:
         store = _consent_file()
         store.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -33,11 +33,11 @@ def save_consent(folder: Path, allowed: Collection[str]) -> None:
             if kept.get(_folder_key(folder)) != sorted(allowed):
                 write_json(store, kept | {_folder_key(folder): sorted(allowed)})
     except (OSError, RuntimeError) as error:
-        logger.warning("what you allow for this run cannot be remembered (%s): allow it again when you resume", error)
+        logger.warning("what you allow for this run cannot be recorded (%s): allow it again when you resume", error)
 
 
 def read_consent(folder: Path) -> frozenset[str]:
-    """What the user allowed for `folder` before; nothing where that is not known."""
+    """What the user allowed for `folder` before; empty if unknown."""
     try:
         return frozenset(_read_consents(_consent_file()).get(_folder_key(folder), ()))
     except (OSError, RuntimeError):
@@ -45,7 +45,7 @@ def read_consent(folder: Path) -> frozenset[str]:
 
 
 def _consent_file() -> Path:
-    """The file; a relative path in the variable would lead into whatever folder this is called in."""
+    """The file of consents. A relative XDG_STATE_HOME is ignored: it would depend on the working directory."""
     given = Path(os.environ.get("XDG_STATE_HOME", ""))
     return (given if given.is_absolute() else Path.home() / ".local" / "state") / "training-lens" / "consent.json"
 
@@ -66,10 +66,10 @@ def _folder_key(folder: Path) -> str:
 
 
 def find_model_code(folder: Path, own_id: str = "") -> set[str]:
-    """The Python files in a model's or tokenizer's folder, by their sha256, and the repositories whose code it names.
+    """The sha256 of the Python files in a model's or tokenizer's folder, and the repositories whose code it names.
 
     Args:
-        own_id: the id of the repository that the folder is of: code that it names there is its own.
+        own_id: the id of the folder's own repository, which is not listed.
     """
     found = {hash_file(path) for path in sorted(folder.rglob("*.py")) if path.is_file()}
     for path in sorted(folder.glob("*config.json")):
@@ -90,13 +90,13 @@ def _iterate_texts(value: Any) -> Iterator[str]:
 
 
 def find_file_code(path: Path) -> set[str]:
-    """A file or a folder of files that are read as code: its path, and the sha256 of each file."""
+    """The path of a file or folder of code, and the sha256 of each file in it."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return {str(path.absolute()), *(hash_file(file) for file in files if file.is_file())}
 
 
 def find_module_code(place: str) -> set[str]:
-    """`module.Class` and the sha256 of its module's file, of a package of all its Python files. Nothing is imported."""
+    """`module.Class`, and the sha256 of its module's file or of all files of its package. Nothing is imported."""
     spec = PathFinder.find_spec(place.partition(".")[0], [str(Path.cwd()), *sys.path])
     if spec is None:
         return {place}

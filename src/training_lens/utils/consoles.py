@@ -1,4 +1,4 @@
-"""What people read on a screen: every text as it is. Brackets in a path or a row are no markup, `:x:` is no emoji."""
+"""Rich consoles that print text literally: brackets in a path or row are not markup, `:x:` is not an emoji."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from rich.console import Console
 
 
 def plain_console(**options: Any) -> Console:
-    """Rich's console, which takes styles by argument or as `Text`, and no markup out of texts, tables and titles.
+    """A Rich console without markup in texts, tables and titles. Pass styles as arguments or `Text`.
 
     Args:
-        options: as of rich's `Console`.
+        options: as for Rich's `Console`.
     """
     return Console(**{"highlight": False, "emoji": False, "markup": False, **options})

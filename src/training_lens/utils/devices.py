@@ -1,4 +1,4 @@
-"""Which device and number type to compute with, and how much memory that took."""
+"""Devices and number types, and their memory: available, peak, freed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 
 def get_device(name: str = "auto") -> torch.device:
-    """The device that `name` asks for; `auto` takes CUDA, then Apple's MPS, then the CPU.
+    """The device called `name`; `auto` prefers CUDA, then Apple's MPS, then the CPU.
 
     Raises:
-        ConfigurationError: the device asked for is not on this machine.
+        ConfigurationError: this machine has no such device.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -35,10 +35,10 @@ def get_device(name: str = "auto") -> torch.device:
 
 
 def resolve_precision(asked: str, device: torch.device) -> Precision:
-    """The number type of the forward and backward pass; `auto` is fp32 on CPU and MPS, bf16 (else fp16) on CUDA.
+    """The number type of forward and backward; `auto` is fp32 on CPU and MPS, bf16 (else fp16) on CUDA.
 
     Raises:
-        ConfigurationError: fp16 off CUDA, where it has no loss scaling.
+        ConfigurationError: fp16 without CUDA, where there is no loss scaling.
     """
     if asked == "auto":
         if device.type != "cuda":
@@ -52,21 +52,21 @@ def resolve_precision(asked: str, device: torch.device) -> Precision:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """Computes in `precision` within the block; adapters stay float32."""
+    """Computes in `precision` in the block; adapters stay float32."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
 def move_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on the device, for which nothing waits: CUDA copies beside its other work from pinned memory alone."""
+    """Copy the tensor to the device without waiting. CUDA can do that only from pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given, so that a clock read next counts it; the CPU never lags."""
+    """Wait until the device has finished its queued work, to measure time. A sync point on CUDA and MPS."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -74,7 +74,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The processor as its maker calls it: 'NVIDIA H200', or the CPU's model where the system tells."""
+    """The product name: 'NVIDIA H200', or the CPU's model if the system reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -84,13 +84,13 @@ def device_name(device: torch.device) -> str:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Count the peak anew from here, on CUDA; for a process's own peak see `reset_process_peak`."""
+    """Reset the peak on CUDA; for the process's own peak see `reset_process_peak`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def reset_process_peak() -> bool:
-    """Count this process's peak anew from here; False where the system does not let it (elsewhere than on Linux)."""
+    """Reset this process's peak; False where that is not possible (only Linux allows it)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
     except OSError:
@@ -99,18 +99,18 @@ def reset_process_peak() -> bool:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory in use so far: of the device on CUDA, of this process elsewhere."""
+    """The peak memory in bytes: allocated on the device for CUDA, resident in this process otherwise."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
-    if status.is_file():  # Linux: getrusage would also count what the process was before it became this program
+    if status.is_file():  # Linux: getrusage would include the process before exec
         return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """The memory that can still be had there, swap apart; None where the system does not say."""
+    """The bytes that can still be allocated, without swap; None if the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")

@@ -1,6 +1,6 @@
-"""Which values the keys of our JSON files have: the one place that says so of metadata and manifests, ours or others'.
+"""The types of the values in JSON files: our metadata and manifests, and adapter_config.json.
 
-A key that is missing, or that this version does not know, is the reader's business.
+Missing and unknown keys are allowed here; readers handle them.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ LONGEST_SHOWN = 60  # characters of a value in a message
 
 
 def find_type_error(name: str, values: Mapping[str, Any]) -> str:
-    """Which key of a file of this name has a value of another type, and what is expected; empty where none has."""
+    """A message about the first value of a wrong type in a file of this name; empty if there is none."""
     if name not in SCHEMAS:
         return ""
     from pydantic import ValidationError
@@ -100,7 +100,9 @@ def find_type_error(name: str, values: Mapping[str, Any]) -> str:
         _type_adapter(name).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        names = (part for part in first["loc"] if isinstance(part, str))  # no numbers, and no 'list[str]' of a union
+        names = (
+            part for part in first["loc"] if isinstance(part, str)
+        )  # skip list indices and members of unions such as 'list[str]'
         key = ".".join(name for name in names if name not in ("str", "int") and not name.endswith("]"))
         shown = repr(first["input"])
         shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""Files written whole or not at all: a temporary neighbour, fsync, rename."""
+"""Atomic files and folders: a temporary name beside the target, fsync, rename."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from training_lens.utils.secrets import STRUCK, redact_text, redact_values
 
 TEMPORARY = ".tmp-"
 HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-THIS_START = secrets.token_hex(3)  # of this process: another one may have had its number before
+THIS_START = secrets.token_hex(3)  # of this process, since process ids are reused
 OWNED = re.compile(re.escape(TEMPORARY) + r"(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>[0-9a-f]{6})-.*")
 logger = get_logger(__name__)
 
@@ -41,10 +41,10 @@ def _fsync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, verbatim: bool = False) -> None:
-    """Write `text` to `path` whole or not at all.
+    """Write `text` to `path` atomically.
 
     Args:
-        verbatim: secrets in it stay: for rows, tokenizers and models, which must be what they are.
+        verbatim: keep secrets; for rows, tokenizers and models, which must not change.
     """
     descriptor, name = tempfile.mkstemp(prefix=temporary_prefix(path.parent), dir=path.parent)
     try:
@@ -61,13 +61,13 @@ def write_text(path: Path, text: str, *, verbatim: bool = False) -> None:
 
 
 def write_json(path: Path, value: Any, *, verbatim: bool = False) -> None:
-    """Write `value` as indented JSON, whole or not at all; `verbatim` as for `write_text`."""
+    """Write `value` as indented JSON, atomically; `verbatim` as for `write_text`."""
     value = value if verbatim else redact_values_for_file(value, path)
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", verbatim=True)
 
 
 def redact_for_file(text: str, path: Path) -> str:
-    """`text` as it may stand in the file `path`: without secrets. That there were some is said once for each run."""
+    """`text` without secrets, to be written to `path`. The first redaction of a run is logged."""
     clean = redact_text(text)
     if clean != text:
         _warn_of_redaction(path.parent.parent)
@@ -75,7 +75,7 @@ def redact_for_file(text: str, path: Path) -> str:
 
 
 def redact_values_for_file(value: Any, path: Path) -> Any:
-    """As `redact_for_file`, of the texts in plain values."""
+    """As `redact_for_file`, for all strings in a JSON value."""
     text = json.dumps(value)
     if redact_text(text) == text or (clean := redact_values(value)) == value:
         return value
@@ -86,7 +86,7 @@ def redact_values_for_file(value: Any, path: Path) -> Any:
 @lru_cache(maxsize=1024)
 def _warn_of_redaction(folder: Path) -> None:
     logger.warning(
-        "what looks like a secret (a token, key or password) was struck out of files in %s, and stands there as %s. "
+        "what looks like a secret (a token, key or password) was replaced in files in %s by %s. "
         "The rows that are trained on are unchanged: look for it in your data.",
         folder, STRUCK,
     )  # fmt: skip
@@ -96,19 +96,19 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        OSError: it cannot be read, is no file, or has more bytes than any of ours.
-        ValueError: it is no JSON, or a key stands twice in one object: the first value would be lost in silence.
+        OSError: it cannot be read, is no regular file, or is over `RECORD_BYTES`.
+        ValueError: it is not JSON, or an object has the same key twice.
     """
     return parse_json(read_bytes(path, RECORD_BYTES).decode("utf-8"))
 
 
 def parse_json(text: str) -> Any:
-    """As `read_json`, of a text."""
+    """The value of a JSON text; raises as `read_json`."""
     return load_bounded_json(text, object_pairs_hook=_unique_pairs)
 
 
 class DuplicateKeyError(ValueError):
-    """A key of a JSON object that stands there twice; its text is the key."""
+    """A JSON object has the same key twice; its argument is the key."""
 
     def __str__(self) -> str:
         return f"the key '{self.args[0]}' stands twice in one place; keep one"
@@ -123,15 +123,15 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def atomic_folder(path: Path, *, existing: Literal["keep", "refuse", "replace"] = "keep") -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends well, and nothing otherwise.
+    """A temporary folder that is renamed to `path` when the block succeeds, and deleted otherwise.
 
     Args:
-        path: a new or empty folder; of a link, what it leads to.
-        existing: what becomes of files that are at `path` by then: `keep` them, and drop the block's (for content that
-            is the same whoever writes it); `refuse` to finish; or `replace` them, once the block's are whole.
+        path: a new or empty folder; a link is followed.
+        existing: what to do if `path` has files at the end of the block: `keep` them and drop the new ones (for content
+            that is the same whoever writes it), `refuse` with an error, or `replace` them.
 
     Raises:
-        OutputError: with `refuse`, where another process filled `path` meanwhile.
+        OutputError: with `refuse`, if another process filled `path` meanwhile.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def atomic_folder(path: Path, *, existing: Literal["keep", "refuse", "replace"] 
         except OSError as error:
             if existing == "refuse" and path.exists():
                 raise OutputError(
-                    f"{path}: another process wrote there meanwhile. That stays as it is, and this result was dropped; "
+                    f"{path}: another process wrote there meanwhile. Its files are kept and this result was dropped; "
                     "give another folder, or look at what is there."
                 ) from error
             if existing != "keep" or not path.is_dir():
@@ -158,7 +158,7 @@ def atomic_folder(path: Path, *, existing: Literal["keep", "refuse", "replace"] 
 
 
 def _swap_folders(new: Path, path: Path) -> None:
-    """Put the folder `new` at `path`, where another is; between the two renames the old one is at a temporary name."""
+    """Replace the folder `path` by `new`. Between the two renames the old one has a temporary name."""
     aside = Path(tempfile.mkdtemp(prefix=temporary_prefix(path.parent), dir=path.parent))
     try:
         path.rename(aside)  # onto an empty folder: one step
@@ -169,21 +169,21 @@ def _swap_folders(new: Path, path: Path) -> None:
             raise
         shutil.rmtree(aside, ignore_errors=True)
     finally:
-        with suppress(OSError):  # gone already; or it holds the old folder, which could not be put back
+        with suppress(OSError):  # already gone, or it holds the old folder because the swap failed
             aside.rmdir()
 
 
 def temporary_prefix(folder: Path) -> str:
-    """What a temporary name in `folder` begins with; what dead processes left there goes first."""
+    """The prefix of temporary names in `folder`. Leftovers of dead processes are deleted first."""
     sweep_temporaries(folder)
     return f"{TEMPORARY}{HOST}-{os.getpid()}-{THIS_START}-"
 
 
 def sweep_temporaries(folder: Path, older_than_seconds: float = math.inf, prefix: str = TEMPORARY) -> None:
-    """Delete what dead processes of this machine left half-written in `folder`.
+    """Delete unfinished files of dead processes of this machine in `folder`.
 
     Args:
-        older_than_seconds: of what names no process of this machine, what is older goes, too.
+        older_than_seconds: also delete temporary files of other or unknown machines that are older.
     """
     for leftover in folder.glob(f"{prefix}*"):
         with suppress(FileNotFoundError):  # another process sweeps, too
@@ -211,38 +211,38 @@ def _is_running(pid: int) -> bool:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """All files in a folder and those below it; of folders that are not there, or vanish meanwhile, none."""
+    """All files below a folder; empty if it does not exist."""
     found = [Path(place) / name for place, _, names in os.walk(folder) for name in names]
     return [path for path in found if path.is_file()]
 
 
 def hash_file(path: Path) -> str:
-    """The file's sha256 in hexadecimal, read in one pass of bounded memory."""
+    """The sha256 of a file in hexadecimal. Reads it once, in bounded memory."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def resolve_file_path(name: str, said: str) -> Path:
-    """The path that `name` means, once a file can be there.
+def resolve_file_path(name: str, setting: str) -> Path:
+    """The path `name`, checked to be one where a file can be written.
 
     Args:
-        said: what the user gave, for the message.
+        setting: the option and its value, for the message.
 
     Raises:
-        ConfigurationError: it is a folder, or in a folder that is not there.
+        ConfigurationError: it is a folder, or its folder does not exist.
     """
     path = expand_home(name)
     if path.is_dir() or not path.parent.is_dir():
         found = "is a folder" if path.is_dir() else f"there is no folder '{path.parent}'"
-        raise ConfigurationError(f"{said}: {found}; give a file in a folder that is there.")
+        raise ConfigurationError(f"{setting}: {found}; give a file in an existing folder.")
     return path
 
 
 def require_writable(folder: Path, key: str) -> None:
-    """Create `folder` and prove that files can be written in it.
+    """Create `folder` and check that files can be written in it.
 
     Raises:
-        ConfigurationError: it cannot be created or written; names `key` as the setting to change.
+        ConfigurationError: it cannot be created or written; names the setting `key`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -256,9 +256,9 @@ def require_writable(folder: Path, key: str) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path` that takes its place when the block ends well, and is deleted otherwise."""
+    """A temporary path that is renamed to `path` when the block succeeds, and deleted otherwise."""
     temporary = path.with_name(f"{temporary_prefix(path.parent)}{path.name}")
-    temporary.unlink(missing_ok=True)  # it may be a link of somebody else's, and what is written would go there
+    temporary.unlink(missing_ok=True)  # a planted link would redirect what is written
     try:
         yield temporary
         _fsync(temporary)

@@ -1,4 +1,4 @@
-"""The C library's heap: what is freed stays with the process while it will be wanted again."""
+"""glibc's heap: keeps freed memory in the process while it will be needed again."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt(3)
-LARGEST_KEPT = 32 * 2**20  # bytes of one block, the most that glibc takes from its heap
-KEPT_BY_ITSELF = 2 * LARGEST_KEPT  # bytes that glibc would keep at most, as it comes
+LARGEST_KEPT = 32 * 2**20  # bytes; the largest block that glibc allocates from its heap
+KEPT_BY_ITSELF = 2 * LARGEST_KEPT  # bytes; glibc's default for this MMAP_THRESHOLD
 ALL = 2**31 - 1
-_open = False  # whether a block is
+_open = False  # whether a block is active
 
 
 @contextmanager
 def keep_freed_memory() -> Iterator[None]:
-    """Within the block glibc keeps all that is freed, and gives it back at the end; elsewhere nothing is done.
+    """In the block glibc keeps freed memory; it returns it to the system at the end. Does nothing without glibc.
 
-    A training step frees its activations, and the next one takes as much again; so does a decoded token. Each page
-    that the system hands out anew costs time, in virtual machines most.
+    A training step frees its activations and the next one allocates as much again; so does a decoding step. Each new
+    page from the system costs time, most of all in virtual machines.
     """
     global _open
     libc = _load_glibc()
@@ -38,7 +38,7 @@ def keep_freed_memory() -> Iterator[None]:
 
 
 def trim_heap() -> None:
-    """Give to the system what glibc keeps; elsewhere nothing is done."""
+    """Return the memory that glibc keeps to the system; does nothing without glibc."""
     libc = _load_glibc()
     if libc is not None:
         libc.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub answers, asked once and quickly: its libraries retry for minutes without network."""
+"""A quick check that the Hugging Face hub answers: its own libraries retry for minutes without a network."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ TIMEOUT_SECONDS = 5
 
 
 def require_hub(asked: str, error: type[TrainingLensError]) -> None:
-    """Make sure that the hub answers, unless the user works offline (HF_HUB_OFFLINE).
+    """Check that the hub answers, unless the user works offline (HF_HUB_OFFLINE).
 
     Args:
-        asked: what it is needed for, as the message begins: "model.id: 'owner/name'".
-        error: what to raise where the hub cannot be reached.
+        asked: what the hub is needed for, to begin the message: "model.id: 'owner/name'".
+        error: the exception to raise if the hub cannot be reached.
     """
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen

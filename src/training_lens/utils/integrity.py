@@ -1,9 +1,8 @@
-"""Hashes of files: recorded by whoever writes them, compared by whoever reads them.
+"""Hashes of files: recorded by the writer, checked by the reader.
 
-By what a file allows: a JSON object holds its own (`write_sealed`), and so does each line of a journal (`seal_line`); a
-binary file whose format has room for metadata holds its own, too (`seal_file`); of all others a run keeps the sha256 in
-metadata/hashes.json (`record_hashes`), a checkpoint in its manifest. Files of earlier versions have none, and are read
-as they are.
+A JSON object contains its own hash (`write_sealed`), and so does each line of a journal (`seal_line`) and a binary file
+whose format allows metadata (`seal_file`). The sha256 of other files is in a run's metadata/hashes.json
+(`record_hashes`) or a checkpoint's manifest. Files of earlier versions have no hash and are read unchecked.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from training_lens.utils.names import find_name_fault
 if TYPE_CHECKING:
     import torch
 
-CHECKSUM = "checksum"  # the key of a JSON object that holds the sha256 of all else in it
-LINE_CHECKSUM = "crc"  # the key of a line of a journal that holds the CRC-32 of all else in it
+CHECKSUM = "checksum"  # key in a JSON object: the sha256 of its other values
+LINE_CHECKSUM = "crc"  # key in a line of a journal: the CRC-32 of its other values
 RECORDS = ("metadata/hashes.json", "manifest.json")  # of a run and of a checkpoint: the sha256 of files under `files`
-SEAL = b"training-lens-sha256:"  # in a binary file, before its sha256, which is taken with zeros in its own place
+SEAL = b"training-lens-sha256:"  # in a binary file, before its sha256, which is computed with zeros in its own place
 SHA256 = re.compile(rb"[0-9a-f]{64}")
 UNSEALED = SEAL.decode() + 64 * "0"
 
 
 def write_sealed(path: Path, values: Mapping[str, Any], *, verbatim: bool = False) -> None:
-    """Write a JSON object that holds its own hash, whole or not at all; `verbatim` as for `write_text`."""
+    """Write a JSON object with its own hash, atomically; `verbatim` as for `write_text`."""
     clean = values if verbatim else redact_values_for_file(dict(values), path)
     write_json(path, with_checksum(clean), verbatim=True)
 
 
 def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The object as `write_sealed` writes it."""
+    """The object with its hash, as `write_sealed` writes it."""
     return {**values, CHECKSUM: _hash_values(values)}
 
 
@@ -51,11 +50,11 @@ def read_sealed(path: Path, *, required: bool = False) -> dict[str, Any]:
     """The object that `write_sealed` wrote, without its hash.
 
     Args:
-        required: refuse a file without a hash, as no version ever wrote it.
+        required: refuse a file without a hash, because every version wrote one.
 
     Raises:
         DamagedFileError: it is not what was written.
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
     """
     try:
         values = read_json(path)
@@ -67,35 +66,35 @@ def read_sealed(path: Path, *, required: bool = False) -> dict[str, Any]:
 
 
 def strip_checksum(values: dict[str, Any], path: Path, *, required: bool = False) -> dict[str, Any]:
-    """The object read from `path` without its hash; arguments and errors are those of `read_sealed`."""
+    """The object read from `path`, checked, without its hash; arguments and errors as for `read_sealed`."""
     content = {key: value for key, value in values.items() if key != CHECKSUM}
     if (required or CHECKSUM in values or _has_damaged_key(values, _hash_values)) and values.get(
         CHECKSUM
     ) != _hash_values(content):
-        raise DamagedFileError(f"{path} is damaged: its content is not what its checksum says.")
+        raise DamagedFileError(f"{path} is damaged: its content does not match its checksum.")
     if misfit := find_type_error(path.name, content):
         raise DamagedFileError(f"{path} has a wrong value. {misfit}. Restore it, or write it again.")
     return content
 
 
 def _has_damaged_key(values: Mapping[str, Any], checksum: Callable[[Mapping[str, Any]], str]) -> bool:
-    """Whether the last value is the checksum of all others, under a key that is none of ours any more."""
+    """Whether the last value is the checksum of the others, under a damaged key."""
     *others, last = values or [""]
     return last in values and values[last] == checksum({key: values[key] for key in others})
 
 
 def _hash_values(values: Mapping[str, Any]) -> str:
-    plain = json.loads(json.dumps(values))  # as it is read back: tuples are lists, keys are texts
+    plain = json.loads(json.dumps(values))  # as read back: tuples become lists, keys become strings
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def seal_line(values: Mapping[str, Any]) -> str:
-    """The values as a line of JSON that holds its own checksum."""
+    """The values as a line of JSON with its own checksum."""
     return json.dumps({**values, LINE_CHECKSUM: _checksum_of_line(values)})
 
 
 def read_line(line: str | bytes) -> dict[str, Any] | None:
-    """The values of a line of JSON, without their checksum; None of one that was cut short or damaged."""
+    """The values of a line of JSON, without the checksum; None if it is cut short or damaged."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -112,7 +111,7 @@ def _checksum_of_line(values: Mapping[str, Any]) -> str:
 
 
 def safe_save(tensors: Mapping[str, torch.Tensor], path: Path | str, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as one safetensors file that holds its own hash, whole or not at all; they may be on any device."""
+    """Write tensors (on any device) as one safetensors file with its own hash, atomically."""
     from safetensors.torch import save_file
 
     with atomic_file(Path(path)) as temporary:
@@ -122,30 +121,30 @@ def safe_save(tensors: Mapping[str, torch.Tensor], path: Path | str, metadata: d
 
 
 def seal_file(path: Path) -> None:
-    """Put the sha256 of a file into it, where `UNSEALED` stands among its metadata."""
+    """Replace `UNSEALED` in a file's metadata by the file's sha256."""
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
         place = content.find(UNSEALED.encode()) + len(SEAL)
         content[place : place + 64] = _hash_around(content, place).encode()
 
 
 def verify_seal(path: Path) -> None:
-    """Compare a file with the sha256 in it; one without, as an earlier version wrote it, is taken as it is.
+    """Compare a file with the sha256 in it. A file of an earlier version, without one, passes.
 
-    Cost: the file is read once; not again while it stays the same.
+    Cost: the file is read once, and again only after it changed.
 
     Raises:
         DamagedFileError: it is not what was written.
         OSError: it cannot be read.
     """
     if not _holds_seal(path, *_file_identity(path)):
-        raise DamagedFileError("its content is not what the sha256 in it says")
+        raise DamagedFileError("its content does not match the sha256 in it")
 
 
 @lru_cache(maxsize=4096)
 def _holds_seal(path: Path, *_file_identity: int) -> bool:
     with open_file(path) as file:
         if not os.fstat(file.fileno()).st_size:
-            return True  # whoever opens it says what is wrong
+            return True  # whoever opens it will report that
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             place = content.find(SEAL) + len(SEAL)
             if place < len(SEAL):
@@ -154,7 +153,7 @@ def _holds_seal(path: Path, *_file_identity: int) -> bool:
 
 
 def _holds_part(content: mmap.mmap, part: tuple[bytes, int]) -> bool:
-    """Whether a part of `SEAL`, so far behind its start, and a sha256 where one would stand: the rest was damaged."""
+    """Whether a part of `SEAL` (text, offset) is followed by a sha256 at its place, so that the rest was damaged."""
     text, offset = part
     at = content.find(text)
     while at >= 0:
@@ -174,7 +173,7 @@ def _hash_around(content: mmap.mmap, place: int) -> str:
 
 
 def record_hashes(root: Path, files: Iterable[Path]) -> None:
-    """Add files of the run in `root` to its record, as they are now."""
+    """Record the current hashes of files of the run in `root`."""
     record = root / RECORDS[0]
     known = read_sealed(record)["files"] if record.is_file() else {}
     now = {path.relative_to(root).as_posix(): hash_file(path) for path in files}
@@ -182,7 +181,7 @@ def record_hashes(root: Path, files: Iterable[Path]) -> None:
 
 
 def read_recorded_hashes(root: Path) -> dict[str, str]:
-    """The recorded sha256 of files of a run or a checkpoint, by their names in it; of an older run none.
+    """The recorded sha256 of each file of a run or checkpoint, by relative name; empty for an older run.
 
     Raises:
         DamagedFileError: the record itself is damaged.
@@ -197,12 +196,12 @@ def read_recorded_hashes(root: Path) -> dict[str, str]:
 
 
 def require_intact(path: Path) -> None:
-    """Compare a file, or all recorded files of a folder, with the record of the run or checkpoint they are part of.
+    """Compare a file, or all recorded files of a folder, with the hashes recorded in its run or checkpoint.
 
-    Cost: each file is read once; not again while it stays the same.
+    Cost: each file is read once, and again only after it changed.
 
     Raises:
-        DamagedFileError: names the first that is missing or differs, and says what to do.
+        DamagedFileError: names the first file that is missing or differs.
     """
     for root in list(path.absolute().parents)[:3]:
         name = path.absolute().relative_to(root).as_posix()
@@ -214,10 +213,10 @@ def require_intact(path: Path) -> None:
 
 
 def find_damaged_files(root: Path, within: str = "") -> Iterator[str]:
-    """What is wrong with recorded files of a run or checkpoint: 'PATH is missing', 'PATH differs from the sha256 ...'.
+    """Problems of recorded files of a run or checkpoint: 'PATH is missing', 'PATH differs from the sha256 ...'.
 
     Args:
-        within: a name in it: that of one file, or of a folder; empty: all.
+        within: check only this file or folder, by relative name; empty: all.
     """
     for name, sha256 in read_recorded_hashes(root).items():
         if not within or name == within or name.startswith(f"{within}/"):

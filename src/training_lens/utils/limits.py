@@ -1,4 +1,4 @@
-"""How much work an input may cause, in one table, and what holds it to that. Far above what real ones have."""
+"""Limits on the work that an input may cause, far above real inputs, and functions that enforce them."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from pathlib import Path
 from typing import IO, Any
 
 MB = 1 << 20
-ROW_BYTES = 16 * MB  # a row, a line, a cell: some millions of tokens; read whole, and copied several times
-WHOLE_JSON_BYTES = 512 * MB  # a JSON file that is not one value a line: all of it is in memory, several times its size
+ROW_BYTES = 16 * MB  # a row, line or cell: millions of tokens; read whole and copied several times
+WHOLE_JSON_BYTES = 512 * MB  # a JSON file that is not JSON lines: it takes several times its size in memory
 RECORD_BYTES = 256 * MB  # a JSON file of a run, an adapter, a model or a mirror: read whole
 CONFIG_BYTES = MB // 2  # a config file: a second of parsing
-CONFIG_NESTING = 30  # of a YAML file: OmegaConf calls itself some thirty times for each level
-CONFIG_NODES = 50_000  # values of a YAML file once its aliases are followed
-TEMPLATE_BYTES = MB  # a chat template: the longest of well-known models has 20 kB
+CONFIG_NESTING = 30  # of a YAML file: OmegaConf recurses about thirty times for each level
+CONFIG_NODES = 50_000  # values of a YAML file after its aliases are expanded
+TEMPLATE_BYTES = MB  # a chat template; the longest of well-known models has 20 kB
 TEMPLATE_SECONDS = 10  # of one rendering
-TEMPLATE_TEXT, TEMPLATE_CHARACTERS = 64 * MB, 512 * MB  # one text, and all that are made in one rendering
-TEMPLATE_VALUES = 1_000_000  # in a list or object that is written
-UNPACKED_BYTES, UNPACKED_RATIO = 64 * MB, 50  # gzip: so much always, and so many times the file's size; text: 3 to 20
-KEYS = 100_000  # different keys, or columns, of one source: each is looked at, and named
-NESTING = 100  # lists and objects in each other: a recursive function goes through each level
-EMPTY_LINES = 1_000_000  # one after the other
-BAD_ROWS = 100_000  # of a source, for each is remembered with its reason
+TEMPLATE_TEXT, TEMPLATE_CHARACTERS = 64 * MB, 512 * MB  # one string, and all strings built in one rendering
+TEMPLATE_VALUES = 1_000_000  # in a list or object that a template serializes
+UNPACKED_BYTES, UNPACKED_RATIO = 64 * MB, 50  # gzip: the larger of both, the ratio to the file's size; text has 3 to 20
+KEYS = 100_000  # different keys or columns of one source: each is checked and named
+NESTING = 100  # depth of lists and objects: functions recurse once for each level
+EMPTY_LINES = 1_000_000  # consecutive
+BAD_ROWS = 100_000  # of a source: each is kept with its reason
 CHOICES = 1_000  # values of a key in a sweep
 
 
 class TooMuchError(ValueError):
-    """A value that is over a limit; says which, without a place."""
+    """A value exceeds a limit; the message names the limit, not the place."""
 
 
 def open_file(path: Path) -> io.BufferedReader:
-    """Open a file to read it.
+    """Open a regular file to read it.
 
     Raises:
-        OSError: also of devices and pipes, which may have no end, or be read once alone.
+        OSError: also for devices and pipes, which may be endless or readable only once.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for who writes it
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait for its writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "is a folder, device or pipe, expected a file", str(path))
@@ -48,16 +48,16 @@ def open_file(path: Path) -> io.BufferedReader:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file of any length; bytes that are no UTF-8 are replaced. Raises as `open_file`."""
+    """The text of a file of any length; invalid UTF-8 is replaced. Raises as `open_file`."""
     with open_file(path) as file:
         return file.read().decode("utf-8", "replace")
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a file of at most so many bytes.
+    """The content of a file of at most `most` bytes.
 
     Raises:
-        OSError: also of a longer one, and as `open_file`.
+        OSError: it is longer; or as for `open_file`.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -71,7 +71,7 @@ def load_bounded_json(text: str | bytes, **options: Any) -> Any:
     """As `json.loads`.
 
     Raises:
-        ValueError: also where lists and objects are nested too deep, and for numbers of thousands of digits.
+        ValueError: also for values nested too deep, and for numbers of thousands of digits.
     """
     try:
         value = json.loads(text, **options)
@@ -87,7 +87,7 @@ NESTED = f"lists and objects are nested over {NESTING} deep"
 
 
 def is_too_deep(value: Any) -> bool:
-    """Whether lists and objects in a value are nested too deep, told level by level."""
+    """Whether lists and objects in a value are nested too deep, checked without recursion."""
     level: list[Any] = [value] if isinstance(value, NESTED_KINDS) else []
     depth = 0
     while level and depth < NESTING:
@@ -97,10 +97,10 @@ def is_too_deep(value: Any) -> bool:
 
 
 class UnpackedFile(io.RawIOBase):
-    """What a gzip file unpacks to, as far as that is in proportion to its size.
+    """The content of a gzip file, with a limit in proportion to the file's size.
 
     Args:
-        packed: the open file, which is closed with this one.
+        packed: the open file, closed together with this one.
     """
 
     def __init__(self, packed: IO[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""One logger tree, `training_lens`: to the screen through rich, and to a run's run.log."""
+"""The logger tree `training_lens`: to the screen through rich, and to a run's run.log."""
 
 from __future__ import annotations
 
@@ -27,56 +27,56 @@ def get_logger(name: str) -> logging.Logger:
 
 
 class ScreenHandler(logging.Handler):
-    """Writes the log to a console: in whole lines where a program reads them, folded at words on a terminal."""
+    """Writes the log to a console, wrapped at words on a terminal and unwrapped elsewhere."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
-        self.shown: deque[logging.LogRecord] = deque(maxlen=1000)  # since the last run.log was begun
+        self.shown: deque[logging.LogRecord] = deque(maxlen=1000)  # since the last run.log was opened
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one message, without padding."""
+        """Print one message."""
         try:
             text = self.format(record)
             style = "yellow" if record.levelno >= logging.WARNING else ""
             self.shown.append(record)
             self._console.print(text, style=style, markup=False, soft_wrap=not self._console.is_terminal)
-        except (OSError, ValueError):  # the screen went away, or was closed: nobody reads there
+        except (OSError, ValueError):  # the screen was closed
             pass
         except Exception:
             self.handleError(record)
 
 
 class RunLogHandler(logging.FileHandler):
-    """Writes run.log. A line that cannot be written is dropped; the first is reported once, to the other handlers."""
+    """Writes run.log. Lines that cannot be written are dropped; the first one is reported to the other handlers."""
 
     lost = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Drop the line, and try again with the next."""
+        """Drop the line; the next one is tried again."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError | ValueError):
             super().handleError(record)
         elif not self.lost:
             self.lost = True
-            get_logger(__name__).warning("%s lacks lines (%s); the run goes on", self.baseFilename, error)
+            get_logger(__name__).warning("%s lacks lines (%s); the run continues", self.baseFilename, error)
 
     def close(self) -> None:
-        """Close the file; lines that it does not take any more are lost."""
+        """Close the file; buffered lines that cannot be written are lost."""
         with suppress(OSError):
             super().close()
 
 
 def setup_logging(console: Console | None = None, level: int = logging.INFO) -> logging.Logger:
-    """Send our log to a screen, and quiet the libraries: no progress bars, no telemetry, no advice of theirs.
+    """Send the log to a screen, and silence libraries: no progress bars, telemetry or hints.
 
-    Called again, it takes the place of what it did before.
+    A second call replaces the first.
 
     Args:
-        console: where the lines go; None: standard error.
+        console: the target; None: standard error.
 
     Returns:
-        The logger that all of ours are below.
+        The root of our loggers.
     """
     logger = logging.getLogger(ROOT)
     for old in _screen_handlers():
@@ -97,7 +97,7 @@ def _screen_handlers() -> list[ScreenHandler]:
 
 @contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """Within the block, transformers draws no bars; afterwards it does as before."""
+    """In the block, transformers draws no progress bars."""
     from transformers.utils import logging as library
 
     drew = library.is_progress_bar_enabled()
@@ -110,34 +110,34 @@ def hide_progress_bars() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Set what the libraries read at import: call before torch and transformers are imported."""
+    """Set environment variables that libraries read at import; call before importing torch and transformers."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each layer's number type
-    # PEFT asks transformers for a property by its old name: nothing that a user could mend.
+    # PEFT uses an old name of a transformers property; users cannot change that.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 class _RedactingFormatter(logging.Formatter):
-    """A formatter that strikes out secrets, whoever put them into a message or a traceback."""
+    """A formatter that redacts secrets in messages and tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, with secrets of the environment and what has their form struck out."""
+        """The formatted line with secrets redacted."""
         return redact_text(super().format(record))
 
 
 class RepeatFilter(logging.Filter):
-    """Lets every message through once."""
+    """Passes every message once."""
 
     def __init__(self) -> None:
         super().__init__()
         self._shown: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the message is a new one."""
+        """Whether the message is new."""
         message = record.getMessage()
         new = message not in self._shown
         self._shown.add(message)
@@ -146,7 +146,7 @@ class RepeatFilter(logging.Filter):
 
 @contextmanager
 def filter_screen(passes: logging.Filter) -> Iterator[None]:
-    """Within the block, the screen shows what `passes` lets through; a run's run.log still has everything."""
+    """In the block, the screen shows what the filter `passes`; run.log still gets everything."""
     handlers = _screen_handlers()
     for handler in handlers:
         handler.addFilter(passes)
@@ -159,7 +159,7 @@ def filter_screen(passes: logging.Filter) -> Iterator[None]:
 
 @contextmanager
 def quiet_screen() -> Iterator[None]:
-    """Within the block, the screen shows warnings and errors alone; a run's run.log still has everything."""
+    """In the block, the screen shows only warnings and errors; run.log still gets everything."""
     handlers = _screen_handlers()
     before = [handler.level for handler in handlers]
     for handler in handlers:
@@ -172,7 +172,7 @@ def quiet_screen() -> Iterator[None]:
 
 
 class TrainingLogger:
-    """Within the block, everything logged also goes to the run's run.log, with UTC times.
+    """In the block, the log also goes to the run's run.log, with UTC times.
 
     Example:
         >>> import tempfile, pathlib
@@ -195,7 +195,7 @@ class TrainingLogger:
         logger = logging.getLogger(ROOT)
         logger.setLevel(logging.DEBUG)
         logger.addHandler(self._handler)
-        for screen in _screen_handlers():  # what was told before the run had a folder belongs to its record
+        for screen in _screen_handlers():  # messages from before the run had a folder
             while screen.shown:
                 self._handler.handle(screen.shown.popleft())
         return self

@@ -1,4 +1,4 @@
-"""What this machine has for training: versions, devices, room, what may be written, compilers, packages."""
+"""Checks of this machine for training: versions, devices, disk space, permissions, compiler, packages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training_lens.utils.formatting import format_size
 from training_lens.utils.hub_access import require_hub
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pyarrow", "numpy")
-OPTIONAL = {  # extra of Training Lens -> what it installs, as it is imported
+OPTIONAL = {  # extra of Training Lens -> the module it installs
     **{name: name for name in ("wandb", "mlflow", "trackio", "bitsandbytes", "vllm")},
     "s3": "s3fs",
     "gcs": "gcsfs",
@@ -29,12 +29,12 @@ OPTIONAL = {  # extra of Training Lens -> what it installs, as it is imported
     "notebook": "ipykernel",
     "eval": "lm_eval",
 }
-LITTLE_BYTES = 2**30  # of disk: a short run with checkpoints may take as much
+LITTLE_BYTES = 2**30  # of disk, about a short run with checkpoints
 
 
 @dataclass(frozen=True)
 class MachineCheck:
-    """One thing that was looked at: whether it is well, what was found, and what to do where it is not."""
+    """One check: whether it passed, what was found, and what to do otherwise."""
 
     name: str
     ok: bool
@@ -43,10 +43,10 @@ class MachineCheck:
 
 
 def check_machine(base_output_dir: str) -> Iterator[MachineCheck]:
-    """What a run needs here, one after the other; what is merely absent is no fault.
+    """The checks of this machine, one by one. A missing optional package passes.
 
     Args:
-        base_output_dir: where runs go.
+        base_output_dir: the folder for runs.
     """
     yield MachineCheck("python", True, f"{sys.version.split()[0]} on {platform.platform()}")
     yield MachineCheck("packages", True, ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES))

@@ -1,7 +1,7 @@
-"""Names that become parts of a path, whoever gave them: the one place that says which are taken.
+"""Which names may become parts of a path: run ids, experiments, files below a folder.
 
-A run's id is ASCII, so that every file system, storage and tracker takes it as it is. An experiment's or sweep's name
-may hold spaces and letters of any script: earlier versions took them, and there are runs in such experiments.
+A run id is ASCII, so that every file system, storage and tracker accepts it. An experiment's or sweep's name may have
+spaces and letters of any script, because earlier versions allowed them.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from pathlib import Path, PureWindowsPath
 from training_lens.errors import CheckpointError, ConfigurationError
 
 RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-LONGEST, LONGEST_BYTES = 100, 200  # of a name, in characters and as UTF-8
-LONGEST_PART = 255  # bytes between two '/': what file systems take
-RESERVED = ("latest", "none")  # they mean a run, and no adapter
+LONGEST, LONGEST_BYTES = 100, 200  # of a name, in characters and in UTF-8 bytes
+LONGEST_PART = 255  # bytes between two '/', the limit of file systems
+RESERVED = ("latest", "none")  # references to a run, and to no adapter
 
 
 def check_run_id(name: str) -> str:
-    """`name`, where it can be a run's id.
+    """Return `name` if it is a valid run id.
 
     Raises:
-        ConfigurationError: it has other signs than ASCII letters, digits, '.', '_' and '-', begins with '.' or '-', has
-            over 100 characters, or is 'latest' or 'none'.
+        ConfigurationError: it has characters other than ASCII letters, digits, '.', '_' and '-', starts with '.' or
+            '-', has over 100 characters, or is 'latest' or 'none'.
     """
     if not RUN_ID.fullmatch(name) or len(name) > LONGEST or name in RESERVED:
         raise ConfigurationError(
@@ -34,10 +34,10 @@ def check_run_id(name: str) -> str:
 
 
 def check_experiment(name: str) -> str:
-    """`name`, where it can be that of an experiment or a sweep.
+    """Return `name` if it is valid for an experiment or a sweep.
 
     Raises:
-        ConfigurationError: it is empty or too long, has '/', a backslash or a sign that does not print, begins with
+        ConfigurationError: it is empty or too long, has '/', a backslash or an unprintable character, starts with
             '.', '-' or a space, ends with a space, or is 'latest' or 'none'.
     """
     if not is_printable(name) or name[0] in ".-" or set(name) & set("/\\") or _is_too_long(name) or name in RESERVED:
@@ -49,14 +49,14 @@ def check_experiment(name: str) -> str:
 
 
 def is_printable(name: str) -> bool:
-    """Whether a name shows itself as it is: no control signs, none that turn the line around, no space at an end."""
+    """Whether a name prints unambiguously: no control or bidirectional characters, no space at either end."""
     return bool(name) and name.isprintable() and name == name.strip()
 
 
 def find_name_fault(name: str) -> str:
-    """Why `name` means no file or folder below another one, on any system that may read it; empty where it does.
+    """Why `name` is not a safe relative path on every system; empty if it is.
 
-    Names have '/' between their parts: "lens/loss/00000001-00000006.parquet".
+    Parts are separated by '/': "lens/loss/00000001-00000006.parquet".
     """
     parts = name.split("/")
     if not name.strip():
@@ -73,7 +73,7 @@ def find_name_fault(name: str) -> str:
 
 
 def check_file_name(name: str) -> str:
-    """`name`, where it means a file below a folder.
+    """Return `name` if it is a safe relative path.
 
     Raises:
         ConfigurationError: see `find_name_fault`.
@@ -84,7 +84,7 @@ def check_file_name(name: str) -> str:
 
 
 def expand_home(path: str | Path) -> Path:
-    """The path with `~` or `~name` at its start expanded; as it is where a file has that very name, or nobody has."""
+    """The path with a leading `~` or `~name` expanded, unless a file has that literal name or no such user exists."""
     text = str(path)
     if os.path.lexists(text) or "\0" in text:
         return Path(text)
@@ -92,13 +92,13 @@ def expand_home(path: str | Path) -> Path:
 
 
 def require_contained(folder: Path, *, besides: tuple[str, ...] = ()) -> None:
-    """Refuse a folder in which a symbolic link leads out of it: what is written there would be written elsewhere.
+    """Check that no symbolic link in a folder leads out of it, since writes would follow it.
 
     Args:
-        besides: folders in it that are not looked into, by their names with '/'.
+        besides: subfolders that are not checked, by relative name.
 
     Raises:
-        CheckpointError: names the link, and where it leads.
+        CheckpointError: names the link and its target.
     """
     home = folder.resolve()
     for link in _find_links(folder, {folder / name for name in besides}):

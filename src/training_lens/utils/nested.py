@@ -1,4 +1,4 @@
-"""Nested sections: as dotted keys, laid over each other, and what differs between them."""
+"""Nested config sections: flattened to dotted keys, merged, compared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def flatten_sections(values: Mapping[str, Any], prefix: str = "") -> dict[str, A
 
 
 def merge_sections(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on top; sections merge, everything else is replaced, a whole range {low, high} too."""
+    """`base` updated with `over`. Sections merge; other values, and ranges {low, high}, are replaced."""
     out = dict(base)
     for key, value in over.items():
         below = out.get(key)
@@ -27,17 +27,17 @@ def merge_sections(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str
 
 
 def find_differences(sides: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
-    """The keys on which flat mappings do not all agree, in the order met: the value on each side, None where absent."""
+    """The keys whose values differ between flat mappings, each with its value on every side (None if absent)."""
     keys = dict.fromkeys(key for side in sides for key in side)
     values = {key: tuple(side.get(key) for side in sides) for key in keys}
     return {key: each for key, each in values.items() if any(value != each[0] for value in each[1:])}
 
 
 def nest_keys(values: Mapping[str, Any], place: str = "") -> tuple[dict[str, Any], list[str]]:
-    """Dotted keys beside whole sections as sections alone; and a line for each key that two of them set otherwise.
+    """Dotted keys and sections merged to nested sections; and a problem for each key with two different values.
 
     Args:
-        place: what such a line begins with.
+        place: prefix of each problem.
 
     Example:
         >>> nest_keys({"peft": {"r": 16}, "peft.lora_alpha": 32})
@@ -60,7 +60,7 @@ def nest_keys(values: Mapping[str, Any], place: str = "") -> tuple[dict[str, Any
 
 
 def set_at_path(values: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
-    """`values` with `value` at a path of keys; what stands in its way is replaced. Changes `values`."""
+    """Set `value` at a path of keys in `values`, in place; values in the way are replaced. Returns `values`."""
     section = values
     for part in path[:-1]:
         if not isinstance(section.get(part), dict):

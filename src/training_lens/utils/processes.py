@@ -1,4 +1,4 @@
-"""The processes of a run, through Accelerate: who I am, sums over all, and doing things once."""
+"""The processes of a distributed run, through Accelerate: rank, reductions, barriers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class Processes:
-    """This process among those that `torchrun` or `accelerate launch` started; alone, it is the only one."""
+    """This process's place among those started by `torchrun` or `accelerate launch`; a single process without them."""
 
     def __init__(self, device: torch.device) -> None:
         from accelerate import PartialState
@@ -25,7 +25,7 @@ class Processes:
         return self.index == 0
 
     def reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, on every process. A synchronisation where there are several."""
+        """The sum over all processes, on every process. A sync point if there are several."""
         if self.count == 1:
             return tensor
         from accelerate.utils import reduce
@@ -34,7 +34,7 @@ class Processes:
         return total.to(tensor.device)
 
     def reduce_min(self, value: int) -> int:
-        """The smallest of all processes' values, on every process. A synchronisation where there are several."""
+        """The minimum over all processes, on every process. A sync point if there are several."""
         if self.count == 1:
             return value
         from accelerate.utils import gather_object
@@ -50,11 +50,11 @@ class Processes:
         return broadcast_object_list([value])[0]
 
     def wait_for_all(self) -> None:
-        """Until every process has come here."""
+        """A barrier: wait until every process gets here."""
         self._state.wait_for_everyone()
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process runs the block first, then the others: they find its caches."""
+        """The main process runs the block first, so that the others find its caches."""
         with self._state.main_process_first():
             yield

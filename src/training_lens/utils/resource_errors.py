@@ -11,8 +11,8 @@ OUT_OF_ROOM = ("No space left on device", "Disk quota exceeded")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the device or (which torch says in words alone) on the CPU."""
-    names = [kind.__name__ for kind in type(error).__mro__]  # torch's own class, which is imported nowhere here
+    """Whether memory ran out, on the device or on the CPU (where torch only says so in the message)."""
+    names = [kind.__name__ for kind in type(error).__mro__]  # torch's class, which is not imported here
     is_torch = isinstance(error, RuntimeError) and "OutOfMemoryError" in names
     is_said = isinstance(error, RuntimeError | ImportError) and any(text in str(error) for text in OUT_OF_MEMORY)
     is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
@@ -21,7 +21,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_out_of_threads(error: BaseException) -> bool:
-    """Whether no more threads could be started: by Python, by Arrow, or by a library in Rust."""
+    """Whether no more threads could be started by Python, Arrow or a Rust library."""
     return any(text in str(error) for text in OUT_OF_THREADS)
 
 
@@ -31,7 +31,7 @@ def is_out_of_room(error: BaseException) -> bool:
 
 
 def describe_shortage(error: BaseException) -> str | None:
-    """What ran out and what to do about it; None if the error is of something else."""
+    """What ran out and what to do about it; None for other errors."""
     if is_out_of_memory(error):
         return "memory ran out. Close other programs, give this one more, or use a smaller model or batch."
     if is_out_of_threads(error):

@@ -1,4 +1,4 @@
-"""Secrets stay where they are: known in what is about to be written, and struck out of it."""
+"""Finds secrets in text that is about to be written, and redacts them."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ NAMED = re.compile(
     r"|PASSWORD|PASSWD|PASSPHRASE",
     re.I,
 )
-PLACE = re.compile(r"_(FILE|PATH|DIR|URL|URI)$|^GOOGLE_APPLICATION_CREDENTIALS$", re.I)  # of a secret, not the secret
-SHORTEST = 8  # characters of a secret: shorter values are words
-SHORTEST_OF_LETTERS = 16  # of one in lower-case letters alone: PASSWORD=training would strike half a log
+PLACE = re.compile(
+    r"_(FILE|PATH|DIR|URL|URI)$|^GOOGLE_APPLICATION_CREDENTIALS$", re.I
+)  # where a secret is, not the secret
+SHORTEST = 8  # characters; shorter values are words
+SHORTEST_OF_LETTERS = 16  # of lower-case letters only: PASSWORD=training would redact half a log
 IN_QUERY = (
     "token access_token api_key apikey password secret sig signature x-amz-signature x-amz-security-token".split()
 )
 
 
 def _word_pattern(start: str, rest: str) -> str:
-    """A form that begins where a word does: also behind a line break as JSON and Python spell it."""
+    """A pattern anchored at a word's start, also after an escaped line break as JSON and Python write it."""
     behind = "." * len(start)
     return rf"{re.escape(start)}(?:(?<![\w-]{behind})|(?<=\\[nrt]{behind})){rest}"
 
 
-# Each begins with letters of its own where it can, for those are found fast; a group is what stays. Lengths have an
-# upper limit where a search could go on to the end of the text from every place in it.
+# Patterns start with a literal where possible, which is fast; a group is kept. Lengths have an upper limit where a
+# search could otherwise scan to the end of the text from every position.
 FORMS = tuple(
     re.compile(form)
     for form in (
@@ -60,12 +62,12 @@ FORMS = tuple(
         r"(discord(?:app)?\.com/api/(?:v\d+/)?webhooks/)[\w/-]{8,}",
         r"(\.webhook\.office\.com/)[^\s\"'<>]{8,512}",  # Teams
         r"(api\.telegram\.org/(?:file/)?bot)\d+:[A-Za-z0-9_-]{20,}",
-        # A key up to its last line, or as far as it goes; its line breaks may be those of a JSON text.
+        # A key up to its last line, or as far as it goes; line breaks may be escaped as in JSON.
         r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:\\+[nrt]|[\w+/=\s:,.]|-(?!----))*+"
         r"(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----)?",
         r"(Bearer )[A-Za-z0-9._~+/=-]{8,}",
         r"(Basic )[A-Za-z0-9+/=]{16,}",
-        # user:password of a URL; behind a port, '@' is part of a path
+        # user:password of a URL; after a port, '@' is part of a path
         r"(://)[^/\s:@]{0,256}:(?!\d+/)[^\s@\"'<>]{1,512}+(?=@)",
         r"(://)[^/\s:@]{20,512}+(?=@)",  # a token in place of the user
         rf"(?i)([?&;](?:{'|'.join(IN_QUERY)})=)[^&\s'\"<>]+",  # of a signed URL, or of one in HTML
@@ -88,21 +90,21 @@ def _is_named(variable: str) -> bool:
 
 
 def _is_secret(value: str) -> bool:
-    """Whether a value is long and odd enough to be looked for everywhere."""
+    """Whether a value is long and unusual enough to be redacted everywhere."""
     return len(value) >= (SHORTEST_OF_LETTERS if value.isalpha() and value.islower() else SHORTEST)
 
 
 def _list_spellings(value: str) -> Iterator[str]:
-    """A value as it is, and as it stands in URLs, in JSON and in Python texts; and its lines, where it has several."""
+    """A value as it is, and as written in URLs, JSON and Python strings; also each of its lines."""
     yield from (value, quote(value, safe=""), quote_plus(value), json.dumps(value)[1:-1], repr(value)[1:-1])
     yield from (line.strip() for line in value.splitlines() if _is_secret(line.strip()))
 
 
 def redact_text(text: str) -> str:
-    """`text` with everything struck out that is a secret of the environment, or has the form of one.
+    """`text` with secrets of the environment, and everything that has the form of a secret, replaced by ***.
 
-    A secret of the environment is known by its variable's name. Values under 8 characters, and words of lower-case
-    letters under 16, are left alone: struck out wherever they stand, they would make a log unreadable.
+    Secrets of the environment are recognized by the variable's name. Values under 8 characters, and lower-case words
+    under 16, are kept: redacting them everywhere would make a log unreadable.
     """
     known = _environment_pattern(frozenset((name, os.environ[name]) for name in os.environ if _is_named(name)))
     for pattern in (*((known,) if known else ()), *FORMS):
@@ -111,7 +113,7 @@ def redact_text(text: str) -> str:
 
 
 def redact_values(value: Any) -> Any:
-    """A JSON value with the secrets struck out of all texts in it, keys too; numbers stay what they are."""
+    """A JSON value with secrets redacted in all its strings and keys; numbers are unchanged."""
     if isinstance(value, str):
         return redact_text(value)
     if isinstance(value, Mapping):
@@ -120,7 +122,7 @@ def redact_values(value: Any) -> Any:
 
 
 def find_secret_keys(values: Mapping[str, Any]) -> Iterator[str]:
-    """The keys of nested config values that hold a secret, or are named like one; rows in memory are no settings.
+    """The keys of nested config values that hold a secret or are named like one. In-memory rows are not searched.
 
     Example:
         >>> list(find_secret_keys({"mirror": "s3://me:password@host", "custom": [{"token": 1}, {"token": ""}]}))

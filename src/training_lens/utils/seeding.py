@@ -1,4 +1,4 @@
-"""Random state: set from one seed, captured to tensors and put back."""
+"""Random state: seeded, saved as tensors, restored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch on every device. Nothing in training draws from `random` or NumPy's global state."""
+    """Seed torch on every device. Training uses neither `random` nor NumPy's global state."""
     torch.manual_seed(seed)
 
 
@@ -22,7 +22,7 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def restore_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Put back what `rng_state` gave; devices that are not here are passed over."""
+    """Restore a state from `rng_state`; devices that do not exist here are skipped."""
     torch.set_rng_state(state["cpu"])
     for name, tensor in state.items():
         if name.startswith("cuda:") and int(name[5:]) < torch.cuda.device_count():
@@ -31,7 +31,7 @@ def restore_rng_state(state: dict[str, torch.Tensor]) -> None:
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """What the block draws leaves no trace: the random state is put back at its end."""
+    """Restore the random state at the end of the block."""
     state = rng_state()
     try:
         yield

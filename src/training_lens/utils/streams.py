@@ -1,4 +1,4 @@
-"""Standard output and error that never end a command: a reader that leaves, a full disk, a terminal that hangs up."""
+"""Standard output and error that never end a command: broken pipes, full disks, terminals that hang up."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any, TextIO
 
 
 class BestEffortFile(io.FileIO):
-    """A descriptor to which writing always succeeds: what the system does not take is dropped.
+    """A file whose writes never fail: what cannot be written is dropped.
 
-    Each write is tried anew, for a full disk may have room again. `lost` is the first error.
+    Later writes are tried again, since a full disk may get space. `lost` is the first error.
     """
 
     lost: OSError | None = None
 
     def write(self, data: Any, /) -> int:
         try:
-            while (written := super().write(data)) is None:  # a pipe that does not block, and is full
+            while (written := super().write(data)) is None:  # a full non-blocking pipe
                 select.select([], [self.fileno()], [])
             return written
         except OSError as error:
@@ -30,16 +30,16 @@ class BestEffortFile(io.FileIO):
 
 
 def protect_output() -> None:
-    """Let standard output and error be `BestEffortFile`s, and a hang-up of the terminal end nothing.
+    """Make standard output and error `BestEffortFile`s, and ignore hang-ups of the terminal (children too).
 
-    Descriptors that are closed become the null device: the next file to be opened would get their numbers, and with
-    them whatever libraries print. Children inherit that hang-ups are ignored.
+    Closed standard descriptors are opened as the null device: otherwise the next opened file would get their numbers,
+    and with them whatever libraries print.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
     sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
     sys.stdout, sys.stderr = _protect_stream(sys.stdout, 1), _protect_stream(sys.stderr, 2)
     if hasattr(signal, "SIGHUP"):
@@ -53,13 +53,13 @@ def _protect_stream(stream: TextIO | None, number: int) -> TextIO:
     return io.TextIOWrapper(
         io.BufferedWriter(BestEffortFile(number, "w", closefd=False)),
         encoding=stream.encoding if stream else "utf-8",
-        errors="backslashreplace",  # half a character of UTF-16, as JSON rows may hold
+        errors="backslashreplace",  # unpaired surrogates, as JSON rows may contain
         line_buffering=os.isatty(number) or number == 2,
     )
 
 
 def lost_output(stream: TextIO) -> OSError | None:
-    """Why some of what was written to a stream did not arrive; None: all did, or that cannot be told."""
+    """The error that lost some of a stream's output; None if nothing was lost or it is unknown."""
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
     stream.flush()
     return raw.lost if isinstance(raw, BestEffortFile) else None
