@@ -99,7 +99,7 @@ def side_by_side(model: Path, shared: Path, folder: Path, steps: int) -> dict[st
     watched, lens = assembled(config, folder / "lens", lens=True)
     assert lens is not None
     watched._notify_callbacks("on_train_start")
-    started = lens.seconds
+    started = lens.capture_seconds
     taken: dict[str, list[float]] = {"plain": [], "lens": []}
     for plan in islice(plain.schedule.steps(), steps):
         order = [("plain", plain), ("lens", watched)]
@@ -109,7 +109,7 @@ def side_by_side(model: Path, shared: Path, folder: Path, steps: int) -> dict[st
             trainer._count_step(report)
             trainer._notify_callbacks("on_step_end", report)
             taken[name].append(time.perf_counter() - begun)
-    during = lens.seconds - started
+    during = lens.capture_seconds - started
     watched._notify_callbacks("on_train_end")
     files = [p for p in (folder / "lens" / "lens").rglob("*") if p.is_file()]
     ratios = [b / a for a, b in zip(taken["plain"], taken["lens"], strict=True)]
@@ -122,7 +122,7 @@ def side_by_side(model: Path, shared: Path, folder: Path, steps: int) -> dict[st
         "lens_share_of_steps": round(during / (sum(taken["lens"]) - during), 4),
         "lens_ms_per_step": round(1000 * during / len(ratios), 2),
         "start_seconds": round(started, 3),
-        "end_seconds": round(lens.seconds - started - during, 3),
+        "end_seconds": round(lens.capture_seconds - started - during, 3),
         "seconds_by_part": {name: round(s, 4) for name, s in sorted(lens.lens.seconds.items())},
         "bytes_on_disk": sum(p.stat().st_size for p in files),
     }

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from training_lens.errors import IntegrationError
-from training_lens.integrations.integration_specs import asked_for
+from training_lens.integrations.integration_specs import list_integrations
 from training_lens.integrations.record import RunRecord
 
 ROOT = Path(__file__).parents[1]
@@ -223,7 +223,7 @@ def test_without_extras_every_command_that_needs_none_works(trained_bare: tuple[
 
 def test_with_all_extras_every_integration_works_here_or_says_what_else_is_missing(finished_run: Any) -> None:
     record = RunRecord(finished_run, EVERYWHERE)
-    asked = [one.of(record) for one in asked_for(record.config)]
+    asked = [one.build(record) for one in list_integrations(record.config)]
     assert {one.name for one in asked} == {"tensorboard", "wandb", "mlflow", "trackio", "mirror", "hub"}
     for integration in asked:
         try:

@@ -137,8 +137,8 @@ def test_a_service_that_names_a_pause_gets_it(tmp_path: Path) -> None:
     manager = IntegrationManager([asked], tmp_path, every=0.01)
     manager.start()
     time.sleep(0.1)
-    assert manager.states[0].pause == 1.0  # never under the own pause
-    assert replace(manager.states[0], retry_after=120.0).pause == 120.0  # nor under what is asked for
+    assert manager.states[0].retry_pause == 1.0  # never under the own pause
+    assert replace(manager.states[0], retry_after=120.0).retry_pause == 120.0  # nor under what is asked for
     assert [s.status for s in manager.finish(5.0)] == ["delivered"]
 
 

@@ -19,9 +19,9 @@ from training_lens import TrainingWrapper
 from training_lens.config.run_config import read_run_config, remember_consent
 from training_lens.errors import CheckpointError, ConfigurationError, IntegrationError
 from training_lens.integrations.hub import HuggingFaceIntegration
-from training_lens.integrations.hub_files import Names
+from training_lens.integrations.hub_files import PathShortener
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.send_run import look, send
+from training_lens.integrations.send_run import read_delivery_states, send_run
 from training_lens.runs.checkpoint_format import (
     checkpoint_folder,
     list_checkpoints,
@@ -202,13 +202,13 @@ def test_a_hub_killed_in_a_push_gets_the_rest_once(hub: Hub, own_run: RunFolder)
 
     killer = threading.Thread(target=kill_and_restart, daemon=True)
     killer.start()
-    states = send(own_run)
+    states = send_run(own_run)
     killer.join()
     assert [(state.name, state.status) for state in states] == [("hub", "delivered")]
     assert hub.files(REPO)[WEIGHTS] == (own_run.adapter / WEIGHTS).read_bytes()
     assert set(hub.uploads().values()) == {1} and len(hub.repo(REPO)["commits"]) == 2
     assert {name: held for name, held in contents(own_run.root).items() if "tracking/" not in name} == before
-    assert [state.status for state in look(own_run)] == ["delivered"]
+    assert [state.status for state in read_delivery_states(own_run)] == ["delivered"]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -257,7 +257,7 @@ def test_the_courier_pushes_while_the_run_trains(hub: Hub, small_config: Callabl
     assert files[WEIGHTS] == (run.adapter / WEIGHTS).read_bytes()
     sent = {path.split("/")[1] for path in files if path.startswith("training_lens_checkpoints/")}
     assert sent == {folder.name for folder in list_checkpoints(run.checkpoints)}
-    assert [state.status for state in look(run)] == ["delivered"]
+    assert [state.status for state in read_delivery_states(run)] == ["delivered"]
     assert not [name for name in run.root.rglob("*") if name.is_file() and TOKEN.encode() in name.read_bytes()]
 
 
@@ -294,8 +294,8 @@ def test_a_base_in_the_folder_where_one_stands_has_its_name(
     own_run.write_metadata("config.json", settings)
     (tmp_path / "the-base").mkdir()
     monkeypatch.chdir(tmp_path / "the-base")
-    names = Names(RunRecord(own_run))
-    assert names.base == "the-base" and names.in_text("0.5 nats. All.") == "0.5 nats. All."
+    names = PathShortener(RunRecord(own_run))
+    assert names.base == "the-base" and names.shorten_text("0.5 nats. All.") == "0.5 nats. All."
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from training_lens.integrations.fsspec_storage import open_storage
 from training_lens.integrations.mirror import MirrorIntegration
 from training_lens.integrations.mirror_manifest import RemoteRun
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.remote_run import runs_in
+from training_lens.integrations.remote_run import list_remote_runs
 from training_lens.integrations.storage import StorageBackend
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import hash_file
@@ -41,7 +41,7 @@ def mirror_of(run: RunFolder, place: str) -> MirrorIntegration:
 
 
 def remote_of(place: str) -> RemoteRun:
-    (remote,) = runs_in(open_storage(place))
+    (remote,) = list_remote_runs(open_storage(place))
     return remote
 
 
@@ -49,10 +49,10 @@ def check_equal(run: RunFolder, place: str, tmp_path: Path) -> None:
     """All that a run is made of is there, by its hash; and nothing else."""
     remote = remote_of(place)
     manifest = remote.read_manifest()
-    assert dict(remote.files()) == {name: content.size for name, content in manifest.files.items()}
+    assert dict(remote.list_files()) == {name: content.size for name, content in manifest.files.items()}
     back = tmp_path / "read-back"
     for name, content in manifest.files.items():
-        remote.storage.get_file(remote.name(name), back)
+        remote.storage.get_file(remote.storage_name(name), back)
         assert hash_file(back) == content.sha256 == hash_file(run.root / name), name
     there = {p.relative_to(run.root).as_posix() for p in run.root.rglob("*") if p.is_file()}
     left_out = there - set(manifest.files)
@@ -116,13 +116,13 @@ def test_a_checkpoint_that_is_thinned_goes_there_too_once_the_newer_is_there(
     (old,) = run.checkpoints.iterdir()
     new = shutil.copytree(old, run.checkpoints / "step-00000099")
     mirror.deliver(ended=False)
-    assert {name.split("/")[1] for name in remote_of(place).files() if name.startswith("checkpoints/")} == {
+    assert {name.split("/")[1] for name in remote_of(place).list_files() if name.startswith("checkpoints/")} == {
         old.name,
         new.name,
     }
     shutil.rmtree(old)
     mirror.deliver(ended=True)
-    assert {n.split("/")[1] for n in remote_of(place).files() if n.startswith("checkpoints/")} == {new.name}
+    assert {n.split("/")[1] for n in remote_of(place).list_files() if n.startswith("checkpoints/")} == {new.name}
     check_equal(run, place, tmp_path)
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from training_lens.errors import DamagedFileError, IntegrationError
-from training_lens.integrations.mlflow import MlflowIntegration, _safe
+from training_lens.integrations.mlflow import MlflowIntegration, _safe_name
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.send_run import look, send
-from training_lens.integrations.wandb_media import artifacts
+from training_lens.integrations.send_run import read_delivery_states, send_run
+from training_lens.integrations.wandb_media import build_artifacts
 from training_lens.runs.run_folder import RunFolder
 
 from .conftest import SAMPLES, due  # type: ignore[import-not-found]
@@ -75,7 +75,7 @@ def test_a_run_is_there_while_it_trains_and_whole_at_its_end(
     assert {file.path for file in client.list_artifacts(shown.info.run_id)} >= {"lens.html", "config.json"}
     losses = table(client, shown, "validation.json")
     assert list(losses[losses["of"] == "all"]["loss"]) == [loss for _, loss in due(sent_run)["validation/loss"]]
-    assert [state.status for state in look(sent_run, ON)] == ["delivered"]
+    assert [state.status for state in read_delivery_states(sent_run, ON)] == ["delivered"]
 
 
 def test_nothing_is_told_of_the_user_or_their_repository(
@@ -89,10 +89,10 @@ def test_nothing_is_told_of_the_user_or_their_repository(
 def test_a_run_that_is_sent_twice_is_shown_once(
     unsent_run: RunFolder, client_of: Callable[[RunFolder], Any], tmp_path: Path
 ) -> None:
-    send(unsent_run, ON)
+    send_run(unsent_run, ON)
     (cursor,) = (unsent_run.tracking / "mlflow").glob("cursor*.json")
     cursor.unlink()  # as after a crash before it was written
-    assert [state.status for state in send(unsent_run, ON)] == ["delivered"]
+    assert [state.status for state in send_run(unsent_run, ON)] == ["delivered"]
     client = client_of(unsent_run)
     shown = only_run(client)
     assert history(client, shown) == due(unsent_run)
@@ -107,25 +107,25 @@ def test_a_killed_run_goes_on_in_the_same_run(
     cut_short: Callable[[RunFolder, int], Callable[[], None]],
 ) -> None:
     go_on = cut_short(unsent_run, 4)
-    send(unsent_run, ON)
+    send_run(unsent_run, ON)
     client = client_of(unsent_run)
     assert only_run(client).info.status == "KILLED"
     go_on()
-    send(unsent_run, ON)
+    send_run(unsent_run, ON)
     shown = only_run(client)
     assert shown.info.status == "FINISHED"
     assert history(client, shown) == due(unsent_run)
-    send(unsent_run, {"tracking": {**ON["tracking"], "send_seconds": 9}})  # no setting of the run
+    send_run(unsent_run, {"tracking": {**ON["tracking"], "send_seconds": 9}})  # no setting of the run
     assert history(client, only_run(client)) == due(unsent_run)
 
 
 def test_a_run_that_was_deleted_there_comes_again_whole(
     unsent_run: RunFolder, client_of: Callable[[RunFolder], Any]
 ) -> None:
-    send(unsent_run, ON)
+    send_run(unsent_run, ON)
     client = client_of(unsent_run)
     client.delete_run(only_run(client).info.run_id)
-    send(unsent_run, ON, again=True)
+    send_run(unsent_run, ON, again=True)
     shown = only_run(client)
     assert history(client, shown) == due(unsent_run) and shown.info.status == "FINISHED"
 
@@ -135,7 +135,7 @@ def test_an_experiment_that_was_deleted_is_left_with_what_to_do(
 ) -> None:
     client = client_of(unsent_run)
     client.delete_experiment(client.create_experiment("default", str(unsent_run.root / "none")))
-    (state,) = send(unsent_run, ON)
+    (state,) = send_run(unsent_run, ON)
     assert state.status == "left" and "mlflow experiments restore --experiment-id 1" in state.error
 
 
@@ -156,13 +156,13 @@ def test_a_dead_server_changes_no_bit_and_sync_sends_elsewhere(
         run = RunFolder(Path(TrainingWrapper(TrainingConfig.model_validate(values)).train().run_dir))
     weights = "adapter_model.safetensors"
     assert sha256(run.adapter / weights) == sha256(sent_run.adapter / weights)
-    (state,) = look(run)
+    (state,) = read_delivery_states(run)
     assert state.status == "waiting" and "lines of its journals, its end" in state.outstanding
     local = f"sqlite:///{tmp_path / 'outputs' / 'mlflow.db'}"
-    assert [state.status for state in send(run, {"tracking": {"mlflow": {"uri": local}}})] == ["delivered"]
+    assert [state.status for state in send_run(run, {"tracking": {"mlflow": {"uri": local}}})] == ["delivered"]
     client = client_of(run)
     assert history(client, only_run(client)) == due(run)
-    assert look(run)[0].outstanding == "8 lines of its journals, its end"  # of the server that was dead, still
+    assert read_delivery_states(run)[0].outstanding == "8 lines of its journals, its end"  # of the dead server
 
 
 def test_a_server_that_does_not_answer_is_said_in_one_line(
@@ -179,7 +179,7 @@ def test_a_server_that_does_not_answer_is_said_in_one_line(
 
 def test_the_trials_of_a_sweep_bear_its_name(unsent_run: RunFolder, client_of: Callable[[RunFolder], Any]) -> None:
     trial = RunFolder(unsent_run.root.rename(unsent_run.root.with_name("trial-0003-5f3a")))
-    send(trial, ON)
+    send_run(trial, ON)
     shown = only_run(client_of(trial))
     assert shown.data.tags["training_lens.sweep"] == RunRecord(trial).experiment
     assert shown.info.run_name == "trial-0003-5f3a"
@@ -189,7 +189,7 @@ def test_without_the_package_one_line_says_how_to_get_it(
     unsent_run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    (state,) = send(unsent_run, ON)
+    (state,) = send_run(unsent_run, ON)
     assert state.status == "unavailable"
     assert state.error == "needs the package mlflow. Install: pip install 'training-lens[mlflow]'."
 
@@ -205,7 +205,7 @@ def test_mlflow_takes_every_name_and_keeps_them_apart() -> None:
     from mlflow.utils.validation import _validate_metric_name
 
     names = ["train/loss", "validation/loss_Q&A", "validation/loss_Q+A", "a//b", "a/../b", "l" * 300, "ß/丈", ".", ""]
-    safe = [_safe(name) for name in names]
+    safe = [_safe_name(name) for name in names]
     for name in safe:
         _validate_metric_name(name)
     assert safe[0] == "train/loss" and len(set(safe)) == len(names)
@@ -215,7 +215,7 @@ def test_mlflow_takes_every_name_and_keeps_them_apart() -> None:
 def test_a_password_in_the_address_is_kept_nowhere(unsent_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     database = unsent_run.root.parents[3] / "mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}?of=http://me:planted-secret@host")
-    assert [state.status for state in send(unsent_run, ON)] == ["delivered"]
+    assert [state.status for state in send_run(unsent_run, ON)] == ["delivered"]
     files = [path for path in unsent_run.root.rglob("*") if path.is_file()]
     assert len(files) > 5 and not [path for path in files if b"planted-secret" in path.read_bytes()]
 
@@ -224,11 +224,11 @@ def test_a_damaged_adapter_is_sent_to_no_tracker(unsent_run: RunFolder, client_o
     weights = unsent_run.adapter / "adapter_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    (state,) = send(unsent_run, ON)
+    (state,) = send_run(unsent_run, ON)
     assert state.status != "delivered" and f"{weights} differs from the sha256 that was recorded" in state.error
     client = client_of(unsent_run)
     assert not client.list_artifacts(only_run(client).info.run_id, "adapter")
     with pytest.raises(DamagedFileError, match="differs from the sha256"):
-        list(artifacts(RunRecord(unsent_run), "x"))
+        list(build_artifacts(RunRecord(unsent_run), "x"))
     weights.write_bytes(content)
-    assert [state.status for state in send(unsent_run, ON)] == ["delivered"]
+    assert [state.status for state in send_run(unsent_run, ON)] == ["delivered"]

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 
-from training_lens.integrations.hub_files import Names
-from training_lens.integrations.model_card import model_card
+from training_lens.integrations.hub_files import PathShortener
+from training_lens.integrations.model_card import render_model_card
 from training_lens.integrations.record import RunRecord
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.files import write_text
@@ -51,7 +51,7 @@ class Page(HTMLParser):
 
 def card_of(run: RunFolder) -> str:
     record = RunRecord(run)
-    return model_card(record, Names(record), "me/tiny").split("---\n", 2)[2]
+    return render_model_card(record, PathShortener(record), "me/tiny").split("---\n", 2)[2]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.cli import cli
-from training_lens.integrations.send_run import look
+from training_lens.integrations.send_run import read_delivery_states
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
 
@@ -159,7 +159,7 @@ def test_no_file_of_a_run_that_goes_everywhere_holds_a_secret(small_config: Call
         output={"mirror": str(planted / "mirror")},
     )
     run = RunFolder(Path(TrainingWrapper(config).train().run_dir))
-    ends = {state.name: state.status for state in look(run)}
+    ends = {state.name: state.status for state in read_delivery_states(run)}
     everywhere = ("tensorboard", "wandb", "mlflow", "trackio", "mirror")
     assert ends == {**dict.fromkeys(everywhere, "delivered"), "leaking": "waiting"}
     log = (run.logs / "run.log").read_text()

@@ -14,15 +14,14 @@ import pytest
 from training_lens.errors import CheckpointError
 from training_lens.integrations.fsspec_storage import open_storage
 from training_lens.integrations.mirror import MirrorIntegration
-from training_lens.integrations.mirror_manifest import Content
+from training_lens.integrations.mirror_manifest import FileContent, RemoteRun
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.remote_run import (
-    RemoteRun,
     fetch_to_read,
     fetch_to_resume,
-    find_remote,
+    find_remote_run,
+    list_remote_runs,
     read_remote_runs,
-    runs_in,
 )
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
@@ -55,7 +54,7 @@ def send(run: RunFolder, place: str) -> None:
 
 
 def remote_of(place: str) -> RemoteRun:
-    (remote,) = runs_in(open_storage(place))
+    (remote,) = list_remote_runs(open_storage(place))
     return remote
 
 
@@ -155,7 +154,7 @@ def test_while_a_file_is_written_over_both_contents_are_right(place: str, elsewh
     file = Path(place) / remote.path / "logs/metrics.jsonl"
     old = file.read_bytes()
     file.write_bytes(old + b'{"step": 99}\n')
-    change(place, replacing={"logs/metrics.jsonl": Content(hash_file(file), file.stat().st_size)})
+    change(place, replacing={"logs/metrics.jsonl": FileContent(hash_file(file), file.stat().st_size)})
     assert read_metrics(fetch_to_resume(place, elsewhere).metrics_file)[-1] == {"step": 99}
     file.write_bytes(old)
     assert fetch_to_read(place, elsewhere, finished=False).metrics_file.read_bytes() == old
@@ -176,18 +175,22 @@ def test_the_latest_of_a_mirror_is_the_one_that_is_asked_for(run: RunFolder, pla
     shutil.rmtree(later.tracking)
     say(later, status="finished")
     send(later, place)
-    assert find_remote(place, finished=False)[0].run_id == run.run_id
-    assert find_remote(place, finished=True)[0].run_id == find_remote(place, finished=None)[0].run_id == later.run_id
-    change_all = [replace(r.read_manifest(), status="pruned") for r in runs_in(open_storage(place))]
-    for remote, manifest in zip(runs_in(open_storage(place)), change_all, strict=True):
+    assert find_remote_run(place, finished=False)[0].run_id == run.run_id
+    assert (
+        find_remote_run(place, finished=True)[0].run_id
+        == find_remote_run(place, finished=None)[0].run_id
+        == later.run_id
+    )
+    change_all = [replace(r.read_manifest(), status="pruned") for r in list_remote_runs(open_storage(place))]
+    for remote, manifest in zip(list_remote_runs(open_storage(place)), change_all, strict=True):
         remote.write_manifest(manifest)
     with pytest.raises(CheckpointError, match=r"no unfinished run in the mirror .* \(2 runs there\)"):
-        find_remote(place, finished=False)
+        find_remote_run(place, finished=False)
 
 
 def test_a_place_that_is_no_run_says_how_to_look(place: str) -> None:
     with pytest.raises(CheckpointError, match=r"is no mirrored run: .* training-lens experiment list --mirror"):
-        find_remote(f"{place}/experiments/default/runs/nothing", finished=None)
+        find_remote_run(f"{place}/experiments/default/runs/nothing", finished=None)
 
 
 def test_a_copy_to_read_is_brought_up_to_date(run: RunFolder, place: str, elsewhere: str) -> None:

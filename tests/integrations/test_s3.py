@@ -20,8 +20,8 @@ from training_lens import TrainingWrapper
 from training_lens.errors import IntegrationError
 from training_lens.integrations.fsspec_storage import open_storage
 from training_lens.integrations.mirror_manifest import RemoteRun
-from training_lens.integrations.remote_run import fetch_to_resume, runs_in
-from training_lens.integrations.send_run import look, send
+from training_lens.integrations.remote_run import fetch_to_resume, list_remote_runs
+from training_lens.integrations.send_run import read_delivery_states, send_run
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.files import hash_file
@@ -89,10 +89,10 @@ def check_read_back(run: RunFolder, folder: Path) -> None:
     """All that is there is what is here, by sha256; and no secret is in it."""
     there = remote()
     manifest = there.read_manifest()
-    assert set(there.files()) == set(manifest.files) and manifest.status == run.status
+    assert set(there.list_files()) == set(manifest.files) and manifest.status == run.status
     assert any(name.startswith("checkpoints/") for name in manifest.files)
     for name, content in manifest.files.items():
-        there.storage.get_file(there.name(name), folder / "back")
+        there.storage.get_file(there.storage_name(name), folder / "back")
         assert SECRET.encode() not in (folder / "back").read_bytes()
         if name != "logs/run.log":  # it tells of the last delivery
             assert hash_file(folder / "back") == content.sha256 == hash_file(run.root / name), name
@@ -131,7 +131,7 @@ def test_a_server_that_dies_and_comes_back_empty_gets_everything(s3: Server, pla
     assert adapter_of(run) == plain
     log = (run.logs / "run.log").read_text()
     assert "Could not connect to the endpoint" in log and "mirror: goes on" in log and SECRET not in log
-    assert [state.status for state in look(run)] == ["delivered"]
+    assert [state.status for state in read_delivery_states(run)] == ["delivered"]
     check_read_back(run, tmp_path)
 
 
@@ -140,11 +140,11 @@ def test_what_a_dead_server_missed_goes_out_by_sync(s3: Server, plain: str, tmp_
     run = RunFolder(Path(TrainingWrapper(config, callbacks=(At(step1=s3.kill),)).train().run_dir))
     assert adapter_of(run) == plain
     assert f"training-lens sync {run.root}" in (run.logs / "run.log").read_text()
-    (state,) = look(run)
+    (state,) = read_delivery_states(run)
     assert state.status == "waiting" and "files" in state.outstanding and "its end" in state.outstanding
     s3.start()
-    assert [state.status for state in send(run)] == ["delivered"]
-    assert [state.outstanding for state in look(run)] == [""]
+    assert [state.status for state in send_run(run)] == ["delivered"]
+    assert [state.outstanding for state in read_delivery_states(run)] == [""]
     check_read_back(run, tmp_path)
 
 
@@ -176,7 +176,7 @@ def test_a_killed_run_goes_on_elsewhere_to_the_same_bits(s3: Server, plain: str,
     assert run.root.is_relative_to(tmp_path / "elsewhere") and not run.adapter.exists()
     assert TrainingWrapper.resume(run).status == "finished"
     assert adapter_of(run) == plain
-    assert [state.status for state in look(run)] == ["delivered"]
+    assert [state.status for state in read_delivery_states(run)] == ["delivered"]
     check_read_back(run, tmp_path)
 
 
@@ -189,7 +189,7 @@ def test_a_large_file_is_verified_without_reading_it_back(
         file.truncate(11 * 2**20)  # three parts
     storage = open_storage(PLACE)
     storage.put_file(large, "large")
-    assert "-3" in storage._info("large")["ETag"]  # type: ignore[attr-defined]
+    assert "-3" in storage._read_info("large")["ETag"]  # type: ignore[attr-defined]
     assert storage.verify("large", large)
     with large.open("r+b") as file:
         file.write(b"!")
@@ -217,7 +217,7 @@ def test_what_is_wrong_is_one_clear_line(
 
 
 def test_an_empty_bucket_is_empty_and_no_bucket_is_an_error(s3: Server) -> None:
-    assert runs_in(open_storage(PLACE)) == [] and open_storage(PLACE).list() == {}
-    for ask in (runs_in, lambda storage: storage.list()):
+    assert list_remote_runs(open_storage(PLACE)) == [] and open_storage(PLACE).list() == {}
+    for ask in (list_remote_runs, lambda storage: storage.list()):
         with pytest.raises(IntegrationError, match="s3://other/path: not there: The specified bucket does not exist"):
             ask(open_storage("s3://other/path"))

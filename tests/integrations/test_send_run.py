@@ -10,7 +10,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training_lens.config.run_config import read_run_config, remember_consent
-from training_lens.integrations.send_run import benchmark_scalars, look, record_evaluation, send, send_evaluations
+from training_lens.integrations.send_run import (
+    benchmark_scalars,
+    read_delivery_states,
+    record_evaluation,
+    send_evaluations,
+    send_run,
+)
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
 
@@ -84,10 +90,12 @@ def test_a_comparison_is_in_tensorboard_at_once_and_in_an_own_tracker_by_sync(
     assert [event.value for event in shown.Scalars("compare/change/loss")] == [-1.0]
     assert "compare/verdict" in shown.Tags()["tensors"]
     remember_consent(own_run.root, read_run_config(own_run))
-    assert all(state.status == "delivered" for state in send(own_run))
+    assert all(state.status == "delivered" for state in send_run(own_run))
     record_evaluation(own_run, "compare", REPORT)
-    assert {state.name: state.outstanding for state in look(own_run)}["notes"] == "1 lines of its journals"
-    send(own_run)
+    assert {state.name: state.outstanding for state in read_delivery_states(own_run)}[
+        "notes"
+    ] == "1 lines of its journals"
+    send_run(own_run)
     steps = own_run.read_metadata("summary.json")["steps"]
     lines = (tmp_path / "notes.txt").read_text().splitlines()
     assert lines == [f"{step} Better than its base by loss. -1.0" for step in (steps, steps + 1)]

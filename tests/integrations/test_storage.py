@@ -59,13 +59,13 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_what_is_put_comes_back(storage: StorageBackend, file: Path, tmp_path: Path) -> None:
-    assert storage.list() == {} and storage.folders() == [] and not storage.exists("a/b/one")
+    assert storage.list() == {} and storage.list_folders() == [] and not storage.exists("a/b/one")
     storage.put_file(file, "a/b/one")
     storage.put_file(file, "a/two")
     storage.put_file(file, "c/three")
     assert storage.list() == {"a/b/one": 7000, "a/two": 7000, "c/three": 7000}
     assert storage.list("a") == {"a/b/one": 7000, "a/two": 7000}
-    assert storage.folders() == ["a", "c"] and storage.folders("a") == ["b"]
+    assert storage.list_folders() == ["a", "c"] and storage.list_folders("a") == ["b"]
     storage.get_file("a/b/one", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == file.read_bytes()
     storage.delete("a/two")
@@ -187,7 +187,7 @@ def test_names_that_leave_a_storage_are_refused(tmp_path: Path, file: Path, kind
     storage.put_file(str(file), "a/b")
     calls = [lambda: storage.put_file(file, name), lambda: storage.get_file(name, tmp_path / "back")]
     calls += [lambda: storage.delete(name), lambda: storage.exists(name), lambda: storage.verify(name, file)]
-    calls += [lambda: storage.list(name), lambda: storage.folders(name)] if name else []
+    calls += [lambda: storage.list(name), lambda: storage.list_folders(name)] if name else []
     for call in calls:
         with pytest.raises(IntegrationError, match=r"names nothing in this storage: .* Give a relative name"):
             call()

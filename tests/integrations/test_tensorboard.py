@@ -19,7 +19,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.send_run import look, send
+from training_lens.integrations.send_run import read_delivery_states, send_run
 from training_lens.integrations.tensorboard import TensorBoardIntegration
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
@@ -165,16 +165,20 @@ def test_a_kill_between_writing_and_remembering_shows_nothing_twice(copy: RunFol
 
 
 def test_what_is_shown_already_is_left_alone(copy: RunFolder) -> None:
-    assert [state.status for state in send(copy)] == ["delivered"]
+    assert [state.status for state in send_run(copy)] == ["delivered"]
     before = {path: path.stat().st_mtime_ns for path in copy.logs.glob("*tfevents*")}
     foreign = copy.logs / "events.out.tfevents.1.other"
     foreign.touch()
-    assert [state.status for state in send(copy)] == [state.status for state in look(copy)] == ["delivered"]
+    assert (
+        [state.status for state in send_run(copy)]
+        == [state.status for state in read_delivery_states(copy)]
+        == ["delivered"]
+    )
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 1
     for lost in ("tracking/tensorboard/cursor.json", "logs/*tfevents*.training-lens"):
         next(copy.root.glob(lost)).unlink()
-        assert [state.status for state in look(copy)] == ["waiting"]
-        send(copy)
+        assert [state.status for state in read_delivery_states(copy)] == ["waiting"]
+        send_run(copy)
     assert foreign.exists() and len(list(copy.logs.glob("*tfevents*"))) == 2
     check_scalars(copy)
 

@@ -19,7 +19,7 @@ from training_lens import TrainingWrapper
 from training_lens.config.compose import compose, validate_values
 from training_lens.integrations.fsspec_storage import open_storage
 from training_lens.integrations.mirror_manifest import RemoteRun
-from training_lens.integrations.send_run import look, send
+from training_lens.integrations.send_run import read_delivery_states, send_run
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.files import hash_file
@@ -90,14 +90,14 @@ def check_everything(run: RunFolder, hub: Hub, folder: Path, *, mlflow: str = ""
     assert hash_file(folder / "pushed") == here
     remote = RemoteRun(open_storage(PLACE), "experiments/default/runs/run")
     for name in ("logs/metrics.jsonl", f"artifacts/adapter/{WEIGHTS}"):
-        remote.storage.get_file(remote.name(name), folder / "back")
+        remote.storage.get_file(remote.storage_name(name), folder / "back")
         assert hash_file(folder / "back") == hash_file(run.root / name)
 
 
 @pytest.mark.slow
 def test_every_place_holds_what_the_run_holds(s3: Server, hub: Hub, tmp_path: Path) -> None:
     run = trained(SMALL, tmp_path / "outputs", EVERYWHERE)
-    assert {state.name: state.status for state in look(run)} == dict.fromkeys(
+    assert {state.name: state.status for state in read_delivery_states(run)} == dict.fromkeys(
         ("tensorboard", "wandb", "mlflow", "trackio", "mirror", "hub"), "delivered"
     )
     check_everything(run, hub, tmp_path)
@@ -162,8 +162,8 @@ def test_all_trouble_at_once_changes_no_bit_and_sync_completes_it(
     run = trained(SMALL, tmp_path / "outputs", long, EVERYWHERE, database, callbacks=(trouble,))
     plain = trained(SMALL, tmp_path / "plain", long, NOWHERE)
     assert hash_file(run.adapter / WEIGHTS) == hash_file(plain.adapter / WEIGHTS)
-    left = {state.name for state in look(run) if state.status != "delivered"}
+    left = {state.name for state in read_delivery_states(run) if state.status != "delivered"}
     assert "mlflow" in left, "its disk was full"
     enlarge()
-    assert {state.status for state in send(run)} == {"delivered"}
+    assert {state.status for state in send_run(run)} == {"delivered"}
     check_everything(run, hub, tmp_path, mlflow=database["tracking"]["mlflow"]["uri"])

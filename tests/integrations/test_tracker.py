@@ -13,7 +13,7 @@ import pytest
 
 from training_lens import TrainingWrapper
 from training_lens.errors import ConfigurationError
-from training_lens.integrations.send_run import look, send
+from training_lens.integrations.send_run import read_delivery_states, send_run
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
 
@@ -85,7 +85,7 @@ def joined(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[di
 def test_the_courier_sends_a_run_to_a_class_of_ones_own(small_config: Callable[..., Any], own: Path) -> None:
     run = RunFolder(Path(TrainingWrapper(config_of(small_config, own)).train().run_dir))
     check_complete(run, notes(own))
-    assert [state.status for state in look(run)] == ["delivered"]
+    assert [state.status for state in read_delivery_states(run)] == ["delivered"]
 
 
 def test_a_class_in_python_is_served_beside_the_loop(small_config: Callable[..., Any], own: Path) -> None:
@@ -118,19 +118,19 @@ def test_what_was_not_sent_goes_out_by_sync_once(small_config: Callable[..., Any
     run = RunFolder(Path(TrainingWrapper(config_of(small_config, own)).train().run_dir))
     assert all("kind" not in note for note in notes(own))
     assert "lines of its journals, its end (It is closed). It is kept: " in (run.logs / "run.log").read_text()
-    (state,) = look(run)
+    (state,) = read_delivery_states(run)
     assert state.outstanding == "8 lines of its journals, its end"
     (own / "closed").unlink()
-    assert [state.status for state in send(run)] == ["delivered"]
+    assert [state.status for state in send_run(run)] == ["delivered"]
     check_complete(run, [note for note in notes(own) if "opened" not in note])
     before = notes(own)
-    assert [state.status for state in send(run)] == ["delivered"]
+    assert [state.status for state in send_run(run)] == ["delivered"]
     assert notes(own) == before
 
 
 def test_a_run_sent_to_a_tracker_that_it_did_not_know(small_config: Callable[..., Any], own: Path) -> None:
     run = RunFolder(Path(TrainingWrapper(small_config(training={"logging_steps": 2})).train().run_dir))
-    send(run, {"tracking": {"custom": {"own_tracker.Notes": {"folder": str(own)}}}})
+    send_run(run, {"tracking": {"custom": {"own_tracker.Notes": {"folder": str(own)}}}})
     check_complete(run, notes(own)[1:])
 
 
@@ -169,5 +169,5 @@ def test_a_killed_courier_changes_no_bit_and_is_said(
     assert (run.adapter / weights).read_bytes() == (plain.adapter / weights).read_bytes()
     assert f"training-lens sync {run.root}" in (run.logs / "run.log").read_text()
     sent = notes(own) if (own / "notes.jsonl").exists() else []
-    assert [state.status for state in send(run)] == ["delivered"]
+    assert [state.status for state in send_run(run)] == ["delivered"]
     check_complete(run, joined(sent, notes(own)[len(sent) :]))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from training_lens.integrations.send_run import look, send
+from training_lens.integrations.send_run import read_delivery_states, send_run
 from training_lens.runs.run_folder import RunFolder
 
 from .conftest import BINS, SAMPLES, due  # type: ignore[import-not-found]
@@ -69,17 +69,17 @@ def test_a_run_is_there_at_its_end(sent_run: RunFolder, folder: Path) -> None:
 
 
 def test_a_run_that_is_sent_twice_is_shown_once(unsent_run: RunFolder, sending: dict[str, Any]) -> None:
-    send(unsent_run, sending)
+    send_run(unsent_run, sending)
     once = logs(sending["tracking"]["trackio"]["project"])
     (cursor,) = (unsent_run.tracking / "trackio").glob("cursor*.json")
     cursor.unlink()  # as after a crash before it was written
-    assert [state.status for state in send(unsent_run, sending)] == ["delivered"]
+    assert [state.status for state in send_run(unsent_run, sending)] == ["delivered"]
     assert logs(sending["tracking"]["trackio"]["project"]) == once
     assert shown(once) == due(unsent_run)
 
 
 def test_samples_and_histograms_are_of_its_own_types(unsent_run: RunFolder, sending: dict[str, Any]) -> None:
-    send(unsent_run, sending)
+    send_run(unsent_run, sending)
     lines = logs(sending["tracking"]["trackio"]["project"])
     tables = [line["samples"] for line in lines if "samples" in line]
     assert [table["_value"] for table in tables] == [line["samples"] for line in SAMPLES]
@@ -92,9 +92,9 @@ def test_a_killed_run_goes_on_in_the_same_run(
     unsent_run: RunFolder, sending: dict[str, Any], cut_short: Callable[[RunFolder, int], Callable[[], None]]
 ) -> None:
     go_on = cut_short(unsent_run, 4)
-    send(unsent_run, sending)
+    send_run(unsent_run, sending)
     go_on()
-    send(unsent_run, sending)
+    send_run(unsent_run, sending)
     assert shown(logs(sending["tracking"]["trackio"]["project"])) == due(unsent_run)
 
 
@@ -102,15 +102,15 @@ def test_a_run_that_was_deleted_there_comes_again_whole(unsent_run: RunFolder, s
     from trackio import Api
 
     project = sending["tracking"]["trackio"]["project"]
-    send(unsent_run, sending)
+    send_run(unsent_run, sending)
     next(iter(Api().runs(project))).delete()
-    send(unsent_run, sending, again=True)
+    send_run(unsent_run, sending, again=True)
     assert shown(logs(project)) == due(unsent_run)
 
 
 def test_nothing_listens_and_nothing_runs_on(unsent_run: RunFolder, sending: dict[str, Any]) -> None:
     before = set(threading.enumerate())
-    send(unsent_run, sending)
+    send_run(unsent_run, sending)
     assert [thread for thread in threading.enumerate() if thread not in before] == []
     assert "gradio" not in sys.modules and "trackio.launch" in sys.modules
 
@@ -121,14 +121,14 @@ def test_another_folder_in_one_process_is_left_to_another(
     import trackio  # noqa: F401
 
     sending["tracking"]["trackio"]["folder"] = str(tmp_path / "elsewhere")
-    (state,) = send(unsent_run, sending)
+    (state,) = send_run(unsent_run, sending)
     assert state.status == "left" and f"uses trackio in {folder} already" in state.error
-    assert look(unsent_run, sending)[0].status == "waiting"
+    assert read_delivery_states(unsent_run, sending)[0].status == "waiting"
 
 
 def test_a_project_that_trackio_refuses_is_left_with_the_key(unsent_run: RunFolder, sending: dict[str, Any]) -> None:
     sending["tracking"]["trackio"]["project"] = "registry-mine"
-    (state,) = send(unsent_run, sending)
+    (state,) = send_run(unsent_run, sending)
     assert state.status == "left" and "Name it with tracking.trackio.project." in state.error
 
 
@@ -136,5 +136,5 @@ def test_without_the_package_one_line_says_how_to_get_it(
     unsent_run: RunFolder, sending: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)
-    (state,) = send(unsent_run, sending)
+    (state,) = send_run(unsent_run, sending)
     assert state.error == "needs the package trackio. Install: pip install 'training-lens[trackio]'."

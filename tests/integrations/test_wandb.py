@@ -21,8 +21,8 @@ from training_lens.config.compose import validate_values
 from training_lens.errors import IntegrationError
 from training_lens.integrations.delivery import IntegrationState
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.send_run import look, send
-from training_lens.integrations.wandb import WandBIntegration, id_of, require_written
+from training_lens.integrations.send_run import read_delivery_states, send_run
+from training_lens.integrations.wandb import WandBIntegration, build_wandb_id, require_written
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
@@ -126,7 +126,7 @@ def statuses(states: tuple[IntegrationState, ...]) -> list[str]:
 
 
 def test_an_offline_run_holds_what_the_run_holds(run: RunFolder) -> None:
-    assert statuses(send(run, to("offline", tags=["cats"]))) == ["delivered"]
+    assert statuses(send_run(run, to("offline", tags=["cats"]))) == ["delivered"]
     (file,) = offline_runs(run.tracking / "wandb")
     found = rows(file)
     check_history(run, found)
@@ -163,7 +163,7 @@ def test_an_offline_run_holds_what_the_run_holds(run: RunFolder) -> None:
 
 
 def test_artifacts_are_the_files_of_the_run_and_no_copies(run: RunFolder) -> None:
-    send(run, to("offline"))
+    send_run(run, to("offline"))
     (file,) = offline_runs(run.tracking / "wandb")
     found = {artifact["type"]: artifact for artifact in of_type(file, "artifact") if artifact["type"] != "run_table"}
     assert set(found) == {"model", "report"}
@@ -178,7 +178,7 @@ def test_artifacts_are_the_files_of_the_run_and_no_copies(run: RunFolder) -> Non
 
 
 def test_nothing_of_the_machine_or_its_user_is_written(run: RunFolder) -> None:
-    send(run, to("offline"))
+    send_run(run, to("offline"))
     (file,) = offline_runs(run.tracking / "wandb")
     assert not {"host", "git", "email"} & set(of_type(file, "run")[0])
     assert not {"environment", "stats", "output"} & {record["type"] for record in read(file)}
@@ -189,17 +189,19 @@ def test_what_came_late_goes_under_the_same_id_and_nothing_twice(run: RunFolder)
     lines, samples = run.metrics_file.read_text().splitlines(keepends=True), run.samples_file.read_text()
     run.metrics_file.write_text("".join(lines[:-1]))  # a run that died in its last validation
     run.samples_file.unlink()
-    send(run, to("offline"))
-    assert statuses(send(run, to("offline"))) == ["delivered"]
+    send_run(run, to("offline"))
+    assert statuses(send_run(run, to("offline"))) == ["delivered"]
     assert len(offline_runs(run.tracking / "wandb")) == 1  # nothing new, no run of W&B's
     run.metrics_file.write_text("".join(lines))
     run.samples_file.write_text(samples)
     write_sealed(run.metadata / "summary.json", run.read_metadata("summary.json") | {"seconds": 1.0})
-    (state,) = look(run, to("offline"))
+    (state,) = read_delivery_states(run, to("offline"))
     assert state.outstanding == "3 lines of its journals, its end"
-    send(run, to("offline"))
+    send_run(run, to("offline"))
     first, second = offline_runs(run.tracking / "wandb")
-    assert {of_type(file, "run")[0]["run_id"] for file in (first, second)} == {WandBIntegration(RunRecord(run)).id}
+    assert {of_type(file, "run")[0]["run_id"] for file in (first, second)} == {
+        WandBIntegration(RunRecord(run)).wandb_id
+    }
     found = rows(first) + rows(second)
     check_history(run, found)
     numbers = [row["_step"] for row in found]
@@ -208,9 +210,9 @@ def test_what_came_late_goes_under_the_same_id_and_nothing_twice(run: RunFolder)
 
 @pytest.mark.parametrize("name", ["trial 3: a/b?", "x" * 200, "20261120T203605Z-5f3a"])
 def test_ids_are_such_as_wandb_takes(name: str) -> None:
-    found = id_of("default", name)
+    found = build_wandb_id("default", name)
     assert wandb.Settings(run_id=found).run_id == found and len(found) <= 128
-    assert found == id_of("default", name) != id_of("other", name)
+    assert found == build_wandb_id("default", name) != build_wandb_id("other", name)
 
 
 class KillsTheClient(Callback):
@@ -252,7 +254,7 @@ def test_a_killed_client_changes_no_bit_and_all_is_there_in_the_end(
     assert (run.adapter / WEIGHTS).read_bytes() == (trained.adapter / WEIGHTS).read_bytes()
     log = (run.logs / "run.log").read_text()
     assert "wandb: " in log and "has no captures" not in log
-    assert statuses(send(run)) == ["delivered"]
+    assert statuses(send_run(run)) == ["delivered"]
     (file,) = offline_runs(run.tracking / "wandb")  # the broken one is gone
     check_history(run, rows(file))
     told = [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
@@ -277,16 +279,16 @@ def test_a_full_disk_is_found_and_what_it_did_not_take_is_sent_elsewhere(
     run: RunFolder, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training_lens.integrations.delivery.TRIES_AT_THE_END", 2)
-    (state,) = send(run, to("offline", folder=str(small_disk)))
+    (state,) = send_run(run, to("offline", folder=str(small_disk)))
     assert state.status == "left" and state.outstanding == "11 lines of its journals, its end"
-    assert statuses(send(run, to("offline", folder=str(tmp_path / "other")))) == ["delivered"]
+    assert statuses(send_run(run, to("offline", folder=str(tmp_path / "other")))) == ["delivered"]
     (file,) = offline_runs(tmp_path / "other")
     check_history(run, rows(file))
 
 
 def test_a_file_that_lacks_its_end_or_a_row_is_found(run: RunFolder) -> None:
     """On a full disk the client's writer drops records, and says nothing of it."""
-    send(run, to("offline"))
+    send_run(run, to("offline"))
     (file,) = offline_runs(run.tracking / "wandb")
     require_written(file.parent, 7)
     with pytest.raises(IntegrationError, match="is not whole"):
@@ -298,13 +300,13 @@ def test_a_file_that_lacks_its_end_or_a_row_is_found(run: RunFolder) -> None:
 
 def test_without_the_package_one_line_says_so(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    (state,) = send(run, to("offline"))
+    (state,) = send_run(run, to("offline"))
     assert state.status == "unavailable"
     assert state.error == "needs the package wandb. Install: pip install 'training-lens[wandb]'."
 
 
 def test_online_without_a_key_is_found_before_anything_is_asked(run: RunFolder) -> None:
-    (state,) = look(run, to("online"))
+    (state,) = read_delivery_states(run, to("online"))
     assert state.status == "unavailable" and "set WANDB_API_KEY, run `wandb login`" in state.error
 
 
@@ -338,10 +340,10 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_refused_key_is_not_tried_again(run: RunFolder, answers: Callable[[int], None], status: int) -> None:
     answers(status)
-    (state,) = send(run, to("online"))
+    (state,) = send_run(run, to("online"))
     assert state.status == "left" and state.failures == 0  # no try was followed by another
     assert f"error {status}" in state.error and KEY not in state.error
-    assert statuses(send(run, to("offline"))) == ["delivered"]  # one place knows nothing of the other
+    assert statuses(send_run(run, to("offline"))) == ["delivered"]  # one place knows nothing of the other
 
 
 def test_a_server_that_fails_is_given_up_in_time(
@@ -360,7 +362,7 @@ def test_a_server_that_is_not_there_is_asked_again(run: RunFolder, monkeypatch: 
     monkeypatch.setattr("training_lens.integrations.delivery.TRIES_AT_THE_END", 2)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    (state,) = send(run, to("online"))
+    (state,) = send_run(run, to("online"))
     assert (state.status, state.failures) == ("left", 2) and "connection refused" in state.error
 
 
@@ -369,6 +371,6 @@ def test_trials_of_a_sweep_are_one_group(run: RunFolder, tmp_path: Path) -> None
     trial = RunFolder(Path(shutil.copytree(run.root, tmp_path / "trial-0003-5f3a")))
     settings["output"]["experiment_name"] = "rates"
     trial.write_metadata("config.json", settings)
-    send(trial, to("offline"))
+    send_run(trial, to("offline"))
     (file,) = offline_runs(trial.tracking / "wandb")
     assert of_type(file, "run")[0]["run_group"] == "rates"

@@ -120,4 +120,4 @@ def test_step_tokens_cover_the_tokens(small_config: Callable[..., Any]) -> None:
     plan = TrainingWrapper(small_config()).plan()
     for step in plan.schedule.steps():
         assert count_step_tokens(plan, step, in_line=False) >= int(plan.train.lengths[step.examples].sum())
-    assert int(np.sum(plan.train.lengths)) == plan.numbers()["tokens"]
+    assert int(np.sum(plan.train.lengths)) == plan.count_rows_and_steps()["tokens"]

@@ -15,7 +15,7 @@ from training_lens import TrainingConfig, TrainingWrapper, embedded
 from training_lens.core.lens_store import LensStore
 from training_lens.errors import AdapterError, CheckpointError, ConfigurationError, DamagedFileError
 from training_lens.inference.session import open_run
-from training_lens.integrations.hub_files import Names, adapter_files
+from training_lens.integrations.hub_files import PathShortener, build_adapter_files
 from training_lens.integrations.record import RunRecord
 from training_lens.models.adapter_files import require_adapter
 from training_lens.models.stored import check_base
@@ -160,10 +160,10 @@ def test_a_kill_after_the_last_checkpoint_leaves_no_gap_and_no_step_twice_in_the
 
 def test_nothing_damaged_is_pushed(own_run: RunFolder) -> None:
     record = RunRecord(own_run)
-    assert len(adapter_files(record, Names(record))) > 2
+    assert len(build_adapter_files(record, PathShortener(record))) > 2
     for path in (own_run.adapter / "adapter_model.safetensors", own_run.tokenizer / "tokenizer.json"):
         whole = path.read_bytes()
         flip(path)
         with pytest.raises(DamagedFileError, match=path.stem):
-            adapter_files(record, Names(record))
+            build_adapter_files(record, PathShortener(record))
         path.write_bytes(whole)

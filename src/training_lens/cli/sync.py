@@ -47,7 +47,7 @@ def sync(
     training-lens sync RUN output.mirror=s3://bucket/path
     """
     with command(json, debug) as screen:
-        from training_lens.integrations.send_run import look, send
+        from training_lens.integrations.send_run import read_delivery_states, send_run
 
         named, given = ("latest", [run, *(overrides or [])]) if "=" in run else (run, overrides or [])
         refuse_unused(given, ("output.", "tracking."), "sync sends a run as it is.")
@@ -56,7 +56,7 @@ def sync(
         changes = {"tracking": settings.explicit_values()["tracking"]}
         if settings.output.mirror:
             changes["output"] = {"mirror": settings.output.mirror}
-        states = look(folder, changes) if status else send(folder, changes, again=again)
+        states = read_delivery_states(folder, changes) if status else send_run(folder, changes, again=again)
         _show(screen, states)
         screen.result({"run_dir": str(folder.root), "integrations": [asdict(state) for state in states]})
         missing = [state.name for state in states if state.status != "delivered"]

@@ -21,13 +21,13 @@ from pathlib import Path
 
 from training_lens.config.run_config import require_consent
 from training_lens.integrations.delivery import Integration, IntegrationManager
-from training_lens.integrations.integration_specs import asked_for
+from training_lens.integrations.integration_specs import list_integrations
 from training_lens.integrations.record import RunRecord
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.logging import ROOT, get_logger
 
 logger = get_logger(__name__)
-Build = Callable[[RunRecord], Integration]
+IntegrationFactory = Callable[[RunRecord], Integration]
 GRACE_SECONDS = 10.0  # beyond its own deadline, until a courier that hangs is killed
 DYING_SECONDS = 5.0  # until the lock of a killed process is free
 QUIET = {  # no telemetry of the clients, none of their output, no wish for a terminal
@@ -70,7 +70,7 @@ class Courier:
         except OSError as error:
             logger.warning("the courier cannot start (%s): training-lens sync %s sends the run", error, self._run.root)
             return
-        self._listener = threading.Thread(target=self._listen, name="courier", daemon=True)
+        self._listener = threading.Thread(target=self._forward_log, name="courier", daemon=True)
         self._listener.start()
 
     def finish(self) -> None:
@@ -92,7 +92,7 @@ class Courier:
                 "the courier ended before it had sent all (exit code %d): training-lens sync %s", code, self._run.root
             )
 
-    def _listen(self) -> None:
+    def _forward_log(self) -> None:
         """Its lines to our log."""
         assert self._process is not None and self._process.stdout is not None
         with self._process.stdout as lines:
@@ -105,7 +105,7 @@ class Courier:
 
 
 @contextmanager
-def tracked(run: RunFolder, own: Sequence[Build] = ()) -> Iterator[None]:
+def send_while_training(run: RunFolder, own: Sequence[IntegrationFactory] = ()) -> Iterator[None]:
     """Within the block the run is sent to where its config says; at its end, what is not sent yet.
 
     Args:
@@ -113,8 +113,8 @@ def tracked(run: RunFolder, own: Sequence[Build] = ()) -> Iterator[None]:
         own: integrations of the user's, in Python: each is built for the run, and lives in a thread of this process.
     """
     record = RunRecord(run)
-    asked = asked_for(record.config)
-    near = [item.of(record) for item in asked if item.integration.in_process] + [build(record) for build in own]
+    asked = list_integrations(record.config)
+    near = [item.build(record) for item in asked if item.integration.in_process] + [build(record) for build in own]
     tracking = record.config.tracking
     manager = IntegrationManager(near, run.tracking, tracking.send_seconds)
     courier = Courier(run, tracking.wait_seconds) if len(asked) > len(near) - len(own) else None
@@ -130,7 +130,7 @@ def tracked(run: RunFolder, own: Sequence[Build] = ()) -> Iterator[None]:
             courier.finish()
 
 
-class _Lines(logging.Handler):
+class JsonLineHandler(logging.Handler):
     """Log records as JSON lines on standard output, while somebody listens."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -147,20 +147,20 @@ def main(root: str, *allowed: str) -> int:
     Args:
         allowed: the trackers of tracking.custom that the user trains with.
     """
-    _speak_up()
-    _step_aside()
+    _log_to_stdout()
+    _lower_priority()
     started = time.perf_counter()
     run = RunRecord(RunFolder(Path(root)))
     tracking = run.config.tracking
     require_consent(run.folder.root, run.config, {"tracking": {"custom": dict.fromkeys(allowed)}}, "tracking.custom")
-    remote = [asked.of(run) for asked in asked_for(run.config) if not asked.integration.in_process]
+    remote = [asked.build(run) for asked in list_integrations(run.config) if not asked.integration.in_process]
     patience = tracking.wait_seconds + GRACE_SECONDS  # the courier of a run that was killed may be sending still
     manager = IntegrationManager(remote, run.folder.tracking, tracking.send_seconds, patience)
     trained_by = run.folder.process_label
     manager.start()
     sys.stdin.read()  # until the training process closes it, or dies
     logger.debug("courier: the run's process has ended")
-    _wait_for_the_end(run)
+    _wait_for_end(run)
     if run.folder.process_label != trained_by:
         return 0  # the run was killed and goes on already: its new courier sends the rest, from what is remembered
     ends = ", ".join(f"{state.name} {state.status}" for state in manager.finish(tracking.wait_seconds))
@@ -169,19 +169,19 @@ def main(root: str, *allowed: str) -> int:
     return 0
 
 
-def _speak_up() -> None:
+def _log_to_stdout() -> None:
     """What is logged from here on goes to the training process, and what libraries log does not."""
     from training_lens.utils.logging import quiet_libraries
 
     quiet_libraries()
     log = logging.getLogger(ROOT)
-    log.addHandler(_Lines())
+    log.addHandler(JsonLineHandler())
     log.setLevel(logging.DEBUG)
     log.propagate = False
     logging.getLogger(f"{ROOT}.analysis").setLevel(logging.WARNING)  # its hints are for who asked for an analysis
 
 
-def _step_aside() -> None:
+def _lower_priority() -> None:
     """The lowest priority, for this process and what its clients start; where the system has it, of idle time alone.
 
     A process that is merely nice may keep a core for milliseconds when a training thread wakes, and all other threads
@@ -192,7 +192,7 @@ def _step_aside() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def _wait_for_the_end(run: RunRecord) -> None:
+def _wait_for_end(run: RunRecord) -> None:
     """Until the run says how it ended: a process that is killed lets go of its files one by one."""
     deadline = time.monotonic() + DYING_SECONDS
     while run.status == "running" and time.monotonic() < deadline:

@@ -26,7 +26,7 @@ from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 LONGEST_PAUSE = 30.0  # seconds between two tries
-TOLD_SECONDS = 3.0  # of waiting for the rest at the end, until that is said
+QUIET_SECONDS = 3.0  # of waiting for the rest at the end, until that is said
 TRIES_AT_THE_END = 4  # failures in a row after the run's end until an integration is left for `sync`
 
 
@@ -115,7 +115,7 @@ class IntegrationState:
     retry_after: float | None = None
 
     @property
-    def pause(self) -> float:
+    def retry_pause(self) -> float:
         """Seconds until the next try after failures: 1, 2, 4 and so on, or what the service asked for."""
         if not self.failures:
             return 0.0
@@ -160,7 +160,9 @@ class IntegrationManager:
     def start(self) -> None:
         """Begin to send, in threads that never keep a process alive."""
         for integration in self._integrations:
-            thread = threading.Thread(target=self._follow, args=(integration,), name=integration.name, daemon=True)
+            thread = threading.Thread(
+                target=self._run_integration, args=(integration,), name=integration.name, daemon=True
+            )
             self._threads.append(thread)
             thread.start()
 
@@ -173,7 +175,7 @@ class IntegrationManager:
         self._ended.set()
         started, told = time.monotonic(), False
         while (waited := time.monotonic() - started) < seconds and any(t.is_alive() for t in self._threads):
-            if waited > TOLD_SECONDS and not told:
+            if waited > QUIET_SECONDS and not told:
                 busy = [t.name for t in self._threads if t.is_alive()]
                 logger.info(
                     "sending what is not sent yet: %s (for %s at most)", ", ".join(busy), format_seconds(seconds)
@@ -184,21 +186,21 @@ class IntegrationManager:
         self._stopped.set()
         for integration, thread in zip(self._integrations, self._threads, strict=True):
             if thread.is_alive():  # it hangs in a call that cannot be ended; the thread dies with the process
-                self._left(integration, f"no answer within {format_seconds(seconds)}")
+                self._give_up(integration, f"no answer within {format_seconds(seconds)}")
         return self.states
 
-    def _follow(self, integration: Integration) -> None:
+    def _run_integration(self, integration: Integration) -> None:
         """The life of one integration's thread."""
         try:
-            with alone(self._folder / integration.name, self._patience):
+            with lock_integration(self._folder / integration.name, self._patience):
                 integration.require()
-                self._set(integration, status="working")
-                for ended in self._wakes(integration):
-                    self._try(integration, ended)
+                self._update_state(integration, status="working")
+                for ended in self._wait_for_work(integration):
+                    self._try_delivery(integration, ended)
         except IntegrationError as error:
-            self._unavailable(integration, error)
+            self._record_unavailable(integration, error)
         except Exception as error:  # a fault of ours, or of a user's class
-            self._left(integration, describe_error(error))
+            self._give_up(integration, describe_error(error))
             logger.debug("in the integration %s", integration.name, exc_info=True)
         finally:
             try:
@@ -206,40 +208,44 @@ class IntegrationManager:
             except Exception as error:
                 logger.debug("closing %s: %s", integration.name, describe_error(error), exc_info=True)
 
-    def _wakes(self, integration: Integration) -> Iterator[bool]:
+    def _wait_for_work(self, integration: Integration) -> Iterator[bool]:
         """True once the run has ended, again and again until all is sent or given up; False while it goes on."""
         was_ended = False
         while not self._stopped.is_set():
             ended = self._ended.is_set()
             if ended and not was_ended:
-                self._set(integration, failures=0)  # the tries at the end are counted by themselves
+                self._update_state(integration, failures=0)  # the tries at the end are counted by themselves
             yield ended
             state, was_ended = self._states[integration.name], ended
             if state.status in ("left", "delivered"):
                 return
-            (self._stopped if ended else self._ended).wait(state.pause or self._every)
+            (self._stopped if ended else self._ended).wait(state.retry_pause or self._every)
 
-    def _try(self, integration: Integration, ended: bool) -> None:
+    def _try_delivery(self, integration: Integration, ended: bool) -> None:
         """One delivery; what it raises becomes the state, and one line when that is news."""
         before = self._states[integration.name]
         try:
             integration.deliver(ended)
         except IntegrationError as error:
             if error.lasting:
-                return self._left(integration, describe_error(error))
-            self._failed(integration, error, ended)
+                return self._give_up(integration, describe_error(error))
+            self._record_failure(integration, error, ended)
         except Exception as error:
-            self._failed(integration, error, ended)
+            self._record_failure(integration, error, ended)
         else:
             if before.status == "failing":
                 logger.info("%s: goes on", integration.name)
-            self._set(integration, status="delivered" if ended else "working", error="", failures=0, outstanding="")
+            self._update_state(
+                integration, status="delivered" if ended else "working", error="", failures=0, outstanding=""
+            )
         return None
 
-    def _failed(self, integration: Integration, error: Exception, ended: bool) -> None:
+    def _record_failure(self, integration: Integration, error: Exception, ended: bool) -> None:
         before = self._states[integration.name]
         failures, after = before.failures + 1, getattr(error, "retry_after", None)
-        self._set(integration, status="failing", error=describe_error(error), failures=failures, retry_after=after)
+        self._update_state(
+            integration, status="failing", error=describe_error(error), failures=failures, retry_after=after
+        )
         is_news = before.status != "failing"  # the log of a run must not fill up while a service is down
         logger.debug("%s: try %d failed", integration.name, failures, exc_info=error if is_news else None)
         if is_news:
@@ -248,33 +254,33 @@ class IntegrationManager:
                 integration.name, describe_error(error),
             )  # fmt: skip
         if ended and failures >= TRIES_AT_THE_END:
-            self._left(integration, describe_error(error))
+            self._give_up(integration, describe_error(error))
 
-    def _left(self, integration: Integration, why: str) -> None:
+    def _give_up(self, integration: Integration, why: str) -> None:
         """Given up for now; the run's folder holds what is missing."""
         try:
             rest = integration.outstanding() or "its end"
         except Exception as error:
             rest = f"an unknown rest ({strip_full_stop(describe_error(error))})"
-        self._set(integration, status="left", error=why, outstanding=rest)
+        self._update_state(integration, status="left", error=why, outstanding=rest)
         logger.warning(
             "%s: not sent: %s (%s). It is kept: training-lens sync %s",
             integration.name, rest, strip_full_stop(why), self._folder.parent,
         )  # fmt: skip
 
-    def _unavailable(self, integration: Integration, error: IntegrationError) -> None:
-        self._set(integration, status="unavailable", error=describe_error(error))
+    def _record_unavailable(self, integration: Integration, error: IntegrationError) -> None:
+        self._update_state(integration, status="unavailable", error=describe_error(error))
         logger.warning(
             "%s: %s The run is not sent there; later: training-lens sync %s",
             integration.name, describe_error(error), self._folder.parent,
         )  # fmt: skip
 
-    def _set(self, integration: Integration, **changes: Any) -> None:
+    def _update_state(self, integration: Integration, **changes: Any) -> None:
         self._states[integration.name] = replace(self._states[integration.name], **changes)
 
 
 @contextmanager
-def alone(folder: Path, patience: float = 1.0) -> Iterator[None]:
+def lock_integration(folder: Path, patience: float = 1.0) -> Iterator[None]:
     """Within the block this process alone sends for an integration of a run.
 
     Args:

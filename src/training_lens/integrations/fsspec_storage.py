@@ -57,26 +57,26 @@ class FsspecStorage(StorageBackend):
         require_driver(url)
         import fsspec
 
-        self._protocol = protocol_of(url)
-        with self._asking():
+        self._protocol = url_protocol(url)
+        with self._explain_errors():
             options = S3_OPTIONS if EXTRAS.get(self._protocol) == "s3" else {}
             self._fs, root = fsspec.core.url_to_fs(url, **options)
             self._root = str(root).rstrip("/")
 
     def put_file(self, local: Path | str, name: str) -> None:
-        options, path = {"chunksize": PART_BYTES} if EXTRAS.get(self._protocol) == "s3" else {}, self._path(name)
-        with self._asking():
+        options, path = {"chunksize": PART_BYTES} if EXTRAS.get(self._protocol) == "s3" else {}, self._full_path(name)
+        with self._explain_errors():
             self._fs.put_file(str(local), path, **options)
 
     def get_file(self, name: str, local: Path | str) -> None:
-        path = self._path(name)
-        with atomic_file(Path(local)) as temporary, self._asking(name):
+        path = self._full_path(name)
+        with atomic_file(Path(local)) as temporary, self._explain_errors(name):
             self._fs.get_file(path, str(temporary))
 
     def list(self, folder: str = "") -> dict[str, int]:
-        path = self._folder(folder)
+        path = self._full_folder(folder)
         self._fs.invalidate_cache()  # drivers keep listings, and others write meanwhile
-        with self._asking():
+        with self._explain_errors():
             try:
                 found = self._fs.find(path, detail=True)
             except FileNotFoundError as error:
@@ -88,17 +88,17 @@ class FsspecStorage(StorageBackend):
         return {name: sizes[name] for name in keep_valid_names(sizes, self.place)}
 
     def delete(self, name: str) -> None:
-        path = self._path(name)
-        with self._asking():
+        path = self._full_path(name)
+        with self._explain_errors():
             try:
                 self._fs.rm_file(path)
             except FileNotFoundError:
                 return
 
-    def folders(self, folder: str = "") -> builtins.list[str]:
-        path = self._folder(folder)
+    def list_folders(self, folder: str = "") -> builtins.list[str]:
+        path = self._full_folder(folder)
         self._fs.invalidate_cache()
-        with self._asking():
+        with self._explain_errors():
             try:
                 found = self._fs.ls(path, detail=True)
             except FileNotFoundError as error:
@@ -109,33 +109,33 @@ class FsspecStorage(StorageBackend):
         return sorted(keep_valid_names(names, self.place))
 
     def exists(self, name: str) -> bool:
-        return self._info(name) is not None
+        return self._read_info(name) is not None
 
     def verify(self, name: str, local: Path | str) -> bool:
         """Whether it has the content of `local`: by the server's checksum where it gives one, else read back."""
-        info = self._info(name)
+        info = self._read_info(name)
         local = Path(local)
         if info is None or info["size"] != local.stat().st_size:
             return False
         return is_checksum_of(info, local) or super().verify(name, local)
 
-    def _info(self, name: str) -> dict[str, Any] | None:
-        path = self._path(name)
+    def _read_info(self, name: str) -> dict[str, Any] | None:
+        path = self._full_path(name)
         self._fs.invalidate_cache()
-        with self._asking():
+        with self._explain_errors():
             try:
                 return dict(self._fs.info(path))
             except FileNotFoundError:
                 return None
 
-    def _path(self, name: str) -> str:
+    def _full_path(self, name: str) -> str:
         return f"{self._root}/{check_name(name, self.place)}"
 
-    def _folder(self, name: str) -> str:
-        return self._path(name) if name else self._root
+    def _full_folder(self, name: str) -> str:
+        return self._full_path(name) if name else self._root
 
     @contextmanager
-    def _asking(self, name: str = "") -> Iterator[None]:
+    def _explain_errors(self, name: str = "") -> Iterator[None]:
         """Turns what a driver raises into one clear line; a full disk here stays what it is."""
         try:
             yield
@@ -143,9 +143,9 @@ class FsspecStorage(StorageBackend):
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             where = f"{self.place.rstrip('/')}/{name}".rstrip("/")
-            raise IntegrationError(redact_text(f"{where}: {self._explained(error)}")) from error
+            raise IntegrationError(redact_text(f"{where}: {self._describe_failure(error)}")) from error
 
-    def _explained(self, error: Exception) -> str:
+    def _describe_failure(self, error: Exception) -> str:
         service = EXTRAS.get(self._protocol, self._protocol)
         if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
             source = CREDENTIALS.get(service, "the driver's own settings")
@@ -176,14 +176,14 @@ def is_checksum_of(info: Mapping[str, Any], local: Path) -> bool:
         encrypted with a key of KMS is no MD5.
     """
     if isinstance(told := info.get("md5Hash"), str):
-        return told == base64.b64encode(_md5(local).digest()).decode()
+        return told == base64.b64encode(_hash_md5(local).digest()).decode()
     match = ETAG.fullmatch(str(info.get("ETag", "")))
     if match is None:
         return False
-    return match[1] == (_md5_of_parts(local) if match[2] else _md5(local).hexdigest())
+    return match[1] == (_md5_of_parts(local) if match[2] else _hash_md5(local).hexdigest())
 
 
-def _md5(path: Path) -> hashlib._Hash:
+def _hash_md5(path: Path) -> hashlib._Hash:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False))
 
@@ -197,7 +197,7 @@ def _md5_of_parts(path: Path) -> str:
     return hashlib.md5(digests, usedforsecurity=False).hexdigest()
 
 
-def protocol_of(place: str) -> str:
+def url_protocol(place: str) -> str:
     """What a URL begins with, such as s3; empty of a folder's path."""
     protocol, separator, _ = place.partition("://")
     return protocol.lower() if separator else ""
@@ -212,7 +212,7 @@ def require_driver(url: str) -> None:
     """
     import fsspec
 
-    protocol = protocol_of(url)
+    protocol = url_protocol(url)
     if not url.partition("://")[2].strip("/"):
         raise IntegrationError(f"{url} names no place; give one, such as {protocol}://bucket/path.", lasting=True)
     if has_password(url):
@@ -240,7 +240,7 @@ def open_storage(place: str | Path) -> StorageBackend:
     Raises:
         IntegrationError: see `require_driver`.
     """
-    protocol = protocol_of(str(place))
+    protocol = url_protocol(str(place))
     if protocol in ("", "file", "local"):
         return LocalStorage(str(place).partition("://")[2] if protocol else place)
     return FsspecStorage(str(place))

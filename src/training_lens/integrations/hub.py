@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import ClassVar
 
 from training_lens.errors import CheckpointError, IntegrationError
-from training_lens.integrations.delivery import LONGEST_PAUSE, Cursor, Integration, alone
+from training_lens.integrations.delivery import LONGEST_PAUSE, Cursor, Integration, lock_integration
 from training_lens.integrations.hub_files import (
-    Names,
+    PathShortener,
     PushedFile,
     PushPlan,
-    adapter_files,
-    checkpoint_files,
-    metadata_files,
+    build_adapter_files,
+    build_checkpoint_files,
+    build_metadata_files,
     plan_push,
-    run_state,
+    read_file_stats,
 )
-from training_lens.integrations.model_card import model_card
+from training_lens.integrations.model_card import render_model_card
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.repository import Repository
 from training_lens.runs.checkpoint_format import list_checkpoints
@@ -32,13 +32,13 @@ TRIES = 5  # of `push`, until it gives up
 
 
 @dataclass(frozen=True)
-class Due:
+class DueFiles:
     """What of a run belongs into the repository now."""
 
     adapter: bool
     checkpoints: tuple[Path, ...]
 
-    def words(self) -> str:
+    def describe_files(self) -> str:
         """For people; empty where nothing is due."""
         count = len(self.checkpoints)
         parts = ["the adapter and its card"] if self.adapter else []
@@ -47,7 +47,7 @@ class Due:
 
 
 @dataclass(frozen=True)
-class Pushed:
+class PushResult:
     """What a push did: its plan, the commit's URL (empty where nothing was to be sent), and the repository's name."""
 
     plan: PushPlan
@@ -76,16 +76,16 @@ class HuggingFaceIntegration(Integration):
         options = run.config.tracking.hub
         assert options.repo is not None, "configured with a repository"
         self.repo, self._options = options.repo, options
-        self.cursor = Cursor(run.place(self.name) / "cursor.json")
+        self.cursor = Cursor(run.tracking_folder(self.name) / "cursor.json")
 
     def require(self) -> None:
-        Repository.require()
+        Repository.require_token()
 
     def deliver(self, ended: bool) -> None:
-        due = self._due(finished=ended and self.run.status == "finished")
+        due = self._find_due(finished=ended and self.run.status == "finished")
         if not self._is_sent(due):
             try:
-                self._send(due)
+                self._send_due(due)
             except Exception:  # the client tells a file that vanished in several ways
                 if all(folder.is_dir() for folder in due.checkpoints):
                     raise
@@ -93,8 +93,8 @@ class HuggingFaceIntegration(Integration):
                 self.deliver(ended)
 
     def outstanding(self) -> str:
-        due = self._due(finished=self.run.status == "finished")
-        return "" if self._is_sent(due) else due.words()
+        due = self._find_due(finished=self.run.status == "finished")
+        return "" if self._is_sent(due) else due.describe_files()
 
     def plan(self) -> PushPlan:
         """What `push` would do, changing nothing anywhere: with a token and network, against what the repository has.
@@ -102,17 +102,17 @@ class HuggingFaceIntegration(Integration):
         Raises:
             CheckpointError: the run has nothing to push.
         """
-        wanted = self._files(self._pushable())
+        wanted = self._build_files(self._require_files())
         try:
             self.require()
-            repository = self._repository()
-            if (remote := repository.files()) is not None:
-                self._tell_visibility(repository)
+            repository = self._open_repository()
+            if (remote := repository.list_files()) is not None:
+                self._warn_of_visibility(repository)
             return plan_push(wanted, remote or {})
         except IntegrationError as error:
             return PushPlan(tuple(wanted), unknown=str(error))
 
-    def push(self) -> Pushed:
+    def push(self) -> PushResult:
         """Send the adapter, its card and record, and with `tracking.hub.checkpoints` the checkpoints.
 
         Tries again, for a minute or so, where the service is busy or away; a further call goes on where it stopped.
@@ -121,27 +121,27 @@ class HuggingFaceIntegration(Integration):
             CheckpointError: the run has nothing to push.
             IntegrationError: what keeps it from being sent, and what to do.
         """
-        due = self._pushable()
+        due = self._require_files()
         self.require()
-        with alone(self.run.place(self.name)):
+        with lock_integration(self.run.tracking_folder(self.name)):
             for attempt in range(TRIES - 1):
                 try:
-                    return self._send(due)
+                    return self._send_due(due)
                 except IntegrationError as error:
                     if error.lasting:
                         raise
                     pause = min(LONGEST_PAUSE, max(2.0**attempt, error.retry_after or 0.0))
                     logger.warning("%s Trying again in %g s.", error, pause)
                     time.sleep(pause)
-            return self._send(due)
+            return self._send_due(due)
 
-    def _repository(self) -> Repository:
+    def _open_repository(self) -> Repository:
         return Repository(self.repo, self._options.revision, self._options.private)
 
-    def _pushable(self) -> Due:
+    def _require_files(self) -> DueFiles:
         """What is due when a user asks for it."""
         finished = self.run.status == "finished"
-        due = self._due(finished)
+        due = self._find_due(finished)
         if not finished and not due.checkpoints:
             raise CheckpointError(
                 f"the run {self.run.run_id} is {self.run.status} and has no adapter to push. Finish it (training-lens "
@@ -149,47 +149,47 @@ class HuggingFaceIntegration(Integration):
             )
         return due
 
-    def _due(self, finished: bool) -> Due:
+    def _find_due(self, finished: bool) -> DueFiles:
         folders = list_checkpoints(self.run.folder.checkpoints) if self._options.checkpoints else []
-        return Due(finished, tuple(folders))
+        return DueFiles(finished, tuple(folders))
 
-    def _files(self, due: Due) -> list[PushedFile]:
-        names = Names(self.run)
+    def _build_files(self, due: DueFiles) -> list[PushedFile]:
+        names = PathShortener(self.run)
         files: list[PushedFile] = []
         if due.adapter:
-            card = model_card(self.run, names, self.repo, self._options.revision)
-            files = [*adapter_files(self.run, names), PushedFile("README.md", card.encode())]
-            files += metadata_files(self.run, names)
-        return files + [file for folder in due.checkpoints for file in checkpoint_files(folder, names)]
+            card = render_model_card(self.run, names, self.repo, self._options.revision)
+            files = [*build_adapter_files(self.run, names), PushedFile("README.md", card.encode())]
+            files += build_metadata_files(self.run, names)
+        return files + [file for folder in due.checkpoints for file in build_checkpoint_files(folder, names)]
 
-    def _send(self, due: Due) -> Pushed:
+    def _send_due(self, due: DueFiles) -> PushResult:
         """Bring the repository up to date in one commit, and remember that it is."""
-        state, repository = self._state(due), self._repository()
-        remote = repository.files()
-        plan = plan_push(self._files(due), remote or {})
+        state, repository = self._hash_state(due), self._open_repository()
+        remote = repository.list_files()
+        plan = plan_push(self._build_files(due), remote or {})
         url = ""
         if not plan.is_done:
             if remote is None:
-                repository.create()
-            self._tell_visibility(repository)
-            url = repository.commit(plan, f"{self.run.run_id}: {due.words()}")
+                repository.create_repository()
+            self._warn_of_visibility(repository)
+            url = repository.commit_plan(plan, f"{self.run.run_id}: {due.describe_files()}")
             logger.debug("sent %d files in %s", len(plan.send), url)
-        self.cursor.save({**self.cursor.load(), self._place: state})
-        return Pushed(plan, url, self.repo)
+        self.cursor.save({**self.cursor.load(), self._cursor_key: state})
+        return PushResult(plan, url, self.repo)
 
-    def _tell_visibility(self, repository: Repository) -> None:
+    def _warn_of_visibility(self, repository: Repository) -> None:
         """Say so where one that is there already is seen by others than the config asks for a new one."""
         if (private := repository.is_private()) != self._options.private:
             seen = "private" if private else "public: everyone sees what is sent there"
             logger.warning("%s is there already, and stays %s", self.repo, seen)
 
     @property
-    def _place(self) -> str:
+    def _cursor_key(self) -> str:
         return f"{self.repo}@{self._options.revision or 'main'}"
 
-    def _is_sent(self, due: Due) -> bool:
-        return not due.words() or self.cursor.load().get(self._place) == self._state(due)
+    def _is_sent(self, due: DueFiles) -> bool:
+        return not due.describe_files() or self.cursor.load().get(self._cursor_key) == self._hash_state(due)
 
-    def _state(self, due: Due) -> str:
-        values = run_state(self.run, due.checkpoints, due.adapter)
+    def _hash_state(self, due: DueFiles) -> str:
+        values = read_file_stats(self.run, due.checkpoints, due.adapter)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -55,7 +55,7 @@ class PushedFile:
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
     @property
-    def is_there(self) -> bool:
+    def is_readable(self) -> bool:
         """Whether it can still be read: the run deletes checkpoints while it trains."""
         return isinstance(self.source, bytes) or self.source.is_file()
 
@@ -68,7 +68,7 @@ class RemoteFile:
     blob_id: str
     sha256: str | None = None
 
-    def equals(self, file: PushedFile) -> bool:
+    def has_content_of(self, file: PushedFile) -> bool:
         """Whether both have the same content."""
         if self.size != file.size:
             return False
@@ -104,23 +104,25 @@ def plan_push(wanted: Sequence[PushedFile], remote: Mapping[str, RemoteFile]) ->
     Of what else is there, nothing is touched but checkpoints that the run has thinned out: where it has any, the
     repository keeps the same ones.
     """
-    there = tuple(file for file in wanted if (found := remote.get(file.path)) is not None and found.equals(file))
+    there = tuple(
+        file for file in wanted if (found := remote.get(file.path)) is not None and found.has_content_of(file)
+    )
     same = {file.path for file in there}
     send = tuple(file for file in wanted if file.path not in same)
-    return PushPlan(send, there, _thinned([file.path for file in wanted], remote))
+    return PushPlan(send, there, _find_deleted_checkpoints([file.path for file in wanted], remote))
 
 
-def _thinned(wanted: Collection[str], remote: Collection[str]) -> tuple[str, ...]:
+def _find_deleted_checkpoints(wanted: Collection[str], remote: Collection[str]) -> tuple[str, ...]:
     """Folders of checkpoints that are in the repository alone; none where nothing says which are wanted."""
-    ours, theirs = _checkpoints(wanted), _checkpoints(remote)
+    ours, theirs = _checkpoint_folders(wanted), _checkpoint_folders(remote)
     return tuple(sorted(theirs - ours)) if ours else ()
 
 
-def _checkpoints(paths: Collection[str]) -> set[str]:
+def _checkpoint_folders(paths: Collection[str]) -> set[str]:
     return {"/".join(parts[:2]) + "/" for path in paths if (parts := path.split("/"))[0] == CHECKPOINTS and parts[2:]}
 
 
-class Names:
+class PathShortener:
     """Short names of a run's data files, distinct, and of every other place on this machine its last part."""
 
     def __init__(self, run: RunRecord) -> None:
@@ -128,29 +130,29 @@ class Names:
         files = {file for split in ("train", "validation") for file in (data.get(split) or {}).get("files", {})}
         self._short = short_names(sorted(files))
         base = embedded.resolve_name(run.config.model.id)
-        local = is_folder(base) and run.config.model.id == base
+        local = is_local_folder(base) and run.config.model.id == base
         self.base = expand_home(base).resolve().name if local else run.config.model.id
         places = [
             embedded.resolve_name(run.config.model.id),
             str(run.folder.root),
             str(run.base_output_dir.absolute()),
         ]
-        named = [place for place in places if is_folder(place) and Path(place).name not in ("", "..")]
+        named = [place for place in places if is_local_folder(place) and Path(place).name not in ("", "..")]
         self._places = {place: Path(place).name for place in named} | self._short
 
-    def of(self, value: Any) -> Any:
+    def shorten_paths(self, value: Any) -> Any:
         """A JSON value with every path in it shortened, keys too."""
         if isinstance(value, Mapping):
-            return {self.of(key): self.of(item) for key, item in value.items()}
+            return {self.shorten_paths(key): self.shorten_paths(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
-            return [self.of(item) for item in value]
-        return self.in_text(value) if isinstance(value, str) else value
+            return [self.shorten_paths(item) for item in value]
+        return self.shorten_text(value) if isinstance(value, str) else value
 
-    def in_text(self, text: str) -> str:
+    def shorten_text(self, text: str) -> str:
         """Prose with paths shortened."""
-        return ABSOLUTE.sub(lambda found: Path(found.group()).name, self.in_page(text))
+        return ABSOLUTE.sub(lambda found: Path(found.group()).name, self.shorten_html(text))
 
-    def in_page(self, text: str) -> str:
+    def shorten_html(self, text: str) -> str:
         """HTML with the known paths shortened: its tags and scripts have slashes of their own."""
         for place in sorted(self._places, key=len, reverse=True):
             text = text.replace(place, self._places[place])
@@ -174,12 +176,12 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
         kept |= {path: kept[path] + 1 for path in twice}
 
 
-def is_folder(name: str) -> bool:
+def is_local_folder(name: str) -> bool:
     """Whether a model's id is a folder of this machine, and none of a hub."""
     return expand_home(name).is_dir()
 
 
-def adapter_files(run: RunRecord, names: Names) -> list[PushedFile]:
+def build_adapter_files(run: RunRecord, names: PathShortener) -> list[PushedFile]:
     """The adapter and the tokenizer, at the root of the repository, where PEFT and transformers look for them."""
     folder = run.folder
     require_intact(folder.adapter)
@@ -191,7 +193,7 @@ def adapter_files(run: RunRecord, names: Names) -> list[PushedFile]:
     return [config, *weights, *tokenizer]
 
 
-def metadata_files(run: RunRecord, names: Names) -> list[PushedFile]:
+def build_metadata_files(run: RunRecord, names: PathShortener) -> list[PushedFile]:
     """What the run knows of itself, in the folder training_lens/; the lens's page where there is one."""
     settings = run.settings
     values = {
@@ -200,15 +202,17 @@ def metadata_files(run: RunRecord, names: Names) -> list[PushedFile]:
         "data.json": run.folder.read_metadata("data.json"),
         "environment.json": run.folder.read_metadata("environment.json"),
     }
-    files = [PushedFile(f"{METADATA}/{name}", _json(names.of(value))) for name, value in values.items()]
+    files = [
+        PushedFile(f"{METADATA}/{name}", _encode_json(names.shorten_paths(value))) for name, value in values.items()
+    ]
     page = run.folder.reports / "lens.html"
     if page.is_file():
-        text = redact_text(names.in_page(page.read_text(encoding="utf-8")))
+        text = redact_text(names.shorten_html(page.read_text(encoding="utf-8")))
         files.append(PushedFile(f"{METADATA}/lens.html", text.encode()))
     return files
 
 
-def checkpoint_files(folder: Path, names: Names) -> list[PushedFile]:
+def build_checkpoint_files(folder: Path, names: PathShortener) -> list[PushedFile]:
     """All of a checkpoint, to go on from on another machine; its manifest holds the sha256 of the files as sent."""
     manifest = read_sealed(folder / MANIFEST)
     files = []
@@ -218,10 +222,10 @@ def checkpoint_files(folder: Path, names: Names) -> list[PushedFile]:
             source = _adapter_config(folder / name, names)
         files.append(PushedFile(f"{CHECKPOINTS}/{folder.name}/{name}", source))
         manifest["files"][name] = files[-1].sha256 if isinstance(source, bytes) else manifest["files"][name]
-    return [*files, PushedFile(f"{CHECKPOINTS}/{folder.name}/{MANIFEST}", _json(with_checksum(manifest)))]
+    return [*files, PushedFile(f"{CHECKPOINTS}/{folder.name}/{MANIFEST}", _encode_json(with_checksum(manifest)))]
 
 
-def run_state(run: RunRecord, checkpoints: Sequence[Path], adapter: bool) -> dict[str, str]:
+def read_file_stats(run: RunRecord, checkpoints: Sequence[Path], adapter: bool) -> dict[str, str]:
     """What the files to send are known by, without reading large ones: another value, where one may have changed."""
     folder = run.folder
     places: list[Path] = []
@@ -233,14 +237,14 @@ def run_state(run: RunRecord, checkpoints: Sequence[Path], adapter: bool) -> dic
     return {name: f"{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats.items()}
 
 
-def _adapter_config(path: Path, names: Names) -> bytes:
+def _adapter_config(path: Path, names: PathShortener) -> bytes:
     """PEFT's configuration with a base that is a folder of this machine named by its last part."""
     config = read_json(path)
     base = config.get("base_model_name_or_path")
-    if isinstance(base, str) and is_folder(base):
+    if isinstance(base, str) and is_local_folder(base):
         config["base_model_name_or_path"] = names.base
-    return _json(config)
+    return _encode_json(config)
 
 
-def _json(value: Any) -> bytes:
+def _encode_json(value: Any) -> bytes:
     return (redact_text(json.dumps(value, indent=2, ensure_ascii=False)) + "\n").encode()

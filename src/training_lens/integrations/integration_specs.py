@@ -25,18 +25,18 @@ INTEGRATIONS = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class IntegrationSpec:
     """An integration that a config asks for, not made yet. Its module imports no optional package."""
 
     integration: type[Integration]
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def of(self, run: RunRecord) -> Integration:
+    def build(self, run: RunRecord) -> Integration:
         """It, for one run."""
         return self.integration(run, **self.options)  # type: ignore[call-arg]
 
 
-def asked_for(config: TrainingConfig) -> list[Asked]:
+def list_integrations(config: TrainingConfig) -> list[IntegrationSpec]:
     """What the config asks for, whether it can work here or not.
 
     Raises:
@@ -46,20 +46,20 @@ def asked_for(config: TrainingConfig) -> list[Asked]:
     wanted = [INTEGRATIONS[key] for key in config.destinations]
     if tracking.tensorboard:
         wanted = ["tensorboard.TensorBoardIntegration", *wanted]
-    ours = [Asked(_imported(f"training_lens.integrations.{place}")) for place in wanted]
-    own = [Asked(_own(place), options) for place, options in tracking.custom.items()]
+    ours = [IntegrationSpec(_import_class(f"training_lens.integrations.{place}")) for place in wanted]
+    own = [IntegrationSpec(_import_tracker(place), options) for place, options in tracking.custom.items()]
     names = [asked.integration.name for asked in (*ours, *own)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigurationError(f"tracking.custom: the name {', '.join(twice)} is taken; give your class another one.")
     return [*ours, *own]
 
 
-def _imported(place: str) -> Any:
+def _import_class(place: str) -> Any:
     module, name = place.rsplit(".", 1)
     return getattr(import_module(module), name)
 
 
-def _own(place: str) -> type[Integration]:
+def _import_tracker(place: str) -> type[Integration]:
     """A class of the user's, from a module beside them or an installed one."""
     if "." not in place:
         raise ConfigurationError(
@@ -68,7 +68,7 @@ def _own(place: str) -> type[Integration]:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        found = _imported(place)
+        found = _import_class(place)
     except Exception as error:  # whatever a user's module raises when it is imported
         raise ConfigurationError(
             f"tracking.custom: '{place}' cannot be imported ({strip_full_stop(describe_error(error))}). "

@@ -18,8 +18,8 @@ from typing import Any
 from training_lens.core.capture_files import LISTING
 from training_lens.errors import CheckpointError, ConfigurationError, IntegrationError
 from training_lens.integrations.delivery import Cursor, Integration
-from training_lens.integrations.fsspec_storage import open_storage, protocol_of, require_driver
-from training_lens.integrations.mirror_manifest import MANIFEST, Content, MirrorManifest, RemoteRun
+from training_lens.integrations.fsspec_storage import open_storage, require_driver, url_protocol
+from training_lens.integrations.mirror_manifest import MANIFEST, FileContent, MirrorManifest, RemoteRun
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.storage import LocalStorage
 from training_lens.runs import checkpoint_format
@@ -35,7 +35,7 @@ EVERY = 30.0  # seconds between two looks at what is new, and between signs of l
 SCANS = 3  # of one delivery, while files vanish under it: the lens merges and thins
 PRUNED = ("checkpoints/", "lens/")  # of what is deleted here, what is deleted there, too
 WHOLE_LINES = (".jsonl", ".log")
-Seen = Sequence[int | str]  # size, modification time in ns, sha256: of a file when it was sent
+FileStamp = Sequence[int | str]  # size, modification time in ns, sha256: of a file when it was sent
 
 
 class MirrorIntegration(Integration):
@@ -49,24 +49,24 @@ class MirrorIntegration(Integration):
 
     def __init__(self, run: RunRecord) -> None:
         self.run = run
-        self.cursor = Cursor(run.place(self.name) / "cursor.json")
+        self.cursor = Cursor(run.tracking_folder(self.name) / "cursor.json")
         self._place = str(run.config.output.mirror)
-        self._there: dict[str, Content] | None = None  # verified; None: to be found out
+        self._there: dict[str, FileContent] | None = None  # verified; None: to be found out
         self._unlisted: dict[str, int] = {}  # sizes of files that are there, and that no manifest lists
-        self._seen: dict[str, Seen] = {}
+        self._seen: dict[str, FileStamp] = {}
         self._version = ""
         self._passed = self._told = 0.0  # when the last pass ended, and mirror.json was written
         self._checkpoints: list[Path] = []
 
     def require(self) -> None:
-        if protocol_of(self._place):
+        if url_protocol(self._place):
             require_driver(self._place)
         try:
             check_run_id(self.run.run_id), check_experiment(self.run.experiment)
         except ConfigurationError as error:  # of an earlier version
             raise IntegrationError(f"output.mirror: {error}. Rename the run's folder.", lasting=True) from error
-        storage, home = self._remote.storage, self.run.folder.root.resolve()
-        if isinstance(storage, LocalStorage) and (storage.folder / self._remote.path).resolve() == home:
+        storage, home = self._remote_run.storage, self.run.folder.root.resolve()
+        if isinstance(storage, LocalStorage) and (storage.folder / self._remote_run.path).resolve() == home:
             raise IntegrationError(
                 f"output.mirror: {self._place} is where the run itself is kept. Give another folder.", lasting=True
             )
@@ -76,10 +76,10 @@ class MirrorIntegration(Integration):
             return
         try:
             if self._there is None:
-                self._there = self._take_stock()
+                self._there = self._find_present()
             status = self.run.status if ended else "running"
             for _ in range(SCANS):
-                if self._bring(self._there, status):
+                if self._run_pass(self._there, status):
                     break
         except BaseException:
             self._there = None
@@ -87,15 +87,15 @@ class MirrorIntegration(Integration):
         self._passed = time.monotonic()
 
     def outstanding(self) -> str:
-        kept = self._kept()
-        ends, groups = kept.get("status") == self.run.status, self._groups(self.run.status)
-        sizes = sizes_of_changed({n: p for group in groups for n, p in group.items()}, kept.get("files", {}))
-        new = [size for name, size in sizes.items() if not (ends and trails(name))]
+        kept = self._load_cursor()
+        ends, groups = kept.get("status") == self.run.status, self._list_groups(self.run.status)
+        sizes = list_changed_sizes({n: p for group in groups for n, p in group.items()}, kept.get("files", {}))
+        new = [size for name, size in sizes.items() if not (ends and changes_after_end(name))]
         files = [f"{len(new)} file{'s' if len(new) > 1 else ''} ({format_size(sum(new))})"] if new else []
         return ", ".join([*files, *([] if ends else ["its end"])])
 
     @cached_property
-    def _remote(self) -> RemoteRun:
+    def _remote_run(self) -> RemoteRun:
         path = f"experiments/{self.run.experiment}/runs/{self.run.run_id}"
         return RemoteRun(open_storage(self._place), path)
 
@@ -104,33 +104,33 @@ class MirrorIntegration(Integration):
         new = list_checkpoints(self.run.folder.checkpoints) != self._checkpoints
         return self._there is None or new or time.monotonic() - self._passed >= EVERY
 
-    def _kept(self) -> dict[str, Any]:
+    def _load_cursor(self) -> dict[str, Any]:
         """What is remembered of this place."""
         kept = self.cursor.load()
         return kept if kept.get("place") == self._place else {}
 
-    def _take_stock(self) -> dict[str, Content]:
+    def _find_present(self) -> dict[str, FileContent]:
         """Find out what is there: of the files that the manifest lists, those of the right size.
 
         Raises:
             IntegrationError: another copy of this run went on there.
         """
-        kept, manifest = self._kept(), self._manifest()
+        kept, manifest = self._load_cursor(), self._read_manifest()
         if manifest:
             self._require_ours(manifest, kept)
-        sizes = self._remote.files()
+        sizes = self._remote_run.list_files()
         known = {n: c for n, c in manifest.files.items() if n not in manifest.replacing} if manifest else {}
         there = {name: content for name, content in known.items() if sizes.get(name) == content.size}
         self._unlisted = {name: size for name, size in sizes.items() if name not in there}
         self._seen, self._version = dict(kept.get("files", {})), manifest.version if manifest else ""
         return there
 
-    def _manifest(self) -> MirrorManifest | None:
+    def _read_manifest(self) -> MirrorManifest | None:
         """What the mirror says of itself; nothing where it is new, or damaged."""
-        if not self._remote.storage.exists(self._remote.name(MANIFEST)):
+        if not self._remote_run.storage.exists(self._remote_run.storage_name(MANIFEST)):
             return None
         try:
-            return self._remote.read_manifest()
+            return self._remote_run.read_manifest()
         except CheckpointError as error:
             logger.warning("mirror: %s Now everything is compared.", error)
             return None
@@ -141,48 +141,48 @@ class MirrorIntegration(Integration):
         if manifest.version in kept.get("versions", ()) or (manifest.host, manifest.folder) == here:
             return
         raise IntegrationError(
-            f"{self._remote.place} was written by another copy of this run, on host {manifest.host} at "
+            f"{self._remote_run.place} was written by another copy of this run, on host {manifest.host} at "
             f"{manifest.updated}, and stays as it is. Give another output.mirror to keep this copy, too.",
             lasting=True,
         )
 
-    def _groups(self, status: str) -> list[dict[str, Path]]:
+    def _list_groups(self, status: str) -> list[dict[str, Path]]:
         """The files that are to be there, checkpoints last and each by itself.
 
         Checkpoints are listed first: whatever else is listed is then at least as new as they are.
         """
         run = self.run.folder
         checkpoints = list_checkpoints(run.checkpoints)
-        others = files_but_checkpoints(run, running=status == "running")
-        return [others, *(files_of_checkpoint(run, folder) for folder in checkpoints)]
+        others = list_other_files(run, running=status == "running")
+        return [others, *(list_checkpoint_files(run, folder) for folder in checkpoints)]
 
-    def _bring(self, there: dict[str, Content], status: str) -> bool:
+    def _run_pass(self, there: dict[str, FileContent], status: str) -> bool:
         """One pass over the folder; gives whether all that it listed was still there when it was sent."""
         self._checkpoints = list_checkpoints(self.run.folder.checkpoints)
-        groups = self._groups(status)
-        whole = min([self._send(group, there, status) for group in groups])  # all of them, whatever one gives
+        groups = self._list_groups(status)
+        whole = min([self._send_group(group, there, status) for group in groups])  # all of them, whatever one gives
         local = {name for group in groups for name in group}
         gone = [n for n in (*there, *self._unlisted) if n.startswith(PRUNED) and n not in local] if whole else []
         for name in gone:
             there.pop(name, None)
-        self._publish(there, status)
+        self._write_manifest(there, status)
         for name in gone:  # nothing lists them any more
-            self._remote.storage.delete(self._remote.name(name))
+            self._remote_run.storage.delete(self._remote_run.storage_name(name))
             self._unlisted.pop(name, None)
         return whole
 
-    def _send(self, group: Mapping[str, Path], there: dict[str, Content], status: str) -> bool:
+    def _send_group(self, group: Mapping[str, Path], there: dict[str, FileContent], status: str) -> bool:
         """Send the files that are others there; gives whether all of them were still here."""
-        home = self.run.place(self.name)
+        home = self.run.tracking_folder(self.name)
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=temporary_prefix(home), dir=home) as folder:
             new = [(name, path) for name, path in group.items() if self._is_new(name, path, there)]
-            copies = copies_of(new, Path(folder))
-            self._put_all([copy for copy in copies if there.get(copy.name) != copy.content], there, status)
+            copies = make_copies(new, Path(folder))
+            self._send_copies([copy for copy in copies if there.get(copy.name) != copy.content], there, status)
             self._seen |= {copy.name: copy.seen for copy in copies}
             return len(copies) == len(new)
 
-    def _is_new(self, name: str, path: Path, there: Mapping[str, Content]) -> bool:
+    def _is_new(self, name: str, path: Path, there: Mapping[str, FileContent]) -> bool:
         """Whether a file may differ from what is there; one that vanished does."""
         seen = self._seen.get(name)
         try:
@@ -190,39 +190,39 @@ class MirrorIntegration(Integration):
         except FileNotFoundError:
             return True
 
-    def _put_all(self, copies: Sequence[Copy], there: dict[str, Content], status: str) -> None:
+    def _send_copies(self, copies: Sequence[FileCopy], there: dict[str, FileContent], status: str) -> None:
         """Send copies. What is written over is announced before, so that readers know either content as right."""
         replacing = {copy.name: copy.content for copy in copies if copy.name in there}
         if replacing:
-            self._publish(there, status, replacing)
+            self._write_manifest(there, status, replacing)
         for copy in copies:
-            self._put(copy)
+            self._send_file(copy)
             there[copy.name] = copy.content
             replacing.pop(copy.name, None)
             if time.monotonic() - self._told >= EVERY:  # a sign of life, and a kill costs no more than this
-                self._publish(there, status, replacing)
+                self._write_manifest(there, status, replacing)
 
-    def _put(self, copy: Copy) -> None:
+    def _send_file(self, copy: FileCopy) -> None:
         """Send one file and verify it; one that a pass left there unlisted is verified alone.
 
         Raises:
             IntegrationError: what arrived is not what was sent.
         """
-        storage, name = self._remote.storage, self._remote.name(copy.name)
+        storage, name = self._remote_run.storage, self._remote_run.storage_name(copy.name)
         if self._unlisted.pop(copy.name, None) == copy.content.size and storage.verify(name, copy.path):
             return
         storage.put_file(copy.path, name)
         if not storage.verify(name, copy.path):
-            raise IntegrationError(f"{self._remote.place}/{copy.name}: what arrived is not what was sent.")
+            raise IntegrationError(f"{self._remote_run.place}/{copy.name}: what arrived is not what was sent.")
 
-    def _publish(
-        self, there: Mapping[str, Content], status: str, replacing: Mapping[str, Content] | None = None
+    def _write_manifest(
+        self, there: Mapping[str, FileContent], status: str, replacing: Mapping[str, FileContent] | None = None
     ) -> None:
         """Write mirror.json; its version is remembered before, so that a kill never makes it a stranger's."""
         before, self._version = self._version, secrets.token_hex(8)
         kept = {"place": self._place, "versions": [before, self._version]}
-        self.cursor.save(self._kept() | kept)
-        self._remote.write_manifest(
+        self.cursor.save(self._load_cursor() | kept)
+        self._remote_run.write_manifest(
             MirrorManifest(
                 run_id=self.run.run_id,
                 experiment=self.run.experiment,
@@ -240,16 +240,16 @@ class MirrorIntegration(Integration):
 
 
 @dataclass(frozen=True)
-class Copy:
+class FileCopy:
     """A copy that stays as it is, at `path`, of the run's file `name`; `seen` is what that was then."""
 
     name: str
     path: Path
-    content: Content
-    seen: Seen
+    content: FileContent
+    seen: FileStamp
 
 
-def files_but_checkpoints(run: RunFolder, *, running: bool) -> dict[str, Path]:
+def list_other_files(run: RunFolder, *, running: bool) -> dict[str, Path]:
     """What goes to a mirror besides checkpoints, by name: no locks, nothing half-written, nothing of tracking/.
 
     What trackers keep there is this machine's: another one asks their services what they have. The list of captures
@@ -258,27 +258,27 @@ def files_but_checkpoints(run: RunFolder, *, running: bool) -> dict[str, Path]:
     found = {path.relative_to(run.root).as_posix(): path for path in list_files(run.root)}
     if running:
         found.pop(f"{run.lens.name}/{LISTING}", None)
-    return {name: path for name, path in sorted(found.items()) if _belongs(name)}
+    return {name: path for name, path in sorted(found.items()) if _is_mirrored(name)}
 
 
-def files_of_checkpoint(run: RunFolder, folder: Path) -> dict[str, Path]:
+def list_checkpoint_files(run: RunFolder, folder: Path) -> dict[str, Path]:
     """The files of one checkpoint by their names in the run, its manifest last."""
     files = sorted(list_files(folder), key=lambda p: (p.name == checkpoint_format.MANIFEST, p))
     return {path.relative_to(run.root).as_posix(): path for path in files}
 
 
-def _belongs(name: str) -> bool:
+def _is_mirrored(name: str) -> bool:
     parts = name.split("/")
     hidden = any(part.startswith(TEMPORARY) for part in parts) or parts[-1].endswith(".lock")
     return parts[0] not in ("checkpoints", "tracking") and not hidden
 
 
-def trails(name: str) -> bool:
+def changes_after_end(name: str) -> bool:
     """Whether a file changes also after the last delivery: it tells of that."""
     return name.startswith(("logs/run.log", "logs/events."))
 
 
-def is_changed(path: Path, seen: Seen | None) -> bool:
+def is_changed(path: Path, seen: FileStamp | None) -> bool:
     """Whether a file is another than it was.
 
     Raises:
@@ -288,7 +288,7 @@ def is_changed(path: Path, seen: Seen | None) -> bool:
     return seen is None or [facts.st_size, facts.st_mtime_ns] != list(seen[:2])
 
 
-def sizes_of_changed(files: Mapping[str, Path], seen: Mapping[str, Seen]) -> dict[str, int]:
+def list_changed_sizes(files: Mapping[str, Path], seen: Mapping[str, FileStamp]) -> dict[str, int]:
     """The sizes in bytes of the files that are others than they were; those that vanish meanwhile are left out."""
     sizes = {}
     for name, path in files.items():
@@ -300,21 +300,21 @@ def sizes_of_changed(files: Mapping[str, Path], seen: Mapping[str, Seen]) -> dic
     return sizes
 
 
-def copies_of(files: Iterable[tuple[str, Path]], folder: Path) -> list[Copy]:
+def make_copies(files: Iterable[tuple[str, Path]], folder: Path) -> list[FileCopy]:
     """Copies in `folder` of the files, with their hashes; of those that vanish meanwhile, none."""
     copies = []
     for number, (name, path) in enumerate(files):
         try:
             facts = path.stat()
-            copy = _frozen(path, folder / f"{number}{path.suffix}", grows=name.startswith("logs/"))
+            copy = _link_or_copy(path, folder / f"{number}{path.suffix}", grows=name.startswith("logs/"))
         except FileNotFoundError:
             continue
-        content = Content(hash_file(copy), copy.stat().st_size)
-        copies.append(Copy(name, copy, content, (facts.st_size, facts.st_mtime_ns, content.sha256)))
+        content = FileContent(hash_file(copy), copy.stat().st_size)
+        copies.append(FileCopy(name, copy, content, (facts.st_size, facts.st_mtime_ns, content.sha256)))
     return copies
 
 
-def _frozen(path: Path, copy: Path, *, grows: bool) -> Path:
+def _link_or_copy(path: Path, copy: Path, *, grows: bool) -> Path:
     """A second link to a file that is only ever replaced; of one that grows, its whole lines."""
     if grows:
         content = path.read_bytes()

@@ -24,13 +24,13 @@ ALIVE_SECONDS = 120.0  # since the last sign of life, after which a run that say
 
 
 @dataclass(frozen=True)
-class Content:
+class FileContent:
     """What a file holds."""
 
     sha256: str
     size: int
 
-    def check(self) -> None:
+    def check_values(self) -> None:
         """Refuse what is no hash or no size.
 
         Raises:
@@ -60,8 +60,8 @@ class MirrorManifest:
     folder: str
     updated: str
     version: str
-    files: Mapping[str, Content]
-    replacing: Mapping[str, Content] = field(default_factory=dict)
+    files: Mapping[str, FileContent]
+    replacing: Mapping[str, FileContent] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -79,12 +79,12 @@ class MirrorManifest:
         died = self.status == "running" and self.seconds_old > ALIVE_SECONDS
         return "interrupted" if died else self.status
 
-    def holds(self, name: str, content: Content) -> bool:
+    def has_content(self, name: str, content: FileContent) -> bool:
         """Whether a file is right with this content."""
         return content in (self.files.get(name), self.replacing.get(name))
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> MirrorManifest:
+    def from_json(cls, values: Mapping[str, Any]) -> MirrorManifest:
         """From the JSON's values.
 
         Raises:
@@ -94,14 +94,14 @@ class MirrorManifest:
             raise ValueError(misfit)
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']}; this version reads format {FORMAT}")
-        told = {key: {n: Content(**c) for n, c in values[key].items()} for key in ("files", "replacing")}
+        told = {key: {n: FileContent(**c) for n, c in values[key].items()} for key in ("files", "replacing")}
         manifest = cls(**{**values, **told})
         check_run_id(manifest.run_id)
         check_experiment(manifest.experiment)
         for name, content in (*manifest.files.items(), *manifest.replacing.items()):
             if fault := find_name_fault(name):
                 raise ValueError(f"it names the file {name!r}, which is outside the run: {fault}")
-            content.check()
+            content.check_values()
         if manifest.status not in STATUSES:
             raise ValueError(f"its status is {manifest.status!r}, expected {', '.join(STATUSES)}")
         if datetime.fromisoformat(manifest.updated).tzinfo is None:
@@ -129,11 +129,11 @@ class RemoteRun:
     def experiment(self) -> str:
         return PurePosixPath(self.path).parts[-3]
 
-    def name(self, file: str) -> str:
+    def storage_name(self, file: str) -> str:
         """A file of the run, as the storage names it."""
         return f"{self.path}/{file}"
 
-    def files(self) -> dict[str, int]:
+    def list_files(self) -> dict[str, int]:
         """The sizes of all files that are there, by their names in the run; mirror.json is none of them."""
         start = len(self.path) + 1
         there = {name[start:]: size for name, size in self.storage.list(self.path).items()}
@@ -146,16 +146,16 @@ class RemoteRun:
             CheckpointError: there is no such run, or its mirror.json is damaged.
             IntegrationError: no answer.
         """
-        if not self.storage.exists(self.name(MANIFEST)):
+        if not self.storage.exists(self.storage_name(MANIFEST)):
             raise CheckpointError(
                 f"{self.place} is no mirrored run: there is no {MANIFEST}. See what is there: "
                 f"training-lens experiment list --mirror {self.storage.place}"
             )
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / MANIFEST
-            self.storage.get_file(self.name(MANIFEST), local)
+            self.storage.get_file(self.storage_name(MANIFEST), local)
             try:
-                manifest = MirrorManifest.of(read_json(local))
+                manifest = MirrorManifest.from_json(read_json(local))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(
                     f"{self.place}/{MANIFEST} is damaged ({error}). training-lens sync, where the run is, mends it."
@@ -172,4 +172,4 @@ class RemoteRun:
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / MANIFEST
             write_json(local, asdict(manifest), verbatim=True)
-            self.storage.put_file(local, self.name(MANIFEST))
+            self.storage.put_file(local, self.storage_name(MANIFEST))

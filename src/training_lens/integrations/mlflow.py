@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.errors import IntegrationError
-from training_lens.integrations.record import flat_settings
+from training_lens.integrations.record import flatten_settings
 from training_lens.integrations.tracker import Record, Tracker, require_packages
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.utils.secrets import redact_text
@@ -75,10 +75,10 @@ class MlflowIntegration(Tracker):
 
         self._client: Any = MlflowClient(self.uri)
         self._steps: dict[str, set[int]] = {}
-        experiment = self._experiment()
-        found = self._found(experiment) or self._client.create_run(experiment, run_name=self.run.run_id)
+        experiment = self._find_experiment()
+        found = self._find_run(experiment) or self._client.create_run(experiment, run_name=self.run.run_id)
         self._id: str = found.info.run_id
-        self._describe(found)
+        self._set_tags_and_params(found)
         self.cursor.save({**self.cursor.load(), "run": self._id})
         if self.run.status == "running":
             self._client.update_run(self._id, status="RUNNING")
@@ -90,10 +90,10 @@ class MlflowIntegration(Tracker):
         metrics = [
             Metric(key, value, now, record.step)
             for record in records
-            for key, value in _named(record.scalars).items()
-            if record.step not in self._sent(key)
+            for key, value in _safe_scalars(record.scalars).items()
+            if record.step not in self._sent_steps(key)
         ]
-        for batch in _batches(metrics, METRICS_PER_CALL):
+        for batch in _split_batches(metrics, METRICS_PER_CALL):
             self._client.log_batch(self._id, metrics=batch)
             for metric in batch:
                 self._steps[metric.key].add(metric.step)
@@ -101,13 +101,13 @@ class MlflowIntegration(Tracker):
             if record.verdict:
                 self._client.set_tag(self._id, f"training_lens.{record.values['name']}.verdict", record.verdict)
         if any(record.kind == "samples" for record in records):
-            self._table("samples.json", _sample_rows(read_metrics(self.run.folder.samples_file)))
+            self._log_table("samples.json", _sample_rows(read_metrics(self.run.folder.samples_file)))
 
     def end(self) -> None:
         folder = self.run.folder
-        self._summarize()
+        self._log_summary()
         if folder.metrics_file.exists():
-            self._table("validation.json", _validation_rows(read_metrics(folder.metrics_file)))
+            self._log_table("validation.json", _validation_rows(read_metrics(folder.metrics_file)))
         if adapter := self.run.intact_adapter:
             self._client.log_artifacts(self._id, str(adapter), "adapter")
         for file in (folder.reports / "lens.html", folder.metadata / "config.json"):
@@ -115,14 +115,14 @@ class MlflowIntegration(Tracker):
                 self._client.log_artifact(self._id, str(file))
         self._client.set_terminated(self._id, STATUSES.get(self.run.status, "KILLED"))
 
-    def _experiment(self) -> str:
+    def _find_experiment(self) -> str:
         """The id of the experiment, which is made where there is none.
 
         Raises:
             IntegrationError: it was deleted.
         """
         name = self.run.config.tracking.mlflow.experiment or self.run.experiment
-        found = self._client.get_experiment_by_name(name) or self._made_experiment(name)
+        found = self._client.get_experiment_by_name(name) or self._create_experiment(name)
         if found.lifecycle_stage != "active":
             raise IntegrationError(
                 f"the experiment '{name}' was deleted in MLflow. Restore it (mlflow experiments restore "
@@ -131,7 +131,7 @@ class MlflowIntegration(Tracker):
             )
         return str(found.experiment_id)
 
-    def _made_experiment(self, name: str) -> Any:
+    def _create_experiment(self, name: str) -> Any:
         from mlflow.exceptions import MlflowException
 
         # A server knows where to keep artifacts; a database alone would put them in the current folder.
@@ -143,7 +143,7 @@ class MlflowIntegration(Tracker):
                 return made
             raise
 
-    def _found(self, experiment: str) -> Any | None:
+    def _find_run(self, experiment: str) -> Any | None:
         """The run in MLflow: that which was remembered, or bears our tag; None where there is none, or it was deleted.
 
         The tag serves where the memory was lost: when a process died right after it had made the run.
@@ -155,7 +155,7 @@ class MlflowIntegration(Tracker):
                 return runs[0]
         return None
 
-    def _describe(self, found: Any) -> None:
+    def _set_tags_and_params(self, found: Any) -> None:
         """Set the run's tags, and as parameters its settings: not where it is kept and shown, which may change."""
         from mlflow.entities import Param, RunTag
 
@@ -167,20 +167,20 @@ class MlflowIntegration(Tracker):
         }
         self._client.log_batch(self._id, tags=[RunTag(key, value) for key, value in tags.items()])
         params = [
-            Param(_safe(key), str(value)[:LONGEST_PARAM])
-            for key, value in flat_settings(self.run).items()
-            if not key.startswith(("output.", "tracking.")) and _safe(key) not in found.data.params
+            Param(_safe_name(key), str(value)[:LONGEST_PARAM])
+            for key, value in flatten_settings(self.run).items()
+            if not key.startswith(("output.", "tracking.")) and _safe_name(key) not in found.data.params
         ]
-        for batch in _batches(params, PARAMS_PER_CALL):
+        for batch in _split_batches(params, PARAMS_PER_CALL):
             self._client.log_batch(self._id, params=batch)
 
-    def _sent(self, key: str) -> set[int]:
+    def _sent_steps(self, key: str) -> set[int]:
         """The steps of which MLflow has this metric."""
         if key not in self._steps:
             self._steps[key] = {metric.step for metric in self._client.get_metric_history(self._id, key)}
         return self._steps[key]
 
-    def _summarize(self) -> None:
+    def _log_summary(self) -> None:
         """The numbers of the run's summary, at its last step; those that MLflow shows already are left out."""
         from mlflow.entities import Metric
 
@@ -190,7 +190,7 @@ class MlflowIntegration(Tracker):
         if new:
             self._client.log_batch(self._id, metrics=new)
 
-    def _table(self, path: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _log_table(self, path: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a table whole (MLflow's own `log_table` appends: a table sent again would double), and list it."""
         if not rows:
             return
@@ -201,11 +201,11 @@ class MlflowIntegration(Tracker):
             self._client.set_tag(self._id, "mlflow.loggedArtifacts", json.dumps([*listed, entry]))
 
 
-def _named(scalars: Mapping[str, float]) -> dict[str, float]:
-    return {_safe(name): value for name, value in scalars.items()}
+def _safe_scalars(scalars: Mapping[str, float]) -> dict[str, float]:
+    return {_safe_name(name): value for name, value in scalars.items()}
 
 
-def _safe(name: str) -> str:
+def _safe_name(name: str) -> str:
     """A name that MLflow takes: letters, digits, `_-.: /`, no odd path; another one gets a tail that keeps it apart."""
     parts = [re.sub(r"[^\w\-. :]", "_", part) for part in name.split("/")]
     safe = "/".join(part if part.strip(".") else "_" for part in parts)
@@ -215,7 +215,7 @@ def _safe(name: str) -> str:
     return f"{safe[: LONGEST_NAME - 7]}_{tail}"
 
 
-def _batches(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+def _split_batches(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + most] for start in range(0, len(items), most))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from training_lens import embedded
 from training_lens.config.schema import TrainingConfig
 from training_lens.evaluation.verdict import format_measure
-from training_lens.integrations.hub_files import SECTIONS, Names, is_folder
+from training_lens.integrations.hub_files import SECTIONS, PathShortener, is_local_folder
 from training_lens.integrations.record import RunRecord
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.utils.formatting import format_count, format_seconds, render_sparkline
@@ -32,7 +32,7 @@ class Verbatim(str):
     """Text that the template takes as it is: code, YAML, and what is Markdown already."""
 
 
-class Row(NamedTuple):
+class MeasureRow(NamedTuple):
     """A measure of the base and of the adapter: as it is read by people."""
 
     name: str
@@ -41,13 +41,13 @@ class Row(NamedTuple):
     change: str
 
 
-def model_card(run: RunRecord, names: Names, repo: str, revision: str | None = None) -> str:
+def render_model_card(run: RunRecord, names: PathShortener, repo: str, revision: str | None = None) -> str:
     """The README.md of the repository `repo` for a finished run: YAML front matter, then Markdown."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(  # noqa: S701 (Markdown: `_plain` escapes what it and HTML give a meaning)
+    environment = Environment(  # noqa: S701 (Markdown: `_escape_markdown` escapes what it and HTML give a meaning)
         loader=PackageLoader("training_lens.integrations", "."),
-        finalize=_plain,
+        finalize=_escape_markdown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -56,7 +56,7 @@ def model_card(run: RunRecord, names: Names, repo: str, revision: str | None = N
     return redact_text(environment.get_template(TEMPLATE).render(card=card)).rstrip() + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _escape_markdown(value: Any) -> Any:
     """`value` as plain text in Markdown and in the HTML that it becomes, on one line."""
     if isinstance(value, Verbatim) or not isinstance(value, str):
         return value
@@ -67,14 +67,14 @@ def _plain(value: Any) -> Any:
 class _Card:
     """What the template fills in."""
 
-    def __init__(self, run: RunRecord, names: Names, repo: str, revision: str | None) -> None:
+    def __init__(self, run: RunRecord, names: PathShortener, repo: str, revision: str | None) -> None:
         self.repo, self.revision, self._run, self._names = repo, revision, run, names
         self.title = repo.split("/")[-1]
         self.summary, self.peft, self.training = run.summary, run.config.peft, run.config.training
         self.date = run.config.data.date
         self.base = names.base
         self.base_is_embedded = run.config.model.id == embedded.MODEL
-        self.base_is_local = self.base_is_embedded or is_folder(run.config.model.id)
+        self.base_is_local = self.base_is_embedded or is_local_folder(run.config.model.id)
 
     @property
     def front_matter(self) -> Verbatim:
@@ -85,13 +85,13 @@ class _Card:
         values["tags"] = ["lora", "training-lens", *(["dora"] if self.peft.use_dora else [])]
         if not self.base_is_local:  # a folder's name would be taken for another's repository
             values |= {"base_model": self.base, "base_model_relation": "adapter"}
-        if hubs := sorted({_dataset(str(s)) for s in self._run.config.data.train if str(s).startswith("hub:")}):
+        if hubs := sorted({_dataset_id(str(s)) for s in self._run.config.data.train if str(s).startswith("hub:")}):
             values["datasets"] = hubs
-        if results := self._results():
+        if results := self._evaluation_results():
             values["model-index"] = [{"name": self.title, "results": results}]
         return Verbatim(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
 
-    def _results(self) -> list[dict[str, Any]]:
+    def _evaluation_results(self) -> list[dict[str, Any]]:
         """The validation loss as the hub's leaderboards read it; none where nothing was validated."""
         loss, files = self.summary["validation_loss"], [file for file in self.files if file["split"] == "validation"]
         if loss is None:
@@ -125,7 +125,7 @@ class _Card:
         return [
             {
                 "split": split,
-                "name": self._names.of(file),
+                "name": self._names.shorten_paths(file),
                 "examples": data[split]["examples_by_file"].get(file, 0),
                 "sha256": Verbatim(sha256 or "not a file"),
             }
@@ -140,20 +140,20 @@ class _Card:
         return {name: data[name] for name in ("train_examples", "validation_examples", "domains")}
 
     @cached_property
-    def losses(self) -> list[Row]:
+    def losses(self) -> list[MeasureRow]:
         """Validation losses of the base and of the pushed adapter: over all rows, by domain, by file."""
-        lines = [line for line in self._lines if line.get("kind") in ("base", "validation")]
+        lines = [line for line in self._metric_lines if line.get("kind") in ("base", "validation")]
         base = next((line for line in lines if line["kind"] == "base"), None)
         ours = [line for line in lines if line["kind"] == "validation" and line["step"] == self.summary["adapter_step"]]
         if not ours:
             return []
-        return [self._loss(*part) for part in _parts(base or {}, ours[-1])]
+        return [self._loss_row(*part) for part in _iterate_losses(base or {}, ours[-1])]
 
-    def _loss(self, name: str, base: float | None, value: float) -> Row:
-        name = self._names.of(name)
+    def _loss_row(self, name: str, base: float | None, value: float) -> MeasureRow:
+        name = self._names.shorten_paths(name)
         if base is None:
-            return Row(name, "-", format_measure("loss", value), "-")
-        return Row(
+            return MeasureRow(name, "-", format_measure("loss", value), "-")
+        return MeasureRow(
             name, format_measure("loss", base), format_measure("loss", value), format_measure("loss", value - base, "+")
         )
 
@@ -170,9 +170,9 @@ class _Card:
         return {
             "rows": report["rows"],
             "verdict": report.get("verdict", {}).get("sentence", ""),
-            "files": ", ".join(self._names.of(file) for file in report["files"]),
+            "files": ", ".join(self._names.shorten_paths(file) for file in report["files"]),
             "confidence": f"{report['confidence']:.0%}",
-            "measures": [(_row(m, report), _interval(m, report)) for m in shown],
+            "measures": [(_measure_row(m, report), _format_interval(m, report)) for m in shown],
         }
 
     @property
@@ -182,7 +182,7 @@ class _Card:
 
         ours, usual = self._run.settings, TrainingConfig().model_dump(mode="json")
         others = {name: {k: v for k, v in ours[name].items() if v != usual[name][k]} for name in SECTIONS}
-        given = {name: self._names.of(keys) for name, keys in others.items() if keys}
+        given = {name: self._names.shorten_paths(keys) for name, keys in others.items() if keys}
         return Verbatim(yaml.safe_dump(given, sort_keys=False, allow_unicode=True).rstrip())
 
     @property
@@ -196,11 +196,11 @@ class _Card:
         """What loads the base, as arguments of Python."""
         if self.base_is_embedded:
             return Verbatim(f"embedded.resolve_name({json.dumps(embedded.MODEL)})")
-        return _arguments(self.base, None if self.base_is_local else self._run.config.model.revision)
+        return _from_pretrained_arguments(self.base, None if self.base_is_local else self._run.config.model.revision)
 
     @property
     def repo_code(self) -> Verbatim:
-        return _arguments(self.repo, self.revision)
+        return _from_pretrained_arguments(self.repo, self.revision)
 
     @property
     def is_chat(self) -> bool:
@@ -210,7 +210,7 @@ class _Card:
     @cached_property
     def curve(self) -> Verbatim:
         """The training loss from the first step to the last, as blocks."""
-        return Verbatim(render_sparkline([line["loss"] for line in self._lines if line.get("kind") == "step"]))
+        return Verbatim(render_sparkline([line["loss"] for line in self._metric_lines if line.get("kind") == "step"]))
 
     @cached_property
     def lens(self) -> dict[str, Any] | None:
@@ -222,24 +222,24 @@ class _Card:
         analysis = self._run.analysis.analyze()
         weights = analysis.results.get("weights", {})
         return {
-            "certificate": self._names.in_text(certificate_of(analysis.recording).sentence()),
-            "changed": self._names.in_text(changed(analysis.recording).sentence()),
-            "layers": _shares(weights.get("share_by_layer", {})),
-            "kinds": _shares(weights.get("share_by_kind", {})),
-            "findings": [self._finding(finding) for finding in analysis.findings],
+            "certificate": self._names.shorten_text(certificate_of(analysis.recording).sentence()),
+            "changed": self._names.shorten_text(changed(analysis.recording).sentence()),
+            "layers": _format_shares(weights.get("share_by_layer", {})),
+            "kinds": _format_shares(weights.get("share_by_kind", {})),
+            "findings": [self._describe_finding(finding) for finding in analysis.findings],
         }
 
-    def _finding(self, finding: Finding) -> dict[str, str]:
+    def _describe_finding(self, finding: Finding) -> dict[str, str]:
         texts = {"title": finding.title, "where": finding.where, "measured": finding.measured}
-        return {"severity": finding.severity, **{key: self._names.in_text(text) for key, text in texts.items()}}
+        return {"severity": finding.severity, **{key: self._names.shorten_text(text) for key, text in texts.items()}}
 
     @cached_property
-    def _lines(self) -> list[dict[str, Any]]:
+    def _metric_lines(self) -> list[dict[str, Any]]:
         path = self._run.folder.metrics_file
         return read_metrics(path) if path.is_file() else []
 
 
-def _parts(base: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, float | None, float]]:
+def _iterate_losses(base: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, float | None, float]]:
     """Name, the base's loss where it is known, and ours: of all rows, of each domain, of each file."""
     yield "all rows", base.get("loss"), ours["loss"]
     for kind, said in (("by_domain", "domain "), ("by_file", "")):
@@ -247,25 +247,25 @@ def _parts(base: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[s
         yield from ((f"{said}{key}", before.get(key), loss) for key, loss in ours[kind].items())
 
 
-def _row(measure: str, report: Mapping[str, Any]) -> Row:
+def _measure_row(measure: str, report: Mapping[str, Any]) -> MeasureRow:
     base, adapter, delta = (format_measure(measure, report[side][measure]) for side in ("base", "adapter", "delta"))
-    return Row(measure, base, adapter, delta if delta.startswith("-") else f"+{delta}")
+    return MeasureRow(measure, base, adapter, delta if delta.startswith("-") else f"+{delta}")
 
 
-def _interval(measure: str, report: Mapping[str, Any]) -> str:
+def _format_interval(measure: str, report: Mapping[str, Any]) -> str:
     ends = report["intervals"].get(measure)
     return " to ".join(format_measure(measure, end, "+") for end in ends) if ends else "-"
 
 
-def _shares(shares: Mapping[str, float | None]) -> list[tuple[str, str]]:
+def _format_shares(shares: Mapping[str, float | None]) -> list[tuple[str, str]]:
     return [(str(name), f"{share:.1%}") for name, share in shares.items() if share is not None]
 
 
-def _arguments(name: str, revision: str | None) -> Verbatim:
+def _from_pretrained_arguments(name: str, revision: str | None) -> Verbatim:
     """A repository and its branch as arguments of `from_pretrained`."""
     return Verbatim(json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else ""))
 
 
-def _dataset(source: str) -> str:
+def _dataset_id(source: str) -> str:
     """The hub's id in hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]."""
     return "/".join(re.split("[@:]", source.removeprefix("hub:"))[0].split("/")[:2])

@@ -96,7 +96,7 @@ class RunRecord:
         require_finite(folder)
         return folder
 
-    def place(self, integration: str) -> Path:
+    def tracking_folder(self, integration: str) -> Path:
         """The folder in the run's that an integration may write in: tracking/NAME."""
         return self.folder.tracking / integration
 
@@ -112,11 +112,11 @@ class RunRecord:
             return None
 
 
-def flat_settings(run: RunRecord) -> dict[str, str | int | float | bool]:
+def flatten_settings(run: RunRecord) -> dict[str, str | int | float | bool]:
     """The run's settings as `section.key`, for services that take a flat list; lists and null as text."""
     leaves = flatten_sections(run.settings).items()
-    return {key: value if isinstance(value, bool | int | float) else _text(value) for key, value in leaves}
+    return {key: value if isinstance(value, bool | int | float) else _format_value(value) for key, value in leaves}
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "null" if value is None else redact_text(str(value))

@@ -19,7 +19,7 @@ from training_lens.config.run_config import remember_mirror
 from training_lens.display.progress import Progress
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.integrations.fsspec_storage import open_storage
-from training_lens.integrations.mirror_manifest import Content, MirrorManifest, RemoteRun
+from training_lens.integrations.mirror_manifest import FileContent, MirrorManifest, RemoteRun
 from training_lens.integrations.storage import StorageBackend
 from training_lens.runs.run_folder import UNFINISHED, RunFolder, runs_folder
 from training_lens.runs.run_listing import BROKEN, RunOverview, read_run
@@ -36,21 +36,21 @@ LISTED = ("metadata/", "reports/compare.json", "reports/evaluation.json")  # wha
 OF_UNFINISHED = ("logs/metrics.jsonl",)
 
 
-def runs_in(storage: StorageBackend, experiment: str | None = None) -> list[RemoteRun]:
+def list_remote_runs(storage: StorageBackend, experiment: str | None = None) -> list[RemoteRun]:
     """The runs in a mirror, by their ids; of one experiment, or of all. Nothing of them is read.
 
     Folders whose names are those of no experiment or run are left out with a warning.
     """
-    experiments = storage.folders("experiments") if experiment is None else [experiment]
+    experiments = storage.list_folders("experiments") if experiment is None else [experiment]
     found = [
         RemoteRun(storage, f"experiments/{name}/runs/{run_id}")
-        for name in _right(experiments, check_experiment, storage)
-        for run_id in _right(storage.folders(f"experiments/{name}/runs"), check_run_id, storage)
+        for name in _keep_valid_names(experiments, check_experiment, storage)
+        for run_id in _keep_valid_names(storage.list_folders(f"experiments/{name}/runs"), check_run_id, storage)
     ]
     return sorted(found, key=lambda run: run.run_id)
 
 
-def _right(names: Iterable[str], check: Callable[[str], str], storage: StorageBackend) -> Iterator[str]:
+def _keep_valid_names(names: Iterable[str], check: Callable[[str], str], storage: StorageBackend) -> Iterator[str]:
     for name in names:
         try:
             yield check(name)
@@ -58,7 +58,7 @@ def _right(names: Iterable[str], check: Callable[[str], str], storage: StorageBa
             logger.warning("passing over a folder of %s: %s", storage.place, error)
 
 
-def find_remote(place: str, *, finished: bool | None) -> tuple[RemoteRun, MirrorManifest]:
+def find_remote_run(place: str, *, finished: bool | None) -> tuple[RemoteRun, MirrorManifest]:
     """The run at a place: its own (.../experiments/NAME/runs/ID), or the latest of a mirror.
 
     Args:
@@ -72,7 +72,7 @@ def find_remote(place: str, *, finished: bool | None) -> tuple[RemoteRun, Mirror
         run = RemoteRun(open_storage(match["mirror"]), match["run"])
         return run, run.read_manifest()
     storage = open_storage(place)
-    runs = runs_in(storage)
+    runs = list_remote_runs(storage)
     wanted = {True: ("finished",), False: UNFINISHED, None: None}[finished]
     for run in reversed(runs):
         try:
@@ -101,13 +101,13 @@ def fetch_to_resume(place: str, base_output_dir: str, progress: Progress | None 
         CheckpointError: there is no such run, it is finished, still trained elsewhere, here already, or damaged.
         IntegrationError: no answer.
     """
-    remote, manifest = find_remote(place, finished=False)
+    remote, manifest = find_remote_run(place, finished=False)
     folder = runs_folder(base_output_dir, manifest.experiment) / manifest.run_id
     _require_resumable(remote, manifest, folder)
-    with _fetching(folder) as temporary:
+    with _lock_fetch(folder) as temporary:
         require_contained(temporary)
-        manifest = _download(remote, temporary, progress or Progress())
-        _move_in(temporary, remote, manifest, base_output_dir)
+        manifest = _download_run(remote, temporary, progress or Progress())
+        _adopt_run(temporary, remote, manifest, base_output_dir)
         temporary.rename(folder)
     remember_mirror(folder, remote.storage.place)
     return RunFolder(folder)
@@ -119,19 +119,19 @@ def fetch_to_read(
     """A copy of a mirrored run in the cache, brought up to date; what was written into its reports stays.
 
     Args:
-        place: the run's, or a mirror's: then its latest, as `finished` says; see `find_remote`.
+        place: the run's, or a mirror's: then its latest, as `finished` says; see `find_remote_run`.
 
     Raises:
         CheckpointError: there is no such run, or it is damaged.
         IntegrationError: no answer.
     """
-    remote, manifest = find_remote(place, finished=finished)
+    remote, manifest = find_remote_run(place, finished=finished)
     cache = Path(base_output_dir) / "cache" / "runs" / manifest.experiment
-    with _fetching(cache / manifest.run_id) as temporary:
+    with _lock_fetch(cache / manifest.run_id) as temporary:
         if (folder := cache / manifest.run_id).is_dir():
             folder.rename(temporary)
         require_contained(temporary)
-        _download(remote, temporary, progress or Progress())
+        _download_run(remote, temporary, progress or Progress())
         temporary.rename(folder)
     return RunFolder(folder)
 
@@ -146,7 +146,7 @@ def read_remote_runs(storage: StorageBackend, experiment: str | None, cache: Pat
     Raises:
         IntegrationError: no answer.
     """
-    runs = [_read_remote(remote, cache) for remote in runs_in(storage, experiment)]
+    runs = [_read_remote(remote, cache) for remote in list_remote_runs(storage, experiment)]
     return sorted(runs, key=lambda run: (run.start_time, run.run_id), reverse=True)
 
 
@@ -156,18 +156,18 @@ def _read_remote(remote: RemoteRun, cache: Path) -> RunOverview:
         manifest = remote.read_manifest()
         wanted = (*LISTED, *(OF_UNFINISHED if manifest.status in UNFINISHED else ()))
         files = {name: content for name, content in manifest.files.items() if name.startswith(wanted)}
-        _require_right(remote, _fetch(remote, replace(manifest, files=files), folder, Progress()))
+        _require_intact(remote, _fetch_files(remote, replace(manifest, files=files), folder, Progress()))
     except CheckpointError as error:
         folder.mkdir(parents=True, exist_ok=True)
         return replace(read_run(RunFolder(folder)), status=BROKEN, detail=str(error), mirror_place=remote.place)
     run = replace(read_run(RunFolder(folder)), mirror_place=remote.place)
     if run.status == BROKEN:
         return run
-    heard = f"on host {manifest.host}, heard of {_age(manifest)} ago" if manifest.status == "running" else ""
+    heard = f"on host {manifest.host}, heard of {_format_age(manifest)} ago" if manifest.status == "running" else ""
     return replace(run, status=manifest.status_now, detail=heard)
 
 
-def _age(manifest: MirrorManifest) -> str:
+def _format_age(manifest: MirrorManifest) -> str:
     return format_seconds(max(0.0, manifest.seconds_old))
 
 
@@ -190,7 +190,7 @@ def _require_resumable(remote: RemoteRun, manifest: MirrorManifest, folder: Path
     if manifest.status_now == "running" and not _died_here(manifest):
         raise CheckpointError(
             f"the run {manifest.run_id} seems to be training still, on host {manifest.host}: it was heard of "
-            f"{_age(manifest)} ago. Stop it there, or try again in two minutes."
+            f"{_format_age(manifest)} ago. Stop it there, or try again in two minutes."
         )
 
 
@@ -201,7 +201,7 @@ def _died_here(manifest: MirrorManifest) -> bool:
 
 
 @contextmanager
-def _fetching(folder: Path) -> Iterator[Path]:
+def _lock_fetch(folder: Path) -> Iterator[Path]:
     """The folder beside `folder` that a run is fetched to; one process at a time.
 
     Raises:
@@ -216,7 +216,7 @@ def _fetching(folder: Path) -> Iterator[Path]:
         raise CheckpointError(f"another process is fetching the run {folder.name}. Wait until it has it.") from None
 
 
-def _download(remote: RemoteRun, folder: Path, progress: Progress) -> MirrorManifest:
+def _download_run(remote: RemoteRun, folder: Path, progress: Progress) -> MirrorManifest:
     """Bring `folder` to what the mirror holds, and give the manifest that says what that is.
 
     Raises:
@@ -224,9 +224,9 @@ def _download(remote: RemoteRun, folder: Path, progress: Progress) -> MirrorMani
     """
     for _ in range(SCANS):
         manifest = remote.read_manifest()
-        if not (wrong := _fetch(remote, manifest, folder, progress)):
+        if not (wrong := _fetch_files(remote, manifest, folder, progress)):
             break  # a run that goes on wrote it anew meanwhile, or else the next look finds the same
-    _require_right(remote, wrong)
+    _require_intact(remote, wrong)
     for path in [p for p in folder.rglob("*") if p.is_file()]:
         name = path.relative_to(folder).as_posix()
         if name not in manifest.files and not name.startswith(WRITTEN_HERE):
@@ -234,7 +234,7 @@ def _download(remote: RemoteRun, folder: Path, progress: Progress) -> MirrorMani
     return manifest
 
 
-def _require_right(remote: RemoteRun, wrong: list[str]) -> None:
+def _require_intact(remote: RemoteRun, wrong: list[str]) -> None:
     if wrong:
         raise CheckpointError(
             f"{remote.place}: {', '.join(wrong[:3])} is missing, or differs from the sha256 in mirror.json. "
@@ -242,9 +242,9 @@ def _require_right(remote: RemoteRun, wrong: list[str]) -> None:
         )
 
 
-def _fetch(remote: RemoteRun, manifest: MirrorManifest, folder: Path, progress: Progress) -> list[str]:
+def _fetch_files(remote: RemoteRun, manifest: MirrorManifest, folder: Path, progress: Progress) -> list[str]:
     """Get what is not here yet; gives the files that are missing there, or wrong."""
-    left = {n: c for n, c in manifest.files.items() if not _is_right(manifest, n, folder / n)}
+    left = {n: c for n, c in manifest.files.items() if not _is_intact(manifest, n, folder / n)}
     folder.mkdir(parents=True, exist_ok=True)
     needed, free = sum(content.size for content in left.values()), shutil.disk_usage(folder).free
     if needed > free:
@@ -253,14 +253,16 @@ def _fetch(remote: RemoteRun, manifest: MirrorManifest, folder: Path, progress: 
             "or give another output.base_output_dir."
         )
     with progress.task(f"fetching {manifest.run_id}", total=needed) as advance:
-        return [name for name, content in left.items() if not _got(remote, manifest, name, content, folder, advance)]
+        return [
+            name for name, content in left.items() if not _fetch_file(remote, manifest, name, content, folder, advance)
+        ]
 
 
-def _got(
+def _fetch_file(
     remote: RemoteRun,
     manifest: MirrorManifest,
     name: str,
-    content: Content,
+    content: FileContent,
     folder: Path,
     advance: Callable[[float], None],
 ) -> bool:
@@ -269,22 +271,22 @@ def _got(
     path.parent.mkdir(parents=True, exist_ok=True)
     fetched = path.with_name(f"{TEMPORARY}{path.name}")
     try:
-        if not remote.storage.exists(remote.name(name)):
+        if not remote.storage.exists(remote.storage_name(name)):
             return False
-        remote.storage.get_file(remote.name(name), fetched)
+        remote.storage.get_file(remote.storage_name(name), fetched)
         advance(content.size)
-        if right := _is_right(manifest, name, fetched):
+        if right := _is_intact(manifest, name, fetched):
             fetched.replace(path)
         return right
     finally:
         fetched.unlink(missing_ok=True)
 
 
-def _is_right(manifest: MirrorManifest, name: str, path: Path) -> bool:
-    return path.is_file() and manifest.holds(name, Content(hash_file(path), path.stat().st_size))
+def _is_intact(manifest: MirrorManifest, name: str, path: Path) -> bool:
+    return path.is_file() and manifest.has_content(name, FileContent(hash_file(path), path.stat().st_size))
 
 
-def _move_in(folder: Path, remote: RemoteRun, manifest: MirrorManifest, base_output_dir: str) -> None:
+def _adopt_run(folder: Path, remote: RemoteRun, manifest: MirrorManifest, base_output_dir: str) -> None:
     """Make a fetched run one of this machine: where it is kept, where it goes, and that its mirror is known."""
     config = RunFolder(folder).read_metadata("config.json")
     if not isinstance(config, dict) or not isinstance(config.get("output"), dict):

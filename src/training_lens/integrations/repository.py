@@ -36,7 +36,7 @@ class Repository:
         self.name, self.revision, self.private = name, revision, private
 
     @staticmethod
-    def require() -> None:
+    def require_token() -> None:
         """Make sure that there is a token, and that the user does not work offline; asks nobody.
 
         Raises:
@@ -51,7 +51,7 @@ class Repository:
                 f"no token of the hub: log in with hf auth login, or set HF_TOKEN ({TOKENS}).", lasting=True
             )
 
-    def files(self) -> dict[str, RemoteFile] | None:
+    def list_files(self) -> dict[str, RemoteFile] | None:
         """What is in it, by path; None where there is no such repository or branch yet.
 
         Raises:
@@ -60,7 +60,7 @@ class Repository:
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
         from huggingface_hub.hf_api import RepoFile
 
-        with self._asked() as api:
+        with self._connect_client() as api:
             try:
                 entries = list(api.list_repo_tree(self.name, recursive=True, revision=self.revision))
             except RevisionNotFoundError:
@@ -76,53 +76,53 @@ class Repository:
         """Whether only its owners see it.
 
         Raises:
-            IntegrationError: see `files`.
+            IntegrationError: see `list_files`.
         """
-        with self._asked() as api:
+        with self._connect_client() as api:
             return bool(api.model_info(self.name, expand=["private"]).private)
 
-    def create(self) -> None:
+    def create_repository(self) -> None:
         """Make it, and its branch; of one that is there, nothing changes.
 
         Raises:
-            IntegrationError: see `files`.
+            IntegrationError: see `list_files`.
         """
-        with self._asked() as api:
+        with self._connect_client() as api:
             api.create_repo(self.name, private=self.private, exist_ok=True)
             if self.revision is not None:
                 api.create_branch(self.name, branch=self.revision, exist_ok=True)
 
-    def commit(self, plan: PushPlan, message: str) -> str:
+    def commit_plan(self, plan: PushPlan, message: str) -> str:
         """Send what `plan` says in one commit: all of it is there then, or nothing; gives the commit's URL.
 
         Large files are stored first; those that are stored already, as after a kill, are not sent again.
 
         Raises:
-            IntegrationError: see `files`.
+            IntegrationError: see `list_files`.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         operations: list[Any] = [CommitOperationDelete(folder, is_folder=True) for folder in plan.delete]
         operations += [CommitOperationAdd(file.path, file.source) for file in plan.send]
-        with self._asked() as api:
+        with self._connect_client() as api:
             return api.create_commit(
                 self.name, operations, commit_message=message, revision=self.revision
             ).commit_url  # fmt: skip
 
     @contextmanager
-    def _asked(self) -> Iterator[HfApi]:
+    def _connect_client(self) -> Iterator[HfApi]:
         """The hub's client; what it raises in the block is said in our words."""
         from huggingface_hub import HfApi, constants, get_token
 
-        with _prompt_client():
+        with _single_try_client():
             try:
                 yield HfApi(endpoint=constants.ENDPOINT, token=get_token(), library_name="training-lens")
             except Exception as error:  # of many kinds: the client's, its transport's, its storage's
-                raise explained(error, self.name) from error
+                raise explain_error(error, self.name) from error
 
 
 @contextmanager
-def _prompt_client() -> Iterator[None]:
+def _single_try_client() -> Iterator[None]:
     """Within the block huggingface_hub asks once and waits for no silent service: we try again, and later.
 
     By itself it tries a request six times, over half a minute, and waits without end for an answer. Its HTTP client is
@@ -134,14 +134,14 @@ def _prompt_client() -> Iterator[None]:
     with _CLIENT:
         client = get_session()
         send, timeout = client.send, client.timeout
-        client.send, client.timeout = _once(send), SILENCE_SECONDS  # type: ignore[method-assign]
+        client.send, client.timeout = _without_retries(send), SILENCE_SECONDS  # type: ignore[method-assign]
         try:
             yield
         finally:
             client.send, client.timeout = send, timeout  # type: ignore[method-assign]
 
 
-def _once(send: Any) -> Any:
+def _without_retries(send: Any) -> Any:
     """`send` of an HTTP client, raising what huggingface_hub would try again."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -155,21 +155,21 @@ def _once(send: Any) -> Any:
         except transport as error:
             raise IntegrationError(f"{request.url.host} does not answer: {describe_error(error)}") from error
         if response.status_code in TRIED_AGAIN or response.status_code >= 500:
-            raise _busy(response)
+            raise _build_busy_error(response)
         return response
 
     return sent
 
 
-def _busy(response: Any) -> IntegrationError:
+def _build_busy_error(response: Any) -> IntegrationError:
     """That a service wants to be asked later, and when."""
     what = "asks to be asked more slowly" if response.status_code == 429 else "has trouble"
     return IntegrationError(
-        f"{response.request.url.host} {what} (HTTP {response.status_code}).", retry_after=_wait(response.headers)
+        f"{response.request.url.host} {what} (HTTP {response.status_code}).", retry_after=_retry_after(response.headers)
     )
 
 
-def _wait(headers: Any) -> float | None:
+def _retry_after(headers: Any) -> float | None:
     """Seconds that a service asks to wait: the header Retry-After, or the hub's own."""
     from huggingface_hub.utils._http import parse_ratelimit_headers
 
@@ -180,14 +180,14 @@ def _wait(headers: Any) -> float | None:
     return float(limit.reset_in_seconds) if limit is not None and not limit.remaining else None
 
 
-def explained(error: BaseException, repo: str) -> IntegrationError:
+def explain_error(error: BaseException, repo: str) -> IntegrationError:
     """What a failure means for who pushes to `repo`, and what to do about it.
 
     `lasting` where the service refused; else it did not answer, or is busy.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    chain = list(_causes(error))
+    chain = list(_error_chain(error))
     ours = next((e for e in chain if isinstance(e, IntegrationError)), None)
     if ours is not None:
         return ours
@@ -198,10 +198,12 @@ def explained(error: BaseException, repo: str) -> IntegrationError:
         wrong = isinstance(error, ValueError) and not isinstance(error, JSONDecodeError)  # of what is sent
         return IntegrationError(" ".join(told), lasting=wrong)
     lasting = 400 <= status < 500 and status not in BUSY
-    return IntegrationError(_refusal(status, repo) or f"the hub refused: {describe_error(error)}", lasting=lasting)
+    return IntegrationError(
+        _explain_status(status, repo) or f"the hub refused: {describe_error(error)}", lasting=lasting
+    )
 
 
-def _refusal(status: int, repo: str) -> str:
+def _explain_status(status: int, repo: str) -> str:
     """What to do about it; empty where the answer itself has to tell."""
     where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "hf auth login"
     known = {
@@ -213,7 +215,7 @@ def _refusal(status: int, repo: str) -> str:
     return known.get(status, "")
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _error_chain(error: BaseException) -> Iterator[BaseException]:
     """The error, and what it came from."""
     seen: BaseException | None = error
     while seen is not None:

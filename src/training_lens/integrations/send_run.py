@@ -12,7 +12,7 @@ from training_lens.config.schema import DESTINATIONS
 from training_lens.errors import ConfigurationError, IntegrationError
 from training_lens.integrations.courier import QUIET
 from training_lens.integrations.delivery import Integration, IntegrationManager, IntegrationState
-from training_lens.integrations.integration_specs import asked_for
+from training_lens.integrations.integration_specs import list_integrations
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.tracker import Tracker
 from training_lens.runs.journal import Journal
@@ -28,7 +28,7 @@ LONGEST_WAIT = 30.0  # seconds that a command waits for a tracker; `sync` waits 
 LONGEST = 24 * 3600.0  # seconds: a person watches, and Ctrl-C ends it
 
 
-def send(
+def send_run(
     folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None = None, *, again: bool = False
 ) -> tuple[IntegrationState, ...]:
     """Send the rest of a run to all that it is connected to.
@@ -41,7 +41,7 @@ def send(
         IntegrationError: the run is still training, and has its own sender.
         ConfigurationError: it names classes or places that the user has not allowed, see `run_config.require_consent`.
     """
-    record, integrations = _connected(folder, changes)
+    record, integrations = _open_integrations(folder, changes)
     if record.status == "running":
         raise IntegrationError(
             f"the run {folder.run_id} is training ({folder.process_label}), and sends by itself. Wait until it ends."
@@ -54,18 +54,22 @@ def send(
     return manager.finish(LONGEST)
 
 
-def look(folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None = None) -> tuple[IntegrationState, ...]:
+def read_delivery_states(
+    folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None = None
+) -> tuple[IntegrationState, ...]:
     """How a run stands with all that it is connected to; sends nothing, asks nobody."""
-    return tuple(_standing(integration) for integration in _connected(folder, changes)[1])
+    return tuple(_read_state(integration) for integration in _open_integrations(folder, changes)[1])
 
 
-def _connected(folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None) -> tuple[RunRecord, list[Integration]]:
+def _open_integrations(
+    folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None
+) -> tuple[RunRecord, list[Integration]]:
     record = RunRecord(folder, changes)
     require_consent(folder.root, record.config, changes or {}, *SYNC_KEYS)
-    return record, [asked.of(record) for asked in asked_for(record.config)]
+    return record, [asked.build(record) for asked in list_integrations(record.config)]
 
 
-def _standing(integration: Integration) -> IntegrationState:
+def _read_state(integration: Integration) -> IntegrationState:
     try:
         integration.require()
     except IntegrationError as error:
@@ -91,12 +95,12 @@ def record_evaluation(run: RunFolder, name: str, report: Mapping[str, Any]) -> N
     journal = Journal(run.evaluations_file)
     journal.open(after=step if run.evaluations_file.is_file() else 0)
     verdict = report.get("verdict")
-    scalars = benchmark_scalars(report) if "cells" in report else judged_scalars(report)
+    scalars = benchmark_scalars(report) if "cells" in report else evaluation_scalars(report)
     journal.write({"kind": "evaluation", "step": step, "name": name, "scalars": scalars, "verdict": verdict})
     journal.close()
 
 
-def judged_scalars(report: Mapping[str, Any]) -> dict[str, float]:
+def evaluation_scalars(report: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers of each model and of their difference: 'adapter/loss', 'change/loss'."""
     found = {f"{shown}/{key}": value for side, shown in SIDES.items() for key, value in report.get(side, {}).items()}
     found |= {f"{model}/answers_{key}": value for model, ends in report.get("endings", {}).items()
@@ -125,13 +129,13 @@ def send_evaluations(run: RunFolder) -> tuple[IntegrationState, ...]:
     if record.status == "running":
         return ()
     ours = record.config.replace_keys(tracking={"custom": {}})
-    asked = [asked for asked in asked_for(ours) if issubclass(asked.integration, Tracker)]
+    asked = [asked for asked in list_integrations(ours) if issubclass(asked.integration, Tracker)]
     try:
         require_consent(run.root, ours, {}, *DESTINATIONS)
     except ConfigurationError:
         logger.info("the trackers that this run names get the result by: training-lens sync %s", run.root)
         asked = [asked for asked in asked if asked.integration.in_process]  # they write into the run's folder
-    trackers = [asked.of(record) for asked in asked]
+    trackers = [asked.build(record) for asked in asked]
     if any(not tracker.in_process for tracker in trackers):  # a client is imported, which reads the environment
         os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     manager = IntegrationManager(trackers, run.tracking)

@@ -59,7 +59,7 @@ class StorageBackend(ABC):
     def delete(self, name: str) -> None:
         """Delete a file; one that is not there is no error."""
 
-    def folders(self, folder: str = "") -> builtins.list[str]:
+    def list_folders(self, folder: str = "") -> builtins.list[str]:
         """The names of the folders directly in a folder, sorted, without what is above them."""
         above = f"{folder}/" if folder else ""
         below = [name.removeprefix(above) for name in self.list(folder)]
@@ -87,13 +87,13 @@ class LocalStorage(StorageBackend):
         self.folder = expand_home(folder)
 
     def put_file(self, local: Path | str, name: str) -> None:
-        path = self._path(name)
+        path = self._full_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
             shutil.copyfile(local, temporary)
 
     def get_file(self, name: str, local: Path | str) -> None:
-        path = self._path(name)
+        path = self._full_path(name)
         with atomic_file(Path(local)) as temporary:
             try:
                 shutil.copyfile(path, temporary)
@@ -101,32 +101,32 @@ class LocalStorage(StorageBackend):
                 raise IntegrationError(f"{path}: there is no such file.") from error
 
     def list(self, folder: str = "") -> dict[str, int]:
-        place = self._path(folder) if folder else self.folder
-        files = [path for path in list_files(place) if not path.name.startswith(TEMPORARY) and self._holds(path)]
+        place = self._full_path(folder) if folder else self.folder
+        files = [path for path in list_files(place) if not path.name.startswith(TEMPORARY) and self._is_inside(path)]
         sizes = {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
         return {name: sizes[name] for name in keep_valid_names(sizes, self.place)}
 
     def delete(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
+        self._full_path(name).unlink(missing_ok=True)
 
     def exists(self, name: str) -> bool:
-        return self._path(name).is_file()
+        return self._full_path(name).is_file()
 
     def verify(self, name: str, local: Path | str) -> bool:
-        return self.exists(name) and hash_file(self._path(name)) == hash_file(Path(local))
+        return self.exists(name) and hash_file(self._full_path(name)) == hash_file(Path(local))
 
-    def _path(self, name: str) -> Path:
+    def _full_path(self, name: str) -> Path:
         """The file or folder of that name.
 
         Raises:
             IntegrationError: see `check_name`; or a symbolic link on the way leads out of the folder.
         """
         path = self.folder / check_name(name, self.place)
-        if not self._holds(path):
-            raise invalid_name(name, self.place, "a symbolic link leads out of the folder")
+        if not self._is_inside(path):
+            raise build_name_error(name, self.place, "a symbolic link leads out of the folder")
         return path
 
-    def _holds(self, path: Path) -> bool:
+    def _is_inside(self, path: Path) -> bool:
         return path.resolve().is_relative_to(self.folder.resolve())
 
 
@@ -140,7 +140,7 @@ def check_name(name: str, place: str) -> str:
         IntegrationError: see `find_name_fault`.
     """
     if fault := find_name_fault(name):
-        raise invalid_name(name, place, fault)
+        raise build_name_error(name, place, fault)
     return name
 
 
@@ -155,7 +155,7 @@ def keep_valid_names(names: Iterable[str], place: str) -> set[str]:
     return set(names) - faults.keys()
 
 
-def invalid_name(name: str, place: str, why: str) -> IntegrationError:
+def build_name_error(name: str, place: str, why: str) -> IntegrationError:
     return IntegrationError(
         f"{redact_text(place)}: {name!r} names nothing in this storage: {why}. Give a relative name with '/' between "
         "folders, such as lens/loss.parquet.",

@@ -11,7 +11,7 @@ from typing import Any
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.display.markdown import escape_markdown, markdown_table
-from training_lens.integrations.record import RunRecord, flat_settings
+from training_lens.integrations.record import RunRecord, flatten_settings
 from training_lens.integrations.tracker import Record, Tracker
 from training_lens.utils.nested import flatten_sections
 
@@ -54,49 +54,51 @@ class TensorBoardIntegration(Tracker):
         super().deliver(ended)
 
     def outstanding(self) -> str:
-        return super().outstanding() if self._files() else "its events"
+        return super().outstanding() if self._event_files() else "its events"
 
     def open(self) -> None:
-        for old in self._files():
+        for old in self._event_files():
             old.unlink()
         self._events, self._base = _EventsFile(self.run.folder.logs), {}
         started = (self.run.folder.metadata / "config.json").stat().st_mtime
-        self._events.write(started, summary=_hyperparameters(self.run, started))
+        self._events.write_event(started, summary=_hyperparameter_summary(self.run, started))
 
     def log(self, records: Sequence[Record]) -> None:
         assert self._events is not None
         for record in records:
             self._now = record.time or time.time()
-            if values := self._values(record):
-                self._events.write(self._now, record.step, summary=_summary(values))
+            if values := self._summary_values(record):
+                self._events.write_event(self._now, record.step, summary=_build_summary(values))
         self._events.flush()
 
     def end(self) -> None:
         assert self._events is not None
         summary = self.run.summary
-        values = [_scalar(f"whole_run/{name}", summary[name]) for name in FINAL if summary.get(name) is not None]
-        self._events.write(self._now, int(summary["steps"]), summary=_summary(values))
-        self._events.write(self._now, summary=_session_end(self.run.status, self._now))
+        values = [_scalar_value(f"whole_run/{name}", summary[name]) for name in FINAL if summary.get(name) is not None]
+        self._events.write_event(self._now, int(summary["steps"]), summary=_build_summary(values))
+        self._events.write_event(self._now, summary=_session_end(self.run.status, self._now))
         self._events.flush()
 
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
 
-    def _files(self) -> list[Path]:
+    def _event_files(self) -> list[Path]:
         return list(self.run.folder.logs.glob(f"events.out.tfevents.*{OURS}"))
 
-    def _values(self, record: Record) -> list[Any]:
+    def _summary_values(self, record: Record) -> list[Any]:
         """What a record is in TensorBoard: one value for each of its tags."""
         if record.kind == "histograms":
             found = record.values["histograms"]
-            return [_histogram(f"{GROUPS[kind]}/{name}", h) for kind in GROUPS for name, h in found[kind].items()]
+            return [_histogram_value(f"{GROUPS[kind]}/{name}", h) for kind in GROUPS for name, h in found[kind].items()]
         if record.kind == "samples":
-            return self._samples(record.values)
-        verdict = [_text(f"{record.values['name']}/verdict", escape_markdown(record.verdict))] if record.verdict else []
-        return [*verdict, *(_scalar(tag, value) for tag, value in record.scalars.items())]
+            return self._sample_table(record.values)
+        verdict = (
+            [_text_value(f"{record.values['name']}/verdict", escape_markdown(record.verdict))] if record.verdict else []
+        )
+        return [*verdict, *(_scalar_value(tag, value) for tag, value in record.scalars.items())]
 
-    def _samples(self, values: Mapping[str, Any]) -> list[Any]:
+    def _sample_table(self, values: Mapping[str, Any]) -> list[Any]:
         """One table, in which the base's answers stand beside the adapter's."""
         samples = values["samples"]
         if values["base"]:
@@ -107,7 +109,7 @@ class TensorBoardIntegration(Tracker):
         if not values["base"]:
             columns["adapter"] = [sample["generated"] for sample in samples]
         rows = [[escape_markdown(text) for text in row] for row in zip(*columns.values(), strict=True)]
-        return [_text("samples", markdown_table(list(columns), rows))]
+        return [_text_value("samples", markdown_table(list(columns), rows))]
 
 
 class _EventsFile:
@@ -120,14 +122,14 @@ class _EventsFile:
         now = time.time()
         path = folder / f"events.out.tfevents.{now:.6f}.{platform.node()}.{os.getpid()}{OURS}"
         self._records = RecordWriter(path.open("wb"))
-        self.write(now, file_version="brain.Event:2")
+        self.write_event(now, file_version="brain.Event:2")
         # A TensorBoard that looks on forgets what it read in an earlier file.
-        self.write(now, session_log=SessionLog(status=SessionLog.START))
+        self.write_event(now, session_log=SessionLog(status=SessionLog.START))
 
-    def write(self, when: float, step: int = 0, **what: Any) -> None:
+    def write_event(self, when: float, step: int = 0, **what: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
-        self._records.write(Event(wall_time=when, step=step, **what).SerializeToString())
+        self._records.write_event(Event(wall_time=when, step=step, **what).SerializeToString())
 
     def flush(self) -> None:
         self._records.flush()
@@ -136,19 +138,19 @@ class _EventsFile:
         self._records.close()
 
 
-def _summary(values: Sequence[Any]) -> Any:
+def _build_summary(values: Sequence[Any]) -> Any:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     return Summary(value=values)
 
 
-def _scalar(tag: str, value: float) -> Any:
+def _scalar_value(tag: str, value: float) -> Any:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     return Summary.Value(tag=tag, simple_value=value)
 
 
-def _histogram(tag: str, values: Mapping[str, Any]) -> Any:
+def _histogram_value(tag: str, values: Mapping[str, Any]) -> Any:
     """Rows of (left edge, right edge, count), as TensorBoard's own summaries have them."""
     import numpy as np
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -161,19 +163,19 @@ def _histogram(tag: str, values: Mapping[str, Any]) -> Any:
     return Summary.Value(tag=tag, metadata=about, tensor=make_tensor_proto(rows))
 
 
-def _text(tag: str, markdown: str) -> Any:
+def _text_value(tag: str, markdown: str) -> Any:
     from tensorboard.plugins.text.summary_v2 import text_pb
 
     return text_pb(tag, markdown).value[0]
 
 
-def _hyperparameters(run: RunRecord, started: float) -> Any:
+def _hyperparameter_summary(run: RunRecord, started: float) -> Any:
     """The usual settings, and those that are not at their default."""
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
     defaults, own = flatten_sections(TrainingConfig().model_dump(mode="json")), flatten_sections(run.settings)
     changed = {name for name, value in own.items() if name.startswith(TRIED) and value != defaults.get(name)}
-    settings = {name: value for name, value in flat_settings(run).items() if name in {*SHOWN, *changed}}
+    settings = {name: value for name, value in flatten_settings(run).items() if name in {*SHOWN, *changed}}
     return hparams_pb(settings, trial_id=run.run_id, start_time_secs=started)
 
 
@@ -186,4 +188,4 @@ def _session_end(status: str, when: float) -> Any:
     info = plugin_data_pb2.SessionEndInfo(status=known.get(status, api_pb2.STATUS_UNKNOWN), end_time_secs=when)
     about = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=info))
     value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=about, tensor=metadata.NULL_TENSOR)
-    return _summary([value])
+    return _build_summary([value])

@@ -32,7 +32,7 @@ from training_lens.integrations.record import RunRecord
 from training_lens.runs.journal import JournalEntry, JournalPosition, JournalReader
 
 BATCH = {"metrics": 512, "samples": 64, "histograms": 8, "evaluations": 64}  # lines of each journal to a call of `log`
-Kind = Literal["step", "base", "validation", "samples", "histograms", "evaluation"]
+RecordKind = Literal["step", "base", "validation", "samples", "histograms", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Record:
     evaluate, compare or benchmark measured after the training.
     """
 
-    kind: Kind
+    kind: RecordKind
     step: int
     values: Mapping[str, Any]
 
@@ -91,7 +91,7 @@ class Tracker(Integration):
     def __init__(self, run: RunRecord, **options: Any) -> None:
         self.run, self.options = run, options
         known = f"cursor-{hashlib.sha256(self.destination.encode()).hexdigest()[:8]}" if self.destination else "cursor"
-        self.cursor = Cursor(run.place(self.name) / f"{known}.json")
+        self.cursor = Cursor(run.tracking_folder(self.name) / f"{known}.json")
         self._readers: dict[str, JournalReader] = {}
         self._opened = False
 
@@ -120,25 +120,27 @@ class Tracker(Integration):
 
     def deliver(self, ended: bool) -> None:
         try:
-            self._deliver(ended)
+            self._deliver_new(ended)
         except BaseException:
             self._readers, self._opened = {}, False  # the next try opens it again, and reads on from the cursor
             self.close()
             raise
 
-    def _deliver(self, ended: bool) -> None:
+    def _deliver_new(self, ended: bool) -> None:
         if not self._readers:
-            self._readers = self._at(self.cursor.load())
-        while entries := self._next():
-            records = [record for journal, entry in entries if (record := self._record(journal, entry)) is not None]
+            self._readers = self._open_readers(self.cursor.load())
+        while entries := self._next_entries():
+            records = [
+                record for journal, entry in entries if (record := self._build_record(journal, entry)) is not None
+            ]
             if records:
                 self._open_once()
                 self.log(records)
-            self._remember()
-        if ended and self.cursor.load().get("end") != (end := self._end()):
+            self._save_positions()
+        if ended and self.cursor.load().get("end") != (end := self._end_key()):
             self._open_once()
             self.end()
-            self._remember(end=end)
+            self._save_positions(end=end)
 
     def _open_once(self) -> None:
         """Connect when there is something to send, and not before."""
@@ -148,28 +150,28 @@ class Tracker(Integration):
 
     def outstanding(self) -> str:
         kept = self.cursor.load()
-        readers, lines = self._at(kept), 0
+        readers, lines = self._open_readers(kept), 0
         for name, reader in readers.items():
             while entries := reader.read(BATCH[name]):
                 lines += len(entries)
         parts = [f"{lines} lines of its journals"] if lines else []
-        parts += ["its end"] if kept.get("end") != self._end() else []
+        parts += ["its end"] if kept.get("end") != self._end_key() else []
         return ", ".join(parts)
 
-    def _next(self) -> list[tuple[str, JournalEntry]]:
+    def _next_entries(self) -> list[tuple[str, JournalEntry]]:
         """The next entries of all journals, by step."""
         entries = [(name, entry) for name, reader in self._readers.items() for entry in reader.read(BATCH[name])]
         return sorted(entries, key=lambda named: named[1].step)
 
-    def _record(self, journal: str, entry: JournalEntry) -> Record | None:
+    def _build_record(self, journal: str, entry: JournalEntry) -> Record | None:
         """What a line tells the tracker; None of a step that is not due."""
         every = self.run.config.training.logging_steps
-        kind: Kind = entry.values.get("kind", journal)
+        kind: RecordKind = entry.values.get("kind", journal)
         if kind == "step" and entry.step % every and entry.step != 1:
             return None
         return Record(kind, entry.step, entry.values)
 
-    def _at(self, kept: Mapping[str, Any]) -> dict[str, JournalReader]:
+    def _open_readers(self, kept: Mapping[str, Any]) -> dict[str, JournalReader]:
         """Readers of the journals, from where they were remembered."""
         folder, positions = self.run.folder, kept.get("positions", {})
         paths = {
@@ -180,11 +182,11 @@ class Tracker(Integration):
         }
         return {name: JournalReader(path, JournalPosition(*positions.get(name, ()))) for name, path in paths.items()}
 
-    def _remember(self, **more: str) -> None:
+    def _save_positions(self, **more: str) -> None:
         positions = {name: list(reader.position) for name, reader in self._readers.items()}
         self.cursor.save({**self.cursor.load(), "positions": positions, **more})
 
-    def _end(self) -> str:
+    def _end_key(self) -> str:
         """What the end of this run is known by: another after a resume."""
         told = json.dumps([self.run.status, self.run.summary], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:16]

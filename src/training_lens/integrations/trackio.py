@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.errors import IntegrationError
-from training_lens.integrations.record import flat_settings
+from training_lens.integrations.record import flatten_settings
 from training_lens.integrations.tracker import Record, Tracker, require_packages
 from training_lens.utils.names import expand_home
 
@@ -31,7 +31,7 @@ class TrackioIntegration(Tracker):
         require_packages("trackio", "trackio")
 
     @property
-    def place(self) -> Path:
+    def database_folder(self) -> Path:
         """The folder of trackio's databases, one for a project: `TRACKIO_DIR=PLACE trackio show` shows them."""
         given = self.run.config.tracking.trackio.folder
         return expand_home(given).resolve() if given else self.run.base_output_dir / "trackio"
@@ -43,41 +43,42 @@ class TrackioIntegration(Tracker):
 
     @property
     def destination(self) -> str:
-        return f"{self.place}:{self.project}"
+        return f"{self.database_folder}:{self.project}"
 
     def open(self) -> None:
-        self._storage: Any = self._opened_storage()
+        self._storage: Any = self._open_storage()
         self._id: str = self.run.identity
         before = self._storage.get_run_config(self.project, run_id=self._id) or {}
         created = before.get("_Created") or datetime.now(UTC).isoformat()
-        self._config = {**flat_settings(self.run), "_Created": created, "_Group": self.run.sweep}
+        self._config = {**flatten_settings(self.run), "_Created": created, "_Group": self.run.sweep}
 
     def log(self, records: Sequence[Record]) -> None:
-        shown = [(f"{record.kind}-{record.step}", record.step, _shown(record)) for record in records]
-        self._write([line for line in shown if line[2]])
+        shown = [(f"{record.kind}-{record.step}", record.step, _build_values(record)) for record in records]
+        self._write_lines([line for line in shown if line[2]])
 
     def end(self) -> None:
         from trackio import Markdown
 
         summary, step = self.run.summary, int(self.run.summary.get("steps", 0))
         text = "\n".join(f"- {key}: {value}" for key, value in {**summary, "status": self.run.status}.items())
-        self._write(
+        self._write_lines(
             [(f"end-{step}-{self.run.status}", step, {**self.run.totals, "summary": Markdown(text)._to_dict()})]
         )
 
-    def _opened_storage(self) -> Any:
+    def _open_storage(self) -> Any:
         """trackio's storage in our folder, which trackio reads from the environment once, when it is imported.
 
         Raises:
             IntegrationError: this process imported it for another folder, or it does not take the project's name.
         """
-        os.environ["TRACKIO_DIR"] = str(self.place)
+        os.environ["TRACKIO_DIR"] = str(self.database_folder)
         from trackio.sqlite_storage import SQLiteStorage
         from trackio.utils import TRACKIO_DIR
 
-        if self.place != TRACKIO_DIR:
+        if self.database_folder != TRACKIO_DIR:
             raise IntegrationError(
-                f"this process uses trackio in {TRACKIO_DIR} already; {self.place} needs one of its own.", lasting=True
+                f"this process uses trackio in {TRACKIO_DIR} already; {self.database_folder} needs one of its own.",
+                lasting=True,
             )
         try:
             SQLiteStorage.validate_project_name(self.project)
@@ -85,7 +86,7 @@ class TrackioIntegration(Tracker):
             raise IntegrationError(f"{error} Name it with tracking.trackio.project.", lasting=True) from error
         return SQLiteStorage
 
-    def _write(self, lines: Sequence[tuple[str, int, Mapping[str, Any]]]) -> None:
+    def _write_lines(self, lines: Sequence[tuple[str, int, Mapping[str, Any]]]) -> None:
         """Write lines of an id, a step and values; those that are there by their id stay as they are."""
         self._storage.bulk_log(
             self.project,
@@ -98,13 +99,13 @@ class TrackioIntegration(Tracker):
         )
 
 
-def _shown(record: Record) -> Mapping[str, Any]:
+def _build_values(record: Record) -> Mapping[str, Any]:
     """What trackio shows of a record."""
     if record.kind == "samples":
-        return {"samples": _table(record.values["samples"])}
+        return {"samples": _build_table(record.values["samples"])}
     if record.kind == "histograms":
         return {
-            f"{of}/{module}": _histogram(bins)
+            f"{of}/{module}": _build_histogram(bins)
             for of, modules in record.values["histograms"].items()
             for module, bins in modules.items()
         }
@@ -115,13 +116,13 @@ def _shown(record: Record) -> Mapping[str, Any]:
     return record.scalars
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _build_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     from trackio import Table
 
     return {"_type": Table.TYPE, "_value": [dict(row) for row in rows]}
 
 
-def _histogram(bins: Mapping[str, Any]) -> dict[str, Any]:
+def _build_histogram(bins: Mapping[str, Any]) -> dict[str, Any]:
     import numpy as np
     from trackio import Histogram
 

@@ -19,7 +19,7 @@ from typing import Any
 from training_lens.errors import CheckpointError, IntegrationError
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.tracker import BATCH, Record, Tracker, require_packages
-from training_lens.integrations.wandb_media import artifacts, lens, row
+from training_lens.integrations.wandb_media import build_artifacts, build_lens_media, build_row
 from training_lens.runs.journal import JournalEntry
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import PROCESS
@@ -57,9 +57,9 @@ class WandBIntegration(Tracker):
         return f"{self.settings.mode} {self.settings.entity or ''} {self.settings.project}"
 
     @property
-    def id(self) -> str:
+    def wandb_id(self) -> str:
         """The run's id there: the same after a resume, and from another machine."""
-        return id_of(self.run.experiment, self.run.run_id)
+        return build_wandb_id(self.run.experiment, self.run.run_id)
 
     def require(self) -> None:
         """See `Integration.require`: the package, and a key for a run that goes online."""
@@ -75,19 +75,19 @@ class WandBIntegration(Tracker):
         super().deliver(ended)
 
     def log(self, records: Sequence[Record]) -> None:
-        """One row for each step: `_next` gives whole steps, in order."""
+        """One row for each step: `_next_entries` gives whole steps, in order."""
         for step, those in groupby(records, key=lambda record: record.step):
-            self._write(step, row(list(those)))
+            self._log_row(step, build_row(list(those)))
 
     def end(self) -> None:
         """The summary, what the lens saw, the artifacts; and then all must be there."""
-        if shown := lens(self.run):
-            self._write(self._last, shown)
+        if shown := build_lens_media(self.run):
+            self._log_row(self._last, shown)
         kept = {key: value for key, value in self.run.summary.items() if key not in OWN_RUN_KEYS}
         self._run.summary.update(kept)
-        for artifact in artifacts(self.run, self.id):
+        for artifact in build_artifacts(self.run, self.wandb_id):
             self._run.log_artifact(artifact)
-        self._finish()
+        self._finish_run()
 
     def close(self) -> None:
         """End the client's process; what it did not send is sent by the next one."""
@@ -99,34 +99,34 @@ class WandBIntegration(Tracker):
             with suppress(Exception):  # it may be dead
                 wandb.teardown(exit_code=1)
 
-    def _next(self) -> list[tuple[str, JournalEntry]]:
+    def _next_entries(self) -> list[tuple[str, JournalEntry]]:
         """The entries of whole steps: those behind which every journal was read on."""
-        while new := super()._next():
+        while new := super()._next_entries():
             self._held = sorted([*self._held, *new], key=lambda named: named[1].step)
-            if whole := self._take(self._read_through(new)):
+            if whole := self._take_steps(self._read_through(new)):
                 return whole
-        return self._take(None) if self._ended else []
+        return self._take_steps(None) if self._ended else []
 
     def _read_through(self, new: Sequence[tuple[str, JournalEntry]]) -> int:
         """The step before which there is nothing more: the metrics have a line for each, and were read first."""
         full = [name for name in self._readers if sum(named[0] == name for named in new) == BATCH[name]]
         return min(self._readers[name].position.step for name in ("metrics", *full))
 
-    def _take(self, before: int | None) -> list[tuple[str, JournalEntry]]:
+    def _take_steps(self, before: int | None) -> list[tuple[str, JournalEntry]]:
         count = len(self._held) if before is None else sum(entry.step < before for _, entry in self._held)
         taken, self._held = self._held[:count], self._held[count:]
         return taken
 
-    def _end(self) -> str:
+    def _end_key(self) -> str:
         """Another end after each evaluation: what was sent counts once W&B has finished the run again."""
         evaluations = self.run.folder.evaluations_file
         lines = len(read_metrics(evaluations)) if evaluations.is_file() else 0
-        return f"{super()._end()}-{lines}" if lines else super()._end()
+        return f"{super()._end_key()}-{lines}" if lines else super()._end_key()
 
-    def _remember(self, **more: Any) -> None:
+    def _save_positions(self, **more: Any) -> None:
         """Only what a finished run of W&B holds is sent."""
         if more:
-            super()._remember(shift=self._shift, **more)
+            super()._save_positions(shift=self._shift, **more)
 
     def open(self) -> None:
         """Begin W&B's run, or go on with it."""
@@ -139,24 +139,24 @@ class WandBIntegration(Tracker):
             shutil.rmtree(unfinished, ignore_errors=True)
         self._last = max((step for step, _ in kept.get("positions", {}).values()), default=-1)
         self._shift = kept.get("shift", 0)
-        folder = self._folder
+        folder = self._client_folder
         folder.mkdir(parents=True, exist_ok=True)
         # The client's own folders are known by the environment alone; in the home they would outlive the run.
         os.environ |= {"WANDB_DATA_DIR": str(folder / "data"), "WANDB_CACHE_DIR": str(folder / "cache")}
         logging.getLogger("wandb").disabled = True  # its file may be on a full disk: a traceback for each line
         self._begun = True
-        with _explained(wandb):
+        with _explain_errors(wandb):
             self._run = wandb.init(
-                id=self.id, resume="allow", reinit="create_new", dir=str(folder), config=self.run.settings,
+                id=self.wandb_id, resume="allow", reinit="create_new", dir=str(folder), config=self.run.settings,
                 mode=self.settings.mode, project=self.settings.project, entity=self.settings.entity,
                 group=self.settings.group or self.run.sweep, name=self.settings.name or self.run.run_id,
-                tags=self.settings.tags, settings=self._client(wandb),
+                tags=self.settings.tags, settings=self._client_settings(wandb),
             )  # fmt: skip
         self.cursor.save({**kept, "unfinished": self._run.settings.sync_dir})
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
-    def _client(self, wandb: Any) -> Any:
+    def _client_settings(self, wandb: Any) -> Any:
         """How the client behaves: quiet, without code, git and facts about the machine but the training's own use."""
         pid, stopped = self._training_process(), self._stopped
         return wandb.Settings(
@@ -180,13 +180,13 @@ class WandBIntegration(Tracker):
         return max(600.0, self.run.config.tracking.wait_seconds)
 
     @property
-    def _folder(self) -> Path:
+    def _client_folder(self) -> Path:
         """Where the client writes: offline runs, or what is deleted when all of it is online."""
         if self.settings.mode == "online":
-            return self.run.place(self.name).absolute() / "online"
-        return Path(self.settings.folder or self.run.place(self.name)).absolute()
+            return self.run.tracking_folder(self.name).absolute() / "online"
+        return Path(self.settings.folder or self.run.tracking_folder(self.name)).absolute()
 
-    def _write(self, step: int, values: dict[str, Any]) -> None:
+    def _log_row(self, step: int, values: dict[str, Any]) -> None:
         """A row. W&B's step only grows: it is the training step, moved on by one for each row that came late."""
         self._shift += step <= self._last
         self._last = max(step, self._last)
@@ -194,31 +194,31 @@ class WandBIntegration(Tracker):
         if self._stopped.is_set():
             raise IntegrationError("W&B takes no more of this run.")
 
-    def _finish(self) -> None:
+    def _finish_run(self) -> None:
         """W&B has everything, or this raises."""
         import wandb
 
         folder, step = Path(self._run.settings.sync_dir), self._last + self._shift
-        with _explained(wandb):
+        with _explain_errors(wandb):
             self._run.finish(exit_code=0 if self.run.status == "finished" else 1)
         if self._stopped.is_set():
             raise IntegrationError("W&B did not take all of this run.")
         if self.settings.mode == "offline":
             require_written(folder, step)
         else:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self._client_folder, ignore_errors=True)
         kept = self.cursor.load()
         kept.pop("unfinished", None)
         self.cursor.save(kept)
 
 
-def id_of(experiment: str, run_id: str) -> str:
+def build_wandb_id(experiment: str, run_id: str) -> str:
     """W&B's id of a run: of characters that it allows, and another one for a run of that name elsewhere."""
     known = hashlib.sha256(f"{experiment}/{run_id}".encode()).hexdigest()
-    return f"{_plain(run_id)[:64]}-{known[:6]}"
+    return f"{_replace_characters(run_id)[:64]}-{known[:6]}"
 
 
-def _plain(name: str) -> str:
+def _replace_characters(name: str) -> str:
     """A name of the characters that W&B's ids, and files, may have."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", name)
 
@@ -238,7 +238,7 @@ def _require_key(wandb: Any) -> None:
 
 
 @contextmanager
-def _explained(wandb: Any) -> Iterator[None]:
+def _explain_errors(wandb: Any) -> Iterator[None]:
     """The client's errors as ours, with what to do."""
     try:
         yield

@@ -23,23 +23,23 @@ FINDING_COLUMNS = ("code", "severity", "title", "where", "measured", "threshold"
 LOSSES = ("validation_loss", "base_validation_loss", "train_loss")
 
 
-def row(records: Sequence[Record]) -> dict[str, Any]:
+def build_row(records: Sequence[Record]) -> dict[str, Any]:
     """All that happened at one step: numbers, and what is to be looked at."""
     values: dict[str, Any] = {}
     for record in records:
         values |= record.scalars
         if record.kind == "samples":
-            values["samples"] = _samples(record)
+            values["samples"] = _sample_table(record)
         elif record.kind == "histograms":
-            values |= dict(_histograms(record.values["histograms"]))
+            values |= dict(_build_histograms(record.values["histograms"]))
         elif record.kind in ("base", "validation"):
-            values["validation_table"] = _losses(record)
+            values["validation_table"] = _loss_table(record)
         elif record.verdict:
             values[f"{record.values['name']}/verdict"] = record.verdict
     return values
 
 
-def lens(run: RunRecord) -> dict[str, Any]:
+def build_lens_media(run: RunRecord) -> dict[str, Any]:
     """The lens's heat maps, findings and a row for each module; empty where it captured nothing. Takes seconds."""
     import plotly.graph_objects as go
     import wandb
@@ -58,26 +58,26 @@ def lens(run: RunRecord) -> dict[str, Any]:
     findings = [[getattr(finding, column) for column in FINDING_COLUMNS] for finding in analysis.findings]
     shown["lens/findings"] = wandb.Table(columns=list(FINDING_COLUMNS), data=findings)
     if modules := analysis.values()["results"].get("weights", {}).get("modules"):
-        shown["lens/modules"] = _table(list(modules[0]), (module.values() for module in modules))
+        shown["lens/modules"] = _build_table(list(modules[0]), (module.values() for module in modules))
     return shown
 
 
-def artifacts(run: RunRecord, run_id: str) -> Iterator[Any]:
+def build_artifacts(run: RunRecord, run_id: str) -> Iterator[Any]:
     """The adapter and the lens's report, as far as they are there; by reference to the run's files, not as copies."""
     import wandb
 
     if folder := run.intact_adapter:
         adapter = wandb.Artifact(f"adapter-{run_id}", type="model", metadata=_adapter_facts(run))
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            _add(adapter, file, file.relative_to(folder))
+            _add_file(adapter, file, file.relative_to(folder))
         yield adapter
     if (report := run.folder.reports / "lens.html").is_file():
         page = wandb.Artifact(f"lens-{run_id}", type="report")
-        _add(page, report, Path(report.name))
+        _add_file(page, report, Path(report.name))
         yield page
 
 
-def _add(artifact: Any, file: Path, name: Path) -> None:
+def _add_file(artifact: Any, file: Path, name: Path) -> None:
     artifact.add_file(str(file.absolute()), name=name.as_posix(), policy="immutable", skip_cache=True)
 
 
@@ -86,13 +86,13 @@ def _adapter_facts(run: RunRecord) -> dict[str, Any]:
     return {"base": run.config.model.id, "sha256": hash_file(run.folder.adapter / WEIGHTS), "run": run.run_id} | losses
 
 
-def _samples(record: Record) -> Any:
+def _sample_table(record: Record) -> Any:
     model = "base" if record.values["base"] else "adapter"
     rows = [[record.step, model, *(sample[name] for name in SAMPLE_COLUMNS)] for sample in record.values["samples"]]
-    return _table(["step", "model", *SAMPLE_COLUMNS], rows)
+    return _build_table(["step", "model", *SAMPLE_COLUMNS], rows)
 
 
-def _losses(record: Record) -> Any:
+def _loss_table(record: Record) -> Any:
     """A row for all, for each domain and each file: nats per supervised token."""
     model, values = "base" if record.kind == "base" else "adapter", record.values
     named = chain(
@@ -100,16 +100,16 @@ def _losses(record: Record) -> Any:
         (("domain", name, loss) for name, loss in values["by_domain"].items()),
         (("file", Path(name).name, loss) for name, loss in values["by_file"].items()),
     )
-    return _table(["step", "model", "by", "name", "loss"], ([record.step, model, *line] for line in named))
+    return _build_table(["step", "model", "by", "name", "loss"], ([record.step, model, *line] for line in named))
 
 
-def _table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Any:
+def _build_table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Any:
     import wandb
 
     return wandb.Table(columns=list(columns), data=[list(values) for values in rows])
 
 
-def _histograms(kinds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Any]]:
+def _build_histograms(kinds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Any]]:
     """`weights/MODULE.A` and the like, of equal bins."""
     import wandb
 

@@ -21,8 +21,8 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.display.notebook import notebook_console
 from training_lens.display.progress import Progress, create_bars
 from training_lens.errors import InterruptedRunError, TrainingLensError
-from training_lens.integrations.courier import Build, tracked
-from training_lens.integrations.integration_specs import asked_for
+from training_lens.integrations.courier import IntegrationFactory, send_while_training
+from training_lens.integrations.integration_specs import list_integrations
 from training_lens.models.adapters import ParameterCount, attach, count_parameters, describe
 from training_lens.models.factory import checkpoint_gradients, load_model
 from training_lens.models.fast.install import uninstall_kernels
@@ -83,7 +83,7 @@ class TrainingWrapper:
         *,
         console: Console | None = None,
         callbacks: tuple[Callback, ...] = (),
-        integrations: tuple[Build, ...] = (),
+        integrations: tuple[IntegrationFactory, ...] = (),
     ) -> None:
         quiet_libraries()
         self._config, self._console = config, console or notebook_console()
@@ -102,7 +102,7 @@ class TrainingWrapper:
 
     def _plan_run(self, global_batch: int | None = None) -> RunPlan:
         """The plan, whether the run is there already (to go on with it, with its global batch) or not."""
-        asked_for(self._config)  # a tracker that cannot be imported is wrong usage, and found before anything starts
+        list_integrations(self._config)  # finds a tracker that cannot be imported before anything starts
         base = Path(self._config.output.base_output_dir)
         require_writable(base, "output.base_output_dir")
         with _explain_file_errors():
@@ -134,7 +134,7 @@ class TrainingWrapper:
         *,
         console: Console | None = None,
         callbacks: tuple[Callback, ...] = (),
-        integrations: tuple[Build, ...] = (),
+        integrations: tuple[IntegrationFactory, ...] = (),
     ) -> TrainingSummary:
         """Go on with an unfinished run after its newest intact checkpoint, exactly as if it had not stopped.
 
@@ -202,7 +202,7 @@ class TrainingWrapper:
 
     def _send_while_training(self, run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
         """The run's integrations, which its main process has for all of them."""
-        return tracked(run, self._integrations) if plan.processes.is_main else nullcontext()
+        return send_while_training(run, self._integrations) if plan.processes.is_main else nullcontext()
 
     def _build_trainer(
         self, run: RunFolder, plan: RunPlan, fingerprint: str | None = None
