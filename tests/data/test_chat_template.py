@@ -47,6 +47,11 @@ def tokenizer(request: pytest.FixtureRequest, embedded_tokenizer: Any) -> Any:
     return tokenizer
 
 
+@pytest.fixture(scope="module")
+def template(tokenizer: Any) -> ChatTemplate:
+    return ChatTemplate(tokenizer)
+
+
 def answers(messages: list[Message]) -> list[int]:
     return [i for i, m in enumerate(messages) if m.role == "assistant"]
 
@@ -91,23 +96,22 @@ def test_all_templates_of_the_package_are_here() -> None:
 
 
 @pytest.mark.parametrize("messages", [ONE, TWO], ids=["one", "two"])
-def test_text_is_its_own_and_answers_are_exact(tokenizer: Any, messages: list[Message]) -> None:
-    template = ChatTemplate(tokenizer)
+def test_text_is_its_own_and_answers_are_exact(tokenizer: Any, template: ChatTemplate, messages: list[Message]) -> None:
     check(tokenizer, template, template.example(messages, (), answers(messages)), messages)
 
 
 @pytest.mark.parametrize("messages", [ONE, TWO], ids=["one", "two"])
-def test_the_prompt_is_what_training_puts_before_the_last_answer(tokenizer: Any, messages: list[Message]) -> None:
-    template = ChatTemplate(tokenizer)
+def test_the_prompt_is_what_training_puts_before_the_last_answer(
+    tokenizer: Any, template: ChatTemplate, messages: list[Message]
+) -> None:
     segments = template.example(messages, (), answers(messages))
     last = max(i for i, s in enumerate(segments) if s.response)
     asked = template.prompt(messages[:-1], ())
     assert "".join(s.text for s in asked) == "".join(s.text for s in segments[:last])
 
 
-def test_a_system_message_shows_or_is_refused(tokenizer: Any) -> None:
+def test_a_system_message_shows_or_is_refused(tokenizer: Any, template: ChatTemplate) -> None:
     messages = [Message("system", "Be brief."), *TWO]
-    template = ChatTemplate(tokenizer)
     try:
         segments = template.example(messages, (), answers(messages))
     except DatasetError as error:
@@ -116,8 +120,7 @@ def test_a_system_message_shows_or_is_refused(tokenizer: Any) -> None:
         assert "Be brief." in "".join(s.text for s in segments)
 
 
-def test_calls_are_found_with_their_ends(tokenizer: Any) -> None:
-    template = ChatTemplate(tokenizer)
+def test_calls_are_found_with_their_ends(tokenizer: Any, template: ChatTemplate) -> None:
     if not (template.tools and template.calls):
         pytest.skip("the template has no place for tools")
     call, said = [s.text for s in template.example(CALLING, (TOOL,), answers(CALLING)) if s.response]
@@ -128,8 +131,9 @@ def test_calls_are_found_with_their_ends(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("supervise", ["all", "last"])
-def test_with_tools_the_prompt_is_what_training_puts_before_the_last_answer(tokenizer: Any, supervise: str) -> None:
-    template = ChatTemplate(tokenizer)
+def test_with_tools_the_prompt_is_what_training_puts_before_the_last_answer(
+    tokenizer: Any, template: ChatTemplate, supervise: str
+) -> None:
     if not (template.tools and template.calls):
         pytest.skip("the template has no place for tools")
     learned = answers(CALLING) if supervise == "all" else answers(CALLING)[-1:]
@@ -160,8 +164,7 @@ def test_thoughts_are_learned_behind_the_generation_prompt_or_refused(tokenizer:
 
 
 @pytest.mark.parametrize("tokenizer", THINKERS, indirect=True)
-def test_without_thinking_thoughts_are_shown_as_they_are_or_refused(tokenizer: Any) -> None:
-    template = ChatTemplate(tokenizer)
+def test_without_thinking_thoughts_are_shown_as_they_are_or_refused(tokenizer: Any, template: ChatTemplate) -> None:
     try:
         segments = template.example(THOUGHTS, (), [1])
     except DatasetError as error:
@@ -172,16 +175,16 @@ def test_without_thinking_thoughts_are_shown_as_they_are_or_refused(tokenizer: A
     assert next(s.text for s in segments if s.response).startswith(THOUGHTS[1].text)
 
 
-def test_special_names_in_tools_and_calls_stay_text(tokenizer: Any) -> None:
-    if not ChatTemplate(tokenizer).tools:
+def test_special_names_in_tools_and_calls_stay_text(tokenizer: Any, template: ChatTemplate) -> None:
+    if not template.tools:
         pytest.skip("the template has no place for tools")
     name = next(n for n in sorted(special_names(tokenizer)) if "end" in n or "eot" in n)
+    renderer = build_renderer(DataSection(template="chat", supervise="last"), tokenizer)
     counts = []
     for text in ("plain", name):
         tool = {**TOOL, "function": {**TOOL["function"], "description": f"It {text} looks."}}
         call = Message("assistant", "", calls=({"name": "search", "arguments": {"q": text}},))
         chat = [*CALLING[:1], call, *CALLING[2:]]
-        renderer = build_renderer(DataSection(template="chat", supervise="last"), tokenizer)
         try:
             segments = renderer.example(Example(tuple(chat), None, "f", 1, (tool,)))
         except DatasetError:
