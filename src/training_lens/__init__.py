@@ -36,7 +36,7 @@ from training_lens.errors import (
 if TYPE_CHECKING:
     from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
     from training_lens.analysis.reports.standard import StandardReports
-    from training_lens.analysis.run import Run
+    from training_lens.analysis.run_reader import Run
     from training_lens.config.compose import compose
     from training_lens.config.schema import TrainingConfig
     from training_lens.integrations.hub import HuggingFaceIntegration
@@ -55,7 +55,7 @@ __getattr__, __dir__, _names = attach(
     {
         "training_lens.analysis.checkpoint_analyzer": ("CheckpointAnalyzer",),
         "training_lens.analysis.reports.standard": ("StandardReports",),
-        "training_lens.analysis.run": ("Run",),
+        "training_lens.analysis.run_reader": ("Run",),
         "training_lens.config.compose": ("compose",),
         "training_lens.config.schema": ("TrainingConfig",),
         "training_lens.integrations.hub": ("HuggingFaceIntegration",),

@@ -257,9 +257,9 @@ def study(world: World, folder: Path, draw: random.Random) -> Call:
     """A sweep's database, in its bytes or in a value of a table, opened and gone on with."""
     from training_lens.sweeps.leaderboard import leaderboard
     from training_lens.sweeps.recommendation import recommend
-    from training_lens.sweeps.report import best_yaml
     from training_lens.sweeps.space import Space
     from training_lens.sweeps.study import SharedStudy, reachable
+    from training_lens.sweeps.sweep_report import best_yaml
     from training_lens.sweeps.worker import Worker
 
     place, config = Path(shutil.copytree(world.sweep, folder / "sweep")), study_config()

@@ -20,8 +20,8 @@ ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i 
 def bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the page and the collection of garbage, most of such a short sweep's time; `whole` keeps them."""
     if "whole" not in request.fixturenames:
-        monkeypatch.setattr("training_lens.sweeps.report._figures", lambda *_: [])
-        monkeypatch.setattr("training_lens.sweeps.report.write_page", lambda *_: None)
+        monkeypatch.setattr("training_lens.sweeps.sweep_report._figures", lambda *_: [])
+        monkeypatch.setattr("training_lens.sweeps.sweep_report.write_page", lambda *_: None)
         monkeypatch.setattr("training_lens.sweeps.runner._free_memory", lambda: None)
 
 

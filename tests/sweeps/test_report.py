@@ -14,8 +14,8 @@ from training_lens.config.compose import compose, validate_values
 from training_lens.config.schema import TrainingConfig
 from training_lens.sweeps.leaderboard import Leaderboard, Row, importances
 from training_lens.sweeps.recommendation import MOST_BLOCKS, Recommendation, paired_interval, recommend, sum_blocks
-from training_lens.sweeps.report import best_yaml
 from training_lens.sweeps.space import Space
+from training_lens.sweeps.sweep_report import best_yaml
 
 BEST = Row(0, "finished", 1.0, {"peft.r": 4}, 1.0, "trial-0000-abcd", None, None)
 

@@ -21,7 +21,7 @@ from training_lens.utils.formatting import format_count, format_seconds
 
 if TYPE_CHECKING:
     from training_lens.analysis.logs import Log
-    from training_lens.analysis.run import Run
+    from training_lens.analysis.run_reader import Run
     from training_lens.display.html import Part
 
 LOSS_AXES = ("step", "loss, nats per supervised token")

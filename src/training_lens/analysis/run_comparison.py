@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from plotly.graph_objects import Figure
 
-    from training_lens.analysis.run import Run
+    from training_lens.analysis.run_reader import Run
     from training_lens.display.html import Part
 
 SHOWN = (

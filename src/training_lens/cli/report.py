@@ -66,7 +66,7 @@ def report(
         folder.mkdir(parents=True, exist_ok=True)
         analysis = analyzer.analyze()
         if other:
-            from training_lens.analysis.reports.comparing import comparison
+            from training_lens.analysis.reports.comparison_report import comparison
 
             beside = comparison(analysis, other.analyze())
             written = beside.write(folder, format.value)

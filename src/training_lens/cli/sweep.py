@@ -54,7 +54,7 @@ def _nothing_finished(board: Leaderboard) -> str:
 
 def _show_trial(screen: Screen, row: Row) -> None:
     """One line as a trial ends."""
-    from training_lens.sweeps.report import shown
+    from training_lens.sweeps.sweep_report import shown
 
     ends = {"finished": f"validation loss {row.validation_loss or 0:.4f}", "failed": f"failed: {row.error}"}
     end = ends.get(row.state, f"{row.state} at {row.validation_loss or 0:.4f}")
@@ -68,7 +68,7 @@ def _show(screen: Screen, result: SweepResult) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from training_lens.sweeps.report import leaderboard_table, sentence
+    from training_lens.sweeps.sweep_report import leaderboard_table, sentence
 
     show, board = screen.console.print, result.leaderboard
     found = leaderboard_table(board)

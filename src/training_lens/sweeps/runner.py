@@ -27,9 +27,9 @@ from training_lens.evaluation.evaluator import LossReport
 from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.sweeps.leaderboard import Leaderboard, Row, leaderboard, row_of
 from training_lens.sweeps.recommendation import Recommendation, recommend, sum_blocks
-from training_lens.sweeps.report import write_results
 from training_lens.sweeps.space import Space
 from training_lens.sweeps.study import SharedStudy, free_settings, reachable
+from training_lens.sweeps.sweep_report import write_results
 from training_lens.sweeps.trials import FINISHED, is_default, run_id
 from training_lens.sweeps.worker import Worker
 from training_lens.training.loop.callbacks import Callback

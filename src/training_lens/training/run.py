@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 import training_lens
-from training_lens.analysis.run import Run
+from training_lens.analysis.run_reader import Run
 from training_lens.config.run_config import RESUME_KEYS, locate_outputs, open_run_config, remember_consent
 from training_lens.config.schema import TrainingConfig
 from training_lens.display.notebook import notebook_console

@@ -43,7 +43,7 @@ class TrainingSummary:
 
     def _repr_html_(self) -> str | None:
         """In a notebook, the run's card; its numbers alone (None) where the folder is gone by then."""
-        from training_lens.analysis.run import Run
+        from training_lens.analysis.run_reader import Run
 
         try:
             return Run(self.run_dir)._repr_html_()

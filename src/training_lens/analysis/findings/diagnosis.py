@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from training_lens.analysis.findings.converged import converged
+from training_lens.analysis.findings.convergence import converged
 from training_lens.analysis.findings.finding import Finding
 from training_lens.analysis.findings.layer_findings import layers
 from training_lens.analysis.findings.memorization import memorization

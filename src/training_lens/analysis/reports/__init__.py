@@ -6,9 +6,9 @@ from training_lens._lazy import attach
 
 __getattr__, __dir__, __all__ = attach(
     {
-        "training_lens.analysis.reports.comparing": ("comparison",),
+        "training_lens.analysis.reports.comparison_report": ("comparison",),
         "training_lens.analysis.reports.executive": ("three_lines",),
-        "training_lens.analysis.reports.report": ("Report",),
+        "training_lens.analysis.reports.report_document": ("Report",),
         "training_lens.analysis.reports.standard": ("KINDS", "StandardReports"),
     }
 )

@@ -9,7 +9,7 @@ import numpy as np
 
 from training_lens.analysis.reports.executive import in_numbers, verdict
 from training_lens.analysis.reports.facts import certificate_of
-from training_lens.analysis.reports.report import Report
+from training_lens.analysis.reports.report_document import Report
 from training_lens.analysis.run_verdict import find_verdict
 from training_lens.display.html import Callout, Picture, Table
 

@@ -15,7 +15,7 @@ from training_lens.analysis.reports.facts import (
     losses,
     missing,
 )
-from training_lens.analysis.reports.report import Report
+from training_lens.analysis.reports.report_document import Report
 from training_lens.analysis.run_verdict import find_verdict
 from training_lens.display.html import BulletList, Callout
 from training_lens.evaluation.verdict import ORDER, Verdict

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from training_lens.analysis.reports.report import Format, Report
+from training_lens.analysis.reports.report_document import Format, Report
 from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:

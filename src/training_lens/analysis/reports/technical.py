@@ -16,7 +16,7 @@ from training_lens.analysis.reports.facts import (
     losses,
     missing,
 )
-from training_lens.analysis.reports.report import Report
+from training_lens.analysis.reports.report_document import Report
 from training_lens.analysis.run_verdict import find_verdict
 from training_lens.core import table_names as tables
 from training_lens.display.html import BulletList, Picture, Table

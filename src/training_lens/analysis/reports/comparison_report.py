@@ -13,7 +13,7 @@ from training_lens.analysis.figures.run_figures import loss
 from training_lens.analysis.figures.style import alike
 from training_lens.analysis.reports.executive import WRONG, in_numbers
 from training_lens.analysis.reports.facts import certificate_of, changed, losses
-from training_lens.analysis.reports.report import Report
+from training_lens.analysis.reports.report_document import Report
 from training_lens.analysis.reports.technical import LOSS_CAPTION, cell, marked_steps
 from training_lens.display.html import Picture, PictureGrid, Table
 from training_lens.errors import LensError
