@@ -15,9 +15,9 @@ import tempfile
 from pathlib import Path
 
 from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
-from training_lens.analysis.figures.catalogue import by_name
-from training_lens.analysis.reports.executive import verdict
-from training_lens.analysis.reports.facts import changed, losses
+from training_lens.analysis.figures.catalogue import find_figure
+from training_lens.analysis.reports.executive import build_verdict
+from training_lens.analysis.reports.facts import read_changes, read_losses
 from training_lens.analysis.run_verdict import find_verdict
 from training_lens.display.html import Picture, write_page
 from training_lens.runs.run_lookup import find_run
@@ -42,11 +42,11 @@ def main() -> None:
 def write_part_of_report(run: Path, page: Path) -> None:
     """A page with the verdict, whether it learned, and how strongly each layer is changed."""
     analysis = CheckpointAnalyzer(run).analyze()
-    drawing = by_name("update_strength")
+    drawing = find_figure("update_strength")
     parts = [
-        verdict(analysis.findings, find_verdict(analysis.recording)),
-        losses(analysis.recording).sentence(),
-        changed(analysis.recording).sentence(),
+        build_verdict(analysis.findings, find_verdict(analysis.recording)),
+        read_losses(analysis.recording).as_sentence(),
+        read_changes(analysis.recording).as_sentence(),
         Picture(drawing.title, drawing.draw(analysis.recording), drawing.caption),
     ]
     write_page(page, "What the lens saw", parts)

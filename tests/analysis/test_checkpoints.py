@@ -113,7 +113,7 @@ def test_weights_kept_the_other_way_round_and_embeddings_are_found(tmp_path: Pat
     """GPT-2 keeps (in, out), in files without the model's first name; an embedding's A reads tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from training_lens.analysis.saved_adapters import base_weights, open_adapter
+    from training_lens.analysis.saved_adapters import open_adapter, open_base_weights
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=1, n_head=2))
     state = {n.removeprefix("transformer."): p.detach().clone() for n, p in model.named_parameters()}
@@ -123,7 +123,7 @@ def test_weights_kept_the_other_way_round_and_embeddings_are_found(tmp_path: Pat
     targets = ["attn.c_proj", "c_fc", "wte"]
     peft_folder(model, tmp_path / "adapter", target_modules=targets, fan_in_fan_out=True)
     adapter = open_adapter(tmp_path / "adapter")
-    weights = base_weights(adapter, tmp_path / "base")
+    weights = open_base_weights(adapter, tmp_path / "base")
     assert weights is not None and len(adapter.records) == 3
     for record in adapter.records:
         found = weights.weight(record)

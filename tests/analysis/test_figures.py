@@ -10,9 +10,16 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from training_lens.analysis.figures import DRAWINGS, ActivationVisualizer, alike, cost, loss, spikes
-from training_lens.analysis.figures.catalogue import by_name
-from training_lens.analysis.figures.style import heat_map
+from training_lens.analysis.figures import (
+    REPORT_FIGURES,
+    ActivationVisualizer,
+    find_spikes,
+    match_scales,
+    plot_cost,
+    plot_loss,
+)
+from training_lens.analysis.figures.catalogue import find_figure
+from training_lens.analysis.figures.style import plot_heat_map
 from training_lens.collectors.layer_activations import LayerStates
 from training_lens.collectors.token_positions import Positions
 from training_lens.core import table_names as tables
@@ -32,7 +39,7 @@ def _trace(figure: go.Figure, name: str) -> Any:
 
 def test_update_strength_is_the_median_of_each_layers_modules(record: Record) -> None:
     weights, base = {"norm_update": NORMS}, {"norm": np.full((1, 5), 10.0)}
-    figure = by_name("update_strength").draw(record({tables.WEIGHTS: (STEPS, weights), tables.BASE: ([0], base)}))
+    figure = find_figure("update_strength").draw(record({tables.WEIGHTS: (STEPS, weights), tables.BASE: ([0], base)}))
     heat = figure.data[0]
     assert list(heat.y) == ["0", "1", "outside"] and list(heat.x) == STEPS
     assert heat.z[0, 2] == pytest.approx((11 + 12) / 2 / 10)
@@ -40,7 +47,7 @@ def test_update_strength_is_the_median_of_each_layers_modules(record: Record) ->
 
 
 def test_without_the_base_the_change_itself_is_drawn_and_said_so(record: Record) -> None:
-    figure = by_name("update_strength").draw(record({tables.WEIGHTS: (STEPS, {"norm_update": NORMS})}))
+    figure = find_figure("update_strength").draw(record({tables.WEIGHTS: (STEPS, {"norm_update": NORMS})}))
     assert figure.data[0].z[0, 0] == pytest.approx(np.hypot(1, 2))
     assert "not seen" in figure.data[0].colorbar.title.text
 
@@ -48,17 +55,17 @@ def test_without_the_base_the_change_itself_is_drawn_and_said_so(record: Record)
 def test_kinds_are_lines_of_the_modules_of_all_layers(record: Record) -> None:
     gradients = {"norm_a": NORMS, "norm_b": 0 * NORMS, "cosine_mean": NORMS / 20}
     recording = record({tables.GRADIENTS: (STEPS, gradients)})
-    norms = by_name("gradient_norm_by_kind").draw(recording)
+    norms = find_figure("gradient_norm_by_kind").draw(recording)
     assert _trace(norms, "q").y[0] == pytest.approx(np.hypot(1, 3))
     assert [trace.name for trace in norms.data] == ["q", "v", "lm_head"]
-    assert _trace(by_name("gradient_cosine").draw(recording), "v").y[2] == pytest.approx((12 + 14) / 2 / 20)
+    assert _trace(find_figure("gradient_cosine").draw(recording), "v").y[2] == pytest.approx((12 + 14) / 2 / 20)
 
 
 def test_gradients_are_coloured_by_their_power_of_ten_and_hover_shows_the_number(record: Record) -> None:
     norms = np.full((3, 5), 1e-3)
     norms[1] = 0.0
     recording = record({tables.GRADIENTS: (STEPS, {"norm_a": norms, "norm_b": 0 * norms})})
-    heat = by_name("gradient_norm").draw(recording).data[0]
+    heat = find_figure("gradient_norm").draw(recording).data[0]
     assert heat.z[2, 0] == pytest.approx(-3) and heat.z[2, 1] == pytest.approx(-3)
     assert heat.customdata[2, 1] == 0 and heat.customdata[0, 0] == pytest.approx(np.sqrt(2) * 1e-3)
 
@@ -67,7 +74,7 @@ def test_what_is_not_finite_is_marked_and_not_drawn_as_a_number(record: Record) 
     norms = NORMS.copy()
     norms[1, 2], norms[2, 4] = np.nan, np.inf
     recording = record({tables.GRADIENTS: (STEPS, {"norm_a": norms, "norm_b": norms})})
-    heat, crosses = by_name("gradient_norm").draw(recording).data
+    heat, crosses = find_figure("gradient_norm").draw(recording).data
     assert sorted(zip(crosses.x, crosses.y, strict=True)) == [(2, "1"), (3, "outside")]
     assert np.isnan(heat.z[1, 1]) and np.isnan(heat.z[2, 2])
 
@@ -76,24 +83,24 @@ def test_spectra_are_those_of_the_strongest_module_and_the_median_of_each_kind(r
     values = np.ones((2, 5, 4)) * [4.0, 2.0, 1.0, 0.5]
     values[:, 3] *= 3
     recording = record({tables.SPECTRA: ([1, 2], {"singular_values": values})})
-    over_steps, at_end = (by_name(name).draw(recording) for name in ("spectrum", "spectrum_by_kind"))
+    over_steps, at_end = (find_figure(name).draw(recording) for name in ("spectrum", "spectrum_by_kind"))
     assert list(_trace(over_steps, "2.").y) == [6, 6]
     assert list(_trace(at_end, "v").y) == [1, 0.5, 0.25, 0.125]
 
 
 def test_of_a_long_spectrum_twelve_lines_are_drawn_the_first_and_last_among_them(record: Record) -> None:
     values = np.ones((2, 5, 64)) * np.arange(64, 0, -1.0)
-    figure = by_name("spectrum").draw(record({tables.SPECTRA: ([1, 2], {"singular_values": values})}))
+    figure = find_figure("spectrum").draw(record({tables.SPECTRA: ([1, 2], {"singular_values": values})}))
     assert len(figure.data) == 12 and [figure.data[0].name, figure.data[-1].name] == ["1.", "64."]
 
 
 def test_balance_is_the_size_of_b_over_that_of_a(record: Record) -> None:
-    figure = by_name("balance").draw(record({tables.WEIGHTS: (STEPS, {"norm_a": 2 * NORMS, "norm_b": NORMS})}))
+    figure = find_figure("balance").draw(record({tables.WEIGHTS: (STEPS, {"norm_a": 2 * NORMS, "norm_b": NORMS})}))
     assert list(_trace(figure, "lm_head").y) == [0.5, 0.5, 0.5]
 
 
 def test_effective_rank_has_the_full_rank_as_its_brightest_colour(record: Record) -> None:
-    figure = by_name("effective_rank").draw(record({tables.SPECTRA: (STEPS, {"effective_rank": NORMS / 15})}))
+    figure = find_figure("effective_rank").draw(record({tables.SPECTRA: (STEPS, {"effective_rank": NORMS / 15})}))
     assert figure.data[0].zmax == 4 and figure.data[0].z[1, 0] == pytest.approx((3 + 4) / 2 / 15)
 
 
@@ -122,7 +129,7 @@ def test_the_loss_shows_validation_its_best_the_base_checkpoints_and_epochs(reco
         {tables.LOSS: (steps, {"loss": 3.0 - 0.1 * steps}), tables.EVALUATION: ([0, 5, 10, 15], judged)},
         settings={"steps_per_epoch": 10},
     )
-    figure = loss(recording, checkpoints=[10, 20])
+    figure = plot_loss(recording, checkpoints=[10, 20])
     assert list(_trace(figure, "training").y) == pytest.approx(3.0 - 0.1 * steps)
     best = _trace(figure, "best validation")
     assert (best.x[0], best.y[0]) == (10, 1.5)
@@ -134,44 +141,44 @@ def test_the_loss_shows_validation_its_best_the_base_checkpoints_and_epochs(reco
 def test_a_spike_is_found_and_a_steep_fall_and_noise_are_none() -> None:
     steps = np.arange(1, 401)
     values = 2 + 3 * np.exp(-steps / 5) + 0.02 * np.random.default_rng(0).standard_normal(400)
-    assert spikes(steps, values).size == 0
+    assert find_spikes(steps, values).size == 0
     values[200], values[300] = 9.0, np.nan
-    assert list(spikes(steps, values)) == [201, 301]
+    assert list(find_spikes(steps, values)) == [201, 301]
 
 
 def test_scatter_that_shrinks_with_the_loss_is_no_spike() -> None:
     """The noise of the first steps is far above that of the last in nats, and not in proportion."""
     steps = np.arange(1, 401)
     values = (9 * np.exp(-steps / 40) + 0.1) * np.random.default_rng(0).lognormal(0, 0.1, 400)
-    assert spikes(steps, values).size == 0
+    assert find_spikes(steps, values).size == 0
 
 
 def test_the_title_of_a_heat_maps_steps_keeps_clear_of_their_numbers(record: Record) -> None:
-    drawn = by_name("update_strength").draw(record({tables.WEIGHTS: (STEPS, {"norm_update": NORMS})}))
+    drawn = find_figure("update_strength").draw(record({tables.WEIGHTS: (STEPS, {"norm_update": NORMS})}))
     assert drawn.layout.yaxis.type == "category" and drawn.layout.xaxis.title.standoff > drawn.layout.font.size
 
 
 def test_a_loss_that_is_not_finite_has_a_cross_that_is_seen(record: Record) -> None:
-    figure = loss(record({tables.LOSS: ([1, 2, 3], {"loss": [3.0, 2.0, np.nan]})}))
+    figure = plot_loss(record({tables.LOSS: ([1, 2, 3], {"loss": [3.0, 2.0, np.nan]})}))
     crosses = next(trace for trace in figure.data if trace.name == "spike")
     assert (list(crosses.x), list(crosses.y)) == ([3], [3.0])
 
 
 def test_the_cost_is_a_bar_for_each_collector(record: Record) -> None:
-    figure = cost(record({}, cost={"spectra": 2.0, "flush": 0.5}))
+    figure = plot_cost(record({}, cost={"spectra": 2.0, "flush": 0.5}))
     assert dict(zip(figure.data[0].y, figure.data[0].x, strict=True)) == {"spectra": 2.0, "flush": 0.5}
 
 
 def test_a_recording_of_nothing_gives_figures_that_say_so(record: Record) -> None:
     empty = record({})
-    drawn = [drawing.draw(empty) for drawing in DRAWINGS] + [loss(empty), cost(empty)]
+    drawn = [figure.draw(empty) for figure in REPORT_FIGURES] + [plot_loss(empty), plot_cost(empty)]
     assert all(not figure.data and figure.layout.annotations[0].text for figure in drawn)
 
 
 def test_every_axis_has_a_title_and_every_figure_fits_its_page(record: Record) -> None:
     gradients = {"norm_a": NORMS, "norm_b": NORMS, "cosine_mean": NORMS}
     recording = record({tables.GRADIENTS: (STEPS, gradients)})
-    figures = [drawing.draw(recording) for drawing in DRAWINGS if recording.has(*drawing.of)]
+    figures = [figure.draw(recording) for figure in REPORT_FIGURES if recording.has(*figure.needs)]
     assert len(figures) == 3
     for figure in figures:
         assert figure.layout.xaxis.title.text == "step" and figure.layout.width is None
@@ -182,7 +189,7 @@ def test_a_module_named_as_markup_is_shown_as_text(record: Record) -> None:
     evil = "<a href='x'>layer</a>"
     of = (ModuleRecord(evil, None, evil, 4, 8, 8, 1.0),)
     recording = record({tables.GRADIENTS: ([1], {"norm_a": [[1.0]], "norm_b": [[1.0]]})}, of=of)
-    assert _trace(by_name("gradient_norm_by_kind").draw(recording), "&lt;a href=&#x27;x&#x27;&gt;layer&lt;/a&gt;")
+    assert _trace(find_figure("gradient_norm_by_kind").draw(recording), "&lt;a href=&#x27;x&#x27;&gt;layer&lt;/a&gt;")
 
 
 def test_a_thinned_line_keeps_its_ends_its_extremes_and_what_is_not_finite() -> None:
@@ -213,9 +220,9 @@ def test_a_short_run_is_drawn_whole() -> None:
 
 def test_two_figures_alike_have_one_scale_of_colours_and_axes() -> None:
     first, second = (
-        heat_map(Series(np.arange(1, n + 1), ("layer 0",), np.arange(1.0, n + 1)[:, None]), "size") for n in (3, 6)
+        plot_heat_map(Series(np.arange(1, n + 1), ("layer 0",), np.arange(1.0, n + 1)[:, None]), "size") for n in (3, 6)
     )
-    one, other = alike(first, second)
+    one, other = match_scales(first, second)
     assert one.data[0].zmin == other.data[0].zmin == 0 and one.data[0].zmax == other.data[0].zmax == 6
     assert one.layout.xaxis.range == other.layout.xaxis.range == (1, 6)
     assert first.data[0].zmax is None, "the figures that were given stay as they are"

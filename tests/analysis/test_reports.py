@@ -18,7 +18,7 @@ import torch
 from training_lens.analysis.checkpoint_analyzer import Analysis
 from training_lens.analysis.findings import Finding
 from training_lens.analysis.reports import KINDS, StandardReports, comparison, three_lines
-from training_lens.analysis.reports.facts import changed, losses
+from training_lens.analysis.reports.facts import read_changes, read_losses
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord
@@ -120,8 +120,8 @@ def test_no_report_is_fine_where_validation_is_not(
     judged: list[float], severity: str, kind: str, record: Record, tmp_path: Path
 ) -> None:
     before, after = judged
-    losses = {"loss": [np.nan, after], "base_loss": [before, np.nan]}
-    analysis = _analysis(record({tables.EVALUATION: ([0, 5], losses)}), FINE)
+    evaluation = {"loss": [np.nan, after], "base_loss": [before, np.nan]}
+    analysis = _analysis(record({tables.EVALUATION: ([0, 5], evaluation)}), FINE)
     words = StandardReports(analysis).write(tmp_path, kind, "md").read_text(encoding="utf-8")
     assert severity in words and "**Fine:" not in words
     assert severity.split(": ")[1] in three_lines(analysis)[2]
@@ -276,12 +276,14 @@ def test_each_of_the_three_lines_fits_a_screen_however_long_names_and_actions_ar
 def test_a_run_that_hardly_learned_is_not_told_that_it_did(record: Record) -> None:
     judged = {"loss": [np.nan, 9.83], "base_loss": [9.85, np.nan]}
     recording = record({tables.EVALUATION: ([0, 5], judged)})
-    assert losses(recording).sentence().startswith("Hardly: the validation loss was 9.8500 before and is 9.8300")
+    assert (
+        read_losses(recording).as_sentence().startswith("Hardly: the validation loss was 9.8500 before and is 9.8300")
+    )
 
 
 def test_validation_without_that_of_the_base_is_told_and_not_denied(record: Record) -> None:
     run = {tables.EVALUATION: ([5, 10], {"loss": [3.0, 2.5]}), tables.LOSS: ([1, 2], {"loss": [4.0, 3.0]})}
-    said = losses(record(run)).sentence()
+    said = read_losses(record(run)).as_sentence()
     assert "is 2.5000 at best (step 10)" in said and "before training was not captured" in said
     assert "The training loss fell" in said and "Without validation rows" not in said
 
@@ -291,9 +293,9 @@ def test_of_a_run_that_broke_the_last_whole_step_is_told(record: Record) -> None
     grown[3] = np.nan
     run = {tables.WEIGHTS: (steps, {"norm_update": grown}), tables.LOSS: (steps, {"loss": [3.0, 2.0, 1.0, np.nan]})}
     recording = record(run)
-    assert "This is after step 3: later weights are not finite." in changed(recording).sentence()
-    assert "Layers" in changed(recording).sentence() and "(at step 3)" in changed(recording).brief()
-    assert losses(recording).sentence().endswith("From step 4 on, the training loss is not finite.")
+    assert "This is after step 3: later weights are not finite." in read_changes(recording).as_sentence()
+    assert "Layers" in read_changes(recording).as_sentence() and "(at step 3)" in read_changes(recording).as_phrase()
+    assert read_losses(recording).as_sentence().endswith("From step 4 on, the training loss is not finite.")
 
 
 def test_a_kind_or_format_that_is_not_there_is_refused_with_those_that_are(

@@ -42,7 +42,7 @@ def test_where_others_run_all_that_is_left_there_is_nothing_wrong(call: Call, se
     config = compose(overrides=[*settings, 'sweep.name="[b]"'])
     theirs = Sweep(config)
     with Worker(sweep_folder(config) / "workers") as worker:
-        assert theirs.study.claim(worker) is not None
+        assert theirs.study.claim_trial(worker) is not None
         result = call("sweep", *settings, 'sweep.name="[b]"', "--json")
     theirs.study.close()
     found = json.loads(result.stdout)

@@ -255,10 +255,10 @@ def mirror(world: World, folder: Path, draw: random.Random) -> Call:
 
 def study(world: World, folder: Path, draw: random.Random) -> Call:
     """A sweep's database, in its bytes or in a value of a table, opened and gone on with."""
-    from training_lens.sweeps.leaderboard import leaderboard
-    from training_lens.sweeps.recommendation import recommend
+    from training_lens.sweeps.leaderboard import build_leaderboard
+    from training_lens.sweeps.recommendation import recommend_trial
     from training_lens.sweeps.space import Space
-    from training_lens.sweeps.study import SharedStudy, reachable
+    from training_lens.sweeps.study import SharedStudy, explain_lost_storage
     from training_lens.sweeps.sweep_report import best_yaml
     from training_lens.sweeps.worker import Worker
 
@@ -270,13 +270,13 @@ def study(world: World, folder: Path, draw: random.Random) -> Call:
         change_row(database, draw)
 
     def call() -> None:
-        space = Space.of(config)
+        space = Space.from_config(config)
         opened = SharedStudy(config, space, place, {})
-        with reachable(config.sweep), Worker(place / "workers") as worker:
-            opened.claim(worker)
-            trials = opened.trials()
-            found = leaderboard(config.sweep.name, config.sweep.metric, trials, space)
-            if chosen := recommend(found, trials):
+        with explain_lost_storage(config.sweep), Worker(place / "workers") as worker:
+            opened.claim_trial(worker)
+            trials = opened.current_trials()
+            found = build_leaderboard(config.sweep.name, config.sweep.metric, trials, space)
+            if chosen := recommend_trial(found, trials):
                 best_yaml(found, chosen, config)
 
     return call

@@ -52,18 +52,18 @@ def _make_study(folder: Path) -> Path:
 
     folder.mkdir()
     config = study_config()
-    opened = SharedStudy(config, Space.of(config), folder, {}, {"peft.r": 4, "training.lr": 1e-3})
+    opened = SharedStudy(config, Space.from_config(config), folder, {}, {"peft.r": 4, "training.lr": 1e-3})
     with Worker(folder / "workers") as worker:
         for number in range(4):
-            trial = opened.claim(worker)
+            trial = opened.claim_trial(worker)
             assert trial is not None
-            opened.report(trial, 1, 2.0 - number)
+            opened.report_loss(trial, 1, 2.0 - number)
             opened.keep_losses(trial, [1.0, 2.0 - number, 3.0])
-            opened.finish(trial, 2.0 - number, seconds=1.0, run_dir="runs/x")
-        failed, released = opened.claim(worker), opened.claim(worker)
+            opened.finish_trial(trial, 2.0 - number, seconds=1.0, run_dir="runs/x")
+        failed, released = opened.claim_trial(worker), opened.claim_trial(worker)
         assert failed is not None and released is not None
-        opened.fail(failed, "out of memory")
-        opened.release(released)
+        opened.fail_trial(failed, "out of memory")
+        opened.release_trial(released)
     opened.close()
     return folder
 

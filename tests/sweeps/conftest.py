@@ -20,7 +20,7 @@ ROWS = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i 
 def bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out the page and the collection of garbage, most of such a short sweep's time; `whole` keeps them."""
     if "whole" not in request.fixturenames:
-        monkeypatch.setattr("training_lens.sweeps.sweep_report._figures", lambda *_: [])
+        monkeypatch.setattr("training_lens.sweeps.sweep_report._build_figures", lambda *_: [])
         monkeypatch.setattr("training_lens.sweeps.sweep_report.write_page", lambda *_: None)
         monkeypatch.setattr("training_lens.sweeps.runner._free_memory", lambda: None)
 
@@ -55,7 +55,7 @@ def open_study(tmp_path: Path) -> Iterator[Callable[..., SharedStudy]]:
     opened: list[SharedStudy] = []
 
     def open_one(config: TrainingConfig, **rows: str) -> SharedStudy:
-        opened.append(SharedStudy(config, Space.of(config), tmp_path, rows))
+        opened.append(SharedStudy(config, Space.from_config(config), tmp_path, rows))
         return opened[-1]
 
     yield open_one

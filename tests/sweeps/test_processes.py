@@ -48,4 +48,4 @@ def test_killed_and_started_again_by_two_processes_nothing_is_repeated(
     assert [line for line in trials if " finished " not in line] == []
     assert len(written) >= 2 and {file: file.stat().st_mtime_ns for file in written} == written
     assert len(list(runs.iterdir())) == 4
-    assert Sweep(config).run().leaderboard.count("finished") == 4  # nothing is left to run
+    assert Sweep(config).run().leaderboard.count_trials("finished") == 4  # nothing is left to run

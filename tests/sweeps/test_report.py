@@ -12,12 +12,18 @@ from optuna.trial import create_trial
 
 from training_lens.config.compose import compose, validate_values
 from training_lens.config.schema import TrainingConfig
-from training_lens.sweeps.leaderboard import Leaderboard, Row, importances
-from training_lens.sweeps.recommendation import MOST_BLOCKS, Recommendation, paired_interval, recommend, sum_blocks
+from training_lens.sweeps.leaderboard import Leaderboard, TrialRow, compute_importances
+from training_lens.sweeps.recommendation import (
+    MOST_BLOCKS,
+    Recommendation,
+    paired_interval,
+    recommend_trial,
+    sum_blocks,
+)
 from training_lens.sweeps.space import Space
 from training_lens.sweeps.sweep_report import best_yaml
 
-BEST = Row(0, "finished", 1.0, {"peft.r": 4}, 1.0, "trial-0000-abcd", None, None)
+BEST = TrialRow(0, "finished", 1.0, {"peft.r": 4}, 1.0, "trial-0000-abcd", None, None)
 
 
 @pytest.mark.parametrize(
@@ -45,14 +51,14 @@ def test_the_best_config_is_read_back_as_it_was(tmp_path: Path, values: dict[str
 
 
 def test_there_are_no_importances_where_all_losses_are_equal(sweep_config: Callable[..., TrainingConfig]) -> None:
-    space = Space.of(sweep_config(space={"peft.r": [2, 4, 8, 16]}))
+    space = Space.from_config(sweep_config(space={"peft.r": [2, 4, 8, 16]}))
 
     def trials(losses: list[float]) -> list[Any]:
-        points = zip(space.points(), losses, strict=True)
+        points = zip(space.list_points(), losses, strict=True)
         return [create_trial(params=p, distributions=space.distributions(), value=loss) for p, loss in points]
 
-    assert importances(trials([1.0] * 4)) == {}
-    assert importances(trials([1.0, 2.0, 3.0, 4.0])) == {"peft.r": 1.0}
+    assert compute_importances(trials([1.0] * 4)) == {}
+    assert compute_importances(trials([1.0, 2.0, 3.0, 4.0])) == {"peft.r": 1.0}
 
 
 def board_of(*losses: float | None, default: int | None = 0) -> tuple[Leaderboard, list[Any]]:
@@ -61,7 +67,9 @@ def board_of(*losses: float | None, default: int | None = 0) -> tuple[Leaderboar
     rows, trials = [], []
     for number, loss in enumerate(losses):
         state = "failed" if loss is None else "finished"
-        rows.append(Row(number, state, loss, {"peft.r": number}, 1.0, "", None, None, is_default=number == default))
+        rows.append(
+            TrialRow(number, state, loss, {"peft.r": number}, 1.0, "", None, None, is_default=number == default)
+        )
         blocks = None if loss is None else sum_blocks(10 * loss + noise[number] - noise[number].mean())
         trials.append(create_trial(value=loss or 0.0, user_attrs={"continues": number, "block_nll": blocks}))
     return Leaderboard("s", "validation_loss", tuple(sorted(rows, key=lambda r: r.validation_loss or 9)), {}), trials
@@ -79,15 +87,15 @@ def board_of(*losses: float | None, default: int | None = 0) -> tuple[Leaderboar
 def test_what_does_not_beat_the_default_settings_is_not_recommended(
     losses: tuple[float | None, ...], trial: int, reason: str
 ) -> None:
-    chosen = recommend(*board_of(*losses))
+    chosen = recommend_trial(*board_of(*losses))
     assert chosen is not None and chosen.row.trial == trial and reason in chosen.reason
     assert chosen.as_json()["is_default"] == (trial == 0)
 
 
 def test_a_study_of_an_earlier_version_recommends_its_best_trial() -> None:
-    chosen = recommend(*board_of(1.0, 0.999, default=None))
+    chosen = recommend_trial(*board_of(1.0, 0.999, default=None))
     assert chosen is not None and (chosen.row.trial, chosen.reason) == (1, "")
-    assert recommend(*board_of(None)) is None
+    assert recommend_trial(*board_of(None)) is None
 
 
 def test_the_interval_of_a_paired_difference_holds_what_is_true() -> None:
@@ -111,8 +119,10 @@ def test_blocks_keep_the_sum_and_are_few() -> None:
 
 def test_default_settings_are_a_point_where_the_space_has_them(sweep_config: Callable[..., TrainingConfig]) -> None:
     lr = {"low": 1e-4, "high": 1e-2, "log": True}
-    space = Space.of(sweep_config(space={"training.lr": lr, "peft.r": [2, 4], "peft.target_modules": ["auto", ["q"]]}))
+    space = Space.from_config(
+        sweep_config(space={"training.lr": lr, "peft.r": [2, 4], "peft.target_modules": ["auto", ["q"]]})
+    )
     values = {"training.lr": 3e-3, "peft.r": 4, "peft.target_modules": ["q"]}
-    assert space.locate(values) == {"training.lr": 3e-3, "peft.r": 4, "peft.target_modules": '["q"]'}
+    assert space.find_point(values) == {"training.lr": 3e-3, "peft.r": 4, "peft.target_modules": '["q"]'}
     for other in ({"training.lr": 1.0}, {"training.lr": None}, {"peft.r": 3}, {"peft.target_modules": ["k"]}):
-        assert space.locate({**values, **other}) is None
+        assert space.find_point({**values, **other}) is None

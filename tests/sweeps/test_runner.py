@@ -20,7 +20,7 @@ from training_lens.config.compose import compose
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError, InterruptedRunError, OutOfMemoryError, TrainingError
 from training_lens.runs.run_folder import RunFolder, runs_folder
-from training_lens.sweeps.leaderboard import Leaderboard, Row
+from training_lens.sweeps.leaderboard import Leaderboard, TrialRow
 from training_lens.sweeps.runner import Sweep
 from training_lens.sweeps.worker import Worker
 from training_lens.training.loop.lr_schedule import default_lr
@@ -47,11 +47,11 @@ def before_step(monkeypatch: pytest.MonkeyPatch, act: Callable[[Trainer, Any], N
 
 @pytest.mark.usefixtures("whole")
 def test_each_trial_is_a_run_and_the_best_one_trains_from_its_file(sweep_config: Config) -> None:
-    shown: list[Row] = []
+    shown: list[TrialRow] = []
     config = sweep_config(space={"training.lr": [1e-4, 1e-2], "peft.r": [2, 4]}, sampler="grid", trials=9)
     result = Sweep(config, on_trial=shown.append).run()
     board, best = result.leaderboard, result.leaderboard.best
-    assert best is not None and len(shown) == board.count("finished") == 5  # the grid, and the default settings
+    assert best is not None and len(shown) == board.count_trials("finished") == 5  # the grid, and the default settings
     assert (shown[0].trial, shown[0].is_default) == (0, True) and not any(row.is_default for row in shown[1:])
     assert shown[0].params == {"training.lr": default_lr(192), "peft.r": 4}
     losses = [row.validation_loss or 0 for row in board.rows]
@@ -88,7 +88,7 @@ def test_a_failed_trial_is_noted_and_the_sweep_goes_on(sweep_config: Config, mon
 
     before_step(monkeypatch, without_memory)
     board = Sweep(sweep_config(space={"peft.r": [2, 8]}, sampler="grid")).run().leaderboard
-    assert (board.count("finished"), board.count("failed")) == (2, 1)
+    assert (board.count_trials("finished"), board.count_trials("failed")) == (2, 1)
     failed = board.rows[-1]
     assert failed.params == {"peft.r": 8} and "does not fit into memory" in (failed.error or "")
 
@@ -100,7 +100,7 @@ def test_where_the_first_trials_all_fail_the_sweep_ends_with_the_reason(
         raise OutOfMemoryError("too large.")
 
     monkeypatch.setattr(TrainingWrapper, "train", broken)
-    shown: list[Row] = []
+    shown: list[TrialRow] = []
     with pytest.raises(TrainingError, match=r"the first 3 trials .* failed.*too large\."):
         Sweep(sweep_config(trials=9), on_trial=shown.append).run()
     assert [row.state for row in shown] == ["failed"] * 3
@@ -125,7 +125,7 @@ def test_an_interrupted_trial_is_gone_on_with(sweep_config: Config, monkeypatch:
     states = [row["state"] for row in json.loads((folder / "leaderboard.json").read_text())["rows"]]
     assert states == ["finished", "stopped"] and (folder / "best.yaml").is_file()
 
-    shown: list[Row] = []
+    shown: list[TrialRow] = []
     config.training.micro_batch_tokens = 512  # free to differ: the run takes this process's
     used = set[int]()
     before_step(monkeypatch, lambda trainer, _: used.add(trainer.settings.micro_batch_tokens))
@@ -148,11 +148,11 @@ def test_results_are_read_when_nobody_else_writes_them(sweep_config: Config) -> 
         with FileLock(mine.folder / "results.lock"):
             writing.set()
             time.sleep(0.2)
-            theirs.study.finish(trial, 1.0)
+            theirs.study.finish_trial(trial, 1.0)
             theirs.study.close()  # this thread's connection
 
     with Worker(mine.folder / "workers") as worker:
-        trial = theirs.study.claim(worker)
+        trial = theirs.study.claim_trial(worker)
         assert trial is not None
         other = Thread(target=end)
         other.start()
@@ -168,7 +168,7 @@ def test_a_signal_in_a_trials_last_step_ends_the_sweep(
     sweep_config: Config, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     before_step(monkeypatch, lambda _, plan: os.kill(os.getpid(), number) if plan.number == 2 else None)
-    shown: list[Row] = []
+    shown: list[TrialRow] = []
     with pytest.raises(InterruptedRunError, match="Start the same command again") as caught:
         Sweep(sweep_config(trials=2), on_trial=shown.append).run()
     assert caught.value.exit_code == 128 + number
@@ -241,7 +241,7 @@ def test_a_hopeless_trial_is_pruned(sweep_config: Config) -> None:
         sampler="grid",
         seed=3,
     )
-    shown: list[Row] = []
+    shown: list[TrialRow] = []
     board = Sweep(config, on_trial=shown.append).run().leaderboard
     states = {row.params["training.lr"]: row.state for row in shown}
     assert shown[0].state == "finished" and states[1e-6] == "pruned"  # the default settings are never pruned

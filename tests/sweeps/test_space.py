@@ -9,7 +9,7 @@ import pytest
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
-from training_lens.sweeps.proposals import propose, study_of
+from training_lens.sweeps.proposals import build_study, propose_point
 from training_lens.sweeps.space import Space
 
 Config = Callable[..., TrainingConfig]
@@ -25,9 +25,9 @@ MIXED = {
 
 def proposals(config: TrainingConfig, count: int) -> list[dict[str, Any]]:
     """What is proposed one after the other, where every trial ends with a loss at once."""
-    space, study = Space.of(config), study_of([])
+    space, study = Space.from_config(config), build_study([])
     for number in range(count):
-        params = propose(space, config.sweep, study.get_trials())
+        params = propose_point(space, config.sweep, study.get_trials())
         if params is None:
             break
         study.enqueue_trial(params)
@@ -38,9 +38,9 @@ def proposals(config: TrainingConfig, count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_what_is_proposed_is_within_the_space_and_becomes_a_config(sweep_config: Config, sampler: str) -> None:
     base = sweep_config(space=MIXED, sampler=sampler, trials=12)
-    space = Space.of(base)
+    space = Space.from_config(base)
     for params in proposals(base, 12):
-        config = space.config(base, params, {"run_id": "x"})
+        config = space.trial_config(base, params, {"run_id": "x"})
         assert 1e-5 <= (config.training.lr or 0) <= 1e-2
         assert config.training.batch_size in (2, 4, 6, 8)
         assert config.peft.lora_dropout in (0.0, 0.1, 0.2, 0.3)
@@ -63,33 +63,35 @@ def test_a_finite_space_is_tried_whole_without_a_repeat(sweep_config: Config, sa
     config = sweep_config(space=space, sampler=sampler)
     tried = proposals(config, 20)
     every = [{"peft.r": r, "peft.lora_dropout": d} for r in (2, 4, 8) for d in (0.0, 0.1, 0.2, 0.3)]
-    assert sorted(map(str, tried)) == sorted(map(str, every)) == sorted(map(str, Space.of(config).points()))
+    assert (
+        sorted(map(str, tried)) == sorted(map(str, every)) == sorted(map(str, Space.from_config(config).list_points()))
+    )
     assert tried != every  # drawn with the seed, so that a part of a grid is spread over it
 
 
 def test_a_grid_needs_an_end(sweep_config: Config) -> None:
     with pytest.raises(ConfigurationError, match=r"sweep\.space\.training\.lr: a grid of a continuous range"):
-        Space.of(sweep_config(space={"training.lr": LR, "peft.r": [4]}, sampler="grid"))
+        Space.from_config(sweep_config(space={"training.lr": LR, "peft.r": [4]}, sampler="grid"))
     with pytest.raises(ConfigurationError, match="over 10,000 points"):
-        Space.of(sweep_config(space={"training.seed": {"low": 0, "high": 10_000}}, sampler="grid"))
+        Space.from_config(sweep_config(space={"training.seed": {"low": 0, "high": 10_000}}, sampler="grid"))
 
 
 def test_without_a_space_there_is_nothing_to_search(sweep_config: Config) -> None:
     with pytest.raises(ConfigurationError, match="nothing to search"):
-        Space.of(sweep_config(space={}))
+        Space.from_config(sweep_config(space={}))
 
 
 def test_the_first_point_is_one_that_becomes_a_config(sweep_config: Config) -> None:
     cycles, schedulers = [3, 1], ["cosine", "cosine_with_restarts"]
     base = sweep_config(space={"training.scheduler_cycles": cycles, "training.scheduler": schedulers})
-    first = Space.of(base).first(base)
+    first = Space.from_config(base).first_valid_point(base)
     assert first == {"training.scheduler_cycles": 3, "training.scheduler": "cosine_with_restarts"}
     base = sweep_config(space={"training.scheduler_cycles": [3, 2], "training.lr": LR})
     with pytest.raises(ConfigurationError, match=r"with training.scheduler_cycles=3, training.lr=1e-05: .* 3 cycles"):
-        Space.of(base).first(base)
+        Space.from_config(base).first_valid_point(base)
 
 
 def test_values_that_do_not_go_together_are_named(sweep_config: Config) -> None:
     base = sweep_config(space={"training.scheduler_cycles": [1, 3]})
     with pytest.raises(ConfigurationError, match="3 cycles need scheduler=cosine_with_restarts"):
-        Space.of(base).config(base, {"training.scheduler_cycles": 3})
+        Space.from_config(base).trial_config(base, {"training.scheduler_cycles": 3})

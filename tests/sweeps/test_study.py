@@ -21,10 +21,10 @@ from sqlalchemy import event, text
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
 from training_lens.sweeps import worker as workers
-from training_lens.sweeps.leaderboard import leaderboard
+from training_lens.sweeps.leaderboard import build_leaderboard
 from training_lens.sweeps.space import Space
 from training_lens.sweeps.study import SharedStudy
-from training_lens.sweeps.trials import current, is_default, run_id, stands
+from training_lens.sweeps.trials import current_trials, is_default, is_valid_claim, run_id
 from training_lens.sweeps.worker import Worker, is_alive
 
 Config = Callable[..., TrainingConfig]
@@ -32,11 +32,11 @@ Open = Callable[..., SharedStudy]
 
 
 def states(study: SharedStudy, config: TrainingConfig) -> list[str]:
-    return [row.state for row in leaderboard("s", "m", study.trials(), Space.of(config)).rows]
+    return [row.state for row in build_leaderboard("s", "m", study.current_trials(), Space.from_config(config)).rows]
 
 
 def claimed(study: SharedStudy, worker: Worker) -> FrozenTrial:
-    claim = study.claim(worker)
+    claim = study.claim_trial(worker)
     assert claim is not None
     return claim
 
@@ -66,11 +66,11 @@ def test_processes_share_exactly_the_trials_wanted(sweep_config: Config, open_st
     with Worker(tmp_path) as one, Worker(tmp_path) as two:
         a, b = open_study(config), open_study(config)
         running = [claimed(study, worker) for study, worker in [(a, one), (b, two), (a, one), (b, two)]]
-        assert a.claim(one) is None and b.claim(two) is None
+        assert a.claim_trial(one) is None and b.claim_trial(two) is None
         assert len({trial.params["peft.r"] for trial in running}) == 4
         for trial in running:
-            b.finish(trial, 1.0 / (1 + trial.number))
-        assert a.claim(one) is None and states(a, config) == ["finished"] * 4
+            b.finish_trial(trial, 1.0 / (1 + trial.number))
+        assert a.claim_trial(one) is None and states(a, config) == ["finished"] * 4
 
 
 def test_of_claims_made_at_once_the_lowest_number_stands(
@@ -80,16 +80,16 @@ def test_of_claims_made_at_once_the_lowest_number_stands(
     config = sweep_config(space={"peft.r": [2, 4]}, trials=2)
     study = open_study(config)
     with Worker(tmp_path) as worker:
-        first, same, other = (study._create({"peft.r": r}, worker) for r in (2, 2, 4))
+        first, same, other = (study._create_trial({"peft.r": r}, worker) for r in (2, 2, 4))
         everything = [first, same, other]
-        assert [stands(claim, everything, wanted=3) for claim in everything] == [True, False, True]
-        assert [stands(claim, everything, wanted=1) for claim in everything] == [True, False, False]
-        study._end(first, TrialState.FAIL)  # two processes then go on with the run of one that was left
-        left = study.newest(first)
-        again = [study._create(left.params, worker, left) for _ in range(2)]
-        assert [stands(claim, [left, same, other, *again], wanted=3) for claim in again] == [True, False]
+        assert [is_valid_claim(claim, everything, wanted=3) for claim in everything] == [True, False, True]
+        assert [is_valid_claim(claim, everything, wanted=1) for claim in everything] == [True, False, False]
+        study._end_trial(first, TrialState.FAIL)  # two processes then go on with the run of one that was left
+        left = study.read_trial(first)
+        again = [study._create_trial(left.params, worker, left) for _ in range(2)]
+        assert [is_valid_claim(claim, [left, same, other, *again], wanted=3) for claim in again] == [True, False]
         assert {run_id(claim) for claim in again} == {run_id(first)}
-        assert [t.number for t in current([left, *again])] == [again[0].number]
+        assert [t.number for t in current_trials([left, *again])] == [again[0].number]
 
 
 def test_what_a_killed_process_left_is_gone_on_with_at_once(
@@ -111,16 +111,16 @@ def test_what_a_killed_process_left_is_gone_on_with_at_once(
     assert child.stdout is not None
     with child, Worker(tmp_path / "workers") as mine:
         lock = Path(child.stdout.readline().strip())
-        theirs = study._create({"training.lr": 1e-3}, mine)
-        study._storage.set_trial_user_attr(study._id(theirs), "lock", str(lock))
-        study.report(theirs, 1, 0.5)
-        assert study.claim(mine) is None and is_alive(mine.attributes)
+        theirs = study._create_trial({"training.lr": 1e-3}, mine)
+        study._storage.set_trial_user_attr(study._trial_id(theirs), "lock", str(lock))
+        study.report_loss(theirs, 1, 0.5)
+        assert study.claim_trial(mine) is None and is_alive(mine.trial_attributes)
         child.send_signal(signal.SIGKILL)
         child.wait()
         again = claimed(study, mine)
         assert run_id(again) == run_id(theirs) and again.params == theirs.params
         assert again.intermediate_values == {1: 0.5}
-        assert not lock.exists() and study.claim(mine) is None
+        assert not lock.exists() and study.claim_trial(mine) is None
 
 
 def test_a_trial_is_lost_again_where_its_loss_could_not_be_written(
@@ -133,7 +133,7 @@ def test_a_trial_is_lost_again_where_its_loss_could_not_be_written(
     with Worker(tmp_path / "workers") as mine:
         event.listen(study._storage.engine, "before_cursor_execute", refuse_updates)
         with pytest.raises(OSError, match="No space left"):
-            study.claim(mine)
+            study.claim_trial(mine)
         event.remove(study._storage.engine, "before_cursor_execute", refuse_updates)
         assert run_id(claimed(study, mine)) == run_id(theirs)
         assert not dead.path.exists()
@@ -148,14 +148,14 @@ def test_a_process_of_another_machine_is_dead_when_its_pulse_stops(
         worker.host = "elsewhere"
         theirs = claimed(study, worker)
         worker.host = "here"
-        assert is_alive(theirs.user_attrs) is None and study.claim(worker) is None
+        assert is_alive(theirs.user_attrs) is None and study.claim_trial(worker) is None
         monkeypatch.setattr(workers, "PULSE_SECONDS", 0.05)
-        with study.pulse(theirs):
+        with study.send_heartbeats(theirs):
             last_heard(study, minutes_ago=10)
             wait_for_pulse(study)
-            assert study.claim(worker) is None
+            assert study.claim_trial(worker) is None
         last_heard(study, minutes_ago=4)
-        assert study.claim(worker) is None
+        assert study.claim_trial(worker) is None
         last_heard(study, minutes_ago=6)
         assert run_id(claimed(study, worker)) == run_id(theirs)
 
@@ -165,9 +165,9 @@ def test_a_process_that_stands_still_keeps_its_trial(sweep_config: Config, open_
     with Worker(tmp_path / "workers") as suspended, Worker(tmp_path / "workers") as mine:
         theirs = claimed(study, suspended)
         last_heard(study, minutes_ago=10)
-        assert study.claim(mine) is None
-        study.finish(theirs, 1.0)
-        assert study.newest(theirs).value == 1.0
+        assert study.claim_trial(mine) is None
+        study.finish_trial(theirs, 1.0)
+        assert study.read_trial(theirs).value == 1.0
 
 
 def test_a_trial_that_a_process_left_by_an_error_is_gone_on_with_at_once(
@@ -185,16 +185,16 @@ def test_deaths_are_counted_and_interrupts_are_none(sweep_config: Config, open_s
     study = open_study(sweep_config(trials=1))
     with Worker(tmp_path / "workers") as worker:
         for deaths in (0, 1, 2):
-            study.release(claimed(study, worker))
+            study.release_trial(claimed(study, worker))
             trial = claimed(study, worker)
-            assert study.deaths(trial) == deaths
-            study._end(trial, TrialState.FAIL)  # as of a process found dead
+            assert study.count_deaths(trial) == deaths
+            study._end_trial(trial, TrialState.FAIL)  # as of a process found dead
 
 
 def test_a_lock_that_cannot_be_read_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Worker(tmp_path) as worker:
         monkeypatch.setattr("os.open", denied)
-        assert is_alive(worker.attributes) is None
+        assert is_alive(worker.trial_attributes) is None
 
 
 def denied(path: object, *_: object) -> int:
@@ -205,23 +205,23 @@ def test_stopped_trials_stay_where_enough_have_ended(sweep_config: Config, open_
     config = sweep_config(trials=2)
     study = open_study(config)
     with Worker(tmp_path) as worker:
-        study.finish(claimed(study, worker), 1.0)
-        study.release(claimed(study, worker))
+        study.finish_trial(claimed(study, worker), 1.0)
+        study.release_trial(claimed(study, worker))
         fewer = open_study(sweep_config(trials=1))
-        assert fewer.claim(worker) is None and states(study, config) == ["finished", "stopped"]
+        assert fewer.claim_trial(worker) is None and states(study, config) == ["finished", "stopped"]
 
 
 def test_failed_trials_count_and_are_not_tried_again(sweep_config: Config, open_study: Open, tmp_path: Path) -> None:
     config = sweep_config(space={"peft.r": [2, 4, 8]}, trials=2)
     study = open_study(config)
     with Worker(tmp_path) as worker:
-        study.fail(claimed(study, worker), "out of memory.")
-        study.finish(claimed(study, worker), 1.0, seconds=2.0)
-        assert study.claim(worker) is None and states(study, config) == ["finished", "failed"]
+        study.fail_trial(claimed(study, worker), "out of memory.")
+        study.finish_trial(claimed(study, worker), 1.0, seconds=2.0)
+        assert study.claim_trial(worker) is None and states(study, config) == ["finished", "failed"]
         more = open_study(sweep_config(space={"peft.r": [2, 4, 8]}, trials=9))
-        more.finish(claimed(more, worker), 0.5)
-        assert more.claim(worker) is None  # the space is tried whole
-        assert len({trial.params["peft.r"] for trial in more.trials()}) == 3
+        more.finish_trial(claimed(more, worker), 0.5)
+        assert more.claim_trial(worker) is None  # the space is tried whole
+        assert len({trial.params["peft.r"] for trial in more.current_trials()}) == 3
 
 
 def test_another_config_or_space_is_refused_with_the_difference(sweep_config: Config, open_study: Open) -> None:
@@ -257,7 +257,7 @@ def test_the_database_is_in_the_folder_whatever_its_name(sweep_config: Config, t
     for name in ("a?b=1", "a%41", "a#b", "{a}"):
         folder = tmp_path / name
         folder.mkdir()
-        SharedStudy(config, Space.of(config), folder, {}).close()
+        SharedStudy(config, Space.from_config(config), folder, {}).close()
         assert (folder / "study.db").is_file()
 
 
@@ -283,16 +283,16 @@ DEFAULT = {"training.lr": 3e-3}
 def test_the_default_settings_are_tried_first_and_once(sweep_config: Config, tmp_path: Path) -> None:
     """By one of the processes; where it dies, the next goes on with them."""
     config = sweep_config(trials=3)
-    study = SharedStudy(config, Space.of(config), tmp_path, {}, DEFAULT)
+    study = SharedStudy(config, Space.from_config(config), tmp_path, {}, DEFAULT)
     with Worker(tmp_path / "workers") as worker:
         first, second = claimed(study, worker), claimed(study, worker)
         assert (first.params, first.user_attrs["default"]) == (DEFAULT, DEFAULT) and not is_default(second)
         study.keep_losses(first, [1.0, 2.0])
-        study.release(first)
+        study.release_trial(first)
         again = claimed(study, worker)
         assert run_id(again) == run_id(first) and is_default(again) and again.user_attrs["block_nll"] == [1.0, 2.0]
-        study.finish(again, 1.0)
-        study.finish(second, 2.0)
+        study.finish_trial(again, 1.0)
+        study.finish_trial(second, 2.0)
         assert not is_default(claimed(study, worker))
     study.close()
 
@@ -305,7 +305,7 @@ def test_a_study_of_an_earlier_version_goes_on_without_them(
     noted = earlier._study.user_attrs["config"]
     lacking = {key: value for key, value in noted.items() if key not in ("training.warmup_steps", "data.csv")}
     earlier._study.set_user_attr("config", lacking)
-    study = SharedStudy(config, Space.of(config), tmp_path, {}, DEFAULT)
+    study = SharedStudy(config, Space.from_config(config), tmp_path, {}, DEFAULT)
     with Worker(tmp_path / "workers") as worker:
         assert not is_default(claimed(study, worker))
     study.close()

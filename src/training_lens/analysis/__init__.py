@@ -15,7 +15,7 @@ from training_lens._lazy import attach
 __getattr__, __dir__, __all__ = attach(
     {
         "training_lens.analysis.adapter_analyzers": ("LoRAParameterAnalyzer",),
-        "training_lens.analysis.checkpoint_analyzer": ("Analysis", "CheckpointAnalyzer", "Comparison"),
+        "training_lens.analysis.checkpoint_analyzer": ("Analysis", "CheckpointAnalyzer", "AdapterComparison"),
         "training_lens.analysis.figures.activation_figures": ("ActivationVisualizer",),
         "training_lens.analysis.open_recording": ("open_recording",),
         "training_lens.analysis.reports.comparison_report": ("comparison",),
@@ -30,5 +30,5 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.collectors.layer_activations": ("ActivationExtractor",),
         "training_lens.collectors.lora_activation_collector": ("LoRAActivationTracker",),
     },
-    aliases={"WeightAnalyzer": "LoRAAnalyzer"},
+    aliases={"Comparison": "AdapterComparison", "WeightAnalyzer": "LoRAAnalyzer"},
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.linalg import matrix_norm
 
-from training_lens.analysis.saved_adapters import base_weights, open_adapter
+from training_lens.analysis.saved_adapters import open_adapter, open_base_weights
 from training_lens.analyzers.module_groups import number, numbers
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.core.types import ModuleRecord
@@ -29,7 +29,7 @@ class AdaptedWeight:
     magnitude: Tensor | None = None
     weight: Tensor | None = None
 
-    def parameters(self) -> dict[str, Any]:
+    def describe_factors(self) -> dict[str, Any]:
         """What A and B say by themselves; `singular_values` are those of dW, falling."""
         scaling = self.record.scaling
         singular = spectra.singular_values(self.a, self.b, scaling)
@@ -45,7 +45,7 @@ class AdaptedWeight:
             "top_ratio": number(spectra.top_ratio(self.a, self.b)),
         }
 
-    def against_base(self, *, intruders: bool) -> dict[str, Any]:
+    def compare_with_base(self, *, intruders: bool) -> dict[str, Any]:
         """What the change is to W; nothing where W is unknown. Of DoRA, all but the last two: its low-rank part."""
         if self.weight is None:
             return {}
@@ -57,15 +57,15 @@ class AdaptedWeight:
             "strength": number(spectra.strength(spectra.update_norm(a, b, scaling), matrix_norm(weight))),
             "top_strength": number(spectra.strength(singular[0], top)),
             "amplification": number(spectra.amplification(weight, a, b, scaling, directions)) if directions else None,
-            **(self._intruders(weight) if intruders else {}),
-            **self._dora(weight),
+            **(self._measure_intruders(weight) if intruders else {}),
+            **self._measure_dora_change(weight),
         }
 
-    def _intruders(self, weight: Tensor) -> dict[str, Any]:
+    def _measure_intruders(self, weight: Tensor) -> dict[str, Any]:
         found = spectra.intruders(weight, self.a, self.b, self.record.scaling)
         return {"intruders": number(found.count), "intruder_energy_share": number(found.energy_share)}
 
-    def _dora(self, weight: Tensor) -> dict[str, Any]:
+    def _measure_dora_change(self, weight: Tensor) -> dict[str, Any]:
         if self.magnitude is None:
             return {}
         changes = spectra.dora_change(weight, self.a, self.b, self.record.scaling, self.magnitude)
@@ -93,7 +93,7 @@ class LoRAParameterAnalyzer:
     def __init__(self, adapter: Path | str | Any, base: Path | str | None = None) -> None:
         saved = isinstance(adapter, Path | str)
         self._opened = open_adapter(expand_home(adapter)) if saved else None
-        self._weights = base_weights(self._opened, base) if self._opened else None
+        self._weights = open_base_weights(self._opened, base) if self._opened else None
         self._modules = () if saved else adapter_modules(adapter)
 
     def table(self, *, intruders: bool = True) -> list[dict[str, Any]]:
@@ -108,8 +108,8 @@ class LoRAParameterAnalyzer:
         """
         return [
             {"module": one.record.name, "layer": one.record.layer, "kind": one.record.kind, "rank": one.record.rank}
-            | one.parameters()
-            | one.against_base(intruders=intruders)
+            | one.describe_factors()
+            | one.compare_with_base(intruders=intruders)
             for one in self.weights()
         ]
 
@@ -117,16 +117,16 @@ class LoRAParameterAnalyzer:
     def weights(self) -> Iterator[AdaptedWeight]:
         """Each module with its factors and its W, one after the other: one W is in memory at a time."""
         if self._opened is None:
-            yield from map(_of_module, self._modules)
+            yield from map(_read_adapted_weight, self._modules)
             return
-        updates = self._opened.factors()
+        updates = self._opened.read_factors()
         for record in self._opened.records:
             update = updates[record.name]
-            weight = self._weights.weight(record) if self._weights else None
+            weight = self._weights.read_weight(record) if self._weights else None
             yield AdaptedWeight(record, update.a, update.b, update.magnitude, weight)
 
 
-def _of_module(module: AdapterModule) -> AdaptedWeight:
+def _read_adapted_weight(module: AdapterModule) -> AdaptedWeight:
     a, b = module.a.detach(), module.b.detach()
     if module.frozen_a is not None and module.frozen_b is not None:
         a, b = torch.cat([a, module.frozen_a]), torch.cat([b, module.frozen_b], 1)

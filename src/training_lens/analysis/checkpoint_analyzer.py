@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training_lens.analysis.evolution import By, evolution
+from training_lens.analysis.evolution import read_evolution
 from training_lens.analysis.open_recording import open_recording
-from training_lens.analyzers.module_groups import number, numbers
+from training_lens.analyzers.module_groups import By, number, numbers
 from training_lens.analyzers.saved_factors import snapshot_factors
 from training_lens.analyzers.similarity_analyzer import Likeness, SimilarityAnalyzer, directions, likenesses
 from training_lens.core import table_names as tables
@@ -47,13 +47,13 @@ class Analysis:
             "run": self.recording.name,
             "folder": str(self.recording.folder),
             "status": self.recording.status,
-            "results": _plain(self.results),
-            "findings": [_plain(asdict(finding)) for finding in self.findings],
+            "results": _to_json(self.results),
+            "findings": [_to_json(asdict(finding)) for finding in self.findings],
         }
 
 
 @dataclass(frozen=True)
-class Comparison:
+class AdapterComparison:
     """How alike the last adapters of two runs are, module by module.
 
     `steps` are the two compared; `only_first` and `only_second` the modules that one alone adapts.
@@ -111,10 +111,10 @@ class CheckpointAnalyzer:
         for name in AnalyzerRegistry.names():
             analyzer = AnalyzerRegistry.get(name)()
             if analyzer.can_read(self.recording):
-                results |= self._result(analyzer)
+                results |= self._run_analyzer(analyzer)
         return Analysis(self.recording, results, diagnose(self.recording))
 
-    def _result(self, analyzer: DataAnalyzer) -> dict[str, Mapping[str, Any]]:
+    def _run_analyzer(self, analyzer: DataAnalyzer) -> dict[str, Mapping[str, Any]]:
         try:
             return {analyzer.name: analyzer.analyze(self.recording)}
         except Exception as error:
@@ -124,8 +124,8 @@ class CheckpointAnalyzer:
             return {}
 
     def evolution(self, measure: str, by: By = "module") -> Series:
-        """See `analysis.evolution.evolution`."""
-        return evolution(self.recording, measure, by)
+        """See `analysis.evolution.read_evolution`."""
+        return read_evolution(self.recording, measure, by)
 
     def adapter(self, step: int | None = None) -> dict[str, Factors]:
         """A (rank, in) and B (out, rank) of each module, as they were kept; with PiSSA's frozen halves.
@@ -136,7 +136,7 @@ class CheckpointAnalyzer:
         Raises:
             LensError: there is no such snapshot.
         """
-        return snapshot_factors(self.recording, _last(self.recording) if step is None else step)
+        return snapshot_factors(self.recording, _last_snapshot_step(self.recording) if step is None else step)
 
     def similarity(self) -> Mapping[str, Any]:
         """How alike the snapshots are to the last one (see `SimilarityAnalyzer`).
@@ -152,19 +152,19 @@ class CheckpointAnalyzer:
             )
         return SimilarityAnalyzer().analyze(self.recording)
 
-    def compare(self, other: CheckpointAnalyzer | Path | str) -> Comparison:
+    def compare(self, other: CheckpointAnalyzer | Path | str) -> AdapterComparison:
         """How alike the last snapshots of two runs on one base are; their ranks may differ.
 
         Raises:
             LensError: a module has another shape there, the two have no module in common, or one has no snapshot.
         """
         there = other if isinstance(other, CheckpointAnalyzer) else CheckpointAnalyzer(other)
-        return compared(self.recording, there.recording)
+        return compare_adapters(self.recording, there.recording)
 
 
-def compared(first: Recording, second: Recording) -> Comparison:
+def compare_adapters(first: Recording, second: Recording) -> AdapterComparison:
     """How alike the last snapshots of two recordings are; raises as `CheckpointAnalyzer.compare` does."""
-    steps = (_last(first), _last(second))
+    steps = (_last_snapshot_step(first), _last_snapshot_step(second))
     here, there = snapshot_factors(first, steps[0]), snapshot_factors(second, steps[1])
     alike = likenesses(directions(first.modules, here), directions(second.modules, there))
     if not alike:
@@ -174,10 +174,10 @@ def compared(first: Recording, second: Recording) -> Comparison:
         )
     names = (first.name, second.name)
     in_order = {module.name: alike[module.name] for module in first.modules if module.name in alike}
-    return Comparison(names, steps, in_order, tuple(here.keys() - alike), tuple(there.keys() - alike))
+    return AdapterComparison(names, steps, in_order, tuple(here.keys() - alike), tuple(there.keys() - alike))
 
 
-def _last(recording: Recording) -> int:
+def _last_snapshot_step(recording: Recording) -> int:
     steps = recording.captures.snapshot_steps(tables.SNAPSHOTS)
     if not steps:
         raise LensError(
@@ -187,14 +187,14 @@ def _last(recording: Recording) -> int:
     return steps[-1]
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """Numbers, texts, lists and mappings as JSON has them."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): _to_json(each) for key, each in value.items()}
     if isinstance(value, np.ndarray):
-        return numbers(value) if value.ndim == 1 else [_plain(each) for each in value]
+        return numbers(value) if value.ndim == 1 else [_to_json(each) for each in value]
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_to_json(each) for each in value]
     if isinstance(value, float | np.floating):
         return number(value)
     return int(value) if isinstance(value, np.integer) else value

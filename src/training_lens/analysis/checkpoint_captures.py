@@ -63,7 +63,7 @@ class CheckpointCaptures:
         Raises:
             LensError: there is no such table, no such measure in it, or an adapter cannot be read any more.
         """
-        table = self._made(name)
+        table = self._read_table(name)
         for column in columns or ():
             if column not in table.column_names:
                 require_measure(table, column)
@@ -72,7 +72,7 @@ class CheckpointCaptures:
 
     def measures(self, name: str) -> tuple[str, ...]:
         """The measures of a table; raises as `table` does."""
-        return tuple(column for column in self._made(name).column_names if column not in (STEP, MODULE))
+        return tuple(column for column in self._read_table(name).column_names if column not in (STEP, MODULE))
 
     def series(self, table: str, measure: str) -> Series:
         """A scalar measure over time (see `core.arrow.series_of`); raises as `table` does, and for other measures."""
@@ -96,7 +96,7 @@ class CheckpointCaptures:
             there = ", ".join(map(str, self.snapshot_steps(table))) or "none"
             raise LensError(f"no checkpoint of step {step} among the snapshots of '{table}'; there are: {there}.")
         parts: dict[str, Tensor] = {}
-        for name, update in self._adapters[step].factors().items():
+        for name, update in self._adapters[step].read_factors().items():
             parts |= {f"{name}.a": update.a, f"{name}.b": update.b}
             parts |= {} if update.magnitude is None else {f"{name}.magnitude": update.magnitude}
         return parts
@@ -105,7 +105,7 @@ class CheckpointCaptures:
         """Nothing was captured while it was trained."""
         return {}
 
-    def _made(self, name: str) -> pa.Table:
+    def _read_table(self, name: str) -> pa.Table:
         if name not in self.tables():
             close = nearest_name(name, self.tables())
             hint = f"did you mean '{close}'?" if close else f"there are: {', '.join(self.tables())}."
@@ -116,24 +116,29 @@ class CheckpointCaptures:
             return self._base_table
         if name == tables.SNAPSHOTS:
             return arrow_table([])
-        return self._measured[name]
+        return self._adapter_tables[name]
 
     @cached_property
-    def _measured(self) -> dict[str, pa.Table]:
+    def _adapter_tables(self) -> dict[str, pa.Table]:
         """Weights and spectra, in one pass over the checkpoints."""
         weights: Rows = []
         spectral: Rows = []
         before: list[Stack] = []
         for step, adapter in sorted(self._adapters.items()):
-            updates = adapter.factors()
+            updates = adapter.read_factors()
             now = stacks(self._records, {name: Factors(u.a, u.b) for name, u in updates.items()})
-            weights.append((step, self._captured(now, [_weights(*pair) for pair in _paired(now, before)])))
-            found = self._captured(now, [_spectra(stack) for stack in now])
-            spectral.append((step, replace(found, scalars={**found.scalars, **self._dora(updates)})))
+            weights.append(
+                (
+                    step,
+                    self._collect_modules(now, [_measure_weights(*pair) for pair in _pair_with_previous(now, before)]),
+                )
+            )
+            found = self._collect_modules(now, [_measure_spectra(stack) for stack in now])
+            spectral.append((step, replace(found, scalars={**found.scalars, **self._measure_dora_changes(updates)})))
             before = now
         return {tables.WEIGHTS: arrow_table(weights), tables.SPECTRA: arrow_table(spectral)}
 
-    def _captured(self, stacked: Sequence[Stack], parts: Sequence[Mapping[str, Tensor]]) -> Captured:
+    def _collect_modules(self, stacked: Sequence[Stack], parts: Sequence[Mapping[str, Tensor]]) -> Captured:
         """What was measured of each stack, a row for each module; what is a matrix by stack is a vector by module."""
         place = {name: i for i, name in enumerate(name for stack in stacked for name in stack.names)}
         rows = [record.name for record in self._records]
@@ -148,16 +153,16 @@ class CheckpointCaptures:
                 vectors[measure] = [values[i] for i in order]
         return Captured(scalars, vectors, rows=rows)
 
-    def _dora(self, updates: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    def _measure_dora_changes(self, updates: Mapping[str, LowRank]) -> dict[str, Tensor]:
         """How far DoRA has moved the rows of each weight; nothing of other adapters, or without the base."""
         if self._base is None or all(update.magnitude is None for update in updates.values()):
             return {}
-        changes = [self._dora_of(record, updates[record.name], self._base) for record in self._records]
+        changes = [self._measure_dora_change(record, updates[record.name], self._base) for record in self._records]
         magnitude, direction = zip(*changes, strict=True)
         return {"magnitude_change": torch.tensor(magnitude), "direction_change": torch.tensor(direction)}
 
-    def _dora_of(self, record: ModuleRecord, update: LowRank, base: BaseWeights) -> tuple[float, float]:
-        weight = base.weight(record)
+    def _measure_dora_change(self, record: ModuleRecord, update: LowRank, base: BaseWeights) -> tuple[float, float]:
+        weight = base.read_weight(record)
         if weight is None or update.magnitude is None:
             return torch.nan, torch.nan
         magnitude, direction = spectra.dora_change(weight, update.a, update.b, update.factor, update.magnitude)
@@ -167,10 +172,10 @@ class CheckpointCaptures:
     def _base_table(self) -> pa.Table:
         """Each weight is read once, and let go before the next."""
         assert self._base is not None
-        known = [record for record in self._records if self._base.has(record)]
+        known = [record for record in self._records if self._base.has_weight(record)]
         norms, tops = [], []
         for record in known:
-            weight = self._base.weight(record)
+            weight = self._base.read_weight(record)
             assert weight is not None
             norms.append(matrix_norm(weight))
             tops.append(spectra.top_singular_value(weight))
@@ -178,13 +183,13 @@ class CheckpointCaptures:
         return arrow_table([(0, rows)])
 
 
-def _paired(now: Sequence[Stack], before: Sequence[Stack]) -> list[tuple[Stack, Stack | None]]:
+def _pair_with_previous(now: Sequence[Stack], before: Sequence[Stack]) -> list[tuple[Stack, Stack | None]]:
     """Each stack with the one before; checkpoints of one run are stacked alike."""
     earlier: Sequence[Stack | None] = before or [None] * len(now)
     return list(zip(now, earlier, strict=True))
 
 
-def _weights(now: Stack, before: Stack | None) -> dict[str, Tensor]:
+def _measure_weights(now: Stack, before: Stack | None) -> dict[str, Tensor]:
     unknown = torch.full((len(now.names),), torch.nan)
     return {
         "norm_a": matrix_norm(now.a),
@@ -195,7 +200,7 @@ def _weights(now: Stack, before: Stack | None) -> dict[str, Tensor]:
     }
 
 
-def _spectra(stack: Stack) -> dict[str, Tensor]:
+def _measure_spectra(stack: Stack) -> dict[str, Tensor]:
     singular = spectra.singular_values(stack.a, stack.b, stack.scaling)  # (modules, k)
     return {
         "singular_values": singular,

@@ -43,10 +43,10 @@ def export_tables(
     if standing and not force:
         raise OutputError(f"{standing[0]} is there already. Give --force to write over it, or another --output.")
     folder.mkdir(parents=True, exist_ok=True)
-    return {path: _write(recording.captures.table(name), format, path) for name, path in targets.items()}
+    return {path: _write_table(recording.captures.table(name), format, path) for name, path in targets.items()}
 
 
-def _write(table: pa.Table, format: str, path: Path) -> int:
+def _write_table(table: pa.Table, format: str, path: Path) -> int:
     """Gives its rows: while training runs, the next reading would have more."""
     with atomic_file(path) as temporary:
         WRITERS[format](table, temporary)
@@ -54,7 +54,7 @@ def _write(table: pa.Table, format: str, path: Path) -> int:
     return rows
 
 
-def _csv(table: pa.Table, path: Path) -> None:
+def _write_csv(table: pa.Table, path: Path) -> None:
     for i, field in enumerate(table.schema):
         if pa.types.is_list(field.type):
             texts = [None if row is None else " ".join(map(str, row)) for row in table.column(i).to_pylist()]
@@ -64,28 +64,28 @@ def _csv(table: pa.Table, path: Path) -> None:
     pyarrow.csv.write_csv(table, path)
 
 
-def _json(table: pa.Table, path: Path) -> None:
-    rows = [{name: _finite(value) for name, value in row.items()} for row in table.to_pylist()]
+def _write_json(table: pa.Table, path: Path) -> None:
+    rows = [{name: _replace_nonfinite(value) for name, value in row.items()} for row in table.to_pylist()]
     path.write_text(json.dumps(rows) + "\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def _replace_nonfinite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
     if isinstance(value, list):
-        return [_finite(v) for v in value]
+        return [_replace_nonfinite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _npz(table: pa.Table, path: Path) -> None:
+def _write_npz(table: pa.Table, path: Path) -> None:
     steps = np.unique(table.column(STEP).to_numpy())
     modules = table.column(MODULE).unique().to_pylist()
     measures = [field for field in table.schema if field.name not in (STEP, MODULE)]
-    arrays: dict[str, Any] = {field.name: _on_grid(table, field, steps, modules) for field in measures}
+    arrays: dict[str, Any] = {field.name: _fill_grid(table, field, steps, modules) for field in measures}
     with path.open("wb") as file:
         np.savez_compressed(file, **{"steps": steps, "modules": np.array(modules), **arrays})
 
 
-def _on_grid(table: pa.Table, field: pa.Field, steps: np.ndarray, modules: list[str]) -> np.ndarray:
+def _fill_grid(table: pa.Table, field: pa.Field, steps: np.ndarray, modules: list[str]) -> np.ndarray:
     """(steps, modules), of vectors (steps, modules, longest), as float32, which is how it was captured."""
     if pa.types.is_list(field.type):
         taken, vectors = vectors_of(table, field.name)
@@ -102,8 +102,8 @@ def _on_grid(table: pa.Table, field: pa.Field, steps: np.ndarray, modules: list[
 
 
 WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
-    "csv": _csv,
+    "csv": _write_csv,
     "parquet": pyarrow.parquet.write_table,
-    "json": _json,
-    "npz": _npz,
+    "json": _write_json,
+    "npz": _write_npz,
 }

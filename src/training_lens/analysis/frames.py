@@ -11,9 +11,13 @@ from training_lens.runs.metrics_log import read_metrics
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-OF_STEPS = ("epoch", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "seconds", "finite")
-WHOLE = {"tokens": "Int64", "supervised_tokens": "Int64", "finite": "boolean"}  # they stay so beside empty cells
-OF_SAMPLES = ("step", "base", "id", "prompt", "expected", "generated")
+STEP_COLUMNS = ("epoch", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "seconds", "finite")
+NULLABLE_TYPES = {
+    "tokens": "Int64",
+    "supervised_tokens": "Int64",
+    "finite": "boolean",
+}  # they stay so beside empty cells
+SAMPLE_COLUMNS = ("step", "base", "id", "prompt", "expected", "generated")
 
 
 def metrics_frame(path: Path) -> DataFrame:
@@ -25,23 +29,23 @@ def metrics_frame(path: Path) -> DataFrame:
     import pandas
 
     rows: dict[int, dict[str, Any]] = {}
-    for line in _lines(path):
-        rows.setdefault(line["step"], {}).update(_cells(line))
-    judged = dict.fromkeys(name for row in rows.values() for name in row if name not in OF_STEPS)
+    for line in _read_lines(path):
+        rows.setdefault(line["step"], {}).update(_row_cells(line))
+    judged = dict.fromkeys(name for row in rows.values() for name in row if name not in STEP_COLUMNS)
     index = pandas.Index(list(rows), name="step", dtype="int64")
-    columns = {name: [row.get(name) for row in rows.values()] for name in (*OF_STEPS, *judged)}
-    kinds = {name: WHOLE.get(name, "float64") for name in columns}
+    columns = {name: [row.get(name) for row in rows.values()] for name in (*STEP_COLUMNS, *judged)}
+    kinds = {name: NULLABLE_TYPES.get(name, "float64") for name in columns}
     return pandas.DataFrame(columns, index=index).astype(kinds).sort_index()
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     return read_metrics(path) if path.is_file() else []
 
 
-def _cells(line: Mapping[str, Any]) -> dict[str, Any]:
+def _row_cells(line: Mapping[str, Any]) -> dict[str, Any]:
     """What a line adds to the row of its step."""
     if line.get("kind") == "step":
-        return {name: line.get(name) for name in OF_STEPS}
+        return {name: line.get(name) for name in STEP_COLUMNS}
     if line.get("kind") not in ("base", "validation"):
         return {}
     parts = {**line.get("by_domain", {}), **line.get("by_file", {})}
@@ -56,10 +60,10 @@ def samples_frame(path: Path) -> DataFrame:
     """
     import pandas
 
-    return pandas.DataFrame(list(_samples(_lines(path))), columns=list(OF_SAMPLES))
+    return pandas.DataFrame(list(_iterate_samples(_read_lines(path))), columns=list(SAMPLE_COLUMNS))
 
 
-def _samples(lines: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _iterate_samples(lines: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for line in lines:
         for sample in line.get("samples", ()):
             yield {"step": line["step"], "base": line.get("base", False), **sample}

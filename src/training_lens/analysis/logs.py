@@ -19,7 +19,7 @@ from training_lens.utils.files import read_json
 
 TRAINER_STATE = "trainer_state.json"
 TRAINER_NAMES = {"loss": "loss", "grad_norm": "grad_norm", "learning_rate": "lr", "epoch": "epoch"}
-Row = tuple[str, int, dict[str, float]]  # table, step, measures
+LogRow = tuple[str, int, dict[str, float]]  # table, step, measures
 
 
 @dataclass(frozen=True)
@@ -39,32 +39,36 @@ class Log:
         return Series.empty() if found is None or measure not in found.column_names else series_of(found, measure)
 
 
-def our_log(metrics: Path, settings: Mapping[str, Any] | None = None) -> Log:
+def read_our_log(metrics: Path, settings: Mapping[str, Any] | None = None) -> Log:
     """The log of one of our runs; empty where there is no metrics.jsonl.
 
     Args:
         settings: of `LensManifest.settings`, what is known of the run besides: it stands over what the log tells.
     """
     lines = read_metrics(metrics) if metrics.is_file() else []
-    return Log(_tables(_our_rows(lines)), {**_told(lines), **(settings or {})})
+    return Log(_build_tables(_read_our_rows(lines)), {**_estimate_run_length(lines), **(settings or {})})
 
 
-def _told(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _estimate_run_length(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the last step says of the run's length."""
     last = next((line for line in reversed(lines) if line.get("kind") == "step" and line.get("epoch")), None)
     return {"steps_per_epoch": max(1, round(last["step"] / last["epoch"]))} if last else {}
 
 
-def _our_rows(lines: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+def _read_our_rows(lines: Iterable[Mapping[str, Any]]) -> Iterator[LogRow]:
     for line in lines:
         if line.get("kind") == "step":
-            yield tables.LOSS, line["step"], _numbers({name: line.get(name) for name in tables.MEASURES[tables.LOSS]})
+            yield (
+                tables.LOSS,
+                line["step"],
+                _drop_missing({name: line.get(name) for name in tables.MEASURES[tables.LOSS]}),
+            )
         elif line.get("kind") in ("validation", "base"):
             measure = "base_loss" if line["kind"] == "base" else "loss"
-            yield tables.EVALUATION, line["step"], _numbers({measure: line.get("loss")})
+            yield tables.EVALUATION, line["step"], _drop_missing({measure: line.get("loss")})
 
 
-def trainer_log(path: Path) -> Log:
+def read_trainer_log(path: Path) -> Log:
     """The log of the HF Trainer, of a trainer_state.json; its losses are means over the steps since the entry before.
 
     Raises:
@@ -73,7 +77,7 @@ def trainer_log(path: Path) -> Log:
     try:
         state = read_json(path)
         steps, epochs = state["max_steps"], state["num_train_epochs"]
-        rows = list(_trainer_rows(state["log_history"]))
+        rows = list(_read_trainer_rows(state["log_history"]))
         done = state["global_step"] >= steps > 0
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LensError(
@@ -81,10 +85,10 @@ def trainer_log(path: Path) -> Log:
             "read without losses."
         ) from error
     settings = {"total_steps": steps, "steps_per_epoch": max(1, round(steps / epochs)) if epochs else None}
-    return Log(_tables(rows), settings, "finished" if done else "unknown")
+    return Log(_build_tables(rows), settings, "finished" if done else "unknown")
 
 
-def trainer_step(path: Path) -> int:
+def read_trainer_step(path: Path) -> int:
     """The step after which a trainer_state.json was written.
 
     Raises:
@@ -96,20 +100,20 @@ def trainer_step(path: Path) -> int:
         raise LensError(f"{path} is damaged ({type(error).__name__}: {error}). Restore it, or move it away.") from error
 
 
-def _trainer_rows(history: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+def _read_trainer_rows(history: Iterable[Mapping[str, Any]]) -> Iterator[LogRow]:
     for entry in history:
         if "loss" in entry:
             given = {ours: entry.get(theirs) for theirs, ours in TRAINER_NAMES.items()}
-            yield tables.LOSS, int(entry["step"]), _numbers(given)
+            yield tables.LOSS, int(entry["step"]), _drop_missing(given)
         elif "eval_loss" in entry:
-            yield tables.EVALUATION, int(entry["step"]), _numbers({"loss": entry["eval_loss"]})
+            yield tables.EVALUATION, int(entry["step"]), _drop_missing({"loss": entry["eval_loss"]})
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+def _drop_missing(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def _tables(rows: Iterable[Row]) -> dict[str, pa.Table]:
+def _build_tables(rows: Iterable[LogRow]) -> dict[str, pa.Table]:
     """One table for each name; of two rows of one step, as a resumed run logs them, the later holds."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for table, step, values in rows:

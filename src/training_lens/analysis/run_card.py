@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training_lens.analysis.figures.run_figures import is_long, smooth
-from training_lens.analysis.reports.executive import WRONG, in_short, verdict
+from training_lens.analysis.figures.run_figures import is_long, smooth_line
+from training_lens.analysis.reports.executive import WRONG, build_verdict, summarize_finding
 from training_lens.analysis.run_verdict import find_verdict
 from training_lens.core import table_names as tables
 from training_lens.display.colors import COLOURS
@@ -31,7 +31,7 @@ def run_card(run: Run) -> str:
     """HTML of some kB, without a script; what data says in it is escaped."""
     drawing = render_chart([*loss_curves(run.log)], *LOSS_AXES)
     parts: list[Part] = [
-        Table("", ("run", run.run_id), list(_facts(run))),
+        Table("", ("run", run.run_id), list(_fact_rows(run))),
         SvgPicture(drawing, "At step 0: the base model.") if drawing else "No step is done yet.",
         *_found(run),
     ]
@@ -50,7 +50,7 @@ def loss_curves(log: Log, name: str = "", colour: str | None = None) -> Iterator
     if training.values.size:
         steps, values = training.steps, training.values[:, 0]
         kind = "training, median of equal parts" if is_long(steps) else "training"
-        line = smooth(steps, values) if is_long(steps) else (steps, values)
+        line = smooth_line(steps, values) if is_long(steps) else (steps, values)
         yield Curve(f"{name} {kind}".strip(), *line, colour or COLOURS[0])
     steps = np.concatenate([base.steps, judged.steps])
     if steps.size:
@@ -59,7 +59,7 @@ def loss_curves(log: Log, name: str = "", colour: str | None = None) -> Iterator
         yield Curve(called, steps, values, colour or COLOURS[2], dots=True, dashed=colour is not None)
 
 
-def _facts(run: Run) -> Iterator[tuple[str, str]]:
+def _fact_rows(run: Run) -> Iterator[tuple[str, str]]:
     """The rows of the table; what is not known yet is left out."""
     config, told = run.config, run.summary
     yield "model", config.model.id
@@ -86,6 +86,6 @@ def _found(run: Run) -> Iterator[Part]:
     except TrainingLensError as error:
         yield f"The lens tells nothing: {error}"
         return
-    yield verdict(findings, find_verdict(run.lens.recording))
-    if others := [in_short(finding) for finding in findings if finding.severity in WRONG][1:]:
+    yield build_verdict(findings, find_verdict(run.lens.recording))
+    if others := [summarize_finding(finding) for finding in findings if finding.severity in WRONG][1:]:
         yield BulletList(others)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from training_lens.analysis.figures.style import add_line, canvas, label
+from training_lens.analysis.figures.style import add_line, build_canvas, escape_label
 from training_lens.analysis.run_card import LOSS_AXES, loss_curves
 from training_lens.display.colors import COLOURS
 from training_lens.display.html import SvgPicture, Table, render_card
@@ -82,13 +82,13 @@ class RunComparison:
 
     def figure(self) -> Figure:
         """The losses of both on the same axes, to zoom into; validation is dashed."""
-        figure = canvas(*LOSS_AXES, height=420)
-        for curve in self._curves():
+        figure = build_canvas(*LOSS_AXES, height=420)
+        for curve in self._loss_curves():
             dash = "dash" if curve.dashed else "solid"
-            add_line(figure, curve.steps, curve.values, label(curve.name), color=curve.colour, dash=dash)
+            add_line(figure, curve.steps, curve.values, escape_label(curve.name), color=curve.colour, dash=dash)
         return figure
 
-    def _curves(self) -> list[Curve]:
+    def _loss_curves(self) -> list[Curve]:
         pairs = enumerate(zip(self.runs, self.names, strict=True))
         return [curve for place, (run, name) in pairs for curve in loss_curves(run.log, name, COLOURS[place])]
 
@@ -97,28 +97,30 @@ class RunComparison:
         return f"RunComparison of {self.names[0]} and {self.names[1]}: {differ}"
 
     def _repr_html_(self) -> str:
-        drawing = render_chart(self._curves(), *LOSS_AXES)
-        settings = [(key, *map(_said, values)) for key, values in self.config.items()]
+        drawing = render_chart(self._loss_curves(), *LOSS_AXES)
+        settings = [(key, *map(_format_setting, values)) for key, values in self.config.items()]
         parts: list[Part] = [
-            Table("", ("", *self.names), [("status", *(run.status for run in self._listed)), *self._numbers()]),
+            Table("", ("", *self.names), [("status", *(run.status for run in self._listed)), *self._number_rows()]),
             *([] if self.same_validation else [OTHER_ROWS]),
             Table("settings that differ", ("", *self.names), settings) if settings else "No setting differs.",
             SvgPicture(drawing, "Validation is dashed; at step 0 it is that of the base model.") if drawing else "",
         ]
         return render_card("Two runs", [part for part in parts if part])
 
-    def _numbers(self) -> list[tuple[str, ...]]:
+    def _number_rows(self) -> list[tuple[str, ...]]:
         """The rows of the table: what at least one of the two knows."""
         rows = [(name, [run.metrics.get(name) for run in self._listed]) for name in SHOWN]
-        return [(name.replace("_", " "), *map(_number, values)) for name, values in rows if values != [None, None]]
+        return [
+            (name.replace("_", " "), *map(_format_number, values)) for name, values in rows if values != [None, None]
+        ]
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4f}"
 
 
-def _said(value: Any) -> str:
+def _format_setting(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= VALUE_SHOWN else f"{text[: VALUE_SHOWN - 1]}…"

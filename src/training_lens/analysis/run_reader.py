@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
 from training_lens.analysis.frames import metrics_frame, samples_frame
-from training_lens.analysis.logs import Log, our_log
+from training_lens.analysis.logs import Log, read_our_log
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.config.run_config import read_run_config
 from training_lens.config.schema import TrainingConfig
@@ -148,7 +148,7 @@ class Run:
     @property
     def log(self) -> Log:
         """The losses of its journal as series: what figures are drawn of, also where the lens was off."""
-        return our_log(self.folder.metrics_file)
+        return read_our_log(self.folder.metrics_file)
 
     def answer(
         self, prompts: str | Sequence[str], *, adapter: bool = True, domain: str | None = None, **settings: Any
@@ -175,9 +175,9 @@ class Run:
 
     def figure(self) -> Figure:
         """Training and validation loss, with epochs, spikes and checkpoints, to zoom into."""
-        from training_lens.analysis.figures.run_figures import loss
+        from training_lens.analysis.figures.run_figures import plot_loss
 
-        return loss(self.log, list_checkpoint_steps(self.folder.checkpoints))
+        return plot_loss(self.log, list_checkpoint_steps(self.folder.checkpoints))
 
     def compare(self, other: Run | Path | str) -> RunComparison:
         """The two side by side: their settings, numbers and losses.
@@ -190,9 +190,9 @@ class Run:
         """
         from training_lens.analysis.run_comparison import RunComparison
 
-        return RunComparison(self, other if isinstance(other, Run) else Run(other, self._beside()))
+        return RunComparison(self, other if isinstance(other, Run) else Run(other, self._outputs_folder()))
 
-    def _beside(self) -> Path:
+    def _outputs_folder(self) -> Path:
         """The folder of outputs that the run is in; of a run that was moved out of one, that which was given."""
         return self.folder.root.parents[3] if is_in_place(self.folder) else self._base_output_dir
 

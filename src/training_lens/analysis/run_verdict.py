@@ -26,7 +26,7 @@ def find_verdict(recording: Recording) -> Verdict | None:
     None where the recording has no losses.
     """
     run = RunFolder(recording.folder)
-    if (compared := _compared(run)) is not None:
+    if (compared := _read_comparison_verdict(run)) is not None:
         return compared
     record = _training_record(recording)
     if record is None:
@@ -34,7 +34,7 @@ def find_verdict(recording: Recording) -> Verdict | None:
     return assess_training(record, str(run.root) if run.metadata.is_dir() else "")
 
 
-def _compared(run: RunFolder) -> Verdict | None:
+def _read_comparison_verdict(run: RunFolder) -> Verdict | None:
     path = run.reports / "compare.json"
     if not path.is_file():
         return None

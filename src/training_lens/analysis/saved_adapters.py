@@ -48,7 +48,7 @@ class SavedAdapter:
     records: tuple[ModuleRecord, ...]
     config: Mapping[str, Any]
 
-    def factors(self) -> dict[str, LowRank]:
+    def read_factors(self) -> dict[str, LowRank]:
         """A, B and magnitude of each module by its name, on the CPU, in the file's number type.
 
         Raises:
@@ -71,8 +71,8 @@ def open_adapter(folder: Path, step: int = 0) -> SavedAdapter:
     config = read_config(require_adapter(folder))
     require_plain(config, folder, "the lens", "be read", also=ELSEWHERE)
     shapes = saved_shapes(folder)
-    records = [_record(path, keys, shapes, config, folder) for path, keys in low_rank_keys(shapes).items()]
-    pairs = tuple(sorted((record for record in records if record), key=lambda record: _natural(record.name)))
+    records = [_build_record(path, keys, shapes, config, folder) for path, keys in low_rank_keys(shapes).items()]
+    pairs = tuple(sorted((record for record in records if record), key=lambda record: _natural_order(record.name)))
     if not pairs:
         raise AdapterError(
             f"{folder / WEIGHTS} holds no pair of LoRA matrices among its {len(shapes)} tensors. Give the folder that "
@@ -81,7 +81,7 @@ def open_adapter(folder: Path, step: int = 0) -> SavedAdapter:
     return SavedAdapter(folder, step, pairs, config)
 
 
-def _record(
+def _build_record(
     path: str, keys: Mapping[str, str], shapes: Shapes, config: Mapping[str, Any], folder: Path
 ) -> ModuleRecord | None:
     a, b = (shapes.get(keys.get(part, "")) for part in "AB")
@@ -97,7 +97,7 @@ def _record(
     return module_record(path, a, b, scaling_of(path, a[0], config), variant)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural_order(name: str) -> list[tuple[int, str]]:
     """A key that puts layers.10 behind layers.9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"[.]", name)]
 
@@ -113,14 +113,14 @@ def require_alike(adapters: list[SavedAdapter]) -> None:
         here, there = ({r.name: (r.rank, r.in_features, r.out_features) for r in x.records} for x in (first, other))
         wrong = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
         if wrong:
-            sizes = [_size(shapes.get(wrong[0])) for shapes in (here, there)]
+            sizes = [_describe_shape(shapes.get(wrong[0])) for shapes in (here, there)]
             raise LensError(
                 f"the checkpoints are not of one run: {wrong[0]} has {sizes[0]} in {first.folder}, and {sizes[1]} in "
                 f"{other.folder}. Give each run's checkpoints in a folder of their own."
             )
 
 
-def _size(shape: tuple[int, int, int] | None) -> str:
+def _describe_shape(shape: tuple[int, int, int] | None) -> str:
     return "rank {}, {} inputs and {} outputs".format(*shape) if shape else "no adapter"
 
 
@@ -149,20 +149,20 @@ class BaseWeights:
                     f"{folder / name} is broken or missing ({error}). Download the model again, whole."
                 ) from error
 
-    def weight(self, record: ModuleRecord) -> Tensor | None:
+    def read_weight(self, record: ModuleRecord) -> Tensor | None:
         """W of a module as (out, in), float32, on the CPU; None where the files have no such matrix."""
-        key = self._key(record)
+        key = self._find_key(record)
         if key is None:
             return None
         with safe_open(self._files[key], "pt") as file:
             weight: Tensor = file.get_tensor(key).float()
-        return weight.T if self._is_turned(weight.shape, record) else weight
+        return weight.T if self._is_transposed(weight.shape, record) else weight
 
-    def has(self, record: ModuleRecord) -> bool:
+    def has_weight(self, record: ModuleRecord) -> bool:
         """Whether the files have its weight."""
-        return self._key(record) is not None
+        return self._find_key(record) is not None
 
-    def _key(self, record: ModuleRecord) -> str | None:
+    def _find_key(self, record: ModuleRecord) -> str | None:
         """Its name in the files, which may lack the first parts of the module's path or have more of them."""
         wanted, shape = f"{record.name}.weight", (record.out_features, record.in_features)
         matching = [
@@ -172,12 +172,12 @@ class BaseWeights:
         ]
         return max(matching, key=lambda key: (key == wanted, len(key)), default=None)
 
-    def _is_turned(self, found: torch.Size, record: ModuleRecord) -> bool:
+    def _is_transposed(self, found: torch.Size, record: ModuleRecord) -> bool:
         shape = (record.out_features, record.in_features)
         return self._transposed if shape[0] == shape[1] else tuple(found) != shape
 
 
-def base_weights(adapter: SavedAdapter, base: Path | str | None = None) -> BaseWeights | None:
+def open_base_weights(adapter: SavedAdapter, base: Path | str | None = None) -> BaseWeights | None:
     """The weights of an adapter's base: of `base`, or of what its configuration names, where that is on this machine.
 
     Args:
@@ -199,7 +199,7 @@ def base_weights(adapter: SavedAdapter, base: Path | str | None = None) -> BaseW
         weights = None
     if base is not None and weights is None:
         raise LensError(f"base '{base}' is no folder, and no model of that id is in the hub's local cache.")
-    missing = [record.name for record in adapter.records if weights is None or not weights.has(record)]
+    missing = [record.name for record in adapter.records if weights is None or not weights.has_weight(record)]
     if base is not None and len(missing) == len(adapter.records):
         raise LensError(
             f"base '{base}' has none of the {len(missing)} weights that the adapter in {adapter.folder} changes, for "
@@ -214,6 +214,6 @@ def base_weights(adapter: SavedAdapter, base: Path | str | None = None) -> BaseW
     return weights if len(missing) < len(adapter.records) else None
 
 
-def holds_adapter(folder: Path) -> bool:
+def has_adapter_files(folder: Path) -> bool:
     """Whether a folder has an adapter's configuration or weights, of any kind."""
     return any((folder / name).is_file() for name in (CONFIG, WEIGHTS, "adapter_model.bin"))

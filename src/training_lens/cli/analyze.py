@@ -22,7 +22,7 @@ from training_lens.cli.common import (
 from training_lens.cli.lens import BaseFolder, RunPlace, opened_pair
 
 if TYPE_CHECKING:
-    from training_lens.analysis.checkpoint_analyzer import Analysis, CheckpointAnalyzer, Comparison
+    from training_lens.analysis.checkpoint_analyzer import AdapterComparison, Analysis, CheckpointAnalyzer
     from training_lens.analysis.findings import Finding
 
 Against = Annotated[
@@ -161,7 +161,7 @@ def _median(modules: Sequence[Mapping[str, Any]], measure: str, form: str) -> st
     return form.format(median(known)) if known else "-"
 
 
-def _show_likeness(screen: Screen, comparison: Comparison) -> None:
+def _show_likeness(screen: Screen, comparison: AdapterComparison) -> None:
     """The modules in which two runs differ most, and the median of all."""
     from rich.table import Table
     from rich.text import Text

@@ -8,7 +8,7 @@ from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen,
 from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:
-    from training_lens.sweeps.leaderboard import Leaderboard, Row
+    from training_lens.sweeps.leaderboard import Leaderboard, TrialRow
     from training_lens.sweeps.runner import SweepResult
 
 
@@ -27,7 +27,7 @@ def sweep(overrides: Overrides = None, config: ConfigFile = None, json: Json = F
 
         result = Sweep(settings, console=screen.console, on_trial=lambda row: _show_trial(screen, row)).run()
         _show(screen, result)
-        if result.leaderboard.best is None and not result.leaderboard.count("running"):
+        if result.leaderboard.best is None and not result.leaderboard.count_trials("running"):
             raise TrainingError(_nothing_finished(result.leaderboard))
         screen.result(_as_json(result))
 
@@ -37,7 +37,7 @@ def _as_json(result: SweepResult) -> dict[str, object]:
     return {
         "study": board.study,
         "metric": board.metric,
-        **{state: board.count(state) for state in ("finished", "pruned", "failed", "running", "stopped")},
+        **{state: board.count_trials(state) for state in ("finished", "pruned", "failed", "running", "stopped")},
         "best": best
         and {"trial": best.trial, "value": best.validation_loss, "params": best.params, "run_dir": best.run_dir},
         "recommended": result.recommendation and result.recommendation.as_json(),
@@ -52,13 +52,13 @@ def _nothing_finished(board: Leaderboard) -> str:
     return f"no trial of the sweep '{board.study}' finished. {said}"
 
 
-def _show_trial(screen: Screen, row: Row) -> None:
+def _show_trial(screen: Screen, row: TrialRow) -> None:
     """One line as a trial ends."""
-    from training_lens.sweeps.sweep_report import shown
+    from training_lens.sweeps.sweep_report import format_value
 
     ends = {"finished": f"validation loss {row.validation_loss or 0:.4f}", "failed": f"failed: {row.error}"}
     end = ends.get(row.state, f"{row.state} at {row.validation_loss or 0:.4f}")
-    params = " ".join(f"{key}={shown(value)}" for key, value in row.params.items())
+    params = " ".join(f"{key}={format_value(value)}" for key, value in row.params.items())
     name = f"{row.trial} (default settings)" if row.is_default else row.trial
     screen.console.print(f"trial {name}: {end}  {params}", markup=False, soft_wrap=True)
 
@@ -68,7 +68,7 @@ def _show(screen: Screen, result: SweepResult) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from training_lens.sweeps.sweep_report import leaderboard_table, sentence
+    from training_lens.sweeps.sweep_report import format_sentence, leaderboard_table
 
     show, board = screen.console.print, result.leaderboard
     found = leaderboard_table(board)
@@ -79,11 +79,12 @@ def _show(screen: Screen, result: SweepResult) -> None:
         table.add_row(*map(Text, cells))
     print_table(screen.console, table)
     if result.recommendation and result.recommendation.reason:
-        show(sentence(result.recommendation.reason), markup=False, soft_wrap=True)
+        show(format_sentence(result.recommendation.reason), markup=False, soft_wrap=True)
     if board.importances:
         shares = ", ".join(f"{key} {share:.0%}" for key, share in board.importances.items())
         show(f"what mattered  {shares}", markup=False, soft_wrap=True)
-    if board.count("running"):
-        show(f"{board.count('running')} trials still run in other processes; the last of them writes the whole result")
+    if board.count_trials("running"):
+        others = board.count_trials("running")
+        show(f"{others} trials still run in other processes; the last of them writes the whole result")
     for name, path in result.files.items():
         show(f"{name:<17} {path}", markup=False, soft_wrap=True)

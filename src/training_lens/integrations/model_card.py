@@ -215,15 +215,15 @@ class _Card:
     @cached_property
     def lens(self) -> dict[str, Any] | None:
         """What the lens saw; None where it was off."""
-        from training_lens.analysis.reports.facts import certificate_of, changed
+        from training_lens.analysis.reports.facts import read_certificate, read_changes
 
         if self._run.analysis is None:
             return None
         analysis = self._run.analysis.analyze()
         weights = analysis.results.get("weights", {})
         return {
-            "certificate": self._names.shorten_text(certificate_of(analysis.recording).sentence()),
-            "changed": self._names.shorten_text(changed(analysis.recording).sentence()),
+            "certificate": self._names.shorten_text(read_certificate(analysis.recording).as_sentence()),
+            "changed": self._names.shorten_text(read_changes(analysis.recording).as_sentence()),
             "layers": _format_shares(weights.get("share_by_layer", {})),
             "kinds": _format_shares(weights.get("share_by_kind", {})),
             "findings": [self._describe_finding(finding) for finding in analysis.findings],

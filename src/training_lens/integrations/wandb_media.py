@@ -44,13 +44,13 @@ def build_lens_media(run: RunRecord) -> dict[str, Any]:
     import plotly.graph_objects as go
     import wandb
 
-    from training_lens.analysis.figures.catalogue import DRAWINGS
+    from training_lens.analysis.figures.catalogue import REPORT_FIGURES
 
     if run.analysis is None:
         return {}
     try:
         recording, analysis = run.analysis.recording, run.analysis.analyze()
-        drawn: dict[str, go.Figure] = {d.name: d.draw(recording) for d in DRAWINGS if recording.has(*d.of)}
+        drawn: dict[str, go.Figure] = {d.name: d.draw(recording) for d in REPORT_FIGURES if recording.has(*d.needs)}
     except TrainingLensError as error:
         logger.warning("wandb: what the lens saw is not sent: %s", describe_error(error))
         return {}

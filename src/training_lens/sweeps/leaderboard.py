@@ -9,7 +9,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from training_lens.sweeps.proposals import study_of
+from training_lens.sweeps.proposals import build_study
 from training_lens.sweeps.space import Space
 from training_lens.sweeps.trials import first_number, is_default, is_lost, run_id
 
@@ -19,13 +19,13 @@ STATES = {
     TrialState.FAIL: "failed",
     TrialState.RUNNING: "running",
 }
-ORDER = ("finished", "pruned", "running", "stopped", "failed")
-TOP = 0.25  # share of the trials that count as good ones for the importances
-FEWEST = 4  # finished trials: with fewer, nothing can be said of importances
+STATE_ORDER = ("finished", "pruned", "running", "stopped", "failed")
+BEST_SHARE = 0.25  # share of the trials that count as good ones for the importances
+MINIMUM_TRIALS = 4  # finished trials: with fewer, nothing can be said of importances
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialRow:
     """One trial. `validation_loss` in nats per supervised token; of a pruned trial, its lowest until then.
 
     `state` is finished, pruned, running, stopped (its process ended; the next start goes on with it) or failed.
@@ -50,15 +50,15 @@ class Leaderboard:
 
     study: str
     metric: str
-    rows: tuple[Row, ...]
+    rows: tuple[TrialRow, ...]
     importances: dict[str, float]
 
     @property
-    def best(self) -> Row | None:
+    def best(self) -> TrialRow | None:
         """The finished trial of the lowest loss, or None."""
         return self.rows[0] if self.rows and self.rows[0].state == "finished" else None
 
-    def count(self, state: str) -> int:
+    def count_trials(self, state: str) -> int:
         """How many trials are in this state."""
         return sum(row.state == state for row in self.rows)
 
@@ -67,20 +67,20 @@ class Leaderboard:
         return asdict(self)
 
 
-def leaderboard(study: str, metric: str, trials: Sequence[FrozenTrial], space: Space) -> Leaderboard:
+def build_leaderboard(study: str, metric: str, trials: Sequence[FrozenTrial], space: Space) -> Leaderboard:
     """The leaderboard of a study's trials that count."""
-    rows = sorted((row_of(trial, space) for trial in trials), key=_rank)
-    return Leaderboard(study, metric, tuple(rows), importances(trials))
+    rows = sorted((build_row(trial, space) for trial in trials), key=_sort_key)
+    return Leaderboard(study, metric, tuple(rows), compute_importances(trials))
 
 
-def row_of(trial: FrozenTrial, space: Space) -> Row:
+def build_row(trial: FrozenTrial, space: Space) -> TrialRow:
     """A trial as people read it."""
     facts = trial.user_attrs
-    return Row(
+    return TrialRow(
         trial=first_number(trial),
         state="stopped" if is_lost(trial) else STATES[trial.state],
         validation_loss=trial.value,
-        params=facts["default"] if is_default(trial) else space.settings(trial.params),
+        params=facts["default"] if is_default(trial) else space.config_values(trial.params),
         seconds=facts.get("seconds"),
         run_id=run_id(trial),
         run_dir=facts.get("run_dir"),
@@ -89,11 +89,11 @@ def row_of(trial: FrozenTrial, space: Space) -> Row:
     )
 
 
-def _rank(row: Row) -> tuple[int, float, int]:
-    return ORDER.index(row.state), math.inf if row.validation_loss is None else row.validation_loss, row.trial
+def _sort_key(row: TrialRow) -> tuple[int, float, int]:
+    return STATE_ORDER.index(row.state), math.inf if row.validation_loss is None else row.validation_loss, row.trial
 
 
-def importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
+def compute_importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
     """How much each key decided whether a trial is among the best quarter, as shares of 1, largest first.
 
     PED-ANOVA (arXiv 2304.10255): the Pearson divergence between a key's distribution in the best quarter of the
@@ -103,6 +103,8 @@ def importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # a second: it brings sklearn
 
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.params]
-    if len(finished) < FEWEST or len({trial.value for trial in finished}) < 2:
+    if len(finished) < MINIMUM_TRIALS or len({trial.value for trial in finished}) < 2:
         return {}
-    return get_param_importances(study_of(finished), evaluator=PedAnovaImportanceEvaluator(target_quantile=TOP))
+    return get_param_importances(
+        build_study(finished), evaluator=PedAnovaImportanceEvaluator(target_quantile=BEST_SHARE)
+    )

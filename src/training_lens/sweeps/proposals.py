@@ -18,45 +18,45 @@ from training_lens.sweeps.space import Params, Space
 DRAWS = 100  # of a sampler that comes to tried points again and again, before a free one is drawn at random
 
 
-def propose(space: Space, settings: SweepSection, history: Sequence[FrozenTrial]) -> Params | None:
+def propose_point(space: Space, settings: SweepSection, history: Sequence[FrozenTrial]) -> Params | None:
     """A point that none of `history` has, or None where all were tried.
 
     Args:
         history: the trials so far, failed and running ones too, by number; with the seed, all that the draw depends on.
     """
-    tried = _tried(history)
+    tried = _tried_points(history)
     if settings.sampler != "grid":
-        drawn = _drawn(space, settings, history)
+        drawn = _draw_point(space, settings, history)
         if drawn is not None:
             return drawn
-    free = [point for point in space.points() if point not in tried] if space.size else []
-    return _shuffled(free, settings.seed)[0] if free else None
+    free = [point for point in space.list_points() if point not in tried] if space.size else []
+    return _shuffle_points(free, settings.seed)[0] if free else None
 
 
-def _drawn(space: Space, settings: SweepSection, history: Sequence[FrozenTrial]) -> Params | None:
+def _draw_point(space: Space, settings: SweepSection, history: Sequence[FrozenTrial]) -> Params | None:
     """A new point from the sampler; None where it finds none."""
-    tried = _tried(history)
+    tried = _tried_points(history)
     if space.size is not None and len(tried) >= space.size:
         return None
-    study = study_of(history, _sampler(settings, len(history)))
+    study = build_study(history, _build_sampler(settings, len(history)))
     distributions = space.distributions()
-    points = (space.point(study.ask(distributions).params) for _ in range(DRAWS))
+    points = (space.round_point(study.ask(distributions).params) for _ in range(DRAWS))
     return next((point for point in points if point not in tried), None)
 
 
-def _tried(history: Sequence[FrozenTrial]) -> list[Params]:
+def _tried_points(history: Sequence[FrozenTrial]) -> list[Params]:
     """The points of the trials; default settings outside of the space are none."""
     return [trial.params for trial in history if trial.params]
 
 
-def study_of(trials: Sequence[FrozenTrial], sampler: BaseSampler | None = None) -> optuna.Study:
+def build_study(trials: Sequence[FrozenTrial], sampler: BaseSampler | None = None) -> optuna.Study:
     """The trials alone, in order, as a study in memory."""
     study = optuna.create_study(sampler=sampler)
     study.add_trials(trials)
     return study
 
 
-def _sampler(settings: SweepSection, number: int) -> BaseSampler:
+def _build_sampler(settings: SweepSection, number: int) -> BaseSampler:
     seed = random.Random(f"{settings.seed}/{number}").getrandbits(32)
     if settings.sampler == "random":
         return RandomSampler(seed=seed)
@@ -64,6 +64,6 @@ def _sampler(settings: SweepSection, number: int) -> BaseSampler:
     return TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)  # running trials count as bad ones
 
 
-def _shuffled(points: list[Params], seed: int) -> list[Params]:
+def _shuffle_points(points: list[Params], seed: int) -> list[Params]:
     """The points by a key that each keeps while others are taken away: the order of a grid does not change."""
     return sorted(points, key=lambda point: random.Random(f"{seed}/{sorted(point.items())}").random())

@@ -10,10 +10,10 @@ from optuna.pruners import BasePruner, MedianPruner, NopPruner
 from optuna.trial import FrozenTrial
 
 from training_lens.config.schema import SweepSection
-from training_lens.sweeps.trials import current, first_number
+from training_lens.sweeps.trials import current_trials, first_number
 
 
-def pruner_of(settings: SweepSection) -> BasePruner:
+def build_pruner(settings: SweepSection) -> BasePruner:
     """The pruner that `sweep.pruner` names."""
     if settings.pruner == "median":
         return MedianPruner(n_startup_trials=5, n_warmup_steps=0)
@@ -32,12 +32,12 @@ class SuccessiveHalving(BasePruner):
         validation = trial.last_step
         if validation is None or validation & (validation - 1):  # no power of two
             return False
-        others = [t for t in current(study.get_trials(deepcopy=False)) if first_number(t) != first_number(trial)]
+        others = [t for t in current_trials(study.get_trials(deepcopy=False)) if first_number(t) != first_number(trial)]
         rivals = [t.intermediate_values[validation] for t in others if validation in t.intermediate_values]
-        return in_worse_half(trial.intermediate_values[validation], rivals)
+        return is_in_worse_half(trial.intermediate_values[validation], rivals)
 
 
-def in_worse_half(loss: float, rivals: Sequence[float]) -> bool:
+def is_in_worse_half(loss: float, rivals: Sequence[float]) -> bool:
     """Whether `loss` is not among the lowest half of itself and `rivals`, rounded down, and at least one.
 
     Example:

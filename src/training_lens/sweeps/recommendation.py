@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from optuna.trial import FrozenTrial
 
-from training_lens.sweeps.leaderboard import Leaderboard, Row
+from training_lens.sweeps.leaderboard import Leaderboard, TrialRow
 from training_lens.sweeps.trials import BLOCKS, first_number
 
 MOST_BLOCKS = 256  # of validation rows: so many sums of losses are noted with a trial
@@ -21,7 +21,7 @@ NORMAL_95 = 1.96  # standard errors on each side of a 95 % interval
 class Recommendation:
     """The trial whose settings best.yaml has, and why, in a sentence; empty of a sweep without default settings."""
 
-    row: Row
+    row: TrialRow
     reason: str
 
     def as_json(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def paired_interval(loss: float, blocks: Sequence[float], others: Sequence[float
     return mean - error, mean + error
 
 
-def recommend(board: Leaderboard, trials: Sequence[FrozenTrial]) -> Recommendation | None:
+def recommend_trial(board: Leaderboard, trials: Sequence[FrozenTrial]) -> Recommendation | None:
     """The best trial where it is better than the default settings beyond noise, else those; None: nothing finished.
 
     Noise is that of the validation rows: 95 % intervals of paired differences. That of other seeds is not known.
@@ -72,10 +72,12 @@ def recommend(board: Leaderboard, trials: Sequence[FrozenTrial]) -> Recommendati
     if best is default:
         return Recommendation(default, "no trial is better than the default settings; best.yaml has those")
     blocks = {first_number(trial): trial.user_attrs.get(BLOCKS, []) for trial in trials}
-    return _compare(best, default, blocks[best.trial], blocks[default.trial])
+    return _compare_with_default(best, default, blocks[best.trial], blocks[default.trial])
 
 
-def _compare(best: Row, default: Row, blocks: Sequence[float], of_default: Sequence[float]) -> Recommendation:
+def _compare_with_default(
+    best: TrialRow, default: TrialRow, blocks: Sequence[float], of_default: Sequence[float]
+) -> Recommendation:
     assert best.validation_loss is not None and default.validation_loss is not None  # both are finished
     difference = best.validation_loss - default.validation_loss
     change = f"trial {best.trial} changes the default settings' loss by {difference:+.4f}"

@@ -25,10 +25,10 @@ from training_lens.errors import (
 )
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.runs.run_folder import RunFolder, runs_folder
-from training_lens.sweeps.leaderboard import Leaderboard, Row, leaderboard, row_of
-from training_lens.sweeps.recommendation import Recommendation, recommend, sum_blocks
+from training_lens.sweeps.leaderboard import Leaderboard, TrialRow, build_leaderboard, build_row
+from training_lens.sweeps.recommendation import Recommendation, recommend_trial, sum_blocks
 from training_lens.sweeps.space import Space
-from training_lens.sweeps.study import SharedStudy, free_settings, reachable
+from training_lens.sweeps.study import SharedStudy, explain_lost_storage, free_settings
 from training_lens.sweeps.sweep_report import write_results
 from training_lens.sweeps.trials import FINISHED, is_default, run_id
 from training_lens.sweeps.worker import Worker
@@ -44,8 +44,8 @@ from training_lens.utils.names import require_contained
 from training_lens.utils.nested import merge_sections
 
 logger = get_logger(__name__)
-HOPELESS = 3  # failures with nothing finished, after which there is no use in going on
-DEADLY = 2  # deaths of its process, after which a trial is a failed one: out of memory, it would die for ever
+MOST_FAILURES = 3  # failures with nothing finished, after which there is no use in going on
+MOST_DEATHS = 2  # deaths of its process, after which a trial is a failed one: out of memory, it would die for ever
 
 
 def sweep_folder(config: TrainingConfig) -> Path:
@@ -80,7 +80,7 @@ class Sweep:
         config: TrainingConfig,
         *,
         console: Console | None = None,
-        on_trial: Callable[[Row], None] = lambda row: None,
+        on_trial: Callable[[TrialRow], None] = lambda row: None,
     ) -> None:
         if config.output.run_id:
             raise ConfigurationError("output.run_id: each trial of a sweep has an id of its own; leave it out.")
@@ -91,14 +91,14 @@ class Sweep:
                 config.tracking.hub.repo,
             )
         self.config = write_rows_as_files(config, Path(config.output.base_output_dir) / "cache" / "rows")
-        self.space = Space.of(self.config)
+        self.space = Space.from_config(self.config)
         self.folder = sweep_folder(self.config)
         self._console, self._on_trial = console, on_trial
         self._once = (
             RepeatFilter()
         )  # what the rehearsal said of the rows and the model is not said again for each trial
         with filter_screen(self._once):
-            plan = _rehearse(_of_a_trial(self.config), self.space, console)
+            plan = _plan_first_trial(_trial_config(self.config), self.space, console)
         rows = {f"data.{name}": split.fingerprint[:12] for name, split in plan.splits.items()}
         default = _default_settings(self.config, self.space, plan)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -115,23 +115,23 @@ class Sweep:
         """
         gc.freeze()  # what is there now stays: the collections between trials need not look at it
         try:
-            with reachable(self.config.sweep), Worker(self.folder / "workers") as worker, quiet_screen():
+            with explain_lost_storage(self.config.sweep), Worker(self.folder / "workers") as worker, quiet_screen():
                 try:
                     with filter_screen(self._once):
                         self._run_trials(worker)
                 except InterruptedRunError:
-                    self._results()
+                    self._write_results()
                     raise
-                return self._results()
+                return self._write_results()
         finally:
             gc.unfreeze()
             self.study.close()
 
     def _run_trials(self, worker: Worker) -> None:
         failures = 0
-        while (trial := self.study.claim(worker)) is not None:
-            watcher = Pruning(self.study, trial)
-            row = self._run(trial, watcher)
+        while (trial := self.study.claim_trial(worker)) is not None:
+            watcher = PruningCallback(self.study, trial)
+            row = self._run_trial(trial, watcher)
             self._on_trial(row)
             if watcher.asked_to_leave:
                 raise InterruptedRunError(
@@ -139,27 +139,29 @@ class Sweep:
                     watcher.asked_to_leave,
                 )
             failures += row.state == "failed"
-            if failures >= HOPELESS:
-                self._require_hope(row)
+            if failures >= MOST_FAILURES:
+                self._stop_if_all_failed(row)
 
-    def _results(self) -> SweepResult:
+    def _write_results(self) -> SweepResult:
         settings = self.config.sweep
         with FileLock(self.folder / "results.lock"):  # who reads the trials first writes first
-            trials = self.study.trials()
-            found = leaderboard(settings.name, settings.metric, trials, self.space)
+            trials = self.study.current_trials()
+            found = build_leaderboard(settings.name, settings.metric, trials, self.space)
             remember_consent(self.folder, self.config)  # of best.yaml
-            return SweepResult(found, write_results(self.folder, found, trials, self.config), recommend(found, trials))
+            return SweepResult(
+                found, write_results(self.folder, found, trials, self.config), recommend_trial(found, trials)
+            )
 
-    def _run(self, trial: FrozenTrial, watcher: Pruning) -> Row:
+    def _run_trial(self, trial: FrozenTrial, watcher: PruningCallback) -> TrialRow:
         """One trial from its claim to its end in the study."""
         try:
-            with self.study.pulse(trial):
-                self._note(trial, self._train(trial, watcher))
+            with self.study.send_heartbeats(trial):
+                self._note_end(trial, self._train_trial(trial, watcher))
         except (InterruptedRunError, KeyboardInterrupt) as error:
-            self.study.release(trial)
-            raise _with_way_on(error) from error
+            self.study.release_trial(trial)
+            raise _explain_resume(error) from error
         except (OSError, CheckpointError) as error:  # a full disk, a run that another process trains or that is damaged
-            self.study.release(trial)
+            self.study.release_trial(trial)
             raise TrainingError(
                 f"{run_id(trial)}: {describe_error(error)} That is no failure of the trial: mend it and start the same "
                 "command again, which goes on with it; a run folder that is deleted is trained from the start."
@@ -168,21 +170,21 @@ class Sweep:
             raise
         except Exception as error:  # whatever it is, the next trial is another
             logger.debug("trial %d failed", trial.number, exc_info=True)
-            self.study.fail(trial, describe_error(error))
+            self.study.fail_trial(trial, describe_error(error))
         free_memory()  # of the trial's model, also where an error kept it alive until now
-        return row_of(self.study.newest(trial), self.space)
+        return build_row(self.study.read_trial(trial), self.space)
 
-    def _train(self, trial: FrozenTrial, watcher: Pruning) -> TrainingSummary:
+    def _train_trial(self, trial: FrozenTrial, watcher: PruningCallback) -> TrainingSummary:
         """The trial's run: from the start, or from where a process left it, or nothing where it was done already."""
-        if self.study.deaths(trial) >= DEADLY:
+        if self.study.count_deaths(trial) >= MOST_DEATHS:
             raise TrainingError("its process died twice: killed, for one where the machine ran out of memory.")
         name, callbacks = self.config.sweep.name, (watcher,)
         run = RunFolder(runs_folder(self.config.output.base_output_dir, name) / run_id(trial))
         try:
             if not run.has_begun:
                 params = {} if is_default(trial) else trial.params
-                config = self.space.config(self.config, params, {"experiment_name": name, "run_id": run.run_id})
-                return TrainingWrapper(_of_a_trial(config), console=self._console, callbacks=callbacks).train()
+                config = self.space.trial_config(self.config, params, {"experiment_name": name, "run_id": run.run_id})
+                return TrainingWrapper(_trial_config(config), console=self._console, callbacks=callbacks).train()
             if run.status not in ("finished", "pruned"):
                 mine = merge_sections(free_settings(self.config), consent_for(run, self.config))
                 return TrainingWrapper.resume(run, mine, console=self._console, callbacks=callbacks)
@@ -190,32 +192,32 @@ class Sweep:
             logger.debug("%s", error)
         return TrainingSummary(**run.read_metadata("summary.json"))
 
-    def _note(self, trial: FrozenTrial, summary: TrainingSummary) -> None:
+    def _note_end(self, trial: FrozenTrial, summary: TrainingSummary) -> None:
         facts: dict[str, Any] = {"seconds": summary.seconds, "run_dir": summary.run_dir}
         if summary.validation_loss is None:
-            self.study.fail(trial, "no validation gave a number as its loss.", **facts)
+            self.study.fail_trial(trial, "no validation gave a number as its loss.", **facts)
         elif summary.status == "pruned":
-            self.study.prune(trial, summary.validation_loss, **facts)
+            self.study.prune_trial(trial, summary.validation_loss, **facts)
         else:
-            self.study.finish(trial, summary.validation_loss, **facts)
+            self.study.finish_trial(trial, summary.validation_loss, **facts)
 
-    def _require_hope(self, last: Row) -> None:
-        if not any(trial.state in FINISHED for trial in self.study.trials()):
+    def _stop_if_all_failed(self, last: TrialRow) -> None:
+        if not any(trial.state in FINISHED for trial in self.study.current_trials()):
             raise TrainingError(
-                f"the first {HOPELESS} trials of the sweep '{self.config.sweep.name}' failed, the last of them "
+                f"the first {MOST_FAILURES} trials of the sweep '{self.config.sweep.name}' failed, the last of them "
                 f"({last.run_id}) so: {last.error} Fix it; the same command then goes on with other trials, and "
                 "another sweep.name begins anew."
             )
 
 
-def _of_a_trial(config: TrainingConfig) -> TrainingConfig:
+def _trial_config(config: TrainingConfig) -> TrainingConfig:
     """A trial's captures are kept, but no page is written of each, unless that was asked for; none is pushed."""
     config = config.replace_keys(tracking={"hub": {"repo": None}}) if config.tracking.hub.repo else config
     asked = "report" in config.lens.model_fields_set
     return config if asked else config.replace_keys(lens={"report": False})
 
 
-class Pruning(Callback):
+class PruningCallback(Callback):
     """Reports each validation of a trial to its study, and ends the run where the pruner would.
 
     Trials are compared at the same validation, the first with the first: steps differ with the batch size.
@@ -238,7 +240,7 @@ class Pruning(Callback):
             self._study.keep_losses(self._trial, sum_blocks(report.row_nll))
         every = trainer.settings.eval_steps or trainer.schedule.steps_per_epoch
         validation = math.ceil(step / every)
-        hopeless = self._study.report(self._trial, validation, report.loss)
+        hopeless = self._study.report_loss(self._trial, validation, report.loss)
         may_end = step < trainer.schedule.total_steps and not is_default(self._trial)  # all are compared with that one
         if hopeless and may_end:
             raise PrunedRunError(f"pruned at step {step}, with validation loss {report.loss:.4f}")
@@ -252,12 +254,12 @@ def _default_settings(config: TrainingConfig, space: Space, plan: RunPlan) -> di
     return values
 
 
-def _rehearse(config: TrainingConfig, space: Space, console: Console | None) -> RunPlan:
+def _plan_first_trial(config: TrainingConfig, space: Space, console: Console | None) -> RunPlan:
     """Plan the first point that is a config: what is wrong with the base is said now, and its tokens are in the cache.
 
     The plan's tokenized splits are those of every trial.
     """
-    plan = TrainingWrapper(space.config(config, space.first(config)), console=console).plan()
+    plan = TrainingWrapper(space.trial_config(config, space.first_valid_point(config)), console=console).plan()
     if plan.processes.count > 1:
         raise ConfigurationError(
             f"a sweep trains each trial in one process, found {plan.processes.count}. Start the same command several "
@@ -268,17 +270,17 @@ def _rehearse(config: TrainingConfig, space: Space, console: Console | None) -> 
             "sweep.metric: trials are judged by their validation loss, and there are no validation rows; give "
             "data.validation or data.val_ratio."
         )
-    if config.sweep.pruner != "none" and _validations(plan) < 2:
+    if config.sweep.pruner != "none" and _count_validations(plan) < 2:
         logger.warning("sweep.pruner: a run validates once, at its end, so none is pruned; set training.eval_steps")
     return plan
 
 
-def _validations(plan: RunPlan) -> int:
+def _count_validations(plan: RunPlan) -> int:
     every = plan.config.training.eval_steps or plan.schedule.steps_per_epoch
     return math.ceil(plan.schedule.total_steps / every)
 
 
-def _with_way_on(error: BaseException) -> BaseException:
+def _explain_resume(error: BaseException) -> BaseException:
     if not isinstance(error, InterruptedRunError):
         return error
     return InterruptedRunError(

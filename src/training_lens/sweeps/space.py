@@ -32,7 +32,7 @@ class Space:
     dimensions: Mapping[str, Dimension]
 
     @classmethod
-    def of(cls, config: TrainingConfig) -> Space:
+    def from_config(cls, config: TrainingConfig) -> Space:
         """The space of `config.sweep`.
 
         Raises:
@@ -49,7 +49,7 @@ class Space:
         return space
 
     def _require_grid(self) -> None:
-        endless = [key for key, found in self.dimensions.items() if _size(found) is None]
+        endless = [key for key, found in self.dimensions.items() if _count_values(found) is None]
         if endless:
             raise ConfigurationError(
                 [
@@ -66,27 +66,27 @@ class Space:
     @property
     def size(self) -> int | None:
         """The number of points; None where there is no end of them, or so many."""
-        sizes = [_size(found) or math.inf for found in self.dimensions.values()]
+        sizes = [_count_values(found) or math.inf for found in self.dimensions.values()]
         points = math.prod(sizes)
         return int(points) if points <= ENUMERATED else None
 
-    def points(self) -> Iterator[Params]:
+    def list_points(self) -> Iterator[Params]:
         """Every point of a space that has a `size`, the last key changing first."""
-        for values in product(*(_values(found) for found in self.dimensions.values())):
+        for values in product(*(_list_values(found) for found in self.dimensions.values())):
             yield dict(zip(self.dimensions, values, strict=True))
 
-    def first(self, base: TrainingConfig) -> Params:
+    def first_valid_point(self, base: TrainingConfig) -> Params:
         """The first point that becomes a config, of the first choices and lowest numbers of each key.
 
         Raises:
             ConfigurationError: none of them does; says what is wrong with the very first.
         """
-        some = [list(islice(_values(found), FIRST_VALUES)) for found in self.dimensions.values()]
+        some = [list(islice(_list_values(found), FIRST_VALUES)) for found in self.dimensions.values()]
         problems: tuple[str, ...] = ()
         for values in islice(product(*some), FIRST_POINTS):
             point = dict(zip(self.dimensions, values, strict=True))
             try:
-                self.config(base, point)
+                self.trial_config(base, point)
             except ConfigurationError as error:
                 problems = problems or error.problems
             else:
@@ -96,70 +96,72 @@ class Space:
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """What Optuna's samplers draw from."""
-        return {key: _distribution(found) for key, found in self.dimensions.items()}
+        return {key: _build_distribution(found) for key, found in self.dimensions.items()}
 
-    def point(self, drawn: Mapping[str, Any]) -> Params:
+    def round_point(self, drawn: Mapping[str, Any]) -> Params:
         """What a sampler drew, as it is tried and stored."""
         ranges = {key: found for key, found in self.dimensions.items() if isinstance(found, RangeDimension)}
         return {key: ranges[key].round_number(value) if key in ranges else value for key, value in drawn.items()}
 
-    def locate(self, values: Mapping[str, Any]) -> Params | None:
+    def find_point(self, values: Mapping[str, Any]) -> Params | None:
         """Values of the config, by dotted key, as a point; None where one of them is not in the space."""
-        if all(_contains(found, values[key]) for key, found in self.dimensions.items()):
-            return {key: _stored(values[key]) for key in self.dimensions}
+        if all(_has_value(found, values[key]) for key, found in self.dimensions.items()):
+            return {key: _encode_choice(values[key]) for key in self.dimensions}
         return None
 
-    def settings(self, params: Params) -> dict[str, Any]:
+    def config_values(self, params: Params) -> dict[str, Any]:
         """The point as values of the config, by dotted key."""
-        return {key: _setting(self.dimensions[key], value) for key, value in params.items()}
+        return {key: _decode_choice(self.dimensions[key], value) for key, value in params.items()}
 
-    def config(self, base: TrainingConfig, params: Params, output: Mapping[str, Any] | None = None) -> TrainingConfig:
+    def trial_config(
+        self, base: TrainingConfig, params: Params, output: Mapping[str, Any] | None = None
+    ) -> TrainingConfig:
         """The base config with the point's values, and with keys of the output section.
 
         Raises:
             ConfigurationError: the values do not go together.
         """
         sections: dict[str, dict[str, Any]] = {"output": dict(output or {})}
-        for key, value in self.settings(params).items():
+        for key, value in self.config_values(params).items():
             section, name = key.split(".")
             sections.setdefault(section, {})[name] = value
         return base.replace_keys(**sections)
 
 
-def _size(found: Dimension) -> int | None:
+def _count_values(found: Dimension) -> int | None:
     return len(found.values) if isinstance(found, ChoiceDimension) else found.value_count
 
 
-def _values(found: Dimension) -> Iterator[Any]:
+def _list_values(found: Dimension) -> Iterator[Any]:
     """All values in their order; of a continuum the lowest alone."""
     if isinstance(found, ChoiceDimension):
-        yield from map(_stored, found.values)
+        yield from map(_encode_choice, found.values)
     else:
         step = found.step or 1
         yield from (found.round_number(found.low + i * step) for i in range(found.value_count or 1))
 
 
-def _contains(found: Dimension, value: Any) -> bool:
+def _has_value(found: Dimension, value: Any) -> bool:
     if isinstance(found, ChoiceDimension):
         return value in found.values
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and found.low <= value <= found.high and found.round_number(value) == value
 
 
-def _stored(value: Any) -> Any:
+def _encode_choice(value: Any) -> Any:
     """A choice as Optuna's storages take it: lists and mappings as JSON text."""
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
 
 
-def _setting(found: Dimension, stored: Any) -> Any:
+def _decode_choice(found: Dimension, stored: Any) -> Any:
     if isinstance(found, RangeDimension):
         return stored
-    return next(value for value in found.values if _stored(value) == stored)
+    return next(value for value in found.values if _encode_choice(value) == stored)
 
 
-def _distribution(found: Dimension) -> BaseDistribution:
+def _build_distribution(found: Dimension) -> BaseDistribution:
     if isinstance(found, ChoiceDimension):
-        return CategoricalDistribution([_stored(value) for value in found.values])
+        return CategoricalDistribution([_encode_choice(value) for value in found.values])
     if found.whole:
         return IntDistribution(round(found.low), round(found.high), log=found.log, step=round(found.step or 1))
     return FloatDistribution(found.low, found.high, log=found.log, step=found.step)

@@ -21,20 +21,20 @@ from sqlalchemy.exc import SQLAlchemyError
 from training_lens.config.schema import SweepSection, TrainingConfig
 from training_lens.config.search_space import flatten_keys
 from training_lens.errors import ConfigurationError, TrainingError
-from training_lens.sweeps.proposals import propose
-from training_lens.sweeps.pruning import pruner_of
+from training_lens.sweeps.proposals import propose_point
+from training_lens.sweeps.pruning import build_pruner
 from training_lens.sweeps.space import Params, Space
 from training_lens.sweeps.trials import (
     BLOCKS,
     check_attributes,
-    current,
-    deaths,
+    count_deaths,
+    current_trials,
     first_number,
     is_default,
     is_lost,
-    stands,
+    is_valid_claim,
 )
-from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, delete_lock, is_alive, pulse
+from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, delete_lock, is_alive, send_heartbeats
 from training_lens.training.resume import FREE_KEYS
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
@@ -72,20 +72,22 @@ class SharedStudy:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.settings, self.space = config.sweep, space
         url = config.sweep.storage or _file_url(folder / "study.db")
-        _require_lasting(url)
-        self._storage = _open(url)
-        with _told_storage(url), _explained_study(config.sweep.name):
+        _require_persistent(url)
+        self._storage = _open_storage(url)
+        with _explain_storage(url), _explain_study(config.sweep.name):
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=config.sweep.name,
-                pruner=pruner_of(config.sweep),
+                pruner=build_pruner(config.sweep),
                 direction="minimize",
                 load_if_exists=True,
             )
             self._require_ours()
             if default is not None and "config" not in self._study.user_attrs:  # an older study has drawn its first
                 self._study.set_user_attr("default", dict(default))
-            self._require_same({**_comparable(config), **{f"the rows of {key}": found for key, found in rows.items()}})
+            self._require_same(
+                {**_shared_values(config), **{f"the rows of {key}": found for key, found in rows.items()}}
+            )
 
     def _require_ours(self) -> None:
         """Refuse a study that another program made."""
@@ -100,7 +102,7 @@ class SharedStudy:
         """The study of a config, rows and a space; the first process notes them in it."""
         if "config" not in self._study.user_attrs:
             self._study.set_user_attr("config", mine)
-        theirs, mine = _flatten(self._study.user_attrs["config"]), _flatten(mine)
+        theirs, mine = _flatten_config(self._study.user_attrs["config"]), _flatten_config(mine)
         problems = [
             f"{key}: the study '{self.settings.name}' has {theirs.get(key)!r}, given {mine.get(key)!r}"
             for key in sorted({*theirs, *mine})
@@ -111,54 +113,54 @@ class SharedStudy:
                 [*problems, "trials of different questions cannot be compared; give another sweep.name, or the same"]
             )
 
-    def trials(self) -> list[FrozenTrial]:
+    def current_trials(self) -> list[FrozenTrial]:
         """The trials that count, one for each run, by number."""
-        return current(self._read_trials())
+        return current_trials(self._read_all_trials())
 
-    def _read_trials(self, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:
+    def _read_all_trials(self, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:
         """All trials of the study, of some states; what their attributes are was checked."""
-        with _explained_study(self.settings.name):
+        with _explain_study(self.settings.name):
             trials = self._study.get_trials(deepcopy=False, states=states)
             for trial in trials:
                 check_attributes(trial)
-                self.space.settings(trial.params)
+                self.space.config_values(trial.params)
                 for key, value in trial.params.items():
                     trial.distributions[key].to_internal_repr(value)
         return trials
 
-    def newest(self, trial: FrozenTrial) -> FrozenTrial:
+    def read_trial(self, trial: FrozenTrial) -> FrozenTrial:
         """The trial as the storage has it now."""
-        return self._storage.get_trial(self._id(trial))
+        return self._storage.get_trial(self._trial_id(trial))
 
-    def claim(self, worker: Worker) -> FrozenTrial | None:
+    def claim_trial(self, worker: Worker) -> FrozenTrial | None:
         """The next trial for this process: one that a process left, or a new one; None where none is to be had."""
         while True:
             self._release_dead()
-            trials = self.trials()
+            trials = self.current_trials()
             left = next((trial for trial in trials if is_lost(trial)), None)
             if sum(not is_lost(trial) for trial in trials) >= self.settings.trials:
                 return None
-            params, noted = (left.params, {}) if left is not None else self._choose(trials)
+            params, noted = (left.params, {}) if left is not None else self._choose_params(trials)
             if params is None:
                 return None
-            claim = self._create(params, worker, left, noted)
-            if stands(claim, self._read_trials(), self.settings.trials):
+            claim = self._create_trial(params, worker, left, noted)
+            if is_valid_claim(claim, self._read_all_trials(), self.settings.trials):
                 return claim
-            self._storage.set_trial_user_attr(self._id(claim), "withdrawn", True)
-            self.release(claim)
+            self._storage.set_trial_user_attr(self._trial_id(claim), "withdrawn", True)
+            self.release_trial(claim)
 
-    def _choose(self, trials: list[FrozenTrial]) -> tuple[Params | None, dict[str, Any]]:
+    def _choose_params(self, trials: list[FrozenTrial]) -> tuple[Params | None, dict[str, Any]]:
         """What is tried next, and what is noted with it: the default settings first, then what the sampler proposes."""
         default = self._study.user_attrs.get("default")
         if default is not None and not any(is_default(trial) for trial in trials):
-            return self.space.locate(default) or {}, {"default": default}
-        return propose(self.space, self.settings, trials), {}
+            return self.space.find_point(default) or {}, {"default": default}
+        return propose_point(self.space, self.settings, trials), {}
 
-    def _create(
+    def _create_trial(
         self, params: Params, worker: Worker, left: FrozenTrial | None = None, noted: Mapping[str, Any] | None = None
     ) -> FrozenTrial:
         """A running trial, written with all it has at once: no other process ever sees a part of it."""
-        attributes: dict[str, Any] = {**worker.attributes, "token": secrets.token_hex(2), **(noted or {})}
+        attributes: dict[str, Any] = {**worker.trial_attributes, "token": secrets.token_hex(2), **(noted or {})}
         if left is not None:
             attributes |= {name: left.user_attrs[name] for name in CARRIED if name in left.user_attrs}
             attributes["continues"] = first_number(left)
@@ -175,67 +177,69 @@ class SharedStudy:
         self._storage.record_heartbeat(trial_id)
         return self._storage.get_trial(trial_id)
 
-    def deaths(self, trial: FrozenTrial) -> int:
+    def count_deaths(self, trial: FrozenTrial) -> int:
         """How often a process died at the trial's run."""
-        return deaths(trial, self._read_trials())
+        return count_deaths(trial, self._read_all_trials())
 
     def _release_dead(self) -> None:
         """Running trials of dead processes become lost ones; where a lock tells nothing, the pulse does."""
-        for trial in self._read_trials([TrialState.RUNNING]):
+        for trial in self._read_all_trials([TrialState.RUNNING]):
             alive = is_alive(trial.user_attrs)
             if alive:  # also one that stands still, as a stopped process or a suspended machine
-                self._storage.record_heartbeat(self._id(trial))
+                self._storage.record_heartbeat(self._trial_id(trial))
             elif alive is False:
-                self._end(trial, TrialState.FAIL)
+                self._end_trial(trial, TrialState.FAIL)
                 delete_lock(trial.user_attrs)  # not before: without its lock, a running trial would count as alive
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             optuna.storages.fail_stale_trials(self._study)
 
-    def _id(self, trial: FrozenTrial) -> int:
+    def _trial_id(self, trial: FrozenTrial) -> int:
         study_id = self._storage.get_study_id_from_name(self.settings.name)
         return self._storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
 
     @contextmanager
-    def pulse(self, trial: FrozenTrial) -> Iterator[None]:
+    def send_heartbeats(self, trial: FrozenTrial) -> Iterator[None]:
         """Within the block, other machines know that the trial is alive."""
-        with pulse(self._storage, self._id(trial)):
+        with send_heartbeats(self._storage, self._trial_id(trial)):
             yield
 
-    def report(self, trial: FrozenTrial, validation: int, loss: float) -> bool:
+    def report_loss(self, trial: FrozenTrial, validation: int, loss: float) -> bool:
         """Note the loss at a validation, counted from 1; gives whether the pruner would end the trial there."""
-        self._storage.set_trial_intermediate_value(self._id(trial), validation, loss)
-        return self._study.pruner.prune(self._study, self.newest(trial))
+        self._storage.set_trial_intermediate_value(self._trial_id(trial), validation, loss)
+        return self._study.pruner.prune(self._study, self.read_trial(trial))
 
     def keep_losses(self, trial: FrozenTrial, sums: list[float]) -> None:
         """Note the losses that the trial's adapter has on blocks of validation rows, for a paired comparison."""
-        self._storage.set_trial_user_attr(self._id(trial), BLOCKS, sums)
+        self._storage.set_trial_user_attr(self._trial_id(trial), BLOCKS, sums)
 
-    def finish(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
+    def finish_trial(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
         """The trial is done; `facts` are noted with it."""
         self._note_end(trial, TrialState.COMPLETE, loss, facts)
 
-    def prune(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
+    def prune_trial(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
         """The trial was ended early; `loss` is its lowest until then."""
         self._note_end(trial, TrialState.PRUNED, loss, facts)
 
-    def fail(self, trial: FrozenTrial, error: str, **facts: Any) -> None:
+    def fail_trial(self, trial: FrozenTrial, error: str, **facts: Any) -> None:
         """The trial failed, and is not tried again."""
         self._note_end(trial, TrialState.FAIL, None, {**facts, "error": error})
 
-    def release(self, trial: FrozenTrial) -> None:
+    def release_trial(self, trial: FrozenTrial) -> None:
         """The trial is not done, and nobody is at it: whoever claims next goes on with it."""
-        self._end(trial, TrialState.FAIL, facts={"released": True})
+        self._end_trial(trial, TrialState.FAIL, facts={"released": True})
 
     def _note_end(self, trial: FrozenTrial, state: TrialState, loss: float | None, facts: dict[str, Any]) -> None:
-        if not self._end(trial, state, loss, facts):  # we slept for longer than the grace, and another process has it
+        if not self._end_trial(
+            trial, state, loss, facts
+        ):  # we slept for longer than the grace, and another process has it
             logger.warning("trial %d was taken over by another process; its end here is not noted", first_number(trial))
 
-    def _end(
+    def _end_trial(
         self, trial: FrozenTrial, state: TrialState, loss: float | None = None, facts: Mapping[str, Any] | None = None
     ) -> bool:
         """Whether the trial ends so; not where it has ended already."""
-        trial_id = self._id(trial)
+        trial_id = self._trial_id(trial)
         try:
             for name, value in (facts or {}).items():
                 self._storage.set_trial_user_attr(trial_id, name, value)
@@ -255,7 +259,7 @@ def _file_url(path: Path) -> str:
     return URL.create("sqlite", database=str(path.resolve())).render_as_string()
 
 
-def _require_lasting(url: str) -> None:
+def _require_persistent(url: str) -> None:
     if url.startswith("sqlite") and (url.endswith("://") or ":memory:" in url or "mode=memory" in url):
         raise ConfigurationError(
             f"sweep.storage: {url} is a database in memory, which no other process sees and no later start goes on "
@@ -263,10 +267,10 @@ def _require_lasting(url: str) -> None:
         )
 
 
-def _open(url: str) -> RDBStorage:
+def _open_storage(url: str) -> RDBStorage:
     """The storage; a few tries, since processes that start together make its tables at once."""
     options: dict[str, Any] = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}} if url.startswith("sqlite") else {}
-    with _told_storage(url), warnings.catch_warnings():
+    with _explain_storage(url), warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         for left in reversed(range(OPENING_TRIES)):
             try:
@@ -281,19 +285,20 @@ def _open(url: str) -> RDBStorage:
 
 
 @contextmanager
-def _told_storage(url: str) -> Iterator[None]:
+def _explain_storage(url: str) -> Iterator[None]:
     """Within the block, what goes wrong in opening is a ConfigurationError that names the storage, not its password."""
     try:
         yield
     except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError) as error:
         raise ConfigurationError(
-            f"sweep.storage: {_shown(url)} cannot be opened: {describe_error(error.__cause__ or error)} Give a URL "
-            "such as postgresql://USER:PASSWORD@HOST/DATABASE (with its driver installed), or leave it out for a file."
+            f"sweep.storage: {_hide_password(url)} cannot be opened: {describe_error(error.__cause__ or error)} Give a "
+            "URL such as postgresql://USER:PASSWORD@HOST/DATABASE (with its driver installed), or leave it out for a "
+            "file."
         ) from error
 
 
 @contextmanager
-def _explained_study(name: str) -> Iterator[None]:
+def _explain_study(name: str) -> Iterator[None]:
     """Within the block, whatever Optuna makes of rows that it did not write is one clear error."""
     try:
         yield
@@ -306,7 +311,7 @@ def _explained_study(name: str) -> Iterator[None]:
         ) from error
 
 
-def _shown(url: str) -> str:
+def _hide_password(url: str) -> str:
     try:
         return make_url(url).render_as_string(hide_password=True)
     except SQLAlchemyError:
@@ -314,7 +319,7 @@ def _shown(url: str) -> str:
 
 
 @contextmanager
-def reachable(settings: SweepSection) -> Iterator[None]:
+def explain_lost_storage(settings: SweepSection) -> Iterator[None]:
     """Within the block, a database that does not answer any more is one clear error; the study goes on from there."""
     try:
         yield
@@ -333,13 +338,13 @@ def free_settings(config: TrainingConfig) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten_config(values: Mapping[str, Any]) -> dict[str, Any]:
     """Sections in sections by dotted key; keys that the version before this one did not have at their defaults."""
-    unset = flatten_sections(_comparable(TrainingConfig()))
+    unset = flatten_sections(_shared_values(TrainingConfig()))
     return {**unset, **flatten_sections({**values, "sweep.space": None}), "sweep.space": values.get("sweep.space")}
 
 
-def _comparable(config: TrainingConfig) -> dict[str, Any]:
+def _shared_values(config: TrainingConfig) -> dict[str, Any]:
     """What trials of one study have in common, by key."""
     values = config.model_dump(mode="json", include={"model", "data", "peft", "training"})
     by_key = {f"{section}.{name}": value for section, keys in values.items() for name, value in keys.items()}

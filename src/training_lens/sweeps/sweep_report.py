@@ -14,9 +14,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.display.html import Table, write_page
-from training_lens.sweeps.leaderboard import ORDER, Leaderboard
-from training_lens.sweeps.proposals import study_of
-from training_lens.sweeps.recommendation import Recommendation, recommend
+from training_lens.sweeps.leaderboard import STATE_ORDER, Leaderboard
+from training_lens.sweeps.proposals import build_study
+from training_lens.sweeps.recommendation import Recommendation, recommend_trial
 from training_lens.sweeps.trials import first_number
 from training_lens.utils.files import write_json, write_text
 
@@ -36,13 +36,13 @@ def write_results(
         config: the base of the trials.
     """
     files = {name: str(folder / name) for name in ("leaderboard.json", "report.html")}
-    chosen = recommend(found, trials)
+    chosen = recommend_trial(found, trials)
     write_json(folder / "leaderboard.json", {**found.as_json(), "recommended": chosen and chosen.as_json()})
     if chosen is not None:
         files["best.yaml"] = str(folder / "best.yaml")
         write_text(folder / "best.yaml", best_yaml(found, chosen, config))
-    reason = [sentence(chosen.reason)] if chosen and chosen.reason else []
-    parts = [_summary(found), *reason, leaderboard_table(found), *_figures(found, trials)]
+    reason = [format_sentence(chosen.reason)] if chosen and chosen.reason else []
+    parts = [_summarize_trials(found), *reason, leaderboard_table(found), *_build_figures(found, trials)]
     write_page(folder / "report.html", f"Sweep {found.study}", parts)  # last: of plots that fail, the rest is there
     return files
 
@@ -55,37 +55,39 @@ def best_yaml(found: Leaderboard, chosen: Recommendation, config: TrainingConfig
     for key, value in () if row.is_default else row.params.items():
         section, name = key.split(".")
         values[section][name] = value
-    best = f"the best of {found.count('finished')} finished trials" if row is found.best else "the default settings"
+    best = (
+        f"the best of {found.count_trials('finished')} finished trials" if row is found.best else "the default settings"
+    )
     head = [
         f"Trial {row.trial} of the sweep {json.dumps(found.study)}: {found.metric} {row.validation_loss:.4f}, {best}.",
-        *([sentence(chosen.reason)] if chosen.reason else []),
+        *([format_sentence(chosen.reason)] if chosen.reason else []),
         "Train it: training-lens train --config best.yaml",
     ]
-    return "".join(f"# {line}\n" for line in head) + OmegaConf.to_yaml(_escaped(_without_empty(values)))
+    return "".join(f"# {line}\n" for line in head) + OmegaConf.to_yaml(_escape_interpolation(_drop_empty(values)))
 
 
-def sentence(reason: str) -> str:
+def format_sentence(reason: str) -> str:
     """A reason as it stands by itself."""
     return f"{reason[:1].upper()}{reason[1:]}."
 
 
-def _escaped(value: Any) -> Any:
+def _escape_interpolation(value: Any) -> Any:
     """`value` with each `${` in its texts as itself: it would be read as an interpolation."""
     if isinstance(value, dict):
-        return {key: _escaped(inner) for key, inner in value.items()}
+        return {key: _escape_interpolation(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_escaped(inner) for inner in value]
+        return [_escape_interpolation(inner) for inner in value]
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
-def _without_empty(values: dict[str, Any]) -> dict[str, Any]:
+def _drop_empty(values: dict[str, Any]) -> dict[str, Any]:
     """Nested sections without those that hold nothing."""
-    inner = {key: _without_empty(value) if isinstance(value, dict) else value for key, value in values.items()}
+    inner = {key: _drop_empty(value) if isinstance(value, dict) else value for key, value in values.items()}
     return {key: value for key, value in inner.items() if value != {}}
 
 
-def _summary(found: Leaderboard) -> str:
-    counts = [f"{found.count(state)} {state}" for state in ORDER if found.count(state)]
+def _summarize_trials(found: Leaderboard) -> str:
+    counts = [f"{found.count_trials(state)} {state}" for state in STATE_ORDER if found.count_trials(state)]
     return (
         f"{len(found.rows)} trials: {', '.join(counts)}. Losses are in nats per supervised token on the validation "
         "rows; lower is better."
@@ -99,7 +101,7 @@ def leaderboard_table(found: Leaderboard) -> Table:
         (
             f"{row.trial} (default)" if row.is_default else str(row.trial),
             "-" if row.validation_loss is None else f"{row.validation_loss:.4f}",
-            *(shown(row.params.get(key)) for key in keys),
+            *(format_value(row.params.get(key)) for key in keys),
             "-" if row.seconds is None else f"{row.seconds:.1f}",
             row.state,
             row.run_id,
@@ -109,16 +111,16 @@ def leaderboard_table(found: Leaderboard) -> Table:
     return Table("best first", ("trial", LOSS, *keys, "seconds", "state", "run"), rows)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value of the config in a table: numbers with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _figures(found: Leaderboard, trials: Sequence[FrozenTrial]) -> list[str | Table | Figure]:
+def _build_figures(found: Leaderboard, trials: Sequence[FrozenTrial]) -> list[str | Table | Figure]:
     """Importances, history, slices, parallel coordinates, and validations of the trials that have a loss."""
     if sum(trial.state == TrialState.COMPLETE and bool(trial.params) for trial in trials) < 2:
         return []
-    study, points = _numbered(trials), _numbered([trial for trial in trials if trial.params])
+    study, points = _number_trials(trials), _number_trials([trial for trial in trials if trial.params])
     figures = {
         "Trial after trial": visualization.plot_optimization_history(study, target_name=LOSS),
         "Each key by itself": visualization.plot_slice(points, target_name=LOSS),
@@ -126,20 +128,20 @@ def _figures(found: Leaderboard, trials: Sequence[FrozenTrial]) -> list[str | Ta
     }
     if found.importances:
         title = "How much each key mattered for being among the best quarter (PED-ANOVA, shares of 1)"
-        figures = {title: _bars(found.importances), **figures}
+        figures = {title: _plot_importances(found.importances), **figures}
     if any(len(trial.intermediate_values) > 1 for trial in trials):
         figures["Within the trials, validation after validation"] = visualization.plot_intermediate_values(study)
     return [part for title, figure in figures.items() for part in (f"# {title}", figure.update_layout(title=None))]
 
 
-def _numbered(trials: Sequence[FrozenTrial]) -> Study:
+def _number_trials(trials: Sequence[FrozenTrial]) -> Study:
     """The trials as a study in memory, each by the number that the leaderboard has; what lies between is left out."""
     by_number = {first_number(trial): trial for trial in trials}
     nothing = create_trial(state=TrialState.FAIL)
-    return study_of([by_number.get(number, nothing) for number in range(max(by_number) + 1)])
+    return build_study([by_number.get(number, nothing) for number in range(max(by_number) + 1)])
 
 
-def _bars(shares: Mapping[str, float]) -> Figure:
+def _plot_importances(shares: Mapping[str, float]) -> Figure:
     from plotly.graph_objects import Bar, Figure
 
     upwards = list(shares.items())[::-1]

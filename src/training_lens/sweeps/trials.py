@@ -63,7 +63,7 @@ def is_lost(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and "error" not in trial.user_attrs
 
 
-def deaths(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> int:
+def count_deaths(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> int:
     """How often a process died at the trial's run; one that was asked to stop did not.
 
     Args:
@@ -73,7 +73,7 @@ def deaths(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> int:
     return sum(is_lost(other) and "released" not in other.user_attrs for other in same)
 
 
-def current(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+def current_trials(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """For every run its one trial that counts, in the order of their numbers: the last, or the first not lost."""
     latest: dict[int, FrozenTrial] = {}
     for trial in trials:
@@ -83,14 +83,14 @@ def current(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return [latest[number] for number in sorted(latest)]
 
 
-def stands(claim: FrozenTrial, trials: Sequence[FrozenTrial], wanted: int) -> bool:
+def is_valid_claim(claim: FrozenTrial, trials: Sequence[FrozenTrial], wanted: int) -> bool:
     """Whether `claim` may run: of processes that claim one place, one point or one run at once, the lowest number does.
 
     Args:
         trials: all of the study, read after the claim was made.
         wanted: trials in all.
     """
-    before = current([trial for trial in trials if trial.number < claim.number])
+    before = current_trials([trial for trial in trials if trial.number < claim.number])
     if "continues" in claim.user_attrs:
         return all(is_lost(trial) for trial in before if first_number(trial) == first_number(claim))
     return len(before) < wanted and all(trial.params != claim.params for trial in before)

@@ -52,7 +52,7 @@ class Worker:
             self.path.unlink(missing_ok=True)
 
     @property
-    def attributes(self) -> dict[str, str]:
+    def trial_attributes(self) -> dict[str, str]:
         """What a trial says of the process that runs it."""
         return {"host": self.host, "lock": str(self.path)}
 
@@ -91,18 +91,18 @@ def _is_lock(path: Path) -> bool:
 
 
 @contextmanager
-def pulse(storage: RDBStorage, trial_id: int) -> Iterator[None]:
+def send_heartbeats(storage: RDBStorage, trial_id: int) -> Iterator[None]:
     """Within the block, the storage hears every `PULSE_SECONDS` that the trial's process is alive."""
     done = Event()
 
-    def beat() -> None:
+    def send_heartbeat() -> None:
         while not done.wait(PULSE_SECONDS):
             with contextlib.suppress(StorageInternalError):  # the database is away for a while: the next one tells
                 storage.record_heartbeat(trial_id)
         storage.remove_session()  # this thread's connection
 
     storage.record_heartbeat(trial_id)
-    thread = Thread(target=beat, name="sweep-pulse", daemon=True)
+    thread = Thread(target=send_heartbeat, name="sweep-pulse", daemon=True)
     thread.start()
     try:
         yield

@@ -114,7 +114,7 @@ def test_energy_ranks_are_those_of_the_dense_update(run: Any, check: RankCheck) 
 
 @pytest.mark.parametrize("peft", [{}, {"use_dora": True}, {"variant": "rslora"}], ids=["lora", "dora", "rslora"])
 def test_truncation_is_the_best_of_its_rank_and_is_undone_bit_for_bit(peft: dict[str, Any]) -> None:
-    from training_lens.analysis.findings.rank_check import truncated
+    from training_lens.analysis.findings.rank_check import truncate_modules
     from training_lens.config.schema import ModelSection, PeftSection
     from training_lens.core.modules import adapter_modules
     from training_lens.models.adapters import attach
@@ -128,7 +128,7 @@ def test_truncation_is_the_best_of_its_rank_and_is_undone_bit_for_bit(peft: dict
             module.b.normal_()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     dense = {m.name: (m.b @ m.a).detach().double() for m in modules}
-    with truncated(modules, {m.name: 3 for m in modules}):
+    with truncate_modules(modules, {m.name: 3 for m in modules}):
         for m in modules:
             left = torch.linalg.svdvals(dense[m.name] - (m.b @ m.a).detach().double())
             singular = torch.linalg.svdvals(dense[m.name])

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import plotly.graph_objects as go
 
-from training_lens.analysis.figures.layer_figures import adapter_share
-from training_lens.analysis.figures.run_figures import divergence
-from training_lens.analysis.figures.style import add_line, canvas, heat_map
+from training_lens.analysis.figures.layer_figures import plot_adapter_share
+from training_lens.analysis.figures.run_figures import plot_divergence
+from training_lens.analysis.figures.style import add_line, build_canvas, plot_heat_map
 from training_lens.collectors.layer_activations import LayerStates
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
@@ -18,12 +18,12 @@ from training_lens.errors import LensError
 from training_lens.measures.activation_measures import rms
 
 
-def activation_drift(recording: Recording) -> go.Figure:
+def plot_activation_drift(recording: Recording) -> go.Figure:
     """|h - h0| / |h0| on the probe set, by layer over steps."""
-    return heat_map(_by_number(recording, "drift"), "|h - h0| / |h0|")
+    return plot_heat_map(_read_layers(recording, "drift"), "|h - h0| / |h0|")
 
 
-def _by_number(recording: Recording, measure: str) -> Series:
+def _read_layers(recording: Recording, measure: str) -> Series:
     """A measure of the layers' outputs, whose rows are layers.0, layers.1, ..., in the order of their numbers."""
     found = recording.series(tables.ACTIVATIONS, measure)
     numbers = [name.removeprefix("layers.") for name in found.names]
@@ -48,15 +48,17 @@ class ActivationVisualizer:
     def drift(self) -> go.Figure:
         """How far each layer's output is from that without the adapter: over steps, or of these states."""
         if isinstance(self.source, Recording):
-            return activation_drift(self.source)
-        return _over_layers({"drift": self.source.measures()["drift"].tolist()}, "|h - h0| / |h0|")
+            return plot_activation_drift(self.source)
+        return _plot_over_layers({"drift": self.source.measures()["drift"].tolist()}, "|h - h0| / |h0|")
 
     def sizes(self) -> go.Figure:
         """The root mean square of each layer's output: over steps, or of these states with the adapter off and on."""
         if isinstance(self.source, Recording):
-            return heat_map(_by_number(self.source, "rms"), "root mean square", log=True)
+            return plot_heat_map(_read_layers(self.source, "rms"), "root mean square", log=True)
         sides = {"adapter off": self.source.base, "adapter on": self.source.adapter}
-        return _over_layers({name: [float(rms(h)) for h in side] for name, side in sides.items()}, "root mean square")
+        return _plot_over_layers(
+            {name: [float(rms(h)) for h in side] for name, side in sides.items()}, "root mean square"
+        )
 
     def share(self) -> go.Figure:
         """The adapter's part of each kind of module's output over steps.
@@ -64,7 +66,7 @@ class ActivationVisualizer:
         Raises:
             LensError: the source is no recording.
         """
-        return adapter_share(self._recording())
+        return plot_adapter_share(self._require_recording())
 
     def divergence(self) -> go.Figure:
         """The forward KL from the base over steps.
@@ -72,9 +74,9 @@ class ActivationVisualizer:
         Raises:
             LensError: the source is no recording.
         """
-        return divergence(self._recording())
+        return plot_divergence(self._require_recording())
 
-    def _recording(self) -> Recording:
+    def _require_recording(self) -> Recording:
         if isinstance(self.source, Recording):
             return self.source
         raise LensError(
@@ -83,8 +85,8 @@ class ActivationVisualizer:
         )
 
 
-def _over_layers(values: Mapping[str, list[float]], y: str) -> go.Figure:
-    figure = canvas("layer", y)
+def _plot_over_layers(values: Mapping[str, list[float]], y: str) -> go.Figure:
+    figure = build_canvas("layer", y)
     for name, of_layers in values.items():
         add_line(figure, np.arange(len(of_layers)), np.array(of_layers), name)
     return figure.update_yaxes(rangemode="tozero")

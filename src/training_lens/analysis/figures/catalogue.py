@@ -16,119 +16,119 @@ from training_lens.core.recording import Recording
 
 
 @dataclass(frozen=True)
-class Drawing:
+class ReportFigure:
     """One picture: `draw` makes it of a recording that has the measure `of[1]` in the table `of[0]`."""
 
     name: str
     title: str
     draw: Callable[[Recording], go.Figure]
-    of: tuple[str, str]
+    needs: tuple[str, str]
     caption: str
 
 
-CROSS = "An orange cross marks what is not finite."
+CROSS = "An orange cross marks a value that is not finite."
 
-DRAWINGS = (
-    Drawing(
+REPORT_FIGURES = (
+    ReportFigure(
         "update_strength",
         "How strongly each layer is changed",
-        layers.update_strength,
+        layers.plot_update_strength,
         (tables.WEIGHTS, "norm_update"),
         "Each row is a layer, training goes to the right; brighter is a larger change against the layer's own weights. "
         f"An even spread is usual; a single bright row means that one layer carries the update. {CROSS}",
     ),
-    Drawing(
+    ReportFigure(
         "update_strength_by_kind",
         "The same by kind of module",
-        layers.update_strength_by_kind,
+        layers.plot_update_strength_by_kind,
         (tables.WEIGHTS, "norm_update"),
         "Lines that grow and flatten are usual; one that grows ever faster is not.",
     ),
-    Drawing(
+    ReportFigure(
         "step_ratio",
         "How far one step moves",
-        layers.step_ratio_by_kind,
+        layers.plot_step_ratio_by_kind,
         (tables.WEIGHTS, "norm_step"),
         "It should follow the learning rate: up with the warm-up, then down. Zero is a step that changed nothing.",
     ),
-    Drawing(
+    ReportFigure(
         "gradient_norm",
         "Gradients by layer",
-        layers.gradient_norm,
+        layers.plot_gradient_norm,
         (tables.GRADIENTS, "norm_b"),
         "Colours by the power of ten; zero has the darkest. Rows that are many powers from their neighbours learn at "
         f"another pace. {CROSS}",
     ),
-    Drawing(
+    ReportFigure(
         "gradient_norm_by_kind",
         "Gradients by kind of module",
-        layers.gradient_norm_by_kind,
+        layers.plot_gradient_norm_by_kind,
         (tables.GRADIENTS, "norm_b"),
         "Before clipping. Peaks are single batches; a rise that stays means that training goes astray.",
     ),
-    Drawing(
+    ReportFigure(
         "gradient_cosine",
         "Whether gradients agree with those before",
-        layers.gradient_cosine,
+        layers.plot_gradient_cosine,
         (tables.GRADIENTS, "cosine_mean"),
         "1: every step pulls the same way; about 0: the batches disagree, as late in training; below 0: steps undo one "
         "another.",
     ),
-    Drawing(
+    ReportFigure(
         "effective_rank",
         "How many directions each layer uses",
-        layers.effective_rank,
+        layers.plot_effective_rank,
         (tables.SPECTRA, "effective_rank"),
         "The brightest colour is the rank that the adapter may use. Rows that stay dark need less of it. " + CROSS,
     ),
-    Drawing(
+    ReportFigure(
         "spectrum",
         "The strongest module's spectrum over time",
-        spectra.spectrum_over_steps,
+        spectra.plot_spectrum_over_steps,
         (tables.SPECTRA, "singular_values"),
         "Each line is a direction of the change of the weight. Few lines far above the rest: most of the rank is "
         "hardly used.",
     ),
-    Drawing(
+    ReportFigure(
         "spectrum_by_kind",
         "Spectra at the end",
-        spectra.spectrum_by_kind,
+        spectra.plot_spectrum_by_kind,
         (tables.SPECTRA, "singular_values"),
         "Median of each kind's modules, over the largest. A steep fall uses few directions; a flat line uses all, and "
         "may want more.",
     ),
-    Drawing(
+    ReportFigure(
         "balance",
         "B against A",
-        layers.balance,
+        layers.plot_balance,
         (tables.WEIGHTS, "norm_b"),
         "A fresh LoRA starts at 0, as its B is 0. Far above 1, B does the work and A hardly learns.",
     ),
-    Drawing(
+    ReportFigure(
         "optimizer",
         "Whether Adam is surprised",
-        layers.optimizer_jumps,
+        layers.plot_optimizer_jumps,
         (tables.OPTIMIZER, "update_rms_b"),
         "1: gradients are as large as Adam expects; peaks well above come before spikes of the loss.",
     ),
-    Drawing(
+    ReportFigure(
         "drift",
         "How far layers' outputs drift from the base",
-        activations.activation_drift,
+        activations.plot_activation_drift,
         (tables.ACTIVATIONS, "drift"),
         f"On the probe set. Later layers get what early ones change, so that upper rows are often brighter. {CROSS}",
     ),
-    Drawing(
+    ReportFigure(
         "share",
         "The adapter's part of the outputs",
-        layers.adapter_share,
+        layers.plot_adapter_share,
         (tables.LORA_ACTIVATIONS, "share"),
         "On the probe set: 0.1 means that the adapter adds a tenth of what the frozen weight gives.",
     ),
-    Drawing(
+    ReportFigure(
         "kl",
         "How far the answers are from the base's",
-        runs.divergence,
+        runs.plot_divergence,
         (tables.DIVERGENCE, "kl"),
         "On the probe set. It rises as the adapter learns; if it goes on rising while the validation loss stands "
         "still, the model may be forgetting what it knew.",
@@ -136,6 +136,6 @@ DRAWINGS = (
 )
 
 
-def by_name(name: str) -> Drawing:
-    """A drawing of `DRAWINGS`."""
-    return next(drawing for drawing in DRAWINGS if drawing.name == name)
+def find_figure(name: str) -> ReportFigure:
+    """A drawing of `REPORT_FIGURES`."""
+    return next(drawing for drawing in REPORT_FIGURES if drawing.name == name)

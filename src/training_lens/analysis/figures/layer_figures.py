@@ -5,57 +5,57 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from training_lens.analysis.evolution import By, evolution
-from training_lens.analysis.figures.style import heat_map, lines
-from training_lens.analyzers.module_groups import grouped
+from training_lens.analysis.evolution import read_evolution
+from training_lens.analysis.figures.style import plot_heat_map, plot_lines
+from training_lens.analyzers.module_groups import By, grouped
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
 
 
-def update_strength(recording: Recording) -> go.Figure:
+def plot_update_strength(recording: Recording) -> go.Figure:
     """|dW| / |W| by layer (median of its modules) over steps; |dW| alone where the base's weights were not seen."""
-    series, unit = _strength(recording, "layer")
-    return heat_map(series, unit)
+    series, unit = _read_strength(recording, "layer")
+    return plot_heat_map(series, unit)
 
 
-def update_strength_by_kind(recording: Recording) -> go.Figure:
+def plot_update_strength_by_kind(recording: Recording) -> go.Figure:
     """|dW| / |W| by kind of module (median) over steps; |dW| alone where the base's weights were not seen."""
-    return lines(*_strength(recording, "kind"))
+    return plot_lines(*_read_strength(recording, "kind"))
 
 
-def _strength(recording: Recording, by: By) -> tuple[Series, str]:
-    found = evolution(recording, "strength", by)
+def _read_strength(recording: Recording, by: By) -> tuple[Series, str]:
+    found = read_evolution(recording, "strength", by)
     if np.isfinite(found.values).any():
         return found, "|dW| / |W|"
-    return evolution(recording, "norm_update", by), "|dW| (the base's weights were not seen)"
+    return read_evolution(recording, "norm_update", by), "|dW| (the base's weights were not seen)"
 
 
-def step_ratio_by_kind(recording: Recording) -> go.Figure:
+def plot_step_ratio_by_kind(recording: Recording) -> go.Figure:
     """How far one step moves: the norm of the change of dW over |W|, by kind (median) over steps."""
-    return lines(evolution(recording, "step_ratio", "kind"), "|change of dW| / |W|")
+    return plot_lines(read_evolution(recording, "step_ratio", "kind"), "|change of dW| / |W|")
 
 
-def gradient_norm(recording: Recording) -> go.Figure:
+def plot_gradient_norm(recording: Recording) -> go.Figure:
     """The norm of each layer's gradients over steps, colours by their exponent."""
-    return heat_map(evolution(recording, "gradient_norm", "layer"), "gradient norm", log=True)
+    return plot_heat_map(read_evolution(recording, "gradient_norm", "layer"), "gradient norm", log=True)
 
 
-def gradient_norm_by_kind(recording: Recording) -> go.Figure:
+def plot_gradient_norm_by_kind(recording: Recording) -> go.Figure:
     """The norm of the gradients of each kind of module over steps."""
-    return lines(evolution(recording, "gradient_norm", "kind"), "gradient norm")
+    return plot_lines(read_evolution(recording, "gradient_norm", "kind"), "gradient norm")
 
 
-def gradient_cosine(recording: Recording) -> go.Figure:
+def plot_gradient_cosine(recording: Recording) -> go.Figure:
     """The cosine of each gradient with the running mean of those before, median of each kind, over steps."""
-    found = evolution(recording, f"{tables.GRADIENTS}.cosine_mean", "kind")
-    return lines(found, "cosine with the running mean", at_zero=False)
+    found = read_evolution(recording, f"{tables.GRADIENTS}.cosine_mean", "kind")
+    return plot_lines(found, "cosine with the running mean", at_zero=False)
 
 
-def effective_rank(recording: Recording) -> go.Figure:
+def plot_effective_rank(recording: Recording) -> go.Figure:
     """The effective rank of dW by layer (median of its modules) over steps; the brightest colour is the full rank."""
-    found = evolution(recording, f"{tables.SPECTRA}.effective_rank", "layer")
-    return heat_map(found, "effective rank, directions", top=_full_rank(recording))
+    found = read_evolution(recording, f"{tables.SPECTRA}.effective_rank", "layer")
+    return plot_heat_map(found, "effective rank, directions", top=_full_rank(recording))
 
 
 def _full_rank(recording: Recording) -> float | None:
@@ -63,19 +63,19 @@ def _full_rank(recording: Recording) -> float | None:
     return float(max(ranks)) if ranks else None
 
 
-def balance(recording: Recording) -> go.Figure:
+def plot_balance(recording: Recording) -> go.Figure:
     """|B| / |A|, median of each kind of module, over steps."""
-    a, b = (evolution(recording, measure) for measure in ("norm_a", "norm_b"))
+    a, b = (read_evolution(recording, measure) for measure in ("norm_a", "norm_b"))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = Series(a.steps, a.names, b.values / a.values)
-    return lines(grouped(ratio, recording.modules, "kind", norms=False), "|B| / |A|")
+    return plot_lines(grouped(ratio, recording.modules, "kind", norms=False), "|B| / |A|")
 
 
-def optimizer_jumps(recording: Recording) -> go.Figure:
+def plot_optimizer_jumps(recording: Recording) -> go.Figure:
     """The root mean square of Adam's update of B, median of each kind, over steps: 1 for steady gradients."""
-    return lines(evolution(recording, f"{tables.OPTIMIZER}.update_rms_b", "kind"), "sqrt(mean(g² / v))")
+    return plot_lines(read_evolution(recording, f"{tables.OPTIMIZER}.update_rms_b", "kind"), "sqrt(mean(g² / v))")
 
 
-def adapter_share(recording: Recording) -> go.Figure:
+def plot_adapter_share(recording: Recording) -> go.Figure:
     """The norm of the adapter's output over that of the frozen weight's on the probe set, median of each kind."""
-    return lines(evolution(recording, f"{tables.LORA_ACTIVATIONS}.share", "kind"), "|s B A x| / |W x|")
+    return plot_lines(read_evolution(recording, f"{tables.LORA_ACTIVATIONS}.share", "kind"), "|s B A x| / |W x|")

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import plotly.graph_objects as go
 
-from training_lens.analysis.figures.style import add_line, canvas, label, lines, nothing
+from training_lens.analysis.figures.style import add_line, build_canvas, empty_figure, escape_label, plot_lines
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
@@ -20,7 +20,7 @@ WINDOW = 21  # steps of that median
 MOST_SPIKES, MOST_BORDERS, SMOOTH_POINTS = 50, 40, 60
 
 
-class Losses(Protocol):
+class LossSource(Protocol):
     """What the losses are in: a `Recording`, or the `Log` of a run that nothing was captured of."""
 
     @property
@@ -29,7 +29,7 @@ class Losses(Protocol):
     def series(self, table: str, measure: str) -> Series: ...
 
 
-def loss(recording: Losses, checkpoints: Sequence[int] = ()) -> go.Figure:
+def plot_loss(recording: LossSource, checkpoints: Sequence[int] = ()) -> go.Figure:
     """Training loss of each step, its median in equal parts, validation, and events.
 
     Args:
@@ -37,33 +37,33 @@ def loss(recording: Losses, checkpoints: Sequence[int] = ()) -> go.Figure:
     """
     series, judged = recording.series(tables.LOSS, "loss"), recording.series(tables.EVALUATION, "loss")
     if not (series.values.size or judged.values.size):
-        return nothing("no loss was captured")
-    figure = canvas("step", "loss, nats per supervised token", height=420)
+        return empty_figure("no loss was captured")
+    figure = build_canvas("step", "loss, nats per supervised token", height=420)
     if series.values.size:
-        _training(figure, series.steps, series.values[:, 0])
-    _validation(figure, recording, judged)
+        _add_training(figure, series.steps, series.values[:, 0])
+    _add_validation(figure, recording, judged)
     if len(checkpoints):
         marker = {"symbol": "triangle-up", "size": 9, "color": COLOURS[3]}
-        base = dict.fromkeys(checkpoints, _lowest(series, judged))
+        base = dict.fromkeys(checkpoints, _lowest_loss(series, judged))
         figure.add_scatter(x=list(base), y=list(base.values()), mode="markers", marker=marker, name="checkpoint")
-    for step in epoch_ends(recording):
+    for step in find_epoch_ends(recording):
         figure.add_vline(x=step, line={"color": GRID, "width": 1.5, "dash": "dash"})
     return figure
 
 
-def _lowest(series: Series, judged: Series) -> float:
+def _lowest_loss(series: Series, judged: Series) -> float:
     values = np.concatenate([series.values.ravel(), judged.values.ravel()])
     finite = values[np.isfinite(values)]
     return float(finite.min()) if finite.size else 0.0
 
 
-def _training(figure: go.Figure, steps: np.ndarray, values: np.ndarray) -> None:
+def _add_training(figure: go.Figure, steps: np.ndarray, values: np.ndarray) -> None:
     many = is_long(steps)
     add_line(figure, steps, values, "training", color=COLOURS[5] if many else COLOURS[0])
     if many:
         figure.data[0].update(opacity=0.5, line={"width": 1})
-        add_line(figure, *smooth(steps, values), "training, median of equal parts", color=COLOURS[0])
-    odd = spikes(steps, values)
+        add_line(figure, *smooth_line(steps, values), "training, median of equal parts", color=COLOURS[0])
+    odd = find_spikes(steps, values)
     if len(odd):
         marker = {"symbol": "x", "size": 8, "color": ALARM}
         shown = np.isin(steps, odd)
@@ -73,11 +73,11 @@ def _training(figure: go.Figure, steps: np.ndarray, values: np.ndarray) -> None:
 
 
 def is_long(steps: np.ndarray) -> bool:
-    """Whether a line of so many steps is too restless to be read without `smooth`."""
+    """Whether a line of so many steps is too restless to be read without `smooth_line`."""
     return len(steps) > 2 * SMOOTH_POINTS
 
 
-def smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def smooth_line(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The median of the finite values, and the mean step, of each of 60 equal parts of a line."""
     parts = np.array_split(np.arange(len(steps)), SMOOTH_POINTS)
     finite = [part[np.isfinite(values[part])] for part in parts]
@@ -85,7 +85,7 @@ def smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.array([steps[part].mean() for part in kept]), np.array([np.median(values[part]) for part in kept])
 
 
-def spikes(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
+def find_spikes(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The steps whose loss is not finite, or 6 robust deviations above the running median of 21 steps; at most 50.
 
     A robust deviation is 1.4826 times the median distance of all losses from their running median. A spike is so far
@@ -107,7 +107,7 @@ def spikes(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def epoch_ends(recording: Losses) -> list[float]:
+def find_epoch_ends(recording: LossSource) -> list[float]:
     """The steps at which an epoch ended and another began, at most 40, evenly chosen."""
     series, each = recording.series(tables.LOSS, "loss"), recording.settings.get("steps_per_epoch")
     if not each or not len(series.steps):
@@ -116,7 +116,7 @@ def epoch_ends(recording: Losses) -> list[float]:
     return ends[:: -(-len(ends) // MOST_BORDERS) or 1]
 
 
-def _validation(figure: go.Figure, recording: Losses, judged: Series) -> None:
+def _add_validation(figure: go.Figure, recording: LossSource, judged: Series) -> None:
     base = recording.series(tables.EVALUATION, "base_loss").values.ravel()
     if len(base) and np.isfinite(base[0]):
         figure.add_hline(
@@ -138,18 +138,18 @@ def _validation(figure: go.Figure, recording: Losses, judged: Series) -> None:
         )
 
 
-def divergence(recording: Recording) -> go.Figure:
+def plot_divergence(recording: Recording) -> go.Figure:
     """The forward KL from the base on the probe set, over steps."""
     found = recording.series(tables.DIVERGENCE, "kl")
-    return lines(Series(found.steps, ("KL(base || adapter)",)[: len(found.names)], found.values), "nats per token")
+    return plot_lines(Series(found.steps, ("KL(base || adapter)",)[: len(found.names)], found.values), "nats per token")
 
 
-def cost(recording: Recording) -> go.Figure:
+def plot_cost(recording: Recording) -> go.Figure:
     """The seconds that each collector took, and what serves them all."""
     seconds = recording.captures.cost()
     if not seconds:
-        return nothing("no cost was kept")
+        return empty_figure("no cost was kept")
     upwards = sorted(seconds.items(), key=lambda item: item[1])
-    figure = canvas("seconds", "", height=120 + 26 * len(upwards))
-    names, values = [label(name) for name, _ in upwards], [value for _, value in upwards]
+    figure = build_canvas("seconds", "", height=120 + 26 * len(upwards))
+    names, values = [escape_label(name) for name, _ in upwards], [value for _, value in upwards]
     return figure.add_bar(x=values, y=names, orientation="h", marker={"color": COLOURS[0]}, hovertemplate="%{x:.3g} s")

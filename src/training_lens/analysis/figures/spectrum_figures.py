@@ -8,51 +8,51 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from training_lens.analysis.figures.style import SCALE, add_line, canvas, label, looks, nothing
+from training_lens.analysis.figures.style import SCALE, add_line, build_canvas, empty_figure, escape_label, line_styles
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 
 MOST_VALUES = 12  # lines of one spectrum
 
 
-def strongest_module(recording: Recording) -> str | None:
+def find_strongest_module(recording: Recording) -> str | None:
     """The module whose dW is largest at the end, by its first singular value; None without spectra."""
-    spectra = _spectra(recording)[1]
+    spectra = _read_spectra(recording)[1]
     largest = {name: values[-1, 0] for name, values in spectra.items() if values.size and np.isfinite(values[-1, 0])}
     return max(largest, key=lambda name: largest[name]) if largest else None
 
 
-def spectrum_over_steps(recording: Recording, module: str | None = None) -> go.Figure:
+def plot_spectrum_over_steps(recording: Recording, module: str | None = None) -> go.Figure:
     """The singular values of one module's dW over steps, at most 12 of them, evenly chosen.
 
     Args:
         module: its name; None: the one whose dW is largest at the end.
     """
-    steps, spectra = _spectra(recording)
-    name = module or strongest_module(recording)
+    steps, spectra = _read_spectra(recording)
+    name = module or find_strongest_module(recording)
     if name not in spectra:
-        return nothing("no singular values were captured")
+        return empty_figure("no singular values were captured")
     values = spectra[name]
     chosen = np.unique(np.linspace(0, values.shape[1] - 1, MOST_VALUES).round().astype(int))
     colours = sample_colorscale(SCALE, np.linspace(0.1, 0.9, len(chosen)).tolist())
-    figure = canvas("step", "singular values of dW")
-    figure.update_layout(legend_title={"text": label(name), "side": "top"})
+    figure = build_canvas("step", "singular values of dW")
+    figure.update_layout(legend_title={"text": escape_label(name), "side": "top"})
     for i, colour in zip(chosen, colours, strict=True):
         add_line(figure, steps, values[:, i], f"{i + 1}.", color=colour)
     return figure.update_yaxes(rangemode="tozero")
 
 
-def spectrum_by_kind(recording: Recording) -> go.Figure:
+def plot_spectrum_by_kind(recording: Recording) -> go.Figure:
     """The singular values at the last captured step over the largest, median over the modules of each kind."""
-    spectra = _spectra(recording)[1]
+    spectra = _read_spectra(recording)[1]
     kinds = dict.fromkeys(m.kind for m in recording.modules)
-    figure = canvas("direction, the strongest first", "singular value / the largest")
-    for kind, look in zip(kinds, looks(), strict=False):
+    figure = build_canvas("direction, the strongest first", "singular value / the largest")
+    for kind, look in zip(kinds, line_styles(), strict=False):
         last = [spectra[m.name][-1] for m in recording.modules if m.kind == kind and m.name in spectra]
         found = [values for values in last if values.size and np.nan_to_num(values[0]) > 0]
         if found:
             _add_spectrum(figure, found, kind, look)
-    return figure.update_yaxes(rangemode="tozero") if figure.data else nothing("no singular values were captured")
+    return figure.update_yaxes(rangemode="tozero") if figure.data else empty_figure("no singular values were captured")
 
 
 def _add_spectrum(figure: go.Figure, found: list[np.ndarray], kind: str, look: dict[str, str]) -> None:
@@ -63,10 +63,10 @@ def _add_spectrum(figure: go.Figure, found: list[np.ndarray], kind: str, look: d
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a place that only NaN is at
         middle = np.nanmedian(padded, axis=0)
-    add_line(figure, np.arange(1, longest + 1), middle, label(kind), **look)
+    add_line(figure, np.arange(1, longest + 1), middle, escape_label(kind), **look)
 
 
-def _spectra(recording: Recording) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _read_spectra(recording: Recording) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     if not recording.has(tables.SPECTRA, "singular_values"):
         return np.zeros(0, np.int64), {}
     return recording.captures.vectors(tables.SPECTRA, "singular_values")

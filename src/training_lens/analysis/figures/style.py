@@ -22,7 +22,7 @@ BELOW_TICKS = 24  # pixels: beside a category axis, Plotly counts the standoff f
 DECADES = range(-30, 31)
 
 
-def canvas(x: str, y: str, height: int = 380) -> go.Figure:
+def build_canvas(x: str, y: str, height: int = 380) -> go.Figure:
     """An empty figure with its axes' titles: what is drawn and its unit."""
     figure = go.Figure()
     figure.update_layout(template="none", autosize=True, height=height, margin={"l": 10, "r": 10, "t": 30, "b": 10})
@@ -36,19 +36,19 @@ def canvas(x: str, y: str, height: int = 380) -> go.Figure:
     return figure
 
 
-def nothing(text: str) -> go.Figure:
+def empty_figure(text: str) -> go.Figure:
     """A figure that says why it is empty."""
-    figure = canvas("", "", height=120)
+    figure = build_canvas("", "", height=120)
     figure.add_annotation(text=escape(text), showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5)
     return figure.update_xaxes(visible=False).update_yaxes(visible=False)
 
 
-def label(name: str) -> str:
+def escape_label(name: str) -> str:
     """A name from data as Plotly shows it: its markup stays text."""
     return escape(name)
 
 
-def lines(series: Series, y: str, *, at_zero: bool = True) -> go.Figure:
+def plot_lines(series: Series, y: str, *, at_zero: bool = True) -> go.Figure:
     """A line for each name over steps.
 
     Args:
@@ -56,14 +56,14 @@ def lines(series: Series, y: str, *, at_zero: bool = True) -> go.Figure:
         at_zero: the axis begins at 0.
     """
     if not series.values.size:
-        return nothing("nothing was captured of this")
-    figure = canvas("step", y)
-    for name, look in zip(series.names, looks(), strict=False):
-        add_line(figure, series.steps, series.of(name), label(name), **look)
+        return empty_figure("nothing was captured of this")
+    figure = build_canvas("step", y)
+    for name, look in zip(series.names, line_styles(), strict=False):
+        add_line(figure, series.steps, series.of(name), escape_label(name), **look)
     return figure.update_yaxes(rangemode="tozero") if at_zero else figure
 
 
-def looks() -> Iterable[dict[str, Any]]:
+def line_styles() -> Iterable[dict[str, Any]]:
     """A colour and a dash for each line, all different for the first 24."""
     return cycle([{"color": colour, "dash": dash} for dash, colour in product(DASHES, COLOURS)])
 
@@ -76,7 +76,7 @@ def add_line(figure: go.Figure, steps: np.ndarray, values: np.ndarray, name: str
     figure.add_scatter(x=x, y=y.astype(np.float32), name=name, mode=mode, line={"width": 1.8, **look})
 
 
-def heat_map(series: Series, unit: str, *, log: bool = False, top: float | None = None) -> go.Figure:
+def plot_heat_map(series: Series, unit: str, *, log: bool = False, top: float | None = None) -> go.Figure:
     """Layers from bottom to top, steps from left to right; a cross where a value is not finite.
 
     Args:
@@ -85,16 +85,16 @@ def heat_map(series: Series, unit: str, *, log: bool = False, top: float | None 
         top: what the brightest colour stands for; None: the largest value.
     """
     if not series.values.size:
-        return nothing("nothing was captured of this")
+        return empty_figure("nothing was captured of this")
     steps, values = thin_steps(series.steps, series.values.T)
     names, values = thin_rows(series.names, values)
-    shown = _logarithms(values) if log else np.where(np.isfinite(values), values, np.nan)
-    figure = canvas("step", "layer", height=180 + 16 * max(4, len(names)))
+    shown = _log_values(values) if log else np.where(np.isfinite(values), values, np.nan)
+    figure = build_canvas("step", "layer", height=180 + 16 * max(4, len(names)))
     bar = {"orientation": "h", "y": 1.0, "yanchor": "bottom", "thickness": 10, "outlinewidth": 0}
-    ticks = _decades(shown) if log else {}
+    ticks = _decade_ticks(shown) if log else {}
     figure.add_heatmap(
         x=steps,
-        y=[label(name) for name in names],
+        y=[escape_label(name) for name in names],
         z=shown.astype(np.float32),
         customdata=values.astype(np.float32) if log else None,
         hovertemplate=f"layer %{{y}}, step %{{x}}: %{{{'customdata' if log else 'z'}:.3g}}<extra></extra>",
@@ -103,12 +103,12 @@ def heat_map(series: Series, unit: str, *, log: bool = False, top: float | None 
         zmax=top if not log else None,
         colorbar={"title": {"text": unit, "side": "top"}, "exponentformat": "power", **bar, **ticks},
     )
-    _mark_odd(figure, steps, names, values)
+    _mark_nonfinite(figure, steps, names, values)
     figure.update_yaxes(type="category", showgrid=False)
     return figure.update_xaxes(showgrid=False, title_standoff=BELOW_TICKS)
 
 
-def _logarithms(values: np.ndarray) -> np.ndarray:
+def _log_values(values: np.ndarray) -> np.ndarray:
     """log10, with zeros at the lowest value's; NaN where a value is not finite."""
     finite = np.where(np.isfinite(values), values, np.nan)
     positive = finite[finite > 0]
@@ -116,41 +116,41 @@ def _logarithms(values: np.ndarray) -> np.ndarray:
     return np.log10(np.maximum(finite, lowest))
 
 
-def _decades(logarithms: np.ndarray) -> dict[str, list[Any]]:
+def _decade_ticks(logarithms: np.ndarray) -> dict[str, list[Any]]:
     """Ticks at powers of ten, and within few of them also at 2 and 5 times these."""
-    low, high = _low_high([logarithms])
+    low, high = _finite_range([logarithms])
     powers = [f"{factor}e{power}" for power in DECADES for factor in ((1, 2, 5) if high - low < 2 else (1,))]
     return {"tickvals": [float(np.log10(float(power))) for power in powers], "ticktext": powers}
 
 
-def _mark_odd(figure: go.Figure, steps: np.ndarray, names: Sequence[str], values: np.ndarray) -> None:
+def _mark_nonfinite(figure: go.Figure, steps: np.ndarray, names: Sequence[str], values: np.ndarray) -> None:
     row, column = np.nonzero(~np.isfinite(values))
     if len(row):
         marker = {"symbol": "x-thin", "size": 6, "line": {"color": ALARM, "width": 2}}
-        x, y = steps[column], [label(names[int(i)]) for i in row]
+        x, y = steps[column], [escape_label(names[int(i)]) for i in row]
         figure.add_scatter(x=x, y=y, mode="markers", marker=marker, name="not finite", hoverinfo="name+x")
 
 
-def alike(first: go.Figure, second: go.Figure) -> tuple[go.Figure, go.Figure]:
+def match_scales(first: go.Figure, second: go.Figure) -> tuple[go.Figure, go.Figure]:
     """Two figures of one kind with the same colour scale and axes, so that what looks alike is alike."""
     pair = (go.Figure(first), go.Figure(second))
     for axis in ("x", "y"):
-        _same_axis(pair, axis)
+        _match_axis(pair, axis)
     colours = [trace for figure in pair for trace in figure.data if trace.type == "heatmap"]
     if colours:
-        low = min(_low_high([trace.z])[0] if trace.zmin is None else trace.zmin for trace in colours)
-        high = max(_low_high([trace.z])[1] if trace.zmax is None else trace.zmax for trace in colours)
+        low = min(_finite_range([trace.z])[0] if trace.zmin is None else trace.zmin for trace in colours)
+        high = max(_finite_range([trace.z])[1] if trace.zmax is None else trace.zmax for trace in colours)
         for trace in colours:
             trace.update(zmin=low, zmax=high)
     return pair
 
 
-def _same_axis(pair: tuple[go.Figure, go.Figure], axis: str) -> None:
+def _match_axis(pair: tuple[go.Figure, go.Figure], axis: str) -> None:
     found = [np.asarray(trace[axis]) for figure in pair for trace in figure.data if trace[axis] is not None]
     numbers = [values for values in found if values.dtype.kind in "iuf" and values.size]
     if not numbers:
         return
-    low, high = _low_high(numbers)
+    low, high = _finite_range(numbers)
     for figure in pair:
         layout = figure.layout[f"{axis}axis"]
         if layout.type == "log":
@@ -161,7 +161,7 @@ def _same_axis(pair: tuple[go.Figure, go.Figure], axis: str) -> None:
             figure.update_layout({f"{axis}axis": {"range": [start, high + room]}})
 
 
-def _low_high(values: Sequence[np.ndarray]) -> tuple[float, float]:
+def _finite_range(values: Sequence[np.ndarray]) -> tuple[float, float]:
     """The lowest and highest finite number; 0 and 1 where there is none."""
     flat = np.concatenate([np.asarray(v, float).ravel() for v in values])
     flat = flat[np.isfinite(flat)]

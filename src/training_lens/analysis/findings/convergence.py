@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from training_lens.analysis.findings.evidence import points, total_steps
+from training_lens.analysis.findings.evidence import thin_points, total_steps
 from training_lens.analysis.findings.finding import Finding, Rule
-from training_lens.analysis.findings.held_out import LEAST, HeldOut, held_out, scatter
+from training_lens.analysis.findings.held_out import LEAST, HeldOut, measure_scatter, read_held_out
 from training_lens.analysis.findings.rank_record import read_rank_check
 from training_lens.core.recording import Recording
 from training_lens.measures.curves import Estimate, remaining_gain
@@ -24,39 +24,39 @@ RULE = Rule(
 )
 
 
-def converged(recording: Recording) -> Finding:
+def check_convergence(recording: Recording) -> Finding:
     """Whether training on is worth it: to the end of a run that goes on, or of one twice as long."""
-    judged = held_out(recording)
+    judged = read_held_out(recording)
     if len(judged.steps) < LEAST:
-        return RULE.unknown(
+        return RULE.report_inconclusive(
             "What training on would gain is not known",
             f"{len(judged.steps)} losses on held-out rows",
             f"at least {LEAST} of them: give data.validation or data.val_ratio, and training.eval_steps",
         )
-    steps, losses = judged.late()
+    steps, losses = judged.late_half()
     last, running = int(steps[-1]), recording.status == "running"
     end = total_steps(recording) if running else None
     goal = end if end and end > last else 2 * last
-    gain, noise = remaining_gain(steps, losses, goal), _noise(recording, steps, losses)
+    gain, noise = remaining_gain(steps, losses, goal), _loss_noise(recording, steps, losses)
     words = f"training to step {goal}" if running else "a run twice as long"
     measured = (
         f"{words} would change the loss on the {judged.what} by about {-gain.value:+.2g} nats per token (between "
         f"{-gain.value - ERRORS * gain.error:+.2g} and {-gain.value + ERRORS * gain.error:+.2g}); the noise of one "
         f"such loss is {noise:.2g}"
     )
-    return _verdict(judged, gain, noise, measured, running)
+    return _decide(judged, gain, noise, measured, running)
 
 
-def _verdict(judged: HeldOut, gain: Estimate, noise: float, measured: str, running: bool) -> Finding:
+def _decide(judged: HeldOut, gain: Estimate, noise: float, measured: str, running: bool) -> Finding:
     evidence = {
         "gain": gain.value,
         "error": gain.error,
         "noise": noise,
-        "held_out": points(x=judged.steps, y=judged.losses),
+        "held_out": thin_points(x=judged.steps, y=judged.losses),
     }
     least, most = gain.value - ERRORS * gain.error, gain.value + ERRORS * gain.error
     if gain.value >= float(judged.losses[-1]):
-        return RULE.unknown(
+        return RULE.report_inconclusive(
             "What training on would gain is not known",
             f"the line through the last {LEAST} or more losses on the {judged.what} would lead to 0 or under it, where "
             f"no loss can be (the last is {judged.losses[-1]:.3g}): the curve bends",
@@ -64,9 +64,9 @@ def _verdict(judged: HeldOut, gain: Estimate, noise: float, measured: str, runni
             evidence,
         )
     if most <= (NOISES * noise if least <= 0 else noise):
-        return RULE.found("note" if running else "fine", "Converged", measured, evidence=evidence)
+        return RULE.report_symptom("note" if running else "fine", "Converged", measured, evidence=evidence)
     if least > 0:
-        return RULE.found(
+        return RULE.report_symptom(
             "note",
             "The loss still falls",
             measured,
@@ -74,7 +74,7 @@ def _verdict(judged: HeldOut, gain: Estimate, noise: float, measured: str, runni
             decide="a longer run: this takes for granted that the slope goes on, with a schedule as long as the run",
             evidence=evidence,
         )
-    return RULE.unknown(
+    return RULE.report_inconclusive(
         "What training on would gain is within the noise",
         measured,
         "more validations (training.eval_steps), on more rows",
@@ -82,9 +82,9 @@ def _verdict(judged: HeldOut, gain: Estimate, noise: float, measured: str, runni
     )
 
 
-def _noise(recording: Recording, steps: np.ndarray, losses: np.ndarray) -> float:
+def _loss_noise(recording: Recording, steps: np.ndarray, losses: np.ndarray) -> float:
     """Of one held-out loss, in nats per token."""
     checked = read_rank_check(recording.folder)
     if checked is not None and checked.loss_error is not None:
         return checked.loss_error
-    return scatter(steps, losses)
+    return measure_scatter(steps, losses)

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from training_lens.analysis.findings.convergence import converged
+from training_lens.analysis.findings.convergence import check_convergence
 from training_lens.analysis.findings.finding import Finding
-from training_lens.analysis.findings.layer_findings import layers
-from training_lens.analysis.findings.memorization import memorization
-from training_lens.analysis.findings.nonfinite import nonfinite
-from training_lens.analysis.findings.rank import rank
-from training_lens.analysis.findings.rate_high import rate_high
-from training_lens.analysis.findings.rate_low import rate_low
-from training_lens.analysis.findings.untrained import untrained
+from training_lens.analysis.findings.layer_findings import check_layers
+from training_lens.analysis.findings.memorization import check_memorization
+from training_lens.analysis.findings.nonfinite import check_nonfinite
+from training_lens.analysis.findings.rank import check_rank
+from training_lens.analysis.findings.rate_high import check_rate_high
+from training_lens.analysis.findings.rate_low import check_rate_low
+from training_lens.analysis.findings.untrained import check_untrained
 from training_lens.core.recording import Recording
 
 CHECKS: tuple[Callable[[Recording], Finding], ...] = (
-    untrained,
-    nonfinite,
-    rate_high,  # ahead of what it causes: at one severity, the first is told first
-    layers,
-    rate_low,
-    rank,
-    memorization,
-    converged,
+    check_untrained,
+    check_nonfinite,
+    check_rate_high,  # ahead of what it causes: at one severity, the first is told first
+    check_layers,
+    check_rate_low,
+    check_rank,
+    check_memorization,
+    check_convergence,
 )
 ORDER = ("problem", "warning", "note", "fine")
 

@@ -14,7 +14,7 @@ Curve = tuple[np.ndarray, np.ndarray]  # steps (points,) int64 and values (point
 LISTED = 3  # names that a text lists before it counts the others
 
 
-def curve(recording: Recording, table: str, measure: str) -> Curve:
+def read_curve(recording: Recording, table: str, measure: str) -> Curve:
     """A measure of the whole run: the steps after 0 at which it is a number, and its values there."""
     series = recording.series(table, measure)
     values = series.values[:, 0] if series.names else np.zeros(0)
@@ -22,26 +22,26 @@ def curve(recording: Recording, table: str, measure: str) -> Curve:
     return series.steps[kept], values[kept]
 
 
-def middle(series: Series) -> Curve:
+def median_over_modules(series: Series) -> Curve:
     """The median over modules, at the steps at which any of them has a number."""
     kept = np.isfinite(series.values).any(1) & (series.steps > 0)
     values = np.where(np.isfinite(series.values), series.values, np.nan)[kept]
     return series.steps[kept], np.nanmedian(values, axis=1) if len(values) else np.zeros(0)
 
 
-def median(values: np.ndarray) -> float:
+def median_or_nan(values: np.ndarray) -> float:
     """NaN of nothing, without a warning."""
     return float(np.median(values)) if len(values) else np.nan
 
 
-def base_value(recording: Recording, table: str, measure: str) -> float:
+def read_base_value(recording: Recording, table: str, measure: str) -> float:
     """A measure of the whole run at step 0; NaN where there is none."""
     series = recording.series(table, measure)
     known = series.values[(series.steps == 0)]
     return float(known[0, 0]) if known.size else np.nan
 
 
-def over_base(recording: Recording, measure: str) -> Series:
+def divide_by_base(recording: Recording, measure: str) -> Series:
     """A norm of the adapter's change (norm_update, norm_step) over that of the frozen weight, by module.
 
     Modules whose frozen weight was not measured are left out.
@@ -53,7 +53,7 @@ def over_base(recording: Recording, measure: str) -> Series:
     return Series(series.steps, names, series.values[:, known] / np.array([norms[name] for name in names]))
 
 
-def gradient_norm(recording: Recording) -> Series:
+def read_gradient_norms(recording: Recording) -> Series:
     """|(dL/dA, dL/dB)| of each module, before clipping."""
     a, b = (recording.series(tables.GRADIENTS, measure) for measure in ("norm_a", "norm_b"))
     if a.names != b.names or not np.array_equal(a.steps, b.steps):
@@ -67,19 +67,19 @@ def total_steps(recording: Recording) -> int | None:
     return int(total) if total else None
 
 
-def after_warmup(recording: Recording) -> int:
+def find_warmup_end(recording: Recording) -> int:
     """The step at which the learning rate is highest for the first time; 0 where no rate was captured."""
-    steps, rates = curve(recording, tables.LOSS, "lr")
+    steps, rates = read_curve(recording, tables.LOSS, "lr")
     return int(steps[rates.argmax()]) if len(steps) else 0
 
 
-def listed(names: Sequence[str]) -> str:
+def list_names(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
 
 
-def points(*, x: np.ndarray, y: np.ndarray, most: int = 400) -> dict[str, list[float]]:
+def thin_points(*, x: np.ndarray, y: np.ndarray, most: int = 400) -> dict[str, list[float]]:
     """A curve as lists for pictures, thinned evenly to at most `most` points and the last one."""
     kept = np.unique(np.linspace(0, max(0, len(x) - 1), min(len(x), most)).round().astype(int))
     return {"steps": [int(v) for v in x[kept]], "values": [float(v) for v in y[kept]]}

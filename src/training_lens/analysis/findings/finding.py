@@ -50,7 +50,7 @@ class Rule:
     source: str
     action: str
 
-    def found(
+    def report_symptom(
         self,
         severity: Severity,
         title: str,
@@ -68,17 +68,17 @@ class Rule:
             self.action if action is None else action, decide, evidence or {},
         )  # fmt: skip
 
-    def fine(
+    def report_fine(
         self, title: str, measured: str, confidence: Confidence = "sure", evidence: Mapping[str, Any] | None = None
     ) -> Finding:
         """It was looked for and is not there."""
-        return self.found("fine", title, measured, confidence=confidence, action="", evidence=evidence)
+        return self.report_symptom("fine", title, measured, confidence=confidence, action="", evidence=evidence)
 
-    def unknown(
+    def report_inconclusive(
         self, title: str, measured: str, decide: str, evidence: Mapping[str, Any] | None = None, where: str = ""
     ) -> Finding:
         """The data do not decide; `decide` says what would."""
-        return self.found(
+        return self.report_symptom(
             "note", title, measured, where=where, confidence="could not tell", action="", decide=decide,
             evidence=evidence,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from training_lens.analysis.findings.evidence import Curve, base_value, curve, median
+from training_lens.analysis.findings.evidence import Curve, median_or_nan, read_base_value, read_curve
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.measures.curves import MAD_TO_DEVIATION, trend
@@ -33,64 +33,64 @@ class HeldOut:
     start: float
 
     @property
-    def best(self) -> int:
+    def best_index(self) -> int:
         """The place of the lowest loss."""
         return int(self.losses.argmin())
 
     @property
-    def noise(self) -> float:
+    def point_noise(self) -> float:
         """The standard deviation of one point, from what neighbouring points differ beyond the median difference.
 
         Formula: 1.4826 MAD of the differences, over sqrt(2).
         """
         jumps = np.diff(self.losses)
-        return float(MAD_TO_DEVIATION * median(np.abs(jumps - median(jumps))) / np.sqrt(2))
+        return float(MAD_TO_DEVIATION * median_or_nan(np.abs(jumps - median_or_nan(jumps))) / np.sqrt(2))
 
     @property
-    def rise(self) -> float:
+    def final_rise(self) -> float:
         """By how much the end (the median of the last quarter) is above the best point."""
-        return median(self.losses[-max(2, len(self.losses) // 4) :]) - float(self.losses[self.best])
+        return median_or_nan(self.losses[-max(2, len(self.losses) // 4) :]) - float(self.losses[self.best_index])
 
-    def direction(self) -> Direction:
+    def find_direction(self) -> Direction:
         """Of the later half of the points, against ln(steps), or since the best one.
 
         A rise must also be 2 % of the lowest loss.
         """
         if len(self.steps) < LEAST:
             return "unknown"
-        slope = trend(*self.late())
-        rises = slope.value - CERTAIN * slope.error > 0 or self._well_above_best()
-        if rises and self.rise > LEAST_RISE * self.losses[self.best]:
+        slope = trend(*self.late_half())
+        rises = slope.value - CERTAIN * slope.error > 0 or self._is_well_above_best()
+        if rises and self.final_rise > LEAST_RISE * self.losses[self.best_index]:
             return "rises"
         return "falls" if slope.value + CERTAIN * slope.error < 0 else "flat"
 
-    def _well_above_best(self) -> bool:
+    def _is_well_above_best(self) -> bool:
         """Whether the end is above the best point by far more than the points since then scatter around a line."""
-        since = slice(self.best + 1, None)
+        since = slice(self.best_index + 1, None)
         steps, losses = self.steps[since], self.losses[since]
-        return len(steps) > LEAST and self.rise > ABOVE_BEST * scatter(steps, losses)
+        return len(steps) > LEAST and self.final_rise > ABOVE_BEST * measure_scatter(steps, losses)
 
-    def late(self) -> Curve:
+    def late_half(self) -> Curve:
         """The later half of the points, at least four."""
         first = -max(LEAST, len(self.steps) // 2)
         return self.steps[first:], self.losses[first:]
 
 
-def scatter(steps: np.ndarray, losses: np.ndarray) -> float:
+def measure_scatter(steps: np.ndarray, losses: np.ndarray) -> float:
     """The standard deviation of losses around their line against ln(steps), from the error of its slope."""
     logs = np.log(steps)
     return float(trend(steps, losses).error * np.sqrt(((logs - logs.mean()) ** 2).sum()))
 
 
-def held_out(recording: Recording) -> HeldOut:
+def read_held_out(recording: Recording) -> HeldOut:
     """The validation loss, or where it was measured fewer than four times, that of the probe set."""
-    validation = _read(recording, "validation set", tables.EVALUATION)
-    probe = _read(recording, "probe set", tables.DIVERGENCE)
+    validation = _read_losses(recording, "validation set", tables.EVALUATION)
+    probe = _read_losses(recording, "probe set", tables.DIVERGENCE)
     return validation if len(validation.steps) >= LEAST or len(probe.steps) <= len(validation.steps) else probe
 
 
-def _read(recording: Recording, what: str, table: str) -> HeldOut:
-    steps, losses = curve(recording, table, "loss")
+def _read_losses(recording: Recording, what: str, table: str) -> HeldOut:
+    steps, losses = read_curve(recording, table, "loss")
     base = recording.series(table, "base_loss").values
     known = base[np.isfinite(base)]
-    return HeldOut(what, steps, losses, float(known[0]) if len(known) else base_value(recording, table, "loss"))
+    return HeldOut(what, steps, losses, float(known[0]) if len(known) else read_base_value(recording, table, "loss"))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training_lens.analysis.findings.evidence import gradient_norm, listed, over_base, points
+from training_lens.analysis.findings.evidence import divide_by_base, list_names, read_gradient_norms, thin_points
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord, Series
@@ -31,7 +31,7 @@ RULE = Rule(
 )
 
 
-class _Apart(NamedTuple):
+class _Outlier(NamedTuple):
     """A module that stands apart: in which measure, from when on, and by what factor from its kind and its past."""
 
     module: str
@@ -42,37 +42,37 @@ class _Apart(NamedTuple):
     z: float
 
     @property
-    def grew(self) -> bool:
+    def has_grown(self) -> bool:
         return self.from_kind > 1
 
 
-def layers(recording: Recording) -> Finding:
+def check_layers(recording: Recording) -> Finding:
     """Whether a layer explodes or vanishes: its numbers leave those of its siblings while the run goes on."""
-    measures = {"gradient norm": gradient_norm(recording), "step ratio": over_base(recording, "norm_step")}
-    seen = {name: series for name, series in measures.items() if len(_stretches(series)) > 1}
-    kinds = {name: _kinds(recording.modules, series) for name, series in seen.items()}
+    measures = {"gradient norm": read_gradient_norms(recording), "step ratio": divide_by_base(recording, "norm_step")}
+    seen = {name: series for name, series in measures.items() if len(_split_steps(series)) > 1}
+    kinds = {name: _group_siblings(recording.modules, series) for name, series in seen.items()}
     if not any(kinds.values()):
-        return RULE.unknown(
+        return RULE.report_inconclusive(
             "Whether a layer explodes or vanishes is not known",
             f"{', '.join(f'{len(series.steps)} steps of the {name}' for name, series in measures.items())}; at most "
-            f"{_most_of_a_kind(recording.modules)} modules of one kind",
+            f"{_largest_kind_size(recording.modules)} modules of one kind",
             f"captures of at least {2 * LEAST_STEPS} steps, and {LEAST_SIBLINGS} modules of one kind: in a model of "
             "fewer layers there is too little to compare",
         )
-    found = [a for name, series in seen.items() for kind in kinds[name] for a in _apart(name, series, kind)]
+    found = [a for name, series in seen.items() for kind in kinds[name] for a in _find_outliers(name, series, kind)]
     if not found:
         watched = {module for of_measure in kinds.values() for kind in of_measure for module in kind}
-        return RULE.fine(
+        return RULE.report_fine(
             "No layer explodes or vanishes", f"{' and '.join(seen)} of {len(watched)} modules against their kind"
         )
-    return _told(found, measures)
+    return _report_outliers(found, measures)
 
 
-def _most_of_a_kind(modules: Sequence[ModuleRecord]) -> int:
+def _largest_kind_size(modules: Sequence[ModuleRecord]) -> int:
     return max(Counter(module.kind for module in modules).values(), default=0)
 
 
-def _kinds(modules: Sequence[ModuleRecord], series: Series) -> list[list[str]]:
+def _group_siblings(modules: Sequence[ModuleRecord], series: Series) -> list[list[str]]:
     """Names of modules of one kind and shape that ever have a value over 0, where there are enough of them."""
     alike: dict[object, list[str]] = defaultdict(list)
     for module in modules:
@@ -81,30 +81,30 @@ def _kinds(modules: Sequence[ModuleRecord], series: Series) -> list[list[str]]:
     return [names for names in alike.values() if len(names) >= LEAST_SIBLINGS]
 
 
-def _stretches(series: Series) -> list[np.ndarray]:
+def _split_steps(series: Series) -> list[np.ndarray]:
     """The places of the captured steps after 0, cut into stretches in their order."""
     places = np.flatnonzero(series.steps > 0)
     return np.array_split(places, min(STRETCHES, len(places) // LEAST_STEPS)) if len(places) >= LEAST_STEPS else []
 
 
-def _apart(measure: str, series: Series, kind: list[str]) -> list[_Apart]:
+def _find_outliers(measure: str, series: Series, kind: list[str]) -> list[_Outlier]:
     """The modules of a kind that leave it, each at the first stretch in which it does."""
-    stretches = _stretches(series)
-    levels = _levels(series, kind, stretches)  # (stretches, modules)
+    stretches = _split_steps(series)
+    levels = _log_medians(series, kind, stretches)  # (stretches, modules)
     away, z = levels - np.median(levels, axis=1, keepdims=True), np.array([robust_z(level) for level in levels])
-    found: dict[str, _Apart] = {}
+    found: dict[str, _Outlier] = {}
     for i in range(1, len(stretches)):
         moved = away[i] - np.median(away[:i], axis=0)
         own = (levels[i] - np.median(levels[:i], axis=0)) * np.sign(away[i])
         far = (np.abs(away[i]) > np.log(FACTOR)) & (np.abs(moved) > np.log(FACTOR)) & (np.abs(z[i]) > ROBUST_Z)
         for j in np.flatnonzero(far & (np.sign(away[i]) == np.sign(moved)) & (own > np.log(OWN_WAY))):
             step = int(series.steps[stretches[i][0]])
-            apart = _Apart(kind[j], measure, step, float(np.exp(away[i, j])), float(np.exp(moved[j])), float(z[i, j]))
+            apart = _Outlier(kind[j], measure, step, float(np.exp(away[i, j])), float(np.exp(moved[j])), float(z[i, j]))
             found.setdefault(kind[j], apart)
     return list(found.values())
 
 
-def _levels(series: Series, kind: list[str], stretches: list[np.ndarray]) -> np.ndarray:
+def _log_medians(series: Series, kind: list[str], stretches: list[np.ndarray]) -> np.ndarray:
     """The logarithm of the median of each module of a kind in each stretch; (stretches, modules)."""
     values = series.values[:, [series.names.index(name) for name in kind]]
     values = np.where(np.isfinite(values), values, 0.0)
@@ -112,21 +112,21 @@ def _levels(series: Series, kind: list[str], stretches: list[np.ndarray]) -> np.
     return np.log([np.median(np.maximum(values[places], least), axis=0) for places in stretches])
 
 
-def _told(found: list[_Apart], measures: dict[str, Series]) -> Finding:
+def _report_outliers(found: list[_Outlier], measures: dict[str, Series]) -> Finding:
     first = min(found, key=lambda apart: (apart.step, -abs(np.log(apart.from_kind))))
     names = list(dict.fromkeys(apart.module for apart in found))
     series = measures[first.measure]
-    return RULE.found(
-        "problem" if first.grew else "warning",
-        f"{'Exploding' if first.grew else 'Vanishing'} layer",
+    return RULE.report_symptom(
+        "problem" if first.has_grown else "warning",
+        f"{'Exploding' if first.has_grown else 'Vanishing'} layer",
         f"the {first.measure} of {first.module} is {first.from_kind:.3g} times the median of its kind (robust z "
         f"{first.z:.1f}) and {first.from_past:.3g} times its own past against it",
-        where=f"{listed(names)}, from step {first.step}",
+        where=f"{list_names(names)}, from step {first.step}",
         evidence={
             "modules": names,
             "step": first.step,
             "factor": first.from_kind,
             "measure": first.measure,
-            f"{first.measure} of {first.module}": points(x=series.steps, y=series.of(first.module)),
+            f"{first.measure} of {first.module}": thin_points(x=series.steps, y=series.of(first.module)),
         },
     )

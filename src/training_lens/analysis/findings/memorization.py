@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training_lens.analysis.findings.evidence import curve, median, points
+from training_lens.analysis.findings.evidence import median_or_nan, read_curve, thin_points
 from training_lens.analysis.findings.finding import Finding, Rule
-from training_lens.analysis.findings.held_out import ABOVE_BEST, CERTAIN, LEAST, LEAST_RISE, HeldOut, held_out
+from training_lens.analysis.findings.held_out import ABOVE_BEST, CERTAIN, LEAST, LEAST_RISE, HeldOut, read_held_out
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.measures.curves import epoch_drops, trend
@@ -28,7 +28,7 @@ RULE = Rule(
 )
 
 
-class _Stairs(NamedTuple):
+class _EpochDrops(NamedTuple):
     """The mean drop of the training loss at an epoch's end, its standard error, and over how many ends."""
 
     drop: float
@@ -36,59 +36,60 @@ class _Stairs(NamedTuple):
     ends: int
 
     @property
-    def there(self) -> bool:
+    def is_significant(self) -> bool:
         return self.ends > 0 and self.drop > CERTAIN * self.error
 
 
-def memorization(recording: Recording) -> Finding:
+def check_memorization(recording: Recording) -> Finding:
     """Whether training goes on to learn its rows by heart while other rows gain nothing."""
-    steps, losses = curve(recording, tables.LOSS, "loss")
+    steps, losses = read_curve(recording, tables.LOSS, "loss")
     per_epoch = _steps_per_epoch(recording)
     if len(steps) and per_epoch and steps[-1] <= per_epoch:
-        return RULE.fine("No row was seen twice", f"the run is {steps[-1] / per_epoch:.0%} of an epoch long")
-    judged, stairs = held_out(recording), _stairs(steps, losses, per_epoch)
-    if judged.direction() == "unknown" or len(steps) < LEAST:
-        return RULE.unknown(
+        return RULE.report_fine("No row was seen twice", f"the run is {steps[-1] / per_epoch:.0%} of an epoch long")
+    judged, stairs = read_held_out(recording), _measure_drops(steps, losses, per_epoch)
+    if judged.find_direction() == "unknown" or len(steps) < LEAST:
+        return RULE.report_inconclusive(
             "Whether rows are learned by heart is not known",
-            f"{len(judged.steps)} held-out losses, {len(steps)} training losses; {_said(stairs)}",
+            f"{len(judged.steps)} held-out losses, {len(steps)} training losses; {_describe_drops(stairs)}",
             f"at least {LEAST} losses on held-out rows: data.validation or data.val_ratio, and training.eval_steps",
         )
-    late = median(losses[-max(LEAST, len(losses) // 10) :])
+    late = median_or_nan(losses[-max(LEAST, len(losses) // 10) :])
     far_under = late < FAR_UNDER * float(judged.losses[-1])
-    return _verdict(judged, stairs, far_under or _falls_since(steps, losses, judged), late)
+    return _decide(judged, stairs, far_under or _has_training_gain(steps, losses, judged), late)
 
 
-def _verdict(judged: HeldOut, stairs: _Stairs, training_goes_on: bool, late: float) -> Finding:
-    direction, best = judged.direction(), int(judged.steps[judged.best])
-    then = {"rises": f"has risen by {judged.rise:.3g}", "flat": "is flat"}.get(direction, "still falls")
+def _decide(judged: HeldOut, stairs: _EpochDrops, training_goes_on: bool, late: float) -> Finding:
+    direction, best = judged.find_direction(), int(judged.steps[judged.best_index])
+    then = {"rises": f"has risen by {judged.final_rise:.3g}", "flat": "is flat"}.get(direction, "still falls")
     measured = (
-        f"the {judged.what}'s loss is best at step {best} ({judged.losses[judged.best]:.3g}), and {then} at the end; "
-        f"the training loss ends at {late:.3g}; {_said(stairs)}"
+        f"the {judged.what}'s loss is best at step {best} ({judged.losses[judged.best_index]:.3g}), and {then} at the "
+        "end; "
+        f"the training loss ends at {late:.3g}; {_describe_drops(stairs)}"
     )
     evidence = {
         "best_step": best,
-        "rise": judged.rise,
+        "rise": judged.final_rise,
         "drop": stairs.drop,
         "drop_error": stairs.error,
-        "held_out": points(x=judged.steps, y=judged.losses),
+        "held_out": thin_points(x=judged.steps, y=judged.losses),
     }
-    if direction == "rises" and (training_goes_on or stairs.there):
-        return RULE.found(
+    if direction == "rises" and (training_goes_on or stairs.is_significant):
+        return RULE.report_symptom(
             "warning", "Rows are learned by heart", measured, where=f"from step {best}", evidence=evidence
         )
-    if direction == "flat" and stairs.there:
-        return RULE.found(
+    if direction == "flat" and stairs.is_significant:
+        return RULE.report_symptom(
             "note", "The training loss gains from repeated rows alone", measured, where=f"from step {best}",
             evidence=evidence,
         )  # fmt: skip
     if direction == "rises":
-        return RULE.unknown(
+        return RULE.report_inconclusive(
             "The held-out loss rises, and the training loss does not fall",
             measured,
             "a run at half the rate: the rise stays if the rows are learned by heart",
             evidence,
         )
-    return RULE.fine("Rows are not learned by heart", measured, "likely", evidence)
+    return RULE.report_fine("Rows are not learned by heart", measured, "likely", evidence)
 
 
 def _steps_per_epoch(recording: Recording) -> float:
@@ -96,30 +97,30 @@ def _steps_per_epoch(recording: Recording) -> float:
     told = recording.settings.get("steps_per_epoch")
     if told:
         return float(told)
-    steps, epochs = curve(recording, tables.LOSS, "epoch")
+    steps, epochs = read_curve(recording, tables.LOSS, "epoch")
     return float(steps[-1] / epochs[-1]) if len(epochs) and epochs[-1] > 0 else 0.0
 
 
-def _stairs(steps: np.ndarray, losses: np.ndarray, per_epoch: float) -> _Stairs:
+def _measure_drops(steps: np.ndarray, losses: np.ndarray, per_epoch: float) -> _EpochDrops:
     drops = epoch_drops(steps, losses, per_epoch, max(1, int(per_epoch))) if per_epoch >= 1 and len(steps) else []
     known = [drop for drop in drops if np.isfinite(drop.error)]
     if not known:
-        return _Stairs(np.nan, np.nan, 0)
+        return _EpochDrops(np.nan, np.nan, 0)
     error = np.sqrt(sum(drop.error**2 for drop in known)) / len(known)
-    return _Stairs(float(np.mean([drop.drop for drop in known])), float(error), len(known))
+    return _EpochDrops(float(np.mean([drop.drop for drop in known])), float(error), len(known))
 
 
-def _said(stairs: _Stairs) -> str:
+def _describe_drops(stairs: _EpochDrops) -> str:
     if not stairs.ends:
         return "no epoch's end could be measured"
     ends = f"at {stairs.ends} epochs' ends" if stairs.ends > 1 else "at an epoch's end"
-    if not stairs.there:
+    if not stairs.is_significant:
         return f"the training loss has no step down {ends} that stands out from its noise"
     return f"the training loss drops by {stairs.drop:.3g} {ends} (standard error {stairs.error:.2g})"
 
 
-def _falls_since(steps: np.ndarray, losses: np.ndarray, judged: HeldOut) -> bool:
+def _has_training_gain(steps: np.ndarray, losses: np.ndarray, judged: HeldOut) -> bool:
     """Whether the training loss falls after the best held-out loss."""
-    since = steps >= judged.steps[judged.best]
+    since = steps >= judged.steps[judged.best_index]
     slope = trend(steps[since], losses[since])
     return bool(slope.value + CERTAIN * slope.error < 0)

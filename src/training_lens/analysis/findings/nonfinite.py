@@ -30,7 +30,7 @@ LOOKED_AT = (  # in the order in which a step makes them
 
 
 @dataclass(frozen=True)
-class _Broken:
+class _FirstNonfinite:
     """The first step at which a measure is not finite.
 
     `rows` are all modules captured then, in the model's order, and `bad` those that are not finite; `passed` tells
@@ -45,38 +45,38 @@ class _Broken:
     passed: bool
 
     @property
-    def culprit(self) -> str:
+    def source_module(self) -> str:
         """Where it began: gradients go backward, so the last of their rows, and else the first."""
         return self.bad[-1 if self.table == tables.GRADIENTS else 0]
 
     @property
-    def neighbour(self) -> str:
+    def nearest_finite(self) -> str:
         """The clean row that is nearest to the culprit; empty where there is none."""
-        place = self.rows.index(self.culprit)
+        place = self.rows.index(self.source_module)
         clean = [i for i, name in enumerate(self.rows) if name not in self.bad]
         return self.rows[min(clean, key=lambda i: abs(i - place))] if clean else ""
 
 
-def nonfinite(recording: Recording) -> Finding:
+def check_nonfinite(recording: Recording) -> Finding:
     """Whether every number stayed finite; else the first that did not, and its clean neighbour."""
     looked = [each for each in LOOKED_AT if recording.has(*each[:2])]
     if not {tables.GRADIENTS, tables.WEIGHTS} & {table for table, _, _ in looked}:
-        return RULE.unknown(
+        return RULE.report_inconclusive(
             "Whether all numbers are finite is not known",
             "no norms of gradients or weights were captured",
             f"captures of the tables {tables.GRADIENTS} and {tables.WEIGHTS}",
         )
-    broken = [found for table, measure, what in looked if (found := _first(recording, table, measure, what))]
+    broken = [found for table, measure, what in looked if (found := _find_first(recording, table, measure, what))]
     if not broken:
-        return RULE.fine(
+        return RULE.report_fine(
             "All numbers are finite", f"every value of {', '.join(dict.fromkeys(t for t, _, _ in looked))}"
         )
     first = min(broken, key=lambda each: each.step)
     skipped = all(each.passed and each.table == tables.GRADIENTS for each in broken)
-    return _skipped_steps(first) if skipped else _spoilt(first)
+    return _report_skipped_steps(first) if skipped else _report_corruption(first)
 
 
-def _first(recording: Recording, table: str, measure: str, what: str) -> _Broken | None:
+def _find_first(recording: Recording, table: str, measure: str, what: str) -> _FirstNonfinite | None:
     rows = recording.captures.table(table, ["step", "module", measure])
     rows = rows.filter(rows.column(measure).is_valid())  # null is what was not captured
     bad = rows.filter(pc.invert(pc.is_finite(rows.column(measure))))
@@ -84,60 +84,60 @@ def _first(recording: Recording, table: str, measure: str, what: str) -> _Broken
         return None
     step = pc.min(bad.column("step")).as_py()
     passed = pc.max(bad.column("step")).as_py() < pc.max(rows.column("step")).as_py()
-    return _Broken(step, table, what, _modules(rows, step), _modules(bad, step), passed)
+    return _FirstNonfinite(step, table, what, _module_names(rows, step), _module_names(bad, step), passed)
 
 
-def _modules(rows: pa.Table, step: int) -> list[str]:
+def _module_names(rows: pa.Table, step: int) -> list[str]:
     names: list[str] = rows.filter(pc.equal(rows.column("step"), step)).column("module").to_pylist()
     return names
 
 
-def _skipped_steps(first: _Broken) -> Finding:
-    return RULE.found(
+def _report_skipped_steps(first: _FirstNonfinite) -> Finding:
+    return RULE.report_symptom(
         "note",
         "Single steps had gradients that are not finite",
-        _measured(first) + "; later gradients are finite, and all weights",
-        where=_where(first),
+        _describe_first(first) + "; later gradients are finite, and all weights",
+        where=_describe_place(first),
         confidence="sure",
         action="nothing, if this is fp16: its loss scaling skips such steps",
-        evidence=_evidence(first),
+        evidence=_collect_evidence(first),
     )
 
 
-def _spoilt(first: _Broken) -> Finding:
-    everywhere = first.table != tables.LOSS and not first.neighbour
-    return RULE.found(
+def _report_corruption(first: _FirstNonfinite) -> Finding:
+    everywhere = first.table != tables.LOSS and not first.nearest_finite
+    return RULE.report_symptom(
         "problem",
         "Not finite any more",
-        _measured(first),
-        where=_where(first),
+        _describe_first(first),
+        where=_describe_place(first),
         confidence="sure",
         decide="where it began: every module broke at once, so a run with lens.scalars_every=1 and lens.probe_every=1"
         if everywhere
         else "",
-        evidence=_evidence(first),
+        evidence=_collect_evidence(first),
     )
 
 
-def _measured(first: _Broken) -> str:
+def _describe_first(first: _FirstNonfinite) -> str:
     if first.table == tables.LOSS:
         return f"first the loss, at step {first.step}"
-    beside = f"the nearest clean one is {first.neighbour}" if first.neighbour else "none is clean"
+    beside = f"the nearest clean one is {first.nearest_finite}" if first.nearest_finite else "none is clean"
     return (
-        f"first {first.what} of {first.culprit}, at step {first.step}; {len(first.bad)} of {len(first.rows)} are not "
-        f"finite there, {beside}"
+        f"first {first.what} of {first.source_module}, at step {first.step}; {len(first.bad)} of {len(first.rows)} are "
+        f"not finite there, {beside}"
     )
 
 
-def _where(first: _Broken) -> str:
-    return f"step {first.step}" if first.table == tables.LOSS else f"{first.culprit}, step {first.step}"
+def _describe_place(first: _FirstNonfinite) -> str:
+    return f"step {first.step}" if first.table == tables.LOSS else f"{first.source_module}, step {first.step}"
 
 
-def _evidence(first: _Broken) -> dict[str, object]:
+def _collect_evidence(first: _FirstNonfinite) -> dict[str, object]:
     return {
         "step": first.step,
         "table": first.table,
-        "module": first.culprit,
-        "clean_neighbour": first.neighbour,
+        "module": first.source_module,
+        "clean_neighbour": first.nearest_finite,
         "modules": first.bad,
     }

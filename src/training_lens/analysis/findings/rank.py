@@ -24,7 +24,7 @@ RULE = Rule(
 )
 
 
-class _Used(NamedTuple):
+class _RankUse(NamedTuple):
     """At a step, how many of the modules with a change use few directions, and the median of their shares of r."""
 
     step: int
@@ -33,11 +33,11 @@ class _Used(NamedTuple):
     share: float
 
 
-def rank(recording: Recording) -> Finding:
+def check_rank(recording: Recording) -> Finding:
     """Whether a smaller rank would do. The spectrum alone does not say so: small directions may carry loss."""
-    used = _used(recording)
+    used = _measure_rank_use(recording)
     if used is None:
-        return RULE.unknown(
+        return RULE.report_inconclusive(
             "Whether the rank is too large is not known",
             "no spectra of a change",
             f"captures of the table {tables.SPECTRA}",
@@ -48,16 +48,16 @@ def rank(recording: Recording) -> Finding:
     )
     evidence: dict[str, object] = {"low": used.low, "modules": used.known, "median_share": used.share}
     if used.low <= MOST * used.known:
-        return RULE.fine("The rank is used", measured, evidence=evidence)
+        return RULE.report_fine("The rank is used", measured, evidence=evidence)
     check = read_rank_check(recording.folder)
     if check is None or check.step < used.step:
         old = "" if check is None else f"; the rank check is of step {check.step}"
         decide = "training-lens analyze RUN --check-rank, which measures the loss at smaller ranks"
-        return RULE.unknown("The rank may be larger than needed", measured + old, decide, evidence)
-    return _measured(check, measured, evidence)
+        return RULE.report_inconclusive("The rank may be larger than needed", measured + old, decide, evidence)
+    return _report_check(check, measured, evidence)
 
 
-def _used(recording: Recording) -> _Used | None:
+def _measure_rank_use(recording: Recording) -> _RankUse | None:
     """Of the last step whose spectra show a change."""
     series = recording.series(tables.SPECTRA, "energy_rank")
     ranks = {module.name: module.rank for module in recording.modules}
@@ -68,10 +68,10 @@ def _used(recording: Recording) -> _Used | None:
         return None
     at = int(np.flatnonzero(there.any(1))[-1])
     known = shares[at][there[at]]
-    return _Used(int(series.steps[at]), int((known <= FAR_UNDER).sum()), len(known), float(np.median(known)))
+    return _RankUse(int(series.steps[at]), int((known <= FAR_UNDER).sum()), len(known), float(np.median(known)))
 
 
-def _measured(check: RankCheck, spectrum: str, evidence: dict[str, object]) -> Finding:
+def _report_check(check: RankCheck, spectrum: str, evidence: dict[str, object]) -> Finding:
     at = check.at_energy_ranks
     interval = "unknown" if at.low is None or at.high is None else f"{at.low:.3g} to {at.high:.3g}"
     told = (
@@ -81,15 +81,15 @@ def _measured(check: RankCheck, spectrum: str, evidence: dict[str, object]) -> F
     evidence |= {"delta": at.delta, "gain": check.gain, "rank_pattern": dict(check.rank_pattern)}
     evidence |= {"ranks": [a.rank for a in check.at_fixed_ranks], "deltas": [a.delta for a in check.at_fixed_ranks]}
     if at.high is None or check.gain <= 0:
-        return RULE.unknown(
+        return RULE.report_inconclusive(
             "The rank may be larger than needed",
             told,
             "an adapter that gains on its validation rows, and at least two of them",
             evidence,
         )
-    if check.unchanged(at):
+    if check.is_unchanged(at):
         pattern = ", ".join(f"{name}: {k}" for name, k in check.rank_pattern.items())
-        return RULE.found(
+        return RULE.report_symptom(
             "note",
             "A smaller rank does as well",
             told,
@@ -99,4 +99,4 @@ def _measured(check: RankCheck, spectrum: str, evidence: dict[str, object]) -> F
         )
     smallest = check.smallest_unchanged
     also = f"; rank {smallest} in all modules leaves it unchanged" if smallest else ""
-    return RULE.fine("The weak directions of dW carry loss", told + also, "likely", evidence)
+    return RULE.report_fine("The weak directions of dW carry loss", told + also, "likely", evidence)

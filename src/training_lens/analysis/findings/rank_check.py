@@ -63,28 +63,28 @@ def measure_rank(
     energy = {m.name: int(energy_rank(singular_values(m.a.detach(), m.b.detach(), m.record.scaling))) for m in modules}
     fixed = _powers_below(max(m.record.rank for m in modules))
     with (progress or Progress()).task("losses by rank", (len(fixed) + 3) * len(rows.examples)) as advance:
-        measure = _Measure(session, rows, modules, advance)
-        base, whole = measure.loss(base_only(session.model)), measure.loss(nullcontext())
-        at_energy = measure.at(None, energy, whole)
-        at_fixed = tuple(measure.at(rank, dict.fromkeys(energy, rank), whole) for rank in fixed)
+        measure = _TruncationLosses(session, rows, modules, advance)
+        base, whole = measure.measure_loss(base_only(session.model)), measure.measure_loss(nullcontext())
+        at_energy = measure.measure_truncated(None, energy, whole)
+        at_fixed = tuple(measure.measure_truncated(rank, dict.fromkeys(energy, rank), whole) for rank in fixed)
     check = RankCheck(
         step=int(run.read_metadata("summary.json")["steps"]),
         rows=len(rows.examples),
         supervised_tokens=int(rows.dataset.supervised.sum()),
         base_loss=base.measure_all()["loss"],
         loss=whole.measure_all()["loss"],
-        loss_error=_error(whole),
+        loss_error=_standard_error(whole),
         ranks={m.name: m.record.rank for m in modules},
         energy_ranks=energy,
         at_energy_ranks=at_energy,
         at_fixed_ranks=at_fixed,
-        rank_pattern=_pattern(energy),
+        rank_pattern=_build_rank_pattern(energy),
     )
     check.write(run.root / "lens")
     return check
 
 
-class _Measure:
+class _TruncationLosses:
     """Losses of one session's model on one set of rows."""
 
     def __init__(
@@ -95,34 +95,34 @@ class _Measure:
             Processes(session.device), session.precision, BATCH_TOKENS, session.pad_id, advance
         )
 
-    def loss(self, changed: AbstractContextManager[object]) -> ModelScores:
+    def measure_loss(self, changed: AbstractContextManager[object]) -> ModelScores:
         """Of the model as it is within the block."""
         with changed:
             sums = token_sums(self._session.model, self._rows.dataset, self._way)
         return ModelScores(sums, self._rows.text_bytes, self._rows.tokens_id)
 
-    def at(self, rank: int | None, ranks: Mapping[str, int], whole: ModelScores) -> RankLoss:
+    def measure_truncated(self, rank: int | None, ranks: Mapping[str, int], whole: ModelScores) -> RankLoss:
         """With each module truncated to its rank of `ranks`."""
-        scored = self.loss(truncated(self._modules, ranks))
+        scored = self.measure_loss(truncate_modules(self._modules, ranks))
         change, intervals = Bootstrap().measure_change(scored, whole)
         low, high = intervals.get("loss", (None, None))
         return RankLoss(rank, scored.measure_all()["loss"], change["loss"], low, high)
 
 
 @contextmanager
-def truncated(modules: Sequence[AdapterModule], ranks: Mapping[str, int]) -> Iterator[None]:
+def truncate_modules(modules: Sequence[AdapterModule], ranks: Mapping[str, int]) -> Iterator[None]:
     """Within the block each module has the best approximation of its dW of the rank that `ranks` gives by its name."""
     before = [(m, m.a.detach().clone(), m.b.detach().clone()) for m in modules]
     try:
         for module, a, b in before:
-            _put(module, *truncate(a, b, module.record.scaling, ranks[module.name]))
+            _set_factors(module, *truncate(a, b, module.record.scaling, ranks[module.name]))
         yield
     finally:
         for module, a, b in before:
-            _put(module, a, b)
+            _set_factors(module, a, b)
 
 
-def _put(module: AdapterModule, a: torch.Tensor, b: torch.Tensor) -> None:
+def _set_factors(module: AdapterModule, a: torch.Tensor, b: torch.Tensor) -> None:
     with torch.no_grad():
         module.a.copy_(a)
         module.b.copy_(b)
@@ -133,7 +133,7 @@ def _powers_below(rank: int) -> list[int]:
     return [2**i for i in range((rank - 1).bit_length())]
 
 
-def _pattern(energy: Mapping[str, int]) -> dict[str, int]:
+def _build_rank_pattern(energy: Mapping[str, int]) -> dict[str, int]:
     """By a module's last name the largest of its layers' ranks, at least 1."""
     pattern: dict[str, int] = {}
     for name, rank in energy.items():
@@ -142,6 +142,6 @@ def _pattern(energy: Mapping[str, int]) -> dict[str, int]:
     return pattern
 
 
-def _error(scored: ModelScores) -> float | None:
+def _standard_error(scored: ModelScores) -> float | None:
     interval = Bootstrap().measure_intervals(scored).get("loss")
     return (interval[1] - interval[0]) / (2 * NORMAL_95) if interval else None

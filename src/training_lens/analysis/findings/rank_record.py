@@ -57,14 +57,14 @@ class RankCheck:
         """What the adapter gains over the base."""
         return self.base_loss - self.loss
 
-    def unchanged(self, at: RankLoss) -> bool:
+    def is_unchanged(self, at: RankLoss) -> bool:
         """Whether the loss there is, with 95 %, less than 1 % of the adapter's gain above that of the whole adapter."""
         return at.high is not None and self.gain > 0 and at.high < TOLERANCE * self.gain
 
     @property
     def smallest_unchanged(self) -> int | None:
         """The smallest of the fixed ranks that leaves the loss unchanged."""
-        return min((at.rank for at in self.at_fixed_ranks if at.rank and self.unchanged(at)), default=None)
+        return min((at.rank for at in self.at_fixed_ranks if at.rank and self.is_unchanged(at)), default=None)
 
     def write(self, lens_folder: Path) -> Path:
         """Keep it as `rank_check.json` beside the captures."""

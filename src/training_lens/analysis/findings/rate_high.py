@@ -6,9 +6,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from training_lens.analysis.findings.evidence import after_warmup, curve, median, middle, over_base, points
+from training_lens.analysis.findings.evidence import (
+    divide_by_base,
+    find_warmup_end,
+    median_or_nan,
+    median_over_modules,
+    read_curve,
+    thin_points,
+)
 from training_lens.analysis.findings.finding import Finding, Rule
-from training_lens.analysis.findings.held_out import CERTAIN, held_out
+from training_lens.analysis.findings.held_out import CERTAIN, read_held_out
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
@@ -38,100 +45,112 @@ RULE = Rule(
 )
 
 
-def rate_high(recording: Recording) -> Finding:
+def check_rate_high(recording: Recording) -> Finding:
     """Whether the learning rate is too high; a sign alone is not enough to say so."""
-    steps, losses = curve(recording, tables.LOSS, "loss")
-    looks: tuple[Callable[[Recording], str | None], ...] = (_loss_over_start, _outgrown, _rms, _clipped, _diverging)
+    steps, losses = read_curve(recording, tables.LOSS, "loss")
+    looks: tuple[Callable[[Recording], str | None], ...] = (
+        _detect_loss_rise,
+        _detect_outgrown_weight,
+        _detect_update_rms,
+        _detect_clipping,
+        _detect_divergence,
+    )
     if len(steps) < LEAST_STEPS:
-        return RULE.unknown(
+        return RULE.report_inconclusive(
             "Whether the learning rate is too high is not known",
             f"the loss of {len(steps)} steps",
             f"at least {LEAST_STEPS} steps with their loss",
         )
     signs = [sign for look in looks if (sign := look(recording))]
-    evidence = {"signs": signs, "loss": points(x=steps, y=losses)}
+    evidence = {"signs": signs, "loss": thin_points(x=steps, y=losses)}
     if len(signs) >= NEEDED:
-        ends_over = median(losses[-LEAST_STEPS:]) > _start(recording, losses)
-        lost = ends_over or _loss_over_start(recording) is not None
-        return RULE.found(
+        ends_over = median_or_nan(losses[-LEAST_STEPS:]) > _starting_loss(recording, losses)
+        lost = ends_over or _detect_loss_rise(recording) is not None
+        return RULE.report_symptom(
             "problem" if lost else "warning", "The learning rate is too high", "; ".join(signs), evidence=evidence
         )
     if signs:
-        return RULE.unknown(
+        return RULE.report_inconclusive(
             "One sign of a learning rate that is too high",
             signs[0],
             "a run of the same seed at half the rate: its loss is lower, if this rate is too high",
             evidence,
         )
-    return RULE.fine("The learning rate is not too high", "none of the signs", "likely", evidence)
+    return RULE.report_fine("The learning rate is not too high", "none of the signs", "likely", evidence)
 
 
-def _loss_over_start(recording: Recording) -> str | None:
+def _detect_loss_rise(recording: Recording) -> str | None:
     """The mean over some neighbouring steps is well above the start, or the held-out loss above the base's."""
-    _, losses = curve(recording, tables.LOSS, "loss")
+    _, losses = read_curve(recording, tables.LOSS, "loss")
     width = max(5, len(losses) // 50)
     means = np.convolve(losses, np.full(width, 1 / width), "valid")
     jumps = np.diff(losses[-max(LEAST_STEPS, len(losses) // 2) :])  # of the later half: the start is what is judged
-    noise = MAD_TO_DEVIATION * median(np.abs(jumps - median(jumps))) / np.sqrt(2)
-    start = _start(recording, losses)
+    noise = MAD_TO_DEVIATION * median_or_nan(np.abs(jumps - median_or_nan(jumps))) / np.sqrt(2)
+    start = _starting_loss(recording, losses)
     if len(means) and means.max() > start + CERTAIN * noise:
         return f"the loss rises to {means.max():.3g} (mean of {width} steps), from {start:.3g} at its start"
-    judged = held_out(recording)
-    if len(judged.losses) and np.isfinite(judged.start) and judged.losses[-1] > judged.start + CERTAIN * judged.noise:
+    judged = read_held_out(recording)
+    if (
+        len(judged.losses)
+        and np.isfinite(judged.start)
+        and judged.losses[-1] > judged.start + CERTAIN * judged.point_noise
+    ):
         return f"the {judged.what}'s loss ends at {judged.losses[-1]:.3g}, above the base's {judged.start:.3g}"
     return None
 
 
-def _start(recording: Recording, losses: np.ndarray) -> float:
+def _starting_loss(recording: Recording, losses: np.ndarray) -> float:
     """Where the loss starts, seen high: an easy first batch must not make the rest look like a rise."""
-    return float(np.fmax(max(losses[0], median(losses[:FIRST])), held_out(recording).start))
+    return float(np.fmax(max(losses[0], median_or_nan(losses[:FIRST])), read_held_out(recording).start))
 
 
-def _outgrown(recording: Recording) -> str | None:
-    _, strength = middle(over_base(recording, "norm_update"))
+def _detect_outgrown_weight(recording: Recording) -> str | None:
+    _, strength = median_over_modules(divide_by_base(recording, "norm_update"))
     if len(strength) and strength.max() > OUTGROWN:
         return f"dW grows to {strength.max():.3g} times the weight that it changes (median over modules)"
     return None
 
 
-def _rms(recording: Recording) -> str | None:
+def _detect_update_rms(recording: Recording) -> str | None:
     """Spikes in some steps of a hundred; or a second moment that a jump has made deaf, while there is loss."""
     a, b = (recording.series(tables.OPTIMIZER, f"update_rms_{of}") for of in "ab")
     if not a.names or a.values.shape != b.values.shape:
         return None
-    steps, rms = middle(Series(a.steps, a.names, np.fmax(a.values, b.values)))
-    rms = rms[steps > after_warmup(recording)]
+    steps, rms = median_over_modules(Series(a.steps, a.names, np.fmax(a.values, b.values)))
+    rms = rms[steps > find_warmup_end(recording)]
     if not len(rms):
         return None
-    spikes = rms > RMS_SPIKE * max(median(rms), RMS_STEADY)
+    spikes = rms > RMS_SPIKE * max(median_or_nan(rms), RMS_STEADY)
     if spikes.sum() >= LEAST_SPIKES and spikes.mean() > 0.01:
         return f"the update RMS is over {RMS_SPIKE:g} times its usual level in {spikes.mean():.0%} of the steps"
-    _, losses = curve(recording, tables.LOSS, "loss")
-    late = median(rms[-max(1, len(rms) // 4) :])
-    if late < RMS_DEAF and median(losses[-LEAST_STEPS:]) > losses[0] / 4:  # gradients also fade where nothing is left
+    _, losses = read_curve(recording, tables.LOSS, "loss")
+    late = median_or_nan(rms[-max(1, len(rms) // 4) :])
+    if (
+        late < RMS_DEAF and median_or_nan(losses[-LEAST_STEPS:]) > losses[0] / 4
+    ):  # gradients also fade where nothing is left
         return f"the update RMS ends at {late:.2g}: the gradients jumped, and Adam still divides by that"
     return None
 
 
-def _clipped(recording: Recording) -> str | None:
+def _detect_clipping(recording: Recording) -> str | None:
     """Clipped steps alone say nothing: with max_grad_norm=1 a sound run may clip them all. Ever harder does."""
-    steps, clip = curve(recording, tables.LOSS, "clip")
-    clip = clip[steps > after_warmup(recording)]
+    steps, clip = read_curve(recording, tables.LOSS, "clip")
+    clip = clip[steps > find_warmup_end(recording)]
     if len(clip) < LEAST_STEPS:
         return None
-    share, (early, late) = float((clip < 1).mean()), (median(part) for part in np.array_split(clip, 2))
+    share, (early, late) = float((clip < 1).mean()), (median_or_nan(part) for part in np.array_split(clip, 2))
     if share > 0.5 and late < early / 2:
         return f"{share:.0%} of the steps are clipped, to {late:.2g} of the gradient at the end and {early:.2g} before"
     return None
 
 
-def _diverging(recording: Recording) -> str | None:
+def _detect_divergence(recording: Recording) -> str | None:
     """KL climbs in the later half, in which the held-out loss finds no new best."""
-    _, kl = curve(recording, tables.DIVERGENCE, "kl")
-    judged = held_out(recording)
-    if len(kl) < 4 or judged.direction() != "rises" or judged.best >= len(judged.losses) // 2:
+    _, kl = read_curve(recording, tables.DIVERGENCE, "kl")
+    judged = read_held_out(recording)
+    if len(kl) < 4 or judged.find_direction() != "rises" or judged.best_index >= len(judged.losses) // 2:
         return None
-    half = median(kl[len(kl) // 2 - 1 : len(kl) // 2 + 1])
+    half = median_or_nan(kl[len(kl) // 2 - 1 : len(kl) // 2 + 1])
     return (
         f"KL climbs from {half:.3g} to {kl[-1]:.3g} and no held-out loss is better" if kl[-1] > CLIMB * half else None
     )

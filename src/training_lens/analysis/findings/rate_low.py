@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from training_lens.analysis.findings.evidence import Curve, curve, median, middle, points
+from training_lens.analysis.findings.evidence import Curve, median_or_nan, median_over_modules, read_curve, thin_points
 from training_lens.analysis.findings.finding import Finding, Rule
-from training_lens.analysis.findings.held_out import CERTAIN, LEAST, held_out
+from training_lens.analysis.findings.held_out import CERTAIN, LEAST, read_held_out
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.measures.curves import trend
@@ -29,50 +29,50 @@ RULE = Rule(
 )
 
 
-def rate_low(recording: Recording) -> Finding:
+def check_rate_low(recording: Recording) -> Finding:
     """Whether the learning rate is too low for the length of the run."""
-    losses, straight = _loss(recording), _straightness(recording)
+    losses, straight = _read_loss(recording), _measure_straightness(recording)
     if len(losses[0]) < LEAST_STEPS or np.isnan(straight):
-        return RULE.unknown(
+        return RULE.report_inconclusive(
             "Whether the learning rate is too low is not known",
             f"the loss of {len(losses[0])} steps" + (", no whole path of dW" if np.isnan(straight) else ""),
             f"at least {LEAST_STEPS} steps, each captured (lens.scalars_every=1)",
         )
-    falls, ahead = _falls_on(recording), straight > STRAIGHT
-    others = [sign for sign in (_aligned(recording), _near_base(recording)) if sign]
+    falls, ahead = _is_still_falling(recording), straight > STRAIGHT
+    others = [sign for sign in (_detect_aligned_gradients(recording), _detect_small_divergence(recording)) if sign]
     measured = [f"|dW| is {straight:.2f} of the length of its path (1 is straight ahead)", *others] + (
         ["the loss falls as fast as ever"] if falls else []
     )
-    evidence = {"straightness": straight, "loss": points(x=losses[0], y=losses[1])}
+    evidence = {"straightness": straight, "loss": thin_points(x=losses[0], y=losses[1])}
     if ahead and len(others) + falls >= 2:  # two signs without a falling loss: a rate so low that it never fell
-        return RULE.found("warning", "The learning rate is too low", "; ".join(measured), evidence=evidence)
+        return RULE.report_symptom("warning", "The learning rate is too low", "; ".join(measured), evidence=evidence)
     if falls and (ahead or others):
-        return RULE.unknown(
+        return RULE.report_inconclusive(
             "The learning rate may be too low",
             "; ".join(measured),
             "a run of the same seed and length at three times the rate: its loss is lower, if this rate is too low",
             evidence,
         )
-    return RULE.fine("The learning rate is not too low", "; ".join(measured), "likely", evidence)
+    return RULE.report_fine("The learning rate is not too low", "; ".join(measured), "likely", evidence)
 
 
-def _loss(recording: Recording) -> Curve:
-    return curve(recording, tables.LOSS, "loss")
+def _read_loss(recording: Recording) -> Curve:
+    return read_curve(recording, tables.LOSS, "loss")
 
 
-def _falls_on(recording: Recording) -> bool:
+def _is_still_falling(recording: Recording) -> bool:
     """Whether the slope against ln(steps) of the later half is no noise, and not far under that of the part before.
 
     Of the held-out loss where it has points enough, because a step's own loss is noisy.
     """
-    judged = held_out(recording)
-    steps, values = (judged.steps, judged.losses) if len(judged.steps) >= 2 * LEAST else _loss(recording)
+    judged = read_held_out(recording)
+    steps, values = (judged.steps, judged.losses) if len(judged.steps) >= 2 * LEAST else _read_loss(recording)
     late, early = steps > steps[-1] / 2, (steps > steps[-1] / 8) & (steps <= steps[-1] / 2)
     now, before = trend(steps[late], values[late]), trend(steps[early], values[early])
     return bool(now.value + CERTAIN * now.error < 0 and now.value <= FALLS_ON * min(before.value, 0.0))
 
 
-def _straightness(recording: Recording) -> float:
+def _measure_straightness(recording: Recording) -> float:
     """|dW| at the end over the length of its path, median over modules; NaN where too few steps are there.
 
     The path is the integral of its steps' norms over the steps (trapezoids), so that thinned captures do.
@@ -83,18 +83,18 @@ def _straightness(recording: Recording) -> float:
         return np.nan
     steps, norms = moves.steps[kept], moves.values[kept]
     path = norms[0] * steps[0] + np.trapezoid(norms, steps, axis=0)
-    return median((update.values[-1] / np.where(path > 0, path, np.inf))[path > 0])
+    return median_or_nan((update.values[-1] / np.where(path > 0, path, np.inf))[path > 0])
 
 
-def _aligned(recording: Recording) -> str | None:
-    _, cosines = middle(recording.series(tables.GRADIENTS, "cosine_mean"))
-    level = median(cosines[len(cosines) // 2 :])
+def _detect_aligned_gradients(recording: Recording) -> str | None:
+    _, cosines = median_over_modules(recording.series(tables.GRADIENTS, "cosine_mean"))
+    level = median_or_nan(cosines[len(cosines) // 2 :])
     return f"gradients have a cosine of {level:.2f} with the mean of earlier ones" if level > ALIGNED else None
 
 
-def _near_base(recording: Recording) -> str | None:
-    steps, kl = curve(recording, tables.DIVERGENCE, "kl")
-    base = median(curve(recording, tables.DIVERGENCE, "base_loss")[1])
+def _detect_small_divergence(recording: Recording) -> str | None:
+    steps, kl = read_curve(recording, tables.DIVERGENCE, "kl")
+    base = median_or_nan(read_curve(recording, tables.DIVERGENCE, "base_loss")[1])
     if len(kl) and kl[-1] < NEAR_BASE * base:
         return f"KL to the base is {kl[-1]:.2g} nats after step {steps[-1]}"
     return None

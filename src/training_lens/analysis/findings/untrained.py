@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from training_lens.analysis.findings.evidence import curve, gradient_norm, listed
+from training_lens.analysis.findings.evidence import list_names, read_curve, read_gradient_norms
 from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
@@ -21,11 +21,11 @@ RULE = Rule(
 )
 
 
-def untrained(recording: Recording) -> Finding:
+def check_untrained(recording: Recording) -> Finding:
     """Whether every module's adapter moves. Holds for LoRA, DoRA and PiSSA, whose B is never 0."""
-    moved, last = _moved(recording)
+    moved, last = _find_moving_modules(recording)
     if last <= FIRST_STEPS or not moved:
-        return RULE.unknown(
+        return RULE.report_inconclusive(
             "Whether the adapter trains is not known",
             f"norms of the adapter's weights to step {last}",
             f"captures of the table {tables.WEIGHTS} beyond step {FIRST_STEPS}, or two checkpoints",
@@ -34,30 +34,32 @@ def untrained(recording: Recording) -> Finding:
     measured = f"{len(still)} of {len(moved)} modules never move, to step {last}"
     evidence = {"modules": still, "watched": len(moved), "last_step": last}
     if not still:
-        return RULE.fine("Every module trains", f"all {len(moved)} modules move, to step {last}", evidence=evidence)
+        return RULE.report_fine(
+            "Every module trains", f"all {len(moved)} modules move, to step {last}", evidence=evidence
+        )
     all_still = len(still) == len(moved)
-    return RULE.found(
+    return RULE.report_symptom(
         "problem" if all_still else "warning",
         "Nothing trains" if all_still else f"{len(still)} of {len(moved)} modules do not train",
         measured,
-        where=listed(still),
+        where=list_names(still),
         confidence="sure",
-        action=_action(recording, still),
+        action=_choose_action(recording, still),
         evidence=evidence,
     )
 
 
-def _moved(recording: Recording) -> tuple[dict[str, bool], int]:
+def _find_moving_modules(recording: Recording) -> tuple[dict[str, bool], int]:
     """Whether each module has moved, those left out of which it is not known; and the last step of which it is."""
     steps = recording.series(tables.WEIGHTS, "norm_step")
     known = np.isfinite(steps.values) & (steps.steps[:, None] > 0)
     if known.any():
         moves, last = (known & (steps.values != 0)).any(0), int(steps.steps[known.any(1)].max())
         return {name: bool(moves[i]) for i, name in enumerate(steps.names) if known[:, i].any()}, last
-    return _changed(*(recording.series(tables.WEIGHTS, measure) for measure in ("norm_a", "norm_b")))
+    return _compare_norms(*(recording.series(tables.WEIGHTS, measure) for measure in ("norm_a", "norm_b")))
 
 
-def _changed(norm_a: Series, norm_b: Series) -> tuple[dict[str, bool], int]:
+def _compare_norms(norm_a: Series, norm_b: Series) -> tuple[dict[str, bool], int]:
     """Of captures without steps: whether a norm changes between them; of one capture alone, whether B is not 0."""
     moved = {}
     for i, name in enumerate(norm_b.names):
@@ -69,11 +71,11 @@ def _changed(norm_a: Series, norm_b: Series) -> tuple[dict[str, bool], int]:
     return moved, int(norm_b.steps[-1]) if moved else 0
 
 
-def _action(recording: Recording, still: list[str]) -> str:
+def _choose_action(recording: Recording, still: list[str]) -> str:
     """What the gradients of the modules that stand still tell of the cause."""
-    gradients = gradient_norm(recording)
+    gradients = read_gradient_norms(recording)
     reached = [name for name in still if name in gradients.names and (np.nan_to_num(gradients.of(name)) > 0).any()]
-    rates = curve(recording, tables.LOSS, "lr")[1]
+    rates = read_curve(recording, tables.LOSS, "lr")[1]
     if len(rates) and not rates.any():
         return "the learning rate is 0 at every step: set training.lr, or mend the schedule"
     if reached:

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training_lens.analysis.checkpoint_analyzer import compared
-from training_lens.analysis.figures.catalogue import DRAWINGS
-from training_lens.analysis.figures.run_figures import loss
-from training_lens.analysis.figures.style import alike
-from training_lens.analysis.reports.executive import WRONG, in_numbers
-from training_lens.analysis.reports.facts import certificate_of, changed, losses
+from training_lens.analysis.checkpoint_analyzer import compare_adapters
+from training_lens.analysis.figures.catalogue import REPORT_FIGURES
+from training_lens.analysis.figures.run_figures import plot_loss
+from training_lens.analysis.figures.style import match_scales
+from training_lens.analysis.reports.executive import WRONG, collect_values
+from training_lens.analysis.reports.facts import read_certificate, read_changes, read_losses
 from training_lens.analysis.reports.report_document import Report
-from training_lens.analysis.reports.technical import LOSS_CAPTION, cell, marked_steps
+from training_lens.analysis.reports.technical import LOSS_CAPTION, format_cell, marked_steps
 from training_lens.display.html import Picture, PictureGrid, Table
 from training_lens.errors import LensError
 
 if TYPE_CHECKING:
-    from training_lens.analysis.checkpoint_analyzer import Analysis, Comparison
+    from training_lens.analysis.checkpoint_analyzer import AdapterComparison, Analysis
     from training_lens.core.recording import Recording
     from training_lens.display.html import Part
 
@@ -28,16 +28,16 @@ def comparison(first: Analysis, second: Analysis) -> Report:
     """Two runs side by side. Angles are between their last snapshots; where these cannot be compared, it says why."""
     pair = (first, second)
     names = (f"A: {first.recording.name}", f"B: {second.recording.name}")
-    found, why_not = _angles(first.recording, second.recording)
+    found, why_not = _compare_adapters(first.recording, second.recording)
     parts: list[Part] = [
-        Table("The two runs", ("", *names), list(_facts(pair))),
+        Table("The two runs", ("", *names), list(_fact_rows(pair))),
         "# How alike the updates are",
-        *(_alike(found) if found else [f"Not compared: {why_not}"]),
+        *(_describe_similarity(found) if found else [f"Not compared: {why_not}"]),
         "# Pictures, on the same scales",
-        *_pictures(names, first.recording, second.recording),
+        *_paired_pictures(names, first.recording, second.recording),
     ]
     values: dict[str, Any] = {
-        "runs": [in_numbers(each) for each in pair],
+        "runs": [collect_values(each) for each in pair],
         "likeness": found.values() if found else None,
     }
     if why_not:
@@ -45,16 +45,16 @@ def comparison(first: Analysis, second: Analysis) -> Report:
     return Report("comparison", f"{names[0]} and {names[1]}", tuple(parts), values)
 
 
-def _angles(first: Recording, second: Recording) -> tuple[Comparison | None, str]:
+def _compare_adapters(first: Recording, second: Recording) -> tuple[AdapterComparison | None, str]:
     try:
-        return compared(first, second), ""
+        return compare_adapters(first, second), ""
     except LensError as error:
         return None, str(error)
 
 
-def _facts(pair: tuple[Analysis, Analysis]) -> Iterator[tuple[str, str, str]]:
+def _fact_rows(pair: tuple[Analysis, Analysis]) -> Iterator[tuple[str, str, str]]:
     recordings = [analysis.recording for analysis in pair]
-    judged = [losses(recording) for recording in recordings]
+    judged = [read_losses(recording) for recording in recordings]
     rows: Mapping[str, list[object]] = {
         "status": [r.status for r in recordings],
         "adapted modules": [len(r.modules) for r in recordings],
@@ -63,15 +63,15 @@ def _facts(pair: tuple[Analysis, Analysis]) -> Iterator[tuple[str, str, str]]:
         "best validation loss": [each.best for each in judged],
         "at step": [each.best_step for each in judged],
         "training loss at the end": [each.last for each in judged],
-        "largest residual of the capture": [certificate_of(r).largest for r in recordings],
-        "which layers changed": [changed(r).sentence() for r in recordings],
+        "largest residual of the capture": [read_certificate(r).largest for r in recordings],
+        "which layers changed": [read_changes(r).as_sentence() for r in recordings],
         "what is wrong": ["\n".join(f.title for f in a.findings if f.severity in WRONG) or "-" for a in pair],
     }
     for name, (one, other) in rows.items():
-        yield name, cell(one), cell(other)
+        yield name, format_cell(one), format_cell(other)
 
 
-def _alike(found: Comparison) -> Iterator[Part]:
+def _describe_similarity(found: AdapterComparison) -> Iterator[Part]:
     yield (
         f"Of the adapters after step {found.steps[0]} of A and step {found.steps[1]} of B. The cosine is that of the "
         "two updates: 1 the same direction, 0 nothing in common. Angles are between what the strongest directions "
@@ -88,7 +88,7 @@ def _alike(found: Comparison) -> Iterator[Part]:
         "largest",
     )
     rows = [
-        (name, f"{each.cosine:.3f}", *_degrees(each.columns), *_degrees(each.rows))
+        (name, f"{each.cosine:.3f}", *_format_angles(each.columns), *_format_angles(each.rows))
         for name, each in found.modules.items()
     ]
     yield Table("principal angles in degrees, by module", columns, rows)
@@ -98,7 +98,7 @@ def _alike(found: Comparison) -> Iterator[Part]:
             yield f"{len(names)} modules are adapted in {which} alone: {shown}."
 
 
-def _degrees(angles: tuple[float, ...]) -> tuple[str, str, str]:
+def _format_angles(angles: tuple[float, ...]) -> tuple[str, str, str]:
     if not angles:
         return ("-", "-", "-")
     degrees = np.degrees(angles)
@@ -106,15 +106,15 @@ def _degrees(angles: tuple[float, ...]) -> tuple[str, str, str]:
     return smallest, middle, largest
 
 
-def _pictures(names: tuple[str, str], first: Recording, second: Recording) -> Iterator[Part]:
+def _paired_pictures(names: tuple[str, str], first: Recording, second: Recording) -> Iterator[Part]:
     pair = (first, second)
-    one, other = alike(*(loss(recording, marked_steps(recording)) for recording in pair))
+    one, other = match_scales(*(plot_loss(recording, marked_steps(recording)) for recording in pair))
     yield "# Loss"
     yield PictureGrid([Picture(names[0], one, LOSS_CAPTION), Picture(names[1], other, "The same axes as A.")])
     absent = []
-    for drawing in DRAWINGS:
-        if all(recording.has(*drawing.of) for recording in pair):
-            one, other = alike(*(drawing.draw(recording) for recording in pair))
+    for drawing in REPORT_FIGURES:
+        if all(recording.has(*drawing.needs) for recording in pair):
+            one, other = match_scales(*(drawing.draw(recording) for recording in pair))
             yield f"# {drawing.title}"
             yield PictureGrid(
                 [Picture(names[0], one, drawing.caption), Picture(names[1], other, "The same scales as A.")]

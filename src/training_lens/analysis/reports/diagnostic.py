@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from training_lens.analysis.reports.executive import in_numbers, verdict
-from training_lens.analysis.reports.facts import certificate_of
+from training_lens.analysis.reports.executive import build_verdict, collect_values
+from training_lens.analysis.reports.facts import read_certificate
 from training_lens.analysis.reports.report_document import Report
 from training_lens.analysis.run_verdict import find_verdict
 from training_lens.display.html import Callout, Picture, Table
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
 NAMED = 8  # texts or numbers of a list that are printed
 
 
-def diagnostic(analysis: Analysis) -> Report:
+def build_diagnostic(analysis: Analysis) -> Report:
     """The diagnostic report of a run: what is wrong or unsure in full, what is fine as a table."""
     fine = [finding for finding in analysis.findings if finding.severity == "fine"]
     parts: list[Part] = [
-        verdict(analysis.findings, find_verdict(analysis.recording)),
-        f"The capture's own proof. {certificate_of(analysis.recording).sentence()}",
+        build_verdict(analysis.findings, find_verdict(analysis.recording)),
+        f"The capture's own proof. {read_certificate(analysis.recording).as_sentence()}",
     ]
     headings = {"problem": "# Problems", "warning": "# Warnings", "note": "# Good to know, or not told"}
     for severity, heading in headings.items():
         found = [finding for finding in analysis.findings if finding.severity == severity]
-        parts += [heading, *(part for finding in found for part in _shown(finding))] if found else []
+        parts += [heading, *(part for finding in found for part in _show_finding(finding))] if found else []
     if fine:
         columns = ("looked for", "said", "measured", "threshold", "source", "confidence")
         rows = [(f.signature, f.title, f.measured, f.threshold, f.source, f.confidence) for f in fine]
         parts += ["# Looked for and not there", Table(f"{len(fine)} questions answered with no", columns, rows)]
-    return Report("diagnostic", f"Run {analysis.recording.name}: findings", tuple(parts), in_numbers(analysis))
+    return Report("diagnostic", f"Run {analysis.recording.name}: findings", tuple(parts), collect_values(analysis))
 
 
-def _shown(finding: Finding) -> Iterator[Part]:
+def _show_finding(finding: Finding) -> Iterator[Part]:
     facts = (
         ("where", finding.where or "the whole run"),
         ("looked for", finding.signature),
@@ -49,38 +49,38 @@ def _shown(finding: Finding) -> Iterator[Part]:
         ("confidence", finding.confidence),
         ("what to do", finding.action),
         ("what would decide it", finding.decide),
-        ("evidence", _listed(finding.evidence)),
+        ("evidence", _list_evidence(finding.evidence)),
     )
     yield Callout(finding.severity, finding.title, tuple((name, words) for name, words in facts if words))
-    yield from (_curve(name, steps, values) for name, steps, values in curves(finding.evidence))
+    yield from (_plot_curve(name, steps, values) for name, steps, values in find_curves(finding.evidence))
 
 
-def curves(evidence: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, list[float], list[float]]]:
+def find_curves(evidence: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, list[float], list[float]]]:
     """Name, steps and values of each mapping in the evidence that has `steps` and `values` of one length above 1."""
     steps, values = evidence.get("steps"), evidence.get("values")
     if isinstance(steps, list) and isinstance(values, list) and len(steps) == len(values) > 1:
         yield name or "evidence", steps, values
     for key, inner in evidence.items():
         if isinstance(inner, Mapping):
-            yield from curves(inner, key)
+            yield from find_curves(inner, key)
 
 
-def _curve(name: str, steps: list[float], values: list[float]) -> Picture:
-    from training_lens.analysis.figures.style import add_line, canvas, label
+def _plot_curve(name: str, steps: list[float], values: list[float]) -> Picture:
+    from training_lens.analysis.figures.style import add_line, build_canvas, escape_label
 
-    figure = canvas("step", label(name.replace("_", " ")), height=260)
-    add_line(figure, np.asarray(steps), np.asarray(values, float), label(name))
+    figure = build_canvas("step", escape_label(name.replace("_", " ")), height=260)
+    add_line(figure, np.asarray(steps), np.asarray(values, float), escape_label(name))
     return Picture(name.replace("_", " "), figure, "Evidence of the finding above.")
 
 
-def _listed(evidence: Mapping[str, Any]) -> str:
+def _list_evidence(evidence: Mapping[str, Any]) -> str:
     return "\n".join(
-        f"{name.replace('_', ' ')}: {_words(v)}" for name, v in evidence.items() if not isinstance(v, Mapping)
+        f"{name.replace('_', ' ')}: {_format_value(v)}" for name, v in evidence.items() if not isinstance(v, Mapping)
     )
 
 
-def _words(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         more = f" and {len(value) - NAMED} more" if len(value) > NAMED else ""
-        return (", ".join(_words(each) for each in value[:NAMED]) or "none") + more
+        return (", ".join(_format_value(each) for each in value[:NAMED]) or "none") + more
     return f"{value:.4g}" if isinstance(value, float) else str(value)

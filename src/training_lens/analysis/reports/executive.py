@@ -7,13 +7,13 @@ from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from training_lens.analysis.reports.facts import (
-    captured,
-    certificate_of,
-    changed,
     cost_brief,
     cost_sentence,
-    losses,
-    missing,
+    list_captured,
+    list_missing,
+    read_certificate,
+    read_changes,
+    read_losses,
 )
 from training_lens.analysis.reports.report_document import Report
 from training_lens.analysis.run_verdict import find_verdict
@@ -29,28 +29,28 @@ WRONG = ("problem", "warning")
 LONGEST_LINE, LONGEST_PLACE = 150, 60  # characters
 
 
-def executive(analysis: Analysis) -> Report:
+def build_executive(analysis: Analysis) -> Report:
     """The executive report of a run."""
     recording, wrong = analysis.recording, [f for f in analysis.findings if f.severity in WRONG]
     judged = find_verdict(recording)
     unknown = [f for f in analysis.findings if f.confidence == "could not tell"]
     parts: list[Part] = [
-        verdict(analysis.findings, judged),
-        *("# Did it learn?", losses(recording).sentence()),
+        build_verdict(analysis.findings, judged),
+        *("# Did it learn?", read_losses(recording).as_sentence()),
         *("# What to do next", BulletList(next_steps(analysis))),
         "# What is wrong?",
         BulletList(faults)
-        if (faults := [*_judged_faults(judged), *map(in_short, wrong)])
+        if (faults := [*_verdict_faults(judged), *map(summarize_finding, wrong)])
         else "Nothing wrong was found.",
         *([f"Not known ({len(unknown)} of {len(analysis.findings)} questions):"] * bool(unknown)),
-        *([BulletList([in_short(f) for f in unknown])] * bool(unknown)),
-        *("# Which layers changed?", changed(recording).sentence()),
-        *("# Is the capture sound?", f"{certificate_of(recording).sentence()} {cost_sentence(recording)}"),
+        *([BulletList([summarize_finding(f) for f in unknown])] * bool(unknown)),
+        *("# Which layers changed?", read_changes(recording).as_sentence()),
+        *("# Is the capture sound?", f"{read_certificate(recording).as_sentence()} {cost_sentence(recording)}"),
     ]
-    return Report("executive", f"Run {recording.name}: in short", tuple(parts), in_numbers(analysis))
+    return Report("executive", f"Run {recording.name}: in short", tuple(parts), collect_values(analysis))
 
 
-def verdict(findings: Sequence[Finding], judged: Verdict | None) -> Callout:
+def build_verdict(findings: Sequence[Finding], judged: Verdict | None) -> Callout:
     """The gravest thing that is known, as a box: the verdict on the adapter, or the worst finding, with what to do.
 
     Fine is only what was judged better, with no finding against it.
@@ -58,11 +58,11 @@ def verdict(findings: Sequence[Finding], judged: Verdict | None) -> Callout:
     Args:
         judged: whether the adapter is better than its base, where anything tells.
     """
-    worst = worst_of(findings)
+    worst = find_worst(findings)
     if judged is not None and (worst is None or ORDER.index(judged.severity) <= ORDER.index(worst.severity)):
-        return _judged_callout(judged, worst, findings)
+        return _verdict_callout(judged, worst, findings)
     if worst is None:
-        told = _unanswered(findings)
+        told = _count_inconclusive(findings)
         if told and all(finding.confidence == "could not tell" for finding in findings):
             return Callout("note", "too little was captured to tell anything", (("not known", told),))
         return Callout("note", "nothing wrong was found", (("not known", told),) if told else ())
@@ -76,21 +76,23 @@ def verdict(findings: Sequence[Finding], judged: Verdict | None) -> Callout:
     return Callout(worst.severity, worst.title, tuple((name, words) for name, words in facts.items() if words))
 
 
-def _judged_callout(judged: Verdict, worst: Finding | None, findings: Sequence[Finding]) -> Callout:
+def _verdict_callout(judged: Verdict, worst: Finding | None, findings: Sequence[Finding]) -> Callout:
     """The verdict on the adapter as a box, with the worst finding in it."""
     facts = {
         "also": "\n".join(remark.sentence for remark in judged.remarks),
         "what would decide": judged.decide,
         "next": "" if judged.next_command.startswith("training-lens report") else judged.next_command,
-        "worst finding": f"{in_short(worst)} {worst.action or worst.decide}" if worst else "nothing wrong was found",
-        "not known": _unanswered(findings),
+        "worst finding": f"{summarize_finding(worst)} {worst.action or worst.decide}"
+        if worst
+        else "nothing wrong was found",
+        "not known": _count_inconclusive(findings),
     }
     blind = bool(findings) and all(finding.confidence == "could not tell" for finding in findings)
     severity = "note" if blind and judged.severity == "fine" else judged.severity
     return Callout(severity, judged.sentence, tuple((name, words) for name, words in facts.items() if words))
 
 
-def _judged_faults(judged: Verdict | None) -> list[str]:
+def _verdict_faults(judged: Verdict | None) -> list[str]:
     """What the verdict on the adapter says against it, in lines."""
     if judged is None:
         return []
@@ -98,19 +100,19 @@ def _judged_faults(judged: Verdict | None) -> list[str]:
     return [*worse, *(remark.sentence for remark in judged.remarks if remark.severity in WRONG)]
 
 
-def _unanswered(findings: Sequence[Finding]) -> str:
+def _count_inconclusive(findings: Sequence[Finding]) -> str:
     """Empty where every question was answered."""
     unknown = sum(finding.confidence == "could not tell" for finding in findings)
     return f"{unknown} of {len(findings)} questions could not be answered" if unknown else ""
 
 
-def worst_of(findings: Sequence[Finding]) -> Finding | None:
+def find_worst(findings: Sequence[Finding]) -> Finding | None:
     """The first of the gravest findings; None where nothing is wrong."""
     wrong = [finding for finding in findings if finding.severity in WRONG]
     return min(wrong, key=lambda finding: WRONG.index(finding.severity)) if wrong else None
 
 
-def in_short(finding: Finding) -> str:
+def summarize_finding(finding: Finding) -> str:
     """A finding in one line."""
     where = f" ({finding.where})" if finding.where else ""
     return f"{finding.title}{where}: {finding.measured}"
@@ -119,30 +121,30 @@ def in_short(finding: Finding) -> str:
 def next_steps(analysis: Analysis) -> list[str]:
     """The actions of findings, the worst first; else what would settle those that could not be told."""
     ordered = sorted(analysis.findings, key=lambda f: ("problem", "warning", "note", "fine").index(f.severity))
-    actions = [f"{f.title}: {_sentence(f.action)}" for f in ordered if f.action]
+    actions = [f"{f.title}: {_add_full_stop(f.action)}" for f in ordered if f.action]
     if not actions:
         actions = [
-            f"{f.title}: {_sentence(f.decide)}" for f in ordered if f.confidence == "could not tell" and f.decide
+            f"{f.title}: {_add_full_stop(f.decide)}" for f in ordered if f.confidence == "could not tell" and f.decide
         ]
     return list(dict.fromkeys(actions)) or ["Nothing needs to be done."]
 
 
-def _sentence(words: str) -> str:
+def _add_full_stop(words: str) -> str:
     return words if words.endswith((".", "!", "?")) else f"{words}."
 
 
-def in_numbers(analysis: Analysis) -> dict[str, object]:
+def collect_values(analysis: Analysis) -> dict[str, object]:
     """What all reports of a run have in their JSON: the run, what was captured and at what cost, results, findings."""
-    recording, proof = analysis.recording, certificate_of(analysis.recording)
+    recording, proof = analysis.recording, read_certificate(analysis.recording)
     judged = find_verdict(recording)
     columns = ("table", "data_type", "steps", "last_step", "rows")
     return {
         **analysis.values(),
         "verdict": judged.as_json() if judged else None,
-        "losses": vars(losses(recording)),
-        "certificate": {**vars(proof), "sound": proof.sound},
-        "captured": [dict(zip(columns, row, strict=True)) for row in captured(recording)],
-        "not_captured": missing(recording),
+        "losses": vars(read_losses(recording)),
+        "certificate": {**vars(proof), "sound": proof.is_sound},
+        "captured": [dict(zip(columns, row, strict=True)) for row in list_captured(recording)],
+        "not_captured": list_missing(recording),
         "cost_seconds": recording.captures.cost(),
         "next": next_steps(analysis),
     }
@@ -154,23 +156,25 @@ def three_lines(analysis: Analysis) -> list[str]:
     What was captured, whether it is sound and what it cost; what the adapter changed; the worst finding and what to do.
     """
     recording = analysis.recording
-    steps = max((steps for _, _, steps, _, _ in captured(recording)), default=0)
+    steps = max((steps for _, _, steps, _, _ in list_captured(recording)), default=0)
     cost = cost_brief(recording).partition(" time of")[0]
-    taken = f"captured: {len(recording.modules)} modules over {steps:,} steps; {certificate_of(recording).brief()}"
+    taken = (
+        f"captured: {len(recording.modules)} modules over {steps:,} steps; {read_certificate(recording).as_phrase()}"
+    )
     lines = (
         f"{taken}; cost {cost or 'not kept'}",
-        f"changed: {changed(recording).brief()}",
-        _ending(analysis.findings, find_verdict(recording)),
+        f"changed: {read_changes(recording).as_phrase()}",
+        _worst_line(analysis.findings, find_verdict(recording)),
     )
     return [shorten(line, LONGEST_LINE, placeholder=" ...") for line in lines]
 
 
-def _ending(findings: Sequence[Finding], judged: Verdict | None) -> str:
-    worst = worst_of(findings)
+def _worst_line(findings: Sequence[Finding], judged: Verdict | None) -> str:
+    worst = find_worst(findings)
     if judged is not None and judged.severity == "problem":
         return f"problem: {judged.sentence}"
     if worst is None:
         doubt = judged.sentence if judged is not None and judged.outcome != "better" else ""
-        return "; ".join(filter(None, ("nothing wrong found", _unanswered(findings), doubt)))
+        return "; ".join(filter(None, ("nothing wrong found", _count_inconclusive(findings), doubt)))
     where = f" ({shorten(worst.where, LONGEST_PLACE, placeholder=' ...')})" if worst.where else ""
     return f"{worst.severity}: {worst.title}{where}: {worst.action or worst.decide or worst.measured}"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training_lens.analysis.evolution import energy_shares, evolution
+from training_lens.analysis.evolution import read_evolution
 from training_lens.analyzers.gradient_analyzer import certificate
-from training_lens.analyzers.module_groups import latest
+from training_lens.analyzers.module_groups import energy_shares, latest
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
@@ -44,34 +44,34 @@ class Certificate:
     checked: int
 
     @property
-    def sound(self) -> bool | None:
+    def is_sound(self) -> bool | None:
         """None where nothing tells."""
         return None if self.largest is None else self.largest <= SOUND
 
-    def sentence(self) -> str:
+    def as_sentence(self) -> str:
         """What it says, with its number, where it was, and its limit."""
         if self.largest is None:
             return "There is no certificate: gradients were not captured."
-        verdict = "The capture is sound" if self.sound else "The capture is not what the optimizer saw"
+        verdict = "The capture is sound" if self.is_sound else "The capture is not what the optimizer saw"
         return (
             f"{verdict}: it checks itself by an equation that exact gradients fulfil (BᵀdB = dA Aᵀ). Of "
             f"{self.checked:,} checks, the largest error is {self.largest:.2g} ({self.module}, step {self.step}; sound "
             f"is up to {SOUND:g})."
         )
 
-    def brief(self) -> str:
+    def as_phrase(self) -> str:
         """The same for one line."""
         if self.largest is None:
             return "no certificate"
-        return f"{'sound' if self.sound else 'NOT SOUND'} (largest error of its own check {self.largest:.1g})"
+        return f"{'sound' if self.is_sound else 'NOT SOUND'} (largest error of its own check {self.largest:.1g})"
 
 
-def certificate_of(recording: Recording) -> Certificate:
+def read_certificate(recording: Recording) -> Certificate:
     """The largest `self_check` with its module and step."""
     return Certificate(**certificate(recording.series(tables.GRADIENTS, "self_check")))
 
 
-def captured(recording: Recording) -> list[tuple[str, str, int, int, int]]:
+def list_captured(recording: Recording) -> list[tuple[str, str, int, int, int]]:
     """Table, data type, number of steps, last step, number of rows a step, of each table that has rows."""
     found = []
     for name in recording.captures.tables():
@@ -83,7 +83,7 @@ def captured(recording: Recording) -> list[tuple[str, str, int, int, int]]:
     return found
 
 
-def missing(recording: Recording) -> list[str]:
+def list_missing(recording: Recording) -> list[str]:
     """What was not captured, and why that matters."""
     there = set(recording.captures.tables())
     return [f"{what}: {why}" for table, (what, why) in MATTERS.items() if table not in there]
@@ -104,7 +104,7 @@ def cost_brief(recording: Recording) -> str:
 
 
 @dataclass(frozen=True)
-class Losses:
+class LossSummary:
     """Nats per supervised token; None what was not captured.
 
     `first` and `last` are of training, medians of a twentieth of the run; `broken_step` is the first step whose
@@ -119,24 +119,25 @@ class Losses:
     final: float | None
     broken_step: int | None
 
-    def sentence(self) -> str:
+    def as_sentence(self) -> str:
         """Whether it learned, by validation where there was one, else by the training loss."""
         broken = f" From step {self.broken_step} on, the training loss is not finite." if self.broken_step else ""
-        return (self._by_validation() or self._by_training()) + broken
+        return (self._describe_validation() or self._describe_training()) + broken
 
-    def _by_validation(self) -> str:
+    def _describe_validation(self) -> str:
         """Empty where there was no validation."""
         if self.best is None:
             return ""
         end = f", and {self.final:.4f} at the end" if self.final != self.best else ""
         best = f"{self.best:.4f} at best (step {self.best_step}){end}, in nats per supervised token."
         if self.base is None:
-            return f"The validation loss is {best} What it was before training was not captured. {self._by_training()}"
+            unknown = "What it was before training was not captured."
+            return f"The validation loss is {best} {unknown} {self._describe_training()}"
         gain = self.base - self.best
         answer = "No" if gain <= 0 else "Hardly" if gain < LEAST_GAIN * self.base else "Yes"
         return f"{answer}: the validation loss was {self.base:.4f} before and is {best}"
 
-    def _by_training(self) -> str:
+    def _describe_training(self) -> str:
         if self.first is None or self.last is None:
             return "The training loss was not captured."
         fell = "fell" if self.last < self.first else "did not fall"
@@ -145,15 +146,15 @@ class Losses:
         return said if self.best is not None else f"{said} {unknown}"
 
 
-def losses(recording: Recording) -> Losses:
+def read_losses(recording: Recording) -> LossSummary:
     """Of training, of validation, and of the base."""
-    training, every = _finite(recording, tables.LOSS, "loss")[1], recording.series(tables.LOSS, "loss")
+    training, every = _finite_points(recording, tables.LOSS, "loss")[1], recording.series(tables.LOSS, "loss")
     broken = every.steps[~np.isfinite(every.values).all(1)]
     part = max(1, len(training) // 20)
-    steps, judged = _finite(recording, tables.EVALUATION, "loss")
-    base = _finite(recording, tables.EVALUATION, "base_loss")[1]
+    steps, judged = _finite_points(recording, tables.EVALUATION, "loss")
+    base = _finite_points(recording, tables.EVALUATION, "base_loss")[1]
     best = int(judged.argmin()) if len(judged) else None
-    return Losses(
+    return LossSummary(
         first=float(np.median(training[:part])) if len(training) else None,
         last=float(np.median(training[-part:])) if len(training) else None,
         base=float(base[0]) if len(base) else None,
@@ -164,7 +165,7 @@ def losses(recording: Recording) -> Losses:
     )
 
 
-def _finite(recording: Recording, table: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
+def _finite_points(recording: Recording, table: str, measure: str) -> tuple[np.ndarray, np.ndarray]:
     series = recording.series(table, measure)
     values = series.values.ravel()
     kept = np.isfinite(values)
@@ -172,7 +173,7 @@ def _finite(recording: Recording, table: str, measure: str) -> tuple[np.ndarray,
 
 
 @dataclass(frozen=True)
-class Changed:
+class WeightChanges:
     """The largest shares of |dW|^2 by layer and by kind after `step`, and the module that changed most against W.
 
     Empty, and None, where they are not known. `whole` tells that no later step has numbers that are not finite.
@@ -185,50 +186,54 @@ class Changed:
     strongest: str | None
     strength: float | None
 
-    def sentence(self) -> str:
+    def as_sentence(self) -> str:
         """Which layers and kinds of modules carry the update, and how large it is."""
         if not self.by_layer:
             return "Nobody can tell: the adapter's weights were not captured, are 0, or are not finite."
-        size = f" The largest change is {self.size()} its weight ({self.strongest})." if self.strongest else ""
+        size = (
+            f" The largest change is {self.format_strength()} its weight ({self.strongest})." if self.strongest else ""
+        )
         after = "" if self.whole else f" This is after step {self.step}: later weights are not finite."
-        carriers = f"Layers {_shares(self.by_layer)} and modules {_shares(self.by_kind)}"
+        carriers = f"Layers {_format_shares(self.by_layer)} and modules {_format_shares(self.by_kind)}"
         return f"{carriers} carry most of the change (shares of |dW|²; dW is what is added to a weight).{size}{after}"
 
-    def brief(self) -> str:
+    def as_phrase(self) -> str:
         """The same for one line."""
         if not self.by_layer:
             return "not known: the adapter's weights were not captured, are 0, or are not finite"
-        carriers = f"most in layers {_shares(self.by_layer)} and modules {_shares(self.by_kind)}"
-        size = f"; at most {self.size()} a weight" if self.strongest else ""
+        carriers = f"most in layers {_format_shares(self.by_layer)} and modules {_format_shares(self.by_kind)}"
+        size = f"; at most {self.format_strength()} a weight" if self.strongest else ""
         return f"{carriers}{size}{'' if self.whole else f' (at step {self.step})'}"
 
-    def size(self) -> str:
+    def format_strength(self) -> str:
         """The largest change against the weight that it changes: '12% of', '3.1 times'."""
         ratio = self.strength or 0.0
         return f"{100 * ratio:.2g}% of" if ratio < 0.995 else f"{ratio:,.1f} times"
 
 
-def changed(recording: Recording) -> Changed:
+def read_changes(recording: Recording) -> WeightChanges:
     """What the adapter changed, at the last step at which all of its numbers are finite."""
-    norms, strengths = recording.series(tables.WEIGHTS, "norm_update"), evolution(recording, "strength")
+    norms, strengths = recording.series(tables.WEIGHTS, "norm_update"), read_evolution(recording, "strength")
     known = np.flatnonzero(np.isfinite(norms.values).all(1))
     last = int(known[-1]) if len(known) else -1
-    by_layer, by_kind = (_largest(_at(energy_shares(norms, recording.modules, by), last)) for by in ("layer", "kind"))
-    strength = {name: ratio for name, ratio in _at(strengths, last).items() if ratio is not None}
+    by_layer, by_kind = (
+        _largest_shares(_values_at(energy_shares(norms, recording.modules, by), last)) for by in ("layer", "kind")
+    )
+    strength = {name: ratio for name, ratio in _values_at(strengths, last).items() if ratio is not None}
     most = max(strength, key=strength.__getitem__) if strength else None
     step = int(norms.steps[last]) if len(known) else 0
     whole = last == len(norms.steps) - 1
-    return Changed(step, whole, by_layer, by_kind, most, strength[most] if most else None)
+    return WeightChanges(step, whole, by_layer, by_kind, most, strength[most] if most else None)
 
 
-def _at(series: Series, place: int) -> dict[str, float | None]:
+def _values_at(series: Series, place: int) -> dict[str, float | None]:
     return latest(Series(series.steps[: place + 1], series.names, series.values[: place + 1]))
 
 
-def _largest(shares: Mapping[str, float | None]) -> dict[str, float]:
+def _largest_shares(shares: Mapping[str, float | None]) -> dict[str, float]:
     known = {name: share for name, share in shares.items() if share is not None}
     return dict(sorted(known.items(), key=lambda item: -item[1])[:3])
 
 
-def _shares(shares: Mapping[str, float]) -> str:
+def _format_shares(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{name} ({share:.0%})" for name, share in shares.items())

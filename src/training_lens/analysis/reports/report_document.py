@@ -15,7 +15,7 @@ from training_lens.utils.files import require_writable, write_json, write_text
 if TYPE_CHECKING:
     from training_lens.display.html import Part
 
-Format = Literal["html", "md", "json"]
+ReportFormat = Literal["html", "md", "json"]
 SPECIAL = re.compile(r"([\\`*\[\]<>|#])")
 
 
@@ -52,7 +52,7 @@ class Report:
 
     def markdown(self) -> str:
         """Text, tables and findings; of pictures their titles and captions."""
-        return "\n\n".join([f"# {text(self.title)}", *_blocks(self.parts)]) + "\n"
+        return "\n\n".join([f"# {escape(self.title)}", *_render_parts(self.parts)]) + "\n"
 
     def as_json(self) -> dict[str, Any]:
         """Kind, title and values; every number is finite or null."""
@@ -66,33 +66,33 @@ WRITERS: Mapping[str, Callable[[Path, Report], None]] = {
 }
 
 
-def text(words: str) -> str:
+def escape(words: str) -> str:
     """Words of data in Markdown: their markup stays text."""
     return SPECIAL.sub(r"\\\1", words)
 
 
-def _blocks(parts: Iterable[Part]) -> Iterable[str]:
+def _render_parts(parts: Iterable[Part]) -> Iterable[str]:
     for part in parts:
         if isinstance(part, str):
-            yield f"## {text(part[2:])}" if part.startswith("# ") else text(part)
+            yield f"## {escape(part[2:])}" if part.startswith("# ") else escape(part)
         elif isinstance(part, BulletList):
-            yield "\n".join(f"- {text(item)}" for item in part.items)
+            yield "\n".join(f"- {escape(item)}" for item in part.items)
         elif isinstance(part, Table):
-            yield _table(part)
+            yield _render_table(part)
         elif isinstance(part, Callout):
-            facts = [f"> - {text(name)}: {_line(value)}" for name, value in part.facts]
-            yield "\n".join([f"> **{part.severity.capitalize()}: {_line(part.title)}**", ">", *facts])
+            facts = [f"> - {escape(name)}: {_render_line(value)}" for name, value in part.facts]
+            yield "\n".join([f"> **{part.severity.capitalize()}: {_render_line(part.title)}**", ">", *facts])
         elif isinstance(part, Picture):
-            yield f"*Picture (in the HTML report): {text(part.title)}.* {text(part.caption)}"
+            yield f"*Picture (in the HTML report): {escape(part.title)}.* {escape(part.caption)}"
         elif isinstance(part, PictureGrid):
-            yield from _blocks(part.pictures)
+            yield from _render_parts(part.pictures)
 
 
-def _line(words: str) -> str:
-    return text(" ".join(words.split()))
+def _render_line(words: str) -> str:
+    return escape(" ".join(words.split()))
 
 
-def _table(table: Table) -> str:
+def _render_table(table: Table) -> str:
     lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    cells = [[cell if i == 1 else _line(cell) for cell in line] for i, line in enumerate(lines)]
-    return "\n".join([f"**{_line(table.caption)}**", "", *(f"| {' | '.join(line)} |" for line in cells)])
+    cells = [[cell if i == 1 else _render_line(cell) for cell in line] for i, line in enumerate(lines)]
+    return "\n".join([f"**{_render_line(table.caption)}**", "", *(f"| {' | '.join(line)} |" for line in cells)])

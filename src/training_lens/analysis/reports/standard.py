@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from training_lens.analysis.reports.report_document import Format, Report
+from training_lens.analysis.reports.report_document import Report, ReportFormat
 from training_lens.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -31,21 +31,21 @@ class StandardReports:
 
     def executive(self) -> Report:
         """Did it learn, is the capture sound, which layers changed, what is wrong, what to do next."""
-        from training_lens.analysis.reports.executive import executive
+        from training_lens.analysis.reports.executive import build_executive
 
-        return executive(self.analysis)
+        return build_executive(self.analysis)
 
     def technical(self) -> Report:
         """All tables and pictures, and what the user's own analyzers give."""
-        from training_lens.analysis.reports.technical import technical
+        from training_lens.analysis.reports.technical import build_technical
 
-        return technical(self.analysis)
+        return build_technical(self.analysis)
 
     def diagnostic(self) -> Report:
         """Each finding in full."""
-        from training_lens.analysis.reports.diagnostic import diagnostic
+        from training_lens.analysis.reports.diagnostic import build_diagnostic
 
-        return diagnostic(self.analysis)
+        return build_diagnostic(self.analysis)
 
     def write(self, folder: Path | str, kind: str = "technical", format: str = "html") -> Path:
         """Write one report into `folder`, the technical one as lens.html and others as lens-KIND.html; gives its path.
@@ -57,7 +57,7 @@ class StandardReports:
         Raises:
             ConfigurationError: there is no such kind or format.
         """
-        allowed = {"kind": (kind, KINDS), "format": (format, get_args(Format))}
+        allowed = {"kind": (kind, KINDS), "format": (format, get_args(ReportFormat))}
         problems = [
             f"{key}: '{given}' is given; there are: {', '.join(known)}."
             for key, (given, known) in allowed.items()

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from training_lens.analysis.figures.catalogue import DRAWINGS
-from training_lens.analysis.figures.run_figures import cost, loss
-from training_lens.analysis.reports.executive import in_numbers, verdict
+from training_lens.analysis.figures.catalogue import REPORT_FIGURES
+from training_lens.analysis.figures.run_figures import plot_cost, plot_loss
+from training_lens.analysis.reports.executive import build_verdict, collect_values
 from training_lens.analysis.reports.facts import (
-    captured,
-    certificate_of,
-    changed,
     cost_sentence,
-    losses,
-    missing,
+    list_captured,
+    list_missing,
+    read_certificate,
+    read_changes,
+    read_losses,
 )
 from training_lens.analysis.reports.report_document import Report
 from training_lens.analysis.run_verdict import find_verdict
@@ -36,31 +36,31 @@ LOSS_CAPTION = (
 )
 
 
-def technical(analysis: Analysis) -> Report:
+def build_technical(analysis: Analysis) -> Report:
     """The technical report of a run, with what every known analyzer gives."""
-    recording, absent = analysis.recording, missing(analysis.recording)
+    recording, absent = analysis.recording, list_missing(analysis.recording)
     parts: list[Part] = [
         f"Run {recording.name}, {recording.status}; captured in {recording.manifest.origin}.",
-        verdict(analysis.findings, find_verdict(analysis.recording)),
+        build_verdict(analysis.findings, find_verdict(analysis.recording)),
         "# Did it learn?",
-        losses(recording).sentence(),
-        *_findings(analysis),
+        read_losses(recording).as_sentence(),
+        *_findings_table(analysis),
         "# Loss and events",
-        Picture("Loss", loss(recording, marked_steps(recording)), LOSS_CAPTION),
+        Picture("Loss", plot_loss(recording, marked_steps(recording)), LOSS_CAPTION),
         "# Which layers changed?",
-        changed(recording).sentence(),
-        *_pictures(recording),
+        read_changes(recording).as_sentence(),
+        *_recording_pictures(recording),
         "# What was captured",
-        f"The capture's own proof. {certificate_of(recording).sentence()}",
-        _captured(recording),
-        *([f"Probe set: {_sizes(recording.manifest.probe)}."] if recording.manifest.probe else []),
+        f"The capture's own proof. {read_certificate(recording).as_sentence()}",
+        _captured_table(recording),
+        *([f"Probe set: {_format_sizes(recording.manifest.probe)}."] if recording.manifest.probe else []),
         *(["Not captured:", BulletList(absent)] if absent else []),
-        *_results(analysis.results),
+        *_analyzer_tables(analysis.results),
         "# What the capture cost",
         cost_sentence(recording),
-        *_cost(recording),
+        *_cost_picture(recording),
     ]
-    return Report("technical", f"Run {recording.name}: the lens in full", tuple(parts), in_numbers(analysis))
+    return Report("technical", f"Run {recording.name}: the lens in full", tuple(parts), collect_values(analysis))
 
 
 def marked_steps(recording: Recording) -> list[int]:
@@ -69,35 +69,37 @@ def marked_steps(recording: Recording) -> list[int]:
     return list_checkpoint_steps(checkpoints) or recording.captures.snapshot_steps(tables.SNAPSHOTS)
 
 
-def _captured(recording: Recording) -> Table:
-    rows = [(name, kind, f"{steps:,}", f"{last:,}", str(each)) for name, kind, steps, last, each in captured(recording)]
+def _captured_table(recording: Recording) -> Table:
+    rows = [
+        (name, kind, f"{steps:,}", f"{last:,}", str(each)) for name, kind, steps, last, each in list_captured(recording)
+    ]
     kinds = ", ".join(dict.fromkeys(m.kind for m in recording.modules))
     ranks = ", ".join(map(str, sorted({m.rank for m in recording.modules})))
     caption = f"{len(recording.modules)} adapted modules ({kinds}), rank {ranks}"
     return Table(caption, ("table", "data type", "steps", "last step", "rows a step"), rows)
 
 
-def _sizes(sizes: Mapping[str, int]) -> str:
+def _format_sizes(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in sizes.items())
 
 
-def _pictures(recording: Recording) -> Iterator[Part]:
+def _recording_pictures(recording: Recording) -> Iterator[Part]:
     """Those whose data were captured; for the rest, one line that says which they are."""
-    absent = [drawing.title for drawing in DRAWINGS if not recording.has(*drawing.of)]
-    for drawing in DRAWINGS:
+    absent = [drawing.title for drawing in REPORT_FIGURES if not recording.has(*drawing.needs)]
+    for drawing in REPORT_FIGURES:
         if drawing.title not in absent:
             yield Picture(drawing.title, drawing.draw(recording), drawing.caption)
     if absent:
         yield f"Not drawn, as nothing was captured for it: {'; '.join(absent)}."
 
 
-def _cost(recording: Recording) -> Iterator[Part]:
+def _cost_picture(recording: Recording) -> Iterator[Part]:
     if recording.captures.cost():
         caption = "Seconds in the training process, by collector, and of what serves them all (stacks, probe, flush)."
-        yield Picture("Seconds by collector", cost(recording), caption)
+        yield Picture("Seconds by collector", plot_cost(recording), caption)
 
 
-def _findings(analysis: Analysis) -> Iterator[Part]:
+def _findings_table(analysis: Analysis) -> Iterator[Part]:
     columns = ("finding", "how grave", "what to do", "measured", "where", "confidence")
     rows = [(f.title, f.severity, f.action or f.decide, f.measured, f.where, f.confidence) for f in analysis.findings]
     if rows:
@@ -105,7 +107,7 @@ def _findings(analysis: Analysis) -> Iterator[Part]:
         yield Table("all questions; the diagnostic report has thresholds, sources and evidence", columns, rows)
 
 
-def _results(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Part]:
+def _analyzer_tables(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Part]:
     """What analyzers give: single values in one table, and a table for each list of rows."""
     for name, values in results.items():
         yield f"# Analyzer {name}"
@@ -114,34 +116,34 @@ def _results(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Part]:
             if _is_rows(value):
                 lists[key] = value
             else:
-                single |= dict(_flat(key, value))
+                single |= dict(_flatten_value(key, value))
         if single:
             yield Table("values", ("what", "value"), list(single.items())[:MOST_ROWS])
         for key, rows in lists.items():
-            yield _rows(key, rows)
+            yield _rows_table(key, rows)
 
 
 def _is_rows(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(each, Mapping) for each in value)
 
 
-def _rows(caption: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+def _rows_table(caption: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    shown = [[cell(row.get(column)) for column in columns] for row in rows[:MOST_ROWS]]
+    shown = [[format_cell(row.get(column)) for column in columns] for row in rows[:MOST_ROWS]]
     more = f" (the first {MOST_ROWS} of {len(rows)})" if len(rows) > MOST_ROWS else ""
     return Table(f"{caption}{more}", columns, shown)
 
 
-def _flat(key: str, value: Any) -> Iterator[tuple[str, str]]:
+def _flatten_value(key: str, value: Any) -> Iterator[tuple[str, str]]:
     """Nested values as lines, each named by its path."""
     if isinstance(value, Mapping):
         for inner, each in value.items():
-            yield from _flat(f"{key}, {inner}", each)
+            yield from _flatten_value(f"{key}, {inner}", each)
     else:
-        yield key.replace("_", " "), cell(value)
+        yield key.replace("_", " "), format_cell(value)
 
 
-def cell(value: Any) -> str:
+def format_cell(value: Any) -> str:
     """A value in a table: numbers with four digits, of long lists the first and the last, '-' for nothing."""
     if value is None:
         return "-"
@@ -149,5 +151,5 @@ def cell(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
         ends = [*value[:3], "...", *value[-2:]] if len(value) > 8 else value
-        return ", ".join(cell(each) for each in ends) or "none"
+        return ", ".join(format_cell(each) for each in ends) or "none"
     return str(value)
