@@ -14,7 +14,7 @@ import pytest
 from training_lens.errors import CheckpointError
 from training_lens.integrations.fsspec_storage import open_storage
 from training_lens.integrations.mirror import MirrorIntegration
-from training_lens.integrations.mirror_manifest import FileContent, RemoteRun
+from training_lens.integrations.mirror_manifest import FileDigest, RemoteRun
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.remote_run import (
     fetch_to_read,
@@ -154,7 +154,7 @@ def test_while_a_file_is_written_over_both_contents_are_right(place: str, elsewh
     file = Path(place) / remote.path / "logs/metrics.jsonl"
     old = file.read_bytes()
     file.write_bytes(old + b'{"step": 99}\n')
-    change(place, replacing={"logs/metrics.jsonl": FileContent(hash_file(file), file.stat().st_size)})
+    change(place, replacing={"logs/metrics.jsonl": FileDigest(hash_file(file), file.stat().st_size)})
     assert read_metrics(fetch_to_resume(place, elsewhere).metrics_file)[-1] == {"step": 99}
     file.write_bytes(old)
     assert fetch_to_read(place, elsewhere, finished=False).metrics_file.read_bytes() == old

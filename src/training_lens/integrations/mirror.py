@@ -19,7 +19,7 @@ from training_lens.core.capture_files import LISTING
 from training_lens.errors import CheckpointError, ConfigurationError, IntegrationError
 from training_lens.integrations.delivery import Cursor, Integration
 from training_lens.integrations.fsspec_storage import open_storage, require_driver, url_protocol
-from training_lens.integrations.mirror_manifest import MANIFEST, FileContent, MirrorManifest, RemoteRun
+from training_lens.integrations.mirror_manifest import MANIFEST, FileDigest, MirrorManifest, RemoteRun
 from training_lens.integrations.record import RunRecord
 from training_lens.integrations.storage import LocalStorage
 from training_lens.runs import checkpoint_format
@@ -51,7 +51,7 @@ class MirrorIntegration(Integration):
         self.run = run
         self.cursor = Cursor(run.tracking_folder(self.name) / "cursor.json")
         self._place = str(run.config.output.mirror)
-        self._there: dict[str, FileContent] | None = None  # verified; None: to be found out
+        self._there: dict[str, FileDigest] | None = None  # verified; None: to be found out
         self._unlisted: dict[str, int] = {}  # sizes of files that are there, and that no manifest lists
         self._seen: dict[str, FileStamp] = {}
         self._version = ""
@@ -109,7 +109,7 @@ class MirrorIntegration(Integration):
         kept = self.cursor.load()
         return kept if kept.get("place") == self._place else {}
 
-    def _find_present(self) -> dict[str, FileContent]:
+    def _find_present(self) -> dict[str, FileDigest]:
         """Find out what is there: of the files that the manifest lists, those of the right size.
 
         Raises:
@@ -156,7 +156,7 @@ class MirrorIntegration(Integration):
         others = list_other_files(run, running=status == "running")
         return [others, *(list_checkpoint_files(run, folder) for folder in checkpoints)]
 
-    def _run_pass(self, there: dict[str, FileContent], status: str) -> bool:
+    def _run_pass(self, there: dict[str, FileDigest], status: str) -> bool:
         """One pass over the folder; gives whether all that it listed was still there when it was sent."""
         self._checkpoints = list_checkpoints(self.run.folder.checkpoints)
         groups = self._list_groups(status)
@@ -171,7 +171,7 @@ class MirrorIntegration(Integration):
             self._unlisted.pop(name, None)
         return whole
 
-    def _send_group(self, group: Mapping[str, Path], there: dict[str, FileContent], status: str) -> bool:
+    def _send_group(self, group: Mapping[str, Path], there: dict[str, FileDigest], status: str) -> bool:
         """Send the files that are others there; gives whether all of them were still here."""
         home = self.run.tracking_folder(self.name)
         home.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ class MirrorIntegration(Integration):
             self._seen |= {copy.name: copy.seen for copy in copies}
             return len(copies) == len(new)
 
-    def _is_new(self, name: str, path: Path, there: Mapping[str, FileContent]) -> bool:
+    def _is_new(self, name: str, path: Path, there: Mapping[str, FileDigest]) -> bool:
         """Whether a file may differ from what is there; one that vanished does."""
         seen = self._seen.get(name)
         try:
@@ -190,7 +190,7 @@ class MirrorIntegration(Integration):
         except FileNotFoundError:
             return True
 
-    def _send_copies(self, copies: Sequence[FileCopy], there: dict[str, FileContent], status: str) -> None:
+    def _send_copies(self, copies: Sequence[FileCopy], there: dict[str, FileDigest], status: str) -> None:
         """Send copies. What is written over is announced before, so that readers know either content as right."""
         replacing = {copy.name: copy.content for copy in copies if copy.name in there}
         if replacing:
@@ -216,7 +216,7 @@ class MirrorIntegration(Integration):
             raise IntegrationError(f"{self._remote_run.place}/{copy.name}: what arrived is not what was sent.")
 
     def _write_manifest(
-        self, there: Mapping[str, FileContent], status: str, replacing: Mapping[str, FileContent] | None = None
+        self, there: Mapping[str, FileDigest], status: str, replacing: Mapping[str, FileDigest] | None = None
     ) -> None:
         """Write mirror.json; its version is remembered before, so that a kill never makes it a stranger's."""
         before, self._version = self._version, secrets.token_hex(8)
@@ -245,7 +245,7 @@ class FileCopy:
 
     name: str
     path: Path
-    content: FileContent
+    content: FileDigest
     seen: FileStamp
 
 
@@ -309,7 +309,7 @@ def make_copies(files: Iterable[tuple[str, Path]], folder: Path) -> list[FileCop
             copy = _link_or_copy(path, folder / f"{number}{path.suffix}", grows=name.startswith("logs/"))
         except FileNotFoundError:
             continue
-        content = FileContent(hash_file(copy), copy.stat().st_size)
+        content = FileDigest(hash_file(copy), copy.stat().st_size)
         copies.append(FileCopy(name, copy, content, (facts.st_size, facts.st_mtime_ns, content.sha256)))
     return copies
 

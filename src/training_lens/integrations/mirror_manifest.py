@@ -24,7 +24,7 @@ ALIVE_SECONDS = 120.0  # since the last sign of life, after which a run that say
 
 
 @dataclass(frozen=True)
-class FileContent:
+class FileDigest:
     """What a file holds."""
 
     sha256: str
@@ -60,8 +60,8 @@ class MirrorManifest:
     folder: str
     updated: str
     version: str
-    files: Mapping[str, FileContent]
-    replacing: Mapping[str, FileContent] = field(default_factory=dict)
+    files: Mapping[str, FileDigest]
+    replacing: Mapping[str, FileDigest] = field(default_factory=dict)
     format: int = FORMAT
 
     @property
@@ -79,7 +79,7 @@ class MirrorManifest:
         died = self.status == "running" and self.seconds_old > ALIVE_SECONDS
         return "interrupted" if died else self.status
 
-    def has_content(self, name: str, content: FileContent) -> bool:
+    def has_content(self, name: str, content: FileDigest) -> bool:
         """Whether a file is right with this content."""
         return content in (self.files.get(name), self.replacing.get(name))
 
@@ -94,7 +94,7 @@ class MirrorManifest:
             raise ValueError(misfit)
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']}; this version reads format {FORMAT}")
-        told = {key: {n: FileContent(**c) for n, c in values[key].items()} for key in ("files", "replacing")}
+        told = {key: {n: FileDigest(**c) for n, c in values[key].items()} for key in ("files", "replacing")}
         manifest = cls(**{**values, **told})
         check_run_id(manifest.run_id)
         check_experiment(manifest.experiment)

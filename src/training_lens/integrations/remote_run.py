@@ -19,7 +19,7 @@ from training_lens.config.run_config import remember_mirror
 from training_lens.display.progress import Progress
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.integrations.fsspec_storage import open_storage
-from training_lens.integrations.mirror_manifest import FileContent, MirrorManifest, RemoteRun
+from training_lens.integrations.mirror_manifest import FileDigest, MirrorManifest, RemoteRun
 from training_lens.integrations.storage import StorageBackend
 from training_lens.runs.run_folder import UNFINISHED, RunFolder, runs_folder
 from training_lens.runs.run_listing import BROKEN, RunOverview, read_run
@@ -262,7 +262,7 @@ def _fetch_file(
     remote: RemoteRun,
     manifest: MirrorManifest,
     name: str,
-    content: FileContent,
+    content: FileDigest,
     folder: Path,
     advance: Callable[[float], None],
 ) -> bool:
@@ -283,7 +283,7 @@ def _fetch_file(
 
 
 def _is_intact(manifest: MirrorManifest, name: str, path: Path) -> bool:
-    return path.is_file() and manifest.has_content(name, FileContent(hash_file(path), path.stat().st_size))
+    return path.is_file() and manifest.has_content(name, FileDigest(hash_file(path), path.stat().st_size))
 
 
 def _adopt_run(folder: Path, remote: RemoteRun, manifest: MirrorManifest, base_output_dir: str) -> None:

@@ -147,7 +147,7 @@ def _without_retries(send: Any) -> Any:
 
     transport: Any = HfHubHTTPError.__mro__[1]  # the errors of the HTTP library that it uses: httpx, or its successor
 
-    def sent(request: Any, **options: Any) -> Any:
+    def send_once(request: Any, **options: Any) -> Any:
         try:
             response = send(request, **options)
         except OfflineModeIsEnabled:
@@ -158,7 +158,7 @@ def _without_retries(send: Any) -> Any:
             raise _build_busy_error(response)
         return response
 
-    return sent
+    return send_once
 
 
 def _build_busy_error(response: Any) -> IntegrationError:

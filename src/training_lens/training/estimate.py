@@ -1,7 +1,7 @@
-"""How long a run will take, and how much memory at its peak: measured on a few of its own steps, then extrapolated.
+"""Estimates a run's duration and peak memory from a few of its own steps.
 
-A small model is measured whole, with its weights. Of a large one two thin relatives (fewer layers, random weights) are
-measured, and what each further layer adds is taken as constant.
+A small model is measured with its weights. A large one is measured as two thin models (fewer layers, random weights),
+and extrapolated linearly in the number of layers.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
 SMALL_MODEL = 100_000_000  # parameters
-THIN_LAYERS = (1, 3)  # layers
+THIN_LAYERS = (1, 3)  # of the two thin models
 SAMPLED_STEPS = 8
-SAMPLED_ROWS = 64  # of the validation rows
+SAMPLED_ROWS = 64  # validation rows
 BUDGET_SECONDS = 20.0
 STILL_LR = 1e-9
-COUNTED_STEPS = 1000  # beyond so many the run's tokens are scaled up from a sample
+COUNTED_STEPS = 1000  # the tokens of longer runs are scaled up from this many steps
 
 
 @dataclass(frozen=True)
 class RunEstimate:
-    """A prediction: seconds of the optimizer steps and of the validations, bytes at the peak; `layers` as measured.
+    """A prediction: seconds of the optimizer steps and of the validations, peak bytes.
 
-    `micro_batch_tokens` is the most tokens in one pass that the run would choose with the memory that is free now.
+    `micro_batch_tokens`: most tokens in one pass that the run would choose with the memory that is free now;
+    `layers`: of the thin models, empty if the whole model was measured.
     """
 
     seconds: float
@@ -55,9 +56,9 @@ class RunEstimate:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds for a token in training (with its padding, unless `in_line`) and in validation, bytes at the peak.
+    """Seconds per token of training (padding included, unless `in_line`) and of validation, and peak bytes.
 
-    `steps`: that this is from; `micro_batch_tokens`: the most tokens in one of their passes.
+    `steps`: how many were measured; `micro_batch_tokens`: most tokens in one of their passes.
     """
 
     step: float
@@ -69,13 +70,13 @@ class StepCost:
 
 
 def estimate_run(plan: RunPlan) -> RunEstimate | None:
-    """The estimate of a planned run; None, with the reason logged, where it cannot be measured.
+    """The estimate of a planned run; None, with the reason logged, if it cannot be measured.
 
-    Cost: the measured steps, at most about 20 s, and the memory of the model (or its thin relatives).
+    Cost: the measured steps, at most about 20 s, and the memory of the model (or the thin models).
 
     Raises:
-        TrainingLensError: what would stop the run too: weights that cannot be loaded, a first step that is not finite,
-            too little memory.
+        TrainingLensError: what would also stop the run: weights that cannot be loaded, a first step that is not
+            finite, too little memory.
     """
     whole = plan.parameters < SMALL_MODEL
     try:
@@ -103,23 +104,23 @@ def _measure_whole_model(plan: RunPlan) -> StepCost:
 
 
 def _extrapolate_from_thin_models(plan: RunPlan) -> StepCost:
-    """Two thin models measured; each further layer costs what the second's have cost more than the first's."""
+    """Measure two thin models and extrapolate linearly in the number of layers."""
     if plan.config.model.quantization != "none":
         raise EstimateError("a large quantized model cannot be measured thin.")
     thin = [_measure_thin_model(plan, layers) for layers in THIN_LAYERS]
     further = (plan.facts.layers - THIN_LAYERS[0]) / (THIN_LAYERS[1] - THIN_LAYERS[0])
 
-    def at_all(name: str) -> float:
+    def extrapolate(name: str) -> float:
         first, second = (float(getattr(measured, name)) for measured in thin)
         return first + further * max(0.0, second - first)
 
-    return replace(thin[1], step=at_all("step"), validation=at_all("validation"), peak=at_all("peak"))
+    return replace(thin[1], step=extrapolate("step"), validation=extrapolate("validation"), peak=extrapolate("peak"))
 
 
 def _measure_thin_model(plan: RunPlan, layers: int) -> StepCost:
-    """One thin relative measured, with a fresh adapter: one that is saved has all layers.
+    """Measure a thin model, with a fresh adapter since a saved one has all layers.
 
-    What fails in it, but for memory, says nothing of the run: its configuration was cut, and its weights are random.
+    Failures other than memory are `EstimateError`s: they say nothing about the run, whose model is not cut.
     """
     config = plan.config.replace_keys(peft={"from_adapter": None})
     try:
@@ -134,18 +135,18 @@ def _measure_thin_model(plan: RunPlan, layers: int) -> StepCost:
 
 
 def _build_still_trainer(plan: RunPlan, model: Any) -> Trainer:
-    """The plan's loop, learning next to nothing: each step is as good as the first, and fails only if that would."""
+    """The plan's trainer with almost no learning rate: later steps then fail only if the first one does."""
     still = replace(plan, config=plan.config.replace_keys(training={"lr": STILL_LR}))
     return build_trainer(still, model, CheckpointManager(Path("unused"), ""))
 
 
 def _measure_steps(plan: RunPlan, trainer: Trainer) -> StepCost:
-    """Run sampled steps and validation rows of the plan in this loop, and forget them."""
+    """Time sampled steps and validation rows of the plan with this trainer."""
     device = plan.processes.device
     reset_peak(device)
     in_line = trainer.engine.can_pack
     sample = _sample_steps(plan, in_line)
-    trainer.train_step(sample[0])  # warms up, and is the largest: it sets the peak
+    trainer.train_step(sample[0])  # warms up, and is the largest step: it sets the peak
     seconds, tokens, steps = 0.0, 0, 0
     started = time.perf_counter()
     for step in sample[1:]:
@@ -160,7 +161,7 @@ def _measure_steps(plan: RunPlan, trainer: Trainer) -> StepCost:
 
 
 def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
-    """Seconds of a validation for each of its tokens."""
+    """Seconds per token of a validation."""
     assert plan.validation is not None
     rows = np.unique(np.linspace(0, len(plan.validation) - 1, SAMPLED_ROWS).astype(np.int64))
     some = plan.validation.select(rows)
@@ -171,7 +172,7 @@ def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
 
 
 def _sample_steps(plan: RunPlan, in_line: bool) -> list[StepPlan]:
-    """The step with the largest micro-batch among a sample, then steps spread evenly over the run."""
+    """The step with the largest micro-batch, then steps spread evenly over the sample."""
     steps = _first_steps(plan, COUNTED_STEPS)
     largest = max(steps, key=lambda step: max(_micro_batch_sizes(plan, step, in_line)))
     spread = np.unique(np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int))
@@ -179,13 +180,13 @@ def _sample_steps(plan: RunPlan, in_line: bool) -> list[StepPlan]:
 
 
 def _first_steps(plan: RunPlan, count: int) -> Sequence[StepPlan]:
-    """All steps of the run, or the first so many: every order is random."""
+    """At most the first `count` steps of the run; their order is random, so they are a fair sample."""
     total = min(count, plan.schedule.total_steps)
     return [step for step, _ in zip(plan.schedule.steps(), range(total), strict=False)]
 
 
 def _micro_batch_sizes(plan: RunPlan, step: StepPlan, in_line: bool) -> list[int]:
-    """The tokens of each micro-batch that this process makes of a step, with its padding."""
+    """The tokens, padding included, of each micro-batch that this process makes of a step."""
     lengths, budget = plan.train.lengths, plan.micro_batch_tokens
     mine = share(step.examples, lengths, plan.processes.index, plan.processes.count)
     parts = [lengths[part] for part in cut(mine, lengths, budget, in_line)]
@@ -193,7 +194,7 @@ def _micro_batch_sizes(plan: RunPlan, step: StepPlan, in_line: bool) -> list[int
 
 
 def count_step_tokens(plan: RunPlan, step: StepPlan, in_line: bool) -> int:
-    """Tokens of a step's micro-batches with their padding: what its time is nearly proportional to."""
+    """Tokens of a step's micro-batches, padding included: its time is nearly proportional to them."""
     return sum(_micro_batch_sizes(plan, step, in_line))
 
 
@@ -203,7 +204,7 @@ def _count_run_tokens(plan: RunPlan, in_line: bool) -> float:
 
 
 def _count_validations(plan: RunPlan) -> int:
-    """Validations of the run, that of the base included."""
+    """The number of validations of the run, that of the base included."""
     every = plan.config.training.eval_steps or plan.schedule.steps_per_epoch
     due = plan.schedule.total_steps // every
     return 1 + due + (plan.schedule.total_steps % every > 0)

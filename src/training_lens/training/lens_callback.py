@@ -1,4 +1,4 @@
-"""The lens on our own loop: a callback that drives it, and the look back when training ends."""
+"""The lens in our own training loop: a callback that drives it, and the report when training ends."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ LOSS_MEASURES = [f.name for f in fields(StepReport) if f.name in MEASURES[LOSS]]
 
 
 class CaptureCallback(Callback):
-    """Drives a lens from the loop's events; the loop knows nothing of it.
+    """Drives a lens from the loop's events.
 
     Args:
-        settings: what readings need to know of the run, see `LensManifest`.
+        settings: facts about the run for the analysis, see `LensManifest`.
     """
 
     def __init__(self, lens: TrainingLensFramework, settings: Mapping[str, Any]) -> None:
@@ -37,7 +37,7 @@ class CaptureCallback(Callback):
 
     @property
     def capture_seconds(self) -> float:
-        """Time spent capturing so far, in all."""
+        """Total time spent on capturing so far."""
         return sum(self.lens.seconds.values())
 
     def on_train_start(self, trainer: Any) -> None:
@@ -67,7 +67,7 @@ class CaptureCallback(Callback):
 
 
 def build_capture_callback(plan: RunPlan, run: RunFolder) -> CaptureCallback | None:
-    """The lens that the config asks for; None where it is off."""
+    """The lens callback for the config; None if the lens is off."""
     config, rows = plan.config, plan.validation or plan.train
     if not config.lens.enabled:
         return None
@@ -83,9 +83,9 @@ def build_capture_callback(plan: RunPlan, run: RunFolder) -> CaptureCallback | N
 
 
 def write_lens_report(run: RunFolder) -> Path | None:
-    """Write the report of a run that ended, and log three lines of it; None where that failed, which is logged.
+    """Write the report of a finished run and log three lines of it; None if that failed, which is logged.
 
-    What the lens cannot read ends no run: its adapter is saved by now.
+    A failure does not fail the run: its adapter has been saved.
     """
     from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
     from training_lens.analysis.reports.executive import three_lines

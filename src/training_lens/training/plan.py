@@ -1,4 +1,4 @@
-"""Everything a run decides before it trains: data, tokens, template, steps. `validate` shows it, `train` follows it."""
+"""Everything a run decides before it trains: data, tokens, template, steps. `validate` shows it, `train` uses it."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What will be trained: the config with nothing left open, the tokenizer, the data and the steps.
+    """What will be trained: the resolved config, the tokenizer, the data and the steps.
 
-    `micro_batch_tokens`: as asked for, or what free memory is expected to hold; `adaptation`: what of the base is
-    adapted, and what is left out.
+    `micro_batch_tokens`: as configured, or what free memory is expected to hold; `adaptation`: which modules of the
+    base are adapted and which are not.
     """
 
     config: TrainingConfig
@@ -86,11 +86,11 @@ class RunPlan:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that decides the training tokens and their order."""
+        """Identifies the training tokens and their order."""
         return f"{self.splits['train'].fingerprint}:{len(self.train)}"
 
     def data_report(self) -> dict[str, Any]:
-        """What metadata/data.json keeps: files with sha256, how they were read, counts, domains."""
+        """The content of metadata/data.json: files with sha256, how they were read, counts, domains."""
         return {
             "fingerprint": self.fingerprint,
             "tokens": {name: split.dataset.source.content_hash for name, split in self.splits.items()},
@@ -132,8 +132,8 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
     """Resolve the config against model and data, tokenize, and lay out the steps. Loads no weights, trains nothing.
 
     Args:
-        global_batch: examples in a step; None: batch_size x gradient_accumulation_steps for each process. A run that is
-            resumed keeps its own, on whatever number of processes.
+        global_batch: examples per step; None: batch_size x gradient_accumulation_steps x processes. A resumed run
+            keeps its own, whatever the number of processes.
 
     Raises:
         TrainingLensError: anything that would keep `train` from starting.
@@ -164,10 +164,10 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
 
 
 def read_tokenizer(config: TrainingConfig) -> tuple[ModelFacts, Any]:
-    """The model's facts, and its tokenizer, which has adopted a template file.
+    """The model's facts, and its tokenizer with the template file of the config applied.
 
     Raises:
-        TrainingLensError: no such model, a broken tokenizer or template, or two that do not belong together.
+        TrainingLensError: no such model, a broken tokenizer or template, or a tokenizer of another model.
     """
     facts = read_facts(config.model)
     tokenizer = load_tokenizer(config.model)
@@ -177,27 +177,27 @@ def read_tokenizer(config: TrainingConfig) -> tuple[ModelFacts, Any]:
 
 
 def resolve_texts(config: TrainingConfig, facts: ModelFacts, tokenizer: Any) -> TrainingConfig:
-    """The config with what decides the tokens settled: the template, its date, and the longest example."""
+    """The config with template, date and `seq_len` resolved: with them, the tokens are determined."""
     data = {"template": choose_template(config.data.template, tokenizer), "date": resolve_date(config.data, tokenizer)}
     return config.replace_keys(model={"seq_len": resolve_seq_len(config.model, facts)}, data=data)
 
 
 def build_preparation(config: TrainingConfig, tokenizer: Any) -> Preparation:
-    """What decides the tokens of a run, from a config that `resolve_texts` settled."""
+    """What determines the tokens of a run, from a config of `resolve_texts`."""
     assert config.model.seq_len is not None
     renderer = build_renderer(config.data, tokenizer)
     return Preparation(config.data, renderer, TextEncoder(tokenizer), config.model.seq_len, tokenizer_hash(tokenizer))
 
 
 def token_cache_folder(config: TrainingConfig) -> Path:
-    """The folder of tokenized splits, shared by all runs."""
+    """The folder of tokenized splits, shared by all runs of the output folder."""
     return Path(config.output.base_output_dir) / "cache"
 
 
 def _resolve_config(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, precision: Precision) -> TrainingConfig:
     settled = resolve_texts(config, facts, tokenizer)
     lr = config.training.lr or default_lr(facts.width)
-    logger.info("model: %s, width %d; up to %d tokens an example", config.model.id, facts.width, settled.model.seq_len)
+    logger.info("model: %s, width %d; up to %d tokens per example", config.model.id, facts.width, settled.model.seq_len)
     if config.model.id == embedded.MODEL and config.data.train != [embedded.TRAIN]:
         logger.warning("your rows train the embedded demo model, which knows only its own small world; set model.id")
     if config.data.template == "auto":
@@ -214,25 +214,23 @@ def _resolve_config(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, p
 
 
 def _train_new_embeddings(config: TrainingConfig, facts: ModelFacts, tokenizer: Any) -> TrainingConfig:
-    """The config with embedding and head among the modules trained whole, where model.resize_embeddings adds rows."""
+    """The config with embedding and head fully trained, if model.resize_embeddings adds rows to them."""
     added = required_rows(tokenizer) - facts.vocabulary
     if added <= 0 or not config.model.resize_embeddings or config.peft.from_adapter:
         return config
     ends = embedding_modules(build_skeleton(config.model))
     named = config.peft.modules_to_save
     missing = [path for path in ends if not any(path == name or path.endswith(f".{name}") for name in named)]
-    logger.info(
-        "the embedding gets %d rows for tokens that it lacks; trained and saved whole: %s", added, ", ".join(ends)
-    )
+    logger.info("the embedding gets %d rows for new tokens; fully trained and saved: %s", added, ", ".join(ends))
     return config.replace_keys(peft={"modules_to_save": [*named, *missing]})
 
 
 def _check_model(
     config: TrainingConfig, device: torch.device, precision: Precision
 ) -> tuple[int, Adaptation, Footprint]:  # fmt: skip
-    """Try weights, adapter, checkpointing and packages on the model's skeleton.
+    """Check weights, adapter, gradient checkpointing and packages on the model's skeleton.
 
-    Gives the base's parameters, what of them is adapted, and the memory that training it takes.
+    Returns the number of parameters, which modules are adapted, and the memory that training takes.
     """
     check_quantization(config, device)
     skeleton = build_skeleton(config.model)
@@ -262,7 +260,7 @@ def _prepare_splits(
 
 
 def _select_datasets(config: TrainingConfig, splits: dict[str, Split]) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training and validation examples: given apart, held out, or training alone; training at most max_examples."""
+    """Training examples, at most max_examples, and validation examples: from their own files, held out, or None."""
     seed, everything = config.training.seed, splits["train"].dataset
     validation = splits["validation"].dataset if "validation" in splits else None
     train = everything
@@ -277,17 +275,17 @@ def _select_datasets(config: TrainingConfig, splits: dict[str, Split]) -> tuple[
         train = train.select(np.sort(chosen))
     if validation is None:
         logger.info(
-            "no rows are held out: there will be no validation loss, and so no verdict on whether the adapter is "
+            "no rows are held out: there will be no validation loss, and no verdict on whether the adapter is "
             "better; give data.validation=FILE or data.val_ratio=0.1"
         )
     return train, validation
 
 
 def count_duplicates(train: TokenDataset, validation: TokenDataset | None) -> dict[str, int]:
-    """How many examples say what another one says, within training and between training and validation.
+    """Count duplicate examples within training, and between training and validation.
 
     Raises:
-        DatasetError: every validation example is also a training example: it would measure memory alone.
+        DatasetError: every validation example is also a training example: the loss would only measure memorization.
     """
     known = np.unique(train.digests)
     repeated = len(train) - len(known)
@@ -300,7 +298,7 @@ def count_duplicates(train: TokenDataset, validation: TokenDataset | None) -> di
     if shared:
         logger.warning("%d validation examples are training examples too; their loss says nothing of new ones", shared)
     if repeated:
-        logger.warning("%d training examples say what another one says", repeated)
+        logger.warning("%d training examples are duplicates of another one", repeated)
     return {"repeated_train_examples": repeated, "validation_examples_in_train": shared}
 
 
@@ -320,7 +318,7 @@ def _build_schedule(config: TrainingConfig, train: TokenDataset, split: Split, g
 
 
 def write_rows_as_files(config: TrainingConfig, folder: Path) -> TrainingConfig:
-    """The config with in-memory rows written to JSONL files in `folder`, named by content: all else knows files."""
+    """The config with in-memory rows written to JSONL files in `folder`, named by their content."""
 
     def as_files(rows: list[str] | list[dict[str, Any]] | None, key: str) -> list[str] | None:
         if not rows or isinstance(rows[0], str):

@@ -1,4 +1,4 @@
-"""What a run that is resumed keeps, and what may be set anew: it goes on as if it had never stopped, or not at all."""
+"""What must stay the same when a run is resumed, and what may change: it continues exactly, or not at all."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from training_lens.utils.logging import get_logger
 from training_lens.utils.processes import Processes
 
 logger = get_logger(__name__)
-# They change no result but for rounding, so they may differ from start to start and from machine to machine.
+# They change results by rounding at most, so they may differ from start to start and from machine to machine.
 FREE_KEYS = (*("model.device", "model.accept_changed_base", "training.micro_batch_tokens", "training.logging_steps"),)
 LOCATION_KEYS = ("output.base_output_dir", "output.experiment_name")
-# What a config may leave to the run (null or auto), which then writes what it chose into its own config.
+# A config may leave these open (null or auto); the run then writes its choice into its own config.
 AUTO_KEYS = ("model.seq_len", "data.template", "data.date", "training.lr", "training.precision")
 
 
 def select_changes(run: RunFolder, recorded: TrainingConfig, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of `settings`, by section, those of `FREE_KEYS`; all others must be what the run has.
+    """Those of `settings` that are among `FREE_KEYS`, by section; all others must be those of the run.
 
     Raises:
-        ConfigurationError: lists each key in which they differ, and says how another run begins where this one is.
+        ConfigurationError: lists each key that differs, and says how to start another run from this one.
     """
     given = TrainingConfig.model_validate(settings)
     mine, theirs = _flatten_keys(given.explicit_values()), _flatten_keys(recorded.model_dump())
@@ -52,7 +52,7 @@ def select_changes(run: RunFolder, recorded: TrainingConfig, settings: Mapping[s
 
 
 def _flatten_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of all keys of the schema that are there; a mapping that is the value of a key stays whole."""
+    """The values by dotted key of the schema; a key whose value is a mapping keeps it whole."""
     found: dict[str, Any] = {}
     for key in known_keys(TrainingConfig):
         *sections, name = key.split(".")
@@ -76,10 +76,10 @@ def _describe_ways_to_resume(keys: Sequence[str]) -> str:
 
 
 def require_unfinished(run: RunFolder) -> None:
-    """Refuse to resume what is done.
+    """Refuse to resume a finished run.
 
     Raises:
-        CheckpointError: says how training goes on from it.
+        CheckpointError: it is finished; says how to train on from its adapter.
     """
     if run.status == "finished":
         steps = run.read_metadata("summary.json").get("steps")
@@ -91,10 +91,10 @@ def require_unfinished(run: RunFolder) -> None:
 
 
 def require_same_tokens(run: RunFolder, plan: RunPlan) -> None:
-    """Refuse to go on with other training data than the run began with; another version may have tokenized it.
+    """Refuse to resume with other training data than the run began with; another version may have tokenized them.
 
     Raises:
-        CheckpointError: the tokens differ, or nothing here says what they were.
+        CheckpointError: the tokens differ, or there is no record of them.
     """
     recorded = run.read_metadata("data.json")
     if recorded["fingerprint"] == plan.fingerprint:
@@ -104,11 +104,11 @@ def require_same_tokens(run: RunFolder, plan: RunPlan) -> None:
             f"the training data of {run.run_id} is no longer what it was: a file, the tokenizer or this program "
             "changed since. Put the old ones back to resume, or start a new run."
         )
-    logger.info("the run was begun by another version of this program, which made the same tokens of its rows")
+    logger.info("the run was begun by another version of this program, which made the same tokens")
 
 
 def _has_tokens(recorded: Mapping[str, Any], plan: RunPlan) -> bool:
-    """Whether the plan has the recorded training tokens, which an earlier version left in the cache alone."""
+    """Whether the plan has the recorded training tokens; earlier versions recorded them in the cache only."""
     fingerprint, _, examples = recorded["fingerprint"].partition(":")
     tokens = recorded.get("tokens", {}).get("train")
     if tokens is None and (cached := open_cached(fingerprint, token_cache_folder(plan.config))):
@@ -125,13 +125,13 @@ def _has_same_held_out(run: RunFolder, plan: RunPlan) -> bool:
 
 
 def read_global_batch(run: RunFolder) -> int | None:
-    """Examples in a step as the run began; None where an earlier version did not record it."""
+    """Examples per step of the run; None if an earlier version did not record them."""
     recorded = run.read_metadata("data.json").get("global_batch_size")
     return recorded if isinstance(recorded, int) else None
 
 
 def check_schedule(run: RunFolder, schedule: Schedule, processes: Processes) -> None:
-    """See to it that the steps are those that the run began with, and say where other processes take them.
+    """Require the steps that the run began with; logs another number of processes.
 
     Raises:
         CheckpointError: a run of an earlier version, which recorded no global batch, had other steps.
@@ -139,8 +139,8 @@ def check_schedule(run: RunFolder, schedule: Schedule, processes: Processes) -> 
     began = run.read_metadata("data.json").get("processes")
     if began is not None and began != processes.count:
         logger.info(
-            "begun by %d processes, resumed by %d: a step keeps its %d examples; losses differ by rounding, and where "
-            "there is dropout by what it draws",
+            "begun by %d processes, resumed by %d: a step keeps its %d examples; losses differ by rounding, and by "
+            "the random numbers of dropout",
             began, processes.count, schedule.global_batch,
         )  # fmt: skip
     steps = [] if began is not None or not run.metrics_file.is_file() else read_metrics(run.metrics_file)

@@ -1,4 +1,4 @@
-"""One run from its config to its saved adapter: plans, assembles, trains, keeps the record."""
+"""One run from its config to its saved adapter: plan, train, and keep its record."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ from training_lens.utils.logging import TrainingLogger, get_logger, quiet_librar
 from training_lens.utils.seeding import seed_everything
 
 logger = get_logger(__name__)
-SHOWN_PATH = 200  # characters of a path in an error
+SHOWN_PATH = 200  # most characters of a path in an error
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pyarrow", "numpy")
 
 
@@ -69,9 +69,9 @@ class TrainingWrapper:
 
     Args:
         config: paths or in-memory rows, a model, and everything else at its default.
-        console: where progress bars go; None: below the cell in a notebook, and nowhere else.
-        callbacks: your own watchers of the loop, after the built-in ones.
-        integrations: your own trackers, in Python: classes, or functions that make one for a run.
+        console: for progress bars; None: below the cell in a notebook, else nowhere.
+        callbacks: your own, called after the built-in ones.
+        integrations: your own trackers: classes, or functions that build one for a run.
 
     Example:
         summary = TrainingWrapper(TrainingConfig(data={"train": [{"question": "...", "answer": "..."}]})).train()
@@ -90,7 +90,7 @@ class TrainingWrapper:
         self._callbacks, self._integrations = callbacks, integrations
 
     def plan(self) -> RunPlan:
-        """What `train` would do: data read and tokenized, steps laid out. Loads no weights, trains nothing.
+        """What `train` would do: reads and tokenizes the data and plans the steps, without loading weights.
 
         Raises:
             TrainingLensError: anything that would keep `train` from starting.
@@ -101,7 +101,7 @@ class TrainingWrapper:
         return self._plan_run()
 
     def _plan_run(self, global_batch: int | None = None) -> RunPlan:
-        """The plan, whether the run is there already (to go on with it, with its global batch) or not."""
+        """The plan of a new run, or of one to resume with its own global batch."""
         list_integrations(self._config)  # finds a tracker that cannot be imported before anything starts
         base = Path(self._config.output.base_output_dir)
         require_writable(base, "output.base_output_dir")
@@ -110,10 +110,10 @@ class TrainingWrapper:
             return plan_run(config, Progress(self._console), global_batch)
 
     def train(self) -> TrainingSummary:
-        """Train from the start in a new run folder, and save adapter, tokenizer and metadata in it.
+        """Train in a new run folder, and save adapter, tokenizer and metadata in it.
 
         Raises:
-            TrainingLensError: see its subclasses; the run folder then says `failed`, `interrupted` or `pruned`.
+            TrainingLensError: see its subclasses; the run's status is then `failed`, `interrupted` or `pruned`.
         """
         plan = self.plan()
         output = plan.config.output
@@ -136,23 +136,23 @@ class TrainingWrapper:
         callbacks: tuple[Callback, ...] = (),
         integrations: tuple[IntegrationFactory, ...] = (),
     ) -> TrainingSummary:
-        """Go on with an unfinished run after its newest intact checkpoint, exactly as if it had not stopped.
+        """Resume an unfinished run after its newest intact checkpoint, exactly as if it had not stopped.
 
-        Its steps stay what they are on any number of processes.
+        Its steps stay the same on any number of processes.
 
         Args:
             run: a run's folder, or what `Run` takes: its id, or `latest`.
-            settings: by section, such as `{"model": {"device": "cpu"}}`: what changes no result is set for this
-                process (`resuming.FREE_KEYS`); all else must be what the run has.
+            settings: by section, such as `{"model": {"device": "cpu"}}`. Those of `resume.FREE_KEYS`, which change no
+                result, hold for this process; all others must equal the run's.
 
         Raises:
             CheckpointError: the run is finished, its data changed since, or another process is training it.
-            ConfigurationError: settings that the run does not have; or what the user has not allowed, see
+            ConfigurationError: settings that differ from the run's; or what the user has not allowed, see
                 `run_config.require_consent`.
         """
         run = run if isinstance(run, RunFolder) else Run(run).folder
         require_unfinished(run)
-        run.require_free()  # before the data is read; the processes of one run all pass here before one of them locks
+        run.require_free()  # before the data is read: all processes of a run pass here before one locks it
         recorded = open_run_config(run, settings or {}, *RESUME_KEYS)
         config = recorded.replace_keys(**select_changes(run, recorded, settings or {}))
         config = config.replace_keys(output={"base_output_dir": str(locate_outputs(run))})
@@ -176,7 +176,7 @@ class TrainingWrapper:
             logger.debug("training-lens %s, run %s", training_lens.__version__, run.run_id)
             recorded = run.read_metadata("data.json")["fingerprint"] if resume else None
             trainer, parameters = self._build_trainer(run, plan, recorded)
-            if plan.processes.is_main and not run.base_record.is_file():  # a hub's weights are there only now
+            if plan.processes.is_main and not run.base_record.is_file():  # weights of a hub are downloaded only now
                 write_sealed(run.base_record, base_record(plan.config.model))
             try:
                 state = trainer.fit(resume)
@@ -187,12 +187,12 @@ class TrainingWrapper:
                 if plan.processes.is_main:
                     write_summary(run, summarize_run(run, status_after_error(error), trainer, parameters))
                 if isinstance(error, InterruptedRunError):
-                    raise error.with_advice(f"Go on with it: {run.resume_command}") from error
+                    raise error.with_advice(f"Resume it: {run.resume_command}") from error
                 raise
             finally:
                 uninstall_kernels(
                     trainer.model
-                )  # kernels and modules hold each other: the weights go with who uses them last
+                )  # kernels and modules refer to each other, which would keep the weights alive
             summary = summarize_run(run, "finished", trainer, parameters)
             if plan.processes.is_main:
                 write_summary(run, summary)
@@ -201,7 +201,7 @@ class TrainingWrapper:
             return summary
 
     def _send_while_training(self, run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
-        """The run's integrations, which its main process has for all of them."""
+        """The run's integrations, which only the main process has."""
         return send_while_training(run, self._integrations) if plan.processes.is_main else nullcontext()
 
     def _build_trainer(
@@ -239,7 +239,7 @@ class TrainingWrapper:
         return (*watchers, *self._build_tracker_callbacks(run, plan), *self._callbacks)
 
     def _build_tracker_callbacks(self, run: RunFolder, plan: RunPlan) -> Iterator[Callback]:
-        """What is written for the trackers, where there are any."""
+        """The callbacks that write samples and histograms, if there are trackers."""
         tracking = plan.config.tracking
         if tracking.has_display or self._integrations:
             if tracking.histograms_every:
@@ -248,7 +248,7 @@ class TrainingWrapper:
                 yield SampleWriter(run.samples_file, plan)
 
     def _write_metadata(self, run: RunFolder, home: Path, config: TrainingConfig, plan: RunPlan) -> None:
-        """Write the first files of a run into a folder that will be at `home`."""
+        """Write the first files of a run into a temporary folder that will become `home`."""
         files: dict[str, Any] = {
             "config.json": config.model_dump(),
             "data.json": plan.data_report(),
@@ -262,7 +262,7 @@ class TrainingWrapper:
         write_summary(run, TrainingSummary(str(home), "running"))
 
     def _save_artifacts(self, run: RunFolder, plan: RunPlan, trainer: Trainer, state: TrainingState) -> None:
-        """artifacts/adapter from the best checkpoint (the last where nothing was validated), and the tokenizer."""
+        """Save the adapter of the best checkpoint (the last if nothing was validated), and the tokenizer."""
         best = trainer.checkpoints.best_or_last(state) / ADAPTER
         with atomic_folder(run.adapter, existing="replace") as folder:
             for file in best.iterdir():
@@ -270,7 +270,7 @@ class TrainingWrapper:
         with atomic_folder(run.tokenizer, existing="replace") as folder:
             model = plan.config.model
             save_tokenizer(plan.tokenizer, folder, require_local_folder(model), model.trust_remote_code)
-        remember_consent(run.root, plan.config)  # the tokenizer's code stands in the run, too
+        remember_consent(run.root, plan.config)  # the run holds the tokenizer's code, too
         record_hashes(run.root, [*list_files(run.adapter), *list_files(run.tokenizer)])
 
 
@@ -288,7 +288,7 @@ def build_trainer(
 
 @contextmanager
 def _explain_file_errors() -> Iterator[None]:
-    """Within the block, a file that cannot be read is an expected error; a full disk stays what it is."""
+    """Turns unreadable files in the block into expected errors; a full disk stays an OSError."""
     try:
         yield
     except OSError as error:
@@ -296,18 +296,16 @@ def _explain_file_errors() -> Iterator[None]:
             raise
         place = str(error.filename or "a file")
         place = place if len(place) <= SHOWN_PATH else f"{place[:SHOWN_PATH]}..."
-        raise TrainingLensError(
-            f"{place}: {error.strerror}. Give another path, or see to it that this one can be read."
-        ) from error
+        raise TrainingLensError(f"{place}: {error.strerror}. Give another path, or make this one readable.") from error
 
 
 def _lock_run(run: RunFolder, plan: RunPlan) -> AbstractContextManager[None]:
-    """The run's lock, which its main process holds for all of them."""
+    """The run's lock, which its main process holds for all processes."""
     return run.hold_lock() if plan.processes.is_main else nullcontext()
 
 
 def _describe_environment(config: TrainingConfig) -> dict[str, Any]:
-    """What the run ran on: versions, platform, device, threads. Nothing of the environment variables."""
+    """What the run runs on: versions, platform, device, threads. No environment variables."""
     import torch
 
     return {

@@ -1,4 +1,4 @@
-"""What the model answers while it trains: a few prompts at every validation, for the trackers."""
+"""Sample answers during training: a few prompts at every validation, for the trackers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from training_lens.utils.resource_errors import is_out_of_memory
 from training_lens.utils.seeding import preserve_rng_state
 
 logger = get_logger(__name__)
-OPENING = 8  # tokens of a text that is learned from its start, given to the model to go on with
+OPENING = 8  # tokens of a text without a prompt that the model is given to continue
 
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """The tokens before a row's first answer, and those of the answer that it should get; `id` is the row's."""
+    """The tokens before a row's first answer, and those of the expected answer; `id` is the row's."""
 
     id: str
     ids: list[int]
@@ -39,11 +39,11 @@ class SamplePrompt:
 
 
 class SampleWriter(Callback):
-    """Writes samples.jsonl: at every validation what the model answers greedily to a few prompts, at step 0 the base.
+    """Writes the model's greedy answers to a few prompts to samples.jsonl, at every validation; at step 0 the base's.
 
-    A line is `{"step", "base", "samples": [{"id", "prompt", "expected", "generated"}]}`. The prompts are of rows spread
-    evenly over the validation set; without one, of training rows, at the steps where a validation would be. What fails
-    is one line in the log and ends no run; training sees nothing of it: modes and random state are put back.
+    A line is `{"step", "base", "samples": [{"id", "prompt", "expected", "generated"}]}`. The prompts are rows spread
+    evenly over the validation set, or over the training rows if there is none, at the steps where a validation would
+    be. A failure is logged and does not end the run. Training is not affected: modes and random state are restored.
 
     Args:
         path: the journal.
@@ -82,7 +82,7 @@ class SampleWriter(Callback):
             samples = [self._describe_sample(prompt, text) for prompt, text in zip(self._prompts, texts, strict=True)]
             self._journal.write({"step": step, "base": base, "samples": samples})
         except Exception as error:
-            logger.warning("step %d: no samples: %s Training goes on.", step, describe_error(error))
+            logger.warning("step %d: no samples: %s Training continues.", step, describe_error(error))
             logger.debug("in the samples", exc_info=True)
             if is_out_of_memory(error):
                 free_memory()
@@ -100,10 +100,10 @@ class SampleWriter(Callback):
 
 
 def select_prompts(dataset: TokenDataset, count: int, tokens: int) -> list[SamplePrompt]:
-    """Prompts of `count` rows (fewer where there are fewer), spread evenly over the dataset from its first to its last.
+    """Prompts of at most `count` rows, spread evenly over the dataset from its first to its last row.
 
     Args:
-        tokens: most that is expected of a text that is learned from its start: it has no answer with an end.
+        tokens: most tokens of the expected answer of a text without a prompt, which has no end of its own.
     """
     places = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
     return [_cut_prompt(dataset[int(place)], tokens) for place in places]
@@ -114,7 +114,7 @@ def _cut_prompt(example: TokenizedExample, tokens: int) -> SamplePrompt:
     start = int(mask[1:].argmax()) + 1  # the first token is no target
     if start > 1:
         end = start + int(np.append(~mask[start:], True).argmax())
-    else:  # learned from its start
+    else:  # supervised from its start: a text without a prompt
         start = min(OPENING, max(1, len(ids) // 2))
         end = start + tokens
     return SamplePrompt(example.id, ids[:start], ids[start:end])
@@ -122,7 +122,7 @@ def _cut_prompt(example: TokenizedExample, tokens: int) -> SamplePrompt:
 
 @contextmanager
 def _answer_mode(trainer: Any) -> Iterator[None]:
-    """Within the block the model answers, in the run's precision; then it is as it was, and so is the random state."""
+    """Within the block, the model is in eval mode and the run's precision; mode and random state are restored."""
     was_training = trainer.model.training
     trainer.model.eval()
     try:

@@ -1,4 +1,4 @@
-"""A run in numbers: what metadata/summary.json holds and `train --json` prints."""
+"""The summary of a run: metadata/summary.json, which `train --json` prints."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from training_lens.utils.integrity import write_sealed
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """What metadata/summary.json holds and `train --json` prints. Losses in nats per supervised token.
+    """The content of metadata/summary.json. Losses are in nats per supervised token.
 
-    `micro_batch_tokens` is the most tokens in one pass at the end, as asked for or as memory held.
-    `validation_loss` is that of the saved adapter (the best validated one, of step `adapter_step`).
-    `lens_seconds` is the time spent capturing; `estimate` the prediction made before the run, null where none was.
+    `micro_batch_tokens`: most tokens in one pass at the end, as configured or as memory held.
+    `validation_loss`: of the saved adapter, the best validated one, of step `adapter_step`.
+    `lens_seconds`: spent on capturing; `estimate`: the prediction made before the run, or null.
     """
 
     run_dir: str
@@ -42,7 +42,7 @@ class TrainingSummary:
     estimate: dict[str, float] | None = None
 
     def _repr_html_(self) -> str | None:
-        """In a notebook, the run's card; its numbers alone (None) where the folder is gone by then."""
+        """The run's card, in a notebook; None, which shows the plain values, if the folder is gone."""
         from training_lens.analysis.run_reader import Run
 
         try:
@@ -59,7 +59,7 @@ def status_after_error(error: BaseException) -> str:
 
 
 def summarize_run(run: RunFolder, status: str, trainer: Trainer, parameters: ParameterCount) -> TrainingSummary:
-    """What is known of a run by now; the validation loss is the best one, whose adapter is saved."""
+    """The summary of a run so far; the validation loss is the best one, whose adapter is saved."""
     state = trainer.state
     validated = state.best_step > 0
     return TrainingSummary(
@@ -84,5 +84,5 @@ def summarize_run(run: RunFolder, status: str, trainer: Trainer, parameters: Par
 
 
 def write_summary(run: RunFolder, summary: TrainingSummary) -> None:
-    """Put metadata/summary.json in the place of the one before."""
+    """Write metadata/summary.json, replacing the previous one."""
     write_sealed(run.metadata / "summary.json", asdict(summary))

@@ -1,4 +1,4 @@
-"""Whether a run that is interrupted and resumed is, on this machine, bit for bit the one that never stopped."""
+"""Checks on this machine that an interrupted and resumed run equals an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NO_TRACKING = {
 
 @dataclass(frozen=True)
 class ResumeComparison:
-    """What was compared after `steps` steps, one run straight and one resumed after `resumed_after`; what differs."""
+    """What was compared after `steps` steps between a run and one resumed after `resumed_after`, and what differs."""
 
     steps: int
     resumed_after: int
@@ -48,7 +48,7 @@ class ResumeComparison:
 
 
 class _Interruption(Callback):
-    """Ends the run in the middle, one step behind its checkpoint."""
+    """Interrupts the run one step after its checkpoint."""
 
     def on_step_end(self, trainer: Any, report: Any) -> None:
         if report.step > RESUMED_AFTER:
@@ -56,9 +56,9 @@ class _Interruption(Callback):
 
 
 def verify_resume(config: TrainingConfig, console: Console | None = None) -> ResumeComparison:
-    """Train the first steps of `config` twice, the second time interrupted and resumed in a fresh process; compare.
+    """Train the first steps of `config` twice, once interrupted and resumed in a fresh process, and compare.
 
-    Both runs are in an experiment of their own, which is deleted. Cost: twice the steps, with their validations.
+    Both runs are in a temporary experiment. Cost: twice the steps, with their validations.
 
     Raises:
         TrainingLensError: anything that would keep `train` from starting; TrainingError: the resume failed.
@@ -89,7 +89,7 @@ def _train_steps(config: TrainingConfig, run: RunFolder, console: Console | None
         TrainingWrapper(own, console=console, callbacks=callbacks).train()
     except KeyboardInterrupt:
         if not callbacks or not checkpoint_folder(run.checkpoints, RESUMED_AFTER).is_dir():
-            raise  # the user's own
+            raise  # Ctrl-C of the user
 
 
 def _resume_elsewhere(run: RunFolder) -> None:
@@ -100,7 +100,7 @@ def _resume_elsewhere(run: RunFolder) -> None:
 
 
 def _read_results(run: RunFolder) -> Iterator[tuple[str, Any]]:
-    """What must be the same, by name: each line of the journal, each file of the last checkpoint, of the adapter."""
+    """What must be equal, by name: each line of metrics.jsonl, each file of the last checkpoint and of the adapter."""
     for line in read_metrics(run.metrics_file):
         values = {key: value for key, value in line.items() if key not in TIMINGS}
         yield f"{line['kind']} {line['step']}", values

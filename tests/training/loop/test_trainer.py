@@ -275,7 +275,7 @@ def test_a_step_without_enough_memory_is_taken_again_in_smaller_parts(
     assert found.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-4)
     assert short.state.micro_batch_tokens == short.micro_batch_tokens <= tokens // 3
     said = [r.message.split(":")[0] for r in caplog.records if "memory" in r.message]
-    assert said[0] == f"memory ran out at {tokens} tokens together; now {tokens // 2}" and len(said) == 2
+    assert said[0] == f"out of memory with micro-batches of {tokens} tokens; now {tokens // 2}" and len(said) == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU nothing waits for a device")

@@ -1,4 +1,4 @@
-"""What may watch a run: the callback protocol, and the callbacks that write its metrics."""
+"""The callback protocol, and the callbacks that write metrics, log lines and progress bars."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from training_lens.utils.formatting import format_seconds
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-WIDE, NARROW = 110, 72  # characters of a window: with all columns, and with the fewest
-FILES_SHOWN = 8  # validation files whose losses go to the screen; run.log and metrics.jsonl have all
+WIDE, NARROW = 110, 72  # characters: from WIDE on all columns are shown, below NARROW the fewest
+FILES_SHOWN = 8  # the losses of more validation files than this go to run.log and metrics.jsonl only
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One finished optimizer step. Loss in nats per supervised token, over the tokens of this step alone.
+    """One finished optimizer step. The loss, in nats per supervised token, is over the tokens of this step only.
 
-    `grad_norm` is that of the accumulated, unscaled gradients before clipping; `tokens` leaves padding out.
+    `grad_norm`: of the accumulated, unscaled gradients before clipping; `tokens`: without padding.
     """
 
     step: int
@@ -51,7 +51,7 @@ class StepReport:
 
 
 def build_not_finite_error(report: StepReport, good: tuple[Path, Any] | None) -> TrainingError:
-    """What ends a run whose step is not finite.
+    """The error for a step whose loss or gradient is not finite.
 
     Args:
         good: the newest intact checkpoint, if there is one.
@@ -66,25 +66,25 @@ def build_not_finite_error(report: StepReport, good: tuple[Path, Any] | None) ->
 
 
 class Callback:
-    """Override what you need; the loop calls each in turn. `trainer` is the running `Trainer`."""
+    """Override what you need; the loop calls its callbacks in order. `trainer` is the running `Trainer`."""
 
     def on_train_start(self, trainer: Any) -> None:
-        """Before the first step; `trainer.state.step` is the step it goes on after."""
+        """Before the first step; a resumed run continues after `trainer.state.step`."""
 
     def on_gradients(self, trainer: Any, step: int) -> None:
-        """Gradients of the whole step are in `parameter.grad`: accumulated, unscaled, before clipping."""
+        """`parameter.grad` holds the gradients of the whole step: accumulated, unscaled, before clipping."""
 
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         """After the update."""
 
     def on_evaluate_progress(self, trainer: Any, done: int, total: int) -> None:
-        """During a validation: so many of its examples are done."""
+        """During a validation: `done` of `total` examples are evaluated."""
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
-        """After a validation; `base` is true for the one of the base model, at step 0."""
+        """After a validation; `base` is true for that of the base model, at step 0."""
 
     def on_save(self, trainer: Any) -> None:
-        """Before a checkpoint is written: what a run that goes on from it must find belongs on disk now."""
+        """Before a checkpoint is written: write to disk what a run that resumes from it needs."""
 
     def on_checkpoint(self, trainer: Any, folder: Path) -> None:
         """After a checkpoint is on disk."""
@@ -93,13 +93,13 @@ class Callback:
         """After the last step, also of a run that stopped early or was interrupted."""
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
-        """The run fails with `error`."""
+        """After the run failed with `error`."""
 
 
 class MetricsCollector(Callback):
-    """Writes metrics.jsonl: a line a step, and a line a validation; reads it back with `read`.
+    """Writes metrics.jsonl, one line per step and per validation; `read` reads it back.
 
-    A resumed run first drops the lines behind its checkpoint, so that every step stands there once.
+    A resumed run first drops the lines after its checkpoint, so that every step is there once.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -123,16 +123,16 @@ class MetricsCollector(Callback):
 
     @staticmethod
     def read(path: Path | str) -> list[dict[str, Any]]:
-        """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+        """The lines of a metrics.jsonl, without a last line that a kill cut short."""
         return read_metrics(Path(path))
 
 
 class LogLines(Callback):
-    """Losses and validations to the log: run.log keeps them, the screen shows what matters.
+    """Logs losses and validations.
 
     Args:
-        every: steps from one line to the next.
-        level: of the lines of steps: INFO where no bar shows them, else DEBUG.
+        every: steps between two lines.
+        level: of the lines of steps: INFO where no progress bar shows them, else DEBUG.
     """
 
     def __init__(self, every: int, level: int = logging.DEBUG) -> None:
@@ -162,7 +162,7 @@ class LogLines(Callback):
 
 
 def progress_columns(width: int = WIDE) -> tuple[ProgressColumn, ...]:
-    """What a `ProgressBar` shows in its lines: in a narrow window step, loss and the time that is left.
+    """The columns of a `ProgressBar`; a narrow window shows step, loss and the remaining time only.
 
     Args:
         width: of the window, in characters.
@@ -184,7 +184,7 @@ def progress_columns(width: int = WIDE) -> tuple[ProgressColumn, ...]:
 
 
 class ProgressBar(Callback):
-    """Step, loss, tokens per second and time left; a second bar while a validation runs.
+    """Shows step, loss, tokens per second and remaining time; a second bar during a validation.
 
     Args:
         bars: with `progress_columns`, not started yet.

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and which are kept: the last and the best."""
+"""Saving and restoring checkpoints, and keeping the last and the best one."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ ADAPTER, OPTIMIZER, RNG, STATE = "adapter", "optimizer.safetensors", "rng.safete
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a run stands after `step` steps. With the seed, `step` is also the position in the data.
+    """The state of a run after `step` steps. Together with the seed, `step` is also the position in the data.
 
-    Losses are in nats per supervised token; `loss_sum` is the sum over all supervised tokens of all steps.
-    `micro_batch_tokens` is the most in one forward pass, as chosen before the first step or since found to fit.
+    Losses are in nats per supervised token; `loss_sum` is summed over all supervised tokens of all steps.
+    `micro_batch_tokens`: most tokens in one forward pass, as set before the first step, or reduced since.
     """
 
     step: int = 0
@@ -48,27 +48,27 @@ class TrainingState:
     micro_batch_tokens: int | None = None
 
     def count_evaluation(self, loss: float) -> TrainingState:
-        """The state with a validation at its step counted in."""
+        """The state after a validation at its step."""
         if loss < self.best_loss:
             return replace(self, validation_loss=loss, best_loss=loss, best_step=self.step, evaluations_since_best=0)
         return replace(self, validation_loss=loss, evaluations_since_best=self.evaluations_since_best + 1)
 
 
 class CheckpointManager:
-    """Saves, restores and thins the checkpoints of one run.
+    """Saves and restores the checkpoints of one run, and deletes outdated ones.
 
     Args:
         folder: the run's checkpoints folder.
-        data_fingerprint: of the training data; a checkpoint of other data is refused.
+        data_fingerprint: of the training data; checkpoints of other data are refused.
     """
 
     def __init__(self, folder: Path | str, data_fingerprint: str) -> None:
         self.folder, self._fingerprint = Path(folder), data_fingerprint
 
     def save(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any, state: TrainingState) -> Path:
-        """Write the state after `state.step` whole or not at all, then delete what is neither last nor best."""
+        """Write a checkpoint atomically, then delete those that are neither last nor best."""
 
-        def fill(folder: Path) -> None:
+        def write_files(folder: Path) -> None:
             save_adapter(model, folder / ADAPTER)
             save_file(optimizer_tensors(optimizer), folder / OPTIMIZER)
             save_file(rng_state(), folder / RNG)
@@ -77,33 +77,35 @@ class CheckpointManager:
 
         target = checkpoint_folder(self.folder, state.step)
         if not target.is_dir():
-            write_checkpoint(self.folder, state.step, state.validation_loss, self._fingerprint, fill)
+            write_checkpoint(self.folder, state.step, state.validation_loss, self._fingerprint, write_files)
         self.delete_outdated(state)
         return target
 
     def delete_outdated(self, state: TrainingState) -> None:
-        """Delete what is neither the checkpoint of `state` nor the best: older ones, and newer ones that are damaged.
+        """Delete all but the checkpoint of `state` and the best: older ones, and newer ones that are damaged.
 
-        One process alone calls it, when no other reads a checkpoint.
+        Call it in one process only, while no other process reads a checkpoint.
         """
         keep = {checkpoint_folder(self.folder, step) for step in (state.step, state.best_step)}
         for folder in list_checkpoints(self.folder):
             if folder not in keep:
-                doomed = folder.with_name(f"{TEMPORARY}{folder.name}")  # out of the list first: never half a checkpoint
+                doomed = folder.with_name(
+                    f"{TEMPORARY}{folder.name}"
+                )  # renamed first: never half a checkpoint in the list
                 shutil.rmtree(folder.rename(doomed))
 
     def find_newest_intact(self) -> tuple[Path, CheckpointMetadata] | None:
-        """The newest intact checkpoint, with the leftovers of a killed process swept away."""
+        """The newest intact checkpoint. Deletes the leftovers of a killed process first."""
         sweep_temporaries(self.folder, older_than_seconds=0)
         return newest_intact_checkpoint(self.folder)
 
     def restore(self, model: Any, optimizer: torch.optim.Optimizer, scaler: Any) -> TrainingState:
-        """Bring model, optimizer and random state to the newest intact checkpoint; a fresh state where there is none.
+        """Restore model, optimizer and random state from the newest intact checkpoint; a fresh state if there is none.
 
-        It deletes nothing: call `delete_outdated` before the run writes the next.
+        Call `delete_outdated` before the run writes the next one.
 
         Raises:
-            CheckpointError: the checkpoint was made from other training data.
+            CheckpointError: the checkpoint is of other training data.
         """
         found = self.find_newest_intact()
         if found is None:
@@ -123,5 +125,5 @@ class CheckpointManager:
         return TrainingState(**values)
 
     def best_or_last(self, state: TrainingState) -> Path:
-        """The checkpoint to use: that of the lowest validation loss, or the last where nothing was validated."""
+        """The checkpoint with the lowest validation loss, or the last one if nothing was validated."""
         return checkpoint_folder(self.folder, state.best_step or state.step)

@@ -25,8 +25,8 @@ def default_lr(width: int) -> float:
 def lr_at(step: int, total_steps: int, training: TrainingSection) -> float:
     """The learning rate of step `step`, counted from 1.
 
-    It rises linearly to `training.lr` over the steps of the warm-up, the first of them not at zero. Then
-    it stays, or falls to min_lr_ratio of that just behind the last step: linearly, as half a cosine, or as
+    It rises linearly to `training.lr` during the warm-up, and its first step is above zero. Then it stays constant, or
+    falls to min_lr_ratio * lr, which it would reach one step after the last: linearly, as half a cosine, or as
     `scheduler_cycles` half cosines of equal length that start at the peak (arXiv 1608.03983, without growing cycles).
     """
     assert training.lr is not None
@@ -38,7 +38,7 @@ def lr_at(step: int, total_steps: int, training: TrainingSection) -> float:
 
 
 def _decay_factor(done: int, steps: int, training: TrainingSection) -> float:
-    """What is left of the fall, from 1 to 0, after `done` of `steps` steps behind the warm-up."""
+    """The decay, from 1 to 0, after `done` of the `steps` steps that follow the warm-up."""
     if training.scheduler == "constant":
         return 1.0
     if training.scheduler == "linear":
@@ -48,14 +48,14 @@ def _decay_factor(done: int, steps: int, training: TrainingSection) -> float:
 
 
 def count_warmup_steps(training: TrainingSection, total_steps: int) -> int:
-    """Steps with rising learning rate: `warmup_steps`, or else ceil(warmup_ratio * total_steps)."""
+    """Warm-up steps: `warmup_steps` where it is set, else ceil(warmup_ratio * total_steps)."""
     if training.warmup_steps is not None:
         return training.warmup_steps
     return math.ceil(training.warmup_ratio * total_steps)
 
 
 def describe_run_length(training: TrainingSection, schedule: Schedule) -> Iterator[str]:
-    """A sentence for each setting that does something else than its value alone would say."""
+    """A sentence for each setting that reaches beyond the run's end, or that another setting overrides."""
     total, in_epochs = schedule.total_steps, schedule.steps_in_epochs
     if training.max_steps and total != in_epochs:
         yield (

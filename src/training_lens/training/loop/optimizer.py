@@ -19,9 +19,9 @@ Named = Sequence[tuple[str, torch.nn.Parameter]]
 def build_optimizer(named: Named, training: TrainingSection, lora_plus_ratio: float | None = None) -> Optimizer:
     """The optimizer of `training.optimizer` over named parameters.
 
-    adamw is AdamW (arXiv 1711.05101) with PyTorch's fused update where the device has one; adamw_8bit the same with
-    its moments in blocks of 8 bits (arXiv 2110.02861); adafactor (arXiv 1804.04235) keeps row and column means of the
-    second moment, no first, and takes the learning rate as given.
+    adamw: AdamW (arXiv 1711.05101), with PyTorch's fused update where the device has one. adamw_8bit: the same with
+    block-wise 8-bit moments (arXiv 2110.02861). adafactor (arXiv 1804.04235): row and column means of the second
+    moment, no first moment, and the learning rate as given.
 
     Each group's `lr_factor` scales the step's learning rate: `lora_plus_ratio` for LoRA's B, 1 for all else.
 
@@ -44,7 +44,7 @@ def build_optimizer(named: Named, training: TrainingSection, lora_plus_ratio: fl
 
 
 def _build_groups(named: Named, lora_plus_ratio: float | None) -> list[dict[str, Any]]:
-    """One group, or with LoRA+ (arXiv 2402.12354) a second one of the B matrices, whose rate is `ratio` times that."""
+    """One parameter group; with LoRA+ (arXiv 2402.12354) a second one of the B matrices with a higher rate."""
     if lora_plus_ratio is None:
         return [{"params": list(named), "lr_factor": 1.0}]
     b = [(name, p) for name, p in named if ".lora_B." in name]
@@ -53,7 +53,7 @@ def _build_groups(named: Named, lora_plus_ratio: float | None) -> list[dict[str,
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter], processes: Processes) -> None:
-    """Add up the gradients of all processes: one message for the whole adapter."""
+    """Sum the gradients over all processes, in one all-reduce for the whole adapter."""
     if processes.count == 1:
         return
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -63,7 +63,7 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter], processes: Processes
 
 
 def grad_norm(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
-    """The Euclidean norm of all gradients together, a scalar on their device; no synchronisation."""
+    """The Euclidean norm of all gradients together: a scalar on their device, without synchronization."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     return norm
@@ -95,14 +95,14 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     state: dict[int, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         key, parameter = name.split("/", 1)
-        # Counts that were Python integers (adafactor's and adamw_8bit's step) came out as integer scalars.
+        # Step counts that were Python integers (adafactor, adamw_8bit) were saved as integer scalars.
         count = tensor.ndim == 0 and not tensor.is_floating_point()
         state.setdefault(index[parameter], {})[key] = int(tensor) if count else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _named_parameters(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
-    """In the order in which the optimizer numbers its parameters: group by group."""
+    """Name and parameter in the order in which the optimizer numbers them: group by group."""
     return [
         pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"], strict=True)
     ]

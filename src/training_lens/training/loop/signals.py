@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask a loop to leave when it can; a second one ends it at once."""
+"""SIGINT and SIGTERM: the first one asks the loop to stop after its step, a second one stops it at once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ logger = get_logger(__name__)
 
 
 class SignalListener:
-    """Within the block, `number` is that of the signal that asked; 0: none did. It stays what it is after the block.
+    """A context manager that records the signal received in its block as `number`; 0: none. `number` stays afterwards.
 
-    Off the main thread, whose business signals are, it changes nothing.
+    Does nothing outside the main thread, which alone may handle signals.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class SignalListener:
         self._before: dict[int, Any] = {}
 
     def sum_numbers(self, processes: Processes) -> int:
-        """The signals that asked any process of the run, added up; a synchronisation where there are several."""
+        """The sum of the signal numbers over all processes of the run; synchronizes them if there are several."""
         if processes.count == 1:
             return self.number
         return int(processes.reduce_sum(torch.tensor(float(self.number))).item())

@@ -1,4 +1,4 @@
-"""The loop. `fit` goes through the steps, `train_step` is one optimizer update; nothing else knows the mathematics.
+"""The training loop: `fit` runs the steps, `train_step` is one optimizer update.
 
 A step's loss is the sum over its supervised tokens divided by their number, over all micro-batches and processes:
 how the step is cut never changes the gradient.
@@ -92,9 +92,9 @@ class Trainer:
 
     @property
     def signal_number(self) -> int:
-        """The number of the signal that asked this process to leave; 0: none did.
+        """The signal that this process received during training; 0: none.
 
-        One that comes in the last step ends nothing: whoever goes on to another run must ask.
+        One that comes in the last step does not stop the run: whoever starts another run must check this.
         """
         return self._signals.number
 
@@ -102,11 +102,11 @@ class Trainer:
         """Train to the end of the schedule (or an early stop), with validations and checkpoints on the way.
 
         Args:
-            resume: go on after the newest intact checkpoint.
+            resume: continue after the newest intact checkpoint.
 
         Raises:
             TrainingError: the loss or a gradient is not finite. The update is not applied.
-            InterruptedRunError: SIGINT or SIGTERM came; a checkpoint was saved first.
+            InterruptedRunError: SIGINT or SIGTERM came; a checkpoint has been saved.
         """
         if resume:
             self.state = self.checkpoints.restore(self.model, self.optimizer, self.scaler)
@@ -126,10 +126,10 @@ class Trainer:
         return self.state
 
     def set_token_budget(self) -> None:
-        """Decide how many tokens a micro-batch may have, unless a checkpoint says it.
+        """Set the most tokens of a micro-batch, unless a checkpoint has restored it.
 
-        Cost: on CUDA, where the config leaves it open, one pass of the longest examples, of which nothing stays. A
-        quantized base would keep a state of its first pass, so there the plan's number holds.
+        Cost: on CUDA, with `micro_batch_tokens: auto`, one forward and backward pass of the longest examples. Not
+        with a quantized base, which keeps state from its first pass: there the plan's number holds.
         """
         tokens, device = self.micro_batch_tokens, self.processes.device
         is_open = self.state.micro_batch_tokens is None and self.settings.micro_batch_tokens == "auto"
@@ -141,7 +141,7 @@ class Trainer:
         logger.info("micro-batches of at most %d tokens", tokens)
 
     def run_longest_batch(self) -> int:
-        """A forward and backward pass of the longest examples, of which nothing stays; gives its tokens."""
+        """Run a forward and backward pass of the longest examples and discard the gradients; returns its tokens."""
         batch = self.dataloader.longest_batch(REHEARSAL_TOKENS)
         self.model.train()
         try:
@@ -154,10 +154,9 @@ class Trainer:
     def _run_steps(self) -> None:
         if self.state.step == 0 and self.validation is not None:
             self._evaluate_base()
-        for plan in self.dataloader.iterate_steps(
-            self.schedule.steps(after=self.state.step), lambda: self.micro_batch_tokens
-        ):
-            if self._should_stop_early():  # asked first: a resumed run may have stopped already
+        plans = self.schedule.steps(after=self.state.step)
+        for plan in self.dataloader.iterate_steps(plans, lambda: self.micro_batch_tokens):
+            if self._should_stop_early():  # before the step: a resumed run may have stopped already
                 logger.info("early stop: no better validation since step %d", self.state.best_step)
                 return
             report = self.train_step(plan)
@@ -173,7 +172,7 @@ class Trainer:
             self._stop_if_interrupted()
 
     def train_step(self, plan: StepPlan) -> StepReport:
-        """One update from the examples of `plan`: forward and backward by micro-batches, clip, update."""
+        """One optimizer update: forward and backward over the micro-batches of `plan`, clip, update."""
         started = time.perf_counter()
         targets = int(self.dataset.supervised[plan.examples].sum())
         loss_sum = self._accumulate_gradients(plan, targets)
@@ -200,9 +199,9 @@ class Trainer:
         return replace(report, seconds=time.perf_counter() - started)
 
     def _accumulate_gradients(self, plan: StepPlan, targets: int) -> torch.Tensor:
-        """Gradients of (sum of token losses / targets), summed over micro-batches and processes; returns the sum.
+        """Accumulate gradients of (sum of token losses / targets) over micro-batches and processes; returns the sum.
 
-        Where memory runs out the step begins anew with smaller micro-batches, which the run then keeps to.
+        If memory runs out, the step starts over with smaller micro-batches, and the run keeps their size.
         """
         self.model.train()
         while (loss_sum := self._try_micro_batches(plan, targets)) is None:
@@ -212,19 +211,19 @@ class Trainer:
         return self.processes.reduce_sum(loss_sum)
 
     def _try_micro_batches(self, plan: StepPlan, targets: int) -> torch.Tensor | None:
-        """Forward and backward by micro-batches; None where memory ran out, and smaller ones are to be tried."""
+        """The summed loss, with its gradients accumulated; None if memory ran out and smaller micro-batches may fit."""
         loss_sum = torch.zeros((), device=self.processes.device)
         try:
             for batch in self.dataloader.micro_batches(plan, self.micro_batch_tokens):
                 nll = self._micro_batch_loss(batch)
                 self.scaler.scale(nll / targets).backward()
                 loss_sum += nll.detach()
-        except Exception as error:  # memory runs out by several kinds of error
+        except Exception as error:  # running out of memory has several exception types
             tokens = self.dataloader.largest_divisible(plan, self.micro_batch_tokens)
             if not is_out_of_memory(error) or not tokens:
                 raise
             logger.warning(
-                "memory ran out at %d tokens together; now %d: %s", tokens, tokens // 2, describe_error(error)
+                "out of memory with micro-batches of %d tokens; now %d: %s", tokens, tokens // 2, describe_error(error)
             )
             self.state = replace(self.state, micro_batch_tokens=tokens // 2)
             return None
@@ -233,12 +232,12 @@ class Trainer:
     def _micro_batch_loss(self, batch: Batch) -> torch.Tensor:
         """The loss of a micro-batch, summed over its supervised tokens."""
         with autocast(self.processes.device, self.precision):
-            line, padded = (batch.lengths, ()) if batch.in_line else ((), batch.lengths)
-            return self.engine.loss_sum(batch.input_ids, batch.loss_mask, line, padded)
+            packed, padded = (batch.lengths, ()) if batch.in_line else ((), batch.lengths)
+            return self.engine.loss_sum(batch.input_ids, batch.loss_mask, packed, padded)
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Most tokens in one forward pass: as planned, or what memory was found to hold."""
+        """Most tokens in one forward pass: as planned, or as memory was measured to hold."""
         return self.state.micro_batch_tokens or self._planned_tokens
 
     def _apply_update(self, lr: float) -> None:
@@ -260,7 +259,7 @@ class Trainer:
         )
 
     def is_validation_due(self, step: int) -> bool:
-        """Whether the run validates after this step, where it has rows for that."""
+        """Whether the run validates after this step, if it has validation rows."""
         return step == self.schedule.total_steps or self._is_due(step, self.settings.eval_steps)
 
     def _is_due(self, step: int, every: int | None) -> bool:
@@ -274,7 +273,7 @@ class Trainer:
         if self.validation is not None and (report := self._evaluate_dataset(self.validation)):
             self.state = self.state.count_evaluation(report.loss)
             self._notify_callbacks("on_evaluate", self.state.step, report, base=False)
-        trim_heap()  # its blocks lie between those of steps, which would need new ones each time; costs milliseconds
+        trim_heap()  # validation's blocks would fragment the heap for later steps; costs milliseconds
 
     def _evaluate_base(self) -> None:
         assert self.validation is not None
@@ -285,19 +284,21 @@ class Trainer:
             self._notify_callbacks("on_evaluate", 0, report, base=True)
 
     def _evaluate_dataset(self, dataset: TokenDataset) -> LossReport | None:
-        """The loss on `dataset`; None where evaluating failed, which is logged and never ends the run."""
+        """The loss on `dataset`; None if the evaluation failed, which is logged and does not end the run."""
         done = 0
 
-        def advance(examples: float) -> None:
+        def report_progress(examples: float) -> None:
             nonlocal done
             done += int(examples) * self.processes.count
             self._notify_callbacks("on_evaluate_progress", min(done, len(dataset)), len(dataset))
 
-        way = EvaluationOptions(self.processes, self.precision, self.micro_batch_tokens, self.pad_id, advance)
+        options = EvaluationOptions(
+            self.processes, self.precision, self.micro_batch_tokens, self.pad_id, report_progress
+        )
         try:
-            return evaluate_loss(self.model, dataset, way)
+            return evaluate_loss(self.model, dataset, options)
         except EvaluationError as error:
-            logger.warning("step %d: no validation: %s Training goes on.", self.state.step, error)
+            logger.warning("step %d: no validation: %s Training continues.", self.state.step, error)
             return None
 
     def _save_checkpoint(self) -> None:
