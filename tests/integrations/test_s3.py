@@ -130,7 +130,7 @@ def test_a_server_that_dies_and_comes_back_empty_gets_everything(s3: Server, pla
     run = RunFolder(Path(TrainingWrapper(config, callbacks=(At(step3=die, step5=come_back),)).train().run_dir))
     assert adapter_of(run) == plain
     log = (run.logs / "run.log").read_text()
-    assert "Could not connect to the endpoint" in log and "mirror: goes on" in log and SECRET not in log
+    assert "Could not connect to the endpoint" in log and "mirror: works again" in log and SECRET not in log
     assert [state.status for state in read_delivery_states(run)] == ["delivered"]
     check_read_back(run, tmp_path)
 

@@ -1,9 +1,8 @@
-"""The courier: a process of its own that sends a run while it trains, at the lowest priority.
+"""The courier: a separate process that sends a run while it trains, at the lowest priority.
 
-Nothing that a service or its client does can reach the training process: not a crash, not a hang, not a lock held
-while a package is imported. The courier reads the run's folder; it learns that the run has ended when its standard
-input closes, also where the training process was killed. It says what is to be said on standard output, a JSON line
-each.
+No crash, hang or import lock of a service's client can reach the training process. The courier reads the run's folder.
+It knows that the run has ended, or that the training process was killed, when its standard input closes. It writes log
+records to standard output, one JSON line each.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from training_lens.utils.logging import ROOT, get_logger
 
 logger = get_logger(__name__)
 IntegrationFactory = Callable[[RunRecord], Integration]
-GRACE_SECONDS = 10.0  # beyond its own deadline, until a courier that hangs is killed
-DYING_SECONDS = 5.0  # until the lock of a killed process is free
-QUIET = {  # no telemetry of the clients, none of their output, no wish for a terminal
+GRACE_SECONDS = 10.0  # after its deadline, until a courier that hangs is killed
+DYING_SECONDS = 5.0  # until the lock of a killed process is released
+QUIET = {  # no telemetry, output or terminal use of the clients
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -44,10 +43,10 @@ QUIET = {  # no telemetry of the clients, none of their output, no wish for a te
 
 
 class Courier:
-    """The courier of a run, seen from the process that trains it.
+    """Starts and stops the courier of a run, in the training process.
 
     Args:
-        run: its folder, with its config in it.
+        run: its folder, with the config.
         seconds: most that `finish` waits for what is not sent yet.
     """
 
@@ -57,15 +56,15 @@ class Courier:
         self._listener: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the process. Where that fails, the run is not sent, and says so."""
+        """Start the process. If that fails, a warning says that the run is not sent."""
         path = os.pathsep.join([*filter(None, sys.path), str(Path.cwd())])
-        allowed = list(RunRecord(self._run).config.tracking.custom)  # by who trains it
+        allowed = list(RunRecord(self._run).config.tracking.custom)  # by the user who trains
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", __name__, str(self._run.root), *allowed],  # -P: no module from this folder
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
                 env={**os.environ, **QUIET, "PYTHONPATH": path},
-                process_group=0,  # Ctrl-C is the training's business; a session of its own could undo the low priority
+                process_group=0,  # Ctrl-C is for the training process; a new session could undo the low priority
             )  # fmt: skip
         except OSError as error:
             logger.warning("the courier cannot start (%s): training-lens sync %s sends the run", error, self._run.root)
@@ -74,7 +73,7 @@ class Courier:
         self._listener.start()
 
     def finish(self) -> None:
-        """The run has ended: wait until the courier has sent the rest, or its time is over."""
+        """Wait until the courier has sent the rest of the ended run, or its time is over."""
         if self._process is None or self._listener is None:
             return
         assert self._process.stdin is not None
@@ -82,7 +81,7 @@ class Courier:
             self._process.stdin.close()
         try:
             code = self._process.wait(self._seconds + GRACE_SECONDS)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a hang, or a user who does not want to wait
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):  # it hangs, or the user does not want to wait
             self._process.kill()
             code = self._process.wait()
         finally:
@@ -93,56 +92,58 @@ class Courier:
             )
 
     def _forward_log(self) -> None:
-        """Its lines to our log."""
+        """Forward the courier's log records to our log."""
         assert self._process is not None and self._process.stdout is not None
         with self._process.stdout as lines:
             for line in lines:
                 try:
-                    said = json.loads(line)
-                    logger.log(said["level"], "%s", said["message"])
+                    record = json.loads(line)
+                    logger.log(record["level"], "%s", record["message"])
                 except (ValueError, TypeError, KeyError):  # a client's own print
                     logger.debug("courier: %s", line.rstrip())
 
 
 @contextmanager
 def send_while_training(run: RunFolder, own: Sequence[IntegrationFactory] = ()) -> Iterator[None]:
-    """Within the block the run is sent to where its config says; at its end, what is not sent yet.
+    """Within the block, the run is sent to the destinations of its config; at its end, what is not sent yet.
+
+    Integrations that only write files run in threads of this process, the others in the courier.
 
     Args:
-        run: with its config and summary written; by the end of the block its status must be told there.
-        own: integrations of the user's, in Python: each is built for the run, and lives in a thread of this process.
+        run: with its config and summary written; its final status must be written by the end of the block.
+        own: the user's integrations in Python, which run in threads of this process.
     """
     record = RunRecord(run)
-    asked = list_integrations(record.config)
-    near = [item.build(record) for item in asked if item.integration.in_process] + [build(record) for build in own]
+    configured = list_integrations(record.config)
+    near = [item.build(record) for item in configured if item.integration.in_process] + [build(record) for build in own]
     tracking = record.config.tracking
     manager = IntegrationManager(near, run.tracking, tracking.send_seconds)
-    courier = Courier(run, tracking.wait_seconds) if len(asked) > len(near) - len(own) else None
+    courier = Courier(run, tracking.wait_seconds) if len(configured) > len(near) - len(own) else None
     if courier:
         courier.start()
     manager.start()
     try:
         yield
     finally:
-        manager.finish(tracking.wait_seconds)  # first: the courier's mirror sends what they wrote, too
+        manager.finish(tracking.wait_seconds)  # first: the courier's mirror sends also what they wrote
         if courier:
             logger.debug("sending what is not sent yet, for at most %g s", tracking.wait_seconds)
             courier.finish()
 
 
 class JsonLineHandler(logging.Handler):
-    """Log records as JSON lines on standard output, while somebody listens."""
+    """Writes log records as JSON lines to standard output."""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = json.dumps({"level": record.levelno, "message": self.format(record)})
         try:
             print(line, flush=True)
-        except OSError:  # the training process was killed; what a tracker prints must not fail for that
+        except OSError:  # the training process was killed; a tracker's print must not fail now
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(root: str, *allowed: str) -> int:
-    """Send the run at `root` until standard input closes and all is sent, or the time for it is over.
+    """Send the run at `root` until standard input closes and everything is sent, or time is up.
 
     Args:
         allowed: the trackers of tracking.custom that the user trains with.
@@ -154,15 +155,15 @@ def main(root: str, *allowed: str) -> int:
     tracking = run.config.tracking
     require_consent(run.folder.root, run.config, {"tracking": {"custom": dict.fromkeys(allowed)}}, "tracking.custom")
     remote = [asked.build(run) for asked in list_integrations(run.config) if not asked.integration.in_process]
-    patience = tracking.wait_seconds + GRACE_SECONDS  # the courier of a run that was killed may be sending still
+    patience = tracking.wait_seconds + GRACE_SECONDS  # the courier of a killed run may still be sending
     manager = IntegrationManager(remote, run.folder.tracking, tracking.send_seconds, patience)
     trained_by = run.folder.process_label
     manager.start()
-    sys.stdin.read()  # until the training process closes it, or dies
+    sys.stdin.read()  # returns when the training process closes it or dies
     logger.debug("courier: the run's process has ended")
     _wait_for_end(run)
     if run.folder.process_label != trained_by:
-        return 0  # the run was killed and goes on already: its new courier sends the rest, from what is remembered
+        return 0  # the run was killed and resumed: its new courier sends the rest
     ends = ", ".join(f"{state.name} {state.status}" for state in manager.finish(tracking.wait_seconds))
     cpu, wall = time.process_time(), time.perf_counter() - started
     logger.debug("courier: %s; it took %.1f s of CPU in %.1f s", ends, cpu, wall)
@@ -170,7 +171,7 @@ def main(root: str, *allowed: str) -> int:
 
 
 def _log_to_stdout() -> None:
-    """What is logged from here on goes to the training process, and what libraries log does not."""
+    """Send our log records to the training process, and silence those of libraries."""
     from training_lens.utils.logging import quiet_libraries
 
     quiet_libraries()
@@ -178,14 +179,14 @@ def _log_to_stdout() -> None:
     log.addHandler(JsonLineHandler())
     log.setLevel(logging.DEBUG)
     log.propagate = False
-    logging.getLogger(f"{ROOT}.analysis").setLevel(logging.WARNING)  # its hints are for who asked for an analysis
+    logging.getLogger(f"{ROOT}.analysis").setLevel(logging.WARNING)  # its hints are for users of the analysis
 
 
 def _lower_priority() -> None:
-    """The lowest priority, for this process and what its clients start; where the system has it, of idle time alone.
+    """Set the lowest priority for this process and its children: idle scheduling where the system has it.
 
-    A process that is merely nice may keep a core for milliseconds when a training thread wakes, and all other threads
-    of that training wait for it.
+    A process that is merely nice may keep a core for milliseconds when a training thread wakes up, and all other
+    training threads wait for that one.
     """
     with suppress(AttributeError, OSError):  # a system without priorities
         os.nice(19)
@@ -193,7 +194,7 @@ def _lower_priority() -> None:
 
 
 def _wait_for_end(run: RunRecord) -> None:
-    """Until the run says how it ended: a process that is killed lets go of its files one by one."""
+    """Wait until the run's final status is known: a killed process releases its files one by one."""
     deadline = time.monotonic() + DYING_SECONDS
     while run.status == "running" and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -203,4 +204,4 @@ if __name__ == "__main__":
     code = main(*sys.argv[1:])
     with suppress(OSError):
         sys.stdout.flush()
-    os._exit(code)  # no exit hook of a client may hold the process
+    os._exit(code)  # exit hooks of a client must not block

@@ -1,8 +1,8 @@
-"""What a run is connected to outside its folder, and what keeps one failing connection from the others and the run.
+"""Delivery of a run to trackers, hubs and storage, where one that fails affects neither the others nor the run.
 
-The run's folder is the truth, and the queue: it holds all that there is to send, on disk. An integration brings the
-outside up to date with it, again and again, remembers how far it came (`Cursor`), and may fail at any time: what is
-not sent is in the folder still, and goes out at the next try, at the run's end, or by `training-lens sync`.
+The run's folder is the queue: it holds everything that is to be sent. An integration repeatedly sends what is new,
+remembers how far it came (`Cursor`), and may fail at any time: what is not sent stays in the folder and is sent at the
+next try, at the run's end, or by `training-lens sync`.
 """
 
 from __future__ import annotations
@@ -26,64 +26,64 @@ from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 LONGEST_PAUSE = 30.0  # seconds between two tries
-QUIET_SECONDS = 3.0  # of waiting for the rest at the end, until that is said
-TRIES_AT_THE_END = 4  # failures in a row after the run's end until an integration is left for `sync`
+QUIET_SECONDS = 3.0  # of waiting at the end, until that is logged
+TRIES_AT_THE_END = 4  # failures in a row after the run's end, until the rest is left to `sync`
 
 
 class Integration(ABC):
-    """Something outside that is brought up to date with a run's folder: a tracker, a hub, a storage.
+    """A destination that receives a run: a tracker, a hub, a storage.
 
-    All methods are called from one thread, which is not the one that trains.
+    All methods are called from one thread, which is not the training thread.
     """
 
     name: ClassVar[str]
-    """In messages, and of the folder tracking/NAME in the run's folder."""
+    """Used in messages and for the folder tracking/NAME of a run."""
     in_process: ClassVar[bool] = False
-    """Whether it is so light that it may live in a thread of the training process: it writes local files alone."""
+    """Whether it may run in a thread of the training process, as it only writes local files."""
 
     @abstractmethod
     def require(self) -> None:
-        """Find out, quickly and without network, whether it can work here.
+        """Check, quickly and without network, that it can work here.
 
         Raises:
-            IntegrationError: what is missing, and what to do: for one, a package and the command that installs it.
+            IntegrationError: says what is missing and what to do, such as a package and the command to install it.
         """
 
     @abstractmethod
     def deliver(self, ended: bool) -> None:
-        """Send what is outstanding. Called again and again; what was sent is not sent twice.
+        """Send what is outstanding. Called repeatedly; nothing is sent twice.
 
         Args:
-            ended: no more will come of this run, for now: what is sent once at the end is due.
+            ended: the run has ended for now: send also what is sent once, at the end.
 
         Raises:
-            IntegrationError: with `lasting`, where trying again is useless. Everything else that is raised is tried
-                again later.
+            IntegrationError: with `lasting` if trying again is useless. After any other error it is called again
+                later.
         """
 
     @abstractmethod
     def outstanding(self) -> str:
-        """What is not sent yet, in a few words ('12 lines, the adapter'); empty when nothing. Needs no network."""
+        """What is not sent yet, in a few words ('12 lines, the adapter'), or an empty text. Needs no network."""
 
-    def forget(self) -> None:  # noqa: B027  some ask the outside what it has
-        """Forget what was sent, so that everything is sent again."""
+    def forget(self) -> None:  # noqa: B027  some ask the service what it has
+        """Forget what was sent: everything is sent again."""
 
-    def close(self) -> None:  # noqa: B027  most have nothing to let go
-        """Let go of connections and files, whatever happened; called at the end, and by trackers before a new try."""
+    def close(self) -> None:  # noqa: B027  most have nothing to close
+        """Close connections and files. Called at the end, and by trackers before a new try."""
 
 
 class Cursor:
-    """How far an integration came with a run: values kept in a small JSON file.
+    """How far an integration came with a run, in a small JSON file.
 
-    A crash between sending and `save` sends a piece again: integrations deliver at least once, and those that can say
-    what they have are asked.
+    After a crash between sending and `save`, a piece is sent again: delivery is at least once, and services that can
+    tell what they have are asked first.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
     def load(self) -> dict[str, Any]:
-        """The values; none where nothing was kept, or the file is broken (then everything is sent again)."""
+        """The values; empty if there are none, or the file is broken (then everything is sent again)."""
         try:
             values = read_json(self.path)
         except FileNotFoundError:
@@ -101,10 +101,10 @@ class Cursor:
 
 @dataclass(frozen=True)
 class IntegrationState:
-    """How one integration does.
+    """The state of one integration.
 
-    `unavailable`: it cannot work here; `failing`: its last try failed, it is tried again; `left`: given up for now,
-    `sync` sends the rest; `delivered`: all is sent, and the run has ended.
+    `unavailable`: it cannot work here; `failing`: its last try failed, and it is tried again; `left`: given up, `sync`
+    sends the rest; `delivered`: the run has ended and everything is sent.
     """
 
     name: str
@@ -116,7 +116,7 @@ class IntegrationState:
 
     @property
     def retry_pause(self) -> float:
-        """Seconds until the next try after failures: 1, 2, 4 and so on, or what the service asked for."""
+        """Seconds until the next try after failures: 1, 2, 4 and so on, or what the service asks for, if longer."""
         if not self.failures:
             return 0.0
         return max(min(LONGEST_PAUSE, 2.0 ** (self.failures - 1)), self.retry_after or 0.0)
@@ -127,13 +127,13 @@ class IntegrationState:
 
 
 class IntegrationManager:
-    """Runs integrations, each in a thread of its own: one that fails or hangs never affects the others, or the run.
+    """Runs integrations, each in a thread of its own: one that fails or hangs affects neither the others nor the run.
 
     Args:
         integrations: those that are configured.
-        folder: the run's tracking folder, for their locks: one process at a time sends for an integration.
-        every: seconds between two looks at what is new.
-        patience: most seconds to wait for a process that sends the run already, as it was killed and is gone on with.
+        folder: the run's tracking folder, for the locks: one process at a time sends for an integration.
+        every: seconds between two deliveries.
+        patience: most seconds to wait for another process that is still sending the run, as after a kill and resume.
 
     Example:
         manager = IntegrationManager([...], run.tracking)
@@ -154,11 +154,11 @@ class IntegrationManager:
 
     @property
     def states(self) -> tuple[IntegrationState, ...]:
-        """Of all, in the order they were given."""
+        """Of all integrations, in the given order."""
         return tuple(self._states.values())
 
     def start(self) -> None:
-        """Begin to send, in threads that never keep a process alive."""
+        """Start sending, in daemon threads."""
         for integration in self._integrations:
             thread = threading.Thread(
                 target=self._run_integration, args=(integration,), name=integration.name, daemon=True
@@ -167,30 +167,30 @@ class IntegrationManager:
             thread.start()
 
     def finish(self, seconds: float) -> tuple[IntegrationState, ...]:
-        """The run has ended: send the rest, for at most so many seconds, and stop.
+        """Send the rest of a run that has ended, for at most so many seconds, and stop.
 
         Returns:
-            The states; those that are not `delivered` have something left for `sync`.
+            The states; those that are not `delivered` leave something to `sync`.
         """
         self._ended.set()
-        started, told = time.monotonic(), False
+        started, is_logged = time.monotonic(), False
         while (waited := time.monotonic() - started) < seconds and any(t.is_alive() for t in self._threads):
-            if waited > QUIET_SECONDS and not told:
+            if waited > QUIET_SECONDS and not is_logged:
                 busy = [t.name for t in self._threads if t.is_alive()]
                 logger.info(
                     "sending what is not sent yet: %s (for %s at most)", ", ".join(busy), format_seconds(seconds)
                 )
-                told = True
+                is_logged = True
             for thread in self._threads:
                 thread.join(0.2 / len(self._threads))
         self._stopped.set()
         for integration, thread in zip(self._integrations, self._threads, strict=True):
-            if thread.is_alive():  # it hangs in a call that cannot be ended; the thread dies with the process
+            if thread.is_alive():  # it hangs in a call that cannot be stopped; the daemon thread dies with the process
                 self._give_up(integration, f"no answer within {format_seconds(seconds)}")
         return self.states
 
     def _run_integration(self, integration: Integration) -> None:
-        """The life of one integration's thread."""
+        """Runs in the integration's thread: delivers until everything is sent or given up."""
         try:
             with lock_integration(self._folder / integration.name, self._patience):
                 integration.require()
@@ -199,7 +199,7 @@ class IntegrationManager:
                     self._try_delivery(integration, ended)
         except IntegrationError as error:
             self._record_unavailable(integration, error)
-        except Exception as error:  # a fault of ours, or of a user's class
+        except Exception as error:  # a bug of ours, or of a user's class
             self._give_up(integration, describe_error(error))
             logger.debug("in the integration %s", integration.name, exc_info=True)
         finally:
@@ -209,12 +209,12 @@ class IntegrationManager:
                 logger.debug("closing %s: %s", integration.name, describe_error(error), exc_info=True)
 
     def _wait_for_work(self, integration: Integration) -> Iterator[bool]:
-        """True once the run has ended, again and again until all is sent or given up; False while it goes on."""
+        """Yields once per delivery: False while the run goes on, True after it ended, until all is sent or given up."""
         was_ended = False
         while not self._stopped.is_set():
             ended = self._ended.is_set()
             if ended and not was_ended:
-                self._update_state(integration, failures=0)  # the tries at the end are counted by themselves
+                self._update_state(integration, failures=0)  # tries after the end are counted anew
             yield ended
             state, was_ended = self._states[integration.name], ended
             if state.status in ("left", "delivered"):
@@ -222,7 +222,7 @@ class IntegrationManager:
             (self._stopped if ended else self._ended).wait(state.retry_pause or self._every)
 
     def _try_delivery(self, integration: Integration, ended: bool) -> None:
-        """One delivery; what it raises becomes the state, and one line when that is news."""
+        """One delivery. An error becomes the state, and is logged once."""
         before = self._states[integration.name]
         try:
             integration.deliver(ended)
@@ -234,7 +234,7 @@ class IntegrationManager:
             self._record_failure(integration, error, ended)
         else:
             if before.status == "failing":
-                logger.info("%s: goes on", integration.name)
+                logger.info("%s: works again", integration.name)
             self._update_state(
                 integration, status="delivered" if ended else "working", error="", failures=0, outstanding=""
             )
@@ -246,18 +246,18 @@ class IntegrationManager:
         self._update_state(
             integration, status="failing", error=describe_error(error), failures=failures, retry_after=after
         )
-        is_news = before.status != "failing"  # the log of a run must not fill up while a service is down
+        is_news = before.status != "failing"  # a service that is down must not fill the log
         logger.debug("%s: try %d failed", integration.name, failures, exc_info=error if is_news else None)
         if is_news:
             logger.warning(
-                "%s: %s What is not sent is kept, and tried again.",
+                "%s: %s What is not sent is kept and tried again.",
                 integration.name, describe_error(error),
             )  # fmt: skip
         if ended and failures >= TRIES_AT_THE_END:
             self._give_up(integration, describe_error(error))
 
     def _give_up(self, integration: Integration, why: str) -> None:
-        """Given up for now; the run's folder holds what is missing."""
+        """Leave the rest to `sync`; the run's folder still holds it."""
         try:
             rest = integration.outstanding() or "its end"
         except Exception as error:
@@ -281,14 +281,14 @@ class IntegrationManager:
 
 @contextmanager
 def lock_integration(folder: Path, patience: float = 1.0) -> Iterator[None]:
-    """Within the block this process alone sends for an integration of a run.
+    """Within the block, no other process sends for this integration of the run.
 
     Args:
-        folder: the integration's, in the run's tracking folder.
-        patience: most seconds to wait for another process to end.
+        folder: of the integration, in the run's tracking folder.
+        patience: most seconds to wait for another process.
 
     Raises:
-        IntegrationError: another process sends at this moment, or the folder cannot be written.
+        IntegrationError: another process is sending, or the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The integrations that a run's config asks for."""
+"""The integrations of a run's config."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ INTEGRATIONS = {
 
 @dataclass(frozen=True)
 class IntegrationSpec:
-    """An integration that a config asks for, not made yet. Its module imports no optional package."""
+    """An integration of a config that is not built yet. Its module imports no optional package."""
 
     integration: type[Integration]
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, run: RunRecord) -> Integration:
-        """It, for one run."""
+        """Build the integration for one run."""
         return self.integration(run, **self.options)  # type: ignore[call-arg]
 
 
 def list_integrations(config: TrainingConfig) -> list[IntegrationSpec]:
-    """What the config asks for, whether it can work here or not.
+    """The integrations of a config, whether they can work here or not.
 
     Raises:
-        ConfigurationError: a tracker of the user's own that cannot be imported, or is none.
+        ConfigurationError: a custom tracker cannot be imported, or is not a tracker.
     """
     tracking = config.tracking
     wanted = [INTEGRATIONS[key] for key in config.destinations]
@@ -60,16 +60,16 @@ def _import_class(place: str) -> Any:
 
 
 def _import_tracker(place: str) -> type[Integration]:
-    """A class of the user's, from a module beside them or an installed one."""
+    """A user's class, from a module in the current folder or an installed package."""
     if "." not in place:
         raise ConfigurationError(
-            f"tracking.custom: '{place}' is no class; give module.Class, as in my_module.MyTracker."
+            f"tracking.custom: '{place}' is no class; give module.Class, such as my_module.MyTracker."
         )
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
         found = _import_class(place)
-    except Exception as error:  # whatever a user's module raises when it is imported
+    except Exception as error:  # whatever the user's module raises
         raise ConfigurationError(
             f"tracking.custom: '{place}' cannot be imported ({strip_full_stop(describe_error(error))}). "
             "Give module.Class of a module in this folder, or of an installed package."

@@ -1,4 +1,4 @@
-"""Sending a run after its training: what is not sent yet, and evaluations made since."""
+"""Sending a run after its training: what is not sent yet, and later evaluations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-SIDES = {"base": "base", "adapter": "adapter", "delta": "change"}  # of a report, and their names in trackers
+SIDES = {"base": "base", "adapter": "adapter", "delta": "change"}  # keys of a report -> their names in trackers
 SPEEDS = ("first_token", "token", "latency")
 LONGEST_WAIT = 30.0  # seconds that a command waits for a tracker; `sync` waits longer
 LONGEST = 24 * 3600.0  # seconds: a person watches, and Ctrl-C ends it
@@ -31,14 +31,14 @@ LONGEST = 24 * 3600.0  # seconds: a person watches, and Ctrl-C ends it
 def send_run(
     folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None = None, *, again: bool = False
 ) -> tuple[IntegrationState, ...]:
-    """Send the rest of a run to all that it is connected to.
+    """Send the rest of a run to its destinations.
 
     Args:
-        changes: config keys by section that hold in place of the run's own; see `RunRecord`.
-        again: send everything, also what was sent before: for a place that lost it.
+        changes: config keys by section that replace the run's own; see `RunRecord`.
+        again: send everything again, for a destination that lost it.
 
     Raises:
-        IntegrationError: the run is still training, and has its own sender.
+        IntegrationError: the run is still training and sends by itself.
         ConfigurationError: it names classes or places that the user has not allowed, see `run_config.require_consent`.
     """
     record, integrations = _open_integrations(folder, changes)
@@ -57,7 +57,7 @@ def send_run(
 def read_delivery_states(
     folder: RunFolder, changes: Mapping[str, dict[str, Any]] | None = None
 ) -> tuple[IntegrationState, ...]:
-    """How a run stands with all that it is connected to; sends nothing, asks nobody."""
+    """The delivery state of each destination of a run, without network."""
     return tuple(_read_state(integration) for integration in _open_integrations(folder, changes)[1])
 
 
@@ -81,12 +81,12 @@ def _read_state(integration: Integration) -> IntegrationState:
 def record_evaluation(run: RunFolder, name: str, report: Mapping[str, Any]) -> None:
     """Add a report to the run's journal of evaluations, logs/evaluations.jsonl.
 
-    Its step is that after which the run ended, and one more for each evaluation since: so trackers that know a value by
-    its step take every one.
+    Its step is the run's last one, plus one for each earlier evaluation: trackers that identify values by their step
+    keep every evaluation.
 
     Args:
-        name: of the command and what it judged: evaluate, compare, benchmark.
-        report: what the command's JSON has.
+        name: of the command: evaluate, compare or benchmark.
+        report: the command's JSON.
     """
     lines = read_metrics(run.evaluations_file) if run.evaluations_file.is_file() else []
     ended = int(run.read_metadata("summary.json").get("steps", 0))
@@ -101,7 +101,7 @@ def record_evaluation(run: RunFolder, name: str, report: Mapping[str, Any]) -> N
 
 
 def evaluation_scalars(report: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of each model and of their difference: 'adapter/loss', 'change/loss'."""
+    """The finite numbers of each model and of their difference, such as 'adapter/loss' and 'change/loss'."""
     found = {f"{shown}/{key}": value for side, shown in SIDES.items() for key, value in report.get(side, {}).items()}
     found |= {f"{model}/answers_{key}": value for model, ends in report.get("endings", {}).items()
               for key, value in ends.items() if key in ("unended", "looping")}  # fmt: skip
@@ -109,7 +109,7 @@ def evaluation_scalars(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def benchmark_scalars(report: Mapping[str, Any]) -> dict[str, float]:
-    """The speeds of each cell that was measured: 'adapter/16x128/tokens_per_second', medians in seconds."""
+    """The speeds of each measured cell, such as 'adapter/16x128/tokens_per_second'; medians in seconds."""
     found: dict[str, float] = {}
     for cell in report["cells"]:
         if speed := cell["speed"]:
@@ -120,10 +120,10 @@ def benchmark_scalars(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def send_evaluations(run: RunFolder) -> tuple[IntegrationState, ...]:
-    """Bring the run's trackers up to date, for half a minute at most; what is not sent by then waits for `sync`.
+    """Send new evaluations to the run's trackers, for at most half a minute; the rest is left to `sync`.
 
-    A tracker class of the user's own is left to `sync`: a run's folder names code, and only commands that are asked to
-    send import it. So are the trackers of a run from elsewhere. A run that is training sends by itself.
+    Custom trackers are left to `sync`: a run's folder names their code, and only commands whose purpose is sending
+    import it. So are the trackers of a run from another machine. A run that is training sends by itself.
     """
     record = RunRecord(run)
     if record.status == "running":
@@ -133,14 +133,14 @@ def send_evaluations(run: RunFolder) -> tuple[IntegrationState, ...]:
     try:
         require_consent(run.root, ours, {}, *DESTINATIONS)
     except ConfigurationError:
-        logger.info("the trackers that this run names get the result by: training-lens sync %s", run.root)
-        asked = [asked for asked in asked if asked.integration.in_process]  # they write into the run's folder
+        logger.info("to send the result to the trackers that this run names: training-lens sync %s", run.root)
+        asked = [asked for asked in asked if asked.integration.in_process]  # they only write into the run's folder
     trackers = [asked.build(record) for asked in asked]
-    if any(not tracker.in_process for tracker in trackers):  # a client is imported, which reads the environment
+    if any(not tracker.in_process for tracker in trackers):  # a client will be imported, and reads the environment
         os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
     manager = IntegrationManager(trackers, run.tracking)
     manager.start()
     states = manager.finish(min(LONGEST_WAIT, record.config.tracking.wait_seconds))
     if record.config.tracking.custom:
-        logger.info("trackers of your own get the result by: training-lens sync %s", run.root)
+        logger.info("to send the result to your own trackers: training-lens sync %s", run.root)
     return states

@@ -129,7 +129,7 @@ class _EventsFile:
     def write_event(self, when: float, step: int = 0, **what: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
-        self._records.write_event(Event(wall_time=when, step=step, **what).SerializeToString())
+        self._records.write(Event(wall_time=when, step=step, **what).SerializeToString())
 
     def flush(self) -> None:
         self._records.flush()
