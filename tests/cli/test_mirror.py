@@ -64,4 +64,4 @@ def test_a_run_of_a_mirror_is_pushed(call: Call, place: str, hub: Hub) -> None:
 
 def test_a_place_that_cannot_be_opened_is_one_line(call: Call) -> None:
     result = call("experiment", "list", "--mirror", "nowhere://bucket")
-    assert result.exit_code == 1 and "nothing knows nowhere://" in result.stderr
+    assert result.exit_code == 1 and "the protocol nowhere:// is unknown" in result.stderr

@@ -44,7 +44,7 @@ def test_a_repository_that_others_see_is_told(call: Call, hub: Hub, own_run: Run
     (own_run.reports / "lens.html").write_text("new")
     told = call("push", str(own_run.root), "me/open", *dry)
     assert told.exit_code == 0
-    assert "me/open is there already, and stays public: everyone sees what is sent there" in told.stdout + told.stderr
+    assert "me/open exists already, and stays public: everyone sees what is sent there" in told.stdout + told.stderr
 
 
 def test_wrong_words_are_wrong_usage(call: Call, own_run: RunFolder) -> None:

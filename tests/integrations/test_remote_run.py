@@ -127,7 +127,7 @@ def test_one_that_died_on_this_machine_is_fetched_at_once(place: str, elsewhere:
 
 
 def test_a_run_that_is_here_is_never_written_over(place: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is here already, .*Go on with that one: --resume"):
+    with pytest.raises(CheckpointError, match=r"is here already, .*Resume that one: --resume"):
         fetch_to_resume(place, str(tmp_path / "outputs"))
 
 

@@ -129,7 +129,7 @@ def test_a_servers_checksum_is_believed_only_where_it_is_one(file: Path, monkeyp
         ("gs://bucket/path", "gcsfs", r"pip install 'training-lens\[gcs\]'"),
         ("az://container/path", "adlfs", r"pip install 'training-lens\[azure\]'"),
         ("s3://", None, "s3:// names no place; give one, such as s3://bucket/path"),
-        ("nowhere://x", None, "nothing knows nowhere://. Give a folder, or a URL with s3"),
+        ("nowhere://x", None, "the protocol nowhere:// is unknown. Give a folder, or a URL with s3"),
         ("ssh://me:hunter22@host/x", None, "Leave it out, and set the environment variables"),
     ],
 )

@@ -31,7 +31,7 @@ class ActivationStorage:
         self.storage, self.table = storage, table
 
     def steps(self) -> tuple[int, ...]:
-        """The steps that are there, ascending."""
+        """The stored steps, ascending."""
         names = [name.rpartition("/")[2] for name in self.storage.list(self.table)]
         return tuple(sorted(int(match[1]) for match in map(NAME.fullmatch, names) if match))
 
@@ -40,7 +40,7 @@ class ActivationStorage:
 
         Raises:
             IntegrationError: there is no such step, or no answer.
-            LensError: what came is damaged.
+            LensError: the file is damaged.
         """
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / "tensors.safetensors"
@@ -48,7 +48,7 @@ class ActivationStorage:
             return read_snapshot(local)
 
     def save(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Store the tensors of a step, in place of those that are there; they may live on any device."""
+        """Store the tensors of a step, on any device, replacing those of an earlier call."""
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / "tensors.safetensors"
             safe_save(tensors, local)

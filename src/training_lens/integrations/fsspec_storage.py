@@ -35,7 +35,7 @@ CREDENTIALS = {
     "ssh": "the SSH agent and ~/.ssh/config",
     "hf": "HF_TOKEN, or hf auth login",
 }
-S3_OPTIONS: dict[str, Any] = {  # who sends tries again itself, so the client fails soon
+S3_OPTIONS: dict[str, Any] = {  # the sender tries again by itself, so the client fails soon
     "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 1}},
     "use_listings_cache": False,
     "skip_instance_cache": True,
@@ -43,10 +43,10 @@ S3_OPTIONS: dict[str, Any] = {  # who sends tries again itself, so the client fa
 
 
 class FsspecStorage(StorageBackend):
-    """A URL of S3, Google, Azure, SSH, the Hugging Face hub, or another place that fsspec has a driver for.
+    """A URL of S3, Google, Azure, SSH, the Hugging Face hub, or another service that fsspec has a driver for.
 
-    Credentials come from the environment, as each service's own tools take them; AWS_ENDPOINT_URL leads to other
-    servers that speak S3.
+    Credentials come from the environment, as with each service's own tools; AWS_ENDPOINT_URL selects another server
+    with the S3 protocol.
 
     Raises:
         IntegrationError: see `require_driver`; or credentials or options that the driver refuses.
@@ -75,7 +75,7 @@ class FsspecStorage(StorageBackend):
 
     def list(self, folder: str = "") -> dict[str, int]:
         path = self._full_folder(folder)
-        self._fs.invalidate_cache()  # drivers keep listings, and others write meanwhile
+        self._fs.invalidate_cache()  # drivers cache listings, and others write meanwhile
         with self._explain_errors():
             try:
                 found = self._fs.find(path, detail=True)
@@ -112,7 +112,7 @@ class FsspecStorage(StorageBackend):
         return self._read_info(name) is not None
 
     def verify(self, name: str, local: Path | str) -> bool:
-        """Whether it has the content of `local`: by the server's checksum where it gives one, else read back."""
+        """Whether the file has the content of `local`: by the server's checksum if it gives one, else read back."""
         info = self._read_info(name)
         local = Path(local)
         if info is None or info["size"] != local.stat().st_size:
@@ -136,7 +136,7 @@ class FsspecStorage(StorageBackend):
 
     @contextmanager
     def _explain_errors(self, name: str = "") -> Iterator[None]:
-        """Turns what a driver raises into one clear line; a full disk here stays what it is."""
+        """Turns a driver's exceptions into one clear line; a full local disk stays an OSError."""
         try:
             yield
         except Exception as error:
@@ -156,27 +156,27 @@ class FsspecStorage(StorageBackend):
 
 
 def _lacks_bucket(error: FileNotFoundError) -> bool:
-    """Whether S3 says that there is no such bucket; a folder that is not there holds nothing, which is no error."""
+    """Whether S3 says that there is no such bucket. A missing folder, in contrast, is just empty."""
     response = getattr(error.__cause__, "response", None) or {}
     return bool(response.get("Error", {}).get("Code") == "NoSuchBucket")
 
 
 def is_checksum_of(info: Mapping[str, Any], local: Path) -> bool:
-    """Whether a checksum that the server gives shows that it holds the content of `local`.
+    """Whether the server's checksum of a file is that of `local`.
 
-    S3 gives an ETag: the MD5 of the content; of an upload in parts, the MD5 of the parts' MD5s, `-`, their number
-    (docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity-upload.html). Google gives `md5Hash`, the
-    MD5 in base64. Reads `local` once.
+    S3 gives an ETag: the MD5 of the content, or for a multipart upload the MD5 of the parts' MD5s, `-`, and their
+    number (docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity-upload.html). Google gives
+    `md5Hash`, the MD5 in base64. Reads `local` once.
 
     Args:
         info: of the file, as fsspec gives it.
 
     Returns:
-        False where the contents differ, and also where nothing is told that can be compared: S3's ETag of content
-        encrypted with a key of KMS is no MD5.
+        False if the contents differ, or there is no comparable checksum: the ETag of content encrypted with a KMS key
+        is no MD5.
     """
-    if isinstance(told := info.get("md5Hash"), str):
-        return told == base64.b64encode(_hash_md5(local).digest()).decode()
+    if isinstance(md5 := info.get("md5Hash"), str):
+        return md5 == base64.b64encode(_hash_md5(local).digest()).decode()
     match = ETAG.fullmatch(str(info.get("ETag", "")))
     if match is None:
         return False
@@ -189,7 +189,7 @@ def _hash_md5(path: Path) -> hashlib._Hash:
 
 
 def _md5_of_parts(path: Path) -> str:
-    """The first half of the ETag of an upload in parts of `PART_BYTES`, and the number of parts."""
+    """The ETag of an upload in parts of `PART_BYTES`, without `-` and the number of parts."""
     digests = b""
     with path.open("rb") as file:
         while part := file.read(PART_BYTES):
@@ -198,17 +198,17 @@ def _md5_of_parts(path: Path) -> str:
 
 
 def url_protocol(place: str) -> str:
-    """What a URL begins with, such as s3; empty of a folder's path."""
+    """The protocol of a URL, such as s3; empty for the path of a folder."""
     protocol, separator, _ = place.partition("://")
     return protocol.lower() if separator else ""
 
 
 def require_driver(url: str) -> None:
-    """Make sure, without network, that a URL can be opened here.
+    """Check, without network, that a URL can be opened here.
 
     Raises:
-        IntegrationError: it names no place or holds a password, nothing knows its protocol, or the package for that
-            is missing.
+        IntegrationError: it names no place, holds a password, or has an unknown protocol; or the package for the
+            protocol is missing.
     """
     import fsspec
 
@@ -230,12 +230,13 @@ def require_driver(url: str) -> None:
         ) from error
     except ValueError as error:
         raise IntegrationError(
-            f"{url}: nothing knows {protocol}://. Give a folder, or a URL with s3, gs, az, ssh or hf.", lasting=True
+            f"{url}: the protocol {protocol}:// is unknown. Give a folder, or a URL with s3, gs, az, ssh or hf.",
+            lasting=True,
         ) from error
 
 
 def open_storage(place: str | Path) -> StorageBackend:
-    """The storage at a folder's path or a URL. Asks nobody yet.
+    """The storage at a folder's path or a URL. Makes no request yet.
 
     Raises:
         IntegrationError: see `require_driver`.

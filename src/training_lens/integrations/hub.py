@@ -1,4 +1,4 @@
-"""The Hugging Face hub: a run's adapter with its card, tokenizer and record, and its checkpoints, in a repository."""
+"""The Hugging Face hub: pushes a run's adapter, card, tokenizer, record and checkpoints to a repository."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ TRIES = 5  # of `push`, until it gives up
 
 @dataclass(frozen=True)
 class DueFiles:
-    """What of a run belongs into the repository now."""
+    """What of a run is to be in the repository now."""
 
     adapter: bool
     checkpoints: tuple[Path, ...]
 
     def describe_files(self) -> str:
-        """For people; empty where nothing is due."""
+        """A description for people; empty if nothing is due."""
         count = len(self.checkpoints)
         parts = ["the adapter and its card"] if self.adapter else []
         parts += [f"{count} checkpoint{'s' * (count > 1)}"] if count else []
@@ -48,7 +48,7 @@ class DueFiles:
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push did: its plan, the commit's URL (empty where nothing was to be sent), and the repository's name."""
+    """The result of a push: its plan, the commit's URL (empty if there was nothing to send), and the repository."""
 
     plan: PushPlan
     url: str
@@ -56,11 +56,11 @@ class PushResult:
 
 
 class HuggingFaceIntegration(Integration):
-    """Pushes a run to the repository that its config names: `tracking.hub.*`.
+    """Pushes a run to the repository of its config, `tracking.hub.*`.
 
-    At the end of a finished run: the adapter, the tokenizer, a model card, and the run's record in training_lens/. With
-    `tracking.hub.checkpoints`, while it trains, its checkpoints in training_lens_checkpoints/. What belongs together is
-    one commit. What the repository has already, by its hashes, is not sent again.
+    A finished run: the adapter, the tokenizer, a model card, and the run's record in training_lens/. With
+    `tracking.hub.checkpoints`, also its checkpoints, during training, in training_lens_checkpoints/. Files that the
+    repository has, by their hashes, are not sent again. A push is one commit.
 
     Example:
         run = RunRecord(RunFolder(path), {"tracking": {"hub": {"repo": "owner/name"}}})
@@ -86,10 +86,10 @@ class HuggingFaceIntegration(Integration):
         if not self._is_sent(due):
             try:
                 self._send_due(due)
-            except Exception:  # the client tells a file that vanished in several ways
+            except Exception:  # a vanished file has several exception types
                 if all(folder.is_dir() for folder in due.checkpoints):
                     raise
-                logger.debug("a checkpoint was thinned out while it was sent; planned anew")
+                logger.debug("a checkpoint was deleted while it was sent; planning again")
                 self.deliver(ended)
 
     def outstanding(self) -> str:
@@ -97,7 +97,7 @@ class HuggingFaceIntegration(Integration):
         return "" if self._is_sent(due) else due.describe_files()
 
     def plan(self) -> PushPlan:
-        """What `push` would do, changing nothing anywhere: with a token and network, against what the repository has.
+        """What `push` would do, without changing anything; with token and network, compared with the repository.
 
         Raises:
             CheckpointError: the run has nothing to push.
@@ -115,11 +115,11 @@ class HuggingFaceIntegration(Integration):
     def push(self) -> PushResult:
         """Send the adapter, its card and record, and with `tracking.hub.checkpoints` the checkpoints.
 
-        Tries again, for a minute or so, where the service is busy or away; a further call goes on where it stopped.
+        Retries for about a minute if the service is busy or away; another call continues where this one stopped.
 
         Raises:
             CheckpointError: the run has nothing to push.
-            IntegrationError: what keeps it from being sent, and what to do.
+            IntegrationError: it cannot be sent; says why and what to do.
         """
         due = self._require_files()
         self.require()
@@ -139,7 +139,7 @@ class HuggingFaceIntegration(Integration):
         return Repository(self.repo, self._options.revision, self._options.private)
 
     def _require_files(self) -> DueFiles:
-        """What is due when a user asks for it."""
+        """What is due when a user asks for a push."""
         finished = self.run.status == "finished"
         due = self._find_due(finished)
         if not finished and not due.checkpoints:
@@ -163,7 +163,7 @@ class HuggingFaceIntegration(Integration):
         return files + [file for folder in due.checkpoints for file in build_checkpoint_files(folder, names)]
 
     def _send_due(self, due: DueFiles) -> PushResult:
-        """Bring the repository up to date in one commit, and remember that it is."""
+        """Bring the repository up to date in one commit, and remember that."""
         state, repository = self._hash_state(due), self._open_repository()
         remote = repository.list_files()
         plan = plan_push(self._build_files(due), remote or {})
@@ -178,10 +178,10 @@ class HuggingFaceIntegration(Integration):
         return PushResult(plan, url, self.repo)
 
     def _warn_of_visibility(self, repository: Repository) -> None:
-        """Say so where one that is there already is seen by others than the config asks for a new one."""
+        """Warn if an existing repository is more or less visible than the config asks for."""
         if (private := repository.is_private()) != self._options.private:
             seen = "private" if private else "public: everyone sees what is sent there"
-            logger.warning("%s is there already, and stays %s", self.repo, seen)
+            logger.warning("%s exists already, and stays %s", self.repo, seen)
 
     @property
     def _cursor_key(self) -> str:

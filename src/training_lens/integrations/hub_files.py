@@ -1,6 +1,6 @@
-"""What a push to the hub sends of a run, and what of it a repository lacks.
+"""The files that a push to the hub sends, and which of them a repository lacks.
 
-No file has a path of this machine, a secret, or a row of the data.
+None contains a path of this machine, a secret, or a row of the data.
 """
 
 from __future__ import annotations
@@ -26,14 +26,21 @@ from training_lens.utils.secrets import redact_text
 
 ADAPTER_CONFIG = "adapter_config.json"
 METADATA = "training_lens"
-SECTIONS = ("model", "data", "peft", "training", "evaluation", "lens")  # of the config: those that made the adapter
+SECTIONS = (
+    "model",
+    "data",
+    "peft",
+    "training",
+    "evaluation",
+    "lens",
+)  # of the config: those that determine the adapter
 ABSOLUTE = re.compile(r"(?<![\w.:/<])~?(?:/[^\s/:'\"<>,;()]+){2,}")
 CHECKPOINTS = "training_lens_checkpoints"
 
 
 @dataclass(frozen=True)
 class PushedFile:
-    """A file as it will be in the repository: `source` is a local file, or the content itself."""
+    """A file for the repository: `source` is a local file, or the content itself."""
 
     path: str
     source: Path | bytes
@@ -50,19 +57,19 @@ class PushedFile:
 
     @cached_property
     def blob_id(self) -> str:
-        """What git calls this content: the sha1 of a header and it."""
+        """Git's name for the content: the sha1 of a header and the content."""
         content = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
     @property
     def is_readable(self) -> bool:
-        """Whether it can still be read: the run deletes checkpoints while it trains."""
+        """Whether it can still be read: a training run deletes checkpoints."""
         return isinstance(self.source, bytes) or self.source.is_file()
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of the repository. `sha256` of those in large-file storage; of others, None: git knows their blob id."""
+    """A file in the repository. `sha256` is None unless it is in large-file storage; then compare the blob id."""
 
     size: int
     blob_id: str
@@ -77,9 +84,9 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What one push does: `send` is new or other there, `there` is there already, `delete` are folders to go.
+    """What a push does: `send` are new or changed files, `there` unchanged ones, `delete` folders to delete.
 
-    `unknown` says why the repository could not be looked at; then everything is in `send`.
+    `unknown` says why the repository could not be read; then `send` has all files.
     """
 
     send: tuple[PushedFile, ...]
@@ -99,10 +106,9 @@ class PushPlan:
 
 
 def plan_push(wanted: Sequence[PushedFile], remote: Mapping[str, RemoteFile]) -> PushPlan:
-    """What makes a repository have `wanted`.
+    """The plan that brings `wanted` into a repository.
 
-    Of what else is there, nothing is touched but checkpoints that the run has thinned out: where it has any, the
-    repository keeps the same ones.
+    Other files are kept, except checkpoints that the run has deleted, if it has others.
     """
     there = tuple(
         file for file in wanted if (found := remote.get(file.path)) is not None and found.has_content_of(file)
@@ -113,7 +119,7 @@ def plan_push(wanted: Sequence[PushedFile], remote: Mapping[str, RemoteFile]) ->
 
 
 def _find_deleted_checkpoints(wanted: Collection[str], remote: Collection[str]) -> tuple[str, ...]:
-    """Folders of checkpoints that are in the repository alone; none where nothing says which are wanted."""
+    """Folders of checkpoints that only the repository has; none if no checkpoint is wanted."""
     ours, theirs = _checkpoint_folders(wanted), _checkpoint_folders(remote)
     return tuple(sorted(theirs - ours)) if ours else ()
 
@@ -123,7 +129,7 @@ def _checkpoint_folders(paths: Collection[str]) -> set[str]:
 
 
 class PathShortener:
-    """Short names of a run's data files, distinct, and of every other place on this machine its last part."""
+    """Shortens paths: data files of the run to distinct names, all other local paths to their last part."""
 
     def __init__(self, run: RunRecord) -> None:
         data = run.folder.read_metadata("data.json")
@@ -153,14 +159,14 @@ class PathShortener:
         return ABSOLUTE.sub(lambda found: Path(found.group()).name, self.shorten_html(text))
 
     def shorten_html(self, text: str) -> str:
-        """HTML with the known paths shortened: its tags and scripts have slashes of their own."""
+        """HTML with only the known paths shortened: tags and scripts have slashes, too."""
         for place in sorted(self._places, key=len, reverse=True):
             text = text.replace(place, self._places[place])
         return text
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """The last part of each path, with as many folders before it as tell it from the others.
+    """The last part of each path, with as many folders before it as are needed to be unique.
 
     Example:
         >>> short_names(["/a/x/rows.json", "/a/y/rows.json", "/b/z.json"])
@@ -177,12 +183,12 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def is_local_folder(name: str) -> bool:
-    """Whether a model's id is a folder of this machine, and none of a hub."""
+    """Whether a model's id is a local folder, not a hub's id."""
     return expand_home(name).is_dir()
 
 
 def build_adapter_files(run: RunRecord, names: PathShortener) -> list[PushedFile]:
-    """The adapter and the tokenizer, at the root of the repository, where PEFT and transformers look for them."""
+    """The adapter and the tokenizer, for the root of the repository, where PEFT and transformers expect them."""
     folder = run.folder
     require_intact(folder.adapter)
     require_intact(folder.tokenizer)
@@ -194,7 +200,7 @@ def build_adapter_files(run: RunRecord, names: PathShortener) -> list[PushedFile
 
 
 def build_metadata_files(run: RunRecord, names: PathShortener) -> list[PushedFile]:
-    """What the run knows of itself, in the folder training_lens/; the lens's page where there is one."""
+    """The run's record in training_lens/, with the lens's page if there is one."""
     settings = run.settings
     values = {
         "config.json": {section: settings[section] for section in SECTIONS},
@@ -213,7 +219,7 @@ def build_metadata_files(run: RunRecord, names: PathShortener) -> list[PushedFil
 
 
 def build_checkpoint_files(folder: Path, names: PathShortener) -> list[PushedFile]:
-    """All of a checkpoint, to go on from on another machine; its manifest holds the sha256 of the files as sent."""
+    """The files of a checkpoint, to resume from on another machine; its manifest has the hashes of the sent files."""
     manifest = read_sealed(folder / MANIFEST)
     files = []
     for name in manifest["files"]:
@@ -226,7 +232,7 @@ def build_checkpoint_files(folder: Path, names: PathShortener) -> list[PushedFil
 
 
 def read_file_stats(run: RunRecord, checkpoints: Sequence[Path], adapter: bool) -> dict[str, str]:
-    """What the files to send are known by, without reading large ones: another value, where one may have changed."""
+    """Size and modification time of the files to send, which tell whether they may have changed."""
     folder = run.folder
     places: list[Path] = []
     if adapter:
@@ -238,7 +244,7 @@ def read_file_stats(run: RunRecord, checkpoints: Sequence[Path], adapter: bool) 
 
 
 def _adapter_config(path: Path, names: PathShortener) -> bytes:
-    """PEFT's configuration with a base that is a folder of this machine named by its last part."""
+    """PEFT's configuration, with a base in a local folder named by its last part."""
     config = read_json(path)
     base = config.get("base_model_name_or_path")
     if isinstance(base, str) and is_local_folder(base):

@@ -1,4 +1,4 @@
-"""The mirror: a run's folder, copied to another place while it trains."""
+"""The mirror: copies a run's folder to another place while it trains."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from training_lens.utils.logging import get_logger
 from training_lens.utils.names import check_experiment, check_run_id
 
 logger = get_logger(__name__)
-EVERY = 30.0  # seconds between two looks at what is new, and between signs of life; a new checkpoint goes out at once
-SCANS = 3  # of one delivery, while files vanish under it: the lens merges and thins
-PRUNED = ("checkpoints/", "lens/")  # of what is deleted here, what is deleted there, too
+EVERY = 30.0  # seconds between two passes, and two updates of mirror.json; a new checkpoint is sent at once
+SCANS = 3  # passes of one delivery, while files vanish: the lens merges and thins its files
+PRUNED = ("checkpoints/", "lens/")  # files that are deleted in the mirror when they are deleted here
 WHOLE_LINES = (".jsonl", ".log")
-FileStamp = Sequence[int | str]  # size, modification time in ns, sha256: of a file when it was sent
+FileStamp = Sequence[int | str]  # size, modification time in ns and sha256 of a file when it was sent
 
 
 class MirrorIntegration(Integration):
-    """Copies a run to output.mirror, each file verified by its hash, checkpoints last; mirror.json then lists them.
+    """Copies a run to output.mirror: verifies each file by its hash, sends checkpoints last, then writes mirror.json.
 
-    Sent is what is complete: checkpoints and adapters appear in the run's folder whole, of a journal go whole lines.
-    What is there already, by size and mirror.json, is not sent again; a storage that lost it gets it again.
+    Only complete content is sent: checkpoints and adapters are written atomically, and journals are cut after their
+    last whole line. Files that the mirror has, by size and mirror.json, are not sent again.
     """
 
     name = "mirror"
@@ -51,11 +51,11 @@ class MirrorIntegration(Integration):
         self.run = run
         self.cursor = Cursor(run.tracking_folder(self.name) / "cursor.json")
         self._place = str(run.config.output.mirror)
-        self._there: dict[str, FileDigest] | None = None  # verified; None: to be found out
-        self._unlisted: dict[str, int] = {}  # sizes of files that are there, and that no manifest lists
+        self._there: dict[str, FileDigest] | None = None  # verified files in the mirror; None: not known yet
+        self._unlisted: dict[str, int] = {}  # sizes of files in the mirror that no manifest lists
         self._seen: dict[str, FileStamp] = {}
         self._version = ""
-        self._passed = self._told = 0.0  # when the last pass ended, and mirror.json was written
+        self._passed = self._published = 0.0  # times of the last pass, and of the last mirror.json
         self._checkpoints: list[Path] = []
 
     def require(self) -> None:
@@ -63,7 +63,7 @@ class MirrorIntegration(Integration):
             require_driver(self._place)
         try:
             check_run_id(self.run.run_id), check_experiment(self.run.experiment)
-        except ConfigurationError as error:  # of an earlier version
+        except ConfigurationError as error:  # a name of an earlier version
             raise IntegrationError(f"output.mirror: {error}. Rename the run's folder.", lasting=True) from error
         storage, home = self._remote_run.storage, self.run.folder.root.resolve()
         if isinstance(storage, LocalStorage) and (storage.folder / self._remote_run.path).resolve() == home:
@@ -100,20 +100,20 @@ class MirrorIntegration(Integration):
         return RemoteRun(open_storage(self._place), path)
 
     def _is_due(self) -> bool:
-        """Whether the last pass failed or is long ago, or a checkpoint came since."""
+        """Whether the last pass failed or is `EVERY` seconds ago, or there is a new checkpoint."""
         new = list_checkpoints(self.run.folder.checkpoints) != self._checkpoints
         return self._there is None or new or time.monotonic() - self._passed >= EVERY
 
     def _load_cursor(self) -> dict[str, Any]:
-        """What is remembered of this place."""
+        """The cursor's values, if they are of this place."""
         kept = self.cursor.load()
         return kept if kept.get("place") == self._place else {}
 
     def _find_present(self) -> dict[str, FileDigest]:
-        """Find out what is there: of the files that the manifest lists, those of the right size.
+        """The files in the mirror that its manifest lists and that have the right size.
 
         Raises:
-            IntegrationError: another copy of this run went on there.
+            IntegrationError: another copy of this run has written to the mirror.
         """
         kept, manifest = self._load_cursor(), self._read_manifest()
         if manifest:
@@ -126,17 +126,17 @@ class MirrorIntegration(Integration):
         return there
 
     def _read_manifest(self) -> MirrorManifest | None:
-        """What the mirror says of itself; nothing where it is new, or damaged."""
+        """The mirror's manifest; None if it is new or damaged."""
         if not self._remote_run.storage.exists(self._remote_run.storage_name(MANIFEST)):
             return None
         try:
             return self._remote_run.read_manifest()
         except CheckpointError as error:
-            logger.warning("mirror: %s Now everything is compared.", error)
+            logger.warning("mirror: %s All files are compared.", error)
             return None
 
     def _require_ours(self, manifest: MirrorManifest, kept: Mapping[str, Any]) -> None:
-        """Refuse to write over what another copy of this run sent: this one may be the older."""
+        """Refuse to overwrite the files of another copy of this run, which may be newer."""
         here = (platform.node(), str(self.run.folder.root.resolve()))
         if manifest.version in kept.get("versions", ()) or (manifest.host, manifest.folder) == here:
             return
@@ -147,9 +147,9 @@ class MirrorIntegration(Integration):
         )
 
     def _list_groups(self, status: str) -> list[dict[str, Path]]:
-        """The files that are to be there, checkpoints last and each by itself.
+        """The files to mirror in groups: each checkpoint is one, and comes last.
 
-        Checkpoints are listed first: whatever else is listed is then at least as new as they are.
+        Checkpoints are listed first, so that all other files are at least as new.
         """
         run = self.run.folder
         checkpoints = list_checkpoints(run.checkpoints)
@@ -157,22 +157,24 @@ class MirrorIntegration(Integration):
         return [others, *(list_checkpoint_files(run, folder) for folder in checkpoints)]
 
     def _run_pass(self, there: dict[str, FileDigest], status: str) -> bool:
-        """One pass over the folder; gives whether all that it listed was still there when it was sent."""
+        """One pass over the run's folder; returns whether every listed file still existed when it was sent."""
         self._checkpoints = list_checkpoints(self.run.folder.checkpoints)
         groups = self._list_groups(status)
-        whole = min([self._send_group(group, there, status) for group in groups])  # all of them, whatever one gives
+        whole = min(
+            [self._send_group(group, there, status) for group in groups]
+        )  # sends all groups, also after a False
         local = {name for group in groups for name in group}
         gone = [n for n in (*there, *self._unlisted) if n.startswith(PRUNED) and n not in local] if whole else []
         for name in gone:
             there.pop(name, None)
         self._write_manifest(there, status)
-        for name in gone:  # nothing lists them any more
+        for name in gone:  # the manifest no longer lists them
             self._remote_run.storage.delete(self._remote_run.storage_name(name))
             self._unlisted.pop(name, None)
         return whole
 
     def _send_group(self, group: Mapping[str, Path], there: dict[str, FileDigest], status: str) -> bool:
-        """Send the files that are others there; gives whether all of them were still here."""
+        """Send the files that differ from the mirror's; returns whether all of them still existed here."""
         home = self.run.tracking_folder(self.name)
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=temporary_prefix(home), dir=home) as folder:
@@ -183,7 +185,7 @@ class MirrorIntegration(Integration):
             return len(copies) == len(new)
 
     def _is_new(self, name: str, path: Path, there: Mapping[str, FileDigest]) -> bool:
-        """Whether a file may differ from what is there; one that vanished does."""
+        """Whether a file may differ from the mirror's; one that vanished does."""
         seen = self._seen.get(name)
         try:
             return seen is None or name not in there or there[name].sha256 != seen[2] or is_changed(path, seen)
@@ -191,7 +193,7 @@ class MirrorIntegration(Integration):
             return True
 
     def _send_copies(self, copies: Sequence[FileCopy], there: dict[str, FileDigest], status: str) -> None:
-        """Send copies. What is written over is announced before, so that readers know either content as right."""
+        """Send copies. Overwritten files are announced first, so that readers accept either content."""
         replacing = {copy.name: copy.content for copy in copies if copy.name in there}
         if replacing:
             self._write_manifest(there, status, replacing)
@@ -199,14 +201,14 @@ class MirrorIntegration(Integration):
             self._send_file(copy)
             there[copy.name] = copy.content
             replacing.pop(copy.name, None)
-            if time.monotonic() - self._told >= EVERY:  # a sign of life, and a kill costs no more than this
+            if time.monotonic() - self._published >= EVERY:  # a sign of life, and all that a kill costs
                 self._write_manifest(there, status, replacing)
 
     def _send_file(self, copy: FileCopy) -> None:
-        """Send one file and verify it; one that a pass left there unlisted is verified alone.
+        """Send one file and verify it; one that an interrupted pass has sent already is only verified.
 
         Raises:
-            IntegrationError: what arrived is not what was sent.
+            IntegrationError: the file arrived with other content.
         """
         storage, name = self._remote_run.storage, self._remote_run.storage_name(copy.name)
         if self._unlisted.pop(copy.name, None) == copy.content.size and storage.verify(name, copy.path):
@@ -218,7 +220,7 @@ class MirrorIntegration(Integration):
     def _write_manifest(
         self, there: Mapping[str, FileDigest], status: str, replacing: Mapping[str, FileDigest] | None = None
     ) -> None:
-        """Write mirror.json; its version is remembered before, so that a kill never makes it a stranger's."""
+        """Write mirror.json; its version is saved first, so that after a kill it is still known as ours."""
         before, self._version = self._version, secrets.token_hex(8)
         kept = {"place": self._place, "versions": [before, self._version]}
         self.cursor.save(self._load_cursor() | kept)
@@ -235,13 +237,13 @@ class MirrorIntegration(Integration):
                 replacing=replacing or {},
             )
         )
-        self._told = time.monotonic()
+        self._published = time.monotonic()
         self.cursor.save({**kept, "status": status, "files": self._seen})
 
 
 @dataclass(frozen=True)
 class FileCopy:
-    """A copy that stays as it is, at `path`, of the run's file `name`; `seen` is what that was then."""
+    """An unchanging copy at `path` of the run's file `name`; `seen` is the file's stamp when it was copied."""
 
     name: str
     path: Path
@@ -250,10 +252,10 @@ class FileCopy:
 
 
 def list_other_files(run: RunFolder, *, running: bool) -> dict[str, Path]:
-    """What goes to a mirror besides checkpoints, by name: no locks, nothing half-written, nothing of tracking/.
+    """The files to mirror besides checkpoints, by name: without locks, temporary files, and tracking/.
 
-    What trackers keep there is this machine's: another one asks their services what they have. The list of captures
-    waits for the end of the run: it must list nothing that is not there yet.
+    The cursors in tracking/ are of this machine: another machine asks the services what they have. The list of captures
+    is sent at the end of the run, when all that it lists has been sent.
     """
     found = {path.relative_to(run.root).as_posix(): path for path in list_files(run.root)}
     if running:
@@ -274,12 +276,12 @@ def _is_mirrored(name: str) -> bool:
 
 
 def changes_after_end(name: str) -> bool:
-    """Whether a file changes also after the last delivery: it tells of that."""
+    """Whether a file changes after the last delivery, which it logs."""
     return name.startswith(("logs/run.log", "logs/events."))
 
 
 def is_changed(path: Path, seen: FileStamp | None) -> bool:
-    """Whether a file is another than it was.
+    """Whether a file has changed since it was seen.
 
     Raises:
         FileNotFoundError: it is gone.
@@ -289,7 +291,7 @@ def is_changed(path: Path, seen: FileStamp | None) -> bool:
 
 
 def list_changed_sizes(files: Mapping[str, Path], seen: Mapping[str, FileStamp]) -> dict[str, int]:
-    """The sizes in bytes of the files that are others than they were; those that vanish meanwhile are left out."""
+    """The sizes in bytes of the files that have changed, without those that vanish meanwhile."""
     sizes = {}
     for name, path in files.items():
         try:
@@ -301,7 +303,7 @@ def list_changed_sizes(files: Mapping[str, Path], seen: Mapping[str, FileStamp])
 
 
 def make_copies(files: Iterable[tuple[str, Path]], folder: Path) -> list[FileCopy]:
-    """Copies in `folder` of the files, with their hashes; of those that vanish meanwhile, none."""
+    """Copies of the files in `folder`, with their hashes, without those that vanish meanwhile."""
     copies = []
     for number, (name, path) in enumerate(files):
         try:
@@ -315,7 +317,7 @@ def make_copies(files: Iterable[tuple[str, Path]], folder: Path) -> list[FileCop
 
 
 def _link_or_copy(path: Path, copy: Path, *, grows: bool) -> Path:
-    """A second link to a file that is only ever replaced; of one that grows, its whole lines."""
+    """Hard-link a file that is only ever replaced; copy the whole lines of one that grows."""
     if grows:
         content = path.read_bytes()
         copy.write_bytes(content[: content.rfind(b"\n") + 1] if path.suffix in WHOLE_LINES else content)
@@ -324,6 +326,6 @@ def _link_or_copy(path: Path, copy: Path, *, grows: bool) -> Path:
         os.link(path.resolve(strict=True), copy)
     except FileNotFoundError:
         raise
-    except OSError:  # no links on this file system
+    except OSError:  # no hard links on this file system
         shutil.copyfile(path, copy)
     return copy

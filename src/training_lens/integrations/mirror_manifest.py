@@ -1,4 +1,4 @@
-"""A run in a mirror, and mirror.json, which lists what the mirror holds of it."""
+"""A mirrored run, and mirror.json, which lists its files."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ MANIFEST = "mirror.json"
 FORMAT = 1
 STATUSES = ("running", "finished", "failed", "pruned", "interrupted", "unknown")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-ALIVE_SECONDS = 120.0  # since the last sign of life, after which a run that says `running` is thought to be dead
+ALIVE_SECONDS = 120.0  # a run that is `running`, but whose mirror.json is older than this, counts as dead
 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What a file holds."""
+    """The sha256 and size in bytes of a file."""
 
     sha256: str
     size: int
 
     def check_values(self) -> None:
-        """Refuse what is no hash or no size.
+        """Check both values.
 
         Raises:
-            TypeError, ValueError: says which.
+            ValueError: one is no hash or no size.
         """
         if not isinstance(self.sha256, str) or not SHA256.fullmatch(self.sha256):
             raise ValueError(f"{self.sha256!r} is no sha256")
@@ -44,13 +44,13 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class MirrorManifest:
-    """mirror.json: what a mirrored run holds, written after the files that it lists.
+    """mirror.json: the files of a mirrored run. It is written after them.
 
     Args:
         status: of the run: running, finished, failed, pruned or interrupted.
         host: that wrote it, from the run's `folder`; `updated`: when (UTC).
-        version: another one at each writing.
-        replacing: files that are being written over: until the next manifest, they hold this or what `files` says.
+        version: random, and new at each writing.
+        replacing: files that are being overwritten: until the next manifest they have this digest or that of `files`.
     """
 
     run_id: str
@@ -70,32 +70,32 @@ class MirrorManifest:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """The bytes of all files."""
         return sum(content.size for content in self.files.values())
 
     @property
     def status_now(self) -> str:
-        """`status`; interrupted where the run says `running`, and nothing was heard of it for `ALIVE_SECONDS`."""
+        """`status`, or interrupted if it is `running` and was not updated for `ALIVE_SECONDS`."""
         died = self.status == "running" and self.seconds_old > ALIVE_SECONDS
         return "interrupted" if died else self.status
 
     def has_content(self, name: str, content: FileDigest) -> bool:
-        """Whether a file is right with this content."""
+        """Whether a file may have this content."""
         return content in (self.files.get(name), self.replacing.get(name))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> MirrorManifest:
-        """From the JSON's values.
+        """A manifest from the values of its JSON.
 
         Raises:
-            KeyError, TypeError, ValueError: they are none of a manifest, or name what cannot be in a run.
+            KeyError, TypeError, ValueError: they are not those of a manifest, or name files outside the run.
         """
         if misfit := find_type_error(MANIFEST, values):
             raise ValueError(misfit)
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']}; this version reads format {FORMAT}")
-        told = {key: {n: FileDigest(**c) for n, c in values[key].items()} for key in ("files", "replacing")}
-        manifest = cls(**{**values, **told})
+        digests = {key: {n: FileDigest(**c) for n, c in values[key].items()} for key in ("files", "replacing")}
+        manifest = cls(**{**values, **digests})
         check_run_id(manifest.run_id)
         check_experiment(manifest.experiment)
         for name, content in (*manifest.files.items(), *manifest.replacing.items()):
@@ -111,14 +111,14 @@ class MirrorManifest:
 
 @dataclass(frozen=True)
 class RemoteRun:
-    """A run in a mirror; `path` is its place there: experiments/NAME/runs/ID."""
+    """A run in a mirror; `path` is its folder there: experiments/NAME/runs/ID."""
 
     storage: StorageBackend
     path: str
 
     @property
     def place(self) -> str:
-        """For messages, and for commands."""
+        """The run's folder or URL, for messages and commands."""
         return f"{self.storage.place.rstrip('/')}/{self.path}"
 
     @property
@@ -130,17 +130,17 @@ class RemoteRun:
         return PurePosixPath(self.path).parts[-3]
 
     def storage_name(self, file: str) -> str:
-        """A file of the run, as the storage names it."""
+        """The name of a run's file in the storage."""
         return f"{self.path}/{file}"
 
     def list_files(self) -> dict[str, int]:
-        """The sizes of all files that are there, by their names in the run; mirror.json is none of them."""
+        """The sizes of the run's files in the storage, by their names in the run, without mirror.json."""
         start = len(self.path) + 1
         there = {name[start:]: size for name, size in self.storage.list(self.path).items()}
         return {name: size for name, size in there.items() if name != MANIFEST}
 
     def read_manifest(self) -> MirrorManifest:
-        """What it holds.
+        """Read and check mirror.json.
 
         Raises:
             CheckpointError: there is no such run, or its mirror.json is damaged.
@@ -158,13 +158,13 @@ class RemoteRun:
                 manifest = MirrorManifest.from_json(read_json(local))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(
-                    f"{self.place}/{MANIFEST} is damaged ({error}). training-lens sync, where the run is, mends it."
+                    f"{self.place}/{MANIFEST} is damaged ({error}). training-lens sync, where the run is, repairs it."
                 ) from error
         if (manifest.experiment, manifest.run_id) != (self.experiment, self.run_id):
             raise CheckpointError(
                 f"{self.place}/{MANIFEST} says that it is the run {manifest.run_id} of experiment "
-                f"{manifest.experiment}, and stands elsewhere. Nothing of it is fetched: put the folder back under the "
-                "names that it had, or send the run again with training-lens sync, where it is."
+                f"{manifest.experiment}, but it is elsewhere. Nothing is fetched: rename the folder back, "
+                "or send the run again with training-lens sync, where it is."
             )
         return manifest
 

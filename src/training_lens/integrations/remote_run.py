@@ -1,4 +1,4 @@
-"""A run in a mirror: found, listed, and fetched to this machine, to resume it or to read it.
+"""Finding, listing and fetching the runs of a mirror, to resume or to read them.
 
 A mirror has the layout of the output folder: {mirror}/experiments/{experiment}/runs/{run_id}/.
 """
@@ -30,16 +30,16 @@ from training_lens.utils.names import check_experiment, check_run_id, require_co
 
 logger = get_logger(__name__)
 RUN = re.compile(r"(?P<mirror>.+?)/(?P<run>experiments/[^/]+/runs/[^/]+)/?")
-SCANS = 3  # while the run goes on writing
-WRITTEN_HERE = ("reports/", "exports/")  # into a copy that is read: kept
-LISTED = ("metadata/", "reports/compare.json", "reports/evaluation.json")  # what `read_run` looks at
+SCANS = 3  # tries while the run is still writing
+WRITTEN_HERE = ("reports/", "exports/")  # into a fetched copy, where they are kept
+LISTED = ("metadata/", "reports/compare.json", "reports/evaluation.json")  # what `read_run` reads
 OF_UNFINISHED = ("logs/metrics.jsonl",)
 
 
 def list_remote_runs(storage: StorageBackend, experiment: str | None = None) -> list[RemoteRun]:
-    """The runs in a mirror, by their ids; of one experiment, or of all. Nothing of them is read.
+    """The runs in a mirror, of one experiment or of all, by their ids; no file is read.
 
-    Folders whose names are those of no experiment or run are left out with a warning.
+    Folders without a valid name are skipped with a warning.
     """
     experiments = storage.list_folders("experiments") if experiment is None else [experiment]
     found = [
@@ -55,14 +55,14 @@ def _keep_valid_names(names: Iterable[str], check: Callable[[str], str], storage
         try:
             yield check(name)
         except ConfigurationError as error:
-            logger.warning("passing over a folder of %s: %s", storage.place, error)
+            logger.warning("skipping a folder of %s: %s", storage.place, error)
 
 
 def find_remote_run(place: str, *, finished: bool | None) -> tuple[RemoteRun, MirrorManifest]:
     """The run at a place: its own (.../experiments/NAME/runs/ID), or the latest of a mirror.
 
     Args:
-        finished: whether the latest is the newest finished run, the newest unfinished, or with None the newest of all.
+        finished: the latest is the newest finished run if True, the newest unfinished if False, else the newest.
 
     Raises:
         CheckpointError: there is no such run.
@@ -78,7 +78,7 @@ def find_remote_run(place: str, *, finished: bool | None) -> tuple[RemoteRun, Mi
         try:
             manifest = run.read_manifest()
         except CheckpointError as error:
-            logger.warning("passing over a run: %s", error)
+            logger.warning("skipping a run: %s", error)
             continue
         if wanted is None or manifest.status_now in wanted:
             return run, manifest
@@ -90,15 +90,15 @@ def find_remote_run(place: str, *, finished: bool | None) -> tuple[RemoteRun, Mi
 
 
 def fetch_to_resume(place: str, base_output_dir: str, progress: Progress | None = None) -> RunFolder:
-    """A run of a mirror, as one of this machine: whole or not there, every file verified by its sha256.
+    """Fetch a mirrored run to resume it on this machine; atomically, every file verified by its sha256.
 
-    It goes on mirroring to where it came from. Killed in between, the next call keeps the files that are right.
+    The run keeps its mirror. After a kill, the next call keeps the files that are intact.
 
     Args:
-        place: the run's, or a mirror's: then its latest unfinished run.
+        place: of the run, or of a mirror for its latest unfinished run.
 
     Raises:
-        CheckpointError: there is no such run, it is finished, still trained elsewhere, here already, or damaged.
+        CheckpointError: there is no such run; or it is finished, still training elsewhere, here already, or damaged.
         IntegrationError: no answer.
     """
     remote, manifest = find_remote_run(place, finished=False)
@@ -116,10 +116,10 @@ def fetch_to_resume(place: str, base_output_dir: str, progress: Progress | None 
 def fetch_to_read(
     place: str, base_output_dir: str, *, finished: bool | None, progress: Progress | None = None
 ) -> RunFolder:
-    """A copy of a mirrored run in the cache, brought up to date; what was written into its reports stays.
+    """An up-to-date copy of a mirrored run in the cache; reports that were written into the copy are kept.
 
     Args:
-        place: the run's, or a mirror's: then its latest, as `finished` says; see `find_remote_run`.
+        place: of the run, or of a mirror for its latest run, see `find_remote_run`.
 
     Raises:
         CheckpointError: there is no such run, or it is damaged.
@@ -137,11 +137,11 @@ def fetch_to_read(
 
 
 def read_remote_runs(storage: StorageBackend, experiment: str | None, cache: Path) -> list[RunOverview]:
-    """The runs of a mirror, the newest first; read from their small files alone.
+    """The runs of a mirror, the newest first; reads their small files only.
 
     Args:
-        experiment: only of this one; None: of all.
-        cache: a folder that the small files are fetched to.
+        experiment: of the runs; None: all.
+        cache: a folder for the small files.
 
     Raises:
         IntegrationError: no answer.
@@ -163,8 +163,8 @@ def _read_remote(remote: RemoteRun, cache: Path) -> RunOverview:
     run = replace(read_run(RunFolder(folder)), mirror_place=remote.place)
     if run.status == BROKEN:
         return run
-    heard = f"on host {manifest.host}, heard of {_format_age(manifest)} ago" if manifest.status == "running" else ""
-    return replace(run, status=manifest.status_now, detail=heard)
+    detail = f"on host {manifest.host}, heard of {_format_age(manifest)} ago" if manifest.status == "running" else ""
+    return replace(run, status=manifest.status_now, detail=detail)
 
 
 def _format_age(manifest: MirrorManifest) -> str:
@@ -172,10 +172,10 @@ def _format_age(manifest: MirrorManifest) -> str:
 
 
 def _require_resumable(remote: RemoteRun, manifest: MirrorManifest, folder: Path) -> None:
-    """Refuse what cannot be gone on with here.
+    """Require that the run can be resumed here.
 
     Raises:
-        CheckpointError: says why, and what to do.
+        CheckpointError: it cannot; says why, and what to do.
     """
     if manifest.status_now not in UNFINISHED:
         raise CheckpointError(
@@ -184,8 +184,8 @@ def _require_resumable(remote: RemoteRun, manifest: MirrorManifest, folder: Path
         )
     if folder.exists():
         raise CheckpointError(
-            f"the run {manifest.run_id} is here already, in {folder}. Go on with that one: --resume {manifest.run_id}; "
-            "or delete it first, to get the one of the mirror."
+            f"the run {manifest.run_id} is here already, in {folder}. Resume that one: --resume {manifest.run_id}; "
+            "or delete it first, to fetch the one of the mirror."
         )
     if manifest.status_now == "running" and not _died_here(manifest):
         raise CheckpointError(
@@ -195,17 +195,17 @@ def _require_resumable(remote: RemoteRun, manifest: MirrorManifest, folder: Path
 
 
 def _died_here(manifest: MirrorManifest) -> bool:
-    """Whether it was this machine that trained it, and no process does so any more."""
+    """Whether it trained on this machine, and its process is gone."""
     there = RunFolder(Path(manifest.folder))
     return manifest.host == platform.node() and there.metadata.is_dir() and there.status != "running"
 
 
 @contextmanager
 def _lock_fetch(folder: Path) -> Iterator[Path]:
-    """The folder beside `folder` that a run is fetched to; one process at a time.
+    """The temporary folder that a run is fetched to, locked against other processes.
 
     Raises:
-        CheckpointError: another process fetches it.
+        CheckpointError: another process is fetching the run.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f"{TEMPORARY}fetched-{folder.name}")
@@ -217,15 +217,15 @@ def _lock_fetch(folder: Path) -> Iterator[Path]:
 
 
 def _download_run(remote: RemoteRun, folder: Path, progress: Progress) -> MirrorManifest:
-    """Bring `folder` to what the mirror holds, and give the manifest that says what that is.
+    """Bring `folder` up to date with the mirror; returns the manifest.
 
     Raises:
-        CheckpointError: a file is not what the manifest says; names it.
+        CheckpointError: names the files that differ from the manifest.
     """
     for _ in range(SCANS):
         manifest = remote.read_manifest()
         if not (wrong := _fetch_files(remote, manifest, folder, progress)):
-            break  # a run that goes on wrote it anew meanwhile, or else the next look finds the same
+            break  # else a running run may have replaced them: read the manifest again
     _require_intact(remote, wrong)
     for path in [p for p in folder.rglob("*") if p.is_file()]:
         name = path.relative_to(folder).as_posix()
@@ -243,7 +243,7 @@ def _require_intact(remote: RemoteRun, wrong: list[str]) -> None:
 
 
 def _fetch_files(remote: RemoteRun, manifest: MirrorManifest, folder: Path, progress: Progress) -> list[str]:
-    """Get what is not here yet; gives the files that are missing there, or wrong."""
+    """Fetch the files that are not here yet; returns those that are missing or wrong in the mirror."""
     left = {n: c for n, c in manifest.files.items() if not _is_intact(manifest, n, folder / n)}
     folder.mkdir(parents=True, exist_ok=True)
     needed, free = sum(content.size for content in left.values()), shutil.disk_usage(folder).free
@@ -266,7 +266,7 @@ def _fetch_file(
     folder: Path,
     advance: Callable[[float], None],
 ) -> bool:
-    """Whether a file came and is right; only then is it kept."""
+    """Whether the file could be fetched and is intact; only then is it kept."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     fetched = path.with_name(f"{TEMPORARY}{path.name}")
@@ -287,7 +287,7 @@ def _is_intact(manifest: MirrorManifest, name: str, path: Path) -> bool:
 
 
 def _adopt_run(folder: Path, remote: RemoteRun, manifest: MirrorManifest, base_output_dir: str) -> None:
-    """Make a fetched run one of this machine: where it is kept, where it goes, and that its mirror is known."""
+    """Make a fetched run one of this machine: set its output folder, its mirror, and the mirror's cursor."""
     config = RunFolder(folder).read_metadata("config.json")
     if not isinstance(config, dict) or not isinstance(config.get("output"), dict):
         raise CheckpointError(f"{remote.place}/metadata/config.json is no run's config. Resume another run.")

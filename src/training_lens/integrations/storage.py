@@ -1,4 +1,4 @@
-"""Places for files besides this machine's disk: a folder, or a URL that fsspec takes. Your own is one subclass.
+"""Storage of files by name, in a folder; at a URL, see `fsspec_storage`. Your own backend is one subclass.
 
 Example:
     storage = open_storage("s3://bucket/path")
@@ -22,18 +22,18 @@ from training_lens.utils.names import expand_home, find_name_fault
 from training_lens.utils.secrets import redact_text
 
 logger = get_logger(__name__)
-SHOWN_CHARACTERS = 100  # of a name that is left out
+SHOWN_CHARACTERS = 100  # of a skipped name in a warning
 
 
 class StorageBackend(ABC):
     """Files by name at one place. Names are relative, with `/` between folders: "lens/loss/00000001-00000006.parquet".
 
-    A name that would lead elsewhere is refused, see `check_name`, which your own backend calls, too. What goes wrong
-    there is an `IntegrationError`, or an `OSError` of the disk here. Override the four abstract methods; the others
-    follow from them, and may be overridden where a service has a shorter way.
+    Names that lead outside are refused by `check_name`; call it in your own backend, too. A failure of the storage is
+    an `IntegrationError`, one of the local disk an `OSError`. Override the four abstract methods; override the others
+    where a service has a faster way.
 
     Args:
-        place: what the user gave, for messages.
+        place: as the user gave it, for messages.
     """
 
     def __init__(self, place: str) -> None:
@@ -41,11 +41,11 @@ class StorageBackend(ABC):
 
     @abstractmethod
     def put_file(self, local: Path | str, name: str) -> None:
-        """Store the file at `local` under `name`, in place of what is there. Readers should never see half of it."""
+        """Store the file at `local` under `name`, replacing it. Readers should never see half of a file."""
 
     @abstractmethod
     def get_file(self, name: str, local: Path | str) -> None:
-        """Write the file of that name to `local`, whole or not at all; the folder of `local` is there.
+        """Write the file to `local`, atomically; the folder of `local` exists.
 
         Raises:
             IntegrationError: there is no such file, or no answer.
@@ -53,24 +53,24 @@ class StorageBackend(ABC):
 
     @abstractmethod
     def list(self, folder: str = "") -> dict[str, int]:
-        """The sizes in bytes of all files in a folder and those below it, by name; none where it is not there."""
+        """The sizes in bytes of all files below a folder, by name; empty if the folder does not exist."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Delete a file; one that is not there is no error."""
+        """Delete a file; a missing one is no error."""
 
     def list_folders(self, folder: str = "") -> builtins.list[str]:
-        """The names of the folders directly in a folder, sorted, without what is above them."""
+        """The names of the folders directly in a folder, sorted."""
         above = f"{folder}/" if folder else ""
         below = [name.removeprefix(above) for name in self.list(folder)]
         return sorted({name.split("/")[0] for name in below if "/" in name})
 
     def exists(self, name: str) -> bool:
-        """Whether there is a file of that name."""
+        """Whether a file of that name exists."""
         return name in self.list(str(PurePosixPath(name).parent).removeprefix("."))
 
     def verify(self, name: str, local: Path | str) -> bool:
-        """Whether the file of that name has the content of `local`, by its hash. Here: read back, and compared."""
+        """Whether the file has the content of `local`, by its hash. By default it is read back and compared."""
         with tempfile.TemporaryDirectory() as folder:
             back = Path(folder) / "back"
             self.get_file(name, back)
@@ -78,12 +78,12 @@ class StorageBackend(ABC):
 
 
 class LocalStorage(StorageBackend):
-    """A folder, on this machine's disk or one that is mounted; made when the first file comes."""
+    """A folder on a local or mounted disk, created with the first file."""
 
     def __init__(self, folder: Path | str) -> None:
         super().__init__(str(folder))
         if not str(folder).strip():
-            raise IntegrationError("an empty name is given, which means no storage; give a folder.", lasting=True)
+            raise IntegrationError("the name of the storage is empty; give a folder.", lasting=True)
         self.folder = expand_home(folder)
 
     def put_file(self, local: Path | str, name: str) -> None:
@@ -116,10 +116,10 @@ class LocalStorage(StorageBackend):
         return self.exists(name) and hash_file(self._full_path(name)) == hash_file(Path(local))
 
     def _full_path(self, name: str) -> Path:
-        """The file or folder of that name.
+        """The path of a file or folder.
 
         Raises:
-            IntegrationError: see `check_name`; or a symbolic link on the way leads out of the folder.
+            IntegrationError: see `check_name`; or a symbolic link leads out of the folder.
         """
         path = self.folder / check_name(name, self.place)
         if not self._is_inside(path):
@@ -131,7 +131,7 @@ class LocalStorage(StorageBackend):
 
 
 def check_name(name: str, place: str) -> str:
-    """`name`, where it means a file or folder within a storage, by the rules of every system that may read it.
+    """`name`, if it is a valid name within a storage on all systems that may read it.
 
     Args:
         place: the storage, for the message.
@@ -145,12 +145,12 @@ def check_name(name: str, place: str) -> str:
 
 
 def keep_valid_names(names: Iterable[str], place: str) -> set[str]:
-    """The names of a listing that can be asked for; it comes from outside, and others are left out with a warning."""
+    """The valid names of a listing, which comes from outside; others are skipped with a warning."""
     faults = {name: fault for name in names if (fault := find_name_fault(name))}
     if faults:
         first, why = next(iter(faults.items()))
         logger.warning(
-            "%s: %d names there are left out; %r: %s", redact_text(place), len(faults), first[:SHOWN_CHARACTERS], why
+            "%s: %d names are skipped; %r: %s", redact_text(place), len(faults), first[:SHOWN_CHARACTERS], why
         )
     return set(names) - faults.keys()
 
