@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The suite starts a hundred processes, each of which would compile the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-slow fuzz faults wheel-test audit check format peers compat clean
+.PHONY: setup demo docs test test-slow fuzz faults wheel-test audit check format peers compat clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/training-lens train +experiment=default
 	$(BIN)/training-lens compare --run latest
+
+# The guides and the API reference as a site: open site/index.html. A warning fails; nothing is downloaded.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -105,4 +109,4 @@ compat: $(STAMP) .venv-compat/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-peers-* .venv-compat .venv-audit outputs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-peers-* .venv-compat .venv-audit outputs site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
