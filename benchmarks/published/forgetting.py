@@ -73,7 +73,7 @@ def judges(setting: Setting, folder: str) -> Judges:
     base = load_model(plan.config.model, CPU, "fp32")
     texts = documents(plan.tokenizer) if setting.model == "embedded" else sampled(base, plan)
     way = EvaluationOptions(Processes(CPU), "fp32", 4096, plan.tokenizer.eos_token_id)
-    own = TokenDataset.of([as_example(i, ids) for i, ids in enumerate(texts)])
+    own = TokenDataset.from_examples([as_example(i, ids) for i, ids in enumerate(texts)])
     return Judges(way, plan.train, own, evaluate_loss(base, own, way).loss)
 
 

@@ -17,7 +17,7 @@ import pytest
 from click.testing import Result
 
 from training_lens import embedded
-from training_lens.data.file_readers import file_rows
+from training_lens.data.file_readers import read_file_rows
 from training_lens.data.source_file import SourceFile
 from training_lens.utils.integrity import read_sealed
 
@@ -41,7 +41,7 @@ def report_of(result: Result) -> dict[str, Any]:
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [dict(row.values) for row in file_rows(SourceFile(folder / name))]
+    return [dict(row.values) for row in read_file_rows(SourceFile(folder / name))]
 
 
 def test_the_default_splits_the_embedded_set_and_train_starts_from_its_cache(call: Call, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_everything_is_shown_and_no_run_is_made(folder: Path) -> None:
         assert part in said, said
     assert "1 validation examples are training examples too" in said
     assert "1 training examples are duplicates of another one" in said
-    assert "names of special tokens stand in the rows" in said and "'<|end|>' (1)" in said
+    assert "names of special tokens in the rows" in said and "'<|end|>' (1)" in said
     assert "literal end marks taken off" in said and "'<|endoftext|>' (1)" in said
     assert not (folder / "outputs/experiments").exists()
 

@@ -61,7 +61,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> OwnRun:
     plan = wrapper.plan()
     trainer, _ = wrapper._build_trainer(RunFolder(folder / "look").create(), plan)
     start = {name: p.detach().clone() for name, p in trainable(trainer.model)}
-    order = [int(i) for step in plan.schedule.steps() for i in step.examples]
+    order = [int(i) for step in plan.schedule.iterate_steps() for i in step.examples]
     rows = [_row(plan.train[i]) for i in order]
     summary = TrainingWrapper(config).train()
     return OwnRun(RunFolder(Path(summary.run_dir)).lens, config, rows, start)

@@ -52,7 +52,7 @@ def dataset(*lengths: int) -> TokenDataset:
         TokenizedExample("rows.jsonl", i, np.arange(1, n + 1, dtype=np.int32), np.arange(n) > 0, None)
         for i, n in enumerate(lengths)
     ]
-    return TokenDataset.of(examples)
+    return TokenDataset.from_examples(examples)
 
 
 @pytest.mark.parametrize(("tokens", "wanted"), [(10, [4, 5]), (9, [4, 5]), (8, [4]), (3, [3]), (100, [4, 5, 9])])

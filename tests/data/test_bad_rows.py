@@ -11,9 +11,9 @@ import pytest
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.notes import DataNotes
-from training_lens.data.reporting import notes as describe_losses
-from training_lens.data.source_reader import examples_of, read_examples
-from training_lens.data.sources import expand
+from training_lens.data.reporting import describe_losses as describe_losses
+from training_lens.data.source_reader import read_examples, read_source_examples
+from training_lens.data.sources import expand_sources
 from training_lens.data.templates import build_renderer
 from training_lens.data.token_cache import Preparation, Split, prepare_split, tokenize
 from training_lens.data.tokenization import TextEncoder
@@ -118,8 +118,8 @@ def test_rows_for_answers_and_evaluation_follow_the_same_rule(
 
 
 def test_in_error_mode_nothing_follows_a_bad_row(write_rows: Callable[..., Path]) -> None:
-    (source,) = expand([str(write_rows([*GOOD[:2], EMPTY, *GOOD[2:]]))], "data.train")
-    coming = examples_of(source, DataSection(), DataNotes())
+    (source,) = expand_sources([str(write_rows([*GOOD[:2], EMPTY, *GOOD[2:]]))], "data.train")
+    coming = read_source_examples(source, DataSection(), DataNotes())
     assert [next(coming).row, next(coming).row] == [1, 2]
     with pytest.raises(DatasetError, match="row 3"):
         next(coming)

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from training_lens.data.batching import Mix, Schedule, collate, cut, epoch_order, hold_out, share
+from training_lens.data.batching import (
+    DataMixture,
+    Schedule,
+    collate,
+    epoch_order,
+    hold_out,
+    shard_positions,
+    split_micro_batches,
+)
 from training_lens.data.examples import TokenizedExample
 from training_lens.errors import DatasetError
 
@@ -15,7 +23,7 @@ LENGTHS = np.random.default_rng(0).integers(5, 200, size=101)
 
 def test_each_epoch_visits_every_example_once() -> None:
     schedule = Schedule(examples=101, global_batch=8, epochs=2, max_steps=None, seed=3)
-    steps = list(schedule.steps())
+    steps = list(schedule.iterate_steps())
     assert len(steps) == schedule.total_steps == 2 * 13
     for epoch in (0, 1):
         visited = np.concatenate([s.examples for s in steps if s.epoch == epoch])
@@ -27,15 +35,15 @@ def test_each_epoch_visits_every_example_once() -> None:
 @pytest.mark.parametrize("after", [0, 1, 12, 13, 20])
 def test_resuming_continues_the_same_order(after: int) -> None:
     schedule = Schedule(examples=101, global_batch=8, epochs=2, max_steps=None, seed=3)
-    whole = [(s.number, s.examples.tolist()) for s in schedule.steps()]
-    assert [(s.number, s.examples.tolist()) for s in schedule.steps(after)] == whole[after:]
+    whole = [(s.number, s.examples.tolist()) for s in schedule.iterate_steps()]
+    assert [(s.number, s.examples.tolist()) for s in schedule.iterate_steps(after)] == whole[after:]
 
 
 def test_weights_say_how_often_an_epoch_takes_each_entry() -> None:
     entries = np.repeat([0, 1, 2], [10, 40, 8])
-    schedule = Schedule(58, 7, 2, None, 1, Mix(entries, (2.0, 0.5, 1.25)))
+    schedule = Schedule(58, 7, 2, None, 1, DataMixture(entries, (2.0, 0.5, 1.25)))
     assert schedule.epoch_examples == 20 + 20 + 10 and schedule.steps_per_epoch == 8
-    epochs = [np.concatenate([s.examples for s in schedule.steps() if s.epoch == epoch]) for epoch in (0, 1)]
+    epochs = [np.concatenate([s.examples for s in schedule.iterate_steps() if s.epoch == epoch]) for epoch in (0, 1)]
     for taken in epochs:
         counts = np.bincount(taken, minlength=58)
         assert (counts[:10] == 2).all()
@@ -44,8 +52,8 @@ def test_weights_say_how_often_an_epoch_takes_each_entry() -> None:
     assert set(epochs[0][np.isin(epochs[0], np.arange(10, 50))]) != set(
         epochs[1][np.isin(epochs[1], np.arange(10, 50))]
     )
-    whole = [s.examples.tolist() for s in schedule.steps()]
-    assert [s.examples.tolist() for s in schedule.steps(after=9)] == whole[9:]
+    whole = [s.examples.tolist() for s in schedule.iterate_steps()]
+    assert [s.examples.tolist() for s in schedule.iterate_steps(after=9)] == whole[9:]
 
 
 def test_length_of_runs() -> None:
@@ -57,7 +65,7 @@ def test_length_of_runs() -> None:
 @pytest.mark.parametrize("budget", [1, 64, 400, 10**6])
 def test_cutting_keeps_all_and_the_budget(budget: int) -> None:
     positions = np.arange(101)[::2]
-    parts = cut(positions, LENGTHS, budget)
+    parts = split_micro_batches(positions, LENGTHS, budget)
     assert sorted(np.concatenate(parts)) == sorted(positions)
     for part in parts:
         assert len(part) == 1 or len(part) * LENGTHS[part].max() <= budget
@@ -65,7 +73,7 @@ def test_cutting_keeps_all_and_the_budget(budget: int) -> None:
 
 def test_shares_of_processes_are_disjoint_and_complete() -> None:
     positions = np.arange(50)
-    shares = [share(positions, LENGTHS, process, 3) for process in range(3)]
+    shares = [shard_positions(positions, LENGTHS, process, 3) for process in range(3)]
     assert sorted(np.concatenate(shares)) == list(range(50))
 
 

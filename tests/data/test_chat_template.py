@@ -10,8 +10,8 @@ from jinja2 import TemplateError
 from trl_templates import TEMPLATES, add_special_tokens
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.chat_template import ChatTemplate, special_names
-from training_lens.data.examples import Example, Message, Segment
+from training_lens.data.chat_template import ChatTemplate, special_token_names
+from training_lens.data.examples import Example, Message, TextSegment
 from training_lens.data.templates import build_renderer
 from training_lens.errors import DatasetError
 
@@ -69,7 +69,7 @@ def own_text(tokenizer: Any, messages: list[Message]) -> str:
     raise AssertionError("no form works")
 
 
-def check(tokenizer: Any, template: ChatTemplate, segments: list[Segment], messages: list[Message]) -> None:
+def check(tokenizer: Any, template: ChatTemplate, segments: list[TextSegment], messages: list[Message]) -> None:
     text = own_text(tokenizer, messages)
     added = "" if template_closes(tokenizer, text) else tokenizer.eos_token
     assert "".join(s.text for s in segments) == text + added
@@ -178,7 +178,7 @@ def test_without_thinking_thoughts_are_shown_as_they_are_or_refused(tokenizer: A
 def test_special_names_in_tools_and_calls_stay_text(tokenizer: Any, template: ChatTemplate) -> None:
     if not template.tools:
         pytest.skip("the template has no place for tools")
-    name = next(n for n in sorted(special_names(tokenizer)) if "end" in n or "eot" in n)
+    name = next(n for n in sorted(special_token_names(tokenizer)) if "end" in n or "eot" in n)
     renderer = build_renderer(DataSection(template="chat", supervise="last"), tokenizer)
     counts = []
     for text in ("plain", name):

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from training_lens.data import columns
-from training_lens.data.columns import EncodedRows, TokenizedRows, Truncation, fit, learnable, running
+from training_lens.data.columns import (
+    EncodedRows,
+    TokenizedRows,
+    Truncation,
+    compute_offsets,
+    find_learnable_rows,
+    truncate_rows,
+)
 from training_lens.data.examples import TokenizedExample
 
 BOS, END = 1, 2
@@ -18,7 +25,7 @@ def drawn(lengths: list[int], seed: int = 0) -> EncodedRows:
     """Rows of these lengths; every second begins with BOS, and about half of the tokens are answers."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(2, 9, sum(lengths)).astype(np.int32)
-    offsets = running(np.array(lengths))
+    offsets = compute_offsets(np.array(lengths))
     starts = offsets[:-1][np.array(lengths) > 0]
     ids[starts[::2]] = BOS
     return EncodedRows(ids, rng.random(len(ids)) < 0.5, offsets)
@@ -39,7 +46,7 @@ def cut(ids: list[int], seq_len: int, truncation: Truncation) -> list[int]:
 @pytest.mark.parametrize("truncation", ["keep_end", "keep_start", "drop"])
 def test_all_examples_are_cut_as_each_alone(truncation: Truncation) -> None:
     rows = drawn([0, 3, 9, 4, 12, 5, 0, 30])
-    fitted = fit(rows, 4, truncation, BOS)
+    fitted = truncate_rows(rows, 4, truncation, BOS)
     for before, after in zip(rows, fitted, strict=True):
         assert after.input_ids.tolist() == cut(before.input_ids.tolist(), 4, truncation)
         marked = cut(list(range(len(before.response))), 4, truncation) if len(before.input_ids) else []
@@ -49,23 +56,25 @@ def test_all_examples_are_cut_as_each_alone(truncation: Truncation) -> None:
 
 def test_answers_keep_their_marks_behind_the_cut() -> None:
     rows = drawn([9, 9])
-    fitted = fit(rows, 4, "keep_end", BOS)
+    fitted = truncate_rows(rows, 4, "keep_end", BOS)
     assert fitted[0].response.tolist() == rows[0].response[[0, 6, 7, 8]].tolist()
     assert fitted[1].response.tolist() == rows[1].response[5:].tolist()
 
 
 def test_what_fits_is_not_touched() -> None:
     rows = drawn([3, 4])
-    assert fit(rows, 4, "keep_end", BOS) is rows
+    assert truncate_rows(rows, 4, "keep_end", BOS) is rows
 
 
 def test_learnable_is_an_answer_with_more_than_end_tokens() -> None:
     ids = [[5, 6, 7], [5, 6, END], [6, 5, 5], []]
     response = [[False, True, True], [False, False, True], [True, False, False], []]
     lengths = np.array([len(each) for each in ids])
-    rows = EncodedRows(np.concatenate(ids).astype(np.int32), np.concatenate(response).astype(bool), running(lengths))
+    rows = EncodedRows(
+        np.concatenate(ids).astype(np.int32), np.concatenate(response).astype(bool), compute_offsets(lengths)
+    )
     # the third's only answer token is its first, which nothing predicts
-    assert learnable(rows, {END}).tolist() == [True, False, False, False]
+    assert find_learnable_rows(rows, {END}).tolist() == [True, False, False, False]
 
 
 def test_columns_give_back_the_examples_they_were_made_of() -> None:
@@ -74,7 +83,7 @@ def test_columns_give_back_the_examples_they_were_made_of() -> None:
         TokenizedExample("f", i, np.arange(n, dtype=np.int32), rng.random(n) < 0.5, "ab"[i % 2] if i % 3 else None, i)
         for i, n in enumerate([4, 0, 1, 7])
     ]
-    rows = TokenizedRows.of(made)
+    rows = TokenizedRows.from_examples(made)
     assert rows.supervised.tolist() == [int(e.loss_mask[1:].sum()) for e in made]
     for a, b in zip(made, rows, strict=True):
         assert (a.id, a.domain, a.digest) == (b.id, b.domain, b.digest)

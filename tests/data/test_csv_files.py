@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from training_lens.config.data_sections import CsvSection
-from training_lens.data.file_readers import file_rows
+from training_lens.data.file_readers import read_file_rows
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import ConfigurationError, DatasetError
 
@@ -26,8 +26,8 @@ def read(path: Path, content: bytes, **settings: Any) -> tuple[list[dict[str, An
     """The rows' values, and what was said of the table."""
     path.write_bytes(content)
     sentences: list[str] = []
-    source = SourceFile(path, CsvSection(**settings), say=sentences.append)
-    return [dict(row.values) for row in file_rows(source)], sentences
+    source = SourceFile(path, CsvSection(**settings), add_remark=sentences.append)
+    return [dict(row.values) for row in read_file_rows(source)], sentences
 
 
 def table(delimiter: str, encoding: str, line_end: str = "\r\n") -> bytes:
@@ -156,12 +156,12 @@ def test_bad_rows_are_passed_over_but_never_those_that_a_quote_swallows(tmp_path
     (path := tmp_path / "a.csv").write_text('question,answer\nq,a\nr\ns,b,c\nt,"d" e\nu,f\n,\nv,g,h\n')
     bad: list[tuple[int, str]] = []
     source = SourceFile(path, on_bad_row=lambda number, error: bad.append((number, str(error.kind))))
-    assert [row.number for row in file_rows(source)] == [2, 6]
+    assert [row.number for row in read_file_rows(source)] == [2, 6]
     cells = "another number of cells"
     assert bad == [(3, cells), (4, cells), (5, "broken table"), (8, cells)]
     path.write_text('question,answer\nq,a\nr,"b\ns,c\nt,d\n')
     with pytest.raises(DatasetError, match=r"row 3: broken table .* within 3 lines"):
-        list(file_rows(source))
+        list(read_file_rows(source))
 
 
 @pytest.mark.parametrize(

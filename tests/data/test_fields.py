@@ -10,7 +10,7 @@ import pytest
 
 from training_lens.config.data_sections import DataSection, DomainSection
 from training_lens.data.examples import Example, Message, Row
-from training_lens.data.fields import FieldMapping, find_mapping, keys_of
+from training_lens.data.fields import FieldMapping, collect_keys, find_mapping
 from training_lens.data.row_reader import RowReader, strip_end_marks
 from training_lens.errors import DatasetError
 
@@ -138,11 +138,11 @@ def test_a_mixed_file_names_the_rows_and_what_to_set() -> None:
     with pytest.raises(
         DatasetError, match=r"'question' \(row 1\) and 'prompt' \(row 7\) .*data\.fields\.instruction="
     ) as e:
-        find_mapping(keys_of(rows), DataSection(), "f.jsonl")
+        find_mapping(collect_keys(rows), DataSection(), "f.jsonl")
     assert "several files" in str(e.value)
     rows[1] = Row("f.jsonl", 9, {"messages": []})
     with pytest.raises(DatasetError, match=r"messages \(row 9\) or as question -> answer \(row 1\)"):
-        find_mapping(keys_of(rows), DataSection(), "f.jsonl")
+        find_mapping(collect_keys(rows), DataSection(), "f.jsonl")
 
 
 def test_sharegpt_and_messages_become_the_same_example() -> None:
@@ -202,7 +202,7 @@ def test_end_marks_are_taken_off_answers_alone() -> None:
 def test_a_key_that_shows_late_is_seen() -> None:
     rows = [Row("f", i, {"question": "a", "answer": "b"}) for i in range(1, 300)]
     rows.append(Row("f", 300, {"question": "a", "answer": "b", "context": "c", "domain": "d"}))
-    assert keys_of(rows) == {"question": 1, "answer": 1, "context": 300, "domain": 300}
+    assert collect_keys(rows) == {"question": 1, "answer": 1, "context": 300, "domain": 300}
 
 
 def test_the_form_asked_for_looks_for_its_own_fields_alone() -> None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from training_lens.config.data_sections import CsvSection
-from training_lens.data.file_readers import check_csv_settings, file_rows, format_of
+from training_lens.data.file_readers import check_csv_settings, detect_format, read_file_rows
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 
@@ -50,7 +50,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, packed: boo
     content = CONTENTS[name]()
     path = tmp_path / (f"{name}.gz" if packed else name)
     path.write_bytes(gzip.compress(content) if packed else content)
-    rows = list(file_rows(SourceFile(path)))
+    rows = list(read_file_rows(SourceFile(path)))
     assert [row.values for row in rows] == ROWS
     first = 2 if "sv" in name else 1  # a table's first row names its columns
     assert [row.number for row in rows] == [first, first + 1]
@@ -59,14 +59,14 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str, packed: boo
 def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + b'{"a": 1}\n\n{"a": 2}\n')
-    assert [row.number for row in file_rows(SourceFile(file))] == [1, 3]
+    assert [row.number for row in read_file_rows(SourceFile(file))] == [1, 3]
     table = tmp_path / "a.csv"
     table.write_bytes(b"\xef\xbb\xbfa,b\n1,2\n")
-    assert next(file_rows(SourceFile(table))).values == {"a": "1", "b": "2"}
+    assert next(read_file_rows(SourceFile(table))).values == {"a": "1", "b": "2"}
 
 
 def test_formats_are_told_by_name() -> None:
-    assert [format_of(Path(n)) for n in ("a.jsonl.gz", "b.csv", "c.gz", "d.txt")] == [".jsonl", ".csv", None, None]
+    assert [detect_format(Path(n)) for n in ("a.jsonl.gz", "b.csv", "c.gz", "d.txt")] == [".jsonl", ".csv", None, None]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_broken_files_say_where(tmp_path: Path, name: str, content: bytes, messa
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(DatasetError, match=message):
-        list(file_rows(SourceFile(file)))
+        list(read_file_rows(SourceFile(file)))
 
 
 def test_settings_of_tables_are_refused_where_no_source_is_one() -> None:

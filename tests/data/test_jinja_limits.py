@@ -17,7 +17,7 @@ DOUBLE = "{%% set ns = namespace(s=%s) %%}{%% for i in range(60) %%}{%% set ns.s
 
 
 def render(source: str) -> str:
-    return JinjaTemplate(source, {"eos_token": "</s>"}, date(2026, 1, 1)).render(CHAT, ())[0]
+    return JinjaTemplate(source, {"eos_token": "</s>"}, date(2026, 1, 1)).render_chat(CHAT, ())[0]
 
 
 @pytest.mark.parametrize(

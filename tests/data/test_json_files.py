@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from training_lens.data.file_readers import file_rows
+from training_lens.data.file_readers import read_file_rows
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 
@@ -23,7 +23,7 @@ def read(tmp_path: Path, name: str, text: str) -> tuple[list[Any], list[str]]:
     """The rows' values, and what was said of the file."""
     (path := tmp_path / name).write_text(text, encoding="utf-8")
     sentences: list[str] = []
-    return [row.values for row in file_rows(SourceFile(path, say=sentences.append))], sentences
+    return [row.values for row in read_file_rows(SourceFile(path, add_remark=sentences.append))], sentences
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson", "A.JSONL"])
@@ -95,10 +95,10 @@ def test_bad_rows_are_passed_over_where_that_is_wanted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(line.encode("latin-1") for line in ['{"q": 0}', *broken, '{"q": 6}']))
     bad: list[int] = []
-    rows = list(file_rows(SourceFile(path, on_bad_row=lambda number, error: bad.append(number))))
+    rows = list(read_file_rows(SourceFile(path, on_bad_row=lambda number, error: bad.append(number))))
     assert ([row.number for row in rows], bad) == ([1, 7], [2, 3, 4, 5, 6])
     whole = tmp_path / "b.json"
     whole.write_text('[{"q": 0}, 1, {"a": 1, "a": 2}, {"q": 3}]')
     bad.clear()
-    rows = list(file_rows(SourceFile(whole, on_bad_row=lambda number, error: bad.append(number))))
+    rows = list(read_file_rows(SourceFile(whole, on_bad_row=lambda number, error: bad.append(number))))
     assert ([row.number for row in rows], bad) == ([1, 4], [2, 3])

@@ -14,10 +14,10 @@ from pairwise import pairwise  # type: ignore[import-not-found]
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
-from training_lens.data.columns import Encoded
+from training_lens.data.columns import EncodedRow
 from training_lens.data.examples import Example, Message
 from training_lens.data.source_reader import read_examples
-from training_lens.data.templates import adopt_template_file, build_renderer
+from training_lens.data.templates import build_renderer, load_template_file
 from training_lens.data.tokenization import TextEncoder
 from training_lens.models.factory import load_tokenizer
 
@@ -80,7 +80,7 @@ def test_answers_round_trip_and_prompts_are_the_same(
     if template == "jinja":
         (tmp_path / "mine.jinja").write_text(JINJA)
         template = str(tmp_path / "mine.jinja")
-        adopt_template_file(template, tokenizer)
+        load_template_file(template, tokenizer)
     try:
         check(form, PATTERN if template == "pattern" else template, tokenizer, rows[form])
     finally:
@@ -90,11 +90,13 @@ def test_answers_round_trip_and_prompts_are_the_same(
 def check(form: str, template: str, tokenizer: Any, examples: list[Example]) -> None:
     renderer, encoder = build_renderer(DataSection(template=template), tokenizer), TextEncoder(tokenizer)
     encoded = encoder.encode([renderer.example(example) for example in examples])
-    unknown = encoder.without_token(set().union(*(m.text for e in examples for m in e.messages)))
+    unknown = encoder.find_unknown_characters(set().union(*(m.text for e in examples for m in e.messages)))
     exact = 0
     for example, tokens in zip(examples, encoded, strict=True):
         last = runs(tokens)[-1]
-        assert tokens.input_ids[: last[0]].tolist() == prompt_ids(encoder, renderer.prompt_of(example), last[0])
+        assert tokens.input_ids[: last[0]].tolist() == prompt_ids(
+            encoder, renderer.render_example_prompt(example), last[0]
+        )
         learned = [said(m) for m in example.messages if m.role == "assistant" and m.learn]
         assert len(runs(tokens)) == len(learned)
         for (start, end), text in zip(runs(tokens), learned, strict=True):
@@ -116,16 +118,16 @@ def said(message: Message) -> str:
 
 def prompt_ids(encoder: TextEncoder, segments: Any, length: int) -> list[int]:
     """The prompt's tokens; a plain text has none but BOS."""
-    return encoder.prompt_ids(segments) if segments else [encoder.bos_id or 0][:length]
+    return encoder.encode_prompt(segments) if segments else [encoder.bos_id or 0][:length]
 
 
-def runs(tokens: Encoded) -> list[tuple[int, int]]:
+def runs(tokens: EncodedRow) -> list[tuple[int, int]]:
     """The stretches of supervised tokens."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], tokens.response.astype(int), [0]])))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
-def supervised_text(tokenizer: Any, tokens: Encoded, start: int, end: int) -> str:
+def supervised_text(tokenizer: Any, tokens: EncodedRow, start: int, end: int) -> str:
     """Decoded behind what stands before it: some tokenizers drop a space at the start of what they decode."""
     before = tokenizer.decode(tokens.input_ids[:start], clean_up_tokenization_spaces=False)
     return str(tokenizer.decode(tokens.input_ids[:end], clean_up_tokenization_spaces=False))[len(before) :]

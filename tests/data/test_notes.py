@@ -10,9 +10,9 @@ from training_lens.data.notes import (
     MOST_KEYS,
     MOST_KINDS,
     DataNotes,
-    kind_of_error,
+    classify_error,
     list_rows,
-    reason_of,
+    strip_location,
 )
 from training_lens.errors import DatasetError
 
@@ -20,7 +20,7 @@ from training_lens.errors import DatasetError
 def test_sentences_are_kept_once_in_order_with_how_often_they_were_said() -> None:
     notes = DataNotes()
     for sentence in ("its answers are JSON", "its hash column is short", "its answers are JSON"):
-        notes.say("a.jsonl", sentence)
+        notes.add_remark("a.jsonl", sentence)
     assert list(notes.remarks["a.jsonl"].items()) == [("its answers are JSON", 2), ("its hash column is short", 1)]
 
 
@@ -28,7 +28,7 @@ def test_ever_new_keys_and_kinds_do_not_grow_the_report() -> None:
     notes, rows = DataNotes(), 1000
     for row in range(rows):
         notes.ignore_key("a.jsonl", f"key{row}")
-        notes.bad_row("a.jsonl", row, f"kind {row}", f"message {row}")
+        notes.add_bad_row("a.jsonl", row, f"kind {row}", f"message {row}")
     ignored, bad = notes.ignored_keys["a.jsonl"], notes.bad_rows["a.jsonl"]
     assert len(ignored) == MOST_KEYS + 1 and ignored[MORE_KEYS] == rows - MOST_KEYS
     assert len(bad) == MOST_KINDS + 1 and sum(len(kind.rows) for kind in bad.values()) == rows
@@ -38,7 +38,7 @@ def test_ever_new_keys_and_kinds_do_not_grow_the_report() -> None:
 def test_end_marks_are_counted_over_all_sources() -> None:
     notes = DataNotes()
     for source, mark in (("a", "</s>"), ("b", "</s>"), ("b", "<eos>")):
-        notes.end_mark(source, mark)
+        notes.add_end_mark(source, mark)
     assert notes.end_marks == {"</s>": 2, "<eos>": 1}
 
 
@@ -46,10 +46,12 @@ def test_errors_of_one_reason_in_other_rows_and_turns_are_one_kind() -> None:
     errors = {
         row: DatasetError(f"a.jsonl, row {row}, 'messages' message {turn}: is empty") for row, turn in ((1, 2), (30, 4))
     }
-    assert {kind_of_error(error, "a.jsonl", row) for row, error in errors.items()} == {"'messages' message #: is empty"}
+    assert {classify_error(error, "a.jsonl", row) for row, error in errors.items()} == {
+        "'messages' message #: is empty"
+    }
     named = DatasetError("a.jsonl, line 7: broken JSON (x at column 3)", kind="broken JSON")
-    assert kind_of_error(named, "a.jsonl", 7) == "broken JSON"
-    assert reason_of(str(named), "a.jsonl", 7) == "broken JSON (x at column 3)"
+    assert classify_error(named, "a.jsonl", 7) == "broken JSON"
+    assert strip_location(str(named), "a.jsonl", 7) == "broken JSON (x at column 3)"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.reporting import notes
+from training_lens.data.reporting import describe_losses
 from training_lens.data.templates import build_renderer
 from training_lens.data.token_cache import Preparation, prepare_split
 from training_lens.data.tokenization import TextEncoder
@@ -18,7 +18,7 @@ def notes_of(tokenizer: Any, paths: list[Path], cache: Path, **data: Any) -> str
     section = DataSection.model_validate(data)
     ready = Preparation(section, build_renderer(section, tokenizer), TextEncoder(tokenizer), 64, "")
     split = prepare_split([str(path) for path in paths], "data.train", ready, cache, Progress())
-    return "\n".join(notes(split.report, 64))
+    return "\n".join(describe_losses(split.report, 64))
 
 
 def test_clean_rows_need_no_words(embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_each_loss_has_its_line(embedded_tokenizer: Any, write_rows: Callable[..
     said = notes_of(embedded_tokenizer, [some, none], tmp_path / "cache", truncation="keep_start")
     assert "2 of 4 rows dropped: nothing of their answer fits model.seq_len=64" in said
     assert f"nothing is left of {none}" in said
-    assert "names of special tokens stand in the rows and are taken as plain text: '<|bos|>' (1)" in said
+    assert "names of special tokens in the rows are read as plain text: '<|bos|>' (1)" in said
     assert "data.special_tokens=allow" in said
     assert "taken off the ends of answers: '</s>' (1)" in said
     dropped = notes_of(embedded_tokenizer, [some], tmp_path / "cache", truncation="drop")

@@ -13,11 +13,11 @@ import pytest
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.examples import Example, Message, Row
-from training_lens.data.fields import find_mapping, keys_of
+from training_lens.data.fields import collect_keys, find_mapping
 from training_lens.data.notes import DataNotes
 from training_lens.data.row_reader import RowReader
-from training_lens.data.source_reader import usable_examples
-from training_lens.data.sources import expand
+from training_lens.data.source_reader import read_usable_examples
+from training_lens.data.sources import expand_sources
 from training_lens.data.values import write_value
 from training_lens.errors import DatasetError
 
@@ -30,7 +30,7 @@ CALL = {"name": "find_nest", "arguments": {"animal": "owl"}}
 def read(values: dict[str, Any], **data: Any) -> tuple[Example, dict[str, int]]:
     """The example of a row, and what is said of its source."""
     section, row, notes = DataSection.model_validate(data), Row("f", 1, values), DataNotes()
-    reader = RowReader(find_mapping(keys_of([row]), section, "f"), section, "f", notes)
+    reader = RowReader(find_mapping(collect_keys([row]), section, "f"), section, "f", notes)
     return reader.read(row), notes.remarks.get("f", {})
 
 
@@ -48,7 +48,9 @@ def learned(example: Example) -> list[str]:
 def first_of(shared: Path, name: str, **data: Any) -> tuple[Example, DataNotes]:
     path, notes = str(shared / "cases" / name), DataNotes()
     section = DataSection.model_validate({"train": [path], **data})
-    examples = [e for source in expand([path], "data.train") for e in usable_examples(source, section, notes)]
+    examples = [
+        e for source in expand_sources([path], "data.train") for e in read_usable_examples(source, section, notes)
+    ]
     return examples[0], notes
 
 
@@ -82,7 +84,7 @@ def test_turns_are_masked_by_every_name(shared: Path, name: str) -> None:
 def test_rows_of_unwanted_answers_are_set_aside(shared: Path) -> None:
     path = str(shared / "cases/04-turn-mask-keys/row_label_false.jsonl")
     notes = DataNotes()
-    examples = list(usable_examples(expand([path], "data.train")[0], DataSection(train=[path]), notes))
+    examples = list(read_usable_examples(expand_sources([path], "data.train")[0], DataSection(train=[path]), notes))
     assert [bool(learned(e)) for e in examples] == [True, False] * 6
     assert any("'label' is false are set aside" in sentence for sentence in notes.remarks[path])
 
@@ -288,7 +290,9 @@ def test_records_of_squad_become_a_row_for_each_question(write_rows: Callable[..
     path = tmp_path / "squad.json"
     path.write_text(json.dumps({"version": "v2.0", "data": [article, {**article, "title": "U"}]}))
     notes = DataNotes()
-    examples = list(usable_examples(expand([str(path)], "data.train")[0], DataSection(train=[str(path)]), notes))
+    examples = list(
+        read_usable_examples(expand_sources([str(path)], "data.train")[0], DataSection(train=[str(path)]), notes)
+    )
     assert [(e.row, e.messages[0].text, e.messages[0].input, e.messages[1].text) for e in examples] == [
         (1, "Q1", "C", "x"), (2, "Q2", "C", "y"), (3, "Q1", "C", "x"), (4, "Q2", "C", "y"),
     ]  # fmt: skip

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.examples import Example, Row
-from training_lens.data.fields import FieldMapping, find_mapping, keys_of
+from training_lens.data.fields import FieldMapping, collect_keys, find_mapping
 from training_lens.data.notes import DataNotes
 from training_lens.data.row_keys import (
     ALIASES,
@@ -79,7 +79,7 @@ OPEN = ("tools", "functions", "arguments", "parameters", "rejected")
 
 def read(values: dict[str, Any], **data: Any) -> tuple[Example, FieldMapping, DataNotes]:
     section, row, notes = DataSection.model_validate(data), Row("f", 1, values), DataNotes()
-    mapping = find_mapping(keys_of([row]), section, "f")
+    mapping = find_mapping(collect_keys([row]), section, "f")
     return RowReader(mapping, section, "f", notes).read(row), mapping, notes
 
 
@@ -198,7 +198,7 @@ def test_a_key_that_one_row_misspells_is_found_among_rows_that_have_it() -> None
         Row("f", 2, {"question": "a", "answer": "b", "sytem": "c"}),
     ]
     section = DataSection()
-    reader = RowReader(find_mapping(keys_of(rows), section, "f"), section, "f")
+    reader = RowReader(find_mapping(collect_keys(rows), section, "f"), section, "f")
     assert reader.read(rows[0]).messages[0].role == "system"
     with pytest.raises(DatasetError, match="f, row 2: 'sytem' is not read"):
         reader.read(rows[1])
@@ -211,7 +211,7 @@ def test_unknown_keys_are_counted_by_path_and_null_is_no_value() -> None:
     ]
     section, notes = DataSection(), DataNotes()
     rows = [Row("f", i, {"messages": turns, "meta": {"score": 1}, "id": i}) for i in (1, 2)]
-    reader = RowReader(find_mapping(keys_of(rows), section, "f"), section, "f", notes)
+    reader = RowReader(find_mapping(collect_keys(rows), section, "f"), section, "f", notes)
     for row in rows:
         reader.read(row)
     assert notes.ignored_keys["f"] == {

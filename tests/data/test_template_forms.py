@@ -17,7 +17,7 @@ from training_lens.data.completeness import find_lost
 from training_lens.data.examples import Example, Message
 from training_lens.data.notes import DataNotes
 from training_lens.data.source_reader import read_examples
-from training_lens.data.templates import adopt_template_file, build_renderer, resolve_date
+from training_lens.data.templates import build_renderer, load_template_file, resolve_date
 from training_lens.data.tokenization import TextEncoder
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.models.factory import load_tokenizer
@@ -250,7 +250,7 @@ CASES = {
 def test_shared_cases_show_their_calls(embedded_tokenizer: Any, shared: Path, case: str) -> None:
     template = shared / "cases" / case
     tokenizer = copy.deepcopy(embedded_tokenizer)
-    adopt_template_file(str(template), tokenizer)
+    load_template_file(str(template), tokenizer)
     data = DataSection(train=[str(template.parent / "rows.jsonl")], template=str(template))
     renderer = build_renderer(data, tokenizer)
     examples = list(read_examples([str(data.train[0])], "data.train", data))

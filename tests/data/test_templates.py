@@ -11,10 +11,10 @@ from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
 from training_lens.data.examples import Example, Message
 from training_lens.data.templates import (
-    adopt_template_file,
     build_renderer,
     choose_template,
     domain_prefix,
+    load_template_file,
 )
 from training_lens.data.turn_templates import AlpacaTemplate
 from training_lens.errors import ConfigurationError, DatasetError
@@ -148,13 +148,13 @@ def test_a_template_file_is_adopted_or_refused_with_its_line(embedded_tokenizer:
     tokenizer = copy.deepcopy(embedded_tokenizer)
     file = tmp_path / "mine.jinja"
     file.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}")
-    adopt_template_file(str(file), tokenizer)
+    load_template_file(str(file), tokenizer)
     assert rendered(str(file), tokenizer, *CHAT) == ["system: S<|end|>\nuser: A\nI<|end|>\nassistant: ", "[B<|end|>]"]
     file.write_text("{% for m in messages %}\n{{ m.role }\n{% endfor %}")
     with pytest.raises(ConfigurationError, match=r"mine\.jinja, line 2"):
-        adopt_template_file(str(file), tokenizer)
+        load_template_file(str(file), tokenizer)
     with pytest.raises(ConfigurationError, match="cannot be read"):
-        adopt_template_file(str(tmp_path / "none.jinja"), tokenizer)
+        load_template_file(str(tmp_path / "none.jinja"), tokenizer)
 
 
 def with_template(tokenizer: Any, source: str) -> Any:

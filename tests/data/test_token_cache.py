@@ -137,18 +137,18 @@ def test_domains_share_one_prefix_in_training_and_inference(embedded_tokenizer: 
 
 
 def test_a_long_prompt_is_asked_as_it_was_trained(embedded_tokenizer: Any) -> None:
-    from training_lens.data.examples import Example, Message, Segment
-    from training_lens.data.token_cache import prompt_as_trained, tokenize
+    from training_lens.data.examples import Example, Message, TextSegment
+    from training_lens.data.token_cache import encode_training_prompt, tokenize
 
     long = Example((Message("user", "word " * 99), Message("assistant", "Yes it is.")), None, "f", 1)
     for truncation in ("keep_end", "keep_start"):
-        whole = preparation(embedded_tokenizer).encoder.prompt_ids([Segment("word " * 99, False)])
+        whole = preparation(embedded_tokenizer).encoder.encode_prompt([TextSegment("word " * 99, False)])
         seq_len = 64 if truncation == "keep_end" else len(whole) + 8
         ready = preparation(embedded_tokenizer, seq_len, truncation=truncation)
         (tokenized,) = tokenize([long], ready)
         assert tokenized is not None
         first = tokenized.loss_mask.argmax()
-        assert prompt_as_trained(long, ready) == tokenized.input_ids[:first].tolist()
+        assert encode_training_prompt(long, ready) == tokenized.input_ids[:first].tolist()
 
 
 def test_entries_follow_the_setting_and_not_the_cache(

@@ -26,8 +26,8 @@ def examples(count: int) -> list[TokenizedExample]:
 
 def test_round_trip_over_several_batches(tmp_path: Path) -> None:
     made = examples(25)
-    write_examples(tmp_path / "x.arrow", map(TokenizedRows.of, [made[:10], [], made[10:11], made[11:]]))
-    for dataset in (TokenDataset.open(tmp_path / "x.arrow"), TokenDataset.of(made)):
+    write_examples(tmp_path / "x.arrow", map(TokenizedRows.from_examples, [made[:10], [], made[10:11], made[11:]]))
+    for dataset in (TokenDataset.open(tmp_path / "x.arrow"), TokenDataset.from_examples(made)):
         assert len(dataset) == 25
         for a, b in zip(made, dataset, strict=True):
             assert (a.id, a.domain) == (b.id, b.domain)
@@ -40,7 +40,7 @@ def test_round_trip_over_several_batches(tmp_path: Path) -> None:
 
 def test_a_selection_is_a_view_in_its_order(tmp_path: Path) -> None:
     made = examples(25)
-    write_examples(tmp_path / "x.arrow", [TokenizedRows.of(made)])
+    write_examples(tmp_path / "x.arrow", [TokenizedRows.from_examples(made)])
     chosen = TokenDataset.open(tmp_path / "x.arrow").select(np.array([7, 3, 20])).select(np.array([2, 0]))
     assert [chosen.example_id(i) for i in range(2)] == ["f:20", "f:7"]
     assert chosen.lengths.tolist() == [len(made[20].input_ids), len(made[7].input_ids)]
@@ -63,7 +63,7 @@ def all_of(dataset: TokenDataset) -> list[object]:
 
 def test_no_flipped_bit_is_ever_read(tmp_path: Path) -> None:
     made, path = examples(25), tmp_path / "x.arrow"
-    write_examples(path, map(TokenizedRows.of, [made[:10], [], made[10:]]))
+    write_examples(path, map(TokenizedRows.from_examples, [made[:10], [], made[10:]]))
     checksums = tmp_path / "x.checksums.json"
     rng = np.random.default_rng(0)
     for file in (path, checksums):
@@ -79,14 +79,14 @@ def test_no_flipped_bit_is_ever_read(tmp_path: Path) -> None:
         with pytest.raises(DamagedFileError):
             TokenDataset.open(path)
         path.write_bytes(content)
-    assert all_of(TokenDataset.open(path)) == all_of(TokenDataset.of(made))
+    assert all_of(TokenDataset.open(path)) == all_of(TokenDataset.from_examples(made))
 
 
 def test_tokens_are_compared_where_they_are_read_and_written_anew(tmp_path: Path) -> None:
     made, path = examples(25), tmp_path / "x.arrow"
 
     def write() -> None:
-        write_examples(tmp_path / "new.arrow", map(TokenizedRows.of, [made[:10], made[10:]]))
+        write_examples(tmp_path / "new.arrow", map(TokenizedRows.from_examples, [made[:10], made[10:]]))
         for name in ("arrow", "checksums.json"):
             (tmp_path / f"new.{name}").replace(tmp_path / f"x.{name}")
 

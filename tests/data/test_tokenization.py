@@ -11,10 +11,10 @@ import pytest
 from training_lens import embedded
 from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
-from training_lens.data.columns import fit, learnable
-from training_lens.data.examples import Example, Message, Segment
+from training_lens.data.columns import find_learnable_rows, truncate_rows
+from training_lens.data.examples import Example, Message, TextSegment
 from training_lens.data.templates import Renderer, build_renderer
-from training_lens.data.tokenization import Coverage, TextEncoder
+from training_lens.data.tokenization import CharacterCoverage, TextEncoder
 from training_lens.errors import DatasetError, ModelLoadingError
 from training_lens.models.factory import load_tokenizer
 
@@ -70,7 +70,7 @@ def test_prompt_is_the_same_at_training_and_inference(tokenizer: Any, renderer: 
     for prompt, answer in TEXTS:
         one = example(prompt, answer, "law")
         encoded = encoder.encode([renderer.example(one)])[0]
-        asked = encoder.prompt_ids(renderer.prompt(one.messages[:-1], one.domain))
+        asked = encoder.encode_prompt(renderer.prompt(one.messages[:-1], one.domain))
         assert encoded.input_ids[~encoded.response].tolist() == asked
 
 
@@ -113,7 +113,7 @@ def test_an_answer_has_one_end_token(embedded_tokenizer: Any) -> None:
 def test_the_pad_token_does_not_decide_the_mask(shared: Path) -> None:
     """tinystories pads with <unk>, which real text may hold: such tokens stay targets."""
     tokenizer = load_tokenizer(ModelSection(id=str(shared / "models/tinystories-656k")))
-    encoded = TextEncoder(tokenizer).encode([[Segment("Q: ", False), Segment("a<unk>b<|end_story|>", True)]])[0]
+    encoded = TextEncoder(tokenizer).encode([[TextSegment("Q: ", False), TextSegment("a<unk>b<|end_story|>", True)]])[0]
     assert tokenizer.pad_token_id in encoded.input_ids[encoded.response]
 
 
@@ -128,16 +128,16 @@ def test_truncation_keeps_the_end_or_the_start_or_drops(embedded_tokenizer: Any)
     encoder = TextEncoder(embedded_tokenizer)
     rows = encoder.encode([renderer.example(example("Q", "one two three four five six"))])
     (whole,), length = rows, len(rows.input_ids) - 3
-    (start,) = fit(rows, length, "keep_start", encoder.bos_id)
+    (start,) = truncate_rows(rows, length, "keep_start", encoder.bos_id)
     assert start.input_ids.tolist() == whole.input_ids[:length].tolist()
     assert encoder.eos_id not in start.input_ids[start.response]
-    (end,) = fit(rows, length, "keep_end", encoder.bos_id)
+    (end,) = truncate_rows(rows, length, "keep_end", encoder.bos_id)
     assert len(end.input_ids) == length
     assert end.input_ids[0] == encoder.bos_id and end.input_ids[1:].tolist() == whole.input_ids[4:].tolist()
     assert end.response.sum() == whole.response.sum()
-    assert fit(rows, length, "drop", encoder.bos_id).lengths.tolist() == [0]
+    assert truncate_rows(rows, length, "drop", encoder.bos_id).lengths.tolist() == [0]
     for policy in ("keep_end", "keep_start", "drop"):
-        assert fit(rows, length + 3, policy, encoder.bos_id) is rows  # type: ignore[arg-type]
+        assert truncate_rows(rows, length + 3, policy, encoder.bos_id) is rows  # type: ignore[arg-type]
 
 
 def test_embedded_names_resolve_to_files() -> None:
@@ -150,7 +150,7 @@ def test_an_answer_without_tokens_is_not_learnable(shared: Path) -> None:
     renderer = build_renderer(DataSection(template="alpaca"), tokenizer)
     encoder = TextEncoder(tokenizer)
     encoded = encoder.encode([renderer.example(example("Hi", answer)) for answer in ("机器人", "Tom")])
-    assert learnable(encoded, encoder.special_ids).tolist() == [False, True]
+    assert find_learnable_rows(encoded, encoder.special_ids).tolist() == [False, True]
 
 
 def test_special_names_in_data_give_no_special_tokens(tokenizer: Any, renderer: Renderer) -> None:
@@ -165,19 +165,21 @@ def test_special_names_in_data_give_no_special_tokens(tokenizer: Any, renderer: 
 
 def test_characters_without_token_are_found(shared: Path, embedded_tokenizer: Any) -> None:
     tinystories = TextEncoder(load_tokenizer(ModelSection(), str(shared / "models/tinystories-656k")))
-    assert tinystories.without_token("aZ #*é\n机") >= {"#", "*", "机"}
-    assert not tinystories.without_token("aZ .,!")
-    assert not TextEncoder(load_tokenizer(ModelSection(), str(shared / "tokenizers/phi3"))).without_token("a#机\n")
-    coverage = Coverage(tinystories)
-    coverage.add(["a#b#", "cd"])
-    coverage.add(["#"])
+    assert tinystories.find_unknown_characters("aZ #*é\n机") >= {"#", "*", "机"}
+    assert not tinystories.find_unknown_characters("aZ .,!")
+    assert not TextEncoder(load_tokenizer(ModelSection(), str(shared / "tokenizers/phi3"))).find_unknown_characters(
+        "a#机\n"
+    )
+    coverage = CharacterCoverage(tinystories)
+    coverage.count_texts(["a#b#", "cd"])
+    coverage.count_texts(["#"])
     assert (coverage.characters, dict(coverage.unknown)) == (7, {"#": 3})
 
 
 def test_bos_twice_is_refused(embedded_tokenizer: Any) -> None:
     encoder = TextEncoder(embedded_tokenizer)
     with pytest.raises(DatasetError, match="begins with BOS twice"):
-        encoder.encode([[Segment("<|bos|><|bos|>Hi", False)]])
+        encoder.encode([[TextSegment("<|bos|><|bos|>Hi", False)]])
 
 
 def test_a_tokenizer_that_gives_nothing_is_refused(embedded_tokenizer: Any) -> None:

@@ -35,7 +35,7 @@ def dataset(embedded_tokenizer: Any) -> TokenDataset:
     renderer = build_renderer(DataSection(), embedded_tokenizer)
     preparation = Preparation(DataSection(), renderer, TextEncoder(embedded_tokenizer), 512, "")
     tokenized = tokenize(examples, preparation)
-    return TokenDataset.of([t for t in tokenized if t is not None])
+    return TokenDataset.from_examples([t for t in tokenized if t is not None])
 
 
 @pytest.fixture(scope="module")

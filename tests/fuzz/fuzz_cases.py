@@ -172,7 +172,7 @@ def template(world: World, folder: Path, draw: random.Random) -> Call:
     def call() -> None:
         source = read_template_file(str(file))
         with _failures_of_templates():
-            JinjaTemplate(source, {"eos_token": "</s>"}, date(2026, 1, 1)).render(CHAT["messages"], CHAT["tools"])
+            JinjaTemplate(source, {"eos_token": "</s>"}, date(2026, 1, 1)).render_chat(CHAT["messages"], CHAT["tools"])
 
     return call
 
@@ -294,7 +294,7 @@ def prepared(world: World, folder: Path, draw: random.Random) -> Call:
     """A prepared folder's rows and manifest, read as training and another `prepare` do."""
     from training_lens.config.data_sections import DataSection
     from training_lens.data.source_reader import read_examples
-    from training_lens.data.sources import expand
+    from training_lens.data.sources import expand_sources
     from training_lens.preparation.prepare_splits import find_written_files
 
     place = _copy(world.prepared, folder / "prepared")
@@ -303,7 +303,7 @@ def prepared(world: World, folder: Path, draw: random.Random) -> Call:
 
     def call() -> None:
         find_written_files(place)
-        for source in expand([rows], "data.train"):
+        for source in expand_sources([rows], "data.train"):
             assert source.sha256
         assert list(read_examples([rows], "data.train", DataSection()))
 

@@ -71,7 +71,7 @@ def _make_study(folder: Path) -> Path:
 def _prepare(folder: Path) -> Path:
     from training_lens import TrainingConfig
     from training_lens.display.progress import Progress
-    from training_lens.preparation.prepare_splits import prepare
+    from training_lens.preparation.prepare_splits import prepare_splits
 
     rows = [{"question": f"Where is box {i}?", "answer": f"In the hall {i}."} for i in range(20)]
     values = {
@@ -79,7 +79,7 @@ def _prepare(folder: Path) -> Path:
         "prepare": {"output": str(folder / "prepared"), "splits": {"train": 0.8, "validation": 0.2}},
         "output": {"base_output_dir": str(folder / "outputs")},
     }
-    return prepare(TrainingConfig.model_validate(values), Progress()).folder
+    return prepare_splits(TrainingConfig.model_validate(values), Progress()).folder
 
 
 def run_cases(world: World, cases: int, first: int, place: Path) -> Iterator[tuple[str, int, Outcome]]:

@@ -313,5 +313,5 @@ def test_rows_with_earlier_turns_and_tools_are_asked_as_they_are_trained(
         source = input_file(str(write_rows([{**form, **around, **(answer if has_answer else {})}], "asked.jsonl")))
         rows = read_lines(source, CsvSection())
         (question,), _ = QuestionReader(session, rows, source, None, "")(rows)
-        assert question.ids == session.encoder.prompt_ids(session.renderer.prompt_of(example))
+        assert question.ids == session.encoder.encode_prompt(session.renderer.render_example_prompt(example))
         assert question.expected == ("There." if has_answer else None)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.sources import expand
+from training_lens.data.sources import expand_sources
 from training_lens.display.progress import Progress
 from training_lens.errors import DatasetError
-from training_lens.preparation.corpus import Corpus, catalogue_of
+from training_lens.preparation.corpus import Corpus, build_catalogue
 
 ROWS = [
     {"question": f"Who is {i}?", "answer": f"Tom {i}.</s>", "domain": "ab"[i % 2], "user": i // 2} for i in range(6)
@@ -21,20 +21,20 @@ ROWS = [
 
 
 def corpus_of(*paths: Path) -> Corpus:
-    return Corpus.of(expand([str(path) for path in paths], "data.train"), DataSection(), Progress())
+    return Corpus.from_sources(expand_sources([str(path) for path in paths], "data.train"), DataSection(), Progress())
 
 
 def test_every_pass_sees_the_same_rows_in_the_same_order(write_rows: Callable[..., Path]) -> None:
     corpus = corpus_of(write_rows(ROWS[:4], "a.jsonl"), write_rows(ROWS[4:], "b.jsonl"))
-    first, second = (list(corpus.rows("reading")) for _ in range(2))
+    first, second = (list(corpus.read_rows("reading")) for _ in range(2))
     assert first == second and [dict(row.values) for row, _ in first] == ROWS
     assert all(e.messages[-1].text.endswith("</s>") for _, e in first)
-    assert [e.messages[-1].text for e in corpus.examples("reading")] == [f"Tom {i}." for i in range(6)]
+    assert [e.messages[-1].text for e in corpus.read_examples("reading")] == [f"Tom {i}." for i in range(6)]
 
 
 def test_the_catalogue_knows_each_row_s_place_domain_and_group(write_rows: Callable[..., Path]) -> None:
     a, b = write_rows(ROWS[:4], "a.jsonl"), write_rows([*ROWS[4:], ROWS[0]], "b.jsonl")
-    catalogue = catalogue_of(corpus_of(a, b), "user")
+    catalogue = build_catalogue(corpus_of(a, b), "user")
     assert [catalogue.row_id(i) for i in (0, 3, 4, 6)] == [f"{a}:1", f"{a}:4", f"{b}:1", f"{b}:3"]
     assert [catalogue.domains[i] for i in catalogue.domain] == ["a", "b", "a", "b", "a", "b", "a"]
     assert catalogue.whole[6] == catalogue.whole[0] and len(set(catalogue.whole.tolist())) == 6
@@ -46,15 +46,15 @@ def test_a_source_that_changes_between_passes_is_refused(write_rows: Callable[..
     corpus = corpus_of(path)
     path.write_text(path.read_text() * 2)
     with pytest.raises(DatasetError, match=r"rows.jsonl: changed while it was read"):
-        catalogue_of(corpus, None)
+        build_catalogue(corpus, None)
 
 
 def test_a_source_that_grows_within_a_later_pass_is_refused(write_rows: Callable[..., Path]) -> None:
     path = write_rows(ROWS)
     corpus = corpus_of(path)
-    catalogue = catalogue_of(corpus, None)
+    catalogue = build_catalogue(corpus, None)
     with pytest.raises(DatasetError, match=r"rows.jsonl: changed while it was read"):
-        for position, _ in catalogue.numbered(corpus.rows("writing")):
+        for position, _ in catalogue.enumerate_rows(corpus.read_rows("writing")):
             assert position < len(ROWS)
             if not position:
                 grow(path)
@@ -66,9 +66,9 @@ def grow(path: Path) -> None:
 
 
 def test_more_rows_than_there_were_are_refused_before_they_are_used(write_rows: Callable[..., Path]) -> None:
-    catalogue = catalogue_of(corpus_of(write_rows(ROWS)), None)
+    catalogue = build_catalogue(corpus_of(write_rows(ROWS)), None)
     with pytest.raises(DatasetError, match=r"rows.jsonl: changed while it was read"):
-        list(catalogue.numbered(range(len(ROWS) + 1)))
+        list(catalogue.enumerate_rows(range(len(ROWS) + 1)))
 
 
 def test_a_change_that_keeps_size_and_time_is_found_by_the_hash(write_rows: Callable[..., Path]) -> None:
@@ -81,7 +81,7 @@ def test_a_change_that_keeps_size_and_time_is_found_by_the_hash(write_rows: Call
         corpus.require_unchanged()
     path.unlink()
     with pytest.raises(DatasetError, match=r"rows.jsonl: changed while it was read"):
-        list(corpus.rows("reading"))
+        list(corpus.read_rows("reading"))
 
 
 def test_a_group_field_that_a_source_does_not_have_is_told_as_the_setting(write_rows: Callable[..., Path]) -> None:
@@ -89,4 +89,4 @@ def test_a_group_field_that_a_source_does_not_have_is_told_as_the_setting(write_
     with pytest.raises(
         DatasetError, match=r"prepare.group_field: .*rows.jsonl has no field 'usr'. Did you mean 'user'"
     ):
-        catalogue_of(corpus, "usr")
+        build_catalogue(corpus, "usr")

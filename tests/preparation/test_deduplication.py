@@ -11,14 +11,14 @@ from training_lens.data.examples import Example, Message
 from training_lens.preparation.deduplication import (
     RECALL,
     NearIndex,
-    bands,
-    conflicts,
-    fingerprint,
-    first_equal,
-    jaccard,
-    near_duplicates,
-    shingles,
-    within,
+    choose_bands,
+    combine_digests,
+    find_conflicts,
+    find_first_equal,
+    find_near_duplicates,
+    fingerprint_example,
+    hash_shingles,
+    jaccard_similarity,
 )
 
 WORDS = "the old boat lay on the sand while a small dog ran along the water and looked for its red ball".split()
@@ -42,7 +42,7 @@ def plain(text: str) -> Example:
     ids=["white space", "composed letters", "plain text"],
 )
 def test_the_same_words_are_exact_duplicates(one: Example, other: Example) -> None:
-    assert fingerprint(one) == fingerprint(other)
+    assert fingerprint_example(one) == fingerprint_example(other)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_the_same_words_are_exact_duplicates(one: Example, other: Example) -> No
     ids=["case", "prompt", "not learned", "input", "role", "tools"],
 )
 def test_what_trains_otherwise_is_no_duplicate(other: Example) -> None:
-    assert fingerprint(example("Yes.")).whole != fingerprint(other).whole
+    assert fingerprint_example(example("Yes.")).whole != fingerprint_example(other).whole
 
 
 def test_calls_are_part_of_what_is_said() -> None:
@@ -66,29 +66,33 @@ def test_calls_are_part_of_what_is_said() -> None:
         call = {"name": "weather", "arguments": {"city": city}}
         return Example((Message("user", "Weather?"), Message("assistant", "", calls=(call,))), None, "f", 1)
 
-    assert fingerprint(calling("Bern")) == fingerprint(calling("Bern")) != fingerprint(calling("Rome"))
-    assert jaccard(shingles(calling("Bern").messages), shingles(calling("Rome").messages)) < 1
+    assert (
+        fingerprint_example(calling("Bern"))
+        == fingerprint_example(calling("Bern"))
+        != fingerprint_example(calling("Rome"))
+    )
+    assert jaccard_similarity(hash_shingles(calling("Bern").messages), hash_shingles(calling("Rome").messages)) < 1
 
 
 def test_the_first_of_each_kind_is_kept() -> None:
-    assert first_equal(np.array([5, 3, 5, 3, 9], dtype=np.uint64)).tolist() == [0, 1, 0, 1, 4]
+    assert find_first_equal(np.array([5, 3, 5, 3, 9], dtype=np.uint64)).tolist() == [0, 1, 0, 1, 4]
 
 
 def test_other_answers_to_one_prompt_conflict_and_repeated_ones_do_not() -> None:
     asked = [("Who?", "Tom"), ("Where?", "Here"), ("Who?", "Ann"), ("Where?", "Here"), ("Who?", "Tom")]
-    prints = [fingerprint(example(answer, prompt)) for prompt, answer in asked]
+    prints = [fingerprint_example(example(answer, prompt)) for prompt, answer in asked]
     whole, prompt = (np.array([getattr(p, name) for p in prints], dtype=np.uint64) for name in ("whole", "prompt"))
-    rows, earlier = conflicts(whole, prompt)
+    rows, earlier = find_conflicts(whole, prompt)
     assert (rows.tolist(), earlier.tolist()) == ([2], [0])
 
 
 def test_texts_without_a_prompt_never_conflict() -> None:
-    one, other = fingerprint(plain("a")), fingerprint(plain("b"))
+    one, other = fingerprint_example(plain("a")), fingerprint_example(plain("b"))
     assert one.prompt != other.prompt and one.prompt == one.whole
 
 
 def pieces(text: str, context: int = 0) -> np.ndarray:
-    return shingles([Message("assistant", text)], context)
+    return hash_shingles([Message("assistant", text)], context)
 
 
 def test_shingles_are_the_runs_of_five_words() -> None:
@@ -99,20 +103,20 @@ def test_shingles_are_the_runs_of_five_words() -> None:
 
 
 def test_case_and_width_are_near_and_signs_are_not_lost() -> None:
-    assert jaccard(pieces("\uff21\uff22\uff23 Stra\u00dfe"), pieces("abc STRASSE")) == 1
-    assert jaccard(pieces("what is 3 + 4"), pieces("what is 3 - 4")) == 0
-    assert jaccard(pieces(""), pieces(" ")) == 1
+    assert jaccard_similarity(pieces("\uff21\uff22\uff23 Stra\u00dfe"), pieces("abc STRASSE")) == 1
+    assert jaccard_similarity(pieces("what is 3 + 4"), pieces("what is 3 - 4")) == 0
+    assert jaccard_similarity(pieces(""), pieces(" ")) == 1
 
 
 def test_other_contexts_share_no_shingle() -> None:
     text = " ".join(WORDS)
-    assert jaccard(pieces(text, 1 << 40), pieces(text, 2 << 40)) == 0
+    assert jaccard_similarity(pieces(text, 1 << 40), pieces(text, 2 << 40)) == 0
 
 
 @pytest.mark.parametrize("num_perm", [16, 128, 256])
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95, 1.0])
 def test_bands_find_pairs_at_the_threshold(threshold: float, num_perm: int) -> None:
-    number, size = bands(threshold, num_perm)
+    number, size = choose_bands(threshold, num_perm)
     assert number >= 2 and number * size <= num_perm
     found = 1 - (1 - threshold**size) ** number
     assert found >= RECALL
@@ -122,11 +126,11 @@ def near_of(examples: list[Example], threshold: float = 0.8) -> dict[int, tuple[
     def rows() -> Iterator[tuple[int, Example, int]]:
         return ((position, e, int(contexts[position])) for position, e in enumerate(examples))
 
-    prints = [fingerprint(e) for e in examples]
+    prints = [fingerprint_example(e) for e in examples]
     strata = np.array([len(e.domain or "") for e in examples], dtype=np.uint64)
-    contexts = within(strata, np.array([p.context for p in prints], dtype=np.uint64))
+    contexts = combine_digests(strata, np.array([p.context for p in prints], dtype=np.uint64))
     prompts = np.array([p.prompt for p in prints], dtype=np.uint64)
-    return near_duplicates(rows, np.ones(len(examples), dtype=bool), prompts, NearIndex(threshold, 128))
+    return find_near_duplicates(rows, np.ones(len(examples), dtype=bool), prompts, NearIndex(threshold, 128))
 
 
 def changed(words: list[str], *places: int) -> Example:
@@ -147,7 +151,7 @@ def test_no_pair_below_the_threshold_is_ever_found() -> None:
     """The candidates of MinHash are many here: half of each text is the same."""
     shared = [f"word{i}" for i in range(60)]
     texts = [plain(" ".join([*shared, *(f"own{n}x{i}" for i in range(30))])) for n in range(60)]
-    assert jaccard(shingles(texts[0].messages), shingles(texts[1].messages)) < 0.5
+    assert jaccard_similarity(hash_shingles(texts[0].messages), hash_shingles(texts[1].messages)) < 0.5
     assert near_of(texts, 0.5) == {}
 
 
@@ -166,10 +170,10 @@ def test_near_rows_of_other_domains_stay() -> None:
 
 
 def test_the_same_text_of_two_domains_is_equal_and_no_duplicate() -> None:
-    one, other = (fingerprint(example("Yes.", domain=domain)) for domain in ("law", "tax"))
+    one, other = (fingerprint_example(example("Yes.", domain=domain)) for domain in ("law", "tax"))
     assert one == other
     strata, whole = np.array([1, 2, 1], dtype=np.uint64), np.array([one.whole] * 3, dtype=np.uint64)
-    assert first_equal(within(strata, whole)).tolist() == [0, 1, 0]
+    assert find_first_equal(combine_digests(strata, whole)).tolist() == [0, 1, 0]
 
 
 PROMPT = " ".join(f"{word}{i}" for i in range(3) for word in WORDS)
@@ -184,7 +188,7 @@ def test_rows_that_ask_the_same_and_answer_otherwise_are_never_near() -> None:
 def test_nearly_the_same_prompt_is_near_with_the_same_answer_alone() -> None:
     asked = [(PROMPT, "yes"), (f"{PROMPT} please", "no"), (f"{PROMPT} please", "Yes")]
     found = near_of([example(answer, prompt) for prompt, answer in asked])
-    assert found == {2: (0, jaccard(pieces(PROMPT), pieces(f"{PROMPT} please")))}
+    assert found == {2: (0, jaccard_similarity(pieces(PROMPT), pieces(f"{PROMPT} please")))}
 
 
 def test_other_prompts_of_one_long_answer_are_not_near() -> None:

@@ -8,13 +8,13 @@ import numpy as np
 
 from training_lens.data.examples import Example, Message
 from training_lens.preparation.deduplication import NearIndex
-from training_lens.preparation.leakage import DROPPED, Leak, equal_leaks, near_leaks
+from training_lens.preparation.leakage import DROPPED, Leak, find_equal_leaks, find_near_leaks
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 
 
 def leaks(whole: list[int], prompt: list[int], split: list[int]) -> list[Leak]:
-    return equal_leaks(np.array(whole, np.uint64), np.array(prompt, np.uint64), np.array(split), TRAIN)
+    return find_equal_leaks(np.array(whole, np.uint64), np.array(prompt, np.uint64), np.array(split), TRAIN)
 
 
 def test_the_training_row_repeats_the_held_out_one() -> None:
@@ -46,7 +46,7 @@ def test_near_rows_are_found_across_splits_alone() -> None:
     def rows() -> Iterator[tuple[int, Example, int]]:
         return ((position, example, 0) for position, example in enumerate(examples))
 
-    found = near_leaks(rows, np.array([TRAIN, TRAIN, TEST, TEST]), TRAIN, NearIndex(0.8, 128))
+    found = find_near_leaks(rows, np.array([TRAIN, TRAIN, TEST, TEST]), TRAIN, NearIndex(0.8, 128))
     assert [(leak.kind, leak.row, leak.other) for leak in found] == [("near", 0, 2), ("near", 1, 2)]
     assert all(0.9 < leak.similarity < 1 for leak in found)
-    assert near_leaks(rows, np.array([TRAIN, TRAIN, TRAIN, TEST]), TRAIN, NearIndex(0.8, 128)) == []
+    assert find_near_leaks(rows, np.array([TRAIN, TRAIN, TRAIN, TEST]), TRAIN, NearIndex(0.8, 128)) == []

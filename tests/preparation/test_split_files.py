@@ -16,14 +16,21 @@ from training_lens import embedded
 from training_lens.config.data_sections import DataSection
 from training_lens.data.examples import Example, Row
 from training_lens.data.source_reader import read_examples
-from training_lens.data.sources import expand
+from training_lens.data.sources import expand_sources
 from training_lens.data.templates import build_renderer
 from training_lens.data.token_cache import Preparation, tokenize
 from training_lens.data.tokenization import TextEncoder
 from training_lens.display.progress import Progress
 from training_lens.errors import DatasetError
 from training_lens.preparation.corpus import Corpus
-from training_lens.preparation.split_files import FileFormat, Form, choose_form, open_writer, settings_for, written
+from training_lens.preparation.split_files import (
+    FileFormat,
+    Form,
+    build_reading_settings,
+    choose_form,
+    convert_row,
+    open_writer,
+)
 
 ROWS = 20
 FORMATS: tuple[FileFormat, ...] = ("jsonl", "parquet")
@@ -42,15 +49,15 @@ FORMS = {
 def rewrite(specs: list[str], target: Path, file_format: FileFormat, **data: Any) -> tuple[Path, Form, DataSection]:
     """The first rows of the sources in one file, its form, and the settings that read it."""
     section = DataSection(train=specs, **data)
-    corpus = Corpus.of(expand(specs, "data.train"), section, Progress())
+    corpus = Corpus.from_sources(expand_sources(specs, "data.train"), section, Progress())
     form = choose_form(corpus, file_format)
     path = target / f"all.{file_format}"
-    rows = list(islice(corpus.rows("reading"), ROWS * len(specs)))
+    rows = list(islice(corpus.read_rows("reading"), ROWS * len(specs)))
     with closing(open_writer(path, form, any(example.domain is not None for _, example in rows))) as writer:
         for row, example in rows:
-            writer.write(row, written(row, example, form, section.domain.per_file))
+            writer.write(row, convert_row(row, example, form, section.domain.per_file))
     assert writer.rows == len(rows)
-    return path, form, settings_for(form, section)
+    return path, form, build_reading_settings(form, section)
 
 
 def tokens(specs: list[str], section: DataSection, tokenizer: Any) -> list[Any]:
@@ -119,8 +126,8 @@ def test_rows_of_one_mapping_keep_their_keys_and_values(write_rows: Callable[...
     specs = [own(QUESTIONS, write_rows, "a.jsonl"), own(more, write_rows, "b.jsonl")]
     path, form, section = rewrite(specs, tmp_path, "jsonl")
     assert form == "as_read" and section.fields == DataSection().fields
-    (source,) = expand([str(path)], "data.train")
-    assert [dict(row.values) for row in source.rows()] == [*QUESTIONS, *more]
+    (source,) = expand_sources([str(path)], "data.train")
+    assert [dict(row.values) for row in source.read_rows()] == [*QUESTIONS, *more]
 
 
 def test_the_file_s_name_becomes_the_domain_of_rows_as_they_are(
@@ -129,8 +136,8 @@ def test_the_file_s_name_becomes_the_domain_of_rows_as_they_are(
     specs = [own(QUESTIONS, write_rows, "law.jsonl")]
     path, form, section = rewrite(specs, tmp_path, "jsonl", domain={"per_file": True})
     assert form == "as_read" and not section.domain.per_file
-    (source,) = expand([str(path)], "data.train")
-    assert [dict(row.values) for row in source.rows()] == [{**row, "domain": "law"} for row in QUESTIONS]
+    (source,) = expand_sources([str(path)], "data.train")
+    assert [dict(row.values) for row in source.read_rows()] == [{**row, "domain": "law"} for row in QUESTIONS]
 
 
 def test_a_domain_that_the_rows_have_is_not_written_over(write_rows: Callable[..., Path], tmp_path: Path) -> None:

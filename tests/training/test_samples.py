@@ -35,23 +35,23 @@ def example(row: int, mask: list[int]) -> TokenizedExample:
 
 
 def test_the_prompt_is_what_stands_before_the_first_answer() -> None:
-    (prompt,) = select_prompts(TokenDataset.of([example(1, [0, 0, 0, 1, 1, 0, 0, 1])]), 3, 10)
+    (prompt,) = select_prompts(TokenDataset.from_examples([example(1, [0, 0, 0, 1, 1, 0, 0, 1])]), 3, 10)
     assert (prompt.id, prompt.ids, prompt.expected) == ("rows.jsonl:1", [100, 101, 102], [103, 104])
-    (prompt,) = select_prompts(TokenDataset.of([example(1, [0, 0, 1, 1])]), 1, 1)
+    (prompt,) = select_prompts(TokenDataset.from_examples([example(1, [0, 0, 1, 1])]), 1, 1)
     assert (prompt.ids, prompt.expected) == ([100, 101], [102, 103])
 
 
 @pytest.mark.parametrize(("length", "begun"), [(40, OPENING), (6, 3), (2, 1)])
 def test_a_text_is_gone_on_with_from_its_first_tokens(length: int, begun: int) -> None:
     for mask in ([1] * length, [0] + [1] * (length - 1)):
-        (prompt,) = select_prompts(TokenDataset.of([example(1, mask)]), 1, 5)
+        (prompt,) = select_prompts(TokenDataset.from_examples([example(1, mask)]), 1, 5)
         assert prompt.ids == list(range(100, 100 + begun))
         assert prompt.expected == list(range(100 + begun, min(100 + begun + 5, 100 + length)))
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, [0]), (2, [0, 9]), (4, [0, 3, 6, 9]), (30, list(range(10)))])
 def test_rows_are_spread_over_the_dataset(count: int, rows: list[int]) -> None:
-    dataset = TokenDataset.of([example(row, [0, 0, 1]) for row in range(10)])
+    dataset = TokenDataset.from_examples([example(row, [0, 0, 1]) for row in range(10)])
     assert [prompt.id for prompt in select_prompts(dataset, count, 5)] == [f"rows.jsonl:{row}" for row in rows]
 
 

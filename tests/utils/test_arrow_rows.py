@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from training_lens.data.sources import expand
+from training_lens.data.sources import expand_sources
 from training_lens.utils.arrow_rows import iterate_arrow_rows
 
 
@@ -38,8 +38,8 @@ def test_rows_come_back_as_they_went_in(tmp_path: Path, kind: str) -> None:
         pq.write_table(pa.Table.from_pylist(ROWS), path)
     else:
         Dataset.from_list(ROWS).save_to_disk(path := tmp_path / "saved")
-    (source,) = expand([str(path)], "data.train")
-    assert json.dumps([row.values for row in source.rows()], sort_keys=True) == json.dumps(ROWS, sort_keys=True)
+    (source,) = expand_sources([str(path)], "data.train")
+    assert json.dumps([row.values for row in source.read_rows()], sort_keys=True) == json.dumps(ROWS, sort_keys=True)
 
 
 def test_nulls_of_columns_lists_and_maps_stay() -> None:

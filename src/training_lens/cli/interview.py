@@ -66,19 +66,19 @@ class Interview:
         """A check that the rows can be read, which says how; fields that are not found are asked for."""
 
         def check(spec: str) -> Values:
-            from training_lens.data.fields import find_mapping, keys_of
+            from training_lens.data.fields import collect_keys, find_mapping
             from training_lens.errors import DatasetError
 
             if key == "data.train":
                 self._fields.clear()
             data, rows = self._data(), _first_rows(spec, key)
             try:
-                find_mapping(keys_of(rows), data, spec)
+                find_mapping(collect_keys(rows), data, spec)
             except DatasetError as error:
                 if not self._asking:
                     raise DatasetError(f"{error} Or let init ask: training-lens init --ask --train {spec}") from error
                 self._say(f"  {error}")
-                self._ask_fields(set(keys_of(rows)))
+                self._ask_fields(set(collect_keys(rows)))
             self._say(f"  {spec}: read as {_read_as(spec, key, self._data())}")
             return {key: [spec]}
 
@@ -120,10 +120,10 @@ def _first_rows(spec: str, key: str) -> list[Row]:
     """The first rows of the first source that `spec` means."""
     from itertools import islice
 
-    from training_lens.data.sources import expand
+    from training_lens.data.sources import expand_sources
     from training_lens.errors import DatasetError
 
-    rows = list(islice(expand([spec], key)[0].rows(), 200))
+    rows = list(islice(expand_sources([spec], key)[0].read_rows(), 200))
     if not rows:
         raise DatasetError(f"{spec}: holds no rows.")
     return rows
@@ -131,20 +131,20 @@ def _first_rows(spec: str, key: str) -> list[Row]:
 
 def _keys(spec: str, key: str) -> set[str]:
     """The keys of those rows."""
-    from training_lens.data.fields import keys_of
+    from training_lens.data.fields import collect_keys
 
-    return set(keys_of(_first_rows(spec, key)))
+    return set(collect_keys(_first_rows(spec, key)))
 
 
 def _read_as(spec: str, key: str, data: DataSection) -> str:
     """How the fields of these files are read: 'question -> answer'."""
     from training_lens.data.notes import DataNotes
-    from training_lens.data.source_reader import examples_of
-    from training_lens.data.sources import expand
+    from training_lens.data.source_reader import read_source_examples
+    from training_lens.data.sources import expand_sources
 
     notes = DataNotes()
-    for file in expand([spec], key):
-        next(examples_of(file, data, notes))
+    for file in expand_sources([spec], key):
+        next(read_source_examples(file, data, notes))
     return ", ".join(dict.fromkeys(notes.mappings.values()))
 
 

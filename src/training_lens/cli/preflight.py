@@ -40,15 +40,15 @@ def check_rows(settings: TrainingConfig) -> None:
 
 
 def check_files(specs: list[str], key: str) -> None:
-    """Refuse paths that are not there, as `data.sources.expand` does.
+    """Refuse paths that are not there, as `data.sources.expand_sources` does.
 
     Raises:
         DatasetError: names the key, and a near file.
     """
-    from training_lens.data.sources import HUB, expand
+    from training_lens.data.sources import HUB, expand_sources
 
     local = [spec for spec in specs if not spec.startswith(HUB) and not Path(spec.rpartition(":")[0] or spec).is_dir()]
-    expand(local, key)
+    expand_sources(local, key)
 
 
 def check_base(settings: TrainingConfig) -> None:

@@ -15,7 +15,7 @@ from training_lens.cli.preflight import check_base, check_rows
 if TYPE_CHECKING:
     from training_lens.config.data_sections import DataSection
     from training_lens.config.schema import TrainingConfig
-    from training_lens.preparation.prepare_splits import Prepared
+    from training_lens.preparation.prepare_splits import PreparationResult
 
 SHOWN = 3  # findings of a kind
 NAMED = 40  # sources and domains that a table lists
@@ -50,7 +50,7 @@ def prepare(
         check_base(settings)
         _require_room(settings, force)
         from training_lens.display.progress import Progress
-        from training_lens.preparation.prepare_splits import prepare as run
+        from training_lens.preparation.prepare_splits import prepare_splits as run
 
         prepared = run(settings, Progress(screen.console), force)
         train = train_command(prepared, settings.data, overrides or [], config)
@@ -72,7 +72,9 @@ def _require_room(settings: TrainingConfig, force: bool) -> None:
         )
 
 
-def train_command(prepared: Prepared, data: DataSection, overrides: list[str], config: list[str] | None) -> str:
+def train_command(
+    prepared: PreparationResult, data: DataSection, overrides: list[str], config: list[str] | None
+) -> str:
     """The command that trains on what was written, with the settings that were given to prepare.
 
     Args:
@@ -143,7 +145,7 @@ def _show_findings(screen: Screen, manifest: dict[str, Any]) -> None:
         show("  prepare.leakage=remove takes those of the training split out")
 
 
-def _show_splits(screen: Screen, prepared: Prepared) -> None:
+def _show_splits(screen: Screen, prepared: PreparationResult) -> None:
     """Rows and tokens of each split, and the rows of each domain in it."""
     from rich.table import Table
     from rich.text import Text
@@ -172,13 +174,13 @@ def _show_splits(screen: Screen, prepared: Prepared) -> None:
         screen.console.print(f"rows are written as {FORMS[form]}: what is learned of them, without their other keys")
 
 
-def _show_lengths(screen: Screen, prepared: Prepared) -> None:
+def _show_lengths(screen: Screen, prepared: PreparationResult) -> None:
     from rich.text import Text
 
-    from training_lens.preparation.statistics import histogram, length_statistics
+    from training_lens.preparation.statistics import compute_length_statistics, draw_histogram
 
-    lengths = length_statistics(prepared.token_lengths)
+    lengths = compute_length_statistics(prepared.token_lengths)
     shares = ", ".join(f"{float(share):.0%} up to {value:,}" for share, value in lengths.quantiles.items())
     screen.console.print(Text.assemble(("\ntokens of an example", "bold"), f": mean {lengths.mean:.1f}, {shares}"))
-    for line in histogram(prepared.token_lengths):
+    for line in draw_histogram(prepared.token_lengths):
         screen.console.print(line, markup=False, soft_wrap=True)

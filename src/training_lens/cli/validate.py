@@ -64,7 +64,7 @@ def _show_examples(screen: Screen, plan: RunPlan) -> None:
     import numpy as np
     from rich.text import Text
 
-    from training_lens.data.tokenization import shown
+    from training_lens.data.tokenization import decode_spans
 
     rows = np.unique(np.linspace(0, len(plan.train) - 1, EXAMPLES).astype(int))
     marks = ("", "") if screen.console.is_terminal else ("«", "»")  # where there are no colours
@@ -76,7 +76,7 @@ def _show_examples(screen: Screen, plan: RunPlan) -> None:
         title = f"\n{example.id}: {len(example.input_ids)} tokens, {learned} learned"
         screen.console.print(title, markup=False, soft_wrap=True)
         text = Text()
-        for part, is_learned in shown(plan.tokenizer, example.input_ids, example.loss_mask):
+        for part, is_learned in decode_spans(plan.tokenizer, example.input_ids, example.loss_mask):
             text.append(
                 f"{marks[0]}{part}{marks[1]}" if is_learned else part, "green underline" if is_learned else "dim"
             )

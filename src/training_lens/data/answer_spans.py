@@ -13,19 +13,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from training_lens.data.completeness import THOUGHTS_END, thoughts_of
+from training_lens.data.completeness import THOUGHTS_END, extract_thoughts
 from training_lens.data.examples import Message
 from training_lens.data.jinja import Span
 from training_lens.data.template_forms import ANSWER, ASKED
 from training_lens.errors import DatasetError
 
-ELSEWHERE = "Use data.template=alpaca, or a .jinja file with {% generation %} marks around what is learned."
+OTHER_TEMPLATE_ADVICE = "Use data.template=alpaca, or a .jinja file with {% generation %} marks around what is learned."
 Tools = Sequence[Mapping[str, Any]]
 Render = Callable[..., tuple[str, list[Span]]]
 
 
 @dataclass(frozen=True)
-class Chat:
+class RenderedChat:
     """A chat that was rendered: its text, and the stretches inside generation marks."""
 
     messages: Sequence[Message]
@@ -47,10 +47,10 @@ class AnswerFinder:
     def __init__(self, render: Render, ends: Collection[str], behind: str, name: str) -> None:
         self._render, self._name = render, name
         self._ends = re.compile("|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or r"(?!)")
-        self._end = self.end_run(behind, 0)
+        self._end = self.read_end_tokens(behind, 0)
 
-    def find(
-        self, chat: Chat, wanted: Collection[int], certain: Collection[int], from_generation_prompt: bool
+    def find_answers(
+        self, chat: RenderedChat, wanted: Collection[int], certain: Collection[int], from_generation_prompt: bool
     ) -> dict[int, Span]:
         """Position of an answer -> its place in the text, with its end token.
 
@@ -64,21 +64,21 @@ class AnswerFinder:
             DatasetError: a `certain` answer is changed by the template, or its place is not certain.
         """
         said = [i for i, m in enumerate(chat.messages) if m.role == "assistant" and not m.calls]
-        places = self._find_texts(chat, said)
+        places = self._find_text_answers(chat, said)
         for index in set(said) & set(wanted) if not places else ():
-            places |= self._find_texts(chat, [index])
-        spans = {index: self._with_end(chat, *place) for index, place in places.items()}
+            places |= self._find_text_answers(chat, [index])
+        spans = {index: self._include_end_token(chat, *place) for index, place in places.items()}
         for index in wanted:
             if index in spans and (not from_generation_prompt or chat.messages[index].text == ANSWER):
                 continue
             try:
-                spans[index] = self._find_written(chat, index, from_generation_prompt, spans.get(index))
+                spans[index] = self._find_rewritten_answer(chat, index, from_generation_prompt, spans.get(index))
             except DatasetError:
                 if index in certain:
                     raise
         return dict(sorted(spans.items()))
 
-    def _find_texts(self, chat: Chat, said: Sequence[int]) -> dict[int, Span]:
+    def _find_text_answers(self, chat: RenderedChat, said: Sequence[int]) -> dict[int, Span]:
         """Position -> the place of its text, of answers that the template shows as they are (or stripped)."""
         hidden = [replace(m, text=ANSWER) if i in said else m for i, m in enumerate(chat.messages)]
         pieces = self._render(hidden, chat.tools)[0].split(ANSWER)
@@ -88,26 +88,26 @@ class AnswerFinder:
         at = 0
         for index, piece, following in zip(said, pieces, pieces[1:], strict=False):
             start = at + len(piece)
-            shown = _shown_form(chat.messages[index].text, chat.text, start, following)
+            shown = _find_rendered_form(chat.messages[index].text, chat.text, start, following)
             if not chat.text.startswith(piece, at) or shown is None:
                 return {}
             at = start + len(shown)
             found[index] = (start, at)
         return found if chat.text[at:] == pieces[-1] else {}
 
-    def _with_end(self, chat: Chat, start: int, end: int) -> Span:
+    def _include_end_token(self, chat: RenderedChat, start: int, end: int) -> Span:
         """The answer's span with the end token that the template puts behind it."""
         text = chat.text
         marked = next((b for a, b in chat.marks if a <= start and end <= b), None)
         if marked is not None:
-            return start, end + len(self.end_run(text[:marked], end) or text[end:marked].rstrip())
+            return start, end + len(self.read_end_tokens(text[:marked], end) or text[end:marked].rstrip())
         if self._end and text.startswith(self._end, end):
             return start, end + len(self._end)
         space = len(text[end:]) - len(text[end:].lstrip(" "))  # '... text </s>'
         following = self._ends.match(text, end) or self._ends.match(text, end + space)
         return start, following.end() if following else end
 
-    def end_run(self, text: str, start: int) -> str:
+    def read_end_tokens(self, text: str, start: int) -> str:
         """The end tokens that follow each other from `start` on."""
         end = start
         while found := self._ends.match(text, end):
@@ -118,7 +118,9 @@ class AnswerFinder:
         """Whether the text ends in a token that can end an answer."""
         return any(found.end() == len(text) for found in self._ends.finditer(text))
 
-    def _find_written(self, chat: Chat, index: int, from_generation_prompt: bool, shown: Span | None) -> Span:
+    def _find_rewritten_answer(
+        self, chat: RenderedChat, index: int, from_generation_prompt: bool, shown: Span | None
+    ) -> Span:
         """The span of an answer that the template writes in its own words: a call, or thoughts taken apart.
 
         Raises:
@@ -127,34 +129,34 @@ class AnswerFinder:
         message = chat.messages[index]
         if not (message.calls or from_generation_prompt):
             apart = THOUGHTS_END in message.text
-            advice = "It takes the answer's thoughts apart: set data.thinking=true." if apart else ELSEWHERE
+            advice = "It takes the answer's thoughts apart: set data.thinking=true." if apart else OTHER_TEMPLATE_ADVICE
             raise DatasetError(f"{self._name} changes the assistant's text, so it cannot be found. {advice}")
-        said = None if from_generation_prompt else self._find_start(chat, index)
-        start = self._generation_start(chat, index) if said is None else said
-        found = shown or (said is not None and self._find_in_place_of_text(chat, index, said))
-        span = found or self._find_marked(chat, index) or self._find_until(chat, index)
+        said = None if from_generation_prompt else self._find_text_start(chat, index)
+        start = self._find_generation_start(chat, index) if said is None else said
+        found = shown or (said is not None and self._find_call(chat, index, said))
+        span = found or self._find_by_generation_marks(chat, index) or self._find_by_prefix(chat, index)
         if start is None or span is None or span[1] <= start:
             helps = "data.supervise=last may help. " if index < len(chat.messages) - 1 else ""
             raise DatasetError(
                 f"{self._name} renders a chat differently once it goes on, so the place of an answer is not certain. "
-                f"{helps}{ELSEWHERE}"
+                f"{helps}{OTHER_TEMPLATE_ADVICE}"
             )
         written = chat.text[start : span[1]]
-        if THOUGHTS_END in message.text and thoughts_of(message.text) not in written:
+        if THOUGHTS_END in message.text and extract_thoughts(message.text) not in written:
             raise DatasetError(f"{self._name} leaves out the thoughts of the answer {message.text[:40]!r}.")
         return start, span[1]
 
-    def _generation_start(self, chat: Chat, index: int) -> int | None:
+    def _find_generation_start(self, chat: RenderedChat, index: int) -> int | None:
         """Where the template's generation prompt ends that asks for an answer."""
         before = self._render(chat.messages[:index], chat.tools, generation=True)[0]
         return len(before) if chat.text.startswith(before) else None
 
-    def _find_start(self, chat: Chat, index: int) -> int | None:
+    def _find_text_start(self, chat: RenderedChat, index: int) -> int | None:
         """Where a text would begin in a call's place."""
-        before, found, _ = self._render_text_at(chat.messages, chat.tools, index).partition(ANSWER)
+        before, found, _ = self._render_with_placeholder(chat.messages, chat.tools, index).partition(ANSWER)
         return len(before) if found and chat.text.startswith(before) else None
 
-    def _render_text_at(self, messages: Sequence[Message], tools: Tools, index: int) -> str:
+    def _render_with_placeholder(self, messages: Sequence[Message], tools: Tools, index: int) -> str:
         """The chat with a placeholder for text in place of a call; empty where the template refuses it."""
         said = [replace(m, text=ANSWER, calls=()) if i == index else m for i, m in enumerate(messages)]
         try:
@@ -162,20 +164,20 @@ class AnswerFinder:
         except DatasetError:  # results without their call, for example
             return ""
 
-    def _find_in_place_of_text(self, chat: Chat, index: int, start: int) -> Span | None:
+    def _find_call(self, chat: RenderedChat, index: int, start: int) -> Span | None:
         """The place of a call: what stands where the template would have put a text.
 
         Later messages stand as marks, so that what a template draws into the answer's turn is not taken for a part.
         """
         marked = [replace(m, text=ASKED, input="") if i > index and m.text else m for i, m in enumerate(chat.messages)]
         text = self._render(marked, chat.tools)[0]
-        before, found, behind = self._render_text_at(marked, chat.tools, index).partition(ANSWER)
+        before, found, behind = self._render_with_placeholder(marked, chat.tools, index).partition(ANSWER)
         end = len(text) - len(behind)
         if not found or len(before) != start or start >= end or not text.endswith(behind) or ASKED in text[start:end]:
             return None
-        return self._with_end(chat, start, end) if chat.text[start:end] == text[start:end] else None
+        return self._include_end_token(chat, start, end) if chat.text[start:end] == text[start:end] else None
 
-    def _find_marked(self, chat: Chat, index: int) -> Span | None:
+    def _find_by_generation_marks(self, chat: RenderedChat, index: int) -> Span | None:
         """The stretch of generation marks around an answer, where every answer has one."""
         answers = [i for i, m in enumerate(chat.messages) if m.role == "assistant"]
         if len(chat.marks) != len(answers):
@@ -183,15 +185,17 @@ class AnswerFinder:
         start, end = chat.marks[answers.index(index)]
         return start, start + len(chat.text[start:end].rstrip())
 
-    def _find_until(self, chat: Chat, index: int) -> Span | None:
+    def _find_by_prefix(self, chat: RenderedChat, index: int) -> Span | None:
         """What the chat up to and with an answer renders, where the whole chat begins with it."""
         until = self._render(chat.messages[: index + 1], chat.tools)[0].rstrip()
         if not chat.text.startswith(until):
             return None
-        return (0, len(until)) if self.is_ended(until) else self._with_end(replace(chat, marks=()), 0, len(until))
+        return (
+            (0, len(until)) if self.is_ended(until) else self._include_end_token(replace(chat, marks=()), 0, len(until))
+        )
 
 
-def _shown_form(answer: str, text: str, start: int, following: str) -> str | None:
+def _find_rendered_form(answer: str, text: str, start: int, following: str) -> str | None:
     """The answer as it stands in `text` at `start`: as it is, or without white space around it."""
     for form in (answer, answer.strip(), answer.rstrip(), answer.lstrip()):
         if text.startswith(form + following, start):

@@ -9,7 +9,7 @@ from training_lens.data.examples import Message, Row
 from training_lens.data.messages import is_chat, read_chat
 from training_lens.data.row_keys import KeyCheck, plain_name
 from training_lens.data.tool_calls import Tool, find_calls, read_call
-from training_lens.data.values import describe_kind, encodable, no_text, value_at, write_value
+from training_lens.data.values import describe_plural, look_up_value, no_text_error, require_encodable, write_value
 from training_lens.errors import DatasetError
 
 # SQuAD's records hold answers with their places in the context.
@@ -25,56 +25,56 @@ def read_answers(row: Row, key: str, tools: Sequence[Tool], keys: KeyCheck) -> t
     Raises:
         DatasetError: nothing that could be learned; names row and key.
     """
-    value = value_at(row.values, key)
+    value = look_up_value(row.values, key)
     if is_chat(value):
         return read_chat(row, key, value, keys)
     if calls := find_calls(value, tools):
-        keys.say(f"answers in '{key}' that are calls of the row's tools are learned as calls")
+        keys.add_remark(f"answers in '{key}' that are calls of the row's tools are learned as calls")
         read = tuple(read_call(f"{row.place}, '{key}'", call, keys, f"{key}[].") for call in calls)
         return (Message("assistant", "", calls=read, null_content=True),), False
-    return (Message("assistant", _read_text(row, key, value, keys)),), False
+    return (Message("assistant", _read_answer_text(row, key, value, keys)),), False
 
 
-def _read_text(row: Row, key: str, value: Any, keys: KeyCheck) -> str:
+def _read_answer_text(row: Row, key: str, value: Any, keys: KeyCheck) -> str:
     if not isinstance(value, str):
-        value = _unmark(row, key, value, keys)
+        value = _extract_answer(row, key, value, keys)
     if isinstance(value, str):
         if not value.strip():
-            raise no_text(row, key, value)
-        return encodable(f"{row.place}: '{key}'", value)
+            raise no_text_error(row, key, value)
+        return require_encodable(f"{row.place}: '{key}'", value)
     written = write_value(value)
     if written is None:
-        raise no_text(row, key, value)
-    keys.say(f"answers in '{key}' that are {describe_kind(value)} are learned as text", written)
-    return encodable(f"{row.place}: '{key}'", written)
+        raise no_text_error(row, key, value)
+    keys.add_remark(f"answers in '{key}' that are {describe_plural(value)} are learned as text", written)
+    return require_encodable(f"{row.place}: '{key}'", written)
 
 
-def _unmark(row: Row, key: str, value: Any, keys: KeyCheck) -> Any:
+def _extract_answer(row: Row, key: str, value: Any, keys: KeyCheck) -> Any:
     """Of answers with their places the first text; any other value as it is."""
-    if _is_marked(value):
-        return _first_text(row, key, value["text"], [value], keys)
-    if isinstance(value, list) and value and all(map(_is_marked, value)):
-        return _first_text(row, key, [answer["text"] for answer in value], value, keys)
+    if _is_squad_answer(value):
+        return _take_first_answer(row, key, value["text"], [value], keys)
+    if isinstance(value, list) and value and all(map(_is_squad_answer, value)):
+        return _take_first_answer(row, key, [answer["text"] for answer in value], value, keys)
     if value == [] and plain_name(key) == "answers":
-        raise _no_answer(row, key)
+        raise _no_answer_error(row, key)
     return value
 
 
-def _is_marked(value: Any) -> bool:
+def _is_squad_answer(value: Any) -> bool:
     return isinstance(value, Mapping) and all(name in value for name in MARKED_ANSWER)
 
 
-def _first_text(row: Row, key: str, texts: Any, records: Sequence[Mapping[str, Any]], keys: KeyCheck) -> Any:
+def _take_first_answer(row: Row, key: str, texts: Any, records: Sequence[Mapping[str, Any]], keys: KeyCheck) -> Any:
     """Of a SQuAD record's answers the first."""
     for name in (name for record in records for name in record if name not in MARKED_ANSWER):
-        keys.ignore(f"{key}.{name}")
-    keys.say(f"of the answers in '{key}' the first text is learned; its place (answer_start) is not used")
+        keys.count_unused(f"{key}.{name}")
+    keys.add_remark(f"of the answers in '{key}' the first text is learned; its place (answer_start) is not used")
     if isinstance(texts, list) and not texts:
-        raise _no_answer(row, key)
+        raise _no_answer_error(row, key)
     return texts[0] if isinstance(texts, list) else texts
 
 
-def _no_answer(row: Row, key: str) -> DatasetError:
+def _no_answer_error(row: Row, key: str) -> DatasetError:
     return DatasetError(
         f"{row.place}: '{key}' holds no answer, SQuAD's way to say that there is none. Write the answer that the model "
         "should give, or leave such rows out with data.on_bad_row=skip."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.notes import DataNotes, count_rows, kind_of_error, list_rows
+from training_lens.data.notes import DataNotes, classify_error, count_rows, list_rows
 from training_lens.errors import DatasetError
 
 Result = TypeVar("Result")
@@ -37,12 +37,12 @@ class BadRowRule:
         except DatasetError as error:
             if not self.skips:
                 raise
-            self.note(source, number, error)
+            self.record_bad_row(source, number, error)
             return None
 
-    def note(self, source: str, number: int, error: DatasetError) -> None:
+    def record_bad_row(self, source: str, number: int, error: DatasetError) -> None:
         """Note that a row is left out."""
-        self.notes.bad_row(source, number, kind_of_error(error, source, number), str(error))
+        self.notes.add_bad_row(source, number, classify_error(error, source, number), str(error))
 
 
 def describe_reasons(reasons: Mapping[str, list[int]]) -> Iterator[str]:
@@ -77,7 +77,7 @@ def bad_rows_error(notes: DataNotes, usable: Mapping[str, int]) -> DatasetError 
 
 
 def _describe_source(source: str, notes: DataNotes, usable: int) -> str:
-    reasons = notes.reasons[source]
+    reasons = notes.bad_row_reasons[source]
     count = sum(map(len, reasons.values()))
     if count == 1:
         return next(iter(notes.bad_rows[source].values())).message

@@ -28,7 +28,7 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
-class Mix:
+class DataMixture:
     """How often an epoch takes each entry of data.train: `weights[e]` times; `entries` is the entry of each example.
 
     A fraction is a random part of that size, drawn anew each epoch.
@@ -37,7 +37,7 @@ class Mix:
     entries: np.ndarray
     weights: tuple[float, ...]
 
-    def _sizes(self) -> list[tuple[np.ndarray, int, int]]:
+    def _count_draws(self) -> list[tuple[np.ndarray, int, int]]:
         """Of each entry its positions, how often all are taken, and how many once more."""
         sizes = []
         for entry, weight in enumerate(self.weights):
@@ -48,16 +48,16 @@ class Mix:
     @property
     def entry_sizes(self) -> list[int]:
         """Examples that an epoch takes of each entry."""
-        return [len(positions) * whole + part for positions, whole, part in self._sizes()]
+        return [len(positions) * whole + part for positions, whole, part in self._count_draws()]
 
     @property
     def epoch_examples(self) -> int:
         return sum(self.entry_sizes)
 
-    def draw(self, generator: np.random.Generator) -> np.ndarray:
+    def draw_epoch(self, generator: np.random.Generator) -> np.ndarray:
         """The positions of one epoch, in no particular order."""
         parts: list[np.ndarray] = []
-        for positions, whole, part in self._sizes():
+        for positions, whole, part in self._count_draws():
             parts += [np.tile(positions, whole), generator.permutation(positions)[:part]]
         return np.concatenate(parts)
 
@@ -71,7 +71,7 @@ class Schedule:
     epochs: float
     max_steps: int | None
     seed: int
-    mix: Mix | None = None
+    mix: DataMixture | None = None
 
     @property
     def epoch_examples(self) -> int:
@@ -92,7 +92,7 @@ class Schedule:
         """`max_steps` where it is given, also beyond the epochs: the rows then come again."""
         return self.max_steps or self.steps_in_epochs
 
-    def steps(self, after: int = 0) -> Iterator[StepPlan]:
+    def iterate_steps(self, after: int = 0) -> Iterator[StepPlan]:
         """The plans of the steps after number `after`, to the end."""
         epoch, order = -1, np.array([], dtype=np.int64)
         for index in range(after, self.total_steps):
@@ -103,10 +103,10 @@ class Schedule:
             yield StepPlan(index + 1, epoch, order[start : start + self.global_batch])
 
 
-def epoch_order(examples: int, seed: int, epoch: int, mix: Mix | None = None) -> np.ndarray:
+def epoch_order(examples: int, seed: int, epoch: int, mix: DataMixture | None = None) -> np.ndarray:
     """A random order of all examples, or of those that the mix draws; from (seed, epoch) alone."""
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
-    return generator.permutation(examples if mix is None else mix.draw(generator))
+    return generator.permutation(examples if mix is None else mix.draw_epoch(generator))
 
 
 def hold_out(digests: np.ndarray, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,7 +150,9 @@ def _draw_groups(drawn: np.ndarray, sizes: np.ndarray, wanted: int) -> np.ndarra
     return is_held
 
 
-def cut(positions: np.ndarray, lengths: np.ndarray, max_tokens: int, in_line: bool = False) -> list[np.ndarray]:
+def split_micro_batches(
+    positions: np.ndarray, lengths: np.ndarray, max_tokens: int, in_line: bool = False
+) -> list[np.ndarray]:
     """Positions as micro-batches: sorted by length, each with at most `max_tokens` tokens, counted with padding.
 
     An example longer than that is a micro-batch of its own.
@@ -171,7 +173,7 @@ def cut(positions: np.ndarray, lengths: np.ndarray, max_tokens: int, in_line: bo
     return batches
 
 
-def share(positions: np.ndarray, lengths: np.ndarray, process: int, processes: int) -> np.ndarray:
+def shard_positions(positions: np.ndarray, lengths: np.ndarray, process: int, processes: int) -> np.ndarray:
     """One process's part of a step: every so-manieth in order of length, so that all have like work."""
     return positions[np.argsort(-lengths[positions], kind="stable")][process::processes]
 
@@ -187,7 +189,7 @@ def collate(examples: Sequence[TokenizedExample], fill_id: int) -> Batch:
     return Batch(input_ids, loss_mask, lengths, tuple(e.id for e in examples))
 
 
-def line_up(examples: Sequence[TokenizedExample]) -> Batch:
+def pack_examples(examples: Sequence[TokenizedExample]) -> Batch:
     """Examples one behind the other in one row, without padding."""
     lengths = tuple(len(e.input_ids) for e in examples)
     input_ids = torch.from_numpy(np.concatenate([e.input_ids for e in examples]).astype(np.int64))
@@ -195,10 +197,10 @@ def line_up(examples: Sequence[TokenizedExample]) -> Batch:
     return Batch(input_ids[None], loss_mask[None], lengths, tuple(e.id for e in examples), in_line=True)
 
 
-def batches_of(
+def iterate_batches(
     dataset: TokenDataset, positions: np.ndarray, max_tokens: int, fill_id: int, in_line: bool = False
 ) -> Iterator[Batch]:
     """The micro-batches of these examples: padded, or in lines."""
-    for part in cut(positions, dataset.lengths, max_tokens, in_line):
+    for part in split_micro_batches(positions, dataset.lengths, max_tokens, in_line):
         examples = [dataset[int(i)] for i in part]
-        yield line_up(examples) if in_line else collate(examples, fill_id)
+        yield pack_examples(examples) if in_line else collate(examples, fill_id)

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import date
 from typing import Any
 
-from training_lens.data.answer_spans import ELSEWHERE, AnswerFinder, Chat, Tools
-from training_lens.data.completeness import holds, mark_chat
-from training_lens.data.examples import Message, Segment
+from training_lens.data.answer_spans import OTHER_TEMPLATE_ADVICE, AnswerFinder, RenderedChat, Tools
+from training_lens.data.completeness import contains_text, mark_chat
+from training_lens.data.examples import Message, TextSegment
 from training_lens.data.jinja import JinjaTemplate, Span, choose_source
 from training_lens.data.template_forms import ANSWER, ASKED, NINE, TOOL, find_form
 from training_lens.errors import DatasetError
@@ -58,14 +58,14 @@ class ChatTemplate:
         self._eos = tokenizer.eos_token or ""
         self._shapes: set[tuple[Any, ...]] = set()
         self.form = find_form(lambda messages, tools: self._render_plain(messages, tools)[0])
-        probe = self._render(PROBE, ())[0]
+        probe = self._render_messages(PROBE, ())[0]
         before, behind = probe.split(ANSWER, 1)
         tokens, mark = {str(token) for token in tokenizer.added_tokens_decoder.values()}, END_LIKE.match(behind)
-        ends = special_names(tokenizer) | ({mark[1]} & tokens if mark else set())
-        self._answers = AnswerFinder(self._render, ends, behind, name)
+        ends = special_token_names(tokenizer) | ({mark[1]} & tokens if mark else set())
+        self._answers = AnswerFinder(self._render_messages, ends, behind, name)
         self.marks_without_token = tuple(sorted(set(END_LIKE.findall(probe)) - tokens - ends))
-        self._calls_begin_otherwise = self._has_other_beginning()
-        self._tell_beginning(before)
+        self._calls_start_elsewhere = self._has_other_call_start()
+        self._log_answer_start(before)
 
     @property
     def tools(self) -> bool:
@@ -85,81 +85,83 @@ class ChatTemplate:
     def remarks(self, messages: Sequence[Message]) -> Iterator[str]:
         """What the user must be told of how these messages reach the template."""
         if self.marks_without_token:
-            yield self._describe_marks()
+            yield self._describe_unknown_marks()
         if self.calls:
-            yield from self.form.remarks(messages)
+            yield from self.form.list_remarks(messages)
 
-    def _has_other_beginning(self) -> bool:
+    def _has_other_call_start(self) -> bool:
         """Whether an answer that calls a tool begins otherwise than a text, behind the same chat."""
         tools = [TOOL] if self.tools else []
         call = Message("assistant", "", calls=({"id": NINE, "name": "f", "arguments": {"a": "b"}},))
         try:
-            called, said = (self._render([PROBE[0], answer], tools)[0] for answer in (call, PROBE[1]))
+            called, said = (self._render_messages([PROBE[0], answer], tools)[0] for answer in (call, PROBE[1]))
         except DatasetError:
             return False
         return self.calls and not called.startswith(said.split(ANSWER)[0])
 
-    def _describe_marks(self) -> str:
+    def _describe_unknown_marks(self) -> str:
         listed = ", ".join(f"'{mark}'" for mark in self.marks_without_token)
         return (
             f"{self.name} marks turns with {listed}, no token of this tokenizer: read as letters. Answers end with "
             f"'{self._eos}' alone; take the tokenizer that the template belongs to, or another template"
         )
 
-    def _tell_beginning(self, before: str) -> None:
+    def _log_answer_start(self, before: str) -> None:
         """Say where answers begin, if the template's generation prompt does not end there."""
-        asked = self._render(PROBE[:1], (), generation=True)[0]
+        asked = self._render_messages(PROBE[:1], (), generation=True)[0]
         if asked != before:
             logger.info(
                 "template: answers begin behind %r, the template's own generation prompt ends in %r; training and "
                 "infer use the first, serve the adapter likewise", before.split(ASKED)[1], asked.split(ASKED)[1],
             )  # fmt: skip
 
-    def prompt(self, messages: Sequence[Message], tools: Tools, learned: Collection[int] = ()) -> list[Segment]:
+    def prompt(self, messages: Sequence[Message], tools: Tools, learned: Collection[int] = ()) -> list[TextSegment]:
         """The rendered chat up to where the answer would begin, cut at earlier answers as in training."""
         self._check_shape(messages, tools)
-        free = self._begins_freely(messages, tools)
+        free = self._answers_at_generation_prompt(messages, tools)
         chat = self._render_chat([*messages, Message("assistant", ANSWER)], tools)
-        spans = self._answers.find(
+        spans = self._answers.find_answers(
             chat, {*learned, len(messages)}, certain={len(messages)}, from_generation_prompt=free
         )
         start = spans.pop(len(messages))[0]
-        asked = self._render(messages, tools, generation=True)[0] if free else chat.text[:start]
+        asked = self._render_messages(messages, tools, generation=True)[0] if free else chat.text[:start]
         shared = [(a, b, False) for a, b in spans.values() if asked.startswith(chat.text[:b])]
-        return _cut(asked, shared)
+        return _cut_segments(asked, shared)
 
-    def example(self, messages: Sequence[Message], tools: Tools, learned: Collection[int]) -> list[Segment]:
+    def example(self, messages: Sequence[Message], tools: Tools, learned: Collection[int]) -> list[TextSegment]:
         """The rendered chat, cut at the beginnings and ends of its answers."""
         self._check_shape(messages, tools)
         chat = self._render_chat(messages, tools)
-        free = self._begins_freely(messages, tools)
-        spans = self._answers.find(chat, learned, certain=learned, from_generation_prompt=free)
-        inside = [i for i in learned if not chat.marks or _meet(spans[i], chat.marks)]
+        free = self._answers_at_generation_prompt(messages, tools)
+        spans = self._answers.find_answers(chat, learned, certain=learned, from_generation_prompt=free)
+        inside = [i for i in learned if not chat.marks or _overlaps_marks(spans[i], chat.marks)]
         if learned and not inside:
-            raise DatasetError(f"the generation marks of {self.name} leave out every answer. {ELSEWHERE}")
+            raise DatasetError(f"the generation marks of {self.name} leave out every answer. {OTHER_TEMPLATE_ADVICE}")
         text, last = chat.text, len(messages) - 1
         if last in inside and not self._answers.is_ended(text[slice(*spans[last])]):  # it closes turns with none
             start, end = spans[last]
             text = text[:end] + self._eos
             spans[last] = (start, len(text))
-        return _cut(text, [(*spans[i], i in inside) for i in sorted(spans)])
+        return _cut_segments(text, [(*spans[i], i in inside) for i in sorted(spans)])
 
-    def _begins_freely(self, messages: Sequence[Message], tools: Tools) -> bool:
+    def _answers_at_generation_prompt(self, messages: Sequence[Message], tools: Tools) -> bool:
         """Whether answers begin where the generation prompt ends: what comes first is the model's own choice."""
         has_tools = bool(tools) or any(m.calls for m in messages)
-        return self._thinking or (has_tools and self._calls_begin_otherwise)
+        return self._thinking or (has_tools and self._calls_start_elsewhere)
 
-    def _render_chat(self, messages: Sequence[Message], tools: Tools) -> Chat:
-        return Chat(messages, tools, *self._render(messages, tools))
+    def _render_chat(self, messages: Sequence[Message], tools: Tools) -> RenderedChat:
+        return RenderedChat(messages, tools, *self._render_messages(messages, tools))
 
-    def _render(self, messages: Sequence[Message], tools: Tools, generation: bool = False) -> tuple[str, list[Span]]:
-        return self._render_plain(self.form.messages(messages), self.form.tools_of(tools), generation)
+    def _render_messages(
+        self, messages: Sequence[Message], tools: Tools, generation: bool = False
+    ) -> tuple[str, list[Span]]:
+        return self._render_plain(self.form.format_messages(messages), self.form.format_tools(tools), generation)
 
     def _render_plain(
         self, messages: Sequence[Mapping[str, Any]], tools: Tools, generation: bool = False
     ) -> tuple[str, list[Span]]:
         try:
-            return self._jinja.render(messages, tools, generation)
+            return self._jinja.render_chat(messages, tools, generation)
         except Exception as error:  # the template is a foreign program: it may fail in any way
             roles = ", ".join(message["role"] for message in messages)
             raise DatasetError(
@@ -173,33 +175,33 @@ class ChatTemplate:
         if shape in self._shapes:
             return
         marked, marked_tools, marks = mark_chat(messages, tools, ASKED)
-        text = self._render(marked, marked_tools)[0]
-        lost = next((what for mark, what in marks.items() if not holds(text, mark)), None)
+        text = self._render_messages(marked, marked_tools)[0]
+        lost = next((what for mark, what in marks.items() if not contains_text(text, mark)), None)
         if lost is not None:
-            raise refuse_loss(self.name, lost, self.way_out)
+            raise lost_content_error(self.name, lost, self.way_out)
         self._shapes.add(shape)
 
 
-def refuse_loss(name: str, lost: str, way_out: str) -> DatasetError:
+def lost_content_error(name: str, lost: str, way_out: str) -> DatasetError:
     """The error that a template does not show what a row says."""
     kind = f"{name} drops (or changes) part of what a row says"
     return DatasetError(f"{name} drops (or changes) {lost}. {way_out}, or take it out of the rows.", kind=kind)
 
 
-def _meet(span: Span, marks: Sequence[Span]) -> bool:
+def _overlaps_marks(span: Span, marks: Sequence[Span]) -> bool:
     return any(a < span[1] and span[0] < b for a, b in marks)
 
 
-def _cut(text: str, spans: Sequence[tuple[int, int, bool]]) -> list[Segment]:
+def _cut_segments(text: str, spans: Sequence[tuple[int, int, bool]]) -> list[TextSegment]:
     """`text` as segments, cut at the spans (start, end, whether it is learned), which are in order."""
     segments, done = [], 0
     for start, end, learned in spans:
-        segments += [Segment(text[done:start], False), Segment(text[start:end], learned)]
+        segments += [TextSegment(text[done:start], False), TextSegment(text[start:end], learned)]
         done = end
-    return [segment for segment in (*segments, Segment(text[done:], False)) if segment.text]
+    return [segment for segment in (*segments, TextSegment(text[done:], False)) if segment.text]
 
 
-def special_names(tokenizer: Any) -> set[str]:
+def special_token_names(tokenizer: Any) -> set[str]:
     """The texts of all special tokens, also of those without a role such as BOS: end-of-turn marks and the like."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return added | {str(token) for token in tokenizer.all_special_tokens}

@@ -14,7 +14,7 @@ Truncation = Literal["keep_end", "keep_start", "drop"]
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedRow:
     """Tokens of one example and which of them belong to a response (int32 and bool, of one length)."""
 
     input_ids: np.ndarray
@@ -23,7 +23,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """As `Encoded`, of many examples one after the other; those of example i stand from offsets[i] to offsets[i + 1].
+    """Tokens of many examples, concatenated; example i has those from offsets[i] to offsets[i + 1].
 
     `input_ids` (tokens,) int32, `response` (tokens,) bool, `offsets` (examples + 1,) int64.
     """
@@ -35,11 +35,11 @@ class EncodedRows:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> Encoded:
+    def __getitem__(self, index: int) -> EncodedRow:
         place = slice(*self.offsets[range(len(self))[index] :][:2])
-        return Encoded(self.input_ids[place], self.response[place])
+        return EncodedRow(self.input_ids[place], self.response[place])
 
-    def __iter__(self) -> Iterator[Encoded]:
+    def __iter__(self) -> Iterator[EncodedRow]:
         return (self[i] for i in range(len(self)))
 
     @property
@@ -47,34 +47,36 @@ class EncodedRows:
         """Tokens of each example, (examples,) int64."""
         return np.diff(self.offsets)
 
-    def where(self, kept: np.ndarray) -> EncodedRows:
+    def select_tokens(self, kept: np.ndarray) -> EncodedRows:
         """The tokens at which `kept` (tokens,) is true, of as many examples as before."""
-        return EncodedRows(self.input_ids[kept], self.response[kept], running(totals(kept, self.offsets)))
+        return EncodedRows(
+            self.input_ids[kept], self.response[kept], compute_offsets(count_by_example(kept, self.offsets))
+        )
 
 
-def running(lengths: np.ndarray) -> np.ndarray:
+def compute_offsets(lengths: np.ndarray) -> np.ndarray:
     """Where stretches of these lengths begin, one after the other, and where the last ends; int64.
 
     Example:
-        >>> running(np.array([2, 3])).tolist()
+        >>> compute_offsets(np.array([2, 3])).tolist()
         [0, 2, 5]
     """
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def totals(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def count_by_example(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """How many of `flags` are true from each offset to the next, int64.
 
     Example:
-        >>> totals(np.array([True, False, True]), np.array([0, 0, 2, 3])).tolist()
+        >>> count_by_example(np.array([True, False, True]), np.array([0, 0, 2, 3])).tolist()
         [0, 1, 1]
     """
-    sums = running(flags)
+    sums = compute_offsets(flags)
     counted: np.ndarray = sums[offsets[1:]] - sums[offsets[:-1]]
     return counted
 
 
-def fit(rows: EncodedRows, seq_len: int, truncation: Truncation, bos_id: int | None) -> EncodedRows:
+def truncate_rows(rows: EncodedRows, seq_len: int, truncation: Truncation, bos_id: int | None) -> EncodedRows:
     """The examples in at most `seq_len` tokens; one that is left out (`drop`) has none.
 
     keep_end cuts behind BOS, so the answer keeps its end and its end token; keep_start cuts the end, and what is left
@@ -87,14 +89,14 @@ def fit(rows: EncodedRows, seq_len: int, truncation: Truncation, bos_id: int | N
     length = np.repeat(lengths, lengths)
     short = length <= seq_len
     if truncation == "drop":
-        return rows.where(short)
+        return rows.select_tokens(short)
     if truncation == "keep_start":
-        return rows.where(place < seq_len)
-    front = np.repeat(_begins_with(rows, bos_id), lengths)
-    return rows.where(short | (place < front) | (place >= length - (seq_len - front)))
+        return rows.select_tokens(place < seq_len)
+    front = np.repeat(_find_rows_beginning_with(rows, bos_id), lengths)
+    return rows.select_tokens(short | (place < front) | (place >= length - (seq_len - front)))
 
 
-def _begins_with(rows: EncodedRows, token: int | None) -> np.ndarray:
+def _find_rows_beginning_with(rows: EncodedRows, token: int | None) -> np.ndarray:
     """1 for each example that begins with the token, else 0; int64."""
     begins = np.zeros(len(rows), dtype=np.int64)
     filled = rows.lengths > 0
@@ -102,14 +104,14 @@ def _begins_with(rows: EncodedRows, token: int | None) -> np.ndarray:
     return begins
 
 
-def learnable(rows: EncodedRows, special_ids: Collection[int]) -> np.ndarray:
+def find_learnable_rows(rows: EncodedRows, special_ids: Collection[int]) -> np.ndarray:
     """Whether anything of an answer but end tokens is left to predict, (examples,) bool."""
-    taught = targets(rows.response, rows.offsets) & ~np.isin(rows.input_ids, list(special_ids))
-    found: np.ndarray = totals(taught, rows.offsets) > 0
+    taught = mask_first_tokens(rows.response, rows.offsets) & ~np.isin(rows.input_ids, list(special_ids))
+    found: np.ndarray = count_by_example(taught, rows.offsets) > 0
     return found
 
 
-def targets(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def mask_first_tokens(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """`flags` (tokens,) without those of each example's first token, which nothing predicts."""
     targets = flags.copy()
     targets[offsets[:-1][np.diff(offsets) > 0]] = False
@@ -129,11 +131,11 @@ class TokenizedRows:
     digests: np.ndarray
 
     @classmethod
-    def of(cls, examples: Sequence[TokenizedExample]) -> TokenizedRows:
+    def from_examples(cls, examples: Sequence[TokenizedExample]) -> TokenizedRows:
         return cls(
             np.concatenate([np.array([], np.int32), *(e.input_ids for e in examples)]),
             np.concatenate([np.array([], bool), *(e.loss_mask for e in examples)]),
-            running(np.array([len(e.input_ids) for e in examples], dtype=np.int64)),
+            compute_offsets(np.array([len(e.input_ids) for e in examples], dtype=np.int64)),
             [e.file for e in examples],
             np.array([e.row for e in examples], dtype=np.int64),
             [e.domain for e in examples],
@@ -157,4 +159,4 @@ class TokenizedRows:
     @property
     def supervised(self) -> np.ndarray:
         """Targets of each example: masked-in tokens other than the first; (examples,) int64."""
-        return totals(targets(self.loss_mask, self.offsets), self.offsets)
+        return count_by_example(mask_first_tokens(self.loss_mask, self.offsets), self.offsets)

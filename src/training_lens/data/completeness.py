@@ -87,7 +87,7 @@ def rank_spelling(text: str, rendered: str) -> int | None:
     return next((rank for rank, spell in enumerate(SPELLINGS) if spell(text) in rendered), None)
 
 
-def holds(rendered: str, text: str) -> bool:
+def contains_text(rendered: str, text: str) -> bool:
     """Whether `rendered` holds the text, in any spelling, with or without the white space around it."""
     return text in rendered or rank_spelling(text.strip(), rendered) is not None
 
@@ -101,80 +101,84 @@ def find_lost(
     """
     for index, message in enumerate(messages):
         for text in (message.text, message.input):
-            if text not in rendered and not _holds_message(rendered, text, message, index in learned):
+            if text not in rendered and not _contains_message(rendered, text, message, index in learned):
                 return f"the {message.role} message {text[:40]!r}"
         for call in message.calls:
-            if lost := next((what for what, text in _call_texts(call) if not _holds_value(rendered, text)), None):
+            if lost := next(
+                (what for what, text in _list_call_texts(call) if not _contains_value(rendered, text)), None
+            ):
                 return lost
     for tool in tools:
-        if lost := next((what for what, text in tool_texts(tool) if not holds(rendered, text)), None):
+        if lost := next((what for what, text in list_tool_texts(tool) if not contains_text(rendered, text)), None):
             return lost
     return None
 
 
-def leaves_out_thoughts(rendered: str, messages: Sequence[Message]) -> bool:
+def omits_thoughts(rendered: str, messages: Sequence[Message]) -> bool:
     """Whether thoughts of any answer are not in the rendered text."""
     return any(
-        THOUGHTS_END in message.text and message.text not in rendered and not holds(rendered, thoughts_of(message.text))
+        THOUGHTS_END in message.text
+        and message.text not in rendered
+        and not contains_text(rendered, extract_thoughts(message.text))
         for message in messages
         if message.role == "assistant"
     )
 
 
-def thoughts_of(answer: str) -> str:
+def extract_thoughts(answer: str) -> str:
     """What stands before `</think>`, without its marks."""
     return answer.split(THOUGHTS_END)[0].removeprefix("<think>").strip()
 
 
-def _holds_message(rendered: str, text: str, message: Message, learned: bool) -> bool:
-    """As `holds`; an answer's thoughts may stand apart from the rest, as templates that know thoughts write them."""
-    if holds(rendered, text):
+def _contains_message(rendered: str, text: str, message: Message, learned: bool) -> bool:
+    """Like `contains_text`, but an answer's thoughts may stand apart from the rest: reasoning templates do so."""
+    if contains_text(rendered, text):
         return True
     if message.role != "assistant" or THOUGHTS_END not in text:
         return False
     said = text.split(THOUGHTS_END)[-1]
-    return holds(rendered, said) and not (learned and not holds(rendered, thoughts_of(text)))
+    return contains_text(rendered, said) and not (learned and not contains_text(rendered, extract_thoughts(text)))
 
 
-def _holds_value(rendered: str, value: Any) -> bool:
+def _contains_value(rendered: str, value: Any) -> bool:
     if isinstance(value, str):
-        return holds(rendered, value)
+        return contains_text(rendered, value)
     return any(spelled in rendered for spelled in (json.dumps(value), str(value)))
 
 
-def _call_texts(call: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _list_call_texts(call: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Each name and value in a call, with its description."""
     yield f"the call of {call['name']}", call["name"]
-    for key, value in _leaves(call["arguments"]):
+    for key, value in _iterate_leaves(call["arguments"]):
         yield f"the argument {key[:40]!r} of the call of {call['name']}", key
         yield f"the value {str(value)[:40]!r} of the argument {key[:40]!r} of the call of {call['name']}", value
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _iterate_leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """The plain values inside `value`, each with the key that it stands under; keys of lists and objects alone."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield name, ""
-            yield from _leaves(inner, name)
+            yield from _iterate_leaves(inner, name)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _leaves(inner, key)
+            yield from _iterate_leaves(inner, key)
     else:
         yield key, value
 
 
-def tool_texts(tool: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def list_tool_texts(tool: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What the description of a tool says, with what each is: its names, descriptions and allowed values."""
     function = tool.get("function", tool)
     name = function.get("name", "")
-    for what, text in _schema_texts(function):
+    for what, text in _list_schema_texts(function):
         yield f"{what} {text[:40]!r} of the tool {name}", text
 
 
-def _schema_texts(schema: Any) -> Iterator[tuple[str, str]]:
+def _list_schema_texts(schema: Any) -> Iterator[tuple[str, str]]:
     if isinstance(schema, list | tuple):
         for inner in schema:
-            yield from _schema_texts(inner)
+            yield from _list_schema_texts(inner)
     if not isinstance(schema, Mapping):
         return
     for key, value in schema.items():
@@ -185,6 +189,6 @@ def _schema_texts(schema: Any) -> Iterator[tuple[str, str]]:
         elif key == "properties" and isinstance(value, Mapping):
             for name, inner in value.items():
                 yield "the parameter", name
-                yield from _schema_texts(inner)
+                yield from _list_schema_texts(inner)
         else:
-            yield from _schema_texts(value)
+            yield from _list_schema_texts(value)

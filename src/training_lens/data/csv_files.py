@@ -45,7 +45,7 @@ class Dialect:
         )  # fmt: skip
 
 
-def csv_rows(source: SourceFile, file: IO[bytes], usual: str) -> Iterator[Row]:
+def read_csv_rows(source: SourceFile, file: IO[bytes], usual: str) -> Iterator[Row]:
     """Rows of a table whose first line names the columns; `number` is the row in a spreadsheet.
 
     Args:
@@ -62,7 +62,7 @@ def csv_rows(source: SourceFile, file: IO[bytes], usual: str) -> Iterator[Row]:
         text.seek(0)
         if start:
             text.readline()  # the sep= line, which a spreadsheet does not show
-        yield from _rows_of_table(source, dialect.read(_read_bounded_lines(source, text)))
+        yield from _read_table(source, dialect.read(_read_bounded_lines(source, text)))
     finally:
         text.detach()
 
@@ -83,22 +83,22 @@ def _find_dialect(source: SourceFile, text: IO[str], usual: str) -> tuple[Dialec
     table = sample[sep.end() :] if sep else sample
     delimiter = settings.delimiter or (sep[1] if sep else None) or _find_delimiter(source, table, is_cut, usual)
     if sep:
-        source.say(f"its first line says what parts its cells: {_name(sep[1])}")
+        source.add_remark(f"its first line says what parts its cells: {_describe_delimiter(sep[1])}")
     elif delimiter != usual and settings.delimiter is None:
-        source.say(f"its cells are parted by {_name(delimiter)}")
+        source.add_remark(f"its cells are parted by {_describe_delimiter(delimiter)}")
     dialect = Dialect(delimiter, settings.quotechar, settings.escapechar)
-    header = _first_row(dialect, table)
+    header = _read_first_row(dialect, table)
     spaced = len(header) > 1 and all(name.startswith(" ") for name in header[1:])
     if spaced and delimiter != " ":
-        source.say("a space follows each delimiter of its first row; spaces before cells are set aside")
+        source.add_remark("a space follows each delimiter of its first row; spaces before cells are set aside")
     return Dialect(delimiter, settings.quotechar, settings.escapechar, spaced), int(bool(sep))
 
 
-def _name(delimiter: str) -> str:
+def _describe_delimiter(delimiter: str) -> str:
     return f"{delimiter!r} ({NAMES[delimiter]})" if delimiter in NAMES else repr(delimiter)
 
 
-def _first_row(dialect: Dialect, table: str) -> list[str]:
+def _read_first_row(dialect: Dialect, table: str) -> list[str]:
     try:
         return next((row for row in dialect.read(io.StringIO(table, newline="")) if any(row)), [])
     except csv.Error:
@@ -127,14 +127,15 @@ def _find_delimiter(source: SourceFile, table: str, is_cut: bool, usual: str) ->
     Raises:
         DatasetError: several could be meant.
     """
-    found = [c for d in DELIMITERS if (c := _candidate(source, table, is_cut, d)) is not None]
+    found = [c for d in DELIMITERS if (c := _try_delimiter(source, table, is_cut, d)) is not None]
     best = max((candidate.fitting for candidate in found), default=0.0)
     found = [candidate for candidate in found if candidate.fitting >= best - CLEARLY]
     names = max((candidate.known_names for candidate in found), default=0)
     found = [candidate for candidate in found if candidate.known_names == names]
     if len(found) > 1:
         ways = " or ".join(
-            f"{_name(c.delimiter)} ({len(c.header)} columns, the first named '{c.header[0]}')" for c in found
+            f"{_describe_delimiter(c.delimiter)} ({len(c.header)} columns, the first named '{c.header[0]}')"
+            for c in found
         )
         raise DatasetError(
             f"{source.path}: its cells could be parted by {ways}. Say which: "
@@ -143,11 +144,11 @@ def _find_delimiter(source: SourceFile, table: str, is_cut: bool, usual: str) ->
     return found[0].delimiter if found else usual
 
 
-def _candidate(source: SourceFile, table: str, is_cut: bool, delimiter: str) -> _Candidate | None:
+def _try_delimiter(source: SourceFile, table: str, is_cut: bool, delimiter: str) -> _Candidate | None:
     if delimiter in (source.csv.quotechar, source.csv.escapechar):
         return None
     rows = list(
-        islice(_readable_rows(Dialect(delimiter, source.csv.quotechar, source.csv.escapechar), table), SAMPLE_ROWS)
+        islice(_read_sample_rows(Dialect(delimiter, source.csv.quotechar, source.csv.escapechar), table), SAMPLE_ROWS)
     )
     if is_cut and len(rows) < SAMPLE_ROWS:
         rows = rows[:-1]  # the last one's end is missing
@@ -159,7 +160,7 @@ def _candidate(source: SourceFile, table: str, is_cut: bool, delimiter: str) -> 
     return _Candidate(delimiter, rows[0], fitting)
 
 
-def _readable_rows(dialect: Dialect, table: str) -> Iterator[list[str]]:
+def _read_sample_rows(dialect: Dialect, table: str) -> Iterator[list[str]]:
     """The rows of the table; a broken one is a row of one cell."""
     reader = dialect.read(io.StringIO(table, newline=""))
     while True:
@@ -171,10 +172,10 @@ def _readable_rows(dialect: Dialect, table: str) -> Iterator[list[str]]:
             yield ["broken"]
 
 
-def _rows_of_table(source: SourceFile, table: Any) -> Iterator[Row]:
-    rows = _numbered_rows(source, table)
+def _read_table(source: SourceFile, table: Any) -> Iterator[Row]:
+    rows = _number_rows(source, table)
     names = next((cells for _, cells in rows if any(cells)), [])
-    columns = _columns(source, names)
+    columns = _name_columns(source, names)
     width, empty, longer = len(columns), 0, 0
     for number, cells in rows:
         if not any(cells):
@@ -183,23 +184,23 @@ def _rows_of_table(source: SourceFile, table: Any) -> Iterator[Row]:
         if len(cells) > width and not any(cells[width:]):
             cells, longer = cells[:width], longer + 1
         if len(cells) == width:
-            yield from _row(source, number, columns, cells)
+            yield from _build_rows(source, number, columns, cells)
         else:
-            source.refuse_row(number, _problem_of_width(len(cells), width), kind="another number of cells")
+            source.refuse_row(number, _describe_width_problem(len(cells), width), kind="another number of cells")
     if empty:
-        source.say(f"rows of nothing but empty cells are set aside: {empty}")
+        source.add_remark(f"rows of nothing but empty cells are set aside: {empty}")
     if longer:
-        source.say(f"empty cells behind the last named column are set aside in rows: {longer}")
+        source.add_remark(f"empty cells behind the last named column are set aside in rows: {longer}")
 
 
-def _problem_of_width(cells: int, columns: int) -> str:
+def _describe_width_problem(cells: int, columns: int) -> str:
     return (
         f"has {cells} cells, the first row names {columns} columns. Put text that holds the delimiter or a line break "
         'in "double quotes"; data.csv.delimiter and data.csv.quotechar set others.'
     )
 
 
-def _numbered_rows(source: SourceFile, table: Any) -> Iterator[tuple[int, list[str]]]:
+def _number_rows(source: SourceFile, table: Any) -> Iterator[tuple[int, list[str]]]:
     """The cells of each row, the first of which is number 1."""
     number = 0
     while True:
@@ -209,10 +210,10 @@ def _numbered_rows(source: SourceFile, table: Any) -> Iterator[tuple[int, list[s
         except StopIteration:
             return
         except csv.Error as error:
-            _refuse_broken(source, number, table.line_num - before, error)
+            _refuse_broken_row(source, number, table.line_num - before, error)
 
 
-def _refuse_broken(source: SourceFile, number: int, lines: int, error: csv.Error) -> None:
+def _refuse_broken_row(source: SourceFile, number: int, lines: int, error: csv.Error) -> None:
     advice = (
         'Within quoted text a quotation mark is written twice (""); where this table writes \\" for it, set '
         "data.csv.escapechar=backslash; where its quotation marks stand for themselves, set data.csv.quotechar=null."
@@ -225,7 +226,7 @@ def _refuse_broken(source: SourceFile, number: int, lines: int, error: csv.Error
     source.refuse_row(number, f"broken table ({error}). {advice}", kind="broken table")
 
 
-def _columns(source: SourceFile, names: list[str]) -> list[str | None]:
+def _name_columns(source: SourceFile, names: list[str]) -> list[str | None]:
     """The columns' names; None for a column that is set aside, as it has none."""
     if len(names) > KEYS:
         raise DatasetError(f"{source.path}: its first row names {len(names):,} columns; {KEYS:,} can be read.")
@@ -236,19 +237,19 @@ def _columns(source: SourceFile, names: list[str]) -> list[str | None]:
         )
     columns = [name if name.strip() else None for name in names]
     if names and columns[0] is None:
-        source.say("its first column has no name, as an index has none; it is set aside (to use it, name it)")
+        source.add_remark("its first column has no name, as an index has none; it is set aside (to use it, name it)")
     if names and not any(columns):
         raise DatasetError(f"{source.path}: its first row is empty. It must name each column.")
     return columns
 
 
-def _row(source: SourceFile, number: int, columns: list[str | None], cells: list[str]) -> Iterator[Row]:
+def _build_rows(source: SourceFile, number: int, columns: list[str | None], cells: list[str]) -> Iterator[Row]:
     if None not in columns:
-        yield source.row(number, dict(zip(columns, cells, strict=True)))  # type: ignore[arg-type]
+        yield source.build_row(number, dict(zip(columns, cells, strict=True)))  # type: ignore[arg-type]
         return
     unnamed = next((i for i, name in enumerate(columns) if name is None and i and cells[i]), None)
     if unnamed is None:
-        yield source.row(number, {n: cell for n, cell in zip(columns, cells, strict=True) if n is not None})
+        yield source.build_row(number, {n: cell for n, cell in zip(columns, cells, strict=True) if n is not None})
     else:
         source.refuse_row(
             number,

@@ -29,7 +29,7 @@ _SIGNS_IN_WORDS = (
     r"\u2018\u2019\u2013\u2014\u2026\u2122\xa0\xad\xae\xb0\xb7"  # quotes, dashes, (tm), degree, and the like
 )
 _UNLIKELY = re.compile(rf"(?<=[a-zß-ÿ])[À-ÞŠŽŸŒ]|(?<=\w)[^\w\s{_SIGNS_IN_WORDS}](?=\w)|[^\W\d_a-zA-Z]{{4,}}")
-WAY_OUT = (
+ENCODING_ADVICE = (
     "Save it as UTF-8, or say its encoding: data.csv.encoding=cp1252 (or cp1250, cp1251, mac_roman, shift_jis, "
     "gb18030, ...)."
 )
@@ -52,17 +52,17 @@ def find_encoding(source: SourceFile, file: IO[bytes]) -> str:
     head = file.read(HEAD_BYTES)
     file.seek(0)
     marked = next((name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark)), None)
-    wide = marked or _utf16_without_mark(head)
+    wide = marked or _detect_utf16(head)
     if wide and wide != "utf-8-sig":
-        source.say(f"its text is {wide[:6].upper()}")
+        source.add_remark(f"its text is {wide[:6].upper()}")
         _require_encoding(source, file, wide)
         return wide
     if b"\0" in head:
-        raise DatasetError(f"{source.path}: is binary, or text in an encoding that cannot be told. {WAY_OUT}")
-    return "utf-8-sig" if _bad_byte(file, "utf-8") is None else _find_legacy_encoding(source, file)
+        raise DatasetError(f"{source.path}: is binary, or text in an encoding that cannot be told. {ENCODING_ADVICE}")
+    return "utf-8-sig" if _find_bad_byte(file, "utf-8") is None else _find_legacy_encoding(source, file)
 
 
-def _utf16_without_mark(head: bytes) -> str | None:
+def _detect_utf16(head: bytes) -> str | None:
     """Which UTF-16 it is where every other byte of most letters is zero."""
     pairs = len(head) // 2
     even, odd = head[0 : 2 * pairs : 2].count(0), head[1 : 2 * pairs : 2].count(0)
@@ -71,12 +71,12 @@ def _utf16_without_mark(head: bytes) -> str | None:
     return "utf-16-le" if odd > even else "utf-16-be"
 
 
-def _bad_byte(file: IO[bytes], encoding: str) -> int | None:
+def _find_bad_byte(file: IO[bytes], encoding: str) -> int | None:
     """The position of the first byte that the encoding cannot read; the file's position is then its start again."""
     decoder = codecs.getincrementaldecoder(encoding)()
     read = 0
     try:
-        for block in _blocks(file):
+        for block in _read_blocks(file):
             pending = len(decoder.getstate()[0])
             decoder.decode(block, final=not block)
             read += len(block)
@@ -87,7 +87,7 @@ def _bad_byte(file: IO[bytes], encoding: str) -> int | None:
     return None
 
 
-def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+def _read_blocks(file: IO[bytes]) -> Iterator[bytes]:
     """The file in blocks, and an empty one at its end."""
     while block := file.read(BLOCK_BYTES):
         yield block
@@ -95,10 +95,10 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _require_encoding(source: SourceFile, file: IO[bytes], encoding: str) -> None:
-    bad = _bad_byte(file, encoding)
+    bad = _find_bad_byte(file, encoding)
     if bad is not None:
         line = file.read(bad).count(b"\n") + 1
-        raise DatasetError(f"{source.path}, line {line}: is not {encoding} text. {WAY_OUT}")
+        raise DatasetError(f"{source.path}, line {line}: is not {encoding} text. {ENCODING_ADVICE}")
 
 
 @dataclass(frozen=True)
@@ -109,23 +109,23 @@ class _Line:
 
 def _find_legacy_encoding(source: SourceFile, file: IO[bytes]) -> str:
     """cp1252, where it makes sense of a file that is not UTF-8."""
-    utf8, other = _lines_by_encoding(file)
+    utf8, other = _sample_non_ascii_lines(file)
     if utf8:
         raise DatasetError(
             f"{source.path}: mixes encodings: line {utf8.number} is UTF-8, line {other[0].number} is not. Save all "
             "of it as UTF-8, or say which encoding it is to be read in: data.csv.encoding=cp1252."
         )
-    if _bad_byte(file, "cp1252") is not None or not _looks_western(other):
-        raise DatasetError(f"{source.path}, line {other[0].number}: is not UTF-8 text. {WAY_OUT}")
-    example = _around_first_letter(other[0].content.decode("cp1252"))
-    source.say(
+    if _find_bad_byte(file, "cp1252") is not None or not _looks_western(other):
+        raise DatasetError(f"{source.path}, line {other[0].number}: is not UTF-8 text. {ENCODING_ADVICE}")
+    example = _excerpt_non_ascii(other[0].content.decode("cp1252"))
+    source.add_remark(
         f"is not UTF-8, and read as cp1252 (Windows, Western Europe): line {other[0].number} then says {example!r}. If "
         "that is wrong, set data.csv.encoding"
     )
     return "cp1252"
 
 
-def _lines_by_encoding(file: IO[bytes]) -> tuple[_Line | None, list[_Line]]:
+def _sample_non_ascii_lines(file: IO[bytes]) -> tuple[_Line | None, list[_Line]]:
     """Of the lines with bytes that are not ASCII the first that is UTF-8, and the first that are not."""
     utf8: _Line | None = None
     other: list[_Line] = []
@@ -155,7 +155,7 @@ def _looks_western(lines: list[_Line]) -> bool:
     return unlikely <= UNLIKELY_SHARE * letters
 
 
-def _around_first_letter(text: str) -> str:
+def _excerpt_non_ascii(text: str) -> str:
     """A piece of the line around its first letter that is not ASCII."""
     place = next(i for i, character in enumerate(text) if not character.isascii())
     start = max(0, place - SHOWN // 2)

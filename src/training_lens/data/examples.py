@@ -73,7 +73,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class TextSegment:
     """A stretch of rendered text.
 
     `response` marks an assistant's answer with the end token that the template gives it; in `plain` text the names

@@ -74,7 +74,7 @@ class FieldMapping:
 Keys = Mapping[str, int]  # each key of a source, and the number of the first row that has it
 
 
-def keys_of(rows: Iterable[Row]) -> dict[str, int]:
+def collect_keys(rows: Iterable[Row]) -> dict[str, int]:
     """Every key that any of the rows has, with the first row that has it."""
     keys: dict[str, int] = {}
     for row in rows:
@@ -101,18 +101,18 @@ def find_mapping(keys: Keys, data: DataSection, place: str) -> FieldMapping:
     """
     for meaning, configured in data.fields:
         if configured and not has_field(keys, configured):
-            raise no_such_field(f"data.fields.{meaning}", configured, keys, place)
+            raise unknown_field_error(f"data.fields.{meaning}", configured, keys, place)
     keys = {key: number for key, number in keys.items() if key not in data.ignore_keys}
-    search = _Search(keys, data.fields, place)
+    search = _FieldSearch(keys, data.fields, place)
     form = search.find_form()
-    found = {meaning: search.find(meaning, form) for meaning in MEANINGS[form]}
+    found = {meaning: search.find_key(meaning, form) for meaning in MEANINGS[form]}
     missing = next((m for m in ("instruction", "output") if form == "pair" and not found[m]), None)
     if missing:
-        raise _nothing_found(missing, keys, place)
+        raise _missing_field_error(missing, keys, place)
     return FieldMapping(
         **found,
         rejected=REJECTED if form != "text" and REJECTED in keys else None,
-        domain=_domain_key(data.domain, keys, place),
+        domain=_find_domain_key(data.domain, keys, place),
         masks=tuple(key for key in keys if plain_name(key) in MASKS and key not in found.values()),
     )
 
@@ -127,7 +127,7 @@ def find_near_key(keys: Collection[str], meaning: str) -> str | None:
     return next((key for key in keys if any(is_near(key, name) for name in ALIASES[meaning])), None)
 
 
-def _nothing_found(missing: str, keys: Keys, place: str) -> DatasetError:
+def _missing_field_error(missing: str, keys: Keys, place: str) -> DatasetError:
     """The error that rows have no prompt or no answer; names the key that nearly spells one."""
     near = ((meaning, find_near_key(keys, meaning)) for meaning in (missing, "messages", "text"))
     meaning, key = next(((meaning, key) for meaning, key in near if key), (missing, None))
@@ -139,12 +139,12 @@ def _nothing_found(missing: str, keys: Keys, place: str) -> DatasetError:
     )
 
 
-def domain_of_file(file: str | Path) -> str:
+def domain_from_file(file: str | Path) -> str:
     """The domain of a file's rows under data.domain.per_file: its name without endings."""
     return Path(file).name.split(".")[0]
 
 
-def _domain_key(domain: DomainSection, keys: Keys, place: str) -> str | None:
+def _find_domain_key(domain: DomainSection, keys: Keys, place: str) -> str | None:
     if domain.per_file:
         return None
     if domain.field == "auto":
@@ -156,12 +156,12 @@ def _domain_key(domain: DomainSection, keys: Keys, place: str) -> str | None:
             )
         return there[0] if there else None
     if domain.field and not has_field(keys, domain.field):
-        raise no_such_field("data.domain.field", domain.field, keys, place)
+        raise unknown_field_error("data.domain.field", domain.field, keys, place)
     return domain.field
 
 
 @dataclass(frozen=True)
-class _Search:
+class _FieldSearch:
     """Looks for the form of a source's rows, and for the key of each meaning."""
 
     keys: Keys
@@ -185,22 +185,22 @@ class _Search:
         return form
 
     def _find_only_form(self) -> str:
-        there = {form: self._candidates(form) for form in MEANINGS}
+        there = {form: self._find_candidates(form) for form in MEANINGS}
         there = {form: found for form, found in there.items() if all(found)}
         if self.fields.output and "pair" in there:
             return "pair"
         if len(there) > 1:
-            raise self._several_forms(there)
+            raise self._ambiguous_form_error(there)
         if there:
             return next(iter(there))
-        has_prompt = self._present("instruction") or find_near_key(self.keys, "instruction")
-        return "messages" if self._rated() and not has_prompt else "pair"
+        has_prompt = self._find_present_keys("instruction") or find_near_key(self.keys, "instruction")
+        return "messages" if self._find_rated_chats() and not has_prompt else "pair"
 
-    def _rated(self) -> list[str]:
+    def _find_rated_chats(self) -> list[str]:
         """The key of whole chats that are rated: chosen beside rejected."""
         return [key for key in FALLBACKS["messages"] if key in self.keys and REJECTED in self.keys]
 
-    def _several_forms(self, there: Mapping[str, list[list[str]]]) -> DatasetError:
+    def _ambiguous_form_error(self, there: Mapping[str, list[list[str]]]) -> DatasetError:
         seen = [f"{' -> '.join(f[0] for f in found)} (row {self.keys[found[0][0]]})" for found in there.values()]
         ways = [f"data.fields.{LEADING[form]}={found[0][0]}" for form, found in there.items()]
         return DatasetError(
@@ -208,11 +208,13 @@ class _Search:
             "forms belong into several files."
         )
 
-    def _candidates(self, form: str) -> list[list[str]]:
+    def _find_candidates(self, form: str) -> list[list[str]]:
         """The keys that could hold each meaning that a form cannot do without."""
-        return [self._present(meaning) for meaning in (("instruction", "output") if form == "pair" else (form,))]
+        return [
+            self._find_present_keys(meaning) for meaning in (("instruction", "output") if form == "pair" else (form,))
+        ]
 
-    def _present(self, meaning: str) -> list[str]:
+    def _find_present_keys(self, meaning: str) -> list[str]:
         """The keys that could hold a meaning: the configured one, or those of its names, whatever their case."""
         if configured := getattr(self.fields, meaning):
             return [configured]
@@ -220,17 +222,17 @@ class _Search:
         found = [key for key in self.keys if plain_name(key) in names]
         return sorted(found, key=lambda key: names.index(plain_name(key)))
 
-    def find(self, meaning: str, form: str) -> str | None:
+    def find_key(self, meaning: str, form: str) -> str | None:
         """The key that holds a meaning, None where there is none.
 
         Raises:
             DatasetError: several could.
         """
-        there = self._present(meaning)
+        there = self._find_present_keys(meaning)
         if form == "messages" and meaning == "output" and not self.fields.output:
-            there = self._rated() if self._present("messages") else []
+            there = self._find_rated_chats() if self._find_present_keys("messages") else []
         elif not there:
-            there = self._rated() if meaning == "messages" else self._fallback(meaning)
+            there = self._find_rated_chats() if meaning == "messages" else self._find_fallback_keys(meaning)
         if len(there) > 1:
             seen = " and ".join(f"'{key}' (row {self.keys[key]})" for key in there)
             raise DatasetError(
@@ -239,11 +241,11 @@ class _Search:
             )
         return there[0] if there else None
 
-    def _fallback(self, meaning: str) -> list[str]:
+    def _find_fallback_keys(self, meaning: str) -> list[str]:
         return [key for key in self.keys if plain_name(key) in FALLBACKS.get(meaning, ())]
 
 
-def no_such_field(key: str, name: str, keys: Collection[str], place: str) -> DatasetError:
+def unknown_field_error(key: str, name: str, keys: Collection[str], place: str) -> DatasetError:
     """The error that the setting `key` names a field that no row of a source has; says the nearest that there is."""
     close = nearest_name(name, keys)
     hint = f" Did you mean '{close}'?" if close else f" Its fields: {list_names(keys)}."

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import IO
 
 from training_lens.config.data_sections import CsvSection
-from training_lens.data.csv_files import csv_rows
+from training_lens.data.csv_files import read_csv_rows
 from training_lens.data.examples import Row
-from training_lens.data.json_files import json_rows
+from training_lens.data.json_files import read_json_rows
 from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 from training_lens.utils.arrow_rows import iterate_arrow_rows
@@ -32,7 +32,7 @@ SIGNATURES = {
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
-def format_of(path: Path) -> str | None:
+def detect_format(path: Path) -> str | None:
     """The format that a file's name says, '.jsonl' for 'rows.jsonl.gz' too; None where it is none that we read."""
     suffix = Path(path.stem).suffix if path.suffix.lower() == GZIP else path.suffix
     return suffix.lower() if suffix.lower() in FORMATS else None
@@ -48,14 +48,14 @@ def check_csv_settings(settings: CsvSection, files: Collection[str]) -> None:
         DatasetError: names the settings.
     """
     changed = [f"data.csv.{name}" for name, value in settings if value != getattr(CsvSection(), name)]
-    if changed and not any(format_of(Path(file)) in TABLES for file in files):
+    if changed and not any(detect_format(Path(file)) in TABLES for file in files):
         raise DatasetError(
             f"{', '.join(changed)}: says how tables of text are read, and none of {', '.join(sorted(files))} is one "
             f"({', '.join(TABLES)}). Leave it out, or end the name of the table as what it is."
         )
 
 
-def file_rows(source: SourceFile) -> Iterator[Row]:
+def read_file_rows(source: SourceFile) -> Iterator[Row]:
     """The rows of one file, in order. JSON that is not one value a line is read as a whole, all else piece by piece.
 
     Raises:
@@ -63,33 +63,33 @@ def file_rows(source: SourceFile) -> Iterator[Row]:
             a row that cannot be read and nobody to pass it over.
     """
     path = source.path
-    kind = format_of(path)
+    kind = detect_format(path)
     if kind is None:
         raise DatasetError(
             f"{path}: the ending '{''.join(path.suffixes[-2:])}' is not readable; expected {', '.join(FORMATS)}, "
             f"each also with {GZIP}."
         )
     try:
-        with _open(path) as file:
+        with _open_file(path) as file:
             _check_signature(path, file, kind)
-            yield from _rows(source, file, kind)
+            yield from _read_rows(source, file, kind)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DatasetError(f"{path}: broken gzip data ({error}). Compress it again, or copy it again whole.") from error
     except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open_file(path: Path) -> IO[bytes]:
     file = open_file(path)
     return io.BufferedReader(UnpackedFile(file), MB) if path.suffix.lower() == GZIP else file
 
 
-def _rows(source: SourceFile, file: IO[bytes], kind: str) -> Iterator[Row]:
+def _read_rows(source: SourceFile, file: IO[bytes], kind: str) -> Iterator[Row]:
     if kind == ".parquet":
-        return _parquet_rows(source, file)
+        return _read_parquet_rows(source, file)
     if kind in TABLES:
-        return csv_rows(source, file, TABLES[kind])
-    return json_rows(source, file, is_named_lines=kind != ".json")
+        return read_csv_rows(source, file, TABLES[kind])
+    return read_json_rows(source, file, is_named_lines=kind != ".json")
 
 
 def _check_signature(path: Path, file: IO[bytes], kind: str) -> None:
@@ -101,19 +101,19 @@ def _check_signature(path: Path, file: IO[bytes], kind: str) -> None:
         return
     found = next((what for start, what in SIGNATURES.items() if head.startswith(start)), None)
     if found is None and kind not in TABLES:
-        found = _problem_of_json(head)
+        found = _describe_json_problem(head)
     if found:
         raise DatasetError(f"{path}: is {found}.")
 
 
-def _problem_of_json(head: bytes) -> str | None:
+def _describe_json_problem(head: bytes) -> str | None:
     """JSON is UTF-8 alone; the encodings of tables are found."""
     if head.startswith(UTF16):
         return "UTF-16 text, and JSON is UTF-8. Save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"
     return "binary, no text" if b"\0" in head else None
 
 
-def _parquet_rows(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:
+def _read_parquet_rows(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -124,7 +124,7 @@ def _parquet_rows(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:
         try:
             table = pq.ParquetFile(unpacked if is_packed else source.path)
             for number, values in enumerate(iterate_arrow_rows(table.iter_batches(batch_size=1000)), 1):
-                yield source.row(number, values)
+                yield source.build_row(number, values)
         except (pa.ArrowException, KeyError) as error:  # a map that has a key twice
             raise DatasetError(f"{source.path}: broken Parquet ({error}). Write or copy it again.") from error
         except (ValueError, OverflowError) as error:  # dates before year 1, text that is no UTF-8

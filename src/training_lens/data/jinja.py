@@ -29,11 +29,11 @@ class JinjaTemplate:
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any], today: date) -> None:
-        self._compiled = _compile(source, "the tokenizer's chat template")
+        self._compiled = _compile_template(source, "the tokenizer's chat template")
         self._variables = {**variables, CLOCK: today.strftime}
         self.has_marks = bool(_MARKS.search(source))
 
-    def render(
+    def render_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], generation: bool = False
     ) -> tuple[str, list[Span]]:
         """The text, and its stretches inside generation marks (neighbours joined).
@@ -49,11 +49,11 @@ class JinjaTemplate:
             "documents": None,
             "add_generation_prompt": generation,
         }
-        self._compiled.environment.begin()
+        self._compiled.environment.start_rendering()
         if not self.has_marks:
             return self._compiled.render(**chat, **self._variables), []
         text, marks = _render_with_assistant_indices(self._compiled, **chat, **self._variables)
-        return text, _join_neighbours(marks)
+        return text, _join_adjacent_spans(marks)
 
 
 def asks_for_date(source: str) -> bool:
@@ -94,22 +94,22 @@ def read_template_file(path: str) -> str:
         raise ConfigurationError(f"data.template: '{path}' cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"data.template: '{path}' is not UTF-8 text.") from error
-    _compile(source, path)
+    _compile_template(source, path)
     return source
 
 
-def _compile(source: str, name: str) -> Any:
+def _compile_template(source: str, name: str) -> Any:
     from jinja2 import TemplateSyntaxError
 
     try:
-        return _environment().from_string(source)
+        return _build_environment().from_string(source)
     except TemplateSyntaxError as error:
         raise ConfigurationError(f"data.template: {name}, line {error.lineno}: {error.message}.") from error
     except (RecursionError, MemoryError) as error:
         raise ConfigurationError(f"data.template: {name}: is nested too deep to be compiled.") from error
 
 
-def _environment() -> Any:
+def _build_environment() -> Any:
     """What transformers compiles chat templates in (its filters, functions and marks), with limits."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -120,11 +120,11 @@ def _environment() -> Any:
     ours = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     ours.filters |= theirs.filters
     ours.globals |= theirs.globals
-    ours.bound_filters()
+    ours.limit_filters()
     return ours
 
 
-def _join_neighbours(spans: Sequence[Span]) -> list[Span]:
+def _join_adjacent_spans(spans: Sequence[Span]) -> list[Span]:
     """Stretches that touch as one."""
     joined: list[Span] = []
     for start, end in spans:

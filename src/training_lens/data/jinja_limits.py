@@ -29,19 +29,19 @@ _WIDE_FORMAT = re.compile(r"\d{5}|\*|:[^{}]*\{")  # of '%99999d', '%*d', '{:>999
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, of which each rendering begins with `begin`."""
+    """Jinja's sandbox, of which each rendering begins with `start_rendering`."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self, **options: Any) -> None:
         super().__init__(finalize=self.finalize_value, **options)
-        self.begin()
+        self.start_rendering()
 
-    def bound_filters(self) -> None:
+    def limit_filters(self) -> None:
         """Let every filter that is there by now ask first."""
-        self.filters |= {name: self._bounded(name, function) for name, function in self.filters.items()}
+        self.filters |= {name: self._limit_filter(name, function) for name, function in self.filters.items()}
 
-    def begin(self) -> None:
+    def start_rendering(self) -> None:
         """Start to count, for one rendering."""
         self._until, self._characters = time.monotonic() + TEMPLATE_SECONDS, 0
 
@@ -85,11 +85,17 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str):
             self._check_format(left, right if isinstance(right, tuple) else (right,))
         elif operator == "+":
-            self.check_length(_length(left) + _length(right))
+            self.check_length(_measure_length(left) + _measure_length(right))
         elif operator == "*":
-            self.check_length(max(_length(left) * _whole_number(right), _length(right) * _whole_number(left)))
+            self.check_length(
+                max(_measure_length(left) * _as_whole_number(right), _measure_length(right) * _as_whole_number(left))
+            )
         if operator in ("*", "**"):
-            bits = _bits(left) * abs(_whole_number(right)) if operator == "**" else _bits(left) + _bits(right)
+            bits = (
+                _count_bits(left) * abs(_as_whole_number(right))
+                if operator == "**"
+                else _count_bits(left) + _count_bits(right)
+            )
             _check_width(bits)
         return super().call_binop(context, operator, left, right)
 
@@ -114,7 +120,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         tree: nodes.Template = _Checks().visit(super()._parse(source, name, filename))
         return tree
 
-    def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _limit_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter that asks first; what Jinja passes to some before their value stays as it is."""
         place = int(hasattr(function, "jinja_pass_arg"))
 
@@ -134,7 +140,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """The value, of which a filter may be asked; a list of what came one by one."""
         if name == "join":
             value = list(value)
-            self.check_length(sum(_length(item) + _length(others[0] if others else "") for item in value))
+            self.check_length(
+                sum(_measure_length(item) + _measure_length(others[0] if others else "") for item in value)
+            )
         if name == "format":
             self._check_format(str(value), others)
         elif isinstance(value, str):
@@ -147,22 +155,24 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _check_text(self, name: str, text: str, arguments: list[Any]) -> None:
         """See that what a method or filter makes of a text is of bounded length."""
         if name in LENGTHENING:
-            _check_width(max((_whole_number(argument) for argument in arguments), default=0))
+            _check_width(max((_as_whole_number(argument) for argument in arguments), default=0))
         made = len(text)
         if name == "replace" and len(arguments) >= 2:
-            made += text.count(str(arguments[0])) * _length(arguments[1])
+            made += text.count(str(arguments[0])) * _measure_length(arguments[1])
         elif name == "join" and arguments:
-            made += sum(_length(item) + len(text) for item in _sized(arguments[0]))
+            made += sum(_measure_length(item) + len(text) for item in _list_items(arguments[0]))
         elif name in ("indent", "expandtabs"):
             made += (text.count("\n") + text.count("\t") + 1) * max(
-                [8, *map(_whole_number, arguments), *map(_length, arguments)]
+                [8, *map(_as_whole_number, arguments), *map(_measure_length, arguments)]
             )
         self.check_length(made)
 
     def _check_format(self, text: str, arguments: Iterable[Any]) -> None:
         if _WIDE_FORMAT.search(text):
             raise TemplateError("formats a value to a width that is wide, or told by another value")
-        longest = max((_length(item) for argument in arguments for item in (argument, *_sized(argument))), default=0)
+        longest = max(
+            (_measure_length(item) for argument in arguments for item in (argument, *_list_items(argument))), default=0
+        )
         self.check_length(len(text) + (text.count("%") + text.count("{")) * longest)
 
 
@@ -196,24 +206,24 @@ def _check_values(value: Any) -> None:
     """See that lists and objects hold a bounded number of values; what stands there twice counts twice."""
     level, values = [value], 0
     while level:
-        level = [item for outer in level for item in _sized(outer)]
+        level = [item for outer in level for item in _list_items(outer)]
         values += len(level)
         if values > TEMPLATE_VALUES:
             raise TemplateError(f"writes a list or object of over {TEMPLATE_VALUES:,} values")
 
 
-def _sized(value: Any) -> Iterable[Any]:
+def _list_items(value: Any) -> Iterable[Any]:
     """The values in a list or object; of others, none."""
     return value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
 
 
-def _length(value: Any) -> int:
+def _measure_length(value: Any) -> int:
     return len(value) if isinstance(value, str | list | tuple) else 8
 
 
-def _whole_number(value: Any) -> int:
+def _as_whole_number(value: Any) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _bits(value: Any) -> int:
+def _count_bits(value: Any) -> int:
     return value.bit_length() if isinstance(value, int) else 0

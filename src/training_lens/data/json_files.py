@@ -21,7 +21,7 @@ SAVE_AS_UTF8 = "Save the file as UTF-8, such as with: iconv -f CP1252 -t UTF-8 O
 _SPACE = re.compile(r"\s*")
 
 
-def json_rows(source: SourceFile, file: IO[bytes], is_named_lines: bool) -> Iterator[Row]:
+def read_json_rows(source: SourceFile, file: IO[bytes], is_named_lines: bool) -> Iterator[Row]:
     """The rows of a file of JSON: a value on each line, or a list of rows, an object that holds one, or single rows.
 
     Only JSON Lines are read line by line; anything else is read whole.
@@ -34,21 +34,21 @@ def json_rows(source: SourceFile, file: IO[bytes], is_named_lines: bool) -> Iter
     """
     if has_json_lines(file, is_named_lines):
         if not is_named_lines:
-            source.say("holds a JSON value on each line (JSON Lines), whatever its name says; read line by line")
-        return _rows_of_lines(source, file)
+            source.add_remark("holds a JSON value on each line (JSON Lines), whatever its name says; read line by line")
+        return _read_lines(source, file)
     content = file.read(WHOLE_JSON_BYTES + 1)
     if len(content) > WHOLE_JSON_BYTES:
         raise DatasetError(
             f"{source.path}: has over {WHOLE_JSON_BYTES:,} bytes of JSON that is not one value a line, which would all "
             "be in memory. Write JSON Lines, such as with: jq -c '.[]' OLD > NEW.jsonl."
         )
-    return _rows_of_values(source, _decode(source, content), is_named_lines)
+    return _read_values(source, _decode_text(source, content), is_named_lines)
 
 
 def has_json_lines(file: IO[bytes], is_named_lines: bool) -> bool:
     """Whether each line of the file is a JSON value of its own; told by its first lines, by its name where those
     are broken."""
-    lines, is_cut = _first_lines(file)
+    lines, is_cut = _read_first_lines(file)
     if not lines or _is_json(lines[0]):
         return len(lines) > 1
     if _may_begin_json(b"".join(lines), is_cut):
@@ -57,7 +57,7 @@ def has_json_lines(file: IO[bytes], is_named_lines: bool) -> bool:
     return is_named_lines or (not begins_later and len(lines) > 1 and _is_json(lines[1]))
 
 
-def _first_lines(file: IO[bytes]) -> tuple[list[bytes], bool]:
+def _read_first_lines(file: IO[bytes]) -> tuple[list[bytes], bool]:
     """At least two lines that hold something, where there are so many; and whether more may follow."""
     lines: list[bytes] = []
     size, reads, line = 0, 0, b""
@@ -99,7 +99,7 @@ class _Decoder:
     """Decodes JSON, and remembers whether any object had a key twice."""
 
     def __init__(self) -> None:
-        self._json = json.JSONDecoder(object_pairs_hook=self._object)
+        self._json = json.JSONDecoder(object_pairs_hook=self._build_object)
         self.has_repeated_keys = False
 
     def decode(self, text: str) -> Any:
@@ -109,7 +109,7 @@ class _Decoder:
         """The value that begins at `start`, and where it ends."""
         return self._json.raw_decode(text, start)
 
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def _build_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) == len(pairs):
             return found
@@ -118,28 +118,28 @@ class _Decoder:
         repeated.key = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         return repeated
 
-    def repeated_key(self, value: Any) -> str | None:
+    def find_repeated_key(self, value: Any) -> str | None:
         """The key that stands twice in an object of the value."""
         if not self.has_repeated_keys:
             return None
         if isinstance(value, _RepeatedKey):
             return value.key
         inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        return next((key for item in inside if (key := self.repeated_key(item)) is not None), None)
+        return next((key for item in inside if (key := self.find_repeated_key(item)) is not None), None)
 
 
-def _rows_of_lines(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:
+def _read_lines(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:
     decoder = _Decoder()
-    for number, raw in _filled_lines(source, file):
+    for number, raw in _read_filled_lines(source, file):
         try:
             value = decoder.decode(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:
-            source.refuse_row(number, _problem_of_line(error), kind=_kind_of_line(error), unit="line")
+            source.refuse_row(number, _describe_line_error(error), kind=_classify_line_error(error), unit="line")
             continue
-        yield from _row(source, number, value, decoder)
+        yield from _build_rows(source, number, value, decoder)
 
 
-def _filled_lines(source: SourceFile, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+def _read_filled_lines(source: SourceFile, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """The lines that hold something, with their numbers; one that is too long is refused, and never whole in memory."""
     number, empty = 0, 0
     while line := file.readline(ROW_BYTES):
@@ -156,7 +156,7 @@ def _filled_lines(source: SourceFile, file: IO[bytes]) -> Iterator[tuple[int, by
             raise DatasetError(f"{source.path}, line {number}: over {EMPTY_LINES:,} empty lines. Take them out.")
 
 
-def _problem_of_line(error: Exception) -> str:
+def _describe_line_error(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         byte = f"byte {error.object[error.start]:#04x} at column {error.start + 1}"
         return f"is not UTF-8 text ({byte}). {SAVE_AS_UTF8}"
@@ -168,26 +168,26 @@ def _problem_of_line(error: Exception) -> str:
     return f"JSON that cannot be read ({error})."  # numbers of thousands of digits, brackets without end
 
 
-def _kind_of_line(error: Exception) -> str:
+def _classify_line_error(error: Exception) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else type(error).__name__
 
 
-def _row(source: SourceFile, number: int, value: Any, decoder: _Decoder) -> Iterator[Row]:
+def _build_rows(source: SourceFile, number: int, value: Any, decoder: _Decoder) -> Iterator[Row]:
     """The value as a row: an object with fields, or a list of messages."""
     if is_too_deep(value):
         source.refuse_row(number, f"{NESTED}. Take it out, or write what is inside as text.", kind="is nested too deep")
-    elif (repeated := decoder.repeated_key(value)) is not None:
+    elif (repeated := decoder.find_repeated_key(value)) is not None:
         source.refuse_row(number, f"the key '{repeated}' stands there twice. Keep one.")
     elif isinstance(value, dict):
-        yield source.row(number, value)
-    elif is_chat(value):
-        yield source.row(number, {MESSAGES: value})
+        yield source.build_row(number, value)
+    elif is_message_list(value):
+        yield source.build_row(number, {MESSAGES: value})
     else:
         what = "an empty list" if value == [] else f"a {type(value).__name__}"
         source.refuse_row(number, f"is {what}, expected an object with fields, or a list of messages.")
 
 
-def is_chat(value: Any) -> bool:
+def is_message_list(value: Any) -> bool:
     """Whether a value is a list of messages: objects, of which the first has a role and what it says."""
     return (
         isinstance(value, list)
@@ -198,7 +198,7 @@ def is_chat(value: Any) -> bool:
     )
 
 
-def _decode(source: SourceFile, content: bytes) -> str:
+def _decode_text(source: SourceFile, content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -210,18 +210,18 @@ def _decode(source: SourceFile, content: bytes) -> str:
         ) from error
 
 
-def _rows_of_values(source: SourceFile, text: str, is_named_lines: bool) -> Iterator[Row]:
+def _read_values(source: SourceFile, text: str, is_named_lines: bool) -> Iterator[Row]:
     decoder = _Decoder()
-    values = _values(source, text, decoder)
+    values = _parse_values(source, text, decoder)
     if len(values) == 1:
-        values = _rows_in_value(source, values[0], is_named_lines)
+        values = _find_rows(source, values[0], is_named_lines)
     elif values:
-        source.say(f"holds {len(values)} JSON values one after the other; each is a row")
+        source.add_remark(f"holds {len(values)} JSON values one after the other; each is a row")
     for number, value in enumerate(values, 1):
-        yield from _row(source, number, value, decoder)
+        yield from _build_rows(source, number, value, decoder)
 
 
-def _values(source: SourceFile, text: str, decoder: _Decoder) -> list[Any]:
+def _parse_values(source: SourceFile, text: str, decoder: _Decoder) -> list[Any]:
     """The values that the text holds, one after the other."""
     values: list[Any] = []
     position = _skip_space(text, 0)
@@ -245,51 +245,55 @@ def _skip_space(text: str, position: int) -> int:
     return match.end() if match else position
 
 
-def _rows_in_value(source: SourceFile, value: Any, is_named_lines: bool) -> list[Any]:
+def _find_rows(source: SourceFile, value: Any, is_named_lines: bool) -> list[Any]:
     """The rows of a file that holds one value."""
     if isinstance(value, dict):
-        return _rows_in_object(source, value, is_named_lines)
+        return _find_rows_in_object(source, value, is_named_lines)
     if not isinstance(value, list):
         raise DatasetError(
             f"{source.path}: holds a single {type(value).__name__}, expected a list of objects, or one object a line."
         )
-    if is_chat(value):
-        source.say("holds one list of messages, which is taken as one row")
+    if is_message_list(value):
+        source.add_remark("holds one list of messages, which is taken as one row")
         return [value]
     if is_named_lines:
-        source.say("holds one JSON list, not a row on each line as its name says; read whole")
+        source.add_remark("holds one JSON list, not a row on each line as its name says; read whole")
     return value
 
 
-def _rows_in_object(source: SourceFile, value: dict[str, Any], is_named_lines: bool) -> list[Any]:
+def _find_rows_in_object(source: SourceFile, value: dict[str, Any], is_named_lines: bool) -> list[Any]:
     """The rows in the one list of rows that an object holds (`{"examples": [...]}`); else it is a row itself."""
     lists = [key for key, item in value.items() if _holds_rows(item)]
     is_row = _is_row(value) or (not lists and not all(isinstance(item, list | dict) for item in value.values()))
     if not is_row and len(lists) == 1:
         others = ", ".join(f"'{other}'" for other in value if other != lists[0])
-        source.say(f"its rows are those of '{lists[0]}'{f'; set aside beside it: {others}' if others else ''}")
+        source.add_remark(f"its rows are those of '{lists[0]}'{f'; set aside beside it: {others}' if others else ''}")
         return list(value[lists[0]])
     if is_named_lines or is_row:
         if not is_named_lines:
-            source.say("holds one object, which is taken as one row")
+            source.add_remark("holds one object, which is taken as one row")
         return [value]
-    raise DatasetError(f"{source.path}: {_problem_of_object(value, lists)}")
+    raise DatasetError(f"{source.path}: {_describe_object_problem(value, lists)}")
 
 
 def _is_row(value: dict[str, Any]) -> bool:
     """Whether an object is a row by itself: it holds a chat, or text or a number under a name that fields have."""
     names = {alias for aliases in ALIASES.values() for alias in aliases}
     return any(
-        is_chat(item) or (isinstance(item, str | int | float) and key.strip().lower() in names)
+        is_message_list(item) or (isinstance(item, str | int | float) and key.strip().lower() in names)
         for key, item in value.items()
     )
 
 
 def _holds_rows(item: Any) -> bool:
-    return isinstance(item, list) and any(isinstance(row, dict) or is_chat(row) for row in item) and not is_chat(item)
+    return (
+        isinstance(item, list)
+        and any(isinstance(row, dict) or is_message_list(row) for row in item)
+        and not is_message_list(item)
+    )
 
 
-def _problem_of_object(value: dict[str, Any], lists: list[str]) -> str:
+def _describe_object_problem(value: dict[str, Any], lists: list[str]) -> str:
     """Why an object that is no row holds no rows, either."""
     named = ", ".join(list(value)[:6]) + (" and more" if len(value) > 6 else "")
     if len(lists) > 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 from training_lens.data.examples import Message, Row
 from training_lens.data.row_keys import ignore_option
-from training_lens.data.values import kind_of
+from training_lens.data.values import describe_value
 from training_lens.errors import DatasetError
 
 FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -29,7 +29,7 @@ def read_mask(place: str, values: Mapping[str, Any], masks: Collection[str], pat
     Raises:
         DatasetError: a mask that is neither 0 nor 1, or two that disagree.
     """
-    flags = {key: _flag(place, path + key, values[key]) for key in masks if values[key] is not None}
+    flags = {key: _require_flag(place, path + key, values[key]) for key in masks if values[key] is not None}
     if len(set(flags.values())) > 1:
         raise DatasetError(
             f"{place}: {' and '.join(f'{key!r} is {values[key]!r}' for key in flags)}; they disagree on whether the "
@@ -38,18 +38,19 @@ def read_mask(place: str, values: Mapping[str, Any], masks: Collection[str], pat
     return next(iter(flags.values()), None)
 
 
-def _flag(place: str, path: str, value: Any) -> bool:
+def _require_flag(place: str, path: str, value: Any) -> bool:
     flag = read_flag(value)
     if flag is None:
         raise DatasetError(
-            f"{place}: '{path.rsplit('.', 1)[-1]}' is {_shown(value)}, expected 0 or 1: an answer is learned or not. "
-            f"Round it, or weigh whole files with data.weights. If it means something else: {ignore_option(path)}."
+            f"{place}: '{path.rsplit('.', 1)[-1]}' is {_describe_mask(value)}, expected 0 or 1: an answer is learned "
+            "or not. Round it, or weigh whole files with data.weights. If it means something else: "
+            f"{ignore_option(path)}."
         )
     return flag
 
 
-def _shown(value: Any) -> str:
-    return repr(value) if isinstance(value, int | float | str) else kind_of(value)
+def _describe_mask(value: Any) -> str:
+    return repr(value) if isinstance(value, int | float | str) else describe_value(value)
 
 
 def mask_row(
@@ -70,7 +71,7 @@ def mask_row(
     if lists and len(masks) > 1:
         raise DatasetError(f"{row.place}: {' and '.join(masks)} each say what is learned. Keep one.")
     if lists:
-        learn = _learned_turns(row, lists[0], messages)
+        learn = _read_turn_masks(row, lists[0], messages)
     elif read_mask(row.place, row.values, masks) is not False:
         return messages
     else:
@@ -90,9 +91,9 @@ def mark_learned(messages: Sequence[Message], learn: Sequence[bool]) -> tuple[Me
     )
 
 
-def _learned_turns(row: Row, key: str, messages: Sequence[Message]) -> list[bool]:
+def _read_turn_masks(row: Row, key: str, messages: Sequence[Message]) -> list[bool]:
     """Of each message whether it is learned, from a list with an entry for each, or for each answer."""
-    flags = [_flag(row.place, key, value) for value in row.values[key]]
+    flags = [_require_flag(row.place, key, value) for value in row.values[key]]
     answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
     if len(flags) == len(messages):
         wrong = next((m.role for m, flag in zip(messages, flags, strict=True) if flag and m.role != "assistant"), None)

@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 from training_lens.data.examples import Message, Role, Row
 from training_lens.data.masks import read_mask
-from training_lens.data.row_keys import MESSAGE, NOTHING, PART, KeyCheck, is_near, plain_name
+from training_lens.data.row_keys import EMPTY_VALUES, MESSAGE, PART, KeyCheck, is_near, plain_name
 from training_lens.data.tool_calls import read_calls, read_written_calls
-from training_lens.data.values import describe_kind, encodable, json_of, kind_of, write_value
+from training_lens.data.values import describe_plural, describe_value, parse_json, require_encodable, write_value
 from training_lens.errors import DatasetError
 from training_lens.utils.formatting import nearest_name
 
@@ -46,12 +46,12 @@ def read_chat(row: Row, key: str, value: Any, keys: KeyCheck) -> tuple[tuple[Mes
         DatasetError: no list of messages, a role that is not known, content that is no text; names the message.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = json_of(f"{row.place}: '{key}'", value, "a list of messages in JSON")
+        value = parse_json(f"{row.place}: '{key}'", value, "a list of messages in JSON")
     items = [value] if isinstance(value, Mapping) else value
     if isinstance(items, list) and len(items) == 1 and isinstance(items[0], list):
         items = items[0]
     if not isinstance(items, list) or not items:
-        raise DatasetError(f"{row.place}: '{key}' is {kind_of(value)}, expected a list of {{role, content}}.")
+        raise DatasetError(f"{row.place}: '{key}' is {describe_value(value)}, expected a list of {{role, content}}.")
     if isinstance(items[0], list):
         raise DatasetError(f"{row.place}: '{key}' holds {len(items)} chats. Write a row for each.")
     place, path = f"{row.place}, '{key}' message", f"{key}[]."
@@ -64,10 +64,10 @@ def is_chat(value: Any) -> bool:
     if isinstance(value, str):
         return False
     items = value if isinstance(value, list) else [value]
-    return bool(items) and all(isinstance(item, Mapping) and _is_meant_as_message(item) for item in items)
+    return bool(items) and all(isinstance(item, Mapping) and _resembles_message(item) for item in items)
 
 
-def _is_meant_as_message(item: Mapping[str, Any]) -> bool:
+def _resembles_message(item: Mapping[str, Any]) -> bool:
     named = item.get("role", item.get("from"))
     return (
         is_message(item)
@@ -79,24 +79,24 @@ def _is_meant_as_message(item: Mapping[str, Any]) -> bool:
 def is_message(item: Mapping[str, Any]) -> bool:
     """Whether an object has the keys of a message, in one of the two spellings."""
     if "role" in item:
-        return "content" in item or _calls_something(item)
+        return "content" in item or _has_calls(item)
     return "from" in item and "value" in item
 
 
-def _calls_something(item: Mapping[str, Any]) -> bool:
+def _has_calls(item: Mapping[str, Any]) -> bool:
     return bool(item.get("tool_calls") or item.get("function_call"))
 
 
 def _read_message(place: str, item: Any, keys: KeyCheck, path: str) -> tuple[Message, bool]:
     """A message, and whether it says itself if it is learned."""
     if not isinstance(item, Mapping):
-        raise _no_message(place, item)
+        raise _no_message_error(place, item)
     if not is_message(item):
         item = {plain_name(key) if plain_name(key) in MESSAGE.names else key: item[key] for key in item}
-    shape = keys.check(place, MESSAGE, item, path)
+    shape = keys.check_keys(place, MESSAGE, item, path)
     if not is_message(item):
-        raise _no_message(place, item)
-    name, content = str(_one_of(place, item, "role", "from")), _one_of(place, item, "content", "value")
+        raise _no_message_error(place, item)
+    name, content = str(_pick_spelling(place, item, "role", "from")), _pick_spelling(place, item, "content", "value")
     role = ROLE_NAMES.get(name)
     if role is None:
         close = nearest_name(name, ROLE_NAMES)
@@ -105,12 +105,12 @@ def _read_message(place: str, item: Any, keys: KeyCheck, path: str) -> tuple[Mes
     calls = read_written_calls(place, content, keys, path) if name in CALLING else read_calls(place, item, keys, path)
     if calls and role != "assistant":
         raise DatasetError(f"{place}: a {role} message calls a tool; only an assistant can.")
-    wordless = name in CALLING or (calls and content in NOTHING)
+    wordless = name in CALLING or (calls and content in EMPTY_VALUES)
     text = "" if wordless else _read_content(place, role, content, keys, path)
     extra = {key: item[key] for key in EXTRA if item.get(key)}
     mask = read_mask(place, item, shape.masks, path) if shape.masks else None
     if mask is False and role == "assistant":
-        keys.say(f"answers whose '{shape.masks[0]}' is 0 (or false) are shown and not learned")
+        keys.add_remark(f"answers whose '{shape.masks[0]}' is 0 (or false) are shown and not learned")
     if mask and role != "assistant":
         raise DatasetError(f"{place}: '{shape.masks[0]}' is 1 on a {role} message; only an assistant's can be learned.")
     null = content is None and bool(calls)
@@ -118,15 +118,15 @@ def _read_message(place: str, item: Any, keys: KeyCheck, path: str) -> tuple[Mes
     return Message(role, text, learn=learn, calls=calls, extra=extra, null_content=null), mask is not None
 
 
-def _one_of(place: str, item: Mapping[str, Any], name: str, other: str) -> Any:
+def _pick_spelling(place: str, item: Mapping[str, Any], name: str, other: str) -> Any:
     """The value under one of two spellings."""
     if item.get(name) is not None and item.get(other) is not None:
         raise DatasetError(f"{place}: has both '{name}' and '{other}'. Keep one.")
     return item[name] if item.get(name) is not None else item.get(other)
 
 
-def _no_message(place: str, item: Any) -> DatasetError:
-    found = f"one with {', '.join(map(str, item))}" if isinstance(item, Mapping) else kind_of(item)
+def _no_message_error(place: str, item: Any) -> DatasetError:
+    found = f"one with {', '.join(map(str, item))}" if isinstance(item, Mapping) else describe_value(item)
     return DatasetError(f"{place}: expected an object with 'role' and 'content' (or 'from', 'value'), found {found}.")
 
 
@@ -136,7 +136,7 @@ def _read_content(place: str, role: Role, content: Any, keys: KeyCheck, path: st
     Only what assistants and tools say may be a value: asked for as JSON, it is answered as JSON.
     """
     if isinstance(content, str) and content:
-        return encodable(f"{place}: 'content'", content)
+        return require_encodable(f"{place}: 'content'", content)
     may_be_value = role in ("assistant", "tool")
     is_part = _is_part if may_be_value else _is_object
     if isinstance(content, list) and content and all(map(is_part, content)):
@@ -144,11 +144,11 @@ def _read_content(place: str, role: Role, content: Any, keys: KeyCheck, path: st
     elif may_be_value and not isinstance(content, str):
         written = write_value(content)
         if written is not None:
-            keys.say(f"content given as {describe_kind(content)} is read as text", written)
+            keys.add_remark(f"content given as {describe_plural(content)} is read as text", written)
             content = written
     if not isinstance(content, str) or not content:
-        raise DatasetError(f"{place}: 'content' is {kind_of(content)}, expected text.")
-    return encodable(f"{place}: 'content'", content)
+        raise DatasetError(f"{place}: 'content' is {describe_value(content)}, expected text.")
+    return require_encodable(f"{place}: 'content'", content)
 
 
 def _is_part(value: Any) -> bool:
@@ -162,8 +162,8 @@ def _is_object(value: Any) -> bool:
 def _read_part(place: str, part: Mapping[str, Any], keys: KeyCheck, path: str) -> str:
     if part.get("type", "text") != "text":
         raise DatasetError(f"{place}: has a part of type '{part['type']}'; only text can be trained on.")
-    keys.check(f"{place}, a part of its content", PART, part, path)
-    text = _one_of(place, part, "text", "value")
+    keys.check_keys(f"{place}, a part of its content", PART, part, path)
+    text = _pick_spelling(place, part, "text", "value")
     if not isinstance(text, str):
-        raise DatasetError(f"{place}: the text of a part of its content is {kind_of(text)}, expected text.")
+        raise DatasetError(f"{place}: the text of a part of its content is {describe_value(text)}, expected text.")
     return text

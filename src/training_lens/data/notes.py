@@ -39,11 +39,11 @@ class DataNotes:
         self._marks: dict[str, Counter[str]] = {}
         self._bad: dict[str, dict[str, BadRows]] = {}
 
-    def mapping(self, source: str, described: str) -> None:
+    def add_mapping(self, source: str, described: str) -> None:
         """Note how a source's fields are read: 'question -> answer'."""
         self.mappings[source] = described
 
-    def say(self, source: str, sentence: str) -> None:
+    def add_remark(self, source: str, sentence: str) -> None:
         """Note a sentence about a source; each is told once, with how often it was said."""
         self._remarks.setdefault(source, Counter())[sentence] += 1
 
@@ -52,11 +52,11 @@ class DataNotes:
         counts = self._ignored.setdefault(source, Counter())
         counts[key_path if key_path in counts or len(counts) < MOST_KEYS else MORE_KEYS] += 1
 
-    def end_mark(self, source: str, mark: str) -> None:
+    def add_end_mark(self, source: str, mark: str) -> None:
         """Count a literal end mark that was taken off an answer."""
         self._marks.setdefault(source, Counter())[mark] += 1
 
-    def bad_row(self, source: str, row_number: int, kind: str, message: str) -> None:
+    def add_bad_row(self, source: str, row_number: int, kind: str, message: str) -> None:
         """Note a row that cannot be used.
 
         Args:
@@ -90,28 +90,28 @@ class DataNotes:
         return self._bad
 
     @property
-    def reasons(self) -> dict[str, dict[str, list[int]]]:
+    def bad_row_reasons(self) -> dict[str, dict[str, list[int]]]:
         """Of each source why rows cannot be used, worded as for the first such row, and the numbers of these rows."""
-        return {source: _reasons(source, kinds) for source, kinds in self._bad.items()}
+        return {source: _group_by_reason(source, kinds) for source, kinds in self._bad.items()}
 
 
-def _reasons(source: str, kinds: Mapping[str, BadRows]) -> dict[str, list[int]]:
+def _group_by_reason(source: str, kinds: Mapping[str, BadRows]) -> dict[str, list[int]]:
     reasons: dict[str, list[int]] = {}
     for bad in kinds.values():
-        reasons.setdefault(reason_of(bad.message, source, bad.rows[0]), []).extend(bad.rows)
+        reasons.setdefault(strip_location(bad.message, source, bad.rows[0]), []).extend(bad.rows)
     return {reason: sorted(rows) for reason, rows in reasons.items()}
 
 
-def numbers_of(kinds: Mapping[str, BadRows]) -> frozenset[int]:
+def collect_row_numbers(kinds: Mapping[str, BadRows]) -> frozenset[int]:
     """The numbers of all rows of these kinds."""
     return frozenset(number for bad in kinds.values() for number in bad.rows)
 
 
-def reason_of(message: str, source: str, number: int) -> str:
+def strip_location(message: str, source: str, number: int) -> str:
     """What a row's error message says besides the row's place.
 
     Example:
-        >>> reason_of("a.csv, row 3: has 1 cells", "a.csv", 3)
+        >>> strip_location("a.csv, row 3: has 1 cells", "a.csv", 3)
         'has 1 cells'
     """
     for unit in ("row", "line"):
@@ -119,10 +119,10 @@ def reason_of(message: str, source: str, number: int) -> str:
     return message.lstrip(":, ")
 
 
-def kind_of_error(error: Exception, source: str, number: int) -> str:
+def classify_error(error: Exception, source: str, number: int) -> str:
     """What errors of other rows share with this one: its kind, or its reason without numbers."""
     kind = error.kind if isinstance(error, DatasetError) else None
-    return kind or re.sub(r"\d+", "#", reason_of(str(error), source, number))
+    return kind or re.sub(r"\d+", "#", strip_location(str(error), source, number))
 
 
 def count_rows(count: int) -> str:

@@ -14,12 +14,12 @@ SHOWN = 6
 
 def log_split(report: SplitReport, key: str, seq_len: int) -> None:
     """Say it: how the files were read as information, losses as warnings."""
-    for described, files in _grouped(report.mappings).items():
+    for described, files in _group_by_mapping(report.mappings).items():
         names = files[0] if len(files) == 1 else f"{len(files)} files"
         logger.info("%s: %s, read as %s", key, names, described)
     for line in describe_remarks(report.remarks, report.ignored_keys):
         logger.info("%s: %s", key, line)
-    for line in notes(report, seq_len):
+    for line in describe_losses(report, seq_len):
         logger.warning("%s: %s", key, line)
 
 
@@ -29,10 +29,10 @@ def describe_remarks(remarks: dict[str, dict[str, int]], ignored_keys: dict[str,
         for sentence, times in said.items():
             yield f"{source}: {sentence}{f' ({times:,} times)' if times > 1 else ''}"
     for source, keys in ignored_keys.items():
-        yield f"{source}: set aside, since nothing reads them: the keys {_counted(keys)}"
+        yield f"{source}: set aside, since nothing reads them: the keys {_list_counts(keys)}"
 
 
-def notes(report: SplitReport, seq_len: int) -> Iterator[str]:
+def describe_losses(report: SplitReport, seq_len: int) -> Iterator[str]:
     """A line for each thing that training on this split would not see as the files have it."""
     yield from describe_bad_rows(report.bad_rows)
     if report.dropped_too_long:
@@ -56,23 +56,23 @@ def notes(report: SplitReport, seq_len: int) -> Iterator[str]:
         yield f"{report.unknown_share:.2%} of the characters have no token in this tokenizer: {shown}"
     if report.special_text:
         yield (
-            f"names of special tokens stand in the rows and are taken as plain text: {_counted(report.special_text)} "
-            "(data.special_tokens=allow takes them as tokens, for rows that carry a chat template's already; BOS and "
-            "EOS that stand there are not put twice)"
+            f"names of special tokens in the rows are read as plain text: {_list_counts(report.special_text)} "
+            "(data.special_tokens=allow reads them as tokens, for rows that already carry a chat template's; BOS and "
+            "EOS in them are not added twice)"
         )
     if report.end_marks:
         yield (
-            f"literal end marks taken off the ends of answers: {_counted(report.end_marks)} "
+            f"literal end marks taken off the ends of answers: {_list_counts(report.end_marks)} "
             "(data.strip_end_marks=false keeps them)"
         )
 
 
-def _counted(counts: dict[str, int]) -> str:
+def _list_counts(counts: dict[str, int]) -> str:
     more = f" and {len(counts) - SHOWN} more" if len(counts) > SHOWN else ""
     return ", ".join(f"'{name}' ({count})" for name, count in list(counts.items())[:SHOWN]) + more
 
 
-def _grouped(mappings: dict[str, str]) -> dict[str, list[str]]:
+def _group_by_mapping(mappings: dict[str, str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for file, described in mappings.items():
         groups.setdefault(described, []).append(file)

@@ -41,10 +41,10 @@ LEADING = {"messages": "messages", "pair": "instruction", "text": "text"}
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # Fields that often say where a row belongs: offered as domain where none is set.
-DOMAIN_LIKE = ("hash", "domain_hash", "hash_id", "domain_id", "domain_name", "topic", "category", "subject", "task")
+DOMAIN_KEYS = ("hash", "domain_hash", "hash_id", "domain_id", "domain_name", "topic", "category", "subject", "task")
 
 SHOWN = 60  # characters of an example
-NOTHING: tuple[Any, ...] = (None, "", [], {})
+EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
 NO_MEDIA = "holds more than text, and only text can be trained on"
 THOUGHTS_APART = (
     "stands apart from the answer and would not be learned. Put it into the answer as <think>...</think> and set "
@@ -56,7 +56,7 @@ NOT_WITH_TEXT = "cannot be used beside plain text, which no template touches. Na
 
 
 @dataclass(frozen=True, eq=False)
-class Level:
+class KeySchema:
     """The keys of one kind of object: groups of names for one thing, and keys that are refused, with the reason."""
 
     groups: tuple[tuple[str, ...], ...]
@@ -68,7 +68,7 @@ class Level:
 
 
 _REFUSED = {**dict.fromkeys(MEDIA, NO_MEDIA), **dict.fromkeys(THOUGHTS, THOUGHTS_APART)}
-MESSAGE = Level(
+MESSAGE = KeySchema(
     (
         *(("role", "from"), ("content", "value")),
         *(("name",), ("tool_call_id",), ("tool_calls",), ("function_call",)),
@@ -76,12 +76,12 @@ MESSAGE = Level(
     ),
     {**_REFUSED, "train_detail": PARTS_MASKED, **dict.fromkeys(ALIASES["tools"], TOOLS_APART)},
 )
-CALL = Level((("id",), ("type",), ("function",), ("name",), ("arguments", "parameters")), {})
-FUNCTION = Level((("id",), ("type",), ("name",), ("arguments", "parameters")), {})
-PART = Level((("type",), ("text", "value")), {})
+CALL = KeySchema((("id",), ("type",), ("function",), ("name",), ("arguments", "parameters")), {})
+FUNCTION = KeySchema((("id",), ("type",), ("name",), ("arguments", "parameters")), {})
+PART = KeySchema((("type",), ("text", "value")), {})
 
 
-def row_level(form: str, mapped: Mapping[str, str], used: Collection[str]) -> Level:
+def row_schema(form: str, mapped: Mapping[str, str], used: Collection[str]) -> KeySchema:
     """The keys of a source's rows.
 
     Args:
@@ -92,11 +92,11 @@ def row_level(form: str, mapped: Mapping[str, str], used: Collection[str]) -> Le
     refused = {key: why for key, why in _REFUSED.items() if key not in {*mapped.values(), *used}}
     if form == "text":
         refused |= {name: NOT_WITH_TEXT for meaning in ("system", "history", "tools") for name in ALIASES[meaning]}
-    return Level((*groups, *((key,) for key in (*MASKS, *used))), refused)
+    return KeySchema((*groups, *((key,) for key in (*MASKS, *used))), refused)
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class KeyShape:
     """What is known of objects with the same keys.
 
     `masks` are those of their keys that say whether an answer is learned; `unread` is not read, each key with what is
@@ -117,10 +117,10 @@ class KeyCheck:
 
     def __init__(self, source: str, notes: DataNotes, ignored: Collection[str] = ()) -> None:
         self._source, self._notes, self._ignored = source, notes, frozenset(ignored)
-        self._shapes: dict[tuple[Level, str, tuple[str, ...]], Shape] = {}
+        self._shapes: dict[tuple[KeySchema, str, tuple[str, ...]], KeyShape] = {}
         self._examples: dict[str, str] = {}
 
-    def check(self, place: str, level: Level, values: Mapping[str, Any], path: str = "") -> Shape:
+    def check_keys(self, place: str, level: KeySchema, values: Mapping[str, Any], path: str = "") -> KeyShape:
         """See that no key of `values` is lost in silence.
 
         Args:
@@ -133,32 +133,32 @@ class KeyCheck:
         kind = (level, path, tuple(values))
         shape = self._shapes.get(kind)
         if shape is None:
-            shape = self._shapes[kind] = self._examine(level, values, path)
+            shape = self._shapes[kind] = self._examine_keys(level, values, path)
         for key, problem in shape.unread:
             value = values[key]
-            if problem and value not in NOTHING:
+            if problem and value not in EMPTY_VALUES:
                 raise DatasetError(f"{place}: '{key}' {problem}. To train without it: {ignore_option(path + key)}.")
             if value is not None:
                 self._notes.ignore_key(self._source, path + key)
         return shape
 
-    def say(self, sentence: str, example: str | None = None) -> None:
+    def add_remark(self, sentence: str, example: str | None = None) -> None:
         """Tell the user something about the source, once, with the first example there is."""
         if example is not None and sentence not in self._examples:
             shown = example if len(example) <= SHOWN else f"{example[:SHOWN]}..."
             self._examples[sentence] = f"{sentence}, such as {shown}"
-        self._notes.say(self._source, self._examples.get(sentence, sentence))
+        self._notes.add_remark(self._source, self._examples.get(sentence, sentence))
 
-    def ignore(self, path: str) -> None:
+    def count_unused(self, path: str) -> None:
         """Count a key that is known, and not used here."""
         self._notes.ignore_key(self._source, path)
 
-    def _examine(self, level: Level, values: Mapping[str, Any], path: str) -> Shape:
+    def _examine_keys(self, level: KeySchema, values: Mapping[str, Any], path: str) -> KeyShape:
         masks = tuple(key for key in values if key in MASKS and path + key not in self._ignored)
         unknown = [key for key in values if key not in level.names or path + key in self._ignored]
-        return Shape(masks, tuple((key, self._problem(level, values, path, key)) for key in unknown))
+        return KeyShape(masks, tuple((key, self._find_problem(level, values, path, key)) for key in unknown))
 
-    def _problem(self, level: Level, values: Mapping[str, Any], path: str, key: str) -> str:
+    def _find_problem(self, level: KeySchema, values: Mapping[str, Any], path: str, key: str) -> str:
         if path + key in self._ignored:
             return ""
         if key in level.refused:
@@ -184,7 +184,7 @@ def is_near(found: str, name: str) -> bool:
     slips = 0 if len(name) < 4 else 1 if len(name) < 8 else 2
     if abs(len(found) - len(name)) > slips or len(set(found) ^ set(name)) > 2 * slips:  # a slip changes two letters
         return False
-    return _edits(found, name) <= slips
+    return _edit_distance(found, name) <= slips
 
 
 def plain_name(key: object) -> str:
@@ -192,7 +192,7 @@ def plain_name(key: object) -> str:
     return str(key).strip().casefold().replace(" ", "_").replace("-", "_")
 
 
-def _edits(a: str, b: str) -> int:
+def _edit_distance(a: str, b: str) -> int:
     """Letters to change, add, take out, or swap with their neighbour (optimal string alignment distance)."""
     before: list[int] = []
     row = list(range(len(b) + 1))

@@ -9,13 +9,13 @@ from typing import Any
 from training_lens.config.data_sections import DataSection
 from training_lens.data.answers import read_answers
 from training_lens.data.examples import Example, Message, Row
-from training_lens.data.fields import FieldMapping, domain_of_file
+from training_lens.data.fields import FieldMapping, domain_from_file
 from training_lens.data.masks import mark_learned, mask_row, read_flag
 from training_lens.data.messages import is_chat, read_chat
 from training_lens.data.notes import DataNotes
-from training_lens.data.row_keys import DOMAIN_LIKE, NOTHING, KeyCheck, ignore_option, plain_name, row_level
+from training_lens.data.row_keys import DOMAIN_KEYS, EMPTY_VALUES, KeyCheck, ignore_option, plain_name, row_schema
 from training_lens.data.tool_calls import Tool, read_tools
-from training_lens.data.values import json_of, kind_of, optional_text, text_of, value_at
+from training_lens.data.values import describe_value, look_up_value, parse_json, read_optional_text, read_text
 from training_lens.errors import DatasetError
 
 # Literal end marks that exports leave at the end of answers; the tokenizer's own end token is put there anyway.
@@ -40,7 +40,7 @@ class RowReader:
         self.mapping = mapping
         self._per_file, self._learn_context = data.domain.per_file, data.supervise == "all"
         used = (mapping.domain or ("domain" if data.domain.field == "auto" else None), mapping.rejected, *mapping.masks)
-        self._level = row_level(mapping.form, mapping.keys, [key for key in used if key])
+        self._level = row_schema(mapping.form, mapping.keys, [key for key in used if key])
         self._keys = KeyCheck(source, notes or DataNotes(), data.ignore_keys)
         self._label_is_set = data.fields.label is not None
         self._nested = [key for key in mapping.keys.values() if "." in key]
@@ -52,31 +52,31 @@ class RowReader:
         Raises:
             DatasetError: a needed field is missing, null, empty or no text; a key that is refused; names the row.
         """
-        self._keys.check(row.place, self._level, row.values)
+        self._keys.check_keys(row.place, self._level, row.values)
         for key in self._nested:
-            self._check_beside(row, key)
+            self._count_unused_siblings(row, key)
         if self._may_offer_domain:
             self._offer_domain(row)
         messages, tools = self._read_turns(row)
         is_text = self.mapping.form == "text"
-        return Example(messages, self._domain(row), row.file, row.number, tools, is_text=is_text)
+        return Example(messages, self._read_domain(row), row.file, row.number, tools, is_text=is_text)
 
-    def _domain(self, row: Row) -> str | None:
+    def _read_domain(self, row: Row) -> str | None:
         if self._per_file:
-            return domain_of_file(row.file)
-        return text_of(row, self.mapping.domain).strip() if self.mapping.domain else None
+            return domain_from_file(row.file)
+        return read_text(row, self.mapping.domain).strip() if self.mapping.domain else None
 
     def _offer_domain(self, row: Row) -> None:
         """Tell of a field of the first row that may say where rows belong."""
         self._may_offer_domain = False
-        key = next((key for key in row.values if plain_name(key) in DOMAIN_LIKE), None)
+        key = next((key for key in row.values if plain_name(key) in DOMAIN_KEYS), None)
         if key and key not in self.mapping.keys.values():
-            self._keys.say(
+            self._keys.add_remark(
                 f"'{key}' is not used; data.domain.field={key} makes it the domain, and with data.domain.style=raw its "
                 "value stands before the prompt as it is"
             )
 
-    def _check_beside(self, row: Row, key: str) -> None:
+    def _count_unused_siblings(self, row: Row, key: str) -> None:
         """Count what stands beside the value that a dotted key leads to: other keys, and other items of lists."""
         if key in row.values:
             return
@@ -87,21 +87,23 @@ class RowReader:
                 return
             for other in value if path else ():
                 if other != name:
-                    self._keys.ignore(path + str(other))
+                    self._keys.count_unused(path + str(other))
             value, path = value.get(name), f"{path}{name}."
             if isinstance(value, list):
                 if value[1:]:
-                    self._keys.say(f"of several items in '{path[:-1]}' the first is read")
+                    self._keys.add_remark(f"of several items in '{path[:-1]}' the first is read")
                 value = value[0] if value else None
 
     def _read_turns(self, row: Row) -> tuple[Turns, tuple[Tool, ...]]:
         mapping = self.mapping
         if mapping.text:
-            return mask_row(row, self._masks(row), (Message("assistant", text_of(row, mapping.text)),), False), ()
+            return mask_row(
+                row, self._find_masks(row), (Message("assistant", read_text(row, mapping.text)),), False
+            ), ()
         tools = read_tools(row, mapping.tools)
         own, masked = self._read_chat(row, tools) if mapping.messages else self._read_pair(row, tools)
-        own = mask_row(row, self._masks(row), own, masked)
-        turns = self._with_system(row, (*self._read_history(row, own), *own))
+        own = mask_row(row, self._find_masks(row), own, masked)
+        turns = self._prepend_system(row, (*self._read_history(row, own), *own))
         if turns[0].role in ("assistant", "tool"):
             raise DatasetError(
                 f"{row.place}: '{mapping.history or mapping.messages or mapping.instruction}' begins with a message of "
@@ -112,22 +114,22 @@ class RowReader:
                 f"{row.place}: '{mapping.output or mapping.messages}' ends with a {turns[-1].role} message; nothing "
                 "follows that could be learned. End it with an assistant message."
             )
-        return self._with_label(row, turns), tools
+        return self._apply_label(row, turns), tools
 
-    def _masks(self, row: Row) -> tuple[str, ...]:
+    def _find_masks(self, row: Row) -> tuple[str, ...]:
         masks = self.mapping.masks
         return tuple(key for key in masks if row.values.get(key) is not None) if masks else ()
 
     def _read_chat(self, row: Row, tools: Sequence[Tool]) -> tuple[Turns, bool]:
         """The turns of a row that holds a chat, and whether any says itself if it is learned."""
         key, output = str(self.mapping.messages), self.mapping.output
-        turns, masked = read_chat(row, key, value_at(row.values, key), self._keys)
+        turns, masked = read_chat(row, key, look_up_value(row.values, key), self._keys)
         if output and turns[-1].role != "assistant":
             answers, also = read_answers(row, output, tools, self._keys)
             turns, masked = (*turns, *answers), masked or also
             self._note_rejected()
         elif output:
-            self._ignore_answers(row, output, self.mapping.rejected)
+            self._count_unused_answers(row, output, self.mapping.rejected)
         else:
             self._note_rejected()
         return turns, masked
@@ -138,45 +140,45 @@ class RowReader:
         answers, masked = read_answers(row, str(self.mapping.output), tools, self._keys)
         self._note_rejected()
         if answers[0].role in ("system", "user"):
-            answers = self._after_prompt(row, asked, answers)
+            answers = self._require_prompt_in_chat(row, asked, answers)
             asked = ()
         return (*asked, *answers), masked
 
     def _read_prompt(self, row: Row) -> Turns:
         """The prompt: text with perhaps a second part, or a chat that asks."""
         key = str(self.mapping.instruction)
-        second = optional_text(row, self.mapping.input)
-        value = value_at(row.values, key)
+        second = read_optional_text(row, self.mapping.input)
+        value = look_up_value(row.values, key)
         if not is_chat(value):
-            return (Message("user", text_of(row, key), second),)
+            return (Message("user", read_text(row, key), second),)
         turns, _ = read_chat(row, key, value, self._keys)
         if second and turns[-1].role != "user":
             raise DatasetError(f"{row.place}: '{self.mapping.input}' has no user message in '{key}' to stand with.")
         turns = (*turns[:-1], replace(turns[-1], input=second)) if second else turns
-        return self._as_context(turns, key)
+        return self._mask_context(turns, key)
 
-    def _as_context(self, turns: Turns, key: str) -> Turns:
+    def _mask_context(self, turns: Turns, key: str) -> Turns:
         """Turns that stand before a row's own: they are shown, and learned where data.supervise=all says so."""
         if self._learn_context or not any(m.role == "assistant" for m in turns):
             return turns
-        self._keys.say(f"answers in '{key}' are shown and not learned; data.supervise=all learns them, too")
+        self._keys.add_remark(f"answers in '{key}' are shown and not learned; data.supervise=all learns them, too")
         return mark_learned(turns, [False] * len(turns))
 
     def _read_history(self, row: Row, own: Turns) -> Turns:
         """The earlier turns of a row: pairs of prompt and answer, or messages; masked where its own are."""
         key = self.mapping.history
-        value = value_at(row.values, key) if key else None
-        if key is None or value in NOTHING:
+        value = look_up_value(row.values, key) if key else None
+        if key is None or value in EMPTY_VALUES:
             return ()
         if isinstance(value, str):
-            value = json_of(f"{row.place}, '{key}'", value, "earlier turns in JSON")
+            value = parse_json(f"{row.place}, '{key}'", value, "earlier turns in JSON")
         if isinstance(value, list) and not all(isinstance(turn, Mapping) for turn in value):
-            value = [turn for pair in value for turn in _read_pair_of_turns(row, key, pair)]
-        turns = self._as_context(read_chat(row, key, value, self._keys)[0], key)
+            value = [turn for pair in value for turn in _read_history_pair(row, key, pair)]
+        turns = self._mask_context(read_chat(row, key, value, self._keys)[0], key)
         is_learned = any(m.learn for m in own if m.role == "assistant")
         return turns if is_learned else mark_learned(turns, [False] * len(turns))
 
-    def _after_prompt(self, row: Row, asked: Turns, answers: Turns) -> Turns:
+    def _require_prompt_in_chat(self, row: Row, asked: Turns, answers: Turns) -> Turns:
         """An answer that is a whole chat, which must say what the prompt says before its last answers."""
         said, answered = [m.text for m in asked], [m.text for m in answers]
         is_held = any(answered[start : start + len(said)] == said for start in range(len(answered)))
@@ -187,10 +189,10 @@ class RowReader:
             )
         return answers
 
-    def _with_system(self, row: Row, turns: Turns) -> Turns:
+    def _prepend_system(self, row: Row, turns: Turns) -> Turns:
         """The turns behind the system message of the row's own field; one that stands in both is taken once."""
         key = self.mapping.system
-        text = optional_text(row, key)
+        text = read_optional_text(row, key)
         if key is None or not text:
             return turns
         own = next((m.text for m in turns if m.role == "system"), None)
@@ -203,26 +205,26 @@ class RowReader:
             )
         return turns
 
-    def _ignore_answers(self, row: Row, *names: str | None) -> None:
+    def _count_unused_answers(self, row: Row, *names: str | None) -> None:
         """Count answers that stand beside a chat which has its own."""
         for key in names:
-            if key and value_at(row.values, key) is not None:
-                self._keys.ignore(key)
+            if key and look_up_value(row.values, key) is not None:
+                self._keys.count_unused(key)
 
     def _note_rejected(self) -> None:
         if self.mapping.rejected:
             answer = self.mapping.output or self.mapping.messages
-            self._keys.say(f"'{answer}' is learned, '{self.mapping.rejected}' is set aside")
+            self._keys.add_remark(f"'{answer}' is learned, '{self.mapping.rejected}' is set aside")
 
-    def _with_label(self, row: Row, turns: Turns) -> Turns:
+    def _apply_label(self, row: Row, turns: Turns) -> Turns:
         """The turns, of which nothing is learned where the row's label calls its answer unwanted."""
         key = self.mapping.label
-        value = value_at(row.values, key) if key else None
+        value = look_up_value(row.values, key) if key else None
         if key is None or value is None:
             return turns
         wanted = read_flag(value)
         if wanted is None:
-            self._keys.ignore(key)
+            self._keys.count_unused(key)
             return turns
         if type(value) in (int, float) and not self._label_is_set:
             raise DatasetError(
@@ -231,16 +233,16 @@ class RowReader:
             )
         if wanted:
             return turns
-        self._keys.say(f"rows whose '{key}' is false are set aside: their answers are not learned")
+        self._keys.add_remark(f"rows whose '{key}' is false are set aside: their answers are not learned")
         return mark_learned(turns, [False] * len(turns))
 
 
-def _read_pair_of_turns(row: Row, key: str, pair: Any) -> list[dict[str, Any]]:
+def _read_history_pair(row: Row, key: str, pair: Any) -> list[dict[str, Any]]:
     """Two messages of an entry of a history: a prompt and its answer."""
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         raise DatasetError(
-            f"{row.place}: '{key}' holds {kind_of(pair)}, expected pairs [prompt, answer], or messages with role and "
-            "content."
+            f"{row.place}: '{key}' holds {describe_value(pair)}, expected pairs [prompt, answer], or messages "
+            "with role and content."
         )
     return [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
 
@@ -248,11 +250,11 @@ def _read_pair_of_turns(row: Row, key: str, pair: Any) -> list[dict[str, Any]]:
 def strip_end_marks(example: Example) -> tuple[Example, list[str]]:
     """The example without literal end marks at the end of its answers, and the marks that were there."""
     marks: list[str] = []
-    messages = tuple(_without_mark(m, marks) if m.role == "assistant" else m for m in example.messages)
+    messages = tuple(_strip_end_mark(m, marks) if m.role == "assistant" else m for m in example.messages)
     return (replace(example, messages=messages) if marks else example), marks
 
 
-def _without_mark(message: Message, marks: list[str]) -> Message:
+def _strip_end_mark(message: Message, marks: list[str]) -> Message:
     text = message.text.rstrip()
     if not text.endswith(END_MARKS):
         return message

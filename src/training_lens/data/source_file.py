@@ -14,7 +14,7 @@ from training_lens.errors import DatasetError
 OnBadRow = Callable[[int, DatasetError], None]  # takes the row's number, and why it cannot be read
 
 
-def keep_quiet(_: str) -> None:
+def ignore_remark(_: str) -> None:
     """Takes what a reader says of its file where nobody wants to hear it."""
 
 
@@ -22,16 +22,16 @@ def keep_quiet(_: str) -> None:
 class SourceFile:
     """A file that is read.
 
-    `on_bad_row` is told of a row that cannot be read, which is then passed over; None makes it an error. `say` takes
-    sentences on how the file is read where its name alone does not tell.
+    `on_bad_row` gets a row that cannot be read, which is then skipped; None makes it an error. `add_remark` gets
+    sentences about how the file is read, where that does not follow from its name.
     """
 
     path: Path
     csv: CsvSection = field(default_factory=CsvSection)
     on_bad_row: OnBadRow | None = None
-    say: Callable[[str], None] = keep_quiet
+    add_remark: Callable[[str], None] = ignore_remark
 
-    def row(self, number: int, values: dict[str, Any]) -> Row:
+    def build_row(self, number: int, values: dict[str, Any]) -> Row:
         """A row of this file."""
         return Row(str(self.path), number, values)
 

@@ -13,9 +13,9 @@ from typing import Any
 from training_lens import embedded
 from training_lens.config.data_sections import CsvSection
 from training_lens.data.examples import Row
-from training_lens.data.file_readers import FORMATS, file_rows, format_of
+from training_lens.data.file_readers import FORMATS, detect_format, read_file_rows
 from training_lens.data.records import flatten_records
-from training_lens.data.source_file import OnBadRow, SourceFile, keep_quiet
+from training_lens.data.source_file import OnBadRow, SourceFile, ignore_remark
 from training_lens.errors import DamagedFileError, DatasetError
 from training_lens.utils.arrow_rows import iterate_arrow_rows
 from training_lens.utils.files import hash_file
@@ -34,7 +34,7 @@ _HUB_SPEC = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<rev
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Rows that are read together: a file, or a split of a data set.
 
     `files` are what is hashed; `entry` is the position among the setting's entries; `table` a `datasets.Dataset`
@@ -46,26 +46,26 @@ class Source:
     entry: int
     table: Any = None
 
-    def rows(
+    def read_rows(
         self,
         csv: CsvSection | None = None,
         on_bad_row: OnBadRow | None = None,
-        say: Callable[[str], None] = keep_quiet,
+        add_remark: Callable[[str], None] = ignore_remark,
     ) -> Iterator[Row]:
         """The rows in order, a bounded number in memory (but for JSON that is not one value a line).
 
         Args:
-            csv, on_bad_row, say: as in `SourceFile`; by default cells are parted as the table tells.
+            csv, on_bad_row, add_remark: as in `SourceFile`; by default cells are parted as the table tells.
 
         Raises:
-            DatasetError: as `file_readers.file_rows`.
+            DatasetError: as `file_readers.read_file_rows`.
         """
         if self.table is None:
-            rows = file_rows(SourceFile(self.files[0], csv or CsvSection(), on_bad_row, say))
+            rows = read_file_rows(SourceFile(self.files[0], csv or CsvSection(), on_bad_row, add_remark))
             moved = self.name != str(self.files[0])
-            return flatten_records((replace(row, file=self.name) for row in rows) if moved else rows, say)
+            return flatten_records((replace(row, file=self.name) for row in rows) if moved else rows, add_remark)
         values = iterate_arrow_rows(self.table.with_format("arrow").iter(1000))
-        return flatten_records((Row(self.name, number, value) for number, value in enumerate(values, 1)), say)
+        return flatten_records((Row(self.name, number, value) for number, value in enumerate(values, 1)), add_remark)
 
     @property
     def size_bytes(self) -> int:
@@ -80,11 +80,11 @@ class Source:
         """
         each = [hash_file(file) for file in self.files]
         for file, found in zip(self.files, each, strict=True):
-            _require_as_prepared(file, found)
+            _require_prepared_hash(file, found)
         return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
 
 
-def _require_as_prepared(file: Path, found: str) -> None:
+def _require_prepared_hash(file: Path, found: str) -> None:
     """Refuse a file of a prepared folder that has another sha256 than its manifest says."""
     path = file.parent / MANIFEST
     try:
@@ -105,52 +105,54 @@ def _require_as_prepared(file: Path, found: str) -> None:
         )
 
 
-def expand(specs: Sequence[str], key: str) -> list[Source]:
+def expand_sources(specs: Sequence[str], key: str) -> list[DataSource]:
     """The sources that paths, globs, folders, hub ids and embedded names mean, in the order given, each once.
 
     Raises:
         DatasetError: a path that is not there or a glob that matches nothing; names `key` and a near file.
     """
-    sources: dict[str, Source] = {}
+    sources: dict[str, DataSource] = {}
     for entry, spec in enumerate(specs):
         if not spec.strip():
             raise DatasetError(f"{key}: an empty path; give a file.")
-        for source in _expand_one(spec, entry, key):
+        for source in _expand_source(spec, entry, key):
             if source.name in sources:
                 logger.warning("%s: '%s' is named twice, also by '%s'; it is taken once", key, source.name, spec)
             sources.setdefault(source.name, source)
     return list(sources.values())
 
 
-def _expand_one(spec: str, entry: int, key: str) -> list[Source]:
+def _expand_source(spec: str, entry: int, key: str) -> list[DataSource]:
     if spec.startswith(HUB):
-        return [_from_hub(spec, entry, key)]
+        return [_load_from_hub(spec, entry, key)]
     path = expand_home(embedded.resolve_name(spec))
     if path.is_file():
-        return [_file(path, entry)]
+        return [_build_file_source(path, entry)]
     folder, _, split = spec.rpartition(":") if not path.exists() and ":" in spec else (spec, "", "")
-    if (saved := expand_home(folder)).is_dir() and _is_saved(saved):
-        return [_from_disk(saved, split, entry, key)]
+    if (saved := expand_home(folder)).is_dir() and _is_saved_dataset(saved):
+        return [_load_from_disk(saved, split, entry, key)]
     if path.is_dir():
-        raise DatasetError(f"{key}: '{spec}' is a folder, expected files ({', '.join(FORMATS)}).{_inside(path, key)}")
+        raise DatasetError(
+            f"{key}: '{spec}' is a folder, expected files ({', '.join(FORMATS)}).{_suggest_files(path, key)}"
+        )
     matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())  # noqa: PTH207 (absolute too)
     if not matches:
-        raise DatasetError(f"{key}: {_missing(spec, path)}")
-    return [_file(match, entry) for match in matches]
+        raise DatasetError(f"{key}: {_describe_missing(spec, path)}")
+    return [_build_file_source(match, entry) for match in matches]
 
 
-def _file(path: Path, entry: int) -> Source:
-    return Source(str(path), (path,), entry)
+def _build_file_source(path: Path, entry: int) -> DataSource:
+    return DataSource(str(path), (path,), entry)
 
 
-def _inside(folder: Path, key: str) -> str:
-    readable = sorted(p for p in folder.iterdir() if format_of(p))
+def _suggest_files(folder: Path, key: str) -> str:
+    readable = sorted(p for p in folder.iterdir() if detect_format(p))
     if not readable:
         return " It holds no such file."
     return f" To take its {len(readable)} files: {key}='{folder}/*{''.join(readable[0].suffixes[-2:])}'."
 
 
-def _missing(spec: str, path: Path) -> str:
+def _describe_missing(spec: str, path: Path) -> str:
     if glob.has_magic(spec):
         return f"'{spec}' matches no file. Check the folder and the pattern; relative paths start at {Path.cwd()}."
     if spec.startswith(f"{embedded.MODEL}:"):
@@ -165,12 +167,12 @@ def _missing(spec: str, path: Path) -> str:
     return f"'{spec}' is not there.{hint}"
 
 
-def _is_saved(folder: Path) -> bool:
+def _is_saved_dataset(folder: Path) -> bool:
     """Whether `datasets` wrote this folder with save_to_disk."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _from_disk(folder: Path, split: str, entry: int, key: str) -> Source:
+def _load_from_disk(folder: Path, split: str, entry: int, key: str) -> DataSource:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -186,10 +188,10 @@ def _from_disk(folder: Path, split: str, entry: int, key: str) -> Source:
         loaded = loaded[split]
     elif split:
         raise DatasetError(f"{key}: '{folder}' is one data set without splits; leave out ':{split}'.")
-    return _from_table(f"{folder}:{split}" if split else str(folder), loaded, entry)
+    return _build_table_source(f"{folder}:{split}" if split else str(folder), loaded, entry)
 
 
-def _from_hub(spec: str, entry: int, key: str) -> Source:
+def _load_from_hub(spec: str, entry: int, key: str) -> DataSource:
     parts = _HUB_SPEC.fullmatch(spec.removeprefix(HUB))
     if not parts:
         raise DatasetError(f"{key}: '{spec}' is not understood; write {HUB}OWNER/NAME[/CONFIG][@REVISION][:SPLIT].")
@@ -198,7 +200,7 @@ def _from_hub(spec: str, entry: int, key: str) -> Source:
 
     datasets.disable_progress_bars()
     split = parts["split"] or "train"
-    if not _in_cache(parts["id"], datasets.config.HF_DATASETS_CACHE):
+    if not _is_cached(parts["id"], datasets.config.HF_DATASETS_CACHE):
         require_hub(f"{key}: '{spec}'", DatasetError)
     try:
         loaded = datasets.load_dataset(
@@ -210,17 +212,17 @@ def _from_hub(spec: str, entry: int, key: str) -> Source:
             f"{key}: '{spec}' cannot be had: {line} Check the id, the split and the revision, and (for a gated or "
             "private data set) that you are logged in."
         ) from error
-    return _from_table(spec, loaded, entry)
+    return _build_table_source(spec, loaded, entry)
 
 
-def _in_cache(repository: str, cache: Path | str) -> bool:
+def _is_cached(repository: str, cache: Path | str) -> bool:
     return (Path(cache) / repository.replace("/", "___").lower()).is_dir()
 
 
-def _from_table(name: str, table: Any, entry: int) -> Source:
+def _build_table_source(name: str, table: Any, entry: int) -> DataSource:
     files = tuple(Path(file["filename"]) for file in table.cache_files)
     if not files:
         raise DatasetError(
             f"'{name}' lies in memory alone, without files to tell its content by; save it to disk first."
         )
-    return Source(name, files, entry, table)
+    return DataSource(name, files, entry, table)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from training_lens.data.examples import Message, Segment
+from training_lens.data.examples import Message, TextSegment
 
 # A name stands as (mark, number, mark) while a template renders: noncharacters of Unicode, which no template knows.
 # Where a template writes JSON in ASCII, they stand escaped.
@@ -38,7 +38,7 @@ class SpecialText:
         """Whether names in data become the tokens that they name."""
         return self._found is None
 
-    def protect(self, text: str) -> str:
+    def protect_text(self, text: str) -> str:
         """`text` with the names as placeholders."""
         if self._found is None or not self._found.search(text):
             return text
@@ -52,23 +52,23 @@ class SpecialText:
         assert self._found
         if not (m.calls or self._found.search(m.text) or self._found.search(m.input)):
             return m  # nearly every message; a copy of each would take as long as the rest of its rendering
-        calls = tuple(self.protect_in(call) for call in m.calls)
-        return replace(m, text=self.protect(m.text), input=self.protect(m.input), calls=calls)
+        calls = tuple(self.protect_value(call) for call in m.calls)
+        return replace(m, text=self.protect_text(m.text), input=self.protect_text(m.input), calls=calls)
 
-    def protect_in(self, value: Any) -> Any:
+    def protect_value(self, value: Any) -> Any:
         """`value` with every text in it protected."""
         if isinstance(value, str):
-            return self.protect(value)
+            return self.protect_text(value)
         if isinstance(value, Mapping):
-            return {self.protect_in(k): self.protect_in(v) for k, v in value.items()}
-        return [self.protect_in(v) for v in value] if isinstance(value, list | tuple) else value
+            return {self.protect_value(k): self.protect_value(v) for k, v in value.items()}
+        return [self.protect_value(v) for v in value] if isinstance(value, list | tuple) else value
 
-    def restore(self, segments: Sequence[Segment]) -> list[Segment]:
+    def restore_segments(self, segments: Sequence[TextSegment]) -> list[TextSegment]:
         """The segments with each placeholder as plain text of its own."""
         if not any(OPEN in segment.text or ESCAPED in segment.text for segment in segments):
             return list(segments)
         return [
-            Segment(self._names[int(part)] if odd else part, segment.response, plain=bool(odd))
+            TextSegment(self._names[int(part)] if odd else part, segment.response, plain=bool(odd))
             for segment in segments
             for place, part in enumerate(_PLACEHOLDER.split(segment.text))
             if (odd := place % 2) or part

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from training_lens.data.columns import EncodedRows, TokenizedRows, totals
-from training_lens.data.examples import Example, Segment
+from training_lens.data.columns import EncodedRows, TokenizedRows, count_by_example
+from training_lens.data.examples import Example, TextSegment
 from training_lens.data.notes import DataNotes
-from training_lens.data.tokenization import Coverage
+from training_lens.data.tokenization import CharacterCoverage
 
 KEPT_SHARE = 0.99  # of the rows: the seq_len that would keep so many whole is reported
 
@@ -58,7 +58,7 @@ class SplitReport:
 class SplitCounter:
     """Counts what passes through the preparation of one split."""
 
-    coverage: Coverage
+    coverage: CharacterCoverage
     notes: DataNotes = field(default_factory=DataNotes)
     domains: Counter[str] = field(default_factory=Counter)
     by_file: Counter[str] = field(default_factory=Counter)
@@ -76,22 +76,26 @@ class SplitCounter:
     tokens: int = 0
     supervised: int = 0
 
-    def see(self, examples: Sequence[Example], rendered: Sequence[Sequence[Segment]], whole: EncodedRows) -> None:
+    def count_input(
+        self, examples: Sequence[Example], rendered: Sequence[Sequence[TextSegment]], whole: EncodedRows
+    ) -> None:
         """Count examples as they came."""
         self.rows += len(examples)
         self.usable.update(example.file for example in examples)
-        self.coverage.add([message.text for example in examples for message in example.messages])
+        self.coverage.count_texts([message.text for example in examples for message in example.messages])
         self.lengths.update(dict(zip(*(each.tolist() for each in np.unique_counts(whole.lengths)), strict=True)))
         self.special_text.update(segment.text for segments in rendered for segment in segments if segment.plain)
 
-    def judge(self, examples: Sequence[Example], whole: EncodedRows, fitted: EncodedRows, kept: np.ndarray) -> None:
+    def count_outcomes(
+        self, examples: Sequence[Example], whole: EncodedRows, fitted: EncodedRows, kept: np.ndarray
+    ) -> None:
         """Count what became of them: kept whole or cut; or dropped as all muted, too long, or with nothing to learn.
 
         Args:
             kept: (examples,) bool.
         """
         texts = np.fromiter((example.is_text for example in examples), bool, len(examples))
-        lost = totals(whole.response, whole.offsets) - totals(fitted.response, fitted.offsets)
+        lost = count_by_example(whole.response, whole.offsets) - count_by_example(fitted.response, fitted.offsets)
         self.texts += int((kept & texts).sum())
         self.truncated += int((kept & (fitted.lengths < whole.lengths)).sum())
         self.answers_cut += int((kept & (lost > 0) & ~texts).sum())
@@ -102,14 +106,14 @@ class SplitCounter:
         self.too_long += int((~kept & too_long).sum())
         self.unanswered += int((~kept & ~muted & ~too_long).sum())
 
-    def keep(self, rows: TokenizedRows) -> None:
+    def count_kept_rows(self, rows: TokenizedRows) -> None:
         """Count examples as they are kept."""
         self.by_file.update(rows.files)
         self.domains.update(domain for domain in rows.domains if domain is not None)
         self.tokens += len(rows.input_ids)
         self.supervised += int(rows.supervised.sum())
 
-    def report(self, hashes: dict[str, str]) -> SplitReport:
+    def build_report(self, hashes: dict[str, str]) -> SplitReport:
         """What was counted; `hashes` are the sources' sha256."""
         return SplitReport(
             files=hashes,
@@ -123,7 +127,7 @@ class SplitCounter:
             truncated=self.truncated,
             answers_truncated=self.answers_cut,
             supervised_tokens_lost=self.lost,
-            seq_len_for_99_percent=_quantile(self.lengths, KEPT_SHARE),
+            seq_len_for_99_percent=_find_quantile(self.lengths, KEPT_SHARE),
             longest=max(self.lengths, default=0),
             tokens=self.tokens,
             supervised_tokens=self.supervised,
@@ -134,11 +138,11 @@ class SplitCounter:
             end_marks=self.notes.end_marks,
             remarks=self.notes.remarks,
             ignored_keys=self.notes.ignored_keys,
-            bad_rows=self.notes.reasons,
+            bad_rows=self.notes.bad_row_reasons,
         )
 
 
-def _quantile(counts: Counter[int], share: float) -> int:
+def _find_quantile(counts: Counter[int], share: float) -> int:
     """The smallest length that so large a share of all is not above."""
     seen, wanted = 0, share * sum(counts.values())
     for length in sorted(counts):

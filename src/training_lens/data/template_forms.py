@@ -48,16 +48,16 @@ class TemplateForm:
     empty_becomes_null: bool = False
     call_ids: CallIds = "optional"
 
-    def messages(self, messages: Sequence[Message]) -> list[Plain]:
+    def format_messages(self, messages: Sequence[Message]) -> list[Plain]:
         """The messages as the template takes them."""
         numbered = messages if self.call_ids == "optional" else _number_calls(messages, self.call_ids)
-        return [self._message(message) for message in numbered]
+        return [self._format_message(message) for message in numbered]
 
-    def tools_of(self, tools: Sequence[Mapping[str, Any]]) -> list[Plain]:
+    def format_tools(self, tools: Sequence[Mapping[str, Any]]) -> list[Plain]:
         """The descriptions of tools as the template takes them."""
         return [dict(tool["function"] if self.bare_tools else tool) for tool in tools]
 
-    def remarks(self, messages: Sequence[Message]) -> Iterator[str]:
+    def list_remarks(self, messages: Sequence[Message]) -> Iterator[str]:
         """What the user must be told of how the template takes these messages."""
         callers = [m for m in messages if m.calls]
         if not callers:
@@ -74,24 +74,24 @@ class TemplateForm:
             wanted = "ids of nine characters" if self.call_ids == "nine characters" else "an id for every call"
             yield f"the template wants {wanted}: calls without one have an id from their place, such as {NINE}"
 
-    def _message(self, message: Message) -> Plain:
-        plain = {"role": message.role, "content": self._content(message), **message.extra}
+    def _format_message(self, message: Message) -> Plain:
+        plain = {"role": message.role, "content": self._format_content(message), **message.extra}
         if message.calls:
-            plain["tool_calls"] = [self._call(call) for call in message.calls]
+            plain["tool_calls"] = [self._format_call(call) for call in message.calls]
         return plain
 
-    def _content(self, message: Message) -> Any:
+    def _format_content(self, message: Message) -> Any:
         text = f"{message.text}\n{message.input}" if message.input else message.text
         if message.calls and not text:
             is_null = self.null_stays_null if message.null_content else self.empty_becomes_null
-            return None if is_null else self.content(text)
-        return self.content(text)
+            return None if is_null else self.format_text(text)
+        return self.format_text(text)
 
-    def content(self, text: str) -> Any:
+    def format_text(self, text: str) -> Any:
         """A text as the template takes it."""
         return [{"type": "text", "text": text}] if self.parts else text
 
-    def _call(self, call: Mapping[str, Any]) -> Plain:
+    def _format_call(self, call: Mapping[str, Any]) -> Plain:
         arguments = call["arguments"]
         if self.calls == "text":
             arguments = json.dumps(arguments, ensure_ascii=False)
@@ -117,7 +117,7 @@ def _try_content(render: Render) -> TemplateForm:
     problem = "the texts of a chat do not appear in what it renders"
     for form in (TemplateForm(), TemplateForm(parts=True)):
         try:
-            text = render(form.messages(chat), ())
+            text = render(form.format_messages(chat), ())
         except DatasetError as error:
             problem = str(error)
             continue
@@ -128,8 +128,8 @@ def _try_content(render: Render) -> TemplateForm:
 
 def _try_tools(render: Render, form: TemplateForm) -> TemplateForm:
     for tried in (replace(form, tools=True), replace(form, tools=True, bare_tools=True)):
-        chat = tried.messages([Message("user", ASKED), Message("assistant", ANSWER)])
-        if TOOL_NAME in _render_or_nothing(render, chat, tried.tools_of([TOOL])):
+        chat = tried.format_messages([Message("user", ASKED), Message("assistant", ANSWER)])
+        if TOOL_NAME in _render_or_nothing(render, chat, tried.format_tools([TOOL])):
             return tried
     return form
 
@@ -137,23 +137,23 @@ def _try_tools(render: Render, form: TemplateForm) -> TemplateForm:
 def _try_calls(render: Render, form: TemplateForm) -> TemplateForm:
     """The form with what the template does with calls and with results; a form that has results comes first."""
     for results in (True, False):
-        found = {tried: _rank_call(render, tried, results) for tried in _call_forms(form, results)}
+        found = {tried: _rank_call(render, tried, results) for tried in _list_call_forms(form, results)}
         shown = {tried: rank for tried, rank in found.items() if rank is not None}
         if shown:
             best = min(shown, key=lambda tried: shown[tried])
-            return _try_ids(render, _settle_null(render, best, results), results)
+            return _try_ids(render, _choose_null_content(render, best, results), results)
     said = [Message("user", ASKED), Message("assistant", ANSWER), Message("tool", RESULT), Message("assistant", ANSWER)]
-    return replace(form, results=RESULT in _render_or_nothing(render, form.messages(said), ()))
+    return replace(form, results=RESULT in _render_or_nothing(render, form.format_messages(said), ()))
 
 
-def _call_forms(form: TemplateForm, results: bool) -> Iterator[TemplateForm]:
+def _list_call_forms(form: TemplateForm, results: bool) -> Iterator[TemplateForm]:
     kinds: tuple[Arguments, ...] = ("object", "text")
     for is_null in (False, True):
         for kind in kinds:
             yield replace(form, calls=kind, results=results, empty_becomes_null=is_null)
 
 
-def _call_probe(results: bool, call_id: str | None = NINE) -> list[Message]:
+def _build_call_probe(results: bool, call_id: str | None = NINE) -> list[Message]:
     named = {"id": call_id} if call_id else {}
     call = {**named, "name": CALL_NAME, "arguments": {CALL_KEY: CALL_VALUE}}
     answers = {"tool_call_id": call_id, "name": CALL_NAME} if call_id else {"name": CALL_NAME}
@@ -164,16 +164,20 @@ def _call_probe(results: bool, call_id: str | None = NINE) -> list[Message]:
 def _rank_call(render: Render, form: TemplateForm, results: bool, call_id: str | None = NINE) -> int | None:
     """How well the template writes a call in this form, as `rank_spelling`; None where it loses part of it."""
     text = _render_or_nothing(
-        render, form.messages(_call_probe(results, call_id)), form.tools_of([TOOL] if form.tools else ())
+        render,
+        form.format_messages(_build_call_probe(results, call_id)),
+        form.format_tools([TOOL] if form.tools else ()),
     )
     needed = (CALL_NAME, CALL_KEY, *((RESULT, ANSWER) if results else ()))
     return rank_spelling(CALL_VALUE, text) if all(name in text for name in needed) else None
 
 
-def _settle_null(render: Render, form: TemplateForm, results: bool) -> TemplateForm:
+def _choose_null_content(render: Render, form: TemplateForm, results: bool) -> TemplateForm:
     """Null stays null unless the template loses the call by it, or writes 'None' for it."""
     empty, null = (
-        _render_or_nothing(render, replace(form, empty_becomes_null=is_null).messages(_call_probe(results)), ())
+        _render_or_nothing(
+            render, replace(form, empty_becomes_null=is_null).format_messages(_build_call_probe(results)), ()
+        )
         for is_null in (False, True)
     )
     shown = _rank_call(render, replace(form, empty_becomes_null=True), results) is not None
@@ -206,23 +210,25 @@ def _number_calls(messages: Sequence[Message], wanted: CallIds) -> list[Message]
     numbered = []
     for message in messages:
         if message.calls:
-            calls = [_with_id(call, wanted, fresh, renamed) for call in message.calls]
+            calls = [_assign_id(call, wanted, fresh, renamed) for call in message.calls]
             waiting = [call["id"] for call in calls]
             message = replace(message, calls=tuple(calls))
         elif message.role == "tool":
-            message = replace(message, extra={**message.extra, "tool_call_id": _answered(message, renamed, waiting)})
+            message = replace(
+                message, extra={**message.extra, "tool_call_id": _match_call_id(message, renamed, waiting)}
+            )
         numbered.append(message)
     return numbered
 
 
-def _with_id(call: Mapping[str, Any], wanted: CallIds, fresh: Iterator[str], renamed: dict[Any, str]) -> Plain:
+def _assign_id(call: Mapping[str, Any], wanted: CallIds, fresh: Iterator[str], renamed: dict[Any, str]) -> Plain:
     given = call.get("id")
     call_id = str(given) if _is_valid(given, wanted) else next(fresh)
     renamed[given] = call_id
     return {**call, "id": call_id}
 
 
-def _answered(result: Message, renamed: Mapping[Any, str], waiting: list[str]) -> str:
+def _match_call_id(result: Message, renamed: Mapping[Any, str], waiting: list[str]) -> str:
     """The id of the call that a result answers: the one that it names, else the next that waits for one."""
     given = result.extra.get("tool_call_id")
     answered = renamed[given] if given is not None and given in renamed else next(iter(waiting), NINE)

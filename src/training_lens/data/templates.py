@@ -13,9 +13,9 @@ from datetime import date
 from typing import Any, Literal, Protocol
 
 from training_lens.config.data_sections import DataSection
-from training_lens.data.chat_template import ChatTemplate, refuse_loss, special_names
-from training_lens.data.completeness import find_lost, leaves_out_thoughts
-from training_lens.data.examples import Example, Message, Segment
+from training_lens.data.chat_template import ChatTemplate, lost_content_error, special_token_names
+from training_lens.data.completeness import find_lost, omits_thoughts
+from training_lens.data.examples import Example, Message, TextSegment
 from training_lens.data.jinja import TOOL_USE, asks_for_date, choose_source, list_sources, read_template_file
 from training_lens.data.notes import DataNotes
 from training_lens.data.special_text import SpecialText, find_foreign_marks
@@ -58,7 +58,7 @@ class Template(Protocol):
 
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int] = ()
-    ) -> list[Segment]:
+    ) -> list[TextSegment]:
         """Everything up to where the assistant begins to answer; `messages` end with another's.
 
         `learned` are the earlier answers that training learns: the text is cut at them as there.
@@ -67,7 +67,7 @@ class Template(Protocol):
 
     def example(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int]
-    ) -> list[Segment]:
+    ) -> list[TextSegment]:
         """The whole chat; the answers at the positions `learned` are responses, each with its end token."""
         ...
 
@@ -121,28 +121,28 @@ class Renderer:
         self.template, self.tool_template = template, tool_template or template
         self._style, self._supervise, self._end = style, supervise, end
         self._special, self._tokens = SpecialText(special), tokens
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
-    def prompt(self, messages: Sequence[Message], domain: str | None, tools: Tools = ()) -> list[Segment]:
+    def prompt(self, messages: Sequence[Message], domain: str | None, tools: Tools = ()) -> list[TextSegment]:
         """What the model sees before it answers; `messages` end with the user's or a tool's.
 
         Raises:
             DatasetError: the template cannot render it, or drops part of it.
         """
-        chat = self._fit(messages, domain, tools)
-        learned = self._learned(chat.messages) if self._supervise == "all" else ()
+        chat = self._fit_chat(messages, domain, tools)
+        learned = self._find_learned_answers(chat.messages) if self._supervise == "all" else ()
         segments = chat.template.prompt(chat.messages, chat.tools, learned)
         self._check_complete(chat, segments, ())
-        self._tell(chat.remarks)
-        return self._special.restore(segments)
+        self._report_remarks(chat.remarks)
+        return self._special.restore_segments(segments)
 
-    def prompt_of(self, example: Example) -> list[Segment]:
+    def render_example_prompt(self, example: Example) -> list[TextSegment]:
         """The prompt of the example's last answer; of a plain text, its domain prefix."""
         if example.is_text:
-            return self.text_prompt("", example.domain)
+            return self.render_text_prompt("", example.domain)
         return self.prompt(example.messages[:-1], example.domain, example.tools)
 
-    def example(self, example: Example, notes: DataNotes | None = None) -> list[Segment]:
+    def example(self, example: Example, notes: DataNotes | None = None) -> list[TextSegment]:
         """The whole example, to the end of its last learned answer.
 
         Args:
@@ -151,47 +151,49 @@ class Renderer:
         Raises:
             DatasetError: the template cannot render it, or drops part of it; names the row.
         """
-        self._tell(self._describe_marks(example), example.file, notes)
+        self._report_remarks(self._describe_foreign_marks(example), example.file, notes)
         if example.is_text:
-            return self._text(example)
+            return self._render_text(example)
         changes: Sequence[str] = ()
         try:
-            chat = self._fit(example.messages, example.domain, example.tools)
-            changes, learned = chat.changes, self._learned(chat.messages)
+            chat = self._fit_chat(example.messages, example.domain, example.tools)
+            changes, learned = chat.changes, self._find_learned_answers(chat.messages)
             segments = chat.template.example(chat.messages, chat.tools, learned)
             thoughts = self._check_complete(chat, segments, learned)
         except DatasetError as error:
             note = f" ({'; '.join(changes)}.)" if changes else ""
             raise DatasetError(f"{example.file}, row {example.row}: {error}{note}", kind=error.kind) from error
-        self._tell([*chat.remarks, *thoughts], example.file, notes)
+        self._report_remarks([*chat.remarks, *thoughts], example.file, notes)
         while segments and not segments[-1].response:  # what follows the last answer teaches nothing
             segments.pop()
-        return self._special.restore(segments)
+        return self._special.restore_segments(segments)
 
-    def _learned(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    def _find_learned_answers(self, messages: Sequence[Message]) -> tuple[int, ...]:
         answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
         return tuple(i for i in (answers if self._supervise == "all" else answers[-1:]) if messages[i].learn)
 
-    def _text(self, example: Example) -> list[Segment]:
+    def _render_text(self, example: Example) -> list[TextSegment]:
         message = example.messages[0]
         if not message.learn:
             return []
         ended = self._special.are_tokens and bool(self._end) and message.text.endswith(self._end)
-        learned = Segment(self._special.protect(message.text) + ("" if ended else self._end), True)
-        return [*self.text_prompt("", example.domain), *self._special.restore([learned])]
+        learned = TextSegment(self._special.protect_text(message.text) + ("" if ended else self._end), True)
+        return [*self.render_text_prompt("", example.domain), *self._special.restore_segments([learned])]
 
-    def text_prompt(self, text: str, domain: str | None) -> list[Segment]:
+    def render_text_prompt(self, text: str, domain: str | None) -> list[TextSegment]:
         """What stands before the rest of a plain text that begins with `text`: its domain's prefix, no template."""
         parts = (domain_prefix(domain, self._style), text)
-        return self._special.restore([Segment(self._special.protect(part), False) for part in parts if part])
+        return self._special.restore_segments(
+            [TextSegment(self._special.protect_text(part), False) for part in parts if part]
+        )
 
-    def _fit(self, messages: Sequence[Message], domain: str | None, tools: Tools) -> FittedChat:
+    def _fit_chat(self, messages: Sequence[Message], domain: str | None, tools: Tools) -> FittedChat:
         template = self.tool_template if tools else self.template
-        safe_tools = [self._special.protect_in(tool) for tool in tools]
-        said = self._special.protect_messages(self._with_domain(messages, domain))
+        safe_tools = [self._special.protect_value(tool) for tool in tools]
+        said = self._special.protect_messages(self._add_domain_prefix(messages, domain))
         return FittedChat(template, *fit_tools(template, said, safe_tools))
 
-    def _with_domain(self, messages: Sequence[Message], domain: str | None) -> Sequence[Message]:
+    def _add_domain_prefix(self, messages: Sequence[Message], domain: str | None) -> Sequence[Message]:
         prefix = domain_prefix(domain, self._style)
         if not prefix:
             return messages
@@ -200,7 +202,7 @@ class Renderer:
             raise DatasetError(f"domain '{domain}': there is no user message to put its prefix on.")
         return [replace(m, text=prefix + m.text) if i == first else m for i, m in enumerate(messages)]
 
-    def _check_complete(self, chat: FittedChat, segments: Sequence[Segment], learned: Collection[int]) -> list[str]:
+    def _check_complete(self, chat: FittedChat, segments: Sequence[TextSegment], learned: Collection[int]) -> list[str]:
         """What must be told of thoughts that are left out.
 
         Raises:
@@ -210,20 +212,20 @@ class Renderer:
         if not chat.tools and all(m.text in text and m.input in text and not m.calls for m in chat.messages):
             return []  # nearly every row
         if lost := find_lost(text, chat.messages, chat.tools, learned):
-            raise refuse_loss(chat.template.name, self._special.restore_text(lost), chat.template.way_out)
-        left_out = leaves_out_thoughts(text, chat.messages)
+            raise lost_content_error(chat.template.name, self._special.restore_text(lost), chat.template.way_out)
+        left_out = omits_thoughts(text, chat.messages)
         return [THOUGHTS_LEFT_OUT.format(chat.template.name)] if left_out else []
 
-    def _describe_marks(self, example: Example) -> list[str]:
+    def _describe_foreign_marks(self, example: Example) -> list[str]:
         marks = find_foreign_marks((m.text for m in example.messages), self._tokens) if self._tokens else []
         return [f"{mark!r} is no token of this tokenizer: it is read and learned as letters" for mark in marks]
 
-    def _tell(self, remarks: Sequence[str], file: str = "", notes: DataNotes | None = None) -> None:
+    def _report_remarks(self, remarks: Sequence[str], file: str = "", notes: DataNotes | None = None) -> None:
         for remark in remarks:
             if notes:
-                notes.say(file, remark)
-            elif remark not in self._told:
-                self._told.add(remark)
+                notes.add_remark(file, remark)
+            elif remark not in self._reported:
+                self._reported.add(remark)
                 logger.info("template: %s", remark)
 
 
@@ -240,7 +242,7 @@ def choose_template(asked: str, tokenizer: Any) -> str:
     return asked
 
 
-def adopt_template_file(asked: str, tokenizer: Any) -> None:
+def load_template_file(asked: str, tokenizer: Any) -> None:
     """Where `asked` is a .jinja file, give it to the tokenizer as its chat template: saved with the run.
 
     Raises:
@@ -280,7 +282,7 @@ def build_renderer(data: DataSection, tokenizer: Any) -> Renderer:
         template = PlainTemplate(end)
     else:
         template = PatternTemplate(name, end)
-    special = special_names(tokenizer) if data.special_tokens == "plain" else ()
+    special = special_token_names(tokenizer) if data.special_tokens == "plain" else ()
     supervise: Literal["all", "last"] = "last" if data.supervise == "last" else "all"
     return Renderer(
         template,
@@ -289,7 +291,7 @@ def build_renderer(data: DataSection, tokenizer: Any) -> Renderer:
         tool_template=tool_template,
         supervise=supervise,
         special=special,
-        tokens={str(token) for token in tokenizer.added_tokens_decoder.values()} | special_names(tokenizer),
+        tokens={str(token) for token in tokenizer.added_tokens_decoder.values()} | special_token_names(tokenizer),
     )
 
 

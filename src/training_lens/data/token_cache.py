@@ -17,15 +17,15 @@ import numpy as np
 import training_lens.data as data_package
 from training_lens.config.data_sections import DataSection
 from training_lens.data.bad_rows import BadRowRule, bad_rows_error, refuse_unusable_sources
-from training_lens.data.columns import EncodedRows, TokenizedRows, fit, learnable, running
-from training_lens.data.examples import Example, Segment, TokenizedExample
+from training_lens.data.columns import EncodedRows, TokenizedRows, compute_offsets, find_learnable_rows, truncate_rows
+from training_lens.data.examples import Example, TextSegment, TokenizedExample
 from training_lens.data.notes import DataNotes
-from training_lens.data.source_reader import skip_bad_rows, usable_examples
-from training_lens.data.sources import Source, expand
+from training_lens.data.source_reader import read_usable_examples, skip_bad_rows
+from training_lens.data.sources import DataSource, expand_sources
 from training_lens.data.split_report import SplitCounter, SplitReport
 from training_lens.data.templates import Renderer
 from training_lens.data.token_dataset import TokenDataset, write_examples
-from training_lens.data.tokenization import Coverage, TextEncoder
+from training_lens.data.tokenization import CharacterCoverage, TextEncoder
 from training_lens.display.progress import Progress
 from training_lens.errors import DamagedFileError, DatasetError
 from training_lens.utils.files import atomic_folder, sweep_temporaries
@@ -90,16 +90,16 @@ def prepare_split(
     Raises:
         DatasetError: missing or broken files, rows that cannot be used, nothing left to learn.
     """
-    return prepare_sources(expand(specs, key), key, preparation, Path(cache), progress)
+    return prepare_sources(expand_sources(specs, key), key, preparation, Path(cache), progress)
 
 
 def prepare_sources(
-    sources: Sequence[Source], key: str, preparation: Preparation, cache: Path, progress: Progress
+    sources: Sequence[DataSource], key: str, preparation: Preparation, cache: Path, progress: Progress
 ) -> Split:
     """As `prepare_split`, of sources that are known."""
     hashes = {source.name: source.sha256 for source in sources}
-    fingerprint = _fingerprint(hashes, preparation)
-    folder = cached_folder(fingerprint, cache)
+    fingerprint = _compute_fingerprint(hashes, preparation)
+    folder = cache_folder(fingerprint, cache)
 
     def tokenize_sources() -> None:
         if {source.name: source.sha256 for source in sources} != hashes:
@@ -129,7 +129,7 @@ def _open_split(folder: Path, rebuild: Callable[[], None] | None) -> tuple[Token
 def _build_split(
     folder: Path,
     hashes: dict[str, str],
-    sources: Sequence[Source],
+    sources: Sequence[DataSource],
     key: str,
     preparation: Preparation,
     progress: Progress,
@@ -140,29 +140,29 @@ def _build_split(
     with atomic_folder(folder, existing="replace") as building:
         with progress.task(f"tokenizing {key}", sum(s.size_bytes for s in sources), "bytes") as advance:
             counter = _write_tokens(building / EXAMPLES, sources, preparation, advance)
-        report = counter.report(hashes)
-        _refuse_useless(report, counter, key, preparation)
+        report = counter.build_report(hashes)
+        _refuse_useless_split(report, counter, key, preparation)
         write_sealed(building / REPORT, asdict(report))
 
 
 def _write_tokens(
-    path: Path, sources: Sequence[Source], preparation: Preparation, advance: Callable[[float], None]
+    path: Path, sources: Sequence[DataSource], preparation: Preparation, advance: Callable[[float], None]
 ) -> SplitCounter:
     """Write the tokens of all sources; gives what was counted on the way.
 
     Raises:
         DatasetError: as `prepare_split`; of bad rows it names all, of all sources.
     """
-    counter = SplitCounter(Coverage(preparation.encoder))
+    counter = SplitCounter(CharacterCoverage(preparation.encoder))
     try:
-        write_examples(path, _chunks(sources, preparation, counter, advance))
+        write_examples(path, _tokenize_chunks(sources, preparation, counter, advance))
     except DatasetError as error:
-        raise (error_of_all_rows(sources, preparation) or error) from error
+        raise (collect_all_errors(sources, preparation) or error) from error
     refuse_unusable_sources(counter.notes, counter.usable)
     return counter
 
 
-def error_of_all_rows(sources: Sequence[Source], preparation: Preparation) -> DatasetError | None:
+def collect_all_errors(sources: Sequence[DataSource], preparation: Preparation) -> DatasetError | None:
     """What is wrong with rows of these sources, found by preparing them all; None where no row is at fault."""
     try:
         counter = find_bad_rows(sources, preparation)
@@ -171,22 +171,22 @@ def error_of_all_rows(sources: Sequence[Source], preparation: Preparation) -> Da
     return bad_rows_error(counter.notes, counter.usable)
 
 
-def find_bad_rows(sources: Sequence[Source], preparation: Preparation) -> SplitCounter:
+def find_bad_rows(sources: Sequence[DataSource], preparation: Preparation) -> SplitCounter:
     """What there is to count when all sources are prepared without their bad rows: a whole pass, of which nothing is
     kept.
 
     Raises:
         DatasetError: a source itself is at fault, or has no row that can be read.
     """
-    counter = SplitCounter(Coverage(preparation.encoder))
+    counter = SplitCounter(CharacterCoverage(preparation.encoder))
     skipping = replace(preparation, data=skip_bad_rows(preparation.data))
-    for _ in _chunks(sources, skipping, counter, lambda _: None):
+    for _ in _tokenize_chunks(sources, skipping, counter, lambda _: None):
         pass
     return counter
 
 
-def _fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
-    data = preparation.data.model_dump(include=DECIDING)
+def _compute_fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
+    data = preparation.data.model_dump(include=TOKEN_KEYS)
     parts = {
         "files": list(hashes.items()),  # in their order, which is that of the rows
         "data": data,
@@ -198,7 +198,7 @@ def _fingerprint(hashes: dict[str, str], preparation: Preparation) -> str:
 
 
 # The keys of the data section that decide tokens; the others decide which examples are taken, and when.
-DECIDING = {
+TOKEN_KEYS = {
     *("fields", "ignore_keys", "csv", "on_bad_row", "domain", "template", "date", "mask_prompt", "supervise"),
     "thinking",
     *("truncation", "special_tokens", "strip_end_marks"),
@@ -210,34 +210,36 @@ class _Chunk:
     """Some examples, and as text."""
 
     examples: Sequence[Example]
-    rendered: list[list[Segment]]
+    rendered: list[list[TextSegment]]
 
     @property
-    def characters(self) -> int:
+    def character_count(self) -> int:
         return sum(len(message.text) for example in self.examples for message in example.messages)
 
 
-def _chunks(
-    sources: Sequence[Source], preparation: Preparation, counter: SplitCounter, advance: Callable[[float], None]
+def _tokenize_chunks(
+    sources: Sequence[DataSource], preparation: Preparation, counter: SplitCounter, advance: Callable[[float], None]
 ) -> Iterator[TokenizedRows]:
     """The sources' tokens; one chunk is read and one judged while the tokenizer, which needs no Python, has a third."""
     left = float(sum(source.size_bytes for source in sources))
-    for chunk, whole in prefetch(_encoded(prefetch(_texts(sources, preparation, counter)), preparation, counter)):
-        yield _judged(chunk, whole, preparation, counter)[0]
-        done = min(left, chunk.characters)
+    for chunk, whole in prefetch(
+        _encode_chunks(prefetch(_render_chunks(sources, preparation, counter)), preparation, counter)
+    ):
+        yield _select_rows(chunk, whole, preparation, counter)[0]
+        done = min(left, chunk.character_count)
         advance(done)
         left -= done
     advance(left)
 
 
-def _texts(sources: Sequence[Source], preparation: Preparation, counter: SplitCounter) -> Iterator[_Chunk]:
+def _render_chunks(sources: Sequence[DataSource], preparation: Preparation, counter: SplitCounter) -> Iterator[_Chunk]:
     """The examples of all sources, rendered."""
-    coming = (e for source in sources for e in usable_examples(source, preparation.data, counter.notes))
+    coming = (e for source in sources for e in read_usable_examples(source, preparation.data, counter.notes))
     while examples := list(islice(coming, CHUNK)):
-        yield _render(examples, preparation, counter.notes)
+        yield _render_examples(examples, preparation, counter.notes)
 
 
-def _render(examples: Sequence[Example], preparation: Preparation, notes: DataNotes) -> _Chunk:
+def _render_examples(examples: Sequence[Example], preparation: Preparation, notes: DataNotes) -> _Chunk:
     """The examples as text, without those that the template cannot take where bad rows are skipped."""
     rule, render = BadRowRule.from_data(preparation.data, notes), preparation.renderer.example
     rendered = [rule.try_row(e.file, e.row, partial(render, e, notes)) for e in examples]
@@ -245,13 +247,13 @@ def _render(examples: Sequence[Example], preparation: Preparation, notes: DataNo
     return _Chunk([e for e, _ in pairs], [segments for _, segments in pairs])
 
 
-def _encoded(
+def _encode_chunks(
     chunks: Iterator[_Chunk], preparation: Preparation, counter: SplitCounter
 ) -> Iterator[tuple[_Chunk, EncodedRows]]:
     """Each chunk with its tokens; counted here, as what characters the tokenizer lacks is asked of it, too."""
     for chunk in chunks:
-        chunk, whole = _encode(chunk, preparation, counter.notes)
-        counter.see(chunk.examples, chunk.rendered, whole)
+        chunk, whole = _encode_chunk(chunk, preparation, counter.notes)
+        counter.count_input(chunk.examples, chunk.rendered, whole)
         yield chunk, whole
 
 
@@ -261,58 +263,60 @@ def tokenize(examples: Sequence[Example], preparation: Preparation) -> list[Toke
     Raises:
         DatasetError: the template or the tokenizer cannot take a row; names it.
     """
-    chunk, whole = _encode(_render(examples, preparation, DataNotes()), preparation, DataNotes())
-    rows, kept = _judged(chunk, whole, preparation)
+    chunk, whole = _encode_chunk(_render_examples(examples, preparation, DataNotes()), preparation, DataNotes())
+    rows, kept = _select_rows(chunk, whole, preparation)
     kept_examples = (example for example, is_kept in zip(chunk.examples, kept.tolist(), strict=True) if is_kept)
     found = {id(example): row for example, row in zip(kept_examples, rows, strict=True)}
     return [found.get(id(example)) for example in examples]
 
 
-def _judged(
+def _select_rows(
     chunk: _Chunk, whole: EncodedRows, preparation: Preparation, counter: SplitCounter | None = None
 ) -> tuple[TokenizedRows, np.ndarray]:
     """The tokens of the examples that are kept, cut, and which those are, (examples,) bool; counted where asked."""
     data, encoder = preparation.data, preparation.encoder
-    fitted = fit(whole, preparation.seq_len, data.truncation, encoder.bos_id)
-    kept = learnable(fitted, encoder.special_ids)
-    left = fitted.where(np.repeat(kept, fitted.lengths))
+    fitted = truncate_rows(whole, preparation.seq_len, data.truncation, encoder.bos_id)
+    kept = find_learnable_rows(fitted, encoder.special_ids)
+    left = fitted.select_tokens(np.repeat(kept, fitted.lengths))
     places = np.flatnonzero(kept).tolist()
     rows = TokenizedRows(
         left.input_ids,
         left.response if data.mask_prompt else np.ones_like(left.response),
-        running(left.lengths[kept]),
+        compute_offsets(left.lengths[kept]),
         [chunk.examples[i].file for i in places],
         np.array([chunk.examples[i].row for i in places], dtype=np.int64),
         [chunk.examples[i].domain for i in places],
-        _digests([chunk.rendered[i] for i in places]),
+        _hash_texts([chunk.rendered[i] for i in places]),
     )
     if counter:
-        counter.judge(chunk.examples, whole, fitted, kept)
-        counter.keep(rows)
+        counter.count_outcomes(chunk.examples, whole, fitted, kept)
+        counter.count_kept_rows(rows)
     return rows, kept
 
 
-def _digests(rendered: Sequence[Sequence[Segment]]) -> np.ndarray:
+def _hash_texts(rendered: Sequence[Sequence[TextSegment]]) -> np.ndarray:
     """A hash of each text, (examples,) uint64."""
     texts = ("".join(segment.text for segment in segments) for segments in rendered)
     each = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
     return np.frombuffer(b"".join(each), dtype=">u8").astype(np.uint64)
 
 
-def _encode(chunk: _Chunk, preparation: Preparation, notes: DataNotes) -> tuple[_Chunk, EncodedRows]:
+def _encode_chunk(chunk: _Chunk, preparation: Preparation, notes: DataNotes) -> tuple[_Chunk, EncodedRows]:
     """All in one call; where that fails, one by one, to name the row, or to leave it out where bad rows are skipped."""
     encode, rule = preparation.encoder.encode, BadRowRule.from_data(preparation.data, notes)
     try:
         return chunk, encode(chunk.rendered)
     except DatasetError:
         pairs = list(zip(chunk.examples, chunk.rendered, strict=True))
-        usable = [p for p in pairs if rule.try_row(p[0].file, p[0].row, partial(_encode_one, *p, encode)) is not None]
+        usable = [
+            p for p in pairs if rule.try_row(p[0].file, p[0].row, partial(_encode_example, *p, encode)) is not None
+        ]
     left = _Chunk([example for example, _ in usable], [segments for _, segments in usable])
     return left, encode(left.rendered)
 
 
-def _encode_one(
-    example: Example, segments: list[Segment], encode: Callable[[Sequence[Sequence[Segment]]], EncodedRows]
+def _encode_example(
+    example: Example, segments: list[TextSegment], encode: Callable[[Sequence[Sequence[TextSegment]]], EncodedRows]
 ) -> EncodedRows:
     try:
         return encode([segments])
@@ -320,9 +324,9 @@ def _encode_one(
         raise DatasetError(f"{example.file}, row {example.row}: {error}") from error
 
 
-def prompt_as_trained(example: Example, preparation: Preparation) -> list[int]:
+def encode_training_prompt(example: Example, preparation: Preparation) -> list[int]:
     """The tokens before the example's last answer, shortened as in training where the example is too long."""
-    prompt = preparation.encoder.prompt_ids(preparation.renderer.prompt_of(example))
+    prompt = preparation.encoder.encode_prompt(preparation.renderer.render_example_prompt(example))
     whole = preparation.encoder.encode([preparation.renderer.example(example)])[0]
     lost = len(whole.input_ids) - preparation.seq_len
     if lost <= 0 or preparation.data.truncation == "keep_start":
@@ -331,7 +335,7 @@ def prompt_as_trained(example: Example, preparation: Preparation) -> list[int]:
     return prompt[:front] + prompt[front + lost :]
 
 
-def _refuse_useless(report: SplitReport, counter: SplitCounter, key: str, preparation: Preparation) -> None:
+def _refuse_useless_split(report: SplitReport, counter: SplitCounter, key: str, preparation: Preparation) -> None:
     seq_len = preparation.seq_len
     if not report.examples:
         raise DatasetError(
@@ -346,13 +350,13 @@ def _refuse_useless(report: SplitReport, counter: SplitCounter, key: str, prepar
         )
 
 
-def open_cached(fingerprint: str, cache: Path) -> TokenDataset | None:
+def open_cached_split(fingerprint: str, cache: Path) -> TokenDataset | None:
     """The split of that fingerprint in the cache, all its tokens compared with their checksums; None: it is not there.
 
     Raises:
         DamagedFileError: it is damaged.
     """
-    folder = cached_folder(fingerprint, cache)
+    folder = cache_folder(fingerprint, cache)
     if not folder.is_dir():
         return None
     dataset, _ = _open_split(folder, None)
@@ -360,7 +364,7 @@ def open_cached(fingerprint: str, cache: Path) -> TokenDataset | None:
     return dataset
 
 
-def cached_folder(fingerprint: str, cache: Path) -> Path:
+def cache_folder(fingerprint: str, cache: Path) -> Path:
     """Where the cache keeps the split of that fingerprint, which a run's metadata may name: it must be no path."""
     if not re.fullmatch(r"[0-9a-f]{32}", fingerprint[:32]):
         raise DamagedFileError(f"{fingerprint[:80]!r} is no fingerprint of rows, expected hexadecimal digits.")

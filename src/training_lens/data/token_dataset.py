@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from training_lens.data.columns import TokenizedRows, running
+from training_lens.data.columns import TokenizedRows, compute_offsets
 from training_lens.data.examples import TokenizedExample
 from training_lens.errors import DamagedFileError
 from training_lens.utils.integrity import read_sealed, write_sealed
@@ -48,20 +48,20 @@ def write_examples(path: Path, chunks: Iterable[TokenizedRows]) -> None:
         for chunk in filter(len, chunks):
             writer.write_batch(_record_batch(chunk))
             ends.append(sink.tell())
-    write_sealed(_checksums_path(path), asdict(_compute_checksums(path, ends)))
+    write_sealed(_checksums_path(path), asdict(_compute_file_checksums(path, ends)))
 
 
 def _record_batch(rows: TokenizedRows) -> pa.RecordBatch:
     """The rows as Arrow, from their buffers: `pa.array` would import pandas first, for a third of a second."""
-    ids, mask = _numbers(rows.input_ids, pa.int32()), _flags(rows.loss_mask)
+    ids, mask = _build_number_array(rows.input_ids, pa.int32()), _build_flag_array(rows.loss_mask)
     offsets = pa.py_buffer(rows.offsets.astype(np.int32))
     return pa.record_batch(
         [
-            _texts(rows.files),
-            _numbers(rows.numbers, pa.int64()),
-            _numbers(rows.supervised.astype(np.int32), pa.int32()),
-            _texts(rows.domains),
-            _numbers(rows.digests, pa.uint64()),
+            _build_string_array(rows.files),
+            _build_number_array(rows.numbers, pa.int64()),
+            _build_number_array(rows.supervised.astype(np.int32), pa.int32()),
+            _build_string_array(rows.domains),
+            _build_number_array(rows.digests, pa.uint64()),
             pa.Array.from_buffers(pa.list_(pa.int32()), len(rows), [None, offsets], children=[ids]),
             pa.Array.from_buffers(pa.list_(pa.bool_()), len(rows), [None, offsets], children=[mask]),
         ],
@@ -69,18 +69,18 @@ def _record_batch(rows: TokenizedRows) -> pa.RecordBatch:
     )
 
 
-def _numbers(values: np.ndarray, kind: pa.DataType) -> pa.Array:
+def _build_number_array(values: np.ndarray, kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
 
 
-def _flags(values: np.ndarray) -> pa.Array:
+def _build_flag_array(values: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.bool_(), len(values), [None, pa.py_buffer(np.packbits(values, bitorder="little"))])
 
 
-def _texts(values: Sequence[str | None]) -> pa.Array:
+def _build_string_array(values: Sequence[str | None]) -> pa.Array:
     """Strings; None is null."""
     encoded = [b"" if value is None else value.encode() for value in values]
-    offsets = running(np.fromiter(map(len, encoded), np.int64, len(encoded))).astype(np.int32)
+    offsets = compute_offsets(np.fromiter(map(len, encoded), np.int64, len(encoded))).astype(np.int32)
     there = np.packbits(np.array([value is not None for value in values], dtype=bool), bitorder="little")
     buffers = [pa.py_buffer(there), pa.py_buffer(offsets), pa.py_buffer(b"".join(encoded))]
     return pa.Array.from_buffers(pa.string(), len(encoded), buffers)
@@ -98,7 +98,7 @@ class Checksums:
     rest: str
     tokens: list[tuple[int, int, str]]
 
-    def others(self) -> Iterator[tuple[int, int]]:
+    def list_other_spans(self) -> Iterator[tuple[int, int]]:
         """The stretches of bytes that are no tokens."""
         borders = [0, *(border for start, end, _ in self.tokens for border in (start, end)), self.size]
         return zip(borders[::2], borders[1::2], strict=True)
@@ -108,22 +108,22 @@ def _checksums_path(path: Path) -> Path:
     return path.with_suffix(".checksums.json")
 
 
-def _compute_checksums(path: Path, ends: Sequence[int]) -> Checksums:
+def _compute_file_checksums(path: Path, ends: Sequence[int]) -> Checksums:
     """Those of a file that was just written, whose record batches end at these bytes."""
-    content = _mapped(path)
+    content = _map_file(path)
     batches = pa.ipc.open_file(content).read_all().column("input_ids").chunks
     places = [(ids.values.buffers()[1].address - content.address, end) for ids, end in zip(batches, ends, strict=True)]
-    tokens = [(start, end, _checksum(content, [(start, end)])) for start, end in places]
+    tokens = [(start, end, _compute_checksum(content, [(start, end)])) for start, end in places]
     size = content.size
-    return Checksums(size, _checksum(content, Checksums(size, "", tokens).others()), tokens)
+    return Checksums(size, _compute_checksum(content, Checksums(size, "", tokens).list_other_spans()), tokens)
 
 
-def _mapped(path: Path) -> pa.Buffer:
+def _map_file(path: Path) -> pa.Buffer:
     with pa.memory_map(str(path)) as file:
         return file.read_buffer()
 
 
-def _checksum(content: pa.Buffer, places: Iterable[tuple[int, int]]) -> str:
+def _compute_checksum(content: pa.Buffer, places: Iterable[tuple[int, int]]) -> str:
     digest = xxhash.xxh3_128()
     for start, end in places:
         digest.update(content[start:end])
@@ -162,13 +162,16 @@ class TokenFile(TokenTable):
 
     def __init__(self, path: Path, rebuild: Callable[[], object] | None = None) -> None:
         self._path, self._rebuild, self._lock = path, rebuild, threading.RLock()
-        self._open()
+        self._open_file()
 
-    def _open(self) -> None:
+    def _open_file(self) -> None:
         self._checksums = _read_checksums(self._path)
-        self._content = _mapped(self._path)
-        places = self._checksums.others()
-        if self._content.size != self._checksums.size or _checksum(self._content, places) != self._checksums.rest:
+        self._content = _map_file(self._path)
+        places = self._checksums.list_other_spans()
+        if (
+            self._content.size != self._checksums.size
+            or _compute_checksum(self._content, places) != self._checksums.rest
+        ):
             raise DamagedFileError(f"{self._path} is damaged: it is not what its checksums say.")
         super().__init__(pa.ipc.open_file(self._content).read_all())
         self._ends = np.cumsum([len(chunk) for chunk in self.table.column("row").chunks])
@@ -187,11 +190,11 @@ class TokenFile(TokenTable):
         batch = int(np.searchsorted(self._ends, row, side="right"))
         if not self._is_checked[batch]:
             with self._lock:
-                self._check(batch)
+                self._check_batch(batch)
 
-    def _check(self, batch: int) -> None:
+    def _check_batch(self, batch: int) -> None:
         start, end, checksum = self._checksums.tokens[batch]
-        if _checksum(self._content, [(start, end)]) != checksum:
+        if _compute_checksum(self._content, [(start, end)]) != checksum:
             error = DamagedFileError(
                 f"{self._path} is damaged: the tokens in bytes {start} to {end} are not as written."
             )
@@ -199,7 +202,7 @@ class TokenFile(TokenTable):
                 raise error
             logger.warning("%s The rows are tokenized again.", error)
             self._rebuild()
-            self._open()
+            self._open_file()
         self._is_checked[batch] = True
 
 
@@ -224,9 +227,9 @@ class TokenDataset:
         return cls(TokenFile(Path(path), rebuild))
 
     @classmethod
-    def of(cls, examples: Sequence[TokenizedExample]) -> TokenDataset:
+    def from_examples(cls, examples: Sequence[TokenizedExample]) -> TokenDataset:
         """Examples in memory as a dataset."""
-        return cls(TokenTable(pa.Table.from_batches([_record_batch(TokenizedRows.of(examples))])))
+        return cls(TokenTable(pa.Table.from_batches([_record_batch(TokenizedRows.from_examples(examples))])))
 
     @property
     def table(self) -> Any:
@@ -237,14 +240,14 @@ class TokenDataset:
 
     def example_id(self, index: int) -> str:
         """The id of one example, without reading its tokens."""
-        row = self._row(index)
+        row = self._source_row(index)
         return f"{self.table.column('file')[row].as_py()}:{self.table.column('row')[row].as_py()}"
 
-    def _row(self, index: int) -> int:
+    def _source_row(self, index: int) -> int:
         return index if self.rows is None else int(self.rows[index])
 
     def __getitem__(self, index: int) -> TokenizedExample:
-        row = self._row(index)
+        row = self._source_row(index)
         self.source.require_tokens(row)
         file, number, ids, mask, domain, digest = (
             self.table.column(name)[row] for name in ("file", "row", "input_ids", "loss_mask", "domain", "digest")
@@ -268,34 +271,34 @@ class TokenDataset:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64."""
-        return self._taken(pc.list_value_length(self.table.column("input_ids")).to_numpy()).astype(np.int64)
+        return self._pick_rows(pc.list_value_length(self.table.column("input_ids")).to_numpy()).astype(np.int64)
 
     @cached_property
     def supervised(self) -> np.ndarray:
         """Targets of each example, int64: masked-in tokens other than the first, which nothing predicts."""
-        return self._taken(self.table.column("supervised").to_numpy()).astype(np.int64)
+        return self._pick_rows(self.table.column("supervised").to_numpy()).astype(np.int64)
 
     @cached_property
     def digests(self) -> np.ndarray:
         """A hash of each example's rendered text, uint64: equal for examples that say the same."""
-        return self._taken(self.table.column("digest").to_numpy())
+        return self._pick_rows(self.table.column("digest").to_numpy())
 
     @cached_property
     def files(self) -> np.ndarray:
         """The source of each example."""
-        return self._names("file")
+        return self._read_names("file")
 
     @cached_property
     def domains(self) -> np.ndarray:
         """The domain of each example, or None."""
-        return self._names("domain")
+        return self._read_names("domain")
 
-    def _names(self, column: str) -> np.ndarray:
+    def _read_names(self, column: str) -> np.ndarray:
         """A column of few different names as an object array that shares them; None where there is none."""
         encoded = self.table.column(column).combine_chunks().dictionary_encode()
         names = np.array([*encoded.dictionary.to_pylist(), None], dtype=object)
-        return self._taken(names[encoded.indices.fill_null(len(names) - 1).to_numpy()])
+        return self._pick_rows(names[encoded.indices.fill_null(len(names) - 1).to_numpy()])
 
-    def _taken(self, values: np.ndarray) -> np.ndarray:
+    def _pick_rows(self, values: np.ndarray) -> np.ndarray:
         taken: np.ndarray = values if self.rows is None else values[self.rows]
         return taken

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from training_lens.data.columns import EncodedRows, running
-from training_lens.data.examples import Segment
+from training_lens.data.columns import EncodedRows, compute_offsets
+from training_lens.data.examples import TextSegment
 from training_lens.errors import DatasetError, ModelLoadingError
 
 ANCHORS = ("\n", "|", "a", "1", ".")
@@ -31,10 +31,10 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        _check(tokenizer)
+        _check_tokenizer(tokenizer)
         self._tokenizer = tokenizer
         self.eos_id: int = tokenizer.eos_token_id
-        with_special = self._ids(["a"], special=True)[0]
+        with_special = self._encode_plain(["a"], special=True)[0]
         bos = tokenizer.bos_token_id
         self.bos_id: int | None = bos if bos is not None and with_special[:1] == [bos] else None
         if self.bos_id is not None and with_special[:2] == [bos, bos]:
@@ -42,27 +42,27 @@ class TextEncoder:
         special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.special_ids: frozenset[int] = frozenset(special | set(tokenizer.all_special_ids))
         # Anchors that put a space-taking tokenizer past its start; none where text is encoded as it is.
-        alone = [self._ids([a])[0] for a in ANCHORS]
-        doubled = [self._ids([a + a])[0] for a in ANCHORS]
+        alone = [self._encode_plain([a])[0] for a in ANCHORS]
+        doubled = [self._encode_plain([a + a])[0] for a in ANCHORS]
         adds_space = any(len(two) < 2 * len(one) and len(one) > 1 for one, two in zip(alone, doubled, strict=True))
         self._anchors = list(zip(ANCHORS, alone, strict=True)) if adds_space else []
 
-    def encode(self, examples: Sequence[Sequence[Segment]]) -> EncodedRows:
+    def encode(self, examples: Sequence[Sequence[TextSegment]]) -> EncodedRows:
         """Encode many rendered examples (or prompts) in one call of the tokenizer.
 
         Raises:
             DatasetError: the rendered text begins with BOS twice.
         """
         counts = np.fromiter(map(len, examples), np.int64, len(examples))
-        ends = running(counts)
+        ends = compute_offsets(counts)
         segments = list(chain.from_iterable(examples))
         firsts = ends[:-1][counts > 0]
-        pieces = self._pieces(segments, set(firsts.tolist()))
+        pieces = self._encode_segments(segments, set(firsts.tolist()))
         bos = [] if self.bos_id is None else [self.bos_id]
         given = [place for place in firsts.tolist() if bos and pieces[place][:1] != bos]
         for place in given:
             pieces[place] = bos + pieces[place]
-        stretches = running(np.fromiter(map(len, pieces), np.int64, len(pieces)))
+        stretches = compute_offsets(np.fromiter(map(len, pieces), np.int64, len(pieces)))
         ids = np.fromiter(chain.from_iterable(pieces), np.int32, stretches[-1])
         response = np.repeat(np.fromiter((s.response for s in segments), bool, len(segments)), np.diff(stretches))
         response[stretches[given]] = False
@@ -70,15 +70,15 @@ class TextEncoder:
         self._refuse_bos_twice(rows)
         return rows
 
-    def prompt_ids(self, segments: Sequence[Segment]) -> list[int]:
+    def encode_prompt(self, segments: Sequence[TextSegment]) -> list[int]:
         """The tokens of one prompt, as training saw them."""
         return [int(i) for i in self.encode([segments]).input_ids]
 
-    def without_token(self, characters: Iterable[str]) -> set[str]:
+    def find_unknown_characters(self, characters: Iterable[str]) -> set[str]:
         """Those of the characters that this tokenizer has no token for: it drops them, or gives its unknown token."""
         listed = list(characters)
         unknown = self._tokenizer.unk_token_id
-        nothing, *each = self._ids(["aa", *(f"a{c}a" for c in listed)], plain=True)
+        nothing, *each = self._encode_plain(["aa", *(f"a{c}a" for c in listed)], plain=True)
         return {c for c, ids in zip(listed, each, strict=True) if ids == nothing or unknown in ids}
 
     def _refuse_bos_twice(self, rows: EncodedRows) -> None:
@@ -89,7 +89,7 @@ class TextEncoder:
                 "the chat template begins with BOS twice; take one out of it (data.template=FILE.jinja)."
             )
 
-    def _pieces(self, segments: Sequence[Segment], firsts: Collection[int]) -> list[list[int]]:
+    def _encode_segments(self, segments: Sequence[TextSegment], firsts: Collection[int]) -> list[list[int]]:
         """The tokens of each segment; those at `firsts` begin an example, the others go on with one."""
         pieces: list[list[int]] = [[]] * len(segments)
         for plain in (False, True):
@@ -102,24 +102,24 @@ class TextEncoder:
     def _encode_texts(self, texts: Sequence[tuple[str, bool]], plain: bool) -> list[list[int]]:
         """Token ids of each (text, continues): a continuation gets no invented space at its front."""
         if not self._anchors:
-            return self._ids([text for text, _ in texts], plain=plain)
+            return self._encode_plain([text for text, _ in texts], plain=plain)
         anchor, prefix = self._anchors[0]
-        encoded = self._ids([anchor + text if continues else text for text, continues in texts], plain=plain)
+        encoded = self._encode_plain([anchor + text if continues else text for text, continues in texts], plain=plain)
         return [
-            self._without_anchor(text, ids, prefix, plain) if continues else ids
+            self._strip_anchor(text, ids, prefix, plain) if continues else ids
             for (text, continues), ids in zip(texts, encoded, strict=True)
         ]
 
-    def _without_anchor(self, text: str, ids: list[int], prefix: list[int], plain: bool) -> list[int]:
+    def _strip_anchor(self, text: str, ids: list[int], prefix: list[int], plain: bool) -> list[int]:
         if ids[: len(prefix)] == prefix:
             return ids[len(prefix) :]
         for anchor, other in self._anchors[1:]:  # the first anchor melted into the text's own first token
-            ids = self._ids([anchor + text], plain=plain)[0]
+            ids = self._encode_plain([anchor + text], plain=plain)[0]
             if ids[: len(other)] == other:
                 return ids[len(other) :]
         raise DatasetError(f"cannot tokenize {text[:40]!r} behind a prompt without inventing a space before it.")
 
-    def _ids(self, texts: list[str], *, special: bool = False, plain: bool = False) -> list[list[int]]:
+    def _encode_plain(self, texts: list[str], *, special: bool = False, plain: bool = False) -> list[list[int]]:
         """The tokens of each text, by the tokenizer's rules alone: its Python wrapper takes as long as they do."""
         if not texts:
             return []
@@ -130,7 +130,7 @@ class TextEncoder:
         return [encoding.ids for encoding in rules.encode_batch_fast(texts, add_special_tokens=special)]
 
 
-def _check(tokenizer: Any) -> None:
+def _check_tokenizer(tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ModelLoadingError("this tokenizer has no tokenizer.json; convert it to a fast tokenizer first.")
     if tokenizer.eos_token_id is None:
@@ -145,7 +145,7 @@ def _check(tokenizer: Any) -> None:
         raise ModelLoadingError("the tokenizer gives no tokens at all for plain words; its vocabulary is broken.")
 
 
-class Coverage:
+class CharacterCoverage:
     """Counts characters of texts, and those among them that a tokenizer has no token for."""
 
     def __init__(self, encoder: TextEncoder) -> None:
@@ -156,20 +156,20 @@ class Coverage:
         self.characters = 0
         self.unknown: Counter[str] = Counter()
 
-    def add(self, texts: Sequence[str]) -> None:
+    def count_texts(self, texts: Sequence[str]) -> None:
         """Count these texts in."""
         ascii_texts = "".join(text for text in texts if text.isascii()).encode()
         present = set(ascii_texts.translate(None, self._seen_ascii).decode())
         present = present.union(*(text for text in texts if not text.isascii())) - self._seen
         self._seen |= present
         self._seen_ascii += "".join(filter(str.isascii, present)).encode()
-        self._unknown |= self._encoder.without_token(present)
+        self._unknown |= self._encoder.find_unknown_characters(present)
         self.characters += sum(map(len, texts))
         for character in self._unknown:
             self.unknown[character] += sum(text.count(character) for text in texts)
 
 
-def shown(tokenizer: Any, input_ids: np.ndarray, mask: np.ndarray) -> list[tuple[str, bool]]:
+def decode_spans(tokenizer: Any, input_ids: np.ndarray, mask: np.ndarray) -> list[tuple[str, bool]]:
     """The tokens of an example as text, in stretches that are learned or are not.
 
     Each is decoded behind what stands before it: some tokenizers drop a space at the start of what they decode.

@@ -7,15 +7,15 @@ from typing import Any
 
 from training_lens.data.examples import Row
 from training_lens.data.row_keys import CALL, FUNCTION, KeyCheck
-from training_lens.data.values import json_of, kind_of, value_at
+from training_lens.data.values import describe_value, look_up_value, parse_json
 from training_lens.errors import DatasetError
 from training_lens.utils.limits import load_bounded_json
 
-Call = dict[str, Any]
+ToolCall = dict[str, Any]
 Tool = Mapping[str, Any]
 
 
-def read_calls(place: str, item: Mapping[str, Any], keys: KeyCheck, path: str) -> tuple[Call, ...]:
+def read_calls(place: str, item: Mapping[str, Any], keys: KeyCheck, path: str) -> tuple[ToolCall, ...]:
     """The calls of an assistant's message: OpenAI's `tool_calls`, or its older `function_call`.
 
     Raises:
@@ -29,44 +29,44 @@ def read_calls(place: str, item: Mapping[str, Any], keys: KeyCheck, path: str) -
     if single:
         return (read_call(place, single, keys, f"{path}function_call."),)
     if isinstance(listed, str) and listed.strip():
-        listed = json_of(place, listed, "calls of tools in JSON")
+        listed = parse_json(place, listed, "calls of tools in JSON")
     if listed and not isinstance(listed, list):
-        raise DatasetError(f"{place}: 'tool_calls' is {kind_of(listed)}, expected a list of calls.")
+        raise DatasetError(f"{place}: 'tool_calls' is {describe_value(listed)}, expected a list of calls.")
     return tuple(read_call(place, call, keys, f"{path}tool_calls[].") for call in listed or ())
 
 
-def read_written_calls(place: str, text: Any, keys: KeyCheck, path: str) -> tuple[Call, ...]:
+def read_written_calls(place: str, text: Any, keys: KeyCheck, path: str) -> tuple[ToolCall, ...]:
     """The calls that a turn of ShareGPT's `function_call` writes as JSON text."""
-    value = json_of(place, text, "a function call in JSON") if isinstance(text, str) or text is None else text
+    value = parse_json(place, text, "a function call in JSON") if isinstance(text, str) or text is None else text
     return tuple(read_call(place, call, keys, path) for call in (value if isinstance(value, list) else [value]))
 
 
-def read_call(place: str, call: Any, keys: KeyCheck, path: str) -> Call:
+def read_call(place: str, call: Any, keys: KeyCheck, path: str) -> ToolCall:
     """One call: its name, its arguments, and its id where it has one."""
     if not isinstance(call, Mapping):
-        raise _no_call(place, call)
-    keys.check(f"{place}, a call", CALL, call, path)
+        raise _no_call_error(place, call)
+    keys.check_keys(f"{place}, a call", CALL, call, path)
     if call.get("type") not in (None, "function"):
         raise DatasetError(f"{place}: calls a tool of type {call['type']!r}; only 'function' can be trained on.")
     function = call
     if call.get("function") is not None:
         function = call["function"]
         if not isinstance(function, Mapping):
-            raise _no_call(place, function)
-        keys.check(f"{place}, a call", FUNCTION, function, f"{path}function.")
+            raise _no_call_error(place, function)
+        keys.check_keys(f"{place}, a call", FUNCTION, function, f"{path}function.")
     if not isinstance(function.get("name"), str) or not function["name"]:
-        raise _no_call(place, function)
+        raise _no_call_error(place, function)
     identity = call.get("id") if call.get("id") is not None else function.get("id")
     named = {} if identity is None else {"id": str(identity)}
-    return {**named, "name": function["name"], "arguments": _arguments(place, function)}
+    return {**named, "name": function["name"], "arguments": _read_arguments(place, function)}
 
 
-def _no_call(place: str, call: Any) -> DatasetError:
-    found = f"one with {', '.join(map(str, call))}" if isinstance(call, Mapping) and call else kind_of(call)
+def _no_call_error(place: str, call: Any) -> DatasetError:
+    found = f"one with {', '.join(map(str, call))}" if isinstance(call, Mapping) and call else describe_value(call)
     return DatasetError(f"{place}: a function call is {found}, expected an object with 'name' and 'arguments'.")
 
 
-def _arguments(place: str, function: Mapping[str, Any]) -> Any:
+def _read_arguments(place: str, function: Mapping[str, Any]) -> Any:
     """The arguments of a call: of two spellings the one that is there; none where a function takes none."""
     found = [function[key] for key in ("arguments", "parameters") if function.get(key) not in (None, "")]
     if len(found) > 1:
@@ -79,26 +79,26 @@ def _arguments(place: str, function: Mapping[str, Any]) -> Any:
                 "Name its arguments 'arguments'."
             )
         return {}
-    return json_of(place, found[0], "arguments in JSON") if isinstance(found[0], str) else found[0]
+    return parse_json(place, found[0], "arguments in JSON") if isinstance(found[0], str) else found[0]
 
 
 def read_tools(row: Row, key: str | None) -> tuple[Tool, ...]:
     """The tools of a row, each as OpenAI writes them: {"type": "function", "function": {...}}."""
-    value = value_at(row.values, key) if key else None
+    value = look_up_value(row.values, key) if key else None
     if not value:
         return ()
     place = f"{row.place}, '{key}'"
-    tools = json_of(place, value, "a list of tools in JSON") if isinstance(value, str) else value
+    tools = parse_json(place, value, "a list of tools in JSON") if isinstance(value, str) else value
     if not isinstance(tools, list):
-        raise DatasetError(f"{row.place}: '{key}' is {kind_of(tools)}, expected a list of tool descriptions.")
-    return tuple(_tool(row, str(key), tool) for tool in tools)
+        raise DatasetError(f"{row.place}: '{key}' is {describe_value(tools)}, expected a list of tool descriptions.")
+    return tuple(_read_tool(row, str(key), tool) for tool in tools)
 
 
-def _tool(row: Row, key: str, tool: Any) -> Tool:
+def _read_tool(row: Row, key: str, tool: Any) -> Tool:
     if isinstance(tool, str):
-        tool = json_of(f"{row.place}, '{key}'", tool, "a tool description in JSON")
+        tool = parse_json(f"{row.place}, '{key}'", tool, "a tool description in JSON")
     if not isinstance(tool, Mapping):
-        raise DatasetError(f"{row.place}: '{key}' holds {kind_of(tool)}, expected tool descriptions (objects).")
+        raise DatasetError(f"{row.place}: '{key}' holds {describe_value(tool)}, expected tool descriptions (objects).")
     return tool if "function" in tool else {"type": "function", "function": tool}
 
 

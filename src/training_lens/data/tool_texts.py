@@ -46,7 +46,7 @@ def fit_tools(
         )
     remarks = []
     if has_calls and not template.calls:
-        messages = [_say_calls(m) for m in messages]
+        messages = [_write_calls(m) for m in messages]
         remarks.append(f"{template.name} has no place for calls of tools: they are learned as JSON")
     if has_results and not template.results:
         messages = [replace(m, role="user") if m.role == "tool" else m for m in messages]
@@ -57,20 +57,20 @@ def fit_tools(
     return messages, tools, remarks
 
 
-def _say_calls(message: Message) -> Message:
+def _write_calls(message: Message) -> Message:
     """The message with what it calls said as JSON."""
     calls = message.calls_without_ids
-    return replace(message, text="\n".join(part for part in (message.text, *map(_json, calls)) if part), calls=())
+    return replace(message, text="\n".join(part for part in (message.text, *map(_dump_json, calls)) if part), calls=())
 
 
 def _describe_tools(messages: Sequence[Message], tools: Tools) -> list[Message]:
     """The messages with the tools described in the first one, which is the system's."""
-    described = "\n".join(["You may call these tools:", *(_json(tool["function"]) for tool in tools)])
+    described = "\n".join(["You may call these tools:", *(_dump_json(tool["function"]) for tool in tools)])
     first, *others = messages
     if first.role == "system":
         return [replace(first, text=f"{first.text}\n\n{described}"), *others]
     return [Message("system", described), first, *others]
 
 
-def _json(value: Any) -> str:
+def _dump_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)

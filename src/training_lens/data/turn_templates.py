@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from training_lens.data.examples import Message, Segment
+from training_lens.data.examples import Message, TextSegment
 from training_lens.errors import ConfigurationError
 
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -32,38 +32,38 @@ class TurnTemplate(ABC):
         yield from ()
 
     @abstractmethod
-    def lead(self, system: str | None, asked: Message, first: bool) -> str:
+    def build_lead(self, system: str | None, asked: Message, first: bool) -> str:
         """What stands before an answer to `asked`; `system` is said in its turn, the `first` one perhaps."""
 
     def prompt(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int] = ()
-    ) -> list[Segment]:
-        return self._turns(messages, ())
+    ) -> list[TextSegment]:
+        return self._render_turns(messages, ())
 
     def example(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int]
-    ) -> list[Segment]:
-        return self._turns(messages, learned)
+    ) -> list[TextSegment]:
+        return self._render_turns(messages, learned)
 
-    def _turns(self, messages: Sequence[Message], learned: Collection[int]) -> list[Segment]:
-        segments: list[Segment] = []
+    def _render_turns(self, messages: Sequence[Message], learned: Collection[int]) -> list[TextSegment]:
+        segments: list[TextSegment] = []
         turn: list[Message] = []
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 turn.append(message)
                 continue
-            segments += self._lead_turn(turn, first=not segments)
-            segments.append(Segment(message.text + self._end, index in learned))
+            segments += self._render_lead(turn, first=not segments)
+            segments.append(TextSegment(message.text + self._end, index in learned))
             turn = []
-        return segments + (self._lead_turn(turn, first=not segments) if turn else [])
+        return segments + (self._render_lead(turn, first=not segments) if turn else [])
 
-    def _lead_turn(self, turn: Sequence[Message], first: bool) -> list[Segment]:
+    def _render_lead(self, turn: Sequence[Message], first: bool) -> list[TextSegment]:
         """What stands before an answer to the messages of a turn."""
         system = "\n\n".join(m.text for m in turn if m.role == "system") or None
         asked = [m for m in turn if m.role != "system"]
-        leads = [self.lead(system if i == 0 else None, m, first and i == 0) for i, m in enumerate(asked)]
+        leads = [self.build_lead(system if i == 0 else None, m, first and i == 0) for i, m in enumerate(asked)]
         text = ("" if first else "\n\n") + "".join(leads)
-        return [Segment(text, False)] if text else []
+        return [TextSegment(text, False)] if text else []
 
 
 class AlpacaTemplate(TurnTemplate):
@@ -78,7 +78,7 @@ class AlpacaTemplate(TurnTemplate):
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     )
 
-    def lead(self, system: str | None, asked: Message, first: bool) -> str:
+    def build_lead(self, system: str | None, asked: Message, first: bool) -> str:
         task = (self.WITH_INPUT if asked.input else self.WITHOUT_INPUT) if first else None
         opening = f"{system or task}\n\n" if system or task else ""
         extra = f"### Input:\n{asked.input}\n\n" if asked.input else ""
@@ -90,7 +90,7 @@ class PlainTemplate(TurnTemplate):
 
     name = "the template plain"
 
-    def lead(self, system: str | None, asked: Message, first: bool) -> str:
+    def build_lead(self, system: str | None, asked: Message, first: bool) -> str:
         return "\n".join(part for part in (system, asked.text, asked.input) if part) + "\n"
 
 
@@ -114,7 +114,7 @@ class PatternTemplate(TurnTemplate):
         lines = text.removesuffix("{output}").split("\n")
         self._lines = [(line, _SLOT.findall(line)) for line in lines]
 
-    def lead(self, system: str | None, asked: Message, first: bool) -> str:
+    def build_lead(self, system: str | None, asked: Message, first: bool) -> str:
         values = {"system": system, "instruction": asked.text, "input": asked.input}
         *others, (last, _) = self._lines
         lines = [line for line, slots in others if not slots or any(values[slot] for slot in slots)]

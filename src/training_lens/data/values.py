@@ -21,7 +21,7 @@ from training_lens.utils.limits import load_bounded_json
 NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd3]")
 
 
-def json_of(place: str, text: Any, expected: str) -> Any:
+def parse_json(place: str, text: Any, expected: str) -> Any:
     """The value that `text` writes in JSON; `expected` says for messages what it should be."""
     try:
         return load_bounded_json(text)
@@ -29,11 +29,11 @@ def json_of(place: str, text: Any, expected: str) -> Any:
         raise DatasetError(f"{place}: expected {expected}, found {str(text)[:60]!r} ({error}).") from error
 
 
-def value_at(values: Mapping[str, Any], key: str) -> Any:
+def look_up_value(values: Mapping[str, Any], key: str) -> Any:
     """The value under a key; a dotted key leads into objects, and of lists into the first item. None: nothing there.
 
     Example:
-        >>> value_at({"answers": {"text": ["in the wood", "there"]}}, "answers.text")
+        >>> look_up_value({"answers": {"text": ["in the wood", "there"]}}, "answers.text")
         'in the wood'
     """
     if key in values or "." not in key:
@@ -46,29 +46,29 @@ def value_at(values: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def text_of(row: Row, key: str) -> str:
+def read_text(row: Row, key: str) -> str:
     """The text (or number, as text) under a key.
 
     Raises:
         DatasetError: it is missing, null, NaN, empty or no text; names row and key.
     """
-    value = value_at(row.values, key)
+    value = look_up_value(row.values, key)
     number = (isinstance(value, int) and not isinstance(value, bool)) or _is_finite(value)
     if not (number or (isinstance(value, str) and value.strip())):
-        raise no_text(row, key, value)
-    return encodable(f"{row.place}: '{key}'", str(value))
+        raise no_text_error(row, key, value)
+    return require_encodable(f"{row.place}: '{key}'", str(value))
 
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def no_text(row: Row, key: str, value: Any) -> DatasetError:
+def no_text_error(row: Row, key: str, value: Any) -> DatasetError:
     """The error that the value under a key of a row is no text, or that the key is missing."""
     if key.split(".")[0] not in row.values:
         there = list_names(row.values) or "none"
         return DatasetError(f"{row.place}: has no field '{key}' (its fields: {there}). Add it, or remove the row.")
-    return DatasetError(f"{row.place}: '{key}' is {kind_of(value)}, expected text. Fix it, or remove the row.")
+    return DatasetError(f"{row.place}: '{key}' is {describe_value(value)}, expected text. Fix it, or remove the row.")
 
 
 def write_value(value: Any) -> str | None:
@@ -91,7 +91,7 @@ def write_value(value: Any) -> str | None:
         return None
 
 
-def describe_kind(value: Any) -> str:
+def describe_plural(value: Any) -> str:
     """What a value that is no text is, for sentences on many: 'objects', 'numbers'."""
     kinds: tuple[tuple[Any, str], ...] = (
         (Mapping, "objects"),
@@ -111,7 +111,7 @@ def _write_plain(value: Any) -> str:
     raise TypeError(f"{type(value).__name__} cannot be written")
 
 
-def encodable(place: str, text: str) -> str:
+def require_encodable(place: str, text: str) -> str:
     """`text`, if UTF-8 can write it and none of it is a noncharacter that stands for other text in templates."""
     if found := None if text.isascii() else NO_TEXT.search(text):
         what = "half a surrogate pair" if "\ud800" <= found[0] <= "\udfff" else "a noncharacter of Unicode"
@@ -119,12 +119,12 @@ def encodable(place: str, text: str) -> str:
     return text
 
 
-def optional_text(row: Row, key: str | None) -> str:
-    """As `text_of`; empty where the row has nothing there."""
-    return "" if key is None or value_at(row.values, key) in (None, "") else text_of(row, key)
+def read_optional_text(row: Row, key: str | None) -> str:
+    """As `read_text`; empty where the row has nothing there."""
+    return "" if key is None or look_up_value(row.values, key) in (None, "") else read_text(row, key)
 
 
-def kind_of(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """What a value is, for messages: 'null', 'empty', 'a list'."""
     if value is None:
         return "null"

@@ -9,9 +9,9 @@ from itertools import groupby
 
 import numpy as np
 
-from training_lens.data.columns import Encoded
-from training_lens.data.examples import Example, Segment, TokenizedExample
-from training_lens.data.token_cache import prompt_as_trained, tokenize
+from training_lens.data.columns import EncodedRow
+from training_lens.data.examples import Example, TextSegment, TokenizedExample
+from training_lens.data.token_cache import encode_training_prompt, tokenize
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import DatasetError
 from training_lens.inference.session import Session
@@ -59,7 +59,7 @@ class EvaluationRows:
         return cls(
             [row.example for row in rows],
             kept,
-            TokenDataset.of(fitting),
+            TokenDataset.from_examples(fitting),
             prompts,
             [row.reference_text(session) for row in rows],
             np.array([row.text_bytes(t, session) for row, t in zip(rows, fitting, strict=True)], dtype=np.int64),
@@ -98,8 +98,8 @@ class _RenderedExample:
     """An example with its text and all its tokens, before any cut."""
 
     example: Example
-    segments: list[Segment]
-    whole: Encoded
+    segments: list[TextSegment]
+    whole: EncodedRow
 
     @classmethod
     def from_example(cls, example: Example, session: Session) -> _RenderedExample:
@@ -123,7 +123,7 @@ class _RenderedExample:
         return sum(len(session.tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in parts)
 
 
-def _without_specials(segment: Segment, session: Session) -> str:
+def _without_specials(segment: TextSegment, session: Session) -> str:
     """The text of a segment; names of special tokens in plain text are text like any other."""
     text = segment.text
     for name in () if segment.plain else session.tokenizer.all_special_tokens:
@@ -141,7 +141,7 @@ def _build_prompt(example: Example, session: Session) -> list[int] | None:
     """The prompt as training shortens it; None where nothing of it is left, or no position for an answer."""
     if example.is_text:
         return None
-    ids = prompt_as_trained(example, session.preparation)
+    ids = encode_training_prompt(example, session.preparation)
     nothing = all(token == session.encoder.bos_id for token in ids)
     return None if nothing or (session.positions and len(ids) >= session.positions) else ids
 

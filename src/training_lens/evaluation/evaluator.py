@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from training_lens.data.batching import collate, cut, share
+from training_lens.data.batching import collate, shard_positions, split_micro_batches
 from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import EvaluationError
@@ -130,8 +130,8 @@ def _score_batches(
     dataset: TokenDataset, way: EvaluationOptions, columns: Callable[[Batch], torch.Tensor]
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """This process's examples in batches, and what `columns` gives for them; batches halve where memory runs out."""
-    positions = share(np.arange(len(dataset)), dataset.lengths, way.processes.index, way.processes.count)
-    waiting, device = cut(positions, dataset.lengths, way.max_tokens), way.processes.device
+    positions = shard_positions(np.arange(len(dataset)), dataset.lengths, way.processes.index, way.processes.count)
+    waiting, device = split_micro_batches(positions, dataset.lengths, way.max_tokens), way.processes.device
     while waiting:
         batch = collate([dataset[int(i)] for i in waiting[0]], way.fill_id).to(device)
         try:
@@ -144,7 +144,7 @@ def _score_batches(
             logger.warning(
                 "out of memory in a batch of %d tokens: going on with %d", batch.input_ids.numel(), way.max_tokens
             )
-            waiting = cut(np.concatenate(waiting), dataset.lengths, way.max_tokens)
+            waiting = split_micro_batches(np.concatenate(waiting), dataset.lengths, way.max_tokens)
             free_memory()
             continue
         yield waiting.pop(0), values

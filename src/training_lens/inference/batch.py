@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training_lens.config.evaluation_sections import InferenceSection
-from training_lens.data.sources import Source, expand
+from training_lens.data.sources import DataSource, expand_sources
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError, DatasetError, TrainingLensError
 from training_lens.inference.generator import generate_answers
@@ -45,7 +45,7 @@ class FileReport:
 
 def answer_file(
     session: Session,
-    source: Source,
+    source: DataSource,
     output: Path | str,
     settings: InferenceSection,
     *,
@@ -91,19 +91,19 @@ def answer_file(
     )
 
 
-def input_file(name: str) -> Source:
+def input_file(name: str) -> DataSource:
     """The one file that `--input` means.
 
     Raises:
         DatasetError: it is not there; ConfigurationError: it means several.
     """
-    files = expand([name], "--input")
+    files = expand_sources([name], "--input")
     if len(files) > 1:
         raise ConfigurationError(f"--input {name}: matches {len(files)} files; give one, with an output for each.")
     return files[0]
 
 
-def output_file(name: str, source: Source) -> Path:
+def output_file(name: str, source: DataSource) -> Path:
     """The file that `--output` means, checked before any work.
 
     Raises:
@@ -134,7 +134,7 @@ def _answerer(session: Session, settings: InferenceSection, base: bool) -> str:
     return json.dumps(parts, sort_keys=True)
 
 
-def _name(passed_over: Sequence[PassedOver], source: Source) -> None:
+def _name(passed_over: Sequence[PassedOver], source: DataSource) -> None:
     for item in passed_over[:NAMED]:
         logger.warning("%s, row %d passed over: %s", source.name, item.row, item.reason)
     if len(passed_over) > NAMED:
@@ -157,7 +157,7 @@ class _Lines:
         self._matched = 0
         self.finish_reasons: Counter[str | None] = Counter()
 
-    def answering(self, questions: Sequence[Question], source: Source) -> int:
+    def answering(self, questions: Sequence[Question], source: DataSource) -> int:
         """How many of the questions have their line already; the lines come in the questions' order.
 
         Raises:
@@ -176,7 +176,7 @@ class _Lines:
     def _count_finish_reasons(self, lines: Sequence[bytes]) -> None:
         self.finish_reasons.update((read_answer_line(line) or {}).get("finish_reason") for line in lines)
 
-    def _check_cut(self, question: Question, source: Source) -> None:
+    def _check_cut(self, question: Question, source: DataSource) -> None:
         if not question.begins_as(self._cut):
             raise self._refused(
                 f"its last line has no end and does not begin as the answer to row {question.row} of {source.name} "
@@ -184,7 +184,7 @@ class _Lines:
             )
         self._cut = b""
 
-    def refuse_more(self, source: Source) -> None:
+    def refuse_more(self, source: DataSource) -> None:
         if more := len(self._left) + bool(self._cut):
             raise self._refused(f"it has {more} lines more than {source.name} has answers")
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from training_lens.data.batching import hold_out
 from training_lens.data.examples import Example
-from training_lens.data.source_reader import examples_of, read_examples
-from training_lens.data.sources import expand
+from training_lens.data.source_reader import read_examples, read_source_examples
+from training_lens.data.sources import expand_sources
 from training_lens.data.token_cache import CHUNK, tokenize
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.inference.session import Session
@@ -114,7 +114,7 @@ def _held_out(run: RunFolder, session: Session) -> Iterator[Example]:
 def _changed(run: RunFolder, specs: Sequence[str], split: str) -> list[str]:
     """Sources that are not, byte for byte, what the run read."""
     recorded = run.read_metadata("data.json")[split]["files"]
-    return [s.name for s in expand(specs, f"data.{split}") if recorded.get(s.name) != s.sha256]
+    return [s.name for s in expand_sources(specs, f"data.{split}") if recorded.get(s.name) != s.sha256]
 
 
 def training_tokens(session: Session, at_least: int) -> list[int]:
@@ -124,8 +124,8 @@ def training_tokens(session: Session, at_least: int) -> list[int]:
         DatasetError: a source is missing or cannot be read, or none of its rows fits.
     """
     data, tokens = session.config.data, list[int]()
-    for source in expand(_paths(data.train), "data.train"):
-        coming = examples_of(source, data)
+    for source in expand_sources(_paths(data.train), "data.train"):
+        coming = read_source_examples(source, data)
         while chunk := list(islice(coming, CHUNK)):
             for row in tokenize(chunk, session.preparation):
                 tokens += row.input_ids.tolist() if row is not None else []

@@ -11,11 +11,11 @@ from typing import Any
 
 from training_lens.config.data_sections import CsvSection, DataSection, DomainSection, FieldsSection
 from training_lens.data.examples import Example, Message, Row
-from training_lens.data.fields import FieldMapping, domain_of_file, find_mapping, has_field, keys_of
-from training_lens.data.notes import DataNotes, reason_of
+from training_lens.data.fields import FieldMapping, collect_keys, domain_from_file, find_mapping, has_field
+from training_lens.data.notes import DataNotes, strip_location
 from training_lens.data.row_keys import ALIASES, FALLBACKS, plain_name
 from training_lens.data.row_reader import RowReader, strip_end_marks
-from training_lens.data.sources import Source
+from training_lens.data.sources import DataSource
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.inference.generator import GeneratedAnswer
 from training_lens.inference.row_ids import find_id_keys, read_ids
@@ -104,21 +104,21 @@ class QuestionReader:
         self,
         session: Session,
         rows: Sequence[Row | PassedOver],
-        source: Source,
+        source: DataSource,
         domain: str | None,
         answerer: str,
     ) -> None:
         whole = [row for row in rows if isinstance(row, Row)]
         if not whole:
             raise DatasetError(f"{source.name}: holds no rows that can be read.")
-        domains = _domains(set(keys_of(whole)), session, source.files[0], domain)
+        domains = _domains(set(collect_keys(whole)), session, source.files[0], domain)
         self._session, self._domain, self._answerer = session, domain, answerer
         data = session.config.data.model_copy(update={"domain": domains})
         self._mapping = _mapping(whole, session, data)
         self._notes, self._source = DataNotes(), source.name
         self._reader = RowReader(self._mapping, data, source.name, self._notes)
         self._told: set[str] = set()
-        self._id_keys = find_id_keys(keys_of(whole), {*LINE_FIELDS, *self._mapping.keys.values()})
+        self._id_keys = find_id_keys(collect_keys(whole), {*LINE_FIELDS, *self._mapping.keys.values()})
         logger.info("%s: %d rows, read as %s", source.name, len(rows), self._mapping.describe())
         if self._id_keys:
             logger.info("%s: kept with each answer: %s", source.name, ", ".join(self._id_keys))
@@ -173,14 +173,14 @@ class QuestionReader:
         return example, said if answered else None
 
 
-def read_lines(source: Source, csv: CsvSection) -> list[Row | PassedOver]:
+def read_lines(source: DataSource, csv: CsvSection) -> list[Row | PassedOver]:
     """The source's rows; one that cannot be read is passed over, and not the end of the file."""
     items: list[Row | PassedOver] = []
 
     def pass_over(number: int, error: DatasetError) -> None:
-        items.append(PassedOver(number, reason_of(str(error), source.name, number)))
+        items.append(PassedOver(number, strip_location(str(error), source.name, number)))
 
-    for row in source.rows(csv, pass_over, lambda sentence: logger.info("%s: %s", source.name, sentence)):
+    for row in source.read_rows(csv, pass_over, lambda sentence: logger.info("%s: %s", source.name, sentence)):
         items.append(row)
     return items
 
@@ -192,12 +192,12 @@ def _domains(keys: set[str], session: Session, source: Path, domain: str | None)
         return own
     known = session.domains if domain is None and session.domains else ()
     if own.per_file:
-        return DomainSection(field=None, per_file=domain_of_file(source) in known)
+        return DomainSection(field=None, per_file=domain_from_file(source) in known)
     return DomainSection(field=own.field if known and own.field in ("auto", *keys) else None)
 
 
 def _mapping(rows: Sequence[Row], session: Session, data: DataSection) -> FieldMapping:
-    keys, fields = keys_of(rows), data.fields
+    keys, fields = collect_keys(rows), data.fields
     if session.domains is not None:
         fields = FieldsSection(**{meaning: key for meaning, key in fields if key and has_field(keys, key)})
     if session.continues_text and text_field(fields) in keys:

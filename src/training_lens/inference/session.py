@@ -16,7 +16,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.data.examples import Example, Message
 from training_lens.data.notes import DataNotes
 from training_lens.data.row_keys import ALIASES
-from training_lens.data.templates import Renderer, adopt_template_file, build_renderer, resolve_date
+from training_lens.data.templates import Renderer, build_renderer, load_template_file, resolve_date
 from training_lens.data.token_cache import Preparation
 from training_lens.data.tokenization import TextEncoder
 from training_lens.data.values import NO_TEXT
@@ -108,10 +108,10 @@ class Session:
         _check_text(json.dumps([said, list(tools)], ensure_ascii=False, default=str), "the prompt")
         if self.continues_text:  # the parts of several messages stand a line each
             text = "\n".join(part for m in messages for part in (m.text, m.input) if part)
-            segments = self.renderer.text_prompt(text, domain)
+            segments = self.renderer.render_text_prompt(text, domain)
         else:
             segments = self.renderer.prompt(messages, domain, tools)
-        ids = self.encoder.prompt_ids(segments)
+        ids = self.encoder.encode_prompt(segments)
         if self.positions and len(ids) >= self.positions:
             raise ConfigurationError(
                 f"the prompt has {len(ids)} tokens, the model {self.positions} positions: no room to answer. "
@@ -215,7 +215,7 @@ def _open_own(config: TrainingConfig, adapter: Path | None) -> Session:
     config = config.replace_keys(model={"seq_len": resolve_seq_len(config.model, read_facts(config.model))})
     saved = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
     tokenizer = load_tokenizer(config.model, str(saved) if saved else None)
-    adopt_template_file(config.data.template, tokenizer)
+    load_template_file(config.data.template, tokenizer)
     config = config.replace_keys(data={"date": resolve_date(config.data, tokenizer)})
     rows, named = read_facts(config.model).vocabulary, str(saved or config.model.id)
     check_vocabulary(tokenizer, rows, named, config.model.resize_embeddings)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from training_lens.data.examples import Example
 from training_lens.data.source_reader import read_examples
-from training_lens.data.token_cache import prompt_as_trained, tokenize
+from training_lens.data.token_cache import encode_training_prompt, tokenize
 from training_lens.errors import ConfigurationError
 from training_lens.inference.prompt_rows import validation_examples
 from training_lens.inference.session import Session
@@ -89,7 +89,7 @@ def probes(session: Session, examples: Sequence[Example], origin: str) -> Probes
     tokens = tokenize(list(examples), session.preparation)
     whole = [[int(i) for i in t.input_ids[:TOKENS]] for t in tokens if t is not None]
     asked = [
-        ids[: len(ids) // 2] if e.is_text else prompt_as_trained(e, session.preparation)
+        ids[: len(ids) // 2] if e.is_text else encode_training_prompt(e, session.preparation)
         for e, ids in zip(examples[:ANSWERS], whole, strict=False)
     ]
     room = [min(ANSWER_TOKENS, session.positions - len(ids)) if session.positions else ANSWER_TOKENS for ids in asked]

@@ -12,27 +12,27 @@ import numpy as np
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.examples import Example, Row
-from training_lens.data.fields import FieldMapping, find_mapping, no_such_field
+from training_lens.data.fields import FieldMapping, find_mapping, unknown_field_error
 from training_lens.data.notes import DataNotes
 from training_lens.data.row_reader import strip_end_marks
-from training_lens.data.source_reader import present_keys, usable_rows
-from training_lens.data.sources import Source
-from training_lens.data.values import text_of
+from training_lens.data.source_reader import read_keys, read_usable_rows
+from training_lens.data.sources import DataSource
+from training_lens.data.values import read_text
 from training_lens.display.progress import Progress
 from training_lens.errors import DatasetError
-from training_lens.preparation.deduplication import fingerprint
+from training_lens.preparation.deduplication import fingerprint_example
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Reading:
+class SourceReading:
     """A source, the keys of its rows (each with the first row that has it), and how they are read.
 
-    `stamp` (as `_stamp`) and `sha256` are of the time before anything was read.
+    `stamp` (as `_stamp_files`) and `sha256` are of the time before anything was read.
     """
 
-    source: Source
+    source: DataSource
     keys: dict[str, int]
     mapping: FieldMapping
     stamp: tuple[tuple[int, int], ...]
@@ -47,15 +47,15 @@ class Reading:
 class Corpus:
     """All rows of some sources; a row's position counts over all of them, from 0."""
 
-    readings: tuple[Reading, ...]
+    readings: tuple[SourceReading, ...]
     data: DataSection
     progress: Progress
     left_out: Mapping[str, Collection[int]] = field(default_factory=dict)
 
     @classmethod
-    def of(
+    def from_sources(
         cls,
-        sources: Sequence[Source],
+        sources: Sequence[DataSource],
         data: DataSection,
         progress: Progress,
         left_out: Mapping[str, Collection[int]] | None = None,
@@ -66,18 +66,18 @@ class Corpus:
             left_out: the numbers of each source's rows that are not taken.
 
         Raises:
-            DatasetError: as `source_reader.present_keys` and `fields.find_mapping`.
+            DatasetError: as `source_reader.read_keys` and `fields.find_mapping`.
         """
-        return cls(tuple(_reading(source, data) for source in sources), data, progress, left_out or {})
+        return cls(tuple(_open_reading(source, data) for source in sources), data, progress, left_out or {})
 
-    def rows(self, title: str, notes: DataNotes | None = None) -> Iterator[tuple[Row, Example]]:
+    def read_rows(self, title: str, notes: DataNotes | None = None) -> Iterator[tuple[Row, Example]]:
         """Each row and its example as it stands there, a bounded number in memory; `title` is the progress bar's.
 
         Args:
             notes: takes what the user must be told of the sources.
 
         Raises:
-            DatasetError: as `source_reader.usable_rows`; or a source changed since it was first read.
+            DatasetError: as `source_reader.read_usable_rows`; or a source changed since it was first read.
         """
         notes = notes or DataNotes()
         with self.progress.task(title, sum(r.size_bytes for r in self.readings), "bytes") as advance:
@@ -85,7 +85,7 @@ class Corpus:
                 _refuse_changed(reading)
                 left = float(reading.size_bytes)
                 left_out = self.left_out.get(reading.source.name, ())
-                for row, example in usable_rows(reading.source, reading.mapping, self.data, notes):
+                for row, example in read_usable_rows(reading.source, reading.mapping, self.data, notes):
                     if row.number in left_out:
                         continue
                     yield row, example
@@ -104,40 +104,40 @@ class Corpus:
         for reading in self.readings:
             _refuse_changed(reading)
             if reading.source.sha256 != reading.sha256:
-                raise _changed(reading.source.name)
+                raise _changed_error(reading.source.name)
 
-    def examples(self, title: str) -> Iterator[Example]:
+    def read_examples(self, title: str) -> Iterator[Example]:
         """The examples as they are trained on: without end marks, unless the setting keeps them."""
         strip = self.data.strip_end_marks
-        return (strip_end_marks(example)[0] if strip else example for _, example in self.rows(title))
+        return (strip_end_marks(example)[0] if strip else example for _, example in self.read_rows(title))
 
 
-def _reading(source: Source, data: DataSection) -> Reading:
-    stamp = _stamp(source)
+def _open_reading(source: DataSource, data: DataSection) -> SourceReading:
+    stamp = _stamp_files(source)
     sha256 = source.sha256
-    keys = present_keys(source, data)
-    return Reading(source, keys, find_mapping(keys, data, source.name), stamp, sha256)
+    keys = read_keys(source, data)
+    return SourceReading(source, keys, find_mapping(keys, data, source.name), stamp, sha256)
 
 
-def _stamp(source: Source) -> tuple[tuple[int, int], ...]:
+def _stamp_files(source: DataSource) -> tuple[tuple[int, int], ...]:
     """Size and time of the last change (ns) of the source's files."""
     try:
         return tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in source.files)
     except FileNotFoundError as error:
-        raise _changed(source.name) from error
+        raise _changed_error(source.name) from error
 
 
-def _refuse_changed(reading: Reading) -> None:
-    if _stamp(reading.source) != reading.stamp:
-        raise _changed(reading.source.name)
+def _refuse_changed(reading: SourceReading) -> None:
+    if _stamp_files(reading.source) != reading.stamp:
+        raise _changed_error(reading.source.name)
 
 
-def _changed(name: str) -> DatasetError:
+def _changed_error(name: str) -> DatasetError:
     return DatasetError(f"{name}: changed while it was read. Run it again when it is complete.")
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class RowCatalogue:
     """What is remembered of every row, by position: 48 bytes, no text.
 
     `whole`, `prompt` and `context` are as in `deduplication.Fingerprint`, without the domain; `domain` is an index into
@@ -157,7 +157,7 @@ class Catalogue:
     def __len__(self) -> int:
         return len(self.whole)
 
-    def numbered(self, items: Iterable[Item]) -> Iterator[tuple[int, Item]]:
+    def enumerate_rows(self, items: Iterable[Item]) -> Iterator[tuple[int, Item]]:
         """What a later pass over the rows gives, each with its position.
 
         Raises:
@@ -165,12 +165,12 @@ class Catalogue:
         """
         for position, item in enumerate(items):
             if position == len(self):
-                raise _changed(self.files[-1])
+                raise _changed_error(self.files[-1])
             yield position, item
 
-    def stratum(self) -> np.ndarray:
+    def hash_domains(self) -> np.ndarray:
         """A hash of each row's domain, (rows,) uint64; 0 where it has none."""
-        hashes = [0 if name is None else _hash(name) for name in self.domains]
+        hashes = [0 if name is None else _hash_name(name) for name in self.domains]
         of_rows: np.ndarray = np.array(hashes, dtype=np.uint64)[self.domain]
         return of_rows
 
@@ -179,32 +179,32 @@ class Catalogue:
         return f"{self.files[self.file[position]]}:{self.number[position]}"
 
 
-def catalogue_of(corpus: Corpus, group_field: str | None, notes: DataNotes | None = None) -> Catalogue:
+def build_catalogue(corpus: Corpus, group_field: str | None, notes: DataNotes | None = None) -> RowCatalogue:
     """One pass over the rows; `notes` takes what the user must be told of the sources.
 
     Raises:
-        DatasetError: as `Corpus.rows`; a source without the group field, or a row; names it.
+        DatasetError: as `Corpus.read_rows`; a source without the group field, or a row; names it.
     """
     for reading in corpus.readings if group_field else ():
         if group_field not in reading.keys:
-            raise no_such_field("prepare.group_field", str(group_field), reading.keys, reading.source.name)
+            raise unknown_field_error("prepare.group_field", str(group_field), reading.keys, reading.source.name)
     files: dict[str, int] = {}
     domains: dict[str | None, int] = {None: 0}
     file, domain, number = array("i"), array("i"), array("q")
     whole, prompt, context, group = array("Q"), array("Q"), array("Q"), array("Q")
     strip = corpus.data.strip_end_marks
-    for row, example in corpus.rows("reading", notes):
-        hashes = fingerprint(strip_end_marks(example)[0] if strip else example)
+    for row, example in corpus.read_rows("reading", notes):
+        hashes = fingerprint_example(strip_end_marks(example)[0] if strip else example)
         file.append(files.setdefault(row.file, len(files)))
         number.append(row.number)
         domain.append(domains.setdefault(example.domain, len(domains)))
         whole.append(hashes.whole)
         prompt.append(hashes.prompt)
         context.append(hashes.context)
-        group.append(_hash(text_of(row, group_field)) if group_field else 0)
+        group.append(_hash_name(read_text(row, group_field)) if group_field else 0)
     columns = (file, number, whole, prompt, context, domain, group)
-    return Catalogue(list(files), list(domains), *(np.array(column) for column in columns))
+    return RowCatalogue(list(files), list(domains), *(np.array(column) for column in columns))
 
 
-def _hash(name: str) -> int:
+def _hash_name(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")

@@ -2,7 +2,7 @@
 
 Rows are compared by what they say to the model: messages, calls and tools. 64-bit hashes are kept; among n rows two
 different ones are taken for equal with probability n^2 / 2^65 (a million rows: 3e-8). They know nothing of domains:
-the same text under two domains is a leak between splits. Duplicates are sought within a domain (`within`).
+the same text under two domains is a leak between splits. Duplicates are sought within a domain (`combine_digests`).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
 _POWERS = np.array([pow(0x9E3779B97F4A7C15, i, 2**64) for i in range(WORDS)], dtype=np.uint64)
 
 
-def normalised(text: str) -> str:
+def normalize_text(text: str) -> str:
     """The text in Unicode NFC, each stretch of white space as one space; case counts.
 
     Example:
-        >>> normalised(" Two\\n words ")
+        >>> normalize_text(" Two\\n words ")
         'Two words'
     """
     return " ".join(unicodedata.normalize("NFC", text).split())
@@ -50,38 +50,38 @@ class Fingerprint:
     context: int
 
 
-def fingerprint(example: Example) -> Fingerprint:
-    """The example's hashes, of texts as `normalised` gives them."""
-    context = _digest(list(example.tools))
-    turns = [_said(message) for message in example.messages]
-    whole = _digest([context, turns])
-    return Fingerprint(whole, whole if example.is_text else _digest([context, turns[:-1]]), context)
+def fingerprint_example(example: Example) -> Fingerprint:
+    """The example's hashes, of texts as `normalize_text` gives them."""
+    context = _hash_json(list(example.tools))
+    turns = [_normalize_message(message) for message in example.messages]
+    whole = _hash_json([context, turns])
+    return Fingerprint(whole, whole if example.is_text else _hash_json([context, turns[:-1]]), context)
 
 
-def _said(message: Message) -> list[Any]:
+def _normalize_message(message: Message) -> list[Any]:
     muted = message.role == "assistant" and not message.learn
-    return [message.role, normalised(message.text), normalised(message.input), message.calls_without_ids, muted]
+    return [message.role, normalize_text(message.text), normalize_text(message.input), message.calls_without_ids, muted]
 
 
-def _digest(value: Any) -> int:
+def _hash_json(value: Any) -> int:
     text = json.dumps(value, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def within(strata: np.ndarray, digests: np.ndarray) -> np.ndarray:
+def combine_digests(strata: np.ndarray, digests: np.ndarray) -> np.ndarray:
     """Digests that are equal where both are: what rows say, and their stratum; (rows,) uint64."""
     mixed: np.ndarray = digests ^ (strata * _POWERS[1])
     return mixed
 
 
-def first_equal(digests: np.ndarray) -> np.ndarray:
+def find_first_equal(digests: np.ndarray) -> np.ndarray:
     """For each row the position of the first that has its digest: its own where none is before it.
 
     Args:
         digests: (rows,) uint64.
 
     Example:
-        >>> first_equal(np.array([7, 8, 7], dtype=np.uint64)).tolist()
+        >>> find_first_equal(np.array([7, 8, 7], dtype=np.uint64)).tolist()
         [0, 1, 0]
     """
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
@@ -89,13 +89,13 @@ def first_equal(digests: np.ndarray) -> np.ndarray:
     return found
 
 
-def conflicts(whole: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_conflicts(whole: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows that answer otherwise than an earlier one of the same prompt, and for each the first of that prompt.
 
     Args:
         whole, prompt: (rows,) uint64, as in `Fingerprint`.
     """
-    first = first_equal(prompt)
+    first = find_first_equal(prompt)
     rows = np.flatnonzero(whole != whole[first])
     return rows, first[rows]
 
@@ -105,7 +105,7 @@ def _word_hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def shingles(messages: Sequence[Message], context: int = 0) -> np.ndarray:
+def hash_shingles(messages: Sequence[Message], context: int = 0) -> np.ndarray:
     """32-bit hashes of every `WORDS` words in a row of the messages (all of shorter ones), sorted, each once; uint32.
 
     Words are of Unicode NFKC and without case; signs count as words, so 3 + 4 is not 3 - 4.
@@ -113,7 +113,7 @@ def shingles(messages: Sequence[Message], context: int = 0) -> np.ndarray:
     Args:
         context: mixed into every hash: texts of different contexts share none.
     """
-    text = " ".join(part for message in messages for part in _parts(message))
+    text = " ".join(part for message in messages for part in _list_texts(message))
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     if not words:
         return np.array([], dtype=np.uint32)
@@ -124,12 +124,12 @@ def shingles(messages: Sequence[Message], context: int = 0) -> np.ndarray:
     return np.unique((mixed >> np.uint64(32)).astype(np.uint32))
 
 
-def _parts(message: Message) -> Iterator[str]:
+def _list_texts(message: Message) -> Iterator[str]:
     yield from (message.text, message.input)
     yield from (json.dumps(call, ensure_ascii=False) for call in message.calls_without_ids)
 
 
-def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+def jaccard_similarity(a: np.ndarray, b: np.ndarray) -> float:
     """Size of the intersection over that of the union, of two sorted sets; 1 where both are empty."""
     if not len(a) and not len(b):
         return 1.0
@@ -137,7 +137,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     return shared / (len(a) + len(b) - shared)
 
 
-def bands(threshold: float, num_perm: int) -> tuple[int, int]:
+def choose_bands(threshold: float, num_perm: int) -> tuple[int, int]:
     """Number and size of the bands that a signature is cut into; two rows are compared that agree on a whole band.
 
     That happens with probability 1 - (1 - J^size)^number (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets,
@@ -163,14 +163,14 @@ class Sketch:
         """Those of prompt and answer, which share none."""
         return np.concatenate([self.prompt, self.answer])
 
-    def likeness(self, other: Sketch, apart: bool) -> float:
+    def similarity(self, other: Sketch, apart: bool) -> float:
         """The part of their shingles that both have (Jaccard); `apart`: of prompts or of answers, whichever is less.
 
         The latter is never above the former: |A and B| / |A or B| of two parts together lies between those of each.
         """
         if not apart:
-            return jaccard(self.shingles, other.shingles)
-        return min(jaccard(self.prompt, other.prompt), jaccard(self.answer, other.answer))
+            return jaccard_similarity(self.shingles, other.shingles)
+        return min(jaccard_similarity(self.prompt, other.prompt), jaccard_similarity(self.answer, other.answer))
 
 
 class NearIndex:
@@ -188,36 +188,36 @@ class NearIndex:
         self._threshold = threshold
         # The share of equal MinHashes estimates J; below this one, J reaches the threshold once in 30,000 times.
         self._hopeless = threshold - 4 * math.sqrt(threshold * (1 - threshold) / num_perm)
-        self._lsh = MinHashLSH(num_perm=num_perm, params=bands(threshold, num_perm))
+        self._lsh = MinHashLSH(num_perm=num_perm, params=choose_bands(threshold, num_perm))
         self._empty = MinHash(num_perm, hashfunc=int)  # shingles are hashes already
         self._sketches: dict[int, Sketch] = {}
 
-    def sketch(self, example: Example, context: int) -> Sketch:
-        """The example as `find` and `add` take it."""
+    def build_sketch(self, example: Example, context: int) -> Sketch:
+        """The example as `find_near_rows` and `add_row` take it."""
         *asked, answer = example.messages
-        parts = shingles(asked, context), shingles([answer], context ^ _ANSWER)
+        parts = hash_shingles(asked, context), hash_shingles([answer], context ^ _ANSWER)
         minhash = self._empty.copy()
         minhash.update_batch(np.concatenate(parts))
         return Sketch(*parts, minhash)
 
-    def add(self, row: int, sketch: Sketch) -> None:
+    def add_row(self, row: int, sketch: Sketch) -> None:
         """Put a row in; one without any word is never near another."""
         if len(sketch.shingles):
             self._lsh.insert(row, sketch.minhash)
             self._sketches[row] = sketch
 
-    def find(self, sketch: Sketch, apart: bool = False) -> Iterator[tuple[int, float]]:
+    def find_near_rows(self, sketch: Sketch, apart: bool = False) -> Iterator[tuple[int, float]]:
         """The near rows in the order of their numbers, each with its similarity.
 
         Args:
-            apart: as in `Sketch.likeness`; prompts are near, and answers are.
+            apart: as in `Sketch.similarity`; prompts are near, and answers are.
         """
-        for row in self._candidates(sketch) if len(sketch.shingles) else ():
-            similar = self._sketches[row].likeness(sketch, apart)
+        for row in self._find_candidates(sketch) if len(sketch.shingles) else ():
+            similar = self._sketches[row].similarity(sketch, apart)
             if similar >= self._threshold:
                 yield row, similar
 
-    def _candidates(self, sketch: Sketch) -> list[int]:
+    def _find_candidates(self, sketch: Sketch) -> list[int]:
         """Rows that agree on a band, without those of which the whole signatures differ too much."""
         rows = sorted(self._lsh.query(sketch.minhash))
         if not rows:
@@ -230,7 +230,7 @@ class NearIndex:
 Rows = Callable[[], Iterable[tuple[int, Example, int]]]  # position, example and context of every row, from the start
 
 
-def near_duplicates(
+def find_near_duplicates(
     rows: Rows, wanted: np.ndarray, prompt: np.ndarray, index: NearIndex
 ) -> dict[int, tuple[int, float]]:
     """Rows that are near an earlier one that is kept: position -> that one's, and how similar they are.
@@ -247,10 +247,12 @@ def near_duplicates(
     for position, example, context in rows():
         if not wanted[position]:
             continue
-        sketch = index.sketch(example, context)
-        near = next((other for other in index.find(sketch, apart=True) if prompt[other[0]] != prompt[position]), None)
+        sketch = index.build_sketch(example, context)
+        near = next(
+            (other for other in index.find_near_rows(sketch, apart=True) if prompt[other[0]] != prompt[position]), None
+        )
         if near:
             found[position] = near
         else:
-            index.add(position, sketch)
+            index.add_row(position, sketch)
     return found

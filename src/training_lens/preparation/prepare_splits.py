@@ -16,25 +16,25 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.data.bad_rows import describe_bad_rows, refuse_unusable_sources
 from training_lens.data.examples import Example
 from training_lens.data.file_readers import check_csv_settings
-from training_lens.data.notes import DataNotes, numbers_of
+from training_lens.data.notes import DataNotes, collect_row_numbers
 from training_lens.data.reporting import describe_remarks, log_split
-from training_lens.data.sources import MADE_BY, MANIFEST, Source, expand
-from training_lens.data.token_cache import Preparation, Split, error_of_all_rows, find_bad_rows, prepare_sources
+from training_lens.data.sources import MADE_BY, MANIFEST, DataSource, expand_sources
+from training_lens.data.token_cache import Preparation, Split, collect_all_errors, find_bad_rows, prepare_sources
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError, DatasetError
-from training_lens.preparation.corpus import Corpus, catalogue_of
+from training_lens.preparation.corpus import Corpus, build_catalogue
 from training_lens.preparation.leakage import DROPPED
-from training_lens.preparation.prepared_folder import Chosen, PreparedSplit, listed_rows, manifest_of
-from training_lens.preparation.selection import select
+from training_lens.preparation.prepared_folder import PreparedSplit, RowChoice, build_manifest, find_listed_rows
+from training_lens.preparation.selection import select_rows
 from training_lens.preparation.split_files import (
     FileFormat,
+    build_reading_settings,
     choose_form,
-    learned_keys,
+    collect_read_keys,
+    convert_row,
     open_writer,
-    settings_for,
-    written,
 )
-from training_lens.preparation.statistics import domain_statistics, length_statistics
+from training_lens.preparation.statistics import compute_domain_statistics, compute_length_statistics
 from training_lens.training.plan import (
     build_preparation,
     read_tokenizer,
@@ -58,7 +58,7 @@ TEXT = 100  # characters of a row that stand with a finding
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparationResult:
     """What `prepare` wrote.
 
     `data` are the settings that read the files as their sources were read; `token_lengths` are those of all splits.
@@ -71,7 +71,7 @@ class Prepared:
     token_lengths: np.ndarray
 
 
-def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> Prepared:
+def prepare_splits(config: TrainingConfig, progress: Progress, force: bool = False) -> PreparationResult:
     """Read data.train, keep what `config.prepare` wants, and write it as a folder of splits, whole or not at all.
 
     Sources are read several times, a bounded number of rows in memory; of each row some 50 bytes are remembered, and
@@ -88,9 +88,9 @@ def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> 
     base, folder = Path(config.output.base_output_dir), config.prepared_folder
     require_writable(base, "output.base_output_dir")
     config = write_rows_as_files(config, base / "cache" / "rows")
-    sources = expand([str(spec) for spec in config.data.train], "data.train")
+    sources = expand_sources([str(spec) for spec in config.data.train], "data.train")
     check_csv_settings(config.data.csv, [source.name for source in sources])
-    _make_room(folder, sources, force)
+    _require_writable_folder(folder, sources, force)
     if config.prepare.output is None:  # the folder around it is our own: what killed runs left there may go
         sweep_temporaries(folder.parent, older_than_seconds=86_400)
     facts, tokenizer = read_tokenizer(config)
@@ -98,37 +98,39 @@ def prepare(config: TrainingConfig, progress: Progress, force: bool = False) -> 
     preparation = build_preparation(settled, tokenizer)
     with atomic_folder(folder, existing="replace" if force else "refuse") as building:
         try:
-            chosen = _choose(settled, sources, preparation, progress)
-            texts = _write(chosen, config.prepare.format, building)
+            chosen = _choose_rows(settled, sources, preparation, progress)
+            texts = _write_splits(chosen, config.prepare.format, building)
             chosen.corpus.require_unchanged()
-            reader = settled.model_copy(update={"data": settings_for(chosen.form, settled.data)})
-            tokens = _tokenize(
+            reader = settled.model_copy(update={"data": build_reading_settings(chosen.form, settled.data)})
+            tokens = _tokenize_splits(
                 building, folder, build_preparation(reader, tokenizer), token_cache_folder(config), progress
             )
         except DatasetError as error:  # of bad rows it names one, and perhaps as the row of a file that is not kept
-            raise (error_of_all_rows(sources, preparation) or error) from error
-        splits = {name: _described(building, tokens[name]) for name in config.prepare.splits}
-        manifest = manifest_of(config, chosen, splits, texts)
+            raise (collect_all_errors(sources, preparation) or error) from error
+        splits = {name: _describe_split(building, tokens[name]) for name in config.prepare.splits}
+        manifest = build_manifest(config, chosen, splits, texts)
         write_sealed(building / MANIFEST, manifest)
     lengths = np.concatenate([split.dataset.lengths for split in tokens.values()])
-    return Prepared(folder, splits, manifest, reader.data, lengths)
+    return PreparationResult(folder, splits, manifest, reader.data, lengths)
 
 
-def _choose(settled: TrainingConfig, sources: Sequence[Source], preparation: Preparation, progress: Progress) -> Chosen:
+def _choose_rows(
+    settled: TrainingConfig, sources: Sequence[DataSource], preparation: Preparation, progress: Progress
+) -> RowChoice:
     """Which rows are taken; with data.on_bad_row=skip, those alone that can be read, rendered and tokenized."""
     bad, left_out = DataNotes(), dict[str, frozenset[int]]()
     if settled.data.on_bad_row == "skip":
         counter = find_bad_rows(sources, preparation)
         refuse_unusable_sources(counter.notes, counter.usable)
         bad = counter.notes
-        left_out = {source: numbers_of(kinds) for source, kinds in bad.bad_rows.items()}
-    corpus = Corpus.of(sources, settled.data, progress, left_out)
+        left_out = {source: collect_row_numbers(kinds) for source, kinds in bad.bad_rows.items()}
+    corpus = Corpus.from_sources(sources, settled.data, progress, left_out)
     form = choose_form(corpus, settled.prepare.format)
     notes = DataNotes()
-    catalogue = catalogue_of(corpus, settled.prepare.group_field, notes)
-    for line in [*describe_remarks(notes.remarks, notes.ignored_keys), *describe_bad_rows(bad.reasons)]:
+    catalogue = build_catalogue(corpus, settled.prepare.group_field, notes)
+    for line in [*describe_remarks(notes.remarks, notes.ignored_keys), *describe_bad_rows(bad.bad_row_reasons)]:
         logger.info("data.train: %s", line)
-    return Chosen(corpus, catalogue, select(corpus, catalogue, settled.prepare), form, notes, bad)
+    return RowChoice(corpus, catalogue, select_rows(corpus, catalogue, settled.prepare), form, notes, bad)
 
 
 def settle_splits(config: TrainingConfig) -> TrainingConfig:
@@ -157,7 +159,7 @@ def settle_splits(config: TrainingConfig) -> TrainingConfig:
     return config
 
 
-def _make_room(folder: Path, sources: Sequence[Source], force: bool) -> None:
+def _require_writable_folder(folder: Path, sources: Sequence[DataSource], force: bool) -> None:
     """See that the folder can be written: it is new, or holds an earlier result that may go and that nobody reads."""
     require_writable(folder.parent, "prepare.output")
     if not folder.exists():
@@ -193,53 +195,53 @@ def find_written_files(folder: Path) -> set[str]:
         return set()
 
 
-def _write(chosen: Chosen, file_format: FileFormat, building: Path) -> dict[int, str]:
+def _write_splits(chosen: RowChoice, file_format: FileFormat, building: Path) -> dict[int, str]:
     """Write every kept row to its split's file; gives the beginnings of the rows that the manifest lists."""
     corpus, selection, form = chosen.corpus, chosen.selection, chosen.form
-    listed, texts = listed_rows(selection), dict[int, str]()
-    learned = learned_keys(corpus)
+    listed, texts = find_listed_rows(selection), dict[int, str]()
+    learned = collect_read_keys(corpus)
     has_domain = any(domain is not None for domain in chosen.catalogue.domains)
     with ExitStack() as stack:
         writers = [
             stack.enter_context(closing(open_writer(building / f"{name}.{file_format}", form, has_domain, learned)))
             for name in selection.names
         ]
-        for position, (row, example) in chosen.catalogue.numbered(corpus.rows("writing")):
+        for position, (row, example) in chosen.catalogue.enumerate_rows(corpus.read_rows("writing")):
             if position in listed:
-                texts[position] = _beginning(example)
+                texts[position] = _excerpt_text(example)
             if selection.split[position] != DROPPED:
-                values = written(row, example, form, corpus.data.domain.per_file)
+                values = convert_row(row, example, form, corpus.data.domain.per_file)
                 writers[selection.split[position]].write(row, values)
     for key, count in sum((writer.emptied for writer in writers), Counter[str]()).items():
         logger.warning("'%s' is NaN or infinite in %d rows, for which JSON has no word; written as null", key, count)
     return texts
 
 
-def _beginning(example: Example) -> str:
+def _excerpt_text(example: Example) -> str:
     text = " ".join(" ".join(m.text for m in example.messages).split())
     return text if len(text) <= TEXT else f"{text[: TEXT - 1]}…"
 
 
-def _tokenize(
+def _tokenize_splits(
     building: Path, folder: Path, preparation: Preparation, cache: Path, progress: Progress
 ) -> dict[str, Split]:
     """Fill the cache with the splits, under the names that their files will have in `folder`."""
     splits: dict[str, Split] = {}
     for file in sorted(building.iterdir()):
-        name, source = file.stem, Source(str(folder / file.name), (file,), entry=0)
+        name, source = file.stem, DataSource(str(folder / file.name), (file,), entry=0)
         splits[name] = prepare_sources([source], f"the split '{name}'", preparation, cache, progress)
         log_split(splits[name].report, name, preparation.seq_len)
     return splits
 
 
-def _described(building: Path, split: Split) -> PreparedSplit:
+def _describe_split(building: Path, split: Split) -> PreparedSplit:
     (path,) = split.report.files
     dataset = split.dataset
     return PreparedSplit(
         file=Path(path).name,
         rows=split.report.rows,
         sha256=hash_file(building / Path(path).name),
-        lengths=length_statistics(dataset.lengths),
+        lengths=compute_length_statistics(dataset.lengths),
         supervised_tokens=int(dataset.supervised.sum()),
-        domains=domain_statistics(dataset),
+        domains=compute_domain_statistics(dataset),
     )

@@ -12,8 +12,8 @@ import training_lens
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.notes import DataNotes
 from training_lens.data.sources import MADE_BY
-from training_lens.preparation.corpus import Catalogue, Corpus
-from training_lens.preparation.leakage import KINDS
+from training_lens.preparation.corpus import Corpus, RowCatalogue
+from training_lens.preparation.leakage import LEAK_KINDS
 from training_lens.preparation.selection import Selection
 from training_lens.preparation.split_files import Form
 from training_lens.preparation.statistics import DomainStatistics, LengthStatistics
@@ -22,14 +22,14 @@ LISTED = 100  # findings of each kind that the manifest lists
 
 
 @dataclass(frozen=True)
-class Chosen:
+class RowChoice:
     """The rows that were read, what became of each, and the form in which they are written.
 
     `notes` are what was said of the sources; `bad` are the rows that were left out since they cannot be used.
     """
 
     corpus: Corpus
-    catalogue: Catalogue
+    catalogue: RowCatalogue
     selection: Selection
     form: Form
     notes: DataNotes
@@ -48,33 +48,33 @@ class PreparedSplit:
     domains: dict[str, DomainStatistics]
 
 
-def _findings(selection: Selection) -> dict[str, list[tuple[int, int, float]]]:
+def _group_findings(selection: Selection) -> dict[str, list[tuple[int, int, float]]]:
     """Every finding by its kind: a row, the other row, how similar they are."""
     found: dict[str, list[tuple[int, int, float]]] = {"duplicates_exact": [], "duplicates_near": []}
     for duplicate in selection.duplicates:
-        found[f"duplicates_{duplicate.kind}"].append((duplicate.row, duplicate.of, duplicate.similarity))
+        found[f"duplicates_{duplicate.kind}"].append((duplicate.row, duplicate.original, duplicate.similarity))
     found["conflicting_answers"] = [(row, other, 1.0) for row, other in selection.conflicts]
-    for kind in KINDS:
+    for kind in LEAK_KINDS:
         leaks = [leak for leak in selection.leaks if leak.kind == kind]
         found[f"leaks_{kind}"] = [(leak.row, leak.other, leak.similarity) for leak in leaks]
     return found
 
 
-def listed_rows(selection: Selection) -> set[int]:
+def find_listed_rows(selection: Selection) -> set[int]:
     """Positions of the rows whose texts the manifest shows."""
-    listed = (found[:LISTED] for found in _findings(selection).values())
+    listed = (found[:LISTED] for found in _group_findings(selection).values())
     return {row for row, _, _ in itertools.chain.from_iterable(listed)}
 
 
-def manifest_of(
-    config: TrainingConfig, chosen: Chosen, splits: dict[str, PreparedSplit], texts: dict[int, str]
+def build_manifest(
+    config: TrainingConfig, chosen: RowChoice, splits: dict[str, PreparedSplit], texts: dict[int, str]
 ) -> dict[str, Any]:
     """What the folder's manifest.json holds.
 
     Args:
-        texts: of each of the `listed_rows` the beginning.
+        texts: of each of the `find_listed_rows` the beginning.
     """
-    catalogue, selection, bad_rows = chosen.catalogue, chosen.selection, chosen.bad.reasons
+    catalogue, selection, bad_rows = chosen.catalogue, chosen.selection, chosen.bad.bad_row_reasons
     remarks, ignored_keys = chosen.notes.remarks, chosen.notes.ignored_keys
     rows = Counter(catalogue.files[file] for file in catalogue.file)
     return {
@@ -96,16 +96,16 @@ def manifest_of(
         "rows_read": len(catalogue),
         "form": chosen.form,
         **{
-            kind: {"rows": len(found), "listed": list(_as_ids(found[:LISTED], catalogue, texts))}
-            for kind, found in _findings(selection).items()
+            kind: {"rows": len(found), "listed": list(_describe_findings(found[:LISTED], catalogue, texts))}
+            for kind, found in _group_findings(selection).items()
         },
         "leaks_removed": selection.removed,
         "splits": {name: asdict(split) for name, split in splits.items()},
     }
 
 
-def _as_ids(
-    found: Sequence[tuple[int, int, float]], catalogue: Catalogue, texts: dict[int, str]
+def _describe_findings(
+    found: Sequence[tuple[int, int, float]], catalogue: RowCatalogue, texts: dict[int, str]
 ) -> Iterator[dict[str, Any]]:
     for row, other, similarity in found:
         yield {

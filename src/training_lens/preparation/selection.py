@@ -11,19 +11,26 @@ import numpy as np
 from training_lens.config.data_sections import PrepareSection
 from training_lens.data.examples import Example
 from training_lens.errors import DatasetError
-from training_lens.preparation.corpus import Catalogue, Corpus
-from training_lens.preparation.deduplication import NearIndex, Rows, conflicts, first_equal, near_duplicates, within
-from training_lens.preparation.leakage import DROPPED, Leak, equal_leaks, near_leaks
+from training_lens.preparation.corpus import Corpus, RowCatalogue
+from training_lens.preparation.deduplication import (
+    NearIndex,
+    Rows,
+    combine_digests,
+    find_conflicts,
+    find_first_equal,
+    find_near_duplicates,
+)
+from training_lens.preparation.leakage import DROPPED, Leak, find_equal_leaks, find_near_leaks
 from training_lens.preparation.splitting import split_groups, split_random, split_stratified
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """A row that is left out because it says what an earlier one (`of`) says, or nearly; positions."""
+    """A row that is left out because it says what an earlier one (`original`) says, or nearly; positions."""
 
     kind: Literal["exact", "near"]
     row: int
-    of: int
+    original: int
     similarity: float
 
 
@@ -43,19 +50,19 @@ class Selection:
     removed: int
 
 
-def select(corpus: Corpus, catalogue: Catalogue, settings: PrepareSection) -> Selection:
+def select_rows(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSection) -> Selection:
     """Deduplicate, split and look for leaks, as the settings say.
 
     Raises:
         DatasetError: too few rows or groups for the splits, no domains to split by, or no training rows left.
     """
-    duplicates = _duplicates(corpus, catalogue, settings)
+    duplicates = _find_duplicates(corpus, catalogue, settings)
     kept = np.ones(len(catalogue), dtype=bool)
     kept[[duplicate.row for duplicate in duplicates]] = False
     names = list(settings.splits)
     split = np.full(len(catalogue), DROPPED, dtype=np.int64)
-    split[kept] = _split(catalogue, np.flatnonzero(kept), settings)
-    leaks = _leaks(corpus, catalogue, split, settings)
+    split[kept] = _assign_splits(catalogue, np.flatnonzero(kept), settings)
+    leaks = _find_leaks(corpus, catalogue, split, settings)
     leaking = [leak.row for leak in leaks if settings.leakage == "remove" and split[leak.row] == names.index("train")]
     split[leaking] = DROPPED
     if names.index("train") not in split:
@@ -63,43 +70,45 @@ def select(corpus: Corpus, catalogue: Catalogue, settings: PrepareSection) -> Se
             f"prepare.leakage: all {len(leaking)} training rows have their like in another split, so none is left. "
             "Set prepare.leakage=check, or give other rows."
         )
-    return Selection(names, split, duplicates, _conflicts(catalogue, kept), leaks, len(leaking))
+    return Selection(names, split, duplicates, _find_kept_conflicts(catalogue, kept), leaks, len(leaking))
 
 
-def _duplicates(corpus: Corpus, catalogue: Catalogue, settings: PrepareSection) -> list[Duplicate]:
+def _find_duplicates(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSection) -> list[Duplicate]:
     if settings.deduplicate == "none":
         return []
-    strata = catalogue.stratum()
-    first = first_equal(within(strata, catalogue.whole))
+    strata = catalogue.hash_domains()
+    first = find_first_equal(combine_digests(strata, catalogue.whole))
     repeats = first != np.arange(len(first))
     found = [Duplicate("exact", int(row), int(first[row]), 1.0) for row in np.flatnonzero(repeats)]
     if settings.deduplicate == "near":
         index = NearIndex(settings.near_threshold, settings.num_perm)
-        rows = _rows(corpus, catalogue, within(strata, catalogue.context), "near duplicates")
-        near = near_duplicates(rows, ~repeats, catalogue.prompt, index)
+        rows = _build_row_iterator(corpus, catalogue, combine_digests(strata, catalogue.context), "near duplicates")
+        near = find_near_duplicates(rows, ~repeats, catalogue.prompt, index)
         found += [Duplicate("near", row, of, similarity) for row, (of, similarity) in near.items()]
     return found
 
 
-def _rows(corpus: Corpus, catalogue: Catalogue, contexts: np.ndarray, title: str) -> Rows:
+def _build_row_iterator(corpus: Corpus, catalogue: RowCatalogue, contexts: np.ndarray, title: str) -> Rows:
     def rows() -> Iterator[tuple[int, Example, int]]:
-        for position, example in catalogue.numbered(corpus.examples(title)):
+        for position, example in catalogue.enumerate_rows(corpus.read_examples(title)):
             yield position, example, int(contexts[position])
 
     return rows
 
 
-def _conflicts(catalogue: Catalogue, kept: np.ndarray) -> list[tuple[int, int]]:
+def _find_kept_conflicts(catalogue: RowCatalogue, kept: np.ndarray) -> list[tuple[int, int]]:
     positions = np.flatnonzero(kept)
-    strata = catalogue.stratum()[kept]
-    rows, firsts = conflicts(within(strata, catalogue.whole[kept]), within(strata, catalogue.prompt[kept]))
+    strata = catalogue.hash_domains()[kept]
+    rows, firsts = find_conflicts(
+        combine_digests(strata, catalogue.whole[kept]), combine_digests(strata, catalogue.prompt[kept])
+    )
     return list(zip(positions[rows].tolist(), positions[firsts].tolist(), strict=True))
 
 
-def _split(catalogue: Catalogue, kept: np.ndarray, settings: PrepareSection) -> np.ndarray:
+def _assign_splits(catalogue: RowCatalogue, kept: np.ndarray, settings: PrepareSection) -> np.ndarray:
     """The split of each kept row."""
-    strata = catalogue.stratum()[kept]
-    keys, shares = within(strata, catalogue.whole[kept]), list(settings.splits.values())
+    strata = catalogue.hash_domains()[kept]
+    keys, shares = combine_digests(strata, catalogue.whole[kept]), list(settings.splits.values())
     units, what = (catalogue.group[kept], "groups") if settings.split_by == "group" else (kept, "rows")
     if len(np.unique(units)) < len(shares):
         raise DatasetError(
@@ -118,13 +127,13 @@ def _split(catalogue: Catalogue, kept: np.ndarray, settings: PrepareSection) -> 
     return split_stratified(keys, strata, shares, settings.seed)
 
 
-def _leaks(corpus: Corpus, catalogue: Catalogue, split: np.ndarray, settings: PrepareSection) -> list[Leak]:
+def _find_leaks(corpus: Corpus, catalogue: RowCatalogue, split: np.ndarray, settings: PrepareSection) -> list[Leak]:
     """One a row, the strongest kind."""
     if settings.leakage == "off" or len(settings.splits) == 1:
         return []
     train = list(settings.splits).index("train")
-    leaks = equal_leaks(catalogue.whole, catalogue.prompt, split, train)
+    leaks = find_equal_leaks(catalogue.whole, catalogue.prompt, split, train)
     known = {leak.row for leak in leaks}
     index = NearIndex(settings.near_threshold, settings.num_perm)
-    near = near_leaks(_rows(corpus, catalogue, catalogue.context, "near leaks"), split, train, index)
+    near = find_near_leaks(_build_row_iterator(corpus, catalogue, catalogue.context, "near leaks"), split, train, index)
     return leaks + [leak for leak in near if leak.row not in known]

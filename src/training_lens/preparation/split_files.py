@@ -13,9 +13,9 @@ from training_lens.config.data_sections import CsvSection, DataSection, DomainSe
 from training_lens.data.examples import Example, Message, Row
 from training_lens.data.fields import DOMAIN_FIELD, FieldMapping, find_mapping
 from training_lens.data.notes import DataNotes
-from training_lens.data.source_reader import usable_rows
+from training_lens.data.source_reader import read_usable_rows
 from training_lens.errors import DatasetError
-from training_lens.preparation.corpus import Corpus, Reading
+from training_lens.preparation.corpus import Corpus, SourceReading
 
 # as_read: the row's own keys and values; the others are written anew from the example, under the first of the names
 # that `row_keys.ALIASES` knows.
@@ -38,7 +38,7 @@ def choose_form(corpus: Corpus, file_format: FileFormat) -> Form:
     if file_format == "jsonl" and _share_a_mapping(corpus):
         return "as_read"
     _refuse_some_without_domain(corpus)
-    by_form = {_form(reading, corpus.data): reading for reading in reversed(corpus.readings)}
+    by_form = {_detect_form(reading, corpus.data): reading for reading in reversed(corpus.readings)}
     if len(by_form) == 1:
         return next(iter(by_form))
     if "text" in by_form:
@@ -70,13 +70,13 @@ def _reads_like(merged: FieldMapping, own: FieldMapping) -> bool:
     )
 
 
-def _form(reading: Reading, data: DataSection) -> Form:
+def _detect_form(reading: SourceReading, data: DataSection) -> Form:
     """The form that holds what is learned of a source's rows: pairs of text alone as pairs."""
     mapping = reading.mapping
     if mapping.text:
         return "text"
     more = (mapping.messages, mapping.history, mapping.tools, mapping.label, mapping.masks)
-    first = next(usable_rows(reading.source, mapping, data, DataNotes()), None)
+    first = next(read_usable_rows(reading.source, mapping, data, DataNotes()), None)
     return "messages" if any(more) or (first and not _is_pair(first[1])) else "pair"
 
 
@@ -89,7 +89,7 @@ def _is_pair(example: Example) -> bool:
 def _refuse_some_without_domain(corpus: Corpus) -> None:
     if corpus.data.domain.per_file:
         return
-    have: dict[bool, Reading] = {bool(r.mapping.domain): r for r in reversed(corpus.readings)}
+    have: dict[bool, SourceReading] = {bool(r.mapping.domain): r for r in reversed(corpus.readings)}
     if len(have) == 2:
         raise DatasetError(
             f"{have[True].source.name} has domains, {have[False].source.name} has none: one file cannot hold both. Set "
@@ -97,7 +97,7 @@ def _refuse_some_without_domain(corpus: Corpus) -> None:
         )
 
 
-def settings_for(form: Form, data: DataSection) -> DataSection:
+def build_reading_settings(form: Form, data: DataSection) -> DataSection:
     """The data section that reads the written rows: as it was, but for the names that were written anew.
 
     A table of text is written as JSON Lines or Parquet.
@@ -110,7 +110,7 @@ def settings_for(form: Form, data: DataSection) -> DataSection:
     return data.model_copy(update=changed)
 
 
-def written(row: Row, example: Example, form: Form, per_file_domain: bool) -> dict[str, Any]:
+def convert_row(row: Row, example: Example, form: Form, per_file_domain: bool) -> dict[str, Any]:
     """The row's values as they are written; `example` is as it was read, end marks included.
 
     Raises:
@@ -123,10 +123,10 @@ def written(row: Row, example: Example, form: Form, per_file_domain: bool) -> di
     if form == "text":
         values = {"text": example.messages[0].text}
     elif form == "pair":
-        values = _pair(row, example)
+        values = _convert_pair(row, example)
     else:
         _refuse_input(row, example)
-        values = {"messages": [_message(message) for message in example.messages]}
+        values = {"messages": [_convert_message(message) for message in example.messages]}
         values |= {"tools": json.dumps(example.tools, ensure_ascii=False)} if example.tools else {}
     return {**values, **domain}
 
@@ -141,7 +141,7 @@ def _refuse_input(row: Row, example: Example) -> None:
         )
 
 
-def _pair(row: Row, example: Example) -> dict[str, str]:
+def _convert_pair(row: Row, example: Example) -> dict[str, str]:
     if not _is_pair(example):
         raise DatasetError(
             f"{row.place}: holds a chat, the first row of its file a pair of prompt and answer: columns of one type "
@@ -153,18 +153,18 @@ def _pair(row: Row, example: Example) -> dict[str, str]:
     return {**values, "output": answer.text}
 
 
-def _message(message: Message) -> dict[str, Any]:
+def _convert_message(message: Message) -> dict[str, Any]:
     """A message in OpenAI's form; the arguments of calls are JSON text."""
     content = None if message.null_content else message.text
     values: dict[str, Any] = {"role": message.role, "content": content, **message.extra}
     if not message.learn:
         values["loss_weight"] = 0
     if message.calls:
-        values["tool_calls"] = [_call(call) for call in message.calls]
+        values["tool_calls"] = [_convert_call(call) for call in message.calls]
     return values
 
 
-def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+def _convert_call(call: Mapping[str, Any]) -> dict[str, Any]:
     function = {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
     return {**({"id": call["id"]} if "id" in call else {}), "type": "function", "function": function}
 
@@ -195,7 +195,7 @@ def open_writer(path: Path, form: Form, has_domain: bool, learned: Collection[st
     return _ParquetWriter(path, form, has_domain) if path.suffix == ".parquet" else _JsonlWriter(path, learned)
 
 
-def learned_keys(corpus: Corpus) -> set[str]:
+def collect_read_keys(corpus: Corpus) -> set[str]:
     """The keys that are read of any source's rows."""
     return {key.split(".")[0] for reading in corpus.readings for key in reading.mapping.keys.values()}
 
@@ -222,14 +222,14 @@ class _JsonlWriter:
 
     def _line(self, row: Row, values: Mapping[str, Any]) -> str:
         try:
-            return _line(values)
+            return _encode_json(values)
         except ValueError:  # NaN or infinity: in pandas and Parquet often a value that is missing
             emptied = [key for key, value in values.items() if not _is_json(value)]
         learned = next((key for key in emptied if key in self._learned), None)
         if learned is not None:
             raise DatasetError(f"{row.place}: '{learned}' holds NaN or infinity, for which JSON has no word. Fix it.")
         self.emptied.update(emptied)
-        return _line({key: _finite(value) for key, value in values.items()})
+        return _encode_json({key: _replace_non_finite(value) for key, value in values.items()})
 
 
 def _is_json(value: Any) -> bool:
@@ -240,16 +240,16 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def _finite(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
     """The value with null for every number in it that is not finite."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_replace_non_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _line(values: Mapping[str, Any]) -> str:
+def _encode_json(values: Mapping[str, Any]) -> str:
     """The values in JSON, letters as they are; escaped where UTF-8 cannot write one of them."""
     line = json.dumps(values, ensure_ascii=False, allow_nan=False)
     return line if line.isascii() or not _has_surrogate(line) else json.dumps(values)
@@ -263,7 +263,7 @@ class _ParquetWriter:
     def __init__(self, path: Path, form: Form, has_domain: bool) -> None:
         import pyarrow.parquet as pq
 
-        self._schema = _schema(form, has_domain)
+        self._schema = _build_schema(form, has_domain)
         self._file = pq.ParquetWriter(path, self._schema)
         self._chunk: list[Mapping[str, Any]] = []
         self.rows = 0
@@ -274,14 +274,14 @@ class _ParquetWriter:
         self._last = row.place
         self.rows += 1
         if len(self._chunk) == CHUNK:
-            self._flush()
+            self._flush_chunk()
 
     def close(self) -> None:
         if self._chunk:
-            self._flush()
+            self._flush_chunk()
         self._file.close()
 
-    def _flush(self) -> None:
+    def _flush_chunk(self) -> None:
         import pyarrow as pa
 
         try:
@@ -294,7 +294,7 @@ class _ParquetWriter:
         self._chunk = []
 
 
-def _schema(form: Form, has_domain: bool) -> Any:
+def _build_schema(form: Form, has_domain: bool) -> Any:
     import pyarrow as pa
 
     text = pa.string()

@@ -19,7 +19,7 @@ def split_counts(rows: int, shares: Sequence[float]) -> list[int]:
         >>> split_counts(10, [0.8, 0.1, 0.1]), split_counts(4, [0.9, 0.1]), split_counts(1, [0.9, 0.1])
         ([8, 1, 1], [3, 1], [1, 0])
     """
-    counts: list[int] = _none_empty(_rounded(rows, shares)[np.newaxis])[0].tolist()
+    counts: list[int] = _fill_empty_splits(_round_shares(rows, shares)[np.newaxis])[0].tolist()
     return counts
 
 
@@ -39,7 +39,7 @@ def stratum_counts(sizes: np.ndarray, shares: Sequence[float]) -> np.ndarray:
     exact = np.outer(sizes, shares)
     counts = np.floor(exact + ROUNDING).astype(np.int64)
     over = sizes - counts.sum(axis=1)
-    lacking = _rounded(int(sizes.sum()), shares) - counts.sum(axis=0)
+    lacking = _round_shares(int(sizes.sum()), shares) - counts.sum(axis=0)
     largest_first = np.argsort(counts - exact, axis=None, kind="stable")
     while over.any():  # rows that find every split full but for one where their stratum had one more go there, too
         for stratum, split in zip(*np.unravel_index(largest_first, counts.shape), strict=True):
@@ -47,10 +47,10 @@ def stratum_counts(sizes: np.ndarray, shares: Sequence[float]) -> np.ndarray:
                 counts[stratum, split] += 1
                 over[stratum] -= 1
                 lacking[split] -= 1
-    return _none_empty(counts)
+    return _fill_empty_splits(counts)
 
 
-def _rounded(rows: int, shares: Sequence[float]) -> np.ndarray:
+def _round_shares(rows: int, shares: Sequence[float]) -> np.ndarray:
     """Whole rows for each share that sum up, by largest remainder; (shares,) int64."""
     exact = np.array(shares) * rows
     counts = np.floor(exact + ROUNDING).astype(np.int64)
@@ -58,7 +58,7 @@ def _rounded(rows: int, shares: Sequence[float]) -> np.ndarray:
     return counts
 
 
-def _none_empty(counts: np.ndarray) -> np.ndarray:
+def _fill_empty_splits(counts: np.ndarray) -> np.ndarray:
     """The counts, where a split without rows takes one of the largest split's largest stratum; (strata, shares)."""
     counts = counts.copy()
     while counts.sum() >= counts.shape[1] and not (whole := counts.sum(axis=0)).all():
@@ -77,7 +77,7 @@ def split_random(keys: np.ndarray, shares: Sequence[float], seed: int) -> np.nda
     """
     splits = np.repeat(np.arange(len(shares)), split_counts(len(keys), shares))
     assigned = np.empty(len(keys), dtype=np.int64)
-    assigned[_ranking(keys, seed)] = splits
+    assigned[_rank_keys(keys, seed)] = splits
     return assigned
 
 
@@ -88,10 +88,10 @@ def split_stratified(keys: np.ndarray, strata: np.ndarray, shares: Sequence[floa
         strata: (rows,) uint64, a hash of each row's stratum.
     """
     names, inverse, sizes = np.unique(strata, return_inverse=True, return_counts=True)
-    order = _ranking(names, seed)
+    order = _rank_keys(names, seed)
     place = np.argsort(order)[inverse]  # each row's stratum by its place in the ranking
     counts = stratum_counts(sizes[order], shares)
-    rows = np.lexsort((_mixed(keys, seed), place))  # stratum after stratum, each in the ranking of its rows
+    rows = np.lexsort((_mix_hash(keys, seed), place))  # stratum after stratum, each in the ranking of its rows
     assigned = np.empty(len(keys), dtype=np.int64)
     assigned[rows] = np.repeat(np.tile(np.arange(len(shares)), len(names)), counts.ravel())
     return assigned
@@ -109,12 +109,12 @@ def split_groups(groups: np.ndarray, shares: Sequence[float], seed: int) -> np.n
     """
     names, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     assert len(names) >= len(shares)
-    ranks = _mixed(names, seed)
+    ranks = _mix_hash(names, seed)
     draws = (ranks & np.uint64(0xFFFFFFFF)) / 2.0**32  # of the bits that decide a rank last
     lacking = np.array(shares) * len(groups)
     split_of = np.empty(len(names), dtype=np.int64)
     for group in np.lexsort((ranks, -sizes)):
-        split_of[group] = _split_for(sizes[group], lacking, draws[group])
+        split_of[group] = _draw_split(sizes[group], lacking, draws[group])
         lacking[split_of[group]] -= sizes[group]
     for empty in sorted(set(range(len(shares))) - set(split_of.tolist())):
         several = np.bincount(split_of, minlength=len(shares))[split_of] > 1
@@ -123,7 +123,7 @@ def split_groups(groups: np.ndarray, shares: Sequence[float], seed: int) -> np.n
     return assigned
 
 
-def _split_for(size: int, lacking: np.ndarray, draw: float) -> int:
+def _draw_split(size: int, lacking: np.ndarray, draw: float) -> int:
     """A split that lacks `size` rows, each with a chance as large as what it lacks; else the one that lacks most.
 
     Args:
@@ -133,12 +133,12 @@ def _split_for(size: int, lacking: np.ndarray, draw: float) -> int:
     return int(np.searchsorted(room, draw * room[-1], side="right")) if room[-1] > 0 else int(np.argmax(lacking))
 
 
-def _ranking(keys: np.ndarray, seed: int) -> np.ndarray:
+def _rank_keys(keys: np.ndarray, seed: int) -> np.ndarray:
     """Positions in the order of a hash of (seed, key)."""
-    return np.argsort(_mixed(keys, seed), kind="stable")
+    return np.argsort(_mix_hash(keys, seed), kind="stable")
 
 
-def _mixed(keys: np.ndarray, seed: int) -> np.ndarray:
+def _mix_hash(keys: np.ndarray, seed: int) -> np.ndarray:
     """A 64-bit hash of (seed, key): splitmix64's finalizer, a bijection of 64 bits.
 
     Source: Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014 (constants of Stafford's Mix13).

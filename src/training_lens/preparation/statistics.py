@@ -27,7 +27,7 @@ class LengthStatistics:
     quantiles: dict[str, int]
 
 
-def length_statistics(lengths: np.ndarray) -> LengthStatistics:
+def compute_length_statistics(lengths: np.ndarray) -> LengthStatistics:
     """The statistics of at least one length.
 
     Args:
@@ -53,7 +53,7 @@ class DomainStatistics:
     supervised_tokens: int
 
 
-def domain_statistics(dataset: TokenDataset) -> dict[str, DomainStatistics]:
+def compute_domain_statistics(dataset: TokenDataset) -> dict[str, DomainStatistics]:
     """Of each domain, sorted by name; examples without one are in none."""
     have = np.array([name is not None for name in dataset.domains], dtype=bool)
     names, index = np.unique(dataset.domains[have].astype(str), return_inverse=True)
@@ -65,14 +65,14 @@ def domain_statistics(dataset: TokenDataset) -> dict[str, DomainStatistics]:
     }
 
 
-def histogram(lengths: np.ndarray, bins: int = 10, width: int = 78) -> list[str]:
+def draw_histogram(lengths: np.ndarray, bins: int = 10, width: int = 78) -> list[str]:
     """A line for each stretch of lengths: its limits, a bar, the number of examples. No line is wider than `width`.
 
     Stretches are of one round width (1, 2 or 5 times a power of ten); the last takes all that is longer than the 99 %
     quantile's.
 
     Example:
-        >>> print(*histogram(np.array([1, 2, 11, 12, 13, 14]), bins=2, width=30), sep="\\n")
+        >>> print(*draw_histogram(np.array([1, 2, 11, 12, 13, 14]), bins=2, width=30), sep="\\n")
          0 -  9 │ █████████          2
         10 - 19 │ ██████████████████ 4
     """
@@ -84,7 +84,7 @@ def histogram(lengths: np.ndarray, bins: int = 10, width: int = 78) -> list[str]
     labels = [f"{b * step:>{digits}} - {(b + 1) * step - 1:>{digits}}" for b in range(first, last + 1)]
     if lengths.max() >= (last + 1) * step:
         labels[-1] = f"{last * step:>{digits}} {'on':<{digits + 2}}"
-    return _bars(labels, counts.tolist(), width)
+    return _draw_bars(labels, counts.tolist(), width)
 
 
 def _round_step(least: float) -> int:
@@ -93,7 +93,7 @@ def _round_step(least: float) -> int:
     return next(step for step in steps if step > least)
 
 
-def _bars(labels: Sequence[str], counts: Sequence[int], width: int) -> list[str]:
+def _draw_bars(labels: Sequence[str], counts: Sequence[int], width: int) -> list[str]:
     figures = [f"{count:,}" for count in counts]
     room = width - len(labels[0]) - len(" │  ") - max(map(len, figures))
     lines = []

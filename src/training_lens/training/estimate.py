@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from training_lens.data.batching import StepPlan, cut, share
+from training_lens.data.batching import StepPlan, shard_positions, split_micro_batches
 from training_lens.errors import EstimateError, OutOfMemoryError
 from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
 from training_lens.models.factory import load_model, load_thinned
@@ -182,14 +182,14 @@ def _sample_steps(plan: RunPlan, in_line: bool) -> list[StepPlan]:
 def _first_steps(plan: RunPlan, count: int) -> Sequence[StepPlan]:
     """At most the first `count` steps of the run; their order is random, so they are a fair sample."""
     total = min(count, plan.schedule.total_steps)
-    return [step for step, _ in zip(plan.schedule.steps(), range(total), strict=False)]
+    return [step for step, _ in zip(plan.schedule.iterate_steps(), range(total), strict=False)]
 
 
 def _micro_batch_sizes(plan: RunPlan, step: StepPlan, in_line: bool) -> list[int]:
     """The tokens, padding included, of each micro-batch that this process makes of a step."""
     lengths, budget = plan.train.lengths, plan.micro_batch_tokens
-    mine = share(step.examples, lengths, plan.processes.index, plan.processes.count)
-    parts = [lengths[part] for part in cut(mine, lengths, budget, in_line)]
+    mine = shard_positions(step.examples, lengths, plan.processes.index, plan.processes.count)
+    parts = [lengths[part] for part in split_micro_batches(mine, lengths, budget, in_line)]
     return [int(part.sum()) if in_line else len(part) * int(part.max()) for part in parts]
 
 

@@ -14,10 +14,10 @@ import torch
 from training_lens import embedded
 from training_lens.config.schema import TrainingConfig
 from training_lens.core.registry import CollectorRegistry
-from training_lens.data.batching import Mix, Schedule, hold_out
+from training_lens.data.batching import DataMixture, Schedule, hold_out
 from training_lens.data.file_readers import check_csv_settings
 from training_lens.data.reporting import log_split
-from training_lens.data.templates import adopt_template_file, build_renderer, choose_template, resolve_date
+from training_lens.data.templates import build_renderer, choose_template, load_template_file, resolve_date
 from training_lens.data.token_cache import Preparation, Split, prepare_split, tokenizer_hash
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.data.tokenization import TextEncoder
@@ -172,7 +172,7 @@ def read_tokenizer(config: TrainingConfig) -> tuple[ModelFacts, Any]:
     facts = read_facts(config.model)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(tokenizer, facts.vocabulary, config.model.id, config.model.resize_embeddings)
-    adopt_template_file(config.data.template, tokenizer)
+    load_template_file(config.data.template, tokenizer)
     return facts, tokenizer
 
 
@@ -306,7 +306,7 @@ def _build_schedule(config: TrainingConfig, train: TokenDataset, split: Split, g
     training, mix = config.training, None
     if config.data.weights is not None:
         entries = np.array([split.entries[file] for file in train.files])
-        mix = Mix(entries, tuple(config.data.weights))
+        mix = DataMixture(entries, tuple(config.data.weights))
         empty = next((i for i, size in enumerate(mix.entry_sizes) if not size), None)
         if empty is not None:
             raise ConfigurationError(

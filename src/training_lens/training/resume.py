@@ -9,7 +9,7 @@ from typing import Any
 from training_lens.config.keys import known_keys
 from training_lens.config.schema import TrainingConfig
 from training_lens.data.batching import Schedule
-from training_lens.data.token_cache import open_cached
+from training_lens.data.token_cache import open_cached_split
 from training_lens.errors import CheckpointError, ConfigurationError
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.runs.run_folder import RunFolder
@@ -111,7 +111,7 @@ def _has_tokens(recorded: Mapping[str, Any], plan: RunPlan) -> bool:
     """Whether the plan has the recorded training tokens; earlier versions recorded them in the cache only."""
     fingerprint, _, examples = recorded["fingerprint"].partition(":")
     tokens = recorded.get("tokens", {}).get("train")
-    if tokens is None and (cached := open_cached(fingerprint, token_cache_folder(plan.config))):
+    if tokens is None and (cached := open_cached_split(fingerprint, token_cache_folder(plan.config))):
         tokens = cached.source.content_hash
     is_same: bool = tokens == plan.splits["train"].dataset.source.content_hash
     return is_same and examples == str(len(plan.train))

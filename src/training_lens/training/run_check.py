@@ -9,7 +9,7 @@ from training_lens.config.run_config import read_run_config
 from training_lens.core.capture_files import LISTING, read_listing
 from training_lens.core.lens_manifest import read_manifest
 from training_lens.core.lens_store import COST, LensStore, read_cost
-from training_lens.data.token_cache import open_cached
+from training_lens.data.token_cache import open_cached_split
 from training_lens.errors import CheckpointError, TrainingLensError
 from training_lens.models.stored import base_files, check_base, require_local_folder
 from training_lens.runs.checkpoint_format import (
@@ -193,7 +193,7 @@ def _check_capture_listing(run: RunFolder) -> str:
 
 def _check_token_cache(run: RunFolder) -> str:
     config, fingerprint = relocate_config(run, read_run_config(run)), read_fingerprint(run)
-    dataset = open_cached(fingerprint, token_cache_folder(config))
+    dataset = open_cached_split(fingerprint, token_cache_folder(config))
     return f"{len(dataset)} examples" if dataset else "not here: made when it is needed"
 
 

@@ -16,7 +16,7 @@ from training_lens.core.lens_manifest import LENS, write_manifest
 from training_lens.core.lens_store import COST, read_cost, table_folders
 from training_lens.core.registry import CollectorRegistry
 from training_lens.core.types import DataType, LensManifest
-from training_lens.data.token_cache import cached_folder
+from training_lens.data.token_cache import cache_folder
 from training_lens.errors import CheckpointError, DamagedFileError
 from training_lens.models.adapter_files import saved_shapes
 from training_lens.models.checkpoint_files import stored_tensors
@@ -170,7 +170,7 @@ def rewrite_capture_listing(run: RunFolder) -> None:
 
 def rebuild_token_cache(run: RunFolder) -> None:
     config, fingerprint = relocate_config(run, open_run_config(run, {}, *RESUME_KEYS)), read_fingerprint(run)
-    shutil.rmtree(cached_folder(fingerprint, token_cache_folder(config)))
+    shutil.rmtree(cache_folder(fingerprint, token_cache_folder(config)))
     TrainingWrapper(config).plan()
 
 

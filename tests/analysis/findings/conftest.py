@@ -120,7 +120,7 @@ def finding(record: Callable[..., Recording]) -> Callable[..., Finding]:
 def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
     """A real training of the packaged model under the lens, with validations; `change(model, step)` may break it."""
     from training_lens.config.compose import validate_values
-    from training_lens.data.batching import batches_of
+    from training_lens.data.batching import iterate_batches
     from training_lens.display.progress import Progress
     from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
     from training_lens.models.adapters import attach, base_only
@@ -160,10 +160,10 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
         with lens.watch(model, optimizer, facts=facts):
             with base_only(model):
                 lens.evaluation(0, evaluate_loss(model, held_out, way).loss, base=True)
-            for step in plan.schedule.steps():
+            for step in plan.schedule.iterate_steps():
                 optimizer.param_groups[0]["lr"] = lr_at(step.number, total, plan.config.training)
                 loss = torch.zeros(())
-                for batch in batches_of(plan.train, step.examples, 4096, 0):
+                for batch in iterate_batches(plan.train, step.examples, 4096, 0):
                     nll = supervised_scores(model, batch.input_ids, batch.loss_mask).nll.sum()
                     (nll / int(plan.train.supervised[step.examples].sum())).backward()
                     loss = loss + nll.detach() / int(plan.train.supervised[step.examples].sum())

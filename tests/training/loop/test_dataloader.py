@@ -33,7 +33,7 @@ def dataset() -> TokenDataset:
     from training_lens.data.examples import TokenizedExample
 
     lengths = np.random.default_rng(0).integers(2, 30, 40)
-    return TokenDataset.of(
+    return TokenDataset.from_examples(
         [
             TokenizedExample("rows", i, np.arange(n, dtype=np.int32), np.ones(n, dtype=bool), None)
             for i, n in enumerate(lengths)
@@ -50,7 +50,7 @@ def test_prefetched_batches_are_those_made_in_time(dataset: TokenDataset, is_pac
     early, late = (DataLoader(dataset, PROCESSES, 0, is_packed) for _ in range(2))
     early.prefetches = True
     numbers = []
-    for plan in early.iterate_steps(SCHEDULE.steps(after=1), lambda: 64):
+    for plan in early.iterate_steps(SCHEDULE.iterate_steps(after=1), lambda: 64):
         found, wanted = list(early.micro_batches(plan, 64)), list(late.micro_batches(plan, 64))
         assert len(found) == len(wanted) > 1 and all(map(same, found, wanted))
         assert early.micro_batches(plan, 64) is not early.micro_batches(
@@ -64,7 +64,7 @@ def test_batches_of_an_old_budget_are_dropped(dataset: TokenDataset) -> None:
     loader = DataLoader(dataset, PROCESSES, 0, is_packed=True)
     loader.prefetches = True
     budget = [128]
-    for plan in islice(loader.iterate_steps(SCHEDULE.steps(), lambda: budget[0]), 4):
+    for plan in islice(loader.iterate_steps(SCHEDULE.iterate_steps(), lambda: budget[0]), 4):
         if plan.number == 2:
             budget[0] = 32
         batches = list(loader.micro_batches(plan, budget[0]))
@@ -105,6 +105,6 @@ def test_the_longest_examples_make_the_largest_batch(dataset: TokenDataset) -> N
 
 
 def test_the_largest_micro_batch_that_can_be_divided(dataset: TokenDataset) -> None:
-    loader, plan = DataLoader(dataset, PROCESSES, 0, is_packed=True), next(SCHEDULE.steps())
+    loader, plan = DataLoader(dataset, PROCESSES, 0, is_packed=True), next(SCHEDULE.iterate_steps())
     assert loader.largest_divisible(plan, 10**6) == int(dataset.lengths[plan.examples].sum())
     assert loader.largest_divisible(plan, 1) == 0

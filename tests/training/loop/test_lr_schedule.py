@@ -11,7 +11,7 @@ import pytest
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.schema import TrainingSection
-from training_lens.data.batching import Schedule, share
+from training_lens.data.batching import Schedule, shard_positions
 from training_lens.training.loop.lr_schedule import count_warmup_steps, describe_run_length, lr_at
 
 Config = Callable[..., TrainingConfig]
@@ -23,7 +23,7 @@ def schedule_of(examples: int = 20, batch: int = 4, epochs: float = 2, max_steps
 
 @pytest.mark.parametrize(("max_steps", "steps"), [(None, 10), (3, 3), (10, 10), (23, 23)])
 def test_max_steps_is_the_number_of_steps_and_epochs_come_again(max_steps: int | None, steps: int) -> None:
-    plans = list(schedule_of(max_steps=max_steps).steps())
+    plans = list(schedule_of(max_steps=max_steps).iterate_steps())
     assert [plan.number for plan in plans] == list(range(1, steps + 1))
     for epoch in range(steps // 5):
         taken = np.concatenate([plan.examples for plan in plans[5 * epoch : 5 * epoch + 5]])
@@ -63,8 +63,8 @@ def test_warmup_steps_go_before_the_share_and_may_outlast_the_run() -> None:
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 7])
 def test_any_number_of_processes_shares_the_same_global_batch(processes: int) -> None:
     lengths = np.arange(20)[::-1] % 7 + 1
-    for plan in schedule_of(batch=5).steps():
-        parts = [share(plan.examples, lengths, process, processes) for process in range(processes)]
+    for plan in schedule_of(batch=5).iterate_steps():
+        parts = [shard_positions(plan.examples, lengths, process, processes) for process in range(processes)]
         assert sorted(np.concatenate(parts)) == sorted(plan.examples)
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

@@ -40,7 +40,7 @@ def gradients_of_first_step(config: TrainingConfig, tmp_path: Path, name: str) -
             seen.extend(p.grad.clone() for p in trainer.parameters)
 
     trainer.callbacks = (Watch(),)
-    report = trainer.train_step(next(trainer.schedule.steps()))
+    report = trainer.train_step(next(trainer.schedule.iterate_steps()))
     return report.loss, seen
 
 
@@ -93,7 +93,7 @@ def test_b_moves_by_the_ratio_under_lora_plus(small_config: Config, tmp_path: Pa
     moved: dict[float | None, float] = {}
     for ratio in (None, 16.0):
         trainer = assembled(small_config(peft={"lora_plus_ratio": ratio}), tmp_path, str(ratio))
-        trainer.train_step(next(trainer.schedule.steps()))
+        trainer.train_step(next(trainer.schedule.iterate_steps()))
         moved[ratio] = sum(p.detach().norm().item() for n, p in trainable(trainer.model) if "lora_B" in n)
     assert moved[16.0] == pytest.approx(16 * moved[None], rel=1e-3)
 
@@ -126,13 +126,13 @@ def test_gradients_are_offered_before_clipping(small_config: Config, tmp_path: P
             norms.append(float(torch.cat([p.grad.flatten() for p in trainer.parameters]).norm()))
 
     trainer.callbacks = (Watch(),)
-    report = trainer.train_step(next(trainer.schedule.steps()))
+    report = trainer.train_step(next(trainer.schedule.iterate_steps()))
     assert norms[0] == pytest.approx(report.grad_norm, rel=1e-4) and report.grad_norm > 1e-3
 
 
 def test_a_step_reports_what_it_trained_on(small_config: Config, tmp_path: Path) -> None:
     trainer = assembled(small_config(), tmp_path)
-    plan = next(trainer.schedule.steps())
+    plan = next(trainer.schedule.iterate_steps())
     report = trainer.train_step(plan)
     examples = [trainer.dataset[int(i)] for i in plan.examples]
     assert report.example_ids == tuple(e.id for e in examples)
@@ -264,7 +264,7 @@ def test_a_step_without_enough_memory_is_taken_again_in_smaller_parts(
 ) -> None:
     config = small_config(training={"batch_size": 16})
     whole = assembled(config, tmp_path, "whole")
-    plan = next(whole.schedule.steps())
+    plan = next(whole.schedule.iterate_steps())
     tokens = int(whole.dataset.lengths[plan.examples].sum())
     wanted = whole.train_step(plan)
     short = assembled(config, tmp_path, "short")
@@ -281,7 +281,7 @@ def test_a_step_without_enough_memory_is_taken_again_in_smaller_parts(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU nothing waits for a device")
 def test_no_micro_batch_waits_for_the_device(small_config: Config, tmp_path: Path) -> None:
     trainer = assembled(small_config(model={"device": "cuda"}), tmp_path)
-    first, second = islice(trainer.schedule.steps(), 2)
+    first, second = islice(trainer.schedule.iterate_steps(), 2)
     trainer.train_step(first)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -295,7 +295,7 @@ def test_one_example_that_does_not_fit_ends_the_run(small_config: Config, tmp_pa
     trainer = assembled(small_config(training={"batch_size": 4}), tmp_path, "none")
     too_large_for(trainer.model, 1)
     with pytest.raises(torch.OutOfMemoryError):
-        trainer.train_step(next(trainer.schedule.steps()))
+        trainer.train_step(next(trainer.schedule.iterate_steps()))
 
 
 def test_what_memory_was_found_to_hold_outlives_a_resume(small_config: Config, tmp_path: Path) -> None:

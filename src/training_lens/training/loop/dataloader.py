@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training_lens.data.batching import StepPlan, batches_of, cut, share
+from training_lens.data.batching import StepPlan, iterate_batches, shard_positions, split_micro_batches
 from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.utils.prefetch import prefetch
@@ -64,7 +64,7 @@ class DataLoader:
     def largest_divisible(self, plan: StepPlan, max_tokens: int) -> int:
         """Tokens, without padding, of the step's largest micro-batch of several examples; 0 where each has only one."""
         lengths = self._dataset.lengths
-        parts = cut(self._own_examples(plan), lengths, max_tokens, self._is_packed)
+        parts = split_micro_batches(self._own_examples(plan), lengths, max_tokens, self._is_packed)
         return max((int(lengths[part].sum()) for part in parts if len(part) > 1), default=0)
 
     def longest_batch(self, max_tokens: int) -> Batch:
@@ -73,7 +73,7 @@ class DataLoader:
         return next(self._make_batches(order[:max_tokens], max_tokens))
 
     def _own_examples(self, plan: StepPlan) -> np.ndarray:
-        return share(plan.examples, self._dataset.lengths, self._processes.index, self._processes.count)
+        return shard_positions(plan.examples, self._dataset.lengths, self._processes.index, self._processes.count)
 
     def _make_batches(self, positions: np.ndarray, max_tokens: int) -> Iterator[Batch]:
-        return batches_of(self._dataset, positions, max_tokens, self._pad_id, self._is_packed)
+        return iterate_batches(self._dataset, positions, max_tokens, self._pad_id, self._is_packed)

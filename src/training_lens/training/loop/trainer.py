@@ -154,7 +154,7 @@ class Trainer:
     def _run_steps(self) -> None:
         if self.state.step == 0 and self.validation is not None:
             self._evaluate_base()
-        plans = self.schedule.steps(after=self.state.step)
+        plans = self.schedule.iterate_steps(after=self.state.step)
         for plan in self.dataloader.iterate_steps(plans, lambda: self.micro_batch_tokens):
             if self._should_stop_early():  # before the step: a resumed run may have stopped already
                 logger.info("early stop: no better validation since step %d", self.state.best_step)
