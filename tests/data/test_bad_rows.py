@@ -11,9 +11,9 @@ import pytest
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.notes import DataNotes
-from training_lens.data.reporting import describe_losses as describe_losses
 from training_lens.data.source_reader import read_examples, read_source_examples
 from training_lens.data.sources import expand_sources
+from training_lens.data.split_report import describe_losses as describe_losses
 from training_lens.data.templates import build_renderer
 from training_lens.data.token_cache import Preparation, Split, prepare_split, tokenize
 from training_lens.data.tokenization import TextEncoder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from training_lens import embedded
 from training_lens.config.data_sections import CsvSection
 from training_lens.data.examples import Row
 from training_lens.data.file_readers import FORMATS, detect_format, read_file_rows
-from training_lens.data.records import flatten_records
 from training_lens.data.source_file import OnBadRow, SourceFile, ignore_remark
 from training_lens.errors import DamagedFileError, DatasetError
 from training_lens.utils.arrow_rows import iterate_arrow_rows
@@ -31,6 +30,11 @@ HUB = "hub:"
 MANIFEST, MADE_BY = "manifest.json", "training-lens prepare"  # beside rows that `prepare` wrote, and who wrote it
 # OWNER/NAME[/CONFIG][@REVISION][:SPLIT]
 _HUB_SPEC = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[^:]+))?(:(?P<split>\w+))?")
+
+# SQuAD's own files hold articles with paragraphs with questions.
+PARAGRAPHS, QUESTIONS = "paragraphs", "qas"
+FLATTENED = "holds articles with paragraphs and questions (SQuAD); each question is a row, numbered from 1"
+WITHOUT_QUESTIONS = "paragraphs without questions are left out"
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,9 @@ class DataSource:
         if self.table is None:
             rows = read_file_rows(SourceFile(self.files[0], csv or CsvSection(), on_bad_row, add_remark))
             moved = self.name != str(self.files[0])
-            return flatten_records((replace(row, file=self.name) for row in rows) if moved else rows, add_remark)
+            return _flatten_articles((replace(row, file=self.name) for row in rows) if moved else rows, add_remark)
         values = iterate_arrow_rows(self.table.with_format("arrow").iter(1000))
-        return flatten_records((Row(self.name, number, value) for number, value in enumerate(values, 1)), add_remark)
+        return _flatten_articles((Row(self.name, number, value) for number, value in enumerate(values, 1)), add_remark)
 
     @property
     def size_bytes(self) -> int:
@@ -226,3 +230,50 @@ def _build_table_source(name: str, table: Any, entry: int) -> DataSource:
             f"'{name}' lies in memory alone, without files to tell its content by; save it to disk first."
         )
     return DataSource(name, files, entry, table)
+
+
+def _flatten_articles(rows: Iterator[Row], add_remark: Callable[[str], None]) -> Iterator[Row]:
+    """The rows, of which an article becomes a row for each of its questions, with what stands around the question.
+
+    Args:
+        add_remark: told of articles, and of paragraphs that hold no question.
+    """
+    number = 0
+    for row in rows:
+        if not _is_article(row.values):
+            number = max(row.number, number + 1)
+            yield row if number == row.number else replace(row, number=number)
+            continue
+        add_remark(FLATTENED)
+        for values in _list_questions(row.values, add_remark):
+            number += 1
+            yield Row(row.file, number, values)
+
+
+def _is_article(values: Mapping[str, Any]) -> bool:
+    paragraphs = values.get(PARAGRAPHS)
+    return (
+        isinstance(paragraphs, list)
+        and bool(paragraphs)
+        and all(
+            isinstance(paragraph, Mapping) and _is_object_list(paragraph.get(QUESTIONS)) for paragraph in paragraphs
+        )
+    )
+
+
+def _is_object_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+
+
+def _list_questions(article: Mapping[str, Any], add_remark: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    for paragraph in article[PARAGRAPHS]:
+        if not paragraph[QUESTIONS]:
+            add_remark(WITHOUT_QUESTIONS)
+        around = _merge_objects(article, PARAGRAPHS, paragraph)
+        yield from (_merge_objects(around, QUESTIONS, question) for question in paragraph[QUESTIONS])
+
+
+def _merge_objects(outer: Mapping[str, Any], without: str, inner: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of an object and of the one around it, there with 'record.' before them where both have the key."""
+    kept = {key: value for key, value in outer.items() if key != without}
+    return {**{f"record.{key}" if key in inner else key: value for key, value in kept.items()}, **inner}

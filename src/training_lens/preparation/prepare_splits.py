@@ -17,8 +17,8 @@ from training_lens.data.bad_rows import describe_bad_rows, refuse_unusable_sourc
 from training_lens.data.examples import Example
 from training_lens.data.file_readers import check_csv_settings
 from training_lens.data.notes import DataNotes, collect_row_numbers
-from training_lens.data.reporting import describe_remarks, log_split
 from training_lens.data.sources import MADE_BY, MANIFEST, DataSource, expand_sources
+from training_lens.data.split_report import describe_remarks, log_split
 from training_lens.data.token_cache import Preparation, Split, collect_all_errors, find_bad_rows, prepare_sources
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError, DatasetError

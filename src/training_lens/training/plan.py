@@ -16,7 +16,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.core.registry import CollectorRegistry
 from training_lens.data.batching import DataMixture, Schedule, hold_out
 from training_lens.data.file_readers import check_csv_settings
-from training_lens.data.reporting import log_split
+from training_lens.data.split_report import log_split
 from training_lens.data.templates import build_renderer, choose_template, load_template_file, resolve_date
 from training_lens.data.token_cache import Preparation, Split, prepare_split, tokenizer_hash
 from training_lens.data.token_dataset import TokenDataset
