@@ -161,7 +161,7 @@ def test_trouble_on_the_way_is_waited_out(hub: Hub, own_run: RunFolder) -> None:
 
 def test_a_busy_hub_says_when_to_ask_again(hub: Hub, own_run: RunFolder) -> None:
     hub.order({"on": "GET .*/tree/", "status": 429, "headers": {"ratelimit": '"api";r=0;t=55'}, "times": 1})
-    with pytest.raises(IntegrationError, match=r"asks to be asked more slowly \(HTTP 429\)") as caught:
+    with pytest.raises(IntegrationError, match=r"limits the rate of requests \(HTTP 429\)") as caught:
         integration(own_run).deliver(ended=True)
     assert caught.value.retry_after == 55 and not caught.value.lasting
 

@@ -1,4 +1,4 @@
-"""Where a run goes besides its folder: trackers, the hub, storage. None can end a run, or make it wait.
+"""Destinations of a run: trackers, the hub, storage. None can end a run or make it wait.
 
 Your own tracker is one class, see `Tracker`.
 """

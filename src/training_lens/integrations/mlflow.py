@@ -1,6 +1,6 @@
 """MLflow: a local database beside the experiments, or a server.
 
-MLflow has no histograms: those of a run are in its folder, and in the trackers that show them.
+MLflow has no histograms: see the run's folder, or another tracker.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from training_lens.integrations.tracker import Record, Tracker, require_packages
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.utils.secrets import redact_text
 
-PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # what a server takes at once
-LONGEST_PARAM = 500  # characters: older servers take no more; config.json has all
+PARAMS_PER_CALL, METRICS_PER_CALL = 100, 1000  # limits of a server
+LONGEST_PARAM = 500  # characters, the limit of older servers; config.json has the full text
 LONGEST_NAME = 250
 STATUSES = {"finished": "FINISHED", "failed": "FAILED"}  # all others: KILLED
-CLIENT = {  # the courier tries again by itself; MLflow alone would try for minutes
+CLIENT = {  # the courier retries by itself; MLflow would for minutes
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
@@ -34,20 +34,20 @@ CLIENT = {  # the courier tries again by itself; MLflow alone would try for minu
 
 
 class MlflowIntegration(Tracker):
-    """Shows a run in MLflow, under one MLflow run however often it is gone on with or sent again.
+    """Shows a run in MLflow, as one MLflow run however often it is resumed or sent again.
 
-    It asks what MLflow has, and sends the rest: no value twice, also where an answer was lost.
+    It asks MLflow which values it has and sends the others, so that none is there twice, even after a lost answer.
     """
 
     name = "mlflow"
 
     def require(self) -> None:
-        """MLflow's client is there, and for a local database what that needs."""
+        """Require MLflow's client, and for a local database its packages."""
         require_packages("mlflow", "mlflow", *(("alembic",) if self._is_local else ()))
 
     @property
     def uri(self) -> str:
-        """Where the run is sent."""
+        """The tracking server or database."""
         local = f"sqlite:///{self.run.base_output_dir / 'mlflow.db'}"
         return self.run.config.tracking.mlflow.uri or os.environ.get("MLFLOW_TRACKING_URI") or local
 
@@ -63,7 +63,7 @@ class MlflowIntegration(Tracker):
         try:
             super().deliver(ended)
         except Exception as error:
-            if isinstance(error.__context__, OSError) and not self._is_local:  # MLflow tells it in five lines
+            if isinstance(error.__context__, OSError) and not self._is_local:  # MLflow's own message has five lines
                 why = type(error.__context__).__name__
                 raise IntegrationError(f"the server {redact_text(self.uri)} cannot be reached ({why}).") from error
             raise
@@ -116,7 +116,7 @@ class MlflowIntegration(Tracker):
         self._client.set_terminated(self._id, STATUSES.get(self.run.status, "KILLED"))
 
     def _find_experiment(self) -> str:
-        """The id of the experiment, which is made where there is none.
+        """The id of the experiment, which is created if necessary.
 
         Raises:
             IntegrationError: it was deleted.
@@ -134,29 +134,29 @@ class MlflowIntegration(Tracker):
     def _create_experiment(self, name: str) -> Any:
         from mlflow.exceptions import MlflowException
 
-        # A server knows where to keep artifacts; a database alone would put them in the current folder.
+        # A server has its own place for artifacts; a local database would put them into the current folder.
         place = (self.run.base_output_dir / "mlartifacts").as_uri() if self._is_local else None
         try:
             return self._client.get_experiment(self._client.create_experiment(name, artifact_location=place))
         except MlflowException:
-            if made := self._client.get_experiment_by_name(name):  # by another run, at this moment
+            if made := self._client.get_experiment_by_name(name):  # another run has just created it
                 return made
             raise
 
     def _find_run(self, experiment: str) -> Any | None:
-        """The run in MLflow: that which was remembered, or bears our tag; None where there is none, or it was deleted.
+        """The run in MLflow, by the id in the cursor or by our tag; None if there is none, or it was deleted.
 
-        The tag serves where the memory was lost: when a process died right after it had made the run.
+        The tag finds a run whose process died right after creating it.
         """
-        remembered = self.cursor.load().get("run")
-        conditions = [f"attributes.run_id = '{remembered}'"] if remembered else []
+        known_id = self.cursor.load().get("run")
+        conditions = [f"attributes.run_id = '{known_id}'"] if known_id else []
         for condition in (*conditions, f"tags.`training_lens.identity` = '{self.run.identity}'"):
             if runs := self._client.search_runs([experiment], condition, max_results=1):
                 return runs[0]
         return None
 
     def _set_tags_and_params(self, found: Any) -> None:
-        """Set the run's tags, and as parameters its settings: not where it is kept and shown, which may change."""
+        """Set the run's tags, and its settings as parameters, without `output` and `tracking`, which may change."""
         from mlflow.entities import Param, RunTag
 
         tags = {
@@ -175,13 +175,13 @@ class MlflowIntegration(Tracker):
             self._client.log_batch(self._id, params=batch)
 
     def _sent_steps(self, key: str) -> set[int]:
-        """The steps of which MLflow has this metric."""
+        """The steps for which MLflow has this metric."""
         if key not in self._steps:
             self._steps[key] = {metric.step for metric in self._client.get_metric_history(self._id, key)}
         return self._steps[key]
 
     def _log_summary(self) -> None:
-        """The numbers of the run's summary, at its last step; those that MLflow shows already are left out."""
+        """Log the numbers of the run's summary at its last step, without those that MLflow has."""
         from mlflow.entities import Metric
 
         now, step = round(time.time() * 1000), self.run.summary.get("steps", 0)
@@ -191,7 +191,7 @@ class MlflowIntegration(Tracker):
             self._client.log_batch(self._id, metrics=new)
 
     def _log_table(self, path: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write a table whole (MLflow's own `log_table` appends: a table sent again would double), and list it."""
+        """Write and register a table. MLflow's own `log_table` would append to one that is sent again."""
         if not rows:
             return
         table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
@@ -206,7 +206,7 @@ def _safe_scalars(scalars: Mapping[str, float]) -> dict[str, float]:
 
 
 def _safe_name(name: str) -> str:
-    """A name that MLflow takes: letters, digits, `_-.: /`, no odd path; another one gets a tail that keeps it apart."""
+    """A valid name for MLflow: letters, digits, `_-.: /`, no `.` parts; changed names get a unique suffix."""
     parts = [re.sub(r"[^\w\-. :]", "_", part) for part in name.split("/")]
     safe = "/".join(part if part.strip(".") else "_" for part in parts)
     if safe == name and len(name) <= LONGEST_NAME:
@@ -220,7 +220,7 @@ def _split_batches(items: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
 
 
 def _sample_rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each answer."""
+    """One row per answer."""
     columns = ("id", "prompt", "expected", "generated")
     return [
         {"step": line["step"], "base": line["base"], **{column: sample.get(column) for column in columns}}
@@ -230,7 +230,7 @@ def _sample_rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _validation_rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each loss of each validation, in nats per supervised token."""
+    """One row per loss of each validation, in nats per supervised token."""
     rows: list[dict[str, Any]] = []
     for line in lines:
         if line.get("kind") in ("base", "validation"):

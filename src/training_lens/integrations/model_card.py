@@ -1,6 +1,6 @@
-"""The model card of a run: what the adapter is, on what it was trained, how good it is, how to load it.
+"""The model card of a run: what the adapter is, its training data, how good it is, and how to load it.
 
-Every number is one that the run's files hold; text of data and findings is escaped, paths are shortened.
+Every number is from the run's files. Text of data and findings is escaped, and paths are shortened.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from training_lens.analysis.findings import Finding
 
 TEMPLATE = "model_card.md.jinja"
-ACTIVE = re.compile(r"([\\`*_\[\]|~$])")  # what Markdown gives a meaning within a line
+ACTIVE = re.compile(r"([\\`*_\[\]|~$])")  # characters with a meaning in a line of Markdown
 
 
 class Verbatim(str):
-    """Text that the template takes as it is: code, YAML, and what is Markdown already."""
+    """Text that the template does not escape: code, YAML, Markdown."""
 
 
 class MeasureRow(NamedTuple):
-    """A measure of the base and of the adapter: as it is read by people."""
+    """A measure of the base and of the adapter, formatted."""
 
     name: str
     base: str
@@ -45,7 +45,7 @@ def render_model_card(run: RunRecord, names: PathShortener, repo: str, revision:
     """The README.md of the repository `repo` for a finished run: YAML front matter, then Markdown."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(  # noqa: S701 (Markdown: `_escape_markdown` escapes what it and HTML give a meaning)
+    environment = Environment(  # noqa: S701 (Markdown: `_escape_markdown` escapes Markdown and HTML)
         loader=PackageLoader("training_lens.integrations", "."),
         finalize=_escape_markdown,
         undefined=StrictUndefined,
@@ -57,7 +57,7 @@ def render_model_card(run: RunRecord, names: PathShortener, repo: str, revision:
 
 
 def _escape_markdown(value: Any) -> Any:
-    """`value` as plain text in Markdown and in the HTML that it becomes, on one line."""
+    """`value` on one line, escaped for Markdown and HTML."""
     if isinstance(value, Verbatim) or not isinstance(value, str):
         return value
     text = " ".join(value.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -65,7 +65,7 @@ def _escape_markdown(value: Any) -> Any:
 
 
 class _Card:
-    """What the template fills in."""
+    """The values of the template."""
 
     def __init__(self, run: RunRecord, names: PathShortener, repo: str, revision: str | None) -> None:
         self.repo, self.revision, self._run, self._names = repo, revision, run, names
@@ -78,12 +78,12 @@ class _Card:
 
     @property
     def front_matter(self) -> Verbatim:
-        """What the hub reads: YAML."""
+        """The YAML that the hub reads."""
         import yaml
 
         values: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
         values["tags"] = ["lora", "training-lens", *(["dora"] if self.peft.use_dora else [])]
-        if not self.base_is_local:  # a folder's name would be taken for another's repository
+        if not self.base_is_local:  # a folder's name could be that of a repository of somebody else
             values |= {"base_model": self.base, "base_model_relation": "adapter"}
         if hubs := sorted({_dataset_id(str(s)) for s in self._run.config.data.train if str(s).startswith("hub:")}):
             values["datasets"] = hubs
@@ -92,7 +92,7 @@ class _Card:
         return Verbatim(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
 
     def _evaluation_results(self) -> list[dict[str, Any]]:
-        """The validation loss as the hub's leaderboards read it; none where nothing was validated."""
+        """The validation loss in the form of the hub's leaderboards; empty if nothing was validated."""
         loss, files = self.summary["validation_loss"], [file for file in self.files if file["split"] == "validation"]
         if loss is None:
             return []
@@ -103,7 +103,7 @@ class _Card:
 
     @property
     def variant(self) -> str:
-        """What kind of adapter: 'rsLoRA with DoRA'."""
+        """The kind of adapter, such as 'rsLoRA with DoRA'."""
         name = {"lora": "LoRA", "rslora": "rsLoRA"}.get(self.peft.variant, self.peft.variant)
         return "DoRA" if self.peft.use_dora and name == "LoRA" else name + (" with DoRA" if self.peft.use_dora else "")
 
@@ -120,7 +120,7 @@ class _Card:
 
     @cached_property
     def files(self) -> list[dict[str, Any]]:
-        """The files of the rows: split, name, examples, sha256."""
+        """The data files: split, name, examples, sha256."""
         data = self._run.folder.read_metadata("data.json")
         return [
             {
@@ -135,13 +135,13 @@ class _Card:
 
     @property
     def examples(self) -> dict[str, Any]:
-        """Examples that were trained and validated on, and their domains."""
+        """The number of training and validation examples, and their domains."""
         data = self._run.folder.read_metadata("data.json")
         return {name: data[name] for name in ("train_examples", "validation_examples", "domains")}
 
     @cached_property
     def losses(self) -> list[MeasureRow]:
-        """Validation losses of the base and of the pushed adapter: over all rows, by domain, by file."""
+        """Validation losses of the base and the pushed adapter: over all rows, by domain, by file."""
         lines = [line for line in self._metric_lines if line.get("kind") in ("base", "validation")]
         base = next((line for line in lines if line["kind"] == "base"), None)
         ours = [line for line in lines if line["kind"] == "validation" and line["step"] == self.summary["adapter_step"]]
@@ -159,12 +159,12 @@ class _Card:
 
     @cached_property
     def comparison(self) -> dict[str, Any] | None:
-        """What `training-lens compare` found, where it was run: rows, files, measures of base and adapter."""
+        """The result of `training-lens compare`: rows, files, measures of base and adapter; None if it was not run."""
         path = self._run.folder.reports / "compare.json"
         if not path.is_file():
             return None
         report = read_sealed(path)
-        if "adapter" not in report:  # its losses were no numbers: there is a verdict alone
+        if "adapter" not in report:  # its losses were not finite: there is only a verdict
             return None
         shown = [m for m in report["adapter"] if m in report["base"] and m in report["delta"]]
         return {
@@ -177,7 +177,7 @@ class _Card:
 
     @property
     def settings(self) -> Verbatim:
-        """The config as YAML, what differs from the defaults."""
+        """The settings that differ from the defaults, as YAML."""
         import yaml
 
         ours, usual = self._run.settings, TrainingConfig().model_dump(mode="json")
@@ -193,7 +193,7 @@ class _Card:
 
     @property
     def base_code(self) -> Verbatim:
-        """What loads the base, as arguments of Python."""
+        """The Python arguments that load the base."""
         if self.base_is_embedded:
             return Verbatim(f"embedded.resolve_name({json.dumps(embedded.MODEL)})")
         return _from_pretrained_arguments(self.base, None if self.base_is_local else self._run.config.model.revision)
@@ -204,17 +204,17 @@ class _Card:
 
     @property
     def is_chat(self) -> bool:
-        """Whether prompts are made by the tokenizer's chat template, which is pushed with it."""
+        """Whether prompts use the tokenizer's chat template, which is pushed with it."""
         return self._run.config.data.template == "chat"
 
     @cached_property
     def curve(self) -> Verbatim:
-        """The training loss from the first step to the last, as blocks."""
+        """The training loss of all steps, as a sparkline."""
         return Verbatim(render_sparkline([line["loss"] for line in self._metric_lines if line.get("kind") == "step"]))
 
     @cached_property
     def lens(self) -> dict[str, Any] | None:
-        """What the lens saw; None where it was off."""
+        """The results of the lens; None if it was off."""
         from training_lens.analysis.reports.facts import read_certificate, read_changes
 
         if self._run.analysis is None:
@@ -240,11 +240,11 @@ class _Card:
 
 
 def _iterate_losses(base: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, float | None, float]]:
-    """Name, the base's loss where it is known, and ours: of all rows, of each domain, of each file."""
+    """Name, the base's loss if known, and the adapter's: over all rows, each domain, each file."""
     yield "all rows", base.get("loss"), ours["loss"]
-    for kind, said in (("by_domain", "domain "), ("by_file", "")):
+    for kind, prefix in (("by_domain", "domain "), ("by_file", "")):
         before = base.get(kind, {})
-        yield from ((f"{said}{key}", before.get(key), loss) for key, loss in ours[kind].items())
+        yield from ((f"{prefix}{key}", before.get(key), loss) for key, loss in ours[kind].items())
 
 
 def _measure_row(measure: str, report: Mapping[str, Any]) -> MeasureRow:
@@ -267,5 +267,5 @@ def _from_pretrained_arguments(name: str, revision: str | None) -> Verbatim:
 
 
 def _dataset_id(source: str) -> str:
-    """The hub's id in hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]."""
+    """The id OWNER/NAME in hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]."""
     return "/".join(re.split("[@:]", source.removeprefix("hub:"))[0].split("/")[:2])

@@ -1,4 +1,4 @@
-"""What integrations see of a run: its folder and its config, read-only."""
+"""A run as integrations see it: its folder and its config, read-only."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class RunRecord:
-    """A run as its folder tells it, at this moment.
+    """The current state of a run, read from its folder.
 
     Args:
-        folder: the run's.
-        changes: config keys by section that hold in place of the run's own, for a run that is sent later:
+        folder: of the run.
+        changes: config keys by section that replace the run's own, for a run that is sent later:
             `{"tracking": {"wandb": {"mode": "online"}}}`.
 
     Raises:
@@ -46,15 +46,15 @@ class RunRecord:
 
     @property
     def base_output_dir(self) -> Path:
-        """What holds the run's experiments: where the folder lies now, whatever folder it was trained from."""
+        """The output folder that the run is in now, wherever it was trained."""
         return locate_outputs(self.folder).resolve()
 
     @property
     def identity(self) -> str:
-        """16 hex digits of its name and settings: they keep apart runs of one name, unless they are set alike, too."""
+        """16 hex digits of name and settings, which distinguish runs of the same name but other settings."""
         settings = {name: section for name, section in self.settings.items() if name not in ("output", "tracking")}
-        told = json.dumps([self.experiment, self.run_id, settings], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        values = json.dumps([self.experiment, self.run_id, settings], sort_keys=True)
+        return hashlib.sha256(values.encode()).hexdigest()[:16]
 
     @property
     def status(self) -> str:
@@ -68,26 +68,26 @@ class RunRecord:
 
     @property
     def totals(self) -> dict[str, float]:
-        """The numbers of the summary, as metrics: under a name that puts them behind the curves of training."""
+        """The numbers of the summary as metrics, under a name that sorts them after the training curves."""
         return {f"whole_run/{k}": v for k, v in self.summary.items() if isinstance(v, int | float)}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The run's resolved config, nested, as it is saved: without secrets."""
+        """The run's resolved config, nested, as it is saved, without secrets."""
         values: dict[str, Any] = self.config.model_dump(mode="json")
         return values
 
     @property
     def sweep(self) -> str | None:
-        """The sweep that this run is a trial of; None for others."""
+        """The sweep that this run is a trial of, or None."""
         return self.experiment if self.run_id.startswith("trial-") else None
 
     @property
     def intact_adapter(self) -> Path | None:
-        """artifacts/adapter, as it was written and finite; None where there is none yet.
+        """artifacts/adapter, checked to be intact and finite; None if there is none yet.
 
         Raises:
-            DamagedFileError, AdapterError: it is damaged, and nothing of it may be sent.
+            DamagedFileError, AdapterError: it is damaged and must not be sent.
         """
         folder = self.folder.adapter
         if not (folder / WEIGHTS).is_file():
@@ -97,12 +97,12 @@ class RunRecord:
         return folder
 
     def tracking_folder(self, integration: str) -> Path:
-        """The folder in the run's that an integration may write in: tracking/NAME."""
+        """The folder that an integration may write to: tracking/NAME."""
         return self.folder.tracking / integration
 
     @cached_property
     def analysis(self) -> CheckpointAnalyzer | None:
-        """What the lens saw, opened once for all integrations; None where it captured nothing. Takes seconds."""
+        """The analysis of the lens, opened once for all integrations; None without captures. Takes seconds."""
         from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
         from training_lens.errors import TrainingLensError
 
@@ -113,7 +113,7 @@ class RunRecord:
 
 
 def flatten_settings(run: RunRecord) -> dict[str, str | int | float | bool]:
-    """The run's settings as `section.key`, for services that take a flat list; lists and null as text."""
+    """The run's settings by `section.key`, for services that take a flat list; lists and null as text."""
     leaves = flatten_sections(run.settings).items()
     return {key: value if isinstance(value, bool | int | float) else _format_value(value) for key, value in leaves}
 

@@ -1,4 +1,4 @@
-"""One repository of the Hugging Face hub: what is in it, and commits to it. All that goes over the network is here."""
+"""A repository of the Hugging Face hub: its files, and commits to it. All network access is here."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from training_lens.utils.formatting import describe_error
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-SILENCE_SECONDS = 60.0  # of a service that was asked, until it counts as away
+SILENCE_SECONDS = 60.0  # without an answer, until the service counts as away
 TOKENS = "https://huggingface.co/settings/tokens"
-TRIED_AGAIN = (408, 429)  # by huggingface_hub itself, besides 5xx
-_CLIENT = threading.Lock()  # held while huggingface_hub's client is ours
-BUSY = (*TRIED_AGAIN, 409, 412, 423, 425)  # of the 4xx, those that pass
+TRIED_AGAIN = (408, 429)  # HTTP statuses that huggingface_hub retries itself, besides 5xx
+_CLIENT = threading.Lock()  # held while we have changed huggingface_hub's client
+BUSY = (*TRIED_AGAIN, 409, 412, 423, 425)  # the 4xx that are temporary
 
 
 class Repository:
@@ -29,7 +29,7 @@ class Repository:
     Args:
         name: owner/name.
         revision: the branch; None: the default one.
-        private: whether it is, where it has to be made.
+        private: whether a new one is private.
     """
 
     def __init__(self, name: str, revision: str | None = None, private: bool = True) -> None:
@@ -37,10 +37,10 @@ class Repository:
 
     @staticmethod
     def require_token() -> None:
-        """Make sure that there is a token, and that the user does not work offline; asks nobody.
+        """Require a token, and that HF_HUB_OFFLINE is not set, without network.
 
         Raises:
-            IntegrationError: says which, and what to do.
+            IntegrationError: says which is missing, and what to do.
         """
         from huggingface_hub import constants, get_token
 
@@ -52,10 +52,10 @@ class Repository:
             )
 
     def list_files(self) -> dict[str, RemoteFile] | None:
-        """What is in it, by path; None where there is no such repository or branch yet.
+        """The files in the repository, by path; None if the repository or branch does not exist yet.
 
         Raises:
-            IntegrationError: it cannot be looked at; with `lasting`, where trying again is useless.
+            IntegrationError: it cannot be read; with `lasting` if trying again is useless.
         """
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
         from huggingface_hub.hf_api import RepoFile
@@ -82,7 +82,7 @@ class Repository:
             return bool(api.model_info(self.name, expand=["private"]).private)
 
     def create_repository(self) -> None:
-        """Make it, and its branch; of one that is there, nothing changes.
+        """Create the repository and its branch, unless they exist.
 
         Raises:
             IntegrationError: see `list_files`.
@@ -93,9 +93,9 @@ class Repository:
                 api.create_branch(self.name, branch=self.revision, exist_ok=True)
 
     def commit_plan(self, plan: PushPlan, message: str) -> str:
-        """Send what `plan` says in one commit: all of it is there then, or nothing; gives the commit's URL.
+        """Send the files of `plan` in one commit, all or none; returns the commit's URL.
 
-        Large files are stored first; those that are stored already, as after a kill, are not sent again.
+        Large files are uploaded first; those of an interrupted upload are not sent again.
 
         Raises:
             IntegrationError: see `list_files`.
@@ -111,7 +111,7 @@ class Repository:
 
     @contextmanager
     def _connect_client(self) -> Iterator[HfApi]:
-        """The hub's client; what it raises in the block is said in our words."""
+        """The hub's client; its errors in the block become `IntegrationError`s."""
         from huggingface_hub import HfApi, constants, get_token
 
         with _single_try_client():
@@ -123,11 +123,10 @@ class Repository:
 
 @contextmanager
 def _single_try_client() -> Iterator[None]:
-    """Within the block huggingface_hub asks once and waits for no silent service: we try again, and later.
+    """Within the block, huggingface_hub tries each request once, with a timeout: we retry later ourselves.
 
-    By itself it tries a request six times, over half a minute, and waits without end for an answer. Its HTTP client is
-    one for the process, perhaps of the user's own making: it is kept, with its connections, and other threads that use
-    the library meanwhile share this manner.
+    By itself it tries six times within half a minute, and waits for an answer forever. Its HTTP client is shared by the
+    process and may be the user's own, so it is changed in place; other threads that use it meanwhile see the change.
     """
     from huggingface_hub import get_session
 
@@ -142,10 +141,10 @@ def _single_try_client() -> Iterator[None]:
 
 
 def _without_retries(send: Any) -> Any:
-    """`send` of an HTTP client, raising what huggingface_hub would try again."""
+    """`send` of an HTTP client, but raising an error where huggingface_hub would retry."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    transport: Any = HfHubHTTPError.__mro__[1]  # the errors of the HTTP library that it uses: httpx, or its successor
+    transport: Any = HfHubHTTPError.__mro__[1]  # the base error of its HTTP library: httpx, or a successor
 
     def send_once(request: Any, **options: Any) -> Any:
         try:
@@ -162,15 +161,15 @@ def _without_retries(send: Any) -> Any:
 
 
 def _build_busy_error(response: Any) -> IntegrationError:
-    """That a service wants to be asked later, and when."""
-    what = "asks to be asked more slowly" if response.status_code == 429 else "has trouble"
+    """The error of a service that is busy, with the time to wait."""
+    what = "limits the rate of requests" if response.status_code == 429 else "has trouble"
     return IntegrationError(
         f"{response.request.url.host} {what} (HTTP {response.status_code}).", retry_after=_retry_after(response.headers)
     )
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds that a service asks to wait: the header Retry-After, or the hub's own."""
+    """Seconds to wait, from the header Retry-After or the hub's own header."""
     from huggingface_hub.utils._http import parse_ratelimit_headers
 
     after = headers.get("retry-after", "")
@@ -181,9 +180,9 @@ def _retry_after(headers: Any) -> float | None:
 
 
 def explain_error(error: BaseException, repo: str) -> IntegrationError:
-    """What a failure means for who pushes to `repo`, and what to do about it.
+    """An `IntegrationError` that says what went wrong in a push to `repo`, and what to do.
 
-    `lasting` where the service refused; else it did not answer, or is busy.
+    `lasting` if the service refused; otherwise it did not answer, or is busy.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -194,9 +193,9 @@ def explain_error(error: BaseException, repo: str) -> IntegrationError:
     answered = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
     status = getattr(getattr(answered, "response", None), "status_code", None)
     if status is None:
-        told = dict.fromkeys(describe_error(e) for e in (error, chain[-1]))  # the first says where, the last why
+        texts = dict.fromkeys(describe_error(e) for e in (error, chain[-1]))  # the first says where, the last why
         wrong = isinstance(error, ValueError) and not isinstance(error, JSONDecodeError)  # of what is sent
-        return IntegrationError(" ".join(told), lasting=wrong)
+        return IntegrationError(" ".join(texts), lasting=wrong)
     lasting = 400 <= status < 500 and status not in BUSY
     return IntegrationError(
         _explain_status(status, repo) or f"the hub refused: {describe_error(error)}", lasting=lasting
@@ -204,7 +203,7 @@ def explain_error(error: BaseException, repo: str) -> IntegrationError:
 
 
 def _explain_status(status: int, repo: str) -> str:
-    """What to do about it; empty where the answer itself has to tell."""
+    """What an HTTP status means and what to do; empty for others."""
     where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "hf auth login"
     known = {
         401: f"the hub does not accept the token of {where} (HTTP 401): make a new one at {TOKENS}.",
@@ -216,7 +215,7 @@ def _explain_status(status: int, repo: str) -> str:
 
 
 def _error_chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what it came from."""
+    """The error and its causes."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen

@@ -15,24 +15,24 @@ from training_lens.integrations.record import RunRecord, flatten_settings
 from training_lens.integrations.tracker import Record, Tracker
 from training_lens.utils.nested import flatten_sections
 
-OURS = ".training-lens"  # at the end of the names of events files, so that only ours are ever replaced
+OURS = ".training-lens"  # suffix of our events files: only these are ever replaced
 SHOWN = """
     model.id model.quantization model.seq_len peft.variant peft.use_dora peft.init peft.r peft.lora_alpha
     peft.lora_dropout peft.target_modules training.lr training.epochs training.max_steps training.batch_size
     training.gradient_accumulation_steps training.optimizer training.scheduler training.warmup_ratio
     training.weight_decay training.max_grad_norm training.seed
-""".split()  # settings that every run has among its hyperparameters
-TRIED = ("model.", "data.", "peft.", "training.")  # whose settings are so, too, where a run changes them
-GROUPS = {"weights": "weights", "gradients": "weight_gradients"}  # TensorBoard sorts them: behind train, validation
-FINAL = ("train_loss", "validation_loss", "base_validation_loss")  # of the summary
+""".split()  # settings that are always shown as hyperparameters
+TRIED = ("model.", "data.", "peft.", "training.")  # sections whose settings are shown if they are not at their default
+GROUPS = {"weights": "weights", "gradients": "weight_gradients"}  # sorted after train and validation
+FINAL = ("train_loss", "validation_loss", "base_validation_loss")  # losses of the summary
 
 
 class TensorBoardIntegration(Tracker):
     """Writes events beside metrics.jsonl; `tensorboard --logdir outputs` shows them.
 
     Scalars, histograms of the adapter's weights and gradients, sample answers, and hyperparameters with the final
-    losses. The journals have it all, so a process that goes on with a run (or sends it later, or tries again) writes
-    one new file from their beginning in the place of the old: each step is there once, whatever was killed when.
+    losses. A process that resumes a run, sends it later, or tries again, replaces the old file by a new one from the
+    beginning of the journals: so each step is there once, after any kill.
     """
 
     name = "tensorboard"
@@ -87,7 +87,7 @@ class TensorBoardIntegration(Tracker):
         return list(self.run.folder.logs.glob(f"events.out.tfevents.*{OURS}"))
 
     def _summary_values(self, record: Record) -> list[Any]:
-        """What a record is in TensorBoard: one value for each of its tags."""
+        """The TensorBoard values of a record, one per tag."""
         if record.kind == "histograms":
             found = record.values["histograms"]
             return [_histogram_value(f"{GROUPS[kind]}/{name}", h) for kind in GROUPS for name, h in found[kind].items()]
@@ -99,7 +99,7 @@ class TensorBoardIntegration(Tracker):
         return [*verdict, *(_scalar_value(tag, value) for tag, value in record.scalars.items())]
 
     def _sample_table(self, values: Mapping[str, Any]) -> list[Any]:
-        """One table, in which the base's answers stand beside the adapter's."""
+        """A table with the base's answers beside the adapter's."""
         samples = values["samples"]
         if values["base"]:
             self._base = {sample["id"]: sample["generated"] for sample in samples}
@@ -113,7 +113,7 @@ class TensorBoardIntegration(Tracker):
 
 
 class _EventsFile:
-    """A TensorBoard events file, written in the calling thread: what cannot be written is raised where it is asked."""
+    """A TensorBoard events file, written in the calling thread, so that errors are raised to the caller."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog
@@ -123,7 +123,7 @@ class _EventsFile:
         path = folder / f"events.out.tfevents.{now:.6f}.{platform.node()}.{os.getpid()}{OURS}"
         self._records = RecordWriter(path.open("wb"))
         self.write_event(now, file_version="brain.Event:2")
-        # A TensorBoard that looks on forgets what it read in an earlier file.
+        # A TensorBoard that is open drops what it read from an earlier file.
         self.write_event(now, session_log=SessionLog(status=SessionLog.START))
 
     def write_event(self, when: float, step: int = 0, **what: Any) -> None:
@@ -151,7 +151,7 @@ def _scalar_value(tag: str, value: float) -> Any:
 
 
 def _histogram_value(tag: str, values: Mapping[str, Any]) -> Any:
-    """Rows of (left edge, right edge, count), as TensorBoard's own summaries have them."""
+    """Rows of (left edge, right edge, count), as in TensorBoard's own summaries."""
     import numpy as np
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.histogram.metadata import create_summary_metadata
@@ -180,7 +180,7 @@ def _hyperparameter_summary(run: RunRecord, started: float) -> Any:
 
 
 def _session_end(status: str, when: float) -> Any:
-    """What hparams.summary.session_end_pb makes, which needs TensorFlow."""
+    """The same as hparams.summary.session_end_pb, which needs TensorFlow."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 

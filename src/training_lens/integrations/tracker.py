@@ -1,10 +1,12 @@
-"""What trackers share: the run's journals as records, in order, each once. Your own tracker is one subclass.
+"""The base of trackers: delivers the lines of a run's journals as records, in order, each once.
+
+Your own tracker is one subclass.
 
 Example:
     class Pager(Tracker):
         name = "pager"
 
-        def require(self): ...                       # raise IntegrationError where it cannot work
+        def require(self): ...                       # raise IntegrationError if it cannot work
         def open(self): self.line = connect(self.options["number"])
         def log(self, records):
             for record in records:
@@ -31,17 +33,22 @@ from training_lens.integrations.delivery import Cursor, Integration
 from training_lens.integrations.record import RunRecord
 from training_lens.runs.journal import JournalEntry, JournalPosition, JournalReader
 
-BATCH = {"metrics": 512, "samples": 64, "histograms": 8, "evaluations": 64}  # lines of each journal to a call of `log`
+BATCH = {
+    "metrics": 512,
+    "samples": 64,
+    "histograms": 8,
+    "evaluations": 64,
+}  # most lines of each journal per call of `log`
 RecordKind = Literal["step", "base", "validation", "samples", "histograms", "evaluation"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """Something that happened after so many steps; `values` is the line of the run's journal.
+    """An event of the run after `step` steps; `values` is the line of the journal.
 
     `step`, `base` (the base model's validation, at step 0) and `validation` are lines of logs/metrics.jsonl;
-    `samples` of logs/samples.jsonl; `histograms` of logs/histograms.jsonl; `evaluation` of logs/evaluations.jsonl, what
-    evaluate, compare or benchmark measured after the training.
+    `samples` of logs/samples.jsonl; `histograms` of logs/histograms.jsonl; `evaluation` of logs/evaluations.jsonl,
+    which evaluate, compare and benchmark write after the training.
     """
 
     kind: RecordKind
@@ -50,15 +57,15 @@ class Record:
 
     @property
     def time(self) -> float | None:
-        """When it happened, in seconds since the epoch; None where the journal does not tell."""
-        found: float | None = self.values.get("time")
-        return found
+        """The time of the event in seconds since the epoch; None if the journal lacks it."""
+        time: float | None = self.values.get("time")
+        return time
 
     @property
     def scalars(self) -> dict[str, float]:
-        """The numbers that every tracker shows, by the names that all of them use. Losses: nats per supervised token.
+        """The numbers by the names that all trackers use; losses in nats per supervised token.
 
-        Of samples and histograms: none.
+        Empty for samples and histograms.
         """
         values = self.values
         if self.kind == "step":
@@ -76,16 +83,16 @@ class Record:
 
     @property
     def verdict(self) -> str:
-        """Of a comparison, its sentence; else empty."""
+        """The verdict of a comparison; else empty."""
         return str((self.values.get("verdict") or {}).get("sentence", ""))
 
 
 class Tracker(Integration):
-    """A service that shows runs. Override `require`, `open`, `log`, `end`, and where it holds something, `close`.
+    """A service that shows runs. Override `require`, `open`, `log`, `end`, and `close` if there is something to close.
 
     Args:
-        run: what is shown.
-        options: of your own tracker: what the config gives it under tracking.custom.
+        run: the run to show.
+        options: of a custom tracker, from the config under tracking.custom.
     """
 
     def __init__(self, run: RunRecord, **options: Any) -> None:
@@ -97,23 +104,23 @@ class Tracker(Integration):
 
     @property
     def destination(self) -> str:
-        """Where this run goes within the service, if that can change: what another server or project got is its own."""
+        """The server or project of this run, if it can change: each one has a cursor of its own."""
         return ""
 
     @abstractmethod
     def open(self) -> None:
-        """Connect, and say which run this is, with its config: before the first records of this process.
+        """Connect and register the run with its config, before the first records of this process.
 
-        A run that is gone on with, or sent later, is opened again: under the same id.
+        A run that is resumed or sent later is opened again, under the same id.
         """
 
     @abstractmethod
     def log(self, records: Sequence[Record]) -> None:
-        """Send some records: of each journal in order. Where it raises, they come again with the next try."""
+        """Send records, those of each journal in order. After an error they come again with the next try."""
 
     @abstractmethod
     def end(self) -> None:
-        """The run has ended, with `self.run.status`: send its summary, its adapter, its report."""
+        """The run has ended with `self.run.status`: send its summary, adapter and report."""
 
     def forget(self) -> None:
         self.cursor.path.unlink(missing_ok=True)
@@ -143,7 +150,7 @@ class Tracker(Integration):
             self._save_positions(end=end)
 
     def _open_once(self) -> None:
-        """Connect when there is something to send, and not before."""
+        """Connect, but not before there is something to send."""
         if not self._opened:
             self.open()
             self._opened = True
@@ -159,12 +166,12 @@ class Tracker(Integration):
         return ", ".join(parts)
 
     def _next_entries(self) -> list[tuple[str, JournalEntry]]:
-        """The next entries of all journals, by step."""
+        """The next entries of all journals, in the order of steps."""
         entries = [(name, entry) for name, reader in self._readers.items() for entry in reader.read(BATCH[name])]
         return sorted(entries, key=lambda named: named[1].step)
 
     def _build_record(self, journal: str, entry: JournalEntry) -> Record | None:
-        """What a line tells the tracker; None of a step that is not due."""
+        """The record of a line; None for steps between two logging steps."""
         every = self.run.config.training.logging_steps
         kind: RecordKind = entry.values.get("kind", journal)
         if kind == "step" and entry.step % every and entry.step != 1:
@@ -172,7 +179,7 @@ class Tracker(Integration):
         return Record(kind, entry.step, entry.values)
 
     def _open_readers(self, kept: Mapping[str, Any]) -> dict[str, JournalReader]:
-        """Readers of the journals, from where they were remembered."""
+        """Readers of the journals, from the positions of the cursor."""
         folder, positions = self.run.folder, kept.get("positions", {})
         paths = {
             "metrics": folder.metrics_file,
@@ -187,17 +194,17 @@ class Tracker(Integration):
         self.cursor.save({**self.cursor.load(), "positions": positions, **more})
 
     def _end_key(self) -> str:
-        """What the end of this run is known by: another after a resume."""
-        told = json.dumps([self.run.status, self.run.summary], sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        """Identifies the end of this run; it is another one after a resume."""
+        end = json.dumps([self.run.status, self.run.summary], sort_keys=True)
+        return hashlib.sha256(end.encode()).hexdigest()[:16]
 
 
 def require_packages(extra: str, *packages: str) -> None:
-    """Refuse to go on without packages; imports none of them.
+    """Require packages, without importing them.
 
     Args:
-        extra: of Training Lens, that installs them.
-        packages: as they are imported.
+        extra: of Training Lens, which installs them.
+        packages: by their import names.
 
     Raises:
         IntegrationError: some are not installed; says how to install them.

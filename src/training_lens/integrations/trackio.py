@@ -1,7 +1,7 @@
 """trackio: a local database with a dashboard like that of W&B.
 
-Its storage is written directly: `trackio.init` would start threads and samplers, say what it does on standard output,
-and lose what it cannot write.
+We write to its storage directly: `trackio.init` would start threads and samplers, print to standard output, and lose
+what it cannot write.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from training_lens.utils.names import expand_home
 class TrackioIntegration(Tracker):
     """Shows a run in trackio: its metrics, samples, histograms and summary.
 
-    Each line has an id of its own, by which trackio leaves out what it has.
+    Each line has its own id, by which trackio skips those that it has.
     """
 
     name = "trackio"
 
     def require(self) -> None:
-        """trackio is there."""
+        """Require trackio."""
         require_packages("trackio", "trackio")
 
     @property
     def database_folder(self) -> Path:
-        """The folder of trackio's databases, one for a project: `TRACKIO_DIR=PLACE trackio show` shows them."""
+        """The folder of trackio's databases, one per project: `TRACKIO_DIR=FOLDER trackio show` shows them."""
         given = self.run.config.tracking.trackio.folder
         return expand_home(given).resolve() if given else self.run.base_output_dir / "trackio"
 
@@ -66,10 +66,10 @@ class TrackioIntegration(Tracker):
         )
 
     def _open_storage(self) -> Any:
-        """trackio's storage in our folder, which trackio reads from the environment once, when it is imported.
+        """trackio's storage in our folder, which trackio reads from the environment when it is imported.
 
         Raises:
-            IntegrationError: this process imported it for another folder, or it does not take the project's name.
+            IntegrationError: this process has imported it for another folder, or the project's name is invalid.
         """
         os.environ["TRACKIO_DIR"] = str(self.database_folder)
         from trackio.sqlite_storage import SQLiteStorage
@@ -87,7 +87,7 @@ class TrackioIntegration(Tracker):
         return SQLiteStorage
 
     def _write_lines(self, lines: Sequence[tuple[str, int, Mapping[str, Any]]]) -> None:
-        """Write lines of an id, a step and values; those that are there by their id stay as they are."""
+        """Write lines of (id, step, values); those whose id is there stay unchanged."""
         self._storage.bulk_log(
             self.project,
             self.run.run_id,
@@ -100,7 +100,7 @@ class TrackioIntegration(Tracker):
 
 
 def _build_values(record: Record) -> Mapping[str, Any]:
-    """What trackio shows of a record."""
+    """The trackio values of a record."""
     if record.kind == "samples":
         return {"samples": _build_table(record.values["samples"])}
     if record.kind == "histograms":

@@ -1,4 +1,4 @@
-"""Weights & Biases, online or offline, with the real client: one run there for one run here, under one id."""
+"""Weights & Biases, online or offline, with its own client: one W&B run per run, under one id."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from training_lens.runs.run_folder import PROCESS
 from training_lens.utils.formatting import describe_error, strip_full_stop
 
 INIT_SECONDS = 30.0  # for the first answer of the server
-REFUSED = re.compile(r"error 40[13]\b")  # HTTP: the key is wrong, or has no right to write there
-NO_METADATA = "http://127.0.0.1:9"  # in place of a cloud's metadata server, which wandb-core would ask
+REFUSED = re.compile(r"error 40[13]\b")  # HTTP status: the key is wrong or has no write permission
+NO_METADATA = "http://127.0.0.1:9"  # instead of a cloud's metadata server, which wandb-core would ask
 OWN_RUN_KEYS = ("run_dir",)  # of the summary: a path of this machine
 
 
 class WandBIntegration(Tracker):
     """Sends a run to Weights & Biases, or writes it as a W&B offline run.
 
-    What was sent counts once W&B has finished the run: a client that dies before is begun again from where the last
-    finished one came to. Rows have the training step as W&B's step, so that a server drops those that it has.
+    Rows count as sent once W&B has finished the run: if a client dies earlier, the next one starts where the last
+    finished one ended. Rows have the training step as W&B's step, so that a server drops those that it has.
 
     Args:
-        run: what is shown.
+        run: the run to show.
     """
 
     name = "wandb"
@@ -46,7 +46,7 @@ class WandBIntegration(Tracker):
     def __init__(self, run: RunRecord) -> None:
         self.settings = run.config.tracking.wandb
         super().__init__(run)
-        self._run: Any = None  # W&B's, from the first record on
+        self._run: Any = None  # W&B's run, from the first record on
         self._begun = False  # whether the client has a process
         self._held: list[tuple[str, JournalEntry]] = []
         self._ended = False
@@ -58,7 +58,7 @@ class WandBIntegration(Tracker):
 
     @property
     def wandb_id(self) -> str:
-        """The run's id there: the same after a resume, and from another machine."""
+        """The W&B id of the run: the same after a resume, and on another machine."""
         return build_wandb_id(self.run.experiment, self.run.run_id)
 
     def require(self) -> None:
@@ -75,12 +75,12 @@ class WandBIntegration(Tracker):
         super().deliver(ended)
 
     def log(self, records: Sequence[Record]) -> None:
-        """One row for each step: `_next_entries` gives whole steps, in order."""
+        """Log one row per step: `_next_entries` gives whole steps, in order."""
         for step, those in groupby(records, key=lambda record: record.step):
             self._log_row(step, build_row(list(those)))
 
     def end(self) -> None:
-        """The summary, what the lens saw, the artifacts; and then all must be there."""
+        """Send the summary, the lens's results and the artifacts, then require that W&B has everything."""
         if shown := build_lens_media(self.run):
             self._log_row(self._last, shown)
         kept = {key: value for key, value in self.run.summary.items() if key not in OWN_RUN_KEYS}
@@ -90,7 +90,7 @@ class WandBIntegration(Tracker):
         self._finish_run()
 
     def close(self) -> None:
-        """End the client's process; what it did not send is sent by the next one."""
+        """End the client's process; the next one sends what this one did not."""
         self._held = []
         if self._begun:
             import wandb
@@ -100,7 +100,7 @@ class WandBIntegration(Tracker):
                 wandb.teardown(exit_code=1)
 
     def _next_entries(self) -> list[tuple[str, JournalEntry]]:
-        """The entries of whole steps: those behind which every journal was read on."""
+        """The entries of whole steps: those that every journal has been read past."""
         while new := super()._next_entries():
             self._held = sorted([*self._held, *new], key=lambda named: named[1].step)
             if whole := self._take_steps(self._read_through(new)):
@@ -108,7 +108,7 @@ class WandBIntegration(Tracker):
         return self._take_steps(None) if self._ended else []
 
     def _read_through(self, new: Sequence[tuple[str, JournalEntry]]) -> int:
-        """The step before which there is nothing more: the metrics have a line for each, and were read first."""
+        """The step before which all entries are read: the metrics have a line per step, and are read first."""
         full = [name for name in self._readers if sum(named[0] == name for named in new) == BATCH[name]]
         return min(self._readers[name].position.step for name in ("metrics", *full))
 
@@ -118,18 +118,18 @@ class WandBIntegration(Tracker):
         return taken
 
     def _end_key(self) -> str:
-        """Another end after each evaluation: what was sent counts once W&B has finished the run again."""
+        """The end is another one after each evaluation, which is sent once W&B has finished the run again."""
         evaluations = self.run.folder.evaluations_file
         lines = len(read_metrics(evaluations)) if evaluations.is_file() else 0
         return f"{super()._end_key()}-{lines}" if lines else super()._end_key()
 
     def _save_positions(self, **more: Any) -> None:
-        """Only what a finished run of W&B holds is sent."""
+        """Save positions at the end only: W&B may lose the rows of an unfinished run."""
         if more:
             super()._save_positions(shift=self._shift, **more)
 
     def open(self) -> None:
-        """Begin W&B's run, or go on with it."""
+        """Start or resume W&B's run."""
         import wandb
 
         self._stopped.clear()
@@ -141,9 +141,9 @@ class WandBIntegration(Tracker):
         self._shift = kept.get("shift", 0)
         folder = self._client_folder
         folder.mkdir(parents=True, exist_ok=True)
-        # The client's own folders are known by the environment alone; in the home they would outlive the run.
+        # The client's folders can be set by environment variables only; in the home folder they would stay forever.
         os.environ |= {"WANDB_DATA_DIR": str(folder / "data"), "WANDB_CACHE_DIR": str(folder / "cache")}
-        logging.getLogger("wandb").disabled = True  # its file may be on a full disk: a traceback for each line
+        logging.getLogger("wandb").disabled = True  # on a full disk, its log file gives a traceback per line
         self._begun = True
         with _explain_errors(wandb):
             self._run = wandb.init(
@@ -157,7 +157,7 @@ class WandBIntegration(Tracker):
         self._run.define_metric("*", step_metric="step")
 
     def _client_settings(self, wandb: Any) -> Any:
-        """How the client behaves: quiet, without code, git and facts about the machine but the training's own use."""
+        """The client's settings: quiet, without code, git and machine data, except the training process's own use."""
         pid, stopped = self._training_process(), self._stopped
         return wandb.Settings(
             init_timeout=INIT_SECONDS, finish_timeout=self._finish_seconds, finish_timeout_raises=True,
@@ -169,40 +169,40 @@ class WandBIntegration(Tracker):
         )  # fmt: skip
 
     def _training_process(self) -> int | None:
-        """The process whose use of the machine is shown; None once it has ended."""
+        """The process whose resource use is shown; None once it has ended."""
         with suppress(CheckpointError, KeyError, TypeError):
             return int(self.run.folder.read_metadata(PROCESS)["pid"]) if self.run.status == "running" else None
         return None
 
     @property
     def _finish_seconds(self) -> float:
-        """How long W&B may take for the rest: an adapter of gigabytes goes out at the end."""
+        """How long W&B may take at the end, when an adapter of gigabytes may be sent."""
         return max(600.0, self.run.config.tracking.wait_seconds)
 
     @property
     def _client_folder(self) -> Path:
-        """Where the client writes: offline runs, or what is deleted when all of it is online."""
+        """The folder that the client writes to: of offline runs, or of files to be deleted once they are online."""
         if self.settings.mode == "online":
             return self.run.tracking_folder(self.name).absolute() / "online"
         return Path(self.settings.folder or self.run.tracking_folder(self.name)).absolute()
 
     def _log_row(self, step: int, values: dict[str, Any]) -> None:
-        """A row. W&B's step only grows: it is the training step, moved on by one for each row that came late."""
+        """Log a row. W&B's step must grow: it is the training step, plus one for each row that came late."""
         self._shift += step <= self._last
         self._last = max(step, self._last)
         self._run.log(values | {"step": step}, step=self._last + self._shift, commit=True)
         if self._stopped.is_set():
-            raise IntegrationError("W&B takes no more of this run.")
+            raise IntegrationError("W&B accepts no more of this run.")
 
     def _finish_run(self) -> None:
-        """W&B has everything, or this raises."""
+        """Finish the run; raises unless W&B has everything."""
         import wandb
 
         folder, step = Path(self._run.settings.sync_dir), self._last + self._shift
         with _explain_errors(wandb):
             self._run.finish(exit_code=0 if self.run.status == "finished" else 1)
         if self._stopped.is_set():
-            raise IntegrationError("W&B did not take all of this run.")
+            raise IntegrationError("W&B did not accept all of this run.")
         if self.settings.mode == "offline":
             require_written(folder, step)
         else:
@@ -213,13 +213,13 @@ class WandBIntegration(Tracker):
 
 
 def build_wandb_id(experiment: str, run_id: str) -> str:
-    """W&B's id of a run: of characters that it allows, and another one for a run of that name elsewhere."""
+    """W&B's id of a run: of valid characters, and unique to the experiment."""
     known = hashlib.sha256(f"{experiment}/{run_id}".encode()).hexdigest()
     return f"{_replace_characters(run_id)[:64]}-{known[:6]}"
 
 
 def _replace_characters(name: str) -> str:
-    """A name of the characters that W&B's ids, and files, may have."""
+    """The name with characters replaced that W&B's ids and files may not have."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", name)
 
 
@@ -239,32 +239,32 @@ def _require_key(wandb: Any) -> None:
 
 @contextmanager
 def _explain_errors(wandb: Any) -> Iterator[None]:
-    """The client's errors as ours, with what to do."""
+    """Turns the client's errors into ours, which say what to do."""
     try:
         yield
     except TimeoutError as error:
         raise IntegrationError(
-            f"W&B did not take all of the run in time ({strip_full_stop(describe_error(error))})."
+            f"W&B did not accept all of the run in time ({strip_full_stop(describe_error(error))})."
         ) from error
     except wandb.errors.Error as error:
         refused = isinstance(error, wandb.errors.AuthenticationError) or REFUSED.search(str(error))
         if refused:
             raise IntegrationError(
-                f"W&B refuses the key, or lets it not write there ({strip_full_stop(describe_error(error))}). Run "
-                "`wandb login`, or set WANDB_API_KEY, and see tracking.wandb.entity.",
+                f"W&B refuses the key, or its permission to write there ({strip_full_stop(describe_error(error))}). "
+                "Run `wandb login`, or set WANDB_API_KEY, and see tracking.wandb.entity.",
                 lasting=True,
             ) from error
         lasting = isinstance(error, wandb.errors.UsageError)
         raise IntegrationError(
-            f"W&B does not begin or end the run ({strip_full_stop(describe_error(error))}).", lasting=lasting
+            f"W&B cannot start or finish the run ({strip_full_stop(describe_error(error))}).", lasting=lasting
         ) from error
 
 
 def require_written(folder: Path, step: int) -> None:
-    """Read an offline run back with W&B's own reader: on a full disk its writer drops records and says nothing.
+    """Read an offline run back with W&B's own reader: on a full disk its writer silently drops records.
 
     Raises:
-        IntegrationError: the run's file lacks its end, or its last row.
+        IntegrationError: the run's file lacks its end or its last row.
     """
     from wandb.util import get_core_path
 
@@ -276,4 +276,4 @@ def require_written(folder: Path, step: int) -> None:
     except ValueError:
         raise IntegrationError(f"{file} cannot be read back ({done.stderr.strip()[-200:]}).") from None
     if found["exit_code"] is None or found["step"] != step:
-        raise IntegrationError(f"{file} is not whole: is the disk full? It is written anew.")
+        raise IntegrationError(f"{file} is incomplete: is the disk full? It is written again.")

@@ -1,4 +1,4 @@
-"""What a run looks like in Weights & Biases: rows, tables, histograms, figures, artifacts."""
+"""The rows, tables, histograms, figures and artifacts of a run in Weights & Biases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOSSES = ("validation_loss", "base_validation_loss", "train_loss")
 
 
 def build_row(records: Sequence[Record]) -> dict[str, Any]:
-    """All that happened at one step: numbers, and what is to be looked at."""
+    """The row of one step: numbers, tables and histograms."""
     values: dict[str, Any] = {}
     for record in records:
         values |= record.scalars
@@ -40,7 +40,7 @@ def build_row(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def build_lens_media(run: RunRecord) -> dict[str, Any]:
-    """The lens's heat maps, findings and a row for each module; empty where it captured nothing. Takes seconds."""
+    """The lens's figures, findings and a table of modules; empty without captures. Takes seconds."""
     import plotly.graph_objects as go
     import wandb
 
@@ -52,7 +52,7 @@ def build_lens_media(run: RunRecord) -> dict[str, Any]:
         recording, analysis = run.analysis.recording, run.analysis.analyze()
         drawn: dict[str, go.Figure] = {d.name: d.draw(recording) for d in REPORT_FIGURES if recording.has(*d.needs)}
     except TrainingLensError as error:
-        logger.warning("wandb: what the lens saw is not sent: %s", describe_error(error))
+        logger.warning("wandb: the results of the lens are not sent: %s", describe_error(error))
         return {}
     shown: dict[str, Any] = {f"lens/{name}": wandb.Plotly(figure) for name, figure in drawn.items()}
     findings = [[getattr(finding, column) for column in FINDING_COLUMNS] for finding in analysis.findings]
@@ -63,7 +63,7 @@ def build_lens_media(run: RunRecord) -> dict[str, Any]:
 
 
 def build_artifacts(run: RunRecord, run_id: str) -> Iterator[Any]:
-    """The adapter and the lens's report, as far as they are there; by reference to the run's files, not as copies."""
+    """The adapter and the lens's report, if they exist, by reference to the run's files, not as copies."""
     import wandb
 
     if folder := run.intact_adapter:
@@ -93,7 +93,7 @@ def _sample_table(record: Record) -> Any:
 
 
 def _loss_table(record: Record) -> Any:
-    """A row for all, for each domain and each file: nats per supervised token."""
+    """Rows of the losses over all rows, each domain and each file, in nats per supervised token."""
     model, values = "base" if record.kind == "base" else "adapter", record.values
     named = chain(
         [("all", "", values["loss"])],
@@ -110,7 +110,7 @@ def _build_table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Any:
 
 
 def _build_histograms(kinds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Any]]:
-    """`weights/MODULE.A` and the like, of equal bins."""
+    """Names such as `weights/MODULE.A`, and histograms of equal bins."""
     import wandb
 
     for kind, modules in kinds.items():
