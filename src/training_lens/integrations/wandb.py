@@ -250,7 +250,7 @@ def _explain_errors(wandb: Any) -> Iterator[None]:
         refused = isinstance(error, wandb.errors.AuthenticationError) or REFUSED.search(str(error))
         if refused:
             raise IntegrationError(
-                f"W&B refuses the key, or its permission to write there ({strip_full_stop(describe_error(error))}). "
+                f"W&B rejects the key, or denies it write access ({strip_full_stop(describe_error(error))}). "
                 "Run `wandb login`, or set WANDB_API_KEY, and see tracking.wandb.entity.",
                 lasting=True,
             ) from error

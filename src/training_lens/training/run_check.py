@@ -1,4 +1,4 @@
-"""A run's files looked through: what is damaged, what can be resumed; and what can be made anew of the rest."""
+"""Checks a run's files, for `doctor RUN`: what is damaged, what can be resumed, and what can be repaired."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ from training_lens.utils.integrity import (
 from training_lens.utils.limits import read_text
 from training_lens.utils.machine import MachineCheck
 
-KEPT_ELSEWHERE = "Put back a copy of it; or, where you changed it on purpose, take it as it is: --accept."
+KEPT_ELSEWHERE = "Restore a copy of it; or, if you changed it on purpose, accept it as it is: --accept."
 
 
 @dataclass(frozen=True)
 class RunPart:
-    """A part of a run: what of it is found (an error where it is damaged), how it is made anew, or what else helps."""
+    """A part of a run. `look` describes it, or raises if it is damaged; `repair` restores it; `remedy`: what to do."""
 
     name: str
     look: Callable[[RunFolder], str]
@@ -58,11 +58,11 @@ class RunPart:
 
 
 def check_run(run: RunFolder, *, verify: bool = False, repair: bool = False) -> Iterator[MachineCheck]:
-    """All of a run, one part after the other.
+    """Check all parts of a run.
 
     Args:
-        verify: compare the base by its whole files, where their SHA-256 is known, not by samples.
-        repair: make anew what is damaged and can be; what could not be done is in the remedy.
+        verify: compare the base by its whole files, if their SHA-256 is known, not by samples.
+        repair: repair damaged parts where possible; the remedy says why one could not be repaired.
     """
     for part in (*PARTS, *([WHOLE_BASE] if verify else [])):
         check = _check_part(part, run)
@@ -83,9 +83,9 @@ def _repair_part(part: RunPart, run: RunFolder, damaged: MachineCheck) -> Machin
     try:
         part.repair(run)
     except (TrainingLensError, OSError, ValueError, KeyError, TypeError) as error:
-        return replace(damaged, remedy=f"It could not be made anew: {describe_error(error)}")
+        return replace(damaged, remedy=f"It could not be repaired: {describe_error(error)}")
     again = _check_part(part, run)
-    return replace(again, found=f"made anew: {again.found}") if again.ok else again
+    return replace(again, found=f"repaired: {again.found}") if again.ok else again
 
 
 def _require_undamaged(run: RunFolder, within: str) -> None:
@@ -109,8 +109,10 @@ def _check_base(run: RunFolder) -> str:
     if check_base(run.base_record, model):
         return f"{model.id}: the one that the run trained on"
     if not run.base_record.is_file():
-        raise CheckpointError(f"{run.base_record} is missing: nothing says which weights the run trained on")
-    return f"{model.id}: not compared, its files are not here or not recorded"
+        raise CheckpointError(
+            f"{run.base_record} is missing: there is no record of the weights that the run trained on"
+        )
+    return f"{model.id}: not compared, as its files are not here or not recorded"
 
 
 def _check_whole_base(run: RunFolder) -> str:
@@ -123,14 +125,14 @@ def _check_whole_base(run: RunFolder) -> str:
     _check_base(run)
     write_sealed(run.base_record, {**record, "sha256": found})
     fresh = len(found.keys() - recorded.keys())
-    return f"{len(found)} files compared whole" + (f", {fresh} for the first time: recorded now" if fresh else "")
+    return f"{len(found)} files compared whole" + (f", {fresh} recorded for the first time" if fresh else "")
 
 
 def _check_checkpoints(run: RunFolder) -> str:
     folders = list_checkpoints(run.checkpoints)
     problems = [problem for folder in folders if (problem := find_checkpoint_fault(folder))]
     found = newest_intact_checkpoint(run.checkpoints)
-    way = f"the newest intact one is of step {found[1].step}" if found else "a resume begins anew"
+    way = f"the newest intact one is of step {found[1].step}" if found else "a resume starts over"
     if problems:
         raise CheckpointError(f"{' '.join(problems)} {way}")
     return f"{len(folders)}; {way}"
@@ -158,7 +160,7 @@ def _check_journal(run: RunFolder) -> str:
     lines = read_text(run.metrics_file).splitlines()
     lost = len(lines) - len(read_metrics(run.metrics_file))
     if lost > (0 if run.status == "finished" else 1):  # a kill may cut the last one short
-        raise CheckpointError(f"{lost} of {len(lines)} lines of {run.metrics_file} are damaged, and left out")
+        raise CheckpointError(f"{lost} of {len(lines)} lines of {run.metrics_file} are damaged and skipped")
     return f"{len(lines)} lines"
 
 
@@ -181,7 +183,7 @@ def _check_captures(run: RunFolder) -> str:
             store.table(name)
         store.snapshot_steps(name)
     if store.damaged:
-        raise CheckpointError(f"damaged or missing, and left out: {', '.join(map(str, store.damaged))}")
+        raise CheckpointError(f"damaged or missing, and skipped: {', '.join(map(str, store.damaged))}")
     return f"{len(store.tables())} tables"
 
 
@@ -194,10 +196,10 @@ def _check_capture_listing(run: RunFolder) -> str:
 def _check_token_cache(run: RunFolder) -> str:
     config, fingerprint = relocate_config(run, read_run_config(run)), read_fingerprint(run)
     dataset = open_cached_split(fingerprint, token_cache_folder(config))
-    return f"{len(dataset)} examples" if dataset else "not here: made when it is needed"
+    return f"{len(dataset)} examples" if dataset else "not here: made when needed"
 
 
-LEFT_OUT = "Nothing brings it back but a copy; all else is read without it."
+LEFT_OUT = "Only a copy can restore it; everything else is readable without it."
 PARTS = (
     RunPart("hashes", _check_record, record_hashes_again, "--repair records the files as they are now."),
     RunPart("metadata", _check_metadata, None, KEPT_ELSEWHERE),
@@ -215,6 +217,6 @@ PARTS = (
         "lens files", _check_capture_listing, rewrite_capture_listing, "--repair lists the captures that are there."
     ),
     RunPart("captures", _check_captures, None, LEFT_OUT),
-    RunPart("token cache", _check_token_cache, rebuild_token_cache, "--repair makes it anew, as does the next run."),
+    RunPart("token cache", _check_token_cache, rebuild_token_cache, "--repair makes it again, as does the next run."),
 )
 WHOLE_BASE = RunPart("whole base", _check_whole_base, None, "Put the base back that the run trained on.")

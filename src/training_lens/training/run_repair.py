@@ -1,4 +1,4 @@
-"""Parts of a run made anew from the rest of it, for `doctor RUN --repair`."""
+"""Repairs parts of a run from the rest of it, for `doctor RUN --repair`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ UNRECORDED_FILES = ("metadata/process.json", "metadata/tags.json")
 
 
 def accept_run(run: RunFolder) -> None:
-    """Take all files of a run as they are now: their hashes are recorded anew."""
+    """Accept all files of a run as they are, and record their hashes again."""
     for name in SEALED_FILES:
         if (path := run.root / name).is_file():
             write_sealed(path, {key: value for key, value in read_json(path).items() if key != CHECKSUM})
@@ -66,7 +66,7 @@ def record_hashes_again(run: RunFolder) -> None:
 
 
 def record_base(run: RunFolder) -> None:
-    """Where the record is lost, the base of today is taken for that of the run."""
+    """Record the current base as that of the run, if the record is lost."""
     try:
         read_sealed(run.base_record)
     except (DamagedFileError, FileNotFoundError):
@@ -74,6 +74,7 @@ def record_base(run: RunFolder) -> None:
 
 
 def find_checkpoint_fault(checkpoint: Path) -> str:
+    """What is damaged in a checkpoint; empty if it is intact."""
     try:
         verify_checkpoint(checkpoint)
     except CheckpointError as error:
@@ -87,10 +88,10 @@ def drop_damaged_checkpoints(run: RunFolder) -> None:
 
 
 def rewrite_summary(run: RunFolder) -> None:
-    """From the newest checkpoint and the journal; what only the process knew (its peak memory) is 0."""
+    """Rebuild the summary from the newest checkpoint and metrics.jsonl; the peak memory is unknown, and 0."""
     found = newest_intact_checkpoint(run.checkpoints)
     if found is None:
-        raise CheckpointError("no checkpoint is intact, and nothing else says how far the run came.")
+        raise CheckpointError("no checkpoint is intact, and nothing else tells how far the run came.")
     state, lines = read_json(found[0] / STATE), read_metrics(run.metrics_file) if run.metrics_file.is_file() else []
     shapes = saved_shapes(found[0] / ADAPTER)
     trainable = sum(math.prod(shape) for shape in shapes.values())
@@ -128,11 +129,11 @@ def restore_run_adapter(run: RunFolder) -> None:
 
 
 def _require_recorded(folder: Path, run: RunFolder, name: str) -> None:
-    """Refuse what was made anew and is not, byte for byte, what was lost."""
+    """Require that the restored files equal the lost ones, byte for byte."""
     for recorded, sha256 in read_recorded_hashes(run.root).items():
         path = folder / recorded.removeprefix(f"{name}/")
         if recorded.startswith(f"{name}/") and not (path.is_file() and hash_file(path) == sha256):
-            raise CheckpointError(f"{recorded} came out otherwise than it was.")
+            raise CheckpointError(f"the restored {recorded} differs from the lost one.")
 
 
 def rewrite_tokenizer(run: RunFolder) -> None:
@@ -144,7 +145,7 @@ def rewrite_tokenizer(run: RunFolder) -> None:
 
 
 def rewrite_lens_manifest(run: RunFolder) -> None:
-    """From the newest adapter, the tables that are there, and the run's config; what the probe held is lost."""
+    """Rebuild lens.json from the newest adapter, the existing tables and the run's config, without the probe set."""
     folders = [folder / ADAPTER for folder in reversed(list_checkpoints(run.checkpoints))]
     adapter = next((folder for folder in folders if folder.is_dir()), run.adapter)
     config, lines = read_run_config(run), [line for line in read_metrics(run.metrics_file) if line.get("epoch")]
