@@ -291,10 +291,10 @@ def test_a_file_that_lacks_its_end_or_a_row_is_found(run: RunFolder) -> None:
     send_run(run, to("offline"))
     (file,) = offline_runs(run.tracking / "wandb")
     require_written(file.parent, 7)
-    with pytest.raises(IntegrationError, match="is not whole"):
+    with pytest.raises(IntegrationError, match="is incomplete"):
         require_written(file.parent, 8)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(IntegrationError, match="is not whole"):
+    with pytest.raises(IntegrationError, match="is incomplete"):
         require_written(file.parent, 7)
 
 

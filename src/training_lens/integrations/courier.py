@@ -42,6 +42,11 @@ QUIET = {  # no telemetry, output or terminal use of the clients
 }
 
 
+def quiet_clients() -> None:
+    """Set the environment variables of `QUIET`, unless the user has set them."""
+    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+
+
 class Courier:
     """Starts and stops the courier of a run, in the training process.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ from training_lens.integrations.hub_files import (
     read_file_stats,
 )
 from training_lens.integrations.model_card import render_model_card
-from training_lens.integrations.record import RunRecord
+from training_lens.integrations.record import RunRecord, hash_values
 from training_lens.integrations.repository import Repository
 from training_lens.runs.checkpoint_format import list_checkpoints
 from training_lens.utils.logging import get_logger
@@ -191,5 +189,4 @@ class HuggingFaceIntegration(Integration):
         return not due.describe_files() or self.cursor.load().get(self._cursor_key) == self._hash_state(due)
 
     def _hash_state(self, due: DueFiles) -> str:
-        values = read_file_stats(self.run, due.checkpoints, due.adapter)
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return hash_values(read_file_stats(self.run, due.checkpoints, due.adapter))

@@ -53,8 +53,7 @@ class RunRecord:
     def identity(self) -> str:
         """16 hex digits of name and settings, which distinguish runs of the same name but other settings."""
         settings = {name: section for name, section in self.settings.items() if name not in ("output", "tracking")}
-        values = json.dumps([self.experiment, self.run_id, settings], sort_keys=True)
-        return hashlib.sha256(values.encode()).hexdigest()[:16]
+        return hash_values([self.experiment, self.run_id, settings])
 
     @property
     def status(self) -> str:
@@ -110,6 +109,11 @@ class RunRecord:
             return CheckpointAnalyzer(self.folder.root)
         except TrainingLensError:
             return None
+
+
+def hash_values(values: Any) -> str:
+    """16 hex digits of a JSON value, to recognize it by."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def flatten_settings(run: RunRecord) -> dict[str, str | int | float | bool]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from training_lens.config.run_config import SYNC_KEYS, require_consent
 from training_lens.config.schema import DESTINATIONS
 from training_lens.errors import ConfigurationError, IntegrationError
-from training_lens.integrations.courier import QUIET
+from training_lens.integrations.courier import quiet_clients
 from training_lens.integrations.delivery import Integration, IntegrationManager, IntegrationState
 from training_lens.integrations.integration_specs import list_integrations
 from training_lens.integrations.record import RunRecord
@@ -48,7 +47,7 @@ def send_run(
         )
     for integration in integrations if again else ():
         integration.forget()
-    os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+    quiet_clients()
     manager = IntegrationManager(integrations, folder.tracking)
     manager.start()
     return manager.finish(LONGEST)
@@ -137,7 +136,7 @@ def send_evaluations(run: RunFolder) -> tuple[IntegrationState, ...]:
         asked = [asked for asked in asked if asked.integration.in_process]  # they only write into the run's folder
     trackers = [asked.build(record) for asked in asked]
     if any(not tracker.in_process for tracker in trackers):  # a client will be imported, and reads the environment
-        os.environ.update({name: value for name, value in QUIET.items() if name not in os.environ})
+        quiet_clients()
     manager = IntegrationManager(trackers, run.tracking)
     manager.start()
     states = manager.finish(min(LONGEST_WAIT, record.config.tracking.wait_seconds))

@@ -12,7 +12,7 @@ from typing import Any
 from training_lens.config.schema import TrainingConfig
 from training_lens.display.markdown import escape_markdown, markdown_table
 from training_lens.integrations.record import RunRecord, flatten_settings
-from training_lens.integrations.tracker import Record, Tracker
+from training_lens.integrations.tracker import Record, Tracker, bin_edges
 from training_lens.utils.nested import flatten_sections
 
 OURS = ".training-lens"  # suffix of our events files: only these are ever replaced
@@ -157,7 +157,7 @@ def _histogram_value(tag: str, values: Mapping[str, Any]) -> Any:
     from tensorboard.plugins.histogram.metadata import create_summary_metadata
     from tensorboard.util.tensor_util import make_tensor_proto
 
-    edges = np.linspace(values["low"], values["high"], len(values["counts"]) + 1)
+    edges = bin_edges(values)
     rows = np.stack([edges[:-1], edges[1:], np.array(values["counts"], np.float64)], 1)  # (bins, 3)
     about = create_summary_metadata(display_name=tag.split("/", 1)[1], description="")  # the heading, which is narrow
     return Summary.Value(tag=tag, metadata=about, tensor=make_tensor_proto(rows))

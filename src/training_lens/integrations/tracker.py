@@ -20,7 +20,6 @@ Example:
 from __future__ import annotations
 
 import hashlib
-import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from typing import Any, Literal
 
 from training_lens.errors import IntegrationError
 from training_lens.integrations.delivery import Cursor, Integration
-from training_lens.integrations.record import RunRecord
+from training_lens.integrations.record import RunRecord, hash_values
 from training_lens.runs.journal import JournalEntry, JournalPosition, JournalReader
 
 BATCH = {
@@ -195,8 +194,14 @@ class Tracker(Integration):
 
     def _end_key(self) -> str:
         """Identifies the end of this run; it is another one after a resume."""
-        end = json.dumps([self.run.status, self.run.summary], sort_keys=True)
-        return hashlib.sha256(end.encode()).hexdigest()[:16]
+        return hash_values([self.run.status, self.run.summary])
+
+
+def bin_edges(histogram: Mapping[str, Any]) -> Any:
+    """The edges of a record's histogram, an array one longer than its `counts`."""
+    import numpy as np
+
+    return np.linspace(histogram["low"], histogram["high"], len(histogram["counts"]) + 1)
 
 
 def require_packages(extra: str, *packages: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from training_lens.errors import IntegrationError
 from training_lens.integrations.record import flatten_settings
-from training_lens.integrations.tracker import Record, Tracker, require_packages
+from training_lens.integrations.tracker import Record, Tracker, bin_edges, require_packages
 from training_lens.utils.names import expand_home
 
 
@@ -123,9 +123,7 @@ def _build_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _build_histogram(bins: Mapping[str, Any]) -> dict[str, Any]:
-    import numpy as np
     from trackio import Histogram
 
-    edges = np.linspace(bins["low"], bins["high"], len(bins["counts"]) + 1)
-    shown: dict[str, Any] = Histogram(np_histogram=(bins["counts"], edges))._to_dict()
-    return shown
+    values: dict[str, Any] = Histogram(np_histogram=(bins["counts"], bin_edges(bins)))._to_dict()
+    return values

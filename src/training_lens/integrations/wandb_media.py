@@ -7,11 +7,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from training_lens.errors import TrainingLensError
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.tracker import Record
+from training_lens.integrations.tracker import Record, bin_edges
 from training_lens.utils.files import hash_file
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
@@ -115,5 +113,5 @@ def _build_histograms(kinds: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> I
 
     for kind, modules in kinds.items():
         for name, found in modules.items():
-            edges = np.linspace(found["low"], found["high"], len(found["counts"]) + 1)
-            yield f"{kind}/{name}", wandb.Histogram(np_histogram=(found["counts"], edges.tolist()))
+            edges = bin_edges(found).tolist()
+            yield f"{kind}/{name}", wandb.Histogram(np_histogram=(found["counts"], edges))

@@ -14,8 +14,7 @@ from torch import Tensor
 from training_lens.core.modules import adapter_modules, plain_name
 from training_lens.errors import LensError
 from training_lens.models.adapters import trainable
-from training_lens.runs.journal import Journal
-from training_lens.training.loop.callbacks import Callback
+from training_lens.training.loop.callbacks import JournalCallback
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 
@@ -24,7 +23,7 @@ BINS = 32  # from the least to the greatest number
 NUMBERS_AT_ONCE = 2**22  # numbers binned together, which takes some 100 MB
 
 
-class HistogramWriter(Callback):
+class HistogramWriter(JournalCallback):
     """Writes histograms of weights and gradients to histograms.jsonl: at step 1, every `every` steps, and at the last.
 
     A line is `{"step", "histograms": {"weights": {name: ...}, "gradients": {name: ...}}}`, with histograms of
@@ -37,11 +36,12 @@ class HistogramWriter(Callback):
     """
 
     def __init__(self, path: Path, every: int) -> None:
-        self._journal, self._every = Journal(path), every
+        super().__init__(path)
+        self._every = every
         self._parameters: dict[str, torch.nn.Parameter] = {}
 
     def on_train_start(self, trainer: Any) -> None:
-        self._journal.open(after=trainer.state.step)
+        super().on_train_start(trainer)
         self._parameters = named_parameters(trainer.model)
 
     def on_gradients(self, trainer: Any, step: int) -> None:
@@ -50,14 +50,10 @@ class HistogramWriter(Callback):
                 self._journal.write({"step": step, "histograms": _step_histograms(self._parameters)})
             except Exception as error:
                 self._parameters = {}
-                logger.warning("step %d: no more histograms: %s Training continues.", step, describe_error(error))
+                logger.warning(
+                    "step %d: no histograms from now on: %s Training continues.", step, describe_error(error)
+                )
                 logger.debug("in the histograms", exc_info=True)
-
-    def on_train_end(self, trainer: Any) -> None:
-        self._journal.close()
-
-    def on_exception(self, trainer: Any, error: BaseException) -> None:
-        self._journal.close()
 
 
 def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:

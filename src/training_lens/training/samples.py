@@ -16,8 +16,7 @@ from training_lens.data.token_dataset import TokenDataset
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.inference.generator import answers
 from training_lens.inference.session import Session, are_texts, session_on
-from training_lens.runs.journal import Journal
-from training_lens.training.loop.callbacks import Callback, StepReport
+from training_lens.training.loop.callbacks import JournalCallback, StepReport
 from training_lens.training.plan import RunPlan
 from training_lens.utils.devices import autocast, free_memory
 from training_lens.utils.formatting import describe_error
@@ -38,7 +37,7 @@ class SamplePrompt:
     expected: list[int]
 
 
-class SampleWriter(Callback):
+class SampleWriter(JournalCallback):
     """Writes the model's greedy answers to a few prompts to samples.jsonl, at every validation; at step 0 the base's.
 
     A line is `{"step", "base", "samples": [{"id", "prompt", "expected", "generated"}]}`. The prompts are rows spread
@@ -52,12 +51,13 @@ class SampleWriter(Callback):
 
     def __init__(self, path: Path, plan: RunPlan) -> None:
         tracking = plan.config.tracking
-        self._journal, self._plan = Journal(path), plan
+        super().__init__(path)
+        self._plan = plan
         self._prompts = select_prompts(plan.validation or plan.train, tracking.samples, tracking.sample_tokens)
         self._settings = InferenceSection(max_new_tokens=tracking.sample_tokens, batch_tokens=plan.micro_batch_tokens)
 
     def on_train_start(self, trainer: Any) -> None:
-        self._journal.open(after=trainer.state.step)
+        super().on_train_start(trainer)
         if trainer.validation is None and trainer.state.step == 0:
             self._write_samples(trainer, 0, base=True)
 
@@ -67,12 +67,6 @@ class SampleWriter(Callback):
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         self._write_samples(trainer, step, base)
-
-    def on_train_end(self, trainer: Any) -> None:
-        self._journal.close()
-
-    def on_exception(self, trainer: Any, error: BaseException) -> None:
-        self._journal.close()
 
     def _write_samples(self, trainer: Any, step: int, base: bool) -> None:
         try:

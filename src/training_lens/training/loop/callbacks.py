@@ -96,10 +96,10 @@ class Callback:
         """After the run failed with `error`."""
 
 
-class MetricsCollector(Callback):
-    """Writes metrics.jsonl, one line per step and per validation; `read` reads it back.
+class JournalCallback(Callback):
+    """Writes to a journal: opens it when training starts, closes it when training ends.
 
-    A resumed run first drops the lines after its checkpoint, so that every step is there once.
+    A resumed run first drops the lines after its checkpoint.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -108,18 +108,22 @@ class MetricsCollector(Callback):
     def on_train_start(self, trainer: Any) -> None:
         self._journal.open(after=trainer.state.step)
 
+    def on_train_end(self, trainer: Any) -> None:
+        self._journal.close()
+
+    def on_exception(self, trainer: Any, error: BaseException) -> None:
+        self._journal.close()
+
+
+class MetricsCollector(JournalCallback):
+    """Writes metrics.jsonl, one line per step and per validation; `read` reads it back."""
+
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         self._journal.write({"kind": "step", **asdict(report)})
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         values = {name: value for name, value in vars(report).items() if name != "row_nll"}  # one for each row
         self._journal.write({"kind": "base" if base else "validation", "step": step, **values})
-
-    def on_train_end(self, trainer: Any) -> None:
-        self._journal.close()
-
-    def on_exception(self, trainer: Any, error: BaseException) -> None:
-        self._journal.close()
 
     @staticmethod
     def read(path: Path | str) -> list[dict[str, Any]]:
