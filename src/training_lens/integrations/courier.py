@@ -120,10 +120,12 @@ def send_while_training(run: RunFolder, own: Sequence[IntegrationFactory] = ()) 
     """
     record = RunRecord(run)
     configured = list_integrations(record.config)
-    near = [item.build(record) for item in configured if item.integration.in_process] + [build(record) for build in own]
+    local = [spec.build(record) for spec in configured if spec.integration.in_process] + [
+        build(record) for build in own
+    ]
     tracking = record.config.tracking
-    manager = IntegrationManager(near, run.tracking, tracking.send_seconds)
-    courier = Courier(run, tracking.wait_seconds) if len(configured) > len(near) - len(own) else None
+    manager = IntegrationManager(local, run.tracking, tracking.send_seconds)
+    courier = Courier(run, tracking.wait_seconds) if len(configured) > len(local) - len(own) else None
     if courier:
         courier.start()
     manager.start()
@@ -159,7 +161,7 @@ def main(root: str, *allowed: str) -> int:
     run = RunRecord(RunFolder(Path(root)))
     tracking = run.config.tracking
     require_consent(run.folder.root, run.config, {"tracking": {"custom": dict.fromkeys(allowed)}}, "tracking.custom")
-    remote = [asked.build(run) for asked in list_integrations(run.config) if not asked.integration.in_process]
+    remote = [spec.build(run) for spec in list_integrations(run.config) if not spec.integration.in_process]
     patience = tracking.wait_seconds + GRACE_SECONDS  # the courier of a killed run may still be sending
     manager = IntegrationManager(remote, run.folder.tracking, tracking.send_seconds, patience)
     trained_by = run.folder.process_label

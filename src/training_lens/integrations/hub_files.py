@@ -120,8 +120,8 @@ def plan_push(wanted: Sequence[PushedFile], remote: Mapping[str, RemoteFile]) ->
 
 def _find_deleted_checkpoints(wanted: Collection[str], remote: Collection[str]) -> tuple[str, ...]:
     """Folders of checkpoints that only the repository has; none if no checkpoint is wanted."""
-    ours, theirs = _checkpoint_folders(wanted), _checkpoint_folders(remote)
-    return tuple(sorted(theirs - ours)) if ours else ()
+    wanted_folders, remote_folders = _checkpoint_folders(wanted), _checkpoint_folders(remote)
+    return tuple(sorted(remote_folders - wanted_folders)) if wanted_folders else ()
 
 
 def _checkpoint_folders(paths: Collection[str]) -> set[str]:

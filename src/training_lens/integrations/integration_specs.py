@@ -46,12 +46,12 @@ def list_integrations(config: TrainingConfig) -> list[IntegrationSpec]:
     wanted = [INTEGRATIONS[key] for key in config.destinations]
     if tracking.tensorboard:
         wanted = ["tensorboard.TensorBoardIntegration", *wanted]
-    ours = [IntegrationSpec(_import_class(f"training_lens.integrations.{place}")) for place in wanted]
-    own = [IntegrationSpec(_import_tracker(place), options) for place, options in tracking.custom.items()]
-    names = [asked.integration.name for asked in (*ours, *own)]
+    packaged = [IntegrationSpec(_import_class(f"training_lens.integrations.{place}")) for place in wanted]
+    custom = [IntegrationSpec(_import_tracker(place), options) for place, options in tracking.custom.items()]
+    names = [spec.integration.name for spec in (*packaged, *custom)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigurationError(f"tracking.custom: the name {', '.join(twice)} is taken; give your class another one.")
-    return [*ours, *own]
+    return [*packaged, *custom]
 
 
 def _import_class(place: str) -> Any:

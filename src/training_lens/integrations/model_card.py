@@ -144,10 +144,12 @@ class _Card:
         """Validation losses of the base and the pushed adapter: over all rows, by domain, by file."""
         lines = [line for line in self._metric_lines if line.get("kind") in ("base", "validation")]
         base = next((line for line in lines if line["kind"] == "base"), None)
-        ours = [line for line in lines if line["kind"] == "validation" and line["step"] == self.summary["adapter_step"]]
-        if not ours:
+        validations = [
+            line for line in lines if line["kind"] == "validation" and line["step"] == self.summary["adapter_step"]
+        ]
+        if not validations:
             return []
-        return [self._loss_row(*part) for part in _iterate_losses(base or {}, ours[-1])]
+        return [self._loss_row(*part) for part in _iterate_losses(base or {}, validations[-1])]
 
     def _loss_row(self, name: str, base: float | None, value: float) -> MeasureRow:
         name = self._names.shorten_paths(name)
@@ -180,9 +182,9 @@ class _Card:
         """The settings that differ from the defaults, as YAML."""
         import yaml
 
-        ours, usual = self._run.settings, TrainingConfig().model_dump(mode="json")
-        others = {name: {k: v for k, v in ours[name].items() if v != usual[name][k]} for name in SECTIONS}
-        given = {name: self._names.shorten_paths(keys) for name, keys in others.items() if keys}
+        settings, defaults = self._run.settings, TrainingConfig().model_dump(mode="json")
+        changed = {name: {k: v for k, v in settings[name].items() if v != defaults[name][k]} for name in SECTIONS}
+        given = {name: self._names.shorten_paths(keys) for name, keys in changed.items() if keys}
         return Verbatim(yaml.safe_dump(given, sort_keys=False, allow_unicode=True).rstrip())
 
     @property

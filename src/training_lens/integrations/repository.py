@@ -187,9 +187,9 @@ def explain_error(error: BaseException, repo: str) -> IntegrationError:
     from huggingface_hub.errors import HfHubHTTPError
 
     chain = list(_error_chain(error))
-    ours = next((e for e in chain if isinstance(e, IntegrationError)), None)
-    if ours is not None:
-        return ours
+    our_error = next((e for e in chain if isinstance(e, IntegrationError)), None)
+    if our_error is not None:
+        return our_error
     answered = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
     status = getattr(getattr(answered, "response", None), "status_code", None)
     if status is None:

@@ -65,7 +65,7 @@ def _open_integrations(
 ) -> tuple[RunRecord, list[Integration]]:
     record = RunRecord(folder, changes)
     require_consent(folder.root, record.config, changes or {}, *SYNC_KEYS)
-    return record, [asked.build(record) for asked in list_integrations(record.config)]
+    return record, [spec.build(record) for spec in list_integrations(record.config)]
 
 
 def _read_state(integration: Integration) -> IntegrationState:
@@ -127,14 +127,14 @@ def send_evaluations(run: RunFolder) -> tuple[IntegrationState, ...]:
     record = RunRecord(run)
     if record.status == "running":
         return ()
-    ours = record.config.replace_keys(tracking={"custom": {}})
-    asked = [asked for asked in list_integrations(ours) if issubclass(asked.integration, Tracker)]
+    config = record.config.replace_keys(tracking={"custom": {}})
+    specs = [spec for spec in list_integrations(config) if issubclass(spec.integration, Tracker)]
     try:
-        require_consent(run.root, ours, {}, *DESTINATIONS)
+        require_consent(run.root, config, {}, *DESTINATIONS)
     except ConfigurationError:
         logger.info("to send the result to the trackers that this run names: training-lens sync %s", run.root)
-        asked = [asked for asked in asked if asked.integration.in_process]  # they only write into the run's folder
-    trackers = [asked.build(record) for asked in asked]
+        specs = [spec for spec in specs if spec.integration.in_process]  # they only write into the run's folder
+    trackers = [spec.build(record) for spec in specs]
     if any(not tracker.in_process for tracker in trackers):  # a client will be imported, and reads the environment
         quiet_clients()
     manager = IntegrationManager(trackers, run.tracking)

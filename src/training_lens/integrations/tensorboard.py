@@ -173,8 +173,9 @@ def _hyperparameter_summary(run: RunRecord, started: float) -> Any:
     """The usual settings, and those that are not at their default."""
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
-    defaults, own = flatten_sections(TrainingConfig().model_dump(mode="json")), flatten_sections(run.settings)
-    changed = {name for name, value in own.items() if name.startswith(TRIED) and value != defaults.get(name)}
+    defaults = flatten_sections(TrainingConfig().model_dump(mode="json"))
+    values = flatten_sections(run.settings).items()
+    changed = {name for name, value in values if name.startswith(TRIED) and value != defaults.get(name)}
     settings = {name: value for name, value in flatten_settings(run).items() if name in {*SHOWN, *changed}}
     return hparams_pb(settings, trial_id=run.run_id, start_time_secs=started)
 

@@ -164,11 +164,11 @@ def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
     """Seconds per token of a validation."""
     assert plan.validation is not None
     rows = np.unique(np.linspace(0, len(plan.validation) - 1, SAMPLED_ROWS).astype(np.int64))
-    some = plan.validation.select(rows)
+    sample = plan.validation.select(rows)
     budget = plan.micro_batch_tokens
     started = time.perf_counter()
-    evaluate_loss(trainer.model, some, EvaluationOptions(plan.processes, plan.precision, budget, trainer.pad_id))
-    return (time.perf_counter() - started) / int(some.lengths.sum())
+    evaluate_loss(trainer.model, sample, EvaluationOptions(plan.processes, plan.precision, budget, trainer.pad_id))
+    return (time.perf_counter() - started) / int(sample.lengths.sum())
 
 
 def _sample_steps(plan: RunPlan, in_line: bool) -> list[StepPlan]:
@@ -188,8 +188,8 @@ def _first_steps(plan: RunPlan, count: int) -> Sequence[StepPlan]:
 def _micro_batch_sizes(plan: RunPlan, step: StepPlan, in_line: bool) -> list[int]:
     """The tokens, padding included, of each micro-batch that this process makes of a step."""
     lengths, budget = plan.train.lengths, plan.micro_batch_tokens
-    mine = shard_positions(step.examples, lengths, plan.processes.index, plan.processes.count)
-    parts = [lengths[part] for part in split_micro_batches(mine, lengths, budget, in_line)]
+    positions = shard_positions(step.examples, lengths, plan.processes.index, plan.processes.count)
+    parts = [lengths[part] for part in split_micro_batches(positions, lengths, budget, in_line)]
     return [int(part.sum()) if in_line else len(part) * int(part.max()) for part in parts]
 
 

@@ -155,8 +155,10 @@ def plan_run(config: TrainingConfig, progress: Progress, global_batch: int | Non
     schedule = _build_schedule(resolved, train, splits["train"], per_step)
     for line in describe_run_length(training, schedule):
         logger.info("%s", line)
-    asked = training.micro_batch_tokens
-    budget = processes.reduce_min(plan_token_budget(needs, device, processes.count)) if asked == "auto" else asked
+    configured = training.micro_batch_tokens
+    budget = (
+        processes.reduce_min(plan_token_budget(needs, device, processes.count)) if configured == "auto" else configured
+    )
     return RunPlan(
         resolved, facts, parameters, adaptation, tokenizer, precision, train, validation, splits, duplicates, schedule,
         processes, budget,

@@ -32,22 +32,24 @@ def select_changes(run: RunFolder, recorded: TrainingConfig, settings: Mapping[s
         ConfigurationError: lists each key that differs, and says how to start another run from this one.
     """
     given = TrainingConfig.model_validate(settings)
-    mine, theirs = _flatten_keys(given.explicit_values()), _flatten_keys(recorded.model_dump())
+    given_values, recorded_values = _flatten_keys(given.explicit_values()), _flatten_keys(recorded.model_dump())
     different = [
         key
-        for key, value in mine.items()
+        for key, value in given_values.items()
         if key not in (*FREE_KEYS, *LOCATION_KEYS)
-        and value != theirs[key]
+        and value != recorded_values[key]
         and not (key in AUTO_KEYS and value in (None, "auto"))
     ]
     if different:
-        lines = [f"\n  - {key}: the run has {theirs[key]!r}, you gave {mine[key]!r}" for key in different]
+        lines = [
+            f"\n  - {key}: the run has {recorded_values[key]!r}, you gave {given_values[key]!r}" for key in different
+        ]
         raise ConfigurationError(
             f"the run {run.run_id} has other settings:{''.join(lines)}\n{_describe_ways_to_resume(different)}"
         )
     free: dict[str, dict[str, Any]] = {}
-    for section, name in (key.split(".") for key in FREE_KEYS if key in mine):
-        free.setdefault(section, {})[name] = mine[f"{section}.{name}"]
+    for section, name in (key.split(".") for key in FREE_KEYS if key in given_values):
+        free.setdefault(section, {})[name] = given_values[f"{section}.{name}"]
     return free
 
 

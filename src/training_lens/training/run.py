@@ -230,13 +230,16 @@ class TrainingWrapper:
 
     def _build_callbacks(self, run: RunFolder, plan: RunPlan) -> tuple[Callback, ...]:
         every = plan.config.training.logging_steps
-        drawn = create_bars(self._console, *progress_columns(self._console.width if self._console else WIDE))
-        watchers: list[Callback] = [MetricsCollector(run.metrics_file), LogLines(every, DEBUG if drawn else INFO)]
-        if drawn:
-            watchers.append(ProgressBar(drawn))
+        progress_bars = create_bars(self._console, *progress_columns(self._console.width if self._console else WIDE))
+        callbacks: list[Callback] = [
+            MetricsCollector(run.metrics_file),
+            LogLines(every, DEBUG if progress_bars else INFO),
+        ]
+        if progress_bars:
+            callbacks.append(ProgressBar(progress_bars))
         if lens := build_capture_callback(plan, run):
-            watchers.append(lens)
-        return (*watchers, *self._build_tracker_callbacks(run, plan), *self._callbacks)
+            callbacks.append(lens)
+        return (*callbacks, *self._build_tracker_callbacks(run, plan), *self._callbacks)
 
     def _build_tracker_callbacks(self, run: RunFolder, plan: RunPlan) -> Iterator[Callback]:
         """The callbacks that write samples and histograms, if there are trackers."""

@@ -132,10 +132,10 @@ def _check_checkpoints(run: RunFolder) -> str:
     folders = list_checkpoints(run.checkpoints)
     problems = [problem for folder in folders if (problem := find_checkpoint_fault(folder))]
     found = newest_intact_checkpoint(run.checkpoints)
-    way = f"the newest intact one is of step {found[1].step}" if found else "a resume starts over"
+    resume_point = f"the newest intact one is of step {found[1].step}" if found else "a resume starts over"
     if problems:
-        raise CheckpointError(f"{' '.join(problems)} {way}")
-    return f"{len(folders)}; {way}"
+        raise CheckpointError(f"{' '.join(problems)} {resume_point}")
+    return f"{len(folders)}; {resume_point}"
 
 
 def _check_summary(run: RunFolder) -> str:

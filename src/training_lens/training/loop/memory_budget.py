@@ -126,12 +126,12 @@ def explain_out_of_memory(config: TrainingConfig) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         budget = config.training.micro_batch_tokens
-        ways = (
+        remedies = (
             [] if budget == "auto" else [f"lower training.micro_batch_tokens (now {budget}; never changes the result)"]
         )
-        ways += [f"lower model.seq_len (now {config.model.seq_len})"]
-        ways += [] if config.training.gradient_checkpointing else ["set training.gradient_checkpointing=true"]
-        ways += [] if config.model.quantization == "4bit" else ["set model.quantization=4bit"]
+        remedies += [f"lower model.seq_len (now {config.model.seq_len})"]
+        remedies += [] if config.training.gradient_checkpointing else ["set training.gradient_checkpointing=true"]
+        remedies += [] if config.model.quantization == "4bit" else ["set model.quantization=4bit"]
         raise OutOfMemoryError(
-            f"the run does not fit into memory: {describe_error(error)} Do any: {'; '.join(ways)}."
+            f"the run does not fit into memory: {describe_error(error)} Do any: {'; '.join(remedies)}."
         ) from error
