@@ -21,7 +21,7 @@ from training_lens.analysis.figures import (
 from training_lens.analysis.figures.catalogue import find_figure
 from training_lens.analysis.figures.style import plot_heat_map
 from training_lens.collectors.layer_activations import LayerStates
-from training_lens.collectors.token_positions import Positions
+from training_lens.collectors.token_positions import TokenPositions
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord, Series
@@ -114,7 +114,7 @@ def test_layers_outputs_are_ordered_by_number(record: Record) -> None:
 
 def test_states_of_one_pass_are_drawn_over_layers() -> None:
     off = torch.ones(4, 3)
-    positions = Positions.of_mask(torch.ones(1, 4, dtype=torch.bool))
+    positions = TokenPositions.from_mask(torch.ones(1, 4, dtype=torch.bool))
     shown = ActivationVisualizer(LayerStates((off, off), (off, 3 * off), positions))
     assert list(shown.drift().data[0].y) == [0, 2]
     assert list(_trace(shown.sizes(), "adapter on").y) == [1, 3]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from training_lens.config.schema import PeftSection
-from training_lens.core.collector import DataCollector, Watched
-from training_lens.core.module_batches import Groups
+from training_lens.core.collector import CaptureContext, DataCollector
+from training_lens.core.module_batches import ModuleBatches
 from training_lens.core.modules import AdapterModule, adapter_modules
-from training_lens.core.probe import Probe, as_judged
+from training_lens.core.probe import Probe, evaluation_mode
 from training_lens.core.types import Captured, Moment
 from training_lens.models.adapters import attach, trainable
 from training_lens.models.scoring import paired_scores
@@ -83,13 +83,13 @@ class Loop:
     collectors: Sequence[DataCollector]
     optimizer: torch.optim.Optimizer | None = None
     probe: Probe | None = None
-    watched: Watched = field(init=False)
+    context: CaptureContext = field(init=False)
     started: dict[str, Captured | None] = field(init=False)
 
     def __post_init__(self) -> None:
         modules = adapter_modules(self.model)
-        self.watched = Watched(self.model, modules, Groups(modules), self.optimizer, self.probe)
-        self.started = {c.name: c.start(self.watched) for c in self.collectors}
+        self.context = CaptureContext(self.model, modules, ModuleBatches(modules), self.optimizer, self.probe)
+        self.started = {c.name: c.start(self.context) for c in self.collectors}
 
     def step(self, ids: Tensor, clip: float | None = None) -> dict[str, Captured]:
         """One update on a batch, and what was captured of it."""
@@ -99,13 +99,13 @@ class Loop:
 
     def update(self, clip: float | None = None) -> dict[str, Captured]:
         """An update with the gradients that stand."""
-        watched, optimizer = self.watched, self.optimizer
+        context, optimizer = self.context, self.optimizer
         assert optimizer is not None
-        watched.before = [group.weights() for group in watched.groups]
-        watched.gradients = [group.gradients(lambda p: p.grad) for group in watched.groups]
+        context.before = [batch.copy_weights() for batch in context.batches]
+        context.gradients = [batch.copy_gradients(lambda p: p.grad) for batch in context.batches]
         found = self._collected(Moment.GRADIENTS)
         if clip:
-            torch.nn.utils.clip_grad_norm_([p for m in watched.modules for p in m.parameters], clip)
+            torch.nn.utils.clip_grad_norm_([p for m in context.modules for p in m.trained_parameters], clip)
         optimizer.step()
         found |= self.look()
         optimizer.zero_grad()
@@ -113,25 +113,25 @@ class Loop:
 
     def look(self) -> dict[str, Captured]:
         """What collectors of updates see of the weights as they are."""
-        self.watched.after = [group.weights() for group in self.watched.groups]
+        self.context.after = [batch.copy_weights() for batch in self.context.batches]
         return self._collected(Moment.UPDATE)
 
     def go_through_probe(self) -> dict[str, Captured]:
         """The probe's two passes."""
-        watched, of = self.watched, [c for c in self.collectors if c.moment is Moment.PROBE]
-        assert watched.probe is not None
+        context, of = self.context, [c for c in self.collectors if c.moment is Moment.PROBE]
+        assert context.probe is not None
         from contextlib import ExitStack
 
         with ExitStack() as around:
-            around.enter_context(as_judged(self.model))
+            around.enter_context(evaluation_mode(self.model))
             for collector in of:
-                around.enter_context(collector.watching(watched))
-            watched.scores = paired_scores(self.model, watched.probe.input_ids, watched.probe.loss_mask)
+                around.enter_context(collector.probe_hooks(context))
+            context.scores = paired_scores(self.model, context.probe.input_ids, context.probe.loss_mask)
         return self._collected(Moment.PROBE)
 
     def _collected(self, moment: Moment) -> dict[str, Captured]:
         of = [c for c in self.collectors if c.moment is moment]
-        return {c.name: found for c in of if (found := c.collect(self.watched, 1)) is not None}
+        return {c.name: found for c in of if (found := c.collect(self.context, 1)) is not None}
 
 
 @pytest.fixture
@@ -170,4 +170,4 @@ class Dense:
 @pytest.fixture
 def dense() -> Callable[[Loop], list[Dense]]:
     """The dense matrices of each watched module, in order."""
-    return lambda loop: [Dense(module) for module in loop.watched.modules]
+    return lambda loop: [Dense(module) for module in loop.context.modules]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from training_lens.collectors import ActivationExtractor, ActivationsCollector, DivergenceCollector
 from training_lens.collectors.layer_activations import decoder_layers
-from training_lens.collectors.token_positions import MOST, Positions
-from training_lens.core.probe import Probe, as_judged
+from training_lens.collectors.token_positions import MAX_POSITIONS, TokenPositions
+from training_lens.core.probe import Probe, evaluation_mode
 from training_lens.errors import LensError
 from training_lens.models.adapters import base_only
 
@@ -21,7 +21,7 @@ def hidden_states(model: Any, probe: Probe) -> list[Tensor]:
     """transformers' own record of the layers' outputs at real tokens; without the last, which it gives normed."""
     with torch.no_grad():
         states = model.eval()(input_ids=probe.input_ids, output_hidden_states=True).hidden_states
-    return [h[probe.real].double() for h in states[1:-1]]
+    return [h[probe.attention_mask].double() for h in states[1:-1]]
 
 
 @pytest.mark.parametrize("section", [{}, {"family": "gpt2"}, {"use_dora": True}, {"init": "pissa"}], ids=str)
@@ -81,7 +81,7 @@ def test_divergence_is_the_mean_over_supervised_tokens(adapted: Callable[..., An
 def test_padding_changes_nothing(adapted: Callable[..., Any], loop: Any, probe: Probe) -> None:
     model = adapted()
     other = Probe(probe.input_ids.clone(), probe.loss_mask, probe.lengths)
-    other.input_ids[~probe.real] = 7
+    other.input_ids[~probe.attention_mask] = 7
     first, second = (
         loop(model, [ActivationsCollector()], probe=p).go_through_probe()["activations"] for p in (probe, other)
     )
@@ -95,7 +95,7 @@ def test_sketches_stay_comparable(adapted: Callable[..., Any], loop: Any, probe:
     one, two = (loop(model, [ActivationsCollector()], probe=probe).go_through_probe()["activations"] for _ in range(2))
     assert one.tensors["layers.1.sketch"].shape == (28, 16)
     assert torch.equal(one.tensors["layers.1.sketch"], two.tensors["layers.1.sketch"])
-    assert torch.equal(one.tensors["positions"], probe.real.flatten().nonzero()[:, 0])
+    assert torch.equal(one.tensors["positions"], probe.attention_mask.flatten().nonzero()[:, 0])
     state = ActivationExtractor(model).extract(probe).adapter[1].float()
     ratio = one.tensors["layers.1.sketch"].norm() / state.norm()
     assert 0.5 < float(ratio) < 2
@@ -103,15 +103,15 @@ def test_sketches_stay_comparable(adapted: Callable[..., Any], loop: Any, probe:
 
 def test_positions_are_real_bounded_and_evenly_spread() -> None:
     real = torch.arange(400)[None] < torch.tensor([[400], [100], [0], [333]])
-    positions = Positions.of_mask(real)
+    positions = TokenPositions.from_mask(real)
     states = torch.arange(1600.0).reshape(4, 400, 1)
-    chosen = positions.of(states)[:, 0]
-    assert len(chosen) == MOST and real.flatten()[chosen.long()].all()
+    chosen = positions.select_states(states)[:, 0]
+    assert len(chosen) == MAX_POSITIONS and real.flatten()[chosen.long()].all()
     gaps = real.flatten().cumsum(0)[chosen.long()].diff()
-    assert set(gaps.tolist()) == {833 // MOST, 833 // MOST + 1}
-    assert torch.equal(positions.of(states.flatten(0, 1)), positions.of(states))
-    assert torch.equal(positions.of_ids(states[..., 0].long()), chosen.long())
-    assert positions.of(torch.zeros(5, 3)).shape == (5, 3)
+    assert set(gaps.tolist()) == {833 // MAX_POSITIONS, 833 // MAX_POSITIONS + 1}
+    assert torch.equal(positions.select_states(states.flatten(0, 1)), positions.select_states(states))
+    assert torch.equal(positions.select_ids(states[..., 0].long()), chosen.long())
+    assert positions.select_states(torch.zeros(5, 3)).shape == (5, 3)
 
 
 def test_the_extractor_takes_texts_batches_and_probes(
@@ -120,7 +120,7 @@ def test_the_extractor_takes_texts_batches_and_probes(
     model = adapted()
     batch = {
         "input_ids": probe.input_ids.tolist(),
-        "attention_mask": probe.real.long().tolist(),
+        "attention_mask": probe.attention_mask.long().tolist(),
     }
     of_probe, of_batch = (ActivationExtractor(model).extract(x) for x in (probe, batch))
     for one, two in zip(of_probe.adapter, of_batch.adapter, strict=True):
@@ -165,7 +165,7 @@ def test_bfloat16_is_measured(adapted: Callable[..., Any], loop: Any, probe: Pro
 def test_nan_in_a_layer_is_told(adapted: Callable[..., Any], loop: Any, probe: Probe) -> None:
     model = adapted()
     of = loop(model, [ActivationsCollector()], probe=probe)
-    of.watched.modules[-1].b.data[0, 0] = torch.nan  # in the last layer
+    of.context.modules[-1].b.data[0, 0] = torch.nan  # in the last layer
     found = of.go_through_probe()["activations"].scalars
     for values in found.values():
         assert values.isnan().tolist() == [False, True]
@@ -175,6 +175,6 @@ def test_the_block_leaves_no_hook(adapted: Callable[..., Any], loop: Any, probe:
     model = adapted()
     of = loop(model, [ActivationsCollector()], probe=probe)
     collector = of.collectors[0]
-    with as_judged(model), pytest.raises(RuntimeError, match="broken off"), collector.watching(of.watched):
+    with evaluation_mode(model), pytest.raises(RuntimeError, match="broken off"), collector.probe_hooks(of.context):
         raise RuntimeError("broken off")
     assert not any(module._forward_hooks for module in model.modules())

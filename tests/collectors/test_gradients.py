@@ -39,10 +39,10 @@ def test_the_self_check_holds_at_every_step_of_training(
 def test_the_self_check_finds_gradients_of_another_step(adapted: Callable[..., Any], loop: Any, ids: Tensor) -> None:
     of = training(loop, adapted())
     of.model(input_ids=ids, labels=ids).loss.backward()
-    stale = of.watched.modules[1].a.grad.clone()
+    stale = of.context.modules[1].a.grad.clone()
     of.update()
     of.model(input_ids=ids.flip(0, 1), labels=ids).loss.backward()
-    of.watched.modules[1].a.grad = stale
+    of.context.modules[1].a.grad = stale
     checked = of.update()["adapter_gradients"].scalars["self_check"]
     assert checked[1] > 1e-2 and float(checked[[0, *range(2, len(checked))]].max()) <= 1e-5
 
@@ -52,7 +52,9 @@ def test_norms_and_cosines_are_those_of_float64(adapted: Callable[..., Any], loo
     previous, mean = None, 0.0
     for i in range(4):
         of.model(input_ids=ids.roll(i), labels=ids).loss.backward()
-        grads = [[p.grad.double().flatten().clone() for p in module.parameters] for module in of.watched.modules]
+        grads = [
+            [p.grad.double().flatten().clone() for p in module.trained_parameters] for module in of.context.modules
+        ]
         found = of.update()["adapter_gradients"].scalars
         for j, name in enumerate(("norm_a", "norm_b", "norm_magnitude")):
             wanted = torch.stack([of_module[j].norm() for of_module in grads])
@@ -70,7 +72,7 @@ def test_norms_and_cosines_are_those_of_float64(adapted: Callable[..., Any], loo
 def test_a_constant_gradient_points_where_it_did(adapted: Callable[..., Any], loop: Any) -> None:
     of = training(loop, adapted())
     for _ in range(3):
-        for module in of.watched.modules:
+        for module in of.context.modules:
             module.a.grad, module.b.grad = torch.ones_like(module.a), torch.ones_like(module.b)
         found = of.update()["adapter_gradients"].scalars
     for name in ("cosine_previous", "cosine_mean"):
@@ -85,11 +87,11 @@ def test_a_gradient_that_is_not_finite_is_so_in_its_module_alone(
     of.optimizer.param_groups[0]["lr"] = 0.0  # AdamW would carry it into the weights
     of.step(ids)
     of.model(input_ids=ids, labels=ids).loss.backward()
-    of.watched.modules[3].b.grad[0, 0] = bad
+    of.context.modules[3].b.grad[0, 0] = bad
     broken = of.update()["adapter_gradients"].scalars
     for name in ("norm_b", "self_check", "cosine_previous", "cosine_mean"):
         assert (~broken[name].isfinite()).nonzero().flatten().tolist() == [3], name
-    for module in of.watched.modules:
+    for module in of.context.modules:
         of.optimizer.state.pop(module.b)
         module.b.data.nan_to_num_(0.01)
     of.step(ids)
@@ -104,6 +106,6 @@ def test_only_dora_has_gradients_of_magnitudes(adapted: Callable[..., Any], loop
 def test_a_module_without_a_gradient_has_none(adapted: Callable[..., Any], loop: Any, ids: Tensor) -> None:
     of = training(loop, adapted())
     of.model(input_ids=ids, labels=ids).loss.backward()
-    of.watched.modules[0].a.grad = of.watched.modules[0].b.grad = None
+    of.context.modules[0].a.grad = of.context.modules[0].b.grad = None
     found = of.update()["adapter_gradients"].scalars
     assert found["norm_a"][0] == found["norm_b"][0] == found["self_check"][0] == 0 and found["norm_b"][1] > 0

@@ -35,7 +35,7 @@ def inputs_and_outputs(model: Any, probe: Probe) -> dict[str, tuple[Tensor, Tens
 
     def hook(name: str) -> Any:
         def see(_layer: Any, given: Any, output: Any) -> None:
-            seen[name] = (given[0][probe.real].double(), output[probe.real].double())
+            seen[name] = (given[0][probe.attention_mask].double(), output[probe.attention_mask].double())
 
         return see
 
@@ -62,9 +62,9 @@ def test_every_measure_is_that_of_dense_matrices(
                 parameter.normal_()  # large ones, so that W x is not W x + bias
     of = loop(model, [LoRAActivationsCollector()], probe=probe)
     seen = inputs_and_outputs(model, probe)
-    with LoRAActivationTracker(model, real=probe.real) as tracker, torch.no_grad():
+    with LoRAActivationTracker(model, attention_mask=probe.attention_mask) as tracker, torch.no_grad():
         model(input_ids=probe.input_ids)
-    for i, (module, matrices) in enumerate(zip(of.watched.modules, dense(of), strict=True)):
+    for i, (module, matrices) in enumerate(zip(of.context.modules, dense(of), strict=True)):
         x, output = seen[module.name]
         a, _ = module.factors()
         up, frozen = x @ matrices.change.T, x @ matrices.base.T
@@ -83,11 +83,11 @@ def test_an_embedding_has_no_input_size(adapted: Callable[..., Any], loop: Any, 
     of = loop(adapted(target_modules=["embed_tokens", "q_proj"]), [LoRAActivationsCollector()], probe=probe)
     found = of.go_through_probe()["lora_activations"].scalars
     assert found["input_rms"].isnan().nonzero().flatten().tolist() == [0]
-    ids, matrices = probe.input_ids[probe.real], dense(of)[0]
+    ids, matrices = probe.input_ids[probe.attention_mask], dense(of)[0]
     torch.testing.assert_close(
         found["share"][0].double(), matrices.change.T[ids].norm() / matrices.base.T[ids].norm(), rtol=1e-4, atol=0
     )
-    a, _ = of.watched.modules[0].factors()
+    a, _ = of.context.modules[0].factors()
     torch.testing.assert_close(found["down_rms"][0].double(), rms(a.double().T[ids]), rtol=1e-4, atol=0)
 
 
@@ -105,9 +105,9 @@ def test_scaled_embeddings_and_dora_on_them_do_not_break_the_pass(probe: Probe) 
         for name, parameter in model.named_parameters():
             if "lora_embedding_B" in name or "lora_B" in name:
                 torch.nn.init.normal_(parameter)
-        with LoRAActivationTracker(model, real=probe.real) as tracker, torch.no_grad():
+        with LoRAActivationTracker(model, attention_mask=probe.attention_mask) as tracker, torch.no_grad():
             model.eval()(input_ids=probe.input_ids)
-        (module, _), ids = adapter_modules(model), probe.input_ids[probe.real]
+        (module, _), ids = adapter_modules(model), probe.input_ids[probe.attention_mask]
         a, b = module.factors()
         wanted = (module.record.scaling * (b @ a).T[ids]).norm() / module.base_weight().T[ids].norm()
         torch.testing.assert_close(tracker.measures()["share"][0], wanted.detach(), rtol=1e-4, atol=0)
@@ -125,10 +125,10 @@ def test_several_passes_are_one_over_all_their_tokens(adapted: Callable[..., Any
 
 
 def test_padding_is_left_out_by_the_attention_mask(adapted: Callable[..., Any], probe: Probe) -> None:
-    model, mask = adapted().eval(), probe.real.long()
+    model, mask = adapted().eval(), probe.attention_mask.long()
     with LoRAActivationTracker(model) as by_mask, torch.no_grad():
         model(input_ids=probe.input_ids, attention_mask=mask)
-    with LoRAActivationTracker(model, real=probe.real) as told, torch.no_grad():
+    with LoRAActivationTracker(model, attention_mask=probe.attention_mask) as told, torch.no_grad():
         model(input_ids=probe.input_ids)
     for name in MEASURES:
         torch.testing.assert_close(by_mask.measures()[name], told.measures()[name], rtol=1e-5, atol=1e-8)

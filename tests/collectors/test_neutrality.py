@@ -52,15 +52,15 @@ def test_no_collector_changes_what_training_reads(
     of = loop(model, [], optimizer, probe)
     of.step(ids)
     model(input_ids=ids, labels=ids).loss.backward()
-    watched = of.watched
-    watched.before = [group.weights() for group in watched.groups]
-    watched.gradients = [group.gradients(lambda p: p.grad) for group in watched.groups]
+    context = of.context
+    context.before = [batch.copy_weights() for batch in context.batches]
+    context.gradients = [batch.copy_gradients(lambda p: p.grad) for batch in context.batches]
     optimizer.step()
     for name in CollectorRegistry.names():
         collector = CollectorRegistry.get(name)()
         of.collectors = [collector]
         before, moments = state(model), copy.deepcopy(optimizer.state_dict())
-        collector.start(watched)
+        collector.start(context)
         found = of._collected(collector.moment) if collector.moment == "gradients" else of.look()
         found |= of.go_through_probe() if collector.moment == "probe" else {}
         assert found or name == tables.BASE

@@ -23,15 +23,15 @@ def test_update_rms_is_that_of_clipped_gradients_and_unbiased_moments(
 ) -> None:
     model, beta2, eps = adapted(**section), 0.95, 1e-6
     of = loop(model, [OptimizerStateCollector()], torch.optim.AdamW(parameters(model), 1e-2, (0.9, beta2), eps))
-    moments = {m.name: [torch.zeros(m.a.shape).double(), torch.zeros(m.b.shape).double()] for m in of.watched.modules}
+    moments = {m.name: [torch.zeros(m.a.shape).double(), torch.zeros(m.b.shape).double()] for m in of.context.modules}
     for step in range(1, 4):
         of.model(input_ids=ids.roll(step), labels=ids).loss.backward()
         norm = torch.stack([p.grad.norm() for p in parameters(model)]).norm()
         clip = 0.1 / float(norm)
         assert clip < 1  # the step is clipped
-        grads = {m.name: [clip * m.a.grad.double(), clip * m.b.grad.double()] for m in of.watched.modules}
+        grads = {m.name: [clip * m.a.grad.double(), clip * m.b.grad.double()] for m in of.context.modules}
         found = of.update(clip=0.1)["optimizer_state"].scalars
-        for i, module in enumerate(of.watched.modules):
+        for i, module in enumerate(of.context.modules):
             for j, part in enumerate("ab"):
                 g, v = grads[module.name][j], moments[module.name][j]
                 v.mul_(beta2).add_((1 - beta2) * g.square())
@@ -54,7 +54,7 @@ def test_a_parameter_without_a_gradient_is_unknown(adapted: Callable[..., Any], 
     model = adapted()
     of = loop(model, [OptimizerStateCollector()], torch.optim.AdamW(parameters(model), lr=1e-3))
     of.model(input_ids=ids, labels=ids).loss.backward()
-    of.watched.modules[1].a.grad = None
+    of.context.modules[1].a.grad = None
     found = of.update()["optimizer_state"].scalars
     assert found["update_rms_a"].isnan().nonzero().flatten().tolist() == [1]
     assert found["update_rms_b"].isfinite().all()
@@ -97,6 +97,6 @@ def test_a_parameter_that_adam_does_not_step_is_unknown_and_the_rest_is_captured
     of = loop(model, [OptimizerStateCollector()], torch.optim.AdamW(parameters(model), lr=1e-3))
     of.model(input_ids=ids, labels=ids).loss.backward()
     found = of.update()["optimizer_state"].scalars
-    assert frozen is of.watched.modules[0].a
+    assert frozen is of.context.modules[0].a
     assert found["update_rms_a"].isnan().nonzero().flatten().tolist() == [0]
     assert found["update_rms_b"].isfinite().all()

@@ -46,7 +46,7 @@ def test_weights_and_spectra_are_those_of_dense_matrices(
     section: dict[str, Any], adapted: Callable[..., Any], loop: Any, dense: Any, ids: Tensor
 ) -> None:
     of, found, before = stepped(loop, adapted(**section), ids, dense)
-    modules, matrices = of.watched.modules, dense(of)
+    modules, matrices = of.context.modules, dense(of)
     weights, spectra = found["adapter_weights"].scalars, found["spectra"].scalars
     a, b = [m.a.detach().double() for m in modules], [m.b.detach().double() for m in modules]
     close(weights["norm_a"], [x.norm() for x in a])
@@ -90,7 +90,7 @@ def test_a_snapshot_makes_the_whole_change(
 ) -> None:
     of = loop(adapted(**section), [AdapterSnapshotsCollector()])
     tensors = of.look()["adapters"].tensors
-    for module, matrices in zip(of.watched.modules, dense(of), strict=True):
+    for module, matrices in zip(of.context.modules, dense(of), strict=True):
         a, b = (tensors[f"{module.name}.{part}"].double() for part in "ab")
         close(module.record.scaling * (b @ a), matrices.change, 1e-6)
         assert (f"{module.name}.magnitude" in tensors) is bool(section.get("use_dora"))
@@ -102,7 +102,7 @@ def test_doras_changes_are_those_of_rows_of_the_whole_weight(
 ) -> None:
     of = loop(adapted(family, use_dora=True), [SpectraCollector()])
     found = of.look()["spectra"].scalars
-    for i, (module, matrices) in enumerate(zip(of.watched.modules, dense(of), strict=True)):
+    for i, (module, matrices) in enumerate(zip(of.context.modules, dense(of), strict=True)):
         before, after = matrices.base, matrices.base + matrices.change
         lengths = before.norm(dim=1)
         close(found["magnitude_change"][i], (module.magnitude.detach().double() - lengths).abs().mean())
@@ -139,8 +139,8 @@ def test_steps_of_several_updates_are_those_of_dense_matrices(
 def test_nan_in_one_module_stays_there(adapted: Callable[..., Any], loop: Any) -> None:
     model = adapted(use_dora=True)
     of = loop(model, [AdapterWeightsCollector(), SpectraCollector()])
-    of.watched.modules[2].b.data[0, 0] = torch.nan
-    of.watched.before = [group.weights() for group in of.watched.groups]
+    of.context.modules[2].b.data[0, 0] = torch.nan
+    of.context.before = [batch.copy_weights() for batch in of.context.batches]
     for captured in of.look().values():
         for measure, values in captured.scalars.items():
             broken = values.isnan().nonzero().flatten().tolist()

@@ -144,8 +144,8 @@ def test_an_optimizer_of_other_parameters_is_refused_and_of_some_is_told(
     other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(LensError, match="none of the adapter's 70 trained parameters"), lens.watch(model, other):
         raise AssertionError("the block must not be entered")
-    with lens.watch(model, torch.optim.AdamW([p for n, p in trainable(model) if "lora_B" in n])) as watched:
-        plain_loop(model, watched._capture.watched.optimizer, lens)
+    with lens.watch(model, torch.optim.AdamW([p for n, p in trainable(model) if "lora_B" in n])) as context:
+        plain_loop(model, context._capture.context.optimizer, lens)
     assert "35 of the adapter's 70 trained parameters are not in the AdamW" in caplog.text
     rms = LensStore(tmp_path / "lens")
     assert np.isnan(rms.series("optimizer_state", "update_rms_a").values).all()
@@ -194,9 +194,9 @@ def test_stacks_that_fail_end_the_capture_and_not_the_run(
     lens = Lens(tmp_path / "lens")
     with lens.watch(model, optimizer):
         plain_loop(model, optimizer, lens)
-        lens._capture.watched.modules[0].a.data = torch.zeros(2, 2)  # of another shape than its group has
-        lens.gradients(STEPS + 1)
-        lens.record(STEPS + 1, {"loss": 1.0})
+        lens._capture.context.modules[0].a.data = torch.zeros(2, 2)  # of another shape than its group has
+        lens.capture_gradients(STEPS + 1)
+        lens.record_step(STEPS + 1, {"loss": 1.0})
     assert caplog.text.count("the lens stops capturing") == 1
     assert LensStore(tmp_path / "lens").series("loss", "loss").steps.tolist() == [1, 2, 3, 4]
 

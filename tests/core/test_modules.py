@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from training_lens.config.schema import PeftSection
-from training_lens.core.module_batches import Groups
-from training_lens.core.modules import adapter_modules, adds_nothing
+from training_lens.core.module_batches import ModuleBatches
+from training_lens.core.modules import adapter_modules, is_identity_adapter
 from training_lens.errors import LensError
 from training_lens.models.adapters import attach
 
@@ -47,7 +47,9 @@ def test_records_say_where_and_what_each_module_is() -> None:
 def test_variants_are_told_by_what_they_have(section: dict[str, Any], variant: str, parts: int) -> None:
     modules = adapter_modules(attach(llama(), PeftSection.model_validate({"r": 4, "lora_alpha": 8.0, **section})))
     assert {m.record.variant for m in modules} == {variant} and {m.record.rank for m in modules} == {4}
-    assert {len(m.parameters) for m in modules} == {parts} and all(p.requires_grad for p in modules[0].parameters)
+    assert {len(m.trained_parameters) for m in modules} == {parts} and all(
+        p.requires_grad for p in modules[0].trained_parameters
+    )
     assert modules[0].record.scaling == (4.0 if section.get("variant") == "rslora" else 2.0)
 
 
@@ -142,14 +144,14 @@ def test_nothing_to_watch_is_an_error_that_says_why() -> None:
 def test_stacks_join_in_the_models_order() -> None:
     model = attach(llama(), PeftSection(r=3, rank_pattern={"k_proj": 2}, use_dora=True))
     modules = adapter_modules(model)
-    groups = Groups(modules)
+    groups = ModuleBatches(modules)
     assert sorted(i for group in groups for i in group.positions) == list(range(14))
     assert len(list(groups)) == 5  # q and o, k, v, gate and up, down
-    norms = groups.joined([group.weights().a.norm(dim=(1, 2)) for group in groups])
+    norms = groups.restore_order([group.copy_weights().a.norm(dim=(1, 2)) for group in groups])
     torch.testing.assert_close(norms, torch.stack([m.a.detach().norm() for m in modules]))
-    parts = [{"rank": torch.full((len(group.modules),), float(group.weights().a.shape[1]))} for group in groups]
+    parts = [{"rank": torch.full((len(group.modules),), float(group.copy_weights().a.shape[1]))} for group in groups]
     parts[0]["more"] = torch.ones(len(next(iter(groups)).modules))
-    joined = groups.joined_all(parts)
+    joined = groups.restore_order_all(parts)
     assert joined["rank"].tolist() == [float(m.record.rank) for m in modules]
     has = [i for i, known in enumerate(joined["more"].isfinite().tolist()) if known]
     assert has == list(next(iter(groups)).positions)
@@ -158,8 +160,8 @@ def test_stacks_join_in_the_models_order() -> None:
 def test_stacks_are_copies_in_float32_with_zero_for_no_gradient() -> None:
     model = attach(llama(), PeftSection(r=3, target_modules=["q_proj"], use_dora=True)).to(torch.bfloat16)
     modules = adapter_modules(model)
-    (group,) = Groups(modules)
-    weights = group.weights()
+    (group,) = ModuleBatches(modules)
+    weights = group.copy_weights()
     modules[0].a.data.zero_()
     modules[1].b.grad = torch.ones_like(modules[1].b)
     gradients = group.gradients(lambda p: p.grad)
@@ -169,8 +171,8 @@ def test_stacks_are_copies_in_float32_with_zero_for_no_gradient() -> None:
 
 def test_whole_stacks_have_pissas_frozen_halves() -> None:
     modules = adapter_modules(attach(llama(), PeftSection(r=3, init="pissa", target_modules=["q_proj"])))
-    (group,) = Groups(modules)
-    whole = group.whole(group.weights())
+    (group,) = ModuleBatches(modules)
+    whole = group.full_factors(group.copy_weights())
     for i, module in enumerate(modules):
         a, b = module.factors()
         assert torch.equal(whole.a[i], a) and torch.equal(whole.b[i], b)
@@ -199,15 +201,15 @@ def test_what_wraps_a_model_is_no_part_of_the_names() -> None:
 )
 def test_a_fresh_adapter_adds_nothing_until_one_number_of_it_moves(section: dict[str, Any], nothing: bool) -> None:
     model = attach(llama(), PeftSection.model_validate({"r": 3, **section}))
-    assert adds_nothing(model) is nothing
+    assert is_identity_adapter(model) is nothing
     module = adapter_modules(model)[-1]
     module.a.data[0, 0] = module.b.data[0, 0] = 1e-30
-    assert not adds_nothing(model)
+    assert not is_identity_adapter(model)
 
 
 @pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}], ids=str)
 def test_of_what_is_no_lora_it_is_not_told_that_it_adds_nothing(more: dict[str, Any]) -> None:
     from peft import LoraConfig, get_peft_model
 
-    assert not adds_nothing(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], **more)))
-    assert adds_nothing(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])))
+    assert not is_identity_adapter(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], **more)))
+    assert is_identity_adapter(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])))

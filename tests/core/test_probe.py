@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training_lens.data.example_types import TokenizedExample
 
-from training_lens.core.probe import Probe, as_judged
-from training_lens.data.examples import TokenizedExample
+from training_lens.core.probe import Probe, evaluation_mode
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import LensError
 
@@ -20,16 +20,16 @@ def test_padding_goes_to_the_right_whichever_side_it_was() -> None:
         "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]),
         "labels": torch.tensor([[-100, -100, -100, 6], [-100, 8, 9, -100]]),
     }
-    probe = Probe.of_batch(batch)
+    probe = Probe.from_batch(batch)
     assert probe.input_ids.tolist() == [[5, 6, 0], [7, 8, 9]]
     assert probe.loss_mask.tolist() == [[False, True, False], [False, True, True]]
-    assert probe.real.tolist() == [[True, True, False], [True, True, True]]
-    assert probe.sizes() == {"examples": 2, "tokens": 5, "supervised_tokens": 3}
+    assert probe.attention_mask.tolist() == [[True, True, False], [True, True, True]]
+    assert probe.token_counts() == {"examples": 2, "tokens": 5, "supervised_tokens": 3}
 
 
 def test_rows_without_labels_are_supervised_whole() -> None:
-    probe = Probe.of_batch([{"input_ids": [3, 4]}, {"input_ids": [5, 6, 7]}])
-    assert torch.equal(probe.loss_mask, probe.real) and probe.lengths.tolist() == [2, 3]
+    probe = Probe.from_batch([{"input_ids": [3, 4]}, {"input_ids": [5, 6, 7]}])
+    assert torch.equal(probe.loss_mask, probe.attention_mask) and probe.lengths.tolist() == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_rows_without_labels_are_supervised_whole() -> None:
 )
 def test_a_batch_that_is_none_is_said(batch: Any, said: str) -> None:
     with pytest.raises(LensError, match=said):
-        Probe.of_batch(batch)
+        Probe.from_batch(batch)
 
 
 def dataset(*lengths: int) -> TokenDataset:
@@ -57,23 +57,23 @@ def dataset(*lengths: int) -> TokenDataset:
 
 @pytest.mark.parametrize(("tokens", "wanted"), [(10, [4, 5]), (9, [4, 5]), (8, [4]), (3, [3]), (100, [4, 5, 9])])
 def test_the_first_examples_that_fit_are_taken_and_one_always(tokens: int, wanted: list[int]) -> None:
-    probe = Probe.of_dataset(dataset(4, 5, 9), tokens, fill_id=0)
+    probe = Probe.from_dataset(dataset(4, 5, 9), tokens, fill_id=0)
     assert probe is not None and probe.lengths.tolist() == wanted
     assert probe.input_ids.shape == probe.loss_mask.shape == (len(wanted), max(wanted))
-    assert probe.sizes()["supervised_tokens"] == sum(wanted) - len(wanted)
+    assert probe.token_counts()["supervised_tokens"] == sum(wanted) - len(wanted)
     assert probe.input_ids[0].tolist()[: wanted[0]] == list(range(1, wanted[0] + 1))
 
 
 def test_no_tokens_are_no_probe() -> None:
-    assert Probe.of_dataset(dataset(4), 0, fill_id=0) is None
+    assert Probe.from_dataset(dataset(4), 0, fill_id=0) is None
 
 
 def test_a_judged_model_is_as_it_was() -> None:
     model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
     model[2].eval()
-    with as_judged(model):
+    with evaluation_mode(model):
         assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
     assert [m.training for m in model] == [True, True, False] and model.training and torch.is_grad_enabled()
-    with pytest.raises(RuntimeError), as_judged(model):
+    with pytest.raises(RuntimeError), evaluation_mode(model):
         raise RuntimeError
     assert model[0].training and not model[2].training

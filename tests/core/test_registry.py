@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from training_lens.core.analyzer import DataAnalyzer
-from training_lens.core.collector import DataCollector, Watched
+from training_lens.core.collector import CaptureContext, DataCollector
 from training_lens.core.recording import Recording
 from training_lens.core.registry import AnalyzerRegistry, CollectorRegistry
 from training_lens.core.types import Captured, DataType
@@ -50,7 +50,7 @@ def test_a_decorated_class_is_known_by_its_name() -> None:
     class Own(DataCollector):
         name, data_type = "own", DataType.LOSS
 
-        def collect(self, watched: Watched, step: int) -> Captured:
+        def collect(self, context: CaptureContext, step: int) -> Captured:
             return Captured()
 
     @AnalyzerRegistry.register
@@ -69,7 +69,7 @@ def test_two_classes_of_one_name_are_refused() -> None:
     class Other(DataCollector):
         name, data_type = "adapter_weights", DataType.LOSS
 
-        def collect(self, watched: Watched, step: int) -> Captured:
+        def collect(self, context: CaptureContext, step: int) -> Captured:
             return Captured()
 
     with pytest.raises(ConfigurationError, match=r"'adapter_weights' is .*AdapterWeightsCollector already"):

@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from training_lens.config.lens_section import LensSection
-from training_lens.core.arrow import arrow_table, series_of, vectors_of
+from training_lens.core.arrow import arrow_table, extract_series, extract_vectors
 from training_lens.core.lens_store import LensStore
 from training_lens.core.lens_writer import LensWriter
-from training_lens.core.segments import MANY, Segment, SegmentedTable, segments_in
+from training_lens.core.segments import MAX_SEGMENTS, SegmentedTable, TableSegment, list_segments
 from training_lens.core.types import Captured, DataType, LensManifest, ModuleRecord
 from training_lens.errors import ConfigurationError, LensError
 from training_lens.utils.integrity import read_sealed, write_sealed
@@ -138,7 +138,9 @@ def test_a_table_in_memory_reads_as_one_from_disk(folder: Path) -> None:
     captured_run(folder, range(1, 8))
     table = arrow_table([(step, norms(step)) for step in range(1, 8)])
     assert table.to_pylist() == LensStore(folder).table("weights").to_pylist()
-    np.testing.assert_array_equal(series_of(table, "norm").values, LensStore(folder).series("weights", "norm").values)
+    np.testing.assert_array_equal(
+        extract_series(table, "norm").values, LensStore(folder).series("weights", "norm").values
+    )
 
 
 def test_what_was_flushed_is_readable_while_training_goes_on(folder: Path) -> None:
@@ -254,7 +256,7 @@ def test_a_killed_process_loses_at_most_what_was_not_flushed(folder: Path) -> No
     process = subprocess.Popen([sys.executable, "-c", WRITES_UNTIL_KILLED, str(folder)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     flushed = 0
-    while flushed < 5 * MANY + 50:  # merges were among them
+    while flushed < 5 * MAX_SEGMENTS + 50:  # merges were among them
         flushed = int(process.stdout.readline())
     process.send_signal(signal.SIGKILL)
     flushed = max([flushed, *map(int, process.stdout.read().split())])
@@ -361,11 +363,11 @@ def test_what_is_missing_stays_known_after_a_resume(folder: Path, after_step: in
 
 def test_what_was_merged_thinned_or_dropped_is_not_missed(folder: Path) -> None:
     many = writer(folder)
-    for step in range(1, 2 * MANY):
+    for step in range(1, 2 * MAX_SEGMENTS):
         many.add("weights", step, norms(step))
         many.flush()
     listed = {path.name for path in (folder / "weights").glob("*.parquet")}
-    assert len(listed) <= MANY and not LensStore(folder).damaged
+    assert len(listed) <= MAX_SEGMENTS and not LensStore(folder).damaged
     small = writer(folder, scalars_megabytes=1, snapshots_megabytes=1)
     for step in range(1, 60):
         small.add("weights", step, Captured(tensors={"a": torch.rand(30_000)}))
@@ -454,7 +456,7 @@ def test_thinning_keeps_within_the_limit_and_what_is_left_is_exact(folder: Path)
     old = np.array(steps[1 : len(steps) // 2])
     assert (np.diff(old) == np.diff(old)[0]).all() and np.diff(old)[0] in (4, 8, 16)
     assert store.series("loss", "loss").steps.tolist() == list(range(1, 1201))
-    assert len(segment_files(folder / "weights")) <= MANY
+    assert len(segment_files(folder / "weights")) <= MAX_SEGMENTS
 
 
 def test_one_flush_over_the_limit_is_thinned_too(folder: Path) -> None:
@@ -483,18 +485,18 @@ def test_thinning_goes_on_after_a_resume(folder: Path) -> None:
 
 
 def test_many_small_segments_are_merged_and_lose_nothing(folder: Path) -> None:
-    captured_run(folder, range(1, 3 * MANY), every=1)
+    captured_run(folder, range(1, 3 * MAX_SEGMENTS), every=1)
     for table in ("weights", "loss"):
-        assert len(segment_files(folder / table)) <= MANY + 1
-    assert_exact(folder, list(range(1, 3 * MANY)))
-    assert LensStore(folder).series("loss", "loss").steps.tolist() == list(range(1, 3 * MANY))
+        assert len(segment_files(folder / table)) <= MAX_SEGMENTS + 1
+    assert_exact(folder, list(range(1, 3 * MAX_SEGMENTS)))
+    assert LensStore(folder).series("loss", "loss").steps.tolist() == list(range(1, 3 * MAX_SEGMENTS))
 
 
 def test_a_kill_between_merging_and_deleting_duplicates_nothing(folder: Path, tmp_path: Path) -> None:
     captured_run(folder, range(1, 31))
     before = tmp_path / "before"
     shutil.copytree(folder / "weights", before)
-    SegmentedTable(folder / "weights", 30).compact(stride=1, target_bytes=1e6, spare=1)
+    SegmentedTable(folder / "weights", 30).compact_segments(stride=1, target_bytes=1e6, spare=1)
     assert segment_files(folder / "weights") == ["00000001-00000025.parquet", "00000026-00000030.parquet"]
     shutil.copytree(before, folder / "weights", dirs_exist_ok=True)
     assert len(segment_files(folder / "weights")) == 7
@@ -512,7 +514,7 @@ def test_a_merge_goes_around_a_damaged_segment(folder: Path, logged: pytest.LogC
     (folder / "weights/00000011-00000015.parquet").write_bytes(content)
     table = SegmentedTable(folder / "weights", 30)
     for _ in range(2):
-        table.compact(stride=1, target_bytes=1e6, spare=0)
+        table.compact_segments(stride=1, target_bytes=1e6, spare=0)
     assert segment_files(folder / "weights") == [
         *("00000001-00000010.parquet", "00000011-00000015.parquet", "00000016-00000030.parquet")
     ]
@@ -525,10 +527,10 @@ def test_a_reader_sees_all_steps_while_segments_are_merged(folder: Path, monkeyp
     captured_run(folder, range(1, 31))
     listed = []
 
-    def listed_before_the_merge(table: Path) -> list[Segment]:
-        listed.append(segments_in(table))
+    def listed_before_the_merge(table: Path) -> list[TableSegment]:
+        listed.append(list_segments(table))
         if len(listed) == 3:  # two are to know the tables
-            SegmentedTable(table, 30).compact(stride=1, target_bytes=1e6, spare=0)
+            SegmentedTable(table, 30).compact_segments(stride=1, target_bytes=1e6, spare=0)
         return listed[-1]
 
     monkeypatch.setattr("training_lens.core.lens_store.segments_in", listed_before_the_merge)
@@ -607,7 +609,7 @@ def test_unknown_names_bring_the_nearest(folder: Path) -> None:
     with pytest.raises(LensError, match="read it with series"):
         store.vectors("weights", "norm")
     with pytest.raises(LensError, match="read it with vectors"):
-        series_of(arrow_table([(1, Captured(vectors={"s": [torch.ones(1)]}))]), "s")
+        extract_series(arrow_table([(1, Captured(vectors={"s": [torch.ones(1)]}))]), "s")
 
 
 def test_numbers_and_vectors_of_one_name_are_told(folder: Path) -> None:
@@ -660,9 +662,9 @@ def test_a_long_series_is_read_in_well_under_a_second(folder: Path) -> None:
     values = torch.rand(len(rows))
     table = arrow_table([(step, Captured({"norm": values}, rows=rows)) for step in range(steps)])
     started = time.process_time()
-    series = series_of(table, "norm")
+    series = extract_series(table, "norm")
     assert time.process_time() - started < 0.8
     assert series.values.shape == (steps, 224) and pc.sum(table.column("norm")).as_py() == pytest.approx(
         float(series.values.sum()), rel=1e-4
     )
-    assert vectors_of(arrow_table([(1, Captured(vectors={"s": [torch.ones(2)]}))]), "s")[0].tolist() == [1]
+    assert extract_vectors(arrow_table([(1, Captured(vectors={"s": [torch.ones(2)]}))]), "s")[0].tolist() == [1]

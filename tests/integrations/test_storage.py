@@ -154,10 +154,10 @@ def test_tensors_by_step_come_back(storage: StorageBackend) -> None:
 
 
 def test_a_runs_snapshots_are_read_where_they_are(finished_run: RunFolder) -> None:
-    from training_lens.core.snapshots import read_snapshot, snapshots_in
+    from training_lens.core.snapshots import list_snapshots, read_snapshot
 
     stored = ActivationStorage(open_storage(finished_run.lens), "adapters")
-    here: dict[int, Any] = snapshots_in(finished_run.lens / "adapters")
+    here: dict[int, Any] = list_snapshots(finished_run.lens / "adapters")
     assert stored.steps() == tuple(here) != ()
     step, path = here.popitem()
     assert all(torch.equal(stored.load(step)[name], tensor) for name, tensor in read_snapshot(path).items())

@@ -16,6 +16,8 @@ from training_lens.analyzers.module_groups import number, numbers
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.core.types import ModuleRecord
 from training_lens.measures import singular_values as spectra
+from training_lens.measures.adapter_measures import adapter_norms, update_spectrum
+from training_lens.measures.factors import Factors
 from training_lens.utils.names import expand_home
 
 
@@ -31,19 +33,11 @@ class AdaptedWeight:
 
     def describe_factors(self) -> dict[str, Any]:
         """What A and B say by themselves; `singular_values` are those of dW, falling."""
-        scaling = self.record.scaling
-        singular = spectra.singular_values(self.a, self.b, scaling)
-        return {
-            "singular_values": numbers(singular),
-            "norm_a": number(matrix_norm(self.a)),
-            "norm_b": number(matrix_norm(self.b)),
-            "norm_update": number(spectra.update_norm(self.a, self.b, scaling)),
-            "effective_rank": number(spectra.effective_rank(singular)),
-            "stable_rank": number(spectra.stable_rank(singular)),
-            "energy_rank": number(spectra.energy_rank(singular)),
-            "balance": number(spectra.balance(self.a, self.b)),
-            "top_ratio": number(spectra.top_ratio(self.a, self.b)),
-        }
+        factors, scaling = Factors(self.a, self.b), self.record.scaling
+        spectrum = update_spectrum(factors, factors, scaling)
+        singular = numbers(spectrum.pop("singular_values"))
+        measured = adapter_norms(factors, scaling, full=factors) | spectrum
+        return {"singular_values": singular} | {name: number(value) for name, value in measured.items()}
 
     def compare_with_base(self, *, intruders: bool) -> dict[str, Any]:
         """What the change is to W; nothing where W is unknown. Of DoRA, all but the last two: its low-rank part."""

@@ -16,11 +16,11 @@ from training_lens.analyzers.saved_factors import snapshot_factors
 from training_lens.analyzers.similarity_analyzer import Likeness, SimilarityAnalyzer, directions, likenesses
 from training_lens.core import table_names as tables
 from training_lens.core.analyzer import DataAnalyzer
-from training_lens.core.module_batches import Factors
 from training_lens.core.recording import Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import Series
 from training_lens.errors import LensError
+from training_lens.measures.factors import Factors
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 

@@ -15,11 +15,12 @@ from torch.linalg import matrix_norm
 from training_lens.analysis.saved_adapters import BaseWeights, SavedAdapter, require_alike
 from training_lens.analyzers.saved_factors import Stack, stacks
 from training_lens.core import table_names as tables
-from training_lens.core.arrow import MODULE, STEP, arrow_table, require_measure, series_of, vectors_of
-from training_lens.core.module_batches import Factors
+from training_lens.core.arrow import MODULE, STEP, arrow_table, extract_series, extract_vectors, require_measure
 from training_lens.core.types import Captured, ModuleRecord, Series
 from training_lens.errors import LensError
 from training_lens.measures import singular_values as spectra
+from training_lens.measures.adapter_measures import adapter_norms, norm_of_step, update_spectrum
+from training_lens.measures.factors import Factors
 from training_lens.merging.weight_update import LowRank
 from training_lens.utils.formatting import nearest_name
 
@@ -75,12 +76,12 @@ class CheckpointCaptures:
         return tuple(column for column in self._read_table(name).column_names if column not in (STEP, MODULE))
 
     def series(self, table: str, measure: str) -> Series:
-        """A scalar measure over time (see `core.arrow.series_of`); raises as `table` does, and for other measures."""
-        return series_of(self.table(table), measure)
+        """A scalar measure over time (see `core.arrow.extract_series`); raises as `table` does."""
+        return extract_series(self.table(table), measure)
 
     def vectors(self, table: str, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A measure of vectors over time (see `core.arrow.vectors_of`); raises as `series` does."""
-        return vectors_of(self.table(table), measure)
+        """A measure of vectors over time (see `core.arrow.extract_vectors`); raises as `series` does."""
+        return extract_vectors(self.table(table), measure)
 
     def snapshot_steps(self, table: str) -> list[int]:
         """The steps of the checkpoints; none of another table than `adapters`."""
@@ -190,22 +191,11 @@ def _pair_with_previous(now: Sequence[Stack], before: Sequence[Stack]) -> list[t
 
 
 def _measure_weights(now: Stack, before: Stack | None) -> dict[str, Tensor]:
-    unknown = torch.full((len(now.names),), torch.nan)
-    return {
-        "norm_a": matrix_norm(now.a),
-        "norm_b": matrix_norm(now.b),
-        "norm_update": spectra.update_norm(now.a, now.b, now.scaling),
-        "norm_step": spectra.step_norm(before.a, before.b, now.a, now.b, now.scaling) if before else unknown,
-        "balance": spectra.balance(now.a, now.b),
-    }
+    factors = Factors(now.a, now.b)
+    norms = adapter_norms(factors, now.scaling, full=factors)  # PiSSA's halves, which cancel, are saved as one
+    return norms | {"norm_step": norm_of_step(Factors(before.a, before.b) if before else None, factors, now.scaling)}
 
 
 def _measure_spectra(stack: Stack) -> dict[str, Tensor]:
-    singular = spectra.singular_values(stack.a, stack.b, stack.scaling)  # (modules, k)
-    return {
-        "singular_values": singular,
-        "effective_rank": spectra.effective_rank(singular),
-        "stable_rank": spectra.stable_rank(singular),
-        "energy_rank": spectra.energy_rank(singular),
-        "top_ratio": spectra.top_ratio(stack.a, stack.b),
-    }
+    factors = Factors(stack.a, stack.b)
+    return update_spectrum(factors, factors, stack.scaling)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-from training_lens.core.arrow import MODULE, STEP, series_of, vectors_of
+from training_lens.core.arrow import MODULE, STEP, extract_series, extract_vectors
 from training_lens.core.recording import Recording
 from training_lens.core.types import DataType
 from training_lens.errors import LensError, OutputError
@@ -88,13 +88,13 @@ def _write_npz(table: pa.Table, path: Path) -> None:
 def _fill_grid(table: pa.Table, field: pa.Field, steps: np.ndarray, modules: list[str]) -> np.ndarray:
     """(steps, modules), of vectors (steps, modules, longest), as float32, which is how it was captured."""
     if pa.types.is_list(field.type):
-        taken, vectors = vectors_of(table, field.name)
+        taken, vectors = extract_vectors(table, field.name)
         longest = max((values.shape[1] for values in vectors.values()), default=0)
         grid = np.full((len(steps), len(modules), longest), np.nan, np.float32)
         for name, values in vectors.items():
             grid[np.searchsorted(steps, taken), modules.index(name), : values.shape[1]] = values
         return grid
-    series = series_of(table, field.name)
+    series = extract_series(table, field.name)
     grid = np.full((len(steps), len(modules)), np.nan, np.float32)
     columns = np.array([modules.index(name) for name in series.names], np.int64)
     grid[np.ix_(np.searchsorted(steps, series.steps), columns)] = series.values

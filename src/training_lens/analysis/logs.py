@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from training_lens.core import table_names as tables
-from training_lens.core.arrow import arrow_table, series_of
+from training_lens.core.arrow import arrow_table, extract_series
 from training_lens.core.types import Captured, Series
 from training_lens.errors import LensError
 from training_lens.runs.metrics_log import read_metrics
@@ -36,7 +36,7 @@ class Log:
     def series(self, table: str, measure: str) -> Series:
         """One measure over time; without steps where the log has nothing of it."""
         found = self.tables.get(table)
-        return Series.empty() if found is None or measure not in found.column_names else series_of(found, measure)
+        return Series.empty() if found is None or measure not in found.column_names else extract_series(found, measure)
 
 
 def read_our_log(metrics: Path, settings: Mapping[str, Any] | None = None) -> Log:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from training_lens.core import table_names as tables
-from training_lens.core.module_batches import Factors
 from training_lens.core.recording import Recording
 from training_lens.core.types import ModuleRecord
 from training_lens.errors import LensError
+from training_lens.measures.factors import Factors
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from training_lens.analyzers.module_groups import number, numbers
 from training_lens.analyzers.saved_factors import Stack, snapshot_factors, stacks
 from training_lens.core import table_names as tables
 from training_lens.core.analyzer import DataAnalyzer
-from training_lens.core.module_batches import Factors
 from training_lens.core.recording import Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import DataType, ModuleRecord
 from training_lens.errors import LensError
+from training_lens.measures.factors import Factors
 from training_lens.measures.singular_values import energy_rank, singular_vectors
 from training_lens.measures.subspaces import principal_angles, update_cosine
 

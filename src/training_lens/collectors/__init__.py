@@ -1,6 +1,6 @@
-"""What is captured while training runs, one class for each table of `core.tables`.
+"""The built-in collectors, one class for each table of `core.table_names`.
 
-Importing this package makes the built-in collectors known to `CollectorRegistry`.
+Importing this package registers them with `CollectorRegistry`.
 """
 
 from __future__ import annotations

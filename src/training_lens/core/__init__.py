@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.config.lens_section": ("LensSection",),
         "training_lens.core.analyzer": ("DataAnalyzer",),
         "training_lens.core.capture": ("RunFacts",),
-        "training_lens.core.collector": ("DataCollector", "Watched"),
+        "training_lens.core.collector": ("DataCollector", "CaptureContext"),
         "training_lens.core.framework": ("TrainingLensFramework",),
         "training_lens.integrations.delivery": ("Cursor", "Integration", "IntegrationManager", "IntegrationState"),
         "training_lens.core.probe": ("Probe",),

@@ -21,7 +21,7 @@ EMPTY = pa.table({STEP: pa.array([], pa.int32()), MODULE: pa.array([], pa.dictio
 
 
 @dataclass(frozen=True)
-class Packed:
+class CaptureBuffer:
     """The scalars and vectors of one step in tensors of their own: nothing of the model stays alive through them."""
 
     step: int
@@ -36,7 +36,7 @@ class Packed:
         return self.scalars.nbytes + sum(values.nbytes for values, _ in self.vectors.values())
 
 
-def pack(step: int, captured: Captured) -> Packed:
+def buffer_capture(step: int, captured: Captured) -> CaptureBuffer:
     """Copy the scalars and vectors of one step as float32, on their device and without waiting for it.
 
     Raises:
@@ -51,11 +51,15 @@ def pack(step: int, captured: Captured) -> Packed:
             )
     with torch.no_grad():
         scalars = torch.stack(list(captured.scalars.values())) if captured.scalars else torch.empty(0, len(rows))
-        vectors = {m: _in_a_line(m, step, values, len(rows)) for m, values in captured.vectors.items() if rows}
-    return Packed(step, rows, tuple(captured.scalars), scalars.to(torch.float32), vectors)
+        vectors = {
+            m: _concatenate_vectors(m, step, values, len(rows)) for m, values in captured.vectors.items() if rows
+        }
+    return CaptureBuffer(step, rows, tuple(captured.scalars), scalars.to(torch.float32), vectors)
 
 
-def _in_a_line(measure: str, step: int, values: Sequence[Tensor], rows: int) -> tuple[Tensor, tuple[int, ...]]:
+def _concatenate_vectors(
+    measure: str, step: int, values: Sequence[Tensor], rows: int
+) -> tuple[Tensor, tuple[int, ...]]:
     if len(values) != rows:
         raise LensError(
             f"{measure} at step {step} has {len(values)} vectors, and there are {rows} rows: "
@@ -75,19 +79,19 @@ def arrow_table(rows_by_step: Sequence[tuple[int, Captured]]) -> pa.Table:
     Raises:
         LensError: values that do not fit their rows, or a measure of a name that is taken.
     """
-    return table_of([pack(step, captured) for step, captured in rows_by_step])
+    return build_table([buffer_capture(step, captured) for step, captured in rows_by_step])
 
 
-def table_of(packed: Sequence[Packed]) -> pa.Table:
+def build_table(packed: Sequence[CaptureBuffer]) -> pa.Table:
     """Packed steps as one table; waits for the device, once for each set of measures and rows."""
-    shapes: dict[tuple[tuple[str, ...], ...], list[Packed]] = {}
+    shapes: dict[tuple[tuple[str, ...], ...], list[CaptureBuffer]] = {}
     for step in packed:
         if step.rows and (step.measures or step.vectors):
             shapes.setdefault((step.rows, step.measures, tuple(step.vectors)), []).append(step)
-    return joined([_of_one_shape(steps) for steps in shapes.values()])
+    return concat_tables([_build_uniform_table(steps) for steps in shapes.values()])
 
 
-def _of_one_shape(packed: Sequence[Packed]) -> pa.Table:
+def _build_uniform_table(packed: Sequence[CaptureBuffer]) -> pa.Table:
     rows, measures = packed[0].rows, packed[0].measures
     _require_distinct((STEP, MODULE, *measures, *packed[0].vectors), "columns")
     _require_distinct(rows, "rows")
@@ -98,7 +102,7 @@ def _of_one_shape(packed: Sequence[Packed]) -> pa.Table:
         STEP: pa.array(np.repeat(steps, len(rows))),
         MODULE: pa.DictionaryArray.from_arrays(pa.array(modules), pa.array(rows, pa.string())),
         **{measure: pa.array(scalars[:, i].ravel()) for i, measure in enumerate(measures)},
-        **{measure: _lists([step.vectors[measure] for step in packed]) for measure in packed[0].vectors},
+        **{measure: _build_list_array([step.vectors[measure] for step in packed]) for measure in packed[0].vectors},
     }
     return pa.table(columns)
 
@@ -112,14 +116,14 @@ def _require_distinct(names: Sequence[str], what: str) -> None:
         )
 
 
-def _lists(vectors: Sequence[tuple[Tensor, tuple[int, ...]]]) -> pa.ListArray:
+def _build_list_array(vectors: Sequence[tuple[Tensor, tuple[int, ...]]]) -> pa.ListArray:
     lengths = np.concatenate([np.array(lengths, np.int32) for _, lengths in vectors])
     values = torch.cat([flat for flat, _ in vectors]).cpu().numpy()
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
 
-def joined(tables: Sequence[pa.Table]) -> pa.Table:
+def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
     """Tables below one another, ascending by step; a column that one of them lacks is null there.
 
     Raises:
@@ -136,7 +140,7 @@ def joined(tables: Sequence[pa.Table]) -> pa.Table:
     return table if (np.diff(steps) >= 0).all() else table.take(np.argsort(steps, kind="stable"))
 
 
-def series_of(table: pa.Table, measure: str) -> Series:
+def extract_series(table: pa.Table, measure: str) -> Series:
     """A scalar measure over time: the steps and modules at which it was taken, in the table's order.
 
     Args:
@@ -146,13 +150,13 @@ def series_of(table: pa.Table, measure: str) -> Series:
         LensError: the table has no such measure, or it is one of vectors.
     """
     _require_kind(table, measure, vectors=False)
-    taken, steps, names, rows, columns = _places(table, measure)
+    taken, steps, names, rows, columns = _locate_values(table, measure)
     values = np.full((len(steps), len(names)), np.nan)
     values[rows, columns] = taken.column(measure).to_numpy()
     return Series(steps, names, values)
 
 
-def vectors_of(table: pa.Table, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def extract_vectors(table: pa.Table, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """A measure of vectors over time, for one its spectra.
 
     Returns:
@@ -162,22 +166,28 @@ def vectors_of(table: pa.Table, measure: str) -> tuple[np.ndarray, dict[str, np.
         LensError: the table has no such measure, or it is one of scalars.
     """
     _require_kind(table, measure, vectors=True)
-    taken, steps, names, rows, columns = _places(table, measure)
+    taken, steps, names, rows, columns = _locate_values(table, measure)
     column = taken.column(measure)
     lengths = pc.list_value_length(column).to_numpy()
     filled = np.arange(lengths.max(initial=0)) < lengths[:, None]  # (table rows, longest)
     padded = np.full(filled.shape, np.nan)
     padded[filled] = pc.list_flatten(column).to_numpy()
-    return steps, {name: _of_module(padded, lengths, rows, columns == i, len(steps)) for i, name in enumerate(names)}
+    return steps, {
+        name: _fill_module_vectors(padded, lengths, rows, columns == i, len(steps)) for i, name in enumerate(names)
+    }
 
 
-def _of_module(padded: np.ndarray, lengths: np.ndarray, rows: np.ndarray, own: np.ndarray, steps: int) -> np.ndarray:
+def _fill_module_vectors(
+    padded: np.ndarray, lengths: np.ndarray, rows: np.ndarray, own: np.ndarray, steps: int
+) -> np.ndarray:
     values = np.full((steps, lengths[own].max(initial=0)), np.nan)
     values[rows[own]] = padded[own, : values.shape[1]]
     return values
 
 
-def _places(table: pa.Table, measure: str) -> tuple[pa.Table, np.ndarray, tuple[str, ...], np.ndarray, np.ndarray]:
+def _locate_values(
+    table: pa.Table, measure: str
+) -> tuple[pa.Table, np.ndarray, tuple[str, ...], np.ndarray, np.ndarray]:
     """The rows that have the measure; their steps and modules; and for each row its place among both."""
     table = table.select([STEP, MODULE, measure])
     if table.column(measure).null_count:
@@ -200,7 +210,7 @@ def require_measure(table: pa.Table, measure: str) -> None:
     """
     measures = [name for name in table.column_names if name not in (STEP, MODULE)]
     if measure not in measures:
-        raise LensError(f"no measure is called '{measure}'{meant(measure, measures)}")
+        raise LensError(f"no measure is called '{measure}'{suggest_name(measure, measures)}")
 
 
 def _require_kind(table: pa.Table, measure: str, *, vectors: bool) -> None:
@@ -227,7 +237,7 @@ def polars_frame(table: pa.Table) -> Any:
     return polars.from_arrow(table)
 
 
-def meant(name: str, known: Sequence[str]) -> str:
+def suggest_name(name: str, known: Sequence[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all of them."""
     close = nearest_name(name, known)
     return f"; did you mean '{close}'?" if close else f"; there are: {', '.join(sorted(known)) or 'none'}."

@@ -1,4 +1,4 @@
-"""The lens around a model: any loop drives it, by callbacks, by a context manager, or by hand."""
+"""The lens around a model. A loop drives it by callbacks, by a context manager, or by direct calls."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from training_lens.config.lens_section import LensSection
-from training_lens.core.capture import Capture, Gradient, RunFacts
-from training_lens.core.collector import DataCollector, Watched
-from training_lens.core.gradient_hooks import GradientTap
-from training_lens.core.module_batches import Groups
+from training_lens.core.capture import Capture, RunFacts
+from training_lens.core.collector import CaptureContext, DataCollector
+from training_lens.core.gradient_hooks import GradientHooks
+from training_lens.core.module_batches import GradientGetter, ModuleBatches
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.core.probe import Probe
 from training_lens.core.registry import CollectorRegistry
+from training_lens.core.trainer_callback import build_trainer_callback
 from training_lens.errors import LensError
 from training_lens.models.quantization import keep_trainable
 from training_lens.utils.logging import get_logger
@@ -29,16 +30,16 @@ logger = get_logger(__name__)
 class TrainingLensFramework:
     """Captures what an adapter does while it trains, in any loop around a PEFT model.
 
-    Ways to join it: `TrainingWrapper` does so by itself; `trainer_callback()` for the HF Trainer and TRL's trainers;
-    `watch()` for a loop of your own; or `start`, `gradients`, `record` and `stop`, called by the loop.
+    Ways to use it: `TrainingWrapper` uses it by itself; `trainer_callback()` is for the HF Trainer and TRL's trainers;
+    `watch()` is for your own loop; or call `start`, `capture_gradients`, `record_step` and `stop` directly.
 
-    It changes nothing that training reads, so the adapter is the same bit for bit. A collector that fails is switched
-    off with a warning, and training goes on; nothing to capture at all is an error before the first step.
+    It changes nothing that training reads: the adapter is the same bit for bit. A collector that fails is switched off
+    with a warning, and training continues. A model with nothing to capture is an error before the first step.
 
     Args:
         folder: where the captures go; `CheckpointAnalyzer(folder)` and `training-lens report FOLDER` read it.
-        section: how often and how much; None: the defaults of the config's `lens` section.
-        collectors: instances or names; None: those of the section, or all that are known.
+        section: how often to capture, and how much to keep; None: the defaults of the config's `lens` section.
+        collectors: instances or names; None: those of the section, or all registered ones.
         probe: fixed examples for activations and the divergence from the base: a `Probe`, or a batch or rows with
             input_ids and labels; None: neither is captured.
 
@@ -66,108 +67,108 @@ class TrainingLensFramework:
         self.folder, self.section = Path(folder), section or LensSection()
         chosen = collectors or self.section.collectors or CollectorRegistry.names()
         self.collectors = tuple(CollectorRegistry.get(c)() if isinstance(c, str) else c for c in chosen)
-        self.probe = probe if isinstance(probe, Probe) or probe is None else Probe.of_batch(probe)
+        self.probe = probe if isinstance(probe, Probe) or probe is None else Probe.from_batch(probe)
         self._capture: Capture | None = None
-        self._handle: Any = None
-        self._opened = self._updated = self._recorded = 0  # the last step whose gradients, update, loss were seen
-        self._waiting: Mapping[str, Any] | None = None  # a loss that was given before its update
-        self._left_out = 0  # losses without an update
+        self._update_hook: Any = None
+        self._gradient_step = self._update_step = self._loss_step = 0  # the last step of which each was seen
+        self._pending_values: Mapping[str, Any] | None = None  # a loss that came before its update
+        self._dropped_losses = 0  # losses without an update
         self._scaler: Any = None
         self._scale = 0.0
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Time spent so far, by collector and by what serves them all.
+        """Time spent so far by name: collectors, and what serves them all.
 
-        On a GPU that of this thread: what it queues there runs beside the step.
+        On a GPU it is this thread's time; kernels that it queues run alongside the step.
         """
         return dict(self._capture.seconds) if self._capture else {}
 
     def start(self, model: Any, optimizer: torch.optim.Optimizer | None = None, facts: RunFacts | None = None) -> None:
-        """Before the first step. Each step of `optimizer` is then a moment of update.
+        """Call it before the first step. Every step of `optimizer` is then captured as an update.
 
         Raises:
-            LensError: no module to watch, or the folder cannot be written.
+            LensError: no module to capture, or the folder cannot be written.
         """
-        if self._handle:
-            self.stop(failed=True)  # a run that broke off without a word
+        if self._update_hook:
+            self.stop(failed=True)  # an earlier run ended without stop()
         facts, modules = facts or RunFacts(), adapter_modules(keep_trainable(model))
-        probe = self.probe.to(modules[0].a.device) if self.probe else None
-        watched = Watched(model, modules, Groups(modules), optimizer, probe, facts.total_steps)
-        self._capture = Capture(self.folder, self.section, self.collectors, watched, facts)
-        self._handle = optimizer.register_step_post_hook(self._after_update) if optimizer else None
-        self._opened = self._updated = self._recorded = facts.after_step
-        self._waiting, self._left_out = None, 0
+        probe = self.probe.move_to(modules[0].a.device) if self.probe else None
+        context = CaptureContext(model, modules, ModuleBatches(modules), optimizer, probe, facts.total_steps)
+        self._capture = Capture(self.folder, self.section, self.collectors, context, facts)
+        self._update_hook = optimizer.register_step_post_hook(self._capture_update) if optimizer else None
+        self._gradient_step = self._update_step = self._loss_step = facts.after_step
+        self._pending_values, self._dropped_losses = None, 0
 
-    def wants(self, step: int) -> bool:
-        """Whether gradients of this step are looked at."""
-        return self._capture is not None and self._capture.due(step)
+    def is_due(self, step: int) -> bool:
+        """Whether this step's gradients or update are captured."""
+        return self._capture is not None and self._capture.is_due(step)
 
-    def gradients(self, step: int, of: Gradient = lambda parameter: parameter.grad) -> None:
-        """The gradients of a whole step are there: accumulated, unscaled, before clipping.
+    def capture_gradients(self, step: int, gradient_of: GradientGetter = lambda parameter: parameter.grad) -> None:
+        """Call it when the whole step's gradients are there: accumulated, unscaled, before clipping.
 
         Args:
             step: counted from 1.
-            of: gives a parameter's gradient.
+            gradient_of: gives a parameter's gradient.
         """
-        self._opened = step
+        self._gradient_step = step
         if self._capture:
-            self._capture.gradients(step, of)
+            self._capture.capture_gradients(step, gradient_of)
 
-    def break_off(self) -> None:
-        """The step fails between its gradients and its update, and its gradients still stand: they are captured.
+    def capture_failed_step(self) -> None:
+        """Capture the gradients of a step that failed before its update, also where none are due.
 
-        So that they tell which module broke, also at a step that the pace passes over.
+        They show which module broke.
         """
-        if self._capture and self._opened > self._updated:
-            self._capture.gradients(self._opened, lambda parameter: parameter.grad, passed_over=True)
+        if self._capture and self._gradient_step > self._update_step:
+            self._capture.capture_gradients(self._gradient_step, lambda parameter: parameter.grad, is_failed=True)
 
-    def record(self, step: int, values: Mapping[str, float | Tensor | None]) -> None:
-        """The step is over: its loss, and what else is known of it (the columns of `tables.MEASURES["loss"]`)."""
-        self._recorded = step
+    def record_step(self, step: int, values: Mapping[str, float | Tensor | None]) -> None:
+        """End a step with its loss and other values (the columns of `tables.MEASURES["loss"]`)."""
+        self._loss_step = step
         if self._capture:
-            self._capture.record(step, values)
+            self._capture.record_step(step, values)
 
-    def evaluation(self, step: int, loss: float, *, base: bool = False) -> None:
-        """A validation gave this loss, in nats per supervised token; `base`: that of the base."""
+    def record_evaluation(self, step: int, loss: float, *, base: bool = False) -> None:
+        """Store a validation loss in nats per supervised token; `base`: it is the base model's."""
         if self._capture:
-            self._capture.evaluation(step, loss, base)
+            self._capture.record_evaluation(step, loss, base)
 
     def flush(self) -> None:
-        """All that was captured goes to disk: before a checkpoint, so that a run that goes on from it has no gap."""
+        """Write all captures to disk. Call it before a checkpoint, so that a run resumed from it has no gap."""
         if self._capture:
             self._capture.flush()
 
     def stop(self, *, failed: bool = False) -> None:
-        """After the last step: what comes at intervals once more, if the run ended well; all goes to disk."""
+        """Call it after the last step: captures it once more where it was not due, unless `failed`, and flushes."""
         if self._capture:
             self._capture.stop(failed)
-        if self._handle:
-            self._handle.remove()
-            self._handle = None
+        if self._update_hook:
+            self._update_hook.remove()
+            self._update_hook = None
 
     @contextmanager
     def watch(
         self, model: Any, optimizer: torch.optim.Optimizer, *, scaler: Any = None, facts: RunFacts | None = None
     ) -> Iterator[TrainingLensFramework]:
-        """Within the block, every step of the optimizer is captured; call `step(loss)` once for each.
+        """Within the block, every optimizer step is captured; call `step(loss)` once for each.
 
         Args:
-            optimizer: of several, the one that your loop steps first.
-            scaler: the loop's GradScaler, where it has one: it multiplies gradients, and leaves out updates.
+            optimizer: with several, the one that your loop steps first.
+            scaler: the loop's GradScaler, if any: it scales gradients, and skips updates.
 
         Raises:
-            LensError: no module to watch, or no parameter of them in the optimizer; at the end: the optimizer never
-                stepped, so nothing was captured.
+            LensError: no module to capture, or none of its parameters is in the optimizer; at the end: the optimizer
+                never stepped, so nothing was captured.
         """
-        _require_stepped(adapter_modules(model), optimizer)
+        _require_optimized(adapter_modules(model), optimizer)
         self.start(model, optimizer, facts)
-        first, self._scaler = self._updated, scaler if scaler is not None and scaler.is_enabled() else None
+        first_step, self._scaler = self._update_step, scaler if scaler is not None and scaler.is_enabled() else None
         self._scale = self._scaler.get_scale() if self._scaler else 0.0
-        tap = self.tap(scaler)
+        gradients = self.register_gradient_hooks(scaler)
         handles = [
-            optimizer.register_step_pre_hook(partial(self._before_update, tap)),
-            optimizer.register_step_post_hook(lambda *_: tap.clear()),
+            optimizer.register_step_pre_hook(partial(self._capture_before_update, gradients)),
+            optimizer.register_step_post_hook(lambda *_: gradients.clear()),
         ]
         failed = True
         try:
@@ -176,91 +177,89 @@ class TrainingLensFramework:
         finally:
             for handle in handles:
                 handle.remove()
-            tap.remove()
+            gradients.remove()
             self._close_step()
             self.stop(failed=failed)
-        if self._updated == first:
+        if self._update_step == first_step:
             raise LensError(
-                "the lens captured no step: the optimizer that it watches never stepped. Give watch() the optimizer "
+                "the lens captured no step: the optimizer given to watch() never stepped. Give watch() the optimizer "
                 "that your loop steps."
             )
-        if self._left_out:
+        if self._dropped_losses:
             logger.warning(
                 "the lens left out %d losses that no update followed: call step(loss) once for each optimizer.step(), "
                 "and give a GradScaler to watch().",
-                self._left_out,
+                self._dropped_losses,
             )
 
     def step(self, loss: Tensor | float, **values: float | Tensor) -> None:
-        """In a loop of your own: this step's loss, before or after `optimizer.step()`; `values` such as lr=1e-4."""
-        if self._update_left_out():
-            if self._waiting is None:
-                return  # it is of that update
-            self._waiting = None
-        given = {"loss": loss, **values}
-        if self._updated > self._recorded:
-            self.record(self._updated, given)
+        """In your own loop: this step's loss, before or after `optimizer.step()`; `values` such as lr=1e-4."""
+        if self._has_scaler_skipped_update():
+            if self._pending_values is None:
+                return  # this loss belongs to the skipped update
+            self._pending_values = None
+        all_values = {"loss": loss, **values}
+        if self._update_step > self._loss_step:
+            self.record_step(self._update_step, all_values)
             return
-        self._left_out += self._waiting is not None
-        self._waiting = given
+        self._dropped_losses += self._pending_values is not None
+        self._pending_values = all_values
 
-    def _update_left_out(self) -> bool:
-        """Whether the scaler has met a gradient that is not finite since this was asked: then it lowers its scale."""
+    def _has_scaler_skipped_update(self) -> bool:
+        """Whether the scaler met a gradient that is not finite since the last call: it then lowers its scale."""
         before, self._scale = self._scale, self._scaler.get_scale() if self._scaler else 0.0
         return bool(self._scale < before)
 
-    def _before_update(
-        self, tap: GradientTap, _optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _capture_before_update(
+        self, gradients: GradientHooks, _optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """What the optimizer's step is to be called with instead: a closure makes its gradients only within."""
+        """The optimizer's pre-hook. With a closure it returns new arguments, as gradients exist only inside of it."""
         self._close_step()
-        given = [*args[1:], *kwargs.values()]  # args[0] is the optimizer
-        if not given or given[0] is None:
-            self.gradients(self._updated + 1, tap)
+        closures = [*args[1:], *kwargs.values()]  # args[0] is the optimizer
+        if not closures or closures[0] is None:
+            self.capture_gradients(self._update_step + 1, gradients)
             return None
-        return (args[0], self._looking(tap, given[0])), {}
+        return (args[0], self._wrap_closure(gradients, closures[0])), {}
 
-    def _looking(self, tap: GradientTap, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure; after its first call the gradients are those of the weights before the update."""
+    def _wrap_closure(self, gradients: GradientHooks, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Capture after the closure's first call, whose gradients belong to the weights before the update."""
 
-        def look() -> Any:
+        def capture_after_closure() -> Any:
             loss = closure()
-            if self._opened == self._updated:
-                self.gradients(self._updated + 1, tap)
+            if self._gradient_step == self._update_step:
+                self.capture_gradients(self._update_step + 1, gradients)
             return loss
 
-        return look
+        return capture_after_closure
 
     def _close_step(self) -> None:
-        """The update before got no loss: what comes at the end of a step comes all the same."""
-        if self._recorded < self._updated:
-            self.record(self._updated, {})
+        """End a step that got no loss."""
+        if self._loss_step < self._update_step:
+            self.record_step(self._update_step, {})
 
-    def tap(self, scaler: Any = None) -> GradientTap:
-        """Hooks that keep the gradients of what is watched as they are before clipping; see `GradientTap`."""
+    def register_gradient_hooks(self, scaler: Any = None) -> GradientHooks:
+        """Hooks that copy the adapter's gradients before clipping; see `GradientHooks`."""
         assert self._capture is not None, "start() comes first"
-        trained = [p for module in self._capture.watched.modules for p in module.parameters]
-        return GradientTap(trained, scaler.get_scale if scaler is not None and scaler.is_enabled() else None)
+        trained = [p for module in self._capture.context.modules for p in module.trained_parameters]
+        return GradientHooks(trained, scaler.get_scale if scaler is not None and scaler.is_enabled() else None)
 
     def trainer_callback(self) -> Any:
         """A `TrainerCallback` for the HF Trainer, TRL's SFTTrainer and other trainers built on it."""
-        from training_lens.core.trainer_callback import trainer_callback
+        return build_trainer_callback(self)
 
-        return trainer_callback(self)
-
-    def _after_update(self, *_: Any) -> None:
-        self._updated = self._opened
+    def _capture_update(self, *_: Any) -> None:
+        self._update_step = self._gradient_step
         if self._capture:
-            self._capture.update(self._updated)
-        if self._waiting is not None:  # only now: the probe comes after the update
-            waiting, self._waiting = self._waiting, None
-            self.record(self._updated, waiting)
+            self._capture.capture_update(self._update_step)
+        if self._pending_values is not None:  # the probe runs after the update, so the step could not end before
+            values, self._pending_values = self._pending_values, None
+            self.record_step(self._update_step, values)
 
 
-def _require_stepped(modules: Sequence[AdapterModule], optimizer: torch.optim.Optimizer) -> None:
-    """Raises LensError where the optimizer has none of what trains of the modules; warns where it has not all."""
+def _require_optimized(modules: Sequence[AdapterModule], optimizer: torch.optim.Optimizer) -> None:
+    """Raise LensError if the optimizer has none of the modules' trained parameters; warn if some are missing."""
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = [p for module in modules for p in module.parameters if p.requires_grad]
+    trained = [p for module in modules for p in module.trained_parameters if p.requires_grad]
     missing = sum(id(p) not in stepped for p in trained)
     if trained and missing == len(trained):
         raise LensError(
@@ -269,7 +268,7 @@ def _require_stepped(modules: Sequence[AdapterModule], optimizer: torch.optim.Op
         )
     if missing:
         logger.warning(
-            "%d of the adapter's %d trained parameters are not in the %s that the lens watches: the step that another "
-            "optimizer takes of them is not in norm_step.",
+            "%d of the adapter's %d trained parameters are not in the %s that the lens watches: norm_step misses the "
+            "updates that another optimizer makes to them.",
             *(missing, len(trained), type(optimizer).__name__),
         )

@@ -20,17 +20,17 @@ from torch import Tensor
 from training_lens.core.arrow import (
     MODULE,
     STEP,
-    joined,
-    meant,
+    concat_tables,
+    extract_series,
+    extract_vectors,
     polars_frame,
     require_measure,
-    series_of,
-    vectors_of,
+    suggest_name,
 )
-from training_lens.core.capture_files import LISTING, missing_captures, what_is_lost
+from training_lens.core.capture_files import LISTING, describe_loss, find_missing_captures
 from training_lens.core.lens_manifest import read_manifest
-from training_lens.core.segments import Segment, empty_segment, read_segment, segments_in
-from training_lens.core.snapshots import read_snapshot, require_whole, snapshots_in
+from training_lens.core.segments import TableSegment, list_segments, read_schema, read_segment
+from training_lens.core.snapshots import list_snapshots, read_snapshot, require_intact
 from training_lens.core.types import Series
 from training_lens.errors import DamagedFileError, LensError
 from training_lens.utils.integrity import read_sealed
@@ -58,15 +58,15 @@ class LensStore:
         self.manifest = read_manifest(self.folder)
         self.damaged: list[Path] = []
         try:
-            for path in missing_captures(self.folder):
-                self._pass_over(path, what_is_lost(path))
+            for path in find_missing_captures(self.folder):
+                self._skip_damaged(path, describe_loss(path))
         except LensError as error:
-            self._pass_over(self.folder / LISTING, error)
+            self._skip_damaged(self.folder / LISTING, error)
 
     def tables(self) -> tuple[str, ...]:
         """The tables that hold something, by name."""
         folders = table_folders(self.folder)
-        return tuple(path.name for path in folders if segments_in(path) or snapshots_in(path))
+        return tuple(path.name for path in folders if list_segments(path) or list_snapshots(path))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """A table with its columns step, module and those of its measures (see `arrow_table`), ascending by step.
@@ -77,51 +77,51 @@ class LensStore:
         Raises:
             LensError: there is no such table, or no such measure in it.
         """
-        segments = segments_in(self._folder_of(name))
+        segments = list_segments(self._table_folder(name))
         try:
-            header = self._header(segments)
+            header = self._read_header(segments)
             for column in columns or ():
                 if column not in header.column_names:
                     require_measure(header, column)
-            rows = [self._read(segment, lambda s: read_segment(s, columns)) for segment in segments]
+            rows = [self._read_or_skip(segment, lambda s: read_segment(s, columns)) for segment in segments]
         except FileNotFoundError:  # merged into another between listing and reading
             return self.table(name, columns)
         wanted = [c for c in header.column_names if columns is None or c in (STEP, MODULE, *columns)]
-        return joined([header.select(wanted), *(table for table in rows if table is not None)])
+        return concat_tables([header.select(wanted), *(table for table in rows if table is not None)])
 
     def measures(self, name: str) -> tuple[str, ...]:
         """The measures of a table, without reading its rows; raises as `table` does.
 
         One may have no rows left, where the files that held it are damaged.
         """
-        segments = segments_in(self._folder_of(name))
+        segments = list_segments(self._table_folder(name))
         try:
-            header = self._header(segments)
+            header = self._read_header(segments)
         except FileNotFoundError:  # as in `table`
             return self.measures(name)
         return tuple(column for column in header.column_names if column not in (STEP, MODULE))
 
-    def _header(self, segments: Sequence[Segment]) -> pa.Table:
+    def _read_header(self, segments: Sequence[TableSegment]) -> pa.Table:
         """The columns of all segments, without rows."""
-        headers = [self._read(segment, empty_segment) for segment in segments]
-        return joined([header for header in headers if header is not None])
+        headers = [self._read_or_skip(segment, read_schema) for segment in segments]
+        return concat_tables([header for header in headers if header is not None])
 
-    def _read(self, segment: Segment, read: Callable[[Segment], pa.Table]) -> pa.Table | None:
+    def _read_or_skip(self, segment: TableSegment, read: Callable[[TableSegment], pa.Table]) -> pa.Table | None:
         try:
             return read(segment)
         except LensError as error:
-            self._pass_over(segment.path, error)
+            self._skip_damaged(segment.path, error)
             return None
 
-    def _pass_over(self, path: Path, why: LensError | str) -> None:
+    def _skip_damaged(self, path: Path, why: LensError | str) -> None:
         if path not in self.damaged:
             self.damaged.append(path)
             logger.warning("%s", why)
 
-    def _folder_of(self, table: str) -> Path:
+    def _table_folder(self, table: str) -> Path:
         known = self.tables()
         if table not in known:
-            raise LensError(f"{self.folder} has no table '{table}'{meant(table, known)}")
+            raise LensError(f"{self.folder} has no table '{table}'{suggest_name(table, known)}")
         return self.folder / table
 
     def pandas(self, name: str) -> Any:
@@ -133,33 +133,33 @@ class LensStore:
         return polars_frame(self.table(name))
 
     def series(self, table: str, measure: str) -> Series:
-        """A scalar measure over time (see `series_of`).
+        """A scalar measure over time (see `extract_series`).
 
         Raises:
             LensError: there is no such table, or no such measure of scalars in it.
         """
-        return series_of(self.table(table, [measure]), measure)
+        return extract_series(self.table(table, [measure]), measure)
 
     def vectors(self, table: str, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A measure of vectors over time: steps, and by module (steps, its longest), padded (see `vectors_of`).
+        """A measure of vectors over time: steps, and by module (steps, its longest), padded (see `extract_vectors`).
 
         Raises:
             LensError: there is no such table, or no such measure of vectors in it.
         """
-        return vectors_of(self.table(table, [measure]), measure)
+        return extract_vectors(self.table(table, [measure]), measure)
 
     def snapshot_steps(self, table: str) -> list[int]:
         """The steps of the whole snapshots of a table, ascending; none where there is no such table.
 
         Damaged ones are left out.
         """
-        return [step for step, path in snapshots_in(self.folder / table).items() if self._is_whole(path)]
+        return [step for step, path in list_snapshots(self.folder / table).items() if self._is_intact(path)]
 
-    def _is_whole(self, path: Path) -> bool:
+    def _is_intact(self, path: Path) -> bool:
         try:
-            require_whole(path)
+            require_intact(path)
         except LensError as error:
-            self._pass_over(path, error)
+            self._skip_damaged(path, error)
             return False
         return True
 
@@ -169,7 +169,7 @@ class LensStore:
         Raises:
             LensError: there is none of that step, or it is damaged.
         """
-        steps = snapshots_in(self._folder_of(table))
+        steps = list_snapshots(self._table_folder(table))
         if step not in steps:
             there = ", ".join(map(str, steps)) or "none"
             raise LensError(f"{self.folder / table} has no snapshot of step {step}; there are: {there}.")

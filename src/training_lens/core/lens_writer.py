@@ -11,12 +11,12 @@ import pyarrow as pa
 from safetensors import SafetensorError
 
 from training_lens.config.lens_section import LensSection
-from training_lens.core.arrow import Packed, pack, table_of
-from training_lens.core.capture_files import LISTING, cut_listing, what_is_lost, write_listing
+from training_lens.core.arrow import CaptureBuffer, buffer_capture, build_table
+from training_lens.core.capture_files import LISTING, describe_loss, truncate_listing, write_listing
 from training_lens.core.lens_manifest import write_manifest
 from training_lens.core.lens_store import COST, TABLE_NAME, read_cost, table_folders
-from training_lens.core.segments import SegmentedTable, bound
-from training_lens.core.snapshots import Snapshots
+from training_lens.core.segments import SegmentedTable, enforce_size_limit
+from training_lens.core.snapshots import SnapshotWriter
 from training_lens.core.types import Captured, LensManifest
 from training_lens.errors import LensError
 from training_lens.utils.files import sweep_temporaries
@@ -25,7 +25,7 @@ from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 MEGABYTE = 1_000_000
-MOST_PENDING = 8 * MEGABYTE
+MAX_PENDING_BYTES = 8 * MEGABYTE
 
 
 class LensWriter:
@@ -46,19 +46,19 @@ class LensWriter:
         self._folder = folder
         self._limit_bytes = section.scalars_megabytes * MEGABYTE
         self._flush_seconds = section.flush_seconds
-        self._pending: dict[str, list[Packed]] = {}
+        self._pending: dict[str, list[CaptureBuffer]] = {}
         self._pending_bytes = 0
         self._bytes_written = 0
         self._flushed_at = time.monotonic()
         self._kept_steps = after_step or -1  # a fresh start drops step 0 as well
-        with _writing_in(folder):
+        with _raise_lens_error(folder):
             folder.mkdir(parents=True, exist_ok=True)
             sweep_temporaries(folder, older_than_seconds=0)
             if not after_step:
                 (folder / COST).unlink(missing_ok=True)
-            self._missing = _begin_listing(folder, after_step)
+            self._missing = _start_listing(folder, after_step)
             self._tables = {path.name: SegmentedTable(path, self._kept_steps) for path in table_folders(folder)}
-            self._snapshots = Snapshots(folder, section.snapshots_megabytes * MEGABYTE, self._kept_steps)
+            self._snapshots = SnapshotWriter(folder, section.snapshots_megabytes * MEGABYTE, self._kept_steps)
             write_manifest(folder, manifest)
 
     def cost(self) -> dict[str, float]:
@@ -91,17 +91,17 @@ class LensWriter:
             LensError: values that do not fit their rows, or a table's name that is not one of a folder.
         """
         if table not in self._pending:
-            self._begin(table)
+            self._begin_table(table)
         try:
-            packed = pack(step, captured)
+            packed = buffer_capture(step, captured)
         except LensError as error:
             raise LensError(f"{table}: {error}") from error
         self._pending[table].append(packed)
         self._pending_bytes += packed.nbytes
         if captured.tensors:
-            self._snapshots.add(table, step, captured.tensors)
+            self._snapshots.add_snapshot(table, step, captured.tensors)
 
-    def _begin(self, table: str) -> None:
+    def _begin_table(self, table: str) -> None:
         if not TABLE_NAME.fullmatch(table):
             raise LensError(f"'{table}' cannot name a table: give letters, digits, '_', '-' and '.', as in a folder.")
         self._pending[table] = []
@@ -109,7 +109,7 @@ class LensWriter:
     def flush_if_due(self, cost: Mapping[str, float] | None = None) -> None:
         """Flush where `lens.flush_seconds` have passed since the last time, or much is pending; raises as that does."""
         pending = self._pending_bytes + self._snapshots.pending_bytes
-        too_much = pending > min(MOST_PENDING, self._limit_bytes / 8)  # an eighth: the newest are never thinned
+        too_much = pending > min(MAX_PENDING_BYTES, self._limit_bytes / 8)  # an eighth: the newest are never thinned
         if too_much or time.monotonic() - self._flushed_at >= self._flush_seconds:
             self.flush(cost)
 
@@ -124,20 +124,20 @@ class LensWriter:
                 could not be written stays pending.
         """
         self._flushed_at = time.monotonic()
-        with _writing_in(self._folder):
+        with _raise_lens_error(self._folder):
             for table in self._pending:
                 self._flush_table(table)
             self._bytes_written += self._snapshots.flush()
             if cost is not None:
                 write_sealed(self._folder / COST, cost)
-            self._bytes_written += bound(self._tables.values(), self._limit_bytes)
+            self._bytes_written += enforce_size_limit(self._tables.values(), self._limit_bytes)
             segments = [segment.path for table in self._tables.values() for segment in table.segments]
-            write_listing(self._folder, {*segments, *self._snapshots.paths, *self._missing})
-            self._snapshots.prune()
+            write_listing(self._folder, {*segments, *self._snapshots.snapshot_paths, *self._missing})
+            self._snapshots.delete_dropped()
 
     def _flush_table(self, table: str) -> None:
         pending = self._pending[table]
-        rows = table_of(pending)
+        rows = build_table(pending)
         if rows.num_rows:
             if table not in self._tables:
                 self._tables[table] = SegmentedTable(self._folder / table, self._kept_steps)
@@ -154,23 +154,23 @@ class LensWriter:
         self.flush(cost)
 
 
-def _begin_listing(folder: Path, after_step: int) -> list[Path]:
+def _start_listing(folder: Path, after_step: int) -> list[Path]:
     """List captures up to `after_step` alone, before later ones are deleted; gives those of them that are missing."""
     if not after_step:
         (folder / LISTING).unlink(missing_ok=True)
         return []
     try:
-        missing = cut_listing(folder, after_step)
+        missing = truncate_listing(folder, after_step)
     except LensError as error:
         logger.warning("%s", error)
         return []
     for path in missing:
-        logger.warning("%s", what_is_lost(path))
+        logger.warning("%s", describe_loss(path))
     return missing
 
 
 @contextmanager
-def _writing_in(folder: Path) -> Iterator[None]:
+def _raise_lens_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, pa.ArrowException) as error:

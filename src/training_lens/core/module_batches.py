@@ -1,100 +1,92 @@
-"""Modules of one shape as one stack, so that a measure is one batched call for each shape and not one for a module."""
+"""Modules of one shape as one batch, so that a measure is one call for each shape and not one for each module."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from training_lens.core.modules import AdapterModule
+from training_lens.measures.factors import Factors
 
-
-class Factors(NamedTuple):
-    """A (modules, rank, in) and B (modules, out, rank) of modules of one shape, or their gradients; float32.
-
-    `magnitude` (modules, out) is DoRA's, None without.
-    """
-
-    a: Tensor
-    b: Tensor
-    magnitude: Tensor | None = None
+GradientGetter = Callable[[torch.nn.Parameter], Tensor | None]
 
 
 @dataclass(frozen=True)
-class Group:
-    """The positions of modules whose shapes, parts, scaling and device are the same."""
+class ModuleBatch:
+    """Modules of one shape, scaling and device, with their positions in the model's order."""
 
     positions: tuple[int, ...]
     modules: tuple[AdapterModule, ...]
     scaling: float
 
-    def weights(self) -> Factors:
-        """What trains, copied."""
-        return self._factors(lambda parameter: parameter)
+    def copy_weights(self) -> Factors:
+        """The trained factors, copied."""
+        return self._copy_factors(lambda parameter: parameter)
 
-    def gradients(self, of: Callable[[torch.nn.Parameter], Tensor | None]) -> Factors:
-        """Copied; zero where a parameter has none."""
-        return self._factors(lambda parameter: _or_zero(parameter, of))
+    def copy_gradients(self, gradient_of: GradientGetter) -> Factors:
+        """The factors' gradients, copied; zeros where a parameter has none."""
+        return self._copy_factors(lambda parameter: _gradient_or_zeros(parameter, gradient_of))
 
-    def _factors(self, of: Callable[[torch.nn.Parameter], Tensor]) -> Factors:
-        magnitudes = [of(m.magnitude) for m in self.modules if m.magnitude is not None]
+    def _copy_factors(self, tensor_of: Callable[[torch.nn.Parameter], Tensor]) -> Factors:
+        magnitudes = [tensor_of(m.magnitude) for m in self.modules if m.magnitude is not None]
         return Factors(
-            _stacked([of(m.a) for m in self.modules]),
-            _stacked([of(m.b) for m in self.modules]),
-            _stacked(magnitudes) if magnitudes else None,
+            stack_float32(tensor_of(m.a) for m in self.modules),
+            stack_float32(tensor_of(m.b) for m in self.modules),
+            stack_float32(magnitudes) if magnitudes else None,
         )
 
-    def whole(self, trained: Factors) -> Factors:
-        """The factors of dW: with the frozen halves of PiSSA, and else what trains."""
+    def full_factors(self, trained: Factors) -> Factors:
+        """The factors of dW: those that train, and for PiSSA the frozen halves too."""
         if self.modules[0].frozen_a is None:
             return trained
-        a = _stacked([m.frozen_a for m in self.modules if m.frozen_a is not None])
-        b = _stacked([m.frozen_b for m in self.modules if m.frozen_b is not None])
+        a = stack_float32(m.frozen_a for m in self.modules if m.frozen_a is not None)
+        b = stack_float32(m.frozen_b for m in self.modules if m.frozen_b is not None)
         return Factors(torch.cat([trained.a, a], 1), torch.cat([trained.b, b], 2), trained.magnitude)
 
 
-class Groups:
-    """The modules in groups of one shape, and the way back to their order."""
+class ModuleBatches:
+    """The modules in batches of one shape, and the way back to the model's order."""
 
     def __init__(self, modules: Sequence[AdapterModule]) -> None:
-        alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+        positions_by_shape: dict[tuple[object, ...], list[int]] = defaultdict(list)
         for i, m in enumerate(modules):
             parts = (m.frozen_a is None, m.magnitude is None)
-            alike[m.a.shape, m.b.shape, m.record.scaling, parts, m.a.device].append(i)
-        self._groups = [
-            Group(tuple(where), tuple(modules[i] for i in where), modules[where[0]].record.scaling)
-            for where in alike.values()
+            positions_by_shape[m.a.shape, m.b.shape, m.record.scaling, parts, m.a.device].append(i)
+        self._batches = [
+            ModuleBatch(tuple(positions), tuple(modules[i] for i in positions), modules[positions[0]].record.scaling)
+            for positions in positions_by_shape.values()
         ]
-        self._back = torch.tensor([i for group in self._groups for i in group.positions]).argsort()
+        self._order = torch.tensor([i for batch in self._batches for i in batch.positions]).argsort()
 
-    def __iter__(self) -> Iterator[Group]:
-        return iter(self._groups)
+    def __iter__(self) -> Iterator[ModuleBatch]:
+        return iter(self._batches)
 
-    def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """(modules,) in the model's order, from one (modules of the group,) for each group. No synchronisation."""
+    def restore_order(self, parts: Sequence[Tensor]) -> Tensor:
+        """(modules,) in the model's order, from (modules of the batch,) for each batch. Does not synchronise."""
         device = parts[0].device
-        if self._back.device != device:
-            self._back = self._back.to(device, non_blocking=True)
-        return torch.cat([part.to(device, non_blocking=True) for part in parts])[self._back]
+        if self._order.device != device:
+            self._order = self._order.to(device, non_blocking=True)
+        return torch.cat([part.to(device, non_blocking=True) for part in parts])[self._order]
 
-    def joined_all(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Several measures, joined each: `parts` has those of each group, and NaN stands for one that a group lacks."""
+    def restore_order_all(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """`restore_order` for each measure; `parts` has those of each batch. NaN where a batch lacks a measure."""
         names = dict.fromkeys(name for part in parts for name in part)
-        return {name: self.joined([_or_unknown(part, name) for part in parts]) for name in names}
+        return {name: self.restore_order([_measure_or_nan(part, name) for part in parts]) for name in names}
 
 
-def _or_unknown(part: Mapping[str, Tensor], name: str) -> Tensor:
+def _measure_or_nan(part: Mapping[str, Tensor], name: str) -> Tensor:
     return part[name] if name in part else torch.full_like(next(iter(part.values())), torch.nan)
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([t.detach() for t in tensors]).float()
+def stack_float32(tensors: Iterable[Tensor]) -> Tensor:
+    """Tensors of one shape as one float32 tensor with a leading dimension, detached."""
+    return torch.stack([tensor.detach() for tensor in tensors]).float()
 
 
-def _or_zero(parameter: torch.nn.Parameter, of: Callable[[torch.nn.Parameter], Tensor | None]) -> Tensor:
-    found = of(parameter)
-    return torch.zeros_like(parameter) if found is None else found
+def _gradient_or_zeros(parameter: torch.nn.Parameter, gradient_of: GradientGetter) -> Tensor:
+    gradient = gradient_of(parameter)
+    return torch.zeros_like(parameter) if gradient is None else gradient

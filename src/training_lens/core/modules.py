@@ -42,7 +42,7 @@ class AdapterModule:
         return self.record.name
 
     @property
-    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+    def trained_parameters(self) -> tuple[torch.nn.Parameter, ...]:
         """What trains."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
@@ -83,16 +83,16 @@ def adapter_modules(model: Any) -> tuple[AdapterModule, ...]:
     from peft.tuners.lora import LoraLayer
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
-    found = _once(part for name, layer in layers for part in _parts(plain_name(name), layer))
-    training = {m.record.adapter for m in found if any(p.requires_grad for p in m.parameters)}
+    found = _drop_shared(part for name, layer in layers for part in _layer_adapters(strip_wrappers(name), layer))
+    training = {m.record.adapter for m in found if any(p.requires_grad for p in m.trained_parameters)}
     if not found:
-        raise LensError(_nothing(model, len(layers)))
+        raise LensError(_describe_missing_adapter(model, len(layers)))
     chosen = [m for m in found if m.record.adapter in training] or found
     adapters = {m.record.adapter for m in chosen}
-    return tuple(chosen if len(adapters) == 1 else [_with_adapter(m) for m in chosen])
+    return tuple(chosen if len(adapters) == 1 else [_qualify_name(m) for m in chosen])
 
 
-def adds_nothing(model: Any) -> bool:
+def is_identity_adapter(model: Any) -> bool:
     """Whether a PEFT model computes exactly what its base does, as a fresh LoRA does: of each pair one factor is zero.
 
     False where that cannot be told from the factors alone: DoRA, whose rows are scaled by m / |W|, saved modules and
@@ -103,10 +103,10 @@ def adds_nothing(model: Any) -> bool:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     adapting = [m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    return all(isinstance(layer, LoraLayer) and _adds_nothing(layer) for layer in adapting)
+    return all(isinstance(layer, LoraLayer) and _is_identity_layer(layer) for layer in adapting)
 
 
-def _adds_nothing(layer: Any) -> bool:
+def _is_identity_layer(layer: Any) -> bool:
     linear = [(down.weight, up.weight) for down, up in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True)]
     embeddings = zip(layer.lora_embedding_A.values(), layer.lora_embedding_B.values(), strict=True)
     biases = [bias for up in layer.lora_B.values() if (bias := getattr(up, "bias", None)) is not None]
@@ -114,7 +114,7 @@ def _adds_nothing(layer: Any) -> bool:
     return zero and not layer.lora_magnitude_vector
 
 
-def _nothing(model: Any, layers: int) -> str:
+def _describe_missing_adapter(model: Any, layers: int) -> str:
     trained = sum(p.requires_grad for p in model.parameters())
     kind = type(model).__name__
     if layers:
@@ -128,32 +128,32 @@ def _nothing(model: Any, layers: int) -> str:
     )
 
 
-def _parts(name: str, layer: Any) -> Iterator[AdapterModule]:
+def _layer_adapters(name: str, layer: Any) -> Iterator[AdapterModule]:
     """One for each adapter on a layer."""
     for adapter, linear in layer.lora_A.items():
-        yield from _of_linear(name, layer, adapter, linear, layer.lora_B[adapter])
+        yield from _linear_adapter(name, layer, adapter, linear, layer.lora_B[adapter])
     for adapter, a in layer.lora_embedding_A.items():
-        yield _module(name, layer, adapter, a, layer.lora_embedding_B[adapter])
+        yield _build_module(name, layer, adapter, a, layer.lora_embedding_B[adapter])
 
 
-def _of_linear(name: str, layer: Any, adapter: str, down: Any, up: Any) -> Iterator[AdapterModule]:
+def _linear_adapter(name: str, layer: Any, adapter: str, down: Any, up: Any) -> Iterator[AdapterModule]:
     if not isinstance(down, torch.nn.Linear) or getattr(layer, "num_experts", 1) != 1:
         logger.info("the lens does not watch %s: its adapter is no pair of matrices", name)
         return
     if parametrize.is_parametrized(down, "weight"):
-        (a, frozen_a), (b, frozen_b) = _halves(down), _halves(up)
-        yield _module(name, layer, adapter, a, b, frozen_a, frozen_b)
+        (a, frozen_a), (b, frozen_b) = _split_pissa_weight(down), _split_pissa_weight(up)
+        yield _build_module(name, layer, adapter, a, b, frozen_a, frozen_b)
     else:
-        yield _module(name, layer, adapter, down.weight, up.weight)
+        yield _build_module(name, layer, adapter, down.weight, up.weight)
 
 
-def _halves(linear: Any) -> tuple[Any, Tensor]:
+def _split_pissa_weight(linear: Any) -> tuple[Any, Tensor]:
     """The trained and the frozen half of a weight (see `models.pissa`)."""
     weight = linear.parametrizations.weight
     return weight.original, weight[0].frozen
 
 
-def _module(
+def _build_module(
     name: str, layer: Any, adapter: str, a: Any, b: Any, frozen_a: Tensor | None = None, frozen_b: Tensor | None = None
 ) -> AdapterModule:
     magnitudes = getattr(layer, "lora_magnitude_vector", {})
@@ -191,7 +191,7 @@ def module_record(
     )
 
 
-def _once(modules: Iterator[AdapterModule]) -> list[AdapterModule]:
+def _drop_shared(modules: Iterator[AdapterModule]) -> list[AdapterModule]:
     """Without those whose A is another's already: shared layers, tied adapters."""
     first: dict[int, AdapterModule] = {}
     for module in modules:
@@ -199,13 +199,13 @@ def _once(modules: Iterator[AdapterModule]) -> list[AdapterModule]:
     return list(first.values())
 
 
-def _with_adapter(module: AdapterModule) -> AdapterModule:
+def _qualify_name(module: AdapterModule) -> AdapterModule:
     from dataclasses import replace
 
     record = replace(module.record, name=f"{module.name}#{module.record.adapter}")
     return replace(module, record=record)
 
 
-def plain_name(name: str) -> str:
+def strip_wrappers(name: str) -> str:
     """The path in the base model, whatever wraps it: torch.compile, DistributedDataParallel, PEFT."""
     return WRAPPERS.sub("", name)

@@ -15,7 +15,7 @@ from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import LensError
 from training_lens.models.scoring import PairedScores, paired_scores, supervised_scores
 
-IGNORED = -100  # the label of a token that is not supervised, in transformers
+IGNORE_INDEX = -100  # the label of a token that is not supervised, in transformers
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Probe:
     lengths: Tensor
 
     @property
-    def real(self) -> Tensor:
+    def attention_mask(self) -> Tensor:
         """(rows, width), true where there is no padding."""
         return torch.arange(self.input_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
-    def to(self, device: torch.device | str) -> Probe:
+    def move_to(self, device: torch.device | str) -> Probe:
         return Probe(self.input_ids.to(device), self.loss_mask.to(device), self.lengths.to(device))
 
-    def sizes(self) -> dict[str, int]:
+    def token_counts(self) -> dict[str, int]:
         """Examples, tokens and supervised tokens, as lens.json keeps them."""
         return {
             "examples": len(self.lengths),
@@ -46,7 +46,7 @@ class Probe:
         }
 
     @classmethod
-    def of_dataset(cls, dataset: TokenDataset, tokens: int, fill_id: int) -> Probe | None:
+    def from_dataset(cls, dataset: TokenDataset, tokens: int, fill_id: int) -> Probe | None:
         """The first examples of at most `tokens` tokens together; the very first whatever its length, cut to that.
 
         None where `tokens` is 0.
@@ -64,7 +64,7 @@ class Probe:
         return cls(batch.input_ids[:, :width], batch.loss_mask[:, :width], lengths.clamp(max=width))
 
     @classmethod
-    def of_batch(cls, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Probe:
+    def from_batch(cls, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Probe:
         """Of what a data collator gives (input_ids, attention_mask, labels), or of rows with the same keys.
 
         Without labels every token is supervised. Padding may be on either side.
@@ -72,7 +72,7 @@ class Probe:
         Raises:
             LensError: there are no input_ids, or the labels are of another shape.
         """
-        rows = list(_rows(batch))
+        rows = list(_unpad_rows(batch))
         width = max((len(ids) for ids, _ in rows), default=0)
         if width < 2:
             raise LensError("the lens's probe set has no example of two tokens. Give a batch or rows with input_ids.")
@@ -82,7 +82,7 @@ class Probe:
         return cls(ids, mask, torch.tensor([len(tokens) for tokens, _ in rows]))
 
 
-def _rows(batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
+def _unpad_rows(batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens and supervision of each row, without padding."""
     keys = ("input_ids", "attention_mask", "labels")
     if isinstance(batch, Mapping):
@@ -100,11 +100,11 @@ def _rows(batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Iterator[tu
                 f"a row of the lens's probe set has {len(tokens)} input_ids, but {len(labels)} labels and "
                 f"{len(keep)} in its attention_mask. Give them in one length."
             )
-        yield tokens[keep].cpu(), (labels != IGNORED)[keep].cpu()
+        yield tokens[keep].cpu(), (labels != IGNORE_INDEX)[keep].cpu()
 
 
 @contextmanager
-def as_judged(model: Any) -> Iterator[None]:
+def evaluation_mode(model: Any) -> Iterator[None]:
     """Within the block the model computes without dropout and gradients; every module is put back as it was."""
     before = {module: module.training for module in model.modules()}
     model.eval()
@@ -116,7 +116,7 @@ def as_judged(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def probe_scores(model: Any, probe: Probe, one_pass: bool) -> PairedScores:
+def score_probe(model: Any, probe: Probe, one_pass: bool) -> PairedScores:
     """The scores of the probe's supervised tokens without and with the adapter.
 
     Args:

@@ -26,7 +26,7 @@ class _Registry(Generic[T]):
     group: ClassVar[str]
     built_in: ClassVar[str]
     _classes: ClassVar[dict[str, type]]
-    _filled: ClassVar[bool]
+    _is_loaded: ClassVar[bool]
 
     @classmethod
     def register(cls, new: C) -> C:
@@ -47,7 +47,7 @@ class _Registry(Generic[T]):
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Of all that are known."""
-        cls._fill()
+        cls._load_all()
         return tuple(cls._classes)
 
     @classmethod
@@ -57,7 +57,7 @@ class _Registry(Generic[T]):
         Raises:
             ConfigurationError: there is none; says which there are.
         """
-        cls._fill()
+        cls._load_all()
         if name not in cls._classes:
             close = nearest_name(name, sorted(cls._classes))
             hint = f" Did you mean {close}?" if close else ""
@@ -68,10 +68,10 @@ class _Registry(Generic[T]):
         return cls._classes[name]
 
     @classmethod
-    def _fill(cls) -> None:
-        if cls._filled:
+    def _load_all(cls) -> None:
+        if cls._is_loaded:
             return
-        cls._filled = True
+        cls._is_loaded = True
         import_module(cls.built_in)
         for point in entry_points(group=cls.group):
             try:
@@ -84,11 +84,11 @@ class CollectorRegistry(_Registry[DataCollector]):
     """The collectors; entry points of the group `training_lens.collectors` add to them."""
 
     group, built_in = "training_lens.collectors", "training_lens.collectors"
-    _classes, _filled = {}, False
+    _classes, _is_loaded = {}, False
 
 
 class AnalyzerRegistry(_Registry[DataAnalyzer]):
     """The analyzers; entry points of the group `training_lens.analyzers` add to them."""
 
     group, built_in = "training_lens.analyzers", "training_lens.analyzers"
-    _classes, _filled = {}, False
+    _classes, _is_loaded = {}, False

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training_lens.core.arrow import MODULE, STEP, joined
+from training_lens.core.arrow import MODULE, STEP, concat_tables
 from training_lens.errors import DamagedFileError, LensError
 from training_lens.utils.files import atomic_file, sweep_temporaries
 from training_lens.utils.integrity import UNSEALED, seal_file, verify_seal
@@ -25,14 +25,14 @@ from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import describe_shortage
 
 logger = get_logger(__name__)
-MANY = 64  # segments of one table, above which they are merged
+MAX_SEGMENTS = 64  # segments of one table, above which they are merged
 TARGET_BYTES = 8_000_000  # of a merged segment
-NAME = re.compile(r"(\d{8,})-(\d{8,})\.parquet")
+SEGMENT_NAME = re.compile(r"(\d{8,})-(\d{8,})\.parquet")
 UNREADABLE = (OSError, ValueError, pa.ArrowException)  # what a truncated or altered file raises
 
 
 @dataclass(frozen=True)
-class Segment:
+class TableSegment:
     """A Parquet file of the steps `first` to `last`; its name keeps that range also when it was thinned."""
 
     path: Path
@@ -41,7 +41,7 @@ class Segment:
     damaged: bool = False  # known to be, beyond what its footer tells
 
     @classmethod
-    def at(cls, folder: Path, first: int, last: int) -> Segment:
+    def from_range(cls, folder: Path, first: int, last: int) -> TableSegment:
         return cls(folder / f"{first:08d}-{last:08d}.parquet", first, last)
 
     @cached_property
@@ -52,17 +52,17 @@ class Segment:
     @cached_property
     def stride(self) -> int:
         """Of its steps, only multiples of this are left (and those up to 1); 0 where the file cannot be read."""
-        facts = self._facts
+        facts = self._footer_facts
         return facts[0] if facts else 0
 
     @cached_property
-    def many_rows(self) -> bool:
+    def has_many_rows(self) -> bool:
         """Whether a step has more than one row; False where the file cannot be read."""
-        facts = self._facts
+        facts = self._footer_facts
         return facts is not None and facts[1]
 
     @cached_property
-    def _facts(self) -> tuple[int, bool] | None:
+    def _footer_facts(self) -> tuple[int, bool] | None:
         if self.damaged:
             return None
         try:
@@ -73,56 +73,56 @@ class Segment:
         except (*UNREADABLE, DamagedFileError, KeyError) as error:
             if describe_shortage(error):
                 raise
-            logger.warning("%s", damage(self, error))
+            logger.warning("%s", describe_damage(self, error))
             return None
 
 
-def damage(segment: Segment, error: Exception) -> str:
+def describe_damage(segment: TableSegment, error: Exception) -> str:
     """What is lost with a segment that cannot be read."""
     return f"{segment.path} is damaged ({error}): what was captured in the steps {segment.first}-{segment.last} is lost"
 
 
-def segments_in(folder: Path) -> list[Segment]:
+def list_segments(folder: Path) -> list[TableSegment]:
     """The segments of a table, ascending, without those within another's range."""
-    live: list[Segment] = []
-    for segment in sorted(_all_in(folder), key=lambda s: (s.first, -s.last)):
+    live: list[TableSegment] = []
+    for segment in sorted(_list_all_segments(folder), key=lambda s: (s.first, -s.last)):
         if not live or segment.last > live[-1].last:
             live.append(segment)
     return live
 
 
-def _all_in(folder: Path) -> list[Segment]:
-    found = [segment_at(path) for path in folder.glob("*.parquet") if path.is_file()]
+def _list_all_segments(folder: Path) -> list[TableSegment]:
+    found = [parse_segment_path(path) for path in folder.glob("*.parquet") if path.is_file()]
     return [segment for segment in found if segment]
 
 
-def segment_at(path: Path) -> Segment | None:
+def parse_segment_path(path: Path) -> TableSegment | None:
     """The segment of the steps that a file's name says; None where it is no segment's."""
-    match = NAME.fullmatch(path.name)
-    return Segment(path, int(match[1]), int(match[2])) if match else None
+    match = SEGMENT_NAME.fullmatch(path.name)
+    return TableSegment(path, int(match[1]), int(match[2])) if match else None
 
 
-def read_segment(segment: Segment, columns: Sequence[str] | None = None) -> pa.Table:
+def read_segment(segment: TableSegment, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a segment: step, module, and those of `columns` that it has; None: all.
 
     Raises:
         LensError: the file is damaged; names it and what is lost.
         FileNotFoundError: it was merged into another meanwhile.
     """
-    with _opened(segment) as file:
+    with _open_segment(segment) as file:
         names = file.schema_arrow.names
         wanted = names if columns is None else {STEP, MODULE, *columns}
         return file.read([name for name in names if name in wanted]).replace_schema_metadata(None)
 
 
-def empty_segment(segment: Segment) -> pa.Table:
+def read_schema(segment: TableSegment) -> pa.Table:
     """The columns of a segment without its rows; its footer alone is read. Raises as `read_segment` does."""
-    with _opened(segment) as file:
+    with _open_segment(segment) as file:
         return file.schema_arrow.empty_table().replace_schema_metadata(None)
 
 
 @contextmanager
-def _opened(segment: Segment) -> Iterator[pq.ParquetFile]:
+def _open_segment(segment: TableSegment) -> Iterator[pq.ParquetFile]:
     try:
         verify_seal(segment.path)
         with pq.ParquetFile(segment.path, page_checksum_verification=True) as file:
@@ -132,10 +132,10 @@ def _opened(segment: Segment) -> Iterator[pq.ParquetFile]:
     except (*UNREADABLE, DamagedFileError) as error:
         if describe_shortage(error):  # the machine's fault, not the file's
             raise
-        raise LensError(damage(segment, error)) from error
+        raise LensError(describe_damage(segment, error)) from error
 
 
-def write_segment(segment: Segment, table: pa.Table, stride: int = 1) -> Segment:
+def write_segment(segment: TableSegment, table: pa.Table, stride: int = 1) -> TableSegment:
     """Write the rows of a segment, whole or not at all, in the place of what was under its name."""
     steps = len(np.unique(table.column(STEP).to_numpy()))
     facts = {"stride": str(stride), "steps": str(steps), "sha256": UNSEALED}
@@ -156,7 +156,7 @@ def write_segment(segment: Segment, table: pa.Table, stride: int = 1) -> Segment
             write_page_checksum=True,
         )
         seal_file(temporary)
-    return Segment(segment.path, segment.first, segment.last)
+    return TableSegment(segment.path, segment.first, segment.last)
 
 
 class SegmentedTable:
@@ -170,9 +170,9 @@ class SegmentedTable:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         sweep_temporaries(folder, older_than_seconds=0)
-        self.segments = segments_in(folder)
-        _delete(_all_in(folder), self.segments)
-        self.segments = [kept for segment in self.segments if (kept := _cut(segment, after_step))]
+        self.segments = list_segments(folder)
+        _delete_segments(_list_all_segments(folder), self.segments)
+        self.segments = [kept for segment in self.segments if (kept := _truncate_segment(segment, after_step))]
 
     @property
     def size(self) -> int:
@@ -186,7 +186,7 @@ class SegmentedTable:
     @property
     def can_be_thinned(self) -> bool:
         """Whether a step has more than one row."""
-        return any(segment.many_rows for segment in self.segments)
+        return any(segment.has_many_rows for segment in self.segments)
 
     def can_halve(self, spare: int) -> bool:
         """Whether twice the stride may leave fewer steps in the segments but the newest `spare`."""
@@ -195,42 +195,42 @@ class SegmentedTable:
 
     def last_step(self) -> int | None:
         """The last step that has rows; None where there is none, or its segment is damaged."""
-        rows = self._read(self.segments[-1]) if self.segments else None
+        rows = self._read_or_mark(self.segments[-1]) if self.segments else None
         return rows.column(STEP)[-1].as_py() if rows is not None and rows.num_rows else None
 
     def append(self, table: pa.Table) -> int:
         """Write rows as a new segment, or into those that hold their steps already; gives the bytes written."""
         steps = table.column(STEP)
-        new = Segment.at(self.folder, steps[0].as_py(), steps[-1].as_py())
+        new = TableSegment.from_range(self.folder, steps[0].as_py(), steps[-1].as_py())
         shared = [segment for segment in self.segments if segment.last >= new.first]
         if not shared:
             self.segments.append(write_segment(new, table))
             return self.segments[-1].size
-        return self._merge(shared, 1, [table])
+        return self._merge_segments(shared, 1, [table])
 
-    def compact(self, stride: int, target_bytes: float, spare: int) -> int:
+    def compact_segments(self, stride: int, target_bytes: float, spare: int) -> int:
         """Merge neighbours up to `target_bytes`, leaving out steps that are no multiple of `stride`.
 
         The newest `spare` segments stay as they are. Gives the bytes written.
         """
         old = self.segments[: len(self.segments) - spare]
-        return sum(self._merge(group, stride) for group in _groups(old, stride, target_bytes))
+        return sum(self._merge_segments(group, stride) for group in _group_neighbours(old, stride, target_bytes))
 
-    def _merge(self, group: Sequence[Segment], stride: int, more: Sequence[pa.Table] = ()) -> int:
+    def _merge_segments(self, group: Sequence[TableSegment], stride: int, more: Sequence[pa.Table] = ()) -> int:
         """Replace segments by one of their whole range; a reader sees all of the old or all of the new."""
-        readable = [(segment, table) for segment in group if (table := self._read(segment)) is not None]
+        readable = [(segment, table) for segment in group if (table := self._read_or_mark(segment)) is not None]
         if len(readable) < len(group) and not more:
             return 0  # the damaged one stays, so that what it lost stays known
-        table = _thinned(joined([*(table for _, table in readable), *more]), stride)
+        table = _thin_table(concat_tables([*(table for _, table in readable), *more]), stride)
         first = min([segment.first for segment in group] + [t.column(STEP)[0].as_py() for t in more])
         last = max([segment.last for segment in group] + [t.column(STEP)[-1].as_py() for t in more])
         left = min((max(segment.stride, stride) for segment, _ in readable), default=1)
-        merged = write_segment(Segment.at(self.folder, first, last), table, left)
-        _delete(group, [merged])
+        merged = write_segment(TableSegment.from_range(self.folder, first, last), table, left)
+        _delete_segments(group, [merged])
         self.segments = sorted([s for s in self.segments if s not in group] + [merged], key=lambda s: s.first)
         return merged.size
 
-    def _read(self, segment: Segment) -> pa.Table | None:
+    def _read_or_mark(self, segment: TableSegment) -> pa.Table | None:
         """The rows of a segment; None for a damaged one, which counts as such from here on."""
         try:
             return read_segment(segment)
@@ -240,14 +240,14 @@ class SegmentedTable:
             return None
 
 
-def _thinned(table: pa.Table, stride: int) -> pa.Table:
+def _thin_table(table: pa.Table, stride: int) -> pa.Table:
     steps = table.column(STEP).to_numpy()
     return table if stride == 1 else table.filter(pa.array((steps % stride == 0) | (steps <= 1)))
 
 
-def _groups(segments: Sequence[Segment], stride: int, target_bytes: float) -> list[list[Segment]]:
+def _group_neighbours(segments: Sequence[TableSegment], stride: int, target_bytes: float) -> list[list[TableSegment]]:
     """Neighbours to be merged: of one stride once thinned, none damaged, together of about `target_bytes` then."""
-    groups: list[list[Segment]] = [[]]
+    groups: list[list[TableSegment]] = [[]]
     size = 0.0
     for segment in segments:
         expected = segment.size * min(1, segment.stride / stride)
@@ -261,14 +261,14 @@ def _groups(segments: Sequence[Segment], stride: int, target_bytes: float) -> li
     return [group for group in groups if len(group) > 1 or (group and group[0].stride < stride)]
 
 
-def _cut(segment: Segment, after_step: int) -> Segment | None:
+def _truncate_segment(segment: TableSegment, after_step: int) -> TableSegment | None:
     """The segment without its steps behind `after_step`; None where none is left."""
     if segment.last <= after_step:
         return segment
     if segment.first > after_step:
         segment.path.unlink()
         return None
-    kept = Segment.at(segment.path.parent, segment.first, after_step)
+    kept = TableSegment.from_range(segment.path.parent, segment.first, after_step)
     try:
         table = read_segment(segment)
     except LensError as error:
@@ -281,14 +281,14 @@ def _cut(segment: Segment, after_step: int) -> Segment | None:
     return kept
 
 
-def _delete(segments: Sequence[Segment], but: Sequence[Segment]) -> None:
+def _delete_segments(segments: Sequence[TableSegment], but: Sequence[TableSegment]) -> None:
     kept = {segment.path for segment in but}
     for segment in segments:
         if segment.path not in kept:
             segment.path.unlink(missing_ok=True)
 
 
-def bound(tables: Collection[SegmentedTable], limit_bytes: int) -> int:
+def enforce_size_limit(tables: Collection[SegmentedTable], limit_bytes: int) -> int:
     """Keep the tables that have many rows a step within `limit_bytes`, and the number of segments within bounds.
 
     Beyond the limit, steps that came since the last time are thinned to their table's stride; where that is not enough
@@ -296,7 +296,7 @@ def bound(tables: Collection[SegmentedTable], limit_bytes: int) -> int:
     quarter of the room. Gives the bytes written: about twice what came in, over a run.
     """
     thinned = [table for table in tables if table.can_be_thinned]
-    target = max(TARGET_BYTES, sum(table.size for table in tables) / MANY)
+    target = max(TARGET_BYTES, sum(table.size for table in tables) / MAX_SEGMENTS)
     spare = int(sum(table.segments[-1].size for table in thinned) < limit_bytes / 4)
     written = 0
 
@@ -304,8 +304,8 @@ def bound(tables: Collection[SegmentedTable], limit_bytes: int) -> int:
         return sum(table.size for table in thinned)
 
     if size() > limit_bytes:
-        written += sum(table.compact(table.stride, target, spare) for table in thinned)
+        written += sum(table.compact_segments(table.stride, target, spare) for table in thinned)
     while size() > limit_bytes and (left := [table for table in thinned if table.can_halve(spare)]):
         largest = max(left, key=lambda table: table.size)
-        written += largest.compact(2 * largest.stride, target, spare)
-    return written + sum(t.compact(1, target, spare=1) for t in tables if len(t.segments) > MANY)
+        written += largest.compact_segments(2 * largest.stride, target, spare)
+    return written + sum(t.compact_segments(1, target, spare=1) for t in tables if len(t.segments) > MAX_SEGMENTS)

@@ -17,14 +17,14 @@ from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import describe_shortage
 
 logger = get_logger(__name__)
-NAME = re.compile(r"step-(\d{8,})\.safetensors")
+SNAPSHOT_NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
 def snapshot_path(folder: Path, table: str, step: int) -> Path:
     return folder / table / f"step-{step:08d}.safetensors"
 
 
-def snapshots_in(folder: Path) -> dict[int, Path]:
+def list_snapshots(folder: Path) -> dict[int, Path]:
     """The snapshots of one table by step, ascending; not opened."""
     found = [(snapshot_step(path), path) for path in folder.glob("*.safetensors")]
     return dict(sorted((step, path) for step, path in found if step is not None))
@@ -32,11 +32,11 @@ def snapshots_in(folder: Path) -> dict[int, Path]:
 
 def snapshot_step(path: Path) -> int | None:
     """The step that a snapshot's name says; None where it is no snapshot's."""
-    match = NAME.fullmatch(path.name)
+    match = SNAPSHOT_NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
-def require_whole(path: Path) -> None:
+def require_intact(path: Path) -> None:
     """Compare a snapshot with its sha256, and with its header, which says how long the file is.
 
     Raises:
@@ -58,11 +58,11 @@ def read_snapshot(path: Path) -> dict[str, Tensor]:
     Raises:
         LensError: it is damaged; names it.
     """
-    require_whole(path)
+    require_intact(path)
     return load_file(path)
 
 
-class Snapshots:
+class SnapshotWriter:
     """The snapshots of a folder as their one writer sees them: at most `limit_bytes` after each flush and pruning.
 
     Args:
@@ -73,11 +73,11 @@ class Snapshots:
         self._folder = folder
         self._limit_bytes = limit_bytes
         self._pending: dict[tuple[str, int], dict[str, Tensor]] = {}
-        self._too_large_told = False
+        self._has_warned = False
         self._dropped: list[Path] = []
         self._sizes: dict[str, dict[int, int]] = {}  # table -> step -> bytes
         for table in (path for path in folder.iterdir() if path.is_dir()):
-            found = snapshots_in(table)
+            found = list_snapshots(table)
             self._sizes[table.name] = {step: p.stat().st_size for step, p in found.items() if step <= after_step}
             for path in [p for step, p in found.items() if step > after_step]:
                 path.unlink()
@@ -88,7 +88,7 @@ class Snapshots:
         return sum(sum(sizes.values()) for sizes in self._sizes.values())
 
     @property
-    def paths(self) -> list[Path]:
+    def snapshot_paths(self) -> list[Path]:
         """Those that are kept."""
         return [snapshot_path(self._folder, table, step) for table, sizes in self._sizes.items() for step in sizes]
 
@@ -100,27 +100,27 @@ class Snapshots:
     def pending_bytes(self) -> int:
         return sum(t.nbytes for tensors in self._pending.values() for t in tensors.values())
 
-    def add(self, table: str, step: int, tensors: Mapping[str, Tensor]) -> None:
+    def add_snapshot(self, table: str, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors to the CPU, to be written with the next flush; waits for their device."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         if not self._limit_bytes:
             return
         if size > self._limit_bytes:
-            self._tell_too_large(table, size)
+            self._warn_too_large(table, size)
             return
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._pending.setdefault((table, step), {}).update(copies)
 
-    def _tell_too_large(self, table: str, size: int) -> None:
-        if not self._too_large_told:
+    def _warn_too_large(self, table: str, size: int) -> None:
+        if not self._has_warned:
             logger.warning(
                 "%s: a snapshot takes %s, more than lens.snapshots_megabytes allows (%s): none is kept.",
                 *(table, format_size(size), format_size(self._limit_bytes)),
             )
-        self._too_large_told = True
+        self._has_warned = True
 
     def flush(self) -> int:
-        """Write what is pending, and drop old ones while all are over the limit, which `prune` deletes.
+        """Write what is pending, and drop old ones while all are over the limit, which `delete_dropped` deletes.
 
         Gives the bytes written.
         """
@@ -133,10 +133,10 @@ class Snapshots:
             self._sizes.setdefault(table, {})[step] = path.stat().st_size
             written += self._sizes[table][step]
         while self.size > self._limit_bytes:
-            self._drop()
+            self._drop_snapshots()
         return written
 
-    def _drop(self) -> None:
+    def _drop_snapshots(self) -> None:
         """Of the table that takes most room and has more than one: every second, but the first and last; of two, one.
 
         Where no table has more than one, the oldest goes.
@@ -152,7 +152,7 @@ class Snapshots:
             self._dropped.append(snapshot_path(self._folder, table, step))
             del self._sizes[table][step]
 
-    def prune(self) -> None:
+    def delete_dropped(self) -> None:
         """Delete those that were dropped."""
         while self._dropped:
             self._dropped.pop().unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from training_lens.core import table_names as tables
-from training_lens.core.snapshots import NAME, read_snapshot, snapshot_path
+from training_lens.core.snapshots import SNAPSHOT_NAME, read_snapshot, snapshot_path
 from training_lens.integrations.storage import StorageBackend
 from training_lens.utils.integrity import safe_save
 
@@ -33,7 +33,7 @@ class ActivationStorage:
     def steps(self) -> tuple[int, ...]:
         """The stored steps, ascending."""
         names = [name.rpartition("/")[2] for name in self.storage.list(self.table)]
-        return tuple(sorted(int(match[1]) for match in map(NAME.fullmatch, names) if match))
+        return tuple(sorted(int(match[1]) for match in map(SNAPSHOT_NAME.fullmatch, names) if match))
 
     def load(self, step: int) -> dict[str, Tensor]:
         """The tensors of a step by name, on the CPU.

@@ -12,6 +12,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+class Factors(NamedTuple):
+    """A (*batch, rank, in) and B (*batch, out, rank) of modules of one shape, or their gradients.
+
+    `magnitude` (*batch, out) is DoRA's; None for other adapters.
+    """
+
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None = None
+
+
 class Grams(NamedTuple):
     """A A^T and B^T B, (*batch, rank, rank): all that the norms of A, B and B A need."""
 
@@ -19,7 +30,7 @@ class Grams(NamedTuple):
     b: Tensor
 
     @classmethod
-    def of(cls, a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"]) -> Grams:
+    def from_factors(cls, a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"]) -> Grams:
         """In the factors' own precision. Cost: two products of the factors with themselves."""
         return cls(a @ a.mT, b.mT @ b)
 

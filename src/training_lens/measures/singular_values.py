@@ -99,7 +99,7 @@ def update_norm(
     Formula: ||s B A||_F^2 = s^2 <B^T B, A A^T>. Relative error about 1e-8 ||A|| ||B|| / ||B A||. Cost: two products of
     (rank, in) and (rank, out) with themselves, no synchronisation: for every step.
     """
-    return update_norm_of(Grams.of(exact(a), exact(b)), scaling)
+    return update_norm_of(Grams.from_factors(exact(a), exact(b)), scaling)
 
 
 def update_norm_of(grams: Grams, scaling: float) -> Float[Tensor, "*batch"]:
@@ -150,7 +150,7 @@ def balance(a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch out
     Gradient flow keeps the matrix inside; a step of plain gradient descent with rate eta changes it by
     eta^2 (gA gA^T - gB^T gB) alone (Du, Hu and Lee 2018, arXiv 1806.00900). Cost: as `update_norm`: for every step.
     """
-    return balance_of(Grams.of(precise(a), precise(b)))
+    return balance_of(Grams.from_factors(precise(a), precise(b)))
 
 
 def balance_of(grams: Grams) -> Float[Tensor, "*batch"]:

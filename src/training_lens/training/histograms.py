@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training_lens.core.modules import adapter_modules, plain_name
+from training_lens.core.modules import adapter_modules, strip_wrappers
 from training_lens.errors import LensError
 from training_lens.models.adapters import trainable
 from training_lens.training.loop.callbacks import JournalCallback
@@ -65,11 +65,13 @@ def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
         modules = adapter_modules(model)
     except LensError:  # fully trained modules only, or adapters that are no pair of matrices
         modules = ()
-    names = {id(p): f"{m.name}.{end}" for m in modules for p, end in zip(m.parameters, _ENDS, strict=False)}
-    return {names.get(id(p)) or plain_name(n).replace(".modules_to_save.default", ""): p for n, p in trainable(model)}
+    names = {id(p): f"{m.name}.{end}" for m in modules for p, end in zip(m.trained_parameters, _ENDS, strict=False)}
+    return {
+        names.get(id(p)) or strip_wrappers(n).replace(".modules_to_save.default", ""): p for n, p in trainable(model)
+    }
 
 
-_ENDS = ("A", "B", "magnitude")  # of AdapterModule.parameters
+_ENDS = ("A", "B", "magnitude")  # of AdapterModule.trained_parameters
 
 
 def _step_histograms(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, dict[str, Any]]:

@@ -45,15 +45,15 @@ class CaptureCallback(Callback):
         self.lens.start(trainer.model, trainer.optimizer, facts)
 
     def on_gradients(self, trainer: Any, step: int) -> None:
-        self.lens.gradients(step)
+        self.lens.capture_gradients(step)
 
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         max_norm, norm = trainer.settings.max_grad_norm, torch.tensor(report.grad_norm, dtype=torch.float64)
         clip = float(clip_factor(norm, max_norm)) if max_norm else 1.0
-        self.lens.record(report.step, {"clip": clip, **{name: getattr(report, name) for name in LOSS_MEASURES}})
+        self.lens.record_step(report.step, {"clip": clip, **{name: getattr(report, name) for name in LOSS_MEASURES}})
 
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
-        self.lens.evaluation(step, report.loss, base=base)
+        self.lens.record_evaluation(step, report.loss, base=base)
 
     def on_save(self, trainer: Any) -> None:
         self.lens.flush()
@@ -62,7 +62,7 @@ class CaptureCallback(Callback):
         self.lens.stop()
 
     def on_exception(self, trainer: Any, error: BaseException) -> None:
-        self.lens.break_off()
+        self.lens.capture_failed_step()
         self.lens.stop(failed=True)
 
 
@@ -78,7 +78,7 @@ def build_capture_callback(plan: RunPlan, run: RunFolder) -> CaptureCallback | N
         "lr": config.training.lr,
         "train_examples": len(plan.train),
     }
-    probe = Probe.of_dataset(rows, config.lens.probe_tokens, fill_id=plan.tokenizer.eos_token_id)
+    probe = Probe.from_dataset(rows, config.lens.probe_tokens, fill_id=plan.tokenizer.eos_token_id)
     return CaptureCallback(TrainingLensFramework(run.lens, config.lens, probe=probe), settings)
 
 

@@ -11,7 +11,7 @@ from training_lens.analysis.saved_adapters import open_adapter
 from training_lens.config.run_config import RESUME_KEYS, locate_outputs, open_run_config, read_run_config
 from training_lens.config.schema import TrainingConfig
 from training_lens.core import table_names as tables
-from training_lens.core.capture_files import LISTING, captures_in, write_listing
+from training_lens.core.capture_files import LISTING, list_captures, write_listing
 from training_lens.core.lens_manifest import LENS, write_manifest
 from training_lens.core.lens_store import COST, read_cost, table_folders
 from training_lens.core.registry import CollectorRegistry
@@ -166,7 +166,7 @@ def _table_type(table: str) -> DataType:
 
 
 def rewrite_capture_listing(run: RunFolder) -> None:
-    write_listing(run.lens, captures_in(run.lens))
+    write_listing(run.lens, list_captures(run.lens))
 
 
 def rebuild_token_cache(run: RunFolder) -> None:

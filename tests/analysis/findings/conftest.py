@@ -155,11 +155,11 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
         change(model, 0)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
-        probe = Probe.of_dataset(plan.validation, 128, plan.tokenizer.eos_token_id)
+        probe = Probe.from_dataset(plan.validation, 128, plan.tokenizer.eos_token_id)
         lens = TrainingLensFramework(folder / "lens", LensSection(spectra_every=10, probe_every=10), probe=probe)
         with lens.watch(model, optimizer, facts=facts):
             with base_only(model):
-                lens.evaluation(0, evaluate_loss(model, held_out, way).loss, base=True)
+                lens.record_evaluation(0, evaluate_loss(model, held_out, way).loss, base=True)
             for step in plan.schedule.iterate_steps():
                 optimizer.param_groups[0]["lr"] = lr_at(step.number, total, plan.config.training)
                 loss = torch.zeros(())
@@ -173,7 +173,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
                 change(model, step.number)
                 lens.step(loss, lr=optimizer.param_groups[0]["lr"], clip=min(1.0, 1 / norm) if norm else 1.0)
                 if step.number % max(1, total // evals) == 0:
-                    lens.evaluation(step.number, evaluate_loss(model, held_out, way).loss)
+                    lens.record_evaluation(step.number, evaluate_loss(model, held_out, way).loss)
         store = LensStore(folder / "lens")
         return Recording("run", folder, store.manifest, store, "finished")
 

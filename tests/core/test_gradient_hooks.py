@@ -9,29 +9,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from training_lens.core.gradient_hooks import GradientTap, LossTap
+from training_lens.core.gradient_hooks import GradientHooks, LossHook
 
 
 def test_a_tap_keeps_the_sum_of_micro_batches_before_clipping() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
-    tap = GradientTap([weight])
+    hooks = GradientHooks([weight])
     for scale in (1.0, 2.0):
         (scale * weight).sum().backward()
     torch.nn.utils.clip_grad_norm_([weight], 0.01)
-    kept = tap(weight)
+    kept = hooks(weight)
     assert kept is not None and kept.tolist() == [3.0] * 3 and float(weight.grad.norm()) < 0.011
-    tap.clear()
-    assert tap(weight) is None
-    tap.remove()
+    hooks.clear()
+    assert hooks(weight) is None
+    hooks.remove()
     weight.sum().backward()
-    assert tap(weight) is None
+    assert hooks(weight) is None
 
 
 def test_a_parameter_that_only_an_early_micro_batch_reaches_keeps_that_gradient() -> None:
     from accelerate.state import GradientState
 
     expert, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    tap, state = GradientTap([expert, other]), GradientState()
+    hooks, state = GradientHooks([expert, other]), GradientState()
     before = state.sync_gradients
     try:
         for reached, last in ((expert, False), (other, True)):  # an expert that gets no token of the last one
@@ -39,22 +39,22 @@ def test_a_parameter_that_only_an_early_micro_batch_reaches_keeps_that_gradient(
             reached.sum().backward()
     finally:
         state._set_sync_gradients(before)
-    assert all(kept is not None and kept.tolist() == [1.0, 1.0] for kept in (tap(expert), tap(other)))
+    assert all(kept is not None and kept.tolist() == [1.0, 1.0] for kept in (hooks(expert), hooks(other)))
 
 
 def test_a_tap_takes_the_scalers_scale_off_and_asks_for_it_once_a_step() -> None:
     weights, asked = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)], []
-    tap = GradientTap(weights, lambda: asked.append(1) or 1024.0)
+    hooks = GradientHooks(weights, lambda: asked.append(1) or 1024.0)
     for step in (1, 2):
         (1024.0 * sum(weights)).sum().backward()
-        assert all(float((tap(w) / step - 1).abs().max()) == 0 for w in weights)
+        assert all(float((hooks(w) / step - 1).abs().max()) == 0 for w in weights)
         assert len(asked) == step
-        tap.clear()
+        hooks.clear()
 
 
 def test_a_frozen_parameter_has_nothing_to_keep() -> None:
     frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
-    assert GradientTap([frozen])(frozen) is None
+    assert GradientHooks([frozen])(frozen) is None
 
 
 class Answers(torch.nn.Module):
@@ -71,11 +71,11 @@ def number(value: float) -> Tensor:
 @pytest.mark.parametrize(("given", "wanted"), [({}, 2.0), ({"num_items_in_batch": torch.tensor(9)}, 4.0)])
 def test_losses_are_averaged_or_summed_as_they_were_divided(given: dict[str, Any], wanted: float) -> None:
     model = Answers().train()
-    tap = LossTap(model)
+    hooks = LossHook(model)
     for loss in (1.0, 3.0):
         model(SimpleNamespace(loss=number(loss)), **given).loss.backward()
-    taken = tap.take()
-    assert taken is not None and float(taken) == wanted and tap.take() is None
+    taken = hooks.take_loss()
+    assert taken is not None and float(taken) == wanted and hooks.take_loss() is None
 
 
 def scores(values: list[float]) -> SimpleNamespace:
@@ -85,35 +85,35 @@ def scores(values: list[float]) -> SimpleNamespace:
 
 def test_log_probabilities_are_divided_by_their_labels() -> None:
     model = Answers().train()
-    tap = LossTap(model)
+    hooks = LossHook(model)
     for values in ([-1.0, -2.0], [-3.0, 0.0]):
         (-model(scores(values)).log_probs.sum() / 3).backward()
-    taken = tap.take()
+    taken = hooks.take_loss()
     assert taken is not None and float(taken) == 2.0
 
 
 def test_a_loss_that_training_does_not_go_back_through_is_not_taken_for_its_own() -> None:
     model = Answers().train()
-    tap = LossTap(model)
+    hooks = LossHook(model)
     other = number(2.0)
     model(SimpleNamespace(loss=number(1.0), other=other)).other.backward()
-    assert tap.take() is None
+    assert hooks.take_loss() is None
     preferred = torch.tensor([1.0, -1.0])  # as DPO weighs the chosen and the rejected answer
     (model(scores([-1.0, -2.0])).log_probs * preferred).sum().backward()
-    assert tap.take() is None
+    assert hooks.take_loss() is None
 
 
 def test_a_nan_loss_stays_nan_and_judging_is_not_read() -> None:
     model = Answers().train()
-    tap = LossTap(model)
+    hooks = LossHook(model)
     model(SimpleNamespace(loss=number(torch.nan))).loss.backward()
-    taken = tap.take()
+    taken = hooks.take_loss()
     assert taken is not None and torch.isnan(taken)
     with torch.no_grad():
         model(SimpleNamespace(loss=number(1.0)))
     model.eval()(SimpleNamespace(loss=number(1.0))).loss.backward()
-    assert tap.take() is None
+    assert hooks.take_loss() is None
     model.train()
-    tap.remove()
+    hooks.remove()
     model(SimpleNamespace(loss=number(1.0))).loss.backward()
-    assert tap.take() is None
+    assert hooks.take_loss() is None

@@ -246,13 +246,13 @@ def test_a_model_without_an_adapter_is_refused_before_the_first_step(tmp_path: P
 def test_a_collector_that_fails_is_off_and_the_rest_goes_on(
     own: OwnRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from training_lens.core.collector import DataCollector, Watched
+    from training_lens.core.collector import CaptureContext, DataCollector
     from training_lens.core.types import Captured, DataType
 
     class Broken(DataCollector):
         name, data_type = "broken", DataType.LOSS
 
-        def collect(self, watched: Watched, step: int) -> Captured:
+        def collect(self, context: CaptureContext, step: int) -> Captured:
             if step == 2:
                 raise ValueError("no such thing")
             return Captured({"one": torch.ones(1)})

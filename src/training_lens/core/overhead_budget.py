@@ -1,0 +1,91 @@
+"""What the lens costs, and how often it may capture within its share of the training time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from training_lens.config.lens_section import LensSection
+from training_lens.core.schedule import CaptureSchedule
+from training_lens.core.types import Cadence
+
+SHARES = {  # of the training time, where the config sets no interval: 2 % in all
+    Cadence.SCALARS: 0.01,
+    Cadence.SPECTRA: 0.0025,
+    Cadence.PROBE: 0.005,
+    Cadence.SNAPSHOTS: 0.0025,
+}
+MIN_SCALARS, FIRST_SCALARS = 200, 20  # captures in a run of known length; first steps that are all captured
+MIN_SPECTRA = 8  # in a run of known length
+MIN_SNAPSHOTS, MAX_SNAPSHOTS = 4, 8  # in a run of known length
+SNAPSHOT_STEPS = 500  # between snapshots, in a run of unknown length
+STEP_TIME_WINDOW = 10  # steps in the running mean of the step time
+
+
+class OverheadBudget:
+    """Times what the lens does, and gives each cadence the schedule that keeps it within its share.
+
+    `seconds` is the time spent so far by name: collectors, and what serves them all.
+    """
+
+    def __init__(self, section: LensSection, total_steps: int | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._schedules = {cadence: _build_schedule(cadence, section, total_steps) for cadence in Cadence}
+        self._step_costs: dict[Cadence, float] = {}  # seconds of this step's captures
+        self._steps, self._step_seconds = 0, 0.0  # seen by this process; running mean
+        self._step_start = time.perf_counter()
+
+    def is_due(self, cadence: Cadence, step: int) -> bool:
+        return self._schedules[cadence].is_due(step)
+
+    @contextmanager
+    def measure(self, name: str, cadence: Cadence | None = None) -> Iterator[None]:
+        """Add the block's time to `seconds[name]`, and to what `cadence` spends."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+            if cadence:
+                self.spend(cadence, elapsed)
+
+    def spend(self, cadence: Cadence, seconds: float) -> None:
+        """Count seconds against a cadence's share."""
+        self._step_costs[cadence] = self._step_costs.get(cadence, 0.0) + seconds
+
+    def has_spent(self, cadence: Cadence) -> bool:
+        """Whether this step's captures cost the cadence anything."""
+        return cadence in self._step_costs
+
+    def start_step(self) -> None:
+        """The step time is measured from here: probe passes and validation do not count."""
+        self._step_start = time.perf_counter()
+
+    def end_step(self) -> None:
+        """Update the running mean of the step time."""
+        self._steps += 1
+        elapsed = time.perf_counter() - self._step_start
+        self._step_seconds += (elapsed - self._step_seconds) / min(self._steps, STEP_TIME_WINDOW)
+
+    def update_schedules(self) -> None:
+        """Adapt all intervals to what this step's captures cost. Call it after `end_step`."""
+        for cadence, schedule in self._schedules.items():
+            if cadence in self._step_costs:
+                schedule.record_capture(self._step_costs.pop(cadence), self._step_seconds)
+            else:
+                schedule.record_step_time(self._step_seconds)
+
+
+def _build_schedule(cadence: Cadence, section: LensSection, total_steps: int | None) -> CaptureSchedule:
+    share = SHARES[cadence]
+    if cadence is Cadence.SCALARS:
+        every = section.scalars_every
+        return CaptureSchedule(every, share, total_steps, least=MIN_SCALARS, most=None, always=FIRST_SCALARS)
+    if cadence is Cadence.SNAPSHOTS:
+        every = section.snapshot_every or (None if total_steps else SNAPSHOT_STEPS)
+        return CaptureSchedule(every, share, total_steps, least=MIN_SNAPSHOTS, most=MAX_SNAPSHOTS)
+    if cadence is Cadence.SPECTRA:
+        return CaptureSchedule(section.spectra_every, share, total_steps, least=MIN_SPECTRA)
+    return CaptureSchedule(section.probe_every, share, total_steps, first_step=0)  # the probe runs before training, too

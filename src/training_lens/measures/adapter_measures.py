@@ -1,0 +1,64 @@
+"""The norms and ranks of an adapter, as the tables `adapter_weights` and `spectra` name them.
+
+Captures during training, saved checkpoints and single adapters are all measured here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from training_lens.measures.factors import Factors, Grams, norm_of, precise
+from training_lens.measures.singular_values import (
+    balance_of,
+    effective_rank,
+    energy_rank,
+    singular_values,
+    stable_rank,
+    step_norm,
+    top_ratio,
+    update_norm,
+    update_norm_of,
+)
+
+
+def adapter_norms(trained: Factors, scaling: float, full: Factors | None = None) -> dict[str, Tensor]:
+    """norm_a, norm_b, norm_update and balance, each (*batch,).
+
+    Args:
+        trained: in float32 or better, for norm_a, norm_b and balance.
+        full: the factors of dW where they may cancel, as PiSSA's do: norm_update is then computed from these in
+            float64. None: from `trained`, in its own precision.
+    """
+    grams = Grams.from_factors(precise(trained.a), precise(trained.b))
+    return {
+        "norm_a": norm_of(grams.a),
+        "norm_b": norm_of(grams.b),
+        "norm_update": update_norm_of(grams, scaling) if full is None else update_norm(full.a, full.b, scaling),
+        "balance": balance_of(grams),
+    }
+
+
+def norm_of_step(before: Factors | None, after: Factors, scaling: float) -> Tensor:
+    """norm_step (*batch,), how far dW moved; NaN where the factors before the step are unknown."""
+    if before is None:
+        return after.a.new_full(after.a.shape[:-2], torch.nan)
+    return step_norm(before.a, before.b, after.a, after.b, scaling)
+
+
+def update_spectrum(full: Factors, trained: Factors, scaling: float) -> dict[str, Tensor]:
+    """singular_values (*batch, k) of dW, and effective_rank, stable_rank, energy_rank and top_ratio, each (*batch,).
+
+    Cost: two QR decompositions and an SVD in rank dimensions; waits for the device on CUDA.
+
+    Args:
+        full: the factors of dW; `top_ratio` is that of `trained`.
+    """
+    singular = singular_values(full.a, full.b, scaling)
+    return {
+        "singular_values": singular,
+        "effective_rank": effective_rank(singular),
+        "stable_rank": stable_rank(singular),
+        "energy_rank": energy_rank(singular),
+        "top_ratio": top_ratio(trained.a, trained.b),
+    }
