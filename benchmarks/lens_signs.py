@@ -39,7 +39,7 @@ def signs(rate: float, folder: str) -> dict[str, Any]:
     analyzer = CheckpointAnalyzer(summary.run_dir)
     recording = analyzer.recording
     steps, update = (recording.series("adapter_weights", name).values for name in ("norm_step", "norm_update"))
-    clips = recording.series("loss", "clip").of("run")
+    clips = recording.series("loss", "clip").column("run")
     return {
         "rate": rate,
         "steps": summary.steps,

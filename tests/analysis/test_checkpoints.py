@@ -27,7 +27,7 @@ def dense(folder: Path, module: str, scaling: float) -> Tensor:
 
 
 def value(recording: Recording, table: str, measure: str, module: str, at: int = -1) -> float:
-    return float(recording.series(table, measure).of(module)[at])
+    return float(recording.series(table, measure).column(module)[at])
 
 
 def test_every_measure_equals_the_dense_one(trainer_output: Path, base_folder: Path) -> None:
@@ -50,7 +50,7 @@ def test_every_measure_equals_the_dense_one(trainer_output: Path, base_folder: P
         }
         for (table, measure), right in expected.items():
             assert value(recording, table, measure, module.name) == pytest.approx(float(right), rel=1e-4), measure
-        steps = recording.series("adapter_weights", "norm_step").of(module.name)
+        steps = recording.series("adapter_weights", "norm_step").column(module.name)
         assert steps.tolist() == pytest.approx(changes, rel=1e-4, nan_ok=True)
         _, vectors = recording.captures.vectors("spectra", "singular_values")
         kept = vectors[module.name][-1]

@@ -39,9 +39,9 @@ def test_the_trainers_output_is_read_with_its_log(trainer_output: Path) -> None:
     assert recording.settings["total_steps"] == 6 and recording.settings["steps_per_epoch"] == 3
     logged = [line for line in state_of(trainer_output / "checkpoint-6")["log_history"] if "loss" in line]
     loss, norm = recording.series("loss", "loss"), recording.series("loss", "grad_norm")
-    assert loss.steps.tolist() == WHOLE_LOG and loss.of(RUN).tolist() == pytest.approx([e["loss"] for e in logged])
-    assert norm.of(RUN).tolist() == pytest.approx([entry["grad_norm"] for entry in logged])
-    assert recording.series("loss", "lr").of(RUN)[0] == pytest.approx(1e-2)
+    assert loss.steps.tolist() == WHOLE_LOG and loss.column(RUN).tolist() == pytest.approx([e["loss"] for e in logged])
+    assert norm.column(RUN).tolist() == pytest.approx([entry["grad_norm"] for entry in logged])
+    assert recording.series("loss", "lr").column(RUN)[0] == pytest.approx(1e-2)
     assert recording.series("evaluation", "loss").steps.tolist() == [2, 4, 6]
     assert {module.rank for module in recording.modules} == {2, 4}
 
@@ -68,9 +68,9 @@ def test_a_run_without_captures_is_read_from_what_it_saved(
     assert recording.captures.snapshot_steps("adapters") == [4] and recording.settings["total_steps"] == 4
     lines = read_metrics(run_without_captures.metrics_file)
     steps = [line for line in lines if line["kind"] == "step"]
-    assert recording.series("loss", "loss").of(RUN).tolist() == pytest.approx([line["loss"] for line in steps])
+    assert recording.series("loss", "loss").column(RUN).tolist() == pytest.approx([line["loss"] for line in steps])
     base = next(line["loss"] for line in lines if line["kind"] == "base")
-    assert recording.series("evaluation", "base_loss").of(RUN)[0] == pytest.approx(base)
+    assert recording.series("evaluation", "base_loss").column(RUN)[0] == pytest.approx(base)
     assert recording.has("base_weights") and not recording.has("adapter_gradients")
 
 
@@ -102,7 +102,7 @@ def test_captures_belong_to_the_run_around_them(tmp_path: Path) -> None:
         for place in (run.root, run.root / "lens"):
             recording = open_recording(place)
             assert (recording.status, recording.name, recording.folder) == (status, "run", run.root)
-            assert recording.modules[0].layer == 3 and recording.series("loss", "loss").of(RUN).tolist() == [1.0]
+            assert recording.modules[0].layer == 3 and recording.series("loss", "loss").column(RUN).tolist() == [1.0]
     (run.metadata / "summary.json").write_text(json.dumps({"status": "running"}))
     assert open_recording(run.root).status == "interrupted"  # nobody holds its lock
     with run.hold_lock():
@@ -196,7 +196,7 @@ def test_a_loss_that_is_no_number_stays_one(tmp_path: Path, save_adapter: Callab
     history = [{"step": 1, "loss": math.nan, "epoch": 1.0}, {"step": 2, "loss": 1.0, "epoch": 2.0}]
     state = {"global_step": 2, "max_steps": 9, "num_train_epochs": 9, "log_history": history}
     (folder / "trainer_state.json").write_text(json.dumps(state))
-    losses = open_recording(folder).series("loss", "loss").of(RUN)
+    losses = open_recording(folder).series("loss", "loss").column(RUN)
     assert math.isnan(losses[0]) and losses[1] == 1.0
 
 

@@ -19,7 +19,7 @@ from training_lens.analyzers import (
     LoRAAnalyzer,
     SimilarityAnalyzer,
 )
-from training_lens.analyzers.convergence_analyzer import smoothed
+from training_lens.analyzers.convergence_analyzer import smooth_series
 from training_lens.config.lens_section import LensSection
 from training_lens.core.analyzer import DataAnalyzer
 from training_lens.core.lens_store import LensStore
@@ -195,11 +195,11 @@ def test_what_was_not_captured_is_not_read_or_empty(write: Write) -> None:
     for analyzer in (LoRAAnalyzer(), GradientAnalyzer(), ActivationAnalyzer()):
         read(analyzer, recording)
     assert read(ConvergenceAnalyzer(), recording)["slope"] == {"value": None, "error": None}
-    assert recording.series("loss", "loss").of(RUN).tolist() == [1.0]
+    assert recording.series("loss", "loss").column(RUN).tolist() == [1.0]
 
 
 def test_a_long_run_is_smoothed_at_few_steps_with_whole_windows() -> None:
     steps = np.arange(1, 50_001)
-    short = smoothed(Series(steps, (RUN,), steps[:, None].astype(float)), most=100)
+    short = smooth_series(Series(steps, (RUN,), steps[:, None].astype(float)), most=100)
     assert len(short.steps) == 100 and short.steps[[0, -1]].tolist() == [1, 50_000]
     assert short.values[50, 0] == short.steps[50]  # the median of a window of a straight line is its middle

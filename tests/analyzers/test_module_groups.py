@@ -9,14 +9,14 @@ import pytest
 
 from training_lens.analyzers.module_groups import (
     energy_shares,
-    extremes,
-    grouped,
-    latest,
-    median,
-    numbers,
-    over_base,
-    places,
-    thinned,
+    find_extremes,
+    group_modules,
+    group_series,
+    json_numbers,
+    latest_values,
+    nan_median,
+    relative_to_base,
+    thin_series,
 )
 from training_lens.core.modules import module_record
 from training_lens.core.types import Series
@@ -31,32 +31,32 @@ def series(*rows: list[float]) -> Series:
 
 
 def test_layers_are_in_order_with_what_is_outside_last() -> None:
-    assert list(places(MODULES, "layer")) == ["2", "10", "outside"]
-    assert places(MODULES, "kind") == {"up": [NAMES[0], NAMES[3]], "lm_head": [NAMES[1]], "q": [NAMES[2]]}
+    assert list(group_modules(MODULES, "layer")) == ["2", "10", "outside"]
+    assert group_modules(MODULES, "kind") == {"up": [NAMES[0], NAMES[3]], "lm_head": [NAMES[1]], "q": [NAMES[2]]}
     with pytest.raises(ConfigurationError, match="by: 'heads'"):
-        places(MODULES, "heads")  # type: ignore[arg-type]
+        group_modules(MODULES, "heads")  # type: ignore[arg-type]
 
 
 def test_the_norm_of_a_layer_is_that_of_its_matrices_together() -> None:
-    norms = grouped(series([1, 2, 3, 4], [0, 0, 6, 8]), MODULES, "layer", norms=True)
+    norms = group_series(series([1, 2, 3, 4], [0, 0, 6, 8]), MODULES, "layer", norms=True)
     assert norms.names == ("2", "10", "outside") and norms.values.tolist() == [[5, 1, 2], [10, 0, 0]]
 
 
 def test_a_ratio_of_a_kind_is_the_median() -> None:
-    assert grouped(series([1, 2, 3, 5]), MODULES, "kind", norms=False).values.tolist() == [[3, 2, 3]]
+    assert group_series(series([1, 2, 3, 5]), MODULES, "kind", norms=False).values.tolist() == [[3, 2, 3]]
 
 
 def test_a_norm_that_is_missing_makes_no_smaller_sum() -> None:
     holes = series([math.nan, 2, 3, 4])
-    assert grouped(holes, MODULES, "kind", norms=True).values == pytest.approx(
+    assert group_series(holes, MODULES, "kind", norms=True).values == pytest.approx(
         np.array([[math.nan, 2, 3]]), nan_ok=True
     )
-    assert grouped(holes, MODULES, "kind", norms=False).values.tolist() == [[4, 2, 3]]
+    assert group_series(holes, MODULES, "kind", norms=False).values.tolist() == [[4, 2, 3]]
 
 
 def test_medians_pass_over_what_is_no_number() -> None:
     values = np.array([[1.0, 5, 3], [math.nan, 1, 3], [math.nan] * 3])
-    assert median(values) == pytest.approx([3, 2, math.nan], nan_ok=True)
+    assert nan_median(values) == pytest.approx([3, 2, math.nan], nan_ok=True)
 
 
 def test_shares_of_the_energy_sum_to_one() -> None:
@@ -66,21 +66,27 @@ def test_shares_of_the_energy_sum_to_one() -> None:
 
 def test_strength_is_unknown_where_the_base_is() -> None:
     base = Series(np.zeros(1), NAMES[:2], np.array([[2.0, 4.0]]))
-    assert over_base(series([1, 2, 3, 4]), base).values == pytest.approx(
+    assert relative_to_base(series([1, 2, 3, 4]), base).values == pytest.approx(
         np.array([[0.5, 0.5, math.nan, math.nan]]), nan_ok=True
     )
 
 
 def test_thinning_keeps_both_ends_evenly() -> None:
     long = Series(np.arange(1, 1001), ("run",), np.arange(1000.0)[:, None])
-    short = thinned(long, 4)
+    short = thin_series(long, 4)
     assert short.steps.tolist() == [1, 334, 667, 1000] and short.values[:, 0].tolist() == [0, 333, 666, 999]
-    assert thinned(long, 1000) is long
+    assert thin_series(long, 1000) is long
 
 
 def test_plain_values_are_finite_or_none() -> None:
-    assert numbers([1, math.nan, math.inf]) == [1.0, None, None]
-    assert latest(Series(np.zeros(0), (), np.zeros((0, 0)))) == {}
-    assert extremes({"a": 3.0, "b": None, "c": 1.0})["most_at"] == "a"
-    assert extremes({"a": 3.0, "c": 1.0}) == {"median": 2.0, "least": 1.0, "least_at": "c", "most": 3.0, "most_at": "a"}
-    assert set(extremes({"a": None}).values()) == {None}
+    assert json_numbers([1, math.nan, math.inf]) == [1.0, None, None]
+    assert latest_values(Series(np.zeros(0), (), np.zeros((0, 0)))) == {}
+    assert find_extremes({"a": 3.0, "b": None, "c": 1.0})["most_at"] == "a"
+    assert find_extremes({"a": 3.0, "c": 1.0}) == {
+        "median": 2.0,
+        "least": 1.0,
+        "least_at": "c",
+        "most": 3.0,
+        "most_at": "a",
+    }
+    assert set(find_extremes({"a": None}).values()) == {None}

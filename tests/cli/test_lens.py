@@ -143,7 +143,7 @@ def test_a_snapshot_of_another_shape_is_named(call: Call, run: Path) -> None:
     tensors = load_file(path)
     save_file({**tensors, f"{MODULE}.a": tensors[f"{MODULE}.a"][:1].clone()}, path)
     said = refused(call("analyze", str(run)))
-    assert f"is not of this run: of {MODULE}" in said and "step 1" in said
+    assert f"is not of this run: A and B of {MODULE}" in said and "step 1" in said
 
 
 def test_a_damaged_segment_costs_its_steps_alone(call: Call, run: Path) -> None:

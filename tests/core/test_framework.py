@@ -180,7 +180,7 @@ def test_the_norm_before_clipping_is_known_in_the_hf_trainer(own: OwnRun, tmp_pa
     trainer = by_hf_trainer(own, lens, tmp_path, logging_first_step=True)
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     loss = LensStore(tmp_path / "lens")
-    norms, clips = loss.series("loss", "grad_norm").of("run"), loss.series("loss", "clip").of("run")
+    norms, clips = loss.series("loss", "grad_norm").column("run"), loss.series("loss", "clip").column("run")
     assert norms[0] == pytest.approx(logged[0], rel=1e-5)
     np.testing.assert_allclose(norms * clips, CLIP, rtol=1e-3)
 

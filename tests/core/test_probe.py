@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training_lens.data.example_types import TokenizedExample
 
 from training_lens.core.probe import Probe, evaluation_mode
+from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import LensError
 

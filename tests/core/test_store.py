@@ -95,7 +95,7 @@ def test_what_was_captured_is_read_back(folder: Path) -> None:
     store = LensStore(folder)
     assert (store.manifest, store.tables(), store.cost()) == (MANIFEST, ("loss", "weights"), {"weights": 0.25})
     assert_exact(folder, [1, 2, 4])
-    np.testing.assert_allclose(store.series("loss", "loss").of("run"), [1, 0.5, 0.25])
+    np.testing.assert_allclose(store.series("loss", "loss").column("run"), [1, 0.5, 0.25])
     steps, spectra_by_name = store.vectors("weights", "spectrum")
     assert steps.tolist() == [1, 2, 4]
     np.testing.assert_array_equal(spectra_by_name["layers.0.q"], [[1, 2], [2, 3], [4, 5]])

@@ -77,7 +77,7 @@ def test_the_last_snapshot_is_of_the_last_step_though_the_best_model_was_put_bac
     assert store.series("evaluation", "loss").steps.tolist() == [1, 2, 3]
     norms, last = store.series("adapter_weights", "norm_b"), store.snapshot("adapters", 3)
     for name in norms.names:
-        assert float(last[f"{name}.b"].norm()) == pytest.approx(norms.of(name)[2], rel=1e-5)
+        assert float(last[f"{name}.b"].norm()) == pytest.approx(norms.column(name)[2], rel=1e-5)
 
 
 def test_a_loss_that_the_trainer_makes_itself_is_left_out_and_told(

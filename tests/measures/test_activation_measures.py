@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from training_lens.measures import activation_measures as activations
+from training_lens.models.scoring import forward_kl as plain_forward_kl
 
 checked = jaxtyped(typechecker=beartype)
 rms, drift, linear_cka = checked(activations.rms), checked(activations.drift), checked(activations.linear_cka)
-forward_kl, projection = checked(activations.forward_kl), checked(activations.projection)
+forward_kl, projection = checked(plain_forward_kl), checked(activations.random_projection)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

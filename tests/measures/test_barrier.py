@@ -12,7 +12,11 @@ from torch.linalg import matrix_norm
 from training_lens.measures import barrier as barriers
 
 checked = jaxtyped(typechecker=beartype)
-interpolate, barrier, truncate = checked(barriers.interpolate), checked(barriers.barrier), checked(barriers.truncate)
+interpolate, barrier, truncate = (
+    checked(barriers.interpolate_updates),
+    checked(barriers.loss_barrier),
+    checked(barriers.truncate_rank),
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

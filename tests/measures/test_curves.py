@@ -12,7 +12,7 @@ from jaxtyping import jaxtyped
 from training_lens.measures import curves as convergence
 
 checked = jaxtyped(typechecker=beartype(conf=BeartypeConf(is_pep484_tower=True)))  # an int is a float, too
-trend, remaining_gain = checked(convergence.trend), checked(convergence.remaining_gain)
+trend, remaining_gain = checked(convergence.log_slope), checked(convergence.remaining_gain)
 robust_z, epoch_drops = checked(convergence.robust_z), checked(convergence.epoch_drops)
 
 

@@ -9,8 +9,10 @@ from jaxtyping import jaxtyped
 from training_lens.measures import factors
 
 checked = jaxtyped(typechecker=beartype)
-exact, frobenius, inner, precise = map(checked, (factors.exact, factors.frobenius, factors.inner, factors.precise))
-svd, svdvals = checked(factors.svd), checked(factors.svdvals)
+exact, frobenius, inner, precise = map(
+    checked, (factors.to_float64, factors.frobenius, factors.update_inner_product, factors.to_float32)
+)
+svd, svdvals = checked(factors.nan_safe_svd), checked(factors.nan_safe_svdvals)
 
 
 def test_precision_never_falls() -> None:

@@ -18,10 +18,14 @@ singular_values, singular_vectors = checked(spectra.singular_values), checked(sp
 effective_rank, stable_rank, energy_rank = map(
     checked, (spectra.effective_rank, spectra.stable_rank, spectra.energy_rank)
 )
-update_norm, step_norm, strength = checked(spectra.update_norm), checked(spectra.step_norm), checked(spectra.strength)
+update_norm, step_norm, strength = (
+    checked(spectra.update_norm),
+    checked(spectra.step_norm),
+    checked(spectra.relative_norm),
+)
 balance, top_ratio = checked(spectra.balance), checked(spectra.top_ratio)
 top_singular_value, amplification = checked(spectra.top_singular_value), checked(spectra.amplification)
-intruders, dora_change = checked(spectra.intruders), checked(spectra.dora_change)
+intruders, dora_change = checked(spectra.find_intruders), checked(spectra.dora_change)
 
 # in, out, rank, leading dimensions; the last two have a rank above what in or out allow
 SHAPES = [(24, 16, 4, ()), (16, 24, 4, (3,)), (12, 12, 1, (2, 2)), (6, 20, 9, (2,)), (20, 5, 9, ())]

@@ -54,7 +54,7 @@ def test_the_probe_set_is_as_large_as_asked_for(small_config: Config, tokens: in
     assert ("divergence" in store.tables()) == (tokens > 0)
     assert (store.manifest.probe or {"tokens": 0})["tokens"] <= tokens
     if tokens:
-        assert store.series("divergence", "kl").of("run")[0] == 0  # a fresh adapter is the base
+        assert store.series("divergence", "kl").column("run")[0] == 0  # a fresh adapter is the base
         assert store.series("activations", "drift").values[0].max() == 0
 
 

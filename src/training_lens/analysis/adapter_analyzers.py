@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.linalg import matrix_norm
 
 from training_lens.analysis.saved_adapters import open_adapter, open_base_weights
-from training_lens.analyzers.module_groups import number, numbers
+from training_lens.analyzers.module_groups import json_number, json_numbers
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.core.types import ModuleRecord
 from training_lens.measures import singular_values as spectra
@@ -35,9 +35,9 @@ class AdaptedWeight:
         """What A and B say by themselves; `singular_values` are those of dW, falling."""
         factors, scaling = Factors(self.a, self.b), self.record.scaling
         spectrum = update_spectrum(factors, factors, scaling)
-        singular = numbers(spectrum.pop("singular_values"))
+        singular = json_numbers(spectrum.pop("singular_values"))
         measured = adapter_norms(factors, scaling, full=factors) | spectrum
-        return {"singular_values": singular} | {name: number(value) for name, value in measured.items()}
+        return {"singular_values": singular} | {name: json_number(value) for name, value in measured.items()}
 
     def compare_with_base(self, *, intruders: bool) -> dict[str, Any]:
         """What the change is to W; nothing where W is unknown. Of DoRA, all but the last two: its low-rank part."""
@@ -48,22 +48,24 @@ class AdaptedWeight:
         directions = int(spectra.energy_rank(singular).nan_to_num(0))
         top = spectra.top_singular_value(weight)
         return {
-            "strength": number(spectra.strength(spectra.update_norm(a, b, scaling), matrix_norm(weight))),
-            "top_strength": number(spectra.strength(singular[0], top)),
-            "amplification": number(spectra.amplification(weight, a, b, scaling, directions)) if directions else None,
+            "strength": json_number(spectra.relative_norm(spectra.update_norm(a, b, scaling), matrix_norm(weight))),
+            "top_strength": json_number(spectra.relative_norm(singular[0], top)),
+            "amplification": json_number(spectra.amplification(weight, a, b, scaling, directions))
+            if directions
+            else None,
             **(self._measure_intruders(weight) if intruders else {}),
             **self._measure_dora_change(weight),
         }
 
     def _measure_intruders(self, weight: Tensor) -> dict[str, Any]:
-        found = spectra.intruders(weight, self.a, self.b, self.record.scaling)
-        return {"intruders": number(found.count), "intruder_energy_share": number(found.energy_share)}
+        found = spectra.find_intruders(weight, self.a, self.b, self.record.scaling)
+        return {"intruders": json_number(found.count), "intruder_energy_share": json_number(found.energy_share)}
 
     def _measure_dora_change(self, weight: Tensor) -> dict[str, Any]:
         if self.magnitude is None:
             return {}
         changes = spectra.dora_change(weight, self.a, self.b, self.record.scaling, self.magnitude)
-        return dict(zip(("magnitude_change", "direction_change"), map(number, changes), strict=True))
+        return dict(zip(("magnitude_change", "direction_change"), map(json_number, changes), strict=True))
 
 
 class LoRAParameterAnalyzer:

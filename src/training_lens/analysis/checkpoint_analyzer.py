@@ -11,9 +11,14 @@ import numpy as np
 
 from training_lens.analysis.evolution import read_evolution
 from training_lens.analysis.open_recording import open_recording
-from training_lens.analyzers.module_groups import By, number, numbers
+from training_lens.analyzers.module_groups import By, json_number, json_numbers
 from training_lens.analyzers.saved_factors import snapshot_factors
-from training_lens.analyzers.similarity_analyzer import Likeness, SimilarityAnalyzer, directions, likenesses
+from training_lens.analyzers.similarity_analyzer import (
+    SimilarityAnalyzer,
+    UpdateSimilarity,
+    compare_updates,
+    decompose_updates,
+)
 from training_lens.core import table_names as tables
 from training_lens.core.analyzer import DataAnalyzer
 from training_lens.core.recording import Recording
@@ -61,7 +66,7 @@ class AdapterComparison:
 
     names: tuple[str, str]
     steps: tuple[int, int]
-    modules: Mapping[str, Likeness]
+    modules: Mapping[str, UpdateSimilarity]
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
 
@@ -71,8 +76,8 @@ class AdapterComparison:
         return {
             "runs": list(self.names),
             "steps": list(self.steps),
-            "median_cosine": number(np.median(cosines)) if cosines else None,
-            "modules": {name: one.values() for name, one in self.modules.items()},
+            "median_cosine": json_number(np.median(cosines)) if cosines else None,
+            "modules": {name: one.to_json() for name, one in self.modules.items()},
             "only_first": list(self.only_first),
             "only_second": list(self.only_second),
         }
@@ -166,7 +171,7 @@ def compare_adapters(first: Recording, second: Recording) -> AdapterComparison:
     """How alike the last snapshots of two recordings are; raises as `CheckpointAnalyzer.compare` does."""
     steps = (_last_snapshot_step(first), _last_snapshot_step(second))
     here, there = snapshot_factors(first, steps[0]), snapshot_factors(second, steps[1])
-    alike = likenesses(directions(first.modules, here), directions(second.modules, there))
+    alike = compare_updates(decompose_updates(first.modules, here), decompose_updates(second.modules, there))
     if not alike:
         raise LensError(
             f"{first.name} and {second.name} adapt no module in common: one has {next(iter(here), 'none')}, the other "
@@ -192,9 +197,9 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _to_json(each) for key, each in value.items()}
     if isinstance(value, np.ndarray):
-        return numbers(value) if value.ndim == 1 else [_to_json(each) for each in value]
+        return json_numbers(value) if value.ndim == 1 else [_to_json(each) for each in value]
     if isinstance(value, list | tuple):
         return [_to_json(each) for each in value]
     if isinstance(value, float | np.floating):
-        return number(value)
+        return json_number(value)
     return int(value) if isinstance(value, np.integer) else value

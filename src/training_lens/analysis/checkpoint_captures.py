@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.linalg import matrix_norm
 
 from training_lens.analysis.saved_adapters import BaseWeights, SavedAdapter, require_alike
-from training_lens.analyzers.saved_factors import Stack, stacks
+from training_lens.analyzers.saved_factors import FactorBatch, batch_factors
 from training_lens.core import table_names as tables
 from training_lens.core.arrow import MODULE, STEP, arrow_table, extract_series, extract_vectors, require_measure
 from training_lens.core.types import Captured, ModuleRecord, Series
@@ -124,10 +124,10 @@ class CheckpointCaptures:
         """Weights and spectra, in one pass over the checkpoints."""
         weights: Rows = []
         spectral: Rows = []
-        before: list[Stack] = []
+        before: list[FactorBatch] = []
         for step, adapter in sorted(self._adapters.items()):
             updates = adapter.read_factors()
-            now = stacks(self._records, {name: Factors(u.a, u.b) for name, u in updates.items()})
+            now = batch_factors(self._records, {name: Factors(u.a, u.b) for name, u in updates.items()})
             weights.append(
                 (
                     step,
@@ -139,7 +139,7 @@ class CheckpointCaptures:
             before = now
         return {tables.WEIGHTS: arrow_table(weights), tables.SPECTRA: arrow_table(spectral)}
 
-    def _collect_modules(self, stacked: Sequence[Stack], parts: Sequence[Mapping[str, Tensor]]) -> Captured:
+    def _collect_modules(self, stacked: Sequence[FactorBatch], parts: Sequence[Mapping[str, Tensor]]) -> Captured:
         """What was measured of each stack, a row for each module; what is a matrix by stack is a vector by module."""
         place = {name: i for i, name in enumerate(name for stack in stacked for name in stack.names)}
         rows = [record.name for record in self._records]
@@ -184,18 +184,20 @@ class CheckpointCaptures:
         return arrow_table([(0, rows)])
 
 
-def _pair_with_previous(now: Sequence[Stack], before: Sequence[Stack]) -> list[tuple[Stack, Stack | None]]:
+def _pair_with_previous(
+    now: Sequence[FactorBatch], before: Sequence[FactorBatch]
+) -> list[tuple[FactorBatch, FactorBatch | None]]:
     """Each stack with the one before; checkpoints of one run are stacked alike."""
-    earlier: Sequence[Stack | None] = before or [None] * len(now)
+    earlier: Sequence[FactorBatch | None] = before or [None] * len(now)
     return list(zip(now, earlier, strict=True))
 
 
-def _measure_weights(now: Stack, before: Stack | None) -> dict[str, Tensor]:
+def _measure_weights(now: FactorBatch, before: FactorBatch | None) -> dict[str, Tensor]:
     factors = Factors(now.a, now.b)
     norms = adapter_norms(factors, now.scaling, full=factors)  # PiSSA's halves, which cancel, are saved as one
     return norms | {"norm_step": norm_of_step(Factors(before.a, before.b) if before else None, factors, now.scaling)}
 
 
-def _measure_spectra(stack: Stack) -> dict[str, Tensor]:
+def _measure_spectra(stack: FactorBatch) -> dict[str, Tensor]:
     factors = Factors(stack.a, stack.b)
     return update_spectrum(factors, factors, stack.scaling)

@@ -6,7 +6,7 @@ from training_lens.analyzers.gradient_analyzer import gradient_norms
 from training_lens.analyzers.module_groups import (
     NORMS,
     By,
-    grouped,
+    group_series,
     step_ratio,
     update_strength,
 )
@@ -47,7 +47,7 @@ def read_evolution(recording: Recording, measure: str, by: By = "module") -> Ser
         ConfigurationError: the measure or `by` is unknown.
     """
     series, norms = _read_measure(recording, measure)
-    return series if by == "module" else grouped(series, recording.modules, by, norms=norms)
+    return series if by == "module" else group_series(series, recording.modules, by, norms=norms)
 
 
 def _read_measure(recording: Recording, measure: str) -> tuple[Series, bool]:

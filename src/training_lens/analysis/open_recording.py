@@ -60,7 +60,7 @@ def open_recording(path: Path | str, base: Path | str | None = None) -> Recordin
 
     Example:
         recording = open_recording("outputs/experiments/default/runs/20261120T203605Z-5f3a")
-        recording.series("adapter_weights", "norm_update").of("model.layers.0.self_attn.q_proj")
+        recording.series("adapter_weights", "norm_update").column("model.layers.0.self_attn.q_proj")
     """
     folder = _require_folder(expand_home(path))
     for holds, read in _FORMS:

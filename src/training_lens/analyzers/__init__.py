@@ -1,6 +1,6 @@
-"""Measures, pure functions of tensors, and the analyzers: what a recording says in plain values.
+"""The analyzers: each reads a recording and returns plain values.
 
-Importing the package registers the built-in analyzers.
+Importing the package registers the built-in ones.
 """
 
 from __future__ import annotations

@@ -1,28 +1,28 @@
-"""How far the model computes otherwise than its base, on the probe set."""
+"""How far the model has moved from its base on the probe set."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from training_lens.analyzers.module_groups import extremes, grouped, latest, numbers, thinned
+from training_lens.analyzers.module_groups import find_extremes, group_series, json_numbers, latest_values, thin_series
 from training_lens.core import table_names as tables
 from training_lens.core.analyzer import DataAnalyzer
 from training_lens.core.recording import Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import RUN, DataType, Series
 
-POINTS = 200  # of a curve
+MAX_POINTS = 200  # of a curve
 
 
 @AnalyzerRegistry.register
 class ActivationAnalyzer(DataAnalyzer):
-    """Drift of the hidden states, their similarity to the base's, and the divergence of what is predicted.
+    """Drift of the hidden states, their similarity to the base's, and the KL divergence of the predictions.
 
-    Gives `step`, that of the last probe; `drift` and `cka`, by layer at that step; `probe`, the sizes of the probe set
-    that these are from (CKA from at most 256 of its tokens); `kl`, steps and nats over time; `share_by_kind` and
-    `share_by_layer`, the adapter's output over that of the frozen weight (medians over modules), and `share`, the least
-    and the most. What was not captured is empty or None.
+    Gives `step`, the last probe's; `drift` and `cka`, by layer at that step; `probe`, the sizes of the probe set (CKA
+    takes at most 256 of its tokens); `kl`, steps and nats over time; `share_by_kind` and `share_by_layer`, the norm of
+    the adapter's output over that of the frozen weight's (medians over modules), and `share`, the least and the most.
+    What was not captured is empty or None.
     """
 
     name = "activations"
@@ -30,7 +30,7 @@ class ActivationAnalyzer(DataAnalyzer):
     gives = ("step", "drift", "cka", "probe", "kl", "share", "share_by_kind", "share_by_layer")
 
     def can_read(self, recording: Recording) -> bool:
-        """Whether any of the probe's tables is there."""
+        """Whether the recording has any of the probe's tables."""
         return any(recording.has(name) for name in (tables.ACTIVATIONS, tables.DIVERGENCE, tables.LORA_ACTIVATIONS))
 
     def analyze(self, recording: Recording) -> Mapping[str, Any]:
@@ -38,19 +38,19 @@ class ActivationAnalyzer(DataAnalyzer):
         share = recording.series(tables.LORA_ACTIVATIONS, "share")
         return {
             "step": int(drift.steps[-1]) if len(drift.steps) else None,
-            "drift": latest(drift),
-            "cka": latest(recording.series(tables.ACTIVATIONS, "cka")),
+            "drift": latest_values(drift),
+            "cka": latest_values(recording.series(tables.ACTIVATIONS, "cka")),
             "probe": dict(recording.manifest.probe) if recording.manifest.probe else None,
-            "kl": curve(recording.series(tables.DIVERGENCE, "kl")),
-            "share": extremes(latest(share)),
-            "share_by_kind": latest(grouped(share, recording.modules, "kind", norms=False)),
-            "share_by_layer": latest(grouped(share, recording.modules, "layer", norms=False)),
+            "kl": run_curve(recording.series(tables.DIVERGENCE, "kl")),
+            "share": find_extremes(latest_values(share)),
+            "share_by_kind": latest_values(group_series(share, recording.modules, "kind", norms=False)),
+            "share_by_layer": latest_values(group_series(share, recording.modules, "layer", norms=False)),
         }
 
 
-def curve(series: Series) -> dict[str, list[Any]]:
-    """The run's own values over time: steps and values, at most `POINTS` of them."""
+def run_curve(series: Series) -> dict[str, list[Any]]:
+    """The values of the row `run` over time: steps and values, at most `MAX_POINTS` of them."""
     if RUN not in series.names:
         return {"steps": [], "values": []}
-    short = thinned(series, POINTS)
-    return {"steps": short.steps.tolist(), "values": numbers(short.of(RUN))}
+    short = thin_series(series, MAX_POINTS)
+    return {"steps": short.steps.tolist(), "values": json_numbers(short.column(RUN))}

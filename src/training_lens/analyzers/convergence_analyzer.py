@@ -1,4 +1,4 @@
-"""Where the loss is going."""
+"""The trend of the loss, and what is left to gain."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import Any
 
 import numpy as np
 
-from training_lens.analyzers.activation_analyzer import POINTS, curve
-from training_lens.analyzers.module_groups import median, number
+from training_lens.analyzers.activation_analyzer import MAX_POINTS, run_curve
+from training_lens.analyzers.module_groups import json_number, nan_median
 from training_lens.core import table_names as tables
 from training_lens.core.analyzer import DataAnalyzer
 from training_lens.core.recording import Recording
 from training_lens.core.registry import AnalyzerRegistry
 from training_lens.core.types import RUN, DataType, Series
-from training_lens.measures.curves import Estimate, remaining_gain, trend
+from training_lens.measures.curves import FitEstimate, log_slope, remaining_gain
 
-WINDOWS = 50  # a run has so many windows of smoothing
-LEAST_VALIDATIONS = 4  # of which the later half then has a slope
+WINDOWS = 50  # smoothing windows in a run
+MIN_VALIDATIONS = 4  # so that the later half has a slope
 
 
 @AnalyzerRegistry.register
 class ConvergenceAnalyzer(DataAnalyzer):
-    """The smoothed training loss, its slope against ln(steps), what is left to gain, and the best validation.
+    """The smoothed training loss, its slope against ln(steps), the remaining gain, and the best validation.
 
-    Gives `training` (steps and smoothed losses: medians of a moving window, a fiftieth of the run), `slope` (change of
-    the loss for each e-fold of steps, over the later half of the run) and `remaining_gain` (what the loss would still
-    fall until `until_step`, if it kept that slope), each with its standard error, `of` which loss they are (validation
-    where there were at least four, else training); `until_step` is the planned end, and twice the last step for a run
-    that is there already; `best_validation` with its step, `last_validation` and `base_loss`. Losses are nats per
-    supervised token.
+    Gives `training`, steps and smoothed losses (medians of a moving window, a fiftieth of the run); `slope`, the change
+    of the loss for each e-fold of steps over the later half of the run; `remaining_gain`, how much the loss would fall
+    until `until_step` at that slope; both with standard errors. `of` names their loss: validation with four or more
+    validations, else training. `until_step` is the planned end, or twice the last step for a run that has reached it.
+    Also `best_validation` and `last_validation` with their steps, and `base_loss`. Losses are nats per supervised
+    token.
     """
 
     name = "convergence"
@@ -41,29 +41,29 @@ class ConvergenceAnalyzer(DataAnalyzer):
 
     def analyze(self, recording: Recording) -> Mapping[str, Any]:
         training = recording.series(tables.LOSS, "loss")
-        validation = _taken(recording.series(tables.EVALUATION, "loss"))
-        judged = len(validation.steps) >= LEAST_VALIDATIONS
-        late = _later_half(validation if judged else training)
-        until = _until(recording, int(late.steps[-1])) if len(late.steps) else None
+        validation = _drop_missing(recording.series(tables.EVALUATION, "loss"))
+        by_validation = len(validation.steps) >= MIN_VALIDATIONS
+        late = _later_half(validation if by_validation else training)
+        until = _planned_end(recording, int(late.steps[-1])) if len(late.steps) else None
         return {
-            "training": curve(smoothed(training)),
-            "of": "validation" if judged else "training",
-            "slope": _plain(trend(late.steps, _values(late))),
-            "remaining_gain": _plain(remaining_gain(late.steps, _values(late), until or 0)),
+            "training": run_curve(smooth_series(training)),
+            "of": "validation" if by_validation else "training",
+            "slope": _estimate_to_json(log_slope(late.steps, _run_values(late))),
+            "remaining_gain": _estimate_to_json(remaining_gain(late.steps, _run_values(late), until or 0)),
             "until_step": until,
-            "best_validation": _point(validation, int(np.argmin(_values(validation))))
+            "best_validation": _validation_point(validation, int(np.argmin(_run_values(validation))))
             if len(validation.steps)
             else None,
-            "last_validation": _point(validation, -1) if len(validation.steps) else None,
-            "base_loss": _first(recording.series(tables.EVALUATION, "base_loss")),
+            "last_validation": _validation_point(validation, -1) if len(validation.steps) else None,
+            "base_loss": _first_value(recording.series(tables.EVALUATION, "base_loss")),
         }
 
 
-def smoothed(series: Series, most: int = POINTS) -> Series:
-    """Medians over a moving window of a fiftieth of the run, which is shorter at its ends.
+def smooth_series(series: Series, most: int = MAX_POINTS) -> Series:
+    """Medians over a moving window of a fiftieth of the run, shorter at both ends.
 
     Args:
-        most: at most so many steps, evenly over the run: a window for each of 100,000 would be gigabytes.
+        most: steps kept at most, evenly over the run. 100,000 windows would take gigabytes.
     """
     kept = (
         np.unique(np.linspace(0, len(series.steps) - 1, most).round().astype(int))
@@ -75,12 +75,12 @@ def smoothed(series: Series, most: int = POINTS) -> Series:
     values = np.zeros((len(kept), series.values.shape[1]))
     for column in range(series.values.shape[1]):
         windows = np.lib.stride_tricks.sliding_window_view(padded[:, column], width)  # (steps, width)
-        values[:, column] = median(windows[kept])
+        values[:, column] = nan_median(windows[kept])
     return Series(series.steps[kept], series.names, values)
 
 
-def _taken(series: Series) -> Series:
-    """Without steps at which there is no number."""
+def _drop_missing(series: Series) -> Series:
+    """Leave out the steps without a finite number."""
     kept = np.isfinite(series.values).all(1)
     return Series(series.steps[kept], series.names, series.values[kept])
 
@@ -90,23 +90,23 @@ def _later_half(series: Series) -> Series:
     return Series(series.steps[half:], series.names, series.values[half:])
 
 
-def _values(series: Series) -> np.ndarray:
-    return series.of(RUN) if RUN in series.names else np.zeros(0)
+def _run_values(series: Series) -> np.ndarray:
+    return series.column(RUN) if RUN in series.names else np.zeros(0)
 
 
-def _until(recording: Recording, last: int) -> int:
+def _planned_end(recording: Recording, last: int) -> int:
     planned = recording.settings.get("total_steps") or 0
     return int(planned) if planned > last else 2 * last
 
 
-def _plain(estimate: Estimate) -> dict[str, float | None]:
-    return {"value": number(estimate.value), "error": number(estimate.error)}
+def _estimate_to_json(estimate: FitEstimate) -> dict[str, float | None]:
+    return {"value": json_number(estimate.value), "error": json_number(estimate.error)}
 
 
-def _point(series: Series, at: int) -> dict[str, Any]:
-    return {"step": int(series.steps[at]), "loss": number(series.of(RUN)[at])}
+def _validation_point(series: Series, index: int) -> dict[str, Any]:
+    return {"step": int(series.steps[index]), "loss": json_number(series.column(RUN)[index])}
 
 
-def _first(series: Series) -> float | None:
-    known = _values(_taken(series))
-    return number(known[0]) if len(known) else None
+def _first_value(series: Series) -> float | None:
+    known = _run_values(_drop_missing(series))
+    return json_number(known[0]) if len(known) else None

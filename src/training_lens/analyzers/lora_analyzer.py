@@ -1,4 +1,4 @@
-"""What the adapter has become: how large, of which rank, in which layers."""
+"""The adapter's update: its size, its rank, and the layers that carry it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 
 from training_lens.analyzers.module_groups import (
     energy_shares,
-    extremes,
-    latest,
-    median,
-    numbers,
+    find_extremes,
+    json_numbers,
+    latest_values,
+    nan_median,
     step_ratio,
     update_strength,
 )
@@ -29,11 +29,11 @@ RANKS = ("effective_rank", "stable_rank", "energy_rank", "top_ratio")
 class LoRAAnalyzer(DataAnalyzer):
     """Size, ranks and balance of the update at the last captured step, and which layers carry it.
 
-    Gives `step`, the last one; `modules`, a row for each with layer, kind, rank and all that was measured (None where
-    it was not); `strength` (||dW|| / ||W||), `step_ratio` (each module's median over the run of ||change of dW|| /
-    ||W||) and `balance` (||A A^T - B^T B||) as median, least and most; `ranks`, medians over modules; `share_by_layer`
-    and `share_by_kind` of the sum of ||dW||^2; `not_finite`, the modules whose weights were NaN or infinite at some
-    step, with the first such step.
+    Gives `step`, the last one; `modules`, a row for each with layer, kind, rank and its measures (None where missing);
+    `strength` (||dW|| / ||W||), `step_ratio` (each module's median over the run of ||change of dW|| / ||W||) and
+    `balance` (||A A^T - B^T B||) as median, least and most; `ranks`, medians over modules; `share_by_layer` and
+    `share_by_kind` of the sum of ||dW||^2; `not_finite`, the modules whose weights were NaN or infinite at some step,
+    with the first such step.
     """
 
     name = "weights"
@@ -46,11 +46,11 @@ class LoRAAnalyzer(DataAnalyzer):
     def analyze(self, recording: Recording) -> Mapping[str, Any]:
         norms, balance = recording.series(tables.WEIGHTS, "norm_update"), recording.series(tables.WEIGHTS, "balance")
         columns: dict[str, dict[str, float | None]] = {
-            "norm_update": latest(norms),
-            "strength": latest(update_strength(recording)),
-            "step_ratio": _typical(step_ratio(recording)),
-            "balance": latest(balance),
-            **{rank: latest(recording.series(tables.SPECTRA, rank)) for rank in RANKS},
+            "norm_update": latest_values(norms),
+            "strength": latest_values(update_strength(recording)),
+            "step_ratio": _median_over_steps(step_ratio(recording)),
+            "balance": latest_values(balance),
+            **{rank: latest_values(recording.series(tables.SPECTRA, rank)) for rank in RANKS},
         }
         return {
             "step": int(norms.steps[-1]) if len(norms.steps) else None,
@@ -59,23 +59,23 @@ class LoRAAnalyzer(DataAnalyzer):
                 | {column: values.get(m.name) for column, values in columns.items()}
                 for m in recording.modules
             ],
-            **{what: extremes(columns[what]) for what in ("strength", "step_ratio", "balance")},
-            "ranks": {rank: extremes(columns[rank])["median"] for rank in RANKS},
-            "share_by_layer": latest(energy_shares(norms, recording.modules, "layer")),
-            "share_by_kind": latest(energy_shares(norms, recording.modules, "kind")),
-            "not_finite": first_not_finite(norms),
+            **{what: find_extremes(columns[what]) for what in ("strength", "step_ratio", "balance")},
+            "ranks": {rank: find_extremes(columns[rank])["median"] for rank in RANKS},
+            "share_by_layer": latest_values(energy_shares(norms, recording.modules, "layer")),
+            "share_by_kind": latest_values(energy_shares(norms, recording.modules, "kind")),
+            "not_finite": find_nonfinite(norms),
         }
 
 
-def _typical(series: Series) -> dict[str, float | None]:
+def _median_over_steps(series: Series) -> dict[str, float | None]:
     """Each name's median over the steps."""
-    return dict(zip(series.names, numbers(median(series.values.T)), strict=True))
+    return dict(zip(series.names, json_numbers(nan_median(series.values.T)), strict=True))
 
 
-def first_not_finite(series: Series) -> list[dict[str, Any]]:
+def find_nonfinite(series: Series) -> list[dict[str, Any]]:
     """Modules whose value was NaN or infinite at some step, and the first such step; ordered by it.
 
-    For measures that every captured step has: what was not taken is NaN, too.
+    For measures that every captured step has, as a missing value is NaN too.
     """
     broken = ~np.isfinite(series.values)
     found = [

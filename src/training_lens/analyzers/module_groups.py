@@ -1,4 +1,4 @@
-"""Measures of modules put together by layer or by kind, over the base's, and thinned for pictures; plain numpy."""
+"""Measures of modules grouped by layer or by kind, relative to the base's, and thinned for figures; in numpy."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from training_lens.core.types import ModuleRecord, Series
 from training_lens.errors import ConfigurationError
 
 By = Literal["module", "layer", "kind"]
-NORMS = {"norm", "norm_a", "norm_b", "norm_magnitude", "norm_update", "norm_step"}
-OUTSIDE = "outside"  # of all decoder layers: embeddings, the output head
+NORMS = {measure for table in tables.MEASURES.values() for measure in table if measure.startswith("norm")}
+OUTSIDE = "outside"  # the decoder layers: embeddings, the output head
 
 
-def places(modules: Sequence[ModuleRecord], by: By) -> dict[str, list[str]]:
+def group_modules(modules: Sequence[ModuleRecord], by: By) -> dict[str, list[str]]:
     """The modules of each layer ("0", "1", ..., "outside"), of each kind, or each alone.
 
     Raises:
@@ -34,17 +34,19 @@ def places(modules: Sequence[ModuleRecord], by: By) -> dict[str, list[str]]:
     return found
 
 
-def grouped(series: Series, modules: Sequence[ModuleRecord], by: By, *, norms: bool) -> Series:
+def group_series(series: Series, modules: Sequence[ModuleRecord], by: By, *, norms: bool) -> Series:
     """One column for each layer or kind.
 
     Args:
-        norms: whether the measure is a norm of matrices: then a group's is the root of the sum of their squares, which
-            is the norm of all of them together, NaN where one of them is. Else its median, of those that are no NaN.
+        norms: the measure is a matrix norm. A group's value is then the norm of all its matrices together: the root of
+            the sum of squares, NaN where one is NaN. Otherwise it is the median, NaN left out.
     """
     column = {name: i for i, name in enumerate(series.names)}
-    groups = {group: [column[name] for name in names if name in column] for group, names in places(modules, by).items()}
+    groups = {
+        group: [column[name] for name in names if name in column] for group, names in group_modules(modules, by).items()
+    }
     groups = {group: columns for group, columns in groups.items() if columns}
-    together = _root_of_squares if norms else median
+    together = _root_of_squares if norms else nan_median
     values = [together(series.values[:, columns]) for columns in groups.values()]
     return Series(series.steps, tuple(groups), np.stack(values, 1) if values else np.zeros((len(series.steps), 0)))
 
@@ -54,8 +56,8 @@ def _root_of_squares(values: np.ndarray) -> np.ndarray:
     return root
 
 
-def median(values: np.ndarray) -> np.ndarray:
-    """The median of each row, of what is no NaN; NaN for a row without numbers, without numpy's warning."""
+def nan_median(values: np.ndarray) -> np.ndarray:
+    """The median of each row, NaN left out; NaN for a row without numbers, and no warning as from numpy."""
     result = np.full(len(values), np.nan)
     whole = ~np.isnan(values).any(1)
     result[whole] = np.median(values[whole], 1) if values.shape[1] else np.nan
@@ -65,10 +67,10 @@ def median(values: np.ndarray) -> np.ndarray:
     return result
 
 
-def over_base(norms: Series, base: Series) -> Series:
-    """Norms over those of the frozen weights: update strength of norm_update, step ratio of norm_step.
+def relative_to_base(norms: Series, base: Series) -> Series:
+    """Norms over the frozen weights' norms: update strength from norm_update, step ratio from norm_step.
 
-    NaN where the base's is unknown. Formula: ||dW||_F / ||W||_F, `base` being the table's `norm` of one step.
+    NaN where the base's norm is unknown. Formula: ||dW||_F / ||W||_F, `base` being the table's `norm` of one step.
     """
     known = dict(zip(base.names, base.values[-1], strict=True)) if len(base.steps) else {}
     divisors = np.array([known.get(name, np.nan) for name in norms.names])
@@ -77,20 +79,20 @@ def over_base(norms: Series, base: Series) -> Series:
 
 def update_strength(recording: Recording) -> Series:
     """||dW||_F / ||W||_F of each module over the steps."""
-    return over_base(recording.series(tables.WEIGHTS, "norm_update"), recording.series(tables.BASE, "norm"))
+    return relative_to_base(recording.series(tables.WEIGHTS, "norm_update"), recording.series(tables.BASE, "norm"))
 
 
 def step_ratio(recording: Recording) -> Series:
     """The change of dW in a step (of checkpoints: since the one before) over ||W||_F, of each module."""
-    return over_base(recording.series(tables.WEIGHTS, "norm_step"), recording.series(tables.BASE, "norm"))
+    return relative_to_base(recording.series(tables.WEIGHTS, "norm_step"), recording.series(tables.BASE, "norm"))
 
 
 def energy_shares(norms: Series, modules: Sequence[ModuleRecord], by: By) -> Series:
-    """Which share of the whole update each layer or kind carries: of the sum of ||dW||_F^2; sums to 1 at each step.
+    """The share of each layer or kind in the whole update, the sum of ||dW||_F^2; they sum to 1 at each step.
 
     NaN at steps where a norm is missing or not finite, or all are 0.
     """
-    groups = grouped(norms, modules, by, norms=True)
+    groups = group_series(norms, modules, by, norms=True)
     energy = np.square(groups.values)
     total = energy.sum(1, keepdims=True)
     known = np.isfinite(total) & (total > 0)
@@ -98,7 +100,7 @@ def energy_shares(norms: Series, modules: Sequence[ModuleRecord], by: By) -> Ser
     return Series(groups.steps, groups.names, shares)
 
 
-def thinned(series: Series, most: int) -> Series:
+def thin_series(series: Series, most: int) -> Series:
     """At most `most` steps, evenly over the run, with the first and the last.
 
     Args:
@@ -110,24 +112,24 @@ def thinned(series: Series, most: int) -> Series:
     return Series(series.steps[kept], series.names, series.values[kept])
 
 
-def number(value: Any) -> float | None:
-    """A number as JSON has them: None for NaN and infinity."""
+def json_number(value: Any) -> float | None:
+    """A number for JSON: None for NaN and infinity."""
     plain = float(value)
     return plain if math.isfinite(plain) else None
 
 
-def numbers(values: Any) -> list[float | None]:
-    """A list of `number`."""
-    return [number(value) for value in np.asarray(values).ravel()]
+def json_numbers(values: Any) -> list[float | None]:
+    """A list of `json_number`."""
+    return [json_number(value) for value in np.asarray(values).ravel()]
 
 
-def latest(series: Series) -> dict[str, float | None]:
-    """Each name's last value that was taken at all; None where it was never finite at that step."""
-    return dict(zip(series.names, numbers(series.values[-1]), strict=True)) if len(series.steps) else {}
+def latest_values(series: Series) -> dict[str, float | None]:
+    """Each name's value at the last step; None where it is not finite."""
+    return dict(zip(series.names, json_numbers(series.values[-1]), strict=True)) if len(series.steps) else {}
 
 
-def extremes(by_name: Mapping[str, float | None]) -> dict[str, Any]:
-    """Median, least and most of some names' values, and who has these; None for all without numbers."""
+def find_extremes(by_name: Mapping[str, float | None]) -> dict[str, Any]:
+    """The median, the least and the most of the values, and the names that have them; all None without numbers."""
     known = {name: value for name, value in by_name.items() if value is not None}
     if not known:
         return dict.fromkeys(("median", "least", "least_at", "most", "most_at"))

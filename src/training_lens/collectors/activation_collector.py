@@ -14,7 +14,7 @@ from training_lens.core import table_names as tables
 from training_lens.core.collector import CaptureContext, DataCollector
 from training_lens.core.registry import CollectorRegistry
 from training_lens.core.types import Cadence, Captured, DataType, Moment
-from training_lens.measures.activation_measures import projection
+from training_lens.measures.activation_measures import random_projection
 
 SKETCH_POSITIONS = 64
 SKETCH_DIMS = 16  # at each position
@@ -74,7 +74,7 @@ def _sketch_layers(states: LayerStates) -> dict[str, Tensor]:
 
 def _project_states(states: Tensor) -> Tensor:
     """(positions, width) -> (positions, 16), float32; keeps lengths on average."""
-    return states.float() @ projection(states.shape[1], SKETCH_DIMS, SKETCH_SEED).to(states.device)
+    return states.float() @ random_projection(states.shape[1], SKETCH_DIMS, SKETCH_SEED).to(states.device)
 
 
 @CollectorRegistry.register

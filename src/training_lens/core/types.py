@@ -113,7 +113,7 @@ class Series:
         """Of what was never taken."""
         return cls(np.zeros(0, np.int64), (), np.zeros((0, 0)))
 
-    def of(self, name: str) -> np.ndarray:
+    def column(self, name: str) -> np.ndarray:
         """(steps,): the values of one name."""
         column: np.ndarray = self.values[:, self.names.index(name)]
         return column

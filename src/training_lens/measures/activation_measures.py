@@ -10,15 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from training_lens.measures.directions import cosine
-from training_lens.measures.factors import exact, frobenius, precise
-from training_lens.models.scoring import forward_kl
-
-__all__ = ["Cka", "drift", "forward_kl", "linear_cka", "projection", "rms"]
+from training_lens.measures.factors import frobenius, to_float32, to_float64
 
 
 def rms(h: Float[Tensor, "*batch tokens width"]) -> Float[Tensor, "*batch"]:
     """The root mean square of hidden states over their last two dimensions. Formula: sqrt(mean(h^2)), in float32."""
-    return frobenius(precise(h)) / math.sqrt(h.shape[-2] * h.shape[-1])
+    return frobenius(to_float32(h)) / math.sqrt(h.shape[-2] * h.shape[-1])
 
 
 def drift(h: Float[Tensor, "*batch tokens width"], h0: Float[Tensor, "*batch tokens width"]) -> Float[Tensor, "*batch"]:
@@ -26,19 +23,19 @@ def drift(h: Float[Tensor, "*batch tokens width"], h0: Float[Tensor, "*batch tok
 
     Formula: ||h - h0||_F / ||h0||_F over the last two dimensions, in float32. Leave out padding before.
     """
-    h, h0 = precise(h), precise(h0)
+    h, h0 = to_float32(h), to_float32(h0)
     return frobenius(h - h0) / frobenius(h0)
 
 
 @dataclass(frozen=True)
-class Cka:
+class CkaEstimate:
     """Similarity of two representations, and the number of samples it is from: print both, few samples say little."""
 
     value: Float[Tensor, "*batch"]
     samples: int
 
 
-def linear_cka(x: Float[Tensor, "*batch n width1"], y: Float[Tensor, "*batch n width2"]) -> Cka:
+def linear_cka(x: Float[Tensor, "*batch n width1"], y: Float[Tensor, "*batch n width2"]) -> CkaEstimate:
     """Debiased linear CKA of n samples in two representations: 1 where these differ by rotation and scale alone.
 
     It is 0 on average where they have nothing to do with each other, however wide they are, and may be negative.
@@ -50,14 +47,14 @@ def linear_cka(x: Float[Tensor, "*batch n width1"], y: Float[Tensor, "*batch n w
     """
     samples = x.shape[-2]
     if samples < 4:
-        return Cka(exact(x).new_full(x.shape[:-2], torch.nan), samples)
-    return Cka(cosine(_u_centred(x), _u_centred(y), (-2, -1)), samples)
+        return CkaEstimate(to_float64(x).new_full(x.shape[:-2], torch.nan), samples)
+    return CkaEstimate(cosine(_u_centred(x), _u_centred(y), (-2, -1)), samples)
 
 
 def _u_centred(x: Tensor) -> Tensor:
     """The Gram matrix of samples without diagonal, each row and column shifted to sum to 0, (*batch, n, n)."""
     n = x.shape[-2]
-    centred = exact(x) - exact(x).mean(-2, keepdim=True)  # changes nothing but the roundoff
+    centred = to_float64(x) - to_float64(x).mean(-2, keepdim=True)  # changes nothing but the roundoff
     gram = centred @ centred.mT
     off = 1 - torch.eye(n, dtype=gram.dtype, device=gram.device)
     gram = gram * off
@@ -65,7 +62,7 @@ def _u_centred(x: Tensor) -> Tensor:
     return (gram - rows - columns + gram.sum((-2, -1), keepdim=True) / ((n - 1) * (n - 2))) * off
 
 
-def projection(width: int, dims: int, seed: int) -> Float[Tensor, "width dims"]:
+def random_projection(width: int, dims: int, seed: int) -> Float[Tensor, "width dims"]:
     """A fixed random map of hidden states to few numbers, h @ projection, that keeps squared lengths on average.
 
     Gaussian / sqrt(dims) (Johnson and Lindenstrauss 1984): relative error of a squared length about sqrt(2 / dims).

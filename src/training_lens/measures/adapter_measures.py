@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from training_lens.measures.factors import Factors, Grams, norm_of, precise
+from training_lens.measures.factors import Factors, Grams, norm_from_gram, to_float32
 from training_lens.measures.singular_values import (
-    balance_of,
+    balance_from_grams,
     effective_rank,
     energy_rank,
     singular_values,
@@ -18,7 +18,7 @@ from training_lens.measures.singular_values import (
     step_norm,
     top_ratio,
     update_norm,
-    update_norm_of,
+    update_norm_from_grams,
 )
 
 
@@ -30,12 +30,12 @@ def adapter_norms(trained: Factors, scaling: float, full: Factors | None = None)
         full: the factors of dW where they may cancel, as PiSSA's do: norm_update is then computed from these in
             float64. None: from `trained`, in its own precision.
     """
-    grams = Grams.from_factors(precise(trained.a), precise(trained.b))
+    grams = Grams.from_factors(to_float32(trained.a), to_float32(trained.b))
     return {
-        "norm_a": norm_of(grams.a),
-        "norm_b": norm_of(grams.b),
-        "norm_update": update_norm_of(grams, scaling) if full is None else update_norm(full.a, full.b, scaling),
-        "balance": balance_of(grams),
+        "norm_a": norm_from_gram(grams.a),
+        "norm_b": norm_from_gram(grams.b),
+        "norm_update": update_norm_from_grams(grams, scaling) if full is None else update_norm(full.a, full.b, scaling),
+        "balance": balance_from_grams(grams),
     }
 
 

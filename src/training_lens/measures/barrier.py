@@ -6,24 +6,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from training_lens.measures.factors import precise
+from training_lens.measures.factors import to_float32
 from training_lens.measures.singular_values import singular_vectors
 
 Factors = tuple[Tensor, Tensor]  # A (*batch, rank, in) and B (*batch, out, rank)
 
 
-def interpolate(first: Factors, second: Factors, alpha: float) -> Factors:
+def interpolate_updates(first: Factors, second: Factors, alpha: float) -> Factors:
     """Factors (A, B) of alpha dW1 + (1 - alpha) dW2, exactly, for two changes with one scaling.
 
     Formula: B = [alpha B1, (1 - alpha) B2] and A = [A1; A2], of the ranks' sum. Mixing A with A and B with B would not
     do: the product of two mixes has cross terms. Float32 or better.
     """
     (a1, b1), (a2, b2) = first, second
-    a = torch.cat([precise(a1), precise(a2)], -2)
-    return a, torch.cat([alpha * precise(b1), (1 - alpha) * precise(b2)], -1)
+    a = torch.cat([to_float32(a1), to_float32(a2)], -2)
+    return a, torch.cat([alpha * to_float32(b1), (1 - alpha) * to_float32(b2)], -1)
 
 
-def barrier(alphas: Float[Tensor, " points"], losses: Float[Tensor, "*batch points"]) -> Float[Tensor, "*batch"]:
+def loss_barrier(alphas: Float[Tensor, " points"], losses: Float[Tensor, "*batch points"]) -> Float[Tensor, "*batch"]:
     """How far the loss between two checkpoints rises above the line between its ends; 0 where it nowhere does.
 
     Formula: max over alpha of L(alpha) - [(1 - t) L(first) + t L(last)], t the alpha's place between the smallest and
@@ -34,12 +34,12 @@ def barrier(alphas: Float[Tensor, " points"], losses: Float[Tensor, "*batch poin
         tensor(1.)
     """
     order = alphas.argsort()
-    alphas, losses = precise(alphas)[order], precise(losses)[..., order]
+    alphas, losses = to_float32(alphas)[order], to_float32(losses)[..., order]
     place = (alphas - alphas[0]) / (alphas[-1] - alphas[0])
     return (losses - torch.lerp(losses[..., :1], losses[..., -1:], place)).amax(-1)
 
 
-def truncate(
+def truncate_rank(
     a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"], scaling: float, rank: int
 ) -> tuple[Float[Tensor, "*batch rank inputs"], Float[Tensor, "*batch outputs rank"]]:
     """Factors A', B' of the best approximation of dW = s B A of a smaller rank, in the old shapes to be put in place.

@@ -16,14 +16,14 @@ MAD_TO_DEVIATION = 1.4826  # a normal distribution's standard deviation over its
 LEAST_POINTS = 3  # on each side of an epoch's end: a line of two has no error
 
 
-class Estimate(NamedTuple):
+class FitEstimate(NamedTuple):
     """A number and its standard error, in the same unit; NaN where the data do not decide it."""
 
     value: float
     error: float
 
 
-def trend(steps: Real[ndarray, " points"], values: Float[ndarray, " points"]) -> Estimate:
+def log_slope(steps: Real[ndarray, " points"], values: Float[ndarray, " points"]) -> FitEstimate:
     """The slope of values against ln(steps), which is about straight for a loss: the change for each e-fold of steps.
 
     Ordinary least squares. Points before step 1 are left out. The slope takes two points at different steps, its error
@@ -32,19 +32,21 @@ def trend(steps: Real[ndarray, " points"], values: Float[ndarray, " points"]) ->
     kept = (steps > 0) & np.isfinite(values)
     logs = np.log(steps[kept])
     slopes, errors = _least_squares(np.stack([logs, np.ones_like(logs)], 1), values[kept])
-    return Estimate(float(slopes[0]), float(errors[0]))
+    return FitEstimate(float(slopes[0]), float(errors[0]))
 
 
-def remaining_gain(steps: Real[ndarray, " points"], losses: Float[ndarray, " points"], total_steps: float) -> Estimate:
+def remaining_gain(
+    steps: Real[ndarray, " points"], losses: Float[ndarray, " points"], total_steps: float
+) -> FitEstimate:
     """By how much the loss would still fall until `total_steps` if it kept its slope against ln(steps).
 
     Formula: -slope x ln(total_steps / last step), with the slope's error in proportion; 0 at or after the end. Positive
     is a gain, in the loss's unit. Give only the points of the late part whose slope should go on.
     """
     if not len(steps):
-        return Estimate(np.nan, np.nan)
-    slope, left = trend(steps, losses), np.log(max(1.0, total_steps / steps.max()))
-    return Estimate(float(-slope.value * left), float(slope.error * left))
+        return FitEstimate(np.nan, np.nan)
+    slope, left = log_slope(steps, losses), np.log(max(1.0, total_steps / steps.max()))
+    return FitEstimate(float(-slope.value * left), float(slope.error * left))
 
 
 def robust_z(values: Float[ndarray, " points"]) -> Float[ndarray, " points"]:
@@ -94,11 +96,11 @@ def epoch_drops(
     width = min(window, steps_per_epoch)
     last = steps.max() if len(steps) else 0
     boundaries = [round(epoch * steps_per_epoch) for epoch in range(1, int(last / steps_per_epoch) + 1)]
-    drops = [_drop(steps - boundary - 0.5, losses, boundary, width) for boundary in boundaries]
+    drops = [_fit_drop(steps - boundary - 0.5, losses, boundary, width) for boundary in boundaries]
     return [drop for drop in drops if drop is not None]
 
 
-def _drop(away: ndarray, losses: ndarray, boundary: int, width: float) -> EpochDrop | None:
+def _fit_drop(away: ndarray, losses: ndarray, boundary: int, width: float) -> EpochDrop | None:
     """The drop where `away`, the distance from between two steps, passes 0; None with too few points around it."""
     near = np.abs(away) < width
     away, after = away[near], (away[near] > 0).astype(float)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from training_lens.measures.factors import frobenius, precise
+from training_lens.measures.factors import frobenius, to_float32
 
 
 def self_check(
@@ -37,7 +37,7 @@ def self_check(
 
     Cost: two products of (rank, in or out) with each other and four norms.
     """
-    a, b, grad_a, grad_b = precise(a), precise(b), precise(grad_a), precise(grad_b)
+    a, b, grad_a, grad_b = to_float32(a), to_float32(b), to_float32(grad_a), to_float32(grad_b)
     norm_a, norm_b = grad_norms or (frobenius(grad_a), frobenius(grad_b))
     gap = frobenius(b.mT @ grad_b - grad_a @ a.mT)
     scale = frobenius(b) * norm_b + norm_a * frobenius(a)
@@ -55,7 +55,7 @@ def cosine(
         >>> cosine(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[0.0, 2.0], [6.0, 8.0]]), dims=-1)
         tensor([0., 1.])
     """
-    x, y = precise(x), precise(y)
+    x, y = to_float32(x), to_float32(y)
     cosines: Tensor = (x * y).sum(dims) / x.norm(dim=dims) / y.norm(dim=dims)
     return cosines
 
@@ -87,7 +87,7 @@ def noise_scale(
         small: examples, or supervised tokens, in a micro-batch; what `noise` and `scale` are counted in.
         big: those in the step. All three are NaN where it is not above `small`: one micro-batch cannot tell.
     """
-    small_sq, big_sq = precise(small_sq), precise(big_sq)
+    small_sq, big_sq = to_float32(small_sq), to_float32(big_sq)
     if big <= small:
         unknown = torch.full_like(big_sq, torch.nan)
         return NoiseScale(unknown, unknown, unknown)
@@ -109,7 +109,7 @@ def adam_update_rms(
         second_moment: v with its bias taken out, that is Adam's `exp_avg_sq` / (1 - beta2^t).
         eps: Adam's.
     """
-    steps = precise(second_moment).clamp(min=eps**2).rsqrt_().mul_(gradient)  # g / sqrt(v), in one tensor
+    steps = to_float32(second_moment).clamp(min=eps**2).rsqrt_().mul_(gradient)  # g / sqrt(v), in one tensor
     return frobenius(steps) / math.sqrt(steps.shape[-2] * steps.shape[-1])
 
 
@@ -138,7 +138,7 @@ def importance_step(
     Formula: I = |w g|, sensitivity = beta1 sensitivity + (1 - beta1) I, uncertainty = beta2 uncertainty +
     (1 - beta2) |I - sensitivity| (equations 9 to 11); both betas are 0.85 as in the paper's experiments.
     """
-    now = (precise(weight) * precise(gradient)).abs()
+    now = (to_float32(weight) * to_float32(gradient)).abs()
     before = state or Importance(torch.zeros_like(now), torch.zeros_like(now))
     sensitivity = before.sensitivity.lerp(now, 1 - beta1)
     return Importance(sensitivity, before.uncertainty.lerp((now - sensitivity).abs(), 1 - beta2))

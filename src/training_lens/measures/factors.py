@@ -35,7 +35,7 @@ class Grams(NamedTuple):
         return cls(a @ a.mT, b.mT @ b)
 
 
-def precise(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
+def to_float32(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """The same in float32, or float64 where it is that already; no copy where nothing changes.
 
     A measure is then as exact as torch's float32 products are: three digits where TF32 was switched on.
@@ -43,12 +43,12 @@ def precise(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def exact(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
+def to_float64(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
     """The same in float64, or in float32 on Apple's GPU, which has no float64.
 
     For what may cancel: PiSSA starts from [B, -B][A; A], whose product is 0 while its factors are large.
     """
-    return precise(x) if x.device.type == "mps" else x.double()
+    return to_float32(x) if x.device.type == "mps" else x.double()
 
 
 def frobenius(x: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch"]:
@@ -57,12 +57,12 @@ def frobenius(x: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch"
     return norm
 
 
-def norm_of(gram: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch"]:
+def norm_from_gram(gram: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch"]:
     """The Frobenius norm of the factor whose Gram matrix this is: the root of its trace."""
     return gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
 
 
-def inner(
+def update_inner_product(
     a1: Float[Tensor, "*batch rank1 inputs"],
     b1: Float[Tensor, "*batch outputs rank1"],
     a2: Float[Tensor, "*batch rank2 inputs"],
@@ -75,7 +75,7 @@ def inner(
     return ((b1.mT @ b2) * (a1 @ a2.mT)).sum((-2, -1))
 
 
-def svd(
+def nan_safe_svd(
     matrix: Float[Tensor, "*batch rows columns"],
 ) -> tuple[Float[Tensor, "*batch rows k"], Float[Tensor, "*batch k"], Float[Tensor, "*batch columns k"]]:
     """U, sigma (descending) and V of the reduced decomposition U diag(sigma) V^T.
@@ -83,21 +83,21 @@ def svd(
     All NaN for a matrix that holds NaN or infinity, where torch stops: a measure must not end the training that it
     watches. Cost: waits for the device on CUDA.
     """
-    filled, broken = _filled(matrix)
+    filled, broken = _zero_nonfinite(matrix)
     u, singular, vh = torch.linalg.svd(filled, full_matrices=False)
     nan = torch.nan
     wide = broken[..., None, None]
     return u.masked_fill(wide, nan), singular.masked_fill(broken[..., None], nan), vh.mT.masked_fill(wide, nan)
 
 
-def svdvals(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch k"]:
-    """Singular values alone, descending, NaN as in `svd`; the same cost in kind, less of it."""
-    filled, broken = _filled(matrix)
+def nan_safe_svdvals(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch k"]:
+    """Singular values alone, descending, NaN as in `nan_safe_svd`; the same cost in kind, less of it."""
+    filled, broken = _zero_nonfinite(matrix)
     singular: Tensor = torch.linalg.svdvals(filled)
     return singular.masked_fill(broken[..., None], torch.nan)
 
 
-def _filled(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _zero_nonfinite(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The matrices with zeros for those that hold NaN or infinity, and which these are, (*batch,)."""
     broken = ~matrix.isfinite().all(-1).all(-1)
     return matrix.masked_fill(broken[..., None, None], 0), broken

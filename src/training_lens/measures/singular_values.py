@@ -1,7 +1,7 @@
 """How large the change dW = s B A of a weight W is, how many directions it takes, and where they lie against W's.
 
 A is (rank, in), B (out, rank), W (out, in), as PEFT keeps them; leading dimensions, `*batch`, are modules of one shape.
-No function forms dW but `intruders`. NaN in a module's factors gives NaN for that module.
+No function forms dW but `find_intruders`. NaN in a module's factors gives NaN for that module.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from training_lens.measures.factors import Grams, exact, frobenius, inner, precise, svd, svdvals
+from training_lens.measures.factors import (
+    Grams,
+    frobenius,
+    nan_safe_svd,
+    nan_safe_svdvals,
+    to_float32,
+    to_float64,
+    update_inner_product,
+)
 
 
 def singular_values(
@@ -23,9 +31,9 @@ def singular_values(
     Formula: with B = Q1 R1 and A^T = Q2 R2, sigma(dW) = s sigma(R1 R2^T). What is below the roundoff of that product is
     set to 0, so that factors which cancel have no spectrum. Cost: O((in + out) rank^2); waits for the device on CUDA.
     """
-    a, b = exact(a), exact(b)
+    a, b = to_float64(a), to_float64(b)
     r1, r2 = torch.linalg.qr(b, mode="r").R, torch.linalg.qr(a.mT, mode="r").R
-    return _above_roundoff(svdvals(r1 @ r2.mT), a, b) * abs(scaling)
+    return _zero_roundoff(nan_safe_svdvals(r1 @ r2.mT), a, b) * abs(scaling)
 
 
 def singular_vectors(
@@ -35,14 +43,14 @@ def singular_vectors(
 
     Directions whose sigma is 0 are orthonormal to the others and mean nothing else. Cost: as there, twice.
     """
-    a, b = exact(a), exact(b)
+    a, b = to_float64(a), to_float64(b)
     (q1, r1), (q2, r2) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
-    u, singular, v = svd(r1 @ r2.mT)  # (k1, k), (k), (k2, k)
+    u, singular, v = nan_safe_svd(r1 @ r2.mT)  # (k1, k), (k), (k2, k)
     sign = -1 if scaling < 0 else 1
-    return sign * (q1 @ u), _above_roundoff(singular, a, b) * abs(scaling), q2 @ v
+    return sign * (q1 @ u), _zero_roundoff(singular, a, b) * abs(scaling), q2 @ v
 
 
-def _above_roundoff(singular: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _zero_roundoff(singular: Tensor, a: Tensor, b: Tensor) -> Tensor:
     roundoff = torch.finfo(singular.dtype).eps * max(a.shape[-1], b.shape[-2])
     floor = roundoff * frobenius(a) * frobenius(b)  # (*batch)
     return singular.masked_fill(singular <= floor[..., None], 0)
@@ -57,7 +65,7 @@ def effective_rank(singular: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch
         >>> effective_rank(torch.tensor([3.0, 3.0, 0.0]))
         tensor(2.)
     """
-    singular = precise(singular)
+    singular = to_float32(singular)
     total = singular.sum(-1)
     rank: Tensor = torch.special.entr(singular / total[..., None]).sum(-1).exp()
     return rank.masked_fill(total == 0, 0)
@@ -68,7 +76,7 @@ def stable_rank(singular: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
 
     Formula: ||dW||_F^2 / sigma_1^2 (Rudelson and Vershynin 2007, arXiv math/0503442).
     """
-    singular = precise(singular)
+    singular = to_float32(singular)
     top = singular[..., :1]
     return (singular / top).square().sum(-1).masked_fill(top[..., 0] == 0, 0)
 
@@ -85,7 +93,7 @@ def energy_rank(singular: Float[Tensor, "*batch k"], share: float = 0.9) -> Floa
         >>> energy_rank(torch.tensor([4.0, 2.0, 1.0, 1.0]))  # 20 of 22 lie in two
         tensor(2.)
     """
-    energy = precise(singular).square().cumsum(-1)
+    energy = to_float32(singular).square().cumsum(-1)
     total = energy[..., -1]
     short = (energy < share * total[..., None]).sum(-1)  # how many directions are not enough
     return torch.where(total > 0, short + 1, total)
@@ -99,16 +107,16 @@ def update_norm(
     Formula: ||s B A||_F^2 = s^2 <B^T B, A A^T>. Relative error about 1e-8 ||A|| ||B|| / ||B A||. Cost: two products of
     (rank, in) and (rank, out) with themselves, no synchronisation: for every step.
     """
-    return update_norm_of(Grams.from_factors(exact(a), exact(b)), scaling)
+    return update_norm_from_grams(Grams.from_factors(to_float64(a), to_float64(b)), scaling)
 
 
-def update_norm_of(grams: Grams, scaling: float) -> Float[Tensor, "*batch"]:
+def update_norm_from_grams(grams: Grams, scaling: float) -> Float[Tensor, "*batch"]:
     """`update_norm` of factors whose Gram matrices are known, float64.
 
     Of float32 ones the square's relative error is about 1e-7 (||A|| ||B|| / ||B A||)^2: enough for factors that train,
     too little for those of PiSSA, which cancel at its start.
     """
-    return abs(scaling) * (exact(grams.a) * exact(grams.b)).sum((-2, -1)).clamp(min=0).sqrt()
+    return abs(scaling) * (to_float64(grams.a) * to_float64(grams.b)).sum((-2, -1)).clamp(min=0).sqrt()
 
 
 def step_norm(
@@ -129,13 +137,19 @@ def step_norm(
         >>> step_norm(a, b, 2 * a, b, scaling=0.5)  # dW goes from 1.5 to 3 in its one place
         tensor(1.5000)
     """
-    a0, b0, a1, b1 = precise(a0), precise(b0), precise(a1), precise(b1)
+    a0, b0, a1, b1 = to_float32(a0), to_float32(b0), to_float32(a1), to_float32(b1)
     da, db = a1 - a0, b1 - b0
-    square = inner(a1, db, a1, db) + 2 * inner(a1, db, da, b0) + inner(da, b0, da, b0)
+    square = (
+        update_inner_product(a1, db, a1, db)
+        + 2 * update_inner_product(a1, db, da, b0)
+        + update_inner_product(da, b0, da, b0)
+    )
     return abs(scaling) * square.clamp(min=0).sqrt()
 
 
-def strength(norm: Float[Tensor, "*batch"], weight_norm: Float[Tensor, "*batch"] | float) -> Float[Tensor, "*batch"]:
+def relative_norm(
+    norm: Float[Tensor, "*batch"], weight_norm: Float[Tensor, "*batch"] | float
+) -> Float[Tensor, "*batch"]:
     """A norm of the change, or of a step of it, over the same norm of the frozen weight: ||dW|| / ||W||.
 
     Both Frobenius (`update_norm`, `step_norm`) or both the largest singular value (`singular_values`,
@@ -150,10 +164,10 @@ def balance(a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch out
     Gradient flow keeps the matrix inside; a step of plain gradient descent with rate eta changes it by
     eta^2 (gA gA^T - gB^T gB) alone (Du, Hu and Lee 2018, arXiv 1806.00900). Cost: as `update_norm`: for every step.
     """
-    return balance_of(Grams.from_factors(precise(a), precise(b)))
+    return balance_from_grams(Grams.from_factors(to_float32(a), to_float32(b)))
 
 
-def balance_of(grams: Grams) -> Float[Tensor, "*batch"]:
+def balance_from_grams(grams: Grams) -> Float[Tensor, "*batch"]:
     """`balance` of factors whose Gram matrices are known."""
     return frobenius(grams.a - grams.b)
 
@@ -165,8 +179,8 @@ def top_ratio(
 
     Cost: as `update_norm` and a decomposition of (rank, rank); waits for the device on CUDA.
     """
-    a, b = precise(a), precise(b)
-    return (svdvals(b.mT @ b)[..., 0] / svdvals(a @ a.mT)[..., 0]).sqrt()
+    a, b = to_float32(a), to_float32(b)
+    return (nan_safe_svdvals(b.mT @ b)[..., 0] / nan_safe_svdvals(a @ a.mT)[..., 0]).sqrt()
 
 
 def top_singular_value(weight: Float[Tensor, "*batch outputs inputs"], iterations: int = 16) -> Float[Tensor, "*batch"]:
@@ -178,15 +192,15 @@ def top_singular_value(weight: Float[Tensor, "*batch outputs inputs"], iteration
     4096 x 4096. Cost: 2 x iterations + 1 products of W with one vector, a float32 copy of a 16-bit W; waits for the
     device on CUDA.
     """
-    weight = precise(weight)
+    weight = to_float32(weight)
     weight = weight if weight.shape[-1] <= weight.shape[-2] else weight.mT  # vectors of the smaller side are less work
     basis = _random_direction(weight)  # (*batch, 1, in), and a row more with each turn
     images = basis @ weight.mT  # (*batch, 1, out)
     for _ in range(min(iterations, weight.shape[-1] - 1)):
-        direction = _beside(basis, images[..., -1:, :] @ weight)
+        direction = _orthonormalize(basis, images[..., -1:, :] @ weight)
         basis = torch.cat([basis, direction], -2)
         images = torch.cat([images, direction @ weight.mT], -2)
-    return svdvals(images)[..., 0]
+    return nan_safe_svdvals(images)[..., 0]
 
 
 def _random_direction(weight: Tensor) -> Tensor:
@@ -198,7 +212,7 @@ def _random_direction(weight: Tensor) -> Tensor:
     return direction
 
 
-def _beside(basis: Tensor, row: Tensor) -> Tensor:
+def _orthonormalize(basis: Tensor, row: Tensor) -> Tensor:
     """What the row (*batch, 1, in) has beside the basis's rows, of length 1; 0 where that is roundoff alone."""
     roundoff = 16 * torch.finfo(row.dtype).eps * torch.linalg.vector_norm(row, dim=-1, keepdim=True)
     for _ in range(2):  # once leaves a part along the basis where little is beside it
@@ -221,7 +235,7 @@ def amplification(
     (LoRA, arXiv 2106.09685, Table 7). Cost: `singular_vectors` and a product of W with k vectors.
     """
     u, singular, v = singular_vectors(a, b, scaling)
-    weight, missing = precise(weight), singular[..., None, :k] == 0  # (*batch, 1, k)
+    weight, missing = to_float32(weight), singular[..., None, :k] == 0  # (*batch, 1, k)
     u, v = u[..., :k].to(weight.dtype), v[..., :k].masked_fill(missing, 0).to(weight.dtype)
     met = frobenius(u.mT @ weight @ v)
     norm: Tensor = singular.norm(dim=-1)
@@ -229,7 +243,7 @@ def amplification(
 
 
 @dataclass(frozen=True)
-class Intruders:
+class IntruderDirections:
     """The directions among the first k of W + dW that W does not have.
 
     `count` is how many, a whole number kept as a float; `energy_share` their sigma^2 over the sum of sigma^2 of the
@@ -241,31 +255,33 @@ class Intruders:
     cosines: Float[Tensor, "*batch k"]
 
 
-def intruders(
+def find_intruders(
     weight: Float[Tensor, "*batch outputs inputs"],
     a: Float[Tensor, "*batch rank inputs"],
     b: Float[Tensor, "*batch outputs rank"],
     scaling: float,
     k: int = 10,
     threshold: float = 0.5,
-) -> Intruders:
+) -> IntruderDirections:
     """Left singular vectors among the first k of W + dW whose largest cosine with those of W is under the threshold.
 
     From arXiv 2410.21228 (k = 10, the threshold swept). W's vectors are those with a singular value above roundoff,
     and of W + dW likewise: what has none is no direction. At most min(out, in) directions are taken. Cost: two full
     decompositions, O(out in min(out, in)), and two dense copies of W; for the analysis of a checkpoint, not for a step.
     """
-    weight = precise(weight)
-    after = weight + scaling * (precise(b) @ precise(a)).to(weight.dtype)
-    old, old_values, _ = svd(weight)
-    new, new_values, _ = svd(after)
-    cosines = (new[..., :k].mT @ (old * _present(old_values, weight)[..., None, :])).abs().amax(-1)  # (*batch, k)
-    energy = (new_values * _present(new_values, weight))[..., :k].square()  # (*batch, k)
+    weight = to_float32(weight)
+    after = weight + scaling * (to_float32(b) @ to_float32(a)).to(weight.dtype)
+    old, old_values, _ = nan_safe_svd(weight)
+    new, new_values, _ = nan_safe_svd(after)
+    cosines = (
+        (new[..., :k].mT @ (old * _significance_mask(old_values, weight)[..., None, :])).abs().amax(-1)
+    )  # (*batch, k)
+    energy = (new_values * _significance_mask(new_values, weight))[..., :k].square()  # (*batch, k)
     strange = torch.where(cosines.isnan(), cosines, ((cosines < threshold) & (energy > 0)).to(cosines.dtype))
-    return Intruders(strange.sum(-1), (strange * energy).sum(-1) / energy.sum(-1), cosines)
+    return IntruderDirections(strange.sum(-1), (strange * energy).sum(-1) / energy.sum(-1), cosines)
 
 
-def _present(singular: Tensor, matrix: Tensor) -> Tensor:
+def _significance_mask(singular: Tensor, matrix: Tensor) -> Tensor:
     """1 for singular values above roundoff, else 0, (*batch, k)."""
     floor = torch.finfo(matrix.dtype).eps * max(matrix.shape[-2:]) * singular[..., :1]
     return (singular > floor).to(matrix.dtype)
@@ -285,14 +301,14 @@ def dora_change(
     Float64 from there on: a turn by an angle of 1e-5 keeps five digits. A row of zeros, before or after, has no
     direction and counts as not turned. Cost: a product of W with rank vectors, a float32 copy of a 16-bit W.
     """
-    weight = precise(weight)
-    length_sq = exact(weight.norm(dim=-1)).square()  # (*batch, out)
-    along = exact(weight @ a.to(weight.dtype).mT)  # (*batch, out, rank): A w of each row
-    a, b = exact(a), scaling * exact(b)
+    weight = to_float32(weight)
+    length_sq = to_float64(weight.norm(dim=-1)).square()  # (*batch, out)
+    along = to_float64(weight @ a.to(weight.dtype).mT)  # (*batch, out, rank): A w of each row
+    a, b = to_float64(a), scaling * to_float64(b)
     cross = (b * along).sum(-1)  # w . d
     moved_sq = (b * (b @ (a @ a.mT))).sum(-1)  # ||d||^2
     after_sq = (length_sq + 2 * cross + moved_sq).clamp(min=0)
     product = length_sq * after_sq
     turned = (1 - (length_sq + cross) / product.sqrt()).masked_fill(product == 0, 0)
-    stretched = (exact(magnitude) - length_sq.sqrt()).abs()
+    stretched = (to_float64(magnitude) - length_sq.sqrt()).abs()
     return stretched.mean(-1), turned.mean(-1)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from training_lens.measures.factors import exact, inner, svd, svdvals
+from training_lens.measures.factors import nan_safe_svd, nan_safe_svdvals, to_float64, update_inner_product
 from training_lens.measures.singular_values import singular_vectors, update_norm
 
 
@@ -44,7 +44,7 @@ def subspace_grid(
 
 
 def _right_vectors(a: Tensor, count: int) -> Tensor:
-    return svd(exact(a))[2][..., :count]  # (*batch, in, count)
+    return nan_safe_svd(to_float64(a))[2][..., :count]  # (*batch, in, count)
 
 
 def principal_angles(
@@ -58,11 +58,11 @@ def principal_angles(
     Args:
         q1, q2: bases with orthonormal columns. NaN in one gives NaN for all of its angles.
     """
-    q1, q2 = exact(q1), exact(q2)
+    q1, q2 = to_float64(q1), to_float64(q2)
     if q1.shape[-1] < q2.shape[-1]:
         q1, q2 = q2, q1
     shared = q1.mT @ q2  # (*batch, k1, k2)
-    cosines, sines = svdvals(shared), svdvals(q2 - q1 @ shared)  # both descending, (*batch, k2)
+    cosines, sines = nan_safe_svdvals(shared), nan_safe_svdvals(q2 - q1 @ shared)  # both descending, (*batch, k2)
     return torch.atan2(sines.flip(-1)[..., -cosines.shape[-1] :], cosines)
 
 
@@ -111,5 +111,5 @@ def update_cosine(
     Formula: <dW1, dW2> / (||dW1||_F ||dW2||_F) with <dW1, dW2> = s1 s2 <B1^T B2, A1 A2^T>, float64. Cost: six products
     of (rank, in or out), no synchronisation.
     """
-    together = s1 * s2 * inner(exact(a1), exact(b1), exact(a2), exact(b2))
+    together = s1 * s2 * update_inner_product(to_float64(a1), to_float64(b1), to_float64(a2), to_float64(b2))
     return together / update_norm(a1, b1, s1) / update_norm(a2, b2, s2)

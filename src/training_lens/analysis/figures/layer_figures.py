@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from training_lens.analysis.evolution import read_evolution
 from training_lens.analysis.figures.style import plot_heat_map, plot_lines
-from training_lens.analyzers.module_groups import By, grouped
+from training_lens.analyzers.module_groups import By, group_series
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
@@ -68,7 +68,7 @@ def plot_balance(recording: Recording) -> go.Figure:
     a, b = (read_evolution(recording, measure) for measure in ("norm_a", "norm_b"))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = Series(a.steps, a.names, b.values / a.values)
-    return plot_lines(grouped(ratio, recording.modules, "kind", norms=False), "|B| / |A|")
+    return plot_lines(group_series(ratio, recording.modules, "kind", norms=False), "|B| / |A|")
 
 
 def plot_optimizer_jumps(recording: Recording) -> go.Figure:

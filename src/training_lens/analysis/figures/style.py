@@ -59,7 +59,7 @@ def plot_lines(series: Series, y: str, *, at_zero: bool = True) -> go.Figure:
         return empty_figure("nothing was captured of this")
     figure = build_canvas("step", y)
     for name, look in zip(series.names, line_styles(), strict=False):
-        add_line(figure, series.steps, series.of(name), escape_label(name), **look)
+        add_line(figure, series.steps, series.column(name), escape_label(name), **look)
     return figure.update_yaxes(rangemode="tozero") if at_zero else figure
 
 

@@ -9,7 +9,7 @@ from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analysis.findings.held_out import LEAST, HeldOut, measure_scatter, read_held_out
 from training_lens.analysis.findings.rank_record import read_rank_check
 from training_lens.core.recording import Recording
-from training_lens.measures.curves import Estimate, remaining_gain
+from training_lens.measures.curves import FitEstimate, remaining_gain
 
 ERRORS = 2.0  # standard errors that a gain may be more or less: 95 % of normal ones
 NOISES = 4.0  # a gain that may be 0 and is surely under so many is none to wait for
@@ -47,7 +47,7 @@ def check_convergence(recording: Recording) -> Finding:
     return _decide(judged, gain, noise, measured, running)
 
 
-def _decide(judged: HeldOut, gain: Estimate, noise: float, measured: str, running: bool) -> Finding:
+def _decide(judged: HeldOut, gain: FitEstimate, noise: float, measured: str, running: bool) -> Finding:
     evidence = {
         "gain": gain.value,
         "error": gain.error,

@@ -10,7 +10,7 @@ import numpy as np
 from training_lens.analysis.findings.evidence import Curve, median_or_nan, read_base_value, read_curve
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
-from training_lens.measures.curves import MAD_TO_DEVIATION, trend
+from training_lens.measures.curves import MAD_TO_DEVIATION, log_slope
 
 LEAST = 4  # points, without which a curve has no direction
 CERTAIN = 3.0  # how many times its noise a change must be
@@ -58,7 +58,7 @@ class HeldOut:
         """
         if len(self.steps) < LEAST:
             return "unknown"
-        slope = trend(*self.late_half())
+        slope = log_slope(*self.late_half())
         rises = slope.value - CERTAIN * slope.error > 0 or self._is_well_above_best()
         if rises and self.final_rise > LEAST_RISE * self.losses[self.best_index]:
             return "rises"
@@ -79,7 +79,7 @@ class HeldOut:
 def measure_scatter(steps: np.ndarray, losses: np.ndarray) -> float:
     """The standard deviation of losses around their line against ln(steps), from the error of its slope."""
     logs = np.log(steps)
-    return float(trend(steps, losses).error * np.sqrt(((logs - logs.mean()) ** 2).sum()))
+    return float(log_slope(steps, losses).error * np.sqrt(((logs - logs.mean()) ** 2).sum()))
 
 
 def read_held_out(recording: Recording) -> HeldOut:

@@ -76,7 +76,7 @@ def _group_siblings(modules: Sequence[ModuleRecord], series: Series) -> list[lis
     """Names of modules of one kind and shape that ever have a value over 0, where there are enough of them."""
     alike: dict[object, list[str]] = defaultdict(list)
     for module in modules:
-        if module.name in series.names and (np.nan_to_num(series.of(module.name)) > 0).any():
+        if module.name in series.names and (np.nan_to_num(series.column(module.name)) > 0).any():
             alike[module.kind, module.in_features, module.out_features].append(module.name)
     return [names for names in alike.values() if len(names) >= LEAST_SIBLINGS]
 
@@ -127,6 +127,6 @@ def _report_outliers(found: list[_Outlier], measures: dict[str, Series]) -> Find
             "step": first.step,
             "factor": first.from_kind,
             "measure": first.measure,
-            f"{first.measure} of {first.module}": thin_points(x=series.steps, y=series.of(first.module)),
+            f"{first.measure} of {first.module}": thin_points(x=series.steps, y=series.column(first.module)),
         },
     )

@@ -11,7 +11,7 @@ from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analysis.findings.held_out import ABOVE_BEST, CERTAIN, LEAST, LEAST_RISE, HeldOut, read_held_out
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
-from training_lens.measures.curves import epoch_drops, trend
+from training_lens.measures.curves import epoch_drops, log_slope
 
 FAR_UNDER = 0.5  # training loss over held-out loss, at the end
 RULE = Rule(
@@ -122,5 +122,5 @@ def _describe_drops(stairs: _EpochDrops) -> str:
 def _has_training_gain(steps: np.ndarray, losses: np.ndarray, judged: HeldOut) -> bool:
     """Whether the training loss falls after the best held-out loss."""
     since = steps >= judged.steps[judged.best_index]
-    slope = trend(steps[since], losses[since])
+    slope = log_slope(steps[since], losses[since])
     return bool(slope.value + CERTAIN * slope.error < 0)

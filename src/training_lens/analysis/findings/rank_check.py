@@ -16,7 +16,7 @@ from training_lens.evaluation.evaluator import EvaluationOptions, token_sums
 from training_lens.evaluation.scoring import Bootstrap, ModelScores
 from training_lens.inference.prompt_rows import validation_examples
 from training_lens.inference.session import Session, open_run
-from training_lens.measures.barrier import truncate
+from training_lens.measures.barrier import truncate_rank
 from training_lens.measures.singular_values import energy_rank, singular_values
 from training_lens.models.adapters import base_only
 from training_lens.runs.run_folder import RunFolder
@@ -115,7 +115,7 @@ def truncate_modules(modules: Sequence[AdapterModule], ranks: Mapping[str, int])
     before = [(m, m.a.detach().clone(), m.b.detach().clone()) for m in modules]
     try:
         for module, a, b in before:
-            _set_factors(module, *truncate(a, b, module.record.scaling, ranks[module.name]))
+            _set_factors(module, *truncate_rank(a, b, module.record.scaling, ranks[module.name]))
         yield
     finally:
         for module, a, b in before:

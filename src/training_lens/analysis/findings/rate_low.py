@@ -9,7 +9,7 @@ from training_lens.analysis.findings.finding import Finding, Rule
 from training_lens.analysis.findings.held_out import CERTAIN, LEAST, read_held_out
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
-from training_lens.measures.curves import trend
+from training_lens.measures.curves import log_slope
 
 LEAST_STEPS = 50  # a short run is straight at any rate
 STRAIGHT = 0.8
@@ -68,7 +68,7 @@ def _is_still_falling(recording: Recording) -> bool:
     judged = read_held_out(recording)
     steps, values = (judged.steps, judged.losses) if len(judged.steps) >= 2 * LEAST else _read_loss(recording)
     late, early = steps > steps[-1] / 2, (steps > steps[-1] / 8) & (steps <= steps[-1] / 2)
-    now, before = trend(steps[late], values[late]), trend(steps[early], values[early])
+    now, before = log_slope(steps[late], values[late]), log_slope(steps[early], values[early])
     return bool(now.value + CERTAIN * now.error < 0 and now.value <= FALLS_ON * min(before.value, 0.0))
 
 

@@ -64,7 +64,7 @@ def _compare_norms(norm_a: Series, norm_b: Series) -> tuple[dict[str, bool], int
     moved = {}
     for i, name in enumerate(norm_b.names):
         values = norm_b.values[:, i][np.isfinite(norm_b.values[:, i])]
-        of_a = norm_a.of(name) if name in norm_a.names else values
+        of_a = norm_a.column(name) if name in norm_a.names else values
         if len(values):
             changes = any(len(np.unique(norms[np.isfinite(norms)])) > 1 for norms in (values, of_a))
             moved[name] = changes or (len(norm_b.steps) == 1 and bool(values[0] != 0))
@@ -74,7 +74,7 @@ def _compare_norms(norm_a: Series, norm_b: Series) -> tuple[dict[str, bool], int
 def _choose_action(recording: Recording, still: list[str]) -> str:
     """What the gradients of the modules that stand still tell of the cause."""
     gradients = read_gradient_norms(recording)
-    reached = [name for name in still if name in gradients.names and (np.nan_to_num(gradients.of(name)) > 0).any()]
+    reached = [name for name in still if name in gradients.names and (np.nan_to_num(gradients.column(name)) > 0).any()]
     rates = read_curve(recording, tables.LOSS, "lr")[1]
     if len(rates) and not rates.any():
         return "the learning rate is 0 at every step: set training.lr, or mend the schedule"

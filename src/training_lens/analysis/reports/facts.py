@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from training_lens.analysis.evolution import read_evolution
-from training_lens.analyzers.gradient_analyzer import certificate
-from training_lens.analyzers.module_groups import energy_shares, latest
+from training_lens.analyzers.gradient_analyzer import certify_capture
+from training_lens.analyzers.module_groups import energy_shares, latest_values
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
@@ -68,7 +68,7 @@ class Certificate:
 
 def read_certificate(recording: Recording) -> Certificate:
     """The largest `self_check` with its module and step."""
-    return Certificate(**certificate(recording.series(tables.GRADIENTS, "self_check")))
+    return Certificate(**certify_capture(recording.series(tables.GRADIENTS, "self_check")))
 
 
 def list_captured(recording: Recording) -> list[tuple[str, str, int, int, int]]:
@@ -227,7 +227,7 @@ def read_changes(recording: Recording) -> WeightChanges:
 
 
 def _values_at(series: Series, place: int) -> dict[str, float | None]:
-    return latest(Series(series.steps[: place + 1], series.names, series.values[: place + 1]))
+    return latest_values(Series(series.steps[: place + 1], series.names, series.values[: place + 1]))
 
 
 def _largest_shares(shares: Mapping[str, float | None]) -> dict[str, float]:
