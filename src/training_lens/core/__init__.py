@@ -1,4 +1,4 @@
-"""The lens: what is captured, by whom, where it is kept, and how it is joined to a loop.
+"""The lens: collectors, their schedule, the store of captures, and the callbacks that drive it.
 
 Example:
     from training_lens.core import TrainingLensFramework

@@ -1,4 +1,4 @@
-"""What an analyzer is: a reading of a recording."""
+"""What an analyzer is."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from training_lens.core.types import DataType
 
 
 class DataAnalyzer(ABC):
-    """Reads a recording and gives plain values, which every report shows and `analyze --json` prints.
+    """Reads a recording and returns plain values, for the reports and for `analyze --json`.
 
-    `needs` are the kinds of data without which it says nothing; `gives` names what it returns.
+    `needs` are the data types that it cannot do without; `gives` are the names that it returns.
 
     Example:
         @AnalyzerRegistry.register
@@ -30,10 +30,10 @@ class DataAnalyzer(ABC):
     gives: ClassVar[tuple[str, ...]]
 
     def can_read(self, recording: Recording) -> bool:
-        """Whether the recording has a table of every kind that it needs."""
-        kinds = {recording.manifest.tables.get(name) for name in recording.captures.tables()}
-        return self.needs <= kinds
+        """Whether the recording has a table of every data type in `needs`."""
+        types = {recording.manifest.tables.get(name) for name in recording.captures.tables()}
+        return self.needs <= types
 
     @abstractmethod
     def analyze(self, recording: Recording) -> Mapping[str, Any]:
-        """Numbers, texts, lists and mappings of them, by the names in `gives`."""
+        """Numbers, texts, and lists and mappings of them, by the names in `gives`."""

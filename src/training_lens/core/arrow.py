@@ -1,4 +1,4 @@
-"""Captures as Arrow tables, a row for each step and module and a column for each measure; series out of tables."""
+"""Captures as Arrow tables, with a row for each step and module and a column for each measure; series from tables."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ EMPTY = pa.table({STEP: pa.array([], pa.int32()), MODULE: pa.array([], pa.dictio
 
 @dataclass(frozen=True)
 class CaptureBuffer:
-    """The scalars and vectors of one step in tensors of their own: nothing of the model stays alive through them."""
+    """A copy of one step's scalars and vectors, so that it keeps none of the model's tensors alive."""
 
     step: int
     rows: tuple[str, ...]
     measures: tuple[str, ...]
     scalars: Tensor  # (measures, rows) float32, on the device where they were measured
-    vectors: Mapping[str, tuple[Tensor, tuple[int, ...]]]  # measure -> (values of all rows in a line, length of each)
+    vectors: Mapping[
+        str, tuple[Tensor, tuple[int, ...]]
+    ]  # measure -> (values of all rows concatenated, length of each)
 
     @property
     def nbytes(self) -> int:
@@ -46,8 +48,8 @@ def buffer_capture(step: int, captured: Captured) -> CaptureBuffer:
     for measure, values in captured.scalars.items():
         if values.shape != (len(rows),):
             raise LensError(
-                f"{measure} at step {step} has the shape {tuple(values.shape)}, and there are {len(rows)} rows: "
-                f"a collector gives a tensor of shape ({len(rows)},), a value for each row."
+                f"{measure} at step {step} has shape {tuple(values.shape)} for {len(rows)} rows: "
+                f"a collector returns a tensor of shape ({len(rows)},), one value for each row."
             )
     with torch.no_grad():
         scalars = torch.stack(list(captured.scalars.values())) if captured.scalars else torch.empty(0, len(rows))
@@ -62,57 +64,57 @@ def _concatenate_vectors(
 ) -> tuple[Tensor, tuple[int, ...]]:
     if len(values) != rows:
         raise LensError(
-            f"{measure} at step {step} has {len(values)} vectors, and there are {rows} rows: "
-            "a collector gives a vector for each row."
+            f"{measure} at step {step} has {len(values)} vectors for {rows} rows: "
+            "a collector returns one vector for each row."
         )
     flat = torch.cat([vector.reshape(-1) for vector in values]).to(torch.float32)
     return flat, tuple(vector.numel() for vector in values)
 
 
 def arrow_table(rows_by_step: Sequence[tuple[int, Captured]]) -> pa.Table:
-    """What was captured at some steps, as the table that a store would give back.
+    """Captures of some steps, as the table that a store would return.
 
     Returns:
         Columns: step (int32, ascending), module (dictionary of strings), each scalar measure (float32) and each vector
-        measure (list of float32). A row for each row of each step, null for a measure that was not taken there.
+        measure (list of float32). A table row for each capture's row, null for a measure that it lacks.
 
     Raises:
-        LensError: values that do not fit their rows, or a measure of a name that is taken.
+        LensError: values that do not fit their rows, or two measures or rows of one name.
     """
     return build_table([buffer_capture(step, captured) for step, captured in rows_by_step])
 
 
-def build_table(packed: Sequence[CaptureBuffer]) -> pa.Table:
-    """Packed steps as one table; waits for the device, once for each set of measures and rows."""
-    shapes: dict[tuple[tuple[str, ...], ...], list[CaptureBuffer]] = {}
-    for step in packed:
-        if step.rows and (step.measures or step.vectors):
-            shapes.setdefault((step.rows, step.measures, tuple(step.vectors)), []).append(step)
-    return concat_tables([_build_uniform_table(steps) for steps in shapes.values()])
+def build_table(buffers: Sequence[CaptureBuffer]) -> pa.Table:
+    """Buffered steps as one table. Waits for the device once for each set of measures and rows."""
+    buffers_by_shape: dict[tuple[tuple[str, ...], ...], list[CaptureBuffer]] = {}
+    for buffer in buffers:
+        if buffer.rows and (buffer.measures or buffer.vectors):
+            buffers_by_shape.setdefault((buffer.rows, buffer.measures, tuple(buffer.vectors)), []).append(buffer)
+    return concat_tables([_build_uniform_table(group) for group in buffers_by_shape.values()])
 
 
-def _build_uniform_table(packed: Sequence[CaptureBuffer]) -> pa.Table:
-    rows, measures = packed[0].rows, packed[0].measures
-    _require_distinct((STEP, MODULE, *measures, *packed[0].vectors), "columns")
+def _build_uniform_table(buffers: Sequence[CaptureBuffer]) -> pa.Table:
+    rows, measures = buffers[0].rows, buffers[0].measures
+    _require_distinct((STEP, MODULE, *measures, *buffers[0].vectors), "columns")
     _require_distinct(rows, "rows")
-    scalars = torch.stack([step.scalars for step in packed]).cpu().numpy()  # (steps, measures, rows): the sync point
-    steps = np.array([step.step for step in packed], np.int32)
+    scalars = torch.stack([step.scalars for step in buffers]).cpu().numpy()  # (steps, measures, rows): the sync point
+    steps = np.array([step.step for step in buffers], np.int32)
     modules = np.tile(np.arange(len(rows), dtype=np.int32), len(steps))
     columns = {
         STEP: pa.array(np.repeat(steps, len(rows))),
         MODULE: pa.DictionaryArray.from_arrays(pa.array(modules), pa.array(rows, pa.string())),
         **{measure: pa.array(scalars[:, i].ravel()) for i, measure in enumerate(measures)},
-        **{measure: _build_list_array([step.vectors[measure] for step in packed]) for measure in packed[0].vectors},
+        **{measure: _build_list_array([step.vectors[measure] for step in buffers]) for measure in buffers[0].vectors},
     }
     return pa.table(columns)
 
 
 def _require_distinct(names: Sequence[str], what: str) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else ()
-    if twice:
+    duplicates = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else ()
+    if duplicates:
         raise LensError(
-            f"two {what} of one table are called '{twice[0]}': a collector names its measures and rows apart, and none "
-            f"of its measures '{STEP}' or '{MODULE}'."
+            f"two {what} of one table are called '{duplicates[0]}': a collector's measures and rows need different "
+            f"names, and no measure may be called '{STEP}' or '{MODULE}'."
         )
 
 
@@ -124,7 +126,7 @@ def _build_list_array(vectors: Sequence[tuple[Tensor, tuple[int, ...]]]) -> pa.L
 
 
 def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
-    """Tables below one another, ascending by step; a column that one of them lacks is null there.
+    """One table of all rows, ascending by step; a column that a table lacks is null in its rows.
 
     Raises:
         LensError: a measure is a number in one and a vector in another.
@@ -133,21 +135,21 @@ def concat_tables(tables: Sequence[pa.Table]) -> pa.Table:
         table = pa.concat_tables([EMPTY, *tables], promote_options="default").unify_dictionaries()
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise LensError(
-            f"one table holds numbers and vectors of one name ({error}): captures of different versions of a collector "
-            "are in one folder. Train anew, or name the new measure otherwise."
+            f"one table has a measure as numbers and as vectors ({error}): the folder holds captures of different "
+            "versions of a collector. Train again in a new folder, or give the new measure another name."
         ) from error
     steps = table.column(STEP).to_numpy()
     return table if (np.diff(steps) >= 0).all() else table.take(np.argsort(steps, kind="stable"))
 
 
 def extract_series(table: pa.Table, measure: str) -> Series:
-    """A scalar measure over time: the steps and modules at which it was taken, in the table's order.
+    """A scalar measure over time, at the steps and modules that have it, in the table's order.
 
     Args:
         table: with the columns step, module and `measure`, ascending by step.
 
     Raises:
-        LensError: the table has no such measure, or it is one of vectors.
+        LensError: the table has no such measure, or its values are vectors.
     """
     _require_kind(table, measure, vectors=False)
     taken, steps, names, rows, columns = _locate_values(table, measure)
@@ -157,13 +159,13 @@ def extract_series(table: pa.Table, measure: str) -> Series:
 
 
 def extract_vectors(table: pa.Table, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """A measure of vectors over time, for one its spectra.
+    """A vector measure over time, such as the singular values.
 
     Returns:
-        The steps at which it was taken, (steps,) int64; and by module (steps, its longest) float64, padded with NaN.
+        The steps that have it, (steps,) int64; and by module (steps, its longest) float64, padded with NaN.
 
     Raises:
-        LensError: the table has no such measure, or it is one of scalars.
+        LensError: the table has no such measure, or its values are scalars.
     """
     _require_kind(table, measure, vectors=True)
     taken, steps, names, rows, columns = _locate_values(table, measure)
@@ -188,7 +190,7 @@ def _fill_module_vectors(
 def _locate_values(
     table: pa.Table, measure: str
 ) -> tuple[pa.Table, np.ndarray, tuple[str, ...], np.ndarray, np.ndarray]:
-    """The rows that have the measure; their steps and modules; and for each row its place among both."""
+    """The rows that have the measure; their steps and modules; and each row's indices into both."""
     table = table.select([STEP, MODULE, measure])
     if table.column(measure).null_count:
         table = table.filter(table.column(measure).is_valid())
@@ -203,10 +205,10 @@ def _locate_values(
 
 
 def require_measure(table: pa.Table, measure: str) -> None:
-    """Refuse a name that is none of the table's measures.
+    """Check that the table has a measure.
 
     Raises:
-        LensError: with the nearest that is.
+        LensError: it has not; names the nearest that it has.
     """
     measures = [name for name in table.column_names if name not in (STEP, MODULE)]
     if measure not in measures:
@@ -232,12 +234,12 @@ def polars_frame(table: pa.Table) -> Any:
         import polars
     except ImportError as error:
         raise ConfigurationError(
-            "Polars frames need the package polars: pip install polars. Arrow and pandas frames need nothing more."
+            "Polars frames need the package polars: pip install polars. Arrow and pandas frames need no extra package."
         ) from error
     return polars.from_arrow(table)
 
 
 def suggest_name(name: str, known: Sequence[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    """The end of an error message about an unknown name: the nearest known name, or all of them."""
     close = nearest_name(name, known)
     return f"; did you mean '{close}'?" if close else f"; there are: {', '.join(sorted(known)) or 'none'}."

@@ -1,4 +1,4 @@
-"""files.json, the list of the captures in a lens folder: by it readers notice one that was deleted."""
+"""files.json, the list of the capture files in a lens folder. Readers notice by it that a file was deleted."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LISTING = "files.json"
 def write_listing(folder: Path, captures: Iterable[Path]) -> None:
     """Write files.json, whole or not at all.
 
-    Each file in it must be in the folder as long as it is listed, or be merged into another: the writer lists a file
-    after it wrote it, and before it deletes it.
+    A listed file must exist or be merged into another. So the writer lists a file after writing it, and takes it off
+    the list before deleting it.
     """
     write_sealed(folder / LISTING, {"files": sorted(path.relative_to(folder).as_posix() for path in captures)})
 
 
 def read_listing(folder: Path) -> list[Path]:
-    """The captures that files.json lists; none where an earlier version wrote the folder.
+    """The files in files.json; none if an earlier version wrote the folder.
 
     Raises:
         LensError: it is damaged.
@@ -37,12 +37,12 @@ def read_listing(folder: Path) -> list[Path]:
 
 
 def truncate_listing(folder: Path, last_step: int) -> list[Path]:
-    """Write files.json without the captures behind `last_step`, and give those of the rest that are missing.
+    """Write files.json without the captures after `last_step`, and return the remaining files that are missing.
 
     Raises:
         LensError: it is damaged.
     """
-    kept = [cut for path in read_listing(folder) if (cut := _truncated_path(path, last_step))]
+    kept = [kept_path for path in read_listing(folder) if (kept_path := _truncated_path(path, last_step))]
     write_listing(folder, kept)
     return _find_missing(folder, kept)
 
@@ -55,30 +55,30 @@ def list_captures(folder: Path) -> list[Path]:
 
 
 def find_missing_captures(folder: Path) -> list[Path]:
-    """The captures that files.json lists and that are gone; also while training runs.
+    """The files in files.json that are gone; works while training runs.
 
     Raises:
         LensError: files.json is damaged.
     """
     missing = _find_missing(folder, read_listing(folder))
-    listed = read_listing(folder) if missing else []  # what the writer dropped meanwhile is listed no longer
+    listed = read_listing(folder) if missing else []  # the writer may have dropped some meanwhile
     return [path for path in missing if path in listed]
 
 
 def describe_loss(path: Path) -> str:
-    """What a reader lacks without a file of captures."""
+    """What is lost with a missing file."""
     segment = parse_segment_path(path)
     lost = f"what was captured in the steps {segment.first}-{segment.last} is lost" if segment else "it is lost"
     return f"{path} is missing: {lost}"
 
 
 def _find_missing(folder: Path, listed: Iterable[Path]) -> list[Path]:
-    there = {table: list_segments(table) for table in folder.iterdir() if table.is_dir()}
-    return [path for path in listed if not _is_there(path, there.get(path.parent, []))]
+    segments_by_table = {table: list_segments(table) for table in folder.iterdir() if table.is_dir()}
+    return [path for path in listed if not _exists(path, segments_by_table.get(path.parent, []))]
 
 
-def _is_there(path: Path, segments: Iterable[TableSegment]) -> bool:
-    """Whether a file is there, or its steps are in a segment that it was merged into."""
+def _exists(path: Path, segments: Iterable[TableSegment]) -> bool:
+    """Whether a file exists, or was merged into another segment."""
     wanted = parse_segment_path(path)
     if wanted is None:
         return path.is_file()
@@ -86,7 +86,7 @@ def _is_there(path: Path, segments: Iterable[TableSegment]) -> bool:
 
 
 def _truncated_path(path: Path, last_step: int) -> Path | None:
-    """The path under which a file is kept when all steps behind `last_step` are dropped; None: it is dropped."""
+    """A file's path after all steps after `last_step` are dropped; None: the file is dropped."""
     segment = parse_segment_path(path)
     first = segment.first if segment else snapshot_step(path)
     if first is None or first > last_step:

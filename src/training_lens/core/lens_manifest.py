@@ -1,4 +1,4 @@
-"""lens.json, the file that makes a folder one of captures."""
+"""lens.json, which says what the tables of a lens folder are about."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def write_manifest(folder: Path, manifest: LensManifest) -> None:
 
 
 def read_manifest(folder: Path) -> LensManifest:
-    """What the tables in a lens folder are about.
+    """Read lens.json.
 
     Raises:
-        LensError: there is no lens.json, it is damaged, or its format is another.
+        LensError: there is no lens.json, it is damaged, or it has another format.
     """
     path = folder / LENS
     if not path.is_file():
@@ -43,5 +43,5 @@ def read_manifest(folder: Path) -> LensManifest:
         return LensManifest(**{**values, "modules": modules, "tables": tables})
     except (OSError, DamagedFileError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LensError(
-            f"{path} is damaged ({type(error).__name__}: {error}); without it captures are lost."
+            f"{path} is damaged ({type(error).__name__}: {error}); without it, the captures are lost."
         ) from error

@@ -1,9 +1,9 @@
-"""The lens's store, read: at any time, also while training runs or after a kill. `writer` fills it.
+"""Reads a lens folder: at any time, also while training runs or after a kill. `LensWriter` fills it.
 
-A folder holds lens.json (what its tables are about), files.json (the list of its captures), cost.json (seconds by
-collector), and a folder for each table with its Parquet segments and its snapshots. `lens.scalars_megabytes` and
-`lens.snapshots_megabytes` bound its size; tables of one row a step, as that of the loss, are kept whole. Before
-anything is thinned, a number takes 2.9 to 3.7 bytes: of 12 measures, 35 to 45 bytes for each module and step.
+A folder holds lens.json (what its tables are about), files.json (the list of its files), cost.json (seconds by
+collector), and a folder for each table with Parquet segments and snapshots. `lens.scalars_megabytes` and
+`lens.snapshots_megabytes` limit its size; tables with one row per step, such as the loss, are never thinned. A number
+takes 2.9 to 3.7 bytes: 12 measures take 35 to 45 bytes for each module and step.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ TABLE_NAME = re.compile(r"\w[\w.-]*")
 
 
 class LensStore:
-    """Reads the captures in a folder, as they are at each call: training may go on meanwhile.
+    """Reads the captures in a folder. Each call sees the current state, also while training runs.
 
-    A file that is damaged or missing is passed over: logged once, and listed in `damaged`.
+    A damaged or missing file is skipped: logged once, and listed in `damaged`.
 
     Args:
-        folder: RUN/lens, or another that a LensWriter filled.
+        folder: RUN/lens, or another folder that a LensWriter filled.
 
     Raises:
-        LensError: there are no captures, or of a format that this version cannot read.
+        LensError: there are no captures, or this version cannot read their format.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -64,15 +64,15 @@ class LensStore:
             self._skip_damaged(self.folder / LISTING, error)
 
     def tables(self) -> tuple[str, ...]:
-        """The tables that hold something, by name."""
+        """The names of the tables that are not empty."""
         folders = table_folders(self.folder)
         return tuple(path.name for path in folders if list_segments(path) or list_snapshots(path))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A table with its columns step, module and those of its measures (see `arrow_table`), ascending by step.
+        """A table with the columns step, module and its measures (see `arrow_table`), ascending by step.
 
         Args:
-            columns: the measures to read; None: all. Step and module always come.
+            columns: the measures to read; None: all. Step and module are always included.
 
         Raises:
             LensError: there is no such table, or no such measure in it.
@@ -84,7 +84,7 @@ class LensStore:
                 if column not in header.column_names:
                     require_measure(header, column)
             rows = [self._read_or_skip(segment, lambda s: read_segment(s, columns)) for segment in segments]
-        except FileNotFoundError:  # merged into another between listing and reading
+        except FileNotFoundError:  # merged into another segment after it was listed
             return self.table(name, columns)
         wanted = [c for c in header.column_names if columns is None or c in (STEP, MODULE, *columns)]
         return concat_tables([header.select(wanted), *(table for table in rows if table is not None)])
@@ -92,7 +92,7 @@ class LensStore:
     def measures(self, name: str) -> tuple[str, ...]:
         """The measures of a table, without reading its rows; raises as `table` does.
 
-        One may have no rows left, where the files that held it are damaged.
+        A measure may have no rows left if the files that held them are damaged.
         """
         segments = list_segments(self._table_folder(name))
         try:
@@ -102,7 +102,7 @@ class LensStore:
         return tuple(column for column in header.column_names if column not in (STEP, MODULE))
 
     def _read_header(self, segments: Sequence[TableSegment]) -> pa.Table:
-        """The columns of all segments, without rows."""
+        """The columns of all segments, as a table without rows."""
         headers = [self._read_or_skip(segment, read_schema) for segment in segments]
         return concat_tables([header for header in headers if header is not None])
 
@@ -136,23 +136,20 @@ class LensStore:
         """A scalar measure over time (see `extract_series`).
 
         Raises:
-            LensError: there is no such table, or no such measure of scalars in it.
+            LensError: there is no such table, or it has no such scalar measure.
         """
         return extract_series(self.table(table, [measure]), measure)
 
     def vectors(self, table: str, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A measure of vectors over time: steps, and by module (steps, its longest), padded (see `extract_vectors`).
+        """A vector measure over time: steps, and by module (steps, its longest), padded (see `extract_vectors`).
 
         Raises:
-            LensError: there is no such table, or no such measure of vectors in it.
+            LensError: there is no such table, or it has no such vector measure.
         """
         return extract_vectors(self.table(table, [measure]), measure)
 
     def snapshot_steps(self, table: str) -> list[int]:
-        """The steps of the whole snapshots of a table, ascending; none where there is no such table.
-
-        Damaged ones are left out.
-        """
+        """The steps of a table's intact snapshots, ascending; none if there is no such table."""
         return [step for step, path in list_snapshots(self.folder / table).items() if self._is_intact(path)]
 
     def _is_intact(self, path: Path) -> bool:
@@ -167,16 +164,16 @@ class LensStore:
         """The tensors of a snapshot by name, on the CPU.
 
         Raises:
-            LensError: there is none of that step, or it is damaged.
+            LensError: there is no snapshot of that step, or it is damaged.
         """
         steps = list_snapshots(self._table_folder(table))
         if step not in steps:
-            there = ", ".join(map(str, steps)) or "none"
-            raise LensError(f"{self.folder / table} has no snapshot of step {step}; there are: {there}.")
+            known = ", ".join(map(str, steps)) or "none"
+            raise LensError(f"{self.folder / table} has no snapshot of step {step}; there are: {known}.")
         return read_snapshot(steps[step])
 
     def cost(self) -> dict[str, float]:
-        """Seconds that each collector took; empty before the first flush that gave them.
+        """Seconds by collector; empty before the first flush.
 
         Raises:
             LensError: cost.json is damaged.
@@ -190,7 +187,7 @@ def read_cost(folder: Path) -> dict[str, float]:
     try:
         return {name: float(seconds) for name, seconds in read_sealed(path).items()} if path.is_file() else {}
     except (OSError, DamagedFileError, ValueError, TypeError) as error:
-        raise LensError(f"{path} is damaged ({error}): delete it; no other file needs it.") from error
+        raise LensError(f"{path} is damaged ({error}): delete it; nothing else needs it.") from error
 
 
 def table_folders(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The lens's store, written: while training runs, by the one writer of its folder."""
+"""Writes a lens folder while training runs. A folder has one writer."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ MAX_PENDING_BYTES = 8 * MEGABYTE
 
 
 class LensWriter:
-    """Writes the captures of one run; the one writer of its folder.
+    """Writes the captures of one run. It must be the only writer of its folder.
 
     Args:
-        folder: made where it is missing.
+        folder: created if missing.
         manifest: written as lens.json.
-        section: how much room captures may take, and how often they go to disk.
-        after_step: the step that training goes on after: captures of later steps are dropped; 0: all are.
+        section: how much space captures may take, and how often they are flushed.
+        after_step: the last step before a resume: captures of later steps are dropped. 0: all are dropped.
 
     Raises:
         LensError: the folder cannot be written.
@@ -50,7 +50,7 @@ class LensWriter:
         self._pending_bytes = 0
         self._bytes_written = 0
         self._flushed_at = time.monotonic()
-        self._kept_steps = after_step or -1  # a fresh start drops step 0 as well
+        self._kept_steps = after_step or -1  # a new run drops step 0 too
         with _raise_lens_error(folder):
             folder.mkdir(parents=True, exist_ok=True)
             sweep_temporaries(folder, older_than_seconds=0)
@@ -62,18 +62,18 @@ class LensWriter:
             write_manifest(folder, manifest)
 
     def cost(self) -> dict[str, float]:
-        """Seconds by collector that earlier parts of the run took."""
+        """Seconds by collector that the run took before it was resumed."""
         return read_cost(self._folder)
 
     def last_steps(self) -> dict[str, int]:
-        """The last step on disk of each table that has one; of damaged segments none is known."""
+        """The last step on disk of each table that has one; unknown for damaged segments."""
         steps = {name: step for name, table in self._tables.items() if (step := table.last_step()) is not None}
         snapshots = self._snapshots.last_steps()
         return {name: max(steps.get(name, 0), snapshots.get(name, 0)) for name in steps.keys() | snapshots.keys()}
 
     @property
     def bytes_written(self) -> int:
-        """All bytes of segments and snapshots that this writer wrote, merges among them."""
+        """All bytes of segments and snapshots that this writer wrote, merges included."""
         return self._bytes_written
 
     @property
@@ -82,13 +82,13 @@ class LensWriter:
         return sum(table.size for table in self._tables.values()) + self._snapshots.size
 
     def add(self, table: str, step: int, captured: Captured) -> None:
-        """Keep what a collector saw for the next flush, copied: it may be changed afterwards.
+        """Copy a capture for the next flush.
 
-        Scalars and vectors stay on their device, and nothing waits for it; a snapshot's tensors are copied to the CPU,
-        which does.
+        Scalars and vectors stay on their device, without waiting for it. Snapshot tensors are copied to the CPU, which
+        waits.
 
         Raises:
-            LensError: values that do not fit their rows, or a table's name that is not one of a folder.
+            LensError: values that do not fit their rows, or a table name that cannot be a folder's.
         """
         if table not in self._pending:
             self._begin_table(table)
@@ -103,25 +103,27 @@ class LensWriter:
 
     def _begin_table(self, table: str) -> None:
         if not TABLE_NAME.fullmatch(table):
-            raise LensError(f"'{table}' cannot name a table: give letters, digits, '_', '-' and '.', as in a folder.")
+            raise LensError(f"'{table}' cannot name a table: use letters, digits, '_', '-' and '.', as for a folder.")
         self._pending[table] = []
 
     def flush_if_due(self, cost: Mapping[str, float] | None = None) -> None:
-        """Flush where `lens.flush_seconds` have passed since the last time, or much is pending; raises as that does."""
+        """Flush if `lens.flush_seconds` have passed since the last flush, or much is pending; raises as `flush`."""
         pending = self._pending_bytes + self._snapshots.pending_bytes
-        too_much = pending > min(MAX_PENDING_BYTES, self._limit_bytes / 8)  # an eighth: the newest are never thinned
-        if too_much or time.monotonic() - self._flushed_at >= self._flush_seconds:
+        is_full = pending > min(
+            MAX_PENDING_BYTES, self._limit_bytes / 8
+        )  # an eighth, as the newest segment is not thinned
+        if is_full or time.monotonic() - self._flushed_at >= self._flush_seconds:
             self.flush(cost)
 
     def flush(self, cost: Mapping[str, float] | None = None) -> None:
-        """Write what is pending, then merge and thin where bounds ask for it. Waits for the device, once a table.
+        """Write what is pending, then merge and thin to the size limits. Waits for the device once a table.
 
         Args:
-            cost: seconds by collector so far, kept as cost.json.
+            cost: seconds by collector so far, written as cost.json.
 
         Raises:
-            LensError: it cannot be written, for one because the disk is full. What is on disk stays readable, and what
-                could not be written stays pending.
+            LensError: writing failed, for example because the disk is full. Files on disk stay readable, and the rest
+                stays pending.
         """
         self._flushed_at = time.monotonic()
         with _raise_lens_error(self._folder):
@@ -155,7 +157,7 @@ class LensWriter:
 
 
 def _start_listing(folder: Path, after_step: int) -> list[Path]:
-    """List captures up to `after_step` alone, before later ones are deleted; gives those of them that are missing."""
+    """List only captures up to `after_step`, before later ones are deleted; return the missing ones among them."""
     if not after_step:
         (folder / LISTING).unlink(missing_ok=True)
         return []
@@ -175,6 +177,6 @@ def _raise_lens_error(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, pa.ArrowException) as error:
         raise LensError(
-            f"captures cannot be written in {folder}: {error}. Make room there, give a folder that may be written "
+            f"captures cannot be written in {folder}: {error}. Free space there, set a writable folder "
             "(output.base_output_dir), or train without captures (lens.enabled=false)."
         ) from error

@@ -1,4 +1,4 @@
-"""The adapted modules of a PEFT model: found by what they are, whatever they are called."""
+"""The adapted modules of a PEFT model, found by their type and not by their name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = {"out_proj": "o"} | {f"{kind}_proj": kind for kind in ("q", "k", "v", "o
 
 @dataclass(frozen=True, eq=False)
 class AdapterModule:
-    """One adapted module: what trains of it, and what stays.
+    """One adapted module: its trained and its frozen parameters.
 
     `a` (rank, in) and `b` (out, rank) are the trained parameters, `magnitude` (out,) DoRA's. `frozen_a` and `frozen_b`
     are the other halves of PiSSA's factors, so that dW = scaling [b, frozen_b] [a; frozen_a].
@@ -43,20 +43,20 @@ class AdapterModule:
 
     @property
     def trained_parameters(self) -> tuple[torch.nn.Parameter, ...]:
-        """What trains."""
+        """A, B and DoRA's magnitude."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of dW = scaling B A, with the frozen halves of PiSSA; without a copy where there are none."""
+        """A and B of dW = scaling B A, with PiSSA's frozen halves; not copied for other adapters."""
         a, b = self.a.detach(), self.b.detach()
         if self.frozen_a is None or self.frozen_b is None:
             return a, b
         return torch.cat([a, self.frozen_a], 0), torch.cat([b, self.frozen_b], 1)  # (2 rank, in), (out, 2 rank)
 
     def base_weight(self) -> Tensor | None:
-        """W as (out, in), in float32 and dequantized, for reading alone.
+        """W as (out, in), in float32 and dequantized. Do not write to it.
 
-        None where the module has no single matrix, or 4-bit codes that bitsandbytes packed for inference on the CPU.
+        None if the module has no single matrix, or 4-bit codes that bitsandbytes packed for inference on the CPU.
         """
         from peft.utils.integrations import dequantize_module_weight
 
@@ -67,18 +67,18 @@ class AdapterModule:
             return None
         weight = dequantize_module_weight(base).detach().float()
         if isinstance(base, torch.nn.Embedding) or getattr(self.module, "fan_in_fan_out", False):
-            weight = weight.T  # embeddings and Conv1D keep it as (in, out)
+            weight = weight.T  # embeddings and Conv1D store it as (in, out)
         shape = (self.record.out_features, self.record.in_features)
         return weight if weight.shape == shape else None
 
 
 def adapter_modules(model: Any) -> tuple[AdapterModule, ...]:
-    """Every module that a LoRA of `model` adapts, in the model's order; tied or shared ones once.
+    """All modules that a LoRA adapts, in the model's order; tied or shared ones once.
 
-    Where some adapters train and others do not, those that do, with such of their modules as are frozen.
+    If only some adapters train, all modules of those adapters, frozen ones included.
 
     Raises:
-        LensError: there is none: a model without PEFT, another kind of adapter, a full fine-tune.
+        LensError: there is none: a model without PEFT, another kind of adapter, or a full fine-tune.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -93,10 +93,10 @@ def adapter_modules(model: Any) -> tuple[AdapterModule, ...]:
 
 
 def is_identity_adapter(model: Any) -> bool:
-    """Whether a PEFT model computes exactly what its base does, as a fresh LoRA does: of each pair one factor is zero.
+    """Whether a PEFT model computes exactly what its base does, as with a fresh LoRA: A or B is zero in every pair.
 
-    False where that cannot be told from the factors alone: DoRA, whose rows are scaled by m / |W|, saved modules and
-    other kinds of adapters. Cost: waits for the device, once for each module up to the first that adds something.
+    False where the factors alone do not show it: DoRA, whose rows are scaled by m / |W|, saved modules, and other
+    kinds of adapters. Cost: waits for the device once for each module, up to the first that adds something.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -118,18 +118,16 @@ def _describe_missing_adapter(model: Any, layers: int) -> str:
     trained = sum(p.requires_grad for p in model.parameters())
     kind = type(model).__name__
     if layers:
-        return (
-            f"the lens found {layers} adapted modules in this {kind}, none of which is a linear layer or an embedding."
-        )
-    what = f"it trains {trained} parameters of its own (a full fine-tune?)" if trained else "nothing in it trains"
+        return f"the lens found {layers} adapted modules in this {kind}, but none is a linear layer or an embedding."
+    reason = f"it trains {trained} parameters of its own (a full fine-tune?)" if trained else "nothing in it trains"
     return (
-        f"the lens found no LoRA module in this {kind}: {what}. It watches LoRA and DoRA adapters of PEFT: give the "
+        f"the lens found no LoRA module in this {kind}: {reason}. It captures LoRA and DoRA adapters of PEFT: give the "
         "model that get_peft_model or PeftModel.from_pretrained returned, or switch the lens off (lens.enabled=false)."
     )
 
 
 def _layer_adapters(name: str, layer: Any) -> Iterator[AdapterModule]:
-    """One for each adapter on a layer."""
+    """One module for each adapter on a layer."""
     for adapter, linear in layer.lora_A.items():
         yield from _linear_adapter(name, layer, adapter, linear, layer.lora_B[adapter])
     for adapter, a in layer.lora_embedding_A.items():
@@ -138,7 +136,7 @@ def _layer_adapters(name: str, layer: Any) -> Iterator[AdapterModule]:
 
 def _linear_adapter(name: str, layer: Any, adapter: str, down: Any, up: Any) -> Iterator[AdapterModule]:
     if not isinstance(down, torch.nn.Linear) or getattr(layer, "num_experts", 1) != 1:
-        logger.info("the lens does not watch %s: its adapter is no pair of matrices", name)
+        logger.info("the lens does not capture %s: its adapter is not a pair of matrices", name)
         return
     if parametrize.is_parametrized(down, "weight"):
         (a, frozen_a), (b, frozen_b) = _split_pissa_weight(down), _split_pissa_weight(up)
@@ -148,7 +146,7 @@ def _linear_adapter(name: str, layer: Any, adapter: str, down: Any, up: Any) -> 
 
 
 def _split_pissa_weight(linear: Any) -> tuple[Any, Tensor]:
-    """The trained and the frozen half of a weight (see `models.pissa`)."""
+    """The trained and the frozen half of a PiSSA weight (see `models.pissa`)."""
     weight = linear.parametrizations.weight
     return weight.original, weight[0].frozen
 
@@ -171,7 +169,7 @@ def module_record(
     variant: str = "lora",
     adapter: str = "default",
 ) -> ModuleRecord:
-    """The record of an adapted module, its layer and kind told by its name.
+    """The record of an adapted module; its layer and kind are read from its name.
 
     Args:
         name: its path in the base model.
@@ -192,7 +190,7 @@ def module_record(
 
 
 def _drop_shared(modules: Iterator[AdapterModule]) -> list[AdapterModule]:
-    """Without those whose A is another's already: shared layers, tied adapters."""
+    """Drop modules whose A belongs to an earlier one: shared layers, tied adapters."""
     first: dict[int, AdapterModule] = {}
     for module in modules:
         first.setdefault(id(module.a), module)
@@ -207,5 +205,5 @@ def _qualify_name(module: AdapterModule) -> AdapterModule:
 
 
 def strip_wrappers(name: str) -> str:
-    """The path in the base model, whatever wraps it: torch.compile, DistributedDataParallel, PEFT."""
+    """The path in the base model, without the prefixes of torch.compile, DistributedDataParallel and PEFT."""
     return WRAPPERS.sub("", name)

@@ -1,4 +1,4 @@
-"""The probe set: a few fixed examples that go through the model again and again."""
+"""The probe set: a few fixed examples that the model computes again and again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Probe:
         return Probe(self.input_ids.to(device), self.loss_mask.to(device), self.lengths.to(device))
 
     def token_counts(self) -> dict[str, int]:
-        """Examples, tokens and supervised tokens, as lens.json keeps them."""
+        """Examples, tokens and supervised tokens, as stored in lens.json."""
         return {
             "examples": len(self.lengths),
             "tokens": int(self.lengths.sum()),
@@ -47,9 +47,9 @@ class Probe:
 
     @classmethod
     def from_dataset(cls, dataset: TokenDataset, tokens: int, fill_id: int) -> Probe | None:
-        """The first examples of at most `tokens` tokens together; the very first whatever its length, cut to that.
+        """The first examples with at most `tokens` tokens in all; always the very first, truncated if it is longer.
 
-        None where `tokens` is 0.
+        None if `tokens` is 0.
         """
         chosen: list[int] = []
         for i, length in enumerate(dataset.lengths):
@@ -65,12 +65,12 @@ class Probe:
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Probe:
-        """Of what a data collator gives (input_ids, attention_mask, labels), or of rows with the same keys.
+        """From a data collator's batch (input_ids, attention_mask, labels), or from rows with the same keys.
 
         Without labels every token is supervised. Padding may be on either side.
 
         Raises:
-            LensError: there are no input_ids, or the labels are of another shape.
+            LensError: there are no input_ids, or the labels have another shape.
         """
         rows = list(_unpad_rows(batch))
         width = max((len(ids) for ids, _ in rows), default=0)
@@ -83,7 +83,7 @@ class Probe:
 
 
 def _unpad_rows(batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and supervision of each row, without padding."""
+    """The tokens and the supervision mask of each row, without padding."""
     keys = ("input_ids", "attention_mask", "labels")
     if isinstance(batch, Mapping):
         rows = [{k: batch[k][i] for k in keys if k in batch} for i in range(len(batch.get("input_ids", ())))]
@@ -98,14 +98,14 @@ def _unpad_rows(batch: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Itera
         if labels.shape != tokens.shape or keep.shape != tokens.shape:
             raise LensError(
                 f"a row of the lens's probe set has {len(tokens)} input_ids, but {len(labels)} labels and "
-                f"{len(keep)} in its attention_mask. Give them in one length."
+                f"{len(keep)} in its attention_mask. All must have one length."
             )
         yield tokens[keep].cpu(), (labels != IGNORE_INDEX)[keep].cpu()
 
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Within the block the model computes without dropout and gradients; every module is put back as it was."""
+    """Within the block, no dropout and no gradients; afterwards every module has its old training mode."""
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -120,7 +120,7 @@ def score_probe(model: Any, probe: Probe, one_pass: bool) -> PairedScores:
     """The scores of the probe's supervised tokens without and with the adapter.
 
     Args:
-        one_pass: the two are known to be the same: one pass, with the adapter on, stands for both.
+        one_pass: both are known to be equal: one pass with the adapter on serves as both.
     """
     if not one_pass:
         return paired_scores(model, probe.input_ids, probe.loss_mask, probe.lengths)

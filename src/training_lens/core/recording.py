@@ -1,4 +1,4 @@
-"""A run as far as it was captured: what analyzers and reports read, wherever it came from."""
+"""A run's captures, as analyzers and reports read them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training_lens.core.types import LensManifest, ModuleRecord, Series
 
 
 class Captures(Protocol):
-    """Tables and snapshots: those of a lens folder (`LensStore`), or made from checkpoints."""
+    """Tables and snapshots, from a lens folder (`LensStore`) or computed from checkpoints."""
 
     def tables(self) -> tuple[str, ...]: ...
 
@@ -37,7 +37,7 @@ class Captures(Protocol):
 class Recording:
     """One run's captures.
 
-    `name` is what a person calls it; `status` running, finished, interrupted, failed, or unknown.
+    `name` is for people to read; `status` is running, finished, interrupted, failed, or unknown.
     """
 
     name: str
@@ -55,11 +55,11 @@ class Recording:
         return self.manifest.settings
 
     def has(self, table: str, measure: str | None = None) -> bool:
-        """Whether anything was captured of it."""
+        """Whether the table, and the measure if given, was captured."""
         return table in self.captures.tables() and (measure is None or measure in self.captures.measures(table))
 
     def series(self, table: str, measure: str) -> Series:
-        """One measure over time; without steps where nothing was captured of it."""
+        """One measure over time; a series without steps if it was not captured."""
         if not self.has(table, measure):
             return Series.empty()
         return self.captures.series(table, measure)

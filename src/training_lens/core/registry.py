@@ -1,4 +1,4 @@
-"""Which collectors and analyzers there are: the built-in ones, and those of users."""
+"""The known collectors and analyzers: built-in ones, and those of users."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 
 class _Registry(Generic[T]):
-    """Classes by their `name`. A user's comes in by the decorator `register`, or by an entry point of their package.
+    """Classes by their `name`. Users add theirs by the decorator `register`, or by an entry point of their package.
 
-    The built-in ones live on a higher floor, and are known by their package's name as an entry point's are.
+    The built-in ones are in a higher layer, so they are imported by their package's name, too.
     """
 
     group: ClassVar[str]
@@ -30,15 +30,15 @@ class _Registry(Generic[T]):
 
     @classmethod
     def register(cls, new: C) -> C:
-        """Decorator: make a class known by its `name`.
+        """Decorator: register a class under its `name`.
 
         Raises:
             ConfigurationError: another class has the name.
         """
-        there = cls._classes.get(new.name)
-        if there is not None and there.__qualname__ != new.__qualname__:
+        known = cls._classes.get(new.name)
+        if known is not None and known.__qualname__ != new.__qualname__:
             raise ConfigurationError(
-                f"{cls.__name__}: '{new.name}' is {there.__module__}.{there.__qualname__} already. "
+                f"{cls.__name__}: '{new.name}' is {known.__module__}.{known.__qualname__} already. "
                 f"Give {new.__module__}.{new.__qualname__} another name."
             )
         cls._classes[new.name] = new
@@ -46,16 +46,16 @@ class _Registry(Generic[T]):
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """Of all that are known."""
+        """All registered names."""
         cls._load_all()
         return tuple(cls._classes)
 
     @classmethod
     def get(cls, name: str) -> type[T]:
-        """The class of a name.
+        """The class with a name.
 
         Raises:
-            ConfigurationError: there is none; says which there are.
+            ConfigurationError: there is none; names the known ones.
         """
         cls._load_all()
         if name not in cls._classes:
@@ -76,7 +76,7 @@ class _Registry(Generic[T]):
         for point in entry_points(group=cls.group):
             try:
                 cls.register(point.load())
-            except Exception as error:  # another package's fault ends no run of ours
+            except Exception as error:  # another package's fault must not end the run
                 logger.warning("%s of '%s' cannot be used: %s", cls.__name__, point.value, error)
 
 

@@ -1,7 +1,7 @@
-"""The rows of one table on disk: Parquet segments, each of a range of steps, written whole or not at all.
+"""The rows of one table on disk: Parquet segments, each for a range of steps, written whole or not at all.
 
-Segments of a table do not overlap. One that lies within the range of another is what a merge had not yet deleted when
-it was killed, and is passed over. Numbers are float32, split by byte and compressed (zstd): 2.9 to 3.7 bytes each.
+The segments of a table do not overlap. One within the range of another is a leftover of a merge that was killed, and
+is ignored. Numbers are float32, split by byte and compressed (zstd): 2.9 to 3.7 bytes each.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ UNREADABLE = (OSError, ValueError, pa.ArrowException)  # what a truncated or alt
 
 @dataclass(frozen=True)
 class TableSegment:
-    """A Parquet file of the steps `first` to `last`; its name keeps that range also when it was thinned."""
+    """A Parquet file of the steps `first` to `last`; its name keeps that range after thinning."""
 
     path: Path
     first: int
     last: int
-    damaged: bool = False  # known to be, beyond what its footer tells
+    damaged: bool = False  # found when its rows were read
 
     @classmethod
     def from_range(cls, folder: Path, first: int, last: int) -> TableSegment:
@@ -51,13 +51,13 @@ class TableSegment:
 
     @cached_property
     def stride(self) -> int:
-        """Of its steps, only multiples of this are left (and those up to 1); 0 where the file cannot be read."""
+        """Only steps that are multiples of this are left, besides 0 and 1; 0 if the file cannot be read."""
         facts = self._footer_facts
         return facts[0] if facts else 0
 
     @cached_property
     def has_many_rows(self) -> bool:
-        """Whether a step has more than one row; False where the file cannot be read."""
+        """Whether a step has more than one row; False if the file cannot be read."""
         facts = self._footer_facts
         return facts is not None and facts[1]
 
@@ -78,7 +78,7 @@ class TableSegment:
 
 
 def describe_damage(segment: TableSegment, error: Exception) -> str:
-    """What is lost with a segment that cannot be read."""
+    """The message for a segment that cannot be read."""
     return f"{segment.path} is damaged ({error}): what was captured in the steps {segment.first}-{segment.last} is lost"
 
 
@@ -97,7 +97,7 @@ def _list_all_segments(folder: Path) -> list[TableSegment]:
 
 
 def parse_segment_path(path: Path) -> TableSegment | None:
-    """The segment of the steps that a file's name says; None where it is no segment's."""
+    """The segment with this path; None if the name is not a segment's."""
     match = SEGMENT_NAME.fullmatch(path.name)
     return TableSegment(path, int(match[1]), int(match[2])) if match else None
 
@@ -107,7 +107,7 @@ def read_segment(segment: TableSegment, columns: Sequence[str] | None = None) ->
 
     Raises:
         LensError: the file is damaged; names it and what is lost.
-        FileNotFoundError: it was merged into another meanwhile.
+        FileNotFoundError: it was merged into another segment meanwhile.
     """
     with _open_segment(segment) as file:
         names = file.schema_arrow.names
@@ -116,7 +116,7 @@ def read_segment(segment: TableSegment, columns: Sequence[str] | None = None) ->
 
 
 def read_schema(segment: TableSegment) -> pa.Table:
-    """The columns of a segment without its rows; its footer alone is read. Raises as `read_segment` does."""
+    """A segment's columns, as a table without rows; reads the footer alone. Raises as `read_segment` does."""
     with _open_segment(segment) as file:
         return file.schema_arrow.empty_table().replace_schema_metadata(None)
 
@@ -136,7 +136,7 @@ def _open_segment(segment: TableSegment) -> Iterator[pq.ParquetFile]:
 
 
 def write_segment(segment: TableSegment, table: pa.Table, stride: int = 1) -> TableSegment:
-    """Write the rows of a segment, whole or not at all, in the place of what was under its name."""
+    """Write the rows of a segment, whole or not at all, replacing a file of its name."""
     steps = len(np.unique(table.column(STEP).to_numpy()))
     facts = {"stride": str(stride), "steps": str(steps), "sha256": UNSEALED}
     floats = [
@@ -160,7 +160,7 @@ def write_segment(segment: TableSegment, table: pa.Table, stride: int = 1) -> Ta
 
 
 class SegmentedTable:
-    """The segments of one table, ascending, as their one writer sees them.
+    """The segments of one table, ascending, as their only writer sees them.
 
     Args:
         after_step: rows of later steps are dropped.
@@ -189,17 +189,17 @@ class SegmentedTable:
         return any(segment.has_many_rows for segment in self.segments)
 
     def can_halve(self, spare: int) -> bool:
-        """Whether twice the stride may leave fewer steps in the segments but the newest `spare`."""
+        """Whether doubling the stride may drop steps from the segments, the newest `spare` excepted."""
         old = self.segments[: len(self.segments) - spare]
         return any(segment.stride and self.stride < segment.last for segment in old)
 
     def last_step(self) -> int | None:
-        """The last step that has rows; None where there is none, or its segment is damaged."""
+        """The last step with rows; None if there is none, or its segment is damaged."""
         rows = self._read_or_mark(self.segments[-1]) if self.segments else None
         return rows.column(STEP)[-1].as_py() if rows is not None and rows.num_rows else None
 
     def append(self, table: pa.Table) -> int:
-        """Write rows as a new segment, or into those that hold their steps already; gives the bytes written."""
+        """Write rows as a new segment, or merge them into those of the same steps; returns the bytes written."""
         steps = table.column(STEP)
         new = TableSegment.from_range(self.folder, steps[0].as_py(), steps[-1].as_py())
         shared = [segment for segment in self.segments if segment.last >= new.first]
@@ -209,18 +209,18 @@ class SegmentedTable:
         return self._merge_segments(shared, 1, [table])
 
     def compact_segments(self, stride: int, target_bytes: float, spare: int) -> int:
-        """Merge neighbours up to `target_bytes`, leaving out steps that are no multiple of `stride`.
+        """Merge neighbours up to `target_bytes`, dropping steps that are not multiples of `stride`.
 
-        The newest `spare` segments stay as they are. Gives the bytes written.
+        The newest `spare` segments stay as they are. Returns the bytes written.
         """
         old = self.segments[: len(self.segments) - spare]
         return sum(self._merge_segments(group, stride) for group in _group_neighbours(old, stride, target_bytes))
 
     def _merge_segments(self, group: Sequence[TableSegment], stride: int, more: Sequence[pa.Table] = ()) -> int:
-        """Replace segments by one of their whole range; a reader sees all of the old or all of the new."""
+        """Replace segments by one of their whole range; a reader sees all old segments or the new one."""
         readable = [(segment, table) for segment in group if (table := self._read_or_mark(segment)) is not None]
         if len(readable) < len(group) and not more:
-            return 0  # the damaged one stays, so that what it lost stays known
+            return 0  # the damaged one stays, so that its loss stays known
         table = _thin_table(concat_tables([*(table for _, table in readable), *more]), stride)
         first = min([segment.first for segment in group] + [t.column(STEP)[0].as_py() for t in more])
         last = max([segment.last for segment in group] + [t.column(STEP)[-1].as_py() for t in more])
@@ -231,7 +231,7 @@ class SegmentedTable:
         return merged.size
 
     def _read_or_mark(self, segment: TableSegment) -> pa.Table | None:
-        """The rows of a segment; None for a damaged one, which counts as such from here on."""
+        """The rows of a segment; None for a damaged one, which is then marked as damaged."""
         try:
             return read_segment(segment)
         except LensError as error:
@@ -246,7 +246,7 @@ def _thin_table(table: pa.Table, stride: int) -> pa.Table:
 
 
 def _group_neighbours(segments: Sequence[TableSegment], stride: int, target_bytes: float) -> list[list[TableSegment]]:
-    """Neighbours to be merged: of one stride once thinned, none damaged, together of about `target_bytes` then."""
+    """Neighbours to merge: of one stride after thinning, none damaged, about `target_bytes` together."""
     groups: list[list[TableSegment]] = [[]]
     size = 0.0
     for segment in segments:
@@ -262,7 +262,7 @@ def _group_neighbours(segments: Sequence[TableSegment], stride: int, target_byte
 
 
 def _truncate_segment(segment: TableSegment, after_step: int) -> TableSegment | None:
-    """The segment without its steps behind `after_step`; None where none is left."""
+    """The segment without its steps after `after_step`; None if none is left."""
     if segment.last <= after_step:
         return segment
     if segment.first > after_step:
@@ -273,7 +273,7 @@ def _truncate_segment(segment: TableSegment, after_step: int) -> TableSegment | 
         table = read_segment(segment)
     except LensError as error:
         logger.warning("%s", error)
-        segment.path.rename(kept.path)  # as damaged under this name, and clear of the steps to come
+        segment.path.rename(kept.path)  # still damaged, but out of the way of the steps to come
         return replace(kept, damaged=True)
     early = pa.array(table.column(STEP).to_numpy() <= after_step)
     kept = write_segment(kept, table.filter(early), segment.stride)
@@ -289,11 +289,11 @@ def _delete_segments(segments: Sequence[TableSegment], but: Sequence[TableSegmen
 
 
 def enforce_size_limit(tables: Collection[SegmentedTable], limit_bytes: int) -> int:
-    """Keep the tables that have many rows a step within `limit_bytes`, and the number of segments within bounds.
+    """Keep tables with several rows per step within `limit_bytes`, and every table within `MAX_SEGMENTS`.
 
-    Beyond the limit, steps that came since the last time are thinned to their table's stride; where that is not enough
-    the stride of the largest table doubles, until it is. The newest segments stay whole, unless they alone take a
-    quarter of the room. Gives the bytes written: about twice what came in, over a run.
+    Beyond the limit, new steps are thinned to their table's stride. While that is not enough, the stride of the largest
+    table doubles. The newest segments are not thinned unless they alone take a quarter of the limit. Returns the bytes
+    written: over a run, about twice what was added.
     """
     thinned = [table for table in tables if table.can_be_thinned]
     target = max(TARGET_BYTES, sum(table.size for table in tables) / MAX_SEGMENTS)

@@ -1,4 +1,4 @@
-"""Whole tensors of some steps on disk: one safetensors file for a table and step, bounded in all."""
+"""Whole tensors of some steps on disk: one safetensors file for each table and step, limited in total size."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def snapshot_path(folder: Path, table: str, step: int) -> Path:
 
 
 def list_snapshots(folder: Path) -> dict[int, Path]:
-    """The snapshots of one table by step, ascending; not opened."""
+    """The snapshots of one table by step, ascending, without opening them."""
     found = [(snapshot_step(path), path) for path in folder.glob("*.safetensors")]
     return dict(sorted((step, path) for step, path in found if step is not None))
 
 
 def snapshot_step(path: Path) -> int | None:
-    """The step that a snapshot's name says; None where it is no snapshot's."""
+    """The step in a snapshot's name; None if the name is not a snapshot's."""
     match = SNAPSHOT_NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def require_intact(path: Path) -> None:
-    """Compare a snapshot with its sha256, and with its header, which says how long the file is.
+    """Check a snapshot against its sha256, and against its header, which gives the file's length.
 
     Raises:
         LensError: it is damaged; names it.
@@ -63,7 +63,7 @@ def read_snapshot(path: Path) -> dict[str, Tensor]:
 
 
 class SnapshotWriter:
-    """The snapshots of a folder as their one writer sees them: at most `limit_bytes` after each flush and pruning.
+    """Writes the snapshots of a folder: at most `limit_bytes` after each `flush` and `delete_dropped`.
 
     Args:
         after_step: snapshots of later steps are dropped.
@@ -89,7 +89,7 @@ class SnapshotWriter:
 
     @property
     def snapshot_paths(self) -> list[Path]:
-        """Those that are kept."""
+        """The files that are kept."""
         return [snapshot_path(self._folder, table, step) for table, sizes in self._sizes.items() for step in sizes]
 
     def last_steps(self) -> dict[str, int]:
@@ -101,7 +101,7 @@ class SnapshotWriter:
         return sum(t.nbytes for tensors in self._pending.values() for t in tensors.values())
 
     def add_snapshot(self, table: str, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors to the CPU, to be written with the next flush; waits for their device."""
+        """Copy tensors to the CPU for the next flush; waits for their device."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         if not self._limit_bytes:
             return
@@ -120,9 +120,9 @@ class SnapshotWriter:
         self._has_warned = True
 
     def flush(self) -> int:
-        """Write what is pending, and drop old ones while all are over the limit, which `delete_dropped` deletes.
+        """Write what is pending, and drop old snapshots while the total is over the limit.
 
-        Gives the bytes written.
+        `delete_dropped` deletes them. Returns the bytes written.
         """
         written = 0
         for table, step in list(self._pending):
@@ -137,9 +137,9 @@ class SnapshotWriter:
         return written
 
     def _drop_snapshots(self) -> None:
-        """Of the table that takes most room and has more than one: every second, but the first and last; of two, one.
+        """Drop from the largest table with several: every second one, the first and last excepted; of two, the first.
 
-        Where no table has more than one, the oldest goes.
+        If no table has more than one, drop the oldest.
         """
         several = {table: sizes for table, sizes in self._sizes.items() if len(sizes) > 1}
         if several:
@@ -153,6 +153,6 @@ class SnapshotWriter:
             del self._sizes[table][step]
 
     def delete_dropped(self) -> None:
-        """Delete those that were dropped."""
+        """Delete the dropped files."""
         while self._dropped:
             self._dropped.pop().unlink(missing_ok=True)

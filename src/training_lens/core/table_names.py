@@ -1,4 +1,4 @@
-"""The built-in tables and what their columns mean. Collectors write them, analysis reads them, docs list them."""
+"""The built-in tables and what their columns mean. Collectors write them, and analysis reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DIVERGENCE = "divergence"
 LOSS = "loss"
 EVALUATION = "evaluation"
 
-# table -> measure -> what it is. dW = s B A is what the adapter adds to a frozen weight W.
+# table -> measure -> its definition. dW = s B A is what the adapter adds to a frozen weight W.
 MEASURES: dict[str, dict[str, str]] = {
     GRADIENTS: {
         "norm_a": "Frobenius norm of dL/dA, accumulated, unscaled, before clipping (of several processes after it)",

@@ -1,4 +1,4 @@
-"""What the lens captures, as values: kinds of data, moments of a step, and what one collector saw at one step."""
+"""The lens's values: data types, moments of a step, and what one collector captured at one step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-RUN = "run"  # the row of what belongs to the whole run and not to a module
+RUN = "run"  # the row for measures of the whole run
 
 
 class DataType(StrEnum):
@@ -25,11 +25,11 @@ class DataType(StrEnum):
 
 
 class Moment(StrEnum):
-    """When a collector looks.
+    """When a collector runs.
 
-    gradients: those of the whole step stand, accumulated, unscaled, before clipping; weights are those before it.
-    update: the optimizer has just stepped; its state and the weights are new, gradients are as it took them.
-    probe: after an update, the probe set goes through the model, with the adapter off and on.
+    gradients: the whole step's gradients are there: accumulated, unscaled, before clipping; weights are the old ones.
+    update: the optimizer has just stepped; its state and the weights are new, gradients are those that it took.
+    probe: after an update, the model computes the probe set with the adapter off and on.
     """
 
     GRADIENTS = "gradients"
@@ -38,9 +38,9 @@ class Moment(StrEnum):
 
 
 class Cadence(StrEnum):
-    """Which key of the config says how often: lens.scalars_every, spectra_every, probe_every or snapshot_every.
+    """Which config key sets how often: lens.scalars_every, spectra_every, probe_every or snapshot_every.
 
-    Collectors of one cadence share its pace, and its share of the training time.
+    Collectors of one cadence have one schedule and one share of the training time.
     """
 
     SCALARS = "scalars"
@@ -51,10 +51,10 @@ class Cadence(StrEnum):
 
 @dataclass(frozen=True)
 class Captured:
-    """What one collector saw at one step. Tensors stay on their device: nothing here waits for it.
+    """What one collector measured at one step. Tensors stay on their device, without waiting for it.
 
-    `scalars` and `vectors` are by measure, an entry for each of `rows`; `vectors` may differ in length. `tensors` are
-    kept as a snapshot, by name.
+    `scalars` and `vectors` are by measure, with an entry for each of `rows`; `vectors` may differ in length. `tensors`
+    are stored as a snapshot, by name.
     """
 
     scalars: Mapping[str, Tensor] = field(default_factory=dict)  # measure -> (rows,) float
@@ -65,11 +65,11 @@ class Captured:
 
 @dataclass(frozen=True)
 class ModuleRecord:
-    """An adapted module, as lens.json keeps it. W is its frozen weight, dW = `scaling` B A what the adapter adds.
+    """An adapted module, as stored in lens.json. W is its frozen weight, dW = `scaling` B A what the adapter adds.
 
-    `name` is its path in the base model, with `#adapter` behind it where several adapters are watched. `layer` is the
-    number of its decoder layer and `kind` what it is there (q, k, v, o, gate, up, down, or its own name). `variant` is
-    lora, dora or pissa; of pissa, `rank` is that of the trained half, and dW has twice that.
+    `name` is its path in the base model, followed by `#adapter` if several adapters are captured. `layer` is the
+    index of its decoder layer and `kind` its role there (q, k, v, o, gate, up, down, or its own name). `variant` is
+    lora, dora or pissa; with pissa, `rank` is the trained half's, and dW has twice that rank.
     """
 
     name: str
@@ -85,11 +85,11 @@ class ModuleRecord:
 
 @dataclass(frozen=True)
 class LensManifest:
-    """What lens.json holds: what the tables in the folder are about.
+    """The contents of lens.json.
 
-    `origin` is the loop that was watched: training-lens, transformers, or hand. `tables` gives each table's data type.
-    `settings` are those of the run that readings need, where they are known: `total_steps`, `steps_per_epoch`,
-    `max_grad_norm`, `lr`, `processes`. `probe` says what the probe set is: examples, tokens, supervised tokens.
+    `origin` is the training loop: training-lens, transformers, or hand. `tables` gives each table's data type.
+    `settings` are the run's settings that analyzers need, where known: `total_steps`, `steps_per_epoch`,
+    `max_grad_norm`, `lr`, `processes`. `probe` has the probe set's examples, tokens and supervised tokens.
     """
 
     modules: tuple[ModuleRecord, ...]
@@ -102,7 +102,7 @@ class LensManifest:
 
 @dataclass(frozen=True)
 class Series:
-    """One measure over time: `values[i, j]` is that of `names[j]` after step `steps[i]`; NaN where there is none."""
+    """One measure over time: `values[i, j]` belongs to `names[j]` after step `steps[i]`; NaN if it is missing."""
 
     steps: np.ndarray  # (steps,) int64, ascending
     names: tuple[str, ...]
@@ -110,7 +110,7 @@ class Series:
 
     @classmethod
     def empty(cls) -> Series:
-        """Of what was never taken."""
+        """A series without steps and names."""
         return cls(np.zeros(0, np.int64), (), np.zeros((0, 0)))
 
     def column(self, name: str) -> np.ndarray:
