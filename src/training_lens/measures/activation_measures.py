@@ -1,4 +1,4 @@
-"""How far hidden states and predictions have moved from the base's, on the same tokens."""
+"""How far hidden states have moved from the base's on the same tokens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def rms(h: Float[Tensor, "*batch tokens width"]) -> Float[Tensor, "*batch"]:
 
 
 def drift(h: Float[Tensor, "*batch tokens width"], h0: Float[Tensor, "*batch tokens width"]) -> Float[Tensor, "*batch"]:
-    """How far hidden states h have moved from the base's h0, relative to these; 0 for B = 0.
+    """How far hidden states h have moved from the base's h0, relative to h0; 0 for B = 0.
 
-    Formula: ||h - h0||_F / ||h0||_F over the last two dimensions, in float32. Leave out padding before.
+    Formula: ||h - h0||_F / ||h0||_F over the last two dimensions, in float32. Remove padding first.
     """
     h, h0 = to_float32(h), to_float32(h0)
     return frobenius(h - h0) / frobenius(h0)
@@ -29,21 +29,21 @@ def drift(h: Float[Tensor, "*batch tokens width"], h0: Float[Tensor, "*batch tok
 
 @dataclass(frozen=True)
 class CkaEstimate:
-    """Similarity of two representations, and the number of samples it is from: print both, few samples say little."""
+    """Similarity of two representations, and the number of samples: report both, as few samples say little."""
 
     value: Float[Tensor, "*batch"]
     samples: int
 
 
 def linear_cka(x: Float[Tensor, "*batch n width1"], y: Float[Tensor, "*batch n width2"]) -> CkaEstimate:
-    """Debiased linear CKA of n samples in two representations: 1 where these differ by rotation and scale alone.
+    """Debiased linear CKA of n samples in two representations: 1 if they differ only by rotation and scale.
 
-    It is 0 on average where they have nothing to do with each other, however wide they are, and may be negative.
+    For unrelated representations it is 0 on average at any width, and may be negative.
 
     Formula: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with K = x x^T, L = y y^T (Kornblith et al. 2019, arXiv
     1905.00414) and the unbiased HSIC of Song et al. 2012, which is the inner product of U-centred matrices over
-    n (n - 3) (Székely and Rizzo 2014, arXiv 1310.2926); so CKA is their cosine. NaN for n < 4, and where all samples of
-    one are alike. Cost: O(n^2 width), memory n^2, float64.
+    n (n - 3) (Székely and Rizzo 2014, arXiv 1310.2926); so CKA is their cosine. NaN for n < 4, and if all samples of
+    one are equal. Cost: O(n^2 width), memory n^2, float64.
     """
     samples = x.shape[-2]
     if samples < 4:
@@ -52,9 +52,9 @@ def linear_cka(x: Float[Tensor, "*batch n width1"], y: Float[Tensor, "*batch n w
 
 
 def _u_centred(x: Tensor) -> Tensor:
-    """The Gram matrix of samples without diagonal, each row and column shifted to sum to 0, (*batch, n, n)."""
+    """The samples' Gram matrix (*batch, n, n) without its diagonal, each row and column shifted to sum to 0."""
     n = x.shape[-2]
-    centred = to_float64(x) - to_float64(x).mean(-2, keepdim=True)  # changes nothing but the roundoff
+    centred = to_float64(x) - to_float64(x).mean(-2, keepdim=True)  # changes only the roundoff
     gram = centred @ centred.mT
     off = 1 - torch.eye(n, dtype=gram.dtype, device=gram.device)
     gram = gram * off
@@ -63,9 +63,9 @@ def _u_centred(x: Tensor) -> Tensor:
 
 
 def random_projection(width: int, dims: int, seed: int) -> Float[Tensor, "width dims"]:
-    """A fixed random map of hidden states to few numbers, h @ projection, that keeps squared lengths on average.
+    """A fixed random map of hidden states to a few numbers, h @ projection, that keeps squared lengths on average.
 
     Gaussian / sqrt(dims) (Johnson and Lindenstrauss 1984): relative error of a squared length about sqrt(2 / dims).
-    The same for one seed on every machine, made on the CPU in float32; torch's own random state stays as it is.
+    One seed gives the same map on every machine: it is drawn on the CPU in float32. torch's random state is unchanged.
     """
     return torch.randn(width, dims, generator=torch.Generator().manual_seed(seed)) / math.sqrt(dims)

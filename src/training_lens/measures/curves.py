@@ -1,7 +1,6 @@
-"""What a curve over steps tells: its slope, what is left to gain, its outliers, and the stairs of memorization.
+"""Curves over steps: the slope, the remaining gain, outliers, and the drops at epoch ends that show memorization.
 
-Points whose value is NaN or infinite are left out of every fit. Standard errors take what the line leaves over as
-independent from point to point.
+Every fit leaves out points that are NaN or infinite. Standard errors assume independent residuals.
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ from jaxtyping import Float, Real
 from numpy import ndarray
 
 MAD_TO_DEVIATION = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
-LEAST_POINTS = 3  # on each side of an epoch's end: a line of two has no error
+LEAST_POINTS = 3  # on each side of an epoch's end: a line through two points has no error
 
 
 class FitEstimate(NamedTuple):
-    """A number and its standard error, in the same unit; NaN where the data do not decide it."""
+    """A number and its standard error, in the same unit; NaN if the data do not determine it."""
 
     value: float
     error: float
 
 
 def log_slope(steps: Real[ndarray, " points"], values: Float[ndarray, " points"]) -> FitEstimate:
-    """The slope of values against ln(steps), which is about straight for a loss: the change for each e-fold of steps.
+    """The slope of values against ln(steps), where a loss is about linear: the change for each e-fold of steps.
 
-    Ordinary least squares. Points before step 1 are left out. The slope takes two points at different steps, its error
+    Ordinary least squares. Points before step 1 are left out. The slope needs two points at different steps, its error
     three.
     """
     kept = (steps > 0) & np.isfinite(values)
@@ -38,23 +37,23 @@ def log_slope(steps: Real[ndarray, " points"], values: Float[ndarray, " points"]
 def remaining_gain(
     steps: Real[ndarray, " points"], losses: Float[ndarray, " points"], total_steps: float
 ) -> FitEstimate:
-    """By how much the loss would still fall until `total_steps` if it kept its slope against ln(steps).
+    """How much the loss would still fall until `total_steps` at its present slope against ln(steps).
 
-    Formula: -slope x ln(total_steps / last step), with the slope's error in proportion; 0 at or after the end. Positive
-    is a gain, in the loss's unit. Give only the points of the late part whose slope should go on.
+    Formula: -slope x ln(total_steps / last step), and the slope's error scaled alike; 0 at or after the end.
+    Positive is a gain, in the loss's unit. Give only the late points whose slope should be continued.
     """
     if not len(steps):
         return FitEstimate(np.nan, np.nan)
-    slope, left = log_slope(steps, losses), np.log(max(1.0, total_steps / steps.max()))
-    return FitEstimate(float(-slope.value * left), float(slope.error * left))
+    slope, log_ratio = log_slope(steps, losses), np.log(max(1.0, total_steps / steps.max()))
+    return FitEstimate(float(-slope.value * log_ratio), float(slope.error * log_ratio))
 
 
 def robust_z(values: Float[ndarray, " points"]) -> Float[ndarray, " points"]:
     """Each value's distance from the median of all, in units of 1.4826 times their median absolute deviation.
 
-    For normal values that unit is their standard deviation (Iglewicz and Hoaglin 1993, who call 3.5 an outlier), and
-    outliers do not widen it. NaN and infinity stay what they are and count for nothing. Where most values are equal,
-    those are at 0 and any other at plus or minus infinity.
+    For normal values the unit is their standard deviation, and outliers do not widen it (Iglewicz and Hoaglin 1993, who
+    call 3.5 an outlier). NaN and infinity are ignored and stay as they are. If most values are equal, these are at 0
+    and all others at plus or minus infinity.
 
     Example:
         >>> robust_z(np.array([1.0, 2.0, 3.0, 14.0])).round(2).tolist()
@@ -70,7 +69,7 @@ def robust_z(values: Float[ndarray, " points"]) -> Float[ndarray, " points"]:
 
 
 class EpochDrop(NamedTuple):
-    """By how much the loss falls at once between `step`, an epoch's last, and the next; positive is a fall."""
+    """How much the loss drops between `step`, an epoch's last, and the next step; positive is a fall."""
 
     step: int
     drop: float
@@ -80,16 +79,16 @@ class EpochDrop(NamedTuple):
 def epoch_drops(
     steps: Real[ndarray, " points"], losses: Float[ndarray, " points"], steps_per_epoch: float, window: int
 ) -> list[EpochDrop]:
-    """The fall of the training loss at each epoch's end beyond its trend on both sides: the stairs of memorization.
+    """The drop of the training loss at each epoch's end, beyond the trend on both sides: a sign of memorization.
 
-    Formula: least squares of a line of its own on each side of the boundary; the drop is what the first gives there
-    minus what the second gives (a regression discontinuity, Imbens and Lemieux 2008). On data not seen before it is 0
-    but for noise, about sqrt(8 / window) times that of one step's loss.
+    Formula: one least-squares line on each side of the boundary; the drop is the first line's value there minus the
+    second's (a regression discontinuity, Imbens and Lemieux 2008). On unseen data it is noise around 0, about
+    sqrt(8 / window) times that of one step's loss.
 
     Args:
         steps: counted from 1; epoch e is steps (e - 1) x steps_per_epoch + 1 to e x steps_per_epoch.
-        losses: the training loss of each step, before any smoothing.
-        window: steps looked at on each side, at most an epoch. A boundary with fewer than three on a side is left out.
+        losses: the training loss of each step, not smoothed.
+        window: steps on each side, at most an epoch. A boundary with fewer than three on a side is left out.
     """
     kept = np.isfinite(losses)
     steps, losses = steps[kept], losses[kept]
@@ -101,7 +100,7 @@ def epoch_drops(
 
 
 def _fit_drop(away: ndarray, losses: ndarray, boundary: int, width: float) -> EpochDrop | None:
-    """The drop where `away`, the distance from between two steps, passes 0; None with too few points around it."""
+    """The drop where `away`, the distance from the boundary between two steps, passes 0; None with too few points."""
     near = np.abs(away) < width
     away, after = away[near], (away[near] > 0).astype(float)
     if min(after.sum(), (1 - after).sum()) < LEAST_POINTS:
@@ -112,12 +111,12 @@ def _fit_drop(away: ndarray, losses: ndarray, boundary: int, width: float) -> Ep
 
 
 def _least_squares(design: ndarray, values: ndarray) -> tuple[ndarray, ndarray]:
-    """Coefficients of the columns of `design` (points, columns) and their standard errors, NaN where undecided."""
+    """Coefficients of the columns of `design` (points, columns) and their standard errors, NaN if undetermined."""
     points, columns = design.shape
     if points < columns or np.linalg.matrix_rank(design) < columns:
         return np.full(columns, np.nan), np.full(columns, np.nan)
     inverse = np.linalg.pinv(design)  # (columns, points)
     coefficients = inverse @ values
-    rest, freedom = values - design @ coefficients, points - columns
-    variance = rest @ rest / freedom if freedom else np.nan
+    residuals, freedom = values - design @ coefficients, points - columns
+    variance = residuals @ residuals / freedom if freedom else np.nan
     return coefficients, np.sqrt(variance * (inverse**2).sum(1))

@@ -1,6 +1,6 @@
-"""What gradients tell: that they were captured whole, where they point, how noisy they are, what Adam makes of them.
+"""Measures of gradients: a check of their capture, their direction, their noise, and Adam's update.
 
-None of these waits for the device or draws random numbers: they may run at every step.
+None of these waits for the device or draws random numbers, so they may run at every step.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ def self_check(
     grad_b: Float[Tensor, "*batch outputs rank"],
     grad_norms: tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]] | None = None,
 ) -> Float[Tensor, "*batch"]:
-    """How far captured gradients are from the identity that they must satisfy: about 1e-6 in float32, 1 where broken.
+    """How far captured gradients violate the identity that they must satisfy: about 1e-6 in float32, 1 if broken.
 
-    Formula: ||B^T gB - gA A^T||_F / (||B||_F ||gB||_F + ||gA||_F ||A||_F); 0 where both products are 0, NaN stays NaN.
+    Formula: ||B^T gB - gA A^T||_F / (||B||_F ||gB||_F + ||gA||_F ||A||_F); 0 if both products are 0, NaN stays NaN.
 
     Derivation: with G = dL/d(BA), gB = G A^T and gA = B^T G, so B^T gB = B^T G A^T = gA A^T, exactly, at every step,
     for any loss that depends on A and B through B A alone (LoRA, rsLoRA, DoRA), and with dropout on the input, which
-    only changes the G that both share. It proves that a capture is whole: both gradients of the same step and
-    micro-batches, clipped alike or not at all, and the weights those that made them. A fresh adapter (B = 0) has
-    gA = 0 and fulfils it.
+    only changes the G that both share. It proves that a capture is complete: both gradients come from the same step and
+    micro-batches, clipped alike or not at all, and from these weights. A fresh adapter (B = 0) has gA = 0 and
+    satisfies it.
 
     Args:
-        grad_norms: ||gA|| and ||gB||, where they are known already.
+        grad_norms: ||gA|| and ||gB||, if known already.
 
     Cost: two products of (rank, in or out) with each other and four norms.
     """
@@ -47,9 +47,9 @@ def self_check(
 def cosine(
     x: Float[Tensor, "*shape"], y: Float[Tensor, "*shape"], dims: int | tuple[int, ...]
 ) -> Float[Tensor, "*batch"]:
-    """The cosine of the angle between x and y, each taken as one vector over `dims`: 1 the same way, -1 the other.
+    """The cosine of the angle between x and y, each one vector over `dims`: 1 for the same direction, -1 for opposite.
 
-    Of gradients: with those of the step before, or with their running mean. NaN where one of the two is zero.
+    NaN if one of the two is zero.
 
     Example:
         >>> cosine(torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[0.0, 2.0], [6.0, 8.0]]), dims=-1)
@@ -64,8 +64,8 @@ def cosine(
 class NoiseScale:
     """`signal` estimates ||E g||^2, `noise` the trace of the covariance of one example's gradient.
 
-    Both are unbiased and may come out negative; average each over many steps before dividing. `scale` = noise / signal
-    is the batch size, in examples, above which more of them add little; NaN where the signal is not above 0.
+    Both are unbiased and may be negative; average each over many steps before dividing. `scale` = noise / signal is the
+    batch size, in examples, above which more examples add little; NaN if the signal is not above 0.
     """
 
     signal: Float[Tensor, "*batch"]
@@ -76,7 +76,7 @@ class NoiseScale:
 def noise_scale(
     small_sq: Float[Tensor, "*batch"], big_sq: Float[Tensor, "*batch"], small: float, big: float
 ) -> NoiseScale:
-    """The simple noise scale of the gradient, from its size at two batch sizes.
+    """The simple noise scale of the gradient, from its squared norm at two batch sizes.
 
     Formula: with b = small, B = big, signal = (B gB2 - b gb2) / (B - b) and noise = (gb2 - gB2) / (1/b - 1/B)
     (McCandlish et al. 2018, arXiv 1812.06162, appendix A.1).
@@ -84,8 +84,8 @@ def noise_scale(
     Args:
         small_sq: squared norm of a micro-batch's mean gradient, averaged over the micro-batches.
         big_sq: squared norm of the step's mean gradient.
-        small: examples, or supervised tokens, in a micro-batch; what `noise` and `scale` are counted in.
-        big: those in the step. All three are NaN where it is not above `small`: one micro-batch cannot tell.
+        small: examples, or supervised tokens, in a micro-batch: the unit of `noise` and `scale`.
+        big: those in the step. If it is not above `small`, all three are NaN: one micro-batch is not enough.
     """
     small_sq, big_sq = to_float32(small_sq), to_float32(big_sq)
     if big <= small:
@@ -101,12 +101,12 @@ def adam_update_rms(
     second_moment: Float[Tensor, "*batch rows columns"],
     eps: float = 1e-8,
 ) -> Float[Tensor, "*batch"]:
-    """How far a gradient outgrows what Adam's second moment has learned of it: 1 for a constant one, more at a spike.
+    """How far a gradient exceeds Adam's second moment: 1 for a constant gradient, more at a spike.
 
     Formula: sqrt(mean(g^2 / max(v, eps^2))) over each tensor (Wortsman et al. 2023, arXiv 2304.13013, section 3.4).
 
     Args:
-        second_moment: v with its bias taken out, that is Adam's `exp_avg_sq` / (1 - beta2^t).
+        second_moment: v with its bias corrected, that is Adam's `exp_avg_sq` / (1 - beta2^t).
         eps: Adam's.
     """
     steps = to_float32(second_moment).clamp(min=eps**2).rsqrt_().mul_(gradient)  # g / sqrt(v), in one tensor
@@ -133,7 +133,7 @@ def importance_step(
     beta1: float = 0.85,
     beta2: float = 0.85,
 ) -> Importance:
-    """The measure after one more step; `state` None starts it at zeros.
+    """The measure after one more step; `state` None starts at zeros.
 
     Formula: I = |w g|, sensitivity = beta1 sensitivity + (1 - beta1) I, uncertainty = beta2 uncertainty +
     (1 - beta2) |I - sensitivity| (equations 9 to 11); both betas are 0.85 as in the paper's experiments.

@@ -1,6 +1,6 @@
-"""The factors of a low-rank change dW = s B A, and what they tell of it without its (out x in) numbers being formed.
+"""The factors of a low-rank update dW = s B A, and measures of it that never form the (out, in) matrix.
 
-Leading dimensions, `*batch`, are modules of one shape: all of them are measured at once.
+Leading dimensions, `*batch`, are modules of one shape, measured at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Factors(NamedTuple):
 
 
 class Grams(NamedTuple):
-    """A A^T and B^T B, (*batch, rank, rank): all that the norms of A, B and B A need."""
+    """A A^T and B^T B, (*batch, rank, rank): enough for the norms of A, B and B A."""
 
     a: Tensor
     b: Tensor
@@ -36,29 +36,29 @@ class Grams(NamedTuple):
 
 
 def to_float32(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
-    """The same in float32, or float64 where it is that already; no copy where nothing changes.
+    """At least float32: float64 stays as it is; no copy if nothing changes.
 
-    A measure is then as exact as torch's float32 products are: three digits where TF32 was switched on.
+    A measure is then as exact as torch's float32 products: three digits with TF32 on.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def to_float64(x: Float[Tensor, ...]) -> Float[Tensor, ...]:
-    """The same in float64, or in float32 on Apple's GPU, which has no float64.
+    """In float64, or in float32 on Apple's GPU, which has no float64.
 
-    For what may cancel: PiSSA starts from [B, -B][A; A], whose product is 0 while its factors are large.
+    For terms that may cancel: PiSSA starts from [B, -B][A; A], whose product is 0 while its factors are large.
     """
     return to_float32(x) if x.device.type == "mps" else x.double()
 
 
 def frobenius(x: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch"]:
-    """The Frobenius norm of each matrix: the root of the sum of its squares, in its own precision."""
+    """The Frobenius norm of each matrix, in its own precision."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
     return norm
 
 
 def norm_from_gram(gram: Float[Tensor, "*batch rank rank"]) -> Float[Tensor, "*batch"]:
-    """The Frobenius norm of the factor whose Gram matrix this is: the root of its trace."""
+    """The Frobenius norm of a factor from its Gram matrix: the root of the trace."""
     return gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
 
 
@@ -68,7 +68,7 @@ def update_inner_product(
     a2: Float[Tensor, "*batch rank2 inputs"],
     b2: Float[Tensor, "*batch outputs rank2"],
 ) -> Float[Tensor, "*batch"]:
-    """The inner product <B1 A1, B2 A2>, the sum of their products element by element.
+    """The inner product <B1 A1, B2 A2>, the sum of elementwise products.
 
     Formula: tr((B1 A1)^T B2 A2) = <B1^T B2, A1 A2^T>. Cost: O((in + out) rank1 rank2), in the factors' own precision.
     """
@@ -80,24 +80,24 @@ def nan_safe_svd(
 ) -> tuple[Float[Tensor, "*batch rows k"], Float[Tensor, "*batch k"], Float[Tensor, "*batch columns k"]]:
     """U, sigma (descending) and V of the reduced decomposition U diag(sigma) V^T.
 
-    All NaN for a matrix that holds NaN or infinity, where torch stops: a measure must not end the training that it
-    watches. Cost: waits for the device on CUDA.
+    All NaN for a matrix that holds NaN or infinity, where torch would raise: a measure must not end the training. Cost:
+    waits for the device on CUDA.
     """
-    filled, broken = _zero_nonfinite(matrix)
-    u, singular, vh = torch.linalg.svd(filled, full_matrices=False)
+    clean, broken = _zero_nonfinite(matrix)
+    u, singular, vh = torch.linalg.svd(clean, full_matrices=False)
     nan = torch.nan
     wide = broken[..., None, None]
     return u.masked_fill(wide, nan), singular.masked_fill(broken[..., None], nan), vh.mT.masked_fill(wide, nan)
 
 
 def nan_safe_svdvals(matrix: Float[Tensor, "*batch rows columns"]) -> Float[Tensor, "*batch k"]:
-    """Singular values alone, descending, NaN as in `nan_safe_svd`; the same cost in kind, less of it."""
-    filled, broken = _zero_nonfinite(matrix)
-    singular: Tensor = torch.linalg.svdvals(filled)
+    """Singular values alone, descending, NaN as in `nan_safe_svd`, at less cost."""
+    clean, broken = _zero_nonfinite(matrix)
+    singular: Tensor = torch.linalg.svdvals(clean)
     return singular.masked_fill(broken[..., None], torch.nan)
 
 
 def _zero_nonfinite(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrices with zeros for those that hold NaN or infinity, and which these are, (*batch,)."""
+    """The matrices, with zeros for those that hold NaN or infinity, and a mask of these, (*batch,)."""
     broken = ~matrix.isfinite().all(-1).all(-1)
     return matrix.masked_fill(broken[..., None, None], 0), broken

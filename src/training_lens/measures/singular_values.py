@@ -1,6 +1,6 @@
-"""How large the change dW = s B A of a weight W is, how many directions it takes, and where they lie against W's.
+"""The size of an update dW = s B A of a weight W, its rank, and its directions relative to W's.
 
-A is (rank, in), B (out, rank), W (out, in), as PEFT keeps them; leading dimensions, `*batch`, are modules of one shape.
+A is (rank, in), B (out, rank), W (out, in), as in PEFT; leading dimensions, `*batch`, are modules of one shape.
 No function forms dW but `find_intruders`. NaN in a module's factors gives NaN for that module.
 """
 
@@ -28,8 +28,8 @@ def singular_values(
 ) -> Float[Tensor, "*batch k"]:
     """The min(rank, in, out) singular values of dW, descending, float64.
 
-    Formula: with B = Q1 R1 and A^T = Q2 R2, sigma(dW) = s sigma(R1 R2^T). What is below the roundoff of that product is
-    set to 0, so that factors which cancel have no spectrum. Cost: O((in + out) rank^2); waits for the device on CUDA.
+    Formula: with B = Q1 R1 and A^T = Q2 R2, sigma(dW) = s sigma(R1 R2^T). Values below the roundoff of that product are
+    set to 0, so that factors that cancel have no spectrum. Cost: O((in + out) rank^2); waits for the device on CUDA.
     """
     a, b = to_float64(a), to_float64(b)
     r1, r2 = torch.linalg.qr(b, mode="r").R, torch.linalg.qr(a.mT, mode="r").R
@@ -41,7 +41,7 @@ def singular_vectors(
 ) -> tuple[Float[Tensor, "*batch outputs k"], Float[Tensor, "*batch k"], Float[Tensor, "*batch inputs k"]]:
     """U, sigma and V with dW = U diag(sigma) V^T, k = min(rank, in, out), float64, sigma as in `singular_values`.
 
-    Directions whose sigma is 0 are orthonormal to the others and mean nothing else. Cost: as there, twice.
+    Directions with sigma 0 are only orthonormal to the others. Cost: twice that of `singular_values`.
     """
     a, b = to_float64(a), to_float64(b)
     (q1, r1), (q2, r2) = torch.linalg.qr(b), torch.linalg.qr(a.mT)
@@ -57,7 +57,7 @@ def _zero_roundoff(singular: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def effective_rank(singular: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
-    """Over how many directions a spectrum is spread: k for k equal singular values, 0 for a spectrum of zeros.
+    """Over how many directions a spectrum is spread: k for k equal singular values, 0 for zeros.
 
     Formula: exp(-sum p ln p) with p = sigma / sum sigma (Roy and Vetterli 2007, "The effective rank").
 
@@ -72,7 +72,7 @@ def effective_rank(singular: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch
 
 
 def stable_rank(singular: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
-    """How many directions as strong as the first would give the same norm; 0 for a spectrum of zeros.
+    """How many directions as strong as the first would give the same norm; 0 for zeros.
 
     Formula: ||dW||_F^2 / sigma_1^2 (Rudelson and Vershynin 2007, arXiv math/0503442).
     """
@@ -82,12 +82,12 @@ def stable_rank(singular: Float[Tensor, "*batch k"]) -> Float[Tensor, "*batch"]:
 
 
 def energy_rank(singular: Float[Tensor, "*batch k"], share: float = 0.9) -> Float[Tensor, "*batch"]:
-    """The smallest k whose first k singular values hold `share` of the sum of all squares; 0 for a spectrum of zeros.
+    """The smallest k whose first k singular values hold `share` of the sum of squares; 0 for zeros.
 
-    A whole number kept as a float, so that it is NaN where the spectrum is.
+    A whole number stored as a float, so that it is NaN if the spectrum is.
 
     Args:
-        share: over 0, up to 1.
+        share: above 0, at most 1.
 
     Example:
         >>> energy_rank(torch.tensor([4.0, 2.0, 1.0, 1.0]))  # 20 of 22 lie in two
@@ -102,19 +102,19 @@ def energy_rank(singular: Float[Tensor, "*batch k"], share: float = 0.9) -> Floa
 def update_norm(
     a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"], scaling: float
 ) -> Float[Tensor, "*batch"]:
-    """||dW||_F, the size of the change, float64.
+    """||dW||_F, the size of the update, float64.
 
     Formula: ||s B A||_F^2 = s^2 <B^T B, A A^T>. Relative error about 1e-8 ||A|| ||B|| / ||B A||. Cost: two products of
-    (rank, in) and (rank, out) with themselves, no synchronisation: for every step.
+    (rank, in) and (rank, out) with themselves, no synchronisation: cheap enough for every step.
     """
     return update_norm_from_grams(Grams.from_factors(to_float64(a), to_float64(b)), scaling)
 
 
 def update_norm_from_grams(grams: Grams, scaling: float) -> Float[Tensor, "*batch"]:
-    """`update_norm` of factors whose Gram matrices are known, float64.
+    """`update_norm` from the factors' Gram matrices, float64.
 
-    Of float32 ones the square's relative error is about 1e-7 (||A|| ||B|| / ||B A||)^2: enough for factors that train,
-    too little for those of PiSSA, which cancel at its start.
+    With float32 matrices the square's relative error is about 1e-7 (||A|| ||B|| / ||B A||)^2: enough for trained
+    factors, too little for PiSSA's, which cancel at the start.
     """
     return abs(scaling) * (to_float64(grams.a) * to_float64(grams.b)).sum((-2, -1)).clamp(min=0).sqrt()
 
@@ -126,11 +126,11 @@ def step_norm(
     b1: Float[Tensor, "*batch outputs rank"],
     scaling: float,
 ) -> Float[Tensor, "*batch"]:
-    """||dW1 - dW0||_F, how far the change has moved from the factors a0, b0 to a1, b1.
+    """||dW1 - dW0||_F, how far the update has moved from the factors a0, b0 to a1, b1.
 
-    Formula: dW1 - dW0 = s [B1 - B0, B0] [A1; A1 - A0]. Differences are taken of the factors and not of what they
-    make, so that a step of a millionth keeps its digits in float32. Cost: that of six products of (rank, in or out),
-    no synchronisation: for every step.
+    Formula: dW1 - dW0 = s [B1 - B0, B0] [A1; A1 - A0]. It subtracts factors and not their
+    products, so that a step of a millionth keeps its digits in float32. Cost: six products of (rank, in or out), no
+    synchronisation: cheap enough for every step.
 
     Example:
         >>> a, b = torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0], [0.0]])
@@ -150,7 +150,7 @@ def step_norm(
 def relative_norm(
     norm: Float[Tensor, "*batch"], weight_norm: Float[Tensor, "*batch"] | float
 ) -> Float[Tensor, "*batch"]:
-    """A norm of the change, or of a step of it, over the same norm of the frozen weight: ||dW|| / ||W||.
+    """A norm of the update, or of one step, over the same norm of the frozen weight: ||dW|| / ||W||.
 
     Both Frobenius (`update_norm`, `step_norm`) or both the largest singular value (`singular_values`,
     `top_singular_value`).
@@ -159,42 +159,41 @@ def relative_norm(
 
 
 def balance(a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"]) -> Float[Tensor, "*batch"]:
-    """||A A^T - B^T B||_F: 0 where A and B share the change evenly.
+    """||A A^T - B^T B||_F: 0 if A and B share the update evenly.
 
-    Gradient flow keeps the matrix inside; a step of plain gradient descent with rate eta changes it by
-    eta^2 (gA gA^T - gB^T gB) alone (Du, Hu and Lee 2018, arXiv 1806.00900). Cost: as `update_norm`: for every step.
+    Gradient flow conserves the matrix; a step of plain gradient descent with rate eta changes it only by
+    eta^2 (gA gA^T - gB^T gB) (Du, Hu and Lee 2018, arXiv 1806.00900). Cost: as `update_norm`.
     """
     return balance_from_grams(Grams.from_factors(to_float32(a), to_float32(b)))
 
 
 def balance_from_grams(grams: Grams) -> Float[Tensor, "*batch"]:
-    """`balance` of factors whose Gram matrices are known."""
+    """`balance` from the factors' Gram matrices."""
     return frobenius(grams.a - grams.b)
 
 
 def top_ratio(
     a: Float[Tensor, "*batch rank inputs"], b: Float[Tensor, "*batch outputs rank"]
 ) -> Float[Tensor, "*batch"]:
-    """sigma_1(B) / sigma_1(A), through the (rank, rank) Gram matrices: 0 for B = 0, infinite for A = 0 alone.
+    """sigma_1(B) / sigma_1(A), from the (rank, rank) Gram matrices: 0 for B = 0, infinite for A = 0 alone.
 
-    Cost: as `update_norm` and a decomposition of (rank, rank); waits for the device on CUDA.
+    Cost: `update_norm` and a decomposition of (rank, rank); waits for the device on CUDA.
     """
     a, b = to_float32(a), to_float32(b)
     return (nan_safe_svdvals(b.mT @ b)[..., 0] / nan_safe_svdvals(a @ a.mT)[..., 0]).sqrt()
 
 
 def top_singular_value(weight: Float[Tensor, "*batch outputs inputs"], iterations: int = 16) -> Float[Tensor, "*batch"]:
-    """The largest singular value of a weight, from below and within about 1 %, by the Lanczos method.
+    """The largest singular value of a weight by the Lanczos method: a lower bound within about 1 %.
 
     Formula: sigma_1(W Q^T), the rows of Q an orthonormal basis of x, W^T W x, ... (W^T W)^iterations x for a random x
     (Kuczynski and Wozniakowski 1992, doi 10.1137/0613066: its error falls as (ln in / iterations)^2 at worst). x is
-    always the same, and torch's own random state stays as it is. Hardest are weights of pure noise: 0.2 % below at
-    4096 x 4096. Cost: 2 x iterations + 1 products of W with one vector, a float32 copy of a 16-bit W; waits for the
-    device on CUDA.
+    always the same, and torch's random state is unchanged. Pure noise is the hardest case: 0.2 % below at 4096 x 4096.
+    Cost: 2 x iterations + 1 products of W with one vector, a float32 copy of a 16-bit W; waits for the device on CUDA.
     """
     weight = to_float32(weight)
-    weight = weight if weight.shape[-1] <= weight.shape[-2] else weight.mT  # vectors of the smaller side are less work
-    basis = _random_direction(weight)  # (*batch, 1, in), and a row more with each turn
+    weight = weight if weight.shape[-1] <= weight.shape[-2] else weight.mT  # the smaller side is less work
+    basis = _random_direction(weight)  # (*batch, 1, in), one row more with each iteration
     images = basis @ weight.mT  # (*batch, 1, out)
     for _ in range(min(iterations, weight.shape[-1] - 1)):
         direction = _orthonormalize(basis, images[..., -1:, :] @ weight)
@@ -213,9 +212,9 @@ def _random_direction(weight: Tensor) -> Tensor:
 
 
 def _orthonormalize(basis: Tensor, row: Tensor) -> Tensor:
-    """What the row (*batch, 1, in) has beside the basis's rows, of length 1; 0 where that is roundoff alone."""
+    """The part of the row (*batch, 1, in) orthogonal to the basis, scaled to length 1; 0 if it is only roundoff."""
     roundoff = 16 * torch.finfo(row.dtype).eps * torch.linalg.vector_norm(row, dim=-1, keepdim=True)
-    for _ in range(2):  # once leaves a part along the basis where little is beside it
+    for _ in range(2):  # a single pass leaves a part along the basis if the orthogonal part is small
         row = row - (row @ basis.mT) @ basis
     length = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
     direction: Tensor = (row / length).masked_fill(length <= roundoff, 0)
@@ -229,24 +228,24 @@ def amplification(
     scaling: float,
     k: int,
 ) -> Float[Tensor, "*batch"]:
-    """How much the change strengthens what W already does in the change's own directions; NaN for no change.
+    """How much the update amplifies what W already does in the update's own directions; NaN for no update.
 
-    Formula: ||dW||_F / ||U^T W V^T||_F with U and V the first k singular directions of dW, those alone that it has
+    Formula: ||dW||_F / ||U^T W V^T||_F with U and V the first k singular directions of dW, as far as it has them
     (LoRA, arXiv 2106.09685, Table 7). Cost: `singular_vectors` and a product of W with k vectors.
     """
     u, singular, v = singular_vectors(a, b, scaling)
     weight, missing = to_float32(weight), singular[..., None, :k] == 0  # (*batch, 1, k)
     u, v = u[..., :k].to(weight.dtype), v[..., :k].masked_fill(missing, 0).to(weight.dtype)
-    met = frobenius(u.mT @ weight @ v)
+    overlap = frobenius(u.mT @ weight @ v)
     norm: Tensor = singular.norm(dim=-1)
-    return (norm / met).masked_fill(norm == 0, torch.nan)
+    return (norm / overlap).masked_fill(norm == 0, torch.nan)
 
 
 @dataclass(frozen=True)
 class IntruderDirections:
     """The directions among the first k of W + dW that W does not have.
 
-    `count` is how many, a whole number kept as a float; `energy_share` their sigma^2 over the sum of sigma^2 of the
+    `count` is how many, a whole number stored as a float; `energy_share` their sigma^2 over the sum of sigma^2 of the
     first k; `cosines` each direction's largest absolute cosine with a direction of W, strongest direction first.
     """
 
@@ -263,11 +262,11 @@ def find_intruders(
     k: int = 10,
     threshold: float = 0.5,
 ) -> IntruderDirections:
-    """Left singular vectors among the first k of W + dW whose largest cosine with those of W is under the threshold.
+    """Left singular vectors among the first k of W + dW whose largest cosine with those of W is below the threshold.
 
-    From arXiv 2410.21228 (k = 10, the threshold swept). W's vectors are those with a singular value above roundoff,
-    and of W + dW likewise: what has none is no direction. At most min(out, in) directions are taken. Cost: two full
-    decompositions, O(out in min(out, in)), and two dense copies of W; for the analysis of a checkpoint, not for a step.
+    From arXiv 2410.21228 (k = 10, with several thresholds). Only vectors with a singular value above roundoff count, in
+    W and in W + dW. At most min(out, in) directions are taken. Cost: two full decompositions, O(out in min(out, in)),
+    and two dense copies of W: for the analysis of a checkpoint, not for every step.
     """
     weight = to_float32(weight)
     after = weight + scaling * (to_float32(b) @ to_float32(a)).to(weight.dtype)
@@ -277,8 +276,8 @@ def find_intruders(
         (new[..., :k].mT @ (old * _significance_mask(old_values, weight)[..., None, :])).abs().amax(-1)
     )  # (*batch, k)
     energy = (new_values * _significance_mask(new_values, weight))[..., :k].square()  # (*batch, k)
-    strange = torch.where(cosines.isnan(), cosines, ((cosines < threshold) & (energy > 0)).to(cosines.dtype))
-    return IntruderDirections(strange.sum(-1), (strange * energy).sum(-1) / energy.sum(-1), cosines)
+    intruding = torch.where(cosines.isnan(), cosines, ((cosines < threshold) & (energy > 0)).to(cosines.dtype))
+    return IntruderDirections(intruding.sum(-1), (intruding * energy).sum(-1) / energy.sum(-1), cosines)
 
 
 def _significance_mask(singular: Tensor, matrix: Tensor) -> Tensor:
@@ -294,12 +293,12 @@ def dora_change(
     scaling: float,
     magnitude: Float[Tensor, "*batch outputs"],
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """How far the rows w of W have moved on average in length and in direction (DoRA, arXiv 2402.09353, section 3.2).
+    """How far the rows w of W have moved on average, in length and in direction (DoRA, arXiv 2402.09353, section 3.2).
 
     Formula: mean |m - ||w||| and mean (1 - cos(w', w)), with m the magnitude that PEFT trains for each row (DoRA's
-    columns) and w' = w + d, d = s b A; with ||w'||^2 = ||w||^2 + 2 s b A w + s^2 b A A^T b^T, so that dW is not formed.
-    Float64 from there on: a turn by an angle of 1e-5 keeps five digits. A row of zeros, before or after, has no
-    direction and counts as not turned. Cost: a product of W with rank vectors, a float32 copy of a 16-bit W.
+    columns) and w' = w + d, d = s b A; with ||w'||^2 = ||w||^2 + 2 s b A w + s^2 b A A^T b^T, so dW is not formed.
+    Float64 from there on: a rotation by an angle of 1e-5 keeps five digits. A row of zeros, before or after, has no
+    direction and counts as not rotated. Cost: a product of W with rank vectors, a float32 copy of a 16-bit W.
     """
     weight = to_float32(weight)
     length_sq = to_float64(weight.norm(dim=-1)).square()  # (*batch, out)
@@ -309,6 +308,6 @@ def dora_change(
     moved_sq = (b * (b @ (a @ a.mT))).sum(-1)  # ||d||^2
     after_sq = (length_sq + 2 * cross + moved_sq).clamp(min=0)
     product = length_sq * after_sq
-    turned = (1 - (length_sq + cross) / product.sqrt()).masked_fill(product == 0, 0)
+    rotated = (1 - (length_sq + cross) / product.sqrt()).masked_fill(product == 0, 0)
     stretched = (to_float64(magnitude) - length_sq.sqrt()).abs()
-    return stretched.mean(-1), turned.mean(-1)
+    return stretched.mean(-1), rotated.mean(-1)

@@ -1,6 +1,6 @@
-"""How much two adapters, or two steps of one, have in common: subspaces, angles, and the changes themselves.
+"""How similar two adapters, or two steps of one, are: their subspaces, principal angles, and updates.
 
-Leading dimensions, `*batch`, are modules of one shape. What decomposes waits for the device on CUDA.
+Leading dimensions, `*batch`, are modules of one shape. Decompositions wait for the device on CUDA.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def subspace_similarity(
     """How much of the first i directions of one A lies within the first j of another: 0 nothing, 1 all.
 
     Formula: phi(i, j) = ||U_i^T U_j||_F^2 / min(i, j) on right singular vectors of A (LoRA, arXiv 2106.09685, section
-    7.2, equation 4). By chance it is max(i, j) / in on average. i and j count up to what A has, min(rank, in).
+    7.2, equation 4). For random subspaces it is max(i, j) / in on average. i and j are capped at min(rank, in).
     Cost: a decomposition of each A, O(in rank^2).
 
     Example:
@@ -35,7 +35,7 @@ def subspace_similarity(
 def subspace_grid(
     a1: Float[Tensor, "*batch rank1 inputs"], a2: Float[Tensor, "*batch rank2 inputs"], upto: int
 ) -> Float[Tensor, "*batch rows columns"]:
-    """`subspace_similarity` for all i and j from 1 up to `upto` (or what A has): [..., i - 1, j - 1] is phi(i, j)."""
+    """`subspace_similarity` for all i and j from 1 to `upto` (or min(rank, in)): [..., i - 1, j - 1] is phi(i, j)."""
     shared = (_right_vectors(a1, upto).mT @ _right_vectors(a2, upto)).square()  # (*batch, i, j)
     rows, columns = shared.shape[-2:]
     i = torch.arange(1, rows + 1, device=shared.device)[:, None]
@@ -52,8 +52,9 @@ def principal_angles(
 ) -> Float[Tensor, "*batch k"]:
     """The min(k1, k2) angles between two subspaces in radians, 0 to pi/2, ascending.
 
-    Formula: cosines are sigma(Q1^T Q2), sines those of what of the smaller lies outside the larger, Q2 - Q1 Q1^T Q2
-    (Björck and Golub 1973; Knyazev and Argentati 2002); each angle is atan2 of its pair, exact at both ends.
+    Formula: cosines are sigma(Q1^T Q2), sines those of the part of the smaller outside the larger,
+    Q2 - Q1 Q1^T Q2 (Björck and Golub 1973; Knyazev and Argentati 2002). Each angle is atan2 of its pair, so it is exact
+    near 0 and near pi/2.
 
     Args:
         q1, q2: bases with orthonormal columns. NaN in one gives NaN for all of its angles.
@@ -68,7 +69,7 @@ def principal_angles(
 
 @dataclass(frozen=True)
 class UpdateAngles:
-    """Angles in radians, ascending, between what two changes write (`columns`) and what they read (`rows`)."""
+    """Angles in radians, ascending, between the column spaces and between the row spaces of two updates."""
 
     columns: Float[Tensor, "*batch k"]
     rows: Float[Tensor, "*batch k"]
@@ -81,10 +82,9 @@ def update_angles(
     b2: Float[Tensor, "*batch outputs rank2"],
     k: int,
 ) -> UpdateAngles:
-    """Principal angles between the first k left (columns) and right (rows) singular vectors of two changes B A.
+    """Principal angles between the first k left (columns) and right (rows) singular vectors of two updates B A.
 
-    NaN where one of the two has fewer than k directions: then there is no such subspace. k counts up to the smaller
-    rank. Cost: O((in + out) rank^2).
+    NaN if one of the two has fewer than k directions. k is capped at the smaller rank. Cost: O((in + out) rank^2).
     """
     k = min(k, a1.shape[-2], a2.shape[-2])
     u1, v1 = _top_directions(a1, b1, k)
@@ -106,10 +106,10 @@ def update_cosine(
     b2: Float[Tensor, "*batch outputs rank2"],
     s2: float,
 ) -> Float[Tensor, "*batch"]:
-    """The cosine of the angle between two changes of one weight, ranks may differ; NaN where one is zero.
+    """The cosine of the angle between two updates of one weight; ranks may differ; NaN if one is zero.
 
     Formula: <dW1, dW2> / (||dW1||_F ||dW2||_F) with <dW1, dW2> = s1 s2 <B1^T B2, A1 A2^T>, float64. Cost: six products
     of (rank, in or out), no synchronisation.
     """
-    together = s1 * s2 * update_inner_product(to_float64(a1), to_float64(b1), to_float64(a2), to_float64(b2))
-    return together / update_norm(a1, b1, s1) / update_norm(a2, b2, s2)
+    product = s1 * s2 * update_inner_product(to_float64(a1), to_float64(b1), to_float64(a2), to_float64(b2))
+    return product / update_norm(a1, b1, s1) / update_norm(a2, b2, s2)
