@@ -164,7 +164,7 @@ def test_stacks_are_copies_in_float32_with_zero_for_no_gradient() -> None:
     weights = group.copy_weights()
     modules[0].a.data.zero_()
     modules[1].b.grad = torch.ones_like(modules[1].b)
-    gradients = group.gradients(lambda p: p.grad)
+    gradients = group.copy_gradients(lambda p: p.grad)
     assert weights.a.dtype == torch.float32 and weights.a[0].any() and weights.magnitude is not None
     assert not gradients.b[0].any() and gradients.b[1].all() and gradients.magnitude is not None
 

@@ -37,6 +37,7 @@ class AdaptedWeight:
         spectrum = update_spectrum(factors, factors, scaling)
         singular = json_numbers(spectrum.pop("singular_values"))
         measured = adapter_norms(factors, scaling, full=factors) | spectrum
+        del measured["norm_step"]  # there is one step alone
         return {"singular_values": singular} | {name: json_number(value) for name, value in measured.items()}
 
     def compare_with_base(self, *, intruders: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from training_lens.core.arrow import MODULE, STEP, arrow_table, extract_series, 
 from training_lens.core.types import Captured, ModuleRecord, Series
 from training_lens.errors import LensError
 from training_lens.measures import singular_values as spectra
-from training_lens.measures.adapter_measures import adapter_norms, norm_of_step, update_spectrum
+from training_lens.measures.adapter_measures import adapter_norms, update_spectrum
 from training_lens.measures.factors import Factors
 from training_lens.merging.weight_update import LowRank
 from training_lens.utils.formatting import nearest_name
@@ -194,8 +194,8 @@ def _pair_with_previous(
 
 def _measure_weights(now: FactorBatch, before: FactorBatch | None) -> dict[str, Tensor]:
     factors = Factors(now.a, now.b)
-    norms = adapter_norms(factors, now.scaling, full=factors)  # PiSSA's halves, which cancel, are saved as one
-    return norms | {"norm_step": norm_of_step(Factors(before.a, before.b) if before else None, factors, now.scaling)}
+    previous = Factors(before.a, before.b) if before else None
+    return adapter_norms(factors, now.scaling, factors, previous)  # a saved PiSSA adapter has both halves, which cancel
 
 
 def _measure_spectra(stack: FactorBatch) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from training_lens.core.module_batches import ModuleBatch
 from training_lens.core.modules import AdapterModule
 from training_lens.core.registry import CollectorRegistry
 from training_lens.core.types import Cadence, Captured, DataType
-from training_lens.measures.adapter_measures import adapter_norms, norm_of_step
+from training_lens.measures.adapter_measures import adapter_norms
 from training_lens.measures.factors import Factors
 from training_lens.measures.singular_values import top_singular_value
 
@@ -42,8 +42,7 @@ class AdapterWeightsCollector(DataCollector):
 def _measure_batch(batch: ModuleBatch, before: Factors | None, after: Factors) -> dict[str, Tensor]:
     """Each (modules of the batch,)."""
     full = batch.full_factors(after)
-    norms = adapter_norms(after, batch.scaling, full=None if full is after else full)
-    return norms | {"norm_step": norm_of_step(before, after, batch.scaling)}  # PiSSA's frozen halves do not move
+    return adapter_norms(after, batch.scaling, None if full is after else full, before)  # PiSSA's other half stays
 
 
 @CollectorRegistry.register

@@ -22,11 +22,13 @@ from training_lens.measures.singular_values import (
 )
 
 
-def adapter_norms(trained: Factors, scaling: float, full: Factors | None = None) -> dict[str, Tensor]:
-    """norm_a, norm_b, norm_update and balance, each (*batch,).
+def adapter_norms(
+    trained: Factors, scaling: float, full: Factors | None = None, before: Factors | None = None
+) -> dict[str, Tensor]:
+    """norm_a, norm_b, norm_update, norm_step and balance, each (*batch,).
 
     Args:
-        trained: in float32 or better, for norm_a, norm_b and balance.
+        before: `trained` before the step, for norm_step; None: unknown, and norm_step is NaN.
         full: the factors of dW where they may cancel, as PiSSA's do: norm_update is then computed from these in
             float64. None: from `trained`, in its own precision.
     """
@@ -35,12 +37,12 @@ def adapter_norms(trained: Factors, scaling: float, full: Factors | None = None)
         "norm_a": norm_from_gram(grams.a),
         "norm_b": norm_from_gram(grams.b),
         "norm_update": update_norm_from_grams(grams, scaling) if full is None else update_norm(full.a, full.b, scaling),
+        "norm_step": _step_norm_or_nan(before, trained, scaling),
         "balance": balance_from_grams(grams),
     }
 
 
-def norm_of_step(before: Factors | None, after: Factors, scaling: float) -> Tensor:
-    """norm_step (*batch,), how far dW moved; NaN where the factors before the step are unknown."""
+def _step_norm_or_nan(before: Factors | None, after: Factors, scaling: float) -> Tensor:
     if before is None:
         return after.a.new_full(after.a.shape[:-2], torch.nan)
     return step_norm(before.a, before.b, after.a, after.b, scaling)

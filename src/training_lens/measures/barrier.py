@@ -30,7 +30,7 @@ def loss_barrier(alphas: Float[Tensor, " points"], losses: Float[Tensor, "*batch
     and the largest one (Frankle et al. 2020, arXiv 1912.05671). The ends are included, so a convex loss gives 0.
 
     Example:
-        >>> barrier(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([2.0, 3.5, 3.0]))
+        >>> loss_barrier(torch.tensor([0.0, 0.5, 1.0]), torch.tensor([2.0, 3.5, 3.0]))
         tensor(1.)
     """
     order = alphas.argsort()
