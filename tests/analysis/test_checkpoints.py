@@ -126,7 +126,7 @@ def test_weights_kept_the_other_way_round_and_embeddings_are_found(tmp_path: Pat
     weights = open_base_weights(adapter, tmp_path / "base")
     assert weights is not None and len(adapter.records) == 3
     for record in adapter.records:
-        found = weights.weight(record)
+        found = weights.read_weight(record)
         expected = state[f"{record.name.removeprefix('transformer.')}.weight"].T
         assert found is not None and torch.equal(found, expected)
         assert found.shape == (record.out_features, record.in_features)

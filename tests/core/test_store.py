@@ -533,7 +533,7 @@ def test_a_reader_sees_all_steps_while_segments_are_merged(folder: Path, monkeyp
             SegmentedTable(table, 30).compact_segments(stride=1, target_bytes=1e6, spare=0)
         return listed[-1]
 
-    monkeypatch.setattr("training_lens.core.lens_store.segments_in", listed_before_the_merge)
+    monkeypatch.setattr("training_lens.core.lens_store.list_segments", listed_before_the_merge)
     assert LensStore(folder).table("loss").num_rows == 30
     assert len(segment_files(folder / "loss")) == 1
 
