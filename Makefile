@@ -22,9 +22,10 @@ demo: $(STAMP)
 	$(BIN)/training-lens train +experiment=default
 	$(BIN)/training-lens compare --run latest
 
-# The guides and the API reference as a site: open site/index.html. A warning fails; nothing is downloaded.
+# The guides and the API reference as a site in site/. A warning fails; nothing is downloaded.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "to read and search it: $(BIN)/python -m http.server --directory site, then http://localhost:8000"
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
