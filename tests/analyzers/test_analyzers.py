@@ -1,4 +1,4 @@
-"""Analyzers say what is in captures whose answer is known, in plain values, and nothing of what was not captured."""
+"""Analyzers give known answers for known captures, in plain values, and nothing for missing ones."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_built_in_analyzers_are_known() -> None:
     assert {"weights", "gradients", "activations", "convergence", "similarity"} <= set(AnalyzerRegistry.names())
 
 
-def test_weights_say_size_share_and_what_is_no_number(write: Write) -> None:
+def test_weight_analysis_gives_sizes_shares_and_nonfinite_modules(write: Write) -> None:
     rows = [
         ("base_weights", 0, of_modules(norm=[10.0, 20.0])),
         ("adapter_weights", 1, of_modules(norm_update=[1.0, 1.0], norm_step=[0.1, 0.4], balance=[0.0, 1.0])),
@@ -85,7 +85,7 @@ def test_weights_say_size_share_and_what_is_no_number(write: Write) -> None:
     assert values["modules"][1]["norm_update"] == 4.0 and values["modules"][1]["layer"] == 1
 
 
-def test_the_first_step_that_is_no_number_is_named(write: Write) -> None:
+def test_the_first_nonfinite_step_is_named(write: Write) -> None:
     norms = [[1.0, 1.0], [1.0, math.inf], [math.nan, math.nan]]
     rows = [("adapter_weights", i + 1, of_modules(norm_update=row)) for i, row in enumerate(norms)]
     values = read(LoRAAnalyzer(), write(rows, {"adapter_weights": DataType.ADAPTER_WEIGHTS}))
@@ -113,7 +113,7 @@ def test_gradients_carry_the_certificate(write: Write) -> None:
     }
 
 
-def test_activations_say_drift_kl_and_share(write: Write) -> None:
+def test_activation_analysis_gives_drift_kl_and_share(write: Write) -> None:
     layers = ("layers.0", "layers.1")
     rows = [
         ("activations", 4, Captured({"drift": torch.tensor([0.1, 0.2]), "cka": torch.tensor([1.0, 0.9])}, rows=layers)),
@@ -152,7 +152,7 @@ def test_a_straight_line_has_its_slope_and_gain(write: Write, validations: int, 
         assert values["best_validation"] == {"step": 100, "loss": pytest.approx(4 - 0.2 * math.log(100))}
 
 
-def test_smoothing_passes_over_a_spike_and_the_best_validation_is_the_least(write: Write) -> None:
+def test_smoothing_ignores_a_spike_and_the_best_validation_is_the_lowest(write: Write) -> None:
     rows = [("loss", step, of_run(loss=90.0 if step == 150 else 2.0)) for step in range(1, 301)]
     rows += [("evaluation", 0, of_run(base_loss=5.0))]
     rows += [("evaluation", step, of_run(loss=abs(step - 200) / 100 + 1)) for step in (100, 200, 300)]
@@ -173,7 +173,7 @@ def snapshot(step: int, turn: float) -> tuple[str, int, Captured]:
     )
 
 
-def test_likeness_to_the_last_snapshot_is_the_angle(write: Write) -> None:
+def test_similarity_to_the_last_snapshot_is_the_angle(write: Write) -> None:
     recording = write([snapshot(s, t) for s, t in ((1, math.pi / 2), (2, 0.3), (3, 0))], {})
     values = read(SimilarityAnalyzer(), recording)
     assert values["steps"] == [1, 2] and values["last"] == 3
@@ -188,7 +188,7 @@ def test_many_snapshots_are_compared_evenly(write: Write) -> None:
     assert len(steps) == 12 and (steps[0], steps[-1]) == (1, 39)
 
 
-def test_what_was_not_captured_is_not_read_or_empty(write: Write) -> None:
+def test_missing_tables_are_not_analyzed_or_give_empty_values(write: Write) -> None:
     recording = write([("loss", 1, of_run(loss=1.0))], {"loss": DataType.LOSS})
     readable = {name for name in AnalyzerRegistry.names() if AnalyzerRegistry.get(name)().can_read(recording)}
     assert readable & {"weights", "gradients", "activations", "similarity", "convergence"} == {"convergence"}

@@ -1,4 +1,4 @@
-"""Modules are put together as their matrices would be, and curves are thinned without their ends."""
+"""Modules are grouped as their matrices would be, and thinned curves keep both ends."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_norm_that_is_missing_makes_no_smaller_sum() -> None:
     assert group_series(holes, MODULES, "kind", norms=False).values.tolist() == [[4, 2, 3]]
 
 
-def test_medians_pass_over_what_is_no_number() -> None:
+def test_medians_ignore_nan() -> None:
     values = np.array([[1.0, 5, 3], [math.nan, 1, 3], [math.nan] * 3])
     assert nan_median(values) == pytest.approx([3, 2, math.nan], nan_ok=True)
 

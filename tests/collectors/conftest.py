@@ -1,4 +1,4 @@
-"""Small real models with adapters, and a loop that offers collectors what a capture does."""
+"""Small real models with adapters, and a loop that calls collectors as a capture does."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_layers_are_found_in_other_families(adapted: Callable[..., Any]) -> None
         assert len(decoder_layers(adapted(family))) == 2
 
 
-def test_a_decoder_without_layers_is_said(llama: Callable[..., Any]) -> None:
+def test_a_decoder_without_layers_is_refused(llama: Callable[..., Any]) -> None:
     model = llama()
     model.model.layers = torch.nn.Sequential(*model.model.layers)
     with pytest.raises(LensError, match=r"no list of layers in the decoder of this LlamaForCausalLM.*Leave out"):
@@ -162,7 +162,7 @@ def test_bfloat16_is_measured(adapted: Callable[..., Any], loop: Any, probe: Pro
     assert {found.tensors[f"layers.{i}.sketch"].dtype for i in range(2)} == {torch.float32}
 
 
-def test_nan_in_a_layer_is_told(adapted: Callable[..., Any], loop: Any, probe: Probe) -> None:
+def test_nan_in_a_layer_is_captured(adapted: Callable[..., Any], loop: Any, probe: Probe) -> None:
     model = adapted()
     of = loop(model, [ActivationsCollector()], probe=probe)
     of.context.modules[-1].b.data[0, 0] = torch.nan  # in the last layer

@@ -1,4 +1,4 @@
-"""Gradients are measured as they are, and the self-check proves that they are."""
+"""Gradients are measured exactly, and the self-check proves it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_norms_and_cosines_are_those_of_float64(adapted: Callable[..., Any], loo
         previous, mean = now, 0.9 * mean + 0.1 * now
 
 
-def test_a_constant_gradient_points_where_it_did(adapted: Callable[..., Any], loop: Any) -> None:
+def test_a_constant_gradient_keeps_its_direction(adapted: Callable[..., Any], loop: Any) -> None:
     of = training(loop, adapted())
     for _ in range(3):
         for module in of.context.modules:
@@ -80,7 +80,7 @@ def test_a_constant_gradient_points_where_it_did(adapted: Callable[..., Any], lo
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_gradient_that_is_not_finite_is_so_in_its_module_alone(
+def test_a_nonfinite_gradient_affects_its_module_alone(
     bad: float, adapted: Callable[..., Any], loop: Any, ids: Tensor
 ) -> None:
     of = training(loop, adapted())

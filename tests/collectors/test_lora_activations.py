@@ -1,4 +1,4 @@
-"""What goes through adapted modules is that of dense matrices, for every variant and kind of layer."""
+"""Activations of adapted modules equal those of dense matrices, for every variant and kind of layer."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_passes_without_the_adapter_do_not_count(adapted: Callable[..., Any], id
     assert all(values.isnan().all() for values in tracker.measures().values())
 
 
-def test_an_adapter_that_is_not_active_is_not_seen(llama: Callable[..., Any], ids: Tensor) -> None:
+def test_an_inactive_adapter_is_not_measured(llama: Callable[..., Any], ids: Tensor) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
@@ -164,9 +164,7 @@ def adapter_modules_of_both(model: Any) -> Any:
     return adapter_modules(model)
 
 
-def test_the_share_of_a_quantized_layer_is_that_of_what_its_codes_stand_for(
-    llama: Callable[..., Any], ids: Tensor
-) -> None:
+def test_the_share_of_a_quantized_layer_uses_its_dequantized_weight(llama: Callable[..., Any], ids: Tensor) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     from peft import LoraConfig, get_peft_model
 

@@ -1,4 +1,4 @@
-"""Nothing that training reads is changed by any collector, and a run with all of them is stored and read."""
+"""No collector changes what training reads, and a run with all of them is stored and read."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_run_with_all_collectors_is_stored_and_read(
     assert torch.equal(last[f"{name}.b"], layer.lora_B["default"].weight.detach())
 
 
-def test_behind_the_first_twenty_steps_scalars_keep_to_their_share_and_stay_right(
+def test_after_twenty_steps_scalars_keep_their_share_and_stay_exact(
     adapted: Callable[..., Any], ids: Tensor, tmp_path: Path
 ) -> None:
     model, steps, total = adapted().train(), 32, 230  # at least every second step, to be 200 in the run
@@ -143,7 +143,7 @@ def _change(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("section", [{}, {"family": "gpt2"}, {"target_modules": ["embed_tokens", "q_proj"]}], ids=str)
-def test_before_the_first_step_one_pass_of_the_probe_shows_what_two_would(
+def test_before_the_first_step_one_probe_pass_equals_two(
     section: dict[str, Any], adapted: Callable[..., Any], loop: Any, probe: Probe, tmp_path: Path
 ) -> None:
     model = adapted(moved=False, **section)

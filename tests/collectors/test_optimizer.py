@@ -1,4 +1,4 @@
-"""What Adam makes of gradients is computed from what it was given."""
+"""Adam's update is computed from the gradients that it took."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ OTHERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_optimizers_give_nothing_and_that_is_said_once(
+def test_other_optimizers_give_nothing_and_one_log_line(
     kind: str, adapted: Callable[..., Any], loop: Any, ids: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = adapted()

@@ -1,4 +1,4 @@
-"""Every number of weights and spectra is that of the dense matrices, whatever the variant and the layer's kind."""
+"""Every number of weights and spectra equals that of the dense matrices, for every variant and kind of layer."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_frozen_weights_are_measured_once_before_training(
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=str)
-def test_a_snapshot_makes_the_whole_change(
+def test_a_snapshot_gives_the_whole_update(
     section: dict[str, Any], adapted: Callable[..., Any], loop: Any, dense: Any
 ) -> None:
     of = loop(adapted(**section), [AdapterSnapshotsCollector()])

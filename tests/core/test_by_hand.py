@@ -1,4 +1,4 @@
-"""A loop written by hand is captured right, whatever it does with its optimizer and its losses."""
+"""A hand-written loop is captured correctly, with closures, scalers and losses in any order."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def plain_loop(model: Any, optimizer: Any, lens: Lens) -> list[float]:
     return [float(loss) for loss in losses]
 
 
-def test_gradients_that_a_closure_makes_are_those_before_its_update(model: Any, optimizer: Any, tmp_path: Path) -> None:
+def test_closure_gradients_are_captured_before_the_update(model: Any, optimizer: Any, tmp_path: Path) -> None:
     lens = Lens(tmp_path / "lens")
     norms = []
 
@@ -78,7 +78,9 @@ def test_gradients_that_a_closure_makes_are_those_before_its_update(model: Any, 
 
 
 @pytest.mark.parametrize("first", ["loss", "update"])
-def test_a_step_that_a_scaler_leaves_out_shifts_no_loss(model: Any, optimizer: Any, tmp_path: Path, first: str) -> None:
+def test_a_step_that_the_scaler_skips_does_not_shift_losses(
+    model: Any, optimizer: Any, tmp_path: Path, first: str
+) -> None:
     lens, scaler = Lens(tmp_path / "lens"), torch.amp.GradScaler("cpu", init_scale=1024.0)
     losses = []
     with lens.watch(model, optimizer, scaler=scaler):
@@ -99,7 +101,7 @@ def test_a_step_that_a_scaler_leaves_out_shifts_no_loss(model: Any, optimizer: A
     assert store.series("adapter_gradients", "self_check").values.max() <= 1e-5
 
 
-def test_a_loss_for_each_micro_batch_is_told(
+def test_a_loss_for_each_micro_batch_is_warned_about(
     model: Any, optimizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lens = Lens(tmp_path / "lens")
@@ -112,7 +114,7 @@ def test_a_loss_for_each_micro_batch_is_told(
     assert LensStore(tmp_path / "lens").series("loss", "loss").steps.tolist() == [1, 2]
 
 
-def test_without_losses_all_else_is_captured_and_the_probe_comes(model: Any, optimizer: Any, tmp_path: Path) -> None:
+def test_without_losses_everything_else_is_captured(model: Any, optimizer: Any, tmp_path: Path) -> None:
     lens = Lens(tmp_path / "lens", LensSection(probe_every=2), probe={"input_ids": ids(0)})
     with lens.watch(model, optimizer):
         for step in range(STEPS):
@@ -123,9 +125,7 @@ def test_without_losses_all_else_is_captured_and_the_probe_comes(model: Any, opt
     assert "loss" not in store.tables()
 
 
-def test_weights_that_the_loop_changes_between_steps_are_those_of_the_next_gradients(
-    model: Any, optimizer: Any, tmp_path: Path
-) -> None:
+def test_weights_changed_between_steps_belong_to_the_next_gradients(model: Any, optimizer: Any, tmp_path: Path) -> None:
     lens = Lens(tmp_path / "lens")
     with lens.watch(model, optimizer):
         for step in range(STEPS):
@@ -137,7 +137,7 @@ def test_weights_that_the_loop_changes_between_steps_are_those_of_the_next_gradi
     assert LensStore(tmp_path / "lens").series("adapter_gradients", "self_check").values.max() <= 1e-5
 
 
-def test_an_optimizer_of_other_parameters_is_refused_and_of_some_is_told(
+def test_an_optimizer_without_adapter_parameters_is_refused(
     model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lens = Lens(tmp_path / "lens")
@@ -152,7 +152,7 @@ def test_an_optimizer_of_other_parameters_is_refused_and_of_some_is_told(
     assert np.isfinite(rms.series("optimizer_state", "update_rms_b").values).all()
 
 
-def test_an_optimizer_that_never_steps_is_told(model: Any, optimizer: Any, tmp_path: Path) -> None:
+def test_an_optimizer_that_never_steps_is_an_error(model: Any, optimizer: Any, tmp_path: Path) -> None:
     with pytest.raises(LensError, match="never stepped"), Lens(tmp_path).watch(model, optimizer):
         pass
     facts = RunFacts(after_step=4)
@@ -160,9 +160,7 @@ def test_an_optimizer_that_never_steps_is_told(model: Any, optimizer: Any, tmp_p
         pass
 
 
-def test_an_exception_in_the_block_keeps_what_was_captured_and_takes_the_hooks_off(
-    model: Any, optimizer: Any, tmp_path: Path
-) -> None:
+def test_an_exception_in_the_block_keeps_captures_and_removes_hooks(model: Any, optimizer: Any, tmp_path: Path) -> None:
     lens = Lens(tmp_path / "lens")
     with pytest.raises(KeyError), lens.watch(model, optimizer):
         plain_loop(model, optimizer, lens)
@@ -173,7 +171,7 @@ def test_an_exception_in_the_block_keeps_what_was_captured_and_takes_the_hooks_o
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
-def test_a_second_run_in_the_folder_replaces_the_first_with_a_word_and_a_resumed_one_goes_on(
+def test_a_second_run_in_a_folder_replaces_the_first_with_a_warning(
     model: Any, optimizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lens = Lens(tmp_path / "lens")
@@ -188,7 +186,7 @@ def test_a_second_run_in_the_folder_replaces_the_first_with_a_word_and_a_resumed
     assert "are replaced" in caplog.text
 
 
-def test_stacks_that_fail_end_the_capture_and_not_the_run(
+def test_a_failing_batch_ends_the_capture_and_not_the_run(
     model: Any, optimizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lens = Lens(tmp_path / "lens")
@@ -202,7 +200,7 @@ def test_stacks_that_fail_end_the_capture_and_not_the_run(
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_the_probes_tokens_are_kept_only_where_the_config_asks(
+def test_probe_tokens_are_saved_only_with_keep_probe(
     model: Any, optimizer: Any, tmp_path: Path, keep: bool, loaded: Callable[[Path], dict[str, torch.Tensor]]
 ) -> None:
     folder = tmp_path / "lens"

@@ -196,7 +196,7 @@ def test_the_lens_changes_no_bit_of_the_adapter(small_config: Config) -> None:
     assert adapters[0] == adapters[1]
 
 
-def test_a_resumed_run_goes_on_with_its_captures(small_config: Config) -> None:
+def test_a_resumed_run_continues_its_captures(small_config: Config) -> None:
     from training_lens.errors import InterruptedRunError
     from training_lens.training.loop.callbacks import Callback
 
@@ -217,7 +217,9 @@ def test_a_resumed_run_goes_on_with_its_captures(small_config: Config) -> None:
 
 
 @pytest.mark.parametrize(("section", "steps"), [({}, [1, 2, 3, 4]), ({"scalars_every": 50}, [1, 4])], ids=str)
-def test_a_run_that_fails_keeps_what_led_to_it(section: dict[str, Any], steps: list[int], small_config: Config) -> None:
+def test_a_failed_run_keeps_the_captures_of_its_last_step(
+    section: dict[str, Any], steps: list[int], small_config: Config
+) -> None:
     from training_lens.errors import TrainingError
     from training_lens.training.loop.callbacks import Callback
 
@@ -243,7 +245,7 @@ def test_a_model_without_an_adapter_is_refused_before_the_first_step(tmp_path: P
         raise AssertionError("the block must not be entered")
 
 
-def test_a_collector_that_fails_is_off_and_the_rest_goes_on(
+def test_a_failing_collector_is_switched_off_and_the_rest_continue(
     own: OwnRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     from training_lens.core.collector import CaptureContext, DataCollector

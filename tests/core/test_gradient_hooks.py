@@ -1,4 +1,4 @@
-"""Hooks of a foreign loop see what was there before clipping, and the raw loss."""
+"""Hooks on another loop read gradients before clipping, and the raw loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from training_lens.core.gradient_hooks import GradientHooks, LossHook
 
 
-def test_a_tap_keeps_the_sum_of_micro_batches_before_clipping() -> None:
+def test_hooks_keep_the_sum_of_micro_batches_before_clipping() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     hooks = GradientHooks([weight])
     for scale in (1.0, 2.0):
@@ -42,7 +42,7 @@ def test_a_parameter_that_only_an_early_micro_batch_reaches_keeps_that_gradient(
     assert all(kept is not None and kept.tolist() == [1.0, 1.0] for kept in (hooks(expert), hooks(other)))
 
 
-def test_a_tap_takes_the_scalers_scale_off_and_asks_for_it_once_a_step() -> None:
+def test_hooks_unscale_gradients_and_read_the_scale_once_a_step() -> None:
     weights, asked = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)], []
     hooks = GradientHooks(weights, lambda: asked.append(1) or 1024.0)
     for step in (1, 2):
@@ -52,7 +52,7 @@ def test_a_tap_takes_the_scalers_scale_off_and_asks_for_it_once_a_step() -> None
         hooks.clear()
 
 
-def test_a_frozen_parameter_has_nothing_to_keep() -> None:
+def test_a_frozen_parameter_has_no_hook() -> None:
     frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
     assert GradientHooks([frozen])(frozen) is None
 
@@ -92,7 +92,7 @@ def test_log_probabilities_are_divided_by_their_labels() -> None:
     assert taken is not None and float(taken) == 2.0
 
 
-def test_a_loss_that_training_does_not_go_back_through_is_not_taken_for_its_own() -> None:
+def test_a_loss_without_a_backward_pass_does_not_count() -> None:
     model = Answers().train()
     hooks = LossHook(model)
     other = number(2.0)
@@ -103,7 +103,7 @@ def test_a_loss_that_training_does_not_go_back_through_is_not_taken_for_its_own(
     assert hooks.take_loss() is None
 
 
-def test_a_nan_loss_stays_nan_and_judging_is_not_read() -> None:
+def test_a_nan_loss_stays_nan_and_validation_is_not_read() -> None:
     model = Answers().train()
     hooks = LossHook(model)
     model(SimpleNamespace(loss=number(torch.nan))).loss.backward()

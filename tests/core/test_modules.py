@@ -1,4 +1,4 @@
-"""Adapted modules are found whatever they are called, once each; a model without any says what it is."""
+"""Adapted modules are found whatever their names, once each; a model without any is refused with the reason."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def gpt2() -> Any:
     return AutoModelForCausalLM.from_config(GPT2Config(vocab_size=61, n_embd=32, n_layer=1, n_head=4))
 
 
-def test_records_say_where_and_what_each_module_is() -> None:
+def test_records_have_each_modules_layer_and_kind() -> None:
     modules = adapter_modules(attach(llama(), PeftSection(r=3, lora_alpha=6.0)))
     assert len(modules) == 14
     record = modules[11].record
@@ -44,7 +44,7 @@ def test_records_say_where_and_what_each_module_is() -> None:
     ("section", "variant", "parts"),
     [({"use_dora": True}, "dora", 3), ({"init": "pissa"}, "pissa", 2), ({"variant": "rslora"}, "lora", 2)],
 )
-def test_variants_are_told_by_what_they_have(section: dict[str, Any], variant: str, parts: int) -> None:
+def test_variants_are_recognized_by_their_parameters(section: dict[str, Any], variant: str, parts: int) -> None:
     modules = adapter_modules(attach(llama(), PeftSection.model_validate({"r": 4, "lora_alpha": 8.0, **section})))
     assert {m.record.variant for m in modules} == {variant} and {m.record.rank for m in modules} == {4}
     assert {len(m.trained_parameters) for m in modules} == {parts} and all(
@@ -71,7 +71,7 @@ def test_layers_of_another_family_are_numbered() -> None:
 
 
 @pytest.mark.parametrize("name", ["c_attn", "c_fc"])
-def test_the_frozen_weight_is_out_by_in_whatever_the_layer_keeps(name: str) -> None:
+def test_the_frozen_weight_is_out_by_in_for_every_layer_type(name: str) -> None:
     model = gpt2()
     layer = dict(model.named_modules())["transformer.h.0." + ("attn." if name == "c_attn" else "mlp.") + name]
     x = torch.randn(5, 32)
@@ -80,7 +80,7 @@ def test_the_frozen_weight_is_out_by_in_whatever_the_layer_keeps(name: str) -> N
     torch.testing.assert_close(x @ module.base_weight().T, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_square_weight_of_conv1d_is_turned_too() -> None:
+def test_a_square_conv1d_weight_is_transposed_too() -> None:
     model = gpt2()
     layer = model.transformer.h[0].attn.c_proj
     x = torch.randn(5, 32)
@@ -96,7 +96,7 @@ def test_an_embedding_is_a_map_from_tokens() -> None:
     assert weight is not None and weight.shape == (32, 61)
 
 
-def test_of_several_adapters_those_that_train() -> None:
+def test_of_several_adapters_the_training_ones_are_found() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
@@ -127,7 +127,7 @@ def test_a_shared_factor_counts_once() -> None:
     assert len(adapter_modules(model)) == 1
 
 
-def test_nothing_to_watch_is_an_error_that_says_why() -> None:
+def test_a_model_without_lora_is_an_error_with_the_reason() -> None:
     from peft import IA3Config, get_peft_model
 
     with pytest.raises(
@@ -141,7 +141,7 @@ def test_nothing_to_watch_is_an_error_that_says_why() -> None:
         adapter_modules(ia3)
 
 
-def test_stacks_join_in_the_models_order() -> None:
+def test_batches_restore_the_models_order() -> None:
     model = attach(llama(), PeftSection(r=3, rank_pattern={"k_proj": 2}, use_dora=True))
     modules = adapter_modules(model)
     groups = ModuleBatches(modules)
@@ -157,7 +157,7 @@ def test_stacks_join_in_the_models_order() -> None:
     assert has == list(next(iter(groups)).positions)
 
 
-def test_stacks_are_copies_in_float32_with_zero_for_no_gradient() -> None:
+def test_batches_are_float32_copies_with_zeros_for_missing_gradients() -> None:
     model = attach(llama(), PeftSection(r=3, target_modules=["q_proj"], use_dora=True)).to(torch.bfloat16)
     modules = adapter_modules(model)
     (group,) = ModuleBatches(modules)
@@ -169,7 +169,7 @@ def test_stacks_are_copies_in_float32_with_zero_for_no_gradient() -> None:
     assert not gradients.b[0].any() and gradients.b[1].all() and gradients.magnitude is not None
 
 
-def test_whole_stacks_have_pissas_frozen_halves() -> None:
+def test_full_factors_include_pissas_frozen_halves() -> None:
     modules = adapter_modules(attach(llama(), PeftSection(r=3, init="pissa", target_modules=["q_proj"])))
     (group,) = ModuleBatches(modules)
     whole = group.full_factors(group.copy_weights())
@@ -178,7 +178,7 @@ def test_whole_stacks_have_pissas_frozen_halves() -> None:
         assert torch.equal(whole.a[i], a) and torch.equal(whole.b[i], b)
 
 
-def test_what_wraps_a_model_is_no_part_of_the_names() -> None:
+def test_wrappers_are_stripped_from_names() -> None:
     model = attach(llama(), PeftSection(r=3))
     bare = [m.name for m in adapter_modules(model)]
     compiled = torch.compile(model, backend="eager")
@@ -199,7 +199,7 @@ def test_what_wraps_a_model_is_no_part_of_the_names() -> None:
     ],
     ids=str,
 )
-def test_a_fresh_adapter_adds_nothing_until_one_number_of_it_moves(section: dict[str, Any], nothing: bool) -> None:
+def test_a_fresh_adapter_is_the_identity_until_one_number_changes(section: dict[str, Any], nothing: bool) -> None:
     model = attach(llama(), PeftSection.model_validate({"r": 3, **section}))
     assert is_identity_adapter(model) is nothing
     module = adapter_modules(model)[-1]
@@ -208,7 +208,7 @@ def test_a_fresh_adapter_adds_nothing_until_one_number_of_it_moves(section: dict
 
 
 @pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}], ids=str)
-def test_of_what_is_no_lora_it_is_not_told_that_it_adds_nothing(more: dict[str, Any]) -> None:
+def test_only_lora_counts_as_an_identity_adapter(more: dict[str, Any]) -> None:
     from peft import LoraConfig, get_peft_model
 
     assert not is_identity_adapter(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], **more)))

@@ -1,4 +1,4 @@
-"""A probe set keeps real tokens alone, and a model that was judged is as it was."""
+"""A probe set holds real tokens only, and evaluation leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import LensError
 
 
-def test_padding_goes_to_the_right_whichever_side_it_was() -> None:
+def test_padding_on_either_side_moves_to_the_right() -> None:
     batch = {
         "input_ids": torch.tensor([[0, 0, 5, 6], [7, 8, 9, 0]]),
         "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]),
@@ -27,7 +27,7 @@ def test_padding_goes_to_the_right_whichever_side_it_was() -> None:
     assert probe.token_counts() == {"examples": 2, "tokens": 5, "supervised_tokens": 3}
 
 
-def test_rows_without_labels_are_supervised_whole() -> None:
+def test_rows_without_labels_are_fully_supervised() -> None:
     probe = Probe.from_batch([{"input_ids": [3, 4]}, {"input_ids": [5, 6, 7]}])
     assert torch.equal(probe.loss_mask, probe.attention_mask) and probe.lengths.tolist() == [2, 3]
 
@@ -42,7 +42,7 @@ def test_rows_without_labels_are_supervised_whole() -> None:
         ({}, "no example of two tokens"),
     ],
 )
-def test_a_batch_that_is_none_is_said(batch: Any, said: str) -> None:
+def test_an_unusable_batch_is_refused(batch: Any, said: str) -> None:
     with pytest.raises(LensError, match=said):
         Probe.from_batch(batch)
 
@@ -64,11 +64,11 @@ def test_the_first_examples_that_fit_are_taken_and_one_always(tokens: int, wante
     assert probe.input_ids[0].tolist()[: wanted[0]] == list(range(1, wanted[0] + 1))
 
 
-def test_no_tokens_are_no_probe() -> None:
+def test_zero_tokens_give_no_probe() -> None:
     assert Probe.from_dataset(dataset(4), 0, fill_id=0) is None
 
 
-def test_a_judged_model_is_as_it_was() -> None:
+def test_evaluation_mode_restores_training_modes() -> None:
     model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
     model[2].eval()
     with evaluation_mode(model):

@@ -39,7 +39,7 @@ def registries() -> Iterator[None]:
         registry._classes.update(classes)
 
 
-def test_the_built_in_ones_are_there() -> None:
+def test_the_built_in_classes_are_registered() -> None:
     assert {"adapter_weights", "adapter_gradients", "lora_activations", "activations"} <= set(CollectorRegistry.names())
     assert {"weights", "gradients", "activations", "convergence", "similarity"} <= set(AnalyzerRegistry.names())
 
@@ -76,12 +76,12 @@ def test_two_classes_of_one_name_are_refused() -> None:
         CollectorRegistry.register(Other)
 
 
-def test_an_unknown_name_is_told_with_the_nearest() -> None:
+def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(ConfigurationError, match="Did you mean adapter_weights"):
         CollectorRegistry.get("adapter_weight")
 
 
-def test_a_package_adds_its_own_by_an_entry_point_and_a_broken_one_is_passed_over(tmp_path: Path) -> None:
+def test_entry_points_are_loaded_and_broken_ones_skipped(tmp_path: Path) -> None:
     (tmp_path / "plugin.py").write_text(PLUGIN)
     (tmp_path / "broken.py").write_text(BROKEN)
     info = tmp_path / "plugin-1.0.dist-info"

@@ -1,4 +1,4 @@
-"""The lens's store: what was captured is read back as it was, within bounds, and past whatever broke."""
+"""The store returns captures unchanged, within its size limits, and skips damaged files."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_table_in_memory_reads_as_one_from_disk(folder: Path) -> None:
     )
 
 
-def test_what_was_flushed_is_readable_while_training_goes_on(folder: Path) -> None:
+def test_flushed_captures_are_readable_while_training_runs(folder: Path) -> None:
     lens = writer(folder)
     store = LensStore(folder)
     assert store.tables() == ()
@@ -169,7 +169,7 @@ def test_captures_are_copies_without_the_model(folder: Path) -> None:
     assert (store.snapshot("weights", 1)["w"] == 1).all()
 
 
-def test_not_a_number_and_infinity_are_kept_as_they_are(folder: Path) -> None:
+def test_nan_and_infinity_are_stored_unchanged(folder: Path) -> None:
     lens = writer(folder)
     odd = torch.tensor([float("nan"), float("inf"), -float("inf")])
     lens.add("weights", 1, Captured({"norm": odd}, {"spectrum": [odd] * 3}, {"a": odd}, ROWS))
@@ -286,7 +286,7 @@ def test_a_resumed_run_drops_later_steps(folder: Path, after_step: int) -> None:
     assert_exact(folder, list(range(1, 24)))
 
 
-def test_a_fresh_start_drops_all_that_was_captured_and_nothing_else(folder: Path) -> None:
+def test_a_new_run_drops_all_captures_and_nothing_else(folder: Path) -> None:
     lens = captured_run(folder, range(1, 8))
     lens.add("weights", 0, Captured(norms(0).scalars, tensors={"a": torch.ones(2)}, rows=ROWS))
     lens.close({"weights": 1.0})
@@ -298,7 +298,7 @@ def test_a_fresh_start_drops_all_that_was_captured_and_nothing_else(folder: Path
     assert (folder / "notes.txt").is_file() and (folder / "weights" / "notes.parquet").is_file()
 
 
-def test_damaged_files_are_named_and_passed_over(folder: Path, logged: pytest.LogCaptureFixture) -> None:
+def test_damaged_files_are_named_and_skipped(folder: Path, logged: pytest.LogCaptureFixture) -> None:
     lens = captured_run(folder, range(1, 16))
     for step in (5, 10):
         lens.add("weights", step, Captured(tensors={"a": torch.ones(200)}))
@@ -328,7 +328,7 @@ def captures_with_snapshots(folder: Path, **section: float) -> None:
     lens.close()
 
 
-def test_each_file_of_captures_that_is_deleted_is_missed(folder: Path, logged: pytest.LogCaptureFixture) -> None:
+def test_every_deleted_capture_file_is_noticed(folder: Path, logged: pytest.LogCaptureFixture) -> None:
     captures_with_snapshots(folder)
     paths = [*folder.glob("*/*.parquet"), *folder.glob("*/*.safetensors")]
     assert len(paths) == 9 and not LensStore(folder).damaged
@@ -342,7 +342,7 @@ def test_each_file_of_captures_that_is_deleted_is_missed(folder: Path, logged: p
 
 
 @pytest.mark.parametrize("after_step", [3, 12, 30])
-def test_what_is_missing_stays_known_after_a_resume(folder: Path, after_step: int) -> None:
+def test_missing_files_stay_known_after_a_resume(folder: Path, after_step: int) -> None:
     captures_with_snapshots(folder)
     for name in ("00000001-00000005.parquet", "00000011-00000015.parquet", "step-00000010.safetensors"):
         (folder / "weights" / name).unlink()
@@ -361,7 +361,7 @@ def test_what_is_missing_stays_known_after_a_resume(folder: Path, after_step: in
     assert set(LensStore(folder).damaged) == lost
 
 
-def test_what_was_merged_thinned_or_dropped_is_not_missed(folder: Path) -> None:
+def test_merged_thinned_and_dropped_files_do_not_count_as_missing(folder: Path) -> None:
     many = writer(folder)
     for step in range(1, 2 * MAX_SEGMENTS):
         many.add("weights", step, norms(step))
@@ -375,9 +375,7 @@ def test_what_was_merged_thinned_or_dropped_is_not_missed(folder: Path) -> None:
     assert len(LensStore(folder).snapshot_steps("weights")) < 10 and not LensStore(folder).damaged
 
 
-def test_a_damaged_list_of_captures_is_no_sign_that_they_are_there(
-    folder: Path, logged: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_file_list_is_reported(folder: Path, logged: pytest.LogCaptureFixture) -> None:
     captures_with_snapshots(folder)
     listing = folder / "files.json"
     listing.write_text(listing.read_text().replace("00000005", "00000006", 1))
@@ -443,7 +441,7 @@ def wide_run(folder: Path, steps: int, megabytes: int, every: int) -> tuple[Lens
     return lens, lambda step: made(step)[0].numpy()
 
 
-def test_thinning_keeps_within_the_limit_and_what_is_left_is_exact(folder: Path) -> None:
+def test_thinning_keeps_the_limit_and_the_rest_stays_exact(folder: Path) -> None:
     _, made = wide_run(folder, steps=1200, megabytes=1, every=7)
     on_disk = sum(path.stat().st_size for path in (folder / "weights").glob("*.parquet"))
     assert 300_000 < on_disk <= 1_000_000
@@ -468,7 +466,7 @@ def test_one_flush_over_the_limit_is_thinned_too(folder: Path) -> None:
     assert LensStore(folder).series("weights", "norm").steps.tolist() == [1, *range(4, 601, 4)]
 
 
-def test_thinning_goes_on_after_a_resume(folder: Path) -> None:
+def test_thinning_continues_after_a_resume(folder: Path) -> None:
     wide_run(folder, steps=400, megabytes=1, every=7)
     stride = SegmentedTable(folder / "weights", 400).stride
     assert stride > 1
@@ -589,17 +587,17 @@ def test_values_that_do_not_fit_their_rows_are_refused(folder: Path, captured: C
         Captured({"a": torch.ones(2)}, rows=("x", "x")),
     ],
 )
-def test_names_that_are_taken_are_refused(captured: Captured) -> None:
+def test_duplicate_names_are_refused(captured: Captured) -> None:
     with pytest.raises(LensError, match=r"are called '(step|a|x)'"):
         arrow_table([(1, captured)])
 
 
-def test_a_table_is_named_as_a_folder_is(folder: Path) -> None:
+def test_a_table_name_must_be_a_folder_name(folder: Path) -> None:
     with pytest.raises(LensError, match="cannot name a table"):
         writer(folder).add("../weights", 1, norms(1))
 
 
-def test_unknown_names_bring_the_nearest(folder: Path) -> None:
+def test_unknown_names_suggest_the_nearest(folder: Path) -> None:
     captured_run(folder, range(1, 3))
     store = LensStore(folder)
     with pytest.raises(LensError, match="no table 'weight'; did you mean 'weights'"):
@@ -612,7 +610,7 @@ def test_unknown_names_bring_the_nearest(folder: Path) -> None:
         extract_series(arrow_table([(1, Captured(vectors={"s": [torch.ones(1)]}))]), "s")
 
 
-def test_numbers_and_vectors_of_one_name_are_told(folder: Path) -> None:
+def test_numbers_and_vectors_of_one_name_are_refused(folder: Path) -> None:
     lens = writer(folder)
     for step, captured in enumerate([norms(1), Captured(vectors={"norm": [torch.ones(1)] * 3}, rows=ROWS)], 1):
         lens.add("weights", step, captured)
@@ -645,7 +643,7 @@ def files_of_at_most(size_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_told_and_what_was_not_written_stays_pending(folder: Path) -> None:
+def test_a_full_disk_is_an_error_and_unwritten_captures_stay_pending(folder: Path) -> None:
     lens = captured_run(folder, range(1, 6))
     lens.add("weights", 6, Captured(norms(6).scalars, tensors={"a": torch.ones(5000)}, rows=ROWS))
     for most_bytes, steps in ((100, 5), (10_000, 6)):  # too small for a segment; for the snapshot alone

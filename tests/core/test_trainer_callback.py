@@ -1,4 +1,4 @@
-"""The HF Trainer's own turns: judging before training, the best model at the end, breaking off, two processes."""
+"""The HF Trainer's special cases: evaluation before training, the best model at the end, failures, two processes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def lens(tmp_path: Path) -> TrainingLensFramework:
     return TrainingLensFramework(tmp_path / "lens")
 
 
-def test_run_evaluation_before_training_is_no_matter_of_the_lens(lens: TrainingLensFramework, tmp_path: Path) -> None:
+def test_evaluation_before_training_is_ignored(lens: TrainingLensFramework, tmp_path: Path) -> None:
     trainer = trainer_with(lens, tmp_path)
     trainer.evaluate()
     trainer.train()
@@ -65,7 +65,7 @@ def test_run_evaluation_before_training_is_no_matter_of_the_lens(lens: TrainingL
     assert store.manifest.settings["steps_per_epoch"] == STEPS
 
 
-def test_the_last_snapshot_is_of_the_last_step_though_the_best_model_was_put_back(tmp_path: Path) -> None:
+def test_the_last_snapshot_is_of_the_last_step_not_of_the_best_model(tmp_path: Path) -> None:
     lens = TrainingLensFramework(tmp_path / "lens", LensSection(snapshot_every=2))
     every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
     most = {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # so that the first is the best
@@ -80,7 +80,7 @@ def test_the_last_snapshot_is_of_the_last_step_though_the_best_model_was_put_bac
         assert float(last[f"{name}.b"].norm()) == pytest.approx(norms.column(name)[2], rel=1e-5)
 
 
-def test_a_loss_that_the_trainer_makes_itself_is_left_out_and_told(
+def test_a_trainers_own_loss_is_left_out_with_a_warning(
     lens: TrainingLensFramework, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer_with(lens, tmp_path, label_smoothing_factor=0.1).train()
@@ -90,9 +90,7 @@ def test_a_loss_that_the_trainer_makes_itself_is_left_out_and_told(
     assert "saw no training loss" in caplog.text
 
 
-def test_resumed_or_begun_anew_after_breaking_off_nothing_is_captured_twice(
-    lens: TrainingLensFramework, tmp_path: Path
-) -> None:
+def test_after_a_failed_training_nothing_is_captured_twice(lens: TrainingLensFramework, tmp_path: Path) -> None:
     from transformers import TrainerCallback
 
     class Break(TrainerCallback):
@@ -126,7 +124,7 @@ trainer_with(TrainingLensFramework(folder / "lens"), folder, ddp_backend="gloo",
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_captures_and_says_no_loss_or_norm_that_it_does_not_know(
+def test_of_two_processes_one_captures_and_leaves_unknown_values_out(
     tmp_path: Path, unused_port: Callable[[], int]
 ) -> None:
     around = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port()), "WORLD_SIZE": "2"}

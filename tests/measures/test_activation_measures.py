@@ -78,7 +78,7 @@ def _hsic_unbiased(x: Tensor, y: Tensor) -> Tensor:
     return ((k * l).sum() + middle - 2 / (n - 2) * (one @ k @ l @ one)) / (n * (n - 3))
 
 
-def test_too_few_samples_say_nothing() -> None:
+def test_too_few_samples_give_nan() -> None:
     assert linear_cka(normal(2, 3, 5), normal(2, 3, 5)).value.isnan().tolist() == [True, True]
     assert linear_cka(normal(4, 5), normal(4, 5)).value == 1.0
     assert linear_cka(torch.ones(6, 5), normal(6, 5)).value.isnan()

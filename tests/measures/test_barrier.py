@@ -1,4 +1,4 @@
-"""Mixes are exact, losses between two ends have known barriers, truncation is the best there is."""
+"""Interpolation is exact, barriers of known losses are known, and truncation is optimal."""
 
 from __future__ import annotations
 

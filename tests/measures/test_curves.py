@@ -1,4 +1,4 @@
-"""Curves that are made give back what they were made of; noise stays within the error that is told."""
+"""Fits recover the curves that were generated, and noise stays within the standard errors."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def test_the_error_of_a_slope_covers_its_noise() -> None:
     assert abs(away.mean()) < 0.2 and away.std() == pytest.approx(1, abs=0.15)
 
 
-def test_points_that_are_none_are_left_out() -> None:
+def test_nonfinite_points_are_left_out() -> None:
     steps, values = np.array([0, 1, 2, 4, 8]), np.array([99.0, 1.0, np.nan, 3.0, np.inf])
     slope, error = trend(steps, values)
     assert slope == pytest.approx(2 / math.log(4)) and math.isnan(error)  # two points have no error
 
 
 @pytest.mark.parametrize("steps", [[], [5], [5, 5, 5]])
-def test_a_slope_that_the_points_do_not_decide_is_nan(steps: list[int]) -> None:
+def test_an_undetermined_slope_is_nan(steps: list[int]) -> None:
     estimate = trend(np.array(steps, dtype=np.int64), np.ones(len(steps)))
     assert math.isnan(estimate.value) and math.isnan(estimate.error)
     assert math.isnan(remaining_gain(np.array(steps, dtype=np.int64), np.ones(len(steps)), 100).value)
 
 
-def test_the_gain_that_is_left_is_that_of_the_line() -> None:
+def test_the_remaining_gain_is_that_of_the_line() -> None:
     steps = np.arange(1, 101)
     line = 3 - 0.2 * np.log(steps)
     assert remaining_gain(steps, line, 400).value == pytest.approx(0.2 * math.log(4))

@@ -1,4 +1,4 @@
-"""Gradients of a real backward pass fulfil the identity; what the measures say has an answer known beforehand."""
+"""Gradients of a real backward pass satisfy the identity; every measure has a known answer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def lora_gradients(variant: str, micro_batches: int = 2) -> tuple[Tensor, Tensor
 
 
 @pytest.mark.parametrize("variant", ["lora", "dropout", "dora"])
-def test_a_whole_capture_fulfils_the_identity(variant: str) -> None:
+def test_a_complete_capture_satisfies_the_identity(variant: str) -> None:
     torch.manual_seed(0)
     a, b, grad_a, grad_b = lora_gradients(variant)
     assert self_check(a, b, grad_a, grad_b) < 1e-6
@@ -96,7 +96,7 @@ def test_the_noise_scale_of_normal_gradients() -> None:
     torch.testing.assert_close(averaged.scale, torch.tensor(50 * 4 / 12.5), rtol=0.03, atol=0)
 
 
-def test_a_noise_scale_that_cannot_be_told_is_nan() -> None:
+def test_an_undetermined_noise_scale_is_nan() -> None:
     drowned = noise_scale(torch.tensor([9.0, 2.0]), torch.tensor([1.0, 1.5]), 1, 2)
     assert drowned.signal.tolist() == [-7.0, 1.0] and drowned.scale[0].isnan() and drowned.scale[1] == 1.0
     single = noise_scale(torch.tensor(2.0), torch.tensor(2.0), 8, 8)

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the measures do what they say."""
+"""The examples in the docstrings of the measures are correct."""
 
 from __future__ import annotations
 

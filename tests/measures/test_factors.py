@@ -1,4 +1,4 @@
-"""Products of factors equal those of the dense matrices; what holds NaN comes back as NaN and stops nobody."""
+"""Products of factors equal those of dense matrices; NaN gives NaN and raises nothing."""
 
 from __future__ import annotations
 

@@ -280,7 +280,7 @@ def test_nan_in_one_module_stays_there() -> None:
         assert values[0].isnan() and values[1].isfinite()
 
 
-def test_nothing_measured_is_nothing_and_no_error() -> None:
+def test_empty_batches_give_empty_measures() -> None:
     a, b = factors(12, 10, 3, (2,))
     b = torch.zeros_like(b)
     assert not singular_values(a, b, 1.0).any() and not update_norm(a, b, 1.0).any()

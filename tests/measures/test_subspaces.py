@@ -1,4 +1,4 @@
-"""Subspaces and angles that are known by construction, and the dense float64 answer elsewhere."""
+"""Subspaces and angles known by construction, or computed densely in float64."""
 
 from __future__ import annotations
 
