@@ -101,7 +101,7 @@ def side_by_side(model: Path, shared: Path, folder: Path, steps: int) -> dict[st
     watched._notify_callbacks("on_train_start")
     started = lens.capture_seconds
     taken: dict[str, list[float]] = {"plain": [], "lens": []}
-    for plan in islice(plain.schedule.steps(), steps):
+    for plan in islice(plain.schedule.iterate_steps(), steps):
         order = [("plain", plain), ("lens", watched)]
         for name, trainer in order if plan.number % 2 else reversed(order):
             begun = time.perf_counter()
@@ -161,7 +161,7 @@ def train_some(model: Path, shared: Path, folder: Path, lens: bool) -> None:
     """Four steps, whole: what `peak_of` measures."""
     trainer, _ = assembled(configured(model, shared, folder), folder / f"memory-{int(lens)}", lens)
     trainer._notify_callbacks("on_train_start")
-    for plan in islice(trainer.schedule.steps(), 4):
+    for plan in islice(trainer.schedule.iterate_steps(), 4):
         report = trainer.train_step(plan)
         trainer._count_step(report)
         trainer._notify_callbacks("on_step_end", report)

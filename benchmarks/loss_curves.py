@@ -77,7 +77,7 @@ def losses(config: TrainingConfig, fused: bool) -> np.ndarray:
     if not fused:
         trainer.engine = PlainEngine(trainer.model)  # type: ignore[assignment]
         trainer.dataloader = DataLoader(plan.train, plan.processes, trainer.pad_id, is_packed=False)
-    return np.array([trainer.train_step(step).loss for step in plan.schedule.steps()])
+    return np.array([trainer.train_step(step).loss for step in plan.schedule.iterate_steps()])
 
 
 def smoothed(curve: np.ndarray) -> np.ndarray:
