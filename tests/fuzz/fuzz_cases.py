@@ -90,11 +90,12 @@ def config_file(world: World, folder: Path, draw: random.Random) -> Call:
 
 def arguments(world: World, folder: Path, draw: random.Random) -> Call:
     from training_lens.cli.common import load_config
+    from training_lens.cli.options import CommandOptions
 
     words = [f"{section}.{key}={json.dumps(value)}" for section, keys in CONFIG.items() for key, value in keys.items()]
     chosen = [change_text(word, WORDS, draw) for word in draw.sample(words, draw.choice((1, 2, 4)))]
     if draw.random() < 0.5:
-        return lambda: load_config(None, chosen)
+        return lambda: load_config(CommandOptions(overrides=chosen))
     name = change_text("20260101T000000Z-abcd", WORDS, draw)
     reading = draw.choice(("experiment show", "report", "analyze", "export", "experiment delete", "sync"))
     return command([*reading.split(), name, f"output.base_output_dir={folder}/outputs"])

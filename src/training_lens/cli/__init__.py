@@ -35,17 +35,22 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = (
-    *(init, prepare, validate, train, evaluate, baseline, compare, infer, benchmark, merge, sweep),
-    *(analyze, report, export, push, sync, doctor),
-)
-for command in COMMANDS:
-    add_command(cli)(command)
-cli.add_typer(experiment)
+COMMANDS = {
+    "Data": (prepare,),
+    "Train": (init, validate, train, sweep),
+    "Evaluate": (evaluate, baseline, compare, infer),
+    "Look inside": (analyze, report, export),
+    "Ship": (merge, benchmark, push),
+    "Runs": (sync, doctor),
+}
+for panel, commands in COMMANDS.items():
+    for command in commands:
+        add_command(cli, panel=panel)(command)
+cli.add_typer(experiment, rich_help_panel="Runs")
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
         from training_lens import __version__
 
         print(f"training-lens {__version__}")
@@ -58,7 +63,7 @@ Version = Annotated[
 
 
 @cli.callback()
-def describe(version: Version = False) -> None:
+def describe_command(version: Version = False) -> None:
     """LoRA fine-tuning of causal language models that you can trust and see inside."""
 
 

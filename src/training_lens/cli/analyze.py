@@ -8,18 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training_lens.cli.common import (
-    CONSENT,
-    ConfigFile,
-    Debug,
-    Json,
-    Overrides,
-    Screen,
-    command,
-    load_config,
-    print_table,
-)
-from training_lens.cli.lens import BaseFolder, RunPlace, opened_pair
+from training_lens.cli.common import CONSENT, Screen, command, load_config, print_table
+from training_lens.cli.lens import BaseFolder, RunPlace, open_analyzers
+from training_lens.cli.options import CommandOptions
 
 if TYPE_CHECKING:
     from training_lens.analysis.checkpoint_analyzer import AdapterComparison, Analysis, CheckpointAnalyzer
@@ -49,33 +40,31 @@ ALIKE = (
 
 def analyze(
     run: RunPlace = "latest",
-    overrides: Overrides = None,
+    *,
     against: Against = None,
     check_rank: CheckRank = False,
     base: BaseFolder = None,
-    config: ConfigFile = None,
-    json: Json = False,
-    debug: Debug = False,
+    options: CommandOptions,
 ) -> None:
     """Say what an adapter did while it trained, and what is wrong, with evidence: finished, running or broken off.
 
     Examples: training-lens analyze; training-lens analyze RUN --check-rank; training-lens analyze RUN --against RUN2;
     training-lens analyze path/to/trainer_output
     """
-    with command(json, debug) as screen:
-        consent = [word for word in overrides or [] if check_rank and word.startswith(CONSENT)]
-        others = [word for word in overrides or [] if word not in consent]
-        analyzer, other = opened_pair(run, against, others, config, base)
+    with command(options) as screen:
+        consent = [word for word in options.words if check_rank and word.startswith(CONSENT)]
+        others = options.with_words([word for word in options.words if word not in consent])
+        analyzer, other = open_analyzers(run, against, others, base)
         comparison = analyzer.compare(other) if other else None
         if check_rank:
-            _measure_rank(screen, analyzer, load_config(config, consent).explicit_values())
+            _measure_rank(screen, analyzer, load_config(options.with_words(consent)).explicit_values())
         analysis = analyzer.analyze()
-        _show(screen, analysis)
+        _show_analysis(screen, analysis)
         values = analysis.values()
         if comparison:
             _show_likeness(screen, comparison)
             values["against"] = comparison.values()
-        screen.result(values)
+        screen.print_result(values)
 
 
 def _measure_rank(screen: Screen, analyzer: CheckpointAnalyzer, given: dict[str, Any]) -> None:
@@ -96,10 +85,10 @@ def _measure_rank(screen: Screen, analyzer: CheckpointAnalyzer, given: dict[str,
     screen.console.print(f"{told} ({check.rows} rows)", markup=False)
     if check.rank_pattern:
         pattern = ", ".join(f"{name}: {rank}" for name, rank in check.rank_pattern.items())
-        screen.console.print(f"peft.rank_pattern={{{pattern}}}", markup=False, soft_wrap=True)
+        screen.print_line(f"peft.rank_pattern={{{pattern}}}")
 
 
-def _show(screen: Screen, analysis: Analysis) -> None:
+def _show_analysis(screen: Screen, analysis: Analysis) -> None:
     from rich.text import Text
 
     from training_lens.analysis.reports.executive import three_lines
@@ -148,13 +137,13 @@ def _show_layers(screen: Screen, weights: Mapping[str, Any]) -> None:
         number = None if layer == "outside" else int(layer)
         modules = [m for m in weights["modules"] if m["layer"] == number]
         forms = {"strength": "{:.2%}", "effective_rank": "{:.3g}", "energy_rank": "{:.3g}"}
-        typical = [_median(modules, measure, form) for measure, form in forms.items()]
+        typical = [_format_median(modules, measure, form) for measure, form in forms.items()]
         table.add_row(str(layer), f"{shares[layer]:.1%}", *typical)
     print_table(screen.console, table)
     screen.console.print(MEANING)
 
 
-def _median(modules: Sequence[Mapping[str, Any]], measure: str, form: str) -> str:
+def _format_median(modules: Sequence[Mapping[str, Any]], measure: str, form: str) -> str:
     from statistics import median
 
     known = [module[measure] for module in modules if module[measure] is not None]

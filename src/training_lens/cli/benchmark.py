@@ -6,11 +6,7 @@ from typing import TYPE_CHECKING
 
 from training_lens.cli.common import (
     OF_ANY_RUN,
-    ConfigFile,
-    Debug,
     FinishedRun,
-    Json,
-    Overrides,
     Screen,
     command,
     device_of,
@@ -19,6 +15,7 @@ from training_lens.cli.common import (
     refuse_unused,
 )
 from training_lens.cli.evaluation_output import send_to_trackers
+from training_lens.cli.options import CommandOptions
 from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
@@ -26,17 +23,15 @@ if TYPE_CHECKING:
 
 
 def benchmark(
-    overrides: Overrides = None,
     run: FinishedRun = "latest",
-    config: ConfigFile = None,
-    json: Json = False,
-    debug: Debug = False,
+    *,
+    options: CommandOptions,
 ) -> None:
     """Measure how fast base, adapter and merged model answer: time to first token, per token, latency, memory."""
-    with command(json, debug) as screen:
-        settings = load_config(config, overrides)
+    with command(options) as screen:
+        settings = load_config(options)
         refuse_unused(
-            overrides,
+            options.words,
             ("benchmark.", "output.", *OF_ANY_RUN),
             "benchmark measures with the run's own config.",
         )
@@ -52,15 +47,15 @@ def benchmark(
         report = measure(session, settings.benchmark, Progress(screen.console))
         write_json(found.reports / "benchmark.json", report.as_json())
         write_benchmark_page(found.reports / "benchmark.html", report)
-        show(screen, report)
+        show_benchmark(screen, report)
         send_to_trackers(found, "benchmark", report.as_json())
         screen.console.print(
             f"\nsaved in {found.reports}: benchmark.json, benchmark.html", markup=False, soft_wrap=True
         )
-        screen.result(report.as_json())
+        screen.print_result(report.as_json())
 
 
-def show(screen: Screen, report: Benchmark) -> None:
+def show_benchmark(screen: Screen, report: Benchmark) -> None:
     """The table of what was measured, and what was not."""
     from rich.table import Table
     from rich.text import Text
@@ -75,4 +70,4 @@ def show(screen: Screen, report: Benchmark) -> None:
         shown.add_row(*(Text(cell) for cell in row))
     print_table(screen.console, shown)
     for line in left_out(report):
-        screen.console.print(line, markup=False, soft_wrap=True)
+        screen.print_line(line)

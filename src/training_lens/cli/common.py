@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from training_lens.cli.options import origin_of_config
+from training_lens.cli.options import CommandOptions, ConfigOptions, OutputOptions
 from training_lens.cli.places import locate_adapter
 from training_lens.cli.preflight import check_own_model
 
@@ -26,24 +26,6 @@ if TYPE_CHECKING:
 
 CONSENT = "model.trust_remote_code="  # lets the code of a run's model run: no run does so by itself
 WIDEST = 2000  # characters of a line that a program reads
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Settings, for example training.lr=1e-4 or +experiment=quick_test.",
-        metavar="[KEY=VALUE]...",
-        show_default=False,
-    ),
-]
-ConfigFile = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--config",
-        "-c",
-        metavar="FILE",
-        help="Your YAML or JSON config file; may be given several times, a later file goes over an earlier one.",
-        show_default=False,
-    ),
-]
 FinishedRun = Annotated[
     str, typer.Option(metavar="RUN", help="A run's id or folder, an experiment (its last run), or 'latest'.")
 ]
@@ -56,12 +38,6 @@ AdapterRun = Annotated[
     ),
 ]
 LONGEST_LINE = 1200  # characters of an error
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to standard error.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
 OF_ANY_RUN = ("model.device", "model.accept_changed_base", CONSENT)  # what a run's own config does not decide
 
 
@@ -73,12 +49,16 @@ class Screen:
     as_json: bool
     output: TextIO
 
-    def write(self, text: str) -> None:
-        """A piece of streamed text, as it is."""
+    def print_line(self, text: str, style: str | None = None) -> None:
+        """Print a line as it is: no markup, and folded by the terminal alone."""
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    def write_text(self, text: str) -> None:
+        """Print a piece of streamed text as it is."""
         self.console.print(text, end="", markup=False, soft_wrap=True)
 
-    def result(self, value: dict[str, Any]) -> None:
-        """The one JSON object of `--json`; nothing without it."""
+    def print_result(self, value: dict[str, Any]) -> None:
+        """Print the one JSON object of `--json`; nothing without it."""
         if self.as_json:
             print(json.dumps(value, ensure_ascii=False), file=self.output, flush=True)
 
@@ -97,34 +77,34 @@ def print_table(console: Console, table: Table) -> None:
 
 
 @contextmanager
-def command(as_json: bool = False, debug: bool = False, *, has_log: bool = False) -> Iterator[Screen]:
-    """Runs a command's body: sets up the log, and turns expected errors into one paragraph and an exit code.
+def command(options: OutputOptions, *, has_log: bool = False) -> Iterator[Screen]:
+    """Run a command's body: set up the log, and turn an expected error into one paragraph and an exit code.
 
     Args:
-        has_log: what it tells is in its own files, too: a screen that cannot be written is no failure.
+        has_log: the command writes its results to files as well, so a screen that cannot be written is no failure.
     """
     from training_lens.errors import TrainingLensError
     from training_lens.utils.consoles import plain_console
     from training_lens.utils.logging import setup_logging
     from training_lens.utils.resource_errors import describe_shortage
 
-    console = plain_console(stderr=as_json)
+    console = plain_console(stderr=options.json)
     setup_logging(console)
     output = sys.stdout
-    aside = redirect_stdout(sys.stderr) if as_json else nullcontext()  # what a library prints is no JSON
+    aside = redirect_stdout(sys.stderr) if options.json else nullcontext()  # what a library prints is no JSON
     try:
         with aside:
-            yield Screen(console, as_json, output)
+            yield Screen(console, options.json, output)
         if not has_log:
             require_written(output)
     except BaseException as error:
         is_expected = isinstance(error, TrainingLensError | OSError | KeyboardInterrupt) or describe_shortage(error)
         is_of_streams = isinstance(error, OSError) and error.errno in (None, errno.EPIPE)
-        if debug or not is_expected or (is_of_streams and not describe_shortage(error)):
+        if options.debug or not is_expected or (is_of_streams and not describe_shortage(error)):
             raise
         traceback.clear_frames(error.__traceback__)  # where memory ran out, what they held is needed to say so
-        said, code = describe_error(error)
-        plain_console(stderr=True).print(said, style="red", soft_wrap=True)
+        message, code = describe_error(error)
+        plain_console(stderr=True).print(message, style="red", soft_wrap=True)
         sys.exit(code)
 
 
@@ -145,7 +125,7 @@ def require_written(output: TextIO) -> None:
         )
 
 
-def _shorten(message: str) -> str:
+def _shorten_lines(message: str) -> str:
     """The message with its lines cut where they quote whole files; after secrets were struck out."""
     return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in message.split("\n"))
 
@@ -157,11 +137,11 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     from training_lens.utils.secrets import redact_text
 
     if isinstance(error, TrainingLensError):
-        return f"error: {_shorten(redact_text(str(error)))}", error.exit_code
+        return f"error: {_shorten_lines(redact_text(str(error)))}", error.exit_code
     if isinstance(error, OSError) and error.errno:
         place = f"{error.filename}: " if error.filename else ""
         advice = "Free some space, or give another output.base_output_dir." if error.errno == errno.ENOSPC else ""
-        return f"error: {_shorten(redact_text(place))}{error.strerror}. {advice}", 1
+        return f"error: {_shorten_lines(redact_text(place))}{error.strerror}. {advice}", 1
     if shortage := describe_shortage(error):
         return f"error: {shortage}", 1
     return "interrupted.", 130
@@ -186,53 +166,60 @@ def refuse_unused(overrides: list[str] | None, used: tuple[str, ...], why: str) 
         raise ConfigurationError(f"{', '.join(others)}: {why} It takes {keys}.")
 
 
-def load_config(
-    config_files: list[str] | None, overrides: list[str] | None, flags: dict[str, Any] | None = None
-) -> TrainingConfig:
-    """The validated config of the command line; `flags` are what a command's own options stand for.
+def load_config(options: CommandOptions, flags: dict[str, Any] | None = None) -> TrainingConfig:
+    """The validated config of the command line; `flags` are the settings that a command's own options stand for.
 
     Raises:
-        ConfigurationError: see `compose`; or `--from` names no trainer that is known, or there is no file to read so.
+        ConfigurationError: see `compose`; or `--from` names an unknown trainer, or is given without `--config`.
     """
     from training_lens.config.compose import compose
 
-    return compose(config_files, overrides or [], flags, _require_origin(origin_of_config.get(), config_files))
+    _check_origin(options)
+    return compose(options.config, options.words, flags, options.origin)
 
 
-def _require_origin(origin: str | None, config_files: list[str] | None) -> str | None:
+def _check_origin(options: ConfigOptions) -> None:
     from training_lens.config.origins import ORIGINS
     from training_lens.errors import ConfigurationError
     from training_lens.utils.formatting import nearest_name
 
+    origin = options.origin
     if origin is not None and origin not in ORIGINS:
         close = nearest_name(origin, ORIGINS)
         hint = f" Did you mean {close}?" if close else ""
         raise ConfigurationError(
             f"--from {origin}: no config files of that name are known; give {', '.join(ORIGINS)}.{hint}"
         )
-    if origin is not None and not config_files:
+    if origin is not None and not options.config:
         raise ConfigurationError(f"--from {origin} says how --config FILE is read; give --config FILE, too.")
-    return origin
 
 
-def load_adapter_config(
-    config_files: list[str] | None, overrides: list[str] | None, run: str | None, used: tuple[str, ...]
-) -> TrainingConfig:
-    """The config, with `--run` as its adapter; settings that the adapter would not heed are refused.
+def load_run_config(options: CommandOptions, run: str | None) -> TrainingConfig:
+    """The config, with `--run` as its `inference.adapter`.
 
-    Args:
-        used: what the keys begin with that the command itself looks at.
+    Raises:
+        ConfigurationError: see `load_config`; or both `--run` and a setting name an adapter.
     """
     from training_lens.errors import ConfigurationError
 
-    named = [text for text in overrides or [] if text.startswith("inference.adapter=")]
-    if run is not None and named:
-        raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
-    settings = load_config(config_files, overrides, {"inference": {"adapter": run}} if run is not None else None)
+    if run is None:
+        return load_config(options)
+    if twice := next((word for word in options.words if word.startswith("inference.adapter=")), None):
+        raise ConfigurationError(f"--run {run} and {twice} both name an adapter; keep one.")
+    return load_config(options, {"inference": {"adapter": run}})
+
+
+def load_adapter_config(options: CommandOptions, run: str | None, used: tuple[str, ...]) -> TrainingConfig:
+    """The config, with `--run` as its adapter; settings that the adapter would ignore are refused.
+
+    Args:
+        used: prefixes of the keys that the command itself uses.
+    """
     from training_lens.runs.run_lookup import uses_own_model
 
+    settings = load_run_config(options, run)
     own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else OF_ANY_RUN
-    refuse_unused(overrides, (*used, "output.", *own), "a run answers with its own config.")
+    refuse_unused(options.words, (*used, "output.", *own), "a run answers with its own config.")
     settings = locate_adapter(settings)
     check_own_model(settings)
     return settings

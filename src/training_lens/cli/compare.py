@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.common import (
-    AdapterRun,
-    ConfigFile,
-    Debug,
-    Json,
-    Overrides,
-    Screen,
-    command,
-    load_adapter_config,
+from training_lens.cli.common import AdapterRun, Screen, command, load_adapter_config
+from training_lens.cli.evaluation_output import (
+    EVALUATION_KEYS,
+    open_evaluator,
+    refuse_base_only,
+    report_broken_adapter,
+    report_result,
 )
-from training_lens.cli.evaluation_output import USED, finish, opened, refuse_base_only, write_broken
+from training_lens.cli.options import CommandOptions
 from training_lens.cli.places import locate_adapter
 
 if TYPE_CHECKING:
@@ -31,12 +29,10 @@ Against = Annotated[
 
 
 def compare(
-    overrides: Overrides = None,
     run: AdapterRun = None,
     against: Against = None,
-    config: ConfigFile = None,
-    json: Json = False,
-    debug: Debug = False,
+    *,
+    options: CommandOptions,
 ) -> None:
     """Say whether an adapter is better than its base, or than another run: one sentence, then the evidence.
 
@@ -45,31 +41,31 @@ def compare(
     Examples: training-lens compare; training-lens compare --run RUN evaluation.max_examples=200;
     training-lens compare --run RUN --against OTHER_RUN; training-lens compare data.validation=other_rows.jsonl
     """
-    with command(json, debug) as screen:
+    with command(options) as screen:
         if against is not None:
-            refuse_base_only(overrides)
-            settings = load_adapter_config(config, overrides, run, _used(against))
+            refuse_base_only(options.words)
+            settings = load_adapter_config(options, run, _list_used_keys(against))
             other = locate_adapter(settings.replace_keys(inference={"adapter": against}))
             _compare_two(screen, settings, other.inference.adapter)
             return
-        settings = load_adapter_config(config, overrides, run, USED)
-        evaluator, examples, folder = opened(screen, settings)
+        settings = load_adapter_config(options, run, EVALUATION_KEYS)
+        evaluator, examples, folder = open_evaluator(screen, settings)
         _require_adapter(evaluator.session)
         from training_lens.evaluation.run_evaluation import BrokenAdapterError
 
         try:
             result = evaluator.compare(examples)
         except BrokenAdapterError as error:
-            write_broken(screen, error, evaluator, folder, "compare")
+            report_broken_adapter(screen, error, evaluator, folder, "compare")
             raise
-        finish(screen, result, evaluator, folder, "compare")
+        report_result(screen, result, evaluator, folder, "compare")
 
 
-def _used(against: str) -> tuple[str, ...]:
+def _list_used_keys(against: str) -> tuple[str, ...]:
     """The settings that a comparison heeds; an adapter folder stands on `model.id`."""
     from training_lens.runs.run_lookup import uses_own_model
 
-    return (*USED, "model.", "data.") if uses_own_model(against) else USED
+    return (*EVALUATION_KEYS, "model.", "data.") if uses_own_model(against) else EVALUATION_KEYS
 
 
 def _compare_two(screen: Screen, settings: TrainingConfig, against: str) -> None:
@@ -77,15 +73,15 @@ def _compare_two(screen: Screen, settings: TrainingConfig, against: str) -> None
     from training_lens.evaluation.run_evaluation import ModelEvaluator
     from training_lens.inference.session import open_session
 
-    evaluator, examples, folder = opened(screen, settings)
+    evaluator, examples, folder = open_evaluator(screen, settings)
     _require_adapter(evaluator.session)
     other = open_session(settings.replace_keys(inference={"adapter": against}))
     _require_adapter(other)
     result = evaluator.compare_with(ModelEvaluator(other, settings.evaluation, evaluator.progress), examples)
-    finish(screen, result, evaluator, folder, f"compare-with-{_label(other.source)}")
+    report_result(screen, result, evaluator, folder, f"compare-with-{_name_source(other.source)}")
 
 
-def _label(source: str) -> str:
+def _name_source(source: str) -> str:
     """A short name of a run or adapter, for a file: 'default-20261120T203605Z-5f3a'."""
     places = [part for part in Path(source).absolute().parts[1:] if part not in ON_THE_WAY]
     return "-".join(places[-2:])

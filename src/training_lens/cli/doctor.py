@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, refuse_unused
+from training_lens.cli.common import Screen, command, load_config, refuse_unused
+from training_lens.cli.options import CommandOptions
 from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
@@ -26,13 +27,11 @@ Verify = Annotated[bool, typer.Option("--verify", help="Compare the base's whole
 
 def doctor(
     run: RunName = None,
-    overrides: Overrides = None,
+    *,
     repair: Repair = False,
     accept: Accept = False,
     verify: Verify = False,
-    config: ConfigFile = None,
-    json: Json = False,
-    debug: Debug = False,
+    options: CommandOptions,
 ) -> None:
     """Look through this machine, or all files of a run: what is damaged, what can be resumed, how it is repaired.
 
@@ -40,14 +39,14 @@ def doctor(
 
     Examples: training-lens doctor; training-lens doctor latest; training-lens doctor RUN --repair
     """
-    with command(json, debug) as screen:
+    with command(options) as screen:
         from training_lens.errors import ConfigurationError
 
-        run, given = (None, [run, *(overrides or [])]) if run and "=" in run else (run, overrides or [])
-        refuse_unused(given, ("output.",), "doctor looks at what is there.")
+        run, options = options.split_argument(run)
+        refuse_unused(options.words, ("output.",), "doctor looks at what is there.")
         if run is None and (repair or accept or verify):
             raise ConfigurationError("--repair, --accept and --verify are about a run; name one.")
-        settings = load_config(config, given)
+        settings = load_config(options)
         checks = []
         if run is None:
             from training_lens.utils.machine import check_machine
@@ -63,16 +62,16 @@ def doctor(
                 accept_run(folder)
             found = check_run(folder, verify=verify, repair=repair)
         for check in found:
-            _show(screen, check)
+            _show_check(screen, check)
             checks.append(check)
         is_well = all(check.ok for check in checks)
         place = str(folder.root) if run is not None else None
-        screen.result({"run": place, "ok": is_well, "checks": [asdict(check) for check in checks]})
+        screen.print_result({"run": place, "ok": is_well, "checks": [asdict(check) for check in checks]})
         if not is_well:
             raise typer.Exit(1)
 
 
-def _show(screen: Screen, check: MachineCheck) -> None:
+def _show_check(screen: Screen, check: MachineCheck) -> None:
     mark, style = ("ok", "green") if check.ok else ("no", "red")
     screen.console.print(f"{mark}  {check.name:<18}", style=style, markup=False, end="")
-    screen.console.print(" ".join(filter(None, (check.found, check.remedy))), markup=False, soft_wrap=True)
+    screen.print_line(" ".join(filter(None, (check.found, check.remedy))))

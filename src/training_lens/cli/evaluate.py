@@ -6,18 +6,9 @@ from typing import Annotated
 
 import typer
 
-from training_lens.cli.common import (
-    AdapterRun,
-    ConfigFile,
-    Debug,
-    Json,
-    Overrides,
-    command,
-    load_adapter_config,
-    load_config,
-    refuse_unused,
-)
-from training_lens.cli.evaluation_output import USED, finish, opened, refuse_base_only
+from training_lens.cli.common import AdapterRun, command, load_adapter_config, load_config, refuse_unused
+from training_lens.cli.evaluation_output import EVALUATION_KEYS, open_evaluator, refuse_base_only, report_result
+from training_lens.cli.options import CommandOptions
 from training_lens.cli.preflight import check_own_model
 
 BaseOf = Annotated[
@@ -27,48 +18,44 @@ Base = Annotated[bool, typer.Option("--base", help="Judge the base model under t
 
 
 def evaluate(
-    overrides: Overrides = None,
     run: AdapterRun = None,
     base: Base = False,
-    config: ConfigFile = None,
-    json: Json = False,
-    debug: Debug = False,
+    *,
+    options: CommandOptions,
 ) -> None:
     """Evaluate one adapter on its validation rows: losses and scored answers, with intervals, by length and domain.
 
     Examples: training-lens evaluate; training-lens evaluate --run RUN data.validation=test.jsonl;
     training-lens evaluate --run ADAPTER_FOLDER model.id=PATH data.validation=test.jsonl evaluation.generate=false
     """
-    with command(json, debug) as screen:
-        refuse_base_only(overrides, "evaluation.decide_by")
-        settings = load_adapter_config(config, overrides, run, USED)
-        evaluator, examples, folder = opened(screen, settings)
+    with command(options) as screen:
+        refuse_base_only(options.words, "evaluation.decide_by")
+        settings = load_adapter_config(options, run, EVALUATION_KEYS)
+        evaluator, examples, folder = open_evaluator(screen, settings)
         result = evaluator.evaluate(examples, base=base)
-        finish(screen, result, evaluator, folder, "evaluation-of-base" if base else "evaluation")
+        report_result(screen, result, evaluator, folder, "evaluation-of-base" if base else "evaluation")
 
 
 def baseline(
-    overrides: Overrides = None,
     run: BaseOf = None,
-    config: ConfigFile = None,
-    json: Json = False,
-    debug: Debug = False,
+    *,
+    options: CommandOptions,
 ) -> None:
     """Evaluate a base model before any training, on the rows that a config would validate on.
 
     Examples: training-lens baseline model.id=PATH data.validation=test.jsonl; training-lens baseline --config my.yaml;
     training-lens baseline --run RUN
     """
-    with command(json, debug) as screen:
-        refuse_base_only(overrides, "evaluation.decide_by")
+    with command(options) as screen:
+        refuse_base_only(options.words, "evaluation.decide_by")
         if run is not None:
-            settings = load_adapter_config(config, overrides, run, USED)
-            evaluator, examples, folder = opened(screen, settings)
-            finish(screen, evaluator.evaluate(examples, base=True), evaluator, folder, "baseline")
+            settings = load_adapter_config(options, run, EVALUATION_KEYS)
+            evaluator, examples, folder = open_evaluator(screen, settings)
+            report_result(screen, evaluator.evaluate(examples, base=True), evaluator, folder, "baseline")
             return
         used = ("evaluation.", "data.", "model.", "output.", "training.seed")
-        refuse_unused(overrides, used, "baseline evaluates model.id alone, before any training.")
-        settings = load_config(config, overrides, {"inference": {"adapter": "none"}})
+        refuse_unused(options.words, used, "baseline evaluates model.id alone, before any training.")
+        settings = load_config(options, {"inference": {"adapter": "none"}})
         check_own_model(settings)
-        evaluator, examples, folder = opened(screen, settings)
-        finish(screen, evaluator.evaluate(examples), evaluator, folder, "baseline")
+        evaluator, examples, folder = open_evaluator(screen, settings)
+        report_result(screen, evaluator.evaluate(examples), evaluator, folder, "baseline")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SHOWN = 3
 NAME_WIDTH = 18  # characters of a row's name that no table folds
 NAMES = {"evaluation": "evaluate", "evaluation-of-base": "evaluate_base"}  # of reports, in trackers
-USED = ("evaluation.", "data.validation", "inference.adapter", "inference=")
+EVALUATION_KEYS = ("evaluation.", "data.validation", "inference.adapter", "inference=")
 
 
 def refuse_base_only(overrides: list[str] | None, *others: str) -> None:
@@ -33,7 +33,7 @@ def refuse_base_only(overrides: list[str] | None, *others: str) -> None:
         raise ConfigurationError(f"{', '.join(given)}: only compare, of an adapter with its base, looks at it.")
 
 
-def opened(screen: Screen, settings: TrainingConfig) -> tuple[ModelEvaluator, list[Example], Path]:
+def open_evaluator(screen: Screen, settings: TrainingConfig) -> tuple[ModelEvaluator, list[Example], Path]:
     """What `inference.adapter` names, ready for evaluation; the rows; the folder for the reports.
 
     A run is evaluated on its own validation rows, or on `data.validation`, and keeps the reports; anything else on the
@@ -61,18 +61,18 @@ def opened(screen: Screen, settings: TrainingConfig) -> tuple[ModelEvaluator, li
     return ModelEvaluator(session, settings.evaluation, Progress(screen.console)), examples, folder
 
 
-def finish(screen: Screen, result: EvaluationResult, evaluator: ModelEvaluator, folder: Path, name: str) -> None:
+def report_result(screen: Screen, result: EvaluationResult, evaluator: ModelEvaluator, folder: Path, name: str) -> None:
     """Write the reports, and print them."""
     from training_lens.evaluation.reports import write_reports
 
     folder.mkdir(parents=True, exist_ok=True)
-    report = write_reports(result, folder, name, about(evaluator))
+    report = write_reports(result, folder, name, describe_evaluation(evaluator))
     show_verdict(screen, result)
     show_example(screen, result)
-    show(screen, result)
-    screen.console.print(f"\nsaved as {folder / name}.{{json,md,csv}}", markup=False, soft_wrap=True)
+    show_tables(screen, result)
+    screen.print_line(f"\nsaved as {folder / name}.{{json,md,csv}}")
     send_to_trackers(evaluator.run, name, report)
-    screen.result(report)
+    screen.print_result(report)
 
 
 def send_to_trackers(run: RunFolder | None, name: str, report: dict[str, Any]) -> None:
@@ -84,20 +84,26 @@ def send_to_trackers(run: RunFolder | None, name: str, report: dict[str, Any]) -
         send_evaluations(run)
 
 
-def about(evaluator: ModelEvaluator) -> dict[str, Any]:
+def describe_evaluation(evaluator: ModelEvaluator) -> dict[str, Any]:
     """What a report says of how it was made; `steps` tells whether the run has gone on since."""
-    about: dict[str, Any] = {"run": evaluator.session.source, "settings": evaluator.settings.model_dump()}
-    return {**about, "steps": evaluator.trained_steps} if evaluator.trained_steps is not None else about
+    describe_evaluation: dict[str, Any] = {"run": evaluator.session.source, "settings": evaluator.settings.model_dump()}
+    return (
+        {**describe_evaluation, "steps": evaluator.trained_steps}
+        if evaluator.trained_steps is not None
+        else describe_evaluation
+    )
 
 
-def write_broken(screen: Screen, error: BrokenAdapterError, evaluator: ModelEvaluator, folder: Path, name: str) -> None:
+def report_broken_adapter(
+    screen: Screen, error: BrokenAdapterError, evaluator: ModelEvaluator, folder: Path, name: str
+) -> None:
     """Keep the verdict on an adapter whose losses are no numbers, so that reports of the run say it as well."""
     from training_lens.utils.integrity import write_sealed
 
     folder.mkdir(parents=True, exist_ok=True)
-    report = {**about(evaluator), "verdict": error.verdict.as_json()}
+    report = {**describe_evaluation(evaluator), "verdict": error.verdict.as_json()}
     write_sealed(folder / f"{name}.json", report)
-    screen.result(report)
+    screen.print_result(report)
 
 
 def show_verdict(screen: Screen, result: EvaluationResult) -> None:
@@ -105,9 +111,9 @@ def show_verdict(screen: Screen, result: EvaluationResult) -> None:
     if result.verdict is None:
         return
     first, *rest = result.verdict.text_lines()
-    screen.console.print(first, style="bold", markup=False, soft_wrap=True)
+    screen.print_line(first, style="bold")
     for line in rest:
-        screen.console.print(line, markup=False, soft_wrap=True)
+        screen.print_line(line)
 
 
 def show_example(screen: Screen, result: EvaluationResult) -> None:
@@ -117,18 +123,18 @@ def show_example(screen: Screen, result: EvaluationResult) -> None:
         return
     label, outcomes = result.comparison.model_label, result.outcomes
     lines = {"prompt": prompt_text(result, asked[0]), "expected": result.rows.references[asked[0]]}
-    lines |= {label(name): _ended(outcome, asked[0]) for name, outcome in outcomes.items()}
+    lines |= {label(name): _describe_answer(outcome, asked[0]) for name, outcome in outcomes.items()}
     width = max(map(len, lines)) + 2
     screen.console.print()
     for name, text in lines.items():
-        screen.console.print(f"{name:<{width}}{_short(' '.join(text.split()), 160)}", markup=False, soft_wrap=True)
+        screen.print_line(f"{name:<{width}}{_cut_text(' '.join(text.split()), 160)}")
     screen.console.print()
 
 
-def _ended(outcome: ModelOutcome, row: int) -> str:
+def _describe_answer(outcome: ModelOutcome, row: int) -> str:
     """An answer on one line; one that was cut says so."""
     text = outcome.answers[row].strip() or "(nothing)"
-    return f"{_short(text, 140)} [cut]" if outcome.finish_reasons[row] == "length" else text
+    return f"{_cut_text(text, 140)} [cut]" if outcome.finish_reasons[row] == "length" else text
 
 
 def prompt_text(result: EvaluationResult, row: int) -> str:
@@ -141,7 +147,7 @@ def prompt_text(result: EvaluationResult, row: int) -> str:
     return f"{domain}{asked.text}\n{asked.input}"
 
 
-def show(screen: Screen, result: EvaluationResult) -> None:
+def show_tables(screen: Screen, result: EvaluationResult) -> None:
     """The tables of a result, then some rows with the models' answers side by side."""
     from training_lens.evaluation import reports
 
@@ -150,13 +156,13 @@ def show(screen: Screen, result: EvaluationResult) -> None:
     for what, parts in (("tokens", comparison.by_length), ("domain", comparison.by_domain)):
         if len(parts) > 1:
             head, *lines = reports.part_table(comparison, what, intervals=False)
-            _table(screen, f"by {'length' if what == 'tokens' else what}", head, lines)
+            _print_table(screen, f"by {'length' if what == 'tokens' else what}", head, lines)
     show_controls(screen, result)
     for name, moved in (("most improved rows", comparison.improved), ("most worsened rows", comparison.worsened)):
         if moved:
-            _table(screen, name, reports.MOVED_COLUMNS, reports.moved_rows(moved, False))
+            _print_table(screen, name, reports.MOVED_COLUMNS, reports.moved_rows(moved, False))
     if comparison.tasks:
-        _table(screen, "lm-eval", reports.task_columns(comparison), reports.task_rows(comparison))
+        _print_table(screen, "lm-eval", reports.task_columns(comparison), reports.task_rows(comparison))
     if comparison.forgetting:
         screen.console.print(reports.forgetting_line(comparison), markup=False)
     show_samples(screen, result)
@@ -168,9 +174,9 @@ def show_whole(screen: Screen, result: EvaluationResult) -> None:
 
     whole = result.comparison.whole
     title = f"on {whole.rows} rows, {whole.supervised_tokens} supervised tokens"
-    _table(screen, title, reports.measure_columns(result.comparison), reports.measure_rows(whole))
+    _print_table(screen, title, reports.measure_columns(result.comparison), reports.measure_rows(whole))
     for line in reports.scoring_lines(result.comparison):
-        screen.console.print(line, markup=False, soft_wrap=True)
+        screen.print_line(line)
     show_endings(screen, result)
 
 
@@ -193,10 +199,10 @@ def show_controls(screen: Screen, result: EvaluationResult) -> None:
 
     if result.comparison.controls:
         head, *lines = reports.control_table(result.comparison, intervals=False)
-        _table(screen, "the adapter on spoilt prompts", head, lines)
+        _print_table(screen, "the adapter on spoilt prompts", head, lines)
 
 
-def _table(screen: Screen, title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
+def _print_table(screen: Screen, title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -225,10 +231,10 @@ def show_samples(screen: Screen, result: EvaluationResult) -> None:
     for i in choose_samples(examples, SHOWN):
         cells = [prompt_text(result, i), result.rows.references[i]]
         cells += [outcome.answers[i] for outcome in result.outcomes.values()]
-        table.add_row(*(Text(_short(cell)) for cell in cells))
+        table.add_row(*(Text(_cut_text(cell)) for cell in cells))
     print_table(screen.console, table)
 
 
-def _short(text: str, limit: int = 300) -> str:
+def _cut_text(text: str, limit: int = 300) -> str:
     text = text.strip()
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

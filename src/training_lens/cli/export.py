@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, command
-from training_lens.cli.lens import BaseFolder, RunPlace, opened
+from training_lens.cli.common import command
+from training_lens.cli.lens import BaseFolder, RunPlace, open_analyzer
+from training_lens.cli.options import CommandOptions
 
 
-class Kind(StrEnum):
+class ExportKind(StrEnum):
     """The kinds of data, as `core.types.DataType`."""
 
     adapter_weights = "adapter_weights"
@@ -22,7 +23,7 @@ class Kind(StrEnum):
     loss = "loss"
 
 
-class Format(StrEnum):
+class ExportFormat(StrEnum):
     """Of the files."""
 
     csv = "csv"
@@ -31,9 +32,9 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
-KindOption = Annotated[Kind, typer.Option("--data-type", help="What is exported.")]
+KindOption = Annotated[ExportKind, typer.Option("--data-type", help="What is exported.")]
 FormatOption = Annotated[
-    Format, typer.Option("--format", help="npz: an array (steps, modules) for each measure; the others: rows.")
+    ExportFormat, typer.Option("--format", help="npz: an array (steps, modules) for each measure; the others: rows.")
 ]
 Output = Annotated[str | None, typer.Option(metavar="FOLDER", help="Where files go; without it, exports/ of the run.")]
 Force = Annotated[bool, typer.Option("--force", help="Write over files of an earlier export.")]
@@ -42,24 +43,22 @@ Force = Annotated[bool, typer.Option("--force", help="Write over files of an ear
 def export(
     data_type: KindOption,
     run: RunPlace = "latest",
-    overrides: Overrides = None,
-    format: FormatOption = Format.csv,
+    *,
+    format: FormatOption = ExportFormat.csv,
     base: BaseFolder = None,
     output: Output = None,
     force: Force = False,
-    config: ConfigFile = None,
-    json: Json = False,
-    debug: Debug = False,
+    options: CommandOptions,
 ) -> None:
     """Write captures as files: a file for each table of that kind, with a row for each step and module.
 
     Examples: training-lens export RUN --data-type adapter_gradients --format parquet;
     training-lens export path/to/trainer_output --data-type adapter_weights --format csv
     """
-    with command(json, debug) as screen:
+    with command(options) as screen:
         from pathlib import Path
 
-        analyzer = opened(run, overrides, config, base)
+        analyzer = open_analyzer(run, options, base)
         from training_lens.analysis.exporting import export_tables
         from training_lens.core.types import DataType
 
@@ -67,5 +66,5 @@ def export(
         folder = Path(output) if output else recording.folder / "exports"
         files = export_tables(recording, DataType(data_type.value), format.value, folder, force=force)
         for file, rows in files.items():
-            screen.console.print(f"{rows:,} rows in {file}", markup=False, soft_wrap=True)
-        screen.result({"files": {str(file): rows for file, rows in files.items()}})
+            screen.print_line(f"{rows:,} rows in {file}")
+        screen.print_result({"files": {str(file): rows for file, rows in files.items()}})

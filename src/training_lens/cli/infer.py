@@ -6,21 +6,13 @@ import contextlib
 import io
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.common import (
-    AdapterRun,
-    ConfigFile,
-    Debug,
-    Json,
-    Overrides,
-    Screen,
-    command,
-    load_adapter_config,
-)
+from training_lens.cli.common import AdapterRun, Screen, command, load_adapter_config
+from training_lens.cli.options import CommandOptions
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
@@ -42,53 +34,52 @@ Domain = Annotated[str | None, typer.Option(metavar="NAME", help="One of the dom
 Base = Annotated[bool, typer.Option("--base", help="Ask the base model, without the adapter.")]
 
 
-def infer(
-    prompt: Prompt = None,
-    overrides: Overrides = None,
-    source: Input = None,
-    output: Output = None,
-    interactive: Interactive = False,
-    domain: Domain = None,
-    base: Base = False,
-    run: AdapterRun = None,
-    config: ConfigFile = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
+@dataclass(frozen=True)
+class InferOptions:
+    """Where prompts come from, and which model answers them."""
+
+    source: Input = None
+    output: Output = None
+    interactive: Interactive = False
+    domain: Domain = None
+    base: Base = False
+
+
+def infer(prompt: Prompt = None, *, asked: InferOptions, run: AdapterRun = None, options: CommandOptions) -> None:
     """Answer a prompt, token by token as it comes; or every row of a file; or chat.
 
     Examples: training-lens infer "A prompt" --run latest; training-lens infer "A prompt" inference=base model.id=PATH;
     training-lens infer --input rows.jsonl --output answers.jsonl inference.temperature=0.7 inference.top_p=0.9
     """
-    with command(json, debug) as screen:
-        given = [prompt, *(overrides or [])] if prompt is not None else []
-        prompt, overrides = _split(given, source, output, interactive)
-        _check_way(prompt, interactive and json)
-        settings = load_adapter_config(config, overrides, run, ("inference",))
+    with command(options) as screen:
+        words = [prompt, *options.words] if prompt is not None else []
+        prompt, words = _split_prompt(words, asked)
+        _check_prompt(prompt, asked.interactive and options.json)
+        settings = load_adapter_config(options.with_words(words), run, ("inference",))
         if prompt is not None:
-            _answer(screen, settings, prompt, domain, base)
-        elif source and output:
-            _answer_file(screen, settings, source, output, domain, base)
+            _answer_prompt(screen, settings, prompt, asked)
+        elif asked.source and asked.output:
+            _answer_file(screen, settings, asked)
         else:
-            _chat(screen, settings, domain, base)
+            _start_chat(screen, settings, asked)
 
 
-def _split(given: list[str], source: str | None, output: str | None, interactive: bool) -> tuple[str | None, list[str]]:
-    """The prompt, if one is asked, and the settings behind it; exactly one way of asking must be chosen."""
+def _split_prompt(words: list[str], asked: InferOptions) -> tuple[str | None, list[str]]:
+    """The prompt, if there is one, and the settings after it; prompts must come from exactly one place."""
     from training_lens.errors import ConfigurationError
 
-    prompt = given[0] if given and not _is_setting(given[0]) else None
-    ways = {f"the prompt '{prompt}'": prompt is not None, "--input": source, "--interactive": interactive}
+    prompt = words[0] if words and not _is_setting(words[0]) else None
+    ways = {f"the prompt '{prompt}'": prompt is not None, "--input": asked.source, "--interactive": asked.interactive}
     chosen = [name for name, yes in ways.items() if yes]
     if len(chosen) != 1:
         found = " and ".join(chosen) or "no prompt"
         raise ConfigurationError(f"{found} given: give one of PROMPT, --input FILE --output FILE, --interactive.")
-    if bool(source) != bool(output):
+    if bool(asked.source) != bool(asked.output):
         raise ConfigurationError("--input and --output go together: a file of prompts, and a file for the answers.")
-    return prompt, given if prompt is None else given[1:]
+    return prompt, words if prompt is None else words[1:]
 
 
-def _check_way(prompt: str | None, is_chat_in_json: bool) -> None:
+def _check_prompt(prompt: str | None, is_chat_in_json: bool) -> None:
     from training_lens.errors import ConfigurationError
 
     if prompt is not None and not prompt.strip():
@@ -105,43 +96,43 @@ def _is_setting(text: str) -> bool:
     return bool(match) and (text.startswith("+") or match[1] in TrainingConfig.model_fields)  # type: ignore[index]
 
 
-def _open(screen: Screen, settings: TrainingConfig, domain: str | None) -> Session:
+def _open_session(screen: Screen, settings: TrainingConfig, domain: str | None) -> Session:
     from training_lens.inference.session import open_session
 
     session = open_session(settings)
     session.check_domain(domain)
     if session.continues_text:
         note = "note: this run was trained on plain texts: it continues yours, each by itself, without a template."
-        screen.console.print(note, style="dim", markup=False, soft_wrap=True)
+        screen.print_line(note, style="dim")
     if session.domains and domain is None and session.config.data.domain.style != "none":
         known = ", ".join(session.domains)
         note = f"note: this run knows the domains {known}; choose one with --domain."
-        screen.console.print(note, style="dim", markup=False, soft_wrap=True)
+        screen.print_line(note, style="dim")
     return session
 
 
-def _answer(screen: Screen, settings: TrainingConfig, prompt: str, domain: str | None, base: bool) -> None:
+def _answer_prompt(screen: Screen, settings: TrainingConfig, prompt: str, asked: InferOptions) -> None:
     from training_lens.data.examples import Message
     from training_lens.inference.generator import generate_answer
 
-    session = _open(screen, settings, domain)
-    prompt_ids = session.prompt_ids([Message("user", prompt)], domain)
-    on_text = None if screen.as_json else screen.write
-    given = generate_answer(session, prompt_ids, settings.inference, base=base, on_text=on_text)
+    session = _open_session(screen, settings, asked.domain)
+    prompt_ids = session.prompt_ids([Message("user", prompt)], asked.domain)
+    on_text = None if screen.as_json else screen.write_text
+    given = generate_answer(session, prompt_ids, settings.inference, base=asked.base, on_text=on_text)
     screen.console.print()
     if given.finish_reason == "length":
         end = "inference.max_new_tokens, or the model's last position"
         typer.echo(f"note: the answer was cut after {len(given.token_ids)} tokens ({end}).", err=True)
-    result = {"run": session.source, "prompt": prompt, "domain": domain, "base": base}
-    screen.result({**result, "answer": given.text, "finish_reason": given.finish_reason})
+    result = {"run": session.source, "prompt": prompt, "domain": asked.domain, "base": asked.base}
+    screen.print_result({**result, "answer": given.text, "finish_reason": given.finish_reason})
 
 
-def _answer_file(
-    screen: Screen, settings: TrainingConfig, source: str, output: str, domain: str | None, base: bool
-) -> None:
+def _answer_file(screen: Screen, settings: TrainingConfig, asked: InferOptions) -> None:
+    """Answer every row of `asked.source` into `asked.output`."""
     from training_lens.cli.preflight import check_files
     from training_lens.utils.files import resolve_file_path
 
+    source, output = str(asked.source), str(asked.output)
     check_files([source], "--input")
     resolve_file_path(output, f"--output {output}")
     from training_lens.display.progress import Progress
@@ -151,14 +142,21 @@ def _answer_file(
     rows = input_file(source)
     answers = output_file(output, rows)
     session = open_session(settings)
-    session.check_domain(domain)
-    progress = Progress(screen.console)
-    report = answer_file(session, rows, answers, settings.inference, domain=domain, base=base, progress=progress)
-    screen.console.print(_told(report), markup=False, soft_wrap=True)
-    screen.result(asdict(report))
+    session.check_domain(asked.domain)
+    report = answer_file(
+        session,
+        rows,
+        answers,
+        settings.inference,
+        domain=asked.domain,
+        base=asked.base,
+        progress=Progress(screen.console),
+    )
+    screen.print_line(_describe_report(report))
+    screen.print_result(asdict(report))
 
 
-def _told(report: FileReport) -> str:
+def _describe_report(report: FileReport) -> str:
     """One line on what became of the rows."""
     if report.resumed == report.answered:
         line = f"{report.output} is finished: all {report.answered} answers are there, nothing was changed"
@@ -178,18 +176,18 @@ def _told(report: FileReport) -> str:
     return line
 
 
-def _chat(screen: Screen, settings: TrainingConfig, domain: str | None, base: bool) -> None:
+def _start_chat(screen: Screen, settings: TrainingConfig, asked: InferOptions) -> None:
     from training_lens.inference.chat import Chat
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (lets input() edit its line)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are then refused as a prompt
-    session = _open(screen, settings, domain)
-    chat = Chat(session, settings.inference, screen.write, domain, base)
-    screen.write(f"{session.source} listens. /help lists the commands, /quit leaves.\n")
+    session = _open_session(screen, settings, asked.domain)
+    chat = Chat(session, settings.inference, screen.write_text, asked.domain, asked.base)
+    screen.write_text(f"{session.source} listens. /help lists the commands, /quit leaves.\n")
     try:
         while chat.take(input("> ")):
             pass
     except EOFError:
-        screen.write("\n")
+        screen.write_text("\n")

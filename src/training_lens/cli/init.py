@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from training_lens.cli.common import Debug, Json, command
+from training_lens.cli.common import command
 from training_lens.cli.interview import Interview
+from training_lens.cli.options import OutputOptions
 
 File = Annotated[str, typer.Argument(help="The YAML file to write.", metavar="[FILE]")]
 Model = Annotated[str | None, typer.Option(metavar="MODEL", help="Sets model.id: a local folder or a hub id.")]
@@ -28,29 +29,29 @@ def init(
     validation: Validation = None,
     ask: Ask = False,
     force: Force = False,
-    json: Json = False,
-    debug: Debug = False,
+    *,
+    options: OutputOptions,
 ) -> None:
     """Write a config file with every key, its description and its default; the main keys are set, the rest commented.
 
     Examples: training-lens init; training-lens init mine.yaml --train rows.jsonl --model path/to/model;
     training-lens init --ask
     """
-    with command(json, debug) as screen:
-        path = _target(file, force)
+    with command(options) as screen:
+        path = _check_target(file, force)
         from training_lens.config.skeleton import render_skeleton
         from training_lens.utils.files import write_text
 
-        values = Interview(screen, asking=ask).values(model, train, validation)
+        values = Interview(screen, asking=ask).ask_values(model, train, validation)
         write_text(path, render_skeleton(values, file))
         following = [f"training-lens {name} --config {file}" for name in ("validate", "train")]
-        screen.console.print(f"wrote {file}. Next:", markup=False, soft_wrap=True)
+        screen.print_line(f"wrote {file}. Next:")
         for line in following:
-            screen.console.print(f"  {line}", markup=False, soft_wrap=True)
-        screen.result({"file": file, "values": values, "next": following})
+            screen.print_line(f"  {line}")
+        screen.print_result({"file": file, "values": values, "next": following})
 
 
-def _target(file: str, force: bool) -> Path:
+def _check_target(file: str, force: bool) -> Path:
     from training_lens.errors import ConfigurationError
     from training_lens.utils.files import resolve_file_path
 

@@ -25,29 +25,31 @@ class Interview:
         self._screen, self._asking = screen, asking
         self._fields: dict[str, str] = {}
 
-    def values(self, model: str | None, train: str | None, validation: str | None) -> Values:
+    def ask_values(self, model: str | None, train: str | None, validation: str | None) -> Values:
         """Dotted keys and their values."""
         from training_lens import embedded
 
-        values = self._answer("model: a folder, a hub id, or 'embedded'", model, embedded.MODEL, _model)
-        values |= self._answer("training rows: a file or a glob", train, embedded.TRAIN, self._rows("data.train"))
+        values = self._ask_value("model: a folder, a hub id, or 'embedded'", model, embedded.MODEL, _check_model)
+        values |= self._ask_value(
+            "training rows: a file or a glob", train, embedded.TRAIN, self._check_rows("data.train")
+        )
         own = values.get("data.train", [embedded.TRAIN]) != [embedded.TRAIN]
         held_out = str(HELD_OUT) if own else embedded.HELDOUT
         question = "validation rows: a file, or the share of the training rows to hold out"
-        values |= self._answer(
+        values |= self._ask_value(
             question,
             validation or (held_out if own else None),
             held_out,
-            lambda answer: {} if answer == held_out and not own else self._validation(answer),
+            lambda answer: {} if answer == held_out and not own else self._check_validation(answer),
         )
         if self._asking:
-            keys = _keys(values["data.train"][0], "data.train")
+            keys = _find_keys(values["data.train"][0], "data.train")
             default = FOUND if FOUND in keys else NO_DOMAIN
-            values |= self._answer("domain: the field that holds it, or none", None, default, _domain_in(keys))
-            values |= self._answer("experiment name", None, "default", _experiment)
+            values |= self._ask_value("domain: the field that holds it, or none", None, default, _check_domain(keys))
+            values |= self._ask_value("experiment name", None, "default", _check_experiment)
         return values | self._fields
 
-    def _answer(self, question: str, given: str | None, default: str, check: Callable[[str], Values]) -> Values:
+    def _ask_value(self, question: str, given: str | None, default: str, check: Callable[[str], Values]) -> Values:
         """What `check` makes of the option or of the answer; a wrong answer is asked for again."""
         from training_lens.errors import TrainingLensError
 
@@ -57,12 +59,12 @@ class Interview:
             try:
                 return check(typer.prompt(question, default=given or default, err=self._screen.as_json))
             except TrainingLensError as error:
-                self._say(f"  {error}")
+                self._print_line(f"  {error}")
 
-    def _say(self, text: str) -> None:
-        self._screen.console.print(text, markup=False, soft_wrap=True)
+    def _print_line(self, text: str) -> None:
+        self._screen.print_line(text)
 
-    def _rows(self, key: str) -> Callable[[str], Values]:
+    def _check_rows(self, key: str) -> Callable[[str], Values]:
         """A check that the rows can be read, which says how; fields that are not found are asked for."""
 
         def check(spec: str) -> Values:
@@ -71,15 +73,15 @@ class Interview:
 
             if key == "data.train":
                 self._fields.clear()
-            data, rows = self._data(), _first_rows(spec, key)
+            data, rows = self._data_section(), _first_rows(spec, key)
             try:
                 find_mapping(collect_keys(rows), data, spec)
             except DatasetError as error:
                 if not self._asking:
                     raise DatasetError(f"{error} Or let init ask: training-lens init --ask --train {spec}") from error
-                self._say(f"  {error}")
+                self._print_line(f"  {error}")
                 self._ask_fields(set(collect_keys(rows)))
-            self._say(f"  {spec}: read as {_read_as(spec, key, self._data())}")
+            self._print_line(f"  {spec}: read as {_read_as(spec, key, self._data_section())}")
             return {key: [spec]}
 
         return check
@@ -90,25 +92,25 @@ class Interview:
             name = typer.prompt(f"  which field is {what} ({there})", err=self._screen.as_json)
             self._fields[f"data.fields.{meaning}"] = name
 
-    def _data(self) -> DataSection:
+    def _data_section(self) -> DataSection:
         from training_lens.config.data_sections import DataSection
 
         fields = {key.rsplit(".", 1)[-1]: name for key, name in self._fields.items()}
         return DataSection.model_validate({"fields": fields, "domain": {"field": None}})
 
-    def _validation(self, answer: str) -> Values:
+    def _check_validation(self, answer: str) -> Values:
         """A share, or a file."""
         from training_lens.config.compose import validate_values
 
         try:
             share = float(answer)
         except ValueError:
-            return self._rows("data.validation")(answer)
+            return self._check_rows("data.validation")(answer)
         validate_values({"data": {"val_ratio": share}})
         return {"data.val_ratio": share}
 
 
-def _model(answer: str) -> Values:
+def _check_model(answer: str) -> Values:
     from training_lens.config.schema import ModelSection
     from training_lens.models.location import locate
 
@@ -129,7 +131,7 @@ def _first_rows(spec: str, key: str) -> list[Row]:
     return rows
 
 
-def _keys(spec: str, key: str) -> set[str]:
+def _find_keys(spec: str, key: str) -> set[str]:
     """The keys of those rows."""
     from training_lens.data.fields import collect_keys
 
@@ -148,7 +150,7 @@ def _read_as(spec: str, key: str, data: DataSection) -> str:
     return ", ".join(dict.fromkeys(notes.mappings.values()))
 
 
-def _domain_in(keys: set[str]) -> Callable[[str], Values]:
+def _check_domain(keys: set[str]) -> Callable[[str], Values]:
     def check(answer: str) -> Values:
         from training_lens.errors import ConfigurationError
         from training_lens.utils.formatting import nearest_name
@@ -164,7 +166,7 @@ def _domain_in(keys: set[str]) -> Callable[[str], Values]:
     return check
 
 
-def _experiment(answer: str) -> Values:
+def _check_experiment(answer: str) -> Values:
     from training_lens.config.compose import validate_values
 
     validate_values({"output": {"experiment_name": answer}})

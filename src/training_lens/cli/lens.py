@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import load_config, refuse_unused
-from training_lens.cli.places import copied_here, locate_run
+from training_lens.cli.options import CommandOptions
+from training_lens.cli.places import fetch_copy, locate_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,8 +29,8 @@ BaseFolder = Annotated[
 WHY = "this reads what was captured, and only the place of runs can be set."
 
 
-def opened(run: str, overrides: list[str] | None, config: list[str] | None, base: str | None) -> CheckpointAnalyzer:
-    """The run's captures, ready to be analysed.
+def open_analyzer(run: str, options: CommandOptions, base: str | None) -> CheckpointAnalyzer:
+    """The analyzer of a run's captures.
 
     Raises:
         CheckpointError: there is no such run.
@@ -37,8 +38,8 @@ def opened(run: str, overrides: list[str] | None, config: list[str] | None, base
     """
     from pathlib import Path
 
-    run, given = _named(run, overrides)
-    folder = _located(run, given, config)
+    run, options = _split_run(run, options)
+    folder = _locate_folder(run, options)
     if base:
         _check_base(base)
     from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
@@ -58,31 +59,33 @@ def _check_base(base: str) -> None:
         raise ConfigurationError(str(error).replace("model.id", "--base", 1)) from error
 
 
-def opened_pair(
-    run: str, against: str | None, overrides: list[str] | None, config: list[str] | None, base: str | None
+def open_analyzers(
+    run: str, against: str | None, options: CommandOptions, base: str | None
 ) -> tuple[CheckpointAnalyzer, CheckpointAnalyzer | None]:
     """The run, and the one to compare it with where that is asked for; both are looked for in one place."""
-    run, given = _named(run, overrides)
-    return opened(run, given, config, base), opened(against, given, config, base) if against else None
+    run, options = _split_run(run, options)
+    return open_analyzer(run, options, base), open_analyzer(against, options, base) if against else None
 
 
-def _named(run: str, overrides: list[str] | None) -> tuple[str, list[str]]:
-    """The run and the settings; a setting that stands in the run's place is one, and the run then the latest."""
+def _split_run(run: str, options: CommandOptions) -> tuple[str, CommandOptions]:
+    """The run and the options; where a setting stands in the run's place, the run is the latest."""
     from pathlib import Path
 
     from training_lens.runs.run_folder import LATEST
 
-    given = list(overrides or [])
-    return (LATEST, [run, *given]) if "=" in run and not Path(run).exists() else (run, given)
+    if "=" not in run or Path(run).exists():
+        return run, options
+    named, options = options.split_argument(run)
+    return named or LATEST, options
 
 
-def _located(run: str, overrides: list[str], config: list[str] | None) -> Path:
-    """The folder that the run means; of a path, that path, there or not."""
+def _locate_folder(run: str, options: CommandOptions) -> Path:
+    """The folder that the run means; a path that is no run's is taken as it is."""
     from pathlib import Path
 
-    refuse_unused(overrides, ("output.",), WHY)
-    output = load_config(config, overrides).output
-    run = copied_here(run, output.base_output_dir, finished=None)
+    refuse_unused(options.words, ("output.",), WHY)
+    output = load_config(options).output
+    run = fetch_copy(run, output.base_output_dir, finished=None)
     if Path(run).exists() and not (Path(run) / "metadata").is_dir():
         return Path(run)
     return locate_run(run, output, finished=None).root

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.common import (
-    OF_ANY_RUN,
-    ConfigFile,
-    Debug,
-    Json,
-    Overrides,
-    Screen,
-    command,
-    load_config,
-    print_table,
-    refuse_unused,
-)
+from training_lens.cli.common import OF_ANY_RUN, Screen, command, load_run_config, print_table, refuse_unused
+from training_lens.cli.options import CommandOptions
 from training_lens.cli.places import locate_adapter
 
 if TYPE_CHECKING:
@@ -60,52 +51,46 @@ SameBase = Annotated[
 ]
 
 
-def merge(
-    overrides: Overrides = None,
-    run: Run = None,
-    output: Output = None,
-    dtype: DtypeOption = Dtype.auto,
-    scale: Scale = 1.0,
-    delta: Delta = False,
-    max_shard_size: ShardSize = "5GB",
-    force: Force = False,
-    same_base: SameBase = False,
-    config: ConfigFile = None,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
+@dataclass(frozen=True)
+class WriteOptions:
+    """What is written, and where: see `MergeOptions`."""
+
+    output: Output = None
+    dtype: DtypeOption = Dtype.auto
+    scale: Scale = 1.0
+    delta: Delta = False
+    max_shard_size: ShardSize = "5GB"
+    force: Force = False
+    same_base: SameBase = False
+
+
+def merge(run: Run = None, *, write: WriteOptions, options: CommandOptions) -> None:
     """Merge an adapter into its base, and check in a fresh process that the result computes what the adapter does.
 
     Examples: training-lens merge; training-lens merge --run RUN --dtype bf16 --output FOLDER;
     training-lens merge --run ADAPTER_FOLDER model.id=PATH --output FOLDER
     """
-    with command(json, debug) as screen:
-        settings = _settings(config, overrides, run)
+    with command(options) as screen:
+        settings = _load_config(options, run)
         from pathlib import Path
 
         from training_lens.merging.merge_run import MergeOptions
         from training_lens.merging.merge_run import merge as merge_adapter
 
-        place = Path(output) if output else None
-        options = MergeOptions(place, dtype.value, scale, delta, max_shard_size, force, same_base)
+        values = vars(write) | {"output": Path(write.output) if write.output else None, "dtype": write.dtype.value}
         screen.console.print("merging in float32 ...", style="dim")
-        merged = merge_adapter(settings, options, lambda _folder: _say_written(screen))
-        _show(screen, merged)
-        screen.result(merged.report)
+        merged = merge_adapter(settings, MergeOptions(**values), lambda _folder: _say_written(screen))
+        _show_merged(screen, merged)
+        screen.print_result(merged.report)
 
 
-def _settings(config: list[str] | None, overrides: list[str] | None, run: str | None) -> TrainingConfig:
-    """The config, with `--run` as the adapter; settings that merging would not heed are refused."""
-    from training_lens.errors import ConfigurationError
-
-    named = [text for text in overrides or [] if text.startswith("inference.adapter=")]
-    if run and named:
-        raise ConfigurationError(f"--run {run} and {named[0]} both name an adapter; keep one.")
-    settings = load_config(config, overrides, {"inference": {"adapter": run}} if run else None)
+def _load_config(options: CommandOptions, run: str | None) -> TrainingConfig:
+    """The config, with `--run` as the adapter; settings that a merge would ignore are refused."""
     from training_lens.runs.run_lookup import uses_own_model
 
+    settings = load_run_config(options, run)
     own = ("model.", "data.") if uses_own_model(settings.inference.adapter) else (*OF_ANY_RUN, "data.validation=")
-    refuse_unused(overrides, ("inference.adapter", "output.", *own), "merge takes what the run's own config says.")
+    refuse_unused(options.words, ("inference.adapter", "output.", *own), "merge takes what the run's own config says.")
     return locate_adapter(settings)
 
 
@@ -113,7 +98,7 @@ def _say_written(screen: Screen) -> None:
     screen.console.print("written; loading it in a fresh process to check it ...", style="dim")
 
 
-def _show(screen: Screen, merged: Merged) -> None:
+def _show_merged(screen: Screen, merged: Merged) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -129,10 +114,10 @@ def _show(screen: Screen, merged: Merged) -> None:
         f"max logit difference {found.max_logit_difference:.2g} where logits spread by {found.logit_spread:.2g}; "
         f"{found.greedy_agreement:.0%} of the answers are the same, {found.ties} part at a tie"
     )
-    screen.console.print(said, markup=False, soft_wrap=True)
+    screen.print_line(said)
     if report["dtype"] != "fp32":
         moved = f"rounding to {report['dtype']} moves the logits by {found.distance_share:.2%} of what the adapter does"
-        screen.console.print(f"{moved}; --dtype fp32 is exact", markup=False, soft_wrap=True)
+        screen.print_line(f"{moved}; --dtype fp32 is exact")
     if not report["base_known"]:
         screen.console.print("nothing says which weights the adapter was trained on: the base was taken by its name")
     if report["untied"]:
@@ -144,4 +129,4 @@ def _show(screen: Screen, merged: Merged) -> None:
             soft_wrap=True,
         )
     what = "the difference to the base" if report["kind"] == "delta" else "the merged model"
-    screen.console.print(f"{what} ({report['dtype']}) is in {merged.output}", markup=False, soft_wrap=True)
+    screen.print_line(f"{what} ({report['dtype']}) is in {merged.output}")

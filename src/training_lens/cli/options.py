@@ -1,19 +1,37 @@
-"""How the command line is read where typer alone is not enough: `--from`, and settings that were typed as options."""
+"""How commands read the command line: the options that they share, as one value, and settings typed as options."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from itertools import zip_longest
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
 Function = Callable[..., None]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Settings, for example training.lr=1e-4 or +experiment=quick_test.",
+        metavar="[KEY=VALUE]...",
+        show_default=False,
+    ),
+]
+ConfigFile = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE",
+        help="Your YAML or JSON config file; may be given several times, a later file goes over an earlier one.",
+        show_default=False,
+    ),
+]
 Origin = Annotated[
     str | None,
     typer.Option(
@@ -23,31 +41,84 @@ Origin = Annotated[
         "are set aside.",
     ),
 ]
-origin_of_config: ContextVar[str | None] = ContextVar("origin_of_config", default=None)
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object as the last line; all else goes to standard error.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+LAST = ("json", "debug")  # the parameters that stand last in the help of every command
 
 
-def accept_origin(function: Function) -> Function:
-    """A command with `--from` behind its `--config`, if it has one; `common.load_config` looks at it."""
-    signature = inspect.signature(function, eval_str=True)
-    if "config" not in signature.parameters:
-        return function
+@dataclass(frozen=True)
+class OutputOptions:
+    """The options of every command."""
+
+    json: Json = False
+    debug: Debug = False
+
+
+@dataclass(frozen=True)
+class ConfigOptions(OutputOptions):
+    """The options of a command that reads a config file."""
+
+    config: ConfigFile = None
+    origin: Origin = None
+
+    def with_words(self, words: list[str]) -> CommandOptions:
+        """The same options with these settings."""
+        return CommandOptions(self.json, self.debug, self.config, self.origin, words)
+
+
+@dataclass(frozen=True)
+class CommandOptions(ConfigOptions):
+    """The options of a command that reads a config file and settings."""
+
+    overrides: Overrides = None
+
+    @property
+    def words(self) -> list[str]:
+        """The settings that were typed: `training.lr=1e-4`."""
+        return list(self.overrides or [])
+
+    def split_argument(self, argument: str | None) -> tuple[str | None, CommandOptions]:
+        """An optional argument, and the options; an argument that is a setting joins the settings."""
+        if argument and "=" in argument:
+            return None, self.with_words([argument, *self.words])
+        return argument, self
+
+
+def expand_options(function: Function) -> Function:
+    """A function that typer can read: each parameter that is a dataclass of options becomes its fields.
+
+    The fields stand where the parameter stood, but for `--json` and `--debug`, which stand last.
+    """
+    parameters: list[inspect.Parameter] = []
+    groups: dict[str, Any] = {}
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        group = parameter.annotation
+        if isinstance(group, type) and is_dataclass(group):
+            groups[parameter.name] = group
+            parameters += _list_fields(group)
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    parameters.sort(key=lambda parameter: parameter.name in LAST)
 
     @wraps(function)
-    def run(*, origin: str | None = None, **given: Any) -> None:
-        token = origin_of_config.set(origin)
-        try:
-            function(**given)
-        finally:
-            origin_of_config.reset(token)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        function(**values)
 
-    parameters = list(signature.parameters.values())
-    option = inspect.Parameter("origin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Origin)
-    place = list(signature.parameters).index("config") + 1
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    parameters.insert(place, option)
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _list_fields(group: Any) -> Iterator[inspect.Parameter]:
+    annotations = get_type_hints(group, include_extras=True)
+    for field in fields(group):
+        yield inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotations[field.name]
+        )
 
 
 class SettingsCommand(TyperCommand):
@@ -59,15 +130,19 @@ class SettingsCommand(TyperCommand):
         for word, following in zip_longest(args, args[1:], fillvalue=""):
             if word == "--":
                 break
-            if word.startswith("--") and word.partition("=")[0] not in known and (said := _describe(word, following)):
-                print(f"error: {said}", file=sys.stderr)
-                raise typer.Exit(2)
+            if word.startswith("--") and word.partition("=")[0] not in known:
+                _refuse_usage(_describe_setting(word, following))
         rest = super().parse_args(ctx, args)
         for parameter in self.params:
-            if said := _find_empty(parameter, ctx.params.get(parameter.name or "")):
-                print(f"error: {said}", file=sys.stderr)
-                raise typer.Exit(2)
+            _refuse_usage(_find_empty(parameter, ctx.params.get(parameter.name or "")))
         return rest
+
+
+def _refuse_usage(problem: str | None) -> None:
+    """End the command with exit code 2 if there is a problem."""
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        raise typer.Exit(2)
 
 
 def _find_empty(parameter: Any, value: Any) -> str | None:
@@ -82,7 +157,7 @@ def _find_empty(parameter: Any, value: Any) -> str | None:
     return f"{name}: given without a value; give one, or leave it out."
 
 
-def _describe(word: str, following: str) -> str | None:
+def _describe_setting(word: str, following: str) -> str | None:
     """Why an unknown option is refused, where it is one of the settings; None where it is a mistyped option."""
     name = word.removeprefix("--").partition("=")[0]
     if not name.replace("_", "").replace(".", "").isalnum():
@@ -95,11 +170,16 @@ def _describe(word: str, following: str) -> str | None:
     return describe_no_override(word, following if "=" not in word and takes_value(word, following) else "")
 
 
-def add_command(app: typer.Typer, name: str | None = None) -> Callable[[Function], Function]:
-    """A decorator that adds a function to an app as a command which reads the command line so."""
+def add_command(app: typer.Typer, name: str | None = None, panel: str | None = None) -> Callable[[Function], Function]:
+    """A decorator that adds a function to an app as a command.
+
+    Args:
+        name: of the command; None: that of the function.
+        panel: the heading under which the app's help lists it.
+    """
 
     def add(function: Function) -> Function:
-        app.command(name, cls=SettingsCommand)(accept_origin(function))
+        app.command(name, cls=SettingsCommand, rich_help_panel=panel)(expand_options(function))
         return function
 
     return add

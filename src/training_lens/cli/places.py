@@ -15,7 +15,7 @@ def is_url(reference: str) -> bool:
     return "://" in reference
 
 
-def copied_here(reference: str, base_output_dir: str, *, finished: bool | None) -> str:
+def fetch_copy(reference: str, base_output_dir: str, *, finished: bool | None) -> str:
     """The run that a reference means: of a URL, the folder of a copy under {base_output_dir}/cache/runs.
 
     Args:
@@ -38,7 +38,7 @@ def locate_run(reference: str, output: OutputSection, *, finished: bool | None) 
     from training_lens.runs.run_lookup import find_run
     from training_lens.utils.names import require_contained
 
-    here = copied_here(reference, output.base_output_dir, finished=finished)
+    here = fetch_copy(reference, output.base_output_dir, finished=finished)
     run = find_run(here, output.base_output_dir, output.named_experiment, finished=finished)
     require_contained(run.root, besides=NOT_OURS)
     announce_run(run)
@@ -56,7 +56,7 @@ def locate_adapter(settings: TrainingConfig) -> TrainingConfig:
     from training_lens.runs.run_lookup import find_adapter_run, uses_own_model
 
     output, adapter = settings.output, settings.inference.adapter
-    adapter = copied_here(adapter, output.base_output_dir, finished=True)
+    adapter = fetch_copy(adapter, output.base_output_dir, finished=True)
     if uses_own_model(adapter):
         return settings
     run = find_adapter_run(adapter, output.base_output_dir, output.named_experiment)

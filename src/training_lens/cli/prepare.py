@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, print_table
+from training_lens.cli.common import Screen, command, load_config, print_table
+from training_lens.cli.options import CommandOptions
 from training_lens.cli.preflight import check_base, check_rows
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 SHOWN = 3  # findings of a kind
 NAMED = 40  # sources and domains that a table lists
-FINDINGS = {
+FINDING_TEXTS = {
     "duplicates_exact": "say what an earlier row says; left out",
     "duplicates_near": "say nearly what an earlier row says; left out",
     "conflicting_answers": "answer otherwise than an earlier row of the same prompt; kept",
@@ -33,19 +34,16 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an earlier result 
 
 
 def prepare(
-    overrides: Overrides = None,
-    config: ConfigFile = None,
+    options: CommandOptions,
     force: Force = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Clean and split data.train into a folder: duplicates left out, leaks between splits found, tokens cached.
 
     Examples: training-lens prepare data.train=rows.jsonl prepare.deduplicate=near;
     training-lens prepare data.train=rows.jsonl prepare.split_by=group prepare.group_field=user_id
     """
-    with command(json, debug) as screen:
-        settings = load_config(config, overrides)
+    with command(options) as screen:
+        settings = load_config(options)
         check_rows(settings)
         check_base(settings)
         _require_room(settings, force)
@@ -53,13 +51,13 @@ def prepare(
         from training_lens.preparation.prepare_splits import prepare_splits as run
 
         prepared = run(settings, Progress(screen.console), force)
-        train = train_command(prepared, settings.data, overrides or [], config)
+        train = train_command(prepared, settings.data, options)
         _show_sources(screen, prepared.manifest)
         _show_findings(screen, prepared.manifest)
         _show_splits(screen, prepared)
         _show_lengths(screen, prepared)
-        screen.console.print(f"\nsaved in {prepared.folder}\ntrain on it: {train}", markup=False, soft_wrap=True)
-        screen.result({"folder": str(prepared.folder), "train": train, **prepared.manifest})
+        screen.print_line(f"\nsaved in {prepared.folder}\ntrain on it: {train}")
+        screen.print_result({"folder": str(prepared.folder), "train": train, **prepared.manifest})
 
 
 def _require_room(settings: TrainingConfig, force: bool) -> None:
@@ -72,30 +70,30 @@ def _require_room(settings: TrainingConfig, force: bool) -> None:
         )
 
 
-def train_command(
-    prepared: PreparationResult, data: DataSection, overrides: list[str], config: list[str] | None
-) -> str:
+def train_command(prepared: PreparationResult, data: DataSection, options: CommandOptions) -> str:
     """The command that trains on what was written, with the settings that were given to prepare.
 
     Args:
         data: the settings by which the sources were read; where the files are read otherwise, those keys are set.
     """
-    changed = {key: value for key, value in _reading(prepared.data).items() if _reading(data)[key] != value}
+    changed = {
+        key: value for key, value in _reading_settings(prepared.data).items() if _reading_settings(data)[key] != value
+    }
     replaced = ("data.train", "data.val_ratio", "prepare.", *changed)
     if "validation" in prepared.splits:
         replaced = (*replaced, "data.validation")
-    words = ["training-lens", "train", *(word for file in config or [] for word in ("--config", file))]
-    words += [text for text in overrides if not text.lstrip("+").startswith(replaced)]
+    words = ["training-lens", "train", *(word for file in options.config or [] for word in ("--config", file))]
+    words += [text for text in options.words if not text.lstrip("+").startswith(replaced)]
     words += [f"{key}={json_module.dumps(value)}" for key, value in changed.items()]
     for name in ("train", "validation"):
         if name in prepared.splits:
-            words.append(f"data.{name}={_hydra(str(prepared.folder / prepared.splits[name].file))}")
-    if data.val_ratio and config:
+            words.append(f"data.{name}={_quote_path(str(prepared.folder / prepared.splits[name].file))}")
+    if data.val_ratio and options.config:
         words.append("data.val_ratio=0")
     return shlex.join(words)
 
 
-def _reading(data: DataSection) -> dict[str, Any]:
+def _reading_settings(data: DataSection) -> dict[str, Any]:
     """The settings that say which fields mean what, by dotted key."""
     return {
         f"data.{section}.{key}": value
@@ -104,7 +102,7 @@ def _reading(data: DataSection) -> dict[str, Any]:
     }
 
 
-def _hydra(path: str) -> str:
+def _quote_path(path: str) -> str:
     """The path as the value of an override."""
     return path if re.fullmatch(r"[\w/.:@+-]+", path) else json_module.dumps(path, ensure_ascii=False)
 
@@ -129,7 +127,7 @@ def _show_findings(screen: Screen, manifest: dict[str, Any]) -> None:
     """Each kind of finding that there is, with a few rows."""
     show = screen.console.print
     show("\nwhat was found", style="bold")
-    for kind, meaning in FINDINGS.items():
+    for kind, meaning in FINDING_TEXTS.items():
         count, listed = manifest[kind]["rows"], manifest[kind]["listed"]
         if not count:
             continue
@@ -137,11 +135,11 @@ def _show_findings(screen: Screen, manifest: dict[str, Any]) -> None:
         for item in listed[:SHOWN]:
             alike = f" ({item['similarity']:.0%})" if kind.endswith("near") else ""
             show(f"    {item['row']} and {item['other']}{alike}: {item['text']}", markup=False, soft_wrap=True)
-    if not any(manifest[kind]["rows"] for kind in FINDINGS):
+    if not any(manifest[kind]["rows"] for kind in FINDING_TEXTS):
         show("  nothing")
     if manifest["leaks_removed"]:
         show(f"  {manifest['leaks_removed']:,} of them taken out of the training split (prepare.leakage=remove)")
-    elif any(manifest[kind]["rows"] for kind in FINDINGS if kind.startswith("leaks")):
+    elif any(manifest[kind]["rows"] for kind in FINDING_TEXTS if kind.startswith("leaks")):
         show("  prepare.leakage=remove takes those of the training split out")
 
 
@@ -183,4 +181,4 @@ def _show_lengths(screen: Screen, prepared: PreparationResult) -> None:
     shares = ", ".join(f"{float(share):.0%} up to {value:,}" for share, value in lengths.quantiles.items())
     screen.console.print(Text.assemble(("\ntokens of an example", "bold"), f": mean {lengths.mean:.1f}, {shares}"))
     for line in draw_histogram(prepared.token_lengths):
-        screen.console.print(line, markup=False, soft_wrap=True)
+        screen.print_line(line)

@@ -6,17 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from training_lens.cli.common import (
-    ConfigFile,
-    Debug,
-    Json,
-    Overrides,
-    Screen,
-    command,
-    load_config,
-    print_table,
-    refuse_unused,
-)
+from training_lens.cli.common import Screen, command, load_config, print_table, refuse_unused
+from training_lens.cli.options import CommandOptions
 from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
@@ -40,47 +31,45 @@ Revision = Annotated[str | None, typer.Option(metavar="BRANCH", help="Push to th
 def push(
     run: RunName,
     repo: RepoName = None,
-    overrides: Overrides = None,
+    *,
     dry_run: DryRun = False,
     public: Public = False,
     checkpoints: Checkpoints = False,
     revision: Revision = None,
-    config: ConfigFile = None,
-    json: Json = False,
-    debug: Debug = False,
+    options: CommandOptions,
 ) -> None:
     """Push a run's adapter, tokenizer, model card and record to the Hugging Face hub; what is there is not sent again.
 
     Examples: training-lens push latest me/my-adapter --dry-run; training-lens push RUN me/my-adapter --checkpoints
     """
-    with command(json, debug) as screen:
+    with command(options) as screen:
         from rich.text import Text
 
         from training_lens.errors import ConfigurationError
 
-        named, given = (None, [repo, *(overrides or [])]) if repo and "=" in repo else (repo, overrides or [])
-        refuse_unused(given, ("output.", "tracking.hub."), "push sends a run as it is.")
-        if named and (other := next((text for text in given if text.startswith("tracking.hub.repo=")), None)):
-            raise ConfigurationError(f"{named} and {other} both name a repository; keep one.")
-        asked = {"repo": named, "revision": revision, "checkpoints": checkpoints or None}
+        repo, options = options.split_argument(repo)
+        refuse_unused(options.words, ("output.", "tracking.hub."), "push sends a run as it is.")
+        if repo and (other := next((text for text in options.words if text.startswith("tracking.hub.repo=")), None)):
+            raise ConfigurationError(f"{repo} and {other} both name a repository; keep one.")
+        asked = {"repo": repo, "revision": revision, "checkpoints": checkpoints or None}
         flags: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
         if public:
             flags["private"] = False
-        settings = load_config(config, given, {"tracking": {"hub": flags}})
-        hub = _hub(run, settings)
+        settings = load_config(options, {"tracking": {"hub": flags}})
+        hub = _open_hub(run, settings)
         if dry_run:
             plan = hub.plan()
-            _show(screen, plan, hub.repo)
-            screen.result({**_values(plan, hub.repo), "sent": False, "url": ""})
+            _show_plan(screen, plan, hub.repo)
+            screen.print_result({**_describe_plan(plan, hub.repo), "sent": False, "url": ""})
         else:
             with screen.console.status(Text(f"sending to {hub.repo}")):
                 pushed = hub.push()
             done = f"sent in {pushed.url}" if pushed.url else f"{hub.repo} has all of it already"
-            screen.console.print(done, markup=False, soft_wrap=True)
-            screen.result({**_values(pushed.plan, hub.repo), "sent": bool(pushed.url), "url": pushed.url})
+            screen.print_line(done)
+            screen.print_result({**_describe_plan(pushed.plan, hub.repo), "sent": bool(pushed.url), "url": pushed.url})
 
 
-def _hub(run: str, settings: TrainingConfig) -> HuggingFaceIntegration:
+def _open_hub(run: str, settings: TrainingConfig) -> HuggingFaceIntegration:
     from training_lens.errors import ConfigurationError
 
     folder = locate_run(run, settings.output, finished=True)
@@ -98,7 +87,7 @@ def _hub(run: str, settings: TrainingConfig) -> HuggingFaceIntegration:
     return HuggingFaceIntegration(record)
 
 
-def _values(plan: PushPlan, repo: str) -> dict[str, Any]:
+def _describe_plan(plan: PushPlan, repo: str) -> dict[str, Any]:
     """The plan, as JSON has it."""
     files = [(file, state) for state in ("send", "there") for file in getattr(plan, state)]
     return {
@@ -111,7 +100,7 @@ def _values(plan: PushPlan, repo: str) -> dict[str, Any]:
     }
 
 
-def _show(screen: Screen, plan: PushPlan, repo: str) -> None:
+def _show_plan(screen: Screen, plan: PushPlan, repo: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -127,6 +116,6 @@ def _show(screen: Screen, plan: PushPlan, repo: str) -> None:
     print_table(screen.console, table)
     if plan.unknown:
         told = f"not compared with {repo}: {plan.unknown}"
-        screen.console.print(told, markup=False, soft_wrap=True)
+        screen.print_line(told)
     total = f"{len(plan.send)} files, {format_size(plan.size)}, would be sent to {repo}; nothing was sent"
-    screen.console.print(total, markup=False, soft_wrap=True)
+    screen.print_line(total)

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, command
-from training_lens.cli.lens import BaseFolder, RunPlace, opened_pair
+from training_lens.cli.common import command
+from training_lens.cli.lens import BaseFolder, RunPlace, open_analyzers
+from training_lens.cli.options import CommandOptions
 
 
-class Format(StrEnum):
+class ReportFormat(StrEnum):
     """How a report is written."""
 
     html = "html"
@@ -19,7 +20,7 @@ class Format(StrEnum):
     json = "json"
 
 
-class Kind(StrEnum):
+class ReportKind(StrEnum):
     """Which report: one screen in plain words, all of it, or what is wrong with the evidence."""
 
     executive = "executive"
@@ -27,9 +28,10 @@ class Kind(StrEnum):
     diagnostic = "diagnostic"
 
 
-FormatOption = Annotated[Format, typer.Option("--format", help="html is one file that opens offline.")]
+FormatOption = Annotated[ReportFormat, typer.Option("--format", help="html is one file that opens offline.")]
 KindOption = Annotated[
-    Kind, typer.Option(help="executive: one screen in plain words; technical: all; diagnostic: findings with evidence.")
+    ReportKind,
+    typer.Option(help="executive: one screen in plain words; technical: all; diagnostic: findings with evidence."),
 ]
 Against = Annotated[
     str | None, typer.Option(metavar="RUN", help="Put a second run beside it: the same pictures, on the same scales.")
@@ -41,25 +43,23 @@ Output = Annotated[
 
 def report(
     run: RunPlace = "latest",
-    overrides: Overrides = None,
-    format: FormatOption = Format.html,
-    kind: KindOption = Kind.technical,
+    *,
+    format: FormatOption = ReportFormat.html,
+    kind: KindOption = ReportKind.technical,
     against: Against = None,
     base: BaseFolder = None,
     output: Output = None,
-    config: ConfigFile = None,
-    json: Json = False,
-    debug: Debug = False,
+    options: CommandOptions,
 ) -> None:
     """Write a report of what the lens captured: of a run (finished, running or broken off) or of PEFT checkpoints.
 
     Examples: training-lens report; training-lens report RUN --kind diagnostic --format md;
     training-lens report RUN --against OTHER_RUN; training-lens report path/to/trainer_output
     """
-    with command(json, debug) as screen:
+    with command(options) as screen:
         from pathlib import Path
 
-        analyzer, other = opened_pair(run, against, overrides, config, base)
+        analyzer, other = open_analyzers(run, against, options, base)
         from training_lens.analysis.reports.standard import StandardReports
 
         folder = Path(output) if output else analyzer.recording.folder / "reports"
@@ -72,5 +72,5 @@ def report(
             written = beside.write(folder, format.value)
         else:
             written = StandardReports(analysis).write(folder, kind.value, format.value)
-        screen.console.print(f"the report is {written}", markup=False, soft_wrap=True)
-        screen.result({"report": str(written), "kind": kind.value, "format": format.value})
+        screen.print_line(f"the report is {written}")
+        screen.print_result({"report": str(written), "kind": kind.value, "format": format.value})

@@ -20,7 +20,7 @@ IN_PARTS = ("by_domain.", "controls.")
 VALUE_SHOWN = 120  # characters of a setting
 
 
-def _table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Table:
+def _new_table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Table:
     """An empty table; the columns of numbers stand right, and only long texts are folded."""
     from rich import box
     from rich.table import Table
@@ -32,7 +32,7 @@ def _table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Tab
     return table
 
 
-def _fill(console: Console, table: Table, rows: Sequence[Sequence[str]]) -> None:
+def _print_rows(console: Console, table: Table, rows: Sequence[Sequence[str]]) -> None:
     """Print the table with its rows."""
     from rich.text import Text
 
@@ -41,7 +41,7 @@ def _fill(console: Console, table: Table, rows: Sequence[Sequence[str]]) -> None
     print_table(console, table)
 
 
-def _fill_blocks(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _print_blocks(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Rows that no table has room for: the first cell on a line of its own, the others with their names below."""
     console.print(f"\n{title}", style="italic")
     for row in rows:
@@ -50,18 +50,18 @@ def _fill_blocks(console: Console, title: str, columns: Sequence[str], rows: Seq
         console.print(f"  {rest}", markup=False)
 
 
-def _number(run: RunOverview, metric: str) -> str:
+def _format_metric(run: RunOverview, metric: str) -> str:
     value = run.metrics.get(metric)
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
-def _rate(rate: float | None) -> str:
+def _format_rate(rate: float | None) -> str:
     return "-" if rate is None else f"{rate:.3g}"
 
 
-def _of_the_whole(runs: Sequence[RunOverview]) -> list[str]:
+def _list_metrics(runs: Sequence[RunOverview]) -> list[str]:
     """The metrics that any of the runs has, without those of single domains."""
     names = dict.fromkeys(metric for run in runs for metric in run.metrics)
     return [name for name in names if not name.startswith(IN_PARTS)]
@@ -81,7 +81,15 @@ def show_runs(console: Console, runs: Sequence[RunOverview], metric: str) -> Non
     """A line a run with one metric, and under the table what is to be said of some."""
     columns = ["run", "status", "steps", metric, "model", "data", "rate"]
     rows = [
-        [r.run_id, r.status, _number(r, "steps"), _number(r, metric), r.model_name, r.data_name, _rate(r.learning_rate)]
+        [
+            r.run_id,
+            r.status,
+            _format_metric(r, "steps"),
+            _format_metric(r, metric),
+            r.model_name,
+            r.data_name,
+            _format_rate(r.learning_rate),
+        ]
         for r in runs
     ]
     if len({run.experiment_name for run in runs}) > 1:
@@ -95,15 +103,15 @@ def show_runs(console: Console, runs: Sequence[RunOverview], metric: str) -> Non
     title, numbers = f"{len(runs)} runs", ("steps", metric, "rate")
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     if console.is_terminal and sum(widths) + GAP * (len(widths) - 1) > console.width:
-        _fill_blocks(console, title, columns, rows)
+        _print_blocks(console, title, columns, rows)
     else:
-        _fill(console, _table(title, columns, right=numbers), rows)
+        _print_rows(console, _new_table(title, columns, right=numbers), rows)
     for run in runs:
         if run.detail:
             console.print(f"{run.run_id}: {run.detail}", markup=False, soft_wrap=True)
 
 
-def details(run: RunOverview) -> dict[str, Any]:
+def collect_details(run: RunOverview) -> dict[str, Any]:
     """What `show` tells besides `ListedRun.as_json`: settings that are not the defaults, data, losses, reports.
 
     What cannot be read is left out: `run.detail` or "damaged" says it.
@@ -133,8 +141,8 @@ def details(run: RunOverview) -> dict[str, Any]:
     }
 
 
-def show_details(console: Console, run: RunOverview, told: Mapping[str, Any]) -> None:
-    """What `details` gives, in sections; those that are empty are left out."""
+def show_details(console: Console, run: RunOverview, details: Mapping[str, Any]) -> None:
+    """What `collect_details` gives, in sections; those that are empty are left out."""
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
@@ -142,28 +150,30 @@ def show_details(console: Console, run: RunOverview, told: Mapping[str, Any]) ->
     say(f"{run.run_id} of experiment {run.experiment_name or '(none)'}: {run.status}")
     if run.detail:
         say(f"  {run.detail}")
-    if told["damaged"]:
-        say(f"  {told['damaged']}")
+    if details["damaged"]:
+        say(f"  {details['damaged']}")
     say(f"  started {run.start_time:%Y-%m-%d %H:%M:%S} UTC, in {run.folder.root}")
     if run.tags:
         say(f"  tags: {', '.join(run.tags)}")
     if run.metrics:
-        rows = [[metric, _number(run, metric)] for metric in _of_the_whole([run])]
-        _fill(console, _table("metrics", ("", "value"), right=("value",)), rows)
-    if told["config"]:
-        rows = [[key, _value(value)] for key, value in told["config"].items()]
-        _fill(console, _table("settings that are not the defaults", ("", "value")), rows)
+        rows = [[metric, _format_metric(run, metric)] for metric in _list_metrics([run])]
+        _print_rows(console, _new_table("metrics", ("", "value"), right=("value",)), rows)
+    if details["config"]:
+        rows = [[key, _format_value(value)] for key, value in details["config"].items()]
+        _print_rows(console, _new_table("settings that are not the defaults", ("", "value")), rows)
     files = [
-        [split, _place(name), f"{count:,}"] for split, each in told["data"].items() for name, count in each.items()
+        [split, _shorten_path(name), f"{count:,}"]
+        for split, each in details["data"].items()
+        for name, count in each.items()
     ]
     if files:
-        _fill(console, _table("data", ("", "file", "examples"), right=("examples",)), files)
-    _show_losses(console, told["losses"])
-    if told["reports"]:
-        say(f"reports: {', '.join(told['reports'])}")
+        _print_rows(console, _new_table("data", ("", "file", "examples"), right=("examples",)), files)
+    _show_losses(console, details["losses"])
+    if details["reports"]:
+        say(f"reports: {', '.join(details['reports'])}")
 
 
-def _place(name: str) -> str:
+def _shorten_path(name: str) -> str:
     """A source as a table has room for it: a path's file and its folder; `--json` has the whole."""
     parts = name.split("/")
     return name if len(parts) <= 2 else f".../{'/'.join(parts[-2:])}"
@@ -183,10 +193,10 @@ def _show_losses(console: Console, losses: Mapping[str, Sequence[Sequence[float]
         shown = validated if left_out <= 0 else [validated[0], *validated[-STEPS_SHOWN + 1 :]]
         title = "validation loss" + (f" ({left_out} validations after the first left out)" if left_out > 0 else "")
         rows = [[f"{step:,}" if step else "0 (base)", f"{loss:.4f}"] for step, loss in shown]
-        _fill(console, _table(title, ("step", "loss"), right=("step", "loss")), rows)
+        _print_rows(console, _new_table(title, ("step", "loss"), right=("step", "loss")), rows)
 
 
-def _value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= VALUE_SHOWN else f"{text[: VALUE_SHOWN - 1]}…"
 
@@ -194,11 +204,13 @@ def _value(value: Any) -> str:
 def show_comparison(console: Console, runs: Sequence[RunOverview], differing: Mapping[str, Sequence[Any]]) -> None:
     """Metrics and settings, a column a run; what all runs have alike of the settings is left out."""
     ids = [run.run_id for run in runs]
-    rows = [[metric, *(_number(run, metric) for run in runs)] for metric in _of_the_whole(runs)]
-    _fill(console, _table("metrics", ("", *ids), right=ids), [["status", *(run.status for run in runs)], *rows])
+    rows = [[metric, *(_format_metric(run, metric) for run in runs)] for metric in _list_metrics(runs)]
+    _print_rows(
+        console, _new_table("metrics", ("", *ids), right=ids), [["status", *(run.status for run in runs)], *rows]
+    )
     if differing:
-        rows = [[key, *(_value(value) for value in values)] for key, values in differing.items()]
-        _fill(console, _table("settings that differ", ("", *ids)), rows)
+        rows = [[key, *(_format_value(value) for value in values)] for key, values in differing.items()]
+        _print_rows(console, _new_table("settings that differ", ("", *ids)), rows)
     else:
         console.print("no setting differs")
 
@@ -208,13 +220,13 @@ def show_doomed(console: Console, runs: Sequence[RunOverview], sizes: Sequence[i
     from training_lens.utils.formatting import format_size
 
     rows = [
-        [run.run_id, run.status, format_size(size), _parts(run), ", ".join(run.tags)]
+        [run.run_id, run.status, format_size(size), _list_parts(run), ", ".join(run.tags)]
         for run, size in zip(runs, sizes, strict=True)
     ]
-    _fill(console, _table("to delete", ("run", "status", "size", "holds", "tags"), right=("size",)), rows)
+    _print_rows(console, _new_table("to delete", ("run", "status", "size", "holds", "tags"), right=("size",)), rows)
 
 
-def _parts(run: RunOverview) -> str:
+def _list_parts(run: RunOverview) -> str:
     folder = run.folder
     held = {
         "checkpoints": len(list(folder.checkpoints.glob("step-*"))),

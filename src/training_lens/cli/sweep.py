@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, print_table
+from training_lens.cli.common import Screen, command, load_config, print_table
+from training_lens.cli.options import CommandOptions
 from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:
@@ -12,24 +13,24 @@ if TYPE_CHECKING:
     from training_lens.sweeps.runner import SweepResult
 
 
-def sweep(overrides: Overrides = None, config: ConfigFile = None, json: Json = False, debug: Debug = False) -> None:
+def sweep(options: CommandOptions) -> None:
     """Search for the best settings: many trials, each a normal run, judged by validation loss.
 
     Stopped or killed, the same command goes on; started several times at once, the processes share the trials.
 
     Examples: training-lens sweep sweep=lr; training-lens sweep sweep.name=mine sweep.space.peft.r=[4,8,16]
     """
-    with command(json, debug, has_log=True) as screen:
-        settings = load_config(config, overrides)
+    with command(options, has_log=True) as screen:
+        settings = load_config(options)
         check_training(settings)
         from training_lens.errors import TrainingError
         from training_lens.sweeps.runner import Sweep
 
         result = Sweep(settings, console=screen.console, on_trial=lambda row: _show_trial(screen, row)).run()
-        _show(screen, result)
+        _show_result(screen, result)
         if result.leaderboard.best is None and not result.leaderboard.count_trials("running"):
-            raise TrainingError(_nothing_finished(result.leaderboard))
-        screen.result(_as_json(result))
+            raise TrainingError(_describe_failures(result.leaderboard))
+        screen.print_result(_as_json(result))
 
 
 def _as_json(result: SweepResult) -> dict[str, object]:
@@ -46,7 +47,7 @@ def _as_json(result: SweepResult) -> dict[str, object]:
     }
 
 
-def _nothing_finished(board: Leaderboard) -> str:
+def _describe_failures(board: Leaderboard) -> str:
     errors = {row.error: row.run_id for row in board.rows if row.error}
     said = "; ".join(f"{run_id}: {error}" for error, run_id in errors.items())
     return f"no trial of the sweep '{board.study}' finished. {said}"
@@ -60,10 +61,10 @@ def _show_trial(screen: Screen, row: TrialRow) -> None:
     end = ends.get(row.state, f"{row.state} at {row.validation_loss or 0:.4f}")
     params = " ".join(f"{key}={format_value(value)}" for key, value in row.params.items())
     name = f"{row.trial} (default settings)" if row.is_default else row.trial
-    screen.console.print(f"trial {name}: {end}  {params}", markup=False, soft_wrap=True)
+    screen.print_line(f"trial {name}: {end}  {params}")
 
 
-def _show(screen: Screen, result: SweepResult) -> None:
+def _show_result(screen: Screen, result: SweepResult) -> None:
     """The leaderboard, what mattered, and where the files are."""
     from rich.table import Table
     from rich.text import Text

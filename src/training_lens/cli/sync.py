@@ -7,17 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.common import (
-    ConfigFile,
-    Debug,
-    Json,
-    Overrides,
-    Screen,
-    command,
-    load_config,
-    print_table,
-    refuse_unused,
-)
+from training_lens.cli.common import Screen, command, load_config, print_table, refuse_unused
+from training_lens.cli.options import CommandOptions
 from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
@@ -34,37 +25,35 @@ Again = Annotated[bool, typer.Option("--again", help="Send everything, also what
 
 def sync(
     run: RunName = "latest",
-    overrides: Overrides = None,
+    *,
     status: Status = False,
     again: Again = False,
-    config: ConfigFile = None,
-    json: Json = False,
-    debug: Debug = False,
+    options: CommandOptions,
 ) -> None:
     """Send what of a run is not sent yet, to every place that its config names; or to others that you name here.
 
     Examples: training-lens sync; training-lens sync RUN tracking.wandb.mode=online;
     training-lens sync RUN output.mirror=s3://bucket/path
     """
-    with command(json, debug) as screen:
+    with command(options) as screen:
         from training_lens.integrations.send_run import read_delivery_states, send_run
 
-        named, given = ("latest", [run, *(overrides or [])]) if "=" in run else (run, overrides or [])
-        refuse_unused(given, ("output.", "tracking."), "sync sends a run as it is.")
-        settings = load_config(config, given)
-        folder = locate_run(named, settings.output, finished=None)
+        named, options = options.split_argument(run)
+        refuse_unused(options.words, ("output.", "tracking."), "sync sends a run as it is.")
+        settings = load_config(options)
+        folder = locate_run(named or "latest", settings.output, finished=None)
         changes = {"tracking": settings.explicit_values()["tracking"]}
         if settings.output.mirror:
             changes["output"] = {"mirror": settings.output.mirror}
         states = read_delivery_states(folder, changes) if status else send_run(folder, changes, again=again)
-        _show(screen, states)
-        screen.result({"run_dir": str(folder.root), "integrations": [asdict(state) for state in states]})
+        _show_states(screen, states)
+        screen.print_result({"run_dir": str(folder.root), "integrations": [asdict(state) for state in states]})
         missing = [state.name for state in states if state.status != "delivered"]
     if missing and not status:
         raise SystemExit(1)
 
 
-def _show(screen: Screen, states: Sequence[IntegrationState]) -> None:
+def _show_states(screen: Screen, states: Sequence[IntegrationState]) -> None:
     from rich.table import Table
     from rich.text import Text
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config
+from training_lens.cli.common import Screen, command, load_config
+from training_lens.cli.options import CommandOptions
 from training_lens.cli.places import is_url, locate_run
 from training_lens.cli.preflight import check_training
 
@@ -37,21 +38,18 @@ VerifyResume = Annotated[
 
 
 def train(
-    overrides: Overrides = None,
-    config: ConfigFile = None,
+    options: CommandOptions,
     resume: Resume = None,
     verify_resume: VerifyResume = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Fine-tune an adapter. Without settings: the embedded model on its instruction set.
 
     Examples: training-lens train model.id=path/to/model data.train=rows.jsonl data.val_ratio=0.1;
     training-lens train --resume latest; training-lens train --resume s3://bucket/path
     """
-    with command(json, debug, has_log=True) as screen:
-        settings = load_config(config, overrides)
-        unfinished = _unfinished(screen, resume, settings) if resume else None
+    with command(options, has_log=True) as screen:
+        settings = load_config(options)
+        unfinished = _find_unfinished(screen, resume, settings) if resume else None
         if not unfinished:
             check_training(settings)
         if verify_resume:
@@ -64,8 +62,8 @@ def train(
         else:
             summary = TrainingWrapper(settings, console=screen.console).train()
         verdict = _read_verdict(summary)
-        _show(screen, summary, verdict)
-        screen.result({**asdict(summary), "verdict": verdict.as_json()})
+        _show_summary(screen, summary, verdict)
+        screen.print_result({**asdict(summary), "verdict": verdict.as_json()})
 
 
 def _verify_resume(screen: Screen, settings: TrainingConfig, resume: str | None) -> None:
@@ -76,7 +74,7 @@ def _verify_resume(screen: Screen, settings: TrainingConfig, resume: str | None)
     from training_lens.training.verify_resume import verify_resume
 
     check = verify_resume(settings, screen.console)
-    screen.result(check.as_json())
+    screen.print_result(check.as_json())
     if not check.is_exact:
         raise TrainingError(
             f"resuming is not exact here: of {check.steps} steps, resumed after {check.resumed_after}, these differ: "
@@ -91,7 +89,7 @@ def _verify_resume(screen: Screen, settings: TrainingConfig, resume: str | None)
     )
 
 
-def _unfinished(screen: Screen, reference: str, settings: TrainingConfig) -> RunFolder:
+def _find_unfinished(screen: Screen, reference: str, settings: TrainingConfig) -> RunFolder:
     """The run to go on with; one of a mirror is fetched."""
     if not is_url(reference):
         return locate_run(reference, settings.output, finished=False)
@@ -99,7 +97,7 @@ def _unfinished(screen: Screen, reference: str, settings: TrainingConfig) -> Run
     from training_lens.integrations.remote_run import fetch_to_resume
 
     run = fetch_to_resume(reference, settings.output.base_output_dir, Progress(screen.console))
-    screen.console.print(f"fetched {run.root}", markup=False, soft_wrap=True)
+    screen.print_line(f"fetched {run.root}")
     return run
 
 
@@ -112,7 +110,7 @@ def _read_verdict(summary: TrainingSummary) -> Verdict:
     return assess_training(read_training_record(RunFolder(Path(summary.run_dir))), summary.run_dir)
 
 
-def _show(screen: Screen, summary: TrainingSummary, verdict: Verdict) -> None:
+def _show_summary(screen: Screen, summary: TrainingSummary, verdict: Verdict) -> None:
     from rich.text import Text
 
     from training_lens.utils.formatting import format_seconds, format_size

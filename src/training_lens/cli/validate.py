@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from training_lens.cli.common import ConfigFile, Debug, Json, Overrides, Screen, command, load_config, print_table
+from training_lens.cli.common import Screen, command, load_config, print_table
+from training_lens.cli.options import CommandOptions
 from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:
@@ -18,13 +19,13 @@ ENDS = 700  # characters of a long example that are shown of its start and of it
 NAMED = 40  # sources and domains that a table lists
 
 
-def validate(overrides: Overrides = None, config: ConfigFile = None, json: Json = False, debug: Debug = False) -> None:
+def validate(options: CommandOptions) -> None:
     """Check everything that train needs, and show what it would do: config, examples, counts, steps, an estimate.
 
     Reads data, tokenizer and model; trains nothing that is kept. Exit code 0 only if train would start.
     """
-    with command(json, debug) as screen:
-        settings = load_config(config, overrides)
+    with command(options) as screen:
+        settings = load_config(options)
         check_training(settings)
         from training_lens.training.estimate import estimate_run
         from training_lens.training.run import TrainingWrapper
@@ -37,7 +38,7 @@ def validate(overrides: Overrides = None, config: ConfigFile = None, json: Json 
         _show_numbers(screen, plan)
         estimate = estimate_run(plan)
         _show_estimate(screen, estimate)
-        screen.result(_as_json(plan, estimate))
+        screen.print_result(_as_json(plan, estimate))
 
 
 def _as_json(plan: RunPlan, estimate: RunEstimate | None) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def _show_config(screen: Screen, plan: RunPlan) -> None:
 
     screen.console.print("\nthe run's config", style="bold")
     text = yaml.safe_dump(plan.config.model_dump(), sort_keys=False).rstrip()
-    screen.console.print(text, markup=False, soft_wrap=True)
+    screen.print_line(text)
 
 
 def _show_examples(screen: Screen, plan: RunPlan) -> None:
@@ -74,16 +75,16 @@ def _show_examples(screen: Screen, plan: RunPlan) -> None:
         example = plan.train[int(row)]
         learned = int(example.loss_mask[1:].sum())
         title = f"\n{example.id}: {len(example.input_ids)} tokens, {learned} learned"
-        screen.console.print(title, markup=False, soft_wrap=True)
+        screen.print_line(title)
         text = Text()
         for part, is_learned in decode_spans(plan.tokenizer, example.input_ids, example.loss_mask):
             text.append(
                 f"{marks[0]}{part}{marks[1]}" if is_learned else part, "green underline" if is_learned else "dim"
             )
-        screen.console.print(_short(text), soft_wrap=True)
+        screen.console.print(_shorten_example(text), soft_wrap=True)
 
 
-def _short(text: Any) -> Any:
+def _shorten_example(text: Any) -> Any:
     from rich.text import Text
 
     if len(text) <= 2 * ENDS:
