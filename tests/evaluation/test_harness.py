@@ -16,7 +16,7 @@ from huggingface_hub import constants
 
 from training_lens import TrainingWrapper
 from training_lens.errors import ConfigurationError
-from training_lens.evaluation.harness import run_tasks
+from training_lens.evaluation.harness import TaskOptions, run_tasks
 from training_lens.inference.session import Session, open_run
 from training_lens.models.adapters import base_only
 from training_lens.runs.run_folder import RunFolder
@@ -90,7 +90,7 @@ def test_multiple_choice_is_the_ranking_of_our_own_forward(
     session: Session, write_task: Callable[..., str], base: bool
 ) -> None:
     folder = write_task("choose", CHOICE, QUESTIONS)
-    found = run_tasks(session, ["choose"], include_path=folder, base=base, batch_tokens=64)
+    found = run_tasks(session, ["choose"], TaskOptions(include_path=folder, base=base, batch_tokens=64))
     with base_only(session.model, base):
         scores = [[likelihood(session, row["text"], f" {c}") for c in row["choices"]] for row in QUESTIONS]
     right = [s.index(max(s)) == row["gold"] for s, row in zip(scores, QUESTIONS, strict=True)]
@@ -107,7 +107,7 @@ def test_a_model_with_modules_trained_whole_is_scored(
     config = small_config(peft={"modules_to_save": ["lm_head"]}, training={"max_steps": 1}, data={"max_examples": 8})
     session = open_run(RunFolder(Path(TrainingWrapper(config).train().run_dir)))
     folder = write_task("choose", CHOICE, QUESTIONS)
-    assert run_tasks(session, ["choose"], include_path=folder, limit=2)["choose"]["acc"] in (0, 0.5, 1)
+    assert run_tasks(session, ["choose"], TaskOptions(include_path=folder, limit=2))["choose"]["acc"] in (0, 0.5, 1)
     assert "tie_weights" not in vars(session.model)
 
 
@@ -128,15 +128,17 @@ def test_answers_are_those_of_greedy_decoding(session: Session, write_task: Call
         for i, (row, answer) in enumerate(zip(QUESTIONS, answers, strict=True))
     ]
     folder = write_task("answer", ANSWER, rows)
-    assert run_tasks(session, ["answer"], include_path=folder)["answer"]["exact_match"] == pytest.approx(0.75)
-    first = run_tasks(session, ["answer"], include_path=folder, limit=2, batch_tokens=1)
+    assert run_tasks(session, ["answer"], TaskOptions(include_path=folder))["answer"]["exact_match"] == pytest.approx(
+        0.75
+    )
+    first = run_tasks(session, ["answer"], TaskOptions(include_path=folder, limit=2, batch_tokens=1))
     assert first["answer"]["exact_match"] == pytest.approx(0.5)
 
 
 def test_several_tasks_and_a_text(session: Session, write_task: Callable[..., str]) -> None:
     write_task("choose", CHOICE, QUESTIONS)
     folder = write_task("text", TEXT, [{"text": "Zoe had"}])
-    found = run_tasks(session, ["choose", "text"], include_path=folder)
+    found = run_tasks(session, ["choose", "text"], TaskOptions(include_path=folder))
     assert set(found) == {"choose", "text"} and found["text"]["word_perplexity"] > 1
 
 
@@ -152,7 +154,9 @@ def test_session_and_process_are_left_as_they_were(
         return [logits.tolist(), session.tokenizer.pad_token, generators, levels, constants.HF_HUB_OFFLINE]
 
     before = state()
-    run_tasks(session, ["choose"], include_path=write_task("choose", CHOICE, QUESTIONS), limit=2, base=True)
+    run_tasks(
+        session, ["choose"], TaskOptions(include_path=write_task("choose", CHOICE, QUESTIONS), limit=2, base=True)
+    )
     assert state() == before
     assert capsys.readouterr() == ("", "")
 
@@ -162,7 +166,7 @@ def test_what_is_longer_than_the_model_is_said(
 ) -> None:
     long = {**QUESTIONS[0], "text": "Zoe had plates. " * 300}
     logging.getLogger("training_lens").addHandler(caplog.handler)
-    run_tasks(session, ["long"], include_path=write_task("long", CHOICE, [long, QUESTIONS[1]]))
+    run_tasks(session, ["long"], TaskOptions(include_path=write_task("long", CHOICE, [long, QUESTIONS[1]])))
     logging.getLogger("training_lens").removeHandler(caplog.handler)
     assert "3 of 6 requests are longer than the model's 512 positions" in caplog.text
 
@@ -181,22 +185,22 @@ def test_a_task_that_fails_says_why(
 ) -> None:
     rows = [{**row, "answer": "x"} for row in QUESTIONS]
     with pytest.raises(ConfigurationError, match=message):
-        run_tasks(session, [name], include_path=write_task(name, body, rows))
+        run_tasks(session, [name], TaskOptions(include_path=write_task(name, body, rows)))
 
 
 def test_missing_data_files_and_folders_are_said(session: Session, write_task: Callable[..., str]) -> None:
     folder = write_task("gone", CHOICE, QUESTIONS)
     (Path(folder) / "gone.jsonl").unlink()
     with pytest.raises(ConfigurationError, match=r"gone cannot be loaded: .*gone\.jsonl"):
-        run_tasks(session, ["gone"], include_path=folder)
+        run_tasks(session, ["gone"], TaskOptions(include_path=folder))
     with pytest.raises(ConfigurationError, match=r"evaluation\.task_path: there is no folder 'nowhere'"):
-        run_tasks(session, ["gone"], include_path="nowhere")
+        run_tasks(session, ["gone"], TaskOptions(include_path="nowhere"))
 
 
 def test_unknown_tasks_are_said_with_the_nearest(session: Session, write_task: Callable[..., str]) -> None:
     folder = write_task("choose", CHOICE, QUESTIONS)
     with pytest.raises(ConfigurationError) as caught:
-        run_tasks(session, ["chose", "hellaswagg"], include_path=folder)
+        run_tasks(session, ["chose", "hellaswagg"], TaskOptions(include_path=folder))
     assert [problem.split(". ")[-1] for problem in caught.value.problems] == [
         "Did you mean choose?",
         "Did you mean hellaswag?",
@@ -211,10 +215,10 @@ def test_data_that_would_be_downloaded_fail_at_once(
     monkeypatch.undo()  # the network may be asked, and is not there
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ConfigurationError, match=r"data of far is no local path, and the hub .* cannot be reached"):
-        run_tasks(session, ["far"], include_path=folder)
+        run_tasks(session, ["far"], TaskOptions(include_path=folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigurationError, match=r"far cannot be loaded offline: .*Give tasks with local data files"):
-        run_tasks(session, ["far"], include_path=folder)
+        run_tasks(session, ["far"], TaskOptions(include_path=folder))
 
 
 def test_without_lm_eval_the_install_command_is_said(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
 from functools import partialmethod
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,56 +36,62 @@ TaskScores = dict[str, dict[str, float]]  # task -> metric -> value
 BOOTSTRAPS = 1000  # draws for the standard error of metrics that have no formula for it
 
 
+@dataclass(frozen=True)
+class TaskOptions:
+    """How tasks are run.
+
+    Attributes:
+        include_path: a folder with tasks in YAML; its tasks take precedence over lm-eval's of the same name.
+        limit: the first so many rows of each task; None: all.
+        base: score the model without its adapter.
+        batch_tokens: most tokens (padding and answers included) in one forward pass.
+        seed: of the few-shot examples drawn, and of sampled answers.
+    """
+
+    include_path: str | None = None
+    limit: int | None = None
+    base: bool = False
+    batch_tokens: int = 8192
+    seed: int = 0
+
+
 def run_tasks(
-    session: Session,
-    tasks: Sequence[str],
-    *,
-    include_path: str | None = None,
-    limit: int | None = None,
-    base: bool = False,
-    batch_tokens: int = 8192,
-    seed: int = 0,
-    progress: Progress | None = None,
+    session: Session, tasks: Sequence[str], options: TaskOptions | None = None, progress: Progress | None = None
 ) -> TaskScores:
     """The scores of tasks, groups or tags of tasks: task -> metric -> value, as lm-eval computes and names them.
 
-    A metric's standard error stands beside it as `{metric}_stderr` where it has one; a metric of a filter that has a
-    name as `{metric},{filter}`. Prompts are the task's own text, without the run's template.
-
-    Args:
-        include_path: a folder with tasks in YAML; one of them stands before lm-eval's own of the same name.
-        limit: at most so many rows of each task, the first; None: all.
-        base: score the model without its adapter.
-        batch_tokens: most tokens (padding and answers included) in one forward pass.
-        seed: of the draw of few-shot examples, and of sampled answers.
+    The standard error of a metric is `{metric}_stderr`, where it has one; a metric of a named filter is
+    `{metric},{filter}`. Prompts are the task's own text, without the run's template.
 
     Raises:
-        ConfigurationError: lm-eval is not installed, a task is not known, its data cannot be had, or it fails.
+        ConfigurationError: lm-eval is not installed, a task is unknown, its data is not available, or it fails.
     """
     if find_spec("lm_eval") is None:
         raise ConfigurationError(f"{KEY}: needs lm-eval. Install it: pip install 'training-lens[eval]'")
-    with _silence_libraries(), _seed_generators(seed):
-        loaded = _load_tasks(tasks, include_path)
+    options = options or TaskOptions()
+    with _silence_libraries(), _seed_generators(options.seed):
+        loaded = _load_tasks(tasks, options.include_path)
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
-            task.set_fewshot_seed(seed)
-        model = _language_model(session, batch_tokens, progress or Progress())
-        with base_only(session.model, base), _report_task_errors(f"{KEY}: {', '.join(tasks)}: lm-eval fails"):
+            task.set_fewshot_seed(options.seed)
+        model = _language_model(session, options.batch_tokens, progress or Progress())
+        failure = f"{KEY}: {', '.join(tasks)}: lm-eval fails"
+        with base_only(session.model, options.base), _report_task_errors(failure):
             from lm_eval.evaluator import evaluate
 
-            found = evaluate(model, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
+            found = evaluate(model, loaded, limit=options.limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
     return {name: _read_scores(scores) for name, scores in found["results"].items()}
 
 
 def _read_scores(scores: dict[str, Any]) -> dict[str, float]:
-    """lm-eval's numbers of one task: 'acc,none' is 'acc'; what is no number (its alias, errors 'N/A') is left out."""
+    """The numbers of one task: 'acc,none' is 'acc'; aliases and 'N/A' are left out."""
     numbers = {name: value for name, value in scores.items() if isinstance(value, int | float) and "," in name}
     return {name.removesuffix(",none"): float(value) for name, value in numbers.items()}
 
 
 def _load_tasks(tasks: Sequence[str], include_path: str | None) -> Any:
-    """The tasks with their data: from local files and the cache, and from the hub only what is not there.
+    """The tasks with their data: from local files and the cache; from the hub only where it is missing.
 
     Raises:
         ConfigurationError: see `run_tasks`.
@@ -105,7 +112,7 @@ def _load_tasks(tasks: Sequence[str], include_path: str | None) -> Any:
 
 
 def _open_task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
-    """lm-eval's index of tasks: of the folder alone where that has all of them, for its own takes seconds to read."""
+    """The index of tasks: of the folder alone where it has all of them, as lm-eval's own takes seconds to read."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
@@ -134,32 +141,32 @@ def _suggest_task(task: str, manager: Any) -> str:
 
 
 def _language_model(session: Session, batch_tokens: int, progress: Progress) -> Any:
-    """The session's model as lm-eval takes it; each kind of request has its bar, and batches that fit the tokens."""
+    """The session's model as lm-eval expects it, with a progress bar for each kind of request."""
     from lm_eval.models.huggingface import HFLM
 
     class SessionModel(HFLM):
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
-            return self._told("likelihoods", requests, super().loglikelihood)
+            return self._run_requests("likelihoods", requests, super().loglikelihood)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
-            return self._told("likelihoods of texts", requests, super().loglikelihood_rolling)
+            return self._run_requests("likelihoods of texts", requests, super().loglikelihood_rolling)
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[Any]:
             answers = [request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests]
             prompts = [len(self.tok_encode(request.args[0])) for request in requests]
-            self._fit([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
-            return self._told("answers", requests, super().generate_until)
+            self._fit_batch([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
+            return self._run_requests("answers", requests, super().generate_until)
 
         def _loglikelihood_tokens(
             self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
         ) -> list[Any]:
-            # The last token is read by nobody, so a request may have one more than there are positions.
-            self._fit([len(context) + len(continuation) - 1 for _, context, continuation in requests])
+            # The last token is never an input, so a request may be one token longer than the model's positions.
+            self._fit_batch([len(context) + len(continuation) - 1 for _, context, continuation in requests])
             scores: list[Any] = super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
             return scores
 
-        def _fit(self, lengths: list[int]) -> None:
-            """Set the batch to what fits, and say what does not fit the model: lm-eval cuts its start."""
+        def _fit_batch(self, lengths: list[int]) -> None:
+            """Set the batch size to what fits, and warn of requests that are too long: lm-eval cuts their start."""
             if cut := sum(length > self.max_length for length in lengths):
                 logger.warning(
                     "lm-eval: %d of %d requests are longer than the model's %d positions: the start of their prompt "
@@ -167,12 +174,12 @@ def _language_model(session: Session, batch_tokens: int, progress: Progress) -> 
                 )  # fmt: skip
             self.batch_size_per_gpu = max(1, batch_tokens // min(max(lengths), self.max_length))
 
-        def _told(self, kind: str, requests: list[Any], answer: Callable[..., list[Any]]) -> list[Any]:
+        def _run_requests(self, kind: str, requests: list[Any], answer: Callable[..., list[Any]]) -> list[Any]:
             with progress.task(f"lm-eval, {kind}", len(requests), "requests") as advance:
                 self.cache_hook = _Counter(advance)
                 return answer(requests, disable_tqdm=True)
 
-    with _keep_weights_untied(session.model):
+    with _prevent_tying(session.model):
         return SessionModel(
             pretrained=session.model,
             tokenizer=copy.deepcopy(session.tokenizer),  # lm-eval gives it a pad token
@@ -182,8 +189,8 @@ def _language_model(session: Session, batch_tokens: int, progress: Progress) -> 
 
 
 @contextmanager
-def _keep_weights_untied(model: Any) -> Iterator[None]:
-    """Within the block nobody ties weights: lm-eval would, which breaks on modules that PEFT trained whole."""
+def _prevent_tying(model: Any) -> Iterator[None]:
+    """Within the block no weights are tied: lm-eval ties them, which breaks modules that PEFT trained whole."""
     model.tie_weights = lambda: None
     try:
         yield
@@ -192,7 +199,7 @@ def _keep_weights_untied(model: Any) -> Iterator[None]:
 
 
 class _Counter:
-    """Stands where lm-eval keeps its cache, which is told of each request that is done."""
+    """Takes the place of lm-eval's cache hook, which is called for each request that is done."""
 
     def __init__(self, advance: Callable[[float], None]) -> None:
         self._advance = advance
@@ -203,7 +210,7 @@ class _Counter:
 
 @contextmanager
 def _report_task_errors(what: str, let_through: type[Exception] | None = None) -> Iterator[None]:
-    """Within the block, whatever a task raises is a ConfigurationError: its YAML and its code may be wrong anywhere."""
+    """Within the block, any error of a task is a ConfigurationError: its YAML or its code may be wrong."""
     try:
         yield
     except Exception as error:
@@ -222,7 +229,7 @@ def _works_offline() -> bool:
 
 @contextmanager
 def _stay_offline() -> Iterator[None]:
-    """Within the block the Hugging Face libraries ask nobody: what is not on this machine is a ConnectionError."""
+    """Within the block the Hugging Face libraries use no network: data not on this machine is a ConnectionError."""
     import datasets
     from huggingface_hub import constants
 
@@ -232,7 +239,7 @@ def _stay_offline() -> Iterator[None]:
 
 @contextmanager
 def _silence_libraries() -> Iterator[None]:
-    """Within the block: no log and no bars of the libraries, no print on standard output, no count of downloads."""
+    """Within the block the libraries log nothing, draw no bars, print to standard error and count no downloads."""
     import datasets
     from lm_eval.api.task import tqdm
 
@@ -247,21 +254,21 @@ def _silence_libraries() -> Iterator[None]:
 
 
 @contextmanager
-def _set_attributes(thing: Any, **values: Any) -> Iterator[None]:
-    """Within the block, a module's or object's names have these values; then those they had."""
-    before = {name: getattr(thing, name) for name in values}
+def _set_attributes(target: Any, **values: Any) -> Iterator[None]:
+    """Within the block, these attributes have these values."""
+    before = {name: getattr(target, name) for name in values}
     for name, value in values.items():
-        setattr(thing, name, value)
+        setattr(target, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(thing, name, value)
+            setattr(target, name, value)
 
 
 @contextmanager
 def _seed_generators(seed: int) -> Iterator[None]:
-    """Within the block every generator that a task may draw from starts at `seed`; then all go on as before."""
+    """Within the block every random generator starts at `seed`; afterwards each has its old state."""
     torch_state, python_state, numpy_state = rng_state(), random.getstate(), np.random.get_state()
     seed_everything(seed)
     random.seed(seed)

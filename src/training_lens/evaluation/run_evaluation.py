@@ -29,7 +29,7 @@ from training_lens.evaluation.controls import corrupt_prompts
 from training_lens.evaluation.endings import SPARE_TOKENS, Endings, summarize_endings
 from training_lens.evaluation.evaluation_rows import EvaluationRows
 from training_lens.evaluation.evaluator import EvaluationOptions, TokenSums, paired_sums, token_sums
-from training_lens.evaluation.harness import TaskScores, run_tasks
+from training_lens.evaluation.harness import TaskOptions, TaskScores, run_tasks
 from training_lens.evaluation.length_bucketing import LengthBuckets
 from training_lens.evaluation.metrics import AnswerScoring
 from training_lens.evaluation.scoring import Bootstrap, ModelScores
@@ -205,19 +205,11 @@ class ModelEvaluator:
 
     def _run_tasks(self, *, base: bool = False) -> TaskScores:
         """The scores of lm-eval's tasks, where any are asked for."""
-        asked = self.settings
-        if not asked.tasks:
+        settings = self.settings
+        if not settings.tasks:
             return {}
-        return run_tasks(
-            self.session,
-            asked.tasks,
-            include_path=asked.task_path,
-            limit=asked.task_limit,
-            base=base,
-            batch_tokens=asked.batch_tokens,
-            seed=asked.seed,
-            progress=self.progress,
-        )
+        options = TaskOptions(settings.task_path, settings.task_limit, base, settings.batch_tokens, settings.seed)
+        return run_tasks(self.session, settings.tasks, options, self.progress)
 
     def _length_buckets(self, lengths: Sequence[int] | np.ndarray) -> LengthBuckets:
         asked = self.settings.length_buckets
