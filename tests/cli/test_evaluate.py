@@ -66,7 +66,7 @@ def test_compare_with_another_run_shows_the_table(call: Call, run: Path, tmp_pat
     shutil.copytree(run, tmp_path / "other")
     result = call("compare", "--run", str(run), "--against", str(tmp_path / "other"), *FAST)
     assert result.exit_code == 0, result.stderr
-    assert "perplexity" in result.stdout and "by length" in result.stdout and "spoilt" not in result.stdout
+    assert "perplexity" in result.stdout and "by length" in result.stdout and "corrupted" not in result.stdout
     assert len(list((run / "reports").glob("compare-with-*other.json"))) == 1
 
 
@@ -88,7 +88,7 @@ def test_compare_with_another_run_shows_the_table(call: Call, run: Path, tmp_pat
         (["compare", "--run", ""], "--run: given without a value"),
         (["baseline", "training.lr=1e-4"], "baseline evaluates model.id alone"),
         (["baseline", "data.train=rows.jsonl"], "there are no rows to judge on; give data.validation"),
-        (["evaluate", "--run", "RUN", "evaluation.length_buckets=[64,64]"], "[64, 64] are no limits of buckets"),
+        (["evaluate", "--run", "RUN", "evaluation.length_buckets=[64,64]"], "[64, 64] are no bucket limits"),
         (["evaluate", "--run", "RUN", "evaluation.confidence=2"], "evaluation.confidence: given 2"),
         (["compare", "--run", "RUN", "--against", "RUNN"], "no run 'RUNN'"),
     ],

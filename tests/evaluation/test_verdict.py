@@ -209,5 +209,5 @@ def test_the_end_of_training_says_how_far_its_validation_goes(
 def test_what_happened_after_the_best_validation_is_said() -> None:
     record = build_training_record(range(1, 41), [3.0 - 0.07 * i for i in range(40)], 3.0, [(10, 2.0), (40, 2.9)])
     (remark,) = assess_training(record).remarks
-    assert remark.code == "validation_rises" and "learned by heart" in remark.sentence
+    assert remark.code == "validation_rises" and "memorized" in remark.sentence
     assert assess_training(build_training_record([1, 2], [3.0], 3.0, [(2, 2.0)])).severity == "problem"

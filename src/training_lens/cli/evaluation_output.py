@@ -199,7 +199,7 @@ def show_controls(screen: Screen, result: EvaluationResult) -> None:
 
     if result.comparison.controls:
         head, *lines = reports.control_table(result.comparison, intervals=False)
-        _print_table(screen, "the adapter on spoilt prompts", head, lines)
+        _print_table(screen, "the adapter on corrupted prompts", head, lines)
 
 
 def _print_table(screen: Screen, title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:

@@ -1,6 +1,6 @@
-"""Models on the same rows: measures of the whole, by length and by domain, differences with intervals, rows that moved.
+"""Two models on the same rows: measures of all rows, by length and by domain; differences with intervals.
 
-Pure scoring: what the models said comes in as values.
+Pure: the scores of the models come in as values.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from training_lens.evaluation.scoring import Bootstrap, Interval, Measures, Mode
 from training_lens.evaluation.verdict import ADAPTER_NAME
 
 BASE, ADAPTER = "base", "adapter"
-SHOWN = 5  # rows that moved most, each way
+SHOWN = 5  # most improved rows, and as many most worsened ones
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Some of the rows: the measures of each model on them.
+    """The measures of each model on a group of rows.
 
-    `delta` is adapter minus base where both are there, and `intervals` are those of the delta; of one model alone,
-    `intervals` are those of its measures. Where two models have different tokens for the same rows, measures by token
-    have no delta. `supervised_tokens` are those of the last model.
+    `delta` is adapter minus base, with its `intervals`; for a single model, `intervals` are those of its measures.
+    Where two models tokenize the rows differently, measures per token have no delta. `supervised_tokens` are those of
+    the last model.
     """
 
     rows: int
@@ -44,7 +44,7 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class MovedRow:
-    """A row and its losses, in nats per supervised token of the row."""
+    """A row with its losses, in nats per supervised token."""
 
     id: str
     base_loss: float
@@ -53,9 +53,9 @@ class MovedRow:
 
 @dataclass(frozen=True)
 class ControlResult:
-    """The adapter on changed prompts, over the rows whose supervised tokens stayed what they were.
+    """The adapter on corrupted prompts, over the rows whose supervised tokens stay the same.
 
-    `adapter` are its measures on the same rows with their own prompts, `delta` what the change made of them.
+    `scores` are its measures there, `adapter` those on the same rows with their own prompts, `delta` the difference.
     """
 
     rows: int
@@ -70,7 +70,7 @@ class ControlResult:
 
 
 def compare_control(changed: ModelScores, adapter: ModelScores, bootstrap: Bootstrap) -> ControlResult:
-    """The adapter on changed prompts against itself on the same rows."""
+    """The adapter on corrupted prompts against itself on the same rows with their own prompts."""
     delta, intervals = bootstrap.measure_change(changed, adapter)
     tokens = int(changed.sums.tokens.sum())
     return ControlResult(len(changed), tokens, changed.measure_all(), adapter.measure_all(), delta, intervals)
@@ -78,7 +78,7 @@ def compare_control(changed: ModelScores, adapter: ModelScores, bootstrap: Boots
 
 @dataclass(frozen=True)
 class Forgetting:
-    """Losses on text of the user's choice, in nats per token, before and after."""
+    """Losses of base and adapter on text of the user's choice, in nats per token."""
 
     rows: int
     base_loss: float
@@ -92,11 +92,11 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """Models on the same rows, whole and in parts; `models` says what `base` and `adapter` stand for.
+    """One or two models on the same rows; `models` says what `base` and `adapter` are.
 
-    `labels` are what `base` and `adapter` are called in tables: of two runs, their names. `tasks` are scores of
-    lm-eval: model -> task -> metric -> value. `endings` tell of each model how its answers end. `unscored` counts the
-    rows that measures of words leave out, by measure and reason; `number_reading` says how numbers were read.
+    `labels` name them in tables, where two runs are compared. `tasks` are scores of lm-eval: model -> task -> metric ->
+    value. `endings` are how each model's answers end. `unscored` counts the rows that word measures leave out, by
+    measure and reason. `number_reading` says how numbers were read.
     """
 
     models: Mapping[str, str]
@@ -116,15 +116,15 @@ class ModelComparison:
 
     @property
     def is_of_two_runs(self) -> bool:
-        """Whether `base` stands for another run."""
+        """Whether two runs are compared, so that `base` is another run."""
         return bool(self.labels)
 
     def model_label(self, model: str) -> str:
-        """What a model is called in tables: `base`, `adapter`, or a run's name."""
+        """The name of a model in tables: `base`, `adapter`, or a run's name."""
         return self.labels.get(model, model)
 
     def model_subject(self, model: str) -> str:
-        """What a model is called in a sentence."""
+        """The name of a model in a sentence."""
         return self.labels.get(model) or {ADAPTER: ADAPTER_NAME, BASE: "its base"}[model]
 
     def as_json(self) -> dict[str, Any]:
@@ -159,12 +159,12 @@ def compare_models(
 
     Args:
         lengths: tokens of each row, (rows,).
-        described: what the models are, for people.
+        described: a description of each model.
     """
     bucket = buckets.assign(lengths)
     domains = np.array([e.domain for e in examples], dtype=object)
     named = sorted({e.domain for e in examples if e.domain is not None})
-    two = len(models) == 2 and models[ADAPTER].same_tokens(models[BASE])
+    two = len(models) == 2 and models[ADAPTER].has_same_tokens(models[BASE])
     moved = _rank_rows(examples, models) if two else []
     labels = [(label, bucket == i) for i, label in enumerate(buckets.labels) if (bucket == i).any()]
     return ModelComparison(
@@ -194,21 +194,21 @@ def _measure_group(models: Mapping[str, ModelScores], bootstrap: Bootstrap) -> R
 
 
 def _rank_rows(examples: Sequence[Example], models: Mapping[str, ModelScores]) -> list[MovedRow]:
-    """The rows in the order of their loss's change, the most improved first."""
+    """The rows by the change of their loss, the most improved first."""
     base, adapter = (models[name].sums.nll / models[name].sums.tokens for name in (BASE, ADAPTER))
     order = np.argsort(adapter - base, kind="stable")
     return [MovedRow(examples[i].id, float(base[i]), float(adapter[i])) for i in order]
 
 
 def measure_forgetting(base: ModelScores, adapter: ModelScores, bootstrap: Bootstrap) -> Forgetting:
-    """The change of loss on rows of text that was not trained on."""
+    """The change of the loss on other text."""
     delta, intervals = bootstrap.measure_change(adapter, base)
     before, after = base.measure_all()["loss"], adapter.measure_all()["loss"]
     return Forgetting(len(base), before, after, delta["loss"], intervals.get("loss"))
 
 
 def choose_samples(examples: Sequence[Example], count: int) -> list[int]:
-    """Positions of rows to show: one of each domain in turn, the first that are there; no picking by result."""
+    """Indices of rows to show: the first of each domain in turn, never chosen by result."""
     taken: list[int] = []
     while len(taken) < min(count, len(examples)):
         seen = {examples[i].domain for i in taken} if len({e.domain for e in examples}) > len(taken) else set()

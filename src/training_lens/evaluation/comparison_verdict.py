@@ -1,4 +1,4 @@
-"""The verdict of a comparison: which measure decides, what speaks against it, what to do next."""
+"""The verdict of a comparison: which measure decides, what contradicts it, what to do next."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def assess_comparison(
     training: TrainingRecord | None = None,
     run: str = "",
 ) -> Verdict:
-    """What a comparison of two models comes to.
+    """The verdict of a comparison of two models.
 
-    The loss decides (bits per byte, where the two have different tokens), unless the user names another measure.
+    The loss decides (bits per byte, where the two tokenize differently), unless the user names another measure.
 
     Args:
-        scoring: which of the user's metrics are better when lower.
+        scoring: knows which of the user's metrics are better when lower.
         decide_by: the measure that the user chose.
-        distinct_rows: rows that differ from each other.
-        training: of the run whose adapter is evaluated.
-        run: its folder, for the next command; empty for what is no run.
+        distinct_rows: rows without duplicates.
+        training: the losses of the run whose adapter is evaluated.
+        run: its folder, for the next command; empty if it is not a run.
 
     Raises:
-        ConfigurationError: the chosen measure was not measured.
+        ConfigurationError: the chosen measure was not computed.
     """
     changes = list_changes(comparison, scoring)
     chosen = decide_by or (LOSS if LOSS in changes else ACROSS_TOKENS)
@@ -63,7 +63,7 @@ def assess_comparison(
 
 
 def list_changes(comparison: ModelComparison, scoring: AnswerScoring) -> dict[str, MeasuredChange]:
-    """Every measure that both models have on the same footing."""
+    """Every measure that can be compared between the two models."""
     whole = comparison.whole
     base, adapter = whole.models[BASE], whole.models[ADAPTER]
     return {
@@ -92,12 +92,12 @@ def _unknown_measure(chosen: str, changes: Mapping[str, MeasuredChange]) -> str:
 
 
 def _is_identical(comparison: ModelComparison) -> bool:
-    """Whether no row's loss moved."""
+    """Whether no row's loss changed."""
     return LOSS in comparison.whole.delta and not comparison.improved and not comparison.worsened
 
 
 def _with_reservations(verdict: Verdict) -> str:
-    """The sentence, with what it may not leave out where it says that something is better."""
+    """The sentence; where it says `better`, with its reservations."""
     if verdict.outcome != "better":
         return verdict.sentence
     but = [remark.but for remark in verdict.remarks if remark.severity in ("problem", "warning") and remark.but]
@@ -105,7 +105,7 @@ def _with_reservations(verdict: Verdict) -> str:
 
 
 def next_command(verdict: Verdict, run: str) -> str:
-    """What to type next; empty for what is no run, which only this command can name."""
+    """The next command to type; empty if there is no run to name."""
     if not run:
         return ""
     name = shlex.quote(run)

@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 
 LEAST_REPEATS, LEAST_LOOP_TOKENS, LONGEST_PERIOD = 4, 12, 64
-SPARE_TOKENS = 16  # generated beyond the longest right answer: an answer that goes on past it is wrong anyway
+SPARE_TOKENS = 16  # generated beyond the longest right answer; a longer answer is wrong anyway
 
 
 @dataclass(frozen=True)
 class Endings:
     """How the answers of one model end.
 
-    `unended` were cut with room to spare: at least twice the tokens of the right answer, or 16 more than it has.
-    `cut_short` were cut before that, so that nobody can tell whether they would end. `looping` say the same few tokens
-    again and again where the right answer does not. `room` is the most tokens an answer could have, `longest` those of
-    the longest right answer.
+    `unended` were cut at twice the tokens of the right answer or later, or at 16 more than it has. `cut_short` were cut
+    earlier, so whether they would end is unknown. `looping` repeat the same few tokens where the right answer does not.
+    `room` is max_new_tokens, `longest` the tokens of the longest right answer.
     """
 
     answers: int
@@ -34,7 +33,7 @@ class Endings:
 
 
 def has_loop(token_ids: Sequence[int] | np.ndarray) -> bool:
-    """Whether some cycle of at most 64 tokens comes four times or more in a row, over at least 12 tokens.
+    """Whether a cycle of at most 64 tokens is repeated four times or more in a row, over at least 12 tokens.
 
     Example:
         >>> has_loop([5, 1, 2, 3] + [1, 2, 3] * 3), has_loop([1, 2, 3, 4] * 2)
@@ -51,12 +50,12 @@ def _possible_periods(length: int) -> range:
 
 
 def _least_matches(period: int) -> int:
-    """How many tokens in a row must be those of one period before."""
+    """How many tokens in a row must equal those one period earlier."""
     return max(period * (LEAST_REPEATS - 1), LEAST_LOOP_TOKENS - period)
 
 
 def _longest_run(equal: np.ndarray) -> int:
-    """The longest run of true values, of (tokens,) bool."""
+    """The longest run of true values in a (tokens,) bool array."""
     ends = np.flatnonzero(np.diff(np.concatenate([[False], equal, [False]]).astype(np.int8)))
     return int((ends[1::2] - ends[::2]).max(initial=0))
 
@@ -67,13 +66,13 @@ def summarize_endings(
     right: Sequence[Sequence[int] | np.ndarray],
     room: int,
 ) -> Endings:
-    """The endings of some answers.
+    """How some answers end.
 
     Args:
-        token_ids: of each answer, without the token that ended it.
-        is_cut: whether the model did not end it.
+        token_ids: the tokens of each answer, without the end token.
+        is_cut: whether the answer reached the limit.
         right: the tokens of each right answer.
-        room: most tokens that an answer could have.
+        room: max_new_tokens.
     """
     lengths = [len(ids) for ids in right]
     spare = [room >= min(2 * length, length + SPARE_TOKENS) for length in lengths]

@@ -1,4 +1,4 @@
-"""Rows as one session evaluates them: tokens, prompts, what the answers should be, how many bytes of text they are."""
+"""Rows as one session evaluates them: tokens, prompts, right answers, bytes of text."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationRows:
-    """Rows that fit the session's model; `kept` are their places among those given.
+    """Rows that fit the session's model; `kept` are their indices among those given.
 
-    `prompts` are the tokens that ask for each row's last answer, None where the row asks nothing: a plain text, or one
-    of which the length leaves nothing of the prompt, or no room to answer. `references` are the last answers' texts.
-    `text_bytes` (int64) are the UTF-8 bytes of all supervised text of each row, `tokens_id` (uint64) a hash of its
+    `prompts` are the tokens before each row's last answer. They are None for a plain text, and where the row is too
+    long to leave any prompt, or any position for an answer. `references` are the texts of the last answers.
+    `text_bytes` (int64) are the UTF-8 bytes of each row's supervised text, `tokens_id` (uint64) is a hash of its
     supervised tokens.
     """
 
@@ -40,7 +40,7 @@ class EvaluationRows:
 
     @classmethod
     def from_examples(cls, examples: Sequence[Example], session: Session) -> EvaluationRows:
-        """The rows of `examples` that fit.
+        """The rows of `examples` that fit the model.
 
         Raises:
             DatasetError: none fits.
@@ -67,7 +67,7 @@ class EvaluationRows:
         )
 
     def take(self, places: np.ndarray) -> EvaluationRows:
-        """Some of the rows, in this order."""
+        """The rows at these indices, in this order."""
         return EvaluationRows(
             [self.examples[i] for i in places],
             self.kept[places],
@@ -79,23 +79,23 @@ class EvaluationRows:
         )
 
     def count_distinct(self) -> int:
-        """The rows that differ from each other in their tokens."""
+        """How many rows differ in their tokens."""
         return len({example.input_ids.tobytes() for example in self.dataset})
 
     @property
     def prompt_references(self) -> list[str]:
-        """The right answers of the rows that ask for one."""
+        """The right answers of the rows with a prompt."""
         return [self.references[i] for i in np.flatnonzero(self.has_prompt)]
 
     @property
     def has_prompt(self) -> np.ndarray:
-        """Rows that ask for an answer, (rows,) bool."""
+        """Which rows have a prompt, (rows,) bool."""
         return np.array([prompt is not None for prompt in self.prompts], dtype=bool)
 
 
 @dataclass(frozen=True)
 class _RenderedExample:
-    """An example with its text and all its tokens, before any cut."""
+    """An example with its text and all its tokens, before truncation."""
 
     example: Example
     segments: list[TextSegment]
@@ -107,7 +107,7 @@ class _RenderedExample:
         return cls(example, segments, session.encoder.encode([segments])[0])
 
     def reference_text(self, session: Session) -> str:
-        """What the last answer says; one that calls tools says it as the template writes calls."""
+        """The text of the last answer; tool calls are written as in the template."""
         last = self.example.messages[-1]
         if not last.calls:
             return last.text
@@ -115,7 +115,7 @@ class _RenderedExample:
         return str(session.tokenizer.decode(ids, skip_special_tokens=True))
 
     def text_bytes(self, kept: TokenizedExample, session: Session) -> int:
-        """Of the rendered text without special tokens; of a row that is cut, of its tokens' text."""
+        """UTF-8 bytes of the supervised text without special tokens; of a truncated row, of its tokens' text."""
         if len(kept.input_ids) == len(self.whole.input_ids):
             learned = (s for s in self.segments if s.response or not session.config.data.mask_prompt)
             return sum(len(_without_specials(s, session).encode()) for s in learned)
@@ -123,8 +123,8 @@ class _RenderedExample:
         return sum(len(session.tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in parts)
 
 
-def _without_specials(segment: TextSegment, session: Session) -> str:
-    """The text of a segment; names of special tokens in plain text are text like any other."""
+def _without_specials(segment: Segment, session: Session) -> str:
+    """The text of a segment without special tokens; in plain text, their names are ordinary text."""
     text = segment.text
     for name in () if segment.plain else session.tokenizer.all_special_tokens:
         text = text.replace(name, "")
@@ -132,13 +132,13 @@ def _without_specials(segment: TextSegment, session: Session) -> str:
 
 
 def _masked_runs(ids: np.ndarray, mask: np.ndarray) -> list[list[int]]:
-    """The unbroken runs of tokens that the mask marks."""
+    """The contiguous runs of tokens that the mask marks."""
     runs = groupby(range(len(ids)), key=lambda i: bool(mask[i]))
     return [ids[list(places)].tolist() for marked, places in runs if marked]
 
 
 def _build_prompt(example: Example, session: Session) -> list[int] | None:
-    """The prompt as training shortens it; None where nothing of it is left, or no position for an answer."""
+    """The prompt as training truncates it; None where nothing of it is left, or no position for an answer."""
     if example.is_text:
         return None
     ids = encode_training_prompt(example, session.preparation)

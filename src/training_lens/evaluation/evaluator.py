@@ -1,4 +1,4 @@
-"""What a model makes of the supervised tokens of a tokenized set: sums for each example, and the loss from them."""
+"""A model's losses on the supervised tokens of a tokenized set: sums for each example, and their mean."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 class TokenSums:
     """One model's sums over the supervised tokens of each example, arrays of (examples,).
 
-    `nll` is float64, in nats; `tokens` counts the supervised tokens, `correct` those that are the model's likeliest.
+    `nll` is float64, in nats; `tokens` counts the supervised tokens, `correct` those that the model ranks first.
     """
 
     nll: np.ndarray
@@ -47,10 +47,10 @@ class PairedSums:
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How a set is gone through: each process takes its share, and all get the whole result.
+    """How a dataset is evaluated: each process takes its share, and all get the whole result.
 
     `max_tokens` is the most tokens (padding included) in one forward pass; it is halved where memory runs out.
-    `fill_id` is a token id to pad with, never read; `advance` is called with the number of examples done.
+    `fill_id` is the token id to pad with; `advance` is called with the number of examples done.
     """
 
     processes: Processes
@@ -60,37 +60,37 @@ class EvaluationOptions:
     advance: Callable[[float], None] = lambda _examples: None
 
 
-def token_sums(model: Any, dataset: TokenDataset, way: EvaluationOptions) -> TokenSums:
-    """The sums of every example. The model is put into eval mode and back.
+def token_sums(model: Any, dataset: TokenDataset, options: EvaluationOptions) -> TokenSums:
+    """The sums of every example. The model is in eval mode meanwhile.
 
     Raises:
-        EvaluationError: it failed in this process or another.
+        EvaluationError: evaluation failed in this process or another.
     """
 
     def columns(batch: Batch) -> torch.Tensor:
         return _stack_columns(supervised_scores(model, batch.input_ids, batch.loss_mask, batch.lengths))
 
-    table = _sum_examples(model, dataset, way, columns, width=2)
+    table = _sum_examples(model, dataset, options, columns, width=2)
     return _build_sums(table, dataset)
 
 
-def paired_sums(model: Any, dataset: TokenDataset, way: EvaluationOptions) -> PairedSums:
-    """The sums of a PEFT model with its adapter off and on, and the divergence between the two.
+def paired_sums(model: Any, dataset: TokenDataset, options: EvaluationOptions) -> PairedSums:
+    """The sums of a PEFT model with its adapter off and on, and the KL divergence between the two.
 
     Raises:
-        EvaluationError: it failed in this process or another.
+        EvaluationError: evaluation failed in this process or another.
     """
 
     def columns(batch: Batch) -> torch.Tensor:
         pair = paired_scores(model, batch.input_ids, batch.loss_mask, batch.lengths)
         return torch.cat([_stack_columns(pair.base), _stack_columns(pair.adapter), pair.kl[:, None]], 1)
 
-    table = _sum_examples(model, dataset, way, columns, width=5)
+    table = _sum_examples(model, dataset, options, columns, width=5)
     return PairedSums(_build_sums(table[:, :2], dataset), _build_sums(table[:, 2:4], dataset), table[:, 4])
 
 
 def _stack_columns(scores: TokenScores) -> torch.Tensor:
-    """(targets, 2): loss, and whether the token is the likeliest."""
+    """(targets, 2): the loss, and whether the model ranks the token first."""
     return torch.stack([scores.nll, scores.correct.float()], 1)
 
 
@@ -100,25 +100,25 @@ def _build_sums(table: np.ndarray, dataset: TokenDataset) -> TokenSums:
 
 @keep_freed_memory()
 def _sum_examples(
-    model: Any, dataset: TokenDataset, way: EvaluationOptions, columns: Callable[[Batch], torch.Tensor], width: int
+    model: Any, dataset: TokenDataset, options: EvaluationOptions, columns: Callable[[Batch], torch.Tensor], width: int
 ) -> np.ndarray:
-    """(examples, width) float64: what `columns` gives for each supervised token, summed over those of each example.
+    """(examples, width) float64: the values of `columns` for each supervised token, summed for each example.
 
-    A process that fails still takes part in the sum over processes, so that none waits for it for ever.
+    A process that fails still takes part in the all-reduce, so that no other process waits for ever.
     """
     table = torch.zeros(len(dataset) + 1, width, dtype=torch.float64)  # the last row counts failures
     was_training, failure = model.training, None
     model.eval()
     try:
-        for part, values in _score_batches(dataset, way, columns):
+        for part, values in _score_batches(dataset, options, columns):
             examples = torch.from_numpy(np.repeat(part, dataset.supervised[part]))
             table.index_add_(0, examples, values.cpu().double())  # a sync point a batch
-            way.advance(len(part))
+            options.advance(len(part))
     except Exception as error:
         failure, table[-1] = error, 1.0
     finally:
         model.train(was_training)
-    whole = way.processes.reduce_sum(table)
+    whole = options.processes.reduce_sum(table)
     if whole[-1].any():
         raise EvaluationError(
             f"evaluating failed: {describe_error(failure) if failure else 'in another process.'}"
@@ -127,24 +127,24 @@ def _sum_examples(
 
 
 def _score_batches(
-    dataset: TokenDataset, way: EvaluationOptions, columns: Callable[[Batch], torch.Tensor]
+    dataset: TokenDataset, options: EvaluationOptions, columns: Callable[[Batch], torch.Tensor]
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """This process's examples in batches, and what `columns` gives for them; batches halve where memory runs out."""
-    positions = shard_positions(np.arange(len(dataset)), dataset.lengths, way.processes.index, way.processes.count)
-    waiting, device = split_micro_batches(positions, dataset.lengths, way.max_tokens), way.processes.device
+    """This process's examples in batches, each with its `columns`; batches are halved where memory runs out."""
+    positions = share(np.arange(len(dataset)), dataset.lengths, options.processes.index, options.processes.count)
+    waiting, device = cut(positions, dataset.lengths, options.max_tokens), options.processes.device
     while waiting:
-        batch = collate([dataset[int(i)] for i in waiting[0]], way.fill_id).to(device)
+        batch = collate([dataset[int(i)] for i in waiting[0]], options.fill_id).to(device)
         try:
-            with torch.inference_mode(), autocast(device, way.precision):
+            with torch.inference_mode(), autocast(device, options.precision):
                 values = columns(batch)
         except (RuntimeError, MemoryError) as error:
             if len(waiting[0]) == 1 or not is_out_of_memory(error):
                 raise
-            way = replace(way, max_tokens=batch.input_ids.numel() // 2)
+            options = replace(options, max_tokens=batch.input_ids.numel() // 2)
             logger.warning(
-                "out of memory in a batch of %d tokens: going on with %d", batch.input_ids.numel(), way.max_tokens
+                "out of memory in a batch of %d tokens: continuing with %d", batch.input_ids.numel(), options.max_tokens
             )
-            waiting = split_micro_batches(np.concatenate(waiting), dataset.lengths, way.max_tokens)
+            waiting = cut(np.concatenate(waiting), dataset.lengths, options.max_tokens)
             free_memory()
             continue
         yield waiting.pop(0), values
@@ -152,9 +152,9 @@ def _score_batches(
 
 @dataclass(frozen=True)
 class LossReport:
-    """Mean loss in nats per supervised token; the tokens that it is a mean of; the same for each domain and file.
+    """Mean loss in nats per supervised token, over all rows and for each domain and file.
 
-    `by_file` is empty where there is one file only; `row_nll` are the summed losses of each row, in their order.
+    `by_file` is empty where there is only one file; `row_nll` is the summed loss of each row.
     """
 
     loss: float
@@ -164,15 +164,15 @@ class LossReport:
     row_nll: np.ndarray | None = field(default=None, repr=False, compare=False)
 
 
-def evaluate_loss(model: Any, dataset: TokenDataset, way: EvaluationOptions) -> LossReport:
+def evaluate_loss(model: Any, dataset: TokenDataset, options: EvaluationOptions) -> LossReport:
     """The loss on every example of `dataset`: sum of the supervised tokens' losses over their number.
 
-    Sums are taken in float64, so the cut into batches shows only in float32 rounding of single losses.
+    Sums are float64, so the batching changes only the float32 rounding of single losses.
 
     Raises:
-        EvaluationError: it failed in this process or another.
+        EvaluationError: evaluation failed in this process or another.
     """
-    sums = token_sums(model, dataset, way)
+    sums = token_sums(model, dataset, options)
     by_file = _mean_losses(sums, dataset.files)
     return LossReport(
         float(sums.nll.sum() / sums.tokens.sum()),

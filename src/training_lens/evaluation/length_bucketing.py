@@ -1,4 +1,4 @@
-"""Examples by their length in tokens."""
+"""Buckets of examples by length in tokens."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from training_lens.errors import ConfigurationError
 class LengthBuckets:
     """Consecutive ranges of lengths in tokens, from 1 up: each example falls into exactly one.
 
-    `limits` are the longest length of each range, ascending; one more bucket takes what is longer than the last, so
-    there is a bucket for every length, and without limits one for all.
+    `limits` are the longest length of each range, ascending. One more bucket takes what is longer than the last limit,
+    so every length has a bucket; without limits, there is one bucket for all.
 
     Example:
         >>> buckets = LengthBuckets.from_limits([64, 128])
@@ -28,11 +28,10 @@ class LengthBuckets:
 
     @classmethod
     def from_quantiles(cls, lengths: np.ndarray, count: int) -> LengthBuckets:
-        """At most `count` buckets of nearly equally many examples; none is empty.
+        """At most `count` buckets of nearly equal size; none is empty.
 
-        Cuts are made behind those lengths that come nearest to i/count of the examples, i = 1 .. count - 1. Equal
-        lengths are never parted, so there are fewer buckets where lengths coincide. The last bucket is open above: it
-        takes lengths that are not among these, too.
+        The limits are the lengths nearest to i/count of the examples, i = 1 .. count - 1. Equal lengths share a bucket,
+        so there may be fewer buckets. The last bucket has no upper limit.
 
         Args:
             lengths: (examples,) tokens, integers from 1.
@@ -43,7 +42,7 @@ class LengthBuckets:
             ('1-6', '7-8', 'over 8')
         """
         values, examples = np.unique(lengths, return_counts=True)
-        cuts = np.cumsum(examples)[:-1]  # examples below the cut behind each length; behind the longest is none
+        cuts = np.cumsum(examples)[:-1]  # examples up to each length; none are longer than the longest
         if not len(cuts):
             return cls(())
         ideal = len(lengths) * np.arange(1, count) / count
@@ -55,18 +54,18 @@ class LengthBuckets:
         """Buckets up to the given lengths in tokens, inclusive, and one for what is longer.
 
         Raises:
-            ConfigurationError: they are none, not all positive, or not ascending.
+            ConfigurationError: the limits are empty, not all positive, or not ascending.
         """
         if not limits or limits[0] < 1 or any(after <= before for before, after in pairwise(limits)):
             raise ConfigurationError(
-                f"evaluation.length_buckets: {list(limits)} are no limits of buckets; give lengths in tokens from 1 "
+                f"evaluation.length_buckets: {list(limits)} are no bucket limits; give lengths in tokens from 1 "
                 "up, each greater than the one before, such as [64,128,512]."
             )
         return cls(tuple(limits))
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """A name for each bucket: its shortest and longest length ('65-128'; '7' where they are one), 'over 128'."""
+        """A name for each bucket: '65-128', '7' for a single length, 'over 128' for the last."""
         if not self.limits:
             return ("all",)
         ranges = [(before + 1, limit) for before, limit in pairwise((0, *self.limits))]

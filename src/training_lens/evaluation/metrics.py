@@ -1,6 +1,6 @@
-"""Scores of generated answers against references: row by row, and over a whole set.
+"""Scores of generated answers against references: by row, and over a whole set.
 
-An empty prediction is a wrong answer in every metric, never a row left out.
+An empty prediction is a wrong answer in every metric; no row is left out for it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RowMetric = Callable[[str, str], float | None]
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Equal once white space at both ends is taken off; nothing else is normalised, an empty answer is wrong.
+    """Equal after stripping white space at both ends; nothing else is normalised, and an empty answer is wrong.
 
     Example:
         >>> exact_match("Tom \\n", "Tom"), exact_match("tom", "Tom"), exact_match("", "")
@@ -47,27 +47,27 @@ def exact_match(prediction: str, reference: str) -> bool:
 
 
 def token_f1(prediction: str, reference: str, tokenizer: str = DEFAULT_TOKENIZER) -> float | None:
-    """The words that prediction and reference share, each as often as both have it: SQuAD's F1.
+    """SQuAD's F1 over the words that prediction and reference share.
 
-    F1 = 2 shared / (words of the prediction + words of the reference), after SQuAD's normalisation: lower case, ASCII
-    punctuation and the articles a, an, the taken out, split at white space. Other punctuation stays part of its word,
-    as in the official script. From Rajpurkar et al. 2016, "SQuAD: 100,000+ Questions for Machine Comprehension of
-    Text", evaluate-v1.1.py. With another tokenizer than the default, its words.
+    F1 = 2 shared / (words of the prediction + words of the reference), after SQuAD's normalisation: lower case, no
+    ASCII punctuation, no articles (a, an, the), split at white space. Other punctuation stays part of its word, as in
+    the official script. From Rajpurkar et al. 2016, "SQuAD: 100,000+ Questions for Machine Comprehension of
+    Text", evaluate-v1.1.py. Another tokenizer than the default splits its own words.
 
     Returns:
-        None where nothing of the reference is left to find: one that is "A", or punctuation alone; and where its script
-        has no spaces between words.
+        None where the reference has no words left (it is "A", or punctuation alone), and where its script has no
+        spaces between words.
 
     Example:
         >>> token_f1("The cat sat.", "a cat"), token_f1("", "a cat")
         (0.6666666666666666, 0.0)
     """
     split = _squad_words if tokenizer == DEFAULT_TOKENIZER else word_splitter(tokenizer)
-    said, expected = split(prediction), split(reference)
+    predicted, expected = split(prediction), split(reference)
     if not expected or why_unscored("token_f1", reference, tokenizer):
         return None
-    shared = (Counter(said) & Counter(expected)).total()
-    return 2 * shared / (len(said) + len(expected))
+    shared = (Counter(predicted) & Counter(expected)).total()
+    return 2 * shared / (len(predicted) + len(expected))
 
 
 def _squad_words(text: str) -> list[str]:
@@ -82,9 +82,9 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 def rouge_f1(kind: str, prediction: str, reference: str, tokenizer: str = DEFAULT_TOKENIZER) -> float | None:
     """ROUGE's F1, without stemming, as rouge-score computes it.
 
-    F1 = 2PR / (P + R), where P and R are what both have over what the prediction and what the reference has: single
-    words (rouge1), pairs of neighbours (rouge2), or words of the longest common subsequence (rougeL). Words are runs
-    of letters and digits of any script in lower case; rouge-score's own, of ASCII alone, would make "Zürich" "z" and
+    F1 = 2PR / (P + R), where P and R are the shared units over those of the prediction and of the reference: words
+    (rouge1), bigrams (rouge2), or words of the longest common subsequence (rougeL). Words are runs of letters and
+    digits of any script in lower case; rouge-score's own tokenizer is ASCII only and splits "Zürich" into "z" and
     "rich". From Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries".
 
     Cost: rougeL takes time and memory in the product of both lengths, about 0.5 ms for 60 words against 60.
@@ -93,7 +93,7 @@ def rouge_f1(kind: str, prediction: str, reference: str, tokenizer: str = DEFAUL
         kind: rouge1, rouge2 or rougeL.
 
     Returns:
-        None where the score could only be 0 (see `why_unscored`): that would say that the answer is wrong.
+        None where the score could only be 0 (see `why_unscored`).
 
     Example:
         >>> rouge_f1("rougeL", "the cat sat", "the dog sat"), rouge_f1("rouge1", "北京", "北京")
@@ -124,10 +124,10 @@ class AnswerScoring:
     """How the answers to one set of rows are scored.
 
     Args:
-        word_tokenizer: whose words BLEU, ROUGE and F1 compare: see `words.WORD_TOKENIZERS`.
-        decimal: the decimal mark of a number that could be read in two ways.
+        word_tokenizer: splits the words of BLEU, ROUGE and F1; see `words.WORD_TOKENIZERS`.
+        decimal: the decimal mark of an ambiguous number, such as 1,234.
         own: the user's metrics, by name.
-        reading: how the numbers of the set are read, in words; empty where it has none.
+        reading: a sentence on how numbers are read; empty where there are none.
     """
 
     word_tokenizer: str = DEFAULT_TOKENIZER
@@ -137,11 +137,11 @@ class AnswerScoring:
 
     @classmethod
     def from_settings(cls, settings: EvaluationSection) -> AnswerScoring:
-        """As the settings say, before any row is known.
+        """The scoring of the settings, before any row is known.
 
         Raises:
-            ConfigurationError: a tokenizer's package is missing, a metric cannot be found, or the measure that shall
-                decide is none.
+            ConfigurationError: a tokenizer's package is missing, a metric cannot be found, or `decide_by` is no
+                measure.
         """
         require_word_tokenizer(settings.word_tokenizer)
         own = find_metrics(settings.metrics, (*TOKEN_MEASURES, *ROW_METRICS, *CORPUS_METRICS))
@@ -149,14 +149,14 @@ class AnswerScoring:
         return cls(settings.word_tokenizer, "comma" if settings.decimal == "comma" else "point", own)
 
     def adapt_to_references(self, references: Sequence[str], decimal: str) -> AnswerScoring:
-        """The same for a set of rows: with `decimal` auto, numbers are read as its right answers write them."""
+        """The scoring of a set of rows: with `decimal` auto, numbers are read as its right answers write them."""
         found = find_convention(references)
         mark = found.decimal if decimal == "auto" else self.decimal
         reading = describe_convention(references, replace(found, decimal=mark), decimal)
         return replace(self, decimal=mark, reading=reading)
 
     def row_metrics(self) -> dict[str, RowMetric]:
-        """The metrics of a row, in the order of tables; the score of a set is the mean of its rows'."""
+        """The metrics of single rows, in the order of tables; a set's score is the mean over its rows."""
         words = self.word_tokenizer
         return {
             "exact_match": exact_match,
@@ -171,17 +171,19 @@ class AnswerScoring:
     def corpus_metrics(self) -> dict[str, CorpusMetric]:
         """The metrics of a whole set."""
         return {
-            "bleu": CorpusMetric("bleu", 2 + 2 * 4, self.word_tokenizer),  # lengths; n-grams shared and said, by order
-            "chrf": CorpusMetric("chrf", 3 * 6),  # for each order n-grams said, expected, and shared
+            "bleu": CorpusMetric(
+                "bleu", 2 + 2 * 4, self.word_tokenizer
+            ),  # lengths; n-grams shared and predicted, by order
+            "chrf": CorpusMetric("chrf", 3 * 6),  # for each order n-grams predicted, expected and shared
         }
 
     def count_unscored(self, references: Sequence[str]) -> dict[str, dict[str, int]]:
-        """The rows that measures of words leave out, by reason."""
+        """The rows that word measures leave out, by measure and reason."""
         return count_unscored(references, self.word_tokenizer)
 
 
 def _require_measure(settings: EvaluationSection, own: Mapping[str, AnswerMetric]) -> None:
-    """Refuse a name that is no measure, or one of answers where none are generated, before the work."""
+    """Refuse an unknown `decide_by`, or one that needs answers where none are generated."""
     answers = (*ROW_METRICS, *CORPUS_METRICS, *own) if settings.generate else ()
     known, chosen = (*TOKEN_MEASURES, *answers), settings.decide_by
     if chosen is not None and chosen not in known:
@@ -202,7 +204,7 @@ def row_scores(
         For each metric (rows,) float64, nan where it does not apply; metrics that apply to no row are left out.
 
     Raises:
-        ValueError: there are more of one than of the other.
+        ValueError: predictions and references differ in number.
         EvaluationError: a metric of the user's fails.
 
     Example:
@@ -218,9 +220,9 @@ def row_scores(
 
 @dataclass(frozen=True)
 class CorpusMetric:
-    """A score of a whole set that is no mean of its rows': each row gives counts, the score is that of their sums.
+    """A score of a whole set that is not a mean over rows: it is computed from the summed counts of its rows.
 
-    So the score of any choice of rows, as in a bootstrap, costs a sum and not another pass over the texts.
+    So the score of any subset or bootstrap resample costs a sum, not another pass over the texts.
 
     bleu: n-grams of one to four words, mteval-v13a's words (or those of `tokenizer`), exponential smoothing (Papineni
     et al. 2002; Post 2018, "A Call for Clarity in Reporting BLEU Scores"). chrf: n-grams of one to six characters,
@@ -239,23 +241,23 @@ class CorpusMetric:
     tokenizer: str = DEFAULT_TOKENIZER
 
     def applicable_rows(self, references: Sequence[str]) -> np.ndarray:
-        """The rows whose references it means something for, (rows,) bool: see `words.why_unscored`."""
+        """The rows that the metric applies to, (rows,) bool; see `words.why_unscored`."""
         return np.array([why_unscored(self.name, r, self.tokenizer) is None for r in references], dtype=bool)
 
     def row_statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        """What each row adds to the sums: (rows, width) float64 of counts; an empty prediction adds its reference.
+        """The counts of each row: (rows, width) float64; an empty prediction still counts its reference.
 
         Raises:
-            ValueError: there are more of one than of the other.
+            ValueError: predictions and references differ in number.
         """
-        # sacrebleu's significance tests resample by these two methods; it has no public way to the counts of a row.
-        # Row by row it also keeps its advice on spaces before periods to itself, which a hundred of them call forth.
+        # sacrebleu has no public access to the counts of a row; its own significance tests use these two methods.
+        # One row at a time, it also does not warn of spaces before periods, as it does for a hundred rows.
         extract = _sacrebleu_metric(self.name, self.tokenizer)._extract_corpus_statistics
         rows = [extract([p], [[r]])[0] for p, r in zip(predictions, references, strict=True)]
         return np.array(rows, dtype=np.float64).reshape(-1, self.width)  # no rows: (0, width)
 
     def score(self, sums: np.ndarray) -> float:
-        """The score from 0 to 100 of the rows whose statistics add up to `sums`, (width,)."""
+        """The score, 0 to 100, of the rows whose counts sum to `sums`, (width,)."""
         return float(_sacrebleu_metric(self.name, self.tokenizer)._compute_score_from_stats(sums.tolist()).score)
 
 

@@ -1,4 +1,4 @@
-"""Numbers in answers, read as people write them in different places: 1,234.5; 1.234,5; 1 234,5; 1'234.5; 1,23,456."""
+"""Numbers in answers, in the notations of different places: 1,234.5; 1.234,5; 1 234,5; 1'234.5; 1,23,456."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BOXED = re.compile(r"\\boxed(\{(?:[^{}]|\{[^{}]*\})*\})")
 
 
 def _number_pattern(group: str, mark: str) -> re.Pattern[str]:
-    """Digits, perhaps in groups of three (or India's of two and a last one of three), perhaps with a decimal mark."""
+    """A pattern for digits, grouped by three (or as in India) or not, with or without a decimal mark."""
     grouped = rf"[1-9]\d{{0,2}}(?P<sep>[{group}'_ ])\d{{3}}(?:(?P=sep)\d{{3}})*"
     indian = r"[1-9]\d?(?:,\d{2})+,\d{3}" if group == "," else r"(?!)"
     return re.compile(rf"(?:{grouped}|{indian}|\d+)(?:[{mark}{_DECIMAL_SIGN}]\d+)?|{mark}\d+")
@@ -41,9 +41,9 @@ _FORMS: dict[DecimalMark, re.Pattern[str]] = {
 
 @dataclass(frozen=True)
 class Convention:
-    """Which decimal mark decides a number that could be read in two ways, such as 1,234, and how that is known.
+    """The decimal mark of ambiguous numbers such as 1,234, and the evidence for it.
 
-    `point` and `comma` count the numbers of the references that can be read with one mark alone.
+    `point` and `comma` count the numbers of the references that are valid with that mark only.
     """
 
     decimal: DecimalMark = "point"
@@ -54,8 +54,7 @@ class Convention:
 def find_convention(references: Iterable[str]) -> Convention:
     """The decimal mark that the references use: in their marked answers, or else in all of their text.
 
-    Only numbers that can be read in one way count (1,5 or 1.234,5, but not 1,234). The point, where they are equally
-    many.
+    Only unambiguous numbers count (1,5 or 1.234,5, but not 1,234). A tie is the point.
 
     Example:
         >>> find_convention(["#### 1,5", "#### 2.000"]).decimal, find_convention(["#### 2,000"]).decimal
@@ -69,13 +68,13 @@ def find_convention(references: Iterable[str]) -> Convention:
 
 
 def _decimal_marks(text: str) -> list[DecimalMark]:
-    """For each number of a text that can be read with one decimal mark alone, that mark."""
+    """The decimal mark of each unambiguous number in a text."""
     found = [read_digits(match["digits"]) for match in _NUMBER.finditer(_normalize_text(text))]
     return [mark for values in found if len(values) == 1 for mark in values]
 
 
 def marked_answer(text: str) -> str | None:
-    r"""What stands behind the last `####` on its line, or in the last `\boxed{}`; None where neither is there."""
+    r"""The text after the last `####` on its line, or in the last `\boxed{}`; None where there is neither."""
     _, hashes, behind = text.rpartition("####")
     if hashes:
         return behind.partition("\n")[0]
@@ -84,15 +83,15 @@ def marked_answer(text: str) -> str | None:
 
 
 def read_number(text: str, decimal: DecimalMark = "point", *, alone: bool = False) -> Decimal | None:
-    """The number that a text begins with; None where it begins with none.
+    """The number at the start of a text; None where there is none.
 
-    Set aside: spaces, bold and code marks, brackets, currency signs before the digits, a percent sign behind them. A
-    minus may be Unicode's. Thousands may be grouped by comma, point, apostrophe, underscore or a space. A fraction, a
+    Ignored: spaces, bold and code marks, brackets, currency signs before the digits, a percent sign after them. The
+    minus may be a Unicode one. Thousands may be grouped by comma, point, apostrophe, underscore or space. A fraction, a
     time, a date or a range is no number.
 
     Args:
-        decimal: decides a number that could be read in two ways: 1,234 is 1234 with `point` and 1.234 with `comma`.
-        alone: only where nothing else stands behind it.
+        decimal: the decimal mark of ambiguous numbers: 1,234 is 1234 with `point` and 1.234 with `comma`.
+        alone: require that nothing else follows the number.
 
     Example:
         >>> [str(read_number(t)) for t in ("1,234.5", "1.234,5", "**-$3**", "1,5", "3/4")]
@@ -113,9 +112,9 @@ def read_number(text: str, decimal: DecimalMark = "point", *, alone: bool = Fals
 
 
 def read_digits(digits: str) -> dict[DecimalMark, str]:
-    """What digits with their marks mean by each decimal mark, as Python writes it; those that give no number are out.
+    """The number that digits mean with each decimal mark, in Python's notation; invalid readings are left out.
 
-    Where both give the same number there is no mark to learn from, so both are there.
+    Digits without a mark have the same reading twice.
 
     Example:
         >>> read_digits("1,234"), read_digits("1,5"), read_digits("1,2,3")
@@ -131,7 +130,7 @@ def read_digits(digits: str) -> dict[DecimalMark, str]:
 
 
 def _normalize_text(text: str) -> str:
-    """ASCII digits, spaces, minus and apostrophes for those of other scripts; `$` for every currency sign."""
+    """The text with ASCII digits, spaces, minus signs and apostrophes, and `$` for every currency sign."""
     return "".join(map(_normalize_character, text.replace("{,}", ",").replace("\\,", " ").replace("\\%", "%")))
 
 
@@ -146,14 +145,14 @@ def _normalize_character(char: str) -> str:
 
 
 def numeric_match(prediction: str, reference: str, decimal: DecimalMark = "point") -> float | None:
-    r"""1 where the prediction's marked answer is the number that the reference's is, else 0: the answers of GSM8K.
+    r"""1 where the prediction's marked answer is the same number as the reference's, else 0, as for GSM8K.
 
-    Marked is what stands behind the last `####` on its line (Cobbe et al. 2021, "Training Verifiers to Solve Math Word
-    Problems"), or in the last `\boxed{}`. Words behind the prediction's number do not matter, as in GSM8K's own
-    script; an unmarked number is wrong. How numbers are read: see `read_number`.
+    The marked answer is the text after the last `####` on its line (Cobbe et al. 2021, "Training Verifiers to Solve
+    Math Word Problems"), or in the last `\boxed{}`. Words after the prediction's number do not matter, as in GSM8K's
+    own script; an unmarked number is wrong. See `read_number` for the notation of numbers.
 
     Returns:
-        None where the reference marks no number alone: `#### 3. Steps` is a heading.
+        None where the reference marks no number by itself: `#### 3. Steps` is a heading.
 
     Example:
         >>> numeric_match("6 x 7 = 42\\n#### 42", "#### 42"), numeric_match("42", "#### 42")
@@ -166,7 +165,7 @@ def numeric_match(prediction: str, reference: str, decimal: DecimalMark = "point
 
 
 def describe_convention(references: Sequence[str], convention: Convention, setting: str) -> str:
-    """How the numbers of a set are read, in words; empty where `numeric_match` applies to no reference."""
+    """A sentence on how the numbers of a set are read; empty where `numeric_match` applies to no reference."""
     if all(numeric_match("", reference, convention.decimal) is None for reference in references):
         return ""
     counted = convention.point + convention.comma

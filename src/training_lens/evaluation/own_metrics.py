@@ -1,4 +1,4 @@
-"""Metrics of the user's own: one decorated function each.
+"""The user's own metrics: one decorated function each.
 
 Example:
     # my_metrics.py
@@ -33,7 +33,7 @@ ScoreFunction = Callable[[str, str], float | None]
 
 @dataclass(frozen=True)
 class AnswerMetric:
-    """A user's metric: the score of a set is the mean over the rows that it applies to."""
+    """A user's metric; the score of a set is the mean over the rows that it applies to."""
 
     name: str
     function: ScoreFunction
@@ -43,7 +43,7 @@ class AnswerMetric:
         """The row's score.
 
         Raises:
-            EvaluationError: the function fails, or gives what is no finite number.
+            EvaluationError: the function fails, or its result is not finite.
         """
         try:
             score = self.function(prediction, reference)
@@ -71,7 +71,7 @@ def metric(name: str, *, lower_is_better: bool = False) -> Callable[[ScoreFuncti
         lower_is_better: for errors and distances.
 
     Raises:
-        ConfigurationError: the name is no identifier, or another function has it.
+        ConfigurationError: the name is no identifier, or is taken by another function.
     """
     if not name.isidentifier():
         raise ConfigurationError(f"{KEY}: '{name}' is no name of a metric; give letters, digits and _ alone.")
@@ -89,16 +89,16 @@ def metric(name: str, *, lower_is_better: bool = False) -> Callable[[ScoreFuncti
 def find_metrics(places: Sequence[str], built_in: Sequence[str] = ()) -> dict[str, AnswerMetric]:
     """The metrics that `evaluation.metrics` names, by name.
 
-    Code is imported only because the command line, the user's own config file or their program names it here, never
-    because a run's folder does.
+    Code is imported only if the command line, the user's own config file or their program names it, never because a
+    run's folder does.
 
     Args:
         places: each a function (`my_metrics.polite`), all of a module (`my_metrics`) or of a file (`my_metrics.py`), or
-            the name of one that is registered or that an installed package brings.
+            the name of a metric that is registered or comes with an installed package.
         built_in: names that are taken.
 
     Raises:
-        ConfigurationError: there is no such metric, it cannot be imported, or its name is taken.
+        ConfigurationError: a metric does not exist or cannot be imported, or its name is taken.
     """
     found = {own.name: own for place in places for own in _find_metrics_at(place)}
     if taken := sorted(set(found) & set(built_in)):
@@ -122,7 +122,7 @@ def _packaged_metrics() -> Mapping[str, Any]:
 
 
 def _find_member(place: str) -> Any | None:
-    """The function of `module.function`; None where all of it is a module."""
+    """The function of `module.function`; None where the whole name is a module."""
     if util.find_spec(place.partition(".")[0]) is None and not Path(f"{place.partition('.')[0]}.py").exists():
         return None
     module, name = place.rsplit(".", 1)

@@ -1,4 +1,4 @@
-"""What to know beside a verdict: thin evidence, prompts that are not used, answers that do not end, domains."""
+"""Remarks on a verdict: thin evidence, unused prompts, answers that do not end, domains that differ."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from training_lens.evaluation.verdict import (
     name_measure,
 )
 
-HARDLY_READ = 0.05  # of the loss: what the wrong prompt costs an adapter that answers whatever is asked
-OFTEN, SOMETIMES = 0.2, 0.05  # shares of the answers that are a problem, and worth a warning
+HARDLY_READ = 0.05  # share of the loss: the cost of wrong prompts to an adapter that ignores its prompt
+OFTEN, SOMETIMES = 0.2, 0.05  # shares of the answers: above, a problem or a warning
 OUTCOMES: tuple[Outcome, ...] = ("better", "worse", "no difference", "inconclusive")
-MOSTLY_DISTINCT = 0.9  # share of the rows: a few that come twice change nothing
+MOSTLY_DISTINCT = 0.9  # share of the rows: a few duplicates change nothing
 RIGHT_ALREADY = ("numeric", "json_fields", "exact_match")
 
 
 def collect_remarks(
     comparison: ModelComparison, deciding: MeasuredChange, distinct_rows: int, training: TrainingRecord | None
 ) -> Iterator[Remark]:
-    """All that the evidence tells besides the verdict, in the order in which it is printed.
+    """All remarks on a comparison, in the order in which they are printed.
 
     Args:
         deciding: the measure that decides the verdict, over all rows.
-        distinct_rows: rows that differ from each other: repeated ones are no further evidence.
-        training: of the run whose adapter is evaluated.
+        distinct_rows: rows without duplicates, which are no further evidence.
+        training: the losses of the run whose adapter is evaluated.
     """
     if shuffled := comparison.controls.get(SHUFFLED_PROMPTS):
         yield prompt_remark(shuffled)
@@ -50,7 +50,7 @@ def collect_remarks(
 
 
 def loose_remarks(outcome: Outcome, measures: Sequence[MeasuredChange]) -> Iterator[Remark]:
-    """Answers that are further from the right ones, where the verdict is not that anyway; by the first that says so."""
+    """Answers that are worse by a loose measure, where the verdict says otherwise."""
     worse = next((change for change in measures if change.outcome() == "worse"), None)
     if worse is not None and outcome != "worse":
         by = name_measure(worse.measure)
@@ -59,29 +59,29 @@ def loose_remarks(outcome: Outcome, measures: Sequence[MeasuredChange]) -> Itera
 
 
 def prompt_remark(control: ControlResult) -> Remark:
-    """Whether the adapter uses its prompt: what its loss becomes with the prompts of other rows."""
+    """Whether the adapter uses its prompt: its loss with the prompts of other rows."""
     loss, change = control.adapter["loss"], control.delta["loss"]
     between = control.intervals.get("loss")
-    said = f"with the prompts of other rows its loss is {loss + change:.4f}, {change:+.4f}"
+    effect = f"with the prompts of other rows its loss is {loss + change:.4f}, {change:+.4f}"
     if between is None:
-        return Remark("prompt_unknown", "note", f"Whether it uses its prompt is not known: {said} (no interval).")
-    said += f" ({between[0]:+.4f} to {between[1]:+.4f})"
+        return Remark("prompt_unknown", "note", f"Whether it uses its prompt is not known: {effect} (no interval).")
+    effect += f" ({between[0]:+.4f} to {between[1]:+.4f})"
     little = HARDLY_READ * abs(loss)
     if between[0] > 0 and between[1] >= little:
-        return Remark("prompt_used", "fine", f"It uses its prompt: {said}.")
+        return Remark("prompt_used", "fine", f"It uses its prompt: {effect}.")
     if between[1] < little:
         how, code = ("hardly uses", "prompt_hardly_used") if between[0] > 0 else ("ignores", "prompt_ignored")
-        sentence = f"It {how} its prompt: {said}; so it has learned how answers look, and not what is asked."
+        sentence = f"It {how} its prompt: {effect}; so it has learned how answers look, and not what is asked."
         return Remark(code, "warning" if between[0] > 0 else "problem", sentence, f"it {how} its prompt")
-    return Remark("prompt_unknown", "note", f"Whether it uses its prompt cannot be told from these rows: {said}.")
+    return Remark("prompt_unknown", "note", f"Whether it uses its prompt cannot be told from these rows: {effect}.")
 
 
 def ending_remarks(endings: Endings, base: Endings | None, subject: str) -> Iterator[Remark]:
-    """Answers that the model does not end, and those that repeat themselves.
+    """Answers that do not end, and answers that repeat themselves.
 
     Args:
-        base: of the model under the adapter, where that was asked as well.
-        subject: whose answers they are: 'the adapter', or a run's name.
+        base: the endings of the base, where it answered as well.
+        subject: the model: 'the adapter', or a run's name.
     """
     of = f"of {endings.answers} answers of {subject}"
     if endings.unended:
@@ -111,7 +111,7 @@ def _ending_severity(count: int, answers: int) -> Severity:
 
 
 def row_remarks(rows: int, distinct: int) -> Iterator[Remark]:
-    """Too few rows, or the same ones again."""
+    """Too few rows, or duplicated rows."""
     if distinct < MOSTLY_DISTINCT * rows:
         sentence = (
             f"Only {distinct} of the {count_rows(rows)} differ from each other: repeated rows are no further evidence, "
@@ -127,13 +127,13 @@ def row_remarks(rows: int, distinct: int) -> Iterator[Remark]:
 
 
 def domain_remarks(groups: Mapping[str, RowGroup], deciding: MeasuredChange) -> Iterator[Remark]:
-    """Domains that part: better on one, and not on another."""
+    """Domains that differ: better on one, and not on another."""
     found = {name: _group_change(group, deciding) for name, group in groups.items()}
     outcomes = {name: change.outcome() for name, change in found.items() if change is not None}
     seen = set(outcomes.values())
     if len(seen) > 1 and seen & {"better", "worse"}:
-        by_outcome = {said: [name for name, outcome in outcomes.items() if outcome == said] for said in OUTCOMES}
-        parts = [f"{said} on {', '.join(names)}" for said, names in by_outcome.items() if names]
+        by_outcome = {kind: [name for name, outcome in outcomes.items() if outcome == kind] for kind in OUTCOMES}
+        parts = [f"{kind} on {', '.join(names)}" for kind, names in by_outcome.items() if names]
         yield Remark("domains_part", "warning" if "worse" in seen else "note", f"By domain: {'; '.join(parts)}.")
 
 
@@ -146,7 +146,7 @@ def _group_change(group: RowGroup, deciding: MeasuredChange) -> MeasuredChange |
 
 
 def base_remarks(whole: RowGroup, is_of_two_runs: bool) -> Iterator[Remark]:
-    """A base that answers all rows right leaves nothing to gain."""
+    """A base that answers every row right leaves nothing to gain."""
     base = {} if is_of_two_runs else whole.models.get(BASE, {})
     perfect = next((name for name in RIGHT_ALREADY if base.get(name) == 1.0), None)
     if perfect:
@@ -156,11 +156,11 @@ def base_remarks(whole: RowGroup, is_of_two_runs: bool) -> Iterator[Remark]:
 
 
 def memory_remarks(training: TrainingRecord, whole: RowGroup) -> Iterator[Remark]:
-    """Training rows that were learned by heart, while these rows gained nothing."""
+    """Overfitting: the training rows were memorized, and these rows gained nothing."""
     loss, base = whole.models[ADAPTER]["loss"], whole.models[BASE]["loss"]
     if training.is_far_below(loss) and (training.has_rising_loss() or loss >= base):
         sentence = (
-            f"Its training rows were learned by heart: their loss is {training.late_train_loss:.4f} at the end, and "
+            f"It memorized its training rows: their loss is {training.late_train_loss:.4f} at the end, and "
             f"that of these rows {loss:.4f}. Fewer epochs, a lower rate, or more rows."
         )
-        yield Remark("memorized", "warning", sentence, "its training rows were learned by heart")
+        yield Remark("memorized", "warning", sentence, "it memorized its training rows")

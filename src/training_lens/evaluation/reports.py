@@ -1,4 +1,4 @@
-"""A result as files: JSON for programs, Markdown for people, a CSV line for each row."""
+"""An evaluation as files: JSON for programs, Markdown for people, CSV with a line for each row."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Cells = tuple[str, ...]
 
 
 def write_reports(result: EvaluationResult, folder: Path | str, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Write {name}.json, {name}.md and {name}.csv into `folder`; returns what the JSON holds.
+    """Write {name}.json, {name}.md and {name}.csv into `folder`; returns the JSON object.
 
-    It holds `extra`, the sources of the rows with the sha256 of files, the verdict, and the comparison.
+    The object holds `extra`, the sources of the rows with the sha256 of files, the verdict, and the comparison.
     """
     sources = sorted({example.file for example in result.rows.examples})
     files = {name: hash_file(Path(name)) if Path(name).is_file() else None for name in sources}
@@ -35,7 +35,7 @@ def write_reports(result: EvaluationResult, folder: Path | str, name: str, extra
 
 
 def measure_rows(group: RowGroup) -> Iterator[Cells]:
-    """A line for each measure: its name, each model's value, and with two models the difference and its interval."""
+    """A line for each measure: name, each model's value, and for two models the difference and its interval."""
     names = dict.fromkeys(name for measures in group.models.values() for name in measures)
     for name in names:
         values = [format_measure(name, m[name]) if name in m else "-" for m in group.models.values()]
@@ -53,18 +53,18 @@ def measure_rows(group: RowGroup) -> Iterator[Cells]:
 
 
 def measure_columns(comparison: ModelComparison) -> Cells:
-    """The heads of the columns of `measure_rows`."""
+    """The column headers of `measure_rows`."""
     models = tuple(map(comparison.model_label, comparison.models))
     interval = f"{comparison.confidence:.0%} interval"
     return ("", *models, *(("change", f"its {interval}") if len(models) > 1 else (interval,)))
 
 
 def part_table(comparison: ModelComparison, what: str, intervals: bool = True) -> list[Cells]:
-    """The head, then a line for each part of the rows: size, losses, the change, its interval, exact match.
+    """The header, then a line for each part of the rows: size, losses, change, interval, exact match.
 
     Args:
         what: 'tokens' or 'domain'.
-        intervals: false leaves them out, where columns are dear.
+        intervals: whether to add them; false where there is little width.
     """
     parts = comparison.by_length if what == "tokens" else comparison.by_domain
     models = tuple(map(comparison.model_label, comparison.models))
@@ -92,11 +92,11 @@ def _part_row(label: str, group: RowGroup, intervals: bool, answered: bool) -> C
 
 
 def control_table(comparison: ModelComparison, intervals: bool = True) -> list[Cells]:
-    """The head, then a line for each control: rows, the adapter's loss as is and spoilt, the change, exact match."""
-    head = ["control", "rows", "loss", "spoilt", "change"]
+    """The header, then a line for each control: rows, loss with own and corrupted prompts, change, exact match."""
+    head = ["control", "rows", "loss", "corrupted", "change"]
     head += [f"{comparison.confidence:.0%} interval"] if intervals else []
     answered = any("exact_match" in control.scores for control in comparison.controls.values())
-    head += ["exact", "spoilt"] if answered else []
+    head += ["exact", "corrupted"] if answered else []
     lines = [_control_row(name, c, intervals, answered) for name, c in comparison.controls.items()]
     return [tuple(head), *lines]
 
@@ -133,7 +133,7 @@ MOVED_COLUMNS: Cells = ("row", "base", "adapter", "change")
 
 
 def task_rows(comparison: ModelComparison) -> Iterator[Cells]:
-    """A line for each metric of each task: each model's value and its standard error, where lm-eval gives one."""
+    """A line for each metric of each task: each model's value, with its standard error if there is one."""
     first = next(iter(comparison.tasks.values()), {})
     for task, metrics in first.items():
         for metric in metrics:
@@ -143,7 +143,7 @@ def task_rows(comparison: ModelComparison) -> Iterator[Cells]:
 
 
 def task_columns(comparison: ModelComparison) -> Cells:
-    """The heads of the columns of `task_rows`."""
+    """The column headers of `task_rows`."""
     return ("task", "metric", *map(comparison.model_label, comparison.tasks))
 
 
@@ -185,7 +185,7 @@ def render_markdown(result: EvaluationResult) -> str:
 
 
 def scoring_lines(comparison: ModelComparison) -> list[str]:
-    """Which rows measures of words leave out, and why; how numbers were read."""
+    """Which rows word measures leave out, and why; how numbers were read."""
     by_reasons: dict[tuple[tuple[str, int], ...], list[str]] = {}
     for measure, reasons in comparison.unscored.items():
         by_reasons.setdefault(tuple(reasons.items()), []).append(measure)
@@ -197,7 +197,7 @@ def scoring_lines(comparison: ModelComparison) -> list[str]:
 
 
 def forgetting_line(comparison: ModelComparison) -> str:
-    """What happened to the loss on other text, in words."""
+    """The change of the loss on other text, as a sentence."""
     forgot = comparison.forgetting
     assert forgot is not None
     between = (
@@ -217,7 +217,7 @@ def _render_table(columns: Cells, rows: Iterator[Cells]) -> str:
 
 
 def render_row_csv(result: EvaluationResult) -> str:
-    """A line for each row: id, domain, lengths, what was expected, and each model's loss, answer and scores."""
+    """A line for each row: id, domain, lengths, expected answer, and each model's loss, answer and scores."""
     rows = result.rows
     names = [(model, score) for model, o in result.outcomes.items() for score in o.scored.row_scores]
     models = list(result.outcomes)

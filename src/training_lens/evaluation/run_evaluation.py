@@ -48,7 +48,7 @@ logger = get_logger(__name__)
 
 
 class BrokenAdapterError(EvaluationError):
-    """An adapter's losses are no numbers; `verdict` says so."""
+    """An adapter's losses are not finite; `verdict` says so."""
 
     def __init__(self, message: str, verdict: Verdict) -> None:
         super().__init__(message)
@@ -57,9 +57,9 @@ class BrokenAdapterError(EvaluationError):
 
 @dataclass(frozen=True)
 class ModelOutcome:
-    """What one model made of the rows: its answer to each ('' where none was asked), and what it is scored by.
+    """One model's answer to each row ('' for rows without a prompt), and its scores.
 
-    `finish_reasons` are `stop` or `length` (cut), '' where no answer was asked; `endings` sum them up.
+    `finish_reasons` are `stop` or `length` (cut), or '' for rows without a prompt; `endings` summarize them.
     """
 
     answers: Sequence[str]
@@ -70,7 +70,7 @@ class ModelOutcome:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The scores, and the rows and outcomes that they are of; the verdict, where two models were evaluated."""
+    """The comparison, its rows and outcomes, and for two models the verdict."""
 
     comparison: ModelComparison
     rows: EvaluationRows
@@ -82,8 +82,8 @@ class ModelEvaluator:
     """Evaluates the model of a session on rows, rendered as in training.
 
     Args:
-        settings: what to measure, and how many tokens may go through the model at once.
-        progress: where bars are drawn.
+        settings: what to measure, and the tokens of a batch.
+        progress: draws the bars.
 
     Example:
         session = open_run(find_run("latest", "outputs", "default", finished=True))
@@ -93,15 +93,15 @@ class ModelEvaluator:
 
     def __init__(self, session: Session, settings: EvaluationSection, progress: Progress | None = None) -> None:
         self.session, self.settings, self.progress = session, settings, progress or Progress()
-        self._length_buckets([1])  # wrong limits are told before the work, not after it
-        self._any_scoring = AnswerScoring.from_settings(settings)  # so is a metric that is not there
+        self._length_buckets([1])  # wrong limits are refused before any work
+        self._any_scoring = AnswerScoring.from_settings(settings)  # and so are unknown metrics
 
     def compare(self, examples: Sequence[Example]) -> EvaluationResult:
-        """The adapter against its base on these rows, with the controls and the measures of forgetting.
+        """Compare the adapter with its base on these rows, with the controls and the forgetting.
 
         Raises:
             DatasetError: no row fits the model; EvaluationError: the model failed on them.
-            BrokenAdapterError: the adapter's losses are no numbers.
+            BrokenAdapterError: the adapter's losses are not finite.
         """
         rows, session = EvaluationRows.from_examples(examples, self.session), self.session
         scoring = self._answer_scoring(rows)
@@ -115,7 +115,7 @@ class ModelEvaluator:
         return self._add_verdict(replace(result, comparison=comparison), scoring)
 
     def compare_with(self, other: ModelEvaluator, examples: Sequence[Example]) -> EvaluationResult:
-        """This adapter against another session's (called `base`), each with its own template, on rows that fit both.
+        """Compare this adapter with another session's (as `base`), each with its own template, on rows that fit both.
 
         Raises:
             DatasetError: no row fits both; EvaluationError: a model failed on them.
@@ -140,7 +140,7 @@ class ModelEvaluator:
         return self._add_verdict(replace(result, comparison=replace(result.comparison, labels=labels)), scoring)
 
     def evaluate(self, examples: Sequence[Example], *, base: bool = False) -> EvaluationResult:
-        """The session's model alone: its adapter, or the base where there is none, or `base` asks for it.
+        """Evaluate the session's model alone: the adapter, or the base if there is none or `base` is set.
 
         Raises:
             DatasetError: no row fits the model; EvaluationError: the model failed on them.
@@ -153,7 +153,7 @@ class ModelEvaluator:
         return self._build_result(rows, {name: outcome}, described, tasks)
 
     def _answer_scoring(self, rows: EvaluationRows) -> AnswerScoring:
-        """How answers are scored: numbers as the right answers of all rows are written, whatever part is evaluated."""
+        """The scoring of answers; numbers are read as the right answers of all rows write them."""
         return self._any_scoring.adapt_to_references(rows.prompt_references, self.settings.decimal)
 
     def _build_result(
@@ -195,16 +195,16 @@ class ModelEvaluator:
 
     @property
     def trained_steps(self) -> int | None:
-        """After how many steps the run whose adapter is evaluated had ended; None for what is no run."""
+        """The steps of the run whose adapter is evaluated; None if it is not a run."""
         return int(self.run.read_metadata("summary.json").get("steps", 0)) if self.run else None
 
     @property
     def run(self) -> RunFolder | None:
-        """The run whose adapter is evaluated; None for a bare adapter or base."""
+        """The run whose adapter is evaluated; None for a bare adapter or a base."""
         return RunFolder(Path(self.session.source)) if is_run_folder(self.session.source) else None
 
     def _run_tasks(self, *, base: bool = False) -> TaskScores:
-        """The scores of lm-eval's tasks, where any are asked for."""
+        """The scores of lm-eval's tasks, if any are configured."""
         settings = self.settings
         if not settings.tasks:
             return {}
@@ -222,7 +222,7 @@ class ModelEvaluator:
         return Bootstrap(self.settings.resamples, self.settings.confidence, self.settings.seed)
 
     def _evaluate_pair(self, rows: EvaluationRows, scoring: AnswerScoring) -> dict[str, ModelOutcome]:
-        """Base and adapter: losses and their divergence in one pass, then answers."""
+        """Evaluate base and adapter: losses and their KL divergence in one pass, then answers."""
         with self.progress.task("losses of base and adapter", len(rows.examples)) as advance:
             sums = paired_sums(self.session.model, rows.dataset, self._evaluation_options(advance))
         _require_finite(rows, sums.base, BASE)
@@ -252,7 +252,7 @@ class ModelEvaluator:
     def _score_answers(
         self, rows: EvaluationRows, scored: ModelScores, scoring: AnswerScoring, who: str, *, base: bool = False
     ) -> ModelOutcome:
-        """The outcome with the answers that the model gives, greedily, where answers are asked for."""
+        """The outcome with greedy answers to the rows with a prompt, if `evaluation.generate` is on."""
         nothing = [""] * len(rows.examples)
         prompts = [prompt for prompt in rows.prompts if prompt is not None]
         if not prompts or not self.settings.generate:
@@ -271,22 +271,22 @@ class ModelEvaluator:
     def _evaluate_controls(
         self, rows: EvaluationRows, adapter: ModelScores, scoring: AnswerScoring
     ) -> dict[str, ControlResult]:
-        """The adapter on changed prompts, over those rows of which the supervised tokens stay what they were."""
-        told = self.session.config.data.domain.style != "none"
+        """The adapter on corrupted prompts, over the rows whose supervised tokens stay the same."""
+        domain_in_prompt = self.session.config.data.domain.style != "none"
         controls: dict[str, ControlResult] = {}
-        for name, changed in corrupt_prompts(rows.examples, told, self.settings.seed).items():
-            spoilt = EvaluationRows.from_examples(list(changed.values()), self.session)
-            places = np.array(list(changed))[spoilt.kept]  # of the original rows
-            same = np.flatnonzero(spoilt.tokens_id == rows.tokens_id[places])
+        for name, changed in corrupt_prompts(rows.examples, domain_in_prompt, self.settings.seed).items():
+            corrupted = EvaluationRows.from_examples(list(changed.values()), self.session)
+            places = np.array(list(changed))[corrupted.kept]  # of the original rows
+            same = np.flatnonzero(corrupted.tokens_id == rows.tokens_id[places])
             if not len(same):
-                logger.warning("no control '%s': the prompts are learned as well, so nothing stays the same", name)
+                logger.warning("no control '%s': prompts are supervised as well, so the supervised tokens change", name)
                 continue
-            outcome = self._evaluate_model(spoilt.take(same), scoring, f"adapter, {name.replace('_', ' ')}")
+            outcome = self._evaluate_model(corrupted.take(same), scoring, f"adapter, {name.replace('_', ' ')}")
             controls[name] = compare_control(outcome.scored, adapter.take(places[same]), self._bootstrap)
         return controls
 
     def _read_other_text(self) -> EvaluationRows | None:
-        """The user's other text, read on its own terms."""
+        """The user's other text, with the default settings for its fields."""
         sources = self.settings.forgetting
         if sources is None:
             return None
@@ -304,14 +304,14 @@ class ModelEvaluator:
 
 
 def _summarize_answers(rows: EvaluationRows, given: Sequence[GeneratedAnswer], room: int) -> Endings:
-    """How the answers end, held against the supervised tokens of the rows that were asked."""
+    """How the answers end, against the supervised tokens of the rows with a prompt."""
     right = [example.input_ids[example.loss_mask] for example in rows.dataset.select(np.flatnonzero(rows.has_prompt))]
     is_cut = [answer.finish_reason == "length" for answer in given]
     return summarize_endings([answer.token_ids for answer in given], is_cut, right, room)
 
 
 def distinct_names(first: str, second: str) -> tuple[str, str]:
-    """What two runs or adapters are called: the last parts of their paths, as many as tell them apart.
+    """Names of two runs or adapters: the last parts of their paths, as many as make them differ.
 
     Example:
         >>> distinct_names("outputs/experiments/a/runs/r1", "outputs/experiments/b/runs/r1")
@@ -326,10 +326,10 @@ def distinct_names(first: str, second: str) -> tuple[str, str]:
 
 
 def _require_finite(rows: EvaluationRows, sums: TokenSums, who: str) -> None:
-    """Refuse losses that are no numbers: no measure could be made of them.
+    """Refuse losses that are not finite.
 
     Raises:
-        EvaluationError: names how many rows, and the first; BrokenAdapterError: of an adapter.
+        EvaluationError: names how many rows, and the first; for an adapter, a BrokenAdapterError.
     """
     wrong = np.flatnonzero(~np.isfinite(sums.nll))
     if not len(wrong):

@@ -1,4 +1,4 @@
-"""One model's outcome on rows, kept so that every measure of any subset or resample of the rows can be computed."""
+"""One model's scores by row, from which the measures of any subset or resample of the rows are computed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from training_lens.evaluation.metrics import CORPUS_METRICS, AnswerScoring, row_
 
 Measures = dict[str, float]
 Interval = tuple[float, float]
-PER_TOKEN = ("loss", "perplexity", "bits_per_token", "token_accuracy")  # say nothing across different tokens
+PER_TOKEN = ("loss", "perplexity", "bits_per_token", "token_accuracy")  # not comparable across tokenizers
 DRAWN_AT_ONCE = 2**22  # weights of resampled rows in memory: 32 MB
 
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What the measures are computed from; every array has the rows first.
+    """The scores that measures are computed from; the first axis of every array is the rows.
 
-    `text_bytes` are the UTF-8 bytes of each row's supervised text, `tokens_id` a hash of its supervised tokens: equal
-    hashes, equal tokens. `row_scores` are nan where a metric does not apply to a row; `statistics` are zero where a row
-    asks for no answer, or a metric does not apply to it. `kl` sums KL(p_base || p_adapter), None for a base.
+    `text_bytes` are the UTF-8 bytes of each row's supervised text, `tokens_id` is a hash of its supervised tokens.
+    `row_scores` are nan where a metric does not apply to a row; `statistics` are zero where a row has no prompt or a
+    metric does not apply. `kl` sums KL(p_base || p_adapter) over a row; it is None for a base.
     """
 
     sums: TokenSums
@@ -43,10 +43,10 @@ class ModelScores:
         asked: np.ndarray,
         scoring: AnswerScoring | None = None,
     ) -> ModelScores:
-        """With the scores of generated answers.
+        """These scores with those of generated answers.
 
         Args:
-            predictions, references: of the rows that `asked` (bool, (rows,)) marks, in their order.
+            predictions, references: of the rows that `asked` (rows,) bool marks, in their order.
         """
         if not asked.any():
             return self
@@ -67,12 +67,12 @@ class ModelScores:
             self.kl,
         )
 
-    def same_tokens(self, other: ModelScores) -> bool:
-        """Whether both were measured on the same supervised tokens of every row."""
+    def has_same_tokens(self, other: ModelScores) -> bool:
+        """Whether both were measured on the same supervised tokens."""
         return np.array_equal(self.tokens_id, other.tokens_id)
 
     def take(self, rows: np.ndarray) -> ModelScores:
-        """Of these rows alone, given by their places or as (rows,) bool."""
+        """The scores of these rows alone, given as indices or as (rows,) bool."""
         sums = self.sums
         return ModelScores(
             TokenSums(sums.nll[rows], sums.tokens[rows], sums.correct[rows]),
@@ -84,16 +84,16 @@ class ModelScores:
         )
 
     def compute_measures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Every measure, once for each row of weights: {name: (draws,)}; nan where there is nothing to measure.
+        """Every measure for each row of weights: {name: (draws,)}; nan where it does not apply.
 
         With weights w over rows i: loss = sum w nll / sum w tokens, in nats per supervised token; perplexity =
         exp(loss); bits_per_token = loss / ln 2; bits_per_byte = sum w nll / (ln 2 sum w bytes), over the UTF-8 bytes
-        of the supervised text, so that it compares across tokenizers (end tokens cost bits and have no bytes);
-        token_accuracy = the share of supervised tokens that are the likeliest; forward_kl in nats per token. The
-        other scores are weighted means over the rows that they apply to; bleu and chrf those of the weighted set.
+        of the supervised text, comparable across tokenizers (end tokens cost bits and have no bytes); token_accuracy =
+        the share of supervised tokens that the model ranks first; forward_kl in nats per token. The other scores are
+        weighted means over the rows that they apply to; bleu and chrf are those of the weighted set.
 
         Args:
-            weights: (draws, rows), how often each row counts.
+            weights: (draws, rows), the count of each row.
         """
         nll, tokens = weights @ self.sums.nll, weights @ self.sums.tokens
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -115,7 +115,7 @@ class ModelScores:
         return found
 
     def measure_all(self) -> Measures:
-        """The measures of all rows; those that do not apply to any are left out."""
+        """The measures of all rows, without those that do not apply."""
         found = self.compute_measures(np.ones((1, len(self))))
         return {name: float(values[0]) for name, values in found.items() if math.isfinite(values[0])}
 
@@ -129,10 +129,9 @@ def _scatter_rows(values: np.ndarray, rows: np.ndarray, fill: float) -> np.ndarr
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How intervals are drawn: `resamples` sets of rows with replacement, percentiles that leave `confidence` between.
+    """Efron's percentile bootstrap: intervals at `confidence` from `resamples` draws of the rows with replacement.
 
-    Efron's percentile bootstrap. Both models of a comparison are drawn with the same rows (paired), so that what makes
-    rows hard for both cancels out.
+    Both models of a comparison are measured on the same draws (paired), so the difficulty of rows cancels out.
     """
 
     resamples: int = 1000
@@ -140,19 +139,19 @@ class Bootstrap:
     seed: int = 0
 
     def measure_change(self, after: ModelScores, before: ModelScores) -> tuple[Measures, dict[str, Interval]]:
-        """What of each measure of both is more after than before, and the interval of that.
+        """The difference (after minus before) of each measure that both have, and its interval.
 
-        Measures by token are left out where the tokens are not the same.
+        Measures per token are left out where the tokens differ.
         """
         values, old = after.measure_all(), before.measure_all()
-        shared = [n for n in values if n in old and (after.same_tokens(before) or n not in PER_TOKEN)]
+        shared = [n for n in values if n in old and (after.has_same_tokens(before) or n not in PER_TOKEN)]
         drawn = self.measure_intervals(after, minus=before)
         return {n: values[n] - old[n] for n in shared}, {n: drawn[n] for n in shared if n in drawn}
 
     def measure_intervals(self, scored: ModelScores, minus: ModelScores | None = None) -> dict[str, Interval]:
         """The interval of every measure of `scored`, or of its difference from that of `minus`, on the same rows.
 
-        None for one row alone, nor for a measure that is beyond all numbers in some resample. Resamples without a
+        There is no interval for a single row, nor for a measure that is infinite in some resample. Resamples without a
         row that a metric applies to do not count for that metric.
         """
         if self.resamples == 0 or len(scored) < 2:
@@ -172,7 +171,7 @@ class Bootstrap:
         }
 
     def _draw_weights(self, rows: int) -> Iterator[np.ndarray]:
-        """(draws, rows) counts of resampled rows, some draws at a time."""
+        """Counts of resampled rows, (draws, rows), in blocks of draws."""
         generator = np.random.default_rng(self.seed)
         left, at_once = self.resamples, max(1, DRAWN_AT_ONCE // rows)
         while left > 0:
@@ -182,11 +181,11 @@ class Bootstrap:
 
 
 def subtract_measures(values: Mapping[str, np.ndarray], of_base: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Measure by measure, what is more than in the base; those of both alone."""
+    """The differences from the base, for the measures that both have."""
     return {name: _subtract_values(value, of_base[name]) for name, value in values.items() if name in of_base}
 
 
 def _subtract_values(values: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Infinite where either side is: a perplexity may be beyond all numbers."""
+    """`values - base`; infinite where either side is, as a perplexity may be."""
     beyond = np.isinf(values) | np.isinf(base)
     return np.where(beyond, np.inf, np.where(beyond, 0.0, values) - np.where(beyond, 0.0, base))

@@ -9,13 +9,13 @@ from training_lens.utils.limits import load_bounded_json
 
 
 def json_valid(prediction: str, reference: str) -> float | None:
-    """1 where the prediction is JSON (RFC 8259), 0 where it is none.
+    """1 where the whole prediction is valid JSON (RFC 8259), else 0.
 
-    All of it must be, but for white space at both ends: JSON between words or in a Markdown fence is none, and neither
-    are NaN and Infinity.
+    White space at both ends is allowed. JSON between words or in a Markdown fence is invalid, and so are NaN and
+    Infinity.
 
     Returns:
-        None where the reference is no JSON object or array: no JSON was asked for.
+        None where the reference is no JSON object or array.
 
     Example:
         >>> json_valid('{"a": 2}', '{"a": 1}'), json_valid('{"a": 1', '{"a": 1}'), json_valid("{}", "Tom")
@@ -27,10 +27,10 @@ def json_valid(prediction: str, reference: str) -> float | None:
 
 
 def json_fields(prediction: str, reference: str) -> float | None:
-    """The share of the reference's values that the prediction has in the same place; 0 where it is no JSON.
+    """The share of the reference's values that the prediction has at the same path; 0 where it is no JSON.
 
-    A place is a path of keys and positions; an empty object or array is a value, too. Values are equal in type and
-    content, numbers as numbers: 1 is 1.0, but neither "1" nor true. What the prediction has beyond them is not counted.
+    A path is keys and indices; an empty object or array is a value, too. Values must be equal in type and content;
+    the number 1 equals 1.0, but not "1" or true. Further values of the prediction are ignored.
 
     Returns:
         None where the reference is no JSON object or array.
@@ -50,7 +50,7 @@ _NO_JSON = object()
 
 
 def _parse_json(text: str) -> Any:
-    """The value, numbers as Decimal; _NO_JSON where there is none, or one nested beyond what Python can read."""
+    """The value, with numbers as Decimal; _NO_JSON where the text is invalid or nested too deep."""
     try:
         return load_bounded_json(text.strip(), parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse_constant)
     except (ValueError, ArithmeticError):  # ArithmeticError: an exponent beyond Decimal's
@@ -62,7 +62,7 @@ def _refuse_constant(constant: str) -> NoReturn:
 
 
 def _list_leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
-    """What is at the end of each path; no recursion, so that all that could be parsed can be walked."""
+    """The leaf values by path; without recursion, so that any depth works."""
     leaves: dict[tuple[str | int, ...], Any] = {}
     waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
     while waiting:

@@ -1,4 +1,4 @@
-"""The losses of a run, from its journal: what the end of training and a comparison know of it."""
+"""The losses of a run, read from its journal."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from training_lens.errors import CheckpointError
 from training_lens.runs.metrics_log import read_logged_values
 from training_lens.runs.run_folder import RunFolder
 
-FAR_UNDER = 0.5  # training loss over that of other rows
-LEAST_RISE = 0.02  # of the best validation loss: less is nothing to act on
+FAR_BELOW = 0.5  # training loss over the loss of other rows
+LEAST_RISE = 0.02  # share of the best validation loss; a smaller rise is ignored
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
     """Losses in nats per supervised token; None where they were not measured.
 
-    `best_loss` is that of the adapter that was kept, after `best_step`; `final_loss` the last validation's. `first` and
-    `late_train_loss` are medians of the first and the last tenth of the steps. `validations` counts those after step 0,
-    `rows` the rows that they are means over. `broken_steps` counts steps whose loss is no finite number.
+    `best_loss` is the validation loss of the saved adapter, after `best_step`; `final_loss` that of the last
+    validation. `first_train_loss` and `late_train_loss` are medians over the first and the last tenth of the steps.
+    `validations` counts those after step 0, `rows` their rows. `broken_steps` counts steps with a non-finite loss.
     """
 
     steps: int
@@ -42,12 +42,12 @@ class TrainingRecord:
         return self.final_loss > (1 + LEAST_RISE) * self.best_loss
 
     def is_far_below(self, loss: float) -> bool:
-        """Whether the training loss ends far under the loss of other rows."""
-        return self.late_train_loss is not None and self.late_train_loss < FAR_UNDER * loss
+        """Whether the training loss ends far below this loss of other rows."""
+        return self.late_train_loss is not None and self.late_train_loss < FAR_BELOW * loss
 
 
 def read_training_record(run: RunFolder) -> TrainingRecord:
-    """What metrics.jsonl and data.json of a run tell, however far it came."""
+    """The record of a run from its metrics.jsonl and data.json, finished or not."""
     trained = [loss for (loss,) in read_logged_values(run, "step", "loss")]
     steps = [int(step) for (step,) in read_logged_values(run, "step", "step")]
     base = [loss for (loss,) in read_logged_values(run, "base", "loss")]
@@ -62,11 +62,11 @@ def build_training_record(
     validated: Sequence[Sequence[float]],
     rows: int | None = None,
 ) -> TrainingRecord:
-    """From plain values.
+    """The record from plain values.
 
     Args:
-        steps: all of them.
-        trained: the finite losses of the steps.
+        steps: all steps.
+        trained: the finite training losses.
         validated: (step, loss) of each validation after step 0.
     """
     tenth = max(1, len(trained) // 10)

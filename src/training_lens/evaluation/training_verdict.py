@@ -1,4 +1,4 @@
-"""The verdict at the end of training: what the run's own validation tells, and how far that goes."""
+"""The verdict at the end of training, from the run's own validation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MORE_ROWS = "validation rows: data.validation=FILE or data.val_ratio=0.1 in the 
 
 
 def assess_training(record: TrainingRecord, run: str = "") -> Verdict:
-    """The run's own validation as a verdict. It is a mean without an interval, and its best is chosen after the fact.
+    """The verdict from the run's validation losses: means without an interval, of which the best is selected.
 
     Args:
-        run: its folder, for the next command; empty where nothing can be typed.
+        run: its folder, for the next command; empty if there is none.
     """
     compare = f"training-lens compare --run {shlex.quote(run)}" if run else ""
     remarks = tuple(_training_remarks(record))
@@ -56,13 +56,13 @@ def _write_sentence(outcome: Outcome, record: TrainingRecord, change: float) -> 
     how_far = f"That is one mean{rows} without an interval"
     if record.validations > 1:
         how_far += f", the best of {record.validations} validations"
-    said = {
+    result = {
         "better": "Better than its base",
         "worse": "Worse than its base",
         "no difference": "No difference that matters from its base",
     }[outcome]
     return (
-        f"{said}, as far as the validation loss tells: {record.best_loss:.4f} (step {record.best_step}) against "
+        f"{result}, as far as the validation loss tells: {record.best_loss:.4f} (step {record.best_step}) against "
         f"{record.base_loss:.4f}, {change:+.4f}. {how_far}."
     )
 
@@ -85,18 +85,20 @@ def _training_remarks(record: TrainingRecord) -> Iterator[Remark]:
     if record.has_rising_loss():
         sentence = f"After step {record.best_step} the validation loss rose, to {record.final_loss:.4f} at the end"
         if record.is_far_below(record.final_loss):
-            sentence += f", while the training loss fell to {record.late_train_loss:.4f}: rows were learned by heart"
+            sentence += (
+                f", while the training loss fell to {record.late_train_loss:.4f}: the training rows were memorized"
+            )
         yield Remark("validation_rises", "note", f"{sentence}. What was kept is step {record.best_step}.")
     elif (
         record.is_far_below(record.best_loss) and record.base_loss is not None and record.best_loss >= record.base_loss
     ):
         sentence = (
-            f"The training loss fell to {record.late_train_loss:.4f}, far under the validation loss: rows were learned "
-            "by heart, and other rows gained nothing."
+            f"The training loss fell to {record.late_train_loss:.4f}, far below the validation loss: the training "
+            "rows were memorized, and other rows gained nothing."
         )
         yield Remark("memorized", "warning", sentence)
 
 
 def is_run_folder(source: str) -> bool:
-    """Whether what was evaluated is a run, which commands can name by its folder."""
+    """Whether the source of a session is a run's folder."""
     return (Path(source) / "metadata").is_dir()

@@ -1,7 +1,6 @@
-"""What a comparison comes to: a sentence that says no more than its evidence, what to know beside it, what is next.
+"""The verdict of a comparison: a sentence backed by its evidence, remarks, and the next command.
 
-Pure: measures come in as values. The same verdict stands at the head of `compare`, in reports and at the end of
-training.
+Pure: measures come in as values. `compare`, reports and the end of training show the same verdict.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ PERCENT_MEASURES = (
 )
 SET_SCORES = ("bleu", "chrf")  # from 0 to 100
 
-# What is less than this matters to nobody, and an interval within it tells that there is no difference.
-LEAST_CHANGE = 0.01  # of the value before
+# A smaller change does not matter; an interval within this margin means no difference.
+LEAST_CHANGE = 0.01  # share of the value before
 LEAST_SHARE, LEAST_SET_SCORE = 0.02, 1.0
-ADAPTER_NAME = "the adapter"  # needs no naming where it is the subject
-THIN_ROWS = 30  # below it, an interval from resampled rows is itself unsure
+ADAPTER_NAME = "the adapter"  # not named where it is the subject
+THIN_ROWS = 30  # with fewer, a bootstrap interval is itself unreliable
 
 
 @dataclass(frozen=True)
 class Remark:
-    """Something to know beside the verdict; `code` is for programs, `but` what a headline may not leave out."""
+    """A remark on the verdict; `code` is for programs, `but` is the reservation for the headline."""
 
     code: str
     severity: Severity
@@ -71,11 +70,11 @@ class MeasuredChange:
 
     @property
     def least_rows(self) -> int:
-        """With fewer, even a change of the same sign in every row could be chance (sign test): 6 at 95 %."""
+        """With fewer rows, even a change of the same sign in all of them could be chance (sign test): 6 at 95 %."""
         return math.ceil(1 - math.log2(1 - self.confidence))
 
     def outcome(self) -> Outcome:
-        """By where the interval lies: beyond zero, within the margin, or neither."""
+        """The outcome by where the interval lies: beyond zero, within the margin, or neither."""
         if self.interval is None or self.rows < self.least_rows:
             return "inconclusive"
         low, high = self._gain_interval()
@@ -84,15 +83,15 @@ class MeasuredChange:
         return "better" if low > 0 else "worse" if high < 0 else "inconclusive"
 
     def _gain_interval(self) -> Interval:
-        """The interval, so turned that more is better; where no row differs, as wide as so many rows allow."""
+        """The interval with the sign that more is better; where no row differs, widened by the rule of three."""
         assert self.interval is not None
         low, high = self.interval
         if low == high and self.measure in PERCENT_MEASURES:
-            low, high = low - 3 / self.rows, high + 3 / self.rows  # the rule of three
+            low, high = low - 3 / self.rows, high + 3 / self.rows
         return (-high, -low) if self.lower_is_better else (low, high)
 
     def rows_needed(self) -> int | None:
-        """About how many rows would tell, if the change stays as it is; None where that is beyond reason."""
+        """About how many rows would decide, if the change stays the same; None where that is unrealistic."""
         if self.interval is None or self.change == 0:
             return None
         half = (self.interval[1] - self.interval[0]) / 2
@@ -111,7 +110,7 @@ class MeasuredChange:
 
 
 def format_measure(measure: str, value: float, sign: str = "") -> str:
-    """A measure's value as people read it: shares in percent, all else as it is."""
+    """A measure's value for people: shares in percent, all else as a number."""
     if measure in PERCENT_MEASURES:
         return f"{value:{sign}.1%}"
     return f"{value:{sign}.4f}" if abs(value) < 100 else f"{value:{sign}.4g}"
@@ -126,8 +125,8 @@ class Verdict:
     """The answer to "is it better?".
 
     `basis`: `comparison` (rows evaluated one by one, with an interval) or `training` (means of the run's validation).
-    `measure`, `change`, `interval` and `rows` are those that decide; `decide` is what would settle an inconclusive one;
-    `next_command` can be typed as it is.
+    `measure`, `change`, `interval` and `rows` are those of the deciding measure; `decide` is what would settle an
+    inconclusive verdict; `next_command` can be typed as it is.
     """
 
     outcome: Outcome
@@ -143,12 +142,12 @@ class Verdict:
 
     @property
     def severity(self) -> Severity:
-        """The gravest of the outcome and of remarks that warn: `fine` only where nothing speaks against it."""
+        """The highest severity of the outcome and of its warnings."""
         warnings = (remark.severity for remark in self.remarks if remark.severity in ("problem", "warning"))
         return min((SEVERITIES[self.outcome], *warnings), key=ORDER.index)
 
     def text_lines(self) -> list[str]:
-        """What is printed: the sentence, what to know beside it, what would decide, the next command."""
+        """The printed lines: the sentence, remarks, what would decide, the next command."""
         lines = [self.sentence, *(f"- {remark.sentence}" for remark in self.remarks)]
         lines += [f"- What would decide: {self.decide}"] if self.decide else []
         return [*lines, f"Next: {self.next_command}"] if self.next_command else lines
@@ -166,7 +165,7 @@ class Verdict:
         """The verdict that `as_json` gave.
 
         Raises:
-            KeyError, TypeError: the values are no verdict.
+            KeyError, TypeError: the values are not those of a verdict.
         """
         remarks = tuple(Remark(**remark) for remark in values["remarks"])
         interval = (float(values["interval"][0]), float(values["interval"][1])) if values["interval"] else None
@@ -182,15 +181,15 @@ def assess_changes(
     is_chosen: bool = False,
     is_identical: bool = False,
 ) -> Verdict:
-    """The verdict by one measure, held against others that answers are scored by.
+    """The verdict by one measure, checked against other scores of the answers.
 
-    Where the user chose no measure and another one says the opposite of the loss, nobody but the user can tell which
-    counts: inconclusive. A measure that the user chose decides, and those that say the opposite are named beside it.
+    Where the user chose no measure and another one contradicts the loss, the verdict is inconclusive. Where the user
+    chose one, it decides, and measures that contradict it are remarks.
 
     Args:
         deciding: the loss, or the measure that the user chose.
         others: scores of answers.
-        names: what is evaluated, and what it is held against: ("the adapter", "its base").
+        names: what is evaluated, and what it is compared with: ("the adapter", "its base").
         is_chosen: whether the user chose the deciding measure.
         is_identical: whether both give every supervised token the same probability.
     """
@@ -224,8 +223,8 @@ def _write_sentence(outcome: Outcome, change: MeasuredChange, names: tuple[str, 
         return f"No difference that matters between {it} and {other} {by}: {change.describe_change()}, {rows}."
     if outcome == "inconclusive":
         return f"Inconclusive: these rows do not tell {it} from {other} {by}: {change.describe_change()}, {rows}."
-    said = f"{outcome.capitalize()} than {other}" if it == ADAPTER_NAME else f"{it} is {outcome} than {other}"
-    return f"{said} {by}: {change.describe_change()}, {rows}."
+    result = f"{outcome.capitalize()} than {other}" if it == ADAPTER_NAME else f"{it} is {outcome} than {other}"
+    return f"{result} {by}: {change.describe_change()}, {rows}."
 
 
 def _what_decides(change: MeasuredChange) -> str:

@@ -1,4 +1,4 @@
-"""Words of an answer, as BLEU, ROUGE and F1 count them; and rows in which counting words says nothing."""
+"""The words of an answer, as BLEU, ROUGE and F1 count them, and the rows that word measures do not apply to."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ DEFAULT_TOKENIZER = "13a"
 CHARACTERS = "char"
 PACKAGES = {"ja-mecab": ("MeCab", "sacrebleu[ja]"), "ko-mecab": ("mecab_ko", "sacrebleu[ko]")}
 
-# What Unicode calls the letters of scripts that put no space between words.
+# Unicode's names for letters of scripts without spaces between words.
 HAN, KANA = ("CJK", "IDEOGRAPHIC", "BOPOMOFO"), ("HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA")
 UNSPACED = (*HAN, *KANA, "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "YI", "TAI", "NEW TAI", "JAVANESE", "BALINESE")
 DIVIDED: Mapping[str, tuple[str, ...]] = {CHARACTERS: UNSPACED, "zh": HAN, "ja-mecab": (*HAN, *KANA)}
-MOST_UNSPACED = 0.2  # of a reference's letters: more of them leave hardly a word to compare
+MOST_UNSPACED = 0.2  # share of a reference's letters; beyond it, there is hardly a word to compare
 
 LEAST_WORDS = {"bleu": 4, "rouge1": 1, "rouge2": 2, "rougeL": 1, "token_f1": 1}
 NO_SPACES = "a script without spaces between words"
@@ -41,7 +41,7 @@ def require_word_tokenizer(name: str) -> None:
 
 
 def word_splitter(tokenizer: str = DEFAULT_TOKENIZER) -> Callable[[str], list[str]]:
-    """The function that splits a text into lower-case words: `split_words`, or one of sacrebleu's tokenizers."""
+    """A function that splits a text into lower-case words: `split_words`, or one of sacrebleu's tokenizers."""
     if tokenizer == DEFAULT_TOKENIZER:
         return split_words
     return lambda text: _tokenized_words(text, tokenizer)
@@ -74,15 +74,15 @@ def _sacrebleu_tokenizer(name: str) -> Callable[[str], str]:
 
 @cache
 def _is_in_word(char: str) -> bool:
-    # U+200C and U+200D join and part letters within words of Persian and of Indian scripts.
+    # U+200C and U+200D join and separate letters within words of Persian and of Indian scripts.
     return unicodedata.category(char)[0] in "LMN" or char in "\u200c\u200d"
 
 
 def why_unscored(measure: str, reference: str, tokenizer: str = DEFAULT_TOKENIZER) -> str | None:
-    """Why a measure of words means nothing for a row; None where it means something, and for all other measures.
+    """Why a word measure does not apply to a row; None where it applies, and for all other measures.
 
-    BLEU compares runs of four words and rouge2 runs of two: a shorter reference has none. Where a script puts no space
-    between words, a whole clause is one word, unless the tokenizer divides that script.
+    BLEU compares runs of four words and rouge2 runs of two: a shorter reference has none. Without spaces between words,
+    a whole clause is one word, unless the tokenizer divides the script.
 
     Example:
         >>> why_unscored("bleu", "yes"), why_unscored("rouge1", "yes"), why_unscored("bleu", "猫头鹰住在树林里。")
@@ -97,7 +97,7 @@ def why_unscored(measure: str, reference: str, tokenizer: str = DEFAULT_TOKENIZE
 
 
 def count_unscored(references: Sequence[str], tokenizer: str = DEFAULT_TOKENIZER) -> dict[str, dict[str, int]]:
-    """The rows that each measure of words leaves out, by reason; measures that leave out none are not there."""
+    """The rows that each word measure leaves out, by reason; measures that leave out none are not listed."""
     counts = {
         name: Counter(why_unscored(name, reference, tokenizer) for reference in references) for name in LEAST_WORDS
     }
