@@ -1,4 +1,4 @@
-"""The `training-lens` command: one small file per subcommand. Help imports neither torch nor the config."""
+"""The `training-lens` command: one file per command. Help imports neither torch nor the config."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def main() -> None:
     protect_output()
     try:
         cli()
-    except KeyboardInterrupt:  # before a command began, which says it itself
+    except KeyboardInterrupt:  # before a command has begun; later, the command reports it
         print("interrupted.", file=sys.stderr)
         sys.exit(130)
-    except Exception:  # a bug of ours, or --debug: what it quotes may hold a secret, which no traceback shows
+    except Exception:  # a bug, or --debug; a traceback may quote a secret
         from training_lens.utils.secrets import redact_text
 
         print(redact_text(traceback.format_exc()), end="", file=sys.stderr)

@@ -81,8 +81,8 @@ def _measure_rank(screen: Screen, analyzer: CheckpointAnalyzer, given: dict[str,
         )
     check = measure_rank(run, progress=Progress(screen.console), given=given)
     at = check.at_energy_ranks
-    told = f"validation loss {check.loss:.4f} at full rank, {at.delta:+.4f} with each module cut to its 90 % rank"
-    screen.console.print(f"{told} ({check.rows} rows)", markup=False)
+    effect = f"validation loss {check.loss:.4f} at full rank, {at.delta:+.4f} with each module cut to its 90 % rank"
+    screen.console.print(f"{effect} ({check.rows} rows)", markup=False)
     if check.rank_pattern:
         pattern = ", ".join(f"{name}: {rank}" for name, rank in check.rank_pattern.items())
         screen.print_line(f"peft.rank_pattern={{{pattern}}}")
@@ -122,7 +122,7 @@ def _show_finding(screen: Screen, finding: Finding) -> None:
 
 
 def _show_layers(screen: Screen, weights: Mapping[str, Any]) -> None:
-    """The layers that carry most of the update, in their order."""
+    """Print the layers with the largest shares of the update, in their order."""
     from rich.table import Table
 
     shares = {layer: share for layer, share in weights.get("share_by_layer", {}).items() if share is not None}
@@ -150,8 +150,8 @@ def _format_median(modules: Sequence[Mapping[str, Any]], measure: str, form: str
     return form.format(median(known)) if known else "-"
 
 
-def _show_likeness(screen: Screen, comparison: AdapterComparison) -> None:
-    """The modules in which two runs differ most, and the median of all."""
+def _show_likeness(screen: Screen, comparison: Comparison) -> None:
+    """Print the modules in which two runs differ most, and the median over all modules."""
     from rich.table import Table
     from rich.text import Text
 

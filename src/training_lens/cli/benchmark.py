@@ -8,8 +8,8 @@ from training_lens.cli.common import (
     OF_ANY_RUN,
     FinishedRun,
     Screen,
+    chosen_device,
     command,
-    device_of,
     load_config,
     print_table,
     refuse_unused,
@@ -43,7 +43,7 @@ def benchmark(
         from training_lens.inference.session import open_run
         from training_lens.utils.files import write_json
 
-        session = open_run(found, device_of(settings), given=settings.explicit_values())
+        session = open_run(found, chosen_device(settings), given=settings.explicit_values())
         report = measure(session, settings.benchmark, Progress(screen.console))
         write_json(found.reports / "benchmark.json", report.as_json())
         write_benchmark_page(found.reports / "benchmark.html", report)

@@ -1,4 +1,4 @@
-"""What the subcommands share: their options, their output, and how errors end them."""
+"""What the commands share: reading the config, output, and how an error ends a command."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from training_lens.config.schema import TrainingConfig
 
-CONSENT = "model.trust_remote_code="  # lets the code of a run's model run: no run does so by itself
-WIDEST = 2000  # characters of a line that a program reads
+CONSENT = "model.trust_remote_code="  # allows the code of a run's model, which no run allows by itself
+WIDEST = 2000  # characters of a table's line, where a program reads it
 FinishedRun = Annotated[
     str, typer.Option(metavar="RUN", help="A run's id or folder, an experiment (its last run), or 'latest'.")
 ]
@@ -38,7 +38,7 @@ AdapterRun = Annotated[
     ),
 ]
 LONGEST_LINE = 1200  # characters of an error
-OF_ANY_RUN = ("model.device", "model.accept_changed_base", CONSENT)  # what a run's own config does not decide
+OF_ANY_RUN = ("model.device", "model.accept_changed_base", CONSENT)  # settings that a run's own config does not decide
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Screen:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table: folded to a terminal's width, and a line a row where a program reads it."""
+    """Print a table: folded to a terminal's width, or with a line for each row where a program reads it."""
     if console.is_terminal:
         console.print(table)
         return
@@ -91,7 +91,7 @@ def command(options: OutputOptions, *, has_log: bool = False) -> Iterator[Screen
     console = plain_console(stderr=options.json)
     setup_logging(console)
     output = sys.stdout
-    aside = redirect_stdout(sys.stderr) if options.json else nullcontext()  # what a library prints is no JSON
+    aside = redirect_stdout(sys.stderr) if options.json else nullcontext()  # libraries print, too
     try:
         with aside:
             yield Screen(console, options.json, output)
@@ -102,17 +102,19 @@ def command(options: OutputOptions, *, has_log: bool = False) -> Iterator[Screen
         is_of_streams = isinstance(error, OSError) and error.errno in (None, errno.EPIPE)
         if options.debug or not is_expected or (is_of_streams and not describe_shortage(error)):
             raise
-        traceback.clear_frames(error.__traceback__)  # where memory ran out, what they held is needed to say so
+        traceback.clear_frames(
+            error.__traceback__
+        )  # frees their memory, which the report of an out-of-memory error needs
         message, code = describe_error(error)
         plain_console(stderr=True).print(message, style="red", soft_wrap=True)
         sys.exit(code)
 
 
 def require_written(output: TextIO) -> None:
-    """Refuse to end well where standard output is lost; a reader who had enough and left is no failure.
+    """Check that standard output was written; a closed pipe is no failure.
 
     Raises:
-        OutputError: the disk under it is full, for one.
+        OutputError: it was not, for example because the disk is full.
     """
     from training_lens.errors import OutputError
     from training_lens.utils.streams import lost_output
@@ -126,12 +128,12 @@ def require_written(output: TextIO) -> None:
 
 
 def _shorten_lines(message: str) -> str:
-    """The message with its lines cut where they quote whole files; after secrets were struck out."""
+    """The message with long lines cut; secrets must be redacted before."""
     return "\n".join(line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}..." for line in message.split("\n"))
 
 
 def describe_error(error: BaseException) -> tuple[str, int]:
-    """What is printed of an expected error, and the exit code."""
+    """The message of an expected error, and the exit code."""
     from training_lens.errors import TrainingLensError
     from training_lens.utils.resource_errors import describe_shortage
     from training_lens.utils.secrets import redact_text
@@ -147,16 +149,17 @@ def describe_error(error: BaseException) -> tuple[str, int]:
     return "interrupted.", 130
 
 
-def device_of(settings: TrainingConfig) -> str | None:
-    """The device that the user asked for, or None: then the run's own."""
+def chosen_device(settings: TrainingConfig) -> str | None:
+    """The device that the user chose; None: that of the run."""
     return None if settings.model.device == "auto" else settings.model.device
 
 
 def refuse_unused(overrides: list[str] | None, used: tuple[str, ...], why: str) -> None:
-    """Settings that a command would not look at are wrong usage: none is dropped in silence.
+    """Refuse settings that the command would ignore.
 
     Args:
-        used: what the keys of those it looks at begin with; presets (`+experiment=...`) may always be given.
+        used: prefixes of the keys that it uses; presets (`+experiment=...`) are always allowed.
+        why: the reason, for the message.
     """
     from training_lens.errors import ConfigurationError
 

@@ -62,14 +62,14 @@ def compare(
 
 
 def _list_used_keys(against: str) -> tuple[str, ...]:
-    """The settings that a comparison heeds; an adapter folder stands on `model.id`."""
+    """The settings that a comparison uses; an adapter folder needs `model.id`."""
     from training_lens.runs.run_lookup import uses_own_model
 
     return (*EVALUATION_KEYS, "model.", "data.") if uses_own_model(against) else EVALUATION_KEYS
 
 
 def _compare_two(screen: Screen, settings: TrainingConfig, against: str) -> None:
-    """The adapter that the settings name, against another one."""
+    """Compare the adapter that the settings name with another one."""
     from training_lens.evaluation.run_evaluation import ModelEvaluator
     from training_lens.inference.session import open_session
 
@@ -82,7 +82,7 @@ def _compare_two(screen: Screen, settings: TrainingConfig, against: str) -> None
 
 
 def _name_source(source: str) -> str:
-    """A short name of a run or adapter, for a file: 'default-20261120T203605Z-5f3a'."""
+    """A short name of a run or adapter for a file name: 'default-20261120T203605Z-5f3a'."""
     places = [part for part in Path(source).absolute().parts[1:] if part not in ON_THE_WAY]
     return "-".join(places[-2:])
 

@@ -1,4 +1,4 @@
-"""What evaluate, baseline and compare share: which model is evaluated on which rows, and the tables that they print."""
+"""What evaluate, baseline and compare share: opening the model and its rows, and printing the results."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from training_lens.runs.run_folder import RunFolder
 
 SHOWN = 3
-NAME_WIDTH = 18  # characters of a row's name that no table folds
-NAMES = {"evaluation": "evaluate", "evaluation-of-base": "evaluate_base"}  # of reports, in trackers
+NAME_WIDTH = 18  # characters of a row's name that are never folded
+NAMES = {"evaluation": "evaluate", "evaluation-of-base": "evaluate_base"}  # names of the reports in trackers
 EVALUATION_KEYS = ("evaluation.", "data.validation", "inference.adapter", "inference=")
 
 
 def refuse_base_only(overrides: list[str] | None, *others: str) -> None:
-    """Refuse what only a comparison with the base looks at, and `others`."""
+    """Refuse settings that only a comparison with the base uses, and `others`."""
     from training_lens.errors import ConfigurationError
 
     if given := [t for t in overrides or [] if t.startswith(("evaluation.controls", "evaluation.forgetting", *others))]:
@@ -34,10 +34,10 @@ def refuse_base_only(overrides: list[str] | None, *others: str) -> None:
 
 
 def open_evaluator(screen: Screen, settings: TrainingConfig) -> tuple[ModelEvaluator, list[Example], Path]:
-    """What `inference.adapter` names, ready for evaluation; the rows; the folder for the reports.
+    """The evaluator of `inference.adapter`, its rows, and the folder for the reports.
 
-    A run is evaluated on its own validation rows, or on `data.validation`, and keeps the reports; anything else on the
-    config's rows, and the reports go to a new folder under the experiment's `evaluations`.
+    A run is evaluated on its own validation rows or on `data.validation`, and its folder keeps the reports. Any other
+    model is evaluated on the config's rows, with a new folder under the experiment's `evaluations`.
     """
     from training_lens.display.progress import Progress
     from training_lens.evaluation.metrics import AnswerScoring
@@ -47,7 +47,7 @@ def open_evaluator(screen: Screen, settings: TrainingConfig) -> tuple[ModelEvalu
     from training_lens.runs.run_folder import RunFolder, evaluations_folder, new_run_id
     from training_lens.runs.run_lookup import uses_own_model
 
-    AnswerScoring.from_settings(settings.evaluation)  # what is wrong with it is said before a model is loaded
+    AnswerScoring.from_settings(settings.evaluation)  # refuses wrong settings before a model is loaded
     session = open_session(settings)
     limit = settings.evaluation.max_examples
     if uses_own_model(settings.inference.adapter):
@@ -62,7 +62,7 @@ def open_evaluator(screen: Screen, settings: TrainingConfig) -> tuple[ModelEvalu
 
 
 def report_result(screen: Screen, result: EvaluationResult, evaluator: ModelEvaluator, folder: Path, name: str) -> None:
-    """Write the reports, and print them."""
+    """Write the reports and print them."""
     from training_lens.evaluation.reports import write_reports
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def report_result(screen: Screen, result: EvaluationResult, evaluator: ModelEval
 
 
 def send_to_trackers(run: RunFolder | None, name: str, report: dict[str, Any]) -> None:
-    """A result joins its run's journal, and from there its trackers; that of no run has nowhere to go."""
+    """Add a result to its run's journal, and send it to the run's trackers; nothing without a run."""
     from training_lens.integrations.send_run import record_evaluation, send_evaluations
 
     if run is not None:
@@ -107,7 +107,7 @@ def report_broken_adapter(
 
 
 def show_verdict(screen: Screen, result: EvaluationResult) -> None:
-    """Whether it is better, in one sentence; what to know beside it; the next command."""
+    """Print the verdict: a sentence, remarks, the next command."""
     if result.verdict is None:
         return
     first, *rest = result.verdict.text_lines()
@@ -117,7 +117,7 @@ def show_verdict(screen: Screen, result: EvaluationResult) -> None:
 
 
 def show_example(screen: Screen, result: EvaluationResult) -> None:
-    """One prompt and what each model answers: the first row that asks for an answer, not picked by result."""
+    """Print one prompt with each model's answer: that of the first row with a prompt."""
     asked = [i for i, reason in enumerate(next(iter(result.outcomes.values())).finish_reasons) if reason]
     if not asked:
         return
@@ -132,13 +132,13 @@ def show_example(screen: Screen, result: EvaluationResult) -> None:
 
 
 def _describe_answer(outcome: ModelOutcome, row: int) -> str:
-    """An answer on one line; one that was cut says so."""
+    """An answer, shortened; marked if the model did not end it."""
     text = outcome.answers[row].strip() or "(nothing)"
     return f"{_cut_text(text, 140)} [cut]" if outcome.finish_reasons[row] == "length" else text
 
 
 def prompt_text(result: EvaluationResult, row: int) -> str:
-    """What a row asks last, with its domain before it."""
+    """The last prompt of a row, after its domain."""
     example = result.rows.examples[row]
     if len(example.messages) < 2:
         return "(plain text)"
@@ -148,7 +148,7 @@ def prompt_text(result: EvaluationResult, row: int) -> str:
 
 
 def show_tables(screen: Screen, result: EvaluationResult) -> None:
-    """The tables of a result, then some rows with the models' answers side by side."""
+    """Print the tables of a result, then some rows with the models' answers side by side."""
     from training_lens.evaluation import reports
 
     comparison = result.comparison
@@ -169,7 +169,7 @@ def show_tables(screen: Screen, result: EvaluationResult) -> None:
 
 
 def show_whole(screen: Screen, result: EvaluationResult) -> None:
-    """The measures over all rows."""
+    """Print the measures over all rows."""
     from training_lens.evaluation import reports
 
     whole = result.comparison.whole
@@ -181,7 +181,7 @@ def show_whole(screen: Screen, result: EvaluationResult) -> None:
 
 
 def show_endings(screen: Screen, result: EvaluationResult) -> None:
-    """How many answers were cut and how many repeat themselves, where there are any."""
+    """Print how many answers were cut and how many repeat themselves, if any."""
     comparison = result.comparison
     for model, endings in comparison.endings.items():
         cut = endings.unended + endings.cut_short
@@ -194,7 +194,7 @@ def show_endings(screen: Screen, result: EvaluationResult) -> None:
 
 
 def show_controls(screen: Screen, result: EvaluationResult) -> None:
-    """The controls, where there are any."""
+    """Print the controls, if any."""
     from training_lens.evaluation import reports
 
     if result.comparison.controls:
@@ -216,7 +216,7 @@ def _print_table(screen: Screen, title: str, columns: Iterable[str], rows: Itera
 
 
 def show_samples(screen: Screen, result: EvaluationResult) -> None:
-    """Some rows with the models' answers side by side, where models were asked."""
+    """Print some rows with the models' answers side by side, if there are answers."""
     from rich.table import Table
     from rich.text import Text
 

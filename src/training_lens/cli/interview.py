@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from training_lens.data.examples import Row
 
 HELD_OUT = 0.1
-NO_DOMAIN, FOUND = "none", "domain"  # a field 'domain' is taken without being named
+NO_DOMAIN, FOUND = "none", "domain"  # a field 'domain' is found by itself
 Values = dict[str, Any]  # by dotted key
 
 
 class Interview:
-    """What is to be set, from the options and, when asking, the user's answers; all of it checked on the spot."""
+    """The settings of a new config file, from options or from the user's answers; each is checked at once."""
 
     def __init__(self, screen: Screen, asking: bool) -> None:
         self._screen, self._asking = screen, asking
@@ -50,7 +50,7 @@ class Interview:
         return values | self._fields
 
     def _ask_value(self, question: str, given: str | None, default: str, check: Callable[[str], Values]) -> Values:
-        """What `check` makes of the option or of the answer; a wrong answer is asked for again."""
+        """The settings that `check` returns for the option or the answer; a wrong answer is asked for again."""
         from training_lens.errors import TrainingLensError
 
         if not self._asking:
@@ -65,7 +65,7 @@ class Interview:
         self._screen.print_line(text)
 
     def _check_rows(self, key: str) -> Callable[[str], Values]:
-        """A check that the rows can be read, which says how; fields that are not found are asked for."""
+        """A check that the rows can be read; fields that are not recognized are asked for."""
 
         def check(spec: str) -> Values:
             from training_lens.data.fields import collect_keys, find_mapping
@@ -87,9 +87,9 @@ class Interview:
         return check
 
     def _ask_fields(self, keys: set[str]) -> None:
-        there = ", ".join(sorted(keys))
+        known = ", ".join(sorted(keys))
         for meaning, what in (("instruction", "the prompt"), ("output", "the answer")):
-            name = typer.prompt(f"  which field is {what} ({there})", err=self._screen.as_json)
+            name = typer.prompt(f"  which field is {what} ({known})", err=self._screen.as_json)
             self._fields[f"data.fields.{meaning}"] = name
 
     def _data_section(self) -> DataSection:
@@ -119,7 +119,7 @@ def _check_model(answer: str) -> Values:
 
 
 def _first_rows(spec: str, key: str) -> list[Row]:
-    """The first rows of the first source that `spec` means."""
+    """The first rows of the first source in `spec`."""
     from itertools import islice
 
     from training_lens.data.sources import expand_sources

@@ -1,4 +1,4 @@
-"""What `analyze`, `report` and `export` share: which run is meant, and opening it."""
+"""What `analyze`, `report` and `export` share: finding the run and opening its captures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_analyzer(run: str, options: CommandOptions, base: str | None) -> Checkp
 
     Raises:
         CheckpointError: there is no such run.
-        ConfigurationError: settings that reading does not heed.
+        ConfigurationError: a setting that reading captures ignores.
     """
     from pathlib import Path
 
@@ -48,7 +48,7 @@ def open_analyzer(run: str, options: CommandOptions, base: str | None) -> Checkp
 
 
 def _check_base(base: str) -> None:
-    """Refuse a folder that is not there or no model; a hub's id may be in its local cache."""
+    """Refuse a missing folder, or one without a model; a hub id may be in the local cache."""
     from training_lens.config.schema import ModelSection
     from training_lens.errors import ConfigurationError, ModelLoadingError
     from training_lens.models.location import locate
@@ -62,7 +62,7 @@ def _check_base(base: str) -> None:
 def open_analyzers(
     run: str, against: str | None, options: CommandOptions, base: str | None
 ) -> tuple[CheckpointAnalyzer, CheckpointAnalyzer | None]:
-    """The run, and the one to compare it with where that is asked for; both are looked for in one place."""
+    """The analyzers of a run and of the run to compare it with, if any."""
     run, options = _split_run(run, options)
     return open_analyzer(run, options, base), open_analyzer(against, options, base) if against else None
 

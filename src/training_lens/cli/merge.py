@@ -110,11 +110,11 @@ def _show_merged(screen: Screen, merged: Merged) -> None:
     for check in found.checks:
         table.add_row(Text(check.name), f"{check.measured:.2g}", f"{check.allowed:.2g}", "ok")
     print_table(screen.console, table)
-    said = (
+    line = (
         f"max logit difference {found.max_logit_difference:.2g} where logits spread by {found.logit_spread:.2g}; "
         f"{found.greedy_agreement:.0%} of the answers are the same, {found.ties} part at a tie"
     )
-    screen.print_line(said)
+    screen.print_line(line)
     if report["dtype"] != "fp32":
         moved = f"rounding to {report['dtype']} moves the logits by {found.distance_share:.2%} of what the adapter does"
         screen.print_line(f"{moved}; --dtype fp32 is exact")

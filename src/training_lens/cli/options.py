@@ -125,7 +125,7 @@ class SettingsCommand(TyperCommand):
     """A command that says what was meant where a setting was typed as an option: `--training.lr=1e-3`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As the base class does, once no option is a setting with dashes before it."""
+        """Parse as the base class does, after refusing settings with dashes and empty values."""
         known = {name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)}
         for word, following in zip_longest(args, args[1:], fillvalue=""):
             if word == "--":
@@ -146,9 +146,9 @@ def _refuse_usage(problem: str | None) -> None:
 
 
 def _find_empty(parameter: Any, value: Any) -> str | None:
-    """Why an option or an argument is refused that was given without a value; settings and prompts say it themselves.
+    """Why an option or argument without a value is refused; settings and prompts have checks of their own.
 
-    An empty name must not mean what a missing one does: `--resume "$RUN"` without that variable would train anew.
+    An empty name must not count as a missing one: `--resume "$RUN"` with an empty variable would start a new run.
     """
     texts = value if isinstance(value, list | tuple) else (value,)
     if parameter.name in ("overrides", "prompt") or not any(isinstance(t, str) and not t.strip() for t in texts):
@@ -158,7 +158,7 @@ def _find_empty(parameter: Any, value: Any) -> str | None:
 
 
 def _describe_setting(word: str, following: str) -> str | None:
-    """Why an unknown option is refused, where it is one of the settings; None where it is a mistyped option."""
+    """Why an unknown option is refused, if it names a setting; None if it is a mistyped option."""
     name = word.removeprefix("--").partition("=")[0]
     if not name.replace("_", "").replace(".", "").isalnum():
         return None

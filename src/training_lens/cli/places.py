@@ -1,4 +1,4 @@
-"""Which run a command means: one of this machine, or a copy of one in a mirror; and saying so."""
+"""Find the run that a command names: on this machine, or in a mirror, which is copied here."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 
 
 def is_url(reference: str) -> bool:
-    """Whether a run is named by a URL; file:// is one of a folder."""
+    """Whether a run is named by a URL."""
     return "://" in reference
 
 
 def fetch_copy(reference: str, base_output_dir: str, *, finished: bool | None) -> str:
-    """The run that a reference means: of a URL, the folder of a copy under {base_output_dir}/cache/runs.
+    """The reference itself; for a URL, the folder of a copy under {base_output_dir}/cache/runs.
 
     Args:
         finished: which run of a mirror is the latest; see `find_run`.
 
     Raises:
         CheckpointError: there is no such run in the mirror, or it is damaged.
-        IntegrationError: no answer.
+        IntegrationError: the mirror cannot be reached.
     """
     if not is_url(reference):
         return reference
@@ -33,7 +33,7 @@ def fetch_copy(reference: str, base_output_dir: str, *, finished: bool | None) -
 
 
 def locate_run(reference: str, output: OutputSection, *, finished: bool | None) -> RunFolder:
-    """The run that a reference means, told to the user; arguments and errors are those of `find_run`."""
+    """The run that a reference names, printed for the user; arguments and errors are those of `find_run`."""
     from training_lens.config.run_config import NOT_OURS
     from training_lens.runs.run_lookup import find_run
     from training_lens.utils.names import require_contained
@@ -46,9 +46,9 @@ def locate_run(reference: str, output: OutputSection, *, finished: bool | None) 
 
 
 def locate_adapter(settings: TrainingConfig) -> TrainingConfig:
-    """The settings with the folder of the run that `inference.adapter` names, told to the user.
+    """The settings with the folder of the run that `inference.adapter` names, printed for the user.
 
-    An adapter folder, or no adapter, stays as it is.
+    An adapter folder, or no adapter, is left as it is.
 
     Raises:
         CheckpointError, AdapterError: see `find_adapter_run`.
@@ -65,7 +65,7 @@ def locate_adapter(settings: TrainingConfig) -> TrainingConfig:
 
 
 def announce_run(run: RunFolder) -> None:
-    """Say which run answers: on standard error where standard output is read by a program."""
+    """Print which run is used: on standard error where a program reads standard output."""
     from training_lens.runs.run_lookup import read_status
 
     status = read_status(run)

@@ -1,4 +1,4 @@
-"""Cheap checks before torch is imported: files, folders and models that are not there are said at once."""
+"""Cheap checks before torch is imported: missing files, folders and models are reported at once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def check_training(settings: TrainingConfig) -> None:
-    """Refuse a run that cannot begin: its rows, its base, its adapter to go on from, or its place.
+    """Refuse a run that cannot start: check its folder, its rows, its base and its initial adapter.
 
     Raises:
-        TrainingLensError: as the run itself would say it later.
+        TrainingLensError: as the run itself would raise it later.
     """
     from training_lens.runs.run_folder import RunFolder, runs_folder
 
@@ -29,10 +29,10 @@ def check_training(settings: TrainingConfig) -> None:
 
 
 def check_rows(settings: TrainingConfig) -> None:
-    """Refuse files of rows that are not there; what a hub or a saved data set holds is looked at later.
+    """Refuse missing files of rows; data sets on a hub or saved on disk are checked later.
 
     Raises:
-        DatasetError: a path that is not there, or a glob that matches nothing.
+        DatasetError: a missing path, or a glob that matches nothing.
     """
     for key in ("train", "validation"):
         specs = getattr(settings.data, key) or []
@@ -40,7 +40,7 @@ def check_rows(settings: TrainingConfig) -> None:
 
 
 def check_files(specs: list[str], key: str) -> None:
-    """Refuse paths that are not there, as `data.sources.expand_sources` does.
+    """Refuse missing paths, as `data.sources.expand` does.
 
     Raises:
         DatasetError: names the key, and a near file.
@@ -52,10 +52,10 @@ def check_files(specs: list[str], key: str) -> None:
 
 
 def check_base(settings: TrainingConfig) -> None:
-    """Refuse a base model that is not there, and a template file that cannot be read.
+    """Refuse a missing base model, and a template file that cannot be read.
 
     Raises:
-        ModelLoadingError: a path that is not there, or a folder that is no model's.
+        ModelLoadingError: a missing path, or a folder without a model.
         ConfigurationError: the template's file cannot be read.
     """
     from training_lens.errors import ConfigurationError
@@ -72,7 +72,7 @@ def check_base(settings: TrainingConfig) -> None:
 
 
 def check_own_model(settings: TrainingConfig) -> None:
-    """Refuse rows and, where no run brings its own, a base model that are not there.
+    """Refuse missing rows and, unless a run names its own, a missing base model.
 
     Raises:
         TrainingLensError: as `check_rows` and `check_base`.

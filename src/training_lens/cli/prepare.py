@@ -71,10 +71,10 @@ def _require_room(settings: TrainingConfig, force: bool) -> None:
 
 
 def train_command(prepared: PreparationResult, data: DataSection, options: CommandOptions) -> str:
-    """The command that trains on what was written, with the settings that were given to prepare.
+    """The command that trains on the written files, with the settings given to prepare.
 
     Args:
-        data: the settings by which the sources were read; where the files are read otherwise, those keys are set.
+        data: the settings that the sources were read with; keys that differ for the written files are set.
     """
     changed = {
         key: value for key, value in _reading_settings(prepared.data).items() if _reading_settings(data)[key] != value
@@ -94,7 +94,7 @@ def train_command(prepared: PreparationResult, data: DataSection, options: Comma
 
 
 def _reading_settings(data: DataSection) -> dict[str, Any]:
-    """The settings that say which fields mean what, by dotted key."""
+    """The settings of fields and domain, by dotted key."""
     return {
         f"data.{section}.{key}": value
         for section in ("fields", "domain")
@@ -124,7 +124,7 @@ def _show_sources(screen: Screen, manifest: dict[str, Any]) -> None:
 
 
 def _show_findings(screen: Screen, manifest: dict[str, Any]) -> None:
-    """Each kind of finding that there is, with a few rows."""
+    """Print each kind of finding, with a few rows."""
     show = screen.console.print
     show("\nwhat was found", style="bold")
     for kind, meaning in FINDING_TEXTS.items():
@@ -144,7 +144,7 @@ def _show_findings(screen: Screen, manifest: dict[str, Any]) -> None:
 
 
 def _show_splits(screen: Screen, prepared: PreparationResult) -> None:
-    """Rows and tokens of each split, and the rows of each domain in it."""
+    """Print rows and tokens of each split, and its examples by domain."""
     from rich.table import Table
     from rich.text import Text
 

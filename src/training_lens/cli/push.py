@@ -88,7 +88,7 @@ def _open_hub(run: str, settings: TrainingConfig) -> HuggingFaceIntegration:
 
 
 def _describe_plan(plan: PushPlan, repo: str) -> dict[str, Any]:
-    """The plan, as JSON has it."""
+    """The plan as JSON values."""
     files = [(file, state) for state in ("send", "there") for file in getattr(plan, state)]
     return {
         "repo": repo,

@@ -1,4 +1,4 @@
-"""How `training-lens experiment` shows runs: tables that fit a terminal, and a line a run where a program reads."""
+"""The tables of `training-lens experiment`: folded for a terminal, or a line for each run where a program reads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VALUE_SHOWN = 120  # characters of a setting
 
 
 def _new_table(title: str, columns: Sequence[str], right: Sequence[str] = ()) -> Table:
-    """An empty table; the columns of numbers stand right, and only long texts are folded."""
+    """An empty table; columns in `right` are right-aligned."""
     from rich import box
     from rich.table import Table
 
@@ -42,7 +42,7 @@ def _print_rows(console: Console, table: Table, rows: Sequence[Sequence[str]]) -
 
 
 def _print_blocks(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Rows that no table has room for: the first cell on a line of its own, the others with their names below."""
+    """Print rows that are too wide for a table: the first cell on its own line, the others by name below it."""
     console.print(f"\n{title}", style="italic")
     for row in rows:
         console.print(row[0], markup=False, soft_wrap=True)
@@ -62,13 +62,13 @@ def _format_rate(rate: float | None) -> str:
 
 
 def _list_metrics(runs: Sequence[RunOverview]) -> list[str]:
-    """The metrics that any of the runs has, without those of single domains."""
+    """The metrics that any of the runs has, without those of single domains and controls."""
     names = dict.fromkeys(metric for run in runs for metric in run.metrics)
     return [name for name in names if not name.startswith(IN_PARTS)]
 
 
 def warn_of_other_rows(console: Console, runs: Sequence[RunOverview], metric: str) -> bool:
-    """Say it where runs with the metric were validated on different rows; gives whether they were."""
+    """Warn if the runs with this metric were validated on different rows; returns whether they were."""
     from training_lens.runs.run_listing import have_same_validation
 
     differ = not have_same_validation([run for run in runs if metric in run.metrics])
@@ -78,7 +78,7 @@ def warn_of_other_rows(console: Console, runs: Sequence[RunOverview], metric: st
 
 
 def show_runs(console: Console, runs: Sequence[RunOverview], metric: str) -> None:
-    """A line a run with one metric, and under the table what is to be said of some."""
+    """Print a line for each run with one metric, then details on some of them."""
     columns = ["run", "status", "steps", metric, "model", "data", "rate"]
     rows = [
         [
@@ -114,7 +114,7 @@ def show_runs(console: Console, runs: Sequence[RunOverview], metric: str) -> Non
 def collect_details(run: RunOverview) -> dict[str, Any]:
     """What `show` tells besides `ListedRun.as_json`: settings that are not the defaults, data, losses, reports.
 
-    What cannot be read is left out: `run.detail` or "damaged" says it.
+    What cannot be read is left out; `run.detail` or "damaged" says why.
     """
     from training_lens.config.schema import TrainingConfig
     from training_lens.errors import CheckpointError, DamagedFileError
@@ -174,7 +174,7 @@ def show_details(console: Console, run: RunOverview, details: Mapping[str, Any])
 
 
 def _shorten_path(name: str) -> str:
-    """A source as a table has room for it: a path's file and its folder; `--json` has the whole."""
+    """The last two parts of a path; `--json` has the whole."""
     parts = name.split("/")
     return name if len(parts) <= 2 else f".../{'/'.join(parts[-2:])}"
 
@@ -202,7 +202,7 @@ def _format_value(value: Any) -> str:
 
 
 def show_comparison(console: Console, runs: Sequence[RunOverview], differing: Mapping[str, Sequence[Any]]) -> None:
-    """Metrics and settings, a column a run; what all runs have alike of the settings is left out."""
+    """Print metrics and settings, a column for each run; equal settings are left out."""
     ids = [run.run_id for run in runs]
     rows = [[metric, *(_format_metric(run, metric) for run in runs)] for metric in _list_metrics(runs)]
     _print_rows(
@@ -216,7 +216,7 @@ def show_comparison(console: Console, runs: Sequence[RunOverview], differing: Ma
 
 
 def show_doomed(console: Console, runs: Sequence[RunOverview], sizes: Sequence[int]) -> None:
-    """What a deletion would take: each run's state, size and parts."""
+    """Print what would be deleted: each run's status, size and content."""
     from training_lens.utils.formatting import format_size
 
     rows = [

@@ -49,13 +49,13 @@ def _as_json(result: SweepResult) -> dict[str, object]:
 
 def _describe_failures(board: Leaderboard) -> str:
     errors = {row.error: row.run_id for row in board.rows if row.error}
-    said = "; ".join(f"{run_id}: {error}" for error, run_id in errors.items())
-    return f"no trial of the sweep '{board.study}' finished. {said}"
+    failures = "; ".join(f"{run_id}: {error}" for error, run_id in errors.items())
+    return f"no trial of the sweep '{board.study}' finished. {failures}"
 
 
-def _show_trial(screen: Screen, row: TrialRow) -> None:
-    """One line as a trial ends."""
-    from training_lens.sweeps.sweep_report import format_value
+def _show_trial(screen: Screen, row: Row) -> None:
+    """Print a line when a trial ends."""
+    from training_lens.sweeps.report import shown
 
     ends = {"finished": f"validation loss {row.validation_loss or 0:.4f}", "failed": f"failed: {row.error}"}
     end = ends.get(row.state, f"{row.state} at {row.validation_loss or 0:.4f}")
@@ -65,7 +65,7 @@ def _show_trial(screen: Screen, row: TrialRow) -> None:
 
 
 def _show_result(screen: Screen, result: SweepResult) -> None:
-    """The leaderboard, what mattered, and where the files are."""
+    """Print the leaderboard, the importance of the settings, and the files."""
     from rich.table import Table
     from rich.text import Text
 

@@ -90,7 +90,7 @@ def _verify_resume(screen: Screen, settings: TrainingConfig, resume: str | None)
 
 
 def _find_unfinished(screen: Screen, reference: str, settings: TrainingConfig) -> RunFolder:
-    """The run to go on with; one of a mirror is fetched."""
+    """The run to resume; one in a mirror is fetched."""
     if not is_url(reference):
         return locate_run(reference, settings.output, finished=False)
     from training_lens.display.progress import Progress
@@ -102,7 +102,7 @@ def _find_unfinished(screen: Screen, reference: str, settings: TrainingConfig) -
 
 
 def _read_verdict(summary: TrainingSummary) -> Verdict:
-    """What the run's own validation tells by now."""
+    """The verdict from the run's own validation."""
     from training_lens.evaluation.training_record import read_training_record
     from training_lens.evaluation.training_verdict import assess_training
     from training_lens.runs.run_folder import RunFolder

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from training_lens.training.plan import RunPlan
 
 EXAMPLES = 3
-ENDS = 700  # characters of a long example that are shown of its start and of its end
+ENDS = 700  # characters shown of the start and of the end of a long example
 NAMED = 40  # sources and domains that a table lists
 
 
@@ -61,7 +61,7 @@ def _show_config(screen: Screen, plan: RunPlan) -> None:
 
 
 def _show_examples(screen: Screen, plan: RunPlan) -> None:
-    """Three examples as the model sees them; what is learned stands out in green, underlined."""
+    """Print three examples as the model sees them, with supervised tokens in green and underlined."""
     import numpy as np
     from rich.text import Text
 
@@ -93,7 +93,7 @@ def _shorten_example(text: Any) -> Any:
 
 
 def _show_sources(screen: Screen, name: str, report: SplitReport) -> None:
-    """Rows by source and by domain, as far as they fit a screen."""
+    """Print rows by source and by domain, the first of them."""
     from rich.table import Table
     from rich.text import Text
 
