@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from training_lens.config.coming_from import TABLE, ForeignKey
+from training_lens.config.foreign_keys import TABLE, ForeignKey
 
 HEAD = """# Coming from another trainer
 

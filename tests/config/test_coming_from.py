@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from training_lens.config.coming_from import BY_NAME, TABLE
 from training_lens.config.compose import compose
+from training_lens.config.foreign_keys import BY_NAME, TABLE
 from training_lens.config.keys import known_keys
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from training_lens.config.compose import compose
-from training_lens.config.origins import ORIGINS
+from training_lens.config.ignored_keys import ORIGINS
 from training_lens.errors import ConfigurationError
 from training_lens.utils.logging import TrainingLogger, setup_logging
 

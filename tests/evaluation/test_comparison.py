@@ -18,7 +18,7 @@ from training_lens.evaluation.comparison import (
 )
 from training_lens.evaluation.evaluator import TokenSums
 from training_lens.evaluation.length_bucketing import LengthBuckets
-from training_lens.evaluation.scoring import Bootstrap, ModelScores
+from training_lens.evaluation.model_scores import Bootstrap, ModelScores
 
 ROWS = 60
 RNG = np.random.default_rng(0)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from training_lens.errors import ConfigurationError
+from training_lens.evaluation.answer_endings import Endings
 from training_lens.evaluation.comparison import ControlResult, ModelComparison, RowGroup
 from training_lens.evaluation.comparison_verdict import assess_comparison
-from training_lens.evaluation.endings import Endings
 from training_lens.evaluation.metrics import AnswerScoring
 from training_lens.evaluation.own_metrics import AnswerMetric
 from training_lens.evaluation.remarks import prompt_remark

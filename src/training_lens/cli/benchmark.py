@@ -15,8 +15,8 @@ from training_lens.cli.common import (
     refuse_unused,
 )
 from training_lens.cli.evaluation_output import send_to_trackers
+from training_lens.cli.find_runs import locate_run
 from training_lens.cli.options import CommandOptions
-from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
     from training_lens.inference.benchmark import Benchmark

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from training_lens.cli.find_runs import locate_adapter
 from training_lens.cli.options import CommandOptions, ConfigOptions, OutputOptions
-from training_lens.cli.places import locate_adapter
 from training_lens.cli.preflight import check_own_model
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def load_config(options: CommandOptions, flags: dict[str, Any] | None = None) ->
 
 
 def _check_origin(options: ConfigOptions) -> None:
-    from training_lens.config.origins import ORIGINS
+    from training_lens.config.ignored_keys import ORIGINS
     from training_lens.errors import ConfigurationError
     from training_lens.utils.formatting import nearest_name
 

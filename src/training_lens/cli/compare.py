@@ -15,8 +15,8 @@ from training_lens.cli.evaluation_output import (
     report_broken_adapter,
     report_result,
 )
+from training_lens.cli.find_runs import locate_adapter
 from training_lens.cli.options import CommandOptions
-from training_lens.cli.places import locate_adapter
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import Screen, command, load_config, refuse_unused
+from training_lens.cli.find_runs import locate_run
 from training_lens.cli.options import CommandOptions
-from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
     from training_lens.utils.machine import MachineCheck

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import load_config, refuse_unused
+from training_lens.cli.find_runs import fetch_copy, locate_run
 from training_lens.cli.options import CommandOptions
-from training_lens.cli.places import fetch_copy, locate_run
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import OF_ANY_RUN, Screen, command, load_run_config, print_table, refuse_unused
+from training_lens.cli.find_runs import locate_adapter
 from training_lens.cli.options import CommandOptions
-from training_lens.cli.places import locate_adapter
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig

@@ -162,7 +162,7 @@ def _describe_setting(word: str, following: str) -> str | None:
     name = word.removeprefix("--").partition("=")[0]
     if not name.replace("_", "").replace(".", "").isalnum():
         return None
-    from training_lens.config.coming_from import find_counterpart
+    from training_lens.config.foreign_keys import find_counterpart
     from training_lens.config.overrides import describe_no_override, takes_value
 
     if "." not in name and find_counterpart(name) is None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from training_lens.cli.common import Screen, command, load_config, print_table, refuse_unused
+from training_lens.cli.find_runs import locate_run
 from training_lens.cli.options import CommandOptions
-from training_lens.cli.places import locate_run
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from training_lens.cli.common import Screen, command, load_config
+from training_lens.cli.find_runs import is_url, locate_run
 from training_lens.cli.options import CommandOptions
-from training_lens.cli.places import is_url, locate_run
 from training_lens.cli.preflight import check_training
 
 if TYPE_CHECKING:

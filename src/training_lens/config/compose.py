@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.config.config_files import FileContent, read_config_file
-from training_lens.config.origins import describe_ignored
+from training_lens.config.ignored_keys import describe_ignored
 from training_lens.config.overrides import Override, read_values, split_words
 from training_lens.config.preset_files import load_presets, packaged_presets
 from training_lens.config.run_config import FILE_KEYS, find_writer, require_consent

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
 
-from training_lens.config.coming_from import translate_names
+from training_lens.config.foreign_keys import translate_names
+from training_lens.config.ignored_keys import remove_foreign_keys
 from training_lens.config.keys import describe_unknown, known_keys
-from training_lens.config.origins import remove_foreign_keys
 from training_lens.config.schema import TrainingConfig
-from training_lens.config.yaml_limits import check_references, check_yaml
 from training_lens.errors import ConfigurationError
 from training_lens.utils.files import DuplicateKeyError, parse_json
-from training_lens.utils.limits import CONFIG_BYTES, read_bytes
+from training_lens.utils.limits import CONFIG_BYTES, CONFIG_NESTING, CONFIG_NODES, NESTING, TooMuchError, read_bytes
 from training_lens.utils.names import expand_home
 from training_lens.utils.nested import flatten_sections, nest_keys
 
@@ -43,7 +43,7 @@ def read_config_file(
 
     Args:
         said: how the user named the file: `--config my.yaml`.
-        origin: the trainer that the file was written for, see `origins.ORIGINS`.
+        origin: the trainer that the file was written for, see `ignored_keys.ORIGINS`.
         decided: what is set elsewhere, by our dotted key: it answers for names that have no counterpart.
 
     Raises:
@@ -126,3 +126,73 @@ def without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> di
         elif not (is_section and value is None):
             kept[key] = value
     return kept
+
+
+_REFERENCE = re.compile(r"\$\{([^${}]*)\}")
+
+
+def check_yaml(text: str) -> None:
+    """See that a YAML text is of bounded depth and size, also once aliases (`*a`) and references (`${a}`) are followed.
+
+    Raises:
+        TooMuchError: it is not.
+        yaml.YAMLError: it is no YAML.
+    """
+    import yaml
+
+    named: dict[str, tuple[int, int]] = {}  # of what an anchor names: how many values it has, and how deep it is
+    open_nodes: list[tuple[str | None, int]] = []  # each with its anchor, and the values before it
+    depths = [0]  # of the open nodes, as far as they are read
+    nodes = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if isinstance(event, yaml.AliasEvent):
+            size, depth = named.get(str(event.anchor), (1, 0))
+            nodes, depths[-1] = nodes + size, max(depths[-1], depth)
+        elif isinstance(event, yaml.ScalarEvent):
+            nodes += 1
+            named |= {event.anchor: (1, 0)} if event.anchor else {}
+        elif isinstance(event, yaml.CollectionStartEvent):
+            nodes += 1
+            open_nodes.append((event.anchor, nodes))
+            depths.append(0)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            depth = depths.pop() + 1
+            depths[-1] = max(depths[-1], depth)
+            named |= {anchor: (nodes - before + 1, depth)} if anchor else {}
+        if len(open_nodes) + depths[-1] > CONFIG_NESTING:
+            raise TooMuchError(f"lists and mappings are nested over {CONFIG_NESTING} deep")
+        if nodes > CONFIG_NODES:
+            raise TooMuchError(f"has over {CONFIG_NODES:,} values once its aliases are followed")
+
+
+def check_references(values: Any) -> None:
+    """See that texts stay of bounded length once their references (`${section.key}`) are followed.
+
+    Raises:
+        TooMuchError: one does not.
+    """
+    leaves = dict(_list_texts(values, ""))
+    lengths: dict[str, int] = {}
+
+    def length(key: str, above: frozenset[str]) -> int:
+        if key in above or len(above) > NESTING or key not in leaves:
+            return len(key)  # a circle is found when it is followed; what is no text of the file is short
+        if key not in lengths:
+            inside = sum(length(name, above | {key}) for name in _REFERENCE.findall(leaves[key]))
+            lengths[key] = len(leaves[key]) + inside
+        return lengths[key]
+
+    if any(text.count("${") > len(_REFERENCE.findall(text)) for text in leaves.values()):
+        raise TooMuchError("has a reference inside of a reference (${a.${b}}); write what is meant")
+    if sum(length(key, frozenset()) for key in leaves) > CONFIG_BYTES:
+        raise TooMuchError(f"has over {CONFIG_BYTES:,} characters once its references are followed")
+
+
+def _list_texts(value: Any, key: str) -> Any:
+    """Every text with a reference or without, by dotted key."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from _list_texts(item, f"{key}.{name}" if key else str(name))
+    if isinstance(value, str):
+        yield key, value

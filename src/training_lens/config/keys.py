@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from training_lens.config.coming_from import UNSET, ForeignKey, find_counterpart
-from training_lens.config.origins import find_origins
+from training_lens.config.foreign_keys import UNSET, ForeignKey, find_counterpart
+from training_lens.config.ignored_keys import find_origins
 from training_lens.utils.formatting import nearest_name
 
 

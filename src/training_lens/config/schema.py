@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from training_lens import embedded
-from training_lens.config.coming_from import translate_names
 from training_lens.config.data_sections import DataSection, PrepareSection
 from training_lens.config.evaluation_sections import BenchmarkSection, EvaluationSection, InferenceSection
+from training_lens.config.foreign_keys import translate_names
 from training_lens.config.lens_section import LensSection
 from training_lens.config.section import ExperimentName, Place, RunId, Section
 from training_lens.config.tracking_section import TrackingSection

@@ -20,7 +20,7 @@ from pydantic import (
 
 from training_lens.config.keys import known_keys
 from training_lens.config.problems import find_problems, list_problems
-from training_lens.config.tables import rows_of_table
+from training_lens.config.table_rows import rows_of_table
 from training_lens.errors import ConfigurationError
 from training_lens.utils.names import check_experiment, check_run_id, expand_home
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from training_lens.data.examples import Example
-from training_lens.evaluation.endings import Endings
+from training_lens.evaluation.answer_endings import Endings
 from training_lens.evaluation.length_bucketing import LengthBuckets
-from training_lens.evaluation.scoring import Bootstrap, Interval, Measures, ModelScores
+from training_lens.evaluation.model_scores import Bootstrap, Interval, Measures, ModelScores
 from training_lens.evaluation.verdict import ADAPTER_NAME
 
 BASE, ADAPTER = "base", "adapter"

@@ -10,8 +10,9 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import cache, partial
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU
@@ -19,17 +20,17 @@ from sacrebleu.metrics.chrf import CHRF
 
 from training_lens.config.evaluation_sections import EvaluationSection
 from training_lens.errors import ConfigurationError
-from training_lens.evaluation.numbers import DecimalMark, describe_convention, find_convention, numeric_match
-from training_lens.evaluation.own_metrics import AnswerMetric, find_metrics
-from training_lens.evaluation.structured import json_fields, json_valid
-from training_lens.evaluation.words import (
+from training_lens.evaluation.answer_numbers import DecimalMark, describe_convention, find_convention, numeric_match
+from training_lens.evaluation.answer_words import (
     DEFAULT_TOKENIZER,
     count_unscored,
     require_word_tokenizer,
     why_unscored,
     word_splitter,
 )
+from training_lens.evaluation.own_metrics import AnswerMetric, find_metrics
 from training_lens.utils.formatting import nearest_name
+from training_lens.utils.limits import load_bounded_json
 
 TOKEN_MEASURES = ("loss", "perplexity", "bits_per_token", "bits_per_byte", "token_accuracy")
 # (prediction, reference) -> score from 0 to 1, or None: the metric does not apply to this row.
@@ -119,12 +120,83 @@ def _rouge_scorer(kind: str, tokenizer: str) -> Any:
     return RougeScorer([kind], tokenizer=Words())
 
 
+def json_valid(prediction: str, reference: str) -> float | None:
+    """1 where the whole prediction is valid JSON (RFC 8259), else 0.
+
+    White space at both ends is allowed. JSON between words or in a Markdown fence is invalid, and so are NaN and
+    Infinity.
+
+    Returns:
+        None where the reference is no JSON object or array.
+
+    Example:
+        >>> json_valid('{"a": 2}', '{"a": 1}'), json_valid('{"a": 1', '{"a": 1}'), json_valid("{}", "Tom")
+        (1.0, 0.0, None)
+    """
+    if not isinstance(_parse_json(reference), dict | list):
+        return None
+    return float(_parse_json(prediction) is not _NO_JSON)
+
+
+def json_fields(prediction: str, reference: str) -> float | None:
+    """The share of the reference's values that the prediction has at the same path; 0 where it is no JSON.
+
+    A path is keys and indices; an empty object or array is a value, too. Values must be equal in type and content;
+    the number 1 equals 1.0, but not "1" or true. Further values of the prediction are ignored.
+
+    Returns:
+        None where the reference is no JSON object or array.
+
+    Example:
+        >>> json_fields('{"name": "Tom", "tags": ["x"]}', '{"name": "Tom", "tags": ["x", "y"]}')
+        0.6666666666666666
+    """
+    expected = _parse_json(reference)
+    if not isinstance(expected, dict | list):
+        return None
+    wanted, found = _list_leaves(expected), _list_leaves(_parse_json(prediction))
+    return sum(_is_equal(found.get(place, _NO_JSON), value) for place, value in wanted.items()) / len(wanted)
+
+
+_NO_JSON = object()
+
+
+def _parse_json(text: str) -> Any:
+    """The value, with numbers as Decimal; _NO_JSON where the text is invalid or nested too deep."""
+    try:
+        return load_bounded_json(text.strip(), parse_int=Decimal, parse_float=Decimal, parse_constant=_refuse_constant)
+    except (ValueError, ArithmeticError):  # ArithmeticError: an exponent beyond Decimal's
+        return _NO_JSON
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _list_leaves(value: Any) -> dict[tuple[str | int, ...], Any]:
+    """The leaf values by path; without recursion, so that any depth works."""
+    leaves: dict[tuple[str | int, ...], Any] = {}
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
+    while waiting:
+        path, here = waiting.pop()
+        if here and isinstance(here, dict | list):
+            inside = here.items() if isinstance(here, dict) else enumerate(here)
+            waiting += [((*path, step), below) for step, below in inside]
+        else:
+            leaves[path] = here
+    return leaves
+
+
+def _is_equal(found: Any, wanted: Any) -> bool:
+    return type(found) is type(wanted) and bool(found == wanted)
+
+
 @dataclass(frozen=True)
 class AnswerScoring:
     """How the answers to one set of rows are scored.
 
     Args:
-        word_tokenizer: splits the words of BLEU, ROUGE and F1; see `words.WORD_TOKENIZERS`.
+        word_tokenizer: splits the words of BLEU, ROUGE and F1; see `answer_words.WORD_TOKENIZERS`.
         decimal: the decimal mark of an ambiguous number, such as 1,234.
         own: the user's metrics, by name.
         reading: a sentence on how numbers are read; empty where there are none.
@@ -241,7 +313,7 @@ class CorpusMetric:
     tokenizer: str = DEFAULT_TOKENIZER
 
     def applicable_rows(self, references: Sequence[str]) -> np.ndarray:
-        """The rows that the metric applies to, (rows,) bool; see `words.why_unscored`."""
+        """The rows that the metric applies to, (rows,) bool; see `answer_words.why_unscored`."""
         return np.array([why_unscored(self.name, r, self.tokenizer) is None for r in references], dtype=bool)
 
     def row_statistics(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:

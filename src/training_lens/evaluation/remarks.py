@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from training_lens.evaluation.answer_endings import Endings
 from training_lens.evaluation.comparison import ADAPTER, BASE, ControlResult, ModelComparison, RowGroup
 from training_lens.evaluation.controls import SHUFFLED_PROMPTS
-from training_lens.evaluation.endings import Endings
 from training_lens.evaluation.training_record import TrainingRecord
 from training_lens.evaluation.verdict import (
     THIN_ROWS,

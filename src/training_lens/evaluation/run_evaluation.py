@@ -14,6 +14,7 @@ from training_lens.data.examples import Example
 from training_lens.data.source_reader import read_examples
 from training_lens.display.progress import Progress
 from training_lens.errors import EvaluationError
+from training_lens.evaluation.answer_endings import SPARE_TOKENS, Endings, summarize_endings
 from training_lens.evaluation.comparison import (
     ADAPTER,
     BASE,
@@ -26,13 +27,12 @@ from training_lens.evaluation.comparison import (
 )
 from training_lens.evaluation.comparison_verdict import assess_comparison
 from training_lens.evaluation.controls import corrupt_prompts
-from training_lens.evaluation.endings import SPARE_TOKENS, Endings, summarize_endings
 from training_lens.evaluation.evaluation_rows import EvaluationRows
 from training_lens.evaluation.evaluator import EvaluationOptions, TokenSums, paired_sums, token_sums
 from training_lens.evaluation.harness import TaskOptions, TaskScores, run_tasks
 from training_lens.evaluation.length_bucketing import LengthBuckets
 from training_lens.evaluation.metrics import AnswerScoring
-from training_lens.evaluation.scoring import Bootstrap, ModelScores
+from training_lens.evaluation.model_scores import Bootstrap, ModelScores
 from training_lens.evaluation.training_record import read_training_record
 from training_lens.evaluation.training_verdict import is_run_folder
 from training_lens.evaluation.verdict import Verdict, count_rows

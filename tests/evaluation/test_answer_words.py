@@ -10,9 +10,15 @@ import numpy as np
 import pytest
 
 from training_lens.errors import ConfigurationError
-from training_lens.evaluation import words
+from training_lens.evaluation import answer_words
+from training_lens.evaluation.answer_words import (
+    NO_SPACES,
+    count_unscored,
+    require_word_tokenizer,
+    split_words,
+    why_unscored,
+)
 from training_lens.evaluation.metrics import AnswerScoring, row_scores
-from training_lens.evaluation.words import NO_SPACES, count_unscored, require_word_tokenizer, split_words, why_unscored
 
 WORD_MEASURES = ("bleu", "rouge1", "rouge2", "rougeL", "token_f1")
 UNSPACED = {
@@ -74,7 +80,7 @@ def test_combining_marks_stay_in_their_words_and_one_letter_has_one_form() -> No
 
 
 def test_a_tokenizer_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "find_spec", lambda _name: None)
+    monkeypatch.setattr(answer_words, "find_spec", lambda _name: None)
     with pytest.raises(ConfigurationError, match=r"pip install 'sacrebleu\[ja\]'"):
         require_word_tokenizer("ja-mecab")
     require_word_tokenizer("13a")
@@ -97,5 +103,5 @@ def test_right_answers_of_the_shared_rows_score_full_marks_or_none(
 
 
 def test_the_examples_of_the_docstrings_hold() -> None:
-    failed, tried = doctest.testmod(words)
+    failed, tried = doctest.testmod(answer_words)
     assert tried == 2 and not failed

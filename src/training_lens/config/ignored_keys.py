@@ -1,6 +1,6 @@
 """Config files written for another trainer (`--from`): which of its keys change no result here, and may be set aside.
 
-A key that `coming_from` translates is not here. Of the others, some are set aside whatever they say (`harmless`), some
+A key that `foreign_keys` translates is not here. Of the others, some are set aside whatever they say (`harmless`), some
 at the values that say what is done here anyway (`fixed`), and some where the config answers the question itself
 (`answered`). Everything else is refused: it would change the result, and nothing here would honour it.
 """

@@ -6,8 +6,8 @@ import doctest
 
 import pytest
 
-from training_lens.evaluation import endings
-from training_lens.evaluation.endings import has_loop, summarize_endings
+from training_lens.evaluation import answer_endings
+from training_lens.evaluation.answer_endings import has_loop, summarize_endings
 
 
 @pytest.mark.parametrize(
@@ -50,5 +50,5 @@ def test_no_answers_have_no_endings() -> None:
 
 
 def test_the_examples_of_the_docstrings_hold() -> None:
-    failed, tried = doctest.testmod(endings)
+    failed, tried = doctest.testmod(answer_endings)
     assert tried == 1 and not failed

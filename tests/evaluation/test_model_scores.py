@@ -9,7 +9,7 @@ import pytest
 import sacrebleu
 
 from training_lens.evaluation.evaluator import TokenSums
-from training_lens.evaluation.scoring import Bootstrap, ModelScores
+from training_lens.evaluation.model_scores import Bootstrap, ModelScores
 
 RNG = np.random.default_rng(3)
 WORDS = "the cat sat on a mat while nine dogs ran home again".split()
@@ -99,7 +99,7 @@ def test_no_resamples_or_one_row_has_no_intervals(resamples: int, rows: int) -> 
 
 
 def test_drawing_in_blocks_draws_the_same_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training_lens.evaluation.scoring.DRAWN_AT_ONCE", 130)
+    monkeypatch.setattr("training_lens.evaluation.model_scores.DRAWN_AT_ONCE", 130)
     assert [len(w) for w in Bootstrap(10)._draw_weights(40)] == [3, 3, 3, 1]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from training_lens.evaluation import numbers
-from training_lens.evaluation.numbers import describe_convention, find_convention, numeric_match, read_number
+from training_lens.evaluation import answer_numbers
+from training_lens.evaluation.answer_numbers import describe_convention, find_convention, numeric_match, read_number
 
 
 @pytest.mark.parametrize(
@@ -115,5 +115,5 @@ def test_numeric_applies_to_answers_in_the_form_of_gsm8k(reference: str) -> None
 
 
 def test_the_examples_of_the_docstrings_hold() -> None:
-    failed, tried = doctest.testmod(numbers)
+    failed, tried = doctest.testmod(answer_numbers)
     assert tried >= 4 and not failed

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 
-from training_lens.evaluation import structured
-from training_lens.evaluation.structured import json_fields, json_valid
+from training_lens.evaluation.metrics import json_fields, json_valid
 
 DEEP = 100_000
 
@@ -84,8 +81,3 @@ def test_whatever_can_be_parsed_can_be_compared() -> None:
     nested = next(text for text in ("[" * n + "1" + "]" * n for n in range(990, 90, -10)) if json_valid(text, "[]"))
     assert json_fields(nested, nested) == 1
     assert json_fields("[" * DEEP, nested) == 0
-
-
-def test_the_examples_of_the_docstrings_hold() -> None:
-    failed, tried = doctest.testmod(structured)
-    assert tried == 2 and not failed
