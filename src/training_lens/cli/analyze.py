@@ -150,7 +150,7 @@ def _format_median(modules: Sequence[Mapping[str, Any]], measure: str, form: str
     return form.format(median(known)) if known else "-"
 
 
-def _show_likeness(screen: Screen, comparison: Comparison) -> None:
+def _show_likeness(screen: Screen, comparison: AdapterComparison) -> None:
     """Print the modules in which two runs differ most, and the median over all modules."""
     from rich.table import Table
     from rich.text import Text

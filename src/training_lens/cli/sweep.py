@@ -53,9 +53,9 @@ def _describe_failures(board: Leaderboard) -> str:
     return f"no trial of the sweep '{board.study}' finished. {failures}"
 
 
-def _show_trial(screen: Screen, row: Row) -> None:
+def _show_trial(screen: Screen, row: TrialRow) -> None:
     """Print a line when a trial ends."""
-    from training_lens.sweeps.report import shown
+    from training_lens.sweeps.sweep_report import format_value
 
     ends = {"finished": f"validation loss {row.validation_loss or 0:.4f}", "failed": f"failed: {row.error}"}
     end = ends.get(row.state, f"{row.state} at {row.validation_loss or 0:.4f}")
