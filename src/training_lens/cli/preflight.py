@@ -40,7 +40,7 @@ def check_rows(settings: TrainingConfig) -> None:
 
 
 def check_files(specs: list[str], key: str) -> None:
-    """Refuse missing paths, as `data.sources.expand` does.
+    """Refuse missing paths, as `data.sources.expand_sources` does.
 
     Raises:
         DatasetError: names the key, and a near file.

@@ -123,7 +123,7 @@ class _RenderedExample:
         return sum(len(session.tokenizer.decode(ids, skip_special_tokens=True).encode()) for ids in parts)
 
 
-def _without_specials(segment: Segment, session: Session) -> str:
+def _without_specials(segment: TextSegment, session: Session) -> str:
     """The text of a segment without special tokens; in plain text, their names are ordinary text."""
     text = segment.text
     for name in () if segment.plain else session.tokenizer.all_special_tokens:

@@ -130,8 +130,10 @@ def _score_batches(
     dataset: TokenDataset, options: EvaluationOptions, columns: Callable[[Batch], torch.Tensor]
 ) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """This process's examples in batches, each with its `columns`; batches are halved where memory runs out."""
-    positions = share(np.arange(len(dataset)), dataset.lengths, options.processes.index, options.processes.count)
-    waiting, device = cut(positions, dataset.lengths, options.max_tokens), options.processes.device
+    positions = shard_positions(
+        np.arange(len(dataset)), dataset.lengths, options.processes.index, options.processes.count
+    )
+    waiting, device = split_micro_batches(positions, dataset.lengths, options.max_tokens), options.processes.device
     while waiting:
         batch = collate([dataset[int(i)] for i in waiting[0]], options.fill_id).to(device)
         try:
@@ -144,7 +146,7 @@ def _score_batches(
             logger.warning(
                 "out of memory in a batch of %d tokens: continuing with %d", batch.input_ids.numel(), options.max_tokens
             )
-            waiting = cut(np.concatenate(waiting), dataset.lengths, options.max_tokens)
+            waiting = split_micro_batches(np.concatenate(waiting), dataset.lengths, options.max_tokens)
             free_memory()
             continue
         yield waiting.pop(0), values
