@@ -1,4 +1,4 @@
-"""From presets, the user's files and overrides to one validated config; every problem at once."""
+"""Compose presets, the user's files and overrides to one validated config, reporting all problems at once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compose(
     Args:
         config_files: YAML or JSON files with any part of the config; a later one goes over an earlier one.
         overrides: `training.lr=1e-3`, `data.train=[a.json,b.json]`, `+experiment=quick_test`; see `overrides`.
-        flags: what a command's own options stand for, by section: `{"inference": {"adapter": "none"}}`.
+        flags: settings from a command's own options, by section: `{"inference": {"adapter": "none"}}`.
         origin: the trainer that the files were written for, one of `ORIGINS`: its keys that change no result here are
             set aside.
 
@@ -61,7 +61,7 @@ def compose(
 def _require_user_consent(
     config: TrainingConfig, presets: dict[str, Any], files: Sequence[FileContent], layers: Sequence[dict[str, Any]]
 ) -> None:
-    """Refuse code and places to write that only a file of a run, a sweep or an adapter names: those allow nothing."""
+    """Refuse code and destinations that only a file of a run, a sweep or an adapter names."""
     writers = {file.file: find_writer(Path(file.file)) for file in files}
     own = [file.values for file in files if writers[file.file] is None]
     given = reduce(merge_sections, [presets, *own, *layers])
@@ -89,7 +89,7 @@ def _split_presets(words: Sequence[Override], problems: list[str]) -> tuple[list
 def _report_layers(
     choices: Sequence[tuple[str, str]], own: Sequence[FileContent], files: Sequence[FileContent]
 ) -> None:
-    """Log what a person could not see: which files hold, what they override, and which names were translated."""
+    """Log which files are used, what they override, and which names were translated."""
     for content in own:
         logger.info("preset %s", content.file)
     for content in (*own, *files):
@@ -116,7 +116,7 @@ def _report_overridden_preset(files: Sequence[FileContent], choice: tuple[str, s
 
 
 def _report_merged(earlier: Sequence[FileContent], later: FileContent) -> None:
-    """Log that a config file goes over those before it, and the keys that it sets to another value."""
+    """Log that a config file overrides earlier ones, and which keys it changes."""
     before = flatten_sections(reduce(merge_sections, [content.values for content in earlier], {}))
     keys = [key for key, value in flatten_sections(later.values).items() if key in before and before[key] != value]
     changed = f"; it changes {', '.join(keys)}" if keys else ""
@@ -124,7 +124,11 @@ def _report_merged(earlier: Sequence[FileContent], later: FileContent) -> None:
 
 
 def validate_values(values: dict[str, Any], problems: Sequence[str] = ()) -> TrainingConfig:
-    """`values` as a config, or a ConfigurationError with every problem, behind those that were found before."""
+    """`values` as a config.
+
+    Raises:
+        ConfigurationError: lists `problems`, then every problem of the values.
+    """
     try:
         config = TrainingConfig.model_validate(values)
         further = _space_problems(config)
@@ -144,7 +148,7 @@ def _space_problems(config: TrainingConfig) -> tuple[str, ...]:
 
 
 def _flatten_space(layer: dict[str, Any]) -> None:
-    """Names each key of `sweep.space` in full, so that the space of a later layer goes over that of an earlier one."""
+    """Write the keys of `sweep.space` in full, so that a later layer overrides single keys of it."""
     sweep = layer.get("sweep")
     if isinstance(sweep, dict) and isinstance(sweep.get("space"), dict):
         sweep["space"] = flatten_keys(sweep["space"])

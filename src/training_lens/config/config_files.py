@@ -23,10 +23,10 @@ from training_lens.utils.nested import flatten_sections, nest_keys
 
 @dataclass(frozen=True)
 class FileContent:
-    """What a file sets, by section, and what is to be told of it.
+    """The settings of a file, by section, and what to report about it.
 
-    `translated` has a line for each name of another trainer, `ignored` the names that were set aside as
-    `--from` allows, `problems` a line for each thing that cannot be.
+    `translated` has a line for each name of another trainer, `ignored` the names that `--from` ignores,
+    `problems` a line for each problem.
     """
 
     file: str
@@ -37,21 +37,21 @@ class FileContent:
 
 
 def read_config_file(
-    file: str, said: str, origin: str | None = None, decided: Mapping[str, Any] | None = None
+    file: str, title: str, origin: str | None = None, decided: Mapping[str, Any] | None = None
 ) -> FileContent:
-    """The file's settings, the flat names of other trainers translated.
+    """The file's settings, with the flat names of other trainers translated.
 
     Args:
-        said: how the user named the file: `--config my.yaml`.
+        title: the name of the file in messages: `--config my.yaml`.
         origin: the trainer that the file was written for, see `ignored_keys.ORIGINS`.
-        decided: what is set elsewhere, by our dotted key: it answers for names that have no counterpart.
+        decided: settings from elsewhere, by our dotted key; they replace names without a counterpart.
 
     Raises:
         ConfigurationError: the file cannot be read, or is no mapping of keys.
     """
-    nested, problems = nest_keys(parse_config_file(file, said), f"{said}: ")
+    nested, problems = nest_keys(parse_config_file(file, title), f"{title}: ")
     translation = translate_names(nested)
-    values, twice = nest_keys({**translation.rest, **translation.settings}, f"{said}: ")
+    values, twice = nest_keys({**translation.rest, **translation.settings}, f"{title}: ")
     asides = remove_foreign_keys(
         values, origin, TrainingConfig.model_fields, {**flatten_sections(values), **(decided or {})}
     )
@@ -66,7 +66,7 @@ def read_config_file(
 
 
 def _split_sections(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The values without the sections that are none of ours; and a line for each key in those, with its name here."""
+    """The values in our own sections; and a line for each key of unknown sections, with our name for it."""
     foreign = {
         name: section
         for name, section in values.items()
@@ -77,7 +77,7 @@ def _split_sections(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return {name: value for name, value in values.items() if name not in foreign}, lines
 
 
-def parse_config_file(file: str, said: str) -> dict[str, Any]:
+def parse_config_file(file: str, title: str) -> dict[str, Any]:
     """The file's top-level keys and values; interpolations of a YAML file are resolved."""
     import yaml
     from omegaconf import OmegaConf
@@ -95,28 +95,28 @@ def parse_config_file(file: str, said: str) -> dict[str, Any]:
             check_references(OmegaConf.to_container(created))
             raw = OmegaConf.to_container(created, resolve=True)
     except OSError as error:
-        raise ConfigurationError(f"{said}: cannot be read ({error.strerror}).") from error
+        raise ConfigurationError(f"{title}: cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{said}: is not UTF-8 text (byte {error.start}).") from error
+        raise ConfigurationError(f"{title}: is not UTF-8 text (byte {error.start}).") from error
     except json.JSONDecodeError as error:
-        raise ConfigurationError(f"{said}, line {error.lineno}: no valid JSON: {error.msg}.") from error
+        raise ConfigurationError(f"{title}, line {error.lineno}: no valid JSON: {error.msg}.") from error
     except DuplicateKeyError as error:
-        raise ConfigurationError(f"{said}: {error}.") from error
+        raise ConfigurationError(f"{title}: {error}.") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigurationError(f"{said}: no valid YAML: {error}") from error
+        raise ConfigurationError(f"{title}: no valid YAML: {error}") from error
     except AssertionError as error:  # OmegaConf's, of a date or a number
-        raise ConfigurationError(f"{said}: holds one value, expected keys and values.") from error
+        raise ConfigurationError(f"{title}: holds one value, expected keys and values.") from error
     except (ValueError, RecursionError) as error:  # over a limit, or circular
-        raise ConfigurationError(f"{said}: cannot be read ({error}).") from error
+        raise ConfigurationError(f"{title}: cannot be read ({error}).") from error
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ConfigurationError(f"{said}: holds a {type(raw).__name__}, expected keys and values.")
+        raise ConfigurationError(f"{title}: holds a {type(raw).__name__}, expected keys and values.")
     return {str(key): value for key, value in raw.items()}
 
 
 def without_empty_sections(values: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
-    """`values` without sections that say nothing: in YAML, `peft:` with all its keys commented out is null."""
+    """`values` without empty sections: in YAML, `peft:` with all its keys commented out is null."""
     kept: dict[str, Any] = {}
     for key, value in values.items():
         inner: Any = model.model_fields[key].annotation if key in model.model_fields else None
@@ -132,17 +132,17 @@ _REFERENCE = re.compile(r"\$\{([^${}]*)\}")
 
 
 def check_yaml(text: str) -> None:
-    """See that a YAML text is of bounded depth and size, also once aliases (`*a`) and references (`${a}`) are followed.
+    """Check that a YAML text has bounded depth and size once aliases (`*a`) are followed.
 
     Raises:
-        TooMuchError: it is not.
-        yaml.YAMLError: it is no YAML.
+        TooMuchError: it is too deep or too large.
+        yaml.YAMLError: it is not YAML.
     """
     import yaml
 
-    named: dict[str, tuple[int, int]] = {}  # of what an anchor names: how many values it has, and how deep it is
-    open_nodes: list[tuple[str | None, int]] = []  # each with its anchor, and the values before it
-    depths = [0]  # of the open nodes, as far as they are read
+    named: dict[str, tuple[int, int]] = {}  # by anchor: number of values, and depth
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, and number of values before the node
+    depths = [0]  # of the open nodes so far
     nodes = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.AliasEvent):
@@ -167,17 +167,17 @@ def check_yaml(text: str) -> None:
 
 
 def check_references(values: Any) -> None:
-    """See that texts stay of bounded length once their references (`${section.key}`) are followed.
+    """Check that texts stay of bounded length once their references (`${section.key}`) are followed.
 
     Raises:
-        TooMuchError: one does not.
+        TooMuchError: they do not.
     """
     leaves = dict(_list_texts(values, ""))
     lengths: dict[str, int] = {}
 
     def length(key: str, above: frozenset[str]) -> int:
         if key in above or len(above) > NESTING or key not in leaves:
-            return len(key)  # a circle is found when it is followed; what is no text of the file is short
+            return len(key)  # OmegaConf reports circles later; anything but a text of the file is short
         if key not in lengths:
             inside = sum(length(name, above | {key}) for name in _REFERENCE.findall(leaves[key]))
             lengths[key] = len(leaves[key]) + inside
@@ -190,7 +190,7 @@ def check_references(values: Any) -> None:
 
 
 def _list_texts(value: Any, key: str) -> Any:
-    """Every text with a reference or without, by dotted key."""
+    """Every text, by dotted key."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
         yield from _list_texts(item, f"{key}.{name}" if key else str(name))

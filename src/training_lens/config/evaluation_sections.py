@@ -1,4 +1,4 @@
-"""The sections on trained models: judging them, asking them, timing them."""
+"""The sections on trained models: evaluation, inference, benchmark."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from training_lens.config.section import Names, Paths, Place, Section
 
 
 class EvaluationSection(Section):
-    """Judging models on the validation rows: evaluate, baseline, compare."""
+    """Evaluating models on the validation rows: evaluate, baseline, compare."""
 
-    max_examples: int | None = Field(None, ge=1, description="judge on at most so many rows; null: all of them")
+    max_examples: int | None = Field(None, ge=1, description="evaluate on at most so many rows; null: all of them")
     generate: bool = Field(
         True, description="let the model answer each prompt and score the answers; false: losses only"
     )

@@ -1,4 +1,4 @@
-"""Flat configs of other trainers: what each of their names is here. The page docs/coming-from.md is this table."""
+"""The keys of other trainers' flat configs and our keys for them. docs/coming-from.md shows this table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Convert = Callable[[Any], Any]
 
 
 class _Unset:
-    """What a value that says nothing becomes: `load_in_4bit: false` leaves the key to its default."""
+    """The value of a key that stays at its default: that of `load_in_4bit: false`."""
 
 
 UNSET = _Unset()
@@ -19,16 +19,16 @@ UNSET = _Unset()
 
 @dataclass(frozen=True)
 class ForeignKey:
-    """Names that mean `key`; `convert` gives our value, or raises ValueError with what is possible."""
+    """Other trainers' names of `key`; `convert` returns our value, or raises a ValueError."""
 
     names: tuple[str, ...]
     key: str
     convert: Convert = lambda value: value
-    values: str = ""  # how values change, for the page
+    values: str = ""  # how values are converted, for the docs
 
 
 def _convert_switch(on: Any, off: Any = UNSET) -> Convert:
-    """A yes or no that is one of several values here."""
+    """A converter of a bool to one of our values."""
 
     def convert(value: Any) -> Any:
         if not isinstance(value, bool):
@@ -65,7 +65,7 @@ def _check_warmup(value: Any) -> Any:
 
 
 def _split_modules(value: Any) -> Any:
-    """Names in one text, with commas between; 'all' in its spellings; a regular expression stays what it is."""
+    """Names separated by commas as a list; `all` is `auto`; a regular expression is left as it is."""
     if value in ("all", "all-linear"):
         return "auto"
     if not isinstance(value, str) or re.search(r"[\\^$*+?()\[\]|]", value):
@@ -189,9 +189,9 @@ KINDS = ("name", "type", "kind", "class")  # {optimizer: {name: adamw}} is optim
 
 
 def find_counterpart(name: str) -> ForeignKey | None:
-    """What a dotted name of another trainer's config means here: `lora.alpha`, `optimizer.name`, `training.num_epochs`.
+    """Our key for a dotted name of another trainer: `lora.alpha`, `optimizer.name`, `training.num_epochs`.
 
-    Exact names alone, none that is merely alike.
+    Only exact names match.
     """
     *sections, last = name.split(".")
     section = sections[-1] if sections else ""
@@ -204,7 +204,7 @@ def find_counterpart(name: str) -> ForeignKey | None:
 
 @dataclass(frozen=True)
 class Translation:
-    """What flat names say, by our dotted keys; the rest of the file; a line for each name; what could not be."""
+    """The settings by our dotted keys, the rest of the file, a line for each name, and the problems."""
 
     settings: dict[str, Any]
     rest: dict[str, Any]
@@ -213,13 +213,13 @@ class Translation:
 
 
 def translate_names(values: Mapping[str, Any]) -> Translation:
-    """The flat names among a file's top-level keys as our keys; everything else is left in `rest`.
+    """Translate the flat names among a file's top-level keys; everything else is left in `rest`.
 
-    Names of one key that say different things are a problem, and so is a value that has no counterpart.
+    Two names of one key with different values are a problem, and so is a value without a counterpart.
     """
     theirs = {name: value for name, value in values.items() if name in BY_NAME and not isinstance(value, Mapping)}
-    rest = {name: value for name, value in values.items() if name not in theirs}  # a section is no flat name
-    said: dict[str, dict[str, Any]] = {}  # our key -> {their name: our value}
+    rest = {name: value for name, value in values.items() if name not in theirs}  # a section is not a flat name
+    found: dict[str, dict[str, Any]] = {}  # our key -> {their name: our value}
     lines, problems = [], []
     for name, value in theirs.items():
         try:
@@ -228,14 +228,14 @@ def translate_names(values: Mapping[str, Any]) -> Translation:
             problems.append(f"{name}: given {value!r}, for {BY_NAME[name].key}: {error}")
             continue
         if ours is not UNSET:
-            said.setdefault(BY_NAME[name].key, {})[name] = ours
+            found.setdefault(BY_NAME[name].key, {})[name] = ours
             lines.append(f"{name} -> {BY_NAME[name].key}{'' if ours is value or ours == value else f'={ours}'}")
-    problems += [problem for key, names in said.items() if (problem := _describe_conflict(key, names, rest))]
-    return Translation({key: next(iter(names.values())) for key, names in said.items()}, rest, lines, problems)
+    problems += [problem for key, names in found.items() if (problem := _describe_conflict(key, names, rest))]
+    return Translation({key: next(iter(names.values())) for key, names in found.items()}, rest, lines, problems)
 
 
 def _describe_conflict(key: str, names: Mapping[str, Any], rest: Mapping[str, Any]) -> str | None:
-    """The problem of two names, or a name and our own key, that differ."""
+    """The problem if two names, or a name and our own key, have different values."""
     section: Any = rest
     for part in key.split("."):
         section = section.get(part, UNSET) if isinstance(section, Mapping) else UNSET
@@ -243,5 +243,5 @@ def _describe_conflict(key: str, names: Mapping[str, Any], rest: Mapping[str, An
     first, *others = everything.values()
     if all(value == first for value in others):
         return None
-    found = " and ".join(f"{name} ({value!r})" for name, value in everything.items())
-    return f"{key}: {found} say different things; keep one"
+    given = " and ".join(f"{name} ({value!r})" for name, value in everything.items())
+    return f"{key}: {given} say different things; keep one"

@@ -1,8 +1,7 @@
-"""Config files written for another trainer (`--from`): which of its keys change no result here, and may be set aside.
+"""Config files of another trainer (`--from`): the keys without a counterpart that change no result and are ignored.
 
-A key that `foreign_keys` translates is not here. Of the others, some are set aside whatever they say (`harmless`), some
-at the values that say what is done here anyway (`fixed`), and some where the config answers the question itself
-(`answered`). Everything else is refused: it would change the result, and nothing here would honour it.
+Some are ignored at any value (`harmless`), some at the values that describe what is done here anyway (`fixed`), and
+some where another key of the config decides (`answered`). All others are refused, as they would change the result.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ AXOLOTL = """
     loss_watchdog_threshold loss_watchdog_patience gc_steps push_dataset_to_hub hf_use_auth_token sequence_parallel
     shuffle_merged_datasets val_set_size_seed axolotl_config_path profiler_steps
 """
-# What is done here anyway: other values would change the result.
+# The values that describe what is done here anyway; others would change the result.
 OPTIMIZATION: dict[str, tuple[Any, ...]] = {
     "adam_beta1": (0.9, None),
     "adam_beta2": (0.999, None),
@@ -90,10 +89,10 @@ OPTIMIZATION: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Origin:
-    """A trainer whose config files are read: its title, and what becomes of the keys that have no counterpart here.
+    """A trainer whose config files are read, and its keys without a counterpart here.
 
-    `fixed` has for each key the values that say what is done here anyway; `answered` the key of ours that must be set
-    instead, by the same file or by an override.
+    `harmless` keys are ignored. `fixed` has the values at which a key is ignored, `answered` the key of ours that must
+    be set instead, in the same file or by an override.
     """
 
     title: str
@@ -167,7 +166,7 @@ ORIGINS = {
 
 @dataclass(frozen=True)
 class ForeignKeys:
-    """A file's values without the foreign keys that were set aside, their names, and a line for each that cannot be."""
+    """A file's values without the ignored keys, their names, and a line for each problem."""
 
     rest: dict[str, Any]
     ignored: list[str]
@@ -177,11 +176,11 @@ class ForeignKeys:
 def remove_foreign_keys(
     values: Mapping[str, Any], origin: str | None, sections: Collection[str], decided: Mapping[str, Any]
 ) -> ForeignKeys:
-    """Take out the top-level keys of another trainer that change no result here; without an origin, none.
+    """Remove the top-level keys of another trainer that change no result here; none without an origin.
 
     Args:
-        sections: the names that are our own.
-        decided: what is set under our own dotted keys.
+        sections: our own top-level names.
+        decided: the settings under our dotted keys.
     """
     rest = dict(values)
     ignored: list[str] = []
@@ -196,13 +195,13 @@ def remove_foreign_keys(
         elif problem:
             problems.append(problem)
         else:
-            continue  # not one of its keys: the schema will say so
+            continue  # not one of its keys: the schema refuses it
         del rest[name]
     return ForeignKeys(rest, ignored, problems)
 
 
 def _describe_refusal(name: str, value: Any, trainer: Origin, decided: Mapping[str, Any]) -> str | None:
-    """None where the key may be set aside, else why not; empty where it is none of the trainer's keys."""
+    """Why the key is not ignored; None where it is, empty where it is not one of the trainer's keys."""
     if name in trainer.harmless:
         return None
     if name in trainer.fixed:
@@ -220,7 +219,7 @@ def _describe_refusal(name: str, value: Any, trainer: Origin, decided: Mapping[s
 
 
 def find_origins(name: str) -> list[str]:
-    """The trainers of which a key is, among those keys that have no counterpart here."""
+    """The trainers that have this key, without a counterpart here."""
     return [
         origin
         for origin, trainer in ORIGINS.items()
@@ -229,5 +228,5 @@ def find_origins(name: str) -> list[str]:
 
 
 def describe_ignored(names: Sequence[str]) -> str:
-    """One line on what was set aside."""
+    """A line on the ignored keys."""
     return f"set aside, as nothing here depends on them: {', '.join(names)}"

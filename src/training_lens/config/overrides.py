@@ -1,8 +1,8 @@
-"""What a person types behind a command, `key=value`, as values: text as it is, the rest in Hydra's grammar.
+"""The overrides of a command line, `key=value`, as values: text as it is, all else in Hydra's grammar.
 
-A key that takes text takes whatever the shell passes: spaces, brackets, `$`, digits. Only `null` where the key may be
-null, quotes around the whole value, and, for keys that take a list, `[a,b]` mean something; a file of that very name
-comes before all of them.
+A key that takes text takes whatever the shell passes: spaces, brackets, `$`, digits. Special are only `null` where the
+key may be null, quotes around the whole value, and `[a,b]` for keys that take a list; a file of that name takes
+precedence.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Override:
 
 @dataclass(frozen=True)
 class KeyType:
-    """What the schema says of a key's value, as far as it decides how typed text is read.
+    """The type of a key, as far as it decides how typed text is read.
 
     `form` is text, texts (a list of them, or one) or other (numbers, switches, mappings); `is_path`: it names files.
     """
@@ -51,11 +51,11 @@ class KeyType:
 
 
 def split_words(words: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """The overrides among the words, and a line for each word that is none, with what was most likely meant."""
+    """The overrides among the words, and a line for each other word, with what was most likely meant."""
     overrides, problems = [], []
     skipped = False
     for word, following in zip_longest(words, words[1:], fillvalue=""):
-        if skipped:  # it was named with the word before it
+        if skipped:  # reported together with the word before it
             skipped = False
             continue
         key, equals, raw = word.partition("=")
@@ -72,7 +72,7 @@ def split_words(words: Sequence[str]) -> tuple[list[Override], list[str]]:
 
 
 def is_key(text: str) -> bool:
-    """Whether text has the form of a key: names with dots between, a '+' or two before it allowed."""
+    """Whether text has the form of a key: names separated by dots, after an optional '+' or two."""
     first = text.lstrip("+")[:1]
     return (first.isalpha() or first == "_") and not any(c.isspace() or c in "/\\'\"(),?!" for c in text.split(".")[0])
 
@@ -118,7 +118,7 @@ def describe_no_override(word: str, value: str = "") -> str:
 
 
 def _is_path(path: Path) -> bool:
-    """Whether a file or folder has this name; a name that no file can have is that of none."""
+    """Whether a file or folder has this name; false for invalid names."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -126,7 +126,7 @@ def _is_path(path: Path) -> bool:
 
 
 def read_value(override: Override) -> Any:
-    """The value that a person meant by the text behind the '='.
+    """The value of the text behind the '='.
 
     Raises:
         ConfigurationError: a sweep, or several values where one is expected.
@@ -144,7 +144,7 @@ def read_value(override: Override) -> Any:
 
 
 def _read_texts(override: Override, kind: KeyType) -> Any:
-    """One text, or the list that `[a,b]` is."""
+    """One text, or the list of `[a,b]`."""
     elements = split_list(override.raw)
     if elements is not None:
         return [_read_element(element) for element in elements]
@@ -170,7 +170,7 @@ def _read_other(override: Override) -> Any:
     from hydra.core.override_parser.types import QuotedString
 
     parsed = _parse_override(override.raw)
-    if parsed is None:  # no grammar of Hydra's: the elements of a list one by one, all else is text
+    if parsed is None:  # not Hydra's grammar: a list element by element, anything else as text
         elements = split_list(override.raw)
         return override.raw if elements is None else [_parse_hydra(element) for element in elements]
     if parsed.is_sweep_override():
@@ -182,7 +182,7 @@ def _read_other(override: Override) -> Any:
 
 
 def _parse_override(raw: str) -> Any:
-    """Hydra's reading of a value; None where it is none of its grammar."""
+    """Hydra's reading of a value; None where it does not parse."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -220,9 +220,9 @@ def _strip_quotes(text: str) -> str:
 
 
 def split_list(text: str) -> list[str] | None:
-    """The elements of `[a,b]` as they are written; None where the text is no such list, as `[draft] rows.jsonl`.
+    """The elements of `[a,b]` as written; None where the text is not such a list, as `[draft] rows.jsonl`.
 
-    Commas in quotes, braces and inner brackets divide nothing.
+    Commas in quotes, braces and inner brackets do not separate.
 
     Example:
         >>> split_list("[rows (1).jsonl, 'a,b.json']")
@@ -243,7 +243,7 @@ def split_list(text: str) -> list[str] | None:
 
 
 def _unquoted_characters(text: str) -> Iterator[tuple[int, str]]:
-    """The characters that stand in no quotes, with their places; quotes open at the start of an element alone."""
+    """The characters outside quotes, with their positions; quotes open only at the start of an element."""
     quote, at_start = "", True
     for index, character in enumerate(text):
         if quote:
@@ -259,7 +259,7 @@ def _unquoted_characters(text: str) -> Iterator[tuple[int, str]]:
 
 @cache
 def key_type(key: str) -> KeyType:
-    """How typed text is read for a key; one that the schema does not know is read by Hydra's grammar."""
+    """How typed text is read for a key; an unknown key is read by Hydra's grammar."""
     field = _find_field(TrainingConfig, key.split("."))
     if field is None:
         return KeyType("other", False, False)
@@ -285,7 +285,7 @@ def _find_field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None
 
 
 def _union_members(annotation: Any) -> Iterator[Any]:
-    """The types that a union joins, without what is annotated to them."""
+    """The member types of a union, without annotations."""
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from _union_members(get_args(annotation)[0])
@@ -302,7 +302,7 @@ def _takes_text(member: Any) -> bool:
 
 
 def _has_marker(annotation: Any) -> bool:
-    """Whether a type, or one inside it, is marked as the name of a file or folder."""
+    """Whether a type, or one inside it, is marked as a path."""
     if annotation is PATH_MARKER:
         return True
     inner = annotation if isinstance(annotation, list | tuple) else get_args(annotation)
@@ -310,10 +310,10 @@ def _has_marker(annotation: Any) -> bool:
 
 
 def read_values(overrides: Sequence[Override], report: Callable[[str], None]) -> tuple[dict[str, Any], list[str]]:
-    """The values of overrides by dotted key, the last of each key; and a line for each that cannot be read.
+    """The values of overrides by dotted key, where the last one wins; and a line for each that cannot be read.
 
     Args:
-        report: takes a line for each key that is given twice with different values.
+        report: called with a line for each key that is given twice with different values.
     """
     values: dict[str, Any] = {}
     problems: list[str] = []

@@ -37,10 +37,10 @@ def user_presets(group: str) -> dict[str, Path]:
 
 
 def load_presets(choices: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], list[FileContent]]:
-    """The packaged config.yaml with the chosen presets over it; and what was read from the user's own files.
+    """The packaged config.yaml with the chosen presets over it; and the user's own preset files.
 
     Args:
-        choices: pairs of a group and a name; the user's own preset goes before a packaged one of that name.
+        choices: pairs of a group and a name; the user's own preset takes precedence over a packaged one.
 
     Raises:
         ConfigurationError: no such preset; lists those there are, and the nearest.

@@ -61,23 +61,23 @@ def list_problems(error: ValidationError, known: Sequence[str], prefix: str = ""
 
 
 def _list_leaves(key: str, value: Any) -> Iterable[tuple[str, Any]]:
-    """The keys in a section that is unknown as a whole, which may each have another name here; or the key itself."""
+    """The keys of an unknown section, or the key itself."""
     return flatten_sections({key: value}).items() if isinstance(value, Mapping) and value else ((key, value),)
 
 
 def _show_value(item: Mapping[str, Any]) -> str:
-    """What was given: it may be a secret that stands at a wrong key, or all the rows of a data set."""
+    """The given value, shortened and redacted."""
     text = redact_text(repr(item["input"]))
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def _is_union_label(part: int | str) -> bool:
-    """Whether a part of a place names a member of a union, such as 'list[str]', and no key."""
+    """Whether a part of a location names a member of a union, such as 'list[str]', and not a key."""
     return isinstance(part, str) and (part in UNION_LABELS or any(mark in part for mark in "[('"))
 
 
 def _drop_locations(values: Mapping[str, Any], locations: Sequence[Location]) -> dict[str, Any]:
-    """`values` without the keys that the locations name; a broken list or union goes as a whole."""
+    """`values` without the keys at the locations; a broken list or union is dropped as a whole."""
     kept = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     for location in locations:
         section = kept.get(str(location[0])) if location else None

@@ -1,5 +1,6 @@
-"""A run's own config: read as data. Code that it names is run, and the run sent to places that it names, only where
-this machine's user allows it.
+"""A run's own config, read as data.
+
+Code and destinations that it names are used only if this machine's user allows them.
 """
 
 from __future__ import annotations
@@ -26,26 +27,30 @@ CodeKey = Literal["model.trust_remote_code", "tracking.custom", "evaluation.metr
 Settings = Mapping[str, Any]
 MODEL_CODE: CodeKey = "model.trust_remote_code"
 CODE_KEYS: tuple[CodeKey, ...] = (MODEL_CODE, "tracking.custom", "evaluation.metrics", "evaluation.task_path")
-RESUME_KEYS = (MODEL_CODE, "tracking.custom", *DESTINATIONS)  # what a run's own config must not decide by itself
+RESUME_KEYS = (
+    MODEL_CODE,
+    "tracking.custom",
+    *DESTINATIONS,
+)  # settings that a run's own config must not decide by itself
 SYNC_KEYS = ("tracking.custom", *DESTINATIONS)
 BASE = "output.base_output_dir"
-FILE_KEYS = (*CODE_KEYS, *DESTINATIONS, BASE, "prepare.output", "sweep.storage")  # nor a config file of others
+FILE_KEYS = (*CODE_KEYS, *DESTINATIONS, BASE, "prepare.output", "sweep.storage")  # nor the config files of others
 NAMES = {"run_id": check_run_id, "experiment_name": check_experiment}
-NOT_OURS = ("tracking/wandb",)  # its client links to logs of its own
+NOT_OURS = ("tracking/wandb",)  # its client creates links to its logs
 WRITTEN_BESIDE = ("adapter_config.json", "mirror.json", "leaderboard.json", "study.db", "best.yaml")
 
 
 def read_run_config(run: RunFolder, changes: Settings | None = None) -> TrainingConfig:
-    """What metadata/config.json says, to be looked at: nothing that it names is run.
+    """The config in metadata/config.json, for reading only: no code that it names is run.
 
-    Names that earlier versions took and today's rule refuses are left out of it: the run's folder has them.
+    Names of earlier versions that are invalid now are left out; the run's folder has them.
 
     Args:
-        changes: settings by section that hold in place of the run's own.
+        changes: settings by section that replace the run's own.
 
     Raises:
         CheckpointError: it is missing or broken, or a link in the run's folder leads out of it.
-        ConfigurationError: it is no config.
+        ConfigurationError: it is not a valid config.
     """
     require_contained(run.root, besides=NOT_OURS)
     values = run.read_metadata("config.json")
@@ -55,9 +60,9 @@ def read_run_config(run: RunFolder, changes: Settings | None = None) -> Training
 
 
 def locate_outputs(run: RunFolder) -> Path:
-    """The output.base_output_dir of a run: where its folder stands now; of one that stands alone, the default.
+    """The output.base_output_dir that contains a run's folder; for a folder elsewhere, the default.
 
-    What its config says is a place on the machine that trained it, which may be another's.
+    The path in its config is that of the machine that trained it.
     """
     return output_folder(run.root) or Path(TrainingConfig().output.base_output_dir)
 
@@ -77,10 +82,10 @@ def _is_old_name(key: str, value: Any) -> bool:
 
 
 def open_run_config(run: RunFolder, given: Settings, *keys: str) -> TrainingConfig:
-    """What metadata/config.json says, to load or go on with the run, which does what `keys` name.
+    """The config in metadata/config.json, for loading or resuming the run, with consent to `keys`.
 
     Args:
-        given: what the user set for this command, by section, such as `{"model": {"trust_remote_code": True}}`.
+        given: the user's settings for this command, by section, such as `{"model": {"trust_remote_code": True}}`.
 
     Raises:
         CheckpointError, ConfigurationError: see `read_run_config` and `require_consent`.
@@ -91,21 +96,20 @@ def open_run_config(run: RunFolder, given: Settings, *keys: str) -> TrainingConf
 
 
 def require_consent(folder: Path, config: TrainingConfig, given: Settings, *keys: str) -> None:
-    """Refuse what the config in `folder` names and the user did not, neither now nor when they trained it.
+    """Refuse code and destinations of the config in `folder` that the user set neither now nor in training.
 
     Args:
-        keys: of `CODE_KEYS`, code that would be run; all others are keys or sections that say where something is
-            written or sent.
+        keys: those of `CODE_KEYS` name code that would be run; all others are destinations.
 
     Raises:
-        ConfigurationError: names the code and the places, and how they are allowed.
+        ConfigurationError: names the code and the destinations, and how to allow them.
     """
     code = [
         key for key in CODE_KEYS if key in keys and _names_code(config, key) and not _is_allowed(given, config, key)
     ]
     places = destination_settings(config, [key for key in keys if key not in CODE_KEYS])
     asked = {key: value for key, value in places.items() if not _is_given(given, key, value)}
-    if asked.get(BASE) and output_folder(folder.resolve()) == Path(asked[BASE]).resolve():  # where it is itself
+    if asked.get(BASE) and output_folder(folder.resolve()) == Path(asked[BASE]).resolve():  # it is in there already
         del asked[BASE]
     known = read_consent(folder) if code or asked else frozenset()
     others = [key for key in code if not known or not _code_entries(folder, config, key) <= known]
@@ -117,7 +121,7 @@ def require_consent(folder: Path, config: TrainingConfig, given: Settings, *keys
 
 
 def remember_consent(folder: Path, config: TrainingConfig) -> None:
-    """Keep that the user allows the code and the destinations of this config, with which they train, for `folder`."""
+    """Remember for `folder` that the user allows the code and the destinations of this config."""
     code = [_code_entries(folder, config, key) for key in CODE_KEYS if _names_code(config, key)]
     places = {_consent_entry(key, value) for key, value in _changed_settings(config, DESTINATIONS).items()}
     if code or places:
@@ -125,12 +129,12 @@ def remember_consent(folder: Path, config: TrainingConfig) -> None:
 
 
 def remember_mirror(folder: Path, place: str) -> None:
-    """Keep that the user allows the mirror `place`, which they fetched the run in `folder` from."""
+    """Remember for `folder` that the user allows the mirror `place`, from which it was fetched."""
     save_consent(folder, {_consent_entry("output.mirror", place)})
 
 
 def consent_for(run: RunFolder, config: TrainingConfig) -> dict[str, Any]:
-    """What the user allows `run` who gave `config` for it, by section: its code, and the destinations of both."""
+    """What the user allows `run` by giving `config` for it, by section: its code, and destinations of both."""
     theirs = destination_settings(read_run_config(run))
     settings: dict[str, Any] = {}
     for key, value in destination_settings(config).items():
@@ -144,9 +148,9 @@ def consent_for(run: RunFolder, config: TrainingConfig) -> dict[str, Any]:
 
 
 def destination_settings(config: TrainingConfig, keys: Collection[str] = DESTINATIONS) -> dict[str, Any]:
-    """The settings, by dotted key, that say where something goes: below `keys`, other than the defaults.
+    """The destinations, by dotted key: settings below `keys` that are not the defaults.
 
-    What belongs to a service that is off is left out.
+    Those of a service that is off are left out.
     """
     off = {key for key in DESTINATIONS if key not in config.destinations}
     return _changed_settings(config, [key for key in keys if key not in off])
@@ -175,13 +179,13 @@ def _is_given(given: Settings, key: str, value: Any) -> bool:
 
 
 def _as_list(value: Any) -> list[Any]:
-    """A value as the schema takes it: one path for a list of one, `~` for the user's folder."""
+    """A value as the schema reads it: one path is a list of one, `~` is expanded."""
     values = value if isinstance(value, list) else [value]
     return [expand_path_text(str(item)) if isinstance(item, str | Path) else item for item in values]
 
 
 def _is_allowed(given: Settings, config: TrainingConfig, key: CodeKey) -> bool:
-    """Whether what the user set allows the code of a key."""
+    """Whether the user's settings allow the code of a key."""
     if key == MODEL_CODE:
         return (given.get("model") or {}).get("trust_remote_code") is True
     if key == "tracking.custom":
@@ -198,12 +202,12 @@ def _names_code(config: TrainingConfig, key: CodeKey) -> bool:
 
 
 def _code_entries(folder: Path, config: TrainingConfig, key: CodeKey) -> set[str]:
-    """What would be run, as `utils.consent` keeps it; a model that is not here yet has code that nobody can know."""
+    """The identities of the code of a key, as `utils.consent` stores them; a missing model has an unknown one."""
     return {f"{key}: {part}" for part in _code_identities(folder, config, key)}
 
 
 def _code_identities(folder: Path, config: TrainingConfig, key: CodeKey) -> Iterator[str]:
-    """Where the code of a key comes from, and the sha256 of each of its files."""
+    """The origin of the code of a key, and the sha256 of each of its files."""
     if key == MODEL_CODE:
         model = config.model
         home = _model_folder(model)
@@ -254,7 +258,7 @@ def _as_word(key: str, value: Any) -> str:
 
 
 def find_writer(file: Path) -> Path | None:
-    """The folder of a run, sweep, adapter, mirror or prepared data that a config file is part of; None: of none."""
+    """The folder of the run, sweep, adapter, mirror or prepared data that a config file is part of, if any."""
     home = expand_home(file).resolve().parent
     for folder in (home, *home.parents):
         if (folder / "metadata" / "config.json").is_file():

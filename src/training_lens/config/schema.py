@@ -193,7 +193,7 @@ class OutputSection(Section):
 
     @property
     def named_experiment(self) -> str | None:
-        """The experiment, where it was named; None: runs are looked for in all of them."""
+        """The experiment if it was set; None: runs of all experiments are searched."""
         return self.experiment_name if "experiment_name" in self.model_fields_set else None
 
 
@@ -240,18 +240,18 @@ class TrainingConfig(Section):
         return self
 
     def find_conflicts(self) -> list[str]:
-        """What can be told from the config alone; the run's length is checked when the rows are counted."""
+        """A line for each conflict between keys; the run's length is checked when the rows are counted."""
         return _find_conflicts(self)
 
     @property
     def prepared_folder(self) -> Path:
-        """Where `training-lens prepare` writes."""
+        """The output folder of `training-lens prepare`."""
         output = self.output
         return expand_home(self.prepare.output or f"{output.base_output_dir}/data/{output.experiment_name}")
 
     @property
     def destinations(self) -> tuple[str, ...]:
-        """Of `DESTINATIONS`, the places besides its folder that a run is sent to."""
+        """Those of `DESTINATIONS` that the run is sent to."""
         tracking = self.tracking
         is_on = (
             *(self.output.mirror is not None, tracking.wandb.mode != "disabled", tracking.mlflow.enabled),
@@ -262,7 +262,7 @@ class TrainingConfig(Section):
     def replace_keys(self, **sections: dict[str, Any]) -> TrainingConfig:
         """A copy with some keys of some sections replaced: `config.replace_keys(training={"lr": 1e-3})`.
 
-        What was never set stays unset, so that later steps can tell a choice from a default.
+        Keys that were never set stay unset, so that a choice can be told from a default.
         """
         values = self.explicit_values()
         for name, keys in sections.items():
@@ -270,12 +270,12 @@ class TrainingConfig(Section):
         return TrainingConfig.model_validate(values)
 
     def explicit_values(self) -> dict[str, Any]:
-        """What was set, by section, without what is at its default unasked."""
+        """The keys that were set, by section, without defaults."""
         return _explicit_values(self)
 
 
 def _explicit_values(section: BaseModel) -> dict[str, Any]:
-    """What was set of a section, and of the sections in it."""
+    """The keys that were set in a section and in its subsections."""
     values: dict[str, Any] = {}
     for name in type(section).model_fields:
         value = getattr(section, name)

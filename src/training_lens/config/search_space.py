@@ -13,7 +13,7 @@ from training_lens.errors import ConfigurationError
 from training_lens.utils.formatting import nearest_name
 from training_lens.utils.limits import CHOICES
 
-# All else either does not change training, or changes which tokens are judged: losses could not be compared.
+# All else either does not change training, or changes which tokens are evaluated: losses could not be compared.
 SEARCHED = (
     *("peft.", "training.", "data.max_examples", "data.weights"),
     *("model.dtype", "model.quantization", "model.attention"),
@@ -23,16 +23,16 @@ RANGE = ("low", "high", "log", "step")
 
 @dataclass(frozen=True)
 class ChoiceDimension:
-    """Some values of a key, as the schema reads them."""
+    """A list of values of a key, as the schema reads them."""
 
     values: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class RangeDimension:
-    """The numbers from `low` to `high`, both included: all of them, or with `step` (1 for whole numbers) a grid.
+    """The numbers from `low` to `high`, inclusive; with `step` (1 for whole numbers) a grid.
 
-    `log` tries each order of magnitude as often.
+    `log` samples uniformly in the logarithm.
     """
 
     low: float
@@ -43,12 +43,12 @@ class RangeDimension:
 
     @property
     def value_count(self) -> int | None:
-        """How many values there are; None for a continuum."""
+        """The number of values; None for a continuous range."""
         step = self.step or (1 if self.whole else None)
         return None if step is None else round((self.high - self.low) / step) + 1
 
     def round_number(self, number: float) -> float:
-        """`number` as it is tried: whole where the key is, else with 10 significant digits, and within the range."""
+        """`number` as a trial uses it: a whole number, or 10 significant digits within the range."""
         return round(number) if self.whole else min(max(float(f"{number:.10g}"), self.low), self.high)
 
 
@@ -56,7 +56,7 @@ Dimension = ChoiceDimension | RangeDimension
 
 
 def flatten_keys(space: Mapping[str, Any]) -> dict[str, Any]:
-    """A search space with its keys in full.
+    """A search space with dotted keys.
 
     Example:
         >>> flatten_keys({"peft": {"r": [4, 8]}, "training.lr": {"low": 1e-4, "high": 1e-2}})
@@ -75,7 +75,7 @@ def parse_space(config: TrainingConfig) -> dict[str, Dimension]:
     """The dimensions of `config.sweep.space`, by key.
 
     Raises:
-        ConfigurationError: lists every key that is unknown or cannot be searched, and every value that its key refuses.
+        ConfigurationError: lists every unknown or unsearchable key, and every invalid value.
     """
     dimensions: dict[str, Dimension] = {}
     problems: list[str] = []
@@ -153,7 +153,11 @@ def _parse_range(config: TrainingConfig, key: str, given: Mapping[str, Any]) -> 
 
 
 def _is_whole(config: TrainingConfig, key: str) -> bool:
-    """Whether the key takes whole numbers alone; a key that takes no numbers has no range."""
+    """Whether the key takes whole numbers only.
+
+    Raises:
+        ConfigurationError: the key takes no numbers, so it has no range.
+    """
     section_name, name = key.split(".")
     annotation = type(getattr(config, section_name)).model_fields[name].annotation
     members = get_args(annotation)
@@ -191,7 +195,7 @@ def _suggest_name(close: str | None) -> str:
 
 
 def _describe_problem(found: RangeDimension) -> str | None:
-    """What is wrong with the numbers of a range, if anything."""
+    """The problem with the numbers of a range, if any."""
     if found.low >= found.high:
         return f"low {found.low:g} is not below high {found.high:g}"
     if found.log and found.low <= 0:

@@ -26,13 +26,13 @@ from training_lens.utils.names import check_experiment, check_run_id, expand_hom
 
 
 def as_list(value: Any) -> Any:
-    """One path where a list of paths is expected is a list of one; `Path` objects are their text."""
+    """A single path as a list of one; `Path` objects as text."""
     values = [value] if isinstance(value, str | Path) else value
     return [str(v) if isinstance(v, Path) else v for v in values] if isinstance(values, list) else values
 
 
 def as_rows(value: Any) -> Any:
-    """As `as_list`; a table, several of them, or one row are the list of their rows."""
+    """As `as_list`; tables and single rows as a list of rows."""
     if isinstance(value, list) and value and not isinstance(value[0], str | Path | dict):
         tables = [rows_of_table(item) for item in value]
         return value if None in tables else [row for rows in tables for row in rows or ()]
@@ -49,17 +49,23 @@ def _has_objects(values: list[Any]) -> bool:
 
 
 def expand_path_text(value: str) -> str:
-    """A path of a config with its '~' expanded; a URL and all else as it is."""
+    """A path with its '~' expanded; other text as it is."""
     return str(expand_home(value)) if value.startswith("~") else value
 
 
 def path_as_text(value: Any) -> Any:
-    """A `Path` as its text."""
+    """A `Path` as text."""
     return str(value) if isinstance(value, Path) else value
 
 
-NO_NAMES = ("delimiter", "quotechar", "escapechar", "train", "validation")  # signs; rows, which say it themselves
-PATH_MARKER = AfterValidator(expand_path_text)  # also tells that a key names files or folders
+NO_NAMES = (
+    "delimiter",
+    "quotechar",
+    "escapechar",
+    "train",
+    "validation",
+)  # characters; rows, which have checks of their own
+PATH_MARKER = AfterValidator(expand_path_text)  # also marks a key as a path
 
 RunId = Annotated[str, AfterValidator(check_run_id)]
 ExperimentName = Annotated[str, AfterValidator(check_experiment)]
@@ -70,14 +76,14 @@ Rows = Annotated[list[Place] | list[dict[str, Any]], BeforeValidator(as_rows)]
 
 
 class Section(BaseModel):
-    """A part of the config: strict about its keys, checked as a whole, also when a key is assigned.
+    """A section of the config: unknown keys are errors, and assignments are validated.
 
     Raises:
-        ConfigurationError: when it is made, validated or assigned to; lists every problem. An assignment that is
-            refused changes nothing.
+        ConfigurationError: on creation, validation or assignment; lists every problem. A refused assignment changes
+            nothing.
     """
 
-    __slots__ = ("_root",)  # the config it is a part of, and its place there: no part of its value
+    __slots__ = ("_root",)  # the config that contains it, and its prefix there; not part of its value
 
     model_config = ConfigDict(
         extra="forbid",
@@ -90,7 +96,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_blank(cls, value: Any, info: ValidationInfo) -> Any:
-        """Every text of the config names something."""
+        """Refuse blank text."""
         texts = value if isinstance(value, list) else [value]
         blank = [text for text in texts if isinstance(text, str) and not text.strip()]
         if blank and info.field_name not in NO_NAMES:
@@ -101,7 +107,7 @@ class Section(BaseModel):
         with _convert_errors(type(self), values):
             super().__init__(**values)
 
-    # Says that this does what pydantic's own does: a section in a section is then validated together with it.
+    # Marks this as equivalent to pydantic's own, so that nested sections are validated together.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     @classmethod
@@ -127,17 +133,17 @@ class Section(BaseModel):
         self._adopt_sections(self, "")
 
     def find_conflicts(self) -> list[str]:
-        """What is wrong across the keys of several sections: a line for each problem."""
+        """A line for each conflict between keys of several sections."""
         return []
 
     def _find_root(self) -> tuple[Section, str]:
-        """The whole that this is a part of, and what stands before its keys there: 'data.fields.'."""
+        """The config that contains this section, and the prefix of its keys there: 'data.fields.'."""
         reference, prefix = getattr(self, "_root", (None, ""))
         root = reference() if reference else None
         return (self, "") if root is None else (root, prefix)
 
     def _adopt_sections(self, root: Section, prefix: str) -> None:
-        """Tell the sections in this one what they are part of; one that another config has is copied."""
+        """Link the subsections to the root; a section of another config is copied."""
         for name in type(self).model_fields:
             section = self.__dict__[name]
             if not isinstance(section, Section):
@@ -151,7 +157,7 @@ class Section(BaseModel):
 
 @contextmanager
 def _convert_errors(model: type[Section], values: Any) -> Iterator[None]:
-    """Within the block, what pydantic finds wrong with `values` is one ConfigurationError."""
+    """Within the block, pydantic's errors on `values` become one ConfigurationError."""
     try:
         yield
     except ValidationError as error:

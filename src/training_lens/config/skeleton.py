@@ -1,4 +1,4 @@
-"""A config file to begin with, written from the schema: every key with its description, most commented out."""
+"""An initial config file from the schema: every key with its description, most of them commented out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from training_lens.config.schema import TrainingConfig
 
-# None is a key that an experiment preset sets: the file would win over a preset named on the command line.
+# No key of an experiment preset: the file would override a preset on the command line.
 LIVE = ("model.id", "data.train", "data.val_ratio", "output.experiment_name")
 WIDTH = 100
 HEAD = """\

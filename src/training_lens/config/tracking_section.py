@@ -90,7 +90,7 @@ class TrackingSection(Section):
 
     @property
     def has_display(self) -> bool:
-        """Whether any tracker is on that shows samples and histograms."""
+        """Whether any tracker is on that can show samples and histograms."""
         return bool(
             self.tensorboard
             or self.wandb.mode != "disabled"
