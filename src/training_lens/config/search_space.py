@@ -130,7 +130,7 @@ def _parse_choices(config: TrainingConfig, key: str, given: list[Any]) -> Choice
 
 
 def _validate_value(config: TrainingConfig, key: str, value: Any) -> Any:
-    """`round_number` as the key's own section takes it."""
+    """`value` as the section of the key validates it."""
     section_name, name = key.split(".")
     section = getattr(config, section_name).model_copy()
     try:

@@ -299,7 +299,7 @@ class CorpusMetric:
     bleu: n-grams of one to four words, mteval-v13a's words (or those of `tokenizer`), exponential smoothing (Papineni
     et al. 2002; Post 2018, "A Call for Clarity in Reporting BLEU Scores"). chrf: n-grams of one to six characters,
     white space left out, recall weighed double (Popović 2015, "chrF: character n-gram F-score"). Both with sacrebleu's
-    defaults, and equal to what its `corpus_bleu` and `corpus_chrf` give for the rows that `applicable_rows` takes.
+    defaults, and equal to its `corpus_bleu` and `corpus_chrf` over the `applicable_rows`.
 
     Example:
         >>> metric = CORPUS_METRICS["chrf"]
