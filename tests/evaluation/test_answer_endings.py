@@ -46,7 +46,7 @@ def test_a_cut_tells_only_where_the_right_answer_has_room_to_spare(
 
 
 def test_no_answers_have_no_endings() -> None:
-    assert summarize_endings([], [], [], 8) == endings.Endings(0, 0, 0, 0, 8, 0)
+    assert summarize_endings([], [], [], 8) == answer_endings.Endings(0, 0, 0, 0, 8, 0)
 
 
 def test_the_examples_of_the_docstrings_hold() -> None:

@@ -48,7 +48,7 @@ def test_only_numbers_with_one_reading_tell_the_convention() -> None:
     assert find_convention(["#### 2,000", "#### 3.000"]).decimal == "point"
     assert find_convention(["It costs 3.50 now.\n#### 1,5"]).decimal == "comma"  # the marked answer comes first
     assert find_convention(["It costs 3,50.\n#### 1"]).decimal == "comma"
-    assert find_convention([]) == numbers.Convention()
+    assert find_convention([]) == answer_numbers.Convention()
 
 
 def test_how_numbers_are_read_is_told() -> None:
