@@ -33,6 +33,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages."""
     for page, modules in list_pages().items():
         blocks = "\n\n".join(f"::: {module}" for module in modules)
+        blocks = blocks.replace(f"::: {page}\n", f"::: {page}\n    options: {{show_root_heading: false}}\n", 1)
         files.append(File.generated(config, f"api/{page}.md", content=f"{RANK_LOWER}# {page}\n\n{blocks}\n"))
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
     files.append(File.generated(config, "contributing.md", content=contributing))
