@@ -119,5 +119,5 @@ def test_too_little_memory_is_said_with_what_to_lower(command: str, tmp_path: Pa
 def test_step_tokens_cover_the_tokens(small_config: Callable[..., Any]) -> None:
     plan = TrainingWrapper(small_config()).plan()
     for step in plan.schedule.iterate_steps():
-        assert count_step_tokens(plan, step, in_line=False) >= int(plan.train.lengths[step.examples].sum())
+        assert count_step_tokens(plan, step, is_packed=False) >= int(plan.train.lengths[step.examples].sum())
     assert int(np.sum(plan.train.lengths)) == plan.count_rows_and_steps()["tokens"]

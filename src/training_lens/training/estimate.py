@@ -56,7 +56,7 @@ class RunEstimate:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds per token of training (padding included, unless `in_line`) and of validation, and peak bytes.
+    """Seconds per token of training (padding included, unless `is_packed`) and of validation, and peak bytes.
 
     `steps`: how many were measured; `micro_batch_tokens`: most tokens in one of their passes.
     """
@@ -65,7 +65,7 @@ class StepCost:
     validation: float
     peak: float
     steps: int
-    in_line: bool
+    is_packed: bool
     micro_batch_tokens: int
 
 
@@ -88,7 +88,7 @@ def estimate_run(plan: RunPlan) -> RunEstimate | None:
     plan = replace(plan, micro_batch_tokens=measured.micro_batch_tokens)
     validated = 0 if plan.validation is None else _count_validations(plan) * int(plan.validation.lengths.sum())
     return RunEstimate(
-        seconds=measured.step * _count_run_tokens(plan, measured.in_line),
+        seconds=measured.step * _count_run_tokens(plan, measured.is_packed),
         validation_seconds=measured.validation * validated,
         peak_bytes=round(measured.peak),
         micro_batch_tokens=measured.micro_batch_tokens,
@@ -144,20 +144,20 @@ def _measure_steps(plan: RunPlan, trainer: Trainer) -> StepCost:
     """Time sampled steps and validation rows of the plan with this trainer."""
     device = plan.processes.device
     reset_peak(device)
-    in_line = trainer.engine.can_pack
-    sample = _sample_steps(plan, in_line)
+    is_packed = trainer.engine.can_pack
+    sample = _sample_steps(plan, is_packed)
     trainer.train_step(sample[0])  # warms up, and is the largest step: it sets the peak
     seconds, tokens, steps = 0.0, 0, 0
     started = time.perf_counter()
     for step in sample[1:]:
         seconds += trainer.train_step(step).seconds
-        tokens += count_step_tokens(plan, step, in_line)
+        tokens += count_step_tokens(plan, step, is_packed)
         steps += 1
         if time.perf_counter() - started > BUDGET_SECONDS / 2:
             break
     validation = _validation_seconds(plan, trainer) if plan.validation is not None else 0.0
     peak = float(peak_bytes(device))
-    return StepCost(seconds / tokens, validation, peak, steps, in_line, plan.micro_batch_tokens)
+    return StepCost(seconds / tokens, validation, peak, steps, is_packed, plan.micro_batch_tokens)
 
 
 def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
@@ -171,10 +171,10 @@ def _validation_seconds(plan: RunPlan, trainer: Trainer) -> float:
     return (time.perf_counter() - started) / int(sample.lengths.sum())
 
 
-def _sample_steps(plan: RunPlan, in_line: bool) -> list[StepPlan]:
+def _sample_steps(plan: RunPlan, is_packed: bool) -> list[StepPlan]:
     """The step with the largest micro-batch, then steps spread evenly over the sample."""
     steps = _first_steps(plan, COUNTED_STEPS)
-    largest = max(steps, key=lambda step: max(_micro_batch_sizes(plan, step, in_line)))
+    largest = max(steps, key=lambda step: max(_micro_batch_sizes(plan, step, is_packed)))
     spread = np.unique(np.linspace(0, len(steps) - 1, SAMPLED_STEPS).astype(int))
     return [largest, *(steps[i] for i in spread)]
 
@@ -185,22 +185,22 @@ def _first_steps(plan: RunPlan, count: int) -> Sequence[StepPlan]:
     return [step for step, _ in zip(plan.schedule.iterate_steps(), range(total), strict=False)]
 
 
-def _micro_batch_sizes(plan: RunPlan, step: StepPlan, in_line: bool) -> list[int]:
+def _micro_batch_sizes(plan: RunPlan, step: StepPlan, is_packed: bool) -> list[int]:
     """The tokens, padding included, of each micro-batch that this process makes of a step."""
     lengths, budget = plan.train.lengths, plan.micro_batch_tokens
     positions = shard_positions(step.examples, lengths, plan.processes.index, plan.processes.count)
-    parts = [lengths[part] for part in split_micro_batches(positions, lengths, budget, in_line)]
-    return [int(part.sum()) if in_line else len(part) * int(part.max()) for part in parts]
+    parts = [lengths[part] for part in split_micro_batches(positions, lengths, budget, is_packed)]
+    return [int(part.sum()) if is_packed else len(part) * int(part.max()) for part in parts]
 
 
-def count_step_tokens(plan: RunPlan, step: StepPlan, in_line: bool) -> int:
+def count_step_tokens(plan: RunPlan, step: StepPlan, is_packed: bool) -> int:
     """Tokens of a step's micro-batches, padding included: its time is nearly proportional to them."""
-    return sum(_micro_batch_sizes(plan, step, in_line))
+    return sum(_micro_batch_sizes(plan, step, is_packed))
 
 
-def _count_run_tokens(plan: RunPlan, in_line: bool) -> float:
+def _count_run_tokens(plan: RunPlan, is_packed: bool) -> float:
     steps = _first_steps(plan, COUNTED_STEPS)
-    return sum(count_step_tokens(plan, step, in_line) for step in steps) * plan.schedule.total_steps / len(steps)
+    return sum(count_step_tokens(plan, step, is_packed) for step in steps) * plan.schedule.total_steps / len(steps)
 
 
 def _count_validations(plan: RunPlan) -> int:

@@ -72,8 +72,8 @@ def _describe_ways_to_resume(keys: Sequence[str]) -> str:
         else ""
     )
     return (
-        f"{schedule}A run goes on with its own settings: leave these out to resume it, or start a new run with them. "
-        "Once it is finished, a new run can go on from its adapter with peft.from_adapter."
+        f"{schedule}A run keeps its own settings: leave these out to resume it, or start a new run with them. "
+        "Once it is finished, a new run can continue from its adapter with peft.from_adapter."
     )
 
 

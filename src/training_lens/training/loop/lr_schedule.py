@@ -71,4 +71,4 @@ def describe_run_length(training: TrainingSection, schedule: Schedule) -> Iterat
         peak = total / (warmup + 1)
         yield f"warm-up: {warmup} steps, the run has {total}; the learning rate rises to {peak:.0%} of training.lr"
     elif warmup > total / 2 and total > 2:
-        yield f"warm-up: {warmup} of the run's {total} steps; the learning rate falls in the rest alone"
+        yield f"warm-up: {warmup} of the run's {total} steps; the learning rate falls only in the rest"
