@@ -59,3 +59,15 @@ def test_the_embedded_model_is_small_and_safe() -> None:
     files = list((ROOT / "src/training_lens/embedded/base").iterdir())
     assert sum(f.stat().st_size for f in files) <= 6_000_000
     assert not [f for f in files if f.suffix in (".bin", ".pt", ".pkl", ".py")]
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_the_functions_that_maintainers_are_sent_to_exist(page: str) -> None:
+    """`room/module.py` `Class.method`: the file is there and defines each part of the name."""
+    references = re.findall(
+        r"`(?:src/training_lens/)?([a-z_/]+/[a-z_]+\.py)`(?:\s+`([A-Za-z_.]+)`)?", (ROOT / page).read_text()
+    )
+    for path, name in references:
+        file = next(f for f in (ROOT / "src/training_lens" / path, ROOT / path) if f.exists())
+        for part in filter(None, name.split(".")):
+            assert re.search(rf"^ *(def|class) {part}\b|^{part}\b", file.read_text(), re.MULTILINE), f"{path} {name}"
