@@ -22,10 +22,14 @@ demo: $(STAMP)
 	$(BIN)/training-lens train +experiment=default
 	$(BIN)/training-lens compare --run latest
 
-# The guides and the API reference as a site in site/. A warning fails; nothing is downloaded.
-docs: $(STAMP)
+# The guides and the API reference as a site in site/. A warning fails; the build itself downloads nothing.
+docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "to read and search it: $(BIN)/python -m http.server --directory site, then http://localhost:8000"
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
