@@ -49,9 +49,7 @@ def benchmark(
         write_benchmark_page(found.reports / "benchmark.html", report)
         show_benchmark(screen, report)
         send_to_trackers(found, "benchmark", report.as_json())
-        screen.console.print(
-            f"\nsaved in {found.reports}: benchmark.json, benchmark.html", markup=False, soft_wrap=True
-        )
+        screen.print_line(f"\nsaved in {found.reports}: benchmark.json, benchmark.html")
         screen.print_result(report.as_json())
 
 

@@ -186,11 +186,10 @@ def show_endings(screen: Screen, result: EvaluationResult) -> None:
     for model, endings in comparison.endings.items():
         cut = endings.unended + endings.cut_short
         if cut or endings.looping:
-            screen.console.print(
+            screen.print_line(
                 f"answers, {comparison.model_label(model)}: {cut} of {endings.answers} were cut at {endings.room} "
-                f"tokens, {endings.looping} repeat themselves",
-                markup=False, soft_wrap=True,
-            )  # fmt: skip
+                f"tokens, {endings.looping} repeat themselves"
+            )
 
 
 def show_controls(screen: Screen, result: EvaluationResult) -> None:

@@ -123,10 +123,9 @@ def _show_merged(screen: Screen, merged: Merged) -> None:
     if report["untied"]:
         screen.console.print("embedding and head were one weight, and are two now: the adapter changes one of them")
     if report["newer_form"] and report["kind"] == "merged":
-        screen.console.print(
+        screen.print_line(
             "the base's config.json has its rotary embedding in rope_parameters alone, as transformers 5 writes it; "
-            "transformers 4 reads base and merged model with another one",
-            soft_wrap=True,
+            "transformers 4 reads base and merged model with another one"
         )
     what = "the difference to the base" if report["kind"] == "delta" else "the merged model"
     screen.print_line(f"{what} ({report['dtype']}) is in {merged.output}")

@@ -82,15 +82,10 @@ def show_runs(console: Console, runs: Sequence[RunOverview], metric: str) -> Non
     columns = ["run", "status", "steps", metric, "model", "data", "rate"]
     rows = [
         [
-            r.run_id,
-            r.status,
-            _format_metric(r, "steps"),
-            _format_metric(r, metric),
-            r.model_name,
-            r.data_name,
-            _format_rate(r.learning_rate),
+            *(run.run_id, run.status, _format_metric(run, "steps"), _format_metric(run, metric)),
+            *(run.model_name, run.data_name, _format_rate(run.learning_rate)),
         ]
-        for r in runs
+        for run in runs
     ]
     if len({run.experiment_name for run in runs}) > 1:
         columns.insert(1, "experiment")

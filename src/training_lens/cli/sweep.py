@@ -71,7 +71,7 @@ def _show_result(screen: Screen, result: SweepResult) -> None:
 
     from training_lens.sweeps.sweep_report import format_sentence, leaderboard_table
 
-    show, board = screen.console.print, result.leaderboard
+    board = result.leaderboard
     found = leaderboard_table(board)
     table = Table(title=Text(f"sweep {board.study}, {found.caption}"), title_justify="left")
     for column in found.columns:
@@ -80,12 +80,12 @@ def _show_result(screen: Screen, result: SweepResult) -> None:
         table.add_row(*map(Text, cells))
     print_table(screen.console, table)
     if result.recommendation and result.recommendation.reason:
-        show(format_sentence(result.recommendation.reason), markup=False, soft_wrap=True)
+        screen.print_line(format_sentence(result.recommendation.reason))
     if board.importances:
         shares = ", ".join(f"{key} {share:.0%}" for key, share in board.importances.items())
-        show(f"what mattered  {shares}", markup=False, soft_wrap=True)
+        screen.print_line(f"what mattered  {shares}")
     if board.count_trials("running"):
         others = board.count_trials("running")
-        show(f"{others} trials still run in other processes; the last of them writes the whole result")
+        screen.console.print(f"{others} trials still run in other processes; the last of them writes the whole result")
     for name, path in result.files.items():
-        show(f"{name:<17} {path}", markup=False, soft_wrap=True)
+        screen.print_line(f"{name:<17} {path}")

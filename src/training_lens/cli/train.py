@@ -80,12 +80,10 @@ def _verify_resume(screen: Screen, settings: TrainingConfig, resume: str | None)
             f"resuming is not exact here: of {check.steps} steps, resumed after {check.resumed_after}, these differ: "
             f"{', '.join(check.different)}. Resumed runs are close to undisturbed ones, and not the same."
         )
-    screen.console.print(
+    screen.print_line(
         f"exact: {check.steps} steps, interrupted after {check.resumed_after + 1} and resumed after "
         f"{check.resumed_after} in a fresh process, are bit for bit those that never stopped "
-        f"({len(check.compared)} results compared)",
-        markup=False,
-        soft_wrap=True,
+        f"({len(check.compared)} results compared)"
     )
 
 
