@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from training_lens.evaluation.comparison import ControlResult, ModelComparison, MovedRow, RowGroup
 from training_lens.evaluation.run_evaluation import EvaluationResult
-from training_lens.evaluation.verdict import format_measure
+from training_lens.evaluation.verdict import Interval, format_measure
 from training_lens.utils.files import hash_file, write_text
 from training_lens.utils.integrity import write_sealed
 
@@ -36,20 +36,20 @@ def write_reports(result: EvaluationResult, folder: Path | str, name: str, extra
 
 def measure_rows(group: RowGroup) -> Iterator[Cells]:
     """A line for each measure: name, each model's value, and for two models the difference and its interval."""
-    names = dict.fromkeys(name for measures in group.models.values() for name in measures)
-    for name in names:
-        values = [format_measure(name, m[name]) if name in m else "-" for m in group.models.values()]
-        change = (
-            [format_measure(name, group.delta[name], "+")] if name in group.delta else ["-"] * (len(group.models) - 1)
-        )
-        low_high = group.intervals.get(name)
-        sign = "+" if len(group.models) > 1 else ""
-        between = (
-            f"{format_measure(name, low_high[0], sign)} to {format_measure(name, low_high[1], sign)}"
-            if low_high
-            else "-"
-        )
-        yield (name, *values, *change, between)
+    models = group.models.values()
+    sign = "+" if len(models) > 1 else ""
+    for name in dict.fromkeys(name for measures in models for name in measures):
+        change = _format_values(name, [group.delta], "+") * (len(models) - 1)
+        yield (name, *_format_values(name, models), *change, _format_interval(name, group.intervals.get(name), sign))
+
+
+def _format_values(measure: str, models: Iterable[Mapping[str, float]], sign: str = "") -> list[str]:
+    """The measure of each model, '-' where there is none."""
+    return [format_measure(measure, values[measure], sign) if measure in values else "-" for values in models]
+
+
+def _format_interval(measure: str, interval: Interval | None, sign: str) -> str:
+    return " to ".join(format_measure(measure, end, sign) for end in interval) if interval else "-"
 
 
 def measure_columns(comparison: ModelComparison) -> Cells:
@@ -77,18 +77,13 @@ def part_table(comparison: ModelComparison, what: str, intervals: bool = True) -
 
 
 def _part_row(label: str, group: RowGroup, intervals: bool, answered: bool) -> Cells:
-    sign = "+" if len(group.models) > 1 else ""
-    low_high = group.intervals.get("loss")
-    cells = [label, str(group.rows), *(format_measure("loss", measures["loss"]) for measures in group.models.values())]
-    cells += [format_measure("loss", group.delta["loss"], "+") if "loss" in group.delta else "-"] if group.delta else []
-    if intervals:
-        cells.append(" to ".join(format_measure("loss", end, sign) for end in low_high) if low_high else "-")
-    if answered:
-        cells += [
-            format_measure("exact_match", m["exact_match"]) if "exact_match" in m else "-"
-            for m in group.models.values()
-        ]
-    return tuple(cells)
+    models = group.models.values()
+    cells = [label, str(group.rows), *_format_values("loss", models)]
+    cells += _format_values("loss", [group.delta], "+") if group.delta else []
+    cells += (
+        [_format_interval("loss", group.intervals.get("loss"), "+" if len(models) > 1 else "")] if intervals else []
+    )
+    return (*cells, *_format_values("exact_match", models)) if answered else tuple(cells)
 
 
 def control_table(comparison: ModelComparison, intervals: bool = True) -> list[Cells]:
@@ -103,18 +98,10 @@ def control_table(comparison: ModelComparison, intervals: bool = True) -> list[C
 
 def _control_row(name: str, control: ControlResult, intervals: bool, answered: bool) -> Cells:
     sides = (control.adapter, control.scores)
-    cells = [
-        name.replace("_", " "),
-        str(control.rows),
-        *(format_measure("loss", measures["loss"]) for measures in sides),
-    ]
-    cells.append(format_measure("loss", control.delta["loss"], "+"))
-    if intervals:
-        low_high = control.intervals.get("loss")
-        cells.append(" to ".join(format_measure("loss", end, "+") for end in low_high) if low_high else "-")
-    if answered:
-        cells += [format_measure("exact_match", m["exact_match"]) if "exact_match" in m else "-" for m in sides]
-    return tuple(cells)
+    cells = [name.replace("_", " "), str(control.rows), *_format_values("loss", sides)]
+    cells += _format_values("loss", [control.delta], "+")
+    cells += [_format_interval("loss", control.intervals.get("loss"), "+")] if intervals else []
+    return (*cells, *_format_values("exact_match", sides)) if answered else tuple(cells)
 
 
 def moved_rows(moved: Sequence[MovedRow], whole_path: bool = True) -> Iterator[Cells]:
