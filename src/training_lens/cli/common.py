@@ -184,12 +184,11 @@ def load_config(options: CommandOptions, flags: dict[str, Any] | None = None) ->
 def _check_origin(options: ConfigOptions) -> None:
     from training_lens.config.ignored_keys import ORIGINS
     from training_lens.errors import ConfigurationError
-    from training_lens.utils.formatting import nearest_name
+    from training_lens.utils.formatting import did_you_mean
 
     origin = options.origin
     if origin is not None and origin not in ORIGINS:
-        close = nearest_name(origin, ORIGINS)
-        hint = f" Did you mean {close}?" if close else ""
+        hint = did_you_mean(origin, ORIGINS)
         raise ConfigurationError(
             f"--from {origin}: no config files of that name are known; give {', '.join(ORIGINS)}.{hint}"
         )

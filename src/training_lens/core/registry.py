@@ -9,7 +9,7 @@ from typing import ClassVar, Generic, TypeVar
 from training_lens.core.analyzer import DataAnalyzer
 from training_lens.core.collector import DataCollector
 from training_lens.errors import ConfigurationError
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import did_you_mean
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -59,8 +59,7 @@ class _Registry(Generic[T]):
         """
         cls._load_all()
         if name not in cls._classes:
-            close = nearest_name(name, sorted(cls._classes))
-            hint = f" Did you mean {close}?" if close else ""
+            hint = did_you_mean(name, sorted(cls._classes))
             raise ConfigurationError(
                 f"{cls.__name__}: there is no '{name}'.{hint} There are: {', '.join(sorted(cls._classes))}. "
                 f"A package adds its own by an entry point of the group '{cls.group}'."

@@ -12,7 +12,7 @@ from training_lens.evaluation.metrics import AnswerScoring
 from training_lens.evaluation.remarks import collect_remarks, loose_remarks
 from training_lens.evaluation.training_record import TrainingRecord
 from training_lens.evaluation.verdict import LOWER_IS_BETTER, ORDER, MeasuredChange, Verdict, assess_changes
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import did_you_mean
 
 LOSS, ACROSS_TOKENS = "loss", "bits_per_byte"
 LOOSE_MEASURES = ("token_f1", "chrf")  # an answer is more or less near to the right one
@@ -85,8 +85,7 @@ def _is_lower_better(measure: str, scoring: AnswerScoring) -> bool:
 
 
 def _unknown_measure(chosen: str, changes: Mapping[str, MeasuredChange]) -> str:
-    close = nearest_name(chosen, sorted(changes))
-    hint = f" Did you mean {close}?" if close else ""
+    hint = did_you_mean(chosen, sorted(changes))
     there = ", ".join(changes)
     return f"evaluation.decide_by: '{chosen}' is not measured for both on these rows; there are: {there}.{hint}"
 

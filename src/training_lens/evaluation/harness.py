@@ -24,7 +24,7 @@ from training_lens.errors import ConfigurationError
 from training_lens.inference.session import Session
 from training_lens.models.adapters import base_only
 from training_lens.utils.devices import DTYPES
-from training_lens.utils.formatting import describe_error, nearest_name
+from training_lens.utils.formatting import describe_error, did_you_mean
 from training_lens.utils.hub_access import require_hub
 from training_lens.utils.logging import get_logger
 from training_lens.utils.resource_errors import is_out_of_memory
@@ -136,8 +136,7 @@ def _open_task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
 
 
 def _suggest_task(task: str, manager: Any) -> str:
-    close = nearest_name(task, manager.all_tasks)
-    return f" Did you mean {close}?" if close else ""
+    return did_you_mean(task, manager.all_tasks)
 
 
 def _language_model(session: Session, batch_tokens: int, progress: Progress) -> Any:

@@ -29,7 +29,7 @@ from training_lens.evaluation.answer_words import (
     word_splitter,
 )
 from training_lens.evaluation.own_metrics import AnswerMetric, find_metrics
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import did_you_mean
 from training_lens.utils.limits import load_bounded_json
 
 TOKEN_MEASURES = ("loss", "perplexity", "bits_per_token", "bits_per_byte", "token_accuracy")
@@ -259,8 +259,7 @@ def _require_measure(settings: EvaluationSection, own: Mapping[str, AnswerMetric
     answers = (*ROW_METRICS, *CORPUS_METRICS, *own) if settings.generate else ()
     known, chosen = (*TOKEN_MEASURES, *answers), settings.decide_by
     if chosen is not None and chosen not in known:
-        close = nearest_name(chosen, known)
-        hint = f" Did you mean {close}?" if close else ""
+        hint = did_you_mean(chosen, known)
         without = "" if settings.generate else " without answers (evaluation.generate=false)"
         raise ConfigurationError(
             f"evaluation.decide_by: '{chosen}' is no measure{without}; there are: {', '.join(known)}.{hint}"

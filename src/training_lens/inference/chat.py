@@ -9,7 +9,7 @@ from training_lens.data.examples import Message
 from training_lens.errors import TrainingLensError
 from training_lens.inference.generator import answer
 from training_lens.inference.session import Session
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import did_you_mean
 
 COMMANDS = {
     "/reset": "forget the conversation so far",
@@ -92,8 +92,7 @@ class Chat:
             case "/help":
                 self._write("".join(f"{command:8} {what}\n" for command, what in COMMANDS.items()))
             case _:
-                close = nearest_name(name, COMMANDS)
-                hint = f" Did you mean {close}?" if close else ""
+                hint = did_you_mean(name, COMMANDS)
                 self._write(f"there is no command {name}; /help lists them.{hint}\n")
 
     def _toggle_base(self) -> None:

@@ -30,7 +30,7 @@ from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
 from training_lens.utils.devices import Precision, get_device, resolve_precision
 from training_lens.utils.files import read_json
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import did_you_mean
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
 
@@ -91,8 +91,8 @@ class Session:
         if domain is None or self.domains is None or domain in self.domains:
             return
         known = f"this run knows {', '.join(self.domains)}" if self.domains else "this run was trained without domains"
-        close = nearest_name(domain, self.domains)
-        raise ConfigurationError(f"domain '{domain}': {known}.{f' Did you mean {close}?' if close else ''}")
+        hint = did_you_mean(domain, self.domains)
+        raise ConfigurationError(f"domain '{domain}': {known}.{hint}")
 
     def prompt_ids(
         self, messages: Sequence[Message], domain: str | None = None, tools: Sequence[Mapping[str, Any]] = ()
