@@ -22,7 +22,7 @@ def bare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     if "whole" not in request.fixturenames:
         monkeypatch.setattr("training_lens.sweeps.sweep_report._build_figures", lambda *_: [])
         monkeypatch.setattr("training_lens.sweeps.sweep_report.write_page", lambda *_: None)
-        monkeypatch.setattr("training_lens.sweeps.runner._free_memory", lambda: None)
+        monkeypatch.setattr("training_lens.sweeps.runner.free_memory", lambda: None)
 
 
 @pytest.fixture
