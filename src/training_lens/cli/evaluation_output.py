@@ -97,7 +97,7 @@ def describe_evaluation(evaluator: ModelEvaluator) -> dict[str, Any]:
 def report_broken_adapter(
     screen: Screen, error: BrokenAdapterError, evaluator: ModelEvaluator, folder: Path, name: str
 ) -> None:
-    """Keep the verdict on an adapter whose losses are no numbers, so that reports of the run say it as well."""
+    """Write the verdict on an adapter whose losses are not finite, for the run's reports."""
     from training_lens.utils.integrity import write_sealed
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -115,7 +115,6 @@ def _show_plan(screen: Screen, plan: PushPlan, repo: str) -> None:
         table.add_row(Text(folder, overflow="fold"), "", "delete")
     print_table(screen.console, table)
     if plan.unknown:
-        told = f"not compared with {repo}: {plan.unknown}"
-        screen.print_line(told)
+        screen.print_line(f"not compared with {repo}: {plan.unknown}")
     total = f"{len(plan.send)} files, {format_size(plan.size)}, would be sent to {repo}; nothing was sent"
     screen.print_line(total)

@@ -31,7 +31,7 @@ def compose(
     """The validated config of presets, then `config_files` in their order, then `overrides`, then `flags`.
 
     Args:
-        config_files: YAML or JSON files with any part of the config; a later one goes over an earlier one.
+        config_files: YAML or JSON files with any part of the config; a later one overrides an earlier one.
         overrides: `training.lr=1e-3`, `data.train=[a.json,b.json]`, `+experiment=quick_test`; see `overrides`.
         flags: settings from a command's own options, by section: `{"inference": {"adapter": "none"}}`.
         origin: the trainer that the files were written for, one of `ORIGINS`: its keys that change no result here are

@@ -52,7 +52,7 @@ CSV_CHARACTERS = {
 
 
 class CsvSection(Section):
-    """How tables of text (.csv, .tsv) are written; null: found by looking, and said."""
+    """How tables of text (.csv, .tsv) are written; null: detected and logged."""
 
     delimiter: str | None = Field(
         None, description="what parts the cells: one character, or comma, semicolon, tab, pipe, space"

@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-eval (https://github.com/EleutherAI/lm-evaluation-harness) on a session's model.
 
-The `eval` extra brings it. Tasks whose data are local files need no network; nothing is sent anywhere.
+The `eval` extra installs it. Tasks with local data files need no network; nothing is sent anywhere.
 """
 
 from __future__ import annotations
