@@ -186,3 +186,12 @@ def test_a_finished_run_says_that_the_end_of_its_metrics_is_missing(
         write_json(run.metadata / "summary.json", {"status": "finished", "steps": steps})
         assert len(read_metrics(run.metrics_file)) == 2
         assert said in caplog.text and bool(caplog.text) == bool(said)
+
+
+def test_metrics_that_end_before_the_checkpoint_of_a_resume_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    for step, said in ((2, ""), (4, "it ends at step 2 of 4")):
+        assert len(read_metrics(tmp_path / "metrics.jsonl", step)) == 2
+        assert said in caplog.text and bool(caplog.text) == bool(said)

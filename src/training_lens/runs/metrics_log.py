@@ -16,18 +16,22 @@ from training_lens.utils.logging import get_logger
 logger = get_logger(__name__)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, each with its `step`.
 
     An unreadable last line is skipped silently, since a kill may cut it. Other unreadable lines are skipped with a
-    warning, and so are lines that are missing at the end of a finished run.
+    warning. A file that ends before `last_step` is reported, too.
+
+    Args:
+        last_step: a step that has a line in an undamaged file; by default the last one of a finished run.
     """
     texts = read_text(path).splitlines()
     lines = list(map(parse_line, texts))
     if None in lines[:-1]:
         warn_of_damaged_lines(path, tuple(number for number, line in enumerate(lines, 1) if line is None))
     found = [line for line in lines if line is not None]
-    _warn_of_missing_steps(path, max((line["step"] for line in found), default=0), _finished_step_count(path))
+    expected = _finished_step_count(path) if last_step is None else last_step
+    _warn_of_missing_steps(path, max((line["step"] for line in found), default=0), expected)
     return found
 
 

@@ -118,6 +118,11 @@ class JournalCallback(Callback):
 class MetricsCollector(JournalCallback):
     """Writes metrics.jsonl, one line per step and per validation; `read` reads it back."""
 
+    def on_train_start(self, trainer: Any) -> None:
+        if self.path.is_file() and trainer.state.step:
+            read_metrics(self.path, trainer.state.step)  # warns of lines that a resumed run lacks
+        super().on_train_start(trainer)
+
     def on_step_end(self, trainer: Any, report: StepReport) -> None:
         self._journal.write({"kind": "step", **asdict(report)})
 
