@@ -129,7 +129,7 @@ def first_step(plan: RunPlan, peft: PeftSection, seed: int) -> tuple[list[float]
 
 
 def first_batch(plan: RunPlan, seed: int) -> Batch:
-    step = next(replace(plan.schedule, seed=seed).steps())
+    step = next(replace(plan.schedule, seed=seed).iterate_steps())
     return collate([plan.train[int(i)] for i in step.examples], plan.tokenizer.eos_token_id)
 
 

@@ -73,9 +73,9 @@ def test_blocks_and_heads_of_any_size_are_exact(
 
 def test_segments_count_positions_from_each_example() -> None:
     device = torch.device("cpu")
-    assert LENGTHS.positions(device).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5]]
-    assert LENGTHS.starts(device).tolist() == [0, 4, 5, 11]
-    assert LENGTHS.bounds == ((0, 4), (4, 5), (5, 11))
+    assert LENGTHS.position_ids(device).tolist() == [[0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5]]
+    assert LENGTHS.cu_seqlens(device).tolist() == [0, 4, 5, 11]
+    assert LENGTHS.spans == ((0, 4), (4, 5), (5, 11))
 
 
 def test_a_long_example_keeps_no_weights() -> None:

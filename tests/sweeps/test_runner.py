@@ -157,7 +157,7 @@ def test_results_are_read_when_nobody_else_writes_them(sweep_config: Config) -> 
         other = Thread(target=end)
         other.start()
         writing.wait()
-        assert [row.state for row in mine._results().leaderboard.rows] == ["finished"]
+        assert [row.state for row in mine._write_results().leaderboard.rows] == ["finished"]
         other.join()
     for sweep in (mine, theirs):
         sweep.study.close()
