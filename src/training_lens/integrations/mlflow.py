@@ -11,12 +11,11 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from training_lens.errors import IntegrationError
 from training_lens.integrations.record import flatten_settings
-from training_lens.integrations.tracker import Record, Tracker, require_packages
+from training_lens.integrations.tracker import Record, Tracker, iterate_losses, require_packages
 from training_lens.runs.metrics_log import read_metrics
 from training_lens.utils.secrets import redact_text
 
@@ -234,7 +233,6 @@ def _validation_rows(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     for line in lines:
         if line.get("kind") in ("base", "validation"):
-            losses = {"all": line["loss"], **{f"domain {name}": loss for name, loss in line["by_domain"].items()}}
-            losses |= {f"file {Path(name).name}": loss for name, loss in line["by_file"].items()}
+            losses = {f"{kind} {name}".strip(): loss for kind, name, loss in iterate_losses(line)}
             rows += [{"step": line["step"], "of": of, "loss": loss} for of, loss in losses.items()]
     return rows

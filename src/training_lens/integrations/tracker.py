@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -195,6 +195,13 @@ class Tracker(Integration):
     def _end_key(self) -> str:
         """Identifies the end of this run; it is another one after a resume."""
         return hash_values([self.run.status, self.run.summary])
+
+
+def iterate_losses(validation: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """The losses of a validation: ("all", "", loss), then ("domain", name, loss) and ("file", name, loss) of each."""
+    yield "all", "", validation["loss"]
+    yield from (("domain", name, loss) for name, loss in validation["by_domain"].items())
+    yield from (("file", Path(path).name, loss) for path, loss in validation["by_file"].items())
 
 
 def bin_edges(histogram: Mapping[str, Any]) -> Any:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from training_lens.errors import TrainingLensError
 from training_lens.integrations.record import RunRecord
-from training_lens.integrations.tracker import Record, bin_edges
+from training_lens.integrations.tracker import Record, bin_edges, iterate_losses
 from training_lens.utils.files import hash_file
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
@@ -92,13 +91,9 @@ def _sample_table(record: Record) -> Any:
 
 def _loss_table(record: Record) -> Any:
     """Rows of the losses over all rows, each domain and each file, in nats per supervised token."""
-    model, values = "base" if record.kind == "base" else "adapter", record.values
-    named = chain(
-        [("all", "", values["loss"])],
-        (("domain", name, loss) for name, loss in values["by_domain"].items()),
-        (("file", Path(name).name, loss) for name, loss in values["by_file"].items()),
-    )
-    return _build_table(["step", "model", "by", "name", "loss"], ([record.step, model, *line] for line in named))
+    model = "base" if record.kind == "base" else "adapter"
+    rows = ([record.step, model, *row] for row in iterate_losses(record.values))
+    return _build_table(["step", "model", "by", "name", "loss"], rows)
 
 
 def _build_table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> Any:
