@@ -21,8 +21,9 @@ from training_lens.inference import decoder as subject
 from training_lens.inference.generator import answer, answer_ids
 from training_lens.inference.session import Session, open_session, session_on
 from training_lens.models.adapters import attach, trainable
-from training_lens.models.fast.decoding_layers import DecodingAttention, DecodingLinear
+from training_lens.models.fast.decoding_layers import DecodingAttention
 from training_lens.models.fast.engine import Engine
+from training_lens.models.fast.fused_linear import DecodingLinear
 
 SETTINGS = InferenceSection(max_new_tokens=12)
 TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2}

@@ -10,7 +10,7 @@ from random_models import random_model
 
 from training_lens.inference.decode_loop import Beginning, Decoder, read
 from training_lens.inference.decoder import make_decoder
-from training_lens.models.fast.layer_replacement import relative_error
+from training_lens.models.fast.tolerance import relative_error
 
 MULTIPLIED = {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}
 HARDLY_MULTIPLIED = {"residual_multiplier": 0.99}  # far less than what bf16 would forgive two kinds of layers

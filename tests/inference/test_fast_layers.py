@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from training_lens.models.fast.decoding_layers import DecodingLinear, LinearWeights, RotaryAngles
-from training_lens.models.fast.layer_replacement import linear_of, relative_error
+from training_lens.models.fast.decoding_layers import RotaryAngles
+from training_lens.models.fast.fused_linear import DecodingLinear, LinearWeights, read_linear
+from training_lens.models.fast.tolerance import relative_error
 
 
 def adapted_linear(share: float) -> nn.Module:
@@ -37,9 +38,7 @@ def test_an_adapter_beside_bf16_weights_is_as_exact_as_pefts(share: float, toget
     with torch.no_grad():
         layer = adapted_linear(share)
         x = torch.randn(2000, 64).bfloat16()
-        ours, wanted = linear_of(layer), exact(layer, x)
-        assert ours
-        product = DecodingLinear([ours])
+        wanted, product = exact(layer, x), DecodingLinear([read_linear(layer)])
         found = torch.cat([product(some) for some in x.split(together)])
         assert found.dtype == torch.bfloat16
         assert relative_error(found, wanted) <= 1.001 * relative_error(layer(x), wanted)
@@ -65,7 +64,7 @@ def test_positions_turn_as_in_transformers(rows: int) -> None:
     half = torch.randn(rows, 5, 4)
     cos, sin = (torch.cat([t, t], dim=-1) for t in (half.cos(), half.sin()))
     wanted, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
-    torch.testing.assert_close(RotaryAngles(cos, sin)(x), wanted)
+    torch.testing.assert_close(RotaryAngles(cos, sin).rotate(x, "halves"), wanted)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 64, 65])

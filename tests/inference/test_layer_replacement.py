@@ -8,12 +8,14 @@ import pytest
 import torch
 from random_models import random_model
 
-from training_lens.models.fast.decoding_layers import DecodingAttention, DecodingLinear, DecodingMLP, DecodingNorm
-from training_lens.models.fast.layer_replacement import relative_error, replace_layers
+from training_lens.models.fast.decoding_layers import DecodingAttention, DecodingMLP, DecodingNorm
+from training_lens.models.fast.fused_linear import DecodingLinear
+from training_lens.models.fast.layer_replacement import replace_layers
+from training_lens.models.fast.tolerance import relative_error
 
 LAYERS = 2
-KNOWN = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text", "Granite"]
-OTHERS = ["Olmo2", "Phi3", "GPTNeoX", "StableLm", "Cohere"]
+KNOWN = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3Text", "Granite", "Olmo2", "Phi3", "Cohere"]
+OTHERS = ["GPTNeoX", "StableLm"]
 
 
 def count(model: Any, kind: type) -> int:

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -62,9 +63,13 @@ CONFIGS = {
     "phi3, half turned": Phi3Config(pad_token_id=0, partial_rotary_factor=0.5, **SMALL),
     "gemma2": Gemma2Config(head_dim=8, pad_token_id=0, **SMALL),
     "cohere": CohereConfig(bos_token_id=1, eos_token_id=2, **SMALL),
+    "cohere, normed heads": CohereConfig(bos_token_id=1, eos_token_id=2, use_qk_norm=True, **SMALL),
+    "cohere2": Cohere2Config(
+        bos_token_id=1, eos_token_id=2, head_dim=8, sliding_window=4, sliding_window_pattern=2, **SMALL
+    ),
     "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
 }
-PADDED = ("olmo2", "gemma2", "cohere", "gpt2")
+PADDED = ("gpt2",)
 LENGTHS = (9, 2, 7)
 CASES = {
     "lora": {},
@@ -212,9 +217,14 @@ def test_two_adapters_at_once_are_left_to_peft() -> None:
 def test_what_stays_as_it_is_is_told_with_its_reason() -> None:
     told = str(Engine(adapted("gpt2")).kernels)
     assert "attention of another structure" in told and "adapted layers" in told
-    told = str(Engine(adapted("gemma2")).kernels)
-    assert "attention with more than scale and window" in told and "9 norms" in told
-    assert "2 as they are (LlamaMLP with another activation)" in str(Engine(adapted("relu")).kernels)
+    model = adapted("gemma2")
+    for layer in model.base_model.model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+        layer.mlp.extra = torch.nn.Linear(2, 2)
+    told = str(install_kernels(model))
+    assert "9 norms; 2 as they are (attention with dropout)" in told
+    assert "2 as they are (Gemma2MLP with more than a gated MLP)" in told
+    assert "2 gated MLPs" in str(Engine(adapted("relu")).kernels)
 
 
 def test_a_norm_that_computes_something_else_is_left_alone() -> None:

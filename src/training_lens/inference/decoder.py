@@ -19,7 +19,8 @@ from training_lens.models.adapters import base_only
 from training_lens.models.copies import base_copy, is_quantized, merged_copy, sharing_copy
 from training_lens.models.fast.decoder_stack import build_stack
 from training_lens.models.fast.kv_cache import FULL, SLIDING, SlotCache
-from training_lens.models.fast.layer_replacement import is_close, relative_error, replace_layers
+from training_lens.models.fast.layer_replacement import replace_layers
+from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close, relative_error
 from training_lens.utils.devices import available_bytes
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
@@ -28,7 +29,6 @@ from training_lens.utils.resource_errors import is_out_of_memory
 logger = get_logger(__name__)
 PROBE = 32  # tokens of a prompt that replacements are tried on
 REHEARSED = 3  # of them are decoded one by one
-SLACK = 4.0  # roundings of single layers that a whole model may be apart
 EQUAL = 0.01  # roundings that the same layers may be apart when they are called another way
 LOST = 0.01  # of what the adapter does to the scores: what merging may change
 ROOM = 2.5  # times the weights' bytes must be free for copies of them
@@ -167,7 +167,7 @@ def _lost_by_merging(model: Any, merged: Any, ids: Tensor, wanted: Tensor) -> fl
     Both are measured in the weights' number type: rounding that hides the adapter counts as loss.
     """
     found: Tensor = merged(input_ids=ids, use_cache=False).logits[0]
-    if found.dtype == torch.float32 and is_close(found, wanted, SLACK):
+    if found.dtype == torch.float32 and is_close(found, wanted, WHOLE_MODEL):
         return 0.0
     error = relative_error(found, wanted)
     if error == 0:
@@ -198,7 +198,7 @@ def _rehearse(decoder: Decoder, ids: Tensor, wanted: Tensor) -> None:
         raise UncoveredError(
             f"{type(decoder.model).__name__} cannot be decoded row by row: {describe_error(error)}"
         ) from error
-    if not is_close(found, wanted[-1 - count :], SLACK):
+    if not is_close(found, wanted[-1 - count :], WHOLE_MODEL):
         apart = relative_error(found, wanted[-1 - count :])
         raise UncoveredError(f"{type(decoder.model).__name__} gives other scores row by row, {apart:.1%} apart")
 

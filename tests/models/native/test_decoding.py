@@ -8,7 +8,14 @@ from pairwise import pairwise  # type: ignore[import-not-found]
 from torch import Tensor
 
 from training_lens.models.fast.native import library as calls
-from training_lens.models.fast.native.decoding_kernels import FewRowsLinear, LoRABranches, attend_newest_token
+from training_lens.models.fast.native.attention_kernels import ScoreSpec
+from training_lens.models.fast.native.decoding_kernels import (
+    CachedTokens,
+    FewRowsLinear,
+    LoRABranches,
+    NewestTokens,
+    attend_newest_tokens,
+)
 
 pytestmark = pytest.mark.skipif(calls.load_library() is None, reason="no C compiler here")
 END = 37  # columns that are in use
@@ -25,23 +32,30 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
-def row_by_row(query: Tensor, keys: Tensor, values: Tensor, first: Tensor, window: int | None) -> Tensor:
+def row_by_row(query: Tensor, keys: Tensor, values: Tensor, first: Tensor, scores: ScoreSpec) -> Tensor:
     shared = query.shape[1] // keys.shape[1]
     found = torch.empty_like(query)
     for row, start in enumerate(first.tolist()):
-        begin = max(start, END - window if window else 0)
+        begin = max(start, END - scores.window if scores.window else 0)
         for head in range(query.shape[1]):
             k, v = (held[row, head // shared, begin:END] for held in (keys, values))
-            found[row, head] = (0.3 * k @ query[row, head]).softmax(0) @ v
+            s = scores.scale * k @ query[row, head]
+            s = s if scores.softcap is None else scores.softcap * (s / scores.softcap).tanh()
+            found[row, head] = s.softmax(0) @ v
     return found
 
 
 EXACTNESS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.04}
 
 
-@pytest.mark.parametrize(("dtype", "size", "window"), pairwise(list(EXACTNESS), [20, 64, 80, 128], [None, 1, 9, 100]))
-def test_the_newest_token_sees_its_rows_columns_alone(dtype: torch.dtype, size: int, window: int | None) -> None:
-    most = EXACTNESS[dtype]
+@pytest.mark.parametrize(
+    ("dtype", "size", "window", "softcap"),
+    pairwise(list(EXACTNESS), [20, 64, 80, 128], [None, 1, 9, 100], [None, 0.8]),
+)
+def test_the_newest_token_sees_its_rows_columns_alone(
+    dtype: torch.dtype, size: int, window: int | None, softcap: float | None
+) -> None:
+    most, scores = EXACTNESS[dtype], ScoreSpec(0.3, window, softcap)
     together, keys, values = drawn(3, 8, size, seed=0), drawn(3, 2, 48, size, seed=1), drawn(3, 2, 48, size, seed=2)
     angles = drawn(3, size // 2, seed=3).repeat(1, 2) if size != 80 else drawn(3, 16, seed=3).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -51,10 +65,11 @@ def test_the_newest_token_sees_its_rows_columns_alone(dtype: torch.dtype, size: 
     for row, start in enumerate(first.tolist()):  # what it must not read
         keys[row, :, :start], values[row, :, :start] = torch.nan, torch.nan
     keys[:, :, END - 1 :], values[:, :, END - 1 :] = torch.nan, torch.nan
-    found = attend_newest_token(query, key, value, (cos, sin), keys, values, first, END, 0.3, window)
+    newest, cached = NewestTokens(query, key, value, cos, sin), CachedTokens(keys, values, first, END)
+    found = attend_newest_tokens(newest, cached, scores)
     torch.testing.assert_close(keys[:, :, END - 1].double(), turned(key.double(), cos, sin), rtol=0, atol=most)
     assert torch.equal(values[:, :, END - 1], value) and keys[:, :, END:].isnan().all()
-    wanted = row_by_row(turned(query.double(), cos, sin), keys.double(), values.double(), first, window)
+    wanted = row_by_row(turned(query.double(), cos, sin), keys.double(), values.double(), first, scores)
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=most)
 
 

@@ -15,13 +15,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from training_lens.models.classes import decoder_of
-from training_lens.models.fast.decoding_layers import (
-    DecodingAttention,
-    DecodingLinear,
-    DecodingMLP,
-    DecodingNorm,
-    RotaryAngles,
-)
+from training_lens.models.fast.decoding_layers import DecodingAttention, DecodingMLP, DecodingNorm, RotaryAngles
+from training_lens.models.fast.fused_linear import DecodingLinear
 from training_lens.models.fast.kv_cache import FULL, SLIDING
 
 PARTS = {
@@ -56,10 +51,10 @@ class DecoderStack:
     def logits(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor] | None, cache: Cache) -> Tensor:
         """As `Decoder.logits`."""
         x = self.embed(ids)  # (rows, tokens, hidden)
-        turn = RotaryAngles(*self.rotary(x, positions))
+        angles = RotaryAngles(*self.rotary(x, positions))
         for block in self.blocks:
             mask = None if masks is None else masks[block.kind]
-            x.add_(block.attention.attend(block.before(x), turn, mask, cache))
+            x.add_(block.attention.attend(block.before(x), angles, mask, cache))
             x.add_(block.mlp(block.between(x)))
         scores: Tensor = self.head(self.norm(x[:, -1]))
         return scores

@@ -1,7 +1,6 @@
-"""Layers as decoding wants them: joined products, few passes over small tensors, attention without copied heads.
+"""Layers as decoding computes them: fused linear layers, one pass for small tensors, attention without repeated heads.
 
-Each computes what a layer of a transformers model does. Which may stand for which is `replacing`'s to decide: by
-structure, and by comparing their results.
+Each computes what a layer of a transformers model does. `layer_replacement` puts them in, where results are equal.
 """
 
 from __future__ import annotations
@@ -15,119 +14,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training_lens.models.fast.kernels import activation_name
+from training_lens.models.fast.fused_linear import DecodingLinear
+from training_lens.models.fast.kernels import activation_name, rotate_heads
 from training_lens.models.fast.kv_cache import SlotCache
+from training_lens.models.fast.layer_spec import AttentionSpec, NormSpec, Rotary, split_heads
 from training_lens.models.fast.native import training_kernels as native
-from training_lens.models.fast.native.attention_kernels import PackedLayout
-from training_lens.models.fast.native.attention_kernels import attend_packed as attend_line
-from training_lens.models.fast.native.decoding_kernels import FewRowsLinear, LoRABranches, attend_newest_token
+from training_lens.models.fast.native.attention_kernels import PackedAttentionCall, PackedLayout, ScoreSpec
+from training_lens.models.fast.native.decoding_kernels import CachedTokens, NewestTokens, attend_newest_tokens
 from training_lens.models.fast.native.library import are_heads_adjacent, can_compute
-
-
-@dataclass(frozen=True)
-class LinearWeights:
-    """x W^T + b, and (x A^T) B^T besides where an adapter is kept beside the weight; B holds the adapter's scale.
-
-    Shapes: weight (out, in), bias (out,), down A (rank, in), up B (out, rank).
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    down: Tensor | None = None
-    up: Tensor | None = None
-
-
-class DecodingLinear(nn.Module):
-    """Several linear layers on one input as one product, their outputs side by side: (..., in) to (..., sum of outs).
-
-    Costs a copy of the weights. On a CPU that oneDNN computes bfloat16 on, the copy is in the order in which its
-    kernels read it, which plain weights are brought to anew at every call. Where few rows are computed from the plain
-    weights, these stay, too.
-    """
-
-    def __init__(self, parts: Sequence[LinearWeights]) -> None:
-        super().__init__()
-        weight = torch.cat([part.weight for part in parts])
-        self.width, self.packed = weight.shape[1], _is_packable(weight)
-        self.weight = _reorder_weight(weight) if self.packed else weight
-        self.bias = _concatenate_biases(parts)
-        plain = [part.weight.detach() for part in parts]
-        self.few = FewRowsLinear(plain, self.bias) if FewRowsLinear.can_compute(plain, self.bias) else None
-        self.down, self.up, self._branches = None, None, None
-        if any(part.down is not None for part in parts):
-            factors = _adapter_factors(parts)
-            if can_compute(weight):
-                self._branches = LoRABranches(factors, weight.dtype)
-            else:
-                self.down = torch.cat([down for down, _ in factors]).float()
-                self.up = torch.block_diag(*(up for _, up in factors)).float()
-
-    @property
-    def has_adapter(self) -> bool:
-        """Whether one is computed beside the weights."""
-        return self._branches is not None or self.down is not None
-
-    def forward(self, x: Tensor) -> Tensor:
-        are_few = 0 < x.numel() <= FewRowsLinear.MOST * self.width
-        out = self.few(x) if self.few and are_few else self.apply_to_many_rows(x)
-        if self._branches and x.numel():
-            self._branches.add_to(x.flatten(0, -2), out.flatten(0, -2))
-        elif self.down is not None and self.up is not None:  # in float32 until the sum is rounded, as PEFT computes
-            low = functional.linear(x.float(), self.down)  # (..., sum of ranks)
-            out = (out + functional.linear(low, self.up)).to(out.dtype)
-        return out
-
-    def apply_to_many_rows(self, x: Tensor) -> Tensor:
-        """x W^T + b as it is computed for many rows."""
-        if self.packed:
-            packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-            return packed
-        return functional.linear(x, self.weight, self.bias)
-
-
-def _adapter_factors(parts: Sequence[LinearWeights]) -> list[tuple[Tensor, Tensor]]:
-    """A and B of each, without ranks where it has no adapter."""
-    nothing = [
-        (part.weight.new_zeros(0, part.weight.shape[1]), part.weight.new_zeros(len(part.weight), 0)) for part in parts
-    ]
-    return [
-        none if part.down is None or part.up is None else (part.down, part.up)
-        for part, none in zip(parts, nothing, strict=True)
-    ]
-
-
-def _is_packable(weight: Tensor) -> bool:
-    return (
-        weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-
-
-def _reorder_weight(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-    return packed
-
-
-def _concatenate_biases(parts: Sequence[LinearWeights]) -> Tensor | None:
-    if all(part.bias is None for part in parts):
-        return None
-    return torch.cat([part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts])
+from training_lens.models.fast.packed_attention import attend_with_softcap, causal_mask
 
 
 class DecodingNorm(nn.Module):
-    """x / sqrt(mean x^2 + eps) * weight (arXiv 1910.07467), in one call.
+    """An RMSNorm or LayerNorm in one call.
 
     Args:
         weight: (size,), with Gemma's 1 added.
     """
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, spec: NormSpec) -> None:
         super().__init__()
-        self.weight, self.eps = weight, eps
+        self.weight, self.spec = weight, spec
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.spec.kind == "layer":
+            return functional.layer_norm(x, self.weight.shape, self.weight, None, self.spec.epsilon)
         if can_compute(x, self.weight):
-            return native.rms_norm(x, self.weight, self.eps)[0]
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return native.rms_norm(x, self.weight, self.spec.epsilon)[0]
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.spec.epsilon)
 
 
 class DecodingMLP(nn.Module):
@@ -149,35 +63,21 @@ class DecodingMLP(nn.Module):
         return out
 
 
-@dataclass(frozen=True)
-class DecodingHeads:
-    """Sizes of an attention layer; `softcap` bounds its scores to +-softcap by tanh (arXiv 2408.00118)."""
-
-    queries: int
-    keys: int
-    size: int
-    scaling: float
-    softcap: float | None
-
-
 class DecodingAttention(nn.Module):
-    """Causal attention with rotary positions, q, k and v as one product; signature and result as in transformers.
+    """Causal attention with rotary embedding, q, k and v as one product; signature and result as in transformers.
 
     Args:
-        norms: of q and k, where the model has them.
+        norms: of queries and keys; empty where the spec has none.
     """
 
     def __init__(
-        self,
-        qkv: DecodingLinear,
-        out: DecodingLinear,
-        heads: DecodingHeads,
-        norms: tuple[Any, Any] | None,
-        layer_idx: int,
+        self, qkv: DecodingLinear, out: DecodingLinear, spec: AttentionSpec, norms: Sequence[Any], layer_idx: int
     ) -> None:
         super().__init__()
-        self.qkv, self.out, self.heads, self.layer_idx = qkv, out, heads, layer_idx
-        self.norms = nn.ModuleList(norms) if norms else None
+        self.qkv, self.out, self.spec, self.layer_idx = qkv, out, spec, layer_idx
+        self.q_norm: Any
+        self.k_norm: Any
+        self.q_norm, self.k_norm = norms or (None, None)
 
     def forward(
         self,
@@ -189,19 +89,16 @@ class DecodingAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         return self.attend(hidden_states, RotaryAngles(*position_embeddings), attention_mask, past_key_values), None
 
-    def attend(self, x: Tensor, turn: RotaryAngles, mask: Tensor | None, cache: Any) -> Tensor:
+    def attend(self, x: Tensor, angles: RotaryAngles, mask: Tensor | None, cache: Any) -> Tensor:
         """What `forward` gives of (rows, length, hidden)."""
         rows, length, _ = x.shape
-        heads = self.heads
-        qkv = self.qkv(x).view(rows, length, heads.queries + 2 * heads.keys, heads.size)
-        q, k, v = qkv.split([heads.queries, heads.keys, heads.keys], dim=2)
-        if self.norms is not None:
-            q, k = self.norms[0](q), self.norms[1](k)
-        if length == 1 and isinstance(cache, SlotCache) and heads.softcap is None and turn.can_compute(q, k, v):
-            mixed = self._attend_newest(q[:, 0], k[:, 0], v[:, 0], turn, cache)
+        spec = self.spec
+        q, k, v = split_heads(self.qkv(x), spec, self)
+        if length == 1 and isinstance(cache, SlotCache) and can_compute(q, k, v, angles.cos):
+            attended = self._attend_newest(q, k, v, angles, cache)
         else:
-            mixed = self._attend_all(turn(q), turn(k), v, mask, cache)
-        out: Tensor = self.out(mixed.reshape(rows, length, heads.queries * heads.size))
+            attended = self._attend_all(angles.rotate(q, spec.rotary), angles.rotate(k, spec.rotary), v, mask, cache)
+        out: Tensor = self.out(attended.reshape(rows, length, spec.heads * spec.head_size))
         return out
 
     def _attend_all(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
@@ -210,42 +107,55 @@ class DecodingAttention(nn.Module):
         keys, values = k.transpose(1, 2), v.transpose(1, 2)  # (rows, heads, length, size)
         if cache is not None:
             keys, values = cache.update(keys, values, self.layer_idx)
-        if self.heads.softcap is None and can_compute(q, k, v) and mask is None and keys.shape[2] == length:
+        if can_compute(q, k, v) and mask is None and keys.shape[2] == length:
             q, k, v = (part.flatten(0, 1) for part in (q, k, v))
-            return attend_line(q, k, v, PackedLayout((length,) * rows), self.heads.scaling, None)[0]
-        return attend_packed(q.transpose(1, 2), keys, values, mask, self.heads)
+            scores = ScoreSpec(self.spec.scores.scale, None, self.spec.scores.softcap)
+            return PackedAttentionCall(q, k, v, PackedLayout((length,) * rows), scores).attend()[0]
+        return attend_cached(q.transpose(1, 2), keys, values, mask, self.spec)
 
-    def _attend_newest(self, q: Tensor, k: Tensor, v: Tensor, turn: RotaryAngles, cache: SlotCache) -> Tensor:
-        """Of one token a row, each (rows, heads, size); what a row sees, the mask would say as well."""
-        layer, columns = cache.layers[self.layer_idx], cache.columns
+    def _attend_newest(self, q: Tensor, k: Tensor, v: Tensor, angles: RotaryAngles, cache: SlotCache) -> Tensor:
+        """Of one token a row, each (rows, 1, heads, size); the cache knows what a row sees, as the mask does."""
+        if self.spec.rotary == "halves" and angles.can_rotate(q, k):  # the kernel rotates queries and keys
+            cos, sin = angles.expand_to_rows(len(q))
+        else:
+            q, k = angles.rotate(q, self.spec.rotary), angles.rotate(k, self.spec.rotary)
+            cos = sin = q.new_empty(len(q), 0)
+        q, k, v = (part[:, 0] if are_heads_adjacent(part) else part[:, 0].contiguous() for part in (q, k, v))
+        layer, columns, scores = cache.layers[self.layer_idx], cache.columns, self.spec.scores
         keys, values = layer.allocate(k, v)
         window = columns.window if layer.windowed else None
-        places = turn.expand_to_rows(len(q))
-        return attend_newest_token(q, k, v, places, keys, values, columns.seen, columns.end, self.heads.scaling, window)
+        cached = CachedTokens(keys, values, columns.seen, columns.end)
+        return attend_newest_tokens(
+            NewestTokens(q, k, v, cos, sin), cached, ScoreSpec(scores.scale, window, scores.softcap)
+        )
 
 
 @dataclass(frozen=True)
 class RotaryAngles:
-    """Rotary positions (arXiv 2104.09864) of some tokens: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) of halves.
-
-    `cos` and `sin` are (rows or 1, length, size), as transformers has them.
-    """
+    """Cosines and sines of some tokens for rotary embedding, (rows or 1, length, size) each, as in transformers."""
 
     cos: Tensor
     sin: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Of (rows, length, heads, size), rounded where transformers rounds."""
-        if not self.can_compute(x):
+    def rotate(self, x: Tensor, rotary: Rotary | None) -> Tensor:
+        """`kernels.apply_rotary` of (rows, length, heads, size), rounded where transformers rounds."""
+        if rotary is None:
+            return x
+        if rotary == "interleaved":
+            return rotate_heads(x.flatten(0, 1), *self.expand_to_rows(len(x)), 1.0, interleaved=True).view(x.shape)
+        rotated = self.cos.shape[-1]
+        if not self.can_rotate(x):
             cos, sin = self._signed_angles
-            return (x * cos).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin))
+            turning = x[..., :rotated]
+            turned = (turning * cos).add_(turning.roll(rotated // 2, -1).mul_(sin))
+            return turned if rotated == x.shape[-1] else torch.cat([turned, x[..., rotated:]], -1)
         tokens = x.flatten(0, 1)
-        turned = torch.empty_like(tokens, memory_format=torch.contiguous_format)
-        native.rotate_heads(tokens, *self.expand_to_rows(len(x)), 1.0, turned)
-        return turned.view(x.shape)
+        out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+        native.rotate_heads(tokens, *self.expand_to_rows(len(x)), 1.0, out)
+        return out.view(x.shape)
 
-    def can_compute(self, *tensors: Tensor) -> bool:
-        """Whether a kernel can: of (rows, length, heads, size) each, a token's heads one behind the other."""
+    def can_rotate(self, *tensors: Tensor) -> bool:
+        """Whether a kernel can rotate halves: of (rows, length, heads, size) each, a token's heads adjacent."""
         whole = all(self.cos.shape[-1] <= t.shape[-1] and are_heads_adjacent(t) for t in tensors)
         return whole and can_compute(*tensors, self.cos, self.sin)
 
@@ -268,41 +178,24 @@ class RotaryAngles:
         return self.cos[:, :, None], torch.cat([-first, second], dim=-1)[:, :, None]
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: DecodingHeads) -> Tensor:
-    """Softmax(q k^T) v, (rows, length, query heads, size).
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec) -> Tensor:
+    """softmax(s) v by torch, (rows, length, heads, size); `ScoreSpec` defines s.
 
     Args:
-        q: (rows, query heads, length, size); k, v: (rows, key heads, columns, size).
+        q: (rows, heads, length, size); k, v: (rows, groups, columns, size).
         mask: added to the scores, or what may be seen (bool), (rows or 1, 1, length, columns); None is causal.
     """
     rows, _, length, size = q.shape
-    group = heads.queries // heads.keys
+    group, scores = spec.heads // spec.groups, spec.scores
     if length == 1:  # the heads that share a key stand where several tokens would: no key is copied
-        q = q.reshape(rows, heads.keys, group, size)
+        q = q.reshape(rows, spec.groups, group, size)
     elif group > 1:
         k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
-    if heads.softcap is None:
-        causal = mask is None and length > 1
-        mixed = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=heads.scaling)
+    causal = mask is None and length > 1
+    if scores.softcap is None:
+        attended = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scores.scale)
     else:
-        mixed = _attend_with_softcap(q, k, v, mask if mask is not None or length == 1 else causal_mask(q), heads)
+        attended = attend_with_softcap(q, k, v, causal_mask(length, None, q.device) if causal else mask, scores)
     if length == 1:
-        return mixed.reshape(rows, 1, heads.queries, size)
-    return mixed.transpose(1, 2)
-
-
-def causal_mask(q: Tensor) -> Tensor:
-    """What each of the tokens may see of the others, (length, length) bool."""
-    length = q.shape[-2]
-    return torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-
-
-def _attend_with_softcap(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, heads: DecodingHeads) -> Tensor:
-    cap = heads.softcap
-    assert cap is not None
-    scores = cap * torch.tanh(torch.matmul(q, k.transpose(-1, -2)) * heads.scaling / cap)
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    elif mask is not None:
-        scores = scores + mask
-    return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(v.dtype), v)
+        return attended.reshape(rows, 1, spec.heads, size)
+    return attended.transpose(1, 2)

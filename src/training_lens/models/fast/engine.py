@@ -15,8 +15,9 @@ from training_lens.errors import ModelLoadingError
 from training_lens.models.classes import decoder_of
 from training_lens.models.fast.install import InstalledKernels, forward_packed, install_kernels
 from training_lens.models.fast.losses import linear_nll, nll
-from training_lens.models.fast.module_kernels import PROBE_TOKENS, close
+from training_lens.models.fast.module_kernels import PROBE_TOKENS
 from training_lens.models.fast.packed_attention import PackedSequences
+from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
 from training_lens.models.quantization import is_quantized
 from training_lens.models.rotary import padded_positions
 from training_lens.models.scoring import logits_behind
@@ -56,7 +57,7 @@ class Engine:
 
     @property
     def can_pack(self) -> bool:
-        """Whether micro-batches may be lines of examples, without padding."""
+        """Whether micro-batches may be packed sequences, without padding."""
         return self.kernels.can_pack
 
     def loss_sum(
@@ -159,11 +160,11 @@ def require_causal(model: Any) -> None:
         output, half = (decoder(input_ids=part, use_cache=False) for part in (ids, ids[:, : PROBE_TOKENS // 2]))
         if not output[0].isfinite().all():
             return
-        is_causal = close(output[0][:, : PROBE_TOKENS // 2], half[0])
+        is_causal = is_close(output[0][:, : PROBE_TOKENS // 2], half[0], WHOLE_MODEL)
         if is_causal and whole.base_model is not decoder:
             found = logits_behind(whole, output[0][0], type(output))
             wanted = whole(input_ids=ids, use_cache=False).logits[0]
-            is_causal = close(found.to(wanted.dtype), wanted)
+            is_causal = is_close(found.to(wanted.dtype), wanted, WHOLE_MODEL)
     finally:
         whole.train(was_training)
     if not is_causal:

@@ -1,4 +1,4 @@
-"""Linear layers of one input as one product, with the adapters that they have."""
+"""Fused linear layers: layers of one input as one product, plain or with LoRA or DoRA, in training and in decoding."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from training_lens.models.fast.kernels import lora_linear, row_norms, scale_outputs
+from training_lens.models.fast.layer_spec import UnknownLayerError
+from training_lens.models.fast.native.decoding_kernels import FewRowsLinear, LoRABranches
+from training_lens.models.fast.native.library import can_compute
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,10 @@ class LoRABranch:
 
 
 class FusedLinear:
-    """Some linear layers, plain or with a LoRA or DoRA of PEFT's; their weights lie in one tensor, one below the other.
+    """Linear layers of one input in training: adapters get gradients, and their outputs lie side by side.
 
-    The layers keep their parameters, as parts of that tensor; nothing is held twice.
+    Their weights lie in one tensor, one below the other. The layers keep their parameters, as parts of that tensor;
+    nothing is held twice.
 
     Args:
         layers: see `refusal`.
@@ -43,12 +47,19 @@ class FusedLinear:
         for layer in layers:
             if reason := _refuse_layer(layer):
                 return reason
+            if _base_layer(layer).weight.requires_grad:
+                return "base weights that train"
         weights = [_base_layer(layer).weight for layer in layers]
         if len({(w.dtype, w.device) for w in weights}) > 1:
             return "weights of several dtypes or devices"
         if len({_base_layer(layer).bias is None for layer in layers}) > 1:
             return "biases at some projections of an input alone"
         return ""
+
+    @property
+    def input_width(self) -> int:
+        """Numbers of a token that goes in."""
+        return self._weight.shape[1]
 
     @property
     def is_ready(self) -> bool:
@@ -105,6 +116,127 @@ class FusedLinear:
         return weight, None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
 
 
+@dataclass(frozen=True)
+class LinearWeights:
+    """A layer as decoding reads it: x W^T + b; with an adapter scale (x W^T + (x A^T) B^T) + b.
+
+    Shapes: weight (out, in), bias (out,), down A (rank, in), up B (out, rank) times the adapter's scaling; DoRA's scale
+    (out,).
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor | None = None
+    up: Tensor | None = None
+    scale: Tensor | None = None
+
+
+@torch.no_grad()
+def read_linear(layer: Any) -> LinearWeights:
+    """The weights of a linear layer, and of its active adapter.
+
+    Raises:
+        UnknownLayerError: see `FusedLinear.refusal`.
+    """
+    if reason := _refuse_layer(layer):
+        raise UnknownLayerError(reason)
+    if _has_mixed_adapters(layer):
+        raise UnknownLayerError("several adapters at once, or a merged one")
+    base, branch = _base_layer(layer), _active_branch(layer)
+    weight = _weight_matrix(base)
+    if branch is None:
+        return LinearWeights(weight, base.bias)
+    scale = None if branch.magnitude is None else _dora_scale(weight, branch)
+    return LinearWeights(weight, base.bias, branch.down, branch.scale * branch.up.float(), scale)
+
+
+class DecodingLinear(nn.Module):
+    """Linear layers of one input in decoding: (..., in) to their outputs side by side, (..., sum of outs).
+
+    Cost: a copy of the weights. Where oneDNN computes bfloat16, the copy is reordered once for its kernels, which
+    plain weights would be at every call. Where few rows are computed from the plain weights, these stay, too.
+    """
+
+    def __init__(self, parts: Sequence[LinearWeights]) -> None:
+        super().__init__()
+        weight = torch.cat([part.weight for part in parts])
+        self.width, self.packed = weight.shape[1], _is_packable(weight)
+        self.weight = _reorder_weight(weight) if self.packed else weight
+        self.bias, self.scale, self.scaled_bias = _concatenate_biases(parts), _concatenate_scales(parts), None
+        if self.scale is not None:
+            self.bias, self.scaled_bias = None, self.bias  # DoRA's factor does not scale a bias
+        plain = [part.weight.detach() for part in parts]
+        self.few = FewRowsLinear(plain, self.bias) if FewRowsLinear.can_compute(plain, self.bias) else None
+        self.down, self.up, self._branches = None, None, None
+        if any(part.down is not None for part in parts):
+            factors = _adapter_factors(parts)
+            if can_compute(weight):
+                self._branches = LoRABranches(factors, weight.dtype)
+            else:
+                self.down = torch.cat([down for down, _ in factors]).float()
+                self.up = torch.block_diag(*(up for _, up in factors)).float()
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether one is computed beside the weights."""
+        return self._branches is not None or self.down is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        are_few = 0 < x.numel() <= FewRowsLinear.MOST * self.width
+        out = self.few(x) if self.few and are_few else self.apply_to_many_rows(x)
+        if self._branches and x.numel():
+            self._branches.add_to(x.flatten(0, -2), out.flatten(0, -2))
+        elif self.down is not None and self.up is not None:  # in float32 until the sum is rounded, as PEFT computes
+            low = nn.functional.linear(x.float(), self.down)  # (..., sum of ranks)
+            out = (out + nn.functional.linear(low, self.up)).to(out.dtype)
+        if self.scale is None:
+            return out
+        scaled = out * self.scale
+        return (scaled if self.scaled_bias is None else scaled + self.scaled_bias).to(out.dtype)
+
+    def apply_to_many_rows(self, x: Tensor) -> Tensor:
+        """x W^T + b as it is computed for many rows."""
+        if self.packed:
+            packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+            return packed
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def _adapter_factors(parts: Sequence[LinearWeights]) -> list[tuple[Tensor, Tensor]]:
+    """A and B of each, without ranks where it has no adapter."""
+    nothing = [
+        (part.weight.new_zeros(0, part.weight.shape[1]), part.weight.new_zeros(len(part.weight), 0)) for part in parts
+    ]
+    return [
+        none if part.down is None or part.up is None else (part.down, part.up)
+        for part, none in zip(parts, nothing, strict=True)
+    ]
+
+
+def _concatenate_scales(parts: Sequence[LinearWeights]) -> Tensor | None:
+    if all(part.scale is None for part in parts):
+        return None
+    ones = (torch.ones(len(part.weight), device=part.weight.device) for part in parts)
+    return torch.cat([one if part.scale is None else part.scale for part, one in zip(parts, ones, strict=True)])
+
+
+def _is_packable(weight: Tensor) -> bool:
+    return (
+        weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def _reorder_weight(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed
+
+
+def _concatenate_biases(parts: Sequence[LinearWeights]) -> Tensor | None:
+    if all(part.bias is None for part in parts):
+        return None
+    return torch.cat([part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts])
+
+
 def _dora_scale(weight: Tensor, branch: LoRABranch) -> Tensor:
     if branch.magnitude is None:
         return torch.ones(len(weight), device=weight.device)
@@ -134,8 +266,8 @@ def _refuse_layer(layer: Any) -> str:
     base = _base_layer(layer)
     if type(base) is not nn.Linear and not isinstance(base, Conv1D):
         return f"a base of type {type(base).__name__}"
-    if base.weight.requires_grad or not base.weight.is_floating_point():
-        return "base weights that train or are quantized"
+    if not base.weight.is_floating_point():
+        return "base weights that are quantized"
     if layer is base:
         return ""
     if type(layer) is not Linear:

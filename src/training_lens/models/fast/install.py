@@ -1,7 +1,7 @@
-"""A model's own modules computed by our kernels: known by their structure, and used only where they give the same.
+"""A model's modules computed by our kernels, where these give the same results.
 
-What is not known (`fused`), or gives something else than the module itself on random input, stays as it is, and the
-report says so.
+A module that is not recognized, or whose kernel gives something else on random input, keeps its own forward; the report
+says why.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training_lens.models.classes import decoder_of
-from training_lens.models.fast.layer_spec import attentions_of, heads_of
+from training_lens.models.fast.layer_spec import MLPSpec, NormSpec, RecognizedLayers, recognize_layers
 from training_lens.models.fast.module_kernels import (
     PROBE_TOKENS,
     AttentionKernel,
@@ -22,22 +22,29 @@ from training_lens.models.fast.module_kernels import (
     MLPKernel,
     ModuleKernel,
     NormKernel,
-    close,
 )
 from training_lens.models.fast.packed_attention import PackedSequences
+from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
 
 
 @dataclass
 class InstalledKernels:
-    """What of a model the kernels compute: the number of modules of each kind, and why others stayed as they are."""
+    """How many modules of each kind the kernels compute, and how many keep their own forward, by the reason."""
 
     installed: Counter[str] = field(default_factory=Counter)
     skipped: Counter[str] = field(default_factory=Counter)
 
     @property
     def can_pack(self) -> bool:
-        """Whether examples can lie one behind the other in a line, so that nothing is padded."""
+        """Whether sequences can be packed, so that nothing is padded."""
         return self.installed["attention"] > 0
+
+    def count(self, kind: str, refusal: str) -> None:
+        """Note one more module of the kind, or why it keeps its own forward."""
+        if refusal:
+            self.skipped[refusal] += 1
+        else:
+            self.installed[kind] += 1
 
     def __str__(self) -> str:
         done = ", ".join(f"{count} {kind}" for kind, count in self.installed.items() if count) or "nothing"
@@ -47,73 +54,72 @@ class InstalledKernels:
 
 def install_kernels(model: Any) -> InstalledKernels:
     """Let kernels compute what they can of a PEFT model, in place; `uninstall_kernels` takes it back."""
-    kernels = InstalledKernels()
-    _install_attention(model, kernels)
-    for kind, kernel in (("gated layers", MLPKernel), ("adapted layers", LinearKernel), ("norms", NormKernel)):
-        for module in list(model.modules()):
-            if kernel.fits(module) and not isinstance(module.__dict__.get("forward"), ModuleKernel):
-                refusal = _install_kernel(module, kernel)
-                if refusal:
-                    kernels.skipped[refusal] += 1
-                else:
-                    kernels.installed[kind] += 1
-    return kernels
+    report, layers = InstalledKernels(), recognize_layers(model)
+    _install_attention(model, layers, report)
+    for module, spec in layers.specs.items():
+        if isinstance(spec, MLPSpec):
+            report.count("gated MLPs", _install_kernel(module, MLPKernel, spec))
+    for module in filter(LinearKernel.fits, list(model.modules())):
+        report.count("adapted layers", _install_kernel(module, LinearKernel, None))
+    for module, spec in layers.specs.items():
+        if isinstance(spec, NormSpec):
+            report.count("norms", _install_kernel(module, NormKernel, spec))
+    return report
 
 
 def uninstall_kernels(model: Any) -> None:
-    """Every module computes by itself again."""
+    """Give every module its own forward again."""
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), ModuleKernel):
             del module.__dict__["forward"]
 
 
 def installed_kernels(model: Any) -> list[ModuleKernel]:
-    """What computes modules of the model in their place."""
-    return [made for module in model.modules() if isinstance(made := module.__dict__.get("forward"), ModuleKernel)]
+    """The kernels that compute modules of the model in their place."""
+    forwards = (module.__dict__.get("forward") for module in model.modules())
+    return [forward for forward in forwards if isinstance(forward, ModuleKernel)]
 
 
-def _install_kernel(module: Any, kernel: Any) -> str:
+def _install_kernel(module: Any, kind: Any, spec: Any) -> str:
     """Let a kernel compute a module's calls; or else, why not."""
     if "forward" in module.__dict__:
         return f"{type(module).__name__} has a forward of its own"
-    refusal: str = kernel.refusal(module)
+    refusal: str = kind.refusal(module, spec)
     if refusal:
         return refusal
     try:
-        made = kernel(module)
-        agrees = made.matches_module()
+        kernel = kind(module, spec)
+        matches = kernel.matches_module()
     except (TypeError, ValueError, RuntimeError, LookupError):  # a module of that name which takes other arguments
         return f"{type(module).__name__} takes something else"
-    if not agrees:
+    if not matches:
         return f"{type(module).__name__} computes something else"
-    module.forward = made
+    module.forward = kernel
     return ""
 
 
-def _install_attention(model: Any, kernels: InstalledKernels) -> None:
-    """All attentions, or none: a line of examples goes through every one of them."""
-    attentions = attentions_of(decoder_of(model))
-    refusal = (
-        next(filter(None, map(AttentionKernel.refusal, attentions)), "") if attentions else "no attention that is known"
-    )
-    refusal = unpackable_layers(model) or refusal
-    heads = refusal or heads_of(model, attentions)
-    if isinstance(heads, str):
-        kernels.skipped[heads] += max(1, len(attentions))
+def _install_attention(model: Any, layers: RecognizedLayers, report: InstalledKernels) -> None:
+    """All attentions, or none: packed sequences go through every one of them."""
+    report.skipped.update(layers.refusals.values())
+    count = len(layers.attentions)
+    refusals = (AttentionKernel.refusal(module, spec) for module, spec in layers.attentions.items())
+    refusal = unpackable_layers(model) or layers.attention_refusal or next(filter(None, refusals), "")
+    if refusal:
+        report.skipped[refusal] += count
         return
-    for module, of in heads.items():
-        module.forward = AttentionKernel(module, of)
+    for module, spec in layers.attentions.items():
+        module.forward = AttentionKernel(module, spec)
     if is_packing_exact(model):
-        kernels.installed["attention"] = len(heads)
+        report.installed["attention"] = count
     else:
         uninstall_kernels(model)
-        kernels.skipped["attention that computes something else"] += len(heads)
+        report.skipped["attention that computes something else"] += count
 
 
 def unpackable_layers(model: Any) -> str:
-    """Which layers of a model see other tokens than those before theirs, or those in a window; else ''.
+    """Why packed sequences would see each other in some layers of a model; empty where they would not.
 
-    State-space layers carry their state into the next example of a line, and chunks are counted from its beginning.
+    State-space layers carry their state into the next sequence, and chunks are counted from the first one's beginning.
     """
     decoder = decoder_of(model)
     kinds = set(getattr(decoder.config.get_text_config(), "layer_types", None) or ())
@@ -126,7 +132,7 @@ def unpackable_layers(model: Any) -> str:
 
 @torch.no_grad()
 def is_packing_exact(model: Any) -> bool:
-    """Whether two examples in a line give the states that each gives alone."""
+    """Whether two packed examples give the hidden states that each gives alone."""
     decoder = decoder_of(model)
     device = next(decoder.parameters()).device
     ids = [torch.arange(2, 2 + length, device=device)[None] for length in (PROBE_TOKENS, PROBE_TOKENS - 2)]
@@ -140,12 +146,12 @@ def is_packing_exact(model: Any) -> bool:
         return False
     finally:
         decoder.train(was_training)
-    return close(together, alone)
+    return is_close(together, alone, WHOLE_MODEL)
 
 
 def forward_packed(decoder: Any, input_ids: Tensor, packed: PackedSequences) -> Any:
-    """What the decoder gives of examples in a line; its first part is the last layer's states, (1, tokens, hidden)."""
-    no_mask = input_ids.new_zeros(1, 1, 0, 0)  # of four dimensions: taken as it is, and read by no fused attention
+    """The decoder's output for packed examples; its first part is the last hidden states, (1, tokens, hidden)."""
+    no_mask = input_ids.new_zeros(1, 1, 0, 0)  # transformers passes four dimensions through; no kernel reads it
     return decoder(
         input_ids=input_ids,
         position_ids=packed.position_ids(input_ids.device),

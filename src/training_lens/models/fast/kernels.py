@@ -254,44 +254,54 @@ def _has_native_gate(gate_up: Tensor, activation: str) -> bool:
 
 
 def apply_rotary(
-    x: Float[Tensor, "tokens heads width"],
-    cos: Float[Tensor, "tokens turned"],
-    sin: Float[Tensor, "tokens turned"],
-) -> Float[Tensor, "tokens heads width"]:
-    """Rotary positions (arXiv 2104.09864) by halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+    x: Float[Tensor, "tokens heads size"],
+    cos: Float[Tensor, "tokens rotated"],
+    sin: Float[Tensor, "tokens rotated"],
+    interleaved: bool = False,
+) -> Float[Tensor, "tokens heads size"]:
+    """Rotary embedding (arXiv 2104.09864) of pairs of numbers: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
 
     Args:
-        cos: of each token's angles; both halves hold the same, of which the first is read. `turned` of the `width`
-            numbers of a head are turned, and the others left.
+        cos, sin: of each token's angles, which stand twice, as the pairs do. `rotated` of the `size` numbers of a head
+            are rotated, and the others left.
+        interleaved: pairs are neighbours, as in Cohere's models; else a pair is at one place of both halves.
     """
-    y: Tensor = _ApplyRotary.apply(x, cos, sin)
+    y: Tensor = _ApplyRotary.apply(x, cos, sin, interleaved)
     return y
 
 
 class _ApplyRotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return rotate_heads(x, cos, sin, 1.0)
+        ctx.interleaved = interleaved
+        return rotate_heads(x, cos, sin, 1.0, interleaved)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return rotate_heads(dy, cos, sin, -1.0), None, None
+        return rotate_heads(dy, cos, sin, -1.0, ctx.interleaved), None, None, None
 
 
-def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, direction: float, interleaved: bool = False) -> Tensor:
     """`apply_rotary` without autograd, forth or (`direction` -1) back."""
     y = torch.empty_like(x)
-    if can_compute(x, cos, sin) and are_heads_adjacent(x):
+    if not interleaved and can_compute(x, cos, sin) and are_heads_adjacent(x):
         native.rotate_heads(x, cos, sin, direction, y)
         return y
-    half = cos.shape[-1] // 2
-    c, s = cos[:, None, :half], sin[:, None, :half]
-    (x1, x2), (y1, y2) = (t[..., : 2 * half].chunk(2, -1) for t in (x, y))
+    rotated = cos.shape[-1]
+    (x1, x2), (y1, y2) = (_split_pairs(t[..., :rotated], interleaved) for t in (x, y))
+    c, s = (_split_pairs(t, interleaved)[0][:, None] for t in (cos, sin))
     torch.mul(x1, c, out=y1).addcmul_(x2, s, value=-direction)
     torch.mul(x2, c, out=y2).addcmul_(x1, s, value=direction)
-    if 2 * half < x.shape[-1]:
-        y[..., 2 * half :] = x[..., 2 * half :]
+    if rotated < x.shape[-1]:
+        y[..., rotated:] = x[..., rotated:]
     return y
+
+
+def _split_pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    if interleaved:
+        return x[..., ::2], x[..., 1::2]
+    first, second = x.chunk(2, -1)
+    return first, second

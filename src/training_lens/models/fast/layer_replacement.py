@@ -1,12 +1,12 @@
-"""Which layers of a model can be computed faster: found by structure, and replaced only where the result is the same.
+"""Puts decoding's layers in a model, where they give the same results.
 
-A first pass over a prompt records what every such layer is given and gives. Its replacement is fed the same, and
-stands in only where it says the same up to rounding; every other layer stays as it is.
+A first pass over a prompt records what every recognized layer is given and gives. Its replacement is given the same,
+and stands in only where its result is the same up to rounding; every other layer stays as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training_lens.models.fast.decoding_layers import (
-    DecodingAttention,
-    DecodingHeads,
-    DecodingLinear,
-    DecodingMLP,
-    DecodingNorm,
-    LinearWeights,
+from training_lens.models.fast.decoding_layers import DecodingAttention, DecodingMLP, DecodingNorm
+from training_lens.models.fast.fused_linear import DecodingLinear, read_linear
+from training_lens.models.fast.layer_spec import (
+    AttentionSpec,
+    LayerSpec,
+    MLPSpec,
+    NormSpec,
+    UnknownLayerError,
+    activation_of,
+    recognize_layers,
 )
+from training_lens.models.fast.tolerance import is_close
+from training_lens.utils.logging import get_logger
 
-ROUNDING = {
-    torch.float32: 1e-5,
-    torch.bfloat16: 1.5e-2,
-    torch.float16: 2e-3,
-}  # root mean square, over that of the result
-NORM_EPS = ("variance_epsilon", "eps")
-QKV, GATED = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+logger = get_logger(__name__)
+Specs = dict[Any, LayerSpec]
 
 
 @dataclass(frozen=True)
@@ -41,139 +41,98 @@ class LayerCall:
     result: Any
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Root mean square of the difference over that of what is wanted."""
-    difference = (found.float() - wanted.float()).square().mean().sqrt()
-    return float(difference / wanted.float().square().mean().sqrt().clamp_min(1e-30))
-
-
-def is_close(found: Tensor, wanted: Tensor, slack: float = 1.0) -> bool:
-    """Whether the two differ by no more than the rounding of their number type, `slack` times."""
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return False
-    return relative_error(found, wanted) <= slack * ROUNDING.get(wanted.dtype, 0.0)
-
-
 def replace_layers(model: Any, ids: Tensor) -> int:
-    """Put faster layers into `model`, in place; how many of its layers were replaced.
+    """Put decoding's layers into `model`, in place; how many of its layers were replaced.
 
-    Costs one pass over `ids`, and each replaced layer once more.
+    Cost: a pass over `ids`, one of a few tokens, and each replaced layer once more.
 
     Args:
-        model: a copy of its own modules, with adapters merged or not; it is asked without gradients.
-        ids: (1, tokens) int64, real ones.
+        model: a copy of its own modules, with adapters merged or not; it is called without gradients.
+        ids: (1, tokens) int64, of a real prompt.
     """
-    makers = {name: make for name, module in model.named_modules() if (make := _maker(model, name, module))}
-    with _record_calls(model, makers) as seen:
+    layers = recognize_layers(model)
+    head = model.get_output_embeddings()
+    known = {name for name, module in model.named_modules() if module in layers.specs or module is head}
+    names = [name for name, _ in model.named_modules() if name in known and not known.intersection(_parents(name))]
+    with _record_calls(model, names) as calls:
         model(input_ids=ids, use_cache=False)
-    return sum(_replace_layer(model, name, make, seen.get(name)) for name, make in makers.items())
+    refusals = dict.fromkeys(layers.refusals.values())
+    replaced = 0
+    for name in names:
+        if reason := _replace_layer(model, name, layers.specs, calls.get(name)):
+            refusals[reason] = None
+        else:
+            replaced += 1
+    if refusals:
+        logger.debug("layers that decode by themselves: %s", "; ".join(refusals))
+    return replaced
 
 
-Maker = Callable[[], nn.Module]
-
-
-def _maker(model: Any, name: str, module: nn.Module) -> Maker | None:
-    """How to make the module's replacement; None where its structure is not known."""
-    children = {child for child, _ in module.named_children()}
-    if type(module).__name__.endswith("RMSNorm") and name.rpartition(".")[2] not in ("q_norm", "k_norm"):
-        return lambda: _norm(module)
-    if set(QKV) <= children <= {*QKV, "q_norm", "k_norm"} and not list(module.parameters(recurse=False)):
-        return lambda: _attention(module)
-    if set(GATED) <= children <= {*GATED, "act_fn"}:
-        return lambda: _gated(module)
-    if module is model.get_output_embeddings() and linear_of(module):
-        return lambda: DecodingLinear([_linear(module)])
-    return None
+def _parents(name: str) -> Iterator[str]:
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 @contextmanager
-def _record_calls(model: Any, makers: dict[str, Maker]) -> Iterator[dict[str, LayerCall]]:
+def _record_calls(model: Any, names: Sequence[str]) -> Iterator[dict[str, LayerCall]]:
     """Within the block the calls of these modules are noted."""
-    seen: dict[str, LayerCall] = {}
+    calls: dict[str, LayerCall] = {}
     handles = []
-    for name in makers:
+    for name in names:
 
         def note(_module: Any, given: Any, options: Any, result: Any, name: str = name) -> None:
-            seen[name] = LayerCall(given, options, result)
+            calls[name] = LayerCall(given, options, result)
 
         handles.append(model.get_submodule(name).register_forward_hook(note, with_kwargs=True))
     try:
-        yield seen
+        yield calls
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _replace_layer(model: Any, name: str, make: Maker, seen: LayerCall | None) -> bool:
-    """Replace one module where that says the same."""
-    if seen is None:
-        return False
+def _replace_layer(model: Any, name: str, specs: Specs, call: LayerCall | None) -> str:
+    """Replace one module where the result is the same; else, why not."""
+    module = model.get_submodule(name)
+    kind = type(module).__name__
+    if call is None:
+        return f"{kind} is not called"
     try:
-        layer = make()
-        found = layer(*seen.given, **seen.options)
-        either_way = all(_is_same_for_few_rows(part) for part in layer.modules() if isinstance(part, DecodingLinear))
+        layer = _build_layer(module, specs)
+        found = layer(*call.given, **call.options)
+        linears = [part for part in layer.modules() if isinstance(part, DecodingLinear)]
+        consistent = all(map(_is_same_for_few_rows, linears))
+    except UnknownLayerError as reason:
+        return str(reason)
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        return False  # it looks like what we know, and is something else
-    found, wanted = (x[0] if isinstance(x, tuple) else x for x in (found, seen.result))
-    if not (either_way and is_close(found, wanted)):
-        return False
+        return f"{kind} takes something else"
+    found, expected = (x[0] if isinstance(x, tuple) else x for x in (found, call.result))
+    if not (consistent and is_close(found, expected)):
+        return f"{kind} computes something else"
     model.set_submodule(name, layer)
-    return True
+    return ""
 
 
-def _is_same_for_few_rows(product: DecodingLinear) -> bool:
-    """Whether many rows, of which a probe may have too few, are computed as few are."""
-    if product.few is None:
+def _is_same_for_few_rows(linear: DecodingLinear) -> bool:
+    """Whether few rows, which have a kernel of their own, give what many rows do."""
+    if linear.few is None:
         return True
-    x = torch.linspace(-2, 3, product.width, dtype=product.weight.dtype)[None]
-    return is_close(product.apply_to_many_rows(x), product.few(x))
+    x = torch.linspace(-2, 3, linear.width, dtype=linear.weight.dtype)[None]
+    return is_close(linear.apply_to_many_rows(x), linear.few(x))
 
 
-def _norm(module: Any) -> DecodingNorm:
-    eps = next(getattr(module, name) for name in NORM_EPS if hasattr(module, name))
-    # Gemma's norms keep their weight less 1; at a random vector the two kinds cannot be mistaken.
-    x = torch.linspace(-2, 3, module.weight.numel(), device=module.weight.device).to(module.weight.dtype)[None]
-    for weight in (module.weight, 1 + module.weight):
-        if is_close(DecodingNorm(weight, eps)(x), module(x)):
-            return DecodingNorm(weight, eps)
-    raise ValueError("another kind of norm")
-
-
-def _attention(module: Any) -> DecodingAttention:
-    q, k = _linear(module.q_proj), _linear(module.k_proj)
-    size = module.head_dim
-    cap = getattr(module, "attn_logit_softcapping", None)
-    heads = DecodingHeads(len(q.weight) // size, len(k.weight) // size, size, module.scaling, cap)
-    norms = (module.q_norm, module.k_norm) if hasattr(module, "q_norm") else None
-    qkv = DecodingLinear([q, k, _linear(module.v_proj)])
-    return DecodingAttention(qkv, DecodingLinear([_linear(module.o_proj)]), heads, norms, module.layer_idx)
-
-
-def _gated(module: Any) -> DecodingMLP:
-    gate_up = DecodingLinear([_linear(module.gate_proj), _linear(module.up_proj)])
-    return DecodingMLP(gate_up, DecodingLinear([_linear(module.down_proj)]), module.act_fn)
-
-
-def _linear(module: nn.Module) -> LinearWeights:
-    found = linear_of(module)
-    if found is None:
-        raise ValueError(f"{type(module).__name__} is no plain linear layer")
-    return found
-
-
-def linear_of(module: Any) -> LinearWeights | None:
-    """The layer's weights; with an adapter beside them where it is LoRA's. None for any other kind of layer."""
-    from peft.tuners.lora import Linear as LoraLinear
-
-    if type(module) is nn.Linear:
-        return LinearWeights(module.weight, module.bias)
-    if not isinstance(module, LoraLinear) or type(module.base_layer) is not nn.Linear or module.lora_variant:
-        return None
-    base = module.base_layer
-    if module.disable_adapters or module.merged:
-        return None
-    (name,) = module.active_adapters
-    up = module.scaling[name] * module.lora_B[name].weight.float()
-    return None if module.lora_bias[name] else LinearWeights(base.weight, base.bias, module.lora_A[name].weight, up)
+def _build_layer(module: Any, specs: Specs) -> nn.Module:
+    spec = specs.get(module)
+    if isinstance(spec, NormSpec):
+        return DecodingNorm(module.weight + 1 if spec.adds_one else module.weight, spec)
+    if isinstance(spec, MLPSpec):
+        gate_up = DecodingLinear([read_linear(getattr(module, name)) for name in spec.gate_up])
+        return DecodingMLP(gate_up, DecodingLinear([read_linear(module.down_proj)]), activation_of(module))
+    if isinstance(spec, AttentionSpec):
+        qkv = DecodingLinear([read_linear(getattr(module, name)) for name in spec.projections])
+        norms = [module.q_norm, module.k_norm] if spec.qk_norm else []
+        norms = [_build_layer(norm, specs) if norm in specs else norm for norm in norms]
+        return DecodingAttention(qkv, DecodingLinear([read_linear(module.o_proj)]), spec, norms, module.layer_idx)
+    return DecodingLinear([read_linear(module)])

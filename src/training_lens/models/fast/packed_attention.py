@@ -1,4 +1,4 @@
-"""Causal attention within examples that lie one behind the other in a line of tokens, without padding."""
+"""Causal attention of packed sequences: examples that lie one behind the other in one row, without padding."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from training_lens.models.fast.native.attention_kernels import PackedLayout, attend_packed, attend_packed_backward
+from training_lens.models.fast.native.attention_kernels import PackedAttentionCall, PackedLayout, ScoreSpec
 from training_lens.models.fast.native.library import can_compute
 from training_lens.utils.devices import move_to_device
 
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """The lengths of the examples in a line of tokens, in order."""
+    """The lengths of the examples in a packed row, in order."""
 
     lengths: tuple[int, ...]
 
@@ -30,8 +30,8 @@ class PackedSequences:
         return tuple(pairwise(accumulate(self.lengths, initial=0)))
 
     @cached_property
-    def line(self) -> PackedLayout:
-        """As the kernels want them."""
+    def layout(self) -> PackedLayout:
+        """What the kernels in C take."""
         return PackedLayout(self.lengths)
 
     def position_ids(self, device: torch.device) -> Tensor:
@@ -39,79 +39,109 @@ class PackedSequences:
         return move_to_device(torch.cat([torch.arange(length) for length in self.lengths])[None], device)
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
-        """(examples + 1,) int32: where each begins, and the end."""
+        """(examples + 1,) int32: the first token of each, and the end."""
         return move_to_device(torch.tensor([0, *(end for _, end in self.spans)], dtype=torch.int32), device)
 
 
 def packed_attention(
-    query: Float[Tensor, "tokens heads width"],
-    key: Float[Tensor, "tokens groups width"],
-    value: Float[Tensor, "tokens groups width"],
+    query: Float[Tensor, "tokens heads size"],
+    key: Float[Tensor, "tokens groups size"],
+    value: Float[Tensor, "tokens groups size"],
     packed: PackedSequences,
-    scale: float,
-    window: int | None = None,
-) -> Float[Tensor, "tokens heads width"]:
-    """softmax(scale q k^T) v of each token over those before it in its example, and itself.
+    scores: ScoreSpec,
+) -> Float[Tensor, "tokens heads size"]:
+    """softmax(s) v of each token over the tokens before it in its example, and itself; `ScoreSpec` defines s.
 
-    Groups of heads share keys and values (arXiv 2305.13245). No weights are kept for the backward pass: on CUDA by the
-    flash kernel for variable lengths (arXiv 2307.08691), on a CPU by ours, and elsewhere by what torch has for one
-    example after the other.
-
-    Args:
-        window: a token sees so many of the last tokens, itself included; None: all.
+    Groups of heads share keys and values (arXiv 2305.13245). On CUDA by the flash kernel for variable lengths
+    (arXiv 2307.08691), on a CPU by ours; both keep no softmax weights for the backward pass. Elsewhere, and on CUDA
+    with a softcap, one example after the other by torch.
     """
-    if query.is_cuda:
-        return _attend_with_varlen(query, key, value, packed, scale, window)
+    if query.is_cuda and scores.softcap is None:
+        return _attend_with_varlen(query, key, value, packed, scores)
     if can_compute(query, key, value):
-        attended: Tensor = _PackedAttention.apply(query, key, value, packed, scale, window)
+        attended: Tensor = _PackedAttention.apply(query, key, value, packed, scores)
         return attended
-    return _attend_each_example(query, key, value, packed, scale, window)
+    return _attend_each_example(query, key, value, packed, scores)
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float, window: int | None
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scores: ScoreSpec
     ) -> Tensor:
-        out, sums = attend_packed(query, key, value, packed.line, scale, window)
+        call = PackedAttentionCall(query, key, value, packed.layout, scores)
+        out, sums = call.attend()
         ctx.save_for_backward(query, key, value, out, sums)
-        ctx.settings = packed.line, scale, window
+        ctx.settings = packed.layout, scores
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        return *attend_packed_backward(dout, *ctx.saved_tensors, *ctx.settings), None, None, None
+        query, key, value, out, sums = ctx.saved_tensors
+        call = PackedAttentionCall(query, key, value, *ctx.settings)
+        return *call.attend_backward(dout, out, sums), None, None
 
 
 def _attend_with_varlen(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float, window: int | None
-) -> Tensor:  # fmt: skip
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scores: ScoreSpec
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    starts, longest = packed.cu_seqlens(query.device), max(packed.lengths)
-    near = (-1, 0) if window is None else (window - 1, 0)
-    grouped = query.shape[1] != key.shape[1]
+    cu_seqlens, longest = packed.cu_seqlens(query.device), max(packed.lengths)
     attended = varlen_attn(
-        query, key, value, starts, starts, longest, longest, scale=scale, window_size=near, enable_gqa=grouped
-    )
+        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scores.scale,
+        window_size=(-1, 0) if scores.window is None else (scores.window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
     assert isinstance(attended, Tensor), "no other results were asked for"
     return attended
 
 
 def _attend_each_example(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float, window: int | None
-) -> Tensor:  # fmt: skip
-    found = []
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scores: ScoreSpec
+) -> Tensor:
+    attended = []
     for start, end in packed.spans:
-        q, k, v = (t[start:end].transpose(0, 1)[None] for t in (query, key, value))
-        seen = None if window is None or window >= end - start else _window_mask(end - start, window, query.device)
-        attended = scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=True)
-        found.append(attended[0].transpose(0, 1))
-    return torch.cat(found)
+        q, k, v = (t[start:end].transpose(0, 1)[None] for t in (query, key, value))  # (1, heads, tokens, size)
+        narrow = scores.window is not None and scores.window < end - start
+        mask = causal_mask(end - start, scores.window, query.device) if narrow or scores.softcap else None
+        if scores.softcap is None:
+            out = scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, scale=scores.scale, enable_gqa=True
+            )
+        else:
+            assert mask is not None
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+            out = attend_with_softcap(q, k, v, mask, scores)
+        attended.append(out[0].transpose(0, 1))
+    return torch.cat(attended)
 
 
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+def attend_with_softcap(
+    query: Float[Tensor, "rows heads tokens size"],
+    key: Float[Tensor, "rows heads keys size"],
+    value: Float[Tensor, "rows heads keys size"],
+    mask: Tensor | None,
+    scores: ScoreSpec,
+) -> Float[Tensor, "rows heads tokens size"]:
+    """softmax(softcap tanh(scale q k^T / softcap)) v by torch.
+
+    Args:
+        mask: added to the scores, or (bool) true where a key is seen; None: all are.
+    """
+    cap = scores.softcap
+    assert cap is not None, "there is a softcap"
+    weights = cap * torch.tanh(torch.matmul(query, key.transpose(-1, -2)) * scores.scale / cap)
+    if mask is not None and mask.dtype == torch.bool:
+        weights = weights.masked_fill(~mask, torch.finfo(weights.dtype).min)
+    elif mask is not None:
+        weights = weights + mask
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return torch.matmul(weights.softmax(-1, dtype=wide).to(value.dtype), value)
+
+
+def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
     """(length, length) bool: true where a token sees another."""
-    seen = torch.ones(length, length, dtype=torch.bool, device=device)
-    return seen.tril().triu(1 - window)
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen if window is None else seen.triu(1 - window)

@@ -79,7 +79,7 @@ static WIDE NAME(dot)(const NUMBER *x, const NUMBER *y, int64_t count) {
 /* What a worker does at a time: an example, and a group of heads that share keys and values. */
 struct NAME(item) {
     int64_t start, length, filled, group, heads, shared, size, wide, window;
-    WIDE scale, *scratch;
+    WIDE scale, softcap, *scratch;
     const NUMBER *key, *value;
 };
 
@@ -89,7 +89,7 @@ static struct NAME(item) NAME(item_of)(const struct call *c, int64_t worker, int
     return (struct NAME(item)){
         .start = start, .length = length, .filled = FILLED(length), .group = group, .heads = c->of[1],
         .shared = c->of[1] / groups, .size = size, .wide = FILLED(size), .window = c->of[4],
-        .scale = (WIDE)c->by[0], .scratch = (WIDE *)c->at[5] + worker * c->of[10],
+        .scale = (WIDE)c->by[0], .softcap = (WIDE)c->by[1], .scratch = (WIDE *)c->at[5] + worker * c->of[10],
         .key = (const NUMBER *)c->at[1] + start * c->of[6] + group * size,
         .value = (const NUMBER *)c->at[2] + start * c->of[7] + group * size,
     };
@@ -108,13 +108,16 @@ static struct NAME(block) NAME(block_of)(const struct NAME(item) *it, int64_t fr
     return (struct NAME(block)){from, left < BLOCK ? left : BLOCK, low, from + BLOCK};
 }
 
-/* Scores (BLOCK, it->filled) of a block's queries with the keys from b->low on; -inf where one does not see another. */
+/* Scores (BLOCK, it->filled) of a block's queries with the keys from b->low on; -inf where one does not see another.
+ * With a softcap they are scaled and capped; else `raised` scales them. */
 static void NAME(scores)(
     const struct NAME(item) *it, const struct NAME(block) *b, const WIDE *query, const WIDE *keys, WIDE *scores) {
     NAME(product)(BLOCK, b->high - b->low, it->size, query, it->size, 1, keys + b->low * it->size,
                   COLUMNS * it->size, scores, it->filled, 0);
     for (int64_t row = 0; row < BLOCK; row++) {
         WIDE *own = scores + row * it->filled - b->low;
+        if (it->softcap > 0)
+            for (int64_t i = b->low; i < b->high; i++) own[i] = NAME(capped)(it->scale * own[i], it->softcap);
         for (int64_t i = b->low; i < NAME(first)(b->from + row, it->window); i++) own[i] = -INFINITY;
         for (int64_t i = b->from + row + 1; i < b->high; i++) own[i] = -INFINITY;
     }
@@ -125,7 +128,7 @@ static void NAME(scores)(
  * sums (heads, tokens) WIDE, the logarithms of the weights' sums, are dense.
  * at: query, key, value, out, sums, scratch (workers, of[10]) WIDE, bounds (examples + 1) int64, order (items) int64;
  * of: tokens, heads, groups, size, window (0: none), the strides of query, key and value, workers, items, scratch;
- * by: scale. */
+ * by: scale, softcap (0: none). */
 void NAME(attend)(int64_t begin, int64_t end, const struct call *c) {
     for (int64_t worker = begin; worker < end; worker++)
         for (int64_t turn = worker; turn < c->of[9]; turn += c->of[8]) {
@@ -141,12 +144,13 @@ void NAME(attend)(int64_t begin, int64_t end, const struct call *c) {
                     const NUMBER *q = (const NUMBER *)c->at[0] + token * c->of[5] + head * it.size;
                     NUMBER *out = (NUMBER *)c->at[3] + (token * it.heads + head) * it.size;
                     WIDE *sums = (WIDE *)c->at[4] + head * c->of[0] + token;
+                    const WIDE scale = it.softcap > 0 ? 1 : it.scale;
                     WIDE shares[BLOCK];
                     NAME(widened)(q, c->of[5], b.rows, it.size, query);
                     NAME(scores)(&it, &b, query, keys, scores);
                     for (int64_t row = 0; row < BLOCK; row++) {
-                        const WIDE top = it.scale * NAME(top)(scores + row * it.filled, b.high - b.low);
-                        const WIDE sum = NAME(raised)(scores + row * it.filled, b.high - b.low, it.scale, top);
+                        const WIDE top = scale * NAME(top)(scores + row * it.filled, b.high - b.low);
+                        const WIDE sum = NAME(raised)(scores + row * it.filled, b.high - b.low, scale, top);
                         shares[row] = 1 / sum;
                         if (row < b.rows) sums[row] = top + (WIDE)log(sum);
                     }
@@ -198,8 +202,12 @@ void NAME(attend_back)(int64_t begin, int64_t end, const struct call *c) {
                             continue;
                         }
                         const WIDE along = NAME(dot)(dy + row * dense, out + row * dense, it.size);
-                        NAME(raised)(w, seen, it.scale, sums[row]);
-                        for (int64_t i = 0; i < seen; i++) d[i] = it.scale * w[i] * (d[i] - along);
+                        if (it.softcap > 0)
+                            for (int64_t i = 0; i < seen; i++) d[i] = (d[i] - along) * NAME(cap_slope)(w[i], it.softcap);
+                        else
+                            for (int64_t i = 0; i < seen; i++) d[i] -= along;
+                        NAME(raised)(w, seen, it.softcap > 0 ? 1 : it.scale, sums[row]);
+                        for (int64_t i = 0; i < seen; i++) d[i] *= it.scale * w[i];
                     }
                     NAME(product)(BLOCK, it.wide, seen, dscores, it.filled, 1, plain_keys + b.low * COLUMNS,
                                   it.filled * COLUMNS, dquery, it.wide, 0);

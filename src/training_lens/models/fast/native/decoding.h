@@ -41,10 +41,10 @@ static inline __attribute__((always_inline)) void NAME(mix)(
 }
 
 /* `heads` heads that share keys and values: y = softmax(q k^T) v over `count` columns; q (heads, size) is scaled already,
- * `weights` has room for (heads, count). What the memory has to bring is asked for early. */
+ * `weights` has room for (heads, count); `softcap` 0: none. What the memory has to bring is asked for early. */
 static inline __attribute__((always_inline)) void NAME(newest)(
-    int64_t heads, const WIDE *q, const NUMBER *keys, const NUMBER *values, int64_t count, int64_t size, WIDE *weights,
-    NUMBER *y) {
+    int64_t heads, const WIDE *q, const NUMBER *keys, const NUMBER *values, int64_t count, int64_t size, WIDE softcap,
+    WIDE *weights, NUMBER *y) {
     const int64_t whole = size - size % LANES, line = 64 / (int64_t)sizeof *keys;
     WIDE sums[QUAD];
     for (int64_t column = 0; column < count; column++) {
@@ -66,6 +66,8 @@ static inline __attribute__((always_inline)) void NAME(newest)(
     }
     for (int64_t head = 0; head < heads; head++) {
         WIDE *own = weights + head * count, top = -INFINITY, sum = 0;
+        if (softcap > 0)
+            for (int64_t column = 0; column < count; column++) own[column] = NAME(capped)(own[column], softcap);
         #pragma omp simd reduction(max : top)
         for (int64_t column = 0; column < count; column++) top = own[column] > top ? own[column] : top;
         #pragma omp simd reduction(+ : sum)
@@ -86,7 +88,7 @@ static inline __attribute__((always_inline)) void NAME(newest)(
 }
 
 /* Rows times groups of heads that share keys and values, each row's newest token: k is turned, k and v become the column
- * of the newest, and y = softmax(by[0] q k^T) v of the turned q, over the columns from the row's first one, or from where
+ * of the newest, and y = softmax(by[0] q k^T) v of the turned q (capped by by[1], if that is not 0), over the columns from the row's first one, or from where
  * the window begins, to the newest.
  * at: q (rows, heads, size), k and v (rows, groups, size), cos (rows, angles), sin, keys and values (rows, groups,
  * columns, size), first (rows) int64, y (rows, heads, size);
@@ -95,6 +97,7 @@ static inline __attribute__((always_inline)) void NAME(newest)(
 void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
     const int64_t heads = c->of[0], groups = c->of[1], size = c->of[2], angles = c->of[3], behind = c->of[4];
     const int64_t window = c->of[5], shared = heads / groups, half = angles / 2;
+    const WIDE softcap = (WIDE)c->by[1];
     NUMBER turned[size];
     WIDE q[QUAD * size], *weights = malloc(sizeof *weights * (size_t)(QUAD * behind)); /* a stack may be too small */
     if (!weights) abort();
@@ -115,9 +118,9 @@ void NAME(attend_newest)(int64_t begin, int64_t end, const struct call *c) {
             }
             NUMBER *y = (NUMBER *)c->at[8] + (row * heads + head) * size;
             const int usual = sizeof(WIDE) == sizeof(float); /* double is for tests */
-            if (usual && size == 64) BY_QUADS(NAME(newest), together, q, keys, values, count, 64, weights, y);
-            else if (usual && size == 128) BY_QUADS(NAME(newest), together, q, keys, values, count, 128, weights, y);
-            else BY_QUADS(NAME(newest), together, q, keys, values, count, size, weights, y);
+            if (usual && size == 64) BY_QUADS(NAME(newest), together, q, keys, values, count, 64, softcap, weights, y);
+            else if (usual && size == 128) BY_QUADS(NAME(newest), together, q, keys, values, count, 128, softcap, weights, y);
+            else BY_QUADS(NAME(newest), together, q, keys, values, count, size, softcap, weights, y);
         }
     }
     free(weights);

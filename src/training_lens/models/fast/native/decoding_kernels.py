@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -10,41 +11,55 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from training_lens.models.fast.native.attention_kernels import ScoreSpec
 from training_lens.models.fast.native.library import GRAIN, call_kernel, can_compute, has_kernel
 
 
-def attend_newest_token(
-    query: Float[Tensor, "rows heads size"],
-    key: Float[Tensor, "rows groups size"],
-    value: Float[Tensor, "rows groups size"],
-    turn: tuple[Float[Tensor, "rows turned"], Float[Tensor, "rows turned"]],
-    keys: Float[Tensor, "rows groups columns size"],
-    values: Float[Tensor, "rows groups columns size"],
-    first: Int[Tensor, " rows"],
-    end: int,
-    scale: float,
-    window: int | None,
-) -> Float[Tensor, "rows heads size"]:
-    """Each row's newest token becomes column `end` - 1 of keys and values, and softmax(scale q k^T) v of it is given.
+@dataclass(frozen=True)
+class NewestTokens:
+    """One token of each row, for attention: (rows, heads or groups, size), a row's heads adjacent.
 
-    Query and key are turned by their position first. Keys and values are read once for all heads that share them, and
-    only where a row has any.
-
-    Args:
-        query, key, value: a row's heads lie one behind the other, whatever is between rows.
-        turn: cosines and sines, as of `rotated`; dense.
-        keys, values: dense, of the same shape.
-        first: the first column that each row sees; before `end`.
-        window: the columns that it sees at most; None: all.
+    cos, sin: (rows, rotated), dense; `rotated` numbers of a head are rotated by halves, none where it is 0.
     """
-    (rows, heads, size), groups, (cos, sin) = query.shape, keys.shape[1], turn
-    mixed = torch.empty_like(query, memory_format=torch.contiguous_format)
-    strides = (query.stride(0), key.stride(0), value.stride(0), keys.stride(0), keys.stride(1))
-    of = (heads, groups, size, cos.shape[-1], end, window or 0, *strides)
-    at = (query, key, value, cos, sin, keys, values, first, mixed)
-    most = 2 * (heads // groups) * size * end  # products of an item, some of which are none of the row's
-    call_kernel("attend_newest", query.dtype, rows * groups, at, of, (scale,), min(most, GRAIN))
-    return mixed
+
+    query: Float[Tensor, "rows heads size"]
+    key: Float[Tensor, "rows groups size"]
+    value: Float[Tensor, "rows groups size"]
+    cos: Float[Tensor, "rows rotated"]
+    sin: Float[Tensor, "rows rotated"]
+
+
+@dataclass(frozen=True)
+class CachedTokens:
+    """A KV cache of which rows see the columns from `first` (rows,) int64 to `end` - 1, which is the newest token's.
+
+    keys, values: (rows, groups, columns, size), dense, of one shape.
+    """
+
+    keys: Float[Tensor, "rows groups columns size"]
+    values: Float[Tensor, "rows groups columns size"]
+    first: Int[Tensor, " rows"]
+    end: int
+
+
+def attend_newest_tokens(
+    newest: NewestTokens, cached: CachedTokens, scores: ScoreSpec
+) -> Float[Tensor, "rows heads size"]:
+    """Write each row's newest token into the cache, and give its softmax(s) v; `ScoreSpec` defines s.
+
+    Queries and keys are rotated first. Keys and values are read once for all heads that share them, and only columns
+    that a row sees.
+    """
+    query, (rows, heads, size), groups = newest.query, newest.query.shape, cached.keys.shape[1]
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    strides = (t.stride(0) for t in (query, newest.key, newest.value))
+    sizes = (heads, groups, size, newest.cos.shape[-1], cached.end, scores.window or 0)
+    of = (*sizes, *strides, cached.keys.stride(0), cached.keys.stride(1))
+    given = (query, newest.key, newest.value, newest.cos, newest.sin, cached.keys, cached.values, cached.first, out)
+    most = 2 * (heads // groups) * size * cached.end  # products of an item, also of columns that the row does not see
+    settings = (scores.scale, scores.softcap or 0.0)
+    call_kernel("attend_newest", query.dtype, rows * groups, given, of, settings, min(most, GRAIN))
+    return out
 
 
 class FewRowsLinear:

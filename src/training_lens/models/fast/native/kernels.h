@@ -143,6 +143,17 @@ void NAME(nll)(int64_t begin, int64_t end, const struct call *c) {
     }
 }
 
+/* softcap tanh(score / softcap) of a score (arXiv 2408.00118). */
+static inline WIDE NAME(capped)(WIDE score, WIDE softcap) {
+    return softcap - 2 * softcap / (EXP(2 * score / softcap) + 1);
+}
+
+/* The derivative of `capped` where it gave `capped`; 0 where that is -inf, which stands for a key that is not seen. */
+static inline WIDE NAME(cap_slope)(WIDE capped, WIDE softcap) {
+    const WIDE share = capped / softcap;
+    return share < -1 ? 0 : 1 - share * share;
+}
+
 #define TILE 8     /* rows of a product whose sums are in registers together, */
 #define COLUMNS 32 /* with so many columns */
 #define PARTS ((int64_t)COLUMNS / LANES)

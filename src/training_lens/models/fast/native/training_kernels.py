@@ -1,4 +1,4 @@
-"""What training computes by kernels in C; `calls.can_take` says whether they take a tensor."""
+"""What training computes by kernels in C; `library.can_compute` says where they work."""
 
 from __future__ import annotations
 
