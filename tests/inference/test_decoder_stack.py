@@ -22,7 +22,7 @@ def made(kind: str, more: dict[str, Any], dtype: torch.dtype = torch.float32) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Granite"])
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Granite", "Phi3"])
 def test_a_plain_decoder_says_in_our_pass_what_its_modules_say(kind: str, dtype: torch.dtype) -> None:
     """Padded prompts, so that masks are there."""
     ours = made(kind, {"sliding_window": 8} if kind == "Mistral" else {}, dtype)
@@ -36,7 +36,7 @@ def test_a_plain_decoder_says_in_our_pass_what_its_modules_say(kind: str, dtype:
 
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("Granite", MULTIPLIED), ("Granite", HARDLY_MULTIPLIED), ("Gemma", {}), ("Gemma2", {}), ("Phi3", {})],
+    [("Granite", MULTIPLIED), ("Granite", HARDLY_MULTIPLIED), ("Gemma", {}), ("Gemma2", {}), ("Cohere", {})],
     ids=str,
 )
 def test_a_model_that_does_more_than_its_parts_goes_through_its_modules(kind: str, more: dict[str, Any]) -> None:

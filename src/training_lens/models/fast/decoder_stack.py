@@ -1,8 +1,8 @@
-"""A whole pass of a plain decoder through our layers, without what transformers does between its own.
+"""A whole pass of a plain decoder through decoding's layers, without what transformers does between its own.
 
-A plain decoder embeds tokens, adds to them what attention and a gated MLP say of their norm, block by block, and reads
-the scores off the last norm. Whether a model is one is known by its parts; whether it does nothing else besides (scaled
-embeddings or sums, say) shows only in what it says, which `decoder` compares.
+A plain decoder is x + attention(norm x), then x + mlp(norm x), block by block, and the output layer of a last norm. Its
+parts say whether a model may be one; whether it does more (scaled embeddings or sums, say), `decoder` finds out by
+comparing the logits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class DecoderBlock:
-    """Two sums: x + attention(norm x), and of that the same with the MLP. `kind` is that of its mask."""
+    """x + attention(norm x), then the same with the MLP. `kind` is that of its mask."""
 
     before: DecodingNorm
     attention: DecodingAttention
@@ -40,7 +40,7 @@ class DecoderBlock:
 
 @dataclass(frozen=True)
 class DecoderStack:
-    """The pass. `rotary` gives cosines and sines of positions."""
+    """The blocks between embedding and output layer. `rotary` gives cosines and sines of positions."""
 
     embed: nn.Embedding
     rotary: Any
@@ -61,7 +61,7 @@ class DecoderStack:
 
 
 def build_stack(model: Any, windows: Sequence[int | None]) -> DecoderStack | None:
-    """The stack of a model whose layers were replaced; None where its parts are others, or somebody listens to them.
+    """The stack of a model whose layers were replaced; None where it has other parts, or hooks.
 
     Args:
         windows: of each layer, None for one that sees all.
@@ -79,7 +79,7 @@ def build_stack(model: Any, windows: Sequence[int | None]) -> DecoderStack | Non
 
 
 def _build_block(layer: Any, window: int | None) -> DecoderBlock | None:
-    children = dict(layer.named_children())
+    children = {name: child for name, child in layer.named_children() if type(child) is not nn.Dropout}
     if children.keys() != PARTS.keys() or not all(isinstance(children[name], kind) for name, kind in PARTS.items()):
         return None
     before, attention, between, mlp = (children[name] for name in PARTS)

@@ -1,4 +1,4 @@
-"""What training asks of a model: the loss of a micro-batch, by the fastest way that this model has."""
+"""The loss of a micro-batch, by the fastest path that the model has."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ COMPARED_STATES = 4  # random states on which the output layer alone is compared
 
 
 class Engine:
-    """A PEFT model as training computes it: with fused modules, and the loss of supervised positions alone.
+    """A PEFT model in training: with kernels installed, and the loss of supervised positions only.
 
     Args:
-        model: the base with its adapter; its modules are fused in place.
+        model: the base with its adapter; kernels are installed in place.
 
     Raises:
         ModelLoadingError: see `require_causal`.
@@ -105,7 +105,7 @@ class Engine:
         return states
 
     def _needs_no_autocast(self, device: str) -> bool:
-        """Whether all is in the dtype of the computation but what the kernels cast; autocast would cast to and fro."""
+        """Whether the base has autocast's dtype and kernels cast the rest: autocast would only add casts."""
         wanted = torch.get_autocast_dtype(device)
         return not self.kernels.skipped and self._dtypes == {wanted}
 
@@ -125,7 +125,7 @@ class Engine:
     @cached_property
     @torch.no_grad()
     def _head_is_plain(self) -> bool:
-        """Whether logits are the output layer's product alone, with no scale or cap behind it."""
+        """Whether logits are the output layer's product, with no scale or softcap after it."""
         head = self._head
         if self._head_trains or type(head) is not nn.Linear or not head.weight.is_floating_point():
             return False
@@ -139,12 +139,12 @@ class Engine:
 
 @torch.no_grad()
 def require_causal(model: Any) -> None:
-    """Refuse a model whose tokens see those behind them, or that makes other logits than its decoder's states give.
+    """Refuse a model whose tokens see later ones, or whose logits are not the output layer's of its decoder.
 
-    Training asks the decoder alone, and pads on the right; some multimodal models read a prompt both ways. A quantized
-    model, whose rounding may depend on all tokens of a batch, and one that gives no numbers are not compared: the first
-    step tells of those.
-    Cost: a pass of a few tokens and one of half as many; one more where there is more than a head around the decoder.
+    Training calls the decoder only, and pads on the right; some multimodal models read a prompt in both directions.
+    Quantized models, whose rounding may depend on all tokens of a batch, and models that give no finite numbers are not
+    compared: the first step reports those.
+    Cost: a pass of a few tokens and one of half as many; one more where the decoder is not the whole base model.
 
     Raises:
         ModelLoadingError: states or logits differ.

@@ -17,7 +17,7 @@ from training_lens.models.fast.native.library import can_compute
 
 @dataclass(frozen=True)
 class LoRABranch:
-    """What an adapter adds to a layer: A (rank, in), B (out, rank), their scale, and the magnitude (out,) of DoRA."""
+    """A layer's adapter: A (rank, in), B (out, rank), their scaling, and DoRA's magnitude (out,)."""
 
     down: Tensor
     up: Tensor
@@ -43,7 +43,7 @@ class FusedLinear:
 
     @staticmethod
     def refusal(layers: Sequence[Any]) -> str:
-        """Why these cannot be computed together; empty where they can."""
+        """Why these layers cannot be fused; empty where they can."""
         for layer in layers:
             if reason := _refuse_layer(layer):
                 return reason
@@ -63,7 +63,7 @@ class FusedLinear:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the layers' weights are still those that were put together, and their adapters can be computed."""
+        """Whether the layers still hold the fused weights, and each has at most one active adapter, unmerged."""
         pointers = [_weight_matrix(base).data_ptr() for base in self._bases]
         starts = [part.data_ptr() for part in self._weight.split(self.sizes)]
         return pointers == starts and not any(_has_mixed_adapters(layer) for layer in self.layers)
@@ -90,12 +90,12 @@ class FusedLinear:
             return lora_linear(x, weight, bias, factors, scales, dropped)
         if dropped is None:
             return scale_outputs(lora_linear(x, weight, None, factors, scales), gains, bias)
-        # PEFT's DoRA multiplies what its branch saw by the gain, and leaves the rest of the base as it is.
+        # PEFT's DoRA scales the base's product of the inputs that dropout kept, and not that of the others.
         rest = nn.functional.linear(x - dropped, weight, bias)
         return rest + scale_outputs(lora_linear(dropped, weight, None, factors, scales), gains)
 
     def _dora_scales(self, branches: Sequence[LoRABranch]) -> Tensor | None:
-        """DoRA's factor of each output, m / |W + s B A|, and 1 where a layer has none; None where no layer has one."""
+        """DoRA's scale of each output, m / |W + s B A|, 1 for layers without DoRA; None where no layer has it."""
         if all(branch.magnitude is None for branch in branches):
             return None
         parts = zip(self._weight.split(self.sizes), branches, strict=True)
@@ -103,7 +103,7 @@ class FusedLinear:
 
     @staticmethod
     def _empty_branch(size: int, x: Tensor) -> LoRABranch:
-        """The adapter of a layer that has none: of rank 0."""
+        """An adapter of rank 0, for a layer without one."""
         return LoRABranch(x.new_empty(0, x.shape[-1]), x.new_empty(size, 0), 1.0)
 
     def _fuse_weights(self) -> tuple[Tensor, Tensor | None]:
@@ -258,7 +258,7 @@ def _weight_matrix(base: Any) -> Tensor:
 
 
 def _refuse_layer(layer: Any) -> str:
-    """Why a layer cannot be computed here; empty where it can."""
+    """Why a layer's formula is not known; empty where it is."""
     from peft.tuners.lora import Linear
     from peft.tuners.lora.variants import DoraLinearVariant
     from transformers.pytorch_utils import Conv1D
@@ -281,14 +281,14 @@ def _refuse_layer(layer: Any) -> str:
 
 
 def _has_mixed_adapters(layer: Any) -> bool:
-    """Whether several adapters work at once, or one is in the base weights already."""
+    """Whether several adapters are active at once, or one is merged into the base weights."""
     if layer is _base_layer(layer) or layer.disable_adapters:
         return False
     return bool(layer.merged) or len([a for a in layer.active_adapters if a in layer.lora_A]) > 1
 
 
 def _active_branch(layer: Any) -> LoRABranch | None:
-    """The adapter that works; None without one."""
+    """The active adapter; None without one."""
     if layer is _base_layer(layer) or layer.disable_adapters:
         return None
     active = next((name for name in layer.active_adapters if name in layer.lora_A), None)
@@ -299,7 +299,7 @@ def _active_branch(layer: Any) -> LoRABranch | None:
 
 
 def _dropout_rate(layers: Sequence[Any]) -> float:
-    """The share of inputs that the adapters drop at this moment: of one input once, for all of its projections."""
+    """The adapters' dropout rate now, 0 in evaluation; one mask serves all projections of an input."""
     shares = [
         module.p
         for layer in layers

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training_lens.models.classes import decoder_of
-from training_lens.models.fast.layer_spec import MLPSpec, NormSpec, RecognizedLayers, recognize_layers
+from training_lens.models.fast.layer_spec import MLPSpec, NormSpec
 from training_lens.models.fast.module_kernels import (
     PROBE_TOKENS,
     AttentionKernel,
@@ -24,6 +24,7 @@ from training_lens.models.fast.module_kernels import (
     NormKernel,
 )
 from training_lens.models.fast.packed_attention import PackedSequences
+from training_lens.models.fast.recognition import RecognizedLayers, recognize_layers
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
 
 
@@ -105,7 +106,8 @@ def _install_attention(model: Any, layers: RecognizedLayers, report: InstalledKe
     refusals = (AttentionKernel.refusal(module, spec) for module, spec in layers.attentions.items())
     refusal = unpackable_layers(model) or layers.attention_refusal or next(filter(None, refusals), "")
     if refusal:
-        report.skipped[refusal] += count
+        if refusal not in report.skipped:
+            report.skipped[refusal] = max(1, count)
         return
     for module, spec in layers.attentions.items():
         module.forward = AttentionKernel(module, spec)

@@ -1,7 +1,7 @@
-"""The arithmetic of training, fused: each function is one node of autograd, which keeps only what its gradient reads.
+"""The fused functions of training: each is one autograd node that keeps only what its gradient needs.
 
 All take tensors of one dtype (float64 in the tests) on any device, and sum in float32 where the dtype is smaller. On a
-CPU, where a C compiler is at hand, what lies between the products is computed in one pass each (`native`).
+CPU with a C compiler, everything but matrix products is one pass over memory (`native`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Any]]] = 
 
 
 def activation_name(activation: Any) -> str | None:
-    """The name in `ACTIVATIONS` of a function of numbers, told by its values; None where it is none of them."""
+    """The name in `ACTIVATIONS` of the function that gives the same values; None where none does."""
     x = torch.linspace(-6, 6, 97)
     try:
         values = activation(x)

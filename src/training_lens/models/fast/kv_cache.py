@@ -1,8 +1,8 @@
-"""Keys and values of rows that are decoded together: memory set aside once, and one column for all newest tokens.
+"""The KV cache of continuous batching: memory allocated once, and one column for the newest token of every row.
 
-Every row ends in the same column, wherever it began: a token is written with one copy for all rows, a sliding window
-is one slice, and a finished row's place is taken by a new prompt that is put before the same column. What lies before
-a row's start is masked.
+All rows end in the same column, wherever they start: a token is written with one copy for all rows, a sliding window
+is one slice, and a new prompt takes the slot of a finished row so that it ends in that column, too. Columns before a
+row's start are masked.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-GRAIN = 32  # columns: what is read grows by so many at a time, so that kernels meet few shapes
+GRAIN = 32  # columns: the slice that is read grows in such steps, so that kernels meet few shapes
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of the kinds of layers
 
 
 class Columns:
-    """Which columns are in use, shared by all layers; `starts` are the rows' first ones, None for a row at rest."""
+    """The columns in use, shared by all layers; `starts` are the rows' first ones, None for a slot without a row."""
 
     def __init__(self, rows: int, count: int, window: int | None) -> None:
         self.count, self.window = count, window
         self.starts: list[int | None] = [None] * rows
         self.end = 0
         self.read = {False: slice(0), True: slice(0)}
-        self.seen = torch.zeros(rows, dtype=torch.int64)  # the first column of each, the newest of a row at rest
+        self.seen = torch.zeros(rows, dtype=torch.int64)  # each row's first column; the newest one for an empty slot
 
     @property
     def first_used(self) -> int:
@@ -34,9 +34,9 @@ class Columns:
         return min((s for s in self.starts if s is not None), default=self.end)
 
     def advance(self) -> None:
-        """One column more; `read` then says which are read, by whether a layer has a window, and `seen` from where.
+        """Add a column. `read` is then the slice that a layer reads, by whether it has a window; `seen` a row's first.
 
-        They go to the newest, from the first in use or from where the window begins.
+        The slice goes from the first column in use, or from where the window begins, to the newest.
         """
         self.end += 1
         self.seen = torch.tensor([self.end - 1 if start is None else start for start in self.starts])
@@ -56,7 +56,7 @@ class SlotLayer(CacheLayerMixin):
         self.columns, self.windowed = columns, windowed
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Set the memory aside, in zeros: columns that are masked are read all the same."""
+        """Allocate zeros: masked columns are read, too."""
         rows = (len(self.columns.starts), key_states.shape[1], self.columns.count)
         self.keys = key_states.new_zeros(*rows, key_states.shape[-1])
         self.values = value_states.new_zeros(*rows, value_states.shape[-1])
@@ -65,32 +65,32 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write the newest token of every row; what the layer reads, (rows, heads, columns in use, size)."""
+        """Write the newest token of every row; give what the layer reads, (rows, heads, columns in use, size)."""
         newest, read = self.columns.end - 1, self.columns.read[self.windowed]
         self.keys[:, :, newest : newest + 1] = key_states
         self.values[:, :, newest : newest + 1] = value_states
         return self.keys[:, :, read], self.values[:, :, read]
 
     def allocate(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values, (rows, heads, columns, size), for one who writes these newest, (rows, heads, size)."""
+        """All keys and values, (rows, heads, columns, size), for a caller that writes the newest tokens itself."""
         if not self.is_initialized:
             self.lazy_initialization(key[:, :, None], value[:, :, None])
         return self.keys, self.values
 
     def write_tokens(self, row: int, keys: Tensor, values: Tensor, start: int) -> None:
-        """Write a stretch of a prompt, (heads, tokens, size), from column `start` on."""
+        """Write some of a prompt's tokens, (heads, tokens, size), from column `start` on."""
         if not self.is_initialized:
             self.lazy_initialization(keys[None], values[None])
         self.keys[row, :, start : start + keys.shape[1]] = keys
         self.values[row, :, start : start + keys.shape[1]] = values
 
     def shift_left(self, by: int, end: int) -> None:
-        """Move all columns before `end` so far to the left."""
+        """Move all columns before `end` to the left by `by`."""
         for held in (self.keys, self.values):
             held[:, :, : end - by] = held[:, :, by:end].clone()
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Only these rows stay."""
+        """Drop all other rows."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -108,7 +108,7 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """A transformers cache of `rows` places with `columns` tokens each.
+    """A transformers cache of `rows` slots with `columns` tokens each.
 
     Args:
         windows: of each layer, None for one that sees all; at most one size besides None.
@@ -143,11 +143,11 @@ class SlotCache(Cache):
         self.mask[row, ..., start : self.columns.end] = 0
 
     def release_row(self, row: int) -> None:
-        """The row's answer is finished: nothing reads its columns any more."""
+        """Free the slot of a finished row: nothing reads its columns any more."""
         self.columns.starts[row] = None
 
     def keep_rows(self, rows: Sequence[int]) -> None:
-        """Only these rows stay, in this order."""
+        """Keep these rows, in this order, and drop the others."""
         index = torch.tensor(rows, device=self.mask.device)
         for layer in self.layers:
             layer.keep_rows(index)
@@ -171,6 +171,6 @@ class SlotCache(Cache):
         self.columns.end -= by
 
     def attention_masks(self) -> dict[str, Tensor]:
-        """What is added to the scores of each kind of layers, (rows, 1, 1, columns read)."""
+        """The additive attention mask of each kind of layer, (rows, 1, 1, columns read)."""
         kinds = {SLIDING if layer.windowed else FULL: layer.windowed for layer in self.layers}
         return {kind: self.mask[..., self.columns.read[windowed]] for kind, windowed in kinds.items()}

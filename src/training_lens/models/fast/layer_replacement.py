@@ -23,8 +23,8 @@ from training_lens.models.fast.layer_spec import (
     NormSpec,
     UnknownLayerError,
     activation_of,
-    recognize_layers,
 )
+from training_lens.models.fast.recognition import recognize_layers
 from training_lens.models.fast.tolerance import is_close
 from training_lens.utils.logging import get_logger
 

@@ -1,4 +1,4 @@
-"""How a kernel in C is called: with tensors' memory, on torch's own threads."""
+"""The library of kernels in C: compiled where needed, called with tensors' memory on torch's own threads."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class CallArguments(ctypes.Structure):
 
 @dataclass(frozen=True, eq=False)
 class KernelLibrary:
-    """The kernels' library, and the function of torch that shares items out among its threads."""
+    """The compiled kernels, and torch's function that splits a range of items among its threads."""
 
     kernels: ctypes.CDLL
     share: ctypes._NamedFuncPointer
 
-    @lru_cache(maxsize=64)  # noqa: B019 the one library is never let go
+    @lru_cache(maxsize=64)  # noqa: B019 the one library lives as long as the process
     def address(self, kernel: str, dtype: torch.dtype) -> int:
-        """Of the kernel for numbers of `dtype`."""
+        """The address of the kernel for `dtype`."""
         found = getattr(self.kernels, f"{kernel}_{TYPES[dtype]}")
         return ctypes.cast(found, ctypes.c_void_p).value or 0
 
 
 @lru_cache(maxsize=1)
 def load_library() -> KernelLibrary | None:
-    """The kernels, compiled where that was not done before; None, and the reason in the log, where that cannot be."""
+    """The kernels, compiled at the first call on a machine; None, with the reason in the log, where that fails."""
     try:
         kernels = compile_library(SOURCES, "kernels")
         share = ctypes.CDLL(str(_torch_library())).torch_parallel_for
@@ -58,14 +58,14 @@ def _torch_library() -> Path:
 
 
 def can_compute(*tensors: Tensor) -> bool:
-    """Whether kernels are there for tensors on this device and of this dtype, the same of all."""
+    """Whether there are kernels for these tensors: all on the CPU and of one dtype that kernels have."""
     x = tensors[0]
     alike = x.dtype in TYPES and all(t.device.type == "cpu" and t.dtype == x.dtype for t in tensors)
     return alike and load_library() is not None
 
 
 def has_kernel(kernel: str, dtype: torch.dtype) -> bool:
-    """Whether a kernel is there for this processor; of most, all are."""
+    """Whether there is such a kernel for this processor; most kernels exist for all."""
     found = load_library()
     return found is not None and dtype in TYPES and hasattr(found.kernels, f"{kernel}_{TYPES[dtype]}")
 
@@ -79,12 +79,12 @@ def call_kernel(
     by: Sequence[float] = (),
     size: int = GRAIN,
 ) -> None:
-    """Let a kernel compute `items` of `size` numbers each; `at`, `of` and `by` are as the kernel says.
+    """Let a kernel compute `items` of `size` numbers each; the kernel's comment says what `at`, `of` and `by` hold.
 
-    The tensors are as the kernel wants them, which is the caller's to see to.
+    The caller checks that the tensors have the layout that the kernel reads.
     """
     found = load_library()
-    assert found is not None, "can_take was asked"
+    assert found is not None, "callers ask can_compute first"
     given = CallArguments(tuple(None if t is None else t.data_ptr() for t in at), tuple(of), tuple(by))
     address = found.address(kernel, dtype)
     failed = found.share(0, items, max(1, GRAIN // size), address, ctypes.addressof(given))
@@ -92,10 +92,10 @@ def call_kernel(
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that sums over x are made in."""
+    """The dtype in which sums over x are computed."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def are_heads_adjacent(x: Tensor) -> bool:
-    """Whether heads, (..., heads, size), lie one behind the other, whatever is between tokens."""
+    """Whether a token's heads, (..., heads, size), are adjacent in memory; tokens need not be."""
     return x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]
