@@ -6,7 +6,7 @@ Each computes what a layer of a transformers model does. `layer_replacement` put
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -115,19 +115,19 @@ class DecodingAttention(nn.Module):
 
     def _attend_newest(self, q: Tensor, k: Tensor, v: Tensor, angles: RotaryAngles, cache: SlotCache) -> Tensor:
         """Of one token a row, each (rows, 1, heads, size); the cache knows what a row sees, as the mask does."""
-        if self.spec.rotary == "halves" and angles.can_rotate(q, k):  # the kernel rotates queries and keys
+        if self.spec.rotary == "halves":  # the kernel rotates queries and keys
             cos, sin = angles.expand_to_rows(len(q))
         else:
             q, k = angles.rotate(q, self.spec.rotary), angles.rotate(k, self.spec.rotary)
             cos = sin = q.new_empty(len(q), 0)
         q, k, v = (part[:, 0] if are_heads_adjacent(part) else part[:, 0].contiguous() for part in (q, k, v))
         layer, columns, scores = cache.layers[self.layer_idx], cache.columns, self.spec.scores
-        keys, values = layer.allocate(k, v)
         window = columns.window if layer.windowed else None
+        if window != scores.window:
+            scores = replace(scores, window=window)
+        keys, values = layer.allocate(k, v)
         cached = CachedTokens(keys, values, columns.seen, columns.end)
-        return attend_newest_tokens(
-            NewestTokens(q, k, v, cos, sin), cached, ScoreSpec(scores.scale, window, scores.softcap)
-        )
+        return attend_newest_tokens(NewestTokens(q, k, v, cos, sin), cached, scores)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ A spec says which formula a module follows; it holds no tensors. `recognition` f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -63,7 +64,7 @@ class AttentionSpec:
     qk_norm: QKNorm | None
     rotary: Rotary | None
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, int, int]:
         """Heads of queries, keys and values."""
         return self.heads, self.groups, self.groups
@@ -92,10 +93,12 @@ def split_heads(fused: Tensor, spec: AttentionSpec, norms: Any) -> tuple[Tensor,
     Args:
         norms: has `q_norm` and `k_norm` where the spec has them.
     """
-    parts = fused.split([count * spec.head_size for count in spec.sizes], -1)
     if spec.qk_norm == "width":
-        parts = (norms.q_norm(parts[0]), norms.k_norm(parts[1]), parts[2])
-    query, key, value = (part.unflatten(-1, (-1, spec.head_size)) for part in parts)
+        query, key, value = fused.split([count * spec.head_size for count in spec.sizes], -1)
+        parts = (norms.q_norm(query), norms.k_norm(key), value)
+        query, key, value = (part.unflatten(-1, (-1, spec.head_size)) for part in parts)
+        return query, key, value
+    query, key, value = fused.view(*fused.shape[:-1], -1, spec.head_size).split(spec.sizes, -2)
     if spec.qk_norm == "head":
-        query, key = norms.q_norm(query), norms.k_norm(key)
+        return norms.q_norm(query), norms.k_norm(key), value
     return query, key, value

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -15,8 +15,7 @@ from training_lens.models.fast.native.attention_kernels import ScoreSpec
 from training_lens.models.fast.native.library import GRAIN, call_kernel, can_compute, has_kernel
 
 
-@dataclass(frozen=True)
-class NewestTokens:
+class NewestTokens(NamedTuple):
     """One token of each row, for attention: (rows, heads or groups, size), a row's heads adjacent.
 
     cos, sin: (rows, rotated), dense; `rotated` numbers of a head are rotated by halves, none where it is 0.
@@ -29,8 +28,7 @@ class NewestTokens:
     sin: Float[Tensor, "rows rotated"]
 
 
-@dataclass(frozen=True)
-class CachedTokens:
+class CachedTokens(NamedTuple):
     """A KV cache of which rows see the columns from `first` (rows,) int64 to `end` - 1, which is the newest token's.
 
     keys, values: (rows, groups, columns, size), dense, of one shape.
