@@ -50,7 +50,7 @@ class RunOverview:
 
     @property
     def experiment_name(self) -> str:
-        """The experiment in whose folder it is; empty for a run's folder elsewhere."""
+        """The experiment that the folder belongs to; empty for a run folder elsewhere."""
         return self.folder.experiment_name
 
     @property
