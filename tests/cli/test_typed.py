@@ -23,6 +23,19 @@ from training_lens.utils.files import write_json
 Call = Callable[..., Result]
 
 
+def test_the_help_groups_commands_by_what_a_person_does(call: Call) -> None:
+    page = call("--help").stdout
+    places = [page.index(f"─ {panel} ─") for panel in ("Data", "Train", "Evaluate", "Look inside", "Ship", "Runs")]
+    assert places == sorted(places) and "─ Commands ─" not in page
+
+
+@pytest.mark.parametrize("command", ["analyze", "merge", "infer", "prepare", "init"])
+def test_json_and_debug_are_the_last_options_of_every_command(call: Call, command: str) -> None:
+    lines = call(command, "--help").stdout.splitlines()
+    options = [line.split()[1] for line in lines if line.startswith(("│ --", "│ *  --"))]
+    assert options[-3:] == ["--json", "--debug", "--help"]
+
+
 def test_version_help_and_completion_need_no_torch(call: Call) -> None:
     assert call("--version").stdout == f"training-lens {__version__}\n"
     assert "--install-completion" in call("--help").stdout
