@@ -40,7 +40,8 @@ def prepare(files: list[str], tokenizer_folder: str, cache: str) -> dict[str, An
     from training_lens.config.data_sections import DataSection
     from training_lens.config.schema import ModelSection
     from training_lens.data.templates import build_renderer
-    from training_lens.data.token_cache import Preparation, prepare_split, tokenizer_hash
+    from training_lens.data.token_cache import prepare_split
+    from training_lens.data.token_pipeline import Preparation, tokenizer_hash
     from training_lens.data.tokenization import TextEncoder
     from training_lens.display.progress import Progress
     from training_lens.models.factory import load_tokenizer
@@ -55,7 +56,7 @@ def prepare(files: list[str], tokenizer_folder: str, cache: str) -> dict[str, An
     split = prepare_split(files, "data.train", ready, Path(cache), Progress())
     train = split.dataset
     count_duplicates(train, None)
-    tokens, _ = int(train.lengths.sum()), (train.supervised, train.domains, train.files)
+    tokens, _ = int(train.lengths.sum()), (train.supervised_counts, train.domains, train.files)
     seconds = time.perf_counter() - started
     import torch
 

@@ -90,7 +90,11 @@ def write_tokens(job: dict[str, Any], path: Path) -> dict[str, int]:
         for example in dataset:
             labels = [int(i) if m else -100 for i, m in zip(example.input_ids, example.loss_mask, strict=True)]
             file.write(json.dumps({"input_ids": example.input_ids.tolist(), "labels": labels}) + "\n")
-    return {"rows": len(dataset), "tokens": int(dataset.lengths.sum()), "supervised": int(dataset.supervised.sum())}
+    return {
+        "rows": len(dataset),
+        "tokens": int(dataset.lengths.sum()),
+        "supervised": int(dataset.supervised_counts.sum()),
+    }
 
 
 if __name__ == "__main__":

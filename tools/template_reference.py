@@ -79,16 +79,16 @@ def _row(name: str, renderer: Renderer) -> str:
 
 def _outcome(renderer: Renderer, example: Example) -> str:
     try:
-        renderer.example(example)
+        renderer.render_example(example)
     except DatasetError as error:
         return f"refused: {_reason(str(error))}"
     template = renderer.tool_template
     if not example.tools:
         return "shown"
-    if not template.calls:
+    if not template.shows_calls:
         return "as text"
-    form = "text" if template.form.calls == "text" else "object"  # type: ignore[attr-defined]
-    return f"shown, arguments as {form}" if template.tools else f"calls shown, arguments as {form}; tools as text"
+    form = "text" if template.form.argument_format == "text" else "object"  # type: ignore[attr-defined]
+    return f"shown, arguments as {form}" if template.shows_tools else f"calls shown, arguments as {form}; tools as text"
 
 
 def _reason(message: str) -> str:

@@ -161,8 +161,8 @@ def of_setting(setting: Setting, seeds: int, rates: tuple[float, ...]) -> dict[s
         runs = [run(setting, folder, judged, rate, seed) for rate in rates for seed in range(seeds)]
     return {
         "base_loss_on_own_text": judged.base_loss,
-        "own_text_tokens": int(judged.own_text.supervised.sum()),
-        "task_tokens": int(judged.task.supervised.sum()),
+        "own_text_tokens": int(judged.own_text.supervised_counts.sum()),
+        "task_tokens": int(judged.task.supervised_counts.sum()),
         **compared(runs),
         "by_run": runs,
     }

@@ -15,7 +15,8 @@ from training_lens.data.source_reader import read_examples, read_source_examples
 from training_lens.data.sources import expand_sources
 from training_lens.data.split_report import describe_losses as describe_losses
 from training_lens.data.templates import build_renderer
-from training_lens.data.token_cache import Preparation, Split, prepare_split, tokenize
+from training_lens.data.token_cache import Split, prepare_split
+from training_lens.data.token_pipeline import Preparation, tokenize
 from training_lens.data.tokenization import TextEncoder
 from training_lens.display.progress import Progress
 from training_lens.errors import DatasetError

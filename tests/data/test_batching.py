@@ -114,4 +114,4 @@ def test_collate_pads_on_the_right_and_never_supervises_padding() -> None:
     batch = collate(examples, fill_id=7)
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 7, 7]]
     assert batch.loss_mask.tolist() == [[False, True, True], [True, False, False]]
-    assert batch.input_ids.dtype == torch.int64 and batch.tokens == 4
+    assert batch.input_ids.dtype == torch.int64 and batch.token_count == 4

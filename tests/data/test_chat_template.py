@@ -97,23 +97,23 @@ def test_all_templates_of_the_package_are_here() -> None:
 
 @pytest.mark.parametrize("messages", [ONE, TWO], ids=["one", "two"])
 def test_text_is_its_own_and_answers_are_exact(tokenizer: Any, template: ChatTemplate, messages: list[Message]) -> None:
-    check(tokenizer, template, template.example(messages, (), answers(messages)), messages)
+    check(tokenizer, template, template.render_example(messages, (), answers(messages)), messages)
 
 
 @pytest.mark.parametrize("messages", [ONE, TWO], ids=["one", "two"])
 def test_the_prompt_is_what_training_puts_before_the_last_answer(
     tokenizer: Any, template: ChatTemplate, messages: list[Message]
 ) -> None:
-    segments = template.example(messages, (), answers(messages))
+    segments = template.render_example(messages, (), answers(messages))
     last = max(i for i, s in enumerate(segments) if s.response)
-    asked = template.prompt(messages[:-1], ())
+    asked = template.render_prompt(messages[:-1], ())
     assert "".join(s.text for s in asked) == "".join(s.text for s in segments[:last])
 
 
 def test_a_system_message_shows_or_is_refused(tokenizer: Any, template: ChatTemplate) -> None:
     messages = [Message("system", "Be brief."), *TWO]
     try:
-        segments = template.example(messages, (), answers(messages))
+        segments = template.render_example(messages, (), answers(messages))
     except DatasetError as error:
         assert "system" in str(error).lower()
     else:
@@ -121,9 +121,9 @@ def test_a_system_message_shows_or_is_refused(tokenizer: Any, template: ChatTemp
 
 
 def test_calls_are_found_with_their_ends(tokenizer: Any, template: ChatTemplate) -> None:
-    if not (template.tools and template.calls):
+    if not (template.shows_tools and template.shows_calls):
         pytest.skip("the template has no place for tools")
-    call, said = [s.text for s in template.example(CALLING, (TOOL,), answers(CALLING)) if s.response]
+    call, said = [s.text for s in template.render_example(CALLING, (TOOL,), answers(CALLING)) if s.response]
     assert "search" in call and "rice" in call and "nothing found" not in call
     assert "There is none." in said
     for text in (call, said):
@@ -134,12 +134,12 @@ def test_calls_are_found_with_their_ends(tokenizer: Any, template: ChatTemplate)
 def test_with_tools_the_prompt_is_what_training_puts_before_the_last_answer(
     tokenizer: Any, template: ChatTemplate, supervise: str
 ) -> None:
-    if not (template.tools and template.calls):
+    if not (template.shows_tools and template.shows_calls):
         pytest.skip("the template has no place for tools")
     learned = answers(CALLING) if supervise == "all" else answers(CALLING)[-1:]
-    segments = template.example(CALLING, (TOOL,), learned)
+    segments = template.render_example(CALLING, (TOOL,), learned)
     last = max(i for i, s in enumerate(segments) if s.response)
-    asked = template.prompt(CALLING[:-1], (TOOL,), learned[:-1])
+    asked = template.render_prompt(CALLING[:-1], (TOOL,), learned[:-1])
     assert [s.text for s in asked] == [s.text for s in segments[:last]]
 
 
@@ -150,11 +150,11 @@ THINKERS = [name for name, source in TEMPLATES.items() if "</think>" in source]
 @pytest.mark.parametrize("tokenizer", THINKERS, indirect=True)
 def test_thoughts_are_learned_behind_the_generation_prompt_or_refused(tokenizer: Any) -> None:
     template = ChatTemplate(tokenizer, thinking=True)
-    asked = "".join(s.text for s in template.prompt(THOUGHTS[:1], ()))
+    asked = "".join(s.text for s in template.render_prompt(THOUGHTS[:1], ()))
     own = [{"role": "user", "content": "What?"}]
     assert asked == tokenizer.apply_chat_template(own, tokenize=False, add_generation_prompt=True)
     try:
-        segments = template.example(THOUGHTS, (), [1])
+        segments = template.render_example(THOUGHTS, (), [1])
     except DatasetError as error:
         assert "thoughts" in str(error) or "differently" in str(error)
         return
@@ -166,17 +166,17 @@ def test_thoughts_are_learned_behind_the_generation_prompt_or_refused(tokenizer:
 @pytest.mark.parametrize("tokenizer", THINKERS, indirect=True)
 def test_without_thinking_thoughts_are_shown_as_they_are_or_refused(tokenizer: Any, template: ChatTemplate) -> None:
     try:
-        segments = template.example(THOUGHTS, (), [1])
+        segments = template.render_example(THOUGHTS, (), [1])
     except DatasetError as error:
         assert "data.thinking=true" in str(error)
         return
-    asked = "".join(s.text for s in template.prompt(THOUGHTS[:1], ()))
+    asked = "".join(s.text for s in template.render_prompt(THOUGHTS[:1], ()))
     assert "".join(s.text for s in segments if not s.response).startswith(asked)
     assert next(s.text for s in segments if s.response).startswith(THOUGHTS[1].text)
 
 
 def test_special_names_in_tools_and_calls_stay_text(tokenizer: Any, template: ChatTemplate) -> None:
-    if not template.tools:
+    if not template.shows_tools:
         pytest.skip("the template has no place for tools")
     name = next(n for n in sorted(special_token_names(tokenizer)) if "end" in n or "eot" in n)
     renderer = build_renderer(DataSection(template="chat", supervise="last"), tokenizer)
@@ -186,7 +186,7 @@ def test_special_names_in_tools_and_calls_stay_text(tokenizer: Any, template: Ch
         call = Message("assistant", "", calls=({"name": "search", "arguments": {"q": text}},))
         chat = [*CALLING[:1], call, *CALLING[2:]]
         try:
-            segments = renderer.example(Example(tuple(chat), None, "f", 1, (tool,)))
+            segments = renderer.render_example(Example(tuple(chat), None, "f", 1, (tool,)))
         except DatasetError:
             pytest.skip("the template cannot be trained with calls")
         counts.append("".join(s.text for s in segments if not s.plain).count(name))
@@ -201,7 +201,7 @@ def test_a_tool_result_that_is_dropped_is_refused(embedded_tokenizer: Any) -> No
         "A: {{ m.tool_calls }}{{ m.content }}{{ eos_token }}\n{% endif %}{% endfor %}"
     )
     with pytest.raises(DatasetError, match=r"drops .*the tool message 'nothing found'"):
-        ChatTemplate(tokenizer).example(CALLING, (TOOL,), [3])
+        ChatTemplate(tokenizer).render_example(CALLING, (TOOL,), [3])
 
 
 def test_a_dropped_text_is_seen_though_another_holds_it(embedded_tokenizer: Any) -> None:
@@ -209,7 +209,7 @@ def test_a_dropped_text_is_seen_though_another_holds_it(embedded_tokenizer: Any)
     tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{{ eos_token }}{% endfor %}"
     chat = [Message("system", "cat"), Message("user", "my cat"), Message("assistant", "yes")]
     with pytest.raises(DatasetError, match=r"drops .*the system message 'cat'"):
-        ChatTemplate(tokenizer).example(chat, (), [2])
+        ChatTemplate(tokenizer).render_example(chat, (), [2])
 
 
 def test_a_tokenizer_without_special_tokens_ends(embedded_tokenizer: Any) -> None:
@@ -218,5 +218,5 @@ def test_a_tokenizer_without_special_tokens_ends(embedded_tokenizer: Any) -> Non
         eos_token, special_tokens_map = "", {}  # type: ignore[var-annotated]
         added_tokens_decoder, all_special_tokens = {}, []  # type: ignore[var-annotated]
 
-    segments = ChatTemplate(Bare()).example(ONE, (), [1])
+    segments = ChatTemplate(Bare()).render_example(ONE, (), [1])
     assert [s.text for s in segments if s.response] == ["Hello there"]

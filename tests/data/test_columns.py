@@ -84,7 +84,7 @@ def test_columns_give_back_the_examples_they_were_made_of() -> None:
         for i, n in enumerate([4, 0, 1, 7])
     ]
     rows = TokenizedRows.from_examples(made)
-    assert rows.supervised.tolist() == [int(e.loss_mask[1:].sum()) for e in made]
+    assert rows.supervised_counts.tolist() == [int(e.loss_mask[1:].sum()) for e in made]
     for a, b in zip(made, rows, strict=True):
         assert (a.id, a.domain, a.digest) == (b.id, b.domain, b.digest)
         assert a.input_ids.tolist() == b.input_ids.tolist() and a.loss_mask.tolist() == b.loss_mask.tolist()

@@ -21,7 +21,7 @@ def mapping_of(keys: Collection[str], domain: DomainSection | None = None, **fie
 
 
 def to_example(row: Row, mapping: FieldMapping, **settings: Any) -> Example:
-    return RowReader(mapping, DataSection.model_validate(settings)).read(row)
+    return RowReader(mapping, DataSection.model_validate(settings)).read_row(row)
 
 
 def row(**values: Any) -> Row:

@@ -89,7 +89,7 @@ def test_answers_round_trip_and_prompts_are_the_same(
 
 def check(form: str, template: str, tokenizer: Any, examples: list[Example]) -> None:
     renderer, encoder = build_renderer(DataSection(template=template), tokenizer), TextEncoder(tokenizer)
-    encoded = encoder.encode([renderer.example(example) for example in examples])
+    encoded = encoder.encode([renderer.render_example(example) for example in examples])
     unknown = encoder.find_unknown_characters(set().union(*(m.text for e in examples for m in e.messages)))
     exact = 0
     for example, tokens in zip(examples, encoded, strict=True):

@@ -31,7 +31,7 @@ def read(values: dict[str, Any], **data: Any) -> tuple[Example, dict[str, int]]:
     """The example of a row, and what is said of its source."""
     section, row, notes = DataSection.model_validate(data), Row("f", 1, values), DataNotes()
     reader = RowReader(find_mapping(collect_keys([row]), section, "f"), section, "f", notes)
-    return reader.read(row), notes.remarks.get("f", {})
+    return reader.read_row(row), notes.remarks.get("f", {})
 
 
 def said(example: Example) -> list[tuple[str, str]]:

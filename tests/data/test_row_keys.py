@@ -80,7 +80,7 @@ OPEN = ("tools", "functions", "arguments", "parameters", "rejected")
 def read(values: dict[str, Any], **data: Any) -> tuple[Example, FieldMapping, DataNotes]:
     section, row, notes = DataSection.model_validate(data), Row("f", 1, values), DataNotes()
     mapping = find_mapping(collect_keys([row]), section, "f")
-    return RowReader(mapping, section, "f", notes).read(row), mapping, notes
+    return RowReader(mapping, section, "f", notes).read_row(row), mapping, notes
 
 
 def objects(value: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -103,7 +103,7 @@ def told_or_refused(values: dict[str, Any], key: str, path: str) -> None:
         assert str(error).startswith("f")
         return
     inside = {name for level in (MESSAGE, CALL, FUNCTION, PART) for name in level.names}
-    is_read = plain_name(key) in inside if path else key in mapping.keys.values()
+    is_read = plain_name(key) in inside if path else key in mapping.key_by_meaning.values()
     is_read = is_read or any(f'"{key}":' in message.text for message in example.messages)  # an answer in JSON
     assert is_read or path + key in notes.ignored_keys.get("f", {}), (mapping.describe(), notes.ignored_keys)
 
@@ -199,9 +199,9 @@ def test_a_key_that_one_row_misspells_is_found_among_rows_that_have_it() -> None
     ]
     section = DataSection()
     reader = RowReader(find_mapping(collect_keys(rows), section, "f"), section, "f")
-    assert reader.read(rows[0]).messages[0].role == "system"
+    assert reader.read_row(rows[0]).messages[0].role == "system"
     with pytest.raises(DatasetError, match="f, row 2: 'sytem' is not read"):
-        reader.read(rows[1])
+        reader.read_row(rows[1])
 
 
 def test_unknown_keys_are_counted_by_path_and_null_is_no_value() -> None:
@@ -213,7 +213,7 @@ def test_unknown_keys_are_counted_by_path_and_null_is_no_value() -> None:
     rows = [Row("f", i, {"messages": turns, "meta": {"score": 1}, "id": i}) for i in (1, 2)]
     reader = RowReader(find_mapping(collect_keys(rows), section, "f"), section, "f", notes)
     for row in rows:
-        reader.read(row)
+        reader.read_row(row)
     assert notes.ignored_keys["f"] == {
         "meta": 2,
         "id": 2,

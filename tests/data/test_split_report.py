@@ -9,7 +9,8 @@ from typing import Any
 from training_lens.config.data_sections import DataSection
 from training_lens.data.split_report import describe_losses
 from training_lens.data.templates import build_renderer
-from training_lens.data.token_cache import Preparation, prepare_split
+from training_lens.data.token_cache import prepare_split
+from training_lens.data.token_pipeline import Preparation
 from training_lens.data.tokenization import TextEncoder
 from training_lens.display.progress import Progress
 

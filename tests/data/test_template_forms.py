@@ -51,7 +51,7 @@ def calling(*, null: bool = True, text: str = "", call: dict[str, Any] = CALL) -
 def render(renderer: Any, messages: tuple[Message, ...], tools: tuple[Any, ...] = (TOOL,)) -> tuple[str, set[str]]:
     """The text, and what the user is told."""
     notes = DataNotes()
-    segments = renderer.example(Example(messages, None, "rows.jsonl", 7, tools), notes)
+    segments = renderer.render_example(Example(messages, None, "rows.jsonl", 7, tools), notes)
     return "".join(s.text for s in segments), set(notes.remarks.get("rows.jsonl", {}))
 
 
@@ -76,7 +76,7 @@ def test_arguments_go_in_as_the_template_takes_them(embedded_tokenizer: Any, sty
     text, told = render(renderer, calling())
     assert shown in text and renderer.template.form.calls == form
     assert any(("JSON text" in remark) == (form == "text") for remark in told if remark.startswith("arguments"))
-    learned = renderer.example(Example(calling(), None, "f", 1, (TOOL,)))
+    learned = renderer.render_example(Example(calling(), None, "f", 1, (TOOL,)))
     assert [s.text[-len("<|end|>") :] for s in learned if s.response] == ["<|end|>"] * 2
 
 
@@ -124,7 +124,7 @@ def test_ids_of_calls_are_kept_or_made_from_their_places(
     asked, answer, result, last = calling(call={**CALL, **named})
     result = Message("tool", result.text, extra={"tool_call_id": given} if given else {})
     renderer = renderer_of(embedded_tokenizer, source)
-    text = "".join(s.text for s in renderer.prompt((asked, answer, result), None, (TOOL,)))
+    text = "".join(s.text for s in renderer.render_prompt((asked, answer, result), None, (TOOL,)))
     whole, told = render(renderer, (asked, answer, result, last), ())
     assert f"{shown} {{" in text and f"{shown} {{" in whole
     assert any("ids of nine" in t for t in told) == (shown != given)
@@ -167,7 +167,7 @@ def test_templates_of_words_lose_nothing_either(
 ) -> None:
     renderer = build_renderer(DataSection(template=template), embedded_tokenizer)
     with pytest.raises(DatasetError, match=re.escape(lost)):
-        renderer.example(Example((*messages, Message("assistant", "B")), None, "f", 1))
+        renderer.render_example(Example((*messages, Message("assistant", "B")), None, "f", 1))
 
 
 def test_a_later_system_message_stays_in_its_turn(embedded_tokenizer: Any) -> None:
@@ -175,7 +175,7 @@ def test_a_later_system_message_stays_in_its_turn(embedded_tokenizer: Any) -> No
     chat = (*turn, Message("system", "Be long."), *turn)
     for template in ("alpaca", "plain", "{system}\\nQ: {instruction}\\nA: {output}"):
         renderer = build_renderer(DataSection(template=template), embedded_tokenizer)
-        texts = [s.text for s in renderer.example(Example(chat, None, "f", 1))]
+        texts = [s.text for s in renderer.render_example(Example(chat, None, "f", 1))]
         assert "Be long." in texts[2] and "Be long." not in texts[0]
 
 
@@ -193,7 +193,7 @@ def test_of_named_templates_the_one_for_tools_is_taken(embedded_tokenizer: Any, 
     named.save_pretrained(tmp_path)
     for tokenizer in (named, load_tokenizer(ModelSection(), str(tmp_path))):
         renderer = build_renderer(DataSection(template="chat"), tokenizer)
-        assert renderer.tool_template.tools and not renderer.template.tools
+        assert renderer.tool_template.shows_tools and not renderer.template.shows_tools
         assert render(renderer, calling())[0].startswith('[{"type": "function"')
         assert render(renderer, (calling()[0], calling()[3]), ())[0].startswith("PLAIN ")
 
@@ -208,7 +208,7 @@ def test_a_template_that_asks_is_told_the_runs_date(embedded_tokenizer: Any) -> 
     assert resolve_date(settled, tokenizer) == "2026-03-31"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", resolve_date(DataSection(template="chat"), tokenizer) or "")
     assert resolve_date(DataSection(template="alpaca"), tokenizer) is None
-    text = "".join(s.text for s in build_renderer(settled, tokenizer).prompt([Message("user", "Hi")], None))
+    text = "".join(s.text for s in build_renderer(settled, tokenizer).render_prompt([Message("user", "Hi")], None))
     assert text.startswith("Today is 31 Mar 2026.")
 
 
@@ -231,7 +231,7 @@ def test_end_marks_that_are_no_tokens_are_told(embedded_tokenizer: Any) -> None:
 def test_a_text_that_has_its_tokens_already_gets_none_twice(embedded_tokenizer: Any) -> None:
     text = Example((Message("assistant", "<|bos|><|user|>Hi<|assistant|>Ho<|end|>"),), None, "f", 1, is_text=True)
     renderer = build_renderer(DataSection(special_tokens="allow"), embedded_tokenizer)
-    ids = TextEncoder(embedded_tokenizer).encode([renderer.example(text)])[0].input_ids.tolist()
+    ids = TextEncoder(embedded_tokenizer).encode([renderer.render_example(text)])[0].input_ids.tolist()
     assert ids.count(embedded_tokenizer.bos_token_id) == ids.count(embedded_tokenizer.eos_token_id) == 1
 
 
@@ -254,7 +254,7 @@ def test_shared_cases_show_their_calls(embedded_tokenizer: Any, shared: Path, ca
     data = DataSection(train=[str(template.parent / "rows.jsonl")], template=str(template))
     renderer = build_renderer(data, tokenizer)
     examples = list(read_examples([str(data.train[0])], "data.train", data))
-    texts = ["".join(s.text for s in renderer.example(e) if s.response) for e in examples]
+    texts = ["".join(s.text for s in renderer.render_example(e) if s.response) for e in examples]
     assert len(texts) == len(examples) > 5
     assert CASES[case] in texts[0] and texts[0].endswith("In the oak.<|end|>")
 
@@ -298,13 +298,13 @@ def test_of_a_random_conversation_everything_is_found_or_it_is_refused(embedded_
     plain = Example((Message("user", "Hi"), Message("assistant", "Ho")), None, "rows.jsonl", 1)
     for example in (plain, *(make_chat(rng) for _ in range(8))):
         try:
-            segments = renderer.example(example)
+            segments = renderer.render_example(example)
         except DatasetError as error:
             assert "chat template" in str(error) and str(error).startswith("rows.jsonl, row 1: ")
             continue
         used += 1
         text = "".join(s.text for s in segments)
-        native = renderer.tool_template.tools and renderer.tool_template.calls
+        native = renderer.tool_template.shows_tools and renderer.tool_template.shows_calls
         if native or not example.tools:
             assert find_lost(text, example.messages, example.tools, range(len(example.messages))) is None
         assert all(m.text.strip() in text for m in example.messages if m.role == "assistant")

@@ -33,17 +33,17 @@ def test_domain_prefix_styles() -> None:
 def test_the_domain_goes_on_the_first_user_message(embedded_tokenizer: Any) -> None:
     renderer = build_renderer(DataSection(template="chat"), embedded_tokenizer)
     messages = [Message("system", "S"), Message("user", "A"), Message("assistant", "B"), Message("user", "C")]
-    text = "".join(s.text for s in renderer.prompt(messages, "law"))
+    text = "".join(s.text for s in renderer.render_prompt(messages, "law"))
     assert text.count("[domain: law] ") == 1
     assert "<|user|>[domain: law] A<|end|>" in text
 
 
 def test_alpaca_with_and_without_input() -> None:
     template = AlpacaTemplate("</s>")
-    bare = template.prompt([Message("user", "Do it.")], ())[0].text
+    bare = template.render_prompt([Message("user", "Do it.")], ())[0].text
     assert bare.endswith("### Instruction:\nDo it.\n\n### Response:\n")
     assert "### Input" not in bare
-    given = template.prompt([Message("user", "Do it.", "With this.")], ())[0].text
+    given = template.render_prompt([Message("user", "Do it.", "With this.")], ())[0].text
     assert given.endswith("### Instruction:\nDo it.\n\n### Input:\nWith this.\n\n### Response:\n")
     assert "paired with an input" in given
 
@@ -60,7 +60,7 @@ def test_phi3_response_ends_at_its_turn_mark(shared: Path) -> None:
     tokenizer = load_tokenizer(ModelSection(), str(shared / "tokenizers/phi3"))
     renderer = build_renderer(DataSection(template="chat"), tokenizer)
     example = Example((Message("user", "Hi"), Message("assistant", "Hello there")), None, "f", 1)
-    assert renderer.example(example)[-1].text == "Hello there<|end|>"
+    assert renderer.render_example(example)[-1].text == "Hello there<|end|>"
 
 
 def test_a_template_that_rewrites_answers_is_refused_with_the_row(embedded_tokenizer: Any) -> None:
@@ -72,7 +72,7 @@ def test_a_template_that_rewrites_answers_is_refused_with_the_row(embedded_token
     tokenizer.chat_template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     renderer = build_renderer(DataSection(template="chat"), tokenizer)
     with pytest.raises(DatasetError, match=r"rows.jsonl, row 7: .*changes the assistant's text"):
-        renderer.example(Example((Message("user", "Hi"), Message("assistant", "Hello")), None, "rows.jsonl", 7))
+        renderer.render_example(Example((Message("user", "Hi"), Message("assistant", "Hello")), None, "rows.jsonl", 7))
 
 
 def test_a_template_that_refuses_a_role_names_the_row(embedded_tokenizer: Any) -> None:
@@ -85,13 +85,13 @@ def test_a_template_that_refuses_a_role_names_the_row(embedded_tokenizer: Any) -
     renderer = build_renderer(DataSection(template="chat"), tokenizer)
     chat = (Message("system", "S"), Message("user", "Hi"), Message("assistant", "Hello"))
     with pytest.raises(DatasetError, match=r"row 3: the tokenizer's chat template refuses .*no system"):
-        renderer.example(Example(chat, None, "rows.jsonl", 3))
+        renderer.render_example(Example(chat, None, "rows.jsonl", 3))
 
 
 def rendered(template: str, tokenizer: Any, *messages: Message, **data: Any) -> list[str]:
     """The segments' texts; responses in brackets."""
     renderer = build_renderer(DataSection(template=template, **data), tokenizer)
-    segments = renderer.example(Example(messages, None, "f.jsonl", 1))
+    segments = renderer.render_example(Example(messages, None, "f.jsonl", 1))
     return [f"[{s.text}]" if s.response else s.text for s in segments]
 
 
@@ -135,11 +135,11 @@ def test_names_of_special_tokens_in_data_stay_text(embedded_tokenizer: Any) -> N
     said = (Message("user", "Say <|end|>"), Message("assistant", "a <|end|> b"))
     for template in ("chat", "alpaca", "plain"):
         renderer = build_renderer(DataSection(template=template), embedded_tokenizer)
-        segments = renderer.example(Example(said, None, "f", 1))
+        segments = renderer.render_example(Example(said, None, "f", 1))
         assert [s.text for s in segments if s.plain] == ["<|end|>"] * 2
         assert "".join(s.text for s in segments if s.response) == "a <|end|> b<|end|>"
         allowed = build_renderer(DataSection(template=template, special_tokens="allow"), embedded_tokenizer)
-        assert not any(s.plain for s in allowed.example(Example(said, None, "f", 1)))
+        assert not any(s.plain for s in allowed.render_example(Example(said, None, "f", 1)))
 
 
 def test_a_template_file_is_adopted_or_refused_with_its_line(embedded_tokenizer: Any, tmp_path: Path) -> None:
@@ -192,5 +192,5 @@ def test_tools_become_text_where_a_template_has_no_place_for_them(embedded_token
     )
     tool = {"type": "function", "function": {"name": "search"}}
     renderer = build_renderer(DataSection(template="alpaca"), embedded_tokenizer)
-    text = "".join(s.text for s in renderer.example(Example(chat, None, "f", 1, (tool,))))
+    text = "".join(s.text for s in renderer.render_example(Example(chat, None, "f", 1, (tool,))))
     assert text.startswith('You may call these tools:\n{"name": "search"}') and "### Instruction:\n[]" in text

@@ -15,7 +15,8 @@ import pytest
 
 from training_lens.config.data_sections import DataSection
 from training_lens.data.templates import build_renderer
-from training_lens.data.token_cache import Preparation, Split, prepare_split, tokenizer_hash
+from training_lens.data.token_cache import Split, prepare_split
+from training_lens.data.token_pipeline import Preparation, tokenizer_hash
 from training_lens.data.tokenization import TextEncoder
 from training_lens.display.progress import Progress
 from training_lens.errors import DatasetError
@@ -73,7 +74,7 @@ def test_the_report_counts_what_came_and_what_was_lost(
     assert report.supervised_tokens_lost > 10
     assert report.domains == {"a": 15, "b": 16}
     assert report.tokens == split.dataset.lengths.sum()
-    assert report.supervised_tokens == split.dataset.supervised.sum()
+    assert report.supervised_tokens == split.dataset.supervised_counts.sum()
     assert list(report.mappings.values()) == ["question -> answer, domain from domain"]
 
 
@@ -81,7 +82,7 @@ def test_learning_prompts_supervises_every_token(
     embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
     dataset = prepare(embedded_tokenizer, write_rows(ROWS), tmp_path / "cache", mask_prompt=False).dataset
-    assert (dataset.supervised == dataset.lengths - 1).all()
+    assert (dataset.supervised_counts == dataset.lengths - 1).all()
 
 
 def test_a_bad_row_leaves_no_cache(embedded_tokenizer: Any, write_rows: Callable[..., Path], tmp_path: Path) -> None:
@@ -131,14 +132,14 @@ def test_domains_share_one_prefix_in_training_and_inference(embedded_tokenizer: 
     from training_lens.data.examples import Example, Message
 
     example = Example((Message("user", "Hi"), Message("assistant", "Yes")), "law", "f", 1)
-    trained = ready.renderer.example(example)[0]
-    asked = ready.renderer.prompt([Message("user", "Hi")], "law")[0]
-    assert trained == asked and trained.text != ready.renderer.prompt([Message("user", "Hi")], "tax")[0].text
+    trained = ready.renderer.render_example(example)[0]
+    asked = ready.renderer.render_prompt([Message("user", "Hi")], "law")[0]
+    assert trained == asked and trained.text != ready.renderer.render_prompt([Message("user", "Hi")], "tax")[0].text
 
 
 def test_a_long_prompt_is_asked_as_it_was_trained(embedded_tokenizer: Any) -> None:
     from training_lens.data.examples import Example, Message, TextSegment
-    from training_lens.data.token_cache import encode_training_prompt, tokenize
+    from training_lens.data.token_pipeline import encode_training_prompt, tokenize
 
     long = Example((Message("user", "word " * 99), Message("assistant", "Yes it is.")), None, "f", 1)
     for truncation in ("keep_end", "keep_start"):

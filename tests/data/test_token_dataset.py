@@ -33,7 +33,7 @@ def test_round_trip_over_several_batches(tmp_path: Path) -> None:
             assert (a.id, a.domain) == (b.id, b.domain)
             assert a.input_ids.tolist() == b.input_ids.tolist() and a.loss_mask.tolist() == b.loss_mask.tolist()
         assert dataset.lengths.tolist() == [len(e.input_ids) for e in made]
-        assert dataset.supervised.tolist() == [int(e.loss_mask[1:].sum()) for e in made]
+        assert dataset.supervised_counts.tolist() == [int(e.loss_mask[1:].sum()) for e in made]
         assert dataset.domains.tolist() == [e.domain for e in made]
         assert dataset.files.tolist() == ["f"] * 25 and dataset.digests.tolist() == list(range(25))
 
@@ -55,7 +55,7 @@ def flip(path: Path, bit: int) -> None:
 def all_of(dataset: TokenDataset) -> list[object]:
     return [(e.id, e.domain, e.digest, e.input_ids.tolist(), e.loss_mask.tolist()) for e in dataset] + [
         dataset.lengths.tolist(),
-        dataset.supervised.tolist(),
+        dataset.supervised_counts.tolist(),
         dataset.files.tolist(),
         dataset.domains.tolist(),
     ]

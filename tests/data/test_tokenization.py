@@ -56,7 +56,7 @@ def test_supervised_tokens_are_the_answer_and_its_end(tokenizer: Any, renderer: 
     for prompt, answer in TEXTS:
         if not in_vocabulary(tokenizer, answer):
             continue
-        encoded = encoder.encode([renderer.example(example(prompt, answer))])[0]
+        encoded = encoder.encode([renderer.render_example(example(prompt, answer))])[0]
         supervised = encoded.input_ids[encoded.response].tolist()
         assert tokenizer.decode(supervised[:-1]) == answer
         assert supervised[-1] in encoder.special_ids
@@ -69,14 +69,14 @@ def test_prompt_is_the_same_at_training_and_inference(tokenizer: Any, renderer: 
     encoder = TextEncoder(tokenizer)
     for prompt, answer in TEXTS:
         one = example(prompt, answer, "law")
-        encoded = encoder.encode([renderer.example(one)])[0]
-        asked = encoder.encode_prompt(renderer.prompt(one.messages[:-1], one.domain))
+        encoded = encoder.encode([renderer.render_example(one)])[0]
+        asked = encoder.encode_prompt(renderer.render_prompt(one.messages[:-1], one.domain))
         assert encoded.input_ids[~encoded.response].tolist() == asked
 
 
 def test_bos_stands_once_at_the_front(tokenizer: Any, renderer: Renderer) -> None:
     encoder = TextEncoder(tokenizer)
-    ids = encoder.encode([renderer.example(example("Hello", "Tom"))])[0].input_ids.tolist()
+    ids = encoder.encode([renderer.render_example(example("Hello", "Tom"))])[0].input_ids.tolist()
     if encoder.bos_id is not None:
         assert ids[0] == encoder.bos_id
     if tokenizer.bos_token_id is not None and tokenizer.bos_token_id != tokenizer.eos_token_id:
@@ -92,7 +92,7 @@ def test_multi_turn_chat_supervises_every_answer(embedded_tokenizer: Any) -> Non
         Message("user", "Two?"),
         Message("assistant", "Second."),
     )
-    segments = renderer.example(Example(chat, None, "f", 1))
+    segments = renderer.render_example(Example(chat, None, "f", 1))
     assert [s.text for s in segments if s.response] == ["First.<|end|>", "Second.<|end|>"]
     messages = [{"role": m.role, "content": m.text} for m in chat]
     whole = embedded_tokenizer.apply_chat_template(messages, tokenize=False)
@@ -105,7 +105,7 @@ def test_an_answer_has_one_end_token(embedded_tokenizer: Any) -> None:
     encoder = TextEncoder(embedded_tokenizer)
     for template in ("chat", "alpaca", "plain"):
         renderer = build_renderer(DataSection(template=template), embedded_tokenizer)
-        encoded = encoder.encode([renderer.example(example("Q", "A"))])[0]
+        encoded = encoder.encode([renderer.render_example(example("Q", "A"))])[0]
         answer = encoded.input_ids[encoded.response].tolist()
         assert answer.count(encoder.eos_id) == 1 and answer[-1] == encoder.eos_id
 
@@ -126,7 +126,7 @@ def test_a_tokenizer_without_eos_is_refused(shared: Path) -> None:
 def test_truncation_keeps_the_end_or_the_start_or_drops(embedded_tokenizer: Any) -> None:
     renderer = build_renderer(DataSection(template="chat"), embedded_tokenizer)
     encoder = TextEncoder(embedded_tokenizer)
-    rows = encoder.encode([renderer.example(example("Q", "one two three four five six"))])
+    rows = encoder.encode([renderer.render_example(example("Q", "one two three four five six"))])
     (whole,), length = rows, len(rows.input_ids) - 3
     (start,) = truncate_rows(rows, length, "keep_start", encoder.bos_id)
     assert start.input_ids.tolist() == whole.input_ids[:length].tolist()
@@ -149,15 +149,15 @@ def test_an_answer_without_tokens_is_not_learnable(shared: Path) -> None:
     tokenizer = load_tokenizer(ModelSection(), str(shared / "models/tinystories-656k"))
     renderer = build_renderer(DataSection(template="alpaca"), tokenizer)
     encoder = TextEncoder(tokenizer)
-    encoded = encoder.encode([renderer.example(example("Hi", answer)) for answer in ("机器人", "Tom")])
+    encoded = encoder.encode([renderer.render_example(example("Hi", answer)) for answer in ("机器人", "Tom")])
     assert find_learnable_rows(encoded, encoder.special_ids).tolist() == [False, True]
 
 
 def test_special_names_in_data_give_no_special_tokens(tokenizer: Any, renderer: Renderer) -> None:
     encoder = TextEncoder(tokenizer)
     name = str(tokenizer.eos_token)
-    encoded = encoder.encode([renderer.example(example(f"Say {name} now", f"One {name} two"))])[0]
-    clean = encoder.encode([renderer.example(example("Say now", "One two"))])[0]
+    encoded = encoder.encode([renderer.render_example(example(f"Say {name} now", f"One {name} two"))])[0]
+    clean = encoder.encode([renderer.render_example(example("Say now", "One two"))])[0]
     specials = [[i for i in e.input_ids.tolist() if i in encoder.special_ids] for e in (encoded, clean)]
     unknown = tokenizer.unk_token_id
     assert [i for i in specials[0] if i != unknown] == specials[1]

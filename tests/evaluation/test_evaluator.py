@@ -14,8 +14,8 @@ from training_lens.config.data_sections import DataSection
 from training_lens.config.schema import ModelSection
 from training_lens.data.source_reader import read_examples
 from training_lens.data.templates import build_renderer
-from training_lens.data.token_cache import Preparation, tokenize
 from training_lens.data.token_dataset import TokenDataset
+from training_lens.data.token_pipeline import Preparation, tokenize
 from training_lens.data.tokenization import TextEncoder
 from training_lens.errors import EvaluationError
 from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss, paired_sums, token_sums
@@ -61,16 +61,16 @@ def test_equals_the_naive_sums_of_each_example(model: Any, dataset: TokenDataset
     sums, wanted = token_sums(model, dataset, way(max_tokens)), naive(model, dataset)
     np.testing.assert_allclose(sums.nll, wanted[:, 0], rtol=1e-5)
     np.testing.assert_array_equal(sums.correct, wanted[:, 1])
-    np.testing.assert_array_equal(sums.tokens, dataset.supervised)
+    np.testing.assert_array_equal(sums.tokens, dataset.supervised_counts)
 
 
 def test_the_loss_is_the_mean_whole_and_by_domain(model: Any, dataset: TokenDataset) -> None:
     report, wanted = evaluate_loss(model, dataset, way()), naive(model, dataset)[:, 0]
-    assert report.loss == pytest.approx(wanted.sum() / dataset.supervised.sum(), rel=1e-5)
-    assert report.supervised_tokens == dataset.supervised.sum()
+    assert report.loss == pytest.approx(wanted.sum() / dataset.supervised_counts.sum(), rel=1e-5)
+    assert report.supervised_tokens == dataset.supervised_counts.sum()
     for domain, loss in report.by_domain.items():
         rows = dataset.domains == domain
-        assert loss == pytest.approx(wanted[rows].sum() / dataset.supervised[rows].sum(), rel=1e-5)
+        assert loss == pytest.approx(wanted[rows].sum() / dataset.supervised_counts[rows].sum(), rel=1e-5)
     assert len(report.by_domain) > 1 and report.by_file == {}
 
 

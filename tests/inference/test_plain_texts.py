@@ -34,7 +34,7 @@ def ids(session: Session, text: str, domain: str | None = None) -> list[int]:
 @pytest.mark.parametrize("start", ["The cat", "Names like <|end|> stay text", "It ends in <|end|>", "<|user|>"])
 def test_a_prompt_is_how_training_began_such_a_text(session: Session, start: str, domain: str | None) -> None:
     whole = Example((Message("assistant", f"{start} sat."),), domain, "", 0, is_text=True)
-    trained = session.encoder.encode_prompt(session.renderer.example(whole))
+    trained = session.encoder.encode_prompt(session.renderer.render_example(whole))
     prompt = ids(session, start, domain)
     assert trained[: len(prompt)] == prompt and session.stop_ids == {trained[-1]}
     prefix = "[domain: a] " if domain else ""

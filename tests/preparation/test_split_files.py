@@ -18,7 +18,7 @@ from training_lens.data.examples import Example, Row
 from training_lens.data.source_reader import read_examples
 from training_lens.data.sources import expand_sources
 from training_lens.data.templates import build_renderer
-from training_lens.data.token_cache import Preparation, tokenize
+from training_lens.data.token_pipeline import Preparation, tokenize
 from training_lens.data.tokenization import TextEncoder
 from training_lens.display.progress import Progress
 from training_lens.errors import DatasetError

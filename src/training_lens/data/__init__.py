@@ -8,7 +8,8 @@ __getattr__, __dir__, __all__ = attach(
     {
         "training_lens.config.data_sections": ("DataSection",),
         "training_lens.data.batching": ("Schedule", "collate", "hold_out"),
-        "training_lens.data.token_cache": ("Preparation", "Split", "prepare_split", "tokenize"),
+        "training_lens.data.token_cache": ("Split", "prepare_split"),
+        "training_lens.data.token_pipeline": ("Preparation", "tokenize"),
         "training_lens.data.source_reader": ("read_examples",),
         "training_lens.data.token_dataset": ("TokenDataset",),
         "training_lens.data.templates": ("build_renderer",),

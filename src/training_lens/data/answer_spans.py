@@ -1,9 +1,8 @@
-"""Where in a rendered chat each answer stands, found without response markers.
+"""Find the span of each answer in a rendered chat, without response markers.
 
-The chat is rendered twice: as it is, and with a placeholder in place of each answer. What stands between the
-placeholders' surroundings is the answers, exactly. Calls of tools, which a template writes in its own way, are found
-likewise: as what stands where a text would; else by the template's generation marks, or by rendering the chat up to
-the call and including it.
+The chat is rendered twice: as it is, and with a placeholder for each answer. The text between the placeholders'
+surroundings is exactly the answers. A tool call, which each template writes in its own way, is found as the text in
+the place of a placeholder; failing that, by generation marks, or by rendering the chat up to and including the call.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Render = Callable[..., tuple[str, list[Span]]]
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A chat that was rendered: its text, and the stretches inside generation marks."""
+    """A chat, its rendered text, and the spans inside generation marks."""
 
     messages: Sequence[Message]
     tools: Tools
@@ -38,10 +37,10 @@ class AnswerFinder:
     """Finds the answers in what one chat template renders.
 
     Args:
-        render: messages and tools to text and marks, perhaps with the generation prompt.
-        ends: the tokens that can end an answer.
-        behind: what this template puts behind an answer, which may begin with such tokens.
-        name: of the template, for messages.
+        render: turns messages and tools into text and marks; optionally adds the generation prompt.
+        ends: tokens that can end an answer.
+        behind: the text that this template puts after an answer; it may begin with such tokens.
+        name: the template's name in error messages.
     """
 
     def __init__(self, render: Render, ends: Collection[str], behind: str, name: str) -> None:
@@ -52,20 +51,21 @@ class AnswerFinder:
     def find_answers(
         self, chat: RenderedChat, wanted: Collection[int], certain: Collection[int], from_generation_prompt: bool
     ) -> dict[int, Span]:
-        """Position of an answer -> its place in the text, with its end token.
+        """Map the index of each answer to its span in the text, end token included.
 
-        Of those that are `wanted`, and of others where they are found; of the `certain` without fail.
+        Finds the `wanted` answers, and others where that is easy.
 
         Args:
-            from_generation_prompt: answers begin behind the template's generation prompt, and not behind what the
-                template itself puts before a text.
+            certain: answers that must be found.
+            from_generation_prompt: answers begin after the template's generation prompt, not after the text that the
+                template itself puts before an answer.
 
         Raises:
-            DatasetError: a `certain` answer is changed by the template, or its place is not certain.
+            DatasetError: the template changes a `certain` answer, or its span is ambiguous.
         """
-        said = [i for i, m in enumerate(chat.messages) if m.role == "assistant" and not m.calls]
-        places = self._find_text_answers(chat, said)
-        for index in set(said) & set(wanted) if not places else ():
+        text_answers = [i for i, m in enumerate(chat.messages) if m.role == "assistant" and not m.calls]
+        places = self._find_text_answers(chat, text_answers)
+        for index in set(text_answers) & set(wanted) if not places else ():
             places |= self._find_text_answers(chat, [index])
         spans = {index: self._include_end_token(chat, *place) for index, place in places.items()}
         for index in wanted:
@@ -78,15 +78,15 @@ class AnswerFinder:
                     raise
         return dict(sorted(spans.items()))
 
-    def _find_text_answers(self, chat: RenderedChat, said: Sequence[int]) -> dict[int, Span]:
-        """Position -> the place of its text, of answers that the template shows as they are (or stripped)."""
-        hidden = [replace(m, text=ANSWER) if i in said else m for i, m in enumerate(chat.messages)]
+    def _find_text_answers(self, chat: RenderedChat, answers: Sequence[int]) -> dict[int, Span]:
+        """Map answer index to span, for answers that the template renders verbatim (or stripped)."""
+        hidden = [replace(m, text=ANSWER) if i in answers else m for i, m in enumerate(chat.messages)]
         pieces = self._render(hidden, chat.tools)[0].split(ANSWER)
-        if len(pieces) != len(said) + 1:
+        if len(pieces) != len(answers) + 1:
             return {}
         found: dict[int, Span] = {}
         at = 0
-        for index, piece, following in zip(said, pieces, pieces[1:], strict=False):
+        for index, piece, following in zip(answers, pieces, pieces[1:], strict=False):
             start = at + len(piece)
             shown = _find_rendered_form(chat.messages[index].text, chat.text, start, following)
             if not chat.text.startswith(piece, at) or shown is None:
@@ -96,7 +96,7 @@ class AnswerFinder:
         return found if chat.text[at:] == pieces[-1] else {}
 
     def _include_end_token(self, chat: RenderedChat, start: int, end: int) -> Span:
-        """The answer's span with the end token that the template puts behind it."""
+        """The answer's span, extended by the end token that the template puts after it."""
         text = chat.text
         marked = next((b for a, b in chat.marks if a <= start and end <= b), None)
         if marked is not None:
@@ -108,7 +108,7 @@ class AnswerFinder:
         return start, following.end() if following else end
 
     def read_end_tokens(self, text: str, start: int) -> str:
-        """The end tokens that follow each other from `start` on."""
+        """The run of end tokens at `start`."""
         end = start
         while found := self._ends.match(text, end):
             end = found.end()
@@ -121,19 +121,19 @@ class AnswerFinder:
     def _find_rewritten_answer(
         self, chat: RenderedChat, index: int, from_generation_prompt: bool, shown: Span | None
     ) -> Span:
-        """The span of an answer that the template writes in its own words: a call, or thoughts taken apart.
+        """The span of an answer that the template rewrites: a tool call, or thoughts split off.
 
         Raises:
-            DatasetError: the chat up to the answer is rendered differently once it goes on, or the answer is changed.
+            DatasetError: the chat before the answer renders differently once it continues, or the answer is changed.
         """
         message = chat.messages[index]
         if not (message.calls or from_generation_prompt):
             apart = THOUGHTS_END in message.text
             advice = "It takes the answer's thoughts apart: set data.thinking=true." if apart else OTHER_TEMPLATE_ADVICE
             raise DatasetError(f"{self._name} changes the assistant's text, so it cannot be found. {advice}")
-        said = None if from_generation_prompt else self._find_text_start(chat, index)
-        start = self._find_generation_start(chat, index) if said is None else said
-        found = shown or (said is not None and self._find_call(chat, index, said))
+        text_start = None if from_generation_prompt else self._find_text_start(chat, index)
+        start = self._find_generation_start(chat, index) if text_start is None else text_start
+        found = shown or (text_start is not None and self._find_call(chat, index, text_start))
         span = found or self._find_by_generation_marks(chat, index) or self._find_by_prefix(chat, index)
         if start is None or span is None or span[1] <= start:
             helps = "data.supervise=last may help. " if index < len(chat.messages) - 1 else ""
@@ -147,27 +147,27 @@ class AnswerFinder:
         return start, span[1]
 
     def _find_generation_start(self, chat: RenderedChat, index: int) -> int | None:
-        """Where the template's generation prompt ends that asks for an answer."""
+        """Where the template's generation prompt before this answer ends."""
         before = self._render(chat.messages[:index], chat.tools, generation=True)[0]
         return len(before) if chat.text.startswith(before) else None
 
     def _find_text_start(self, chat: RenderedChat, index: int) -> int | None:
-        """Where a text would begin in a call's place."""
+        """Where a text answer would begin in place of this call."""
         before, found, _ = self._render_with_placeholder(chat.messages, chat.tools, index).partition(ANSWER)
         return len(before) if found and chat.text.startswith(before) else None
 
     def _render_with_placeholder(self, messages: Sequence[Message], tools: Tools, index: int) -> str:
-        """The chat with a placeholder for text in place of a call; empty where the template refuses it."""
-        said = [replace(m, text=ANSWER, calls=()) if i == index else m for i, m in enumerate(messages)]
+        """The chat with a text placeholder instead of a call; empty if the template refuses it."""
+        probe = [replace(m, text=ANSWER, calls=()) if i == index else m for i, m in enumerate(messages)]
         try:
-            return self._render(said, tools)[0]
+            return self._render(probe, tools)[0]
         except DatasetError:  # results without their call, for example
             return ""
 
     def _find_call(self, chat: RenderedChat, index: int, start: int) -> Span | None:
-        """The place of a call: what stands where the template would have put a text.
+        """The span of a call: the text where the template would have put a text answer.
 
-        Later messages stand as marks, so that what a template draws into the answer's turn is not taken for a part.
+        Later messages are replaced by marks, so that what a template pulls into the answer's turn is not included.
         """
         marked = [replace(m, text=ASKED, input="") if i > index and m.text else m for i, m in enumerate(chat.messages)]
         text = self._render(marked, chat.tools)[0]
@@ -178,7 +178,7 @@ class AnswerFinder:
         return self._include_end_token(chat, start, end) if chat.text[start:end] == text[start:end] else None
 
     def _find_by_generation_marks(self, chat: RenderedChat, index: int) -> Span | None:
-        """The stretch of generation marks around an answer, where every answer has one."""
+        """The generation marks around an answer, if every answer has them."""
         answers = [i for i, m in enumerate(chat.messages) if m.role == "assistant"]
         if len(chat.marks) != len(answers):
             return None
@@ -186,7 +186,7 @@ class AnswerFinder:
         return start, start + len(chat.text[start:end].rstrip())
 
     def _find_by_prefix(self, chat: RenderedChat, index: int) -> Span | None:
-        """What the chat up to and with an answer renders, where the whole chat begins with it."""
+        """The span from rendering the chat up to and including this answer, if the whole chat begins with that."""
         until = self._render(chat.messages[: index + 1], chat.tools)[0].rstrip()
         if not chat.text.startswith(until):
             return None
@@ -196,7 +196,7 @@ class AnswerFinder:
 
 
 def _find_rendered_form(answer: str, text: str, start: int, following: str) -> str | None:
-    """The answer as it stands in `text` at `start`: as it is, or without white space around it."""
+    """The answer as rendered in `text` at `start`: verbatim, or without surrounding white space."""
     for form in (answer, answer.strip(), answer.rstrip(), answer.lstrip()):
         if text.startswith(form + following, start):
             return form

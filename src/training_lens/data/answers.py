@@ -1,4 +1,4 @@
-"""What a row answers: messages, calls of tools, text, or any value of JSON written as text."""
+"""Read the answer of a row: messages, tool calls, text, or any JSON value as text."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from training_lens.data.tool_calls import Tool, find_calls, read_call
 from training_lens.data.values import describe_plural, look_up_value, no_text_error, require_encodable, write_value
 from training_lens.errors import DatasetError
 
-# SQuAD's records hold answers with their places in the context.
+# SQuAD records hold answers with their offsets in the context.
 MARKED_ANSWER = ("text", "answer_start")
 
 
 def read_answers(row: Row, key: str, tools: Sequence[Tool], keys: KeyCheck) -> tuple[tuple[Message, ...], bool]:
-    """What follows the prompt of a row, and whether any of it says itself if it is learned.
+    """The messages after a row's prompt, and whether any of them carries a loss mask.
 
     Args:
-        tools: of the row; an answer that is calls of them is learned as calls.
+        tools: the row's tools; an answer that calls them is learned as calls.
 
     Raises:
-        DatasetError: nothing that could be learned; names row and key.
+        DatasetError: there is nothing to learn; names row and key.
     """
     value = look_up_value(row.values, key)
     if is_chat(value):
@@ -50,7 +50,7 @@ def _read_answer_text(row: Row, key: str, value: Any, keys: KeyCheck) -> str:
 
 
 def _extract_answer(row: Row, key: str, value: Any, keys: KeyCheck) -> Any:
-    """Of answers with their places the first text; any other value as it is."""
+    """The first text of a SQuAD answer; any other value unchanged."""
     if _is_squad_answer(value):
         return _take_first_answer(row, key, value["text"], [value], keys)
     if isinstance(value, list) and value and all(map(_is_squad_answer, value)):
@@ -65,7 +65,7 @@ def _is_squad_answer(value: Any) -> bool:
 
 
 def _take_first_answer(row: Row, key: str, texts: Any, records: Sequence[Mapping[str, Any]], keys: KeyCheck) -> Any:
-    """Of a SQuAD record's answers the first."""
+    """The first answer of a SQuAD record."""
     for name in (name for record in records for name in record if name not in MARKED_ANSWER):
         keys.count_unused(f"{key}.{name}")
     keys.add_remark(f"of the answers in '{key}' the first text is learned; its place (answer_start) is not used")

@@ -1,4 +1,4 @@
-"""Rows that cannot be used: noted one by one, and told together, by kind, with their numbers."""
+"""Bad rows: collected one by one, reported together by reason, with their numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN_KINDS = 8
 
 @dataclass(frozen=True)
 class BadRowRule:
-    """What becomes of a row that cannot be used: it is noted and left out (`skips`), or ends the reading."""
+    """What happens to a row that cannot be used: it is recorded and skipped (`skips`), or it raises."""
 
     skips: bool
     notes: DataNotes
@@ -27,10 +27,10 @@ class BadRowRule:
         return cls(data.on_bad_row == "skip", notes)
 
     def try_row(self, source: str, number: int, use: Callable[[], Result]) -> Result | None:
-        """What `use` makes of a row; None where it cannot.
+        """The result of `use` on a row; None if the row is bad and skipped.
 
         Raises:
-            DatasetError: it cannot, and rows are not skipped.
+            DatasetError: the row is bad and rows are not skipped.
         """
         try:
             return use()
@@ -41,7 +41,7 @@ class BadRowRule:
             return None
 
     def record_bad_row(self, source: str, number: int, error: DatasetError) -> None:
-        """Note that a row is left out."""
+        """Record a row that is left out."""
         self.notes.add_bad_row(source, number, classify_error(error, source, number), str(error))
 
 
@@ -62,10 +62,10 @@ def describe_bad_rows(reasons: Mapping[str, Mapping[str, list[int]]]) -> Iterato
 
 
 def bad_rows_error(notes: DataNotes, usable: Mapping[str, int]) -> DatasetError | None:
-    """The error that names all bad rows of all sources; None where there are none.
+    """One error that names all bad rows of all sources; None if there are none.
 
     Args:
-        usable: how many rows of each source can be used.
+        usable: the number of usable rows of each source.
     """
     paragraphs = [_describe_source(source, notes, usable.get(source, 0)) for source in notes.bad_rows]
     if not paragraphs:
@@ -86,10 +86,10 @@ def _describe_source(source: str, notes: DataNotes, usable: int) -> str:
 
 
 def refuse_unusable_sources(notes: DataNotes, usable: Mapping[str, int]) -> None:
-    """See that something is left of every source of which rows were left out.
+    """Check that every source with bad rows has usable rows, too.
 
     Raises:
-        DatasetError: nothing is; says why.
+        DatasetError: a source has none; gives the reasons.
     """
     useless = [source for source in notes.bad_rows if not usable.get(source)]
     if useless:

@@ -1,7 +1,7 @@
-"""Which examples each step takes, and how a step is cut into micro-batches.
+"""Which examples each optimizer step takes, and how a step is split into micro-batches.
 
-The order is a pure function of seed and epoch, so the step number alone is the data's position: resuming replays and
-skips nothing. Cutting is the engine's business: it never changes which examples a step has, nor its loss.
+The order is a pure function of seed and epoch, so the step number alone gives the position in the data: resuming
+replays and skips nothing. Splitting into micro-batches changes neither a step's examples nor its loss.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class DataMixture:
-    """How often an epoch takes each entry of data.train: `weights[e]` times; `entries` is the entry of each example.
+    """How often an epoch takes each entry of data.train: `weights[e]` times.
 
-    A fraction is a random part of that size, drawn anew each epoch.
+    `entries` is the entry index of each example. A fraction is a random subset of that size, drawn anew each epoch.
     """
 
     entries: np.ndarray
     weights: tuple[float, ...]
 
     def _count_draws(self) -> list[tuple[np.ndarray, int, int]]:
-        """Of each entry its positions, how often all are taken, and how many once more."""
+        """For each entry: its positions, how often all are taken, and how many are taken once more."""
         sizes = []
         for entry, weight in enumerate(self.weights):
             positions = np.flatnonzero(self.entries == entry)
@@ -47,7 +47,7 @@ class DataMixture:
 
     @property
     def entry_sizes(self) -> list[int]:
-        """Examples that an epoch takes of each entry."""
+        """Examples per epoch of each entry."""
         return [len(positions) * whole + part for positions, whole, part in self._count_draws()]
 
     @property
@@ -64,7 +64,7 @@ class DataMixture:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a run over `examples` examples in global batches of `global_batch`; `mix` weighs their sources."""
+    """The steps of a run over `examples` examples in global batches of `global_batch`; `mix` weights the sources."""
 
     examples: int
     global_batch: int
@@ -75,7 +75,7 @@ class Schedule:
 
     @property
     def epoch_examples(self) -> int:
-        """Examples that an epoch takes; some may be taken twice, or not at all, by the mix."""
+        """Examples per epoch; with a mix, some occur twice and some not at all."""
         return self.examples if self.mix is None else self.mix.epoch_examples
 
     @property
@@ -84,16 +84,16 @@ class Schedule:
 
     @property
     def steps_in_epochs(self) -> int:
-        """Steps that the epochs have, were there no max_steps."""
+        """Steps of all epochs, ignoring max_steps."""
         return max(1, math.ceil(round(self.epochs * self.steps_per_epoch, 6)))
 
     @property
     def total_steps(self) -> int:
-        """`max_steps` where it is given, also beyond the epochs: the rows then come again."""
+        """`max_steps` if set, even beyond the epochs: the rows then repeat."""
         return self.max_steps or self.steps_in_epochs
 
     def iterate_steps(self, after: int = 0) -> Iterator[StepPlan]:
-        """The plans of the steps after number `after`, to the end."""
+        """The plans of all steps after step `after`."""
         epoch, order = -1, np.array([], dtype=np.int64)
         for index in range(after, self.total_steps):
             if index // self.steps_per_epoch != epoch:
@@ -104,7 +104,7 @@ class Schedule:
 
 
 def epoch_order(examples: int, seed: int, epoch: int, mix: DataMixture | None = None) -> np.ndarray:
-    """A random order of all examples, or of those that the mix draws; from (seed, epoch) alone."""
+    """A random permutation of all examples, or of those that the mix draws; depends on (seed, epoch) alone."""
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     return generator.permutation(examples if mix is None else mix.draw_epoch(generator))
 
@@ -112,14 +112,14 @@ def epoch_order(examples: int, seed: int, epoch: int, mix: DataMixture | None = 
 def hold_out(digests: np.ndarray, ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions to train on and positions held out (at least one of each), in file order.
 
-    Examples that say the same go to one side together. They are drawn in a random order, and a set of equal ones that
-    is larger than what is still wanted is trained on.
+    Duplicates go to the same side. Groups of duplicates are drawn in random order; a group larger than what is still
+    wanted is trained on.
 
     Args:
-        digests: (examples,) uint64; equal ones say the same.
+        digests: (examples,) uint64; equal for duplicates.
 
     Raises:
-        DatasetError: all say the same, so that nothing can be held out.
+        DatasetError: all examples are duplicates, so nothing can be held out.
     """
     examples = len(digests)
     order = np.random.Generator(np.random.PCG64([seed, 2**31])).permutation(examples)
@@ -135,7 +135,7 @@ def hold_out(digests: np.ndarray, ratio: float, seed: int) -> tuple[np.ndarray, 
 
 
 def _draw_groups(drawn: np.ndarray, sizes: np.ndarray, wanted: int) -> np.ndarray:
-    """Which groups are held out, (groups,) bool: in the order drawn those that fit; at least the smallest."""
+    """Which groups are held out, (groups,) bool: those that fit, in drawing order; at least the smallest."""
     is_held = np.zeros(len(sizes), dtype=bool)
     _, first = np.unique(drawn, return_index=True)
     ranked = drawn[np.sort(first)]
@@ -151,20 +151,20 @@ def _draw_groups(drawn: np.ndarray, sizes: np.ndarray, wanted: int) -> np.ndarra
 
 
 def split_micro_batches(
-    positions: np.ndarray, lengths: np.ndarray, max_tokens: int, in_line: bool = False
+    positions: np.ndarray, lengths: np.ndarray, max_tokens: int, packed: bool = False
 ) -> list[np.ndarray]:
-    """Positions as micro-batches: sorted by length, each with at most `max_tokens` tokens, counted with padding.
+    """Split positions into micro-batches of at most `max_tokens` tokens, padding included; longest examples first.
 
-    An example longer than that is a micro-batch of its own.
+    A longer example is a micro-batch of its own.
 
     Args:
-        lengths: tokens of every example of the dataset, which `positions` index.
-        in_line: micro-batches are lines of examples, which have no padding.
+        lengths: tokens of every example of the dataset, indexed by `positions`.
+        packed: micro-batches are packed sequences without padding.
     """
     order = positions[np.argsort(-lengths[positions], kind="stable")]
     batches: list[np.ndarray] = []
     while len(order):
-        if in_line:
+        if packed:
             rows = max(1, int(np.searchsorted(np.cumsum(lengths[order]), max_tokens, side="right")))
         else:
             rows = max(1, int(max_tokens // lengths[order[0]]))  # the first is the longest: the padded width
@@ -174,12 +174,12 @@ def split_micro_batches(
 
 
 def shard_positions(positions: np.ndarray, lengths: np.ndarray, process: int, processes: int) -> np.ndarray:
-    """One process's part of a step: every so-manieth in order of length, so that all have like work."""
+    """One process's shard of a step: every n-th example by length, so that all processes have equal work."""
     return positions[np.argsort(-lengths[positions], kind="stable")][process::processes]
 
 
 def collate(examples: Sequence[TokenizedExample], fill_id: int) -> Batch:
-    """Pad on the right with `fill_id`, which is never read: see `Batch`."""
+    """Padded batch: pad on the right with `fill_id`, which is never read (see `Batch`)."""
     lengths = tuple(len(e.input_ids) for e in examples)
     input_ids = torch.full((len(examples), max(lengths)), fill_id, dtype=torch.int64)
     loss_mask = torch.zeros_like(input_ids, dtype=torch.bool)
@@ -190,17 +190,17 @@ def collate(examples: Sequence[TokenizedExample], fill_id: int) -> Batch:
 
 
 def pack_examples(examples: Sequence[TokenizedExample]) -> Batch:
-    """Examples one behind the other in one row, without padding."""
+    """Packed batch: all examples in one row, without padding."""
     lengths = tuple(len(e.input_ids) for e in examples)
     input_ids = torch.from_numpy(np.concatenate([e.input_ids for e in examples]).astype(np.int64))
     loss_mask = torch.from_numpy(np.concatenate([e.loss_mask for e in examples]))
-    return Batch(input_ids[None], loss_mask[None], lengths, tuple(e.id for e in examples), in_line=True)
+    return Batch(input_ids[None], loss_mask[None], lengths, tuple(e.id for e in examples), is_packed=True)
 
 
 def iterate_batches(
-    dataset: TokenDataset, positions: np.ndarray, max_tokens: int, fill_id: int, in_line: bool = False
+    dataset: TokenDataset, positions: np.ndarray, max_tokens: int, fill_id: int, packed: bool = False
 ) -> Iterator[Batch]:
-    """The micro-batches of these examples: padded, or in lines."""
-    for part in split_micro_batches(positions, dataset.lengths, max_tokens, in_line):
+    """The micro-batches of these examples, padded or packed."""
+    for part in split_micro_batches(positions, dataset.lengths, max_tokens, packed):
         examples = [dataset[int(i)] for i in part]
-        yield pack_examples(examples) if in_line else collate(examples, fill_id)
+        yield pack_examples(examples) if packed else collate(examples, fill_id)

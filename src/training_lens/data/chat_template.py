@@ -1,4 +1,4 @@
-"""Chat templates in Jinja: a chat as text, cut at the beginnings and ends of its answers."""
+"""Jinja chat templates: render a chat as segments, split at the beginnings and ends of its answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training_lens.errors import DatasetError
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-# What looks like the mark of a turn's end, whether or not the tokenizer has a token for it.
+# Anything that looks like an end-of-turn mark, whether or not the tokenizer has a token for it.
 END_LIKE = re.compile(r"\s*(<\|[^|<>\s]{1,40}\|>|</s>|<[a-z_]*end[a-z_]*>|<eos>|<turn\|>|\[/?[A-Z_]{2,20}\])")
 
 
@@ -26,18 +26,18 @@ PROBE = (Message("user", ASKED), Message("assistant", ANSWER))
 class ChatTemplate:
     """One chat template of a tokenizer, rendered in a sandbox.
 
-    Supervised are the answer's text and the end token behind it. What a template itself puts before the text (an empty
-    block of thoughts, say) belongs to the prompt, in training and at inference. With `thinking`, and in chats with
-    tools where the template begins a call otherwise than a text, the prompt ends where the template's generation
-    prompt does, and everything behind it is the answer.
+    The answer's text and its end token are supervised. Anything that the template puts before the text, such as an
+    empty thinking block, belongs to the prompt, in training and at inference. With `thinking`, and in chats with tools
+    if the template begins a call differently than a text, the prompt ends with the template's generation prompt, and
+    everything after it is the answer.
 
     Args:
-        source: of the template; None takes the tokenizer's own.
-        name: how messages call it.
-        today: the date that it is told.
+        source: the template's text; None takes the tokenizer's own.
+        name: the template's name in messages.
+        today: the date that the template sees.
 
     Raises:
-        ConfigurationError: the template shows no content, or cannot be rendered.
+        ConfigurationError: the template renders no content, or fails.
     """
 
     way_out = "Use a template that shows it (data.template=FILE.jinja, or alpaca)"
@@ -68,36 +68,36 @@ class ChatTemplate:
         self._log_answer_start(before)
 
     @property
-    def tools(self) -> bool:
+    def shows_tools(self) -> bool:
         """Whether it shows descriptions of tools."""
-        return self.form.tools
+        return self.form.shows_tools
 
     @property
-    def calls(self) -> bool:
+    def shows_calls(self) -> bool:
         """Whether it shows calls of tools."""
-        return self.form.calls is not None
+        return self.form.argument_format is not None
 
     @property
-    def results(self) -> bool:
+    def shows_results(self) -> bool:
         """Whether it shows what tools gave."""
-        return self.form.results
+        return self.form.shows_results
 
-    def remarks(self, messages: Sequence[Message]) -> Iterator[str]:
+    def list_remarks(self, messages: Sequence[Message]) -> Iterator[str]:
         """What the user must be told of how these messages reach the template."""
         if self.marks_without_token:
             yield self._describe_unknown_marks()
-        if self.calls:
+        if self.shows_calls:
             yield from self.form.list_remarks(messages)
 
     def _has_other_call_start(self) -> bool:
-        """Whether an answer that calls a tool begins otherwise than a text, behind the same chat."""
-        tools = [TOOL] if self.tools else []
+        """Whether a tool call begins differently than a text answer after the same chat."""
+        tools = [TOOL] if self.shows_tools else []
         call = Message("assistant", "", calls=({"id": NINE, "name": "f", "arguments": {"a": "b"}},))
         try:
             called, said = (self._render_messages([PROBE[0], answer], tools)[0] for answer in (call, PROBE[1]))
         except DatasetError:
             return False
-        return self.calls and not called.startswith(said.split(ANSWER)[0])
+        return self.shows_calls and not called.startswith(said.split(ANSWER)[0])
 
     def _describe_unknown_marks(self) -> str:
         listed = ", ".join(f"'{mark}'" for mark in self.marks_without_token)
@@ -107,7 +107,7 @@ class ChatTemplate:
         )
 
     def _log_answer_start(self, before: str) -> None:
-        """Say where answers begin, if the template's generation prompt does not end there."""
+        """Log where answers begin, if that is not where the template's generation prompt ends."""
         asked = self._render_messages(PROBE[:1], (), generation=True)[0]
         if asked != before:
             logger.info(
@@ -115,8 +115,10 @@ class ChatTemplate:
                 "infer use the first, serve the adapter likewise", before.split(ASKED)[1], asked.split(ASKED)[1],
             )  # fmt: skip
 
-    def prompt(self, messages: Sequence[Message], tools: Tools, learned: Collection[int] = ()) -> list[TextSegment]:
-        """The rendered chat up to where the answer would begin, cut at earlier answers as in training."""
+    def render_prompt(
+        self, messages: Sequence[Message], tools: Tools, learned: Collection[int] = ()
+    ) -> list[TextSegment]:
+        """The rendered chat up to the next answer, split at earlier answers as in training."""
         self._check_shape(messages, tools)
         free = self._answers_at_generation_prompt(messages, tools)
         chat = self._render_chat([*messages, Message("assistant", ANSWER)], tools)
@@ -128,8 +130,8 @@ class ChatTemplate:
         shared = [(a, b, False) for a, b in spans.values() if asked.startswith(chat.text[:b])]
         return _cut_segments(asked, shared)
 
-    def example(self, messages: Sequence[Message], tools: Tools, learned: Collection[int]) -> list[TextSegment]:
-        """The rendered chat, cut at the beginnings and ends of its answers."""
+    def render_example(self, messages: Sequence[Message], tools: Tools, learned: Collection[int]) -> list[TextSegment]:
+        """The rendered chat, split at the beginnings and ends of its answers."""
         self._check_shape(messages, tools)
         chat = self._render_chat(messages, tools)
         free = self._answers_at_generation_prompt(messages, tools)
@@ -138,14 +140,14 @@ class ChatTemplate:
         if learned and not inside:
             raise DatasetError(f"the generation marks of {self.name} leave out every answer. {OTHER_TEMPLATE_ADVICE}")
         text, last = chat.text, len(messages) - 1
-        if last in inside and not self._answers.is_ended(text[slice(*spans[last])]):  # it closes turns with none
+        if last in inside and not self._answers.is_ended(text[slice(*spans[last])]):  # the template adds no end token
             start, end = spans[last]
             text = text[:end] + self._eos
             spans[last] = (start, len(text))
         return _cut_segments(text, [(*spans[i], i in inside) for i in sorted(spans)])
 
     def _answers_at_generation_prompt(self, messages: Sequence[Message], tools: Tools) -> bool:
-        """Whether answers begin where the generation prompt ends: what comes first is the model's own choice."""
+        """Whether answers begin right after the generation prompt, so that the model chooses how to begin."""
         has_tools = bool(tools) or any(m.calls for m in messages)
         return self._thinking or (has_tools and self._calls_start_elsewhere)
 
@@ -162,15 +164,15 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         try:
             return self._jinja.render_chat(messages, tools, generation)
-        except Exception as error:  # the template is a foreign program: it may fail in any way
+        except Exception as error:  # a template is foreign code and may fail in any way
             roles = ", ".join(message["role"] for message in messages)
             raise DatasetError(
                 f"{self.name} refuses a chat of {roles}: {error}. Change the rows, or use another template "
                 "(data.template=alpaca, or a .jinja file)."
-            ) from error.with_traceback(None)  # Jinja's own frames in it hold it, and with it all callers' variables
+            ) from error.with_traceback(None)  # else Jinja's frames keep all callers' variables alive
 
     def _check_shape(self, messages: Sequence[Message], tools: Tools) -> None:
-        """Refuse a template that drops what somebody says, calls or describes; asked once for chats of one shape."""
+        """Refuse a template that drops a text, call or tool description; checked once per shape of chat."""
         shape = (*((m.role, bool(m.text), m.null_content, len(m.calls)) for m in messages), len(tools))
         if shape in self._shapes:
             return
@@ -183,7 +185,7 @@ class ChatTemplate:
 
 
 def lost_content_error(name: str, lost: str, way_out: str) -> DatasetError:
-    """The error that a template does not show what a row says."""
+    """The error that a template loses content of a row."""
     kind = f"{name} drops (or changes) part of what a row says"
     return DatasetError(f"{name} drops (or changes) {lost}. {way_out}, or take it out of the rows.", kind=kind)
 
@@ -193,7 +195,7 @@ def _overlaps_marks(span: Span, marks: Sequence[Span]) -> bool:
 
 
 def _cut_segments(text: str, spans: Sequence[tuple[int, int, bool]]) -> list[TextSegment]:
-    """`text` as segments, cut at the spans (start, end, whether it is learned), which are in order."""
+    """`text` as segments, split at ordered spans (start, end, is_learned)."""
     segments, done = [], 0
     for start, end, learned in spans:
         segments += [TextSegment(text[done:start], False), TextSegment(text[start:end], learned)]
@@ -202,6 +204,6 @@ def _cut_segments(text: str, spans: Sequence[tuple[int, int, bool]]) -> list[Tex
 
 
 def special_token_names(tokenizer: Any) -> set[str]:
-    """The texts of all special tokens, also of those without a role such as BOS: end-of-turn marks and the like."""
+    """The texts of all special tokens, including those without a role, such as end-of-turn marks."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return added | {str(token) for token in tokenizer.all_special_tokens}

@@ -1,4 +1,4 @@
-"""Tokens of many examples in one column each, and what is done to all of them at once."""
+"""Tokens of many examples as columns, and the operations on all of them at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Truncation = Literal["keep_end", "keep_start", "drop"]
 
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """Tokens of one example and which of them belong to a response (int32 and bool, of one length)."""
+    """Tokens of one example, (length,) int32, and which of them belong to a response, (length,) bool."""
 
     input_ids: np.ndarray
     response: np.ndarray
@@ -48,14 +48,14 @@ class EncodedRows:
         return np.diff(self.offsets)
 
     def select_tokens(self, kept: np.ndarray) -> EncodedRows:
-        """The tokens at which `kept` (tokens,) is true, of as many examples as before."""
+        """Only the tokens where `kept` (tokens,) is true; the number of examples stays."""
         return EncodedRows(
             self.input_ids[kept], self.response[kept], compute_offsets(count_by_example(kept, self.offsets))
         )
 
 
 def compute_offsets(lengths: np.ndarray) -> np.ndarray:
-    """Where stretches of these lengths begin, one after the other, and where the last ends; int64.
+    """The offsets of consecutive pieces of these lengths, with the end of the last; int64.
 
     Example:
         >>> compute_offsets(np.array([2, 3])).tolist()
@@ -65,7 +65,7 @@ def compute_offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def count_by_example(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """How many of `flags` are true from each offset to the next, int64.
+    """The number of true `flags` between consecutive offsets, int64.
 
     Example:
         >>> count_by_example(np.array([True, False, True]), np.array([0, 0, 2, 3])).tolist()
@@ -77,10 +77,10 @@ def count_by_example(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def truncate_rows(rows: EncodedRows, seq_len: int, truncation: Truncation, bos_id: int | None) -> EncodedRows:
-    """The examples in at most `seq_len` tokens; one that is left out (`drop`) has none.
+    """Truncate examples to `seq_len` tokens; with `drop`, longer ones become empty.
 
-    keep_end cuts behind BOS, so the answer keeps its end and its end token; keep_start cuts the end, and what is left
-    of the answer then does not teach to stop.
+    keep_end removes tokens after BOS, so the answer keeps its end token; keep_start removes the end, so the rest of
+    the answer does not teach the model to stop.
     """
     lengths = rows.lengths
     if lengths.max(initial=0) <= seq_len:
@@ -105,14 +105,14 @@ def _find_rows_beginning_with(rows: EncodedRows, token: int | None) -> np.ndarra
 
 
 def find_learnable_rows(rows: EncodedRows, special_ids: Collection[int]) -> np.ndarray:
-    """Whether anything of an answer but end tokens is left to predict, (examples,) bool."""
+    """Whether an answer has targets other than special tokens, (examples,) bool."""
     taught = mask_first_tokens(rows.response, rows.offsets) & ~np.isin(rows.input_ids, list(special_ids))
     found: np.ndarray = count_by_example(taught, rows.offsets) > 0
     return found
 
 
 def mask_first_tokens(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """`flags` (tokens,) without those of each example's first token, which nothing predicts."""
+    """`flags` (tokens,) with each example's first token set to false: nothing predicts it."""
     targets = flags.copy()
     targets[offsets[:-1][np.diff(offsets) > 0]] = False
     return targets
@@ -120,7 +120,7 @@ def mask_first_tokens(flags: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TokenizedRows:
-    """`TokenizedExample`s by column: tokens one after the other, as in `EncodedRows`, all else one an example."""
+    """`TokenizedExample`s as columns: tokens concatenated as in `EncodedRows`, everything else one per example."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
@@ -157,6 +157,6 @@ class TokenizedRows:
             )
 
     @property
-    def supervised(self) -> np.ndarray:
-        """Targets of each example: masked-in tokens other than the first; (examples,) int64."""
+    def supervised_counts(self) -> np.ndarray:
+        """Targets of each example: tokens in the loss mask except the first; (examples,) int64."""
         return count_by_example(mask_first_tokens(self.loss_mask, self.offsets), self.offsets)

@@ -1,4 +1,4 @@
-"""Whether a rendered text holds everything that a row says: its texts, its calls and the descriptions of its tools."""
+"""Check that a rendered text contains everything in a row: texts, tool calls and tool descriptions."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def _escape_json_twice(text: str) -> str:
     return _escape_json(_escape_json(text))
 
 
-# The forms in which a template may write a text without loss, the best first: as it is; in JSON; as markup; as Python
-# prints it; in JSON that stands in JSON.
+# Lossless spellings of a text in a template, best first: verbatim, JSON, markup, Python repr, JSON within JSON.
 SPELLINGS: tuple[Callable[[str], str], ...] = (
     str,
     _escape_json,
@@ -49,9 +48,9 @@ SPELLINGS: tuple[Callable[[str], str], ...] = (
 def mark_chat(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], bracket: str
 ) -> tuple[list[Message], list[dict[str, Any]], dict[str, str]]:
-    """The chat with each text, call and tool replaced by a mark of its own, and what each mark stands for.
+    """Replace each text, call and tool of a chat by a unique mark; also returns what each mark stands for.
 
-    So a text that is dropped is missed, though another text holds the same words. `bracket` stands around each mark.
+    Unique marks reveal a dropped text even if another text has the same words. `bracket` encloses each mark.
     """
     marks: dict[str, str] = {}
 
@@ -83,21 +82,21 @@ def _mark_tool(tool: Mapping[str, Any], mark: Callable[[str], str]) -> dict[str,
 
 
 def rank_spelling(text: str, rendered: str) -> int | None:
-    """Which of the `SPELLINGS` of `text` stands in `rendered`; None where none does."""
+    """The index of the first of the `SPELLINGS` of `text` found in `rendered`; None if there is none."""
     return next((rank for rank, spell in enumerate(SPELLINGS) if spell(text) in rendered), None)
 
 
 def contains_text(rendered: str, text: str) -> bool:
-    """Whether `rendered` holds the text, in any spelling, with or without the white space around it."""
+    """Whether `rendered` contains the text, in any spelling, with or without surrounding white space."""
     return text in rendered or rank_spelling(text.strip(), rendered) is not None
 
 
 def find_lost(
     rendered: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int]
 ) -> str | None:
-    """What of a chat the rendered text does not hold, in words; None where it holds everything.
+    """Describe the first part of a chat missing from the rendered text; None if it is complete.
 
-    Thoughts of answers that are not `learned` may be left out: many templates do so once a chat goes on.
+    Thoughts of answers that are not `learned` may be missing: many templates drop them once the chat continues.
     """
     for index, message in enumerate(messages):
         for text in (message.text, message.input):
@@ -115,7 +114,7 @@ def find_lost(
 
 
 def omits_thoughts(rendered: str, messages: Sequence[Message]) -> bool:
-    """Whether thoughts of any answer are not in the rendered text."""
+    """Whether the thoughts of any answer are missing from the rendered text."""
     return any(
         THOUGHTS_END in message.text
         and message.text not in rendered
@@ -126,7 +125,7 @@ def omits_thoughts(rendered: str, messages: Sequence[Message]) -> bool:
 
 
 def extract_thoughts(answer: str) -> str:
-    """What stands before `</think>`, without its marks."""
+    """The text before `</think>`, without the tags."""
     return answer.split(THOUGHTS_END)[0].removeprefix("<think>").strip()
 
 
@@ -147,7 +146,7 @@ def _contains_value(rendered: str, value: Any) -> bool:
 
 
 def _list_call_texts(call: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Each name and value in a call, with its description."""
+    """Each name and value in a call, after its description."""
     yield f"the call of {call['name']}", call["name"]
     for key, value in _iterate_leaves(call["arguments"]):
         yield f"the argument {key[:40]!r} of the call of {call['name']}", key
@@ -155,7 +154,7 @@ def _list_call_texts(call: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _iterate_leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """The plain values inside `value`, each with the key that it stands under; keys of lists and objects alone."""
+    """The scalars inside `value`, each with its key; keys of containers come without a value."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield name, ""
@@ -168,7 +167,7 @@ def _iterate_leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def list_tool_texts(tool: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the description of a tool says, with what each is: its names, descriptions and allowed values."""
+    """The texts in a tool description (names, descriptions, allowed values), each with its label."""
     function = tool.get("function", tool)
     name = function.get("name", "")
     for what, text in _list_schema_texts(function):

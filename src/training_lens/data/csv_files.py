@@ -1,4 +1,4 @@
-"""Tables of text to rows: how cells are parted is configured, or found from the table itself and said."""
+"""CSV and TSV files to rows. The delimiter is configured, or detected and reported."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from training_lens.utils.limits import KEYS, ROW_BYTES
 
 DELIMITERS = (",", ";", "\t", "|")
 NAMES = {character: name for name, character in CSV_CHARACTERS.items() if name.isalpha()}
-SAMPLE_CHARACTERS = 1 << 18  # of the table's beginning, and so many rows of it, tell the delimiter
+SAMPLE_CHARACTERS = 1 << 18  # of the table's beginning; with SAMPLE_ROWS, the sample that detects the delimiter
 SAMPLE_ROWS = 200
-CLEARLY = 0.1  # more of the rows must fit the one delimiter than the other
+CLEARLY = 0.1  # margin in the share of fitting rows that decides between two delimiters
 _SEP_LINE = re.compile(r'"?sep=(.)"?[;,\t|]*(\r\n|\n|\r)', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a table is written."""
+    """The CSV dialect of a table."""
 
     delimiter: str
     quotechar: str | None
     escapechar: str | None
     skip_spaces: bool = False
 
-    def read(self, lines: Any) -> Any:
-        """A reader of the lines' cells, which refuses broken quotes."""
+    def open_reader(self, lines: Any) -> Any:
+        """A csv reader of the lines; it refuses broken quotes."""
         quoting: Any = csv.QUOTE_NONE if self.quotechar is None else csv.QUOTE_MINIMAL
         return csv.reader(
             lines, delimiter=self.delimiter, quotechar=self.quotechar, escapechar=self.escapechar, quoting=quoting,
@@ -49,11 +49,10 @@ def read_csv_rows(source: SourceFile, file: IO[bytes], usual: str) -> Iterator[R
     """Rows of a table whose first line names the columns; `number` is the row in a spreadsheet.
 
     Args:
-        usual: the delimiter that the file's name promises; any other is said.
+        usual: the delimiter that the file's name implies; any other is reported.
 
     Raises:
-        DatasetError: an encoding or a delimiter that cannot be told, or a row that cannot be read and nobody to pass
-            it over.
+        DatasetError: the encoding or the delimiter is ambiguous, or a row is broken and bad rows are not skipped.
     """
     csv.field_size_limit(ROW_BYTES)
     text = io.TextIOWrapper(file, encoding=find_encoding(source, file), newline="")
@@ -62,13 +61,13 @@ def read_csv_rows(source: SourceFile, file: IO[bytes], usual: str) -> Iterator[R
         text.seek(0)
         if start:
             text.readline()  # the sep= line, which a spreadsheet does not show
-        yield from _read_table(source, dialect.read(_read_bounded_lines(source, text)))
+        yield from _read_table(source, dialect.open_reader(_read_bounded_lines(source, text)))
     finally:
         text.detach()
 
 
 def _read_bounded_lines(source: SourceFile, text: IO[str]) -> Iterator[str]:
-    """The lines of the table, none of which is read whole where it is too long."""
+    """The lines of the table; a line that is too long is refused before it is in memory."""
     while line := text.readline(ROW_BYTES):
         if len(line) == ROW_BYTES and not line.endswith("\n"):
             raise DatasetError(f"{source.path}: has a line of over {ROW_BYTES:,} characters. Is it a table?")
@@ -76,7 +75,7 @@ def _read_bounded_lines(source: SourceFile, text: IO[str]) -> Iterator[str]:
 
 
 def _find_dialect(source: SourceFile, text: IO[str], usual: str) -> tuple[Dialect, int]:
-    """The dialect, and how many lines stand before the one with the names."""
+    """The dialect, and the number of lines before the header."""
     sample, settings = text.read(SAMPLE_CHARACTERS), source.csv
     is_cut = len(sample) == SAMPLE_CHARACTERS
     sep = _SEP_LINE.match(sample)
@@ -100,14 +99,14 @@ def _describe_delimiter(delimiter: str) -> str:
 
 def _read_first_row(dialect: Dialect, table: str) -> list[str]:
     try:
-        return next((row for row in dialect.read(io.StringIO(table, newline="")) if any(row)), [])
+        return next((row for row in dialect.open_reader(io.StringIO(table, newline="")) if any(row)), [])
     except csv.Error:
         return []
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A delimiter that parts the first row into several cells, and the share of the other rows that it parts so."""
+    """A possible delimiter, the header that it gives, and the share of other rows with as many cells."""
 
     delimiter: str
     header: list[str]
@@ -120,12 +119,12 @@ class _Candidate:
 
 
 def _find_delimiter(source: SourceFile, table: str, is_cut: bool, usual: str) -> str:
-    """The delimiter that parts the first row into cells, and the others into as many.
+    """The delimiter with which most rows have as many cells as the header.
 
-    Where several do, equally well, the one that finds names of fields in the first row.
+    Ties go to the one with the most known field names in the header.
 
     Raises:
-        DatasetError: several could be meant.
+        DatasetError: several delimiters remain.
     """
     found = [c for d in DELIMITERS if (c := _try_delimiter(source, table, is_cut, d)) is not None]
     best = max((candidate.fitting for candidate in found), default=0.0)
@@ -161,8 +160,8 @@ def _try_delimiter(source: SourceFile, table: str, is_cut: bool, delimiter: str)
 
 
 def _read_sample_rows(dialect: Dialect, table: str) -> Iterator[list[str]]:
-    """The rows of the table; a broken one is a row of one cell."""
-    reader = dialect.read(io.StringIO(table, newline=""))
+    """The rows of a sample; a broken row counts as one cell."""
+    reader = dialect.open_reader(io.StringIO(table, newline=""))
     while True:
         try:
             yield next(reader)
@@ -201,7 +200,7 @@ def _describe_width_problem(cells: int, columns: int) -> str:
 
 
 def _number_rows(source: SourceFile, table: Any) -> Iterator[tuple[int, list[str]]]:
-    """The cells of each row, the first of which is number 1."""
+    """Row numbers, from 1, and cells."""
     number = 0
     while True:
         number, before = number + 1, table.line_num
@@ -218,7 +217,7 @@ def _refuse_broken_row(source: SourceFile, number: int, lines: int, error: csv.E
         'Within quoted text a quotation mark is written twice (""); where this table writes \\" for it, set '
         "data.csv.escapechar=backslash; where its quotation marks stand for themselves, set data.csv.quotechar=null."
     )
-    if lines > 1 or number == 1:  # passing it over would lose rows that were never seen as such
+    if lines > 1 or number == 1:  # skipping it would also lose the rows inside the quotes
         raise DatasetError(
             f"{source.path}, row {number}: broken table ({error}): quoted text that begins there does not end as such "
             f"within {lines} lines. {advice}"
@@ -227,7 +226,7 @@ def _refuse_broken_row(source: SourceFile, number: int, lines: int, error: csv.E
 
 
 def _name_columns(source: SourceFile, names: list[str]) -> list[str | None]:
-    """The columns' names; None for a column that is set aside, as it has none."""
+    """The column names; None for a column without a name, which is ignored."""
     if len(names) > KEYS:
         raise DatasetError(f"{source.path}: its first row names {len(names):,} columns; {KEYS:,} can be read.")
     repeated = next((name for name, count in Counter(names).items() if count > 1 and name.strip()), None)

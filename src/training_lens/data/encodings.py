@@ -1,4 +1,4 @@
-"""In which encoding a table of text is written: found from its bytes, or refused; never guessed in silence."""
+"""Detect the encoding of a text table from its bytes. An uncertain encoding is reported or refused."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ BYTE_ORDER_MARKS = {  # those of UTF-32 begin as those of UTF-16 do
     codecs.BOM_UTF16_BE: "utf-16",
 }
 SHOWN = 60  # characters of a line that an example shows
-LINES = 1000  # with other letters than ASCII: so many tell whether cp1252 makes sense of them
-UNLIKELY_SHARE = 0.1  # of the letters that are not ASCII
+LINES = 1000  # non-ASCII lines that are checked for cp1252
+UNLIKELY_SHARE = 0.1  # of non-ASCII letters
 # What text in a Western European language hardly ever has, but other encodings read as cp1252 do: a capital behind a
 # small letter, a sign within a word, and words of nothing but letters that are not ASCII.
 _SIGNS_IN_WORDS = (
@@ -36,13 +36,13 @@ ENCODING_ADVICE = (
 
 
 def find_encoding(source: SourceFile, file: IO[bytes]) -> str:
-    """The encoding of the whole file, which is read once; a name that `open` takes.
+    """The encoding of the file, as a name for `open`. Reads the whole file once.
 
-    The configured one; that of a byte order mark; UTF-8 where all of it is; UTF-16 by its zero bytes; and cp1252
-    (Windows, Western Europe) where that makes sense of it, which is said with an example.
+    In order: the configured encoding, a byte order mark, UTF-16 by its zero bytes, UTF-8 if the whole file is valid,
+    and cp1252 (Windows, Western Europe) if the text is plausible in it, which is reported with an example.
 
     Raises:
-        DatasetError: the file is not in the configured encoding, or in none that can be found; names the line.
+        DatasetError: the file is not in the configured encoding, or no encoding fits; names the line.
     """
     configured = source.csv.encoding
     if configured is not None:
@@ -63,7 +63,7 @@ def find_encoding(source: SourceFile, file: IO[bytes]) -> str:
 
 
 def _detect_utf16(head: bytes) -> str | None:
-    """Which UTF-16 it is where every other byte of most letters is zero."""
+    """UTF-16 with its byte order, if every other byte is mostly zero."""
     pairs = len(head) // 2
     even, odd = head[0 : 2 * pairs : 2].count(0), head[1 : 2 * pairs : 2].count(0)
     if not pairs or max(even, odd) < 0.4 * pairs or min(even, odd) > 0.05 * pairs:
@@ -72,7 +72,7 @@ def _detect_utf16(head: bytes) -> str | None:
 
 
 def _find_bad_byte(file: IO[bytes], encoding: str) -> int | None:
-    """The position of the first byte that the encoding cannot read; the file's position is then its start again."""
+    """The position of the first invalid byte, or None; seeks back to the start of the file."""
     decoder = codecs.getincrementaldecoder(encoding)()
     read = 0
     try:
@@ -88,7 +88,7 @@ def _find_bad_byte(file: IO[bytes], encoding: str) -> int | None:
 
 
 def _read_blocks(file: IO[bytes]) -> Iterator[bytes]:
-    """The file in blocks, and an empty one at its end."""
+    """The file in blocks, then one empty block."""
     while block := file.read(BLOCK_BYTES):
         yield block
     yield b""
@@ -108,7 +108,7 @@ class _Line:
 
 
 def _find_legacy_encoding(source: SourceFile, file: IO[bytes]) -> str:
-    """cp1252, where it makes sense of a file that is not UTF-8."""
+    """cp1252, if a file that is not UTF-8 is plausible in it."""
     utf8, other = _sample_non_ascii_lines(file)
     if utf8:
         raise DatasetError(
@@ -126,7 +126,7 @@ def _find_legacy_encoding(source: SourceFile, file: IO[bytes]) -> str:
 
 
 def _sample_non_ascii_lines(file: IO[bytes]) -> tuple[_Line | None, list[_Line]]:
-    """Of the lines with bytes that are not ASCII the first that is UTF-8, and the first that are not."""
+    """Of the non-ASCII lines: the first valid UTF-8 line, and the first `LINES` others."""
     utf8: _Line | None = None
     other: list[_Line] = []
     for number, line in enumerate(file, 1):
@@ -156,7 +156,7 @@ def _looks_western(lines: list[_Line]) -> bool:
 
 
 def _excerpt_non_ascii(text: str) -> str:
-    """A piece of the line around its first letter that is not ASCII."""
+    """An excerpt of the line around its first non-ASCII character."""
     place = next(i for i, character in enumerate(text) if not character.isascii())
     start = max(0, place - SHOWN // 2)
     return text[start : start + SHOWN].strip()

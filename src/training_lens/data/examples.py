@@ -1,4 +1,4 @@
-"""The plain values of the main path: rows become examples, rendered text, tokens, batches."""
+"""The values of the data path: rows, messages, examples, text segments, tokenized examples, batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as its source holds it; `number` counts from 1 (JSONL: the line; CSV: the spreadsheet's row)."""
+    """One row of a source; `number` counts from 1 (JSONL: the line; CSV: the spreadsheet row)."""
 
     file: str
     number: int
@@ -31,11 +31,10 @@ class Row:
 class Message:
     """One turn.
 
-    `input` is the second part that some instruction data gives a prompt (Alpaca's input); `learn` is false where the
-    row marks an answer as not to be learned; `calls` are the functions that an assistant calls beside what it says,
-    each with "name", "arguments" and, where the row has one, "id"; `extra` is what else a chat template may want to
-    know: "name" and "tool_call_id". `null_content`: the row has null where the text stands, which some templates ask
-    for.
+    `input` is the second part of a prompt in some instruction data (Alpaca's input). `learn` is false if the row masks
+    this answer. `calls` are an assistant's tool calls, each with "name", "arguments" and optionally "id". `extra` holds
+    "name" and "tool_call_id" for the chat template. `null_content`: the row's content is null, as some templates
+    require.
     """
 
     role: Role
@@ -48,15 +47,15 @@ class Message:
 
     @property
     def calls_without_ids(self) -> list[dict[str, Any]]:
-        """What the calls say: an id is a name for the log of one conversation, and says nothing."""
+        """The calls without their ids, which only number them within one conversation."""
         return [{key: value for key, value in call.items() if key != "id"} for call in self.calls]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What every format becomes: messages that end with the assistant's, where from, and optionally a domain.
+    """Messages that end with an assistant's, the row that they come from, and optionally a domain.
 
-    `tools` describe what a chat may call. A plain text (`is_text`) is one assistant message that no template touches.
+    `tools` describe what the chat may call. A plain text (`is_text`) is one assistant message without a template.
     """
 
     messages: tuple[Message, ...]
@@ -68,16 +67,16 @@ class Example:
 
     @property
     def id(self) -> str:
-        """Stable, and leads a person to the row: 'data/train.jsonl:17'."""
+        """File and row: 'data/train.jsonl:17'."""
         return f"{self.file}:{self.row}"
 
 
 @dataclass(frozen=True, slots=True)
 class TextSegment:
-    """A stretch of rendered text.
+    """A piece of rendered text.
 
-    `response` marks an assistant's answer with the end token that the template gives it; in `plain` text the names
-    of special tokens are letters like any others.
+    `response` marks an assistant's answer, including its end token. In `plain` text, names of special tokens are
+    ordinary characters.
     """
 
     text: str
@@ -87,9 +86,9 @@ class TextSegment:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
-    """`input_ids` int32 and `loss_mask` bool of one length; the mask is true on the tokens that are learned.
+    """`input_ids` (length,) int32 and `loss_mask` (length,) bool, which is true for supervised tokens.
 
-    `digest` is a hash of the whole rendered text: two examples of one digest say the same.
+    `digest` is a hash of the rendered text: equal for duplicates.
     """
 
     file: str
@@ -107,21 +106,21 @@ class TokenizedExample:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro-batch: rows padded on the right, or (`in_line`) one row of examples one behind the other.
+    """One micro-batch: rows padded on the right, or (`is_packed`) all examples packed into one row.
 
-    No attention mask: under causal attention no real token can see the padding to its right, and no loss is taken
-    on it, so the padding's id and contents never matter. In a line, `lengths` tell where examples end.
+    No attention mask: under causal attention no real token sees the padding to its right, and padding has no loss, so
+    its id never matters. In a packed batch, the cumulative sum of `lengths` is `cu_seqlens`.
     """
 
     input_ids: torch.Tensor  # (rows, width) int64
-    loss_mask: torch.Tensor  # (rows, width) bool: the token at this place is a target
+    loss_mask: torch.Tensor  # (rows, width) bool: this token is a target
     lengths: tuple[int, ...]
     example_ids: tuple[str, ...]
-    in_line: bool = False
+    is_packed: bool = False
 
     @property
-    def tokens(self) -> int:
+    def token_count(self) -> int:
         return sum(self.lengths)
 
-    def to(self, device: torch.device) -> Batch:
+    def move_to(self, device: torch.device) -> Batch:
         return replace(self, input_ids=self.input_ids.to(device), loss_mask=self.loss_mask.to(device))

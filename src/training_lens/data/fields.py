@@ -1,4 +1,4 @@
-"""Which fields of a source's rows hold the prompt and the answer: found by looking, or as configured."""
+"""Which fields of a source's rows hold prompt and answer: configured, or detected by name."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ DESCRIBED = {"messages": "chats", "pair": "pairs of prompt and answer", "text": 
 
 @dataclass(frozen=True)
 class FieldMapping:
-    """The row's key for each meaning; None where the rows have none. One of `text`, `messages`, `instruction` is set.
+    """The key for each meaning; None if the rows have none. One of `text`, `messages`, `instruction` is set.
 
-    `output` of a chat is what follows it, where its rows end with a question. `masks` say whether a row is learned.
+    `output` of a chat is the answer to its last question. `masks` are the row's loss masks.
     """
 
     instruction: str | None = None
@@ -47,17 +47,17 @@ class FieldMapping:
     masks: tuple[str, ...] = ()
 
     @property
-    def form(self) -> str:
+    def row_form(self) -> str:
         return "text" if self.text else "messages" if self.messages else "pair"
 
     @property
-    def keys(self) -> dict[str, str]:
-        """The row's key of each meaning that there is; masks under their own names."""
+    def key_by_meaning(self) -> dict[str, str]:
+        """Meaning -> key, for all meanings that are set; masks under their own names."""
         found = {meaning: key for meaning, key in vars(self).items() if key and meaning != "masks"}
         return found | {mask: mask for mask in self.masks}
 
     def describe(self) -> str:
-        """As reported: 'question -> answer', 'instruction + input -> output, domain from topic', 'messages'."""
+        """For reports: 'question -> answer', 'instruction + input -> output, domain from topic', 'messages'."""
         shown = (self.system, self.history, self.instruction, self.input, self.messages, self.tools)
         asked = " + ".join(key for key in shown if key)
         remarks = {
@@ -75,7 +75,7 @@ Keys = Mapping[str, int]  # each key of a source, and the number of the first ro
 
 
 def collect_keys(rows: Iterable[Row]) -> dict[str, int]:
-    """Every key that any of the rows has, with the first row that has it."""
+    """All keys of the rows, each with the number of the first row that has it."""
     keys: dict[str, int] = {}
     for row in rows:
         if not row.values.keys() <= keys.keys():
@@ -90,14 +90,14 @@ def collect_keys(rows: Iterable[Row]) -> dict[str, int]:
 
 
 def find_mapping(keys: Keys, data: DataSection, place: str) -> FieldMapping:
-    """The mapping for rows with these keys: as configured, else found by looking.
+    """The mapping for rows with these keys: as configured, else detected by name.
 
     Args:
-        place: the source, for messages.
+        place: the source's name in error messages.
 
     Raises:
-        DatasetError: nothing found for the prompt or the answer; two names that could both be meant, rows of several
-            forms, or a field that this form cannot use. Names the rows, and what to set.
+        DatasetError: no prompt or answer found, several candidates, rows of several forms, or a field that this form
+            cannot use. Names the rows and the setting.
     """
     for meaning, configured in data.fields:
         if configured and not has_field(keys, configured):
@@ -118,17 +118,17 @@ def find_mapping(keys: Keys, data: DataSection, place: str) -> FieldMapping:
 
 
 def has_field(keys: Collection[str], name: str) -> bool:
-    """Whether rows with these keys have a field of this name, dotted or not."""
+    """Whether these keys include the field, dotted or not."""
     return name in keys or ("." in name and name.split(".")[0] in keys)
 
 
 def find_near_key(keys: Collection[str], meaning: str) -> str | None:
-    """The key that nearly spells a name of this meaning."""
+    """A key that is nearly spelled like a name of this meaning."""
     return next((key for key in keys if any(is_near(key, name) for name in ALIASES[meaning])), None)
 
 
 def _missing_field_error(missing: str, keys: Keys, place: str) -> DatasetError:
-    """The error that rows have no prompt or no answer; names the key that nearly spells one."""
+    """The error that rows have no prompt or no answer; suggests a similar key."""
     near = ((meaning, find_near_key(keys, meaning)) for meaning in (missing, "messages", "text"))
     meaning, key = next(((meaning, key) for meaning, key in near if key), (missing, None))
     hint = f"Is it '{key}'? Name it: data.fields.{meaning}={key}" if key else f"Name it: data.fields.{missing}=FIELD"
@@ -140,7 +140,7 @@ def _missing_field_error(missing: str, keys: Keys, place: str) -> DatasetError:
 
 
 def domain_from_file(file: str | Path) -> str:
-    """The domain of a file's rows under data.domain.per_file: its name without endings."""
+    """The domain of a file's rows with data.domain.per_file: the file name without suffixes."""
     return Path(file).name.split(".")[0]
 
 
@@ -162,14 +162,14 @@ def _find_domain_key(domain: DomainSection, keys: Keys, place: str) -> str | Non
 
 @dataclass(frozen=True)
 class _FieldSearch:
-    """Looks for the form of a source's rows, and for the key of each meaning."""
+    """Finds the form of a source's rows and the key of each meaning."""
 
     keys: Keys
     fields: FieldsSection
     place: str
 
     def find_form(self) -> str:
-        """Which of text, messages, and prompt with answer (pair) the rows are: as asked, else the only one there."""
+        """The form of the rows (text, messages or pair): as configured, else the only possible one."""
         asked = [form for form, leading in LEADING.items() if getattr(self.fields, leading)]
         if len(asked) > 1:
             named = " and ".join(f"data.fields.{LEADING[form]}" for form in asked)
@@ -197,7 +197,7 @@ class _FieldSearch:
         return "messages" if self._find_rated_chats() and not has_prompt else "pair"
 
     def _find_rated_chats(self) -> list[str]:
-        """The key of whole chats that are rated: chosen beside rejected."""
+        """The key of rated whole chats: chosen, if there is rejected."""
         return [key for key in FALLBACKS["messages"] if key in self.keys and REJECTED in self.keys]
 
     def _ambiguous_form_error(self, there: Mapping[str, list[list[str]]]) -> DatasetError:
@@ -209,13 +209,13 @@ class _FieldSearch:
         )
 
     def _find_candidates(self, form: str) -> list[list[str]]:
-        """The keys that could hold each meaning that a form cannot do without."""
+        """Candidate keys for each required meaning of a form."""
         return [
             self._find_present_keys(meaning) for meaning in (("instruction", "output") if form == "pair" else (form,))
         ]
 
     def _find_present_keys(self, meaning: str) -> list[str]:
-        """The keys that could hold a meaning: the configured one, or those of its names, whatever their case."""
+        """Candidate keys for a meaning: the configured one, or those with one of its names in any case."""
         if configured := getattr(self.fields, meaning):
             return [configured]
         names = ALIASES[meaning]
@@ -223,10 +223,10 @@ class _FieldSearch:
         return sorted(found, key=lambda key: names.index(plain_name(key)))
 
     def find_key(self, meaning: str, form: str) -> str | None:
-        """The key that holds a meaning, None where there is none.
+        """The key for a meaning; None if there is none.
 
         Raises:
-            DatasetError: several could.
+            DatasetError: there are several.
         """
         there = self._find_present_keys(meaning)
         if form == "messages" and meaning == "output" and not self.fields.output:
@@ -246,7 +246,7 @@ class _FieldSearch:
 
 
 def unknown_field_error(key: str, name: str, keys: Collection[str], place: str) -> DatasetError:
-    """The error that the setting `key` names a field that no row of a source has; says the nearest that there is."""
+    """The error that the setting `key` names a field that no row has; suggests the nearest one."""
     close = nearest_name(name, keys)
     hint = f" Did you mean '{close}'?" if close else f" Its fields: {list_names(keys)}."
     return DatasetError(f"{key}: {place} has no field '{name}'.{hint}")

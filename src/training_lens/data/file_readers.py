@@ -22,8 +22,8 @@ from training_lens.utils.limits import MB, UnpackedFile, open_file
 
 GZIP = ".gz"
 FORMATS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-TABLES = {".csv": ",", ".tsv": "\t"}  # the delimiter that each name promises
-# How files begin that are often misnamed.
+TABLES = {".csv": ",", ".tsv": "\t"}  # the delimiter that each suffix implies
+# First bytes of formats that often have the wrong suffix.
 SIGNATURES = {
     b"PAR1": "a Parquet file; end its name in .parquet",
     b"\x1f\x8b": "compressed with gzip; end its name in .gz, for example .jsonl.gz",
@@ -33,13 +33,13 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def detect_format(path: Path) -> str | None:
-    """The format that a file's name says, '.jsonl' for 'rows.jsonl.gz' too; None where it is none that we read."""
+    """The format by a file's name, '.jsonl' also for 'rows.jsonl.gz'; None if it is not supported."""
     suffix = Path(path.stem).suffix if path.suffix.lower() == GZIP else path.suffix
     return suffix.lower() if suffix.lower() in FORMATS else None
 
 
 def check_csv_settings(settings: CsvSection, files: Collection[str]) -> None:
-    """Refuse settings of tables that no source is.
+    """Refuse CSV settings if no source is a table.
 
     Args:
         files: the names of all sources.
@@ -56,11 +56,11 @@ def check_csv_settings(settings: CsvSection, files: Collection[str]) -> None:
 
 
 def read_file_rows(source: SourceFile) -> Iterator[Row]:
-    """The rows of one file, in order. JSON that is not one value a line is read as a whole, all else piece by piece.
+    """The rows of one file, in order. Everything is streamed, except JSON that is not JSON Lines.
 
     Raises:
-        DatasetError: an ending that is not known, broken or binary content, a table that could be read in several ways,
-            a row that cannot be read and nobody to pass it over.
+        DatasetError: an unknown suffix, broken or binary content, an ambiguous table, or a bad row and bad rows are
+            not skipped.
     """
     path = source.path
     kind = detect_format(path)
@@ -107,7 +107,7 @@ def _check_signature(path: Path, file: IO[bytes], kind: str) -> None:
 
 
 def _describe_json_problem(head: bytes) -> str | None:
-    """JSON is UTF-8 alone; the encodings of tables are found."""
+    """JSON must be UTF-8; only tables have their encoding detected."""
     if head.startswith(UTF16):
         return "UTF-16 text, and JSON is UTF-8. Save it as UTF-8, or convert it: iconv -f UTF-16 -t UTF-8 OLD > NEW"
     return "binary, no text" if b"\0" in head else None
@@ -118,7 +118,7 @@ def _read_parquet_rows(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     is_packed = source.path.suffix.lower() == GZIP
-    with tempfile.TemporaryFile() as unpacked:  # Parquet is read from its end: what is gzipped is unpacked first
+    with tempfile.TemporaryFile() as unpacked:  # Parquet is read from its end, so gzip is unpacked first
         if is_packed:
             shutil.copyfileobj(file, unpacked, MB)
         try:

@@ -1,4 +1,4 @@
-"""Chat templates as programs: compiled in transformers' sandbox, and rendered on one fixed date."""
+"""Compile chat templates in transformers' sandbox, and render them with a fixed date."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class JinjaTemplate:
     """A chat template, compiled once.
 
     Args:
-        variables: what the template knows beside the chat: the tokenizer's special tokens by their names.
-        today: the date that the template is told, at midnight, whenever it asks.
+        variables: variables besides the chat: the tokenizer's special tokens by name.
+        today: the date that `strftime_now` returns.
 
     Raises:
-        ConfigurationError: it is no valid Jinja; names the line.
+        ConfigurationError: invalid Jinja; names the line.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any], today: date) -> None:
@@ -36,10 +36,10 @@ class JinjaTemplate:
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], generation: bool = False
     ) -> tuple[str, list[Span]]:
-        """The text, and its stretches inside generation marks (neighbours joined).
+        """The text, and its spans inside generation marks (adjacent ones merged).
 
         Raises:
-            Exception: the template is a foreign program, which may fail in any way.
+            Exception: a template is foreign code and may fail in any way.
         """
         from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
@@ -57,7 +57,7 @@ class JinjaTemplate:
 
 
 def asks_for_date(source: str) -> bool:
-    """Whether the template may ask for the date, in any of its branches."""
+    """Whether any branch of the template asks for the date."""
     return re.search(rf"\b{CLOCK}\b", source) is not None
 
 
@@ -67,10 +67,10 @@ def list_sources(templates: str | Mapping[str, str]) -> list[str]:
 
 
 def choose_source(templates: str | Mapping[str, str], with_tools: bool) -> str:
-    """The text of a tokenizer's template; of several by name, the one that transformers takes.
+    """The template's text; of several named ones, the one that transformers would take.
 
     Raises:
-        ConfigurationError: there are several, and none is for chats without tools.
+        ConfigurationError: none of several is the default.
     """
     if isinstance(templates, str):
         return templates
@@ -86,7 +86,7 @@ def read_template_file(path: str) -> str:
     """The text of a .jinja file.
 
     Raises:
-        ConfigurationError: it cannot be read, or is no valid Jinja; names the line.
+        ConfigurationError: unreadable or invalid Jinja; names the line.
     """
     try:
         source = read_bytes(expand_home(path), TEMPLATE_BYTES).decode("utf-8")
@@ -110,7 +110,7 @@ def _compile_template(source: str, name: str) -> Any:
 
 
 def _build_environment() -> Any:
-    """What transformers compiles chat templates in (its filters, functions and marks), with limits."""
+    """The environment in which transformers compiles chat templates, with limits."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     from training_lens.data.jinja_limits import BoundedEnvironment
@@ -125,7 +125,7 @@ def _build_environment() -> Any:
 
 
 def _join_adjacent_spans(spans: Sequence[Span]) -> list[Span]:
-    """Stretches that touch as one."""
+    """Merge adjacent spans."""
     joined: list[Span] = []
     for start, end in spans:
         if joined and joined[-1][1] == start:

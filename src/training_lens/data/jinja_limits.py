@@ -1,7 +1,7 @@
-"""Chat templates are foreign programs: the sandbox, with limits on the time and the text of one rendering.
+"""A sandbox for chat templates, which are foreign code, with limits on time and output of one rendering.
 
-Time is looked at in every turn of a loop and every macro. Whatever makes a text longer asks first how long
-it would be: Python could not be stopped in the middle of it.
+The clock is checked in every loop iteration and macro. Operations that lengthen a text check the resulting length
+first, since a running Python operation cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from jinja2.visitor import NodeTransformer
 
 from training_lens.utils.limits import TEMPLATE_CHARACTERS, TEMPLATE_SECONDS, TEMPLATE_TEXT, TEMPLATE_VALUES
 
-SHORT = 4096  # characters that are not counted: what makes them takes its time
+SHORT = 4096  # characters; shorter texts are not counted, the time limit suffices
 LENGTHENING = frozenset(
     "batch center expandtabs format indent join ljust pprint replace rjust slice string tojson translate urlencode "
     "urlize wordwrap xmlattr zfill".split()
 )
-WIDEST = 10_000  # characters that a text is filled up or indented to, or bits of a whole number
+WIDEST = 10_000  # most characters of padding or indent, and most bits of an integer
 _WIDE_FORMAT = re.compile(r"\d{5}|\*|:[^{}]*\{")  # of '%99999d', '%*d', '{:>99999}', '{:>{width}}'
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, of which each rendering begins with `start_rendering`."""
+    """Jinja's sandbox with limits; call `start_rendering` before each rendering."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -38,28 +38,28 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.start_rendering()
 
     def limit_filters(self) -> None:
-        """Let every filter that is there by now ask first."""
+        """Wrap all current filters with a length check."""
         self.filters |= {name: self._limit_filter(name, function) for name, function in self.filters.items()}
 
     def start_rendering(self) -> None:
-        """Start to count, for one rendering."""
+        """Reset the limits for one rendering."""
         self._until, self._characters = time.monotonic() + TEMPLATE_SECONDS, 0
 
     @property
     def has_time(self) -> bool:
-        """True, for where there is no time left it raises; a property, since that is what a template reads fastest."""
+        """True; raises once the time is up. A property, as that is the fastest access from a template."""
         if time.monotonic() > self._until:
             raise TemplateError(f"rendering takes over {TEMPLATE_SECONDS} s")
         return True
 
     def check_length(self, characters: int) -> None:
-        """See that a text of so many characters may be made."""
+        """Check that a text of so many characters is within the limits."""
         self._characters += characters
         if characters > TEMPLATE_TEXT or self._characters > TEMPLATE_CHARACTERS:
             raise TemplateError(f"makes a text of over {TEMPLATE_TEXT:,} characters, or {TEMPLATE_CHARACTERS:,} in all")
 
     def concat(self, pieces: Iterable[str]) -> str:
-        """The pieces of a rendering, a macro or a block as one text."""
+        """Join the pieces of a rendering, macro or block."""
         kept, unchecked = [], 0
         for piece in pieces:
             unchecked += len(piece)
@@ -70,11 +70,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return "".join(kept)
 
     def join_values(self, *values: Any) -> str:
-        """What `a ~ b` gives."""
+        """The result of `a ~ b`."""
         return self.concat(str(self.finalize_value(value)) for value in values)
 
     def finalize_value(self, value: Any) -> Any:
-        """A value on its way to text: lists that hold each other's lists could be of any length."""
+        """Check a value before it becomes text: nested lists that share items could be of any size."""
         if not isinstance(value, str):
             _check_values(value)
         return value
@@ -110,22 +110,22 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if wrapped is None:
             return None
 
-        def checked(*args: Any, **kwargs: Any) -> Any:
+        def run_checked(*args: Any, **kwargs: Any) -> Any:
             self._check_format(value.__self__, [*args, *kwargs.values()])
             return wrapped(*args, **kwargs)
 
-        return checked
+        return run_checked
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree: nodes.Template = _Checks().visit(super()._parse(source, name, filename))
         return tree
 
     def _limit_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that asks first; what Jinja passes to some before their value stays as it is."""
+        """A filter with a length check before it; an argument that Jinja passes before the value is kept."""
         place = int(hasattr(function, "jinja_pass_arg"))
 
         @wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
+        def run_checked(*args: Any, **kwargs: Any) -> Any:
             value = args[place]
             if name in LENGTHENING:
                 value = self._check_filter(name, value, [*args[place + 1 :], *kwargs.values()])
@@ -134,10 +134,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 self.check_length(len(value))
             return function(*args, **kwargs)
 
-        return checked
+        return run_checked
 
     def _check_filter(self, name: str, value: Any, others: list[Any]) -> Any:
-        """The value, of which a filter may be asked; a list of what came one by one."""
+        """The checked value for a filter; an iterator becomes a list."""
         if name == "join":
             value = list(value)
             self.check_length(
@@ -153,7 +153,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return value
 
     def _check_text(self, name: str, text: str, arguments: list[Any]) -> None:
-        """See that what a method or filter makes of a text is of bounded length."""
+        """Check the length of what a method or filter would make of a text."""
         if name in LENGTHENING:
             _check_width(max((_as_whole_number(argument) for argument in arguments), default=0))
         made = len(text)
@@ -177,7 +177,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 class _Checks(NodeTransformer):
-    """Puts checks into a template: into each turn of a loop and each macro, and for `a ~ b`."""
+    """Inserts checks into a template: into each loop body and macro, and for `a ~ b`."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         if node.test is not None:
@@ -203,7 +203,7 @@ def _check_width(width: int) -> None:
 
 
 def _check_values(value: Any) -> None:
-    """See that lists and objects hold a bounded number of values; what stands there twice counts twice."""
+    """Check the number of values in lists and objects; shared values count each time."""
     level, values = [value], 0
     while level:
         level = [item for outer in level for item in _list_items(outer)]
@@ -213,7 +213,7 @@ def _check_values(value: Any) -> None:
 
 
 def _list_items(value: Any) -> Iterable[Any]:
-    """The values in a list or object; of others, none."""
+    """The values of a list or object; nothing for scalars."""
     return value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
 
 

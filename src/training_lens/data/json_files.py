@@ -1,4 +1,4 @@
-"""JSON files to rows. What a file holds decides how it is read, not whether its name ends in .json or .jsonl."""
+"""JSON files to rows. The content decides how a file is read, not its suffix .json or .jsonl."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from training_lens.data.source_file import SourceFile
 from training_lens.errors import DatasetError
 from training_lens.utils.limits import EMPTY_LINES, NESTED, ROW_BYTES, WHOLE_JSON_BYTES, is_too_deep
 
-HEAD_BYTES = 1 << 16  # of the file's beginning tell JSON Lines from one JSON value
-MESSAGES = "messages"  # the key of a row that is nothing but its list of messages
+HEAD_BYTES = 1 << 16  # of the file's beginning, to tell JSON Lines from one JSON value
+MESSAGES = "messages"  # the key for a row that is only a list of messages
 MESSAGE_KEYS = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
 TOO_LONG = f"has over {ROW_BYTES:,} bytes. Cut it, or take it out: no model reads so long a row."
 SAVE_AS_UTF8 = "Save the file as UTF-8, such as with: iconv -f CP1252 -t UTF-8 OLD > NEW."
@@ -22,15 +22,15 @@ _SPACE = re.compile(r"\s*")
 
 
 def read_json_rows(source: SourceFile, file: IO[bytes], is_named_lines: bool) -> Iterator[Row]:
-    """The rows of a file of JSON: a value on each line, or a list of rows, an object that holds one, or single rows.
+    """The rows of a JSON file: JSON Lines, a list of rows, an object with one such list, or single objects.
 
-    Only JSON Lines are read line by line; anything else is read whole.
+    JSON Lines are streamed; anything else is read whole.
 
     Args:
-        is_named_lines: the file's name says that it is JSON Lines.
+        is_named_lines: the file's suffix means JSON Lines.
 
     Raises:
-        DatasetError: broken JSON, no rows, or a row that cannot be read and nobody to pass it over.
+        DatasetError: broken JSON, no rows, or a bad row and bad rows are not skipped.
     """
     if has_json_lines(file, is_named_lines):
         if not is_named_lines:
@@ -46,8 +46,7 @@ def read_json_rows(source: SourceFile, file: IO[bytes], is_named_lines: bool) ->
 
 
 def has_json_lines(file: IO[bytes], is_named_lines: bool) -> bool:
-    """Whether each line of the file is a JSON value of its own; told by its first lines, by its name where those
-    are broken."""
+    """Whether each line of the file is a JSON value: judged by its first lines, by its name if those are broken."""
     lines, is_cut = _read_first_lines(file)
     if not lines or _is_json(lines[0]):
         return len(lines) > 1
@@ -58,7 +57,7 @@ def has_json_lines(file: IO[bytes], is_named_lines: bool) -> bool:
 
 
 def _read_first_lines(file: IO[bytes]) -> tuple[list[bytes], bool]:
-    """At least two lines that hold something, where there are so many; and whether more may follow."""
+    """The first non-empty lines (at least two, if there are), and whether more may follow."""
     lines: list[bytes] = []
     size, reads, line = 0, 0, b""
     while (size < HEAD_BYTES or len(lines) < 2) and reads < EMPTY_LINES and (line := file.readline(ROW_BYTES)):
@@ -78,7 +77,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _may_begin_json(head: bytes, is_cut: bool) -> bool:
-    """Whether this is JSON that goes over lines: one value, several, or the beginning of one where it is cut."""
+    """Whether this is JSON over several lines: one value, several, or the beginning of one if it is cut."""
     text = head.decode("utf-8", "replace")
     try:
         json.loads(text)
@@ -90,13 +89,13 @@ def _may_begin_json(head: bytes, is_cut: bool) -> bool:
 
 
 class _RepeatedKey(dict[str, Any]):
-    """An object in which a key stands twice: the first value would be lost in silence."""
+    """An object with a duplicate key, whose first value would be lost silently."""
 
     key: str
 
 
 class _Decoder:
-    """Decodes JSON, and remembers whether any object had a key twice."""
+    """Decodes JSON and detects duplicate keys."""
 
     def __init__(self) -> None:
         self._json = json.JSONDecoder(object_pairs_hook=self._build_object)
@@ -106,7 +105,7 @@ class _Decoder:
         return self._json.decode(text)
 
     def decode_from(self, text: str, start: int) -> tuple[Any, int]:
-        """The value that begins at `start`, and where it ends."""
+        """The value at `start`, and its end."""
         return self._json.raw_decode(text, start)
 
     def _build_object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -119,7 +118,7 @@ class _Decoder:
         return repeated
 
     def find_repeated_key(self, value: Any) -> str | None:
-        """The key that stands twice in an object of the value."""
+        """A key that occurs twice in an object of the value."""
         if not self.has_repeated_keys:
             return None
         if isinstance(value, _RepeatedKey):
@@ -140,7 +139,7 @@ def _read_lines(source: SourceFile, file: IO[bytes]) -> Iterator[Row]:
 
 
 def _read_filled_lines(source: SourceFile, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold something, with their numbers; one that is too long is refused, and never whole in memory."""
+    """Numbers and contents of the non-empty lines. A line that is too long is refused and never held in memory."""
     number, empty = 0, 0
     while line := file.readline(ROW_BYTES):
         number += 1
@@ -173,7 +172,7 @@ def _classify_line_error(error: Exception) -> str:
 
 
 def _build_rows(source: SourceFile, number: int, value: Any, decoder: _Decoder) -> Iterator[Row]:
-    """The value as a row: an object with fields, or a list of messages."""
+    """The value as a row: an object, or a list of messages."""
     if is_too_deep(value):
         source.refuse_row(number, f"{NESTED}. Take it out, or write what is inside as text.", kind="is nested too deep")
     elif (repeated := decoder.find_repeated_key(value)) is not None:
@@ -188,7 +187,7 @@ def _build_rows(source: SourceFile, number: int, value: Any, decoder: _Decoder) 
 
 
 def is_message_list(value: Any) -> bool:
-    """Whether a value is a list of messages: objects, of which the first has a role and what it says."""
+    """Whether a value is a list of objects, the first of which has a role and content."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -222,7 +221,7 @@ def _read_values(source: SourceFile, text: str, is_named_lines: bool) -> Iterato
 
 
 def _parse_values(source: SourceFile, text: str, decoder: _Decoder) -> list[Any]:
-    """The values that the text holds, one after the other."""
+    """All consecutive JSON values in the text."""
     values: list[Any] = []
     position = _skip_space(text, 0)
     try:
@@ -246,7 +245,7 @@ def _skip_space(text: str, position: int) -> int:
 
 
 def _find_rows(source: SourceFile, value: Any, is_named_lines: bool) -> list[Any]:
-    """The rows of a file that holds one value."""
+    """The rows in a file of one value."""
     if isinstance(value, dict):
         return _find_rows_in_object(source, value, is_named_lines)
     if not isinstance(value, list):
@@ -262,7 +261,7 @@ def _find_rows(source: SourceFile, value: Any, is_named_lines: bool) -> list[Any
 
 
 def _find_rows_in_object(source: SourceFile, value: dict[str, Any], is_named_lines: bool) -> list[Any]:
-    """The rows in the one list of rows that an object holds (`{"examples": [...]}`); else it is a row itself."""
+    """The rows in the only list of an object (`{"examples": [...]}`); otherwise the object is a row."""
     lists = [key for key, item in value.items() if _holds_rows(item)]
     is_row = _is_row(value) or (not lists and not all(isinstance(item, list | dict) for item in value.values()))
     if not is_row and len(lists) == 1:
@@ -277,7 +276,7 @@ def _find_rows_in_object(source: SourceFile, value: dict[str, Any], is_named_lin
 
 
 def _is_row(value: dict[str, Any]) -> bool:
-    """Whether an object is a row by itself: it holds a chat, or text or a number under a name that fields have."""
+    """Whether an object is a row itself: it has a chat, or a known field with text or a number."""
     names = {alias for aliases in ALIASES.values() for alias in aliases}
     return any(
         is_message_list(item) or (isinstance(item, str | int | float) and key.strip().lower() in names)
@@ -294,7 +293,7 @@ def _holds_rows(item: Any) -> bool:
 
 
 def _describe_object_problem(value: dict[str, Any], lists: list[str]) -> str:
-    """Why an object that is no row holds no rows, either."""
+    """Why an object is neither a row nor a list of rows."""
     named = ", ".join(list(value)[:6]) + (" and more" if len(value) > 6 else "")
     if len(lists) > 1:
         return (

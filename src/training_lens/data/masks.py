@@ -1,4 +1,4 @@
-"""Marks of what is not to be learned: on messages, on whole rows, and the label of rated answers."""
+"""Loss masks of messages and of whole rows."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0"
 
 
 def read_flag(value: Any) -> bool | None:
-    """A bool, the numbers 0 and 1, or one of them as text; None for anything else."""
+    """The bool in a bool, in 0 or 1, or in one of them as text; None for anything else."""
     return FLAGS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
 
 
 def read_mask(place: str, values: Mapping[str, Any], masks: Collection[str], path: str = "") -> bool | None:
-    """Whether the masks of a message or row say that it is learned; None where they say nothing.
+    """Whether a message or row is learned, by its masks; None if they are empty.
 
     Args:
-        masks: the keys of `values` that are masks.
-        path: where those keys stand, as in `KeyCheck.check`.
+        masks: the mask keys in `values`.
+        path: the path of those keys, as in `KeyCheck.check`.
 
     Raises:
-        DatasetError: a mask that is neither 0 nor 1, or two that disagree.
+        DatasetError: a mask is neither 0 nor 1, or two masks disagree.
     """
     flags = {key: _require_flag(place, path + key, values[key]) for key in masks if values[key] is not None}
     if len(set(flags.values())) > 1:
@@ -56,14 +56,14 @@ def _describe_mask(value: Any) -> str:
 def mask_row(
     row: Row, masks: tuple[str, ...], messages: tuple[Message, ...], masked_turns: bool
 ) -> tuple[Message, ...]:
-    """The messages with what the row's own masks say: one for all answers, or a list with one for each turn.
+    """Apply the row's masks to its messages: one mask for all answers, or a list with one per turn.
 
     Args:
-        masks: the row's keys that are masks.
-        masked_turns: whether messages carry masks of their own.
+        masks: the row's mask keys.
+        masked_turns: whether messages have masks of their own.
 
     Raises:
-        DatasetError: as `read_mask`; a list of another length; masks of messages that say otherwise.
+        DatasetError: as `read_mask`; a list of the wrong length; masks of messages that disagree.
     """
     if not masks:
         return messages
@@ -84,7 +84,7 @@ def mask_row(
 
 
 def mark_learned(messages: Sequence[Message], learn: Sequence[bool]) -> tuple[Message, ...]:
-    """The messages, of which those answers are learned that were and that `learn` keeps."""
+    """The messages; an answer stays learned only where `learn` is true."""
     return tuple(
         replace(m, learn=False) if m.learn and not keep and m.role == "assistant" else m
         for m, keep in zip(messages, learn, strict=True)
@@ -92,7 +92,7 @@ def mark_learned(messages: Sequence[Message], learn: Sequence[bool]) -> tuple[Me
 
 
 def _read_turn_masks(row: Row, key: str, messages: Sequence[Message]) -> list[bool]:
-    """Of each message whether it is learned, from a list with an entry for each, or for each answer."""
+    """Whether each message is learned, from a list with one entry per message or per answer."""
     flags = [_require_flag(row.place, key, value) for value in row.values[key]]
     answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
     if len(flags) == len(messages):

@@ -1,4 +1,4 @@
-"""Chats of rows to messages: {role, content} and {from, value}, with calls and masks."""
+"""Read the chat of a row, {role, content} or {from, value}, as messages with calls and loss masks."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ SPELLINGS = (("role", "content"), ("from", "value"))
 
 
 def read_chat(row: Row, key: str, value: Any, keys: KeyCheck) -> tuple[tuple[Message, ...], bool]:
-    """The messages of a chat, however they are written, and whether any says itself if it is learned.
+    """The messages of a chat in any supported form, and whether any of them carries a loss mask.
 
     Args:
         value: the list under the row's `key`, its JSON text, or a single message.
 
     Raises:
-        DatasetError: no list of messages, a role that is not known, content that is no text; names the message.
+        DatasetError: not a list of messages, an unknown role, or content that is not text; names the message.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json(f"{row.place}: '{key}'", value, "a list of messages in JSON")
@@ -60,7 +60,7 @@ def read_chat(row: Row, key: str, value: Any, keys: KeyCheck) -> tuple[tuple[Mes
 
 
 def is_chat(value: Any) -> bool:
-    """Whether a value is meant as a message, or as a list of them: misspelt keys are refused where it is read."""
+    """Whether a value looks like a message or a list of them; misspelt keys are refused later, by `read_chat`."""
     if isinstance(value, str):
         return False
     items = value if isinstance(value, list) else [value]
@@ -77,7 +77,7 @@ def _resembles_message(item: Mapping[str, Any]) -> bool:
 
 
 def is_message(item: Mapping[str, Any]) -> bool:
-    """Whether an object has the keys of a message, in one of the two spellings."""
+    """Whether an object has the keys of a message, in either spelling."""
     if "role" in item:
         return "content" in item or _has_calls(item)
     return "from" in item and "value" in item
@@ -88,7 +88,7 @@ def _has_calls(item: Mapping[str, Any]) -> bool:
 
 
 def _read_message(place: str, item: Any, keys: KeyCheck, path: str) -> tuple[Message, bool]:
-    """A message, and whether it says itself if it is learned."""
+    """A message, and whether it carries a loss mask."""
     if not isinstance(item, Mapping):
         raise _no_message_error(place, item)
     if not is_message(item):
@@ -133,7 +133,7 @@ def _no_message_error(place: str, item: Any) -> DatasetError:
 def _read_content(place: str, role: Role, content: Any, keys: KeyCheck, path: str) -> str:
     """Text, the text parts of a content list ({"type": "text", "text": ...}), or a value as text.
 
-    Only what assistants and tools say may be a value: asked for as JSON, it is answered as JSON.
+    Only content of assistants and tools may be a value: they may answer in JSON.
     """
     if isinstance(content, str) and content:
         return require_encodable(f"{place}: 'content'", content)

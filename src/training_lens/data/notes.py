@@ -1,4 +1,4 @@
-"""What the user must be told of a split's sources: how each was read, and what was set aside of it."""
+"""Collect remarks on a split's sources: how each was read, and which keys and rows were ignored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from training_lens.errors import DatasetError
 from training_lens.utils.limits import BAD_ROWS
 
-# No source makes a report grow without end, whatever it invents in each row.
+# Limits that keep a report bounded, whatever the rows hold.
 MOST_KEYS = 200
 MOST_KINDS = 50
 MORE_KEYS = "other keys"
@@ -19,17 +19,17 @@ MORE_KINDS = "other reasons"
 
 @dataclass
 class BadRows:
-    """Rows of one source that cannot be used for one reason: the first one's message, and every row's number."""
+    """Rows of one source that are bad for one reason: the first one's message, and all row numbers."""
 
     message: str
     rows: list[int] = field(default_factory=list)
 
 
 class DataNotes:
-    """Collects per source what the user must be told; written to the split's report.
+    """Collects remarks, ignored keys and bad rows by source, for the split's report.
 
-    Memory is bounded but for the numbers of bad rows. One thread may read rows while another one tokenizes: each
-    method changes one entry alone, and a source's rows are reported in any order.
+    Memory is bounded, except for the numbers of bad rows. One thread may read rows while another tokenizes: each
+    method changes only one entry, and rows may be reported in any order.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class DataNotes:
         self.mappings[source] = described
 
     def add_remark(self, source: str, sentence: str) -> None:
-        """Note a sentence about a source; each is told once, with how often it was said."""
+        """Add a sentence about a source; equal ones are reported once, with a count."""
         self._remarks.setdefault(source, Counter())[sentence] += 1
 
     def ignore_key(self, source: str, key_path: str) -> None:
@@ -53,15 +53,15 @@ class DataNotes:
         counts[key_path if key_path in counts or len(counts) < MOST_KEYS else MORE_KEYS] += 1
 
     def add_end_mark(self, source: str, mark: str) -> None:
-        """Count a literal end mark that was taken off an answer."""
+        """Count a literal end mark removed from an answer."""
         self._marks.setdefault(source, Counter())[mark] += 1
 
     def add_bad_row(self, source: str, row_number: int, kind: str, message: str) -> None:
         """Note a row that cannot be used.
 
         Args:
-            kind: the reason in a form that rows share; rows of one kind are counted together.
-            message: the error of this row; that of a kind's first row is shown.
+            kind: groups rows with the same reason.
+            message: the error of this row; the first one of each kind is shown.
         """
         kinds = self._bad.setdefault(source, {})
         kind = kind if kind in kinds or len(kinds) < MOST_KINDS else MORE_KINDS
@@ -71,27 +71,27 @@ class DataNotes:
 
     @property
     def remarks(self) -> dict[str, dict[str, int]]:
-        """Of each source the sentences in the order first said, each with how often."""
+        """Source -> sentence -> count, in the order of first use."""
         return {source: dict(counts) for source, counts in self._remarks.items()}
 
     @property
     def ignored_keys(self) -> dict[str, dict[str, int]]:
-        """Of each source the keys that nothing reads, each with how often it stands there."""
+        """Source -> key that nothing reads -> count."""
         return {source: dict(counts) for source, counts in self._ignored.items()}
 
     @property
     def end_marks(self) -> dict[str, int]:
-        """The literal end marks that were taken off answers of all sources, with how often."""
+        """Literal end mark removed from answers of any source -> count."""
         return dict(sum(self._marks.values(), Counter[str]()))
 
     @property
     def bad_rows(self) -> dict[str, dict[str, BadRows]]:
-        """Of each source the rows that cannot be used, by kind."""
+        """Source -> kind -> bad rows."""
         return self._bad
 
     @property
     def bad_row_reasons(self) -> dict[str, dict[str, list[int]]]:
-        """Of each source why rows cannot be used, worded as for the first such row, and the numbers of these rows."""
+        """Source -> reason, worded as for the first such row -> row numbers."""
         return {source: _group_by_reason(source, kinds) for source, kinds in self._bad.items()}
 
 
@@ -108,7 +108,7 @@ def collect_row_numbers(kinds: Mapping[str, BadRows]) -> frozenset[int]:
 
 
 def strip_location(message: str, source: str, number: int) -> str:
-    """What a row's error message says besides the row's place.
+    """A row's error message without the row's location.
 
     Example:
         >>> strip_location("a.csv, row 3: has 1 cells", "a.csv", 3)
@@ -120,7 +120,7 @@ def strip_location(message: str, source: str, number: int) -> str:
 
 
 def classify_error(error: Exception, source: str, number: int) -> str:
-    """What errors of other rows share with this one: its kind, or its reason without numbers."""
+    """A key for errors with the same reason: the error's kind, or its message without numbers."""
     kind = error.kind if isinstance(error, DatasetError) else None
     return kind or re.sub(r"\d+", "#", strip_location(str(error), source, number))
 

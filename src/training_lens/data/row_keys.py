@@ -1,8 +1,7 @@
-"""The table of keys that rows, messages, calls and parts of content may have, and what becomes of any other key.
+"""The known keys of rows, messages, calls and content parts, and the handling of any other key.
 
-A key is read, or refused because it cannot be honoured, or counted and named as not used. A key that nearly spells
-one that is missing is refused: what the user meant would be lost. `data.ignore_keys` sets a key aside by the user's
-own word.
+A key is read, refused (it cannot be honoured), or counted and reported as unused. A key that looks like a misspelling
+of a missing one is refused: its content would be lost. `data.ignore_keys` ignores a key explicitly.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 from training_lens.data.notes import DataNotes
 from training_lens.errors import DatasetError
 
-# What a field of a row is commonly called. Where a file has two names of one line, the user must say which is meant.
+# Common names of each field. If a file has two names of one line, the user must choose.
 ALIASES: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "question", "prompt", "query", "problem"),
     "input": ("input", "context"),
@@ -26,12 +25,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "label": ("label", "kto_tag"),
     "text": ("text",),
 }
-# Taken where a row has none of the names above: they mean other things, too.
+# Used only if a row has none of the names above: they have other meanings, too.
 FALLBACKS: dict[str, tuple[str, ...]] = {"output": ("answers", "chosen"), "messages": ("chosen",)}
-REJECTED = "rejected"  # beside `chosen`: the answer that is not to be learned
-# Whether an answer is learned: on a message, or on the whole row.
+REJECTED = "rejected"  # next to `chosen`: the answer that is not learned
+# Loss masks of a message or of the whole row.
 MASKS = ("train", "training", "trainable", "loss", "loss_mask", "weight", "loss_weight")
-# The forms that rows have, the meanings that each reads, and the one that chooses it.
+# The forms of rows and the meanings of each; LEADING is the meaning that selects the form.
 MEANINGS: dict[str, tuple[str, ...]] = {
     "messages": ("system", "history", "messages", "tools", "output", "label"),
     "pair": ("system", "history", "instruction", "input", "tools", "output", "label"),
@@ -40,7 +39,7 @@ MEANINGS: dict[str, tuple[str, ...]] = {
 LEADING = {"messages": "messages", "pair": "instruction", "text": "text"}
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-# Fields that often say where a row belongs: offered as domain where none is set.
+# Fields that often hold a domain: suggested if none is set.
 DOMAIN_KEYS = ("hash", "domain_hash", "hash_id", "domain_id", "domain_name", "topic", "category", "subject", "task")
 
 SHOWN = 60  # characters of an example
@@ -57,7 +56,7 @@ NOT_WITH_TEXT = "cannot be used beside plain text, which no template touches. Na
 
 @dataclass(frozen=True, eq=False)
 class KeySchema:
-    """The keys of one kind of object: groups of names for one thing, and keys that are refused, with the reason."""
+    """The keys of one kind of object: groups of synonyms, and refused keys with the reason."""
 
     groups: tuple[tuple[str, ...], ...]
     refused: Mapping[str, str]
@@ -85,7 +84,7 @@ def row_schema(form: str, mapped: Mapping[str, str], used: Collection[str]) -> K
     """The keys of a source's rows.
 
     Args:
-        mapped: of each meaning that the rows have, its key.
+        mapped: meaning -> key.
         used: other keys that are read.
     """
     groups = [(mapped[m].split(".")[0],) if m in mapped else ALIASES[m] for m in MEANINGS[form]]
@@ -97,10 +96,10 @@ def row_schema(form: str, mapped: Mapping[str, str], used: Collection[str]) -> K
 
 @dataclass(frozen=True, slots=True)
 class KeyShape:
-    """What is known of objects with the same keys.
+    """The check's result for objects with the same keys.
 
-    `masks` are those of their keys that say whether an answer is learned; `unread` is not read, each key with what is
-    wrong with it ("" where it is only not used).
+    `masks` are the loss masks among the keys; `unread` are the keys that are not read, each with its problem ("" if it
+    is only unused).
     """
 
     masks: tuple[str, ...]
@@ -108,11 +107,11 @@ class KeyShape:
 
 
 class KeyCheck:
-    """Accounts for every key of a source's rows; objects with the same keys are examined once.
+    """Accounts for every key of a source's rows. Objects with the same keys are examined once.
 
     Args:
         source: the source's name.
-        ignored: paths of keys that the user sets aside, such as 'meta' or 'messages[].emotion'.
+        ignored: paths of keys that the user ignores, such as 'meta' or 'messages[].emotion'.
     """
 
     def __init__(self, source: str, notes: DataNotes, ignored: Collection[str] = ()) -> None:
@@ -121,14 +120,14 @@ class KeyCheck:
         self._examples: dict[str, str] = {}
 
     def check_keys(self, place: str, level: KeySchema, values: Mapping[str, Any], path: str = "") -> KeyShape:
-        """See that no key of `values` is lost in silence.
+        """Check that no key of `values` is lost silently.
 
         Args:
-            place: where they stand, for messages.
-            path: where keys of this level stand, such as 'messages[].'.
+            place: location of the object in error messages.
+            path: path of its keys, such as 'messages[].'.
 
         Raises:
-            DatasetError: a key that is refused or misspelt.
+            DatasetError: a refused or misspelt key.
         """
         kind = (level, path, tuple(values))
         shape = self._shapes.get(kind)
@@ -143,14 +142,14 @@ class KeyCheck:
         return shape
 
     def add_remark(self, sentence: str, example: str | None = None) -> None:
-        """Tell the user something about the source, once, with the first example there is."""
+        """Add a remark on the source, once, with the first example."""
         if example is not None and sentence not in self._examples:
             shown = example if len(example) <= SHOWN else f"{example[:SHOWN]}..."
             self._examples[sentence] = f"{sentence}, such as {shown}"
         self._notes.add_remark(self._source, self._examples.get(sentence, sentence))
 
     def count_unused(self, path: str) -> None:
-        """Count a key that is known, and not used here."""
+        """Count a known key that is unused here."""
         self._notes.ignore_key(self._source, path)
 
     def _examine_keys(self, level: KeySchema, values: Mapping[str, Any], path: str) -> KeyShape:
@@ -168,32 +167,34 @@ class KeyCheck:
 
 
 def ignore_option(path: str) -> str:
-    """How a user sets a key aside, as typed in a shell."""
+    """The command-line option that ignores a key."""
     return f"data.ignore_keys={path}" if path.isidentifier() else f"'data.ignore_keys=[\"{path}\"]'"
 
 
 def misspelt_name(key: str, groups: Sequence[Sequence[str]], present: Collection[str]) -> str | None:
-    """The name that `key` nearly spells, of a group of which nothing is present; None where there is none."""
+    """The name that `key` probably misspells, among the missing groups; None if there is none."""
     missing = (name for group in groups if not any(name in present for name in group) for name in group)
     return next((name for name in missing if is_near(key, name)), None)
 
 
 def is_near(found: str, name: str) -> bool:
-    """Whether `found` is `name` with one slip of the keyboard (two in names of eight letters), or in other case."""
+    """Whether `found` is `name` with at most one typo (two from eight letters on), ignoring case."""
     found, name = plain_name(found), plain_name(name)
     slips = 0 if len(name) < 4 else 1 if len(name) < 8 else 2
-    if abs(len(found) - len(name)) > slips or len(set(found) ^ set(name)) > 2 * slips:  # a slip changes two letters
+    if (
+        abs(len(found) - len(name)) > slips or len(set(found) ^ set(name)) > 2 * slips
+    ):  # a typo changes at most two letters
         return False
     return _edit_distance(found, name) <= slips
 
 
 def plain_name(key: object) -> str:
-    """A key without case, spaces around it, and with '_' between its words: 'System Prompt' is 'system_prompt'."""
+    """A key in lower case, stripped, with '_' between words: 'System Prompt' -> 'system_prompt'."""
     return str(key).strip().casefold().replace(" ", "_").replace("-", "_")
 
 
 def _edit_distance(a: str, b: str) -> int:
-    """Letters to change, add, take out, or swap with their neighbour (optimal string alignment distance)."""
+    """Optimal string alignment distance: substitutions, insertions, deletions and swaps of neighbours."""
     before: list[int] = []
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, 1):

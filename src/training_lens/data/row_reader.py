@@ -1,4 +1,4 @@
-"""Rows to examples: chats, pairs of prompt and answer, plain texts; as a source's mapping says."""
+"""Rows to examples: chats, prompt-answer pairs and plain texts, by the source's field mapping."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ Turns = tuple[Message, ...]
 
 
 class RowReader:
-    """Reads the rows of one source as its mapping says, and tells what it sets aside.
+    """Reads the rows of one source by its field mapping, and reports what it ignores.
 
     Args:
         source: the source's name.
-        notes: takes what the user must be told; None: nobody asks.
+        notes: collects remarks for the user; None discards them.
     """
 
     def __init__(
@@ -40,17 +40,17 @@ class RowReader:
         self.mapping = mapping
         self._per_file, self._learn_context = data.domain.per_file, data.supervise == "all"
         used = (mapping.domain or ("domain" if data.domain.field == "auto" else None), mapping.rejected, *mapping.masks)
-        self._level = row_schema(mapping.form, mapping.keys, [key for key in used if key])
+        self._level = row_schema(mapping.row_form, mapping.key_by_meaning, [key for key in used if key])
         self._keys = KeyCheck(source, notes or DataNotes(), data.ignore_keys)
         self._label_is_set = data.fields.label is not None
-        self._nested = [key for key in mapping.keys.values() if "." in key]
+        self._nested = [key for key in mapping.key_by_meaning.values() if "." in key]
         self._may_offer_domain = mapping.domain is None and not data.domain.per_file and data.domain.field == "auto"
 
-    def read(self, row: Row) -> Example:
+    def read_row(self, row: Row) -> Example:
         """The row as an example.
 
         Raises:
-            DatasetError: a needed field is missing, null, empty or no text; a key that is refused; names the row.
+            DatasetError: a required field is missing, null, empty or not text; a key is refused; names the row.
         """
         self._keys.check_keys(row.place, self._level, row.values)
         for key in self._nested:
@@ -58,7 +58,7 @@ class RowReader:
         if self._may_offer_domain:
             self._offer_domain(row)
         messages, tools = self._read_turns(row)
-        is_text = self.mapping.form == "text"
+        is_text = self.mapping.row_form == "text"
         return Example(messages, self._read_domain(row), row.file, row.number, tools, is_text=is_text)
 
     def _read_domain(self, row: Row) -> str | None:
@@ -67,17 +67,17 @@ class RowReader:
         return read_text(row, self.mapping.domain).strip() if self.mapping.domain else None
 
     def _offer_domain(self, row: Row) -> None:
-        """Tell of a field of the first row that may say where rows belong."""
+        """Remark on a field of the first row that could serve as the domain."""
         self._may_offer_domain = False
         key = next((key for key in row.values if plain_name(key) in DOMAIN_KEYS), None)
-        if key and key not in self.mapping.keys.values():
+        if key and key not in self.mapping.key_by_meaning.values():
             self._keys.add_remark(
                 f"'{key}' is not used; data.domain.field={key} makes it the domain, and with data.domain.style=raw its "
                 "value stands before the prompt as it is"
             )
 
     def _count_unused_siblings(self, row: Row, key: str) -> None:
-        """Count what stands beside the value that a dotted key leads to: other keys, and other items of lists."""
+        """Count what a dotted key does not reach: sibling keys, and other items of lists."""
         if key in row.values:
             return
         value: Any = row.values
@@ -121,7 +121,7 @@ class RowReader:
         return tuple(key for key in masks if row.values.get(key) is not None) if masks else ()
 
     def _read_chat(self, row: Row, tools: Sequence[Tool]) -> tuple[Turns, bool]:
-        """The turns of a row that holds a chat, and whether any says itself if it is learned."""
+        """The turns of a chat row, and whether any of them carries a loss mask."""
         key, output = str(self.mapping.messages), self.mapping.output
         turns, masked = read_chat(row, key, look_up_value(row.values, key), self._keys)
         if output and turns[-1].role != "assistant":
@@ -135,7 +135,7 @@ class RowReader:
         return turns, masked
 
     def _read_pair(self, row: Row, tools: Sequence[Tool]) -> tuple[Turns, bool]:
-        """The turns of a row that holds prompt and answer, and whether any says itself if it is learned."""
+        """The turns of a prompt-answer row, and whether any of them carries a loss mask."""
         asked = self._read_prompt(row)
         answers, masked = read_answers(row, str(self.mapping.output), tools, self._keys)
         self._note_rejected()
@@ -145,7 +145,7 @@ class RowReader:
         return (*asked, *answers), masked
 
     def _read_prompt(self, row: Row) -> Turns:
-        """The prompt: text with perhaps a second part, or a chat that asks."""
+        """The prompt: text with an optional second part, or a chat."""
         key = str(self.mapping.instruction)
         second = read_optional_text(row, self.mapping.input)
         value = look_up_value(row.values, key)
@@ -158,14 +158,14 @@ class RowReader:
         return self._mask_context(turns, key)
 
     def _mask_context(self, turns: Turns, key: str) -> Turns:
-        """Turns that stand before a row's own: they are shown, and learned where data.supervise=all says so."""
+        """Earlier turns, as context: they are learned only with data.supervise=all."""
         if self._learn_context or not any(m.role == "assistant" for m in turns):
             return turns
         self._keys.add_remark(f"answers in '{key}' are shown and not learned; data.supervise=all learns them, too")
         return mark_learned(turns, [False] * len(turns))
 
     def _read_history(self, row: Row, own: Turns) -> Turns:
-        """The earlier turns of a row: pairs of prompt and answer, or messages; masked where its own are."""
+        """The earlier turns of a row, pairs or messages; masked if the row's own answers are."""
         key = self.mapping.history
         value = look_up_value(row.values, key) if key else None
         if key is None or value in EMPTY_VALUES:
@@ -179,9 +179,9 @@ class RowReader:
         return turns if is_learned else mark_learned(turns, [False] * len(turns))
 
     def _require_prompt_in_chat(self, row: Row, asked: Turns, answers: Turns) -> Turns:
-        """An answer that is a whole chat, which must say what the prompt says before its last answers."""
-        said, answered = [m.text for m in asked], [m.text for m in answers]
-        is_held = any(answered[start : start + len(said)] == said for start in range(len(answered)))
+        """An answer that is a whole chat; it must contain the prompt before its last answers."""
+        prompt, chat = [m.text for m in asked], [m.text for m in answers]
+        is_held = any(chat[start : start + len(prompt)] == prompt for start in range(len(chat)))
         if any(m.input for m in asked) or not is_held:
             raise DatasetError(
                 f"{row.place}: '{self.mapping.output}' is a whole chat, and it does not hold the prompt in "
@@ -190,7 +190,7 @@ class RowReader:
         return answers
 
     def _prepend_system(self, row: Row, turns: Turns) -> Turns:
-        """The turns behind the system message of the row's own field; one that stands in both is taken once."""
+        """The turns after the system message from the row's own field; the same one in both is taken once."""
         key = self.mapping.system
         text = read_optional_text(row, key)
         if key is None or not text:
@@ -206,7 +206,7 @@ class RowReader:
         return turns
 
     def _count_unused_answers(self, row: Row, *names: str | None) -> None:
-        """Count answers that stand beside a chat which has its own."""
+        """Count answers next to a chat that has its own."""
         for key in names:
             if key and look_up_value(row.values, key) is not None:
                 self._keys.count_unused(key)
@@ -238,7 +238,7 @@ class RowReader:
 
 
 def _read_history_pair(row: Row, key: str, pair: Any) -> list[dict[str, Any]]:
-    """Two messages of an entry of a history: a prompt and its answer."""
+    """The two messages of a history entry: prompt and answer."""
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         raise DatasetError(
             f"{row.place}: '{key}' holds {describe_value(pair)}, expected pairs [prompt, answer], or messages "
@@ -248,7 +248,7 @@ def _read_history_pair(row: Row, key: str, pair: Any) -> list[dict[str, Any]]:
 
 
 def strip_end_marks(example: Example) -> tuple[Example, list[str]]:
-    """The example without literal end marks at the end of its answers, and the marks that were there."""
+    """The example without literal end marks after its answers, and the removed marks."""
     marks: list[str] = []
     messages = tuple(_strip_end_mark(m, marks) if m.role == "assistant" else m for m in example.messages)
     return (replace(example, messages=messages) if marks else example), marks

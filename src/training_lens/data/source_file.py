@@ -1,4 +1,4 @@
-"""What the readers of all formats share: the file that is read, and what becomes of rows that cannot be."""
+"""The file that a reader reads, with its settings, its remarks and its handling of bad rows."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from training_lens.config.data_sections import CsvSection
 from training_lens.data.examples import Row
 from training_lens.errors import DatasetError
 
-OnBadRow = Callable[[int, DatasetError], None]  # takes the row's number, and why it cannot be read
+OnBadRow = Callable[[int, DatasetError], None]  # takes the row number and the error
 
 
 def ignore_remark(_: str) -> None:
-    """Takes what a reader says of its file where nobody wants to hear it."""
+    """Discard a reader's remark."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class SourceFile:
         return Row(str(self.path), number, values)
 
     def refuse_row(self, number: int, problem: str, *, kind: str | None = None, unit: str = "row") -> None:
-        """Pass the row over, where that is wanted.
+        """Report a bad row to `on_bad_row`.
 
         Raises:
-            DatasetError: it is not wanted.
+            DatasetError: there is no `on_bad_row`.
         """
         error = DatasetError(f"{self.path}, {unit} {number}: {problem}", kind=kind)
         if self.on_bad_row is None:

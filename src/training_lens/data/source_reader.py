@@ -1,4 +1,4 @@
-"""Sources to examples: the keys of their rows, how these are read, and each row as an example."""
+"""Sources to examples: collect the keys of a source, find its field mapping, read each row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 
 
 def read_keys(source: DataSource, data: DataSection) -> dict[str, int]:
-    """The keys of a source's rows, all of which are read: a key may show first in the last row.
+    """The keys of a source's rows. Reads all of them: the last row may have a new key.
 
     Raises:
         DatasetError: an empty source, or as `Source.rows`.
@@ -33,7 +33,7 @@ def read_keys(source: DataSource, data: DataSection) -> dict[str, int]:
 
 
 def read_mapping(source: DataSource, data: DataSection) -> FieldMapping:
-    """How the rows of a source are read.
+    """The field mapping of a source.
 
     Raises:
         DatasetError: as `read_keys` and `fields.find_mapping`.
@@ -44,7 +44,7 @@ def read_mapping(source: DataSource, data: DataSection) -> FieldMapping:
 def read_usable_rows(
     source: DataSource, mapping: FieldMapping, data: DataSection, notes: DataNotes
 ) -> Iterator[tuple[Row, Example]]:
-    """Each row and its example as it stands there; with data.on_bad_row=skip, rows that cannot be used are left out.
+    """Each row and its example, unchanged; with data.on_bad_row=skip, bad rows are left out.
 
     Raises:
         DatasetError: as `Source.rows` and `RowReader.read`.
@@ -53,13 +53,13 @@ def read_usable_rows(
     on_bad_row = partial(rule.record_bad_row, source.name) if rule.skips else None
     reader = RowReader(mapping, data, source.name, notes)
     for row in source.read_rows(data.csv, on_bad_row, partial(notes.add_remark, source.name)):
-        example = rule.try_row(source.name, row.number, partial(reader.read, row))
+        example = rule.try_row(source.name, row.number, partial(reader.read_row, row))
         if example is not None:
             yield row, example
 
 
 def read_usable_examples(source: DataSource, data: DataSection, notes: DataNotes) -> Iterator[Example]:
-    """The examples of one source as they are trained on; how it was read, and what was set aside, goes to `notes`.
+    """The examples of one source as they are trained on; remarks on how it was read go to `notes`.
 
     Raises:
         DatasetError: as `read_mapping` and `read_usable_rows`: of bad rows, the first.
@@ -77,10 +77,10 @@ def read_usable_examples(source: DataSource, data: DataSection, notes: DataNotes
 
 
 def read_source_examples(source: DataSource, data: DataSection, notes: DataNotes | None = None) -> Iterator[Example]:
-    """As `read_usable_examples`, but the error names all bad rows, and a source of nothing else is one.
+    """Like `read_usable_examples`, but the error names all bad rows, and a source of only bad rows is an error.
 
     Raises:
-        DatasetError: an empty source, rows that cannot be read or used, fields that cannot be told.
+        DatasetError: an empty source, bad rows, or ambiguous fields.
     """
     notes, usable = notes or DataNotes(), 0
     try:
@@ -94,7 +94,7 @@ def read_source_examples(source: DataSource, data: DataSection, notes: DataNotes
 
 
 def _collect_all_errors(source: DataSource, data: DataSection) -> DatasetError | None:
-    """What is wrong with the source's rows, found by reading them all; None where the source itself is at fault."""
+    """All problems of the source's rows, found by reading them all; None if no row is at fault."""
     notes = DataNotes()
     try:
         usable = sum(1 for _ in read_usable_examples(source, skip_bad_rows(data), notes))
@@ -109,7 +109,7 @@ def skip_bad_rows(data: DataSection) -> DataSection:
 
 
 def read_examples(specs: Sequence[str], key: str, data: DataSection) -> Iterator[Example]:
-    """The examples of these sources as they are, for showing and for generating answers; rows left out are logged."""
+    """The examples of these sources, for display and generation; skipped rows are logged."""
     for source in expand_sources(specs, key):
         notes = DataNotes()
         yield from read_source_examples(source, data, notes)

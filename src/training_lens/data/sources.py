@@ -1,4 +1,4 @@
-"""What the entries of data.train mean: files, globs, saved data sets, a hub's data sets; each becomes sources."""
+"""Resolve the entries of data.train (files, globs, saved data sets, hub data sets) to sources of rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from training_lens.utils.names import expand_home
 
 logger = get_logger(__name__)
 HUB = "hub:"
-MANIFEST, MADE_BY = "manifest.json", "training-lens prepare"  # beside rows that `prepare` wrote, and who wrote it
+MANIFEST, MADE_BY = "manifest.json", "training-lens prepare"  # the manifest of `prepare`, and its author entry
 # OWNER/NAME[/CONFIG][@REVISION][:SPLIT]
 _HUB_SPEC = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[^:]+))?(:(?P<split>\w+))?")
 
@@ -39,10 +39,10 @@ WITHOUT_QUESTIONS = "paragraphs without questions are left out"
 
 @dataclass(frozen=True)
 class DataSource:
-    """Rows that are read together: a file, or a split of a data set.
+    """A file, or one split of a data set.
 
-    `files` are what is hashed; `entry` is the position among the setting's entries; `table` a `datasets.Dataset`
-    where the rows come through that library. `name` is the path, also while the file still lies somewhere else.
+    `files` are hashed; `entry` is the index in the setting; `table` is a `datasets.Dataset` if that library reads the
+    rows. `name` is the final path, even while the file is still elsewhere.
     """
 
     name: str
@@ -56,10 +56,10 @@ class DataSource:
         on_bad_row: OnBadRow | None = None,
         add_remark: Callable[[str], None] = ignore_remark,
     ) -> Iterator[Row]:
-        """The rows in order, a bounded number in memory (but for JSON that is not one value a line).
+        """The rows in order, streamed (except JSON that is not JSON Lines).
 
         Args:
-            csv, on_bad_row, add_remark: as in `SourceFile`; by default cells are parted as the table tells.
+            csv, on_bad_row, add_remark: as in `SourceFile`; by default the delimiter is detected.
 
         Raises:
             DatasetError: as `file_readers.read_file_rows`.
@@ -77,10 +77,10 @@ class DataSource:
 
     @property
     def sha256(self) -> str:
-        """The file's sha256; of several, that of theirs together.
+        """The file's sha256; for several files, the sha256 of their hashes.
 
         Raises:
-            DatasetError: `prepare` wrote another content.
+            DatasetError: the file differs from what `prepare` wrote.
         """
         each = [hash_file(file) for file in self.files]
         for file, found in zip(self.files, each, strict=True):
@@ -89,7 +89,7 @@ class DataSource:
 
 
 def _require_prepared_hash(file: Path, found: str) -> None:
-    """Refuse a file of a prepared folder that has another sha256 than its manifest says."""
+    """Refuse a file of a prepared folder whose sha256 differs from the manifest."""
     path = file.parent / MANIFEST
     try:
         text = read_bytes(path, RECORD_BYTES)
@@ -110,10 +110,10 @@ def _require_prepared_hash(file: Path, found: str) -> None:
 
 
 def expand_sources(specs: Sequence[str], key: str) -> list[DataSource]:
-    """The sources that paths, globs, folders, hub ids and embedded names mean, in the order given, each once.
+    """The sources for paths, globs, folders, hub ids and embedded names, in order, without duplicates.
 
     Raises:
-        DatasetError: a path that is not there or a glob that matches nothing; names `key` and a near file.
+        DatasetError: a missing path or a glob without matches; names `key` and a similar file.
     """
     sources: dict[str, DataSource] = {}
     for entry, spec in enumerate(specs):
@@ -172,7 +172,7 @@ def _describe_missing(spec: str, path: Path) -> str:
 
 
 def _is_saved_dataset(folder: Path) -> bool:
-    """Whether `datasets` wrote this folder with save_to_disk."""
+    """Whether `datasets` saved this folder with save_to_disk."""
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
@@ -233,7 +233,7 @@ def _build_table_source(name: str, table: Any, entry: int) -> DataSource:
 
 
 def _flatten_articles(rows: Iterator[Row], add_remark: Callable[[str], None]) -> Iterator[Row]:
-    """The rows, of which an article becomes a row for each of its questions, with what stands around the question.
+    """The rows; an article (SQuAD) becomes one row per question, together with the fields around it.
 
     Args:
         add_remark: told of articles, and of paragraphs that hold no question.
@@ -274,6 +274,6 @@ def _list_questions(article: Mapping[str, Any], add_remark: Callable[[str], None
 
 
 def _merge_objects(outer: Mapping[str, Any], without: str, inner: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of an object and of the one around it, there with 'record.' before them where both have the key."""
+    """Merge an object into the one around it; outer keys that clash get the prefix 'record.'."""
     kept = {key: value for key, value in outer.items() if key != without}
     return {**{f"record.{key}" if key in inner else key: value for key, value in kept.items()}, **inner}

@@ -1,4 +1,4 @@
-"""Names of special tokens inside data, which stay text while a template renders them."""
+"""Keep names of special tokens in data as plain text while a template renders them."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 
 from training_lens.data.examples import Message, TextSegment
 
-# A name stands as (mark, number, mark) while a template renders: noncharacters of Unicode, which no template knows.
-# Where a template writes JSON in ASCII, they stand escaped.
+# While a template renders, a name is replaced by (mark, number, mark). The marks are Unicode noncharacters, which no
+# template knows; in ASCII JSON they are escaped.
 OPEN, CLOSE, ESCAPED = "\ufdd0", "\ufdd1", r"\ufdd0"
 _PLACEHOLDER = re.compile(rf"(?:{OPEN}|\\ufdd0)(\d+)(?:{CLOSE}|\\ufdd1)")
-# What is written like a special token, of whatever tokenizer.
+# Anything that looks like a special token of some tokenizer.
 _MARK = re.compile(r"<\|[^|<>\s]{1,40}\|>|</s>|<(?:start|end)_of_[a-z]+>")
 
 
 def find_foreign_marks(texts: Iterable[str], tokens: Collection[str]) -> list[str]:
-    """What in the texts is written like a special token and is none of these `tokens`, sorted."""
+    """Strings in the texts that look like special tokens but are not in `tokens`, sorted."""
     return sorted({mark for text in texts if "<" in text for mark in _MARK.findall(text)}.difference(tokens))
 
 
 class SpecialText:
-    """Protects the names of special tokens in texts, and puts them back as plain text.
+    """Replaces names of special tokens in texts by placeholders, and restores them as plain text.
 
     Args:
-        names: of the special tokens; without any, they are tokens wherever they stand.
+        names: the special tokens; if empty, names in data become tokens.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -35,7 +35,7 @@ class SpecialText:
 
     @property
     def are_tokens(self) -> bool:
-        """Whether names in data become the tokens that they name."""
+        """Whether names in data become tokens."""
         return self._found is None
 
     def protect_text(self, text: str) -> str:
@@ -45,13 +45,13 @@ class SpecialText:
         return self._found.sub(lambda name: f"{OPEN}{self._names.index(name[0])}{CLOSE}", text)
 
     def protect_messages(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """The messages with the names protected, in what they say and in what they call."""
+        """The messages with the names protected, in texts and calls."""
         return [self._protect_message(m) for m in messages] if self._found else messages
 
     def _protect_message(self, m: Message) -> Message:
         assert self._found
         if not (m.calls or self._found.search(m.text) or self._found.search(m.input)):
-            return m  # nearly every message; a copy of each would take as long as the rest of its rendering
+            return m  # nearly every message; copying it would take as long as rendering it
         calls = tuple(self.protect_value(call) for call in m.calls)
         return replace(m, text=self.protect_text(m.text), input=self.protect_text(m.input), calls=calls)
 
@@ -64,7 +64,7 @@ class SpecialText:
         return [self.protect_value(v) for v in value] if isinstance(value, list | tuple) else value
 
     def restore_segments(self, segments: Sequence[TextSegment]) -> list[TextSegment]:
-        """The segments with each placeholder as plain text of its own."""
+        """The segments, with each placeholder as a plain segment of its own."""
         if not any(OPEN in segment.text or ESCAPED in segment.text for segment in segments):
             return list(segments)
         return [
@@ -75,5 +75,5 @@ class SpecialText:
         ]
 
     def restore_text(self, text: str) -> str:
-        """`text` with the names in it again, for messages."""
+        """`text` with the names restored, for error messages."""
         return _PLACEHOLDER.sub(lambda found: self._names[int(found[1])], text)

@@ -17,15 +17,15 @@ from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 SHOWN = 6  # names that a line lists
-KEPT_SHARE = 0.99  # of the rows: the seq_len that would keep so many whole is reported
+KEPT_SHARE = 0.99  # share of rows; the report names the seq_len that keeps so many whole
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What went into a split: its sources with sha256, how each was read, and what was lost on the way.
+    """What went into a split: its sources with sha256, how each was read, and what was lost.
 
-    `remarks` and `ignored_keys` are those of each source, with how often; `bad_rows` are the rows of each source that
-    were left out and are not among `rows`, by reason. Fields with defaults are newer than old runs.
+    `remarks` and `ignored_keys` have counts, by source. `bad_rows` are row numbers by source and reason; they are not
+    counted in `rows`. Fields with defaults are missing in reports of older versions.
     """
 
     files: dict[str, str]
@@ -54,13 +54,13 @@ class SplitReport:
 
     @property
     def unknown_share(self) -> float:
-        """Characters that have no token in this tokenizer, over all."""
+        """Share of characters that have no token in this tokenizer."""
         return sum(self.unknown_characters.values()) / max(1, self.characters)
 
 
 @dataclass
 class SplitCounter:
-    """Counts what passes through the preparation of one split."""
+    """Counts rows, tokens and losses while one split is prepared."""
 
     coverage: CharacterCoverage
     notes: DataNotes = field(default_factory=DataNotes)
@@ -83,7 +83,7 @@ class SplitCounter:
     def count_input(
         self, examples: Sequence[Example], rendered: Sequence[Sequence[TextSegment]], whole: EncodedRows
     ) -> None:
-        """Count examples as they came."""
+        """Count examples before truncation."""
         self.rows += len(examples)
         self.usable.update(example.file for example in examples)
         self.coverage.count_texts([message.text for example in examples for message in example.messages])
@@ -93,7 +93,7 @@ class SplitCounter:
     def count_outcomes(
         self, examples: Sequence[Example], whole: EncodedRows, fitted: EncodedRows, kept: np.ndarray
     ) -> None:
-        """Count what became of them: kept whole or cut; or dropped as all muted, too long, or with nothing to learn.
+        """Count outcomes: kept whole, truncated, or dropped (fully masked, too long, nothing to learn).
 
         Args:
             kept: (examples,) bool.
@@ -111,14 +111,14 @@ class SplitCounter:
         self.unanswered += int((~kept & ~muted & ~too_long).sum())
 
     def count_kept_rows(self, rows: TokenizedRows) -> None:
-        """Count examples as they are kept."""
+        """Count the examples that are kept."""
         self.by_file.update(rows.files)
         self.domains.update(domain for domain in rows.domains if domain is not None)
         self.tokens += len(rows.input_ids)
-        self.supervised += int(rows.supervised.sum())
+        self.supervised += int(rows.supervised_counts.sum())
 
     def build_report(self, hashes: dict[str, str]) -> SplitReport:
-        """What was counted; `hashes` are the sources' sha256."""
+        """The report; `hashes` are the sources' sha256."""
         return SplitReport(
             files=hashes,
             mappings=self.notes.mappings,
@@ -147,7 +147,7 @@ class SplitCounter:
 
 
 def _find_quantile(counts: Counter[int], share: float) -> int:
-    """The smallest length that so large a share of all is not above."""
+    """The smallest length that at least this share of examples does not exceed."""
     seen, wanted = 0, share * sum(counts.values())
     for length in sorted(counts):
         seen += counts[length]
@@ -157,7 +157,7 @@ def _find_quantile(counts: Counter[int], share: float) -> int:
 
 
 def log_split(report: SplitReport, key: str, seq_len: int) -> None:
-    """Say it: how the files were read as information, losses as warnings."""
+    """Log how the files were read (info) and what was lost (warning)."""
     for described, files in _group_by_mapping(report.mappings).items():
         names = files[0] if len(files) == 1 else f"{len(files)} files"
         logger.info("%s: %s, read as %s", key, names, described)
@@ -168,7 +168,7 @@ def log_split(report: SplitReport, key: str, seq_len: int) -> None:
 
 
 def describe_remarks(remarks: dict[str, dict[str, int]], ignored_keys: dict[str, dict[str, int]]) -> Iterator[str]:
-    """A line for each thing that was noted of a source as it was read; both as in `SplitReport`."""
+    """One line per remark and per source with ignored keys; arguments as in `SplitReport`."""
     for source, said in remarks.items():
         for sentence, times in said.items():
             yield f"{source}: {sentence}{f' ({times:,} times)' if times > 1 else ''}"
@@ -177,7 +177,7 @@ def describe_remarks(remarks: dict[str, dict[str, int]], ignored_keys: dict[str,
 
 
 def describe_losses(report: SplitReport, seq_len: int) -> Iterator[str]:
-    """A line for each thing that training on this split would not see as the files have it."""
+    """One line per difference between the files and what training sees."""
     yield from describe_bad_rows(report.bad_rows)
     if report.dropped_too_long:
         yield f"{report.dropped_too_long} of {report.rows} rows dropped: longer than model.seq_len={seq_len}"

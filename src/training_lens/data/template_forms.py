@@ -1,4 +1,4 @@
-"""In which form a chat template takes what a chat holds, found by trying: the template is rendered, never read."""
+"""Find out by probing which message format a chat template takes: it is rendered, never parsed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training_lens.data.completeness import rank_spelling
 from training_lens.data.examples import Message
 from training_lens.errors import ConfigurationError, DatasetError
 
-ANSWER, ASKED = "\ufdd2", "\ufdd3"  # stand for an answer and a prompt: noncharacters of Unicode, no text
+ANSWER, ASKED = "\ufdd2", "\ufdd3"  # placeholders for an answer and a prompt: Unicode noncharacters
 Arguments = Literal["object", "text"]
 CallIds = Literal["optional", "needed", "nine characters"]
 Plain = dict[str, Any]
@@ -31,19 +31,21 @@ NINE, LONG = (
 
 @dataclass(frozen=True)
 class TemplateForm:
-    """What a chat template has a place for, and how it takes it.
+    """What a chat template renders, and in which form it takes it.
 
-    `parts`: content as a list of text parts. `tools`, `results`: it shows descriptions of tools, and what they gave;
-    `bare_tools`: without {"type": "function"} around them. `calls`: in which form it takes the arguments of calls;
-    None where it shows no calls. `null_stays_null`: content that is null in a row is null for the template, beside a
-    call; `empty_becomes_null`: empty content is, too, for without text it shows calls only then.
+    `parts`: content is a list of text parts.
+    `shows_tools`, `shows_results`: tool descriptions and tool results are rendered.
+    `bare_tools`: tool descriptions come without {"type": "function"} around them.
+    `argument_format`: how arguments of calls are passed; None if calls are not rendered.
+    `null_stays_null`: null content beside a call is passed as null.
+    `empty_becomes_null`: empty content is passed as null as well; the template renders calls only then.
     """
 
     parts: bool = False
-    tools: bool = False
+    shows_tools: bool = False
     bare_tools: bool = False
-    results: bool = False
-    calls: Arguments | None = None
+    shows_results: bool = False
+    argument_format: Arguments | None = None
     null_stays_null: bool = False
     empty_becomes_null: bool = False
     call_ids: CallIds = "optional"
@@ -58,11 +60,12 @@ class TemplateForm:
         return [dict(tool["function"] if self.bare_tools else tool) for tool in tools]
 
     def list_remarks(self, messages: Sequence[Message]) -> Iterator[str]:
-        """What the user must be told of how the template takes these messages."""
+        """Remarks on how these messages are passed to the template."""
         callers = [m for m in messages if m.calls]
         if not callers:
             return
-        yield f"arguments of calls go into the template as {'JSON text' if self.calls == 'text' else 'objects'}"
+        form = "JSON text" if self.argument_format == "text" else "objects"
+        yield f"arguments of calls go into the template as {form}"
         empty = [m for m in callers if not m.text]
         if any(m.null_content for m in empty) and not self.null_stays_null:
             yield "null content beside a call goes into the template as empty text, since it cannot take null"
@@ -93,20 +96,20 @@ class TemplateForm:
 
     def _format_call(self, call: Mapping[str, Any]) -> Plain:
         arguments = call["arguments"]
-        if self.calls == "text":
+        if self.argument_format == "text":
             arguments = json.dumps(arguments, ensure_ascii=False)
         named = {"id": call["id"]} if "id" in call else {}
         return {**named, "type": "function", "function": {"name": call["name"], "arguments": arguments}}
 
 
 def find_form(render: Render) -> TemplateForm:
-    """Try a template's forms.
+    """Probe which form a template takes.
 
     Args:
-        render: messages and tools to text; raises DatasetError where the template fails.
+        render: renders messages and tools to text; raises DatasetError if the template fails.
 
     Raises:
-        ConfigurationError: the template shows no content in any form.
+        ConfigurationError: the template renders no content in any form.
     """
     form = _try_tools(render, _try_content(render))
     return _try_calls(render, form)
@@ -127,7 +130,7 @@ def _try_content(render: Render) -> TemplateForm:
 
 
 def _try_tools(render: Render, form: TemplateForm) -> TemplateForm:
-    for tried in (replace(form, tools=True), replace(form, tools=True, bare_tools=True)):
+    for tried in (replace(form, shows_tools=True), replace(form, shows_tools=True, bare_tools=True)):
         chat = tried.format_messages([Message("user", ASKED), Message("assistant", ANSWER)])
         if TOOL_NAME in _render_or_nothing(render, chat, tried.format_tools([TOOL])):
             return tried
@@ -135,7 +138,7 @@ def _try_tools(render: Render, form: TemplateForm) -> TemplateForm:
 
 
 def _try_calls(render: Render, form: TemplateForm) -> TemplateForm:
-    """The form with what the template does with calls and with results; a form that has results comes first."""
+    """The form completed for calls and results; forms with results are tried first."""
     for results in (True, False):
         found = {tried: _rank_call(render, tried, results) for tried in _list_call_forms(form, results)}
         shown = {tried: rank for tried, rank in found.items() if rank is not None}
@@ -143,14 +146,14 @@ def _try_calls(render: Render, form: TemplateForm) -> TemplateForm:
             best = min(shown, key=lambda tried: shown[tried])
             return _try_ids(render, _choose_null_content(render, best, results), results)
     said = [Message("user", ASKED), Message("assistant", ANSWER), Message("tool", RESULT), Message("assistant", ANSWER)]
-    return replace(form, results=RESULT in _render_or_nothing(render, form.format_messages(said), ()))
+    return replace(form, shows_results=RESULT in _render_or_nothing(render, form.format_messages(said), ()))
 
 
 def _list_call_forms(form: TemplateForm, results: bool) -> Iterator[TemplateForm]:
     kinds: tuple[Arguments, ...] = ("object", "text")
     for is_null in (False, True):
         for kind in kinds:
-            yield replace(form, calls=kind, results=results, empty_becomes_null=is_null)
+            yield replace(form, argument_format=kind, shows_results=results, empty_becomes_null=is_null)
 
 
 def _build_call_probe(results: bool, call_id: str | None = NINE) -> list[Message]:
@@ -162,18 +165,18 @@ def _build_call_probe(results: bool, call_id: str | None = NINE) -> list[Message
 
 
 def _rank_call(render: Render, form: TemplateForm, results: bool, call_id: str | None = NINE) -> int | None:
-    """How well the template writes a call in this form, as `rank_spelling`; None where it loses part of it."""
+    """How well the template renders a call in this form, as `rank_spelling`; None if part of it is lost."""
     text = _render_or_nothing(
         render,
         form.format_messages(_build_call_probe(results, call_id)),
-        form.format_tools([TOOL] if form.tools else ()),
+        form.format_tools([TOOL] if form.shows_tools else ()),
     )
     needed = (CALL_NAME, CALL_KEY, *((RESULT, ANSWER) if results else ()))
     return rank_spelling(CALL_VALUE, text) if all(name in text for name in needed) else None
 
 
 def _choose_null_content(render: Render, form: TemplateForm, results: bool) -> TemplateForm:
-    """Null stays null unless the template loses the call by it, or writes 'None' for it."""
+    """Null stays null unless the template then loses the call or writes 'None'."""
     empty, null = (
         _render_or_nothing(
             render, replace(form, empty_becomes_null=is_null).format_messages(_build_call_probe(results)), ()
@@ -185,7 +188,7 @@ def _choose_null_content(render: Render, form: TemplateForm, results: bool) -> T
 
 
 def _try_ids(render: Render, form: TemplateForm, results: bool) -> TemplateForm:
-    """The form with what the template wants of the ids of calls."""
+    """The form completed for the ids of calls."""
     if _rank_call(render, form, results, LONG) is None:
         return replace(form, call_ids="nine characters")
     return replace(form, call_ids="optional" if _rank_call(render, form, results, None) is not None else "needed")
@@ -199,9 +202,9 @@ def _render_or_nothing(render: Render, messages: Sequence[Plain], tools: Sequenc
 
 
 def _number_calls(messages: Sequence[Message], wanted: CallIds) -> list[Message]:
-    """The messages with an id for every call that has none which the template takes; results have that of their call.
+    """Give every call without a valid id a new one, and every result the id of its call.
 
-    The ids are made from the calls' places ('call00001'), so that a chat has the same in training and at inference.
+    Ids follow from the calls' positions ('call00001'), so a chat gets the same ids in training and at inference.
     """
     taken = {call["id"] for m in messages for call in m.calls if _is_valid(call.get("id"), wanted)}
     fresh = (name for number in range(1, 10**5) if (name := f"call{number:05d}") not in taken)
@@ -229,7 +232,7 @@ def _assign_id(call: Mapping[str, Any], wanted: CallIds, fresh: Iterator[str], r
 
 
 def _match_call_id(result: Message, renamed: Mapping[Any, str], waiting: list[str]) -> str:
-    """The id of the call that a result answers: the one that it names, else the next that waits for one."""
+    """The id of the call that a result answers: the one that it names, else the next open one."""
     given = result.extra.get("tool_call_id")
     answered = renamed[given] if given is not None and given in renamed else next(iter(waiting), NINE)
     if answered in waiting:

@@ -1,7 +1,7 @@
-"""Examples to text: one renderer for training, evaluation and inference.
+"""Render examples as text: one renderer for training, evaluation and inference.
 
-A rendered example is a list of segments, each tokenized on its own. The prompt's segments come from the same call in
-training and at inference, so both see the same tokens.
+A rendered example is a list of segments, each tokenized separately. Training and inference render prompts by the same
+call, so both see the same tokens.
 """
 
 from __future__ import annotations
@@ -32,48 +32,48 @@ THOUGHTS_LEFT_OUT = "{} leaves out the thoughts of earlier answers once a chat g
 
 
 class Template(Protocol):
-    """Turns the messages of a chat into segments, which together are the rendered text."""
+    """Renders the messages of a chat as text segments."""
 
-    name: str  # for messages
-    way_out: str  # what to do where it does not show what a row says
-
-    @property
-    def tools(self) -> bool:
-        """Whether it shows descriptions of tools."""
-        ...
+    name: str  # for error messages
+    way_out: str  # advice if it does not render what a row holds
 
     @property
-    def calls(self) -> bool:
-        """Whether it shows calls of tools."""
+    def shows_tools(self) -> bool:
+        """Whether it renders tool descriptions."""
         ...
 
     @property
-    def results(self) -> bool:
-        """Whether it shows what tools gave."""
+    def shows_calls(self) -> bool:
+        """Whether it renders tool calls."""
         ...
 
-    def remarks(self, messages: Sequence[Message]) -> Iterator[str]:
-        """What the user must be told of how these messages reach the template."""
+    @property
+    def shows_results(self) -> bool:
+        """Whether it renders tool results."""
         ...
 
-    def prompt(
+    def list_remarks(self, messages: Sequence[Message]) -> Iterator[str]:
+        """Remarks on how these messages are passed to the template."""
+        ...
+
+    def render_prompt(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int] = ()
     ) -> list[TextSegment]:
-        """Everything up to where the assistant begins to answer; `messages` end with another's.
+        """The text before the assistant's next answer; `messages` end with another role's.
 
-        `learned` are the earlier answers that training learns: the text is cut at them as there.
+        `learned` are earlier answers that training supervises; the text is split at them as in training.
         """
         ...
 
-    def example(
+    def render_example(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int]
     ) -> list[TextSegment]:
-        """The whole chat; the answers at the positions `learned` are responses, each with its end token."""
+        """The whole chat; the answers at the indices `learned` are responses, each with its end token."""
         ...
 
 
 def domain_prefix(domain: str | None, style: DomainStyle) -> str:
-    """What stands before the first user message: '[domain: law] ', 8 hexadecimal digits of its sha256, or itself."""
+    """The prefix of the first user message: '[domain: law] ', 8 hex digits of its sha256, or the domain itself."""
     if domain is None or style == "none":
         return ""
     if style == "hash":
@@ -83,7 +83,7 @@ def domain_prefix(domain: str | None, style: DomainStyle) -> str:
 
 @dataclass(frozen=True)
 class FittedChat:
-    """A chat as its template can show it; `changes` say what of it became text, since the template has no place."""
+    """A chat that its template can render; `changes` describe tool content that had to become text."""
 
     template: Template
     messages: Sequence[Message]
@@ -92,19 +92,19 @@ class FittedChat:
 
     @property
     def remarks(self) -> list[str]:
-        """What the user must be told of how it reaches the template."""
-        return [*self.changes, *self.template.remarks(self.messages)]
+        """Remarks on how it is passed to the template."""
+        return [*self.changes, *self.template.list_remarks(self.messages)]
 
 
 class Renderer:
-    """Template, domain style and supervision together: the only way from messages to text.
+    """Template, domain style and supervision: the only way from messages to text.
 
     Args:
-        tool_template: of chats with tools; None takes `template`.
-        supervise: 'all' learns every answer (but those marked as not to be learned), 'last' the last one.
-        end: the tokenizer's EOS as text, for plain texts, which no template touches.
-        special: names of special tokens; where one stands in data it stays text. Empty allows them.
-        tokens: names of all tokens that stand apart from the vocabulary's words.
+        tool_template: the template for chats with tools; None takes `template`.
+        supervise: 'all' learns every answer that is not masked, 'last' only the last one.
+        end: the tokenizer's EOS as text, for plain texts, which have no template.
+        special: names of special tokens that stay plain text in data; if empty, they become tokens.
+        tokens: names of all added tokens.
     """
 
     def __init__(
@@ -123,33 +123,33 @@ class Renderer:
         self._special, self._tokens = SpecialText(special), tokens
         self._reported: set[str] = set()
 
-    def prompt(self, messages: Sequence[Message], domain: str | None, tools: Tools = ()) -> list[TextSegment]:
-        """What the model sees before it answers; `messages` end with the user's or a tool's.
+    def render_prompt(self, messages: Sequence[Message], domain: str | None, tools: Tools = ()) -> list[TextSegment]:
+        """The prompt that the model answers; `messages` end with the user's or a tool's.
 
         Raises:
-            DatasetError: the template cannot render it, or drops part of it.
+            DatasetError: the template fails or drops content.
         """
         chat = self._fit_chat(messages, domain, tools)
         learned = self._find_learned_answers(chat.messages) if self._supervise == "all" else ()
-        segments = chat.template.prompt(chat.messages, chat.tools, learned)
+        segments = chat.template.render_prompt(chat.messages, chat.tools, learned)
         self._check_complete(chat, segments, ())
         self._report_remarks(chat.remarks)
         return self._special.restore_segments(segments)
 
     def render_example_prompt(self, example: Example) -> list[TextSegment]:
-        """The prompt of the example's last answer; of a plain text, its domain prefix."""
+        """The prompt of the example's last answer; for a plain text, its domain prefix."""
         if example.is_text:
             return self.render_text_prompt("", example.domain)
-        return self.prompt(example.messages[:-1], example.domain, example.tools)
+        return self.render_prompt(example.messages[:-1], example.domain, example.tools)
 
-    def example(self, example: Example, notes: DataNotes | None = None) -> list[TextSegment]:
-        """The whole example, to the end of its last learned answer.
+    def render_example(self, example: Example, notes: DataNotes | None = None) -> list[TextSegment]:
+        """The example up to the end of its last learned answer.
 
         Args:
-            notes: take what the user must be told of it; None logs it, each remark once.
+            notes: collects remarks; None logs each remark once.
 
         Raises:
-            DatasetError: the template cannot render it, or drops part of it; names the row.
+            DatasetError: the template fails or drops content; names the row.
         """
         self._report_remarks(self._describe_foreign_marks(example), example.file, notes)
         if example.is_text:
@@ -158,13 +158,13 @@ class Renderer:
         try:
             chat = self._fit_chat(example.messages, example.domain, example.tools)
             changes, learned = chat.changes, self._find_learned_answers(chat.messages)
-            segments = chat.template.example(chat.messages, chat.tools, learned)
+            segments = chat.template.render_example(chat.messages, chat.tools, learned)
             thoughts = self._check_complete(chat, segments, learned)
         except DatasetError as error:
             note = f" ({'; '.join(changes)}.)" if changes else ""
             raise DatasetError(f"{example.file}, row {example.row}: {error}{note}", kind=error.kind) from error
         self._report_remarks([*chat.remarks, *thoughts], example.file, notes)
-        while segments and not segments[-1].response:  # what follows the last answer teaches nothing
+        while segments and not segments[-1].response:  # text after the last answer has no targets
             segments.pop()
         return self._special.restore_segments(segments)
 
@@ -181,7 +181,7 @@ class Renderer:
         return [*self.render_text_prompt("", example.domain), *self._special.restore_segments([learned])]
 
     def render_text_prompt(self, text: str, domain: str | None) -> list[TextSegment]:
-        """What stands before the rest of a plain text that begins with `text`: its domain's prefix, no template."""
+        """The prompt for a plain text that begins with `text`: the domain prefix, no template."""
         parts = (domain_prefix(domain, self._style), text)
         return self._special.restore_segments(
             [TextSegment(self._special.protect_text(part), False) for part in parts if part]
@@ -190,8 +190,8 @@ class Renderer:
     def _fit_chat(self, messages: Sequence[Message], domain: str | None, tools: Tools) -> FittedChat:
         template = self.tool_template if tools else self.template
         safe_tools = [self._special.protect_value(tool) for tool in tools]
-        said = self._special.protect_messages(self._add_domain_prefix(messages, domain))
-        return FittedChat(template, *fit_tools(template, said, safe_tools))
+        safe_messages = self._special.protect_messages(self._add_domain_prefix(messages, domain))
+        return FittedChat(template, *fit_tools(template, safe_messages, safe_tools))
 
     def _add_domain_prefix(self, messages: Sequence[Message], domain: str | None) -> Sequence[Message]:
         prefix = domain_prefix(domain, self._style)
@@ -203,10 +203,10 @@ class Renderer:
         return [replace(m, text=prefix + m.text) if i == first else m for i, m in enumerate(messages)]
 
     def _check_complete(self, chat: FittedChat, segments: Sequence[TextSegment], learned: Collection[int]) -> list[str]:
-        """What must be told of thoughts that are left out.
+        """Check that the text is complete; returns a remark if thoughts were left out.
 
         Raises:
-            DatasetError: the rendered text lacks anything else that the chat says.
+            DatasetError: the rendered text lacks anything else.
         """
         text = "".join(segment.text for segment in segments)
         if not chat.tools and all(m.text in text and m.input in text and not m.calls for m in chat.messages):
@@ -230,7 +230,7 @@ class Renderer:
 
 
 def choose_template(asked: str, tokenizer: Any) -> str:
-    """The template that `asked` means: `auto` is chat where the tokenizer carries a chat template, else alpaca."""
+    """Resolve data.template: `auto` is chat if the tokenizer has a chat template, else alpaca."""
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if asked == "chat" and not has_chat:
         raise ConfigurationError(
@@ -243,19 +243,19 @@ def choose_template(asked: str, tokenizer: Any) -> str:
 
 
 def load_template_file(asked: str, tokenizer: Any) -> None:
-    """Where `asked` is a .jinja file, give it to the tokenizer as its chat template: saved with the run.
+    """If `asked` is a .jinja file, set it as the tokenizer's chat template, so that it is saved with the run.
 
     Raises:
-        ConfigurationError: it cannot be read, or is no valid Jinja; names the line.
+        ConfigurationError: unreadable or invalid Jinja; names the line.
     """
     if asked.endswith(JINJA):
         tokenizer.chat_template = read_template_file(asked)
 
 
 def resolve_date(data: DataSection, tokenizer: Any) -> str | None:
-    """The date that the chat template is told, as YYYY-MM-DD, and says so.
+    """The date for the chat template, as YYYY-MM-DD; logs it.
 
-    As set, else today's where the template asks for one, else None.
+    The configured date, else today if the template asks for one, else None.
     """
     asks = _uses_chat_template(choose_template(data.template, tokenizer)) and any(
         asks_for_date(source) for source in list_sources(tokenizer.chat_template)
@@ -264,13 +264,13 @@ def resolve_date(data: DataSection, tokenizer: Any) -> str | None:
         if data.date:
             logger.warning("data.date=%s changes nothing: the template asks for no date", data.date)
         return data.date
-    told = data.date or date.today().isoformat()
-    logger.info("template: it asks for today's date and is told %s (data.date), in training and at inference", told)
-    return told
+    today = data.date or date.today().isoformat()
+    logger.info("template: it asks for today's date and is told %s (data.date), in training and at inference", today)
+    return today
 
 
 def build_renderer(data: DataSection, tokenizer: Any) -> Renderer:
-    """The renderer that the data section asks for; a .jinja file must have been adopted by the tokenizer."""
+    """The renderer for the data section; a .jinja file must be loaded first (`load_template_file`)."""
     name, end = choose_template(data.template, tokenizer), tokenizer.eos_token or ""
     template: Template
     tool_template: Template | None = None
@@ -300,7 +300,7 @@ def _uses_chat_template(name: str) -> bool:
 
 
 def _build_chat_templates(data: DataSection, tokenizer: Any, name: str) -> tuple[ChatTemplate, ChatTemplate]:
-    """The templates of chats without tools, and with: one and the same, unless the tokenizer names several."""
+    """The templates for chats without and with tools; the same one, unless the tokenizer has several."""
     today = date.fromisoformat(data.date) if data.date else None
     called = f"the chat template {name}" if name.endswith(JINJA) else "the tokenizer's chat template"
     sources = [choose_source(tokenizer.chat_template, with_tools) for with_tools in (False, True)]

@@ -1,7 +1,7 @@
-"""Text to tokens: segment by segment, so that a prompt has the same tokens in training and at inference.
+"""Text to tokens, segment by segment, so that a prompt has the same tokens in training and at inference.
 
-BOS stands once at the front where the tokenizer itself would put it; the end token of an answer is a part of its
-segment. The pad token plays no part in any decision.
+BOS is added once at the front if the tokenizer itself would add it; an answer's end token is part of its segment. The
+pad token is never used.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ANCHORS = ("\n", "|", "a", "1", ".")
 
 
 class TextEncoder:
-    """Encodes segments with a fast tokenizer; for one thread at a time, as the tokenizer itself is.
+    """Encodes segments with a fast tokenizer. Not thread-safe, like the tokenizer itself.
 
-    Some tokenizers put a space before any text they are given. Behind the first segment that space would be an
-    invention, so there a one-character anchor takes it and is cut off again.
+    Some tokenizers put a space before any text. After the first segment that space would be spurious, so a
+    one-character anchor is put there to take it, and cut off again.
 
     Raises:
-        ModelLoadingError: a tokenizer that no model can be trained with: slow, without EOS, or giving no tokens.
+        ModelLoadingError: the tokenizer cannot be used for training: slow, without EOS, or yielding no tokens.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -41,14 +41,14 @@ class TextEncoder:
             raise ModelLoadingError("the tokenizer puts BOS twice at the front; mend its tokenizer.json.")
         special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.special_ids: frozenset[int] = frozenset(special | set(tokenizer.all_special_ids))
-        # Anchors that put a space-taking tokenizer past its start; none where text is encoded as it is.
+        # Anchors for tokenizers that add a space; none if text is encoded as it is.
         alone = [self._encode_plain([a])[0] for a in ANCHORS]
         doubled = [self._encode_plain([a + a])[0] for a in ANCHORS]
         adds_space = any(len(two) < 2 * len(one) and len(one) > 1 for one, two in zip(alone, doubled, strict=True))
         self._anchors = list(zip(ANCHORS, alone, strict=True)) if adds_space else []
 
     def encode(self, examples: Sequence[Sequence[TextSegment]]) -> EncodedRows:
-        """Encode many rendered examples (or prompts) in one call of the tokenizer.
+        """Encode rendered examples (or prompts) in one call of the tokenizer.
 
         Raises:
             DatasetError: the rendered text begins with BOS twice.
@@ -75,7 +75,7 @@ class TextEncoder:
         return [int(i) for i in self.encode([segments]).input_ids]
 
     def find_unknown_characters(self, characters: Iterable[str]) -> set[str]:
-        """Those of the characters that this tokenizer has no token for: it drops them, or gives its unknown token."""
+        """The characters without a token: this tokenizer drops them or returns its unknown token."""
         listed = list(characters)
         unknown = self._tokenizer.unk_token_id
         nothing, *each = self._encode_plain(["aa", *(f"a{c}a" for c in listed)], plain=True)
@@ -90,7 +90,7 @@ class TextEncoder:
             )
 
     def _encode_segments(self, segments: Sequence[TextSegment], firsts: Collection[int]) -> list[list[int]]:
-        """The tokens of each segment; those at `firsts` begin an example, the others go on with one."""
+        """The tokens of each segment; those at `firsts` begin an example, the others continue one."""
         pieces: list[list[int]] = [[]] * len(segments)
         for plain in (False, True):
             chosen = [place for place, segment in enumerate(segments) if segment.plain == plain]
@@ -100,7 +100,7 @@ class TextEncoder:
         return pieces
 
     def _encode_texts(self, texts: Sequence[tuple[str, bool]], plain: bool) -> list[list[int]]:
-        """Token ids of each (text, continues): a continuation gets no invented space at its front."""
+        """Token ids of each (text, continues): a continuation gets no spurious leading space."""
         if not self._anchors:
             return self._encode_plain([text for text, _ in texts], plain=plain)
         anchor, prefix = self._anchors[0]
@@ -113,18 +113,18 @@ class TextEncoder:
     def _strip_anchor(self, text: str, ids: list[int], prefix: list[int], plain: bool) -> list[int]:
         if ids[: len(prefix)] == prefix:
             return ids[len(prefix) :]
-        for anchor, other in self._anchors[1:]:  # the first anchor melted into the text's own first token
+        for anchor, other in self._anchors[1:]:  # the first anchor merged with the text's first token
             ids = self._encode_plain([anchor + text], plain=plain)[0]
             if ids[: len(other)] == other:
                 return ids[len(other) :]
         raise DatasetError(f"cannot tokenize {text[:40]!r} behind a prompt without inventing a space before it.")
 
     def _encode_plain(self, texts: list[str], *, special: bool = False, plain: bool = False) -> list[list[int]]:
-        """The tokens of each text, by the tokenizer's rules alone: its Python wrapper takes as long as they do."""
+        """The tokens of each text from the Rust tokenizer: the Python wrapper would double the time."""
         if not texts:
             return []
         rules = self._tokenizer.backend_tokenizer
-        rules.no_truncation()  # whoever used the tokenizer last may have left both on
+        rules.no_truncation()  # an earlier user of the tokenizer may have left both on
         rules.no_padding()
         rules.encode_special_tokens = plain
         return [encoding.ids for encoding in rules.encode_batch_fast(texts, add_special_tokens=special)]
@@ -146,7 +146,7 @@ def _check_tokenizer(tokenizer: Any) -> None:
 
 
 class CharacterCoverage:
-    """Counts characters of texts, and those among them that a tokenizer has no token for."""
+    """Counts characters of texts, and those without a token."""
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
@@ -157,7 +157,7 @@ class CharacterCoverage:
         self.unknown: Counter[str] = Counter()
 
     def count_texts(self, texts: Sequence[str]) -> None:
-        """Count these texts in."""
+        """Count the characters of these texts."""
         ascii_texts = "".join(text for text in texts if text.isascii()).encode()
         present = set(ascii_texts.translate(None, self._seen_ascii).decode())
         present = present.union(*(text for text in texts if not text.isascii())) - self._seen
@@ -170,9 +170,9 @@ class CharacterCoverage:
 
 
 def decode_spans(tokenizer: Any, input_ids: np.ndarray, mask: np.ndarray) -> list[tuple[str, bool]]:
-    """The tokens of an example as text, in stretches that are learned or are not.
+    """Decode an example into spans (text, is_learned).
 
-    Each is decoded behind what stands before it: some tokenizers drop a space at the start of what they decode.
+    Each span is decoded together with everything before it: some tokenizers drop a leading space when decoding.
     """
     edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
     texts = [str(tokenizer.decode(input_ids[:edge], clean_up_tokenization_spaces=False)) for edge in edges]

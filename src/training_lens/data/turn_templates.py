@@ -1,4 +1,4 @@
-"""Templates of words: Stanford Alpaca's, the row's texts alone, and patterns of the user's own."""
+"""Text templates: Stanford Alpaca, plain, and user-defined patterns."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 class TurnTemplate(ABC):
-    """A template of words: each turn is a lead, the answer, the end token; turns are parted by a blank line.
+    """A text template: each turn is a lead, the answer and the end token; a blank line separates turns.
 
-    Subclasses say the lead. `end` is the tokenizer's EOS as text.
+    Subclasses define the lead. `end` is the tokenizer's EOS as text.
     """
 
-    tools = calls = results = False
+    shows_tools = shows_calls = shows_results = False
 
-    name: str  # for messages
+    name: str  # for error messages
     way_out = "Use a template that shows it (data.template=FILE.jinja)"
 
     def __init__(self, end: str) -> None:
         self._end = end
 
-    def remarks(self, messages: Sequence[Message]) -> Iterator[str]:
-        """Nothing: it takes messages as they are."""
+    def list_remarks(self, messages: Sequence[Message]) -> Iterator[str]:
+        """None: messages are used as they are."""
         yield from ()
 
     @abstractmethod
     def build_lead(self, system: str | None, asked: Message, first: bool) -> str:
-        """What stands before an answer to `asked`; `system` is said in its turn, the `first` one perhaps."""
+        """The text before the answer to `asked`, with the turn's `system` message; `first` marks the first turn."""
 
-    def prompt(
+    def render_prompt(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int] = ()
     ) -> list[TextSegment]:
         return self._render_turns(messages, ())
 
-    def example(
+    def render_example(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], learned: Collection[int]
     ) -> list[TextSegment]:
         return self._render_turns(messages, learned)
@@ -58,7 +58,7 @@ class TurnTemplate(ABC):
         return segments + (self._render_lead(turn, first=not segments) if turn else [])
 
     def _render_lead(self, turn: Sequence[Message], first: bool) -> list[TextSegment]:
-        """What stands before an answer to the messages of a turn."""
+        """The text before the answer to the messages of a turn."""
         system = "\n\n".join(m.text for m in turn if m.role == "system") or None
         asked = [m for m in turn if m.role != "system"]
         leads = [self.build_lead(system if i == 0 else None, m, first and i == 0) for i, m in enumerate(asked)]
@@ -67,7 +67,7 @@ class TurnTemplate(ABC):
 
 
 class AlpacaTemplate(TurnTemplate):
-    """Stanford Alpaca's form (github.com/tatsu-lab/stanford_alpaca); a system message replaces the first sentence."""
+    """Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca); a system message replaces the first sentence."""
 
     name = "the template alpaca"
     WITH_INPUT = (
@@ -86,7 +86,7 @@ class AlpacaTemplate(TurnTemplate):
 
 
 class PlainTemplate(TurnTemplate):
-    """Nothing but the row's own texts, a line break between prompt and answer."""
+    """Only the row's texts, with a line break between prompt and answer."""
 
     name = "the template plain"
 
@@ -95,12 +95,12 @@ class PlainTemplate(TurnTemplate):
 
 
 class PatternTemplate(TurnTemplate):
-    """A user's own pattern: text with {instruction}, perhaps {system} and {input}, and at its end {output}.
+    """A user-defined pattern: text with {instruction}, optionally {system} and {input}, and {output} at the end.
 
-    A line whose slots are all empty is left out, but for the last.
+    A line whose slots are all empty is left out, except the last.
 
     Raises:
-        ConfigurationError: an unknown slot, or slots that do not make a prompt and an answer.
+        ConfigurationError: an unknown slot, or no valid prompt and answer.
     """
 
     way_out = "Give the pattern a place for it ({system} or {input})"

@@ -1,6 +1,6 @@
-"""Values of rows as text, or the reason why they are none.
+"""Convert values of rows to text, or raise an error that says why that is impossible.
 
-Answers may be any value of JSON, or a date: they are written in one way (`write_value`).
+Answers may be any JSON value or a date; `write_value` writes them uniformly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NO_TEXT = re.compile("[\ud800-\udfff\ufdd0-\ufdd3]")
 
 
 def parse_json(place: str, text: Any, expected: str) -> Any:
-    """The value that `text` writes in JSON; `expected` says for messages what it should be."""
+    """Parse JSON text; `expected` describes it in error messages."""
     try:
         return load_bounded_json(text)
     except (TypeError, ValueError) as error:
@@ -30,7 +30,7 @@ def parse_json(place: str, text: Any, expected: str) -> Any:
 
 
 def look_up_value(values: Mapping[str, Any], key: str) -> Any:
-    """The value under a key; a dotted key leads into objects, and of lists into the first item. None: nothing there.
+    """The value under a key, or None; a dotted key leads into objects and the first items of lists.
 
     Example:
         >>> look_up_value({"answers": {"text": ["in the wood", "there"]}}, "answers.text")
@@ -50,7 +50,7 @@ def read_text(row: Row, key: str) -> str:
     """The text (or number, as text) under a key.
 
     Raises:
-        DatasetError: it is missing, null, NaN, empty or no text; names row and key.
+        DatasetError: missing, null, NaN, empty or not text; names row and key.
     """
     value = look_up_value(row.values, key)
     number = (isinstance(value, int) and not isinstance(value, bool)) or _is_finite(value)
@@ -64,7 +64,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def no_text_error(row: Row, key: str, value: Any) -> DatasetError:
-    """The error that the value under a key of a row is no text, or that the key is missing."""
+    """The error that the value under a key is not text, or that the key is missing."""
     if key.split(".")[0] not in row.values:
         there = list_names(row.values) or "none"
         return DatasetError(f"{row.place}: has no field '{key}' (its fields: {there}). Add it, or remove the row.")
@@ -72,10 +72,10 @@ def no_text_error(row: Row, key: str, value: Any) -> DatasetError:
 
 
 def write_value(value: Any) -> str | None:
-    """A value of JSON, or a date, as an answer says it; None where it is nothing that can be said.
+    """A JSON value or a date as answer text; None if it cannot be written.
 
-    Objects and lists are compact JSON with letters as they are, truth is `true` or `false`, numbers are as JSON
-    writes them (3.0 stays `3.0`), dates and times are of ISO 8601.
+    Objects and lists become compact JSON without ASCII escapes, booleans `true` or `false`, numbers as in JSON (3.0
+    stays `3.0`), dates and times ISO 8601.
 
     Example:
         >>> write_value({"age": 3, "seen": [True, None]}), write_value(3.0), write_value(datetime.date(2024, 2, 1))
@@ -92,7 +92,7 @@ def write_value(value: Any) -> str | None:
 
 
 def describe_plural(value: Any) -> str:
-    """What a value that is no text is, for sentences on many: 'objects', 'numbers'."""
+    """The plural for values like this one: 'objects', 'numbers'."""
     kinds: tuple[tuple[Any, str], ...] = (
         (Mapping, "objects"),
         (list, "lists"),
@@ -103,7 +103,7 @@ def describe_plural(value: Any) -> str:
 
 
 def _write_plain(value: Any) -> str:
-    """Dates, times and exact numbers, which JSON has no kind for, as text."""
+    """Dates, times and decimals, which JSON lacks, as text."""
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, decimal.Decimal) and value.is_finite():
@@ -112,7 +112,7 @@ def _write_plain(value: Any) -> str:
 
 
 def require_encodable(place: str, text: str) -> str:
-    """`text`, if UTF-8 can write it and none of it is a noncharacter that stands for other text in templates."""
+    """`text`, unless it has lone surrogates or noncharacters that serve as placeholders in templates."""
     if found := None if text.isascii() else NO_TEXT.search(text):
         what = "half a surrogate pair" if "\ud800" <= found[0] <= "\udfff" else "a noncharacter of Unicode"
         raise DatasetError(f"{place} holds {what} (U+{ord(found[0]):04X}) at {found.start()}. Take it out.")
@@ -120,12 +120,12 @@ def require_encodable(place: str, text: str) -> str:
 
 
 def read_optional_text(row: Row, key: str | None) -> str:
-    """As `read_text`; empty where the row has nothing there."""
+    """Like `read_text`, but empty if the field is missing or empty."""
     return "" if key is None or look_up_value(row.values, key) in (None, "") else read_text(row, key)
 
 
 def describe_value(value: Any) -> str:
-    """What a value is, for messages: 'null', 'empty', 'a list'."""
+    """Describe a value in error messages: 'null', 'empty', 'a list'."""
     if value is None:
         return "null"
     if isinstance(value, float) and not _is_finite(value):

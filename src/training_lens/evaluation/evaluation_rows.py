@@ -11,8 +11,8 @@ import numpy as np
 
 from training_lens.data.columns import EncodedRow
 from training_lens.data.examples import Example, TextSegment, TokenizedExample
-from training_lens.data.token_cache import encode_training_prompt, tokenize
 from training_lens.data.token_dataset import TokenDataset
+from training_lens.data.token_pipeline import encode_training_prompt, tokenize
 from training_lens.errors import DatasetError
 from training_lens.inference.session import Session
 from training_lens.utils.logging import get_logger
@@ -103,7 +103,7 @@ class _RenderedExample:
 
     @classmethod
     def from_example(cls, example: Example, session: Session) -> _RenderedExample:
-        segments = session.renderer.example(example)
+        segments = session.renderer.render_example(example)
         return cls(example, segments, session.encoder.encode([segments])[0])
 
     def reference_text(self, session: Session) -> str:

@@ -95,7 +95,7 @@ def _stack_columns(scores: TokenScores) -> torch.Tensor:
 
 
 def _build_sums(table: np.ndarray, dataset: TokenDataset) -> TokenSums:
-    return TokenSums(table[:, 0], dataset.supervised, table[:, 1].round().astype(np.int64))
+    return TokenSums(table[:, 0], dataset.supervised_counts, table[:, 1].round().astype(np.int64))
 
 
 @keep_freed_memory()
@@ -111,7 +111,7 @@ def _sum_examples(
     model.eval()
     try:
         for part, values in _score_batches(dataset, options, columns):
-            examples = torch.from_numpy(np.repeat(part, dataset.supervised[part]))
+            examples = torch.from_numpy(np.repeat(part, dataset.supervised_counts[part]))
             table.index_add_(0, examples, values.cpu().double())  # a sync point a batch
             options.advance(len(part))
     except Exception as error:
@@ -135,7 +135,7 @@ def _score_batches(
     )
     waiting, device = split_micro_batches(positions, dataset.lengths, options.max_tokens), options.processes.device
     while waiting:
-        batch = collate([dataset[int(i)] for i in waiting[0]], options.fill_id).to(device)
+        batch = collate([dataset[int(i)] for i in waiting[0]], options.fill_id).move_to(device)
         try:
             with torch.inference_mode(), autocast(device, options.precision):
                 values = columns(batch)

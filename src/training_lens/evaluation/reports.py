@@ -219,7 +219,7 @@ def render_row_csv(result: EvaluationResult) -> str:
             example.id,
             example.domain or "",
             rows.dataset.lengths[i],
-            rows.dataset.supervised[i],
+            rows.dataset.supervised_counts[i],
             rows.references[i],
         ]
         for model in models:

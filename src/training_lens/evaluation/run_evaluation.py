@@ -257,7 +257,7 @@ class ModelEvaluator:
         prompts = [prompt for prompt in rows.prompts if prompt is not None]
         if not prompts or not self.settings.generate:
             return ModelOutcome(nothing, scored, nothing)
-        room = min(self.settings.max_new_tokens, int(rows.dataset.supervised.max()) + SPARE_TOKENS)
+        room = min(self.settings.max_new_tokens, int(rows.dataset.supervised_counts.max()) + SPARE_TOKENS)
         greedy = InferenceSection(max_new_tokens=room, batch_tokens=self.settings.batch_tokens)
         with self.progress.task(f"answers of the {who}", len(prompts)) as advance:
             given = generate_answers(self.session, prompts, greedy, base=base, advance=advance)

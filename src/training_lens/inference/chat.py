@@ -76,7 +76,7 @@ class Chat:
         positions = self._session.positions
         if positions is None:
             return True
-        ids = self._session.encoder.encode_prompt(self._session.renderer.prompt(messages, self._domain))
+        ids = self._session.encoder.encode_prompt(self._session.renderer.render_prompt(messages, self._domain))
         return len(ids) + min(self._settings.max_new_tokens, positions // 2) <= positions
 
     def _obey(self, line: str) -> None:

@@ -11,7 +11,7 @@ from training_lens.data.batching import hold_out
 from training_lens.data.examples import Example
 from training_lens.data.source_reader import read_examples, read_source_examples
 from training_lens.data.sources import expand_sources
-from training_lens.data.token_cache import CHUNK, tokenize
+from training_lens.data.token_pipeline import CHUNK, tokenize
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.inference.session import Session
 from training_lens.runs.run_folder import RunFolder

@@ -118,7 +118,7 @@ class QuestionReader:
         self._notes, self._source = DataNotes(), source.name
         self._reader = RowReader(self._mapping, data, source.name, self._notes)
         self._told: set[str] = set()
-        self._id_keys = find_id_keys(collect_keys(whole), {*LINE_FIELDS, *self._mapping.keys.values()})
+        self._id_keys = find_id_keys(collect_keys(whole), {*LINE_FIELDS, *self._mapping.key_by_meaning.values()})
         logger.info("%s: %d rows, read as %s", source.name, len(rows), self._mapping.describe())
         if self._id_keys:
             logger.info("%s: kept with each answer: %s", source.name, ", ".join(self._id_keys))
@@ -157,12 +157,12 @@ class QuestionReader:
         if self._mapping.masks:  # how an answer is learned does not matter to who asks for one
             row = replace(row, values={k: v for k, v in row.values.items() if k not in self._mapping.masks})
         try:
-            example, answered = self._reader.read(row), True
+            example, answered = self._reader.read_row(row), True
         except DatasetError as error:
             if self._mapping.text:
                 raise
             row = replace(row, values=_with_stand_in(row.values, self._mapping))
-            example, answered = self._reader.read(row), False
+            example, answered = self._reader.read_row(row), False
             if example.messages[-2].role == "assistant":  # it had an answer, and another fault
                 raise error from None
         if self._session.config.data.strip_end_marks:

@@ -17,7 +17,7 @@ from training_lens.data.examples import Example, Message
 from training_lens.data.notes import DataNotes
 from training_lens.data.row_keys import ALIASES
 from training_lens.data.templates import Renderer, build_renderer, load_template_file, resolve_date
-from training_lens.data.token_cache import Preparation
+from training_lens.data.token_pipeline import Preparation
 from training_lens.data.tokenization import TextEncoder
 from training_lens.data.values import NO_TEXT
 from training_lens.errors import AdapterError, ConfigurationError, DatasetError, ModelLoadingError
@@ -110,7 +110,7 @@ class Session:
             text = "\n".join(part for m in messages for part in (m.text, m.input) if part)
             segments = self.renderer.render_text_prompt(text, domain)
         else:
-            segments = self.renderer.prompt(messages, domain, tools)
+            segments = self.renderer.render_prompt(messages, domain, tools)
         ids = self.encoder.encode_prompt(segments)
         if self.positions and len(ids) >= self.positions:
             raise ConfigurationError(
@@ -272,13 +272,13 @@ def _trained_ends(renderer: Renderer, encoder: TextEncoder, texts: bool) -> set[
     """The tokens that end an answer in training: the last one of a chat, an earlier one, and a call of a tool."""
     if texts:
         text = Example((Message("assistant", "b"),), None, "", 0, is_text=True)
-        return {int(encoder.encode([renderer.example(text)])[0].input_ids[-1])}
+        return {int(encoder.encode([renderer.render_example(text)])[0].input_ids[-1])}
     turn = (Message("user", "a"), Message("assistant", "b"))
     call = Message("assistant", "", calls=({"name": "f", "arguments": {"a": "b"}},))
-    ends = {int(encoder.encode([renderer.example(Example(turn, None, "", 0))])[0].input_ids[-1])}
+    ends = {int(encoder.encode([renderer.render_example(Example(turn, None, "", 0))])[0].input_ids[-1])}
     for chat, tools in (((*turn, *turn), ()), ((turn[0], call), (A_TOOL,))):
         try:
-            segments = renderer.example(Example(chat, None, "", 0, tools), DataNotes())  # probes: nothing to tell
+            segments = renderer.render_example(Example(chat, None, "", 0, tools), DataNotes())
         except DatasetError:  # such chats are no part of what this template was trained with
             continue
         last_ids = [int(encoder.encode([[s]])[0].input_ids[-1]) for s in segments if s.response]

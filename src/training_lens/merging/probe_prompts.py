@@ -10,7 +10,7 @@ from torch import Tensor
 
 from training_lens.data.examples import Example
 from training_lens.data.source_reader import read_examples
-from training_lens.data.token_cache import encode_training_prompt, tokenize
+from training_lens.data.token_pipeline import encode_training_prompt, tokenize
 from training_lens.errors import ConfigurationError
 from training_lens.inference.prompt_rows import validation_examples
 from training_lens.inference.session import Session

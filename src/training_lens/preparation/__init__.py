@@ -1,1 +1,1 @@
-"""Files of rows to clean splits."""
+"""Prepare files of rows as clean, deduplicated splits."""

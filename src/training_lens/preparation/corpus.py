@@ -1,4 +1,4 @@
-"""The rows of several sources, read again and again, and what is remembered of each in between."""
+"""The rows of several sources, read in several passes, and a catalogue of their hashes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class SourceReading:
-    """A source, the keys of its rows (each with the first row that has it), and how they are read.
+    """A source, its keys (each with the first row that has it), and its field mapping.
 
-    `stamp` (as `_stamp_files`) and `sha256` are of the time before anything was read.
+    `stamp` (as `_stamp_files`) and `sha256` were taken before anything was read.
     """
 
     source: DataSource
@@ -45,7 +45,7 @@ class SourceReading:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All rows of some sources; a row's position counts over all of them, from 0."""
+    """All rows of some sources; a row's position counts across all of them, from 0."""
 
     readings: tuple[SourceReading, ...]
     data: DataSection
@@ -60,10 +60,10 @@ class Corpus:
         progress: Progress,
         left_out: Mapping[str, Collection[int]] | None = None,
     ) -> Corpus:
-        """Look through the sources for how to read them.
+        """Find the field mapping of each source.
 
         Args:
-            left_out: the numbers of each source's rows that are not taken.
+            left_out: source -> row numbers to skip.
 
         Raises:
             DatasetError: as `source_reader.read_keys` and `fields.find_mapping`.
@@ -71,13 +71,13 @@ class Corpus:
         return cls(tuple(_open_reading(source, data) for source in sources), data, progress, left_out or {})
 
     def read_rows(self, title: str, notes: DataNotes | None = None) -> Iterator[tuple[Row, Example]]:
-        """Each row and its example as it stands there, a bounded number in memory; `title` is the progress bar's.
+        """Each row and its example, unchanged and streamed; `title` is the progress bar's.
 
         Args:
-            notes: takes what the user must be told of the sources.
+            notes: collects remarks on the sources.
 
         Raises:
-            DatasetError: as `source_reader.read_usable_rows`; or a source changed since it was first read.
+            DatasetError: as `source_reader.read_usable_rows`; or a source changed between passes.
         """
         notes = notes or DataNotes()
         with self.progress.task(title, sum(r.size_bytes for r in self.readings), "bytes") as advance:
@@ -96,10 +96,10 @@ class Corpus:
                 _refuse_changed(reading)
 
     def require_unchanged(self) -> None:
-        """See that the sources still say what they said before they were read: one more pass over their bytes.
+        """Check that no source changed while it was read. Hashes all files again.
 
         Raises:
-            DatasetError: one changed; names it.
+            DatasetError: a source changed; names it.
         """
         for reading in self.readings:
             _refuse_changed(reading)
@@ -107,7 +107,7 @@ class Corpus:
                 raise _changed_error(reading.source.name)
 
     def read_examples(self, title: str) -> Iterator[Example]:
-        """The examples as they are trained on: without end marks, unless the setting keeps them."""
+        """The examples as they are trained on: without end marks, unless data.strip_end_marks=false."""
         strip = self.data.strip_end_marks
         return (strip_end_marks(example)[0] if strip else example for _, example in self.read_rows(title))
 
@@ -120,7 +120,7 @@ def _open_reading(source: DataSource, data: DataSection) -> SourceReading:
 
 
 def _stamp_files(source: DataSource) -> tuple[tuple[int, int], ...]:
-    """Size and time of the last change (ns) of the source's files."""
+    """Size and modification time (ns) of the source's files."""
     try:
         return tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in source.files)
     except FileNotFoundError as error:
@@ -138,10 +138,10 @@ def _changed_error(name: str) -> DatasetError:
 
 @dataclass(frozen=True)
 class RowCatalogue:
-    """What is remembered of every row, by position: 48 bytes, no text.
+    """Hashes and origin of every row, by position: 48 bytes each, no text.
 
-    `whole`, `prompt` and `context` are as in `deduplication.Fingerprint`, without the domain; `domain` is an index into
-    `domains`, of which the first is None; `group` is a hash of the group's name, 0 where none is asked for.
+    `whole`, `prompt` and `context` are as in `deduplication.Fingerprint`; `domain` is an index into `domains`, the
+    first of which is None; `group` is a hash of the group's name, 0 without a group field.
     """
 
     files: list[str]
@@ -158,10 +158,10 @@ class RowCatalogue:
         return len(self.whole)
 
     def enumerate_rows(self, items: Iterable[Item]) -> Iterator[tuple[int, Item]]:
-        """What a later pass over the rows gives, each with its position.
+        """Enumerate the items of a later pass over the rows.
 
         Raises:
-            DatasetError: there are more than there were: the last source grows while it is read.
+            DatasetError: there are more rows than before: a source grew.
         """
         for position, item in enumerate(items):
             if position == len(self):
@@ -169,7 +169,7 @@ class RowCatalogue:
             yield position, item
 
     def hash_domains(self) -> np.ndarray:
-        """A hash of each row's domain, (rows,) uint64; 0 where it has none."""
+        """A hash of each row's domain, (rows,) uint64; 0 without a domain."""
         hashes = [0 if name is None else _hash_name(name) for name in self.domains]
         of_rows: np.ndarray = np.array(hashes, dtype=np.uint64)[self.domain]
         return of_rows
@@ -180,7 +180,7 @@ class RowCatalogue:
 
 
 def build_catalogue(corpus: Corpus, group_field: str | None, notes: DataNotes | None = None) -> RowCatalogue:
-    """One pass over the rows; `notes` takes what the user must be told of the sources.
+    """Build the catalogue in one pass over the rows; `notes` collects remarks on the sources.
 
     Raises:
         DatasetError: as `Corpus.read_rows`; a source without the group field, or a row; names it.

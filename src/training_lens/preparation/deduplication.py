@@ -1,8 +1,8 @@
-"""Rows that say the same: exactly, nearly, or the same question with another answer.
+"""Duplicates: exact, near, and the same prompt with different answers.
 
-Rows are compared by what they say to the model: messages, calls and tools. 64-bit hashes are kept; among n rows two
-different ones are taken for equal with probability n^2 / 2^65 (a million rows: 3e-8). They know nothing of domains:
-the same text under two domains is a leak between splits. Duplicates are sought within a domain (`combine_digests`).
+Rows are compared by what the model sees: messages, calls and tools, as 64-bit hashes. Among n rows, a collision has
+probability n^2 / 2^65 (a million rows: 3e-8). The hashes exclude domains, since the same text under two domains is a
+leak between splits. Duplicates are found within a domain (`combine_digests`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import numpy as np
 from training_lens.data.examples import Example, Message
 
 WORDS = 5  # in a shingle
-_ANSWER = 0x5851F42D4C957F2D  # keeps the shingles of answers from those of prompts
-RECALL = 0.9  # of pairs right at the threshold; more similar ones are found more surely
-# Scripts that part words by no space: each of their characters counts as a word.
+_ANSWER = 0x5851F42D4C957F2D  # separates the shingles of answers from those of prompts
+RECALL = 0.9  # of pairs exactly at the threshold; higher for more similar pairs
+# Scripts without spaces between words: each character counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+|[^\w\s]")
 _POWERS = np.array([pow(0x9E3779B97F4A7C15, i, 2**64) for i in range(WORDS)], dtype=np.uint64)
 
 
 def normalize_text(text: str) -> str:
-    """The text in Unicode NFC, each stretch of white space as one space; case counts.
+    """The text in Unicode NFC with collapsed white space; case is kept.
 
     Example:
         >>> normalize_text(" Two\\n words ")
@@ -42,8 +42,8 @@ def normalize_text(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """64-bit hashes of an example: of all that it says (`whole`), of what comes before its last answer (`prompt`; of a
-    plain text, the whole), and of its tools (`context`), which are part of the other two."""
+    """64-bit hashes of an example: of all of it (`whole`), of everything before its last answer (`prompt`; for a plain
+    text, the whole), and of its tools (`context`), which the other two include."""
 
     whole: int
     prompt: int
@@ -69,13 +69,13 @@ def _hash_json(value: Any) -> int:
 
 
 def combine_digests(strata: np.ndarray, digests: np.ndarray) -> np.ndarray:
-    """Digests that are equal where both are: what rows say, and their stratum; (rows,) uint64."""
+    """Mix each row's digest with its stratum, so that only rows of one stratum are equal; (rows,) uint64."""
     mixed: np.ndarray = digests ^ (strata * _POWERS[1])
     return mixed
 
 
 def find_first_equal(digests: np.ndarray) -> np.ndarray:
-    """For each row the position of the first that has its digest: its own where none is before it.
+    """For each row, the position of the first row with its digest (its own if none is earlier).
 
     Args:
         digests: (rows,) uint64.
@@ -90,7 +90,7 @@ def find_first_equal(digests: np.ndarray) -> np.ndarray:
 
 
 def find_conflicts(whole: np.ndarray, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that answer otherwise than an earlier one of the same prompt, and for each the first of that prompt.
+    """Rows that answer differently than an earlier row with the same prompt, and the first row of each prompt.
 
     Args:
         whole, prompt: (rows,) uint64, as in `Fingerprint`.
@@ -106,12 +106,12 @@ def _word_hash(word: str) -> int:
 
 
 def hash_shingles(messages: Sequence[Message], context: int = 0) -> np.ndarray:
-    """32-bit hashes of every `WORDS` words in a row of the messages (all of shorter ones), sorted, each once; uint32.
+    """32-bit hashes of all `WORDS`-grams of words (one for shorter texts), sorted and unique; uint32.
 
-    Words are of Unicode NFKC and without case; signs count as words, so 3 + 4 is not 3 - 4.
+    Words are NFKC-normalized and case-folded; signs count as words, so 3 + 4 is not 3 - 4.
 
     Args:
-        context: mixed into every hash: texts of different contexts share none.
+        context: mixed into every hash, so that different contexts share none.
     """
     text = " ".join(part for message in messages for part in _list_texts(message))
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
@@ -130,7 +130,7 @@ def _list_texts(message: Message) -> Iterator[str]:
 
 
 def jaccard_similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """Size of the intersection over that of the union, of two sorted sets; 1 where both are empty."""
+    """|A and B| / |A or B| of two sorted sets; 1 if both are empty."""
     if not len(a) and not len(b):
         return 1.0
     shared = len(np.intersect1d(a, b, assume_unique=True))
@@ -138,11 +138,11 @@ def jaccard_similarity(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def choose_bands(threshold: float, num_perm: int) -> tuple[int, int]:
-    """Number and size of the bands that a signature is cut into; two rows are compared that agree on a whole band.
+    """Number and size of the LSH bands of a signature; rows that agree on a whole band are compared.
 
     That happens with probability 1 - (1 - J^size)^number (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets,
-    section 3.4). The size is the largest with which it is at least `RECALL` at the threshold: the fewest vain
-    comparisons.
+    section 3.4). The size is the largest with a probability of at least `RECALL` at the threshold, which gives the
+    fewest needless comparisons.
     """
     sizes = range(num_perm // 2, 1, -1)
     found = (size for size in sizes if 1 - (1 - threshold**size) ** (num_perm // size) >= RECALL)
@@ -152,41 +152,40 @@ def choose_bands(threshold: float, num_perm: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """What the index keeps of a row: the shingles of its prompt, those of its last answer, and the MinHash of both."""
+    """The index entry of a row: shingles of its prompt and of its last answer, and the MinHash of both."""
 
     prompt: np.ndarray
     answer: np.ndarray
     minhash: Any
 
     @property
-    def shingles(self) -> np.ndarray:
-        """Those of prompt and answer, which share none."""
+    def all_shingles(self) -> np.ndarray:
+        """The shingles of prompt and answer, which are disjoint."""
         return np.concatenate([self.prompt, self.answer])
 
     def similarity(self, other: Sketch, apart: bool) -> float:
-        """The part of their shingles that both have (Jaccard); `apart`: of prompts or of answers, whichever is less.
+        """Jaccard similarity; with `apart`, the lower one of prompts and of answers.
 
-        The latter is never above the former: |A and B| / |A or B| of two parts together lies between those of each.
+        The latter is never higher: the similarity of two disjoint parts together lies between those of each part.
         """
         if not apart:
-            return jaccard_similarity(self.shingles, other.shingles)
+            return jaccard_similarity(self.all_shingles, other.all_shingles)
         return min(jaccard_similarity(self.prompt, other.prompt), jaccard_similarity(self.answer, other.answer))
 
 
 class NearIndex:
-    """Finds rows that share at least `threshold` of their shingles (Jaccard) with a row that was put in.
+    """Finds rows whose Jaccard similarity with an indexed row is at least `threshold`.
 
-    MinHash finds candidates, and the shingles themselves decide: none is found that is less similar. The same rows give
-    the same answers, always.
+    MinHash finds candidates and the exact similarity decides, so there are no false positives. Deterministic.
 
-    Cost: about 7 kB of memory a row put in, and 4 bytes for each of its words.
+    Cost: about 7 kB of memory per indexed row, plus 4 bytes per word.
     """
 
     def __init__(self, threshold: float, num_perm: int) -> None:
         from datasketch import MinHash, MinHashLSH
 
         self._threshold = threshold
-        # The share of equal MinHashes estimates J; below this one, J reaches the threshold once in 30,000 times.
+        # The share of equal MinHashes estimates J; below this share, J reaches the threshold once in 30,000 cases.
         self._hopeless = threshold - 4 * math.sqrt(threshold * (1 - threshold) / num_perm)
         self._lsh = MinHashLSH(num_perm=num_perm, params=choose_bands(threshold, num_perm))
         self._empty = MinHash(num_perm, hashfunc=int)  # shingles are hashes already
@@ -201,24 +200,24 @@ class NearIndex:
         return Sketch(*parts, minhash)
 
     def add_row(self, row: int, sketch: Sketch) -> None:
-        """Put a row in; one without any word is never near another."""
-        if len(sketch.shingles):
+        """Index a row; a row without words is never near another."""
+        if len(sketch.all_shingles):
             self._lsh.insert(row, sketch.minhash)
             self._sketches[row] = sketch
 
     def find_near_rows(self, sketch: Sketch, apart: bool = False) -> Iterator[tuple[int, float]]:
-        """The near rows in the order of their numbers, each with its similarity.
+        """The near rows in order, each with its similarity.
 
         Args:
             apart: as in `Sketch.similarity`; prompts are near, and answers are.
         """
-        for row in self._find_candidates(sketch) if len(sketch.shingles) else ():
+        for row in self._find_candidates(sketch) if len(sketch.all_shingles) else ():
             similar = self._sketches[row].similarity(sketch, apart)
             if similar >= self._threshold:
                 yield row, similar
 
     def _find_candidates(self, sketch: Sketch) -> list[int]:
-        """Rows that agree on a band, without those of which the whole signatures differ too much."""
+        """Rows that agree on a band, unless their whole signatures differ too much."""
         rows = sorted(self._lsh.query(sketch.minhash))
         if not rows:
             return []
@@ -233,15 +232,15 @@ Rows = Callable[[], Iterable[tuple[int, Example, int]]]  # position, example and
 def find_near_duplicates(
     rows: Rows, wanted: np.ndarray, prompt: np.ndarray, index: NearIndex
 ) -> dict[int, tuple[int, float]]:
-    """Rows that are near an earlier one that is kept: position -> that one's, and how similar they are.
+    """Rows near an earlier kept row: position -> (position of that row, similarity).
 
-    Prompts are compared with prompts, answers with answers. Rows that ask exactly the same are not near, as they
-    answer otherwise, if only by a word.
+    Prompts are compared with prompts, answers with answers. Rows with exactly the same prompt are not near: they
+    answer differently, if only by a word.
 
     Args:
-        wanted: (rows,) bool; the others are passed over.
+        wanted: (rows,) bool; other rows are skipped.
         prompt: (rows,) uint64, as in `Fingerprint`.
-        index: an empty one; the rows that are kept are put in.
+        index: an empty index; kept rows are added.
     """
     found: dict[int, tuple[int, float]] = {}
     for position, example, context in rows():

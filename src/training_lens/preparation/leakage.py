@@ -1,4 +1,4 @@
-"""Rows of one split that another split has, too: what is measured on them says nothing of new rows."""
+"""Leaks: rows of one split that another split repeats, so that metrics on them do not measure generalization."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from training_lens.preparation.deduplication import NearIndex, Rows, find_first_
 
 LeakKind = Literal["exact", "prompt", "near"]
 LEAK_KINDS: tuple[LeakKind, ...] = ("exact", "prompt", "near")
-DROPPED = -1  # stands for a split in arrays of splits: rows that are in none
+DROPPED = -1  # split index of rows that are in no split
 
 
 @dataclass(frozen=True, slots=True)
 class Leak:
     """Two positions of rows in different splits: `row` and the `other` that it repeats.
 
-    `kind`: exact says the same, prompt asks the same and is answered otherwise, near says nearly the same.
+    `kind`: exact (all equal), prompt (equal prompt, different answer), near (similar).
     """
 
     kind: LeakKind
@@ -28,7 +28,7 @@ class Leak:
 
 
 def find_equal_leaks(whole: np.ndarray, prompt: np.ndarray, split: np.ndarray, train: int) -> list[Leak]:
-    """Every row that a split before its own repeats, in whole or in its prompt; training counts as the last split.
+    """Rows that an earlier split repeats, in whole or in their prompt; training counts as the last split.
 
     Args:
         whole, prompt: (rows,) uint64, as in `deduplication.Fingerprint`.
@@ -36,7 +36,7 @@ def find_equal_leaks(whole: np.ndarray, prompt: np.ndarray, split: np.ndarray, t
         train: the index of the training split.
 
     Returns:
-        One leak a row, the stronger kind, in the order of the rows.
+        One leak per row, the stronger kind, in row order.
     """
     exact = _find_partners(whole, split, train)
     found = {row: Leak("prompt", row, other, 1.0) for row, other in _find_partners(prompt, split, train).items()}
@@ -45,7 +45,7 @@ def find_equal_leaks(whole: np.ndarray, prompt: np.ndarray, split: np.ndarray, t
 
 
 def _find_partners(digests: np.ndarray, split: np.ndarray, train: int) -> dict[int, int]:
-    """Each row of which the digest first shows in another split, and the first row that has it."""
+    """Rows whose digest first occurs in another split -> the first row with it."""
     rank = np.where(split == train, split.max(initial=0) + 1, split)
     order = np.lexsort((np.arange(len(split)), rank))
     order = order[split[order] != DROPPED]
@@ -55,10 +55,10 @@ def _find_partners(digests: np.ndarray, split: np.ndarray, train: int) -> dict[i
 
 
 def find_near_leaks(rows: Rows, split: np.ndarray, train: int, index: NearIndex) -> list[Leak]:
-    """Every row that is near one of another split; rows are read twice, held-out ones are kept in the (empty) index.
+    """Rows near a row of another split. Reads all rows twice; held-out rows are added to the (empty) index.
 
     Args:
-        split: (rows,) index of each row's split, or `DROPPED`: such rows are passed over.
+        split: (rows,) index of each row's split, or `DROPPED`: such rows are skipped.
         train: the index of the training split.
     """
     leaks: list[Leak] = []

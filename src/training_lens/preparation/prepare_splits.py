@@ -1,4 +1,4 @@
-"""Files of rows to a folder of clean splits, each with its tokens in the cache that `train` will look into."""
+"""Prepare files of rows as a folder of clean splits, with their tokens in the cache that `train` reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from training_lens.data.file_readers import check_csv_settings
 from training_lens.data.notes import DataNotes, collect_row_numbers
 from training_lens.data.sources import MADE_BY, MANIFEST, DataSource, expand_sources
 from training_lens.data.split_report import describe_remarks, log_split
-from training_lens.data.token_cache import Preparation, Split, collect_all_errors, find_bad_rows, prepare_sources
+from training_lens.data.token_cache import Split, prepare_sources
+from training_lens.data.token_pipeline import Preparation, collect_all_errors, find_bad_rows
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.preparation.corpus import Corpus, build_catalogue
@@ -53,8 +54,8 @@ from training_lens.utils.integrity import write_sealed
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
-NAMED = 5  # files of others that an error names
-TEXT = 100  # characters of a row that stand with a finding
+NAMED = 5  # foreign files that an error names
+TEXT = 100  # characters of a row shown with a finding
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,15 @@ class PreparationResult:
 def prepare_splits(config: TrainingConfig, progress: Progress, force: bool = False) -> PreparationResult:
     """Read data.train, keep what `config.prepare` wants, and write it as a folder of splits, whole or not at all.
 
-    Sources are read several times, a bounded number of rows in memory; of each row some 50 bytes are remembered, and
-    where near rows are sought what `NearIndex` keeps.
+    Sources are streamed in several passes. Memory: some 50 bytes per row, plus `NearIndex` if near duplicates are
+    searched.
 
     Args:
         force: replace an earlier result in the folder.
 
     Raises:
-        ConfigurationError: settings that have no place here, a folder that is there already.
-        TrainingLensError: whatever keeps the rows from being read, split, written or tokenized.
+        ConfigurationError: settings that do not apply, or the folder exists.
+        TrainingLensError: rows cannot be read, split, written or tokenized.
     """
     config = settle_splits(config)
     base, folder = Path(config.output.base_output_dir), config.prepared_folder
@@ -117,7 +118,7 @@ def prepare_splits(config: TrainingConfig, progress: Progress, force: bool = Fal
 def _choose_rows(
     settled: TrainingConfig, sources: Sequence[DataSource], preparation: Preparation, progress: Progress
 ) -> RowChoice:
-    """Which rows are taken; with data.on_bad_row=skip, those alone that can be read, rendered and tokenized."""
+    """Choose rows; with data.on_bad_row=skip, only those that can be read, rendered and tokenized."""
     bad, left_out = DataNotes(), dict[str, frozenset[int]]()
     if settled.data.on_bad_row == "skip":
         counter = find_bad_rows(sources, preparation)
@@ -134,10 +135,10 @@ def _choose_rows(
 
 
 def settle_splits(config: TrainingConfig) -> TrainingConfig:
-    """The config with the splits that it means: a share held out, or validation rows of its own, decide them.
+    """The config with prepare.splits resolved from data.val_ratio and data.validation.
 
     Raises:
-        ConfigurationError: settings that have no place here: rows are drawn and weighed in training.
+        ConfigurationError: settings that do not apply: sampling and weights belong to training.
     """
     data = config.data
     advice = "prepare takes every row of data.train once; leave it out here"
@@ -160,7 +161,7 @@ def settle_splits(config: TrainingConfig) -> TrainingConfig:
 
 
 def _require_writable_folder(folder: Path, sources: Sequence[DataSource], force: bool) -> None:
-    """See that the folder can be written: it is new, or holds an earlier result that may go and that nobody reads."""
+    """Check that the folder is new, or that --force may replace an earlier result that no source reads."""
     require_writable(folder.parent, "prepare.output")
     if not folder.exists():
         return
@@ -185,7 +186,7 @@ def _require_writable_folder(folder: Path, sources: Sequence[DataSource], force:
 
 
 def find_written_files(folder: Path) -> set[str]:
-    """What an earlier `prepare` wrote there: the manifest and the files that it lists; empty where there is none."""
+    """The files that an earlier `prepare` wrote there: the manifest and its files; empty without a manifest."""
     try:
         manifest = read_json(folder / MANIFEST)
         if manifest["made_by"] != MADE_BY:
@@ -196,7 +197,7 @@ def find_written_files(folder: Path) -> set[str]:
 
 
 def _write_splits(chosen: RowChoice, file_format: FileFormat, building: Path) -> dict[int, str]:
-    """Write every kept row to its split's file; gives the beginnings of the rows that the manifest lists."""
+    """Write every kept row to its split's file; returns excerpts of the rows that the manifest lists."""
     corpus, selection, form = chosen.corpus, chosen.selection, chosen.form
     listed, texts = find_listed_rows(selection), dict[int, str]()
     learned = collect_read_keys(corpus)
@@ -225,7 +226,7 @@ def _excerpt_text(example: Example) -> str:
 def _tokenize_splits(
     building: Path, folder: Path, preparation: Preparation, cache: Path, progress: Progress
 ) -> dict[str, Split]:
-    """Fill the cache with the splits, under the names that their files will have in `folder`."""
+    """Tokenize the splits into the cache, under the names that their files will have in `folder`."""
     splits: dict[str, Split] = {}
     for file in sorted(building.iterdir()):
         name, source = file.stem, DataSource(str(folder / file.name), (file,), entry=0)
@@ -242,6 +243,6 @@ def _describe_split(building: Path, split: Split) -> PreparedSplit:
         rows=split.report.rows,
         sha256=hash_file(building / Path(path).name),
         lengths=compute_length_statistics(dataset.lengths),
-        supervised_tokens=int(dataset.supervised.sum()),
+        supervised_tokens=int(dataset.supervised_counts.sum()),
         domains=compute_domain_statistics(dataset),
     )

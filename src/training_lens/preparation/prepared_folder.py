@@ -1,4 +1,4 @@
-"""What a prepared folder says of itself: where its rows came from, what was found among them, what its files hold."""
+"""The manifest of a prepared folder: sources of the rows, findings, and contents of its files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LISTED = 100  # findings of each kind that the manifest lists
 
 @dataclass(frozen=True)
 class RowChoice:
-    """The rows that were read, what became of each, and the form in which they are written.
+    """The rows that were read, the selection, and the form in which rows are written.
 
-    `notes` are what was said of the sources; `bad` are the rows that were left out since they cannot be used.
+    `notes` are remarks on the sources; `bad` are the bad rows that were left out.
     """
 
     corpus: Corpus
@@ -38,7 +38,7 @@ class RowChoice:
 
 @dataclass(frozen=True)
 class PreparedSplit:
-    """One file that was written: its rows, and what their tokens will be in training."""
+    """One written file: its rows and their tokens in training."""
 
     file: str
     rows: int
@@ -49,7 +49,7 @@ class PreparedSplit:
 
 
 def _group_findings(selection: Selection) -> dict[str, list[tuple[int, int, float]]]:
-    """Every finding by its kind: a row, the other row, how similar they are."""
+    """Kind of finding -> (row, other row, similarity)."""
     found: dict[str, list[tuple[int, int, float]]] = {"duplicates_exact": [], "duplicates_near": []}
     for duplicate in selection.duplicates:
         found[f"duplicates_{duplicate.kind}"].append((duplicate.row, duplicate.original, duplicate.similarity))
@@ -61,7 +61,7 @@ def _group_findings(selection: Selection) -> dict[str, list[tuple[int, int, floa
 
 
 def find_listed_rows(selection: Selection) -> set[int]:
-    """Positions of the rows whose texts the manifest shows."""
+    """Positions of the rows that the manifest shows."""
     listed = (found[:LISTED] for found in _group_findings(selection).values())
     return {row for row, _, _ in itertools.chain.from_iterable(listed)}
 
@@ -69,10 +69,10 @@ def find_listed_rows(selection: Selection) -> set[int]:
 def build_manifest(
     config: TrainingConfig, chosen: RowChoice, splits: dict[str, PreparedSplit], texts: dict[int, str]
 ) -> dict[str, Any]:
-    """What the folder's manifest.json holds.
+    """The contents of manifest.json.
 
     Args:
-        texts: of each of the `find_listed_rows` the beginning.
+        texts: excerpts of the listed rows (`find_listed_rows`).
     """
     catalogue, selection, bad_rows = chosen.catalogue, chosen.selection, chosen.bad.bad_row_reasons
     remarks, ignored_keys = chosen.notes.remarks, chosen.notes.ignored_keys

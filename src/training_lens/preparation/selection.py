@@ -1,4 +1,4 @@
-"""Which rows are kept, and in which split: duplicates out, rows to splits, leaks between splits found."""
+"""Choose rows and splits: remove duplicates, assign splits, find leaks between splits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from training_lens.preparation.splitting import split_groups, split_random, spli
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """A row that is left out because it says what an earlier one (`original`) says, or nearly; positions."""
+    """A row left out as a duplicate or near duplicate of an earlier one (`original`); positions."""
 
     kind: Literal["exact", "near"]
     row: int
@@ -36,10 +36,10 @@ class Duplicate:
 
 @dataclass(frozen=True)
 class Selection:
-    """What became of every row.
+    """The outcome for every row.
 
-    `split` is each row's index into `names`, or `DROPPED`; `conflicts` are kept rows that answer otherwise than an
-    earlier one of the same prompt (row, earlier); `removed` counts the training rows that leaks cost.
+    `split` is each row's index into `names`, or `DROPPED`; `conflicts` are kept rows (row, earlier) that answer
+    differently than an earlier row with the same prompt; `removed` counts training rows removed as leaks.
     """
 
     names: list[str]
@@ -51,10 +51,10 @@ class Selection:
 
 
 def select_rows(corpus: Corpus, catalogue: RowCatalogue, settings: PrepareSection) -> Selection:
-    """Deduplicate, split and look for leaks, as the settings say.
+    """Deduplicate, split and find leaks, by the settings.
 
     Raises:
-        DatasetError: too few rows or groups for the splits, no domains to split by, or no training rows left.
+        DatasetError: too few rows or groups for the splits, no domains, or no training rows left.
     """
     duplicates = _find_duplicates(corpus, catalogue, settings)
     kept = np.ones(len(catalogue), dtype=bool)
@@ -128,7 +128,7 @@ def _assign_splits(catalogue: RowCatalogue, kept: np.ndarray, settings: PrepareS
 
 
 def _find_leaks(corpus: Corpus, catalogue: RowCatalogue, split: np.ndarray, settings: PrepareSection) -> list[Leak]:
-    """One a row, the strongest kind."""
+    """One leak per row, the strongest kind."""
     if settings.leakage == "off" or len(settings.splits) == 1:
         return []
     train = list(settings.splits).index("train")

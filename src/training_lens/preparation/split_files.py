@@ -1,4 +1,4 @@
-"""Rows written so that they train like what was read: in which form, and to which kind of file."""
+"""Write rows so that they train exactly like the rows that were read: choose the form, write JSONL or Parquet."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from training_lens.data.source_reader import read_usable_rows
 from training_lens.errors import DatasetError
 from training_lens.preparation.corpus import Corpus, SourceReading
 
-# as_read: the row's own keys and values; the others are written anew from the example, under the first of the names
-# that `row_keys.ALIASES` knows.
+# as_read: the row's own keys and values. Other forms are written from the example, under the first names in
+# `row_keys.ALIASES`.
 Form = Literal["as_read", "pair", "messages", "text"]
 FileFormat = Literal["jsonl", "parquet"]
-# Meanings that rows of a mapping may lack.
+# Meanings that rows may lack.
 OPTIONAL = ("input", "system", "history", "tools", "label", "rejected", "output")
 CHUNK = 1000  # rows of a Parquet file in memory at a time
 
 
 def choose_form(corpus: Corpus, file_format: FileFormat) -> Form:
-    """The form in which one file can hold all rows, each still read as it was.
+    """The form in which one file can hold all rows without changing how they are read.
 
-    Rows stay as they are read where one mapping reads them all. Parquet has columns of one type, so there, and where
-    sources differ, rows are written anew: what is learned of them, without their other keys.
+    Rows stay unchanged if one mapping reads them all. For Parquet, whose columns are typed, and for differing sources,
+    rows are rewritten: only what is learned, without other keys.
 
     Raises:
-        DatasetError: sources that no one form can hold; names two of them.
+        DatasetError: no single form fits all sources; names two of them.
     """
     if file_format == "jsonl" and _share_a_mapping(corpus):
         return "as_read"
@@ -51,10 +51,10 @@ def choose_form(corpus: Corpus, file_format: FileFormat) -> Form:
 
 
 def _share_a_mapping(corpus: Corpus) -> bool:
-    """Whether the mapping that a file of all rows would get reads each of them as its own does."""
+    """Whether the mapping for a file of all rows reads each source like its own mapping."""
     keys = {key: number for reading in corpus.readings for key, number in reading.keys.items()}
     if corpus.data.domain.per_file and DOMAIN_FIELD in keys:
-        return False  # the file's name is the domain, and its place is taken
+        return False  # the domain comes from the file's name, but the key is taken
     try:
         merged = find_mapping(keys, corpus.data, "all sources together")
     except DatasetError:
@@ -71,7 +71,7 @@ def _reads_like(merged: FieldMapping, own: FieldMapping) -> bool:
 
 
 def _detect_form(reading: SourceReading, data: DataSection) -> Form:
-    """The form that holds what is learned of a source's rows: pairs of text alone as pairs."""
+    """The form for a source's rows: pair if they are only pairs of text."""
     mapping = reading.mapping
     if mapping.text:
         return "text"
@@ -81,7 +81,7 @@ def _detect_form(reading: SourceReading, data: DataSection) -> Form:
 
 
 def _is_pair(example: Example) -> bool:
-    """Whether an example is a prompt and an answer of text, perhaps behind a system message."""
+    """Whether an example is a text prompt and answer, optionally after a system message."""
     roles = tuple(message.role for message in example.messages)
     return roles in (("user", "assistant"), ("system", "user", "assistant")) and not example.messages[-1].calls
 
@@ -98,10 +98,7 @@ def _refuse_some_without_domain(corpus: Corpus) -> None:
 
 
 def build_reading_settings(form: Form, data: DataSection) -> DataSection:
-    """The data section that reads the written rows: as it was, but for the names that were written anew.
-
-    A table of text is written as JSON Lines or Parquet.
-    """
+    """The data section that reads the written rows: unchanged, except for rewritten names and CSV settings."""
     changed: dict[str, Any] = {"csv": CsvSection()}
     if form != "as_read" or data.domain.per_file:
         changed["domain"] = DomainSection(style=data.domain.style)
@@ -111,7 +108,7 @@ def build_reading_settings(form: Form, data: DataSection) -> DataSection:
 
 
 def convert_row(row: Row, example: Example, form: Form, per_file_domain: bool) -> dict[str, Any]:
-    """The row's values as they are written; `example` is as it was read, end marks included.
+    """The values to write for a row; `example` is as read, end marks included.
 
     Raises:
         DatasetError: it cannot be written in this form; names the row.
@@ -154,7 +151,7 @@ def _convert_pair(row: Row, example: Example) -> dict[str, str]:
 
 
 def _convert_message(message: Message) -> dict[str, Any]:
-    """A message in OpenAI's form; the arguments of calls are JSON text."""
+    """A message in OpenAI's format; arguments of calls are JSON text."""
     content = None if message.null_content else message.text
     values: dict[str, Any] = {"role": message.role, "content": content, **message.extra}
     if not message.learn:
@@ -170,16 +167,16 @@ def _convert_call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class RowWriter(Protocol):
-    """Takes rows one by one; the file is complete once it is closed."""
+    """Writes rows one by one; the file is complete after `close`."""
 
     rows: int
-    emptied: Counter[str]  # keys of which NaN or infinite values became null, and of how many rows
+    emptied: Counter[str]  # key -> rows in which NaN or infinity became null
 
     def write(self, row: Row, values: Mapping[str, Any]) -> None:
-        """Write the values, which came from `row`.
+        """Write the values of `row`.
 
         Raises:
-            DatasetError: values that this format cannot hold; names the row.
+            DatasetError: the format cannot hold a value; names the row.
         """
         ...
 
@@ -190,14 +187,14 @@ def open_writer(path: Path, form: Form, has_domain: bool, learned: Collection[st
     """A writer by the path's ending: .jsonl, or .parquet with the columns of `form`.
 
     Args:
-        learned: keys of which a value that JSON cannot hold (NaN, infinity) is refused; under others it becomes null.
+        learned: keys whose NaN or infinity is refused; under other keys it becomes null.
     """
     return _ParquetWriter(path, form, has_domain) if path.suffix == ".parquet" else _JsonlWriter(path, learned)
 
 
 def collect_read_keys(corpus: Corpus) -> set[str]:
-    """The keys that are read of any source's rows."""
-    return {key.split(".")[0] for reading in corpus.readings for key in reading.mapping.keys.values()}
+    """The keys that any source's mapping reads."""
+    return {key.split(".")[0] for reading in corpus.readings for key in reading.mapping.key_by_meaning.values()}
 
 
 class _JsonlWriter:
@@ -223,7 +220,7 @@ class _JsonlWriter:
     def _line(self, row: Row, values: Mapping[str, Any]) -> str:
         try:
             return _encode_json(values)
-        except ValueError:  # NaN or infinity: in pandas and Parquet often a value that is missing
+        except ValueError:  # NaN or infinity, in pandas and Parquet often a missing value
             emptied = [key for key, value in values.items() if not _is_json(value)]
         learned = next((key for key in emptied if key in self._learned), None)
         if learned is not None:
@@ -241,7 +238,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _replace_non_finite(value: Any) -> Any:
-    """The value with null for every number in it that is not finite."""
+    """The value with null for every non-finite number."""
     if isinstance(value, Mapping):
         return {key: _replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -250,7 +247,7 @@ def _replace_non_finite(value: Any) -> Any:
 
 
 def _encode_json(values: Mapping[str, Any]) -> str:
-    """The values in JSON, letters as they are; escaped where UTF-8 cannot write one of them."""
+    """The values in JSON without ASCII escapes, unless UTF-8 cannot encode them."""
     line = json.dumps(values, ensure_ascii=False, allow_nan=False)
     return line if line.isascii() or not _has_surrogate(line) else json.dumps(values)
 

@@ -1,6 +1,6 @@
-"""Which split each row goes to: from the seed and what the rows say, not from their order or their files.
+"""Assign rows to splits by seed and content, independent of their order and files.
 
-Rows are ranked by a hash of (seed, content), and the splits cut the ranking: so added rows move few of the others.
+Rows are ranked by a hash of (seed, content) and the ranking is cut into splits, so added rows move few others.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ROUNDING = 1e-9  # what a share times a count may miss a whole number by
+ROUNDING = 1e-9  # tolerance for share * count being a whole number
 
 
 def split_counts(rows: int, shares: Sequence[float]) -> list[int]:
-    """How many of `rows` each share gets: by largest remainder, and at least one each where there are enough.
+    """Rows per share: largest remainder, at least one each if there are enough.
 
     Example:
         >>> split_counts(10, [0.8, 0.1, 0.1]), split_counts(4, [0.9, 0.1]), split_counts(1, [0.9, 0.1])
@@ -24,13 +24,13 @@ def split_counts(rows: int, shares: Sequence[float]) -> list[int]:
 
 
 def stratum_counts(sizes: np.ndarray, shares: Sequence[float]) -> np.ndarray:
-    """How many rows of each stratum each share gets, (strata, shares) int64; over all strata, what `split_counts` says.
+    """Rows per stratum and share, (strata, shares) int64; the totals are those of `split_counts`.
 
-    Every cell gets the whole rows of its share; those that are over go where the remainder is largest, as long as the
-    stratum has one over and the split lacks one. At least one row each is for whole splits, not for a stratum's.
+    Every cell gets the floor of its share; leftover rows go to the largest remainders, as long as the stratum has one
+    left and the split lacks one. The minimum of one row applies to whole splits, not to strata.
 
     Args:
-        sizes: (strata,) rows of each; of equal remainders the earlier stratum's goes first.
+        sizes: (strata,) rows per stratum; ties go to the earlier stratum.
 
     Example:
         >>> stratum_counts(np.array([4, 3, 3]), [0.8, 0.2]).tolist()
@@ -41,7 +41,7 @@ def stratum_counts(sizes: np.ndarray, shares: Sequence[float]) -> np.ndarray:
     over = sizes - counts.sum(axis=1)
     lacking = _round_shares(int(sizes.sum()), shares) - counts.sum(axis=0)
     largest_first = np.argsort(counts - exact, axis=None, kind="stable")
-    while over.any():  # rows that find every split full but for one where their stratum had one more go there, too
+    while over.any():  # repeat: the last rows may only fit a split where their stratum got one already
         for stratum, split in zip(*np.unravel_index(largest_first, counts.shape), strict=True):
             if over[stratum] and lacking[split]:
                 counts[stratum, split] += 1
@@ -51,7 +51,7 @@ def stratum_counts(sizes: np.ndarray, shares: Sequence[float]) -> np.ndarray:
 
 
 def _round_shares(rows: int, shares: Sequence[float]) -> np.ndarray:
-    """Whole rows for each share that sum up, by largest remainder; (shares,) int64."""
+    """Whole rows per share, by largest remainder; (shares,) int64."""
     exact = np.array(shares) * rows
     counts = np.floor(exact + ROUNDING).astype(np.int64)
     counts[np.argsort(counts - exact, kind="stable")[: rows - counts.sum()]] += 1
@@ -59,7 +59,7 @@ def _round_shares(rows: int, shares: Sequence[float]) -> np.ndarray:
 
 
 def _fill_empty_splits(counts: np.ndarray) -> np.ndarray:
-    """The counts, where a split without rows takes one of the largest split's largest stratum; (strata, shares)."""
+    """Give each empty split one row of the largest split's largest stratum; (strata, shares)."""
     counts = counts.copy()
     while counts.sum() >= counts.shape[1] and not (whole := counts.sum(axis=0)).all():
         largest = int(np.argmax(whole))
@@ -73,7 +73,7 @@ def split_random(keys: np.ndarray, shares: Sequence[float], seed: int) -> np.nda
     """The split of each row, as an index into `shares`; int64.
 
     Args:
-        keys: (rows,) uint64, a hash of what each row says; equal ones are ranked by position.
+        keys: (rows,) uint64 content hashes; ties are ranked by position.
     """
     splits = np.repeat(np.arange(len(shares)), split_counts(len(keys), shares))
     assigned = np.empty(len(keys), dtype=np.int64)
@@ -82,35 +82,35 @@ def split_random(keys: np.ndarray, shares: Sequence[float], seed: int) -> np.nda
 
 
 def split_stratified(keys: np.ndarray, strata: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
-    """As `split_random`, in each stratum apart: each has its share in every split, as exactly as whole rows allow.
+    """Like `split_random` within each stratum: each has its share in every split, up to rounding.
 
     Args:
-        strata: (rows,) uint64, a hash of each row's stratum.
+        strata: (rows,) uint64 hashes of the strata.
     """
     names, inverse, sizes = np.unique(strata, return_inverse=True, return_counts=True)
     order = _rank_keys(names, seed)
-    place = np.argsort(order)[inverse]  # each row's stratum by its place in the ranking
+    place = np.argsort(order)[inverse]  # rank of each row's stratum
     counts = stratum_counts(sizes[order], shares)
-    rows = np.lexsort((_mix_hash(keys, seed), place))  # stratum after stratum, each in the ranking of its rows
+    rows = np.lexsort((_mix_hash(keys, seed), place))  # by stratum, then by rank within it
     assigned = np.empty(len(keys), dtype=np.int64)
     assigned[rows] = np.repeat(np.tile(np.arange(len(shares)), len(names)), counts.ravel())
     return assigned
 
 
 def split_groups(groups: np.ndarray, shares: Sequence[float], seed: int) -> np.ndarray:
-    """As `split_random`, whole groups alone: the largest are placed first, the smallest fill what is left.
+    """Like `split_random` with whole groups: largest first, the smallest fill the gaps.
 
-    A group goes to a split that lacks at least its rows, drawn by how many each lacks, so that every split has small
-    and large groups; where it fits in none, to the one that lacks most. A split that is left empty takes the smallest
-    group of one that has several.
+    A group goes to a random split that lacks at least its rows, weighted by how many it lacks, so every split gets
+    small and large groups; if none fits, to the split that lacks most. A split that stays empty takes the smallest
+    group of a split with several.
 
     Args:
-        groups: (rows,) uint64, a hash of each row's group; at least as many different ones as there are shares.
+        groups: (rows,) uint64 hashes of the groups; at least as many distinct ones as shares.
     """
     names, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     assert len(names) >= len(shares)
     ranks = _mix_hash(names, seed)
-    draws = (ranks & np.uint64(0xFFFFFFFF)) / 2.0**32  # of the bits that decide a rank last
+    draws = (ranks & np.uint64(0xFFFFFFFF)) / 2.0**32  # from the bits that matter least for the rank
     lacking = np.array(shares) * len(groups)
     split_of = np.empty(len(names), dtype=np.int64)
     for group in np.lexsort((ranks, -sizes)):
@@ -124,7 +124,7 @@ def split_groups(groups: np.ndarray, shares: Sequence[float], seed: int) -> np.n
 
 
 def _draw_split(size: int, lacking: np.ndarray, draw: float) -> int:
-    """A split that lacks `size` rows, each with a chance as large as what it lacks; else the one that lacks most.
+    """A random split that lacks `size` rows, weighted by what it lacks; else the one that lacks most.
 
     Args:
         draw: in [0, 1).
@@ -134,7 +134,7 @@ def _draw_split(size: int, lacking: np.ndarray, draw: float) -> int:
 
 
 def _rank_keys(keys: np.ndarray, seed: int) -> np.ndarray:
-    """Positions in the order of a hash of (seed, key)."""
+    """Positions sorted by a hash of (seed, key)."""
     return np.argsort(_mix_hash(keys, seed), kind="stable")
 
 

@@ -1,4 +1,4 @@
-"""Lengths and domains of a split, as numbers and as lines for a terminal."""
+"""Statistics of lengths and domains of a split, and a histogram for the terminal."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class LengthStatistics:
 
 
 def compute_length_statistics(lengths: np.ndarray) -> LengthStatistics:
-    """The statistics of at least one length.
+    """The statistics of one or more lengths.
 
     Args:
-        lengths: (examples,) tokens of each.
+        lengths: (examples,) tokens per example.
     """
     at = np.quantile(lengths, QUANTILES, method="inverted_cdf")
     return LengthStatistics(
@@ -46,7 +46,7 @@ def compute_length_statistics(lengths: np.ndarray) -> LengthStatistics:
 
 @dataclass(frozen=True)
 class DomainStatistics:
-    """Examples and tokens of one domain; `supervised_tokens` are those that are learned."""
+    """Examples and tokens of one domain; `supervised_tokens` have a loss."""
 
     examples: int
     tokens: int
@@ -54,10 +54,12 @@ class DomainStatistics:
 
 
 def compute_domain_statistics(dataset: TokenDataset) -> dict[str, DomainStatistics]:
-    """Of each domain, sorted by name; examples without one are in none."""
+    """Statistics by domain, sorted by name, without examples that have no domain."""
     have = np.array([name is not None for name in dataset.domains], dtype=bool)
     names, index = np.unique(dataset.domains[have].astype(str), return_inverse=True)
-    sums = (np.bincount(index, values[have]).astype(np.int64) for values in (dataset.lengths, dataset.supervised))
+    sums = (
+        np.bincount(index, values[have]).astype(np.int64) for values in (dataset.lengths, dataset.supervised_counts)
+    )
     columns = (np.bincount(index), *sums)  # a sum of float64 is exact below 2^53 tokens
     return {
         str(name): DomainStatistics(*each)
@@ -66,10 +68,10 @@ def compute_domain_statistics(dataset: TokenDataset) -> dict[str, DomainStatisti
 
 
 def draw_histogram(lengths: np.ndarray, bins: int = 10, width: int = 78) -> list[str]:
-    """A line for each stretch of lengths: its limits, a bar, the number of examples. No line is wider than `width`.
+    """One line per bin: limits, bar, number of examples. No line is wider than `width`.
 
-    Stretches are of one round width (1, 2 or 5 times a power of ten); the last takes all that is longer than the 99 %
-    quantile's.
+    Bins have one round width (1, 2 or 5 times a power of ten); the last one includes everything above the 99 %
+    quantile.
 
     Example:
         >>> print(*draw_histogram(np.array([1, 2, 11, 12, 13, 14]), bins=2, width=30), sep="\\n")

@@ -18,8 +18,9 @@ from training_lens.data.batching import DataMixture, Schedule, hold_out
 from training_lens.data.file_readers import check_csv_settings
 from training_lens.data.split_report import log_split
 from training_lens.data.templates import build_renderer, choose_template, load_template_file, resolve_date
-from training_lens.data.token_cache import Preparation, Split, prepare_split, tokenizer_hash
+from training_lens.data.token_cache import Split, prepare_split
 from training_lens.data.token_dataset import TokenDataset
+from training_lens.data.token_pipeline import Preparation, tokenizer_hash
 from training_lens.data.tokenization import TextEncoder
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError, DatasetError
@@ -119,7 +120,7 @@ class RunPlan:
             "validation_examples": len(self.validation) if self.validation else 0,
             "examples_per_epoch": self.schedule.epoch_examples,
             "tokens": int(self.train.lengths.sum()),
-            "supervised_tokens": int(self.train.supervised.sum()),
+            "supervised_tokens": int(self.train.supervised_counts.sum()),
             "longest_example": int(self.train.lengths.max()),
             "global_batch_size": self.schedule.global_batch,
             "steps_per_epoch": self.schedule.steps_per_epoch,

@@ -165,8 +165,8 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
                 loss = torch.zeros(())
                 for batch in iterate_batches(plan.train, step.examples, 4096, 0):
                     nll = supervised_scores(model, batch.input_ids, batch.loss_mask).nll.sum()
-                    (nll / int(plan.train.supervised[step.examples].sum())).backward()
-                    loss = loss + nll.detach() / int(plan.train.supervised[step.examples].sum())
+                    (nll / int(plan.train.supervised_counts[step.examples].sum())).backward()
+                    loss = loss + nll.detach() / int(plan.train.supervised_counts[step.examples].sum())
                 norm = float(torch.nn.utils.clip_grad_norm_(trained, 1.0))
                 optimizer.step()
                 optimizer.zero_grad()

@@ -70,7 +70,7 @@ def measure_rank(
     check = RankCheck(
         step=int(run.read_metadata("summary.json")["steps"]),
         rows=len(rows.examples),
-        supervised_tokens=int(rows.dataset.supervised.sum()),
+        supervised_tokens=int(rows.dataset.supervised_counts.sum()),
         base_loss=base.measure_all()["loss"],
         loss=whole.measure_all()["loss"],
         loss_error=_standard_error(whole),

@@ -174,7 +174,7 @@ class Trainer:
     def train_step(self, plan: StepPlan) -> StepReport:
         """One optimizer update: forward and backward over the micro-batches of `plan`, clip, update."""
         started = time.perf_counter()
-        targets = int(self.dataset.supervised[plan.examples].sum())
+        targets = int(self.dataset.supervised_counts[plan.examples].sum())
         loss_sum = self._accumulate_gradients(plan, targets)
         self.scaler.unscale_(self.optimizer)
         self._notify_callbacks("on_gradients", plan.number)
@@ -232,7 +232,7 @@ class Trainer:
     def _micro_batch_loss(self, batch: Batch) -> torch.Tensor:
         """The loss of a micro-batch, summed over its supervised tokens."""
         with autocast(self.processes.device, self.precision):
-            packed, padded = (batch.lengths, ()) if batch.in_line else ((), batch.lengths)
+            packed, padded = (batch.lengths, ()) if batch.is_packed else ((), batch.lengths)
             return self.engine.loss_sum(batch.input_ids, batch.loss_mask, packed, padded)
 
     @property
