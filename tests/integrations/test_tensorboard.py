@@ -230,7 +230,8 @@ def test_sigkill_and_resume_show_each_step_once(tmp_path: Path) -> None:
 def test_the_events_are_written_without_torch() -> None:
     code = (
         "import sys; from training_lens.integrations import tensorboard as t; "
-        "t._hyperparameters; t._text('a', 'b'); t._histogram('g/a', {'low': 0, 'high': 1, 'counts': [1]}); "
+        "t._hyperparameter_summary; t._text_value('a', 'b'); "
+        "t._histogram_value('g/a', {'low': 0, 'high': 1, 'counts': [1]}); "
         "import tensorboard.plugins.hparams.summary_v2; print('torch' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
