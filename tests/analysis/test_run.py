@@ -140,7 +140,7 @@ def test_a_run_without_captures_shows_its_losses_and_says_why_there_are_no_findi
     with pytest.raises(LensError, match="has nothing to analyse"):
         _ = run.lens
     html = run._repr_html_()
-    assert "The lens tells nothing: the run" in html and len(drawings(html)) == 1
+    assert "No findings: the run" in html and len(drawings(html)) == 1
     assert [trace.name for trace in run.figure().data][:2] == ["training", "validation"]
 
 

@@ -12,7 +12,7 @@ from training_lens.analysis.logs import Log, read_our_log
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.config.run_config import read_run_config
 from training_lens.config.schema import TrainingConfig
-from training_lens.errors import CheckpointError
+from training_lens.errors import CheckpointError, TrainingLensError
 from training_lens.runs.checkpoint_format import list_checkpoint_steps
 from training_lens.runs.housekeeping import is_in_place
 from training_lens.runs.metrics_log import read_progress
@@ -190,7 +190,8 @@ class Run:
         """
         from training_lens.analysis.run_comparison import RunComparison
 
-        return RunComparison(self, other if isinstance(other, Run) else Run(other, self._outputs_folder()))
+        there = other if isinstance(other, Run) else Run(other, self._outputs_folder())
+        return RunComparison(self.folder, there.folder)
 
     def _outputs_folder(self) -> Path:
         """The folder of outputs that the run is in; of a run that was moved out of one, that which was given."""
@@ -203,6 +204,10 @@ class Run:
         return f"Run {self.run_id}: " + ", ".join([told["status"], f"{told['steps']} steps", *known])
 
     def _repr_html_(self) -> str:
-        from training_lens.analysis.run_card import run_card
+        from training_lens.analysis.run_card import lens_parts, run_card
 
-        return run_card(self)
+        try:
+            lens = lens_parts(self.findings, self.lens.recording)
+        except TrainingLensError as error:
+            lens = [f"No findings: {error}"]
+        return run_card(self.folder, self.summary, lens)
