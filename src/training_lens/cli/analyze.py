@@ -106,7 +106,7 @@ def _show_analysis(screen: Screen, analysis: Analysis) -> None:
 def _show_finding(screen: Screen, finding: Finding) -> None:
     from rich.text import Text
 
-    mark = finding.confidence if finding.confidence == "could not tell" else finding.severity
+    mark = finding.confidence if finding.confidence == "inconclusive" else finding.severity
     where = f" ({finding.where})" if finding.where else ""
     screen.console.print(Text.assemble((f"{mark}: ", MARKS[finding.severity]), (finding.title, "bold"), where))
     wrong = finding.severity in ("problem", "warning")

@@ -30,7 +30,7 @@ def test_a_sound_run_is_not_accused(sound: Any, record: Record, seed: int) -> No
 def test_every_finding_says_where_its_number_comes_from(healthy: Any, record: Record) -> None:
     for found in diagnose(record(healthy.tables, SETTINGS)):
         assert found.title and found.signature and found.measured and found.threshold and found.source
-        assert bool(found.decide) or found.confidence != "could not tell"
+        assert bool(found.decide) or found.confidence != "inconclusive"
 
 
 def test_the_worst_comes_first(healthy: Any, record: Record) -> None:
@@ -45,7 +45,7 @@ def test_evidence_is_plain_json(healthy: Any, record: Record) -> None:
 
 def test_an_empty_recording_decides_nothing(record: Record) -> None:
     found = diagnose(record({}))
-    assert {each.confidence for each in found} == {"could not tell"}
+    assert {each.confidence for each in found} == {"inconclusive"}
     assert all(each.severity == "note" and each.decide for each in found)
 
 

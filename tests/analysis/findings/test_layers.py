@@ -65,7 +65,7 @@ def test_too_few_of_a_kind_decide_nothing(finding: Find, healthy: Any) -> None:
         steps, columns = healthy.tables[name]
         healthy.tables[name] = (steps, {measure: values[:, :6] for measure, values in columns.items()})
     found = finding("layers", healthy)
-    assert found.confidence == "could not tell" and "at most 3 modules of one kind" in found.measured
+    assert found.confidence == "inconclusive" and "at most 3 modules of one type" in found.measured
 
 
 def test_a_module_that_stays_while_its_siblings_fade_does_not_explode(finding: Find, healthy: Any) -> None:

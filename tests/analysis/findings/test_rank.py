@@ -39,12 +39,12 @@ def few_directions(healthy: Any, record: Callable[..., Recording]) -> Callable[[
 
 def test_the_spectrum_alone_decides_nothing(few_directions: Any) -> None:
     found = few_directions(None)
-    assert found.confidence == "could not tell" and "--check-rank" in found.decide
+    assert found.confidence == "inconclusive" and "--check-rank" in found.decide
 
 
 def test_few_directions_and_an_unchanged_loss_are_a_rank_too_large(few_directions: Any) -> None:
     found = few_directions(CHECK)
-    assert found.title == "A smaller rank does as well" and "{q_proj: 2}" in found.action
+    assert found.title == "A smaller rank is enough" and "{q_proj: 2}" in found.action
 
 
 def test_few_directions_that_lose_without_the_others_are_not(few_directions: Any) -> None:
@@ -62,7 +62,7 @@ def test_few_directions_that_lose_without_the_others_are_not(few_directions: Any
     ids=["of an earlier step", "no gain", "one row"],
 )
 def test_a_check_that_does_not_decide_says_so(few_directions: Any, check: RankCheck) -> None:
-    assert few_directions(check).confidence == "could not tell"
+    assert few_directions(check).confidence == "inconclusive"
 
 
 def test_many_directions_are_a_rank_that_is_used(finding: Find, healthy: Any) -> None:

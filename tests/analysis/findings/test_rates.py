@@ -46,7 +46,7 @@ SIGNS = (outgrown, loss_over_start, spikes, deaf, ever_harder_clipped, diverging
 def test_one_sign_decides_nothing_and_two_accuse(finding: Find, healthy: Any, sign: Callable[[Any], None]) -> None:
     sign(healthy)
     one = finding("rate_high", healthy)
-    assert one.confidence == "could not tell" and len(one.evidence["signs"]) == 1 and "half the rate" in one.decide
+    assert one.confidence == "inconclusive" and len(one.evidence["signs"]) == 1 and "half the rate" in one.decide
     other = outgrown if sign is not outgrown else spikes
     other(healthy)
     two = finding("rate_high", healthy)
@@ -142,6 +142,6 @@ def test_falling_and_straight_with_no_other_sign_decides_nothing(finding: Find, 
     slow(healthy)
     healthy.values("adapter_gradients", "cosine_mean")[:] = 0.1
     found = finding("rate_low", healthy)
-    assert found.confidence == "could not tell" and "three times the rate" in found.decide
+    assert found.confidence == "inconclusive" and "three times the rate" in found.decide
     healthy.values("divergence", "kl")[:] = 0.001
     assert finding("rate_low", healthy).severity == "warning"

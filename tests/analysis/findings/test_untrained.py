@@ -43,7 +43,7 @@ def test_the_smallest_step_is_a_step(finding: Find, healthy: Any) -> None:
 def test_two_steps_decide_nothing_because_a_warm_up_may_begin_at_zero(finding: Find, healthy: Any) -> None:
     steps, columns = healthy.tables["adapter_weights"]
     healthy.tables["adapter_weights"] = (steps[:2], {m: np.zeros_like(v[:2]) for m, v in columns.items()})
-    assert finding("untrained", healthy).confidence == "could not tell"
+    assert finding("untrained", healthy).confidence == "inconclusive"
 
 
 def test_without_steps_two_captures_whose_norms_are_the_same_did_not_move(finding: Find, healthy: Any) -> None:

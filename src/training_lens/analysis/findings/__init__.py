@@ -1,4 +1,4 @@
-"""Diagnostic findings: what a run's captures say is wrong, or fine, or cannot be told, with the numbers behind it.
+"""Diagnostic findings of a run: what is wrong, fine or inconclusive, with the numbers behind it.
 
 Example:
     from training_lens.analysis.findings import diagnose

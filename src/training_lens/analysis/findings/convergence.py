@@ -1,4 +1,4 @@
-"""What training on would still gain."""
+"""The gain that more training would still bring."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from training_lens.analysis.findings.rank_record import read_rank_check
 from training_lens.core.recording import Recording
 from training_lens.measures.curves import FitEstimate, remaining_gain
 
-ERRORS = 2.0  # standard errors that a gain may be more or less: 95 % of normal ones
-NOISES = 4.0  # a gain that may be 0 and is surely under so many is none to wait for
+ERRORS = 2.0  # standard errors on each side of a gain: a 95 % interval
+NOISES = 4.0  # a gain that may be 0 and is surely below this many noises is not worth waiting for
 RULE = Rule(
     code="converged",
-    signature="the held-out loss's slope against ln(steps), times the ln(steps) that are left, is under its noise",
-    threshold=f"the gain with {ERRORS:g} standard errors under the noise of one held-out loss, or under {NOISES:g} "
-    "times that where it may be 0; the noise is a bootstrap error over rows where a rank check measured it, else what "
-    "the fitted line leaves over",
-    source="relative to this run; a loss is about straight against ln(steps) (LoRA Without Regret, 2025)",
-    action="stop here: more steps gain less than can be measured. More or other rows may",
+    signature="the slope of the held-out loss against ln(steps), extended over the remaining steps, is below the noise",
+    threshold=f"a gain plus {ERRORS:g} standard errors below the noise of one held-out loss, or below {NOISES:g} times "
+    "that noise if the gain may be 0; the noise is the bootstrap error over rows if a rank check measured it, else the "
+    "residual of the fitted line",
+    source="relative to this run; losses are about linear in ln(steps) (LoRA Without Regret, 2025)",
+    action="stop here: more steps would gain less than can be measured. More or different rows may help",
 )
 
 
 def check_convergence(recording: Recording) -> Finding:
-    """Whether training on is worth it: to the end of a run that goes on, or of one twice as long."""
+    """Whether more training is worth it: to the planned end of a running run, or for twice as many steps."""
     judged = read_held_out(recording)
     if len(judged.steps) < LEAST:
         return RULE.report_inconclusive(
-            "What training on would gain is not known",
-            f"{len(judged.steps)} losses on held-out rows",
-            f"at least {LEAST} of them: give data.validation or data.val_ratio, and training.eval_steps",
+            "The gain from more training is unknown",
+            f"{len(judged.steps)} held-out losses",
+            f"at least {LEAST} of them: set data.validation or data.val_ratio, and training.eval_steps",
         )
     steps, losses = judged.late_half()
     last, running = int(steps[-1]), recording.status == "running"
@@ -57,9 +57,9 @@ def _decide(judged: HeldOut, gain: FitEstimate, noise: float, measured: str, run
     least, most = gain.value - ERRORS * gain.error, gain.value + ERRORS * gain.error
     if gain.value >= float(judged.losses[-1]):
         return RULE.report_inconclusive(
-            "What training on would gain is not known",
-            f"the line through the last {LEAST} or more losses on the {judged.what} would lead to 0 or under it, where "
-            f"no loss can be (the last is {judged.losses[-1]:.3g}): the curve bends",
+            "The gain from more training is unknown",
+            f"extending the line through the later losses on the {judged.what} predicts a loss of 0 or less, which is "
+            f"impossible (the last is {judged.losses[-1]:.3g}): the curve flattens",
             "more validations late in the run (training.eval_steps)",
             evidence,
         )
@@ -68,14 +68,14 @@ def _decide(judged: HeldOut, gain: FitEstimate, noise: float, measured: str, run
     if least > 0:
         return RULE.report_symptom(
             "note",
-            "The loss still falls",
+            "The loss is still falling",
             measured,
-            action="train longer, if that gain is worth it: raise training.epochs or training.max_steps",
-            decide="a longer run: this takes for granted that the slope goes on, with a schedule as long as the run",
+            action="train longer if that gain is worth it: raise training.epochs or training.max_steps",
+            decide="a longer run: this assumes that the slope continues, with a schedule as long as the run",
             evidence=evidence,
         )
     return RULE.report_inconclusive(
-        "What training on would gain is within the noise",
+        "The gain from more training is within the noise",
         measured,
         "more validations (training.eval_steps), on more rows",
         evidence,
@@ -83,7 +83,7 @@ def _decide(judged: HeldOut, gain: FitEstimate, noise: float, measured: str, run
 
 
 def _loss_noise(recording: Recording, steps: np.ndarray, losses: np.ndarray) -> float:
-    """Of one held-out loss, in nats per token."""
+    """The noise of one held-out loss, in nats per token."""
     checked = read_rank_check(recording.folder)
     if checked is not None and checked.loss_error is not None:
         return checked.loss_error

@@ -1,4 +1,4 @@
-"""All findings of a run. To add one: write its file with a rule and a check, and name the check here."""
+"""All findings of a run. To add one, write a file with a rule and a check, and list the check here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training_lens.core.recording import Recording
 CHECKS: tuple[Callable[[Recording], Finding], ...] = (
     check_untrained,
     check_nonfinite,
-    check_rate_high,  # ahead of what it causes: at one severity, the first is told first
+    check_rate_high,  # before its consequences: at equal severity, the first one is reported first
     check_layers,
     check_rate_low,
     check_rank,
@@ -29,9 +29,9 @@ ORDER = ("problem", "warning", "note", "fine")
 
 
 def diagnose(recording: Recording) -> tuple[Finding, ...]:
-    """What every check says of a run, the worst first.
+    """The finding of every check, most severe first.
 
-    A check whose data are missing says so ("could not tell") and what would decide it.
+    A check without enough data is inconclusive and says what would decide it.
 
     Example:
         for finding in diagnose(CheckpointAnalyzer("outputs/.../latest").recording):

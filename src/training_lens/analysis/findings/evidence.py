@@ -1,4 +1,4 @@
-"""What several findings read from a recording, as plain arrays."""
+"""Values that several findings read from a recording, as plain arrays."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.core.types import Series
 
-Curve = tuple[np.ndarray, np.ndarray]  # steps (points,) int64 and values (points,) float64, both of the same points
-LISTED = 3  # names that a text lists before it counts the others
+Curve = tuple[np.ndarray, np.ndarray]  # steps (points,) int64 and values (points,) float64
+LISTED = 3  # names listed in a text before the rest is counted
 
 
 def read_curve(recording: Recording, table: str, measure: str) -> Curve:
-    """A measure of the whole run: the steps after 0 at which it is a number, and its values there."""
+    """A measure of the whole run: the steps after 0 at which it is finite, and its values."""
     series = recording.series(table, measure)
     values = series.values[:, 0] if series.names else np.zeros(0)
     kept = np.isfinite(values) & (series.steps > 0)
@@ -23,28 +23,28 @@ def read_curve(recording: Recording, table: str, measure: str) -> Curve:
 
 
 def median_over_modules(series: Series) -> Curve:
-    """The median over modules, at the steps at which any of them has a number."""
+    """The median over modules, at the steps at which any module has a finite value."""
     kept = np.isfinite(series.values).any(1) & (series.steps > 0)
     values = np.where(np.isfinite(series.values), series.values, np.nan)[kept]
     return series.steps[kept], np.nanmedian(values, axis=1) if len(values) else np.zeros(0)
 
 
 def median_or_nan(values: np.ndarray) -> float:
-    """NaN of nothing, without a warning."""
+    """The median; NaN without a warning if `values` is empty."""
     return float(np.median(values)) if len(values) else np.nan
 
 
 def read_base_value(recording: Recording, table: str, measure: str) -> float:
-    """A measure of the whole run at step 0; NaN where there is none."""
+    """A measure of the whole run at step 0; NaN if there is none."""
     series = recording.series(table, measure)
     known = series.values[(series.steps == 0)]
     return float(known[0, 0]) if known.size else np.nan
 
 
 def divide_by_base(recording: Recording, measure: str) -> Series:
-    """A norm of the adapter's change (norm_update, norm_step) over that of the frozen weight, by module.
+    """A norm of the adapter's change (norm_update, norm_step) divided by that of the frozen weight, by module.
 
-    Modules whose frozen weight was not measured are left out.
+    Modules without a measured frozen weight are left out.
     """
     series, base = recording.series(tables.WEIGHTS, measure), recording.series(tables.BASE, "norm")
     norms = dict(zip(base.names, base.values[0], strict=True)) if len(base.steps) else {}
@@ -62,24 +62,24 @@ def read_gradient_norms(recording: Recording) -> Series:
 
 
 def total_steps(recording: Recording) -> int | None:
-    """How long the run is meant to be; None where that is not known."""
+    """The planned number of steps; None if unknown."""
     total = recording.settings.get("total_steps")
     return int(total) if total else None
 
 
 def find_warmup_end(recording: Recording) -> int:
-    """The step at which the learning rate is highest for the first time; 0 where no rate was captured."""
+    """The first step with the highest learning rate; 0 if no rate was captured."""
     steps, rates = read_curve(recording, tables.LOSS, "lr")
     return int(steps[rates.argmax()]) if len(steps) else 0
 
 
 def list_names(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names and the number of the others."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
 
 
 def thin_points(*, x: np.ndarray, y: np.ndarray, most: int = 400) -> dict[str, list[float]]:
-    """A curve as lists for pictures, thinned evenly to at most `most` points and the last one."""
+    """A curve as lists for figures, thinned evenly to at most `most` points, including the last."""
     kept = np.unique(np.linspace(0, max(0, len(x) - 1), min(len(x), most)).round().astype(int))
     return {"steps": [int(v) for v in x[kept]], "values": [float(v) for v in y[kept]]}

@@ -1,23 +1,23 @@
-"""What a finding is, and the part of it that is the same in every run."""
+"""The type of a finding, and the part of it that is the same for every run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 Severity = Literal["problem", "warning", "note", "fine"]
-Confidence = Literal["sure", "likely", "could not tell"]
+Confidence = Literal["sure", "likely", "inconclusive"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One answer about a run: what was looked for, what was measured, and what to do.
+    """One answer about a run: the signature of the symptom, what was measured, and what to do.
 
-    `severity` is `problem` (the run is spoilt), `warning` (it could be better), `note` (good to know, or nobody can
-    tell) or `fine` (looked for, and not there). `where` names modules, layers or steps; empty means the whole run.
-    `threshold` says what counts as much, and `source` where that comes from. `decide` is what would settle a finding
-    that is not sure. `evidence` has plain numbers and lists of them, for pictures and for JSON.
+    `severity` is `problem` (the run is broken), `warning` (it could be better), `note` (good to know, or inconclusive)
+    or `fine` (no symptom). `where` names modules, layers or steps; empty means the whole run. `source` is where the
+    `threshold` comes from. `decide` says what would settle a finding that is not sure. `evidence` holds plain numbers
+    and lists for figures and JSON.
     """
 
     code: str
@@ -34,9 +34,19 @@ class Finding:
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
 
+class FindingDetails(TypedDict, total=False):
+    """The fields of a `Finding` that depend on the run and have a default."""
+
+    where: str
+    confidence: Confidence
+    action: str
+    decide: str
+    evidence: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Rule:
-    """What a finding says in every run; `action` is what to do where the symptom is there.
+    """The part of a finding that is the same for every run; `action` is what to do about the symptom.
 
     Example:
         >>> rule = Rule("idle", "no step", "0 steps", "the loop", "start it")
@@ -51,34 +61,31 @@ class Rule:
     action: str
 
     def report_symptom(
-        self,
-        severity: Severity,
-        title: str,
-        measured: str,
-        *,
-        where: str = "",
-        confidence: Confidence = "likely",
-        action: str | None = None,
-        decide: str = "",
-        evidence: Mapping[str, Any] | None = None,
+        self, severity: Severity, title: str, measured: str, **details: Unpack[FindingDetails]
     ) -> Finding:
-        """The symptom is there. `action` replaces the rule's where the run says more exactly what to do."""
+        """The symptom was found. `details` may replace the rule's `action` with a more precise one."""
         return Finding(
-            self.code, severity, title, where, self.signature, measured, self.threshold, self.source, confidence,
-            self.action if action is None else action, decide, evidence or {},
-        )  # fmt: skip
+            *(self.code, severity, title, details.get("where", ""), self.signature, measured, self.threshold),
+            source=self.source,
+            confidence=details.get("confidence", "likely"),
+            action=details.get("action", self.action),
+            decide=details.get("decide", ""),
+            evidence=details.get("evidence", {}),
+        )
 
     def report_fine(
         self, title: str, measured: str, confidence: Confidence = "sure", evidence: Mapping[str, Any] | None = None
     ) -> Finding:
-        """It was looked for and is not there."""
-        return self.report_symptom("fine", title, measured, confidence=confidence, action="", evidence=evidence)
+        """The symptom was looked for and not found."""
+        return self.report_symptom("fine", title, measured, confidence=confidence, action="", evidence=evidence or {})
 
     def report_inconclusive(
         self, title: str, measured: str, decide: str, evidence: Mapping[str, Any] | None = None, where: str = ""
     ) -> Finding:
-        """The data do not decide; `decide` says what would."""
+        """The data is not enough to decide; `decide` says what would be."""
         return self.report_symptom(
-            "note", title, measured, where=where, confidence="could not tell", action="", decide=decide,
-            evidence=evidence,
-        )  # fmt: skip
+            "note",
+            title,
+            measured,
+            **FindingDetails(where=where, confidence="inconclusive", action="", decide=decide, evidence=evidence or {}),
+        )

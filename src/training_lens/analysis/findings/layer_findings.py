@@ -1,4 +1,4 @@
-"""A layer whose gradients or steps grow or fade while those of its siblings do not."""
+"""Exploding and vanishing layers: gradients or steps that grow or fade while those of sibling modules do not."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from training_lens.measures.curves import robust_z
 
 FACTOR = 30.0
 ROBUST_Z = 6.0
-OWN_WAY = 3.0  # factor of a module's own change: one that stays where its siblings fade does not explode
-LEAST_SIBLINGS = 4  # modules of one kind, without which a median over them says little
-STRETCHES = 10  # the run is cut into so many; a median of each leaves single steps out
-LEAST_STEPS = 3  # in a stretch
+OWN_FACTOR = 3.0  # of a module's own change: one that stays constant while its siblings fade does not explode
+LEAST_SIBLINGS = 4  # modules of one type that a median over them needs
+SEGMENTS = 10  # of the run; the median of each ignores single steps
+LEAST_STEPS = 3  # of a segment
 RULE = Rule(
     code="layers",
-    signature="a module's gradient norm or step ratio leaves the median over modules of its kind, and its own past",
-    threshold=f"a factor over {FACTOR:g} from both, over {OWN_WAY:g} from its own value before, and a robust z over "
-    f"{ROBUST_Z:g} among the logarithms of its kind",
-    source="relative to this run: z is the distance from the median in units of 1.4826 MAD, of which 3.5 is an outlier "
-    "(Iglewicz and Hoaglin 1993); factor and z are set wide, so that layers which always differ are not accused",
-    action="look at the named layer: lower training.lr, check its dtype, or leave it out of peft.target_modules",
+    signature="a module's gradient norm or step ratio departs from the median of its module type and from its own past",
+    threshold=f"a factor over {FACTOR:g} from both, over {OWN_FACTOR:g} from its own earlier value, and a robust z "
+    f"over {ROBUST_Z:g} among the logarithms of its module type",
+    source="relative to this run: z is the distance from the median in units of 1.4826 MAD, and 3.5 is an outlier "
+    "(Iglewicz and Hoaglin 1993); factor and z are wide, so that layers that always differ are not reported",
+    action="check the named layer: lower training.lr, check its dtype, or leave it out of peft.target_modules",
 )
 
 
 class _Outlier(NamedTuple):
-    """A module that stands apart: in which measure, from when on, and by what factor from its kind and its past."""
+    """A module that departs from its type: the measure, the first step, and the factors from its type and its past."""
 
     module: str
     measure: str
@@ -47,23 +47,23 @@ class _Outlier(NamedTuple):
 
 
 def check_layers(recording: Recording) -> Finding:
-    """Whether a layer explodes or vanishes: its numbers leave those of its siblings while the run goes on."""
+    """Whether a layer explodes or vanishes: its values depart from those of its siblings during the run."""
     measures = {"gradient norm": read_gradient_norms(recording), "step ratio": divide_by_base(recording, "norm_step")}
     seen = {name: series for name, series in measures.items() if len(_split_steps(series)) > 1}
     kinds = {name: _group_siblings(recording.modules, series) for name, series in seen.items()}
     if not any(kinds.values()):
         return RULE.report_inconclusive(
-            "Whether a layer explodes or vanishes is not known",
+            "Not enough data on exploding or vanishing layers",
             f"{', '.join(f'{len(series.steps)} steps of the {name}' for name, series in measures.items())}; at most "
-            f"{_largest_kind_size(recording.modules)} modules of one kind",
-            f"captures of at least {2 * LEAST_STEPS} steps, and {LEAST_SIBLINGS} modules of one kind: in a model of "
-            "fewer layers there is too little to compare",
+            f"{_largest_kind_size(recording.modules)} modules of one type",
+            f"captures of at least {2 * LEAST_STEPS} steps, and {LEAST_SIBLINGS} modules of one type: a model with "
+            "fewer layers has too little to compare",
         )
     found = [a for name, series in seen.items() for kind in kinds[name] for a in _find_outliers(name, series, kind)]
     if not found:
         watched = {module for of_measure in kinds.values() for kind in of_measure for module in kind}
         return RULE.report_fine(
-            "No layer explodes or vanishes", f"{' and '.join(seen)} of {len(watched)} modules against their kind"
+            "No layer explodes or vanishes", f"{' and '.join(seen)} of {len(watched)} modules compared with their type"
         )
     return _report_outliers(found, measures)
 
@@ -73,7 +73,7 @@ def _largest_kind_size(modules: Sequence[ModuleRecord]) -> int:
 
 
 def _group_siblings(modules: Sequence[ModuleRecord], series: Series) -> list[list[str]]:
-    """Names of modules of one kind and shape that ever have a value over 0, where there are enough of them."""
+    """Names of modules of one type and shape that ever have a value over 0, if there are enough of them."""
     alike: dict[object, list[str]] = defaultdict(list)
     for module in modules:
         if module.name in series.names and (np.nan_to_num(series.column(module.name)) > 0).any():
@@ -82,34 +82,34 @@ def _group_siblings(modules: Sequence[ModuleRecord], series: Series) -> list[lis
 
 
 def _split_steps(series: Series) -> list[np.ndarray]:
-    """The places of the captured steps after 0, cut into stretches in their order."""
+    """The indices of the captured steps after 0, split into segments in order."""
     places = np.flatnonzero(series.steps > 0)
-    return np.array_split(places, min(STRETCHES, len(places) // LEAST_STEPS)) if len(places) >= LEAST_STEPS else []
+    return np.array_split(places, min(SEGMENTS, len(places) // LEAST_STEPS)) if len(places) >= LEAST_STEPS else []
 
 
 def _find_outliers(measure: str, series: Series, kind: list[str]) -> list[_Outlier]:
-    """The modules of a kind that leave it, each at the first stretch in which it does."""
-    stretches = _split_steps(series)
-    levels = _log_medians(series, kind, stretches)  # (stretches, modules)
+    """The modules of a type that depart from it, each with the first segment in which it does."""
+    segments = _split_steps(series)
+    levels = _log_medians(series, kind, segments)  # (segments, modules)
     away, z = levels - np.median(levels, axis=1, keepdims=True), np.array([robust_z(level) for level in levels])
     found: dict[str, _Outlier] = {}
-    for i in range(1, len(stretches)):
+    for i in range(1, len(segments)):
         moved = away[i] - np.median(away[:i], axis=0)
         own = (levels[i] - np.median(levels[:i], axis=0)) * np.sign(away[i])
         far = (np.abs(away[i]) > np.log(FACTOR)) & (np.abs(moved) > np.log(FACTOR)) & (np.abs(z[i]) > ROBUST_Z)
-        for j in np.flatnonzero(far & (np.sign(away[i]) == np.sign(moved)) & (own > np.log(OWN_WAY))):
-            step = int(series.steps[stretches[i][0]])
+        for j in np.flatnonzero(far & (np.sign(away[i]) == np.sign(moved)) & (own > np.log(OWN_FACTOR))):
+            step = int(series.steps[segments[i][0]])
             apart = _Outlier(kind[j], measure, step, float(np.exp(away[i, j])), float(np.exp(moved[j])), float(z[i, j]))
             found.setdefault(kind[j], apart)
     return list(found.values())
 
 
-def _log_medians(series: Series, kind: list[str], stretches: list[np.ndarray]) -> np.ndarray:
-    """The logarithm of the median of each module of a kind in each stretch; (stretches, modules)."""
+def _log_medians(series: Series, kind: list[str], segments: list[np.ndarray]) -> np.ndarray:
+    """The logarithm of each module's median in each segment, (segments, modules)."""
     values = series.values[:, [series.names.index(name) for name in kind]]
     values = np.where(np.isfinite(values), values, 0.0)
-    least = values[values > 0].min() / FACTOR**2  # stands for a value that has become 0
-    return np.log([np.median(np.maximum(values[places], least), axis=0) for places in stretches])
+    least = values[values > 0].min() / FACTOR**2  # replaces values that became 0
+    return np.log([np.median(np.maximum(values[places], least), axis=0) for places in segments])
 
 
 def _report_outliers(found: list[_Outlier], measures: dict[str, Series]) -> Finding:
@@ -119,8 +119,8 @@ def _report_outliers(found: list[_Outlier], measures: dict[str, Series]) -> Find
     return RULE.report_symptom(
         "problem" if first.has_grown else "warning",
         f"{'Exploding' if first.has_grown else 'Vanishing'} layer",
-        f"the {first.measure} of {first.module} is {first.from_kind:.3g} times the median of its kind (robust z "
-        f"{first.z:.1f}) and {first.from_past:.3g} times its own past against it",
+        f"the {first.measure} of {first.module} is {first.from_kind:.3g} times the median of its type (robust z "
+        f"{first.z:.1f}); that ratio changed by a factor of {first.from_past:.3g}",
         where=f"{list_names(names)}, from step {first.step}",
         evidence={
             "modules": names,

@@ -1,4 +1,4 @@
-"""Rows that are learned by heart."""
+"""Overfitting: training rows are memorized."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.measures.curves import epoch_drops, log_slope
 
-FAR_UNDER = 0.5  # training loss over held-out loss, at the end
+FAR_UNDER = 0.5  # training loss over held-out loss at the end
 RULE = Rule(
     code="memorization",
-    signature="the training loss goes on falling, steps down at epochs' ends or is far under the held-out loss, while "
-    "that flattens or rises",
-    threshold=f"slopes of the held-out loss's later half against ln(steps), and drops, beyond {CERTAIN:g} standard "
-    f"errors; or an end {ABOVE_BEST:g} times the scatter above the best; a rise over {LEAST_RISE:.0%} of the lowest "
-    f"loss; a training loss under {FAR_UNDER:g} of the held-out one",
-    source="relative to this run; steps at epochs' ends as a regression discontinuity (Imbens and Lemieux 2008): on "
-    "rows not seen before they are 0",
-    action="fewer epochs (training.epochs), or the checkpoint with the best held-out loss "
+    signature="the training loss keeps falling, drops at epoch ends or is far below the held-out loss, while the "
+    "held-out loss is flat or rises",
+    threshold=f"slope of the later half of the held-out loss against ln(steps), and drops at epoch ends, beyond "
+    f"{CERTAIN:g} standard errors; or an end {ABOVE_BEST:g} times the scatter above the best; a rise over "
+    f"{LEAST_RISE:.0%} of the lowest loss; a training loss below {FAR_UNDER:g} of the held-out loss",
+    source="relative to this run; drops at epoch ends are regression discontinuities (Imbens and Lemieux 2008) and are "
+    "0 on rows not seen before",
+    action="train for fewer epochs (training.epochs), or use the checkpoint with the best held-out loss "
     "(training.early_stopping_patience stops there)",
 )
 
 
 class _EpochDrops(NamedTuple):
-    """The mean drop of the training loss at an epoch's end, its standard error, and over how many ends."""
+    """The mean drop of the training loss at epoch ends, its standard error, and the number of ends."""
 
     drop: float
     error: float
@@ -41,62 +41,60 @@ class _EpochDrops(NamedTuple):
 
 
 def check_memorization(recording: Recording) -> Finding:
-    """Whether training goes on to learn its rows by heart while other rows gain nothing."""
+    """Whether the run overfits: the training loss still improves while the held-out loss does not."""
     steps, losses = read_curve(recording, tables.LOSS, "loss")
     per_epoch = _steps_per_epoch(recording)
     if len(steps) and per_epoch and steps[-1] <= per_epoch:
         return RULE.report_fine("No row was seen twice", f"the run is {steps[-1] / per_epoch:.0%} of an epoch long")
-    judged, stairs = read_held_out(recording), _measure_drops(steps, losses, per_epoch)
+    judged, drops = read_held_out(recording), _measure_drops(steps, losses, per_epoch)
     if judged.find_direction() == "unknown" or len(steps) < LEAST:
         return RULE.report_inconclusive(
-            "Whether rows are learned by heart is not known",
-            f"{len(judged.steps)} held-out losses, {len(steps)} training losses; {_describe_drops(stairs)}",
-            f"at least {LEAST} losses on held-out rows: data.validation or data.val_ratio, and training.eval_steps",
+            "Not enough data on overfitting",
+            f"{len(judged.steps)} held-out losses, {len(steps)} training losses; {_describe_drops(drops)}",
+            f"at least {LEAST} held-out losses: set data.validation or data.val_ratio, and training.eval_steps",
         )
     late = median_or_nan(losses[-max(LEAST, len(losses) // 10) :])
     far_under = late < FAR_UNDER * float(judged.losses[-1])
-    return _decide(judged, stairs, far_under or _has_training_gain(steps, losses, judged), late)
+    return _decide(judged, drops, far_under or _has_training_gain(steps, losses, judged), late)
 
 
-def _decide(judged: HeldOut, stairs: _EpochDrops, training_goes_on: bool, late: float) -> Finding:
+def _decide(judged: HeldOut, drops: _EpochDrops, has_training_gain: bool, late: float) -> Finding:
     direction, best = judged.find_direction(), int(judged.steps[judged.best_index])
     then = {"rises": f"has risen by {judged.final_rise:.3g}", "flat": "is flat"}.get(direction, "still falls")
     measured = (
         f"the {judged.what}'s loss is best at step {best} ({judged.losses[judged.best_index]:.3g}), and {then} at the "
         "end; "
-        f"the training loss ends at {late:.3g}; {_describe_drops(stairs)}"
+        f"the training loss ends at {late:.3g}; {_describe_drops(drops)}"
     )
     evidence = {
         "best_step": best,
         "rise": judged.final_rise,
-        "drop": stairs.drop,
-        "drop_error": stairs.error,
+        "drop": drops.drop,
+        "drop_error": drops.error,
         "held_out": thin_points(x=judged.steps, y=judged.losses),
     }
-    if direction == "rises" and (training_goes_on or stairs.is_significant):
+    if direction == "rises" and (has_training_gain or drops.is_significant):
+        return RULE.report_symptom("warning", "Overfitting", measured, where=f"from step {best}", evidence=evidence)
+    if direction == "flat" and drops.is_significant:
         return RULE.report_symptom(
-            "warning", "Rows are learned by heart", measured, where=f"from step {best}", evidence=evidence
-        )
-    if direction == "flat" and stairs.is_significant:
-        return RULE.report_symptom(
-            "note", "The training loss gains from repeated rows alone", measured, where=f"from step {best}",
+            "note", "The training loss improves only on repeated rows", measured, where=f"from step {best}",
             evidence=evidence,
         )  # fmt: skip
     if direction == "rises":
         return RULE.report_inconclusive(
             "The held-out loss rises, and the training loss does not fall",
             measured,
-            "a run at half the rate: the rise stays if the rows are learned by heart",
+            "a run at half the learning rate: with overfitting, the rise remains",
             evidence,
         )
-    return RULE.report_fine("Rows are not learned by heart", measured, "likely", evidence)
+    return RULE.report_fine("No overfitting", measured, "likely", evidence)
 
 
 def _steps_per_epoch(recording: Recording) -> float:
-    """From the settings, or from the epochs that the loop told; 0 where neither is known."""
-    told = recording.settings.get("steps_per_epoch")
-    if told:
-        return float(told)
+    """From the settings, or from the logged epochs; 0 if neither is known."""
+    known = recording.settings.get("steps_per_epoch")
+    if known:
+        return float(known)
     steps, epochs = read_curve(recording, tables.LOSS, "epoch")
     return float(steps[-1] / epochs[-1]) if len(epochs) and epochs[-1] > 0 else 0.0
 
@@ -110,17 +108,17 @@ def _measure_drops(steps: np.ndarray, losses: np.ndarray, per_epoch: float) -> _
     return _EpochDrops(float(np.mean([drop.drop for drop in known])), float(error), len(known))
 
 
-def _describe_drops(stairs: _EpochDrops) -> str:
-    if not stairs.ends:
-        return "no epoch's end could be measured"
-    ends = f"at {stairs.ends} epochs' ends" if stairs.ends > 1 else "at an epoch's end"
-    if not stairs.is_significant:
-        return f"the training loss has no step down {ends} that stands out from its noise"
-    return f"the training loss drops by {stairs.drop:.3g} {ends} (standard error {stairs.error:.2g})"
+def _describe_drops(drops: _EpochDrops) -> str:
+    if not drops.ends:
+        return "no drop at an epoch end could be measured"
+    ends = f"at {drops.ends} epoch ends" if drops.ends > 1 else "at an epoch end"
+    if not drops.is_significant:
+        return f"the training loss has no significant drop {ends}"
+    return f"the training loss drops by {drops.drop:.3g} {ends} (standard error {drops.error:.2g})"
 
 
 def _has_training_gain(steps: np.ndarray, losses: np.ndarray, judged: HeldOut) -> bool:
-    """Whether the training loss falls after the best held-out loss."""
+    """Whether the training loss still falls after the best held-out loss."""
     since = steps >= judged.steps[judged.best_index]
     slope = log_slope(steps[since], losses[since])
     return bool(slope.value + CERTAIN * slope.error < 0)

@@ -1,4 +1,4 @@
-"""A rank that is larger than what was learned."""
+"""A rank that is larger than needed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ FAR_UNDER = 0.25  # energy rank over rank
 MOST = 0.5  # of the modules
 RULE = Rule(
     code="rank",
-    signature="few directions hold 90 % of |dW|^2 in most modules, and truncating to them leaves the validation loss "
-    "unchanged",
-    threshold=f"at most {FAR_UNDER:g} r directions in over {MOST:.0%} of the modules, and a loss that rises by under "
+    signature="few directions hold 90 % of |dW|^2 in most modules, and truncating to them does not change the "
+    "validation loss",
+    threshold=f"at most {FAR_UNDER:g} r directions in over {MOST:.0%} of the modules, and a loss increase below "
     f"{TOLERANCE:.0%} of the adapter's gain over the base (upper end of the 95 % interval)",
-    source="LoRA paper, section 7 (arXiv 2106.09685); the loss is measured on this run's rows",
-    action="train with a lower peft.r or this peft.rank_pattern: fewer parameters, the same loss to be expected",
+    source="LoRA paper, section 7 (arXiv 2106.09685); the loss is measured on this run's validation rows",
+    action="train with a lower peft.r or this peft.rank_pattern: fewer parameters at the same expected loss",
 )
 
 
 class _RankUse(NamedTuple):
-    """At a step, how many of the modules with a change use few directions, and the median of their shares of r."""
+    """At one step: how many of the changed modules use few directions, and the median share of r that they use."""
 
     step: int
     low: int
@@ -34,12 +34,12 @@ class _RankUse(NamedTuple):
 
 
 def check_rank(recording: Recording) -> Finding:
-    """Whether a smaller rank would do. The spectrum alone does not say so: small directions may carry loss."""
+    """Whether a smaller rank is enough. The spectrum alone is no proof: weak directions may matter for the loss."""
     used = _measure_rank_use(recording)
     if used is None:
         return RULE.report_inconclusive(
-            "Whether the rank is too large is not known",
-            "no spectra of a change",
+            "Not enough data on the rank",
+            "no spectra of a changed weight",
             f"captures of the table {tables.SPECTRA}",
         )
     measured = (
@@ -51,14 +51,14 @@ def check_rank(recording: Recording) -> Finding:
         return RULE.report_fine("The rank is used", measured, evidence=evidence)
     check = read_rank_check(recording.folder)
     if check is None or check.step < used.step:
-        old = "" if check is None else f"; the rank check is of step {check.step}"
+        old = "" if check is None else f"; the rank check was made at step {check.step}"
         decide = "training-lens analyze RUN --check-rank, which measures the loss at smaller ranks"
         return RULE.report_inconclusive("The rank may be larger than needed", measured + old, decide, evidence)
     return _report_check(check, measured, evidence)
 
 
 def _measure_rank_use(recording: Recording) -> _RankUse | None:
-    """Of the last step whose spectra show a change."""
+    """At the last step whose spectra show a change."""
     series = recording.series(tables.SPECTRA, "energy_rank")
     ranks = {module.name: module.rank for module in recording.modules}
     columns = [i for i, name in enumerate(series.names) if name in ranks]
@@ -74,7 +74,7 @@ def _measure_rank_use(recording: Recording) -> _RankUse | None:
 def _report_check(check: RankCheck, spectrum: str, evidence: dict[str, object]) -> Finding:
     at = check.at_energy_ranks
     interval = "unknown" if at.low is None or at.high is None else f"{at.low:.3g} to {at.high:.3g}"
-    told = (
+    text = (
         f"{spectrum}; truncated to these, the loss on {check.rows} rows changes by {at.delta:+.3g} nats ({interval}), "
         f"where the adapter gains {check.gain:.3g}"
     )
@@ -83,20 +83,20 @@ def _report_check(check: RankCheck, spectrum: str, evidence: dict[str, object]) 
     if at.high is None or check.gain <= 0:
         return RULE.report_inconclusive(
             "The rank may be larger than needed",
-            told,
-            "an adapter that gains on its validation rows, and at least two of them",
+            text,
+            "an adapter that improves on the base, and at least two validation rows",
             evidence,
         )
     if check.is_unchanged(at):
         pattern = ", ".join(f"{name}: {k}" for name, k in check.rank_pattern.items())
         return RULE.report_symptom(
             "note",
-            "A smaller rank does as well",
-            told,
+            "A smaller rank is enough",
+            text,
             action=f"{RULE.action}: '{{{pattern}}}'",
-            decide="a run with it: truncation after training is not training at that rank",
+            decide="a run with this pattern: truncating after training is not training at that rank",
             evidence=evidence,
         )
     smallest = check.smallest_unchanged
-    also = f"; rank {smallest} in all modules leaves it unchanged" if smallest else ""
-    return RULE.report_fine("The weak directions of dW carry loss", told + also, "likely", evidence)
+    also = f"; rank {smallest} in all modules does not change it" if smallest else ""
+    return RULE.report_fine("The weak directions of dW matter for the loss", text + also, "likely", evidence)

@@ -1,4 +1,4 @@
-"""Measures what a smaller rank would cost a trained adapter, by putting its best approximations in its place."""
+"""Measures the loss of a trained adapter truncated to smaller ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.processes import Processes
 
 BATCH_TOKENS = 4096
-NORMAL_95 = 1.96  # standard errors on each side of an interval of 95 %
+NORMAL_95 = 1.96  # standard errors on each side of a 95 % interval
 
 
 def measure_rank(
@@ -34,19 +34,19 @@ def measure_rank(
     progress: Progress | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> RankCheck:
-    """What truncating the run's adapter does to its validation loss; kept as `RUN/lens/rank_check.json`.
+    """How truncating the run's adapter changes its validation loss; saved as `RUN/lens/rank_check.json`.
 
     Every dW is replaced by its best approximation (Eckart and Young 1936) of the rank that holds 90 % of its squared
-    norm, then of ranks 1, 2, 4, ... below its own. DoRA keeps its magnitudes. A rank that leaves the loss unchanged
-    after training is no proof that training at that rank ends as well; it is a reason to try.
+    norm, then of ranks 1, 2, 4, ... below its own. DoRA keeps its magnitudes. A rank that does not change the loss
+    after training is no proof that training at that rank works as well; it is a reason to try.
 
     Args:
-        max_examples: rows to measure on, the first that fit; None: all.
-        data: sources to read in place of the run's own validation rows.
+        max_examples: number of rows, the first ones that fit; None: all.
+        data: sources to read instead of the run's validation rows.
         device: as `model.device`; None: the run's.
         given: see `open_run`.
 
-    Cost: one forward pass over the rows for each rank, two more for base and adapter, and a copy of the adapter.
+    Cost: one forward pass over the rows per rank, two more for base and adapter, and a copy of the adapter.
 
     Raises:
         CheckpointError, AdapterError: the run is not finished, or cannot be loaded.
@@ -96,13 +96,13 @@ class _TruncationLosses:
         )
 
     def measure_loss(self, changed: AbstractContextManager[object]) -> ModelScores:
-        """Of the model as it is within the block."""
+        """The losses of the model inside the `changed` context."""
         with changed:
             sums = token_sums(self._session.model, self._rows.dataset, self._way)
         return ModelScores(sums, self._rows.text_bytes, self._rows.tokens_id)
 
     def measure_truncated(self, rank: int | None, ranks: Mapping[str, int], whole: ModelScores) -> RankLoss:
-        """With each module truncated to its rank of `ranks`."""
+        """The loss with each module truncated to its rank in `ranks`."""
         scored = self.measure_loss(truncate_modules(self._modules, ranks))
         change, intervals = Bootstrap().measure_change(scored, whole)
         low, high = intervals.get("loss", (None, None))
@@ -111,7 +111,7 @@ class _TruncationLosses:
 
 @contextmanager
 def truncate_modules(modules: Sequence[AdapterModule], ranks: Mapping[str, int]) -> Iterator[None]:
-    """Within the block each module has the best approximation of its dW of the rank that `ranks` gives by its name."""
+    """Inside the context, each module's dW is its best approximation of the rank in `ranks`."""
     before = [(m, m.a.detach().clone(), m.b.detach().clone()) for m in modules]
     try:
         for module, a, b in before:
@@ -134,7 +134,7 @@ def _powers_below(rank: int) -> list[int]:
 
 
 def _build_rank_pattern(energy: Mapping[str, int]) -> dict[str, int]:
-    """By a module's last name the largest of its layers' ranks, at least 1."""
+    """The largest rank over layers by the last part of the module name, at least 1."""
     pattern: dict[str, int] = {}
     for name, rank in energy.items():
         last = name.partition("#")[0].rsplit(".", 1)[-1]

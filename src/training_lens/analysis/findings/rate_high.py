@@ -23,32 +23,32 @@ from training_lens.measures.curves import MAD_TO_DEVIATION
 
 LEAST_STEPS = 10
 OUTGROWN = 1.0  # |dW| / |W|
-RMS_SPIKE = 3.0  # times the median of the run, or RMS_STEADY where that is more
-RMS_STEADY = 1.0  # of gradients that do not change
+RMS_SPIKE = 3.0  # times the median of the run, or RMS_STEADY if that is larger
+RMS_STEADY = 1.0  # of constant gradients
 LEAST_SPIKES = 3
-RMS_DEAF = 0.1
-FIRST = 5  # steps that tell where the loss starts: a single batch may be an easy one
+RMS_STUCK = 0.1
+FIRST = 5  # steps that define the starting loss: a single batch may be easy
 CLIMB = 1.5
 NEEDED = 2  # signs
 RULE = Rule(
     code="rate_high",
-    signature="the loss rises above its start; dW outgrows W; Adam's update RMS spikes, or stays low after a jump of "
-    "the gradients; most steps are clipped, and ever harder; KL climbs while held-out rows gain nothing",
-    threshold=f"{NEEDED} of these signs: a loss over its start (the highest of step 1, the median of the first {FIRST} "
-    f"steps and the base's held-out loss) by {CERTAIN:g} times the noise of a step; a median |dW| / |W| over "
-    f"{OUTGROWN:g}; an update RMS over {RMS_SPIKE:g} times the run's median and {RMS_STEADY:g} (that of steady "
-    f"gradients) in {LEAST_SPIKES} steps and 1% of them, or one that ends under {RMS_DEAF:g}; clipped in over half of "
-    f"the steps, at the end to under half of before; KL {CLIMB:g} times that of mid-run",
+    signature="the loss rises above its start; dW outgrows W; Adam's update RMS spikes, or stays low after a gradient "
+    "spike; most steps are clipped, and increasingly so; KL rises while the held-out loss does not improve",
+    threshold=f"{NEEDED} of these signs: a loss above its start (the highest of step 1, the median of the first "
+    f"{FIRST} steps and the base's held-out loss) by {CERTAIN:g} times the noise of a step; a median |dW| / |W| over "
+    f"{OUTGROWN:g}; an update RMS over {RMS_SPIKE:g} times the run's median and over {RMS_STEADY:g} (constant "
+    f"gradients) in {LEAST_SPIKES} steps and 1% of them, or below {RMS_STUCK:g} at the end; over half of the steps "
+    f"clipped, at the end to less than half of before; KL {CLIMB:g} times that of mid-run",
     source="relative to this run (background: arXiv 2304.13013 on spikes of Adam's update RMS, arXiv 2410.21228). On "
-    "the packaged model |dW| / |W| ended at 0.3 at the best rate and at 6 at ten times it, RMS at 0.7 and 0.01",
-    action="halve training.lr (or less: rates differ by factors), or warm up longer (training.warmup_ratio)",
+    "the packaged model |dW| / |W| ended at 0.3 at the best rate and 6 at ten times it, RMS at 0.7 and 0.01",
+    action="halve training.lr (or lower: good rates differ by factors), or warm up longer (training.warmup_ratio)",
 )
 
 
 def check_rate_high(recording: Recording) -> Finding:
-    """Whether the learning rate is too high; a sign alone is not enough to say so."""
+    """Whether the learning rate is too high; a single sign is not enough."""
     steps, losses = read_curve(recording, tables.LOSS, "loss")
-    looks: tuple[Callable[[Recording], str | None], ...] = (
+    checks: tuple[Callable[[Recording], str | None], ...] = (
         _detect_loss_rise,
         _detect_outgrown_weight,
         _detect_update_rms,
@@ -57,34 +57,34 @@ def check_rate_high(recording: Recording) -> Finding:
     )
     if len(steps) < LEAST_STEPS:
         return RULE.report_inconclusive(
-            "Whether the learning rate is too high is not known",
+            "Not enough data on a high learning rate",
             f"the loss of {len(steps)} steps",
-            f"at least {LEAST_STEPS} steps with their loss",
+            f"at least {LEAST_STEPS} steps with a loss",
         )
-    signs = [sign for look in looks if (sign := look(recording))]
+    signs = [sign for check in checks if (sign := check(recording))]
     evidence = {"signs": signs, "loss": thin_points(x=steps, y=losses)}
     if len(signs) >= NEEDED:
         ends_over = median_or_nan(losses[-LEAST_STEPS:]) > _starting_loss(recording, losses)
-        lost = ends_over or _detect_loss_rise(recording) is not None
+        is_lost = ends_over or _detect_loss_rise(recording) is not None
         return RULE.report_symptom(
-            "problem" if lost else "warning", "The learning rate is too high", "; ".join(signs), evidence=evidence
+            "problem" if is_lost else "warning", "The learning rate is too high", "; ".join(signs), evidence=evidence
         )
     if signs:
         return RULE.report_inconclusive(
             "One sign of a learning rate that is too high",
             signs[0],
-            "a run of the same seed at half the rate: its loss is lower, if this rate is too high",
+            "a run with the same seed at half the rate: its loss is lower if this rate is too high",
             evidence,
         )
     return RULE.report_fine("The learning rate is not too high", "none of the signs", "likely", evidence)
 
 
 def _detect_loss_rise(recording: Recording) -> str | None:
-    """The mean over some neighbouring steps is well above the start, or the held-out loss above the base's."""
+    """The mean over neighbouring steps is well above the start, or the held-out loss is above the base's."""
     _, losses = read_curve(recording, tables.LOSS, "loss")
     width = max(5, len(losses) // 50)
     means = np.convolve(losses, np.full(width, 1 / width), "valid")
-    jumps = np.diff(losses[-max(LEAST_STEPS, len(losses) // 2) :])  # of the later half: the start is what is judged
+    jumps = np.diff(losses[-max(LEAST_STEPS, len(losses) // 2) :])  # of the later half: it is compared with the start
     noise = MAD_TO_DEVIATION * median_or_nan(np.abs(jumps - median_or_nan(jumps))) / np.sqrt(2)
     start = _starting_loss(recording, losses)
     if len(means) and means.max() > start + CERTAIN * noise:
@@ -100,19 +100,19 @@ def _detect_loss_rise(recording: Recording) -> str | None:
 
 
 def _starting_loss(recording: Recording, losses: np.ndarray) -> float:
-    """Where the loss starts, seen high: an easy first batch must not make the rest look like a rise."""
+    """A high estimate of the starting loss, so that an easy first batch does not make the rest look like a rise."""
     return float(np.fmax(max(losses[0], median_or_nan(losses[:FIRST])), read_held_out(recording).start))
 
 
 def _detect_outgrown_weight(recording: Recording) -> str | None:
     _, strength = median_over_modules(divide_by_base(recording, "norm_update"))
     if len(strength) and strength.max() > OUTGROWN:
-        return f"dW grows to {strength.max():.3g} times the weight that it changes (median over modules)"
+        return f"dW grows to {strength.max():.3g} times the weight it changes (median over modules)"
     return None
 
 
 def _detect_update_rms(recording: Recording) -> str | None:
-    """Spikes in some steps of a hundred; or a second moment that a jump has made deaf, while there is loss."""
+    """Spikes in over 1 % of the steps, or a second moment inflated by a gradient spike while the loss is still high."""
     a, b = (recording.series(tables.OPTIMIZER, f"update_rms_{of}") for of in "ab")
     if not a.names or a.values.shape != b.values.shape:
         return None
@@ -126,14 +126,14 @@ def _detect_update_rms(recording: Recording) -> str | None:
     _, losses = read_curve(recording, tables.LOSS, "loss")
     late = median_or_nan(rms[-max(1, len(rms) // 4) :])
     if (
-        late < RMS_DEAF and median_or_nan(losses[-LEAST_STEPS:]) > losses[0] / 4
-    ):  # gradients also fade where nothing is left
-        return f"the update RMS ends at {late:.2g}: the gradients jumped, and Adam still divides by that"
+        late < RMS_STUCK and median_or_nan(losses[-LEAST_STEPS:]) > losses[0] / 4
+    ):  # gradients also fade when the loss is low
+        return f"the update RMS ends at {late:.2g}: Adam still divides by an earlier gradient spike"
     return None
 
 
 def _detect_clipping(recording: Recording) -> str | None:
-    """Clipped steps alone say nothing: with max_grad_norm=1 a sound run may clip them all. Ever harder does."""
+    """Clipping alone is no sign: with max_grad_norm=1 a good run may clip every step. Increasing clipping is."""
     steps, clip = read_curve(recording, tables.LOSS, "clip")
     clip = clip[steps > find_warmup_end(recording)]
     if len(clip) < LEAST_STEPS:
@@ -145,12 +145,12 @@ def _detect_clipping(recording: Recording) -> str | None:
 
 
 def _detect_divergence(recording: Recording) -> str | None:
-    """KL climbs in the later half, in which the held-out loss finds no new best."""
+    """KL rises in the later half, in which the held-out loss does not improve."""
     _, kl = read_curve(recording, tables.DIVERGENCE, "kl")
     judged = read_held_out(recording)
     if len(kl) < 4 or judged.find_direction() != "rises" or judged.best_index >= len(judged.losses) // 2:
         return None
     half = median_or_nan(kl[len(kl) // 2 - 1 : len(kl) // 2 + 1])
-    return (
-        f"KL climbs from {half:.3g} to {kl[-1]:.3g} and no held-out loss is better" if kl[-1] > CLIMB * half else None
-    )
+    if kl[-1] <= CLIMB * half:
+        return None
+    return f"KL rises from {half:.3g} to {kl[-1]:.3g}, and the held-out loss does not improve"

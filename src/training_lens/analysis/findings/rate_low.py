@@ -11,20 +11,20 @@ from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 from training_lens.measures.curves import log_slope
 
-LEAST_STEPS = 50  # a short run is straight at any rate
+LEAST_STEPS = 50  # a short run moves straight at any rate
 STRAIGHT = 0.8
 ALIGNED = 0.3
-NEAR_BASE = 0.01  # KL over the loss of the base
-FALLS_ON = 0.4  # late slope over early one; a cosine schedule leaves half of a steady fall
+NEAR_BASE = 0.01  # KL over the base's loss
+FALLS_ON = 0.4  # late slope over early slope; a cosine schedule halves a steady decrease
 RULE = Rule(
     code="rate_low",
-    signature="the loss still falls at the end, about as fast against ln(steps) as before; dW goes straight ahead; "
-    "gradients point one way; KL to the base is near 0",
-    threshold=f"dW straight ahead, and two of the others: a slope of the later half over {FALLS_ON:g} "
-    f"of that before; |dW| over {STRAIGHT:g} of the sum of its steps; a cosine with the mean of earlier gradients over "
-    f"{ALIGNED:g}; KL under {NEAR_BASE:.0%} of the base's loss",
-    source="the path of a random walk of n steps has a straightness of 1/sqrt(n), a line 1. On the packaged model "
-    "it was 0.46 at the best rate, 0.86 at a thirtieth and 0.94 at a three-hundredth of it (120 steps)",
+    signature="the loss is still falling at the end, about as fast against ln(steps) as before; dW moves in a straight "
+    "line; gradients agree in direction; KL to the base is near 0",
+    threshold=f"dW moves straight (|dW| over {STRAIGHT:g} of the sum of its steps), and two of: a slope of the later "
+    f"half over {FALLS_ON:g} of the earlier slope; a cosine with the mean of earlier gradients over {ALIGNED:g}; KL "
+    f"below {NEAR_BASE:.0%} of the base's loss",
+    source="a random walk of n steps has a straightness of 1/sqrt(n), a line 1. On the packaged model it was 0.46 at "
+    "the best rate, 0.86 at a thirtieth and 0.94 at a three-hundredth of it (120 steps)",
     action="raise training.lr: LoRA's best rate is about ten times that of full fine-tuning (LoRA Without Regret)",
 )
 
@@ -34,23 +34,23 @@ def check_rate_low(recording: Recording) -> Finding:
     losses, straight = _read_loss(recording), _measure_straightness(recording)
     if len(losses[0]) < LEAST_STEPS or np.isnan(straight):
         return RULE.report_inconclusive(
-            "Whether the learning rate is too low is not known",
-            f"the loss of {len(losses[0])} steps" + (", no whole path of dW" if np.isnan(straight) else ""),
+            "Not enough data on a low learning rate",
+            f"the loss of {len(losses[0])} steps" + (", no complete path of dW" if np.isnan(straight) else ""),
             f"at least {LEAST_STEPS} steps, each captured (lens.scalars_every=1)",
         )
     falls, ahead = _is_still_falling(recording), straight > STRAIGHT
     others = [sign for sign in (_detect_aligned_gradients(recording), _detect_small_divergence(recording)) if sign]
-    measured = [f"|dW| is {straight:.2f} of the length of its path (1 is straight ahead)", *others] + (
-        ["the loss falls as fast as ever"] if falls else []
+    measured = [f"|dW| is {straight:.2f} of the length of its path (1 is a straight line)", *others] + (
+        ["the loss falls as fast as before"] if falls else []
     )
     evidence = {"straightness": straight, "loss": thin_points(x=losses[0], y=losses[1])}
-    if ahead and len(others) + falls >= 2:  # two signs without a falling loss: a rate so low that it never fell
+    if ahead and len(others) + falls >= 2:  # two signs without a falling loss: the rate is so low that it never fell
         return RULE.report_symptom("warning", "The learning rate is too low", "; ".join(measured), evidence=evidence)
     if falls and (ahead or others):
         return RULE.report_inconclusive(
             "The learning rate may be too low",
             "; ".join(measured),
-            "a run of the same seed and length at three times the rate: its loss is lower, if this rate is too low",
+            "a run with the same seed and length at three times the rate: its loss is lower if this rate is too low",
             evidence,
         )
     return RULE.report_fine("The learning rate is not too low", "; ".join(measured), "likely", evidence)
@@ -61,9 +61,9 @@ def _read_loss(recording: Recording) -> Curve:
 
 
 def _is_still_falling(recording: Recording) -> bool:
-    """Whether the slope against ln(steps) of the later half is no noise, and not far under that of the part before.
+    """Whether the slope against ln(steps) of the later half is significant and not much smaller than the one before.
 
-    Of the held-out loss where it has points enough, because a step's own loss is noisy.
+    Uses the held-out loss if it has enough points, because the loss of single steps is noisy.
     """
     judged = read_held_out(recording)
     steps, values = (judged.steps, judged.losses) if len(judged.steps) >= 2 * LEAST else _read_loss(recording)
@@ -73,9 +73,9 @@ def _is_still_falling(recording: Recording) -> bool:
 
 
 def _measure_straightness(recording: Recording) -> float:
-    """|dW| at the end over the length of its path, median over modules; NaN where too few steps are there.
+    """|dW| at the end over the length of its path, median over modules; NaN with too few steps.
 
-    The path is the integral of its steps' norms over the steps (trapezoids), so that thinned captures do.
+    The path is the integral of the step norms over the steps (trapezoids), so that thinned captures are enough.
     """
     moves, update = (recording.series(tables.WEIGHTS, measure) for measure in ("norm_step", "norm_update"))
     kept = (moves.steps > 0) & np.isfinite(moves.values).all(1)

@@ -1,4 +1,4 @@
-"""Reports of a run: in short, in full, by findings, and two runs side by side; as HTML, Markdown and JSON."""
+"""Reports of a run (summary, technical, diagnostic) and of two runs side by side, as HTML, Markdown and JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two runs side by side: the same pictures on the same scales, their findings, and the angles between their updates."""
+"""Two runs side by side: figures on the same scales, findings, and the angles between their updates."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
 
 def comparison(first: Analysis, second: Analysis) -> Report:
-    """Two runs side by side. Angles are between their last snapshots; where these cannot be compared, it says why."""
+    """Two runs side by side. The last snapshots are compared by principal angles, or the report says why not."""
     pair = (first, second)
     names = (f"A: {first.recording.name}", f"B: {second.recording.name}")
-    found, why_not = _compare_adapters(first.recording, second.recording)
+    similarity, reason = _compare_adapters(first.recording, second.recording)
     parts: list[Part] = [
         Table("The two runs", ("", *names), list(_fact_rows(pair))),
-        "# How alike the updates are",
-        *(_describe_similarity(found) if found else [f"Not compared: {why_not}"]),
-        "# Pictures, on the same scales",
+        "# Similarity of the updates",
+        *(_describe_similarity(similarity) if similarity else [f"Not compared: {reason}"]),
+        "# Figures on the same scales",
         *_paired_pictures(names, first.recording, second.recording),
     ]
     values: dict[str, Any] = {
         "runs": [collect_values(each) for each in pair],
-        "likeness": found.values() if found else None,
+        "likeness": similarity.values() if similarity else None,
     }
-    if why_not:
-        values["not_compared"] = why_not
+    if reason:
+        values["not_compared"] = reason
     return Report("comparison", f"{names[0]} and {names[1]}", tuple(parts), values)
 
 
@@ -63,9 +63,9 @@ def _fact_rows(pair: tuple[Analysis, Analysis]) -> Iterator[tuple[str, str, str]
         "best validation loss": [each.best for each in judged],
         "at step": [each.best_step for each in judged],
         "training loss at the end": [each.last for each in judged],
-        "largest residual of the capture": [read_certificate(r).largest for r in recordings],
+        "largest capture error": [read_certificate(r).largest for r in recordings],
         "which layers changed": [read_changes(r).as_sentence() for r in recordings],
-        "what is wrong": ["\n".join(f.title for f in a.findings if f.severity in WRONG) or "-" for a in pair],
+        "problems and warnings": ["\n".join(f.title for f in a.findings if f.severity in WRONG) or "-" for a in pair],
     }
     for name, (one, other) in rows.items():
         yield name, format_cell(one), format_cell(other)
@@ -73,9 +73,9 @@ def _fact_rows(pair: tuple[Analysis, Analysis]) -> Iterator[tuple[str, str, str]
 
 def _describe_similarity(found: AdapterComparison) -> Iterator[Part]:
     yield (
-        f"Of the adapters after step {found.steps[0]} of A and step {found.steps[1]} of B. The cosine is that of the "
-        "two updates: 1 the same direction, 0 nothing in common. Angles are between what the strongest directions "
-        "write (columns) and read (rows): 0° the same subspace, 90° nothing in common."
+        f"Adapter A after step {found.steps[0]}, adapter B after step {found.steps[1]}. Cosine of the updates: 1 is "
+        "the same direction, 0 is orthogonal. Principal angles are between the column spaces (outputs) and row spaces "
+        "(inputs) of the strongest directions: 0° is the same subspace, 90° is orthogonal."
     )
     columns = (
         "module",
@@ -95,7 +95,7 @@ def _describe_similarity(found: AdapterComparison) -> Iterator[Part]:
     for which, names in (("A", found.only_first), ("B", found.only_second)):
         if names:
             shown = ", ".join(names[:5]) + (", ..." if names[5:] else "")
-            yield f"{len(names)} modules are adapted in {which} alone: {shown}."
+            yield f"{len(names)} modules are adapted only in {which}: {shown}."
 
 
 def _format_angles(angles: tuple[float, ...]) -> tuple[str, str, str]:
@@ -110,16 +110,14 @@ def _paired_pictures(names: tuple[str, str], first: Recording, second: Recording
     pair = (first, second)
     one, other = match_scales(*(plot_loss(recording, marked_steps(recording)) for recording in pair))
     yield "# Loss"
-    yield PictureGrid([Picture(names[0], one, LOSS_CAPTION), Picture(names[1], other, "The same axes as A.")])
+    yield PictureGrid([Picture(names[0], one, LOSS_CAPTION), Picture(names[1], other, "Same axes as A.")])
     absent = []
-    for drawing in REPORT_FIGURES:
-        if all(recording.has(*drawing.needs) for recording in pair):
-            one, other = match_scales(*(drawing.draw(recording) for recording in pair))
-            yield f"# {drawing.title}"
-            yield PictureGrid(
-                [Picture(names[0], one, drawing.caption), Picture(names[1], other, "The same scales as A.")]
-            )
+    for figure in REPORT_FIGURES:
+        if all(recording.has(*figure.needs) for recording in pair):
+            one, other = match_scales(*(figure.draw(recording) for recording in pair))
+            yield f"# {figure.title}"
+            yield PictureGrid([Picture(names[0], one, figure.caption), Picture(names[1], other, "Same scales as A.")])
         else:
-            absent.append(drawing.title)
+            absent.append(figure.title)
     if absent:
-        yield f"Not drawn, as one of the two has nothing captured for it: {'; '.join(absent)}."
+        yield f"Not drawn because one run has no data for it: {'; '.join(absent)}."

@@ -1,4 +1,4 @@
-"""Each finding with its evidence, threshold, source, confidence and action."""
+"""The diagnostic report: each finding with evidence, threshold, source, confidence and action."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ if TYPE_CHECKING:
     from training_lens.analysis.findings.finding import Finding
     from training_lens.display.html import Part
 
-NAMED = 8  # texts or numbers of a list that are printed
+NAMED = 8  # list items that are printed
 
 
 def build_diagnostic(analysis: Analysis) -> Report:
-    """The diagnostic report of a run: what is wrong or unsure in full, what is fine as a table."""
+    """The diagnostic report of a run: problems, warnings and notes in full, fine findings as a table."""
     fine = [finding for finding in analysis.findings if finding.severity == "fine"]
     parts: list[Part] = [
         build_verdict(analysis.findings, find_verdict(analysis.recording)),
-        f"The capture's own proof. {read_certificate(analysis.recording).as_sentence()}",
+        f"Capture self-check. {read_certificate(analysis.recording).as_sentence()}",
     ]
-    headings = {"problem": "# Problems", "warning": "# Warnings", "note": "# Good to know, or not told"}
+    headings = {"problem": "# Problems", "warning": "# Warnings", "note": "# Notes and inconclusive findings"}
     for severity, heading in headings.items():
         found = [finding for finding in analysis.findings if finding.severity == severity]
         parts += [heading, *(part for finding in found for part in _show_finding(finding))] if found else []
     if fine:
-        columns = ("looked for", "said", "measured", "threshold", "source", "confidence")
+        columns = ("signature", "finding", "measured", "threshold", "source", "confidence")
         rows = [(f.signature, f.title, f.measured, f.threshold, f.source, f.confidence) for f in fine]
-        parts += ["# Looked for and not there", Table(f"{len(fine)} questions answered with no", columns, rows)]
+        parts += ["# Fine", Table(f"{len(fine)} checks without a symptom", columns, rows)]
     return Report("diagnostic", f"Run {analysis.recording.name}: findings", tuple(parts), collect_values(analysis))
 
 
 def _show_finding(finding: Finding) -> Iterator[Part]:
     facts = (
         ("where", finding.where or "the whole run"),
-        ("looked for", finding.signature),
+        ("signature", finding.signature),
         ("measured", finding.measured),
         ("threshold", finding.threshold),
         ("source", finding.source),
@@ -56,7 +56,7 @@ def _show_finding(finding: Finding) -> Iterator[Part]:
 
 
 def find_curves(evidence: Mapping[str, Any], name: str = "") -> Iterator[tuple[str, list[float], list[float]]]:
-    """Name, steps and values of each mapping in the evidence that has `steps` and `values` of one length above 1."""
+    """Name, steps and values of each curve in the evidence: a mapping with `steps` and `values` of one length > 1."""
     steps, values = evidence.get("steps"), evidence.get("values")
     if isinstance(steps, list) and isinstance(values, list) and len(steps) == len(values) > 1:
         yield name or "evidence", steps, values
@@ -70,7 +70,7 @@ def _plot_curve(name: str, steps: list[float], values: list[float]) -> Picture:
 
     figure = build_canvas("step", escape_label(name.replace("_", " ")), height=260)
     add_line(figure, np.asarray(steps), np.asarray(values, float), escape_label(name))
-    return Picture(name.replace("_", " "), figure, "Evidence of the finding above.")
+    return Picture(name.replace("_", " "), figure, "Evidence for the finding above.")
 
 
 def _list_evidence(evidence: Mapping[str, Any]) -> str:

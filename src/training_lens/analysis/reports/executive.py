@@ -1,4 +1,4 @@
-"""One screen in plain words: did it learn, is the capture sound, which layers changed, what is wrong, what to do."""
+"""The executive report: one screen on learning, problems, changed layers, capture quality and next steps."""
 
 from __future__ import annotations
 
@@ -33,67 +33,67 @@ def build_executive(analysis: Analysis) -> Report:
     """The executive report of a run."""
     recording, wrong = analysis.recording, [f for f in analysis.findings if f.severity in WRONG]
     judged = find_verdict(recording)
-    unknown = [f for f in analysis.findings if f.confidence == "could not tell"]
+    unknown = [f for f in analysis.findings if f.confidence == "inconclusive"]
     parts: list[Part] = [
         build_verdict(analysis.findings, judged),
         *("# Did it learn?", read_losses(recording).as_sentence()),
-        *("# What to do next", BulletList(next_steps(analysis))),
-        "# What is wrong?",
+        *("# Next steps", BulletList(next_steps(analysis))),
+        "# Problems",
         BulletList(faults)
         if (faults := [*_verdict_faults(judged), *map(summarize_finding, wrong)])
-        else "Nothing wrong was found.",
-        *([f"Not known ({len(unknown)} of {len(analysis.findings)} questions):"] * bool(unknown)),
+        else "No problems were found.",
+        *([f"Inconclusive ({len(unknown)} of {len(analysis.findings)} checks):"] * bool(unknown)),
         *([BulletList([summarize_finding(f) for f in unknown])] * bool(unknown)),
         *("# Which layers changed?", read_changes(recording).as_sentence()),
         *("# Is the capture sound?", f"{read_certificate(recording).as_sentence()} {cost_sentence(recording)}"),
     ]
-    return Report("executive", f"Run {recording.name}: in short", tuple(parts), collect_values(analysis))
+    return Report("executive", f"Run {recording.name}: summary", tuple(parts), collect_values(analysis))
 
 
 def build_verdict(findings: Sequence[Finding], judged: Verdict | None) -> Callout:
-    """The gravest thing that is known, as a box: the verdict on the adapter, or the worst finding, with what to do.
+    """The most severe result as a box: the verdict on the adapter or the worst finding, with the action.
 
-    Fine is only what was judged better, with no finding against it.
+    The box is fine only if the adapter is better than its base and no finding speaks against it.
 
     Args:
-        judged: whether the adapter is better than its base, where anything tells.
+        judged: whether the adapter is better than its base; None if unknown.
     """
     worst = find_worst(findings)
     if judged is not None and (worst is None or ORDER.index(judged.severity) <= ORDER.index(worst.severity)):
         return _verdict_callout(judged, worst, findings)
     if worst is None:
-        told = _count_inconclusive(findings)
-        if told and all(finding.confidence == "could not tell" for finding in findings):
-            return Callout("note", "too little was captured to tell anything", (("not known", told),))
-        return Callout("note", "nothing wrong was found", (("not known", told),) if told else ())
+        unknown = _count_inconclusive(findings)
+        if unknown and all(finding.confidence == "inconclusive" for finding in findings):
+            return Callout("note", "too little was captured to decide anything", (("inconclusive", unknown),))
+        return Callout("note", "no problems were found", (("inconclusive", unknown),) if unknown else ())
     others = sum(finding.severity in WRONG for finding in findings) - 1
     facts = {
         "where": worst.where or "the whole run",
         "what to do": worst.action or worst.decide,
-        "further": f"{others} more" if others else "",
+        "other problems": f"{others} more" if others else "",
         "better than its base?": judged.sentence if judged else "",
     }
     return Callout(worst.severity, worst.title, tuple((name, words) for name, words in facts.items() if words))
 
 
 def _verdict_callout(judged: Verdict, worst: Finding | None, findings: Sequence[Finding]) -> Callout:
-    """The verdict on the adapter as a box, with the worst finding in it."""
+    """The verdict on the adapter as a box, including the worst finding."""
     facts = {
         "also": "\n".join(remark.sentence for remark in judged.remarks),
         "what would decide": judged.decide,
         "next": "" if judged.next_command.startswith("training-lens report") else judged.next_command,
         "worst finding": f"{summarize_finding(worst)} {worst.action or worst.decide}"
         if worst
-        else "nothing wrong was found",
-        "not known": _count_inconclusive(findings),
+        else "no problems were found",
+        "inconclusive": _count_inconclusive(findings),
     }
-    blind = bool(findings) and all(finding.confidence == "could not tell" for finding in findings)
-    severity = "note" if blind and judged.severity == "fine" else judged.severity
+    is_inconclusive = bool(findings) and all(finding.confidence == "inconclusive" for finding in findings)
+    severity = "note" if is_inconclusive and judged.severity == "fine" else judged.severity
     return Callout(severity, judged.sentence, tuple((name, words) for name, words in facts.items() if words))
 
 
 def _verdict_faults(judged: Verdict | None) -> list[str]:
-    """What the verdict on the adapter says against it, in lines."""
+    """Problems and warnings of the verdict, one per line."""
     if judged is None:
         return []
     worse = [judged.sentence] if judged.outcome == "worse" else []
@@ -101,9 +101,9 @@ def _verdict_faults(judged: Verdict | None) -> list[str]:
 
 
 def _count_inconclusive(findings: Sequence[Finding]) -> str:
-    """Empty where every question was answered."""
-    unknown = sum(finding.confidence == "could not tell" for finding in findings)
-    return f"{unknown} of {len(findings)} questions could not be answered" if unknown else ""
+    """How many checks are inconclusive; empty if none is."""
+    unknown = sum(finding.confidence == "inconclusive" for finding in findings)
+    return f"{unknown} of {len(findings)} checks are inconclusive" if unknown else ""
 
 
 def find_worst(findings: Sequence[Finding]) -> Finding | None:
@@ -119,12 +119,12 @@ def summarize_finding(finding: Finding) -> str:
 
 
 def next_steps(analysis: Analysis) -> list[str]:
-    """The actions of findings, the worst first; else what would settle those that could not be told."""
+    """The actions of findings, most severe first; without any, what would settle the inconclusive ones."""
     ordered = sorted(analysis.findings, key=lambda f: ("problem", "warning", "note", "fine").index(f.severity))
     actions = [f"{f.title}: {_add_full_stop(f.action)}" for f in ordered if f.action]
     if not actions:
         actions = [
-            f"{f.title}: {_add_full_stop(f.decide)}" for f in ordered if f.confidence == "could not tell" and f.decide
+            f"{f.title}: {_add_full_stop(f.decide)}" for f in ordered if f.confidence == "inconclusive" and f.decide
         ]
     return list(dict.fromkeys(actions)) or ["Nothing needs to be done."]
 
@@ -134,7 +134,7 @@ def _add_full_stop(words: str) -> str:
 
 
 def collect_values(analysis: Analysis) -> dict[str, object]:
-    """What all reports of a run have in their JSON: the run, what was captured and at what cost, results, findings."""
+    """The JSON content that all reports of a run share: run, captures and their cost, results, findings."""
     recording, proof = analysis.recording, read_certificate(analysis.recording)
     judged = find_verdict(recording)
     columns = ("table", "data_type", "steps", "last_step", "rows")
@@ -151,9 +151,9 @@ def collect_values(analysis: Analysis) -> dict[str, object]:
 
 
 def three_lines(analysis: Analysis) -> list[str]:
-    """What training prints at its end, a line of the screen each.
+    """What training prints at its end, one screen line each.
 
-    What was captured, whether it is sound and what it cost; what the adapter changed; the worst finding and what to do.
+    The capture, its check and cost; what the adapter changed; the worst finding and its action.
     """
     recording = analysis.recording
     steps = max((steps for _, _, steps, _, _ in list_captured(recording)), default=0)
@@ -162,7 +162,7 @@ def three_lines(analysis: Analysis) -> list[str]:
         f"captured: {len(recording.modules)} modules over {steps:,} steps; {read_certificate(recording).as_phrase()}"
     )
     lines = (
-        f"{taken}; cost {cost or 'not kept'}",
+        f"{taken}; cost {cost or 'not recorded'}",
         f"changed: {read_changes(recording).as_phrase()}",
         _worst_line(analysis.findings, find_verdict(recording)),
     )
@@ -174,7 +174,7 @@ def _worst_line(findings: Sequence[Finding], judged: Verdict | None) -> str:
     if judged is not None and judged.severity == "problem":
         return f"problem: {judged.sentence}"
     if worst is None:
-        doubt = judged.sentence if judged is not None and judged.outcome != "better" else ""
-        return "; ".join(filter(None, ("nothing wrong found", _count_inconclusive(findings), doubt)))
+        caveat = judged.sentence if judged is not None and judged.outcome != "better" else ""
+        return "; ".join(filter(None, ("no problems found", _count_inconclusive(findings), caveat)))
     where = f" ({shorten(worst.where, LONGEST_PLACE, placeholder=' ...')})" if worst.where else ""
     return f"{worst.severity}: {worst.title}{where}: {worst.action or worst.decide or worst.measured}"

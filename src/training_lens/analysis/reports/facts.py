@@ -1,4 +1,4 @@
-"""What every report and the end of training say of a run, in plain words and numbers."""
+"""Facts of a run that every report and the end of training state."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from training_lens.core.recording import Recording
 from training_lens.core.types import Series
 from training_lens.utils.formatting import format_seconds
 
-# float32 rounds by 1e-7 and bfloat16 by 0.2 % at most, whatever the size: a few such roundings stay below this
+# relative rounding is at most 1e-7 in float32 and 0.2 % in bfloat16: a few roundings stay below this
 SOUND = 0.01
-LEAST_GAIN = 0.01  # of the base's loss: what is less is hardly learning
-MATTERS: Mapping[str, tuple[str, str]] = {  # table -> what is not known without it, and how to capture it
-    tables.GRADIENTS: ("gradients", "no certificate of the capture, and no gradient of a single layer, is known"),
-    tables.WEIGHTS: ("the adapter's weights", "how far each layer moves is not known"),
-    tables.BASE: ("the base's weights", "changes cannot be set against the weights that they change"),
-    tables.SPECTRA: ("spectra", "how many directions the adapter uses is not known"),
-    tables.OPTIMIZER: ("the optimizer's state", "whether a spike comes from the optimizer or from data is not known"),
-    tables.ACTIVATIONS: ("layers' outputs", "the drift of hidden states is not known (no probe set?)"),
-    tables.DIVERGENCE: ("the divergence from the base", "whether the model forgets is not known (no probe set?)"),
-    tables.LOSS: ("the training loss", "whether it learned is not known"),
-    tables.EVALUATION: ("validation", "whether it learned for rows that it was not trained on is not known"),
+LEAST_GAIN = 0.01  # of the base's loss: a smaller gain is hardly learning
+MATTERS: Mapping[str, tuple[str, str]] = {  # table -> its content, and what is unknown without it
+    tables.GRADIENTS: ("gradients", "no self-check of the capture and no gradients by layer"),
+    tables.WEIGHTS: ("the adapter's weights", "the change of each layer is unknown"),
+    tables.BASE: ("the base's weights", "changes cannot be compared with the weights that they change"),
+    tables.SPECTRA: ("spectra", "the number of directions that the adapter uses is unknown"),
+    tables.OPTIMIZER: ("the optimizer's state", "unknown whether a spike comes from the optimizer or from data"),
+    tables.ACTIVATIONS: ("layers' outputs", "the drift of hidden states is unknown (no probe set?)"),
+    tables.DIVERGENCE: ("the divergence from the base", "unknown whether the model forgets (no probe set?)"),
+    tables.LOSS: ("the training loss", "unknown whether the model learned"),
+    tables.EVALUATION: ("validation", "unknown whether the model learned for held-out rows"),
 }
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The capture's own proof: the largest residual of B^T dB = dA A^T, which is 0 up to rounding in a sound capture.
+    """The capture's self-check: the largest residual of B^T dB = dA A^T, which is 0 up to rounding in a sound capture.
 
-    `largest` is None where gradients were not captured; `checked` counts the residuals, one a module and step.
+    `largest` is None if gradients were not captured; `checked` counts the residuals, one per module and step.
     """
 
     largest: float | None
@@ -45,25 +45,25 @@ class Certificate:
 
     @property
     def is_sound(self) -> bool | None:
-        """None where nothing tells."""
+        """None if gradients were not captured."""
         return None if self.largest is None else self.largest <= SOUND
 
     def as_sentence(self) -> str:
-        """What it says, with its number, where it was, and its limit."""
+        """The result with the largest error, its module and step, and the limit."""
         if self.largest is None:
-            return "There is no certificate: gradients were not captured."
+            return "There is no self-check: gradients were not captured."
         verdict = "The capture is sound" if self.is_sound else "The capture is not what the optimizer saw"
         return (
-            f"{verdict}: it checks itself by an equation that exact gradients fulfil (BᵀdB = dA Aᵀ). Of "
-            f"{self.checked:,} checks, the largest error is {self.largest:.2g} ({self.module}, step {self.step}; sound "
-            f"is up to {SOUND:g})."
+            f"{verdict}, by an equation that exact gradients satisfy (BᵀdB = dA Aᵀ). The largest error of "
+            f"{self.checked:,} checks is {self.largest:.2g} ({self.module}, step {self.step}; the limit is "
+            f"{SOUND:g})."
         )
 
     def as_phrase(self) -> str:
-        """The same for one line."""
+        """The same as one phrase."""
         if self.largest is None:
-            return "no certificate"
-        return f"{'sound' if self.is_sound else 'NOT SOUND'} (largest error of its own check {self.largest:.1g})"
+            return "no self-check"
+        return f"{'sound' if self.is_sound else 'NOT SOUND'} (largest self-check error {self.largest:.1g})"
 
 
 def read_certificate(recording: Recording) -> Certificate:
@@ -72,7 +72,7 @@ def read_certificate(recording: Recording) -> Certificate:
 
 
 def list_captured(recording: Recording) -> list[tuple[str, str, int, int, int]]:
-    """Table, data type, number of steps, last step, number of rows a step, of each table that has rows."""
+    """Table, data type, number of steps, last step and rows per step of each table with rows."""
     found = []
     for name in recording.captures.tables():
         rows = recording.captures.table(name, ["step"])
@@ -84,19 +84,19 @@ def list_captured(recording: Recording) -> list[tuple[str, str, int, int, int]]:
 
 
 def list_missing(recording: Recording) -> list[str]:
-    """What was not captured, and why that matters."""
+    """What was not captured, and why it matters."""
     there = set(recording.captures.tables())
     return [f"{what}: {why}" for table, (what, why) in MATTERS.items() if table not in there]
 
 
 def cost_sentence(recording: Recording) -> str:
-    """The lens's own seconds, and their share of the training time where that is known."""
+    """The seconds of the lens, and their share of the training time if known."""
     took = cost_brief(recording)
-    return f"The capture itself took {took}." if took else "What the capture cost was not kept."
+    return f"The capture took {took}." if took else "The cost of the capture was not recorded."
 
 
 def cost_brief(recording: Recording) -> str:
-    """The same as a part of a sentence; empty where it was not kept."""
+    """The same as a phrase; empty if it was not recorded."""
     seconds = sum(recording.captures.cost().values())
     training = float(np.nansum(recording.series(tables.LOSS, "seconds").values))
     share = f", {seconds / training:.1%} of the training time of {format_seconds(training)}" if training else ""
@@ -105,10 +105,10 @@ def cost_brief(recording: Recording) -> str:
 
 @dataclass(frozen=True)
 class LossSummary:
-    """Nats per supervised token; None what was not captured.
+    """Losses in nats per supervised token; None if not captured.
 
-    `first` and `last` are of training, medians of a twentieth of the run; `broken_step` is the first step whose
-    training loss is not finite; the others are of validation.
+    `first` and `last` are training losses, medians of a twentieth of the run; `broken_step` is the first step with a
+    non-finite training loss; the others are validation losses.
     """
 
     first: float | None
@@ -120,12 +120,12 @@ class LossSummary:
     broken_step: int | None
 
     def as_sentence(self) -> str:
-        """Whether it learned, by validation where there was one, else by the training loss."""
+        """Whether it learned, by the validation loss if there is one, else by the training loss."""
         broken = f" From step {self.broken_step} on, the training loss is not finite." if self.broken_step else ""
         return (self._describe_validation() or self._describe_training()) + broken
 
     def _describe_validation(self) -> str:
-        """Empty where there was no validation."""
+        """Empty without validation."""
         if self.best is None:
             return ""
         end = f", and {self.final:.4f} at the end" if self.final != self.best else ""
@@ -141,13 +141,13 @@ class LossSummary:
         if self.first is None or self.last is None:
             return "The training loss was not captured."
         fell = "fell" if self.last < self.first else "did not fall"
-        said = f"The training loss {fell}, from {self.first:.4f} to {self.last:.4f} nats per supervised token."
-        unknown = "Without validation rows, nobody can tell how it does on others (data.validation)."
-        return said if self.best is not None else f"{said} {unknown}"
+        change = f"The training loss {fell}, from {self.first:.4f} to {self.last:.4f} nats per supervised token."
+        unknown = "Without validation rows, the loss on other rows is unknown (data.validation)."
+        return change if self.best is not None else f"{change} {unknown}"
 
 
 def read_losses(recording: Recording) -> LossSummary:
-    """Of training, of validation, and of the base."""
+    """The training and validation losses of a run, and the base's."""
     training, every = _finite_points(recording, tables.LOSS, "loss")[1], recording.series(tables.LOSS, "loss")
     broken = every.steps[~np.isfinite(every.values).all(1)]
     part = max(1, len(training) // 20)
@@ -174,45 +174,47 @@ def _finite_points(recording: Recording, table: str, measure: str) -> tuple[np.n
 
 @dataclass(frozen=True)
 class WeightChanges:
-    """The largest shares of |dW|^2 by layer and by kind after `step`, and the module that changed most against W.
+    """The largest shares of |dW|^2 by layer and module type after `step`, and the largest change relative to W.
 
-    Empty, and None, where they are not known. `whole` tells that no later step has numbers that are not finite.
+    Empty or None if unknown. `is_last` means that no later step has non-finite values.
     """
 
     step: int
-    whole: bool
+    is_last: bool
     by_layer: Mapping[str, float]
     by_kind: Mapping[str, float]
     strongest: str | None
     strength: float | None
 
     def as_sentence(self) -> str:
-        """Which layers and kinds of modules carry the update, and how large it is."""
+        """Which layers and module types carry the update, and how large it is."""
         if not self.by_layer:
-            return "Nobody can tell: the adapter's weights were not captured, are 0, or are not finite."
+            return "Unknown: the adapter's weights were not captured, are 0, or are not finite."
         size = (
             f" The largest change is {self.format_strength()} its weight ({self.strongest})." if self.strongest else ""
         )
-        after = "" if self.whole else f" This is after step {self.step}: later weights are not finite."
+        after = "" if self.is_last else f" This is after step {self.step}: later weights are not finite."
         carriers = f"Layers {_format_shares(self.by_layer)} and modules {_format_shares(self.by_kind)}"
-        return f"{carriers} carry most of the change (shares of |dW|²; dW is what is added to a weight).{size}{after}"
+        return (
+            f"{carriers} carry most of the change (shares of |dW|²; dW is the update of a weight).{size}{after}"
+        )
 
     def as_phrase(self) -> str:
-        """The same for one line."""
+        """The same as one phrase."""
         if not self.by_layer:
-            return "not known: the adapter's weights were not captured, are 0, or are not finite"
+            return "unknown: the adapter's weights were not captured, are 0, or are not finite"
         carriers = f"most in layers {_format_shares(self.by_layer)} and modules {_format_shares(self.by_kind)}"
         size = f"; at most {self.format_strength()} a weight" if self.strongest else ""
-        return f"{carriers}{size}{'' if self.whole else f' (at step {self.step})'}"
+        return f"{carriers}{size}{'' if self.is_last else f' (at step {self.step})'}"
 
     def format_strength(self) -> str:
-        """The largest change against the weight that it changes: '12% of', '3.1 times'."""
+        """The largest change relative to its weight: '12% of', '3.1 times'."""
         ratio = self.strength or 0.0
         return f"{100 * ratio:.2g}% of" if ratio < 0.995 else f"{ratio:,.1f} times"
 
 
 def read_changes(recording: Recording) -> WeightChanges:
-    """What the adapter changed, at the last step at which all of its numbers are finite."""
+    """What the adapter changed, at the last step with only finite values."""
     norms, strengths = recording.series(tables.WEIGHTS, "norm_update"), read_evolution(recording, "strength")
     known = np.flatnonzero(np.isfinite(norms.values).all(1))
     last = int(known[-1]) if len(known) else -1
@@ -222,8 +224,8 @@ def read_changes(recording: Recording) -> WeightChanges:
     strength = {name: ratio for name, ratio in _values_at(strengths, last).items() if ratio is not None}
     most = max(strength, key=strength.__getitem__) if strength else None
     step = int(norms.steps[last]) if len(known) else 0
-    whole = last == len(norms.steps) - 1
-    return WeightChanges(step, whole, by_layer, by_kind, most, strength[most] if most else None)
+    is_last = last == len(norms.steps) - 1
+    return WeightChanges(step, is_last, by_layer, by_kind, most, strength[most] if most else None)
 
 
 def _values_at(series: Series, place: int) -> dict[str, float | None]:

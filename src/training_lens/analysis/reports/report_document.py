@@ -1,14 +1,14 @@
-"""A report as a value, and what it looks like as HTML, Markdown and JSON."""
+"""A report as a value, written as HTML, Markdown or JSON."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from training_lens.display.html import BulletList, Callout, Picture, PictureGrid, Table, write_page
+from training_lens.display.markdown import escape_markdown, markdown_table
 from training_lens.errors import ConfigurationError
 from training_lens.utils.files import require_writable, write_json, write_text
 
@@ -16,12 +16,11 @@ if TYPE_CHECKING:
     from training_lens.display.html import Part
 
 ReportFormat = Literal["html", "md", "json"]
-SPECIAL = re.compile(r"([\\`*\[\]<>|#])")
 
 
 @dataclass(frozen=True)
 class Report:
-    """`parts` in their order, as a page has them; `values`, the same as numbers and texts for programs."""
+    """`parts` are the sections of the page in order; `values` holds the same content for programs."""
 
     kind: str
     title: str
@@ -29,13 +28,13 @@ class Report:
     values: Mapping[str, Any]
 
     def write(self, folder: Path | str, format: str = "html") -> Path:
-        """Write it into `folder`, which is made: the technical report as lens.html, others as lens-KIND.html.
+        """Write it into `folder`, which is created: the technical report as lens.html, others as lens-KIND.html.
 
         Args:
-            format: html (one file that needs nothing else), md, or json.
+            format: html (one self-contained file), md, or json.
 
         Raises:
-            ConfigurationError: there is no such format, or the folder cannot be written.
+            ConfigurationError: the format is unknown, or the folder is not writable.
         """
         if format not in WRITERS:
             raise ConfigurationError(f"format: '{format}' is given; there are: {', '.join(WRITERS)}.")
@@ -47,12 +46,12 @@ class Report:
         return path
 
     def html(self, path: Path | str) -> None:
-        """Write it as a page (see `utils.pages`)."""
+        """Write it as one page (see `display.html.write_page`)."""
         write_page(Path(path), self.title, self.parts)
 
     def markdown(self) -> str:
-        """Text, tables and findings; of pictures their titles and captions."""
-        return "\n\n".join([f"# {escape(self.title)}", *_render_parts(self.parts)]) + "\n"
+        """Text, tables and findings; figures as titles and captions."""
+        return "\n\n".join([f"# {escape_markdown(self.title)}", *_render_parts(self.parts)]) + "\n"
 
     def as_json(self) -> dict[str, Any]:
         """Kind, title and values; every number is finite or null."""
@@ -66,33 +65,20 @@ WRITERS: Mapping[str, Callable[[Path, Report], None]] = {
 }
 
 
-def escape(words: str) -> str:
-    """Words of data in Markdown: their markup stays text."""
-    return SPECIAL.sub(r"\\\1", words)
-
-
 def _render_parts(parts: Iterable[Part]) -> Iterable[str]:
     for part in parts:
         if isinstance(part, str):
-            yield f"## {escape(part[2:])}" if part.startswith("# ") else escape(part)
+            heading = part.startswith("# ")
+            yield f"## {escape_markdown(part[2:])}" if heading else escape_markdown(part)
         elif isinstance(part, BulletList):
-            yield "\n".join(f"- {escape(item)}" for item in part.items)
+            yield "\n".join(f"- {escape_markdown(item)}" for item in part.items)
         elif isinstance(part, Table):
-            yield _render_table(part)
+            columns, *rows = ([escape_markdown(cell) for cell in row] for row in (part.columns, *part.rows))
+            yield f"**{escape_markdown(part.caption)}**\n\n{markdown_table(columns, rows)}"
         elif isinstance(part, Callout):
-            facts = [f"> - {escape(name)}: {_render_line(value)}" for name, value in part.facts]
-            yield "\n".join([f"> **{part.severity.capitalize()}: {_render_line(part.title)}**", ">", *facts])
+            facts = [f"> - {escape_markdown(name)}: {escape_markdown(value)}" for name, value in part.facts]
+            yield "\n".join([f"> **{part.severity.capitalize()}: {escape_markdown(part.title)}**", ">", *facts])
         elif isinstance(part, Picture):
-            yield f"*Picture (in the HTML report): {escape(part.title)}.* {escape(part.caption)}"
+            yield f"*Figure (in the HTML report): {escape_markdown(part.title)}.* {escape_markdown(part.caption)}"
         elif isinstance(part, PictureGrid):
             yield from _render_parts(part.pictures)
-
-
-def _render_line(words: str) -> str:
-    return escape(" ".join(words.split()))
-
-
-def _render_table(table: Table) -> str:
-    lines = [table.columns, ["---"] * len(table.columns), *table.rows]
-    cells = [[cell if i == 1 else _render_line(cell) for cell in line] for i, line in enumerate(lines)]
-    return "\n".join([f"**{_render_line(table.caption)}**", "", *(f"| {' | '.join(line)} |" for line in cells)])

@@ -17,7 +17,7 @@ KINDS = ("executive", "technical", "diagnostic")
 class StandardReports:
     """Three reports of one analysis.
 
-    executive: one screen in plain words; technical: all tables and pictures; diagnostic: each finding with evidence,
+    executive: a one-screen summary; technical: all tables and figures; diagnostic: each finding with evidence,
     threshold, source, confidence and action.
 
     Example:
@@ -30,13 +30,13 @@ class StandardReports:
         self.analysis = analysis
 
     def executive(self) -> Report:
-        """Did it learn, is the capture sound, which layers changed, what is wrong, what to do next."""
+        """A one-screen summary: learning, next steps, problems, changed layers, capture quality."""
         from training_lens.analysis.reports.executive import build_executive
 
         return build_executive(self.analysis)
 
     def technical(self) -> Report:
-        """All tables and pictures, and what the user's own analyzers give."""
+        """All tables and figures, and the results of the user's own analyzers."""
         from training_lens.analysis.reports.technical import build_technical
 
         return build_technical(self.analysis)
@@ -48,14 +48,14 @@ class StandardReports:
         return build_diagnostic(self.analysis)
 
     def write(self, folder: Path | str, kind: str = "technical", format: str = "html") -> Path:
-        """Write one report into `folder`, the technical one as lens.html and others as lens-KIND.html; gives its path.
+        """Write one report into `folder`, technical as lens.html and others as lens-KIND.html; returns its path.
 
         Args:
             kind: executive, technical or diagnostic.
             format: html, md or json.
 
         Raises:
-            ConfigurationError: there is no such kind or format.
+            ConfigurationError: the kind or format is unknown.
         """
         allowed = {"kind": (kind, KINDS), "format": (format, get_args(ReportFormat))}
         problems = [

@@ -1,4 +1,4 @@
-"""All tables and pictures of a run."""
+"""The technical report: all tables and figures of a run."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 300  # of one table; the JSON has all
 LOSS_CAPTION = (
-    "Lower is better. Dashed lines end epochs, a star is the best validation, triangles are checkpoints (of a run "
-    "without any, the kept states of its adapter); a cross is a step whose loss is not finite (drawn at the highest "
-    "loss) or far above its neighbours (6 robust deviations above the median of 21 steps)."
+    "Lower is better. Dashed vertical lines: epoch ends. Star: best validation. Triangles: checkpoints (or adapter "
+    "snapshots if there are none). Cross: a loss that is not finite (drawn at the highest loss) or a spike (6 robust "
+    "deviations above the median of 21 steps)."
 )
 
 
 def build_technical(analysis: Analysis) -> Report:
-    """The technical report of a run, with what every known analyzer gives."""
+    """The technical report of a run, with the results of every registered analyzer."""
     recording, absent = analysis.recording, list_missing(analysis.recording)
     parts: list[Part] = [
         f"Run {recording.name}, {recording.status}; captured in {recording.manifest.origin}.",
@@ -50,21 +50,21 @@ def build_technical(analysis: Analysis) -> Report:
         "# Which layers changed?",
         read_changes(recording).as_sentence(),
         *_recording_pictures(recording),
-        "# What was captured",
-        f"The capture's own proof. {read_certificate(recording).as_sentence()}",
+        "# Captured data",
+        f"Capture self-check. {read_certificate(recording).as_sentence()}",
         _captured_table(recording),
         *([f"Probe set: {_format_sizes(recording.manifest.probe)}."] if recording.manifest.probe else []),
         *(["Not captured:", BulletList(absent)] if absent else []),
         *_analyzer_tables(analysis.results),
-        "# What the capture cost",
+        "# Cost of the capture",
         cost_sentence(recording),
         *_cost_picture(recording),
     ]
-    return Report("technical", f"Run {recording.name}: the lens in full", tuple(parts), collect_values(analysis))
+    return Report("technical", f"Run {recording.name}: technical report", tuple(parts), collect_values(analysis))
 
 
 def marked_steps(recording: Recording) -> list[int]:
-    """The steps of the run's checkpoints; of a run without any, those of the adapter's snapshots."""
+    """The steps of the run's checkpoints, or of the adapter snapshots if there are none."""
     checkpoints = RunFolder(recording.folder).checkpoints
     return list_checkpoint_steps(checkpoints) or recording.captures.snapshot_steps(tables.SNAPSHOTS)
 
@@ -84,31 +84,31 @@ def _format_sizes(sizes: Mapping[str, int]) -> str:
 
 
 def _recording_pictures(recording: Recording) -> Iterator[Part]:
-    """Those whose data were captured; for the rest, one line that says which they are."""
-    absent = [drawing.title for drawing in REPORT_FIGURES if not recording.has(*drawing.needs)]
-    for drawing in REPORT_FIGURES:
-        if drawing.title not in absent:
-            yield Picture(drawing.title, drawing.draw(recording), drawing.caption)
+    """Figures whose data was captured, and one line that lists the others."""
+    absent = [figure.title for figure in REPORT_FIGURES if not recording.has(*figure.needs)]
+    for figure in REPORT_FIGURES:
+        if figure.title not in absent:
+            yield Picture(figure.title, figure.draw(recording), figure.caption)
     if absent:
-        yield f"Not drawn, as nothing was captured for it: {'; '.join(absent)}."
+        yield f"Not drawn because no data was captured: {'; '.join(absent)}."
 
 
 def _cost_picture(recording: Recording) -> Iterator[Part]:
     if recording.captures.cost():
-        caption = "Seconds in the training process, by collector, and of what serves them all (stacks, probe, flush)."
+        caption = "Seconds in the training process by collector, plus shared work (module batches, probe, flush)."
         yield Picture("Seconds by collector", plot_cost(recording), caption)
 
 
 def _findings_table(analysis: Analysis) -> Iterator[Part]:
-    columns = ("finding", "how grave", "what to do", "measured", "where", "confidence")
+    columns = ("finding", "severity", "what to do", "measured", "where", "confidence")
     rows = [(f.title, f.severity, f.action or f.decide, f.measured, f.where, f.confidence) for f in analysis.findings]
     if rows:
         yield "# Findings"
-        yield Table("all questions; the diagnostic report has thresholds, sources and evidence", columns, rows)
+        yield Table("all checks; the diagnostic report has thresholds, sources and evidence", columns, rows)
 
 
 def _analyzer_tables(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Part]:
-    """What analyzers give: single values in one table, and a table for each list of rows."""
+    """Analyzer results: single values in one table, and one table per list of rows."""
     for name, values in results.items():
         yield f"# Analyzer {name}"
         single, lists = dict[str, str](), dict[str, Sequence[Mapping[str, Any]]]()
@@ -135,7 +135,7 @@ def _rows_table(caption: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _flatten_value(key: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Nested values as lines, each named by its path."""
+    """Nested values as rows named by their path."""
     if isinstance(value, Mapping):
         for inner, each in value.items():
             yield from _flatten_value(f"{key}, {inner}", each)
@@ -144,7 +144,7 @@ def _flatten_value(key: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def format_cell(value: Any) -> str:
-    """A value in a table: numbers with four digits, of long lists the first and the last, '-' for nothing."""
+    """A value in a table: floats with four digits, the ends of long lists, '-' for None."""
     if value is None:
         return "-"
     if isinstance(value, float):
