@@ -168,7 +168,7 @@ def test_the_technical_report_has_tables_pictures_and_what_own_analyzers_give(re
     assert list(values.rows) == [("loudest", "q"), ("share, q", "0.25"), ("share, v", "-")]
     assert list(shown["rows"].columns) == ["name", "size"] and shown["rows"].rows == [["a", "1.5"], ["b", "-"]]
     titles = [part.title for part in report.parts if isinstance(part, Picture)]
-    assert {"Loss", "How strongly each layer is changed", "Gradients by layer", "Seconds by collector"} <= set(titles)
+    assert {"Loss", "Update strength by layer", "Gradient norm by layer", "Seconds by collector"} <= set(titles)
     assert "layers' outputs: the drift of hidden states is unknown" in report.markdown()
 
 
@@ -259,8 +259,7 @@ def test_json_has_finite_numbers_or_null_alone(recording: Recording, tmp_path: P
 def test_three_lines_end_a_training(recording: Recording) -> None:
     captured, adapter, worst = three_lines(_analysis(recording, UNKNOWN, FOUND))
     assert captured == (
-        "captured: 5 modules over 10 steps; sound (largest self-check error 2e-06); cost 0.6 s, 3.0% of the "
-        "training"
+        "captured: 5 modules over 10 steps; sound (largest self-check error 2e-06); cost 0.6 s, 3.0% of the training"
     )
     assert adapter.startswith("changed: most in layers 1 (83%)") and adapter.endswith("; at most 30% of a weight")
     assert worst == "problem: Nothing trains (layer 1): stop the run"

@@ -1,4 +1,4 @@
-"""Figures of a recording: pure functions that give Plotly figures, bounded in their points however long the run is."""
+"""Figures of a recording: pure functions that return Plotly figures, with a bounded number of points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the adapter does to activations: figures of a recording, or of the states that an extractor gave."""
+"""Figures of the adapter's effect on activations, from a recording or from extracted states."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plot_activation_drift(recording: Recording) -> go.Figure:
 
 
 def _read_layers(recording: Recording, measure: str) -> Series:
-    """A measure of the layers' outputs, whose rows are layers.0, layers.1, ..., in the order of their numbers."""
+    """A measure of the layer outputs, sorted by layer number."""
     found = recording.series(tables.ACTIVATIONS, measure)
     numbers = [name.removeprefix("layers.") for name in found.names]
     order = sorted(range(len(numbers)), key=lambda i: (not numbers[i].isdigit(), numbers[i].zfill(9)))
@@ -35,7 +35,7 @@ class ActivationVisualizer:
     """Figures of activations.
 
     Args:
-        source: a recording of a run with a probe set, or what `ActivationExtractor.extract` gave.
+        source: a recording of a run with a probe set, or the result of `ActivationExtractor.extract`.
 
     Example:
         ActivationVisualizer(CheckpointAnalyzer(run).recording).drift().show()
@@ -46,13 +46,13 @@ class ActivationVisualizer:
         self.source = source
 
     def drift(self) -> go.Figure:
-        """How far each layer's output is from that without the adapter: over steps, or of these states."""
+        """The distance of each layer's output from the one without the adapter, over steps or for these states."""
         if isinstance(self.source, Recording):
             return plot_activation_drift(self.source)
         return _plot_over_layers({"drift": self.source.measures()["drift"].tolist()}, "|h - h0| / |h0|")
 
     def sizes(self) -> go.Figure:
-        """The root mean square of each layer's output: over steps, or of these states with the adapter off and on."""
+        """The root mean square of each layer's output, over steps or for these states with the adapter off and on."""
         if isinstance(self.source, Recording):
             return plot_heat_map(_read_layers(self.source, "rms"), "root mean square", log=True)
         sides = {"adapter off": self.source.base, "adapter on": self.source.adapter}
@@ -61,7 +61,7 @@ class ActivationVisualizer:
         )
 
     def share(self) -> go.Figure:
-        """The adapter's part of each kind of module's output over steps.
+        """The adapter's share of the output over steps, by module type.
 
         Raises:
             LensError: the source is no recording.
@@ -80,13 +80,13 @@ class ActivationVisualizer:
         if isinstance(self.source, Recording):
             return self.source
         raise LensError(
-            "this figure is drawn over steps, and ActivationVisualizer was given the states of one pass: give it the "
+            "this figure is over steps, but ActivationVisualizer has the states of a single pass. Give it the "
             "recording of a run (CheckpointAnalyzer(RUN).recording)."
         )
 
 
 def _plot_over_layers(values: Mapping[str, list[float]], y: str) -> go.Figure:
     figure = build_canvas("layer", y)
-    for name, of_layers in values.items():
-        add_line(figure, np.arange(len(of_layers)), np.array(of_layers), name)
+    for name, by_layer in values.items():
+        add_line(figure, np.arange(len(by_layer)), np.array(by_layer), name)
     return figure.update_yaxes(rangemode="tozero")

@@ -1,4 +1,4 @@
-"""The pictures of a standard report, in their order: each with what it needs, and a line that says how to read it."""
+"""The figures of a standard report in order, each with the data it needs and a caption on how to read it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training_lens.core.recording import Recording
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """One picture: `draw` makes it of a recording that has the measure `of[1]` in the table `of[0]`."""
+    """One figure. `draw` needs a recording with the measure `needs[1]` in the table `needs[0]`."""
 
     name: str
     title: str
@@ -31,111 +31,110 @@ CROSS = "An orange cross marks a value that is not finite."
 REPORT_FIGURES = (
     ReportFigure(
         "update_strength",
-        "How strongly each layer is changed",
+        "Update strength by layer",
         layers.plot_update_strength,
         (tables.WEIGHTS, "norm_update"),
-        "Each row is a layer, training goes to the right; brighter is a larger change against the layer's own weights. "
-        f"An even spread is usual; a single bright row means that one layer carries the update. {CROSS}",
+        "One row per layer, steps from left to right. Brighter: a larger update relative to the layer's weights. "
+        f"An even spread is normal; a single bright row means that one layer carries the update. {CROSS}",
     ),
     ReportFigure(
         "update_strength_by_kind",
-        "The same by kind of module",
+        "Update strength by module type",
         layers.plot_update_strength_by_kind,
         (tables.WEIGHTS, "norm_update"),
-        "Lines that grow and flatten are usual; one that grows ever faster is not.",
+        "Lines that grow and flatten are normal; accelerating growth is not.",
     ),
     ReportFigure(
         "step_ratio",
-        "How far one step moves",
+        "Update norm of one step",
         layers.plot_step_ratio_by_kind,
         (tables.WEIGHTS, "norm_step"),
-        "It should follow the learning rate: up with the warm-up, then down. Zero is a step that changed nothing.",
+        "It should follow the learning rate: up during warm-up, then down. Zero means that the step changed nothing.",
     ),
     ReportFigure(
         "gradient_norm",
-        "Gradients by layer",
+        "Gradient norm by layer",
         layers.plot_gradient_norm,
         (tables.GRADIENTS, "norm_b"),
-        "Colours by the power of ten; zero has the darkest. Rows that are many powers from their neighbours learn at "
-        f"another pace. {CROSS}",
+        "Logarithmic colours; zero is the darkest. Rows that differ from their neighbours by orders of magnitude learn "
+        f"at a different speed. {CROSS}",
     ),
     ReportFigure(
         "gradient_norm_by_kind",
-        "Gradients by kind of module",
+        "Gradient norm by module type",
         layers.plot_gradient_norm_by_kind,
         (tables.GRADIENTS, "norm_b"),
-        "Before clipping. Peaks are single batches; a rise that stays means that training goes astray.",
+        "Before clipping. Peaks come from single batches; a persistent rise is a sign of divergence.",
     ),
     ReportFigure(
         "gradient_cosine",
-        "Whether gradients agree with those before",
+        "Agreement with earlier gradients",
         layers.plot_gradient_cosine,
         (tables.GRADIENTS, "cosine_mean"),
-        "1: every step pulls the same way; about 0: the batches disagree, as late in training; below 0: steps undo one "
-        "another.",
+        "1: all steps go in the same direction. About 0: batches disagree, as is normal late in training. Below 0: "
+        "steps undo each other.",
     ),
     ReportFigure(
         "effective_rank",
-        "How many directions each layer uses",
+        "Effective rank by layer",
         layers.plot_effective_rank,
         (tables.SPECTRA, "effective_rank"),
-        "The brightest colour is the rank that the adapter may use. Rows that stay dark need less of it. " + CROSS,
+        "The brightest colour is the full rank of the adapter. Rows that stay dark need less. " + CROSS,
     ),
     ReportFigure(
         "spectrum",
-        "The strongest module's spectrum over time",
+        "Spectrum of the strongest module over steps",
         spectra.plot_spectrum_over_steps,
         (tables.SPECTRA, "singular_values"),
-        "Each line is a direction of the change of the weight. Few lines far above the rest: most of the rank is "
-        "hardly used.",
+        "Each line is a singular value of dW. If a few lines are far above the rest, most of the rank is hardly used.",
     ),
     ReportFigure(
         "spectrum_by_kind",
-        "Spectra at the end",
+        "Spectrum at the last step by module type",
         spectra.plot_spectrum_by_kind,
         (tables.SPECTRA, "singular_values"),
-        "Median of each kind's modules, over the largest. A steep fall uses few directions; a flat line uses all, and "
-        "may want more.",
+        "Median over the modules of a type, relative to the largest value. A steep decrease uses few directions; a "
+        "flat line uses all of them and may need a higher rank.",
     ),
     ReportFigure(
         "balance",
-        "B against A",
+        "Balance of B and A",
         layers.plot_balance,
         (tables.WEIGHTS, "norm_b"),
-        "A fresh LoRA starts at 0, as its B is 0. Far above 1, B does the work and A hardly learns.",
+        "A new LoRA starts at 0 because B is 0. Far above 1, B does the work and A hardly learns.",
     ),
     ReportFigure(
         "optimizer",
-        "Whether Adam is surprised",
+        "Adam's update RMS",
         layers.plot_optimizer_jumps,
         (tables.OPTIMIZER, "update_rms_b"),
-        "1: gradients are as large as Adam expects; peaks well above come before spikes of the loss.",
+        "1: gradients are as large as Adam expects. Peaks well above 1 often come before loss spikes.",
     ),
     ReportFigure(
         "drift",
-        "How far layers' outputs drift from the base",
+        "Drift of layer outputs from the base",
         activations.plot_activation_drift,
         (tables.ACTIVATIONS, "drift"),
-        f"On the probe set. Later layers get what early ones change, so that upper rows are often brighter. {CROSS}",
+        f"On the probe set. Changes of early layers add up in later ones, so upper rows are often brighter. {CROSS}",
     ),
     ReportFigure(
         "share",
-        "The adapter's part of the outputs",
+        "The adapter's share of the outputs",
         layers.plot_adapter_share,
         (tables.LORA_ACTIVATIONS, "share"),
-        "On the probe set: 0.1 means that the adapter adds a tenth of what the frozen weight gives.",
+        "On the probe set. 0.1 means that the adapter's output is a tenth of the frozen weight's.",
     ),
     ReportFigure(
         "kl",
-        "How far the answers are from the base's",
+        "KL divergence from the base",
         runs.plot_divergence,
         (tables.DIVERGENCE, "kl"),
-        "On the probe set. It rises as the adapter learns; if it goes on rising while the validation loss stands "
-        "still, the model may be forgetting what it knew.",
+        "On the probe set. It rises as the adapter learns. If it keeps rising while the validation loss is flat, the "
+        "model may be forgetting.",
     ),
 )
 
 
 def find_figure(name: str) -> ReportFigure:
-    """A drawing of `REPORT_FIGURES`."""
-    return next(drawing for drawing in REPORT_FIGURES if drawing.name == name)
+    """The entry of `REPORT_FIGURES` with this name."""
+    return next(figure for figure in REPORT_FIGURES if figure.name == name)

@@ -1,4 +1,4 @@
-"""The run as a whole: its loss with what happened, the divergence from the base, and what the lens cost."""
+"""Figures of the whole run: its loss with events, the divergence from the base, and the cost of the lens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOST_SPIKES, MOST_BORDERS, SMOOTH_POINTS = 50, 40, 60
 
 
 class LossSource(Protocol):
-    """What the losses are in: a `Recording`, or the `Log` of a run that nothing was captured of."""
+    """A source of losses: a `Recording`, or the `Log` of a run without captures."""
 
     @property
     def settings(self) -> Mapping[str, Any]: ...
@@ -30,10 +30,10 @@ class LossSource(Protocol):
 
 
 def plot_loss(recording: LossSource, checkpoints: Sequence[int] = ()) -> go.Figure:
-    """Training loss of each step, its median in equal parts, validation, and events.
+    """The training loss of each step, its median in equal parts, the validation loss, and events.
 
     Args:
-        checkpoints: the steps after which one was written.
+        checkpoints: the steps of the checkpoints.
     """
     series, judged = recording.series(tables.LOSS, "loss"), recording.series(tables.EVALUATION, "loss")
     if not (series.values.size or judged.values.size):
@@ -68,17 +68,17 @@ def _add_training(figure: go.Figure, steps: np.ndarray, values: np.ndarray) -> N
         marker = {"symbol": "x", "size": 8, "color": ALARM}
         shown = np.isin(steps, odd)
         highest = np.nanmax(np.where(np.isfinite(values), values, np.nan)) if np.isfinite(values).any() else 0.0
-        seen = np.where(np.isfinite(values), values, highest)[shown]  # what is not finite has no height of its own
+        seen = np.where(np.isfinite(values), values, highest)[shown]  # non-finite values are drawn at the highest loss
         figure.add_scatter(x=steps[shown], y=seen, mode="markers", marker=marker, name="spike")
 
 
 def is_long(steps: np.ndarray) -> bool:
-    """Whether a line of so many steps is too restless to be read without `smooth_line`."""
+    """Whether a line has too many steps to be read without `smooth_line`."""
     return len(steps) > 2 * SMOOTH_POINTS
 
 
 def smooth_line(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The median of the finite values, and the mean step, of each of 60 equal parts of a line."""
+    """The mean step and the median of the finite values in each of 60 equal parts of a line."""
     parts = np.array_split(np.arange(len(steps)), SMOOTH_POINTS)
     finite = [part[np.isfinite(values[part])] for part in parts]
     kept = [part for part in finite if len(part)]
@@ -88,15 +88,15 @@ def smooth_line(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.n
 def find_spikes(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     """The steps whose loss is not finite, or 6 robust deviations above the running median of 21 steps; at most 50.
 
-    A robust deviation is 1.4826 times the median distance of all losses from their running median. A spike is so far
-    in nats and in their logarithm: early losses scatter by more nats, and small ones by larger factors.
+    A robust deviation is 1.4826 times the median distance of all losses from their running median. A spike exceeds it
+    in nats and in their logarithm, because early losses scatter by more nats and small losses by larger factors.
     """
     finite = np.isfinite(values)
     broken: np.ndarray = steps[~finite][:MOST_SPIKES]
     known = values[finite]
     if len(known) < WINDOW:
         return broken
-    padded = np.pad(known, WINDOW // 2, mode="reflect", reflect_type="odd")  # a falling line goes on falling
+    padded = np.pad(known, WINDOW // 2, mode="reflect", reflect_type="odd")  # a falling line keeps falling
     running = np.median(np.lib.stride_tricks.sliding_window_view(padded, WINDOW), axis=1)
     tiny = np.finfo(float).tiny
     factors = np.log(np.maximum(known, tiny)) - np.log(np.maximum(running, tiny))
@@ -108,7 +108,7 @@ def find_spikes(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def find_epoch_ends(recording: LossSource) -> list[float]:
-    """The steps at which an epoch ended and another began, at most 40, evenly chosen."""
+    """The steps at which an epoch ended and the next began, at most 40, evenly chosen."""
     series, each = recording.series(tables.LOSS, "loss"), recording.settings.get("steps_per_epoch")
     if not each or not len(series.steps):
         return []
@@ -145,10 +145,10 @@ def plot_divergence(recording: Recording) -> go.Figure:
 
 
 def plot_cost(recording: Recording) -> go.Figure:
-    """The seconds that each collector took, and what serves them all."""
+    """The seconds of each collector, and of their shared work."""
     seconds = recording.captures.cost()
     if not seconds:
-        return empty_figure("no cost was kept")
+        return empty_figure("no cost was recorded")
     upwards = sorted(seconds.items(), key=lambda item: item[1])
     figure = build_canvas("seconds", "", height=120 + 26 * len(upwards))
     names, values = [escape_label(name) for name, _ in upwards], [value for _, value in upwards]

@@ -1,4 +1,4 @@
-"""Singular values of dW: over steps for one module, and at the end for each kind."""
+"""Singular values of dW: over steps for one module, and at the last step by module type."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from training_lens.analysis.figures.style import SCALE, add_line, build_canvas, 
 from training_lens.core import table_names as tables
 from training_lens.core.recording import Recording
 
-MOST_VALUES = 12  # lines of one spectrum
+MOST_VALUES = 12  # lines in one figure
 
 
 def find_strongest_module(recording: Recording) -> str | None:
-    """The module whose dW is largest at the end, by its first singular value; None without spectra."""
+    """The module with the largest first singular value of dW at the last step; None without spectra."""
     spectra = _read_spectra(recording)[1]
     largest = {name: values[-1, 0] for name, values in spectra.items() if values.size and np.isfinite(values[-1, 0])}
     return max(largest, key=lambda name: largest[name]) if largest else None
@@ -26,7 +26,7 @@ def plot_spectrum_over_steps(recording: Recording, module: str | None = None) ->
     """The singular values of one module's dW over steps, at most 12 of them, evenly chosen.
 
     Args:
-        module: its name; None: the one whose dW is largest at the end.
+        module: its name; None: the strongest module.
     """
     steps, spectra = _read_spectra(recording)
     name = module or find_strongest_module(recording)
@@ -43,10 +43,10 @@ def plot_spectrum_over_steps(recording: Recording, module: str | None = None) ->
 
 
 def plot_spectrum_by_kind(recording: Recording) -> go.Figure:
-    """The singular values at the last captured step over the largest, median over the modules of each kind."""
+    """The singular values at the last step relative to the largest, median over the modules of each type."""
     spectra = _read_spectra(recording)[1]
     kinds = dict.fromkeys(m.kind for m in recording.modules)
-    figure = build_canvas("direction, the strongest first", "singular value / the largest")
+    figure = build_canvas("direction, strongest first", "singular value / largest")
     for kind, look in zip(kinds, line_styles(), strict=False):
         last = [spectra[m.name][-1] for m in recording.modules if m.kind == kind and m.name in spectra]
         found = [values for values in last if values.size and np.nan_to_num(values[0]) > 0]
@@ -61,7 +61,7 @@ def _add_spectrum(figure: go.Figure, found: list[np.ndarray], kind: str, look: d
     for row, values in zip(padded, found, strict=True):
         row[: len(values)] = values / values[0]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a place that only NaN is at
+        warnings.simplefilter("ignore", RuntimeWarning)  # a column of NaN only
         middle = np.nanmedian(padded, axis=0)
     add_line(figure, np.arange(1, longest + 1), middle, escape_label(kind), **look)
 

@@ -1,4 +1,4 @@
-"""How every figure looks: colours that all can tell apart, units on axes, readable on a phone and in the dark."""
+"""The style of all figures: colour-blind safe, units on axes, readable on a phone and in dark mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training_lens.display.colors import ALARM, COLOURS, GRID, INK
 from training_lens.display.downsampling import thin_line, thin_rows, thin_steps
 
 DASHES = ("solid", "dash", "dot", "dashdot")
-SCALE = "Cividis"  # made for colour-blind eyes, and grows lighter evenly
+SCALE = "Cividis"  # colour-blind safe, with evenly increasing lightness
 CLEAR = "rgba(0, 0, 0, 0)"
 UNUSED_BUTTONS = ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"]
 BELOW_TICKS = 24  # pixels: beside a category axis, Plotly counts the standoff from the axis and not from its labels
@@ -23,12 +23,12 @@ DECADES = range(-30, 31)
 
 
 def build_canvas(x: str, y: str, height: int = 380) -> go.Figure:
-    """An empty figure with its axes' titles: what is drawn and its unit."""
+    """An empty figure with axis titles: the quantity and its unit."""
     figure = go.Figure()
     figure.update_layout(template="none", autosize=True, height=height, margin={"l": 10, "r": 10, "t": 30, "b": 10})
     figure.update_layout(paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, font={"color": INK, "size": 13})
     figure.update_layout(legend={"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom"})
-    figure.update_layout(dragmode=False)  # a finger on a figure scrolls the page; its buttons zoom
+    figure.update_layout(dragmode=False)  # dragging scrolls the page on a phone; buttons zoom
     figure.update_layout(modebar={"bgcolor": CLEAR, "color": INK, "activecolor": ALARM, "remove": UNUSED_BUTTONS})
     axis = {"automargin": True, "gridcolor": GRID, "zeroline": False, "linecolor": GRID}
     figure.update_xaxes(title={"text": x, "standoff": 8}, **axis)
@@ -37,14 +37,14 @@ def build_canvas(x: str, y: str, height: int = 380) -> go.Figure:
 
 
 def empty_figure(text: str) -> go.Figure:
-    """A figure that says why it is empty."""
+    """A figure with a text that says why it is empty."""
     figure = build_canvas("", "", height=120)
     figure.add_annotation(text=escape(text), showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5)
     return figure.update_xaxes(visible=False).update_yaxes(visible=False)
 
 
 def escape_label(name: str) -> str:
-    """A name from data as Plotly shows it: its markup stays text."""
+    """A name from data, escaped so that Plotly shows its markup as text."""
     return escape(name)
 
 
@@ -52,11 +52,11 @@ def plot_lines(series: Series, y: str, *, at_zero: bool = True) -> go.Figure:
     """A line for each name over steps.
 
     Args:
-        y: what is drawn, and its unit.
-        at_zero: the axis begins at 0.
+        y: the quantity and its unit.
+        at_zero: whether the axis starts at 0.
     """
     if not series.values.size:
-        return empty_figure("nothing was captured of this")
+        return empty_figure("no data was captured for this figure")
     figure = build_canvas("step", y)
     for name, look in zip(series.names, line_styles(), strict=False):
         add_line(figure, series.steps, series.column(name), escape_label(name), **look)
@@ -64,12 +64,12 @@ def plot_lines(series: Series, y: str, *, at_zero: bool = True) -> go.Figure:
 
 
 def line_styles() -> Iterable[dict[str, Any]]:
-    """A colour and a dash for each line, all different for the first 24."""
+    """A colour and dash style per line, unique for the first 24."""
     return cycle([{"color": colour, "dash": dash} for dash, colour in product(DASHES, COLOURS)])
 
 
 def add_line(figure: go.Figure, steps: np.ndarray, values: np.ndarray, name: str, **look: Any) -> None:
-    """A line of at most 1,000 points; with few of them, each is marked."""
+    """A line of at most 1,000 points; few points are marked."""
     kept = np.isfinite(values) if len(steps) < 30 else slice(None)  # sparse captures: no gaps between them
     x, y = thin_line(steps[kept], values[kept])
     mode = "lines+markers" if len(x) < 30 else "lines"
@@ -77,15 +77,15 @@ def add_line(figure: go.Figure, steps: np.ndarray, values: np.ndarray, name: str
 
 
 def plot_heat_map(series: Series, unit: str, *, log: bool = False, top: float | None = None) -> go.Figure:
-    """Layers from bottom to top, steps from left to right; a cross where a value is not finite.
+    """A heat map with layers from bottom to top and steps from left to right; crosses mark non-finite values.
 
     Args:
-        unit: what the colours mean.
-        log: colours by the exponent; hovering shows the number itself.
-        top: what the brightest colour stands for; None: the largest value.
+        unit: the quantity of the colours.
+        log: logarithmic colours; hovering shows the value itself.
+        top: the value of the brightest colour; None: the largest value.
     """
     if not series.values.size:
-        return empty_figure("nothing was captured of this")
+        return empty_figure("no data was captured for this figure")
     steps, values = thin_steps(series.steps, series.values.T)
     names, values = thin_rows(series.names, values)
     shown = _log_values(values) if log else np.where(np.isfinite(values), values, np.nan)
@@ -109,7 +109,7 @@ def plot_heat_map(series: Series, unit: str, *, log: bool = False, top: float | 
 
 
 def _log_values(values: np.ndarray) -> np.ndarray:
-    """log10, with zeros at the lowest value's; NaN where a value is not finite."""
+    """log10, with zeros at the lowest positive value; NaN for non-finite values."""
     finite = np.where(np.isfinite(values), values, np.nan)
     positive = finite[finite > 0]
     lowest = positive.min() if positive.size else 1.0
@@ -117,7 +117,7 @@ def _log_values(values: np.ndarray) -> np.ndarray:
 
 
 def _decade_ticks(logarithms: np.ndarray) -> dict[str, list[Any]]:
-    """Ticks at powers of ten, and within few of them also at 2 and 5 times these."""
+    """Ticks at powers of ten, and for a small range also at 2 and 5 times these."""
     low, high = _finite_range([logarithms])
     powers = [f"{factor}e{power}" for power in DECADES for factor in ((1, 2, 5) if high - low < 2 else (1,))]
     return {"tickvals": [float(np.log10(float(power))) for power in powers], "ticktext": powers}
@@ -132,7 +132,7 @@ def _mark_nonfinite(figure: go.Figure, steps: np.ndarray, names: Sequence[str], 
 
 
 def match_scales(first: go.Figure, second: go.Figure) -> tuple[go.Figure, go.Figure]:
-    """Two figures of one kind with the same colour scale and axes, so that what looks alike is alike."""
+    """Two figures of one kind with the same colour scale and axes, so that they can be compared."""
     pair = (go.Figure(first), go.Figure(second))
     for axis in ("x", "y"):
         _match_axis(pair, axis)
@@ -162,7 +162,7 @@ def _match_axis(pair: tuple[go.Figure, go.Figure], axis: str) -> None:
 
 
 def _finite_range(values: Sequence[np.ndarray]) -> tuple[float, float]:
-    """The lowest and highest finite number; 0 and 1 where there is none."""
+    """The lowest and highest finite value; 0 and 1 if there is none."""
     flat = np.concatenate([np.asarray(v, float).ravel() for v in values])
     flat = flat[np.isfinite(flat)]
     return (float(flat.min()), float(flat.max())) if flat.size else (0.0, 1.0)

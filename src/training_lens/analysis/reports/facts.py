@@ -195,9 +195,7 @@ class WeightChanges:
         )
         after = "" if self.is_last else f" This is after step {self.step}: later weights are not finite."
         carriers = f"Layers {_format_shares(self.by_layer)} and modules {_format_shares(self.by_kind)}"
-        return (
-            f"{carriers} carry most of the change (shares of |dW|²; dW is the update of a weight).{size}{after}"
-        )
+        return f"{carriers} carry most of the change (shares of |dW|²; dW is the update of a weight).{size}{after}"
 
     def as_phrase(self) -> str:
         """The same as one phrase."""
