@@ -259,7 +259,8 @@ def study(world: World, folder: Path, draw: random.Random) -> Call:
     from training_lens.sweeps.leaderboard import build_leaderboard
     from training_lens.sweeps.recommendation import recommend_trial
     from training_lens.sweeps.space import Space
-    from training_lens.sweeps.study import SharedStudy, explain_lost_storage
+    from training_lens.sweeps.study import SharedStudy
+    from training_lens.sweeps.study_storage import explain_lost_storage
     from training_lens.sweeps.sweep_report import best_yaml
     from training_lens.sweeps.worker import Worker
 

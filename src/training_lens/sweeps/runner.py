@@ -28,7 +28,8 @@ from training_lens.runs.run_folder import RunFolder, runs_folder
 from training_lens.sweeps.leaderboard import Leaderboard, TrialRow, build_leaderboard, build_row
 from training_lens.sweeps.recommendation import Recommendation, recommend_trial, sum_blocks
 from training_lens.sweeps.space import Space
-from training_lens.sweeps.study import SharedStudy, explain_lost_storage, free_settings
+from training_lens.sweeps.study import SharedStudy, free_settings
+from training_lens.sweeps.study_storage import explain_lost_storage
 from training_lens.sweeps.sweep_report import write_results
 from training_lens.sweeps.trials import FINISHED, is_default, run_id
 from training_lens.sweeps.worker import Worker

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import RDBStorage
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import SQLAlchemyError
 
-from training_lens.config.schema import SweepSection, TrainingConfig
+from training_lens.config.schema import TrainingConfig
 from training_lens.config.search_space import flatten_keys
-from training_lens.errors import ConfigurationError, TrainingError
+from training_lens.errors import ConfigurationError
 from training_lens.sweeps.proposals import propose_point
 from training_lens.sweeps.pruning import build_pruner
 from training_lens.sweeps.space import Params, Space
+from training_lens.sweeps.study_storage import explain_storage, file_url, open_storage, require_persistent
 from training_lens.sweeps.trials import (
     BLOCKS,
     check_attributes,
@@ -34,18 +31,16 @@ from training_lens.sweeps.trials import (
     is_lost,
     is_valid_claim,
 )
-from training_lens.sweeps.worker import GRACE_SECONDS, PULSE_SECONDS, Worker, delete_lock, is_alive, send_heartbeats
+from training_lens.sweeps.worker import Worker, delete_lock, is_alive, send_heartbeats
 from training_lens.training.resume import FREE_KEYS
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 from training_lens.utils.nested import flatten_sections
 
 logger = get_logger(__name__)
-OPENING_TRIES = 5
 CARRIED = ("token", "default", BLOCKS)  # from a trial that was left to the one that goes on with its run
 # What Optuna raises on rows that it did not write.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, StopIteration)
-SQLITE_WAIT_SECONDS = 60  # for another process's write; SQLite's own 5 are few on a busy disk
 
 
 class SharedStudy:
@@ -71,10 +66,10 @@ class SharedStudy:
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.settings, self.space = config.sweep, space
-        url = config.sweep.storage or _file_url(folder / "study.db")
-        _require_persistent(url)
-        self._storage = _open_storage(url)
-        with _explain_storage(url), _explain_study(config.sweep.name):
+        url = config.sweep.storage or file_url(folder / "study.db")
+        require_persistent(url)
+        self._storage = open_storage(url)
+        with explain_storage(url), _explain_study(config.sweep.name):
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=config.sweep.name,
@@ -254,49 +249,6 @@ class SharedStudy:
         self._storage.engine.dispose()
 
 
-def _file_url(path: Path) -> str:
-    """The URL of a SQLite file, whatever signs its path has."""
-    return URL.create("sqlite", database=str(path.resolve())).render_as_string()
-
-
-def _require_persistent(url: str) -> None:
-    if url.startswith("sqlite") and (url.endswith("://") or ":memory:" in url or "mode=memory" in url):
-        raise ConfigurationError(
-            f"sweep.storage: {url} is a database in memory, which no other process sees and no later start goes on "
-            "with. Give a file, such as sqlite:///study.db, or leave it out."
-        )
-
-
-def _open_storage(url: str) -> RDBStorage:
-    """The storage; a few tries, since processes that start together make its tables at once."""
-    options: dict[str, Any] = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}} if url.startswith("sqlite") else {}
-    with _explain_storage(url), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        for left in reversed(range(OPENING_TRIES)):
-            try:
-                return RDBStorage(
-                    url, engine_kwargs=options, heartbeat_interval=PULSE_SECONDS, grace_period=GRACE_SECONDS
-                )
-            except (SQLAlchemyError, StorageInternalError):
-                if not left:
-                    raise
-                time.sleep(0.3 + 0.3 * secrets.randbelow(3))
-    raise AssertionError("the last try returns or raises")
-
-
-@contextmanager
-def _explain_storage(url: str) -> Iterator[None]:
-    """Within the block, what goes wrong in opening is a ConfigurationError that names the storage, not its password."""
-    try:
-        yield
-    except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError) as error:
-        raise ConfigurationError(
-            f"sweep.storage: {_hide_password(url)} cannot be opened: {describe_error(error.__cause__ or error)} Give a "
-            "URL such as postgresql://USER:PASSWORD@HOST/DATABASE (with its driver installed), or leave it out for a "
-            "file."
-        ) from error
-
-
 @contextmanager
 def _explain_study(name: str) -> Iterator[None]:
     """Within the block, whatever Optuna makes of rows that it did not write is one clear error."""
@@ -308,25 +260,6 @@ def _explain_study(name: str) -> Iterator[None]:
         raise ConfigurationError(
             f"sweep.name: the database of the study '{name}' is damaged ({describe_error(error)}). Restore it, or give "
             "another sweep.name."
-        ) from error
-
-
-def _hide_password(url: str) -> str:
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return "what is given"  # it may hold a password where a URL has none
-
-
-@contextmanager
-def explain_lost_storage(settings: SweepSection) -> Iterator[None]:
-    """Within the block, a database that does not answer any more is one clear error; the study goes on from there."""
-    try:
-        yield
-    except StorageInternalError as error:
-        raise TrainingError(
-            f"the storage of the sweep '{settings.name}' does not answer: {describe_error(error.__cause__ or error)} "
-            "Nothing that finished is lost; start the same command again."
         ) from error
 
 
