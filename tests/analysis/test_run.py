@@ -15,7 +15,7 @@ import pytest
 
 from training_lens import CheckpointAnalyzer, Run, TrainingWrapper
 from training_lens.analysis.reports.technical import marked_steps
-from training_lens.analysis.run_comparison import OTHER_ROWS
+from training_lens.analysis.run_comparison import DIFFERENT_ROWS
 from training_lens.core import table_names as tables
 from training_lens.errors import CheckpointError, ConfigurationError, LensError
 from training_lens.runs.metrics_log import read_metrics
@@ -208,7 +208,7 @@ def test_compared_runs_show_what_differs_and_both_losses(copied: RunFolder, othe
     names = [f"{name} {kind}" for name in (copied.run_id, "other") for kind in ("training", "validation")]
     assert [trace.name for trace in comparison.figure().data] == names
     html = comparison._repr_html_()
-    assert "peft.r" in html and "1.5000" in html and OTHER_ROWS not in html
+    assert "peft.r" in html and "1.5000" in html and DIFFERENT_ROWS not in html
     assert [text.text for text in drawings(html)[0].iter() if text.text in names] == names
     assert repr(comparison) == f"RunComparison of {copied.run_id} and other: they differ in peft.r"
 
@@ -218,7 +218,7 @@ def test_runs_validated_on_other_rows_are_not_compared_silently(copied: RunFolde
     data["validation"]["files"] = {"elsewhere.jsonl": "0" * 64}
     other.write_metadata("data.json", data)
     comparison = Run(copied.root).compare("other")
-    assert not comparison.same_validation and OTHER_ROWS in comparison._repr_html_()
+    assert not comparison.same_validation and DIFFERENT_ROWS in comparison._repr_html_()
 
 
 def test_a_run_whose_metadata_are_broken_is_not_compared(copied: RunFolder, other: RunFolder) -> None:

@@ -118,7 +118,7 @@ def test_an_interrupted_trial_is_gone_on_with(sweep_config: Config, monkeypatch:
 
     with monkeypatch.context() as patch:
         before_step(patch, leave)
-        with pytest.raises(InterruptedRunError, match="the sweep goes on with this trial") as caught:
+        with pytest.raises(InterruptedRunError, match="the sweep resumes this trial") as caught:
             Sweep(config).run()
     assert caught.value.exit_code == 130
     folder = Path(config.output.base_output_dir) / "sweeps/sweep"
@@ -254,12 +254,12 @@ def test_a_hopeless_trial_is_pruned(sweep_config: Config) -> None:
 def test_trials_have_ids_of_their_own(sweep_config: Config) -> None:
     config = sweep_config()
     config.output.run_id = "mine"
-    with pytest.raises(ConfigurationError, match=r"output\.run_id: each trial"):
+    with pytest.raises(ConfigurationError, match=r"output\.run_id: every trial"):
         Sweep(config)
 
 
 def test_a_sweep_needs_validation_rows(sweep_config: Config) -> None:
     config = sweep_config()
     config.data.validation = None
-    with pytest.raises(ConfigurationError, match=r"sweep\.metric: .* give data\.validation or data\.val_ratio"):
+    with pytest.raises(ConfigurationError, match=r"sweep\.metric: .* set data\.validation or data\.val_ratio"):
         Sweep(config)

@@ -247,7 +247,7 @@ def test_a_study_of_another_program_is_left_alone(
     storage = f"sqlite:///{tmp_path / 'theirs.db'}"
     theirs = optuna.create_study(storage=storage, study_name="sweep", direction=direction)
     theirs.tell(theirs.ask({"x": FloatDistribution(0, 1)}), 0.5)
-    with pytest.raises(ConfigurationError, match=r"sweep\.name: .* no sweep of Training Lens"):
+    with pytest.raises(ConfigurationError, match=r"sweep\.name: .* not a sweep of Training Lens"):
         open_study(sweep_config(storage=storage))
     assert len(theirs.get_trials()) == 1 and not theirs.user_attrs
 

@@ -1,1 +1,1 @@
-"""Many runs of one question: which settings are best."""
+"""Hyperparameter sweeps: many runs to find the best settings."""

@@ -1,4 +1,4 @@
-"""What a sweep found: its trials, best first, and how much each key mattered."""
+"""The results of a sweep: its trials, best first, and the importance of each key."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ STATES = {
     TrialState.RUNNING: "running",
 }
 STATE_ORDER = ("finished", "pruned", "running", "stopped", "failed")
-BEST_SHARE = 0.25  # share of the trials that count as good ones for the importances
-MINIMUM_TRIALS = 4  # finished trials: with fewer, nothing can be said of importances
+BEST_SHARE = 0.25  # share of the trials that count as good for the importances
+MINIMUM_TRIALS = 4  # finished trials that the importances need
 
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One trial. `validation_loss` in nats per supervised token; of a pruned trial, its lowest until then.
+    """One trial. `validation_loss` is in nats per supervised token; for a pruned trial, the lowest so far.
 
-    `state` is finished, pruned, running, stopped (its process ended; the next start goes on with it) or failed.
-    `params` are values of the config by dotted key; `seconds` are those of training; `run_dir` is on the machine that
-    ran it. `is_default`: the trial of the default settings, the base config's own.
+    `state` is finished, pruned, running, stopped (its process ended; the next start resumes it) or failed. `params` are
+    config values by dotted key; `seconds` is the training time; `run_dir` is on the machine that ran the trial.
+    `is_default` marks the trial with the base config's own settings.
     """
 
     trial: int
@@ -46,7 +46,7 @@ class TrialRow:
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """The rows of a study, best first, and the importance of each key (shares of 1; empty with few trials)."""
+    """The trials of a study, best first, and the importance of each key (shares of 1; empty with few trials)."""
 
     study: str
     metric: str
@@ -55,26 +55,26 @@ class Leaderboard:
 
     @property
     def best(self) -> TrialRow | None:
-        """The finished trial of the lowest loss, or None."""
+        """The finished trial with the lowest loss, or None."""
         return self.rows[0] if self.rows and self.rows[0].state == "finished" else None
 
     def count_trials(self, state: str) -> int:
-        """How many trials are in this state."""
+        """The number of trials in this state."""
         return sum(row.state == state for row in self.rows)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, rows included."""
+        """Plain values, including the rows."""
         return asdict(self)
 
 
 def build_leaderboard(study: str, metric: str, trials: Sequence[FrozenTrial], space: Space) -> Leaderboard:
-    """The leaderboard of a study's trials that count."""
+    """The leaderboard of a study's current trials."""
     rows = sorted((build_row(trial, space) for trial in trials), key=_sort_key)
     return Leaderboard(study, metric, tuple(rows), compute_importances(trials))
 
 
 def build_row(trial: FrozenTrial, space: Space) -> TrialRow:
-    """A trial as people read it."""
+    """A trial as a row of the leaderboard."""
     facts = trial.user_attrs
     return TrialRow(
         trial=first_number(trial),
@@ -94,13 +94,16 @@ def _sort_key(row: TrialRow) -> tuple[int, float, int]:
 
 
 def compute_importances(trials: Sequence[FrozenTrial]) -> dict[str, float]:
-    """How much each key decided whether a trial is among the best quarter, as shares of 1, largest first.
+    """How much each key decides whether a trial is among the best quarter, as shares of 1, largest first.
 
     PED-ANOVA (arXiv 2304.10255): the Pearson divergence between a key's distribution in the best quarter of the
-    finished trials and in all of them. Pruned trials are left out. With few trials it is rough;
-    where all losses are equal, or with fewer than four, there are none.
+    finished trials and in all of them. Pruned trials are left out. Rough with few trials; empty with fewer than four
+    or if all losses are equal.
     """
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # a second: it brings sklearn
+    from optuna.importance import (
+        PedAnovaImportanceEvaluator,
+        get_param_importances,
+    )  # takes a second: it imports sklearn
 
     finished = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.params]
     if len(finished) < MINIMUM_TRIALS or len({trial.value for trial in finished}) < 2:

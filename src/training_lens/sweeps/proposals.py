@@ -1,4 +1,4 @@
-"""What to try next: a function of the seed and of the trials so far, so that a sweep that was killed goes on as it was.
+"""The next point to try: a function of the seed and the trials so far, so that a killed sweep continues as before.
 
 No point is proposed twice.
 """
@@ -15,14 +15,14 @@ from optuna.trial import FrozenTrial
 from training_lens.config.schema import SweepSection
 from training_lens.sweeps.space import Params, Space
 
-DRAWS = 100  # of a sampler that comes to tried points again and again, before a free one is drawn at random
+DRAWS = 100  # of a sampler that repeats tried points, before a free point is picked at random
 
 
 def propose_point(space: Space, settings: SweepSection, history: Sequence[FrozenTrial]) -> Params | None:
-    """A point that none of `history` has, or None where all were tried.
+    """A point that is not in `history`, or None if all were tried.
 
     Args:
-        history: the trials so far, failed and running ones too, by number; with the seed, all that the draw depends on.
+        history: the trials so far by number, including failed and running ones. Only it and the seed decide the draw.
     """
     tried = _tried_points(history)
     if settings.sampler != "grid":
@@ -34,7 +34,7 @@ def propose_point(space: Space, settings: SweepSection, history: Sequence[Frozen
 
 
 def _draw_point(space: Space, settings: SweepSection, history: Sequence[FrozenTrial]) -> Params | None:
-    """A new point from the sampler; None where it finds none."""
+    """A new point from the sampler; None if it finds none."""
     tried = _tried_points(history)
     if space.size is not None and len(tried) >= space.size:
         return None
@@ -45,12 +45,12 @@ def _draw_point(space: Space, settings: SweepSection, history: Sequence[FrozenTr
 
 
 def _tried_points(history: Sequence[FrozenTrial]) -> list[Params]:
-    """The points of the trials; default settings outside of the space are none."""
+    """The points of the trials, without default settings outside of the space."""
     return [trial.params for trial in history if trial.params]
 
 
 def build_study(trials: Sequence[FrozenTrial], sampler: BaseSampler | None = None) -> optuna.Study:
-    """The trials alone, in order, as a study in memory."""
+    """The trials in order as an in-memory study."""
     study = optuna.create_study(sampler=sampler)
     study.add_trials(trials)
     return study
@@ -60,10 +60,10 @@ def _build_sampler(settings: SweepSection, number: int) -> BaseSampler:
     seed = random.Random(f"{settings.seed}/{number}").getrandbits(32)
     if settings.sampler == "random":
         return RandomSampler(seed=seed)
-    startup = min(10, max(4, settings.trials // 3))  # random ones first; Optuna's 10 would be most of a short sweep
-    return TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)  # running trials count as bad ones
+    startup = min(10, max(4, settings.trials // 3))  # random trials first; Optuna's 10 would be most of a short sweep
+    return TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)  # running trials count as bad
 
 
 def _shuffle_points(points: list[Params], seed: int) -> list[Params]:
-    """The points by a key that each keeps while others are taken away: the order of a grid does not change."""
+    """The points in a random order that does not change when other points are removed."""
     return sorted(points, key=lambda point: random.Random(f"{seed}/{sorted(point.items())}").random())

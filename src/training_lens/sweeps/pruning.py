@@ -1,4 +1,4 @@
-"""Which trials are ended early: a function of the losses that each has reported so far, by validation."""
+"""Which trials are pruned: a function of the losses that each trial has reported so far, by validation."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def build_pruner(settings: SweepSection) -> BasePruner:
 
 
 class SuccessiveHalving(BasePruner):
-    """At validations 1, 2, 4, 8, ... the better half goes on.
+    """At validations 1, 2, 4, 8, ... the better half continues.
 
-    Asynchronous successive halving (arXiv 1810.05934). Optuna's own keeps in each trial how far it has come; a run
-    that is gone on with is a further trial to Optuna, so there it would begin anew and compete with itself.
+    Asynchronous successive halving (arXiv 1810.05934). Optuna's own pruner stores the progress in each trial. A resumed
+    run is a new trial to Optuna, so there it would start over and compete with itself.
     """
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Whether the trial is in the worse half at the validation that it reported last."""
+        """Whether the trial is in the worse half at its last reported validation."""
         validation = trial.last_step
-        if validation is None or validation & (validation - 1):  # no power of two
+        if validation is None or validation & (validation - 1):  # not a power of two
             return False
         others = [t for t in current_trials(study.get_trials(deepcopy=False)) if first_number(t) != first_number(trial)]
         rivals = [t.intermediate_values[validation] for t in others if validation in t.intermediate_values]
@@ -38,7 +38,7 @@ class SuccessiveHalving(BasePruner):
 
 
 def is_in_worse_half(loss: float, rivals: Sequence[float]) -> bool:
-    """Whether `loss` is not among the lowest half of itself and `rivals`, rounded down, and at least one.
+    """Whether `loss` is not in the lower half (rounded down, at least one) of itself and `rivals`.
 
     Example:
         >>> in_worse_half(2.0, []), in_worse_half(2.0, [1.0]), in_worse_half(2.0, [1.0, 3.0, 4.0])

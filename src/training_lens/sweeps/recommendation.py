@@ -1,4 +1,4 @@
-"""Which settings a sweep recommends: never what is not clearly better than the default settings."""
+"""The settings that a sweep recommends: the default settings unless others are clearly better."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from optuna.trial import FrozenTrial
 from training_lens.sweeps.leaderboard import Leaderboard, TrialRow
 from training_lens.sweeps.trials import BLOCKS, first_number
 
-MOST_BLOCKS = 256  # of validation rows: so many sums of losses are noted with a trial
+MOST_BLOCKS = 256  # of validation rows: the number of loss sums stored with a trial
 NORMAL_95 = 1.96  # standard errors on each side of a 95 % interval
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The trial whose settings best.yaml has, and why, in a sentence; empty of a sweep without default settings."""
+    """The trial for best.yaml, and the reason as a sentence; empty in a sweep without default settings."""
 
     row: TrialRow
     reason: str
@@ -32,17 +32,17 @@ class Recommendation:
 
 
 def sum_blocks(row_nll: np.ndarray) -> list[float]:
-    """Losses of rows as sums over at most `MOST_BLOCKS` blocks, the same rows in the same block for every trial."""
+    """Row losses summed over at most `MOST_BLOCKS` blocks; a row is in the same block in every trial."""
     blocks = np.zeros(min(len(row_nll), MOST_BLOCKS))
     np.add.at(blocks, np.arange(len(row_nll)) % MOST_BLOCKS, row_nll)
     return [float(f"{value:.9g}") for value in blocks]
 
 
 def paired_interval(loss: float, blocks: Sequence[float], others: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % interval of a loss minus another one that was measured on the same rows.
+    """The 95 % interval of the difference between two losses on the same rows.
 
-    Blocks of rows are taken for a sample: the difference of the sums has the standard error sqrt(n) times the
-    standard deviation of the blocks' differences. None where there are fewer than two blocks, or they do not match.
+    Blocks of rows are treated as a sample: the standard error of the summed difference is sqrt(n) times the standard
+    deviation of the block differences. None with fewer than two blocks, or if they do not match.
 
     Args:
         loss: in nats per token, of `blocks`.
@@ -57,9 +57,9 @@ def paired_interval(loss: float, blocks: Sequence[float], others: Sequence[float
 
 
 def recommend_trial(board: Leaderboard, trials: Sequence[FrozenTrial]) -> Recommendation | None:
-    """The best trial where it is better than the default settings beyond noise, else those; None: nothing finished.
+    """The best trial if it beats the default settings beyond noise, else the default; None if nothing finished.
 
-    Noise is that of the validation rows: 95 % intervals of paired differences. That of other seeds is not known.
+    The noise is that of the validation rows (95 % interval of paired differences); seed noise is unknown.
     """
     best, default = board.best, next((row for row in board.rows if row.is_default), None)
     if best is None:
@@ -68,7 +68,7 @@ def recommend_trial(board: Leaderboard, trials: Sequence[FrozenTrial]) -> Recomm
         return Recommendation(best, "")
     if default.state != "finished":
         unknown = f"the default settings (trial {default.trial}) are {default.state}"
-        return Recommendation(best, f"{unknown}: nothing says that these are better")
+        return Recommendation(best, f"{unknown}: it is unknown whether these are better")
     if best is default:
         return Recommendation(default, "no trial is better than the default settings; best.yaml has those")
     blocks = {first_number(trial): trial.user_attrs.get(BLOCKS, []) for trial in trials}
@@ -83,7 +83,7 @@ def _compare_with_default(
     change = f"trial {best.trial} changes the default settings' loss by {difference:+.4f}"
     interval = paired_interval(best.validation_loss, blocks, of_default)
     if interval is None:
-        return Recommendation(best, f"{change}; how much of that is noise is not known")
+        return Recommendation(best, f"{change}; how much of that is noise is unknown")
     known = f"95 % interval {interval[0]:+.4f} to {interval[1]:+.4f} on these validation rows"
     if interval[1] >= 0:
         return Recommendation(default, f"{change}, which is within noise ({known}); best.yaml has the default settings")

@@ -1,4 +1,4 @@
-"""The sweep itself: claim a trial, train it as a normal run, note how it ended, until no trial is left."""
+"""The sweep loop: claim a trial, train it as a normal run, record its end, until no trial is left."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ from training_lens.utils.names import require_contained
 from training_lens.utils.nested import merge_sections
 
 logger = get_logger(__name__)
-MOST_FAILURES = 3  # failures with nothing finished, after which there is no use in going on
-MOST_DEATHS = 2  # deaths of its process, after which a trial is a failed one: out of memory, it would die for ever
+MOST_FAILURES = 3  # failures without a finished trial, after which the sweep stops
+MOST_DEATHS = 2  # process deaths after which a trial counts as failed: out of memory, it would die every time
 
 
 def sweep_folder(config: TrainingConfig) -> Path:
-    """Where a sweep keeps its study and what it found: {base_output_dir}/sweeps/{name}."""
+    """The folder of a sweep's study and results: {base_output_dir}/sweeps/{name}."""
     return Path(config.output.base_output_dir) / "sweeps" / config.sweep.name
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep found, the files that say it, by name, and which settings to use."""
+    """The leaderboard of a sweep, its files by name, and the recommended settings."""
 
     leaderboard: Leaderboard
     files: dict[str, str]
@@ -64,16 +64,16 @@ class SweepResult:
 
 
 class Sweep:
-    """Runs the trials that `config.sweep` asks for, with every process that is given the same.
+    """Runs the trials of `config.sweep`, shared with all processes that get the same config.
 
     Args:
-        config: the base of every trial, and its sweep section.
-        console: where the progress bars of trials go; None draws none.
-        on_trial: called with each trial that ends in this process.
+        config: the base config of every trial, with the sweep section.
+        console: for the progress bars of the trials; None: no bars.
+        on_trial: called with every trial that ends in this process.
 
     Raises:
-        ConfigurationError: the sweep could not begin: its space, its base config or its storage is wrong.
-        CheckpointError: a symbolic link in its folder leads out of it.
+        ConfigurationError: the space, the base config or the storage is invalid.
+        CheckpointError: a symbolic link leads out of the sweep's folder.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class Sweep:
         on_trial: Callable[[TrialRow], None] = lambda row: None,
     ) -> None:
         if config.output.run_id:
-            raise ConfigurationError("output.run_id: each trial of a sweep has an id of its own; leave it out.")
+            raise ConfigurationError("output.run_id: every trial of a sweep has its own id; leave it out.")
         if config.tracking.hub.repo:
             logger.warning(
-                "tracking.hub.repo: trials are not pushed to %s, where each would replace the last; push the best one "
-                "when the sweep is done",
+                "tracking.hub.repo: trials are not pushed to %s, where each would replace the last one; push the best "
+                "trial after the sweep",
                 config.tracking.hub.repo,
             )
         self.config = write_rows_as_files(config, Path(config.output.base_output_dir) / "cache" / "rows")
@@ -107,14 +107,14 @@ class Sweep:
         self.study = SharedStudy(self.config, self.space, self.folder, rows, default)
 
     def run(self) -> SweepResult:
-        """Run trials until all are taken; then write and give what all processes found so far.
+        """Run trials until all are claimed; then write and return the results of all processes so far.
 
         Raises:
-            TrainingError: the first trials all failed, the storage is gone, or a run's files cannot be read or written.
-            InterruptedRunError: a signal came; the trial's run is saved, and the next start goes on with it. What
-                finished is written first.
+            TrainingError: the first trials all failed, the storage is lost, or a run's files cannot be read or written.
+            InterruptedRunError: a signal came. Results are written and the trial's run is saved; the next start
+                resumes it.
         """
-        gc.freeze()  # what is there now stays: the collections between trials need not look at it
+        gc.freeze()  # objects that exist now stay: later collections can skip them
         try:
             with explain_lost_storage(self.config.sweep), Worker(self.folder / "workers") as worker, quiet_screen():
                 try:
@@ -136,7 +136,7 @@ class Sweep:
             self._on_trial(row)
             if watcher.asked_to_leave:
                 raise InterruptedRunError(
-                    f"stopped as trial {row.trial} ended, which is noted. Start the same command again to go on.",
+                    f"stopped as trial {row.trial} ended, which is recorded. Start the same command again to continue.",
                     watcher.asked_to_leave,
                 )
             failures += row.state == "failed"
@@ -145,7 +145,7 @@ class Sweep:
 
     def _write_results(self) -> SweepResult:
         settings = self.config.sweep
-        with FileLock(self.folder / "results.lock"):  # who reads the trials first writes first
+        with FileLock(self.folder / "results.lock"):  # processes write in the order in which they read the trials
             trials = self.study.current_trials()
             found = build_leaderboard(settings.name, settings.metric, trials, self.space)
             remember_consent(self.folder, self.config)  # of best.yaml
@@ -154,31 +154,34 @@ class Sweep:
             )
 
     def _run_trial(self, trial: FrozenTrial, watcher: PruningCallback) -> TrialRow:
-        """One trial from its claim to its end in the study."""
+        """Run one trial from its claim to its end in the study."""
         try:
             with self.study.send_heartbeats(trial):
                 self._note_end(trial, self._train_trial(trial, watcher))
         except (InterruptedRunError, KeyboardInterrupt) as error:
             self.study.release_trial(trial)
             raise _explain_resume(error) from error
-        except (OSError, CheckpointError) as error:  # a full disk, a run that another process trains or that is damaged
+        except (
+            OSError,
+            CheckpointError,
+        ) as error:  # a full disk, or a run that is damaged or trained by another process
             self.study.release_trial(trial)
             raise TrainingError(
-                f"{run_id(trial)}: {describe_error(error)} That is no failure of the trial: mend it and start the same "
-                "command again, which goes on with it; a run folder that is deleted is trained from the start."
+                f"{run_id(trial)}: {describe_error(error)} This is no failure of the trial. Fix it and start the same "
+                "command again, which resumes the trial; a deleted run folder is trained from the start."
             ) from error
         except StorageInternalError:  # no failure of the trial
             raise
-        except Exception as error:  # whatever it is, the next trial is another
+        except Exception as error:  # the next trial may work
             logger.debug("trial %d failed", trial.number, exc_info=True)
             self.study.fail_trial(trial, describe_error(error))
         free_memory()  # of the trial's model, also where an error kept it alive until now
         return build_row(self.study.read_trial(trial), self.space)
 
     def _train_trial(self, trial: FrozenTrial, watcher: PruningCallback) -> TrainingSummary:
-        """The trial's run: from the start, or from where a process left it, or nothing where it was done already."""
+        """Train the trial's run from the start or from its last checkpoint; do nothing if it is done."""
         if self.study.count_deaths(trial) >= MOST_DEATHS:
-            raise TrainingError("its process died twice: killed, for one where the machine ran out of memory.")
+            raise TrainingError("its process died twice, for example killed because the machine ran out of memory.")
         name, callbacks = self.config.sweep.name, (watcher,)
         run = RunFolder(runs_folder(self.config.output.base_output_dir, name) / run_id(trial))
         try:
@@ -196,7 +199,7 @@ class Sweep:
     def _note_end(self, trial: FrozenTrial, summary: TrainingSummary) -> None:
         facts: dict[str, Any] = {"seconds": summary.seconds, "run_dir": summary.run_dir}
         if summary.validation_loss is None:
-            self.study.fail_trial(trial, "no validation gave a number as its loss.", **facts)
+            self.study.fail_trial(trial, "no validation gave a finite loss.", **facts)
         elif summary.status == "pruned":
             self.study.prune_trial(trial, summary.validation_loss, **facts)
         else:
@@ -205,28 +208,28 @@ class Sweep:
     def _stop_if_all_failed(self, last: TrialRow) -> None:
         if not any(trial.state in FINISHED for trial in self.study.current_trials()):
             raise TrainingError(
-                f"the first {MOST_FAILURES} trials of the sweep '{self.config.sweep.name}' failed, the last of them "
-                f"({last.run_id}) so: {last.error} Fix it; the same command then goes on with other trials, and "
-                "another sweep.name begins anew."
+                f"the first {MOST_FAILURES} trials of the sweep '{self.config.sweep.name}' failed. The last one "
+                f"({last.run_id}): {last.error} Fix it; the same command then continues with other trials, and "
+                "another sweep.name starts over."
             )
 
 
 def _trial_config(config: TrainingConfig) -> TrainingConfig:
-    """A trial's captures are kept, but no page is written of each, unless that was asked for; none is pushed."""
+    """The config of a trial: captures are kept, but no report is written unless asked for, and nothing is pushed."""
     config = config.replace_keys(tracking={"hub": {"repo": None}}) if config.tracking.hub.repo else config
     asked = "report" in config.lens.model_fields_set
     return config if asked else config.replace_keys(lens={"report": False})
 
 
 class PruningCallback(Callback):
-    """Reports each validation of a trial to its study, and ends the run where the pruner would.
+    """Reports each validation of a trial to its study, and ends the run if the pruner would.
 
-    Trials are compared at the same validation, the first with the first: steps differ with the batch size.
+    Trials are compared at the same number of validations, because steps differ with the batch size.
     """
 
     def __init__(self, study: SharedStudy, trial: FrozenTrial) -> None:
         self._study, self._trial = study, trial
-        self.asked_to_leave = 0  # the signal that came while the trial ended by itself: it is for the sweep
+        self.asked_to_leave = 0  # a signal that came while the trial ended by itself; it stops the sweep
 
     def on_train_end(self, trainer: Any) -> None:
         self.asked_to_leave = trainer.signal_number
@@ -237,18 +240,20 @@ class PruningCallback(Callback):
     def on_evaluate(self, trainer: Any, step: int, report: LossReport, base: bool) -> None:
         if base:
             return
-        if trainer.state.best_step == step and report.row_nll is not None:  # the adapter that is saved
+        if trainer.state.best_step == step and report.row_nll is not None:  # the saved adapter
             self._study.keep_losses(self._trial, sum_blocks(report.row_nll))
         every = trainer.settings.eval_steps or trainer.schedule.steps_per_epoch
         validation = math.ceil(step / every)
-        hopeless = self._study.report_loss(self._trial, validation, report.loss)
-        may_end = step < trainer.schedule.total_steps and not is_default(self._trial)  # all are compared with that one
-        if hopeless and may_end:
+        is_worse = self._study.report_loss(self._trial, validation, report.loss)
+        may_end = step < trainer.schedule.total_steps and not is_default(
+            self._trial
+        )  # the default trial is the reference
+        if is_worse and may_end:
             raise PrunedRunError(f"pruned at step {step}, with validation loss {report.loss:.4f}")
 
 
 def _default_settings(config: TrainingConfig, space: Space, plan: RunPlan) -> dict[str, Any]:
-    """The base config's own values of the space's keys; the learning rate that it leaves open is the model's."""
+    """The base config's values for the keys of the space; an unset learning rate is the model's default."""
     values = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in space.dimensions}
     if "training.lr" in values and values["training.lr"] is None:
         values["training.lr"] = default_lr(plan.facts.width)
@@ -256,9 +261,9 @@ def _default_settings(config: TrainingConfig, space: Space, plan: RunPlan) -> di
 
 
 def _plan_first_trial(config: TrainingConfig, space: Space, console: Console | None) -> RunPlan:
-    """Plan the first point that is a config: what is wrong with the base is said now, and its tokens are in the cache.
+    """Plan the first valid point, to find errors of the base config early and to fill the token cache.
 
-    The plan's tokenized splits are those of every trial.
+    All trials use the tokenized splits of this plan.
     """
     plan = TrainingWrapper(space.trial_config(config, space.first_valid_point(config)), console=console).plan()
     if plan.processes.count > 1:
@@ -268,11 +273,13 @@ def _plan_first_trial(config: TrainingConfig, space: Space, console: Console | N
         )
     if plan.validation is None:
         raise ConfigurationError(
-            "sweep.metric: trials are judged by their validation loss, and there are no validation rows; give "
+            "sweep.metric: trials are compared by their validation loss, but there are no validation rows; set "
             "data.validation or data.val_ratio."
         )
     if config.sweep.pruner != "none" and _count_validations(plan) < 2:
-        logger.warning("sweep.pruner: a run validates once, at its end, so none is pruned; set training.eval_steps")
+        logger.warning(
+            "sweep.pruner: a run validates only once, at its end, so nothing is pruned; set training.eval_steps"
+        )
     return plan
 
 
@@ -285,5 +292,5 @@ def _explain_resume(error: BaseException) -> BaseException:
     if not isinstance(error, InterruptedRunError):
         return error
     return InterruptedRunError(
-        f"{error} Start the same command again: the sweep goes on with this trial.", error.exit_code - 128
+        f"{error} Start the same command again: the sweep resumes this trial.", error.exit_code - 128
     )

@@ -1,4 +1,4 @@
-"""The search space between the config and Optuna: distributions one way, the config of a trial the other."""
+"""Converts the search space of the config to Optuna distributions, and points to trial configs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from training_lens.config.search_space import ChoiceDimension, Dimension, RangeD
 from training_lens.errors import ConfigurationError
 
 Params = dict[str, Any]
-ENUMERATED = 10_000  # points of a space that are listed; a larger one counts as endless
-FIRST_VALUES, FIRST_POINTS = 8, 500  # of each key, and in all: so many are looked at for one whose values go together
+ENUMERATED = 10_000  # points of a space that can be listed; a larger space counts as infinite
+FIRST_VALUES, FIRST_POINTS = 8, 500  # per key and in total: searched for a first valid point
 
 
 @dataclass(frozen=True)
 class Space:
-    """What a sweep tries, by key. A point of it is `Params`: plain values that Optuna stores (lists as JSON text)."""
+    """What a sweep tries, by key. A point is `Params`: plain values that Optuna stores (lists as JSON text)."""
 
     dimensions: Mapping[str, Dimension]
 
@@ -36,7 +36,7 @@ class Space:
         """The space of `config.sweep`.
 
         Raises:
-            ConfigurationError: there is nothing to search, a key or value cannot be searched, or a grid has no end.
+            ConfigurationError: there is nothing to search, a key or value cannot be searched, or a grid is infinite.
         """
         space = cls(parse_space(config))
         if not space.dimensions:
@@ -49,13 +49,13 @@ class Space:
         return space
 
     def _require_grid(self) -> None:
-        endless = [key for key, found in self.dimensions.items() if _count_values(found) is None]
-        if endless:
+        infinite = [key for key, found in self.dimensions.items() if _count_values(found) is None]
+        if infinite:
             raise ConfigurationError(
                 [
                     f"sweep.space.{key}: a grid of a continuous range has no end; give it a step, or choices, or "
                     "another sweep.sampler"
-                    for key in endless
+                    for key in infinite
                 ]
             )
         if self.size is None:
@@ -65,21 +65,21 @@ class Space:
 
     @property
     def size(self) -> int | None:
-        """The number of points; None where there is no end of them, or so many."""
+        """The number of points; None if infinite or over `ENUMERATED`."""
         sizes = [_count_values(found) or math.inf for found in self.dimensions.values()]
         points = math.prod(sizes)
         return int(points) if points <= ENUMERATED else None
 
     def list_points(self) -> Iterator[Params]:
-        """Every point of a space that has a `size`, the last key changing first."""
+        """Every point of a space with a `size`; the last key changes fastest."""
         for values in product(*(_list_values(found) for found in self.dimensions.values())):
             yield dict(zip(self.dimensions, values, strict=True))
 
     def first_valid_point(self, base: TrainingConfig) -> Params:
-        """The first point that becomes a config, of the first choices and lowest numbers of each key.
+        """The first point with a valid config, from the first choices and lowest numbers of each key.
 
         Raises:
-            ConfigurationError: none of them does; says what is wrong with the very first.
+            ConfigurationError: none is valid; lists the problems of the first one.
         """
         some = [list(islice(_list_values(found), FIRST_VALUES)) for found in self.dimensions.values()]
         problems: tuple[str, ...] = ()
@@ -95,31 +95,31 @@ class Space:
         raise ConfigurationError([f"sweep.space: with {first}: {problem}" for problem in problems])
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """What Optuna's samplers draw from."""
+        """The distributions for Optuna's samplers."""
         return {key: _build_distribution(found) for key, found in self.dimensions.items()}
 
     def round_point(self, drawn: Mapping[str, Any]) -> Params:
-        """What a sampler drew, as it is tried and stored."""
+        """A sampler's draw, rounded to the values that are tried and stored."""
         ranges = {key: found for key, found in self.dimensions.items() if isinstance(found, RangeDimension)}
         return {key: ranges[key].round_number(value) if key in ranges else value for key, value in drawn.items()}
 
     def find_point(self, values: Mapping[str, Any]) -> Params | None:
-        """Values of the config, by dotted key, as a point; None where one of them is not in the space."""
+        """Config values by dotted key as a point; None if one of them is not in the space."""
         if all(_has_value(found, values[key]) for key, found in self.dimensions.items()):
             return {key: _encode_choice(values[key]) for key in self.dimensions}
         return None
 
     def config_values(self, params: Params) -> dict[str, Any]:
-        """The point as values of the config, by dotted key."""
+        """The point as config values by dotted key."""
         return {key: _decode_choice(self.dimensions[key], value) for key, value in params.items()}
 
     def trial_config(
         self, base: TrainingConfig, params: Params, output: Mapping[str, Any] | None = None
     ) -> TrainingConfig:
-        """The base config with the point's values, and with keys of the output section.
+        """The base config with the point's values and the given keys of the output section.
 
         Raises:
-            ConfigurationError: the values do not go together.
+            ConfigurationError: the values do not fit together.
         """
         sections: dict[str, dict[str, Any]] = {"output": dict(output or {})}
         for key, value in self.config_values(params).items():
@@ -133,7 +133,7 @@ def _count_values(found: Dimension) -> int | None:
 
 
 def _list_values(found: Dimension) -> Iterator[Any]:
-    """All values in their order; of a continuum the lowest alone."""
+    """All values in order; only the lowest of a continuous range."""
     if isinstance(found, ChoiceDimension):
         yield from map(_encode_choice, found.values)
     else:
@@ -149,7 +149,7 @@ def _has_value(found: Dimension, value: Any) -> bool:
 
 
 def _encode_choice(value: Any) -> Any:
-    """A choice as Optuna's storages take it: lists and mappings as JSON text."""
+    """A choice in the form that Optuna stores: lists and mappings as JSON text."""
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
 
 

@@ -1,4 +1,4 @@
-"""The study that the processes of a sweep share: opening it, claiming trials, and noting how they end."""
+"""The study that the processes of a sweep share: open it, claim trials, and record how they end."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ from training_lens.utils.logging import get_logger
 from training_lens.utils.nested import flatten_sections
 
 logger = get_logger(__name__)
-CARRIED = ("token", "default", BLOCKS)  # from a trial that was left to the one that goes on with its run
-# What Optuna raises on rows that it did not write.
+CARRIED = ("token", "default", BLOCKS)  # copied from a lost trial to the one that resumes its run
+# Raised by Optuna on rows that it did not write.
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, StopIteration)
 
 
 class SharedStudy:
-    """One study as one of its processes sees it.
+    """One process's view of the study.
 
     Args:
-        folder: the sweep's folder: study.db where no storage is given.
-        rows: what the data files hold, as a fingerprint for each key that names them.
-        default: the base config's own values of the space's keys: those of the first trial; None: it is drawn, too.
+        folder: the sweep's folder; it holds study.db unless a storage is given.
+        rows: a fingerprint of the data files by config key.
+        default: the base config's values for the keys of the space, used by the first trial; None: sampled, too.
 
     Raises:
-        ConfigurationError: the storage cannot be opened, or holds a study of this name with another config, other rows
-            or another space, or one that is no sweep.
+        ConfigurationError: the storage cannot be opened, or has a study of this name with another config, other rows
+            or another space, or one that is not a sweep.
     """
 
     def __init__(
@@ -78,23 +78,23 @@ class SharedStudy:
                 load_if_exists=True,
             )
             self._require_ours()
-            if default is not None and "config" not in self._study.user_attrs:  # an older study has drawn its first
+            if default is not None and "config" not in self._study.user_attrs:  # an older study sampled its first trial
                 self._study.set_user_attr("default", dict(default))
             self._require_same(
                 {**_shared_values(config), **{f"the rows of {key}": found for key, found in rows.items()}}
             )
 
     def _require_ours(self) -> None:
-        """Refuse a study that another program made."""
+        """Refuse a study of another program."""
         noted = "config" in self._study.user_attrs or not self._study.get_trials(deepcopy=False)
         if self._study.directions != [StudyDirection.MINIMIZE] or not noted:
             raise ConfigurationError(
-                f"sweep.name: the storage has a study '{self.settings.name}' that is no sweep of Training Lens. Give "
-                "another sweep.name, or another sweep.storage."
+                f"sweep.name: the storage has a study '{self.settings.name}' that is not a sweep of Training Lens. "
+                "Give another sweep.name, or another sweep.storage."
             )
 
     def _require_same(self, mine: dict[str, Any]) -> None:
-        """The study of a config, rows and a space; the first process notes them in it."""
+        """Check config, rows and space against the study; the first process stores them in it."""
         if "config" not in self._study.user_attrs:
             self._study.set_user_attr("config", mine)
         theirs, mine = _flatten_config(self._study.user_attrs["config"]), _flatten_config(mine)
@@ -105,15 +105,18 @@ class SharedStudy:
         ]
         if problems:
             raise ConfigurationError(
-                [*problems, "trials of different questions cannot be compared; give another sweep.name, or the same"]
+                [
+                    *problems,
+                    "trials of different studies cannot be compared; give another sweep.name, or the same values",
+                ]
             )
 
     def current_trials(self) -> list[FrozenTrial]:
-        """The trials that count, one for each run, by number."""
+        """The current trial of each run, by number."""
         return current_trials(self._read_all_trials())
 
     def _read_all_trials(self, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:
-        """All trials of the study, of some states; what their attributes are was checked."""
+        """All trials in the given states, with checked attributes."""
         with _explain_study(self.settings.name):
             trials = self._study.get_trials(deepcopy=False, states=states)
             for trial in trials:
@@ -124,11 +127,11 @@ class SharedStudy:
         return trials
 
     def read_trial(self, trial: FrozenTrial) -> FrozenTrial:
-        """The trial as the storage has it now."""
+        """The trial as it is now in the storage."""
         return self._storage.get_trial(self._trial_id(trial))
 
     def claim_trial(self, worker: Worker) -> FrozenTrial | None:
-        """The next trial for this process: one that a process left, or a new one; None where none is to be had."""
+        """The next trial for this process: a lost one or a new one; None if there is none."""
         while True:
             self._release_dead()
             trials = self.current_trials()
@@ -145,7 +148,7 @@ class SharedStudy:
             self.release_trial(claim)
 
     def _choose_params(self, trials: list[FrozenTrial]) -> tuple[Params | None, dict[str, Any]]:
-        """What is tried next, and what is noted with it: the default settings first, then what the sampler proposes."""
+        """The next point and the attributes to store with it: the default settings first, then sampled ones."""
         default = self._study.user_attrs.get("default")
         if default is not None and not any(is_default(trial) for trial in trials):
             return self.space.find_point(default) or {}, {"default": default}
@@ -154,7 +157,7 @@ class SharedStudy:
     def _create_trial(
         self, params: Params, worker: Worker, left: FrozenTrial | None = None, noted: Mapping[str, Any] | None = None
     ) -> FrozenTrial:
-        """A running trial, written with all it has at once: no other process ever sees a part of it."""
+        """Write a running trial in one transaction, so that no other process sees a part of it."""
         attributes: dict[str, Any] = {**worker.trial_attributes, "token": secrets.token_hex(2), **(noted or {})}
         if left is not None:
             attributes |= {name: left.user_attrs[name] for name in CARRIED if name in left.user_attrs}
@@ -173,14 +176,14 @@ class SharedStudy:
         return self._storage.get_trial(trial_id)
 
     def count_deaths(self, trial: FrozenTrial) -> int:
-        """How often a process died at the trial's run."""
+        """How often a process died during the trial's run."""
         return count_deaths(trial, self._read_all_trials())
 
     def _release_dead(self) -> None:
-        """Running trials of dead processes become lost ones; where a lock tells nothing, the pulse does."""
+        """Mark running trials of dead processes as lost, by their lock, or else by their heartbeat."""
         for trial in self._read_all_trials([TrialState.RUNNING]):
             alive = is_alive(trial.user_attrs)
-            if alive:  # also one that stands still, as a stopped process or a suspended machine
+            if alive:  # including a stopped process or a suspended machine
                 self._storage.record_heartbeat(self._trial_id(trial))
             elif alive is False:
                 self._end_trial(trial, TrialState.FAIL)
@@ -195,45 +198,47 @@ class SharedStudy:
 
     @contextmanager
     def send_heartbeats(self, trial: FrozenTrial) -> Iterator[None]:
-        """Within the block, other machines know that the trial is alive."""
+        """Inside the context, other machines see that the trial is alive."""
         with send_heartbeats(self._storage, self._trial_id(trial)):
             yield
 
     def report_loss(self, trial: FrozenTrial, validation: int, loss: float) -> bool:
-        """Note the loss at a validation, counted from 1; gives whether the pruner would end the trial there."""
+        """Record the loss at a validation, counted from 1; returns whether the pruner would end the trial."""
         self._storage.set_trial_intermediate_value(self._trial_id(trial), validation, loss)
         return self._study.pruner.prune(self._study, self.read_trial(trial))
 
     def keep_losses(self, trial: FrozenTrial, sums: list[float]) -> None:
-        """Note the losses that the trial's adapter has on blocks of validation rows, for a paired comparison."""
+        """Record the adapter's losses on blocks of validation rows, for a paired comparison."""
         self._storage.set_trial_user_attr(self._trial_id(trial), BLOCKS, sums)
 
     def finish_trial(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
-        """The trial is done; `facts` are noted with it."""
+        """Record that the trial is done; `facts` are stored with it."""
         self._note_end(trial, TrialState.COMPLETE, loss, facts)
 
     def prune_trial(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
-        """The trial was ended early; `loss` is its lowest until then."""
+        """Record that the trial was pruned; `loss` is its lowest so far."""
         self._note_end(trial, TrialState.PRUNED, loss, facts)
 
     def fail_trial(self, trial: FrozenTrial, error: str, **facts: Any) -> None:
-        """The trial failed, and is not tried again."""
+        """Record that the trial failed; it is not tried again."""
         self._note_end(trial, TrialState.FAIL, None, {**facts, "error": error})
 
     def release_trial(self, trial: FrozenTrial) -> None:
-        """The trial is not done, and nobody is at it: whoever claims next goes on with it."""
+        """Give back an unfinished trial, for the next process that claims one to resume."""
         self._end_trial(trial, TrialState.FAIL, facts={"released": True})
 
     def _note_end(self, trial: FrozenTrial, state: TrialState, loss: float | None, facts: dict[str, Any]) -> None:
         if not self._end_trial(
             trial, state, loss, facts
-        ):  # we slept for longer than the grace, and another process has it
-            logger.warning("trial %d was taken over by another process; its end here is not noted", first_number(trial))
+        ):  # we slept beyond the grace period and another process took it
+            logger.warning(
+                "trial %d was taken over by another process; its end here is not recorded", first_number(trial)
+            )
 
     def _end_trial(
         self, trial: FrozenTrial, state: TrialState, loss: float | None = None, facts: Mapping[str, Any] | None = None
     ) -> bool:
-        """Whether the trial ends so; not where it has ended already."""
+        """End the trial; returns False if it has ended already."""
         trial_id = self._trial_id(trial)
         try:
             for name, value in (facts or {}).items():
@@ -244,14 +249,14 @@ class SharedStudy:
         return True
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the database."""
         self._storage.remove_session()
         self._storage.engine.dispose()
 
 
 @contextmanager
 def _explain_study(name: str) -> Iterator[None]:
-    """Within the block, whatever Optuna makes of rows that it did not write is one clear error."""
+    """Inside the context, an error of Optuna on rows that it did not write becomes a ConfigurationError."""
     try:
         yield
     except UNREADABLE as error:
@@ -264,7 +269,7 @@ def _explain_study(name: str) -> Iterator[None]:
 
 
 def free_settings(config: TrainingConfig) -> dict[str, dict[str, Any]]:
-    """What this process sets of `FREE_KEYS`, by section."""
+    """This process's values of `FREE_KEYS`, by section."""
     found: dict[str, dict[str, Any]] = {}
     for section, name in (key.split(".") for key in FREE_KEYS):
         found.setdefault(section, {})[name] = getattr(getattr(config, section), name)
@@ -272,13 +277,13 @@ def free_settings(config: TrainingConfig) -> dict[str, dict[str, Any]]:
 
 
 def _flatten_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections in sections by dotted key; keys that the version before this one did not have at their defaults."""
+    """Nested sections by dotted key; keys that the previous version did not have get their defaults."""
     unset = flatten_sections(_shared_values(TrainingConfig()))
     return {**unset, **flatten_sections({**values, "sweep.space": None}), "sweep.space": values.get("sweep.space")}
 
 
 def _shared_values(config: TrainingConfig) -> dict[str, Any]:
-    """What trials of one study have in common, by key."""
+    """The values that all trials of a study share, by key."""
     values = config.model_dump(mode="json", include={"model", "data", "peft", "training"})
     by_key = {f"{section}.{name}": value for section, keys in values.items() for name, value in keys.items()}
     kept = {key: value for key, value in by_key.items() if key not in FREE_KEYS}

@@ -25,20 +25,20 @@ SQLITE_WAIT_SECONDS = 60  # for another process's write; SQLite's default of 5 i
 
 
 def file_url(path: Path) -> str:
-    """The URL of a SQLite file, whatever signs its path has."""
+    """The URL of a SQLite file, with special characters of the path escaped."""
     return URL.create("sqlite", database=str(path.resolve())).render_as_string()
 
 
 def require_persistent(url: str) -> None:
     if url.startswith("sqlite") and (url.endswith("://") or ":memory:" in url or "mode=memory" in url):
         raise ConfigurationError(
-            f"sweep.storage: {url} is a database in memory, which no other process sees and no later start goes on "
-            "with. Give a file, such as sqlite:///study.db, or leave it out."
+            f"sweep.storage: {url} is a database in memory, which other processes cannot see and later starts cannot "
+            "resume. Give a file, such as sqlite:///study.db, or leave it out."
         )
 
 
 def open_storage(url: str) -> RDBStorage:
-    """The storage; a few tries, since processes that start together make its tables at once."""
+    """Open the storage, with a few tries because processes that start together create its tables at once."""
     options: dict[str, Any] = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}} if url.startswith("sqlite") else {}
     with explain_storage(url), warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -56,7 +56,7 @@ def open_storage(url: str) -> RDBStorage:
 
 @contextmanager
 def explain_storage(url: str) -> Iterator[None]:
-    """Within the block, what goes wrong in opening is a ConfigurationError that names the storage, not its password."""
+    """Inside the context, an error in opening becomes a ConfigurationError that names the storage without password."""
     try:
         yield
     except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError) as error:
@@ -71,16 +71,16 @@ def _hide_password(url: str) -> str:
     try:
         return make_url(url).render_as_string(hide_password=True)
     except SQLAlchemyError:
-        return "what is given"  # it may hold a password where a URL has none
+        return "the given URL"  # an invalid URL may contain a password anywhere
 
 
 @contextmanager
 def explain_lost_storage(settings: SweepSection) -> Iterator[None]:
-    """Within the block, a database that does not answer any more is one clear error; the study goes on from there."""
+    """Inside the context, a database that no longer answers becomes a TrainingError; the sweep can be resumed."""
     try:
         yield
     except StorageInternalError as error:
         raise TrainingError(
             f"the storage of the sweep '{settings.name}' does not answer: {describe_error(error.__cause__ or error)} "
-            "Nothing that finished is lost; start the same command again."
+            "No finished trial is lost; start the same command again."
         ) from error

@@ -1,4 +1,4 @@
-"""What a sweep leaves in its folder: leaderboard.json, best.yaml for `train --config`, and report.html."""
+"""The files of a sweep: leaderboard.json, best.yaml for `train --config`, and report.html."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 def write_results(
     folder: Path, found: Leaderboard, trials: Sequence[FrozenTrial], config: TrainingConfig
 ) -> dict[str, str]:
-    """Write the sweep's files; gives their paths by name. best.yaml only where a trial finished.
+    """Write the sweep's files and return their paths by name. best.yaml needs a finished trial.
 
     Args:
-        trials: those that count, for the plots.
-        config: the base of the trials.
+        trials: the current trials, for the plots.
+        config: the base config of the trials.
     """
     files = {name: str(folder / name) for name in ("leaderboard.json", "report.html")}
     chosen = recommend_trial(found, trials)
@@ -43,12 +43,12 @@ def write_results(
         write_text(folder / "best.yaml", best_yaml(found, chosen, config))
     reason = [format_sentence(chosen.reason)] if chosen and chosen.reason else []
     parts = [_summarize_trials(found), *reason, leaderboard_table(found), *_build_figures(found, trials)]
-    write_page(folder / "report.html", f"Sweep {found.study}", parts)  # last: of plots that fail, the rest is there
+    write_page(folder / "report.html", f"Sweep {found.study}", parts)  # last: if a plot fails, the other files exist
     return files
 
 
 def best_yaml(found: Leaderboard, chosen: Recommendation, config: TrainingConfig) -> str:
-    """The base config as it was given, with the recommended trial's values, for `compose` to read back as it is."""
+    """The given base config with the recommended trial's values, in a form that `compose` reads back unchanged."""
     values, row = config.explicit_values(), chosen.row
     del values["sweep"]
     values["output"].pop("run_id", None)
@@ -67,12 +67,12 @@ def best_yaml(found: Leaderboard, chosen: Recommendation, config: TrainingConfig
 
 
 def format_sentence(reason: str) -> str:
-    """A reason as it stands by itself."""
+    """A reason as a full sentence."""
     return f"{reason[:1].upper()}{reason[1:]}."
 
 
 def _escape_interpolation(value: Any) -> Any:
-    """`value` with each `${` in its texts as itself: it would be read as an interpolation."""
+    """`value` with each `${` escaped, which would be read as an interpolation."""
     if isinstance(value, dict):
         return {key: _escape_interpolation(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -81,7 +81,7 @@ def _escape_interpolation(value: Any) -> Any:
 
 
 def _drop_empty(values: dict[str, Any]) -> dict[str, Any]:
-    """Nested sections without those that hold nothing."""
+    """Nested sections without the empty ones."""
     inner = {key: _drop_empty(value) if isinstance(value, dict) else value for key, value in values.items()}
     return {key: value for key, value in inner.items() if value != {}}
 
@@ -95,7 +95,7 @@ def _summarize_trials(found: Leaderboard) -> str:
 
 
 def leaderboard_table(found: Leaderboard) -> Table:
-    """The leaderboard as text: trial, loss, a column for each key, seconds, state, run."""
+    """The leaderboard as text: trial, loss, one column per key, seconds, state, run."""
     keys = list(dict.fromkeys(key for row in found.rows for key in row.params))
     rows = [
         (
@@ -112,30 +112,30 @@ def leaderboard_table(found: Leaderboard) -> Table:
 
 
 def format_value(value: Any) -> str:
-    """A value of the config in a table: numbers with four digits."""
+    """A config value in a table: floats with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _build_figures(found: Leaderboard, trials: Sequence[FrozenTrial]) -> list[str | Table | Figure]:
-    """Importances, history, slices, parallel coordinates, and validations of the trials that have a loss."""
+    """Importances, history, slices, parallel coordinates, and the validation curves of the trials."""
     if sum(trial.state == TrialState.COMPLETE and bool(trial.params) for trial in trials) < 2:
         return []
     study, points = _number_trials(trials), _number_trials([trial for trial in trials if trial.params])
     figures = {
-        "Trial after trial": visualization.plot_optimization_history(study, target_name=LOSS),
-        "Each key by itself": visualization.plot_slice(points, target_name=LOSS),
-        "Keys together": visualization.plot_parallel_coordinate(points, target_name=LOSS),
+        "Optimization history": visualization.plot_optimization_history(study, target_name=LOSS),
+        "Loss by key": visualization.plot_slice(points, target_name=LOSS),
+        "Parallel coordinates": visualization.plot_parallel_coordinate(points, target_name=LOSS),
     }
     if found.importances:
-        title = "How much each key mattered for being among the best quarter (PED-ANOVA, shares of 1)"
+        title = "Importance of each key for being among the best quarter (PED-ANOVA, shares of 1)"
         figures = {title: _plot_importances(found.importances), **figures}
     if any(len(trial.intermediate_values) > 1 for trial in trials):
-        figures["Within the trials, validation after validation"] = visualization.plot_intermediate_values(study)
+        figures["Validation losses within the trials"] = visualization.plot_intermediate_values(study)
     return [part for title, figure in figures.items() for part in (f"# {title}", figure.update_layout(title=None))]
 
 
 def _number_trials(trials: Sequence[FrozenTrial]) -> Study:
-    """The trials as a study in memory, each by the number that the leaderboard has; what lies between is left out."""
+    """The trials as an in-memory study with the numbers of the leaderboard; gaps are filled with failed trials."""
     by_number = {first_number(trial): trial for trial in trials}
     nothing = create_trial(state=TrialState.FAIL)
     return build_study([by_number.get(number, nothing) for number in range(max(by_number) + 1)])

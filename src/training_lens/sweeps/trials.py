@@ -1,6 +1,6 @@
-"""Reading a study's trials: which are the same run gone on with, which were left by a dead process, which count.
+"""Reads a study's trials: which belong to the same run, which were lost by a dead process, which are current.
 
-Optuna's trials never go back from an end, so a run that is gone on with is a further trial that names the first.
+An ended Optuna trial cannot be reopened, so a resumed run is a new trial that refers to the first one.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from training_lens.errors import ConfigurationError
 from training_lens.utils.file_schemas import find_type_error
 from training_lens.utils.names import check_run_id
 
-BLOCKS = "block_nll"  # of a trial: its losses, summed over blocks of validation rows
+BLOCKS = "block_nll"  # attribute of a trial: its losses summed over blocks of validation rows
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def check_attributes(trial: FrozenTrial) -> None:
-    """Refuse what no sweep notes with a trial: the study's database is data, and others may have written it.
+    """Refuse attributes that no sweep writes: the database is untrusted data.
 
     Raises:
         ConfigurationError: names the trial and the attribute.
@@ -28,7 +28,7 @@ def check_attributes(trial: FrozenTrial) -> None:
     if not misfit and "token" not in trial.user_attrs:
         misfit = "token: it is missing"
     elif not all(isinstance(number, int | float) for number in numbers):
-        misfit = f"{numbers}: these are no losses"
+        misfit = f"{numbers}: not all of them are losses"
     elif trial.state == TrialState.COMPLETE and not trial.values:
         misfit = "value: a finished trial has none"
     if misfit:
@@ -40,31 +40,31 @@ def check_attributes(trial: FrozenTrial) -> None:
 
 
 def first_number(trial: FrozenTrial) -> int:
-    """The number by which people know the trial: that of the trial whose run it goes on with, or its own."""
+    """The displayed number of the trial: that of the first trial of its run."""
     return int(trial.user_attrs.get("continues", trial.number))
 
 
 def run_id(trial: FrozenTrial) -> str:
-    """The id of the trial's run: 'trial-0003-5f3a'. The tail keeps studies of one name apart.
+    """The id of the trial's run: 'trial-0003-5f3a'. The tail separates studies with the same name.
 
     Raises:
-        ConfigurationError: what the study's database has cannot be an id.
+        ConfigurationError: the value in the database is not a valid id.
     """
     return check_run_id(f"trial-{first_number(trial):04d}-{trial.user_attrs['token']}")
 
 
 def is_default(trial: FrozenTrial) -> bool:
-    """Whether it is the trial of the default settings: those of the base config, which nothing was drawn for."""
+    """Whether the trial uses the default settings, those of the base config."""
     return "default" in trial.user_attrs
 
 
 def is_lost(trial: FrozenTrial) -> bool:
-    """Whether its process ended before the trial did: killed or interrupted. A failed trial has its error noted."""
+    """Whether its process was killed or interrupted before the trial ended. A failed trial has an error."""
     return trial.state == TrialState.FAIL and "error" not in trial.user_attrs
 
 
 def count_deaths(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> int:
-    """How often a process died at the trial's run; one that was asked to stop did not.
+    """How often a process died during the trial's run, not counting processes that were asked to stop.
 
     Args:
         trials: all of the study.
@@ -74,7 +74,7 @@ def count_deaths(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> int:
 
 
 def current_trials(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """For every run its one trial that counts, in the order of their numbers: the last, or the first not lost."""
+    """The current trial of each run by number: the first that is not lost, else the last."""
     latest: dict[int, FrozenTrial] = {}
     for trial in trials:
         number = first_number(trial)
@@ -84,11 +84,11 @@ def current_trials(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def is_valid_claim(claim: FrozenTrial, trials: Sequence[FrozenTrial], wanted: int) -> bool:
-    """Whether `claim` may run: of processes that claim one place, one point or one run at once, the lowest number does.
+    """Whether `claim` may run: of simultaneous claims of one slot, point or run, the lowest number wins.
 
     Args:
         trials: all of the study, read after the claim was made.
-        wanted: trials in all.
+        wanted: total number of trials.
     """
     before = current_trials([trial for trial in trials if trial.number < claim.number])
     if "continues" in claim.user_attrs:

@@ -1,7 +1,7 @@
-"""A process that takes part in a sweep, as the others see it: a lock on its machine, and a pulse in the storage.
+"""A process of a sweep as others see it: a lock on its machine, and heartbeats in the storage.
 
-A lock falls when its process dies, however it died: on one machine that is seen at once. From elsewhere the pulse
-tells: a trial without one for `GRACE_SECONDS` by the database's clock is a dead process's.
+The operating system frees a lock when its process dies, which is visible at once on the same machine. Other machines
+use the heartbeat: without one for `GRACE_SECONDS` by the database's clock, the process is dead.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ GRACE_SECONDS = 300
 
 
 class Worker:
-    """This process; a context in which its lock is held.
+    """This process; a context that holds its lock.
 
     Args:
-        folder: where the locks of the sweep's processes are.
+        folder: the locks of the sweep's processes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,21 +47,21 @@ class Worker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._lock.release()
-        # After any other error a trial may still be running in the storage: the free lock tells that nobody is at it.
+        # After other errors a trial may still be running in the storage: the free lock shows that it has no process.
         if kind is None or issubclass(kind, TrainingLensError):
             self.path.unlink(missing_ok=True)
 
     @property
     def trial_attributes(self) -> dict[str, str]:
-        """What a trial says of the process that runs it."""
+        """The attributes of a trial that identify its process."""
         return {"host": self.host, "lock": str(self.path)}
 
 
 def is_alive(attributes: Mapping[str, Any]) -> bool | None:
-    """Whether the process that these attributes name is there; None where that cannot be seen from here.
+    """Whether the process of these attributes is alive; None if this machine cannot tell.
 
-    The study's database names its lock file, and others may have written that: no other file than an empty one with the
-    name of such a lock is opened.
+    The path of the lock comes from the study's database, which is untrusted: only an empty file with the name of such a
+    lock is opened.
     """
     path = Path(str(attributes.get("lock", "")))
     try:
@@ -76,7 +76,7 @@ def is_alive(attributes: Mapping[str, Any]) -> bool | None:
 
 
 def delete_lock(attributes: Mapping[str, Any]) -> None:
-    """Delete the lock file of a dead process (see `is_alive`), once nothing names it as a running one any more."""
+    """Delete the lock file of a dead process (see `is_alive`) when no running trial refers to it any more."""
     if is_alive(attributes) is False:
         Path(str(attributes["lock"])).unlink(missing_ok=True)
 
@@ -85,19 +85,21 @@ def _is_lock(path: Path) -> bool:
     name = re.compile(rf"{re.escape(socket.gethostname())}-\d+-[0-9a-f]{{4}}\.lock")
     try:
         facts = path.lstat()
-    except OSError:  # another process looked first, and deleted it
+    except OSError:  # another process deleted it first
         return False
     return bool(name.fullmatch(path.name)) and stat.S_ISREG(facts.st_mode) and facts.st_size == 0
 
 
 @contextmanager
 def send_heartbeats(storage: RDBStorage, trial_id: int) -> Iterator[None]:
-    """Within the block, the storage hears every `PULSE_SECONDS` that the trial's process is alive."""
+    """Inside the context, a heartbeat is sent to the storage every `PULSE_SECONDS`."""
     done = Event()
 
     def send_heartbeat() -> None:
         while not done.wait(PULSE_SECONDS):
-            with contextlib.suppress(StorageInternalError):  # the database is away for a while: the next one tells
+            with contextlib.suppress(
+                StorageInternalError
+            ):  # the database is temporarily unavailable: the next heartbeat counts
                 storage.record_heartbeat(trial_id)
         storage.remove_session()  # this thread's connection
 
