@@ -63,7 +63,7 @@ def test_a_run_without_captures_is_read_from_what_it_saved(
 ) -> None:
     with caplog.at_level(logging.INFO, "training_lens"):
         recording = open_recording(run_without_captures.root)
-    assert "has no captures" in caplog.text and "missing" in caplog.text
+    assert "has no captures" in caplog.text and "without gradients" in caplog.text
     assert recording.status == "finished" and recording.name == run_without_captures.run_id
     assert recording.captures.snapshot_steps("adapters") == [4] and recording.settings["total_steps"] == 4
     lines = read_metrics(run_without_captures.metrics_file)
@@ -126,7 +126,7 @@ def test_nothing_to_read_says_what_was_looked_for(tmp_path: Path) -> None:
     refused(tmp_path / "rael", "no folder", f"Did you mean '{tmp_path / 'real'}'")
     refused(tmp_path / "real", "is empty", "checkpoint-*", "adapter_config.json")
     (tmp_path / "real" / "notes.txt").write_text("x")
-    refused(tmp_path / "real", "is no run", "found notes.txt")
+    refused(tmp_path / "real", "is not a run", "found notes.txt")
     refused(tmp_path / "real" / "notes.txt", "is a file")
 
 
@@ -135,7 +135,7 @@ def test_a_run_that_has_kept_nothing_says_so(tmp_path: Path) -> None:
     (run.metadata / "summary.json").write_text(json.dumps({"status": "failed"}))
     (run.metadata / "config.json").write_text("{}")
     refused(run.root, "failed", "nothing to analyse", "no captures", "no checkpoints", "lens.enabled=true")
-    refused(tmp_path, "holds 1 runs", str(run.root))
+    refused(tmp_path, "contains 1 runs", str(run.root))
 
 
 @pytest.mark.parametrize("within", ["", "checkpoint-2"])
@@ -143,7 +143,7 @@ def test_a_full_fine_tune_is_refused(tmp_path: Path, within: str) -> None:
     folder = tmp_path / "full" / within
     folder.mkdir(parents=True)
     save_file({"w": torch.ones(1)}, folder / "model.safetensors")
-    refused(tmp_path / "full", "whole model", "LoRA", str(folder / "model.safetensors"))
+    refused(tmp_path / "full", "full model", "LoRA", str(folder / "model.safetensors"))
 
 
 def test_other_adapters_and_pickles_are_refused(tmp_path: Path, save_adapter: Callable[..., Path]) -> None:
@@ -182,7 +182,7 @@ def test_a_truncated_adapter_is_named_and_others_are_read(
     cut(last)
     recording = open_recording(tmp_path / "out")
     assert recording.captures.snapshot_steps("adapters") == [1]
-    assert str(last) in caplog.text and "passing over" in caplog.text
+    assert str(last) in caplog.text and "skipping a checkpoint" in caplog.text
 
 
 def test_a_damaged_trainers_state_is_named(trainer_output: Path, tmp_path: Path) -> None:
@@ -209,6 +209,6 @@ def test_a_base_that_is_given_must_be_the_right_one(
         open_recording(other, base=base_folder)
     with pytest.raises(ModelLoadingError, match="no folder"):
         open_recording(trainer_output, base=tmp_path / "nothing")
-    with pytest.raises(LensError, match="is no folder, and no model of that id"):
+    with pytest.raises(LensError, match="is neither a folder nor a model id"):
         open_recording(trainer_output, base="no-such-model")
     assert not open_recording(other).has("base_weights")

@@ -118,7 +118,7 @@ def test_export_writes_each_kind_that_a_run_has(call: Call, run: Path, kind: str
 def test_export_writes_over_a_file_only_by_force(call: Call, run: Path) -> None:
     arguments = ("export", str(run), "--data-type", "loss")
     assert call(*arguments).exit_code == 0 and (run / "exports/loss.csv").is_file()
-    assert "is there already. Give --force" in refused(call(*arguments))
+    assert "exists already. Give --force" in refused(call(*arguments))
     assert call(*arguments, "--force").exit_code == 0
 
 
@@ -128,7 +128,7 @@ def test_a_foreign_adapter_is_read_with_the_base_that_fits(call: Call, adapter: 
     rows = printed(call("analyze", str(adapter), "--json"))["results"]["weights"]["modules"]
     assert all(row["norm_update"] > 0 and row["strength"] is None for row in rows)
     (tmp_path / "empty").mkdir()
-    assert "is no folder, and no model of that id" in refused(call("analyze", str(adapter), "--base", "no-such-model"))
+    assert "is neither a folder nor a model id" in refused(call("analyze", str(adapter), "--base", "no-such-model"))
     assert "--base: no folder './nowhere'" in refused(call("analyze", str(adapter), "--base", "./nowhere"), 2)
     assert "holds no config.json" in refused(call("analyze", str(adapter), "--base", "empty"), 2)
     base = printed(call("analyze", str(adapter), "--base", "embedded", "--json"))["results"]["weights"]["modules"]
@@ -160,10 +160,10 @@ def test_a_damaged_segment_costs_its_steps_alone(call: Call, run: Path) -> None:
     [
         ("20260101T000000Z-aaab", "Did you mean 20260101T000000Z-aaaa?"),
         ("./outputz", "Did you mean outputs?"),
-        ("outputs/experiments/default", "holds 1 runs"),
+        ("outputs/experiments/default", "contains 1 runs"),
         ("empty", "is empty"),
         ("file.txt", "is a file"),
-        ("full", "is a whole model"),
+        ("full", "is a full model"),
     ],
 )
 def test_what_is_no_run_is_told(call: Call, run: Path, tmp_path: Path, place: str, said: str) -> None:

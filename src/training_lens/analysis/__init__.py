@@ -1,4 +1,4 @@
-"""Reading a finished, running or broken-off run: analysis, findings, reports, pictures.
+"""Analysis of a finished, running or interrupted run: findings, figures, reports.
 
 Example:
     from training_lens.analysis import CheckpointAnalyzer

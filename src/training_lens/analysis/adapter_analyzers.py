@@ -1,4 +1,4 @@
-"""One adapter's parameters in depth: spectra, ranks and balance, and what they do to the weights under them."""
+"""The parameters of one adapter in depth: spectra, ranks, balance, and their effect on the base weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training_lens.utils.names import expand_home
 
 @dataclass(frozen=True)
 class AdaptedWeight:
-    """One module's factors, (rank, in) and (out, rank), DoRA's magnitude (out,), and W (out, in) where it is known."""
+    """One module's A (rank, in) and B (out, rank), DoRA's magnitude (out,), and W (out, in) if known."""
 
     record: ModuleRecord
     a: Tensor
@@ -32,16 +32,16 @@ class AdaptedWeight:
     weight: Tensor | None = None
 
     def describe_factors(self) -> dict[str, Any]:
-        """What A and B say by themselves; `singular_values` are those of dW, falling."""
+        """Measures of A and B alone; `singular_values` are those of dW, descending."""
         factors, scaling = Factors(self.a, self.b), self.record.scaling
         spectrum = update_spectrum(factors, factors, scaling)
         singular = json_numbers(spectrum.pop("singular_values"))
         measured = adapter_norms(factors, scaling, full=factors) | spectrum
-        del measured["norm_step"]  # there is one step alone
+        del measured["norm_step"]  # there is only one step
         return {"singular_values": singular} | {name: json_number(value) for name, value in measured.items()}
 
     def compare_with_base(self, *, intruders: bool) -> dict[str, Any]:
-        """What the change is to W; nothing where W is unknown. Of DoRA, all but the last two: its low-rank part."""
+        """Measures of dW relative to W; empty if W is unknown. DoRA: of its low-rank part, but for the last two."""
         if self.weight is None:
             return {}
         a, b, scaling, weight = self.a, self.b, self.record.scaling, self.weight
@@ -74,12 +74,11 @@ class LoRAParameterAnalyzer:
 
     Args:
         adapter: a PEFT folder, or a PEFT model.
-        base: the folder of the model under a saved adapter; None: where its configuration says it is. A model has its
-            own.
+        base: the model folder of a saved adapter; None: the one named in its configuration. Unused with a PEFT model.
 
     Raises:
-        AdapterError: no LoRA or DoRA in the folder, or a broken one.
-        LensError: the model has no LoRA, or `base` is another model's.
+        AdapterError: the folder has no LoRA or DoRA, or a broken one.
+        LensError: the model has no LoRA, or `base` is another model.
         ModelLoadingError: `base` cannot be read.
 
     Example:
@@ -94,13 +93,13 @@ class LoRAParameterAnalyzer:
         self._modules = () if saved else adapter_modules(adapter)
 
     def table(self, *, intruders: bool = True) -> list[dict[str, Any]]:
-        """A row for each module: module, layer, kind, rank, what A and B say, and what is measured against W.
+        """One row per module: module, layer, kind, rank, the measures of A and B, and those relative to W.
 
-        Numbers that are not finite are None. Without the base there are no columns against it.
+        Non-finite numbers are None. Without the base, columns relative to W are missing.
 
         Args:
-            intruders: count and energy share of the directions among the first ten of W + dW that W does not have
-                (arXiv 2410.21228; what they mean for forgetting is disputed). It costs two decompositions of each
+            intruders: include count and energy share of intruder dimensions, directions among the first ten of W + dW
+                that W does not have (arXiv 2410.21228; their meaning for forgetting is disputed). Costs two SVDs per
                 weight: seconds for a width of 1000, a minute for 4000.
         """
         return [
@@ -112,7 +111,7 @@ class LoRAParameterAnalyzer:
 
     @torch.no_grad()
     def weights(self) -> Iterator[AdaptedWeight]:
-        """Each module with its factors and its W, one after the other: one W is in memory at a time."""
+        """Each module with its factors and its W, with one W in memory at a time."""
         if self._opened is None:
             yield from map(_read_adapted_weight, self._modules)
             return

@@ -1,4 +1,4 @@
-"""Everything that can be said of a run, in one object."""
+"""The whole analysis of a run in one object."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from training_lens.analysis.evolution import read_evolution
+from training_lens.analysis.findings.diagnosis import diagnose
 from training_lens.analysis.open_recording import open_recording
 from training_lens.analyzers.module_groups import By, json_number, json_numbers
 from training_lens.analyzers.saved_factors import snapshot_factors
@@ -37,9 +38,9 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Analysis:
-    """What all analyzers and findings say of one recording.
+    """The results of all analyzers and findings for one recording.
 
-    `results` are plain values, by the analyzer's name; an analyzer whose data were not captured has none.
+    `results` are plain values by analyzer name; analyzers without captured data are missing.
     """
 
     recording: Recording
@@ -47,7 +48,7 @@ class Analysis:
     findings: tuple[Finding, ...]
 
     def values(self) -> dict[str, Any]:
-        """As JSON has it: numbers are finite or null."""
+        """Plain values for JSON: numbers are finite or None."""
         return {
             "run": self.recording.name,
             "folder": str(self.recording.folder),
@@ -59,9 +60,9 @@ class Analysis:
 
 @dataclass(frozen=True)
 class AdapterComparison:
-    """How alike the last adapters of two runs are, module by module.
+    """The similarity of the last adapters of two runs, by module.
 
-    `steps` are the two compared; `only_first` and `only_second` the modules that one alone adapts.
+    `steps` are the compared steps; `only_first` and `only_second` are modules that only one run adapts.
     """
 
     names: tuple[str, str]
@@ -71,7 +72,7 @@ class AdapterComparison:
     only_second: tuple[str, ...]
 
     def values(self) -> dict[str, Any]:
-        """As JSON has it, with the median cosine over modules."""
+        """Plain values for JSON, with the median cosine over modules."""
         cosines = [one.cosine for one in self.modules.values() if np.isfinite(one.cosine)]
         return {
             "runs": list(self.names),
@@ -84,15 +85,15 @@ class AdapterComparison:
 
 
 class CheckpointAnalyzer:
-    """Reads a run, or checkpoints of one, and says what is in it.
+    """Reads and analyzes a run, or its checkpoints.
 
     Args:
         path: see `open_recording`.
-        base: for adapters without captures, the folder of the model under them; None: where their configuration says.
+        base: for adapters without captures, the base model folder; None: the one in their configuration.
 
     Raises:
-        LensError: there is nothing to read there.
-        AdapterError: an adapter is broken, or no LoRA.
+        LensError: there is nothing to read.
+        AdapterError: an adapter is broken or not a LoRA.
 
     Example:
         analyzer = CheckpointAnalyzer("outputs/experiments/default/runs/20261120T203605Z-5f3a")
@@ -106,12 +107,10 @@ class CheckpointAnalyzer:
         self.recording = open_recording(path, base)
 
     def analyze(self) -> Analysis:
-        """What every known analyzer, and every finding, says.
+        """The results of all registered analyzers and findings.
 
         A user's own analyzer that fails is left out with a warning.
         """
-        from training_lens.analysis.findings import diagnose
-
         results: dict[str, Mapping[str, Any]] = {}
         for name in AnalyzerRegistry.names():
             analyzer = AnalyzerRegistry.get(name)()
@@ -133,10 +132,10 @@ class CheckpointAnalyzer:
         return read_evolution(self.recording, measure, by)
 
     def adapter(self, step: int | None = None) -> dict[str, Factors]:
-        """A (rank, in) and B (out, rank) of each module, as they were kept; with PiSSA's frozen halves.
+        """A (rank, in) and B (out, rank) of each module from a snapshot, including PiSSA's frozen halves.
 
         Args:
-            step: of a snapshot; None: of the last.
+            step: the step of a snapshot; None: the last one.
 
         Raises:
             LensError: there is no such snapshot.
@@ -144,7 +143,7 @@ class CheckpointAnalyzer:
         return snapshot_factors(self.recording, _last_snapshot_step(self.recording) if step is None else step)
 
     def similarity(self) -> Mapping[str, Any]:
-        """How alike the snapshots are to the last one (see `SimilarityAnalyzer`).
+        """The similarity of each snapshot to the last one (see `SimilarityAnalyzer`).
 
         Raises:
             LensError: there are fewer than two.
@@ -152,30 +151,30 @@ class CheckpointAnalyzer:
         steps = self.recording.captures.snapshot_steps(tables.SNAPSHOTS)
         if len(steps) < 2:
             raise LensError(
-                f"{self.recording.name} has {len(steps)} snapshots of its adapter, and likeness takes two. Capture "
+                f"{self.recording.name} has {len(steps)} snapshots of its adapter, but similarity needs two. Capture "
                 "more (lens.snapshot_every), or keep more checkpoints."
             )
         return SimilarityAnalyzer().analyze(self.recording)
 
     def compare(self, other: CheckpointAnalyzer | Path | str) -> AdapterComparison:
-        """How alike the last snapshots of two runs on one base are; their ranks may differ.
+        """The similarity of the last snapshots of two runs with the same base; their ranks may differ.
 
         Raises:
-            LensError: a module has another shape there, the two have no module in common, or one has no snapshot.
+            LensError: module shapes differ, the runs have no module in common, or one has no snapshot.
         """
         there = other if isinstance(other, CheckpointAnalyzer) else CheckpointAnalyzer(other)
         return compare_adapters(self.recording, there.recording)
 
 
 def compare_adapters(first: Recording, second: Recording) -> AdapterComparison:
-    """How alike the last snapshots of two recordings are; raises as `CheckpointAnalyzer.compare` does."""
+    """The similarity of the last snapshots of two recordings; raises like `CheckpointAnalyzer.compare`."""
     steps = (_last_snapshot_step(first), _last_snapshot_step(second))
     here, there = snapshot_factors(first, steps[0]), snapshot_factors(second, steps[1])
     alike = compare_updates(decompose_updates(first.modules, here), decompose_updates(second.modules, there))
     if not alike:
         raise LensError(
             f"{first.name} and {second.name} adapt no module in common: one has {next(iter(here), 'none')}, the other "
-            f"{next(iter(there), 'none')}. Give two runs on one base model."
+            f"{next(iter(there), 'none')}. Give two runs with the same base model."
         )
     names = (first.name, second.name)
     in_order = {module.name: alike[module.name] for module in first.modules if module.name in alike}
@@ -187,13 +186,13 @@ def _last_snapshot_step(recording: Recording) -> int:
     if not steps:
         raise LensError(
             f"{recording.name} has no snapshot of its adapter: none was kept (lens.snapshots_megabytes=0?), or it has "
-            "only begun."
+            "only started."
         )
     return steps[-1]
 
 
 def _to_json(value: Any) -> Any:
-    """Numbers, texts, lists and mappings as JSON has them."""
+    """Numbers, texts, lists and mappings as JSON values."""
     if isinstance(value, Mapping):
         return {str(key): _to_json(each) for key, each in value.items()}
     if isinstance(value, np.ndarray):

@@ -1,4 +1,4 @@
-"""Checkpoints as captures: what the adapters of some steps tell when nothing watched while they were trained."""
+"""Captures computed from checkpoints, for runs that were trained without the lens."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ Rows = list[tuple[int, Captured]]
 
 
 class CheckpointCaptures:
-    """The tables of adapter folders: weights, spectra, those of the base, and what a log says (`Captures`).
+    """`Captures` from adapter folders: tables of weights, spectra, base weights and logged losses.
 
-    Everything is measured when it is first asked for, one adapter in memory after the other. `norm_step` is the change
-    since the checkpoint before, over however many steps that is.
+    Everything is measured on first access, with one adapter in memory at a time. `norm_step` is the change since the
+    previous checkpoint, over any number of steps.
 
     Args:
-        adapters: of one run, by step.
-        logged: the tables `loss` and `evaluation`, as far as they are known.
-        base: the weights under the adapters; None: what is measured against them is not there.
+        adapters: the adapters of one run by step.
+        logged: the tables `loss` and `evaluation`, if known.
+        base: the base weights; None: measures relative to them are missing.
 
     Raises:
-        LensError: adapters of different modules or shapes.
+        LensError: the adapters have different modules or shapes.
     """
 
     def __init__(
@@ -51,18 +51,18 @@ class CheckpointCaptures:
         self._logged, self._base = dict(logged), base
 
     def tables(self) -> tuple[str, ...]:
-        """The tables that there are, by name."""
+        """The names of the available tables."""
         base = (tables.BASE,) if self._base else ()
         return tuple(sorted({*self._logged, *base, tables.WEIGHTS, tables.SPECTRA, tables.SNAPSHOTS}))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """A table with its columns step, module and those of its measures (see `core.arrow.arrow_table`).
+        """A table with the columns step, module and its measures (see `core.arrow.arrow_table`).
 
         Args:
-            columns: the measures to read; None: all. Step and module always come.
+            columns: the measures to read; None: all. Step and module are always included.
 
         Raises:
-            LensError: there is no such table, no such measure in it, or an adapter cannot be read any more.
+            LensError: the table or measure does not exist, or an adapter cannot be read any more.
         """
         table = self._read_table(name)
         for column in columns or ():
@@ -72,26 +72,26 @@ class CheckpointCaptures:
         return table.select(kept)
 
     def measures(self, name: str) -> tuple[str, ...]:
-        """The measures of a table; raises as `table` does."""
+        """The measures of a table; raises like `table`."""
         return tuple(column for column in self._read_table(name).column_names if column not in (STEP, MODULE))
 
     def series(self, table: str, measure: str) -> Series:
-        """A scalar measure over time (see `core.arrow.extract_series`); raises as `table` does."""
+        """A scalar measure over steps (see `core.arrow.extract_series`); raises like `table`."""
         return extract_series(self.table(table), measure)
 
     def vectors(self, table: str, measure: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """A measure of vectors over time (see `core.arrow.extract_vectors`); raises as `series` does."""
+        """A vector measure over steps (see `core.arrow.extract_vectors`); raises like `series`."""
         return extract_vectors(self.table(table), measure)
 
     def snapshot_steps(self, table: str) -> list[int]:
-        """The steps of the checkpoints; none of another table than `adapters`."""
+        """The steps of the checkpoints; empty for tables other than `adapters`."""
         return sorted(self._adapters) if table == tables.SNAPSHOTS else []
 
     def snapshot(self, table: str, step: int) -> dict[str, Tensor]:
         """`{module}.a`, `{module}.b` and `{module}.magnitude` of a checkpoint.
 
         Raises:
-            LensError: there is none of that step.
+            LensError: there is no checkpoint of that step.
         """
         if step not in self.snapshot_steps(table):
             there = ", ".join(map(str, self.snapshot_steps(table))) or "none"
@@ -103,7 +103,7 @@ class CheckpointCaptures:
         return parts
 
     def cost(self) -> dict[str, float]:
-        """Nothing was captured while it was trained."""
+        """Empty: nothing was captured during training."""
         return {}
 
     def _read_table(self, name: str) -> pa.Table:
@@ -121,7 +121,7 @@ class CheckpointCaptures:
 
     @cached_property
     def _adapter_tables(self) -> dict[str, pa.Table]:
-        """Weights and spectra, in one pass over the checkpoints."""
+        """The weight and spectrum tables, in one pass over the checkpoints."""
         weights: Rows = []
         spectral: Rows = []
         before: list[FactorBatch] = []
@@ -140,14 +140,14 @@ class CheckpointCaptures:
         return {tables.WEIGHTS: arrow_table(weights), tables.SPECTRA: arrow_table(spectral)}
 
     def _collect_modules(self, stacked: Sequence[FactorBatch], parts: Sequence[Mapping[str, Tensor]]) -> Captured:
-        """What was measured of each stack, a row for each module; what is a matrix by stack is a vector by module."""
+        """The measures of all module batches, one row per module; a matrix of a batch becomes a vector per module."""
         place = {name: i for i, name in enumerate(name for stack in stacked for name in stack.names)}
         rows = [record.name for record in self._records]
         order = [place[name] for name in rows]
         scalars: dict[str, Tensor] = {}
         vectors: dict[str, list[Tensor]] = {}
         for measure in parts[0]:
-            values = [value for part in parts for value in part[measure]]  # of each module
+            values = [value for part in parts for value in part[measure]]  # one per module
             if parts[0][measure].ndim == 1:
                 scalars[measure] = torch.stack(values)[order]
             else:
@@ -155,7 +155,7 @@ class CheckpointCaptures:
         return Captured(scalars, vectors, rows=rows)
 
     def _measure_dora_changes(self, updates: Mapping[str, LowRank]) -> dict[str, Tensor]:
-        """How far DoRA has moved the rows of each weight; nothing of other adapters, or without the base."""
+        """DoRA's change of magnitude and direction by module; empty for other adapters, or without the base."""
         if self._base is None or all(update.magnitude is None for update in updates.values()):
             return {}
         changes = [self._measure_dora_change(record, updates[record.name], self._base) for record in self._records]
@@ -171,7 +171,7 @@ class CheckpointCaptures:
 
     @cached_property
     def _base_table(self) -> pa.Table:
-        """Each weight is read once, and let go before the next."""
+        """Norm and largest singular value of each base weight, with one weight in memory at a time."""
         assert self._base is not None
         known = [record for record in self._records if self._base.has_weight(record)]
         norms, tops = [], []
@@ -187,7 +187,7 @@ class CheckpointCaptures:
 def _pair_with_previous(
     now: Sequence[FactorBatch], before: Sequence[FactorBatch]
 ) -> list[tuple[FactorBatch, FactorBatch | None]]:
-    """Each stack with the one before; checkpoints of one run are stacked alike."""
+    """Each batch with its predecessor; all checkpoints of a run have the same batches."""
     earlier: Sequence[FactorBatch | None] = before or [None] * len(now)
     return list(zip(now, earlier, strict=True))
 

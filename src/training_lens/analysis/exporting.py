@@ -1,4 +1,4 @@
-"""Captures as files that other tools read."""
+"""Exports captures to files for other tools."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from training_lens.utils.files import atomic_file
 def export_tables(
     recording: Recording, data_type: DataType, format: str, folder: Path, *, force: bool = False
 ) -> dict[Path, int]:
-    """Write each table of a kind into `folder` as `{table}.{format}`; gives the files and their rows.
+    """Write each table of a data type into `folder` as `{table}.{format}`; returns files and row counts.
 
-    csv, json and parquet have a row for each step and module; a list in csv is joined by spaces. npz has `steps`,
-    `modules` and for each measure an array (steps, modules), of spectra (steps, modules, longest), NaN where it was not
-    taken. Tables of snapshots alone are no rows: A and B are safetensors already.
+    csv, json and parquet have one row per step and module; lists in csv are joined by spaces. npz has `steps`,
+    `modules` and for each measure an array (steps, modules), for spectra (steps, modules, longest), NaN where not
+    captured. Snapshot tables are skipped: A and B are safetensors already.
 
     Raises:
-        LensError: nothing of that kind was captured; says what there is.
-        OutputError: a file is there already, and `force` is false.
+        LensError: nothing of that type was captured; lists what was.
+        OutputError: a file exists and `force` is false.
     """
     kinds = {name: recording.manifest.tables.get(name) for name in recording.captures.tables()}
     kinds = {name: kind for name, kind in kinds.items() if kind and recording.captures.measures(name)}
@@ -41,13 +41,13 @@ def export_tables(
         raise LensError(f"{recording.folder}: no {data_type.value} were captured. There are: {there}.")
     standing = [path for path in targets.values() if path.exists()]
     if standing and not force:
-        raise OutputError(f"{standing[0]} is there already. Give --force to write over it, or another --output.")
+        raise OutputError(f"{standing[0]} exists already. Give --force to overwrite it, or another --output.")
     folder.mkdir(parents=True, exist_ok=True)
     return {path: _write_table(recording.captures.table(name), format, path) for name, path in targets.items()}
 
 
 def _write_table(table: pa.Table, format: str, path: Path) -> int:
-    """Gives its rows: while training runs, the next reading would have more."""
+    """Returns the row count, which could be larger at the next read while training runs."""
     with atomic_file(path) as temporary:
         WRITERS[format](table, temporary)
     rows: int = table.num_rows
@@ -70,7 +70,7 @@ def _write_json(table: pa.Table, path: Path) -> None:
 
 
 def _replace_nonfinite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """NaN and infinity as None, because JSON has neither."""
     if isinstance(value, list):
         return [_replace_nonfinite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -86,7 +86,7 @@ def _write_npz(table: pa.Table, path: Path) -> None:
 
 
 def _fill_grid(table: pa.Table, field: pa.Field, steps: np.ndarray, modules: list[str]) -> np.ndarray:
-    """(steps, modules), of vectors (steps, modules, longest), as float32, which is how it was captured."""
+    """(steps, modules), for vectors (steps, modules, longest), as float32, the captured precision."""
     if pa.types.is_list(field.type):
         taken, vectors = extract_vectors(table, field.name)
         longest = max((values.shape[1] for values in vectors.values()), default=0)

@@ -1,4 +1,4 @@
-"""A run's journals as data frames."""
+"""The logs of a run as data frames."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NULLABLE_TYPES = {
     "tokens": "Int64",
     "supervised_tokens": "Int64",
     "finite": "boolean",
-}  # they stay so beside empty cells
+}  # kept in spite of empty cells
 SAMPLE_COLUMNS = ("step", "base", "id", "prompt", "expected", "generated")
 
 
@@ -24,16 +24,16 @@ def metrics_frame(path: Path) -> DataFrame:
     """See `Run.metrics`.
 
     Args:
-        path: of a metrics.jsonl; where it is not there yet, the frame has no rows.
+        path: a metrics.jsonl; the frame has no rows if it does not exist yet.
     """
     import pandas
 
     rows: dict[int, dict[str, Any]] = {}
     for line in _read_lines(path):
         rows.setdefault(line["step"], {}).update(_row_cells(line))
-    judged = dict.fromkeys(name for row in rows.values() for name in row if name not in STEP_COLUMNS)
+    validation = dict.fromkeys(name for row in rows.values() for name in row if name not in STEP_COLUMNS)
     index = pandas.Index(list(rows), name="step", dtype="int64")
-    columns = {name: [row.get(name) for row in rows.values()] for name in (*STEP_COLUMNS, *judged)}
+    columns = {name: [row.get(name) for row in rows.values()] for name in (*STEP_COLUMNS, *validation)}
     kinds = {name: NULLABLE_TYPES.get(name, "float64") for name in columns}
     return pandas.DataFrame(columns, index=index).astype(kinds).sort_index()
 
@@ -43,7 +43,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _row_cells(line: Mapping[str, Any]) -> dict[str, Any]:
-    """What a line adds to the row of its step."""
+    """The cells that a line adds to the row of its step."""
     if line.get("kind") == "step":
         return {name: line.get(name) for name in STEP_COLUMNS}
     if line.get("kind") not in ("base", "validation"):
@@ -56,7 +56,7 @@ def samples_frame(path: Path) -> DataFrame:
     """See `Run.samples`.
 
     Args:
-        path: of a samples.jsonl; where it is not there, the frame has no rows.
+        path: a samples.jsonl; the frame has no rows if it does not exist.
     """
     import pandas
 

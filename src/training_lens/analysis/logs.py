@@ -1,4 +1,4 @@
-"""What a run's own log says of its losses: our metrics.jsonl, and the HF Trainer's trainer_state.json."""
+"""Losses from the log of a run: our metrics.jsonl, or the HF Trainer's trainer_state.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LogRow = tuple[str, int, dict[str, float]]  # table, step, measures
 
 @dataclass(frozen=True)
 class Log:
-    """The tables `loss` and `evaluation`, as far as a log has them, and `LensManifest.settings` that it knows.
+    """The tables `loss` and `evaluation` of a log, and the `LensManifest.settings` that it contains.
 
     `status` is finished, or unknown.
     """
@@ -34,23 +34,23 @@ class Log:
     status: str = "unknown"
 
     def series(self, table: str, measure: str) -> Series:
-        """One measure over time; without steps where the log has nothing of it."""
+        """One measure over steps; empty if the log does not have it."""
         found = self.tables.get(table)
         return Series.empty() if found is None or measure not in found.column_names else extract_series(found, measure)
 
 
 def read_our_log(metrics: Path, settings: Mapping[str, Any] | None = None) -> Log:
-    """The log of one of our runs; empty where there is no metrics.jsonl.
+    """The log of one of our runs; empty without a metrics.jsonl.
 
     Args:
-        settings: of `LensManifest.settings`, what is known of the run besides: it stands over what the log tells.
+        settings: known `LensManifest.settings` of the run; they override those of the log.
     """
     lines = read_metrics(metrics) if metrics.is_file() else []
     return Log(_build_tables(_read_our_rows(lines)), {**_estimate_run_length(lines), **(settings or {})})
 
 
 def _estimate_run_length(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the last step says of the run's length."""
+    """The steps per epoch, from the last step."""
     last = next((line for line in reversed(lines) if line.get("kind") == "step" and line.get("epoch")), None)
     return {"steps_per_epoch": max(1, round(last["step"] / last["epoch"]))} if last else {}
 
@@ -69,10 +69,10 @@ def _read_our_rows(lines: Iterable[Mapping[str, Any]]) -> Iterator[LogRow]:
 
 
 def read_trainer_log(path: Path) -> Log:
-    """The log of the HF Trainer, of a trainer_state.json; its losses are means over the steps since the entry before.
+    """The log in a trainer_state.json; its losses are means over the steps since the previous entry.
 
     Raises:
-        LensError: it is no JSON, or no trainer's state.
+        LensError: it is not JSON, or not the state of a trainer.
     """
     try:
         state = read_json(path)
@@ -81,8 +81,8 @@ def read_trainer_log(path: Path) -> Log:
         done = state["global_step"] >= steps > 0
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LensError(
-            f"{path} is damaged ({type(error).__name__}: {error}). Restore it, or move it away: then the adapters are "
-            "read without losses."
+            f"{path} is damaged ({type(error).__name__}: {error}). Restore it, or move it away to read "
+            "the adapters without losses."
         ) from error
     settings = {"total_steps": steps, "steps_per_epoch": max(1, round(steps / epochs)) if epochs else None}
     return Log(_build_tables(rows), settings, "finished" if done else "unknown")
@@ -114,7 +114,7 @@ def _drop_missing(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _build_tables(rows: Iterable[LogRow]) -> dict[str, pa.Table]:
-    """One table for each name; of two rows of one step, as a resumed run logs them, the later holds."""
+    """One table per name; of two rows for one step, as a resumed run logs them, the later one wins."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for table, step, values in rows:
         found.setdefault(table, {}).setdefault(step, {}).update(values)

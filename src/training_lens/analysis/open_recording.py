@@ -1,4 +1,4 @@
-"""Opening a run for analysis, whatever it is: captures of the lens, or the checkpoints that a trainer left."""
+"""Opens any run for analysis: lens captures, or the checkpoints of a trainer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """Adapters of one run by step, not opened yet, and what its log says. `origin` is that of `LensManifest`."""
+    """The adapter folders of one run by step, and its log. `origin` is that of `LensManifest`."""
 
     folders: Mapping[int, Path]
     log: Log
@@ -46,16 +46,16 @@ class AdapterSource:
 
 
 def open_recording(path: Path | str, base: Path | str | None = None) -> Recording:
-    """What is known of a run, finished, running or broken off.
+    """The recording of a finished, running or interrupted run.
 
     Args:
         path: a run folder, a lens folder, the output folder of the HF Trainer, a folder of our checkpoints, or one
-            PEFT adapter. A run folder without captures is read from its checkpoints, which is logged.
-        base: for adapters, the folder of the model under them; None: where their configuration says it is.
+            PEFT adapter. A run folder without captures is read from its checkpoints, with a log message.
+        base: for adapters, the base model folder; None: the one in their configuration.
 
     Raises:
-        LensError: there is nothing to read, or checkpoints are of different shapes; says what was found.
-        AdapterError: an adapter is broken, no LoRA or DoRA, or not saved as safetensors.
+        LensError: there is nothing to read, or checkpoints have different shapes; says what was found.
+        AdapterError: an adapter is broken, not a LoRA or DoRA, or not saved as safetensors.
         ModelLoadingError: `base` cannot be read.
 
     Example:
@@ -73,7 +73,7 @@ def _require_folder(path: Path) -> Path:
     if path.is_dir():
         return path.resolve()
     if path.exists():
-        raise LensError(f"'{path}' is a file. Give the folder that it is in: {EXPECTED_FOLDERS}.")
+        raise LensError(f"'{path}' is a file. Give its folder: {EXPECTED_FOLDERS}.")
     close = nearest_name(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
     hint = f"Did you mean '{path.parent / close}'?" if close else f"Relative paths start at {Path.cwd()}."
     raise LensError(f"no folder '{path}'. {hint}")
@@ -96,7 +96,7 @@ def _is_our_checkpoint(folder: Path) -> bool:
 
 
 def _open_captures(folder: Path, _base: Path | str | None) -> Recording:
-    """Captures; those of a run of ours, or of another trainer's output, belong to the folder around them."""
+    """A recording of captures; a folder named `lens` belongs to the run around it."""
     store, run = LensStore(folder), RunFolder(folder.parent)
     if folder.name != "lens":
         return Recording(folder.name, folder, store.manifest, store)
@@ -108,12 +108,12 @@ def _read_status(run: RunFolder) -> str:
     try:
         return run.status
     except CheckpointError as error:
-        logger.warning("whether the run is finished is not known: %s", error)
+        logger.warning("the status of the run is unknown: %s", error)
         return "unknown"
 
 
 def _open_run_adapters(folder: Path, base: Path | str | None) -> Recording:
-    """A run of ours without captures: its checkpoints and its adapter, and the losses of its metrics.jsonl."""
+    """One of our runs without captures: its checkpoints, its adapter, and the losses of its metrics.jsonl."""
     run = RunFolder(folder)
     source = _find_run_adapters(run)
     status = _read_status(run)
@@ -123,8 +123,8 @@ def _open_run_adapters(folder: Path, base: Path | str | None) -> Recording:
             f"in {run.checkpoints}, and no adapter. Train it with lens.enabled=true, or wait for its first checkpoint."
         )
     logger.info(
-        "%s has no captures (lens.enabled=false?): it is read from %d saved adapters and its log. Gradients, "
-        "activations and what happened between these steps are therefore missing.",
+        "%s has no captures (lens.enabled=false?): it is read from %d saved adapters and its log, without gradients, "
+        "activations and the steps in between.",
         *(run.run_id, len(source.folders)),
     )
     return _build_recording(folder, source, base, status)
@@ -148,7 +148,7 @@ def _read_metadata(run: RunFolder, name: str) -> Mapping[str, Any]:
     try:
         values = run.read_metadata(name)
     except CheckpointError as error:
-        logger.warning("%s The run is read without what it says.", error)
+        logger.warning("%s The run is read without it.", error)
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -174,7 +174,7 @@ def _open_our_checkpoint(folder: Path, base: Path | str | None) -> Recording:
 
 
 def _open_trainer_output(folder: Path, base: Path | str | None) -> Recording:
-    """The HF Trainer's output; its newest state has the log of all steps."""
+    """The output folder of the HF Trainer; its newest state has the log of all steps."""
     folders = _find_trainer_checkpoints(folder)
     states = [folder / TRAINER_STATE, *(folders[step] / TRAINER_STATE for step in sorted(folders, reverse=True))]
     state = next((path for path in states if path.is_file()), None)
@@ -185,7 +185,7 @@ def _open_trainer_output(folder: Path, base: Path | str | None) -> Recording:
 
 
 def _open_single_adapter(folder: Path, base: Path | str | None) -> Recording:
-    """One adapter; beside it may be the state of the HF Trainer that saved it."""
+    """One adapter, perhaps with the state of the HF Trainer beside it."""
     state = folder / TRAINER_STATE
     step, log = (read_trainer_step(state), read_trainer_log(state)) if state.is_file() else (0, Log())
     return _build_recording(folder, AdapterSource({step: folder}, log, "transformers" if step else "hand"), base)
@@ -203,10 +203,10 @@ def _build_recording(
 
 
 def _open_intact_adapters(folders: Mapping[int, Path]) -> Sequence[SavedAdapter]:
-    """Those that are whole, by step: a kill may have cut the last one short.
+    """The intact adapters by step: the last one may be incomplete after a kill.
 
     Raises:
-        AdapterError: none is.
+        AdapterError: none is intact.
     """
     adapters: list[SavedAdapter] = []
     failed: list[AdapterError] = []
@@ -218,7 +218,7 @@ def _open_intact_adapters(folders: Mapping[int, Path]) -> Sequence[SavedAdapter]
     if not adapters:
         raise failed[0]
     for error in failed:
-        logger.warning("passing over a checkpoint: %s", error)
+        logger.warning("skipping a checkpoint: %s", error)
     return adapters
 
 
@@ -228,14 +228,14 @@ def _explain_unreadable(folder: Path) -> str:
         return f"{folder} is empty. Give {EXPECTED_FOLDERS}."
     if found := _find_full_weights(folder):
         return (
-            f"{found[0]} is a whole model, and beside it is no adapter: a full fine-tune, or a merged model. The lens "
-            "reads LoRA and DoRA adapters; give the folder that PEFT's save_pretrained wrote."
+            f"{found[0]} is a full model without an adapter: a full fine-tune or a merged model. The lens reads LoRA "
+            "and DoRA adapters; give the folder that PEFT's save_pretrained wrote."
         )
     runs = list_run_folders(folder) or list_run_folders(folder / "runs")
     if runs:
-        return f"{folder} holds {len(runs)} runs and is none itself. Give one of them, such as {runs[-1].root}."
+        return f"{folder} contains {len(runs)} runs. Give one of them, such as {runs[-1].root}."
     shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "")
-    return f"{folder} is no run. Looked for {EXPECTED_FOLDERS}; found {shown}."
+    return f"{folder} is not a run. Expected {EXPECTED_FOLDERS}; found {shown}."
 
 
 def _find_full_weights(folder: Path) -> list[Path]:
@@ -244,7 +244,7 @@ def _find_full_weights(folder: Path) -> list[Path]:
     ]
 
 
-# What a folder may be, and how it is read then; the first that fits.
+# The kinds of folders and how to open them; the first match wins.
 _FORMS: tuple[tuple[Callable[[Path], object], Callable[[Path, Path | str | None], Recording]], ...] = (
     (_is_lens, _open_captures),
     (_has_lens, lambda folder, base: _open_captures(folder / "lens", base)),

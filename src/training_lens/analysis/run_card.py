@@ -52,11 +52,11 @@ def lens_parts(findings: Sequence[Finding], recording: Recording) -> list[Part]:
 
 
 def loss_curves(log: Log, name: str = "", colour: str | None = None) -> Iterator[Curve]:
-    """Training and validation loss; of long runs, the training loss as medians of equal parts.
+    """Training and validation loss; for long runs, the training loss as medians of equal parts.
 
     Args:
-        name: of the run, where several are drawn together.
-        colour: of both lines, where several runs are drawn together; validation is dashed then.
+        name: the name of the run if several are drawn together.
+        colour: of both lines if several runs are drawn together; validation is dashed then.
     """
     training, judged = log.series(tables.LOSS, "loss"), log.series(tables.EVALUATION, "loss")
     base = log.series(tables.EVALUATION, "base_loss")
@@ -89,5 +89,5 @@ def _fact_rows(run: RunFolder, summary: Mapping[str, Any]) -> Iterator[tuple[str
 
 
 def _from_here(folder: Path) -> str:
-    """Below the working directory, the relative path: a notebook that is passed on says nothing of its machine."""
+    """The path relative to the working directory if below it, so that shared notebooks do not show the machine."""
     return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)

@@ -1,4 +1,4 @@
-"""A run in Python: its numbers as data frames, its config, what the lens says of it, and how a notebook shows it."""
+"""A run in Python: its numbers as data frames, its config, its findings, and its card in a notebook."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
 
 OUTPUTS = "outputs"
 IN_A_MIRROR = (
-    "a run in a mirror is brought here first: Run(fetch_to_read(URL, 'outputs', finished=None).root), with "
+    "a run in a mirror must be fetched first: Run(fetch_to_read(URL, 'outputs', finished=None).root), with "
     "from training_lens.integrations.remote_run import fetch_to_read."
 )
 
 
 class Run:
-    """One run, finished, running or broken off, read from its folder: every property says what is there by now.
+    """One finished, running or interrupted run, read from its folder: every property is up to date.
 
-    In a notebook it shows itself: its numbers, its losses, and what the lens found so far.
+    A notebook shows it as a card with its numbers, losses and findings.
 
     Args:
         path_or_id: the run's folder, its id in any experiment, or `latest`.
-        base_output_dir: where the runs are, for an id.
+        base_output_dir: the folder of all runs, to find an id.
 
     Raises:
-        CheckpointError: there is no such run, the id is that of several, or it is the URL of a run in a mirror.
+        CheckpointError: the run does not exist, several have this id, or it is the URL of a run in a mirror.
 
     Example:
         run = Run.latest()
@@ -58,7 +58,7 @@ class Run:
             raise CheckpointError(IN_A_MIRROR)
         self._base_output_dir = Path(base_output_dir).absolute()
         found = find_run(str(expand_home(path_or_id)), str(base_output_dir))
-        self.folder = RunFolder(found.root.absolute())  # it is found also after a change of the directory
+        self.folder = RunFolder(found.root.absolute())  # still found after a change of the working directory
         self._lens: CheckpointAnalyzer | None = None
         self._findings: tuple[Finding, ...] | None = None
         self._read_at: tuple[str, int] | None = None
@@ -66,16 +66,16 @@ class Run:
 
     @classmethod
     def latest(cls, base_output_dir: Path | str = OUTPUTS, experiment: str | None = None) -> Run:
-        """The run that was started last, whatever became of it.
+        """The run that was started last, whatever its status.
 
         Args:
-            experiment: of this one; None: of all.
+            experiment: only of this one; None: of all.
 
         Raises:
             CheckpointError: there is no run yet.
-            ConfigurationError: there is no such experiment.
+            ConfigurationError: the experiment does not exist.
         """
-        find_run_folders(str(base_output_dir), experiment)  # refuses an experiment that is not there
+        find_run_folders(str(base_output_dir), experiment)  # raises for an unknown experiment
         return cls(find_run(LATEST, str(base_output_dir), experiment).root)
 
     @property
@@ -87,13 +87,13 @@ class Run:
         """running, finished, failed, pruned or interrupted.
 
         Raises:
-            CheckpointError: metadata/summary.json is missing or broken; so for `summary` and what is read of it.
+            CheckpointError: metadata/summary.json is missing or broken; also raised by `summary`.
         """
         return self.folder.status
 
     @property
     def config(self) -> TrainingConfig:
-        """The resolved config that it was started with.
+        """The resolved config of the run.
 
         Raises:
             CheckpointError: metadata/config.json is missing or broken.
@@ -109,26 +109,26 @@ class Run:
 
     @property
     def metrics(self) -> DataFrame:
-        """logs/metrics.jsonl, a row a step, with the index `step`.
+        """logs/metrics.jsonl with one row per step and the index `step`.
 
         `epoch`; `loss` (nats per supervised token of this step's batch); `grad_norm` before clipping; `lr`; `tokens`
-        without padding; `supervised_tokens`; `seconds`; `finite`. After a validation also `validation_loss`, and of
-        several domains or files `validation_loss_NAME`; other rows have NaN there. Row 0 is the validation of the base.
+        without padding; `supervised_tokens`; `seconds`; `finite`. Validated steps also have `validation_loss`,
+        and `validation_loss_NAME` for several domains or files, NaN elsewhere. Row 0 is the validation of the base.
         """
         return metrics_frame(self.folder.metrics_file)
 
     @property
     def samples(self) -> DataFrame:
-        """logs/samples.jsonl, a row an answer: `step`, `base` (the base model's), `id`, `prompt`, `expected`,
-        `generated`; without rows where the run answers no samples (tracking.samples)."""
+        """logs/samples.jsonl with one row per answer: `step`, `base` (whether by the base model), `id`, `prompt`,
+        `expected`, `generated`; empty if the run generates no samples (tracking.samples)."""
         return samples_frame(self.folder.samples_file)
 
     @property
     def lens(self) -> CheckpointAnalyzer:
-        """What was captured, or else the checkpoints; opened again when the run has gone on.
+        """The analyzer of the captures or checkpoints; opened again when the run has made progress.
 
         Raises:
-            LensError: there is neither, perhaps not yet.
+            LensError: there are no captures or checkpoints (yet).
         """
         read_at = (self.status, (self.folder.metadata / "summary.json").stat().st_mtime_ns)
         if self._lens is None or read_at != self._read_at or self.status == "running":
@@ -137,7 +137,7 @@ class Run:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What the lens finds wrong or fine by now; takes a second or so. Raises as `lens` does."""
+        """The current findings; takes about a second. Raises like `lens`."""
         from training_lens.analysis.findings import diagnose
 
         recording = self.lens.recording
@@ -147,25 +147,25 @@ class Run:
 
     @property
     def log(self) -> Log:
-        """The losses of its journal as series: what figures are drawn of, also where the lens was off."""
+        """The logged losses as series, available without the lens."""
         return read_our_log(self.folder.metrics_file)
 
     def answer(
         self, prompts: str | Sequence[str], *, adapter: bool = True, domain: str | None = None, **settings: Any
     ) -> str | list[str]:
-        """The adapter's answer to a prompt, or its answers to several in their order, as `training-lens infer` gives.
+        """The adapter's answer to a prompt, or its answers to several prompts in order, like `training-lens infer`.
 
-        The model is loaded with the first question, and stays.
+        The model is loaded for the first prompt and stays loaded.
 
         Args:
             prompts: a text, or a list of texts.
-            adapter: false asks the base, with the run's template.
-            domain: one that the run was trained on.
+            adapter: False asks the base model, with the run's template.
+            domain: a domain that the run was trained on.
             settings: keys of `inference.`, such as `max_new_tokens=64, temperature=0.7`.
 
         Raises:
             CheckpointError: the run has no finished adapter.
-            ConfigurationError: a prompt that cannot be asked, or a setting that there is not.
+            ConfigurationError: a prompt is invalid, or a setting is unknown.
         """
         from training_lens.inference.asking import answer_texts  # torch and transformers are for this alone
         from training_lens.inference.session import open_run
@@ -174,19 +174,19 @@ class Run:
         return answer_texts(self._session, prompts, InferenceSection(**settings), base=not adapter, domain=domain)
 
     def figure(self) -> Figure:
-        """Training and validation loss, with epochs, spikes and checkpoints, to zoom into."""
+        """Training and validation loss with epochs, spikes and checkpoints, zoomable."""
         from training_lens.analysis.figures.run_figures import plot_loss
 
         return plot_loss(self.log, list_checkpoint_steps(self.folder.checkpoints))
 
     def compare(self, other: Run | Path | str) -> RunComparison:
-        """The two side by side: their settings, numbers and losses.
+        """Compare settings, numbers and losses with another run.
 
         Args:
-            other: a run, or what `Run` takes; an id is looked for where this run is.
+            other: a run, or an argument of `Run`; an id is looked up beside this run.
 
         Raises:
-            CheckpointError: there is no such run, or the metadata of one of the two are missing or broken.
+            CheckpointError: the run does not exist, or the metadata of one run is missing or broken.
         """
         from training_lens.analysis.run_comparison import RunComparison
 
@@ -194,7 +194,7 @@ class Run:
         return RunComparison(self.folder, there.folder)
 
     def _outputs_folder(self) -> Path:
-        """The folder of outputs that the run is in; of a run that was moved out of one, that which was given."""
+        """The outputs folder of the run, or the given one if the run was moved elsewhere."""
         return self.folder.root.parents[3] if is_in_place(self.folder) else self._base_output_dir
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Whether a run's adapter is better than its base: its last comparison's verdict, or what its own validation tells."""
+"""The verdict whether an adapter is better than its base, from its last comparison or its validation."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ logger = get_logger(__name__)
 
 
 def find_verdict(recording: Recording) -> Verdict | None:
-    """What `compare` said of the run, unless it has trained on since; else what its validation tells.
+    """The verdict of `compare` unless the run was trained further; else the verdict of its validation.
 
-    None where the recording has no losses.
+    None if the recording has no losses.
     """
     run = RunFolder(recording.folder)
     if (compared := _read_comparison_verdict(run)) is not None:
@@ -42,10 +42,10 @@ def _read_comparison_verdict(run: RunFolder) -> Verdict | None:
         report: Mapping[str, Any] = read_sealed(path)
         steps = run.read_metadata("summary.json").get("steps", 0)
         if "verdict" not in report or report.get("steps", steps) != steps:
-            return None  # written before there were verdicts, or before the run was resumed
+            return None  # written before verdicts existed, or before the run was resumed
         return Verdict.from_json(report["verdict"])
     except (CheckpointError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s tells no verdict (%s): run training-lens compare again", path, error)
+        logger.warning("%s has no valid verdict (%s): run training-lens compare again", path, error)
         return None
 
 

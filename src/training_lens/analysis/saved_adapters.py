@@ -1,4 +1,4 @@
-"""What is on disk of an adapter and of its base, as the lens reads it: checked by headers, tensors when asked for."""
+"""Reads saved adapters and base weights from disk: headers are checked first, tensors are read on demand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
 
-# Keys of an adapter's configuration that say what else was trained, or where adapters are, and not what B A is.
+# Keys of an adapter's configuration that do not change what B A is.
 ELSEWHERE = {
     *("bias", "exclude_modules", "layers_pattern", "layers_to_transform", "lora_bias", "megatron_config"),
     *("megatron_core", "runtime_config", "trainable_token_indices"),
@@ -41,7 +41,7 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """One PEFT folder with a LoRA or DoRA, after `step` steps. `records` are its modules, layer by layer."""
+    """A PEFT folder with a LoRA or DoRA after `step` steps. `records` are its modules, sorted by layer."""
 
     folder: Path
     step: int
@@ -49,7 +49,7 @@ class SavedAdapter:
     config: Mapping[str, Any]
 
     def read_factors(self) -> dict[str, LowRank]:
-        """A, B and magnitude of each module by its name, on the CPU, in the file's number type.
+        """A, B and magnitude by module name, on the CPU, in the dtype of the file.
 
         Raises:
             AdapterError: the file cannot be read any more.
@@ -63,10 +63,10 @@ class SavedAdapter:
 
 
 def open_adapter(folder: Path, step: int = 0) -> SavedAdapter:
-    """The adapter in a PEFT folder, by its configuration and the header of its weights.
+    """The adapter in a PEFT folder, from its configuration and the header of its weights.
 
     Raises:
-        AdapterError: files are missing or broken, weights are no safetensors, or it is no LoRA or DoRA.
+        AdapterError: files are missing or broken, the weights are not safetensors, or it is not a LoRA or DoRA.
     """
     config = read_config(require_adapter(folder))
     require_plain(config, folder, "the lens", "be read", also=ELSEWHERE)
@@ -91,22 +91,22 @@ def _build_record(
             "(out, rank). Copy or save the adapter again."
         )
     if not len(a) == 2 == len(b):
-        logger.info("the lens does not read %s in %s: its adapter is no pair of matrices", path, folder)
+        logger.info("the lens does not read %s in %s: its adapter is not a pair of matrices", path, folder)
         return None
     variant = "dora" if "magnitude_vector" in keys else "lora"
     return module_record(path, a, b, scaling_of(path, a[0], config), variant)
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:
-    """A key that puts layers.10 behind layers.9."""
+    """A sort key that puts layers.10 after layers.9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"[.]", name)]
 
 
 def require_alike(adapters: list[SavedAdapter]) -> None:
-    """Refuse checkpoints that are not of one run.
+    """Refuse checkpoints of different runs.
 
     Raises:
-        LensError: names the module that differs, both of its shapes, and both folders.
+        LensError: names the differing module, both shapes and both folders.
     """
     first = adapters[0]
     for other in adapters[1:]:
@@ -115,8 +115,8 @@ def require_alike(adapters: list[SavedAdapter]) -> None:
         if wrong:
             sizes = [_describe_shape(shapes.get(wrong[0])) for shapes in (here, there)]
             raise LensError(
-                f"the checkpoints are not of one run: {wrong[0]} has {sizes[0]} in {first.folder}, and {sizes[1]} in "
-                f"{other.folder}. Give each run's checkpoints in a folder of their own."
+                f"the checkpoints are of different runs: {wrong[0]} has {sizes[0]} in {first.folder}, and {sizes[1]} "
+                f"in {other.folder}. Give each run's checkpoints in a separate folder."
             )
 
 
@@ -125,11 +125,11 @@ def _describe_shape(shape: tuple[int, int, int] | None) -> str:
 
 
 class BaseWeights:
-    """Single weights of a base model, out of its safetensors files; the model is not loaded.
+    """Reads single weights from the safetensors files of a base model without loading the model.
 
     Args:
         folder: a local model folder.
-        transposed: whether it keeps linear weights as (in, out), as GPT-2 does (PEFT's fan_in_fan_out).
+        transposed: whether linear weights are stored as (in, out), as in GPT-2 (PEFT's fan_in_fan_out).
 
     Raises:
         ModelLoadingError: a file is missing or broken.
@@ -146,11 +146,11 @@ class BaseWeights:
                     self._shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
             except (OSError, SafetensorError) as error:
                 raise ModelLoadingError(
-                    f"{folder / name} is broken or missing ({error}). Download the model again, whole."
+                    f"{folder / name} is broken or missing ({error}). Download the complete model again."
                 ) from error
 
     def read_weight(self, record: ModuleRecord) -> Tensor | None:
-        """W of a module as (out, in), float32, on the CPU; None where the files have no such matrix."""
+        """W of a module as (out, in), float32, on the CPU; None if the files do not have it."""
         key = self._find_key(record)
         if key is None:
             return None
@@ -159,11 +159,11 @@ class BaseWeights:
         return weight.T if self._is_transposed(weight.shape, record) else weight
 
     def has_weight(self, record: ModuleRecord) -> bool:
-        """Whether the files have its weight."""
+        """Whether the files have the weight of a module."""
         return self._find_key(record) is not None
 
     def _find_key(self, record: ModuleRecord) -> str | None:
-        """Its name in the files, which may lack the first parts of the module's path or have more of them."""
+        """The name of the weight in the files, whose prefix may be shorter or longer than the module's path."""
         wanted, shape = f"{record.name}.weight", (record.out_features, record.in_features)
         matching = [
             key
@@ -178,14 +178,14 @@ class BaseWeights:
 
 
 def open_base_weights(adapter: SavedAdapter, base: Path | str | None = None) -> BaseWeights | None:
-    """The weights of an adapter's base: of `base`, or of what its configuration names, where that is on this machine.
+    """The base weights of an adapter: from `base`, or from the model in its configuration if it is on this machine.
 
     Args:
-        base: a local model folder, or a model's id in the local cache of the hub.
+        base: a local model folder, or a model id in the local cache of the hub.
 
     Raises:
         ModelLoadingError: `base` is given and cannot be read.
-        LensError: `base` is given, and not a single adapted weight is in it, or it is not on this machine.
+        LensError: `base` is given, but has none of the adapted weights or is not on this machine.
     """
     reference = base if base is not None else adapter.config.get("base_model_name_or_path")
     if not reference:
@@ -198,22 +198,22 @@ def open_base_weights(adapter: SavedAdapter, base: Path | str | None = None) -> 
             raise
         weights = None
     if base is not None and weights is None:
-        raise LensError(f"base '{base}' is no folder, and no model of that id is in the hub's local cache.")
+        raise LensError(f"base '{base}' is neither a folder nor a model id in the hub's local cache.")
     missing = [record.name for record in adapter.records if weights is None or not weights.has_weight(record)]
     if base is not None and len(missing) == len(adapter.records):
         raise LensError(
             f"base '{base}' has none of the {len(missing)} weights that the adapter in {adapter.folder} changes, for "
-            f"one {missing[0]}. Give the folder of the model that it was trained on."
+            f"example {missing[0]}. Give the folder of the model it was trained on."
         )
     if missing:
         where = "is not on this machine" if weights is None else f"has no weight of {len(missing)} modules"
         logger.info(
-            "the base '%s' %s, for one %s: what is measured against it is missing. Give its folder as base.",
+            "the base '%s' %s, for example %s: measures relative to it are missing. Give its folder as base.",
             *(reference, where, missing[0]),
         )
     return weights if len(missing) < len(adapter.records) else None
 
 
 def has_adapter_files(folder: Path) -> bool:
-    """Whether a folder has an adapter's configuration or weights, of any kind."""
+    """Whether a folder has the configuration or weights of any adapter."""
     return any((folder / name).is_file() for name in (CONFIG, WEIGHTS, "adapter_model.bin"))
