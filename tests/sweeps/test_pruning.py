@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from training_lens.config.schema import TrainingConfig
-from training_lens.sweeps.pruning import is_in_worse_half
+from training_lens.sweeps.search_strategies import is_in_worse_half
 from training_lens.sweeps.study import SharedStudy
 from training_lens.sweeps.worker import Worker
 

@@ -9,7 +9,7 @@ import pytest
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
-from training_lens.sweeps.proposals import build_study, propose_point
+from training_lens.sweeps.search_strategies import build_study, propose_point
 from training_lens.sweeps.space import Space
 
 Config = Callable[..., TrainingConfig]

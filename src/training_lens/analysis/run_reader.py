@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training_lens.analysis.checkpoint_analyzer import CheckpointAnalyzer
-from training_lens.analysis.frames import metrics_frame, samples_frame
 from training_lens.analysis.logs import Log, read_our_log
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.config.run_config import read_run_config
@@ -15,7 +14,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.errors import CheckpointError, TrainingLensError
 from training_lens.runs.checkpoint_format import list_checkpoint_steps
 from training_lens.runs.housekeeping import is_in_place
-from training_lens.runs.metrics_log import read_progress
+from training_lens.runs.metrics_log import read_metrics, read_progress
 from training_lens.runs.run_folder import LATEST, RunFolder
 from training_lens.runs.run_lookup import find_run, find_run_folders
 from training_lens.utils.names import expand_home
@@ -29,6 +28,13 @@ if TYPE_CHECKING:
     from training_lens.inference.session import Session
 
 OUTPUTS = "outputs"
+STEP_COLUMNS = ("epoch", "loss", "grad_norm", "lr", "tokens", "supervised_tokens", "seconds", "finite")
+NULLABLE_TYPES = {
+    "tokens": "Int64",
+    "supervised_tokens": "Int64",
+    "finite": "boolean",
+}  # kept in spite of empty cells
+SAMPLE_COLUMNS = ("step", "base", "id", "prompt", "expected", "generated")
 IN_A_MIRROR = (
     "a run in a mirror must be fetched first: Run(fetch_to_read(URL, 'outputs', finished=None).root), with "
     "from training_lens.integrations.remote_run import fetch_to_read."
@@ -115,13 +121,13 @@ class Run:
         without padding; `supervised_tokens`; `seconds`; `finite`. Validated steps also have `validation_loss`,
         and `validation_loss_NAME` for several domains or files, NaN elsewhere. Row 0 is the validation of the base.
         """
-        return metrics_frame(self.folder.metrics_file)
+        return _metrics_frame(self.folder.metrics_file)
 
     @property
     def samples(self) -> DataFrame:
         """logs/samples.jsonl with one row per answer: `step`, `base` (whether by the base model), `id`, `prompt`,
         `expected`, `generated`; empty if the run generates no samples (tracking.samples)."""
-        return samples_frame(self.folder.samples_file)
+        return _samples_frame(self.folder.samples_file)
 
     @property
     def lens(self) -> CheckpointAnalyzer:
@@ -211,3 +217,52 @@ class Run:
         except TrainingLensError as error:
             lens = [f"No findings: {error}"]
         return run_card(self.folder, self.summary, lens)
+
+
+def _metrics_frame(path: Path) -> DataFrame:
+    """See `Run.metrics`.
+
+    Args:
+        path: a metrics.jsonl; the frame has no rows if it does not exist yet.
+    """
+    import pandas
+
+    rows: dict[int, dict[str, Any]] = {}
+    for line in _read_lines(path):
+        rows.setdefault(line["step"], {}).update(_row_cells(line))
+    validation = dict.fromkeys(name for row in rows.values() for name in row if name not in STEP_COLUMNS)
+    index = pandas.Index(list(rows), name="step", dtype="int64")
+    columns = {name: [row.get(name) for row in rows.values()] for name in (*STEP_COLUMNS, *validation)}
+    kinds = {name: NULLABLE_TYPES.get(name, "float64") for name in columns}
+    return pandas.DataFrame(columns, index=index).astype(kinds).sort_index()
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return read_metrics(path) if path.is_file() else []
+
+
+def _row_cells(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The cells that a line adds to the row of its step."""
+    if line.get("kind") == "step":
+        return {name: line.get(name) for name in STEP_COLUMNS}
+    if line.get("kind") not in ("base", "validation"):
+        return {}
+    parts = {**line.get("by_domain", {}), **line.get("by_file", {})}
+    return {"validation_loss": line.get("loss"), **{f"validation_loss_{part}": loss for part, loss in parts.items()}}
+
+
+def _samples_frame(path: Path) -> DataFrame:
+    """See `Run.samples`.
+
+    Args:
+        path: a samples.jsonl; the frame has no rows if it does not exist.
+    """
+    import pandas
+
+    return pandas.DataFrame(list(_iterate_samples(_read_lines(path))), columns=list(SAMPLE_COLUMNS))
+
+
+def _iterate_samples(lines: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        for sample in line.get("samples", ()):
+            yield {"step": line["step"], "base": line.get("base", False), **sample}

@@ -9,7 +9,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from training_lens.sweeps.proposals import build_study
+from training_lens.sweeps.search_strategies import build_study
 from training_lens.sweeps.space import Space
 from training_lens.sweeps.trials import first_number, is_default, is_lost, run_id
 

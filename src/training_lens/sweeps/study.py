@@ -17,8 +17,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from training_lens.config.schema import TrainingConfig
 from training_lens.config.search_space import flatten_keys
 from training_lens.errors import ConfigurationError
-from training_lens.sweeps.proposals import propose_point
-from training_lens.sweeps.pruning import build_pruner
+from training_lens.sweeps.search_strategies import build_pruner, propose_point
 from training_lens.sweeps.space import Params, Space
 from training_lens.sweeps.study_storage import explain_storage, file_url, open_storage, require_persistent
 from training_lens.sweeps.trials import (

@@ -15,8 +15,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from training_lens.config.schema import TrainingConfig
 from training_lens.display.html import Table, write_page
 from training_lens.sweeps.leaderboard import STATE_ORDER, Leaderboard
-from training_lens.sweeps.proposals import build_study
 from training_lens.sweeps.recommendation import Recommendation, recommend_trial
+from training_lens.sweeps.search_strategies import build_study
 from training_lens.sweeps.trials import first_number
 from training_lens.utils.files import write_json, write_text
 
