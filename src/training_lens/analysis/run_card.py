@@ -58,16 +58,16 @@ def loss_curves(log: Log, name: str = "", colour: str | None = None) -> Iterator
         name: the name of the run if several are drawn together.
         colour: of both lines if several runs are drawn together; validation is dashed then.
     """
-    training, judged = log.series(tables.LOSS, "loss"), log.series(tables.EVALUATION, "loss")
+    training, validation = log.series(tables.LOSS, "loss"), log.series(tables.EVALUATION, "loss")
     base = log.series(tables.EVALUATION, "base_loss")
     if training.values.size:
         steps, values = training.steps, training.values[:, 0]
         kind = "training, median of equal parts" if is_long(steps) else "training"
         line = smooth_line(steps, values) if is_long(steps) else (steps, values)
         yield Curve(f"{name} {kind}".strip(), *line, colour or COLOURS[0])
-    steps = np.concatenate([base.steps, judged.steps])
+    steps = np.concatenate([base.steps, validation.steps])
     if steps.size:
-        values = np.concatenate([base.values.ravel(), judged.values.ravel()])
+        values = np.concatenate([base.values.ravel(), validation.values.ravel()])
         called = f"{name} validation".strip()
         yield Curve(called, steps, values, colour or COLOURS[2], dots=True, dashed=colour is not None)
 

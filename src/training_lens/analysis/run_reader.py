@@ -108,10 +108,10 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """metadata/summary.json (see `TrainingSummary`); until the run has written it, what its journal tells."""
+        """metadata/summary.json (see `TrainingSummary`); until the run has written it, its progress from the log."""
         status, written = self.status, dict(self.folder.read_metadata("summary.json"))
-        told = read_progress(self.folder) if written["status"] == "running" else {}
-        return {**written, **told, "status": status}
+        progress = read_progress(self.folder) if written["status"] == "running" else {}
+        return {**written, **progress, "status": status}
 
     @property
     def metrics(self) -> DataFrame:
@@ -173,7 +173,7 @@ class Run:
             CheckpointError: the run has no finished adapter.
             ConfigurationError: a prompt is invalid, or a setting is unknown.
         """
-        from training_lens.inference.asking import answer_texts  # torch and transformers are for this alone
+        from training_lens.inference.asking import answer_texts  # imports torch and transformers
         from training_lens.inference.session import open_run
 
         self._session = self._session or open_run(self.folder)
@@ -204,10 +204,10 @@ class Run:
         return self.folder.root.parents[3] if is_in_place(self.folder) else self._base_output_dir
 
     def __repr__(self) -> str:
-        told = self.summary
-        losses = {"validation loss": told.get("validation_loss"), "the base's": told.get("base_validation_loss")}
+        summary = self.summary
+        losses = {"validation loss": summary.get("validation_loss"), "the base's": summary.get("base_validation_loss")}
         known = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
-        return f"Run {self.run_id}: " + ", ".join([told["status"], f"{told['steps']} steps", *known])
+        return f"Run {self.run_id}: " + ", ".join([summary["status"], f"{summary['steps']} steps", *known])
 
     def _repr_html_(self) -> str:
         from training_lens.analysis.run_card import lens_parts, run_card

@@ -95,9 +95,7 @@ class Sweep:
         self.space = Space.from_config(self.config)
         self.folder = sweep_folder(self.config)
         self._console, self._on_trial = console, on_trial
-        self._once = (
-            RepeatFilter()
-        )  # what the rehearsal said of the rows and the model is not said again for each trial
+        self._once = RepeatFilter()  # shows messages on rows and model once, not again for each trial
         with filter_screen(self._once):
             plan = _plan_first_trial(_trial_config(self.config), self.space, console)
         rows = {f"data.{name}": split.fingerprint[:12] for name, split in plan.splits.items()}

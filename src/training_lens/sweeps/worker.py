@@ -104,7 +104,7 @@ def send_heartbeats(storage: RDBStorage, trial_id: int) -> Iterator[None]:
         storage.remove_session()  # this thread's connection
 
     storage.record_heartbeat(trial_id)
-    thread = Thread(target=send_heartbeat, name="sweep-pulse", daemon=True)
+    thread = Thread(target=send_heartbeat, name="sweep-heartbeat", daemon=True)
     thread.start()
     try:
         yield

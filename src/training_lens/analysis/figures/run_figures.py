@@ -35,24 +35,24 @@ def plot_loss(recording: LossSource, checkpoints: Sequence[int] = ()) -> go.Figu
     Args:
         checkpoints: the steps of the checkpoints.
     """
-    series, judged = recording.series(tables.LOSS, "loss"), recording.series(tables.EVALUATION, "loss")
-    if not (series.values.size or judged.values.size):
+    series, validation = recording.series(tables.LOSS, "loss"), recording.series(tables.EVALUATION, "loss")
+    if not (series.values.size or validation.values.size):
         return empty_figure("no loss was captured")
     figure = build_canvas("step", "loss, nats per supervised token", height=420)
     if series.values.size:
         _add_training(figure, series.steps, series.values[:, 0])
-    _add_validation(figure, recording, judged)
+    _add_validation(figure, recording, validation)
     if len(checkpoints):
         marker = {"symbol": "triangle-up", "size": 9, "color": COLOURS[3]}
-        base = dict.fromkeys(checkpoints, _lowest_loss(series, judged))
+        base = dict.fromkeys(checkpoints, _lowest_loss(series, validation))
         figure.add_scatter(x=list(base), y=list(base.values()), mode="markers", marker=marker, name="checkpoint")
     for step in find_epoch_ends(recording):
         figure.add_vline(x=step, line={"color": GRID, "width": 1.5, "dash": "dash"})
     return figure
 
 
-def _lowest_loss(series: Series, judged: Series) -> float:
-    values = np.concatenate([series.values.ravel(), judged.values.ravel()])
+def _lowest_loss(series: Series, validation: Series) -> float:
+    values = np.concatenate([series.values.ravel(), validation.values.ravel()])
     finite = values[np.isfinite(values)]
     return float(finite.min()) if finite.size else 0.0
 
@@ -116,7 +116,7 @@ def find_epoch_ends(recording: LossSource) -> list[float]:
     return ends[:: -(-len(ends) // MOST_BORDERS) or 1]
 
 
-def _add_validation(figure: go.Figure, recording: LossSource, judged: Series) -> None:
+def _add_validation(figure: go.Figure, recording: LossSource, validation: Series) -> None:
     base = recording.series(tables.EVALUATION, "base_loss").values.ravel()
     if len(base) and np.isfinite(base[0]):
         figure.add_hline(
@@ -125,16 +125,16 @@ def _add_validation(figure: go.Figure, recording: LossSource, judged: Series) ->
             annotation_text="validation, base",
             annotation_position="top left",
         )
-    if not judged.values.size:
+    if not validation.values.size:
         return
-    values = judged.values[:, 0]
-    add_line(figure, judged.steps, values, "validation", color=COLOURS[2])
+    values = validation.values[:, 0]
+    add_line(figure, validation.steps, values, "validation", color=COLOURS[2])
     figure.data[-1].update(mode="lines+markers")
     if np.isfinite(values).any():
         best = int(np.nanargmin(values))
         marker = {"symbol": "star", "size": 14, "color": COLOURS[4]}
         figure.add_scatter(
-            x=judged.steps[[best]], y=values[[best]], mode="markers", marker=marker, name="best validation"
+            x=validation.steps[[best]], y=values[[best]], mode="markers", marker=marker, name="best validation"
         )
 
 

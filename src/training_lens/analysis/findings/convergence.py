@@ -26,40 +26,40 @@ RULE = Rule(
 
 def check_convergence(recording: Recording) -> Finding:
     """Whether more training is worth it: to the planned end of a running run, or for twice as many steps."""
-    judged = read_held_out(recording)
-    if len(judged.steps) < LEAST:
+    held_out = read_held_out(recording)
+    if len(held_out.steps) < LEAST:
         return RULE.report_inconclusive(
             "The gain from more training is unknown",
-            f"{len(judged.steps)} held-out losses",
+            f"{len(held_out.steps)} held-out losses",
             f"at least {LEAST} of them: set data.validation or data.val_ratio, and training.eval_steps",
         )
-    steps, losses = judged.late_half()
+    steps, losses = held_out.late_half()
     last, running = int(steps[-1]), recording.status == "running"
     end = total_steps(recording) if running else None
     goal = end if end and end > last else 2 * last
     gain, noise = remaining_gain(steps, losses, goal), _loss_noise(recording, steps, losses)
     words = f"training to step {goal}" if running else "a run twice as long"
     measured = (
-        f"{words} would change the loss on the {judged.what} by about {-gain.value:+.2g} nats per token (between "
+        f"{words} would change the loss on the {held_out.what} by about {-gain.value:+.2g} nats per token (between "
         f"{-gain.value - ERRORS * gain.error:+.2g} and {-gain.value + ERRORS * gain.error:+.2g}); the noise of one "
         f"such loss is {noise:.2g}"
     )
-    return _decide(judged, gain, noise, measured, running)
+    return _decide(held_out, gain, noise, measured, running)
 
 
-def _decide(judged: HeldOut, gain: FitEstimate, noise: float, measured: str, running: bool) -> Finding:
+def _decide(held_out: HeldOut, gain: FitEstimate, noise: float, measured: str, running: bool) -> Finding:
     evidence = {
         "gain": gain.value,
         "error": gain.error,
         "noise": noise,
-        "held_out": thin_points(x=judged.steps, y=judged.losses),
+        "held_out": thin_points(x=held_out.steps, y=held_out.losses),
     }
     least, most = gain.value - ERRORS * gain.error, gain.value + ERRORS * gain.error
-    if gain.value >= float(judged.losses[-1]):
+    if gain.value >= float(held_out.losses[-1]):
         return RULE.report_inconclusive(
             "The gain from more training is unknown",
-            f"extending the line through the later losses on the {judged.what} predicts a loss of 0 or less, which is "
-            f"impossible (the last is {judged.losses[-1]:.3g}): the curve flattens",
+            f"extending the line through the later losses on the {held_out.what} predicts a loss of 0 or less, which "
+            f"is impossible (the last is {held_out.losses[-1]:.3g}): the curve flattens",
             "more validations late in the run (training.eval_steps)",
             evidence,
         )

@@ -46,32 +46,31 @@ def check_memorization(recording: Recording) -> Finding:
     per_epoch = _steps_per_epoch(recording)
     if len(steps) and per_epoch and steps[-1] <= per_epoch:
         return RULE.report_fine("No row was seen twice", f"the run is {steps[-1] / per_epoch:.0%} of an epoch long")
-    judged, drops = read_held_out(recording), _measure_drops(steps, losses, per_epoch)
-    if judged.find_direction() == "unknown" or len(steps) < LEAST:
+    held_out, drops = read_held_out(recording), _measure_drops(steps, losses, per_epoch)
+    if held_out.find_direction() == "unknown" or len(steps) < LEAST:
         return RULE.report_inconclusive(
             "Not enough data on overfitting",
-            f"{len(judged.steps)} held-out losses, {len(steps)} training losses; {_describe_drops(drops)}",
+            f"{len(held_out.steps)} held-out losses, {len(steps)} training losses; {_describe_drops(drops)}",
             f"at least {LEAST} held-out losses: set data.validation or data.val_ratio, and training.eval_steps",
         )
     late = median_or_nan(losses[-max(LEAST, len(losses) // 10) :])
-    far_under = late < FAR_UNDER * float(judged.losses[-1])
-    return _decide(judged, drops, far_under or _has_training_gain(steps, losses, judged), late)
+    far_under = late < FAR_UNDER * float(held_out.losses[-1])
+    return _decide(held_out, drops, far_under or _has_training_gain(steps, losses, held_out), late)
 
 
-def _decide(judged: HeldOut, drops: _EpochDrops, has_training_gain: bool, late: float) -> Finding:
-    direction, best = judged.find_direction(), int(judged.steps[judged.best_index])
-    then = {"rises": f"has risen by {judged.final_rise:.3g}", "flat": "is flat"}.get(direction, "still falls")
+def _decide(held_out: HeldOut, drops: _EpochDrops, has_training_gain: bool, late: float) -> Finding:
+    direction, best = held_out.find_direction(), int(held_out.steps[held_out.best_index])
+    then = {"rises": f"has risen by {held_out.final_rise:.3g}", "flat": "is flat"}.get(direction, "still falls")
     measured = (
-        f"the {judged.what}'s loss is best at step {best} ({judged.losses[judged.best_index]:.3g}), and {then} at the "
-        "end; "
-        f"the training loss ends at {late:.3g}; {_describe_drops(drops)}"
+        f"the {held_out.what}'s loss is best at step {best} ({held_out.losses[held_out.best_index]:.3g}), and {then} "
+        f"at the end; the training loss ends at {late:.3g}; {_describe_drops(drops)}"
     )
     evidence = {
         "best_step": best,
-        "rise": judged.final_rise,
+        "rise": held_out.final_rise,
         "drop": drops.drop,
         "drop_error": drops.error,
-        "held_out": thin_points(x=judged.steps, y=judged.losses),
+        "held_out": thin_points(x=held_out.steps, y=held_out.losses),
     }
     if direction == "rises" and (has_training_gain or drops.is_significant):
         return RULE.report_symptom("warning", "Overfitting", measured, where=f"from step {best}", evidence=evidence)
@@ -117,8 +116,8 @@ def _describe_drops(drops: _EpochDrops) -> str:
     return f"the training loss drops by {drops.drop:.3g} {ends} (standard error {drops.error:.2g})"
 
 
-def _has_training_gain(steps: np.ndarray, losses: np.ndarray, judged: HeldOut) -> bool:
+def _has_training_gain(steps: np.ndarray, losses: np.ndarray, held_out: HeldOut) -> bool:
     """Whether the training loss still falls after the best held-out loss."""
-    since = steps >= judged.steps[judged.best_index]
+    since = steps >= held_out.steps[held_out.best_index]
     slope = log_slope(steps[since], losses[since])
     return bool(slope.value + CERTAIN * slope.error < 0)

@@ -89,13 +89,13 @@ def _detect_loss_rise(recording: Recording) -> str | None:
     start = _starting_loss(recording, losses)
     if len(means) and means.max() > start + CERTAIN * noise:
         return f"the loss rises to {means.max():.3g} (mean of {width} steps), from {start:.3g} at its start"
-    judged = read_held_out(recording)
+    held_out = read_held_out(recording)
     if (
-        len(judged.losses)
-        and np.isfinite(judged.start)
-        and judged.losses[-1] > judged.start + CERTAIN * judged.point_noise
+        len(held_out.losses)
+        and np.isfinite(held_out.start)
+        and held_out.losses[-1] > held_out.start + CERTAIN * held_out.point_noise
     ):
-        return f"the {judged.what}'s loss ends at {judged.losses[-1]:.3g}, above the base's {judged.start:.3g}"
+        return f"the {held_out.what}'s loss ends at {held_out.losses[-1]:.3g}, above the base's {held_out.start:.3g}"
     return None
 
 
@@ -147,8 +147,8 @@ def _detect_clipping(recording: Recording) -> str | None:
 def _detect_divergence(recording: Recording) -> str | None:
     """KL rises in the later half, in which the held-out loss does not improve."""
     _, kl = read_curve(recording, tables.DIVERGENCE, "kl")
-    judged = read_held_out(recording)
-    if len(kl) < 4 or judged.find_direction() != "rises" or judged.best_index >= len(judged.losses) // 2:
+    held_out = read_held_out(recording)
+    if len(kl) < 4 or held_out.find_direction() != "rises" or held_out.best_index >= len(held_out.losses) // 2:
         return None
     half = median_or_nan(kl[len(kl) // 2 - 1 : len(kl) // 2 + 1])
     if kl[-1] <= CLIMB * half:

@@ -65,8 +65,8 @@ def _is_still_falling(recording: Recording) -> bool:
 
     Uses the held-out loss if it has enough points, because the loss of single steps is noisy.
     """
-    judged = read_held_out(recording)
-    steps, values = (judged.steps, judged.losses) if len(judged.steps) >= 2 * LEAST else _read_loss(recording)
+    held_out = read_held_out(recording)
+    steps, values = (held_out.steps, held_out.losses) if len(held_out.steps) >= 2 * LEAST else _read_loss(recording)
     late, early = steps > steps[-1] / 2, (steps > steps[-1] / 8) & (steps <= steps[-1] / 2)
     now, before = log_slope(steps[late], values[late]), log_slope(steps[early], values[early])
     return bool(now.value + CERTAIN * now.error < 0 and now.value <= FALLS_ON * min(before.value, 0.0))

@@ -54,15 +54,15 @@ def _compare_adapters(first: Recording, second: Recording) -> tuple[AdapterCompa
 
 def _fact_rows(pair: tuple[Analysis, Analysis]) -> Iterator[tuple[str, str, str]]:
     recordings = [analysis.recording for analysis in pair]
-    judged = [read_losses(recording) for recording in recordings]
+    losses = [read_losses(recording) for recording in recordings]
     rows: Mapping[str, list[object]] = {
         "status": [r.status for r in recordings],
         "adapted modules": [len(r.modules) for r in recordings],
         "rank": [sorted({m.rank for m in r.modules}) for r in recordings],
-        "base validation loss": [each.base for each in judged],
-        "best validation loss": [each.best for each in judged],
-        "at step": [each.best_step for each in judged],
-        "training loss at the end": [each.last for each in judged],
+        "base validation loss": [each.base for each in losses],
+        "best validation loss": [each.best for each in losses],
+        "at step": [each.best_step for each in losses],
+        "training loss at the end": [each.last for each in losses],
         "largest capture error": [read_certificate(r).largest for r in recordings],
         "which layers changed": [read_changes(r).as_sentence() for r in recordings],
         "problems and warnings": ["\n".join(f.title for f in a.findings if f.severity in WRONG) or "-" for a in pair],

@@ -32,15 +32,15 @@ LONGEST_LINE, LONGEST_PLACE = 150, 60  # characters
 def build_executive(analysis: Analysis) -> Report:
     """The executive report of a run."""
     recording, wrong = analysis.recording, [f for f in analysis.findings if f.severity in WRONG]
-    judged = find_verdict(recording)
+    verdict = find_verdict(recording)
     unknown = [f for f in analysis.findings if f.confidence == "inconclusive"]
     parts: list[Part] = [
-        build_verdict(analysis.findings, judged),
+        build_verdict(analysis.findings, verdict),
         *("# Did it learn?", read_losses(recording).as_sentence()),
         *("# Next steps", BulletList(next_steps(analysis))),
         "# Problems",
         BulletList(faults)
-        if (faults := [*_verdict_faults(judged), *map(summarize_finding, wrong)])
+        if (faults := [*_verdict_faults(verdict), *map(summarize_finding, wrong)])
         else "No problems were found.",
         *([f"Inconclusive ({len(unknown)} of {len(analysis.findings)} checks):"] * bool(unknown)),
         *([BulletList([summarize_finding(f) for f in unknown])] * bool(unknown)),
@@ -50,17 +50,17 @@ def build_executive(analysis: Analysis) -> Report:
     return Report("executive", f"Run {recording.name}: summary", tuple(parts), collect_values(analysis))
 
 
-def build_verdict(findings: Sequence[Finding], judged: Verdict | None) -> Callout:
+def build_verdict(findings: Sequence[Finding], verdict: Verdict | None) -> Callout:
     """The most severe result as a box: the verdict on the adapter or the worst finding, with the action.
 
     The box is fine only if the adapter is better than its base and no finding speaks against it.
 
     Args:
-        judged: whether the adapter is better than its base; None if unknown.
+        verdict: whether the adapter is better than its base; None if unknown.
     """
     worst = find_worst(findings)
-    if judged is not None and (worst is None or ORDER.index(judged.severity) <= ORDER.index(worst.severity)):
-        return _verdict_callout(judged, worst, findings)
+    if verdict is not None and (worst is None or ORDER.index(verdict.severity) <= ORDER.index(worst.severity)):
+        return _verdict_callout(verdict, worst, findings)
     if worst is None:
         unknown = _count_inconclusive(findings)
         if unknown and all(finding.confidence == "inconclusive" for finding in findings):
@@ -71,33 +71,33 @@ def build_verdict(findings: Sequence[Finding], judged: Verdict | None) -> Callou
         "where": worst.where or "the whole run",
         "what to do": worst.action or worst.decide,
         "other problems": f"{others} more" if others else "",
-        "better than its base?": judged.sentence if judged else "",
+        "better than its base?": verdict.sentence if verdict else "",
     }
     return Callout(worst.severity, worst.title, tuple((name, words) for name, words in facts.items() if words))
 
 
-def _verdict_callout(judged: Verdict, worst: Finding | None, findings: Sequence[Finding]) -> Callout:
+def _verdict_callout(verdict: Verdict, worst: Finding | None, findings: Sequence[Finding]) -> Callout:
     """The verdict on the adapter as a box, including the worst finding."""
     facts = {
-        "also": "\n".join(remark.sentence for remark in judged.remarks),
-        "what would decide": judged.decide,
-        "next": "" if judged.next_command.startswith("training-lens report") else judged.next_command,
+        "also": "\n".join(remark.sentence for remark in verdict.remarks),
+        "what would decide": verdict.decide,
+        "next": "" if verdict.next_command.startswith("training-lens report") else verdict.next_command,
         "worst finding": f"{summarize_finding(worst)} {worst.action or worst.decide}"
         if worst
         else "no problems were found",
         "inconclusive": _count_inconclusive(findings),
     }
     is_inconclusive = bool(findings) and all(finding.confidence == "inconclusive" for finding in findings)
-    severity = "note" if is_inconclusive and judged.severity == "fine" else judged.severity
-    return Callout(severity, judged.sentence, tuple((name, words) for name, words in facts.items() if words))
+    severity = "note" if is_inconclusive and verdict.severity == "fine" else verdict.severity
+    return Callout(severity, verdict.sentence, tuple((name, words) for name, words in facts.items() if words))
 
 
-def _verdict_faults(judged: Verdict | None) -> list[str]:
+def _verdict_faults(verdict: Verdict | None) -> list[str]:
     """Problems and warnings of the verdict, one per line."""
-    if judged is None:
+    if verdict is None:
         return []
-    worse = [judged.sentence] if judged.outcome == "worse" else []
-    return [*worse, *(remark.sentence for remark in judged.remarks if remark.severity in WRONG)]
+    worse = [verdict.sentence] if verdict.outcome == "worse" else []
+    return [*worse, *(remark.sentence for remark in verdict.remarks if remark.severity in WRONG)]
 
 
 def _count_inconclusive(findings: Sequence[Finding]) -> str:
@@ -136,11 +136,11 @@ def _add_full_stop(words: str) -> str:
 def collect_values(analysis: Analysis) -> dict[str, object]:
     """The JSON content that all reports of a run share: run, captures and their cost, results, findings."""
     recording, proof = analysis.recording, read_certificate(analysis.recording)
-    judged = find_verdict(recording)
+    verdict = find_verdict(recording)
     columns = ("table", "data_type", "steps", "last_step", "rows")
     return {
         **analysis.values(),
-        "verdict": judged.as_json() if judged else None,
+        "verdict": verdict.as_json() if verdict else None,
         "losses": vars(read_losses(recording)),
         "certificate": {**vars(proof), "sound": proof.is_sound},
         "captured": [dict(zip(columns, row, strict=True)) for row in list_captured(recording)],
@@ -169,12 +169,12 @@ def three_lines(analysis: Analysis) -> list[str]:
     return [shorten(line, LONGEST_LINE, placeholder=" ...") for line in lines]
 
 
-def _worst_line(findings: Sequence[Finding], judged: Verdict | None) -> str:
+def _worst_line(findings: Sequence[Finding], verdict: Verdict | None) -> str:
     worst = find_worst(findings)
-    if judged is not None and judged.severity == "problem":
-        return f"problem: {judged.sentence}"
+    if verdict is not None and verdict.severity == "problem":
+        return f"problem: {verdict.sentence}"
     if worst is None:
-        caveat = judged.sentence if judged is not None and judged.outcome != "better" else ""
+        caveat = verdict.sentence if verdict is not None and verdict.outcome != "better" else ""
         return "; ".join(filter(None, ("no problems found", _count_inconclusive(findings), caveat)))
     where = f" ({shorten(worst.where, LONGEST_PLACE, placeholder=' ...')})" if worst.where else ""
     return f"{worst.severity}: {worst.title}{where}: {worst.action or worst.decide or worst.measured}"

@@ -151,16 +151,16 @@ def read_losses(recording: Recording) -> LossSummary:
     training, every = _finite_points(recording, tables.LOSS, "loss")[1], recording.series(tables.LOSS, "loss")
     broken = every.steps[~np.isfinite(every.values).all(1)]
     part = max(1, len(training) // 20)
-    steps, judged = _finite_points(recording, tables.EVALUATION, "loss")
+    steps, validation = _finite_points(recording, tables.EVALUATION, "loss")
     base = _finite_points(recording, tables.EVALUATION, "base_loss")[1]
-    best = int(judged.argmin()) if len(judged) else None
+    best = int(validation.argmin()) if len(validation) else None
     return LossSummary(
         first=float(np.median(training[:part])) if len(training) else None,
         last=float(np.median(training[-part:])) if len(training) else None,
         base=float(base[0]) if len(base) else None,
-        best=None if best is None else float(judged[best]),
+        best=None if best is None else float(validation[best]),
         best_step=None if best is None else int(steps[best]),
-        final=float(judged[-1]) if len(judged) else None,
+        final=float(validation[-1]) if len(validation) else None,
         broken_step=int(broken[0]) if len(broken) else None,
     )
 
