@@ -31,7 +31,7 @@ def check_convergence(recording: Recording) -> Finding:
         return RULE.report_inconclusive(
             "The gain from more training is unknown",
             f"{len(held_out.steps)} held-out losses",
-            f"at least {LEAST} of them: set data.validation or data.val_ratio, and training.eval_steps",
+            f"at least {LEAST} held-out losses: set data.validation or data.val_ratio, and training.eval_steps",
         )
     steps, losses = held_out.late_half()
     last, running = int(steps[-1]), recording.status == "running"
