@@ -152,7 +152,7 @@ def test_a_run_that_has_only_begun_is_shown(copied: RunFolder) -> None:
     write_json(copied.metadata / "summary.json", {"status": "running"})
     run = Run(copied.root)
     assert run.status == "interrupted" and run.metrics.empty  # nothing holds its lock
-    assert "No step is done yet." in run._repr_html_() and repr(run).endswith("interrupted, 0 steps")
+    assert "No step has finished yet." in run._repr_html_() and repr(run).endswith("interrupted, 0 steps")
 
 
 def test_figures_and_reports_mark_the_checkpoints_that_the_run_has(copied: RunFolder) -> None:

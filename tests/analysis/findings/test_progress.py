@@ -42,7 +42,7 @@ def test_without_stairs_a_falling_training_loss_beside_a_rising_one_is_too(findi
     """As with epochs of one or two steps."""
     held_out(healthy, 2 + np.abs(np.log(STEPS / 50)) * 0.2)
     found = finding("memorization", healthy, steps_per_epoch=1)
-    assert found.severity == "warning" and "no epoch's end could be measured" in found.measured
+    assert found.severity == "warning" and "no drop at an epoch end could be measured" in found.measured
 
 
 def test_stairs_beside_a_held_out_loss_that_falls_are_fine(finding: Find, healthy: Any) -> None:
@@ -74,7 +74,7 @@ def test_the_steps_of_an_epoch_are_known_from_the_loop_too(finding: Find, health
     held_out(healthy, 2 + np.abs(np.log(STEPS / 50)) * 0.2)
     healthy.values("loss", "epoch")[:] = np.arange(1, 201) / 50
     found = finding("memorization", healthy, steps_per_epoch=None)
-    assert found.severity == "warning" and "3 epochs' ends" in found.measured
+    assert found.severity == "warning" and "3 epoch ends" in found.measured
 
 
 def test_a_falling_loss_says_what_twice_the_steps_would_gain(finding: Find, healthy: Any) -> None:
@@ -89,7 +89,7 @@ def test_a_gain_of_a_few_noises_that_is_surely_there_is_not_called_converged(fin
     judged = 3.1 - 0.35 * np.log(steps) + 0.09 * np.array([1.0, -1.0] * 10)
     healthy.tables["evaluation"] = (steps, {**columns, "loss": judged})
     found = finding("converged", healthy)
-    assert found.title == "The loss still falls" and found.evidence["gain"] < 4 * found.evidence["noise"]
+    assert found.title == "The loss is still falling" and found.evidence["gain"] < 4 * found.evidence["noise"]
 
 
 def test_a_flat_loss_is_converged(finding: Find, healthy: Any) -> None:
