@@ -25,8 +25,9 @@ from torch.nn.functional import cross_entropy
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import TrainingLensError
-from training_lens.merging.merge_run import MergeOptions, merge
-from training_lens.models.adapters import attach, check_adapter, load_adapter, save_adapter, trainable
+from training_lens.merging.merge_run import merge_adapter
+from training_lens.merging.merged_folder import MergeOptions
+from training_lens.models.adapters import attach, check_adapter, load_adapter, save_adapter, trainable_parameters
 from training_lens.models.factory import build_skeleton, load_model
 from training_lens.models.fast.engine import Engine
 from training_lens.runs.run_folder import RunFolder
@@ -97,7 +98,7 @@ def compare_losses(folder: Path, peft: PeftSection) -> dict[str, Any]:
     """
     torch.manual_seed(0)
     adapted = attach(load_model(ModelSection(id=str(folder)), CPU, "fp32"), peft)
-    for name, parameter in trainable(adapted):
+    for name, parameter in trainable_parameters(adapted):
         if "lora_B" in name:
             parameter.data.normal_(std=0.02)
     examples = ragged_examples(adapted.config.get_text_config().vocab_size)
@@ -108,7 +109,7 @@ def compare_losses(folder: Path, peft: PeftSection) -> dict[str, Any]:
     found, wanted = our_loss(engine, examples), plain_loss(plain, examples)
     for loss in (found, wanted):
         loss.backward()
-    ours, theirs = (dict(trainable(model)) for model in (adapted, plain))
+    ours, theirs = (dict(trainable_parameters(model)) for model in (adapted, plain))
     assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())[:4]
     idle = [name for name, p in ours.items() if p.grad is None or not p.grad.any()]
     return {
@@ -162,9 +163,9 @@ def reload(folder: Path, adapter: Path) -> tuple[Tensor, dict[str, Any]]:
 
 
 def merge_and_load(config: TrainingConfig, run: RunFolder, place: Path, wanted: Tensor) -> dict[str, Any]:
-    """How far the logits of the folder that `merge` wrote and verified are from the adapter's."""
+    """How far the logits of the folder that `merge_adapter` wrote and verified are from the adapter's."""
     options = MergeOptions(output=place / "merged", dtype="fp32")
-    merged = merge(config.replace_keys(inference={"adapter": str(run.root)}), options)
+    merged = merge_adapter(config.replace_keys(inference={"adapter": str(run.root)}), options)
     return {"merged_difference": relative_difference(logits(plain_model(merged.output)), wanted)}
 
 

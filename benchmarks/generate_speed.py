@@ -36,7 +36,7 @@ from training_lens import TrainingConfig
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.inference.generator import answer_ids
 from training_lens.inference.session import Session, open_session
-from training_lens.models.copies import merged_copy
+from training_lens.models.copies import copy_merged
 from training_lens.utils.devices import device_name, peak_bytes, reset_peak, reset_process_peak, synchronize
 
 PROMPT, NEW, VOCABULARY = 128, 48, 32011
@@ -157,7 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adapted = adapted_model(device)
-    merged = merged_copy(adapted)
+    merged = copy_merged(adapted)
     some = open_session(TrainingConfig.model_validate({"inference": {"adapter": "none"}}))
     some = replace(some, device=device, stop_ids=frozenset({NEVER}))
     contenders: dict[str, Callable[[Ids], Ids]] = {

@@ -27,10 +27,10 @@ from training_lens import embedded
 from training_lens.config.compose import validate_values
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import TrainingLensError
-from training_lens.merging.merge_tensors import check_foldable
+from training_lens.merging.merge_tensors import check_mergeable
 from training_lens.merging.merged_folder import write_folder
-from training_lens.merging.run_base import open_exact
-from training_lens.models.adapters import attach, base_only, load_adapter, save_adapter, trainable
+from training_lens.merging.run_base import open_in_float32
+from training_lens.models.adapters import attach, base_only, load_adapter, save_adapter, trainable_parameters
 from training_lens.models.factory import load_model
 from training_lens.utils.files import atomic_folder, read_json, write_json
 
@@ -105,8 +105,8 @@ def _merge(base: Path, work: Path) -> dict[str, Any]:
         _write_adapter(base, work)
         model = {"id": str(base), "device": "cpu"}
         config = validate_values({"inference": {"adapter": str(work / "adapter")}, "model": model})
-        session, _ = open_exact(config, None, same_base=True)
-        check_foldable(session.model, 1.0)
+        session, _ = open_in_float32(config, None, same_base=True)
+        check_mergeable(session.model, 1.0)
         with atomic_folder(work / "merged") as folder:
             write_folder(session, folder, "fp32", keeps_types=True, scale=1.0, delta=False, max_shard_size="5GB")
     except TrainingLensError as error:
@@ -118,7 +118,7 @@ def _write_adapter(base: Path, work: Path, **section: Any) -> None:
     """A moved adapter in `work`, and the logits of base and adapter by this version of transformers."""
     torch.manual_seed(0)
     adapted = attach(load_model(ModelSection(id=str(base), dtype="fp32"), CPU, "fp32"), PeftSection(r=4, **section))
-    for _, parameter in trainable(adapted):
+    for _, parameter in trainable_parameters(adapted):
         parameter.data += 0.05 * torch.randn_like(parameter)
     (work / "adapter").mkdir(parents=True, exist_ok=True)
     save_adapter(adapted, work / "adapter")

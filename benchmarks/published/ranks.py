@@ -34,9 +34,9 @@ from training_lens.config.schema import PeftSection
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.data.batching import collate
 from training_lens.data.examples import Batch
-from training_lens.models.adapters import attach, trainable
+from training_lens.models.adapters import attach, trainable_parameters
 from training_lens.models.factory import load_model
-from training_lens.models.scoring import supervised_scores
+from training_lens.models.token_scores import supervised_scores
 from training_lens.training.loop.callbacks import Callback
 from training_lens.training.plan import RunPlan
 from training_lens.utils.seeding import seed_everything
@@ -119,7 +119,7 @@ def first_step(plan: RunPlan, peft: PeftSection, seed: int) -> tuple[list[float]
     batch = first_batch(plan, seed)
     seed_everything(seed)
     model = attach(load_model(plan.config.model, torch.device("cpu"), "fp32"), peft)
-    optimizer = torch.optim.SGD([p for _, p in trainable(model)], lr=ETA)
+    optimizer = torch.optim.SGD([p for _, p in trainable_parameters(model)], lr=ETA)
     modules = adapter_modules(model)
     for module in modules:
         frozen_weight(module).requires_grad_(True)  # gives G; the optimizer does not know it

@@ -347,7 +347,7 @@ def hub() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("model.id=nobody/nothing", r"model\.id: 'nobody/nothing' is no local folder.*check the id"),
+        ("model.id=nobody/nothing", r"model\.id: 'nobody/nothing' is not a local folder.*check the id"),
         ("model.id=somebody/gated", r"model\.id: 'somebody/gated' .*gated"),
         ("data.train=hub:nobody/nothing", r"data\.train: 'hub:nobody/nothing' cannot be had"),
     ],

@@ -87,7 +87,7 @@ def test_compare_with_another_run_shows_the_table(call: Call, run: Path, tmp_pat
         (["compare", "--run", "RUN", "evaluation.forgetting=none.jsonl"], "'none.jsonl' is not there"),
         (["compare", "--run", ""], "--run: given without a value"),
         (["baseline", "training.lr=1e-4"], "baseline evaluates model.id alone"),
-        (["baseline", "data.train=rows.jsonl"], "there are no rows to judge on; give data.validation"),
+        (["baseline", "data.train=rows.jsonl"], "there are no rows to evaluate on; give data.validation"),
         (["evaluate", "--run", "RUN", "evaluation.length_buckets=[64,64]"], "[64, 64] are no bucket limits"),
         (["evaluate", "--run", "RUN", "evaluation.confidence=2"], "evaluation.confidence: given 2"),
         (["compare", "--run", "RUN", "--against", "RUNN"], "no run 'RUNN'"),

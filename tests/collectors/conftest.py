@@ -16,8 +16,8 @@ from training_lens.core.module_batches import ModuleBatches
 from training_lens.core.modules import AdapterModule, adapter_modules
 from training_lens.core.probe import Probe, evaluation_mode
 from training_lens.core.types import Captured, Moment
-from training_lens.models.adapters import attach, trainable
-from training_lens.models.scoring import paired_scores
+from training_lens.models.adapters import attach, trainable_parameters
+from training_lens.models.token_scores import paired_scores
 
 VOCABULARY = 61
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -54,7 +54,7 @@ def adapted() -> Callable[..., Any]:
     def make(family: str = "llama", moved: bool = True, **section: Any) -> Any:
         base = _gpt2() if family == "gpt2" else _llama()
         model = attach(base, PeftSection.model_validate({"r": 3, "lora_alpha": 5.0, **section}))
-        for _, parameter in trainable(model) if moved else ():
+        for _, parameter in trainable_parameters(model) if moved else ():
             parameter.data += 0.05 * torch.randn_like(parameter)
         return model
 

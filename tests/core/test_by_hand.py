@@ -16,7 +16,7 @@ from training_lens.core.capture import RunFacts
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.core.lens_store import LensStore
 from training_lens.errors import LensError
-from training_lens.models.adapters import attach, trainable
+from training_lens.models.adapters import attach, trainable_parameters
 from training_lens.models.factory import load_model
 
 STEPS, SKIPPED = 4, 1  # the step, from 0, whose update a scaler leaves out
@@ -29,7 +29,7 @@ def model() -> Any:
     config = TrainingConfig()
     model = attach(load_model(config.model, torch.device("cpu"), "fp32"), config.peft)
     with torch.no_grad():  # so that A has gradients from the first step
-        for name, parameter in trainable(model):
+        for name, parameter in trainable_parameters(model):
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     return model.train()
@@ -37,7 +37,7 @@ def model() -> Any:
 
 @pytest.fixture
 def optimizer(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for _, p in trainable(model)], lr=3e-3)
+    return torch.optim.AdamW([p for _, p in trainable_parameters(model)], lr=3e-3)
 
 
 def ids(step: int) -> torch.Tensor:
@@ -66,7 +66,7 @@ def test_closure_gradients_are_captured_before_the_update(model: Any, optimizer:
 
     def closure() -> torch.Tensor:
         loss = backward(model, len(norms))
-        norms.append(torch.stack([p.grad.norm() for n, p in trainable(model) if "lora_B" in n]).norm())
+        norms.append(torch.stack([p.grad.norm() for n, p in trainable_parameters(model) if "lora_B" in n]).norm())
         return loss
 
     with lens.watch(model, optimizer):
@@ -132,7 +132,7 @@ def test_weights_changed_between_steps_belong_to_the_next_gradients(model: Any, 
             lens.step(backward(model, step))
             optimizer.step()
             with torch.no_grad():
-                for _, parameter in trainable(model):
+                for _, parameter in trainable_parameters(model):
                     parameter.mul_(0.5)
     assert LensStore(tmp_path / "lens").series("adapter_gradients", "self_check").values.max() <= 1e-5
 
@@ -144,7 +144,7 @@ def test_an_optimizer_without_adapter_parameters_is_refused(
     other = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     with pytest.raises(LensError, match="none of the adapter's 70 trained parameters"), lens.watch(model, other):
         raise AssertionError("the block must not be entered")
-    with lens.watch(model, torch.optim.AdamW([p for n, p in trainable(model) if "lora_B" in n])) as context:
+    with lens.watch(model, torch.optim.AdamW([p for n, p in trainable_parameters(model) if "lora_B" in n])) as context:
         plain_loop(model, context._capture.context.optimizer, lens)
     assert "35 of the adapter's 70 trained parameters are not in the AdamW" in caplog.text
     rms = LensStore(tmp_path / "lens")

@@ -17,7 +17,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.core.framework import TrainingLensFramework
 from training_lens.core.lens_store import LensStore
 from training_lens.errors import LensError
-from training_lens.models.adapters import attach, trainable
+from training_lens.models.adapters import attach, trainable_parameters
 from training_lens.models.factory import load_model, load_tokenizer
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.run import TrainingWrapper
@@ -60,7 +60,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> OwnRun:
     wrapper = TrainingWrapper(config)
     plan = wrapper.plan()
     trainer, _ = wrapper._build_trainer(RunFolder(folder / "look").create(), plan)
-    start = {name: p.detach().clone() for name, p in trainable(trainer.model)}
+    start = {name: p.detach().clone() for name, p in trainable_parameters(trainer.model)}
     order = [int(i) for step in plan.schedule.iterate_steps() for i in step.examples]
     rows = [_row(plan.train[i]) for i in order]
     summary = TrainingWrapper(config).train()
@@ -77,7 +77,7 @@ def adapted(own: OwnRun) -> Any:
     """The model with the adapter that our run began with."""
     model = attach(load_model(own.config.model, torch.device("cpu"), "fp32"), own.config.peft)
     with torch.no_grad():
-        for name, parameter in trainable(model):
+        for name, parameter in trainable_parameters(model):
             parameter.copy_(own.start[name])
     return model
 
@@ -131,7 +131,7 @@ def by_hand(own: OwnRun, lens: TrainingLensFramework, _folder: Path) -> None:
     from transformers import DataCollatorForSeq2Seq
 
     model, size = adapted(own), BATCH * ACCUMULATION
-    optimizer = torch.optim.AdamW([p for _, p in trainable(model)], lr=3e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([p for _, p in trainable_parameters(model)], lr=3e-3, weight_decay=0.0)
     collate = DataCollatorForSeq2Seq(load_tokenizer(own.config.model), return_tensors="pt")
     model.train()
     with lens.watch(model, optimizer):

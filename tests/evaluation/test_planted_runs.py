@@ -19,7 +19,7 @@ from training_lens.evaluation.run_evaluation import BrokenAdapterError, ModelEva
 from training_lens.evaluation.training_record import read_training_record
 from training_lens.evaluation.training_verdict import assess_training
 from training_lens.evaluation.verdict import Verdict
-from training_lens.inference.prompt_rows import validation_examples
+from training_lens.inference.heldout_examples import validation_examples
 from training_lens.inference.session import Session, open_run, open_session
 from training_lens.runs.run_folder import RunFolder
 

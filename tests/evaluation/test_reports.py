@@ -13,7 +13,7 @@ from training_lens.config.evaluation_sections import EvaluationSection
 from training_lens.evaluation.reports import render_markdown, render_row_csv, write_reports
 from training_lens.evaluation.run_evaluation import EvaluationResult, ModelEvaluator
 from training_lens.evaluation.verdict import format_measure
-from training_lens.inference.prompt_rows import validation_examples
+from training_lens.inference.heldout_examples import validation_examples
 from training_lens.inference.session import open_run
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.integrity import read_sealed

@@ -17,7 +17,7 @@ from training_lens.config.evaluation_sections import EvaluationSection
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError, DatasetError, EvaluationError
 from training_lens.evaluation.run_evaluation import EvaluationResult, ModelEvaluator
-from training_lens.inference.prompt_rows import configured_examples, validation_examples
+from training_lens.inference.heldout_examples import configured_examples, validation_examples
 from training_lens.inference.session import Session, open_run, open_session
 from training_lens.runs.run_folder import RunFolder
 

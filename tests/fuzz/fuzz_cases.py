@@ -222,14 +222,14 @@ def run_folder(world: World, folder: Path, draw: random.Random) -> Call:
 
 def adapter(world: World, folder: Path, draw: random.Random) -> Call:
     from training_lens.config.schema import PeftSection
-    from training_lens.models.adapter_files import adapter_folder, adopt, require_finite, saved_shapes
+    from training_lens.models.adapter_files import adapter_folder, adopt_saved_settings, require_finite, saved_shapes
 
     place = _copy(world.run / "artifacts" / "adapter", folder / "adapter")
     _change_file(place, [file for file in place.rglob("*") if file.is_file()], draw)
 
     def call() -> None:
         found = adapter_folder(str(place))
-        adopt(PeftSection(from_adapter=str(place)))
+        adopt_saved_settings(PeftSection(from_adapter=str(place)))
         saved_shapes(found)
         require_finite(found)
 

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 import transformers
 
+from training_lens.config.evaluation_sections import InferenceSection
+from training_lens.inference.generator import generate_answers
+from training_lens.inference.session import Session
+
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -25,3 +29,8 @@ def random_model(kind: str, dtype: torch.dtype = torch.float32, **more: Any) -> 
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SIZES | more)
     return transformers.AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
+
+
+def answer_ids(session: Session, prompts: Any, settings: InferenceSection, **options: Any) -> list[list[int]]:
+    """The tokens of many answers; arguments are those of `generate_answers`."""
+    return [list(answer.token_ids) for answer in generate_answers(session, prompts, settings, **options)]

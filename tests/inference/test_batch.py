@@ -21,7 +21,7 @@ from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.inference import batch
 from training_lens.inference.batch import FileReport, answer_file, input_file, output_file
 from training_lens.inference.generator import answer
-from training_lens.inference.prompts import QuestionReader, read_lines
+from training_lens.inference.prompts import PromptReader, read_lines
 from training_lens.inference.session import Session, open_run
 from training_lens.runs.run_folder import RunFolder
 
@@ -312,6 +312,6 @@ def test_rows_with_earlier_turns_and_tools_are_asked_as_they_are_trained(
         (example,) = read_examples([str(trained)], "data.train", DataSection(train=[str(trained)]))
         source = input_file(str(write_rows([{**form, **around, **(answer if has_answer else {})}], "asked.jsonl")))
         rows = read_lines(source, CsvSection())
-        (question,), _ = QuestionReader(session, rows, source, None, "")(rows)
+        (question,), _ = PromptReader(session, rows, source, None, "").read_prompts(rows)
         assert question.ids == session.encoder.encode_prompt(session.renderer.render_example_prompt(example))
         assert question.expected == ("There." if has_answer else None)

@@ -16,9 +16,9 @@ import torch
 from training_lens.config.evaluation_sections import BenchmarkSection
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError
-from training_lens.inference.benchmark import Benchmark, benchmark
-from training_lens.inference.benchmark_cells import Call, Speed, Spread
-from training_lens.inference.benchmark_page import left_out, table, write_benchmark_page
+from training_lens.inference.benchmark_cells import Speed, Spread, TimedCall
+from training_lens.inference.benchmark_page import build_table, list_skipped_cells, write_benchmark_page
+from training_lens.inference.benchmark_run import Benchmark, run_benchmark
 from training_lens.inference.session import Session, open_run
 from training_lens.runs.run_folder import RunFolder
 
@@ -32,7 +32,7 @@ def session(finished_run: RunFolder) -> Session:
 
 @pytest.fixture(scope="module")
 def report(session: Session) -> Benchmark:
-    return benchmark(session, SMALL, Progress())
+    return run_benchmark(session, SMALL, Progress())
 
 
 def logits(session: Session) -> torch.Tensor:
@@ -73,7 +73,9 @@ def test_every_cell_is_measured_and_its_numbers_agree(report: Benchmark) -> None
 def test_the_session_is_what_it_was(session: Session) -> None:
     before = logits(session)
     grads = [p.requires_grad for p in session.model.parameters()]
-    benchmark(session, BenchmarkSection(batch_sizes=[2], prompt_lengths=[9], new_tokens=2, repetitions=1), Progress())
+    run_benchmark(
+        session, BenchmarkSection(batch_sizes=[2], prompt_lengths=[9], new_tokens=2, repetitions=1), Progress()
+    )
     assert torch.equal(logits(session), before)
     assert [p.requires_grad for p in session.model.parameters()] == grads
 
@@ -91,12 +93,12 @@ def test_prompts_are_of_the_rows_and_answers_of_one_length(
     session.model.generation_config.eos_token_id = everything_ends
     seen = watch(session, monkeypatch)
     settings = SMALL.model_copy(update={"models": ["adapter"], "repetitions": 1})
-    report = benchmark(session, settings, Progress())
+    report = run_benchmark(session, settings, Progress())
     assert [tuple(out.shape) for out in seen] == [(1, 12)] * 2 + [(3, 12)] * 2 + [(1, 45)] * 2 + [(3, 45)] * 2
     assert report.prompts == "the run's training rows"
     assert "<|assistant|>" in session.tokenizer.decode(seen[-1][:, :40].flatten().tolist())
     again = watch(session, monkeypatch)
-    benchmark(session, settings, Progress())
+    run_benchmark(session, settings, Progress())
     assert all(torch.equal(a, b) for a, b in zip(seen, again, strict=False))
 
 
@@ -106,19 +108,19 @@ def test_what_does_not_fit_has_a_reason_and_the_rest_goes_on(
     session = open_run(finished_run)
     watch(session, monkeypatch, fail_from=2)
     settings = BenchmarkSection(batch_sizes=[2, 1], prompt_lengths=[9, 510], new_tokens=4, repetitions=1)
-    report = benchmark(session, settings, Progress())
+    report = run_benchmark(session, settings, Progress())
     reasons = {(c.model, c.prompt_length, c.batch_size): c.reason for c in report.cells}
     assert {key for key, reason in reasons.items() if reason is None} == {
         ("base", 9, 2), ("merged", 9, 2), ("base", 9, 1), ("adapter", 9, 1), ("merged", 9, 1),
     }  # fmt: skip
-    assert left_out(report) == [
+    assert list_skipped_cells(report) == [
         "not measured: adapter with prompt 9, batch 2: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.",
         "not measured: base, adapter, merged with prompt 510, batch 2: 510 + 4 tokens do not fit the model's 512 "
         "positions",
         "not measured: base, adapter, merged with prompt 510, batch 1: 510 + 4 tokens do not fit the model's 512 "
         "positions",
     ]
-    assert len(table(report).rows) == 5
+    assert len(build_table(report).rows) == 5
 
 
 def test_random_tokens_stand_in_for_rows_that_are_gone_and_it_is_said(
@@ -134,14 +136,14 @@ def test_random_tokens_stand_in_for_rows_that_are_gone_and_it_is_said(
     run = RunFolder(Path(TrainingWrapper(config).train().run_dir))
     rows.unlink()
     settings = BenchmarkSection(models=["adapter"], batch_sizes=[1], prompt_lengths=[9], new_tokens=2, repetitions=1)
-    report = benchmark(open_run(run), settings, Progress())
+    report = run_benchmark(open_run(run), settings, Progress())
     assert report.prompts.startswith("random tokens (") and report.cells[0].speed is not None
     assert sum("the prompts are random tokens" in r.getMessage() for r in caplog.records) == 1
 
 
 def test_the_measures_are_those_of_the_calls() -> None:
-    calls = [Call((0.5, 0.6, 0.8), 1.0, 100), Call((0.25, 0.35, 0.45), 0.5, 300)]
-    speed = Speed.of(calls, batch_size=4)
+    calls = [TimedCall((0.5, 0.6, 0.8), 1.0, 100), TimedCall((0.25, 0.35, 0.45), 0.5, 300)]
+    speed = Speed.from_calls(calls, batch_size=4)
     assert speed.first_token.mean == pytest.approx(0.375)
     assert speed.token.mean == pytest.approx((0.1 + 0.2 + 0.1 + 0.1) / 4) and speed.token.samples == 4
     assert speed.tokens_per_second == pytest.approx(4 * 6 / 1.5)
@@ -150,8 +152,8 @@ def test_the_measures_are_those_of_the_calls() -> None:
 
 def test_percentiles_are_numpys() -> None:
     samples = [float(i) for i in range(101)]
-    assert asdict(Spread.of(samples)) == {"mean": 50.0, "p50": 50.0, "p95": 95.0, "p99": 99.0, "samples": 101}
-    assert Spread.of([1.0, 2.0]).p99 == pytest.approx(np.percentile([1.0, 2.0], 99)) == pytest.approx(1.99)
+    assert asdict(Spread.from_samples(samples)) == {"mean": 50.0, "p50": 50.0, "p95": 95.0, "p99": 99.0, "samples": 101}
+    assert Spread.from_samples([1.0, 2.0]).p99 == pytest.approx(np.percentile([1.0, 2.0], 99)) == pytest.approx(1.99)
 
 
 def test_json_and_page_hold_every_number(report: Benchmark, tmp_path: Path) -> None:

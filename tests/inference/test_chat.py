@@ -8,7 +8,7 @@ import pytest
 
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import Message
-from training_lens.inference.chat import COMMANDS, Chat
+from training_lens.inference.chat import COMMANDS, Conversation
 from training_lens.inference.generator import answer
 from training_lens.inference.session import Session, open_run
 from training_lens.runs.run_folder import RunFolder
@@ -26,11 +26,11 @@ def session(finished_run: RunFolder) -> Session:
 def say(session: Session) -> Say:
     """Types a line into a fresh chat and gives what it writes."""
     written: list[str] = []
-    chat = Chat(session, SETTINGS, written.append)
+    chat = Conversation(session, SETTINGS, written.append)
 
     def type_line(line: str) -> str:
         written.clear()
-        assert chat.take(line)
+        assert chat.handle_line(line)
         return "".join(written)
 
     return type_line
@@ -72,7 +72,7 @@ def test_help_and_unknown_commands(say: Say) -> None:
 
 
 def test_quit_leaves(session: Session) -> None:
-    assert not Chat(session, SETTINGS, print).take("/quit")
+    assert not Conversation(session, SETTINGS, print).handle_line("/quit")
 
 
 def test_the_oldest_turns_go_when_the_positions_are_full(say: Say) -> None:

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from random_models import answer_ids
 
 from training_lens import TrainingConfig
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.config.schema import PeftSection
 from training_lens.data.examples import Message
 from training_lens.inference import decoder as subject
-from training_lens.inference.generator import answer, answer_ids
-from training_lens.inference.session import Session, open_session, session_on
-from training_lens.models.adapters import attach, trainable
+from training_lens.inference.generator import answer
+from training_lens.inference.session import LoadedModel, Session, build_session, open_session
+from training_lens.models.adapters import attach, trainable_parameters
 from training_lens.models.fast.decoding_layers import DecodingAttention
 from training_lens.models.fast.engine import Engine
 from training_lens.models.fast.fused_linear import DecodingLinear
@@ -32,7 +33,7 @@ TINY = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2}
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """The log, in which nothing counts as said before."""
-    monkeypatch.setattr(subject, "_told", set())
+    monkeypatch.setattr(subject, "_logged", set())
     caplog.set_level(logging.INFO, "training_lens")
     return caplog
 
@@ -43,10 +44,10 @@ def adapted(precision: str = "fp32", size: float = 0.1) -> Session:
     base = open_session(TrainingConfig.model_validate(values))
     torch.manual_seed(0)
     model = attach(base.model, PeftSection(r=4)).eval()
-    for name, parameter in trainable(model):
+    for name, parameter in trainable_parameters(model):
         if "lora_B" in name:
             parameter.data = size * torch.randn_like(parameter)
-    return session_on(model, base.tokenizer, base.config, False, base.device, base.precision)
+    return build_session(LoadedModel(model, base.tokenizer, base.device, base.precision), base.config, False)
 
 
 def prompt(session: Session, text: str = "What is 3 plus 4?") -> list[int]:
@@ -80,13 +81,13 @@ def test_the_decoder_follows_the_adapter() -> None:
     session = adapted()
     ids = prompt(session)
     first = answer_ids(session, [ids], SETTINGS)
-    made = session.decoders.get(session.model, False, ids)
-    assert made is session.decoders.get(session.model, False, ids)
-    for name, parameter in trainable(session.model):
+    made = session.decoders.get_decoder(session.model, False, ids)
+    assert made is session.decoders.get_decoder(session.model, False, ids)
+    for name, parameter in trainable_parameters(session.model):
         if "lora_B" in name:
             parameter.data *= -3
     assert answer_ids(session, [ids], SETTINGS) == [generated(session, ids)] != first
-    assert session.decoders.get(session.model, False, ids) is not made
+    assert session.decoders.get_decoder(session.model, False, ids) is not made
 
 
 @contextmanager
@@ -107,7 +108,7 @@ def test_the_decoders_weights_are_freed_with_it(training: bool, base: bool) -> N
     if training:
         Engine(session.model)  # its modules are computed by kernels, which hold copies of weights
     with no_collection():
-        decoder = subject.make_decoder(session.model, base, torch.tensor([prompt(session)]))
+        decoder = subject.build_decoder(session.model, base, torch.tensor([prompt(session)]))
         parts = [weakref.ref(module) for module in decoder.model.modules()]
         assert len(parts) > 50
         del decoder
@@ -140,17 +141,17 @@ def test_what_listens_to_the_model_is_not_copied() -> None:
 
 def test_an_adapter_is_merged_where_that_loses_nothing_of_it() -> None:
     session = adapted()
-    made = subject.make_decoder(session.model, False, torch.tensor([prompt(session)]))
+    made = subject.build_decoder(session.model, False, torch.tensor([prompt(session)]))
     products = [module for module in made.model.modules() if isinstance(module, DecodingLinear)]
     assert products and all(product.down is None for product in products)
 
 
 def test_an_adapter_that_rounding_would_lose_stays_beside_the_weights(told: pytest.LogCaptureFixture) -> None:
     session = adapted("bf16", size=1e-4)
-    made = subject.make_decoder(session.model, False, torch.tensor([prompt(session)]))
+    made = subject.build_decoder(session.model, False, torch.tensor([prompt(session)]))
     products = [module for module in made.model.modules() if isinstance(module, DecodingLinear)]
     assert any(product.has_adapter for product in products)
-    subject.make_decoder(session.model, False, torch.tensor([prompt(session)]))
+    subject.build_decoder(session.model, False, torch.tensor([prompt(session)]))
     (line,) = [record.getMessage() for record in told.records]
     assert line.startswith("the adapter answers unmerged: in bfloat16, merging would change ")
 
@@ -173,9 +174,9 @@ def test_what_cannot_be_decoded_is_said_once(
 ) -> None:
     config = getattr(transformers, f"{kind}Config")(**TINY, **sizes)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    decoders = subject.Decoders()
+    decoders = subject.DecoderCache()
     for base in (False, True):
-        assert decoders.get(model, base, list(range(20))) is None
+        assert decoders.get_decoder(model, base, list(range(20))) is None
     (line,) = [record.getMessage() for record in told.records]
     assert line.startswith("answers come from the model's own generate: ") and reason in line
 
@@ -195,7 +196,7 @@ def test_without_memory_for_copies_the_model_decodes_with_its_own_layers(monkeyp
     wanted = generated(session, ids)
     monkeypatch.setattr(subject, "available_bytes", lambda _device: 0)
     assert answer_ids(session, [ids], SETTINGS) == [wanted]
-    made = session.decoders.get(session.model, False, ids)
+    made = session.decoders.get_decoder(session.model, False, ids)
     assert made and not any(isinstance(module, DecodingAttention | DecodingLinear) for module in made.model.modules())
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from random_models import random_model
 
-from training_lens.inference.decode_loop import Beginning, Decoder, read
-from training_lens.inference.decoder import make_decoder
+from training_lens.inference.decode_loop import Decoder, SharedPrefix, prefill
+from training_lens.inference.decoder import build_decoder
 from training_lens.models.fast.tolerance import relative_error
 
 MULTIPLIED = {"residual_multiplier": 0.5, "embedding_multiplier": 3.0}
@@ -18,7 +18,7 @@ PROMPTS = [list(range(20)), list(range(40, 47)), [3]]
 
 
 def made(kind: str, more: dict[str, Any], dtype: torch.dtype = torch.float32) -> Decoder:
-    return make_decoder(random_model(kind, dtype, **more), False, torch.arange(24)[None])
+    return build_decoder(random_model(kind, dtype, **more), False, torch.arange(24)[None])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -29,8 +29,8 @@ def test_a_plain_decoder_says_in_our_pass_what_its_modules_say(kind: str, dtype:
     assert ours.stack
     by_modules = Decoder(ours.model, ours.windows, ours.keeps_last, ours.dtype, ours.device)
     with torch.inference_mode():
-        found, _ = read(ours, PROMPTS, Beginning(0, None))
-        wanted, _ = read(by_modules, PROMPTS, Beginning(0, None))
+        found, _ = prefill(ours, PROMPTS, SharedPrefix())
+        wanted, _ = prefill(by_modules, PROMPTS, SharedPrefix())
     assert relative_error(found, wanted) < 1e-6
 
 
@@ -47,8 +47,8 @@ def test_who_listens_to_a_layer_hears_it() -> None:
     model = random_model("Llama")
     heard: list[int] = []
     model.model.layers[1].register_forward_hook(lambda *_given: heard.append(1))
-    decoder = make_decoder(model, False, torch.arange(24)[None])
+    decoder = build_decoder(model, False, torch.arange(24)[None])
     heard.clear()
     with torch.inference_mode():
-        read(decoder, PROMPTS, Beginning(0, None))
+        prefill(decoder, PROMPTS, SharedPrefix())
     assert decoder.stack is None and heard

@@ -18,6 +18,7 @@ import pytest
 import random_models
 import torch
 import transformers
+from random_models import answer_ids
 
 from training_lens import TrainingConfig, embedded
 from training_lens.config.evaluation_sections import InferenceSection
@@ -25,10 +26,9 @@ from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.data.examples import Message
 from training_lens.errors import OutOfMemoryError
 from training_lens.inference.decode_loop import Decoder
-from training_lens.inference.generator import answer_ids
 from training_lens.inference.session import Session, open_run, open_session
-from training_lens.models.adapters import attach, base_only, save_adapter, trainable
-from training_lens.models.copies import merged_copy
+from training_lens.models.adapters import attach, base_only, save_adapter, trainable_parameters
+from training_lens.models.copies import copy_merged
 from training_lens.models.factory import load_model
 from training_lens.runs.run_folder import RunFolder
 
@@ -86,7 +86,7 @@ def random_model(path: Path, name: str) -> Path:
     for file in Path(embedded.PATHS[embedded.MODEL]).glob("*token*"):
         shutil.copy(file, path)
     adapted = attach(load_model(ModelSection(id=str(path)), torch.device("cpu"), "fp32"), PeftSection(r=4))
-    for _, parameter in trainable(adapted):
+    for _, parameter in trainable_parameters(adapted):
         parameter.data += 0.1 * torch.randn_like(parameter)
     (path / "adapter").mkdir()
     save_adapter(adapted, path / "adapter")
@@ -150,7 +150,7 @@ def test_batches_say_what_generate_says_to_each_prompt(
 
 
 def test_merged_says_what_the_adapter_says(session: Session, wanted: dict[bool, Ids]) -> None:
-    merged = replace(session, model=merged_copy(session.model))
+    merged = replace(session, model=copy_merged(session.model))
     assert answer_ids(merged, PROMPTS, settings(16)) == wanted[False]
 
 
@@ -195,7 +195,7 @@ def test_a_trained_run_says_what_generate_says(trained: Session, who: str) -> No
     """Real prompts, the run's own end tokens: rows stop early, each at its own step."""
     asked = [f"What is {i} plus {i % 4}?" + " Mia gave Tom 2 red apples." * (i % 5) for i in range(16)]
     prompts = [trained.prompt_ids([Message("user", text)], trained.domains[i % 3]) for i, text in enumerate(asked)]
-    session = replace(trained, model=merged_copy(trained.model)) if who == "merged" else trained
+    session = replace(trained, model=copy_merged(trained.model)) if who == "merged" else trained
     with base_only(session.model, who == "base"):
         wanted = [alone(session, prompt) for prompt in prompts]
     assert len({len(row) for row in wanted}) > 2
@@ -223,7 +223,7 @@ def test_what_a_generation_config_asks_does_not_see_the_padding(tmp_path: Path, 
 
 def limit_rows(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The decoder as on a device with memory for `most` rows; the rows that it is given are noted."""
-    logits, seen = Decoder.logits, list[int]()
+    logits, seen = Decoder.compute_logits, list[int]()
 
     def logits_or_run_out(decoder: Decoder, ids: torch.Tensor, *given: Any) -> torch.Tensor:
         seen.append(len(ids))
@@ -231,7 +231,7 @@ def limit_rows(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return logits(decoder, ids, *given)
 
-    monkeypatch.setattr(Decoder, "logits", logits_or_run_out)
+    monkeypatch.setattr(Decoder, "compute_logits", logits_or_run_out)
     return seen
 
 

@@ -52,7 +52,7 @@ def test_an_answer_tells_whether_it_ended_or_was_cut(
     session: Session, own_generate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if own_generate:
-        monkeypatch.setattr(session.decoders, "get", lambda *_: None)
+        monkeypatch.setattr(session.decoders, "get_decoder", lambda *_: None)
     prompts = [ids(session, p) for p in PROMPTS]
     whole = generate_answers(session, prompts, InferenceSection(max_new_tokens=300))
     assert {given.finish_reason for given in whole} == {"stop"}

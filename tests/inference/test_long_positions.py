@@ -10,11 +10,12 @@ import pytest
 import random_models
 import torch
 import transformers
+from random_models import answer_ids
 
 from training_lens import embedded
 from training_lens.config.compose import validate_values
 from training_lens.config.evaluation_sections import InferenceSection
-from training_lens.inference.generator import answer, answer_ids
+from training_lens.inference.generator import answer
 from training_lens.inference.session import Session, open_session
 
 LIMIT, NEW = 24, 12
@@ -68,7 +69,7 @@ def test_answers_are_those_of_transformers_with_and_without_a_cache(folder: Path
 
 
 def test_short_prompts_are_decoded_together_and_the_others_alone(session: Session) -> None:
-    from training_lens.inference.by_generate import changes_factors
+    from training_lens.inference.fallback_generate import needs_long_factors
 
-    assert [changes_factors(session, length + NEW) for length in LENGTHS] == [False] * 3 + [True] * 6
-    assert session.decoders.get(session.model, True, PROMPTS[0]) is not None
+    assert [needs_long_factors(session, length + NEW) for length in LENGTHS] == [False] * 3 + [True] * 6
+    assert session.decoders.get_decoder(session.model, True, PROMPTS[0]) is not None

@@ -13,9 +13,9 @@ from training_lens.config.data_sections import FieldsSection
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.data.examples import Example, Message
 from training_lens.inference.batch import answer_file, input_file
-from training_lens.inference.chat import Chat
+from training_lens.inference.chat import Conversation
 from training_lens.inference.generator import answer
-from training_lens.inference.session import Session, are_texts, open_run
+from training_lens.inference.session import Session, are_plain_texts, open_run
 from training_lens.runs.run_folder import RunFolder
 
 SETTINGS = InferenceSection(max_new_tokens=6)
@@ -57,7 +57,7 @@ def test_other_runs_keep_their_template(finished_run: RunFolder, text_run: RunFo
     ],
 )
 def test_only_texts_alone_make_a_run_of_texts(mappings: list[str], fields: dict[str, str], texts: bool) -> None:
-    assert are_texts(mappings, FieldsSection(**fields)) == texts
+    assert are_plain_texts(mappings, FieldsSection(**fields)) == texts
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,10 @@ def test_parts_of_a_row_stand_a_line_each(session: Session) -> None:
 
 def test_a_chat_remembers_nothing(session: Session) -> None:
     written: list[str] = []
-    chat = Chat(session, SETTINGS, written.append, "a")
+    chat = Conversation(session, SETTINGS, written.append, "a")
     said = []
     for _ in range(2):
         written.clear()
-        chat.take("The cat")
+        chat.handle_line("The cat")
         said.append("".join(written))
     assert said[0] == said[1] == answer(session, ids(session, "The cat", "a"), SETTINGS) + "\n"

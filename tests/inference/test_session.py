@@ -96,7 +96,7 @@ def test_what_is_no_text_is_refused_wherever_it_stands(finished_run: RunFolder, 
     calls: list[Any] = [([Message("user", text)], None), ([user, said, user], None), ([user], text)]
     calls += [([Message("user", "Hi", text)], None), ([user], None, [{"function": {"name": text}}])]
     for arguments in calls:
-        with pytest.raises(ConfigurationError, match=r"holds U\+[DF][0-9A-F]{3}, which is no text"):
+        with pytest.raises(ConfigurationError, match=r"holds U\+[DF][0-9A-F]{3}, which is not text"):
             session.prompt_ids(*arguments)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from training_lens.measures import activation_measures as activations
-from training_lens.models.scoring import forward_kl as plain_forward_kl
+from training_lens.models.token_scores import forward_kl as plain_forward_kl
 
 checked = jaxtyped(typechecker=beartype)
 rms, drift, linear_cka = checked(activations.rms), checked(activations.drift), checked(activations.linear_cka)

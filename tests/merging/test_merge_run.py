@@ -17,7 +17,8 @@ from training_lens import embedded
 from training_lens.config.compose import validate_values
 from training_lens.errors import AdapterError, ConfigurationError, MergeError, OutputError
 from training_lens.inference.session import open_run
-from training_lens.merging.merge_run import MergeOptions, merge
+from training_lens.merging.merge_run import merge_adapter
+from training_lens.merging.merged_folder import MergeOptions
 from training_lens.models.adapters import attach, save_adapter
 from training_lens.models.factory import load_model
 from training_lens.runs.run_folder import RunFolder
@@ -60,7 +61,7 @@ def corrupt(folder: Path) -> None:
 def test_a_merged_run_is_the_adapter_as_a_plain_folder(run: RunFolder) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    merged = merge(config(run.root), MergeOptions(dtype="fp32", max_shard_size="2MB"))
+    merged = merge_adapter(config(run.root), MergeOptions(dtype="fp32", max_shard_size="2MB"))
     assert merged.output == run.merged_model and merged.report["verified"] and merged.report["base_known"]
     assert merged.verification.max_logit_difference < 1e-4
     assert read_json(run.reports / "merge.json") == merged.report
@@ -91,7 +92,7 @@ def test_a_corrupted_merge_is_removed_and_what_was_there_stays(run: RunFolder, f
     run.merged_model.mkdir()
     write_json(run.merged_model / "merge.json", EARLIER)
     with pytest.raises(MergeError, match=r"roundings: .*in model.layers.2.self_attn.v_proj.*it was removed.*reports/m"):
-        merge(config(run.root, **few), MergeOptions(force=True), on_written=corrupt)
+        merge_adapter(config(run.root, **few), MergeOptions(force=True), on_written=corrupt)
     report = read_json(run.reports / "merge.json")
     assert report["verified"] is False and not report["checks"][0]["ok"]
     assert read_json(run.merged_model / "merge.json") == EARLIER
@@ -100,12 +101,12 @@ def test_a_corrupted_merge_is_removed_and_what_was_there_stays(run: RunFolder, f
 
 def test_a_number_type_too_coarse_for_the_update_is_refused(run: RunFolder, few: dict[str, Any]) -> None:
     with pytest.raises(MergeError, match=r"logit distance.*Each weight is rightly rounded, and bf16 is too coarse"):
-        merge(config(run.root, **few), MergeOptions(scale=0.01, dtype="bf16"))
+        merge_adapter(config(run.root, **few), MergeOptions(scale=0.01, dtype="bf16"))
 
 
 def test_a_merge_that_cannot_be_loaded_is_removed(run: RunFolder, few: dict[str, Any]) -> None:
     with pytest.raises(MergeError, match=r"cannot be loaded by AutoModelForCausalLM"):
-        merge(
+        merge_adapter(
             config(run.root, **few), MergeOptions(), on_written=lambda folder: (folder / "model.safetensors").unlink()
         )
     assert "cannot be loaded" in read_json(run.reports / "merge.json")["error"] and not run.merged_model.exists()
@@ -114,7 +115,7 @@ def test_a_merge_that_cannot_be_loaded_is_removed(run: RunFolder, few: dict[str,
 def test_the_readme_of_a_delta_makes_the_adapter(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch, few: dict[str, Any]
 ) -> None:
-    merged = merge(config(run.root, **few), MergeOptions(delta=True, dtype="fp32", scale=0.5))
+    merged = merge_adapter(config(run.root, **few), MergeOptions(delta=True, dtype="fp32", scale=0.5))
     weights = load_file(merged.output / "delta.safetensors")
     assert merged.output == run.weight_delta and len(weights) == 35 and merged.report["scale"] == 0.5
     code = (merged.output / "README.md").read_text().split("```python\n")[1].split("```")[0]
@@ -136,7 +137,7 @@ def test_a_base_that_changed_at_its_path_is_refused(run: RunFolder, tmp_path: Pa
     weights["model.norm.weight"] *= 1.1
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(AdapterError, match=r"another base than '.*model' is now: .*base.json says"):
-        merge(config(run.root), MergeOptions())
+        merge_adapter(config(run.root), MergeOptions())
     assert not run.merged_model.exists()
 
 
@@ -145,8 +146,8 @@ def test_a_bare_adapter_of_another_base_is_refused(run: RunFolder, tmp_path: Pat
     settings = read_json(adapter / "adapter_config.json")
     write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": "someone/another-base"})
     with pytest.raises(AdapterError, match=r"trained on 'someone/another-base', and model.id is 'embedded'.*same-base"):
-        merge(config(adapter, **few), MergeOptions(tmp_path / "out"))
-    merged = merge(config(adapter, **few), MergeOptions(tmp_path / "out", same_base=True))
+        merge_adapter(config(adapter, **few), MergeOptions(tmp_path / "out"))
+    merged = merge_adapter(config(adapter, **few), MergeOptions(tmp_path / "out", same_base=True))
     assert not merged.report["base_known"] and merged.report["rows_from"] == f"of {few['data']['validation']}"
     assert merged.report["rows"] == 3 and merged.report["dtype"] == "bf16"
 
@@ -154,7 +155,7 @@ def test_a_bare_adapter_of_another_base_is_refused(run: RunFolder, tmp_path: Pat
 def test_an_adapter_of_another_shape_is_refused(run: RunFolder, shared: Path, tmp_path: Path) -> None:
     other = {"model": {"id": str(shared / "models/tinystories-656k")}}
     with pytest.raises(AdapterError, match=r"does not fit this base model"):
-        merge(
+        merge_adapter(
             config(shutil.copytree(run.adapter, tmp_path / "x"), **other), MergeOptions(tmp_path / "o", same_base=True)
         )
 
@@ -166,7 +167,7 @@ def test_an_adapter_that_changes_nothing_is_refused(run: RunFolder, small_config
     (run.metadata / "hashes.json").unlink()
     save_adapter(attach(model, PeftSection(r=4)), run.adapter)
     with pytest.raises(AdapterError, match=r"computes exactly what its base does: nothing to merge"):
-        merge(config(run.root), MergeOptions())
+        merge_adapter(config(run.root), MergeOptions())
 
 
 def test_what_no_merge_wrote_is_never_replaced(run: RunFolder, tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_what_no_merge_wrote_is_never_replaced(run: RunFolder, tmp_path: Path) -
     (tmp_path / "thesis/chapter.txt").write_text("mine")
     for force in (False, True):
         with pytest.raises(ConfigurationError, match=r"no merge wrote chapter.txt"):
-            merge(config(run.root), MergeOptions(tmp_path / "thesis", force=force))
+            merge_adapter(config(run.root), MergeOptions(tmp_path / "thesis", force=force))
 
 
 def test_what_was_laid_beside_a_merge_is_never_replaced(run: RunFolder) -> None:
@@ -182,10 +183,10 @@ def test_what_was_laid_beside_a_merge_is_never_replaced(run: RunFolder) -> None:
     write_json(run.merged_model / "merge.json", EARLIER)
     (run.merged_model / "NOTES.txt").write_text("mine")
     with pytest.raises(ConfigurationError, match=r"no merge wrote NOTES.txt. Move that away"):
-        merge(config(run.root), MergeOptions(force=True))
+        merge_adapter(config(run.root), MergeOptions(force=True))
     (run.merged_model / "NOTES.txt").unlink()
     with pytest.raises(ConfigurationError, match=r"holds a merged model already. Give --force"):
-        merge(config(run.root), MergeOptions())
+        merge_adapter(config(run.root), MergeOptions())
 
 
 @pytest.mark.parametrize(
@@ -208,7 +209,7 @@ def test_the_runs_and_the_bases_own_files_are_no_output(run: RunFolder, tmp_path
     for folder in (run.reports, run.adapter, model):
         write_json(folder / "merge.json", EARLIER)
     with pytest.raises(ConfigurationError, match=f"--output .* {said} .*Give another folder"):
-        merge(config(run.root), MergeOptions(tmp_path / output, force=True))
+        merge_adapter(config(run.root), MergeOptions(tmp_path / output, force=True))
 
 
 @pytest.mark.slow
@@ -221,7 +222,7 @@ def test_a_link_is_replaced_where_it_leads_and_strange_leftovers_stay(
     (tmp_path / "link").symlink_to(disk / "earlier")
     (disk / ".tmp-of-another-program").mkdir()
     os.utime(disk / ".tmp-of-another-program", (1, 1))
-    merged = merge(config(run.root, **few), MergeOptions(tmp_path / "link", force=True))
+    merged = merge_adapter(config(run.root, **few), MergeOptions(tmp_path / "link", force=True))
     assert merged.output == disk / "earlier" and (tmp_path / "link/model.safetensors").is_file()
     assert sorted(p.name for p in disk.iterdir()) == [".tmp-of-another-program", "earlier"]
 
@@ -233,14 +234,14 @@ def test_what_another_process_wrote_meanwhile_stays(run: RunFolder, few: dict[st
         (run.merged_model / "theirs").write_text("theirs")
 
     with pytest.raises(OutputError, match=r"artifacts/merged: another process wrote there meanwhile"):
-        merge(config(run.root, **few), MergeOptions(), on_written=meanwhile)
+        merge_adapter(config(run.root, **few), MergeOptions(), on_written=meanwhile)
     assert [p.name for p in run.merged_model.iterdir()] == ["theirs"]
 
 
 @pytest.mark.slow
 def test_an_update_too_weak_for_the_other_limits_is_not_lost_unseen(run: RunFolder, few: dict[str, Any]) -> None:
     """A tenth of the update computes nearly what the base does; its weights decide, in bf16 too."""
-    merged = merge(config(run.root, **few), MergeOptions(scale=0.1))
+    merged = merge_adapter(config(run.root, **few), MergeOptions(scale=0.1))
     assert merged.report["dtype"] == "bf16" and 0 < merged.verification.distance_share < 1
     weak = load_file(run.merged_model / "model.safetensors")
 
@@ -252,7 +253,7 @@ def test_an_update_too_weak_for_the_other_limits_is_not_lost_unseen(run: RunFold
         save_file(weights | {name: base[name]}, folder / "model.safetensors", {"format": "pt"})
 
     with pytest.raises(MergeError, match=r"roundings: .*in model.layers.2.self_attn.v_proj.weight\)") as error:
-        merge(config(run.root, **few), MergeOptions(scale=0.1, force=True), on_written=lose)
+        merge_adapter(config(run.root, **few), MergeOptions(scale=0.1, force=True), on_written=lose)
     assert "logit" not in str(error.value)  # which alone would have let it pass
     assert all(torch.equal(t, weak[n]) for n, t in load_file(run.merged_model / "model.safetensors").items())
 
@@ -276,7 +277,7 @@ def test_wrong_options_are_refused(
     for file in (run.metadata / "hashes.json", *run.adapter.glob("*.safetensors")):
         file.unlink()  # refused before anything is loaded
     with pytest.raises(ConfigurationError, match=said):
-        merge(validate_values({"inference": {"adapter": adapter}}), MergeOptions(**options))
+        merge_adapter(validate_values({"inference": {"adapter": adapter}}), MergeOptions(**options))
 
 
 def test_a_quantized_run_merges_whole_alone(run: RunFolder, few: dict[str, Any]) -> None:
@@ -284,7 +285,7 @@ def test_a_quantized_run_merges_whole_alone(run: RunFolder, few: dict[str, Any])
     settings = read_json(run.metadata / "config.json")
     run.write_metadata("config.json", settings | {"model": settings["model"] | {"quantization": "4bit"}})
     with pytest.raises(ConfigurationError, match=r"--delta: the run trained on quantized weights"):
-        merge(config(run.root, **few), MergeOptions(delta=True))
-    merged = merge(config(run.root, **few), MergeOptions(dtype="fp32"))
+        merge_adapter(config(run.root, **few), MergeOptions(delta=True))
+    merged = merge_adapter(config(run.root, **few), MergeOptions(dtype="fp32"))
     assert merged.report["quantization"] == "4bit" and merged.verification.max_logit_difference < 1e-4
     assert "quantization_config" not in read_json(run.merged_model / "config.json")

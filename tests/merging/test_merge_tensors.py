@@ -12,8 +12,8 @@ import torch
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError
-from training_lens.merging.merge_tensors import check_foldable, fold, scaled
-from training_lens.models.adapters import attach, base_only, load_adapter, save_adapter, trainable
+from training_lens.merging.merge_tensors import check_mergeable, merge_weights, scale_update
+from training_lens.models.adapters import attach, base_only, load_adapter, save_adapter, trainable_parameters
 from training_lens.models.factory import load_model
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def adapted(model: Any, **section: Any) -> Any:
     """The model under an adapter that was moved off its start."""
     torch.manual_seed(0)
     result = attach(model, PeftSection(r=4, **section))
-    for _, parameter in trainable(result):
+    for _, parameter in trainable_parameters(result):
         parameter.data += 0.05 * torch.randn_like(parameter)
     return result
 
@@ -58,7 +58,7 @@ def test_folded_computes_what_the_adapter_does(section: dict[str, Any]) -> None:
     wanted = logits(model)
     with base_only(model):
         assert (logits(model) - wanted).abs().max() > 0.5
-    folded = fold(model)
+    folded = merge_weights(model)
     assert (logits(folded.model) - wanted).abs().max() < 1e-4
     assert not [n for n, _ in folded.model.named_modules() if "lora" in n or "modules_to_save" in n]
 
@@ -66,24 +66,24 @@ def test_folded_computes_what_the_adapter_does(section: dict[str, Any]) -> None:
 def test_a_saved_adapter_folds_too(tmp_path: Path) -> None:
     model = adapted(base(), init="pissa")
     save_adapter(model, tmp_path)
-    assert (logits(fold(load_adapter(base(), tmp_path)).model) - logits(model)).abs().max() < 1e-4
+    assert (logits(merge_weights(load_adapter(base(), tmp_path)).model) - logits(model)).abs().max() < 1e-4
 
 
 def test_weights_the_other_way_round_fold(gpt2: Callable[[], Any]) -> None:
     for dora in (False, True):
         model = adapted(gpt2(), use_dora=dora)
         wanted = logits(model)
-        assert (logits(fold(model).model) - wanted).abs().max() < 1e-4
+        assert (logits(merge_weights(model).model) - wanted).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("section", FEW, ids=str)
 def test_half_the_scale_is_half_the_update(section: dict[str, Any]) -> None:
     model = adapted(base(), **section)
-    with scaled(model, 0.5):
+    with scale_update(model, 0.5):
         wanted = logits(model)
-    half = fold(model, 0.5)
+    half = merge_weights(model, 0.5)
     assert (logits(half.model) - wanted).abs().max() < 1e-4
-    whole, before = fold(adapted(base(), **section)), base()
+    whole, before = merge_weights(adapted(base(), **section)), base()
     for name in half.changed:
         old = before.get_parameter(name)
         torch.testing.assert_close(
@@ -94,18 +94,18 @@ def test_half_the_scale_is_half_the_update(section: dict[str, Any]) -> None:
 def test_behind_the_scaled_block_the_adapter_is_as_before() -> None:
     model = adapted(base())
     before = logits(model)
-    with scaled(model, 0.5):
+    with scale_update(model, 0.5):
         assert not torch.equal(logits(model), before)
     assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("section", FEW, ids=str)
 def test_base_and_delta_are_the_merged_weights_and_nothing_else_changed(section: dict[str, Any]) -> None:
-    whole, delta = fold(adapted(base(), **section)), fold(adapted(base(), **section), delta=True)
-    assert whole.changed == delta.changed and whole.untied == delta.untied
+    whole, delta = merge_weights(adapted(base(), **section)), merge_weights(adapted(base(), **section), delta=True)
+    assert whole.changed == delta.changed and whole.is_untied == delta.is_untied
     before, after = base().state_dict(), whole.model.state_dict()
     for name, weight in after.items():
-        changed = name in whole.changed or (name == "lm_head.weight" and not whole.untied)
+        changed = name in whole.changed or (name == "lm_head.weight" and not whole.is_untied)
         if not changed:
             assert torch.equal(weight, before[name]), name
         elif name in delta.changed:
@@ -115,16 +115,16 @@ def test_base_and_delta_are_the_merged_weights_and_nothing_else_changed(section:
 @pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
 def test_one_end_of_tied_weights_unties_them(end: str) -> None:
     model = adapted(base(), target_modules=[end])
-    folded = fold(model)
+    folded = merge_weights(model)
     embedding, head = (folded.model.get_parameter(n) for n in ("model.embed_tokens.weight", "lm_head.weight"))
     still, original = (head, "lm_head.weight") if end == "embed_tokens" else (embedding, "model.embed_tokens.weight")
-    assert folded.untied and not folded.model.config.tie_word_embeddings
+    assert folded.is_untied and not folded.model.config.tie_word_embeddings
     assert torch.equal(still, base().get_parameter(original)) and not torch.equal(embedding, head)
 
 
 def test_both_ends_trained_as_one_stay_one() -> None:
-    folded = fold(adapted(base(), target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
-    assert not folded.untied and folded.model.config.tie_word_embeddings
+    folded = merge_weights(adapted(base(), target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    assert not folded.is_untied and folded.model.config.tie_word_embeddings
     assert folded.model.get_input_embeddings().weight is folded.model.get_output_embeddings().weight
 
 
@@ -133,7 +133,7 @@ def test_a_packed_base_folds_into_plain_weights(bits: str, dora: bool) -> None:
     pytest.importorskip("bitsandbytes")
     model = adapted(base(bits), use_dora=dora)
     wanted = logits(model)
-    folded = fold(model)
+    folded = merge_weights(model)
     assert {p.dtype for p in folded.model.parameters()} == {torch.float32}
     assert not hasattr(folded.model.config, "quantization_config")
     # 8 bits round what goes into a layer too: only the weights can be the same.
@@ -143,18 +143,18 @@ def test_a_packed_base_folds_into_plain_weights(bits: str, dora: bool) -> None:
 
 def test_an_update_that_is_not_finite_is_refused() -> None:
     model = adapted(base(), target_modules=["q_proj"])
-    next(p for n, p in trainable(model) if "lora_B" in n).data.fill_(math.inf)
+    next(p for n, p in trainable_parameters(model) if "lora_B" in n).data.fill_(math.inf)
     with pytest.raises(AdapterError, match=r"update of 'model.layers.0.self_attn.q_proj.weight' is not finite"):
-        fold(model)
+        merge_weights(model)
 
 
 def test_part_of_a_block_trained_whole_is_refused() -> None:
     model = adapted(base(), target_modules=["q_proj"], modules_to_save=["mlp"])
-    check_foldable(model, 1.0)
+    check_mergeable(model, 1.0)
     with pytest.raises(AdapterError, match=r"--scale 0.5: 'model.layers.0.mlp' is a block of modules"):
-        check_foldable(model, 0.5)
+        check_mergeable(model, 0.5)
     wanted = logits(model)
-    assert (logits(fold(model).model) - wanted).abs().max() < 1e-4
+    assert (logits(merge_weights(model).model) - wanted).abs().max() < 1e-4
 
 
 def test_what_has_no_plain_weights_is_refused(mixtral: Callable[[], Any]) -> None:
@@ -162,4 +162,4 @@ def test_what_has_no_plain_weights_is_refused(mixtral: Callable[[], Any]) -> Non
 
     model = get_peft_model(mixtral(), LoraConfig(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]))
     with pytest.raises(AdapterError, match=r"'model.layers.0.mlp.experts' carries a ParamWrapper"):
-        check_foldable(model, 1.0)
+        check_mergeable(model, 1.0)

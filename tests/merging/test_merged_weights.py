@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import MergeError
-from training_lens.merging.merge_tensors import fold, save_delta, save_merged
-from training_lens.merging.merged_weights import Written, check_weights
-from training_lens.models.adapters import attach, load_adapter, save_adapter, trainable
+from training_lens.merging.merge_tensors import merge_weights, save_delta, save_merged
+from training_lens.merging.merged_weights import MergeOutput, check_weights
+from training_lens.models.adapters import attach, load_adapter, save_adapter, trainable_parameters
 from training_lens.models.factory import load_model
 from training_lens.utils.devices import DTYPES
 
@@ -30,7 +30,7 @@ KINDS: list[dict[str, Any]] = [
     {"target_modules": ["lm_head"]},
     {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
 ]
-Write = Callable[..., Written]
+Write = Callable[..., MergeOutput]
 
 
 @pytest.fixture
@@ -39,21 +39,21 @@ def write(tmp_path: Path) -> Write:
 
     def written(
         base: ModelSection = BASE, dtype: Any = "bf16", scale: float = 1.0, delta: bool = False, **section: Any
-    ) -> Written:
+    ) -> MergeOutput:
         torch.manual_seed(0)
         model = attach(load_model(base, CPU, "fp32"), PeftSection(r=4, **section))
-        for _, parameter in trainable(model):
+        for _, parameter in trainable_parameters(model):
             parameter.data += 0.003 * torch.randn_like(parameter)
         adapter, folder = tmp_path / "adapter", tmp_path / "merged"
         adapter.mkdir()
         folder.mkdir()
         save_adapter(model, adapter)
-        folded = fold(load_adapter(load_model(base, CPU, "fp32"), adapter), scale, delta=delta)
+        folded = merge_weights(load_adapter(load_model(base, CPU, "fp32"), adapter), scale, delta=delta)
         if delta:
             save_delta(folded, folder, DTYPES[dtype], "5GB")
         else:
             save_merged(folded, base, folder, dtype, "5GB")
-        return Written(folder, base, adapter, CPU, dtype, scale, delta)
+        return MergeOutput(folder, base, adapter, CPU, dtype, scale, delta)
 
     return written
 
@@ -68,13 +68,13 @@ def gpt2(tmp_path: Path) -> ModelSection:
     return ModelSection(id=str(tmp_path / "gpt2"), dtype="fp32")
 
 
-def passes(written: Written) -> bool:
+def passes(written: MergeOutput) -> bool:
     checks = check_weights(written)
     assert checks[0].measured > 0  # rounding is never nothing
-    return all(check.ok for check in checks)
+    return all(check.is_ok for check in checks)
 
 
-def rewrite(written: Written, change: Callable[[dict[str, torch.Tensor]], None]) -> Written:
+def rewrite(written: MergeOutput, change: Callable[[dict[str, torch.Tensor]], None]) -> MergeOutput:
     weights = load_file(written.folder / "model.safetensors")
     change(weights)
     save_file(weights, written.folder / "model.safetensors", {"format": "pt"})
@@ -111,7 +111,7 @@ def test_one_modules_lost_update_is_found(write: Write) -> None:
         weights[name] = before.to(torch.bfloat16)
 
     changed, others = check_weights(rewrite(write(), lose))
-    assert changed.measured > 1 and changed.where == name and others.ok
+    assert changed.measured > 1 and changed.where == name and others.is_ok
 
 
 @pytest.mark.parametrize("section", [{}, {"use_dora": True}], ids=str)
@@ -126,7 +126,7 @@ def test_a_single_row_that_no_update_changes_is_found(write: Write) -> None:
         weights["model.embed_tokens.weight"][1023] *= 1.01
 
     changed, others = check_weights(rewrite(write(), touch))
-    assert changed.ok and others.measured == 2 and "model.embed_tokens.weight" in others.where  # tied: its head, too
+    assert changed.is_ok and others.measured == 2 and "model.embed_tokens.weight" in others.where  # tied: its head, too
 
 
 def test_what_is_no_number_is_found(write: Write) -> None:

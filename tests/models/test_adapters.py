@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError
-from training_lens.models.adapter_files import adopt
+from training_lens.models.adapter_files import adopt_saved_settings
 from training_lens.models.adapters import (
     attach,
     base_only,
     count_parameters,
-    describe,
+    describe_adapter,
     load_adapter,
     restore_adapter,
     save_adapter,
-    trainable,
+    trainable_parameters,
 )
 from training_lens.models.factory import load_model
 from training_lens.utils.devices import autocast
@@ -62,7 +62,7 @@ def tinystories(shared: Path, dtype: Any = "auto") -> Any:
 
 def disturb(model: Any) -> None:
     """Move every trained parameter off its start."""
-    for _, parameter in trainable(model):
+    for _, parameter in trainable_parameters(model):
         parameter.data += 0.05 * torch.randn_like(parameter)
 
 
@@ -92,7 +92,7 @@ def test_a_fresh_adapter_computes_what_the_base_does(section: dict[str, Any]) ->
 
 def test_adapters_are_float32_and_counted() -> None:
     adapted = attach(load_model(ModelSection(dtype="bf16"), CPU, "fp32"), PeftSection(r=4))
-    assert {p.dtype for _, p in trainable(adapted)} == {torch.float32}
+    assert {p.dtype for _, p in trainable_parameters(adapted)} == {torch.float32}
     count = count_parameters(adapted)
     assert count.trainable == sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n)
     assert 0 < count.share < 0.1
@@ -119,7 +119,7 @@ def test_restoring_brings_back_every_trained_parameter(tmp_path: Path) -> None:
     disturb(adapted)
     save_adapter(adapted, tmp_path)
     restore_adapter(other, tmp_path)
-    one, two = dict(trainable(adapted)), dict(trainable(other))
+    one, two = dict(trainable_parameters(adapted)), dict(trainable_parameters(other))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     with pytest.raises(AdapterError, match="does not fit the run's adapter"):
         restore_adapter(attach(base(), PeftSection(r=8, modules_to_save=["norm"])), tmp_path)
@@ -140,7 +140,7 @@ def test_tied_weights_that_train_whole_stay_tied(name: str, shared: Path, tmp_pa
     before = logits(tinystories(shared))
     adapted = attach(tinystories(shared), PeftSection(r=4, modules_to_save=[name]))
     assert torch.equal(logits(adapted), before)
-    whole = [p for n, p in trainable(adapted) if "modules_to_save" in n]
+    whole = [p for n, p in trainable_parameters(adapted) if "modules_to_save" in n]
     assert len(whole) == 1 and whole[0].dtype == torch.float32
     adapted(input_ids=IDS, labels=IDS).loss.backward()
     disturb(adapted)
@@ -150,7 +150,7 @@ def test_tied_weights_that_train_whole_stay_tied(name: str, shared: Path, tmp_pa
     with base_only(adapted):
         assert torch.equal(logits(adapted), before)
     save_adapter(adapted, tmp_path)
-    again = attach(tinystories(shared), adopt(PeftSection(from_adapter=str(tmp_path))))
+    again = attach(tinystories(shared), adopt_saved_settings(PeftSection(from_adapter=str(tmp_path))))
     for model in (load_adapter(tinystories(shared), tmp_path), again):
         assert torch.equal(logits(model), wanted)
         with base_only(model):
@@ -160,7 +160,7 @@ def test_tied_weights_that_train_whole_stay_tied(name: str, shared: Path, tmp_pa
 def test_gpt2s_tied_embedding_trains_whole(gpt2: Callable[[], Any]) -> None:
     adapted = attach(gpt2(), PeftSection(r=4, modules_to_save=["wte"]))
     assert adapted.get_input_embeddings().weight is adapted.get_output_embeddings().weight
-    assert [n for n, _ in trainable(adapted) if "lora_" not in n]
+    assert [n for n, _ in trainable_parameters(adapted) if "lora_" not in n]
 
 
 def test_a_tied_embedding_takes_a_lora_of_its_own(shared: Path) -> None:
@@ -176,17 +176,19 @@ def test_a_tied_embedding_takes_a_lora_of_its_own(shared: Path) -> None:
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "norm"])
 def test_whole_modules_train_in_float32_on_a_half_precision_base(precision: Any, name: str, shared: Path) -> None:
     adapted = attach(tinystories(shared, "bf16"), PeftSection(r=4, modules_to_save=[name]))
-    assert {p.dtype for _, p in trainable(adapted)} == {torch.float32}
+    assert {p.dtype for _, p in trainable_parameters(adapted)} == {torch.float32}
     with autocast(CPU, precision):
         adapted(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for _, p in trainable(adapted))
+    assert all(p.grad is not None and p.grad.isfinite().all() for _, p in trainable_parameters(adapted))
 
 
 def test_what_is_trained_is_described() -> None:
-    assert describe(PeftSection()) == "lora, r=16"
-    described = describe(PeftSection(variant="rslora", use_dora=True, init="pissa", modules_to_save=["norm"]))
+    assert describe_adapter(PeftSection()) == "lora, r=16"
+    described = describe_adapter(PeftSection(variant="rslora", use_dora=True, init="pissa", modules_to_save=["norm"]))
     assert described == "rslora+dora, pissa start, r=16, norm whole"
-    assert describe(PeftSection(lora_plus_ratio=8, from_adapter="a")) == "lora, r=16, B at 8 x lr, going on from a"
+    assert (
+        describe_adapter(PeftSection(lora_plus_ratio=8, from_adapter="a")) == "lora, r=16, B at 8 x lr, going on from a"
+    )
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path, shared: Path) -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import ModelLoadingError
-from training_lens.merging.merge_tensors import fold, save_merged
-from training_lens.models.adapters import attach, trainable
+from training_lens.merging.merge_tensors import merge_weights, save_merged
+from training_lens.models.adapters import attach, trainable_parameters
 from training_lens.models.checkpoint_files import read_header
 from training_lens.models.factory import load_model
 from training_lens.utils.files import read_json, write_json
@@ -60,12 +60,12 @@ def merged(base: ModelSection, folder: Path, dtype: Any = None, **section: Any) 
     """What the adapter computes, and the weights of the folder that it is merged into."""
     torch.manual_seed(0)
     model = attach(load_model(base, CPU, "fp32"), PeftSection(r=2, **section))
-    for _, parameter in trainable(model):
+    for _, parameter in trainable_parameters(model):
         parameter.data += 0.1 * torch.randn_like(parameter)
     with torch.no_grad():
         wanted = model.eval()(input_ids=IDS).logits
     folder.mkdir()
-    save_merged(fold(model), base, folder, dtype, "5GB")
+    save_merged(merge_weights(model), base, folder, dtype, "5GB")
     return wanted, weights(folder)
 
 
@@ -177,5 +177,5 @@ def test_a_vision_tower_stays_byte_for_byte(tmp_path: Path, old_names: bool) -> 
 )
 def test_what_is_no_safetensors_file_is_said(tmp_path: Path, content: bytes, fault: str) -> None:
     (path := tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelLoadingError, match=rf"{path} is no safetensors file \(.*{fault}.*Copy or download"):
+    with pytest.raises(ModelLoadingError, match=rf"{path} is not a safetensors file \(.*{fault}.*Copy or download"):
         list(read_header(path))

@@ -10,8 +10,8 @@ import torch
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError
-from training_lens.models.adapters import attach, base_only, trainable
-from training_lens.models.copies import base_copy, merged_copy
+from training_lens.models.adapters import attach, base_only, trainable_parameters
+from training_lens.models.copies import copy_base, copy_merged
 from training_lens.models.factory import load_model
 
 IDS = torch.arange(40, 72).view(2, 16)
@@ -32,7 +32,7 @@ def logits(model: Any) -> torch.Tensor:
 def adapted(**section: Any) -> Any:
     torch.manual_seed(0)
     model = attach(load_model(ModelSection(), torch.device("cpu"), "fp32"), PeftSection(r=4, **section))
-    for _, parameter in trainable(model):
+    for _, parameter in trainable_parameters(model):
         parameter.data += 0.02 * torch.randn_like(parameter)
     return model.eval()
 
@@ -46,8 +46,8 @@ def test_the_base_is_the_base_and_merged_the_adapter(section: dict[str, Any]) ->
     model = adapted(**section)
     with base_only(model):
         base = logits(model)
-    assert torch.equal(logits(base_copy(model)), base)
-    torch.testing.assert_close(logits(merged_copy(model)), logits(model), rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits(copy_base(model)), base)
+    torch.testing.assert_close(logits(copy_merged(model)), logits(model), rtol=1e-4, atol=1e-4)
     assert (logits(model) - base).abs().max() > 0.1
 
 
@@ -55,8 +55,8 @@ def test_the_base_is_the_base_and_merged_the_adapter(section: dict[str, Any]) ->
 def test_the_adapted_model_stays_as_it_is(section: dict[str, Any]) -> None:
     model = adapted(**section)
     before, wanted = state(model), logits(model)
-    logits(base_copy(model))
-    logits(merged_copy(model))
+    logits(copy_base(model))
+    logits(copy_merged(model))
     after = state(model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[n][0], after[n][0]) and before[n][1] == after[n][1] for n in before)
@@ -66,8 +66,8 @@ def test_the_adapted_model_stays_as_it_is(section: dict[str, Any]) -> None:
 def test_copies_share_what_they_do_not_change(gpt2: Callable[[], Any]) -> None:
     model = attach(gpt2(), PeftSection(r=4, target_modules=["c_attn"]))
     own = {t.data_ptr() for t in model.parameters()}
-    assert {t.data_ptr() for t in base_copy(model).parameters()} <= own
-    merged = merged_copy(model)
+    assert {t.data_ptr() for t in copy_base(model).parameters()} <= own
+    merged = copy_merged(model)
     new = [name for name, t in merged.named_parameters() if t.data_ptr() not in own]
     assert new and all(".c_attn." in name for name in new)
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
@@ -78,5 +78,5 @@ def test_a_quantized_base_is_not_merged() -> None:
     base = load_model(ModelSection(quantization="4bit"), torch.device("cpu"), "fp32")
     model = attach(base, PeftSection(r=4))
     with pytest.raises(AdapterError, match="quantized"):
-        merged_copy(model)
-    assert torch.isfinite(logits(base_copy(model))).all()
+        copy_merged(model)
+    assert torch.isfinite(logits(copy_base(model))).all()

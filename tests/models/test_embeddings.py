@@ -13,7 +13,8 @@ import torch
 from training_lens import TrainingConfig, TrainingWrapper, embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ModelLoadingError
-from training_lens.merging.merge_run import MergeOptions, merge
+from training_lens.merging.merge_run import merge_adapter
+from training_lens.merging.merged_folder import MergeOptions
 from training_lens.models.adapters import base_only, load_adapter
 from training_lens.models.embeddings import check_vocabulary, required_rows, resize_embeddings
 from training_lens.models.factory import build_skeleton, load_model, load_tokenizer
@@ -92,6 +93,6 @@ def test_new_rows_are_trained_saved_loaded_by_plain_peft_and_merged(grown: Path,
     torch.testing.assert_close(PeftModel.from_pretrained(plain, str(run.adapter))(input_ids=ids).logits, wanted)
     with base_only(ours):
         assert not torch.allclose(ours(input_ids=ids).logits[..., -3:], wanted[..., -3:])
-    merged = merge(config.replace_keys(inference={"adapter": str(run.root)}), MergeOptions(dtype="fp32")).output
+    merged = merge_adapter(config.replace_keys(inference={"adapter": str(run.root)}), MergeOptions(dtype="fp32")).output
     assert json.loads((merged / "config.json").read_text())["vocab_size"] == wanted.shape[-1]
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(merged)(input_ids=ids).logits, wanted)

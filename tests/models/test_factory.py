@@ -144,7 +144,7 @@ def test_offline_mode_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelLoadingError, match=r"no local folder, and its configuration cannot be had from the hub"):
+    with pytest.raises(ModelLoadingError, match=r"and its configuration cannot be loaded from the hub"):
         read_facts(ModelSection(id="some-org/no-model"))
 
 

@@ -28,7 +28,7 @@ from training_lens.config.schema import PeftSection
 from training_lens.models.adapters import attach
 from training_lens.models.fast.engine import Engine
 from training_lens.models.fast.install import install_kernels, uninstall_kernels
-from training_lens.models.scoring import supervised_scores
+from training_lens.models.token_scores import supervised_scores
 
 SMALL = {
     "vocab_size": 97,

@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.models import pissa
-from training_lens.models.adapters import attach, base_only, load_adapter, restore_adapter, save_adapter, trainable
+from training_lens.models.adapters import (
+    attach,
+    base_only,
+    load_adapter,
+    restore_adapter,
+    save_adapter,
+    trainable_parameters,
+)
 from training_lens.models.factory import load_model
 
 IDS = torch.arange(40, 72).view(2, 16)
@@ -34,7 +41,7 @@ def loss_of(model: Any) -> torch.Tensor:
 
 
 def trained(model: Any, steps: int = 3) -> Any:
-    optimizer = torch.optim.AdamW([p for _, p in trainable(model)], lr=1e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([p for _, p in trainable_parameters(model)], lr=1e-3, weight_decay=0.1)
     for _ in range(steps):
         loss_of(model).backward()
         optimizer.step()
@@ -53,7 +60,7 @@ def test_a_fresh_start_computes_what_the_base_does(dora: bool, variant: Any) -> 
     before = logits(model)
     adapted = attach(model, PeftSection(init="pissa", use_dora=dora, variant=variant, r=4))
     torch.testing.assert_close(logits(adapted), before, rtol=1e-4, atol=1e-4)
-    assert all(parameter.abs().sum() > 0 for _, parameter in trainable(adapted))
+    assert all(parameter.abs().sum() > 0 for _, parameter in trainable_parameters(adapted))
 
 
 def test_fused_weights_the_other_way_round_start_as_the_base(gpt2: Callable[[], Any]) -> None:
@@ -106,7 +113,7 @@ def test_restoring_brings_back_both_halves(tmp_path: Path) -> None:
     other = attach(base(), section)
     restore_adapter(other, tmp_path)
     assert torch.equal(logits(other), logits(adapted))
-    for part in (frozen, lambda model: dict(trainable(model))):
+    for part in (frozen, lambda model: dict(trainable_parameters(model))):
         one, two = part(adapted), part(other)
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
@@ -117,7 +124,7 @@ def test_the_first_gradient_is_that_of_pissa_on_the_changed_base(variant: Any) -
 
     section = PeftSection(init="pissa", r=4, variant=variant, target_modules=["q_proj", "down_proj"])
     ours = attach(base(), section)
-    halves = {n.removesuffix(".parametrizations.weight.original"): p for n, p in trainable(ours)}
+    halves = {n.removesuffix(".parametrizations.weight.original"): p for n, p in trainable_parameters(ours)}
     theirs = get_peft_model(
         base(),
         LoraConfig(
@@ -131,7 +138,7 @@ def test_the_first_gradient_is_that_of_pissa_on_the_changed_base(variant: Any) -
     for layer in (m for m in theirs.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")):
         scale, a, b = layer.scaling["default"], layer.lora_A["default"].weight, layer.lora_B["default"].weight
         layer.base_layer.weight.data += scale * b.data @ a.data
-    same = {n.removesuffix(".weight"): p for n, p in trainable(theirs)}
+    same = {n.removesuffix(".weight"): p for n, p in trainable_parameters(theirs)}
     assert same.keys() == halves.keys()
     for name, parameter in same.items():
         parameter.data.copy_(halves[name].data)
@@ -159,5 +166,5 @@ def test_a_half_precision_base_starts_in_float32() -> None:
     model = base("bf16")
     before = logits(model).float()
     adapted = attach(model, PeftSection(init="pissa", r=4))
-    assert {p.dtype for _, p in trainable(adapted)} == {torch.float32}
+    assert {p.dtype for _, p in trainable_parameters(adapted)} == {torch.float32}
     torch.testing.assert_close(logits(adapted).float(), before, rtol=0.05, atol=0.1)

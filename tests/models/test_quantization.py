@@ -14,7 +14,14 @@ import torch
 from training_lens import TrainingConfig, TrainingWrapper, embedded
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError, ConfigurationError
-from training_lens.models.adapters import attach, base_only, count_parameters, load_adapter, save_adapter, trainable
+from training_lens.models.adapters import (
+    attach,
+    base_only,
+    count_parameters,
+    load_adapter,
+    save_adapter,
+    trainable_parameters,
+)
 from training_lens.models.factory import load_model
 
 CPU = torch.device("cpu")
@@ -55,14 +62,14 @@ def test_an_adapter_trains_on_it_and_leaves_the_base(bits: str, dora: bool, tmp_
     before = logits(model)
     adapted = attach(model, PeftSection(r=4, use_dora=dora))
     torch.testing.assert_close(logits(adapted), before, rtol=1e-3, atol=1e-3)
-    optimizer = torch.optim.AdamW([p for _, p in trainable(adapted)], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for _, p in trainable_parameters(adapted)], lr=1e-2)
     losses = []
     for _ in range(4):
         loss = adapted(input_ids=IDS, labels=IDS).loss
         loss.backward()
         optimizer.step(), optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] and {p.dtype for _, p in trainable(adapted)} == {torch.float32}
+    assert losses[-1] < losses[0] and {p.dtype for _, p in trainable_parameters(adapted)} == {torch.float32}
     with base_only(adapted):
         assert torch.equal(logits(adapted), before)
     save_adapter(adapted, tmp_path)
@@ -78,7 +85,7 @@ def test_validating_first_changes_no_gradient(bits: str) -> None:
         if validate:
             logits(adapted)
         adapted.train()(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append({n: p.grad for n, p in trainable(adapted) if "layers.0" in n and "lora_B" in n})
+        gradients.append({n: p.grad for n, p in trainable_parameters(adapted) if "layers.0" in n and "lora_B" in n})
     assert all(grad.abs().sum() > 0 and torch.equal(grad, gradients[1][n]) for n, grad in gradients[0].items())
 
 

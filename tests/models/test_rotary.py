@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from training_lens.config.schema import ModelSection, PeftSection
-from training_lens.models.adapters import attach, trainable
+from training_lens.models.adapters import attach, trainable_parameters
 from training_lens.models.factory import load_model
 from training_lens.models.fast.engine import Engine
 from training_lens.models.rotary import example_lengths, longest_short_sequence
-from training_lens.models.scoring import paired_scores, supervised_scores
+from training_lens.models.token_scores import paired_scores, supervised_scores
 
 LIMIT = 24  # tokens that the short factors are for
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def trained(section: ModelSection) -> Any:
     """The base under a moved adapter."""
     torch.manual_seed(1)
     model = attach(load_model(section, CPU, "fp32"), PeftSection(r=2))
-    for _, parameter in trainable(model):
+    for _, parameter in trainable_parameters(model):
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
 

@@ -17,8 +17,15 @@ from safetensors.torch import load_file, save_file
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError, ConfigurationError
-from training_lens.models.adapter_files import CONFIG, WEIGHTS, adopt, check_fit, saved_shapes
-from training_lens.models.adapters import attach, check_adapter, load_adapter, restore_adapter, save_adapter, trainable
+from training_lens.models.adapter_files import CONFIG, WEIGHTS, adopt_saved_settings, check_fit, saved_shapes
+from training_lens.models.adapters import (
+    attach,
+    check_adapter,
+    load_adapter,
+    restore_adapter,
+    save_adapter,
+    trainable_parameters,
+)
 from training_lens.models.factory import build_skeleton, load_model
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
@@ -42,7 +49,7 @@ def logits(model: Any) -> torch.Tensor:
 def saved(folder: Path, **section: Any) -> Any:
     """An adapter with random weights, saved."""
     adapted = attach(base(), PeftSection(**{"r": 4, **section}))
-    for _, parameter in trainable(adapted):
+    for _, parameter in trainable_parameters(adapted):
         parameter.data += 0.02 * torch.randn_like(parameter)
     folder.mkdir(exist_ok=True)
     save_adapter(adapted, folder)
@@ -65,19 +72,21 @@ def edit(folder: Path, **values: Any) -> None:
 )
 def test_going_on_starts_from_exactly_the_saved_adapter(section: dict[str, Any], tmp_path: Path) -> None:
     adapted = saved(tmp_path, **section)
-    taken = adopt(PeftSection(from_adapter=str(tmp_path)))
+    taken = adopt_saved_settings(PeftSection(from_adapter=str(tmp_path)))
     again = attach(base(), taken)
     torch.testing.assert_close(logits(again), logits(adapted), rtol=1e-5, atol=1e-5)
-    assert all(p.dtype == torch.float32 for _, p in trainable(again))
+    assert all(p.dtype == torch.float32 for _, p in trainable_parameters(again))
     check_adapter(build_skeleton(ModelSection()), taken)
 
 
 def test_the_folder_decides_what_the_section_leaves_open(tmp_path: Path) -> None:
     saved(tmp_path, variant="rslora", lora_alpha=12, use_dora=True, target_modules=["v_proj", "q_proj"])
-    section = adopt(PeftSection(from_adapter=str(tmp_path), lora_dropout=0.1, target_modules=["v_proj", "q_proj"]))
+    section = adopt_saved_settings(
+        PeftSection(from_adapter=str(tmp_path), lora_dropout=0.1, target_modules=["v_proj", "q_proj"])
+    )
     assert (section.variant, section.r, section.lora_alpha, section.use_dora) == ("rslora", 4, 12.0, True)
     assert section.target_modules == ["q_proj", "v_proj"] and section.lora_dropout == 0.1
-    assert adopt(section) == section
+    assert adopt_saved_settings(section) == section
     assert "lora_plus_ratio" not in section.model_fields_set
 
 
@@ -92,14 +101,14 @@ def test_a_plan_leaves_unset_what_was_never_set(small_config: Config, tmp_path: 
 def test_a_section_that_says_otherwise_is_refused_with_both(tmp_path: Path) -> None:
     saved(tmp_path)
     with pytest.raises(ConfigurationError) as caught:
-        adopt(PeftSection(from_adapter=str(tmp_path), r=16, init="pissa"))
+        adopt_saved_settings(PeftSection(from_adapter=str(tmp_path), r=16, init="pissa"))
     assert len(caught.value.problems) == 2
     assert "peft.r: given 16, but the adapter in" in str(caught.value) and "has 4" in str(caught.value)
 
 
 def test_a_pissa_adapter_goes_on_as_a_lora_of_twice_the_rank(tmp_path: Path) -> None:
     adapted = saved(tmp_path, init="pissa")
-    section = adopt(PeftSection(from_adapter=str(tmp_path)))
+    section = adopt_saved_settings(PeftSection(from_adapter=str(tmp_path)))
     assert (section.r, section.lora_alpha, section.init) == (8, 64.0, "default")
     torch.testing.assert_close(logits(attach(base(), section)), logits(adapted), rtol=1e-5, atol=1e-5)
 
@@ -107,17 +116,17 @@ def test_a_pissa_adapter_goes_on_as_a_lora_of_twice_the_rank(tmp_path: Path) -> 
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     with pytest.raises(AdapterError, match=r"peft.from_adapter: no folder '.*mien'. Did you mean '.*mine'"):
-        adopt(PeftSection(from_adapter=str(tmp_path / "mien")))
+        adopt_saved_settings(PeftSection(from_adapter=str(tmp_path / "mien")))
     (tmp_path / "rows.jsonl").touch()
     with pytest.raises(AdapterError, match=r"rows.jsonl' is a file. Give the folder of an adapter, or of a run"):
-        adopt(PeftSection(from_adapter=str(tmp_path / "rows.jsonl")))
+        adopt_saved_settings(PeftSection(from_adapter=str(tmp_path / "rows.jsonl")))
     section = PeftSection(from_adapter=str(tmp_path / "mine"))
-    with pytest.raises(AdapterError, match=r"mine is no adapter folder: adapter_config.json is missing"):
-        adopt(section)
+    with pytest.raises(AdapterError, match=r"mine is not an adapter folder: adapter_config.json is missing"):
+        adopt_saved_settings(section)
     saved(tmp_path / "mine")
     (tmp_path / "mine" / WEIGHTS).rename(tmp_path / "mine" / "adapter_model.bin")
     with pytest.raises(AdapterError, match=r"adapter_model.safetensors is missing \(adapter_model.bin may run code"):
-        adopt(section)
+        adopt_saved_settings(section)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +142,7 @@ def test_adapters_that_are_more_than_lora_are_refused(values: dict[str, Any], me
     saved(tmp_path)
     edit(tmp_path, **values)
     with pytest.raises(AdapterError, match=message):
-        adopt(PeftSection(from_adapter=str(tmp_path)))
+        adopt_saved_settings(PeftSection(from_adapter=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -157,33 +166,33 @@ def test_values_of_wrong_type_are_named_with_file_and_key(key: str, value: Any, 
     saved(tmp_path)
     edit(tmp_path, **{key: value})
     with pytest.raises(AdapterError, match=message) as caught:
-        adopt(PeftSection(from_adapter=str(tmp_path)))
+        adopt_saved_settings(PeftSection(from_adapter=str(tmp_path)))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
     saved(tmp_path)
-    section = adopt(PeftSection(from_adapter=str(tmp_path)))
+    section = adopt_saved_settings(PeftSection(from_adapter=str(tmp_path)))
     (tmp_path / WEIGHTS).write_bytes(b"nothing")
     with pytest.raises(AdapterError, match=r"adapter_model.safetensors is broken"):
         check_adapter(build_skeleton(ModelSection()), section)
     (tmp_path / CONFIG).write_text("{")
     with pytest.raises(AdapterError, match=r"adapter_config.json is no valid JSON"):
-        adopt(section)
+        adopt_saved_settings(section)
 
 
 def test_the_adapter_of_another_base_is_refused_by_its_shapes(tmp_path: Path, shared: Path) -> None:
     saved(tmp_path, target_modules=["q_proj"])
     other = build_skeleton(ModelSection(id=str(shared / "models/tinystories-656k")))
     with pytest.raises(AdapterError, match=r"is the adapter of another base: \d+ of its tensors do not fit"):
-        check_adapter(other, adopt(PeftSection(from_adapter=str(tmp_path))))
+        check_adapter(other, adopt_saved_settings(PeftSection(from_adapter=str(tmp_path))))
 
 
 def test_another_name_with_fitting_shapes_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved(tmp_path)
     edit(tmp_path, base_model_name_or_path="some-org/base")
     with caplog.at_level(logging.WARNING, "training_lens"):
-        check_adapter(build_skeleton(ModelSection()), adopt(PeftSection(from_adapter=str(tmp_path))))
+        check_adapter(build_skeleton(ModelSection()), adopt_saved_settings(PeftSection(from_adapter=str(tmp_path))))
     assert "was trained on 'some-org/base'; its shapes fit" in caplog.text
 
 

@@ -10,7 +10,7 @@ import torch
 
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import AdapterError
-from training_lens.models.adapters import attach, check_adapter, trainable
+from training_lens.models.adapters import attach, check_adapter, trainable_parameters
 from training_lens.models.factory import build_skeleton
 from training_lens.models.targets import choose_targets, whole_modules
 
@@ -23,7 +23,9 @@ def skeleton() -> Any:
 
 def adapted_paths(model: Any) -> set[str]:
     """Paths of the modules that got a LoRA."""
-    return {n.removeprefix("base_model.model.").split(".lora_")[0] for n, _ in trainable(model) if ".lora_" in n}
+    return {
+        n.removeprefix("base_model.model.").split(".lora_")[0] for n, _ in trainable_parameters(model) if ".lora_" in n
+    }
 
 
 def linear_paths(model: Any) -> set[str]:
@@ -44,7 +46,9 @@ def test_auto_takes_the_conv1d_layers_of_gpt2(gpt2: Make) -> None:
     adapted = attach(gpt2(), PeftSection(r=4))
     assert {path.rsplit(".", 1)[-1] for path in adapted_paths(adapted)} == {"c_attn", "c_proj", "c_fc"}
     assert adapted.peft_config["default"].fan_in_fan_out
-    shapes = {n.split(".lora_")[1][0]: tuple(p.shape) for n, p in trainable(adapted) if "h.0.attn.c_attn" in n}
+    shapes = {
+        n.split(".lora_")[1][0]: tuple(p.shape) for n, p in trainable_parameters(adapted) if "h.0.attn.c_attn" in n
+    }
     assert shapes == {"A": (4, 32), "B": (96, 4)}
 
 
@@ -68,7 +72,7 @@ def test_a_regular_expression_takes_whole_paths() -> None:
         ({"target_modules": ["q_porj"]}, r"no module is called 'q_porj'. Did you mean 'q_proj'.*Linear layers: down_"),
         ({"target_modules": "q_proj"}, r"whole paths such as 'model.layers.0.self_attn.q_proj'.* give \[q_proj\]"),
         ({"target_modules": r".*\.q_porj"}, r"expression '.*' is no module's whole path.*Linear layers: down_proj"),
-        ({"target_modules": "(["}, r"'\(\[' is no regular expression"),
+        ({"target_modules": "(["}, r"'\(\[' is not a regular expression"),
         ({"target_modules": ["norm"]}, r"'model.norm' is a .*RMSNorm; only linear.*modules_to_save=\[norm\]"),
         ({"target_modules": ["embed_tokens"], "use_dora": True}, r"is an Embedding, and peft.use_dora works on linear"),
         (
@@ -85,7 +89,7 @@ def test_a_regular_expression_takes_whole_paths() -> None:
         ),
         ({"rank_pattern": {"q_porj": 4}}, r"peft.rank_pattern: 'q_porj' matches no adapted.*Did you mean 'q_proj'"),
         ({"alpha_pattern": {"lm_head": 4}}, r"peft.alpha_pattern: 'lm_head' matches no adapted module"),
-        ({"alpha_pattern": {"*": 4}}, r"peft.alpha_pattern: '\*' is no regular expression"),
+        ({"alpha_pattern": {"*": 4}}, r"peft.alpha_pattern: '\*' is not a regular expression"),
         ({"modules_to_save": ["lm_haed"]}, r"peft.modules_to_save: no module is called 'lm_haed'. Did you mean 'lm_he"),
         (
             {"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]},

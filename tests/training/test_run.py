@@ -405,7 +405,7 @@ def test_settings_typed_again_are_taken_and_other_ones_refused(small_config: Con
     [
         ("data", "train", "a" * 5000, "a...: File name too long. Give another path"),
         ("data", "train", "rows\0.jsonl", "data.train: "),
-        ("model", "id", "my model (1)", "model.id: 'my model (1)' is no folder here, and cannot be a hub id"),
+        ("model", "id", "my model (1)", "model.id: 'my model (1)' is not a folder here, and cannot be a hub id"),
         ("model", "id", "a\0b", "cannot be a hub id"),
         ("model", "id", Path("/no/such/model"), "model.id: no folder '/no/such/model'"),
         ("output", "base_output_dir", Path("/proc/out"), "output.base_output_dir: cannot write in '/proc/out'"),

@@ -18,7 +18,7 @@ from training_lens.inference.session import open_run
 from training_lens.integrations.hub_files import PathShortener, build_adapter_files
 from training_lens.integrations.record import RunRecord
 from training_lens.models.adapter_files import require_adapter
-from training_lens.models.stored import check_base
+from training_lens.models.base_record import check_base
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback
 from training_lens.utils.integrity import read_recorded_hashes

@@ -21,7 +21,7 @@ from training_lens.errors import LensError
 from training_lens.measures import singular_values as spectra
 from training_lens.measures.adapter_measures import adapter_norms, update_spectrum
 from training_lens.measures.factors import Factors
-from training_lens.merging.weight_update import LowRank
+from training_lens.merging.weight_update import LowRankUpdate
 from training_lens.utils.formatting import nearest_name
 
 Rows = list[tuple[int, Captured]]
@@ -154,7 +154,7 @@ class CheckpointCaptures:
                 vectors[measure] = [values[i] for i in order]
         return Captured(scalars, vectors, rows=rows)
 
-    def _measure_dora_changes(self, updates: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    def _measure_dora_changes(self, updates: Mapping[str, LowRankUpdate]) -> dict[str, Tensor]:
         """DoRA's change of magnitude and direction by module; empty for other adapters, or without the base."""
         if self._base is None or all(update.magnitude is None for update in updates.values()):
             return {}
@@ -162,7 +162,9 @@ class CheckpointCaptures:
         magnitude, direction = zip(*changes, strict=True)
         return {"magnitude_change": torch.tensor(magnitude), "direction_change": torch.tensor(direction)}
 
-    def _measure_dora_change(self, record: ModuleRecord, update: LowRank, base: BaseWeights) -> tuple[float, float]:
+    def _measure_dora_change(
+        self, record: ModuleRecord, update: LowRankUpdate, base: BaseWeights
+    ) -> tuple[float, float]:
         weight = base.read_weight(record)
         if weight is None or update.magnitude is None:
             return torch.nan, torch.nan

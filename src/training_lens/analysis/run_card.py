@@ -17,7 +17,7 @@ from training_lens.core import table_names as tables
 from training_lens.display.colors import COLOURS
 from training_lens.display.html import BulletList, SvgPicture, Table, render_card
 from training_lens.display.svg import Curve, render_chart
-from training_lens.models.adapters import describe
+from training_lens.models.adapters import describe_adapter
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.formatting import format_count, format_seconds
 
@@ -76,7 +76,7 @@ def _fact_rows(run: RunFolder, summary: Mapping[str, Any]) -> Iterator[tuple[str
     """The rows of the table; unknown values are left out."""
     config = read_run_config(run)
     yield "model", config.model.id
-    yield "adapter", describe(config.peft)
+    yield "adapter", describe_adapter(config.peft)
     if trainable := summary.get("trainable_parameters"):
         yield "trains", f"{format_count(trainable)} of {format_count(summary['total_parameters'])} parameters"
     yield "steps", f"{summary['steps']:,.0f} in {format_seconds(summary['seconds'])}"

@@ -173,7 +173,7 @@ class Run:
             CheckpointError: the run has no finished adapter.
             ConfigurationError: a prompt is invalid, or a setting is unknown.
         """
-        from training_lens.inference.asking import answer_texts  # imports torch and transformers
+        from training_lens.inference.generator import answer_texts  # imports torch and transformers
         from training_lens.inference.session import open_run
 
         self._session = self._session or open_run(self.folder)

@@ -16,7 +16,7 @@ from training_lens.config.schema import ModelSection
 from training_lens.core.modules import module_record
 from training_lens.core.types import ModuleRecord
 from training_lens.errors import AdapterError, LensError, ModelLoadingError
-from training_lens.merging.weight_update import LowRank, low_rank_keys, saved_updates, scaling_of
+from training_lens.merging.weight_update import LowRankUpdate, load_updates, low_rank_keys, read_scaling
 from training_lens.models.adapter_files import (
     CONFIG,
     WEIGHTS,
@@ -26,8 +26,8 @@ from training_lens.models.adapter_files import (
     require_plain,
     saved_shapes,
 )
+from training_lens.models.base_record import local_folder
 from training_lens.models.factory import weight_files
-from training_lens.models.stored import local_folder
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -48,18 +48,18 @@ class SavedAdapter:
     records: tuple[ModuleRecord, ...]
     config: Mapping[str, Any]
 
-    def read_factors(self) -> dict[str, LowRank]:
+    def read_factors(self) -> dict[str, LowRankUpdate]:
         """A, B and magnitude by module name, on the CPU, in the dtype of the file.
 
         Raises:
             AdapterError: the file cannot be read any more.
         """
         try:
-            updates = saved_updates(self.folder)
+            updates = load_updates(self.folder)
         except (OSError, SafetensorError) as error:
             raise AdapterError(f"{self.folder / WEIGHTS} is broken ({error}). Copy or save it again.") from error
         found = {record.name: updates[f"{record.name}.weight"] for record in self.records}
-        return {name: update for name, update in found.items() if isinstance(update, LowRank)}
+        return {name: update for name, update in found.items() if isinstance(update, LowRankUpdate)}
 
 
 def open_adapter(folder: Path, step: int = 0) -> SavedAdapter:
@@ -94,7 +94,7 @@ def _build_record(
         logger.info("the lens does not read %s in %s: its adapter is not a pair of matrices", path, folder)
         return None
     variant = "dora" if "magnitude_vector" in keys else "lora"
-    return module_record(path, a, b, scaling_of(path, a[0], config), variant)
+    return module_record(path, a, b, read_scaling(path, a[0], config), variant)
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:

@@ -19,7 +19,7 @@ from training_lens.cli.find_runs import locate_run
 from training_lens.cli.options import CommandOptions
 
 if TYPE_CHECKING:
-    from training_lens.inference.benchmark import Benchmark
+    from training_lens.inference.benchmark_run import Benchmark
 
 
 def benchmark(
@@ -38,8 +38,8 @@ def benchmark(
         found = locate_run(run, settings.output, finished=True)
         found.require_adapter()
         from training_lens.display.progress import Progress
-        from training_lens.inference.benchmark import benchmark as measure
         from training_lens.inference.benchmark_page import write_benchmark_page
+        from training_lens.inference.benchmark_run import run_benchmark as measure
         from training_lens.inference.session import open_run
         from training_lens.utils.files import write_json
 
@@ -58,14 +58,14 @@ def show_benchmark(screen: Screen, report: Benchmark) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from training_lens.inference.benchmark_page import left_out, table
+    from training_lens.inference.benchmark_page import build_table, list_skipped_cells
 
-    numbers = table(report)
+    numbers = build_table(report)
     shown = Table(title=numbers.caption, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in numbers.columns:
         shown.add_column(column, justify="left" if column == "model" else "right")
     for row in numbers.rows:
         shown.add_row(*(Text(cell) for cell in row))
     print_table(screen.console, shown)
-    for line in left_out(report):
+    for line in list_skipped_cells(report):
         screen.print_line(line)

@@ -42,7 +42,7 @@ def open_evaluator(screen: Screen, settings: TrainingConfig) -> tuple[ModelEvalu
     from training_lens.display.progress import Progress
     from training_lens.evaluation.metrics import AnswerScoring
     from training_lens.evaluation.run_evaluation import ModelEvaluator
-    from training_lens.inference.prompt_rows import configured_examples, validation_examples
+    from training_lens.inference.heldout_examples import configured_examples, validation_examples
     from training_lens.inference.session import open_session
     from training_lens.runs.run_folder import RunFolder, evaluations_folder, new_run_id
     from training_lens.runs.run_lookup import uses_own_model

@@ -177,17 +177,17 @@ def _describe_report(report: FileReport) -> str:
 
 
 def _start_chat(screen: Screen, settings: TrainingConfig, asked: InferOptions) -> None:
-    from training_lens.inference.chat import Chat
+    from training_lens.inference.chat import Conversation
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (lets input() edit its line)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are then refused as a prompt
     session = _open_session(screen, settings, asked.domain)
-    chat = Chat(session, settings.inference, screen.write_text, asked.domain, asked.base)
+    chat = Conversation(session, settings.inference, screen.write_text, asked.domain, asked.base)
     screen.write_text(f"{session.source} listens. /help lists the commands, /quit leaves.\n")
     try:
-        while chat.take(input("> ")):
+        while chat.handle_line(input("> ")):
             pass
     except EOFError:
         screen.write_text("\n")

@@ -112,9 +112,9 @@ class Interview:
 
 def _check_model(answer: str) -> Values:
     from training_lens.config.schema import ModelSection
-    from training_lens.models.location import locate
+    from training_lens.models.location import locate_model
 
-    locate(ModelSection(id=answer))
+    locate_model(ModelSection(id=answer))
     return {"model.id": answer}
 
 

@@ -51,10 +51,10 @@ def _check_base(base: str) -> None:
     """Refuse a missing folder, or one without a model; a hub id may be in the local cache."""
     from training_lens.config.schema import ModelSection
     from training_lens.errors import ConfigurationError, ModelLoadingError
-    from training_lens.models.location import locate
+    from training_lens.models.location import locate_model
 
     try:
-        locate(ModelSection(id=base))
+        locate_model(ModelSection(id=base))
     except ModelLoadingError as error:
         raise ConfigurationError(str(error).replace("model.id", "--base", 1)) from error
 

@@ -14,7 +14,7 @@ from training_lens.cli.options import CommandOptions
 
 if TYPE_CHECKING:
     from training_lens.config.schema import TrainingConfig
-    from training_lens.merging.merge_run import Merged
+    from training_lens.merging.merge_run import MergeResult
 
 
 class Dtype(StrEnum):
@@ -74,8 +74,8 @@ def merge(run: Run = None, *, write: WriteOptions, options: CommandOptions) -> N
         settings = _load_config(options, run)
         from pathlib import Path
 
-        from training_lens.merging.merge_run import MergeOptions
-        from training_lens.merging.merge_run import merge as merge_adapter
+        from training_lens.merging.merge_run import merge_adapter
+        from training_lens.merging.merged_folder import MergeOptions
 
         values = vars(write) | {"output": Path(write.output) if write.output else None, "dtype": write.dtype.value}
         screen.console.print("merging in float32 ...", style="dim")
@@ -98,7 +98,7 @@ def _say_written(screen: Screen) -> None:
     screen.console.print("written; loading it in a fresh process to check it ...", style="dim")
 
 
-def _show_merged(screen: Screen, merged: Merged) -> None:
+def _show_merged(screen: Screen, merged: MergeResult) -> None:
     from rich.table import Table
     from rich.text import Text
 

@@ -59,10 +59,10 @@ def check_base(settings: TrainingConfig) -> None:
         ConfigurationError: the template's file cannot be read.
     """
     from training_lens.errors import ConfigurationError
-    from training_lens.models.location import locate
+    from training_lens.models.location import locate_model
     from training_lens.utils.names import expand_home
 
-    locate(settings.model)
+    locate_model(settings.model)
     template = settings.data.template
     if template.endswith((".jinja", ".jinja2", ".j2")):
         try:

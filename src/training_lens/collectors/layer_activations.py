@@ -15,7 +15,7 @@ from training_lens.core.probe import Probe, evaluation_mode
 from training_lens.errors import LensError
 from training_lens.measures.activation_measures import drift, linear_cka, rms
 from training_lens.models.adapters import base_only
-from training_lens.models.classes import decoder_of
+from training_lens.models.model_classes import decoder_of, unwrap_adapter
 
 
 def decoder_layers(model: Any) -> list[torch.nn.Module]:
@@ -24,7 +24,7 @@ def decoder_layers(model: Any) -> list[torch.nn.Module]:
     Raises:
         LensError: its decoder has no list of layers.
     """
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = unwrap_adapter(model)
     lists = [m for m in decoder_of(model).modules() if isinstance(m, torch.nn.ModuleList) and len(m)]
     expected = getattr(whole.config.get_text_config(), "num_hidden_layers", None)
     fitting = [m for m in lists if len(m) == expected] or lists

@@ -15,7 +15,7 @@ from training_lens.core.modules import AdapterModule
 from training_lens.core.probe import Probe
 from training_lens.core.types import Cadence, Captured, DataType, Moment
 from training_lens.measures.factors import Factors
-from training_lens.models.scoring import PairedScores
+from training_lens.models.token_scores import PairedScores
 
 
 @dataclass

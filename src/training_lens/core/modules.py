@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from training_lens.core.types import ModuleRecord
 from training_lens.errors import LensError
+from training_lens.models import pissa
 from training_lens.utils.logging import get_logger
 
 logger = get_logger(__name__)
@@ -51,7 +52,7 @@ class AdapterModule:
         a, b = self.a.detach(), self.b.detach()
         if self.frozen_a is None or self.frozen_b is None:
             return a, b
-        return torch.cat([a, self.frozen_a], 0), torch.cat([b, self.frozen_b], 1)  # (2 rank, in), (out, 2 rank)
+        return pissa.concatenate_halves(a, self.frozen_a, 0), pissa.concatenate_halves(b, self.frozen_b, 1)
 
     def base_weight(self) -> Tensor | None:
         """W as (out, in), in float32 and dequantized. Do not write to it.
@@ -139,16 +140,10 @@ def _linear_adapter(name: str, layer: Any, adapter: str, down: Any, up: Any) -> 
         logger.info("the lens does not capture %s: its adapter is not a pair of matrices", name)
         return
     if parametrize.is_parametrized(down, "weight"):
-        (a, frozen_a), (b, frozen_b) = _split_pissa_weight(down), _split_pissa_weight(up)
+        (a, frozen_a), (b, frozen_b) = pissa.split_halves(down), pissa.split_halves(up)
         yield _build_module(name, layer, adapter, a, b, frozen_a, frozen_b)
     else:
         yield _build_module(name, layer, adapter, down.weight, up.weight)
-
-
-def _split_pissa_weight(linear: Any) -> tuple[Any, Tensor]:
-    """The trained and the frozen half of a PiSSA weight (see `models.pissa`)."""
-    weight = linear.parametrizations.weight
-    return weight.original, weight[0].frozen
 
 
 def _build_module(

@@ -13,7 +13,7 @@ from torch import Tensor
 from training_lens.data.batching import collate
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import LensError
-from training_lens.models.scoring import PairedScores, paired_scores, supervised_scores
+from training_lens.models.token_scores import PairedScores, paired_scores, supervised_scores
 
 IGNORE_INDEX = -100  # the label of a token that is not supervised, in transformers
 

@@ -31,7 +31,7 @@ __getattr__, __dir__, __all__ = attach(
         "training_lens.evaluation.own_metrics": ("AnswerMetric", "metric"),
         "training_lens.evaluation.reports": ("write_reports",),
         "training_lens.evaluation.model_scores": ("Bootstrap", "ModelScores"),
-        "training_lens.inference.prompt_rows": ("configured_examples", "validation_examples"),
+        "training_lens.inference.heldout_examples": ("configured_examples", "validation_examples"),
         "training_lens.inference.session": ("open_run", "open_session"),
         "training_lens.runs.run_lookup": ("find_run",),
     },

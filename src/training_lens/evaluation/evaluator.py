@@ -13,7 +13,7 @@ from training_lens.data.batching import collate, shard_positions, split_micro_ba
 from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import EvaluationError
-from training_lens.models.scoring import TokenScores, paired_scores, supervised_scores
+from training_lens.models.token_scores import TokenScores, paired_scores, supervised_scores
 from training_lens.utils.devices import Precision, autocast, free_memory
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.heap import keep_freed_memory

@@ -37,7 +37,7 @@ from training_lens.evaluation.training_record import read_training_record
 from training_lens.evaluation.training_verdict import is_run_folder
 from training_lens.evaluation.verdict import Verdict, count_rows
 from training_lens.inference.generator import GeneratedAnswer, generate_answers
-from training_lens.inference.prompt_rows import fitting
+from training_lens.inference.heldout_examples import filter_fitting
 from training_lens.inference.session import Session
 from training_lens.models.adapters import base_only
 from training_lens.runs.run_folder import RunFolder
@@ -291,7 +291,9 @@ class ModelEvaluator:
         if sources is None:
             return None
         found = read_examples(sources, "evaluation.forgetting", DataSection())
-        return EvaluationRows.from_examples(fitting(found, self.session, self.settings.max_examples), self.session)
+        return EvaluationRows.from_examples(
+            filter_fitting(found, self.session, self.settings.max_examples), self.session
+        )
 
     def _evaluate_forgetting(self, rows: EvaluationRows) -> Forgetting:
         """The losses of base and adapter on other text."""

@@ -1,4 +1,4 @@
-"""Using a trained adapter: sessions and generation."""
+"""Inference: a session on a trained adapter, and prompts to answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a benchmark says of its timed calls: pure functions of numbers."""
+"""The figures of a benchmark from its timed calls: pure functions of numbers."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ METHOD = (
 
 
 @dataclass(frozen=True)
-class Call:
+class TimedCall:
     """One timed call of `generate`: seconds from its start to each new token of the batch, and to its end.
 
-    `peak_bytes` is the most memory in use meanwhile; None where the system does not tell.
+    `peak_bytes` is the most memory in use during the call; None where the system does not report it.
     """
 
-    moments: tuple[float, ...]
+    token_times: tuple[float, ...]
     latency: float
     peak_bytes: int | None
 
     @property
     def first_token(self) -> float:
-        """Seconds to the first new token: reading the prompt, and choosing one token for each row."""
-        return self.moments[0]
+        """Seconds to the first new token: the prefill, and sampling one token for each row."""
+        return self.token_times[0]
 
     @property
-    def steps(self) -> list[float]:
-        """Seconds of each decode step, from one token to the next; a step gives every row its token."""
-        return [later - earlier for earlier, later in zip(self.moments, self.moments[1:], strict=False)]
+    def step_seconds(self) -> list[float]:
+        """Seconds of each decoding step, from one token to the next; a step gives every row a token."""
+        return [later - earlier for earlier, later in zip(self.token_times, self.token_times[1:], strict=False)]
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and percentiles of some samples, in seconds."""
+    """Mean and percentiles of samples, in seconds."""
 
     mean: float
     p50: float
@@ -49,9 +49,9 @@ class Spread:
     samples: int
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Spread:
+    def from_samples(cls, samples: Sequence[float]) -> Spread:
         """Example:
-        >>> Spread.of([1.0, 2.0, 3.0]).p50
+        >>> Spread.from_samples([1.0, 2.0, 3.0]).p50
         2.0
         """
         p50, p95, p99 = (float(value) for value in np.percentile(samples, (50, 95, 99)))
@@ -60,7 +60,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Speed:
-    """What the calls of one cell come to; `token` is one decode step, which gives every row of the batch a token."""
+    """The speed of one cell; `token` is one decoding step, which gives every row of the batch a token."""
 
     first_token: Spread
     token: Spread
@@ -69,13 +69,13 @@ class Speed:
     peak_bytes: int | None
 
     @classmethod
-    def of(cls, calls: Sequence[Call], batch_size: int) -> Speed:
-        """Of at least one call, each of at least two tokens."""
-        new_tokens = sum(batch_size * len(call.moments) for call in calls)
+    def from_calls(cls, calls: Sequence[TimedCall], batch_size: int) -> Speed:
+        """From at least one call, each of at least two tokens."""
+        new_tokens = sum(batch_size * len(call.token_times) for call in calls)
         return cls(
-            first_token=Spread.of([call.first_token for call in calls]),
-            token=Spread.of([step for call in calls for step in call.steps]),
-            latency=Spread.of([call.latency for call in calls]),
+            first_token=Spread.from_samples([call.first_token for call in calls]),
+            token=Spread.from_samples([step for call in calls for step in call.step_seconds]),
+            latency=Spread.from_samples([call.latency for call in calls]),
             tokens_per_second=new_tokens / sum(call.latency for call in calls),
             peak_bytes=max((call.peak_bytes for call in calls if call.peak_bytes is not None), default=None),
         )
@@ -83,7 +83,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cell:
-    """One model at one batch size and prompt length: its speed, or the reason why there is none."""
+    """One model at one batch size and prompt length: its speed, or the reason why it was not measured."""
 
     model: str
     batch_size: int

@@ -1,4 +1,4 @@
-"""A benchmark for people: its table, and its page with a figure for each measure."""
+"""A benchmark as a table, and as an HTML page with a figure for each measure."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training_lens.display.html import Table, write_page
-from training_lens.inference.benchmark import Benchmark
 from training_lens.inference.benchmark_cells import METHOD, Cell, Speed
+from training_lens.inference.benchmark_run import Benchmark
 from training_lens.utils.formatting import format_size
 
 if TYPE_CHECKING:
@@ -20,18 +20,18 @@ COLORS = {"base": "#6e7781", "adapter": "#bc4c00", "merged": "#0969da"}
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
-def table(report: Benchmark) -> Table:
+def build_table(report: Benchmark) -> Table:
     """The cells that were measured, times in milliseconds."""
     settings, machine = report.settings, report.machine
     caption = (
         f"{settings.new_tokens} new tokens a row, {settings.repetitions} repetitions, {machine['weights']} on "
         f"{machine['device_name']}; prompt in tokens, batch in rows, times in ms: means, and percentiles of the latency"
     )
-    return Table(caption, COLUMNS, [_row(cell, cell.speed) for cell in report.cells if cell.speed])
+    return Table(caption, COLUMNS, [_format_row(cell, cell.speed) for cell in report.cells if cell.speed])
 
 
-def left_out(report: Benchmark) -> list[str]:
-    """A line for each shape and reason of cells that were not measured."""
+def list_skipped_cells(report: Benchmark) -> list[str]:
+    """A line for each group of cells that were not measured, with the reason."""
     models: dict[tuple[int, int, str], list[str]] = {}
     for cell in report.cells:
         if cell.reason:
@@ -45,28 +45,32 @@ def left_out(report: Benchmark) -> list[str]:
 def write_benchmark_page(path: Path, report: Benchmark) -> None:
     """One HTML file: the figures, the numbers, and how they were measured."""
     figures = [
-        _figure(report, "Throughput", "tokens per second", lambda speed: speed.tokens_per_second),
-        _figure(report, "Time to first token", "ms, mean", lambda speed: 1000 * speed.first_token.mean),
-        _figure(report, "Time per token", "ms, mean of the decode steps", lambda speed: 1000 * speed.token.mean),
-        _figure(report, "Latency", "ms, p95 of whole calls", lambda speed: 1000 * speed.latency.p95),
+        _draw_figure(report, "Throughput", "tokens per second", lambda speed: speed.tokens_per_second),
+        _draw_figure(report, "Time to first token", "ms, mean", lambda speed: 1000 * speed.first_token.mean),
+        _draw_figure(report, "Time per token", "ms, mean of the decode steps", lambda speed: 1000 * speed.token.mean),
+        _draw_figure(report, "Latency", "ms, p95 of whole calls", lambda speed: 1000 * speed.latency.p95),
     ]
-    parts = [f"Run {report.run}", *figures, "# Numbers", table(report), *left_out(report)]
-    write_page(path, "Inference benchmark", [*parts, "# How it was measured", _machine(report), _method(report)])
+    parts = [f"Run {report.run}", *figures, "# Numbers", build_table(report), *list_skipped_cells(report)]
+    write_page(
+        path,
+        "Inference benchmark",
+        [*parts, "# How it was measured", _describe_machine(report), _describe_method(report)],
+    )
 
 
-def _row(cell: Cell, speed: Speed) -> list[str]:
+def _format_row(cell: Cell, speed: Speed) -> list[str]:
     latency = speed.latency
     times = [speed.first_token.mean, speed.token.mean, latency.mean, latency.p50, latency.p95, latency.p99]
     peak = "-" if speed.peak_bytes is None else f"{speed.peak_bytes / 1e6:,.0f}"
     place = [cell.model, str(cell.prompt_length), str(cell.batch_size)]
-    return [*place, *(_milliseconds(t) for t in times), f"{speed.tokens_per_second:,.0f}", peak]
+    return [*place, *(_format_milliseconds(t) for t in times), f"{speed.tokens_per_second:,.0f}", peak]
 
 
-def _milliseconds(seconds: float) -> str:
+def _format_milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.1f}" if seconds < 0.1 else f"{1000 * seconds:,.0f}"
 
 
-def _figure(report: Benchmark, title: str, unit: str, measure: Callable[[Speed], float]) -> Figure:
+def _draw_figure(report: Benchmark, title: str, unit: str, measure: Callable[[Speed], float]) -> Figure:
     """A line for each model (its color) and prompt length (its dash), over batch sizes."""
     import plotly.graph_objects as go
 
@@ -85,7 +89,7 @@ def _figure(report: Benchmark, title: str, unit: str, measure: Callable[[Speed],
     return figure
 
 
-def _machine(report: Benchmark) -> str:
+def _describe_machine(report: Benchmark) -> str:
     machine = report.machine
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     weights = ", ".join(f"{name} {format_size(size)}" for name, size in report.weights_bytes.items())
@@ -96,7 +100,7 @@ def _machine(report: Benchmark) -> str:
     )
 
 
-def _method(report: Benchmark) -> str:
+def _describe_method(report: Benchmark) -> str:
     settings = report.settings
     return (
         f"Prompts: {report.prompts}, cut to length with seed {settings.seed}. For each row {settings.new_tokens} new "

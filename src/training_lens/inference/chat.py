@@ -20,11 +20,11 @@ COMMANDS = {
 }
 
 
-class Chat:
-    """Takes what the user types, line by line, and hands answers to `write` as they come.
+class Conversation:
+    """Answers what the user types, line by line, and passes the text to `write` while it is generated.
 
-    The conversation so far is part of every prompt. When it outgrows the model's positions, its oldest turns go.
-    A run that continues plain texts knows no conversation: there each line stands for itself.
+    The conversation so far is part of every prompt. When it outgrows the model's positions, its oldest turns are
+    dropped. A run that continues plain texts has no conversation: there each line is a prompt of its own.
     """
 
     def __init__(
@@ -39,32 +39,32 @@ class Chat:
         self._domain, self._base = domain, base
         self._history: list[Message] = []
 
-    def take(self, line: str) -> bool:
-        """Answer one line, or obey it where it is a command; False when the user leaves."""
+    def handle_line(self, line: str) -> bool:
+        """Answer one line, or run the command in it; False when the user leaves."""
         line = line.strip()
         if line == "/quit":
             return False
         try:
             if line:
-                self._obey(line) if line.startswith("/") else self._ask(line)
+                self._run_command(line) if line.startswith("/") else self._ask_model(line)
         except TrainingLensError as error:
             self._write(f"{error}\n")
         return True
 
-    def _ask(self, text: str) -> None:
-        asked = Message("user", text)
-        self._session.prompt_ids([asked], self._domain)  # what is too long alone costs no history
-        self._make_room(asked)
-        prompt_ids = self._session.prompt_ids([*self._history, asked], self._domain)
-        said = answer(self._session, prompt_ids, self._settings, base=self._base, on_text=self._write)
+    def _ask_model(self, text: str) -> None:
+        message = Message("user", text)
+        self._session.prompt_ids([message], self._domain)  # a message that is too long by itself costs no history
+        self._drop_old_turns(message)
+        prompt_ids = self._session.prompt_ids([*self._history, message], self._domain)
+        reply = answer(self._session, prompt_ids, self._settings, base=self._base, on_text=self._write)
         self._write("\n")
         if not self._session.continues_text:
-            self._history += [asked, Message("assistant", said)]
+            self._history += [message, Message("assistant", reply)]
 
-    def _make_room(self, asked: Message) -> None:
-        """Drop the oldest turns until the answer has room."""
+    def _drop_old_turns(self, message: Message) -> None:
+        """Drop the oldest turns until there is room for an answer."""
         turns = len(self._history) // 2
-        while self._history and not self._has_room([*self._history, asked]):
+        while self._history and not self._has_room([*self._history, message]):
             del self._history[:2]
         if dropped := turns - len(self._history) // 2:
             self._write(
@@ -79,7 +79,7 @@ class Chat:
         ids = self._session.encoder.encode_prompt(self._session.renderer.render_prompt(messages, self._domain))
         return len(ids) + min(self._settings.max_new_tokens, positions // 2) <= positions
 
-    def _obey(self, line: str) -> None:
+    def _run_command(self, line: str) -> None:
         name, _, argument = line.partition(" ")
         match name:
             case "/reset":

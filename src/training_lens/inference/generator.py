@@ -1,7 +1,7 @@
 """Answers to prompts: one streamed, or many in batches, greedy or sampled.
 
-A greedy answer is token for token what the model's own `generate` gives for that prompt alone: padding is masked and
-seen by nothing that chooses a token.
+A greedy answer is token for token what the model's own `generate` gives for that prompt alone: padding is masked, and
+neither attention nor the sampler sees it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any, Literal
 import torch
 
 from training_lens.config.evaluation_sections import InferenceSection
+from training_lens.data.examples import Message
 from training_lens.errors import ConfigurationError, OutOfMemoryError
-from training_lens.inference.by_generate import changes_factors, generate, rows_together
-from training_lens.inference.decode_loop import Decoder, Decoding, slots
-from training_lens.inference.decoder import say_once
-from training_lens.inference.sampler import Answer, Choice
+from training_lens.inference.decode_loop import DecodeLoop, Decoder, count_slots
+from training_lens.inference.decoder import log_once
+from training_lens.inference.fallback_generate import count_batch_rows, generate_padded, needs_long_factors
+from training_lens.inference.sampler import Completion, Sampler
 from training_lens.inference.session import Session
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.heap import keep_freed_memory
@@ -26,12 +27,12 @@ from training_lens.utils.resource_errors import is_out_of_memory
 
 logger = get_logger(__name__)
 FinishReason = Literal["stop", "length"]
-SPREAD = 0x9E3779B1  # odd, about 2**32 over the golden ratio: near draws and seeds land far apart
+SEED_STRIDE = 0x9E3779B1  # odd, about 2**32 over the golden ratio: near draws and seeds land far apart
 
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """An answer as text and as tokens, without the token that ended it.
+    """An answer as text and as tokens, without its stop token.
 
     `finish_reason`: `stop` where the model ended it, `length` where `max_new_tokens` or the model's positions cut it.
     """
@@ -49,7 +50,7 @@ def answer(
     base: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """The answer to one prompt, its tokens handed to `on_text` as text while they come.
+    """The answer to one prompt; `on_text` gets its text while the tokens are generated.
 
     Args:
         prompt_ids: from `Session.prompt_ids`.
@@ -68,24 +69,62 @@ def generate_answer(
 ) -> GeneratedAnswer:
     """The answer to one prompt, and how it ended; arguments are those of `answer`."""
     torch.manual_seed(settings.seed)
-    stream = _stream(session, on_text) if on_text else None
-    put = (lambda token: stream.put(torch.tensor([token]))) if stream else None
-    (given,) = _answered(_call(session, settings, base, prompt_ids, put), [prompt_ids])
-    if stream:
-        stream.end()
-    return _result(session, given)
+    streamer = _make_streamer(session, on_text) if on_text else None
+    on_token = (lambda token: streamer.put(torch.tensor([token]))) if streamer else None
+    (completion,) = _complete_prompts(_plan_call(session, settings, base, prompt_ids, on_token), [prompt_ids])
+    if streamer:
+        streamer.end()
+    return _make_answer(session, completion)
 
 
-def _stream(session: Session, on_text: Callable[[str], None]) -> Any:
-    """Transformers' streamer, which holds a token back until its characters are whole."""
+def _make_streamer(session: Session, on_text: Callable[[str], None]) -> Any:
+    """Transformers' streamer, which holds a token back until its characters are complete."""
     from transformers import TextStreamer
 
-    class Stream(TextStreamer):
+    class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if text:
                 on_text(text)
 
-    return Stream(session.tokenizer, skip_special_tokens=True)
+    return Streamer(session.tokenizer, skip_special_tokens=True)
+
+
+def answer_texts(
+    session: Session,
+    prompts: str | Sequence[str],
+    settings: InferenceSection,
+    *,
+    base: bool = False,
+    domain: str | None = None,
+) -> str | list[str]:
+    """The answer to a text, or a list of answers to a list of texts. Logs how many were cut.
+
+    Raises:
+        ConfigurationError: a prompt is not a text, is empty, or leaves no room for an answer.
+    """
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    _require_texts(texts)
+    ids = [session.prompt_ids([Message("user", text)], domain) for text in texts]
+    if isinstance(prompts, str):
+        generated = [generate_answer(session, ids[0], settings, base=base)]
+    else:
+        generated = generate_answers(session, ids, settings, base=base)
+    if cut := sum(answer.finish_reason == "length" for answer in generated):
+        logger.info(
+            "%d of %d answers were cut at max_new_tokens (%d), or at the model's last position",
+            cut, len(generated), settings.max_new_tokens,
+        )  # fmt: skip
+    return generated[0].text if isinstance(prompts, str) else [answer.text for answer in generated]
+
+
+def _require_texts(texts: Sequence[object]) -> None:
+    if not isinstance(texts, Sequence):
+        raise ConfigurationError(f"a prompt is a text, or a list of texts; given {type(texts).__name__}.")
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise ConfigurationError(f"prompt {number} is a {type(text).__name__}, expected a text.")
+        if not text.strip():
+            raise ConfigurationError(f"prompt {number} is empty; give some text.")
 
 
 def answers(
@@ -98,21 +137,8 @@ def answers(
     advance: Callable[[float], None] = lambda _done: None,
 ) -> list[str]:
     """The texts of many answers, in the prompts' order; arguments and errors are those of `generate_answers`."""
-    given = generate_answers(session, prompts, settings, base=base, draw=draw, advance=advance)
-    return [answer.text for answer in given]
-
-
-def answer_ids(
-    session: Session,
-    prompts: Sequence[Sequence[int]],
-    settings: InferenceSection,
-    *,
-    base: bool = False,
-    draw: int = 0,
-    advance: Callable[[float], None] = lambda _done: None,
-) -> list[list[int]]:
-    """The tokens of many answers, each without the token that ended it; see `generate_answers`."""
-    return [given.tokens for given in _given(session, prompts, settings, base, draw, advance)]
+    generated = generate_answers(session, prompts, settings, base=base, draw=draw, advance=advance)
+    return [answer.text for answer in generated]
 
 
 def generate_answers(
@@ -126,132 +152,119 @@ def generate_answers(
 ) -> list[GeneratedAnswer]:
     """Many answers, in the prompts' order, and how each ended.
 
-    Prompts go together, longest first, under `settings.batch_tokens`, and the next takes the place of one that is
-    finished. Where the memory cannot hold them, half as many go together from then on.
+    Prompts are batched under `settings.batch_tokens`, longest first, and the next takes the slot of one that is
+    finished. If memory runs out, batches are half as large from then on.
 
     Args:
-        draw: with the seed, decides what is sampled: calls of one job that differ in it draw apart.
-        advance: called with the number of prompts that are done since it was called last.
+        draw: with the seed, decides what is sampled: calls of one job that differ in it sample differently.
+        advance: called with the number of prompts finished since the last call.
 
     Raises:
         ConfigurationError: a prompt takes all of the model's positions; OutOfMemoryError: one alone does not fit.
     """
-    return [_result(session, given) for given in _given(session, prompts, settings, base, draw, advance)]
-
-
-def _given(
-    session: Session,
-    prompts: Sequence[Sequence[int]],
-    settings: InferenceSection,
-    base: bool,
-    draw: int,
-    advance: Callable[[float], None],
-) -> list[Answer]:
-    torch.manual_seed((settings.seed + draw * SPREAD) % 2**32)  # the CPU's generator takes 32 bits
+    torch.manual_seed((settings.seed + draw * SEED_STRIDE) % 2**32)  # the CPU's generator takes 32 bits
     if not prompts:
         return []
-    return _answered(_call(session, settings, base, max(prompts, key=len)), prompts, advance)
+    call = _plan_call(session, settings, base, max(prompts, key=len))
+    return [_make_answer(session, completion) for completion in _complete_prompts(call, prompts, advance)]
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What a call's prompts are answered with; without a decoder, by the model's own `generate`.
+class _GenerationCall:
+    """What answers the prompts of a call: the decode loop, or without a decoder the model's own `generate`.
 
-    `put` hears of each token, where there is one prompt.
+    `on_token` is called with each token, where there is one prompt.
     """
 
     session: Session
     settings: InferenceSection
     base: bool
     options: dict[str, Any]
-    choose: Choice
+    sampler: Sampler
     decoder: Decoder | None
-    put: Callable[[int], None] | None
+    on_token: Callable[[int], None] | None
 
-    def rows(self, waiting: Sequence[Answer], budget: int) -> int:
-        """How many go together in `budget` tokens."""
-        return slots(waiting, budget) if self._decoder_of(waiting) else rows_together(self.session, waiting, budget)
+    def count_rows(self, waiting: Sequence[Completion], budget: int) -> int:
+        """How many prompts go together in `budget` tokens."""
+        if self._choose_decoder(waiting):
+            return count_slots(waiting, budget)
+        return count_batch_rows(self.session, waiting, budget)
 
-    def _decoder_of(self, waiting: Sequence[Answer]) -> Decoder | None:
-        """The decoder, unless the first, the longest, needs other rotary factors on its way, which it cannot change."""
-        first = waiting[0]
-        return None if changes_factors(self.session, len(first.prompt) + first.room) else self.decoder
+    def _choose_decoder(self, waiting: Sequence[Completion]) -> Decoder | None:
+        """The decoder, unless the longest prompt comes to need other rotary factors, which it cannot change."""
+        return None if needs_long_factors(self.session, waiting[0].max_length) else self.decoder
 
     @torch.inference_mode()
-    def some(self, waiting: Sequence[Answer], rows: int) -> Iterator[list[Answer]]:
-        """Answer the first of those that wait, `rows` at a time; each lot as it is finished."""
-        decoder = self._decoder_of(waiting)
+    def complete_first(self, waiting: Sequence[Completion], rows: int) -> Iterator[list[Completion]]:
+        """Answer the first prompts that wait, `rows` at a time; yields completions as they finish."""
+        decoder = self._choose_decoder(waiting)
         if decoder is None:
-            generate(self.session, waiting[:rows], self.options, self.base, self.put)
+            generate_padded(self.session, waiting[:rows], self.options, self.base, self.on_token)
             yield list(waiting[:rows])
             return
-        # The weights' own number type is what the decoder computes in, as when the run is asked after its training.
+        # The decoder computes in the weights' own dtype, also where a run answers during its training.
         with torch.autocast(self.session.device.type, enabled=False):
-            yield from Decoding(decoder, self.choose, waiting, rows, self.session.stop_ids, self.put).run()
+            yield from DecodeLoop(decoder, self.sampler, waiting, rows, self.session.stop_ids, self.on_token).run()
 
 
-def _call(
+def _plan_call(
     session: Session,
     settings: InferenceSection,
     base: bool,
     prompt: Sequence[int],
-    put: Callable[[int], None] | None = None,
-) -> _Call:
-    """The call, with the session's decoder where that covers model and settings.
+    on_token: Callable[[int], None] | None = None,
+) -> _GenerationCall:
+    """The call, with the session's decoder where that supports the model and the settings.
 
     Args:
-        prompt: real tokens, on which a new decoder is tried.
+        prompt: real tokens, on which a new decoder is verified.
     """
-    options = _options(session, settings)
-    choose = Choice(session.model, options, session.device)
-    if choose.uncovered:
-        say_once(f"answers come from the model's own generate: its generation config asks for {choose.uncovered}")
-    decoder = None if choose.uncovered else session.decoders.get(session.model, base, prompt)
-    return _Call(session, settings, base, options, choose, decoder, put)
+    options = _generate_options(session, settings)
+    sampler = Sampler(session.model, options, session.device)
+    if unsupported := sampler.unsupported_option:
+        log_once(f"answers come from the model's own generate: its generation config asks for {unsupported}")
+    decoder = None if unsupported else session.decoders.get_decoder(session.model, base, prompt)
+    return _GenerationCall(session, settings, base, options, sampler, decoder, on_token)
 
 
 @keep_freed_memory()
-def _answered(
-    call: _Call, prompts: Sequence[Sequence[int]], advance: Callable[[float], None] = lambda _done: None
-) -> list[Answer]:
-    """The answers; arguments and errors are those of `generate_answers`."""
-    everything = [_asked(call, index, prompt) for index, prompt in enumerate(prompts)]
-    waiting = sorted(everything, key=lambda a: -len(a.prompt))
+def _complete_prompts(
+    call: _GenerationCall, prompts: Sequence[Sequence[int]], advance: Callable[[float], None] = lambda _done: None
+) -> list[Completion]:
+    """The completions; arguments and errors are those of `generate_answers`."""
+    completions = [_new_completion(call, index, prompt) for index, prompt in enumerate(prompts)]
+    waiting = sorted(completions, key=lambda c: -len(c.prompt))
     budget = call.settings.batch_tokens
     while waiting:
-        rows, width = call.rows(waiting, budget), len(waiting[0].prompt) + waiting[0].room
-        done: set[Answer] = set()
+        rows, width = call.count_rows(waiting, budget), waiting[0].max_length
+        done: set[Completion] = set()
         try:
-            for finished in call.some(waiting, rows):
+            for finished in call.complete_first(waiting, rows):
                 done.update(finished)
                 advance(len(finished))
         except Exception as error:  # memory runs out by several kinds of error
-            _refuse_what_halving_cannot_mend(error, rows, width)
+            _raise_unless_fewer_rows_help(error, rows, width)
             if budget == call.settings.batch_tokens:
                 logger.warning("memory ran out with %d prompts together, so fewer: %s", rows, describe_error(error))
             budget = rows // 2 * width
-        waiting = [_begun_again(answer) for answer in waiting if answer not in done]
-    return everything
+        waiting = [completion for completion in waiting if completion not in done]
+        for completion in waiting:
+            completion.restart()
+    return completions
 
 
-def _asked(call: _Call, index: int, prompt: Sequence[int]) -> Answer:
-    """With the room that the model's positions leave."""
+def _new_completion(call: _GenerationCall, index: int, prompt: Sequence[int]) -> Completion:
+    """At most as many new tokens as the model's positions leave."""
     most, positions = call.settings.max_new_tokens, call.session.positions
     if positions and len(prompt) >= positions:
         raise ConfigurationError(
             f"a prompt has {len(prompt)} tokens, the model {positions} positions: no room to answer. Shorten it."
         )
-    return Answer(index, prompt, min(most, positions - len(prompt)) if positions else most)
+    return Completion(index, prompt, min(most, positions - len(prompt)) if positions else most)
 
 
-def _begun_again(answer: Answer) -> Answer:
-    answer.tokens.clear()
-    answer.has_ended = False
-    return answer
-
-
-def _refuse_what_halving_cannot_mend(error: Exception, rows: int, width: int) -> None:
-    """Raise again what is no lack of memory; where one row did not fit, say so."""
+def _raise_unless_fewer_rows_help(error: Exception, rows: int, width: int) -> None:
+    """Raise again what is not a lack of memory; where one row did not fit, an error that says so."""
     if not is_out_of_memory(error):
         raise error
     if rows == 1:
@@ -261,27 +274,24 @@ def _refuse_what_halving_cannot_mend(error: Exception, rows: int, width: int) ->
         ) from error
 
 
-def _options(session: Session, settings: InferenceSection) -> dict[str, Any]:
-    """The settings as `generate` takes them; temperature 0 is greedy."""
-    ends = {
+def _generate_options(session: Session, settings: InferenceSection) -> dict[str, Any]:
+    """The settings as keyword arguments of `generate`; temperature 0 is greedy."""
+    stop = {
         "max_new_tokens": settings.max_new_tokens,
         "eos_token_id": sorted(session.stop_ids),
         "pad_token_id": session.pad_id,
     }
     if settings.temperature == 0:
-        return {"do_sample": False, **ends}
+        return {"do_sample": False, **stop}
     return {
         "do_sample": True,
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "top_k": settings.top_k or 0,
-        **ends,
+        **stop,
     }
 
 
-def _text(session: Session, ids: Sequence[int]) -> str:
-    return str(session.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _result(session: Session, given: Answer) -> GeneratedAnswer:
-    return GeneratedAnswer(_text(session, given.tokens), given.tokens, "stop" if given.has_ended else "length")
+def _make_answer(session: Session, completion: Completion) -> GeneratedAnswer:
+    text = str(session.tokenizer.decode(completion.tokens, skip_special_tokens=True))
+    return GeneratedAnswer(text, completion.tokens, "stop" if completion.has_stopped else "length")

@@ -1,4 +1,4 @@
-"""Which token comes next: the likeliest, or one that is drawn, after all that a generation config asks."""
+"""The sampler: the next token of each row, greedy or drawn, after the logits processors of a generation config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWWISE = {  # these look at the scores alone, so all rows go through them together
+ROWWISE = {  # these read only the scores, so all rows go through them together
     "TemperatureLogitsWarper",
     "TopKLogitsWarper",
     "TopPLogitsWarper",
@@ -18,7 +18,7 @@ ROWWISE = {  # these look at the scores alone, so all rows go through them toget
     "EpsilonLogitsWarper",
     "EtaLogitsWarper",
 }
-ELSEWHERE = {  # what `generate` does besides choosing from scores
+UNSUPPORTED_OPTIONS = {  # what `generate` does besides sampling from scores, with the values that switch it off
     "guidance_scale": (None, 1, 1.0),
     "stop_strings": (None,),
     "max_time": (None,),
@@ -30,68 +30,79 @@ ELSEWHERE = {  # what `generate` does besides choosing from scores
 
 
 @dataclass(eq=False)
-class Answer:
-    """An answer under way: at most `room` tokens to a prompt, which is the `index`-th of a call.
+class Completion:
+    """The tokens generated so far for one prompt, the `index`-th of a call.
 
-    `has_ended`: the model gave a token that ends an answer; without it, the answer was cut where its room ended.
+    `has_stopped`: the model gave a stop token; otherwise the answer was cut at `max_new_tokens`.
     """
 
     index: int
     prompt: Sequence[int]
-    room: int
+    max_new_tokens: int
     tokens: list[int] = field(default_factory=list)
-    has_ended: bool = False
+    has_stopped: bool = False
     processors: Any = None
 
+    @property
+    def max_length(self) -> int:
+        """The most tokens that prompt and answer can have together."""
+        return len(self.prompt) + self.max_new_tokens
 
-class Choice:
-    """Chooses as the model's own `generate` does for each prompt alone.
+    def restart(self) -> None:
+        """Drop the generated tokens."""
+        self.tokens.clear()
+        self.has_stopped = False
+
+
+class Sampler:
+    """Samples the tokens that the model's own `generate` gives for each prompt alone.
 
     Args:
-        options: what `generate` is given, as keywords.
+        options: the keyword arguments of `generate`.
     """
 
     def __init__(self, model: Any, options: dict[str, Any], device: torch.device) -> None:
         self._model, self._device = model, device
         self.config, _ = model._prepare_generation_config(None, **options)
         model._prepare_special_tokens(self.config, kwargs_has_attention_mask=True, device=device)
-        self._processors_of_all = self._processors([0])
-        self._together = all(type(p).__name__ in ROWWISE for p in self._processors_of_all)
+        self._shared_processors = self._build_processors([0])
+        self._is_rowwise = all(type(p).__name__ in ROWWISE for p in self._shared_processors)
 
     @property
-    def uncovered(self) -> str | None:
-        """What the generation config asks that is no choice from scores; None where there is nothing such."""
+    def unsupported_option(self) -> str | None:
+        """What the generation config asks for besides sampling from scores; None if nothing."""
         mode = self.config.get_generation_mode().value
         if mode not in ("greedy_search", "sample"):
             return str(mode).replace("_", " ")
-        return next((name for name, plain in ELSEWHERE.items() if getattr(self.config, name, None) not in plain), None)
+        options = UNSUPPORTED_OPTIONS.items()
+        return next((name for name, off in options if getattr(self.config, name, None) not in off), None)
 
-    def __call__(self, logits: Tensor, rows: Sequence[Answer | None]) -> Tensor:
-        """The next token of each row, (rows,) int64; of a row without answer, any.
+    def sample_next_token(self, logits: Tensor, rows: Sequence[Completion | None]) -> Tensor:
+        """The next token of each row, (rows,) int64; an empty row gets an arbitrary one.
 
         Args:
             logits: (rows, vocabulary).
         """
         scores = logits.float()
-        if self._together:
-            scores = self._processors_of_all(None, scores)
+        if self._is_rowwise:
+            scores = self._shared_processors(None, scores)
         else:
-            scores = torch.cat([self._of_one(scores[i : i + 1], row) for i, row in enumerate(rows)])
+            scores = torch.cat([self._process_row(scores[i : i + 1], row) for i, row in enumerate(rows)])
         if self.config.do_sample:
             return torch.multinomial(scores.softmax(-1), 1).squeeze(1)
         return scores.argmax(-1)
 
-    def _of_one(self, scores: Tensor, row: Answer | None) -> Tensor:
-        """What the processors make of the scores of one row, (1, vocabulary), which see that row's tokens alone."""
+    def _process_row(self, scores: Tensor, row: Completion | None) -> Tensor:
+        """The scores of one row, (1, vocabulary), after processors that see this row's tokens alone."""
         if row is None:
             return scores
         if row.processors is None:
-            row.processors = self._processors(row.prompt)
+            row.processors = self._build_processors(row.prompt)
         ids = torch.tensor([[*row.prompt, *row.tokens]], device=self._device)
         processed: Tensor = row.processors(ids, scores)
         return processed
 
-    def _processors(self, prompt: Sequence[int]) -> Any:
+    def _build_processors(self, prompt: Sequence[int]) -> Any:
         from transformers import LogitsProcessorList
 
         ids = torch.tensor([list(prompt)], device=self._device)

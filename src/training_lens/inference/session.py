@@ -1,4 +1,4 @@
-"""A model ready to answer: a run, a bare adapter, or a base alone, with prompts rendered as in training."""
+"""A model that is ready to answer: a run, a bare adapter or a base alone, with prompts rendered as in training."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from training_lens.data.token_pipeline import Preparation
 from training_lens.data.tokenization import TextEncoder
 from training_lens.data.values import NO_TEXT
 from training_lens.errors import AdapterError, ConfigurationError, DatasetError, ModelLoadingError
-from training_lens.inference.decoder import Decoders
+from training_lens.inference.decoder import DecoderCache
 from training_lens.models.adapters import load_adapter
+from training_lens.models.base_record import check_base, local_folder
 from training_lens.models.embeddings import check_vocabulary
 from training_lens.models.factory import load_model, load_tokenizer, read_facts, resolve_seq_len
-from training_lens.models.stored import check_base, local_folder
 from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
 from training_lens.utils.devices import Precision, get_device, resolve_precision
@@ -35,16 +35,26 @@ from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
 
 logger = get_logger(__name__)
-A_TOOL = {"type": "function", "function": {"name": "f", "description": "a", "parameters": {"type": "object"}}}
+PROBE_TOOL = {"type": "function", "function": {"name": "f", "description": "a", "parameters": {"type": "object"}}}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory with its tokenizer, the device that it is on and the precision that it computes in."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    precision: Precision
 
 
 @dataclass(frozen=True)
 class Session:
-    """A model that answers, with all that rendering a prompt takes.
+    """A model that answers prompts, with what renders them.
 
-    `source` is the run's or adapter's folder, or the model's id; `domains` are those that the run was trained on,
-    None where no run says (then any may be given); `adapter` is the folder of the adapter's files.
-    `continues_text`: the run was trained on plain texts alone, so it goes on with a prompt, and no template is used.
+    `source` is the run's or adapter's folder, or the model's id; `domains` are those that the run was trained on, None
+    where there is no run (any may be given then); `adapter` is the folder of the adapter's files. `continues_text`: the
+    run was trained on plain texts alone, so the model continues a prompt, and no template is used.
     """
 
     source: str
@@ -59,11 +69,11 @@ class Session:
     stop_ids: frozenset[int]
     device: torch.device
     precision: Precision
-    decoders: Decoders = field(default_factory=Decoders, init=False, repr=False, compare=False)
+    decoders: DecoderCache = field(default_factory=DecoderCache, init=False, repr=False, compare=False)
 
     @property
     def pad_id(self) -> int:
-        """What fills the masked places of a batch."""
+        """The token that pads a batch."""
         return self.encoder.eos_id
 
     @property
@@ -73,7 +83,7 @@ class Session:
 
     @property
     def preparation(self) -> Preparation:
-        """How the session makes tokens of examples."""
+        """How the session tokenizes examples."""
         assert self.config.model.seq_len is not None
         return Preparation(self.config.data, self.renderer, self.encoder, self.config.model.seq_len, "")
 
@@ -82,10 +92,10 @@ class Session:
         return self.adapter is not None
 
     def check_domain(self, domain: str | None) -> None:
-        """Refuse a domain that the run does not know.
+        """Refuse a domain that the run was not trained on.
 
         Raises:
-            ConfigurationError: names those it knows, and the nearest.
+            ConfigurationError: names the run's domains, and the nearest.
         """
         _check_text(domain or "", "the domain")
         if domain is None or self.domains is None or domain in self.domains:
@@ -97,16 +107,16 @@ class Session:
     def prompt_ids(
         self, messages: Sequence[Message], domain: str | None = None, tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[int]:
-        """The tokens of a prompt, exactly as training would have made them.
+        """The tokens of a prompt, exactly as in training.
 
         Raises:
-            ConfigurationError: a domain that the run does not know, characters that are no text, or a prompt that
-                leaves no room to answer.
+            ConfigurationError: an unknown domain, characters that are not text, or a prompt that leaves no room to
+                answer.
         """
         self.check_domain(domain)
-        said = [[m.text, m.input, m.calls, m.extra] for m in messages]
-        _check_text(json.dumps([said, list(tools)], ensure_ascii=False, default=str), "the prompt")
-        if self.continues_text:  # the parts of several messages stand a line each
+        contents = [[m.text, m.input, m.calls, m.extra] for m in messages]
+        _check_text(json.dumps([contents, list(tools)], ensure_ascii=False, default=str), "the prompt")
+        if self.continues_text:  # the parts of several messages are joined by line ends
             text = "\n".join(part for m in messages for part in (m.text, m.input) if part)
             segments = self.renderer.render_text_prompt(text, domain)
         else:
@@ -121,19 +131,19 @@ class Session:
 
 
 def _check_text(text: str, what: str) -> None:
-    """Refuse what no tokenizer or template can take.
+    """Refuse characters that no tokenizer or template can take.
 
     Raises:
-        ConfigurationError: half of a surrogate pair, or one of U+FDD0 to U+FDD3; names `what` holds it.
+        ConfigurationError: half of a surrogate pair, or one of U+FDD0 to U+FDD3, in the text called `what`.
     """
     if found := NO_TEXT.search(text):
         code = ord(found[0])
         kind = "a noncharacter" if code >= 0xFDD0 else "half of a surrogate pair, or a byte that is not UTF-8"
-        raise ConfigurationError(f"{what} holds U+{code:04X}, which is no text ({kind}). Take it out.")
+        raise ConfigurationError(f"{what} holds U+{code:04X}, which is not text ({kind}). Take it out.")
 
 
 def open_session(config: TrainingConfig) -> Session:
-    """What `inference.adapter` names: a run, a bare adapter folder on `model.id`, or `model.id` alone (`none`).
+    """The session that `inference.adapter` names: a run, a bare adapter folder on `model.id`, or `model.id` alone.
 
     A run answers with its own model, template and domains; the other two with those of `config`.
 
@@ -142,7 +152,7 @@ def open_session(config: TrainingConfig) -> Session:
     """
     name = config.inference.adapter
     if uses_own_model(name):
-        return _open_own(config, None if name == BASE_ALONE else expand_home(name))
+        return _open_configured_model(config, None if name == BASE_ALONE else expand_home(name))
     run = find_adapter_run(name, config.output.base_output_dir, config.output.named_experiment)
     if not Path(name).is_dir():
         logger.info("run %s of experiment %s", run.run_id, run.experiment_name)
@@ -160,13 +170,13 @@ def open_run(
     Args:
         device: as `model.device`; None takes the run's.
         precision: of weights and computation; None takes the run's.
-        given: what the user set for this, by section: `{"model": {"trust_remote_code": True}}` lets the model's own
-            code run, which the run's config alone never does; `accept_changed_base` there takes a base that is not the
-            one that the run trained on.
+        given: what the user sets now, by section: `{"model": {"trust_remote_code": True}}` lets the model's own code
+            run, which the run's config alone never does; `accept_changed_base` there accepts a base that differs from
+            the one that the run trained on.
 
     Raises:
         CheckpointError: the run has no finished adapter, or a damaged one; ModelLoadingError, AdapterError: it cannot
-            be loaded, or its base is another now.
+            be loaded, or its base has changed.
         ConfigurationError: its model carries code that the user has not allowed.
     """
     config = open_run_config(run, given or {}, "model.trust_remote_code")
@@ -175,30 +185,28 @@ def open_run(
     run.require_adapter()
     place = get_device(device or config.model.device)
     trained = config.training.precision
-    # fp16 exists on CUDA alone: elsewhere such a run answers in the device's own precision.
-    elsewhere = device is not None or (trained == "fp16" and place.type != "cuda")
+    # fp16 needs CUDA: on another device such a run answers in the device's own precision.
+    is_elsewhere = device is not None or (trained == "fp16" and place.type != "cuda")
     if precision:
         config = config.replace_keys(model={"dtype": precision})
-    precision = precision or resolve_precision("auto" if elsewhere else trained, place)
+    precision = precision or resolve_precision("auto" if is_elsewhere else trained, place)
     tokenizer = load_tokenizer(config.model, str(run.tokenizer))
     config = config.replace_keys(data={"date": resolve_date(config.data, tokenizer)})
-    is_here = local_folder(config.model) is not None
-    if is_here:
+    is_local = local_folder(config.model) is not None
+    if is_local:
         check_base(run.base_record, config.model)
     base = load_model(config.model, place, precision)
-    if not is_here:  # of a hub: now it is
+    if not is_local:  # it has just been downloaded from a hub
         check_base(run.base_record, config.model)
-    model = load_adapter(base, run.adapter)
+    loaded = LoadedModel(load_adapter(base, run.adapter), tokenizer, place, precision)
     data = run.read_metadata("data.json")
-    texts = are_texts(data["train"]["mappings"].values(), config.data.fields)
+    texts = are_plain_texts(data["train"]["mappings"].values(), config.data.fields)
     domains = tuple(data["domains"])
-    return session_on(
-        model, tokenizer, config, texts, place, precision, source=str(run.root), adapter=run.adapter, domains=domains
-    )
+    return build_session(loaded, config, texts, source=str(run.root), adapter=run.adapter, domains=domains)
 
 
-def are_texts(mappings: Collection[str], fields: FieldsSection) -> bool:
-    """Whether every file was read as plain texts: then its mapping names the texts' field, and perhaps the domain's."""
+def are_plain_texts(mappings: Collection[str], fields: FieldsSection) -> bool:
+    """Whether every file was read as plain texts: its mapping then names the texts' field, and maybe the domain's."""
     text = text_field(fields)
     return text != fields.messages and all(m.split(", domain from ")[0] == text for m in mappings)
 
@@ -208,8 +216,8 @@ def text_field(fields: FieldsSection) -> str:
     return fields.text or ALIASES["text"][0]
 
 
-def _open_own(config: TrainingConfig, adapter: Path | None) -> Session:
-    """The config's own model, alone or under a bare adapter folder (whose tokenizer is taken where it has one)."""
+def _open_configured_model(config: TrainingConfig, adapter: Path | None) -> Session:
+    """The config's own model, alone or with a bare adapter (and that folder's tokenizer, where it has one)."""
     place = get_device(config.model.device)
     precision = resolve_precision(config.training.precision, place)
     config = config.replace_keys(model={"seq_len": resolve_seq_len(config.model, read_facts(config.model))})
@@ -223,12 +231,12 @@ def _open_own(config: TrainingConfig, adapter: Path | None) -> Session:
         check_base(RunFolder(adapter.resolve().parents[1]).base_record, config.model)
     model = load_model(config.model, place, precision)
     if adapter:
-        model = _with_adapter(model, adapter, config.model.id)
-    source = str(adapter or config.model.id)
-    return session_on(model, tokenizer, config, False, place, precision, source=source, adapter=adapter)
+        model = _load_adapter_on(model, adapter, config.model.id)
+    loaded = LoadedModel(model, tokenizer, place, precision)
+    return build_session(loaded, config, False, source=str(adapter or config.model.id), adapter=adapter)
 
 
-def _with_adapter(model: Any, folder: Path, model_id: str) -> Any:
+def _load_adapter_on(model: Any, folder: Path, model_id: str) -> Any:
     try:
         return load_adapter(model, folder)
     except AdapterError as error:
@@ -238,13 +246,10 @@ def _with_adapter(model: Any, folder: Path, model_id: str) -> Any:
         raise AdapterError(f"{error}\nmodel.id is '{model_id}'; the adapter was trained on '{trained_on}'.") from error
 
 
-def session_on(
-    model: Any,
-    tokenizer: Any,
+def build_session(
+    loaded: LoadedModel,
     config: TrainingConfig,
-    texts: bool,
-    device: torch.device,
-    precision: Precision,
+    continues_text: bool,
     *,
     source: str = "",
     adapter: Path | None = None,
@@ -254,43 +259,54 @@ def session_on(
 
     Args:
         config: with `data.template` resolved.
-        texts: it was trained on plain texts alone, see `are_texts`.
+        continues_text: the model was trained on plain texts alone, see `are_plain_texts`.
 
     Raises:
         ModelLoadingError: the tokenizer or the model's generation config cannot be used.
     """
-    encoder = TextEncoder(tokenizer)  # before the renderer, which takes for granted that there is an EOS
-    renderer = build_renderer(config.data, tokenizer)
-    ends = _trained_ends(renderer, encoder, texts)
-    stop_ids = frozenset({encoder.eos_id, *ends, *_configured_ends(model, config.model.id)})
+    encoder = TextEncoder(loaded.tokenizer)  # before the renderer, which assumes that there is an EOS token
+    renderer = build_renderer(config.data, loaded.tokenizer)
+    trained_ids = _trained_stop_ids(renderer, encoder, continues_text)
+    configured_ids = _configured_stop_ids(loaded.model, config.model.id)
     return Session(
-        source, adapter, model, tokenizer, encoder, renderer, config, domains, texts, stop_ids, device, precision
+        source=source,
+        adapter=adapter,
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        encoder=encoder,
+        renderer=renderer,
+        config=config,
+        domains=domains,
+        continues_text=continues_text,
+        stop_ids=frozenset({encoder.eos_id, *trained_ids, *configured_ids}),
+        device=loaded.device,
+        precision=loaded.precision,
     )
 
 
-def _trained_ends(renderer: Renderer, encoder: TextEncoder, texts: bool) -> set[int]:
-    """The tokens that end an answer in training: the last one of a chat, an earlier one, and a call of a tool."""
-    if texts:
+def _trained_stop_ids(renderer: Renderer, encoder: TextEncoder, continues_text: bool) -> set[int]:
+    """The tokens that end an answer in training: the last of a chat, an earlier one, and a tool call."""
+    if continues_text:
         text = Example((Message("assistant", "b"),), None, "", 0, is_text=True)
         return {int(encoder.encode([renderer.render_example(text)])[0].input_ids[-1])}
     turn = (Message("user", "a"), Message("assistant", "b"))
     call = Message("assistant", "", calls=({"name": "f", "arguments": {"a": "b"}},))
     ends = {int(encoder.encode([renderer.render_example(Example(turn, None, "", 0))])[0].input_ids[-1])}
-    for chat, tools in (((*turn, *turn), ()), ((turn[0], call), (A_TOOL,))):
+    for chat, tools in (((*turn, *turn), ()), ((turn[0], call), (PROBE_TOOL,))):
         try:
-            segments = renderer.render_example(Example(chat, None, "", 0, tools), DataNotes())
-        except DatasetError:  # such chats are no part of what this template was trained with
+            segments = renderer.render_example(Example(chat, None, "", 0, tools), DataNotes())  # probes: nothing to log
+        except DatasetError:  # this template has no such chats
             continue
         last_ids = [int(encoder.encode([[s]])[0].input_ids[-1]) for s in segments if s.response]
         ends |= encoder.special_ids.intersection(last_ids)
     return ends
 
 
-def _configured_ends(model: Any, model_id: str) -> list[int]:
-    """What the model's generation config stops at.
+def _configured_stop_ids(model: Any, model_id: str) -> list[int]:
+    """The stop tokens of the model's generation config.
 
     Raises:
-        ModelLoadingError: it names something else than tokens by their ids.
+        ModelLoadingError: they are not token ids.
     """
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured] if configured is not None else []

@@ -1,1 +1,1 @@
-"""An adapter as plain weights, verified."""
+"""An adapter merged into plain weights, and verified."""

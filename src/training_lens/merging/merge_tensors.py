@@ -1,4 +1,4 @@
-"""An adapter folded into the base's own weights: plain weights that any program loads without PEFT."""
+"""An adapter merged into the base's own weights: plain weights that any program loads without PEFT."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor
 from training_lens.config.schema import ModelSection
 from training_lens.errors import AdapterError
 from training_lens.models.base_files import write_config
+from training_lens.models.base_record import require_local_folder, stored_precision
 from training_lens.models.checkpoint_files import CheckpointNames, edit_checkpoint, stored_tensors, write_checkpoint
 from training_lens.models.omissions import is_linear
-from training_lens.models.quantization import dequantize, is_quantized
-from training_lens.models.stored import require_local_folder, stored_precision
+from training_lens.models.quantization import dequantize_model, is_quantized
 from training_lens.utils.devices import DTYPES, Precision
 from training_lens.utils.files import read_json
 
@@ -25,46 +25,46 @@ DELTA = "delta{suffix}.safetensors"
 
 
 @dataclass(frozen=True)
-class Folded:
+class MergedModel:
     """A model without adapter modules.
 
     Attributes:
         model: as transformers loaded it, in float32.
-        changed: names of the parameters that the adapter changed, in the model's state dict; one of two that are tied.
-        apart: names of those that were tied to another one in the base, and are no longer.
-        unpacked: the base's weights were in 4 or 8 bits, by the run's config or by the base's own.
+        changed: names in the state dict of the parameters that the adapter changed; one name of tied parameters.
+        untied: names of parameters that were tied to another one in the base, and are no longer.
+        was_quantized: the base's weights were in 4 or 8 bits, by the run's config or by the base's own.
     """
 
     model: Any
     changed: tuple[str, ...]
-    apart: tuple[str, ...]
-    unpacked: bool
+    untied: tuple[str, ...]
+    was_quantized: bool
 
     @property
-    def untied(self) -> bool:
-        """Whether embedding and head, one weight in the base, are two here."""
-        return bool(self.apart)
+    def is_untied(self) -> bool:
+        """Whether embedding and output head, one weight in the base, are two here."""
+        return bool(self.untied)
 
     @property
-    def rewritten(self) -> list[str]:
-        """Names of the parameters that the base's files do not hold as they are here."""
-        if self.unpacked:
+    def rewritten_names(self) -> list[str]:
+        """Names of the parameters that differ from the base's files."""
+        if self.was_quantized:
             return list(self.model.state_dict())
-        return [*self.changed, *self.apart]
+        return [*self.changed, *self.untied]
 
 
-def check_foldable(adapted: Any, scale: float) -> None:
+def check_mergeable(adapted: Any, scale: float) -> None:
     """Refuse an adapter that has no plain weights.
 
     Raises:
-        AdapterError: names the module: another kind than LoRA and DoRA on linear layers and embeddings; or a `scale`
-            other than 1 with a block trained whole, which has no "half of the update" that could be checked.
+        AdapterError: names the module: not a LoRA or DoRA on a linear layer or embedding; or a `scale` other than 1
+            with a block trained whole, which has no "half of the update" that could be checked.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.variants import DoraLinearVariant
 
     for path, layer in _adapted_layers(adapted):
-        base = _plain(layer)
+        base = _base_module(layer)
         if isinstance(layer, LoraLayer):
             dora = all(isinstance(variant, DoraLinearVariant) for variant in layer.lora_variant.values())
             if (
@@ -84,19 +84,19 @@ def check_foldable(adapted: Any, scale: float) -> None:
 
 
 @contextmanager
-def scaled(adapted: Any, scale: float) -> Iterator[None]:
-    """Within the block each adapted module gives base + scale (adapted - base): the update counts `scale` times.
+def scale_update(adapted: Any, scale: float) -> Iterator[None]:
+    """Within the block each adapted module computes base + scale (adapted - base).
 
-    For LoRA that is `scale` times its scaling factor; for DoRA, whose weight is no sum, the step from the base's weight
-    to the adapted one; for a module trained whole likewise. Cost: each base module computes twice.
+    For LoRA that multiplies its scaling factor; for DoRA, whose weight is not a sum, and for a module trained whole, it
+    is a step from the base's weight towards the adapted one. Cost: each base module computes twice.
     """
     with ExitStack() as stack:
         for _, layer in _adapted_layers(adapted) if scale != 1 else ():
-            stack.callback(layer.register_forward_hook(_interpolation(_plain(layer), scale)).remove)
+            stack.callback(layer.register_forward_hook(_make_interpolation_hook(_base_module(layer), scale)).remove)
         yield
 
 
-def _interpolation(base: torch.nn.Module, scale: float) -> Any:
+def _make_interpolation_hook(base: torch.nn.Module, scale: float) -> Any:
     def interpolate(_layer: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
         before: Tensor = base(*given)
         return before + scale * (result - before)
@@ -104,26 +104,26 @@ def _interpolation(base: torch.nn.Module, scale: float) -> Any:
     return interpolate
 
 
-def fold(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> Folded:
-    """Turn `adapted` into the plain model with weights W + scale dW, in float32; it is used up.
+def merge_weights(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> MergedModel:
+    """Turn `adapted` into the plain model with weights W + scale dW, in float32; changed in place.
 
-    dW is the update that the adapter makes: s B A for LoRA (arXiv 2106.09685), m (W + s B A) / |W + s B A| - W for DoRA
-    (arXiv 2402.09353), and what training changed of a module trained whole. A quantized base is dequantized first.
-    Memory: 4 bytes a parameter, and one module's update at a time besides.
+    dW is the adapter's update: s B A for LoRA (arXiv 2106.09685), m (W + s B A) / |W + s B A| - W for DoRA (arXiv
+    2402.09353), and the trained minus the base's values of a module trained whole. A quantized base is dequantized
+    first. Memory: 4 bytes a parameter, plus one module's update at a time.
 
     Args:
         scale: multiplies the update; 1 is the adapter as trained.
-        delta: put scale dW in the changed weights' place, and not the sum.
+        delta: replace the changed weights by scale dW, not by the sum.
 
     Raises:
         AdapterError: a module's update is not finite.
     """
-    unpacked = is_quantized(adapted)
-    model = dequantize(adapted.get_base_model()).float()
+    was_quantized = is_quantized(adapted)
+    model = dequantize_model(adapted.get_base_model()).float()
     changed = []
     for path, layer in _adapted_layers(adapted):
-        plain = _plain(layer)
-        for name, update in _updates(layer, plain):
+        plain = _base_module(layer)
+        for name, update in _compute_updates(layer, plain):
             if not torch.isfinite(update).all():
                 raise AdapterError(f"the adapter's update of '{path}.{name}' is not finite: training diverged.")
             before = plain.get_parameter(name).detach()
@@ -133,12 +133,12 @@ def fold(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> Folded:
             setattr(plain.get_submodule(owner), last, torch.nn.Parameter(after, requires_grad=False))
             changed.append(f"{path}.{name}")
         model.set_submodule(path, plain)
-    apart, again = _settle_ties(model)
-    return Folded(model, tuple(name for name in changed if name not in again), tuple(apart), unpacked)
+    untied, tied = _settle_ties(model)
+    return MergedModel(model, tuple(name for name in changed if name not in tied), tuple(untied), was_quantized)
 
 
 def _adapted_layers(adapted: Any) -> list[tuple[str, Any]]:
-    """Paths in the plain model, and PEFT's wrappers there."""
+    """The paths of PEFT's layer wrappers in the plain model, and the wrappers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -146,14 +146,14 @@ def _adapted_layers(adapted: Any) -> list[tuple[str, Any]]:
     return [(path, m) for path, m in modules if isinstance(m, BaseTunerLayer | ModulesToSaveWrapper)]
 
 
-def _plain(layer: Any) -> Any:
+def _base_module(layer: Any) -> Any:
     """The base's own module under PEFT's wrapper."""
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer.original_module
 
 
 @torch.no_grad()
-def _updates(layer: Any, plain: Any) -> Iterator[tuple[str, Tensor]]:
-    """Names of the plain module's parameters, and what the adapter adds to each, in float32 and of the same shape."""
+def _compute_updates(layer: Any, plain: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names of the base module's parameters, and the adapter's update of each, float32 and of the same shape."""
     (name,) = layer.active_adapters
     if not hasattr(layer, "lora_variant"):  # trained whole
         trained = dict(layer.modules_to_save[name].named_parameters())
@@ -165,45 +165,49 @@ def _updates(layer: Any, plain: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _settle_ties(model: Any) -> tuple[list[str], list[str]]:
-    """Names of weights that were tied to others and came apart, which the config then says; and of those tied again."""
-    apart, again = [], []
+    """Names of tied weights that are now untied, and of those tied again. The config is updated for the untied."""
+    untied, tied = [], []
     for target, source in model.all_tied_weights_keys.items():
         if torch.equal(model.get_parameter(target), model.get_parameter(source)):
             owner, _, last = target.rpartition(".")
             setattr(model.get_submodule(owner), last, model.get_parameter(source))
-            again.append(target)
+            tied.append(target)
         else:
-            apart.append(target)
-    for target in apart:
+            untied.append(target)
+    for target in untied:
         del model.all_tied_weights_keys[target]
-    for config in (model.config, model.config.get_text_config()) if apart else ():
+    for config in (model.config, model.config.get_text_config()) if untied else ():
         config.tie_word_embeddings = False
-    return apart, again
+    return untied, tied
 
 
-def save_merged(folded: Folded, base: ModelSection, folder: Path, dtype: Precision | None, max_shard_size: str) -> None:
-    """Write config.json and the weights: the base's own files, but for what the adapter changed.
+def save_merged(
+    merged: MergedModel, base: ModelSection, folder: Path, dtype: Precision | None, max_shard_size: str
+) -> None:
+    """Write config.json and the weights: the base's own files, except what the adapter changed.
 
     Args:
-        base: what the adapter was folded into.
-        dtype: of the written weights; None: each keeps the number type that it has in the base's files.
+        base: what the adapter was merged into.
+        dtype: of the written weights; None: each keeps the dtype that it has in the base's files.
         max_shard_size: of a file of weights, such as '5GB'.
 
     Raises:
-        MergeError: a changed weight has no place in the base's files.
+        MergeError: a changed weight has no counterpart in the base's files.
     """
     own = require_local_folder(base)
     is_packed = "quantization_config" in read_json(own / "config.json")
     stored = {} if is_packed else stored_tensors(own)
-    edits = CheckpointNames(folded.model, stored).edits(folded.rewritten)
+    edits = CheckpointNames(merged.model, stored).find_edits(merged.rewritten_names)
     tensors = edit_checkpoint(stored, edits, dtype and DTYPES[dtype], DTYPES[dtype or stored_precision(base)])
     write_checkpoint(tensors, folder, max_shard_size)
-    write_config(own, folder, folded.model, dtype=dtype, untied=folded.untied, trust_remote_code=base.trust_remote_code)
+    write_config(
+        own, folder, merged.model, dtype=dtype, untied=merged.is_untied, trust_remote_code=base.trust_remote_code
+    )
 
 
-def save_delta(folded: Folded, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
-    """Write the changed parameters alone, of a model folded with `delta`: delta.safetensors, or its shards."""
+def save_delta(merged: MergedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+    """Write the changed parameters alone, of a model merged with `delta`: delta.safetensors, or its shards."""
     from huggingface_hub import save_torch_state_dict
 
-    state = {name: folded.model.get_parameter(name).detach().to(dtype) for name in folded.changed}
+    state = {name: merged.model.get_parameter(name).detach().to(dtype) for name in merged.changed}
     save_torch_state_dict(state, str(folder), filename_pattern=DELTA, max_shard_size=max_shard_size)

@@ -1,4 +1,4 @@
-"""Whether each written weight is the base's with the adapter's update, rounded once, and each other one the base's."""
+"""Check each written weight: the base's plus the adapter's update, rounded once, or else the base's alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from training_lens.config.schema import ModelSection
 from training_lens.errors import MergeError, ModelLoadingError
-from training_lens.merging.verification import Check
-from training_lens.merging.weight_update import ROUNDOFF, LowRank, Whole, saved_updates
+from training_lens.merging.verification import MergeCheck
+from training_lens.merging.weight_update import ROUNDOFF, LowRankUpdate, WholeUpdate, load_updates
 from training_lens.models.factory import load_model
-from training_lens.models.quantization import dequantize
+from training_lens.models.quantization import dequantize_model
 from training_lens.utils.devices import DTYPES, Precision
 
 BLOCK = 2**22  # weights at a time: 32 MB in float64
@@ -24,10 +24,10 @@ Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Written:
-    """What was written, and of what: a folder with `base` + `scale` x the update of `adapter`, or that alone (`delta`).
+class MergeOutput:
+    """A written folder and its sources: `base` + `scale` x the update of `adapter`, or with `delta` the update alone.
 
-    `device` is where the adapter computed: the base's weights are taken from there, as quantized ones depend on it.
+    `device` is where the adapter computed. The base's weights are read there, as quantized ones depend on the device.
     """
 
     folder: Path
@@ -39,38 +39,38 @@ class Written:
     delta: bool
 
 
-def check_weights(written: Written) -> tuple[Check, Check]:
-    """Hold every written number w against its own sum v = W + scale dW in float64, of the base's and adapter's files.
+def check_weights(written: MergeOutput) -> tuple[MergeCheck, MergeCheck]:
+    """Compare every written number w with v = W + scale dW, computed in float64 from the base's and adapter's files.
 
-    The first check is the largest |w - v| / (h + e), where h is half the distance of the numbers of w's type around v,
-    and e what float32 may lose in computing v. The second counts weights without update that are not W, rounded.
-    Memory: the base in float32, and blocks; the written weights are mapped from their files. Cost: one pass.
+    The first check is the largest |w - v| / (h + e), where h is half the spacing of w's dtype around v, and e the error
+    bound of computing v in float32. The second counts weights without update that are not W, rounded. Memory: the base
+    in float32, and blocks; the written weights are mapped from their files. Cost: one pass.
 
     Raises:
-        MergeError: the written weights cannot be loaded, or the adapter's file names weights that the base has not.
+        MergeError: the written weights cannot be loaded, or the adapter's file names weights that the base lacks.
     """
-    base = dequantize(load_model(written.base, written.device, "fp32"))
-    weights, updates = base.state_dict(), saved_updates(written.adapter)
+    base = dequantize_model(load_model(written.base, written.device, "fp32"))
+    weights, updates = base.state_dict(), load_updates(written.adapter)
     if unknown := sorted(updates.keys() - weights.keys()):
         raise MergeError(
             f"{written.adapter} has an update of '{unknown[0]}', and {written.base.id} no such weight, so what was "
             "merged cannot be checked. Save the adapter again, from this base under this version of PEFT."
         )
-    found = _differences(written.folder) if written.delta else _merged(written)
+    found = _load_delta(written.folder) if written.delta else _load_merged(written)
     wrong = sorted(
-        found.keys() - updates.keys() if written.delta else _changed_others(written, found, weights, updates)
+        found.keys() - updates.keys() if written.delta else _find_changed_others(written, found, weights, updates)
     )
-    found = _twins(found, weights) | found
-    errors = {name: _error(written, found.get(name), base, name, update) for name, update in updates.items()}
+    found = _find_tied_weights(found, weights) | found
+    errors = {name: _largest_error(written, found.get(name), base, name, update) for name, update in updates.items()}
     worst = max(errors, key=errors.__getitem__)
     return (
-        Check("changed weights: largest error, in roundings", errors[worst], 1.0, worst),
-        Check("other weights that are not the base's, rounded", float(len(wrong)), 0.0, ", ".join(wrong[:3])),
+        MergeCheck("changed weights: largest error, in roundings", errors[worst], 1.0, worst),
+        MergeCheck("other weights that are not the base's, rounded", float(len(wrong)), 0.0, ", ".join(wrong[:3])),
     )
 
 
-def _merged(written: Written) -> Weights:
-    """The merged folder's weights, as any program would load them."""
+def _load_merged(written: MergeOutput) -> Weights:
+    """The weights of the merged folder, as any program would load them."""
     plain = {"id": str(written.folder), "revision": None, "quantization": "none", "dtype": written.dtype}
     try:
         model = load_model(written.base.model_copy(update=plain), torch.device("cpu"), written.dtype)
@@ -80,20 +80,20 @@ def _merged(written: Written) -> Weights:
     return weights
 
 
-def _differences(folder: Path) -> Weights:
+def _load_delta(folder: Path) -> Weights:
     from safetensors.torch import load_file
 
     return {name: t for file in sorted(folder.glob("delta*.safetensors")) for name, t in load_file(file).items()}
 
 
-def _twins(found: Weights, weights: Weights) -> Weights:
-    """For every weight of the base that is one with a found one: what was found of that."""
+def _find_tied_weights(found: Weights, weights: Weights) -> Weights:
+    """The found weights again under every name that the base ties to theirs."""
     places = {weights[name].data_ptr(): tensor for name, tensor in found.items() if name in weights}
     return {name: places[weight.data_ptr()] for name, weight in weights.items() if weight.data_ptr() in places}
 
 
-def _changed_others(written: Written, found: Weights, weights: Weights, updates: Any) -> Iterator[str]:
-    """Names without update, of either side, whose numbers are not the base's in the written type."""
+def _find_changed_others(written: MergeOutput, found: Weights, weights: Weights, updates: Any) -> Iterator[str]:
+    """Names without update, on either side, whose values are not the base's in the written dtype."""
     for name in (found.keys() | weights.keys()) - updates.keys():
         here, before = found.get(name), weights.get(name)
         if here is None or before is None:
@@ -104,19 +104,21 @@ def _changed_others(written: Written, found: Weights, weights: Weights, updates:
             yield name
 
 
-def _error(written: Written, found: Tensor | None, base: Any, name: str, update: LowRank | Whole) -> float:
-    """The largest error of one changed weight over what is allowed; infinite where it is missing or no number."""
+def _largest_error(
+    written: MergeOutput, found: Tensor | None, base: Any, name: str, update: LowRankUpdate | WholeUpdate
+) -> float:
+    """The largest error of one changed weight over the allowed one; infinite where it is missing or NaN."""
     before = base.get_parameter(name).detach().cpu()
     if found is None or found.shape != before.shape:
         return math.inf
     # PEFT's A and B map inputs to outputs; Conv1D and embeddings keep their weights as (in, out).
     module = base.get_submodule(name.rpartition(".")[0])
-    if isinstance(update, LowRank) and not isinstance(module, torch.nn.Linear):
+    if isinstance(update, LowRankUpdate) and not isinstance(module, torch.nn.Linear):
         found, before = found.T, before.T
     largest = 0.0
-    for rows in _blocks(before):
+    for rows in _row_blocks(before):
         weight = before[rows].double()
-        change, noise = update.change(weight, rows)
+        change, noise = update.compute_change(weight, rows)
         kept, change = 0 * weight if written.delta else weight, written.scale * change
         wanted = kept + change
         noise = abs(written.scale) * noise + 2 * ROUNDOFF * (kept.abs() + change.abs())
@@ -125,13 +127,13 @@ def _error(written: Written, found: Tensor | None, base: Any, name: str, update:
     return largest
 
 
-def _blocks(weight: Tensor) -> Iterator[slice]:
+def _row_blocks(weight: Tensor) -> Iterator[slice]:
     length = max(1, BLOCK * len(weight) // weight.numel())
     return (slice(start, start + length) for start in range(0, len(weight), length))
 
 
 def _half_step(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance of the numbers of `dtype` around each value: what rounding to the nearest may change."""
+    """Half the spacing of `dtype` around each value: the most that rounding to nearest may change."""
     limits = torch.finfo(dtype)
     exponent = torch.frexp(value).exponent  # |value| = mantissa x 2^exponent, mantissa in [1/2, 1)
     step = limits.eps * torch.exp2(exponent.double() - 1)

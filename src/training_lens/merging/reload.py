@@ -1,4 +1,4 @@
-"""What a model computes for given tokens; and, run by its path, what a folder computes in a process of its own.
+"""What a model computes for given tokens; run as a script, what a folder computes in a process of its own.
 
     python reload.py JOB.json
 
@@ -24,8 +24,8 @@ def last_logits(model: Any, ids: list[int], keep: int) -> Tensor:
     return logits[0, -keep:].float().cpu()  # (1, tokens, vocabulary) -> (positions, vocabulary)
 
 
-def greedy(model: Any, ids: list[int], limit: int, **stops: Any) -> tuple[list[int], list[float]]:
-    """The greedy answer's tokens, and for each how far its score is above the next best token's."""
+def decode_greedily(model: Any, ids: list[int], limit: int, **stops: Any) -> tuple[list[int], list[float]]:
+    """The tokens of the greedy answer, and for each the margin of its score over the second best token's."""
     prompt = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
         out = model.generate(
@@ -41,7 +41,7 @@ def greedy(model: Any, ids: list[int], limit: int, **stops: Any) -> tuple[list[i
     return out.sequences[0, len(ids) :].tolist(), [first - second for first, second in best]
 
 
-def load(job: dict[str, Any]) -> Any:
+def load_output(job: dict[str, Any]) -> Any:
     """The job's folder as a model in float32: a whole one, or `base` with the folder's delta added."""
     import transformers
     from safetensors.torch import load_file
@@ -61,20 +61,20 @@ def load(job: dict[str, Any]) -> Any:
     return model.to(job["device"]).eval()
 
 
-def main(path: Path) -> None:
-    """Do the job in `path`: rows' logits, and answers to prompts."""
+def run_job(path: Path) -> None:
+    """Write the logits of the job's rows and the answers to its prompts."""
     from safetensors.torch import save_file
 
     job = json.loads(path.read_text(encoding="utf-8"))
-    model = load(job)
+    model = load_output(job)
     save_file(
         {str(i): last_logits(model, ids, job["keep"]).contiguous() for i, ids in enumerate(job["rows"])},
         path.with_name("logits.safetensors"),
     )
     stops = {"eos_token_id": job["stop_ids"], "pad_token_id": job["pad_id"]} if job["base"] else {}
-    answers = [greedy(model, ids, limit, **stops)[0] for ids, limit in job["prompts"]]
+    answers = [decode_greedily(model, ids, limit, **stops)[0] for ids, limit in job["prompts"]]
     path.with_name("greedy.json").write_text(json.dumps(answers), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_job(Path(sys.argv[1]))

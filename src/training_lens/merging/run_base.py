@@ -1,4 +1,4 @@
-"""The adapter that is to be merged: in float32, on the base that it was trained on."""
+"""Open the adapter that is to be merged, in float32, on the base that it was trained on."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from training_lens.config.schema import ModelSection, TrainingConfig
 from training_lens.errors import AdapterError, ConfigurationError
 from training_lens.inference.session import Session, open_run, open_session
 from training_lens.models.adapter_files import read_config, require_adapter, require_plain
+from training_lens.models.base_record import check_base
 from training_lens.models.factory import read_facts, resolve_seq_len
-from training_lens.models.location import locate
-from training_lens.models.stored import check_base
+from training_lens.models.location import locate_model
 from training_lens.runs.run_folder import RunFolder
 from training_lens.runs.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
 from training_lens.utils.names import expand_home
 
-PARTLY = ("layers_to_transform", "layers_pattern", "exclude_modules")  # where an adapter is, not what it computes
+PARTLY = (
+    "layers_to_transform",
+    "layers_pattern",
+    "exclude_modules",
+)  # these say where the adapter's layers are, not what they compute
 
 
-def run_of(config: TrainingConfig) -> RunFolder | None:
+def find_run(config: TrainingConfig) -> RunFolder | None:
     """The run that is merged; None where `inference.adapter` is a bare adapter folder.
 
     Raises:
@@ -36,44 +40,44 @@ def run_of(config: TrainingConfig) -> RunFolder | None:
     return find_adapter_run(name, config.output.base_output_dir, config.output.named_experiment)
 
 
-def adapter_of(config: TrainingConfig, run: RunFolder | None) -> tuple[Path, ModelSection]:
+def find_adapter(config: TrainingConfig, run: RunFolder | None) -> tuple[Path, ModelSection]:
     """The adapter's folder, and the base that it is merged into: a run's own, else that of the config."""
     if run is None:
         return expand_home(config.inference.adapter), config.model
     return run.adapter, read_run_config(run).model
 
 
-def open_exact(config: TrainingConfig, run: RunFolder | None, same_base: bool) -> tuple[Session, bool]:
+def open_in_float32(config: TrainingConfig, run: RunFolder | None, same_base: bool) -> tuple[Session, bool]:
     """The adapter on its base, in float32; and whether the base's weights are known to be those that it trained on.
 
     Args:
-        run: from `run_of`.
-        same_base: take `model.id` for the base of a bare adapter, whatever name that gives.
+        run: from `find_run`.
+        same_base: accept `model.id` as the base of a bare adapter, whatever base that names.
 
     Raises:
-        AdapterError: the base is another, or the adapter is of a kind that has no plain weights.
+        AdapterError: the base is another one, or the adapter is of a kind that has no plain weights.
     """
     if run is None:
-        return _open_bare(config, adapter_of(config, run)[0], same_base)
+        return _open_bare_adapter(config, find_adapter(config, run)[0], same_base)
     device = config.model.device
     session = open_run(run, None if device == "auto" else device, "fp32", config.explicit_values())
     return session, check_base(run.base_record, session.config.model)
 
 
-def _open_bare(config: TrainingConfig, folder: Path, same_base: bool) -> tuple[Session, bool]:
-    """A bare adapter's base is told by the weights that its run recorded, where it lies in a run, else by its name."""
+def _open_bare_adapter(config: TrainingConfig, folder: Path, same_base: bool) -> tuple[Session, bool]:
+    """Check a bare adapter's base by the record of the run that it lies in, or else by its name."""
     settings = read_config(require_adapter(folder))
     require_plain(settings, folder, "inference.adapter", "be merged", also=PARTLY)
     known = check_base(RunFolder(folder.resolve().parents[1]).base_record, config.model)
     if not known and not same_base:
-        _check_name(folder, settings.get("base_model_name_or_path"), config.model)
+        _check_base_name(folder, settings.get("base_model_name_or_path"), config.model)
     seq_len = resolve_seq_len(config.model, read_facts(config.model))
     exact = config.replace_keys(model={"dtype": "fp32", "seq_len": seq_len}, training={"precision": "fp32"})
     return open_session(exact), known
 
 
-def _check_name(folder: Path, named: str | None, model: ModelSection) -> None:
-    here = locate(model)
+def _check_base_name(folder: Path, named: str | None, model: ModelSection) -> None:
+    here = locate_model(model)
     if not named or named in (here, model.id) or _same_folder(named, here):
         return
     raise AdapterError(

@@ -1,4 +1,4 @@
-"""Whether a merged folder computes what its adapter does: loaded in a fresh process, held against the adapter."""
+"""Whether a merged folder computes what its adapter does: loaded in a fresh process, compared with the adapter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from training_lens.utils.files import read_json, write_json
 
 
 @dataclass(frozen=True)
-class Allowed:
+class Tolerance:
     """How far a merged model may be from its adapter.
 
     `logits` is the largest logit difference over the logits' spread (of 1 at least), `kl` the mean KL in nats.
@@ -34,21 +34,21 @@ class Allowed:
     kl: float
 
 
-# Both sides compute in float32, so for fp32 the order of summing is all that differs. That bf16 and fp16 weights are
-# rightly rounded is checked one by one (`weights`), so here are refused only differences that rounding does not make:
-# over ten times what was measured. From 4 bits is as from none: the dequantized weights are the very numbers that the
-# adapter computed with. LLM.int8() rounds what goes into a layer too, which no merged weights can do.
-ALLOWED: dict[str, Allowed] = {
-    "fp32": Allowed(1e-4, 1e-6),
-    "fp16": Allowed(0.05, 1e-3),
-    "bf16": Allowed(0.5, 0.01),
-    "8bit": Allowed(0.5, 0.01),
+# Both sides compute in float32, so for fp32 only the order of summation differs. That bf16 and fp16 weights are rounded
+# correctly is checked one by one (`merged_weights`), so here only differences that rounding cannot make are refused:
+# over ten times what was measured. 4 bits are as none: the dequantized weights are the numbers that the adapter
+# computed with. LLM.int8() also rounds a layer's input, which merged weights cannot.
+TOLERANCES: dict[str, Tolerance] = {
+    "fp32": Tolerance(1e-4, 1e-6),
+    "fp16": Tolerance(0.05, 1e-3),
+    "bf16": Tolerance(0.5, 0.01),
+    "8bit": Tolerance(0.5, 0.01),
 }
 
 
 @dataclass(frozen=True)
-class Check:
-    """One thing that was measured; `ok` is whether it is at most what is allowed. `where`: the tensors that decide."""
+class MergeCheck:
+    """A measured value and the most that is allowed. `where`: the tensors that decide."""
 
     name: str
     measured: float
@@ -56,22 +56,22 @@ class Check:
     where: str = ""
 
     @property
-    def ok(self) -> bool:
+    def is_ok(self) -> bool:
         return self.measured <= self.allowed  # false where either is not a number
 
 
 @dataclass(frozen=True)
 class Verification:
-    """A merged model against its adapter, on logits of `positions` places and `answers` greedy answers.
+    """A merged model against its adapter, on the logits of `positions` positions and `answers` greedy answers.
 
     Attributes:
         max_logit_difference: max |z' - z| over all logits z of the adapter and z' of the merged model.
-        logit_spread: standard deviation of z over the vocabulary, mean over positions: what differences are held to.
+        logit_spread: standard deviation of z over the vocabulary, mean over positions; the scale of differences.
         mean_kl: KL(adapter || merged) of the next token, mean over positions, in nats.
-        distance_share: root mean square of z' - z, over that of the base's: the update that rounding lost.
+        distance_share: RMS of z' - z over the RMS of base - z: the share of the update that rounding lost.
         greedy_agreement: share of answers that are token for token the same.
-        ties: answers that differ from a token on whose score was within twice the allowed difference of another's.
-        checks: what decides.
+        ties: answers that first differ at a token whose margin is at most twice the allowed logit difference.
+        checks: what decides whether the merge passes.
     """
 
     positions: int
@@ -82,20 +82,20 @@ class Verification:
     distance_share: float
     greedy_agreement: float
     ties: int
-    checks: tuple[Check, ...]
+    checks: tuple[MergeCheck, ...]
 
     @property
-    def ok(self) -> bool:
-        return all(check.ok for check in self.checks)
+    def is_ok(self) -> bool:
+        return all(check.is_ok for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
-        """As written in a report; what is not finite is null."""
-        values = asdict(self) | {"checks": [asdict(c) | {"ok": c.ok} for c in self.checks]}
+        """As written in a report; values that are not finite are null."""
+        values = asdict(self) | {"checks": [asdict(c) | {"ok": c.is_ok} for c in self.checks]}
         kept: dict[str, Any] = json.loads(json.dumps(values), parse_constant=lambda _name: None)
         return kept
 
 
-def verify(
+def verify_folder(
     folder: Path, given: Probes, wanted: Reference, dtype: Precision, quantization: str, job: dict[str, Any]
 ) -> Verification:
     """Load `folder` in a fresh process, let it compute the probes, and compare.
@@ -103,7 +103,7 @@ def verify(
     Args:
         dtype: of the written weights.
         quantization: of the base that the adapter computed on, as `model.quantization`.
-        job: how `reload.load` is to load it.
+        job: how `reload.load_output` is to load it.
 
     Raises:
         MergeError: it cannot be loaded.
@@ -111,15 +111,15 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="training-lens-merge-") as place:
         path = Path(place) / "job.json"
         write_json(path, {**asdict(given), **job, "folder": str(folder)}, verbatim=True)
-        _run(path, folder, job["class"])
+        _run_reload(path, folder, job["class"])
         answers = read_json(path.with_name("greedy.json"))
         with safe_open(path.with_name("logits.safetensors"), "pt") as file:
             found = [file.get_tensor(str(i)) for i in range(len(given.rows))]
-    return compare(found, answers, wanted, dtype, quantization)
+    return compare_outputs(found, answers, wanted, dtype, quantization)
 
 
-def _run(job: Path, folder: Path, name: str) -> None:
-    """-P keeps this file's neighbours out of the other process's imports."""
+def _run_reload(job: Path, folder: Path, name: str) -> None:
+    """Run reload.py; -P keeps its folder out of the other process's imports."""
     command = [sys.executable, "-P", str(reload.__file__), str(job)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
@@ -127,63 +127,63 @@ def _run(job: Path, folder: Path, name: str) -> None:
         raise MergeError(f"what was written in {folder} cannot be loaded by {name}: {last}")
 
 
-def compare(
+def compare_outputs(
     found: Sequence[Tensor], answers: Sequence[list[int]], wanted: Reference, dtype: Precision, quantization: str
 ) -> Verification:
-    """Hold logits and answers of the merged model against the adapter's; see `Verification` for the measures."""
+    """Compare logits and answers of the merged model with the adapter's; see `Verification` for the measures."""
     pairs = list(zip(found, wanted.adapter, strict=True))
     if any(a.shape != b.shape for a, b in pairs):
         raise MergeError(
             f"the merged model has logits of {tuple(found[0].shape)}, not {tuple(wanted.adapter[0].shape)}"
         )
-    spread = _mean([z.std(-1) for z in wanted.adapter])
+    spread = _mean_over_parts([z.std(-1) for z in wanted.adapter])
     largest = torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
-    limits = ALLOWED["8bit" if quantization == "8bit" else dtype]
+    limits = TOLERANCES["8bit" if quantization == "8bit" else dtype]
     allowed = limits.logits * max(1.0, spread)
-    parted = [_first_parting(*three) for three in zip(answers, wanted.answers, wanted.margins, strict=True)]
-    margins = [margin for margin in parted if margin is not None]
+    differences = [_first_difference(*three) for three in zip(answers, wanted.answers, wanted.margins, strict=True)]
+    margins = [margin for margin in differences if margin is not None]
     ties = sum(margin <= 2 * allowed for margin in margins)
-    to_base = _distance(list(zip(found, wanted.base, strict=True)))
-    update = _distance(list(zip(wanted.base, wanted.adapter, strict=True)))
-    mean_kl, to_adapter = _mean([_kl(b, a) for a, b in pairs]), _distance(pairs)
+    to_base = _rms_distance(list(zip(found, wanted.base, strict=True)))
+    update = _rms_distance(list(zip(wanted.base, wanted.adapter, strict=True)))
+    mean_kl, to_adapter = _mean_over_parts([_kl_divergence(b, a) for a, b in pairs]), _rms_distance(pairs)
     return Verification(
         positions=sum(len(z) for z in found),
-        answers=len(parted),
+        answers=len(differences),
         max_logit_difference=largest,
         logit_spread=spread,
         mean_kl=mean_kl,
         distance_share=to_adapter / update if update else math.inf,
-        greedy_agreement=1 - len(margins) / max(1, len(parted)),
+        greedy_agreement=1 - len(margins) / max(1, len(differences)),
         ties=ties,
         checks=(
-            Check("largest logit difference to the adapter", largest, allowed),
-            Check("mean KL divergence from the adapter, nats", mean_kl, limits.kl),
-            Check("greedy answers that part from the adapter's", float(len(margins) - ties), 0.0),
-            Check("logit distance to the adapter (that to the base)", to_adapter, to_base),
+            MergeCheck("largest logit difference to the adapter", largest, allowed),
+            MergeCheck("mean KL divergence from the adapter, nats", mean_kl, limits.kl),
+            MergeCheck("greedy answers that part from the adapter's", float(len(margins) - ties), 0.0),
+            MergeCheck("logit distance to the adapter (that to the base)", to_adapter, to_base),
         ),
     )
 
 
-def _mean(parts: Sequence[Tensor]) -> float:
+def _mean_over_parts(parts: Sequence[Tensor]) -> float:
     return torch.cat(list(parts)).mean().item()
 
 
-def _kl(adapter: Tensor, merged: Tensor) -> Tensor:
+def _kl_divergence(adapter: Tensor, merged: Tensor) -> Tensor:
     """KL(adapter || merged) of each position (positions,), from logits (positions, vocabulary).
 
-    In float64: in float32 the sum's rounding is larger than what is left of an exact merge, and may be negative.
+    In float64: in float32 the sum's rounding error exceeds the KL of an exact merge, and may be negative.
     """
     p, q = adapter.double().log_softmax(-1), merged.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
 
-def _distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+def _rms_distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """Root of the mean squared difference over all logits."""
-    return math.sqrt(_mean([(a - b).square().mean(-1) for a, b in pairs]))
+    return math.sqrt(_mean_over_parts([(a - b).square().mean(-1) for a, b in pairs]))
 
 
-def _first_parting(found: list[int], wanted: list[int], margins: list[float]) -> float | None:
-    """Where two answers first differ, how sure the adapter was of its token; None where they are the same."""
+def _first_difference(found: list[int], wanted: list[int], margins: list[float]) -> float | None:
+    """The adapter's margin at the first token where two answers differ; None if they are equal."""
     length = max(len(found), len(wanted))
     differs = (i for i in range(length) if found[i : i + 1] != wanted[i : i + 1])
     place = next(differs, None)

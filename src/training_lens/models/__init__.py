@@ -1,4 +1,4 @@
-"""Base models, adapters, and the kernels between them and the loss."""
+"""Base models and adapters: loading, checking, saving, and the fast path in `fast/`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Saved adapters: PEFT folders, read by their configuration and the header of their weights."""
+"""Saved adapters: PEFT folders, checked by their configuration and the header of their weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ logger = get_logger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
 
-# What an adapter's configuration says besides the keys of `PeftSection`, and does not change what it computes.
+# Keys of an adapter's configuration that are not in `PeftSection` and do not change what it computes.
 NEUTRAL = {
     *("auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "fan_in_fan_out"),
     *("inference_mode", "init_lora_weights", "lora_dropout", "modules_to_tie", "peft_type", "peft_version"),
@@ -33,44 +34,40 @@ CARRIED = {
     "use_rslora",
 }
 NEEDED = ("r", "lora_alpha", "target_modules")
-# Written in any case: what tells an adapter's kind and base to whoever reads the file without PEFT.
+# Always written: the adapter's kind and base, for programs that read the file without PEFT.
 NAMING = {*NEEDED, "peft_type", "task_type", "base_model_name_or_path"}
 ON_OTHER_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def require_adapter(folder: Path) -> Path:
-    """The folder, once it holds an adapter's two files.
+    """The folder, after checking that it holds an adapter's two files.
 
     Raises:
-        AdapterError: a file is missing; weights are taken as safetensors alone.
+        AdapterError: a file is missing; only safetensors weights are read.
         DamagedFileError: a file differs from what the run or checkpoint around it recorded.
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             unsafe = " (adapter_model.bin may run code when opened: convert it)" if any(folder.glob("*.bin")) else ""
-            raise AdapterError(f"{folder} is no adapter folder: {name} is missing{unsafe}.")
+            raise AdapterError(f"{folder} is not an adapter folder: {name} is missing{unsafe}.")
     require_intact(folder)
     return folder
 
 
 def require_finite(folder: Path) -> None:
-    """Refuse an adapter with a NaN or an infinity in its weights or its scale: what it computes would be no numbers.
+    """Refuse an adapter with NaN or infinity in its weights or its scale.
 
     Raises:
-        AdapterError: names the first tensor, or the key; or a file is broken.
+        AdapterError: names the first tensor or key; or a file is broken.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
 
     config = read_config(folder)
     scales = {"lora_alpha": config.get("lora_alpha"), **(config.get("alpha_pattern") or {})}
     wrong = [name for name, scale in scales.items() if isinstance(scale, float) and not math.isfinite(scale)]
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            names = list(file.keys())
-            wrong += [name for name in names if not torch.isfinite(file.get_tensor(name).float()).all()]
-    except SafetensorError as error:
-        raise AdapterError(f"{folder / WEIGHTS} is broken ({error}). Copy or save it again.") from error
+    with _open_weights(folder) as file:
+        names = list(file.keys())
+        wrong += [name for name in names if not torch.isfinite(file.get_tensor(name).float()).all()]
     if wrong:
         raise AdapterError(
             f"the adapter in {folder} is not finite: {len(wrong)} of its tensors or scales hold NaN or infinity, the "
@@ -79,10 +76,10 @@ def require_finite(folder: Path) -> None:
 
 
 def adapter_folder(reference: str) -> Path:
-    """The adapter folder that `peft.from_adapter` means: itself, or artifacts/adapter of a run folder.
+    """The adapter folder that `peft.from_adapter` names: itself, or artifacts/adapter of a run folder.
 
     Raises:
-        AdapterError: nothing there, or files are missing.
+        AdapterError: there is no such folder, or files are missing.
     """
     path = expand_home(reference)
     if path.is_file():
@@ -93,45 +90,45 @@ def adapter_folder(reference: str) -> Path:
         raise AdapterError(f"peft.from_adapter: no folder '{reference}'.{hint}")
     run = RunFolder(path)
     if (path / CONFIG).is_file() or not run.metadata.is_dir():
-        return _keyed(path)
+        return _require_configured_adapter(path)
     if not run.adapter.is_dir():
         raise AdapterError(f"peft.from_adapter: the run '{reference}' has no adapter yet; finish it with --resume.")
-    return _keyed(run.adapter)
+    return _require_configured_adapter(run.adapter)
 
 
-def _keyed(folder: Path) -> Path:
+def _require_configured_adapter(folder: Path) -> Path:
     try:
         return require_adapter(folder)
     except AdapterError as error:
         raise AdapterError(f"peft.from_adapter: {error}") from None
 
 
-def adopt(peft: PeftSection) -> PeftSection:
-    """The section with what the adapter of `from_adapter` decides: rank, alpha, targets, variant, patterns.
+def adopt_saved_settings(peft: PeftSection) -> PeftSection:
+    """The section completed from the adapter of `from_adapter`: rank, alpha, targets, variant, patterns.
 
     What neither sets stays unset.
 
     Raises:
-        AdapterError: no such adapter, or it is more than a LoRA or DoRA.
-        ConfigurationError: the section sets a value, and the adapter has another.
+        AdapterError: there is no such adapter, or it is not a plain LoRA or DoRA.
+        ConfigurationError: the section sets another value than the adapter has.
     """
     if peft.from_adapter is None:
         return peft
     folder = adapter_folder(peft.from_adapter)
-    saved = _section_of(read_config(folder), folder)
+    saved = _read_section(read_config(folder), folder)
     given = peft.model_dump(include=peft.model_fields_set)
     problems = [
         f"peft.{key}: given {given[key]!r}, but the adapter in {folder} has {value!r}; leave it out, or leave "
         "peft.from_adapter out to start anew"
         for key, value in saved.items()
-        if key in given and _unordered(given[key]) != _unordered(value)
+        if key in given and _sort_list(given[key]) != _sort_list(value)
     ]
     if problems:
         raise ConfigurationError(problems)
     return PeftSection.model_validate({**given, **saved})
 
 
-def _unordered(value: Any) -> Any:
+def _sort_list(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) else value
 
 
@@ -139,7 +136,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The content of adapter_config.json.
 
     Raises:
-        AdapterError: it is no JSON object, or has a module that PEFT would import.
+        AdapterError: it is not a JSON object, or names a module that PEFT would import.
     """
     try:
         config = read_json(folder / CONFIG)
@@ -158,9 +155,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def drop_defaults(folder: Path) -> None:
-    """Leave out of adapter_config.json what says nothing: keys at PEFT's defaults, and the version that wrote them.
+    """Remove from adapter_config.json the keys at PEFT's defaults and PEFT's version.
 
-    Each version of PEFT adds keys, and an older one refuses or warns of those that it does not know.
+    Each version of PEFT adds keys, and older ones refuse unknown keys or warn of them.
     """
     from peft import LoraConfig
 
@@ -172,8 +169,8 @@ def drop_defaults(folder: Path) -> None:
     write_json(folder / CONFIG, kept, verbatim=True)
 
 
-def _section_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The keys of `PeftSection` that an adapter's configuration decides, checked as those of a section."""
+def _read_section(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The keys of `PeftSection` that an adapter's configuration sets, validated as a section."""
     require_plain(config, folder, "peft.from_adapter", "go on here")
     values = {
         "variant": "rslora" if config.get("use_rslora") else "lora",
@@ -193,14 +190,14 @@ def _section_of(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def require_plain(config: dict[str, Any], folder: Path, key: str, doing: str, also: Collection[str] = ()) -> None:
-    """Refuse an adapter's configuration that is more than that of a LoRA or DoRA on the base's own weights.
+    """Refuse an adapter that is not a plain LoRA or DoRA on the base's own weights.
 
     Args:
-        key: what named the adapter, and `doing` what such an adapter cannot do, for the message.
+        key: the config key that named the adapter; `doing` is what other adapters cannot do; both for the message.
         also: keys that may be set besides those of `PeftSection`.
 
     Raises:
-        AdapterError: another kind of adapter, options of PEFT that change what it computes, or a key is missing.
+        AdapterError: another kind of adapter, PEFT options that change what it computes, or a missing key.
     """
     from peft import LoraConfig
 
@@ -224,22 +221,28 @@ def saved_shapes(folder: Path) -> Shapes:
     """Names and shapes of the saved tensors, from the file's header.
 
     Raises:
-        AdapterError: it is no safetensors file.
+        AdapterError: it is not a safetensors file.
     """
+    with _open_weights(folder) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _open_weights(folder: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            yield file
     except SafetensorError as error:
         raise AdapterError(f"{folder / WEIGHTS} is broken ({error}). Copy or save it again.") from error
 
 
 def check_fit(folder: Path, wanted: Shapes, base: str) -> None:
-    """Hold a saved adapter against the tensors that it must have on this base, called `base`.
+    """Compare a saved adapter with the names and shapes of tensors that it must have on `base`.
 
     Raises:
-        AdapterError: names or shapes differ, so it was made on another base.
+        AdapterError: names or shapes differ, so it was trained on another base.
     """
     require_finite(folder)
     found = saved_shapes(folder)

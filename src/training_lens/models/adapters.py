@@ -25,7 +25,7 @@ from training_lens.models.adapter_files import (
     require_finite,
     saved_shapes,
 )
-from training_lens.models.classes import is_found_by_type
+from training_lens.models.model_classes import is_found_by_type
 from training_lens.models.omissions import Omission, is_linear, last_part
 from training_lens.models.quantization import element_count
 from training_lens.models.targets import check_targets, choose_targets, tied_modules, whole_modules
@@ -49,21 +49,21 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What of a base an adapter changes, read from the PEFT model, and what stays as it is, a reason at a time.
+    """Which modules of a base an adapter changes, read from the PEFT model, and which it leaves out, by reason.
 
-    `adapted` are paths in the base; modules that are trained whole are not among them.
+    `adapted` are paths in the base, without modules that are trained whole.
     """
 
     adapted: tuple[str, ...]
     left_out: tuple[Omission, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """As a run's record keeps it."""
+        """As written to the run's metadata."""
         return {"adapted": list(self.adapted), "left_out": [asdict(omission) for omission in self.left_out]}
 
     @property
     def names(self) -> list[str]:
-        """The last parts of what is adapted, sorted."""
+        """The last parts of the adapted paths, sorted."""
         return sorted({last_part(path) for path in self.adapted})
 
     def __str__(self) -> str:
@@ -71,14 +71,14 @@ class Adaptation:
 
 
 def log_adaptation(adaptation: Adaptation) -> None:
-    """A line on what is adapted, and one for each reason for which something is not."""
+    """Log what is adapted, and a line for each reason why modules are not."""
     logger.info("the adapter takes %s", adaptation)
     for omission in adaptation.left_out:
         logger.info("not adapted: %s", omission)
 
 
-def describe(peft: PeftSection) -> str:
-    """What is trained, in a few words: 'rslora+dora, pissa start, r=16'."""
+def describe_adapter(peft: PeftSection) -> str:
+    """The kind of adapter in a few words: 'rslora+dora, pissa start, r=16'."""
     parts = [peft.variant + ("+dora" if peft.use_dora else "")]
     if peft.init == "pissa":
         parts.append("pissa start")
@@ -94,7 +94,7 @@ def describe(peft: PeftSection) -> str:
 
 @dataclass(frozen=True)
 class _AdapterPlan:
-    """PEFT's configuration, the paths of the modules that it means here, and those that it leaves out."""
+    """PEFT's configuration, the paths that it adapts in this model, and those that it leaves out."""
 
     config: Any
     targets: tuple[str, ...]
@@ -102,7 +102,7 @@ class _AdapterPlan:
 
 
 def _plan_adapter(model: Any, peft: PeftSection) -> _AdapterPlan:
-    """What the adapter that `peft` describes is on `model`, whose weights may be missing.
+    """The plan of the adapter that `peft` describes on `model`, which may be without weights.
 
     Raises:
         AdapterError: names that match nothing, modules that cannot be adapted, ranks that are too high.
@@ -111,7 +111,7 @@ def _plan_adapter(model: Any, peft: PeftSection) -> _AdapterPlan:
     from peft.tuners.tuners_utils import check_target_module_exists
 
     size = peft.model_dump(include={"r", "lora_alpha", "rank_pattern", "alpha_pattern"})
-    whole, tied = _trained_whole(model, peft)
+    whole, tied = _name_whole_modules(model, peft)
     chosen = choose_targets(model, peft)
     config = LoraConfig(
         task_type="CAUSAL_LM" if is_found_by_type(model) else None,  # None: PEFT then saves the base's class by name
@@ -121,7 +121,7 @@ def _plan_adapter(model: Any, peft: PeftSection) -> _AdapterPlan:
         use_rslora=peft.variant == "rslora",
         modules_to_save=whole or None,
         ensure_weight_tying=tied,
-        **(pissa.doubled(peft) if peft.init == "pissa" else size),
+        **(pissa.double_rank(peft) if peft.init == "pissa" else size),
     )
     targets = {n: m for n, m in model.named_modules() if n and check_target_module_exists(config, n)}
     check_targets(model, targets, peft)
@@ -130,8 +130,8 @@ def _plan_adapter(model: Any, peft: PeftSection) -> _AdapterPlan:
     return _AdapterPlan(config, tuple(targets), chosen.left_out)
 
 
-def _trained_whole(model: Any, peft: PeftSection) -> tuple[list[str], bool]:
-    """`modules_to_save` for PEFT, and whether they hold tied weights, of which both ends are named."""
+def _name_whole_modules(model: Any, peft: PeftSection) -> tuple[list[str], bool]:
+    """`modules_to_save` for PEFT, and whether they hold tied weights; then both modules are named."""
     whole = whole_modules(model, peft.modules_to_save)
     tied = tied_modules(model) or ()
     if any(path == name or path.endswith(f".{name}") for path in tied for name in whole):
@@ -140,26 +140,26 @@ def _trained_whole(model: Any, peft: PeftSection) -> tuple[list[str], bool]:
 
 
 def attach(model: Any, peft: PeftSection) -> Any:
-    """The model with its adapter, in float32: fresh, computing what the base does, or that of `from_adapter`.
+    """The model with its adapter in float32: a fresh one, or that of `from_adapter`.
 
-    Fresh LoRA and DoRA compute exactly the base (DoRA and PiSSA up to rounding), and `base_only` is the base always.
+    A fresh adapter computes exactly the base (DoRA and PiSSA up to rounding); under `base_only` the model always does.
 
     Raises:
-        AdapterError: modules that cannot be adapted, or a saved adapter that does not fit.
+        AdapterError: a module cannot be adapted, or the saved adapter does not fit.
     """
-    adapted = _inject(model, _plan_adapter(model, peft))
-    for _, parameter in trainable(adapted):
+    adapted = _inject_adapter(model, _plan_adapter(model, peft))
+    for _, parameter in trainable_parameters(adapted):
         parameter.data = parameter.data.float()
-    _between_dtypes(adapted)
+    _convert_whole_module_dtypes(adapted)
     if peft.from_adapter:
         restore_adapter(adapted, adapter_folder(peft.from_adapter))
     elif peft.init == "pissa":
-        pissa.start(adapted)
+        pissa.start_from_principal_halves(adapted)
     return adapted
 
 
-def _between_dtypes(adapted: Any) -> None:
-    """Modules trained whole compute in float32, and take and give what the base computes in, as LoRA layers do."""
+def _convert_whole_module_dtypes(adapted: Any) -> None:
+    """Modules trained whole compute in float32, with inputs and outputs in the base's dtype, as LoRA layers do."""
     from peft.utils import ModulesToSaveWrapper
 
     def widen(_module: torch.nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -174,7 +174,7 @@ def _between_dtypes(adapted: Any) -> None:
 
 
 def check_adapter(skeleton: Any, peft: PeftSection) -> Adaptation:
-    """What `attach` would adapt, tried on a model without weights (`factory.build_skeleton`), which it uses up.
+    """What `attach` would adapt, tried on a model without weights (`factory.build_skeleton`), which is used up.
 
     Raises:
         AdapterError: see `attach`; a saved adapter is compared by the shapes in its header.
@@ -183,7 +183,7 @@ def check_adapter(skeleton: Any, peft: PeftSection) -> Adaptation:
 
     base = skeleton.name_or_path
     plan = _plan_adapter(skeleton, peft)
-    adapted = _inject(skeleton, plan)
+    adapted = _inject_adapter(skeleton, plan)
     if peft.from_adapter:
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         check_fit(adapter_folder(peft.from_adapter), {n: tuple(t.shape) for n, t in state.items()}, base)
@@ -192,9 +192,9 @@ def check_adapter(skeleton: Any, peft: PeftSection) -> Adaptation:
 
 
 def _require_reloadable(adapted: Any) -> None:
-    """Refuse an adapter whose tensors PEFT renames, when it loads what it saved, to names that the model has not.
+    """Refuse an adapter that PEFT cannot load again, because it renames its tensors to names that the model lacks.
 
-    Such an adapter would train, and do nothing wherever it is loaded.
+    Such an adapter would train, and have no effect wherever it is loaded.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -214,12 +214,12 @@ def adapted_modules(adapted: Any) -> list[str]:
     return [path for path, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)]
 
 
-def _inject(model: Any, plan: _AdapterPlan) -> Any:
-    """The model in PEFT's wrapper, which adapts what was planned and nothing else."""
+def _inject_adapter(model: Any, plan: _AdapterPlan) -> Any:
+    """The model in PEFT's wrapper, adapted exactly as planned."""
     from peft import get_peft_model
 
     try:
-        with _peft_advice():
+        with _filter_peft_warnings():
             adapted = get_peft_model(model, plan.config)
     except (ValueError, TypeError, RuntimeError, NotImplementedError, UserWarning) as error:
         raise AdapterError(f"peft: this model cannot take this adapter: {error}") from error
@@ -233,8 +233,8 @@ def _inject(model: Any, plan: _AdapterPlan) -> Any:
 
 
 @contextmanager
-def _peft_advice() -> Iterator[None]:
-    """PEFT's warnings about what is so on purpose are silent; tied weights that come apart, missing ones are errors."""
+def _filter_peft_warnings() -> Iterator[None]:
+    """Silence PEFT's warnings about intended settings; untied weights and missing keys become errors."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
@@ -243,13 +243,13 @@ def _peft_advice() -> Iterator[None]:
         yield
 
 
-def trainable(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
+def trainable_parameters(model: Any) -> list[tuple[str, torch.nn.Parameter]]:
     """Names and parameters that training changes, in the model's order."""
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
 def count_parameters(model: Any) -> ParameterCount:
-    """Trainable and total parameters; 4-bit weights count one by one."""
+    """Trainable and total parameters; each 4-bit weight counts as one."""
     parameters = list(model.parameters())  # each tensor once, also where weights are tied
     return ParameterCount(
         sum(p.numel() for p in parameters if p.requires_grad), sum(element_count(p) for p in parameters)
@@ -257,10 +257,10 @@ def count_parameters(model: Any) -> ParameterCount:
 
 
 def save_adapter(model: Any, folder: Path | str) -> None:
-    """Write the adapter in PEFT's format (safetensors), into a folder that is there, as older versions read it too."""
+    """Write the adapter in PEFT's format (safetensors), readable by older versions, into an existing folder."""
     folder = Path(folder)
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form of a model card
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     drop_defaults(folder)
     require_finite(folder)
 
@@ -277,10 +277,10 @@ def load_adapter(model: Any, folder: Path | str, *, training: bool = False) -> A
     require_adapter(folder)
     require_finite(folder)
     if not isinstance(read_config(folder).get("peft_type"), str):
-        raise AdapterError(f"{folder / CONFIG} names no peft_type, so it is no adapter's configuration. Save it again.")
+        raise AdapterError(f"{folder / CONFIG} names no peft_type, so it is not of an adapter. Save it again.")
     tensors = sum("lora_" in name for name in saved_shapes(folder))
     try:
-        with _peft_advice():
+        with _filter_peft_warnings():
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=training)
     except Exception as error:  # PEFT trusts the configuration: a wrong value there may raise anything
         raise AdapterError(f"the adapter in {folder} does not fit this base model: {describe_error(error)}") from error
@@ -294,7 +294,7 @@ def load_adapter(model: Any, folder: Path | str, *, training: bool = False) -> A
 
 
 def restore_adapter(model: Any, folder: Path) -> None:
-    """Put a saved adapter's weights into an adapter that is attached already.
+    """Load a saved adapter's weights into an attached adapter.
 
     Raises:
         AdapterError: a tensor is missing or has another shape.
@@ -315,9 +315,9 @@ def restore_adapter(model: Any, folder: Path) -> None:
 
 
 @contextmanager
-def base_only(model: Any, yes: bool = True) -> Iterator[None]:
-    """Within the block the model computes as the base alone; with `yes` false, as it is."""
-    if yes and hasattr(model, "disable_adapter"):
+def base_only(model: Any, enabled: bool = True) -> Iterator[None]:
+    """Within the block the model computes as the base alone; with `enabled` false, nothing changes."""
+    if enabled and hasattr(model, "disable_adapter"):
         frozen = [p for p in model.parameters() if not p.requires_grad]
         try:
             with model.disable_adapter():

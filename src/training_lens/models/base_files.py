@@ -1,7 +1,7 @@
-"""The base's own config files in a written model's folder: byte for byte, but for the keys that must change.
+"""The base's config files in a merged model's folder: copied byte for byte, except keys that must change.
 
-A newer transformers writes its own form of them (`rope_parameters`, `dtype`), which older versions and other programs
-read as another model, or not at all. So nothing is written here that transformers made of a file.
+A newer transformers rewrites them in its own form (`rope_parameters`, `dtype`), which older versions and other programs
+read as another model, or not at all. So nothing that transformers rewrote is saved here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from training_lens.utils.files import read_json, write_json
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 DTYPE_KEYS = ("dtype", "torch_dtype")
-# How texts, pictures and sounds are brought into the model's form; and what the model may be used for.
+# Preprocessing of text, images and audio, and the model's license.
 COPIED = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
@@ -24,7 +24,7 @@ COPIED = (
 
 
 def copy_files(base: Path, folder: Path, patterns: Collection[str]) -> None:
-    """Copy the base's files of these names; of a link in the hub's cache what it leads to."""
+    """Copy the base's files that match the patterns; links in the hub's cache are followed."""
     for file in sorted({file for pattern in patterns for file in base.glob(pattern) if file.is_file()}):
         target = folder / file.relative_to(base)
         target.parent.mkdir(exist_ok=True)
@@ -32,12 +32,12 @@ def copy_files(base: Path, folder: Path, patterns: Collection[str]) -> None:
 
 
 def copy_beside(base: Path, folder: Path, trust_remote_code: bool) -> None:
-    """Copy what the base has besides weights, config and tokenizer; its code only where it was trusted to run."""
+    """Copy the base's files besides weights, config and tokenizer; its code only if it was trusted to run."""
     copy_files(base, folder, (*COPIED, *(("*.py",) if trust_remote_code else ())))
 
 
 def write_unless_same(base: Path, folder: Path, name: str, content: Any) -> None:
-    """Write `content` as the JSON file `name`, or copy the base's file where that says the same."""
+    """Write `content` as the JSON file `name`, or copy the base's file if it has the same content."""
     own = base / name
     if own.is_file() and read_json(own) == content:
         shutil.copyfile(own, folder / name)
@@ -48,13 +48,13 @@ def write_unless_same(base: Path, folder: Path, name: str, content: Any) -> None
 def write_config(
     base: Path, folder: Path, model: Any, *, dtype: Precision | None, untied: bool, trust_remote_code: bool
 ) -> None:
-    """Write config.json: the base's own, but for what differs in the written weights.
+    """Write config.json: the base's own, except what differs in the written weights.
 
     Args:
-        model: what is written, its weights packed no longer.
+        model: the model that is written, not quantized.
         dtype: of the written weights; None: as in the base's files.
-        untied: embedding and head were one weight, and are two.
-        trust_remote_code: else the base's code is not in the folder, and the file does not name it.
+        untied: embedding and output head were one weight, and are two now.
+        trust_remote_code: the folder holds the base's code, and the file names it.
     """
     from transformers import AutoConfig
 
@@ -76,9 +76,9 @@ def write_config(
 
 
 def has_newer_form(base: Path) -> bool:
-    """Whether the base's config.json says its rotary embedding in the form of transformers 5 alone.
+    """Whether the base's config.json describes its rotary embedding only in the form of transformers 5.
 
-    Older versions read such a base, and what is merged of it, with another rotary embedding, and without a word.
+    Older versions silently load such a base, and a model merged from it, with another rotary embedding.
     """
     config = read_json(base / CONFIG)
     sections = [config, *(value for value in config.values() if isinstance(value, dict))]
@@ -86,7 +86,7 @@ def has_newer_form(base: Path) -> bool:
 
 
 def _text_section(config: dict[str, Any], own: Any) -> dict[str, Any]:
-    """The part of a config.json that the language model is built from: all of it, or a section of a wrapper's."""
+    """The part of a config.json that the language model is built from: all of it, or a section of a multimodal one."""
     text = own.get_text_config()
     sections = (section for name, section in config.items() if getattr(own, name, None) is text)
     return next((section for section in sections if isinstance(section, dict)), config)
@@ -102,7 +102,7 @@ def _set_dtype(config: dict[str, Any], dtype: Precision) -> None:
 
 
 def write_generation_config(base: Path, folder: Path, model: Any, stop_ids: Collection[int], pad_id: int) -> None:
-    """Write generation_config.json: the base's own, ending at `stop_ids`, with a padding token if it has none."""
+    """Write generation_config.json: the base's own, with `stop_ids`, and with a padding token if it has none."""
     own = base / GENERATION
     settings = read_json(own) if own.is_file() else _legacy_settings(model)
     ends = settings.get("eos_token_id")
@@ -114,7 +114,7 @@ def write_generation_config(base: Path, folder: Path, model: Any, stop_ids: Coll
 
 
 def _legacy_settings(model: Any) -> dict[str, Any]:
-    """What transformers makes of a config.json without generation_config.json beside it."""
+    """The generation settings that transformers derives from a config.json alone."""
     settings: dict[str, Any] = model.generation_config.to_diff_dict()
     settings.pop("transformers_version", None)
     return settings

@@ -1,8 +1,8 @@
-"""A base's files of weights, edited: every tensor is carried over under its own name but for those that changed.
+"""Edit a base's weight files: every tensor is copied under its own name, except those that changed.
 
 transformers renames and fuses tensors while it loads a model (one tensor for all experts of a layer, other prefixes).
-What is written has the names and shapes of the base's own files, which every version of transformers reads, and keeps
-tensors that the loaded class has no place for, such as those of a vision tower.
+The written files have the names and shapes of the base's own files, which every version of transformers reads, and keep
+tensors that the loaded class does not use, such as those of a vision tower.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file. `kind` is the file's name of its number type; `start` and `end` are bytes."""
+    """A tensor in a safetensors file. `kind` is the file's name of its dtype; `start` and `end` are byte offsets."""
 
     file: Path
     name: str
@@ -38,8 +38,8 @@ class StoredTensor:
     start: int
     end: int
 
-    def load(self) -> Tensor:
-        """Its values, in its own number type."""
+    def load_tensor(self) -> Tensor:
+        """Its values, in its own dtype."""
         from safetensors import safe_open
 
         with safe_open(self.file, "pt") as file:
@@ -48,7 +48,7 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of a local model's files, by name; reads the files' headers alone."""
+    """The tensors of a local model's files, by name. Reads only the files' headers."""
     return {tensor.name: tensor for name in weight_files(folder) for tensor in read_header(folder / name)}
 
 
@@ -70,42 +70,42 @@ def read_header(path: Path) -> Iterable[StoredTensor]:
                 yield StoredTensor(path, name, str(entry["dtype"]), tuple(map(int, entry["shape"])), start, end)
     except (struct.error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelLoadingError(
-            f"{path} is no safetensors file ({describe_error(error)}). Copy or download it again."
+            f"{path} is not a safetensors file ({describe_error(error)}). Copy or download it again."
         ) from error
 
 
 @dataclass(frozen=True)
 class WrittenTensor:
-    """A tensor of the checkpoint that is to be written: from the base's files or from memory, in `dtype`.
+    """A tensor of the checkpoint to write, from the base's files or from memory.
 
-    Without a `dtype` it keeps the one that it has in the base's files.
+    It is written in `dtype`; None keeps the dtype of the base's file.
     """
 
     source: StoredTensor | Tensor
     dtype: torch.dtype | None
 
     @property
-    def bytes(self) -> int:
+    def byte_size(self) -> int:
         """Its size in the file."""
         if isinstance(self.source, Tensor):
             return self.source.numel() * (self.dtype or self.source.dtype).itemsize
         stored = self.source.end - self.source.start
         return stored if self.dtype is None else stored // FLOATS[self.source.kind].itemsize * self.dtype.itemsize
 
-    def load(self) -> Tensor:
-        """Its values as they are written."""
-        tensor = self.source if isinstance(self.source, Tensor) else self.source.load()
+    def load_tensor(self) -> Tensor:
+        """Its values as written."""
+        tensor = self.source if isinstance(self.source, Tensor) else self.source.load_tensor()
         return tensor.detach().to("cpu", self.dtype or tensor.dtype).contiguous()
 
 
 def edit_checkpoint(
     stored: Mapping[str, StoredTensor], edits: Mapping[str, Tensor], dtype: torch.dtype | None, default: torch.dtype
 ) -> dict[str, WrittenTensor]:
-    """The base's tensors with `edits` in the place of those that have their names, or behind them.
+    """The base's tensors with `edits` in place of those of the same name; new names are appended.
 
     Args:
         dtype: of all floating-point tensors; None: each keeps the base's own.
-        default: the number type of tensors that the base does not have, where `dtype` is None.
+        default: the dtype of tensors that the base does not have, where `dtype` is None.
     """
     written = {}
     for name, tensor in stored.items():
@@ -117,29 +117,29 @@ def edit_checkpoint(
 
 
 def write_checkpoint(tensors: Mapping[str, WrittenTensor], folder: Path, max_shard_size: str) -> None:
-    """Write model.safetensors, or shards of at most `max_shard_size` with their index; one is in memory at a time."""
+    """Write model.safetensors, or shards of at most `max_shard_size` and their index, one in memory at a time."""
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file
 
     split = split_state_dict_into_shards_factory(
         dict(tensors),
-        get_storage_size=lambda tensor: tensor.bytes,
+        get_storage_size=lambda tensor: tensor.byte_size,
         filename_pattern=WEIGHTS,
         max_shard_size=max_shard_size,
     )
     for file, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name].load() for name in names}, folder / file, {"format": "pt"})
+        save_file({name: tensors[name].load_tensor() for name in names}, folder / file, {"format": "pt"})
     if split.is_sharded:
-        total = sum(tensor.bytes for tensor in tensors.values())
+        total = sum(tensor.byte_size for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index, verbatim=True)
 
 
 class CheckpointNames:
-    """Which names in the base's files hold which parameters of the loaded model.
+    """Maps the tensors of the base's files to the parameters of the loaded model.
 
     Args:
-        model: as transformers loaded it, without adapter modules; it remembers how it was loaded.
+        model: as transformers loaded it, without adapter modules; it records how its weights were converted.
         stored: the tensors of the base's files.
     """
 
@@ -147,27 +147,27 @@ class CheckpointNames:
         self._model, self._stored = model, stored
         self._state: dict[str, Tensor] = model.state_dict()
         self._conversions = list(getattr(model, "_weight_conversions", None) or [])
-        self._targets = {name: self._target(name) for name in stored}
+        self._targets = {name: self._find_target(name) for name in stored}
 
-    def edits(self, changed: Collection[str]) -> dict[str, Tensor]:
-        """The changed parameters as the base's files hold them, by the names there; a name that is new to them is last.
+    def find_edits(self, changed: Collection[str]) -> dict[str, Tensor]:
+        """The changed parameters in the form and under the names of the base's files; new names are last.
 
         Args:
-            changed: names of parameters; those that are tied to one of them change with it.
+            changed: names of parameters; parameters tied to one of them change with it.
 
         Raises:
             MergeError: a converted tensor has another name or shape than in the base's files.
         """
-        wanted = self._with_twins(changed)
+        wanted = self._add_tied_names(changed)
         plain = {name: target for name, (target, converted) in self._targets.items() if not converted}
         edits = {name: self._state[target] for name, target in plain.items() if target in wanted}
-        held = self._with_twins(set(plain.values()) & wanted)
-        for group in self._groups(wanted - held):
-            edits |= self._reverted(group)
+        held = self._add_tied_names(set(plain.values()) & wanted)
+        for group in self._group_by_conversion(wanted - held):
+            edits |= self._revert_conversion(group)
         return edits
 
-    def _target(self, name: str) -> tuple[str, bool]:
-        """The parameter that a tensor of the files fills, and whether it is converted for that; else no known name."""
+    def _find_target(self, name: str) -> tuple[str, bool]:
+        """The parameter that a stored tensor fills (maybe an unknown name), and whether it is converted for that."""
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
@@ -178,14 +178,14 @@ class CheckpointNames:
             target, pattern = rename_source_key(name, [], [], prefix, self._state)
         return target, pattern is not None
 
-    def _with_twins(self, names: Collection[str]) -> set[str]:
-        """The names with those of parameters that are one with theirs."""
+    def _add_tied_names(self, names: Collection[str]) -> set[str]:
+        """The names, and those of parameters tied to theirs."""
         places = {name: id(p) for name, p in self._model.named_parameters(remove_duplicate=False)}
         wanted = {places[name] for name in names if name in places}
         return {name for name, place in places.items() if place in wanted} | set(names)
 
-    def _groups(self, names: Collection[str]) -> list[list[str]]:
-        """The parameters with all those that one conversion makes of the same tensors, each group once."""
+    def _group_by_conversion(self, names: Collection[str]) -> list[list[str]]:
+        """The parameters, grouped with all others that one conversion makes from the same stored tensors."""
         from transformers.core_model_loading import WeightConverter, apply_converters
 
         backwards = [c.reverse_transform() for c in self._conversions[::-1]]
@@ -196,22 +196,24 @@ class CheckpointNames:
             places.setdefault(place if pattern is not None else name, []).append(name)
         return [group for group in places.values() if not set(names).isdisjoint(group)]
 
-    def _reverted(self, group: list[str]) -> dict[str, Tensor]:
+    def _revert_conversion(self, group: list[str]) -> dict[str, Tensor]:
         from transformers.core_model_loading import revert_weight_conversion
 
         tensors = revert_weight_conversion(self._model, {name: self._state[name] for name in group})
         found = {self._stored_name(name): tensor for name, tensor in tensors.items()}
-        if any(target in group for target, _ in self._targets.values()):  # else the files have none: it was tied
-            self._check(group[0], found)
+        if any(
+            target in group for target, _ in self._targets.values()
+        ):  # otherwise the files have none, as it was tied
+            self._check_shapes(group[0], found)
         return found
 
     def _stored_name(self, name: str) -> str:
-        """The name in the files: some bases are stored without the prefix of their decoder, others with it."""
+        """The name in the files: some bases are stored with the prefix of their decoder, others without."""
         prefix = f"{self._model.base_model_prefix}."
         candidates = (name, name.removeprefix(prefix), prefix + name)
         return next((candidate for candidate in candidates if candidate in self._stored), name)
 
-    def _check(self, parameter: str, found: Mapping[str, Tensor]) -> None:
+    def _check_shapes(self, parameter: str, found: Mapping[str, Tensor]) -> None:
         for name, tensor in found.items():
             here = self._stored.get(name)
             if here is None or here.shape != tuple(tensor.shape):

@@ -1,4 +1,4 @@
-"""Plain models out of an adapted one: the base alone, or the adapter merged. They share what they do not change."""
+"""Plain copies of an adapted model, the base alone or with the adapter merged. They share unchanged tensors."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ import torch
 
 from training_lens.errors import AdapterError
 from training_lens.models.fast.install import installed_kernels, uninstall_kernels
+from training_lens.models.quantization import is_quantized
 
 
-def base_copy(model: Any) -> Any:
-    """The base without any adapter layers, as it was loaded; every tensor is the adapted model's own.
+def copy_base(model: Any) -> Any:
+    """The base without adapter layers, as it was loaded; shares every tensor with the adapted model.
 
     Args:
-        model: from `adapters.load_adapter` or `attach`; it stays as it is.
+        model: from `adapters.load_adapter` or `attach`; it is not changed.
     """
-    copied = sharing_copy(model)
-    _put_back_originals(copied)
+    copied = copy_sharing_weights(model)
+    _restore_original_modules(copied)
     return copied.unload()
 
 
-def merged_copy(model: Any) -> Any:
-    """The model with its adapter merged into its weights, W + scale B A for LoRA, without any adapter layers.
+def copy_merged(model: Any) -> Any:
+    """The model with its adapter merged into its weights, W + scale B A for LoRA, without adapter layers.
 
-    Costs the memory of the adapted layers' weights once more; all other tensors are the adapted model's own, and it
-    stays as it is. In float32 the two differ by rounding; else the sum is rounded to the weights' number type.
+    Memory: the adapted layers' weights once more; all other tensors are shared with the adapted model, which is not
+    changed. In float32 the two differ by rounding; otherwise the sum is rounded to the weights' dtype.
 
     Raises:
-        AdapterError: the base is quantized, so that merging would round its weights anew.
+        AdapterError: the base is quantized, so merging would round its weights again.
     """
     if is_quantized(model):
         raise AdapterError("the base is quantized, and merging would round its weights anew. Load it unquantized.")
-    copied = sharing_copy(model)
+    copied = copy_sharing_weights(model)
     for layer in [m.base_layer for m in copied.modules() if hasattr(m, "base_layer")]:
         for name, parameter in list(layer.named_parameters(recurse=False)):
             setattr(layer, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))
@@ -45,16 +46,11 @@ def merged_copy(model: Any) -> Any:
         return copied.merge_and_unload()
 
 
-def is_quantized(model: Any) -> bool:
-    """Whether the weights below the adapter are in 4 or 8 bits."""
-    return getattr(model.config, "quantization_config", None) is not None
+def copy_sharing_weights(model: Any) -> Any:
+    """A deep copy of the model's modules around the model's own tensors; hooks are shared, not copied.
 
-
-def sharing_copy(model: Any) -> Any:
-    """A deep copy of the model's modules around the model's own tensors; hooks are the same ones, and not copies.
-
-    The copy's modules compute by themselves. A copy that is dropped is freed at once: a kernel and the module that it
-    computes hold each other, and with them the weights that lie joined in the kernel.
+    No kernels are installed in the copy, so it is freed as soon as it is dropped: a kernel and its module refer to each
+    other, and would keep the kernel's fused weights alive.
     """
     hooks = [
         hook
@@ -68,8 +64,8 @@ def sharing_copy(model: Any) -> Any:
     return copied
 
 
-def _put_back_originals(model: Any) -> None:
-    """Modules that were trained whole are those of the base again: `unload` alone would keep the trained ones."""
+def _restore_original_modules(model: Any) -> None:
+    """Put the base's modules back in place of those trained whole, which `unload` alone would keep."""
     from peft.utils import ModulesToSaveWrapper
 
     wrappers = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}

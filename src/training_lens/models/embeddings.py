@@ -1,4 +1,4 @@
-"""An embedding that is smaller than the tokenizer's vocabulary: refused, or given rows for the tokens that it lacks."""
+"""An embedding that is smaller than the tokenizer's vocabulary is refused, or resized."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from training_lens.errors import ModelLoadingError
 
 
 def required_rows(tokenizer: Any) -> int:
-    """How many rows an embedding needs to have one for every token."""
+    """The rows that an embedding needs to have one for every token."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
@@ -31,10 +31,10 @@ def check_vocabulary(tokenizer: Any, rows: int, model_id: str, resize: bool) -> 
 
 @torch.no_grad()
 def resize_embeddings(model: Any, rows: int) -> Any:
-    """The model with at least so many rows in embedding and output head, changed in place; its config says so, too.
+    """Resize embedding and output head to at least `rows`, in place, and update the config.
 
-    New rows are the mean of the old ones (in float32), so that no new token is likelier than the others at first; the
-    same in every process.
+    New rows are the mean of the old ones (in float32), so that no new token starts out likelier than others, and every
+    process computes the same.
     """
     before = model.get_input_embeddings().weight.shape[0]
     if rows <= before:
@@ -47,7 +47,7 @@ def resize_embeddings(model: Any, rows: int) -> Any:
 
 
 def embedding_modules(model: Any) -> list[str]:
-    """Paths of the embedding and, where it is no part of the same weight, of the output head."""
+    """Paths of the embedding and, unless it is tied to it, of the output head."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {id(m): path for path, m in model.named_modules()}
     apart = head is not None and head.weight is not embedding.weight

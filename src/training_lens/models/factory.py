@@ -11,9 +11,9 @@ import torch
 from training_lens import embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError, OutOfMemoryError, TrainingLensError
-from training_lens.models.classes import build_model, load_class
 from training_lens.models.embeddings import required_rows, resize_embeddings
-from training_lens.models.location import WEIGHTS, locate
+from training_lens.models.location import WEIGHTS, locate_model
+from training_lens.models.model_classes import build_model, load_class
 from training_lens.models.quantization import keep_trainable, loading_options
 from training_lens.models.rotary import separate_examples
 from training_lens.utils.devices import DTYPES, Precision
@@ -30,7 +30,7 @@ SEQ_LEN_DEFAULT = 2048
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model's configuration says, read without its weights."""
+    """Sizes from a model's configuration, read without its weights."""
 
     path: str
     width: int
@@ -39,8 +39,8 @@ class ModelFacts:
     vocabulary: int
 
 
-def _load(what: str, model: ModelSection, load: Any) -> Any:
-    """Call `load`, foreign code on foreign files: whatever it raises, say what was asked for and what to do."""
+def _load_or_explain(what: str, model: ModelSection, load: Any) -> Any:
+    """Call `load`, foreign code on foreign files; any error it raises is explained with a way to fix it."""
     try:
         with hide_progress_bars():
             return load()
@@ -52,20 +52,20 @@ def _load(what: str, model: ModelSection, load: Any) -> Any:
                 f"model.id: not enough memory for the {what} of '{model.id}': {describe_error(error)} Free some, give "
                 "a smaller model, or load fewer bits (model.dtype=bf16, model.quantization=4bit)."
             ) from error
-        raise ModelLoadingError(f"model.id: {_failure(what, model.id, error)}") from error
+        raise ModelLoadingError(f"model.id: {_describe_failure(what, model.id, error)}") from error
 
 
-def _failure(what: str, model_id: str, error: Exception) -> str:
+def _describe_failure(what: str, model_id: str, error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"{what} of '{model_id}' needs a package: {describe_error(error)}"
     if "trust_remote_code" in str(error):
         return f"'{model_id}' carries its own code. Read it, then set model.trust_remote_code=true."
+    why = describe_error(error)
     if expand_home(embedded.resolve_name(model_id)).exists():
-        why = describe_error(error)
         return f"{what} of '{model_id}' cannot be loaded: {why} Download the model again, or give another."
     return (
-        f"'{model_id}' is no local folder, and its {what} cannot be had from the hub: {describe_error(error)} Give a "
-        "local folder, or check the id, the connection and (for gated models) that you are logged in."
+        f"'{model_id}' is not a local folder, and its {what} cannot be loaded from the hub: {why} Give "
+        "a local folder, or check the id, the connection and (for gated models) that you are logged in."
     )
 
 
@@ -77,23 +77,23 @@ def read_facts(model: ModelSection) -> ModelFacts:
     """The model's width, positions and vocabulary.
 
     Raises:
-        ModelLoadingError: not found, or no language model.
+        ModelLoadingError: not found, or not a language model.
     """
     from transformers import AutoConfig
 
-    path = locate(model)
+    path = locate_model(model)
     _require_hub(path)
 
     def read() -> ModelFacts:
         config = AutoConfig.from_pretrained(path, **_hub_options(model))
-        load_class(config)  # refuses what is no decoder-only language model
+        load_class(config)  # refuses models that are not decoder-only
         text = config.get_text_config()
         sizes = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
         positions = getattr(text, "max_position_embeddings", None)
         _check_sizes(sizes | ({"max_position_embeddings": positions} if positions else {}), model.id)
         return ModelFacts(path, text.hidden_size, text.num_hidden_layers, positions, text.vocab_size)
 
-    facts: ModelFacts = _load("configuration", model, read)
+    facts: ModelFacts = _load_or_explain("configuration", model, read)
     return facts
 
 
@@ -101,13 +101,13 @@ def _check_sizes(sizes: dict[str, Any], model_id: str) -> None:
     wrong = [f"{name} {value!r}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
     if wrong:
         raise ModelLoadingError(
-            f"model.id: '{model_id}' is no language model: its config.json has {', '.join(wrong)}, expected counts. "
+            f"model.id: '{model_id}' is not a language model: its config.json has {', '.join(wrong)}, expected counts. "
             "Give a causal language model."
         )
 
 
 def _require_hub(path: str) -> None:
-    """Where `path` is a hub id that is not in the local cache, make sure at once that the hub answers."""
+    """If `path` is a hub id that is not in the local cache, check at once that the hub answers."""
     from huggingface_hub import try_to_load_from_cache
 
     if not Path(path).exists() and not isinstance(try_to_load_from_cache(path, "config.json"), str):
@@ -115,10 +115,10 @@ def _require_hub(path: str) -> None:
 
 
 def resolve_seq_len(model: ModelSection, facts: ModelFacts) -> int:
-    """The longest example in tokens: as asked, else the model's positions, at most 2048.
+    """The longest example in tokens: as configured, otherwise the model's positions, at most 2048.
 
     Raises:
-        ConfigurationError: more than the model has positions for.
+        ConfigurationError: more than the model has positions.
     """
     if model.seq_len is None:
         return min(facts.positions or SEQ_LEN_DEFAULT, SEQ_LEN_DEFAULT)
@@ -131,23 +131,23 @@ def resolve_seq_len(model: ModelSection, facts: ModelFacts) -> int:
 
 
 def load_tokenizer(model: ModelSection, path: str | None = None) -> Any:
-    """The tokenizer of the base model, or of the folder `path`, once its files are what its run recorded."""
+    """The tokenizer of the base model, or of the folder `path` after checking its files against the run's record."""
     from transformers import AutoTokenizer
 
-    source = path or locate(model)
+    source = path or locate_model(model)
     if path:
         require_intact(Path(path))
 
     def load() -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source, **_hub_options(model))
-        tokenizer("a word")  # what is wrong in its files may show in its first use alone
+        tokenizer("a word")  # errors in its files may show only in its first use
         return tokenizer
 
-    return _load(f"tokenizer in {path}" if path else "tokenizer", model, load)
+    return _load_or_explain(f"tokenizer in {path}" if path else "tokenizer", model, load)
 
 
 def load_model(model: ModelSection, device: torch.device, precision: Precision) -> Any:
-    """The base model with frozen weights on `device`, quantized where that is asked, in eval mode.
+    """The base model on `device` with frozen weights, quantized if configured, in eval mode.
 
     Raises:
         ModelLoadingError: files are broken or missing, tensors are missing or of another shape.
@@ -156,24 +156,24 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
     """
     quantized = loading_options(model, precision)
     dtype = DTYPES[precision if model.dtype == "auto" else model.dtype]
-    loaded = _with_weights(
-        model, dtype=dtype, attn_implementation=_attention(model), device_map={"": device}, **quantized
+    loaded = _load_with_weights(
+        model, dtype=dtype, attn_implementation=_attention_implementation(model), device_map={"": device}, **quantized
     )
-    return separate_examples(keep_trainable(_resized(loaded, model))).requires_grad_(False).eval()
+    return separate_examples(keep_trainable(_resize_if_configured(loaded, model))).requires_grad_(False).eval()
 
 
-def _with_weights(model: ModelSection, **options: Any) -> Any:
-    """The model with every tensor from its files, none random."""
+def _load_with_weights(model: ModelSection, **options: Any) -> Any:
+    """The model with every tensor from its files, none initialized at random."""
     from transformers import AutoConfig
 
-    path = locate(model)
+    path = locate_model(model)
     always = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
     def load() -> Any:
         found = load_class(AutoConfig.from_pretrained(path, **_hub_options(model)))
         return found.from_pretrained(path, **always, **options, **_hub_options(model))
 
-    loaded, info = _load("weights", model, load)
+    loaded, info = _load_or_explain("weights", model, load)
     _refuse_random(model, sorted(info["missing_keys"]), sorted(info["mismatched_keys"]))
     return loaded
 
@@ -193,34 +193,34 @@ def _refuse_random(model: ModelSection, missing: list[str], mismatched: list[tup
 
 
 def build_skeleton(model: ModelSection) -> Any:
-    """The base model without weights, on the meta device: every module with its sizes, for checks that cost no memory.
+    """The base model without weights, on the meta device: every module with its sizes, for checks that need no memory.
 
     Raises:
-        ModelLoadingError: the configuration is none of a causal language model.
+        ModelLoadingError: the configuration is not that of a causal language model.
     """
     from transformers import AutoConfig
 
-    path = locate(model)
+    path = locate_model(model)
 
     def build() -> Any:
         config = AutoConfig.from_pretrained(path, **_hub_options(model))
-        if hasattr(config, "quantization_config"):  # modules of the sizes that they stand for
+        if hasattr(config, "quantization_config"):  # quantized modules would have packed sizes
             del config.quantization_config
         with torch.device("meta"):
-            return _resized(build_model(config, model.trust_remote_code), model)
+            return _resize_if_configured(build_model(config, model.trust_remote_code), model)
 
-    return _load("architecture", model, build).requires_grad_(False).eval()
+    return _load_or_explain("architecture", model, build).requires_grad_(False).eval()
 
 
 def load_thinned(model: ModelSection, layers: int, device: torch.device, precision: Precision) -> Any:
-    """A relative of the base with so many layers and random weights, as large as the base in all else: to measure.
+    """A model like the base with only `layers` layers and random weights, for measurements.
 
     Raises:
         ModelLoadingError: its configuration does not say how many layers it has.
     """
     from transformers import AutoConfig
 
-    path = locate(model)
+    path = locate_model(model)
     dtype = DTYPES[precision if model.dtype == "auto" else model.dtype]
 
     def build() -> Any:
@@ -230,34 +230,36 @@ def load_thinned(model: ModelSection, layers: int, device: torch.device, precisi
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
         with torch.device(device):
-            built = build_model(config, model.trust_remote_code, dtype=dtype, attn_implementation=_attention(model))
-            return _resized(built, model)
+            built = build_model(
+                config, model.trust_remote_code, dtype=dtype, attn_implementation=_attention_implementation(model)
+            )
+            return _resize_if_configured(built, model)
 
-    return _load("architecture", model, build).requires_grad_(False).eval()
+    return _load_or_explain("architecture", model, build).requires_grad_(False).eval()
 
 
-def _resized(loaded: Any, model: ModelSection) -> Any:
-    """The model with a row for each token of its tokenizer, where model.resize_embeddings asks for that."""
+def _resize_if_configured(loaded: Any, model: ModelSection) -> Any:
+    """The model, with a row for each token of its tokenizer if model.resize_embeddings is set."""
     return resize_embeddings(loaded, required_rows(load_tokenizer(model))) if model.resize_embeddings else loaded
 
 
-def _attention(model: ModelSection) -> str | None:
-    """None: transformers takes sdpa, or eager for an architecture that sdpa cannot compute (Gemma 2's soft caps)."""
+def _attention_implementation(model: ModelSection) -> str | None:
+    """None lets transformers choose sdpa, or eager where sdpa cannot compute the model (Gemma 2's soft caps)."""
     return None if model.attention == "auto" else model.attention
 
 
 def check_weights(model: ModelSection) -> None:
-    """Refuse a local model whose weights `load_model` would refuse. Reads the headers of its files alone.
+    """Refuse a local model whose weights `load_model` would refuse. Reads only the headers of its files.
 
-    Names and shapes are held against the model by loading onto the meta device, which renames and ties as loading does;
-    files that are quantized already are left to `load_model`.
+    Names and shapes are checked by loading onto the meta device, which renames and ties tensors as real loading does.
+    Files that are already quantized are left to `load_model`.
 
     Raises:
-        ModelLoadingError: a file is cut short or missing, tensors are missing or of another shape.
+        ModelLoadingError: a file is truncated or missing, or tensors are missing or of another shape.
     """
     from safetensors import SafetensorError, safe_open
 
-    folder = Path(locate(model))
+    folder = Path(locate_model(model))
     if not folder.is_dir():
         return
     for name in weight_files(folder):
@@ -269,11 +271,11 @@ def check_weights(model: ModelSection) -> None:
                 f"model.id: {folder / name} is broken or missing ({error}). Download the model again, whole."
             ) from error
     if "quantization_config" not in read_json(folder / "config.json"):
-        _with_weights(model, device_map="meta")
+        _load_with_weights(model, device_map="meta")
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of a local model's safetensors files; as in transformers, a single file goes before an index."""
+    """The names of a local model's safetensors files. As in transformers, a single file has priority over an index."""
     single, index = WEIGHTS
     if (folder / single).is_file():
         return [single]
@@ -292,12 +294,12 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def checkpoint_gradients(model: Any) -> None:
-    """Keep of each layer its input alone, and compute the layer again in the backward pass (arXiv 1604.06174).
+    """Keep only the input of each layer, and recompute the layer in the backward pass (arXiv 1604.06174).
 
-    Dropout draws the same again, so losses and gradients are those without it.
+    Dropout draws the same numbers again, so losses and gradients do not change.
 
     Raises:
-        ConfigurationError: the model's code cannot.
+        ConfigurationError: the model's code does not support it.
     """
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""Where a base model is: a folder of this machine, or the id of one in a hub. Looked up without torch."""
+"""Where a base model is: a local folder, or an id on a hub. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def locate(model: ModelSection) -> str:
-    """The local folder of the model, or the hub id as it is.
+def locate_model(model: ModelSection) -> str:
+    """The local folder of the model, or its hub id unchanged.
 
     Raises:
-        ModelLoadingError: a path that is not there, or a folder without configuration or safetensors weights.
+        ModelLoadingError: the path does not exist, or the folder lacks a configuration or safetensors weights.
     """
     name = embedded.resolve_name(model.id)
     path = expand_home(name)
@@ -29,10 +29,10 @@ def locate(model: ModelSection) -> str:
             hint = f" Did you mean '{path.parent / close}'?" if close else f" Relative paths start at {Path.cwd()}."
             raise ModelLoadingError(f"model.id: no folder '{name}'.{hint}")
         if not HUB_ID.fullmatch(name):
-            raise ModelLoadingError(f"model.id: {name!r} is no folder here, and cannot be a hub id (OWNER/NAME).")
+            raise ModelLoadingError(f"model.id: {name!r} is not a folder here, and cannot be a hub id (OWNER/NAME).")
         return name  # a hub id
     if not (path / "config.json").is_file():
-        raise ModelLoadingError(f"model.id: '{name}' holds no config.json, so it is no transformers model folder.")
+        raise ModelLoadingError(f"model.id: '{name}' holds no config.json, so it is not a transformers model folder.")
     if not any((path / weights).is_file() for weights in WEIGHTS):
         unsafe = sorted(p.name for p in path.glob("*.bin"))
         found = f"only {', '.join(unsafe)}, which may run code when opened" if unsafe else "no weights"

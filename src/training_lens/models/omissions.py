@@ -1,6 +1,6 @@
-"""Which modules an adapter leaves as they are, and why: some cannot be adapted, others `auto` does not take.
+"""Which modules an adapter leaves out, and why: some cannot be adapted, and `auto` does not choose others.
 
-Every matrix of a model is adapted, or is the embedding or the output head, or is named here with its reason.
+Every matrix of a model is adapted, is the embedding or the output head, or is listed here with a reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from training_lens.models.classes import decoder_of
+from training_lens.models.model_classes import decoder_of
 
 ROUTER = re.compile(r"(?:^|\.)(?:gate|router|\w*expert\w*_gate)(?:\.|$)")
 SHAPE_ONLY = {"data", "device", "dtype", "element_size", "ndim", "shape", "size"}
@@ -31,14 +31,14 @@ OF_PARAMETERS = "not a linear layer"
 
 @dataclass(frozen=True)
 class Omission:
-    """Modules that stay as they are, by their paths, and why."""
+    """The paths of modules that are not adapted, and the reason."""
 
     reason: str
     modules: tuple[str, ...]
 
     @property
     def names(self) -> list[str]:
-        """The last parts of the paths, sorted; numbers of layers and experts left out."""
+        """The last parts of the paths, sorted, without numbers of layers and experts."""
         return sorted({last_part(path) for path in self.modules})
 
     def __str__(self) -> str:
@@ -46,16 +46,16 @@ class Omission:
 
 
 def last_part(path: str) -> str:
-    """The name of a module or parameter within its parent; with the parent's, where it is only a number."""
+    """The name of a module or parameter within its parent, with the parent's if it is only a number."""
     parts = path.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
 class ModuleSurvey:
-    """The modules of a model, and the reasons for which one of them is not adapted.
+    """The modules of a model, and the reasons why they are not adapted.
 
     Args:
-        model: a base, with weights or without.
+        model: a base, with or without weights.
     """
 
     def __init__(self, model: Any) -> None:
@@ -68,7 +68,7 @@ class ModuleSurvey:
 
     @property
     def paths(self) -> list[str]:
-        """Of every module."""
+        """The paths of all modules."""
         return list(self._paths)
 
     @cached_property
@@ -78,32 +78,32 @@ class ModuleSurvey:
 
     @cached_property
     def linear_layers(self) -> dict[str, nn.Module]:
-        """Paths and modules of every linear layer but the output head."""
+        """Paths and modules of every linear layer except the output head."""
         return {path: m for path, m in self._paths.items() if is_linear(m) and id(m) not in self._ends}
 
     def why_unfit(self, path: str) -> str:
-        """Why no adapter works on the linear layer at `path`, also where it is asked for by name; else ''."""
+        """Why no adapter works on the linear layer at `path`, even if configured by name; otherwise ''."""
         module, parent = self._paths[path], self._paths[path.rpartition(".")[0]]
         if not gives_one_tensor(module):
             return f"a {type(module).__name__} computes more than a linear layer"
-        if path.rpartition(".")[2] in weights_read(parent):
+        if path.rpartition(".")[2] in weights_read_by(parent):
             return f"a {type(parent).__name__} reads the weight itself, past any adapter"
         if is_rescaled(self._model.config, path):
             return "RWKV divides this weight, and no adapter on it, when it goes from training to answering"
         return self._refusal_of_peft(path.rpartition(".")[2])
 
     def why_not_auto(self, path: str) -> str:
-        """Why `auto` does not take the linear layer at `path`, which an adapter may work on; else ''."""
+        """Why `auto` does not choose the linear layer at `path`, though it could be adapted; otherwise ''."""
         if not self._is_of_decoder(path):
             return NOT_LANGUAGE
         if ROUTER.search(path):
             return OF_ROUTER
-        if any("CrossAttention" in type(self._paths[parent]).__name__ for parent in _parents(path)):
+        if any("CrossAttention" in type(self._paths[parent]).__name__ for parent in _parent_paths(path)):
             return OF_CROSS_ATTENTION
         return ""
 
     def other_matrices(self) -> Iterator[tuple[str, str]]:
-        """Paths of what else has a matrix and is no linear layer, embedding or head, and why none of it is adapted."""
+        """Paths of other modules with a matrix (no linear layer, embedding or head), and why they are not adapted."""
         for path, module in self._paths.items():
             if has_matrix(module) and not is_linear(module) and not isinstance(module, nn.Embedding):
                 yield path, self._why_no_linear_layer(path, type(module).__name__)
@@ -125,26 +125,26 @@ class ModuleSurvey:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer: torch's, bitsandbytes' (subclasses of it), or transformers' Conv1D of GPT-2."""
+    """Whether this is a linear layer: torch's, bitsandbytes' subclasses of it, or GPT-2's Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def is_rescaled(config: Any, path: str) -> bool:
-    """Whether a model keeps other weights at `path` in training than else: RWKV's, to stay within float16."""
+    """Whether a model rescales the weights at `path` for inference, as RWKV does to stay within float16."""
     every = getattr(config, "rescale_every", 0)
     found = re.search(r"\.(\d+)\.(?:attention\.output|feed_forward\.value)$", path)
     return bool(every and found and int(found[1]) >= every)
 
 
 def has_matrix(module: nn.Module) -> bool:
-    """Whether the module itself has a parameter that is more than one row of numbers."""
+    """Whether the module itself has a parameter with more than one row."""
     return any(sum(size > 1 for size in p.shape) > 1 for p in module.parameters(recurse=False))
 
 
 def gives_one_tensor(layer: Any) -> bool:
-    """Whether a linear layer's class gives one tensor of its outputs: some are routers, and give choices besides."""
+    """Whether a linear layer returns one tensor of its outputs: some are routers, and return the choices too."""
     if type(layer).forward is nn.Linear.forward or not type(layer).__module__.startswith("transformers.models"):
         return True
     try:
@@ -155,7 +155,7 @@ def gives_one_tensor(layer: Any) -> bool:
 
 
 class _Probe(nn.Module):
-    """A model of one linear layer of a given name, which PEFT takes for one of the model type in its config."""
+    """A model of one linear layer with a given name; PEFT treats it as the model type of its config."""
 
     def __init__(self, config: Any, name: str) -> None:
         super().__init__()
@@ -163,25 +163,25 @@ class _Probe(nn.Module):
         self.add_module(name, nn.Linear(1, 1))
 
 
-def _adapt_probe(config: Any, name: str, asked: Any) -> Any:
-    """PEFT's model around a probe with a layer of this name; without weights, so that it draws no random numbers."""
+def _adapt_probe(config: Any, name: str, lora_config: Any) -> Any:
+    """PEFT's model around a probe with a layer of this name; on the meta device, so it draws no random numbers."""
     from peft.tuners.lora import LoraModel
 
     with torch.device("meta"):
-        return LoraModel(_Probe(config, name), asked, "default")
+        return LoraModel(_Probe(config, name), lora_config, "default")
 
 
 def refusal_of_peft(config: Any, name: str) -> str:
-    """Why PEFT does not adapt linear layers of this name in models of this type: found by trying. Else ''.
+    """Why PEFT does not adapt linear layers of this name in models of this type, found by trying; otherwise ''.
 
-    PEFT forbids some names, and takes others for the experts of a mixture, which were modules of these names in
-    transformers 4; so it would adapt what nobody asked for, and leave the layer out.
+    PEFT forbids some names, and takes others for the experts of a mixture, whose modules had these names in
+    transformers 4. It would adapt those, and leave the layer out.
     """
     from peft import LoraConfig
 
-    asked = LoraConfig(target_modules=[name], r=1)
+    lora_config = LoraConfig(target_modules=[name], r=1)
     try:
-        tuner = _adapt_probe(config, name, asked)
+        tuner = _adapt_probe(config, name, lora_config)
     except ValueError as error:
         forbidden = "incompatible" in str(error)
         return (
@@ -195,19 +195,19 @@ def _taken_for_experts(config: Any) -> str:
 
 
 def loses_expressions(config: Any) -> bool:
-    """Whether PEFT replaces a regular expression by the last names that it matches, in whatever layer they are."""
+    """Whether PEFT replaces a regular expression by the last names of its matches, whatever their layer."""
     from peft import LoraConfig
 
-    asked = LoraConfig(target_modules="a_pro[b]e", r=1)
-    _adapt_probe(config, "a_probe", asked)
-    return not isinstance(asked.target_modules, str)
+    lora_config = LoraConfig(target_modules="a_pro[b]e", r=1)
+    _adapt_probe(config, "a_probe", lora_config)
+    return not isinstance(lora_config.target_modules, str)
 
 
-def weights_read(parent: nn.Module) -> frozenset[str]:
-    """The names of children whose weight a state-space layer (one with a convolution) takes from them in its own code.
+def weights_read_by(parent: nn.Module) -> frozenset[str]:
+    """The names of children whose weight a state-space layer (one with a convolution) reads in its own code.
 
-    Its fused kernels (on CUDA) get `self.out_proj.weight` where the plain way calls `self.out_proj(x)`, so an adapter
-    there has no effect, or one on some machines alone. Other layers read weights only to look at their type.
+    Its fused CUDA kernels take `self.out_proj.weight` where the plain code calls `self.out_proj(x)`, so an adapter
+    there has no effect, or only on some machines. Other layers read weights only for their dtype.
     """
     has_convolution = any(isinstance(child, nn.Conv1d) for child in parent.children())
     kind: Any = type(parent)
@@ -233,12 +233,12 @@ def _weights_read(kind: Any) -> frozenset[str]:
     )
 
 
-def _parents(path: str) -> list[str]:
+def _parent_paths(path: str) -> list[str]:
     parts = path.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def group_by_reason(found: dict[str, str]) -> tuple[Omission, ...]:
-    """Paths and their reasons, a reason at a time."""
+    """Omissions from paths and their reasons, one for each reason."""
     reasons = sorted(set(found.values()))
     return tuple(Omission(reason, tuple(p for p, r in found.items() if r == reason)) for reason in reasons)

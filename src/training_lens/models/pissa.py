@@ -1,12 +1,12 @@
-"""PiSSA (arXiv 2404.02948) that leaves the base as it is: a LoRA of twice the rank whose second half is frozen.
+"""PiSSA (arXiv 2404.02948) on an unchanged base: a LoRA of twice the rank whose second half is frozen.
 
 PiSSA trains A and B from the largest singular directions, W ~ s B0 A0, on the base W - s B0 A0. The same sum with the
 base untouched:
 
     (W - s B0 A0) + s B A = W + s [B, -B0] [A; A0]
 
-which is a LoRA [out, 2r] x [2r, in] that any PEFT loads, equals the base at its start, and is switched off like any
-other. Dropout on its input draws the same for both halves, so it adds no noise at the start either.
+which is a LoRA [out, 2r] x [2r, in] that any PEFT loads and can switch off, and that equals the base at its start.
+Dropout on its input is the same for both halves, so it adds no noise at the start.
 """
 
 from __future__ import annotations
@@ -24,8 +24,19 @@ ITERATIONS = 16  # of the subspace iteration, as in the paper's most exact "fast
 OVERSAMPLING = 8  # directions beyond the rank, so that those within it converge where singular values lie close
 
 
+def concatenate_halves(trained: Tensor, frozen: Tensor, dim: int) -> Tensor:
+    """The whole weight: A (dim 0) (r, in) -> (2r, in), B (dim 1) (out, r) -> (out, 2r)."""
+    return torch.cat([trained, frozen], dim)
+
+
+def split_halves(linear: Any) -> tuple[Any, Tensor]:
+    """The trained and the frozen half of a layer's weight, as stored."""
+    weight = linear.parametrizations.weight
+    return weight.original, weight[0].frozen
+
+
 class HalfFrozen(torch.nn.Module):
-    """A weight of which the first half along `dim` is trained and the second stays: stacks the two."""
+    """A weight whose first half along `dim` is trained and whose second half is frozen."""
 
     frozen: Tensor
 
@@ -35,17 +46,17 @@ class HalfFrozen(torch.nn.Module):
         self.register_buffer("frozen", torch.empty(0))
 
     def forward(self, trained: Tensor) -> Tensor:
-        return torch.cat([trained, self.frozen], self.dim)  # A: (r, in) -> (2r, in); B: (out, r) -> (out, 2r)
+        return concatenate_halves(trained, self.frozen, self.dim)
 
     def right_inverse(self, whole: Tensor) -> Tensor:
-        """Take both halves of an assigned weight."""
+        """Split an assigned weight."""
         trained, frozen = whole.detach().chunk(2, self.dim)
         self.frozen = frozen.clone()
         return trained.clone()
 
 
-def doubled(peft: PeftSection) -> dict[str, Any]:
-    """Rank and alpha, with their patterns, of the LoRA of twice the rank whose scale is that of the rank asked for."""
+def double_rank(peft: PeftSection) -> dict[str, Any]:
+    """Rank and alpha, with their patterns, of the LoRA of twice the rank; its scale is that of the configured rank."""
     alpha = math.sqrt(2) if peft.variant == "rslora" else 2.0
     return {
         "r": 2 * peft.r,
@@ -65,7 +76,7 @@ def principal_halves(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, T
     return root[:, None] * v[:, :rank].T, u[:, :rank] * root
 
 
-def start(adapted: Any) -> None:
+def start_from_principal_halves(adapted: Any) -> None:
     """Turn a fresh LoRA of twice the rank into PiSSA, layer by layer. Cost: one truncated SVD a layer."""
     from peft.tuners.lora import LoraLayer
 
@@ -83,19 +94,19 @@ def start(adapted: Any) -> None:
 def _freeze_half(linear: torch.nn.Module, weight: Tensor, dim: int) -> None:
     linear.weight = torch.nn.Parameter(weight)
     parametrize.register_parametrization(linear, "weight", HalfFrozen(dim))
-    linear.register_state_dict_post_hook(_as_one)
-    linear.register_load_state_dict_pre_hook(_into_halves)
+    linear.register_state_dict_post_hook(_save_whole_weight)
+    linear.register_load_state_dict_pre_hook(_split_halves_on_load)
 
 
-def _as_one(linear: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Saved is the whole weight under its plain name."""
+def _save_whole_weight(linear: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Save the whole weight under its plain name."""
     for key in [key for key in state if key.startswith(f"{prefix}parametrizations.")]:
         del state[key]
     state[f"{prefix}weight"] = linear.weight.detach()
 
 
-def _into_halves(linear: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Loaded is the whole weight under its plain name; it is split here."""
+def _split_halves_on_load(linear: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Split the whole weight, which is loaded under its plain name."""
     whole = state.pop(f"{prefix}weight", None)
     if whole is not None:
         trained, frozen = whole.chunk(2, linear.parametrizations.weight[0].dim)

@@ -8,11 +8,12 @@ import torch
 
 from training_lens.config.schema import ModelSection, TrainingConfig
 from training_lens.errors import ConfigurationError
+from training_lens.models.model_classes import unwrap_adapter
 from training_lens.utils.devices import DTYPES, Precision
 
 
 def require_bitsandbytes(key: str) -> Any:
-    """The bitsandbytes package, for what the config's `key` asks.
+    """The bitsandbytes package, which the config's `key` needs.
 
     Raises:
         ConfigurationError: it is not installed.
@@ -27,10 +28,10 @@ def require_bitsandbytes(key: str) -> Any:
 
 
 def check_quantization(config: TrainingConfig, device: torch.device) -> None:
-    """What the config asks of bitsandbytes.
+    """Check what the config needs of bitsandbytes.
 
     Raises:
-        ConfigurationError: it is not installed, or does not do that on this device.
+        ConfigurationError: it is not installed, or cannot do this on this device.
     """
     for section, name in (("model", "quantization"), ("training", "optimizer")):
         if getattr(getattr(config, section), name) in ("4bit", "8bit", "adamw_8bit"):
@@ -43,10 +44,10 @@ def check_quantization(config: TrainingConfig, device: torch.device) -> None:
 
 
 def keep_trainable(model: Any) -> Any:
-    """The model, its 4-bit weights (if it has any) in the one form that passes gradients back.
+    """The model, with any 4-bit weights kept in the form that passes gradients.
 
-    On some CPUs bitsandbytes packs them anew in the first forward pass without gradients, which validating is, into a
-    form for inference in bfloat16; training behind that would go on with no gradient through these layers.
+    On some CPUs bitsandbytes repacks them for inference in bfloat16 in the first forward pass without gradients, such
+    as a validation; training would then continue without a gradient through these layers.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -55,11 +56,11 @@ def keep_trainable(model: Any) -> Any:
 
 
 def loading_options(model: ModelSection, precision: Precision) -> dict[str, Any]:
-    """What `from_pretrained` takes to quantize every linear layer but the head while loading; nothing for `none`.
+    """Keyword arguments of `from_pretrained` that quantize every linear layer but the head; empty for `none`.
 
     4bit is NF4 with double quantization (QLoRA, arXiv 2305.14314), multiplied in `precision`; 8bit is LLM.int8()
-    (arXiv 2208.07339). Of PEFT's preparation for k-bit training nothing else is needed: the weights are frozen, norms
-    compute in float32 by themselves, and checkpointing is not reentrant.
+    (arXiv 2208.07339). The rest of PEFT's k-bit preparation is not needed: the weights are frozen, norms compute in
+    float32, and checkpointing is not reentrant.
 
     Raises:
         ConfigurationError: bitsandbytes is not installed.
@@ -83,29 +84,28 @@ def loading_options(model: ModelSection, precision: Precision) -> dict[str, Any]
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether the base is kept in fewer bits than it computes in, by this run's config or by its own."""
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(whole, "hf_quantizer", None) is not None
+    """Whether the base's weights are in 4 or 8 bits, by this run's config or by its own."""
+    return getattr(unwrap_adapter(model), "hf_quantizer", None) is not None
 
 
 def element_count(parameter: torch.nn.Parameter) -> int:
-    """Weights in a parameter; 4-bit ones are packed, and their state knows the shape that they have."""
+    """The number of weights in a parameter; a packed 4-bit one has its shape in its quantization state."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
 
 
-def dequantize(model: Any) -> Any:
-    """The model with each packed layer as a plain one of float32 weights, and a config that says so; changed in place.
+def dequantize_model(model: Any) -> Any:
+    """Replace each quantized layer by a plain one with float32 weights, in place, and update the config.
 
-    Memory: 4 bytes a weight in place of the packed ones, a layer at a time.
+    Memory: 4 bytes a weight in place of the packed ones, converted one layer at a time.
     """
-    if getattr(model, "hf_quantizer", None) is None:
+    if not is_quantized(model):
         return model
     from peft.utils.integrations import dequantize_module_weight
 
     bitsandbytes = require_bitsandbytes("model.quantization")
-    packed = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    for path, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, packed)]:
+    quantized = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    for path, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, quantized)]:
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = torch.nn.Parameter(dequantize_module_weight(layer).detach().float(), requires_grad=False)
         plain.bias = layer.bias

@@ -1,8 +1,8 @@
 """Long-rope rotary embeddings (arXiv 2402.13753) for examples that share a forward pass.
 
 Such a model has two sets of factors: one for sequences of up to `original_max_position_embeddings` tokens, one for
-longer ones. transformers takes the set by the largest position of the whole batch, so an example's values would depend
-on what it is packed or padded with. Here each example has the factors that it has alone.
+longer ones. transformers chooses by the largest position of the whole batch, so an example's values would depend on
+what it is packed or padded with. Here each example has the factors that it has alone.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ LONG_ROPE = "longrope"
 class LongRope:
     """The forward pass of a long-rope module, whose factors are chosen for each example of the batch.
 
-    An example begins where a row begins and at each position 0. Its length is its largest position plus 1: while
-    decoding with a cache, that of the tokens that are already in the cache too.
+    An example starts where a row starts and at each position 0. Its length is its largest position plus 1, so in
+    decoding it includes the tokens in the KV cache.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -30,7 +30,7 @@ class LongRope:
     def __call__(
         self, x: Tensor, position_ids: Int[Tensor, "rows width"], *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, (rows, width, size). Cost: the module computes twice; nothing waits for the device."""
+        """Cosines and sines, (rows, width, size). Cost: the module computes twice; no device sync."""
         limit = original_length(self.module, *args, *options.values())
         if limit is None:
             return self._forward(x, position_ids, *args, **options)
@@ -47,20 +47,20 @@ class LongRope:
 
 
 def example_lengths(position_ids: Int[Tensor, "rows width"]) -> Int[Tensor, "rows width"]:
-    """Of each token the length of its example: 1 more than the largest position there."""
+    """The length of each token's example: its largest position plus 1."""
     begins = position_ids == 0
     begins[:, 0] = True
-    index = begins.flatten().cumsum(0) - 1  # of the example that a token belongs to, over all rows
+    index = begins.flatten().cumsum(0) - 1  # of each token's example, over all rows
     positions = position_ids.flatten()
     largest = torch.zeros_like(positions).scatter_reduce(0, index, positions, "amax")
     return largest[index].view_as(position_ids) + 1
 
 
 def original_length(module: nn.Module, *layer_types: Any) -> int | None:
-    """The tokens beyond which a rotary module takes its long factors; None: it has one set of factors.
+    """The sequence length above which a rotary module uses its long factors; None: it has one set of factors.
 
     Args:
-        layer_types: the kind of layer that is asked for, where the module has parameters for each.
+        layer_types: the kind of layer, where the module has parameters for each kind.
     """
     rope: Any = getattr(getattr(module, "config", None), "rope_parameters", None)
     for name in layer_types:
@@ -71,7 +71,7 @@ def original_length(module: nn.Module, *layer_types: Any) -> int | None:
 
 
 def separate_examples(model: Any) -> Any:
-    """The model, its long-rope modules computing each example of a batch as it is alone; changed in place."""
+    """Make long-rope modules compute each example of a batch as if it were alone; changes the model in place."""
     for module in rotary_modules(model):
         if not isinstance(module.__dict__.get("forward"), LongRope):
             module.forward = LongRope(module)
@@ -88,12 +88,12 @@ def _is_long(rope_type: Any) -> bool:
 
 
 def longest_short_sequence(model: Any) -> int | None:
-    """The most tokens of a sequence that keeps one set of factors to its end; None: every sequence does."""
-    limits = [limit for module in rotary_modules(model) for limit in _limits(module)]
+    """The longest sequence that keeps the short factors; None: the model has one set of factors."""
+    limits = [limit for module in rotary_modules(model) for limit in _short_limits(module)]
     return min(limits, default=None)
 
 
-def _limits(module: Any) -> list[int]:
+def _short_limits(module: Any) -> list[int]:
     kinds = [(name,) for name in module.rope_type] if isinstance(module.rope_type, dict) else [()]
     limits = [original_length(module, *kind) for kind in kinds]
     return [limit for limit in limits if limit is not None]
@@ -102,9 +102,9 @@ def _limits(module: Any) -> list[int]:
 def padded_positions(
     model: Any, lengths: Sequence[int] | Tensor, width: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """`position_ids` for rows that are padded on the right, as a keyword; nothing for models that need none.
+    """`position_ids` for right-padded rows, as a keyword argument; empty for models without long-rope factors.
 
-    Padding is at position 0, so that it belongs to no example. Without `lengths` every row is taken as whole.
+    Padding has position 0, so that it belongs to no example. Without `lengths` no row is padded.
     """
     if not len(lengths) or longest_short_sequence(model) is None:
         return {}

@@ -1,8 +1,8 @@
-"""A tokenizer's folder: the base's own files byte for byte, and in them only what was changed since.
+"""Save a tokenizer: the base's own files byte for byte, with only the user's changes applied.
 
 transformers 5 writes other files than it read (`"tokenizer_class": "TokenizersBackend"`, the template in a file of its
-own), which transformers 4 and other programs cannot read. What was changed is found by letting transformers write both
-the base's tokenizer and this one, and comparing.
+own), which transformers 4 and other programs cannot read. The changes are found by letting transformers write both the
+base's tokenizer and this one, and comparing them.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ FILES = (
     *(TOKENIZER, CONFIG, SPECIAL, ADDED, TEMPLATE, f"{TEMPLATES}/*.jinja", "chat_template.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json"),
 )
-# What transformers says of how a tokenizer was loaded, not of what it does; and settings of a single call.
+# Keys about how a tokenizer was loaded, not what it does; and settings of a single call.
 OF_LOADING = {"tokenizer_class", "backend", "is_local", "local_files_only", "name_or_path", "auto_map", "chat_template"}
 OF_A_CALL = {"padding", "truncation"}
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, base: Path, trust_remote_code: bool = False) -> None:
-    """Write the base's tokenizer files into `folder`, with what `tokenizer` has changed: its template, its tokens.
+    """Write the base's tokenizer files into `folder`, with the changed template and tokens of `tokenizer`.
 
     Args:
-        tokenizer: the base's own, or one made of it.
+        tokenizer: the base's own, or one derived from it.
         base: the folder of the base's files.
-        trust_remote_code: the base's code was trusted to run; else it is neither copied nor named.
+        trust_remote_code: the base's code was trusted to run; otherwise it is neither copied nor named.
     """
     from transformers import AutoTokenizer
 
@@ -53,53 +53,55 @@ def save_tokenizer(tokenizer: Any, folder: Path, base: Path, trust_remote_code: 
 
 
 def _copy_changes(tokenizer: Any, own: Any, folder: Path, base: Path) -> None:
-    """Put into the copied files what transformers writes otherwise of the two tokenizers."""
+    """Apply to the copied files what differs between the two tokenizers as transformers writes them."""
     with tempfile.TemporaryDirectory(prefix="training-lens-tokenizer-") as place:
         before, after = Path(place) / "before", Path(place) / "after"
         own.save_pretrained(str(before))
         tokenizer.save_pretrained(str(after))
-        rules = _changes(before, after, TOKENIZER, OF_A_CALL)
-        settings = _changes(before, after, CONFIG, OF_LOADING)
+        rules = _find_changes(before, after, TOKENIZER, OF_A_CALL)
+        settings = _find_changes(before, after, CONFIG, OF_LOADING)
         if rules and not (folder / TOKENIZER).is_file():
             shutil.copyfile(after / TOKENIZER, folder / TOKENIZER)
         else:
-            _apply(folder, TOKENIZER, rules)
-    _apply(folder, CONFIG, settings)
-    _apply(folder, SPECIAL, {key: value for key, value in settings.items() if key in _read(folder / SPECIAL)})
+            _apply_changes(folder, TOKENIZER, rules)
+    _apply_changes(folder, CONFIG, settings)
+    _apply_changes(
+        folder, SPECIAL, {key: value for key, value in settings.items() if key in _read_settings(folder / SPECIAL)}
+    )
     if "added_tokens" in rules:
         _add_tokens(tokenizer, folder)
 
 
-def _read(path: Path) -> Any:
+def _read_settings(path: Path) -> Any:
     return read_json(path) if path.is_file() else {}
 
 
-def _changes(before: Path, after: Path, name: str, ignored: set[str]) -> dict[str, Any]:
-    """The keys of a JSON file whose values differ, with the new ones; None for a key that is gone."""
-    old, new = _read(before / name), _read(after / name)
+def _find_changes(before: Path, after: Path, name: str, ignored: set[str]) -> dict[str, Any]:
+    """The keys of a JSON file whose values differ, with the new values; None for a removed key."""
+    old, new = _read_settings(before / name), _read_settings(after / name)
     return {key: new.get(key) for key in (old.keys() | new.keys()) - ignored if old.get(key) != new.get(key)}
 
 
-def _apply(folder: Path, name: str, changes: dict[str, Any]) -> None:
+def _apply_changes(folder: Path, name: str, changes: dict[str, Any]) -> None:
     if changes:
-        content = _read(folder / name)
+        content = _read_settings(folder / name)
         merged = {key: value for key, value in {**content, **changes}.items() if value is not None}
         write_json(folder / name, merged, verbatim=True)
 
 
 def _add_tokens(tokenizer: Any, folder: Path) -> None:
-    """Name the tokens in the older places too, where the base's files have these."""
-    settings = _read(folder / CONFIG)
+    """Add the tokens to the older files and keys too, where the base has them."""
+    settings = _read_settings(folder / CONFIG)
     if "added_tokens_decoder" in settings:
         tokens = {str(index): token.__getstate__() for index, token in tokenizer.added_tokens_decoder.items()}
-        _apply(folder, CONFIG, {"added_tokens_decoder": tokens})
+        _apply_changes(folder, CONFIG, {"added_tokens_decoder": tokens})
     if (folder / ADDED).is_file():
-        _apply(folder, ADDED, tokenizer.get_added_vocab())
+        _apply_changes(folder, ADDED, tokenizer.get_added_vocab())
 
 
 def _write_template(template: str | dict[str, str] | None, folder: Path) -> None:
-    """Put the template, or several by their names, where the base has its own: in its config, else in files."""
-    settings = _read(folder / CONFIG)
+    """Write the template, or several by name, where the base has its own: in its config, or in files."""
+    settings = _read_settings(folder / CONFIG)
     in_config = "chat_template" in settings and not (folder / TEMPLATE).is_file()
     for name in (TEMPLATE, "chat_template.json"):
         (folder / name).unlink(missing_ok=True)

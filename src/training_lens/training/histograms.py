@@ -13,7 +13,7 @@ from torch import Tensor
 
 from training_lens.core.modules import adapter_modules, strip_wrappers
 from training_lens.errors import LensError
-from training_lens.models.adapters import trainable
+from training_lens.models.adapters import trainable_parameters
 from training_lens.training.loop.callbacks import JournalCallback
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
@@ -66,9 +66,8 @@ def named_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     except LensError:  # fully trained modules only, or adapters that are no pair of matrices
         modules = ()
     names = {id(p): f"{m.name}.{end}" for m in modules for p, end in zip(m.trained_parameters, _ENDS, strict=False)}
-    return {
-        names.get(id(p)) or strip_wrappers(n).replace(".modules_to_save.default", ""): p for n, p in trainable(model)
-    }
+    parameters = trainable_parameters(model)
+    return {names.get(id(p)) or strip_wrappers(n).replace(".modules_to_save.default", ""): p for n, p in parameters}
 
 
 _ENDS = ("A", "B", "magnitude")  # of AdapterModule.trained_parameters

@@ -24,7 +24,7 @@ from training_lens.data.token_pipeline import Preparation, tokenizer_hash
 from training_lens.data.tokenization import TextEncoder
 from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError, DatasetError
-from training_lens.models.adapter_files import adopt
+from training_lens.models.adapter_files import adopt_saved_settings
 from training_lens.models.adapters import Adaptation, check_adapter, count_parameters, log_adaptation
 from training_lens.models.embeddings import check_vocabulary, embedding_modules, required_rows
 from training_lens.models.factory import (
@@ -211,7 +211,7 @@ def _resolve_config(config: TrainingConfig, facts: ModelFacts, tokenizer: Any, p
     if config.training.lr is None:
         logger.info("learning rate: %g, from the model's width (training.lr sets another)", lr)
     return settled.replace_keys(
-        peft=adopt(config.peft).model_dump(exclude_unset=True),
+        peft=adopt_saved_settings(config.peft).model_dump(exclude_unset=True),
         training={"lr": lr, "precision": precision},
     )
 

@@ -23,10 +23,10 @@ from training_lens.display.progress import Progress, create_bars
 from training_lens.errors import InterruptedRunError, TrainingLensError
 from training_lens.integrations.courier import IntegrationFactory, send_while_training
 from training_lens.integrations.integration_specs import list_integrations
-from training_lens.models.adapters import ParameterCount, attach, count_parameters, describe
+from training_lens.models.adapters import ParameterCount, attach, count_parameters, describe_adapter
+from training_lens.models.base_record import base_record, check_base, require_local_folder
 from training_lens.models.factory import checkpoint_gradients, load_model
 from training_lens.models.fast.install import uninstall_kernels
-from training_lens.models.stored import base_record, check_base, require_local_folder
 from training_lens.models.tokenizer_files import save_tokenizer
 from training_lens.runs.run_folder import RunFolder, new_run_id, runs_folder
 from training_lens.training.histograms import HistogramWriter
@@ -222,7 +222,7 @@ class TrainingWrapper:
         parameters = count_parameters(trainer.model)
         logger.info(
             "%s: %s of %s parameters train (%.2f %%) on %s in %s",
-            describe(config.peft),
+            describe_adapter(config.peft),
             format_count(parameters.trainable), format_count(parameters.total),
             100 * parameters.share, device, plan.precision,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from training_lens.core.lens_manifest import read_manifest
 from training_lens.core.lens_store import COST, LensStore, read_cost
 from training_lens.data.token_cache import open_cached_split
 from training_lens.errors import CheckpointError, TrainingLensError
-from training_lens.models.stored import base_files, check_base, require_local_folder
+from training_lens.models.base_record import base_files, check_base, require_local_folder
 from training_lens.runs.checkpoint_format import (
     list_checkpoints,
     newest_intact_checkpoint,

@@ -15,7 +15,7 @@ from training_lens.data.examples import TokenizedExample
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.inference.generator import answers
-from training_lens.inference.session import Session, are_texts, session_on
+from training_lens.inference.session import LoadedModel, Session, are_plain_texts, build_session
 from training_lens.training.loop.callbacks import JournalCallback, StepReport
 from training_lens.training.plan import RunPlan
 from training_lens.utils.devices import autocast, free_memory
@@ -83,9 +83,9 @@ class SampleWriter(JournalCallback):
 
     def _open_session(self, trainer: Any) -> Session:
         plan = self._plan
-        texts = are_texts(plan.splits["train"].report.mappings.values(), plan.config.data.fields)
+        texts = are_plain_texts(plan.splits["train"].report.mappings.values(), plan.config.data.fields)
         device = trainer.processes.device
-        return session_on(trainer.model, plan.tokenizer, plan.config, texts, device, trainer.precision)
+        return build_session(LoadedModel(trainer.model, plan.tokenizer, device, trainer.precision), plan.config, texts)
 
     def _describe_sample(self, prompt: SamplePrompt, generated: str) -> dict[str, str]:
         decode = self._plan.tokenizer.decode

@@ -125,7 +125,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recording]:
     from training_lens.evaluation.evaluator import EvaluationOptions, evaluate_loss
     from training_lens.models.adapters import attach, base_only
     from training_lens.models.factory import load_model
-    from training_lens.models.scoring import supervised_scores
+    from training_lens.models.token_scores import supervised_scores
     from training_lens.training.loop.lr_schedule import lr_at
     from training_lens.training.plan import plan_run
 

@@ -101,12 +101,12 @@ def test_a_smaller_rank_never_has_more_energy_and_the_whole_loses_nothing(run: A
 
 
 def test_energy_ranks_are_those_of_the_dense_update(run: Any, check: RankCheck) -> None:
-    from training_lens.merging.weight_update import LowRank, saved_updates
+    from training_lens.merging.weight_update import LowRankUpdate, load_updates
 
-    updates = saved_updates(run.adapter)
+    updates = load_updates(run.adapter)
     for name, rank in check.energy_ranks.items():
         update = updates[f"{name}.weight"]
-        assert isinstance(update, LowRank)
+        assert isinstance(update, LowRankUpdate)
         energy = torch.linalg.svdvals(update.b.double() @ update.a.double()).square()
         assert rank == int((energy.cumsum(0) < 0.9 * energy.sum()).sum()) + 1
     assert check.rank_pattern["q_proj"] == max(r for n, r in check.energy_ranks.items() if n.endswith("q_proj"))

@@ -14,7 +14,7 @@ from training_lens.config.schema import TrainingConfig
 from training_lens.data.batching import Schedule
 from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
-from training_lens.models.adapters import trainable
+from training_lens.models.adapters import trainable_parameters
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.dataloader import DataLoader
 from training_lens.training.loop.trainer import Trainer
@@ -90,7 +90,7 @@ def test_a_run_with_prefetching_is_bit_for_bit_the_same(small_config: Config, tm
         decoder = trainer.model.get_base_model().get_decoder()
         decoder.register_forward_pre_hook(refuse, with_kwargs=True)
         trainer.fit()
-        return [p.detach().clone() for _, p in trainable(trainer.model)], trainer
+        return [p.detach().clone() for _, p in trainable_parameters(trainer.model)], trainer
 
     (ahead, prefetching), (in_time, _) = trained(True), trained(False)
     assert prefetching.micro_batch_tokens < 4096 and prefetching.dataloader._prefetched is not None

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Con
 
 from training_lens.config.schema import ModelSection, PeftSection, TrainingConfig
 from training_lens.errors import InterruptedRunError
-from training_lens.models.adapters import attach, trainable
+from training_lens.models.adapters import attach, trainable_parameters
 from training_lens.models.factory import checkpoint_gradients
 from training_lens.models.fast.engine import Engine
 from training_lens.models.fast.install import uninstall_kernels
@@ -171,7 +171,7 @@ def adapter_after(config: TrainingConfig, folder: Path, before: Callable[[Traine
     trainer = wrapper._build_trainer(RunFolder(folder).create(), wrapper.plan())[0]
     before(trainer)
     trainer.fit()
-    return {name: p.detach().clone() for name, p in trainable(trainer.model)}
+    return {name: p.detach().clone() for name, p in trainable_parameters(trainer.model)}
 
 
 def test_a_rehearsal_changes_no_bit_of_the_run(small_config: Config, tmp_path: Path) -> None:

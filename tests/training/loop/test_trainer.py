@@ -14,7 +14,7 @@ import torch
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import TrainingError
-from training_lens.models.adapters import trainable
+from training_lens.models.adapters import trainable_parameters
 from training_lens.runs.run_folder import RunFolder
 from training_lens.training.loop.callbacks import Callback, StepReport
 from training_lens.training.loop.trainer import Trainer
@@ -94,14 +94,14 @@ def test_b_moves_by_the_ratio_under_lora_plus(small_config: Config, tmp_path: Pa
     for ratio in (None, 16.0):
         trainer = assembled(small_config(peft={"lora_plus_ratio": ratio}), tmp_path, str(ratio))
         trainer.train_step(next(trainer.schedule.iterate_steps()))
-        moved[ratio] = sum(p.detach().norm().item() for n, p in trainable(trainer.model) if "lora_B" in n)
+        moved[ratio] = sum(p.detach().norm().item() for n, p in trainable_parameters(trainer.model) if "lora_B" in n)
     assert moved[16.0] == pytest.approx(16 * moved[None], rel=1e-3)
 
 
 def test_frozen_weights_are_bit_identical_after_training(small_config: Config, tmp_path: Path) -> None:
     trainer = assembled(small_config(), tmp_path)
     frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
-    learned = {n: p.clone() for n, p in trainable(trainer.model)}
+    learned = {n: p.clone() for n, p in trainable_parameters(trainer.model)}
     trainer.fit()
     after = dict(trainer.model.named_parameters())
     assert len(frozen) == 47 and all(torch.equal(after[n], p) for n, p in frozen.items())

@@ -14,7 +14,7 @@ from training_lens.display.progress import Progress
 from training_lens.evaluation.evaluation_rows import EvaluationRows
 from training_lens.evaluation.evaluator import EvaluationOptions, token_sums
 from training_lens.evaluation.model_scores import Bootstrap, ModelScores
-from training_lens.inference.prompt_rows import validation_examples
+from training_lens.inference.heldout_examples import validation_examples
 from training_lens.inference.session import Session, open_run
 from training_lens.measures.barrier import truncate_rank
 from training_lens.measures.singular_values import energy_rank, singular_values

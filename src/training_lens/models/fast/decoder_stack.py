@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Cache
 
-from training_lens.models.classes import decoder_of
 from training_lens.models.fast.decoding_layers import DecodingAttention, DecodingMLP, DecodingNorm, RotaryAngles
 from training_lens.models.fast.fused_linear import DecodingLinear
 from training_lens.models.fast.kv_cache import FULL, SLIDING
+from training_lens.models.model_classes import decoder_of
 
 PARTS = {
     "input_layernorm": DecodingNorm,

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from training_lens.errors import ModelLoadingError
-from training_lens.models.classes import decoder_of
 from training_lens.models.fast.install import InstalledKernels, forward_packed, install_kernels
 from training_lens.models.fast.losses import linear_nll, nll
 from training_lens.models.fast.module_kernels import PROBE_TOKENS
 from training_lens.models.fast.packed_attention import PackedSequences
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
+from training_lens.models.model_classes import decoder_of, unwrap_adapter
 from training_lens.models.quantization import is_quantized
 from training_lens.models.rotary import padded_positions
-from training_lens.models.scoring import logits_behind
+from training_lens.models.token_scores import logits_from_states
 from training_lens.utils.devices import move_to_device
 
 TOKEN_MULTIPLE = (
@@ -48,7 +48,7 @@ class Engine:
         require_causal(model)
         self.kernels: InstalledKernels = install_kernels(model)
         self._decoder = decoder_of(model)
-        self._whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._whole = unwrap_adapter(model)
         self._head = self._whole.get_output_embeddings()
         self._dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad}
         self._device = next(self._decoder.parameters()).device
@@ -120,7 +120,7 @@ class Engine:
 
     def _head_logits(self, states: Tensor) -> Tensor:
         assert self._output is not None, "the decoder was asked for the states"
-        return logits_behind(self._whole, states, self._output)
+        return logits_from_states(self._whole, states, self._output)
 
     @cached_property
     @torch.no_grad()
@@ -149,7 +149,7 @@ def require_causal(model: Any) -> None:
     Raises:
         ModelLoadingError: states or logits differ.
     """
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = unwrap_adapter(model)
     decoder = decoder_of(whole)
     ids = torch.arange(3, 3 + PROBE_TOKENS, device=next(decoder.parameters()).device)[None]
     was_training = whole.training
@@ -162,7 +162,7 @@ def require_causal(model: Any) -> None:
             return
         is_causal = is_close(output[0][:, : PROBE_TOKENS // 2], half[0], WHOLE_MODEL)
         if is_causal and whole.base_model is not decoder:
-            found = logits_behind(whole, output[0][0], type(output))
+            found = logits_from_states(whole, output[0][0], type(output))
             wanted = whole(input_ids=ids, use_cache=False).logits[0]
             is_causal = is_close(found.to(wanted.dtype), wanted, WHOLE_MODEL)
     finally:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training_lens.models.classes import decoder_of
 from training_lens.models.fast.layer_spec import MLPSpec, NormSpec
 from training_lens.models.fast.module_kernels import (
     PROBE_TOKENS,
@@ -26,6 +25,7 @@ from training_lens.models.fast.module_kernels import (
 from training_lens.models.fast.packed_attention import PackedSequences
 from training_lens.models.fast.recognition import RecognizedLayers, recognize_layers
 from training_lens.models.fast.tolerance import WHOLE_MODEL, is_close
+from training_lens.models.model_classes import decoder_of
 
 
 @dataclass

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training_lens.models.classes import decoder_of
 from training_lens.models.fast.kernels import activation_name, rotate_heads
 from training_lens.models.fast.layer_spec import (
     ACTIVATIONS,
@@ -32,6 +31,7 @@ from training_lens.models.fast.layer_spec import (
 )
 from training_lens.models.fast.native.attention_kernels import ScoreSpec
 from training_lens.models.fast.tolerance import is_close, relative_error
+from training_lens.models.model_classes import decoder_of
 from training_lens.models.quantization import is_quantized
 
 RECORDER = "training_lens_recorder"  # the attention function under which transformers calls ours

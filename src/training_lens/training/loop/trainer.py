@@ -20,7 +20,7 @@ from training_lens.data.examples import Batch
 from training_lens.data.token_dataset import TokenDataset
 from training_lens.errors import EvaluationError, InterruptedRunError
 from training_lens.evaluation.evaluator import EvaluationOptions, LossReport, evaluate_loss
-from training_lens.models.adapters import base_only, trainable
+from training_lens.models.adapters import base_only, trainable_parameters
 from training_lens.models.fast.engine import Engine
 from training_lens.models.quantization import is_quantized
 from training_lens.training.loop.callbacks import Callback, StepReport, build_not_finite_error
@@ -84,8 +84,8 @@ class Trainer:
         self.schedule, self.settings, self.precision = plan.schedule, plan.settings, plan.precision
         self.processes, self.checkpoints, self.pad_id = plan.processes, checkpoints, plan.pad_id
         self.dataloader = DataLoader(plan.dataset, plan.processes, plan.pad_id, self.engine.can_pack)
-        self.parameters = [p for _, p in trainable(model)]
-        self.optimizer = build_optimizer(trainable(model), plan.settings, plan.lora_plus_ratio)
+        self.parameters = [p for _, p in trainable_parameters(model)]
+        self.optimizer = build_optimizer(trainable_parameters(model), plan.settings, plan.lora_plus_ratio)
         self.scaler = torch.amp.GradScaler(plan.processes.device.type, enabled=plan.precision == "fp16")
         self.state, self._planned_tokens = TrainingState(), plan.micro_batch_tokens
         self.callbacks, self._signals = tuple(callbacks), SignalListener()

@@ -1,4 +1,4 @@
-"""What the files of a base model hold, read without loading it."""
+"""The identity of a base model: fingerprints of its files, read without loading it, and their record in a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training_lens.config.schema import ModelSection
 from training_lens.errors import AdapterError, ModelLoadingError
 from training_lens.models.checkpoint_files import FLOATS, StoredTensor, stored_tensors
 from training_lens.models.factory import weight_files
-from training_lens.models.location import WEIGHTS, locate
+from training_lens.models.location import WEIGHTS, locate_model
 from training_lens.utils.devices import DTYPES, Precision
 from training_lens.utils.integrity import read_sealed
 from training_lens.utils.logging import get_logger
@@ -25,46 +25,46 @@ logger = get_logger(__name__)
 
 SAMPLE_BYTES = 65_536  # of each tensor, from its middle: 300 tensors are 20 MB to read, whatever the model's size
 PIECE_BYTES, PIECES = 2**20, 64  # of a file, evenly spread over it; one of at most 64 MiB is read whole
-DECIDING = ("config.json", "generation_config.json")  # besides the weights, what a base computes
+DECIDING = ("config.json", "generation_config.json")  # besides the weights, these decide what a base computes
 
 
-def fingerprint(model: ModelSection) -> str | None:
+def fingerprint_base(model: ModelSection) -> str | None:
     """A sha256, in hexadecimal, of every tensor's name, type, shape and a sample of its values.
 
-    The same however the tensors are spread over files. It tells another training's weights, which differ all over; a
-    single value changed outside the samples it does not. None where a hub's model is not in the local cache.
+    Independent of how the tensors are spread over files. It detects retrained weights, which differ everywhere, but not
+    a single value that changed outside the samples. None if a hub's model is not in the local cache.
     """
     folder = local_folder(model)
     if folder is None:
         return None
-    digests = sorted(_digests(stored_tensors(folder).values()))
+    digests = sorted(_digest_tensors(stored_tensors(folder).values()))
     return hashlib.sha256(b"".join(digest for _, digest in digests)).hexdigest()
 
 
 def base_record(model: ModelSection) -> dict[str, Any]:
-    """What a run keeps of the base that it trains on, in metadata/base.json.
+    """The record of the base that a run trains on, for metadata/base.json.
 
-    `files` are the hashes of a sample of each of its files, of a small one of all its bytes; `sha256` those of whole
-    files, where they cost nothing: a hub's are the names that its cache gives them.
+    `files` are hashes of a sample of each file (a small file whole); `sha256` are hashes of whole files where they are
+    free, as the names of files in a hub's cache.
     """
     folder = local_folder(model)
     files = base_files(folder) if folder else []
     return {
         "id": model.id,
         "revision": model.revision,
-        "weights": fingerprint(model),
+        "weights": fingerprint_base(model),
         "files": {path.name: sample_hash(path) for path in files},
         "sha256": {path.name: sha256 for path in files if (sha256 := _known_sha256(path))},
     }
 
 
 def base_files(folder: Path) -> list[Path]:
-    """The files of a base that decide what it computes."""
+    """The files that decide what a base computes."""
     return [path for name in (*DECIDING, *weight_files(folder)) if (path := folder / name).is_file()]
 
 
 def sample_hash(path: Path) -> str:
-    """The sha256 of a file's size and of pieces spread over it; reads at most 64 MiB."""
+    """The sha256 of a file's size and of pieces spread over it. Reads at most 64 MiB."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     step = max(PIECE_BYTES, (size - PIECE_BYTES) // (PIECES - 1))
@@ -88,35 +88,35 @@ def check_base(record: Path, model: ModelSection) -> bool:
         record: the base.json of the run that trained it.
 
     Returns:
-        Whether the base is known to be the same: an older run has no record, and a hub's model may not be here yet.
+        Whether the base is known to be the same: older runs have no record, hub models may not be local yet.
 
     Raises:
-        AdapterError: a file of the base is another now, and model.accept_changed_base is not set.
+        AdapterError: a file of the base has changed, and model.accept_changed_base is not set.
     """
     folder = local_folder(model)
     trained_on = read_sealed(record) if record.is_file() else {}
     if folder is None or not trained_on.get("weights"):
         return False
     if changed := changed_files(trained_on, folder, model):
-        said = (
+        message = (
             f"the adapter was trained on another base than '{model.id}' is now: {record} says that "
             f"{', '.join(changed)} in {folder} changed since."
         )
         if not model.accept_changed_base:
             raise AdapterError(
-                f"{said} Put the base back that it was trained on, train again on this one, or take this one all the "
-                "same: model.accept_changed_base=true."
+                f"{message} Restore the base that it was trained on, train again on this one, or accept this one: "
+                "model.accept_changed_base=true."
             )
-        logger.warning("%s It is taken all the same: model.accept_changed_base.", said)
+        logger.warning("%s It is accepted: model.accept_changed_base.", message)
     return not changed
 
 
 def changed_files(record: Mapping[str, Any], folder: Path, model: ModelSection) -> list[str]:
-    """The names of files of a base that differ from its record; the same tensors in other files are no difference."""
+    """The names of a base's files that differ from its record; the same tensors in other files do not count."""
     known = {path.name: path for path in base_files(folder)}
     recorded: dict[str, str] = record.get("files", {})
     changed = [name for name, path in known.items() if name in recorded and sample_hash(path) != recorded[name]]
-    if not changed and fingerprint(model) != record["weights"]:
+    if not changed and fingerprint_base(model) != record["weights"]:
         changed = weight_files(folder)
     return changed
 
@@ -134,17 +134,17 @@ def require_local_folder(model: ModelSection) -> Path:
 
 
 def local_folder(model: ModelSection) -> Path | None:
-    """Where the model's files are on this machine; None where a hub's model is not in the local cache."""
+    """The local folder of the model's files; None if a hub's model is not in the local cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    path = locate(model)
+    path = locate_model(model)
     if Path(path).is_dir():
         return Path(path)
     found = [try_to_load_from_cache(path, name, revision=model.revision) for name in WEIGHTS]
     return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
 
-def _digests(tensors: Iterable[StoredTensor]) -> Iterator[tuple[str, bytes]]:
+def _digest_tensors(tensors: Iterable[StoredTensor]) -> Iterator[tuple[str, bytes]]:
     """Each tensor's name, and the sha256 of its name, type, shape and sample."""
     for tensor in tensors:
         size = tensor.end - tensor.start
@@ -156,7 +156,7 @@ def _digests(tensors: Iterable[StoredTensor]) -> Iterator[tuple[str, bytes]]:
 
 
 def stored_precision(model: ModelSection) -> Precision:
-    """The number type of most of the weights in the model's files; fp32 where it is none of the three.
+    """The dtype of most weights in the model's files; fp32 if it is none of fp32, bf16 and fp16.
 
     Raises:
         ModelLoadingError: the files of a hub's model are not in the local cache.

@@ -1,4 +1,4 @@
-"""The rows that a run is judged on: those that it did not train on, or others of the user's choice."""
+"""Held-out examples: the rows that a run is evaluated on, which it did not train on, or others that the user names."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ logger = get_logger(__name__)
 def validation_examples(
     run: RunFolder, session: Session, limit: int | None = None, others: Sequence[str] | None = None
 ) -> list[Example]:
-    """The run's validation rows that fit the model, in their files' order; how many do not is logged.
+    """The run's validation rows that fit the model, in their files' order. Logs how many do not fit.
 
     Args:
         session: of that run.
-        limit: at most so many, the first that fit.
+        limit: the most examples; the first that fit.
         others: sources to read in place of the run's own validation rows.
 
     Raises:
         ConfigurationError: the run had no validation rows, and no others are given.
-        DatasetError: a source is missing or cannot be read, or held-out rows cannot be told because it has changed.
+        DatasetError: a source is missing or unreadable, or has changed, so that its held-out rows are unknown.
     """
-    return fitting(_rows(run, session, others), session, limit)
+    return filter_fitting(_read_validation_rows(run, session, others), session, limit)
 
 
 def configured_examples(session: Session, limit: int | None = None) -> list[Example]:
@@ -46,12 +46,14 @@ def configured_examples(session: Session, limit: int | None = None) -> list[Exam
     """
     data = session.config.data
     if data.validation_sources:
-        return fitting(read_examples(_paths(data.validation_sources), "data.validation", data), session, limit)
+        return filter_fitting(
+            read_examples(_source_paths(data.validation_sources), "data.validation", data), session, limit
+        )
     if not data.val_ratio:
         raise ConfigurationError(
-            "there are no rows to judge on; give data.validation, or data.train and data.val_ratio."
+            "there are no rows to evaluate on; give data.validation, or data.train and data.val_ratio."
         )
-    found = _fitting_digests(read_examples(_paths(data.train), "data.train", data), session)
+    found = _filter_with_digests(read_examples(_source_paths(data.train), "data.train", data), session)
     if len(found) < 2:
         raise ConfigurationError("data.val_ratio: one example cannot be split; give more rows or data.validation.")
     digests = np.array([digest for _, digest in found], dtype=np.uint64)
@@ -59,18 +61,18 @@ def configured_examples(session: Session, limit: int | None = None) -> list[Exam
     return [found[i][0] for i in held_out[:limit]]
 
 
-def fitting(examples: Iterable[Example], session: Session, limit: int | None = None) -> list[Example]:
-    """The first `limit` examples that training would keep; how many before them it would drop is logged."""
-    return [example for example, _ in _fitting_digests(examples, session, limit)]
+def filter_fitting(examples: Iterable[Example], session: Session, limit: int | None = None) -> list[Example]:
+    """The first `limit` examples that training would keep. Logs how many it would drop before them."""
+    return [example for example, _ in _filter_with_digests(examples, session, limit)]
 
 
-def _fitting_digests(
+def _filter_with_digests(
     examples: Iterable[Example], session: Session, limit: int | None = None
 ) -> list[tuple[Example, int]]:
-    """As `fitting`, each with the digest of what it says."""
+    """As `filter_fitting`, each with the digest of its content."""
     found: list[tuple[Example, int]] = []
-    left_out, coming = 0, iter(examples)
-    while chunk := list(islice(coming, min(CHUNK, CHUNK if limit is None else limit - len(found)))):
+    left_out, remaining = 0, iter(examples)
+    while chunk := list(islice(remaining, min(CHUNK, CHUNK if limit is None else limit - len(found)))):
         tokenized = tokenize(chunk, session.preparation)
         found += [(example, row.digest) for example, row in zip(chunk, tokenized, strict=True) if row is not None]
         left_out += tokenized.count(None)
@@ -82,51 +84,51 @@ def _fitting_digests(
     return found
 
 
-def _rows(run: RunFolder, session: Session, others: Sequence[str] | None) -> Iterator[Example]:
+def _read_validation_rows(run: RunFolder, session: Session, others: Sequence[str] | None) -> Iterator[Example]:
     data = session.config.data
     if others is not None:
         return read_examples(others, "data.validation", data)
     if data.val_ratio:
-        return _held_out(run, session)
+        return _read_held_out(run, session)
     if data.validation_sources:
-        for name in _changed(run, _paths(data.validation_sources), "validation"):
+        for name in _find_changed_sources(run, _source_paths(data.validation_sources), "validation"):
             logger.warning("%s: has changed since the run validated on it; these are its rows now", name)
-        return read_examples(_paths(data.validation_sources), "data.validation", data)
+        return read_examples(_source_paths(data.validation_sources), "data.validation", data)
     raise ConfigurationError(
-        f"the run {run.run_id} had no validation rows to judge it on; give data.validation, or train with "
+        f"the run {run.run_id} had no validation rows to evaluate it on; give data.validation, or train with "
         "data.validation or data.val_ratio."
     )
 
 
-def _held_out(run: RunFolder, session: Session) -> Iterator[Example]:
-    """The rows that the run held out, told by file and row: so the files must be those that it read."""
+def _read_held_out(run: RunFolder, session: Session) -> Iterator[Example]:
+    """The rows that the run held out, identified by file and row; so the files must be unchanged."""
     data = session.config.data
-    held_out, sources = set(run.read_metadata("held_out.json")), _paths(data.train)
-    if changed := _changed(run, sources, "train"):
+    held_out, sources = set(run.read_metadata("held_out.json")), _source_paths(data.train)
+    if changed := _find_changed_sources(run, sources, "train"):
         raise DatasetError(
             f"{', '.join(changed)}: has changed since the run {run.run_id} held rows of it out, so they can no longer "
-            "be told from those that it trained on. Put the old file back, or judge on other rows with "
+            "be distinguished from those that it trained on. Restore the old file, or evaluate on other rows with "
             "data.validation=FILE."
         )
     return (e for e in read_examples(sources, "data.train", data) if e.id in held_out)
 
 
-def _changed(run: RunFolder, specs: Sequence[str], split: str) -> list[str]:
-    """Sources that are not, byte for byte, what the run read."""
+def _find_changed_sources(run: RunFolder, specs: Sequence[str], split: str) -> list[str]:
+    """Sources that differ from what the run read."""
     recorded = run.read_metadata("data.json")[split]["files"]
     return [s.name for s in expand_sources(specs, f"data.{split}") if recorded.get(s.name) != s.sha256]
 
 
-def training_tokens(session: Session, at_least: int) -> list[int]:
-    """The rows of the run's training files, rendered and one after the other, to so many tokens or their end.
+def read_training_tokens(session: Session, at_least: int) -> list[int]:
+    """At least so many tokens of the run's rendered training rows, one after the other, or all of them.
 
     Raises:
         DatasetError: a source is missing or cannot be read, or none of its rows fits.
     """
     data, tokens = session.config.data, list[int]()
-    for source in expand_sources(_paths(data.train), "data.train"):
-        coming = read_source_examples(source, data)
-        while chunk := list(islice(coming, CHUNK)):
+    for source in expand_sources(_source_paths(data.train), "data.train"):
+        examples = read_source_examples(source, data)
+        while chunk := list(islice(examples, CHUNK)):
             for row in tokenize(chunk, session.preparation):
                 tokens += row.input_ids.tolist() if row is not None else []
             if len(tokens) >= at_least:
@@ -136,5 +138,5 @@ def training_tokens(session: Session, at_least: int) -> list[int]:
     return tokens
 
 
-def _paths(sources: Sequence[object]) -> list[str]:
+def _source_paths(sources: Sequence[object]) -> list[str]:
     return [str(source) for source in sources]

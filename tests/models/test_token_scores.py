@@ -21,10 +21,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from training_lens.models import scoring
+from training_lens.models import token_scores
 
-supervised_scores = jaxtyped(typechecker=beartype)(scoring.supervised_scores)
-paired_scores = jaxtyped(typechecker=beartype)(scoring.paired_scores)
+supervised_scores = jaxtyped(typechecker=beartype)(token_scores.supervised_scores)
+paired_scores = jaxtyped(typechecker=beartype)(token_scores.paired_scores)
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -103,7 +103,7 @@ def with_adapter(model: Any) -> Any:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("at_once", [97, 300, 10**6])
 def test_chunked_scores_equal_those_of_full_logits(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(token_scores, "LOGITS_AT_ONCE", at_once)
     model = tiny(name)
     ids, mask = torch.randint(3, 97, (3, 11)), torch.rand(3, 11) < 0.5
     with torch.inference_mode():
@@ -115,7 +115,7 @@ def test_chunked_scores_equal_those_of_full_logits(name: str, at_once: int, monk
 
 
 def test_pairs_are_base_and_adapter_and_their_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 300)
+    monkeypatch.setattr(token_scores, "LOGITS_AT_ONCE", 300)
     model = with_adapter(tiny("llama"))
     ids, mask = torch.randint(3, 97, (3, 11)), torch.rand(3, 11) < 0.5
     with torch.inference_mode():

@@ -1,7 +1,7 @@
-"""Which of transformers' classes a base is loaded as: the one that its own config.json names.
+"""The transformers class that a base is loaded as: the one that its own config.json names.
 
-An adapter's tensors are named by the modules of that class. So it is the class of a whole multimodal model, where the
-base is one, and not that of its text part: other programs load what config.json names.
+An adapter's tensors are named after the modules of that class. So a multimodal base is loaded whole, and not as its
+text part: other programs load the class that config.json names.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from training_lens.errors import ModelLoadingError
 
 
 def load_class(config: Any) -> Any:
-    """The class whose `from_pretrained` makes the model that `config`, a base's, describes.
+    """The class whose `from_pretrained` loads the model that `config` describes.
 
-    The generating class that `config.architectures` names, where transformers has it; else what AutoModelForCausalLM
-    knows for the model type, which is also the way to classes that a repository carries itself.
+    The generating class that `config.architectures` names, if transformers has it; otherwise AutoModelForCausalLM's for
+    the model type, which also finds classes in the model's own repository.
 
     Raises:
-        ModelLoadingError: an encoder-decoder, or a model type that generates no text.
+        ModelLoadingError: an encoder-decoder, or a model type that does not generate text.
     """
     import transformers
     from transformers.models.auto.modeling_auto import (
@@ -42,14 +42,14 @@ def load_class(config: Any) -> Any:
 
 
 def is_generating(found: Any) -> bool:
-    """Whether this is a model class with a way to generate, so with an output head over the vocabulary."""
+    """Whether this is a model class that can generate, so one with an output head over the vocabulary."""
     from transformers import GenerationMixin, PreTrainedModel
 
     return isinstance(found, type) and issubclass(found, PreTrainedModel) and issubclass(found, GenerationMixin)
 
 
 def is_found_by_type(model: Any) -> bool:
-    """Whether AutoModelForCausalLM gives the model's own class for its config, and not its text part or nothing."""
+    """Whether AutoModelForCausalLM gives the model's own class for its config, not its text part or nothing."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     known = type(model).__module__.startswith("transformers.")
@@ -57,19 +57,24 @@ def is_found_by_type(model: Any) -> bool:
 
 
 def build_model(config: Any, trust_remote_code: bool, **options: Any) -> Any:
-    """A model of `config`, of the class that loading takes, with random weights (none where torch builds on 'meta')."""
+    """A model of `config` in the class that loading uses, with random weights (none on the device 'meta')."""
     found = load_class(config)
     if hasattr(found, "from_config"):  # transformers' way to several classes
         return found.from_config(config, trust_remote_code=trust_remote_code, **options)
     return found._from_config(config, **options)
 
 
+def unwrap_adapter(model: Any) -> Any:
+    """The transformers model under PEFT's wrapper, adapter layers included; a model without a wrapper is returned."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def public_class(model: Any) -> str:
-    """The name of the class of transformers that other programs load such a model's folder with."""
+    """The name of the transformers class with which other programs load this model's folder."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = unwrap_adapter(model)
     found, config = type(whole), type(whole.config)
     usual = MODEL_FOR_CAUSAL_LM_MAPPING.get(config, None)
     is_named = found is not usual and getattr(transformers, found.__name__, None) is found
@@ -90,14 +95,14 @@ def _has_own_code(config: Any) -> bool:
 
 
 def decoder_of(model: Any) -> Any:
-    """The part of a model, with or without PEFT's wrapper, that makes the last hidden states of tokens.
+    """The part of a model, with or without PEFT's wrapper, that computes the last hidden states.
 
-    `get_decoder` gives the whole model of some classes, and of others a part that has an output head itself.
+    `get_decoder` returns the whole model for some classes, and for others a part with an output head of its own.
 
     Raises:
         ModelLoadingError: there is none.
     """
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = unwrap_adapter(model)
     decoder = whole.get_decoder()
     while decoder is not None and (decoder is whole or _has_head(decoder)):
         whole = decoder

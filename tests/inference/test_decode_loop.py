@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import answer_ids
 
 from training_lens import TrainingConfig
 from training_lens.config.evaluation_sections import InferenceSection
 from training_lens.errors import ConfigurationError
-from training_lens.inference.decode_loop import SHARED, Decoder
-from training_lens.inference.generator import answer_ids
+from training_lens.inference.decode_loop import MIN_SHARED_TOKENS, Decoder
 from training_lens.inference.session import Session, open_session
 from training_lens.models.fast.kv_cache import SlotCache
 
@@ -40,13 +40,13 @@ def rows_of(count: int, longest: int) -> InferenceSection:
 @pytest.fixture
 def read_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of each call of the model, how many tokens it was given."""
-    logits, seen = Decoder.logits, list[int]()
+    logits, seen = Decoder.compute_logits, list[int]()
 
     def noted(decoder: Decoder, ids: torch.Tensor, *given: Any) -> torch.Tensor:
         seen.append(ids.numel())
         return logits(decoder, ids, *given)
 
-    monkeypatch.setattr(Decoder, "logits", noted)
+    monkeypatch.setattr(Decoder, "compute_logits", noted)
     return seen
 
 
@@ -72,7 +72,7 @@ def test_places_without_answer_are_given_up(session: Session, read_tokens: list[
 
 def test_a_beginning_that_all_share_is_read_once(session: Session, read_tokens: list[int]) -> None:
     shared = random_prompts(1, 200)[0] * 3
-    assert len(shared) > SHARED
+    assert len(shared) > MIN_SHARED_TOKENS
     prompts = [shared + rest for rest in random_prompts(6, 9)] + [shared[:-1]]
     wanted = alone(session, prompts)
     read_tokens.clear()

@@ -1,4 +1,4 @@
-"""What a model makes of supervised tokens, without gradients: their logits only, and never many of them at once."""
+"""Scores of supervised tokens without gradients: only their logits are computed, in small chunks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from training_lens.models.adapters import base_only
-from training_lens.models.classes import decoder_of
+from training_lens.models.model_classes import decoder_of, unwrap_adapter
 from training_lens.models.rotary import padded_positions
 
 LOGITS_AT_ONCE = 2**23  # numbers in one chunk of logits: 32 MB in float32
@@ -20,9 +20,9 @@ LOGITS_AT_ONCE = 2**23  # numbers in one chunk of logits: 32 MB in float32
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a model makes of each supervised token, (targets,), row by row.
+    """The scores of each supervised token, (targets,), row by row.
 
-    `nll` is float32, in nats; `correct` whether the token is the likeliest of all.
+    `nll` is float32, in nats; `correct` is whether the token is the most likely one.
     """
 
     nll: Float[Tensor, targets]
@@ -35,20 +35,23 @@ def supervised_scores(
     loss_mask: Bool[Tensor, "rows width"],
     lengths: Sequence[int] | Tensor = (),
 ) -> TokenScores:
-    """The scores of each supervised token, by chunks of the vocabulary's logits; for use without gradients.
+    """The scores of each supervised token, computed in chunks of logits; for use without gradients.
 
     `nll` is -log softmax(h_t W^T)[x_{t+1}] in nats, for every t with loss_mask[t+1]. Memory holds `LOGITS_AT_ONCE`
     logits and a copy, however many targets there are.
 
     Args:
-        lengths: tokens of each row without its padding, without which a long-rope model takes it as whole.
+        lengths: tokens of each row without padding; a long-rope model needs them for padded rows.
     """
-    rows, columns = _predicting(loss_mask)
+    rows, columns = _find_predicting_positions(loss_mask)
     targets = input_ids[rows, columns + 1]
-    decoded = _decoded(model, input_ids, lengths)
+    decoded = _run_decoder(model, input_ids, lengths)
     states = decoded.states[rows, columns]  # (targets, hidden)
-    scores = [_scores(decoded.logits(part), wanted) for part, wanted in _chunks(states, targets, decoded.vocabulary)]
-    return _joined(scores, input_ids.device)
+    scores = [
+        _score_tokens(decoded.logits(part), wanted)
+        for part, wanted in _split_chunks(states, targets, decoded.vocabulary)
+    ]
+    return _concatenate_scores(scores, input_ids.device)
 
 
 @dataclass(frozen=True)
@@ -69,64 +72,63 @@ def paired_scores(
     loss_mask: Bool[Tensor, "rows width"],
     lengths: Sequence[int] | Tensor = (),
 ) -> PairedScores:
-    """The scores of a PEFT model with its adapter off and on, and the divergence between the two.
+    """The scores of a PEFT model with its adapter off and on, and `forward_kl` between the two.
 
-    The divergence is `forward_kl`; `lengths` as in `supervised_scores`. Cost: two passes through the decoder, seven
-    chunks of logits at once.
+    `lengths` are those of `supervised_scores`. Cost: two passes through the decoder, seven chunks of logits at once.
     """
-    rows, columns = _predicting(loss_mask)
+    rows, columns = _find_predicting_positions(loss_mask)
     targets = input_ids[rows, columns + 1]
     with base_only(model):
-        base_states = _decoded(model, input_ids, lengths).states[rows, columns]
-    decoded = _decoded(model, input_ids, lengths)
+        base_states = _run_decoder(model, input_ids, lengths).states[rows, columns]
+    decoded = _run_decoder(model, input_ids, lengths)
     states = torch.stack([base_states, decoded.states[rows, columns]], 1)  # (targets, 2, hidden)
     base, adapter, divergence = [], [], [torch.zeros(0, device=input_ids.device)]
-    for part, wanted in _chunks(states, targets, decoded.vocabulary):
+    for part, wanted in _split_chunks(states, targets, decoded.vocabulary):
         with base_only(model):
             of_base = decoded.logits(part[:, 0])
         of_adapter = decoded.logits(part[:, 1])
-        base.append(_scores(of_base, wanted))
-        adapter.append(_scores(of_adapter, wanted))
+        base.append(_score_tokens(of_base, wanted))
+        adapter.append(_score_tokens(of_adapter, wanted))
         divergence.append(forward_kl(of_base, of_adapter))
     device = input_ids.device
-    return PairedScores(_joined(base, device), _joined(adapter, device), torch.cat(divergence))
+    return PairedScores(_concatenate_scores(base, device), _concatenate_scores(adapter, device), torch.cat(divergence))
 
 
 def forward_kl(
     base_logits: Float[Tensor, "*positions vocabulary"], adapter_logits: Float[Tensor, "*positions vocabulary"]
 ) -> Float[Tensor, "*positions"]:
-    """How much the adapter has changed the prediction at each position, in nats; 0 exactly for equal logits.
+    """How much the adapter changed the prediction at each position, in nats; exactly 0 for equal logits.
 
     Formula: KL(p || q) = sum_v p(v) (log p(v) - log q(v)), the forward KL from the base p to the adapter q, as in
-    arXiv 2509.04259; a token that the base rules out (logit -inf) adds nothing. Cost: five float32 copies of logits.
+    arXiv 2509.04259; a token with logit -inf in the base adds nothing. Cost: five float32 copies of logits.
     """
     log_p, log_q = base_logits.float().log_softmax(-1), adapter_logits.float().log_softmax(-1)
     p = log_p.exp()
     return (p * (log_p - log_q)).masked_fill_(p == 0, 0).sum(-1)
 
 
-def _predicting(loss_mask: Bool[Tensor, "rows width"]) -> tuple[Tensor, ...]:
+def _find_predicting_positions(loss_mask: Bool[Tensor, "rows width"]) -> tuple[Tensor, ...]:
     """Rows and columns of the positions whose next token is supervised, each (targets,)."""
     return loss_mask[:, 1:].nonzero(as_tuple=True)
 
 
-def _chunks(states: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _split_chunks(states: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
     size = max(1, LOGITS_AT_ONCE // vocabulary)
     return zip(states.split(size), targets.split(size), strict=True)
 
 
-def _scores(logits: Float[Tensor, "part vocabulary"], targets: Int[Tensor, part]) -> TokenScores:
+def _score_tokens(logits: Float[Tensor, "part vocabulary"], targets: Int[Tensor, part]) -> TokenScores:
     return TokenScores(cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets)
 
 
-def _joined(parts: list[TokenScores], device: torch.device) -> TokenScores:
+def _concatenate_scores(parts: list[TokenScores], device: torch.device) -> TokenScores:
     nothing = TokenScores(torch.zeros(0, device=device), torch.zeros(0, dtype=torch.bool, device=device))
     parts = [nothing, *parts]
     return TokenScores(torch.cat([p.nll for p in parts]), torch.cat([p.correct for p in parts]))
 
 
-class _Decoded:
-    """The decoder's states of a batch, (rows, width, hidden), and the model's own way from states to logits."""
+class _DecoderPass:
+    """The decoder's states of a batch, (rows, width, hidden), and the model's own map from states to logits."""
 
     def __init__(self, whole: Any, input_ids: Int[Tensor, "rows width"], lengths: Sequence[int] | Tensor) -> None:
         self._whole = whole
@@ -137,36 +139,37 @@ class _Decoded:
         self.vocabulary = int(whole.config.get_text_config().vocab_size)
 
     def logits(self, states: Float[Tensor, "part hidden"]) -> Float[Tensor, "part vocabulary"]:
-        """`logits_behind` the decoder."""
-        return logits_behind(self._whole, states, type(self._output))
+        """See `logits_from_states`."""
+        return logits_from_states(self._whole, states, type(self._output))
 
 
-def logits_behind(
+def logits_from_states(
     whole: Any, states: Float[Tensor, "part hidden"], output: Callable[..., Any]
 ) -> Float[Tensor, "part vocabulary"]:
-    """Logits in float32 of a model without PEFT's wrapper: its own forward, its decoder answering with these states.
+    """Logits in float32 from the decoder's states: the model's own forward, its decoder replaced by these states.
 
-    So whatever the model does behind its decoder (output layer, adapter on it, scaling, soft caps) is done here.
+    So all that the model computes after its decoder is included: output layer, adapter on it, scaling, soft caps.
 
     Args:
-        output: the type of what the decoder gives.
+        whole: the model without PEFT's wrapper.
+        output: the type of the decoder's output.
     """
-    decoder, asked = decoder_of(whole), []
+    decoder, calls = decoder_of(whole), []
 
-    def answer(*_args: Any, **_kwargs: Any) -> Any:
-        asked.append(True)
+    def return_states(*_args: Any, **_kwargs: Any) -> Any:
+        calls.append(True)
         return output(last_hidden_state=states[None])
 
-    decoder.forward = answer
+    decoder.forward = return_states
     try:
-        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)  # looked at by nobody
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)  # not read
         logits: Tensor = whole(input_ids=ids, use_cache=False).logits
     finally:
         del decoder.forward
-    assert asked, f"{type(whole).__name__} makes its logits without asking {type(decoder).__name__}"
+    assert calls, f"{type(whole).__name__} computes its logits without calling {type(decoder).__name__}"
     return logits[0].float()
 
 
-def _decoded(model: Any, input_ids: Int[Tensor, "rows width"], lengths: Sequence[int] | Tensor) -> _Decoded:
-    """The batch behind the decoder."""
-    return _Decoded(model.get_base_model() if hasattr(model, "get_base_model") else model, input_ids, lengths)
+def _run_decoder(model: Any, input_ids: Int[Tensor, "rows width"], lengths: Sequence[int] | Tensor) -> _DecoderPass:
+    """Run the decoder on the batch."""
+    return _DecoderPass(unwrap_adapter(model), input_ids, lengths)
