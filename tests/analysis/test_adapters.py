@@ -80,5 +80,5 @@ def test_what_has_no_lora_is_refused(llama: Any, tmp_path: Path) -> None:
     with pytest.raises(LensError, match="found no LoRA module"):
         LoRAParameterAnalyzer(llama)
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(AdapterError, match="no adapter folder"):
+    with pytest.raises(AdapterError, match="not an adapter folder"):
         LoRAParameterAnalyzer(tmp_path)

@@ -49,7 +49,7 @@ def test_update_strength_is_the_median_of_each_layers_modules(record: Record) ->
 def test_without_the_base_the_change_itself_is_drawn_and_said_so(record: Record) -> None:
     figure = find_figure("update_strength").draw(record({tables.WEIGHTS: (STEPS, {"norm_update": NORMS})}))
     assert figure.data[0].z[0, 0] == pytest.approx(np.hypot(1, 2))
-    assert "not seen" in figure.data[0].colorbar.title.text
+    assert "unknown" in figure.data[0].colorbar.title.text
 
 
 def test_kinds_are_lines_of_the_modules_of_all_layers(record: Record) -> None:

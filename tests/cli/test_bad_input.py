@@ -210,7 +210,7 @@ CASES: dict[str, tuple[Make, int, str]] = {
     "a config of wrong type": (with_model(edit("config.json", hidden_size="abc")), 1, "configuration of './model' .*hidden_size"),
     "a model of images": (with_model(replaced("config.json", '{"model_type": "vit"}')), 1, "type 'vit', which generates no text"),
     "a model that encodes": (with_model(edit("config.json", model_type="t5")), 1, "is an encoder-decoder .*Give a decoder-only model"),
-    "a config without size": (with_model(edit("config.json", hidden_size=0)), 1, "no language model: .*hidden_size 0"),
+    "a config without size": (with_model(edit("config.json", hidden_size=0)), 1, "not a language model: .*hidden_size 0"),
     "negative positions": (with_model(edit("config.json", max_position_embeddings=-5)), 1, "max_position_embeddings -5"),
     "tokenizer of wrong type": (with_model(edit("tokenizer_config.json", model_max_length="a")), 1, "tokenizer of './model' cannot"),
     "config that is a list": (with_model(replaced("config.json", "[]")), 1, "configuration of './model' cannot be loaded"),

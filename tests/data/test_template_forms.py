@@ -74,7 +74,7 @@ def test_arguments_go_in_as_the_template_takes_them(embedded_tokenizer: Any, sty
     source = SHOWN_TOOLS + HEAD + CALLS + "<call>{{ c.function.name }} " + style + "</call>{% endfor %}"
     renderer = renderer_of(embedded_tokenizer, source + "{{ m.content or '' }}" + TAIL)
     text, told = render(renderer, calling())
-    assert shown in text and renderer.template.form.calls == form
+    assert shown in text and renderer.template.form.argument_format == form
     assert any(("JSON text" in remark) == (form == "text") for remark in told if remark.startswith("arguments"))
     learned = renderer.render_example(Example(calling(), None, "f", 1, (TOOL,)))
     assert [s.text[-len("<|end|>") :] for s in learned if s.response] == ["<|end|>"] * 2

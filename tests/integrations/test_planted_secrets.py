@@ -193,7 +193,7 @@ def test_secrets_in_rows_are_learned_but_stand_in_no_file_that_quotes_rows(
     few = ["training.max_steps=2", "training.warmup_ratio=0", "tracking.samples=5", "tracking.tensorboard=true"]
     result = CliRunner().invoke(cli, ["train", *data, *few, "output.mirror=mirror", "lens.report=true"])
     assert result.exit_code == 0, result.output
-    assert result.output.count("was struck out") == 1
+    assert result.output.count("looks like a secret") == 1
     for command in (["compare", "--run", "latest"], ["report", "latest"]):
         assert CliRunner().invoke(cli, command).exit_code == 0, command
     (run,) = Path("outputs").glob("experiments/*/runs/*")

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from training_lens.config.schema import TrainingConfig
 from training_lens.runs.run_folder import runs_folder
 from training_lens.sweeps.runner import Sweep
@@ -15,6 +17,7 @@ from training_lens.sweeps.runner import Sweep
 
 def run_sweep(config: TrainingConfig, ended: Path) -> None:
     """A process of the sweep: a line in `ended` for each trial that ends in it."""
+    torch.set_num_threads(1)  # the fork's thread pool is made anew here, before two threads ask for it at once
     with ended.open("a", encoding="utf-8", buffering=1) as file:
         Sweep(config, on_trial=lambda row: print(row.trial, row.state, row.params, row.error, file=file)).run()
 
