@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from training_lens import TrainingConfig
 from training_lens.config.evaluation_sections import InferenceSection
-from training_lens.inference.generator import answer_ids
+from training_lens.inference.generator import generate_answers
 from training_lens.inference.session import Session, open_session
 from training_lens.models.copies import copy_merged
 from training_lens.utils.devices import device_name, peak_bytes, reset_peak, reset_process_peak, synchronize
@@ -78,9 +78,8 @@ def by_generate(model: Any, prompts: Ids) -> Ids:
 
 def by_us(session: Session, prompts: Ids) -> Ids:
     """What ours says, all prompts at once."""
-    return answer_ids(
-        session, prompts, InferenceSection(max_new_tokens=NEW, batch_tokens=len(prompts) * (PROMPT + NEW))
-    )
+    settings = InferenceSection(max_new_tokens=NEW, batch_tokens=len(prompts) * (PROMPT + NEW))
+    return [list(answer.token_ids) for answer in generate_answers(session, prompts, settings)]
 
 
 def timed(device: torch.device, call: Callable[[], Ids]) -> tuple[float, Ids]:
