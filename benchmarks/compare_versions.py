@@ -56,8 +56,9 @@ def generate(checkout: Path, folder: Path, run: str) -> dict[str, float]:
     run_command(checkout, folder, "benchmark", "--run", run, "benchmark.models=[adapter,merged]", *GENERATION)
     report = json.loads((folder / f"outputs/experiments/default/runs/{run}/reports/benchmark.json").read_text())
     return {
-        f"generate, {cell['model']}, batch {cell['batch_size']}": 1 / cell["tokens_per_second"]
+        f"generate, {cell['model']}, batch {cell['batch_size']}": 1 / cell["speed"]["tokens_per_second"]
         for cell in report["cells"]
+        if cell["speed"]
     }
 
 
