@@ -45,13 +45,19 @@ WAYS: dict[str, dict[str, Any]] = {
 class PlainEngine:
     """The loss of padded rows as transformers gives it, by a model whose modules compute by themselves."""
 
-    packs = False
+    can_pack = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
         uninstall_kernels(model)
 
-    def loss_sum(self, input_ids: Tensor, loss_mask: Tensor, packed_lengths: Sequence[int] = ()) -> Tensor:
+    def loss_sum(
+        self,
+        input_ids: Tensor,
+        loss_mask: Tensor,
+        packed_lengths: Sequence[int] = (),
+        padded_lengths: Sequence[int] = (),
+    ) -> Tensor:
         assert not packed_lengths, "rows are padded"
         labels = input_ids.masked_fill(~loss_mask, -100)
         loss: Tensor = self.model(input_ids=input_ids, labels=labels).loss
