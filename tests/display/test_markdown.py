@@ -43,3 +43,10 @@ def test_a_text_is_shown_as_it_is(text: str) -> None:
 def test_a_table_holds_any_text() -> None:
     html = markdown_to_safe_html(markdown_table(["a", "b"], [[escape_markdown(text), "x"] for text in TEXTS]))
     assert html.count("<tr>") == len(TEXTS) + 1 and html.count("<td>x</td>") == len(TEXTS)
+
+
+def test_numbers_in_cells_stay_as_they_are() -> None:
+    assert [escape_markdown(text) for text in ("9.8532", "-5.17", "+4.5%", "token_f1")] == [
+        "9.8532", "-5.17", "+4.5%", "token_f1",
+    ]  # fmt: skip
+    assert escape_markdown("1. x") == "&#49;. x"

@@ -177,7 +177,7 @@ def test_answers_of_another_model_or_settings_are_refused_and_left(
     others += [(session, SAMPLED, True), (retrained(session, tmp_path / "other"), SAMPLED, False)]
     others += [(replace(session, renderer=build_renderer(alpaca.data, session.tokenizer)), SAMPLED, False)]
     for other, settings, base in others:
-        with pytest.raises(ConfigurationError, match=r"line 1 answers row 1 of .*, but not as it is asked now"):
+        with pytest.raises(ConfigurationError, match=r"line 1 answers row 1 of .*, but with other inputs than now"):
             answer_file(other, input_file(str(source)), output, settings, domain="hill", base=base)
     assert output.read_bytes() == before
 

@@ -50,7 +50,7 @@ class Interview:
         return values | self._fields
 
     def _ask_value(self, question: str, given: str | None, default: str, check: Callable[[str], Values]) -> Values:
-        """The settings that `check` returns for the option or the answer; a wrong answer is asked for again."""
+        """The settings that `check` returns for the option or the answer; an invalid answer is asked again."""
         from training_lens.errors import TrainingLensError
 
         if not self._asking:

@@ -265,7 +265,7 @@ def resolve_date(data: DataSection, tokenizer: Any) -> str | None:
             logger.warning("data.date=%s changes nothing: the template asks for no date", data.date)
         return data.date
     today = data.date or date.today().isoformat()
-    logger.info("template: it asks for today's date and is told %s (data.date), in training and at inference", today)
+    logger.info("the template shows today's date: it gets %s (data.date), in training and at inference", today)
     return today
 
 

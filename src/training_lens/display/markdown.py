@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-SYNTAX = re.compile(r"[&<>\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_])")  # `_` inside a word is no markup
-BLOCK_START = re.compile(r"^(#|[-+](?=\s|[-+])|=|\d+(?=[.)]))")
+SYNTAX = re.compile(r"[&<>\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])")  # `_` inside a word is no markup
+BLOCK_START = re.compile(r"^(#|[-+](?=\s|[-+])|=|\d+(?=[.)](?:\s|$)))")
 CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 
 

@@ -71,7 +71,7 @@ def prompt_remark(control: ControlResult) -> Remark:
         return Remark("prompt_used", "fine", f"It uses its prompt: {effect}.")
     if between[1] < little:
         how, code = ("hardly uses", "prompt_hardly_used") if between[0] > 0 else ("ignores", "prompt_ignored")
-        sentence = f"It {how} its prompt: {effect}; so it has learned how answers look, and not what is asked."
+        sentence = f"It {how} its prompt: {effect}. It has learned the form of the answers, not to use the prompt."
         return Remark(code, "warning" if between[0] > 0 else "problem", sentence, f"it {how} its prompt")
     return Remark("prompt_unknown", "note", f"Whether it uses its prompt cannot be told from these rows: {effect}.")
 

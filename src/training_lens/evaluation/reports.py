@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training_lens.display.markdown import escape_markdown, markdown_table
 from training_lens.evaluation.comparison import ControlResult, ModelComparison, MovedRow, RowGroup
 from training_lens.evaluation.run_evaluation import EvaluationResult
 from training_lens.evaluation.verdict import Interval, format_measure
@@ -199,8 +200,7 @@ def forgetting_line(comparison: ModelComparison) -> str:
 
 
 def _render_table(columns: Cells, rows: Iterator[Cells]) -> str:
-    lines = [columns, tuple("---" for _ in columns), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return markdown_table(columns, [[escape_markdown(cell) for cell in row] for row in rows])
 
 
 def render_row_csv(result: EvaluationResult) -> str:

@@ -62,8 +62,8 @@ class PromptRow:
             return f"does not answer {place}, so it belongs to another input"
         if value.get("key") != self.key:
             return (
-                f"answers {place}, but not as it is asked now: the model, the adapter, the settings, the template or "
-                "the messages before the prompt have changed"
+                f"answers {place}, but with other inputs than now: the model, the adapter, the settings, the template "
+                "or the messages before the prompt have changed"
             )
         return None
 

@@ -54,7 +54,7 @@ class Integration(ABC):
         """Send what is outstanding. Called repeatedly; nothing is sent twice.
 
         Args:
-            ended: the run has ended for now: send also what is sent once, at the end.
+            ended: the run has stopped; also send what is only sent at the end.
 
         Raises:
             IntegrationError: with `lasting` if trying again is useless. After any other error it is called again

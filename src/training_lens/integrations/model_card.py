@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training_lens import embedded
 from training_lens.config.schema import TrainingConfig
+from training_lens.display.markdown import escape_markdown
 from training_lens.evaluation.verdict import format_measure
 from training_lens.integrations.hub_files import SECTIONS, PathShortener, is_local_folder
 from training_lens.integrations.record import RunRecord
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from training_lens.analysis.findings import Finding
 
 TEMPLATE = "model_card.md.jinja"
-ACTIVE = re.compile(r"([\\`*_\[\]|~$])")  # characters with a meaning in a line of Markdown
 
 
 class Verbatim(str):
@@ -45,9 +45,9 @@ def render_model_card(run: RunRecord, names: PathShortener, repo: str, revision:
     """The README.md of the repository `repo` for a finished run: YAML front matter, then Markdown."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(  # noqa: S701 (Markdown: `_escape_markdown` escapes Markdown and HTML)
+    environment = Environment(  # noqa: S701 (Markdown: `_escape_value` escapes Markdown and HTML)
         loader=PackageLoader("training_lens.integrations", "."),
-        finalize=_escape_markdown,
+        finalize=_escape_value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -56,12 +56,11 @@ def render_model_card(run: RunRecord, names: PathShortener, repo: str, revision:
     return redact_text(environment.get_template(TEMPLATE).render(card=card)).rstrip() + "\n"
 
 
-def _escape_markdown(value: Any) -> Any:
+def _escape_value(value: Any) -> Any:
     """`value` on one line, escaped for Markdown and HTML."""
     if isinstance(value, Verbatim) or not isinstance(value, str):
         return value
-    text = " ".join(value.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return ACTIVE.sub(r"\\\1", text)
+    return escape_markdown(" ".join(value.split())) if value.strip() else ""
 
 
 class _Card:

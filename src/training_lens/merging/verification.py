@@ -158,7 +158,7 @@ def compare_outputs(
         checks=(
             MergeCheck("largest logit difference to the adapter", largest, allowed),
             MergeCheck("mean KL divergence from the adapter, nats", mean_kl, limits.kl),
-            MergeCheck("greedy answers that part from the adapter's", float(len(margins) - ties), 0.0),
+            MergeCheck("greedy answers that differ from the adapter's", float(len(margins) - ties), 0.0),
             MergeCheck("logit distance to the adapter (that to the base)", to_adapter, to_base),
         ),
     )

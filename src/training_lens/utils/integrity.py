@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 CHECKSUM = "checksum"  # key in a JSON object: the sha256 of its other values
-LINE_CHECKSUM = "crc"  # key in a line of a journal: the CRC-32 of its other values
+LINE_CHECKSUM = "crc"  # key in a journal line, with the CRC-32 of its other values
 RECORDS = ("metadata/hashes.json", "manifest.json")  # of a run and of a checkpoint: the sha256 of files under `files`
 SEAL = b"training-lens-sha256:"  # in a binary file, before its sha256, which is computed with zeros in its own place
 SHA256 = re.compile(rb"[0-9a-f]{64}")
