@@ -19,6 +19,11 @@ from training_lens.evaluation.answer_numbers import describe_convention, find_co
         *[(text, "1234.5") for text in ("1,234.5", "1.234,5", "1 234,5", "1\u202f234.5", "1'234.5", "1\u2019234,5")],
         *[(text, "123456") for text in ("1,23,456", "\u20b91,23,456", "123 456", "123_456", "1e5 and", "123.456,0")],
         *[(text, "5") for text in ("**5**", "`5`", "__5__", "5.", "(5)", "$5", "5 \u20ac", "US$5", "5%", "\\boxed{5}")],
+        *[
+            (text, "12")
+            for text in ("EUR 12", "EUR12", "12 EUR.", "**CHF 12**", "Rs. 12", "12 kr", "12 z\u0142", "12\u5186")
+        ],
+        *[(text, "12") for text in ("12 apples", "12 (a dozen)", "12 euros, 3 cents", "12^\\circ", "12\\text{ km}")],
         *[(text, "-3") for text in ("-3", "\u22123", "-$3", "$-3", "**\u2212$3**", "- 3")],
         *[(text, "1.5") for text in ("1,5", "1.5", "1,50", "\u0661\u066b\u0665", "\uff11.\uff15", "+1,5 kg")],
         *[(text, "1234567") for text in ("1,234,567", "1.234.567", "12,34,567", "$1{,}234{,}567")],
@@ -37,9 +42,28 @@ def test_a_number_with_two_readings_is_read_as_the_set_writes_numbers(written: s
 
 
 @pytest.mark.parametrize(
-    "text", ["", "none", "1,2,3", "1.2.3", "5/6", "5 / 6", "12:30", "5-6", "5 \u2013 6", "2^10", "--5", "1,23,4", "x5"]
+    "text",
+    [
+        *("", "none", "x5", "--5", "EURO 5"),
+        *("1,2,3", "1, 2, 3", "1; 2", "1 23", "10 000 00", "1.2.3", "1,23,4"),
+        *("5/6", "5 / 6", "3 1/2", "3\u00bd", "3 \u00bd", "3\\frac{1}{2}", "12:30", "2024-01-05", "05.01.2024"),
+        *("5-6", "5 \u2013 6", "5\u20146", "5~6", "5..6", "5 \u00b1 1"),
+        *(
+            "2^10",
+            "2**10",
+            "10^{-3}",
+            "10\u00b2",
+            "3x4",
+            "3 * 4",
+            "3+4",
+            "1.5 \u00d7 10^3",
+            "3\\times 4",
+            "2\u03c0",
+            "3\\sqrt{2}",
+        ),
+    ],
 )
-def test_a_list_a_date_a_time_a_fraction_or_a_range_is_no_number(text: str) -> None:
+def test_what_goes_on_after_the_digits_is_no_number(text: str) -> None:
     assert read_number(text) is None
 
 

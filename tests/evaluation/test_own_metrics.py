@@ -55,6 +55,33 @@ def test_metrics_are_found_as_functions_modules_and_files(place: str, names: lis
     assert list(find_metrics([place])) == names
 
 
+def test_a_metric_without_a_name_is_called_as_its_function(tmp_path: Path) -> None:
+    for number, decorator in enumerate(("@metric", "@metric()", "@metric(lower_is_better=True)")):
+        function = f"def own{number}(prediction, reference): return 1"
+        code = f"from training_lens.evaluation import metric\n{decorator}\n{function}"
+        (tmp_path / f"own{number}.py").write_text(code)
+        (found,) = find_metrics([f"own{number}.py"]).values()
+        assert (found.name, found.lower_is_better, found("a", "b")) == (f"own{number}", number == 2, 1.0)
+
+
+@pytest.mark.parametrize("arguments", ["prediction", "prediction, reference, row", "*, prediction, reference"])
+def test_a_function_of_other_arguments_is_refused_before_anything_is_generated(arguments: str, tmp_path: Path) -> None:
+    code = f"from training_lens.evaluation import metric\n@metric\ndef odd({arguments}): return 1"
+    (tmp_path / "odd.py").write_text(code)
+    with pytest.raises(ConfigurationError, match=r"odd does not take \(prediction, reference\)"):
+        find_metrics(["odd.py"])
+
+
+def test_rows_that_a_metric_leaves_out_are_counted() -> None:
+    scoring = AnswerScoring.from_settings(EvaluationSection(metrics=["my_metrics"]))
+    references = ["#### 12 apples", "", "#### 3", "## 2. Steps"]
+    scores = [row_scores(answers, references, scoring) for answers in (["a"] * 4, ["b"] * 4)]
+    found = scoring.count_unscored(references, scores)
+    assert found["extra_words"] == {"the metric gives None": 1} and "polite" not in found
+    assert found["numeric"] == {"a marked answer that is more than a number": 1}
+    assert "extra_words" in scoring.count_unscored([""], [row_scores(["a"], [""], scoring)])
+
+
 def test_the_scores_of_an_own_metric_stand_beside_the_others() -> None:
     scoring = AnswerScoring.from_settings(EvaluationSection(metrics=["my_metrics"]))
     scores = row_scores(["please sit", "sit"], ["sit", ""], scoring)

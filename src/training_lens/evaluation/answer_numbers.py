@@ -12,17 +12,26 @@ from functools import cache
 from typing import Literal
 
 DecimalMark = Literal["point", "comma"]
+MORE_THAN_A_NUMBER = "a marked answer that is more than a number"
 
 _MINUS, _APOSTROPHES = "\u2212\u2013\u2012\ufe63\uff0d", "\u2019\u02bc\u2018\uff07\u066c"
 _PLAIN = dict.fromkeys(_MINUS, "-") | dict.fromkeys(_APOSTROPHES, "'")
 _PLAIN |= {"\uff0c": ",", "\uff0e": ".", "\uff0b": "+", "\uff05": "%", "\u066a": "%"}
 _DECIMAL_SIGN = "\u066b"  # Arabic's: it never groups digits
 
-_LEAD = r"(?:[\s*_`~({\[]|\\boxed\{|\\[(\[]|(?:[A-Z]{1,3})?\\?\$)*"
+_CURRENCIES = (  # the commonest ISO codes, and abbreviations that people write
+    "AED|AUD|BRL|CAD|CHF|CNY|CZK|DKK|EUR|GBP|HKD|HUF|IDR|ILS|INR|JPY|KRW|MXN|MYR|NOK|NZD|PHP|PLN|RON|RUB|SAR|SEK|SGD|"
+    "THB|TRY|TWD|UAH|USD|VND|ZAR|Fr|Ft|Kč|kr|Rs|zł"
+)
+_MONEY = rf"(?:(?:{_CURRENCIES})(?![^\W\d_])\.?|[元円]|(?:[A-Z]{{1,3}})?\\?\$)"
+_LEAD = rf"(?:[\s*_`~({{\[]|\\boxed\{{|\\[(\[]|{_MONEY})*"
 _DIGITS = rf"(?:\d{{1,3}}(?: \d{{3}})+(?:[.,{_DECIMAL_SIGN}]\d+)?(?!\d)|\d(?:[\d.,'_{_DECIMAL_SIGN}]*\d)?|[.,]\d+)"
 _NUMBER = re.compile(rf"{_LEAD}(?P<sign>[-+]?){_LEAD}(?P<digits>{_DIGITS})(?P<exponent>[eE][-+]?\d+)?")
-_GOES_ON = re.compile(r"\s?[/:^]\s?\d|\s?-\s?\d|[.,]\d")  # a fraction, a time, a power, a range
-_TRAIL = re.compile(r"[\s*_`~.%$)}\]]*(?:\\[)\]])?[\s*_`~.%$)}\]]*")
+_GOES_ON = re.compile(  # a list, a fraction, a time, a range, a power, a root, a sum or a product
+    r"\s*(?:[-/:+x\u00d7·÷±\u2014,;]|\*{1,2}|)\s*[-+]?\d|[.~]\d|\s?\^\{?[-\d]"
+    r"|\s?(?:[¼½¾⅐-⅞¹²³⁰⁴-⁹π√]|\\(?:[dt]?frac|times|cdot|div|pm|sqrt|pi))"
+)
+_TRAIL = re.compile(rf"(?:[\s*_`~.%)}}\]]|\\[)\]]|{_MONEY})*")
 _BOXED = re.compile(r"\\boxed(\{(?:[^{}]|\{[^{}]*\})*\})")
 
 
@@ -85,9 +94,9 @@ def marked_answer(text: str) -> str | None:
 def read_number(text: str, decimal: DecimalMark = "point", *, alone: bool = False) -> Decimal | None:
     """The number at the start of a text; None where there is none.
 
-    Ignored: spaces, bold and code marks, brackets, currency signs before the digits, a percent sign after them. The
-    minus may be a Unicode one. Thousands may be grouped by comma, point, apostrophe, underscore or space. A fraction, a
-    time, a date or a range is no number.
+    Ignored: spaces, bold and code marks, brackets, currency signs and codes, a percent sign after the digits. The minus
+    may be a Unicode one. Thousands may be grouped by comma, point, apostrophe, underscore or space. What goes on after
+    the digits (a list, a fraction, a time, a date, a range, a power, a product) is no number.
 
     Args:
         decimal: the decimal mark of ambiguous numbers: 1,234 is 1234 with `point` and 1.234 with `comma`.
@@ -162,6 +171,11 @@ def numeric_match(prediction: str, reference: str, decimal: DecimalMark = "point
     if expected is None:
         return None
     return float(read_number(marked_answer(prediction) or "", decimal) == expected)
+
+
+def has_unread_number(reference: str, decimal: DecimalMark = "point") -> bool:
+    """Whether the marked answer has digits, and `numeric_match` does not apply to it: `#### 12 apples`."""
+    return any(map(str.isdigit, marked_answer(reference) or "")) and numeric_match("", reference, decimal) is None
 
 
 def describe_convention(references: Sequence[str], convention: Convention, setting: str) -> str:

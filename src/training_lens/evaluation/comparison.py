@@ -95,7 +95,7 @@ class ModelComparison:
     """One or two models on the same rows; `models` says what `base` and `adapter` are.
 
     `labels` name them in tables, where two runs are compared. `tasks` are scores of lm-eval: model -> task -> metric ->
-    value. `endings` are how each model's answers end. `unscored` counts the rows that word measures leave out, by
+    value. `endings` are how each model's answers end. `unscored` counts the rows that a measure leaves out, by
     measure and reason. `number_reading` says how numbers were read.
     """
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cache, partial
+from itertools import product
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,7 +21,14 @@ from sacrebleu.metrics.chrf import CHRF
 
 from training_lens.config.evaluation_sections import EvaluationSection
 from training_lens.errors import ConfigurationError
-from training_lens.evaluation.answer_numbers import DecimalMark, describe_convention, find_convention, numeric_match
+from training_lens.evaluation.answer_numbers import (
+    MORE_THAN_A_NUMBER,
+    DecimalMark,
+    describe_convention,
+    find_convention,
+    has_unread_number,
+    numeric_match,
+)
 from training_lens.evaluation.answer_words import (
     DEFAULT_TOKENIZER,
     count_unscored,
@@ -243,15 +251,27 @@ class AnswerScoring:
     def corpus_metrics(self) -> dict[str, CorpusMetric]:
         """The metrics of a whole set."""
         return {
-            "bleu": CorpusMetric(
-                "bleu", 2 + 2 * 4, self.word_tokenizer
-            ),  # lengths; n-grams shared and predicted, by order
+            # lengths; n-grams shared and predicted, by order
+            "bleu": CorpusMetric("bleu", 2 + 2 * 4, self.word_tokenizer),
             "chrf": CorpusMetric("chrf", 3 * 6),  # for each order n-grams predicted, expected and shared
         }
 
-    def count_unscored(self, references: Sequence[str]) -> dict[str, dict[str, int]]:
-        """The rows that word measures leave out, by measure and reason."""
-        return count_unscored(references, self.word_tokenizer)
+    def count_unscored(
+        self, references: Sequence[str], scores: Iterable[Mapping[str, np.ndarray]] = ()
+    ) -> dict[str, dict[str, int]]:
+        """The rows that word measures, `numeric` and the user's metrics leave out, by measure and reason.
+
+        Args:
+            scores: of each model the row scores, of the rows with these references and of others, which are nan.
+        """
+        found = count_unscored(references, self.word_tokenizer)
+        if unread := sum(has_unread_number(reference, self.decimal) for reference in references):
+            found["numeric"] = {MORE_THAN_A_NUMBER: unread}
+        for model, name in product(scores, self.own):
+            scored = int((~np.isnan(model[name])).sum()) if name in model else 0
+            if scored < len(references):
+                found[name] = {"the metric gives None": len(references) - scored}
+        return found
 
 
 def _require_measure(settings: EvaluationSection, own: Mapping[str, AnswerMetric]) -> None:

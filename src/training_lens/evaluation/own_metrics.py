@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, util
 from importlib.metadata import entry_points
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from training_lens.errors import ConfigurationError, EvaluationError
 from training_lens.utils.formatting import describe_error, nearest_name, strip_full_stop
@@ -63,27 +64,50 @@ class AnswerMetric:
 _METRICS: dict[str, AnswerMetric] = {}
 
 
-def metric(name: str, *, lower_is_better: bool = False) -> Callable[[ScoreFunction], AnswerMetric]:
-    """Decorator: make a function of (prediction, reference) a metric of this name.
+@overload
+def metric(name: ScoreFunction) -> AnswerMetric: ...
+@overload
+def metric(name: str | None = None, *, lower_is_better: bool = False) -> Callable[[ScoreFunction], AnswerMetric]: ...
+def metric(
+    name: str | ScoreFunction | None = None, *, lower_is_better: bool = False
+) -> AnswerMetric | Callable[[ScoreFunction], AnswerMetric]:
+    """Decorator: make a function of (prediction, reference) a metric; with or without parentheses.
 
     Args:
-        name: in tables, in JSON, and for `evaluation.decide_by`.
+        name: in tables, in JSON, and for `evaluation.decide_by`; the function's own name where it is left out.
         lower_is_better: for errors and distances.
 
     Raises:
-        ConfigurationError: the name is no identifier, or is taken by another function.
+        ConfigurationError: the name is no identifier, or is taken by another function; or the function does not take
+            two arguments.
     """
+    if name is not None and not isinstance(name, str):
+        return _register_metric(name, name.__name__, lower_is_better)
+    if name is not None:
+        _require_identifier(name)
+    return lambda function: _register_metric(function, name or function.__name__, lower_is_better)
+
+
+def _require_identifier(name: str) -> None:
     if not name.isidentifier():
         raise ConfigurationError(f"{KEY}: '{name}' is no name of a metric; give letters, digits and _ alone.")
 
-    def register(function: ScoreFunction) -> AnswerMetric:
-        place, known = _function_place(function), _METRICS.get(name)
-        if known is not None and (taken := _function_place(known.function)) != place:
-            raise ConfigurationError(f"{KEY}: '{name}' is {taken} already; give {place} another name.")
-        _METRICS[name] = AnswerMetric(name, function, lower_is_better)
-        return _METRICS[name]
 
-    return register
+def _register_metric(function: ScoreFunction, name: str, lower_is_better: bool) -> AnswerMetric:
+    _require_identifier(name)  # that of a lambda is none
+    place, known = _function_place(function), _METRICS.get(name)
+    if known is not None and (taken := _function_place(known.function)) != place:
+        raise ConfigurationError(f"{KEY}: '{name}' is {taken} already; give {place} another name.")
+    try:
+        signature(function).bind("prediction", "reference")
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{KEY}: {name} does not take (prediction, reference): {strip_full_stop(describe_error(error))}."
+        ) from error
+    except ValueError:  # a function in C does not say what it takes
+        pass
+    _METRICS[name] = AnswerMetric(name, function, lower_is_better)
+    return _METRICS[name]
 
 
 def find_metrics(places: Sequence[str], built_in: Sequence[str] = ()) -> dict[str, AnswerMetric]:
@@ -173,7 +197,7 @@ def _require_metrics(module: Any, place: str) -> list[AnswerMetric]:
     if found := _list_metrics(module):
         return found
     raise ConfigurationError(
-        f"{KEY}: '{place}' has no metric; put @metric(\"name\") (from training_lens.evaluation) above the function."
+        f"{KEY}: '{place}' has no metric; put @metric (from training_lens.evaluation) above the function."
     )
 
 
@@ -181,7 +205,7 @@ def _require_metric(value: Any, place: str) -> AnswerMetric:
     if isinstance(value, AnswerMetric):
         return value
     raise ConfigurationError(
-        f"{KEY}: '{place}' is no metric; put @metric(\"name\") (from training_lens.evaluation) above the function."
+        f"{KEY}: '{place}' is no metric; put @metric (from training_lens.evaluation) above the function."
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from training_lens.display.markdown import escape_markdown, markdown_table
 from training_lens.evaluation.comparison import ControlResult, ModelComparison, MovedRow, RowGroup
 from training_lens.evaluation.run_evaluation import EvaluationResult
-from training_lens.evaluation.verdict import Interval, format_measure
+from training_lens.evaluation.verdict import Interval, count_rows, format_measure
 from training_lens.utils.files import hash_file, write_text
 from training_lens.utils.integrity import write_sealed
 
@@ -173,12 +173,12 @@ def render_markdown(result: EvaluationResult) -> str:
 
 
 def scoring_lines(comparison: ModelComparison) -> list[str]:
-    """Which rows word measures leave out, and why; how numbers were read."""
+    """Which rows a measure leaves out, and why; how numbers were read."""
     by_reasons: dict[tuple[tuple[str, int], ...], list[str]] = {}
     for measure, reasons in comparison.unscored.items():
         by_reasons.setdefault(tuple(reasons.items()), []).append(measure)
     lines = [
-        f"{', '.join(measures)}: without {'; '.join(f'{count} rows ({why})' for why, count in reasons)}"
+        f"{', '.join(measures)}: without {'; '.join(f'{count_rows(count)} ({why})' for why, count in reasons)}"
         for reasons, measures in by_reasons.items()
     ]
     return [*lines, f"numeric: {comparison.number_reading}"] if comparison.number_reading else lines

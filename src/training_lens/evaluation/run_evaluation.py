@@ -174,7 +174,9 @@ class ModelEvaluator:
                 comparison,
                 tasks=tasks if self.settings.tasks else {},
                 endings={name: outcome.endings for name, outcome in outcomes.items() if outcome.endings},
-                unscored=scoring.count_unscored(rows.prompt_references) if answered else {},
+                unscored=scoring.count_unscored(rows.prompt_references, [s.row_scores for s in scored.values()])
+                if answered
+                else {},
                 number_reading=scoring.reading if answered else "",
             ),
             rows,
