@@ -21,7 +21,7 @@ from training_lens.utils.hub_access import require_hub
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "safetensors", "pyarrow", "numpy")
 OPTIONAL = {  # extra of Training Lens -> the module it installs
-    **{name: name for name in ("wandb", "mlflow", "trackio", "bitsandbytes", "vllm")},
+    **{name: name for name in ("wandb", "mlflow", "trackio", "bitsandbytes")},
     "s3": "s3fs",
     "gcs": "gcsfs",
     "azure": "adlfs",
