@@ -6,29 +6,15 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.runs.run_folder import RunFolder
-from training_lens.utils.files import TEMPORARY, read_json, sweep_temporaries, write_json
-from training_lens.utils.integrity import strip_checksum
+from training_lens.runs.run_folder import RunFolder, read_checked_json
+from training_lens.runs.run_lookup import read_status
+from training_lens.utils.files import TEMPORARY, sweep_temporaries, write_json
 from training_lens.utils.names import require_contained
 
 DELETED = f"{TEMPORARY}deleted-"
 TAG = re.compile(r"[\w.:-]{1,40}")
-
-
-def read_checked_json(path: Path) -> Any:
-    """The content of an optional JSON file of a run.
-
-    Raises:
-        CheckpointError: it is not JSON, or not what was written.
-    """
-    try:
-        value = read_json(path)
-        return strip_checksum(value, path) if isinstance(value, dict) else value
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no valid JSON ({error}). Delete it, or write it again.") from error
 
 
 def output_folder(folder: Path) -> Path | None:
@@ -102,18 +88,11 @@ def check_deletable(folder: RunFolder) -> None:
             f"{root} is elsewhere: {linked[0]} is a symbolic link to {linked[0].resolve()}; delete it by hand."
         )
     folder.require_free()
-    if _is_marked_running(folder):
+    if read_status(folder) == "running":
         raise CheckpointError(
             f"the run {folder.run_id} says that it is running ({folder.process_label}), and its lock cannot be tried. "
             f"Stop it first, or delete it by hand. It is in {root}."
         )
-
-
-def _is_marked_running(folder: RunFolder) -> bool:
-    try:
-        return folder.status == "running"
-    except CheckpointError:  # a broken run
-        return False
 
 
 def delete_run(folder: RunFolder) -> None:

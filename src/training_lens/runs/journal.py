@@ -63,8 +63,8 @@ class Journal:
             damaged = tuple(number for number, line in enumerate(lines[:-1], 1) if parse_line(line) is None)
             if damaged:  # a kill may have cut the last one short
                 warn_of_damaged_lines(self.path, damaged)
-            kept = "".join(f"{line}\n" for line in lines if _is_up_to(line, after))
-            write_text(self.path, kept, verbatim=True)
+            kept = [line for line in lines if (values := parse_line(line)) is not None and values["step"] <= after]
+            write_text(self.path, "".join(f"{line}\n" for line in kept), verbatim=True)
         elif after:
             logger.warning("%s is missing: it starts again after step %d", self.path, after)
         self._file = self.path.open("a", encoding="utf-8")
@@ -131,8 +131,3 @@ def parse_line(line: str | bytes) -> dict[str, Any] | None:
     """The values of a line; None for one that is damaged or cut short."""
     values = read_line(line)
     return values if values is not None and isinstance(values.get("step"), int) else None
-
-
-def _is_up_to(line: str, step: int) -> bool:
-    values = parse_line(line)
-    return values is not None and int(values["step"]) <= step

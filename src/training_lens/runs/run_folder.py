@@ -37,79 +37,50 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):{STAMP}}-{secrets.token_hex(2)}"
 
 
+def parse_start_time(run_id: str) -> datetime | None:
+    """The time in a run's id, see `new_run_id`; None for an id that was given by the user or a sweep."""
+    try:
+        return datetime.strptime(run_id.split("-")[0], STAMP).replace(tzinfo=UTC)
+    except ValueError:
+        return None
+
+
+class _Place:
+    """A path inside of a run's folder, as an attribute of `RunFolder`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: RunFolder, owner: type[RunFolder]) -> Path:
+        return run.root / self._name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The paths of one run."""
 
     root: Path
 
+    adapter = _Place("artifacts/adapter")
+    tokenizer = _Place("artifacts/tokenizer")
+    merged_model = _Place("artifacts/merged")
+    weight_delta = _Place("artifacts/delta")
+    checkpoints = _Place("checkpoints")
+    lens = _Place("lens")
+    logs = _Place("logs")
+    metrics_file = _Place("logs/metrics.jsonl")
+    samples_file = _Place("logs/samples.jsonl")
+    histograms_file = _Place("logs/histograms.jsonl")
+    evaluations_file = _Place("logs/evaluations.jsonl")
+    metadata = _Place("metadata")
+    base_record = _Place("metadata/base.json")
+    lock_file = _Place("metadata/run.lock")
+    reports = _Place("reports")
+    tracking = _Place("tracking")
+
     @property
     def run_id(self) -> str:
         return self.root.name
-
-    @property
-    def adapter(self) -> Path:
-        return self.root / "artifacts" / "adapter"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.root / "artifacts" / "tokenizer"
-
-    @property
-    def merged_model(self) -> Path:
-        return self.root / "artifacts" / "merged"
-
-    @property
-    def weight_delta(self) -> Path:
-        return self.root / "artifacts" / "delta"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def lens(self) -> Path:
-        return self.root / "lens"
-
-    @property
-    def logs(self) -> Path:
-        return self.root / "logs"
-
-    @property
-    def metadata(self) -> Path:
-        return self.root / "metadata"
-
-    @property
-    def base_record(self) -> Path:
-        return self.metadata / "base.json"
-
-    @property
-    def reports(self) -> Path:
-        return self.root / "reports"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.logs / "metrics.jsonl"
-
-    @property
-    def samples_file(self) -> Path:
-        return self.logs / "samples.jsonl"
-
-    @property
-    def histograms_file(self) -> Path:
-        return self.logs / "histograms.jsonl"
-
-    @property
-    def evaluations_file(self) -> Path:
-        return self.logs / "evaluations.jsonl"
-
-    @property
-    def tracking(self) -> Path:
-        return self.root / "tracking"
-
-    @property
-    def lock_file(self) -> Path:
-        return self.metadata / "run.lock"
 
     def create(self, fill: Callable[[RunFolder], object] = lambda _: None) -> RunFolder:
         """Create the run's folder atomically, in place of one whose run never began.
@@ -174,30 +145,20 @@ class RunFolder:
         path = self.metadata / name
         try:
             require_intact(path)
-            value = read_json(path)
-            return strip_checksum(value, path) if isinstance(value, dict) else value
+            return read_checked_json(path, "Restore it, or start a new run.")
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{self.root} is not a complete run: {path} is missing. {self._repair_advice}"
-            ) from None
-        except ValueError as error:
-            raise CheckpointError(f"{path} is no valid JSON ({error}). Restore it, or start a new run.") from error
-
-    @property
-    def _repair_advice(self) -> str:
-        if self.has_begun:
-            return f"training-lens doctor {self.root} says what can be repaired."
-        return f"Its process died before it began: start it again, with output.run_id={self.run_id} if you like."
+            advice = f"Its process died before it began: start it again, with output.run_id={self.run_id} if you like."
+            if self.has_begun:
+                advice = f"training-lens doctor {self.root} says what can be repaired."
+            raise CheckpointError(f"{self.root} is not a complete run: {path} is missing. {advice}") from None
 
     @property
     def start_time(self) -> datetime:
         """When the run started, in UTC: from its id if that is a timestamp, else the time of the first file."""
-        try:
-            return datetime.strptime(self.run_id.split("-")[0], STAMP).replace(tzinfo=UTC)
-        except ValueError:
-            config = self.metadata / "config.json"
-            written = (config if config.is_file() else self.root).stat().st_mtime
-            return datetime.fromtimestamp(written, tz=UTC)
+        if time := parse_start_time(self.run_id):
+            return time
+        config = self.metadata / "config.json"
+        return datetime.fromtimestamp((config if config.is_file() else self.root).stat().st_mtime, tz=UTC)
 
     @property
     def experiment_name(self) -> str:
@@ -292,6 +253,20 @@ class RunFolder:
         if not isinstance(summary, dict):
             raise CheckpointError(f"{self.metadata / 'summary.json'} holds no summary. Restore it, or start a new run.")
         return summary
+
+
+def read_checked_json(path: Path, remedy: str = "Delete it, or write it again.") -> Any:
+    """The content of a JSON file of a run.
+
+    Raises:
+        CheckpointError: it is not JSON, or not what was written.
+        OSError: it cannot be read.
+    """
+    try:
+        value = read_json(path)
+        return strip_checksum(value, path) if isinstance(value, dict) else value
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no valid JSON ({error}). {remedy}") from error
 
 
 def runs_folder(base_output_dir: str, experiment_name: str) -> Path:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from training_lens.errors import CheckpointError, ConfigurationError
-from training_lens.runs.housekeeping import read_checked_json, read_tags
+from training_lens.runs.housekeeping import read_tags
 from training_lens.runs.metrics_log import is_finite_number, read_progress
-from training_lens.runs.run_folder import RunFolder
+from training_lens.runs.run_folder import RunFolder, read_checked_json
 from training_lens.runs.run_lookup import find_run, find_run_folders
 from training_lens.utils.formatting import did_you_mean
 from training_lens.utils.nested import find_differences, flatten_sections

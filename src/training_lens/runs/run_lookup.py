@@ -111,15 +111,12 @@ def _take_last(runs: Sequence[RunFolder], place: str, finished: bool | None) -> 
     others = [run for run in by_age[:-1] if read_status(run) in usable]
     what = "finished" if finished else "unfinished"
     instead = f"The last {what} one is {others[-1].run_id}" if others else f"No run in {place} is {what}"
-    remedy = f", or finish it with training-lens train --resume {last.run_id}" if _can_resume(last, finished) else ""
+    can_resume = finished and read_status(last) in ("interrupted", "failed")
+    remedy = f", or finish it with training-lens train --resume {last.run_id}" if can_resume else ""
     raise CheckpointError(
         f"the run that started last in {place} is {last.run_id} ({read_status(last)}); expected one that is {what}. "
         f"{instead}{remedy}."
     )
-
-
-def _can_resume(run: RunFolder, finished: bool | None) -> bool:
-    return bool(finished) and read_status(run) in ("interrupted", "failed")
 
 
 def read_status(run: RunFolder) -> str:
