@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from training_lens.errors import ConfigurationError, OutputError
 from training_lens.utils.files import (
+    atomic_file,
     atomic_folder,
     list_files,
     require_writable,
@@ -68,6 +69,20 @@ def test_tensors_are_saved_whole(tmp_path: Path) -> None:
     loaded = load_file(tmp_path / "t.safetensors")
     assert all(torch.equal(loaded[k], v) for k, v in tensors.items())
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_what_is_written_may_be_read_by_all_and_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    """Files and folders are made under names that only this user may read."""
+    (before := tmp_path / "before").mkdir()
+    write_text(before / "file", "text")  # what opens something once in a process has done so
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    with atomic_folder(tmp_path / "folder") as folder:
+        write_text(folder / "text", "text")
+        with atomic_file(folder / "file") as file:
+            file.write_text("content")
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "folder" / "text").stat().st_mode & 0o777 == 0o644
 
 
 def test_only_old_leftovers_are_swept(tmp_path: Path) -> None:
