@@ -46,6 +46,8 @@ def make_world(folder: Path) -> World:
 
 def _make_study(folder: Path) -> Path:
     """A sweep's folder with trials of each kind, none of which was trained."""
+    from optuna.trial import TrialState
+
     from training_lens.sweeps.space import Space
     from training_lens.sweeps.study import SharedStudy
     from training_lens.sweeps.worker import Worker
@@ -59,10 +61,10 @@ def _make_study(folder: Path) -> Path:
             assert trial is not None
             opened.report_loss(trial, 1, 2.0 - number)
             opened.keep_losses(trial, [1.0, 2.0 - number, 3.0])
-            opened.finish_trial(trial, 2.0 - number, seconds=1.0, run_dir="runs/x")
+            opened.end_trial(trial, TrialState.COMPLETE, 2.0 - number, seconds=1.0, run_dir="runs/x")
         failed, released = opened.claim_trial(worker), opened.claim_trial(worker)
         assert failed is not None and released is not None
-        opened.fail_trial(failed, "out of memory")
+        opened.end_trial(failed, TrialState.FAIL, error="out of memory")
         opened.release_trial(released)
     opened.close()
     return folder

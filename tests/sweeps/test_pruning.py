@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.sweeps.search_strategies import is_in_worse_half
@@ -32,7 +33,7 @@ def test_halves_are_the_same_for_a_run_that_was_gone_on_with(
                 study.release_trial(first)
                 first = study.claim_trial(worker)
                 assert first is not None
-        study.finish_trial(first, 3.0)
+        study.end_trial(first, TrialState.COMPLETE, 3.0)
         second, third = study.claim_trial(worker), study.claim_trial(worker)
         assert second is not None and third is not None
         decisions += [study.report_loss(second, validation, loss) for validation, loss in ((1, 4.5), (2, 4.2))]

@@ -12,10 +12,12 @@ from optuna.trial import create_trial
 
 from training_lens.config.compose import compose, validate_values
 from training_lens.config.schema import TrainingConfig
-from training_lens.sweeps.leaderboard import Leaderboard, TrialRow, compute_importances
-from training_lens.sweeps.recommendation import (
+from training_lens.sweeps.leaderboard import (
     MOST_BLOCKS,
+    Leaderboard,
     Recommendation,
+    TrialRow,
+    compute_importances,
     paired_interval,
     recommend_trial,
     sum_blocks,

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from optuna.trial import TrialState
 
 from training_lens import TrainingWrapper
 from training_lens.config.compose import compose
@@ -148,7 +149,7 @@ def test_results_are_read_when_nobody_else_writes_them(sweep_config: Config) -> 
         with FileLock(mine.folder / "results.lock"):
             writing.set()
             time.sleep(0.2)
-            theirs.study.finish_trial(trial, 1.0)
+            theirs.study.end_trial(trial, TrialState.COMPLETE, 1.0)
             theirs.study.close()  # this thread's connection
 
     with Worker(mine.folder / "workers") as worker:

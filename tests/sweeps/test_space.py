@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.errors import ConfigurationError
@@ -55,6 +57,28 @@ def test_proposals_are_a_function_of_the_seed_and_the_history(sweep_config: Conf
         return proposals(sweep_config(space=MIXED, sampler=sampler, seed=seed), 8)
 
     assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_a_point_beside_running_trials_is_not_proposed(sweep_config: Config) -> None:
+    """Several processes would otherwise try almost the same at once: a running trial counts as a bad one."""
+    config = sweep_config(space={"training.lr": LR}, trials=30)
+    space = Space.from_config(config)
+
+    def trial(lr: float, loss: float | None = None) -> FrozenTrial:
+        state = TrialState.RUNNING if loss is None else TrialState.COMPLETE
+        point, distributions = {"training.lr": lr}, space.distributions()
+        return create_trial(state=state, params=point, distributions=distributions, value=loss)
+
+    finished = [trial(1e-5 * 1000 ** (i / 11), (i - 5) ** 2 / 10) for i in range(12)]
+
+    def propose_beside(center: float) -> float:
+        running = [trial(space.round_point({"training.lr": center * (1 + i / 1000)})["training.lr"]) for i in (1, 2, 3)]
+        point = propose_point(space, config.sweep, [*finished, *running])
+        assert point is not None
+        return float(point["training.lr"])
+
+    alone = propose_beside(9e-3)
+    assert abs(math.log(propose_beside(alone) / alone)) > 0.05
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random", "grid"])

@@ -7,14 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
+from threading import enumerate as enumerate_threads
 from typing import Literal
 
 import optuna
 import pytest
 from optuna.distributions import FloatDistribution
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event, text
 
@@ -52,15 +55,6 @@ def refuse_updates(_connection: object, _cursor: object, statement: str, *_: obj
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def wait_for_pulse(study: SharedStudy) -> None:
-    fresh = text("select count(*) from trial_heartbeats where heartbeat > datetime('now', '-1 minutes')")
-    while True:
-        with study._storage.engine.begin() as connection:
-            if connection.execute(fresh).scalar():
-                return
-        time.sleep(0.02)
-
-
 def test_processes_share_exactly_the_trials_wanted(sweep_config: Config, open_study: Open, tmp_path: Path) -> None:
     config = sweep_config(space={"peft.r": [2, 4, 8, 16, 32]}, trials=4)
     with Worker(tmp_path) as one, Worker(tmp_path) as two:
@@ -69,7 +63,7 @@ def test_processes_share_exactly_the_trials_wanted(sweep_config: Config, open_st
         assert a.claim_trial(one) is None and b.claim_trial(two) is None
         assert len({trial.params["peft.r"] for trial in running}) == 4
         for trial in running:
-            b.finish_trial(trial, 1.0 / (1 + trial.number))
+            b.end_trial(trial, TrialState.COMPLETE, 1.0 / (1 + trial.number))
         assert a.claim_trial(one) is None and states(a, config) == ["finished"] * 4
 
 
@@ -139,25 +133,40 @@ def test_a_trial_is_lost_again_where_its_loss_could_not_be_written(
         assert not dead.path.exists()
 
 
-def test_a_process_of_another_machine_is_dead_when_its_pulse_stops(
-    sweep_config: Config, open_study: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_process_of_another_machine_is_dead_when_its_heartbeat_stops(
+    sweep_config: Config, open_study: Open, tmp_path: Path
 ) -> None:
-    config = sweep_config(trials=1)
-    study = open_study(config)
+    study = open_study(sweep_config(trials=1))
     with Worker(tmp_path) as worker:
         worker.host = "elsewhere"
         theirs = claimed(study, worker)
         worker.host = "here"
         assert is_alive(theirs.user_attrs) is None and study.claim_trial(worker) is None
-        monkeypatch.setattr(workers, "PULSE_SECONDS", 0.05)
+        last_heard(study, minutes_ago=10)
         with study.send_heartbeats(theirs):
-            last_heard(study, minutes_ago=10)
-            wait_for_pulse(study)
             assert study.claim_trial(worker) is None
         last_heard(study, minutes_ago=4)
         assert study.claim_trial(worker) is None
         last_heard(study, minutes_ago=6)
         assert run_id(claimed(study, worker)) == run_id(theirs)
+
+
+def test_heartbeats_go_on_while_the_database_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Away(RDBStorage):
+        """Fails at each second heartbeat."""
+
+        def record_heartbeat(self, trial_id: int) -> None:
+            heard.append(trial_id)
+            if len(heard) == 4:
+                enough.set()
+            if len(heard) % 2 == 0:
+                raise StorageInternalError("away")
+
+    heard, enough = list[int](), Event()
+    monkeypatch.setattr(workers, "PULSE_SECONDS", 0.001)
+    with workers.send_heartbeats(Away(f"sqlite:///{tmp_path / 'study.db'}"), 7):
+        assert enough.wait(60)
+    assert set(heard) == {7} and "sweep-heartbeat" not in {thread.name for thread in enumerate_threads()}
 
 
 def test_a_process_that_stands_still_keeps_its_trial(sweep_config: Config, open_study: Open, tmp_path: Path) -> None:
@@ -166,7 +175,7 @@ def test_a_process_that_stands_still_keeps_its_trial(sweep_config: Config, open_
         theirs = claimed(study, suspended)
         last_heard(study, minutes_ago=10)
         assert study.claim_trial(mine) is None
-        study.finish_trial(theirs, 1.0)
+        study.end_trial(theirs, TrialState.COMPLETE, 1.0)
         assert study.read_trial(theirs).value == 1.0
 
 
@@ -205,7 +214,7 @@ def test_stopped_trials_stay_where_enough_have_ended(sweep_config: Config, open_
     config = sweep_config(trials=2)
     study = open_study(config)
     with Worker(tmp_path) as worker:
-        study.finish_trial(claimed(study, worker), 1.0)
+        study.end_trial(claimed(study, worker), TrialState.COMPLETE, 1.0)
         study.release_trial(claimed(study, worker))
         fewer = open_study(sweep_config(trials=1))
         assert fewer.claim_trial(worker) is None and states(study, config) == ["finished", "stopped"]
@@ -215,11 +224,11 @@ def test_failed_trials_count_and_are_not_tried_again(sweep_config: Config, open_
     config = sweep_config(space={"peft.r": [2, 4, 8]}, trials=2)
     study = open_study(config)
     with Worker(tmp_path) as worker:
-        study.fail_trial(claimed(study, worker), "out of memory.")
-        study.finish_trial(claimed(study, worker), 1.0, seconds=2.0)
+        study.end_trial(claimed(study, worker), TrialState.FAIL, error="out of memory.")
+        study.end_trial(claimed(study, worker), TrialState.COMPLETE, 1.0, seconds=2.0)
         assert study.claim_trial(worker) is None and states(study, config) == ["finished", "failed"]
         more = open_study(sweep_config(space={"peft.r": [2, 4, 8]}, trials=9))
-        more.finish_trial(claimed(more, worker), 0.5)
+        more.end_trial(claimed(more, worker), TrialState.COMPLETE, 0.5)
         assert more.claim_trial(worker) is None  # the space is tried whole
         assert len({trial.params["peft.r"] for trial in more.current_trials()}) == 3
 
@@ -291,8 +300,8 @@ def test_the_default_settings_are_tried_first_and_once(sweep_config: Config, tmp
         study.release_trial(first)
         again = claimed(study, worker)
         assert run_id(again) == run_id(first) and is_default(again) and again.user_attrs["block_nll"] == [1.0, 2.0]
-        study.finish_trial(again, 1.0)
-        study.finish_trial(second, 2.0)
+        study.end_trial(again, TrialState.COMPLETE, 1.0)
+        study.end_trial(second, TrialState.COMPLETE, 2.0)
         assert not is_default(claimed(study, worker))
     study.close()
 

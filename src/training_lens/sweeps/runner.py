@@ -6,12 +6,13 @@ import gc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 from optuna.exceptions import StorageInternalError
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from training_lens.config.run_config import consent_for, remember_consent
@@ -25,8 +26,15 @@ from training_lens.errors import (
 )
 from training_lens.evaluation.evaluator import LossReport
 from training_lens.runs.run_folder import RunFolder, runs_folder
-from training_lens.sweeps.leaderboard import Leaderboard, TrialRow, build_leaderboard, build_row
-from training_lens.sweeps.recommendation import Recommendation, recommend_trial, sum_blocks
+from training_lens.sweeps.leaderboard import (
+    Leaderboard,
+    Recommendation,
+    TrialRow,
+    build_leaderboard,
+    build_row,
+    recommend_trial,
+    sum_blocks,
+)
 from training_lens.sweeps.space import Space
 from training_lens.sweeps.study import SharedStudy, free_settings
 from training_lens.sweeps.study_storage import explain_lost_storage
@@ -99,7 +107,9 @@ class Sweep:
         with filter_screen(self._once):
             plan = _plan_first_trial(_trial_config(self.config), self.space, console)
         rows = {f"data.{name}": split.fingerprint[:12] for name, split in plan.splits.items()}
-        default = _default_settings(self.config, self.space, plan)
+        default = {key: attrgetter(key)(self.config) for key in self.space.dimensions}
+        if "training.lr" in default and default["training.lr"] is None:
+            default["training.lr"] = default_lr(plan.facts.width)
         self.folder.mkdir(parents=True, exist_ok=True)
         require_contained(self.folder)
         self.study = SharedStudy(self.config, self.space, self.folder, rows, default)
@@ -138,31 +148,36 @@ class Sweep:
                     watcher.asked_to_leave,
                 )
             failures += row.state == "failed"
-            if failures >= MOST_FAILURES:
-                self._stop_if_all_failed(row)
+            if failures >= MOST_FAILURES and not any(t.state in FINISHED for t in self.study.current_trials()):
+                raise TrainingError(
+                    f"the first {MOST_FAILURES} trials of the sweep '{self.config.sweep.name}' failed. The last one "
+                    f"({row.run_id}): {row.error} Fix it; the same command then continues with other trials, and "
+                    "another sweep.name starts over."
+                )
 
     def _write_results(self) -> SweepResult:
         settings = self.config.sweep
         with FileLock(self.folder / "results.lock"):  # processes write in the order in which they read the trials
             trials = self.study.current_trials()
             found = build_leaderboard(settings.name, settings.metric, trials, self.space)
+            chosen = recommend_trial(found, trials)
             remember_consent(self.folder, self.config)  # of best.yaml
-            return SweepResult(
-                found, write_results(self.folder, found, trials, self.config), recommend_trial(found, trials)
-            )
+            return SweepResult(found, write_results(self.folder, found, chosen, trials, self.config), chosen)
 
     def _run_trial(self, trial: FrozenTrial, watcher: PruningCallback) -> TrialRow:
         """Run one trial from its claim to its end in the study."""
         try:
             with self.study.send_heartbeats(trial):
                 self._note_end(trial, self._train_trial(trial, watcher))
-        except (InterruptedRunError, KeyboardInterrupt) as error:
+        except KeyboardInterrupt:
             self.study.release_trial(trial)
-            raise _explain_resume(error) from error
-        except (
-            OSError,
-            CheckpointError,
-        ) as error:  # a full disk, or a run that is damaged or trained by another process
+            raise
+        except InterruptedRunError as error:
+            self.study.release_trial(trial)
+            raise InterruptedRunError(
+                f"{error} Start the same command again: the sweep resumes this trial.", error.exit_code - 128
+            ) from error
+        except (OSError, CheckpointError) as error:  # a full disk; a damaged run, or one that another process trains
             self.study.release_trial(trial)
             raise TrainingError(
                 f"{run_id(trial)}: {describe_error(error)} This is no failure of the trial. Fix it and start the same "
@@ -172,7 +187,7 @@ class Sweep:
             raise
         except Exception as error:  # the next trial may work
             logger.debug("trial %d failed", trial.number, exc_info=True)
-            self.study.fail_trial(trial, describe_error(error))
+            self.study.end_trial(trial, TrialState.FAIL, error=describe_error(error))
         free_memory()  # of the trial's model, also where an error kept it alive until now
         return build_row(self.study.read_trial(trial), self.space)
 
@@ -196,20 +211,10 @@ class Sweep:
 
     def _note_end(self, trial: FrozenTrial, summary: TrainingSummary) -> None:
         facts: dict[str, Any] = {"seconds": summary.seconds, "run_dir": summary.run_dir}
+        state = TrialState.PRUNED if summary.status == "pruned" else TrialState.COMPLETE
         if summary.validation_loss is None:
-            self.study.fail_trial(trial, "no validation gave a finite loss.", **facts)
-        elif summary.status == "pruned":
-            self.study.prune_trial(trial, summary.validation_loss, **facts)
-        else:
-            self.study.finish_trial(trial, summary.validation_loss, **facts)
-
-    def _stop_if_all_failed(self, last: TrialRow) -> None:
-        if not any(trial.state in FINISHED for trial in self.study.current_trials()):
-            raise TrainingError(
-                f"the first {MOST_FAILURES} trials of the sweep '{self.config.sweep.name}' failed. The last one "
-                f"({last.run_id}): {last.error} Fix it; the same command then continues with other trials, and "
-                "another sweep.name starts over."
-            )
+            state, facts["error"] = TrialState.FAIL, "no validation gave a finite loss."
+        self.study.end_trial(trial, state, summary.validation_loss, **facts)
 
 
 def _trial_config(config: TrainingConfig) -> TrainingConfig:
@@ -241,21 +246,10 @@ class PruningCallback(Callback):
         if trainer.state.best_step == step and report.row_nll is not None:  # the saved adapter
             self._study.keep_losses(self._trial, sum_blocks(report.row_nll))
         every = trainer.settings.eval_steps or trainer.schedule.steps_per_epoch
-        validation = math.ceil(step / every)
-        is_worse = self._study.report_loss(self._trial, validation, report.loss)
-        may_end = step < trainer.schedule.total_steps and not is_default(
-            self._trial
-        )  # the default trial is the reference
+        is_worse = self._study.report_loss(self._trial, math.ceil(step / every), report.loss)
+        may_end = step < trainer.schedule.total_steps and not is_default(self._trial)  # that one is the reference
         if is_worse and may_end:
             raise PrunedRunError(f"pruned at step {step}, with validation loss {report.loss:.4f}")
-
-
-def _default_settings(config: TrainingConfig, space: Space, plan: RunPlan) -> dict[str, Any]:
-    """The base config's values for the keys of the space; an unset learning rate is the model's default."""
-    values = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in space.dimensions}
-    if "training.lr" in values and values["training.lr"] is None:
-        values["training.lr"] = default_lr(plan.facts.width)
-    return values
 
 
 def _plan_first_trial(config: TrainingConfig, space: Space, console: Console | None) -> RunPlan:
@@ -274,21 +268,9 @@ def _plan_first_trial(config: TrainingConfig, space: Space, console: Console | N
             "sweep.metric: trials are compared by their validation loss, but there are no validation rows; set "
             "data.validation or data.val_ratio."
         )
-    if config.sweep.pruner != "none" and _count_validations(plan) < 2:
+    every = plan.config.training.eval_steps or plan.schedule.steps_per_epoch
+    if config.sweep.pruner != "none" and plan.schedule.total_steps <= every:
         logger.warning(
             "sweep.pruner: a run validates only once, at its end, so nothing is pruned; set training.eval_steps"
         )
     return plan
-
-
-def _count_validations(plan: RunPlan) -> int:
-    every = plan.config.training.eval_steps or plan.schedule.steps_per_epoch
-    return math.ceil(plan.schedule.total_steps / every)
-
-
-def _explain_resume(error: BaseException) -> BaseException:
-    if not isinstance(error, InterruptedRunError):
-        return error
-    return InterruptedRunError(
-        f"{error} Start the same command again: the sweep resumes this trial.", error.exit_code - 128
-    )

@@ -27,29 +27,16 @@ def propose_point(space: Space, settings: SweepSection, history: Sequence[Frozen
     Args:
         history: the trials so far by number, including failed and running ones. Only it and the seed decide the draw.
     """
-    tried = _tried_points(history)
-    if settings.sampler != "grid":
-        drawn = _draw_point(space, settings, history)
-        if drawn is not None:
-            return drawn
+    tried = [trial.params for trial in history if trial.params]  # without default settings outside of the space
+    if settings.sampler != "grid" and (space.size is None or len(tried) < space.size):
+        study, distributions = build_study(history, _build_sampler(settings, len(history))), space.distributions()
+        for _ in range(DRAWS):
+            point = space.round_point(study.ask(distributions).params)
+            if point not in tried:
+                return point
     free = [point for point in space.list_points() if point not in tried] if space.size else []
-    return _shuffle_points(free, settings.seed)[0] if free else None
-
-
-def _draw_point(space: Space, settings: SweepSection, history: Sequence[FrozenTrial]) -> Params | None:
-    """A new point from the sampler; None if it finds none."""
-    tried = _tried_points(history)
-    if space.size is not None and len(tried) >= space.size:
-        return None
-    study = build_study(history, _build_sampler(settings, len(history)))
-    distributions = space.distributions()
-    points = (space.round_point(study.ask(distributions).params) for _ in range(DRAWS))
-    return next((point for point in points if point not in tried), None)
-
-
-def _tried_points(history: Sequence[FrozenTrial]) -> list[Params]:
-    """The points of the trials, without default settings outside of the space."""
-    return [trial.params for trial in history if trial.params]
+    # In an order that does not change when other points are removed.
+    return min(free, key=lambda point: random.Random(f"{settings.seed}/{sorted(point.items())}").random(), default=None)
 
 
 def build_study(trials: Sequence[FrozenTrial], sampler: BaseSampler | None = None) -> optuna.Study:
@@ -65,11 +52,6 @@ def _build_sampler(settings: SweepSection, number: int) -> BaseSampler:
         return RandomSampler(seed=seed)
     startup = min(10, max(4, settings.trials // 3))  # random trials first; Optuna's 10 would be most of a short sweep
     return TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)  # running trials count as bad
-
-
-def _shuffle_points(points: list[Params], seed: int) -> list[Params]:
-    """The points in a random order that does not change when other points are removed."""
-    return sorted(points, key=lambda point: random.Random(f"{seed}/{sorted(point.items())}").random())
 
 
 def build_pruner(settings: SweepSection) -> BasePruner:

@@ -19,6 +19,7 @@ from optuna.distributions import (
 from training_lens.config.schema import TrainingConfig
 from training_lens.config.search_space import ChoiceDimension, Dimension, RangeDimension, parse_space
 from training_lens.errors import ConfigurationError
+from training_lens.utils.nested import nest_keys
 
 Params = dict[str, Any]
 ENUMERATED = 10_000  # points of a space that can be listed; a larger space counts as infinite
@@ -44,24 +45,17 @@ class Space:
                 "sweep.space: nothing to search. Give a preset (sweep=lr, sweep=rank, sweep=full), or keys with "
                 "values, such as sweep.space.peft.r=[4,8,16]."
             )
-        if config.sweep.sampler == "grid":
-            space._require_grid()
+        problems = [
+            f"sweep.space.{key}: a grid of a continuous range has no end; give it a step, or choices, or another "
+            "sweep.sampler"
+            for key, found in space.dimensions.items()
+            if _count_values(found) is None
+        ]
+        if space.size is None and not problems:
+            problems = [f"sweep.sampler: this grid has over {ENUMERATED:,} points; search less, or with tpe or random"]
+        if config.sweep.sampler == "grid" and problems:
+            raise ConfigurationError(problems)
         return space
-
-    def _require_grid(self) -> None:
-        infinite = [key for key, found in self.dimensions.items() if _count_values(found) is None]
-        if infinite:
-            raise ConfigurationError(
-                [
-                    f"sweep.space.{key}: a grid of a continuous range has no end; give it a step, or choices, or "
-                    "another sweep.sampler"
-                    for key in infinite
-                ]
-            )
-        if self.size is None:
-            raise ConfigurationError(
-                f"sweep.sampler: this grid has over {ENUMERATED:,} points; search less, or with tpe or random"
-            )
 
     @property
     def size(self) -> int | None:
@@ -121,11 +115,7 @@ class Space:
         Raises:
             ConfigurationError: the values do not fit together.
         """
-        sections: dict[str, dict[str, Any]] = {"output": dict(output or {})}
-        for key, value in self.config_values(params).items():
-            section, name = key.split(".")
-            sections.setdefault(section, {})[name] = value
-        return base.replace_keys(**sections)
+        return base.replace_keys(**nest_keys({"output": output or {}, **self.config_values(params)})[0])
 
 
 def _count_values(found: Dimension) -> int | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy.engine import URL
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.config.search_space import flatten_keys
 from training_lens.errors import ConfigurationError
 from training_lens.sweeps.search_strategies import build_pruner, propose_point
 from training_lens.sweeps.space import Params, Space
-from training_lens.sweeps.study_storage import explain_storage, file_url, open_storage, require_persistent
+from training_lens.sweeps.study_storage import explain_storage, open_storage
 from training_lens.sweeps.trials import (
     BLOCKS,
     check_attributes,
@@ -34,7 +36,7 @@ from training_lens.sweeps.worker import Worker, delete_lock, is_alive, send_hear
 from training_lens.training.resume import FREE_KEYS
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
-from training_lens.utils.nested import flatten_sections
+from training_lens.utils.nested import flatten_sections, nest_keys
 
 logger = get_logger(__name__)
 CARRIED = ("token", "default", BLOCKS)  # copied from a lost trial to the one that resumes its run
@@ -65,8 +67,8 @@ class SharedStudy:
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.settings, self.space = config.sweep, space
-        url = config.sweep.storage or file_url(folder / "study.db")
-        require_persistent(url)
+        file = URL.create("sqlite", database=str((folder / "study.db").resolve()))
+        url = config.sweep.storage or file.render_as_string()  # with special characters of the path escaped
         self._storage = open_storage(url)
         with explain_storage(url), _explain_study(config.sweep.name):
             self._study = optuna.create_study(
@@ -76,20 +78,17 @@ class SharedStudy:
                 direction="minimize",
                 load_if_exists=True,
             )
-            self._require_ours()
+            self._study_id = self._storage.get_study_id_from_name(config.sweep.name)
+            noted = "config" in self._study.user_attrs or not self._study.get_trials(deepcopy=False)
+            if self._study.directions != [StudyDirection.MINIMIZE] or not noted:
+                raise ConfigurationError(
+                    f"sweep.name: the storage has a study '{config.sweep.name}' that is not a sweep of Training Lens. "
+                    "Give another sweep.name, or another sweep.storage."
+                )
             if default is not None and "config" not in self._study.user_attrs:  # an older study sampled its first trial
                 self._study.set_user_attr("default", dict(default))
             self._require_same(
                 {**_shared_values(config), **{f"the rows of {key}": found for key, found in rows.items()}}
-            )
-
-    def _require_ours(self) -> None:
-        """Refuse a study of another program."""
-        noted = "config" in self._study.user_attrs or not self._study.get_trials(deepcopy=False)
-        if self._study.directions != [StudyDirection.MINIMIZE] or not noted:
-            raise ConfigurationError(
-                f"sweep.name: the storage has a study '{self.settings.name}' that is not a sweep of Training Lens. "
-                "Give another sweep.name, or another sweep.storage."
             )
 
     def _require_same(self, mine: dict[str, Any]) -> None:
@@ -103,12 +102,8 @@ class SharedStudy:
             if theirs.get(key) != mine.get(key)
         ]
         if problems:
-            raise ConfigurationError(
-                [
-                    *problems,
-                    "trials of different studies cannot be compared; give another sweep.name, or the same values",
-                ]
-            )
+            advice = "trials of different studies cannot be compared; give another sweep.name, or the same values"
+            raise ConfigurationError([*problems, advice])
 
     def current_trials(self) -> list[FrozenTrial]:
         """The current trial of each run, by number."""
@@ -169,8 +164,7 @@ class SharedStudy:
             user_attrs=attributes,
             intermediate_values=left.intermediate_values if left is not None else None,
         )
-        study_id = self._storage.get_study_id_from_name(self.settings.name)
-        trial_id = self._storage.create_new_trial(study_id, template)
+        trial_id = self._storage.create_new_trial(self._study_id, template)
         self._storage.record_heartbeat(trial_id)
         return self._storage.get_trial(trial_id)
 
@@ -192,14 +186,11 @@ class SharedStudy:
             optuna.storages.fail_stale_trials(self._study)
 
     def _trial_id(self, trial: FrozenTrial) -> int:
-        study_id = self._storage.get_study_id_from_name(self.settings.name)
-        return self._storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, trial.number)
 
-    @contextmanager
-    def send_heartbeats(self, trial: FrozenTrial) -> Iterator[None]:
+    def send_heartbeats(self, trial: FrozenTrial) -> AbstractContextManager[None]:
         """Inside the context, other machines see that the trial is alive."""
-        with send_heartbeats(self._storage, self._trial_id(trial)):
-            yield
+        return send_heartbeats(self._storage, self._trial_id(trial))
 
     def report_loss(self, trial: FrozenTrial, validation: int, loss: float) -> bool:
         """Record the loss at a validation, counted from 1; returns whether the pruner would end the trial."""
@@ -210,29 +201,20 @@ class SharedStudy:
         """Record the adapter's losses on blocks of validation rows, for a paired comparison."""
         self._storage.set_trial_user_attr(self._trial_id(trial), BLOCKS, sums)
 
-    def finish_trial(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
-        """Record that the trial is done; `facts` are stored with it."""
-        self._note_end(trial, TrialState.COMPLETE, loss, facts)
+    def end_trial(self, trial: FrozenTrial, state: TrialState, loss: float | None = None, **facts: Any) -> None:
+        """Record how the trial ended; `facts` are stored with it. A failed trial needs `error`, and is not tried again.
 
-    def prune_trial(self, trial: FrozenTrial, loss: float, **facts: Any) -> None:
-        """Record that the trial was pruned; `loss` is its lowest so far."""
-        self._note_end(trial, TrialState.PRUNED, loss, facts)
-
-    def fail_trial(self, trial: FrozenTrial, error: str, **facts: Any) -> None:
-        """Record that the trial failed; it is not tried again."""
-        self._note_end(trial, TrialState.FAIL, None, {**facts, "error": error})
+        Args:
+            loss: in nats per supervised token; of a pruned trial, the lowest so far.
+        """
+        if not self._end_trial(trial, state, loss, facts):  # we slept beyond the grace period
+            logger.warning(
+                "trial %d was taken over by another process; its end here is not recorded", first_number(trial)
+            )
 
     def release_trial(self, trial: FrozenTrial) -> None:
         """Give back an unfinished trial, for the next process that claims one to resume."""
         self._end_trial(trial, TrialState.FAIL, facts={"released": True})
-
-    def _note_end(self, trial: FrozenTrial, state: TrialState, loss: float | None, facts: dict[str, Any]) -> None:
-        if not self._end_trial(
-            trial, state, loss, facts
-        ):  # we slept beyond the grace period and another process took it
-            logger.warning(
-                "trial %d was taken over by another process; its end here is not recorded", first_number(trial)
-            )
 
     def _end_trial(
         self, trial: FrozenTrial, state: TrialState, loss: float | None = None, facts: Mapping[str, Any] | None = None
@@ -269,10 +251,7 @@ def _explain_study(name: str) -> Iterator[None]:
 
 def free_settings(config: TrainingConfig) -> dict[str, dict[str, Any]]:
     """This process's values of `FREE_KEYS`, by section."""
-    found: dict[str, dict[str, Any]] = {}
-    for section, name in (key.split(".") for key in FREE_KEYS):
-        found.setdefault(section, {})[name] = getattr(getattr(config, section), name)
-    return found
+    return nest_keys({key: attrgetter(key)(config) for key in FREE_KEYS})[0]
 
 
 def _flatten_config(values: Mapping[str, Any]) -> dict[str, Any]:

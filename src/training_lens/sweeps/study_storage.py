@@ -6,13 +6,12 @@ import secrets
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import RDBStorage
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from training_lens.config.schema import SweepSection
@@ -24,21 +23,17 @@ OPENING_TRIES = 5
 SQLITE_WAIT_SECONDS = 60  # for another process's write; SQLite's default of 5 is short on a busy disk
 
 
-def file_url(path: Path) -> str:
-    """The URL of a SQLite file, with special characters of the path escaped."""
-    return URL.create("sqlite", database=str(path.resolve())).render_as_string()
+def open_storage(url: str) -> RDBStorage:
+    """Open the storage, with a few tries because processes that start together create its tables at once.
 
-
-def require_persistent(url: str) -> None:
+    Raises:
+        ConfigurationError: it cannot be opened, or is a database in memory.
+    """
     if url.startswith("sqlite") and (url.endswith("://") or ":memory:" in url or "mode=memory" in url):
         raise ConfigurationError(
             f"sweep.storage: {url} is a database in memory, which other processes cannot see and later starts cannot "
             "resume. Give a file, such as sqlite:///study.db, or leave it out."
         )
-
-
-def open_storage(url: str) -> RDBStorage:
-    """Open the storage, with a few tries because processes that start together create its tables at once."""
     options: dict[str, Any] = {"connect_args": {"timeout": SQLITE_WAIT_SECONDS}} if url.startswith("sqlite") else {}
     with explain_storage(url), warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -60,18 +55,14 @@ def explain_storage(url: str) -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, StorageInternalError, ImportError, RuntimeError) as error:
+        shown = "the given URL"  # an invalid one may contain a password anywhere
+        with suppress(SQLAlchemyError):
+            shown = make_url(url).render_as_string(hide_password=True)
         raise ConfigurationError(
-            f"sweep.storage: {_hide_password(url)} cannot be opened: {describe_error(error.__cause__ or error)} Give a "
+            f"sweep.storage: {shown} cannot be opened: {describe_error(error.__cause__ or error)} Give a "
             "URL such as postgresql://USER:PASSWORD@HOST/DATABASE (with its driver installed), or leave it out for a "
             "file."
         ) from error
-
-
-def _hide_password(url: str) -> str:
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return "the given URL"  # an invalid URL may contain a password anywhere
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from training_lens.config.schema import TrainingConfig
 from training_lens.display.html import Table, write_page
-from training_lens.sweeps.leaderboard import STATE_ORDER, Leaderboard
-from training_lens.sweeps.recommendation import Recommendation, recommend_trial
+from training_lens.sweeps.leaderboard import STATE_ORDER, Leaderboard, Recommendation
 from training_lens.sweeps.search_strategies import build_study
 from training_lens.sweeps.trials import first_number
 from training_lens.utils.files import write_json, write_text
@@ -27,7 +26,11 @@ if TYPE_CHECKING:
 
 
 def write_results(
-    folder: Path, found: Leaderboard, trials: Sequence[FrozenTrial], config: TrainingConfig
+    folder: Path,
+    found: Leaderboard,
+    chosen: Recommendation | None,
+    trials: Sequence[FrozenTrial],
+    config: TrainingConfig,
 ) -> dict[str, str]:
     """Write the sweep's files and return their paths by name. best.yaml needs a finished trial.
 
@@ -36,13 +39,17 @@ def write_results(
         config: the base config of the trials.
     """
     files = {name: str(folder / name) for name in ("leaderboard.json", "report.html")}
-    chosen = recommend_trial(found, trials)
     write_json(folder / "leaderboard.json", {**found.as_json(), "recommended": chosen and chosen.as_json()})
     if chosen is not None:
         files["best.yaml"] = str(folder / "best.yaml")
         write_text(folder / "best.yaml", best_yaml(found, chosen, config))
     reason = [format_sentence(chosen.reason)] if chosen and chosen.reason else []
-    parts = [_summarize_trials(found), *reason, leaderboard_table(found), *_build_figures(found, trials)]
+    counts = [f"{count} {state}" for state in STATE_ORDER if (count := found.count_trials(state))]
+    summary = (
+        f"{len(found.rows)} trials: {', '.join(counts)}. Losses are in nats per supervised token on the validation "
+        "rows; lower is better."
+    )
+    parts = [summary, *reason, leaderboard_table(found), *_build_figures(found, trials)]
     write_page(folder / "report.html", f"Sweep {found.study}", parts)  # last: if a plot fails, the other files exist
     return files
 
@@ -55,9 +62,9 @@ def best_yaml(found: Leaderboard, chosen: Recommendation, config: TrainingConfig
     for key, value in () if row.is_default else row.params.items():
         section, name = key.split(".")
         values[section][name] = value
-    best = (
-        f"the best of {found.count_trials('finished')} finished trials" if row is found.best else "the default settings"
-    )
+    best = "the default settings"
+    if row is found.best:
+        best = f"the best of {found.count_trials('finished')} finished trials"
     head = [
         f"Trial {row.trial} of the sweep {json.dumps(found.study)}: {found.metric} {row.validation_loss:.4f}, {best}.",
         *([format_sentence(chosen.reason)] if chosen.reason else []),
@@ -86,14 +93,6 @@ def _drop_empty(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inner.items() if value != {}}
 
 
-def _summarize_trials(found: Leaderboard) -> str:
-    counts = [f"{found.count_trials(state)} {state}" for state in STATE_ORDER if found.count_trials(state)]
-    return (
-        f"{len(found.rows)} trials: {', '.join(counts)}. Losses are in nats per supervised token on the validation "
-        "rows; lower is better."
-    )
-
-
 def leaderboard_table(found: Leaderboard) -> Table:
     """The leaderboard as text: trial, loss, one column per key, seconds, state, run."""
     keys = list(dict.fromkeys(key for row in found.rows for key in row.params))
@@ -118,6 +117,8 @@ def format_value(value: Any) -> str:
 
 def _build_figures(found: Leaderboard, trials: Sequence[FrozenTrial]) -> list[str | Table | Figure]:
     """Importances, history, slices, parallel coordinates, and the validation curves of the trials."""
+    from plotly.graph_objects import Bar, Figure
+
     if sum(trial.state == TrialState.COMPLETE and bool(trial.params) for trial in trials) < 2:
         return []
     study, points = _number_trials(trials), _number_trials([trial for trial in trials if trial.params])
@@ -128,7 +129,9 @@ def _build_figures(found: Leaderboard, trials: Sequence[FrozenTrial]) -> list[st
     }
     if found.importances:
         title = "Importance of each key for being among the best quarter (PED-ANOVA, shares of 1)"
-        figures = {title: _plot_importances(found.importances), **figures}
+        upwards = dict(list(found.importances.items())[::-1])
+        bars = Bar(x=list(upwards.values()), y=list(upwards), orientation="h")
+        figures = {title: Figure(bars).update_layout(height=180 + 30 * len(upwards)), **figures}
     if any(len(trial.intermediate_values) > 1 for trial in trials):
         figures["Validation losses within the trials"] = visualization.plot_intermediate_values(study)
     return [part for title, figure in figures.items() for part in (f"# {title}", figure.update_layout(title=None))]
@@ -139,11 +142,3 @@ def _number_trials(trials: Sequence[FrozenTrial]) -> Study:
     by_number = {first_number(trial): trial for trial in trials}
     nothing = create_trial(state=TrialState.FAIL)
     return build_study([by_number.get(number, nothing) for number in range(max(by_number) + 1)])
-
-
-def _plot_importances(shares: Mapping[str, float]) -> Figure:
-    from plotly.graph_objects import Bar, Figure
-
-    upwards = list(shares.items())[::-1]
-    bars = Bar(x=[share for _, share in upwards], y=[key for key, _ in upwards], orientation="h")
-    return Figure(bars).update_layout(height=180 + 30 * len(shares))

@@ -1,6 +1,7 @@
 """Reads a study's trials: which belong to the same run, which were lost by a dead process, which are current.
 
-An ended Optuna trial cannot be reopened, so a resumed run is a new trial that refers to the first one.
+An ended Optuna trial cannot be reopened, so a resumed run is a new trial that refers to the first one. Optuna's own
+retry callback writes the new trial after it has failed the old one: a kill in between would lose the trial.
 """
 
 from __future__ import annotations

@@ -6,14 +6,13 @@ use the heartbeat: without one for `GRACE_SECONDS` by the database's clock, the 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import secrets
 import socket
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -63,15 +62,18 @@ def is_alive(attributes: Mapping[str, Any]) -> bool | None:
     The path of the lock comes from the study's database, which is untrusted: only an empty file with the name of such a
     lock is opened.
     """
-    path = Path(str(attributes.get("lock", "")))
+    path, host = Path(str(attributes.get("lock", ""))), socket.gethostname()
+    if attributes.get("host") != host or not re.fullmatch(rf"{re.escape(host)}-\d+-[0-9a-f]{{4}}\.lock", path.name):
+        return None
     try:
-        if attributes.get("host") != socket.gethostname() or not _is_lock(path):
+        facts = path.lstat()
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size:
             return None
         with FileLock(path, timeout=0):
             return False
     except Timeout:
         return True
-    except OSError:  # another user's lock, or a file system without locks
+    except OSError:  # deleted by another process, another user's, or on a file system without locks
         return None
 
 
@@ -81,15 +83,6 @@ def delete_lock(attributes: Mapping[str, Any]) -> None:
         Path(str(attributes["lock"])).unlink(missing_ok=True)
 
 
-def _is_lock(path: Path) -> bool:
-    name = re.compile(rf"{re.escape(socket.gethostname())}-\d+-[0-9a-f]{{4}}\.lock")
-    try:
-        facts = path.lstat()
-    except OSError:  # another process deleted it first
-        return False
-    return bool(name.fullmatch(path.name)) and stat.S_ISREG(facts.st_mode) and facts.st_size == 0
-
-
 @contextmanager
 def send_heartbeats(storage: RDBStorage, trial_id: int) -> Iterator[None]:
     """Inside the context, a heartbeat is sent to the storage every `PULSE_SECONDS`."""
@@ -97,9 +90,7 @@ def send_heartbeats(storage: RDBStorage, trial_id: int) -> Iterator[None]:
 
     def send_heartbeat() -> None:
         while not done.wait(PULSE_SECONDS):
-            with contextlib.suppress(
-                StorageInternalError
-            ):  # the database is temporarily unavailable: the next heartbeat counts
+            with suppress(StorageInternalError):  # temporarily unavailable: the next heartbeat counts
                 storage.record_heartbeat(trial_id)
         storage.remove_session()  # this thread's connection
 
