@@ -256,8 +256,7 @@ def mirror(world: World, folder: Path, draw: random.Random) -> Call:
 
 def study(world: World, folder: Path, draw: random.Random) -> Call:
     """A sweep's database, in its bytes or in a value of a table, opened and gone on with."""
-    from training_lens.sweeps.leaderboard import build_leaderboard
-    from training_lens.sweeps.recommendation import recommend_trial
+    from training_lens.sweeps.leaderboard import build_leaderboard, recommend_trial
     from training_lens.sweeps.space import Space
     from training_lens.sweeps.study import SharedStudy
     from training_lens.sweeps.study_storage import explain_lost_storage
