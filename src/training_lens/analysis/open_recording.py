@@ -19,7 +19,7 @@ from training_lens.core.types import DataType, LensManifest
 from training_lens.errors import AdapterError, CheckpointError, LensError
 from training_lens.runs.checkpoint_format import list_checkpoints
 from training_lens.runs.run_folder import RunFolder, list_run_folders
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import suggest_path
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
 
@@ -74,9 +74,7 @@ def _require_folder(path: Path) -> Path:
         return path.resolve()
     if path.exists():
         raise LensError(f"'{path}' is a file. Give its folder: {EXPECTED_FOLDERS}.")
-    close = nearest_name(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
-    hint = f"Did you mean '{path.parent / close}'?" if close else f"Relative paths start at {Path.cwd()}."
-    raise LensError(f"no folder '{path}'. {hint}")
+    raise LensError(f"no folder '{path}'.{suggest_path(path)}")
 
 
 def _is_lens(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from training_lens.errors import AdapterError, ConfigurationError
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.file_schemas import find_type_error
 from training_lens.utils.files import read_json, write_json
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import suggest_path
 from training_lens.utils.integrity import require_intact
 from training_lens.utils.logging import get_logger
 from training_lens.utils.names import expand_home
@@ -85,20 +85,14 @@ def adapter_folder(reference: str) -> Path:
     if path.is_file():
         raise AdapterError(f"peft.from_adapter: '{reference}' is a file. Give the folder of an adapter, or of a run.")
     if not path.is_dir():
-        close = nearest_name(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
-        hint = f" Did you mean '{path.parent / close}'?" if close else f" Relative paths start at {Path.cwd()}."
-        raise AdapterError(f"peft.from_adapter: no folder '{reference}'.{hint}")
+        raise AdapterError(f"peft.from_adapter: no folder '{reference}'.{suggest_path(path)}")
     run = RunFolder(path)
-    if (path / CONFIG).is_file() or not run.metadata.is_dir():
-        return _require_configured_adapter(path)
-    if not run.adapter.is_dir():
-        raise AdapterError(f"peft.from_adapter: the run '{reference}' has no adapter yet; finish it with --resume.")
-    return _require_configured_adapter(run.adapter)
-
-
-def _require_configured_adapter(folder: Path) -> Path:
+    if run.metadata.is_dir() and not (path / CONFIG).is_file():
+        if not run.adapter.is_dir():
+            raise AdapterError(f"peft.from_adapter: the run '{reference}' has no adapter yet; finish it with --resume.")
+        path = run.adapter
     try:
-        return require_adapter(folder)
+        return require_adapter(path)
     except AdapterError as error:
         raise AdapterError(f"peft.from_adapter: {error}") from None
 

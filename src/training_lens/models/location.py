@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from training_lens import embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ModelLoadingError
-from training_lens.utils.formatting import nearest_name
+from training_lens.utils.formatting import suggest_path
 from training_lens.utils.names import expand_home
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
@@ -25,9 +24,7 @@ def locate_model(model: ModelSection) -> str:
     path = expand_home(name)
     if not path.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or (path.parent.is_dir() and "/" in name):
-            close = nearest_name(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
-            hint = f" Did you mean '{path.parent / close}'?" if close else f" Relative paths start at {Path.cwd()}."
-            raise ModelLoadingError(f"model.id: no folder '{name}'.{hint}")
+            raise ModelLoadingError(f"model.id: no folder '{name}'.{suggest_path(path)}")
         if not HUB_ID.fullmatch(name):
             raise ModelLoadingError(f"model.id: {name!r} is not a folder here, and cannot be a hub id (OWNER/NAME).")
         return name  # a hub id

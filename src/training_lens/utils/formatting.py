@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from training_lens.utils.secrets import redact_text
 
@@ -75,6 +76,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """' Did you mean NAME?' with the nearest known name, to end a message; empty where nothing is close."""
     close = nearest_name(name, known)
     return f" Did you mean {close}?" if close else ""
+
+
+def suggest_path(path: Path) -> str:
+    """Where there is nothing at `path`: the nearest name in its folder, or where relative paths start."""
+    close = nearest_name(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+    return f" Did you mean '{path.parent / close}'?" if close else f" Relative paths start at {Path.cwd()}."
 
 
 def describe_error(error: BaseException, limit: int = 400) -> str:
