@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,7 @@ def test_a_merged_run_is_the_adapter_as_a_plain_folder(run: RunFolder) -> None:
     files = {p.name for p in run.merged_model.iterdir()}
     marks = {"made_by": "training-lens merge", "files": sorted(files)}
     assert read_json(run.merged_model / "merge.json") == merged.report | marks
-    assert {
-        "config.json",
-        "tokenizer.json",
-        "chat_template.jinja",
-        "README.md",
-        "model.safetensors.index.json",
-    } <= files
+    assert {"config.json", "tokenizer.json", "README.md", "model.safetensors.index.json"} <= files
     assert not [name for name in files if "adapter" in name or name.endswith(".py")]
     session = open_run(run)
     loaded = AutoModelForCausalLM.from_pretrained(run.merged_model)
@@ -99,6 +94,7 @@ def test_a_corrupted_merge_is_removed_and_what_was_there_stays(run: RunFolder, f
     assert sorted(p.name for p in (run.root / "artifacts").iterdir()) == ["adapter", "merged", "tokenizer"]
 
 
+@pytest.mark.slow
 def test_a_number_type_too_coarse_for_the_update_is_refused(run: RunFolder, few: dict[str, Any]) -> None:
     with pytest.raises(MergeError, match=r"logit distance.*Each weight is rightly rounded, and bf16 is too coarse"):
         merge_adapter(config(run.root, **few), MergeOptions(scale=0.01, dtype="bf16"))
@@ -112,18 +108,25 @@ def test_a_merge_that_cannot_be_loaded_is_removed(run: RunFolder, few: dict[str,
     assert "cannot be loaded" in read_json(run.reports / "merge.json")["error"] and not run.merged_model.exists()
 
 
-def test_the_readme_of_a_delta_makes_the_adapter(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch, few: dict[str, Any]
+def test_the_readme_of_a_bare_adapters_delta_makes_the_adapter(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: dict[str, Any]
 ) -> None:
-    merged = merge_adapter(config(run.root, **few), MergeOptions(delta=True, dtype="fp32", scale=0.5))
-    weights = load_file(merged.output / "delta.safetensors")
-    assert merged.output == run.weight_delta and len(weights) == 35 and merged.report["scale"] == 0.5
-    code = (merged.output / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(merged.output)
+    adapter = Path(shutil.copytree(run.adapter, tmp_path / "bare"))
+    settings = read_json(adapter / "adapter_config.json")
+    write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": "someone/another-base"})
+    options = MergeOptions(tmp_path / "out", delta=True, dtype="fp32", scale=0.5)
+    with pytest.raises(AdapterError, match=r"trained on 'someone/another-base', and model.id is 'embedded'.*same-base"):
+        merge_adapter(config(adapter, **few), options)
+    report = merge_adapter(config(adapter, **few), replace(options, same_base=True)).report
+    assert not report["base_known"] and report["rows"] == 3 and report["rows_from"] == f"of {few['data']['validation']}"
+    assert len(load_file(tmp_path / "out/delta.safetensors")) == 35 and report["scale"] == 0.5
+    code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path / "out")
     names: dict[str, Any] = {}
     exec(code, names)
-    base = load_model(open_run(run).config.model, torch.device("cpu"), "fp32")
-    layer = open_run(run).model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    session = open_run(run)
+    base = load_model(session.config.model, torch.device("cpu"), "fp32")
+    layer = session.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
     path = "model.layers.0.mlp.up_proj.weight"
     update = names["model"].get_parameter(path) - base.get_parameter(path)
     torch.testing.assert_close(update, 0.5 * layer.get_delta_weight("default").detach(), rtol=1e-3, atol=1e-6)
@@ -139,17 +142,6 @@ def test_a_base_that_changed_at_its_path_is_refused(run: RunFolder, tmp_path: Pa
     with pytest.raises(AdapterError, match=r"another base than '.*model' is now: .*base.json says"):
         merge_adapter(config(run.root), MergeOptions())
     assert not run.merged_model.exists()
-
-
-def test_a_bare_adapter_of_another_base_is_refused(run: RunFolder, tmp_path: Path, few: dict[str, Any]) -> None:
-    adapter = Path(shutil.copytree(run.adapter, tmp_path / "bare"))
-    settings = read_json(adapter / "adapter_config.json")
-    write_json(adapter / "adapter_config.json", settings | {"base_model_name_or_path": "someone/another-base"})
-    with pytest.raises(AdapterError, match=r"trained on 'someone/another-base', and model.id is 'embedded'.*same-base"):
-        merge_adapter(config(adapter, **few), MergeOptions(tmp_path / "out"))
-    merged = merge_adapter(config(adapter, **few), MergeOptions(tmp_path / "out", same_base=True))
-    assert not merged.report["base_known"] and merged.report["rows_from"] == f"of {few['data']['validation']}"
-    assert merged.report["rows"] == 3 and merged.report["dtype"] == "bf16"
 
 
 def test_an_adapter_of_another_shape_is_refused(run: RunFolder, shared: Path, tmp_path: Path) -> None:
@@ -176,9 +168,6 @@ def test_what_no_merge_wrote_is_never_replaced(run: RunFolder, tmp_path: Path) -
     for force in (False, True):
         with pytest.raises(ConfigurationError, match=r"no merge wrote chapter.txt"):
             merge_adapter(config(run.root), MergeOptions(tmp_path / "thesis", force=force))
-
-
-def test_what_was_laid_beside_a_merge_is_never_replaced(run: RunFolder) -> None:
     run.merged_model.mkdir()
     write_json(run.merged_model / "merge.json", EARLIER)
     (run.merged_model / "NOTES.txt").write_text("mine")

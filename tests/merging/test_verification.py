@@ -15,15 +15,16 @@ from safetensors.torch import load_file, save_file
 from training_lens.errors import ConfigurationError
 from training_lens.inference.session import Session, open_run
 from training_lens.merging.merge_tensors import merge_weights, save_merged
-from training_lens.merging.probe_prompts import (
+from training_lens.merging.verification import (
     TOKENS,
     Probes,
     Reference,
     build_probes,
+    compare_outputs,
     compute_reference,
     read_run_rows,
+    verify_folder,
 )
-from training_lens.merging.verification import compare_outputs, verify_folder
 from training_lens.runs.run_folder import RunFolder
 
 JOB: dict[str, Any] = {
@@ -61,6 +62,7 @@ def check(given: Probes, wanted: Reference) -> Callable[[Path], Any]:
     return lambda folder: verify_folder(folder, given, wanted, "fp32", "none", JOB)
 
 
+@pytest.mark.slow
 def test_one_corrupted_tensor_is_found(check: Callable[[Path], Any], merged: Path, tmp_path: Path) -> None:
     for file in merged.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
-from training_lens import TrainingWrapper, embedded
+from training_lens import embedded
 from training_lens.config.schema import PeftSection
-from training_lens.errors import AdapterError, InterruptedRunError, ModelLoadingError
+from training_lens.errors import AdapterError, ModelLoadingError
 from training_lens.models.adapters import adapted_modules, attach, check_adapter
 from training_lens.models.fast.engine import Engine
 from training_lens.models.fast.install import unpackable_layers
-from training_lens.runs.run_folder import RunFolder
-from training_lens.training.loop.callbacks import Callback, StepReport
 
 VOCABULARY = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.08}
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 256}
@@ -110,17 +107,25 @@ def build_kind(name: str) -> Any:
     return model.requires_grad_(False).eval()
 
 
+def load_script(file: Path) -> Any:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # where its dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BASES = load_script(BENCHMARKS / "compat/bases.py")
+REWRITTEN = list(BASES.MODELS)[list(BASES.MODELS).index("deepseek_v2") :]
+
+
 @pytest.fixture(scope="module")
 def benchmark() -> Any:
     """The script that checks an architecture."""
-    place = Path(__file__).parents[2] / "benchmarks/architectures.py"
-    spec = importlib.util.spec_from_file_location("architectures", place)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules.setdefault(
-        "architectures", importlib.util.module_from_spec(spec)
-    )  # its dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return load_script(BENCHMARKS / "architectures.py")
 
 
 @pytest.fixture(scope="module")
@@ -218,39 +223,32 @@ def test_a_run_resumes_and_its_adapter_loads_in_plain_peft(
 ) -> None:
     folder = folder_of(kind)
     config, run, _ = benchmark.train(folder, tmp_path)
+    assert benchmark.resume(config, run, tmp_path)
     _, found = benchmark.reload(folder, run.adapter)
     assert found["reload_difference"] < 1e-5 < found["effect"]
-    whole = (run.adapter / "adapter_model.safetensors").read_bytes()
     record = json.loads((run.metadata / "adaptation.json").read_text())
     assert {path.rsplit(".", 1)[-1] for path in record["adapted"]} <= set(ADAPTED[kind])
-    cut = RunFolder(_cut_run(config, tmp_path))
-    TrainingWrapper.resume(cut)
-    assert (cut.adapter / "adapter_model.safetensors").read_bytes() == whole
 
 
-def _cut_run(config: Any, place: Path) -> Path:
-    """The folder of the same run, ended by a signal in its second step."""
-
-    class Stop(Callback):
-        def on_step_end(self, trainer: Any, report: StepReport) -> None:
-            if report.step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    cut = config.replace_keys(output={"base_output_dir": str(place / "cut"), "run_id": "cut"})
-    with pytest.raises(InterruptedRunError):
-        TrainingWrapper(cut, callbacks=(Stop(),)).train()
-    return place / "cut/experiments/default/runs/cut"
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_adapters_on_kinds_that_peft_rewrites_load_again(name: str) -> None:
+    """`check_adapter` refuses what PEFT would not find again, and adapters of other modules than were asked for."""
+    kind, sizes = BASES.MODELS[name]
+    model = BASES.build_model(CONFIG_MAPPING[kind](**sizes)).requires_grad_(False)
+    adaptation = check_adapter(model, SMALL)
+    assert {"o_proj", "out_proj"} & set(adaptation.names)
+    assert not any("expert" in path.replace("shared_expert", "") for path in adaptation.adapted)
 
 
 @pytest.mark.slow
 def test_all_shared_architectures_are_equal_or_refused(shared: Path, benchmark: Any, tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("shared_architectures", shared / "bench/architectures.py")
-    assert spec is not None and spec.loader is not None
-    builder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(builder)
+    builder = load_script(shared / "bench/architectures.py")
     for name in builder.M:
         builder.save(builder.build(name), tmp_path / name)
-        found = benchmark.check(tmp_path / name)
+    BASES.main(embedded.PATHS[embedded.MODEL], tmp_path, REWRITTEN)
+    for folder in sorted(tmp_path.iterdir()):
+        found = benchmark.check(folder)
         if "refused" not in found:
-            assert max(found["loss_difference"], found["reload_difference"], found["merged_difference"]) < 1e-5, name
-            assert found["gradient_difference"] < 1e-4, name
+            assert found["resumed_equal"], folder.name
+            assert max(found[f"{what}_difference"] for what in ("loss", "reload", "merged")) < 1e-5, folder.name
+            assert found["gradient_difference"] < 1e-4, folder.name

@@ -16,8 +16,14 @@ from training_lens.errors import ModelLoadingError
 from training_lens.merging.merge_run import merge_adapter
 from training_lens.merging.merged_folder import MergeOptions
 from training_lens.models.adapters import base_only, load_adapter
-from training_lens.models.embeddings import check_vocabulary, required_rows, resize_embeddings
-from training_lens.models.factory import build_skeleton, load_model, load_tokenizer
+from training_lens.models.factory import (
+    build_skeleton,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    required_rows,
+    resize_embeddings,
+)
 from training_lens.runs.run_folder import RunFolder
 
 CPU = torch.device("cpu")

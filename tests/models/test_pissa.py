@@ -53,8 +53,7 @@ def frozen(model: Any) -> dict[str, torch.Tensor]:
     return {n: b.clone() for n, b in model.named_buffers() if n.endswith(".frozen")}
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("variant", ["lora", "rslora"])
+@pytest.mark.parametrize(("variant", "dora"), [("lora", True), ("rslora", False)])
 def test_a_fresh_start_computes_what_the_base_does(dora: bool, variant: Any) -> None:
     model = base()
     before = logits(model)

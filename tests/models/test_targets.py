@@ -111,5 +111,5 @@ def test_fused_experts_are_refused_by_their_class(mixtral: Make) -> None:
 
 def test_a_name_to_train_whole_means_that_name_alone() -> None:
     """PEFT compares bare endings, by which 'norm' would also mean 'input_layernorm'."""
-    assert whole_modules(skeleton(), ["norm"]) == ["model.norm"]
-    assert whole_modules(skeleton(), ["lm_head"]) == ["lm_head"]
+    assert whole_modules(skeleton(), ["norm"]) == (["model.norm"], False)
+    assert whole_modules(skeleton(), ["lm_head"]) == (["model.embed_tokens", "lm_head"], True)

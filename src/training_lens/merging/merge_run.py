@@ -13,30 +13,38 @@ from typing import Any, Literal
 
 import torch
 
+from training_lens import embedded
+from training_lens.config.run_config import read_run_config
 from training_lens.config.schema import ModelSection, TrainingConfig
 from training_lens.errors import AdapterError, ConfigurationError, MergeError
-from training_lens.inference.session import Session
+from training_lens.inference.session import Session, open_run, open_session
 from training_lens.merging.merge_tensors import check_mergeable
 from training_lens.merging.merged_folder import REPORT, MergeOptions, check_output, output_marks, write_folder
 from training_lens.merging.merged_weights import MergeOutput, check_weights
-from training_lens.merging.probe_prompts import (
+from training_lens.merging.verification import (
     Probes,
     Reference,
+    Verification,
     build_probes,
     compute_reference,
     read_config_rows,
     read_run_rows,
+    verify_folder,
 )
-from training_lens.merging.run_base import find_adapter, find_run, open_in_float32
-from training_lens.merging.verification import Verification, verify_folder
+from training_lens.models.adapter_files import read_config, require_adapter, require_plain
 from training_lens.models.base_files import has_newer_form
-from training_lens.models.base_record import require_local_folder, stored_precision
+from training_lens.models.base_record import check_base, require_local_folder, stored_precision
+from training_lens.models.factory import read_facts, resolve_seq_len
 from training_lens.models.location import locate_model
 from training_lens.models.model_classes import public_class
 from training_lens.runs.run_folder import RunFolder
+from training_lens.runs.run_lookup import BASE_ALONE, find_adapter_run, uses_own_model
 from training_lens.utils.devices import Precision, free_memory
 from training_lens.utils.files import atomic_folder, sweep_temporaries, write_json
 from training_lens.utils.names import expand_home
+
+# Keys of an adapter's configuration that say where its layers are, not what they compute.
+OF_PLACES = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,10 @@ def merge_adapter(
         OutputError: another process filled the output in the meantime.
     """
     start = time.perf_counter()
-    run = find_run(config)
-    adapter, base = find_adapter(config, run)
+    run, adapter, base = _find_adapter(config)
     _check_options(options, base)
     output = _resolve_output(options, run, adapter, base)
-    session, known = open_in_float32(config, run, options.same_base)
+    session, known = _open_in_float32(config, run, options.same_base)
     check_mergeable(session.model, options.scale)
     dtype = stored_precision(session.config.model) if options.dtype == "auto" else options.dtype
     given, wanted = _compute_reference(config, run, session, options.scale)
@@ -106,6 +113,19 @@ def _report_refusal(report: dict[str, Any], kept: Path) -> Iterator[None]:
         raise
 
 
+def _find_adapter(config: TrainingConfig) -> tuple[RunFolder | None, Path, ModelSection]:
+    """The run that is merged (None for a bare adapter folder), its adapter, and the base that this is merged into."""
+    name = config.inference.adapter
+    if name == BASE_ALONE:
+        raise ConfigurationError(
+            "inference.adapter: 'none' names no adapter to merge; give a run or an adapter folder."
+        )
+    if uses_own_model(name):
+        return None, expand_home(name), config.model
+    run = find_adapter_run(name, config.output.base_output_dir, config.output.named_experiment)
+    return run, run.adapter, read_run_config(run).model
+
+
 def _resolve_output(options: MergeOptions, run: RunFolder | None, adapter: Path, base: ModelSection) -> Path:
     """The resolved output folder, once nothing is in its way."""
     if not options.output and run is None:
@@ -118,21 +138,55 @@ def _resolve_output(options: MergeOptions, run: RunFolder | None, adapter: Path,
     return output
 
 
+def _open_in_float32(config: TrainingConfig, run: RunFolder | None, same_base: bool) -> tuple[Session, bool]:
+    """The adapter on its base, in float32; and whether the base's weights are known to be those that it trained on.
+
+    Args:
+        run: None where `inference.adapter` is a bare adapter.
+        same_base: accept `model.id` as the base of a bare adapter, whatever base that names.
+
+    Raises:
+        AdapterError: the base is another one, or the adapter is of a kind that has no plain weights.
+    """
+    if run:
+        device = config.model.device
+        session = open_run(run, None if device == "auto" else device, "fp32", config.explicit_values())
+        return session, check_base(run.base_record, session.config.model)
+    folder = expand_home(config.inference.adapter)
+    settings = read_config(require_adapter(folder))
+    require_plain(settings, folder, "inference.adapter", "be merged", also=OF_PLACES)
+    known = check_base(RunFolder(folder.resolve().parents[1]).base_record, config.model)
+    if not known and not same_base:
+        _check_base_name(folder, settings.get("base_model_name_or_path"), config.model)
+    seq_len = resolve_seq_len(config.model, read_facts(config.model))
+    exact = config.replace_keys(model={"dtype": "fp32", "seq_len": seq_len}, training={"precision": "fp32"})
+    return open_session(exact), known
+
+
+def _check_base_name(folder: Path, named: str | None, model: ModelSection) -> None:
+    """Refuse a base that is neither called nor stored as the adapter's configuration says."""
+    here = locate_model(model)
+    first, second = Path(embedded.resolve_name(named or here)), Path(here)
+    if named in (None, "", here, model.id) or (first.exists() and second.exists() and first.samefile(second)):
+        return
+    raise AdapterError(
+        f"inference.adapter: {folder} was trained on '{named}', and model.id is '{model.id}'. Give model.id={named}; "
+        "or --same-base, where they are one model under two names."
+    )
+
+
 def _compute_reference(
     config: TrainingConfig, run: RunFolder | None, session: Session, scale: float
 ) -> tuple[Probes, Reference]:
     """The rows to check on, and what the adapter computes for them."""
-    rows, origin = read_run_rows(run, session, _configured_rows(config)) if run else read_config_rows(session)
+    named = config.data.validation
+    others = [str(source) for source in named] if named and not isinstance(named[0], dict) else None
+    rows, origin = read_run_rows(run, session, others) if run else read_config_rows(session)
     given = build_probes(session, rows, origin)
     wanted = compute_reference(session, given, scale)
     if all(torch.equal(a, b) for a, b in zip(wanted.adapter, wanted.base, strict=True)):
         raise AdapterError(f"the adapter of {session.source} computes exactly what its base does: nothing to merge.")
     return given, wanted
-
-
-def _configured_rows(config: TrainingConfig) -> list[str] | None:
-    given = config.data.validation
-    return [str(source) for source in given] if given and not isinstance(given[0], dict) else None
 
 
 def _check_options(options: MergeOptions, base: ModelSection) -> None:

@@ -45,13 +45,6 @@ class MergedModel:
         """Whether embedding and output head, one weight in the base, are two here."""
         return bool(self.untied)
 
-    @property
-    def rewritten_names(self) -> list[str]:
-        """Names of the parameters that differ from the base's files."""
-        if self.was_quantized:
-            return list(self.model.state_dict())
-        return [*self.changed, *self.untied]
-
 
 def check_mergeable(adapted: Any, scale: float) -> None:
     """Refuse an adapter that has no plain weights.
@@ -66,12 +59,9 @@ def check_mergeable(adapted: Any, scale: float) -> None:
     for path, layer in _adapted_layers(adapted):
         base = _base_module(layer)
         if isinstance(layer, LoraLayer):
-            dora = all(isinstance(variant, DoraLinearVariant) for variant in layer.lora_variant.values())
-            if (
-                not (is_linear(base) or isinstance(base, torch.nn.Embedding))
-                or not dora
-                or any(layer.lora_bias.values())
-            ):
+            is_plain = all(isinstance(variant, DoraLinearVariant) for variant in layer.lora_variant.values())
+            is_plain = is_plain and not any(layer.lora_bias.values())
+            if not is_plain or not (is_linear(base) or isinstance(base, torch.nn.Embedding)):
                 raise AdapterError(
                     f"'{path}' carries a {type(layer).__name__} on a {type(base).__name__} that cannot be merged; only "
                     "LoRA and DoRA on linear layers and embeddings can. Serve the adapter itself."
@@ -90,18 +80,15 @@ def scale_update(adapted: Any, scale: float) -> Iterator[None]:
     For LoRA that multiplies its scaling factor; for DoRA, whose weight is not a sum, and for a module trained whole, it
     is a step from the base's weight towards the adapted one. Cost: each base module computes twice.
     """
-    with ExitStack() as stack:
-        for _, layer in _adapted_layers(adapted) if scale != 1 else ():
-            stack.callback(layer.register_forward_hook(_make_interpolation_hook(_base_module(layer), scale)).remove)
-        yield
 
-
-def _make_interpolation_hook(base: torch.nn.Module, scale: float) -> Any:
-    def interpolate(_layer: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
-        before: Tensor = base(*given)
+    def interpolate(layer: torch.nn.Module, given: tuple[Any, ...], result: Tensor) -> Tensor:
+        before: Tensor = _base_module(layer)(*given)
         return before + scale * (result - before)
 
-    return interpolate
+    with ExitStack() as stack:
+        for _, layer in _adapted_layers(adapted) if scale != 1 else ():
+            stack.callback(layer.register_forward_hook(interpolate).remove)
+        yield
 
 
 def merge_weights(adapted: Any, scale: float = 1.0, *, delta: bool = False) -> MergedModel:
@@ -197,7 +184,8 @@ def save_merged(
     own = require_local_folder(base)
     is_packed = "quantization_config" in read_json(own / "config.json")
     stored = {} if is_packed else stored_tensors(own)
-    edits = CheckpointNames(merged.model, stored).find_edits(merged.rewritten_names)
+    rewritten = list(merged.model.state_dict()) if merged.was_quantized else [*merged.changed, *merged.untied]
+    edits = CheckpointNames(merged.model, stored).find_edits(rewritten)
     tensors = edit_checkpoint(stored, edits, dtype and DTYPES[dtype], DTYPES[dtype or stored_precision(base)])
     write_checkpoint(tensors, folder, max_shard_size)
     write_config(

@@ -13,11 +13,10 @@ from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, MergeError
 from training_lens.inference.session import Session
 from training_lens.merging.merge_tensors import MergedModel, merge_weights, save_delta, save_merged
-from training_lens.models.base_files import copy_beside, write_generation_config
+from training_lens.models.base_files import copy_beside, save_tokenizer, write_generation_config
 from training_lens.models.base_record import local_folder, require_local_folder
 from training_lens.models.location import locate_model
 from training_lens.models.model_classes import public_class
-from training_lens.models.tokenizer_files import save_tokenizer
 from training_lens.runs.run_folder import RunFolder
 from training_lens.utils.devices import DTYPES, Precision
 from training_lens.utils.files import read_json, write_text
@@ -68,29 +67,20 @@ def write_folder(session: Session, folder: Path, options: MergeOptions, dtype: P
     _require_space(merged, options.delta, folder, DTYPES[dtype])
     if options.delta:
         save_delta(merged, folder, DTYPES[dtype], options.max_shard_size)
-    else:
-        _save_merged_model(merged, session, folder, None if options.dtype == "auto" else dtype, options.max_shard_size)
-    readme = _delta_readme if options.delta else _merged_readme
-    write_text(folder / "README.md", readme(session, _describe_merge(session, dtype, options.scale), merged.is_untied))
+    else:  # with the base's own config, tokenizer and chat template, and the session's stop tokens
+        base = session.config.model
+        own, trusted = require_local_folder(base), base.trust_remote_code
+        save_merged(merged, base, folder, None if options.dtype == "auto" else dtype, options.max_shard_size)
+        save_tokenizer(session.tokenizer, folder, own, trusted)
+        write_generation_config(own, folder, merged.model, session.stop_ids, session.pad_id)
+        copy_beside(own, folder, trusted)
+    scaled = "" if options.scale == 1 else f", its update times {options.scale:g}"
+    what = f"The adapter {session.adapter}{scaled}, merged into {session.config.model.id}; weights in {dtype}."
+    readme = _delta_readme(session, what, merged.is_untied) if options.delta else _merged_readme(what, merged.is_untied)
+    write_text(folder / "README.md", readme)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors makes its files private to their owner, and a server is often another user
     return merged.is_untied
-
-
-def _save_merged_model(
-    merged: MergedModel, session: Session, folder: Path, dtype: Precision | None, max_shard_size: str
-) -> None:
-    """The model with the base's own config, tokenizer and chat template; it has the session's stop tokens.
-
-    Args:
-        dtype: of the written weights; None: as in the base's files.
-    """
-    base = session.config.model
-    own = require_local_folder(base)
-    save_merged(merged, base, folder, dtype, max_shard_size)
-    save_tokenizer(session.tokenizer, folder, own, base.trust_remote_code)
-    write_generation_config(own, folder, merged.model, session.stop_ids, session.pad_id)
-    copy_beside(own, folder, base.trust_remote_code)
 
 
 def _require_space(merged: MergedModel, delta: bool, folder: Path, dtype: torch.dtype) -> None:
@@ -104,12 +94,7 @@ def _require_space(merged: MergedModel, delta: bool, folder: Path, dtype: torch.
         )
 
 
-def _describe_merge(session: Session, dtype: Precision, scale: float) -> str:
-    scaled = "" if scale == 1 else f", its update times {scale:g}"
-    return f"The adapter {session.adapter}{scaled}, merged into {session.config.model.id}; weights in {dtype}."
-
-
-def _merged_readme(_session: Session, description: str, untied: bool) -> str:
+def _merged_readme(description: str, untied: bool) -> str:
     parted = " Embedding and head, one weight in the base, are two here." if untied else ""
     return f"# Merged model\n\n{description}{parted} Checked against the adapter: see {REPORT}.\n"
 
@@ -143,7 +128,13 @@ def check_output(output: Path, run: RunFolder | None, adapter: Path, base: Model
     Raises:
         ConfigurationError: it overlaps the run's, the adapter's or the base's files, or holds other files already.
     """
-    for what, protected in _protected_folders(run, adapter, base).items():
+    kept = {"the adapter": adapter}
+    if run:
+        names = ("tokenizer", "checkpoints", "logs", "metadata", "reports")
+        kept |= {f"the run's {name}": getattr(run, name) for name in names} | {"the run's lens": run.root / "lens"}
+    if stored := local_folder(base):
+        kept["the base model"] = stored
+    for what, protected in kept.items():
         there = protected.resolve()
         if there == output or there in output.parents or output in there.parents:
             way = "is" if there == output else "lies in" if there in output.parents else "holds"
@@ -159,16 +150,6 @@ def check_output(output: Path, run: RunFolder | None, adapter: Path, base: Model
         )
     if not force:
         raise ConfigurationError(f"{output} holds a merged model already. Give --force to replace it, or --output.")
-
-
-def _protected_folders(run: RunFolder | None, adapter: Path, base: ModelSection) -> dict[str, Path]:
-    """Folders that a merge must not write to, by what they are."""
-    kept = {"the adapter": adapter}
-    if run:
-        names = ("tokenizer", "checkpoints", "logs", "metadata", "reports")
-        kept |= {f"the run's {name}": getattr(run, name) for name in names} | {"the run's lens": run.root / "lens"}
-    stored = local_folder(base)
-    return kept | ({"the base model": stored} if stored else {})
 
 
 def _foreign_files(output: Path) -> list[str]:

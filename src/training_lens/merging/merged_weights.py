@@ -13,6 +13,7 @@ from torch import Tensor
 
 from training_lens.config.schema import ModelSection
 from training_lens.errors import MergeError, ModelLoadingError
+from training_lens.merging.reload import load_delta
 from training_lens.merging.verification import MergeCheck
 from training_lens.merging.weight_update import ROUNDOFF, LowRankUpdate, WholeUpdate, load_updates
 from training_lens.models.factory import load_model
@@ -56,11 +57,12 @@ def check_weights(written: MergeOutput) -> tuple[MergeCheck, MergeCheck]:
             f"{written.adapter} has an update of '{unknown[0]}', and {written.base.id} no such weight, so what was "
             "merged cannot be checked. Save the adapter again, from this base under this version of PEFT."
         )
-    found = _load_delta(written.folder) if written.delta else _load_merged(written)
+    found = load_delta(written.folder) if written.delta else _load_merged(written)
     wrong = sorted(
         found.keys() - updates.keys() if written.delta else _find_changed_others(written, found, weights, updates)
     )
-    found = _find_tied_weights(found, weights) | found
+    places = {weights[name].data_ptr(): tensor for name, tensor in found.items() if name in weights}
+    found = {n: places[w.data_ptr()] for n, w in weights.items() if w.data_ptr() in places} | found  # tied ones, too
     errors = {name: _largest_error(written, found.get(name), base, name, update) for name, update in updates.items()}
     worst = max(errors, key=errors.__getitem__)
     return (
@@ -78,18 +80,6 @@ def _load_merged(written: MergeOutput) -> Weights:
         raise MergeError(f"what was written cannot be loaded: {error}") from error
     weights: Weights = model.state_dict()
     return weights
-
-
-def _load_delta(folder: Path) -> Weights:
-    from safetensors.torch import load_file
-
-    return {name: t for file in sorted(folder.glob("delta*.safetensors")) for name, t in load_file(file).items()}
-
-
-def _find_tied_weights(found: Weights, weights: Weights) -> Weights:
-    """The found weights again under every name that the base ties to theirs."""
-    places = {weights[name].data_ptr(): tensor for name, tensor in found.items() if name in weights}
-    return {name: places[weight.data_ptr()] for name, weight in weights.items() if weight.data_ptr() in places}
 
 
 def _find_changed_others(written: MergeOutput, found: Weights, weights: Weights, updates: Any) -> Iterator[str]:
@@ -116,7 +106,8 @@ def _largest_error(
     if isinstance(update, LowRankUpdate) and not isinstance(module, torch.nn.Linear):
         found, before = found.T, before.T
     largest = 0.0
-    for rows in _row_blocks(before):
+    length = max(1, BLOCK * len(before) // before.numel())
+    for rows in (slice(start, start + length) for start in range(0, len(before), length)):
         weight = before[rows].double()
         change, noise = update.compute_change(weight, rows)
         kept, change = 0 * weight if written.delta else weight, written.scale * change
@@ -125,11 +116,6 @@ def _largest_error(
         share = (found[rows].double() - wanted).abs() / (_half_step(wanted, DTYPES[written.dtype]) + noise)
         largest = max(largest, share.nan_to_num(nan=math.inf, posinf=math.inf).max().item())
     return largest
-
-
-def _row_blocks(weight: Tensor) -> Iterator[slice]:
-    length = max(1, BLOCK * len(weight) // weight.numel())
-    return (slice(start, start + length) for start in range(0, len(weight), length))
 
 
 def _half_step(value: Tensor, dtype: torch.dtype) -> Tensor:

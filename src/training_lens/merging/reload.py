@@ -44,7 +44,6 @@ def decode_greedily(model: Any, ids: list[int], limit: int, **stops: Any) -> tup
 def load_output(job: dict[str, Any]) -> Any:
     """The job's folder as a model in float32: a whole one, or `base` with the folder's delta added."""
     import transformers
-    from safetensors.torch import load_file
 
     found = getattr(transformers, job["class"])
     trusted = {"trust_remote_code": job["trust_remote_code"], "dtype": torch.float32}
@@ -55,10 +54,16 @@ def load_output(job: dict[str, Any]) -> Any:
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
     weights = model.state_dict()
-    for file in sorted(Path(job["folder"]).glob("delta*.safetensors")):
-        for name, difference in load_file(file).items():
-            weights[name] += difference.float()
+    for name, difference in load_delta(Path(job["folder"])).items():
+        weights[name] += difference.float()
     return model.to(job["device"]).eval()
+
+
+def load_delta(folder: Path) -> dict[str, Tensor]:
+    """The differences in a folder that `merge --delta` wrote, by the names of the model's weights."""
+    from safetensors.torch import load_file
+
+    return {name: t for file in sorted(folder.glob("delta*.safetensors")) for name, t in load_file(file).items()}
 
 
 def run_job(path: Path) -> None:

@@ -28,7 +28,7 @@ from training_lens.models.adapter_files import (
 from training_lens.models.model_classes import is_found_by_type
 from training_lens.models.omissions import Omission, is_linear, last_part
 from training_lens.models.quantization import element_count
-from training_lens.models.targets import check_targets, choose_targets, tied_modules, whole_modules
+from training_lens.models.targets import check_targets, choose_targets, whole_modules
 from training_lens.utils.formatting import describe_error
 from training_lens.utils.logging import get_logger
 
@@ -92,26 +92,18 @@ def describe_adapter(peft: PeftSection) -> str:
     return ", ".join(parts)
 
 
-@dataclass(frozen=True)
-class _AdapterPlan:
-    """PEFT's configuration, the paths that it adapts in this model, and those that it leaves out."""
-
-    config: Any
-    targets: tuple[str, ...]
-    left_out: tuple[Omission, ...]
-
-
-def _plan_adapter(model: Any, peft: PeftSection) -> _AdapterPlan:
-    """The plan of the adapter that `peft` describes on `model`, which may be without weights.
+def _inject_adapter(model: Any, peft: PeftSection) -> tuple[Any, tuple[Omission, ...]]:
+    """`model`, which may be without weights, in PEFT's wrapper; and the modules that are left out.
 
     Raises:
-        AdapterError: names that match nothing, modules that cannot be adapted, ranks that are too high.
+        AdapterError: names that match nothing, modules that cannot be adapted, ranks that are too high; or PEFT adapts
+            other modules than it was asked to.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import check_target_module_exists
 
     size = peft.model_dump(include={"r", "lora_alpha", "rank_pattern", "alpha_pattern"})
-    whole, tied = _name_whole_modules(model, peft)
+    whole, tied = whole_modules(model, peft.modules_to_save)
     chosen = choose_targets(model, peft)
     config = LoraConfig(
         task_type="CAUSAL_LM" if is_found_by_type(model) else None,  # None: PEFT then saves the base's class by name
@@ -127,16 +119,18 @@ def _plan_adapter(model: Any, peft: PeftSection) -> _AdapterPlan:
     check_targets(model, targets, peft)
     # Conv1D keeps its weight as (in, out).
     config.fan_in_fan_out = any(is_linear(m) and not isinstance(m, torch.nn.Linear) for m in targets.values())
-    return _AdapterPlan(config, tuple(targets), chosen.left_out)
-
-
-def _name_whole_modules(model: Any, peft: PeftSection) -> tuple[list[str], bool]:
-    """`modules_to_save` for PEFT, and whether they hold tied weights; then both modules are named."""
-    whole = whole_modules(model, peft.modules_to_save)
-    tied = tied_modules(model) or ()
-    if any(path == name or path.endswith(f".{name}") for path in tied for name in whole):
-        return [*(name for name in whole if not any(path.endswith(name) for path in tied)), *tied], True
-    return whole, False
+    try:
+        with _filter_peft_warnings():
+            adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, UserWarning) as error:
+        raise AdapterError(f"peft: this model cannot take this adapter: {error}") from error
+    different = sorted(set(adapted_modules(adapted)).symmetric_difference(targets))
+    if different:
+        raise AdapterError(
+            f"peft.target_modules: PEFT adapts other modules of this model than it was asked to: {different[0]} and "
+            f"{len(different) - 1} more. Name the modules, with their whole paths."
+        )
+    return adapted, chosen.left_out
 
 
 def attach(model: Any, peft: PeftSection) -> Any:
@@ -147,7 +141,7 @@ def attach(model: Any, peft: PeftSection) -> Any:
     Raises:
         AdapterError: a module cannot be adapted, or the saved adapter does not fit.
     """
-    adapted = _inject_adapter(model, _plan_adapter(model, peft))
+    adapted, _ = _inject_adapter(model, peft)
     for _, parameter in trainable_parameters(adapted):
         parameter.data = parameter.data.float()
     _convert_whole_module_dtypes(adapted)
@@ -182,13 +176,12 @@ def check_adapter(skeleton: Any, peft: PeftSection) -> Adaptation:
     from peft import get_peft_model_state_dict
 
     base = skeleton.name_or_path
-    plan = _plan_adapter(skeleton, peft)
-    adapted = _inject_adapter(skeleton, plan)
+    adapted, left_out = _inject_adapter(skeleton, peft)
     if peft.from_adapter:
         state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         check_fit(adapter_folder(peft.from_adapter), {n: tuple(t.shape) for n, t in state.items()}, base)
     _require_reloadable(adapted)
-    return Adaptation(tuple(adapted_modules(adapted)), plan.left_out)
+    return Adaptation(tuple(adapted_modules(adapted)), left_out)
 
 
 def _require_reloadable(adapted: Any) -> None:
@@ -212,24 +205,6 @@ def adapted_modules(adapted: Any) -> list[str]:
     from peft.tuners.lora import LoraLayer
 
     return [path for path, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)]
-
-
-def _inject_adapter(model: Any, plan: _AdapterPlan) -> Any:
-    """The model in PEFT's wrapper, adapted exactly as planned."""
-    from peft import get_peft_model
-
-    try:
-        with _filter_peft_warnings():
-            adapted = get_peft_model(model, plan.config)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, UserWarning) as error:
-        raise AdapterError(f"peft: this model cannot take this adapter: {error}") from error
-    different = sorted(set(adapted_modules(adapted)).symmetric_difference(plan.targets))
-    if different:
-        raise AdapterError(
-            f"peft.target_modules: PEFT adapts other modules of this model than it was asked to: {different[0]} and "
-            f"{len(different) - 1} more. Name the modules, with their whole paths."
-        )
-    return adapted
 
 
 @contextmanager

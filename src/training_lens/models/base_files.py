@@ -1,18 +1,21 @@
-"""The base's config files in a merged model's folder: copied byte for byte, except keys that must change.
+"""The base's config and tokenizer files in a written folder: copied byte for byte, except for what must change.
 
-A newer transformers rewrites them in its own form (`rope_parameters`, `dtype`), which older versions and other programs
-read as another model, or not at all. So nothing that transformers rewrote is saved here.
+A newer transformers rewrites them in its own form (`rope_parameters`, `dtype`, the template in a file of its own,
+`"tokenizer_class": "TokenizersBackend"`), which older versions and other programs read as another model, or not at all.
+So nothing that transformers rewrote is saved here. What changed in a tokenizer is found by letting transformers write
+both the base's and this one, and comparing them.
 """
 
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from training_lens.utils.devices import DTYPES, Precision
-from training_lens.utils.files import read_json, write_json
+from training_lens.utils.files import read_json, write_json, write_text
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -21,6 +24,16 @@ COPIED = (
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+TOKENIZER_FILES = (
+    *(TOKENIZER, TOKENIZER_CONFIG, SPECIAL, ADDED, TEMPLATE, f"{TEMPLATES}/*.jinja", "chat_template.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.spm", "*.tiktoken", "tekken.json"),
+)
+# Keys about how a tokenizer was loaded, not what it does; and settings of a single call.
+OF_LOADING = {"tokenizer_class", "backend", "is_local", "local_files_only", "name_or_path", "auto_map", "chat_template"}
+OF_A_CALL = {"padding", "truncation"}
 
 
 def copy_files(base: Path, folder: Path, patterns: Collection[str]) -> None:
@@ -60,9 +73,15 @@ def write_config(
 
     config = read_json(base / CONFIG)
     own = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    text = _text_section(config, own)
+    # What the language model is built from: the whole file, or a section of a multimodal one's.
+    sections = (section for name, section in config.items() if getattr(own, name, None) is own.get_text_config())
+    text = next((section for section in sections if isinstance(section, dict)), config)
     if dtype:
-        _set_dtype(config, dtype)
+        name = str(DTYPES[dtype]).removeprefix("torch.")
+        for section in _config_sections(config):
+            section |= {key: name for key in DTYPE_KEYS if key in section}
+        if not any(key in config for key in DTYPE_KEYS):
+            config["torch_dtype"] = name  # which every version of transformers reads
     if untied:
         config["tie_word_embeddings"] = text["tie_word_embeddings"] = False
     size = model.config.get_text_config().vocab_size
@@ -80,31 +99,21 @@ def has_newer_form(base: Path) -> bool:
 
     Older versions silently load such a base, and a model merged from it, with another rotary embedding.
     """
-    config = read_json(base / CONFIG)
-    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    sections = _config_sections(read_json(base / CONFIG))
     return any("rope_parameters" in s and not {"rope_theta", "rope_scaling"} & s.keys() for s in sections)
 
 
-def _text_section(config: dict[str, Any], own: Any) -> dict[str, Any]:
-    """The part of a config.json that the language model is built from: all of it, or a section of a multimodal one."""
-    text = own.get_text_config()
-    sections = (section for name, section in config.items() if getattr(own, name, None) is text)
-    return next((section for section in sections if isinstance(section, dict)), config)
-
-
-def _set_dtype(config: dict[str, Any], dtype: Precision) -> None:
-    name = str(DTYPES[dtype]).removeprefix("torch.")
-    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
-    for section in sections:
-        section |= {key: name for key in DTYPE_KEYS if key in section}
-    if not any(key in config for key in DTYPE_KEYS):
-        config["torch_dtype"] = name  # which every version of transformers reads
+def _config_sections(config: dict[str, Any]) -> list[dict[str, Any]]:
+    return [config, *(value for value in config.values() if isinstance(value, dict))]
 
 
 def write_generation_config(base: Path, folder: Path, model: Any, stop_ids: Collection[int], pad_id: int) -> None:
     """Write generation_config.json: the base's own, with `stop_ids`, and with a padding token if it has none."""
     own = base / GENERATION
-    settings = read_json(own) if own.is_file() else _legacy_settings(model)
+    # Without the file, transformers derives the settings from config.json.
+    settings = read_json(own) if own.is_file() else model.generation_config.to_diff_dict()
+    if not own.is_file():
+        settings.pop("transformers_version", None)
     ends = settings.get("eos_token_id")
     if set(ends if isinstance(ends, list) else [ends]) != set(stop_ids):
         settings["eos_token_id"] = sorted(stop_ids)
@@ -113,8 +122,87 @@ def write_generation_config(base: Path, folder: Path, model: Any, stop_ids: Coll
     write_unless_same(base, folder, GENERATION, settings)
 
 
-def _legacy_settings(model: Any) -> dict[str, Any]:
-    """The generation settings that transformers derives from a config.json alone."""
-    settings: dict[str, Any] = model.generation_config.to_diff_dict()
-    settings.pop("transformers_version", None)
-    return settings
+def save_tokenizer(tokenizer: Any, folder: Path, base: Path, trust_remote_code: bool = False) -> None:
+    """Write the base's tokenizer files into `folder`, with the changed template and tokens of `tokenizer`.
+
+    Args:
+        tokenizer: the base's own, or one derived from it.
+        base: the folder of the base's files.
+        trust_remote_code: the base's code was trusted to run; otherwise it is neither copied nor named.
+    """
+    from transformers import AutoTokenizer
+
+    own = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    copy_files(
+        base,
+        folder,
+        (*TOKENIZER_FILES, *own.vocab_files_names.values(), *(("tokeniz*.py",) if trust_remote_code else ())),
+    )
+    _copy_changes(tokenizer, own, folder, base)
+    if tokenizer.chat_template != own.chat_template:
+        _write_template(tokenizer.chat_template, folder)
+    if not trust_remote_code and (folder / TOKENIZER_CONFIG).is_file():
+        settings = read_json(folder / TOKENIZER_CONFIG)
+        if settings.pop("auto_map", None):
+            write_json(folder / TOKENIZER_CONFIG, settings, verbatim=True)
+
+
+def _copy_changes(tokenizer: Any, own: Any, folder: Path, base: Path) -> None:
+    """Apply to the copied files what differs between the two tokenizers as transformers writes them."""
+    with tempfile.TemporaryDirectory(prefix="training-lens-tokenizer-") as place:
+        before, after = Path(place) / "before", Path(place) / "after"
+        own.save_pretrained(str(before))
+        tokenizer.save_pretrained(str(after))
+        rules = _find_changes(before, after, TOKENIZER, OF_A_CALL)
+        settings = _find_changes(before, after, TOKENIZER_CONFIG, OF_LOADING)
+        if rules and not (folder / TOKENIZER).is_file():
+            shutil.copyfile(after / TOKENIZER, folder / TOKENIZER)
+        else:
+            _apply_changes(folder, TOKENIZER, rules)
+    _apply_changes(folder, TOKENIZER_CONFIG, settings)
+    _apply_changes(
+        folder, SPECIAL, {key: value for key, value in settings.items() if key in _read_settings(folder / SPECIAL)}
+    )
+    if "added_tokens" in rules:  # the older files and keys have them too, where the base has these
+        if "added_tokens_decoder" in _read_settings(folder / TOKENIZER_CONFIG):
+            tokens = {str(index): token.__getstate__() for index, token in tokenizer.added_tokens_decoder.items()}
+            _apply_changes(folder, TOKENIZER_CONFIG, {"added_tokens_decoder": tokens})
+        if (folder / ADDED).is_file():
+            _apply_changes(folder, ADDED, tokenizer.get_added_vocab())
+
+
+def _read_settings(path: Path) -> Any:
+    return read_json(path) if path.is_file() else {}
+
+
+def _find_changes(before: Path, after: Path, name: str, ignored: set[str]) -> dict[str, Any]:
+    """The keys of a JSON file whose values differ, with the new values; None for a removed key."""
+    old, new = _read_settings(before / name), _read_settings(after / name)
+    return {key: new.get(key) for key in (old.keys() | new.keys()) - ignored if old.get(key) != new.get(key)}
+
+
+def _apply_changes(folder: Path, name: str, changes: dict[str, Any]) -> None:
+    if changes:
+        content = _read_settings(folder / name)
+        merged = {key: value for key, value in {**content, **changes}.items() if value is not None}
+        write_json(folder / name, merged, verbatim=True)
+
+
+def _write_template(template: str | dict[str, str] | None, folder: Path) -> None:
+    """Write the template, or several by name, where the base has its own: in its config, or in files."""
+    settings = _read_settings(folder / TOKENIZER_CONFIG)
+    in_config = "chat_template" in settings and not (folder / TEMPLATE).is_file()
+    for name in (TEMPLATE, "chat_template.json"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
+    if settings.pop("chat_template", None) is not None or in_config:
+        listed: Any = template
+        if isinstance(template, dict):
+            listed = [{"name": name, "template": text} for name, text in template.items()]
+        kept = {"chat_template": listed} if in_config and template else {}
+        write_json(folder / TOKENIZER_CONFIG, settings | kept, verbatim=True)
+    templates = {"default": template} if isinstance(template, str) else template or {}
+    for name, text in templates.items() if not in_config else ():
+        file = folder / (TEMPLATE if name == "default" else f"{TEMPLATES}/{name}.jinja")
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, text, verbatim=True)

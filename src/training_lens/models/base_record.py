@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ def fingerprint_base(model: ModelSection) -> str | None:
     folder = local_folder(model)
     if folder is None:
         return None
-    digests = sorted(_digest_tensors(stored_tensors(folder).values()))
-    return hashlib.sha256(b"".join(digest for _, digest in digests)).hexdigest()
+    digests = [_digest_tensor(tensor) for _, tensor in sorted(stored_tensors(folder).items())]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def base_record(model: ModelSection) -> dict[str, Any]:
@@ -54,7 +54,11 @@ def base_record(model: ModelSection) -> dict[str, Any]:
         "revision": model.revision,
         "weights": fingerprint_base(model),
         "files": {path.name: sample_hash(path) for path in files},
-        "sha256": {path.name: sha256 for path in files if (sha256 := _known_sha256(path))},
+        "sha256": {
+            path.name: target.name
+            for path in files
+            if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", (target := path.resolve()).name)
+        },
     }
 
 
@@ -73,12 +77,6 @@ def sample_hash(path: Path) -> str:
             file.seek(start)
             digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()
-
-
-def _known_sha256(path: Path) -> str | None:
-    """The sha256 of a file of a hub's cache, which is its name there."""
-    name = path.resolve().name
-    return name if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else None
 
 
 def check_base(record: Path, model: ModelSection) -> bool:
@@ -144,15 +142,14 @@ def local_folder(model: ModelSection) -> Path | None:
     return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
 
-def _digest_tensors(tensors: Iterable[StoredTensor]) -> Iterator[tuple[str, bytes]]:
-    """Each tensor's name, and the sha256 of its name, type, shape and sample."""
-    for tensor in tensors:
-        size = tensor.end - tensor.start
-        with tensor.file.open("rb") as file:
-            file.seek(tensor.start + max(0, size - SAMPLE_BYTES) // 2)
-            sample = file.read(min(SAMPLE_BYTES, size))
-        described = json.dumps([tensor.name, tensor.kind, list(tensor.shape)]).encode()
-        yield tensor.name, hashlib.sha256(described + sample).digest()
+def _digest_tensor(tensor: StoredTensor) -> bytes:
+    """The sha256 of its name, type, shape and sample."""
+    size = tensor.end - tensor.start
+    with tensor.file.open("rb") as file:
+        file.seek(tensor.start + max(0, size - SAMPLE_BYTES) // 2)
+        sample = file.read(min(SAMPLE_BYTES, size))
+    described = json.dumps([tensor.name, tensor.kind, list(tensor.shape)]).encode()
+    return hashlib.sha256(described + sample).digest()
 
 
 def stored_precision(model: ModelSection) -> Precision:

@@ -199,19 +199,15 @@ class CheckpointNames:
     def _revert_conversion(self, group: list[str]) -> dict[str, Tensor]:
         from transformers.core_model_loading import revert_weight_conversion
 
-        tensors = revert_weight_conversion(self._model, {name: self._state[name] for name in group})
-        found = {self._stored_name(name): tensor for name, tensor in tensors.items()}
-        if any(
-            target in group for target, _ in self._targets.values()
-        ):  # otherwise the files have none, as it was tied
+        # Some bases are stored with the prefix of their decoder, others without.
+        prefix = f"{self._model.base_model_prefix}."
+        found = {}
+        for name, tensor in revert_weight_conversion(self._model, {n: self._state[n] for n in group}).items():
+            candidates = (name, name.removeprefix(prefix), prefix + name)
+            found[next((candidate for candidate in candidates if candidate in self._stored), name)] = tensor
+        if any(target in group for target, _ in self._targets.values()):  # else the files have none, as it was tied
             self._check_shapes(group[0], found)
         return found
-
-    def _stored_name(self, name: str) -> str:
-        """The name in the files: some bases are stored with the prefix of their decoder, others without."""
-        prefix = f"{self._model.base_model_prefix}."
-        candidates = (name, name.removeprefix(prefix), prefix + name)
-        return next((candidate for candidate in candidates if candidate in self._stored), name)
 
     def _check_shapes(self, parameter: str, found: Mapping[str, Tensor]) -> None:
         for name, tensor in found.items():

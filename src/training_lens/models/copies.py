@@ -19,8 +19,11 @@ def copy_base(model: Any) -> Any:
     Args:
         model: from `adapters.load_adapter` or `attach`; it is not changed.
     """
+    from peft.utils import ModulesToSaveWrapper
+
     copied = copy_sharing_weights(model)
-    _restore_original_modules(copied)
+    for name, wrapper in [(n, m) for n, m in copied.named_modules() if isinstance(m, ModulesToSaveWrapper)]:
+        copied.set_submodule(name, wrapper.original_module)  # trained whole: `unload` alone would keep it
     return copied.unload()
 
 
@@ -62,12 +65,3 @@ def copy_sharing_weights(model: Any) -> Any:
     copied = copy.deepcopy(model, {id(one): one for one in kept})
     uninstall_kernels(copied)
     return copied
-
-
-def _restore_original_modules(model: Any) -> None:
-    """Put the base's modules back in place of those trained whole, which `unload` alone would keep."""
-    from peft.utils import ModulesToSaveWrapper
-
-    wrappers = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
-    for name, wrapper in wrappers.items():
-        model.set_submodule(name, wrapper.original_module)

@@ -11,7 +11,6 @@ import torch
 from training_lens import embedded
 from training_lens.config.schema import ModelSection
 from training_lens.errors import ConfigurationError, ModelLoadingError, OutOfMemoryError, TrainingLensError
-from training_lens.models.embeddings import required_rows, resize_embeddings
 from training_lens.models.location import WEIGHTS, locate_model
 from training_lens.models.model_classes import build_model, load_class
 from training_lens.models.quantization import keep_trainable, loading_options
@@ -73,45 +72,41 @@ def _hub_options(model: ModelSection) -> dict[str, Any]:
     return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
 
 
+def _read_config(model: ModelSection) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(locate_model(model), **_hub_options(model))
+
+
 def read_facts(model: ModelSection) -> ModelFacts:
     """The model's width, positions and vocabulary.
 
     Raises:
         ModelLoadingError: not found, or not a language model.
     """
-    from transformers import AutoConfig
+    from huggingface_hub import try_to_load_from_cache
 
     path = locate_model(model)
-    _require_hub(path)
+    if not Path(path).exists() and not isinstance(try_to_load_from_cache(path, "config.json"), str):
+        require_hub(f"model.id: '{path}'", ModelLoadingError)  # at once, not after the library's retries
 
     def read() -> ModelFacts:
-        config = AutoConfig.from_pretrained(path, **_hub_options(model))
+        config = _read_config(model)
         load_class(config)  # refuses models that are not decoder-only
         text = config.get_text_config()
-        sizes = {name: getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
         positions = getattr(text, "max_position_embeddings", None)
-        _check_sizes(sizes | ({"max_position_embeddings": positions} if positions else {}), model.id)
+        names = ("hidden_size", "num_hidden_layers", "vocab_size")
+        sizes = {name: getattr(text, name, None) for name in names} | {"max_position_embeddings": positions or 1}
+        wrong = [f"{name} {value!r}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
+        if wrong:
+            raise ModelLoadingError(
+                f"model.id: '{model.id}' is not a language model: its config.json has {', '.join(wrong)}, expected "
+                "counts. Give a causal language model."
+            )
         return ModelFacts(path, text.hidden_size, text.num_hidden_layers, positions, text.vocab_size)
 
     facts: ModelFacts = _load_or_explain("configuration", model, read)
     return facts
-
-
-def _check_sizes(sizes: dict[str, Any], model_id: str) -> None:
-    wrong = [f"{name} {value!r}" for name, value in sizes.items() if not isinstance(value, int) or value < 1]
-    if wrong:
-        raise ModelLoadingError(
-            f"model.id: '{model_id}' is not a language model: its config.json has {', '.join(wrong)}, expected counts. "
-            "Give a causal language model."
-        )
-
-
-def _require_hub(path: str) -> None:
-    """If `path` is a hub id that is not in the local cache, check at once that the hub answers."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if not Path(path).exists() and not isinstance(try_to_load_from_cache(path, "config.json"), str):
-        require_hub(f"model.id: '{path}'", ModelLoadingError)
 
 
 def resolve_seq_len(model: ModelSection, facts: ModelFacts) -> int:
@@ -155,41 +150,31 @@ def load_model(model: ModelSection, device: torch.device, precision: Precision) 
         ConfigurationError: quantization without its package.
     """
     quantized = loading_options(model, precision)
-    dtype = DTYPES[precision if model.dtype == "auto" else model.dtype]
-    loaded = _load_with_weights(
-        model, dtype=dtype, attn_implementation=_attention_implementation(model), device_map={"": device}, **quantized
-    )
+    loaded = _load_with_weights(model, device_map={"": device}, **_class_options(model, precision), **quantized)
     return separate_examples(keep_trainable(_resize_if_configured(loaded, model))).requires_grad_(False).eval()
 
 
 def _load_with_weights(model: ModelSection, **options: Any) -> Any:
     """The model with every tensor from its files, none initialized at random."""
-    from transformers import AutoConfig
-
-    path = locate_model(model)
     always = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
     def load() -> Any:
-        found = load_class(AutoConfig.from_pretrained(path, **_hub_options(model)))
-        return found.from_pretrained(path, **always, **options, **_hub_options(model))
+        found = load_class(_read_config(model))
+        return found.from_pretrained(locate_model(model), **always, **options, **_hub_options(model))
 
     loaded, info = _load_or_explain("weights", model, load)
-    _refuse_random(model, sorted(info["missing_keys"]), sorted(info["mismatched_keys"]))
-    return loaded
-
-
-def _refuse_random(model: ModelSection, missing: list[str], mismatched: list[tuple[str, Any, Any]]) -> None:
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         raise ModelLoadingError(
             f"model.id: the weights of '{model.id}' lack {len(missing)} of the model's tensors ({missing[0]}, ...), "
             "which would be random. The download is incomplete, or its config.json belongs to another model."
         )
-    if mismatched:
+    if mismatched := sorted(info["mismatched_keys"]):
         name, found, wanted = mismatched[0]
         raise ModelLoadingError(
             f"model.id: {len(mismatched)} tensors of '{model.id}' have another shape than its config.json says: {name} "
             f"has {tuple(found)}, expected {tuple(wanted)}. Its config.json belongs to another model."
         )
+    return loaded
 
 
 def build_skeleton(model: ModelSection) -> Any:
@@ -198,12 +183,9 @@ def build_skeleton(model: ModelSection) -> Any:
     Raises:
         ModelLoadingError: the configuration is not that of a causal language model.
     """
-    from transformers import AutoConfig
-
-    path = locate_model(model)
 
     def build() -> Any:
-        config = AutoConfig.from_pretrained(path, **_hub_options(model))
+        config = _read_config(model)
         if hasattr(config, "quantization_config"):  # quantized modules would have packed sizes
             del config.quantization_config
         with torch.device("meta"):
@@ -218,24 +200,63 @@ def load_thinned(model: ModelSection, layers: int, device: torch.device, precisi
     Raises:
         ModelLoadingError: its configuration does not say how many layers it has.
     """
-    from transformers import AutoConfig
-
-    path = locate_model(model)
-    dtype = DTYPES[precision if model.dtype == "auto" else model.dtype]
 
     def build() -> Any:
-        config = AutoConfig.from_pretrained(path, **_hub_options(model))
+        config = _read_config(model)
         text = config.get_text_config()
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
         with torch.device(device):
-            built = build_model(
-                config, model.trust_remote_code, dtype=dtype, attn_implementation=_attention_implementation(model)
-            )
+            built = build_model(config, model.trust_remote_code, **_class_options(model, precision))
             return _resize_if_configured(built, model)
 
     return _load_or_explain("architecture", model, build).requires_grad_(False).eval()
+
+
+def required_rows(tokenizer: Any) -> int:
+    """The rows that an embedding needs to have one for every token."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def check_vocabulary(tokenizer: Any, rows: int, model_id: str, resize: bool) -> None:
+    """Refuse a tokenizer with ids beyond the embedding's `rows`, unless `resize` (model.resize_embeddings) is set.
+
+    Raises:
+        ModelLoadingError: names both sizes.
+    """
+    required = required_rows(tokenizer)
+    if required > rows and not resize:
+        raise ModelLoadingError(
+            f"model.id: the tokenizer of '{model_id}' has ids up to {required - 1}, its embedding {rows} rows. If "
+            f"tokens were added to it, model.resize_embeddings=true adds and trains the {required - rows} missing "
+            "rows; otherwise tokenizer and weights belong to different models."
+        )
+
+
+@torch.no_grad()
+def resize_embeddings(model: Any, rows: int) -> Any:
+    """Resize embedding and output head to at least `rows`, in place, and update the config.
+
+    New rows are the mean of the old ones (in float32), so that no new token starts out likelier than others, and every
+    process computes the same.
+    """
+    before = model.get_input_embeddings().weight.shape[0]
+    if rows <= before:
+        return model
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for weight in {id(end.weight): end.weight for end in ends if end is not None}.values():
+        weight[before:] = weight[:before].float().mean(0).to(weight.dtype)
+    return model
+
+
+def embedding_modules(model: Any) -> list[str]:
+    """Paths of the embedding and, unless it is tied to it, of the output head."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    paths = {id(m): path for path, m in model.named_modules()}
+    apart = head is not None and head.weight is not embedding.weight
+    return [paths[id(embedding)], *([paths[id(head)]] if apart else [])]
 
 
 def _resize_if_configured(loaded: Any, model: ModelSection) -> Any:
@@ -243,9 +264,13 @@ def _resize_if_configured(loaded: Any, model: ModelSection) -> Any:
     return resize_embeddings(loaded, required_rows(load_tokenizer(model))) if model.resize_embeddings else loaded
 
 
-def _attention_implementation(model: ModelSection) -> str | None:
-    """None lets transformers choose sdpa, or eager where sdpa cannot compute the model (Gemma 2's soft caps)."""
-    return None if model.attention == "auto" else model.attention
+def _class_options(model: ModelSection, precision: Precision) -> dict[str, Any]:
+    """The dtype and attention of the model's class.
+
+    Without an attention transformers chooses sdpa, or eager where sdpa cannot compute the model (Gemma 2's soft caps).
+    """
+    attention = None if model.attention == "auto" else model.attention
+    return {"dtype": DTYPES[precision if model.dtype == "auto" else model.dtype], "attn_implementation": attention}
 
 
 def check_weights(model: ModelSection) -> None:

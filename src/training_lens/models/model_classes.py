@@ -27,11 +27,16 @@ def load_class(config: Any) -> Any:
     )
 
     named = next(iter(getattr(config, "architectures", None) or ()), None)
-    _require_decoder_only(config, named)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelLoadingError(
+            f"model.id: '{config.name_or_path}' is an encoder-decoder ({named or config.model_type}), which reads the "
+            "prompt with one half and answers with the other. Give a decoder-only model, such as Llama, Qwen or Gemma."
+        )
+    has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})  # in its folder or repository
     found = getattr(transformers, named, None) if named else None
-    if is_generating(found) and not _has_own_code(config):
+    if is_generating(found) and not has_own_code:
         return found
-    if _has_own_code(config) or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if has_own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
     if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]
@@ -81,19 +86,6 @@ def public_class(model: Any) -> str:
     return found.__name__ if is_named else "AutoModelForCausalLM"
 
 
-def _require_decoder_only(config: Any, named: str | None) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelLoadingError(
-            f"model.id: '{config.name_or_path}' is an encoder-decoder ({named or config.model_type}), which reads the "
-            "prompt with one half and answers with the other. Give a decoder-only model, such as Llama, Qwen or Gemma."
-        )
-
-
-def _has_own_code(config: Any) -> bool:
-    """Whether the class comes from the model's own folder or repository (model.trust_remote_code)."""
-    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-
-
 def decoder_of(model: Any) -> Any:
     """The part of a model, with or without PEFT's wrapper, that computes the last hidden states.
 
@@ -102,24 +94,20 @@ def decoder_of(model: Any) -> Any:
     Raises:
         ModelLoadingError: there is none.
     """
+    from transformers import PreTrainedModel
+
+    def has_head(part: Any) -> bool:
+        return hasattr(part, "get_output_embeddings") and part.get_output_embeddings() is not None
+
     whole = unwrap_adapter(model)
     decoder = whole.get_decoder()
-    while decoder is not None and (decoder is whole or _has_head(decoder)):
+    while decoder is not None and (decoder is whole or has_head(decoder)):
         whole = decoder
-        decoder = whole.base_model if whole.base_model is not whole else _first_model(whole)
+        inner = next((child for child in whole.children() if isinstance(child, PreTrainedModel)), None)
+        decoder = whole.base_model if whole.base_model is not whole else inner
     if decoder is None:
         raise ModelLoadingError(
             f"model.id: a {type(whole).__name__} has no decoder apart from its output head, which training asks for "
             "hidden states. Give another model."
         )
     return decoder
-
-
-def _has_head(model: Any) -> bool:
-    return hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
-
-
-def _first_model(whole: Any) -> Any:
-    from transformers import PreTrainedModel
-
-    return next((child for child in whole.children() if isinstance(child, PreTrainedModel)), None)

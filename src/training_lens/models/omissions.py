@@ -73,8 +73,12 @@ class ModuleSurvey:
 
     @cached_property
     def loses_expressions(self) -> bool:
-        """See `loses_expressions`."""
-        return loses_expressions(self._model.config)
+        """Whether PEFT replaces a regular expression by the last names of its matches, whatever their layer."""
+        from peft import LoraConfig
+
+        lora_config = LoraConfig(target_modules="a_pro[b]e", r=1)
+        _adapt_probe(self._model.config, "a_probe", lora_config)
+        return not isinstance(lora_config.target_modules, str)
 
     @cached_property
     def linear_layers(self) -> dict[str, nn.Module]:
@@ -90,38 +94,31 @@ class ModuleSurvey:
             return f"a {type(parent).__name__} reads the weight itself, past any adapter"
         if is_rescaled(self._model.config, path):
             return "RWKV divides this weight, and no adapter on it, when it goes from training to answering"
-        return self._refusal_of_peft(path.rpartition(".")[2])
+        name = path.rpartition(".")[2]
+        if name not in self._refusals:
+            self._refusals[name] = refusal_of_peft(self._model.config, name)
+        return self._refusals[name]
 
     def why_not_auto(self, path: str) -> str:
         """Why `auto` does not choose the linear layer at `path`, though it could be adapted; otherwise ''."""
-        if not self._is_of_decoder(path):
-            return NOT_LANGUAGE
-        if ROUTER.search(path):
-            return OF_ROUTER
-        if any("CrossAttention" in type(self._paths[parent]).__name__ for parent in _parent_paths(path)):
-            return OF_CROSS_ATTENTION
-        return ""
+        if reason := self._why_not_language(path):
+            return reason
+        parts = path.split(".")
+        parents = [self._paths[".".join(parts[:length])] for length in range(1, len(parts))]
+        return OF_CROSS_ATTENTION if any("CrossAttention" in type(m).__name__ for m in parents) else ""
 
     def other_matrices(self) -> Iterator[tuple[str, str]]:
         """Paths of other modules with a matrix (no linear layer, embedding or head), and why they are not adapted."""
         for path, module in self._paths.items():
-            if has_matrix(module) and not is_linear(module) and not isinstance(module, nn.Embedding):
-                yield path, self._why_no_linear_layer(path, type(module).__name__)
+            if not has_matrix(module) or is_linear(module) or isinstance(module, nn.Embedding):
+                continue
+            is_of_experts = "expert" in f"{path}{type(module).__name__}".lower()
+            yield path, self._why_not_language(path) or (OF_EXPERTS if is_of_experts else OF_PARAMETERS)
 
-    def _why_no_linear_layer(self, path: str, kind: str) -> str:
-        if not self._is_of_decoder(path):
+    def _why_not_language(self, path: str) -> str:
+        if self._decoder and not path.startswith(f"{self._decoder}."):
             return NOT_LANGUAGE
-        if ROUTER.search(path):
-            return OF_ROUTER
-        return OF_EXPERTS if "expert" in f"{path}{kind}".lower() else OF_PARAMETERS
-
-    def _is_of_decoder(self, path: str) -> bool:
-        return not self._decoder or path.startswith(f"{self._decoder}.")
-
-    def _refusal_of_peft(self, name: str) -> str:
-        if name not in self._refusals:
-            self._refusals[name] = refusal_of_peft(self._model.config, name)
-        return self._refusals[name]
+        return OF_ROUTER if ROUTER.search(path) else ""
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -154,21 +151,18 @@ def gives_one_tensor(layer: Any) -> bool:
     return isinstance(result, torch.Tensor) and result.shape == (1, layer.out_features)
 
 
-class _Probe(nn.Module):
-    """A model of one linear layer with a given name; PEFT treats it as the model type of its config."""
-
-    def __init__(self, config: Any, name: str) -> None:
-        super().__init__()
-        self.config = config
-        self.add_module(name, nn.Linear(1, 1))
-
-
 def _adapt_probe(config: Any, name: str, lora_config: Any) -> Any:
-    """PEFT's model around a probe with a layer of this name; on the meta device, so it draws no random numbers."""
+    """PEFT's model around one linear layer of this name, of the model type that `config` has.
+
+    It is on the meta device, so it draws no random numbers.
+    """
     from peft.tuners.lora import LoraModel
 
+    probe: Any = nn.Module()
     with torch.device("meta"):
-        return LoraModel(_Probe(config, name), lora_config, "default")
+        probe.add_module(name, nn.Linear(1, 1))
+        probe.config = config
+        return LoraModel(probe, lora_config, "default")
 
 
 def refusal_of_peft(config: Any, name: str) -> str:
@@ -179,28 +173,15 @@ def refusal_of_peft(config: Any, name: str) -> str:
     """
     from peft import LoraConfig
 
-    lora_config = LoraConfig(target_modules=[name], r=1)
+    lora_config, forbidden = LoraConfig(target_modules=[name], r=1), False
     try:
-        tuner = _adapt_probe(config, name, lora_config)
+        if _adapt_probe(config, name, lora_config).targeted_module_names == [name]:
+            return ""
     except ValueError as error:
         forbidden = "incompatible" in str(error)
-        return (
-            f"PEFT forbids this name in models of type {config.model_type}" if forbidden else _taken_for_experts(config)
-        )
-    return "" if tuner.targeted_module_names == [name] else _taken_for_experts(config)
-
-
-def _taken_for_experts(config: Any) -> str:
+    if forbidden:
+        return f"PEFT forbids this name in models of type {config.model_type}"
     return f"in models of type {config.model_type}, PEFT takes this name to mean the experts"
-
-
-def loses_expressions(config: Any) -> bool:
-    """Whether PEFT replaces a regular expression by the last names of its matches, whatever their layer."""
-    from peft import LoraConfig
-
-    lora_config = LoraConfig(target_modules="a_pro[b]e", r=1)
-    _adapt_probe(config, "a_probe", lora_config)
-    return not isinstance(lora_config.target_modules, str)
 
 
 def weights_read_by(parent: nn.Module) -> frozenset[str]:
@@ -231,11 +212,6 @@ def _weights_read(kind: Any) -> frozenset[str]:
         and id(node) not in looked_at
         and isinstance(node.value, ast.Attribute)
     )
-
-
-def _parent_paths(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def group_by_reason(found: dict[str, str]) -> tuple[Omission, ...]:

@@ -87,8 +87,8 @@ def start_from_principal_halves(adapted: Any) -> None:
             a, b = principal_halves(
                 weight.T if layer.fan_in_fan_out else weight, layer.r[name] // 2, layer.scaling[name]
             )
-            _freeze_half(layer.lora_A[name], torch.cat([a, a]), dim=0)
-            _freeze_half(layer.lora_B[name], torch.cat([b, -b], 1), dim=1)
+            _freeze_half(layer.lora_A[name], concatenate_halves(a, a, 0), dim=0)
+            _freeze_half(layer.lora_B[name], concatenate_halves(b, -b, 1), dim=1)
 
 
 def _freeze_half(linear: torch.nn.Module, weight: Tensor, dim: int) -> None:

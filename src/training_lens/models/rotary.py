@@ -80,23 +80,20 @@ def separate_examples(model: Any) -> Any:
 
 def rotary_modules(model: Any) -> list[nn.Module]:
     """The model's rotary modules that have long-rope factors."""
-    return [m for m in model.modules() if hasattr(m, "rope_type") and _is_long(m.rope_type)]
-
-
-def _is_long(rope_type: Any) -> bool:
-    return LONG_ROPE in (rope_type.values() if isinstance(rope_type, dict) else (rope_type,))
+    return [m for m in model.modules() if LONG_ROPE in _rope_types(m).values()]
 
 
 def longest_short_sequence(model: Any) -> int | None:
     """The longest sequence that keeps the short factors; None: the model has one set of factors."""
-    limits = [limit for module in rotary_modules(model) for limit in _short_limits(module)]
+    kinds = [(module, name) for module in rotary_modules(model) for name in _rope_types(module)]
+    limits = [limit for module, name in kinds if (limit := original_length(module, name)) is not None]
     return min(limits, default=None)
 
 
-def _short_limits(module: Any) -> list[int]:
-    kinds = [(name,) for name in module.rope_type] if isinstance(module.rope_type, dict) else [()]
-    limits = [original_length(module, *kind) for kind in kinds]
-    return [limit for limit in limits if limit is not None]
+def _rope_types(module: Any) -> dict[str | None, Any]:
+    """The module's rotary embedding by the kind of layer, or by None where all layers have one."""
+    kinds = getattr(module, "rope_type", None)
+    return kinds if isinstance(kinds, dict) else {None: kinds}
 
 
 def padded_positions(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,9 @@ def choose_targets(model: Any, peft: PeftSection) -> Targets:
     narrow = _narrow_layers(model, layers, peft)
     if not layers:
         raise AdapterError("peft.target_modules: the model has no linear layers to adapt.")
-    names = _short_names([path for path in layers if path not in narrow], survey.paths)
+    wanted = [path for path in layers if path not in narrow]
+    ambiguous = {_last_name(path) for path in set(survey.paths).difference(wanted)}
+    names = sorted({path if _last_name(path) in ambiguous else _last_name(path) for path in wanted})
     return Targets(names, group_by_reason({path: why for path, why in (found | narrow | others).items() if why}))
 
 
@@ -95,12 +97,6 @@ def _matching_names(survey: ModuleSurvey, wanted: str | list[str]) -> str | list
     return sorted(wanted)
 
 
-def _short_names(layers: Sequence[str], paths: Iterable[str]) -> list[str]:
-    """The last parts of the layers' paths; whole paths where another module has the same last part."""
-    others = {_last_name(path) for path in set(paths).difference(layers)}
-    return sorted({path if _last_name(path) in others else _last_name(path) for path in layers})
-
-
 def _explain_no_match(expression: str, last: list[str], example: str) -> str:
     if expression in last:
         return (
@@ -127,7 +123,11 @@ def check_targets(model: Any, targets: Modules, peft: PeftSection) -> None:
     survey = ModuleSurvey(model)
     for path, module in targets.items():
         _check_class(path, module, peft)
-        _check_fitness(path, survey)
+        if reason := path in survey.linear_layers and survey.why_unfit(path):
+            raise AdapterError(
+                f"peft.target_modules: '{path}' cannot be adapted: {reason}. Leave it out; auto takes every layer that "
+                "can."
+            )
         _check_rank(path, module, peft)
 
 
@@ -144,14 +144,6 @@ def _check_class(path: str, module: torch.nn.Module, peft: PeftSection) -> None:
         raise AdapterError(
             f"peft.target_modules: '{path}' is an Embedding, and peft.{key} works on linear layers alone. Leave it "
             f"out, or train it whole: peft.modules_to_save=[{_last_name(path)}]."
-        )
-
-
-def _check_fitness(path: str, survey: ModuleSurvey) -> None:
-    reason = survey.why_unfit(path) if path in survey.linear_layers else ""
-    if reason:
-        raise AdapterError(
-            f"peft.target_modules: '{path}' cannot be adapted: {reason}. Leave it out; auto takes every layer that can."
         )
 
 
@@ -184,13 +176,15 @@ def _check_patterns(what: str, patterns: Mapping[str, float], targets: Modules) 
             )
 
 
-def whole_modules(model: Any, names: list[str]) -> list[str]:
-    """`modules_to_save` for PEFT, which compares bare endings: whole paths where an ending would match other modules.
+def whole_modules(model: Any, names: list[str]) -> tuple[list[str], bool]:
+    """`modules_to_save` for PEFT, and whether they hold tied weights; then both of their modules are named.
+
+    PEFT compares bare endings, so whole paths are given where an ending would match other modules.
 
     Raises:
         AdapterError: no module has this name.
     """
-    paths = [n for n, _ in model.named_modules(remove_duplicate=False) if n]
+    paths = {path: id(m) for path, m in model.named_modules(remove_duplicate=False) if path}
     wanted: list[str] = []
     for name in names:
         found = find_paths(paths, name)
@@ -201,16 +195,13 @@ def whole_modules(model: Any, names: list[str]) -> list[str]:
                 f"There are {', '.join(last)}."
             )
         wanted += [name] if found == [path for path in paths if path.endswith(name)] else found
-    return wanted
-
-
-def tied_modules(model: Any) -> tuple[str, str] | None:
-    """The paths of input embedding and output head if they share a weight."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or embedding.weight is not head.weight:
-        return None
-    path = {id(m): n for n, m in model.named_modules()}
-    return path[id(embedding)], path[id(head)]
+        return wanted, False
+    tied = [next(path for path, module in paths.items() if module == id(end)) for end in (embedding, head)]
+    if not any(find_paths(tied, name) for name in wanted):
+        return wanted, False
+    return [*(name for name in wanted if not any(path.endswith(name) for path in tied)), *tied], True
 
 
 def _compile_pattern(key: str, text: str) -> re.Pattern[str]:

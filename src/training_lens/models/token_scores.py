@@ -43,15 +43,12 @@ def supervised_scores(
     Args:
         lengths: tokens of each row without padding; a long-rope model needs them for padded rows.
     """
-    rows, columns = _find_predicting_positions(loss_mask)
-    targets = input_ids[rows, columns + 1]
-    decoded = _run_decoder(model, input_ids, lengths)
-    states = decoded.states[rows, columns]  # (targets, hidden)
-    scores = [
-        _score_tokens(decoded.logits(part), wanted)
-        for part, wanted in _split_chunks(states, targets, decoded.vocabulary)
-    ]
-    return _concatenate_scores(scores, input_ids.device)
+    rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)  # of the positions whose next token is supervised
+    decoded = _DecoderPass(model, input_ids, lengths)
+    chunks = decoded.split_chunks(decoded.states[rows, columns], input_ids[rows, columns + 1])
+    return _concatenate_scores(
+        [_score_tokens(decoded.logits(part), wanted) for part, wanted in chunks], input_ids.device
+    )
 
 
 @dataclass(frozen=True)
@@ -76,14 +73,13 @@ def paired_scores(
 
     `lengths` are those of `supervised_scores`. Cost: two passes through the decoder, seven chunks of logits at once.
     """
-    rows, columns = _find_predicting_positions(loss_mask)
-    targets = input_ids[rows, columns + 1]
+    rows, columns = loss_mask[:, 1:].nonzero(as_tuple=True)
     with base_only(model):
-        base_states = _run_decoder(model, input_ids, lengths).states[rows, columns]
-    decoded = _run_decoder(model, input_ids, lengths)
+        base_states = _DecoderPass(model, input_ids, lengths).states[rows, columns]
+    decoded = _DecoderPass(model, input_ids, lengths)
     states = torch.stack([base_states, decoded.states[rows, columns]], 1)  # (targets, 2, hidden)
     base, adapter, divergence = [], [], [torch.zeros(0, device=input_ids.device)]
-    for part, wanted in _split_chunks(states, targets, decoded.vocabulary):
+    for part, wanted in decoded.split_chunks(states, input_ids[rows, columns + 1]):
         with base_only(model):
             of_base = decoded.logits(part[:, 0])
         of_adapter = decoded.logits(part[:, 1])
@@ -107,16 +103,6 @@ def forward_kl(
     return (p * (log_p - log_q)).masked_fill_(p == 0, 0).sum(-1)
 
 
-def _find_predicting_positions(loss_mask: Bool[Tensor, "rows width"]) -> tuple[Tensor, ...]:
-    """Rows and columns of the positions whose next token is supervised, each (targets,)."""
-    return loss_mask[:, 1:].nonzero(as_tuple=True)
-
-
-def _split_chunks(states: Tensor, targets: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
-    size = max(1, LOGITS_AT_ONCE // vocabulary)
-    return zip(states.split(size), targets.split(size), strict=True)
-
-
 def _score_tokens(logits: Float[Tensor, "part vocabulary"], targets: Int[Tensor, part]) -> TokenScores:
     return TokenScores(cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets)
 
@@ -130,13 +116,17 @@ def _concatenate_scores(parts: list[TokenScores], device: torch.device) -> Token
 class _DecoderPass:
     """The decoder's states of a batch, (rows, width, hidden), and the model's own map from states to logits."""
 
-    def __init__(self, whole: Any, input_ids: Int[Tensor, "rows width"], lengths: Sequence[int] | Tensor) -> None:
-        self._whole = whole
-        decoder = decoder_of(whole)
+    def __init__(self, model: Any, input_ids: Int[Tensor, "rows width"], lengths: Sequence[int] | Tensor) -> None:
+        self._whole = unwrap_adapter(model)
+        decoder = decoder_of(model)
         places = padded_positions(decoder, lengths, input_ids.shape[1], input_ids.device)
         self._output = decoder(input_ids=input_ids, use_cache=False, **places)
         self.states: Tensor = self._output[0]
-        self.vocabulary = int(whole.config.get_text_config().vocab_size)
+
+    def split_chunks(self, states: Tensor, targets: Int[Tensor, targets]) -> Iterator[tuple[Tensor, Tensor]]:
+        """States and targets in chunks whose logits fit into `LOGITS_AT_ONCE`."""
+        size = max(1, LOGITS_AT_ONCE // int(self._whole.config.get_text_config().vocab_size))
+        return zip(states.split(size), targets.split(size), strict=True)
 
     def logits(self, states: Float[Tensor, "part hidden"]) -> Float[Tensor, "part vocabulary"]:
         """See `logits_from_states`."""
@@ -168,8 +158,3 @@ def logits_from_states(
         del decoder.forward
     assert calls, f"{type(whole).__name__} computes its logits without calling {type(decoder).__name__}"
     return logits[0].float()
-
-
-def _run_decoder(model: Any, input_ids: Int[Tensor, "rows width"], lengths: Sequence[int] | Tensor) -> _DecoderPass:
-    """Run the decoder on the batch."""
-    return _DecoderPass(unwrap_adapter(model), input_ids, lengths)

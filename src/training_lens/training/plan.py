@@ -26,14 +26,16 @@ from training_lens.display.progress import Progress
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.models.adapter_files import adopt_saved_settings
 from training_lens.models.adapters import Adaptation, check_adapter, count_parameters, log_adaptation
-from training_lens.models.embeddings import check_vocabulary, embedding_modules, required_rows
 from training_lens.models.factory import (
     ModelFacts,
     build_skeleton,
+    check_vocabulary,
     check_weights,
     checkpoint_gradients,
+    embedding_modules,
     load_tokenizer,
     read_facts,
+    required_rows,
     resolve_seq_len,
 )
 from training_lens.models.quantization import check_quantization

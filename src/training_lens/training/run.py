@@ -24,10 +24,10 @@ from training_lens.errors import InterruptedRunError, TrainingLensError
 from training_lens.integrations.courier import IntegrationFactory, send_while_training
 from training_lens.integrations.integration_specs import list_integrations
 from training_lens.models.adapters import ParameterCount, attach, count_parameters, describe_adapter
+from training_lens.models.base_files import save_tokenizer
 from training_lens.models.base_record import base_record, check_base, require_local_folder
 from training_lens.models.factory import checkpoint_gradients, load_model
 from training_lens.models.fast.install import uninstall_kernels
-from training_lens.models.tokenizer_files import save_tokenizer
 from training_lens.runs.run_folder import RunFolder, new_run_id, runs_folder
 from training_lens.training.histograms import HistogramWriter
 from training_lens.training.lens_callback import build_capture_callback, write_lens_report

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from training_lens import embedded
-from training_lens.models.tokenizer_files import save_tokenizer
+from training_lens.models.base_files import save_tokenizer
 from training_lens.utils.files import read_json, write_json
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
