@@ -4,14 +4,17 @@
 
 MODELS is a folder of small model folders, each with a tokenizer. Of each is written, under its name: the class that its
 config.json names; what `auto` adapts and what it leaves out, with the reasons; how far loss and gradients of a ragged
-batch are from those of transformers and PEFT, one example at a time; a run of three steps; how far the logits of the
-saved adapter in plain PEFT are from ours; and how far those of the merged folder are. Or why the model is refused.
+batch are from those of transformers and PEFT, one example at a time; a run of three steps; whether the same run
+stopped in its second step and resumed has the same adapter, bit by bit; how far the logits of the saved adapter under
+plain PEFT are from ours; and how far those of the folder are that `training-lens merge` writes. Or why it is refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,13 +27,14 @@ from torch.nn.functional import cross_entropy
 
 from training_lens import TrainingConfig, TrainingWrapper
 from training_lens.config.schema import ModelSection, PeftSection
-from training_lens.errors import TrainingLensError
+from training_lens.errors import InterruptedRunError, TrainingLensError
 from training_lens.merging.merge_run import merge_adapter
 from training_lens.merging.merged_folder import MergeOptions
 from training_lens.models.adapters import attach, check_adapter, load_adapter, save_adapter, trainable_parameters
 from training_lens.models.factory import build_skeleton, load_model
 from training_lens.models.fast.engine import Engine
 from training_lens.runs.run_folder import RunFolder
+from training_lens.training.loop.callbacks import Callback, StepReport
 
 CPU = torch.device("cpu")
 LENGTHS = (90, 23, 61, 9)  # of the examples of the ragged batch: some beyond the windows of small models
@@ -151,6 +155,31 @@ def train(folder: Path, place: Path) -> tuple[TrainingConfig, RunFolder, dict[st
     return config, RunFolder(Path(summary.run_dir)), {"losses": [round(loss, 4) for loss in losses]}
 
 
+class StopInSecondStep(Callback):
+    """Ends a run as a scheduler does, by a signal."""
+
+    def on_step_end(self, trainer: Any, report: StepReport) -> None:
+        if report.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def resume(config: TrainingConfig, whole: RunFolder, place: Path) -> bool:
+    """Whether the same run, stopped and resumed, ends with the adapter of the whole one, bit by bit."""
+    stopped = config.replace_keys(output={"base_output_dir": str(place / "stopped"), "run_id": "stopped"})
+    try:
+        TrainingWrapper(stopped, callbacks=(StopInSecondStep(),)).train()
+        raise AssertionError("the run was not stopped")
+    except InterruptedRunError:
+        run = RunFolder(place / "stopped/experiments/default/runs/stopped")
+    TrainingWrapper.resume(run)
+    return read_weights(run) == read_weights(whole)
+
+
+def read_weights(run: RunFolder) -> bytes:
+    """The file of the run's adapter."""
+    return (run.adapter / "adapter_model.safetensors").read_bytes()
+
+
 def reload(folder: Path, adapter: Path) -> tuple[Tensor, dict[str, Any]]:
     """The adapter's logits as ours, and how far plain PEFT's and the base's are from them."""
     ours = logits(load_adapter(load_model(ModelSection(id=str(folder)), CPU, "fp32"), adapter).eval())
@@ -184,6 +213,8 @@ def check(folder: Path) -> dict[str, Any]:
             stage = "train"
             config, run, trained = train(folder, place)
             result |= trained
+            stage = "resume"
+            result["resumed_equal"] = resume(config, run, place)
             stage = "reload"
             wanted, found = reload(folder, run.adapter)
             result |= found

@@ -1,11 +1,11 @@
 """Whether older versions read what is written here: merged folders under transformers 4.57, adapters under older PEFT.
 
     make compat                                             # builds small models of its own
-    python benchmarks/compat/check.py --bases FOLDER        # a folder of model folders
+    python benchmarks/compat/check.py --bases FOLDER        # a folder of model folders, besides those
 
-Each base is given an adapter of random values, and the folder is written that `merge` writes; its checks are left to
-the older version here. Logits of the same tokens are then computed by plain transformers 4.57: from the merged folder,
-and from the base with the adapter by each version of PEFT.
+Each base is given an adapter of random values, which is merged as `training-lens merge` does. Logits of the same tokens
+are then computed by plain transformers 4.57: from the merged folder, and from the base with the adapter by each version
+of PEFT.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from training_lens import embedded
 from training_lens.config.compose import validate_values
 from training_lens.config.schema import ModelSection, PeftSection
 from training_lens.errors import TrainingLensError
-from training_lens.merging.merge_tensors import check_mergeable
-from training_lens.merging.merged_folder import write_folder
-from training_lens.merging.run_base import open_in_float32
+from training_lens.merging.merge_run import merge_adapter
+from training_lens.merging.merged_folder import MergeOptions
 from training_lens.models.adapters import attach, base_only, load_adapter, save_adapter, trainable_parameters
 from training_lens.models.factory import load_model
-from training_lens.utils.files import atomic_folder, read_json, write_json
+from training_lens.utils.files import read_json, write_json
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -60,8 +59,10 @@ def main() -> int:
         names = options.names or sorted(path.name for path in bases.iterdir() if (path / "config.json").is_file())
         merged = {name: _merge(bases / name, work / name) for name in names}
         merged = _read_merged(work, bases, merged)
-        adapters = _read_adapters(work, bases / PEFT_BASE) if (bases / PEFT_BASE).is_dir() else {}
-    results = {"transformers": _version("transformers"), "merged": merged, "adapters": adapters}
+        adapters = {} if options.bases else _read_adapters(work, bases / PEFT_BASE)
+    earlier = read_json(options.output) if options.bases and options.output.is_file() else {}
+    merged, adapters = earlier.get("merged", {}) | merged, adapters or earlier.get("adapters", {})
+    results = {"transformers": _version("transformers"), "merged": dict(sorted(merged.items())), "adapters": adapters}
     write_json(options.output, results)
     for line in _lines(results):
         print(line)
@@ -105,10 +106,7 @@ def _merge(base: Path, work: Path) -> dict[str, Any]:
         _write_adapter(base, work)
         model = {"id": str(base), "device": "cpu"}
         config = validate_values({"inference": {"adapter": str(work / "adapter")}, "model": model})
-        session, _ = open_in_float32(config, None, same_base=True)
-        check_mergeable(session.model, 1.0)
-        with atomic_folder(work / "merged") as folder:
-            write_folder(session, folder, "fp32", keeps_types=True, scale=1.0, delta=False, max_shard_size="5GB")
+        merge_adapter(config, MergeOptions(output=work / "merged"))
     except TrainingLensError as error:
         return {"status": "refused", "reason": str(error)}
     return {"status": "merged"}
