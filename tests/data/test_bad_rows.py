@@ -16,7 +16,7 @@ from training_lens.data.sources import expand_sources
 from training_lens.data.split_report import describe_losses as describe_losses
 from training_lens.data.templates import build_renderer
 from training_lens.data.token_cache import Split, prepare_split
-from training_lens.data.token_pipeline import Preparation, tokenize
+from training_lens.data.token_pipeline import Preparation, collect_example_errors, tokenize
 from training_lens.data.tokenization import TextEncoder
 from training_lens.display.progress import Progress
 from training_lens.errors import DatasetError
@@ -132,5 +132,20 @@ def test_a_row_that_the_template_refuses_is_dropped_where_rows_are_skipped(
     path = write_rows([GOOD[0], {"question": "Refuse me", "answer": "No."}, GOOD[1]])
     section = DataSection(on_bad_row="skip")
     ready = Preparation(section, build_renderer(section, strict_tokenizer), TextEncoder(strict_tokenizer), 64, "")
-    tokens = tokenize(list(read_examples([str(path)], "data.train", section)), ready)
-    assert [row and row.row for row in tokens] == [1, None, 3]
+    examples, notes = list(read_examples([str(path)], "data.train", section)), DataNotes()
+    assert [row and row.row for row in tokenize(examples, ready, notes)] == [1, None, 3]
+    assert list(notes.bad_row_reasons[str(path)].values()) == [[2]]
+
+
+def test_one_error_names_every_example_that_the_template_refuses(
+    strict_tokenizer: Any, write_rows: Callable[..., Path]
+) -> None:
+    refused = {"question": "Refuse me", "answer": "No."}
+    path = write_rows([GOOD[0], refused, GOOD[1], refused])
+    section = DataSection()
+    ready = Preparation(section, build_renderer(section, strict_tokenizer), TextEncoder(strict_tokenizer), 64, "")
+    error = collect_example_errors(list(read_examples([str(path)], "data.validation", section)), ready)
+    assert str(error).startswith(f"{path}: 2 of 4 rows cannot be used:\n  rows 2 and 4: ")
+    assert (
+        collect_example_errors(list(read_examples([str(write_rows(GOOD))], "data.validation", section)), ready) is None
+    )

@@ -70,6 +70,9 @@ def test_configured_fields_win() -> None:
             r"could be read as messages \(row 1\) or as prompt -> response \(row 1\). Say which: ",
         ),
         ({"question", "answer"}, {"output": "anwser"}, "no field 'anwser'. Did you mean 'answer'"),
+        ({"input", "output"}, {}, r"Is it 'input'\? Name it: data\.fields\.instruction=input"),
+        ({"text", "output"}, {}, r"without 'output'\. .*data\.fields\.instruction=text; .*data\.fields\.text=text"),
+        ({"text", "prompt"}, {}, r"without 'prompt'\. .*data\.fields\.output=text; .*data\.fields\.text=text"),
     ],
 )
 def test_what_is_missing_or_ambiguous_is_said(keys: set[str], fields: dict[str, str], message: str) -> None:
@@ -126,6 +129,10 @@ def test_unusable_rows_name_row_and_field(values: dict[str, Any], message: str) 
             "expected a function call in JSON",
         ),
         ([{"from": "hunan", "value": "a"}], "Did you mean 'human'"),
+        (
+            [{"role": "User", "content": "a"}, {"role": "ASSISTANT", "content": "b"}, {"role": "Tool", "content": "c"}],
+            "ends with a tool message",
+        ),
     ],
 )
 def test_broken_chats_name_row_and_turn(messages: Any, message: str) -> None:

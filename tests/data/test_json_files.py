@@ -75,6 +75,7 @@ def test_lists_of_messages_on_lines_are_rows_and_one_line_is_one_row(tmp_path: P
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("a.json", '[{"q": 0},\n{"q": 1,}]', r"line 2: .*Fix it there: only in .* each line can data\.on_bad_row=skip"),
         ("a.json", '{"question": {"0": "a"}, "answer": {"0": "b"}}', r"columns .*question, answer.*orient='records'"),
         ("a.json", '{"question": ["a"], "answer": ["b"]}', "columns"),
         ("a.json", "{}", "empty object"),

@@ -16,7 +16,7 @@ from training_lens.data.examples import Example, Message, Row
 from training_lens.data.fields import collect_keys, find_mapping
 from training_lens.data.notes import DataNotes
 from training_lens.data.row_reader import RowReader
-from training_lens.data.source_reader import read_usable_examples
+from training_lens.data.source_reader import read_source_examples, read_usable_examples
 from training_lens.data.sources import expand_sources
 from training_lens.data.values import write_value
 from training_lens.errors import DatasetError
@@ -184,6 +184,27 @@ def test_answers_that_say_nothing_are_refused(answer: Any) -> None:
         read({"question": "a", "answer": answer})
 
 
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ({"find": {"description": "x"}}, r"'tools' is a dict, expected a list of tools"),
+        (
+            [{"type": "function", "function": None}],
+            "'tools' holds an object with function, type, expected descriptions",
+        ),
+        (
+            [{"description": "Finds"}],
+            "holds an object with description, expected descriptions of tools: objects with 'name'",
+        ),
+        ([["find"]], "holds a list, expected descriptions"),
+        (["find"], "expected a tool description in JSON, found 'find'"),
+    ],
+)
+def test_tools_of_odd_shapes_are_refused(tools: Any, message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        read({"question": "a", "answer": "b", "tools": tools})
+
+
 def test_an_answer_is_a_call_where_the_row_describes_its_tool() -> None:
     values = {"query": "a", "tools": [TOOL], "answers": [{"id": "c1", **CALL}, CALL]}
     example, remarks = read(values)
@@ -296,8 +317,27 @@ def test_records_of_squad_become_a_row_for_each_question(write_rows: Callable[..
     assert [(e.row, e.messages[0].text, e.messages[0].input, e.messages[1].text) for e in examples] == [
         (1, "Q1", "C", "x"), (2, "Q2", "C", "y"), (3, "Q1", "C", "x"), (4, "Q2", "C", "y"),
     ]  # fmt: skip
-    assert any("each question is a row" in sentence for sentence in notes.remarks[str(path)])
+    assert any("each record of 'paragraphs[].qas' is a row" in sentence for sentence in notes.remarks[str(path)])
+    assert "lists 'qas' without a record are left out" in notes.remarks[str(path)]
     assert notes.ignored_keys[str(path)] == {"title": 4, "id": 4, "record.id": 4}
+
+
+def test_records_in_one_list_become_rows_unless_the_holder_is_a_row_itself(write_rows: Callable[..., Path]) -> None:
+    def read_file(rows: list[dict[str, Any]], **data: Any) -> list[tuple[str, ...]]:
+        path = str(write_rows(rows))
+        found = read_source_examples(expand_sources([path], "data.train")[0], DataSection.model_validate(data))
+        return [tuple(message.text for message in example.messages) for example in found]
+
+    topics = [
+        {"topic": "wood", "items": [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]},
+        {"topic": "lake", "items": [{"question": "e", "answer": "f"}]},
+    ]
+    assert read_file(topics) == [("a", "b"), ("c", "d"), ("e", "f")]
+    own = [{"ask": "x", "say": "y", "items": topics[0]["items"]}] * 2
+    assert read_file(own, fields={"instruction": "ask", "output": "say"}) == [("x", "y")] * 2
+    assert read_file([{"question": "x", "answer": "y", "items": topics[0]["items"]}] * 2) == [("x", "y")] * 2
+    with pytest.raises(DatasetError, match="no prompt found among its fields"):  # which of the two lists?
+        read_file([{"items": topics[0]["items"], "more": topics[1]["items"]}] * 2)
 
 
 def test_an_unanswerable_question_of_squad_names_its_kind() -> None:

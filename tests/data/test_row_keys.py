@@ -185,6 +185,18 @@ def test_nothing_of_a_row_without_unknown_keys_is_named_as_unused(row: dict[str,
         ),
         ({"text": "a", "system": "b"}, "'system' cannot be used beside plain text"),
         ({"text": "a", "loss": 2.31}, "'loss' is 2.31, expected 0 or 1"),
+        *(
+            (
+                {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", key: value}]},
+                message,
+            )
+            for key, value, message in [
+                ("trained", False, "'trained' looks like a loss mask"),
+                ("trainOnTurn", 0, "'trainOnTurn' looks like a loss mask"),
+                ("label", True, r"'label' looks like a loss mask.*messages\[\]\.label"),
+            ]
+        ),
+        ({**ASKED, "masked_turns": [0, 1]}, r"looks like a loss mask.*ignore_keys=masked_turns"),
     ],
 )
 def test_keys_that_cannot_be_honoured_are_refused_with_the_way_out(values: dict[str, Any], message: str) -> None:
@@ -230,6 +242,11 @@ def test_a_key_that_the_user_sets_aside_is_named_and_does_not_stop() -> None:
     example, mapping, notes = read(values, ignore_keys=["messages[].weight", "loss"])
     assert example.messages[-1].learn and mapping.masks == ()
     assert notes.ignored_keys["f"] == {"messages[].weight": 1, "loss": 1}
+
+
+def test_a_key_with_the_name_of_a_mask_and_another_kind_of_value_is_only_counted() -> None:
+    _, _, notes = read({**ASKED, "train_id": 17, "learned_from": "a book", "unlabelled": False})
+    assert notes.ignored_keys["f"] == {"train_id": 1, "learned_from": 1, "unlabelled": 1}
 
 
 def test_a_hash_is_offered_as_domain_and_its_value_can_stand_alone() -> None:

@@ -152,7 +152,7 @@ class DataSection(Section):
     )
     date: str | None = Field(
         None,
-        description="what a chat template is told that asks for today's date, as YYYY-MM-DD; null: the day the run "
+        description="the date that a chat template writes as today's, as YYYY-MM-DD; null: the day on which the run "
         "starts, which the run keeps",
     )
     domain: DomainSection = DomainSection()

@@ -129,7 +129,9 @@ def find_near_key(keys: Collection[str], meaning: str) -> str | None:
 
 def _missing_field_error(missing: str, keys: Keys, place: str) -> DatasetError:
     """The error that rows have no prompt or no answer; suggests a similar key."""
-    near = ((meaning, find_near_key(keys, meaning)) for meaning in (missing, "messages", "text"))
+    near = [(meaning, find_near_key(keys, meaning)) for meaning in (missing, "messages", "text")]
+    if missing == "instruction":
+        near.append((missing, next((key for key in keys if plain_name(key) in ALIASES["input"]), None)))
     meaning, key = next(((meaning, key) for meaning, key in near if key), (missing, None))
     hint = f"Is it '{key}'? Name it: data.fields.{meaning}={key}" if key else f"Name it: data.fields.{missing}=FIELD"
     return DatasetError(
@@ -192,9 +194,23 @@ class _FieldSearch:
         if len(there) > 1:
             raise self._ambiguous_form_error(there)
         if there:
-            return next(iter(there))
+            return self._require_text_alone(next(iter(there)))
         has_prompt = self._find_present_keys("instruction") or find_near_key(self.keys, "instruction")
         return "messages" if self._find_rated_chats() and not has_prompt else "pair"
+
+    def _require_text_alone(self, form: str) -> str:
+        """The form, unless rows of plain text also have a prompt or an answer, which would be left out."""
+        beside = self._find_present_keys("output") or self._find_present_keys("instruction")
+        if form != "text" or not beside:
+            return form
+        text, missing = (
+            self._find_present_keys("text")[0],
+            "output" if not self._find_present_keys("output") else "instruction",
+        )
+        raise DatasetError(
+            f"{self.place}: '{text}' would be read as plain text, without '{beside[0]}'. For pairs of prompt and "
+            f"answer: data.fields.{missing}={text}; for the text alone: data.fields.text={text}."
+        )
 
     def _find_rated_chats(self) -> list[str]:
         """The key of rated whole chats: chosen, if there is rejected."""

@@ -50,8 +50,8 @@ def check_csv_settings(settings: CsvSection, files: Collection[str]) -> None:
     changed = [f"data.csv.{name}" for name, value in settings if value != getattr(CsvSection(), name)]
     if changed and not any(detect_format(Path(file)) in TABLES for file in files):
         raise DatasetError(
-            f"{', '.join(changed)}: says how tables of text are read, and none of {', '.join(sorted(files))} is one "
-            f"({', '.join(TABLES)}). Leave it out, or end the name of the table as what it is."
+            f"{', '.join(changed)}: applies to tables of text ({', '.join(TABLES)}), and none of "
+            f"{', '.join(sorted(files))} is one. Remove the setting, or rename the table to end in .csv or .tsv."
         )
 
 

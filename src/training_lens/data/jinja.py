@@ -56,8 +56,8 @@ class JinjaTemplate:
         return text, _join_adjacent_spans(marks)
 
 
-def asks_for_date(source: str) -> bool:
-    """Whether any branch of the template asks for the date."""
+def shows_date(source: str) -> bool:
+    """Whether any branch of the template shows the date."""
     return re.search(rf"\b{CLOCK}\b", source) is not None
 
 

@@ -232,7 +232,8 @@ def _parse_values(source: SourceFile, text: str, decoder: _Decoder) -> list[Any]
     except json.JSONDecodeError as error:
         raise DatasetError(
             f"{source.path}, line {error.lineno}: broken JSON ({error.msg} at column {error.colno}). Expected one list "
-            "of objects, or one complete object a line."
+            "of objects, or one complete object on each line. Fix it there: only in a file with one object on each "
+            "line can data.on_bad_row=skip leave out what is broken."
         ) from error
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{source.path}: JSON that cannot be read ({error}).") from error

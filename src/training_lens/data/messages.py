@@ -71,7 +71,7 @@ def _resembles_message(item: Mapping[str, Any]) -> bool:
     named = item.get("role", item.get("from"))
     return (
         is_message(item)
-        or (isinstance(named, str) and named in ROLE_NAMES)
+        or (isinstance(named, str) and named.strip().lower() in ROLE_NAMES)
         or any(all(any(is_near(key, name) for key in item) for name in names) for names in SPELLINGS)
     )
 
@@ -96,7 +96,8 @@ def _read_message(place: str, item: Any, keys: KeyCheck, path: str) -> tuple[Mes
     shape = keys.check_keys(place, MESSAGE, item, path)
     if not is_message(item):
         raise _no_message_error(place, item)
-    name, content = str(_pick_spelling(place, item, "role", "from")), _pick_spelling(place, item, "content", "value")
+    name = str(_pick_spelling(place, item, "role", "from")).strip().lower()
+    content = _pick_spelling(place, item, "content", "value")
     role = ROLE_NAMES.get(name)
     if role is None:
         close = nearest_name(name, ROLE_NAMES)

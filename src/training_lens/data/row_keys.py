@@ -6,6 +6,7 @@ of a missing one is refused: its content would be lost. `data.ignore_keys` ignor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "question", "prompt", "query", "problem"),
     "input": ("input", "context"),
     "output": ("output", "answer", "response", "completion", "solution"),
-    "system": ("system", "system_prompt"),
-    "history": ("history",),
+    "system": ("system", "system_prompt", "system_message"),
+    "history": ("history", "chat_history", "conversation_history"),
     "messages": ("messages", "conversations", "conversation"),
     "tools": ("tools", "functions"),
     "label": ("label", "kto_tag"),
@@ -30,6 +31,8 @@ FALLBACKS: dict[str, tuple[str, ...]] = {"output": ("answers", "chosen"), "messa
 REJECTED = "rejected"  # next to `chosen`: the answer that is not learned
 # Loss masks of a message or of the whole row.
 MASKS = ("train", "training", "trainable", "loss", "loss_mask", "weight", "loss_weight")
+# Words in names of keys that may be loss masks under another name.
+MASK_WORDS = frozenset("train trained learn learned loss mask masked weight supervise supervised".split())
 # The forms of rows and the meanings of each; LEADING is the meaning that selects the form.
 MEANINGS: dict[str, tuple[str, ...]] = {
     "messages": ("system", "history", "messages", "tools", "output", "label"),
@@ -38,7 +41,7 @@ MEANINGS: dict[str, tuple[str, ...]] = {
 }
 LEADING = {"messages": "messages", "pair": "instruction", "text": "text"}
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+THOUGHTS = ("reasoning_content", "reasoning", "reasoning_details", "thinking", "thoughts", "chain_of_thought")
 # Fields that often hold a domain: suggested if none is set.
 DOMAIN_KEYS = ("hash", "domain_hash", "hash_id", "domain_id", "domain_name", "topic", "category", "subject", "task")
 
@@ -48,6 +51,10 @@ NO_MEDIA = "holds more than text, and only text can be trained on"
 THOUGHTS_APART = (
     "stands apart from the answer and would not be learned. Put it into the answer as <think>...</think> and set "
     "data.thinking=true"
+)
+LIKE_A_MASK = (
+    "looks like a loss mask, and is none of the names that are read as one ("
+    f"{', '.join(MASKS)}; 0 or false: not learned). Rename it"
 )
 PARTS_MASKED = "marks parts of an answer, which is learned whole or not at all. Mark the whole turn with 'train'"
 TOOLS_APART = "describes tools in a message. Put them into the row's own field 'tools'"
@@ -135,6 +142,8 @@ class KeyCheck:
             shape = self._shapes[kind] = self._examine_keys(level, values, path)
         for key, problem in shape.unread:
             value = values[key]
+            if not problem and path + key not in self._ignored and _resembles_mask(key, value, path):
+                problem = LIKE_A_MASK
             if problem and value not in EMPTY_VALUES:
                 raise DatasetError(f"{place}: '{key}' {problem}. To train without it: {ignore_option(path + key)}.")
             if value is not None:
@@ -164,6 +173,14 @@ class KeyCheck:
             return level.refused[key]
         meant = misspelt_name(key, level.groups, values)
         return f"is not read, and '{meant}' is missing. Did you mean '{meant}'? Rename it" if meant else ""
+
+
+def _resembles_mask(key: str, value: Any, path: str) -> bool:
+    """Whether an unknown key may say what is learned: by its name, and as it holds true or false, or a list of them."""
+    flags = value if isinstance(value, list) and value else [value]
+    words = set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()))
+    is_named = bool(words & MASK_WORDS) or (bool(path) and "label" in words)
+    return is_named and all(isinstance(flag, bool) or flag in (0, 1) for flag in flags)
 
 
 def ignore_option(path: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from training_lens import embedded
 from training_lens.config.data_sections import CsvSection
 from training_lens.data.examples import Row
 from training_lens.data.file_readers import FORMATS, detect_format, read_file_rows
+from training_lens.data.row_keys import ALIASES, plain_name
 from training_lens.data.source_file import OnBadRow, SourceFile, ignore_remark
 from training_lens.errors import DamagedFileError, DatasetError
 from training_lens.utils.arrow_rows import iterate_arrow_rows
@@ -31,10 +33,9 @@ MANIFEST, MADE_BY = "manifest.json", "training-lens prepare"  # the manifest of 
 # OWNER/NAME[/CONFIG][@REVISION][:SPLIT]
 _HUB_SPEC = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[^:]+))?(:(?P<split>\w+))?")
 
-# SQuAD's own files hold articles with paragraphs with questions.
-PARAGRAPHS, QUESTIONS = "paragraphs", "qas"
-FLATTENED = "holds articles with paragraphs and questions (SQuAD); each question is a row, numbered from 1"
-WITHOUT_QUESTIONS = "paragraphs without questions are left out"
+FLATTENED = "each record of '{}' is a row, with the fields around it, numbered from 1"
+# The names of fields that make an object a row, rather than a holder of rows.
+PROMPT_NAMES = frozenset(name for meaning in ("instruction", "messages", "text") for name in ALIASES[meaning])
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ class DataSource:
         csv: CsvSection | None = None,
         on_bad_row: OnBadRow | None = None,
         add_remark: Callable[[str], None] = ignore_remark,
+        named_fields: Collection[str] = (),
     ) -> Iterator[Row]:
-        """The rows in order, streamed (except JSON that is not JSON Lines).
+        """The rows in order, streamed (except JSON that is not JSON Lines); nested records become rows.
 
         Args:
             csv, on_bad_row, add_remark: as in `SourceFile`; by default the delimiter is detected.
+            named_fields: fields that the user named; a row that has one holds no rows.
 
         Raises:
             DatasetError: as `file_readers.read_file_rows`.
@@ -67,9 +70,11 @@ class DataSource:
         if self.table is None:
             rows = read_file_rows(SourceFile(self.files[0], csv or CsvSection(), on_bad_row, add_remark))
             moved = self.name != str(self.files[0])
-            return _flatten_articles((replace(row, file=self.name) for row in rows) if moved else rows, add_remark)
-        values = iterate_arrow_rows(self.table.with_format("arrow").iter(1000))
-        return _flatten_articles((Row(self.name, number, value) for number, value in enumerate(values, 1)), add_remark)
+            rows = (replace(row, file=self.name) for row in rows) if moved else rows
+        else:
+            values = iterate_arrow_rows(self.table.with_format("arrow").iter(1000))
+            rows = (Row(self.name, number, value) for number, value in enumerate(values, 1))
+        return _flatten_records(rows, add_remark, named_fields)
 
     @property
     def size_bytes(self) -> int:
@@ -232,48 +237,62 @@ def _build_table_source(name: str, table: Any, entry: int) -> DataSource:
     return DataSource(name, files, entry, table)
 
 
-def _flatten_articles(rows: Iterator[Row], add_remark: Callable[[str], None]) -> Iterator[Row]:
-    """The rows; an article (SQuAD) becomes one row per question, together with the fields around it.
+def _flatten_records(
+    rows: Iterable[Row], add_remark: Callable[[str], None], named_fields: Collection[str]
+) -> Iterator[Row]:
+    """The rows; one that only nests records (SQuAD's articles, the topics of an FAQ) becomes a row per record.
+
+    Each record gets the fields around it. Rows behind the first such row are numbered consecutively.
 
     Args:
-        add_remark: told of articles, and of paragraphs that hold no question.
+        add_remark: takes the path of the records, and that lists without a record are left out.
+        named_fields: fields that the user named; a row that has one is not flattened.
     """
     number = 0
     for row in rows:
-        if not _is_article(row.values):
+        path = () if any(name in row.values for name in named_fields) else _find_records(row.values)
+        if not path:
             number = max(row.number, number + 1)
             yield row if number == row.number else replace(row, number=number)
             continue
-        add_remark(FLATTENED)
-        for values in _list_questions(row.values, add_remark):
+        add_remark(FLATTENED.format("[].".join(path)))
+        for values in _list_records(row.values, path, add_remark):
             number += 1
             yield Row(row.file, number, values)
 
 
-def _is_article(values: Mapping[str, Any]) -> bool:
-    paragraphs = values.get(PARAGRAPHS)
-    return (
-        isinstance(paragraphs, list)
-        and bool(paragraphs)
-        and all(
-            isinstance(paragraph, Mapping) and _is_object_list(paragraph.get(QUESTIONS)) for paragraph in paragraphs
-        )
-    )
+def _find_records(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The keys that lead through lists to records with a prompt, if only one list does; else ()."""
+    nested = {key: items for key, items in values.items() if _holds_objects(items)}
+    if not nested or any(_is_prompt_name(key) for key in values):
+        return ()
+    paths = []
+    for key, items in nested.items():
+        deeper = next((path for path in map(_find_records, items) if path), ())
+        if deeper or any(_is_prompt_name(name) for item in items for name in item):
+            paths.append((key, *deeper))
+    return paths[0] if len(paths) == 1 else ()
 
 
-def _is_object_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+def _holds_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
-def _list_questions(article: Mapping[str, Any], add_remark: Callable[[str], None]) -> Iterator[dict[str, Any]]:
-    for paragraph in article[PARAGRAPHS]:
-        if not paragraph[QUESTIONS]:
-            add_remark(WITHOUT_QUESTIONS)
-        around = _merge_objects(article, PARAGRAPHS, paragraph)
-        yield from (_merge_objects(around, QUESTIONS, question) for question in paragraph[QUESTIONS])
+@lru_cache(maxsize=4096)
+def _is_prompt_name(key: str) -> bool:
+    """Whether a key names a prompt, a chat or a plain text: what makes an object a row."""
+    return plain_name(key) in PROMPT_NAMES
 
 
-def _merge_objects(outer: Mapping[str, Any], without: str, inner: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge an object into the one around it; outer keys that clash get the prefix 'record.'."""
-    kept = {key: value for key, value in outer.items() if key != without}
-    return {**{f"record.{key}" if key in inner else key: value for key, value in kept.items()}, **inner}
+def _list_records(
+    values: Mapping[str, Any], path: Sequence[str], add_remark: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """The records at a path, each merged into the fields around it; outer keys that clash get the prefix 'record.'."""
+    if not path or path[0] not in values:
+        yield dict(values)
+        return
+    if not values[path[0]]:
+        add_remark(f"lists '{path[0]}' without a record are left out")
+    for record in values[path[0]] or ():
+        around = {f"record.{k}" if k in record else k: item for k, item in values.items() if k != path[0]}
+        yield from _list_records({**around, **record}, path[1:], add_remark)

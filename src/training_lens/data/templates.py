@@ -16,7 +16,7 @@ from training_lens.config.data_sections import DataSection
 from training_lens.data.chat_template import ChatTemplate, lost_content_error, special_token_names
 from training_lens.data.completeness import find_lost, omits_thoughts
 from training_lens.data.examples import Example, Message, TextSegment
-from training_lens.data.jinja import TOOL_USE, asks_for_date, choose_source, list_sources, read_template_file
+from training_lens.data.jinja import TOOL_USE, choose_source, list_sources, read_template_file, shows_date
 from training_lens.data.notes import DataNotes
 from training_lens.data.special_text import SpecialText, find_foreign_marks
 from training_lens.data.tool_texts import fit_tools
@@ -255,17 +255,17 @@ def load_template_file(asked: str, tokenizer: Any) -> None:
 def resolve_date(data: DataSection, tokenizer: Any) -> str | None:
     """The date for the chat template, as YYYY-MM-DD; logs it.
 
-    The configured date, else today if the template asks for one, else None.
+    The configured date, else today if the template shows the date, else None.
     """
-    asks = _uses_chat_template(choose_template(data.template, tokenizer)) and any(
-        asks_for_date(source) for source in list_sources(tokenizer.chat_template)
+    has_date = _uses_chat_template(choose_template(data.template, tokenizer)) and any(
+        shows_date(source) for source in list_sources(tokenizer.chat_template)
     )
-    if not asks:
+    if not has_date:
         if data.date:
-            logger.warning("data.date=%s changes nothing: the template asks for no date", data.date)
+            logger.warning("data.date=%s changes nothing: the template does not show the date", data.date)
         return data.date
     today = data.date or date.today().isoformat()
-    logger.info("the template shows today's date: it gets %s (data.date), in training and at inference", today)
+    logger.info("the template shows today's date: it is %s (data.date), in training and at inference", today)
     return today
 
 

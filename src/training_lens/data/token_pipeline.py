@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,17 +47,30 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def tokenize(examples: Sequence[Example], preparation: Preparation) -> list[TokenizedExample | None]:
+def tokenize(
+    examples: Sequence[Example], preparation: Preparation, notes: DataNotes | None = None
+) -> list[TokenizedExample | None]:
     """Tokenize examples; None for one that is dropped, or bad and skipped.
+
+    Args:
+        notes: collects the rows that are skipped, and remarks.
 
     Raises:
         DatasetError: the template or the tokenizer refuses a row; names it.
     """
-    chunk, whole = _encode_chunk(_render_examples(examples, preparation, DataNotes()), preparation, DataNotes())
+    notes = notes or DataNotes()
+    chunk, whole = _encode_chunk(_render_examples(examples, preparation, notes), preparation, notes)
     rows, kept = _select_rows(chunk, whole, preparation)
     kept_examples = (example for example, is_kept in zip(chunk.examples, kept.tolist(), strict=True) if is_kept)
     found = {id(example): row for example, row in zip(kept_examples, rows, strict=True)}
     return [found.get(id(example)) for example in examples]
+
+
+def collect_example_errors(examples: Sequence[Example], preparation: Preparation) -> DatasetError | None:
+    """One error that names all examples that the template or the tokenizer refuses; None if there are none."""
+    skipping, notes = replace(preparation, data=skip_bad_rows(preparation.data)), DataNotes()
+    left, _ = _encode_chunk(_render_examples(examples, skipping, notes), skipping, notes)
+    return bad_rows_error(notes, Counter(example.file for example in left.examples))
 
 
 def encode_training_prompt(example: Example, preparation: Preparation) -> list[int]:

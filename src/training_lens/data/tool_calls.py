@@ -9,6 +9,7 @@ from training_lens.data.examples import Row
 from training_lens.data.row_keys import CALL, FUNCTION, KeyCheck
 from training_lens.data.values import describe_value, look_up_value, parse_json
 from training_lens.errors import DatasetError
+from training_lens.utils.formatting import list_names
 from training_lens.utils.limits import load_bounded_json
 
 ToolCall = dict[str, Any]
@@ -90,15 +91,20 @@ def read_tools(row: Row, key: str | None) -> tuple[Tool, ...]:
     place = f"{row.place}, '{key}'"
     tools = parse_json(place, value, "a list of tools in JSON") if isinstance(value, str) else value
     if not isinstance(tools, list):
-        raise DatasetError(f"{row.place}: '{key}' is {describe_value(tools)}, expected a list of tool descriptions.")
+        raise DatasetError(f"{row.place}: '{key}' is {describe_value(tools)}, expected a list of tools: [{{...}}].")
     return tuple(_read_tool(row, str(key), tool) for tool in tools)
 
 
 def _read_tool(row: Row, key: str, tool: Any) -> Tool:
     if isinstance(tool, str):
         tool = parse_json(f"{row.place}, '{key}'", tool, "a tool description in JSON")
-    if not isinstance(tool, Mapping):
-        raise DatasetError(f"{row.place}: '{key}' holds {describe_value(tool)}, expected tool descriptions (objects).")
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+        found = f"an object with {list_names(tool) or 'no keys'}" if isinstance(tool, Mapping) else describe_value(tool)
+        raise DatasetError(
+            f"{row.place}: '{key}' holds {found}, expected descriptions of tools: objects with 'name', 'description' "
+            "and 'parameters'."
+        )
     return tool if "function" in tool else {"type": "function", "function": tool}
 
 
@@ -117,7 +123,7 @@ def find_calls(value: Any, tools: Sequence[Tool]) -> list[Mapping[str, Any]] | N
         except ValueError:
             return None
     items = value if isinstance(value, list) else [value]
-    names = {tool["function"].get("name") for tool in tools if isinstance(tool["function"], Mapping)}
+    names = {tool["function"]["name"] for tool in tools}
     are_calls = bool(items) and all(_is_call(item, names) for item in items)
     return items if are_calls else None
 

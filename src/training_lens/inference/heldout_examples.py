@@ -7,11 +7,13 @@ from itertools import islice
 
 import numpy as np
 
+from training_lens.data.bad_rows import describe_bad_rows
 from training_lens.data.batching import hold_out
 from training_lens.data.examples import Example
+from training_lens.data.notes import DataNotes
 from training_lens.data.source_reader import read_examples, read_source_examples
 from training_lens.data.sources import expand_sources
-from training_lens.data.token_pipeline import CHUNK, tokenize
+from training_lens.data.token_pipeline import CHUNK, collect_example_errors, tokenize
 from training_lens.errors import ConfigurationError, DatasetError
 from training_lens.inference.session import Session
 from training_lens.runs.run_folder import RunFolder
@@ -71,11 +73,17 @@ def _filter_with_digests(
 ) -> list[tuple[Example, int]]:
     """As `filter_fitting`, each with the digest of its content."""
     found: list[tuple[Example, int]] = []
-    left_out, remaining = 0, iter(examples)
+    left_out, remaining, notes = 0, iter(examples), DataNotes()
     while chunk := list(islice(remaining, min(CHUNK, CHUNK if limit is None else limit - len(found)))):
-        tokenized = tokenize(chunk, session.preparation)
+        try:
+            tokenized = tokenize(chunk, session.preparation, notes)
+        except DatasetError as error:
+            raise (collect_example_errors([*chunk, *remaining], session.preparation) or error) from error
         found += [(example, row.digest) for example, row in zip(chunk, tokenized, strict=True) if row is not None]
         left_out += tokenized.count(None)
+    for line in describe_bad_rows(notes.bad_row_reasons):
+        logger.warning("%s", line)
+    left_out -= sum(len(rows) for reasons in notes.bad_row_reasons.values() for rows in reasons.values())
     if left_out:
         logger.warning(
             "%d of %d rows are left out: nothing of an answer fits model.seq_len=%d with data.truncation=%s",
