@@ -81,6 +81,8 @@ def test_hold_out_splits_without_overlap() -> None:
     learned, held = hold_out(np.arange(100, dtype=np.uint64), 0.1, seed=1)
     assert len(held) == 10 and sorted([*learned, *held]) == list(range(100))
     assert [len(part) for part in hold_out(np.arange(2, dtype=np.uint64), 0.9, seed=1)] == [1, 1]
+    few = np.arange(10, dtype=np.uint64)
+    assert [[len(part) for part in hold_out(few, ratio, seed=1)] for ratio in (0.001, 0.999)] == [[9, 1], [1, 9]]
 
 
 def test_without_duplicates_the_held_out_rows_are_those_of_older_runs() -> None:
@@ -114,4 +116,4 @@ def test_collate_pads_on_the_right_and_never_supervises_padding() -> None:
     batch = collate(examples, fill_id=7)
     assert batch.input_ids.tolist() == [[5, 6, 7], [8, 7, 7]]
     assert batch.loss_mask.tolist() == [[False, True, True], [True, False, False]]
-    assert batch.input_ids.dtype == torch.int64 and batch.token_count == 4
+    assert batch.input_ids.dtype == torch.int64 and sum(batch.lengths) == 4

@@ -33,10 +33,10 @@ def render(source: str) -> str:
 )
 def test_rendering_ends_in_time(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jinja_limits, "TEMPLATE_SECONDS", 0.3)
-    began = time.perf_counter()
+    began = time.process_time()  # of this process alone: others may hold the processor
     with pytest.raises((TemplateError, RecursionError)):
         render(source)
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 3
 
 
 @pytest.mark.parametrize(

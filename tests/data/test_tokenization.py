@@ -176,10 +176,11 @@ def test_characters_without_token_are_found(shared: Path, embedded_tokenizer: An
     assert (coverage.characters, dict(coverage.unknown)) == (7, {"#": 3})
 
 
-def test_bos_twice_is_refused(embedded_tokenizer: Any) -> None:
+@pytest.mark.parametrize("text", ["<|bos|><|bos|>", "<|bos|><|bos|>Hi"])
+def test_bos_twice_is_refused(embedded_tokenizer: Any, text: str) -> None:
     encoder = TextEncoder(embedded_tokenizer)
     with pytest.raises(DatasetError, match="begins with BOS twice"):
-        encoder.encode([[TextSegment("<|bos|><|bos|>Hi", False)]])
+        encoder.encode([[TextSegment("Hi", False)], [TextSegment(text, False)]])
 
 
 def test_a_tokenizer_that_gives_nothing_is_refused(embedded_tokenizer: Any) -> None:

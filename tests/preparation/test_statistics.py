@@ -46,10 +46,10 @@ def test_many_domains_cost_no_pass_over_the_rows_each() -> None:
     """Ten thousand domains in as many rows: a comparison for each with each took seconds."""
     ids, mask = np.arange(2, dtype=np.int32), np.array([False, True])
     dataset = TokenDataset.from_examples([TokenizedExample("f", i, ids, mask, f"d{i}") for i in range(10_000)])
-    started = time.perf_counter()
+    started = time.process_time()
     found = compute_domain_statistics(dataset)
     assert len(found) == 10_000 and found["d7"] == DomainStatistics(1, 2, 1)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize(
